@@ -1,0 +1,1 @@
+"""Which tokens are computed when. Torch-free but for `engine.run`."""

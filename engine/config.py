@@ -1,0 +1,26 @@
+"""Settings of the engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How much a step and a replica may hold."""
+
+    block_tokens: int = 16
+    """Tokens per KV block."""
+    max_step_tokens: int = 2048
+    """Tokens computed in one step at most; longer prompts are cut into several works (chunked prefill)."""
+    max_running: int = 256
+    """Sequences that hold KV blocks at the same time at most."""
+    max_waiting: int = 1024
+    """Requests that may wait; one more is refused with `QueueFull`."""
+    max_in_flight: int = 1
+    """Steps submitted before the first of them is answered."""
+    prefix_cache: bool = True
+    """Keep finished blocks by content, so that an equal prefix is not computed again."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_tokens", "max_step_tokens", "max_running", "max_waiting", "max_in_flight"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

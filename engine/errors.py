@@ -1,0 +1,59 @@
+"""Errors of the engine. `serve/errors.py` maps each to an HTTP and a gRPC answer."""
+
+
+class EngineError(Exception):
+    """Base of all that the engine reports about a request or about itself."""
+
+
+class PromptTooLong(EngineError):
+    def __init__(self, *, num_tokens: int, limit_tokens: int) -> None:
+        super().__init__(
+            f"the prompt has {num_tokens} tokens, and this model takes at most {limit_tokens} including at least one to generate; shorten it"
+        )
+        self.num_tokens, self.limit_tokens = num_tokens, limit_tokens
+
+
+class KvCacheTooSmall(EngineError):
+    """The request could never run, even alone."""
+
+    def __init__(self, *, num_tokens: int, limit_tokens: int) -> None:
+        super().__init__(f"prompt and max_tokens come to {num_tokens} tokens, and the KV cache of this replica holds {limit_tokens}; lower max_tokens")
+        self.num_tokens, self.limit_tokens = num_tokens, limit_tokens
+
+
+class QueueFull(EngineError):
+    def __init__(self, *, limit: int, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"{limit} requests are waiting already; try again in {retry_after_s:g} s")
+        self.limit, self.retry_after_s = limit, retry_after_s
+
+
+class DuplicateRequest(EngineError):
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request {request_id} is running already")
+
+
+class DeadlineExceeded(EngineError):
+    """The request's own deadline passed."""
+
+
+class InvalidLogits(EngineError):
+    """The model gave NaN or no finite logits for this request."""
+
+
+class PoisonedRequest(EngineError):
+    """The request was running at two losses of the workers and is not tried a third time."""
+
+
+class EngineStopped(EngineError):
+    """The engine has been closed; the request was not finished."""
+
+
+class WorkersLost(EngineError):
+    """The ranks can no longer take a step: one died, raised, or did not answer in time.
+
+    Raised by `PendingStep.result`; the KV cache is gone with the ranks.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, host: str | None = None, rank_traceback: str | None = None) -> None:
+        super().__init__(message)
+        self.rank, self.host, self.rank_traceback = rank, host, rank_traceback

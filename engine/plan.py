@@ -1,0 +1,104 @@
+"""The messages of the engine: StepPlan down to the ranks, StepResult up, TokenEvent out to the fronts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A sequence begins (or begins again after preemption) to have a block table on the ranks."""
+
+    sequence: int
+    """Engine-wide number, never used twice; a preempted sequence comes back under a new one."""
+    choice: int
+    num_prompt: int
+    """Tokens that count as prompt: output position = token position - num_prompt."""
+    sampling: SamplingParams
+    history: tuple[int, ...] = ()
+    """All tokens so far when `sampling.needs_history`, else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One sequence's share in a step: compute its tokens [start, start + len(tokens))."""
+
+    sequence: int
+    start: int
+    tokens: tuple[int, ...]
+    new_blocks: tuple[int, ...]
+    """Appended to the sequence's block table before the step; its first work brings the cached prefix's blocks too."""
+    samples: bool
+    """Whether the last of the tokens is the sequence's last known one, so that its logits give the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass over a replica. The ranks apply `closed`, then `opened`, then run `works`, in this order."""
+
+    step: int
+    works: tuple[Work, ...]
+    opened: tuple[Opening, ...] = ()
+    closed: tuple[int, ...] = ()
+    """Sequences whose block tables the ranks forget. An unknown number is ignored (workers may have been replaced)."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(work.tokens) for work in self.works)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position."""
+
+    logprob: float
+    """Of the sampled token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most probable first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one sampling work yielded."""
+
+    sequence: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token where the request asked for them, else empty."""
+    fault: str | None = None
+    """Why no token could be sampled (for instance NaN logits); the engine then fails this sequence alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Answers the plan of the same number."""
+
+    step: int
+    sampled: tuple[Sampled, ...]
+    elapsed_s: float = 0.0
+    """Seconds the forward pass and sampling took on rank 0."""
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Progress of one request: new output tokens, its end, or both."""
+
+    request_id: str
+    choice: int
+    attempt: int
+    offset: int
+    """Output position of the first of `tokens` (or of the end, when there are none)."""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached: int = 0
+    """Prompt tokens taken from the prefix cache at the first admission; the same in every event of a request."""
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    """The stop token id that ended it, if one did."""
+    error_kind: str | None = None
+    """With finish_reason "error": the name of a class in `engine.errors`, and its message."""
+    error_message: str | None = None

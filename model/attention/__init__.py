@@ -1,0 +1,1 @@
+"""Attention over paged KV: a protocol, an oracle, and fast backends, one file each."""

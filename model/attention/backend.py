@@ -1,0 +1,38 @@
+"""What every attention backend does: write new K and V to their slots, attend over each sequence's blocks."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from model.batch import ForwardBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The heads of one rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_of_query: tuple[int, ...]
+    """KV head (of this rank) of each query head; groups may differ in size where ranks share heads unevenly."""
+    block_tokens: int
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every KV head serves the same number of query heads, in order."""
+        group = self.num_heads // self.num_kv_heads
+        return self.kv_of_query == tuple(head // group for head in range(self.num_heads))
+
+
+class AttentionBackend(Protocol):
+    """Causal attention with scale ``head_dim ** -0.5``. T tokens, H query heads, G KV heads, K head width, N blocks, B block_tokens."""
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""
+        ...
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        """Write k, v to ``batch.slots_T`` of the cache, then attend: (T, H, K)."""
+        ...

@@ -1,0 +1,1 @@
+"""How the work of one model is split over ranks: topology, process groups, collectives, sharded layers."""

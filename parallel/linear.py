@@ -1,0 +1,132 @@
+"""A linear layer of which each rank holds a part, split on its output or on its input features."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from parallel.axes import OUT, Share
+from parallel.collectives import all_reduce
+from parallel.groups import Group
+from parallel.weight_format import StoredTensor, TensorSpec, WeightFormat
+
+
+class ShapeMismatch(ValueError):
+    """A tensor of the checkpoint has not the shape that its place in the model wants."""
+
+    def __init__(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        super().__init__(f"{name}: shape {list(found)} in the checkpoint, {list(wanted)} in the model")
+        self.name, self.found, self.wanted = name, found, wanted
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that one checkpoint tensor must fill: its whole shape, and this rank's bytes of it."""
+
+    part: str
+    tensor: str
+    shape: tuple[int, ...]
+
+
+class Linear(nn.Module):
+    """``y = x @ W.T + b``, sharded by logical axis.
+
+    ``out_parts`` are the checkpoint's matrices that lie fused in this one, in order, with this rank's share of each
+    one's output features: ``{"q": ..., "k": ..., "v": ...}``. ``in_share`` is this rank's share of the input features.
+    With ``reduce`` the partial results are summed over that group, as a layer split on its input needs; the bias is
+    then added once, after the sum. Nothing is allocated before `allocate`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_share: Share,
+        out_parts: Mapping[str, Share],
+        bias: bool,
+        format: WeightFormat,
+        bias_dtype: torch.dtype,
+        reduce: Group | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_share = in_share
+        self.out_parts = dict(out_parts)
+        self.format = format
+        self.reduce = reduce
+        self.has_bias = bias
+        self._specs: dict[str, TensorSpec] = dict(format.specs())
+        if bias:
+            self._specs["bias"] = TensorSpec((OUT,), bias_dtype)
+        self.tensors: dict[str, Tensor] = {}
+
+    def slots(self) -> Iterator[Slot]:
+        """Every checkpoint tensor this layer wants, with the whole shape it must have."""
+        for part, share in self.out_parts.items():
+            for name, spec in self._specs.items():
+                yield Slot(part, name, tuple(self._stored_size(axis.name, axis.pack, share) for axis in spec.axes))
+
+    def allocate(self, device: torch.device) -> None:
+        for name, spec in self._specs.items():
+            shape = tuple(self._local_size(axis.name, axis.pack) for axis in spec.axes)
+            self.tensors[name] = torch.empty(shape, dtype=spec.dtype, device=device)
+
+    def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
+        """Copy this rank's share of ``stored`` to its place. Returns the number of bytes read.
+
+        Raises:
+            ShapeMismatch: the whole tensor has not the shape the layer wants.
+        """
+        spec = self._specs[tensor]
+        out_share = self.out_parts[part]
+        wanted = tuple(self._stored_size(axis.name, axis.pack, out_share) for axis in spec.axes)
+        if stored.shape != wanted:
+            raise ShapeMismatch(stored.name, stored.shape, wanted)
+        slices = []
+        target = self.tensors[tensor]
+        for dim, axis in enumerate(spec.axes):
+            share = out_share if axis.name == "out" else self.in_share
+            (span,) = share.stored(axis.pack)
+            slices.append(span)
+            if axis.name == "out":
+                target = target.narrow(dim, self._offset(part, axis.pack), span.stop - span.start)
+        if target.numel() == 0:
+            return 0
+        source = stored.read(*slices)
+        target.copy_(source)
+        return source.numel() * source.element_size()
+
+    def finish(self) -> None:
+        """Hand the loaded tensors to the format, which may repack them."""
+        bias = self.tensors.pop("bias", None)
+        self.tensors = self.format.prepare(self.tensors)
+        if bias is not None:
+            self.tensors["bias"] = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.tensors.get("bias")
+        if self.reduce is None:
+            return self.format.multiply(x, self.tensors, bias)
+        y = all_reduce(self.format.multiply(x, self.tensors, None), self.reduce)
+        return y if bias is None else y + bias
+
+    @property
+    def out_sizes(self) -> list[int]:
+        """Output features of each part on this rank, for ``y.split(layer.out_sizes, dim=-1)``."""
+        return [len(share) for share in self.out_parts.values()]
+
+    def _stored_size(self, axis: str, pack: int, out_share: Share) -> int:
+        size = out_share.size if axis == "out" else self.in_share.size
+        return -(-size // pack)
+
+    def _local_size(self, axis: str, pack: int) -> int:
+        shares = self.out_parts.values() if axis == "out" else (self.in_share,)
+        return sum(part.stop - part.start for share in shares for part in share.stored(pack))
+
+    def _offset(self, part: str, pack: int) -> int:
+        """Where ``part`` begins in the fused output axis, in stored elements."""
+        offset = 0
+        for name, share in self.out_parts.items():
+            if name == part:
+                return offset
+            offset += sum(span.stop - span.start for span in share.stored(pack))
+        raise KeyError(part)

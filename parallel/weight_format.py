@@ -1,0 +1,65 @@
+"""How the weights of one linear layer are stored and multiplied. A format knows no layer, a layer knows no format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.axes import IN, OUT, Axis
+
+
+class StoredTensor(Protocol):
+    """One tensor of a checkpoint that has not been read yet."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def read(self, *slices: slice) -> Tensor:
+        """The given part (one slice per dim) as a CPU tensor; only its bytes are read from the file."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor of a format: its dims as logical axes, and its dtype once loaded."""
+
+    axes: tuple[Axis, ...]
+    dtype: torch.dtype
+
+
+class WeightFormat(Protocol):
+    """The stored form of ``out = in @ W.T``."""
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors that hold the matrix, by the suffix they have in a checkpoint (``weight``, ``qweight``, ...)."""
+        ...
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Called once after loading: the tensors as `multiply` wants them (repacked, transposed, or the same)."""
+        ...
+
+    def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        """``x`` (..., in) times the matrix plus ``bias`` (out): (..., out)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A plain matrix (out, in) in the model's own dtype; the oracle of every other format."""
+
+    dtype: torch.dtype
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {"weight": TensorSpec((OUT, IN), self.dtype)}
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+    def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        return F.linear(x, tensors["weight"], bias)
