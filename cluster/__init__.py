@@ -1,0 +1,1 @@
+"""Where the engine runs: worker actors, replicas, the router between fronts and replicas."""

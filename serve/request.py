@@ -1,0 +1,121 @@
+"""Step 3 of a request: what a client asked, in one form for both fronts.
+
+The fronts fill these from JSON or protobuf without judging values; `serve.validation` judges them for both.
+None always means "the client did not say".
+"""
+
+from dataclasses import dataclass, field
+
+from engine.plan import TokenLogprobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything about sampling and length that a client may say. Names are OpenAI's, then vLLM's."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Number of alternatives; 0 = the sampled token only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    role: str
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    request_id: str
+    model: str
+    messages: tuple[Message, ...]
+    options: Options = field(default_factory=Options)
+    priority: int = 0
+    deadline_s: float | None = None
+    """Unix time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionRequest:
+    request_id: str
+    model: str
+    prompts: tuple[str | tuple[int, ...], ...]
+    """Each answered with `n` choices; choice index = prompt index * n + choice, as OpenAI has it."""
+    options: Options = field(default_factory=Options)
+    echo: bool = False
+    priority: int = 0
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToken:
+    """One output token with what `logprobs` asked for."""
+
+    id: int
+    text: str
+    """The token alone; bytes that are no character by themselves show as U+FFFD."""
+    raw: bytes
+    logprobs: TokenLogprobs | None = None
+    top: tuple[tuple[int, str, bytes, float], ...] = ()
+    """(id, text, raw bytes, log-probability) of the alternatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEvent:
+    """Step 13: new text of one choice, its end, or both. Concatenated texts are the whole answer, never half a character."""
+
+    choice: int
+    text: str = ""
+    tokens: tuple[TextToken, ...] = ()
+    """The tokens that this event's text came from (held-back text comes with a later token's event)."""
+    finish_reason: str | None = None
+    """OpenAI's words: "stop" or "length". A failure is raised, not reported here."""
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it; None for the model's own end of sequence."""
+    usage: Usage | None = None
+    """Of the whole request, in the very last event of the stream only."""
+    usage_so_far: Usage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceResult:
+    choice: int
+    text: str
+    tokens: tuple[TextToken, ...]
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The whole answer of an unstreamed request."""
+
+    request_id: str
+    choices: tuple[ChoiceResult, ...]
+    usage: Usage
