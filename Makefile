@@ -1,0 +1,55 @@
+# Everything a person does here by hand: `make demo`, `make test`, `make check`. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_TEST := $(VENV)/.ready-test
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format stubs clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: $(READY)  ## Serve the demo model: two ranks on CPU, HTTP on 127.0.0.1:8000, gRPC on 127.0.0.1:9000
+	@exec $(BIN)/manta serve demo --tensor-parallel 2
+
+test: $(READY_TEST)  ## Run the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY_TEST)  ## Run what takes minutes as well
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(READY_TEST)  ## Lint, types, import contracts, protocol files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd client/proto && ../../$(BIN)/buf lint
+
+format: $(READY_TEST)  ## Put the code in its usual form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: $(READY_TEST)  ## Generate gRPC stubs and the synchronous client again
+	$(BIN)/python client/generate.py
+	$(BIN)/python client/unasync.py
+
+$(READY): pyproject.toml client/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Manta needs Python 3.11 or newer; say which one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=25.1" "setuptools>=77"
+	$(PIP) install --progress-bar on -e . -e client
+	@echo "Building the shared-memory all-reduce (once; a minute or two; without a C++ compiler gloo is used instead)"
+	-@$(BIN)/python -m parallel.shared_memory
+	@touch $@
+
+$(READY_TEST): $(READY)
+	$(PIP) install --quiet --group test --group lint
+	@touch $@
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
