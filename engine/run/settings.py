@@ -1,0 +1,37 @@
+"""Settings of one rank."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+BackendName = Literal["auto", "reference", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """How a rank computes and how much it may hold. The same on every rank of a replica."""
+
+    device: str = "auto"
+    """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:<index>"."""
+    dtype: DtypeName = "auto"
+    """Of weights, activations and KV. "auto": bfloat16 on CUDA and on CPUs that multiply it natively, else float32."""
+    num_threads: int | None = None
+    """Threads that torch may use in this process. None = the host's physical cores shared evenly by its ranks."""
+    kv_cache_bytes: int | None = None
+    """Memory for K and V on each rank. None = `kv_memory_fraction` decides."""
+    kv_memory_fraction: float | None = None
+    """On CUDA the fraction of the device's memory that weights, activations and KV together may fill (None = 0.9); on a CPU
+    the fraction of the memory still free after loading that KV may fill, all ranks of the host together (None = 0.5)."""
+    max_context_tokens: int | None = None
+    """Caps what the model itself would take. None = the model's own limit."""
+    attention_backend: BackendName = "auto"
+    num_real_tokens: int | None = None
+    """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_threads", "kv_cache_bytes", "max_context_tokens", "num_real_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
+            raise ValueError(f"kv_memory_fraction must be above 0 and at most 1, got {self.kv_memory_fraction}")
