@@ -1,0 +1,155 @@
+"""Ranks as child processes of this one, plans over pipes: an `Executor` for benchmarks, tests and machines without Ray."""
+
+import multiprocessing
+import multiprocessing.connection
+import socket
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.errors import WorkersLost
+from engine.executor import Capacity
+from engine.plan import StepPlan, StepResult
+from engine.run.settings import RunnerConfig
+from engine.run.start import OnProgress, start_rank
+from parallel.topology import Topology
+
+START_TIMEOUT_S = 600.0
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """What a rank sends instead of an answer."""
+
+    rank: int
+    text: str
+
+
+def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> None:
+    """The life of one child: start the rank, then answer plans until the parent closes the pipe."""
+    try:
+        with start_rank(rank=rank, **settings) as runner:
+            connection.send(runner.capacity)
+            while True:
+                try:
+                    plan = connection.recv()
+                except EOFError:
+                    return
+                result = runner.run(plan)
+                if result is not None:
+                    connection.send(result)
+    except Exception:  # the parent must learn of whatever it was
+        connection.send(_Failed(rank, traceback.format_exc()))
+
+
+class ProcessExecutor:
+    """All ranks of a topology on this host, each a child process with a pipe of its own."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint_folder: Path,
+        topology: Topology,
+        runner_config: RunnerConfig,
+        engine_config: EngineConfig,
+        step_timeout_s: float = 120.0,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self.step_timeout_s = step_timeout_s
+        context = multiprocessing.get_context("spawn")
+        settings: dict[str, Any] = {
+            "checkpoint_folder": checkpoint_folder,
+            "topology": topology,
+            "rendezvous": f"tcp://{LOOPBACK}:{_free_port()}",
+            "runner_config": runner_config,
+            "engine_config": engine_config,
+        }
+        self._connections: list[Connection] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        for rank in range(topology.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_rank_main, args=(there, rank, settings), daemon=True, name=f"rank-{rank}")
+            process.start()
+            there.close()
+            self._connections.append(here)
+            self._processes.append(process)
+        try:
+            capacities = [self._receive(connection, START_TIMEOUT_S) for connection in self._connections]
+        except WorkersLost:
+            self.close()
+            raise
+        self._capacity: Capacity = capacities[0]
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes if process.pid is not None]
+
+    def submit(self, plan: StepPlan) -> "_Pending":
+        for rank, connection in enumerate(self._connections):
+            try:
+                connection.send(plan)
+            except OSError as error:
+                raise WorkersLost(f"rank {rank} is gone ({error})", rank=rank, host=socket.gethostname()) from error
+        return _Pending(self, plan.step)
+
+    def close(self) -> None:
+        """Let the ranks end by themselves, then end those that do not."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._connections.clear()
+        self._processes.clear()
+
+    def wait_for(self, step: int) -> StepResult:
+        while True:
+            message = self._receive_any(self.step_timeout_s)
+            if isinstance(message, StepResult) and message.step == step:
+                return message
+
+    def _receive_any(self, timeout_s: float) -> Any:
+        ready = multiprocessing.connection.wait(self._connections, timeout=timeout_s)
+        if not ready:
+            raise WorkersLost(f"no rank answered within {timeout_s:g} s", host=socket.gethostname())
+        first = ready[0]
+        assert isinstance(first, Connection)
+        return self._receive(first, timeout_s)
+
+    def _receive(self, connection: Connection, timeout_s: float) -> Any:
+        rank = self._connections.index(connection)
+        host = socket.gethostname()
+        if not connection.poll(timeout_s):
+            raise WorkersLost(f"rank {rank} on {host} did not answer within {timeout_s:g} s", rank=rank, host=host)
+        try:
+            message = connection.recv()
+        except (EOFError, OSError) as error:
+            raise WorkersLost(f"rank {rank} on {host} ended", rank=rank, host=host) from error
+        if isinstance(message, _Failed):
+            raise WorkersLost(f"rank {message.rank} on {host} raised", rank=message.rank, host=host, rank_traceback=message.text)
+        return message
+
+
+class _Pending:
+    def __init__(self, executor: ProcessExecutor, step: int) -> None:
+        self._executor, self._step = executor, step
+
+    def result(self) -> StepResult:
+        return self._executor.wait_for(self._step)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
