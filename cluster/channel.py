@@ -1,0 +1,123 @@
+"""Steps 4, 5 and 8 of a request: the sockets that carry messages.
+
+Unix sockets in a private folder between processes of one host; TCP on the node's own address between hosts, always
+encrypted, and both ends prove that they hold the other's CURVE key (keys travel through Ray only).
+"""
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from cluster.errors import ChannelError
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """CURVE keys (Curve25519, Z85 text). The secret is never shown."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+
+
+def new_keys() -> KeyPair:
+    return KeyPair(*zmq.curve_keypair())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where an endpoint listens, and the key by which it proves itself to those of other hosts."""
+
+    node: str
+    """Ray's id of the host; equal nodes talk over `ipc`."""
+    ipc: str | None = None
+    tcp: str | None = None
+    public_key: bytes | None = None
+
+
+class PrivateFolder:
+    """A folder for Unix sockets that only this user can enter, gone with its owner.
+
+    The owner holds a lock on it. Folders whose owner was killed are swept by the next one that is made beside them.
+    """
+
+    PREFIX = "manta-"
+
+    def __init__(self) -> None:
+        self._sweep()
+        self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX))  # mode 0700
+        self._lock = open(self.path / "lock", "w")  # noqa: SIM115  (held until close)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def socket(self, name: str) -> str:
+        """A zmq endpoint in this folder. Raises ValueError where the path is too long for a Unix socket."""
+        path = str(self.path / name)
+        if len(path.encode()) > 107:
+            raise ValueError(f"{path} is too long for a Unix socket (107 bytes); set TMPDIR to a shorter folder")
+        return f"ipc://{path}"
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+    @classmethod
+    def _sweep(cls) -> None:
+        for folder in Path(tempfile.gettempdir()).glob(f"{cls.PREFIX}*/lock"):
+            try:
+                facts = folder.lstat()
+                if facts.st_uid != os.getuid() or not stat.S_ISREG(facts.st_mode):
+                    continue
+                with folder.open() as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder.parent, ignore_errors=True)
+            except OSError:
+                continue  # its owner lives, or another sweeper was first
+
+
+def listen(socket: "zmq.Socket[bytes]", *, ipc: str | None, tcp_host: str | None, keys: KeyPair, node: str) -> Address:
+    """Bind ``socket``. With ``tcp_host`` the caller must keep a `KeyGuard` on the socket's context."""
+    if ipc is not None:
+        socket.bind(ipc)
+        if tcp_host is None:
+            return Address(node=node, ipc=ipc)
+    if tcp_host in (None, "", "0.0.0.0", "::", "*"):  # noqa: S104  (refused, not bound)
+        raise ValueError(f"an internal port must be bound to one address, not {tcp_host!r}")
+    socket.curve_server = True
+    socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+    port = socket.bind_to_random_port(f"tcp://{tcp_host}")
+    return Address(node=node, ipc=ipc, tcp=f"tcp://{tcp_host}:{port}", public_key=keys.public)
+
+
+def reach(socket: "zmq.Socket[bytes]", address: Address, *, node: str, keys: KeyPair | None) -> None:
+    """Connect ``socket`` to an endpoint: over its Unix socket on the same host, else over encrypted TCP."""
+    if address.node == node and address.ipc is not None:
+        socket.connect(address.ipc)
+        return
+    if address.tcp is None or address.public_key is None or keys is None:
+        raise ChannelError(f"the endpoint on node {address.node} cannot be reached from node {node}: it does not listen for other hosts")
+    socket.curve_serverkey = address.public_key
+    socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+    socket.connect(address.tcp)
+
+
+class KeyGuard:
+    """Lets only holders of one of the given public keys through the CURVE handshake of a context's sockets (ZAP, RFC 27)."""
+
+    def __init__(self, context: "zmq.Context[Any]", allowed: set[bytes]) -> None:
+        self.allowed = allowed
+        self._thread = ThreadAuthenticator(context)
+        self._thread.start()
+        self._thread.configure_curve_callback(domain="*", credentials_provider=self)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self.allowed
+
+    def close(self) -> None:
+        self._thread.stop()

@@ -1,0 +1,86 @@
+"""Settings of placement, liveness, recovery and routing."""
+
+from dataclasses import dataclass
+
+
+def _must_be_positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankResources:
+    """What Ray sets aside for each rank of a replica."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    one_host: bool = False
+    """All ranks on one host or not at all; without it Ray packs them as tightly as it can."""
+
+    def __post_init__(self) -> None:
+        if self.cpus < 0 or self.gpus < 0:
+            raise ValueError(f"a rank cannot have {self.cpus} CPUs and {self.gpus} GPUs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaConfig:
+    """How a replica watches and restores its ranks, and how it talks to the fronts."""
+
+    start_timeout_s: float = 1800.0
+    """A rank that has not said anything new about loading for this long is lost."""
+    first_step_timeout_s: float = 300.0
+    """Deadline of the first step after a start: kernels may be compiled in it."""
+    step_timeout_s: float = 60.0
+    """Deadline of every later step; a rank that is frozen is seen by it."""
+    canary_timeout_s: float = 30.0
+    """A ready replica without work proves that all its ranks still answer by one token every so often."""
+    max_restarts: int = 3
+    """Restarts of the ranks within `restart_window_s` before the replica is given up."""
+    restart_window_s: float = 600.0
+    restart_backoff_s: float = 0.5
+    """Wait before the second restart within the window; doubled for every further one."""
+    heartbeat_s: float = 1.0
+    """How often a replica reports to the directory and answers its fronts."""
+    front_silence_s: float = 10.0
+    """A front not heard from for this long is gone: its requests are cancelled."""
+    drain_timeout_s: float = 30.0
+    """How long a replica that is asked to stop waits for its running requests."""
+    other_hosts: bool = False
+    """Listen for fronts of other hosts as well (TCP on the node's own address, encrypted and authenticated by CURVE)."""
+
+    def __post_init__(self) -> None:
+        _must_be_positive(
+            self,
+            "start_timeout_s",
+            "first_step_timeout_s",
+            "step_timeout_s",
+            "canary_timeout_s",
+            "restart_window_s",
+            "heartbeat_s",
+            "front_silence_s",
+        )
+        if self.max_restarts < 0 or self.restart_backoff_s < 0 or self.drain_timeout_s < 0:
+            raise ValueError("max_restarts, restart_backoff_s and drain_timeout_s must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How a front chooses replicas and outlives their loss."""
+
+    max_attempts: int = 3
+    """How often a choice is handed to an engine at most."""
+    ready_wait_s: float = 30.0
+    """How long a request waits for a ready replica, at the start and again after a loss."""
+    refresh_s: float = 0.5
+    """How often the directory is asked."""
+    ping_s: float = 1.0
+    replica_silence_s: float = 6.0
+    """A replica not heard from for this long is lost to this front."""
+    max_buffered_tokens: int = 32_768
+    """Tokens of one choice that wait for a client which does not read; beyond, the choice is cancelled."""
+
+    def __post_init__(self) -> None:
+        _must_be_positive(self, "max_attempts", "ready_wait_s", "refresh_s", "ping_s", "replica_silence_s", "max_buffered_tokens")
+        if self.replica_silence_s <= self.ping_s:
+            raise ValueError(f"replica_silence_s={self.replica_silence_s} must exceed ping_s={self.ping_s}")

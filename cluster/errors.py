@@ -1,0 +1,39 @@
+"""Errors of the cluster. `serve/errors.py` maps each to an HTTP and a gRPC answer."""
+
+from engine.errors import EngineError
+
+
+class ReplicaLost(EngineError):
+    """The replica that computed an answer is gone and no attempt is left."""
+
+    def __init__(self, *, attempts: int, last: str) -> None:
+        super().__init__(f"the answer was lost {attempts} times with its replica (last: {last}); try again")
+        self.attempts = attempts
+
+
+class NoReplicaReady(EngineError):
+    """No replica of the model is ready."""
+
+    def __init__(self, *, waited_s: float, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"no replica became ready within {waited_s:g} s; try again in {retry_after_s:g} s")
+        self.waited_s, self.retry_after_s = waited_s, retry_after_s
+
+
+class SlowReader(EngineError):
+    """The client does not read its stream."""
+
+    def __init__(self, *, limit_tokens: int) -> None:
+        super().__init__(f"more than {limit_tokens} tokens wait to be read; the choice was cancelled")
+        self.limit_tokens = limit_tokens
+
+
+class ChannelError(EngineError):
+    """A message of another version or kind, or a malformed one."""
+
+
+class StartFailed(EngineError):
+    """The ranks could not be started; the message carries what the failing rank said."""
+
+
+class RecoveryGivenUp(EngineError):
+    """The ranks were lost too often in too short a time; the replica must be replaced."""

@@ -1,0 +1,121 @@
+"""Steps 4, 5 and 8 of a request: the messages between processes.
+
+A message is two bytes (version, kind) and a msgpack body that msgspec checks against the kind's dataclass.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from cluster.errors import ChannelError
+from engine.executor import Capacity
+from engine.plan import StepPlan, StepResult, TokenEvent
+from engine.request import Request
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RankProgress:
+    """A rank loads its weights."""
+
+    rank: int
+    doing: str
+    done: float
+    """Of this rank's whole start, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankReady:
+    rank: int
+    capacity: Capacity
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed:
+    """The last message of a rank that raised."""
+
+    rank: int
+    host: str
+    step: int | None
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A rank is to leave its loop and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+    choice: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """A front is alive. Answered with `Pong`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """A replica is alive."""
+
+    ready: bool
+    num_running: int
+    num_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """All that one step yielded for one front."""
+
+    events: tuple[TokenEvent, ...]
+
+
+Message = StepPlan | StepResult | RankProgress | RankReady | RankFailed | Stop | Submit | Cancel | Ping | Pong | Events
+KINDS: dict[int, type] = {
+    1: StepPlan,
+    2: StepResult,
+    3: RankProgress,
+    4: RankReady,
+    5: RankFailed,
+    6: Stop,
+    20: Submit,
+    21: Cancel,
+    22: Ping,
+    23: Pong,
+    24: Events,
+}
+_KIND_OF = {message: kind for kind, message in KINDS.items()}
+_DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(message) for kind, message in KINDS.items()}
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    return bytes((VERSION, _KIND_OF[type(message)])) + _ENCODER.encode(message)
+
+
+def decode(raw: bytes) -> Any:
+    """The message in ``raw``.
+
+    Raises:
+        ChannelError: it is of another version, of no known kind, or does not fit its kind.
+    """
+    if len(raw) < 2 or raw[0] != VERSION:
+        raise ChannelError(f"message of version {raw[0] if raw else 'none'}, this process speaks {VERSION}")
+    decoder = _DECODERS.get(raw[1])
+    if decoder is None:
+        raise ChannelError(f"message of unknown kind {raw[1]}")
+    try:
+        return decoder.decode(memoryview(raw)[2:])
+    except msgspec.DecodeError as error:  # ValidationError is one
+        raise ChannelError(f"malformed {KINDS[raw[1]].__name__}: {error}") from error
