@@ -1,9 +1,26 @@
 """The process groups of a topology, opened and closed by one context manager."""
 
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Literal, get_args
 
-from parallel.topology import TopologyAxis
+import psutil
+import torch
+import torch.distributed as dist
+
+from parallel import shared_memory
+from parallel.topology import Coordinates, InvalidTopology, Topology, TopologyAxis
+from parallel.transport import Backend, Transport
+
+log = logging.getLogger(__name__)
+
+TransportChoice = Literal["auto", "gloo"]
+"""``auto``: NCCL on CUDA; on CPU shared memory where it can be had, gloo for the rest. ``gloo``: nothing but gloo."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +34,192 @@ class Group:
     rank: int
     size: int
     ranks: tuple[int, ...]
-    transport: Any = None
+    transport: Transport | None = None
+
+    def __repr__(self) -> str:
+        return f"<Group {self.axis} {self.rank} of {self.size} [ranks {self.ranks} | {self.transport or 'alone'}]>"
 
 
 def single(axis: TopologyAxis, rank: int = 0) -> Group:
     """A group of one."""
     return Group(axis=axis, rank=0, size=1, ranks=(rank,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """Where one rank stands in its replica, and its group along every axis."""
+
+    topology: Topology
+    rank: int
+    coordinates: Coordinates
+    tp: Group
+    dp: Group
+    pp: Group
+    ep: Group
+    expert_tp: Group
+    stage: Group
+    world: Group
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a replica meet: rank 0 listens here, on this address only."""
+
+    host: str
+    port: int
+
+
+def free_rendezvous(host: str = "127.0.0.1") -> Rendezvous:
+    """A port of ``host`` (an address of this machine) that nobody listens on now."""
+    with _listen(host, 0) as listener:
+        return Rendezvous(host, listener.getsockname()[1])
+
+
+def single_rank_groups() -> ParallelGroups:
+    """The groups of a replica of one rank: no torch.distributed, collectives are the identity."""
+    return _parallel_groups(Topology(), 0, {})
+
+
+@contextmanager
+def open_groups(
+    topology: Topology,
+    rank: int,
+    *,
+    rendezvous: Rendezvous,
+    device: torch.device,
+    timeout_s: float = 300.0,
+    transport: TransportChoice = "auto",
+) -> Iterator[ParallelGroups]:
+    """Join the other ranks of the replica; leave them on exit. Every rank must call this at about the same time.
+
+    ``timeout_s`` bounds the joining and each collective after it; the shared-memory all-reduce knows no time limit,
+    so whoever starts ranks must end those whose peer has died.
+
+    Raises:
+        InvalidTopology: the rank is outside the topology.
+        RuntimeError: this process is in a replica already.
+        torch.distributed.DistError: the others did not come in time, or a collective failed.
+    """
+    if topology.size == 1:
+        if rank != 0:
+            raise InvalidTopology(f"rank {rank} is outside this topology of one rank")
+        yield single_rank_groups()
+        return
+    topology.coordinates(rank)
+    if dist.is_initialized():
+        raise RuntimeError("this process has joined a process group already; leave it before opening another")
+    backend: Backend = "nccl" if device.type == "cuda" else "gloo"
+    with ExitStack() as stack:
+        stack.enter_context(_bound_to_interface(_own_address(rendezvous)))
+        if backend == "nccl":
+            torch.cuda.set_device(device)
+        stack.callback(_leave)
+        dist.init_process_group(
+            backend,
+            store=_store(rendezvous, topology.size, rank, timeout_s),
+            rank=rank,
+            world_size=topology.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if backend == "nccl" else None,
+        )
+        transports = _transports(topology, backend, transport, timeout_s)
+        groups = _parallel_groups(topology, rank, transports)
+        log.info("rank %d of %d joined (%s): %s", rank, topology.size, topology, groups.world.transport)
+        yield groups
+
+
+def _parallel_groups(topology: Topology, rank: int, transports: dict[tuple[int, ...], Transport]) -> ParallelGroups:
+    def group(axis: TopologyAxis) -> Group:
+        ranks = topology.peers(rank, axis)
+        return Group(axis=axis, rank=ranks.index(rank), size=len(ranks), ranks=ranks, transport=transports.get(ranks))
+
+    return ParallelGroups(
+        topology=topology,
+        rank=rank,
+        coordinates=topology.coordinates(rank),
+        tp=group("tp"),
+        dp=group("dp"),
+        pp=group("pp"),
+        ep=group("ep"),
+        expert_tp=group("expert_tp"),
+        stage=group("stage"),
+        world=group("world"),
+    )
+
+
+def _transports(topology: Topology, backend: Backend, choice: TransportChoice, timeout_s: float) -> dict[tuple[int, ...], Transport]:
+    """A transport for every set of two or more ranks that shares an axis, by its ranks.
+
+    torch wants every rank to create every group, its own or not, in the same order.
+    """
+    world = tuple(range(topology.size))
+    assert dist.group.WORLD is not None
+    memory = shared_memory.agree(dist.group.WORLD) if backend == "gloo" and choice == "auto" else None
+    transports = {world: Transport(backend, dist.group.WORLD, memory)}
+    for axis in get_args(TopologyAxis):
+        for rank in world:
+            ranks = topology.peers(rank, axis)
+            if len(ranks) > 1 and ranks not in transports:
+                process_group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
+                transports[ranks] = Transport(backend, process_group)
+    return transports
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _store(rendezvous: Rendezvous, size: int, rank: int, timeout_s: float) -> dist.TCPStore:
+    """The key-value store of the replica. Left to itself it would listen on every address of the host: we bind it."""
+    listen_fd = _listen(rendezvous.host, rendezvous.port).detach() if rank == 0 else None
+    return dist.TCPStore(
+        rendezvous.host,
+        rendezvous.port,
+        size,
+        is_master=rank == 0,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listen_fd,
+        use_libuv=True,
+    )
+
+
+def _own_address(rendezvous: Rendezvous) -> str:
+    """The address by which this machine reaches the rendezvous. Connecting a datagram socket sends nothing."""
+    family, _, _, _, address = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+@contextmanager
+def _bound_to_interface(address: str) -> Iterator[None]:
+    """Tell gloo and NCCL the network interface of ``address``, unless the operator has chosen one.
+
+    Otherwise gloo takes what the host's name resolves to and NCCL the first that looks good, and in a container
+    either may be one that the other ranks cannot reach. NCCL may connect later, so this must last as long as the groups.
+    """
+    interface = next(
+        (name for name, addresses in psutil.net_if_addrs().items() if any(a.address.split("%")[0] == address for a in addresses)), None
+    )
+    chosen = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface and name not in os.environ]
+    for name in chosen:
+        os.environ[name] = str(interface)
+    try:
+        yield
+    finally:
+        for name in chosen:
+            os.environ.pop(name, None)

@@ -1,0 +1,156 @@
+"""Runs a function on every rank of a topology, in real processes that talk over gloo."""
+
+import atexit
+import multiprocessing
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+import torch
+
+from parallel.groups import ParallelGroups, Rendezvous, TransportChoice, free_rendezvous, open_groups, single_rank_groups
+from parallel.topology import Topology
+
+
+class RankFailed(Exception):
+    """A rank's process ended, did not answer, or raised something that cannot be sent; the message says which."""
+
+
+class _TracebackOfRank(Exception):
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+def run_ranks(
+    topology: Topology, function: Callable[..., Any], *args: Any, transport: TransportChoice = "gloo", timeout_s: float = 120.0
+) -> list[Any]:
+    """``function(groups, *args)`` on every rank at the same time, one thread each; what each rank returned, in order.
+
+    ``function`` must be at the top level of its module, and all that goes in and out must pickle. The processes are
+    kept for later calls with the same number of ranks. If one rank raises, that is raised here (with the rank's
+    traceback) and all of them are ended. One rank runs in the caller's process.
+    """
+    if topology.size == 1:
+        return [_call_alone(function, args)]
+    pool = _POOLS.pop(topology.size, None) or _Pool(topology.size)
+    try:
+        results = pool.run(topology, function, args, transport, timeout_s)
+    except BaseException:
+        pool.kill()
+        raise
+    _POOLS[topology.size] = pool
+    return results
+
+
+def end_pools() -> None:
+    """End all kept processes; the next call starts new ones."""
+    while _POOLS:
+        _POOLS.popitem()[1].kill()
+
+
+_POOLS: "dict[int, _Pool]" = {}
+atexit.register(end_pools)
+
+
+class _Pool:
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")  # imports torch once, for all pools
+        context.set_forkserver_preload(["parallel.groups", "parallel.collectives"])
+        self.connections: list[Connection] = []
+        self.processes: list[ForkServerProcess] = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), name=f"rank-{rank}", daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(
+        self, topology: Topology, function: Callable[..., Any], args: tuple[Any, ...], transport: TransportChoice, timeout_s: float
+    ) -> list[Any]:
+        rendezvous = free_rendezvous()
+        for rank, connection in enumerate(self.connections):
+            connection.send_bytes(pickle.dumps((topology, rank, rendezvous, transport, timeout_s, function, args)))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(results) < topology.size:
+            waiting = {self.connections[rank]: rank for rank in range(topology.size) if rank not in results}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankFailed(f"ranks {sorted(waiting.values())} of {topology} did not answer in {timeout_s:g} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                results[waiting[connection]] = _receive(connection, waiting[connection])
+        return [results[rank] for rank in range(topology.size)]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for connection in self.connections:
+            connection.close()
+
+
+def _receive(connection: Connection, rank: int) -> Any:
+    try:
+        outcome, value, text = pickle.loads(connection.recv_bytes())
+    except (EOFError, OSError) as error:
+        raise RankFailed(f"the process of rank {rank} ended") from error
+    if outcome == "returned":
+        return value
+    error = value if isinstance(value, BaseException) else RankFailed(f"rank {rank} raised {value}")
+    raise error from _TracebackOfRank(f"on rank {rank}:\n{text}")
+
+
+def _serve(connection: Connection) -> None:
+    """A rank's process: run what comes until the other end is closed."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(_outcome(message))
+
+
+def _outcome(message: bytes) -> bytes:
+    try:
+        topology, rank, rendezvous, transport, timeout_s, function, args = pickle.loads(message)
+        result = _call(topology, rank, rendezvous, transport, timeout_s, function, args)
+        return pickle.dumps(("returned", result, ""))
+    except BaseException as error:
+        text = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return pickle.dumps(("raised", repr(error), text))
+        return pickle.dumps(("raised", error, text))
+
+
+def _call(
+    topology: Topology,
+    rank: int,
+    rendezvous: Rendezvous,
+    transport: TransportChoice,
+    timeout_s: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> Any:
+    torch.manual_seed(0)
+    with open_groups(topology, rank, rendezvous=rendezvous, device=torch.device("cpu"), timeout_s=timeout_s, transport=transport) as groups:
+        return function(groups, *args)
+
+
+def _call_alone(function: Callable[[ParallelGroups], Any], args: tuple[Any, ...]) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(single_rank_groups(), *args)
+    finally:
+        torch.set_num_threads(threads)
