@@ -1,0 +1,102 @@
+"""What is measured: closed-loop cells of equal requests, token ids in, no stop but the length."""
+
+import random
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from engine.engine import Engine
+from engine.request import Request, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One workload: `streams` requests at once, each `tokens_in` random ids and exactly `tokens_out` tokens out."""
+
+    name: str
+    streams: int
+    tokens_in: int
+    tokens_out: int
+    shared_prefix: int = 0
+    """Ids that all requests begin with, fresh in every round."""
+
+    def prompts(self, vocab_size: int, seed: int) -> list[tuple[int, ...]]:
+        """Ids drawn anew for each seed, so that no round finds another's prompt in the prefix cache."""
+        draw = random.Random(seed)  # noqa: S311  (a workload, not a secret)
+        prefix = tuple(draw.randrange(vocab_size) for _ in range(self.shared_prefix))
+        return [prefix + tuple(draw.randrange(vocab_size) for _ in range(self.tokens_in)) for _ in range(self.streams)]
+
+
+CELLS = (
+    Cell(name="prefill 1,024", streams=1, tokens_in=1024, tokens_out=1),
+    Cell(name="1 stream 128/128", streams=1, tokens_in=128, tokens_out=128),
+    Cell(name="8 streams 128/128", streams=8, tokens_in=128, tokens_out=128),
+    Cell(name="16 streams 128/128", streams=16, tokens_in=128, tokens_out=128),
+    Cell(name="16 on one 1,024 prefix", streams=16, tokens_in=32, tokens_out=32, shared_prefix=1024),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One run of a cell."""
+
+    elapsed_s: float
+    ttft_s: float
+    """Median over the requests, from the common start."""
+    itl_s: float
+    """Median gap between tokens of one request; 0 where a request has one token."""
+    prompt_tokens: int
+    output_tokens: int
+    steps: int
+
+
+def run_cell(engine: Engine, cell: Cell, *, vocab_size: int, seed: int, ids: Iterator[int] = count()) -> Round:  # noqa: B008  (one sequence of ids for the process)
+    """Submit all requests of a cell at once and turn the engine until the last has ended."""
+    prompts = cell.prompts(vocab_size, seed)
+    sampling = SamplingParams(temperature=0.0, max_tokens=cell.tokens_out)
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    gaps: list[float] = []
+    running = set()
+    started = time.perf_counter()
+    for prompt in prompts:
+        request = Request(id=f"bench-{next(ids)}", prompt=prompt, sampling=sampling)
+        running.add(request.id)
+        engine.submit(request)
+    steps = 0
+    while running:
+        events = engine.turn()
+        now = time.perf_counter()
+        steps += 1
+        for event in events:
+            if event.finish_reason == "error":
+                raise RuntimeError(f"{event.request_id} ended with {event.error_kind}: {event.error_message}")
+            if event.tokens:
+                if event.request_id in last:
+                    gaps.append((now - last[event.request_id]) / len(event.tokens))
+                first.setdefault(event.request_id, now)
+                last[event.request_id] = now
+            if event.finish_reason:
+                running.discard(event.request_id)
+    return Round(
+        elapsed_s=time.perf_counter() - started,
+        ttft_s=statistics.median(first.values()) - started,
+        itl_s=statistics.median(gaps) if gaps else 0.0,
+        prompt_tokens=sum(len(prompt) for prompt in prompts),
+        output_tokens=cell.streams * cell.tokens_out,
+        steps=steps,
+    )
+
+
+def run_rounds(engine: Engine, cell: Cell, *, vocab_size: int, rounds: int, after_round: Callable[[], None]) -> list[Round]:
+    """One round unmeasured, then `rounds` measured ones."""
+    measured = []
+    for index in range(rounds + 1):
+        result = run_cell(engine, cell, vocab_size=vocab_size, seed=zlib.crc32(f"{cell.name} {index}".encode()))
+        if index:
+            measured.append(result)
+        after_round()
+    return measured
