@@ -1,0 +1,192 @@
+"""Every error a client can see, and ONE table of what both fronts answer to it.
+
+`describe` turns any exception into what may leave the house: a known error says its own message, an unknown one never does.
+"""
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+import cluster.errors
+import engine.errors
+from cluster.errors import ChannelError, NoReplicaReady, RecoveryGivenUp, ReplicaLost, SlowReader, StartFailed
+from engine.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    EngineError,
+    EngineStopped,
+    InvalidLogits,
+    KvCacheTooSmall,
+    PoisonedRequest,
+    PromptTooLong,
+    QueueFull,
+    WorkersLost,
+)
+from engine.plan import TokenEvent
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS = 1_000
+"""Longer messages are cut: an answer never echoes more of a request than this."""
+
+
+class ServeError(Exception):
+    """Base of what the service itself reports about a request."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param = message, param
+
+
+class InvalidRequest(ServeError):
+    """A value that the client sent cannot be used. ``param`` is the field's name in OpenAI's spelling, ``None`` for the whole."""
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together do not fit into the model's context."""
+
+    def __init__(self, *, prompt_tokens: int, max_tokens: int, limit_tokens: int, param: str) -> None:
+        asked = f"{prompt_tokens} in the prompt and {max_tokens} to generate"
+        super().__init__(f"this model's context holds {limit_tokens} tokens, and the request asks for {asked}; shorten either", param=param)
+        self.prompt_tokens, self.max_tokens, self.limit_tokens = prompt_tokens, max_tokens, limit_tokens
+
+
+class NotSupported(InvalidRequest):
+    """Well formed, and not offered by this server."""
+
+
+class ModelNotFound(ServeError):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no model {clipped(name, 64)!r} here; list the models to see which there are", param="model")
+
+
+class RequestTooLarge(ServeError):
+    """More bytes than `Limits.body_bytes`."""
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        super().__init__(f"the request is larger than {limit_bytes} bytes")
+        self.limit_bytes = limit_bytes
+
+
+class RouteNotFound(ServeError):
+    """No such path (HTTP) or method (gRPC)."""
+
+
+class MethodNotAllowed(ServeError):
+    """The path exists, with another HTTP method."""
+
+
+class UnsupportedMediaType(ServeError):
+    """The body is not what its Content-Type must say."""
+
+
+class NotReady(ServeError):
+    """Asked whether it is ready, and it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """What both fronts answer to one class of errors."""
+
+    http: int
+    """HTTP status."""
+    grpc: str
+    """Name of a `grpc.StatusCode`: this file needs no grpc."""
+    code: str
+    """OpenAI's ``code``, and the ``reason`` of gRPC's ErrorInfo in capitals."""
+    type: str = "server_error"
+    """OpenAI's ``type``."""
+    retry_after_s: float | None = None
+    """When trying again makes sense; an error's own ``retry_after_s`` has precedence."""
+    says: str | None = None
+    """Replaces the error's own message where that tells of hosts, paths or tracebacks."""
+
+
+def _bad(code: str, *, http: int = 400, grpc: str = "INVALID_ARGUMENT") -> Wire:
+    return Wire(http=http, grpc=grpc, code=code, type="invalid_request_error")
+
+
+def _unavailable(says: str | None = None, *, code: str = "unavailable") -> Wire:
+    return Wire(http=503, grpc="UNAVAILABLE", code=code, retry_after_s=1.0, says=says)
+
+
+LOST = "the replica that computed the answer was lost; try again"
+INTERNAL = Wire(http=500, grpc="INTERNAL", code="internal_error")
+
+WIRE: dict[type[BaseException], Wire] = {
+    InvalidRequest: _bad("invalid_value"),
+    ContextLengthExceeded: _bad("context_length_exceeded"),
+    NotSupported: _bad("not_supported"),
+    ModelNotFound: _bad("model_not_found", http=404, grpc="NOT_FOUND"),
+    RequestTooLarge: _bad("request_too_large", http=413),
+    RouteNotFound: _bad("not_found", http=404, grpc="UNIMPLEMENTED"),
+    MethodNotAllowed: _bad("method_not_allowed", http=405, grpc="UNIMPLEMENTED"),
+    UnsupportedMediaType: _bad("unsupported_media_type", http=415),
+    NotReady: _unavailable(code="not_ready"),
+    PromptTooLong: _bad("context_length_exceeded"),
+    KvCacheTooSmall: _bad("context_length_exceeded"),
+    DuplicateRequest: _bad("duplicate_request", http=409, grpc="ALREADY_EXISTS"),
+    QueueFull: Wire(http=429, grpc="RESOURCE_EXHAUSTED", code="overloaded", type="rate_limit_error", retry_after_s=1.0),
+    DeadlineExceeded: Wire(http=504, grpc="DEADLINE_EXCEEDED", code="deadline_exceeded", says="the request's deadline passed"),
+    InvalidLogits: Wire(http=500, grpc="INTERNAL", code="invalid_logits"),
+    PoisonedRequest: Wire(http=500, grpc="ABORTED", code="poisoned_request"),
+    EngineStopped: _unavailable("the engine was stopped before the answer was complete; try again"),
+    WorkersLost: _unavailable(LOST),
+    ReplicaLost: _unavailable(LOST),
+    NoReplicaReady: _unavailable(),
+    StartFailed: _unavailable("the model could not be started"),
+    RecoveryGivenUp: _unavailable("the model could not be restarted"),
+    SlowReader: _bad("slow_reader", http=408, grpc="ABORTED"),
+    ChannelError: INTERNAL,
+    EngineError: INTERNAL,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorBody:
+    """What a client is told. ``message, type, param, code`` are the fields of OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    http_status: int
+    grpc_code: str
+    retry_after_s: float | None
+
+
+def describe(error: BaseException) -> ErrorBody:
+    """What both fronts answer to ``error``. One that is not in the table is logged under an id, and only the id is told."""
+    wire = next((WIRE[kind] for kind in type(error).__mro__ if kind in WIRE), INTERNAL)
+    return ErrorBody(
+        message=_neutral(error) if wire is INTERNAL else clipped(wire.says or str(error) or wire.code, MAX_MESSAGE_CHARS),
+        type=wire.type,
+        param=getattr(error, "param", None) if isinstance(error, ServeError) else None,
+        code=wire.code,
+        http_status=wire.http,
+        grpc_code=wire.grpc,
+        retry_after_s=wire.retry_after_s and getattr(error, "retry_after_s", wire.retry_after_s),
+    )
+
+
+def _neutral(error: BaseException) -> str:
+    error_id = secrets.token_hex(8)
+    logger.error("internal error %s", error_id, exc_info=error)
+    return f"internal error; the server's log has it under {error_id}"
+
+
+def from_event(event: TokenEvent) -> Exception:
+    """The error that ended a choice, as the class it had in the engine (its message is kept, its other attributes are not)."""
+    if event.finish_reason != "error":
+        return EngineStopped("the engine ended the request unasked")
+    kind = getattr(engine.errors, event.error_kind or "", None) or getattr(cluster.errors, event.error_kind or "", None)
+    if not (isinstance(kind, type) and issubclass(kind, EngineError)):
+        return EngineError(f"{event.error_kind}: {event.error_message}")
+    error: EngineError = kind.__new__(kind)
+    error.args = (event.error_message or kind.__name__,)
+    return error
+
+
+def clipped(text: str, limit: int) -> str:
+    """``text``, or its beginning where it is longer than ``limit`` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,50 @@
+"""Step 2 of a request: how much a client may ask. Every number that bounds a request stands here and nowhere else."""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Checked by the fronts (sizes on the wire) and by `serve.validation` (values)."""
+
+    header_bytes: int = 16 * 1024
+    """All headers of a request together."""
+    headers: int = 100
+    body_bytes: int = 4 * 1024 * 1024
+    """HTTP body or gRPC message."""
+    json_depth: int = 64
+    messages: int = 2_048
+    prompts: int = 128
+    """Prompts in one completion request."""
+    choices: int = 8
+    """``n`` of one prompt."""
+    total_choices: int = 128
+    """``n`` times the number of prompts."""
+    stop_strings: int = 4
+    stop_string_bytes: int = 256
+    stop_token_ids: int = 64
+    logit_bias_entries: int = 1_024
+    logit_bias: float = 100.0
+    """Greatest absolute value of one bias."""
+    top_logprobs: int = 20
+    temperature: float = 2.0
+    penalty: float = 2.0
+    """Greatest absolute value of presence and frequency penalty."""
+    repetition_penalty: float = 10.0
+    id_chars: int = 128
+    """Length of request ids, ``user`` and salts; their characters are ``A-Z a-z 0-9 . _ : -``."""
+    connections: int = 1_024
+    http2_streams: int = 100
+    template_s: float = 2.0
+    """Time a chat template may take."""
+    template_chars: int = 8 * 1024 * 1024
+    """Characters a chat template may write."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{field.name}={getattr(self, field.name):g}" for field in dataclasses.fields(self))

@@ -1,0 +1,49 @@
+"""What the service must know of the model it speaks for, without holding its weights."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.config import ModelConfig
+from model.generation_config import GenerationDefaults
+from serve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """One served model."""
+
+    name: str
+    """What clients call it."""
+    folder: Path
+    max_context_tokens: int
+    """Prompt and answer together."""
+    vocab_size: int
+    """Rows of the embedding matrix."""
+    num_real_tokens: int
+    """Ids below this can be sampled; rows above are padding."""
+    defaults: GenerationDefaults
+    """Used where a client says nothing."""
+    created: int
+    """Unix time at which this server began to offer it."""
+
+    @classmethod
+    def from_checkpoint(cls, folder: Path, *, name: str, tokenizer: Tokenizer, max_context_tokens: int | None = None) -> "ModelFacts":
+        """Read config.json and generation_config.json. ``max_context_tokens`` lowers the model's own limit, never raises it.
+
+        Raises:
+            InvalidModelConfig, UnsupportedModel: see `ModelConfig.from_checkpoint`.
+            ValueError: the tokenizer has ids that the model has no rows for, so they do not belong together.
+        """
+        config = ModelConfig.from_checkpoint(folder)
+        if tokenizer.num_real_tokens > config.vocab_size:
+            raise ValueError(f"the tokenizer in {folder} knows {tokenizer.num_real_tokens} tokens, the model only {config.vocab_size}")
+        return cls(
+            name=name,
+            folder=folder,
+            max_context_tokens=min(config.max_context_tokens, max_context_tokens or config.max_context_tokens),
+            vocab_size=config.vocab_size,
+            num_real_tokens=tokenizer.num_real_tokens,
+            defaults=GenerationDefaults.from_checkpoint(folder, config),
+            created=int(time.time()),
+        )
