@@ -1,0 +1,58 @@
+"""Generate the protobuf and gRPC stubs of client and server from `client/proto`: `python client/generate.py`.
+
+The tool is pinned here and fetched into a temporary folder: generated code refuses a protobuf or grpcio older than the
+tool that made it, so an old tool keeps the client installable beside many versions. Client and server each keep their
+own copy (neither imports the other); both describe the same files to protobuf, which takes the second as the first.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TOOL = "grpcio-tools==1.73.1"
+CLIENT = Path(__file__).resolve().parent
+PROTO = CLIENT / "proto"
+PACKAGE = "manta/v1"
+COPIES = {
+    "manta_client._generated": CLIENT / "src/manta_client/_generated",
+    "serve.grpc.generated": CLIENT.parent / "serve/grpc/generated",
+}
+"""Import name of each copy and the folder it lives in."""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        stubs = generate(Path(folder))
+    for package, target in COPIES.items():
+        for name, text in stubs.items():
+            (target / name).write_text(rehome(text, package))
+        print(f"{len(stubs)} files in {target}")
+
+
+def generate(folder: Path) -> dict[str, str]:
+    """Run the pinned tool; file name to text, as the tool wrote it."""
+    tool, output = folder / "tool", folder / "output"
+    output.mkdir()
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", "--target", tool, TOOL], check=True)
+    protos = sorted(str(path.relative_to(PROTO)) for path in PROTO.rglob("*.proto"))
+    outputs = [f"--{kind}_out={output}" for kind in ("python", "pyi", "grpc_python")]
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", *outputs, *protos]
+    subprocess.run(protoc, check=True, env={**os.environ, "PYTHONPATH": str(tool)})
+    with_services = [proto for proto in protos if re.search(r"^service ", (PROTO / proto).read_text(), re.MULTILINE)]
+    wanted = [f"{Path(proto).stem}{end}" for proto in protos for end in ("_pb2.py", "_pb2.pyi")]
+    wanted += [f"{Path(proto).stem}_pb2_grpc.py" for proto in with_services]
+    return {name: (output / PACKAGE / name).read_text() for name in wanted}
+
+
+def rehome(text: str, package: str) -> str:
+    """Let a stub live in `package`: siblings import each other there, and pickled messages (Ray does) name it."""
+    module = PACKAGE.replace("/", ".")
+    text = re.sub(rf"^from {re.escape(module)} import", "from . import", text, flags=re.MULTILINE)
+    return re.sub(rf"'{re.escape(module)}\.(\w+_pb2)'", rf"'{package}.\1'", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Talk to a Manta inference server over gRPC.
+
+from manta_client import Client
+
+with Client("grpc://127.0.0.1:9000") as client:
+    print(client.chat.create(messages=[{"role": "user", "content": "Why is the sky blue?"}]).text)
+"""
+
+from ._async.client import AsyncClient
+from ._async.stream import AsyncStream
+from ._sync.client import Client
+from ._sync.stream import Stream
+from .answers import ChatCompletion, Choice, Completion, Delta, Model, TokenLogprob, TopLogprob, Usage
+from .errors import (
+    AuthenticationFailed,
+    BadRequest,
+    CallFailed,
+    Cancelled,
+    DeadlineExceeded,
+    InsecureKey,
+    InvalidEndpoint,
+    MantaError,
+    ModelNotChosen,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    ServerError,
+    StreamBroken,
+    Unavailable,
+)
+from .requests import Options
+
+__version__ = "0.1.0"
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "AuthenticationFailed",
+    "BadRequest",
+    "CallFailed",
+    "Cancelled",
+    "ChatCompletion",
+    "Choice",
+    "Client",
+    "Completion",
+    "DeadlineExceeded",
+    "Delta",
+    "InsecureKey",
+    "InvalidEndpoint",
+    "MantaError",
+    "Model",
+    "ModelNotChosen",
+    "NotFound",
+    "Options",
+    "Overloaded",
+    "PermissionDenied",
+    "ServerError",
+    "Stream",
+    "StreamBroken",
+    "TokenLogprob",
+    "TopLogprob",
+    "Unavailable",
+    "Usage",
+]

@@ -1,0 +1,70 @@
+"""`client.chat`: answers to conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import convert
+from .._generated import service_pb2
+from ..answers import ChatCompletion
+from ..assembly import Assembly, build_chat
+from ..requests import ChatMessage, Options, chat_request
+from .models import AsyncModels
+from .stream import AsyncStream
+from .transport import AsyncEventStream, AsyncTransport
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AsyncChat:
+    def __init__(self, transport: AsyncTransport, models: AsyncModels) -> None:
+        self._transport, self._models = transport, models
+
+    async def create(
+        self,
+        *,
+        messages: Sequence[ChatMessage],
+        model: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> ChatCompletion:
+        """Answer a conversation.
+
+        Args:
+            messages: oldest first, each {"role": "system" | "user" | "assistant", "content": ...}.
+            model: what `models.list` names; if not said, the only one there is.
+            priority: lower is served first.
+            timeout: seconds for everything, retries too; if not said, the client's.
+            options: temperature, max_tokens, stop, seed, ...; see `Options`.
+
+        Raises:
+            CallFailed: the server refused or failed, or the time passed.
+            ModelNotChosen: no model was named and there are several.
+        """
+        name = model or await self._models.only(timeout=timeout)
+        request = chat_request(model=name, messages=messages, priority=priority, options=options)
+        response = await self._transport.call("Chat", request, service_pb2.ChatResponse, timeout_s=timeout)
+        return convert.chat_completion(response)
+
+    def stream(
+        self,
+        *,
+        messages: Sequence[ChatMessage],
+        model: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncStream[ChatCompletion]:
+        """Answer a conversation as a stream of `Delta`s. The same arguments and errors as `create`."""
+
+        async def begin() -> tuple[AsyncEventStream, Assembly[ChatCompletion]]:
+            name = model or await self._models.only(timeout=timeout)
+            request = chat_request(model=name, messages=messages, priority=priority, options=options)
+            stream_request = service_pb2.ChatStreamRequest(request=request)
+            events = await self._transport.open_stream("ChatStream", stream_request, timeout_s=timeout)
+            return events, Assembly(name, build_chat)
+
+        return AsyncStream(begin)

@@ -1,0 +1,1 @@
+"""Stubs of manta.v1, written by `client/generate.py`."""

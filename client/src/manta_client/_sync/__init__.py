@@ -1,0 +1,2 @@
+# Generated from `_async/__init__.py` by client/unasync.py. Do not edit.
+"""The synchronous client."""

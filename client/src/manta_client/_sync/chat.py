@@ -1,0 +1,71 @@
+# Generated from `_async/chat.py` by client/unasync.py. Do not edit.
+"""`client.chat`: answers to conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import convert
+from .._generated import service_pb2
+from ..answers import ChatCompletion
+from ..assembly import Assembly, build_chat
+from ..requests import ChatMessage, Options, chat_request
+from .models import Models
+from .stream import Stream
+from .transport import EventStream, Transport
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Chat:
+    def __init__(self, transport: Transport, models: Models) -> None:
+        self._transport, self._models = transport, models
+
+    def create(
+        self,
+        *,
+        messages: Sequence[ChatMessage],
+        model: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> ChatCompletion:
+        """Answer a conversation.
+
+        Args:
+            messages: oldest first, each {"role": "system" | "user" | "assistant", "content": ...}.
+            model: what `models.list` names; if not said, the only one there is.
+            priority: lower is served first.
+            timeout: seconds for everything, retries too; if not said, the client's.
+            options: temperature, max_tokens, stop, seed, ...; see `Options`.
+
+        Raises:
+            CallFailed: the server refused or failed, or the time passed.
+            ModelNotChosen: no model was named and there are several.
+        """
+        name = model or self._models.only(timeout=timeout)
+        request = chat_request(model=name, messages=messages, priority=priority, options=options)
+        response = self._transport.call("Chat", request, service_pb2.ChatResponse, timeout_s=timeout)
+        return convert.chat_completion(response)
+
+    def stream(
+        self,
+        *,
+        messages: Sequence[ChatMessage],
+        model: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> Stream[ChatCompletion]:
+        """Answer a conversation as a stream of `Delta`s. The same arguments and errors as `create`."""
+
+        def begin() -> tuple[EventStream, Assembly[ChatCompletion]]:
+            name = model or self._models.only(timeout=timeout)
+            request = chat_request(model=name, messages=messages, priority=priority, options=options)
+            stream_request = service_pb2.ChatStreamRequest(request=request)
+            events = self._transport.open_stream("ChatStream", stream_request, timeout_s=timeout)
+            return events, Assembly(name, build_chat)
+
+        return Stream(begin)

@@ -1,0 +1,74 @@
+# Generated from `_async/completions.py` by client/unasync.py. Do not edit.
+"""`client.completions`: prompts gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import convert
+from .._generated import service_pb2
+from ..answers import Completion
+from ..assembly import Assembly, build_completion
+from ..requests import Options, Prompt, generate_request
+from .models import Models
+from .stream import Stream
+from .transport import EventStream, Transport
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Completions:
+    def __init__(self, transport: Transport, models: Models) -> None:
+        self._transport, self._models = transport, models
+
+    def create(
+        self,
+        *,
+        prompt: Prompt | Sequence[Prompt],
+        model: str | None = None,
+        echo: bool = False,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> Completion:
+        """Go on with one prompt or several; no chat template is applied.
+
+        Args:
+            prompt: text, token ids, or a list of either.
+            model: what `models.list` names; if not said, the only one there is.
+            echo: begin the answer's text with the prompt's.
+            priority: lower is served first.
+            timeout: seconds for everything, retries too; if not said, the client's.
+            options: temperature, max_tokens, stop, seed, ...; see `Options`.
+
+        Raises:
+            CallFailed: the server refused or failed, or the time passed.
+            ModelNotChosen: no model was named and there are several.
+        """
+        name = model or self._models.only(timeout=timeout)
+        request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=options)
+        response = self._transport.call("Generate", request, service_pb2.GenerateResponse, timeout_s=timeout)
+        return convert.completion(response)
+
+    def stream(
+        self,
+        *,
+        prompt: Prompt | Sequence[Prompt],
+        model: str | None = None,
+        echo: bool = False,
+        priority: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> Stream[Completion]:
+        """Go on with prompts as a stream of `Delta`s. The same arguments and errors as `create`."""
+
+        def begin() -> tuple[EventStream, Assembly[Completion]]:
+            name = model or self._models.only(timeout=timeout)
+            request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=options)
+            stream_request = service_pb2.GenerateStreamRequest(request=request)
+            events = self._transport.open_stream("GenerateStream", stream_request, timeout_s=timeout)
+            return events, Assembly(name, build_completion)
+
+        return Stream(begin)

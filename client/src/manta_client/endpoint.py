@@ -1,0 +1,91 @@
+"""Where the server is, and whether a key may be sent there."""
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from .errors import InsecureKey, InvalidEndpoint
+
+DEFAULT = "grpc://127.0.0.1:9000"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """`grpc://host:port`, or `grpcs://host:port` for TLS."""
+
+    host: str
+    port: int
+    secure: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "Endpoint":
+        """Read an endpoint; without a scheme it is `grpc://`.
+
+        Raises:
+            InvalidEndpoint: it is not of that form.
+        """
+        url = urlsplit(text if "://" in text else f"grpc://{text}")
+        try:
+            port = url.port
+        except ValueError:
+            port = None
+        if url.scheme not in ("grpc", "grpcs") or not url.hostname or port is None or url.path.strip("/"):
+            raise InvalidEndpoint(f"{text!r} is no endpoint: say grpc://host:port, or grpcs://host:port for TLS")
+        return cls(host=url.hostname, port=port, secure=url.scheme == "grpcs")
+
+    @property
+    def target(self) -> str:
+        """The endpoint as gRPC writes it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True)
+class Access:
+    """An endpoint and the key to show there."""
+
+    endpoint: Endpoint
+    api_key: str | None
+
+    @classmethod
+    def resolve(
+        cls,
+        endpoint: str | None,
+        api_key: str | None,
+        *,
+        allow_insecure_key: bool,
+        environment: Mapping[str, str] | None = None,
+    ) -> "Access":
+        """Fill what was not said from `MANTA_ENDPOINT` and `MANTA_API_KEY`.
+
+        Raises:
+            InvalidEndpoint: the endpoint cannot be read.
+            InsecureKey: the key would cross a network in the clear.
+        """
+        environment = os.environ if environment is None else environment
+        place = Endpoint.parse(endpoint or environment.get("MANTA_ENDPOINT") or DEFAULT)
+        key = api_key or environment.get("MANTA_API_KEY") or None
+        if key and not (place.secure or place.is_loopback or allow_insecure_key):
+            raise InsecureKey(
+                f"the API key would be readable on the way to {place.target}: use grpcs://, or pass allow_insecure_key=True "
+                "where something else protects the connection"
+            )
+        return cls(place, key)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
+    def __repr__(self) -> str:
+        return f"<Access {self.endpoint.target}{' with TLS' if self.endpoint.secure else ''}{' with a key' if self.api_key else ''}>"

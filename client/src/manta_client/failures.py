@@ -1,0 +1,54 @@
+"""From what gRPC reports to this library's errors."""
+
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from ._generated import messages_pb2
+from .errors import CallFailed, failure_class
+
+DETAILS_KEY = "grpc-status-details-bin"
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def from_rpc_error(error: grpc.RpcError) -> CallFailed:
+    """The typed error of a failed call, from its code and its google.rpc details."""
+    code = error.code()
+    details = _details(error)
+    reason, violation, retry, request = (details.get(kind) for kind in ("ErrorInfo", "BadRequest", "RetryInfo", "RequestInfo"))
+    return failure_class(code)(
+        error.details() or code.name,
+        code=code,
+        reason=reason.reason if reason else None,
+        param=violation.field_violations[0].field if violation and violation.field_violations else None,
+        retry_after=retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
+        request_id=request.request_id if request else None,
+    )
+
+
+def from_event(error: messages_pb2.Error, request_id: str) -> CallFailed:
+    """The typed error of a stream's error event; the status that follows it says the same."""
+    code = CODES.get(error.code, grpc.StatusCode.UNKNOWN)
+    return failure_class(code)(
+        error.message,
+        code=code,
+        reason=error.reason or None,
+        param=error.param or None,
+        retry_after=error.retry_delay.ToTimedelta().total_seconds() if error.HasField("retry_delay") else None,
+        request_id=request_id or None,
+    )
+
+
+def _details(error: grpc.RpcError) -> dict[str, Any]:
+    """google.rpc details by message name; those this library does not know are left out."""
+    found = {}
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            for packed in status_pb2.Status.FromString(value).details:
+                message_class = getattr(error_details_pb2, packed.type_url.rpartition(".")[2], None)
+                if message_class is not None:
+                    message = message_class()
+                    packed.Unpack(message)
+                    found[message_class.DESCRIPTOR.name] = message
+    return found

@@ -1,0 +1,99 @@
+"""From keyword arguments to protobuf requests."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from ._generated import messages_pb2, service_pb2
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+ChatMessage = Mapping[str, str]
+"""{"role": "user", "content": "..."}, as OpenAI's clients have it."""
+
+
+class Options(TypedDict, total=False):
+    """How to choose tokens and when to stop; each may be left out, and None means the same as leaving it out."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    n: int | None
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    logprobs: int | None
+
+
+ROLES = tuple(name for name in messages_pb2.Role.keys() if name != "ROLE_UNSPECIFIED")  # noqa: SIM118 (an enum wrapper, no dict)
+KNOWN = frozenset(Options.__annotations__)
+
+
+def options_message(options: Options) -> messages_pb2.Options:
+    """Options as protobuf.
+
+    Raises:
+        TypeError: an option has no such name, or not that type.
+    """
+    for name in options.keys() - KNOWN:
+        near = difflib.get_close_matches(name, KNOWN, n=1)
+        raise TypeError(f"there is no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    said: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(said.get("stop"), str):
+        said["stop"] = [said["stop"]]
+    return messages_pb2.Options(**said)
+
+
+def chat_request(*, model: str, messages: Sequence[ChatMessage], priority: int, options: Options) -> service_pb2.ChatRequest:
+    return service_pb2.ChatRequest(
+        model=model,
+        messages=[_message(message) for message in messages],
+        priority=priority,
+        options=options_message(options),
+    )
+
+
+def generate_request(
+    *, model: str, prompt: Prompt | Sequence[Prompt], echo: bool, priority: int, options: Options
+) -> service_pb2.GenerateRequest:
+    return service_pb2.GenerateRequest(
+        model=model,
+        prompts=[_prompt(one) for one in _prompts(prompt)],
+        echo=echo,
+        priority=priority,
+        options=options_message(options),
+    )
+
+
+def _message(message: ChatMessage) -> messages_pb2.Message:
+    unknown = message.keys() - {"role", "content", "name"}
+    if unknown:
+        raise TypeError(f"a message has role, content and name, not {sorted(unknown)}")
+    name = f"ROLE_{message['role'].upper()}"
+    if name not in ROLES:
+        known = ", ".join(role.removeprefix("ROLE_").lower() for role in ROLES)
+        raise ValueError(f"role {message['role']!r} is none of {known}")
+    return messages_pb2.Message(role=name, content=message["content"], name=message.get("name"))
+
+
+def _prompts(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """A text or one list of ids is one prompt; everything else is a list of prompts."""
+    if isinstance(prompt, str) or (prompt and all(isinstance(token, int) for token in prompt)):
+        return [prompt]  # type: ignore[list-item]
+    return prompt  # type: ignore[return-value]
+
+
+def _prompt(prompt: Prompt) -> messages_pb2.Prompt:
+    if isinstance(prompt, str):
+        return messages_pb2.Prompt(text=prompt)
+    return messages_pb2.Prompt(token_ids=messages_pb2.TokenIds(ids=prompt))

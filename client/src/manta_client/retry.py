@@ -1,0 +1,70 @@
+"""When to try again, and after how long."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from .errors import CallFailed
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Pauses double from `first_pause_s` to `longest_pause_s`, each shortened by up to half at random so that clients
+    that failed together do not come back together. A server's RetryInfo is never undercut."""
+
+    max_retries: int = 2
+    first_pause_s: float = 0.5
+    longest_pause_s: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.max_retries < 0 or self.first_pause_s < 0 or self.longest_pause_s < 0:
+            raise ValueError("max_retries and pauses cannot be negative")
+
+
+class Attempts:
+    """The tries of one call: how many are left and how much of its timeout."""
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        timeout_s: float | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._policy, self._clock, self._chance = policy, clock, chance
+        self._deadline_s = None if timeout_s is None else clock() + timeout_s
+        self._num_failed = 0
+
+    def remaining_s(self) -> float | None:
+        """What the next try may take; None = no limit."""
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - self._clock())
+
+    def pause_s(self, failure: CallFailed) -> float:
+        """Seconds to wait before the next try.
+
+        Raises:
+            CallFailed: the failure itself, where another try would not help or comes too late.
+        """
+        self._num_failed += 1
+        if not _is_passing(failure) or self._num_failed > self._policy.max_retries:
+            raise failure
+        pause_s = self._own_pause_s() if failure.retry_after is None else failure.retry_after * (1 + 0.25 * self._chance())
+        remaining_s = self.remaining_s()
+        if pause_s > self._policy.longest_pause_s * 1.25 or (remaining_s is not None and pause_s >= remaining_s):
+            raise failure
+        return pause_s
+
+    def _own_pause_s(self) -> float:
+        pause_s = min(self._policy.longest_pause_s, self._policy.first_pause_s * 2.0 ** (self._num_failed - 1))
+        return pause_s * (1 - 0.5 * self._chance())
+
+
+def _is_passing(failure: CallFailed) -> bool:
+    """Whether the cause may pass by itself: no server just now, or no room and a time was named."""
+    if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return failure.retry_after is not None
+    return failure.code is grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,124 @@
+from . import messages_pb2 as _messages_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ChatRequest(_message.Message):
+    __slots__ = ("model", "messages", "options", "priority")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    messages: _containers.RepeatedCompositeFieldContainer[_messages_pb2.Message]
+    options: _messages_pb2.Options
+    priority: int
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_messages_pb2.Message, _Mapping]]] = ..., options: _Optional[_Union[_messages_pb2.Options, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class ChatResponse(_message.Message):
+    __slots__ = ("id", "created", "model", "choices", "usage")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    created: int
+    model: str
+    choices: _containers.RepeatedCompositeFieldContainer[_messages_pb2.ChatChoice]
+    usage: _messages_pb2.Usage
+    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., model: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[_messages_pb2.ChatChoice, _Mapping]]] = ..., usage: _Optional[_Union[_messages_pb2.Usage, _Mapping]] = ...) -> None: ...
+
+class ChatStreamRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: ChatRequest
+    def __init__(self, request: _Optional[_Union[ChatRequest, _Mapping]] = ...) -> None: ...
+
+class ChatStreamResponse(_message.Message):
+    __slots__ = ("id", "delta", "finish", "usage", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    delta: _messages_pb2.Delta
+    finish: _messages_pb2.Finish
+    usage: _messages_pb2.Usage
+    error: _messages_pb2.Error
+    def __init__(self, id: _Optional[str] = ..., delta: _Optional[_Union[_messages_pb2.Delta, _Mapping]] = ..., finish: _Optional[_Union[_messages_pb2.Finish, _Mapping]] = ..., usage: _Optional[_Union[_messages_pb2.Usage, _Mapping]] = ..., error: _Optional[_Union[_messages_pb2.Error, _Mapping]] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("model", "prompts", "options", "priority", "echo")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    prompts: _containers.RepeatedCompositeFieldContainer[_messages_pb2.Prompt]
+    options: _messages_pb2.Options
+    priority: int
+    echo: bool
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_messages_pb2.Prompt, _Mapping]]] = ..., options: _Optional[_Union[_messages_pb2.Options, _Mapping]] = ..., priority: _Optional[int] = ..., echo: bool = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("id", "created", "model", "choices", "usage")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    created: int
+    model: str
+    choices: _containers.RepeatedCompositeFieldContainer[_messages_pb2.GenerateChoice]
+    usage: _messages_pb2.Usage
+    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., model: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[_messages_pb2.GenerateChoice, _Mapping]]] = ..., usage: _Optional[_Union[_messages_pb2.Usage, _Mapping]] = ...) -> None: ...
+
+class GenerateStreamRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateRequest
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
+
+class GenerateStreamResponse(_message.Message):
+    __slots__ = ("id", "delta", "finish", "usage", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    delta: _messages_pb2.Delta
+    finish: _messages_pb2.Finish
+    usage: _messages_pb2.Usage
+    error: _messages_pb2.Error
+    def __init__(self, id: _Optional[str] = ..., delta: _Optional[_Union[_messages_pb2.Delta, _Mapping]] = ..., finish: _Optional[_Union[_messages_pb2.Finish, _Mapping]] = ..., usage: _Optional[_Union[_messages_pb2.Usage, _Mapping]] = ..., error: _Optional[_Union[_messages_pb2.Error, _Mapping]] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[_messages_pb2.Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[_messages_pb2.Model, _Mapping]]] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: _messages_pb2.Model
+    def __init__(self, model: _Optional[_Union[_messages_pb2.Model, _Mapping]] = ...) -> None: ...
