@@ -1,0 +1,81 @@
+"""What is done to logits before temperature: penalties, biases, ids that may not be sampled now.
+
+R rows, V ids that can be sampled.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.run.sampling.state import Row
+from engine.run.transfer import upload
+
+
+def edited(logits_RV: Tensor, rows: Sequence[Row], allowed_RW: Tensor | None = None) -> Tensor:
+    """The logits as each row's parameters change them, in float32; the very same tensor where none changes anything.
+
+    ``allowed_RW`` (int32, W = ceil(V / 32)) holds a bit for each id, lowest first: 0 forbids it. A row without such
+    a rule has all bits set.
+    """
+    penalised = [(at, row) for at, row in enumerate(rows) if row.state.history is not None]
+    biased = [(at, row) for at, row in enumerate(rows) if len(row.state.bias_ids)]
+    unfinished = [(at, row) for at, row in enumerate(rows) if row.position < row.state.sampling.min_tokens and len(row.state.stop_ids)]
+    if not (penalised or biased or unfinished) and allowed_RW is None:
+        return logits_RV
+    logits_RV = logits_RV.to(torch.float32, copy=True)
+    if penalised:
+        _penalise(logits_RV, penalised)
+    if biased:
+        _add_bias(logits_RV, biased)
+    if unfinished:
+        _forbid_stop_ids(logits_RV, unfinished)
+    if allowed_RW is not None:
+        logits_RV.masked_fill_(~_bits(allowed_RW, logits_RV.shape[1]), -torch.inf)
+    return logits_RV
+
+
+def _penalise(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+    """Repetition (prompt and output), then presence and frequency (output), on the ids that a row has seen."""
+    histories = [row.state.history for _, row in rows if row.state.history is not None]
+    lengths = [len(history.ids) for history in histories]
+    device = logits_RV.device
+    at = _places(rows, lengths, np.concatenate([history.ids for history in histories]), device)
+    counts = upload(np.concatenate([history.output_counts for history in histories]).astype(np.float32), device)
+
+    def of_each(name: str) -> Tensor:
+        values = np.array([getattr(row.state.sampling, name) for _, row in rows], np.float32)
+        return upload(np.repeat(values, lengths), device)
+
+    logits = logits_RV[at]
+    repetition = of_each("repetition_penalty")
+    logits = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = logits - of_each("presence_penalty") * (counts > 0)
+    logits_RV[at] = logits - of_each("frequency_penalty") * counts
+
+
+def _add_bias(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+    ids = [row.state.bias_ids for _, row in rows]
+    at = _places(rows, [len(i) for i in ids], np.concatenate(ids), logits_RV.device)
+    logits_RV[at] = logits_RV[at] + upload(np.concatenate([row.state.bias_values for _, row in rows]), logits_RV.device)
+
+
+def _forbid_stop_ids(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
+    ids = [row.state.stop_ids for _, row in rows]
+    at = _places(rows, [len(i) for i in ids], np.concatenate(ids), logits_RV.device)
+    # A tensor, not a number: indexing by a number would wait for the device.
+    logits_RV[at] = torch.full((), -torch.inf, device=logits_RV.device)
+
+
+def _places(rows: Sequence[tuple[int, Row]], lengths: list[int], ids: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index pairs (row, id) into the logits; no pair occurs twice but for equal stop ids, which do the same."""
+    numbers = np.repeat(np.array([at for at, _ in rows], np.int64), lengths)
+    return upload(numbers, device), upload(ids, device)
+
+
+def _bits(words_RW: Tensor, size: int) -> Tensor:
+    """bool (R, size): bit i of a row is bit i % 32 of word i // 32."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words_RW.device)
+    bits = (words_RW.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(1)[:, :size].bool()

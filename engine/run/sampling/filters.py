@@ -1,0 +1,127 @@
+"""Temperature, top-k, top-p, min-p and the draw itself, in whole numbers.
+
+R rows, V ids that can be sampled, C candidates.
+
+*Canonical order* of a row is by falling logit, then by rising id. Each filter keeps a beginning of that order, so all of
+them together are one number per row: how many ids are kept. Probabilities are turned into integers, whose sums do not
+depend on the order of summation: a row's answer is the same whatever rows stand beside it and however a device adds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+WEIGHT_BITS = 44
+"""The most probable id weighs 2^44, the others in proportion, rounded down: below 2^-44 of its probability is never drawn."""
+
+MAX_VOCAB_SIZE = 2 ** (62 - WEIGHT_BITS)
+"""So that the sum of all weights fits an int64."""
+
+_WHOLE_ELEMENTS = 2**23
+
+
+@dataclass(frozen=True)
+class DrawParams:
+    """One value per row. The first four are those of `SamplingParams`; temperature is above 0."""
+
+    temperature_R: Tensor
+    """float64"""
+    top_k_R: Tensor
+    """int64; off = V"""
+    top_p_R: Tensor
+    """float64; off = 1"""
+    min_p_R: Tensor
+    """float64; off = 0"""
+    uniform_R: Tensor
+    """float64 in (0, 1): the noise"""
+
+    def rows(self, rows: Tensor | slice) -> "DrawParams":
+        return DrawParams(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def draw_unfiltered(logits_RV: Tensor, params: DrawParams) -> Tensor:
+    """Ids (R) drawn from the whole vocabulary; only temperature applies."""
+    chosen = [_invert_cdf(weights_RV, uniform_R) for weights_RV, uniform_R in _whole_weights(logits_RV, params)]
+    return torch.cat(chosen)
+
+
+def whole_weight(logits_RV: Tensor, params: DrawParams) -> Tensor:
+    """The weight (R, int64) of all ids together."""
+    return torch.cat([weights_RV.sum(-1) for weights_RV, _ in _whole_weights(logits_RV, params)])
+
+
+def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, whole_weight_R: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids (R) drawn among those that the filters keep, and whether a row is decided (R, bool).
+
+    Where a filter could keep more than is certain of the ``num_candidates`` highest logits, the row's id means nothing:
+    draw again with ``num_candidates`` = V, which decides every row at the price of sorting it.
+    ``whole_weight_R`` is wanted where a row has top-p without top-k; None if no row has.
+    """
+    values_RC, ids_RC = candidates(logits_RV, num_candidates)
+    ordered_RC, order_RC = values_RC.sort(dim=-1, descending=True, stable=True)
+    weights_RC = _weights(ordered_RC, ordered_RC[:, 0], params.temperature_R)
+    num_kept_R = _num_kept(weights_RC, params, logits_RV.shape[1], whole_weight_R)
+    decided_R = num_kept_R <= num_certain(ordered_RC, logits_RV.shape[1])
+    places_C = torch.arange(weights_RC.shape[1], device=weights_RC.device)
+    kept_RC = weights_RC * (places_C < num_kept_R.unsqueeze(-1))
+    # The draw runs in id order: a rounding error that swaps two almost equal logits then hardly moves the borders.
+    by_id_RC = torch.empty_like(kept_RC).scatter_(-1, order_RC, kept_RC)
+    place_R = _invert_cdf(by_id_RC, params.uniform_R)
+    return ids_RC.gather(-1, place_R.unsqueeze(-1)).squeeze(-1), decided_R
+
+
+def candidates(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest logits and their ids, both (R, count), by rising id. Which of equal ones at the end is open."""
+    if count >= logits_RV.shape[1]:
+        return logits_RV, torch.arange(logits_RV.shape[1], device=logits_RV.device).expand(logits_RV.shape)
+    values_RC, ids_RC = logits_RV.topk(count, dim=-1, sorted=False)
+    ids_RC, by_id_RC = ids_RC.sort(dim=-1)
+    return values_RC.gather(-1, by_id_RC), ids_RC
+
+
+def num_certain(ordered_RC: Tensor, vocab_size: int) -> Tensor:
+    """How long a beginning of the candidates is surely one of the whole vocabulary: ids tied with the last may be missing."""
+    if ordered_RC.shape[1] == vocab_size:
+        return torch.full_like(ordered_RC[:, 0], vocab_size, dtype=torch.int64)
+    return (ordered_RC > ordered_RC[:, -1:]).sum(-1)
+
+
+def _num_kept(weights_RC: Tensor, params: DrawParams, vocab_size: int, whole_weight_R: Tensor | None) -> Tensor:
+    """The length (R) of the beginning of the canonical order that top-k, top-p and min-p keep; at least 1."""
+    count = weights_RC.shape[1]
+    sums_RC = weights_RC.cumsum(-1)
+    total_R = sums_RC.gather(-1, (params.top_k_R.clamp(max=count) - 1).unsqueeze(-1)).squeeze(-1)
+    if whole_weight_R is not None:
+        total_R = torch.where(params.top_k_R < vocab_size, total_R, whole_weight_R)
+    # An id is kept while what stands before it does not reach top_p. With top_p = 1 that is every id of any weight.
+    before_RC = (sums_RC - weights_RC).to(torch.float64)
+    by_top_p_R = (before_RC < (params.top_p_R * total_R).unsqueeze(-1)).sum(-1)
+    by_min_p_R = (weights_RC >= (params.min_p_R * 2.0**WEIGHT_BITS).unsqueeze(-1)).sum(-1)
+    drawable_R = (weights_RC > 0).sum(-1)
+    filters_KR = torch.stack([params.top_k_R, by_top_p_R, by_min_p_R, drawable_R])
+    return filters_KR.amin(0).clamp(min=1)
+
+
+def _whole_weights(logits_RV: Tensor, params: DrawParams) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weights of all ids and the uniforms, some rows at a time: in float64 a whole batch could fill a device's free memory."""
+    step = max(1, _WHOLE_ELEMENTS // logits_RV.shape[1])
+    for start in range(0, logits_RV.shape[0], step):
+        some, logits = params.rows(slice(start, start + step)), logits_RV[start : start + step]
+        yield _weights(logits, logits.amax(-1), some.temperature_R), some.uniform_R
+
+
+def _weights(logits_RC: Tensor, highest_R: Tensor, temperature_R: Tensor) -> Tensor:
+    """int64 (R, C): exp(logit / temperature) in units that give the highest logit 2^WEIGHT_BITS."""
+    below_RC = logits_RC.to(torch.float64, copy=True).sub_(highest_R.to(torch.float64).unsqueeze(-1))
+    return below_RC.div_(temperature_R.unsqueeze(-1)).exp_().mul_(2.0**WEIGHT_BITS).to(torch.int64)
+
+
+def _invert_cdf(weights_RC: Tensor, uniform_R: Tensor) -> Tensor:
+    """The place (R) in each row where the cumulated weight first passes the uniform's share of the whole."""
+    sums_RC = weights_RC.cumsum(-1)
+    total_R = sums_RC[:, -1]
+    target_R = torch.minimum((uniform_R * total_R).to(torch.int64), total_R - 1)
+    place_R1 = torch.searchsorted(sums_RC, target_R.unsqueeze(-1), right=True)
+    return place_R1.squeeze(-1).clamp(max=weights_RC.shape[1] - 1)  # a row of NaN must not index beyond the end

@@ -1,0 +1,74 @@
+"""Which rows of a step are drawn together, by how much of the vocabulary their filters may have to see."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from engine.request import SamplingParams
+from engine.run.noise import uniform
+from engine.run.sampling.filters import DrawParams
+from engine.run.sampling.state import Row
+from engine.run.transfer import upload
+
+MAX_CANDIDATES = 1024
+"""Rows whose filters keep more are sorted whole."""
+
+_MORE_CANDIDATES = 64
+"""Beyond top-k, so that equal logits at its border are all in sight."""
+
+Kind = Literal["greedy", "unfiltered", "bounded", "open"]
+
+
+@dataclass(frozen=True)
+class DrawGroup:
+    """Rows that are drawn by the same operations."""
+
+    kind: Kind
+    at: tuple[int, ...]
+    """Their numbers in the step."""
+    num_candidates: int
+
+
+def group_rows(rows: Sequence[Row], vocab_size: int) -> list[DrawGroup]:
+    """The rows that are drawn, by kind; greedy rows are in no group."""
+    kinds = [_kind(row.state.sampling, vocab_size) for row in rows]
+    groups = []
+    drawn: tuple[Kind, ...] = ("unfiltered", "bounded", "open")
+    for kind in drawn:
+        at = tuple(i for i, k in enumerate(kinds) if k == kind)
+        if at:
+            wanted = max(_num_candidates(rows[i].state.sampling) for i in at)
+            groups.append(DrawGroup(kind=kind, at=at, num_candidates=min(wanted, MAX_CANDIDATES)))
+    return groups
+
+
+def draw_params(rows: Sequence[Row], vocab_size: int, device: torch.device) -> DrawParams:
+    """The rows' parameters and noise as tensors."""
+    sampling = [row.state.sampling for row in rows]
+    numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in sampling], np.float64)
+    words = [(row.state.seed, row.state.choice, row.position, _top_k(row.state.sampling, vocab_size)) for row in rows]
+    temperature_R, top_p_R, min_p_R = upload(numbers, device).T.contiguous()
+    seed_R, choice_R, position_R, top_k_R = upload(np.array(words, np.int64), device).T.contiguous()
+    return DrawParams(temperature_R, top_k_R, top_p_R, min_p_R, uniform(seed_R, choice_R, position_R))
+
+
+def _kind(sampling: SamplingParams, vocab_size: int) -> Kind:
+    if sampling.temperature == 0:
+        return "greedy"
+    if _top_k(sampling, vocab_size) < vocab_size:
+        return "bounded"
+    if sampling.top_p < 1:
+        return "open"
+    return "bounded" if sampling.min_p > 0 else "unfiltered"
+
+
+def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
+    """Top-k with "off" as the whole vocabulary."""
+    return min(sampling.top_k, vocab_size) if sampling.top_k > 0 else vocab_size
+
+
+def _num_candidates(sampling: SamplingParams) -> int:
+    return sampling.top_k + _MORE_CANDIDATES if sampling.top_k > 0 else MAX_CANDIDATES

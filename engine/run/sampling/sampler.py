@@ -1,0 +1,90 @@
+"""Step 11 of a request: choose the next token of every row of logits.
+
+R rows, V ids that can be sampled. What a row gives depends on its logits, parameters, seed, choice and position alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.plan import Sampled, TokenLogprobs
+from engine.run.sampling.edits import edited
+from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, whole_weight
+from engine.run.sampling.groups import DrawGroup, draw_params, group_rows
+from engine.run.sampling.logprobs import token_logprobs
+from engine.run.sampling.state import Row
+from engine.run.transfer import upload
+
+NOT_FINITE = "the model gave NaN or no finite logits"
+NOTHING_LEFT = "the request's own rules leave no token that could be sampled"
+
+
+class Sampler:
+    """Chooses tokens on one device."""
+
+    def __init__(self, *, vocab_size: int, device: torch.device) -> None:
+        """``vocab_size`` is the number of ids that can be sampled; columns of logits beyond it are padding.
+
+        Raises:
+            ValueError: more ids than the exact sums of probabilities have room for.
+        """
+        if vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(f"a vocabulary of {vocab_size} ids cannot be sampled exactly; the limit is {MAX_VOCAB_SIZE}")
+        self.vocab_size = vocab_size
+        self.device = device
+
+    def sample(self, logits: Tensor, rows: Sequence[Row], allowed_RW: Tensor | None = None) -> list[Sampled]:
+        """One answer per row of ``logits`` (R, at least V, any floating dtype). For ``allowed_RW`` see `edited`."""
+        if not rows:
+            return []
+        raw_RV = logits[:, : self.vocab_size]
+        logits_RV = edited(raw_RV, rows, allowed_RW)
+        highest_R, chosen_R = logits_RV.max(dim=-1)  # of equal ones the first: all that greedy rows need
+        decided_R = torch.ones_like(chosen_R)
+        for group in group_rows(rows, self.vocab_size):
+            self._draw(group, logits_RV, rows, chosen_R, decided_R)
+        raw_highest_R = highest_R if logits_RV is raw_RV else raw_RV.amax(-1)
+        report = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
+        chosen, decided, raw_sound, sound = report.tolist()  # the host waits for the device here, once
+        faults = [None if a and b else NOTHING_LEFT if a else NOT_FINITE for a, b in zip(raw_sound, sound, strict=True)]
+        for i, fault in enumerate(faults):
+            if fault is None and not decided[i]:
+                chosen[i] = self._draw_sorted(logits_RV[i : i + 1], rows[i])
+        logprobs = self._logprobs(raw_RV, rows, chosen, faults)
+        return [
+            Sampled(row.state.sequence, () if fault else (token,), logprobs.get(i, ()), fault)
+            for i, (row, token, fault) in enumerate(zip(rows, chosen, faults, strict=True))
+        ]
+
+    def _draw(self, group: DrawGroup, logits_RV: Tensor, rows: Sequence[Row], chosen_R: Tensor, decided_R: Tensor) -> None:
+        """Write what the group's rows drew to their places in ``chosen_R`` and ``decided_R``."""
+        at = upload(np.array(group.at, np.int64), self.device)
+        whole_step = len(group.at) == len(rows)
+        logits_GV = logits_RV if whole_step else logits_RV[at]
+        params = draw_params([rows[i] for i in group.at], self.vocab_size, self.device)
+        if group.kind == "unfiltered":
+            chosen_R[at] = draw_unfiltered(logits_GV, params)
+            return
+        whole_weight_G = whole_weight(logits_GV, params) if group.kind == "open" else None
+        chosen_G, decided_G = draw_filtered(logits_GV, params, group.num_candidates, whole_weight_G)
+        chosen_R[at] = chosen_G
+        decided_R[at] = decided_G.long()
+
+    def _draw_sorted(self, logits_1V: Tensor, row: Row) -> int:
+        """The slow exact way, for a row whose filters keep more than the candidates."""
+        params = draw_params([row], self.vocab_size, self.device)
+        chosen, _ = draw_filtered(logits_1V, params, self.vocab_size, whole_weight(logits_1V, params))
+        return int(chosen)
+
+    def _logprobs(
+        self, raw_RV: Tensor, rows: Sequence[Row], chosen: list[int], faults: list[str | None]
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """For the rows that ask and have a token."""
+        asking = [i for i, row in enumerate(rows) if row.state.sampling.logprobs is not None and faults[i] is None]
+        if not asking:
+            return {}
+        at, tokens = upload(np.array([asking, [chosen[i] for i in asking]], np.int64), self.device)
+        num_top = [rows[i].state.sampling.logprobs or 0 for i in asking]
+        return {i: (logprobs,) for i, logprobs in zip(asking, token_logprobs(raw_RV[at], tokens, num_top), strict=True)}

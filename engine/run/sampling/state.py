@@ -1,0 +1,88 @@
+"""What the sampling rank remembers of a sequence between steps."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.plan import Opening, Work
+from engine.run.noise import seed_bits
+
+
+class TokenHistory:
+    """The distinct tokens of a sequence and how often each occurs in its output, as arrays that grow."""
+
+    def __init__(self, *, num_prompt: int, vocab_size: int) -> None:
+        self.num_tokens = 0
+        self._num_prompt = num_prompt
+        self._vocab_size = vocab_size
+        self._place: dict[int, int] = {}
+        self._ids = np.empty(64, np.int64)
+        self._output_counts = np.zeros(64, np.int64)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Tokens from `num_tokens` on. Ids beyond the vocabulary have no logit that could be changed and are only counted."""
+        for token in tokens:
+            is_output = self.num_tokens >= self._num_prompt
+            self.num_tokens += 1
+            if token < self._vocab_size:
+                self._output_counts[self._place_of(token)] += is_output
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64, distinct, in order of first occurrence."""
+        return self._ids[: len(self._place)]
+
+    @property
+    def output_counts(self) -> np.ndarray:
+        """int64, one per id; 0 for those only in the prompt."""
+        return self._output_counts[: len(self._place)]
+
+    def _place_of(self, token: int) -> int:
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+            self._output_counts = np.concatenate([self._output_counts, np.zeros_like(self._output_counts)])
+        self._ids[place] = token
+        return place
+
+
+class SamplingState:
+    """A sequence's parameters in the form that each step wants them, and its history where they look at it."""
+
+    def __init__(self, opening: Opening, *, vocab_size: int) -> None:
+        """``vocab_size`` is the number of ids that can be sampled; rules about ids beyond it have no effect."""
+        self.sequence = opening.sequence
+        self.sampling = opening.sampling
+        self.choice = opening.choice
+        self.seed = seed_bits(opening.sampling.seed)
+        self.stop_ids = np.array([t for t in opening.sampling.stop_token_ids if t < vocab_size], np.int64)
+        bias: dict[int, float] = {}
+        for token, value in opening.sampling.logit_bias:
+            if token < vocab_size:
+                bias[token] = bias.get(token, 0.0) + value
+        self.bias_ids = np.array(list(bias), np.int64)
+        self.bias_values = np.array(list(bias.values()), np.float32)
+        self._num_prompt = opening.num_prompt
+        self.history: TokenHistory | None = None
+        if opening.sampling.needs_history:
+            self.history = TokenHistory(num_prompt=opening.num_prompt, vocab_size=vocab_size)
+            self.history.extend(opening.history)
+
+    def take(self, work: Work) -> None:
+        """Learn the tokens that the work brings beyond those known."""
+        if self.history is not None:
+            known = max(self.history.num_tokens - work.start, 0)
+            self.history.extend(work.tokens[known:])
+
+    def next_position(self, work: Work) -> int:
+        """The output position of the token that the last logits of the work give."""
+        return work.start + len(work.tokens) - self._num_prompt
+
+
+class Row(NamedTuple):
+    """One row of logits, and whose it is."""
+
+    state: SamplingState
+    position: int
+    """Output position of the token to be chosen."""
