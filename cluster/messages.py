@@ -18,12 +18,12 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class RankProgress:
-    """A rank loads its weights."""
+    """A rank is starting; see `engine.run.start.StartProgress`."""
 
     rank: int
-    doing: str
-    done: float
-    """Of this rank's whole start, 0 to 1."""
+    phase: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)

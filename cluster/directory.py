@@ -1,0 +1,154 @@
+"""Step 4 of a request: which replicas there are. A named actor with soft state, and the copy that its readers keep."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cluster.channel import Address, KeyPair
+from cluster.health import Loading, State
+from engine.executor import Capacity
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "manta"
+EXPIRY_S = 10.0
+"""A replica that has not reported for this long is taken off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    rank: int
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_used: float = 0.0
+    """Of the KV blocks, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaRecord:
+    """What a replica says about itself."""
+
+    id: str
+    model: str
+    state: State
+    reason: str = ""
+    loading: Loading | None = None
+    """While the ranks start."""
+    address: Address
+    guest_keys: KeyPair | None = None
+    """What a front of another host must hold to be let in."""
+    capacity: Capacity | None = None
+    load: Load = Load()
+    host: str = ""
+    pid: int = 0
+    ranks: tuple[RankPlace, ...] = ()
+    num_restarts: int = 0
+    last_loss: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.state is State.READY
+
+
+class Register:
+    """The directory's memory: records that vanish unless they are repeated."""
+
+    def __init__(self, *, expiry_s: float = EXPIRY_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._expiry_s, self._clock = expiry_s, clock
+        self._begun = clock()
+        self._records: dict[str, tuple[float, ReplicaRecord]] = {}
+
+    def report(self, record: ReplicaRecord) -> None:
+        self._records[record.id] = (self._clock(), record)
+
+    def leave(self, replica_id: str) -> None:
+        self._records.pop(replica_id, None)
+
+    def records(self) -> tuple[bool, tuple[ReplicaRecord, ...]]:
+        """Whether every living replica has had time to report since this memory began, and those that did."""
+        now = self._clock()
+        self._records = {key: entry for key, entry in self._records.items() if now - entry[0] <= self._expiry_s}
+        return now - self._begun > self._expiry_s, tuple(record for _, record in self._records.values())
+
+
+def directory_actor(app: str) -> Any:
+    """Handle of the app's directory, made if it is not there. Restarted for ever, and refilled by the heartbeats."""
+    options = {
+        "name": f"replica-directory:{app}",
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "num_cpus": 0,
+    }
+    return ray.remote(Register).options(**options).remote()
+
+
+class Reporter:
+    """A replica's side: tells the directory, and outlives its absence."""
+
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._actor: Any = None
+        self._pending: Any = None
+
+    def report(self, record: ReplicaRecord) -> None:
+        """Send without waiting; a report that the directory did not take in is superseded by the next."""
+        try:
+            if self._pending is not None:
+                done, _ = ray.wait([self._pending], timeout=0)
+                if not done:
+                    return
+                ray.get(done[0])
+            if self._actor is None:
+                self._actor = directory_actor(self._app)
+            self._pending = self._actor.report.remote(record)
+        except (ray.exceptions.RayError, ValueError) as error:
+            self._actor = self._pending = None
+            logger.warning("the directory cannot be told: %s", error)
+
+    def leave(self, replica_id: str) -> None:
+        try:
+            if self._actor is not None:
+                ray.get(self._actor.leave.remote(replica_id), timeout=2)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            logger.warning("the directory cannot be told of the end: %s", error)
+
+
+class Reader:
+    """A front's side: asks the directory; its last answer stays valid while the directory is away or begins anew."""
+
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._actor: Any = None
+        self._known: dict[str, ReplicaRecord] = {}
+
+    @property
+    def known(self) -> tuple[ReplicaRecord, ...]:
+        return tuple(self._known.values())
+
+    async def refresh(self) -> tuple[ReplicaRecord, ...]:
+        try:
+            if self._actor is None:
+                self._actor = directory_actor(self._app)
+            self.take(*await self._actor.records.remote())
+        except (ray.exceptions.RayError, ValueError) as error:
+            self._actor = None
+            logger.warning("the directory does not answer, going on with what it said last: %s", error)
+        return self.known
+
+    def take(self, complete: bool, records: tuple[ReplicaRecord, ...]) -> None:
+        """An answer that may not be complete yet adds to what is known; a complete one replaces it."""
+        answer = {record.id: record for record in records}
+        self._known = answer if complete else self._known | answer

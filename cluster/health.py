@@ -1,0 +1,118 @@
+"""Whether a replica can make tokens, and why not. No Ray, no sockets: a clock and what happened."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+PHASE_SPANS = {"groups": (0.0, 0.05), "weights": (0.05, 0.9), "memory": (0.9, 0.92), "warm_up": (0.92, 1.0)}
+"""Which part of a rank's start each phase of `engine.run.start` stands for, in a progress bar from 0 to 1."""
+
+
+class State(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RECOVERING = "recovering"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How far a start has come, as the slowest rank has it."""
+
+    doing: str = "starting worker processes"
+    done: float = 0.0
+
+
+class StartProgressBoard:
+    """What every rank said last about its start."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._done = {rank: (0.0, "starting worker processes") for rank in range(num_ranks)}
+
+    def note(self, rank: int, phase: str, done: int, total: int) -> None:
+        start, stop = PHASE_SPANS.get(phase, (0.0, 0.0))
+        share = done / total if total else 0.0
+        self._done[rank] = (start + (stop - start) * min(share, 1.0), phase)
+
+    @property
+    def loading(self) -> Loading:
+        done, doing = min(self._done.values())
+        return Loading(doing=doing.replace("_", " "), done=done)
+
+
+class Health:
+    """Ready means: a canary token went through all ranks since they were last started, and nothing was lost since.
+
+    Every loss begins a new `generation`; a canary that was sent in an earlier one proves nothing. Thread-safe.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._state = State.STARTING
+        self._generation = 0
+        self._reason = "the ranks are starting"
+        self._since = clock()
+        self._progress_at = clock()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def ready(self) -> bool:
+        return self._state is State.READY
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    @property
+    def reason(self) -> str:
+        return self._reason
+
+    def token_made(self) -> None:
+        """All ranks took part in a step just now."""
+        self._progress_at = self._clock()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last proof that all ranks work."""
+        return self._clock() - self._progress_at
+
+    def lost(self, reason: str) -> int:
+        """The power to make tokens is gone. Returns the new generation."""
+        with self._lock:
+            if self._state not in (State.FAILED, State.DRAINING):
+                self._become(State.RECOVERING, reason)
+            self._generation += 1
+            return self._generation
+
+    def canary_passed(self, generation: int) -> bool:
+        """A token went through all ranks; False if they were lost after it was asked for."""
+        with self._lock:
+            self._progress_at = self._clock()
+            if generation != self._generation or self._state not in (State.STARTING, State.RECOVERING, State.READY):
+                return False
+            self._become(State.READY, "")
+            return True
+
+    def draining(self) -> None:
+        with self._lock:
+            if self._state is not State.FAILED:
+                self._become(State.DRAINING, "asked to stop")
+
+    def failed(self, reason: str) -> None:
+        with self._lock:
+            self._become(State.FAILED, reason)
+
+    def _become(self, state: State, reason: str) -> None:
+        if state is not self._state:
+            self._since = self._clock()
+        self._state, self._reason = state, reason
+
+    def __repr__(self) -> str:
+        return f"<Health {self._state} for {self._clock() - self._since:.1f} s{': ' + self._reason if self._reason else ''}>"

@@ -1,0 +1,188 @@
+"""Step 4 of a request, the wire: one front's connection to one replica, and the streams that run over it."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from cluster.channel import reach
+from cluster.config import RouterConfig
+from cluster.directory import ReplicaRecord
+from cluster.errors import ChannelError, SlowReader
+from cluster.messages import Cancel, Events, Message, Ping, Pong, Submit, decode, encode
+from engine.plan import TokenEvent
+from engine.request import Request
+
+
+class LinkLost(Exception):  # noqa: N818  (a state, like WorkersLost)
+    """The replica at the other end is gone, or does not answer."""
+
+    def __init__(self, message: str, *, died: bool = True) -> None:
+        super().__init__(message)
+        self.died = died
+        """Whether the replica's death may have to do with what it ran."""
+
+
+class StreamBuffer:
+    """Events of one choice on their way to its reader, bounded by tokens."""
+
+    def __init__(self, limit_tokens: int) -> None:
+        self._limit = limit_tokens
+        self._events: deque[TokenEvent] = deque()
+        self._num_tokens = 0
+        self._end: Exception | None = None
+        self._arrived = asyncio.Event()
+
+    def put(self, event: TokenEvent) -> None:
+        self._num_tokens += len(event.tokens)
+        if self._num_tokens > self._limit:
+            self.fail(SlowReader(limit_tokens=self._limit))
+        elif self._end is None:
+            self._events.append(event)
+            self._arrived.set()
+
+    def fail(self, error: Exception) -> None:
+        """What was put before can still be read; then ``error`` is raised."""
+        self._end = self._end or error
+        self._arrived.set()
+
+    async def get(self) -> TokenEvent:
+        while not self._events:
+            if self._end is not None:
+                raise self._end
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._events.popleft()
+        self._num_tokens -= len(event.tokens)
+        return event
+
+
+class ReplicaLink:
+    """A DEALER socket to a replica's intake. Usable once the replica has answered a ping; once lost it stays lost.
+
+    Must be made in a running event loop.
+    """
+
+    def __init__(self, record: ReplicaRecord, *, node: str, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.record = record
+        self._config, self._clock = config, clock
+        self._streams: dict[tuple[str, int, int], StreamBuffer] = {}
+        self._pong: Pong | None = None
+        self._submitted = 0
+        self._lost: LinkLost | None = None
+        self._heard = clock()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
+        self._tasks = [asyncio.create_task(work) for work in (self._receive(), self._ping(), self._watch_connection())]
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def ready(self) -> bool:
+        """Whether the replica itself said so, over this connection."""
+        return self._lost is None and self._pong is not None and self._pong.ready
+
+    @property
+    def lost(self) -> bool:
+        return self._lost is not None
+
+    @property
+    def load(self) -> int:
+        """Requests at the replica: as it said last, and what this front has sent since."""
+        told = self._pong.num_running + self._pong.num_waiting if self._pong else 0
+        return told + self._submitted
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Events of one attempt, up to and including its end. Closing it early cancels the request at the engine.
+
+        Raises:
+            LinkLost: the replica is gone, or not to be reached.
+            SlowReader: too many tokens wait for the reader.
+        """
+        if self._lost is not None:
+            raise self._lost
+        key = (request.id, request.choice, request.attempt)
+        buffer = self._streams[key] = StreamBuffer(self._config.max_buffered_tokens)
+        ended = False
+        try:
+            self._submitted += 1
+            self._send(Submit(request))
+            while not ended:
+                event = await buffer.get()
+                ended = event.finish_reason is not None
+                yield event
+        finally:
+            self._streams.pop(key, None)
+            if not ended and self._lost is None:
+                self._send(Cancel(*key))
+
+    async def close(self) -> None:
+        self._lose("closed")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.disable_monitor()
+        self._context.destroy(linger=200)
+
+    def _send(self, message: Message) -> None:
+        """Hand to zmq, which queues; its future is done at once or fails, and then the link is lost."""
+        if self._socket.closed:
+            return
+        future: Any = self._socket.send(encode(message), zmq.NOBLOCK)
+        if future.done() and (error := future.exception()) is not None:
+            self._lose(str(error))
+
+    async def _receive(self) -> None:
+        while True:
+            raw = await self._socket.recv()
+            self._heard = self._clock()
+            try:
+                self._take(decode(raw))
+            except ChannelError as error:
+                self._lose(str(error))
+                return
+
+    def _take(self, message: object) -> None:
+        match message:
+            case Events(events):
+                for event in events:
+                    if (buffer := self._streams.get((event.request_id, event.choice, event.attempt))) is not None:
+                        buffer.put(event)
+            case Pong():
+                self._pong, self._submitted = message, 0
+            case _:
+                raise ChannelError(f"a replica does not send {type(message).__name__}")
+
+    async def _ping(self) -> None:
+        while self._lost is None:
+            self._send(Ping())
+            await asyncio.sleep(self._config.ping_s)
+            if self._clock() - self._heard > self._config.replica_silence_s:
+                self._lose(f"silent for {self._config.replica_silence_s:g} s")
+
+    async def _watch_connection(self) -> None:
+        """A killed process closes its sockets: seen here long before its silence is."""
+        await self._monitor.recv_multipart()
+        self._lose("its connection was closed")
+
+    def _lose(self, reason: str) -> None:
+        if self._lost is None:
+            self._lost = LinkLost(f"replica {self.id}: {reason}")
+            for buffer in self._streams.values():
+                buffer.fail(self._lost)
+
+    def __repr__(self) -> str:
+        state = "lost" if self.lost else "ready" if self.ready else "not ready"
+        return f"<ReplicaLink {self.id} {state} [{len(self._streams)} streams | load {self.load}]>"

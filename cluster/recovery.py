@@ -1,0 +1,99 @@
+"""After a loss of ranks: end what remains, start new ones on the same ground, and know when to give up."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.config import ReplicaConfig
+from cluster.errors import RecoveryGivenUp, StartFailed
+from engine.errors import WorkersLost
+from engine.executor import Executor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostMortem:
+    """What is known about one loss."""
+
+    unix_time: float
+    message: str
+    rank: int | None
+    host: str | None
+    rank_traceback: str | None
+
+    @classmethod
+    def of(cls, loss: WorkersLost, unix_time: float) -> "PostMortem":
+        return cls(unix_time=unix_time, message=str(loss), rank=loss.rank, host=loss.host, rank_traceback=loss.rank_traceback)
+
+    def __str__(self) -> str:
+        return self.message + (f"\n{self.rank_traceback.rstrip()}" if self.rank_traceback else "")
+
+
+class RestartBudget:
+    """At most so many restarts within a window, the second and later ones after a growing wait.
+
+    max_restarts=3, backoff 0.5 s:  waits 0, 0.5, 1.0, then none is left
+    """
+
+    def __init__(self, *, max_restarts: int, window_s: float, backoff_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max, self._window_s, self._backoff_s, self._clock = max_restarts, window_s, backoff_s, clock
+        self._spent: deque[float] = deque()
+
+    def take(self) -> float | None:
+        """Seconds to wait before the restart that is taken; None if none is left."""
+        now = self._clock()
+        while self._spent and now - self._spent[0] > self._window_s:
+            self._spent.popleft()
+        if len(self._spent) >= self._max:
+            return None
+        self._spent.append(now)
+        earlier = len(self._spent) - 1
+        return self._backoff_s * 2 ** (earlier - 1) if earlier else 0.0
+
+
+class Recovery:
+    """Called by the engine's thread with a loss; answers with an executor whose ranks are new and empty."""
+
+    def __init__(
+        self,
+        start: Callable[[], Executor],
+        config: ReplicaConfig,
+        *,
+        sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start, self._sleep = start, sleep
+        self._budget = RestartBudget(
+            max_restarts=config.max_restarts,
+            window_s=config.restart_window_s,
+            backoff_s=config.restart_backoff_s,
+            clock=clock,
+        )
+        self.post_mortems: deque[PostMortem] = deque(maxlen=16)
+        self.num_restarts = 0
+
+    def restore(self, lost: Executor, loss: WorkersLost) -> Executor:
+        """End the ranks of ``lost`` and start new ones.
+
+        Raises:
+            RecoveryGivenUp: they were lost, or could not be started, too often within the window.
+        """
+        self._note(PostMortem.of(loss, time.time()))
+        lost.close()
+        while (wait_s := self._budget.take()) is not None:
+            self._sleep(wait_s)
+            try:
+                executor = self._start()
+            except StartFailed as error:
+                self._note(PostMortem(unix_time=time.time(), message=str(error), rank=None, host=None, rank_traceback=None))
+                continue
+            self.num_restarts += 1
+            return executor
+        raise RecoveryGivenUp(f"no restart is left; the last loss: {self.post_mortems[-1].message}")
+
+    def _note(self, post_mortem: PostMortem) -> None:
+        self.post_mortems.append(post_mortem)
+        logger.error("ranks lost: %s", post_mortem)

@@ -1,0 +1,214 @@
+"""Step 4 of a request: choose a replica, and outlive its loss without the client noticing.
+
+A front keeps what it has handed on of every choice (its committed tokens). When a replica is lost, prompt and committed
+tokens go to another under the next attempt number. The noise of a position is a function of seed, choice and position
+alone, so the new replica goes on where the old one was. Events of earlier attempts are dropped (fencing).
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Protocol, TypeVar
+
+from cluster.config import RouterConfig
+from cluster.directory import ReplicaRecord
+from cluster.errors import NoReplicaReady, ReplicaLost
+from cluster.link import LinkLost
+from engine.errors import PoisonedRequest
+from engine.plan import TokenEvent
+from engine.request import Request
+
+logger = logging.getLogger(__name__)
+
+LOSSES = frozenset({"WorkersLost", "EngineStopped"})
+"""Error kinds that say something about the replica, not about the request: another replica may do better."""
+MAX_DEATHS = 2
+"""A request present at so many losses of a replica may be what kills them; it is not tried again."""
+
+
+class Candidate(Protocol):
+    """A replica that may be chosen."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def load(self) -> int: ...
+
+
+AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
+
+
+class RoutingPolicy(Protocol):
+    def choose(self, candidates: Sequence[AnyCandidate], request: Request) -> AnyCandidate:
+        """One of ``candidates``, of which there is at least one."""
+        ...
+
+
+class LeastLoaded:
+    """The replica with the fewest requests; of equals, each in turn."""
+
+    def __init__(self) -> None:
+        self._turn = itertools.count()
+
+    def choose(self, candidates: Sequence[AnyCandidate], request: Request) -> AnyCandidate:
+        least = min(candidate.load for candidate in candidates)
+        equals = [candidate for candidate in candidates if candidate.load == least]
+        return equals[next(self._turn) % len(equals)]
+
+
+class RoundRobin:
+    """Each replica in turn."""
+
+    def __init__(self) -> None:
+        self._turn = itertools.count()
+
+    def choose(self, candidates: Sequence[AnyCandidate], request: Request) -> AnyCandidate:
+        return candidates[next(self._turn) % len(candidates)]
+
+
+class Link(Candidate, Protocol):
+    """A connection to one replica; `cluster.link.ReplicaLink` is one."""
+
+    @property
+    def record(self) -> ReplicaRecord: ...
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def lost(self) -> bool: ...
+    def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]: ...
+    async def close(self) -> None: ...
+
+
+class Replicas(Protocol):
+    """Where the router learns which replicas there are; `cluster.directory.Reader` is one."""
+
+    @property
+    def known(self) -> tuple[ReplicaRecord, ...]: ...
+    async def refresh(self) -> tuple[ReplicaRecord, ...]: ...
+
+
+class Router:
+    """The source of tokens for a front: one interface, any number of replicas behind it."""
+
+    def __init__(
+        self,
+        *,
+        replicas: Replicas,
+        connect: Callable[[ReplicaRecord], Link],
+        policy: RoutingPolicy | None = None,
+        config: RouterConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._replicas, self._connect = replicas, connect
+        self._policy: RoutingPolicy = policy or LeastLoaded()
+        self._config = config or RouterConfig()
+        self._clock, self._sleep = clock, sleep
+        self._links: dict[str, Link] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+        self.num_resumes = 0
+        """Attempts after the first, over all requests."""
+
+    async def open(self) -> None:
+        """Begin to follow the directory."""
+        self._refreshing = asyncio.create_task(self._refresh_for_ever(), name="router-refresh")
+
+    async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
+        links, self._links = self._links, {}
+        for link in links.values():
+            await link.close()
+
+    def ready(self) -> bool:
+        """Whether a request would find a replica now."""
+        return any(link.ready for link in self._links.values())
+
+    @property
+    def replicas(self) -> tuple[ReplicaRecord, ...]:
+        """What the directory knows, ready or not."""
+        return self._replicas.known
+
+    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Every token of one choice once and in order, up to its end. Closing it early cancels the choice.
+
+        Errors of the request itself come as its last event (`TokenEvent.error_kind`).
+
+        Raises:
+            NoReplicaReady: none became ready in time.
+            ReplicaLost: the attempts are used up.
+            PoisonedRequest: the request was present at two losses.
+            SlowReader: the reader let too many tokens wait.
+        """
+        committed = list(request.committed)
+        num_cached: int | None = None
+        losses: list[LinkLost] = []
+        for attempt in itertools.count(request.attempt):
+            link = await self._choose(request)
+            current = dataclasses.replace(request, attempt=attempt, committed=tuple(committed))
+            try:
+                async with aclosing(link.stream(current)) as events:
+                    async for event in events:
+                        if event.attempt != attempt:
+                            continue
+                        if event.error_kind in LOSSES:
+                            died = event.error_kind == "WorkersLost"
+                            raise LinkLost(f"replica {link.id}: {event.error_message}", died=died)
+                        if event.offset != len(committed):
+                            raise LinkLost(f"replica {link.id} sent offset {event.offset} where {len(committed)} was due", died=False)
+                        committed.extend(event.tokens)
+                        num_cached = event.num_cached if num_cached is None else num_cached
+                        yield event if event.num_cached == num_cached else dataclasses.replace(event, num_cached=num_cached)
+                        if event.finish_reason is not None:
+                            return
+                raise LinkLost(f"replica {link.id} ended the stream without an end", died=False)
+            except LinkLost as loss:
+                losses.append(loss)
+                self._may_go_on(request, losses)
+
+    def _may_go_on(self, request: Request, losses: list[LinkLost]) -> None:
+        """Raise if the request may not be tried again."""
+        last = losses[-1]
+        logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(losses), last)
+        if sum(loss.died for loss in losses) >= MAX_DEATHS:
+            raise PoisonedRequest(f"replicas died {MAX_DEATHS} times while they ran this request; it is not tried again") from last
+        if len(losses) >= self._config.max_attempts:
+            raise ReplicaLost(attempts=len(losses), last=str(last)) from last
+        self.num_resumes += 1
+
+    async def _choose(self, request: Request) -> Link:
+        """A ready replica, waited for if there is none."""
+        begun = self._clock()
+        while True:
+            candidates = [link for link in self._links.values() if link.ready]
+            if candidates:
+                return self._policy.choose(candidates, request)
+            left_s = self._config.ready_wait_s - (self._clock() - begun)
+            if request.deadline_s is not None:
+                left_s = min(left_s, request.deadline_s - time.time())
+            if left_s <= 0:
+                raise NoReplicaReady(waited_s=round(self._clock() - begun, 1))
+            await self._sleep(min(0.05, left_s))
+
+    async def _refresh_for_ever(self) -> None:
+        while True:
+            try:
+                await self.follow(await self._replicas.refresh())
+            except Exception:
+                logger.exception("could not follow the directory")
+            await self._sleep(self._config.refresh_s)
+
+    async def follow(self, records: Sequence[ReplicaRecord]) -> None:
+        """Have one link to each replica of ``records``. One that the directory forgot is kept until it is really lost."""
+        for replica_id, link in list(self._links.items()):
+            if link.lost:
+                del self._links[replica_id]
+                await link.close()
+        for record in records:
+            if record.id not in self._links:
+                self._links[record.id] = self._connect(record)

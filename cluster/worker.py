@@ -1,0 +1,205 @@
+"""Step 8 of a request, the far end: the Ray actor that holds one rank, and its loop from plan to result."""
+
+import os
+import signal
+import socket as sockets
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import ray
+import zmq
+
+from cluster.channel import Address, KeyGuard, listen, new_keys
+from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
+from engine.config import EngineConfig
+from engine.executor import Capacity
+from engine.plan import StepPlan, StepResult
+from engine.run.settings import RunnerConfig
+from parallel.topology import Topology
+
+
+class Progress(Protocol):
+    """How far a start has come; `engine.run.start.StartProgress` is one (named here so that a replica need not import torch)."""
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Rank(Protocol):
+    """What a worker needs of a started rank; `engine.run.runner.Runner` is one."""
+
+    @property
+    def capacity(self) -> Capacity: ...
+
+    def run(self, plan: StepPlan) -> StepResult | None: ...
+
+
+class Ranks(Protocol):
+    """How the ranks of one replica are started. Travels to the workers by Ray."""
+
+    @property
+    def topology(self) -> Topology: ...
+
+    def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRanks:
+    """Ranks that hold a checkpoint's model."""
+
+    checkpoint_folder: Path
+    topology: Topology
+    runner_config: RunnerConfig
+    engine_config: EngineConfig
+
+    def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
+        from engine.run.start import start_rank
+
+        return start_rank(
+            checkpoint_folder=self.checkpoint_folder,
+            topology=self.topology,
+            rank=rank,
+            rendezvous=rendezvous,
+            runner_config=self.runner_config,
+            engine_config=self.engine_config,
+            on_progress=on_progress,
+            ranks_on_host=ranks_on_host,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """How long a rank may take over something before it is no use to anyone."""
+
+    start_s: float
+    """Between two signs of progress while starting."""
+    first_step_s: float
+    step_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank has come to lie."""
+
+    rank: int
+    node: str
+    host: str
+    ip: str
+    pid: int
+    started: int
+    """Clock ticks from the host's boot to the process's start; with `pid` it names a process for good."""
+    address: Address
+    free_port: int
+    """A TCP port that was free when asked; the ranks may meet there."""
+
+
+class Worker:
+    """One rank of a replica. `open`, then `serve`, which lasts as long as the rank does."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._guard: KeyGuard | None = None
+        self._step: int | None = None
+
+    def open(self, *, replica_node: str, ipc: str, replica_key: bytes) -> Place:
+        """Listen: on ``ipc`` if the replica is on this host, else on this node's address for the holder of ``replica_key``."""
+        ip = ray.util.get_node_ip_address()
+        node = ray.get_runtime_context().get_node_id()
+        keys = new_keys()
+        if node == replica_node:
+            address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
+        else:
+            self._guard = KeyGuard(self._context, {replica_key})
+            address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
+        return Place(
+            rank=self.rank,
+            node=node,
+            host=sockets.gethostname(),
+            ip=ip,
+            pid=os.getpid(),
+            started=_start_of(os.getpid()),
+            address=address,
+            free_port=_free_port(ip),
+        )
+
+    def serve(self, *, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
+        """Start the rank and run plans until told to stop. Whatever is raised is told to the replica first."""
+        try:
+            self._serve(ranks, rendezvous, ranks_on_host, deadlines)
+        except BaseException as error:
+            _die_after(0)
+            host = sockets.gethostname()
+            message = f"{type(error).__name__}: {error}"
+            self._send(RankFailed(self.rank, host, self._step, message, traceback.format_exc()))
+            raise
+        finally:
+            if self._guard is not None:
+                self._guard.close()
+            self._context.destroy(linger=2000)
+
+    def _serve(self, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
+        def on_progress(progress: Progress) -> None:
+            _die_after(deadlines.start_s)
+            self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total))
+
+        _die_after(deadlines.start_s)
+        with ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank:
+            _die_after(0)
+            self._send(RankReady(self.rank, rank.capacity))
+            deadline_s = deadlines.first_step_s
+            while not isinstance(plan := decode(self._socket.recv()), Stop):
+                assert isinstance(plan, StepPlan)
+                self._step = plan.step
+                _die_after(deadline_s)
+                result = rank.run(plan)
+                _die_after(0)
+                deadline_s = deadlines.step_s
+                if result is not None:
+                    self._send(result)
+            _die_after(deadlines.step_s)
+        _die_after(0)
+
+    def _send(self, message: StepResult | RankProgress | RankReady | RankFailed) -> None:
+        self._socket.send(encode(message), zmq.NOBLOCK)
+
+
+def _die_after(seconds: float) -> None:
+    """Have the kernel end this process in ``seconds`` (0 = never).
+
+    A rank that waits for a dead peer inside native code hears neither Python threads nor Python signal handlers; an
+    alarm with its default action needs neither, so no rank can outlive its replica in such a wait.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _free_port(ip: str) -> int:
+    with sockets.socket(sockets.AF_INET6 if ":" in ip else sockets.AF_INET) as probe:
+        probe.bind((ip, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def end_process(pid: int, started: int) -> None:
+    """Kill a process of this host; run by Ray on the host of a rank that may not answer it."""
+    with suppress(OSError):
+        if _start_of(pid) == started:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _start_of(pid: int) -> int:
+    """Field 22 of /proc/<pid>/stat, see proc(5)."""
+    with open(f"/proc/{pid}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[19])
