@@ -1,0 +1,66 @@
+"""Step 9 of a request: the works of a step become the tensors of one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from engine.plan import Work
+from engine.run.block_tables import BlockTables
+from engine.run.transfer import upload
+from model.batch import ForwardBatch
+
+
+@dataclass(frozen=True)
+class BuiltBatch:
+    """A forward batch, and whose its logits are."""
+
+    forward: ForwardBatch
+    sampling_works: tuple[Work, ...]
+    """One per logit row, in order."""
+
+
+def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, device: torch.device) -> BuiltBatch:
+    """The works with one token each first, otherwise in the order of the plan. ``tables`` has their new blocks already."""
+    works = sorted(works, key=lambda work: len(work.tokens) > 1)
+    counts = np.fromiter((len(work.tokens) for work in works), np.int64, len(works))
+    starts = np.fromiter((work.start for work in works), np.int64, len(works))
+    query_starts = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
+    num_tokens = int(query_starts[-1])
+
+    tokens = np.fromiter(chain.from_iterable(work.tokens for work in works), np.int64, num_tokens)
+    sequence_of = np.repeat(np.arange(len(works)), counts)
+    positions = np.arange(num_tokens) - query_starts[sequence_of] + starts[sequence_of]
+    table, num_blocks = tables.of([work.sequence for work in works])
+    _check_blocks(works, starts + counts, num_blocks * block_tokens)
+    slots = table[sequence_of, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
+
+    samples = np.fromiter((work.samples for work in works), bool, len(works))
+    logit_rows = query_starts[1:][samples] - 1
+    # One copy for all that has the same dtype: a step's cost on a device is counted in copies, not in bytes.
+    numbers = upload(np.concatenate([tokens, positions, slots, logit_rows]), device)
+    tokens_T, positions_T, slots_T, logit_rows_R = numbers.split([num_tokens, num_tokens, num_tokens, len(logit_rows)])
+    forward = ForwardBatch(
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        slots_T=slots_T,
+        block_tables_SM=upload(table, device),
+        query_starts=tuple(query_starts.tolist()),
+        context_lengths=tuple((starts + counts).tolist()),
+        num_decodes=int((counts == 1).sum()),
+        logit_rows_R=logit_rows_R,
+    )
+    return BuiltBatch(forward, tuple(work for work in works if work.samples))
+
+
+def _check_blocks(works: Sequence[Work], wanted_tokens: np.ndarray, held_tokens: np.ndarray) -> None:
+    """A plan that writes beyond its sequence's blocks would write into another sequence's."""
+    short = np.flatnonzero(wanted_tokens > held_tokens)
+    if len(short):
+        first = int(short[0])
+        raise ValueError(
+            f"sequence {works[first].sequence} computes up to token {int(wanted_tokens[first])} "
+            f"and its blocks hold {int(held_tokens[first])}"
+        )

@@ -1,0 +1,70 @@
+"""The block tables of all open sequences of a rank, in one matrix, so that a step takes its rows by one operation."""
+
+import numpy as np
+
+from engine.plan import Work
+
+
+class BlockTables:
+    """Rows are handed out to sequences and taken back; the matrix grows as wanted and never shrinks."""
+
+    def __init__(self) -> None:
+        self._blocks = np.zeros((16, 16), np.int32)
+        self._lengths = np.zeros(16, np.int64)
+        self._row: dict[int, int] = {}
+        self._free = list(range(16))
+
+    def __repr__(self) -> str:
+        return f"<BlockTables [{len(self._row)} open | {len(self._free)} rows free]>"
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._row
+
+    def open(self, sequence: int) -> None:
+        """An empty table for a sequence that has none."""
+        if sequence in self._row:
+            raise ValueError(f"sequence {sequence} is open already")
+        if not self._free:
+            self._add_rows()
+        row = self._free.pop()
+        self._row[sequence] = row
+        self._lengths[row] = 0
+
+    def close(self, sequence: int) -> None:
+        """Forget a sequence; one that is not open is ignored."""
+        row = self._row.pop(sequence, None)
+        if row is not None:
+            self._free.append(row)
+
+    def append(self, work: Work) -> None:
+        """The work's new blocks."""
+        if not work.new_blocks:
+            return
+        row = self._row[work.sequence]
+        start = int(self._lengths[row])
+        stop = start + len(work.new_blocks)
+        if stop > self._blocks.shape[1]:
+            self._add_columns(stop)
+        self._blocks[row, start:stop] = work.new_blocks
+        self._lengths[row] = stop
+
+    def of(self, sequences: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The sequences' blocks (S, M), int32, padded with 0, and how many each has (S)."""
+        rows = np.fromiter((self._row[sequence] for sequence in sequences), np.int64, len(sequences))
+        lengths = self._lengths[rows]
+        most = int(lengths.max())
+        table = self._blocks[rows, :most]
+        table[np.arange(most) >= lengths[:, None]] = 0  # a row keeps what its last owner left
+        return table, lengths
+
+    def _add_rows(self) -> None:
+        num_rows = len(self._lengths)
+        self._free = list(range(num_rows, 2 * num_rows))
+        self._blocks = np.concatenate([self._blocks, np.zeros_like(self._blocks)])
+        self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
+
+    def _add_columns(self, wanted: int) -> None:
+        num_rows, num_columns = self._blocks.shape
+        wider = np.zeros((num_rows, max(wanted, 2 * num_columns)), np.int32)
+        wider[:, :num_columns] = self._blocks
+        self._blocks = wider
