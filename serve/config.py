@@ -1,0 +1,132 @@
+"""Every setting of a server, in one tree of sections. The packages' own frozen dataclasses are sections as they are.
+
+Read from a YAML file, the environment and flags by `serve.config_sources`; described by `serve.config_docs`. Pydantic
+checks types here, at the edge, and calls each dataclass's own check; below `serve/` nobody knows of pydantic.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.config import RankResources, ReplicaConfig, RouterConfig
+from engine.config import EngineConfig
+from engine.run.settings import RunnerConfig
+from parallel.topology import Topology
+from serve.limits import Limits
+
+DERIVED = frozenset({"runner.num_real_tokens"})
+"""Fields that the server fills from the checkpoint; nobody can set them."""
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, fields documented by the docstring below them (in the packages' dataclasses too)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """Which model is served, and under which name."""
+
+    source: str = Field(default="demo", min_length=1)
+    """A folder, "demo", a repository id of the Hugging Face hub (also as hf://owner/name), or modelscope://owner/name."""
+    name: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/-]+$")
+    """What clients call it. None = the repository id, or the folder's name."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit on the hub. None = the hub's default."""
+
+
+class ParallelSettings(Section):
+    """How one replica is split over ranks."""
+
+    tensor: int = 1
+    """Ranks that share attention heads, MLPs and the vocabulary. Need not divide the number of heads."""
+    expert: int = 1
+    """Groups of ranks over which the routed experts of a Qwen2-MoE are spread; divides tensor x data."""
+    pipeline: int = 1
+    """Stages of consecutive layers."""
+    data: int = 1
+    """Copies of the attention within one replica, each with its own sequences."""
+
+    @model_validator(mode="after")
+    def _forms_a_replica(self) -> "ParallelSettings":
+        _ = self.topology  # raises InvalidTopology, a ValueError
+        return self
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(tp=self.tensor, ep=self.expert, pp=self.pipeline, dp=self.data)
+
+
+class ReplicasSettings(Section):
+    """How many replicas of the model there are."""
+
+    count: int = Field(default=1, ge=1)
+    """Replicas, each with ranks of its own."""
+
+
+class HttpSettings(Section):
+    """Where the HTTP front listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every one."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """TCP port."""
+
+
+class GrpcSettings(Section):
+    """Where the gRPC front listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every one."""
+    port: int = Field(default=9000, ge=1, le=65535)
+    """TCP port."""
+    reflection: bool = True
+    """Whether tools such as grpcurl can ask which methods there are."""
+
+
+class LoggingSettings(Section):
+    """What the server writes to its log. Prompts and answers never are."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least grave messages that are written."""
+
+
+class RaySettings(Section):
+    """The Ray cluster that the server runs on."""
+
+    address: str = "local"
+    """"local" starts a Ray of its own and ends it with the server; "auto" joins the running one; or its host:port."""
+    namespace: str = "manta"
+    """Ray namespace of the server's actors."""
+    temp_dir: str | None = None
+    """Where a local Ray keeps sockets and logs; a short path. None = a folder of its own, removed in the end."""
+    num_cpus: float | None = Field(default=None, gt=0)
+    """CPUs that a local Ray believes to have. None = enough for the replicas, whatever the host has."""
+    object_store_bytes: int = Field(default=256 * 1024 * 1024, ge=80 * 1024 * 1024)
+    """Shared memory of a local Ray's object store; no tokens or weights pass through it."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a local Ray."""
+
+
+class ServeConfig(Section):
+    """Settings of a Manta server."""
+
+    model: ModelSettings = ModelSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    replicas: ReplicasSettings = ReplicasSettings()
+    engine: EngineConfig = EngineConfig()
+    runner: RunnerConfig = RunnerConfig()
+    resources: RankResources = RankResources()
+    replica: ReplicaConfig = ReplicaConfig()
+    router: RouterConfig = RouterConfig()
+    http: HttpSettings = HttpSettings()
+    grpc: GrpcSettings = GrpcSettings()
+    limits: Limits = Limits()
+    logging: LoggingSettings = LoggingSettings()
+    ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _fronts_do_not_collide(self) -> "ServeConfig":
+        if self.http.port == self.grpc.port:
+            raise ValueError(f"http.port and grpc.port are both {self.http.port}; choose two")
+        return self

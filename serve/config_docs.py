@@ -1,0 +1,118 @@
+"""What `manta config` prints: the tree in effect with its documentation, the JSON schema, one setting explained.
+
+All of it is read from the section classes, so that a setting is documented in one place: below its field.
+"""
+
+import json
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from serve.config import DERIVED, ServeConfig
+from serve.config_sources import PREFIX, SEPARATOR, ConfigError, Entry, Loaded, known_settings, unknown
+
+WIDTH = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingDoc:
+    path: str
+    kind: str
+    """The type in words."""
+    default: Any
+    doc: str
+
+
+def json_schema() -> dict[str, Any]:
+    """Of a configuration file."""
+    schema = ServeConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    for path in DERIVED:
+        section, name = path.split(".")
+        del _section(schema, section)["properties"][name]
+    return schema
+
+
+def _section(schema: Mapping[str, Any], section: str) -> dict[str, Any]:
+    found: dict[str, Any] = schema["$defs"][schema["properties"][section]["$ref"].rsplit("/", 1)[1]]
+    return found
+
+
+@cache
+def setting_docs() -> Mapping[str, SettingDoc]:
+    schema = json_schema()
+    return {path: _setting_doc(path, _section(schema, path.split(".")[0])["properties"][path.split(".")[1]]) for path in known_settings()}
+
+
+def _setting_doc(path: str, schema: Mapping[str, Any]) -> SettingDoc:
+    return SettingDoc(
+        path=path, kind=_in_words(known_settings()[path]), default=schema.get("default"), doc=_plain(schema.get("description", ""))
+    )
+
+
+def _plain(doc: str) -> str:
+    """A docstring for people who write YAML."""
+    return re.sub(r"\bNone\b", "null", " ".join(doc.split()).replace("``", "`"))
+
+
+def _in_words(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(json.dumps(value) for value in typing.get_args(hint))
+    if members := typing.get_args(hint):
+        return " or ".join(_in_words(member) for member in members)
+    return {str: "text", bool: "true or false"}.get(hint, hint.__name__)
+
+
+def as_yaml(loaded: Loaded) -> str:
+    """The settings in effect as a file that could be given to `-c`: documentation above each, its origin behind it."""
+    return "\n".join(_yaml_lines(loaded)) + "\n"
+
+
+def _yaml_lines(loaded: Loaded) -> Iterator[str]:
+    schema = json_schema()
+    values = loaded.config.model_dump(mode="json")
+    for section, fields in values.items():
+        yield from ("", *_comment(_section(schema, section).get("description", ""), indent=""), f"{section}:")
+        for name, value in fields.items():
+            path = f"{section}.{name}"
+            if path in DERIVED:
+                continue
+            origin = loaded.origins.get(path)
+            yield from _comment(setting_docs()[path].doc, indent="  ")
+            yield f"  {name}: {json.dumps(value)}{f'  # from {origin}' if origin else ''}"
+
+
+def _comment(text: str, *, indent: str) -> list[str]:
+    return textwrap.wrap(_plain(text), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+
+
+def explain(path: str, loaded: Loaded) -> str:
+    """One setting: what it is, what it may be, what it is now and why.
+
+    Raises:
+        ConfigError: there is no such setting; the nearest is named.
+    """
+    if path not in setting_docs():
+        raise ConfigError([unknown(Entry(path, None, "--explain"))])
+    doc = setting_docs()[path]
+    section, name = path.split(".")
+    value = json.dumps(loaded.config.model_dump(mode="json")[section][name])
+    return "\n".join(
+        (
+            path,
+            *textwrap.wrap(doc.doc, WIDTH, initial_indent="  ", subsequent_indent="  "),
+            "",
+            f"  type         {doc.kind}",
+            f"  default      {json.dumps(doc.default)}",
+            f"  now          {value} ({loaded.origins.get(path, 'default')})",
+            f"  in a file    {section}: {{{name}: {value}}}",
+            f"  environment  {PREFIX}{section.upper()}{SEPARATOR}{name.upper()}={value}",
+            f"  flag         --set {path}={value}",
+        )
+    )

@@ -1,0 +1,200 @@
+"""Where settings come from: a YAML file, then the environment, then flags, each winning over the one before.
+
+Everything that is wrong is told at once, each with the place it came from.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from serve.config import DERIVED, ServeConfig
+
+PREFIX = "MANTA_"
+SEPARATOR = "__"
+"""`MANTA_HTTP__PORT` sets http.port. Variables without a double underscore are none of ours: Kubernetes makes such ones
+(`MANTA_PORT`, `MANTA_SERVICE_HOST`) for a service named manta."""
+MAX_FILE_BYTES = 1024 * 1024
+
+
+class ConfigError(ValueError):
+    """The settings cannot be used; the message has one line per problem."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting from one source."""
+
+    path: str
+    """section.field"""
+    value: Any
+    origin: str
+    """As a person would name the place: ``manta.yaml:3``, ``MANTA_HTTP__PORT``, ``--http-port``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    config: ServeConfig
+    origins: Mapping[str, str]
+    """Path to the place that decided it; the rest are defaults."""
+
+
+def load(*, file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Iterable[Entry] = ()) -> Loaded:
+    """Put the sources on top of each other and check the whole.
+
+    Raises:
+        ConfigError: a source cannot be read, settings are unknown, or values are wrong.
+    """
+    entries = [*(from_file(file) if file else ()), *from_environment(environment or {}), *flags]
+    problems = [unknown(entry) for entry in entries if entry.path not in known_settings()]
+    chosen = {entry.path: entry for entry in entries if entry.path in known_settings()}
+    tree: dict[str, dict[str, Any]] = {}
+    for path, entry in chosen.items():
+        section, name = path.split(".")
+        tree.setdefault(section, {})[name] = entry.value
+    try:
+        config = ServeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([*problems, *_wrong_values(error, chosen)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return Loaded(config=config, origins={path: entry.origin for path, entry in chosen.items()})
+
+
+@cache
+def known_settings() -> Mapping[str, Any]:
+    """Path of every setting, and its type."""
+    return {
+        f"{section}.{name}": hint
+        for section, field in ServeConfig.model_fields.items()
+        for name, hint in _fields(field.annotation).items()
+        if f"{section}.{name}" not in DERIVED
+    }
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    if issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return typing.get_type_hints(section)
+
+
+def unknown(entry: Entry) -> str:
+    """The sentence for a setting that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(entry.path, known_settings(), n=1, cutoff=0.6) or _same_words(entry.path)
+    advice = f"; did you mean {near[0]}?" if near else "; `manta config` lists them all"
+    return f"unknown setting {entry.path} ({entry.origin}){advice}"
+
+
+def _same_words(path: str) -> list[str]:
+    """For ``tensor_parallel`` or ``max_step_tokens`` without its section: the setting that has most of its words."""
+    words = set(re.split(r"[._-]", path.lower()))
+    best = max(known_settings(), key=lambda known: len(words & set(re.split(r"[._]", known))) / len(words))
+    return [best] if len(words & set(re.split(r"[._]", best))) * 2 > len(words) else []
+
+
+def from_file(file: Path) -> list[Entry]:
+    """
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or is not sections of settings.
+    """
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError([f"cannot read {file}: {error.strerror}"]) from None
+    if len(text) > MAX_FILE_BYTES:
+        raise ConfigError([f"{file} is larger than {MAX_FILE_BYTES} bytes"])
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        return list(_entries(loader, root, file.name)) if root is not None else []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file} is not YAML: {' '.join(str(error).split())}"]) from None
+
+
+def _entries(loader: yaml.SafeLoader, root: yaml.Node, file: str) -> Iterator[Entry]:
+    for section, where, node in _pairs(loader, root, file, "the whole file"):
+        if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
+            continue  # a section whose settings are all commented out
+        if section not in ServeConfig.model_fields:
+            if isinstance(node, yaml.MappingNode):
+                yield from (Entry(f"{section}.{name}", None, place) for name, place, _ in _pairs(loader, node, file, section))
+            else:
+                yield Entry(section, None, where)
+            continue
+        for name, place, value in _pairs(loader, node, file, section):
+            yield Entry(f"{section}.{name}", loader.construct_object(value, deep=True), place)
+
+
+def _pairs(loader: yaml.SafeLoader, node: yaml.Node, file: str, what: str) -> Iterator[tuple[str, str, yaml.Node]]:
+    """(key, place, value) of a mapping; a key that stands twice is an error, which YAML loaders let pass."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError([f"{what} must be a mapping of names to values ({file}:{node.start_mark.line + 1})"])
+    seen: dict[str, str] = {}
+    for key_node, value in node.value:
+        key, place = str(loader.construct_object(key_node)), f"{file}:{key_node.start_mark.line + 1}"
+        if key in seen:
+            raise ConfigError([f"{key} stands twice ({seen[key]} and {place})"])
+        seen[key] = place
+        yield key, place, value
+
+
+def from_environment(environment: Mapping[str, str]) -> list[Entry]:
+    """Variables ``MANTA_<SECTION>__<FIELD>``."""
+    ours = (name for name in sorted(environment) if name.startswith(PREFIX) and SEPARATOR in name.removeprefix(PREFIX))
+    return [from_text(name.removeprefix(PREFIX).lower().replace(SEPARATOR, "."), environment[name], name) for name in ours]
+
+
+def from_assignment(text: str) -> Entry:
+    """``--set section.field=value``.
+
+    Raises:
+        ConfigError: there is no ``=``.
+    """
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError([f"--set {text}: say section.field=value"])
+    return from_text(path.strip(), value, f"--set {path.strip()}")
+
+
+def from_text(path: str, text: str, origin: str) -> Entry:
+    """A value that came as text: itself where the setting takes text, else what YAML reads in it."""
+    types_of_setting = _flat(known_settings().get(path, str))
+    if type(None) in types_of_setting and text.strip().lower() in ("", "null", "none"):
+        return Entry(path, None, origin)
+    if any(kind is str or isinstance(kind, str) for kind in types_of_setting):
+        return Entry(path, text, origin)
+    try:
+        return Entry(path, yaml.safe_load(text), origin)
+    except yaml.YAMLError:
+        return Entry(path, text, origin)  # pydantic says what it should have been
+
+
+def _flat(hint: Any) -> tuple[Any, ...]:
+    """Members of a union, values of a Literal, else the type alone."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(member for part in typing.get_args(hint) for member in _flat(part))
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else (hint,)
+
+
+def _wrong_values(error: ValidationError, chosen: Mapping[str, Entry]) -> Iterator[str]:
+    for problem in error.errors(include_url=False, include_context=False):
+        path = ".".join(str(part) for part in problem["loc"][:2])
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if path in chosen:
+            yield f"{path} {message}, got {chosen[path].value!r:.100} ({chosen[path].origin})"
+        else:  # a section's own check, or one between sections
+            involved = sorted({entry.origin for entry in chosen.values() if entry.path.startswith(path)})
+            yield f"{f'{path}: ' if path else ''}{message} ({', '.join(involved) or 'default'})"
