@@ -20,7 +20,7 @@ def from_rpc_error(error: grpc.RpcError) -> CallFailed:
     return failure_class(code)(
         error.details() or code.name,
         code=code,
-        reason=reason.reason if reason else None,
+        reason=reason.reason.lower() if reason else None,
         param=violation.field_violations[0].field if violation and violation.field_violations else None,
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
         request_id=request.request_id if request else None,
@@ -33,7 +33,7 @@ def from_event(error: messages_pb2.Error, request_id: str) -> CallFailed:
     return failure_class(code)(
         error.message,
         code=code,
-        reason=error.reason or None,
+        reason=error.reason.lower() or None,
         param=error.param or None,
         retry_after=error.retry_delay.ToTimedelta().total_seconds() if error.HasField("retry_delay") else None,
         request_id=request_id or None,

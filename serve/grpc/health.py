@@ -1,0 +1,43 @@
+"""`grpc.health.v1`, answered from the service's own readiness at every asking, so that it is never out of date."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
+from grpc_health.v1.health_pb2_grpc import HealthServicer as HealthBase
+
+from serve.grpc.errors import CallContext
+from serve.grpc.generated import service_pb2
+
+MANTA = service_pb2.DESCRIPTOR.services_by_name["MantaService"].full_name
+KNOWN = ("", MANTA)
+"""Services one may ask about; "" means the server."""
+
+
+class HealthServicer(HealthBase):  # type: ignore[misc]
+    def __init__(self, ready: Callable[[], bool], *, watch_interval_s: float = 0.5) -> None:
+        self._ready, self._watch_interval_s = ready, watch_interval_s
+
+    async def Check(self, request: HealthCheckRequest, context: CallContext) -> HealthCheckResponse:  # noqa: N802
+        if request.service not in KNOWN:
+            context.set_code(grpc.StatusCode.NOT_FOUND)
+            context.set_details("no such service")
+        return HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(self, request: HealthCheckRequest, context: CallContext) -> AsyncIterator[HealthCheckResponse]:  # noqa: N802
+        told = None
+        while True:
+            status = self._status(request.service)
+            if status != told:
+                yield HealthCheckResponse(status=status)
+                told = status
+            await asyncio.sleep(self._watch_interval_s)
+
+    async def List(self, request: HealthListRequest, context: CallContext) -> HealthListResponse:  # noqa: N802
+        return HealthListResponse(statuses={service: HealthCheckResponse(status=self._status(service)) for service in KNOWN})
+
+    def _status(self, service: str) -> "HealthCheckResponse.ServingStatus":
+        if service not in KNOWN:
+            return HealthCheckResponse.SERVICE_UNKNOWN
+        return HealthCheckResponse.SERVING if self._ready() else HealthCheckResponse.NOT_SERVING

@@ -1,0 +1,55 @@
+"""Where the servicers are put on a server: Ray Serve's by import path, or a plain one of our own."""
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from serve.grpc.generated import service_pb2_grpc
+from serve.grpc.health import MANTA, HealthServicer
+from serve.grpc.servicer import MantaServicer
+from serve.limits import Limits
+from serve.service import Service
+
+SERVICER_FUNCTIONS = (
+    "serve.grpc.generated.service_pb2_grpc.add_MantaServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+"""For Ray Serve's `gRPCOptions.grpc_servicer_functions`. Its proxy then calls the front's methods of the names below, with
+(request, grpc_context); reflection is its own (`enable_reflection`)."""
+
+UNARY_METHODS = ("Chat", "Generate", "ListModels", "GetModel")
+STREAM_METHODS = ("ChatStream", "GenerateStream")
+"""To be delegated to a `MantaServicer`."""
+HEALTH_UNARY_METHODS = ("Check", "List")
+HEALTH_STREAM_METHODS = ("Watch",)
+"""To be delegated to a `HealthServicer`."""
+
+
+async def start_server(
+    service: Service,
+    address: str,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+    limits: Limits | None = None,
+) -> tuple[grpc.aio.Server, int]:
+    """Serve on `address` ("127.0.0.1:0" takes a free port) without Ray Serve; the server and its port.
+
+    Raises:
+        RuntimeError: the address cannot be bound.
+    """
+    limits = limits or Limits()
+    server = grpc.aio.server(
+        options=(
+            ("grpc.max_receive_message_length", limits.body_bytes),
+            ("grpc.max_concurrent_streams", limits.http2_streams),
+            ("grpc.max_metadata_size", limits.header_bytes),
+            ("grpc.so_reuseport", 0),
+        )
+    )
+    service_pb2_grpc.add_MantaServiceServicer_to_server(MantaServicer(service), server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(service.ready), server)
+    reflection.enable_server_reflection((MANTA, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    await server.start()
+    return server, port

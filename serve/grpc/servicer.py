@@ -1,0 +1,119 @@
+"""Step 1 of a request over gRPC: take the call, ask the service, answer; also where the call's end reaches the service.
+
+The methods run under a plain `grpc.aio` server and, delegated to by the front's deployment, under Ray Serve's proxy.
+A client's cancel or deadline arrives as `asyncio.CancelledError`, which leaves through `aclosing` and so cancels the
+request at its source.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from serve.grpc import convert, read
+from serve.grpc.errors import CallContext, refuse
+from serve.grpc.generated import service_pb2, service_pb2_grpc
+from serve.request import TextEvent
+from serve.service import Service
+
+Response = TypeVar("Response", bound=Message)
+StreamResponse = TypeVar("StreamResponse", service_pb2.ChatStreamResponse, service_pb2.GenerateStreamResponse)
+
+
+class MantaServicer(service_pb2_grpc.MantaServiceServicer):  # type: ignore[misc]
+    def __init__(self, service: Service, *, clock: Callable[[], float] = time.time) -> None:
+        self._service, self._clock = service, clock
+
+    async def Chat(self, request: service_pb2.ChatRequest, context: CallContext) -> service_pb2.ChatResponse:  # noqa: N802
+        request_id, deadline_s = _new_id("chatcmpl"), self._deadline_s(context)
+
+        async def answer() -> service_pb2.ChatResponse:
+            asked = read.chat_request(request, request_id=request_id, deadline_s=deadline_s)
+            result = await self._service.collect(asked)
+            return convert.chat_response(result, model=asked.model, created=int(self._clock()))
+
+        return await _answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
+
+    async def ChatStream(  # noqa: N802
+        self, request: service_pb2.ChatStreamRequest, context: CallContext
+    ) -> AsyncIterator[service_pb2.ChatStreamResponse]:
+        request_id, deadline_s = _new_id("chatcmpl"), self._deadline_s(context)
+
+        def begin() -> AsyncGenerator[TextEvent, None]:
+            return self._service.chat(read.chat_request(request.request, request_id=request_id, deadline_s=deadline_s))
+
+        async with aclosing(_stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Generate(self, request: service_pb2.GenerateRequest, context: CallContext) -> service_pb2.GenerateResponse:  # noqa: N802
+        request_id, deadline_s = _new_id("cmpl"), self._deadline_s(context)
+
+        async def answer() -> service_pb2.GenerateResponse:
+            asked = read.completion_request(request, request_id=request_id, deadline_s=deadline_s)
+            result = await self._service.collect(asked)
+            return convert.generate_response(result, model=asked.model, created=int(self._clock()))
+
+        return await _answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
+
+    async def GenerateStream(  # noqa: N802
+        self, request: service_pb2.GenerateStreamRequest, context: CallContext
+    ) -> AsyncIterator[service_pb2.GenerateStreamResponse]:
+        request_id, deadline_s = _new_id("cmpl"), self._deadline_s(context)
+
+        def begin() -> AsyncGenerator[TextEvent, None]:
+            return self._service.complete(read.completion_request(request.request, request_id=request_id, deadline_s=deadline_s))
+
+        async with aclosing(_stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id)) as responses:
+            async for response in responses:
+                yield response
+
+    async def ListModels(  # noqa: N802
+        self, request: service_pb2.ListModelsRequest, context: CallContext
+    ) -> service_pb2.ListModelsResponse:
+        async def answer() -> service_pb2.ListModelsResponse:
+            return service_pb2.ListModelsResponse(models=[convert.model_message(facts) for facts in self._service.models()])
+
+        return await _answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
+
+    async def GetModel(self, request: service_pb2.GetModelRequest, context: CallContext) -> service_pb2.GetModelResponse:  # noqa: N802
+        async def answer() -> service_pb2.GetModelResponse:
+            return service_pb2.GetModelResponse(model=convert.model_message(self._service.model(request.model)))
+
+        return await _answer_or_refuse(answer, service_pb2.GetModelResponse, context)
+
+    def _deadline_s(self, context: CallContext) -> float | None:
+        """Unix time of the client's deadline. Ray Serve's context does not know it: there only the cancel tells."""
+        time_remaining = getattr(context, "time_remaining", None)
+        remaining_s = time_remaining() if time_remaining else None
+        return None if remaining_s is None else self._clock() + remaining_s
+
+
+async def _answer_or_refuse(
+    answer: Callable[[], Awaitable[Response]], response: type[Response], context: CallContext, request_id: str = ""
+) -> Response:
+    try:
+        return await answer()
+    except Exception as error:
+        refuse(context, error, request_id)
+        return response()
+
+
+async def _stream_or_refuse(
+    begin: Callable[[], AsyncGenerator[TextEvent, None]], response: type[StreamResponse], context: CallContext, request_id: str
+) -> AsyncGenerator[StreamResponse, None]:
+    writer = convert.StreamWriter()
+    try:
+        async with aclosing(begin()) as events:
+            async for event in events:
+                for fields in writer.events(event):
+                    yield response(id=request_id, **fields)  # type: ignore[arg-type]
+    except Exception as error:
+        yield response(id=request_id, error=refuse(context, error, request_id))
+
+
+def _new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
