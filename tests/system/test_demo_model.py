@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.engine import Engine
+from engine.run.local_executor import LocalExecutor
 from tokenizers import Tokenizer
 
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.executor import Executor
 from engine.request import Request, SamplingParams
-from engine.run.local_executor import LocalExecutor
 from engine.run.process_executor import ProcessExecutor
 from engine.run.settings import RunnerConfig
 from parallel.topology import Topology
