@@ -57,9 +57,7 @@ class VocabHead(nn.Module):
 
     def __init__(self, *, vocab_size: int, hidden_size: int, group: Group, dtype: torch.dtype, tied: VocabEmbedding | None) -> None:
         super().__init__()
-        self.rows = tied if tied is not None else VocabEmbedding(
-            vocab_size=vocab_size, hidden_size=hidden_size, group=group, dtype=dtype
-        )
+        self.rows = tied if tied is not None else VocabEmbedding(vocab_size=vocab_size, hidden_size=hidden_size, group=group, dtype=dtype)
         self.is_tied = tied is not None
         self.group = group
         self.sizes = [len(split(vocab_size, rank, group.size)) for rank in range(group.size)]

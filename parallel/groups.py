@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it only where it was built with it
 
 from parallel import shared_memory
 from parallel.topology import Coordinates, InvalidTopology, Topology, TopologyAxis
@@ -183,10 +184,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _store(rendezvous: Rendezvous, size: int, rank: int, timeout_s: float) -> dist.TCPStore:
+def _store(rendezvous: Rendezvous, size: int, rank: int, timeout_s: float) -> TCPStore:
     """The key-value store of the replica. Left to itself it would listen on every address of the host: we bind it."""
     listen_fd = _listen(rendezvous.host, rendezvous.port).detach() if rank == 0 else None
-    return dist.TCPStore(
+    return TCPStore(
         rendezvous.host,
         rendezvous.port,
         size,

@@ -33,6 +33,9 @@ MODULE = "deepspeed_shm_comm"
 SOURCES = ("csrc/cpu/comm/shm_interface.cpp", "csrc/cpu/comm/shm.cpp")
 SEGMENT_BYTES = 67 * 2**20
 """What every rank holds in /dev/shm: two small and two large buffers (``allreduce_workspace`` of shm.cpp)."""
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-w", f"-DTORCH_EXTENSION_NAME={MODULE}")
+"""OpenMP is left out on purpose: the compiler's own runtime would come beside torch's, with its own threads on the same
+cores, and the messages of a decode step are a few KB."""
 PIECE_BYTES = 2**20 - 64
 """The longest message that each rank adds up whole by itself (``NAIVE_ALLREDUCE_THRESHOLD`` of shm.cpp)."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,15 +134,26 @@ def _obstacle(offers: list[_Offer]) -> str | None:
 def _check_host(size: int) -> None:
     if not SHARED.is_dir() or not os.access(SHARED, os.W_OK):
         raise Unavailable(f"{SHARED} is not there or not writable")
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores()
     if cores < size:
-        raise Unavailable(f"{size} ranks would wait busily for each other on {cores} cores")
+        raise Unavailable(f"{size} ranks would wait busily for each other on {cores:g} cores")
     place = os.statvfs(SHARED)
     free = place.f_bavail * place.f_frsize
     if _held is None and free < size * SEGMENT_BYTES:
         raise Unavailable(
             f"{SHARED} has {free >> 20} MiB free and {size} ranks need {size * SEGMENT_BYTES >> 20}; enlarge it (docker: --shm-size)"
         )
+
+
+def _cores() -> float:
+    """Cores that this process may use, by its affinity and its control group's quota (``cpu.max``: quota and period)."""
+    cores = float(len(os.sched_getaffinity(0)))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    if limit.exists():
+        quota, period = limit.read_text().split()
+        if quota != "max":
+            cores = min(cores, int(quota) / int(period))
+    return cores
 
 
 def _host() -> str:
@@ -218,7 +232,7 @@ def built_path() -> Path:
         Unavailable: DeepSpeed is not installed.
     """
     digest = hashlib.sha256()
-    for part in (version("torch"), sys.implementation.cache_tag, platform.machine(), Path(__file__).read_text()):
+    for part in (version("torch"), sys.implementation.cache_tag, platform.machine(), *FLAGS):
         digest.update(part.encode())
     for source in _sources():
         digest.update(source.read_bytes())
@@ -238,10 +252,7 @@ def _sources() -> list[Path]:
 
 
 def build() -> Path:
-    """Compile the operator unless that has been done. A second call is instant; takes about a minute otherwise.
-
-    OpenMP is left out on purpose: the compiler's own runtime would come beside torch's, with its own threads on the
-    same cores, and the messages of a decode step are a few KB.
+    """Compile the operator, which takes a minute or two, unless that has been done.
 
     Raises:
         Unavailable: what is missing on this machine, or what the compiler said.
@@ -273,7 +284,7 @@ def _command(compiler: str, output: Path) -> list[str]:
     libraries = cpp_extension.library_paths()
     return [
         compiler,
-        *("-std=c++20", "-O2", "-fPIC", "-shared", "-w", f"-DTORCH_EXTENSION_NAME={MODULE}"),
+        *FLAGS,
         *(f"-I{path}" for path in includes),
         *(str(source) for source in _sources()),
         *("-o", str(output)),
@@ -286,7 +297,7 @@ def main() -> int:
     if is_built():
         print(f"The shared-memory all-reduce is built: {built_path()}")
         return 0
-    print("Building the shared-memory all-reduce (DeepSpeed's operator), about a minute ...", flush=True)
+    print("Building the shared-memory all-reduce (DeepSpeed's operator), one or two minutes ...", flush=True)
     try:
         print(f"Built: {build()}")
     except Unavailable as reason:

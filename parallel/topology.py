@@ -46,8 +46,7 @@ class Topology:
                 raise InvalidTopology(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.ranks_per_stage % self.ep:
             raise InvalidTopology(
-                f"ep={self.ep} does not divide the {self.ranks_per_stage} ranks of a stage "
-                f"(tp={self.tp} x dp={self.dp}); choose a divisor"
+                f"ep={self.ep} does not divide the {self.ranks_per_stage} ranks of a stage (tp={self.tp} x dp={self.dp}); choose a divisor"
             )
 
     @property

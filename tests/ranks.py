@@ -83,9 +83,9 @@ class _Pool:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise RankFailed(f"ranks {sorted(waiting.values())} of {topology} did not answer in {timeout_s:g} s")
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                results[waiting[connection]] = _receive(connection, waiting[connection])
+            for connection, rank in waiting.items():
+                if connection in ready:
+                    results[rank] = _receive(connection, rank)
         return [results[rank] for rank in range(topology.size)]
 
     def kill(self) -> None:
@@ -104,8 +104,8 @@ def _receive(connection: Connection, rank: int) -> Any:
         raise RankFailed(f"the process of rank {rank} ended") from error
     if outcome == "returned":
         return value
-    error = value if isinstance(value, BaseException) else RankFailed(f"rank {rank} raised {value}")
-    raise error from _TracebackOfRank(f"on rank {rank}:\n{text}")
+    raised = value if isinstance(value, BaseException) else RankFailed(f"rank {rank} raised {value}")
+    raise raised from _TracebackOfRank(f"on rank {rank}:\n{text}")
 
 
 def _serve(connection: Connection) -> None:

@@ -1,0 +1,158 @@
+"""How tokens reach the ranks that hold their experts, and how the results come back. No weights here.
+
+T tokens of this rank's sequences, S of them in its slice, N rows that arrive, A experts per token, D model width.
+"""
+
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from parallel.axes import split
+from parallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+from parallel.expert_placement import ExpertPlacement, HolderTable
+from parallel.groups import Group, ParallelGroups
+
+DispatchName = Literal["local", "all_to_all"]
+
+ELSEWHERE = -1
+"""In place of an expert id: another rank computes this assignment."""
+
+
+class ComputeExperts(Protocol):
+    """What this rank's experts add to each row: the weighted sum over its assignments that are not `ELSEWHERE`.
+
+    With ``expert_tp`` > 1 it is a partial sum, complete when added up over that group.
+    """
+
+    def __call__(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor: ...
+
+
+class TokenDispatch(Protocol):
+    """Brings rows to experts. Every rank of a stage calls it in the same step, with no tokens if it has none."""
+
+    def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:
+        """(T, D): the weighted sum of all experts of each of this rank's tokens, complete."""
+        ...
+
+
+def make_dispatch(name: DispatchName, groups: ParallelGroups, placement: ExpertPlacement) -> TokenDispatch:
+    if placement.num_ranks != groups.ep.size:
+        raise ValueError(f"a placement over {placement.num_ranks} ranks does not fit an ep axis of {groups.ep.size}")
+    match name:
+        case "local":
+            return LocalDispatch(groups, placement)
+        case "all_to_all":
+            return AllToAllDispatch(groups, placement)
+    raise ValueError(f"no dispatch is called {name!r}; choose one of {get_args(DispatchName)}")
+
+
+class LocalDispatch:
+    """Every rank of the stage sees all tokens and computes what its own experts add; one sum makes it whole.
+
+    Least latency for few tokens. Tokens travel only where ranks have different ones (dp > 1).
+    """
+
+    def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
+        self.groups = groups
+        self._holders = _Holders(placement)
+
+    def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:
+        dp = self.groups.dp
+        counts = _counts_of_all(x_TD, dp)
+        x_ND = all_gather(x_TD, dp, dim=0, sizes=counts)
+        expert_ids_NA, weights_NA = _gather_routing(expert_ids_TA, weights_TA, dp, counts)
+        mine_NA = self._holders.on(x_ND.device).choose(expert_ids_NA) == self.groups.ep.rank
+        y_ND = compute(x_ND, expert_ids_NA.where(mine_NA, ELSEWHERE), weights_NA)
+        return all_reduce(reduce_scatter(y_ND, dp, dim=0, sizes=counts), self.groups.tp)
+
+
+class AllToAllDispatch:
+    """Every rank owns a distinct slice of the stage's tokens and sends each one once to every ep rank with one of its experts.
+
+    The ranks of a tp group hold the same tokens: each takes its slice of them first, and the results are gathered
+    after. Ranks that share experts (expert_tp) pool the rows that reached any of them.
+    """
+
+    def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
+        self.groups = groups
+        self._holders = _Holders(placement)
+
+    def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:
+        tp = self.groups.tp
+        slices = [split(x_TD.shape[0], rank, tp.size).spans[0] for rank in range(tp.size)]
+        mine = slice(slices[tp.rank].start, slices[tp.rank].stop)
+        y_SD = self._exchange(x_TD[mine], expert_ids_TA[mine], weights_TA[mine], compute)
+        return all_gather(y_SD, tp, dim=0, sizes=[len(span) for span in slices])
+
+    def _exchange(self, x_SD: Tensor, expert_ids_SA: Tensor, weights_SA: Tensor, compute: ComputeExperts) -> Tensor:
+        ep = self.groups.ep
+        holder_SA = self._holders.on(x_SD.device).choose(expert_ids_SA)
+        wanted_RS = torch.zeros(ep.size, x_SD.shape[0], dtype=torch.bool, device=x_SD.device)
+        wanted_RS.scatter_(0, holder_SA.T, True)
+        rank_N, row_N = wanted_RS.nonzero(as_tuple=True)  # by receiver, then by token
+        there_NA = holder_SA[row_N] == rank_N.unsqueeze(1)
+        send_sizes, receive_sizes = _trade_counts(wanted_RS.sum(dim=1), ep)
+
+        routing = _pack(expert_ids_SA[row_N].where(there_NA, ELSEWHERE), weights_SA[row_N])
+        arrived_x = all_to_all(x_SD[row_N], send_sizes, receive_sizes, ep)
+        arrived_routing = all_to_all(routing, send_sizes, receive_sizes, ep)
+        arrived_y = self._compute_together(arrived_x, arrived_routing, weights_SA.dtype, compute)
+        y_ND = all_to_all(arrived_y, receive_sizes, send_sizes, ep)
+
+        total_SD = torch.zeros(x_SD.shape, dtype=torch.promote_types(x_SD.dtype, torch.float32), device=x_SD.device)
+        for rows, y in zip(row_N.split(send_sizes), y_ND.split(send_sizes), strict=True):
+            total_SD[rows] += y.to(total_SD.dtype)  # a token is sent to a rank once: no row twice in ``rows``
+        return total_SD.to(x_SD.dtype)
+
+    def _compute_together(self, x_ND: Tensor, routing_N: Tensor, weights_dtype: torch.dtype, compute: ComputeExperts) -> Tensor:
+        """The complete contribution of the experts at this ep position to the rows that arrived at this rank."""
+        sharers = self.groups.expert_tp
+        counts = _counts_of_all(x_ND, sharers)
+        x_ND = all_gather(x_ND, sharers, dim=0, sizes=counts)
+        expert_ids_NA, weights_NA = _unpack(all_gather(routing_N, sharers, dim=0, sizes=counts), weights_dtype)
+        return reduce_scatter(compute(x_ND, expert_ids_NA, weights_NA), sharers, dim=0, sizes=counts)
+
+
+class _Holders:
+    """The placement's table on the device where tokens come from, made once."""
+
+    def __init__(self, placement: ExpertPlacement) -> None:
+        self._placement = placement
+        self._table: HolderTable | None = None
+
+    def on(self, device: torch.device) -> HolderTable:
+        if self._table is None or self._table.holders.device != device:
+            self._table = self._placement.table(device)
+        return self._table
+
+
+def _counts_of_all(x: Tensor, group: Group) -> list[int]:
+    """How many rows each member of the group has."""
+    if group.size == 1:
+        return [x.shape[0]]
+    counts: list[int] = all_gather(torch.tensor([x.shape[0]], device=x.device), group, dim=0).tolist()
+    return counts
+
+
+def _gather_routing(expert_ids: Tensor, weights: Tensor, group: Group, counts: list[int]) -> tuple[Tensor, Tensor]:
+    if group.size == 1:
+        return expert_ids, weights
+    return _unpack(all_gather(_pack(expert_ids, weights), group, dim=0, sizes=counts), weights.dtype)
+
+
+def _trade_counts(counts_R: Tensor, group: Group) -> tuple[list[int], list[int]]:
+    """How many rows this rank sends to each member, and gets from each."""
+    ones = [1] * group.size
+    send, receive = torch.stack((counts_R, all_to_all(counts_R, ones, ones, group))).tolist()
+    return send, receive
+
+
+def _pack(expert_ids: Tensor, weights: Tensor) -> Tensor:
+    """Ids and weights side by side in one int32 tensor (N, 2A), to travel in one message. Float32 holds every weight exactly."""
+    return torch.cat((expert_ids.to(torch.int32), weights.to(torch.float32).contiguous().view(torch.int32)), dim=1)
+
+
+def _unpack(packed: Tensor, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    expert_ids, weights = packed.chunk(2, dim=1)
+    return expert_ids.to(torch.int64), weights.contiguous().view(torch.float32).to(weights_dtype)
