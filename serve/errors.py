@@ -68,6 +68,13 @@ class RequestTooLarge(ServeError):
         self.limit_bytes = limit_bytes
 
 
+class HeadersTooLarge(ServeError):
+    """More or longer headers than `Limits.headers` and `Limits.header_bytes`."""
+
+    def __init__(self, *, limit_bytes: int, limit_headers: int) -> None:
+        super().__init__(f"the request has more than {limit_headers} headers or {limit_bytes} bytes of them")
+
+
 class RouteNotFound(ServeError):
     """No such path (HTTP) or method (gRPC)."""
 
@@ -119,6 +126,7 @@ WIRE: dict[type[BaseException], Wire] = {
     NotSupported: _bad("not_supported"),
     ModelNotFound: _bad("model_not_found", http=404, grpc="NOT_FOUND"),
     RequestTooLarge: _bad("request_too_large", http=413),
+    HeadersTooLarge: _bad("headers_too_large", http=431),
     RouteNotFound: _bad("not_found", http=404, grpc="UNIMPLEMENTED"),
     MethodNotAllowed: _bad("method_not_allowed", http=405, grpc="UNIMPLEMENTED"),
     UnsupportedMediaType: _bad("unsupported_media_type", http=415),
