@@ -19,13 +19,13 @@ class HealthServicer(HealthBase):  # type: ignore[misc]
     def __init__(self, ready: Callable[[], bool], *, watch_interval_s: float = 0.5) -> None:
         self._ready, self._watch_interval_s = ready, watch_interval_s
 
-    async def Check(self, request: HealthCheckRequest, context: CallContext) -> HealthCheckResponse:  # noqa: N802
+    async def Check(self, request: HealthCheckRequest, context: CallContext) -> HealthCheckResponse:
         if request.service not in KNOWN:
             context.set_code(grpc.StatusCode.NOT_FOUND)
             context.set_details("no such service")
         return HealthCheckResponse(status=self._status(request.service))
 
-    async def Watch(self, request: HealthCheckRequest, context: CallContext) -> AsyncIterator[HealthCheckResponse]:  # noqa: N802
+    async def Watch(self, request: HealthCheckRequest, context: CallContext) -> AsyncIterator[HealthCheckResponse]:
         told = None
         while True:
             status = self._status(request.service)
@@ -34,7 +34,7 @@ class HealthServicer(HealthBase):  # type: ignore[misc]
                 told = status
             await asyncio.sleep(self._watch_interval_s)
 
-    async def List(self, request: HealthListRequest, context: CallContext) -> HealthListResponse:  # noqa: N802
+    async def List(self, request: HealthListRequest, context: CallContext) -> HealthListResponse:
         return HealthListResponse(statuses={service: HealthCheckResponse(status=self._status(service)) for service in KNOWN})
 
     def _status(self, service: str) -> "HealthCheckResponse.ServingStatus":

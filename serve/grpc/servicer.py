@@ -23,11 +23,11 @@ Response = TypeVar("Response", bound=Message)
 StreamResponse = TypeVar("StreamResponse", service_pb2.ChatStreamResponse, service_pb2.GenerateStreamResponse)
 
 
-class MantaServicer(service_pb2_grpc.MantaServiceServicer):  # type: ignore[misc]
+class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     def __init__(self, service: Service, *, clock: Callable[[], float] = time.time) -> None:
         self._service, self._clock = service, clock
 
-    async def Chat(self, request: service_pb2.ChatRequest, context: CallContext) -> service_pb2.ChatResponse:  # noqa: N802
+    async def Chat(self, request: service_pb2.ChatRequest, context: CallContext) -> service_pb2.ChatResponse:
         request_id, deadline_s = _new_id("chatcmpl"), self._deadline_s(context)
 
         async def answer() -> service_pb2.ChatResponse:
@@ -37,7 +37,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):  # type: ignore[misc
 
         return await _answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
 
-    async def ChatStream(  # noqa: N802
+    async def ChatStream(
         self, request: service_pb2.ChatStreamRequest, context: CallContext
     ) -> AsyncIterator[service_pb2.ChatStreamResponse]:
         request_id, deadline_s = _new_id("chatcmpl"), self._deadline_s(context)
@@ -49,7 +49,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):  # type: ignore[misc
             async for response in responses:
                 yield response
 
-    async def Generate(self, request: service_pb2.GenerateRequest, context: CallContext) -> service_pb2.GenerateResponse:  # noqa: N802
+    async def Generate(self, request: service_pb2.GenerateRequest, context: CallContext) -> service_pb2.GenerateResponse:
         request_id, deadline_s = _new_id("cmpl"), self._deadline_s(context)
 
         async def answer() -> service_pb2.GenerateResponse:
@@ -59,7 +59,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):  # type: ignore[misc
 
         return await _answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
 
-    async def GenerateStream(  # noqa: N802
+    async def GenerateStream(
         self, request: service_pb2.GenerateStreamRequest, context: CallContext
     ) -> AsyncIterator[service_pb2.GenerateStreamResponse]:
         request_id, deadline_s = _new_id("cmpl"), self._deadline_s(context)
@@ -71,15 +71,13 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):  # type: ignore[misc
             async for response in responses:
                 yield response
 
-    async def ListModels(  # noqa: N802
-        self, request: service_pb2.ListModelsRequest, context: CallContext
-    ) -> service_pb2.ListModelsResponse:
+    async def ListModels(self, request: service_pb2.ListModelsRequest, context: CallContext) -> service_pb2.ListModelsResponse:
         async def answer() -> service_pb2.ListModelsResponse:
             return service_pb2.ListModelsResponse(models=[convert.model_message(facts) for facts in self._service.models()])
 
         return await _answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
 
-    async def GetModel(self, request: service_pb2.GetModelRequest, context: CallContext) -> service_pb2.GetModelResponse:  # noqa: N802
+    async def GetModel(self, request: service_pb2.GetModelRequest, context: CallContext) -> service_pb2.GetModelResponse:
         async def answer() -> service_pb2.GetModelResponse:
             return service_pb2.GetModelResponse(model=convert.model_message(self._service.model(request.model)))
 
