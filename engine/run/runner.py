@@ -1,16 +1,74 @@
 """Step 9 of a request: one rank turns a StepPlan into a forward batch, and the sampling rank its logits into tokens."""
 
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from engine.executor import Capacity
-from engine.plan import StepPlan, StepResult
+from engine.plan import Sampled, StepPlan, StepResult, Work
+from engine.run.batch_builder import build_batch
+from engine.run.block_tables import BlockTables
+from engine.run.sampling.sampler import Sampler
+from engine.run.sampling.state import Row, SamplingState
+from model.kv_cache import KvCache
+from model.qwen2 import Qwen2
+from parallel.topology import Topology
+
+
+def sampling_rank(topology: Topology) -> int:
+    """The one rank of a replica that samples and answers: the first of the last stage, which has the logits."""
+    return topology.size - topology.ranks_per_stage
 
 
 class Runner:
-    """One rank of a replica, ready to take steps."""
+    """One rank of a replica, ready to take steps. It knows each open sequence's blocks, and no more than that but where it samples."""
 
-    capacity: Capacity
-    is_sampling: bool
-    """Whether this rank's `run` returns the results: exactly one rank of a replica."""
+    def __init__(self, *, model: Qwen2, cache: KvCache, capacity: Capacity, sampler: Sampler | None, device: torch.device) -> None:
+        """``sampler`` is None on all ranks but the one that answers."""
+        self.capacity = capacity
+        self.model, self.cache, self.device = model, cache, device
+        self._sampler = sampler
+        self._tables = BlockTables()
+        self._states: dict[int, SamplingState] = {}
 
+    def __repr__(self) -> str:
+        return f"<Runner [{'samples' if self.is_sampling else 'computes'} on {self.device} | {self._tables} | {self.cache}]>"
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether `run` returns results here: so on exactly one rank of a replica."""
+        return self._sampler is not None
+
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
         """Take one step together with all other ranks. The result on the sampling rank, None elsewhere."""
-        raise NotImplementedError
+        began = time.perf_counter()
+        self._open_and_close(plan)
+        sampled = self._compute(plan.works) if plan.works else []
+        return StepResult(plan.step, tuple(sampled), time.perf_counter() - began) if self.is_sampling else None
+
+    def _open_and_close(self, plan: StepPlan) -> None:
+        for sequence in plan.closed:
+            self._tables.close(sequence)
+            self._states.pop(sequence, None)
+        for opening in plan.opened:
+            self._tables.open(opening.sequence)
+            if self._sampler is not None:
+                self._states[opening.sequence] = SamplingState(opening, vocab_size=self._sampler.vocab_size)
+
+    def _compute(self, works: Sequence[Work]) -> list[Sampled]:
+        for work in works:
+            self._tables.append(work)
+        built = build_batch(works, self._tables, self.capacity.block_tokens, self.device)
+        logits_RV = self.model(built.forward, self.cache)
+        if self._sampler is None:
+            return []
+        for work in works:
+            self._states[work.sequence].take(work)
+        return self._sample(self._sampler, logits_RV, built.sampling_works)
+
+    def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work]) -> list[Sampled]:
+        states = [self._states[work.sequence] for work in works]
+        return sampler.sample(logits_RV, [Row(state, state.next_position(work)) for state, work in zip(states, works, strict=True)])

@@ -21,17 +21,21 @@ class RunnerConfig:
     """Memory for K and V on each rank. None = `kv_memory_fraction` decides."""
     kv_memory_fraction: float | None = None
     """On CUDA the fraction of the device's memory that weights, activations and KV together may fill (None = 0.9); on a CPU
-    the fraction of the memory still free after loading that KV may fill, all ranks of the host together (None = 0.5)."""
+    the fraction of the memory still free after loading that KV may fill, all ranks of the host together (None = 0.3)."""
     max_context_tokens: int | None = None
     """Caps what the model itself would take. None = the model's own limit."""
     attention_backend: BackendName = "auto"
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
+    collective_timeout_s: float = 1800.0
+    """How long a rank waits for the others, also while they load. Whoever owns the ranks notices a death much earlier."""
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "kv_cache_bytes", "max_context_tokens", "num_real_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.collective_timeout_s <= 0:
+            raise ValueError(f"collective_timeout_s must be positive, got {self.collective_timeout_s}")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
             raise ValueError(f"kv_memory_fraction must be above 0 and at most 1, got {self.kv_memory_fraction}")

@@ -1,15 +1,31 @@
 """From a checkpoint folder to a rank that takes steps: join the groups, load, measure, warm up."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+
+import torch
 
 from engine.config import EngineConfig
-from engine.run.runner import Runner
+from engine.run.host import multiplies_bfloat16, usable_cores
+from engine.run.memory import measure_capacity
+from engine.run.runner import Runner, sampling_rank
+from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
+from engine.run.warm_up import warm_up
+from model.checkpoint import Checkpoint
+from model.config import DTYPES, ModelConfig
+from model.kv_cache import KvCache
+from model.load import load_model
+from model.qwen2 import Qwen2
+from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
 from parallel.topology import Topology
+
+log = logging.getLogger(__name__)
 
 StartPhase = Literal["groups", "weights", "memory", "warm_up"]
 
@@ -21,7 +37,7 @@ class StartProgress:
     phase: StartPhase
     done: int
     total: int
-    """Of "weights": bytes of this rank's share; of the other phases: 0 when begun and 1 when done, of 1."""
+    """Of "weights": bytes of checkpoint tensors that this rank takes a share of; of the other phases: 0 and then 1, of 1."""
 
 
 OnProgress = Callable[[StartProgress], None]
@@ -39,15 +55,118 @@ def start_rank(
     on_progress: OnProgress | None = None,
     ranks_on_host: int | None = None,
 ) -> Iterator[Runner]:
-    """One rank, ready to `run` plans; on leaving, its groups are closed and its memory is freed.
+    """One rank, ready to `run` plans; on leaving, its groups are closed.
 
     ``rendezvous`` is where the ranks find each other (``tcp://address:port``); a topology of one rank needs none.
     ``ranks_on_host`` is how many ranks share this host's cores and memory (None = all of the topology).
     Every rank of the topology must call this at the same time: they wait for each other.
 
     Raises:
-        CheckpointMismatch: the checkpoint does not fit the model it claims to be.
-        NoRoomForKv: not even one sequence of one block fits beside the weights.
+        InvalidModelConfig, UnsupportedModel: from config.json.
+        CheckpointError, CheckpointMismatch: from the files of weights.
+        NoRoomForKv: no KV block fits beside the weights.
+        InvalidLogits: the model computes no numbers.
+        ValueError: a setting does not fit this model, device or topology.
     """
-    raise NotImplementedError
+    tell = on_progress or (lambda _progress: None)
+    on_host = ranks_on_host or topology.size
+    device = resolve_device(runner_config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
+    with _joined(topology, rank, rendezvous, runner_config, device, tell) as groups:
+        model = _load(checkpoint_folder, groups, runner_config, engine_config, device, tell)
+        sampler = _make_sampler(model, runner_config) if rank == sampling_rank(topology) else None
+        with _phase("memory", tell):
+            capacity = measure_capacity(
+                model, sampler, runner_config=runner_config, engine_config=engine_config, world=groups.world, ranks_on_host=on_host
+            )
+            cache = KvCache(model.kv_layout, capacity.num_blocks, device)
+        runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device)
+        with _phase("warm_up", tell):
+            warm_up(runner)
+        log.info("rank %d of %d is ready: %s", rank, topology.size, runner)
+        yield runner
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a `RunnerConfig.device` names, with its index."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a `RunnerConfig.dtype` names on this device."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float16
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
+@contextmanager
+def _joined(
+    topology: Topology, rank: int, rendezvous: str | None, config: RunnerConfig, device: torch.device, tell: OnProgress
+) -> Iterator[ParallelGroups]:
+    if topology.size == 1:
+        yield single_rank_groups()
+        return
+    tell(StartProgress("groups", 0, 1))
+    meeting = _parse_rendezvous(rendezvous)
+    with open_groups(topology, rank, rendezvous=meeting, device=device, timeout_s=config.collective_timeout_s) as groups:
+        tell(StartProgress("groups", 1, 1))
+        yield groups
+
+
+def _parse_rendezvous(text: str | None) -> Rendezvous:
+    parts = urlsplit(text or "")
+    if parts.scheme != "tcp" or not parts.hostname or not parts.port:
+        raise ValueError(f"several ranks need a rendezvous of the form tcp://address:port, got {text!r}")
+    return Rendezvous(parts.hostname, parts.port)
+
+
+def _load(
+    folder: Path, groups: ParallelGroups, config: RunnerConfig, engine_config: EngineConfig, device: torch.device, tell: OnProgress
+) -> Qwen2:
+    model_config = ModelConfig.from_checkpoint(folder)
+    told = 0
+
+    def tell_bytes(done: int, total: int) -> None:
+        nonlocal told
+        if done in (0, total) or done - told >= total // 100:  # a large model has thousands of tensors
+            told = done
+            tell(StartProgress("weights", done, total))
+
+    with Checkpoint(folder) as checkpoint:
+        model, report = load_model(
+            checkpoint,
+            model_config,
+            groups,
+            device=device,
+            dtype=resolve_dtype(config.dtype, device),
+            block_tokens=engine_config.block_tokens,
+            backend=config.attention_backend,
+            on_progress=tell_bytes,
+        )
+    log.info(
+        "rank %d read %d of %d bytes of weights in %.1f s; computing in %s on %s with %d threads",
+        groups.rank, report.bytes_read, report.bytes_of_checkpoint, report.seconds, model.dtype, device, torch.get_num_threads(),
+    )  # fmt: skip
+    return model
+
+
+def _make_sampler(model: Qwen2, config: RunnerConfig) -> Sampler:
+    vocab_size = model.config.vocab_size
+    num_real_tokens = config.num_real_tokens or vocab_size
+    if num_real_tokens > vocab_size:
+        raise ValueError(f"num_real_tokens={num_real_tokens} of a vocabulary of {vocab_size} rows: this tokenizer is of another model")
+    return Sampler(vocab_size=num_real_tokens, device=model.device)
+
+
+@contextmanager
+def _phase(phase: StartPhase, tell: OnProgress) -> Iterator[None]:
+    tell(StartProgress(phase, 0, 1))
     yield
+    tell(StartProgress(phase, 1, 1))

@@ -1,0 +1,99 @@
+"""How many KV blocks a rank can hold beside its weights, and what all ranks can hold together."""
+
+import logging
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import EngineError
+from engine.executor import Capacity
+from engine.run.host import available_memory_bytes
+from engine.run.runner import Runner
+from engine.run.sampling.sampler import Sampler
+from engine.run.settings import RunnerConfig
+from engine.run.warm_up import full_step, run_and_forget
+from model.kv_cache import KvCache
+from model.qwen2 import Qwen2
+from parallel.collectives import all_gather, barrier
+from parallel.groups import Group
+
+log = logging.getLogger(__name__)
+
+CPU_FRACTION = 0.3
+CUDA_FRACTION = 0.9
+
+
+class NoRoomForKv(EngineError):
+    """A rank cannot hold a single KV block beside its weights."""
+
+    def __init__(self, *, budget_bytes: int, bytes_per_block: int) -> None:
+        super().__init__(
+            f"a KV block needs {bytes_per_block} bytes on a rank and {max(budget_bytes, 0)} are free for KV; "
+            "raise kv_cache_bytes or kv_memory_fraction, or use more ranks"
+        )
+        self.budget_bytes, self.bytes_per_block = budget_bytes, bytes_per_block
+
+
+def measure_capacity(
+    model: Qwen2,
+    sampler: Sampler | None,
+    *,
+    runner_config: RunnerConfig,
+    engine_config: EngineConfig,
+    world: Group,
+    ranks_on_host: int,
+) -> Capacity:
+    """What every rank of ``world`` can hold: the least of all. All ranks must call this at the same time.
+
+    Raises:
+        NoRoomForKv: not one block, on the rank that has the least.
+    """
+    layout = model.kv_layout
+    budget_bytes = runner_config.kv_cache_bytes
+    if budget_bytes is None:
+        barrier(world)  # all weights of this host lie in memory now, and nobody has taken any for KV
+        fraction = runner_config.kv_memory_fraction
+        if model.device.type == "cuda":
+            budget_bytes = _cuda_budget(model, sampler, engine_config, fraction or CUDA_FRACTION)
+        else:
+            budget_bytes = int(available_memory_bytes() * (fraction or CPU_FRACTION)) // ranks_on_host
+    mine = torch.tensor([budget_bytes // layout.bytes_per_block, budget_bytes, layout.bytes_per_block], device=model.device)
+    num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), world, dim=0).tolist())
+    if num_blocks < 1:
+        raise NoRoomForKv(budget_bytes=least_bytes, bytes_per_block=block_bytes)
+    limit = min(model.config.max_context_tokens, runner_config.max_context_tokens or model.config.max_context_tokens)
+    num_blocks = min(num_blocks, engine_config.max_running * -(-limit // layout.block_tokens))  # all at their longest
+    log.info(
+        "%d KV blocks of %d tokens: %.2f GiB on this rank", num_blocks, layout.block_tokens, num_blocks * layout.bytes_per_block / 2**30
+    )
+    return Capacity(
+        num_blocks=num_blocks,
+        block_tokens=layout.block_tokens,
+        max_context_tokens=min(limit, num_blocks * layout.block_tokens),
+    )
+
+
+def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineConfig, fraction: float) -> int:
+    """Bytes of the device that neither weights nor others hold nor the heaviest step needs."""
+    layout, device = model.kv_layout, model.device
+    num_blocks = -(-engine_config.max_step_tokens // layout.block_tokens)
+    cache = KvCache(layout, num_blocks, device)
+    capacity = Capacity(num_blocks=num_blocks, block_tokens=layout.block_tokens, max_context_tokens=engine_config.max_step_tokens)
+    runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run_and_forget(
+        runner,
+        full_step(
+            max_step_tokens=engine_config.max_step_tokens,
+            max_running=engine_config.max_running,
+            num_blocks=num_blocks,
+            block_tokens=layout.block_tokens,
+        ),
+    )
+    torch.cuda.synchronize(device)
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    del runner, cache
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * fraction) - (total - free) - step_bytes

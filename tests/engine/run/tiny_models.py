@@ -1,0 +1,66 @@
+"""Small random Qwen2 checkpoints, written by transformers, and what transformers answers with them."""
+
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from engine.config import EngineConfig
+from engine.run.settings import RunnerConfig
+
+VOCAB_SIZE = 300
+NUM_REAL_TOKENS = 290
+NUM_KV_HEADS, HEAD_DIM, NUM_LAYERS = 2, 16, 2
+FLOAT32_BLOCK_BYTES = 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * 4
+
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": NUM_KV_HEADS,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.3,  # large enough that the logits of a random model tell tokens apart
+}
+
+
+def write_dense(folder: Path) -> Path:
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder)
+    return folder
+
+
+def write_moe(folder: Path) -> Path:
+    torch.manual_seed(2)
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+    Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHAPE | moe)).save_pretrained(folder)
+    return folder
+
+
+def float32_config(*, num_blocks: int, block_tokens: int, **more: object) -> RunnerConfig:
+    """A rank on the CPU with room for so many blocks."""
+    kv_cache_bytes = num_blocks * block_tokens * FLOAT32_BLOCK_BYTES
+    return RunnerConfig(
+        device="cpu", dtype="float32", num_threads=1, kv_cache_bytes=kv_cache_bytes, num_real_tokens=NUM_REAL_TOKENS, **more
+    )
+
+
+def engine_config(**changes: object) -> EngineConfig:
+    return EngineConfig(**{"block_tokens": 4, "max_step_tokens": 64, "max_running": 16} | changes)
+
+
+@torch.inference_mode()
+def greedy(model: torch.nn.Module, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """What transformers generates, padding rows of the vocabulary left out."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        suppress_tokens=list(range(NUM_REAL_TOKENS, VOCAB_SIZE)),
+        pad_token_id=0,
+    )
+    return tuple(output[0, len(prompt) :].tolist())
