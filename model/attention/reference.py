@@ -1,0 +1,40 @@
+"""The oracle: attention one sequence and one head at a time, as the formula reads, in float32."""
+
+import torch
+from torch import Tensor
+
+from model.attention.backend import AttentionConfig
+from model.attention.write import write_kv
+from model.batch import ForwardBatch
+
+
+class ReferenceAttention:
+    """Every other backend is tested against this one. Slow, and simple enough to be right."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        self.config = config
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Nothing is shared between layers."""
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        write_kv(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
+        out_THK = torch.empty_like(q_THK)
+        for sequence, length in enumerate(batch.context_lengths):
+            tokens = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
+            blocks = batch.block_tables_SM[sequence, : -(-length // self.config.block_tokens)].long()
+            keys_LGK = keys_NBGK[blocks].flatten(0, 1)[:length].float()
+            values_LGK = values_NBGK[blocks].flatten(0, 1)[:length].float()
+            for head, kv_head in enumerate(self.config.kv_of_query):
+                out_THK[tokens, head] = _attend_one_head(q_THK[tokens, head].float(), keys_LGK[:, kv_head], values_LGK[:, kv_head])
+        return out_THK
+
+
+def _attend_one_head(q_PK: Tensor, keys_LK: Tensor, values_LK: Tensor) -> Tensor:
+    """The P queries are the last P of the L positions; each sees itself and what lies before it."""
+    num_queries, length = q_PK.shape[0], keys_LK.shape[0]
+    scores_PL = q_PK @ keys_LK.T * q_PK.shape[1] ** -0.5
+    positions_P = torch.arange(length - num_queries, length, device=q_PK.device)
+    later_PL = torch.arange(length, device=q_PK.device) > positions_P.unsqueeze(1)
+    out_PK: Tensor = scores_PL.masked_fill(later_PL, float("-inf")).softmax(-1) @ values_LK
+    return out_PK

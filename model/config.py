@@ -1,0 +1,293 @@
+"""What a checkpoint's own config.json says about its model: every field named, none guessed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+Architecture = Literal["Qwen2ForCausalLM", "Qwen2MoeForCausalLM"]
+DENSE: Architecture = "Qwen2ForCausalLM"
+MOE: Architecture = "Qwen2MoeForCausalLM"
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""The dtypes a model can be computed in, by the names config.json uses."""
+
+T = TypeVar("T")
+
+
+class InvalidModelConfig(ValueError):
+    """config.json is missing, is no JSON object, lacks a field, or a field has a value that makes no sense."""
+
+
+class UnsupportedModel(ValueError):
+    """A well-formed config.json of a model that this code does not compute. Says by name what it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """Rotary embedding stretched to longer contexts (YaRN, arXiv 2309.00071)."""
+
+    factor: float
+    original_max_tokens: int
+    """`original_max_position_embeddings`: the context the model was trained with."""
+    attention_factor: float | None
+    """Multiplies the rotated queries and keys. None = 0.1 ln(factor) + 1, as in the paper."""
+    beta_fast: float
+    beta_slow: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864)."""
+
+    theta: float
+    yarn: YarnConfig | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """The sparse layers of a Qwen2-MoE."""
+
+    num_experts: int
+    experts_per_token: int
+    expert_intermediate_size: int
+    shared_intermediate_size: int
+    renormalise: bool
+    """`norm_topk_prob`: whether the weights of a token's chosen experts are scaled to sum to one."""
+    sparse_step: int
+    """`decoder_sparse_step`"""
+    dense_layers: tuple[int, ...]
+    """`mlp_only_layers`"""
+
+    def is_sparse(self, layer: int) -> bool:
+        return layer not in self.dense_layers and (layer + 1) % self.sparse_step == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of one Qwen2 or Qwen2-MoE.
+
+    How many of the ``vocab_size`` rows are real tokens is not in config.json: only the tokenizer knows. Whoever samples is
+    told apart from this config (`engine.run.settings.RunnerConfig.num_real_tokens`) and masks the padding rows.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    """Rows of the embedding matrix, padding rows included."""
+    hidden_size: int
+    intermediate_size: int
+    """Width of the dense MLPs."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context_tokens: int
+    """`max_position_embeddings`, or what YaRN stretches it to."""
+    rms_norm_eps: float
+    rope: RopeConfig
+    qkv_bias: bool
+    tied_embeddings: bool
+    dtype: torch.dtype
+    """Of the weights as released."""
+    moe: MoeConfig | None
+    eos_token_ids: tuple[int, ...]
+    """`eos_token_id`; generation_config.json, where it names any, has precedence (`GenerationDefaults`)."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise InvalidModelConfig(f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise InvalidModelConfig(f"rotary embedding needs heads of even width, not {self.head_dim}")
+        if self.moe is not None and self.moe.experts_per_token > self.moe.num_experts:
+            raise InvalidModelConfig(f"num_experts_per_tok={self.moe.experts_per_token} of num_experts={self.moe.num_experts}")
+
+    @classmethod
+    def from_checkpoint(cls, folder: Path) -> "ModelConfig":
+        """Read ``folder / "config.json"``.
+
+        Raises:
+            InvalidModelConfig, UnsupportedModel: see there; the message names the file.
+        """
+        path = folder / "config.json"
+        try:
+            return cls.from_dict(read_json_object(path))
+        except (InvalidModelConfig, UnsupportedModel) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
+        """The same from the parsed JSON."""
+        architecture = _architecture(raw)
+        _refuse_what_is_not_computed(raw)
+        num_heads = _positive(raw, "num_attention_heads")
+        hidden_size = _positive(raw, "hidden_size")
+        rope = _rope(raw)
+        return cls(
+            architecture=architecture,
+            vocab_size=_positive(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_positive(raw, "intermediate_size"),
+            num_layers=_positive(raw, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=_positive(raw, "num_key_value_heads"),
+            head_dim=_head_dim(raw, hidden_size, num_heads),
+            max_context_tokens=_max_context_tokens(_positive(raw, "max_position_embeddings"), rope),
+            rms_norm_eps=_number(raw, "rms_norm_eps"),
+            rope=rope,
+            qkv_bias=_optional(raw, "qkv_bias", bool, True),  # Qwen2 has it without saying so; Qwen2-MoE may say
+            tied_embeddings=_required(raw, "tie_word_embeddings", bool),
+            dtype=_dtype(raw),
+            moe=_moe(raw) if architecture == MOE else None,
+            eos_token_ids=token_ids(raw.get("eos_token_id"), "eos_token_id"),
+        )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InvalidModelConfig: there is no such file, or it holds something else.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InvalidModelConfig(f"there is no {path.name} in {path.parent}") from None
+    except ValueError as error:
+        raise InvalidModelConfig(f"{path.name} is not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise InvalidModelConfig(f"{path.name} holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def token_ids(value: Any, field: str) -> tuple[int, ...]:
+    """Hugging Face writes one id, a list of ids, or null."""
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    for token in ids:
+        if type(token) is not int or token < 0:
+            raise InvalidModelConfig(f"{field} holds {token!r}, which is no token id")
+    return ids
+
+
+def _architecture(raw: Mapping[str, Any]) -> Architecture:
+    named = raw.get("architectures")
+    if named == [DENSE]:
+        return DENSE
+    if named == [MOE]:
+        return MOE
+    if not named:
+        raise InvalidModelConfig("architectures is missing: it says which model this is")
+    raise UnsupportedModel(f"architectures {named} is not supported; {DENSE} and {MOE} are")
+
+
+def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
+    if raw.get("use_sliding_window"):  # where it is false, sliding_window is a leftover number and means nothing
+        raise UnsupportedModel("use_sliding_window is true, and sliding-window attention is not supported")
+    if "sliding_attention" in (raw.get("layer_types") or ()):
+        raise UnsupportedModel("layer_types asks for sliding-window attention, which is not supported")
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method", "of an unnamed method")
+        raise UnsupportedModel(f"quantization_config: weights quantised by {method} are not supported")
+    activation = _required(raw, "hidden_act", str)
+    if activation != "silu":
+        raise UnsupportedModel(f"hidden_act {activation!r} is not supported; Qwen2 uses 'silu'")
+
+
+def _head_dim(raw: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
+    if raw.get("head_dim") is not None:
+        return _positive(raw, "head_dim")
+    if hidden_size % num_heads:
+        raise InvalidModelConfig(
+            f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}, and there is no head_dim"
+        )
+    return hidden_size // num_heads
+
+
+def _dtype(raw: Mapping[str, Any]) -> torch.dtype:
+    """transformers 4 writes `torch_dtype`, transformers 5 `dtype`."""
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name is None:
+        raise InvalidModelConfig("neither dtype nor torch_dtype is there")
+    if name not in DTYPES:
+        raise UnsupportedModel(f"dtype {name!r} is not supported; {', '.join(DTYPES)} are")
+    return DTYPES[name]
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    """Both spellings: `rope_theta` with an optional `rope_scaling`, and transformers 5's `rope_parameters` holding all."""
+    if raw.get("rope_parameters") is not None:
+        settings = _required(raw, "rope_parameters", dict)
+        theta = _number(settings, "rope_theta")
+    else:
+        settings = _optional(raw, "rope_scaling", dict, None) or {}
+        theta = _number(raw, "rope_theta")
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta=theta, yarn=None)
+    if kind == "yarn":
+        return RopeConfig(theta=theta, yarn=_yarn(settings))
+    raise UnsupportedModel(f"rope type {kind!r} is not supported; 'default' and 'yarn' are")
+
+
+YARN_FIELDS = {
+    "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"
+}  # fmt: skip
+
+
+def _yarn(settings: Mapping[str, Any]) -> YarnConfig:
+    if unknown := sorted(set(settings) - YARN_FIELDS):
+        raise UnsupportedModel(f"YaRN with {', '.join(unknown)} is not supported")
+    attention_factor = settings.get("attention_factor")
+    return YarnConfig(
+        factor=_number(settings, "factor"),
+        original_max_tokens=_positive(settings, "original_max_position_embeddings"),
+        attention_factor=None if attention_factor is None else _number(settings, "attention_factor"),
+        beta_fast=_number({"beta_fast": 32.0, **settings}, "beta_fast"),  # the paper's own values, section 3.2
+        beta_slow=_number({"beta_slow": 1.0, **settings}, "beta_slow"),
+    )
+
+
+def _max_context_tokens(max_positions: int, rope: RopeConfig) -> int:
+    """The model cards have one add `rope_scaling` and leave `max_position_embeddings` as it was, so YaRN's own reach counts."""
+    return max_positions if rope.yarn is None else max(max_positions, int(rope.yarn.original_max_tokens * rope.yarn.factor))
+
+
+def _moe(raw: Mapping[str, Any]) -> MoeConfig:
+    return MoeConfig(
+        num_experts=_positive(raw, "num_experts"),
+        experts_per_token=_positive(raw, "num_experts_per_tok"),
+        expert_intermediate_size=_positive(raw, "moe_intermediate_size"),
+        shared_intermediate_size=_positive(raw, "shared_expert_intermediate_size"),
+        renormalise=_required(raw, "norm_topk_prob", bool),
+        sparse_step=_positive(raw, "decoder_sparse_step"),
+        dense_layers=tuple(_optional(raw, "mlp_only_layers", list, None) or ()),
+    )
+
+
+def _required(raw: Mapping[str, Any], field: str, kind: type[T]) -> T:
+    value = raw.get(field)
+    if value is None:
+        raise InvalidModelConfig(f"{field} is missing")
+    if not isinstance(value, kind):
+        raise InvalidModelConfig(f"{field} is {value!r}, expected a {kind.__name__}")
+    return value
+
+
+def _optional(raw: Mapping[str, Any], field: str, kind: type[T], absent: T | None) -> Any:
+    return absent if raw.get(field) is None else _required(raw, field, kind)
+
+
+def _positive(raw: Mapping[str, Any], field: str) -> int:
+    value = _required(raw, field, int)
+    if isinstance(value, bool) or value < 1:
+        raise InvalidModelConfig(f"{field} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def _number(raw: Mapping[str, Any], field: str) -> float:
+    value = _required(raw, field, object)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InvalidModelConfig(f"{field} is {value!r}, expected a number above 0")
+    return float(value)

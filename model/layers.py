@@ -1,0 +1,59 @@
+"""The small layers that every decoder layer is made of. T tokens, D model width, I width of the MLP (this rank's part)."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.axes import split, whole
+from parallel.groups import Group
+from parallel.linear import Linear, ShapeMismatch, Slot
+from parallel.weight_format import StoredTensor, WeightFormat
+
+
+class RmsNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467), the same on every rank. The mean is taken in float32."""
+
+    def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.size, self.eps, self.dtype = size, eps, dtype
+        self.weight: Tensor | None = None
+
+    def slots(self) -> Iterator[Slot]:
+        yield Slot("", "weight", (self.size,))
+
+    def allocate(self, device: torch.device) -> None:
+        self.weight = torch.empty(self.size, dtype=self.dtype, device=device)
+
+    def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
+        assert self.weight is not None
+        if stored.shape != (self.size,):
+            raise ShapeMismatch(stored.name, stored.shape, (self.size,))
+        source = stored.read(slice(None))
+        self.weight.copy_(source)
+        return source.nbytes
+
+    def finish(self) -> None:
+        """Nothing to repack."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        assert self.weight is not None
+        x = x_TD.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(x_TD.dtype)  # rounded before the weight, as transformers does
+
+
+class Mlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202): the inner width is shared over the ranks of ``tp``."""
+
+    def __init__(self, *, hidden_size: int, inner_size: int, tp: Group, format: WeightFormat, dtype: torch.dtype) -> None:
+        super().__init__()
+        inner = split(inner_size, tp.rank, tp.size)
+        self.up = Linear(in_share=whole(hidden_size), out_parts={"gate": inner, "up": inner}, bias=False, format=format, bias_dtype=dtype)
+        self.down = Linear(in_share=inner, out_parts={"down": whole(hidden_size)}, bias=False, format=format, bias_dtype=dtype, reduce=tp)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_TI, up_TI = self.up(x_TD).chunk(2, dim=-1)
+        result: Tensor = self.down(F.silu(gate_TI) * up_TI)
+        return result

@@ -1,0 +1,133 @@
+"""From a checkpoint to one rank's model: check everything, then allocate, then read this rank's share and nothing else."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+
+from model.attention.choose import BackendName
+from model.checkpoint import Checkpoint
+from model.checkpoint_header import some
+from model.config import ModelConfig
+from model.names import Binding
+from model.qwen2 import HEAD, Qwen2
+from model.qwen2_moe import Qwen2Moe
+from parallel.dispatch import DispatchName
+from parallel.groups import ParallelGroups, single_rank_groups
+from parallel.weight_format import Dense, WeightFormat
+
+OnProgress = Callable[[int, int], None]
+"""Told (done, total): bytes of the checkpoint tensors that this rank takes a share of, in whole tensors."""
+
+
+class CheckpointMismatch(ValueError):
+    """The tensors of a checkpoint are not exactly those of the model its config.json describes."""
+
+    def __init__(
+        self, *, missing: Iterable[str], unused: Iterable[str], misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = ()
+    ) -> None:
+        self.missing, self.unused, self.misshapen = tuple(sorted(missing)), tuple(sorted(unused)), tuple(sorted(misshapen))
+        """Misshapen: (name, shape in the checkpoint, shape in the model)."""
+        shapes = tuple(f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in self.misshapen)
+        parts = (("missing", self.missing), ("not used by this model", self.unused), ("of the wrong shape", shapes))
+        found = "; ".join(f"{len(items)} {what}: {some(items)}" for what, items in parts if items)
+        super().__init__(f"the checkpoint does not fit its config.json: {found}")
+
+    def __reduce__(self) -> tuple[partial["CheckpointMismatch"], tuple[()]]:
+        """Pickled by its fields, so that a rank's error can reach another process."""
+        return partial(CheckpointMismatch, missing=self.missing, unused=self.unused, misshapen=self.misshapen), ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What loading did on this rank."""
+
+    bytes_read: int
+    """Of weights, from the checkpoint's files."""
+    bytes_of_checkpoint: int
+    """Of all weights in it, whoever reads them."""
+    seconds: float
+    ignored: tuple[str, ...]
+    """Tensors that were there and mean nothing: a copy of the head where config.json ties it to the embedding."""
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    groups: ParallelGroups,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
+    backend: BackendName = "auto",
+    dispatch: DispatchName = "local",
+    format: WeightFormat | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[Qwen2, LoadReport]:
+    """This rank's part of the model, ready to compute. ``format`` holds the large matrices; None: plainly, in ``dtype``.
+
+    Raises:
+        CheckpointMismatch: seen from names and shapes alone, on every rank, before anything is allocated.
+        CheckpointError: a file could not be read.
+        ValueError: more ranks than can share the model's heads.
+    """
+    started = time.monotonic()
+    kind = Qwen2 if config.moe is None else Qwen2Moe
+
+    def make(groups: ParallelGroups) -> Qwen2:
+        return kind(
+            config,
+            groups,
+            device=device,
+            dtype=dtype,
+            format=format or Dense(dtype),
+            backend=backend,
+            dispatch=dispatch,
+            block_tokens=block_tokens,
+        )
+
+    ignored = _check(checkpoint, make(single_rank_groups()))
+    model = make(groups)
+    bytes_read = _fill(list(model.bindings()), checkpoint, device, on_progress or (lambda _done, _total: None))
+    return model.eval().requires_grad_(False), LoadReport(
+        bytes_read=bytes_read,
+        bytes_of_checkpoint=checkpoint.num_bytes,
+        seconds=time.monotonic() - started,
+        ignored=ignored,
+    )
+
+
+def _check(checkpoint: Checkpoint, whole: Qwen2) -> tuple[str, ...]:
+    """Hold the headers against the whole model, so that every rank of every stage comes to the same end.
+
+    Where config.json ties the head to the embedding, a `lm_head.weight` that is stored nevertheless is not read, whatever
+    it holds: config.json decides, as it does for transformers. Returns such names.
+    """
+    wanted = {binding.name: binding.slot.shape for binding in whole.bindings()}
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    ignored = {f"{HEAD}.weight"} & found.keys() if whole.config.tied_embeddings else set()
+    missing, unused = wanted.keys() - found.keys(), found.keys() - wanted.keys() - ignored
+    misshapen = [(name, found[name], shape) for name, shape in wanted.items() if name in found and found[name] != shape]
+    if missing or unused or misshapen:
+        raise CheckpointMismatch(missing=missing, unused=unused, misshapen=misshapen)
+    return tuple(ignored)
+
+
+def _fill(bindings: list[Binding], checkpoint: Checkpoint, device: torch.device, on_progress: OnProgress) -> int:
+    """Load layer after layer, each in its final form before the next is allocated. Returns the bytes read."""
+    total = sum(checkpoint.tensors[binding.name].header.num_bytes for binding in bindings if binding.is_wanted)
+    done = bytes_read = 0
+    on_progress(done, total)
+    for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
+        layer.allocate(device)
+        for binding in of_layer:
+            if binding.is_wanted:
+                stored = checkpoint.tensors[binding.name]
+                bytes_read += layer.load(binding.slot.part, binding.slot.tensor, stored)
+                done += stored.header.num_bytes
+                on_progress(done, total)
+        layer.finish()
+    return bytes_read

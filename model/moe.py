@@ -1,0 +1,74 @@
+"""The sparse MLP of Qwen2-MoE. T tokens, D model width, E routed experts, A of them per token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import MoeConfig
+from model.layers import Mlp
+from parallel.axes import whole
+from parallel.dispatch import DispatchName, make_dispatch
+from parallel.expert_placement import balanced_placement
+from parallel.experts import RoutedExperts
+from parallel.groups import ParallelGroups
+from parallel.linear import Linear
+from parallel.weight_format import Dense, WeightFormat
+
+
+class Router(nn.Module):
+    """Which experts each token uses, and with what weight. The same on every rank, and never quantised."""
+
+    def __init__(self, config: MoeConfig, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.experts_per_token, self.renormalise = config.experts_per_token, config.renormalise
+        self.logits = _replicated(hidden_size, config.num_experts, dtype)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids (T, A), int64, and weights (T, A) in the model's dtype.
+
+        The softmax is over all experts; with `norm_topk_prob` false (Qwen2's releases) a token's weights sum to less than one.
+        """
+        probabilities_TE = self.logits(x_TD).softmax(-1, dtype=torch.float32)
+        weights_TA, expert_ids_TA = probabilities_TE.topk(self.experts_per_token, dim=-1)
+        if self.renormalise:
+            weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
+        return expert_ids_TA, weights_TA.to(x_TD.dtype)
+
+
+class SparseMlp(nn.Module):
+    """A few routed experts per token, plus one shared expert that every token uses to the degree its own gate says."""
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        groups: ParallelGroups,
+        *,
+        hidden_size: int,
+        format: WeightFormat,
+        dtype: torch.dtype,
+        dispatch: DispatchName,
+    ) -> None:
+        super().__init__()
+        placement = balanced_placement(config.num_experts, groups.ep.size)
+        self.router = Router(config, hidden_size, dtype)
+        self.experts = RoutedExperts(
+            num_experts=config.num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=config.expert_intermediate_size,
+            groups=groups,
+            format=format,
+            placement=placement,
+            dispatch=make_dispatch(dispatch, groups, placement),
+        )
+        self.shared = Mlp(hidden_size=hidden_size, inner_size=config.shared_intermediate_size, tp=groups.tp, format=format, dtype=dtype)
+        self.shared_gate = _replicated(hidden_size, 1, dtype)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        expert_ids_TA, weights_TA = self.router(x_TD)
+        routed_TD: Tensor = self.experts(x_TD, expert_ids_TA, weights_TA)
+        shared_TD: Tensor = F.sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)
+        return routed_TD + shared_TD
+
+
+def _replicated(in_size: int, out_size: int, dtype: torch.dtype) -> Linear:
+    return Linear(in_share=whole(in_size), out_parts={"all": whole(out_size)}, bias=False, format=Dense(dtype), bias_dtype=dtype)

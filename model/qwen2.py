@@ -1,0 +1,223 @@
+"""Step 10 of a request: the Qwen2 decoder (arXiv 2407.10671), one rank's part of it. Read it from the bottom up.
+
+T tokens in the batch, R rows whose logits are wanted, D model width, H query heads, G KV heads, K head width, V vocabulary.
+The letters name logical dims; where a layer is split, this rank computes its own heads or features of them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from model.attention.backend import AttentionBackend, AttentionConfig
+from model.attention.choose import BackendName, choose_backend
+from model.batch import ForwardBatch
+from model.config import ModelConfig
+from model.kv_cache import KvCache, KvLayout
+from model.layers import Mlp, RmsNorm
+from model.names import Binding, Names, bind
+from model.rope import Rope, Rotation
+from parallel.axes import HeadShare, head_share, whole
+from parallel.dispatch import DispatchName
+from parallel.embedding import VocabEmbedding, VocabHead
+from parallel.groups import ParallelGroups
+from parallel.linear import Linear
+from parallel.pipeline import is_first_stage, is_last_stage, receive_hidden, send_hidden, stage_layers
+from parallel.weight_format import WeightFormat
+
+ATTENTION_NAMES: Names = {
+    "input_layernorm": ("attention_norm", ""),
+    "self_attn.q_proj": ("attention.qkv", "q"),
+    "self_attn.k_proj": ("attention.qkv", "k"),
+    "self_attn.v_proj": ("attention.qkv", "v"),
+    "self_attn.o_proj": ("attention.output", "o"),
+    "post_attention_layernorm": ("mlp_norm", ""),
+}
+MLP_NAMES: Names = {
+    "mlp.gate_proj": ("mlp.up", "gate"),
+    "mlp.up_proj": ("mlp.up", "up"),
+    "mlp.down_proj": ("mlp.down", "down"),
+}
+EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions and biases on query, key and value."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: ParallelGroups,
+        *,
+        index_in_stage: int,
+        heads: HeadShare,
+        backend: AttentionBackend,
+        format: WeightFormat,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        query, kv = heads.query.scaled(config.head_dim), heads.kv.scaled(config.head_dim)
+        self.index_in_stage, self.backend, self.head_dim = index_in_stage, backend, config.head_dim
+        self.num_heads, self.num_kv_heads = len(heads.query), len(heads.kv)
+        self.qkv = Linear(
+            in_share=whole(config.hidden_size),
+            out_parts={"q": query, "k": kv, "v": kv},
+            bias=config.qkv_bias,
+            format=format,
+            bias_dtype=dtype,
+        )
+        self.output = Linear(
+            in_share=query,
+            out_parts={"o": whole(config.hidden_size)},
+            bias=False,
+            format=format,
+            bias_dtype=dtype,
+            reduce=groups.tp,
+        )
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, batch: ForwardBatch, cache: KvCache) -> Tensor:
+        heads_TXK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        qk_TXK, v_TGK = heads_TXK.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        q_THK, k_TGK = rotation.apply(qk_TXK).split((self.num_heads, self.num_kv_heads), dim=1)
+        keys_NBGK, values_NBGK = cache.keys_NBGK[self.index_in_stage], cache.values_NBGK[self.index_in_stage]
+        out_THK = self.backend.attend(q_THK, k_TGK, v_TGK, keys_NBGK, values_NBGK, batch)
+        result: Tensor = self.output(out_THK.flatten(1))
+        return result
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, attention: Attention, mlp: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = attention
+        self.mlp_norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = mlp
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, batch: ForwardBatch, cache: KvCache) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, batch, cache)
+        result: Tensor = x_TD + self.mlp(self.mlp_norm(x_TD))
+        return result
+
+
+class Qwen2(nn.Module):
+    """One rank's part of the model: its stage's layers, and of each layer its heads and features.
+
+    The first stage has the embedding, the last the norm and the head. Nothing is allocated until the weights are loaded
+    (`model.load.load_model`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: ParallelGroups,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        format: WeightFormat,
+        backend: BackendName,
+        dispatch: DispatchName,
+        block_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.groups, self.device, self.dtype = config, groups, device, dtype
+        self.format, self.dispatch = format, dispatch
+        self.layer_indices = stage_layers(config.num_layers, groups.pp.size, groups.pp.rank)
+        self.is_first, self.is_last = is_first_stage(groups.pp), is_last_stage(groups.pp)
+        heads = head_share(config.num_heads, config.num_kv_heads, groups.tp.rank, groups.tp.size)
+        self.attention_config = AttentionConfig(
+            num_heads=len(heads.query),
+            num_kv_heads=len(heads.kv),
+            head_dim=config.head_dim,
+            kv_of_query=heads.kv_of_query,
+            block_tokens=block_tokens,
+        )
+        self.kv_layout = KvLayout(
+            num_layers=len(self.layer_indices),
+            num_kv_heads=len(heads.kv),
+            head_dim=config.head_dim,
+            block_tokens=block_tokens,
+            dtype=dtype,
+        )
+        self.backend = choose_backend(device, self.attention_config, backend)
+        self.rope = Rope(config.rope, config.head_dim, device)
+        self.embedding = self._embedding() if self.is_first else None
+        self.layers = nn.ModuleList(self._layer(index, place, heads) for place, index in enumerate(self.layer_indices))
+        self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if self.is_last else None
+        self.head = self._head() if self.is_last else None
+
+    def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
+        """Logits (R, V) in the model's dtype, on every rank of the last stage; None on the other stages.
+
+        Writes the batch's keys and values to ``cache``. All ranks of the replica must call this with the same batch.
+        """
+        x_TD = self._enter(batch)
+        rotation = self.rope.rotation(batch.positions_T, self.dtype)
+        self.backend.prepare(batch)
+        for layer in self.layers:
+            x_TD = layer(x_TD, rotation, batch, cache)
+        return self._leave(x_TD, batch)
+
+    def bindings(self) -> Iterator[Binding]:
+        """Every checkpoint tensor of this rank's stage, with the place it fills."""
+        if self.embedding is not None:
+            yield from bind(self, {EMBEDDING: ("embedding", "")})
+        for index, layer in zip(self.layer_indices, self.layers, strict=True):
+            yield from bind(layer, self.names_of_layer(index), prefix=f"model.layers.{index}.")
+        if self.norm is not None and self.head is not None:
+            yield from bind(self, {NORM: ("norm", "")})
+            if not (self.head.is_tied and self.is_first):
+                yield from bind(self, {EMBEDDING if self.config.tied_embeddings else HEAD: ("head.rows", "")})
+
+    def names_of_layer(self, index: int) -> Names:
+        return ATTENTION_NAMES | MLP_NAMES
+
+    def make_mlp(self, index: int) -> nn.Module:
+        return Mlp(
+            hidden_size=self.config.hidden_size,
+            inner_size=self.config.intermediate_size,
+            tp=self.groups.tp,
+            format=self.format,
+            dtype=self.dtype,
+        )
+
+    def _enter(self, batch: ForwardBatch) -> Tensor:
+        if self.embedding is None:
+            return receive_hidden((batch.num_tokens, self.config.hidden_size), self.groups.pp, dtype=self.dtype, device=self.device)
+        x_TD: Tensor = self.embedding(batch.tokens_T)
+        return x_TD
+
+    def _leave(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor | None:
+        if self.norm is None or self.head is None:
+            send_hidden(x_TD, self.groups.pp)
+            return None
+        logits_RV: Tensor = self.head(self.norm(x_TD[batch.logit_rows_R]))
+        return logits_RV
+
+    def _layer(self, index: int, place: int, heads: HeadShare) -> DecoderLayer:
+        attention = Attention(
+            self.config,
+            self.groups,
+            index_in_stage=place,
+            heads=heads,
+            backend=self.backend,
+            format=self.format,
+            dtype=self.dtype,
+        )
+        return DecoderLayer(self.config, attention, self.make_mlp(index), self.dtype)
+
+    def _embedding(self) -> VocabEmbedding:
+        return VocabEmbedding(
+            vocab_size=self.config.vocab_size, hidden_size=self.config.hidden_size, group=self.groups.tp, dtype=self.dtype
+        )
+
+    def _head(self) -> VocabHead:
+        """Tied to the embedding where this stage has it; a last stage of several holds the same rows a second time."""
+        return VocabHead(
+            vocab_size=self.config.vocab_size,
+            hidden_size=self.config.hidden_size,
+            group=self.groups.tp,
+            dtype=self.dtype,
+            tied=self.embedding if self.config.tied_embeddings else None,
+        )

@@ -1,0 +1,68 @@
+"""Rotary position embedding: each head's first and second half are turned against each other by an angle that grows with the
+position (RoFormer, arXiv 2104.09864), optionally stretched to longer contexts (YaRN, arXiv 2309.00071).
+
+T tokens, X any heads, K head width, F = K / 2 frequencies.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import RopeConfig, YarnConfig
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What one step's positions turn queries and keys by; the same for all layers."""
+
+    cos_T1F: Tensor
+    sin_T1F: Tensor
+
+    def apply(self, x_TXK: Tensor) -> Tensor:
+        first, second = x_TXK.chunk(2, dim=-1)
+        cos, sin = self.cos_T1F, self.sin_T1F
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Rope:
+    """The frequencies of one model on one device."""
+
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+        inverse_F = 1.0 / config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.scale = 1.0
+        if config.yarn is not None:
+            inverse_F = _stretched(inverse_F, config.yarn, config.theta)
+            self.scale = yarn_scale(config.yarn)
+        self.inverse_F = inverse_F.to(device)
+
+    def rotation(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
+        """Angles are computed in float32: bfloat16 cannot tell position 256 from 257."""
+        angles_TF = positions_T.float().unsqueeze(1) * self.inverse_F
+        cos, sin = angles_TF.cos() * self.scale, angles_TF.sin() * self.scale
+        return Rotation(cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1))
+
+
+def yarn_scale(yarn: YarnConfig) -> float:
+    """How much longer queries and keys get, which makes the softmax sharper (section 3.4: 0.1 ln(s) + 1)."""
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return 1.0 if yarn.factor <= 1 else 0.1 * math.log(yarn.factor) + 1.0
+
+
+def _stretched(inverse_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
+    """ "NTK by parts" (section 3.2): fast frequencies stay, slow ones are divided by the factor, a ramp in between.
+
+    The ramp runs between the frequencies that turn ``beta_fast`` and ``beta_slow`` times within the original context.
+    """
+    half = inverse_F.numel()
+
+    def frequency_that_turns(times: float) -> float:
+        return half * math.log(yarn.original_max_tokens / (times * 2 * math.pi)) / math.log(theta)
+
+    first = max(math.floor(frequency_that_turns(yarn.beta_fast)), 0)
+    last = min(math.ceil(frequency_that_turns(yarn.beta_slow)), 2 * half - 1)
+    width = last - first if last != first else 0.001
+    slow_F = ((torch.arange(half, dtype=torch.float32) - first) / width).clamp(0, 1)
+    return inverse_F / yarn.factor * slow_F + inverse_F * (1 - slow_F)

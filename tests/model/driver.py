@@ -1,0 +1,135 @@
+"""Runs a model by hand-built forward batches, without the engine: whole prompts, chunks, and mixtures with decodes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.attention.choose import BackendName
+from model.batch import ForwardBatch
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.kv_cache import KvCache
+from model.load import load_model
+from parallel.dispatch import DispatchName
+from parallel.groups import ParallelGroups
+
+BLOCK_TOKENS = 4
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Progress:
+    """One sequence: its tokens, how many of them are in the cache, its blocks, and the logits of every position computed."""
+
+    tokens: list[int]
+    blocks: list[int]
+    num_computed: int = 0
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+class Driver:
+    """One rank's model and cache. Every rank makes the same calls; logits are there on the last stage."""
+
+    def __init__(
+        self,
+        folder: Path,
+        groups: ParallelGroups,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: BackendName = "auto",
+        dispatch: DispatchName = "local",
+        num_blocks: int = 256,
+    ) -> None:
+        config = ModelConfig.from_checkpoint(folder)
+        with Checkpoint(folder) as checkpoint:
+            self.model, self.report = load_model(
+                checkpoint, config, groups, device=CPU, dtype=dtype, block_tokens=BLOCK_TOKENS, backend=backend, dispatch=dispatch
+            )
+        self.cache = KvCache(self.model.kv_layout, num_blocks, CPU)
+        self.free = list(range(num_blocks))
+
+    def start(self, tokens: Sequence[int], room: int = 0) -> Progress:
+        """A sequence with blocks for ``room`` more tokens, scattered over the cache."""
+        count = -(-(len(tokens) + room) // BLOCK_TOKENS)
+        blocks = [self.free.pop(len(self.free) // 3) for _ in range(count)]
+        return Progress(list(tokens), blocks)
+
+    @torch.no_grad()
+    def step(self, works: Sequence[tuple[Progress, int]]) -> None:
+        """Compute the next ``count`` tokens of each sequence in one forward pass, and keep the logits of all of them."""
+        works = sorted(works, key=lambda work: work[1] > 1)
+        logits = self.model(build_batch(works), self.cache)
+        for sequence, count in works:
+            sequence.num_computed += count
+            if logits is not None:
+                sequence.logits.append(logits[:count].float())
+                logits = logits[count:]
+
+    def whole(self, tokens: Sequence[int]) -> Tensor:
+        """Logits of every position, computed in one step."""
+        return self.chunked(tokens, len(tokens))
+
+    def chunked(self, tokens: Sequence[int], chunk: int) -> Tensor:
+        sequence = self.start(tokens)
+        while sequence.pending:
+            self.step([(sequence, min(chunk, sequence.pending))])
+        return self._logits(sequence)
+
+    def mixed(self, prompts: Sequence[Sequence[int]], budget: int) -> list[Tensor]:
+        """All prompts, each joining one step after the one before it, the last four tokens of each as decodes."""
+        waiting = [self.start(prompt) for prompt in prompts]
+        done = list(waiting)
+        running: list[Progress] = []
+        while waiting or running:
+            running += [waiting.pop(0)] if waiting else []
+            self.step([(sequence, min(budget, max(1, sequence.pending - 4))) for sequence in running])
+            running = [sequence for sequence in running if sequence.pending]
+        return [self._logits(sequence) for sequence in done]
+
+    def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """The prompts together, then ``num_tokens`` tokens each. For models of one stage."""
+        sequences = [self.start(prompt, room=num_tokens) for prompt in prompts]
+        for _ in range(num_tokens):
+            self.step([(sequence, sequence.pending) for sequence in sequences])
+            for sequence in sequences:
+                sequence.tokens.append(int(sequence.logits[-1][-1].argmax()))
+        return [sequence.tokens[-num_tokens:] for sequence in sequences]
+
+    def _logits(self, sequence: Progress) -> Tensor:
+        self.free += sequence.blocks
+        return torch.cat(sequence.logits) if sequence.logits else torch.empty(0)
+
+
+def build_batch(works: Sequence[tuple[Progress, int]]) -> ForwardBatch:
+    """Works of one token must come first. All logits are wanted."""
+    starts, tokens, positions, slots = [0], [], [], []
+    for sequence, count in works:
+        for position in range(sequence.num_computed, sequence.num_computed + count):
+            tokens.append(sequence.tokens[position])
+            positions.append(position)
+            slots.append(sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS)
+        starts.append(len(tokens))
+    width = max(len(sequence.blocks) for sequence, _ in works)
+    tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in works]
+    return ForwardBatch(
+        tokens_T=torch.tensor(tokens),
+        positions_T=torch.tensor(positions),
+        slots_T=torch.tensor(slots),
+        block_tables_SM=torch.tensor(tables, dtype=torch.int32),
+        query_starts=tuple(starts),
+        context_lengths=tuple(sequence.num_computed + count for sequence, count in works),
+        num_decodes=sum(count == 1 for _, count in works),
+        logit_rows_R=torch.arange(len(tokens)),
+    )
+
+
+def seeded_prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]

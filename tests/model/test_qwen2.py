@@ -1,0 +1,131 @@
+"""The model against transformers, on one rank and shared over several."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.dispatch import DispatchName
+from parallel.groups import ParallelGroups
+from parallel.topology import Topology
+from tests.model.driver import Driver, seeded_prompts
+from tests.model.oracle import Oracle, make_oracle
+from tests.ranks import run_ranks
+
+LENGTHS = (5, 1, 40, 17)
+NUM_GREEDY = 16
+TOLERANCE = 1e-4
+
+MakeOracle = Callable[[str], Oracle]
+
+
+@dataclass
+class Answers:
+    """What one rank computed, one entry per prompt."""
+
+    whole: list[Tensor]
+    chunked: list[Tensor]
+    mixed: list[Tensor]
+    greedy: list[list[int]]
+
+
+def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[list[int]], dispatch: DispatchName) -> list[Answers]:
+    """Each checkpoint's answers on one rank."""
+    found = []
+    for folder in folders:
+        driver = Driver(folder, groups, dispatch=dispatch)
+        found.append(
+            Answers(
+                whole=[driver.whole(prompt) for prompt in prompts],
+                chunked=[driver.chunked(prompt, 7) for prompt in prompts],
+                mixed=driver.mixed(prompts, 6),
+                greedy=driver.greedy(prompts, NUM_GREEDY) if groups.pp.size == 1 else [],
+            )
+        )
+    return found
+
+
+def assert_equal_to(oracle: Oracle, found: Answers, prompts: Sequence[list[int]]) -> None:
+    wanted = [oracle.logits(prompt) for prompt in prompts]
+    for way in ("whole", "chunked", "mixed"):
+        for logits, expected in zip(getattr(found, way), wanted, strict=True):
+            torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0, msg=lambda text, way=way: f"{way}: {text}")
+    if found.greedy:
+        assert found.greedy == [oracle.greedy(prompt, NUM_GREEDY) for prompt in prompts]
+
+
+DENSE = ["9_heads", "14_heads_tied", "28_heads"]
+SPARSE = ["moe", "moe_renormalised"]
+
+
+def check(topology: Topology, names: Sequence[str], oracle: MakeOracle, dispatch: DispatchName = "local") -> None:
+    oracles = [oracle(name) for name in names]
+    prompts = seeded_prompts(min(one.vocab_size for one in oracles), LENGTHS)
+    per_rank = run_ranks(topology, answers, [one.folder for one in oracles], prompts, dispatch)
+    last_stage = per_rank[-topology.ranks_per_stage :]
+    for found in last_stage:
+        for one, of_model in zip(oracles, found, strict=True):
+            assert_equal_to(one, of_model, prompts)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_dense_model_answers_as_transformers_however_many_ranks_share_it(ranks: int, oracle: MakeOracle) -> None:
+    check(Topology(tp=ranks), DENSE, oracle)
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [Topology(), Topology(tp=2), Topology(tp=2, ep=2), Topology(tp=4, ep=4), Topology(tp=4, ep=2)],
+    ids=["one rank", "expert-tp 2", "ep 2", "ep 4", "tp 2 x ep 2"],
+)
+@pytest.mark.parametrize("dispatch", ["local", "all_to_all"])
+def test_a_sparse_model_answers_as_transformers_however_its_experts_are_placed(
+    topology: Topology, dispatch: DispatchName, oracle: MakeOracle
+) -> None:
+    check(topology, SPARSE, oracle, dispatch)
+
+
+@pytest.mark.parametrize("topology", [Topology(pp=2), Topology(pp=3), Topology(pp=2, tp=2)], ids=str)
+def test_a_model_in_stages_answers_as_transformers(topology: Topology, oracle: MakeOracle) -> None:
+    check(topology, [*DENSE, "moe"], oracle)
+
+
+def test_yarn_answers_as_transformers_within_and_beyond_the_trained_context(oracle: MakeOracle) -> None:
+    one = oracle("yarn")
+    (prompt,) = seeded_prompts(one.vocab_size, [100])
+    (found,) = run_ranks(Topology(), logits_of, one.folder, prompt)
+    torch.testing.assert_close(found, one.logits(prompt), atol=TOLERANCE, rtol=0)
+
+
+def logits_of(groups: ParallelGroups, folder: Path, prompt: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return Driver(folder, groups, dtype=dtype).whole(prompt)
+
+
+@pytest.mark.parametrize("name", ["0.5B", "1.5B", "7B"])
+def test_a_model_of_released_width_answers_as_transformers_on_one_and_two_ranks(name: str, tmp_path: Path) -> None:
+    one = make_oracle(name, tmp_path)
+    (prompt,) = seeded_prompts(one.vocab_size, [19])
+    wanted = one.logits(prompt)
+    for ranks in (1, 2):
+        for found in run_ranks(Topology(tp=ranks), logits_of, tmp_path, prompt):
+            torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["9_heads", "moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_half_precision_is_as_near_to_the_truth_as_transformers_is(name: str, dtype: torch.dtype, ranks: int, tmp_path: Path) -> None:
+    """The truth: the same rounded weights computed in float32."""
+    one = make_oracle(name, tmp_path, dtype=dtype)
+    (prompt,) = seeded_prompts(one.vocab_size, [24])
+    theirs = one.logits(prompt)
+    truth = Oracle(tmp_path, one.model.float()).logits(prompt)
+    for ours in run_ranks(Topology(tp=ranks), logits_of, tmp_path, prompt, dtype):
+        assert _error(ours, truth) < 1.5 * _error(theirs, truth) + 1e-4
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).square().mean().sqrt())
