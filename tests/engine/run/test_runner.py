@@ -65,7 +65,7 @@ def test_a_step_may_compute_without_sampling_and_may_do_nothing_at_all(executor)
 
 def test_history_counts_what_later_works_bring(executor, oracle):
     """The penalties of the third output token see the prompt from the opening and the first two tokens from the works."""
-    params = SamplingParams(temperature=0.0, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.9)
+    params = SamplingParams(temperature=0.0, repetition_penalty=2.5, presence_penalty=4.0, frequency_penalty=-30.0)
     opening = Opening(50, 0, len(PROMPT), params, history=PROMPT)
     answer = list(run(executor, StepPlan(1, (Work(50, 0, PROMPT, blocks_for(0, 40), True),), (opening,))).values())
     for _ in range(11):
@@ -81,9 +81,9 @@ def test_history_counts_what_later_works_bring(executor, oracle):
         with torch.no_grad():
             logits = oracle(torch.tensor([[*PROMPT, *expected]])).logits[0, -1, :290].clone()
         seen = torch.tensor(sorted({*PROMPT, *expected}))
-        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.7, logits[seen] * 1.7)
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 2.5, logits[seen] * 2.5)
         for token in set(expected):
-            logits[token] -= 0.4 + 0.9 * expected.count(token)
+            logits[token] -= 4.0 - 30.0 * expected.count(token)
         expected.append(int(logits.argmax()))
     assert answer == expected
     assert answer != list(greedy(oracle, PROMPT, 12))
