@@ -66,7 +66,7 @@ def _in_words(hint: Any) -> str:
         return ", ".join(json.dumps(value) for value in typing.get_args(hint))
     if members := typing.get_args(hint):
         return " or ".join(_in_words(member) for member in members)
-    return {str: "text", bool: "true or false"}.get(hint, hint.__name__)
+    return str({str: "text", bool: "true or false"}.get(hint, hint.__name__))
 
 
 def as_yaml(loaded: Loaded) -> str:

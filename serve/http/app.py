@@ -1,0 +1,49 @@
+"""The HTTP front as one ASGI app."""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.errors import MethodNotAllowed, RouteNotFound, ServeError
+from serve.http.boundary import RequestBoundary
+from serve.http.chat import chat_routes
+from serve.http.completions import completion_routes
+from serve.http.context import Front, Offers
+from serve.http.errors import error_response
+from serve.http.health import health_routes
+from serve.http.models import model_routes
+from serve.http.openapi import describe_api
+from serve.limits import Limits
+
+
+def create_app(service: Callable[[], Offers], limits: Limits | None = None) -> FastAPI:
+    """The app. ``service`` is asked at each request, so it may be made later, in the process that serves."""
+    front = Front(service=service, limits=limits or Limits())
+    app = FastAPI(title="Manta", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    for routes in (chat_routes, completion_routes, model_routes, health_routes):
+        app.include_router(routes(front))
+    app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_middleware(RequestBoundary, limits=front.limits)
+    describe_api(app)
+    return app
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """Routing is the only one to raise this; its Allow header is kept."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        refusal: ServeError = MethodNotAllowed("this path does not take that method")
+    else:
+        refusal = RouteNotFound("there is no such path here")
+    return error_response(refusal, headers=dict(error.headers or {}))
+
+
+def _version() -> str:
+    try:
+        return version("manta")
+    except PackageNotFoundError:  # a checkout on sys.path, as `ray job submit --working-dir .` has it
+        return "0+checkout"

@@ -1,0 +1,65 @@
+"""The outermost layer of the HTTP front: request ids, header limits, and the last word on every error."""
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import HeadersTooLarge, InvalidRequest
+from serve.http.connection import ClientGone
+from serve.http.errors import error_response
+from serve.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+
+
+class RequestBoundary:
+    """ASGI middleware. No exception passes it before the headers are sent; after that, one cuts the connection, so that a
+    broken answer never looks complete."""
+
+    def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id, started = f"req-{uuid.uuid4().hex}", False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            self._check_size(scope)
+            request_id = self._own_id(Headers(scope=scope)) or request_id
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            logger.info("request %s: the client left", request_id)
+        except Exception as error:
+            if started:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
+
+    def _check_size(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        too_long = sum(len(name) + len(value) for name, value in headers) > self._limits.header_bytes
+        if too_long or len(headers) > self._limits.headers:
+            raise HeadersTooLarge(limit_bytes=self._limits.header_bytes, limit_headers=self._limits.headers)
+
+    def _own_id(self, headers: Headers) -> str | None:
+        """The id that the client gave this request, if it gave one. It names the request in logs, never in the engine."""
+        given = headers.get(REQUEST_ID)
+        if given is not None and not is_identifier(given, self._limits):
+            raise InvalidRequest(f"{REQUEST_ID} must be 1 to {self._limits.id_chars} of A-Z a-z 0-9 . _ : -", param=REQUEST_ID)
+        return given
+
+
+def is_identifier(text: str, limits: Limits) -> bool:
+    return len(text) <= limits.id_chars and re.fullmatch(r"[A-Za-z0-9._:-]+", text) is not None

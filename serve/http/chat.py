@@ -1,0 +1,97 @@
+"""Steps 1 and 14 of a chat request, over HTTP: /v1/chat/completions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.http.connection import unless_gone
+from serve.http.context import Front, Stamp, usage_object
+from serve.http.errors import json_response
+from serve.http.openapi import takes
+from serve.http.schema import ChatBody
+from serve.http.sse import open_stream
+from serve.request import ChoiceResult, Result, TextEvent, TextToken, Usage
+
+
+def chat_routes(front: Front) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
+    async def create_chat_completion(request: Request) -> Response:
+        body, headers = await front.receive(request, ChatBody)
+        stamp = Stamp.new("chatcmpl", body.model)
+        asked = body.request(stamp.id)
+        if body.stream:
+            return await open_stream(request.receive, front.service().chat(asked), ChatChunks(stamp, body), headers)
+        result = await unless_gone(request.receive, front.service().collect(asked))
+        return json_response(chat_completion(stamp, result, with_logprobs=bool(body.logprobs)), headers=headers)
+
+    return routes
+
+
+def chat_completion(stamp: Stamp, result: Result, *, with_logprobs: bool) -> dict[str, Any]:
+    choices = [_choice(choice, with_logprobs) for choice in result.choices]
+    return stamp.piece("chat.completion", choices=choices, usage=usage_object(result.usage))
+
+
+def _choice(choice: ChoiceResult, with_logprobs: bool) -> dict[str, Any]:
+    return {
+        "index": choice.choice,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": _logprobs(choice.tokens) if with_logprobs else None,
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+    }
+
+
+class ChatChunks:
+    """A stream of ``chat.completion.chunk``: each choice's role first, then its text, in the end the usage if asked for."""
+
+    def __init__(self, stamp: Stamp, body: ChatBody) -> None:
+        self._stamp, self._choices, self._logprobs = stamp, body.n or 1, bool(body.logprobs)
+        self._usage, self._running_usage = body.wants_usage, body.wants_running_usage
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for choice in range(self._choices):
+            yield self._chunk([self._part(choice, {"role": "assistant", "content": ""})])
+
+    def of(self, event: TextEvent) -> dict[str, Any] | None:
+        if not (event.text or event.finish_reason or (self._logprobs and event.tokens)):
+            return None
+        part = self._part(event.choice, {"content": event.text} if event.text else {})
+        part["finish_reason"] = event.finish_reason
+        if event.finish_reason:
+            part["stop_reason"] = event.stop_reason
+        if self._logprobs and event.tokens:
+            part["logprobs"] = _logprobs(event.tokens)
+        return self._chunk([part], event.usage_so_far if self._running_usage else None)
+
+    def closing(self, usage: Usage) -> Iterator[dict[str, Any]]:
+        if self._usage:
+            yield self._chunk([], usage)
+
+    def _part(self, choice: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
+        chunk = self._stamp.piece("chat.completion.chunk", choices=choices)
+        if self._usage:  # OpenAI: every chunk has the field then, null but in the last
+            chunk["usage"] = usage and usage_object(usage)
+        return chunk
+
+
+def _logprobs(tokens: tuple[TextToken, ...]) -> dict[str, Any]:
+    return {"content": [_token(token) for token in tokens if token.logprobs is not None], "refusal": None}
+
+
+def _token(token: TextToken) -> dict[str, Any]:
+    assert token.logprobs is not None
+    return {
+        "token": token.text,
+        "logprob": token.logprobs.logprob,
+        "bytes": list(token.raw),
+        "top_logprobs": [{"token": text, "logprob": logprob, "bytes": list(raw)} for _, text, raw, logprob in token.top],
+    }

@@ -1,0 +1,97 @@
+"""Steps 1 and 14 of a completion request, over HTTP: /v1/completions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.http.connection import unless_gone
+from serve.http.context import Front, Stamp, usage_object
+from serve.http.errors import json_response
+from serve.http.openapi import takes
+from serve.http.schema import CompletionBody
+from serve.http.sse import open_stream
+from serve.request import Result, TextEvent, TextToken, Usage
+
+
+def completion_routes(front: Front) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", openapi_extra=takes(CompletionBody))
+    async def create_completion(request: Request) -> Response:
+        body, headers = await front.receive(request, CompletionBody)
+        stamp = Stamp.new("cmpl", body.model)
+        asked = body.request(stamp.id)
+        if body.stream:
+            return await open_stream(request.receive, front.service().complete(asked), CompletionChunks(stamp, body), headers)
+        result = await unless_gone(request.receive, front.service().collect(asked))
+        return json_response(completion(stamp, result, with_logprobs=body.logprobs is not None), headers=headers)
+
+    return routes
+
+
+def completion(stamp: Stamp, result: Result, *, with_logprobs: bool) -> dict[str, Any]:
+    choices = [
+        {
+            "index": choice.choice,
+            "text": choice.text,
+            "logprobs": _logprobs(choice.tokens, 0) if with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        for choice in result.choices
+    ]
+    return stamp.piece("text_completion", choices=choices, usage=usage_object(result.usage))
+
+
+class CompletionChunks:
+    """A stream of ``text_completion`` pieces, in the end the usage if asked for."""
+
+    def __init__(self, stamp: Stamp, body: CompletionBody) -> None:
+        self._stamp, self._logprobs = stamp, body.logprobs is not None
+        self._usage, self._running_usage = body.wants_usage, body.wants_running_usage
+        self._offsets: dict[int, int] = {}
+        """Characters of each choice's tokens so far, for ``text_offset``."""
+
+    def opening(self) -> tuple[dict[str, Any], ...]:
+        return ()
+
+    def of(self, event: TextEvent) -> dict[str, Any] | None:
+        if not (event.text or event.finish_reason or (self._logprobs and event.tokens)):
+            return None
+        part: dict[str, Any] = {"index": event.choice, "text": event.text, "logprobs": None, "finish_reason": event.finish_reason}
+        if event.finish_reason:
+            part["stop_reason"] = event.stop_reason
+        if self._logprobs and event.tokens:
+            start = self._offsets.get(event.choice, 0)
+            part["logprobs"] = _logprobs(event.tokens, start)
+            self._offsets[event.choice] = start + sum(len(token.text) for token in event.tokens)
+        return self._chunk([part], event.usage_so_far if self._running_usage else None)
+
+    def closing(self, usage: Usage) -> Iterator[dict[str, Any]]:
+        if self._usage:
+            yield self._chunk([], usage)
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
+        chunk = self._stamp.piece("text_completion", choices=choices)
+        if self._usage:
+            chunk["usage"] = usage and usage_object(usage)
+        return chunk
+
+
+def _logprobs(tokens: tuple[TextToken, ...], start: int) -> dict[str, list[Any]]:
+    """The older API's parallel lists. ``top_logprobs`` holds the sampled token too, as OpenAI's reference has it.
+
+    start=0, tokens "Hel" "lo" "!":  text_offset 0 3 5
+    """
+    columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token in tokens:
+        if token.logprobs is not None:
+            columns["tokens"].append(token.text)
+            columns["token_logprobs"].append(token.logprobs.logprob)
+            columns["top_logprobs"].append({text: logprob for _, text, _, logprob in token.top} | {token.text: token.logprobs.logprob})
+            columns["text_offset"].append(start)
+        start += len(token.text)
+    return columns

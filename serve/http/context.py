@@ -1,0 +1,79 @@
+"""What every route needs: the service, and how a request of either API is received and answered."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+
+from serve.errors import InvalidRequest
+from serve.http.body import read_json_object
+from serve.http.boundary import is_identifier
+from serve.http.schema import SharedBody, ignored_fields, parse
+from serve.limits import Limits
+from serve.model_facts import ModelFacts
+from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, Usage
+
+IGNORED = "x-manta-ignored-fields"
+
+B = TypeVar("B", bound=SharedBody)
+
+
+class Offers(Protocol):
+    """What this front uses of `serve.service.Service`."""
+
+    def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]: ...
+    def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]: ...
+    async def collect(self, request: ChatRequest | CompletionRequest) -> Result: ...
+    def models(self) -> tuple[ModelFacts, ...]: ...
+    def model(self, name: str) -> ModelFacts: ...
+    def ready(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """Handed to each file of routes."""
+
+    service: Callable[[], Offers]
+    """Asked at each request: the service is made after the routes, in the process that serves."""
+    limits: Limits
+
+    async def receive(self, request: Request, kind: type[B]) -> tuple[B, dict[str, str]]:
+        """The body, and headers for the answer.
+
+        Raises:
+            ServeError: see `read_json_object` and `parse`.
+        """
+        fields = await read_json_object(request, self.limits)
+        body = parse(kind, fields)
+        if body.user is not None and not is_identifier(body.user, self.limits):
+            raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
+        ignored = ignored_fields(kind, fields)
+        return body, {IGNORED: ", ".join(ignored)} if ignored else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """What is the same in every piece of one answer."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def new(cls, prefix: str, model: str) -> "Stamp":
+        return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
+
+    def piece(self, kind: str, **rest: Any) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **rest}
+
+
+def usage_object(usage: Usage) -> Mapping[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

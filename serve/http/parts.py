@@ -1,0 +1,77 @@
+"""Fields of OpenAI's that come in several shapes, each brought into one."""
+
+import re
+from typing import Any, LiteralString
+
+from pydantic_core import PydanticCustomError
+
+TOKEN_ID = re.compile(r"-?(0|[1-9][0-9]{0,11})")
+
+
+def wrong(message: LiteralString) -> PydanticCustomError:
+    return PydanticCustomError("wrong_shape", message)
+
+
+def joined_text(content: Any) -> str:
+    """A message's content: text, or parts of text, which are joined with line ends (as vLLM does)."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise wrong("should be text or a list of text parts")
+    return "\n".join(_text_of(part) for part in content)
+
+
+def _text_of(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") not in ("text", None):
+        raise PydanticCustomError("not_supported", "only text parts are offered: this model sees no images and hears no audio")
+    if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        raise wrong('a text part should be {"type": "text", "text": "..."}')
+    text: str = part["text"]
+    return text
+
+
+def stop_list(stop: Any) -> list[str]:
+    """One stop string, several, or none."""
+    if stop is None:
+        return []
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+        raise wrong("should be a string or a list of strings")
+    return strings
+
+
+def list_or_none(values: Any) -> Any:
+    """null says as much as an empty list."""
+    return [] if values is None else values
+
+
+def bias_table(bias: Any) -> list[tuple[int, float]]:
+    """JSON's keys are strings; these must be token ids written in decimal."""
+    if bias is None:
+        return []
+    if not isinstance(bias, dict):
+        raise wrong("should be an object from token ids to numbers")
+    if not all(TOKEN_ID.fullmatch(key) for key in bias):
+        raise wrong("its keys should be token ids")
+    if not all(type(value) in (int, float) for value in bias.values()):
+        raise wrong("its values should be numbers")
+    try:
+        return [(int(key), float(value)) for key, value in bias.items()]
+    except OverflowError:
+        raise wrong("its values should be numbers") from None
+
+
+def prompt_list(prompt: Any) -> list[str | list[int]]:
+    """A text, a list of texts, the ids of one prompt, or a list of such."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if _all_ids(prompt):
+            return [prompt]
+        if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) and _all_ids(one) for one in prompt):
+            return prompt
+    raise wrong("should be a string, a list of strings, a list of token ids, or a list of such lists, and not empty")
+
+
+def _all_ids(ids: list[Any]) -> bool:
+    return all(type(one) is int for one in ids)

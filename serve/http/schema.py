@@ -1,0 +1,208 @@
+"""Step 1 of a request, over HTTP: OpenAI's fields, strictly typed. Whether values make sense is `serve.validation`'s to say.
+
+A field that this server does not know is ignored and named in a response header; one that it knows and does not offer
+yet is refused as soon as it asks for something.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
+
+from serve.errors import InvalidRequest, NotSupported
+from serve.http.parts import bias_table, joined_text, list_or_none, prompt_list, stop_list
+from serve.request import ChatRequest, CompletionRequest, Message, Options
+
+HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+STRINGS = {"type": "array", "items": {"type": "string"}}
+TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}, "required": ["type", "text"]}
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "prompt_logprobs": (None,),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "use_beam_search": (None, False),
+}
+"""Fields that are not offered, with the values that ask for nothing."""
+WITHOUT_EFFECT = frozenset({"user", "parallel_tool_calls"})
+"""Taken and rightly without effect, so not named as ignored."""
+
+
+class Body(BaseModel):
+    """JSON types are strict: "0.5" is no number, true is no number, 1.0 is no integer."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    """A last chunk with `usage` and no choices."""
+    continuous_usage_stats: bool | None = None
+    """`usage` in every chunk (vLLM)."""
+
+
+class SharedBody(Body):
+    """What both APIs take."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[
+        list[tuple[int, float]], BeforeValidator(bias_table), WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})
+    ] = []
+    seed: int | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: Annotated[list[str], BeforeValidator(stop_list), WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS]})] = []
+    stop_token_ids: Annotated[list[int], FailFast(), BeforeValidator(list_or_none)] = []  # FailFast: one error, not a million
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def options(self) -> Options:
+        return Options(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(self.logit_bias),
+            seed=self.seed,
+            n=self.n,
+            max_tokens=self.length(),
+            min_tokens=self.min_tokens,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=self.alternatives(),
+        )
+
+    def length(self) -> int | None:
+        return self.max_tokens
+
+    def alternatives(self) -> int | None:
+        raise NotImplementedError
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class MessageBody(Body):
+    role: str
+    content: Annotated[
+        str, BeforeValidator(joined_text), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]})
+    ]
+    name: str | None = None
+
+
+class ChatBody(SharedBody):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[MessageBody], FailFast()]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def length(self) -> int | None:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InvalidRequest("max_tokens and max_completion_tokens say different things; send one", param="max_tokens")
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def alternatives(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def request(self, request_id: str) -> ChatRequest:
+        messages = tuple(Message(role=message.role, content=message.content, name=message.name) for message in self.messages)
+        return ChatRequest(request_id=request_id, model=self.model, messages=messages, options=self.options())
+
+
+class CompletionBody(SharedBody):
+    """Body of /v1/completions."""
+
+    prompt: Annotated[
+        list[str | list[int]],
+        BeforeValidator(prompt_list),
+        WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS, {"type": "array", "items": {"type": "integer"}}, {"type": "array"}]}),
+    ]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def request(self, request_id: str) -> CompletionRequest:
+        prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt)
+        return CompletionRequest(request_id=request_id, model=self.model, prompts=prompts, options=self.options(), echo=bool(self.echo))
+
+
+B = TypeVar("B", bound=SharedBody)
+
+
+def parse(kind: type[B], fields: Mapping[str, Any]) -> B:
+    """
+    Raises:
+        InvalidRequest: the first thing that is of a wrong type, by its name.
+        NotSupported: a field asks for what is not offered yet.
+    """
+    for name in NEUTRAL.keys() & fields.keys():
+        if fields[name] not in NEUTRAL[name]:
+            raise NotSupported(f"this server does not offer {name} yet; leave it out", param=name)
+    try:
+        body = kind.model_validate(fields)
+    except ValidationError as error:
+        raise _first_problem(error) from None
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    return body
+
+
+def _first_problem(error: ValidationError) -> InvalidRequest:
+    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).removeprefix(".")
+    if problem["type"] == "missing":
+        return InvalidRequest(f"{param} is required", param=param)
+    kind = NotSupported if problem["type"] == "not_supported" else InvalidRequest
+    return kind(f"{param}: {problem['msg'].removeprefix('Input ')}", param=param)
+
+
+def ignored_fields(kind: type[SharedBody], fields: Mapping[str, Any]) -> list[str]:
+    """Names that had no effect, for a header: at most 16, and only such as a header can carry."""
+    known = kind.model_fields.keys() | NEUTRAL.keys() | WITHOUT_EFFECT
+    unknown = fields.keys() - known
+    names = sorted(name for name in unknown if HEADER_NAME.fullmatch(name))
+    return names[:16] or (["(unprintable)"] if unknown else [])

@@ -1,0 +1,99 @@
+"""Step 14 of a request, over HTTP: text events become server-sent events."""
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any, Protocol
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serve.errors import describe
+from serve.http.connection import unless_gone
+from serve.http.errors import error_object
+from serve.request import TextEvent, Usage
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""The second keeps nginx from collecting the stream before it passes it on."""
+
+
+class Chunks(Protocol):
+    """How one API writes its stream."""
+
+    def opening(self) -> Iterable[dict[str, Any]]:
+        """What comes before the first event."""
+        ...
+
+    def of(self, event: TextEvent) -> dict[str, Any] | None:
+        """The chunk for an event, if it has anything to say."""
+        ...
+
+    def closing(self, usage: Usage) -> Iterable[dict[str, Any]]:
+        """What comes after the last event."""
+        ...
+
+
+class EventStream(Response):
+    """Sends a stream; the source is closed when it ends, fails, or the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, first: TextEvent, rest: AsyncGenerator[TextEvent, None], chunks: Chunks, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(headers=HEADERS | (headers or {}))
+        del self.headers["content-length"]
+        self._first, self._rest, self._chunks = first, rest, chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_gone(receive, self._send(send))
+        finally:
+            await self._rest.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with contextlib.aclosing(frames(self._first, self._rest, self._chunks)) as written:
+            async for frame in written:
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def open_stream(
+    receive: Receive, events: AsyncGenerator[TextEvent, None], chunks: Chunks, headers: dict[str, str] | None = None
+) -> EventStream:
+    """Wait for the first event, so that a refusal still has a status of its own, then stream.
+
+    Raises:
+        ClientGone, ServeError, EngineError: before the first event; nothing was sent then.
+    """
+    try:
+        first = await unless_gone(receive, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(first, events, chunks, headers)
+
+
+async def frames(first: TextEvent, rest: AsyncGenerator[TextEvent, None], chunks: Chunks) -> AsyncGenerator[bytes, None]:
+    """The stream's bytes. A failure is an event of its own, and then there is no [DONE]."""
+    usage, opening = None, b"".join(frame(chunk) for chunk in chunks.opening())
+    try:
+        event: TextEvent | None = first
+        while event is not None:
+            usage, chunk = event.usage or usage, chunks.of(event)
+            if opening or chunk is not None:
+                yield opening + (frame(chunk) if chunk is not None else b"")
+                opening = b""
+            event = await anext(rest, None)
+        if usage is None:
+            raise RuntimeError("the service ended a stream without its last event")
+    except Exception as error:
+        yield opening + frame(error_object(describe(error)))
+        return
+    yield b"".join(frame(chunk) for chunk in chunks.closing(usage)) + DONE
+
+
+def frame(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"  # JSON has no raw line ends, so one data line is enough
