@@ -33,8 +33,10 @@ class ReplicaConfig:
     """Deadline of the first step after a start: kernels may be compiled in it."""
     step_timeout_s: float = 60.0
     """Deadline of every later step; a rank that is frozen is seen by it."""
-    canary_timeout_s: float = 30.0
-    """A ready replica without work proves that all its ranks still answer by one token every so often."""
+    canary_every_s: float = 3.0
+    """A ready replica without work proves this often, by one token, that all its ranks still answer."""
+    canary_timeout_s: float = 5.0
+    """A replica without other work that owes this proof for so long is not ready."""
     max_restarts: int = 3
     """Restarts of the ranks within `restart_window_s` before the replica is given up."""
     restart_window_s: float = 600.0
@@ -55,6 +57,7 @@ class ReplicaConfig:
             "start_timeout_s",
             "first_step_timeout_s",
             "step_timeout_s",
+            "canary_every_s",
             "canary_timeout_s",
             "restart_window_s",
             "heartbeat_s",

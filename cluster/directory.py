@@ -95,6 +95,15 @@ def directory_actor(app: str) -> Any:
     return ray.remote(Register).options(**options).remote()
 
 
+def current_records(app: str) -> tuple[ReplicaRecord, ...]:
+    """What the directory knows now; nothing while it does not answer. For callers without an event loop."""
+    try:
+        _, records = ray.get(directory_actor(app).records.remote(), timeout=5)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
+        return ()
+    return tuple(records)
+
+
 class Reporter:
     """A replica's side: tells the directory, and outlives its absence."""
 

@@ -30,7 +30,7 @@ class StartProgressBoard:
     """What every rank said last about its start."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._done = {rank: (0.0, "starting worker processes") for rank in range(num_ranks)}
+        self._done = dict.fromkeys(range(num_ranks), (0.0, "starting worker processes"))
 
     def note(self, rank: int, phase: str, done: int, total: int) -> None:
         start, stop = PHASE_SPANS.get(phase, (0.0, 0.0))
@@ -99,6 +99,12 @@ class Health:
                 return False
             self._become(State.READY, "")
             return True
+
+    def suspect(self, reason: str) -> None:
+        """Not ready until the next proof, though nothing is known to be lost."""
+        with self._lock:
+            if self._state is State.READY:
+                self._become(State.RECOVERING, reason)
 
     def draining(self) -> None:
         with self._lock:

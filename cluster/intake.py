@@ -99,7 +99,7 @@ class Intake:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell, zmq.POLLIN)
         while not self._closing:
-            ready = dict(poller.poll(self._heartbeat_s * 1000))
+            ready = dict(poller.poll(int(self._heartbeat_s * 1000)))
             if self._bell in ready:
                 os.eventfd_read(self._bell)
             if self._socket in ready:

@@ -18,7 +18,7 @@ from engine.plan import TokenEvent
 from engine.request import Request
 
 
-class LinkLost(Exception):  # noqa: N818  (a state, like WorkersLost)
+class LinkLost(Exception):
     """The replica at the other end is gone, or does not answer."""
 
     def __init__(self, message: str, *, died: bool = True) -> None:

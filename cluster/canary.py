@@ -1,0 +1,57 @@
+"""The proof that a replica can make tokens: a request of its own for one token, through the engine and all ranks."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.health import Health
+from engine.plan import TokenEvent
+from engine.request import Request, SamplingParams
+
+PREFIX = "/canary/"
+"""Of the request ids of canaries. No id of a client has a slash."""
+
+
+class Canary:
+    """Sends canaries and reads their answers. At most one is under way in each generation of `Health`."""
+
+    def __init__(self, health: Health, submit: Callable[[Request], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._health, self._submit, self._clock = health, submit, clock
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._under_way: tuple[str, int, float] | None = None
+
+    def send(self) -> None:
+        """Ask for a token, unless one that would prove the same is awaited already."""
+        with self._lock:
+            generation = self._health.generation
+            if self._under_way is not None and self._under_way[1] == generation:
+                return
+            request_id = f"{PREFIX}{next(self._numbers)}"
+            self._under_way = (request_id, generation, self._clock())
+        self._submit(
+            Request(id=request_id, prompt=(0,), sampling=SamplingParams(temperature=0.0, max_tokens=1), salt=PREFIX, priority=-(2**31))
+        )
+
+    @property
+    def overdue_s(self) -> float:
+        """For how long an answer has been awaited; 0 when none is."""
+        under_way = self._under_way
+        return self._clock() - under_way[2] if under_way else 0.0
+
+    def take(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
+        """Keep the canary's own events and give the rest back."""
+        for event in events:
+            if event.request_id.startswith(PREFIX) and event.finish_reason is not None:
+                self._ended(event)
+        return [event for event in events if not event.request_id.startswith(PREFIX)]
+
+    def _ended(self, event: TokenEvent) -> None:
+        with self._lock:
+            if self._under_way is None or self._under_way[0] != event.request_id:
+                return
+            generation = self._under_way[1]
+            self._under_way = None
+        if event.finish_reason in ("stop", "length"):
+            self._health.canary_passed(generation)

@@ -1,0 +1,241 @@
+"""Step 5 of a request: one model held by its ranks, the engine that feeds them, and the door to the fronts."""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+import ray
+
+from cluster.canary import Canary
+from cluster.channel import PrivateFolder
+from cluster.config import RankResources, ReplicaConfig
+from cluster.directory import Load, RankPlace, ReplicaRecord, Reporter
+from cluster.errors import RecoveryGivenUp, StartFailed
+from cluster.executor import Ground, RayExecutor
+from cluster.health import Health, StartProgressBoard, State
+from cluster.intake import Intake
+from cluster.messages import Pong, RankProgress
+from cluster.recovery import Recovery
+from cluster.worker import Ranks
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import WorkersLost
+from engine.executor import Executor
+from engine.plan import TokenEvent
+
+logger = logging.getLogger(__name__)
+
+GROUND_TIMEOUT_S = 300.0
+
+
+class Replica:
+    """Owns the ranks, the engine's thread and the intake. `start` returns once a canary token went through all ranks."""
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        app: str,
+        model: str,
+        ranks: Ranks,
+        engine_config: EngineConfig,
+        resources: RankResources | None = None,
+        config: ReplicaConfig | None = None,
+    ) -> None:
+        self.id, self.model = id, model
+        self._ranks, self._engine_config = ranks, engine_config
+        self._resources = resources or RankResources()
+        self._config = config or ReplicaConfig()
+        self._reporter = Reporter(app)
+        self._board = StartProgressBoard(ranks.topology.size)
+        self._closed = threading.Event()
+        self._ground: Ground | None = None
+        self._executor: RayExecutor | None = None
+        self._engine: Engine | None = None
+        self.health = Health()
+        self.recovery = Recovery(self._start_executor, self._config)
+        self._canary = Canary(self.health, lambda request: self._engine.submit(request) if self._engine else None)
+        self._folder = PrivateFolder()
+        self._intake = Intake(
+            folder=self._folder,
+            node=ray.get_runtime_context().get_node_id(),
+            tcp_host=ray.util.get_node_ip_address() if self._config.other_hosts else None,
+            submit=lambda request: self._engine.submit(request) if self._engine else None,
+            cancel=lambda request_id, choice: self._engine.cancel(request_id, choice) if self._engine else None,
+            pong=self._pong,
+            front_silence_s=self._config.front_silence_s,
+            heartbeat_s=self._config.heartbeat_s,
+        )
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Place and start the ranks, then prove that they make tokens.
+
+        Raises:
+            StartFailed: with what the failing rank said.
+        """
+        self._heart.start()
+        try:
+            self._ground = Ground.here_or_new(self._ranks, self._resources, timeout_s=GROUND_TIMEOUT_S)
+            executor = self._start_executor()
+            self._engine = Engine(executor, self._engine_config, recover=self._recover)
+            self._engine_thread.start()
+            self._intake.start()
+            self._wait_until_ready()
+        except BaseException as error:
+            self.health.failed(str(error))
+            self.close(drain=False)
+            raise
+
+    def check(self) -> None:
+        """Raise if the replica can only be replaced. A replica that restores its ranks is not such a one."""
+        if self.health.state is State.FAILED:
+            raise RecoveryGivenUp(self.health.reason)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests, let the running ones end, then end the ranks. Idempotent."""
+        if self._closed.is_set():
+            return
+        self.health.draining()
+        self._intake.wake()
+        if drain and self._engine is not None:
+            deadline = time.monotonic() + self._config.drain_timeout_s
+            while not self._is_idle() and self._engine_thread.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        self._closed.set()
+        if self._engine is not None:
+            self._engine.stop()
+            self._engine_thread.join(self._config.step_timeout_s)
+        if self._heart.ident is not None:
+            self._heart.join(5)
+        self._intake.close()
+        if self._executor is not None:
+            self._executor.close()
+        if self._ground is not None:
+            self._ground.close()
+        self._reporter.leave(self.id)
+        self._folder.close()
+
+    def record(self) -> ReplicaRecord:
+        """What the directory is told."""
+        executor, engine = self._executor, self._engine
+        losses = self.recovery.post_mortems
+        return ReplicaRecord(
+            id=self.id,
+            model=self.model,
+            state=self.health.state,
+            reason=self.health.reason,
+            loading=None if self.health.ready else self._board.loading,
+            address=self._intake.address,
+            guest_keys=self._intake.guest_keys,
+            capacity=executor.capacity if executor and engine else None,
+            load=self._load(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            ranks=tuple(RankPlace(rank=p.rank, host=p.host, pid=p.pid) for p in executor.places) if executor else (),
+            num_restarts=self.recovery.num_restarts,
+            last_loss=str(losses[-1]) if losses else None,
+        )
+
+    # --- the ranks
+
+    def _start_executor(self) -> RayExecutor:
+        assert self._ground is not None
+        self._board = StartProgressBoard(self._ranks.topology.size)
+        self._executor = RayExecutor(
+            ranks=self._ranks,
+            resources=self._resources,
+            config=self._config,
+            ground=self._ground,
+            folder=self._folder,
+            on_progress=self._note_progress,
+            on_loss=self._on_loss,
+        )
+        return self._executor
+
+    def _note_progress(self, progress: RankProgress) -> None:
+        self._board.note(progress.rank, progress.phase, progress.done, progress.total)
+
+    def _on_loss(self) -> None:
+        """A rank ended: known at once, also while no step is under way. The canary makes the engine stumble over it."""
+        self.health.lost("a rank ended")
+        self._intake.wake()
+        self._canary.send()
+
+    # --- the engine's thread
+
+    def _run_engine(self) -> None:
+        try:
+            assert self._engine is not None
+            self._engine.run_forever(self._deliver)
+        except Exception as error:
+            logger.exception("the engine ended")
+            self.health.failed(str(error))
+            self._intake.wake()
+
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        self.health.token_made()
+        was_ready = self.health.ready
+        self._intake.deliver(self._canary.take(events))
+        if self.health.ready != was_ready:
+            self._intake.wake()
+
+    def _recover(self, loss: WorkersLost) -> Executor:
+        """The engine's way out of a loss; it waits here, and so do the clients."""
+        assert self._executor is not None
+        self.health.lost(str(loss))
+        self._intake.wake()
+        executor = self.recovery.restore(self._executor, loss)
+        self._canary.send()
+        return executor
+
+    # --- the heartbeat's thread
+
+    def _beat(self) -> None:
+        while not self._closed.wait(self._config.heartbeat_s if self._engine else 0.25):
+            with contextlib.suppress(Exception):
+                self._reporter.report(self.record())
+            if self._engine is not None:
+                self._prove_health()
+
+    def _prove_health(self) -> None:
+        """With work the steps are the proof; without, a canary now and then is."""
+        state = self.health.state
+        if state in (State.STARTING, State.RECOVERING):
+            self._canary.send()
+        elif state is State.READY and self._is_idle():
+            if self._canary.overdue_s > self._config.canary_timeout_s:
+                self.health.suspect(f"no canary token for {self._canary.overdue_s:.0f} s")
+                self._intake.wake()
+            elif self.health.idle_s > self._config.canary_every_s:
+                self._canary.send()
+
+    # --- small facts
+
+    def _load(self) -> Load:
+        if self._engine is None:
+            return Load()
+        stats = self._engine.stats
+        return Load(num_running=stats.num_running, num_waiting=stats.num_waiting, kv_used=stats.kv_used)
+
+    def _pong(self) -> Pong:
+        load = self._load()
+        return Pong(ready=self.health.ready, num_running=load.num_running, num_waiting=load.num_waiting)
+
+    def _is_idle(self) -> bool:
+        """Whether the engine has nothing to do but a canary."""
+        load = self._load()
+        return load.num_running + load.num_waiting <= (1 if self._canary.overdue_s else 0)
+
+    def _wait_until_ready(self) -> None:
+        self._canary.send()
+        deadline = time.monotonic() + self._config.first_step_timeout_s + self._config.step_timeout_s
+        while not self.health.ready:
+            if self.health.state is State.FAILED or time.monotonic() > deadline:
+                raise StartFailed(f"the ranks started, but made no token: {self.health.reason}")
+            time.sleep(0.02)

@@ -1,0 +1,297 @@
+"""A Ray of the server's own on this machine: started, watched until the model answers, and ended without a trace."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import ray
+import ray.serve as ray_serve
+from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+
+from cluster.channel import PrivateFolder
+from cluster.directory import current_records
+from cluster.placement import cpus_needed
+from serve import proxy_hook
+from serve.config import ServeConfig
+from serve.deployment import APP, Model, build_app
+from serve.grpc.server import SERVICER_FUNCTIONS
+
+LOOPBACK = "127.0.0.1"
+STOP_S = 6.0
+"""For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
+DRAIN_S = 2.0
+"""A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
+LOADING_SPAN = (0.15, 0.95)
+"""Which part of the start loading the weights is."""
+
+OnProgress = Callable[[str, float], None]
+"""Told what is being done and how much of the start is done, from 0 to 1."""
+
+
+class StartError(RuntimeError):
+    """The server could not be started, or its Ray died; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalServer:
+    """A server that answers."""
+
+    http: str
+    """Base URL."""
+    grpc: str
+    """host:port"""
+    stopped: threading.Event
+    ray_processes: tuple[psutil.Process, ...]
+
+    def wait(self) -> None:
+        """Until somebody stops it (SIGINT, SIGTERM).
+
+        Raises:
+            StartError: one of Ray's own processes died.
+        """
+        while not self.stopped.wait(0.5):
+            for process in self.ray_processes:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    raise StartError(f"a process of Ray (pid {process.pid}) has ended")
+
+
+@contextmanager
+def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambda _doing, _done: None) -> Iterator[LocalServer]:
+    """Start Ray, the replicas and the fronts; on leaving, end all of it within ten seconds.
+
+    To be used in the main thread. SIGINT and SIGTERM interrupt the start; afterwards they set `LocalServer.stopped`.
+
+    Raises:
+        StartError: with what the failing part said.
+        KeyboardInterrupt: stopped while starting.
+    """
+    config = config.model_copy(update={"replica": dataclasses.replace(config.replica, drain_timeout_s=DRAIN_S, other_hosts=False)})
+    http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
+    stop = _StopSignals()
+    with stop.handled(), _folder(config) as folder, _environment(_variables(config, folder)), _no_process_left():
+        try:
+            on_progress("starting Ray", 0.0)
+            _start_ray(config, folder)
+            stop.install()  # Ray has installed its own
+            on_progress("starting Ray Serve", 0.05)
+            _start_serve(config)
+            with _loading_shown(on_progress):
+                _run_app(model, config)
+            stop.starting = False
+            on_progress("ready", 1.0)
+            yield LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
+        finally:
+            stop.starting = False
+            _end_ray()
+
+
+def _start_ray(config: ServeConfig, folder: Path) -> None:
+    needed = config.replicas.count * cpus_needed(config.parallel.topology, config.resources)
+    ray.init(
+        address="local",
+        num_cpus=math.ceil(config.ray.num_cpus or needed),
+        namespace=config.ray.namespace,
+        include_dashboard=config.ray.dashboard,
+        object_store_memory=config.ray.object_store_bytes,
+        log_to_driver=False,
+        logging_level=config.logging.level.upper() if config.logging.level == "debug" else "WARNING",
+        _temp_dir=str(folder),
+        _node_ip_address=LOOPBACK,
+    )
+
+
+def _start_serve(config: ServeConfig) -> None:
+    ray_serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options=HTTPOptions(host=config.http.host, port=config.http.port),
+        grpc_options=gRPCOptions(
+            port=config.grpc.port,
+            grpc_servicer_functions=list(SERVICER_FUNCTIONS),
+            enable_reflection=config.grpc.reflection,
+        ),
+    )
+
+
+def _run_app(model: Model, config: ServeConfig) -> None:
+    try:
+        ray_serve.run(build_app(model, config), name=APP, route_prefix="/")
+    except RuntimeError as error:
+        raise StartError(_why(error)) from error
+    deadline = time.monotonic() + config.router.ready_wait_s
+    while not _answers(_url(config.http.host, config.http.port) + "/readyz"):
+        if time.monotonic() > deadline:
+            raise StartError(f"the model is loaded, but nothing is ready on {config.http.host}:{config.http.port}")
+        time.sleep(0.1)
+
+
+def _why(error: RuntimeError) -> str:
+    """What Ray Serve knows of the deployments that did not start."""
+    try:
+        deployments = ray_serve.status().applications[APP].deployments.values()
+        return "\n".join(deployment.message for deployment in deployments if deployment.message) or str(error)
+    except Exception:
+        return str(error)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  (our own http:// address)
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@contextmanager
+def _loading_shown(on_progress: OnProgress) -> Iterator[None]:
+    """Tell how far the slowest replica is, from a thread beside."""
+    done = threading.Event()
+    begin, end = LOADING_SPAN
+
+    def follow() -> None:
+        while not done.wait(0.3):
+            loading = [record.loading for record in current_records(APP) if record.loading is not None]
+            if loading:
+                slowest = min(loading, key=lambda each: each.done)
+                on_progress(slowest.doing, begin + (end - begin) * slowest.done)
+
+    thread = threading.Thread(target=follow, name="loading-progress", daemon=True)
+    on_progress("starting the replicas", 0.1)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(2)
+
+
+def _end_ray() -> None:
+    """Let the deployments end by themselves for a while, then end Ray."""
+    if not ray.is_initialized():
+        return
+    ending = threading.Thread(target=_end_serve, name="end-serve", daemon=True)
+    ending.start()
+    ending.join(STOP_S)
+    ray.shutdown()
+
+
+def _end_serve() -> None:
+    with contextlib.suppress(Exception):  # Ray may be gone already
+        ray_serve.shutdown()
+
+
+@contextmanager
+def _no_process_left() -> Iterator[None]:
+    """Kill whatever was started in between and has outlived Ray. Only descendants of this process are looked at."""
+    before = set(psutil.Process().children(recursive=True))
+    family: set[psutil.Process] = set()
+    watching = threading.Event()
+
+    def watch() -> None:  # orphans of a dead raylet are nobody's children any more, so they are noted while they still are
+        while not watching.wait(1.0):
+            family.update(psutil.Process().children(recursive=True))
+
+    thread = threading.Thread(target=watch, name="family", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        watching.set()
+        thread.join()
+        family.update(psutil.Process().children(recursive=True))
+        _, alive = psutil.wait_procs(family - before, timeout=1)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=2)
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM: an interrupt while starting, later a flag."""
+
+    def __init__(self) -> None:
+        self.starting = True
+        self.stopped = threading.Event()
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopped.set()
+        if self.starting:
+            self.starting = False
+            raise KeyboardInterrupt
+
+
+def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
+    """The environment of Ray's processes, and of ours while it runs."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    root = str(Path(__file__).parent.parent)
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+        "TMPDIR": str(folder),
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        proxy_hook.CALLBACK_VARIABLE: proxy_hook.CALLBACK,
+        proxy_hook.HOST_VARIABLE: config.grpc.host,
+    }
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _folder(config: ServeConfig) -> Iterator[Path]:
+    """Where Ray keeps its sockets and logs: the configured place, else a private one that is removed in the end."""
+    if config.ray.temp_dir is not None:
+        place = Path(config.ray.temp_dir)
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield place
+        return
+    private = PrivateFolder()
+    try:
+        yield private.path
+    finally:
+        private.close()
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

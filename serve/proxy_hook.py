@@ -1,0 +1,33 @@
+"""Run by every Ray Serve proxy before it listens: keep its gRPC port to the configured address.
+
+Ray Serve 2.60 binds HTTP where it is told and gRPC to every address of the host, with no setting for it. The one place
+where it runs code of ours in the proxy before that is the callback named by `CALLBACK_VARIABLE`.
+"""
+
+import os
+from typing import Any
+
+CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+CALLBACK = "serve.proxy_hook.before_listening"
+HOST_VARIABLE = "MANTA_PROXY_GRPC_HOST"
+"""Environment of the proxy's process: the address for gRPC. Unset = 127.0.0.1."""
+EVERY_ADDRESS = "[::]"
+
+
+def before_listening() -> list[Any]:
+    """Called by the proxy for its HTTP middlewares (none of ours)."""
+    from ray.serve._private import default_impl
+
+    def add_grpc_address(server: Any, address: str) -> None:
+        server.add_insecure_port(bound_address(address, os.environ.get(HOST_VARIABLE, "127.0.0.1")))
+
+    default_impl.add_grpc_address = add_grpc_address
+    return []
+
+
+def bound_address(address: str, host: str) -> str:
+    """Ray Serve's ``[::]:9000`` with ``host`` for its host."""
+    if not address.startswith(f"{EVERY_ADDRESS}:"):
+        raise ValueError(f"Ray Serve was to bind {address!r}; this hook was written for {EVERY_ADDRESS}")
+    port = address.removeprefix(EVERY_ADDRESS)
+    return f"[{host}]{port}" if ":" in host else f"{host}{port}"
