@@ -3,16 +3,33 @@
 The one core under both fronts: HTTP and gRPC call only this.
 """
 
+import asyncio
+import dataclasses
+import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Protocol
 
+from engine.errors import DeadlineExceeded, EngineStopped
+from engine.places import mark
 from engine.plan import TokenEvent
-from engine.request import Request
+from engine.request import Request, SamplingParams
+from serve.choice import Choice, ChoicePlan
+from serve.errors import InvalidRequest, ModelNotFound, NotSupported
 from serve.limits import Limits
+from serve.merging import merged
 from serve.model_facts import ModelFacts
-from serve.request import ChatRequest, CompletionRequest, Result, TextEvent
+from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Result, TextEvent, TextToken, Usage
+from serve.text.chat_template import ChatTemplate
+from serve.text.sandbox import TemplateRefused
+from serve.text.threads import beside_the_loop
 from serve.text.tokenizer import Tokenizer
+from serve.validation import COMPLETION_MAX_TOKENS, Validator
+
+DEADLINE_GRACE_S = 0.5
+"""The engine ends a request at its deadline; the service does so this much later if the engine did not."""
 
 
 class TokenSource(Protocol):
@@ -30,6 +47,17 @@ class TokenSource(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A request whose prompts are tokens."""
+
+    request: ChatRequest | CompletionRequest
+    prompts: Sequence[tuple[int, ...]]
+    echoes: Sequence[str]
+    """What comes before the answer to each prompt."""
+    sampling: Sequence[SamplingParams]
+
+
 class Service:
     """Offers one model."""
 
@@ -41,9 +69,36 @@ class Service:
         source: TokenSource,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.time,
-    ) -> None: ...
+    ) -> None:
+        """``clock`` tells Unix time.
 
-    def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
+        Raises:
+            InvalidTokenizer: the model's chat template is damaged.
+        """
+        self._model, self._tokenizer, self._source, self._clock = model, tokenizer, source, clock
+        self.limits = limits or Limits()
+        self._validator = Validator(model=model, limits=self.limits)
+        seconds, chars = self.limits.template_s, self.limits.template_chars
+        self._template = ChatTemplate.from_folder(model.folder, tokenizer, seconds=seconds, chars=chars)
+
+    def models(self) -> tuple[ModelFacts, ...]:
+        """What this server offers."""
+        return (self._model,)
+
+    def model(self, name: str) -> ModelFacts:
+        """
+        Raises:
+            ModelNotFound: it is not offered.
+        """
+        if name != self._model.name:
+            raise ModelNotFound(name)
+        return self._model
+
+    def ready(self) -> bool:
+        """Whether a request sent now would be answered."""
+        return self._source.ready()
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         """The answer's events, all choices merged; the last event alone has ``usage``.
 
         Nothing is done before the first ``__anext__``. Whatever is wrong with the request, and a refusal for lack of room, is
@@ -53,27 +108,158 @@ class Service:
         Raises:
             ServeError, EngineError: see `serve.errors.WIRE`.
         """
-        raise NotImplementedError
+        async with aclosing(self._answer(await self._read_chat(request))) as events:
+            async for event in events:
+                yield event
 
-    def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
         """As `chat`, for prompts without a template. Choice index = prompt index * n + choice."""
-        raise NotImplementedError
+        async with aclosing(self._answer(await self._read_completion(request))) as events:
+            async for event in events:
+                yield event
 
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
-        """The whole answer at once."""
-        raise NotImplementedError
+        """The whole answer at once. Raises as `chat`."""
+        stream = self.chat(request) if isinstance(request, ChatRequest) else self.complete(request)
+        choices: dict[int, _Collected] = {}
+        usage = Usage(prompt_tokens=0, completion_tokens=0)
+        async with aclosing(stream) as events:
+            async for event in events:
+                choices.setdefault(event.choice, _Collected()).add(event)
+                usage = event.usage or usage
+        results = tuple(choices[index].result(index) for index in sorted(choices))
+        return Result(request_id=request.request_id, choices=results, usage=usage)
 
-    def models(self) -> tuple[ModelFacts, ...]:
-        """What this server offers."""
-        raise NotImplementedError
+    async def _read_chat(self, request: ChatRequest) -> _Asked:
+        self._validator.chat(request)
+        template = self._template
+        if template is None:
+            raise NotSupported("this model has no chat template (it is a base model); use completions instead", param="messages")
+        messages = [
+            {"role": message.role, "content": message.content} | ({} if message.name is None else {"name": message.name})
+            for message in request.messages
+        ]
+        num_chars = sum(len(message.content) for message in request.messages)
+        try:
+            ids = await beside_the_loop(num_chars, lambda: template.encode(messages))
+        except TemplateRefused as refusal:
+            raise InvalidRequest(str(refusal), param="messages") from refusal
+        sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
+        return _Asked(request=request, prompts=[tuple(ids)], echoes=[""], sampling=[sampling])
 
-    def model(self, name: str) -> ModelFacts:
-        """
-        Raises:
-            ModelNotFound: it is not offered.
-        """
-        raise NotImplementedError
+    async def _read_completion(self, request: CompletionRequest) -> _Asked:
+        self._validator.completion(request)
+        prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
+        return _Asked(
+            request=request,
+            prompts=prompts,
+            echoes=[self._echo(prompt) if request.echo else "" for prompt in request.prompts],
+            sampling=[self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts],
+        )
 
-    def ready(self) -> bool:
-        """Whether a request sent now would be answered."""
-        raise NotImplementedError
+    async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+        return await beside_the_loop(len(prompt), lambda: self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+
+    def _echo(self, prompt: str | tuple[int, ...]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    def _resolve(self, request: ChatRequest | CompletionRequest, num_tokens: int, *, param: str, max_tokens: int | None) -> SamplingParams:
+        seed = secrets.randbits(63)
+        return self._validator.sampling(request.options, num_prompt_tokens=num_tokens, param=param, max_tokens=max_tokens, seed=seed)
+
+    async def _answer(self, asked: _Asked) -> AsyncGenerator[TextEvent, None]:
+        if asked.request.deadline_s is not None and asked.request.deadline_s <= self._clock():
+            raise DeadlineExceeded("the deadline had passed when the request came")
+        mark(3, asked.request.request_id)
+        choices = self._choices(asked)
+        told = False
+        async with aclosing(merged([self._stream(asked, choice) for choice in choices])) as events:
+            async for event in events:
+                if not told:
+                    told = True
+                    mark(13, asked.request.request_id)
+                usage = _usage(asked, choices)
+                last = all(choice.finished for choice in choices)
+                yield dataclasses.replace(event, usage_so_far=usage, usage=usage if last else None)
+
+    def _choices(self, asked: _Asked) -> list[Choice]:
+        options = asked.request.options
+        num_each = options.n or 1
+        return [
+            Choice(
+                plan=ChoicePlan(
+                    index=index,
+                    prompt_index=index // num_each,
+                    stop=options.stop,
+                    min_tokens=options.min_tokens or 0,
+                    eos_ids=frozenset(() if options.ignore_eos else self._model.defaults.eos_token_ids),
+                    echo=asked.echoes[index // num_each],
+                ),
+                tokenizer=self._tokenizer,
+            )
+            for index in range(len(asked.prompts) * num_each)
+        ]
+
+    async def _stream(self, asked: _Asked, choice: Choice) -> AsyncGenerator[TextEvent, None]:
+        """One choice from the engine, cancelled there as soon as nobody wants more of it."""
+        request = Request(
+            id=asked.request.request_id,
+            choice=choice.plan.index,
+            prompt=asked.prompts[choice.plan.prompt_index],
+            sampling=asked.sampling[choice.plan.prompt_index],
+            priority=asked.request.priority,
+            deadline_s=asked.request.deadline_s,
+        )
+        async with aclosing(self._source.stream(request)) as stream:
+            while (event := await self._next(stream, request.deadline_s)) is not None:
+                text = choice.apply(event)
+                if text is not None:
+                    yield text
+                if choice.finished:
+                    return
+        raise EngineStopped("the tokens ended without an end")
+
+    async def _next(self, stream: AsyncGenerator[TokenEvent, None], deadline_s: float | None) -> TokenEvent | None:
+        if deadline_s is None:
+            return await anext(stream, None)
+        try:
+            async with asyncio.timeout(deadline_s + DEADLINE_GRACE_S - self._clock()):
+                return await anext(stream, None)
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline passed while the answer was computed") from error
+
+
+def _usage(asked: _Asked, choices: Sequence[Choice]) -> Usage:
+    """Each prompt counts once, however many choices answer it; what of it was cached is what its first choice found."""
+    num_each = len(choices) // len(asked.prompts)
+    return Usage(
+        prompt_tokens=sum(map(len, asked.prompts)),
+        completion_tokens=sum(choice.num_tokens for choice in choices),
+        cached_tokens=sum(choice.num_cached for choice in choices[::num_each]),
+    )
+
+
+class _Collected:
+    """One choice's events added up."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._tokens: list[TextToken] = []
+        self._end: TextEvent | None = None
+
+    def add(self, event: TextEvent) -> None:
+        self._text.append(event.text)
+        self._tokens += event.tokens
+        if event.finish_reason is not None:
+            self._end = event
+
+    def result(self, index: int) -> ChoiceResult:
+        if self._end is None or self._end.finish_reason is None:
+            raise EngineStopped("a choice has no end")
+        return ChoiceResult(
+            choice=index,
+            text="".join(self._text),
+            tokens=tuple(self._tokens),
+            finish_reason=self._end.finish_reason,
+            stop_reason=self._end.stop_reason,
+        )

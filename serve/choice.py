@@ -1,0 +1,102 @@
+"""Step 13 of a request: one choice's tokens become text, up to a stop string or the end."""
+
+from dataclasses import dataclass, field
+
+from engine.errors import EngineError
+from engine.plan import TokenEvent, TokenLogprobs
+from serve.errors import from_event
+from serve.request import TextEvent, TextToken
+from serve.text.detokenizer import Detokenizer
+from serve.text.stop_strings import StopStrings
+from serve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoicePlan:
+    """What a choice needs to know of its request."""
+
+    index: int
+    prompt_index: int
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    """Stop strings count only in text after this many tokens."""
+    eos_ids: frozenset[int] = frozenset()
+    """Stop tokens that are the model's own end of sequence and no reason to tell."""
+    echo: str = ""
+    """Comes before the answer's own text."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Choice:
+    """The state of one choice between its events."""
+
+    plan: ChoicePlan
+    tokenizer: Tokenizer
+    num_tokens: int = 0
+    """Tokens of the answer so far, the one that ended it included."""
+    num_cached: int = 0
+    finished: bool = False
+    _untold: list[TextToken] = field(default_factory=list)
+    """Tokens whose text was held back."""
+
+    def __post_init__(self) -> None:
+        self._detokenizer = Detokenizer(self.tokenizer)
+        self._stops = StopStrings(self.plan.stop)
+        self._echo = self.plan.echo
+
+    def apply(self, event: TokenEvent) -> TextEvent | None:
+        """The text that the event brings, or None if all of it has to be held back.
+
+        Raises:
+            EngineError: the event tells of a failure, or does not follow the one before it.
+        """
+        if event.finish_reason in ("error", "cancelled"):
+            raise from_event(event)
+        if event.offset != self.num_tokens:
+            raise EngineError(f"choice {self.plan.index} of {event.request_id} got offset {event.offset} after {self.num_tokens} tokens")
+        self.num_cached = event.num_cached
+        text, matched = self._take(event)
+        if matched is not None:
+            return self._told(text, finish_reason="stop", stop_reason=matched)
+        if event.finish_reason is None:
+            return self._told(text) if text else None
+        text, matched = self._finish(text)
+        stop_token = None if event.stop_token in self.plan.eos_ids else event.stop_token
+        if matched is not None:
+            return self._told(text, finish_reason="stop", stop_reason=matched)
+        return self._told(text, finish_reason=event.finish_reason, stop_reason=stop_token)
+
+    def _take(self, event: TokenEvent) -> tuple[str, str | None]:
+        """Text up to the first stop string and that string. Tokens behind it are no part of the answer."""
+        shown = ""
+        for position, token in enumerate(event.tokens):
+            self.num_tokens += 1
+            self._untold.append(self._text_token(token, event.logprobs[position] if event.logprobs else None))
+            is_stop = event.stop_token is not None and position == len(event.tokens) - 1
+            text, matched = self._watch("" if is_stop else self._detokenizer.push(token))
+            shown += text
+            if matched is not None:
+                return shown, matched
+        return shown, None
+
+    def _watch(self, text: str) -> tuple[str, str | None]:
+        return (text, None) if self.num_tokens <= self.plan.min_tokens else self._stops.push(text)
+
+    def _finish(self, shown: str) -> tuple[str, str | None]:
+        text, matched = self._watch(self._detokenizer.flush())
+        return shown + text + ("" if matched else self._stops.flush()), matched
+
+    def _told(self, text: str, *, finish_reason: str | None = None, stop_reason: str | int | None = None) -> TextEvent:
+        told, self._untold = tuple(self._untold), []
+        text, self._echo = self._echo + text, ""
+        self.finished = finish_reason is not None
+        return TextEvent(choice=self.plan.index, text=text, tokens=told, finish_reason=finish_reason, stop_reason=stop_reason)
+
+    def _text_token(self, token: int, logprobs: TokenLogprobs | None) -> TextToken:
+        raw = self.tokenizer.token_bytes(token)
+        top = tuple((other, *self._text_and_bytes(other), logprob) for other, logprob in logprobs.top) if logprobs else ()
+        return TextToken(id=token, text=raw.decode("utf-8", "replace"), raw=raw, logprobs=logprobs, top=top)
+
+    def _text_and_bytes(self, token: int) -> tuple[str, bytes]:
+        raw = self.tokenizer.token_bytes(token)
+        return raw.decode("utf-8", "replace"), raw

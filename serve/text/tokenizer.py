@@ -1,0 +1,138 @@
+"""Text to token ids and ids to bytes, as the checkpoint's own tokenizer.json has it. One `Tokenizer` serves all requests."""
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""The special tokens that tokenizer_config.json names and a chat template may use by that name."""
+
+
+class InvalidTokenizer(ValueError):
+    """The tokenizer's files are missing or damaged, or it is of a kind that is not supported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialToken:
+    """A control token: it steers the model and is no part of anybody's text."""
+
+    id: int
+    text: str
+    takes_space_before: bool
+    takes_space_after: bool
+
+
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table), the other way round.
+
+    Bytes that print as themselves in Latin-1 do so; the other 68 are moved up to U+0100 and on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(moved)}
+
+
+class Tokenizer:
+    """A byte-level BPE with its control tokens."""
+
+    def __init__(self, definition: str, settings: dict[str, Any]) -> None:
+        """``definition`` is the text of tokenizer.json, ``settings`` the object in tokenizer_config.json."""
+        try:
+            self._plain, self._with_control = (tokenizers.Tokenizer.from_str(definition) for _ in range(2))
+        except Exception as error:  # the library raises the bare class
+            raise InvalidTokenizer(f"tokenizer.json cannot be read: {error}") from error
+        if not isinstance(self._plain.decoder, tokenizers.decoders.ByteLevel):
+            raise InvalidTokenizer("tokenizer.json has no ByteLevel decoder; only byte-level BPE tokenizers are supported")
+        self.named = {name: text for name in NAMED if (text := _token_text(settings.get(name))) is not None}
+        """The texts of the special tokens that have a name, such as ``eos_token``."""
+        for tokenizer in (self._plain, self._with_control):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.add_special_tokens([text for text in self.named.values() if tokenizer.token_to_id(text) is not None])
+        self._plain.encode_special_tokens = True  # "special tokens in text are text", for good: the object is shared
+        self._added = self._plain.get_added_tokens_decoder()
+        self._bytes: dict[int, bytes] = {}
+        self.special_tokens = tuple(
+            SpecialToken(id=token, text=added.content, takes_space_before=added.lstrip, takes_space_after=added.rstrip)
+            for token, added in sorted(self._added.items())
+            if added.special
+        )
+        self.special_ids = frozenset(special.id for special in self.special_tokens)
+        self.num_real_tokens = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        """Highest id + 1. The model's rows above are padding of its vocabulary."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read tokenizer.json and, where there is one, tokenizer_config.json.
+
+        Raises:
+            InvalidTokenizer: see there; the message names the folder.
+        """
+        try:
+            return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), read_settings(folder))
+        except (OSError, ValueError) as error:
+            raise InvalidTokenizer(f"the tokenizer in {folder} cannot be used: {error}") from error
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of ``eos_token``."""
+        return self.id_of(self.named.get("eos_token"))
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id of ``pad_token``."""
+        return self.id_of(self.named.get("pad_token"))
+
+    def id_of(self, text: str | None) -> int | None:
+        """The id of the token that is written exactly so."""
+        token: int | None = None if text is None else self._plain.token_to_id(text)
+        return token
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """A raw prompt: control tokens written in it are recognised, and those that the tokenizer itself puts around it are added."""
+        return tuple(self._with_control.encode_batch_fast([text])[0].ids)  # a batch, because that alone gives up the GIL
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text as nothing but text: what looks like a control token in it stays the characters it is made of."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character; those of its name for an added token."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._find_bytes(token)
+        return known
+
+    def _find_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].content.encode()
+        text = self._plain.id_to_token(token)
+        if text is None:
+            return b""
+        table = byte_of_character()
+        return bytes(table[character] for character in text) if all(character in table for character in text) else text.encode()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of the tokens without control tokens; bytes that are no character show as U+FFFD."""
+        return b"".join(self.token_bytes(token) for token in tokens if token not in self.special_ids).decode("utf-8", "replace")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The object in tokenizer_config.json; empty without the file."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not isinstance(settings, dict):
+        raise InvalidTokenizer("tokenizer_config.json holds no object")
+    return settings
+
+
+def _token_text(value: Any) -> str | None:
+    """Written as a string, or as an object with the string in ``content``."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
