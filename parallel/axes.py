@@ -39,9 +39,9 @@ class Share:
     def stored(self, pack: int) -> tuple[slice, ...]:
         """Slices of a stored dim that holds ``pack`` logical elements each. A share that cuts through one is an error."""
         for span in self.spans:
-            if span.start % pack or (span.stop % pack and span.stop != self.size):
+            if any(border % pack and border != self.size for border in (span.start, span.stop)):
                 raise ValueError(f"share {span} cuts through a stored element of {pack}; split in units of {pack}")
-        return tuple(slice(s.start // pack, -(-s.stop // pack)) for s in self.spans)
+        return tuple(slice(-(-s.start // pack), -(-s.stop // pack)) for s in self.spans)
 
 
 def whole(size: int) -> Share:

@@ -48,6 +48,8 @@ class VocabEmbedding(nn.Module):
         (span,) = self.share.spans
         local = tokens_T - span.start
         held = (local >= 0) & (local < len(span))
+        if len(span) == 0:  # more ranks than rows: no row to look up in place of one held elsewhere
+            return all_reduce(self.weight.new_zeros(*tokens_T.shape, self.hidden_size), self.group)
         rows = F.embedding(local.where(held, 0), self.weight) * held.unsqueeze(-1)
         return all_reduce(rows, self.group)
 

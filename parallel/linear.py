@@ -22,7 +22,7 @@ class ShapeMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that one checkpoint tensor must fill: its whole shape, and this rank's bytes of it."""
+    """A place that one checkpoint tensor must fill, and the whole shape which that tensor must have."""
 
     part: str
     tensor: str

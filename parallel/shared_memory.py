@@ -63,7 +63,7 @@ class SharedMemory:
         The operator sums whole vectors of 16 in one order of ranks and what is left over in another, which makes a
         difference from three ranks on.
         """
-        return x.dtype in DTYPES and (self.size == 2 or x.shape[-1] % 16 == 0)
+        return x.dtype in DTYPES and (self.size == 2 or (x.dim() > 0 and x.shape[-1] % 16 == 0))
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Sum contiguous ``x`` in place over all ranks; half precision is added up in float32."""

@@ -6,6 +6,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 
 from parallel.groups import ParallelGroups, Rendezvous, TransportChoice, free_rendezvous, open_groups, single_rank_groups
 from parallel.topology import Topology
+
+GRACE_S = 2.0
+"""How long the other ranks may take to tell that they failed, too, before the first failure is raised."""
 
 
 class RankFailed(Exception):
@@ -56,6 +60,17 @@ _POOLS: "dict[int, _Pool]" = {}
 atexit.register(end_pools)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """How a call ended on one rank."""
+
+    value: Any = None
+    error: BaseException | None = None
+    traceback: str = ""
+    ended_at: float
+    """By the clock that all processes of the host share: a rank that raises makes its peers fail after it."""
+
+
 class _Pool:
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")  # imports torch once, for all pools
@@ -76,17 +91,26 @@ class _Pool:
         rendezvous = free_rendezvous()
         for rank, connection in enumerate(self.connections):
             connection.send_bytes(pickle.dumps((topology, rank, rendezvous, transport, timeout_s, function, args)))
-        results: dict[int, Any] = {}
+        outcomes: dict[int, _Outcome] = {}
         deadline = time.monotonic() + timeout_s
-        while len(results) < topology.size:
-            waiting = {self.connections[rank]: rank for rank in range(topology.size) if rank not in results}
+        while len(outcomes) < topology.size:
+            waiting = {self.connections[rank]: rank for rank in range(topology.size) if rank not in outcomes}
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankFailed(f"ranks {sorted(waiting.values())} of {topology} did not answer in {timeout_s:g} s")
+                break
             for connection, rank in waiting.items():
                 if connection in ready:
-                    results[rank] = _receive(connection, rank)
-        return [results[rank] for rank in range(topology.size)]
+                    outcomes[rank] = _receive(connection, rank)
+            if any(outcome.error for outcome in outcomes.values()):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+        failed = [outcome for outcome in outcomes.values() if outcome.error]
+        if failed:
+            first = min(failed, key=lambda outcome: outcome.ended_at)
+            assert first.error is not None
+            raise first.error from _TracebackOfRank(first.traceback)
+        if len(outcomes) < topology.size:
+            raise RankFailed(f"ranks {sorted(set(range(topology.size)) - set(outcomes))} of {topology} did not answer in {timeout_s:g} s")
+        return [outcomes[rank].value for rank in range(topology.size)]
 
     def kill(self) -> None:
         for process in self.processes:
@@ -97,15 +121,13 @@ class _Pool:
             connection.close()
 
 
-def _receive(connection: Connection, rank: int) -> Any:
+def _receive(connection: Connection, rank: int) -> _Outcome:
     try:
-        outcome, value, text = pickle.loads(connection.recv_bytes())
-    except (EOFError, OSError) as error:
-        raise RankFailed(f"the process of rank {rank} ended") from error
-    if outcome == "returned":
-        return value
-    raised = value if isinstance(value, BaseException) else RankFailed(f"rank {rank} raised {value}")
-    raise raised from _TracebackOfRank(f"on rank {rank}:\n{text}")
+        outcome = pickle.loads(connection.recv_bytes())
+    except (EOFError, OSError):
+        return _Outcome(error=RankFailed(f"the process of rank {rank} ended"), ended_at=0.0)
+    assert isinstance(outcome, _Outcome)
+    return outcome
 
 
 def _serve(connection: Connection) -> None:
@@ -120,17 +142,18 @@ def _serve(connection: Connection) -> None:
 
 
 def _outcome(message: bytes) -> bytes:
+    rank = -1
     try:
         topology, rank, rendezvous, transport, timeout_s, function, args = pickle.loads(message)
         result = _call(topology, rank, rendezvous, transport, timeout_s, function, args)
-        return pickle.dumps(("returned", result, ""))
+        return pickle.dumps(_Outcome(value=result, ended_at=time.monotonic()))
     except BaseException as error:
-        text = traceback.format_exc()
+        ended_at, text = time.monotonic(), f"on rank {rank}:\n{traceback.format_exc()}"
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            return pickle.dumps(("raised", repr(error), text))
-        return pickle.dumps(("raised", error, text))
+            error = RankFailed(f"rank {rank} raised {error!r}")
+        return pickle.dumps(_Outcome(error=error, traceback=text, ended_at=ended_at))
 
 
 def _call(

@@ -1,10 +1,15 @@
 """The shared-memory all-reduce against gloo, and when ranks agree to use it."""
 
+import importlib.util
+import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel import shared_memory
@@ -32,7 +37,7 @@ def reduce_all(groups: ParallelGroups, shapes: list[tuple[int, ...]], dtype: tor
     return groups.tp.transport.shared_memory is not None, [*sums, strided]
 
 
-SHAPES = [(1, 16), (1, 896), (7, 5), (1,), (0, 16), (640, 1536), (333, 4080), (2049, 8192)]
+SHAPES = [(1, 16), (1, 896), (7, 5), (1,), (0, 16), (640, 1536), (333, 4080), (1100, 8192)]
 
 
 @built
@@ -146,6 +151,44 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(tmp_path: Pat
         shared_memory.build()
     assert not shared_memory.is_built()
     assert not list(shared_memory.built_path().parent.iterdir())
+
+
+def test_without_deepspeed_it_is_not_built_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not shared_memory.is_built()
+    with pytest.raises(shared_memory.Unavailable, match="DeepSpeed, whose source holds the operator, is not installed"):
+        shared_memory.build()
+
+
+def test_importing_parallel_brings_in_neither_deepspeed_nor_ray() -> None:
+    folder = Path(shared_memory.__file__).parent
+    modules = [f"parallel.{path.stem}" for path in folder.glob("[a-z]*.py")]
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print(*({{'deepspeed', 'ray'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder.parent)
+    assert done.stdout.strip() == ""
+
+
+def agreement_and_log(groups: ParallelGroups, folder: str) -> list[str]:
+    os.environ["XDG_CACHE_HOME"] = folder
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    shared_memory.log.addHandler(handler)
+    shared_memory.log.setLevel(logging.INFO)
+    assert dist.group.WORLD is not None
+    assert shared_memory.agree(dist.group.WORLD) is None
+    return messages
+
+
+@needs_cores(2)
+def test_the_log_says_once_why_gloo_is_used_and_how_to_change_that(tmp_path: Path) -> None:
+    end_pools()
+    first, second = run_ranks(Topology(tp=2), agreement_and_log, str(tmp_path))
+    end_pools()
+    assert second == []
+    assert len(first) == 1
+    assert "over gloo, not shared memory: rank 0" in first[0]
+    assert "`python -m parallel.shared_memory`" in first[0]
 
 
 @built
