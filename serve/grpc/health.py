@@ -1,7 +1,7 @@
 """`grpc.health.v1`, answered from the service's own readiness at every asking, so that it is never out of date."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
@@ -25,7 +25,7 @@ class HealthServicer(HealthBase):  # type: ignore[misc]
             context.set_details("no such service")
         return HealthCheckResponse(status=self._status(request.service))
 
-    async def Watch(self, request: HealthCheckRequest, context: CallContext) -> AsyncIterator[HealthCheckResponse]:
+    async def Watch(self, request: HealthCheckRequest, context: CallContext) -> AsyncGenerator[HealthCheckResponse, None]:
         told = None
         while True:
             status = self._status(request.service)

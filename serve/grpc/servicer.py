@@ -7,7 +7,7 @@ request at its source.
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
     async def ChatStream(
         self, request: service_pb2.ChatStreamRequest, context: CallContext
-    ) -> AsyncIterator[service_pb2.ChatStreamResponse]:
+    ) -> AsyncGenerator[service_pb2.ChatStreamResponse, None]:
         request_id, deadline_s = _new_id("chatcmpl"), self._deadline_s(context)
 
         def begin() -> AsyncGenerator[TextEvent, None]:
@@ -61,7 +61,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
     async def GenerateStream(
         self, request: service_pb2.GenerateStreamRequest, context: CallContext
-    ) -> AsyncIterator[service_pb2.GenerateStreamResponse]:
+    ) -> AsyncGenerator[service_pb2.GenerateStreamResponse, None]:
         request_id, deadline_s = _new_id("cmpl"), self._deadline_s(context)
 
         def begin() -> AsyncGenerator[TextEvent, None]:

@@ -1,0 +1,112 @@
+"""What is generated and committed is what its sources say now."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_tools import protoc
+
+CLIENT = Path(__file__).resolve().parents[1]
+PRINT_DESCRIPTORS = """
+import importlib, sys
+for name in ("messages_pb2", "service_pb2"):
+    print(importlib.import_module(f"{sys.argv[1]}.{name}").DESCRIPTOR.serialized_pb.hex())
+"""
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"client_{name}", CLIENT / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate, unasync = script("generate"), script("unasync")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, descriptor_pb2.FileDescriptorProto]:
+    """The .proto files as the installed compiler reads them, by name."""
+    output = tmp_path_factory.mktemp("protoc") / "files.binpb"
+    well_known = Path(protoc.__file__).parent / "_proto"
+    protos = [str(path.relative_to(generate.PROTO)) for path in generate.PROTO.rglob("*.proto")]
+    assert protoc.main(["protoc", f"-I{generate.PROTO}", f"-I{well_known}", f"--descriptor_set_out={output}", *protos]) == 0
+    files = descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file
+    for message in (message for file in files for message in file.message_type):
+        for field in (field for each in (message, *message.nested_type) for field in each.field):
+            field.ClearField("json_name")  # derived from the name, and not in stubs
+    return {file.name: file for file in files}
+
+
+@pytest.mark.parametrize("package", generate.COPIES)
+def test_the_stubs_say_what_the_protocol_says(package: str, compiled) -> None:
+    command = [sys.executable, "-c", PRINT_DESCRIPTORS, package]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CLIENT.parent).stdout.split()
+    stubs = [descriptor_pb2.FileDescriptorProto.FromString(bytes.fromhex(line)) for line in printed]
+    assert {stub.name: stub for stub in stubs} == compiled
+
+
+@pytest.mark.parametrize("package", generate.COPIES)
+def test_the_stubs_have_every_method(package: str, compiled) -> None:
+    (service,) = compiled["manta/v1/service.proto"].service
+    text = (generate.COPIES[package] / "service_pb2_grpc.py").read_text()
+    assert set(re.findall(r"'/manta\.v1\.MantaService/(\w+)'", text)) == {method.name for method in service.method}
+
+
+@pytest.mark.slow
+def test_the_stubs_are_byte_for_byte_what_the_pinned_tool_writes(tmp_path: Path) -> None:
+    stubs = generate.generate(tmp_path)
+    for package, folder in generate.COPIES.items():
+        for name, text in stubs.items():
+            assert (folder / name).read_text() == generate.rehome(text, package), f"{folder / name}: run python client/generate.py"
+
+
+def test_the_synchronous_client_is_what_the_asynchronous_one_says() -> None:
+    command = [sys.executable, str(CLIENT / "unasync.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
+    sources, twins = ({path.name for path in folder.glob("*.py")} for folder in (unasync.SOURCE, unasync.TARGET))
+    assert sources == twins
+
+
+def test_nothing_asynchronous_is_left_in_the_synchronous_client() -> None:
+    for path in unasync.TARGET.glob("*.py"):
+        code = path.read_text().split("\n", 1)[1]
+        assert not re.search(r"\b(async|await|asyncio|aio|a(iter|next))\b|Async", code), path
+
+
+def test_the_protocol_passes_buf_lint() -> None:
+    buf = Path(sys.executable).parent / "buf"
+    result = subprocess.run([buf, "lint"], cwd=generate.PROTO, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_client_installs_alone_and_is_small(tmp_path: Path) -> None:
+    """A clean environment gets it from its wheel, with nothing but what the wheel asks for."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    source = tmp_path / "source"
+    subprocess.run(["cp", "-rL", CLIENT, source], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("manta_client-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.stat().st_size < 200_000
+    assert "manta_client/py.typed" in names
+    assert "manta_client/_generated/messages_pb2.pyi" in names
+    assert not any("tests" in name for name in names)
+
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-q", "install", wheel], check=True)
+    installed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    names = {line.split("==")[0].lower().replace("_", "-") for line in installed.split()}
+    assert names <= {"manta-client", "grpcio", "protobuf", "googleapis-common-protos", "typing-extensions", "pip", "setuptools"}
+    check = "import manta_client; client = manta_client.Client(); client.close(); manta_client.AsyncClient"
+    subprocess.run([python, "-I", "-c", check], check=True, cwd=tmp_path)
