@@ -1,4 +1,7 @@
-"""Runs a model by hand-built forward batches, without the engine: whole prompts, chunks, and mixtures with decodes."""
+"""Runs a model by hand-built forward batches, without the engine: whole prompts, chunks, and mixtures with decodes.
+
+Runs in the ranks' processes: imports no transformers, which takes seconds.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from parallel.dispatch import DispatchName
 from parallel.groups import ParallelGroups
 
 BLOCK_TOKENS = 4
+NUM_GREEDY = 16
 CPU = torch.device("cpu")
 
 
@@ -133,3 +137,33 @@ def build_batch(works: Sequence[tuple[Progress, int]]) -> ForwardBatch:
 def seeded_prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@dataclass
+class Answers:
+    """What one rank computed, one entry per prompt."""
+
+    whole: list[Tensor]
+    chunked: list[Tensor]
+    mixed: list[Tensor]
+    greedy: list[list[int]]
+
+
+def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[list[int]], dispatch: DispatchName) -> list[Answers]:
+    """Each checkpoint's answers on one rank."""
+    found = []
+    for folder in folders:
+        driver = Driver(folder, groups, dispatch=dispatch)
+        found.append(
+            Answers(
+                whole=[driver.whole(prompt) for prompt in prompts],
+                chunked=[driver.chunked(prompt, 7) for prompt in prompts],
+                mixed=driver.mixed(prompts, 6),
+                greedy=driver.greedy(prompts, NUM_GREEDY) if groups.pp.size == 1 else [],
+            )
+        )
+    return found
+
+
+def logits_of(groups: ParallelGroups, folder: Path, prompt: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return Driver(folder, groups, dtype=dtype).whole(prompt)

@@ -9,41 +9,49 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-# Nothing divides by the numbers of ranks: heads, inner widths, vocabulary, experts.
+
+def _shape(heads: int, kv_heads: int, hidden: int, inner: int, vocab: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+def _experts(count: int, per_token: int, inner: int, shared_inner: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": inner,
+        "shared_expert_intermediate_size": shared_inner,
+        **more,
+    }
+
+
+def _yarn(factor: float, original: int) -> dict[str, Any]:
+    return {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": factor, "original_max_position_embeddings": original}
+
+
+LONG_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "9_heads": dict(num_attention_heads=9, num_key_value_heads=3, hidden_size=72, intermediate_size=50, vocab_size=101),
-    "14_heads_tied": dict(
-        num_attention_heads=14, num_key_value_heads=2, hidden_size=56, intermediate_size=45, vocab_size=97, tie_word_embeddings=True
-    ),
-    "28_heads": dict(num_attention_heads=28, num_key_value_heads=4, hidden_size=112, intermediate_size=67, vocab_size=130),
-    "moe": dict(
-        num_attention_heads=9, num_key_value_heads=3, hidden_size=72, intermediate_size=50, vocab_size=101, num_experts=6,
-        num_experts_per_tok=2, moe_intermediate_size=13, shared_expert_intermediate_size=21, norm_topk_prob=False, mlp_only_layers=[1],
-    ),
-    "moe_renormalised": dict(
-        num_attention_heads=4, num_key_value_heads=4, hidden_size=32, intermediate_size=30, vocab_size=64, num_experts=7,
-        num_experts_per_tok=3, moe_intermediate_size=9, shared_expert_intermediate_size=18, norm_topk_prob=True, decoder_sparse_step=2,
-    ),
-    "yarn": dict(
-        num_attention_heads=4, num_key_value_heads=2, hidden_size=64, intermediate_size=50, vocab_size=80, max_position_embeddings=128,
-        rope_parameters={
-            "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32
-        },
-    ),
+    # Nothing divides by the numbers of ranks: heads, inner widths, vocabulary, experts.
+    "9_heads": _shape(9, 3, 72, 50, 101),
+    "14_heads_tied": _shape(14, 2, 56, 45, 97, tie_word_embeddings=True),
+    "28_heads": _shape(28, 4, 112, 67, 130),
+    "moe": _shape(9, 3, 72, 50, 101, mlp_only_layers=[1], **_experts(6, 2, 13, 21, norm_topk_prob=False)),
+    "moe_renormalised": _shape(4, 4, 32, 30, 64, decoder_sparse_step=2, **_experts(7, 3, 9, 18, norm_topk_prob=True)),
+    "yarn": _shape(4, 2, 64, 50, 80, max_position_embeddings=128, rope_parameters=_yarn(4.0, 32)),
     # The widths of the released sizes; layers and vocabulary cut short.
-    "0.5B": dict(
-        num_hidden_layers=2, num_attention_heads=14, num_key_value_heads=2, hidden_size=896, intermediate_size=4864, vocab_size=1000,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-    "1.5B": dict(
-        num_hidden_layers=1, num_attention_heads=12, num_key_value_heads=2, hidden_size=1536, intermediate_size=8960, vocab_size=1000,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-    "7B": dict(
-        num_hidden_layers=1, num_attention_heads=28, num_key_value_heads=4, hidden_size=3584, intermediate_size=18944, vocab_size=1000,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-}  # fmt: skip
+    "0.5B": _shape(14, 2, 896, 4864, 1000, num_hidden_layers=2, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
+    "1.5B": _shape(12, 2, 1536, 8960, 1000, num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
+    "7B": _shape(28, 4, 3584, 18944, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE),
+}
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,11 @@ class Oracle:
 
 def make_oracle(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **save: Any) -> Oracle:
     """Random weights of a shape in `SHAPES`, saved by transformers; ``save`` goes to `save_pretrained`."""
-    settings = {"num_hidden_layers": 3, "tie_word_embeddings": False, **SHAPES[name]}
+    settings = SHAPES[name]
     torch.manual_seed(0)
     if "num_experts" in settings:
         model: PreTrainedModel = Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings))
+        model.set_experts_implementation("eager")  # the grouped one wants widths that are multiples of 16 bytes
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**settings))
     model.set_attn_implementation("eager")

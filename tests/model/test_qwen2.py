@@ -1,7 +1,6 @@
 """The model against transformers, on one rank and shared over several."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,52 +8,27 @@ import torch
 from torch import Tensor
 
 from parallel.dispatch import DispatchName
-from parallel.groups import ParallelGroups
 from parallel.topology import Topology
-from tests.model.driver import Driver, seeded_prompts
+from tests.model.driver import NUM_GREEDY, Answers, answers, logits_of, seeded_prompts
 from tests.model.oracle import Oracle, make_oracle
 from tests.ranks import run_ranks
 
 LENGTHS = (5, 1, 40, 17)
-NUM_GREEDY = 16
 TOLERANCE = 1e-4
 
 MakeOracle = Callable[[str], Oracle]
 
 
-@dataclass
-class Answers:
-    """What one rank computed, one entry per prompt."""
-
-    whole: list[Tensor]
-    chunked: list[Tensor]
-    mixed: list[Tensor]
-    greedy: list[list[int]]
-
-
-def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[list[int]], dispatch: DispatchName) -> list[Answers]:
-    """Each checkpoint's answers on one rank."""
-    found = []
-    for folder in folders:
-        driver = Driver(folder, groups, dispatch=dispatch)
-        found.append(
-            Answers(
-                whole=[driver.whole(prompt) for prompt in prompts],
-                chunked=[driver.chunked(prompt, 7) for prompt in prompts],
-                mixed=driver.mixed(prompts, 6),
-                greedy=driver.greedy(prompts, NUM_GREEDY) if groups.pp.size == 1 else [],
-            )
-        )
-    return found
-
-
-def assert_equal_to(oracle: Oracle, found: Answers, prompts: Sequence[list[int]]) -> None:
+def assert_equal_to(oracle: Oracle, per_rank: Sequence[Answers], prompts: Sequence[list[int]]) -> None:
+    """Every rank's answers, computed in each way, are the oracle's."""
     wanted = [oracle.logits(prompt) for prompt in prompts]
-    for way in ("whole", "chunked", "mixed"):
-        for logits, expected in zip(getattr(found, way), wanted, strict=True):
-            torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0, msg=lambda text, way=way: f"{way}: {text}")
-    if found.greedy:
-        assert found.greedy == [oracle.greedy(prompt, NUM_GREEDY) for prompt in prompts]
+    wanted_greedy = [oracle.greedy(prompt, NUM_GREEDY) for prompt in prompts]
+    for found in per_rank:
+        for way in ("whole", "chunked", "mixed"):
+            for logits, expected in zip(getattr(found, way), wanted, strict=True):
+                torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0, msg=lambda text, way=way: f"{way}: {text}")
+        if found.greedy:
+            assert found.greedy == wanted_greedy
 
 
 DENSE = ["9_heads", "14_heads_tied", "28_heads"]
@@ -66,9 +40,8 @@ def check(topology: Topology, names: Sequence[str], oracle: MakeOracle, dispatch
     prompts = seeded_prompts(min(one.vocab_size for one in oracles), LENGTHS)
     per_rank = run_ranks(topology, answers, [one.folder for one in oracles], prompts, dispatch)
     last_stage = per_rank[-topology.ranks_per_stage :]
-    for found in last_stage:
-        for one, of_model in zip(oracles, found, strict=True):
-            assert_equal_to(one, of_model, prompts)
+    for number, one in enumerate(oracles):
+        assert_equal_to(one, [of_rank[number] for of_rank in last_stage], prompts)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -98,10 +71,6 @@ def test_yarn_answers_as_transformers_within_and_beyond_the_trained_context(orac
     (prompt,) = seeded_prompts(one.vocab_size, [100])
     (found,) = run_ranks(Topology(), logits_of, one.folder, prompt)
     torch.testing.assert_close(found, one.logits(prompt), atol=TOLERANCE, rtol=0)
-
-
-def logits_of(groups: ParallelGroups, folder: Path, prompt: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return Driver(folder, groups, dtype=dtype).whole(prompt)
 
 
 @pytest.mark.parametrize("name", ["0.5B", "1.5B", "7B"])

@@ -1,0 +1,174 @@
+"""Fast attention against the reference, over paged KV."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention.backend import AttentionConfig
+from model.attention.choose import choose_backend
+from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
+from model.attention.reference import ReferenceAttention
+from model.batch import ForwardBatch
+from parallel.axes import head_share
+
+CPU = torch.device("cpu")
+BLOCK_TOKENS = 16
+HEAD_DIM = 32
+
+Work = tuple[int, int]
+"""(tokens in the cache already, tokens computed now)"""
+
+
+def heads(query: int, kv: int, rank: int = 0, ranks: int = 1) -> AttentionConfig:
+    share = head_share(query, kv, rank, ranks)
+    return AttentionConfig(
+        num_heads=len(share.query),
+        num_kv_heads=len(share.kv),
+        head_dim=HEAD_DIM,
+        kv_of_query=share.kv_of_query,
+        block_tokens=BLOCK_TOKENS,
+    )
+
+
+HEADS = {
+    "one per kv": heads(4, 4),
+    "groups of seven": heads(14, 2),
+    "9/3 heads, rank 0 of 2": heads(9, 3, 0, 2),
+    "9/3 heads, rank 1 of 2": heads(9, 3, 1, 2),
+    "28/4 heads, rank 1 of 3": heads(28, 4, 1, 3),
+    "28/4 heads, rank 5 of 8": heads(28, 4, 5, 8),
+}
+
+
+class Paged:
+    """Random q, k, v for some works, and a cache whose blocks are scattered and, where nobody has written, NaN."""
+
+    def __init__(self, config: AttentionConfig, works: Sequence[Work], dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        counts = [-(-(behind + now) // BLOCK_TOKENS) for behind, now in works]
+        num_blocks = sum(counts) + 3
+        order = torch.randperm(num_blocks - 1, generator=generator) + 1  # block 0 pads the tables and is nobody's
+        tables = list(order[: sum(counts)].split(counts))
+        shape = (num_blocks, BLOCK_TOKENS, config.num_kv_heads, HEAD_DIM)
+        self.keys, self.values = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
+        slots = []
+        for (behind, now), blocks in zip(works, tables, strict=True):
+            places = (blocks.unsqueeze(1) * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
+            for cache in (self.keys, self.values):
+                cache.flatten(0, 1)[places[:behind]] = random(behind, config.num_kv_heads, HEAD_DIM)
+            slots.append(places[behind : behind + now])
+        total = sum(now for _, now in works)
+        self.q = random(total, config.num_heads, HEAD_DIM)
+        self.k = random(total, config.num_kv_heads, HEAD_DIM)
+        self.v = random(total, config.num_kv_heads, HEAD_DIM)
+        starts = [0]
+        for _, now in works:
+            starts.append(starts[-1] + now)
+        self.batch = ForwardBatch(
+            tokens_T=torch.zeros(total, dtype=torch.int64),
+            positions_T=torch.cat([torch.arange(behind, behind + now) for behind, now in works]),
+            slots_T=torch.cat(slots),
+            block_tables_SM=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).int(),
+            query_starts=tuple(starts),
+            context_lengths=tuple(behind + now for behind, now in works),
+            num_decodes=sum(now == 1 for _, now in works),
+            logit_rows_R=torch.arange(0),
+        )
+
+    def attend(self, backend: CpuAttention | ReferenceAttention) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and the caches after it."""
+        keys, values = self.keys.clone(), self.values.clone()
+        backend.prepare(self.batch)
+        return backend.attend(self.q, self.k, self.v, keys, values, self.batch), keys, values
+
+
+WORKS: dict[str, list[Work]] = {
+    "one token alone": [(0, 1)],
+    "one decode": [(129, 1)],
+    "equal decodes": [(63, 1), (63, 1)],
+    "decodes of many lengths": [(0, 1), (3, 1), (4095, 1), (200, 1), (210, 1), (15, 1), (16, 1)],
+    "whole prompts": [(0, 7), (0, 130)],
+    "decodes and a long prompt": [(0, 1), (0, 1), (0, 4096)],
+    "chunks with a context behind": [(16, 5), (33, 130), (1000, 2)],
+    "a chunk longer than a tile": [(70, TILE_TOKENS + 33)],
+    "everything": [(40, 1), (700, 1), (0, 20), (5, 40)],
+}
+
+
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
+def test_the_fast_backend_agrees_with_the_reference(config: AttentionConfig, works: list[Work]) -> None:
+    paged = Paged(config, works, torch.float32)
+    fast, reference = paged.attend(CpuAttention(config)), paged.attend(ReferenceAttention(config))
+    torch.testing.assert_close(fast[0], reference[0], atol=2e-5, rtol=0)
+    for ours, theirs in zip(fast[1:], reference[1:], strict=True):
+        assert torch.equal(ours.nan_to_num(1e9), theirs.nan_to_num(1e9))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
+def test_in_half_precision_they_agree_to_its_rounding(dtype: torch.dtype, config: AttentionConfig) -> None:
+    paged = Paged(config, WORKS["everything"], dtype)
+    fast, reference = paged.attend(CpuAttention(config))[0], paged.attend(ReferenceAttention(config))[0]
+    torch.testing.assert_close(fast.float(), reference.float(), atol=4 * torch.finfo(dtype).eps, rtol=0.02)
+
+
+def test_the_reference_is_the_formula() -> None:
+    """Against torch's own attention on one unpaged sequence, with KV heads repeated."""
+    config = HEADS["groups of seven"]
+    paged = Paged(config, [(0, 21)], torch.float32)
+    q, k, v = (x.transpose(0, 1) for x in (paged.q, paged.k, paged.v))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k.repeat_interleave(7, 0), v.repeat_interleave(7, 0), is_causal=True)
+    torch.testing.assert_close(paged.attend(ReferenceAttention(config))[0], wanted.transpose(0, 1), atol=1e-5, rtol=0)
+
+
+def test_a_sequence_whose_cache_holds_nan_spoils_no_other() -> None:
+    config = HEADS["9/3 heads, rank 0 of 2"]
+    paged = Paged(config, [(40, 1), (60, 1), (0, 9)], torch.float32)
+    healthy = paged.attend(CpuAttention(config))[0]
+    first_of_second = paged.batch.block_tables_SM[1, 0]
+    paged.values[first_of_second] = torch.nan
+    spoilt = paged.attend(CpuAttention(config))[0]
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[[0, *range(2, 11)]], healthy[[0, *range(2, 11)]])
+
+
+def test_sequences_of_very_different_length_are_not_padded_to_each_other() -> None:
+    assert group_by_length((1000, 900, 20, 4000, 60)) == [[3], [0, 1], [4, 2]]
+    lengths = tuple(range(100, 4000, 37))
+    groups = group_by_length(lengths)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    padded = sum(len(group) * max(lengths[index] for index in group) for group in groups)
+    assert padded < 1.2 * sum(lengths)
+
+
+def test_a_step_without_tokens_attends_to_nothing() -> None:
+    config = HEADS["one per kv"]
+    paged = Paged(config, [(3, 1)], torch.float32)
+    empty = replace(
+        paged.batch,
+        slots_T=torch.empty(0, dtype=torch.int64),
+        block_tables_SM=torch.empty(0, 0, dtype=torch.int32),
+        query_starts=(0,),
+        context_lengths=(),
+        num_decodes=0,
+    )
+    backend = CpuAttention(config)
+    backend.prepare(empty)
+    assert backend.attend(paged.q[:0], paged.k[:0], paged.v[:0], paged.keys, paged.values, empty).shape == (0, 4, HEAD_DIM)
+
+
+def test_the_backend_is_chosen_by_device_and_name() -> None:
+    config = HEADS["one per kv"]
+    assert isinstance(choose_backend(CPU, config), CpuAttention)
+    assert isinstance(choose_backend(CPU, config, "reference"), ReferenceAttention)
+    assert isinstance(choose_backend(torch.device("cuda"), config), ReferenceAttention)
+    with pytest.raises(ValueError, match="does not run on cuda"):
+        choose_backend(torch.device("cuda"), config, "cpu")
