@@ -26,7 +26,8 @@ class TokenHistory:
             is_output = self.num_tokens >= self._num_prompt
             self.num_tokens += 1
             if token < self._vocab_size:
-                self._output_counts[self._place_of(token)] += is_output
+                place = self._place_of(token)
+                self._output_counts[place] += is_output
 
     @property
     def ids(self) -> np.ndarray:
