@@ -83,8 +83,8 @@ class Intake:
         """Send what is still to be sent and end the thread."""
         if self._closing:
             return
-        self.wake()
         self._closing = True
+        os.eventfd_write(self._bell, 1)
         if self._thread.ident is not None:
             self._thread.join(5)
         if self._guard is not None:

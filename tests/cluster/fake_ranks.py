@@ -1,0 +1,57 @@
+"""Ranks without a model, for what must hold of the processes around it. Token numbers tell a rank what to do."""
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.worker import OnProgress
+from engine.executor import Capacity
+from engine.plan import Sampled, StepPlan, StepResult
+from parallel.topology import Topology
+
+RAISE, SPIN, SLEEP = 666, 667, 668
+"""Rank 1 raises while the others wait for it; all ranks wait busily inside native code with the interpreter locked; all ranks sleep for ever."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass
+class FakeRank:
+    rank: int
+    capacity: Capacity
+
+    def run(self, plan: StepPlan) -> StepResult | None:
+        tokens = [token for work in plan.works for token in work.tokens]
+        if RAISE in tokens and self.rank == 1:
+            raise ArithmeticError("rank one cannot count")
+        if SPIN in tokens:
+            ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter lock: no Python thread and no signal handler runs
+        if SLEEP in tokens or RAISE in tokens:  # as a collective waits for a peer that does not come
+            time.sleep(3600)
+        if self.rank:
+            return None
+        return StepResult(plan.step, tuple(Sampled(work.sequence, (work.tokens[-1] + 1,)) for work in plan.works if work.samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeRanks:
+    topology: Topology
+    fails_to_start: int | None = None
+    """This rank raises while it starts."""
+
+    @contextmanager
+    def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> Iterator[FakeRank]:
+        on_progress(Progress("weights", 1, 2))
+        if rank == self.fails_to_start:
+            raise FileNotFoundError("no such shard")
+        assert (rendezvous is not None) == (self.topology.size > 1)
+        assert os.environ
+        yield FakeRank(rank, Capacity(num_blocks=64 + rank, block_tokens=16, max_context_tokens=1024))

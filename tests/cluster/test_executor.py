@@ -1,0 +1,171 @@
+"""What must hold of the processes of a replica, whatever they compute. The ranks are real Ray actors without a model."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import ray
+
+from cluster.channel import PrivateFolder
+from cluster.config import RankResources, ReplicaConfig
+from cluster.errors import StartFailed
+from cluster.executor import Ground, RayExecutor
+from cluster.messages import RankProgress
+from engine.errors import WorkersLost
+from engine.plan import StepPlan, Work
+from parallel.topology import Topology
+from tests.cluster.conftest import alive, descendants
+from tests.cluster.fake_ranks import RAISE, SLEEP, SPIN, FakeRanks
+
+pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray")]
+
+RANKS = FakeRanks(topology=Topology(tp=2))
+CONFIG = ReplicaConfig(first_step_timeout_s=20, step_timeout_s=3, start_timeout_s=60)
+
+
+def plan(step: int, token: int = 1) -> StepPlan:
+    return StepPlan(step, (Work(sequence=0, start=0, tokens=(token,), new_blocks=(), samples=True),))
+
+
+@contextmanager
+def executor(ranks: FakeRanks = RANKS, config: ReplicaConfig = CONFIG, **callbacks: Callable[..., None]) -> Iterator[RayExecutor]:
+    folder = PrivateFolder()
+    resources = RankResources(cpus=1)
+    ground = Ground.here_or_new(ranks, resources, timeout_s=30)
+    made = None
+    try:
+        made = RayExecutor(ranks=ranks, resources=resources, config=config, ground=ground, folder=folder, **callbacks)
+        yield made
+    finally:
+        if made is not None:
+            made.close()
+        ground.close()
+        folder.close()
+
+
+def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.02)
+
+
+def test_plans_flow_to_all_ranks_and_results_come_back_in_order() -> None:
+    progress: list[RankProgress] = []
+    with executor(on_progress=progress.append) as ranks:
+        assert ranks.capacity.num_blocks == 64
+        pending = [ranks.submit(plan(step, step)) for step in range(50)]
+        for step, each in enumerate(pending):
+            assert each.result().sampled[0].tokens == (step + 1,)
+        pids = [place.pid for place in ranks.places]
+        assert set(pids) <= descendants()
+    assert {each.rank for each in progress} == {0, 1}
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_killed_rank_is_named_and_seen_even_while_nothing_runs() -> None:
+    losses: list[float] = []
+    with executor(on_loss=lambda: losses.append(time.monotonic())) as ranks:
+        ranks.submit(plan(0)).result()
+        victim = ranks.places[1]
+        assert victim.pid in descendants()
+        killed = time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        until(lambda: bool(losses))
+        assert losses[0] - killed < 2
+        with pytest.raises(WorkersLost, match=rf"rank 1 on {victim.host} \(pid {victim.pid}\)") as caught:
+            ranks.submit(plan(1)).result()
+        assert (caught.value.rank, caught.value.host) == (1, victim.host)
+    assert not any(alive(place.pid) for place in ranks.places)
+
+
+def test_an_exception_in_a_rank_comes_back_with_its_own_traceback() -> None:
+    with executor() as ranks:
+        with pytest.raises(WorkersLost, match="rank 1 .*rank one cannot count") as caught:
+            ranks.submit(plan(0, RAISE)).result()
+        assert caught.value.rank == 1
+        assert "fake_ranks.py" in (caught.value.rank_traceback or "")
+
+
+def test_a_frozen_rank_is_seen_by_the_deadline_of_the_step() -> None:
+    with executor() as ranks:
+        ranks.submit(plan(0)).result()
+        victim = ranks.places[0]
+        assert victim.pid in descendants()
+        os.kill(victim.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(WorkersLost, match="rank 0 .*stopped"):
+            ranks.submit(plan(1)).result()
+        assert 2.5 < time.monotonic() - begun < 8
+    assert not alive(victim.pid)
+
+
+@pytest.mark.parametrize("command", [SPIN, SLEEP])
+def test_a_rank_that_hangs_in_native_code_does_not_survive_the_deadline(command: int) -> None:
+    with executor() as ranks:
+        ranks.submit(plan(0)).result()
+        with pytest.raises(WorkersLost, match="step 1"):
+            ranks.submit(plan(1, command)).result()
+    assert not any(alive(place.pid) for place in ranks.places)
+
+
+def test_a_rank_that_cannot_start_is_named_with_its_reason_and_leaves_nothing() -> None:
+    before = descendants()
+    with pytest.raises(StartFailed, match="no such shard"), executor(FakeRanks(topology=Topology(tp=2), fails_to_start=1)):
+        pass
+    assert not {pid for pid in descendants() - before if "Worker" in " ".join(_command(pid))}
+
+
+def _command(pid: int) -> list[str]:
+    import psutil
+
+    try:
+        return psutil.Process(pid).cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_new_ranks_start_on_the_ground_of_the_old() -> None:
+    folder = PrivateFolder()
+    ground = Ground.here_or_new(RANKS, RankResources(), timeout_s=30)
+    settings = {"ranks": RANKS, "resources": RankResources(), "config": CONFIG, "ground": ground, "folder": folder}
+    first = RayExecutor(**settings)
+    os.kill(first.places[0].pid, signal.SIGKILL)
+    with pytest.raises(WorkersLost):
+        first.submit(plan(0)).result()
+    first.close()
+    second = RayExecutor(**settings)
+    assert second.submit(plan(1)).result().step == 1
+    second.close()
+    ground.close()
+    folder.close()
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    """Stands for a replica's process."""
+
+    def begin(self) -> list[int]:
+        self.folder = PrivateFolder()
+        self.ground = Ground.here_or_new(RANKS, RankResources(), timeout_s=30)
+        self.ranks = RayExecutor(ranks=RANKS, resources=RankResources(), config=CONFIG, ground=self.ground, folder=self.folder)
+        self.ranks.submit(plan(0)).result()
+        return [os.getpid(), *(place.pid for place in self.ranks.places)]
+
+    def hang(self, command: int) -> None:
+        self.ranks.submit(plan(1, command))
+
+
+@pytest.mark.parametrize("command", [None, SPIN, SLEEP])
+def test_ranks_do_not_outlive_a_killed_replica_whatever_they_are_doing(command: int | None) -> None:
+    owner = Owner.remote()
+    replica, *ranks = ray.get(owner.begin.remote())
+    assert {replica, *ranks} <= descendants()
+    if command is not None:
+        ray.get(owner.hang.remote(command))
+        time.sleep(0.2)
+    os.kill(replica, signal.SIGKILL)
+    until(lambda: not any(alive(pid) for pid in ranks), within_s=5)

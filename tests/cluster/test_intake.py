@@ -1,0 +1,218 @@
+"""A front's link and a replica's intake over real sockets, with an engine that only writes down what it is told."""
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.channel import PrivateFolder
+from cluster.config import RouterConfig
+from cluster.directory import ReplicaRecord
+from cluster.errors import SlowReader
+from cluster.health import State
+from cluster.intake import Intake
+from cluster.link import LinkLost, ReplicaLink
+from cluster.messages import Pong
+from engine.errors import QueueFull
+from engine.plan import TokenEvent
+from engine.request import Request
+from tests.cluster.fakes import eventually
+
+CONFIG = RouterConfig(ping_s=0.05, replica_silence_s=0.6, max_buffered_tokens=100)
+
+
+@dataclass
+class Engine:
+    submitted: list[Request] = field(default_factory=list)
+    cancelled: list[tuple[str, int]] = field(default_factory=list)
+    ready: bool = True
+    full: bool = False
+
+    def submit(self, request: Request) -> None:
+        if self.full:
+            raise QueueFull(limit=1)
+        self.submitted.append(request)
+
+    def cancel(self, request_id: str, choice: int) -> None:
+        self.cancelled.append((request_id, choice))
+
+    def pong(self) -> Pong:
+        return Pong(ready=self.ready, num_running=len(self.submitted), num_waiting=0)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivateFolder]:
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        made = PrivateFolder()
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def intake(engine: Engine, folder: PrivateFolder) -> Iterator[Intake]:
+    made = make_intake(engine, folder)
+    yield made
+    made.close()
+
+
+def make_intake(engine: Engine, folder: PrivateFolder, tcp_host: str | None = None) -> Intake:
+    made = Intake(
+        folder=folder,
+        node="here",
+        tcp_host=tcp_host,
+        submit=engine.submit,
+        cancel=engine.cancel,
+        pong=engine.pong,
+        front_silence_s=0.5,
+        heartbeat_s=0.1,
+    )
+    made.start()
+    return made
+
+
+@asynccontextmanager
+async def linked(intake: Intake, node: str = "here", config: RouterConfig = CONFIG) -> AsyncIterator[ReplicaLink]:
+    record = ReplicaRecord(id="a", model="m", state=State.READY, address=intake.address, guest_keys=intake.guest_keys)
+    link = ReplicaLink(record, node=node, config=config)
+    try:
+        await eventually(lambda: link._pong is not None)
+        yield link
+    finally:
+        await link.close()
+
+
+def events_for(request: Request, *tokens: int, end: bool = False) -> list[TokenEvent]:
+    events = [TokenEvent(request.id, request.choice, request.attempt, offset, (token,)) for offset, token in enumerate(tokens)]
+    return [*events, TokenEvent(request.id, request.choice, request.attempt, len(tokens), finish_reason="length")] if end else events
+
+
+async def collect(link: ReplicaLink, request: Request) -> list[TokenEvent]:
+    async with aclosing(link.stream(request)) as events:
+        return [event async for event in events]
+
+
+async def test_a_request_goes_in_and_its_events_come_out(engine: Engine, intake: Intake) -> None:
+    async with linked(intake) as link:
+        requests = [Request(id=f"r{number}", prompt=(number,)) for number in range(3)]
+        running = [asyncio.create_task(collect(link, request)) for request in requests]
+        await eventually(lambda: len(engine.submitted) == 3)
+        assert sorted(engine.submitted, key=lambda each: each.id) == requests
+        intake.deliver([event for request in requests for event in events_for(request, *request.prompt, end=True)])
+        for request, events in zip(requests, await asyncio.gather(*running), strict=True):
+            assert events == events_for(request, *request.prompt, end=True)
+        assert link.num_streams == 0
+    assert engine.cancelled == []
+
+
+async def test_a_front_of_another_host_is_let_in_by_its_key(engine: Engine, folder: PrivateFolder) -> None:
+    intake = make_intake(engine, folder, tcp_host="127.0.0.1")
+    try:
+        async with linked(intake, node="there") as link:
+            assert link.ready
+    finally:
+        intake.close()
+
+
+async def test_a_refusal_comes_back_as_the_end_of_the_stream(engine: Engine, intake: Intake) -> None:
+    engine.full = True
+    async with linked(intake) as link:
+        (event,) = await collect(link, Request(id="r", prompt=(1,), committed=(4, 5)))
+    assert (event.finish_reason, event.error_kind, event.offset) == ("error", "QueueFull", 2)
+
+
+async def test_a_stream_that_is_closed_is_cancelled_at_the_engine(engine: Engine, intake: Intake) -> None:
+    async with linked(intake) as link:
+        request = Request(id="r", prompt=(1,))
+        async with aclosing(link.stream(request)) as events:
+            first = asyncio.create_task(anext(events))
+            await eventually(lambda: engine.submitted)
+            intake.deliver(events_for(request, 7))
+            assert (await first).tokens == (7,)
+        await eventually(lambda: engine.cancelled == [("r", 0)])
+
+
+async def test_a_front_that_vanished_has_its_requests_cancelled(engine: Engine, intake: Intake) -> None:
+    async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
+        running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
+        await eventually(lambda: engine.cancelled == [("r", 0)])
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+async def test_a_later_attempt_takes_the_request_over_and_late_events_go_nowhere(engine: Engine, intake: Intake) -> None:
+    async with linked(intake) as old, linked(intake) as new:
+        first, second = Request(id="r", prompt=(1,)), Request(id="r", prompt=(1,), attempt=1, committed=(7,))
+        stale = asyncio.create_task(collect(old, first))
+        await eventually(lambda: engine.submitted == [first])
+        running = asyncio.create_task(collect(new, second))
+        await eventually(lambda: engine.submitted == [first, second])
+        assert engine.cancelled == [("r", 0)]
+        intake.deliver([*events_for(first, 7, end=True), TokenEvent("r", 0, 1, 1, (8,), finish_reason="length")])
+        assert [event.tokens for event in await running] == [(8,)]
+        assert not stale.done()
+        stale.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await stale
+
+
+async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Intake) -> None:
+    async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
+        assert link.ready
+        engine.ready = False
+        intake.wake()
+        await eventually(lambda: not link.ready, within_s=1)
+
+
+async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, intake: Intake) -> None:
+    async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
+        running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
+        await eventually(lambda: engine.submitted)
+        await asyncio.to_thread(intake.close)
+        with pytest.raises(LinkLost, match="connection was closed"):
+            await asyncio.wait_for(running, 2)
+        assert link.lost
+        assert not link.ready
+
+
+async def test_a_silent_replica_is_lost(engine: Engine, intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with linked(intake) as link:
+        monkeypatch.setattr(intake, "_take", lambda front, message: None)  # it reads, and never answers: like a frozen engine
+        with pytest.raises(LinkLost, match="silent"):
+            await asyncio.wait_for(collect(link, Request(id="r", prompt=(1,))), 3)
+
+
+async def test_a_client_that_does_not_read_is_cut_off_at_the_bound(engine: Engine, intake: Intake) -> None:
+    async with linked(intake) as link:
+        request = Request(id="r", prompt=(1,))
+        async with aclosing(link.stream(request)) as events:
+            first = asyncio.create_task(anext(events))
+            await eventually(lambda: engine.submitted)
+            intake.deliver(events_for(request, 0))
+            await first
+            intake.deliver(events_for(request, *range(150)))
+            with pytest.raises(SlowReader):
+                await eventually(lambda: link._streams["r", 0, 0]._end is not None)
+                while True:
+                    await anext(events)
+        await eventually(lambda: engine.cancelled == [("r", 0)])
+
+
+async def test_nonsense_from_a_front_is_dropped_and_the_next_message_is_heard(engine: Engine, intake: Intake) -> None:
+    async with linked(intake) as link:
+        link._socket.send(b"\xff\xffnonsense")
+        link._send(Pong(ready=True, num_running=0, num_waiting=0))
+        running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
+        await eventually(lambda: engine.submitted)
+        intake.deliver(events_for(engine.submitted[0], 1, end=True))
+        assert len(await running) == 2

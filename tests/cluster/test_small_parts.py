@@ -1,0 +1,219 @@
+"""Placement, health, recovery and directory: parts that need no process."""
+
+import pytest
+
+from cluster.canary import Canary
+from cluster.channel import Address
+from cluster.config import RankResources, ReplicaConfig, RouterConfig
+from cluster.directory import Reader, Register, ReplicaRecord
+from cluster.errors import RecoveryGivenUp, StartFailed
+from cluster.health import Health, StartProgressBoard, State
+from cluster.placement import bundle_of, bundles, cpus_needed, strategy
+from cluster.recovery import Recovery, RestartBudget
+from engine.errors import WorkersLost
+from engine.plan import TokenEvent
+from engine.request import Request
+from parallel.topology import Topology
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# --- placement
+
+
+def test_a_replica_has_a_bundle_for_itself_and_one_for_each_rank() -> None:
+    made = bundles(Topology(tp=2, dp=2), RankResources(cpus=3, gpus=1))
+    assert made[0] == {"CPU": 0.5}
+    assert [made[bundle_of(rank)] for rank in range(4)] == [{"CPU": 3, "GPU": 1}] * 4
+    assert len(made) == 5
+    assert cpus_needed(Topology(tp=2, dp=2), RankResources(cpus=3, gpus=1)) == 12.5
+
+
+def test_ranks_without_gpus_ask_for_none() -> None:
+    assert "GPU" not in bundles(Topology(), RankResources())[1]
+
+
+def test_all_ranks_lie_on_one_host_only_when_asked_to() -> None:
+    assert strategy(RankResources(one_host=True)) == "STRICT_PACK"
+    assert strategy(RankResources()) == "PACK"
+
+
+@pytest.mark.parametrize("bad", [{"step_timeout_s": 0}, {"max_restarts": -1}, {"heartbeat_s": -1.0}])
+def test_settings_that_make_no_sense_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError):
+        ReplicaConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_a_replica_must_be_allowed_more_silence_than_there_is_between_two_pings() -> None:
+    with pytest.raises(ValueError, match="ping_s"):
+        RouterConfig(replica_silence_s=1.0, ping_s=1.0)
+
+
+# --- health
+
+
+def test_a_replica_is_ready_only_after_a_canary() -> None:
+    health = Health()
+    assert not health.ready
+    assert health.canary_passed(health.generation)
+    assert health.ready
+
+
+def test_a_canary_from_before_a_loss_proves_nothing() -> None:
+    health = Health()
+    before = health.generation
+    after = health.lost("rank 1 died")
+    assert not health.canary_passed(before)
+    assert not health.ready
+    assert health.canary_passed(after)
+
+
+def test_a_failed_replica_never_becomes_ready_again() -> None:
+    health = Health()
+    health.failed("gave up")
+    assert not health.canary_passed(health.generation)
+    health.lost("again")
+    assert health.state is State.FAILED
+
+
+def test_a_draining_replica_stays_so_through_a_loss() -> None:
+    health = Health()
+    health.draining()
+    assert not health.canary_passed(health.lost("rank 0 died"))
+    assert health.state is State.DRAINING
+
+
+def test_a_suspect_replica_is_ready_again_with_its_next_token() -> None:
+    health = Health()
+    health.canary_passed(health.generation)
+    health.suspect("no canary token for 5 s")
+    assert not health.ready
+    assert health.canary_passed(health.generation)
+    assert health.ready
+
+
+def test_a_start_is_as_far_as_its_slowest_rank() -> None:
+    board = StartProgressBoard(2)
+    board.note(0, "warm_up", 0, 1)
+    assert board.loading.done == 0.0
+    board.note(1, "weights", 50, 100)
+    assert board.loading.doing == "weights"
+    assert board.loading.done == pytest.approx(0.475)
+    board.note(0, "warm_up", 1, 1)
+    board.note(1, "warm_up", 1, 1)
+    assert board.loading.done == 1.0
+
+
+def test_the_canary_is_asked_once_per_generation_and_keeps_its_events_to_itself() -> None:
+    health, sent = Health(), list[Request]()
+    canary = Canary(health, sent.append)
+    canary.send()
+    canary.send()
+    assert len(sent) == 1
+    health.lost("rank 0 died")
+    canary.send()
+    assert len(sent) == 2
+    stale = TokenEvent(sent[0].id, 0, 0, 0, (1,), finish_reason="length")
+    assert canary.take([stale, TokenEvent("client", 0, 0, 0, (5,))]) == [TokenEvent("client", 0, 0, 0, (5,))]
+    assert not health.ready
+    canary.take([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")])
+    assert health.ready
+    assert canary.overdue_s == 0.0
+
+
+def test_a_canary_that_failed_is_no_proof() -> None:
+    health, sent = Health(), list[Request]()
+    canary = Canary(health, sent.append)
+    canary.send()
+    canary.take([TokenEvent(sent[0].id, 0, 0, 0, finish_reason="error", error_kind="PoisonedRequest")])
+    assert not health.ready
+    canary.send()
+    assert len(sent) == 2
+
+
+# --- recovery
+
+
+class FakeExecutor:
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_restarts_wait_longer_each_time_and_then_run_out() -> None:
+    clock = Clock()
+    budget = RestartBudget(max_restarts=3, window_s=60, backoff_s=0.5, clock=clock)
+    assert [budget.take() for _ in range(4)] == [0.0, 0.5, 1.0, None]
+    clock.now += 61
+    assert budget.take() == 0.0
+
+
+def test_a_loss_ends_the_old_ranks_before_new_ones_start() -> None:
+    old, new, slept = FakeExecutor(), FakeExecutor(), list[float]()
+
+    def start() -> FakeExecutor:
+        assert old.closed
+        return new
+
+    recovery = Recovery(start, ReplicaConfig(), sleep=slept.append)  # type: ignore[arg-type]
+    loss = WorkersLost("rank 1 on h was lost", rank=1, host="h", rank_traceback="Traceback: boom")
+    assert recovery.restore(old, loss) is new  # type: ignore[arg-type, comparison-overlap]
+    assert recovery.num_restarts == 1
+    (post_mortem,) = recovery.post_mortems
+    assert (post_mortem.rank, post_mortem.host) == (1, "h")
+    assert "boom" in str(post_mortem)
+
+
+def test_ranks_that_do_not_start_are_tried_until_the_budget_is_spent() -> None:
+    slept = list[float]()
+
+    def start() -> FakeExecutor:
+        raise StartFailed("no room")
+
+    recovery = Recovery(start, ReplicaConfig(max_restarts=3, restart_backoff_s=0.5), sleep=slept.append, clock=Clock())  # type: ignore[arg-type]
+    with pytest.raises(RecoveryGivenUp, match="no room"):
+        recovery.restore(FakeExecutor(), WorkersLost("rank 0 died"))  # type: ignore[arg-type]
+    assert slept == [0.0, 0.5, 1.0]
+
+
+# --- directory
+
+
+def record(id: str, state: State = State.READY) -> ReplicaRecord:
+    return ReplicaRecord(id=id, model="m", state=state, address=Address(node="n", ipc=f"ipc:///{id}"))
+
+
+def test_a_replica_that_stops_reporting_is_taken_off() -> None:
+    clock = Clock()
+    register = Register(expiry_s=10, clock=clock)
+    register.report(record("a"))
+    clock.now += 8
+    register.report(record("b"))
+    clock.now += 3
+    assert [each.id for each in register.records()[1]] == ["b"]
+    register.leave("b")
+    assert register.records()[1] == ()
+
+
+def test_a_directory_that_begins_anew_does_not_make_readers_forget() -> None:
+    clock = Clock()
+    reader = Reader("app")
+    register = Register(expiry_s=10, clock=clock)
+    register.report(record("a"))
+    clock.now += 11
+    register.report(record("a"))
+    reader.take(*register.records())
+    restarted = Register(expiry_s=10, clock=clock)
+    reader.take(*restarted.records())
+    assert [each.id for each in reader.known] == ["a"]
+    clock.now += 11
+    reader.take(*restarted.records())
+    assert reader.known == ()
