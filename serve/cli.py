@@ -1,0 +1,52 @@
+"""The command `manta`. Commands are files in `serve/commands/`; each imports what is heavy only when it runs."""
+
+from typing import Annotated
+
+import typer
+
+from serve.commands import chat, config, demo_model, serve
+
+HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
+
+Start here:
+
+    manta serve demo --tensor-parallel 2         a small English model on two ranks
+
+    manta chat "Why is the sky blue?"            ask it
+
+    manta config                                 every setting, with its meaning and its value
+"""
+
+app = typer.Typer(
+    name="manta",
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
+app.command("config")(config.config)
+app.command("demo-model")(demo_model.demo_model)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"manta {version('manta')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _manta(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    app()

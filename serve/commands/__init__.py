@@ -1,0 +1,1 @@
+"""What `manta` can do, one file per command."""

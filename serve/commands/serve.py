@@ -1,0 +1,137 @@
+"""`manta serve`: the server in the foreground, until Ctrl-C."""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.commands.progress import progress_shown
+from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+    from serve.model_source import FoundModel
+
+INTERRUPTED = 130
+QUESTION = "Why is the sky blue?"
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="`demo`, a checkpoint folder, a repository of the Hugging Face hub, or modelscope://owner/name."),
+    ] = None,
+    file: ConfigFile = None,
+    name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks that share heads, MLPs and vocabulary.")] = None,
+    expert: Annotated[int | None, typer.Option("--expert-parallel", help="Groups of ranks that share routed experts.")] = None,
+    pipeline: Annotated[int | None, typer.Option("--pipeline-parallel", help="Stages of layers.")] = None,
+    data: Annotated[int | None, typer.Option("--data-parallel", help="Copies of the attention within a replica.")] = None,
+    replicas: Annotated[int | None, typer.Option("--replicas", "-r", help="Copies of the whole model.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
+    max_context_tokens: Annotated[int | None, typer.Option("--max-context-tokens", help="Prompt and answer together.")] = None,
+    http_host: Annotated[str | None, typer.Option("--http-host", help="Address of the HTTP front (127.0.0.1).")] = None,
+    http_port: Annotated[int | None, typer.Option("--http-port", help="Port of the HTTP front (8000).")] = None,
+    grpc_host: Annotated[str | None, typer.Option("--grpc-host", help="Address of the gRPC front (127.0.0.1).")] = None,
+    grpc_port: Annotated[int | None, typer.Option("--grpc-port", help="Port of the gRPC front (9000).")] = None,
+    log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Serve a model over HTTP and gRPC until Ctrl-C.
+
+    Starts a Ray of its own on this machine and ends it again. The flags are the settings that people change most;
+    `manta config` lists all of them.
+
+    \b
+      manta serve demo --tensor-parallel 2                   a small English model, two ranks on the CPU
+      manta serve Qwen/Qwen2-0.5B-Instruct                   from the Hugging Face hub
+      manta serve modelscope://Qwen/Qwen2-0.5B-Instruct      from ModelScope
+      manta serve ./checkpoint --http-port 8080 --dtype float32
+      manta serve -c manta.yaml --set engine.max_step_tokens=512
+    """
+    flags: dict[str, tuple[str, object]] = {
+        "model.source": ("MODEL", model),
+        "model.name": ("--name", name),
+        "model.revision": ("--revision", revision),
+        "parallel.tensor": ("--tensor-parallel", tensor),
+        "parallel.expert": ("--expert-parallel", expert),
+        "parallel.pipeline": ("--pipeline-parallel", pipeline),
+        "parallel.data": ("--data-parallel", data),
+        "replicas.count": ("--replicas", replicas),
+        "runner.dtype": ("--dtype", dtype),
+        "runner.max_context_tokens": ("--max-context-tokens", max_context_tokens),
+        "http.host": ("--http-host", http_host),
+        "http.port": ("--http-port", http_port),
+        "grpc.host": ("--grpc-host", grpc_host),
+        "grpc.port": ("--grpc-port", grpc_port),
+        "logging.level": ("--log-level", log_level),
+    }
+    config = load_settings(file, assignments, flags).config
+    logging.basicConfig(level=config.logging.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def run(config: "ServeConfig") -> None:
+    """Find the model, start everything, and wait."""
+    from serve.deployment import Model
+    from serve.local_ray import StartError, run_local  # ray: seconds that no other command should pay
+    from serve.model_source import ModelSourceError, find_model
+
+    if config.ray.address != "local":
+        stop(f'ray.address is {config.ray.address!r}, and this version serves on a Ray of its own only: set it to "local"')
+    try:
+        with progress_shown() as report:
+            found = find_model(config.model, report)
+        with progress_shown() as report, run_local(Model(folder=found.folder, name=found.name), config, report) as server:
+            report("ready", 1.0)
+            typer.echo(greeting(config, found, program=program()))
+            server.wait()
+            typer.echo("\nEnding what was started ...")
+    except (ModelSourceError, StartError) as error:
+        stop(str(error))
+
+
+def greeting(config: "ServeConfig", found: "FoundModel", *, program: str) -> str:
+    """What is served where, and lines to paste."""
+    http, grpc = f"http://{_reachable(config.http.host)}:{config.http.port}", f"grpc://{_reachable(config.grpc.host)}:{config.grpc.port}"
+    body = json.dumps({"model": found.name, "messages": [{"role": "user", "content": QUESTION}]})
+    shape = config.parallel.topology
+    elsewhere = "" if grpc == "grpc://127.0.0.1:9000" else f" --endpoint {grpc}"
+    return f"""
+Manta serves {found.name}: {config.replicas.count} x {shape.size} rank{"s" if shape.size > 1 else ""} ({shape})
+  HTTP  {http}/v1   (OpenAI's API)
+  gRPC  {grpc}
+
+Ask it, from another terminal:
+
+  {program} chat{elsewhere} "{QUESTION}"
+
+  curl -s {http}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
+
+  python -c 'from openai import OpenAI; print(OpenAI(base_url="{http}/v1", api_key="none").chat.completions.create(model="{found.name}", messages=[{{"role": "user", "content": "{QUESTION}"}}]).choices[0].message.content)'
+
+Ctrl-C ends it.
+"""
+
+
+def _reachable(host: str) -> str:
+    """An address for clients on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)
+    return f"[{host}]" if ":" in host else host
+
+
+def program() -> str:
+    """This command as it can be typed in another terminal."""
+    called = sys.argv[0]
+    if os.path.basename(called) != "manta":
+        return f"{shlex.quote(sys.executable)} -m serve"
+    return "manta" if shutil.which("manta") else shlex.quote(os.path.relpath(called))

@@ -1,0 +1,117 @@
+"""From what an operator writes for a model to a checkpoint folder on this machine.
+
+Only settings come here, never a name out of an API request: nothing that a client sends makes the server fetch or open anything.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve.config import ModelSettings
+
+DEMO = "demo"
+HUB_SCHEME, MODELSCOPE_SCHEME = "hf://", "modelscope://"
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+WANTED = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""Weights as safetensors, configuration, tokenizer. No pickles and no code."""
+UNWANTED = ("*/*",)
+"""Subfolders hold the same weights in other formats."""
+
+Report = Callable[[str, float], None]
+"""Told what is being done and how much of it is done, from 0 to 1."""
+
+
+class ModelSourceError(RuntimeError):
+    """The model is not here and could not be fetched; the message says what would do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """A checkpoint on this machine, and what clients call it."""
+
+    folder: Path
+    name: str
+
+
+def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: None) -> FoundModel:
+    """
+    Raises:
+        ModelSourceError: no such folder or repository, or it cannot be reached.
+    """
+    source, folder = settings.source, Path(settings.source).expanduser()
+    if source == DEMO:
+        return FoundModel(folder=_demo(report), name=settings.name or DEMO)
+    if source.startswith(MODELSCOPE_SCHEME):
+        repository = _repository(source, MODELSCOPE_SCHEME)
+        return FoundModel(folder=_from_modelscope(repository, settings.revision), name=settings.name or repository)
+    if source.startswith(HUB_SCHEME) or (REPOSITORY.fullmatch(source) and not folder.exists()):
+        repository = _repository(source, HUB_SCHEME)
+        return FoundModel(folder=_from_hub(repository, settings.revision), name=settings.name or repository)
+    return FoundModel(folder=_local(folder), name=settings.name or folder.resolve().name)
+
+
+def _repository(source: str, scheme: str) -> str:
+    repository = source.removeprefix(scheme)
+    if not REPOSITORY.fullmatch(repository):
+        raise ModelSourceError(f"{source!r} does not name a repository: write {scheme}owner/name")
+    return repository
+
+
+def _local(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ModelSourceError(
+            f"there is no folder {str(folder)!r}; give a checkpoint folder, `{DEMO}`, a repository such as Qwen/Qwen2-0.5B-Instruct, "
+            f"or {MODELSCOPE_SCHEME}owner/name"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelSourceError(f"{str(folder)!r} is no checkpoint folder: it has no config.json")
+    return folder.resolve()
+
+
+def _demo(report: Report) -> Path:
+    from serve.demo_model import DemoModelError, ensure_demo_model  # torch, which only this path needs
+
+    try:
+        return ensure_demo_model(report=report)
+    except DemoModelError as error:
+        raise ModelSourceError(str(error)) from error
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    """The hub's own progress bars show the download; what lies in its cache already is not fetched again."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+    except errors.RevisionNotFoundError as error:
+        raise ModelSourceError(f"{repository} has no revision {revision!r}") from error
+    except errors.GatedRepoError as error:
+        raise ModelSourceError(f"{repository} is gated: accept its terms on the hub, then set HF_TOKEN to a token of yours") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelSourceError(
+            f"the hub has no repository {repository}, or it is private: set HF_TOKEN to a token that may read it"
+        ) from error
+    except (errors.LocalEntryNotFoundError, OSError) as error:
+        raise ModelSourceError(_unreachable("the Hugging Face hub", repository)) from error
+    except Exception as error:  # its HTTP library's errors have no base of the hub's
+        raise ModelSourceError(f"{_unreachable('the Hugging Face hub', repository)} ({type(error).__name__})") from error
+
+
+def _from_modelscope(repository: str, revision: str | None) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ModelSourceError('models from ModelScope need its library: pip install "modelscope>=1.30"') from error
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+    except Exception as error:  # no base class either
+        raise ModelSourceError(f"{_unreachable('ModelScope', repository)} ({type(error).__name__})") from error
+
+
+def _unreachable(hub: str, repository: str) -> str:
+    return (
+        f"{repository} is not in this machine's cache, and {hub} could not be reached (HF_ENDPOINT names a mirror of the Hugging Face hub, "
+        f"HTTPS_PROXY a proxy). Without a network: download it elsewhere, copy the folder here, and give the folder instead; "
+        f"or serve `{DEMO}`"
+    )
