@@ -7,9 +7,7 @@ class EngineError(Exception):
 
 class PromptTooLong(EngineError):
     def __init__(self, *, num_tokens: int, limit_tokens: int) -> None:
-        super().__init__(
-            f"the prompt has {num_tokens} tokens, and this model takes at most {limit_tokens} including at least one to generate; shorten it"
-        )
+        super().__init__(f"the prompt has {num_tokens} tokens, and prompt and answer together may have {limit_tokens}; shorten the prompt")
         self.num_tokens, self.limit_tokens = num_tokens, limit_tokens
 
 
@@ -17,7 +15,9 @@ class KvCacheTooSmall(EngineError):
     """The request could never run, even alone."""
 
     def __init__(self, *, num_tokens: int, limit_tokens: int) -> None:
-        super().__init__(f"prompt and max_tokens come to {num_tokens} tokens, and the KV cache of this replica holds {limit_tokens}; lower max_tokens")
+        super().__init__(
+            f"prompt and max_tokens come to {num_tokens} tokens, and the KV cache of this replica holds {limit_tokens}; lower max_tokens"
+        )
         self.num_tokens, self.limit_tokens = num_tokens, limit_tokens
 
 

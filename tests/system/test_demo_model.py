@@ -105,7 +105,7 @@ def answers_of(engine: Engine, prompts: list[tuple[int, ...]], *, at_once: bool)
 def test_all_prompts_in_one_batch_answer_as_transformers_does(tp, prefix_cache, demo_folder, prompts, golden):
     config = EngineConfig(prefix_cache=prefix_cache, max_step_tokens=64)
     with executor_of(tp, demo_folder, config, kv_blocks=400) as executor:
-        engine = Engine(config, executor)
+        engine = Engine(executor, config)
         assert answers_of(engine, prompts, at_once=True) == golden
         assert answers_of(engine, prompts, at_once=True) == golden, "the second time, with whatever is cached"
 
@@ -114,13 +114,13 @@ def test_all_prompts_in_one_batch_answer_as_transformers_does(tp, prefix_cache, 
 def test_prompts_one_by_one_answer_as_transformers_does(tp, demo_folder, prompts, golden):
     config = EngineConfig()
     with executor_of(tp, demo_folder, config, kv_blocks=400) as executor:
-        assert answers_of(Engine(config, executor), prompts, at_once=False) == golden
+        assert answers_of(Engine(executor, config), prompts, at_once=False) == golden
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_pool_too_small_for_all_preempts_and_answers_the_same(tp, demo_folder, prompts, golden):
     config = EngineConfig(max_step_tokens=128)
     with executor_of(tp, demo_folder, config, kv_blocks=30) as executor:
-        engine = Engine(config, executor)
+        engine = Engine(executor, config)
         assert answers_of(engine, prompts, at_once=True) == golden
-        assert engine.stats().num_preemptions > 0
+        assert engine.stats.num_preemptions > 0

@@ -1,0 +1,246 @@
+"""Step 6 of a request: take it in, turn the scheduler and the executor, hand out what happened."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from queue import Empty, SimpleQueue
+
+from engine.config import EngineConfig
+from engine.errors import EngineError, EngineStopped, WorkersLost
+from engine.executor import Executor, PendingStep
+from engine.kv.block_pool import BlockListener
+from engine.places import mark
+from engine.plan import StepPlan, StepResult, TokenEvent
+from engine.policy import Policy
+from engine.request import Request
+from engine.scheduler import Key, Scheduler
+from engine.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+Recover = Callable[[WorkersLost], Executor]
+RECOVERY_POLL_S = 0.02
+"""While new workers start, how often arrivals, cancellations and deadlines are looked at."""
+STEP_SMOOTHING = 0.05
+
+
+class Engine:
+    """One scheduler and one executor. `turn` belongs to one thread; `submit`, `cancel`, `stop` and `stats` to any.
+
+    Every request that `submit` took ends in exactly one event with a ``finish_reason``, whatever happens. Lost workers are
+    replaced by `recover`, and the requests go on; without it, or when it raises, they all end with that error and the engine
+    is stopped.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        *,
+        recover: Recover | None = None,
+        policy: Policy | None = None,
+        listener: BlockListener | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.executor = executor
+        self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener)
+        self.stats = EngineStats(blocks_free=executor.capacity.num_blocks)
+        self._max_in_flight = config.max_in_flight
+        self._recover, self._clock = recover, clock
+        self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
+        self._inbox: SimpleQueue[Request | Key] = SimpleQueue()
+        self._arrived = threading.Event()
+        self._stopping = threading.Event()
+        self._door = threading.Lock()
+        self._recovery: Future[Executor] | None = None
+        self._end: EngineError | None = None
+        """Why no further step will be taken."""
+        self._outbox: list[TokenEvent] = []
+        self._num_steps = 0
+        self._step_s = 0.0
+
+    # --- from any thread
+
+    def submit(self, request: Request) -> None:
+        """Take a request in. What is wrong with it is told by its only event.
+
+        Raises:
+            EngineStopped: the engine takes nothing any more.
+        """
+        with self._door:
+            if self._stopping.is_set():
+                raise EngineStopped("this engine has stopped")
+            self._inbox.put(request)
+        self._arrived.set()
+
+    def cancel(self, request_id: str, choice: int = 0) -> None:
+        """End a request; it is no error if it has ended already."""
+        self._inbox.put((request_id, choice))
+        self._arrived.set()
+
+    def stop(self) -> None:
+        """Have `run_forever` end all requests with `EngineStopped`, and return."""
+        with self._door:
+            self._stopping.set()
+        self._arrived.set()
+
+    @property
+    def is_recovering(self) -> bool:
+        """Whether there are no workers right now."""
+        return self._recovery is not None
+
+    # --- the engine's thread
+
+    def run_forever(self, deliver: Callable[[list[TokenEvent]], None]) -> None:
+        """Turn until `stop`, sleeping while there is nothing to do. ``deliver`` gets each turn's events, never none.
+
+        Raises:
+            EngineError: the workers were lost for good; every request has been told.
+        """
+        try:
+            while not self._stopping.is_set():
+                events = self.turn()
+                if events:
+                    deliver(events)
+                if self._is_idle():
+                    self._arrived.wait()
+                    self._arrived.clear()
+        except Exception as error:
+            self._close(deliver, error if isinstance(error, EngineError) else EngineStopped("the engine failed"))
+            raise
+        self._close(deliver, EngineStopped("this engine has been stopped"))
+
+    def turn(self) -> list[TokenEvent]:
+        """Take arrivals, keep the workers busy, and record the oldest step that is under way.
+
+        Raises:
+            EngineError: there are no workers and there will be none; the turn before has returned its events.
+        """
+        if self._end is not None:
+            raise self._end
+        self._take_inbox()
+        self._outbox += self.scheduler.expire(self._clock())
+        try:
+            if self._recovery is not None:
+                self._await_workers(self._recovery)
+            else:
+                self._step()
+        except WorkersLost as loss:
+            self._lose_workers(loss)
+        self._note_stats()
+        return self._take_outbox()
+
+    def _step(self) -> None:
+        while len(self._in_flight) < self._max_in_flight and (plan := self.scheduler.schedule()):
+            self._in_flight.append((plan, self.executor.submit(plan)))
+        if not self._in_flight:
+            return
+        plan, pending = self._in_flight[0]
+        result = pending.result()
+        self._in_flight.popleft()
+        self._note_step(result)
+        self._outbox += self.scheduler.apply(plan, result)
+
+    def _take_inbox(self) -> None:
+        while True:
+            try:
+                arrival = self._inbox.get_nowait()
+            except Empty:
+                return
+            if isinstance(arrival, Request):
+                self._admit(arrival)
+            else:
+                self._outbox += self.scheduler.cancel(arrival)
+
+    def _admit(self, request: Request) -> None:
+        mark(6, request.id)
+        try:
+            self.scheduler.add(request)
+        except EngineError as error:
+            self._outbox.append(refusal(request, error))
+
+    def _lose_workers(self, loss: WorkersLost) -> None:
+        """Rewind everything and have new workers started beside this thread, so that cancels and deadlines are still heard."""
+        logger.error("the workers are lost: %s", loss)
+        self._in_flight.clear()
+        if self._recover is None:
+            self._end = loss
+            return
+        self._outbox += self.scheduler.lose_workers()
+        self._recovery = Future()
+        threading.Thread(target=_fulfil, args=(self._recovery, self._recover, loss), name="recovery", daemon=True).start()
+
+    def _await_workers(self, recovery: Future[Executor]) -> None:
+        if not wait([recovery], timeout=RECOVERY_POLL_S).done:
+            return
+        self._recovery = None
+        error = recovery.exception()
+        if error is None:
+            self.executor = recovery.result()
+            self._outbox += self.scheduler.adopt(self.executor.capacity)
+        else:
+            self._end = error if isinstance(error, EngineError) else EngineStopped("no new workers could be started")
+
+    def _take_outbox(self) -> list[TokenEvent]:
+        events, self._outbox = self._outbox, []
+        return events
+
+    def _is_idle(self) -> bool:
+        return not self._in_flight and self._recovery is None and self.scheduler.num_requests == 0 and self._inbox.empty()
+
+    def _close(self, deliver: Callable[[list[TokenEvent]], None], error: EngineError) -> None:
+        """Nothing more is taken; what was taken is told."""
+        self.stop()
+        self._in_flight.clear()
+        self._take_inbox()
+        self._outbox += self.scheduler.fail_all(error)
+        self._note_stats()
+        if self._outbox:
+            deliver(self._take_outbox())
+
+    def _note_step(self, result: StepResult) -> None:
+        self._num_steps += 1
+        self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
+
+    def _note_stats(self) -> None:
+        scheduler, pool, cache = self.scheduler, self.scheduler.pool, self.scheduler.cache
+        self.stats = EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            blocks_free=pool.num_free,
+            num_steps=self._num_steps,
+            num_finished=scheduler.num_finished,
+            num_preemptions=scheduler.num_preemptions,
+            num_losses=scheduler.num_losses,
+            computed_tokens=scheduler.computed_tokens,
+            sampled_tokens=scheduler.sampled_tokens,
+            prefix_queried_tokens=cache.num_queried,
+            prefix_found_tokens=cache.num_found,
+            step_s=self._step_s,
+        )
+
+
+def refusal(request: Request, error: EngineError) -> TokenEvent:
+    """The only event of a request that was not admitted."""
+    return TokenEvent(
+        request_id=request.id,
+        choice=request.choice,
+        attempt=request.attempt,
+        offset=len(request.committed),
+        finish_reason="error",
+        error_kind=type(error).__name__,
+        error_message=str(error),
+    )
+
+
+def _fulfil(recovery: Future[Executor], recover: Recover, loss: WorkersLost) -> None:
+    try:
+        recovery.set_result(recover(loss))
+    except Exception as error:
+        logger.exception("no new workers")
+        recovery.set_exception(error)

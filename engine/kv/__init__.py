@@ -1,0 +1,1 @@
+"""Whose KV lies in which block: the pool, and the prefix cache over it."""

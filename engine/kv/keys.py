@@ -1,0 +1,17 @@
+"""Content keys of blocks: equal keys mean equal tokens from the very first one, within one salt."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+BlockKey = bytes
+
+
+def root_key(salt: str) -> BlockKey:
+    """The parent of a sequence's first block. Tenants with different salts share nothing."""
+    return hashlib.sha256(b"manta/1\0" + salt.encode()).digest()
+
+
+def block_key(parent: BlockKey, tokens: Sequence[int]) -> BlockKey:
+    """SHA-256 over the parent's key and the block's tokens as 64-bit integers."""
+    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()

@@ -1,0 +1,330 @@
+"""Steps 7 and 12 of a request: decide which tokens the next forward pass computes, and record what it gave."""
+
+import bisect
+from dataclasses import dataclass, field
+
+from engine.config import EngineConfig
+from engine.errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    EngineError,
+    InvalidLogits,
+    KvCacheTooSmall,
+    PoisonedRequest,
+    PromptTooLong,
+    QueueFull,
+)
+from engine.executor import Capacity
+from engine.kv.block_pool import BlockListener, BlockPool
+from engine.kv.prefix_cache import PrefixCache
+from engine.places import mark
+from engine.plan import Opening, Sampled, StepPlan, StepResult, TokenEvent, Work
+from engine.policy import FirstCome, Policy
+from engine.request import Request
+from engine.sequence import Sequence
+
+Key = tuple[str, int]
+MAX_LOSSES = 2
+"""A request that was in the lost step of so many losses is not tried again."""
+
+
+@dataclass
+class PlanBuilder:
+    """A plan in the making."""
+
+    budget: int
+    """Tokens that may still be computed in this step."""
+    works: list[Work] = field(default_factory=list)
+    opened: list[Opening] = field(default_factory=list)
+    planned: set[int] = field(default_factory=set)
+    """Numbers with a work in this step: they can no longer be preempted by it."""
+
+
+class Scheduler:
+    """Every sequence is waiting (no blocks) or open (blocks, and a number that the ranks know).
+
+    Deciding changes nothing outside. Something is always planned when something could run and nothing is in flight: a
+    sequence that finds no block preempts the last in rank, itself at worst, and one that is alone always has room.
+    """
+
+    def __init__(
+        self, config: EngineConfig, capacity: Capacity, *, policy: Policy | None = None, listener: BlockListener | None = None
+    ) -> None:
+        self._config = config
+        self._policy = policy or FirstCome()
+        self._listener = listener
+        self.num_finished = self.num_preemptions = self.num_losses = 0
+        self.computed_tokens = self.sampled_tokens = 0
+        self._by_key: dict[Key, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._open: dict[int, Sequence] = {}
+        self._closed: list[int] = []
+        """Numbers that the ranks must still be told to forget."""
+        self._num_steps = self._num_opened = self._num_arrived = 0
+        self._set_capacity(capacity)
+
+    # --- arriving and leaving
+
+    def add(self, request: Request) -> None:
+        """
+        Raises:
+            PromptTooLong, KvCacheTooSmall, QueueFull, DuplicateRequest
+        """
+        if request.key in self._by_key:
+            raise DuplicateRequest(request.id)
+        if len(self._waiting) >= self._config.max_waiting:
+            raise QueueFull(limit=self._config.max_waiting)
+        self._check_length(request)
+        sequence = Sequence(request, self._num_arrived)
+        self._num_arrived += 1
+        self._by_key[request.key] = sequence
+        self._wait(sequence)
+
+    def cancel(self, key: Key) -> list[TokenEvent]:
+        """End a request. An unknown key (it has just ended) is no error."""
+        sequence = self._by_key.get(key)
+        return [] if sequence is None else [self._end(sequence, sequence.event(finish_reason="cancelled"))]
+
+    def expire(self, now: float) -> list[TokenEvent]:
+        """End the requests whose deadline, in Unix time, has passed."""
+        late = [s for s in self._by_key.values() if s.request.deadline_s is not None and s.request.deadline_s <= now]
+        return [self._fail(sequence, DeadlineExceeded("the request's deadline passed before it was finished")) for sequence in late]
+
+    def fail_all(self, error: EngineError) -> list[TokenEvent]:
+        """End every request with the same error."""
+        return [self._fail(sequence, error) for sequence in list(self._by_key.values())]
+
+    # --- one step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step's plan, or None when nothing can run now.
+
+        Sequences that decode come first, then prompts that were begun, then new ones, each in rank order.
+        """
+        building = PlanBuilder(self._config.max_step_tokens)
+        preemptions = self.num_preemptions
+        self._continue_open(building)
+        if self.num_preemptions == preemptions:
+            self._admit_waiting(building)
+        if not building.works:
+            return None
+        plan = StepPlan(self._num_steps, tuple(building.works), tuple(building.opened), tuple(self._closed))
+        self._num_steps += 1
+        self._closed.clear()
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Record what a step gave. Sequences that were closed since it was planned are passed over."""
+        sampled = {answer.sequence: answer for answer in result.sampled}
+        events = []
+        for work in plan.works:
+            sequence = self._open.get(work.sequence)
+            if sequence is None:
+                continue
+            sequence.in_flight = False
+            self.computed_tokens += len(work.tokens)
+            if sequence.ended:
+                self._close(sequence)
+                continue
+            sequence.num_computed = work.start + len(work.tokens)
+            self.cache.publish(sequence, since=work.start)
+            if work.samples:
+                events.append(self._take(sequence, sampled[work.sequence]))
+        return events
+
+    def _continue_open(self, building: PlanBuilder) -> None:
+        idle = [sequence for sequence in self._open.values() if not sequence.in_flight]
+        for sequence in sorted(idle, key=lambda s: (s.num_pending > 1, self._policy.rank(s))):
+            if building.budget == 0:
+                return
+            if sequence.number is not None and self._make_room(sequence, building):
+                self._plan_work(sequence, building)
+
+    def _admit_waiting(self, building: PlanBuilder) -> None:
+        """Open waiting sequences in rank order until one finds no room. Each gets blocks for all its known tokens at once, so
+        that no prompt is preempted half way; one whose next block another sequence is computing right now waits for it."""
+        for sequence in list(self._waiting):
+            if building.budget == 0 or len(self._open) >= self._config.max_running:
+                return
+            found = self.cache.find(sequence)
+            if self.cache.is_on_its_way(sequence, len(found)):
+                continue
+            missing = self._blocks_for(len(sequence.tokens)) - len(found)
+            if missing > self.pool.num_available - self.pool.num_cached_of(found):
+                return
+            self._open_sequence(sequence, found, missing)
+            building.opened.append(sequence.opening())
+            self._plan_work(sequence, building)
+
+    def _open_sequence(self, sequence: Sequence, found: list[int], missing: int) -> None:
+        self._waiting.remove(sequence)
+        self.pool.share(found)
+        sequence.blocks = found + self.pool.allocate(missing)
+        sequence.num_computed = len(found) * self._config.block_tokens
+        sequence.number = self._num_opened
+        self._num_opened += 1
+        self._open[sequence.number] = sequence
+        if sequence.num_cached_prompt is None:
+            sequence.num_cached_prompt = min(sequence.num_computed, sequence.num_prompt)
+        self.cache.begin(sequence, len(found))
+
+    def _plan_work(self, sequence: Sequence, building: PlanBuilder) -> None:
+        assert sequence.number is not None
+        count = min(sequence.num_pending, building.budget)
+        start = sequence.num_computed
+        work = Work(
+            sequence=sequence.number,
+            start=start,
+            tokens=tuple(sequence.tokens[start : start + count]),
+            new_blocks=tuple(sequence.blocks[sequence.num_blocks_sent :]),
+            samples=count == sequence.num_pending,
+        )
+        sequence.num_blocks_sent = len(sequence.blocks)
+        sequence.in_flight = True
+        building.works.append(work)
+        building.planned.add(sequence.number)
+        building.budget -= count
+        mark(7, sequence.request.id)
+
+    def _make_room(self, sequence: Sequence, building: PlanBuilder) -> bool:
+        """Give an open sequence the blocks for its next tokens, preempting from the last in rank. False if it must sit this step out."""
+        count = min(sequence.num_pending, building.budget)
+        missing = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        while missing > self.pool.num_available:
+            movable = [s for s in self._open.values() if not s.in_flight and s.number not in building.planned]
+            last = max(movable, key=self._policy.rank)
+            self._preempt(last)
+            if last is sequence:
+                return False
+        if missing > 0:
+            sequence.blocks += self.pool.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take its blocks away; it waits at its old rank, and what of it stays cached is found again."""
+        self.num_preemptions += 1
+        self._close(sequence)
+        self._wait(sequence)
+
+    def _take(self, sequence: Sequence, answer: Sampled) -> TokenEvent:
+        """Append what was sampled, up to what ends the answer."""
+        if answer.fault is not None:
+            return self._fail(sequence, InvalidLogits(answer.fault))
+        sampling = sequence.request.sampling
+        taken = 0
+        stop_token = None
+        for token in answer.tokens:
+            sequence.tokens.append(token)
+            taken += 1
+            if token in sampling.stop_token_ids and sequence.num_output > sampling.min_tokens:
+                stop_token = token
+                break
+            if self._is_full(sequence):
+                break
+        self.sampled_tokens += taken
+        tokens, logprobs = answer.tokens[:taken], answer.logprobs[:taken]
+        mark(12, sequence.request.id)
+        if stop_token is not None:
+            return self._end(sequence, sequence.event(tokens, logprobs, finish_reason="stop", stop_token=stop_token))
+        if self._is_full(sequence):
+            return self._end(sequence, sequence.event(tokens, logprobs, finish_reason="length"))
+        return sequence.event(tokens, logprobs)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        return sequence.num_output >= sequence.request.sampling.max_tokens or len(sequence.tokens) >= self._capacity.max_context_tokens
+
+    # --- the workers are gone
+
+    def lose_workers(self) -> list[TokenEvent]:
+        """All KV is lost, and every step in flight with it: whatever was open waits again, at its old rank.
+
+        A sequence of which a step was in flight may be what ended the workers; at its second time it ends as poisoned.
+        """
+        self.num_losses += 1
+        events = []
+        for sequence in list(self._open.values()):
+            sequence.losses += sequence.in_flight
+            self._close(sequence)
+            if sequence.ended:
+                continue
+            self._wait(sequence)
+            if sequence.losses >= MAX_LOSSES:
+                events.append(
+                    self._fail(sequence, PoisonedRequest(f"the workers were lost {sequence.losses} times while computing this request"))
+                )
+        self._closed.clear()
+        self.pool.clear()
+        return events
+
+    def adopt(self, capacity: Capacity) -> list[TokenEvent]:
+        """New workers, empty, perhaps of another size. To be called after `lose_workers`."""
+        assert not self._open
+        self._set_capacity(capacity)
+        events = []
+        for sequence in list(self._waiting):
+            try:
+                self._check_length(sequence.request, num_output=sequence.num_output)
+            except EngineError as error:
+                events.append(self._fail(sequence, error))
+        return events
+
+    # --- small parts
+
+    @property
+    def num_running(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._by_key)
+
+    def _set_capacity(self, capacity: Capacity) -> None:
+        self._capacity = capacity
+        self.pool = BlockPool(capacity.num_blocks, self._listener)
+        self.cache = PrefixCache(self.pool, capacity.block_tokens, enabled=self._config.prefix_cache)
+
+    def _check_length(self, request: Request, num_output: int | None = None) -> None:
+        """At least one more token must fit into the context, and the KV of all before it into the pool."""
+        known = len(request.prompt) + (len(request.committed) if num_output is None else num_output)
+        if known >= self._capacity.max_context_tokens:
+            raise PromptTooLong(num_tokens=known, limit_tokens=self._capacity.max_context_tokens)
+        most = min(len(request.prompt) + request.sampling.max_tokens, self._capacity.max_context_tokens) - 1
+        room = self._capacity.num_blocks * self._capacity.block_tokens
+        if max(known, most) > room:
+            raise KvCacheTooSmall(num_tokens=max(known, most) + 1, limit_tokens=room + 1)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._capacity.block_tokens)
+
+    def _wait(self, sequence: Sequence) -> None:
+        bisect.insort(self._waiting, sequence, key=self._policy.rank)
+
+    def _close(self, sequence: Sequence) -> None:
+        """Take an open sequence from the ranks and its blocks from it."""
+        assert sequence.number is not None
+        self.cache.abandon(sequence)
+        del self._open[sequence.number]
+        self._closed.append(sequence.number)
+        self.pool.release(sequence.rewind())
+
+    def _fail(self, sequence: Sequence, error: EngineError) -> TokenEvent:
+        return self._end(sequence, sequence.event(finish_reason="error", error=error))
+
+    def _end(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
+        """The request is over for its client at once; blocks that a step in flight still writes to are kept until it is applied."""
+        sequence.ended = True
+        self.num_finished += 1
+        del self._by_key[sequence.request.key]
+        if sequence.number is None:
+            self._waiting.remove(sequence)
+        elif not sequence.in_flight:
+            self._close(sequence)
+        return event
+
+    def __repr__(self) -> str:
+        return f"<Scheduler [{self.num_running} running | {self.num_waiting} waiting] {self.pool}>"

@@ -1,0 +1,101 @@
+"""A request's tokens and progress inside the engine."""
+
+from engine.kv.keys import BlockKey, block_key, root_key
+from engine.plan import FinishReason, Opening, TokenEvent, TokenLogprobs
+from engine.request import Request
+
+
+class Sequence:
+    """Its tokens, and how many of them have their KV in the cache. Everything else follows from these two.
+
+    A fresh prompt, a cut prompt, decoding, a preempted sequence and one that another replica began differ only in the size of
+    the gap between `tokens` and `num_computed`.
+    """
+
+    def __init__(self, request: Request, arrival: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        """Order of admission into the engine; kept over preemption."""
+        self.tokens: list[int] = [*request.prompt, *request.committed]
+        self.num_computed = 0
+        self.blocks: list[int] = []
+        self.num_blocks_sent = 0
+        """How many of `blocks` the ranks know."""
+        self.number: int | None = None
+        """What the ranks call it; None while it has no blocks."""
+        self.in_flight = False
+        """Whether a step that was not answered yet computes some of it."""
+        self.ended = False
+        self.losses = 0
+        """How often the workers were lost while they computed it."""
+        self.num_cached_prompt: int | None = None
+        """Prompt tokens found in the prefix cache at the first admission."""
+        self._keys: list[BlockKey] = []
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens without KV: at least one, for the last token's logits are always still to be computed."""
+        return len(self.tokens) - self.num_computed
+
+    def rewind(self) -> list[int]:
+        """Forget all KV and the ranks' number. Returns the blocks that were held."""
+        blocks, self.blocks = self.blocks, []
+        self.num_computed = self.num_blocks_sent = 0
+        self.number = None
+        self.in_flight = False
+        return blocks
+
+    def keys(self, count: int, block_tokens: int) -> list[BlockKey]:
+        """Content keys of its first `count` full blocks."""
+        while len(self._keys) < count:
+            parent = self._keys[-1] if self._keys else root_key(self.request.salt)
+            start = len(self._keys) * block_tokens
+            self._keys.append(block_key(parent, self.tokens[start : start + block_tokens]))
+        return self._keys[:count]
+
+    def opening(self) -> Opening:
+        assert self.number is not None
+        sampling = self.request.sampling
+        return Opening(
+            sequence=self.number,
+            choice=self.request.choice,
+            num_prompt=self.num_prompt,
+            sampling=sampling,
+            history=tuple(self.tokens) if sampling.needs_history else (),
+        )
+
+    def event(
+        self,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        *,
+        finish_reason: FinishReason | None = None,
+        stop_token: int | None = None,
+        error: Exception | None = None,
+    ) -> TokenEvent:
+        """What happened, told after `tokens` were appended."""
+        return TokenEvent(
+            request_id=self.request.id,
+            choice=self.request.choice,
+            attempt=self.request.attempt,
+            offset=self.num_output - len(tokens),
+            tokens=tokens,
+            logprobs=logprobs,
+            num_cached=self.num_cached_prompt or 0,
+            finish_reason=finish_reason,
+            stop_token=stop_token,
+            error_kind=type(error).__name__ if error else None,
+            error_message=str(error) if error else None,
+        )
+
+    def __repr__(self) -> str:
+        where = "ended" if self.ended else "in flight" if self.in_flight else "running" if self.number is not None else "waiting"
+        return f"<Sequence {self.request.id}/{self.request.choice} [{self.num_computed} of {len(self.tokens)} computed | {where}]>"

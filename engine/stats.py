@@ -1,0 +1,33 @@
+"""What the engine counts, as one frozen snapshot."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Gauges of this moment and counters since the engine began."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_free: int = 0
+
+    num_steps: int = 0
+    num_finished: int = 0
+    num_preemptions: int = 0
+    num_losses: int = 0
+    """Times that all workers were lost."""
+    computed_tokens: int = 0
+    """Tokens that steps computed, those computed again included."""
+    sampled_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_found_tokens: int = 0
+    step_s: float = 0.0
+    """Seconds of a step on rank 0, smoothed over about 20 steps."""
+
+    @property
+    def kv_used(self) -> float:
+        """Fraction of the KV blocks that running sequences hold."""
+        total = self.blocks_used + self.blocks_cached + self.blocks_free
+        return self.blocks_used / total if total else 0.0
