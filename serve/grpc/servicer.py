@@ -1,4 +1,4 @@
-"""Step 1 of a request over gRPC: take the call, ask the service, answer; also where the call's end reaches the service.
+"""Steps 1 and 2 of a request over gRPC: take the call, ask the service, answer; the call's end reaches the service here too.
 
 The methods run under a plain `grpc.aio` server and, delegated to by the front's deployment, under Ray Serve's proxy.
 A client's cancel or deadline arrives as `asyncio.CancelledError`, which leaves through `aclosing` and so cancels the
@@ -13,10 +13,12 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from engine.places import mark
+from serve.errors import RequestTooLarge
 from serve.grpc import convert, read
 from serve.grpc.errors import CallContext, refuse
 from serve.grpc.generated import service_pb2, service_pb2_grpc
-from serve.request import TextEvent
+from serve.request import ChatRequest, CompletionRequest, TextEvent
 from serve.service import Service
 
 Response = TypeVar("Response", bound=Message)
@@ -28,11 +30,12 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         self._service, self._clock = service, clock
 
     async def Chat(self, request: service_pb2.ChatRequest, context: CallContext) -> service_pb2.ChatResponse:
-        request_id, deadline_s = _new_id("chatcmpl"), self._deadline_s(context)
+        request_id = _take("chatcmpl")
 
         async def answer() -> service_pb2.ChatResponse:
-            asked = read.chat_request(request, request_id=request_id, deadline_s=deadline_s)
+            asked = self._chat_request(request, request_id, context)
             result = await self._service.collect(asked)
+            mark(14, request_id)
             return convert.chat_response(result, model=asked.model, created=int(self._clock()))
 
         return await _answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
@@ -40,21 +43,22 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     async def ChatStream(
         self, request: service_pb2.ChatStreamRequest, context: CallContext
     ) -> AsyncGenerator[service_pb2.ChatStreamResponse, None]:
-        request_id, deadline_s = _new_id("chatcmpl"), self._deadline_s(context)
+        request_id = _take("chatcmpl")
 
         def begin() -> AsyncGenerator[TextEvent, None]:
-            return self._service.chat(read.chat_request(request.request, request_id=request_id, deadline_s=deadline_s))
+            return self._service.chat(self._chat_request(request.request, request_id, context))
 
         async with aclosing(_stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id)) as responses:
             async for response in responses:
                 yield response
 
     async def Generate(self, request: service_pb2.GenerateRequest, context: CallContext) -> service_pb2.GenerateResponse:
-        request_id, deadline_s = _new_id("cmpl"), self._deadline_s(context)
+        request_id = _take("cmpl")
 
         async def answer() -> service_pb2.GenerateResponse:
-            asked = read.completion_request(request, request_id=request_id, deadline_s=deadline_s)
+            asked = self._completion_request(request, request_id, context)
             result = await self._service.collect(asked)
+            mark(14, request_id)
             return convert.generate_response(result, model=asked.model, created=int(self._clock()))
 
         return await _answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
@@ -62,10 +66,10 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     async def GenerateStream(
         self, request: service_pb2.GenerateStreamRequest, context: CallContext
     ) -> AsyncGenerator[service_pb2.GenerateStreamResponse, None]:
-        request_id, deadline_s = _new_id("cmpl"), self._deadline_s(context)
+        request_id = _take("cmpl")
 
         def begin() -> AsyncGenerator[TextEvent, None]:
-            return self._service.complete(read.completion_request(request.request, request_id=request_id, deadline_s=deadline_s))
+            return self._service.complete(self._completion_request(request.request, request_id, context))
 
         async with aclosing(_stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id)) as responses:
             async for response in responses:
@@ -83,11 +87,33 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
         return await _answer_or_refuse(answer, service_pb2.GetModelResponse, context)
 
+    def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
+        self._admit(message, request_id)
+        return read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context))
+
+    def _completion_request(self, message: service_pb2.GenerateRequest, request_id: str, context: CallContext) -> CompletionRequest:
+        self._admit(message, request_id)
+        return read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context))
+
+    def _admit(self, message: Message, request_id: str) -> None:
+        """Step 2. The size is checked here because no limit can be set on Ray Serve's own gRPC server."""
+        mark(2, request_id)
+        limit_bytes = self._service.limits.body_bytes
+        if message.ByteSize() > limit_bytes:
+            raise RequestTooLarge(limit_bytes=limit_bytes)
+
     def _deadline_s(self, context: CallContext) -> float | None:
         """Unix time of the client's deadline. Ray Serve's context does not know it: there only the cancel tells."""
         time_remaining = getattr(context, "time_remaining", None)
         remaining_s = time_remaining() if time_remaining else None
         return None if remaining_s is None else self._clock() + remaining_s
+
+
+def _take(kind: str) -> str:
+    """A new request's id."""
+    request_id = f"{kind}-{uuid.uuid4().hex}"
+    mark(1, request_id)
+    return request_id
 
 
 async def _answer_or_refuse(
@@ -103,15 +129,14 @@ async def _answer_or_refuse(
 async def _stream_or_refuse(
     begin: Callable[[], AsyncGenerator[TextEvent, None]], response: type[StreamResponse], context: CallContext, request_id: str
 ) -> AsyncGenerator[StreamResponse, None]:
-    writer = convert.StreamWriter()
+    writer, told = convert.StreamWriter(), False
     try:
         async with aclosing(begin()) as events:
             async for event in events:
                 for fields in writer.events(event):
+                    if not told:
+                        told = True
+                        mark(14, request_id)
                     yield response(id=request_id, **fields)  # type: ignore[arg-type]
     except Exception as error:
         yield response(id=request_id, error=refuse(context, error, request_id))
-
-
-def _new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"

@@ -11,6 +11,7 @@ from engine.plan import TokenLogprobs
 from serve.errors import ModelNotFound
 from serve.grpc.generated import service_pb2_grpc
 from serve.grpc.server import start_server
+from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Result, TextEvent, TextToken, Usage
 
@@ -48,6 +49,7 @@ class ScriptedService:
         self.asked: list[ChatRequest | CompletionRequest] = []
         self.holding, self.closed = asyncio.Event(), asyncio.Event()
         self.is_ready = True
+        self.limits = Limits()
 
     def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         return self._events(request)

@@ -11,6 +11,7 @@ from engine.errors import PromptTooLong, QueueFull
 from serve.errors import WIRE, InvalidRequest
 from serve.grpc.errors import DETAILS_KEY, refuse
 from serve.grpc.generated import service_pb2
+from serve.limits import Limits
 from tests.serve.grpc.conftest import ScriptedService
 from tests.serve.grpc.test_servicer import CHAT, STREAMS
 
@@ -89,6 +90,17 @@ async def test_a_prompt_of_nothing_is_refused_before_the_service_is_asked(stub, 
     error = await failed(stub.Generate(service_pb2.GenerateRequest(model="tiny", prompts=[{}])))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert service.asked == []
+
+
+async def test_a_request_over_the_limit_is_refused_by_the_servicer_too(stub, service: ScriptedService) -> None:
+    """Behind Ray Serve's proxy nothing else looks at its size."""
+    service.limits = Limits(body_bytes=CHAT.ByteSize())
+    await stub.Chat(CHAT)
+    service.limits = Limits(body_bytes=CHAT.ByteSize() - 1)
+    error = await failed(stub.ChatStream(STREAMS["ChatStream"]))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details_of(rpc_status.from_call(error))[ErrorInfo].reason == "REQUEST_TOO_LARGE"
+    assert len(service.asked) == 1
 
 
 async def test_a_long_message_in_any_script_fits_into_the_trailers(stub, service: ScriptedService) -> None:
