@@ -14,6 +14,7 @@ from engine.run.sampling.edits import edited
 from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, whole_weight
 from engine.run.sampling.groups import DrawGroup, draw_params, group_rows
 from engine.run.sampling.logprobs import token_logprobs
+from engine.run.sampling.search import highest
 from engine.run.sampling.state import Row
 from engine.run.transfer import upload
 
@@ -41,7 +42,7 @@ class Sampler:
             return []
         raw_RV = logits[:, : self.vocab_size]
         logits_RV = edited(raw_RV, rows, allowed_RW)
-        highest_R, chosen_R = logits_RV.max(dim=-1)  # of equal ones the first: all that greedy rows need
+        highest_R, chosen_R = highest(logits_RV)  # all that greedy rows need
         decided_R = torch.ones_like(chosen_R)
         for group in group_rows(rows, self.vocab_size):
             self._draw(group, logits_RV, rows, chosen_R, decided_R)

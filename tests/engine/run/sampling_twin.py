@@ -33,8 +33,8 @@ def edited_logits(logits: np.ndarray, params: SamplingParams, *, prompt=(), outp
 
 def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     """Of every id, after temperature and the filters; equal logits count as falling with the id."""
-    scaled = logits / params.temperature
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    scaled = logits / max(params.temperature, 1e-300)
+    order = np.lexsort((np.arange(len(logits)), -logits)).tolist()
     kept = order[: params.top_k] if params.top_k > 0 else order
     p = np.zeros(len(logits))
     p[kept] = np.exp(scaled[kept] - scaled.max())

@@ -30,6 +30,7 @@ FILTERS = [
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=0.3),
     SamplingParams(temperature=1.7),
+    SamplingParams(temperature=5e-324),
     SamplingParams(top_k=1),
     SamplingParams(top_k=20, temperature=0.7),
     SamplingParams(top_p=0.8),

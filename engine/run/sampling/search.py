@@ -1,0 +1,76 @@
+"""The highest logits of a row, found by way of the highest of each stretch: several times faster than torch on a CPU.
+
+R rows, V ids that can be sampled, C candidates, N stretches.
+"""
+
+import torch
+from torch import Tensor
+
+_STRETCH = 64
+"""Ids per stretch where few are sought."""
+
+_MANY = 256
+"""From this number of candidates on, stretches are half as long: what is left to search is their product."""
+
+_LONG_STRETCH = 512
+"""Where a single one is sought."""
+
+
+def highest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit of each row and its id, of equal ones the lowest; NaN, and any id, where a row holds a NaN."""
+    stretches_RN = _highest_of_stretches(logits_RV, _LONG_STRETCH)
+    stretch_R1 = stretches_RN.argmax(-1, keepdim=True)  # of equal ones the first
+    ids_RC = _ids_of(stretch_R1, _LONG_STRETCH).clamp(max=logits_RV.shape[1] - 1)
+    id_R1 = ids_RC.gather(-1, logits_RV.gather(-1, ids_RC).argmax(-1, keepdim=True))
+    return stretches_RN.gather(-1, stretch_R1).squeeze(-1), id_R1.squeeze(-1)
+
+
+def candidates(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest logits and their ids, both (R, count), by rising id. Which of equal ones at the end is open.
+
+    Only the ``count`` stretches with the highest maxima are searched. An id outside of them is no higher than any of those
+    maxima, so ``count`` ids at least as high have been found.
+    """
+    vocab_size = logits_RV.shape[1]
+    if count >= vocab_size:
+        return logits_RV, torch.arange(vocab_size, device=logits_RV.device).expand(logits_RV.shape)
+    length = _STRETCH if count < _MANY else _STRETCH // 2
+    if count * length * 2 > vocab_size:
+        values_RC, ids_RC = logits_RV.topk(count, dim=-1, sorted=False)
+        return _by_id(values_RC, ids_RC)
+    stretches_RC = _highest_of_stretches(logits_RV, length).topk(count, dim=-1, sorted=False).indices
+    searched_RX = _ids_of(stretches_RC, length)
+    values_RX = logits_RV.gather(-1, searched_RX.clamp(max=vocab_size - 1))
+    values_RX.masked_fill_(searched_RX >= vocab_size, -torch.inf)  # else the last id would be found twice
+    values_RC, places_RC = values_RX.topk(count, dim=-1, sorted=False)
+    return _by_id(values_RC, searched_RX.gather(-1, places_RC))
+
+
+def num_certain(ordered_RC: Tensor, vocab_size: int) -> Tensor:
+    """How long a beginning of the candidates, ordered by falling logit, is surely one of the whole vocabulary.
+
+    Ids tied with the last candidate may be missing.
+    """
+    if ordered_RC.shape[1] == vocab_size:
+        return torch.full_like(ordered_RC[:, 0], vocab_size, dtype=torch.int64)
+    return (ordered_RC > ordered_RC[:, -1:]).sum(-1)
+
+
+def _highest_of_stretches(logits_RV: Tensor, length: int) -> Tensor:
+    """(R, N): the highest logit of every ``length`` ids; the last stretch may be short."""
+    whole = logits_RV.shape[1] // length * length
+    stretches_RN = logits_RV[:, :whole].unflatten(-1, (-1, length)).amax(-1)
+    if whole == logits_RV.shape[1]:
+        return stretches_RN
+    return torch.cat((stretches_RN, logits_RV[:, whole:].amax(-1, keepdim=True)), dim=-1)
+
+
+def _ids_of(stretches_RC: Tensor, length: int) -> Tensor:
+    """(R, C * length): the ids in the stretches, counted on beyond the end where the last one is short."""
+    ids_RCX: Tensor = stretches_RC.unsqueeze(-1) * length + torch.arange(length, device=stretches_RC.device)
+    return torch.flatten(ids_RCX, 1)
+
+
+def _by_id(values_RC: Tensor, ids_RC: Tensor) -> tuple[Tensor, Tensor]:
+    ids_RC, order_RC = ids_RC.sort(dim=-1)
+    return values_RC.gather(-1, order_RC), ids_RC

@@ -1,0 +1,52 @@
+"""Searching by stretches finds what searching everything finds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.run.sampling.search import candidates, highest, num_certain
+
+
+@st.composite
+def rows_of_logits(draw):
+    """Columns of any number, cut out of a wider matrix as a vocabulary is of its padding; sometimes coarse, so that many are equal."""
+    vocab_size = draw(st.sampled_from([1, 2, 63, 64, 65, 511, 512, 513, 1000, 5000, 20_001]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    logits = torch.randn(draw(st.integers(1, 4)), vocab_size + 3, generator=generator)
+    if draw(st.booleans()):
+        logits = (logits * draw(st.sampled_from([1, 4]))).round()
+    if draw(st.booleans()):
+        logits[torch.rand(logits.shape, generator=generator) < 0.99] = -torch.inf
+    return logits.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))[:, :vocab_size]
+
+
+@settings(max_examples=150, deadline=None)
+@given(logits=rows_of_logits())
+def test_the_highest_is_the_first_of_the_highest(logits):
+    values, ids = highest(logits)
+    assert torch.equal(values, logits.amax(-1))
+    for row in range(len(logits)):
+        if values[row] > -torch.inf:
+            assert ids[row] == (logits[row] == values[row]).nonzero()[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(logits=rows_of_logits(), count=st.sampled_from([1, 5, 84, 300, 1024]))
+def test_candidates_are_the_highest_and_what_is_called_certain_is(logits, count):
+    vocab_size = logits.shape[1]
+    values, ids = candidates(logits, count)
+    assert values.shape == ids.shape == (len(logits), min(count, vocab_size))
+    ordered, order = values.sort(dim=-1, descending=True, stable=True)
+    expected = logits.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(ordered, expected.values[:, : ordered.shape[1]])
+    for row, certain in enumerate(num_certain(ordered, vocab_size).tolist()):
+        finite = min(certain, int((ordered[row] > -torch.inf).sum()))
+        assert torch.equal(ids[row][order[row]][:finite], expected.indices[row][:finite])
+
+
+@pytest.mark.parametrize("vocab_size", [10, 700])
+def test_a_nan_is_the_highest(vocab_size):
+    logits = torch.zeros(3, vocab_size)
+    logits[1, vocab_size - 1] = torch.nan
+    assert highest(logits)[0].isnan().tolist() == [False, True, False]
