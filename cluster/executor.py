@@ -23,6 +23,7 @@ from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, 
 from cluster.worker import Deadlines, Place, Ranks, Worker, end_process
 from engine.errors import WorkersLost
 from engine.executor import Capacity
+from engine.places import mark
 from engine.plan import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class RayExecutor:
         self._seats: list[_Seat] = []
         self._last_step: int | None = None
         self._deadline_s = config.first_step_timeout_s
+        self._broken = False
         self._closing = threading.Event()
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="rank-watcher", daemon=True)
@@ -141,6 +143,7 @@ class RayExecutor:
         return self._last_step
 
     def submit(self, plan: StepPlan) -> "PendingRayStep":
+        mark(8, f"step-{plan.step}")
         raw = encode(plan)
         self._last_step = plan.step
         for seat in self._seats:
@@ -279,6 +282,7 @@ class RayExecutor:
 
     def _lose(self, symptom: str | None) -> None:
         """Find the rank to blame and raise WorkersLost."""
+        self._broken = True
         deadline = time.monotonic() + BLAME_S
         while time.monotonic() < deadline:
             self._receive(POLL_MS)
@@ -312,7 +316,7 @@ class RayExecutor:
 
     def _ask_to_stop(self) -> None:
         """Let healthy ranks leave their loop, close their groups and free their shared memory."""
-        if self._ended.is_set() or any(seat.failure or seat.capacity is None for seat in self._seats):
+        if self._broken or self._ended.is_set() or any(seat.capacity is None for seat in self._seats):
             return
         for seat in self._seats:
             seat.socket.send(encode(Stop()), zmq.NOBLOCK)

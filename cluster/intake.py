@@ -13,6 +13,7 @@ from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, n
 from cluster.errors import ChannelError
 from cluster.messages import Cancel, Events, Message, Ping, Pong, Submit, decode, encode
 from engine.errors import EngineError
+from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
 
@@ -136,6 +137,7 @@ class Intake:
 
     def _accept(self, front: Front, request: Request) -> None:
         """A front that comes back with a later attempt takes its request over from its own past."""
+        mark(5, request.id)
         earlier = self._owners.get(request.key)
         if earlier is not None and earlier[1] < request.attempt:
             self._cancel(*request.key)

@@ -147,7 +147,7 @@ class Replica:
     def _start_executor(self) -> RayExecutor:
         assert self._ground is not None
         self._board = StartProgressBoard(self._ranks.topology.size)
-        self._executor = RayExecutor(
+        executor = RayExecutor(
             ranks=self._ranks,
             resources=self._resources,
             config=self._config,
@@ -156,7 +156,11 @@ class Replica:
             on_progress=self._note_progress,
             on_loss=self._on_loss,
         )
-        return self._executor
+        if self._closed.is_set():  # stopped while the ranks were coming back
+            executor.close()
+            raise StartFailed("the replica is being stopped")
+        self._executor = executor
+        return executor
 
     def _note_progress(self, progress: RankProgress) -> None:
         self._board.note(progress.rank, progress.phase, progress.done, progress.total)

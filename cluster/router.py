@@ -19,6 +19,7 @@ from cluster.directory import ReplicaRecord
 from cluster.errors import NoReplicaReady, ReplicaLost
 from cluster.link import LinkLost
 from engine.errors import PoisonedRequest
+from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
 
@@ -150,6 +151,7 @@ class Router:
         losses: list[LinkLost] = []
         for attempt in itertools.count(request.attempt):
             link = await self._choose(request)
+            mark(4, request.id)
             current = dataclasses.replace(request, attempt=attempt, committed=tuple(committed))
             try:
                 async with aclosing(link.stream(current)) as events:

@@ -6,7 +6,6 @@ import math
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 import urllib.error
@@ -19,6 +18,7 @@ from types import FrameType
 import psutil
 import ray
 import ray.serve as ray_serve
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
 from cluster.channel import PrivateFolder
@@ -268,6 +268,7 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
+    _have_ray_look_again()
     try:
         yield
     finally:
@@ -276,6 +277,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        _have_ray_look_again()
+
+
+def _have_ray_look_again() -> None:
+    """Ray reads its environment when it is imported, which has happened before we knew what to say in it."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

@@ -14,7 +14,9 @@ EXAMPLES = [
         opened=(Opening(sequence=1, choice=2, num_prompt=18, sampling=SAMPLING, history=(1, 2)),),
         closed=(0,),
     ),
-    StepResult(step=7, sampled=(Sampled(1, (9,), (TokenLogprobs(-0.5, ((9, -0.5), (4, -1.25))),)), Sampled(2, (), fault="NaN")), elapsed_s=0.01),
+    StepResult(
+        step=7, sampled=(Sampled(1, (9,), (TokenLogprobs(-0.5, ((9, -0.5), (4, -1.25))),)), Sampled(2, (), fault="NaN")), elapsed_s=0.01
+    ),
     RankProgress(rank=1, phase="weights", done=10, total=2**40),
     RankReady(rank=0, capacity=Capacity(num_blocks=8, block_tokens=16, max_context_tokens=128)),
     RankFailed(rank=1, host="a", step=None, message="ValueError: ü", traceback="Traceback\n"),
@@ -23,7 +25,12 @@ EXAMPLES = [
     Cancel("r", 1, 2),
     Ping(),
     Pong(ready=True, num_running=3, num_waiting=4),
-    Events((TokenEvent("r", 0, 0, 0, (1,), num_cached=16), TokenEvent("r", 0, 0, 1, finish_reason="error", error_kind="QueueFull", error_message="m"))),
+    Events(
+        (
+            TokenEvent("r", 0, 0, 0, (1,), num_cached=16),
+            TokenEvent("r", 0, 0, 1, finish_reason="error", error_kind="QueueFull", error_message="m"),
+        )
+    ),
 ]
 
 

@@ -134,10 +134,9 @@ async def test_an_error_of_the_request_itself_is_passed_on_and_not_tried_elsewhe
 
 async def test_closing_the_stream_cancels_the_choice_at_its_replica() -> None:
     link = FakeLink(record("a"))
-    async with routed(link) as router:
-        async with aclosing(router.stream(REQUEST)) as events:
-            async for _ in events:
-                break
+    async with routed(link) as router, aclosing(router.stream(REQUEST)) as events:
+        async for _ in events:
+            break
     assert [request.id for request in link.cancelled] == ["r"]
 
 
