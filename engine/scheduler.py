@@ -257,15 +257,18 @@ class Scheduler:
         return events
 
     def adopt(self, capacity: Capacity) -> list[TokenEvent]:
-        """New workers, empty, perhaps of another size. To be called after `lose_workers`."""
+        """New workers, empty, perhaps smaller. To be called after `lose_workers`.
+
+        A request that was promised more room than there is now ends with an error rather than with a shorter answer.
+        """
         assert not self._open
+        promised = self._capacity.max_context_tokens
         self._set_capacity(capacity)
         events = []
         for sequence in list(self._waiting):
-            try:
-                self._check_length(sequence.request, num_output=sequence.num_output)
-            except EngineError as error:
-                events.append(self._fail(sequence, error))
+            most = min(sequence.num_prompt + sequence.request.sampling.max_tokens, promised)
+            if most > capacity.max_context_tokens:
+                events.append(self._fail(sequence, KvCacheTooSmall(num_tokens=most, limit_tokens=capacity.max_context_tokens)))
         return events
 
     # --- small parts
@@ -288,15 +291,16 @@ class Scheduler:
         self.pool = BlockPool(capacity.num_blocks, self._listener)
         self.cache = PrefixCache(self.pool, capacity.block_tokens, enabled=self._config.prefix_cache)
 
-    def _check_length(self, request: Request, num_output: int | None = None) -> None:
-        """At least one more token must fit into the context, and the KV of all before it into the pool."""
-        known = len(request.prompt) + (len(request.committed) if num_output is None else num_output)
-        if known >= self._capacity.max_context_tokens:
-            raise PromptTooLong(num_tokens=known, limit_tokens=self._capacity.max_context_tokens)
-        most = min(len(request.prompt) + request.sampling.max_tokens, self._capacity.max_context_tokens) - 1
-        room = self._capacity.num_blocks * self._capacity.block_tokens
-        if max(known, most) > room:
-            raise KvCacheTooSmall(num_tokens=max(known, most) + 1, limit_tokens=room + 1)
+    def _check_length(self, request: Request) -> None:
+        """At least one more token must fit into the context, and the KV of all tokens but the last into the pool."""
+        known = len(request.prompt) + len(request.committed)
+        limit = self._capacity.max_context_tokens
+        if known >= limit:
+            raise PromptTooLong(num_tokens=known, limit_tokens=limit)
+        most = min(len(request.prompt) + request.sampling.max_tokens, limit)
+        room = self._capacity.num_blocks * self._capacity.block_tokens + 1
+        if most > room:
+            raise KvCacheTooSmall(num_tokens=most, limit_tokens=room)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._capacity.block_tokens)

@@ -1,0 +1,122 @@
+"""The law of the engine: an answer does not depend on the schedule."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.request import Request, SamplingParams
+from tests.fakes.executor import FakeExecutor, Recorder, undisturbed
+
+BLOCK_TOKENS = 4
+
+
+@dataclass
+class Happened:
+    preemptions: int = 0
+    losses: int = 0
+    found: int = 0
+    cancelled: int = 0
+    resumed: int = 0
+    poisoned: int = 0
+
+
+def disturbed(seed: int, happened: Happened) -> None:
+    """One random life of an engine, held against the undisturbed answers."""
+    draw = random.Random(seed)
+    executors: list[FakeExecutor] = []
+
+    def new_executor(loss: object = None) -> FakeExecutor:
+        executor = FakeExecutor(num_blocks=draw.randint(12, 24), block_tokens=BLOCK_TOKENS)
+        if draw.random() < 0.5:
+            executor.lose_at_step = {draw.randint(0, 40)}
+        executors.append(executor)
+        return executor
+
+    config = EngineConfig(
+        block_tokens=BLOCK_TOKENS,
+        max_step_tokens=draw.randint(1, 24),
+        max_running=draw.randint(1, 8),
+        max_in_flight=draw.randint(1, 3),
+        prefix_cache=draw.random() < 0.8,
+    )
+    engine = Engine(new_executor(), config, recover=new_executor)
+    recorder, requests = Recorder(), [random_request(draw, index) for index in range(draw.randint(1, 10))]
+    arriving, cancelled = list(requests), set()
+    for _ in range(20_000):
+        while arriving and draw.random() < 0.3:
+            request = arriving.pop()
+            recorder.begin(request.key, len(request.committed))
+            happened.resumed += bool(request.committed)
+            engine.submit(request)
+        if draw.random() < 0.02:
+            victim = draw.choice(requests)
+            engine.cancel(*victim.key)
+            cancelled.add(victim.key)
+        recorder.take(engine.turn())
+        pool = engine.scheduler.pool
+        assert pool.num_used + pool.num_cached + pool.num_free == pool.num_blocks
+        if not arriving and not engine.scheduler.num_requests and not engine.is_recovering:
+            break
+    else:
+        raise AssertionError(f"livelock: {engine.scheduler}")
+    while engine.scheduler.num_running:  # steps in flight of sequences that have ended
+        recorder.take(engine.turn())
+    assert engine.scheduler.pool.num_used == 0, "blocks were left behind"
+    judge(requests, recorder, cancelled, happened)
+    happened.preemptions += engine.stats.num_preemptions
+    happened.losses += engine.stats.num_losses
+    happened.found += engine.stats.prefix_found_tokens
+    happened.cancelled += sum(end == "cancelled" for end in recorder.ends.values())
+
+
+def random_request(draw: random.Random, index: int) -> Request:
+    """Few different prompts, so that prefixes are shared, also in the middle of a block."""
+    prompt = tuple(range(draw.choice([1, 3, 4, 9, 16, 21]))) + tuple(draw.randrange(3) for _ in range(draw.randint(0, 3)))
+    max_tokens = draw.randint(1, 16)
+    seed, choice = draw.randrange(2), draw.randrange(2)
+    full = undisturbed(prompt, seed, choice, max_tokens)
+    committed = full[: draw.randrange(len(full))] if draw.random() < 0.2 else ()
+    return Request(
+        id=str(index),
+        choice=choice,
+        prompt=prompt,
+        committed=committed,
+        sampling=SamplingParams(seed=seed, max_tokens=max_tokens, presence_penalty=draw.choice([0.0, 0.5])),
+        salt=draw.choice(["", "", "other"]),
+        priority=draw.choice([0, 0, 0, 1]),
+    )
+
+
+def judge(requests: list[Request], recorder: Recorder, cancelled: set[tuple[str, int]], happened: Happened) -> None:
+    for request in requests:
+        expected = undisturbed(request.prompt, request.sampling.seed, request.choice, request.sampling.max_tokens)
+        got = [*request.committed, *recorder.tokens[request.key]]
+        if recorder.errors[request.key] == "PoisonedRequest":
+            happened.poisoned += 1
+        else:
+            assert recorder.ends[request.key] == "length" or request.key in cancelled
+        complete = recorder.ends[request.key] == "length"
+        assert got == list(expected) if complete else got == list(expected[: len(got)])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 2**32))
+def test_the_answer_does_not_depend_on_the_schedule(seed):
+    happened = Happened()
+    disturbed(seed, happened)
+    for what, count in vars(happened).items():
+        if count:
+            event(what)
+
+
+@pytest.mark.parametrize("hundred", range(3))
+def test_a_fixed_sweep_disturbs_in_every_way_and_answers_the_same(hundred):
+    happened = Happened()
+    for seed in range(hundred * 100, hundred * 100 + 100):
+        disturbed(seed, happened)
+    assert all(vars(happened).values()), happened

@@ -1,0 +1,147 @@
+"""An executor whose KV is simulated for real: every slot remembers what was written to it, and every read is checked."""
+
+import hashlib
+from collections.abc import Iterable
+
+from engine.errors import WorkersLost
+from engine.executor import Capacity
+from engine.plan import Opening, Sampled, StepPlan, StepResult, Work
+
+VOCAB = 1_000
+
+
+def next_token(tokens: Iterable[int], seed: int, choice: int) -> int:
+    """What the fake model says after `tokens`: a function of the content, the seed and the choice alone."""
+    text = repr((tuple(tokens), seed, choice)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") % VOCAB
+
+
+def undisturbed(prompt: tuple[int, ...], seed: int, choice: int, max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The answer without any scheduling."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens:
+        tokens.append(next_token(tokens, seed, choice))
+        if tokens[-1] in stop_token_ids:
+            break
+    return tuple(tokens[len(prompt) :])
+
+
+class FakeExecutor:
+    """Takes plans in order; a plan's result is worked out when it is asked for, unless the fake was told to lose its workers."""
+
+    def __init__(self, num_blocks: int = 64, block_tokens: int = 4, max_context_tokens: int | None = None) -> None:
+        self._capacity = Capacity(
+            num_blocks=num_blocks, block_tokens=block_tokens, max_context_tokens=max_context_tokens or num_blocks * block_tokens
+        )
+        self._slots: dict[int, tuple[int, ...]] = {}
+        """For each slot all tokens of the sequence up to and with the one whose KV it holds: what real KV depends upon."""
+        self._opened: dict[int, Opening] = {}
+        self._tables: dict[int, list[int]] = {}
+        self.plans: list[StepPlan] = []
+        self.lose_at_step: set[int] = set()
+        """Steps (counted by this executor) whose result is the loss of all workers."""
+        self.faulty: set[int] = set()
+        """Choices that get a fault instead of a token."""
+        self.closed = False
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    def submit(self, plan: StepPlan) -> "FakeStep":
+        self.plans.append(plan)
+        return FakeStep(self, len(self.plans) - 1)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def run(self, index: int) -> StepResult:
+        if index in self.lose_at_step:
+            raise WorkersLost(f"rank 0 on fake was lost in step {index}", rank=0, host="fake")
+        plan = self.plans[index]
+        for number in plan.closed:
+            self._opened.pop(number, None)
+            self._tables.pop(number, None)
+        for opening in plan.opened:
+            assert opening.sequence not in self._opened, "a number was used twice"
+            self._opened[opening.sequence] = opening
+            self._tables[opening.sequence] = []
+        self._check_no_block_is_written_twice(plan)
+        answers = [self._compute(work) for work in plan.works]
+        return StepResult(plan.step, tuple(answer for answer in answers if answer is not None), elapsed_s=0.001)
+
+    def _compute(self, work: Work) -> Sampled | None:
+        opening, table = self._opened[work.sequence], self._tables[work.sequence]
+        table.extend(work.new_blocks)
+        before = self._read(table, work.start - 1) if work.start else ()
+        assert len(before) == work.start
+        for position, token in enumerate(work.tokens, start=work.start):
+            before = (*before, token)
+            self._slots[self._slot(table, position)] = before
+        for position in range(len(before)):
+            assert self._read(table, position) == before[: position + 1], f"position {position} holds another content"
+        if not work.samples:
+            return None
+        if opening.sampling.needs_history:
+            assert opening.history == before[: len(opening.history)]
+        if opening.choice in self.faulty:
+            return Sampled(work.sequence, (), fault="NaN")
+        return Sampled(work.sequence, (next_token(before, opening.sampling.seed, opening.choice),))
+
+    def _slot(self, table: list[int], position: int) -> int:
+        size = self._capacity.block_tokens
+        return table[position // size] * size + position % size
+
+    def _read(self, table: list[int], position: int) -> tuple[int, ...]:
+        return self._slots[self._slot(table, position)]
+
+    def _check_no_block_is_written_twice(self, plan: StepPlan) -> None:
+        written: set[int] = set()
+        for work in plan.works:
+            table = self._tables[work.sequence] + list(work.new_blocks)
+            slots = {self._slot(table, position) for position in range(work.start, work.start + len(work.tokens))}
+            assert not slots & written, "two sequences write to the same slot"
+            written |= slots
+
+
+class FakeStep:
+    def __init__(self, executor: FakeExecutor, index: int) -> None:
+        self._executor, self._index = executor, index
+
+    def result(self) -> StepResult:
+        return self._executor.run(self._index)
+
+
+class Recorder:
+    """Gathers events and holds them against the law: offsets without gap or repeat, one end, nothing after it."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.ends: dict[tuple[str, int], str] = {}
+        self.errors: dict[tuple[str, int], str | None] = {}
+        self.cached: dict[tuple[str, int], int] = {}
+        self._begun: dict[tuple[str, int], int] = {}
+
+    def begin(self, key: tuple[str, int], num_committed: int = 0) -> None:
+        self.tokens[key] = []
+        self._begun[key] = num_committed
+
+    def take(self, events: Iterable[object]) -> None:
+        for event in events:
+            key = (event.request_id, event.choice)
+            assert key not in self.ends, f"{key}: an event after the end"
+            assert event.offset == self._begun[key] + len(self.tokens[key]), f"{key}: a gap or a repeat"
+            self.tokens[key].extend(event.tokens)
+            self.cached[key] = event.num_cached
+            if event.finish_reason is not None:
+                self.ends[key] = event.finish_reason
+                self.errors[key] = event.error_kind
+
+
+def run_to_end(engine, recorder: Recorder, turns: int = 10_000) -> None:
+    """Turn until every request has ended; too many turns are a livelock."""
+    for _ in range(turns):
+        recorder.take(engine.turn())
+        if not engine.scheduler.num_requests and not engine.is_recovering:
+            return
+    raise AssertionError(f"livelock: {engine.scheduler}")
