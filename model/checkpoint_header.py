@@ -67,9 +67,9 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             raw = json.loads(file.read(header_bytes))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error})", file=path) from error
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error})", file=path) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} has a damaged header (it is no JSON object)", file=path)
@@ -86,7 +86,7 @@ def _tensor_header(path: Path, name: str, entry: Any) -> TensorHeader:
         dtype_name = entry["dtype"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged header at {name} ({error!r})", file=path, tensor=name) from error
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise CheckpointError(f"{path}: {name} has the dtype {dtype_name}, which is not supported", file=path, tensor=name)
     header = TensorHeader(name, DTYPES[dtype_name], shape, start, stop)
     if any(size < 0 for size in shape) or prod(shape) * header.dtype.itemsize != header.num_bytes:

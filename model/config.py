@@ -185,11 +185,11 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
 def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
     if raw.get("use_sliding_window"):  # where it is false, sliding_window is a leftover number and means nothing
         raise UnsupportedModel("use_sliding_window is true, and sliding-window attention is not supported")
-    if "sliding_attention" in (raw.get("layer_types") or ()):
+    if "sliding_attention" in _optional(raw, "layer_types", list, []):
         raise UnsupportedModel("layer_types asks for sliding-window attention, which is not supported")
     if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "of an unnamed method")
-        raise UnsupportedModel(f"quantization_config: weights quantised by {method} are not supported")
+        method = _required(raw, "quantization_config", dict).get("quant_method")
+        raise UnsupportedModel(f"quantization_config: quantised weights (quant_method {method!r}) are not supported")
     activation = _required(raw, "hidden_act", str)
     if activation != "silu":
         raise UnsupportedModel(f"hidden_act {activation!r} is not supported; Qwen2 uses 'silu'")
@@ -207,9 +207,9 @@ def _head_dim(raw: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
 
 def _dtype(raw: Mapping[str, Any]) -> torch.dtype:
     """transformers 4 writes `torch_dtype`, transformers 5 `dtype`."""
-    name = raw.get("dtype") or raw.get("torch_dtype")
-    if name is None:
+    if raw.get("dtype") is None and raw.get("torch_dtype") is None:
         raise InvalidModelConfig("neither dtype nor torch_dtype is there")
+    name = _required(raw, "torch_dtype" if raw.get("dtype") is None else "dtype", str)
     if name not in DTYPES:
         raise UnsupportedModel(f"dtype {name!r} is not supported; {', '.join(DTYPES)} are")
     return DTYPES[name]
@@ -221,7 +221,7 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         settings = _required(raw, "rope_parameters", dict)
         theta = _number(settings, "rope_theta")
     else:
-        settings = _optional(raw, "rope_scaling", dict, None) or {}
+        settings = _optional(raw, "rope_scaling", dict, {})
         theta = _number(raw, "rope_theta")
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if kind == "default":
@@ -262,7 +262,7 @@ def _moe(raw: Mapping[str, Any]) -> MoeConfig:
         shared_intermediate_size=_positive(raw, "shared_expert_intermediate_size"),
         renormalise=_required(raw, "norm_topk_prob", bool),
         sparse_step=_positive(raw, "decoder_sparse_step"),
-        dense_layers=tuple(_optional(raw, "mlp_only_layers", list, None) or ()),
+        dense_layers=tuple(_optional(raw, "mlp_only_layers", list, [])),  # absent from the first releases, which have none
     )
 
 
@@ -275,7 +275,7 @@ def _required(raw: Mapping[str, Any], field: str, kind: type[T]) -> T:
     return value
 
 
-def _optional(raw: Mapping[str, Any], field: str, kind: type[T], absent: T | None) -> Any:
+def _optional(raw: Mapping[str, Any], field: str, kind: type[T], absent: T) -> T:
     return absent if raw.get(field) is None else _required(raw, field, kind)
 
 
@@ -288,6 +288,6 @@ def _positive(raw: Mapping[str, Any], field: str) -> int:
 
 def _number(raw: Mapping[str, Any], field: str) -> float:
     value = _required(raw, field, object)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InvalidModelConfig(f"{field} is {value!r}, expected a number above 0")
     return float(value)

@@ -30,16 +30,17 @@ class Rope:
     """The frequencies of one model on one device."""
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
-        inverse_F = 1.0 / config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        period_F = config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        frequency_F = 1.0 / period_F
         self.scale = 1.0
         if config.yarn is not None:
-            inverse_F = _stretched(inverse_F, config.yarn, config.theta)
+            frequency_F = _stretched(period_F, config.yarn, config.theta)
             self.scale = yarn_scale(config.yarn)
-        self.inverse_F = inverse_F.to(device)
+        self.frequency_F = frequency_F.to(device)
 
     def rotation(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
         """Angles are computed in float32: bfloat16 cannot tell position 256 from 257."""
-        angles_TF = positions_T.float().unsqueeze(1) * self.inverse_F
+        angles_TF = positions_T.float().unsqueeze(1) * self.frequency_F
         cos, sin = angles_TF.cos() * self.scale, angles_TF.sin() * self.scale
         return Rotation(cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1))
 
@@ -51,12 +52,12 @@ def yarn_scale(yarn: YarnConfig) -> float:
     return 1.0 if yarn.factor <= 1 else 0.1 * math.log(yarn.factor) + 1.0
 
 
-def _stretched(inverse_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
-    """ "NTK by parts" (section 3.2): fast frequencies stay, slow ones are divided by the factor, a ramp in between.
+def _stretched(period_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
+    """What the paper calls NTK by parts (section 3.2): fast frequencies stay, slow ones are divided by the factor, a ramp in between.
 
     The ramp runs between the frequencies that turn ``beta_fast`` and ``beta_slow`` times within the original context.
     """
-    half = inverse_F.numel()
+    half = period_F.numel()
 
     def frequency_that_turns(times: float) -> float:
         return half * math.log(yarn.original_max_tokens / (times * 2 * math.pi)) / math.log(theta)
@@ -64,5 +65,6 @@ def _stretched(inverse_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
     first = max(math.floor(frequency_that_turns(yarn.beta_fast)), 0)
     last = min(math.ceil(frequency_that_turns(yarn.beta_slow)), 2 * half - 1)
     width = last - first if last != first else 0.001
-    slow_F = ((torch.arange(half, dtype=torch.float32) - first) / width).clamp(0, 1)
-    return inverse_F / yarn.factor * slow_F + inverse_F * (1 - slow_F)
+    fast_F = 1 - ((torch.arange(half, dtype=torch.float32) - first) / width).clamp(0, 1)
+    # In transformers' order of roundings: at position 100,000 one of them is a hundredth of an angle.
+    return 1.0 / (yarn.factor * period_F) * (1 - fast_F) + 1.0 / period_F * fast_F

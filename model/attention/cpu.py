@@ -28,8 +28,9 @@ TILE_TOKENS = 512
 class _DecodeGroup:
     """Decoding sequences of similar context length, padded to the longest."""
 
-    rows: Tensor
-    """Their indices among the batch's sequences, which are also their tokens'."""
+    rows: Tensor | slice
+    """Their indices among the batch's sequences, which are also their tokens'. A slice copies nothing."""
+    num_sequences: int
     blocks: Tensor
     """Their blocks, all sequences' one after another, as many for each as the longest has."""
     longest: int
@@ -125,24 +126,24 @@ def _heads_of_kv(config: AttentionConfig) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], config.num_heads], strict=True)]
 
 
-def _decode_group(rows: list[int], batch: ForwardBatch, block_tokens: int) -> _DecodeGroup:
-    lengths_S = torch.tensor([batch.context_lengths[row] for row in rows])
+def _decode_group(members: list[int], batch: ForwardBatch, block_tokens: int) -> _DecodeGroup:
+    members = sorted(members)
+    rows = slice(0, batch.num_decodes) if len(members) == batch.num_decodes else torch.tensor(members)
+    lengths_S = torch.tensor([batch.context_lengths[member] for member in members])
     longest = int(lengths_S.max())
-    rows_S = torch.tensor(rows)
-    blocks = batch.block_tables_SM[rows_S, : -(-longest // block_tokens)].flatten()
+    blocks = batch.block_tables_SM[rows, : -(-longest // block_tokens)].flatten()
     if int(lengths_S.min()) == longest:
-        return _DecodeGroup(rows_S, blocks, longest, None, None)
+        return _DecodeGroup(rows, len(members), blocks, longest, None, None)
     positions = torch.arange(-(-longest // block_tokens) * block_tokens)
     behind_SL = positions >= lengths_S.unsqueeze(1)
     padding = behind_SL.flatten().nonzero().squeeze(1)
-    return _DecodeGroup(rows_S, blocks, longest, padding, ~behind_SL[:, None, None, :longest])
+    return _DecodeGroup(rows, len(members), blocks, longest, padding, ~behind_SL[:, None, None, :longest])
 
 
 def _gather(cache_NBGK: Tensor, group: _DecodeGroup) -> Tensor:
     """(S, G, L, K), zero behind each sequence's end: another sequence's block may hold NaN there, and NaN times a weight of
     zero would be NaN. One sequence's fault must stay its own."""
-    num_sequences = group.rows.numel()
-    gathered_SLGK = cache_NBGK.index_select(0, group.blocks).view(num_sequences, -1, *cache_NBGK.shape[2:])
+    gathered_SLGK = cache_NBGK.index_select(0, group.blocks).view(group.num_sequences, -1, *cache_NBGK.shape[2:])
     if group.padding is not None:
         gathered_SLGK.flatten(0, 1).index_fill_(0, group.padding, 0)
     return gathered_SLGK[:, : group.longest].transpose(1, 2)

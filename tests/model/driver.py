@@ -15,7 +15,7 @@ from model.batch import ForwardBatch
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kv_cache import KvCache
-from model.load import load_model
+from model.load import LoadReport, load_model
 from parallel.dispatch import DispatchName
 from parallel.groups import ParallelGroups
 
@@ -167,3 +167,7 @@ def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[l
 
 def logits_of(groups: ParallelGroups, folder: Path, prompt: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
     return Driver(folder, groups, dtype=dtype).whole(prompt)
+
+
+def read_report(groups: ParallelGroups, folder: Path) -> LoadReport:
+    return Driver(folder, groups).report

@@ -65,6 +65,16 @@ class Oracle:
     def vocab_size(self) -> int:
         return int(self.model.config.vocab_size)
 
+    @classmethod
+    def read(cls, folder: Path, kind: type[PreTrainedModel], dtype: torch.dtype) -> "Oracle":
+        """From the files: `PreTrainedModel.to` would round the rotary frequencies too."""
+        model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
+        return cls(folder, model.eval())
+
+    def truth(self) -> "Oracle":
+        """The same weights computed in float32."""
+        return self.read(self.folder, type(self.model), torch.float32)
+
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """(len(tokens), vocab_size)"""
@@ -90,9 +100,8 @@ def make_oracle(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
         model = Qwen2ForCausalLM(Qwen2Config(**settings))
     model.set_attn_implementation("eager")
     _randomise(model)
-    model = model.to(dtype).eval()
-    model.save_pretrained(folder, **save)
-    return Oracle(folder, model)
+    model.eval().to(dtype).save_pretrained(folder, **save)
+    return Oracle(folder, model) if dtype == torch.float32 else Oracle.read(folder, type(model), dtype)
 
 
 @torch.no_grad()
