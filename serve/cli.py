@@ -10,17 +10,17 @@ HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one mac
 
 Start here:
 
-    manta serve demo --tensor-parallel 2         a small English model on two ranks
-
-    manta chat "Why is the sky blue?"            ask it
-
-    manta config                                 every setting, with its meaning and its value
+\b
+  manta serve demo --tensor-parallel 2    a small English model on two ranks
+  manta chat "Why is the sky blue?"       ask it
+  manta config                            every setting: meaning, value, origin
 """
 
 app = typer.Typer(
     name="manta",
     help=HELP,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -39,12 +39,11 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)]
+
+
 @app.callback()
-def _manta(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
+def _manta(version: Version = False) -> None:
     pass
 
 

@@ -34,7 +34,7 @@ def chat(
       git diff | manta chat --system "Review this."      what is piped in is the prompt
       manta chat --endpoint grpcs://models.example:443   another server; $MANTA_ENDPOINT says the same
     """
-    from manta_client import Client, MantaError
+    from manta_client import Client, MantaError, Unavailable
 
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     if prompt is None and not sys.stdin.isatty():
@@ -46,6 +46,8 @@ def chat(
                 converse(conversation)
             elif not conversation.ask(prompt):
                 raise typer.Exit(130)
+    except Unavailable as error:
+        stop(f"{error}\nno server is ready there; `manta serve demo` starts one")
     except MantaError as error:
         stop(str(error))
 

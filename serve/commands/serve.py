@@ -105,6 +105,7 @@ def greeting(config: "ServeConfig", found: "FoundModel", *, program: str) -> str
     http, grpc = f"http://{_reachable(config.http.host)}:{config.http.port}", f"grpc://{_reachable(config.grpc.host)}:{config.grpc.port}"
     body = json.dumps({"model": found.name, "messages": [{"role": "user", "content": QUESTION}]})
     shape = config.parallel.topology
+    script = f'from manta_client import Client; print(Client("{grpc}").chat.create(messages={json.loads(body)["messages"]}).text)'
     elsewhere = "" if grpc == "grpc://127.0.0.1:9000" else f" --endpoint {grpc}"
     return f"""
 Manta serves {found.name}: {config.replicas.count} x {shape.size} rank{"s" if shape.size > 1 else ""} ({shape})
@@ -117,10 +118,15 @@ Ask it, from another terminal:
 
   curl -s {http}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
 
-  python -c 'from openai import OpenAI; print(OpenAI(base_url="{http}/v1", api_key="none").chat.completions.create(model="{found.name}", messages=[{{"role": "user", "content": "{QUESTION}"}}]).choices[0].message.content)'
+  {_python(program)} -c {shlex.quote(script)}
 
 Ctrl-C ends it.
 """
+
+
+def _python(program: str) -> str:
+    """The interpreter that has the client, written as the program is: by name, relative, or absolute."""
+    return "python" if program == "manta" else shlex.quote(os.path.relpath(sys.executable))
 
 
 def _reachable(host: str) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings; `manta config` prints one.")]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any setting; may be given again. Wins over file and environment."),
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any setting; may be given again."),
 ]
 
 WRONG_USAGE = 2

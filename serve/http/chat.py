@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.places import mark
 from serve.http.connection import unless_gone
 from serve.http.context import Front, Stamp, usage_object
 from serve.http.errors import json_response
@@ -21,13 +22,15 @@ def chat_routes(front: Front) -> APIRouter:
 
     @routes.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
     async def create_chat_completion(request: Request) -> Response:
-        body, headers = await front.receive(request, ChatBody)
-        stamp = Stamp.new("chatcmpl", body.model)
-        asked = body.request(stamp.id)
+        body, stamp, headers = await front.receive(request, ChatBody, id_prefix="chatcmpl")
+        asked, service = body.request(stamp.id), front.service()
         if body.stream:
-            return await open_stream(request.receive, front.service().chat(asked), ChatChunks(stamp, body), headers)
-        result = await unless_gone(request.receive, front.service().collect(asked))
-        return json_response(chat_completion(stamp, result, with_logprobs=bool(body.logprobs)), headers=headers)
+            answer: Response = await open_stream(request.receive, service.chat(asked), ChatChunks(stamp, body), headers)
+        else:
+            result = await unless_gone(request.receive, service.collect(asked))
+            answer = json_response(chat_completion(stamp, result, with_logprobs=bool(body.logprobs)), headers=headers)
+        mark(14, stamp.id)
+        return answer
 
     return routes
 

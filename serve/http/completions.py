@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.places import mark
 from serve.http.connection import unless_gone
 from serve.http.context import Front, Stamp, usage_object
 from serve.http.errors import json_response
@@ -21,13 +22,15 @@ def completion_routes(front: Front) -> APIRouter:
 
     @routes.post("/v1/completions", openapi_extra=takes(CompletionBody))
     async def create_completion(request: Request) -> Response:
-        body, headers = await front.receive(request, CompletionBody)
-        stamp = Stamp.new("cmpl", body.model)
-        asked = body.request(stamp.id)
+        body, stamp, headers = await front.receive(request, CompletionBody, id_prefix="cmpl")
+        asked, service = body.request(stamp.id), front.service()
         if body.stream:
-            return await open_stream(request.receive, front.service().complete(asked), CompletionChunks(stamp, body), headers)
-        result = await unless_gone(request.receive, front.service().collect(asked))
-        return json_response(completion(stamp, result, with_logprobs=body.logprobs is not None), headers=headers)
+            answer: Response = await open_stream(request.receive, service.complete(asked), CompletionChunks(stamp, body), headers)
+        else:
+            result = await unless_gone(request.receive, service.collect(asked))
+            answer = json_response(completion(stamp, result, with_logprobs=body.logprobs is not None), headers=headers)
+        mark(14, stamp.id)
+        return answer
 
     return routes
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
+from engine.places import mark
 from serve.errors import InvalidRequest
 from serve.http.body import read_json_object
 from serve.http.boundary import is_identifier
@@ -40,18 +41,21 @@ class Front:
     """Asked at each request: the service is made after the routes, in the process that serves."""
     limits: Limits
 
-    async def receive(self, request: Request, kind: type[B]) -> tuple[B, dict[str, str]]:
-        """The body, and headers for the answer.
+    async def receive(self, request: Request, kind: type[B], *, id_prefix: str) -> tuple[B, "Stamp", dict[str, str]]:
+        """The body, its stamp, and headers for the answer.
 
         Raises:
             ServeError: see `read_json_object` and `parse`.
         """
+        request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        mark(1, request_id)
         fields = await read_json_object(request, self.limits)
         body = parse(kind, fields)
         if body.user is not None and not is_identifier(body.user, self.limits):
             raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
+        mark(2, request_id)
         ignored = ignored_fields(kind, fields)
-        return body, {IGNORED: ", ".join(ignored)} if ignored else {}
+        return body, Stamp(id=request_id, created=int(time.time()), model=body.model), {IGNORED: ", ".join(ignored)} if ignored else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +63,9 @@ class Stamp:
     """What is the same in every piece of one answer."""
 
     id: str
+    """Also the request's id in service, engine and logs."""
     created: int
     model: str
-
-    @classmethod
-    def new(cls, prefix: str, model: str) -> "Stamp":
-        return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
 
     def piece(self, kind: str, **rest: Any) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **rest}

@@ -1,0 +1,274 @@
+"""What is refused before the service hears of it, streaming or not, and how."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.limits import Limits
+from tests.serve.http.conftest import ScriptedService
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+JSON = {"content-type": "application/json"}
+USER = {"role": "user", "content": "Hi"}
+
+
+def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error, which must have OpenAI's shape and nothing else."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text
+    return dict(body["error"])
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"  \n", b"null", b"[]", b'"text"', b"Hello", b'{"model": "x', b'{"model": "\xff\xfe"}', b'{"model": "\\ud800"}', b"{'model': 1}"]
+    + [b'{"temperature": NaN}', b'{"temperature": Infinity}', b'{"temperature": 1e999}', b'{"n": 01}', b"\xef\xbb\xbf{}", b"{}{}"],
+    ids=repr,
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_body_that_is_no_json_object_is_refused(http: httpx.AsyncClient, service: ScriptedService, path: str, raw: bytes) -> None:
+    error = refusal(await http.post(path, content=raw, headers=JSON), 400)
+    assert error["type"] == "invalid_request_error"
+    assert service.asked == []
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"])
+async def test_a_body_that_does_not_say_it_is_json_is_415(http: httpx.AsyncClient, chat_body: Any, content_type: str | None) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    assert refusal(await http.post(CHAT, content=json.dumps(chat_body), headers=headers), 415)["code"] == "unsupported_media_type"
+
+
+async def test_a_compressed_body_is_415(http: httpx.AsyncClient) -> None:
+    refusal(await http.post(CHAT, content=b"\x1f\x8b", headers=JSON | {"content-encoding": "gzip"}), 415)
+
+
+@pytest.mark.parametrize("media_type", ["application/json; charset=UTF-8", "Application/JSON"])
+async def test_json_may_say_its_charset(http: httpx.AsyncClient, chat_body: Any, media_type: str) -> None:
+    assert (await http.post(CHAT, content=json.dumps(chat_body), headers={"content-type": media_type})).status_code == 200
+
+
+class TestSizes:
+    @pytest.fixture
+    def limits(self) -> Limits:
+        return Limits(body_bytes=300, json_depth=5, headers=20, header_bytes=2_000, id_chars=10)
+
+    def padded(self, body: dict[str, Any], size: int) -> bytes:
+        raw = json.dumps(body).encode()
+        return raw + b" " * (size - len(raw))
+
+    @pytest.mark.parametrize("announced", [True, False], ids=["with Content-Length", "without"])
+    async def test_a_body_at_the_limit_passes_and_one_byte_more_is_413(self, http: httpx.AsyncClient, chat_body: Any, announced: bool) -> None:
+        async def pieces(raw: bytes) -> Any:
+            for start in range(0, len(raw), 64):
+                yield raw[start : start + 64]
+
+        def content(size: int) -> Any:
+            raw = self.padded(chat_body, size)
+            return raw if announced else pieces(raw)
+
+        assert (await http.post(CHAT, content=content(300), headers=JSON)).status_code == 200
+        assert refusal(await http.post(CHAT, content=content(301), headers=JSON), 413)["code"] == "request_too_large"
+
+    async def test_json_at_the_depth_limit_passes_and_one_level_more_is_refused(self, http: httpx.AsyncClient, chat_body: Any) -> None:
+        def nested(levels: int) -> Any:
+            return [] if levels == 1 else [nested(levels - 1)]
+
+        assert (await http.post(CHAT, json=chat_body | {"zork": nested(4)})).status_code == 200
+        assert "deeper than 5" in refusal(await http.post(CHAT, json=chat_body | {"zork": nested(5)}), 400)["message"]
+
+    async def test_too_many_or_too_long_headers_are_431(self, http: httpx.AsyncClient, chat_body: Any) -> None:
+        refusal(await http.post(CHAT, json=chat_body, headers={"x-long": "x" * 2_000}), 431)
+        refusal(await http.post(CHAT, json=chat_body, headers={f"x-{n}": "" for n in range(20)}), 431)
+
+    async def test_a_user_id_at_the_limit_passes_and_one_character_more_is_refused(self, http: httpx.AsyncClient, chat_body: Any) -> None:
+        assert (await http.post(CHAT, json=chat_body | {"user": "a" * 10})).status_code == 200
+        assert refusal(await http.post(CHAT, json=chat_body | {"user": "a" * 11}), 400)["param"] == "user"
+
+
+async def test_json_nested_beyond_all_reason_is_refused_without_a_crash(http: httpx.AsyncClient) -> None:
+    refusal(await http.post(CHAT, content=b'{"a":' + b"[" * 200_000, headers=JSON), 400)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{}] * 700_000},
+        {"messages": [USER], "stop_token_ids": ["x"] * 700_000},
+        {"messages": [USER], "logit_bias": {str(n): "x" for n in range(200_000)}},
+        {"messages": [USER], "stop": [1] * 1_000_000},
+    ],
+    ids=["messages", "stop_token_ids", "logit_bias", "stop"],
+)
+async def test_a_hostile_list_costs_one_short_error(http: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    raw = json.dumps(body | {"model": "Qwen/tiny"}, separators=(",", ":")).encode()
+    answer = await http.post(CHAT, content=raw, headers=JSON)
+    assert len(raw) < Limits().body_bytes
+    assert len(refusal(answer, 400)["message"]) < 200
+
+
+BOTH = [
+    ({"model": None}, "model"),
+    ({"model": 1}, "model"),
+    ({"temperature": "0.5"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": [1]}, "temperature"),
+    ({"top_p": "1"}, "top_p"),
+    ({"top_k": 1.0}, "top_k"),
+    ({"top_k": True}, "top_k"),
+    ({"min_p": {}}, "min_p"),
+    ({"n": 1.5}, "n"),
+    ({"n": "2"}, "n"),
+    ({"n": True}, "n"),
+    ({"max_tokens": "9"}, "max_tokens"),
+    ({"min_tokens": 0.5}, "min_tokens"),
+    ({"seed": "1"}, "seed"),
+    ({"stop": 1}, "stop"),
+    ({"stop": ["a", 1]}, "stop"),
+    ({"stop": {"a": 1}}, "stop"),
+    ({"stop_token_ids": "2"}, "stop_token_ids"),
+    ({"stop_token_ids": [1, True]}, "stop_token_ids[1]"),
+    ({"logit_bias": {"AI": 1}}, "logit_bias"),
+    ({"logit_bias": {"01": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": "1"}}, "logit_bias"),
+    ({"logit_bias": {"1": True}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"ignore_eos": "yes"}, "ignore_eos"),
+    ({"ignore_eos": 1}, "ignore_eos"),
+    ({"stream_options": [], "stream": True}, "stream_options"),
+    ({"stream_options": {"include_usage": "yes"}, "stream": True}, "stream_options.include_usage"),
+    ({"user": ""}, "user"),
+    ({"user": "a b"}, "user"),
+    ({"user": 5}, "user"),
+    ({"best_of": 4}, "best_of"),
+]
+OF_CHAT = [
+    ({"messages": None}, "messages"),
+    ({"messages": "Hi"}, "messages"),
+    ({"messages": ["Hi"]}, "messages[0]"),
+    ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [USER, {"role": "user", "content": None}]}, "messages[1].content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": ["Hi"]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages[0].content"),
+    ({"messages": [{"role": 5, "content": "Hi"}]}, "messages[0].role"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"top_logprobs": "2", "logprobs": True}, "top_logprobs"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": {}}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": "text"}, "response_format"),
+    ({"modalities": ["audio"]}, "modalities"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template"),
+]
+OF_COMPLETIONS = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [1, 2.5]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [[1], "a"]}, "prompt"),
+    ({"prompt": {"text": "a"}}, "prompt"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": "1"}, "logprobs"),
+    ({"echo": "yes"}, "echo"),
+    ({"suffix": "end"}, "suffix"),
+]
+CASES = [(path, *case) for path in (CHAT, COMPLETIONS) for case in BOTH]
+CASES += [(CHAT, *case) for case in OF_CHAT] + [(COMPLETIONS, *case) for case in OF_COMPLETIONS]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("path", "wrong", "param"), CASES, ids=lambda value: repr(value)[:60])
+async def test_a_wrong_field_is_a_400_that_names_it(
+    http: httpx.AsyncClient,
+    service: ScriptedService,
+    chat_body: Any,
+    completion_body: Any,
+    path: str,
+    wrong: dict[str, Any],
+    param: str,
+    stream: bool,
+) -> None:
+    body = (chat_body if path == CHAT else completion_body) | {"stream": stream} | wrong
+    assert refusal(await http.post(path, json=body), 400)["param"] == param
+    assert service.asked == []
+
+
+@pytest.mark.parametrize("missing", ["model", "messages"])
+async def test_a_missing_field_is_said_to_be_required(http: httpx.AsyncClient, chat_body: Any, missing: str) -> None:
+    del chat_body[missing]
+    assert refusal(await http.post(CHAT, json=chat_body), 400)["message"] == f"{missing} is required"
+
+
+async def test_stream_options_without_a_stream_are_refused(http: httpx.AsyncClient, chat_body: Any) -> None:
+    error = refusal(await http.post(CHAT, json=chat_body | {"stream_options": {"include_usage": True}}), 400)
+    assert error["param"] == "stream_options"
+
+
+async def test_an_error_does_not_echo_what_was_sent(http: httpx.AsyncClient, chat_body: Any) -> None:
+    answer = await http.post(CHAT, json=chat_body | {"temperature": "SECRET" * 1000, "seed": "SECRET", "SECRET": 1})
+    assert refusal(answer, 400)
+    assert "SECRET" not in answer.text
+
+
+async def test_fields_that_ask_for_nothing_are_taken(http: httpx.AsyncClient, chat_body: Any) -> None:
+    nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"], "functions": None}
+    nulls = dict.fromkeys(("temperature", "n", "stop", "logit_bias", "stop_token_ids", "stream", "stream_options", "logprobs", "user"))
+    answer = await http.post(CHAT, json=chat_body | nothing | nulls | {"parallel_tool_calls": True, "user": "someone"})
+    assert answer.status_code == 200
+    assert "x-manta-ignored-fields" not in answer.headers
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_unknown_fields_are_ignored_and_named_in_a_header(http: httpx.AsyncClient, chat_body: Any, stream: bool) -> None:
+    answer = await http.post(CHAT, json=chat_body | {"zork": 1, "abc": 2, "stream": stream})
+    assert answer.status_code == 200
+    assert answer.headers["x-manta-ignored-fields"] == "abc, zork"
+
+
+async def test_unknown_names_cannot_forge_headers(http: httpx.AsyncClient, chat_body: Any) -> None:
+    answer = await http.post(CHAT, json=chat_body | {"a\r\nset-cookie: x": 1})
+    assert answer.headers["x-manta-ignored-fields"] == "(unprintable)"
+    assert "set-cookie" not in answer.headers
+    many = await http.post(CHAT, json=chat_body | {f"field_{n}": 1 for n in range(1000)})
+    assert len(many.headers["x-manta-ignored-fields"].split(", ")) == 16
+
+
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "http://x/model", "other", "a" * 5_000])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_unknown_model_is_404_with_a_short_message(http: httpx.AsyncClient, chat_body: Any, name: str, stream: bool) -> None:
+    error = refusal(await http.post(CHAT, json=chat_body | {"model": name, "stream": stream}), 404)
+    assert error["code"] == "model_not_found"
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("PUT", CHAT), ("POST", "/v1/models"), ("DELETE", "/livez")])
+async def test_the_wrong_method_is_405_and_says_the_right_one(http: httpx.AsyncClient, method: str, path: str) -> None:
+    answer = await http.request(method, path)
+    assert refusal(answer, 405)["code"] == "method_not_allowed"
+    assert answer.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/redoc", "/v1/embeddings", "/../etc/passwd"])
+async def test_an_unknown_path_is_404(http: httpx.AsyncClient, path: str) -> None:
+    assert refusal(await http.get(path), 404)["code"] == "not_found"
+
+
+async def test_a_good_request_after_each_bad_one_is_answered(http: httpx.AsyncClient, chat_body: Any) -> None:
+    for _, wrong, _ in CASES[:20]:
+        await http.post(CHAT, json=chat_body | wrong)
+        assert (await http.post(CHAT, json=chat_body)).json()["choices"][0]["message"]["content"] == "Hello world"
