@@ -47,4 +47,4 @@ class Limits:
                 raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
 
     def __str__(self) -> str:
-        return ", ".join(f"{field.name}={getattr(self, field.name):g}" for field in dataclasses.fields(self))
+        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))

@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from serve.text.tokenizer import Tokenizer
+from tests.serve.vocabularies import write_qwen2, write_smol
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a shared machine
+settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def smol_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_smol(tmp_path_factory.mktemp("smol"))
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(request: pytest.FixtureRequest) -> Path:
+    """Made once and kept in pytest's cache: rebuilding 151,387 merges takes some seconds."""
+    folder = request.config.cache.mkdir("qwen2-tokenizer-1")
+    return folder if (folder / "config.json").exists() else write_qwen2(folder)
+
+
+@pytest.fixture(scope="session")
+def smol(smol_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(smol_folder)
+
+
+@pytest.fixture(scope="session")
+def qwen2(qwen2_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(qwen2_folder)
