@@ -9,9 +9,17 @@ import serve.errors
 from engine.plan import TokenEvent
 from serve.errors import MAX_MESSAGE_CHARS, WIRE, ContextLengthExceeded, InvalidRequest, ModelNotFound, ServeError, describe, from_event
 
-GRPC_CODES = set(
-    ["INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "ABORTED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED"]
-)
+GRPC_CODES = {
+    "ABORTED",
+    "ALREADY_EXISTS",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "UNIMPLEMENTED",
+}
 
 
 def error_classes(module: object) -> list[type[Exception]]:
