@@ -59,7 +59,7 @@ def num_certain(ordered_RC: Tensor, vocab_size: int) -> Tensor:
 def _highest_of_stretches(logits_RV: Tensor, length: int) -> Tensor:
     """(R, N): the highest logit of every ``length`` ids; the last stretch may be short."""
     whole = logits_RV.shape[1] // length * length
-    stretches_RN = logits_RV[:, :whole].unflatten(-1, (-1, length)).amax(-1)
+    stretches_RN: Tensor = logits_RV[:, :whole].unflatten(-1, (-1, length)).amax(-1)
     if whole == logits_RV.shape[1]:
         return stretches_RN
     return torch.cat((stretches_RN, logits_RV[:, whole:].amax(-1, keepdim=True)), dim=-1)
@@ -68,7 +68,7 @@ def _highest_of_stretches(logits_RV: Tensor, length: int) -> Tensor:
 def _ids_of(stretches_RC: Tensor, length: int) -> Tensor:
     """(R, C * length): the ids in the stretches, counted on beyond the end where the last one is short."""
     ids_RCX: Tensor = stretches_RC.unsqueeze(-1) * length + torch.arange(length, device=stretches_RC.device)
-    return torch.flatten(ids_RCX, 1)
+    return ids_RCX.flatten(1)
 
 
 def _by_id(values_RC: Tensor, ids_RC: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,8 @@ def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
             nucleus.append(token)
             reached += p[token]
         kept = nucleus
-    kept = [token for token in kept if p[token] >= params.min_p * p.max()]
+    least = params.min_p * p.max()
+    kept = [token for token in kept if p[token] >= least]
     q = np.zeros_like(p)
     q[kept] = p[kept]
     return q / q.sum()
