@@ -16,6 +16,7 @@ WORDS = (
     (r"import grpc\.aio\n", ""),
     (r"grpc\.aio\.", "grpc."),
     (r"asyncio\.sleep", "time.sleep"),
+    (r"asyncio\.CancelledError", "grpc.FutureCancelledError"),
     (r"Callable\[\[\], Awaitable\[(.+)\]\](?=\W)", r"Callable[[], \1]"),
     (r"AsyncIterator, Awaitable, Callable", "Callable, Iterator"),
     (r"async (def|for|with)\b", r"\1"),

@@ -62,7 +62,7 @@ class Script(service_pb2_grpc.MantaServiceServicer):
         self.pause_before: dict[int, threading.Event] = {}
         """Number of the event to hold back, and what to wait for."""
         self.calls: list[tuple[str, object, dict[str, str]]] = []
-        self.cancelled = threading.Event()
+        self.streaming, self.cancelled = threading.Event(), threading.Event()
 
     def requests(self, method: str) -> list[object]:
         return [request for name, request, _ in self.calls if name == method]
@@ -98,6 +98,8 @@ class Script(service_pb2_grpc.MantaServiceServicer):
         events = self.events
         self.events = self.next_events or self.events
         for number, event in enumerate(events):
+            if number == 1:
+                self.streaming.set()
             if number in self.pause_before:
                 self.pause_before[number].wait(timeout=10)
             yield response(id="chatcmpl-7", **event)

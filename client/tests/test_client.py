@@ -102,6 +102,37 @@ async def test_leaving_a_stream_early_cancels_it_at_the_server(twin: Twin, clien
         await twin.get(stream.final)
 
 
+async def test_closing_from_elsewhere_ends_a_reader_that_waits(twin: Twin, client, script: Script) -> None:
+    script.pause_before[1] = script.cancelled
+    stream = client.chat.stream(messages=MESSAGES)
+    assert (await twin.next(stream)).text == "The"
+    reading = asyncio.create_task(twin.list(stream))
+    await asyncio.sleep(0.1)
+    assert not reading.done()
+    await twin.get(stream.close)
+    assert await asyncio.wait_for(reading, 5) == []
+
+
+async def test_cancelling_the_reading_task_cancels_the_call(endpoint: str, script: Script) -> None:
+    script.pause_before[1] = script.cancelled
+    async with AsyncClient(endpoint) as client:
+        reading = asyncio.create_task(client.chat.stream(messages=MESSAGES).final())
+        await asyncio.to_thread(script.streaming.wait, 5)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert await asyncio.to_thread(script.cancelled.wait, 5)
+
+
+async def test_a_stream_closed_before_it_began_never_calls(twin: Twin, client, script: Script) -> None:
+    stream = client.chat.stream(messages=MESSAGES)
+    await twin.get(stream.close)
+    assert await twin.list(stream) == []
+    with pytest.raises(StreamBroken, match="before it began"):
+        await twin.get(stream.final)
+    assert script.calls == []
+
+
 async def test_the_only_model_is_asked_for_once_and_taken(twin: Twin, client, script: Script) -> None:
     await twin.get(client.chat.create, messages=MESSAGES)
     await twin.get(client.chat.create, messages=MESSAGES)

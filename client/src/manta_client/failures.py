@@ -3,12 +3,14 @@
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 
 from ._generated import messages_pb2
 from .errors import CallFailed, failure_class
 
 DETAILS_KEY = "grpc-status-details-bin"
+KINDS = (BadRequest, ErrorInfo, RequestInfo, RetryInfo)
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -46,9 +48,8 @@ def _details(error: grpc.RpcError) -> dict[str, Any]:
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
             for packed in status_pb2.Status.FromString(value).details:
-                message_class = getattr(error_details_pb2, packed.type_url.rpartition(".")[2], None)
-                if message_class is not None:
-                    message = message_class()
-                    packed.Unpack(message)
-                    found[message_class.DESCRIPTOR.name] = message
+                for kind in KINDS:
+                    if packed.Is(kind.DESCRIPTOR):
+                        found[kind.DESCRIPTOR.name] = kind()
+                        packed.Unpack(found[kind.DESCRIPTOR.name])
     return found

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from ..answers import ChatCompletion, Completion, Delta, Usage
 from ..assembly import Assembly
+from ..errors import StreamBroken
 from .transport import AsyncEventStream
 
 Answer = TypeVar("Answer", ChatCompletion, Completion)
@@ -48,8 +49,7 @@ class AsyncStream(Generic[Answer]):
         async for _ in self:
             pass
         if self._assembly is None:
-            await self._open()
-        assert self._assembly is not None
+            raise StreamBroken("the stream was closed before it began")
         return self._assembly.answer()
 
     async def close(self) -> None:
@@ -86,11 +86,12 @@ class AsyncStream(Generic[Answer]):
         assert self._assembly is not None
         try:
             event = await self._events.next()
-            if event is None:
+            if event is not None:
+                return self._assembly.add(event)
+            if not self._over:
                 self._over = True
-                self._assembly.answer()
-                return None
-            return self._assembly.add(event)
+                self._assembly.answer()  # raises if the stream is not whole; one that was closed here need not be
+            return None
         except BaseException:
             await self.close()
             raise

@@ -85,6 +85,7 @@ class AsyncEventStream:
         self._call = call
         self._events = aiter(call)
         self._first: Event | None = None
+        self._cancelled = False
 
     async def begin(self) -> None:
         """Wait for the first event.
@@ -97,7 +98,7 @@ class AsyncEventStream:
             raise from_event(self._first.error, self._first.id)
 
     async def next(self) -> Event | None:
-        """The next event; None after the last.
+        """The next event; None after the last, and once the call was cancelled here.
 
         Raises:
             CallFailed: the call failed.
@@ -109,6 +110,7 @@ class AsyncEventStream:
 
     def cancel(self) -> None:
         """Tell the server that nobody reads on. Nothing happens if the call has ended."""
+        self._cancelled = True
         self._call.cancel()
 
     async def _receive(self) -> Event | None:
@@ -118,7 +120,13 @@ class AsyncEventStream:
         except StopAsyncIteration:
             return None
         except grpc.RpcError as error:
+            if self._cancelled:
+                return None
             raise from_rpc_error(error) from None
+        except asyncio.CancelledError:  # of the reading task, or of the call by another task
+            if self._cancelled:
+                return None
+            raise
 
 
 def _open_channel(access: Access, root_certificates: bytes | None) -> grpc.aio.Channel:

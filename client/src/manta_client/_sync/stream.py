@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from ..answers import ChatCompletion, Completion, Delta, Usage
 from ..assembly import Assembly
+from ..errors import StreamBroken
 from .transport import EventStream
 
 Answer = TypeVar("Answer", ChatCompletion, Completion)
@@ -49,8 +50,7 @@ class Stream(Generic[Answer]):
         for _ in self:
             pass
         if self._assembly is None:
-            self._open()
-        assert self._assembly is not None
+            raise StreamBroken("the stream was closed before it began")
         return self._assembly.answer()
 
     def close(self) -> None:
@@ -87,11 +87,12 @@ class Stream(Generic[Answer]):
         assert self._assembly is not None
         try:
             event = self._events.next()
-            if event is None:
+            if event is not None:
+                return self._assembly.add(event)
+            if not self._over:
                 self._over = True
-                self._assembly.answer()
-                return None
-            return self._assembly.add(event)
+                self._assembly.answer()  # raises if the stream is not whole; one that was closed here need not be
+            return None
         except BaseException:
             self.close()
             raise

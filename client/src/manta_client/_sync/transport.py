@@ -85,6 +85,7 @@ class EventStream:
         self._call = call
         self._events = iter(call)
         self._first: Event | None = None
+        self._cancelled = False
 
     def begin(self) -> None:
         """Wait for the first event.
@@ -97,7 +98,7 @@ class EventStream:
             raise from_event(self._first.error, self._first.id)
 
     def next(self) -> Event | None:
-        """The next event; None after the last.
+        """The next event; None after the last, and once the call was cancelled here.
 
         Raises:
             CallFailed: the call failed.
@@ -109,6 +110,7 @@ class EventStream:
 
     def cancel(self) -> None:
         """Tell the server that nobody reads on. Nothing happens if the call has ended."""
+        self._cancelled = True
         self._call.cancel()
 
     def _receive(self) -> Event | None:
@@ -118,7 +120,13 @@ class EventStream:
         except StopIteration:
             return None
         except grpc.RpcError as error:
+            if self._cancelled:
+                return None
             raise from_rpc_error(error) from None
+        except grpc.FutureCancelledError:  # of the reading task, or of the call by another task
+            if self._cancelled:
+                return None
+            raise
 
 
 def _open_channel(access: Access, root_certificates: bytes | None) -> grpc.Channel:
