@@ -185,3 +185,4 @@ def _packed(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[st
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod((path.parent / "config.json").stat().st_mode)  # the library lets only the owner read; the umask shall decide

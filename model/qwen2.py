@@ -76,7 +76,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, rotation: Rotation, batch: ForwardBatch, cache: KvCache) -> Tensor:
-        heads_TXK = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        heads_TXK = self.qkv(x_TD).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         qk_TXK, v_TGK = heads_TXK.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         q_THK, k_TGK = rotation.apply(qk_TXK).split((self.num_heads, self.num_kv_heads), dim=1)
         keys_NBGK, values_NBGK = cache.keys_NBGK[self.index_in_stage], cache.values_NBGK[self.index_in_stage]

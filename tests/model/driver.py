@@ -4,7 +4,7 @@ Runs in the ranks' processes: imports no transformers, which takes seconds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -86,6 +86,18 @@ class Driver:
             self.step([(sequence, min(chunk, sequence.pending))])
         return self._logits(sequence)
 
+    @torch.no_grad()
+    def last_logits(self, tokens: Sequence[int], chunk: int) -> Tensor:
+        """As an engine does it: no step but the last asks for logits, and that one for a single row (1, V)."""
+        sequence = self.start(tokens)
+        while sequence.pending:
+            batch = build_batch([(sequence, min(chunk, sequence.pending))])
+            sequence.num_computed += batch.num_tokens
+            rows = batch.logit_rows_R[:0] if sequence.pending else batch.logit_rows_R[-1:]
+            logits: Tensor = self.model(replace(batch, logit_rows_R=rows), self.cache)
+            assert logits.shape == (len(rows), self.model.config.vocab_size)
+        return logits
+
     def mixed(self, prompts: Sequence[Sequence[int]], budget: int) -> list[Tensor]:
         """All prompts, each joining one step after the one before it, the last four tokens of each as decodes."""
         waiting = [self.start(prompt) for prompt in prompts]
@@ -120,13 +132,13 @@ def build_batch(works: Sequence[tuple[Progress, int]]) -> ForwardBatch:
             positions.append(position)
             slots.append(sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS)
         starts.append(len(tokens))
-    width = max(len(sequence.blocks) for sequence, _ in works)
+    width = max((len(sequence.blocks) for sequence, _ in works), default=0)
     tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in works]
     return ForwardBatch(
-        tokens_T=torch.tensor(tokens),
-        positions_T=torch.tensor(positions),
-        slots_T=torch.tensor(slots),
-        block_tables_SM=torch.tensor(tables, dtype=torch.int32),
+        tokens_T=torch.tensor(tokens, dtype=torch.int64),
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        slots_T=torch.tensor(slots, dtype=torch.int64),
+        block_tables_SM=torch.tensor(tables, dtype=torch.int32).view(len(works), width),
         query_starts=tuple(starts),
         context_lengths=tuple(sequence.num_computed + count for sequence, count in works),
         num_decodes=sum(count == 1 for _, count in works),
@@ -171,3 +183,16 @@ def logits_of(groups: ParallelGroups, folder: Path, prompt: list[int], dtype: to
 
 def read_report(groups: ParallelGroups, folder: Path) -> LoadReport:
     return Driver(folder, groups).report
+
+
+def last_logits(groups: ParallelGroups, folder: Path, prompt: list[int], chunk: int) -> Tensor:
+    return Driver(folder, groups).last_logits(prompt, chunk)
+
+
+def own_prompts(groups: ParallelGroups, folder: Path, prompts: list[list[int]], chunk: int, dispatch: DispatchName) -> list[Tensor]:
+    """Every dp rank computes the prompts that fall to it, all in the same number of steps, some of them without a token."""
+    driver = Driver(folder, groups, dispatch=dispatch)
+    mine = [driver.start(prompt) for prompt in prompts[groups.dp.rank :: groups.dp.size]]
+    for _ in range(-(-max(map(len, prompts)) // chunk)):
+        driver.step([(sequence, min(chunk, sequence.pending)) for sequence in mine if sequence.pending])
+    return [torch.cat(sequence.logits) for sequence in mine]

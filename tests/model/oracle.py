@@ -54,7 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Oracle:
     """A checkpoint folder and the transformers model that wrote it (float32, eager attention)."""
 
@@ -82,7 +82,7 @@ class Oracle:
         return logits.float()
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """Computed anew for every token: no cache that could be wrong."""
+        """Computed anew for every token: no KV cache that could be wrong."""
         tokens = list(prompt)
         for _ in range(num_tokens):
             tokens.append(int(self.logits(tokens)[-1].argmax()))

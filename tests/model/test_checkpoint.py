@@ -53,6 +53,12 @@ def test_what_is_written_is_read_again(options: dict[str, int], tmp_path: Path) 
     assert (tmp_path / SINGLE_FILE).exists() == (not options)
 
 
+def test_who_may_read_is_the_umasks_affair(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / SINGLE_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_shards_are_as_large_as_allowed(tmp_path: Path) -> None:
     written(tmp_path, max_shard_bytes=60)
     weight_map = json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]

@@ -1,6 +1,7 @@
 """The model against transformers, on one rank and shared over several."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from parallel.dispatch import DispatchName
 from parallel.topology import Topology
-from tests.model.driver import NUM_GREEDY, Answers, answers, logits_of, seeded_prompts
+from tests.model.driver import NUM_GREEDY, Answers, answers, last_logits, logits_of, own_prompts, seeded_prompts
 from tests.model.oracle import Oracle, make_oracle
 from tests.ranks import run_ranks
 
@@ -19,10 +20,15 @@ TOLERANCE = 1e-4
 MakeOracle = Callable[[str], Oracle]
 
 
+@cache
+def greedy_of(oracle: Oracle, prompt: tuple[int, ...]) -> list[int]:
+    return oracle.greedy(prompt, NUM_GREEDY)
+
+
 def assert_equal_to(oracle: Oracle, per_rank: Sequence[Answers], prompts: Sequence[list[int]]) -> None:
     """Every rank's answers, computed in each way, are the oracle's."""
     wanted = [oracle.logits(prompt) for prompt in prompts]
-    wanted_greedy = [oracle.greedy(prompt, NUM_GREEDY) for prompt in prompts]
+    wanted_greedy = [greedy_of(oracle, tuple(prompt)) for prompt in prompts]
     for found in per_rank:
         for way in ("whole", "chunked", "mixed"):
             for logits, expected in zip(getattr(found, way), wanted, strict=True):
@@ -64,6 +70,25 @@ def test_a_sparse_model_answers_as_transformers_however_its_experts_are_placed(
 @pytest.mark.parametrize("topology", [Topology(pp=2), Topology(pp=3), Topology(pp=2, tp=2)], ids=str)
 def test_a_model_in_stages_answers_as_transformers(topology: Topology, oracle: MakeOracle) -> None:
     check(topology, [*DENSE, "moe"], oracle)
+
+
+@pytest.mark.parametrize("dispatch", ["local", "all_to_all"])
+@pytest.mark.parametrize("topology", [Topology(dp=2), Topology(dp=2, ep=2), Topology(dp=2, tp=2, ep=2)], ids=str)
+def test_ranks_with_sequences_of_their_own_share_the_experts(topology: Topology, dispatch: DispatchName, oracle: MakeOracle) -> None:
+    one = oracle("moe")
+    prompts = seeded_prompts(one.vocab_size, [3, 20, 9, 1])
+    for rank, found in enumerate(run_ranks(topology, own_prompts, one.folder, prompts, 7, dispatch)):
+        dp = topology.coordinates(rank).dp
+        for logits, prompt in zip(found, prompts[dp::2], strict=True):
+            torch.testing.assert_close(logits, one.logits(prompt), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_logits_are_computed_only_where_they_are_asked_for(ranks: int, oracle: MakeOracle) -> None:
+    one = oracle("9_heads")
+    (prompt,) = seeded_prompts(one.vocab_size, [23])
+    for found in run_ranks(Topology(tp=ranks), last_logits, one.folder, prompt, 10):
+        torch.testing.assert_close(found, one.logits(prompt)[-1:], atol=TOLERANCE, rtol=0)
 
 
 def test_yarn_answers_as_transformers_within_and_beyond_the_trained_context(oracle: MakeOracle) -> None:
