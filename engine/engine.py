@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 from engine.config import EngineConfig
@@ -47,7 +48,6 @@ class Engine:
     ) -> None:
         self.executor = executor
         self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener)
-        self.stats = EngineStats(blocks_free=executor.capacity.num_blocks)
         self._max_in_flight = config.max_in_flight
         self._recover, self._clock = recover, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
@@ -55,12 +55,14 @@ class Engine:
         self._arrived = threading.Event()
         self._stopping = threading.Event()
         self._door = threading.Lock()
+        self._num_submitted = self._num_taken = 0
         self._recovery: Future[Executor] | None = None
         self._end: EngineError | None = None
         """Why no further step will be taken."""
         self._outbox: list[TokenEvent] = []
         self._num_steps = 0
         self._step_s = 0.0
+        self._note_stats()
 
     # --- from any thread
 
@@ -73,6 +75,7 @@ class Engine:
         with self._door:
             if self._stopping.is_set():
                 raise EngineStopped("this engine has stopped")
+            self._num_submitted += 1
             self._inbox.put(request)
         self._arrived.set()
 
@@ -86,6 +89,12 @@ class Engine:
         with self._door:
             self._stopping.set()
         self._arrived.set()
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the last turn, and with what was submitted since: a request is at no moment in neither."""
+        stats, num_taken = self._noted
+        return replace(stats, num_waiting=stats.num_waiting + self._num_submitted - num_taken)
 
     @property
     def is_recovering(self) -> bool:
@@ -140,6 +149,8 @@ class Engine:
             return
         plan, pending = self._in_flight[0]
         result = pending.result()
+        if result.step != plan.step:
+            raise WorkersLost(f"the ranks answered step {result.step} where step {plan.step} was due")
         self._in_flight.popleft()
         self._note_step(result)
         self._outbox += self.scheduler.apply(plan, result)
@@ -157,10 +168,14 @@ class Engine:
 
     def _admit(self, request: Request) -> None:
         mark(6, request.id)
+        self._num_taken += 1
         try:
-            self.scheduler.add(request)
+            self._outbox += self.scheduler.add(request)
         except EngineError as error:
             self._outbox.append(refusal(request, error))
+        except Exception:  # a request can fail only itself
+            logger.exception("request %s could not be admitted", request.id)
+            self._outbox.append(refusal(request, EngineError("the engine could not read this request")))
 
     def _lose_workers(self, loss: WorkersLost) -> None:
         """Rewind everything and have new workers started beside this thread, so that cancels and deadlines are still heard."""
@@ -198,8 +213,12 @@ class Engine:
         self._take_inbox()
         self._outbox += self.scheduler.fail_all(error)
         self._note_stats()
-        if self._outbox:
-            deliver(self._take_outbox())
+        try:
+            if self._outbox:
+                deliver(self._take_outbox())
+        finally:
+            if self._recovery is not None:
+                _close_when_done(self._recovery)
 
     def _note_step(self, result: StepResult) -> None:
         self._num_steps += 1
@@ -207,7 +226,7 @@ class Engine:
 
     def _note_stats(self) -> None:
         scheduler, pool, cache = self.scheduler, self.scheduler.pool, self.scheduler.cache
-        self.stats = EngineStats(
+        stats = EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             blocks_used=pool.num_used,
@@ -223,6 +242,7 @@ class Engine:
             prefix_found_tokens=cache.num_found,
             step_s=self._step_s,
         )
+        self._noted = (stats, self._num_taken)  # one assignment: a reader in another thread sees both or neither
 
 
 def refusal(request: Request, error: EngineError) -> TokenEvent:
@@ -236,6 +256,13 @@ def refusal(request: Request, error: EngineError) -> TokenEvent:
         error_kind=type(error).__name__,
         error_message=str(error),
     )
+
+
+def _close_when_done(recovery: Future[Executor]) -> None:
+    """Workers that come too late are ended: nobody else knows of them."""
+    wait([recovery])
+    if recovery.exception() is None:
+        recovery.result().close()
 
 
 def _fulfil(recovery: Future[Executor], recover: Recover, loss: WorkersLost) -> None:

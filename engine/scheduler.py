@@ -1,6 +1,7 @@
 """Steps 7 and 12 of a request: decide which tokens the next forward pass computes, and record what it gave."""
 
 import bisect
+from array import array
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
@@ -18,7 +19,7 @@ from engine.executor import Capacity
 from engine.kv.block_pool import BlockListener, BlockPool
 from engine.kv.prefix_cache import PrefixCache
 from engine.places import mark
-from engine.plan import Opening, Sampled, StepPlan, StepResult, TokenEvent, Work
+from engine.plan import FinishReason, Opening, Sampled, StepPlan, StepResult, TokenEvent, Work
 from engine.policy import FirstCome, Policy
 from engine.request import Request
 from engine.sequence import Sequence
@@ -65,8 +66,9 @@ class Scheduler:
 
     # --- arriving and leaving
 
-    def add(self, request: Request) -> None:
-        """
+    def add(self, request: Request) -> list[TokenEvent]:
+        """Take a request in. Its end, if `committed` is the whole answer already; otherwise nothing.
+
         Raises:
             PromptTooLong, KvCacheTooSmall, QueueFull, DuplicateRequest
         """
@@ -74,11 +76,16 @@ class Scheduler:
             raise DuplicateRequest(request.id)
         if len(self._waiting) >= self._config.max_waiting:
             raise QueueFull(limit=self._config.max_waiting)
-        self._check_length(request)
         sequence = Sequence(request, self._num_arrived)
+        reason, stop_token = self._ending(sequence)
+        if request.committed and reason is not None:
+            return [sequence.event(finish_reason=reason, stop_token=stop_token)]
+        self._check_length(request)
+        array("i", sequence.tokens)  # what is no token id must raise here, at its own door, and not in the midst of a step
         self._num_arrived += 1
         self._by_key[request.key] = sequence
         self._wait(sequence)
+        return []
 
     def cancel(self, key: Key) -> list[TokenEvent]:
         """End a request. An unknown key (it has just ended) is no error."""
@@ -127,9 +134,16 @@ class Scheduler:
                 self._close(sequence)
                 continue
             sequence.num_computed = work.start + len(work.tokens)
-            self.cache.publish(sequence, since=work.start)
-            if work.samples:
-                events.append(self._take(sequence, sampled[work.sequence]))
+            if not work.samples:
+                self.cache.publish(sequence, since=work.start)
+                continue
+            answer = sampled.get(work.sequence, Sampled(work.sequence, (), fault="the ranks gave no token"))
+            if answer.fault is None:
+                self.cache.publish(sequence, since=work.start)
+                events.append(self._take(sequence, answer))
+            else:
+                self.cache.disown(sequence)
+                events.append(self._fail(sequence, InvalidLogits(answer.fault)))
         return events
 
     def _continue_open(self, building: PlanBuilder) -> None:
@@ -208,30 +222,24 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, answer: Sampled) -> TokenEvent:
         """Append what was sampled, up to what ends the answer."""
-        if answer.fault is not None:
-            return self._fail(sequence, InvalidLogits(answer.fault))
-        sampling = sequence.request.sampling
-        taken = 0
-        stop_token = None
-        for token in answer.tokens:
-            sequence.tokens.append(token)
-            taken += 1
-            if token in sampling.stop_token_ids and sequence.num_output > sampling.min_tokens:
-                stop_token = token
-                break
-            if self._is_full(sequence):
-                break
-        self.sampled_tokens += taken
-        tokens, logprobs = answer.tokens[:taken], answer.logprobs[:taken]
         mark(12, sequence.request.id)
-        if stop_token is not None:
-            return self._end(sequence, sequence.event(tokens, logprobs, finish_reason="stop", stop_token=stop_token))
-        if self._is_full(sequence):
-            return self._end(sequence, sequence.event(tokens, logprobs, finish_reason="length"))
-        return sequence.event(tokens, logprobs)
+        taken, reason, stop_token = 0, None, None
+        while reason is None and taken < len(answer.tokens):
+            sequence.tokens.append(answer.tokens[taken])
+            taken += 1
+            reason, stop_token = self._ending(sequence)
+        self.sampled_tokens += taken
+        event = sequence.event(answer.tokens[:taken], answer.logprobs[:taken], finish_reason=reason, stop_token=stop_token)
+        return event if reason is None else self._end(sequence, event)
 
-    def _is_full(self, sequence: Sequence) -> bool:
-        return sequence.num_output >= sequence.request.sampling.max_tokens or len(sequence.tokens) >= self._capacity.max_context_tokens
+    def _ending(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
+        """Why the answer is complete with its last token, if it is, and the token if that is why."""
+        sampling = sequence.request.sampling
+        if sequence.num_output > sampling.min_tokens and sequence.tokens[-1] in sampling.stop_token_ids:
+            return "stop", sequence.tokens[-1]
+        if sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= self._capacity.max_context_tokens:
+            return "length", None
+        return None, None
 
     # --- the workers are gone
 
@@ -263,7 +271,9 @@ class Scheduler:
         """
         assert not self._open
         promised = self._capacity.max_context_tokens
+        counted = self.cache.num_queried, self.cache.num_found
         self._set_capacity(capacity)
+        self.cache.num_queried, self.cache.num_found = counted  # counters never go back
         events = []
         for sequence in list(self._waiting):
             most = min(sequence.num_prompt + sequence.request.sampling.max_tokens, promised)

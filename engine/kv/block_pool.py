@@ -98,6 +98,19 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The content of these blocks is not to be found any more; whoever owns them keeps them."""
+        for block in blocks:
+            key = self._key_of.pop(block, None)
+            if key is None:
+                continue
+            del self._block_of[key]
+            if block in self._cached:
+                del self._cached[block]
+                self._free.append(block)
+            if self._listener is not None:
+                self._listener.evicted(key)
+
     def clear(self) -> None:
         """The content of every block is lost, and all owners with it."""
         for key in self._block_of:

@@ -48,6 +48,10 @@ class PrefixCache:
             self._pool.publish(sequence.blocks[index], key)
             self._computing.pop(key, None)
 
+    def disown(self, sequence: Sequence) -> None:
+        """What the sequence computed or shared is not to be trusted: nobody else shall find it."""
+        self._pool.forget(sequence.blocks)
+
     def abandon(self, sequence: Sequence) -> None:
         """The sequence leaves; what it was about to publish will not come from it."""
         if self._computing:
