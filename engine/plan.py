@@ -18,6 +18,8 @@ class Opening:
     sampling: SamplingParams
     history: tuple[int, ...] = ()
     """All tokens so far when `sampling.needs_history`, else empty."""
+    request_id: str = ""
+    """So that a rank's log can name the request."""
 
 
 @dataclass(frozen=True, slots=True)

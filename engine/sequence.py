@@ -70,6 +70,7 @@ class Sequence:
             num_prompt=self.num_prompt,
             sampling=sampling,
             history=tuple(self.tokens) if sampling.needs_history else (),
+            request_id=self.request.id,
         )
 
     def event(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.executor import Capacity
+from engine.places import mark
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
@@ -61,14 +62,22 @@ class Runner:
     def _compute(self, works: Sequence[Work]) -> list[Sampled]:
         for work in works:
             self._tables.append(work)
+        self._mark(9, works)
         built = build_batch(works, self._tables, self.capacity.block_tokens, self.device)
+        self._mark(10, works)
         logits_RV = self.model(built.forward, self.cache)
         if self._sampler is None:
             return []
         for work in works:
             self._states[work.sequence].take(work)
+        self._mark(11, built.sampling_works)
         return self._sample(self._sampler, logits_RV, built.sampling_works)
 
     def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work]) -> list[Sampled]:
         states = [self._states[work.sequence] for work in works]
         return sampler.sample(logits_RV, [Row(state, state.next_position(work)) for state, work in zip(states, works, strict=True)])
+
+    def _mark(self, place: int, works: Sequence[Work]) -> None:
+        if self.is_sampling:  # one rank's word is enough
+            for work in works:
+                mark(place, self._states[work.sequence].request_id)

@@ -54,6 +54,7 @@ class SamplingState:
     def __init__(self, opening: Opening, *, vocab_size: int) -> None:
         """``vocab_size`` is the number of ids that can be sampled; rules about ids beyond it have no effect."""
         self.sequence = opening.sequence
+        self.request_id = opening.request_id
         self.sampling = opening.sampling
         self.choice = opening.choice
         self.seed = seed_bits(opening.sampling.seed)

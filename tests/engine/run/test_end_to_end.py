@@ -1,5 +1,6 @@
 """The real engine over a real rank: the same tokens as transformers, and as a request that is served alone."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -188,3 +189,11 @@ def test_a_lost_rank_is_replaced_and_no_answer_changes(folder, alone):
             break
     assert engine.stats.num_losses == 1
     assert {key: answer(found) for key, found in events.items()} == alone
+
+
+def test_a_request_passes_its_places_in_order(dense_folder, caplog):
+    engine = open_engine(dense_folder)
+    with caplog.at_level(logging.DEBUG, logger="manta.places"):
+        serve(engine, [Request(id="the-one", prompt=PROMPTS[3], sampling=replace(GREEDY, max_tokens=1))])
+    told = [record.args[:2] for record in caplog.records if record.name == "manta.places"]
+    assert told == [(place, "the-one") for place in (6, 7, 9, 10, 11, 12)]
