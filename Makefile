@@ -25,6 +25,7 @@ check: $(READY_TEST)  ## Lint, types, import contracts, protocol files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd client && ../$(BIN)/mypy
 	$(BIN)/lint-imports
 	cd client/proto && ../../$(BIN)/buf lint
 

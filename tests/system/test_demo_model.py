@@ -52,18 +52,17 @@ def prompts(demo_folder: Path) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def golden(demo_folder: Path, prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """What transformers generates, one prompt at a time, without stopping at the end of sequence."""
+    """What transformers generates, without stopping at the end of sequence: all prompts padded on the left to one batch."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
-        answers.append(tuple(out[0, len(prompt) :].tolist()))
-    return answers
+    longest = max(map(len, prompts))
+    ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
+    return [tuple(row) for row in out[:, longest:].tolist()]
 
 
 @contextmanager
@@ -71,7 +70,7 @@ def executor_of(tp: int, folder: Path, engine_config: EngineConfig, kv_blocks: i
     runner_config = RunnerConfig(device="cpu", dtype="float32", kv_cache_bytes=kv_blocks * BYTES_PER_BLOCK)
     executor: Executor
     if tp == 1:
-        executor = LocalExecutor(checkpoint_folder=folder, runner_config=runner_config, engine_config=engine_config)
+        executor = LocalExecutor.open(folder, runner_config=runner_config, engine_config=engine_config)
     else:
         executor = ProcessExecutor(
             checkpoint_folder=folder, topology=Topology(tp=tp), runner_config=runner_config, engine_config=engine_config
