@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -82,21 +83,30 @@ def serve(
 
 def run(config: "ServeConfig") -> None:
     """Find the model, start everything, and wait."""
-    from serve.deployment import Model
-    from serve.local_ray import StartError, run_local  # ray: seconds that no other command should pay
-    from serve.model_source import ModelSourceError, find_model
-
     if config.ray.address != "local":
         stop(f'ray.address is {config.ray.address!r}, and this version serves on a Ray of its own only: set it to "local"')
+    found = _find(config)
+    from serve.deployment import Model
+    from serve.local_ray import StartError, run_local  # ray: seconds that are not spent before the model is found
+
     try:
-        with progress_shown() as report:
-            found = find_model(config.model, report)
-        with progress_shown() as report, run_local(Model(folder=found.folder, name=found.name), config, report) as server:
-            report("ready", 1.0)
+        with ExitStack() as running:
+            with progress_shown() as report:
+                server = running.enter_context(run_local(Model(folder=found.folder, name=found.name), config, report))
             typer.echo(greeting(config, found, program=program()))
             server.wait()
             typer.echo("\nEnding what was started ...")
-    except (ModelSourceError, StartError) as error:
+    except StartError as error:
+        stop(str(error))
+
+
+def _find(config: "ServeConfig") -> "FoundModel":
+    from serve.model_source import ModelSourceError, find_model
+
+    try:
+        with progress_shown() as report:
+            return find_model(config.model, report)
+    except ModelSourceError as error:
         stop(str(error))
 
 

@@ -50,7 +50,7 @@ class Front:
         request_id = f"{id_prefix}-{uuid.uuid4().hex}"
         mark(1, request_id)
         fields = await read_json_object(request, self.limits)
-        body = parse(kind, fields)
+        body = parse(kind, fields, self.limits)
         if body.user is not None and not is_identifier(body.user, self.limits):
             raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
         mark(2, request_id)

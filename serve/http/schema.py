@@ -6,12 +6,14 @@ yet is refused as soon as it asks for something.
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
 
 from serve.errors import InvalidRequest, NotSupported
 from serve.http.parts import bias_table, joined_text, list_or_none, prompt_list, stop_list
+from serve.limits import Limits
 from serve.request import ChatRequest, CompletionRequest, Message, Options
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -173,15 +175,16 @@ class CompletionBody(SharedBody):
 B = TypeVar("B", bound=SharedBody)
 
 
-def parse(kind: type[B], fields: Mapping[str, Any]) -> B:
+def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
     """
     Raises:
-        InvalidRequest: the first thing that is of a wrong type, by its name.
+        InvalidRequest: the first thing that is of a wrong type or far too long, by its name.
         NotSupported: a field asks for what is not offered yet.
     """
     for name in NEUTRAL.keys() & fields.keys():
         if fields[name] not in NEUTRAL[name]:
             raise NotSupported(f"this server does not offer {name} yet; leave it out", param=name)
+    _check_counts(fields, limits)
     try:
         body = kind.model_validate(fields)
     except ValidationError as error:
@@ -189,6 +192,20 @@ def parse(kind: type[B], fields: Mapping[str, Any]) -> B:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
     return body
+
+
+def _check_counts(fields: Mapping[str, Any], limits: Limits) -> None:
+    """Before each element is looked at: four megabytes hold a million of them."""
+    most = {
+        "messages": limits.messages,
+        "logit_bias": limits.logit_bias_entries,
+        "stop": limits.stop_strings,
+        "stop_token_ids": limits.stop_token_ids,
+    }
+    for name, limit in most.items():
+        value = fields.get(name)
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise InvalidRequest(f"{name} has {len(value)} entries, and at most {limit} are taken", param=name)
 
 
 def _first_problem(error: ValidationError) -> InvalidRequest:
@@ -203,6 +220,5 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
 def ignored_fields(kind: type[SharedBody], fields: Mapping[str, Any]) -> list[str]:
     """Names that had no effect, for a header: at most 16, and only such as a header can carry."""
     known = kind.model_fields.keys() | NEUTRAL.keys() | WITHOUT_EFFECT
-    unknown = fields.keys() - known
-    names = sorted(name for name in unknown if HEADER_NAME.fullmatch(name))
-    return names[:16] or (["(unprintable)"] if unknown else [])
+    names = sorted(islice((name for name in fields if name not in known and HEADER_NAME.fullmatch(name)), 16))
+    return names or (["(unprintable)"] if fields.keys() - known else [])

@@ -27,8 +27,24 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"  \n", b"null", b"[]", b'"text"', b"Hello", b'{"model": "x', b'{"model": "\xff\xfe"}', b'{"model": "\\ud800"}', b"{'model': 1}"]
-    + [b'{"temperature": NaN}', b'{"temperature": Infinity}', b'{"temperature": 1e999}', b'{"n": 01}', b"\xef\xbb\xbf{}", b"{}{}"],
+    [
+        b"",
+        b"  \n",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"Hello",
+        b'{"model": "x',
+        b'{"model": "\xff\xfe"}',
+        b'{"model": "\\ud800"}',
+        b"{'model': 1}",
+        b'{"temperature": NaN}',
+        b'{"temperature": Infinity}',
+        b'{"temperature": 1e999}',
+        b'{"n": 01}',
+        b"\xef\xbb\xbf{}",
+        b"{}{}",
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -63,7 +79,9 @@ class TestSizes:
         return raw + b" " * (size - len(raw))
 
     @pytest.mark.parametrize("announced", [True, False], ids=["with Content-Length", "without"])
-    async def test_a_body_at_the_limit_passes_and_one_byte_more_is_413(self, http: httpx.AsyncClient, chat_body: Any, announced: bool) -> None:
+    async def test_a_body_at_the_limit_passes_and_one_byte_more_is_413(
+        self, http: httpx.AsyncClient, chat_body: Any, announced: bool
+    ) -> None:
         async def pieces(raw: bytes) -> Any:
             for start in range(0, len(raw), 64):
                 yield raw[start : start + 64]

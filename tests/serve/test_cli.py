@@ -1,0 +1,236 @@
+"""The command `manta`, as a person calls it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import manta_client
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from serve.cli import app
+from serve.commands.chat import Conversation, converse
+from serve.commands.serve import greeting
+from serve.config import GrpcSettings, HttpSettings, ParallelSettings, ServeConfig
+from serve.model_source import FoundModel
+
+COMMANDS = ("serve", "chat", "config", "demo-model")
+ROOT = Path(__file__).parents[2]
+
+
+def manta(*arguments: str, **options: Any) -> Result:
+    return CliRunner().invoke(app, arguments, **options)
+
+
+def test_help_names_every_command_and_shows_how_to_begin() -> None:
+    told = manta("--help").output
+    assert all(command in told for command in COMMANDS)
+    assert "manta serve demo --tensor-parallel 2" in told
+    assert 'manta chat "Why is the sky blue?"' in told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_teaches_by_examples(command: str) -> None:
+    told = manta(command, "--help").output
+    examples = [line for line in told.splitlines() if line.startswith("    manta ") or f"| manta {command}" in line]
+    assert len(examples) >= 2
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from serve.cli import app; "
+        "assert CliRunner().invoke(app, ['serve', '--help']).exit_code == 0; "
+        "print([name for name in ('torch', 'ray', 'fastapi', 'grpc', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_module_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "serve", "--version"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("manta ")
+
+
+def test_config_prints_what_is_set_and_where() -> None:
+    told = manta("config", "--set", "http.port=8123", env={"MANTA_GRPC__PORT": "9123"}).output
+    assert (yaml.safe_load(told)["http"]["port"], yaml.safe_load(told)["grpc"]["port"]) == (8123, 9123)
+    assert "# from MANTA_GRPC__PORT" in told
+
+
+def test_config_explains_one_setting() -> None:
+    told = manta("config", "--explain", "parallel.tensor").output
+    assert "Ranks that share attention heads" in told
+
+
+def test_config_prints_a_schema() -> None:
+    assert yaml.safe_load(manta("config", "--schema").output)["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("command", ["config", "serve"])
+def test_wrong_settings_end_with_one_line_each_before_anything_starts(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "manta.yaml"
+    file.write_text("http: {prot: 1}\nengine: {block_tokens: 0}\n")
+    done = manta(command, "-c", str(file))
+    assert done.exit_code == 2
+    assert "manta: unknown setting http.prot (manta.yaml:1); did you mean http.port?" in done.output
+    assert "block_tokens must be at least 1" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_serve_names_the_flag_that_is_wrong() -> None:
+    done = manta("serve", "demo", "--http-port", "99999", "--dtype", "float8")
+    assert done.exit_code == 2
+    assert "got 99999 (--http-port)" in done.output
+    assert "got 'float8' (--dtype)" in done.output
+
+
+def test_serve_of_a_model_that_is_nowhere_says_what_would_do() -> None:
+    done = manta("serve", "/nowhere/at/all")
+    assert done.exit_code == 1
+    assert "manta: there is no folder '/nowhere/at/all'" in done.output
+
+
+def test_the_greeting_has_lines_that_can_be_pasted(tmp_path: Path) -> None:
+    config = ServeConfig(http=HttpSettings(host="0.0.0.0", port=8001), grpc=GrpcSettings(port=9001), parallel=ParallelSettings(tensor=2))
+    told = greeting(config, FoundModel(folder=tmp_path, name="it's"), program=".venv/bin/manta")
+    assert "1 x 2 ranks (tp 2)" in told
+    assert '.venv/bin/manta chat --endpoint grpc://127.0.0.1:9001 "Why is the sky blue?"' in told
+    (curl,) = (line for line in told.splitlines() if line.startswith("  curl"))
+    shown = subprocess.run(["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {curl}"], capture_output=True, text=True, check=True)
+    assert '{"model": "it\'s", "messages"' in shown.stdout
+    assert "http://127.0.0.1:8001/v1/chat/completions" in shown.stdout
+
+
+class ScriptedStream:
+    """An answer of three deltas; at "stop me" the user presses Ctrl-C after the first."""
+
+    def __init__(self, messages: list[dict[str, str]]) -> None:
+        self.messages, self.text, self.closed = messages, "", False
+
+    def __enter__(self) -> "ScriptedStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __iter__(self) -> Iterator[Any]:
+        for word in ("You said ", self.messages[-1]["content"], "."):
+            self.text += word
+            yield SimpleNamespace(text=word)
+            if self.messages[-1]["content"] == "stop me":
+                raise KeyboardInterrupt
+            if self.messages[-1]["content"] == "break":
+                raise manta_client.StreamBroken("the stream ended early")
+
+
+class ScriptedClient:
+    def __init__(self, endpoint: str | None = None) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.chat = SimpleNamespace(stream=self._stream)
+
+    def _stream(self, **asked: Any) -> ScriptedStream:
+        self.asked.append(asked)
+        return ScriptedStream(asked["messages"])
+
+    def __enter__(self) -> "ScriptedClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> ScriptedClient:
+    client = ScriptedClient()
+    monkeypatch.setattr(manta_client, "Client", lambda _endpoint: client)
+    return client
+
+
+@pytest.fixture
+def conversation(client: ScriptedClient) -> Conversation:
+    return Conversation(client=client, model=None, system="Be brief.", options={})  # type: ignore[arg-type]
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """What the user types; after it, Ctrl-D."""
+    waiting = iter((*lines, EOFError))
+
+    def read(_prompt: str) -> str:
+        line = next(waiting)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_chat_prints_one_answer(client: ScriptedClient) -> None:
+    done = manta("chat", "Hi", "--system", "Be brief.", "--seed", "3", "--temperature", "0")
+    assert (done.exit_code, done.output) == (0, "You said Hi.\n")
+    assert client.asked[0]["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert (client.asked[0]["seed"], client.asked[0]["temperature"]) == (3, 0)
+
+
+def test_chat_takes_what_is_piped_in(client: ScriptedClient) -> None:
+    assert manta("chat", input="from a pipe\n").output == "You said from a pipe.\n"
+    assert manta("chat", input="").exit_code == 1
+
+
+def test_chat_without_a_server_says_so_without_a_traceback() -> None:
+    done = manta("chat", "Hi", "--endpoint", "grpc://127.0.0.1:9")
+    assert done.exit_code == 1
+    assert "manta serve demo" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_chat_refuses_what_is_no_endpoint() -> None:
+    done = manta("chat", "Hi", "--endpoint", "http://127.0.0.1:8000")
+    assert done.exit_code == 1
+    assert "grpc://host:port" in done.output
+
+
+def test_a_conversation_remembers_what_was_said(conversation: Conversation, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed(monkeypatch, "one", "", KeyboardInterrupt, "two")
+    converse(conversation)
+    assert [message["content"] for message in client.asked[1]["messages"]] == ["Be brief.", "one", "You said one.", "two"]
+
+
+def test_reset_forgets_the_conversation(conversation: Conversation, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed(monkeypatch, "one", "/reset", "two")
+    converse(conversation)
+    assert [message["content"] for message in client.asked[1]["messages"]] == ["Be brief.", "two"]
+
+
+def test_a_stopped_answer_ends_alone_and_is_remembered_as_far_as_it_came(
+    conversation: Conversation, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed(monkeypatch, "stop me", "go on")
+    converse(conversation)
+    assert [message["content"] for message in client.asked[1]["messages"]] == ["Be brief.", "stop me", "You said ", "go on"]
+
+
+def test_a_failed_answer_is_told_and_not_remembered(
+    conversation: Conversation, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(monkeypatch, "break", "again")
+    converse(conversation)
+    assert "manta: the stream ended early" in capsys.readouterr().err
+    assert [message["content"] for message in client.asked[1]["messages"]] == ["Be brief.", "again"]
+
+
+def test_ctrl_c_during_a_single_answer_ends_as_interrupted(client: ScriptedClient) -> None:
+    assert manta("chat", "stop me").exit_code == 130
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MANTA_")]:
+        monkeypatch.delenv(name)
