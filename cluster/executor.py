@@ -1,5 +1,6 @@
 """Step 8 of a request: an executor whose ranks are Ray actors. Plans go to all of them, one answers."""
 
+import contextlib
 import logging
 import os
 import select
@@ -35,6 +36,8 @@ BLAME_S = 0.5
 its own death is known."""
 END_S = 5.0
 """How long ranks may take to end."""
+KILL_S = 1.0
+"""How long healthy ranks may take to end once Ray kills them, before the kernel does."""
 OPEN_S = 120.0
 """How long Ray may take to start the worker processes."""
 
@@ -160,11 +163,14 @@ class RayExecutor:
         self._closing.set()
         self._ask_to_stop()
         for seat in self._seats:
-            self._end(seat)
-        deadline = time.monotonic() + END_S
+            ray.kill(seat.actor, no_restart=True)
+        if not self._broken:
+            self._await_ends(KILL_S)
+        for seat in self._seats:
+            self._force(seat)
+        self._await_ends(END_S)
         for seat in self._seats:
             if seat.process is not None:
-                select.select([seat.process], [], [], max(0.0, deadline - time.monotonic()))
                 os.close(seat.process)
                 seat.process = None
         if self._watcher.ident is not None:
@@ -323,13 +329,18 @@ class RayExecutor:
         lives = [seat.life for seat in self._seats]
         ray.wait(lives, num_returns=len(lives), timeout=END_S)
 
-    def _end(self, seat: _Seat) -> None:
-        ray.kill(seat.actor, no_restart=True)
+    def _await_ends(self, within_s: float) -> None:
+        """Wait for the processes on this host."""
+        deadline = time.monotonic() + within_s
+        for seat in self._seats:
+            if seat.process is not None:
+                select.select([seat.process], [], [], max(0.0, deadline - time.monotonic()))
+
+    def _force(self, seat: _Seat) -> None:
+        """A frozen or busily waiting process does not hear Ray."""
         if seat.process is not None:
-            try:
-                signal.pidfd_send_signal(seat.process, signal.SIGKILL)  # a frozen or busy-waiting process does not hear Ray
-            except ProcessLookupError:
-                return
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(seat.process, signal.SIGKILL)
         elif seat.place is not None and not seat.ended:
             there = NodeAffinitySchedulingStrategy(seat.place.node, soft=False)
             ray.remote(end_process).options(num_cpus=0, scheduling_strategy=there).remote(seat.place.pid, seat.place.started)

@@ -44,7 +44,7 @@ class Model:
 class _Engine:
     """One replica of the model. Fronts reach it by its own socket; Ray Serve starts it, checks it and replaces it."""
 
-    async def __init__(self, model: Model, config: ServeConfig) -> None:
+    async def __init__(self, model: Model, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         tokenizer = Tokenizer.from_folder(model.folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
         self._replica = Replica(
@@ -75,7 +75,7 @@ class _Engine:
 class _Front:
     """HTTP and gRPC over one service. Ray Serve's proxies call the ASGI app, and the methods by their gRPC names."""
 
-    async def __init__(self, model: Model, config: ServeConfig, engine: Any) -> None:
+    async def __init__(self, model: Model, config: ServeConfig, engine: Any) -> None:  # type: ignore[misc]
         self._config = config
         node = ray.get_runtime_context().get_node_id()
         self._router = Router(
@@ -139,7 +139,7 @@ def build_app(model: Model, config: ServeConfig) -> ray_serve.Application:
     """The application: every engine replica in a placement group of its own, fronts beside them."""
     topology = config.parallel.topology
     logging = LoggingConfig(log_level=config.logging.level.upper(), enable_access_log=False)
-    engines = ray_serve.deployment(
+    engines: Any = ray_serve.deployment(
         _Engine,
         name="EngineDeployment",
         num_replicas=config.replicas.count,
@@ -153,7 +153,7 @@ def build_app(model: Model, config: ServeConfig) -> ray_serve.Application:
         max_constructor_retry_count=2,
         logging_config=logging,
     )
-    fronts = ray_serve.deployment(
+    fronts: Any = ray_serve.deployment(
         _Front,
         name="FrontDeployment",
         ray_actor_options={"num_cpus": 0},
@@ -163,4 +163,5 @@ def build_app(model: Model, config: ServeConfig) -> ray_serve.Application:
         max_constructor_retry_count=2,
         logging_config=logging,
     )
-    return fronts.bind(model, config, engines.bind(model, config))
+    app: ray_serve.Application = fronts.bind(model, config, engines.bind(model, config))
+    return app

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import secrets
@@ -14,15 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import ray
+import ray._private.worker
 import ray.serve as ray_serve
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
 from cluster.channel import PrivateFolder
-from cluster.directory import current_records
+from cluster.directory import ReplicaRecord, current_records
 from cluster.placement import cpus_needed
 from serve import proxy_hook
 from serve.config import ServeConfig
@@ -36,6 +39,8 @@ DRAIN_S = 2.0
 """A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
 LOADING_SPAN = (0.15, 0.95)
 """Which part of the start loading the weights is."""
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
 """Told what is being done and how much of the start is done, from 0 to 1."""
@@ -57,15 +62,27 @@ class LocalServer:
     ray_processes: tuple[psutil.Process, ...]
 
     def wait(self) -> None:
-        """Until somebody stops it (SIGINT, SIGTERM).
+        """Until somebody stops it (SIGINT, SIGTERM). What befalls the replicas in the meantime is logged.
 
         Raises:
             StartError: one of Ray's own processes died.
         """
-        while not self.stopped.wait(0.5):
+        told: dict[str, tuple[str | None, bool]] = {}
+        while not self.stopped.wait(1.0):
             for process in self.ray_processes:
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                     raise StartError(f"a process of Ray (pid {process.pid}) has ended")
+            for record in current_records(APP):
+                _tell_change(record, told)
+
+
+def _tell_change(record: ReplicaRecord, told: dict[str, tuple[str | None, bool]]) -> None:
+    last_loss, ready = told.get(record.id, (None, True))
+    if record.last_loss is not None and record.last_loss != last_loss:
+        logger.error("replica %s: %s", record.id, record.last_loss)
+    if record.ready != ready:
+        logger.warning("replica %s is %s", record.id, "ready again" if record.ready else f"not ready: {record.reason}")
+    told[record.id] = (record.last_loss, record.ready)
 
 
 @contextmanager
@@ -86,6 +103,7 @@ def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambd
             on_progress("starting Ray", 0.0)
             _start_ray(config, folder)
             stop.install()  # Ray has installed its own
+            _hush_ray()
             on_progress("starting Ray Serve", 0.05)
             _start_serve(config)
             with _loading_shown(on_progress):
@@ -107,10 +125,20 @@ def _start_ray(config: ServeConfig, folder: Path) -> None:
         include_dashboard=config.ray.dashboard,
         object_store_memory=config.ray.object_store_bytes,
         log_to_driver=False,
-        logging_level=config.logging.level.upper() if config.logging.level == "debug" else "WARNING",
+        logging_level=logging.DEBUG if config.logging.level == "debug" else logging.WARNING,
         _temp_dir=str(folder),
         _node_ip_address=LOOPBACK,
     )
+
+
+def _hush_ray() -> None:
+    """Ray prints what its processes report to the terminal; here it goes to the log, where `logging.level` rules."""
+    ray._private.worker.print_to_stdstream = _log_report  # type: ignore[assignment]
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _log_report(report: dict[str, Any], ignore_prefix: bool = False) -> None:
+    logger.debug("ray: %s", " ".join(report["lines"]))
 
 
 def _start_serve(config: ServeConfig) -> None:
@@ -161,10 +189,12 @@ def _loading_shown(on_progress: OnProgress) -> Iterator[None]:
     begin, end = LOADING_SPAN
 
     def follow() -> None:
+        told = None
         while not done.wait(0.3):
             loading = [record.loading for record in current_records(APP) if record.loading is not None]
-            if loading:
-                slowest = min(loading, key=lambda each: each.done)
+            slowest = min(loading, key=lambda each: each.done, default=None)
+            if slowest is not None and slowest != told:
+                told = slowest
                 on_progress(slowest.doing, begin + (end - begin) * slowest.done)
 
     thread = threading.Thread(target=follow, name="loading-progress", daemon=True)

@@ -21,7 +21,7 @@ def before_listening() -> list[Any]:
     def add_grpc_address(server: Any, address: str) -> None:
         server.add_insecure_port(bound_address(address, os.environ.get(HOST_VARIABLE, "127.0.0.1")))
 
-    default_impl.add_grpc_address = add_grpc_address
+    default_impl.add_grpc_address = add_grpc_address  # type: ignore[assignment]
     return []
 
 
