@@ -2,14 +2,17 @@
 
 import logging
 import os
-import sys
 import time
 
 logger = logging.getLogger("manta.places")
 
-if os.environ.get("MANTA_LOG_PLACES") == "1":
-    logger.addHandler(logging.StreamHandler(sys.stderr))
+ASKED_FOR = os.environ.get("MANTA_LOG_PLACES", "")
+"""``1``: to stderr. Anything else: the path of a file to which all processes of this host append."""
+
+if ASKED_FOR:
+    logger.addHandler(logging.StreamHandler() if ASKED_FOR == "1" else logging.FileHandler(ASKED_FOR, mode="a", delay=True))
     logger.setLevel(logging.DEBUG)
+    logger.propagate = False
 
 
 def mark(place: int, request_id: str) -> None:
