@@ -150,7 +150,8 @@ class Qwen2(nn.Module):
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
         """Logits (R, V) in the model's dtype, on every rank of the last stage; None on the other stages.
 
-        Writes the batch's keys and values to ``cache``. All ranks of the replica must call this with the same batch.
+        Writes the batch's keys and values to ``cache``. All ranks of the replica must call this in the same step: those of one dp
+        position with the same batch, which may be empty where another position has one.
         """
         x_TD = self._enter(batch)
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
@@ -167,7 +168,7 @@ class Qwen2(nn.Module):
             yield from bind(layer, self.names_of_layer(index), prefix=f"model.layers.{index}.")
         if self.norm is not None and self.head is not None:
             yield from bind(self, {NORM: ("norm", "")})
-            if not (self.head.is_tied and self.is_first):
+            if not self.head.is_tied:
                 yield from bind(self, {EMBEDDING if self.config.tied_embeddings else HEAD: ("head.rows", "")})
 
     def names_of_layer(self, index: int) -> Names:

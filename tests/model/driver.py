@@ -15,7 +15,7 @@ from model.batch import ForwardBatch
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kv_cache import KvCache
-from model.load import LoadReport, load_model
+from model.load import CheckpointMismatch, LoadReport, load_model
 from parallel.dispatch import DispatchName
 from parallel.groups import ParallelGroups
 
@@ -196,3 +196,12 @@ def own_prompts(groups: ParallelGroups, folder: Path, prompts: list[list[int]], 
     for _ in range(-(-max(map(len, prompts)) // chunk)):
         driver.step([(sequence, min(chunk, sequence.pending)) for sequence in mine if sequence.pending])
     return [torch.cat(sequence.logits) for sequence in mine]
+
+
+def mismatch_of(groups: ParallelGroups, folder: Path) -> tuple[str, ...]:
+    """The missing tensors that loading complains about."""
+    try:
+        Driver(folder, groups)
+    except CheckpointMismatch as mismatch:
+        return mismatch.missing
+    return ()

@@ -16,7 +16,7 @@ from model.load import CheckpointMismatch, LoadReport, load_model
 from model.qwen2 import Qwen2
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.topology import Topology
-from tests.model.driver import CPU, logits_of, read_report, seeded_prompts
+from tests.model.driver import CPU, logits_of, mismatch_of, read_report, seeded_prompts
 from tests.model.oracle import Oracle, make_oracle
 from tests.ranks import run_ranks
 
@@ -122,14 +122,6 @@ def test_every_stage_sees_what_is_missing_in_another(copied: MakeCopy) -> None:
     folder = edit(copied("9_heads"), change)
     for name in run_ranks(Topology(pp=3), mismatch_of, folder):
         assert name == ("model.layers.0.input_layernorm.weight",)
-
-
-def mismatch_of(groups: ParallelGroups, folder: Path) -> tuple[str, ...]:
-    try:
-        load(folder, groups)
-    except CheckpointMismatch as mismatch:
-        return mismatch.missing
-    return ()
 
 
 def test_nothing_is_allocated_for_a_checkpoint_that_does_not_fit(copied: MakeCopy, monkeypatch: pytest.MonkeyPatch) -> None:
