@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.request import SamplingParams
-from engine.run.sampling import groups, sampler
+from engine.run.sampling import filters, groups, sampler
 from engine.run.sampling.sampler import Sampler
 from tests.engine.run.sampling_twin import edited_logits, probabilities, row, slow_sample
 
@@ -270,6 +270,12 @@ def test_large_batches_are_drawn_in_parts_with_the_same_answers(monkeypatch):
     whole = draw(logits, rows)
     monkeypatch.setattr("engine.run.sampling.filters._WHOLE_ELEMENTS", 6000)
     assert draw(logits, rows) == whole
+
+
+def test_the_borders_of_the_noise_never_give_an_id_without_weight():
+    weights = torch.tensor([0, 3, 0, 1, 0]).expand(5, -1)
+    uniforms = torch.tensor([2.0**-53, 0.75 - 2.0**-20, 0.75, 0.75 + 2.0**-20, 1 - 2.0**-53], dtype=torch.float64)
+    assert filters._invert_cdf(weights, uniforms).tolist() == [1, 1, 3, 3, 3]
 
 
 def test_candidates_grow_with_top_k_and_stay_bounded():
