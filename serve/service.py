@@ -31,6 +31,9 @@ from serve.validation import COMPLETION_MAX_TOKENS, Validator
 DEADLINE_GRACE_S = 0.5
 """The engine ends a request at its deadline; the service does so this much later if the engine did not."""
 
+CHARS_PER_MESSAGE = 32
+"""A message takes about as long as so many more characters, however short it is."""
+
 
 class TokenSource(Protocol):
     """Answers engine requests with tokens: the router over replicas, or a scripted fake."""
@@ -139,7 +142,7 @@ class Service:
             {"role": message.role, "content": message.content} | ({} if message.name is None else {"name": message.name})
             for message in request.messages
         ]
-        num_chars = sum(len(message.content) for message in request.messages)
+        num_chars = sum(CHARS_PER_MESSAGE + len(message.content) for message in request.messages)
         try:
             ids = await beside_the_loop(num_chars, lambda: template.encode(messages))
         except TemplateRefused as refusal:

@@ -64,14 +64,14 @@ class Validator:
         stop_ids = () if options.ignore_eos else defaults.eos_token_ids
         top_k = _first(options.top_k, defaults.top_k, 0)
         return SamplingParams(
-            repetition_penalty=_first(options.repetition_penalty, defaults.repetition_penalty or None, 1.0),
-            presence_penalty=_first(options.presence_penalty, None, 0.0),
-            frequency_penalty=_first(options.frequency_penalty, None, 0.0),
-            logit_bias=options.logit_bias,
-            temperature=_first(options.temperature, defaults.temperature, 1.0),
+            repetition_penalty=float(_first(options.repetition_penalty, defaults.repetition_penalty or None, 1.0)),
+            presence_penalty=float(_first(options.presence_penalty, None, 0.0)),
+            frequency_penalty=float(_first(options.frequency_penalty, None, 0.0)),
+            logit_bias=tuple((token, float(bias)) for token, bias in options.logit_bias),
+            temperature=float(_first(options.temperature, defaults.temperature, 1.0)),
             top_k=top_k if 0 < top_k < self.model.num_real_tokens else 0,
-            top_p=_first(options.top_p, defaults.top_p or None, 1.0),
-            min_p=_first(options.min_p, None, 0.0),
+            top_p=float(_first(options.top_p, defaults.top_p or None, 1.0)),
+            min_p=float(_first(options.min_p, None, 0.0)),
             seed=(seed if options.seed is None else options.seed) & NON_NEGATIVE_INT64,
             max_tokens=self._max_tokens(options, num_prompt_tokens, param, max_tokens),
             min_tokens=options.min_tokens or 0,

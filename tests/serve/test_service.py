@@ -79,6 +79,16 @@ async def test_the_last_event_alone_carries_usage(smol_folder: Path, smol: Token
     assert [event.finish_reason for event in events if event.finish_reason] == ["length"]
 
 
+async def test_usage_waits_for_the_last_of_several_choices(smol_folder: Path, smol: Tokenizer) -> None:
+    def script(request: Request) -> Sequence[TokenEvent | float]:
+        return [0.02 * request.choice, *answering(smol, "abc")(request)]  # type: ignore[list-item]
+
+    service, _ = service_of(smol_folder, script)
+    events = await read(service.chat(asked(options={"n": 3})))
+    assert [event.finish_reason for event in events].count("length") == 3
+    assert [event.usage is not None for event in events] == [False] * (len(events) - 1) + [True]
+
+
 @given(
     text=st.text(alphabet="ab🙂é\n", min_size=1, max_size=12),
     stops=st.lists(st.text(alphabet="ab🙂\n", min_size=1, max_size=3), max_size=2),
@@ -273,6 +283,8 @@ async def test_an_answer_without_an_end_is_an_error_and_never_a_short_answer(smo
     service, _ = service_of(smol_folder, answering(smol, "abc", finish=None))
     with pytest.raises(EngineStopped):
         await service.collect(asked())
+    with pytest.raises(EngineStopped):
+        await read(service.chat(asked()))
     cancelled, _ = service_of(smol_folder, answering(smol, "abc", finish="cancelled"))
     with pytest.raises(EngineStopped):
         await cancelled.collect(asked())
