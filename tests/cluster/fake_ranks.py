@@ -13,7 +13,7 @@ from engine.plan import Sampled, StepPlan, StepResult
 from parallel.topology import Topology
 
 RAISE, SPIN, SLEEP = 666, 667, 668
-"""Rank 1 raises while the others wait for it; all ranks wait busily inside native code with the interpreter locked; all ranks sleep for ever."""
+"""Rank 1 raises while the others wait for it; all ranks wait inside native code with the interpreter locked; all sleep for ever."""
 
 
 @dataclass(frozen=True)

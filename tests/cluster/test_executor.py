@@ -84,7 +84,7 @@ def test_a_killed_rank_is_named_and_seen_even_while_nothing_runs() -> None:
 
 def test_an_exception_in_a_rank_comes_back_with_its_own_traceback() -> None:
     with executor() as ranks:
-        with pytest.raises(WorkersLost, match="rank 1 .*rank one cannot count") as caught:
+        with pytest.raises(WorkersLost, match=r"rank 1 .*rank one cannot count") as caught:
             ranks.submit(plan(0, RAISE)).result()
         assert caught.value.rank == 1
         assert "fake_ranks.py" in (caught.value.rank_traceback or "")
@@ -97,7 +97,7 @@ def test_a_frozen_rank_is_seen_by_the_deadline_of_the_step() -> None:
         assert victim.pid in descendants()
         os.kill(victim.pid, signal.SIGSTOP)
         begun = time.monotonic()
-        with pytest.raises(WorkersLost, match="rank 0 .*stopped"):
+        with pytest.raises(WorkersLost, match=r"rank 0 .*stopped"):
             ranks.submit(plan(1)).result()
         assert 2.5 < time.monotonic() - begun < 8
     assert not alive(victim.pid)
