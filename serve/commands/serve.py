@@ -113,9 +113,10 @@ def _find(config: "ServeConfig") -> "FoundModel":
 def greeting(config: "ServeConfig", found: "FoundModel", *, program: str) -> str:
     """What is served where, and lines to paste."""
     http, grpc = f"http://{_reachable(config.http.host)}:{config.http.port}", f"grpc://{_reachable(config.grpc.host)}:{config.grpc.port}"
-    body = json.dumps({"model": found.name, "messages": [{"role": "user", "content": QUESTION}]})
+    messages = json.dumps([{"role": "user", "content": QUESTION}])
+    body = f'{{"model": {json.dumps(found.name)}, "messages": {messages}}}'
     shape = config.parallel.topology
-    script = f'from manta_client import Client; print(Client("{grpc}").chat.create(messages={json.loads(body)["messages"]}).text)'
+    script = f'from manta_client import Client; print(Client("{grpc}").chat.create(messages={messages}).text)'
     elsewhere = "" if grpc == "grpc://127.0.0.1:9000" else f" --endpoint {grpc}"
     return f"""
 Manta serves {found.name}: {config.replicas.count} x {shape.size} rank{"s" if shape.size > 1 else ""} ({shape})

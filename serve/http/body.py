@@ -55,7 +55,8 @@ def parse_json_object(raw: bytes, max_depth: int) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise InvalidRequest("the body must be a JSON object")
-    _check_depth(parsed, max_depth)
+    if raw.count(b"[") + raw.count(b"{") > max_depth:  # else it cannot be deeper
+        _check_depth(parsed, max_depth)
     return parsed
 
 

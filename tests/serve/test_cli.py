@@ -104,6 +104,12 @@ def test_the_greeting_has_lines_that_can_be_pasted(tmp_path: Path) -> None:
     shown = subprocess.run(["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {curl}"], capture_output=True, text=True, check=True)
     assert '{"model": "it\'s", "messages"' in shown.stdout
     assert "http://127.0.0.1:8001/v1/chat/completions" in shown.stdout
+    (python,) = (line for line in told.splitlines() if "manta_client" in line)
+    script = subprocess.run(
+        ["bash", "-c", f"shown() {{ printf '%s' \"$3\"; }}; shown {python}"], capture_output=True, text=True, check=True
+    )
+    compile(script.stdout, "pasted", "exec")
+    assert 'Client("grpc://127.0.0.1:9001")' in script.stdout
 
 
 class ScriptedStream:
