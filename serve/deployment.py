@@ -93,7 +93,7 @@ class _Front:
         self._health = HealthServicer(self._service.ready)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(lambda: self._service, limits=self._config.limits)
+        return create_app(lambda: self._service, limits=self._config.limits, behind_ray=True)
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):

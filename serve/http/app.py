@@ -20,14 +20,17 @@ from serve.http.openapi import describe_api
 from serve.limits import Limits
 
 
-def create_app(service: Callable[[], Offers], limits: Limits | None = None) -> FastAPI:
-    """The app. ``service`` is asked at each request, so it may be made later, in the process that serves."""
+def create_app(service: Callable[[], Offers], limits: Limits | None = None, *, behind_ray: bool = False) -> FastAPI:
+    """The app. ``service`` is asked at each request, so it may be made later, in the process that serves.
+
+    ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
+    """
     front = Front(service=service, limits=limits or Limits())
     app = FastAPI(title="Manta", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (chat_routes, completion_routes, model_routes, health_routes):
         app.include_router(routes(front))
     app.add_exception_handler(HTTPException, _no_such_route)
-    app.add_middleware(RequestBoundary, limits=front.limits)
+    app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
     describe_api(app)
     return app
 

@@ -21,8 +21,9 @@ class RequestBoundary:
     """ASGI middleware. No exception passes it before the headers are sent; after that, one cuts the connection, so that a
     broken answer never looks complete."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, *, limits: Limits, behind_ray: bool) -> None:
         self._app, self._limits = app, limits
+        self._tells_id = not behind_ray  # Ray Serve's proxy adds the same header itself
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,7 +34,8 @@ class RequestBoundary:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                if self._tells_id:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from engine.errors import PoisonedRequest, QueueFull
+from serve.http.app import create_app
 from serve.request import CompletionRequest, Message
 from tests.serve.http.conftest import MODEL, ScriptedService
 
@@ -190,6 +191,12 @@ async def test_a_request_id_is_echoed_or_made(http: httpx.AsyncClient, chat_body
     assert (await http.post(CHAT, json=chat_body, headers={"x-request-id": "mine-1"})).headers["x-request-id"] == "mine-1"
     made = {(await http.get("/livez")).headers["x-request-id"] for _ in range(3)}
     assert len(made) == 3
+
+
+async def test_behind_rays_proxy_the_id_is_left_for_the_proxy_to_tell(service: ScriptedService) -> None:
+    app = create_app(lambda: service, behind_ray=True)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://manta") as client:
+        assert "x-request-id" not in (await client.get("/livez", headers={"x-request-id": "rays"})).headers
 
 
 @pytest.mark.parametrize("request_id", ["a" * 129, "a b", "ä".encode(), ""])
