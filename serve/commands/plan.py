@@ -1,0 +1,153 @@
+"""`manta plan`: which layouts a model can have on given GPUs."""
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from serve.commands.settings import WRONG_USAGE, stop
+
+if TYPE_CHECKING:
+    from serve.planning.plan import Layout, Plan, Question
+
+DEFAULT_CONTEXT = 32 * 1024
+NUMBER = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
+TIMES = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="A released size (Qwen2-57B-A14B, Qwen2-7B-Instruct), a checkpoint folder, or its config.json.")
+    ] = None,
+    gpus: Annotated[str, typer.Option("--gpus", help="Of each host: 8xH100-80G, or by memory alone, 4x24G.")] = "",
+    hosts: Annotated[int, typer.Option("--hosts", min=1, max=64, help="Hosts with so many GPUs each.")] = 1,
+    context: Annotated[str | None, typer.Option("--context", help="Prompt and answer of one sequence together: 32k, 8192.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Sequences at the same time, over all replicas.")] = 64,
+    dtype: Annotated[
+        Literal["bf16", "fp8", "int8", "int4"] | None, typer.Option("--dtype", help="Of the large matrices; by default the checkpoint's.")
+    ] = None,
+    max_step_tokens: Annotated[
+        int | None, typer.Option("--max-step-tokens", min=1, help="Tokens of one step at most (engine.max_step_tokens).")
+    ] = None,
+    network: Annotated[float, typer.Option("--network-gbit", min=0.1, help="Between hosts, for each GPU, in Gbit/s.")] = 100.0,
+    emit: Annotated[
+        Literal["config", "helm"] | None, typer.Option("--emit", help="Print settings for `manta serve -c`, or values for the chart.")
+    ] = None,
+    layout: Annotated[
+        int | None,
+        typer.Option("--layout", min=1, help="Which number of the table to emit; by default the first that is served today."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every layout and every refusal.")] = False,
+    table: Annotated[bool, typer.Option("--table", hidden=True, help="Print docs/layouts.md.")] = False,
+) -> None:
+    """Lay a model out on GPUs: what fits, how many tokens, how fast at best. Pure arithmetic.
+
+    Prints the valid layouts, best first, with the memory of the fullest rank, and why the others are invalid.
+    Needs neither the weights nor a GPU.
+
+    \b
+      manta plan Qwen2-57B-A14B --gpus 8xH100-80G --context 32k --concurrency 64
+      manta plan Qwen2-72B-Instruct --gpus 4xA100-80G --dtype int4
+      manta plan ./checkpoint --gpus 8x24G --hosts 2 --json
+      manta plan Qwen2-7B --gpus 2xL4 --emit config > manta.yaml      then: manta serve -c manta.yaml
+    """
+    from serve.planning.errors import PlanError
+
+    if table:
+        from serve.planning.table import layouts_page
+
+        return typer.echo(layouts_page(), nl=False)
+    if model is None or not gpus:
+        stop("say which model and which GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
+    try:
+        question = _question(model, gpus, hosts, context, concurrency, dtype, max_step_tokens, network)
+        made = _plan(question)
+    except PlanError as error:
+        stop(str(error), code=WRONG_USAGE)
+    if emit is not None:
+        return _emit(made, emit, layout)
+    _show(made, as_json, everything)
+    if not made.layouts:
+        raise typer.Exit(1)
+
+
+def _question(
+    model: str,
+    gpus: str,
+    hosts: int,
+    context: str | None,
+    concurrency: int,
+    dtype: str | None,
+    max_step_tokens: int | None,
+    network_gbit: float,
+) -> "Question":
+    from engine.config import EngineConfig
+    from serve.planning.formats import FORMATS
+    from serve.planning.hardware import Fleet, network, parse_gpus
+    from serve.planning.memory import Workload
+    from serve.planning.plan import Question
+    from serve.planning.released import find_shape
+
+    shape, defaults = find_shape(model), EngineConfig()
+    count, gpu = parse_gpus(gpus)
+    workload = Workload(
+        context_tokens=min(DEFAULT_CONTEXT, shape.max_context_tokens) if context is None else parse_tokens(context),
+        concurrency=concurrency,
+        step_tokens=max_step_tokens or defaults.max_step_tokens,
+        block_tokens=defaults.block_tokens,
+    )
+    fleet = Fleet(gpu=gpu, gpus_per_host=count, hosts=hosts, network=network(network_gbit))
+    return Question(shape=shape, fleet=fleet, format=FORMATS[dtype] if dtype else shape.format, workload=workload)
+
+
+def _plan(question: "Question") -> "Plan":
+    from serve.planning.plan import make_plan
+
+    return make_plan(question)
+
+
+def parse_tokens(text: str) -> int:
+    """``8192``, ``32k`` (of 1024), ``1m``.
+
+    Raises:
+        PlanError: it is none of them, or zero.
+    """
+    from serve.planning.errors import PlanError
+
+    found = NUMBER.fullmatch(text.strip())
+    if found is None or int(found[1]) < 1:
+        raise PlanError(f"--context {text!r} is no number of tokens; write for example 32k or 8192")
+    return int(found[1]) * TIMES[found[2].lower()]
+
+
+def _show(plan: "Plan", as_json: bool, everything: bool) -> None:
+    if as_json:
+        from serve.planning import as_json as form
+
+        return typer.echo(json.dumps(form.as_json(plan), indent=2))
+    from serve.planning.render import render
+
+    render(plan, everything=everything)
+
+
+def _emit(plan: "Plan", what: Literal["config", "helm"], number: int | None) -> None:
+    from serve.planning.emit import config_yaml, helm_yaml
+
+    write = config_yaml if what == "config" else helm_yaml
+    typer.echo(write(_chosen(plan, number), plan.question), nl=False)
+
+
+def _chosen(plan: "Plan", number: int | None) -> "Layout":
+    """Leaves the program where there is no such layout."""
+    if number is not None:
+        if number > len(plan.layouts):
+            stop(f"there are {len(plan.layouts)} layouts and no number {number}; run without --emit to see them", code=WRONG_USAGE)
+        return plan.layouts[number - 1]
+    if first := plan.first_served():
+        return first
+    if not plan.layouts:
+        stop("no layout is valid; run without --emit to see why")
+    reasons = "; ".join(dict.fromkeys(limit.sentence for limit in plan.layouts[0].limits))
+    stop(f"none of the {len(plan.layouts)} valid layouts is served today: {reasons}\n--layout 1 writes the best of them nevertheless")

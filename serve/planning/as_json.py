@@ -1,0 +1,59 @@
+"""A plan for programs."""
+
+from typing import Any
+
+from serve.planning.plan import Layout, Plan
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All of it: every rank of every layout, every refusal. Sizes in bytes, times in seconds; floors are null without a known speed."""
+    question = plan.question
+    work, fleet = question.workload, question.fleet
+    return {
+        "model": question.shape.name,
+        "dtype": question.format.name,
+        "gpu": {"name": fleet.gpu.name, "memory_bytes": fleet.gpu.memory_bytes},
+        "gpus_per_host": fleet.gpus_per_host,
+        "hosts": fleet.hosts,
+        "context_tokens": work.context_tokens,
+        "concurrency": work.concurrency,
+        "max_step_tokens": work.step_tokens,
+        "layouts": [_layout(layout, plan.has_floors) for layout in plan.layouts],
+        "invalid": [{**one.sizes, "reason": one.refusal.reason, "sentence": one.refusal.sentence} for one in plan.refused],
+    }
+
+
+def _layout(layout: Layout, with_floors: bool) -> dict[str, Any]:
+    topology, hosting = layout.topology, layout.hosting
+    return {
+        "tp": topology.tp,
+        "pp": topology.pp,
+        "dp": topology.dp,
+        "ep": topology.ep,
+        "replicas": hosting.replicas,
+        "hosts_per_replica": hosting.hosts_per_replica,
+        "kv_tokens": layout.total_kv_tokens,
+        "sequences_at_full_context": layout.at_full_context * hosting.replicas,
+        "floors": _floors(layout) if with_floors else None,
+        "served_today": layout.is_served_today,
+        "limits_today": [limit.sentence for limit in layout.limits],
+        "cautions": [limit.sentence for limit in layout.cautions],
+        "ranks": [
+            {
+                "weights_bytes": rank.weights.num_bytes,
+                "activation_bytes": rank.activation_bytes,
+                "reserve_bytes": rank.reserve_bytes,
+                "kv_bytes": rank.kv_budget_bytes,
+                "kv_bytes_per_token": rank.kv_bytes_per_token,
+            }
+            for rank in layout.ranks
+        ],
+    }
+
+
+def _floors(layout: Layout) -> dict[str, float]:
+    return {
+        "tokens_per_s": layout.total_tokens_per_s,
+        "next_token_s": layout.floors.token_s,
+        "first_token_s": layout.floors.first_token_s,
+    }

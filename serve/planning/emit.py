@@ -1,0 +1,85 @@
+"""A layout as settings: a file for `manta serve -c`, or values for the Helm chart."""
+
+import re
+from typing import Any
+
+import yaml
+
+from serve.planning.formats import BF16
+from serve.planning.plan import Layout, Question
+from serve.planning.released import NAME
+
+
+def config_yaml(layout: Layout, question: Question) -> str:
+    """Settings of `manta serve` (sections as in `serve.config.ServeConfig`)."""
+    tree = {
+        "model": {"source": question.shape.name},
+        "parallel": _parallel(layout),
+        "replicas": {"count": layout.hosting.replicas},
+        **_settings(layout, question),
+    }
+    return _comment(layout, question) + _yaml(tree)
+
+
+def helm_yaml(layout: Layout, question: Question) -> str:
+    """Values of the chart: the model, and the worker group with its GPUs."""
+    replicas, group = layout.hosting.replicas, _label(question.fleet.gpu.name, "gpu")
+    model = {
+        "name": _label(question.shape.name.rstrip("/").rsplit("/", 1)[-1], "model"),
+        "source": _source(question.shape.name),
+        "parallel": _parallel(layout),
+        "replicas": {"min": replicas, "max": replicas, "initial": replicas},
+        "settings": _settings(layout, question),
+        "workerGroup": group,
+    }
+    worker_group = {
+        "name": group,
+        "gpusPerHost": layout.hosting.gpus_per_host,
+        "hostsPerReplica": layout.hosting.hosts_per_replica,
+        "min": replicas,
+        "max": replicas,
+    }
+    return _comment(layout, question) + _yaml({"models": [model], "workerGroups": [worker_group]})
+
+
+def _parallel(layout: Layout) -> dict[str, int]:
+    topology = layout.topology
+    return {"tensor": topology.tp, "expert": topology.ep, "pipeline": topology.pp, "data": topology.dp}
+
+
+def _settings(layout: Layout, question: Question) -> dict[str, Any]:
+    """What the memory was planned with. A quantised checkpoint says itself what it is stored in."""
+    return {
+        "engine": {"max_step_tokens": question.workload.step_tokens, "max_running": layout.running},
+        "runner": {
+            "dtype": "bfloat16" if question.format is BF16 else "auto",
+            "max_context_tokens": question.workload.context_tokens,
+        },
+        "resources": {"gpus": 1.0, "one_host": layout.hosting.hosts_per_replica == 1},
+    }
+
+
+def _comment(layout: Layout, question: Question) -> str:
+    lines = [
+        f"{question.shape.name} in {question.format.name} on {question.fleet}, as `manta plan` laid it out:",
+        f"{layout.hosting.replicas} x {layout.topology}, room for {layout.total_kv_tokens:,} tokens of KV",
+        *(f"NOT SERVED TODAY: {limit.sentence}" for limit in layout.limits),
+        *(limit.sentence for limit in layout.cautions),
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(tree, sort_keys=False)
+    return text
+
+
+def _source(name: str) -> str:
+    """A released size from the hub; whatever else was planned from lies where it was said to lie."""
+    return f"hf://{name}" if NAME.fullmatch(name) and "://" not in name else name
+
+
+def _label(text: str, prefix: str) -> str:
+    """A name that Kubernetes takes: lower case, begins with a letter (RFC 1035)."""
+    label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return label[:63].rstrip("-") if label[:1].isalpha() else f"{prefix}-{label}"[:63].rstrip("-")

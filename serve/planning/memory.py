@@ -1,0 +1,130 @@
+"""What fills a rank's GPU: weights, KV, the activations of the heaviest step, and what is kept free."""
+
+from dataclasses import dataclass
+
+from parallel.axes import split
+from parallel.topology import Coordinates, Topology
+from serve.planning.formats import ACTIVATION_BYTES, Format
+from serve.planning.shape import ModelShape, MoeShape
+from serve.planning.weights import RankWeights, count_sparse, heads_of, layers_of, weights_of_rank
+
+GIB = 2**30
+USABLE_FRACTION = 0.9
+"""Of a GPU's memory, as `engine.run.memory.CUDA_FRACTION`: the allocator cannot use the last bit of it."""
+RUNTIME_BYTES = GIB // 2
+"""A CUDA context with its kernels and libraries. An assumption: it differs by driver."""
+COMMUNICATOR_BYTES = GIB // 2
+"""Buffers of NCCL, where a replica has several ranks. An assumption too."""
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
+SAMPLING_PIECE = 2**23
+"""Probabilities that `engine.run.sampling.filters` holds in float64 at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What the replicas together have to do."""
+
+    context_tokens: int
+    """Prompt and answer of one sequence together."""
+    concurrency: int
+    """Sequences at the same time."""
+    step_tokens: int
+    """Tokens of one step at most (`engine.max_step_tokens`)."""
+    block_tokens: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """One rank's GPU, in bytes. What weights, activations and reserve leave is for KV."""
+
+    weights: RankWeights
+    activation_bytes: int
+    kv_bytes_per_token: int
+    reserve_bytes: int
+    gpu_bytes: int
+
+    @property
+    def kv_budget_bytes(self) -> int:
+        """Below zero: so much is missing."""
+        return self.gpu_bytes - self.reserve_bytes - self.activation_bytes - self.weights.num_bytes
+
+    def kv_tokens(self, block_tokens: int) -> int:
+        """Tokens in whole blocks that fit."""
+        return max(0, self.kv_budget_bytes) // (self.kv_bytes_per_token * block_tokens) * block_tokens
+
+
+def memory_of_rank(
+    shape: ModelShape, topology: Topology, rank: int, *, format: Format, gpu_bytes: int, workload: Workload, running: int
+) -> RankMemory:
+    """``running``: sequences that this rank's replica runs at the same time."""
+    at = topology.coordinates(rank)
+    return RankMemory(
+        weights=weights_of_rank(shape, topology, at, format),
+        activation_bytes=activation_bytes(shape, topology, at, tokens=workload.step_tokens, rows=min(running, workload.step_tokens)),
+        kv_bytes_per_token=kv_bytes_per_token(shape, topology, at),
+        reserve_bytes=gpu_bytes - int(gpu_bytes * USABLE_FRACTION) + RUNTIME_BYTES + (COMMUNICATOR_BYTES if topology.size > 1 else 0),
+        gpu_bytes=gpu_bytes,
+    )
+
+
+def kv_bytes_per_token(shape: ModelShape, topology: Topology, at: Coordinates) -> int:
+    """Keys and values of the rank's layers and KV heads; as `model.kv_cache.KvLayout` counts a block."""
+    heads = heads_of(shape, topology, at)
+    return 2 * len(layers_of(shape, topology, at)) * len(heads.kv) * shape.head_dim * ACTIVATION_BYTES
+
+
+def activation_bytes(shape: ModelShape, topology: Topology, at: Coordinates, *, tokens: int, rows: int) -> int:
+    """The most that one step holds beside weights and KV: the residual stream and the hungriest part of a layer or of the end.
+
+    ``tokens`` pass the layers, ``rows`` of them get logits. Counted from the tensors that are alive together in
+    `model/` and `engine/run/sampling`; an attention kernel's own workspace is not known here.
+    """
+    parts = [_norm(shape, tokens), _attention(shape, topology, at, tokens)]
+    layers = layers_of(shape, topology, at)
+    num_sparse = count_sparse(shape, layers)
+    if num_sparse < len(layers):
+        parts.append(_mlp(shape.hidden_size, shape.intermediate_size, topology, at, tokens))
+    if shape.moe is not None and num_sparse:
+        shared = _mlp(shape.hidden_size, shape.moe.shared_intermediate_size, topology, at, tokens)
+        parts.append(max(_routed(shape.hidden_size, shape.moe, topology, at, tokens), shared))
+    residual = tokens * shape.hidden_size * ACTIVATION_BYTES
+    end = _logits(shape, topology, at, rows) if at.pp == topology.pp - 1 else 0
+    return residual + max(*parts, end)
+
+
+def _norm(shape: ModelShape, tokens: int) -> int:
+    """The float32 copy, its square or product, and the result."""
+    return tokens * shape.hidden_size * (2 * FLOAT32_BYTES + ACTIVATION_BYTES)
+
+
+def _attention(shape: ModelShape, topology: Topology, at: Coordinates, tokens: int) -> int:
+    """Input, fused projections, rotated queries and keys, attended values, output."""
+    heads = heads_of(shape, topology, at)
+    query, kv = len(heads.query) * shape.head_dim, len(heads.kv) * shape.head_dim
+    features = shape.hidden_size + (query + 2 * kv) + (query + kv) + query + shape.hidden_size
+    return tokens * features * ACTIVATION_BYTES
+
+
+def _mlp(hidden_size: int, inner_size: int, topology: Topology, at: Coordinates, tokens: int) -> int:
+    """Input, gate and up, the activated gate, its product with up, output."""
+    inner = len(split(inner_size, at.tp, topology.tp))
+    return tokens * (2 * hidden_size + 4 * inner) * ACTIVATION_BYTES
+
+
+def _routed(hidden_size: int, moe: MoeShape, topology: Topology, at: Coordinates, tokens: int) -> int:
+    """Rows gathered for the experts here, their outputs (in parts and as one), put back into order, and weighted.
+
+    A stage with dp sees the tokens of all its ranks; the rows of an expert held elsewhere are not gathered.
+    """
+    assigned = tokens * topology.dp * moe.experts_per_token
+    here = assigned * len(split(moe.num_experts, at.ep, topology.ep)) // moe.num_experts
+    return (2 * tokens + 3 * here + 2 * assigned) * hidden_size * ACTIVATION_BYTES
+
+
+def _logits(shape: ModelShape, topology: Topology, at: Coordinates, rows: int) -> int:
+    """A rank's own logits and those of all. Where tokens are sampled: two float32 copies, and weights of a bounded piece of them."""
+    own = len(split(shape.vocab_size, at.tp, topology.tp))
+    num_bytes = rows * (own + shape.vocab_size) * ACTIVATION_BYTES
+    if at.tp == at.dp == 0:
+        num_bytes += rows * shape.vocab_size * 2 * FLOAT32_BYTES + min(rows * shape.vocab_size, SAMPLING_PIECE) * 3 * FLOAT64_BYTES
+    return num_bytes

@@ -1,0 +1,187 @@
+"""All layouts of a model on a fleet: the valid ones in order, the others with their reasons."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from parallel.topology import Topology
+from serve.planning.errors import PlanError
+from serve.planning.floors import Floors, Replica, floors
+from serve.planning.formats import Format
+from serve.planning.hardware import TYPICAL_SPEED, Fleet, Speed
+from serve.planning.hosting import Hosting, hosting
+from serve.planning.memory import RankMemory, Workload, memory_of_rank
+from serve.planning.refusal import Refusal, refuse_axes, refuse_memory
+from serve.planning.served import Limit, cautions, limits_today
+from serve.planning.shape import ModelShape
+
+ORDER = (
+    "Ranked by: whether every sequence asked for has room at its full context; then the floor of tokens/s of all replicas; "
+    "then the floor of the time to the first token; then fewer ranks per replica, of which less is lost with one of them; "
+    "then room for more tokens."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be planned."""
+
+    shape: ModelShape
+    fleet: Fleet
+    format: Format
+    workload: Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to lay the model on the fleet."""
+
+    topology: Topology
+    hosting: Hosting
+    ranks: tuple[RankMemory, ...]
+    kv_tokens: int
+    """That one replica holds."""
+    running: int
+    """Sequences asked of one replica."""
+    at_full_context: int
+    """Sequences that one replica holds at full context at the same time, if so many are asked for."""
+    floors: Floors
+    limits: tuple[Limit, ...]
+    """Why `manta serve` does not take it today."""
+    cautions: tuple[Limit, ...]
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The rank that has room for the fewest tokens."""
+        return min(self.ranks, key=lambda rank: rank.kv_budget_bytes / rank.kv_bytes_per_token)
+
+    @property
+    def total_kv_tokens(self) -> int:
+        return self.kv_tokens * self.hosting.replicas
+
+    @property
+    def total_tokens_per_s(self) -> float:
+        return self.floors.tokens_per_s * self.hosting.replicas
+
+    @property
+    def is_served_today(self) -> bool:
+        return not self.limits
+
+    @property
+    def holds_all(self) -> bool:
+        return self.at_full_context >= self.running
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    sizes: dict[str, int]
+    refusal: Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    question: Question
+    layouts: tuple[Layout, ...]
+    """Best first, in the order that `ORDER` tells."""
+    refused: tuple[Refused, ...]
+
+    @property
+    def has_floors(self) -> bool:
+        """Whether the fleet's speed is known. Else floors are those of a typical GPU: good for the order, not to be told."""
+        return self.question.fleet.gpu.speed is not None
+
+    def first_served(self) -> Layout | None:
+        """The best of what `manta serve` takes today."""
+        return next((layout for layout in self.layouts if layout.is_served_today), None)
+
+
+def make_plan(question: Question) -> Plan:
+    """
+    Raises:
+        PlanError: the model does not take so long a context.
+    """
+    limit = question.shape.max_context_tokens
+    if question.workload.context_tokens > limit:
+        raise PlanError(
+            f"{question.shape.name} takes {limit} tokens at most, not {question.workload.context_tokens}; give --context {limit}, "
+            "or add rope_scaling (YaRN) to its config.json and plan from that folder"
+        )
+    layouts: list[Layout] = []
+    refused: list[Refused] = []
+    for sizes in axis_sizes(question.fleet.num_gpus, has_experts=question.shape.moe is not None):
+        found = _lay_out(sizes, question)
+        if isinstance(found, Layout):
+            layouts.append(found)
+        else:
+            refused.append(Refused(sizes=sizes, refusal=found))
+    return Plan(question=question, layouts=tuple(sorted(layouts, key=_order)), refused=tuple(refused))
+
+
+def axis_sizes(num_gpus: int, *, has_experts: bool) -> Iterator[dict[str, int]]:
+    """All sizes of a replica on so many GPUs or fewer, the impossible with the possible, so that each gets its answer.
+
+    For ep the divisors of tp x dp, and of the others the nearest wrong one; a dense model is asked once with ep=2.
+    """
+    for tp in range(1, num_gpus + 1):
+        for dp in range(1, num_gpus // tp + 1):
+            for pp in range(1, num_gpus // (tp * dp) + 1):
+                for ep in _ep_sizes(tp * dp, has_experts):
+                    yield {"tp": tp, "pp": pp, "dp": dp, "ep": ep}
+
+
+def _ep_sizes(ranks_per_stage: int, has_experts: bool) -> Iterator[int]:
+    divisors = [ep for ep in range(1, ranks_per_stage + 1) if ranks_per_stage % ep == 0]
+    if not has_experts:
+        yield from divisors[:2]
+        return
+    yield from divisors
+    yield from [ep for ep in range(2, ranks_per_stage) if ranks_per_stage % ep][:1]
+
+
+def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
+    shape, fleet, workload = question.shape, question.fleet, question.workload
+    if refusal := refuse_axes(sizes, shape, fleet):
+        return refusal
+    topology = Topology(**sizes)
+    hosts = hosting(topology, fleet)
+    assert hosts is not None  # refused above
+    running = -(-workload.concurrency // hosts.replicas)
+    ranks = [
+        memory_of_rank(shape, topology, rank, format=question.format, gpu_bytes=fleet.gpu.memory_bytes, workload=workload, running=running)
+        for rank in range(topology.size)
+    ]
+    if refusal := refuse_memory(ranks, fleet, workload):
+        return refusal
+    kv_tokens = min(rank.kv_tokens(workload.block_tokens) for rank in ranks)
+    context = -(-workload.context_tokens // workload.block_tokens) * workload.block_tokens
+    at_full_context = min(running, kv_tokens // context * topology.dp)
+    speed = fleet.gpu.speed or TYPICAL_SPEED
+    return Layout(
+        topology=topology,
+        hosting=hosts,
+        ranks=tuple(ranks),
+        kv_tokens=kv_tokens * topology.dp,
+        running=running,
+        at_full_context=at_full_context,
+        floors=floors(_replica(question, topology, hosts, ranks, speed), workload, at_full_context),
+        limits=limits_today(topology, question.format, hosts=fleet.hosts),
+        cautions=cautions(topology),
+    )
+
+
+def _replica(question: Question, topology: Topology, hosts: Hosting, ranks: list[RankMemory], speed: Speed) -> Replica:
+    network = question.fleet.network
+    return Replica(
+        shape=question.shape,
+        format=question.format,
+        topology=topology,
+        ranks=ranks,
+        speed=speed,
+        stage_link=network if hosts.stage_spans_hosts else speed.link,
+        next_stage_link=network if hosts.hosts_per_replica > 1 else speed.link,
+    )
+
+
+def _order(layout: Layout) -> tuple[bool, float, float, int, int]:
+    """See `ORDER`. Floors are rounded, so that differences far below what they can tell do not decide."""
+    tokens_per_s, first_token_s = (float(f"{value:.3g}") for value in (layout.total_tokens_per_s, layout.floors.first_token_s))
+    return not layout.holds_all, -tokens_per_s, first_token_s, layout.topology.size, -layout.kv_tokens

@@ -1,0 +1,86 @@
+"""Why a layout cannot be: one sentence each, which says what to do instead."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from parallel.topology import InvalidTopology, Topology
+from serve.planning.hardware import Fleet
+from serve.planning.hosting import hosting
+from serve.planning.memory import GIB, RankMemory, Workload
+from serve.planning.shape import ModelShape
+
+Reason = Literal["axes", "heads", "layers", "experts", "dense", "host", "weights", "context"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    reason: Reason
+    sentence: str
+
+
+def refuse_axes(sizes: dict[str, int], shape: ModelShape, fleet: Fleet) -> Refusal | None:
+    """What is wrong with the sizes of the axes, before any byte is counted."""
+    try:
+        topology = Topology(**sizes)
+    except InvalidTopology as error:
+        return Refusal("axes", str(error))
+    return _refuse_for_model(topology, shape) or _refuse_for_hosts(topology, fleet)
+
+
+def _refuse_for_model(topology: Topology, shape: ModelShape) -> Refusal | None:
+    if topology.tp > shape.num_heads:
+        return Refusal(
+            "heads", f"{shape.num_heads} query heads cannot be shared over tp={topology.tp} ranks; use at most {shape.num_heads}"
+        )
+    if topology.pp > shape.num_layers:
+        return Refusal("layers", f"{shape.num_layers} layers cannot fill {topology.pp} stages; use pp={shape.num_layers} at most")
+    if shape.moe is None and topology.ep > 1:
+        return Refusal("dense", f"this model has no routed experts to spread over ep={topology.ep}; use ep=1")
+    if shape.moe is None and topology.dp > 1:
+        return Refusal(
+            "dense", f"dp={topology.dp} inside a replica would hold a dense model {topology.dp} times and gain nothing; use more replicas"
+        )
+    if shape.moe is not None and topology.ep > shape.moe.num_experts:
+        most = shape.moe.num_experts
+        return Refusal("experts", f"{most} routed experts cannot be spread over ep={topology.ep} positions; use ep={most} at most")
+    return None
+
+
+def _refuse_for_hosts(topology: Topology, fleet: Fleet) -> Refusal | None:
+    if hosting(topology, fleet) is not None:
+        return None
+    if topology.tp > fleet.gpus_per_host:
+        return Refusal(
+            "host",
+            f"tp={topology.tp} would leave a host of {fleet.gpus_per_host} GPUs; use tp={fleet.gpus_per_host} at most, "
+            "and stages (pp) over hosts",
+        )
+    return Refusal(
+        "host",
+        f"{topology} cannot fill hosts of {fleet.gpus_per_host} GPUs alike with whole stages, or with whole tp groups of one; "
+        f"use pp x dp x tp so that each of at most {fleet.hosts} hosts holds the same",
+    )
+
+
+def refuse_memory(ranks: list[RankMemory], fleet: Fleet, workload: Workload) -> Refusal | None:
+    """Weights that do not fit a rank, or no room for one sequence beside them."""
+    fullest = min(ranks, key=lambda rank: rank.kv_budget_bytes)
+    if fullest.kv_budget_bytes <= 0:
+        return Refusal(
+            "weights",
+            f"a rank needs {_gib(fullest.weights.num_bytes)} for weights and {_gib(fullest.activation_bytes + fullest.reserve_bytes)} for "
+            f"activations and reserve, more than the {_gib(fullest.gpu_bytes)} of a GPU ({fleet.gpu.name}); use more ranks (tp, pp or ep), "
+            "a smaller --dtype or fewer --max-step-tokens",
+        )
+    room = min(rank.kv_tokens(workload.block_tokens) for rank in ranks)
+    if room < workload.context_tokens:
+        return Refusal(
+            "context",
+            f"beside the weights there is room for {room:,} tokens of KV, less than one context of {workload.context_tokens:,}; "
+            f"use more ranks, a smaller --dtype{f' or --context {room}' if room >= 1 else ''}",
+        )
+    return None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"

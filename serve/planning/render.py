@@ -1,0 +1,131 @@
+"""A plan for people: a table of layouts, what was assumed, and why the others are invalid."""
+
+import math
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from serve.planning.memory import GIB
+from serve.planning.plan import ORDER, Layout, Plan, Refused
+from serve.planning.served import Limit
+
+SHOWN = 8
+WIDTH = 132
+"""At least: a narrower terminal wraps lines, which loses less than columns cut short."""
+
+
+def render(plan: Plan, *, everything: bool = False) -> None:
+    """Print to stdout. ``everything``: each layout and each refusal, not the best and one of each kind."""
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
+    console.print(_asked(plan))
+    if plan.layouts:
+        shown = list(plan.layouts) if everything else _most_telling(plan)
+        console.print(_table(plan, shown))
+        console.print(_notes(plan, shown))
+    else:
+        console.print("\nNo layout is valid.")
+    for line in _refusals(plan.refused, everything):
+        console.print(line)
+
+
+def shortened(number: float) -> str:
+    """Three digits at most and a letter: 8.14M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}" if number < 1000 * size else f"{number / size:,.0f}{letter}"
+    return f"{number:.0f}"
+
+
+def _most_telling(plan: Plan) -> list[Layout]:
+    """The best of each tp x pp x dp (ep changes little), and in any case the best that is served today."""
+    best: dict[tuple[int, int, int], Layout] = {}
+    for layout in plan.layouts:
+        best.setdefault((layout.topology.tp, layout.topology.pp, layout.topology.dp), layout)
+    shown = list(best.values())[:SHOWN]
+    first = plan.first_served()
+    return shown if first is None or first in shown else [*shown, first]
+
+
+def _asked(plan: Plan) -> str:
+    question = plan.question
+    work = question.workload
+    return (
+        f"{question.shape.name} in {question.format.name} on {question.fleet}: "
+        f"{work.concurrency} sequences of {work.context_tokens:,} tokens, steps of {work.step_tokens:,} tokens"
+    )
+
+
+def _table(plan: Plan, layouts: Iterable[Layout]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("#", "rep-\nlicas", "layout of one"):
+        table.add_column(title, no_wrap=True, justify="left" if title.startswith("layout") else "right")
+    for title in ("weights", "activ.", "reserve", "KV"):
+        table.add_column(f"{title}\nGiB/rank", justify="right", no_wrap=True)
+    titles = ["tokens\nthat fit", "at full\ncontext"]
+    if plan.has_floors:
+        titles += ["tokens/s\nat most", "each ms\nat least", "first s\nat least"]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("served\ntoday", no_wrap=True)
+    for layout in layouts:
+        table.add_row(str(plan.layouts.index(layout) + 1), *_cells(layout, plan.has_floors))
+    return table
+
+
+def _cells(layout: Layout, with_floors: bool) -> list[str]:
+    fullest = layout.fullest
+    parts = (fullest.weights.num_bytes, fullest.activation_bytes, fullest.reserve_bytes, fullest.kv_budget_bytes)
+    replicas = layout.hosting.replicas
+    cells = [str(replicas), str(layout.topology), *(f"{part / GIB:.1f}" for part in parts), shortened(layout.total_kv_tokens)]
+    cells.append(f"{layout.at_full_context * replicas} of {layout.running * replicas}")
+    if with_floors:
+        floors = layout.floors
+        cells += [shortened(layout.total_tokens_per_s), f"{floors.token_s * 1e3:.1f}", f"{floors.first_token_s:.2f}"]
+    why = ", ".join(limit.code for limit in layout.limits or layout.cautions)
+    cells.append(f"{'yes' if layout.is_served_today else 'no'}{f' ({why})' if why else ''}")
+    return cells
+
+
+def _notes(plan: Plan, shown: Iterable[Layout]) -> str:
+    lines = ["", f"{len(plan.layouts)} layouts are valid; --all lists each. {ORDER}"]
+    if plan.has_floors:
+        lines.append(
+            "Rates are floors of time: every byte read once, every product computed once, experts liked alike, "
+            "all sequences at full context. Each: between two tokens of a stream; first: of a prompt as long as the context, alone."
+        )
+    else:
+        lines.append("Name the GPU (for example 8xH100-80G) for floors of time; the order here is that of a GPU of typical proportions.")
+    lines += [f"{limit.code}: {limit.sentence}." for limit in _distinct(shown)]
+    first = plan.first_served()
+    if first is not None and first is not plan.layouts[0]:
+        number = plan.layouts.index(first) + 1
+        lines.append(f"The best that `manta serve` takes today is number {number}: {first.hosting.replicas} x {first.topology}.")
+    elif first is None:
+        lines.append("None of them is taken by `manta serve` today.")
+    return "\n".join(lines)
+
+
+def _distinct(layouts: Iterable[Layout]) -> list[Limit]:
+    return list(dict.fromkeys(limit for layout in layouts for limit in (*layout.limits, *layout.cautions)))
+
+
+def _refusals(refused: tuple[Refused, ...], everything: bool) -> Iterable[str]:
+    if not refused:
+        return
+    yield f"\n{len(refused)} layouts are invalid{'' if everything else ', for example (--all lists each)'}:"
+    if everything:
+        yield from (f"  {written(one.sizes)}: {one.refusal.sentence}" for one in refused)
+        return
+    alike: dict[str, list[Refused]] = {}
+    for one in refused:
+        alike.setdefault(one.refusal.reason, []).append(one)
+    for ones in alike.values():
+        largest = max(ones, key=lambda one: math.prod(one.sizes.values()))  # the one that comes nearest, where memory is short
+        yield f"  {f'{len(ones)} like ' if len(ones) > 1 else ''}{written(largest.sizes)}: {largest.refusal.sentence}"
+
+
+def written(sizes: dict[str, int]) -> str:
+    """Sizes that need not form a topology."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"

@@ -1,0 +1,65 @@
+"""docs/layouts.md: five sizes on common numbers of common GPUs."""
+
+from collections.abc import Iterator
+
+from serve.planning.formats import BF16, FP8, INT4, Format
+from serve.planning.hardware import Fleet, network, parse_gpus
+from serve.planning.memory import Workload
+from serve.planning.plan import Plan, Question, make_plan
+from serve.planning.released import SIZES
+from serve.planning.render import shortened
+from serve.planning.served import Limit
+from serve.planning.shape import ModelShape
+
+GPU_COUNTS = (1, 2, 4, 8, 16)
+MEMORIES = ("24G", "40G", "80G", "141G")
+SHOWN_FORMATS = (BF16, FP8, INT4)
+GPUS_OF_A_HOST = 8
+NETWORK_GBIT = 100.0
+WORKLOAD = Workload(context_tokens=8192, concurrency=64, step_tokens=2048)
+COMMAND = "manta plan --table > docs/layouts.md"
+
+HEAD = f"""# Which Qwen2 on which GPUs
+
+Written by `{COMMAND}`; a test compares. Do not edit.
+
+Each cell is what `manta plan` ranks first for {WORKLOAD.concurrency} sequences of {WORKLOAD.context_tokens:,} tokens, steps of
+{WORKLOAD.step_tokens:,}: replicas x the layout of one, and the KV tokens that fit in all of them together. "no": no layout holds the
+weights and one such sequence. Up to {GPUS_OF_A_HOST} GPUs are one host, 16 are two. Memory is counted in 10^9 bytes; a tenth of it is kept
+free, and half a GiB each goes to CUDA and, with several ranks, to NCCL. KV is bfloat16 in every format.
+"""
+
+
+def layouts_page() -> str:
+    """The whole page."""
+    limits: dict[Limit, None] = {}
+    sections = [line for shape in SIZES.values() for line in _section(shape, limits)]
+    starred = [f"- {limit.sentence}" for limit in limits]
+    served = ["", "A star marks what `manta serve` does not take today:", "", *starred] if starred else []
+    return "\n".join([HEAD.rstrip("\n"), *served, *sections]) + "\n"
+
+
+def _section(shape: ModelShape, limits: dict[Limit, None]) -> Iterator[str]:
+    yield from ("", f"## {shape.name}", "")
+    yield f"| GPUs | | {' | '.join(f'{memory[:-1]} GB' for memory in MEMORIES)} |"
+    yield f"|---|---|{'---|' * len(MEMORIES)}"
+    for count in GPU_COUNTS:
+        for format in SHOWN_FORMATS:
+            cells = (_cell(_plan(shape, count, memory, format), limits) for memory in MEMORIES)
+            yield f"| {count} | {format.name} | {' | '.join(cells)} |"
+
+
+def _plan(shape: ModelShape, count: int, memory: str, format: Format) -> Plan:
+    per_host = min(count, GPUS_OF_A_HOST)
+    _, gpu = parse_gpus(memory)
+    fleet = Fleet(gpu=gpu, gpus_per_host=per_host, hosts=count // per_host, network=network(NETWORK_GBIT))
+    return make_plan(Question(shape=shape, fleet=fleet, format=format, workload=WORKLOAD))
+
+
+def _cell(plan: Plan, limits: dict[Limit, None]) -> str:
+    if not plan.layouts:
+        return "no"
+    best = plan.layouts[0]
+    limits.update(dict.fromkeys(best.limits))
+    replicas = f"{best.hosting.replicas} x " if best.hosting.replicas > 1 else ""
+    return f"{replicas}{best.topology}: {shortened(best.total_kv_tokens)}{'' if best.is_served_today else ' *'}"

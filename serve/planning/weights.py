@@ -1,0 +1,118 @@
+"""What one rank holds of a model's weights: the same shares that the layers of `model/` take of a checkpoint.
+
+D model width, V vocabulary, E experts. A test holds these sums against tensors that `model.load` allocated.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from parallel.axes import HeadShare, Share, head_share, split, whole
+from parallel.topology import Coordinates, Topology
+from serve.planning.formats import ACTIVATION_BYTES, Format
+from serve.planning.shape import ModelShape, MoeShape
+
+
+@dataclass(frozen=True)
+class Held:
+    """Some weights: how many there are, and their bytes."""
+
+    weights: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(self.weights + other.weights, self.num_bytes + other.num_bytes)
+
+    def __mul__(self, times: int) -> "Held":
+        return Held(self.weights * times, self.num_bytes * times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankWeights:
+    """One rank's weights, told apart by how often a step reads them."""
+
+    every_token: Held
+    """Matrices that every token passes: attention, dense MLPs, shared experts, routers; norms and biases with them."""
+    routed: Held
+    """Routed experts: a step reads those that its tokens chose."""
+    head: Held
+    """Rows of the vocabulary that logits are computed with; zero but on the last stage."""
+    embedding: Held
+    """Rows that are looked up, and not read as a whole; zero where they are the head's own (tied embeddings)."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(held.num_bytes for held in (self.every_token, self.routed, self.head, self.embedding))
+
+
+_head_share = cache(head_share)  # the same few shares are wanted in thousands of layouts; so are those of the functions below
+
+
+def heads_of(shape: ModelShape, topology: Topology, at: Coordinates) -> HeadShare:
+    return _head_share(shape.num_heads, shape.num_kv_heads, at.tp, topology.tp)
+
+
+def layers_of(shape: ModelShape, topology: Topology, at: Coordinates) -> range:
+    """As `parallel.pipeline.stage_layers`."""
+    (span,) = split(shape.num_layers, at.pp, topology.pp).spans
+    return span
+
+
+@cache
+def count_sparse(shape: ModelShape, layers: range) -> int:
+    return sum(map(shape.is_sparse, layers))
+
+
+def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, format: Format) -> RankWeights:
+    """What the rank at these coordinates holds."""
+    layers = layers_of(shape, topology, at)
+    num_sparse = count_sparse(shape, layers)
+    num_dense = len(layers) - num_sparse
+    every_token = _attention(shape, heads_of(shape, topology, at), format) * len(layers)
+    if num_dense:
+        every_token += _mlp(shape.hidden_size, shape.intermediate_size, at.tp, topology.tp, format) * num_dense
+    routed = Held()
+    if shape.moe is not None and num_sparse:
+        shared = _mlp(shape.hidden_size, shape.moe.shared_intermediate_size, at.tp, topology.tp, format)
+        every_token += (shared + _plain((shape.moe.num_experts + 1) * shape.hidden_size)) * num_sparse  # router, shared expert's gate
+        routed = _experts(shape.hidden_size, shape.moe, topology, at, format) * num_sparse
+    rows = _plain(len(split(shape.vocab_size, at.tp, topology.tp)) * shape.hidden_size)
+    is_first, is_last = at.pp == 0, at.pp == topology.pp - 1
+    if is_last:
+        every_token += _plain(shape.hidden_size)  # the last norm
+    return RankWeights(
+        every_token=every_token,
+        routed=routed,
+        head=rows if is_last else Held(),
+        embedding=rows if is_first and not (is_last and shape.tied_embeddings) else Held(),
+    )
+
+
+@cache
+def _attention(shape: ModelShape, heads: HeadShare, format: Format) -> Held:
+    """Of one layer, with both its norms."""
+    query, kv = heads.query.scaled(shape.head_dim), heads.kv.scaled(shape.head_dim)
+    fused = len(query) + 2 * len(kv)
+    qkv = _matrix(fused, whole(shape.hidden_size), format)
+    output = _matrix(shape.hidden_size, query, format)
+    return qkv + output + _plain((fused if shape.qkv_bias else 0) + 2 * shape.hidden_size)
+
+
+@cache
+def _mlp(hidden_size: int, inner_size: int, rank: int, ranks: int, format: Format) -> Held:
+    """Gate, up and down of one gated MLP, the inner features split in whole quantisation groups."""
+    inner = split(inner_size, rank, ranks, format.unit)
+    return _matrix(2 * len(inner), whole(hidden_size), format) + _matrix(hidden_size, inner, format)
+
+
+def _experts(hidden_size: int, moe: MoeShape, topology: Topology, at: Coordinates, format: Format) -> Held:
+    """Of one layer, each expert once: `parallel.expert_placement.balanced_placement`."""
+    expert = _mlp(hidden_size, moe.expert_intermediate_size, at.expert_tp, topology.expert_tp, format)
+    return expert * len(split(moe.num_experts, at.ep, topology.ep))
+
+
+def _matrix(out_features: int, in_share: Share, format: Format) -> Held:
+    return Held(out_features * len(in_share), format.matrix_bytes(out_features, in_share))
+
+
+def _plain(weights: int) -> Held:
+    return Held(weights, weights * ACTIVATION_BYTES)
