@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from serve.commands import chat, config, demo_model, serve
+from serve.commands import bench, chat, config, demo_model, plan, serve
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -29,6 +29,8 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("config")(config.config)
 app.command("demo-model")(demo_model.demo_model)
+app.command("plan")(plan.plan)
+app.command("bench")(bench.bench)
 
 
 def _print_version(wanted: bool) -> None:

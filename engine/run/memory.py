@@ -20,6 +20,8 @@ from parallel.groups import Group
 log = logging.getLogger(__name__)
 
 CPU_FRACTION = 0.3
+CPU_MOST_BYTES = 4 << 30
+"""Without a setting a host's ranks take no more for KV than this together: it is filled at the start, and memory is shared."""
 CUDA_FRACTION = 0.9
 
 
@@ -56,7 +58,7 @@ def measure_capacity(
         if model.device.type == "cuda":
             budget_bytes = _cuda_budget(model, sampler, engine_config, fraction or CUDA_FRACTION)
         else:
-            budget_bytes = int(available_memory_bytes() * (fraction or CPU_FRACTION)) // ranks_on_host
+            budget_bytes = _cpu_budget(fraction) // ranks_on_host
     mine = torch.tensor([budget_bytes // layout.bytes_per_block, budget_bytes, layout.bytes_per_block], device=model.device)
     num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), world, dim=0).tolist())
     if num_blocks < 1:
@@ -71,6 +73,11 @@ def measure_capacity(
         block_tokens=layout.block_tokens,
         max_context_tokens=min(limit, num_blocks * layout.block_tokens),
     )
+
+
+def _cpu_budget(fraction: float | None) -> int:
+    available = available_memory_bytes()
+    return int(available * fraction) if fraction else min(int(available * CPU_FRACTION), CPU_MOST_BYTES)
 
 
 def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineConfig, fraction: float) -> int:

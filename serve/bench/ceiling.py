@@ -1,6 +1,7 @@
 """What this machine could do at best: read bandwidth and multiplication rate, measured in the same run."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,29 +17,34 @@ class Ceiling:
     flop_per_s: float
 
 
-def measure_ceiling(dtype: torch.dtype, threads: int) -> Ceiling:
-    """Best of a few runs on the CPU with `threads` threads."""
+def measure_ceiling(dtype: torch.dtype, device: torch.device, threads: int) -> Ceiling:
+    """Best of a few runs, on a CPU with `threads` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return Ceiling(read_bytes_per_s=_read_rate(), flop_per_s=_multiply_rate(dtype))
+        return Ceiling(read_bytes_per_s=_read_rate(device), flop_per_s=_multiply_rate(dtype, device))
     finally:
         torch.set_num_threads(before)
 
 
-def _read_rate() -> float:
+def _read_rate(device: torch.device) -> float:
     """A sum reads each byte once and writes none."""
-    buffer = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32)
-    return max(BUFFER_BYTES / _seconds(lambda: buffer.sum()) for _ in range(REPEATS))
+    buffer = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32, device=device)
+    return BUFFER_BYTES / _best_seconds(buffer.sum, device)
 
 
-def _multiply_rate(dtype: torch.dtype) -> float:
-    left, right = torch.randn(MATRIX, MATRIX).to(dtype), torch.randn(MATRIX, MATRIX).to(dtype)
-    return max(2 * MATRIX**3 / _seconds(lambda: left @ right) for _ in range(REPEATS))
+def _multiply_rate(dtype: torch.dtype, device: torch.device) -> float:
+    left, right = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
+    return 2 * MATRIX**3 / _best_seconds(lambda: left @ right, device)
 
 
-def _seconds(run: object) -> float:
-    assert callable(run)
+def _best_seconds(run: Callable[[], torch.Tensor], device: torch.device) -> float:
+    return min(_seconds(run, device) for _ in range(REPEATS))
+
+
+def _seconds(run: Callable[[], torch.Tensor], device: torch.device) -> float:
     started = time.perf_counter()
     run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started

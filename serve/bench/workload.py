@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import count
 
 from engine.engine import Engine
-
 from engine.request import Request, SamplingParams
 
 

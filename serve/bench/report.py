@@ -1,0 +1,84 @@
+"""The figures of a bench beside the floors of the machine it ran on."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from serve.bench.ceiling import Ceiling
+from serve.bench.workload import Cell, Round
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """What a step reads of the weights, at least, and what a token multiplies."""
+
+    per_step: int
+    """Bytes of all weights but the embedding's rows that no token of a step asks for."""
+    multiply_adds_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One cell's result: medians over the rounds."""
+
+    cell: Cell
+    tokens_per_s: float
+    """Of the prompt for a cell with one token out, else of the output, prefill included."""
+    spread: float
+    """(fastest - slowest) / median, over the rounds."""
+    ttft_s: float
+    itl_s: float
+    floor_s: float
+    elapsed_s: float
+
+    @property
+    def of_floor(self) -> float:
+        """Fraction of what the machine could do at best."""
+        return self.floor_s / self.elapsed_s
+
+
+def summarise(cell: Cell, rounds: Sequence[Round], weights: WeightBytes, ceiling: Ceiling) -> Figure:
+    rates = [(r.prompt_tokens if cell.tokens_out == 1 else r.output_tokens) / r.elapsed_s for r in rounds]
+    rate = statistics.median(rates)
+    return Figure(
+        cell=cell,
+        tokens_per_s=rate,
+        spread=(max(rates) - min(rates)) / rate,
+        ttft_s=statistics.median(r.ttft_s for r in rounds),
+        itl_s=statistics.median(r.itl_s for r in rounds),
+        floor_s=floor_s(cell, weights, ceiling),
+        elapsed_s=statistics.median(r.elapsed_s for r in rounds),
+    )
+
+
+def floor_s(cell: Cell, weights: WeightBytes, ceiling: Ceiling) -> float:
+    """Seconds below which this machine cannot go: every step reads the weights or multiplies for all its tokens, whichever
+    takes longer. Attention, KV and everything between are not counted, so it is a floor and no forecast."""
+    prompt_tokens = cell.shared_prefix + cell.streams * cell.tokens_in
+    prefill = max(weights.per_step / ceiling.read_bytes_per_s, _multiply_s(prompt_tokens, weights, ceiling))
+    step = max(weights.per_step / ceiling.read_bytes_per_s, _multiply_s(cell.streams, weights, ceiling))
+    return prefill + (cell.tokens_out - 1) * step
+
+
+def _multiply_s(tokens: int, weights: WeightBytes, ceiling: Ceiling) -> float:
+    return 2 * weights.multiply_adds_per_token * tokens / ceiling.flop_per_s
+
+
+def table_of(figures: Sequence[Figure]) -> Table:
+    table = Table(title="Engine in process: closed loop, token ids in, greedy", title_justify="left")
+    for heading in ("workload", "tokens/s", "spread", "TTFT ms", "ITL ms", "floor s", "took s", "of floor"):
+        table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
+    for figure in figures:
+        table.add_row(
+            figure.cell.name,
+            f"{figure.tokens_per_s:,.1f}",
+            f"{figure.spread:.0%}",
+            f"{figure.ttft_s * 1000:,.0f}",
+            f"{figure.itl_s * 1000:,.1f}" if figure.itl_s else "",
+            f"{figure.floor_s:.2f}",
+            f"{figure.elapsed_s:.2f}",
+            f"{figure.of_floor:.0%}",
+        )
+    return table

@@ -1,0 +1,22 @@
+"""How many weights a step reads and a token multiplies, from the model's shape alone."""
+
+import torch
+
+from model.config import ModelConfig
+from serve.bench.report import WeightBytes
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> WeightBytes:
+    """Of the whole model. A mixture of experts is counted with the experts of one token: a floor also for many."""
+    attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlps = sum(_mlp_weights(config, layer) for layer in range(config.num_layers))
+    weights = config.num_layers * attention + mlps + config.vocab_size * config.hidden_size
+    return WeightBytes(per_step=weights * dtype.itemsize, multiply_adds_per_token=weights)
+
+
+def _mlp_weights(config: ModelConfig, layer: int) -> int:
+    moe = config.moe
+    if moe is None or not moe.is_sparse(layer):
+        return 3 * config.hidden_size * config.intermediate_size
+    inner = moe.experts_per_token * moe.expert_intermediate_size + moe.shared_intermediate_size
+    return 3 * config.hidden_size * inner + config.hidden_size * (moe.num_experts + 1)

@@ -1,0 +1,121 @@
+"""`manta bench`: how fast the engine is on this machine, without fronts, Ray or network."""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.commands.progress import Report, progress_shown
+from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+
+if TYPE_CHECKING:
+    from engine.executor import Executor
+    from engine.run.start import StartProgress
+    from serve.bench.report import Figure
+    from serve.config import ServeConfig
+    from serve.model_source import FoundModel
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(help="As for `manta serve`.")] = None,
+    file: ConfigFile = None,
+    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks, each a process of its own.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each workload; medians are shown.")] = 3,
+    only: Annotated[str | None, typer.Option("--only", help="Only workloads whose name contains this.")] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Measure the engine alone, and print it beside what this machine could do at best.
+
+    Closed loop: equal requests at once, random token ids in, greedy, no stop but the length; one round unmeasured. The floor
+    is the time to read the weights or to multiply, at rates measured in the same run.
+
+    \b
+      manta bench demo
+      manta bench demo --tensor-parallel 2 --only stream
+      manta bench ./checkpoint --dtype bfloat16 --rounds 5
+    """
+    flags: dict[str, tuple[str, object]] = {
+        "model.source": ("MODEL", model),
+        "parallel.tensor": ("--tensor-parallel", tensor),
+        "runner.dtype": ("--dtype", dtype),
+    }
+    config = load_settings(file, assignments, flags).config
+    from rich.console import Console
+
+    from serve.bench.report import table_of
+    from serve.model_source import ModelSourceError, find_model
+
+    try:
+        with progress_shown() as report:
+            found = find_model(config.model, report)
+            lines, figures = measure(config, found, rounds, only, report)
+    except (ModelSourceError, ValueError) as error:
+        stop(str(error))
+    console = Console()
+    for line in lines:
+        console.print(line, highlight=False)
+    console.print(table_of(figures))
+
+
+def measure(config: "ServeConfig", found: "FoundModel", rounds: int, only: str | None, report: Report) -> tuple[list[str], list["Figure"]]:
+    """What was measured on, in words, and the figures.
+
+    Raises:
+        ValueError: no workload is left, or the model cannot be run so.
+    """
+    import torch
+
+    from engine.engine import Engine
+    from engine.run.host import usable_cores
+    from engine.run.start import resolve_device, resolve_dtype
+    from model.config import ModelConfig
+    from serve.bench.ceiling import measure_ceiling
+    from serve.bench.report import summarise
+    from serve.bench.weights import weight_bytes
+    from serve.bench.workload import CELLS, run_rounds
+
+    cells = [cell for cell in CELLS if only is None or only in cell.name]
+    if not cells:
+        raise ValueError(f"no workload is called {only!r}; there are: {', '.join(cell.name for cell in CELLS)}")
+    model_config = ModelConfig.from_checkpoint(found.folder)
+    device = resolve_device(config.runner.device)
+    dtype = resolve_dtype(config.runner.dtype, device)
+    report("measuring the machine", 0.0)
+    ceiling = measure_ceiling(dtype, device, usable_cores())
+    weights = weight_bytes(model_config, dtype)
+    figures = []
+    with ExitStack() as running:
+        executor = _executor(config, found, report)
+        running.callback(executor.close)
+        engine = Engine(executor, config.engine)
+        done = 0
+        for cell in cells:
+
+            def count_round(name: str = cell.name) -> None:
+                nonlocal done
+                done += 1
+                report(name, 0.1 + 0.9 * done / (len(cells) * (rounds + 1)))
+
+            results = run_rounds(engine, cell, vocab_size=model_config.vocab_size, rounds=rounds, after_round=count_round)
+            figures.append(summarise(cell, results, weights, ceiling))
+    lines = [
+        f"{found.name}: {config.parallel.topology}, {str(dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}",
+        f"machine: {usable_cores()} cores, reads {ceiling.read_bytes_per_s / 1e9:.1f} GB/s, "
+        f"multiplies {ceiling.flop_per_s / 1e9:,.0f} GFLOP/s",
+        f"a step reads at least {weights.per_step / 1e6:,.0f} MB of weights",
+    ]
+    return lines, figures
+
+
+def _executor(config: "ServeConfig", found: "FoundModel", report: Report) -> "Executor":
+    from engine.run.local_executor import LocalExecutor
+    from engine.run.process_executor import ProcessExecutor
+
+    def tell(progress: "StartProgress") -> None:
+        report(f"starting: {progress.phase.replace('_', ' ')}", 0.1 * progress.done / max(progress.total, 1))
+
+    topology = config.parallel.topology
+    if topology.size == 1:
+        return LocalExecutor.open(found.folder, runner_config=config.runner, engine_config=config.engine, on_progress=tell)
+    return ProcessExecutor(checkpoint_folder=found.folder, topology=topology, runner_config=config.runner, engine_config=config.engine)
