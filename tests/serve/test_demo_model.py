@@ -47,5 +47,5 @@ def test_a_conversion_that_was_cut_off_leaves_no_folder_that_looks_finished(tmp_
 
 def test_a_finished_folder_is_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model, "_fetch_gguf", lambda scratch: pytest.fail("fetched again"))
-    (tmp_path / ".complete").touch()
+    (tmp_path / demo_model.COMPLETE).touch()
     assert ensure_demo_model(tmp_path) == tmp_path
