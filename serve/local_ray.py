@@ -7,12 +7,14 @@ import math
 import os
 import secrets
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +39,8 @@ STOP_S = 6.0
 """For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
 DRAIN_S = 2.0
 """A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
+MARK = "RAY_AUTH_TOKEN_PATH"
+"""The variable by which the processes of one server are known; each has a token of its own."""
 LOADING_SPAN = (0.15, 0.95)
 """Which part of the start loading the weights is."""
 
@@ -98,7 +102,12 @@ def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambd
     config = config.model_copy(update={"replica": dataclasses.replace(config.replica, drain_timeout_s=DRAIN_S, other_hosts=False)})
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
     stop = _StopSignals()
-    with stop.handled(), _folder(config) as folder, _environment(_variables(config, folder)), _no_process_left():
+    with ExitStack() as stack:
+        stack.enter_context(stop.handled())
+        folder = stack.enter_context(_folder(config))
+        variables = _variables(config, folder)
+        stack.enter_context(_no_process_left(variables, None if config.ray.temp_dir else folder))
+        stack.enter_context(_environment(variables))
         try:
             on_progress("starting Ray", 0.0)
             _start_ray(config, folder)
@@ -223,29 +232,12 @@ def _end_serve() -> None:
 
 
 @contextmanager
-def _no_process_left() -> Iterator[None]:
-    """Kill whatever was started in between and has outlived Ray. Only descendants of this process are looked at."""
-    before = set(psutil.Process().children(recursive=True))
-    family: set[psutil.Process] = set()
-    watching = threading.Event()
-
-    def watch() -> None:  # orphans of a dead raylet are nobody's children any more, so they are noted while they still are
-        while not watching.wait(1.0):
-            family.update(psutil.Process().children(recursive=True))
-
-    thread = threading.Thread(target=watch, name="family", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        watching.set()
-        thread.join()
-        family.update(psutil.Process().children(recursive=True))
-        _, alive = psutil.wait_procs(family - before, timeout=1)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=2)
+def _no_process_left(variables: Mapping[str, str], folder: Path | None) -> Iterator[None]:
+    """Have a process of its own end whatever was started in between, also if this one is killed."""
+    command = [sys.executable, "-m", "serve.undertaker", f"{MARK}={variables[MARK]}", *([str(folder)] if folder else [])]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=root, start_new_session=True):  # noqa: S603  (our own module)
+        yield  # leaving closes the pipe and waits
 
 
 class _StopSignals:
@@ -278,13 +270,13 @@ class _StopSignals:
 
 def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
     """The environment of Ray's processes, and of ours while it runs."""
-    token = folder / "token"
+    token = folder / f"token-{secrets.token_hex(4)}"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     root = str(Path(__file__).parent.parent)
     return {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        MARK: str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "120",
         "TMPDIR": str(folder),

@@ -91,3 +91,11 @@ def test_a_server_outlives_the_death_of_a_rank_and_ends_without_a_trace(server: 
     _, alive = psutil.wait_procs(family, timeout=1)
     assert not alive
     assert "Traceback" not in server.log.read_text().rpartition("Ending")[2]
+
+
+def test_what_a_killed_server_had_started_ends_as_well(server: Server) -> None:
+    family = server.family()
+    server.process.kill()
+    server.process.wait(5)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
