@@ -11,7 +11,7 @@ from serve.planning.plan import ORDER, Layout, Plan, Refused
 from serve.planning.served import Limit
 
 SHOWN = 8
-WIDTH = 132
+WIDTH = 150
 """At least: a narrower terminal wraps lines, which loses less than columns cut short."""
 
 
@@ -28,6 +28,10 @@ def render(plan: Plan, *, everything: bool = False) -> None:
         console.print("\nNo layout is valid.")
     for line in _refusals(plan.refused, everything):
         console.print(line)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what} is" if number == 1 else f"{number} {what}s are"
 
 
 def shortened(number: float) -> str:
@@ -89,7 +93,7 @@ def _cells(layout: Layout, with_floors: bool) -> list[str]:
 
 
 def _notes(plan: Plan, shown: Iterable[Layout]) -> str:
-    lines = ["", f"{len(plan.layouts)} layouts are valid; --all lists each. {ORDER}"]
+    lines = ["", f"{counted(len(plan.layouts), 'layout')} valid{'; --all lists each' if len(plan.layouts) > 1 else ''}. {ORDER}"]
     if plan.has_floors:
         lines.append(
             "Rates are floors of time: every byte read once, every product computed once, experts liked alike, "
@@ -114,7 +118,7 @@ def _distinct(layouts: Iterable[Layout]) -> list[Limit]:
 def _refusals(refused: tuple[Refused, ...], everything: bool) -> Iterable[str]:
     if not refused:
         return
-    yield f"\n{len(refused)} layouts are invalid{'' if everything else ', for example (--all lists each)'}:"
+    yield f"\n{counted(len(refused), 'layout')} invalid{'' if everything else ', for example (--all lists each)'}:"
     if everything:
         yield from (f"  {written(one.sizes)}: {one.refusal.sentence}" for one in refused)
         return

@@ -1,5 +1,6 @@
 """docs/layouts.md: five sizes on common numbers of common GPUs."""
 
+import textwrap
 from collections.abc import Iterator
 
 from serve.planning.formats import BF16, FP8, INT4, Format
@@ -19,24 +20,24 @@ NETWORK_GBIT = 100.0
 WORKLOAD = Workload(context_tokens=8192, concurrency=64, step_tokens=2048)
 COMMAND = "manta plan --table > docs/layouts.md"
 
-HEAD = f"""# Which Qwen2 on which GPUs
-
-Written by `{COMMAND}`; a test compares. Do not edit.
-
-Each cell is what `manta plan` ranks first for {WORKLOAD.concurrency} sequences of {WORKLOAD.context_tokens:,} tokens, steps of
-{WORKLOAD.step_tokens:,}: replicas x the layout of one, and the KV tokens that fit in all of them together. "no": no layout holds the
-weights and one such sequence. Up to {GPUS_OF_A_HOST} GPUs are one host, 16 are two. Memory is counted in 10^9 bytes; a tenth of it is kept
-free, and half a GiB each goes to CUDA and, with several ranks, to NCCL. KV is bfloat16 in every format.
-"""
+ABOUT = (
+    f"Written by `{COMMAND}`; a test compares. Do not edit.",
+    f"Each cell is what `manta plan` ranks first among the layouts that `manta serve` takes today, for {WORKLOAD.concurrency} sequences of "
+    f"{WORKLOAD.context_tokens:,} tokens and steps of {WORKLOAD.step_tokens:,}: replicas x the layout of one, and the KV tokens that fit "
+    'in all of them together. "no": no layout holds the weights and one such sequence.',
+    f"Up to {GPUS_OF_A_HOST} GPUs are one host, 16 are two. Memory is counted in 10^9 bytes; a tenth of it is kept free, and half a GiB "
+    "each goes to CUDA and, with several ranks, to NCCL. KV is bfloat16 in every format.",
+)
 
 
 def layouts_page() -> str:
     """The whole page."""
     limits: dict[Limit, None] = {}
     sections = [line for shape in SIZES.values() for line in _section(shape, limits)]
-    starred = [f"- {limit.sentence}" for limit in limits]
-    served = ["", "A star marks what `manta serve` does not take today:", "", *starred] if starred else []
-    return "\n".join([HEAD.rstrip("\n"), *served, *sections]) + "\n"
+    starred = [f"- {limit.sentence}." for limit in limits]
+    about = [line for paragraph in ABOUT for line in ("", *textwrap.wrap(paragraph, 120))]
+    served = ["", "A star: there is such a layout, and `manta serve` takes none yet:", "", *starred] if starred else []
+    return "\n".join(["# Which Qwen2 on which GPUs", *about, *served, *sections]) + "\n"
 
 
 def _section(shape: ModelShape, limits: dict[Limit, None]) -> Iterator[str]:
@@ -59,7 +60,7 @@ def _plan(shape: ModelShape, count: int, memory: str, format: Format) -> Plan:
 def _cell(plan: Plan, limits: dict[Limit, None]) -> str:
     if not plan.layouts:
         return "no"
-    best = plan.layouts[0]
+    best = plan.first_served() or plan.layouts[0]
     limits.update(dict.fromkeys(best.limits))
     replicas = f"{best.hosting.replicas} x " if best.hosting.replicas > 1 else ""
     return f"{replicas}{best.topology}: {shortened(best.total_kv_tokens)}{'' if best.is_served_today else ' *'}"

@@ -1,0 +1,51 @@
+"""What a plan writes is what the server and the chart take."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve.config_sources import load
+from serve.planning.emit import config_yaml, helm_yaml
+from serve.planning.plan import Plan, make_plan
+from tests.serve.planning.questions import ask
+
+
+@pytest.fixture(scope="module", params=[("Qwen2-57B-A14B", "8xH100-80G", 2), ("Qwen2-7B-Instruct", "3x24G", 1)], ids=str)
+def plan(request: pytest.FixtureRequest) -> Plan:
+    model, gpus, hosts = request.param
+    return make_plan(ask(model, gpus, hosts=hosts))
+
+
+def test_every_layout_is_written_as_settings_that_the_server_loads(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "manta.yaml"
+    for layout in plan.layouts[:20]:
+        file.write_text(config_yaml(layout, plan.question))
+        config = load(file=file).config
+        assert config.parallel.topology == layout.topology
+        assert config.replicas.count == layout.hosting.replicas
+        assert config.model.source == plan.question.shape.name
+        assert config.engine.max_step_tokens == plan.question.workload.step_tokens
+        assert config.engine.max_running == layout.running
+        assert config.runner.max_context_tokens == plan.question.workload.context_tokens
+        assert (config.runner.dtype, config.resources.gpus) == ("bfloat16", 1.0)
+        assert config.resources.one_host == (layout.hosting.hosts_per_replica == 1)
+
+
+def test_a_layout_that_is_not_served_yet_says_so_on_top(plan: Plan) -> None:
+    for layout in plan.layouts:
+        assert ("NOT SERVED TODAY" in config_yaml(layout, plan.question)) != layout.is_served_today
+
+
+def test_the_values_name_a_worker_group_with_the_gpus_of_all_ranks(plan: Plan) -> None:
+    for layout in plan.layouts:
+        values = yaml.safe_load(helm_yaml(layout, plan.question))
+        (model,), (group,) = values["models"], values["workerGroups"]
+        assert model["workerGroup"] == group["name"]
+        assert all(re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) for name in (model["name"], group["name"]))
+        assert group["gpusPerHost"] * group["hostsPerReplica"] == layout.topology.size
+        assert model["replicas"] == {"min": group["min"], "max": group["max"], "initial": layout.hosting.replicas}
+        assert model["source"].startswith("hf://Qwen/Qwen2-")
+        parallel = model["parallel"]
+        assert parallel["tensor"] * parallel["data"] * parallel["pipeline"] == layout.topology.size

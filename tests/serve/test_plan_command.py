@@ -1,0 +1,139 @@
+"""`manta plan`, as it is typed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from serve.cli import app
+from serve.commands.plan import parse_tokens
+from serve.config_sources import load
+from serve.planning.errors import PlanError
+from tests.serve.planning.questions import CONFIGS
+
+HEAVY = ("torch", "ray", "fastapi", "grpc", "tokenizers", "transformers")
+"""Not pydantic: typer imports it by itself."""
+
+
+def manta(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+def test_the_best_layouts_come_with_memory_floors_and_reasons() -> None:
+    code, output = manta("Qwen2-57B-A14B", "--gpus", "8xH100-80G", "--context", "32k", "--concurrency", "64")
+    assert code == 0
+    for expected in (
+        "64 sequences of 32,768 tokens", "tp 4 x dp 2 x ep 8", "GiB/rank", "tokens/s", "64 of 64", "Ranked by", "106.9 GiB for weights",
+    ):  # fmt: skip
+        assert expected in output
+    assert "manta serve" in output
+
+
+def test_without_a_known_gpu_no_speed_is_told() -> None:
+    code, output = manta("Qwen2-7B", "--gpus", "2x48G")
+    assert code == 0
+    assert "tokens/s\n" not in output
+    assert "at most" not in output
+
+
+def test_all_lists_every_layout_and_every_refusal() -> None:
+    _, short = manta("Qwen2-57B-A14B", "--gpus", "8xH100-80G")
+    _, long = manta("Qwen2-57B-A14B", "--gpus", "8xH100-80G", "--all")
+    assert len(long.splitlines()) > 3 * len(short.splitlines())
+    assert long.count("does not divide") == 22
+
+
+def test_json_has_every_rank_and_every_reason() -> None:
+    code, output = manta("Qwen2-72B", "--gpus", "8xA100-40G", "--hosts", "2", "--dtype", "int4", "--json")
+    made = json.loads(output)
+    assert code == 0
+    assert (made["gpus_per_host"], made["hosts"], made["dtype"]) == (8, 2, "int4")
+    for layout in made["layouts"]:
+        assert len(layout["ranks"]) == layout["tp"] * layout["pp"] * layout["dp"]
+        assert layout["floors"]["tokens_per_s"] > 0
+        assert layout["served_today"] == (not layout["limits_today"])
+    assert {"tp", "pp", "dp", "ep", "reason", "sentence"} == set(made["invalid"][0])
+
+
+def test_where_nothing_fits_the_reasons_are_told_and_the_code_is_1() -> None:
+    code, output = manta("Qwen2-72B", "--gpus", "2x24G")
+    assert code == 1
+    assert "No layout is valid" in output
+    assert "use more ranks" in output
+
+
+def test_emitted_settings_are_the_best_that_is_served_and_load(tmp_path: Path) -> None:
+    code, output = manta("Qwen2-57B-A14B", "--gpus", "8xH100-80G", "--emit", "config")
+    assert code == 0
+    assert "NOT SERVED" not in output
+    (tmp_path / "manta.yaml").write_text(output)
+    assert load(file=tmp_path / "manta.yaml").config.parallel.data == 1
+
+
+def test_a_layout_can_be_chosen_by_its_number() -> None:
+    _, output = manta("Qwen2-57B-A14B", "--gpus", "8xH100-80G", "--emit", "helm", "--layout", "1")
+    assert "data: 2" in output
+    code, output = manta("Qwen2-57B-A14B", "--gpus", "8xH100-80G", "--emit", "helm", "--layout", "9999")
+    assert code == 2
+    assert "no number 9999" in output
+
+
+def test_nothing_is_emitted_that_could_not_be_served() -> None:
+    code, output = manta("Qwen2-72B", "--gpus", "8xA100-80G", "--dtype", "int4", "--emit", "config")
+    assert code == 1
+    assert "quantised weights are planned only" in output
+
+
+def test_a_checkpoint_folder_is_planned_from_its_config_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["7B"]))
+    code, output = manta(str(tmp_path), "--gpus", "2xL4")
+    assert code == 0
+    assert "32,768 tokens" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "say which model and which GPUs"),
+        (("Qwen2-7B",), "say which model and which GPUs"),
+        (("Qwen2-9B", "--gpus", "8xH100"), "Qwen2-57B-A14B"),
+        (("Qwen2-7B", "--gpus", "8xH1000"), "H100-80G"),
+        (("Qwen2-7B", "--gpus", "8xH100", "--context", "long"), "no number of tokens"),
+        (("Qwen2-7B-Instruct", "--gpus", "8xH100", "--context", "128k"), "rope_scaling"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_answered_with_one_that_can(arguments: tuple[str, ...], said: str) -> None:
+    code, output = manta(*arguments)
+    assert code == 2
+    assert said in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("32k", 32_768), ("8192", 8192), ("1M", 1_048_576)])
+def test_tokens_are_counted_in_1024(text: str, tokens: int) -> None:
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5k", "", "k"])
+def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
+    with pytest.raises(PlanError):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["Qwen2-57B-A14B", "--gpus", "8xH100-80G"]], ids=["help", "planning"])
+def test_planning_imports_nothing_that_takes_seconds(arguments: list[str]) -> None:
+    program = f"""
+import sys
+from serve.cli import app
+try:
+    app(["plan", *{arguments!r}])
+except SystemExit:
+    pass
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.splitlines()[-1] == "[]"
