@@ -10,13 +10,13 @@ class EngineConfig:
     block_tokens: int = 16
     """Tokens per KV block."""
     max_step_tokens: int = 2048
-    """Tokens computed in one step at most; longer prompts are cut into several works (chunked prefill)."""
+    """Tokens computed in one step at most, on each data-parallel shard; longer prompts are cut into several works (chunked prefill)."""
     max_running: int = 256
-    """Sequences that hold KV blocks at the same time at most."""
+    """Sequences that hold KV blocks at the same time at most, on all shards together."""
     max_waiting: int = 1024
     """Requests that may wait; one more is refused with `QueueFull`."""
     max_in_flight: int = 1
-    """Steps submitted before the first of them is answered."""
+    """Steps submitted before the first of them is answered. Never fewer than pipeline stages, whatever is set here."""
     prefix_cache: bool = True
     """Keep finished blocks by content, so that an equal prefix is not computed again."""
 

@@ -48,7 +48,7 @@ class Engine:
     ) -> None:
         self.executor = executor
         self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener)
-        self._max_in_flight = config.max_in_flight
+        self._config = config
         self._recover, self._clock = recover, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._inbox: SimpleQueue[Request | Key] = SimpleQueue()
@@ -97,6 +97,11 @@ class Engine:
         return replace(stats, num_waiting=stats.num_waiting + self._num_submitted - num_taken)
 
     @property
+    def max_in_flight(self) -> int:
+        """Steps under way at the same time at most: one for every pipeline stage at least, else stages would stand idle."""
+        return max(self._config.max_in_flight, self.executor.capacity.num_stages)
+
+    @property
     def is_recovering(self) -> bool:
         """Whether there are no workers right now."""
         return self._recovery is not None
@@ -143,7 +148,7 @@ class Engine:
         return self._take_outbox()
 
     def _step(self) -> None:
-        while len(self._in_flight) < self._max_in_flight and (plan := self.scheduler.schedule()):
+        while len(self._in_flight) < self.max_in_flight and (plan := self.scheduler.schedule()):
             self._in_flight.append((plan, self.executor.submit(plan)))
         if not self._in_flight:
             return
@@ -225,21 +230,22 @@ class Engine:
         self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
 
     def _note_stats(self) -> None:
-        scheduler, pool, cache = self.scheduler, self.scheduler.pool, self.scheduler.cache
+        scheduler = self.scheduler
+        pools = [shard.pool for shard in scheduler.shards]
         stats = EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            blocks_used=pool.num_used,
-            blocks_cached=pool.num_cached,
-            blocks_free=pool.num_free,
+            blocks_used=sum(pool.num_used for pool in pools),
+            blocks_cached=sum(pool.num_cached for pool in pools),
+            blocks_free=sum(pool.num_free for pool in pools),
             num_steps=self._num_steps,
             num_finished=scheduler.num_finished,
             num_preemptions=scheduler.num_preemptions,
             num_losses=scheduler.num_losses,
             computed_tokens=scheduler.computed_tokens,
             sampled_tokens=scheduler.sampled_tokens,
-            prefix_queried_tokens=cache.num_queried,
-            prefix_found_tokens=cache.num_found,
+            prefix_queried_tokens=scheduler.prefix_queried_tokens,
+            prefix_found_tokens=scheduler.prefix_found_tokens,
             step_s=self._step_s,
         )
         self._noted = (stats, self._num_taken)  # one assignment: a reader in another thread sees both or neither

@@ -11,10 +11,14 @@ class Capacity:
     """What the ranks measured that they can hold. A result, never written into a config."""
 
     num_blocks: int
-    """KV blocks of every rank (the least of all ranks)."""
+    """KV blocks of every rank (the least of all ranks), and so of every shard."""
     block_tokens: int
     max_context_tokens: int
     """Prompt and output of one sequence together: the model's limit, or what all blocks hold if that is less."""
+    num_shards: int = 1
+    """Data-parallel positions, each with a cache of its own: a sequence lives in one of them."""
+    num_stages: int = 1
+    """Pipeline stages: so many steps can be computed at the same time."""
 
 
 class PendingStep(Protocol):
@@ -30,7 +34,7 @@ class PendingStep(Protocol):
 
 
 class Executor(Protocol):
-    """Takes steps in the order they are submitted. Two implementations: in this process, and Ray workers."""
+    """Takes steps in the order they are submitted. Implementations: in this process, child processes, and Ray workers."""
 
     @property
     def capacity(self) -> Capacity: ...

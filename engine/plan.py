@@ -20,6 +20,8 @@ class Opening:
     """All tokens so far when `sampling.needs_history`, else empty."""
     request_id: str = ""
     """So that a rank's log can name the request."""
+    shard: int = 0
+    """The dp position whose ranks hold it; see `Work.shard`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,16 @@ class Work:
     """Appended to the sequence's block table before the step; its first work brings the cached prefix's blocks too."""
     samples: bool
     """Whether the last of the tokens is the sequence's last known one, so that its logits give the next."""
+    shard: int = 0
+    """The dp position that computes it: always that of the sequence's opening. Its blocks are numbers in that shard's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass over a replica. The ranks apply `closed`, then `opened`, then run `works`, in this order."""
+    """One forward pass over a replica. The ranks apply `closed`, then `opened`, then run `works`, in this order, each those of its shard.
+
+    Every rank takes every plan, also one without works of its shard: experts may be waiting for it.
+    """
 
     step: int
     works: tuple[Work, ...]
@@ -74,12 +81,12 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Answers the plan of the same number."""
+    """Answers the plan of the same number: a sampling rank for its shard, an executor for all of them."""
 
     step: int
     sampled: tuple[Sampled, ...]
     elapsed_s: float = 0.0
-    """Seconds the forward pass and sampling took on rank 0."""
+    """Seconds the forward pass and sampling took on the rank that sampled; of several, the longest."""
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

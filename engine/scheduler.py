@@ -16,36 +16,38 @@ from engine.errors import (
     QueueFull,
 )
 from engine.executor import Capacity
-from engine.kv.block_pool import BlockListener, BlockPool
-from engine.kv.prefix_cache import PrefixCache
+from engine.kv.block_pool import BlockListener
 from engine.places import mark
 from engine.plan import FinishReason, Opening, Sampled, StepPlan, StepResult, TokenEvent, Work
 from engine.policy import FirstCome, Policy
 from engine.request import Request
 from engine.sequence import Sequence
+from engine.shard import Choice, Portion, Shard, choices
 
 Key = tuple[str, int]
 MAX_LOSSES = 2
 """A request that was in the lost step of so many losses is not tried again."""
+MICRO_STEP_TOKENS = 128
+"""With pipeline stages prompts are cut so that every stage has a part; smaller parts than this would take hardly less time,
+as every step reads all weights."""
 
 
 @dataclass
 class PlanBuilder:
     """A plan in the making."""
 
-    budget: int
-    """Tokens that may still be computed in this step."""
     works: list[Work] = field(default_factory=list)
     opened: list[Opening] = field(default_factory=list)
-    planned: set[int] = field(default_factory=set)
-    """Numbers with a work in this step: they can no longer be preempted by it."""
 
 
 class Scheduler:
-    """Every sequence is waiting (no blocks) or open (blocks, and a number that the ranks know).
+    """Every sequence is waiting (no blocks) or open (blocks of one shard, and a number that the ranks know).
 
     Deciding changes nothing outside. Something is always planned when something could run and nothing is in flight: a
-    sequence that finds no block preempts the last in rank, itself at worst, and one that is alone always has room.
+    sequence that finds no block preempts the last in rank of its shard, itself at worst, and one that is alone always has room.
+
+    Several steps may be planned before the first is answered. A prompt's works may then be in flight together, as its tokens
+    are known; of a sequence that decodes only one, as the next token is not.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class Scheduler:
         self.computed_tokens = self.sampled_tokens = 0
         self._by_key: dict[Key, Sequence] = {}
         self._waiting: list[Sequence] = []
-        self._open: dict[int, Sequence] = {}
         self._closed: list[int] = []
         """Numbers that the ranks must still be told to forget."""
         self._num_steps = self._num_opened = self._num_arrived = 0
+        self._counted_before = (0, 0)
+        """Prefix tokens queried and found in caches that were lost."""
         self._set_capacity(capacity)
 
     # --- arriving and leaving
@@ -106,13 +109,13 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step's plan, or None when nothing can run now.
 
-        Sequences that decode come first, then prompts that were begun, then new ones, each in rank order.
+        On each shard sequences that decode come first, then prompts that were begun, then new ones, each in rank order.
         """
-        building = PlanBuilder(self._config.max_step_tokens)
-        preemptions = self.num_preemptions
-        self._continue_open(building)
-        if self.num_preemptions == preemptions:
-            self._admit_waiting(building)
+        building = PlanBuilder()
+        portions = [self._portion(shard) for shard in self.shards]
+        for portion in portions:
+            self._continue_open(portion, building)
+        self._admit_waiting([portion for portion in portions if not portion.has_preempted], building)
         if not building.works:
             return None
         plan = StepPlan(self._num_steps, tuple(building.works), tuple(building.opened), tuple(self._closed))
@@ -125,93 +128,124 @@ class Scheduler:
         sampled = {answer.sequence: answer for answer in result.sampled}
         events = []
         for work in plan.works:
-            sequence = self._open.get(work.sequence)
+            shard = self.shards[work.shard]
+            sequence = shard.open.get(work.sequence)
             if sequence is None:
                 continue
-            sequence.in_flight = False
             self.computed_tokens += len(work.tokens)
-            if sequence.ended:
-                self._close(sequence)
-                continue
             sequence.num_computed = work.start + len(work.tokens)
+            if sequence.ended:
+                if not sequence.in_flight:
+                    self._close(sequence)
+                continue
             if not work.samples:
-                self.cache.publish(sequence, since=work.start)
+                shard.cache.publish(sequence, since=work.start)
                 continue
             answer = sampled.get(work.sequence, Sampled(work.sequence, (), fault="the ranks gave no token"))
             if answer.fault is None:
-                self.cache.publish(sequence, since=work.start)
+                shard.cache.publish(sequence, since=work.start)
                 events.append(self._take(sequence, answer))
             else:
-                self.cache.disown(sequence)
+                shard.cache.disown(sequence)
                 events.append(self._fail(sequence, InvalidLogits(answer.fault)))
         return events
 
-    def _continue_open(self, building: PlanBuilder) -> None:
-        idle = [sequence for sequence in self._open.values() if not sequence.in_flight]
-        for sequence in sorted(idle, key=lambda s: (s.num_pending > 1, self._policy.rank(s))):
-            if building.budget == 0:
-                return
-            if sequence.number is not None and self._make_room(sequence, building):
-                self._plan_work(sequence, building)
+    def _portion(self, shard: Shard) -> Portion:
+        """What a shard may do in one step, so that as many steps as there are stages have about equal parts of what is to do."""
+        stages, budget = self._capacity.num_stages, self._config.max_step_tokens
+        alive = [sequence for sequence in shard.open.values() if not sequence.ended]
+        if stages > 1:
+            unanswered = sum(len(sequence.tokens) - sequence.num_computed for sequence in alive)
+            waiting = sum(len(sequence.tokens) for sequence in self._waiting) // len(self.shards)
+            budget = min(budget, max(MICRO_STEP_TOKENS, -(-(unanswered + waiting) // stages)))
+        decoding = sum(sequence.num_pending <= 1 for sequence in alive)
+        load_tokens = sum(len(sequence.tokens) for sequence in alive)
+        return Portion(shard, budget=budget, max_decodes=-(-decoding // stages), load_tokens=load_tokens)
 
-    def _admit_waiting(self, building: PlanBuilder) -> None:
+    def _continue_open(self, portion: Portion, building: PlanBuilder) -> None:
+        runnable = [s for s in portion.shard.open.values() if s.num_pending and not s.ended]
+        for sequence in sorted(runnable, key=lambda s: (s.num_pending > 1, self._policy.rank(s))):
+            if portion.budget == 0:
+                return
+            if sequence.number is None:  # preempted by one before it
+                continue
+            if sequence.num_pending == 1:
+                if portion.max_decodes == 0:
+                    continue
+                portion.max_decodes -= 1
+            if self._make_room(sequence, portion):
+                self._plan_work(sequence, portion, building)
+
+    def _admit_waiting(self, portions: list[Portion], building: PlanBuilder) -> None:
         """Open waiting sequences in rank order until one finds no room. Each gets blocks for all its known tokens at once, so
         that no prompt is preempted half way; one whose next block another sequence is computing right now waits for it."""
         for sequence in list(self._waiting):
-            if building.budget == 0 or len(self._open) >= self._config.max_running:
+            if not any(portion.budget for portion in portions) or self.num_running >= self._config.max_running:
                 return
-            found = self.cache.find(sequence)
-            if self.cache.is_on_its_way(sequence, len(found)):
-                continue
-            missing = self._blocks_for(len(sequence.tokens)) - len(found)
-            if missing > self.pool.num_available - self.pool.num_cached_of(found):
+            wanted = choices(sequence, portions, self._capacity.block_tokens)
+            first = wanted[0]
+            if first.portion.budget == 0 or first.portion.shard.cache.is_on_its_way(sequence, len(first.found)):
+                continue  # waiting a little costs less than computing its prefix again elsewhere
+            choice = next((choice for choice in wanted if choice.portion.budget and self._has_room(sequence, choice)), None)
+            if choice is None:
                 return
-            self._open_sequence(sequence, found, missing)
+            self._open_sequence(sequence, choice)
             building.opened.append(sequence.opening())
-            self._plan_work(sequence, building)
+            self._plan_work(sequence, choice.portion, building)
 
-    def _open_sequence(self, sequence: Sequence, found: list[int], missing: int) -> None:
+    def _has_room(self, sequence: Sequence, choice: Choice) -> bool:
+        pool = choice.portion.shard.pool
+        missing = self._blocks_for(len(sequence.tokens)) - len(choice.found)
+        return missing <= pool.num_available - pool.num_cached_of(choice.found)
+
+    def _open_sequence(self, sequence: Sequence, choice: Choice) -> None:
+        shard, found = choice.portion.shard, choice.found
         self._waiting.remove(sequence)
-        self.pool.share(found)
-        sequence.blocks = found + self.pool.allocate(missing)
-        sequence.num_computed = len(found) * self._config.block_tokens
+        shard.pool.share(found)
+        sequence.shard = shard.index
+        sequence.blocks = found + shard.pool.allocate(self._blocks_for(len(sequence.tokens)) - len(found))
+        sequence.num_computed = sequence.num_planned = len(found) * self._config.block_tokens
         sequence.number = self._num_opened
         self._num_opened += 1
-        self._open[sequence.number] = sequence
+        shard.open[sequence.number] = sequence
+        choice.portion.load_tokens += len(sequence.tokens)
         if sequence.num_cached_prompt is None:
             sequence.num_cached_prompt = min(sequence.num_computed, sequence.num_prompt)
-        self.cache.begin(sequence, len(found))
+        shard.cache.begin(sequence, len(found))
 
-    def _plan_work(self, sequence: Sequence, building: PlanBuilder) -> None:
+    def _plan_work(self, sequence: Sequence, portion: Portion, building: PlanBuilder) -> None:
         assert sequence.number is not None
-        count = min(sequence.num_pending, building.budget)
-        start = sequence.num_computed
+        count = min(sequence.num_pending, portion.budget)
+        start = sequence.num_planned
         work = Work(
             sequence=sequence.number,
             start=start,
             tokens=tuple(sequence.tokens[start : start + count]),
             new_blocks=tuple(sequence.blocks[sequence.num_blocks_sent :]),
             samples=count == sequence.num_pending,
+            shard=portion.shard.index,
         )
         sequence.num_blocks_sent = len(sequence.blocks)
-        sequence.in_flight = True
+        sequence.num_planned += count
         building.works.append(work)
-        building.planned.add(sequence.number)
-        building.budget -= count
+        portion.budget -= count
         mark(7, sequence.request.id)
 
-    def _make_room(self, sequence: Sequence, building: PlanBuilder) -> bool:
+    def _make_room(self, sequence: Sequence, portion: Portion) -> bool:
         """Give an open sequence the blocks for its next tokens, preempting from the last in rank. False if it must sit this step out."""
-        count = min(sequence.num_pending, building.budget)
-        missing = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
-        while missing > self.pool.num_available:
-            movable = [s for s in self._open.values() if not s.in_flight and s.number not in building.planned]
+        pool = portion.shard.pool
+        count = min(sequence.num_pending, portion.budget)
+        missing = self._blocks_for(sequence.num_planned + count) - len(sequence.blocks)
+        while missing > pool.num_available:
+            # One in flight has had room for all its known tokens since it was opened: whoever comes here is movable itself.
+            movable = [s for s in portion.shard.open.values() if not s.in_flight]
             last = max(movable, key=self._policy.rank)
             self._preempt(last)
+            portion.has_preempted = True
             if last is sequence:
                 return False
         if missing > 0:
-            sequence.blocks += self.pool.allocate(missing)
+            sequence.blocks += pool.allocate(missing)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -250,7 +284,7 @@ class Scheduler:
         """
         self.num_losses += 1
         events = []
-        for sequence in list(self._open.values()):
+        for sequence in self._all_open():
             sequence.losses += sequence.in_flight
             self._close(sequence)
             if sequence.ended:
@@ -261,7 +295,8 @@ class Scheduler:
                     self._fail(sequence, PoisonedRequest(f"the workers were lost {sequence.losses} times while computing this request"))
                 )
         self._closed.clear()
-        self.pool.clear()
+        for shard in self.shards:
+            shard.pool.clear()
         return events
 
     def adopt(self, capacity: Capacity) -> list[TokenEvent]:
@@ -269,11 +304,10 @@ class Scheduler:
 
         A request that was promised more room than there is now ends with an error rather than with a shorter answer.
         """
-        assert not self._open
+        assert not self.num_running
         promised = self._capacity.max_context_tokens
-        counted = self.cache.num_queried, self.cache.num_found
+        self._counted_before = (self.prefix_queried_tokens, self.prefix_found_tokens)  # counters never go back
         self._set_capacity(capacity)
-        self.cache.num_queried, self.cache.num_found = counted  # counters never go back
         events = []
         for sequence in list(self._waiting):
             most = min(sequence.num_prompt + sequence.request.sampling.max_tokens, promised)
@@ -285,7 +319,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._open)
+        return sum(len(shard.open) for shard in self.shards)
 
     @property
     def num_waiting(self) -> int:
@@ -296,10 +330,24 @@ class Scheduler:
         """Requests that have not ended."""
         return len(self._by_key)
 
+    @property
+    def prefix_queried_tokens(self) -> int:
+        """Tokens looked up in prefix caches at admissions."""
+        return self._counted_before[0] + sum(shard.cache.num_queried for shard in self.shards)
+
+    @property
+    def prefix_found_tokens(self) -> int:
+        """How many of `prefix_queried_tokens` were found."""
+        return self._counted_before[1] + sum(shard.cache.num_found for shard in self.shards)
+
     def _set_capacity(self, capacity: Capacity) -> None:
         self._capacity = capacity
-        self.pool = BlockPool(capacity.num_blocks, self._listener)
-        self.cache = PrefixCache(self.pool, capacity.block_tokens, enabled=self._config.prefix_cache)
+        self.shards = tuple(
+            Shard(index, capacity, prefix_cache=self._config.prefix_cache, listener=self._listener) for index in range(capacity.num_shards)
+        )
+
+    def _all_open(self) -> list[Sequence]:
+        return [sequence for shard in self.shards for sequence in shard.open.values()]
 
     def _check_length(self, request: Request) -> None:
         """At least one more token must fit into the context, and the KV of all tokens but the last into the pool."""
@@ -321,10 +369,11 @@ class Scheduler:
     def _close(self, sequence: Sequence) -> None:
         """Take an open sequence from the ranks and its blocks from it."""
         assert sequence.number is not None
-        self.cache.abandon(sequence)
-        del self._open[sequence.number]
+        shard = self.shards[sequence.shard]
+        shard.cache.abandon(sequence)
+        del shard.open[sequence.number]
         self._closed.append(sequence.number)
-        self.pool.release(sequence.rewind())
+        shard.pool.release(sequence.rewind())
 
     def _fail(self, sequence: Sequence, error: EngineError) -> TokenEvent:
         return self._end(sequence, sequence.event(finish_reason="error", error=error))
@@ -341,4 +390,4 @@ class Scheduler:
         return event
 
     def __repr__(self) -> str:
-        return f"<Scheduler [{self.num_running} running | {self.num_waiting} waiting] {self.pool}>"
+        return f"<Scheduler [{self.num_running} running | {self.num_waiting} waiting] {list(self.shards)}>"

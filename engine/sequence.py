@@ -9,7 +9,7 @@ class Sequence:
     """Its tokens, and how many of them have their KV in the cache. Everything else follows from these two.
 
     A fresh prompt, a cut prompt, decoding, a preempted sequence and one that another replica began differ only in the size of
-    the gap between `tokens` and `num_computed`.
+    the gap between `tokens` and `num_computed`. Steps that were not answered yet cover the part of it up to `num_planned`.
     """
 
     def __init__(self, request: Request, arrival: int) -> None:
@@ -18,13 +18,15 @@ class Sequence:
         """Order of admission into the engine; kept over preemption."""
         self.tokens: list[int] = [*request.prompt, *request.committed]
         self.num_computed = 0
+        self.num_planned = 0
+        """Tokens that are computed, or will be by a step in flight: the next work starts here."""
+        self.shard = 0
+        """Where its blocks are, while it has some."""
         self.blocks: list[int] = []
         self.num_blocks_sent = 0
         """How many of `blocks` the ranks know."""
         self.number: int | None = None
         """What the ranks call it; None while it has no blocks."""
-        self.in_flight = False
-        """Whether a step that was not answered yet computes some of it."""
         self.ended = False
         self.losses = 0
         """How often the workers were lost while they computed it."""
@@ -42,15 +44,19 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Known tokens without KV: at least one, for the last token's logits are always still to be computed."""
-        return len(self.tokens) - self.num_computed
+        """Known tokens that no step computes yet. None are left once the last one's step is in flight, until that gives the next."""
+        return len(self.tokens) - self.num_planned
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step that was not answered yet computes some of it."""
+        return self.num_planned > self.num_computed
 
     def rewind(self) -> list[int]:
         """Forget all KV and the ranks' number. Returns the blocks that were held."""
         blocks, self.blocks = self.blocks, []
-        self.num_computed = self.num_blocks_sent = 0
+        self.num_computed = self.num_planned = self.num_blocks_sent = 0
         self.number = None
-        self.in_flight = False
         return blocks
 
     def keys(self, count: int, block_tokens: int) -> list[BlockKey]:
@@ -71,6 +77,7 @@ class Sequence:
             sampling=sampling,
             history=tuple(self.tokens) if sampling.needs_history else (),
             request_id=self.request.id,
+            shard=self.shard,
         )
 
     def event(

@@ -24,7 +24,7 @@ class EngineStats:
     prefix_queried_tokens: int = 0
     prefix_found_tokens: int = 0
     step_s: float = 0.0
-    """Seconds of a step on rank 0, smoothed over about 20 steps."""
+    """Seconds of a step on the slowest sampling rank, smoothed over about 20 steps."""
 
     @property
     def kv_used(self) -> float:

@@ -8,7 +8,7 @@ from engine.kv.keys import BlockKey
 
 
 class BlockListener(Protocol):
-    """Told what the prefix cache holds; a router can follow it."""
+    """Told what the prefix cache holds; a router can follow it. Of several shards each tells: what two hold is stored twice."""
 
     def stored(self, key: BlockKey) -> None: ...
     def evicted(self, key: BlockKey) -> None: ...

@@ -23,15 +23,20 @@ class Happened:
     cancelled: int = 0
     resumed: int = 0
     poisoned: int = 0
+    moved: int = 0
+    """Sequences that came back to another shard after they had given way."""
+    overlapped: int = 0
+    """Works planned while an earlier one of their sequence was not answered yet."""
 
 
 def disturbed(seed: int, happened: Happened) -> None:
     """One random life of an engine, held against the undisturbed answers."""
     draw = random.Random(seed)
     executors: list[FakeExecutor] = []
+    num_shards, num_stages = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3])
 
     def new_executor(loss: object = None) -> FakeExecutor:
-        executor = FakeExecutor(num_blocks=draw.randint(12, 24), block_tokens=BLOCK_TOKENS)
+        executor = FakeExecutor(draw.randint(12, 24), BLOCK_TOKENS, num_shards=num_shards, num_stages=num_stages)
         if draw.random() < 0.5:
             executor.lose_at_step = {draw.randint(0, 40)}
         executors.append(executor)
@@ -58,20 +63,29 @@ def disturbed(seed: int, happened: Happened) -> None:
             engine.cancel(*victim.key)
             cancelled.add(victim.key)
         recorder.take(engine.turn())
-        pool = engine.scheduler.pool
-        assert pool.num_used + pool.num_cached + pool.num_free == pool.num_blocks
+        for shard in engine.scheduler.shards:
+            assert shard.pool.num_used + shard.pool.num_cached + shard.pool.num_free == shard.pool.num_blocks
         if not arriving and not engine.scheduler.num_requests and not engine.is_recovering:
             break
     else:
         raise AssertionError(f"livelock: {engine.scheduler}")
     while engine.scheduler.num_running:  # steps in flight of sequences that have ended
         recorder.take(engine.turn())
-    assert engine.scheduler.pool.num_used == 0, "blocks were left behind"
+    assert not any(shard.pool.num_used for shard in engine.scheduler.shards), "blocks were left behind"
     judge(requests, recorder, cancelled, happened)
     happened.preemptions += engine.stats.num_preemptions
     happened.losses += engine.stats.num_losses
     happened.found += engine.stats.prefix_found_tokens
+    happened.moved += sum(num_moved(executor) for executor in executors)
+    happened.overlapped += sum(executor.num_overlapping for executor in executors)
     happened.cancelled += sum(end == "cancelled" for end in recorder.ends.values())
+
+
+def num_moved(executor: FakeExecutor) -> int:
+    shards: dict[tuple[str, int], set[int]] = {}
+    for opening in (opening for plan in executor.plans for opening in plan.opened):
+        shards.setdefault((opening.request_id, opening.choice), set()).add(opening.shard)
+    return sum(len(each) > 1 for each in shards.values())
 
 
 def random_request(draw: random.Random, index: int) -> Request:

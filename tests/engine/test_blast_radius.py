@@ -37,11 +37,11 @@ def test_what_a_faulty_sequence_computed_is_shared_with_nobody():
     scheduler.add(request_of("faulty", prompt))
     first, last = scheduler.schedule(), None
     assert not scheduler.apply(first, StepResult(first.step, ())), "a part of the prompt, no token yet"
-    assert scheduler.pool.find(scheduler._open[0].keys(2, 4)), "published: nothing was known against it"
+    assert scheduler.shards[0].pool.find(scheduler.shards[0].open[0].keys(2, 4)), "published: nothing was known against it"
     last = scheduler.schedule()
     (event,) = scheduler.apply(last, StepResult(last.step, (Sampled(0, (), fault="NaN"),)))
     assert event.error_kind == "InvalidLogits"
-    assert (scheduler.pool.num_used, scheduler.pool.num_cached) == (0, 0)
+    assert (scheduler.shards[0].pool.num_used, scheduler.shards[0].pool.num_cached) == (0, 0)
     scheduler.add(request_of("next", prompt))
     assert scheduler.schedule().works[0].start == 0
 

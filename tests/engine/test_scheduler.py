@@ -90,7 +90,7 @@ def test_a_pool_that_is_too_small_for_all_preempts_and_answers_the_same():
     assert engine.stats.num_preemptions > 0
     for i in range(4):
         assert recorder.tokens[str(i), 0] == list(undisturbed((i, i + 1, i + 2), i, 0, 20))
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.shards[0].pool.num_used == 0
 
 
 def test_the_last_to_arrive_gives_way_and_a_more_urgent_one_never_does():
@@ -152,10 +152,10 @@ def test_a_cancelled_request_ends_at_once_and_its_blocks_are_kept_until_the_step
     plan = scheduler.schedule()
     (event,) = scheduler.cancel(("a", 0))
     assert event.finish_reason == "cancelled"
-    assert scheduler.pool.num_used == 1
+    assert scheduler.shards[0].pool.num_used == 1
     assert scheduler.cancel(("a", 0)) == []
     assert scheduler.apply(plan, StepResult(plan.step, (Sampled(0, (7,)),))) == []
-    assert scheduler.pool.num_used == 0
+    assert scheduler.shards[0].pool.num_used == 0
     assert scheduler.schedule() is None, "closing alone is no reason for a step"
     scheduler.add(request_of("b", (1, 2, 3)))
     assert scheduler.schedule().closed == (0,)
@@ -188,7 +188,7 @@ def test_a_deadline_ends_a_request_wherever_it_is():
     recorder.take(engine.turn())
     assert set(recorder.errors.values()) == {"DeadlineExceeded"}
     assert len(recorder.ends) == 2
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.shards[0].pool.num_used == 0
 
 
 def test_history_goes_to_the_ranks_only_where_sampling_looks_at_it():

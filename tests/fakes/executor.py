@@ -29,12 +29,24 @@ def undisturbed(prompt: tuple[int, ...], seed: int, choice: int, max_tokens: int
 class FakeExecutor:
     """Takes plans in order; a plan's result is worked out when it is asked for, unless the fake was told to lose its workers."""
 
-    def __init__(self, num_blocks: int = 64, block_tokens: int = 4, max_context_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_tokens: int = 4,
+        max_context_tokens: int | None = None,
+        *,
+        num_shards: int = 1,
+        num_stages: int = 1,
+    ) -> None:
         self._capacity = Capacity(
-            num_blocks=num_blocks, block_tokens=block_tokens, max_context_tokens=max_context_tokens or num_blocks * block_tokens
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            max_context_tokens=max_context_tokens or num_blocks * block_tokens,
+            num_shards=num_shards,
+            num_stages=num_stages,
         )
-        self._slots: dict[int, tuple[int, ...]] = {}
-        """For each slot all tokens of the sequence up to and with the one whose KV it holds: what real KV depends upon."""
+        self._slots: dict[tuple[int, int], tuple[int, ...]] = {}
+        """For each (shard, slot) all tokens of the sequence up to and with the one whose KV it holds: what real KV depends upon."""
         self._opened: dict[int, Opening] = {}
         self._tables: dict[int, list[int]] = {}
         self.plans: list[StepPlan] = []
@@ -43,12 +55,17 @@ class FakeExecutor:
         self.faulty: set[int] = set()
         """Choices that get a fault instead of a token."""
         self.closed = False
+        self.num_overlapping = 0
+        """Works submitted while an earlier one of their sequence was not answered."""
+        self._num_answered = 0
 
     @property
     def capacity(self) -> Capacity:
         return self._capacity
 
     def submit(self, plan: StepPlan) -> "FakeStep":
+        unanswered = {work.sequence for earlier in self.plans[self._num_answered :] for work in earlier.works}
+        self.num_overlapping += sum(work.sequence in unanswered for work in plan.works)
         self.plans.append(plan)
         return FakeStep(self, len(self.plans) - 1)
 
@@ -64,22 +81,26 @@ class FakeExecutor:
             self._tables.pop(number, None)
         for opening in plan.opened:
             assert opening.sequence not in self._opened, "a number was used twice"
+            assert 0 <= opening.shard < self._capacity.num_shards
             self._opened[opening.sequence] = opening
             self._tables[opening.sequence] = []
         self._check_no_block_is_written_twice(plan)
         answers = [self._compute(work) for work in plan.works]
+        assert index == self._num_answered, "steps are answered in order"
+        self._num_answered += 1
         return StepResult(plan.step, tuple(answer for answer in answers if answer is not None), elapsed_s=0.001)
 
     def _compute(self, work: Work) -> Sampled | None:
         opening, table = self._opened[work.sequence], self._tables[work.sequence]
+        assert work.shard == opening.shard, "a sequence's KV is in its own shard only"
         table.extend(work.new_blocks)
-        before = self._read(table, work.start - 1) if work.start else ()
+        before = self._read(work.shard, table, work.start - 1) if work.start else ()
         assert len(before) == work.start
         for position, token in enumerate(work.tokens, start=work.start):
             before = (*before, token)
-            self._slots[self._slot(table, position)] = before
+            self._slots[work.shard, self._slot(table, position)] = before
         for position in range(len(before)):
-            assert self._read(table, position) == before[: position + 1], f"position {position} holds another content"
+            assert self._read(work.shard, table, position) == before[: position + 1], f"position {position} holds another content"
         if not work.samples:
             return None
         if opening.sampling.needs_history:
@@ -92,14 +113,15 @@ class FakeExecutor:
         size = self._capacity.block_tokens
         return table[position // size] * size + position % size
 
-    def _read(self, table: list[int], position: int) -> tuple[int, ...]:
-        return self._slots[self._slot(table, position)]
+    def _read(self, shard: int, table: list[int], position: int) -> tuple[int, ...]:
+        return self._slots[shard, self._slot(table, position)]
 
     def _check_no_block_is_written_twice(self, plan: StepPlan) -> None:
-        written: set[int] = set()
+        written: set[tuple[int, int]] = set()
         for work in plan.works:
             table = self._tables[work.sequence] + list(work.new_blocks)
-            slots = {self._slot(table, position) for position in range(work.start, work.start + len(work.tokens))}
+            assert all(block < self._capacity.num_blocks for block in table)
+            slots = {(work.shard, self._slot(table, position)) for position in range(work.start, work.start + len(work.tokens))}
             assert not slots & written, "two sequences write to the same slot"
             written |= slots
 
