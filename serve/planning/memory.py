@@ -112,19 +112,22 @@ def _mlp(hidden_size: int, inner_size: int, topology: Topology, at: Coordinates,
 
 
 def _routed(hidden_size: int, moe: MoeShape, topology: Topology, at: Coordinates, tokens: int) -> int:
-    """Rows gathered for the experts here, their outputs (in parts and as one), put back into order, and weighted.
+    """Input and output; rows gathered for the experts here and their outputs, in parts and as one; those put back into
+    order, and weighted; their sum in float32 and rounded.
 
     A stage with dp sees the tokens of all its ranks; the rows of an expert held elsewhere are not gathered.
     """
     assigned = tokens * topology.dp * moe.experts_per_token
     here = assigned * len(split(moe.num_experts, at.ep, topology.ep)) // moe.num_experts
-    return (2 * tokens + 3 * here + 2 * assigned) * hidden_size * ACTIVATION_BYTES
+    rows = 3 * here + 2 * assigned + 3 * tokens
+    return hidden_size * (rows * ACTIVATION_BYTES + tokens * FLOAT32_BYTES)
 
 
 def _logits(shape: ModelShape, topology: Topology, at: Coordinates, rows: int) -> int:
-    """A rank's own logits and those of all. Where tokens are sampled: two float32 copies, and weights of a bounded piece of them."""
-    own = len(split(shape.vocab_size, at.tp, topology.tp))
-    num_bytes = rows * (own + shape.vocab_size) * ACTIVATION_BYTES
+    """A rank's own logits and, gathered, those of all. Where tokens are sampled: a float32 copy, and weights of a bounded piece."""
+    own = len(split(shape.vocab_size, at.tp, topology.tp)) if topology.tp > 1 else 0
+    logits = rows * shape.vocab_size
+    num_bytes = (rows * own + logits) * ACTIVATION_BYTES
     if at.tp == at.dp == 0:
-        num_bytes += rows * shape.vocab_size * 2 * FLOAT32_BYTES + min(rows * shape.vocab_size, SAMPLING_PIECE) * 3 * FLOAT64_BYTES
+        num_bytes += logits * FLOAT32_BYTES + min(logits, SAMPLING_PIECE) * 3 * FLOAT64_BYTES
     return num_bytes

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import ModelConfig
@@ -13,6 +13,7 @@ from model.qwen2_moe import Qwen2Moe
 from parallel.groups import Group, ParallelGroups
 from parallel.topology import Topology, TopologyAxis
 from parallel.weight_format import Dense
+from tests.serve.planning.live_bytes import tensors_of
 
 BLOCK_TOKENS = 16
 
@@ -79,10 +80,4 @@ def load(folder: Path, topology: Topology, rank: int) -> Qwen2:
 
 def tensor_bytes(model: nn.Module) -> int:
     """Of all tensors that hang anywhere in the model, each counted once."""
-    tensors: dict[int, Tensor] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            for found in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(found, Tensor):
-                    tensors[id(found)] = found
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in {id(found): found for found in tensors_of(model)}.values())

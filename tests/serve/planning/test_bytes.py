@@ -22,6 +22,8 @@ from tests.serve.planning.allocated import BLOCK_TOKENS, allocate, load, tensor_
 from tests.serve.planning.questions import CONFIGS, config, moe
 
 TOLERANCE = 0.02
+COUNTERS = 1e-5
+"""A few counters hang in a model beside its weights. One KV head of one layer would be more."""
 
 
 def planned_bytes(shape: ModelShape, topology: Topology, rank: int) -> int:
@@ -43,11 +45,11 @@ def test_planned_weights_are_those_that_a_rank_loads(name: str, tp: int, tmp_pat
     [Topology(tp=3), Topology(tp=4, dp=2, ep=8), Topology(tp=2, dp=3, ep=2, pp=3)],
     ids=str,
 )
-def test_at_full_size_a_rank_would_allocate_exactly_what_is_planned(size: str, topology: Topology) -> None:
+def test_at_full_size_a_rank_would_allocate_what_is_planned_to_the_last_head(size: str, topology: Topology) -> None:
     shape = SIZES[size]
     for rank in {topology.tp - 1, topology.size - 1}:
         model = allocate(ModelConfig.from_dict(as_config(shape)), topology, rank)
-        assert planned_bytes(shape, topology, rank) == tensor_bytes(model)
+        assert planned_bytes(shape, topology, rank) == pytest.approx(tensor_bytes(model), rel=COUNTERS)
         assert kv_bytes_per_token(shape, topology, topology.coordinates(rank)) * BLOCK_TOKENS == model.kv_layout.bytes_per_block
 
 

@@ -1,0 +1,74 @@
+"""Planned activations are the tensors that are alive together in the heaviest step of a real rank."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.executor import Capacity
+from engine.run.runner import Runner
+from engine.run.sampling.sampler import Sampler
+from engine.run.warm_up import full_step
+from model.batch import ForwardBatch
+from model.kv_cache import KvCache
+from parallel.topology import Topology
+from serve.planning.memory import activation_bytes
+from serve.planning.shape import shape_of_config
+from tests.serve.planning.allocated import BLOCK_TOKENS, load, write_checkpoint_of
+from tests.serve.planning.live_bytes import LiveBytes, tensors_of
+from tests.serve.planning.questions import config, moe
+
+
+class NoAttention:
+    """An attention kernel without a workspace, as the planner assumes it."""
+
+    def prepare(self, batch: ForwardBatch) -> None: ...
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
+        return torch.zeros_like(q_THK)
+
+
+def heaviest_step(raw: dict[str, object], folder: Path, *, tokens: int, rows: int) -> int:
+    """Bytes alive at its worst moment, measured on a rank alone."""
+    model = load(write_checkpoint_of(folder, raw), Topology(), 0)
+    backend = NoAttention()
+    model.backend = backend
+    for layer in model.layers:
+        layer.attention.backend = backend
+    num_blocks, device = tokens // BLOCK_TOKENS, torch.device("cpu")
+    cache = KvCache(model.kv_layout, num_blocks, device)
+    capacity = Capacity(num_blocks=num_blocks, block_tokens=BLOCK_TOKENS, max_context_tokens=tokens)
+    sampler = Sampler(vocab_size=model.config.vocab_size, device=device)
+    runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device)
+    plan = full_step(max_step_tokens=tokens, max_running=rows, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS)
+    with LiveBytes([*tensors_of(model), *cache.keys_NBGK, *cache.values_NBGK]) as live:
+        runner.run(plan)
+    return live.peak
+
+
+def planned(raw: dict[str, object], *, tokens: int, rows: int) -> int:
+    topology = Topology()
+    return activation_bytes(shape_of_config(raw, name="x"), topology, topology.coordinates(0), tokens=tokens, rows=rows)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        config(14, 2, 896, 4864, 500, 1),  # its MLP is the hungriest
+        config(14, 2, 896, 400, 500, 1),  # its norm and attention are
+        config(8, 2, 512, 64, 500, 1, **moe(16, 8, 64, 128)),  # its routed experts are
+        config(8, 2, 512, 64, 500, 1, **moe(16, 1, 64, 4096)),  # its shared expert is
+    ],
+    ids=["mlp", "attention", "routed", "shared"],
+)
+def test_a_layer_needs_what_is_planned(raw: dict[str, object], tmp_path: Path) -> None:
+    measured = heaviest_step(raw, tmp_path, tokens=512, rows=16)
+    assert planned(raw, tokens=512, rows=16) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(20_000, 64), (151_936, 64)])
+def test_sampling_needs_no_more_than_is_planned(vocab: int, rows: int, tmp_path: Path) -> None:
+    raw = config(2, 1, 16, 16, vocab, 1)
+    measured = heaviest_step(raw, tmp_path, tokens=rows * 2, rows=rows)
+    assert measured <= planned(raw, tokens=rows * 2, rows=rows) <= 1.5 * measured
