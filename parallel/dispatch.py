@@ -35,6 +35,10 @@ class TokenDispatch(Protocol):
         """(T, D): the weighted sum of all experts of each of this rank's tokens, complete."""
         ...
 
+    def follow(self, placement: ExpertPlacement) -> None:
+        """From the next call on experts are found where ``placement`` says; on all ranks between the same two steps."""
+        ...
+
 
 def make_dispatch(name: DispatchName, groups: ParallelGroups, placement: ExpertPlacement) -> TokenDispatch:
     if placement.num_ranks != groups.ep.size:
@@ -55,6 +59,9 @@ class LocalDispatch:
 
     def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
         self.groups = groups
+        self.follow(placement)
+
+    def follow(self, placement: ExpertPlacement) -> None:
         self._holders = _Holders(placement)
 
     def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:
@@ -76,6 +83,9 @@ class AllToAllDispatch:
 
     def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
         self.groups = groups
+        self.follow(placement)
+
+    def follow(self, placement: ExpertPlacement) -> None:
         self._holders = _Holders(placement)
 
     def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:
@@ -87,7 +97,7 @@ class AllToAllDispatch:
 
     def _exchange(self, x_SD: Tensor, expert_ids_SA: Tensor, weights_SA: Tensor, compute: ComputeExperts) -> Tensor:
         ep = self.groups.ep
-        holder_SA = self._holders.on(x_SD.device).choose(expert_ids_SA)
+        holder_SA = self._holders.on(x_SD.device).choose(expert_ids_SA, first=ep.rank)
         wanted_RS = torch.zeros(ep.size, x_SD.shape[0], dtype=torch.bool, device=x_SD.device)
         wanted_RS.scatter_(0, holder_SA.T, True)
         rank_N, row_N = wanted_RS.nonzero(as_tuple=True)  # by receiver, then by token

@@ -55,11 +55,14 @@ class HolderTable:
     holders: Tensor
     num_copies: Tensor
 
-    def choose(self, expert_ids_TA: Tensor) -> Tensor:
-        """(T, A): the one ep position that computes each assignment. Copies of an expert take its tokens in turn."""
+    def choose(self, expert_ids_TA: Tensor, first: int = 0) -> Tensor:
+        """(T, A): the one ep position that computes each assignment. Copies of an expert take its tokens in turn.
+
+        ``first`` is the turn of the first token: where ranks have few tokens each, they should not all begin with one copy.
+        """
         if self.holders.shape[1] == 1:
             return self.holders.view(-1)[expert_ids_TA]
-        turn_T1 = torch.arange(expert_ids_TA.shape[0], device=expert_ids_TA.device).unsqueeze(1)
+        turn_T1 = torch.arange(first, first + expert_ids_TA.shape[0], device=expert_ids_TA.device).unsqueeze(1)
         return self.holders[expert_ids_TA, turn_T1 % self.num_copies[expert_ids_TA]]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from parallel.axes import split, whole
 from parallel.dispatch import ELSEWHERE, LocalDispatch, TokenDispatch
+from parallel.expert_moves import Drop, Move, receive_expert, send_expert, steps_between
 from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear, ShapeMismatch, Slot
@@ -40,6 +41,9 @@ class RoutedExperts(nn.Module):
             raise ValueError(f"{self.placement!r} does not fit {num_experts} experts over an ep axis of {groups.ep.size}")
         self.dispatch = dispatch or LocalDispatch(groups, self.placement)
         self.num_experts = num_experts
+        self.ep = groups.ep
+        self.load_E: Tensor | None = None
+        """Tokens of this rank's sequences sent to each expert since `forget_load`; None where there is nothing to choose."""
 
         def expert() -> Expert:
             share = split(intermediate_size, groups.expert_tp.rank, groups.expert_tp.size, intermediate_unit)
@@ -47,6 +51,7 @@ class RoutedExperts(nn.Module):
             down = Linear(in_share=share, out_parts={"down": whole(hidden_size)}, bias=False, format=format, bias_dtype=_NO_BIAS)
             return Expert(up, down)
 
+        self._make_expert = expert
         self._shape_of_all = expert()
         self.held = nn.ModuleDict({str(number): expert() for number in self.placement.held_by(groups.ep.rank)})
 
@@ -63,6 +68,8 @@ class RoutedExperts(nn.Module):
         for expert in self._experts():
             expert.up.allocate(device)
             expert.down.allocate(device)
+        if self.ep.size > 1:
+            self.load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
 
     def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
         """Copy this rank's share of ``stored`` to its place; 0 bytes are read of an expert that is held elsewhere.
@@ -89,7 +96,41 @@ class RoutedExperts(nn.Module):
 
         ``expert_ids_TA`` (int64) are distinct within a row. Every rank of the stage must call this in the same step.
         """
+        if self.load_E is not None:  # whole numbers: the order in which a GPU adds them does not matter
+            chosen = expert_ids_TA.flatten()
+            self.load_E.index_add_(0, chosen, torch.ones_like(chosen))
         return self.dispatch(x_TD, expert_ids_TA, weights_TA, self._compute)
+
+    def forget_load(self) -> None:
+        if self.load_E is not None:
+            self.load_E.zero_()
+
+    def move_to(self, placement: ExpertPlacement) -> int:
+        """Change places between two steps, experts going from rank to rank one after the other. Returns how many went.
+
+        All ranks of the ep group must call this with the same placement. Needs memory for one expert more than are held.
+        """
+        num_moves = 0
+        for step in steps_between(self.placement, placement):
+            match step:
+                case Drop():
+                    if step.rank == self.ep.rank:
+                        del self.held[str(step.expert)]
+                case Move():
+                    num_moves += 1
+                    self._take_part(step)
+        self.placement = placement
+        self.dispatch.follow(placement)
+        return num_moves
+
+    def _take_part(self, move: Move) -> None:
+        if move.source == self.ep.rank:
+            send_expert(self._expert(move.expert).tensors, move.target, self.ep)
+        elif move.target == self.ep.rank:
+            assert self.load_E is not None
+            expert = self._make_expert()
+            expert.adopt(receive_expert(move.source, self.ep, self.load_E.device))
+            self.held[str(move.expert)] = expert
 
     def _compute(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """What the experts here add to each row, with one pair of multiplications per expert that has rows.
@@ -125,6 +166,20 @@ class Expert(nn.Module):
     def slots(self) -> Iterator[Slot]:
         yield from self.up.slots()
         yield from self.down.slots()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was loaded, in the form in which the format multiplies it."""
+        return {f"{name}.{tensor}": value for name, layer in self._layers.items() for tensor, value in layer.tensors.items()}
+
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Take the `tensors` of the same share of an expert elsewhere for one's own."""
+        for name, layer in self._layers.items():
+            layer.tensors = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+    @property
+    def _layers(self) -> dict[str, Linear]:
+        return {"up": self.up, "down": self.down}
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.up(x).split(self.up.out_sizes, dim=-1)

@@ -13,7 +13,7 @@ from parallel.experts import RoutedExperts
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.linear import ShapeMismatch
 from parallel.topology import Topology
-from parallel.weight_format import Dense
+from parallel.weight_format import Dense, WeightFormat
 from tests.parallel.memory_tensor import MemoryTensor
 from tests.ranks import run_ranks
 
@@ -74,7 +74,11 @@ def loop_over_tokens(w: Weights, x: Tensor, ids: Tensor, chosen: Tensor) -> Tens
 
 
 def build(
-    groups: ParallelGroups, dtype: torch.dtype, name: DispatchName = "local", placement: ExpertPlacement | None = None
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    name: DispatchName = "local",
+    placement: ExpertPlacement | None = None,
+    format: WeightFormat | None = None,
 ) -> RoutedExperts:
     placement = placement or balanced_placement(EXPERTS, groups.ep.size)
     layer = RoutedExperts(
@@ -82,7 +86,7 @@ def build(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         groups=groups,
-        format=Dense(dtype),
+        format=format or Dense(dtype),
         placement=placement,
         dispatch=make_dispatch(name, groups, placement),
     )

@@ -1,0 +1,107 @@
+"""From one placement of experts to another: in what order, through whose hands, and the sending itself.
+
+A position never holds more than one expert beyond its room, and only one position at a time does.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import receive, send
+from parallel.expert_placement import ExpertPlacement, InvalidPlacement
+from parallel.groups import Group
+
+Tensors = dict[str, Tensor]
+"""All tensors of one expert on one rank, by a name that means the same everywhere."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """``source`` sends a copy of ``expert`` to ``target``."""
+
+    expert: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Drop:
+    """``rank`` lets go of ``expert``, which others hold."""
+
+    expert: int
+    rank: int
+
+
+def steps_between(current: ExpertPlacement, target: ExpertPlacement) -> Iterator[Move | Drop]:
+    """What to do, one after the other, to come from ``current`` to ``target``.
+
+    What a position shall not keep is dropped as soon as somebody who keeps it has it, and is the next to be sent if the
+    position has one too many: so its room is what it holds before or after, whichever is more, and one.
+
+    experts 0 1 | 2 3  ->  2 1 | 0 3:   0 moves right, left drops 0, 2 moves left, right drops 2
+    """
+    if (current.num_experts, current.num_ranks) != (target.num_experts, target.num_ranks):
+        raise InvalidPlacement(f"{current!r} cannot become {target!r}")
+    held = [set(current.held_by(rank)) for rank in range(current.num_ranks)]
+    room = [max(len(held[rank]), len(target.held_by(rank))) for rank in range(current.num_ranks)]
+    pending = [(expert, rank) for expert, ranks in enumerate(target.holders) for rank in ranks if expert not in held[rank]]
+
+    def next_move() -> Move:
+        too_full = next((rank for rank, experts in enumerate(held) if len(experts) > room[rank]), None)
+        if too_full is not None:
+            expert = min(expert for expert in held[too_full] if too_full not in target.holders[expert])
+            return Move(expert, too_full, target.holders[expert][0])  # nobody keeps it yet, or it would be dropped
+        expert, rank = next((move for move in pending if len(held[move[1]]) < room[move[1]]), pending[0])
+        holders = [holder for holder, experts in enumerate(held) if expert in experts]
+        return Move(expert, min(holders, key=lambda holder: (holder not in target.holders[expert], holder)), rank)
+
+    def drops() -> Iterator[Drop]:
+        for rank, experts in enumerate(held):
+            for expert in sorted(experts):
+                keepers = target.holders[expert]
+                if rank not in keepers and any(expert in held[keeper] for keeper in keepers):
+                    experts.remove(expert)
+                    yield Drop(expert, rank)
+
+    yield from drops()
+    while pending:
+        move = next_move()
+        pending.remove((move.expert, move.target))
+        held[move.target].add(move.expert)
+        yield move
+        yield from drops()
+
+
+def send_expert(tensors: Tensors, to: int, group: Group) -> None:
+    """All tensors of one expert to another member, which must call `receive_expert`. One message each, of bytes."""
+    device = next(iter(tensors.values())).device
+    layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _by_stride(tensor)) for name, tensor in tensors.items()]
+    header = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8, device=device)
+    send(torch.tensor([header.numel()], dtype=torch.int64, device=device), to, group)
+    send(header, to, group)
+    for tensor, (_, _, _, order) in zip(tensors.values(), layout, strict=True):
+        send(tensor.permute(order).contiguous().view(-1).view(torch.uint8), to, group)
+
+
+def receive_expert(source: int, group: Group, device: torch.device) -> Tensors:
+    """The tensors that `send_expert` sends: same names, dtypes, shapes, and order in memory, which some formats depend upon."""
+    (length,) = receive((1,), source, group, dtype=torch.int64, device=device).tolist()
+    header = receive((length,), source, group, dtype=torch.uint8, device=device)
+    tensors: Tensors = {}
+    for name, dtype_name, shape, order in json.loads(bytes(header.tolist())):
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        in_order = [shape[dim] for dim in order]
+        num_bytes = dtype.itemsize * torch.Size(in_order).numel()
+        raw = receive((num_bytes,), source, group, dtype=torch.uint8, device=device)
+        back = [order.index(dim) for dim in range(len(order))]
+        tensors[name] = raw.view(dtype).view(in_order).permute(back)
+    return tensors
+
+
+def _by_stride(tensor: Tensor) -> list[int]:
+    """The dims in the order they have in memory: a transposed tensor arrives transposed."""
+    strides: tuple[int, ...] = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
