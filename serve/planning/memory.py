@@ -29,7 +29,7 @@ class Workload:
     concurrency: int
     """Sequences at the same time."""
     step_tokens: int
-    """Tokens of one step at most (`engine.max_step_tokens`)."""
+    """Tokens of one step at most, on each dp position (`engine.max_step_tokens`)."""
     block_tokens: int = 16
 
 
@@ -56,11 +56,13 @@ class RankMemory:
 def memory_of_rank(
     shape: ModelShape, topology: Topology, rank: int, *, format: Format, gpu_bytes: int, workload: Workload, running: int
 ) -> RankMemory:
-    """``running``: sequences that this rank's replica runs at the same time."""
+    """``running``: sequences that this rank's replica runs at the same time. All of them count on each dp position, as
+    in the step by which the engine measures at its start (`engine.run.warm_up.full_step`)."""
+    rows = min(running, workload.step_tokens)
     at = topology.coordinates(rank)
     return RankMemory(
         weights=weights_of_rank(shape, topology, at, format),
-        activation_bytes=activation_bytes(shape, topology, at, tokens=workload.step_tokens, rows=min(running, workload.step_tokens)),
+        activation_bytes=activation_bytes(shape, topology, at, tokens=workload.step_tokens, rows=rows),
         kv_bytes_per_token=kv_bytes_per_token(shape, topology, at),
         reserve_bytes=gpu_bytes - int(gpu_bytes * USABLE_FRACTION) + RUNTIME_BYTES + (COMMUNICATOR_BYTES if topology.size > 1 else 0),
         gpu_bytes=gpu_bytes,
@@ -128,6 +130,6 @@ def _logits(shape: ModelShape, topology: Topology, at: Coordinates, rows: int) -
     own = len(split(shape.vocab_size, at.tp, topology.tp)) if topology.tp > 1 else 0
     logits = rows * shape.vocab_size
     num_bytes = (rows * own + logits) * ACTIVATION_BYTES
-    if at.tp == at.dp == 0:
+    if at.tp == 0:
         num_bytes += logits * FLOAT32_BYTES + min(logits, SAMPLING_PIECE) * 3 * FLOAT64_BYTES
     return num_bytes

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from parallel.topology import Topology
 from serve.cli import app
 from serve.commands.plan import parse_tokens
 from serve.config_sources import load
@@ -71,7 +72,11 @@ def test_emitted_settings_are_the_best_that_is_served_and_load(tmp_path: Path) -
     assert code == 0
     assert "NOT SERVED" not in output
     (tmp_path / "manta.yaml").write_text(output)
-    assert load(file=tmp_path / "manta.yaml").config.parallel.data == 1
+    _, listed = manta("Qwen2-57B-A14B", "--gpus", "8xH100-80G", "--json")
+    best = next(layout for layout in json.loads(listed)["layouts"] if layout["served_today"])
+    written = load(file=tmp_path / "manta.yaml").config
+    assert written.parallel.topology == Topology(**{axis: best[axis] for axis in ("tp", "pp", "dp", "ep")})
+    assert written.replicas.count == best["replicas"]
 
 
 def test_a_layout_can_be_chosen_by_its_number() -> None:
@@ -128,6 +133,7 @@ def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
 def test_planning_imports_nothing_that_takes_seconds(arguments: list[str]) -> None:
     program = f"""
 import sys
+from parallel.topology import Topology
 from serve.cli import app
 try:
     app(["plan", *{arguments!r}])
