@@ -23,4 +23,5 @@ class StepAnswers:
             step=step,
             sampled=tuple(sampled for part in parts for sampled in part.sampled),
             elapsed_s=max(part.elapsed_s for part in parts),
+            rebalanced=parts[0].rebalanced,  # the same on every rank
         )

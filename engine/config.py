@@ -19,8 +19,17 @@ class EngineConfig:
     """Steps submitted before the first of them is answered. Never fewer than pipeline stages, whatever is set here."""
     prefix_cache: bool = True
     """Keep finished blocks by content, so that an equal prefix is not computed again."""
+    rebalance_every_steps: int | None = None
+    """Look so often whether the ranks that share routed experts have equally much to do. None = only when asked: experts on other
+    ranks are summed in another order, so the last bits of an answer then depend on when it was asked for."""
+    rebalance_threshold: float = 1.2
+    """The busiest rank's load over the mean above which a layer's experts change places."""
 
     def __post_init__(self) -> None:
         for name in ("block_tokens", "max_step_tokens", "max_running", "max_waiting", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rebalance_every_steps is not None and self.rebalance_every_steps < 1:
+            raise ValueError(f"rebalance_every_steps must be at least 1, got {self.rebalance_every_steps}")
+        if not self.rebalance_threshold >= 1:
+            raise ValueError(f"rebalance_threshold must be at least 1, got {self.rebalance_threshold}")

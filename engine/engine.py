@@ -9,12 +9,13 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
+from engine.balancing import Balancing
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineStopped, WorkersLost
 from engine.executor import Executor, PendingStep
 from engine.kv.block_pool import BlockListener
 from engine.places import mark
-from engine.plan import StepPlan, StepResult, TokenEvent
+from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
 from engine.policy import Policy
 from engine.request import Request
 from engine.scheduler import Key, Scheduler
@@ -49,6 +50,7 @@ class Engine:
         self.executor = executor
         self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener)
         self._config = config
+        self._balancing = Balancing(config)
         self._recover, self._clock = recover, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._inbox: SimpleQueue[Request | Key] = SimpleQueue()
@@ -83,6 +85,21 @@ class Engine:
         """End a request; it is no error if it has ended already."""
         self._inbox.put((request_id, choice))
         self._arrived.set()
+
+    def rebalance_experts(self, threshold: float = 1.0) -> Future[Rebalanced]:
+        """Have the ranks even out what their routed experts have to do, between two steps; see `Rebalance.threshold`.
+
+        Requests go on afterwards as if nothing had been. The future fails if the ranks are lost over it.
+
+        Raises:
+            EngineStopped: the engine takes nothing any more.
+        """
+        with self._door:
+            if self._stopping.is_set():
+                raise EngineStopped("this engine has stopped")
+            answer = self._balancing.ask(threshold)
+        self._arrived.set()
+        return answer
 
     def stop(self) -> None:
         """Have `run_forever` end all requests with `EngineStopped`, and return."""
@@ -148,17 +165,23 @@ class Engine:
         return self._take_outbox()
 
     def _step(self) -> None:
-        while len(self._in_flight) < self.max_in_flight and (plan := self.scheduler.schedule()):
+        order = self._balancing.order(self._num_steps)
+        while order is None and len(self._in_flight) < self.max_in_flight and (plan := self.scheduler.schedule()):
             self._in_flight.append((plan, self.executor.submit(plan)))
-        if not self._in_flight:
-            return
-        plan, pending = self._in_flight[0]
-        result = pending.result()
-        if result.step != plan.step:
-            raise WorkersLost(f"the ranks answered step {result.step} where step {plan.step} was due")
-        self._in_flight.popleft()
-        self._note_step(result)
-        self._outbox += self.scheduler.apply(plan, result)
+        if self._in_flight:
+            plan, pending = self._in_flight[0]
+            result = _answer(plan, pending)
+            self._in_flight.popleft()
+            self._note_step(result)
+            self._outbox += self.scheduler.apply(plan, result)
+        elif order is not None:
+            self._rebalance(order)
+
+    def _rebalance(self, order: Rebalance) -> None:
+        """Experts change places while no step is under way."""
+        plan = StepPlan(self.scheduler.number_step(), (), rebalance=order)
+        result = _answer(plan, self.executor.submit(plan))
+        self._balancing.answered(order, result.rebalanced, self._num_steps)
 
     def _take_inbox(self) -> None:
         while True:
@@ -186,6 +209,7 @@ class Engine:
         """Rewind everything and have new workers started beside this thread, so that cancels and deadlines are still heard."""
         logger.error("the workers are lost: %s", loss)
         self._in_flight.clear()
+        self._balancing.failed(loss)
         if self._recover is None:
             self._end = loss
             return
@@ -209,13 +233,15 @@ class Engine:
         return events
 
     def _is_idle(self) -> bool:
-        return not self._in_flight and self._recovery is None and self.scheduler.num_requests == 0 and self._inbox.empty()
+        is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._balancing.is_asked
+        return not is_busy and self._inbox.empty()
 
     def _close(self, deliver: Callable[[list[TokenEvent]], None], error: EngineError) -> None:
         """Nothing more is taken; what was taken is told."""
         self.stop()
         self._in_flight.clear()
         self._take_inbox()
+        self._balancing.failed(error)
         self._outbox += self.scheduler.fail_all(error)
         self._note_stats()
         try:
@@ -246,9 +272,18 @@ class Engine:
             sampled_tokens=scheduler.sampled_tokens,
             prefix_queried_tokens=scheduler.prefix_queried_tokens,
             prefix_found_tokens=scheduler.prefix_found_tokens,
+            expert_moves=self._balancing.num_moved,
+            expert_imbalance=self._balancing.imbalance,
             step_s=self._step_s,
         )
         self._noted = (stats, self._num_taken)  # one assignment: a reader in another thread sees both or neither
+
+
+def _answer(plan: StepPlan, pending: PendingStep) -> StepResult:
+    result = pending.result()
+    if result.step != plan.step:
+        raise WorkersLost(f"the ranks answered step {result.step} where step {plan.step} was due")
+    return result
 
 
 def refusal(request: Request, error: EngineError) -> TokenEvent:

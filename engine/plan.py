@@ -40,6 +40,28 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Rebalance:
+    """Measure what the routed experts had to do, and give those of a layer other places if that makes it fairer."""
+
+    threshold: float
+    """A layer is left alone while its busiest ep position has at most so many times the mean load. Infinity: only measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalanced:
+    """What came of a `Rebalance`. Without loads: the model has no experts, or no choice of where to put them."""
+
+    loads: tuple[tuple[float, ...], ...] = ()
+    """Of each sparse layer, in order: tokens sent to each expert, those before the last measurement counted by half, and so on."""
+    imbalance_before: float = 1.0
+    """The busiest ep position's load over the mean, in the layer where that is worst."""
+    imbalance_after: float = 1.0
+    """The same loads on the new places."""
+    num_moved: int = 0
+    """Copies of experts that went from one rank to another, in all layers."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One forward pass over a replica. The ranks apply `closed`, then `opened`, then run `works`, in this order, each those of its shard.
 
@@ -51,6 +73,8 @@ class StepPlan:
     opened: tuple[Opening, ...] = ()
     closed: tuple[int, ...] = ()
     """Sequences whose block tables the ranks forget. An unknown number is ignored (workers may have been replaced)."""
+    rebalance: Rebalance | None = None
+    """To be done before all else; such a plan has no works, and no other step is under way."""
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +111,7 @@ class StepResult:
     sampled: tuple[Sampled, ...]
     elapsed_s: float = 0.0
     """Seconds the forward pass and sampling took on the rank that sampled; of several, the longest."""
+    rebalanced: Rebalanced | None = None
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

@@ -118,10 +118,14 @@ class Scheduler:
         self._admit_waiting([portion for portion in portions if not portion.has_preempted], building)
         if not building.works:
             return None
-        plan = StepPlan(self._num_steps, tuple(building.works), tuple(building.opened), tuple(self._closed))
-        self._num_steps += 1
+        plan = StepPlan(self.number_step(), tuple(building.works), tuple(building.opened), tuple(self._closed))
         self._closed.clear()
         return plan
+
+    def number_step(self) -> int:
+        """A number for the next step, also for one that this scheduler does not plan."""
+        self._num_steps += 1
+        return self._num_steps - 1
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Record what a step gave. Sequences that were closed since it was planned are passed over."""

@@ -23,6 +23,10 @@ class EngineStats:
     sampled_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_found_tokens: int = 0
+    expert_moves: int = 0
+    """Copies of routed experts that went from rank to rank."""
+    expert_imbalance: float = 1.0
+    """As it was left by the last measurement: the busiest rank's load over the mean, in the worst layer."""
     step_s: float = 0.0
     """Seconds of a step on the slowest sampling rank, smoothed over about 20 steps."""
 

@@ -1,0 +1,122 @@
+"""Experts change places between two steps: when they are told to, and that nobody's answer suffers."""
+
+from dataclasses import replace
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineStopped, WorkersLost
+from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult
+from engine.request import Request, SamplingParams
+from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
+
+FOUND = Rebalanced(loads=((3.0, 1.0),), imbalance_before=1.5, imbalance_after=1.0, num_moved=2)
+
+
+class BalancingExecutor(FakeExecutor):
+    """One whose ranks have experts; it checks that no step is under way while they move."""
+
+    def __init__(self, answer: Rebalanced | None = FOUND, num_stages: int = 1) -> None:
+        super().__init__()
+        self._capacity = replace(self._capacity, num_stages=num_stages)
+        self.answer = answer
+        self.orders: list[tuple[int, Rebalance]] = []
+        """With the number of steps that were answered before."""
+        self.num_answered = 0
+
+    def run(self, index: int) -> StepResult:
+        plan: StepPlan = self.plans[index]
+        assert index == self.num_answered
+        self.num_answered += 1
+        result = super().run(index)
+        if plan.rebalance is None:
+            return result
+        assert not plan.works
+        assert len(self.plans) == self.num_answered, "a step is under way behind it"
+        self.orders.append((index - len(self.orders), plan.rebalance))
+        return replace(result, rebalanced=self.answer)
+
+
+def requests() -> list[Request]:
+    sampling = SamplingParams(max_tokens=10)
+    return [Request(id=str(number), prompt=tuple(range(number + 1)), sampling=sampling) for number in range(3)]
+
+
+def serve(engine: Engine) -> dict[tuple[str, int], list[int]]:
+    recorder = Recorder()
+    for request in requests():
+        recorder.begin(request.key)
+        engine.submit(request)
+    run_to_end(engine, recorder)
+    assert set(recorder.ends.values()) == {"length"}
+    return recorder.tokens
+
+
+EXPECTED = {request.key: list(undisturbed(request.prompt, 0, 0, 10)) for request in requests()}
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_every_so_many_steps_the_experts_are_looked_at_and_answers_stay(num_stages: int) -> None:
+    executor = BalancingExecutor(num_stages=num_stages)
+    engine = Engine(executor, EngineConfig(block_tokens=4, rebalance_every_steps=3, rebalance_threshold=1.3))
+    assert serve(engine) == EXPECTED
+    assert [order for _, order in executor.orders] == [Rebalance(1.3)] * len(executor.orders)
+    steps = [step for step, _ in executor.orders]
+    assert len(steps) >= 3
+    assert all(3 <= later - earlier < 3 + num_stages for earlier, later in zip([0, *steps], steps, strict=False))
+    assert (engine.stats.expert_moves, engine.stats.expert_imbalance) == (2 * len(steps), 1.0)
+
+
+def test_nobody_is_asked_unless_the_settings_say_so() -> None:
+    executor = BalancingExecutor()
+    assert serve(Engine(executor, EngineConfig(block_tokens=4))) == EXPECTED
+    assert executor.orders == []
+
+
+def test_a_model_without_experts_is_asked_once() -> None:
+    executor = BalancingExecutor(answer=Rebalanced())
+    assert serve(Engine(executor, EngineConfig(block_tokens=4, rebalance_every_steps=2))) == EXPECTED
+    assert len(executor.orders) == 1
+
+
+def test_whoever_asks_by_hand_is_told_also_while_nothing_runs() -> None:
+    engine = Engine(BalancingExecutor(), EngineConfig(block_tokens=4))
+    answers = [engine.rebalance_experts(), engine.rebalance_experts(2.0)]
+    assert engine.turn() == []
+    assert [answer.done() for answer in answers] == [True, False]
+    assert engine.turn() == []
+    assert [answer.result(0) for answer in answers] == [FOUND, FOUND]
+    assert [order.threshold for _, order in engine.executor.orders] == [1.0, 2.0]
+
+
+def test_ranks_lost_while_experts_move_are_replaced_and_the_asker_is_told() -> None:
+    first, second = BalancingExecutor(), BalancingExecutor()
+    engine = Engine(first, EngineConfig(block_tokens=4), recover=lambda _loss: second)
+    recorder = Recorder()
+    for request in requests():
+        recorder.begin(request.key)
+        engine.submit(request)
+    for _ in range(4):
+        recorder.take(engine.turn())
+    answer = engine.rebalance_experts()
+    first.lose_at_step = {len(first.plans)}
+    run_to_end(engine, recorder)
+    assert isinstance(answer.exception(0), WorkersLost)
+    assert recorder.tokens == EXPECTED
+
+
+def test_after_the_end_nobody_waits_for_an_answer() -> None:
+    engine = Engine(BalancingExecutor(), EngineConfig(block_tokens=4))
+    answer = engine.rebalance_experts()
+    engine.stop()
+    engine.run_forever(lambda _events: None)
+    assert isinstance(answer.exception(0), EngineStopped)
+    with pytest.raises(EngineStopped):
+        engine.rebalance_experts()
+
+
+@pytest.mark.parametrize("changes", [{"rebalance_every_steps": 0}, {"rebalance_threshold": 0.9}, {"rebalance_threshold": float("nan")}])
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        EngineConfig(**changes)
