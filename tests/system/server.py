@@ -1,0 +1,117 @@
+"""`manta serve` as a user starts it: a process of its own, its greeting awaited, ended by Ctrl-C."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+START_S = 240.0
+END_S = 30.0
+
+
+@dataclass
+class Server:
+    """A server that has said that it answers."""
+
+    process: subprocess.Popen[str]
+    http_port: int
+    grpc_port: int
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"grpc://127.0.0.1:{self.grpc_port}"
+
+    @property
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks: Ray actors named after their method."""
+        return [process for process in self.descendants if process.name().startswith("ray::Worker")]
+
+
+@contextmanager
+def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """Start, wait for the greeting, and in the end stop it as a person would."""
+    http_port, grpc_port = free_ports(2)
+    command = [sys.executable, "-m", "serve", "serve", *arguments, "--http-port", str(http_port), "--grpc-port", str(grpc_port)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+    )
+    server = Server(process, http_port, grpc_port)
+    greeted = threading.Event()
+    threading.Thread(target=_read, args=(server, greeted), daemon=True).start()
+    try:
+        if not greeted.wait(START_S) or process.poll() is not None:
+            raise AssertionError("the server did not start:\n" + "\n".join(server.lines))
+        yield server
+    finally:
+        _end(server)
+
+
+def _end(server: Server) -> None:
+    """As a terminal does on Ctrl-C: the whole process group is interrupted. Nothing may be left, and no traceback shown."""
+    process = server.process
+    if process.poll() is not None:
+        return
+    family = server.descendants
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(END_S)
+    finally:
+        _, left = psutil.wait_procs(family, timeout=5)
+        for one in left:
+            one.kill()
+        if process.poll() is None:
+            process.kill()
+    assert not left, f"left behind: {left}"
+    assert "Traceback" not in "\n".join(server.lines).rpartition("Ending")[2]
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def eventually(condition, timeout_s: float = 60.0):
+    """The first true value of ``condition()``."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {timeout_s:g} s: {condition}")
+
+
+def _read(server: Server, greeted: threading.Event) -> None:
+    assert server.process.stdout is not None
+    for line in server.process.stdout:
+        server.lines.append(line.rstrip())
+        if "Ctrl-C ends it" in line:
+            greeted.set()
+    greeted.set()

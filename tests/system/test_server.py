@@ -1,0 +1,193 @@
+"""The demo server as a user has it: two ranks, two fronts, real clients, and a rank that dies."""
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from manta_client import Client
+
+from tests.system.server import Server, eventually, serving
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+
+QUESTION = [{"role": "user", "content": "Tell me about the ocean in three sentences."}]
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+EMOJI = [{"role": "user", "content": "Repeat exactly: 🌊🐟 naïve café 日本語"}]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("places") / "places.log"
+
+
+@pytest.fixture(scope="module")
+def server(demo_folder: Path, places: Path) -> Iterator[Server]:
+    with serving(
+        str(demo_folder), "--name", "demo", "--tensor-parallel", "2", "--dtype", "float32", environment={"MANTA_LOG_PLACES": str(places)}
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def grpc(server: Server) -> Iterator[Client]:
+    with Client(server.grpc, timeout=120) as client:
+        yield client
+
+
+def test_it_answers_in_english(http):
+    answer = http.chat.completions.create(model="demo", messages=CAPITAL, temperature=0, max_tokens=32)
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
+
+
+def test_the_only_model_is_listed_by_both_fronts(http, grpc):
+    assert [model.id for model in http.models.list()] == ["demo"]
+    assert [model.id for model in grpc.models.list()] == ["demo"]
+
+
+@pytest.mark.parametrize("messages", [QUESTION, EMOJI], ids=["plain", "multi-byte"])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_http_streamed_and_not_and_grpc_streamed_and_not_say_the_same(http, grpc, messages, temperature):
+    asked = {"model": "demo", "messages": messages, "temperature": temperature, "seed": 7, "max_tokens": 48}
+    whole = http.chat.completions.create(**asked)
+    stream = list(http.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert streamed == whole.choices[0].message.content
+    assert stream[-1].usage.completion_tokens == whole.usage.completion_tokens
+    over_grpc = grpc.chat.create(**asked)
+    assert over_grpc.text == streamed
+    with grpc.chat.stream(**asked) as deltas:
+        assert "".join(delta.text for delta in deltas) == streamed
+
+
+def test_a_seed_repeats_and_another_differs(http):
+    asked = {"model": "demo", "messages": QUESTION, "temperature": 1.0, "max_tokens": 32}
+    first, again, other = (http.chat.completions.create(**asked, seed=seed).choices[0].message.content for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_stop_string_ends_the_answer_before_it(http, grpc):
+    asked = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 48}
+    whole = http.chat.completions.create(**asked).choices[0].message.content
+    stop = whole[10:16]
+    for choice in (
+        http.chat.completions.create(**asked, stop=[stop]).choices[0],
+        grpc.chat.create(**asked, stop=[stop]).choices[0],
+    ):
+        text = choice.message.content if hasattr(choice, "message") else choice.text
+        assert text == whole[: whole.index(stop)]
+        assert choice.finish_reason == "stop"
+
+
+def test_many_at_once_answer_as_each_alone(http):
+    def ask(index: int) -> str:
+        answer = http.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": f"Count from {index}."}], temperature=0, max_tokens=16
+        )
+        return answer.choices[0].message.content
+
+    alone = [ask(index) for index in range(6)]
+    together: dict[int, str] = {}
+    threads = [threading.Thread(target=lambda i=i: together.__setitem__(i, ask(i))) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [together[index] for index in range(6)] == alone
+
+
+def test_one_request_passes_the_fourteen_places_in_order(server, http, places):
+    answer = http.chat.completions.create(model="demo", messages=CAPITAL, temperature=0, max_tokens=1)
+    lines = re.findall(r"place=(\d+) request=(\S+) at=(\d+)", places.read_text())
+    mine = sorted((int(at), int(place)) for place, request, at in lines if request == answer.id)
+    seven, nine = (next(at for at, place in mine if place == wanted) for wanted in (7, 9))
+    step = next((int(at), 8) for place, request, at in lines if place == "8" and seven <= int(at) <= nine)
+    assert [place for _, place in sorted([*mine, step])] == list(range(1, 15))
+
+
+def test_the_two_major_versions_of_openai_python_get_the_same_answer(server, http, tmp_path):
+    expected = http.chat.completions.create(model="demo", messages=CAPITAL, temperature=0, max_tokens=16).choices[0].message.content
+    assert openai.__version__.startswith("3.")
+    older = tmp_path / "openai2"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(older), "openai>=2,<3"], check=True)
+    script = f"""
+import openai
+assert openai.__version__.startswith("2."), openai.__version__
+client = openai.OpenAI(base_url="{server.url}/v1", api_key="none", max_retries=0)
+asked = dict(model="demo", messages={CAPITAL!r}, temperature=0, max_tokens=16)
+whole = client.chat.completions.create(**asked).choices[0].message.content
+streamed = "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True))
+assert streamed == whole
+print(whole, end="")
+"""
+    done = subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": str(older)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
+
+
+def test_a_client_that_goes_away_frees_what_it_held(server, http):
+    stream = http.chat.completions.create(model="demo", messages=QUESTION, stream=True, max_tokens=2000, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    began = time.monotonic()
+    http.chat.completions.create(model="demo", messages=CAPITAL, temperature=0, max_tokens=8)
+    assert time.monotonic() - began < 60
+
+
+def test_both_fronts_listen_on_loopback_only(server):
+    ports = {server.http_port, server.grpc_port}
+    listening = {
+        (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
+        for process in server.descendants
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports
+    }
+    assert listening == {("127.0.0.1", port) for port in ports}
+
+
+def test_a_killed_rank_is_named_and_replaced_and_the_stream_goes_on_with_the_same_tokens(server, http):
+    asked = {"model": "demo", "messages": QUESTION, "temperature": 0.9, "seed": 3, "max_tokens": 64, "extra_body": {"ignore_eos": True}}
+    undisturbed = http.chat.completions.create(**asked).choices[0].message.content
+    before = server.ranks()
+    assert len(before) == 2
+    text, became_unready = "", Future()
+    for number, chunk in enumerate(http.chat.completions.create(**asked, stream=True)):
+        text += chunk.choices[0].delta.content or ""
+        if number == 8:
+            before[1].kill()
+            threading.Thread(target=lambda: became_unready.set_result(_becomes(server, ready=False))).start()
+    assert text == undisturbed
+    assert became_unready.result(60)
+    assert _becomes(server, ready=True)
+    answer = http.chat.completions.create(model="demo", messages=CAPITAL, temperature=0, max_tokens=32)
+    assert "Paris" in answer.choices[0].message.content
+    after = server.ranks()
+    assert len(after) == 2
+    assert not {process.pid for process in before} & {process.pid for process in after}, "an old rank is left"
+    lost = rf"rank [01] on \S+ \(pid {before[1].pid}\) was lost"
+    assert eventually(lambda: any(re.search(lost, line) for line in server.lines), 10)
+
+
+def _becomes(server: Server, *, ready: bool) -> bool:
+    def is_so() -> bool:
+        try:
+            return (httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200) == ready
+        except httpx.HTTPError:
+            return not ready
+
+    return bool(eventually(is_so, 60))
