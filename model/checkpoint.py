@@ -1,22 +1,28 @@
-"""The only door to safetensors: read a checkpoint folder lazily, write one."""
+"""The only door to safetensors: read a checkpoint lazily from wherever it lies, write one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.checkpoint_header import CheckpointError, TensorHeader, read_header, some
+from model.byte_source import ByteSource
+from model.checkpoint_folder import CheckpointFolder, open_folder
+from model.checkpoint_header import CheckpointError, TensorHeader, read_header, some, without_repetition
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 4 * 10**9
+HEADERS_AT_A_TIME = 8
+ALONG_BYTES = 32 * 2**20
+"""Whole rows that are held at a time where only a part of each is wanted."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,9 @@ class FileTensor:
     """A `parallel.weight_format.StoredTensor`: one tensor of a safetensors file, nothing of it read yet."""
 
     header: TensorHeader
-    source: "_File"
+    source: ByteSource
+    begin: int
+    """Of the file's weights, in bytes."""
 
     @property
     def name(self) -> str:
@@ -39,37 +47,76 @@ class FileTensor:
         return self.header.dtype
 
     def read(self, *slices: slice) -> Tensor:
-        """The given part as a CPU tensor, one slice of step 1 per dim, or everything; only its bytes leave the file.
+        """The given part as a CPU tensor, one slice of step 1 per dim, or everything.
+
+        Rows are read as they lie. Of columns, what lies between them is read along where that is faster than to skip it
+        (`ByteSource.worthwhile_gap_bytes`); it is held for a moment, `ALONG_BYTES` at a time.
 
         Raises:
             CheckpointError: the file cannot be read; it names file and tensor.
         """
-        return self.source.read(self.header, slices or (slice(None),) * len(self.shape))
+        wanted = [range(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
+        part = torch.empty([len(span) for span in wanted], dtype=self.dtype)
+        if part.numel() == 0:
+            return part
+        try:
+            if all(len(span) == size for span, size in zip(wanted[1:], self.shape[1:], strict=True)):
+                first = wanted[0].start * prod(self.shape[1:]) if wanted else 0
+                self.source.read([(self._byte(first), _bytes_of(part))])
+            else:
+                self._read_columns(wanted, part)
+        except Exception as error:  # each store's library has its own
+            raise CheckpointError(
+                f"{self.source.name}: {self.name} cannot be read ({error})", file=self.source.name, tensor=self.name
+            ) from error
+        return part
+
+    def _read_columns(self, wanted: Sequence[range], part: Tensor) -> None:
+        """Rows of a matrix, cut; a tensor of more dims has rows of all but its first."""
+        rows, columns = wanted[0], wanted[1]
+        row_size = prod(self.shape[1:])
+        left_out = self.shape[1] - len(columns)
+        if len(wanted) == 2 and left_out * self.dtype.itemsize > self.source.worthwhile_gap_bytes:
+            self.source.read([(self._byte(row * row_size + columns.start), _bytes_of(part[place])) for place, row in enumerate(rows)])
+            return
+        at_a_time = max(1, ALONG_BYTES // (row_size * self.dtype.itemsize))
+        inner = tuple(slice(span.start, span.stop) for span in wanted[1:])
+        for start in range(rows.start, rows.stop, at_a_time):
+            stop = min(start + at_a_time, rows.stop)
+            whole = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+            self.source.read([(self._byte(start * row_size), _bytes_of(whole))])
+            part[start - rows.start : stop - rows.start] = whole[:, *inner]
+
+    def _byte(self, element: int) -> int:
+        return self.begin + self.header.start + element * self.dtype.itemsize
 
 
 class Checkpoint:
     """The tensors of a folder, by name. Opening it reads and checks every header, and no weight.
+
+    ``place`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`).
 
     Raises:
         CheckpointError: no checkpoint is here, an index that names files that are not here, outside the folder or without the
             tensor, a header that is damaged, or a file that is shorter or longer than its header says.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files: list[_File] = []
+    def __init__(self, place: Path | str) -> None:
+        self.place = place
+        self._folder = open_folder(place)
+        self._files: list[ByteSource] = []
         self._tensors: dict[str, FileTensor] = {}
-        shards = _shards(folder)
-        for path, wanted in shards.items():
-            file = _File(path)
-            self._files.append(file)
-            headers = read_header(path)
-            if wanted is not None and (wrong := sorted(wanted.symmetric_difference(headers))):
-                raise CheckpointError(f"{INDEX_FILE} and {path.name} disagree on {some(wrong)}", file=path, tensor=wrong[0])
-            self._tensors |= {name: FileTensor(header, file) for name, header in headers.items()}
+        shards = _shards(self._folder)
+        try:
+            with ThreadPoolExecutor(HEADERS_AT_A_TIME) as threads:
+                for opened in threads.map(self._open, shards, shards.values()):
+                    self._tensors |= opened
+        except BaseException:
+            self.close()
+            raise
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.folder} [{len(self._tensors)} tensors | {len(self._files)} files | {self.num_bytes} bytes]>"
+        return f"<Checkpoint {self.place} [{len(self._tensors)} tensors | {len(self._files)} files | {self.num_bytes} bytes]>"
 
     @property
     def tensors(self) -> Mapping[str, FileTensor]:
@@ -79,6 +126,16 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """Of all weights."""
         return sum(tensor.header.num_bytes for tensor in self._tensors.values())
+
+    @property
+    def bytes_fetched(self) -> int:
+        """From all files so far: headers, weights, and what was read along with them."""
+        return sum(file.bytes_fetched for file in self._files)
+
+    @property
+    def reads_at_a_time(self) -> int:
+        """How many tensors are best read at the same time."""
+        return self._folder.reads_at_a_time
 
     def close(self) -> None:
         """Let go of the files. Tensors that were read stay valid."""
@@ -90,6 +147,18 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _open(self, name: str, expected: set[str] | None) -> dict[str, FileTensor]:
+        """One file, with its header checked against what the index ``expected`` in it."""
+        try:
+            source = self._folder.open(name)
+        except Exception as error:
+            raise CheckpointError(f"{self._folder.file(name)} cannot be read ({error})", file=self._folder.file(name)) from error
+        self._files.append(source)
+        headers, begin = read_header(source)
+        if expected is not None and (wrong := sorted(expected.symmetric_difference(headers))):
+            raise CheckpointError(f"{INDEX_FILE} and {source.name} disagree on {some(wrong)}", file=source.name, tensor=wrong[0])
+        return {tensor: FileTensor(header, source, begin) for tensor, header in headers.items()}
 
 
 def write_checkpoint(
@@ -113,57 +182,56 @@ def write_checkpoint(
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-class _File:
-    """One safetensors file, mapped into memory at its first read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._mapped: safe_open | None = None
-
-    def read(self, header: TensorHeader, slices: tuple[slice, ...]) -> Tensor:
-        shape = [len(range(*part.indices(size))) for part, size in zip(slices, header.shape, strict=True)]
-        if 0 in shape:
-            return torch.empty(shape, dtype=header.dtype)
-        try:
-            if self._mapped is None:
-                self._mapped = safe_open(self.path, framework="pt", device="cpu")
-            stored = self._mapped.get_slice(header.name)
-            tensor: Tensor = stored[slices] if slices else self._mapped.get_tensor(header.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: {header.name} cannot be read ({error})", file=self.path, tensor=header.name) from error
-        return tensor
-
-    def close(self) -> None:
-        self._mapped = None
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor. numpy, which gives it out, does not know bfloat16."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
+def _shards(folder: CheckpointFolder) -> dict[str, set[str] | None]:
     """The files of a checkpoint, with the tensors that the index expects in each (None: there is no index)."""
-    index = folder / INDEX_FILE
-    if not index.exists():
-        if not (folder / SINGLE_FILE).exists():
-            raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}", file=folder)
-        return {folder / SINGLE_FILE: None}
-    shards: dict[Path, set[str] | None] = {}
-    for name, file_name in _weight_map(index).items():
+    there = folder.names()
+    if INDEX_FILE not in there:
+        if SINGLE_FILE not in there:
+            raise CheckpointError(_why_none(folder, there), file=folder.file(""))
+        return {SINGLE_FILE: None}
+    index = folder.file(INDEX_FILE)
+    shards: dict[str, set[str] | None] = {}
+    for name, file_name in _weight_map(folder).items():
         # A path would let an index read any file of this machine. A link to elsewhere is the owner's doing: hub caches are made of them.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or file_name in ("", "..", ".") or Path(file_name).name != file_name:
             raise CheckpointError(
                 f"{index}: {name} is said to be in {file_name!r}, which is no file of this folder", file=index, tensor=name
             )
-        path = folder / file_name
-        if path not in shards and not path.is_file():
-            raise CheckpointError(f"{index} names {file_name}, which is missing", file=path, tensor=name)
-        names = shards.setdefault(path, set())
+        if file_name not in there:
+            missing = folder.file(file_name)
+            raise CheckpointError(f"{index} names {file_name}, which is missing", file=missing, tensor=name)
+        names = shards.setdefault(file_name, set())
         assert names is not None
         names.add(name)
     return shards
 
 
-def _weight_map(index: Path) -> dict[str, Any]:
+def _why_none(folder: CheckpointFolder, there: frozenset[str]) -> str:
+    """What is said of a folder without a checkpoint, by what it has instead."""
+    said = f"{folder.file('').rstrip('/')} holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    if pickles := sorted(name for name in there if name.endswith((".bin", ".pt", ".pth"))):
+        return f"{said}; {pickles[0]} is a pickle, which can run any code when it is read, and is refused: convert it to safetensors"
+    if shards := sorted(name for name in there if name.endswith(".safetensors")):
+        return f"{said}, though there is {shards[0]}: its index is missing"
+    return said
+
+
+def _weight_map(folder: CheckpointFolder) -> dict[str, Any]:
+    index = folder.file(INDEX_FILE)
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        source = folder.open(INDEX_FILE)
+        content = bytearray(source.size)
+        source.read([(0, memoryview(content))])
+        source.close()
+        weight_map = json.loads(bytes(content), object_pairs_hook=without_repetition)["weight_map"]
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read ({error})", file=index) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of a checkpoint ({error!r})", file=index) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map names no tensors", file=index)

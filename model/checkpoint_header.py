@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 
+from model.byte_source import ByteSource
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
+LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit; a larger number is a damaged file."""
 
@@ -28,9 +31,10 @@ MAX_HEADER_BYTES = 100_000_000
 class CheckpointError(ValueError):
     """A checkpoint folder is not what it should be. ``file`` and, where it is about one, ``tensor`` say where."""
 
-    def __init__(self, message: str, *, file: Path, tensor: str | None = None) -> None:
+    def __init__(self, message: str, *, file: Path | str, tensor: str | None = None) -> None:
         super().__init__(message)
-        self.file, self.tensor = file, tensor
+        self.file, self.tensor = str(file), tensor
+        """``file`` is a path, or a URL where the checkpoint is elsewhere."""
 
     def __reduce__(self) -> tuple[partial["CheckpointError"], tuple[str]]:
         """Pickled by its fields, so that a rank's error can reach another process."""
@@ -52,63 +56,86 @@ class TensorHeader:
         return self.stop - self.start
 
 
-def read_header(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a file by name.
+def read_header(source: ByteSource) -> tuple[dict[str, TensorHeader], int]:
+    """The tensors of a file by name, and the byte at which the weights begin.
 
     Raises:
         CheckpointError: the header is damaged, or the file is shorter or longer than the header says.
     """
+    file = source.name
+    if source.size < LENGTH_BYTES:
+        raise CheckpointError(f"{file} is truncated or no safetensors file: it has {source.size} bytes", file=file)
+    header_bytes = int.from_bytes(_content(source, 0, LENGTH_BYTES), "little")
+    if header_bytes > min(MAX_HEADER_BYTES, source.size - LENGTH_BYTES):
+        raise CheckpointError(
+            f"{file} is truncated or no safetensors file: it has {source.size} bytes, and its header would have {header_bytes}", file=file
+        )
     try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if file_bytes < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(f"{path} is truncated or no safetensors file: it has {file_bytes} bytes", file=path)
-            raw = json.loads(file.read(header_bytes))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error})", file=path) from error
-    except CheckpointError:
-        raise
+        raw = json.loads(_content(source, LENGTH_BYTES, header_bytes), object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error})", file=path) from error
+        raise CheckpointError(f"{file} has a damaged header ({error})", file=file) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} has a damaged header (it is no JSON object)", file=path)
+        raise CheckpointError(f"{file} has a damaged header (it is no JSON object)", file=file)
     raw.pop("__metadata__", None)
-    headers = {name: _tensor_header(path, name, entry) for name, entry in raw.items()}
-    _check_layout(path, headers, file_bytes - 8 - header_bytes)
-    return headers
+    headers = {name: _tensor_header(file, name, entry) for name, entry in raw.items()}
+    _check_layout(file, headers, source.size - LENGTH_BYTES - header_bytes)
+    return headers, LENGTH_BYTES + header_bytes
 
 
-def _tensor_header(path: Path, name: str, entry: Any) -> TensorHeader:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a name that is there twice has two meanings, and is an error."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"{twice} is there twice")
+    return dict(pairs)
+
+
+def _content(source: ByteSource, start: int, length: int) -> bytes:
+    content = bytearray(length)
     try:
-        start, stop = (int(offset) for offset in entry["data_offsets"])
-        shape = tuple(int(size) for size in entry["shape"])
+        source.read([(start, memoryview(content))])
+    except Exception as error:  # each store's library has its own
+        raise CheckpointError(f"{source.name} cannot be read ({error})", file=source.name) from error
+    return bytes(content)
+
+
+def _tensor_header(file: str, name: str, entry: Any) -> TensorHeader:
+    try:
+        start, stop = (_whole(offset) for offset in entry["data_offsets"])
+        shape = tuple(_whole(size) for size in entry["shape"])
         dtype_name = entry["dtype"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a damaged header at {name} ({error!r})", file=path, tensor=name) from error
+        raise CheckpointError(f"{file} has a damaged header at {name} ({error!r})", file=file, tensor=name) from error
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has the dtype {dtype_name}, which is not supported", file=path, tensor=name)
+        raise CheckpointError(f"{file}: {name} has the dtype {dtype_name}, which is not supported", file=file, tensor=name)
     header = TensorHeader(name, DTYPES[dtype_name], shape, start, stop)
-    if any(size < 0 for size in shape) or prod(shape) * header.dtype.itemsize != header.num_bytes:
+    if prod(shape) * header.dtype.itemsize != header.num_bytes:
         raise CheckpointError(
-            f"{path}: {name} of shape {list(shape)} and dtype {dtype_name} cannot fill {header.num_bytes} bytes", file=path, tensor=name
+            f"{file}: {name} of shape {list(shape)} and dtype {dtype_name} cannot fill {header.num_bytes} bytes", file=file, tensor=name
         )
     return header
 
 
-def _check_layout(path: Path, headers: dict[str, TensorHeader], weight_bytes: int) -> None:
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number
+
+
+def _check_layout(file: str, headers: dict[str, TensorHeader], weight_bytes: int) -> None:
     """The tensors must follow each other without gap or overlap and end where the file ends."""
     end = 0
     for header in sorted(headers.values(), key=lambda header: (header.start, header.stop)):
         if header.start != end:
-            raise CheckpointError(f"{path}: {header.name} begins at byte {header.start}, expected {end}", file=path, tensor=header.name)
+            raise CheckpointError(f"{file}: {header.name} begins at byte {header.start}, expected {end}", file=file, tensor=header.name)
         end = header.stop
         if end > weight_bytes:
             raise CheckpointError(
-                f"{path} is truncated: it ends {end - weight_bytes} bytes before {header.name} does", file=path, tensor=header.name
+                f"{file} is truncated: it ends {end - weight_bytes} bytes before {header.name} does", file=file, tensor=header.name
             )
     if end < weight_bytes:
-        raise CheckpointError(f"{path} has {weight_bytes - end} bytes more than its header says", file=path)
+        raise CheckpointError(f"{file} has {weight_bytes - end} bytes more than its header says", file=file)
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -11,7 +12,7 @@ import torch
 from model.attention.choose import BackendName
 from model.checkpoint import Checkpoint
 from model.checkpoint_header import some
-from model.config import ModelConfig
+from model.config import DTYPES, ModelConfig
 from model.names import Binding
 from model.qwen2 import HEAD, Qwen2
 from model.qwen2_moe import Qwen2Moe
@@ -27,18 +28,38 @@ class CheckpointMismatch(ValueError):
     """The tensors of a checkpoint are not exactly those of the model its config.json describes."""
 
     def __init__(
-        self, *, missing: Iterable[str], unused: Iterable[str], misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = ()
+        self,
+        *,
+        missing: Iterable[str],
+        unused: Iterable[str],
+        misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
+        mistyped: Iterable[str] = (),
+        place: str = "the checkpoint",
     ) -> None:
+        """``misshapen``: (name, shape in the checkpoint, shape in the model). ``mistyped``: not of floating point."""
         self.missing, self.unused, self.misshapen = tuple(sorted(missing)), tuple(sorted(unused)), tuple(sorted(misshapen))
-        """Misshapen: (name, shape in the checkpoint, shape in the model)."""
+        self.mistyped, self.place = tuple(sorted(mistyped)), place
         shapes = tuple(f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in self.misshapen)
-        parts = (("missing", self.missing), ("not used by this model", self.unused), ("of the wrong shape", shapes))
+        parts = (
+            ("missing", self.missing),
+            ("not used by this model", self.unused),
+            ("of the wrong shape", shapes),
+            ("of a dtype that is no floating point", self.mistyped),
+        )
         found = "; ".join(f"{len(items)} {what}: {some(items)}" for what, items in parts if items)
-        super().__init__(f"the checkpoint does not fit its config.json: {found}")
+        super().__init__(f"{place} does not fit its config.json: {found}")
 
     def __reduce__(self) -> tuple[partial["CheckpointMismatch"], tuple[()]]:
         """Pickled by its fields, so that a rank's error can reach another process."""
-        return partial(CheckpointMismatch, missing=self.missing, unused=self.unused, misshapen=self.misshapen), ()
+        again = partial(
+            CheckpointMismatch,
+            missing=self.missing,
+            unused=self.unused,
+            misshapen=self.misshapen,
+            mistyped=self.mistyped,
+            place=self.place,
+        )
+        return again, ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +67,9 @@ class LoadReport:
     """What loading did on this rank."""
 
     bytes_read: int
-    """Of weights, from the checkpoint's files."""
+    """Of weights, as stored, that this rank keeps."""
+    bytes_fetched: int
+    """That left the files or the store for it: headers, and what lies between the columns it keeps, included."""
     bytes_of_checkpoint: int
     """Of all weights in it, whoever reads them."""
     seconds: float
@@ -75,59 +98,86 @@ def load_model(
         ValueError: more ranks than can share the model's heads.
     """
     started = time.monotonic()
-    kind = Qwen2 if config.moe is None else Qwen2Moe
-
-    def make(groups: ParallelGroups) -> Qwen2:
-        return kind(
-            config,
-            groups,
-            device=device,
-            dtype=dtype,
-            format=format or Dense(dtype),
-            backend=backend,
-            dispatch=dispatch,
-            block_tokens=block_tokens,
-        )
-
-    ignored = _check(checkpoint, make(single_rank_groups()))
-    model = make(groups)
+    ignored = check_checkpoint(checkpoint, config, format)
+    model = _make(config, groups, device=device, dtype=dtype, block_tokens=block_tokens, backend=backend, dispatch=dispatch, format=format)
     bytes_read = _fill(list(model.bindings()), checkpoint, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
         bytes_read=bytes_read,
+        bytes_fetched=checkpoint.bytes_fetched,
         bytes_of_checkpoint=checkpoint.num_bytes,
         seconds=time.monotonic() - started,
         ignored=ignored,
     )
 
 
-def _check(checkpoint: Checkpoint, whole: Qwen2) -> tuple[str, ...]:
-    """Hold the headers against the whole model, so that every rank of every stage comes to the same end.
+def _make(
+    config: ModelConfig,
+    groups: ParallelGroups,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_tokens: int,
+    backend: BackendName,
+    dispatch: DispatchName = "local",
+    format: WeightFormat | None,
+) -> Qwen2:
+    """One rank's layers, nothing of them allocated."""
+    kind = Qwen2 if config.moe is None else Qwen2Moe
+    return kind(
+        config,
+        groups,
+        device=device,
+        dtype=dtype,
+        format=format or Dense(dtype),
+        backend=backend,
+        dispatch=dispatch,
+        block_tokens=block_tokens,
+    )
+
+
+def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: WeightFormat | None = None) -> tuple[str, ...]:
+    """Hold the headers against the whole model, so that every rank of every stage comes to the same end. Allocates nothing.
 
     Where config.json ties the head to the embedding, a `lm_head.weight` that is stored nevertheless is not read, whatever
     it holds: config.json decides, as it does for transformers. Returns such names.
+
+    Raises:
+        CheckpointMismatch: missing, superfluous, misshapen tensors, and for a plain model those of integers.
     """
+    whole = _make(
+        config, single_rank_groups(), device=torch.device("cpu"), dtype=config.dtype, block_tokens=1, backend="reference", format=format
+    )
+    plain = format is None or isinstance(format, Dense)
     wanted = {binding.name: binding.slot.shape for binding in whole.bindings()}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     ignored = {f"{HEAD}.weight"} & found.keys() if whole.config.tied_embeddings else set()
     missing, unused = wanted.keys() - found.keys(), found.keys() - wanted.keys() - ignored
     misshapen = [(name, found[name], shape) for name, shape in wanted.items() if name in found and found[name] != shape]
-    if missing or unused or misshapen:
-        raise CheckpointMismatch(missing=missing, unused=unused, misshapen=misshapen)
+    mistyped = [name for name in wanted.keys() & found.keys() if plain and checkpoint.tensors[name].dtype not in DTYPES.values()]
+    if missing or unused or misshapen or mistyped:
+        raise CheckpointMismatch(missing=missing, unused=unused, misshapen=misshapen, mistyped=mistyped, place=str(checkpoint.place))
     return tuple(ignored)
 
 
 def _fill(bindings: list[Binding], checkpoint: Checkpoint, device: torch.device, on_progress: OnProgress) -> int:
-    """Load layer after layer, each in its final form before the next is allocated. Returns the bytes read."""
+    """Load layer after layer, each in its final form before the next is allocated, some of its tensors at a time.
+
+    Returns the bytes read.
+    """
     total = sum(checkpoint.tensors[binding.name].header.num_bytes for binding in bindings if binding.is_wanted)
     done = bytes_read = 0
     on_progress(done, total)
-    for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
-        layer.allocate(device)
-        for binding in of_layer:
-            if binding.is_wanted:
-                stored = checkpoint.tensors[binding.name]
-                bytes_read += layer.load(binding.slot.part, binding.slot.tensor, stored)
-                done += stored.header.num_bytes
+    with ThreadPoolExecutor(checkpoint.reads_at_a_time, thread_name_prefix="load") as threads:
+        for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
+            layer.allocate(device)
+            wanted = [binding for binding in of_layer if binding.is_wanted]
+            for binding, num_bytes in zip(wanted, threads.map(partial(_read, checkpoint), wanted), strict=True):
+                bytes_read += num_bytes
+                done += checkpoint.tensors[binding.name].header.num_bytes
                 on_progress(done, total)
-        layer.finish()
+            layer.finish()
     return bytes_read
+
+
+def _read(checkpoint: Checkpoint, binding: Binding) -> int:
+    return binding.layer.load(binding.slot.part, binding.slot.tensor, checkpoint.tensors[binding.name])

@@ -10,7 +10,7 @@ from parallel.axes import split
 from parallel.collectives import all_gather, all_reduce
 from parallel.groups import Group
 from parallel.linear import ShapeMismatch, Slot
-from parallel.weight_format import StoredTensor
+from parallel.weight_format import StoredTensor, copy_part
 
 
 class VocabEmbedding(nn.Module):
@@ -33,9 +33,7 @@ class VocabEmbedding(nn.Module):
         if stored.shape != (self.vocab_size, self.hidden_size):
             raise ShapeMismatch(stored.name, stored.shape, (self.vocab_size, self.hidden_size))
         (span,) = self.share.stored(1)
-        source = stored.read(span, slice(None))
-        self.weight.copy_(source)
-        return source.numel() * source.element_size()
+        return copy_part(stored, (span, slice(None)), self.weight)
 
     def finish(self) -> None:
         """Rows are looked up one by one: nothing to repack."""

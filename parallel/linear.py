@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from parallel.axes import OUT, Share
 from parallel.collectives import all_reduce
 from parallel.groups import Group
-from parallel.weight_format import StoredTensor, TensorSpec, WeightFormat
+from parallel.weight_format import StoredTensor, TensorSpec, WeightFormat, copy_part
 
 
 class ShapeMismatch(ValueError):
@@ -89,11 +89,7 @@ class Linear(nn.Module):
             slices.append(span)
             if axis.name == "out":
                 target = target.narrow(dim, self._offset(part, axis.pack), span.stop - span.start)
-        if target.numel() == 0:
-            return 0
-        source = stored.read(*slices)
-        target.copy_(source)
-        return source.numel() * source.element_size()
+        return copy_part(stored, slices, target)
 
     def finish(self) -> None:
         """Hand the loaded tensors to the format, which may repack them."""

@@ -1,6 +1,6 @@
 """How the weights of one linear layer are stored and multiplied. A format knows no layer, a layer knows no format."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,26 @@ class StoredTensor(Protocol):
     def read(self, *slices: slice) -> Tensor:
         """The given part (one slice per dim) as a CPU tensor; only its bytes are read from the file."""
         ...
+
+
+PIECE_BYTES = 32 * 2**20
+"""Of a stored tensor, held beside its final place while it is loaded."""
+
+
+def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> int:
+    """Copy a part of ``stored``, one slice per dim, into ``target`` of the same shape. Returns its bytes as stored.
+
+    It passes in pieces of whole rows, so that nobody holds a large matrix twice.
+    """
+    rows = range(*slices[0].indices(stored.shape[0]))
+    if target.numel() == 0:
+        return 0
+    row_bytes = target.numel() // len(rows) * stored.dtype.itemsize
+    step = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        target[start : start + step].copy_(stored.read(slice(piece.start, piece.stop), *slices[1:]))
+    return len(rows) * row_bytes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""Bytes of a file by range: of a file on this host, or of an object that is elsewhere.
+
+Weights are read, not mapped. Pages of a mapping count to the process that touched them, so that a rank would hold its
+share twice while it loads; and a mapped file that is cut short, or a disk that fails, ends the process without a word
+(SIGBUS) where a read raises.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+Range = tuple[int, memoryview]
+"""Where in the file, and the place that its bytes go to (which says how many)."""
+
+PIECE_BYTES = 8 * 2**20
+"""Of one request to remote storage: long enough that its round trip is little beside it."""
+RANGES_AT_A_TIME = 16
+"""Requests that one rank has open at a time."""
+ATTEMPTS = 6
+FIRST_WAIT_S = 0.2
+"""Before the second attempt; doubled for each further one, 6 s in all."""
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+"""Errors that another attempt does not mend. The libraries of the stores have no common base for those that it does."""
+
+
+class ByteSource(Protocol):
+    """A file of known size. Thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """Path or URL, for messages."""
+        ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def worthwhile_gap_bytes(self) -> int:
+        """Bytes between two wanted ranges that are better read along than skipped."""
+        ...
+
+    @property
+    def bytes_fetched(self) -> int:
+        """So far, those read along and those of a repeated attempt included."""
+        ...
+
+    def read(self, ranges: Sequence[Range]) -> None:
+        """Fill every range's place.
+
+        Raises:
+            OSError: it cannot be read, or ends too early.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """A file on this host."""
+
+    worthwhile_gap_bytes = 32 * 2**10
+    """A call to the kernel costs about what copying so much does, and the kernel reads ahead anyway."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._file = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._file).st_size
+        self.bytes_fetched = 0
+
+    def read(self, ranges: Sequence[Range]) -> None:
+        for start, place in ranges:
+            done = 0
+            while done < len(place):  # one call reads 2 GiB at most, see read(2)
+                got = os.preadv(self._file, [place[done:]], start + done)
+                if got == 0:
+                    raise OSError(f"it ends at byte {start + done}")
+                done += got
+            self.bytes_fetched += done
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class RemoteFile:
+    """An object elsewhere, fetched by ranges, several at a time. ``fetch(start, stop)`` gets one of them."""
+
+    worthwhile_gap_bytes = 2**20
+    """A round trip takes as long as fetching some MB."""
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        fetch: Callable[[int, int], bytes],
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        self.name, self.size = name, size
+        self.bytes_fetched = 0
+        self._fetch, self._sleep, self._piece_bytes = fetch, sleep, piece_bytes
+        self._threads: ThreadPoolExecutor | None = None
+
+    def read(self, ranges: Sequence[Range]) -> None:
+        pieces = [
+            (start + done, place[done : done + self._piece_bytes])
+            for start, place in ranges
+            for done in range(0, len(place), self._piece_bytes)
+        ]
+        if len(pieces) == 1:
+            return self._read_piece(*pieces[0])
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(RANGES_AT_A_TIME, thread_name_prefix="fetch")
+        for _ in self._threads.map(self._read_piece, *zip(*pieces, strict=True)) if pieces else ():
+            pass
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+
+    def _read_piece(self, start: int, place: memoryview) -> None:
+        place[:] = patiently(lambda: self._fetch_whole(start, len(place)), sleep=self._sleep)
+
+    def _fetch_whole(self, start: int, length: int) -> bytes:
+        content = self._fetch(start, start + length)
+        self.bytes_fetched += len(content)
+        if len(content) != length:
+            raise OSError(f"{len(content)} bytes came instead of the {length} from byte {start}")
+        return content
+
+
+def patiently(act: Callable[[], T], *, sleep: Callable[[float], None] = time.sleep) -> T:
+    """What ``act`` returns, tried again after a while if it fails in a way that may pass."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return act()
+        except FINAL:
+            raise
+        except Exception:
+            sleep(FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311  (spreads the ranks' attempts)
+    return act()

@@ -1,0 +1,184 @@
+"""Where a checkpoint lies: a folder on this host, or one that an fsspec URL names (`s3://`, `gs://` and others).
+
+The only door to fsspec. Of a folder elsewhere the small files (configuration, tokenizer, index) are copied to a cache; the weights
+never are: each rank fetches its ranges of them.
+"""
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from model.byte_source import ByteSource, LocalFile, RemoteFile, patiently
+from model.checkpoint_header import CheckpointError
+
+SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""Configuration, tokenizer, index. No code."""
+MAX_SMALL_BYTES = 64 * 2**20
+"""A larger one is none of them: the longest, the tokenizer of Qwen2, has 7 MB."""
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Scheme -> extra of this project that brings its library."""
+
+
+class CheckpointFolder(Protocol):
+    """The files of one folder, by name."""
+
+    def file(self, name: str) -> str:
+        """Path or URL of a file, for messages; it need not exist."""
+        ...
+
+    def names(self) -> frozenset[str]: ...
+
+    def open(self, name: str) -> ByteSource:
+        """
+        Raises:
+            OSError: it cannot be opened.
+        """
+        ...
+
+    @property
+    def reads_at_a_time(self) -> int:
+        """How many tensors are best read at the same time."""
+        ...
+
+
+def open_folder(place: Path | str) -> CheckpointFolder:
+    """The folder at a path or URL.
+
+    Raises:
+        CheckpointError: the URL's library is missing, or the folder cannot be listed.
+    """
+    return RemoteFolder(str(place)) if is_remote(place) else LocalFolder(Path(place))
+
+
+def is_remote(place: Path | str) -> bool:
+    return isinstance(place, str) and "://" in place
+
+
+def small_files(place: Path | str) -> Path:
+    """A folder on this host with all of a checkpoint but its weights: the folder itself, or the cached copies of one elsewhere.
+
+    Raises:
+        CheckpointError: see `open_folder`.
+    """
+    return RemoteFolder(str(place)).cached() if is_remote(place) else Path(place)
+
+
+class LocalFolder:
+    """A folder of this host."""
+
+    reads_at_a_time = 2
+    """One waits for the disk while the other converts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def file(self, name: str) -> str:
+        return str(self._path / name)
+
+    def names(self) -> frozenset[str]:
+        try:
+            return frozenset(path.name for path in self._path.iterdir() if path.is_file())
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be listed ({error})", file=self._path) from error
+
+    def open(self, name: str) -> ByteSource:
+        return LocalFile(self._path / name)
+
+
+class RemoteFolder:
+    """A folder that an fsspec URL names. Listed once; what changes afterwards is not seen."""
+
+    reads_at_a_time = 4
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._system, path = _file_system(self._url)
+        try:
+            entries = patiently(lambda: self._system.ls(path, detail=True))
+        except Exception as error:  # each store's library has its own
+            raise CheckpointError(f"{self._url} cannot be listed ({_said(error)})", file=self._url) from error
+        self._entries: dict[str, dict[str, Any]] = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+
+    def file(self, name: str) -> str:
+        return f"{self._url}/{name}"
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._entries)
+
+    def open(self, name: str) -> ByteSource:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise FileNotFoundError(f"{self._url} has no {name}")
+        size = entry["size"]
+        if size is None:  # some servers list names only
+            size = patiently(lambda: self._system.info(entry["name"])["size"])
+        return RemoteFile(self.file(name), int(size), partial(self._system.cat_file, entry["name"]))
+
+    def cached(self) -> Path:
+        """The small files, copied once for every state of the folder that a listing can tell apart.
+
+        Raises:
+            CheckpointError: one cannot be fetched, or is too large to be what its name says.
+        """
+        wanted = sorted(name for name in self._entries if any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES))
+        state = [self._url, *(str(sorted((key, str(value)) for key, value in self._entries[name].items())) for name in wanted)]
+        folder = cache_folder() / "remote" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:24]
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            for name in wanted:
+                (made / name).write_bytes(self._content(name))
+            made.chmod(0o755)
+            if not folder.is_dir():
+                made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another rank may have been faster
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return folder
+
+    def _content(self, name: str) -> bytes:
+        try:
+            source = self.open(name)
+            if source.size > MAX_SMALL_BYTES:
+                raise CheckpointError(f"{self.file(name)} has {source.size} bytes, too many for a file of its kind", file=self.file(name))
+            content = bytearray(source.size)
+            source.read([(0, memoryview(content))])
+            source.close()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.file(name)} cannot be fetched ({_said(error)})", file=self.file(name)) from error
+        return bytes(content)
+
+
+def cache_folder() -> Path:
+    """Where Manta keeps what it fetched: ``$MANTA_CACHE``, by default under the user's cache folder."""
+    own = os.environ.get("MANTA_CACHE")
+    return Path(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta"))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec  # only who reads from elsewhere pays for its import
+
+    scheme = url.split("://")[0]
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        library = f'pip install "manta[{EXTRAS[scheme]}]"' if scheme in EXTRAS else f"{error}"
+        raise CheckpointError(f"{url}: checkpoints at {scheme}:// need a library that is not installed: {library}", file=url) from error
+    except ValueError as error:
+        raise CheckpointError(f"{url}: nothing is known of {scheme}:// ({error})", file=url) from error
+    return system, path
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
