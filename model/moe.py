@@ -8,7 +8,8 @@ from model.config import MoeConfig
 from model.layers import Mlp
 from parallel.axes import whole
 from parallel.dispatch import DispatchName, make_dispatch
-from parallel.expert_placement import balanced_placement
+from parallel.expert_balance import even_room, place
+from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.experts import RoutedExperts
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear
@@ -47,9 +48,11 @@ class SparseMlp(nn.Module):
         format: WeightFormat,
         dtype: torch.dtype,
         dispatch: DispatchName,
+        redundant_experts: int = 0,
     ) -> None:
+        """``redundant_experts``: how many experts each ep position holds beyond its even share, so that busy ones are held twice."""
         super().__init__()
-        placement = balanced_placement(config.num_experts, groups.ep.size)
+        placement = _first_placement(config.num_experts, groups.ep.size, redundant_experts)
         self.router = Router(config, hidden_size, dtype)
         self.experts = RoutedExperts(
             num_experts=config.num_experts,
@@ -68,6 +71,13 @@ class SparseMlp(nn.Module):
         routed_TD: Tensor = self.experts(x_TD, expert_ids_TA, weights_TA)
         shared_TD: Tensor = F.sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)
         return routed_TD + shared_TD
+
+
+def _first_placement(num_experts: int, ranks: int, redundant: int) -> ExpertPlacement:
+    """While nothing has been measured, all experts are taken to be liked alike."""
+    if not redundant:
+        return balanced_placement(num_experts, ranks)
+    return place([1.0] * num_experts, even_room(num_experts, ranks, redundant))
 
 
 def _replicated(in_size: int, out_size: int, dtype: torch.dtype) -> Linear:

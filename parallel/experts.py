@@ -39,6 +39,8 @@ class RoutedExperts(nn.Module):
         self.placement = placement or balanced_placement(num_experts, groups.ep.size)
         if (self.placement.num_experts, self.placement.num_ranks) != (num_experts, groups.ep.size):
             raise ValueError(f"{self.placement!r} does not fit {num_experts} experts over an ep axis of {groups.ep.size}")
+        self.room = tuple(len(self.placement.held_by(rank)) for rank in range(groups.ep.size))
+        """How many experts each ep position holds, now and after every move."""
         self.dispatch = dispatch or LocalDispatch(groups, self.placement)
         self.num_experts = num_experts
         self.ep = groups.ep

@@ -5,6 +5,7 @@ from typing import Literal
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 BackendName = Literal["auto", "reference", "cpu"]
+DispatchChoice = Literal["auto", "local", "all_to_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,13 @@ class RunnerConfig:
     max_context_tokens: int | None = None
     """Caps what the model itself would take. None = the model's own limit."""
     attention_backend: BackendName = "auto"
+    dispatch: DispatchChoice = "auto"
+    """How tokens reach routed experts on other ranks. "local": every rank sees all tokens of the stage and one sum follows, the least
+    latency; "all_to_all": each token travels to the ranks of its experts alone, the least traffic. "auto": local where all ranks of
+    a stage are on one host, else all_to_all."""
+    redundant_experts: int = 0
+    """Routed experts of each layer that every ep position holds beyond its even share, so that the busiest ones are held several times.
+    Costs their memory: 64 experts over 16 positions are 4 each; with 1 redundant, 5."""
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
     collective_timeout_s: float = 1800.0
@@ -35,6 +43,8 @@ class RunnerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.redundant_experts < 0:
+            raise ValueError(f"redundant_experts must not be negative, got {self.redundant_experts}")
         if self.collective_timeout_s <= 0:
             raise ValueError(f"collective_timeout_s must be positive, got {self.collective_timeout_s}")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:

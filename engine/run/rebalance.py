@@ -1,0 +1,75 @@
+"""What the ranks do between two steps when experts are to change places. L sparse layers of a stage, E experts.
+
+Every rank comes to the same placements by itself, as all have the same loads; so nothing but loads and experts travels.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.plan import Rebalance, Rebalanced
+from model.qwen2 import Qwen2
+from parallel.collectives import all_gather, all_reduce
+from parallel.expert_balance import imbalance, place, renumbered
+from parallel.experts import RoutedExperts
+
+DECAY = 0.5
+"""How much of the loads up to one measurement still counts at the next."""
+
+
+class ExpertRebalancer:
+    """The sparse layers of one rank, and what their experts have had to do. All ranks of the replica make the same calls."""
+
+    def __init__(self, model: Qwen2) -> None:
+        self._groups, self._device = model.groups, model.device
+        moe = model.config.moe if model.groups.ep.size > 1 else None
+        self._num_experts = moe.num_experts if moe else 0
+        self._layers = [module for module in model.modules() if isinstance(module, RoutedExperts)] if moe else []
+        self.forget()
+
+    def forget(self) -> None:
+        """What was computed so far was nobody's: a warm-up."""
+        for layer in self._layers:
+            layer.forget_load()
+        self._loads_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.float64)
+
+    @torch.inference_mode()
+    def run(self, order: Rebalance) -> Rebalanced:
+        """Measure, and change places where it is worth it. The same answer on every rank."""
+        if not self._num_experts:
+            return Rebalanced()
+        self._loads_LE = self._loads_LE * DECAY + self._measure()
+        before = after = 1.0
+        num_moved = 0
+        for layer, loads in zip(self._layers, self._loads_LE.tolist(), strict=True):
+            found = imbalance(layer.placement, loads)
+            num_moved += self._improve(layer, loads) if found > order.threshold else 0
+            before, after = max(before, found), max(after, imbalance(layer.placement, loads))
+        return self._of_all_stages(before, after, num_moved)
+
+    def _measure(self) -> Tensor:
+        """(L, E) on the CPU: tokens of the whole stage sent to each expert since the last time."""
+        counted_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.int64, device=self._device)
+        for counted_E, layer in zip(counted_LE, self._layers, strict=True):
+            if layer.load_E is not None and self._groups.tp.rank == 0:  # the ranks of a tp group have counted the same tokens
+                counted_E.copy_(layer.load_E)
+            layer.forget_load()
+        return all_reduce(counted_LE, self._groups.stage).to("cpu", torch.float64)
+
+    def _improve(self, layer: RoutedExperts, loads: list[float]) -> int:
+        """Move a layer's experts if that makes its busiest position less busy. Returns how many went."""
+        target = renumbered(place(loads, layer.room), layer.placement, layer.room)
+        if imbalance(target, loads) >= imbalance(layer.placement, loads):
+            return 0
+        return layer.move_to(target)
+
+    def _of_all_stages(self, before: float, after: float, num_moved: int) -> Rebalanced:
+        pp = self._groups.pp
+        mine = torch.tensor([[len(self._layers), num_moved, before, after]], dtype=torch.float64, device=self._device)
+        num_layers, moved, befores, afters = all_gather(mine, pp, dim=0).T.tolist()
+        loads_LE = all_gather(self._loads_LE.to(self._device), pp, dim=0, sizes=[int(count) for count in num_layers])
+        return Rebalanced(
+            loads=tuple(tuple(loads) for loads in loads_LE.tolist()),
+            imbalance_before=max(befores),
+            imbalance_after=max(afters),
+            num_moved=int(sum(moved)),
+        )
