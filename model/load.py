@@ -87,10 +87,13 @@ def load_model(
     block_tokens: int,
     backend: BackendName = "auto",
     dispatch: DispatchName = "local",
+    redundant_experts: int = 0,
     format: WeightFormat | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Qwen2, LoadReport]:
     """This rank's part of the model, ready to compute. ``format`` holds the large matrices; None: plainly, in ``dtype``.
+
+    ``redundant_experts`` is how many routed experts of a layer each ep position holds beyond its even share.
 
     Raises:
         CheckpointMismatch: seen from names and shapes alone, on every rank, before anything is allocated.
@@ -99,7 +102,17 @@ def load_model(
     """
     started = time.monotonic()
     ignored = check_checkpoint(checkpoint, config, format)
-    model = _make(config, groups, device=device, dtype=dtype, block_tokens=block_tokens, backend=backend, dispatch=dispatch, format=format)
+    model = _make(
+        config,
+        groups,
+        device=device,
+        dtype=dtype,
+        block_tokens=block_tokens,
+        backend=backend,
+        dispatch=dispatch,
+        redundant_experts=redundant_experts,
+        format=format,
+    )
     bytes_read = _fill(list(model.bindings()), checkpoint, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
         bytes_read=bytes_read,
@@ -119,6 +132,7 @@ def _make(
     block_tokens: int,
     backend: BackendName,
     dispatch: DispatchName = "local",
+    redundant_experts: int = 0,
     format: WeightFormat | None,
 ) -> Qwen2:
     """One rank's layers, nothing of them allocated."""
@@ -131,6 +145,7 @@ def _make(
         format=format or Dense(dtype),
         backend=backend,
         dispatch=dispatch,
+        redundant_experts=redundant_experts,
         block_tokens=block_tokens,
     )
 

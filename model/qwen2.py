@@ -118,11 +118,12 @@ class Qwen2(nn.Module):
         format: WeightFormat,
         backend: BackendName,
         dispatch: DispatchName,
+        redundant_experts: int,
         block_tokens: int,
     ) -> None:
         super().__init__()
         self.config, self.groups, self.device, self.dtype = config, groups, device, dtype
-        self.format, self.dispatch = format, dispatch
+        self.format, self.dispatch, self.redundant_experts = format, dispatch, redundant_experts
         self.layer_indices = stage_layers(config.num_layers, groups.pp.size, groups.pp.rank)
         self.is_first, self.is_last = is_first_stage(groups.pp), is_last_stage(groups.pp)
         heads = head_share(config.num_heads, config.num_kv_heads, groups.tp.rank, groups.tp.size)

@@ -36,5 +36,11 @@ class Qwen2Moe(Qwen2):
         if moe is None or not moe.is_sparse(index):
             return super().make_mlp(index)
         return SparseMlp(
-            moe, self.groups, hidden_size=self.config.hidden_size, format=self.format, dtype=self.dtype, dispatch=self.dispatch
+            moe,
+            self.groups,
+            hidden_size=self.config.hidden_size,
+            format=self.format,
+            dtype=self.dtype,
+            dispatch=self.dispatch,
+            redundant_experts=self.redundant_experts,
         )

@@ -3,6 +3,9 @@
 T tokens of this rank's sequences, S of them in its slice, N rows that arrive, A experts per token, D model width.
 """
 
+import hashlib
+import socket
+from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -49,6 +52,19 @@ def make_dispatch(name: DispatchName, groups: ParallelGroups, placement: ExpertP
         case "all_to_all":
             return AllToAllDispatch(groups, placement)
     raise ValueError(f"no dispatch is called {name!r}; choose one of {get_args(DispatchName)}")
+
+
+def choose_dispatch(groups: ParallelGroups, device: torch.device) -> DispatchName:
+    """Local where all ranks of the stage are on one host: there a sum is cheap. All of them must call this, and get the same."""
+    here = hashlib.blake2b(f"{_boot_id()}:{socket.gethostname()}".encode(), digest_size=7).digest()
+    hosts = all_gather(torch.tensor([int.from_bytes(here)], dtype=torch.int64, device=device), groups.stage, dim=0)
+    return "local" if len(set(hosts.tolist())) == 1 else "all_to_all"
+
+
+def _boot_id() -> str:
+    """Tells kernels apart; hosts may have one name, and containers of one host several."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
 
 
 class LocalDispatch:
