@@ -118,7 +118,7 @@ class Qwen2(nn.Module):
         format: WeightFormat,
         backend: BackendName,
         dispatch: DispatchName,
-        redundant_experts: int,
+        redundant_experts: int = 0,
         block_tokens: int,
     ) -> None:
         super().__init__()
