@@ -11,6 +11,7 @@ import ray
 from cluster.channel import Address, KeyPair
 from cluster.health import Loading, State
 from engine.executor import Capacity
+from engine.weights_read import WeightsRead
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ class RankPlace:
     rank: int
     host: str
     pid: int
+    read: WeightsRead | None = None
+    """Once its weights are there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from cluster.errors import ChannelError
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult, TokenEvent
 from engine.request import Request
+from engine.weights_read import WeightsRead
 
 VERSION = 1
 
@@ -24,6 +25,7 @@ class RankProgress:
     phase: str
     done: int
     total: int
+    read: WeightsRead | None = None
 
 
 @dataclass(frozen=True, slots=True)

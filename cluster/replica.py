@@ -137,7 +137,7 @@ class Replica:
             load=self._load(),
             host=socket.gethostname(),
             pid=os.getpid(),
-            ranks=tuple(RankPlace(rank=p.rank, host=p.host, pid=p.pid) for p in executor.places) if executor else (),
+            ranks=self._rank_places(),
             num_restarts=self.recovery.num_restarts,
             last_loss=str(losses[-1]) if losses else None,
         )
@@ -163,7 +163,7 @@ class Replica:
         return executor
 
     def _note_progress(self, progress: RankProgress) -> None:
-        self._board.note(progress.rank, progress.phase, progress.done, progress.total)
+        self._board.note(progress.rank, progress.phase, progress.done, progress.total, progress.read)
 
     def _on_loss(self) -> None:
         """A rank ended: known at once, also while no step is under way. The canary makes the engine stumble over it."""
@@ -226,6 +226,10 @@ class Replica:
             return Load()
         stats = self._engine.stats
         return Load(num_running=stats.num_running, num_waiting=stats.num_waiting, kv_used=stats.kv_used)
+
+    def _rank_places(self) -> tuple[RankPlace, ...]:
+        places = self._executor.places if self._executor else ()
+        return tuple(RankPlace(rank=p.rank, host=p.host, pid=p.pid, read=self._board.read_by(p.rank)) for p in places)
 
     def _pong(self) -> Pong:
         load = self._load()

@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
+from engine.weights_read import WeightsRead
 from parallel.topology import Topology
 
 
@@ -31,6 +32,8 @@ class Progress(Protocol):
     def done(self) -> int: ...
     @property
     def total(self) -> int: ...
+    @property
+    def read(self) -> WeightsRead | None: ...
 
 
 OnProgress = Callable[[Progress], None]
@@ -58,7 +61,8 @@ class Ranks(Protocol):
 class ModelRanks:
     """Ranks that hold a checkpoint's model."""
 
-    checkpoint_folder: Path
+    checkpoint_folder: Path | str
+    """A path that is there on every host, or a URL; see `model.checkpoint_folder`."""
     topology: Topology
     runner_config: RunnerConfig
     engine_config: EngineConfig
@@ -153,7 +157,7 @@ class Worker:
     def _serve(self, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         def on_progress(progress: Progress) -> None:
             _die_after(deadlines.start_s)
-            self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total))
+            self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total, progress.read))
 
         _die_after(deadlines.start_s)
         with ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank:

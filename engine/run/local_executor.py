@@ -38,7 +38,7 @@ class LocalExecutor:
     @classmethod
     def open(
         cls,
-        checkpoint_folder: Path,
+        checkpoint_folder: Path | str,
         *,
         runner_config: RunnerConfig | None = None,
         engine_config: EngineConfig | None = None,

@@ -52,7 +52,7 @@ class ProcessExecutor:
     def __init__(
         self,
         *,
-        checkpoint_folder: Path,
+        checkpoint_folder: Path | str,
         topology: Topology,
         runner_config: RunnerConfig,
         engine_config: EngineConfig,

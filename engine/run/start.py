@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,9 @@ from engine.run.runner import Runner, sampling_rank
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
 from engine.run.warm_up import warm_up
+from engine.weights_read import WeightsRead
 from model.checkpoint import Checkpoint
+from model.checkpoint_folder import small_files
 from model.config import DTYPES, ModelConfig
 from model.kv_cache import KvCache
 from model.load import load_model
@@ -38,6 +40,8 @@ class StartProgress:
     done: int
     total: int
     """Of "weights": bytes of checkpoint tensors that this rank takes a share of; of the other phases: 0 and then 1, of 1."""
+    read: WeightsRead | None = None
+    """Said once, when the weights are there."""
 
 
 OnProgress = Callable[[StartProgress], None]
@@ -46,7 +50,7 @@ OnProgress = Callable[[StartProgress], None]
 @contextmanager
 def start_rank(
     *,
-    checkpoint_folder: Path,
+    checkpoint_folder: Path | str,
     topology: Topology,
     rank: int,
     rendezvous: str | None,
@@ -57,6 +61,7 @@ def start_rank(
 ) -> Iterator[Runner]:
     """One rank, ready to `run` plans; on leaving, its groups are closed.
 
+    ``checkpoint_folder`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`).
     ``rendezvous`` is where the ranks find each other (``tcp://address:port``); a topology of one rank needs none.
     ``ranks_on_host`` is how many ranks share this host's cores and memory (None = all of the topology).
     Every rank of the topology must call this at the same time: they wait for each other.
@@ -73,8 +78,12 @@ def start_rank(
     device = resolve_device(runner_config.device)
     if device.type == "cpu":
         torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
-    with _joined(topology, rank, rendezvous, runner_config, device, tell) as groups:
-        model = _load(checkpoint_folder, groups, runner_config, engine_config, device, tell)
+    with ExitStack() as stack:
+        model_config = ModelConfig.from_checkpoint(small_files(checkpoint_folder))
+        _check_tokens(model_config, runner_config)
+        with Checkpoint(checkpoint_folder) as checkpoint:  # before joining: what is damaged is refused without waiting for anyone
+            groups = stack.enter_context(_joined(topology, rank, rendezvous, runner_config, device, tell))
+            model = _load(checkpoint, model_config, groups, runner_config, engine_config, device, tell)
         sampler = _make_sampler(model, runner_config) if rank == sampling_rank(topology) else None
         with _phase("memory", tell):
             capacity = measure_capacity(
@@ -128,9 +137,14 @@ def _parse_rendezvous(text: str | None) -> Rendezvous:
 
 
 def _load(
-    folder: Path, groups: ParallelGroups, config: RunnerConfig, engine_config: EngineConfig, device: torch.device, tell: OnProgress
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    groups: ParallelGroups,
+    config: RunnerConfig,
+    engine_config: EngineConfig,
+    device: torch.device,
+    tell: OnProgress,
 ) -> Qwen2:
-    model_config = ModelConfig.from_checkpoint(folder)
     told = 0
 
     def tell_bytes(done: int, total: int) -> None:
@@ -139,30 +153,34 @@ def _load(
             told = done
             tell(StartProgress("weights", done, total))
 
-    with Checkpoint(folder) as checkpoint:
-        model, report = load_model(
-            checkpoint,
-            model_config,
-            groups,
-            device=device,
-            dtype=resolve_dtype(config.dtype, device),
-            block_tokens=engine_config.block_tokens,
-            backend=config.attention_backend,
-            on_progress=tell_bytes,
-        )
+    model, report = load_model(
+        checkpoint,
+        model_config,
+        groups,
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+        block_tokens=engine_config.block_tokens,
+        backend=config.attention_backend,
+        on_progress=tell_bytes,
+    )
     log.info(
-        "rank %d read %d of %d bytes of weights in %.1f s; computing in %s on %s with %d threads",
-        groups.rank, report.bytes_read, report.bytes_of_checkpoint, report.seconds, model.dtype, device, torch.get_num_threads(),
+        "rank %d read %d of %d bytes of weights in %.1f s (%d bytes fetched); computing in %s on %s with %d threads",
+        groups.rank, report.bytes_read, report.bytes_of_checkpoint, report.seconds, report.bytes_fetched,
+        model.dtype, device, torch.get_num_threads(),
     )  # fmt: skip
+    read = WeightsRead(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
+    tell(StartProgress("weights", told, told, read))
     return model
 
 
-def _make_sampler(model: Qwen2, config: RunnerConfig) -> Sampler:
-    vocab_size = model.config.vocab_size
-    num_real_tokens = config.num_real_tokens or vocab_size
-    if num_real_tokens > vocab_size:
+def _check_tokens(model_config: ModelConfig, config: RunnerConfig) -> None:
+    vocab_size, num_real_tokens = model_config.vocab_size, config.num_real_tokens
+    if num_real_tokens is not None and num_real_tokens > vocab_size:
         raise ValueError(f"num_real_tokens={num_real_tokens} of a vocabulary of {vocab_size} rows: this tokenizer is of another model")
-    return Sampler(vocab_size=num_real_tokens, device=model.device)
+
+
+def _make_sampler(model: Qwen2, config: RunnerConfig) -> Sampler:
+    return Sampler(vocab_size=config.num_real_tokens or model.config.vocab_size, device=model.device)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cluster.worker import OnProgress
 from engine.executor import Capacity
 from engine.plan import Sampled, StepPlan, StepResult
+from engine.weights_read import WeightsRead
 from parallel.topology import Topology
 
 RAISE, SPIN, SLEEP = 666, 667, 668
@@ -21,6 +22,7 @@ class Progress:
     phase: str
     done: int
     total: int
+    read: WeightsRead | None = None
 
 
 @dataclass
