@@ -24,6 +24,7 @@ from model.config import DTYPES, ModelConfig
 from model.kv_cache import KvCache
 from model.load import load_model
 from model.qwen2 import Qwen2
+from parallel.dispatch import choose_dispatch
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
 from parallel.topology import Topology
 
@@ -93,6 +94,7 @@ def start_rank(
         runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device)
         with _phase("warm_up", tell):
             warm_up(runner)
+            runner.rebalancer.forget()
         log.info("rank %d of %d is ready: %s", rank, topology.size, runner)
         yield runner
 
@@ -161,6 +163,8 @@ def _load(
         dtype=resolve_dtype(config.dtype, device),
         block_tokens=engine_config.block_tokens,
         backend=config.attention_backend,
+        dispatch=choose_dispatch(groups, device) if config.dispatch == "auto" else config.dispatch,
+        redundant_experts=config.redundant_experts,
         on_progress=tell_bytes,
     )
     log.info(
