@@ -1,4 +1,4 @@
-"""Step 8 of a request: an executor whose ranks are Ray actors. Plans go to all of them, one answers."""
+"""Step 8 of a request: an executor whose ranks are Ray actors. Plans go to all of them, one of each shard answers."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,6 +22,7 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.errors import StartFailed
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Place, Ranks, Worker, end_process
+from engine.answers import StepAnswers
 from engine.errors import WorkersLost
 from engine.executor import Capacity
 from engine.places import mark
@@ -88,7 +89,6 @@ class _Seat:
     failure: RankFailed | None = None
     """What it said itself."""
     capacity: Capacity | None = None
-    results: dict[int, StepResult] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -119,6 +119,7 @@ class RayExecutor:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._seats: list[_Seat] = []
+        self._answers = StepAnswers(ranks.topology.dp)
         self._last_step: int | None = None
         self._deadline_s = config.first_step_timeout_s
         self._broken = False
@@ -238,10 +239,9 @@ class RayExecutor:
         """The result of ``step``; see `PendingStep.result`."""
         deadline = time.monotonic() + self._deadline_s
         while True:
-            for seat in self._seats:
-                if (result := seat.results.pop(step, None)) is not None:
-                    self._deadline_s = self._config.step_timeout_s
-                    return result
+            if (result := self._answers.take(step)) is not None:
+                self._deadline_s = self._config.step_timeout_s
+                return result
             self._listen()
             if time.monotonic() > deadline:
                 self._lose(f"step {step} was not answered within {self._deadline_s:g} s")
@@ -263,7 +263,7 @@ class RayExecutor:
     def _take(self, seat: _Seat, message: object) -> None:
         match message:
             case StepResult():
-                seat.results[message.step] = message
+                self._answers.put(message)
             case RankProgress():
                 self._on_progress(message)
             case RankReady():

@@ -22,7 +22,7 @@ from parallel.dispatch import DispatchName
 from parallel.embedding import VocabEmbedding, VocabHead
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear
-from parallel.pipeline import is_first_stage, is_last_stage, receive_hidden, send_hidden, stage_layers
+from parallel.pipeline import HiddenSender, is_first_stage, is_last_stage, receive_hidden, stage_layers
 from parallel.weight_format import WeightFormat
 
 ATTENTION_NAMES: Names = {
@@ -126,6 +126,7 @@ class Qwen2(nn.Module):
         self.format, self.dispatch, self.redundant_experts = format, dispatch, redundant_experts
         self.layer_indices = stage_layers(config.num_layers, groups.pp.size, groups.pp.rank)
         self.is_first, self.is_last = is_first_stage(groups.pp), is_last_stage(groups.pp)
+        self.next_stage = HiddenSender(groups.pp)
         heads = head_share(config.num_heads, config.num_kv_heads, groups.tp.rank, groups.tp.size)
         self.attention_config = AttentionConfig(
             num_heads=len(heads.query),
@@ -192,7 +193,7 @@ class Qwen2(nn.Module):
 
     def _leave(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor | None:
         if self.norm is None or self.head is None:
-            send_hidden(x_TD, self.groups.pp)
+            self.next_stage.send(x_TD)
             return None
         logits_RV: Tensor = self.head(self.norm(x_TD[batch.logit_rows_R]))
         return logits_RV

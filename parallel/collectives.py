@@ -6,6 +6,7 @@ on the rank that reads it. (NCCL chooses its own order by message size.)
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -100,11 +101,29 @@ def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
     return x
 
 
-def send(x: Tensor, to: int, group: Group) -> None:
-    """``x`` to the member at position ``to``, which must call `receive` with the same shape and dtype."""
+@dataclass(frozen=True)
+class Sending:
+    """A tensor on its way. It is kept here until it has arrived."""
+
+    x: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> None:
+        """Return when the receiver has it (on CUDA: when what the device does next may count on that)."""
+        if self.work is not None:
+            self.work.wait()
+
+
+def begin_send(x: Tensor, to: int, group: Group) -> Sending:
+    """Begin to send ``x`` to the member at position ``to``, which must call `receive` with the same shape and dtype."""
     transport = _with_others(group)
-    if x.numel():
-        dist.send(x.contiguous(), group=transport.process_group, group_dst=to)
+    x = x.contiguous()
+    return Sending(x, dist.isend(x, group=transport.process_group, group_dst=to) if x.numel() else None)
+
+
+def send(x: Tensor, to: int, group: Group) -> None:
+    """``x`` to the member at position ``to``, as `begin_send`; when this returns it has arrived."""
+    begin_send(x, to, group).wait()
 
 
 def receive(shape: Sequence[int], source: int, group: Group, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel.axes import split
-from parallel.collectives import receive, send
+from parallel.collectives import Sending, begin_send, receive
 from parallel.groups import Group
 
 
@@ -34,11 +34,26 @@ def is_last_stage(pp: Group) -> bool:
     return pp.rank == pp.size - 1
 
 
-def send_hidden(x: Tensor, pp: Group) -> None:
-    """Hand hidden states to the next stage. Ranks send to the one with their own place in it: nothing is sent twice to a rank."""
-    if is_last_stage(pp):
-        raise ValueError("the last stage has nobody to send hidden states to")
-    send(x, pp.rank + 1, pp)
+class HiddenSender:
+    """Hands hidden states to the next stage, one step's at a time, while this stage goes on with the next step.
+
+    Ranks send to the one with their own place in the next stage: nothing is sent twice to a rank.
+    """
+
+    def __init__(self, pp: Group) -> None:
+        self._pp = pp
+        self._sending: Sending | None = None
+
+    def send(self, x: Tensor) -> None:
+        """Begin to send ``x``, which must not be changed any more; what was sent before has arrived when this returns.
+
+        A stage can so be one step ahead of the next one and no more, and a send that failed is raised at the following one.
+        """
+        if is_last_stage(self._pp):
+            raise ValueError("the last stage has nobody to send hidden states to")
+        if self._sending is not None:
+            self._sending.wait()
+        self._sending = begin_send(x, self._pp.rank + 1, self._pp)
 
 
 def receive_hidden(shape: Sequence[int], pp: Group, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -52,7 +52,7 @@ class BlockTables:
         """The sequences' blocks (S, M), int32, padded with 0, and how many each has (S)."""
         rows = np.fromiter((self._row[sequence] for sequence in sequences), np.int64, len(sequences))
         lengths = self._lengths[rows]
-        most = int(lengths.max())
+        most = int(lengths.max(initial=0))
         table = self._blocks[rows, :most]
         table[np.arange(most) >= lengths[:, None]] = 0  # a row keeps what its last owner left
         return table, lengths

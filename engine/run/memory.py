@@ -15,7 +15,7 @@ from engine.run.warm_up import full_step, run_and_forget
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.collectives import all_gather, barrier
-from parallel.groups import Group
+from parallel.groups import ParallelGroups
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ def measure_capacity(
     *,
     runner_config: RunnerConfig,
     engine_config: EngineConfig,
-    world: Group,
+    groups: ParallelGroups,
     ranks_on_host: int,
 ) -> Capacity:
-    """What every rank of ``world`` can hold: the least of all. All ranks must call this at the same time.
+    """What every rank of the replica can hold: the least of all. All ranks must call this at the same time.
 
     Raises:
         NoRoomForKv: not one block, on the rank that has the least.
@@ -53,14 +53,14 @@ def measure_capacity(
     layout = model.kv_layout
     budget_bytes = runner_config.kv_cache_bytes
     if budget_bytes is None:
-        barrier(world)  # all weights of this host lie in memory now, and nobody has taken any for KV
+        barrier(groups.world)  # all weights of this host lie in memory now, and nobody has taken any for KV
         fraction = runner_config.kv_memory_fraction
         if model.device.type == "cuda":
-            budget_bytes = _cuda_budget(model, sampler, engine_config, fraction or CUDA_FRACTION)
+            budget_bytes = _cuda_budget(model, sampler, engine_config, fraction or CUDA_FRACTION, groups)
         else:
             budget_bytes = _cpu_budget(fraction) // ranks_on_host
     mine = torch.tensor([budget_bytes // layout.bytes_per_block, budget_bytes, layout.bytes_per_block], device=model.device)
-    num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), world, dim=0).tolist())
+    num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), groups.world, dim=0).tolist())
     if num_blocks < 1:
         raise NoRoomForKv(budget_bytes=least_bytes, bytes_per_block=block_bytes)
     limit = min(model.config.max_context_tokens, runner_config.max_context_tokens or model.config.max_context_tokens)
@@ -72,6 +72,8 @@ def measure_capacity(
         num_blocks=num_blocks,
         block_tokens=layout.block_tokens,
         max_context_tokens=min(limit, num_blocks * layout.block_tokens),
+        num_shards=groups.topology.dp,
+        num_stages=groups.topology.pp,
     )
 
 
@@ -80,13 +82,13 @@ def _cpu_budget(fraction: float | None) -> int:
     return int(available * fraction) if fraction else min(int(available * CPU_FRACTION), CPU_MOST_BYTES)
 
 
-def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineConfig, fraction: float) -> int:
+def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineConfig, fraction: float, groups: ParallelGroups) -> int:
     """Bytes of the device that neither weights nor others hold nor the heaviest step needs."""
     layout, device = model.kv_layout, model.device
     num_blocks = -(-engine_config.max_step_tokens // layout.block_tokens)
     cache = KvCache(layout, num_blocks, device)
     capacity = Capacity(num_blocks=num_blocks, block_tokens=layout.block_tokens, max_context_tokens=engine_config.max_step_tokens)
-    runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device)
+    runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run_and_forget(
@@ -96,6 +98,7 @@ def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineCon
             max_running=engine_config.max_running,
             num_blocks=num_blocks,
             block_tokens=layout.block_tokens,
+            num_shards=groups.topology.dp,
         ),
     )
     torch.cuda.synchronize(device)

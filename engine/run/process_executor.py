@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from engine.answers import StepAnswers
 from engine.config import EngineConfig
 from engine.errors import WorkersLost
 from engine.executor import Capacity
@@ -83,6 +84,7 @@ class ProcessExecutor:
             self.close()
             raise
         self._capacity: Capacity = capacities[0]
+        self._answers = StepAnswers(topology.dp)
 
     @property
     def capacity(self) -> Capacity:
@@ -113,10 +115,9 @@ class ProcessExecutor:
         self._processes.clear()
 
     def wait_for(self, step: int) -> StepResult:
-        while True:
-            message = self._receive_any(self.step_timeout_s)
-            if isinstance(message, StepResult) and message.step == step:
-                return message
+        while (result := self._answers.take(step)) is None:
+            self._answers.put(self._receive_any(self.step_timeout_s))
+        return result
 
     def _receive_any(self, timeout_s: float) -> Any:
         ready = multiprocessing.connection.wait(self._connections, timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""Step 9 of a request: one rank turns a StepPlan into a forward batch, and the sampling rank its logits into tokens."""
+"""Step 9 of a request: one rank turns a StepPlan into a forward batch, and a sampling rank its logits into tokens."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from engine.places import mark
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
-from engine.run.rebalance import ExpertRebalancer
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.state import Row, SamplingState
 from model.kv_cache import KvCache
@@ -19,19 +18,21 @@ from model.qwen2 import Qwen2
 from parallel.topology import Topology
 
 
-def sampling_rank(topology: Topology) -> int:
-    """The one rank of a replica that samples and answers: the first of the last stage, which has the logits."""
-    return topology.size - topology.ranks_per_stage
+def sampling_ranks(topology: Topology) -> tuple[int, ...]:
+    """For each shard (dp position) the one rank that samples and answers: its first of the last stage, which has the logits."""
+    return tuple(range(topology.size - topology.ranks_per_stage, topology.size, topology.tp))
 
 
 class Runner:
-    """One rank of a replica, ready to take steps. It knows each open sequence's blocks, and no more than that but where it samples."""
+    """One rank of a replica, ready to take steps. It knows the blocks of each open sequence of its shard, and no more than that
+    but where it samples."""
 
-    def __init__(self, *, model: Qwen2, cache: KvCache, capacity: Capacity, sampler: Sampler | None, device: torch.device) -> None:
-        """``sampler`` is None on all ranks but the one that answers."""
-        self.capacity = capacity
+    def __init__(
+        self, *, model: Qwen2, cache: KvCache, capacity: Capacity, sampler: Sampler | None, device: torch.device, shard: int = 0
+    ) -> None:
+        """``sampler`` is None on all ranks but those that answer."""
+        self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device
-        self.rebalancer = ExpertRebalancer(model)
         self._sampler = sampler
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
@@ -41,23 +42,27 @@ class Runner:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether `run` returns results here: so on exactly one rank of a replica."""
+        """Whether `run` returns results here: so on exactly one rank of each shard."""
         return self._sampler is not None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Take one step together with all other ranks. The result on the sampling rank, None elsewhere."""
+        """Take one step together with all other ranks. Its shard's result on a sampling rank, None elsewhere.
+
+        A rank without works of its shard computes too, with no tokens: those of other shards may need its experts.
+        """
         began = time.perf_counter()
-        rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         self._open_and_close(plan)
-        sampled = self._compute(plan.works) if plan.works else []
-        return StepResult(plan.step, tuple(sampled), time.perf_counter() - began, rebalanced) if self.is_sampling else None
+        sampled = self._compute([work for work in plan.works if work.shard == self.shard]) if plan.works else []
+        return StepResult(plan.step, tuple(sampled), time.perf_counter() - began) if self.is_sampling else None
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
             self._tables.close(sequence)
             self._states.pop(sequence, None)
         for opening in plan.opened:
+            if opening.shard != self.shard:
+                continue
             self._tables.open(opening.sequence)
             if self._sampler is not None:
                 self._states[opening.sequence] = SamplingState(opening, vocab_size=self._sampler.vocab_size)
@@ -81,6 +86,6 @@ class Runner:
         return sampler.sample(logits_RV, [Row(state, state.next_position(work)) for state, work in zip(states, works, strict=True)])
 
     def _mark(self, place: int, works: Sequence[Work]) -> None:
-        if self.is_sampling:  # one rank's word is enough
+        if self.is_sampling:  # one rank's word for each sequence is enough
             for work in works:
                 mark(place, self._states[work.sequence].request_id)

@@ -13,7 +13,7 @@ import torch
 from engine.config import EngineConfig
 from engine.run.host import multiplies_bfloat16, usable_cores
 from engine.run.memory import measure_capacity
-from engine.run.runner import Runner, sampling_rank
+from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
 from engine.run.warm_up import warm_up
@@ -85,13 +85,13 @@ def start_rank(
         with Checkpoint(checkpoint_folder) as checkpoint:  # before joining: what is damaged is refused without waiting for anyone
             groups = stack.enter_context(_joined(topology, rank, rendezvous, runner_config, device, tell))
             model = _load(checkpoint, model_config, groups, runner_config, engine_config, device, tell)
-        sampler = _make_sampler(model, runner_config) if rank == sampling_rank(topology) else None
+        sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
         with _phase("memory", tell):
             capacity = measure_capacity(
-                model, sampler, runner_config=runner_config, engine_config=engine_config, world=groups.world, ranks_on_host=on_host
+                model, sampler, runner_config=runner_config, engine_config=engine_config, groups=groups, ranks_on_host=on_host
             )
             cache = KvCache(model.kv_layout, capacity.num_blocks, device)
-        runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device)
+        runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank)
         with _phase("warm_up", tell):
             warm_up(runner)
             runner.rebalancer.forget()

@@ -9,25 +9,25 @@ FIRST_SEQUENCE = -1
 """Real sequences count up from 0, these down."""
 
 
-def full_step(*, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int) -> StepPlan:
-    """The heaviest step that fits: as many tokens as a step may have, in as many sequences as can run, each sampling.
+def full_step(*, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int, num_shards: int = 1) -> StepPlan:
+    """The heaviest step that fits: on every shard as many tokens as a step may have, in as many sequences as can run, each sampling.
 
-    All of them have the same first blocks; what is then in the cache means nothing, as no sequence keeps it.
+    All of a shard have the same first blocks; what is then in the cache means nothing, as no sequence keeps it.
     """
     num_sequences = min(max_running, max_step_tokens)
     tokens = min(max_step_tokens // num_sequences, num_blocks * block_tokens)
     blocks = tuple(range(-(-tokens // block_tokens)))
     sampling = SamplingParams(top_p=0.9, repetition_penalty=1.1)  # nothing costs more memory than this
-    sequences = range(FIRST_SEQUENCE, FIRST_SEQUENCE - num_sequences, -1)
+    sequences = [(FIRST_SEQUENCE - i, i % num_shards) for i in range(num_sequences * num_shards)]
     return StepPlan(
         step=0,
-        works=tuple(Work(sequence, 0, (0,) * tokens, blocks, True) for sequence in sequences),
-        opened=tuple(Opening(sequence, 0, tokens, sampling, (0,) * tokens) for sequence in sequences),
+        works=tuple(Work(sequence, 0, (0,) * tokens, blocks, True, shard) for sequence, shard in sequences),
+        opened=tuple(Opening(sequence, 0, tokens, sampling, (0,) * tokens, shard=shard) for sequence, shard in sequences),
     )
 
 
 def warm_up(runner: Runner) -> None:
-    """A short prompt and one token behind it, as every request has them.
+    """A short prompt and one token behind it, as every request has them, on this rank's shard while the others have their own.
 
     Raises:
         InvalidLogits: the model gives NaN or infinity, so its weights are broken.
@@ -35,9 +35,9 @@ def warm_up(runner: Runner) -> None:
     prompt = (0,) * max(1, min(16, runner.capacity.max_context_tokens - 1))
     blocks = tuple(range(-(-(len(prompt) + 1) // runner.capacity.block_tokens)))
     blocks = blocks[: runner.capacity.num_blocks]
-    opening = Opening(FIRST_SEQUENCE, 0, len(prompt), SamplingParams(top_k=20))
-    run_and_forget(runner, StepPlan(0, (Work(FIRST_SEQUENCE, 0, prompt, blocks, True),), (opening,)))
-    run_and_forget(runner, StepPlan(0, (Work(FIRST_SEQUENCE, 0, prompt[:1], blocks, True),), (opening,)))
+    opening = Opening(FIRST_SEQUENCE, 0, len(prompt), SamplingParams(top_k=20), shard=runner.shard)
+    for tokens in (prompt, prompt[:1]):
+        run_and_forget(runner, StepPlan(0, (Work(FIRST_SEQUENCE, 0, tokens, blocks, True, runner.shard),), (opening,)))
 
 
 def run_and_forget(runner: Runner, plan: StepPlan) -> None:

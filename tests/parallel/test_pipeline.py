@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from parallel.collectives import barrier
 from parallel.groups import ParallelGroups, single
-from parallel.pipeline import is_first_stage, is_last_stage, receive_hidden, send_hidden, stage_layers
+from parallel.pipeline import HiddenSender, is_first_stage, is_last_stage, receive_hidden, stage_layers
 from parallel.topology import Topology
 from tests.ranks import run_ranks
 
@@ -31,8 +32,11 @@ def through_all_stages(groups: ParallelGroups, shape: tuple[int, ...], dtype: to
     for layer in stage_layers(5, groups.pp.size, groups.pp.rank):
         x = x * (layer + 1)
     if is_last_stage(groups.pp):
+        barrier(groups.world)
         return x
-    send_hidden(x, groups.pp)
+    sender = HiddenSender(groups.pp)
+    sender.send(x)
+    barrier(groups.world)
     return None
 
 
@@ -47,11 +51,30 @@ def test_hidden_states_pass_through_every_stage_in_turn(topology: Topology, shap
             assert torch.equal(result, torch.full(shape, (2.0 + topology.coordinates(rank).tp) * 120))
 
 
+def one_step_ahead(groups: ParallelGroups) -> list[float]:
+    shape = (512, 512)
+    if is_first_stage(groups.pp):
+        sender = HiddenSender(groups.pp)
+        sender.send(torch.full(shape, 1.0))
+        barrier(groups.world)  # the other stage has fetched nothing yet
+        sender.send(torch.full(shape, 2.0))
+        barrier(groups.world)
+        return []
+    barrier(groups.world)
+    received = [receive_hidden(shape, groups.pp, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2)]
+    barrier(groups.world)
+    return [x.mean().item() for x in received]
+
+
+def test_a_stage_goes_on_while_its_hidden_states_wait_to_be_fetched() -> None:
+    assert run_ranks(Topology(pp=2), one_step_ahead, timeout_s=30) == [[], [1.0, 2.0]]
+
+
 def test_the_ends_of_the_pipeline_have_nobody_beyond() -> None:
     alone = single("pp")
     assert is_first_stage(alone)
     assert is_last_stage(alone)
     with pytest.raises(ValueError, match="last stage"):
-        send_hidden(torch.zeros(1), alone)
+        HiddenSender(alone).send(torch.zeros(1))
     with pytest.raises(ValueError, match="first stage"):
         receive_hidden((1,), alone, dtype=torch.float32, device=torch.device("cpu"))

@@ -7,7 +7,7 @@ from engine.errors import WorkersLost
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.local_executor import LocalExecutor
-from engine.run.runner import sampling_rank
+from engine.run.runner import sampling_ranks
 from parallel.topology import Topology
 from tests.engine.run.tiny_models import engine_config, float32_config, greedy
 
@@ -102,6 +102,13 @@ def test_a_failed_step_loses_the_rank_and_says_why(dense_folder):
     executor.close()
 
 
-@pytest.mark.parametrize(("topology", "rank"), [(Topology(tp=4), 0), (Topology(tp=2, pp=3), 4)])
-def test_the_first_rank_of_the_last_stage_samples(topology, rank):
-    assert sampling_rank(topology) == rank
+@pytest.mark.parametrize(
+    ("topology", "ranks"),
+    [(Topology(tp=4), (0,)), (Topology(tp=2, pp=3), (4,)), (Topology(dp=3), (0, 1, 2)), (Topology(tp=2, dp=2, pp=2), (4, 6))],
+)
+def test_of_each_shard_the_first_rank_of_the_last_stage_samples(topology, ranks):
+    assert sampling_ranks(topology) == ranks
+    last = topology.pp - 1
+    assert [topology.coordinates(rank) for rank in ranks] == [
+        coordinates for coordinates in map(topology.coordinates, range(topology.size)) if (coordinates.pp, coordinates.tp) == (last, 0)
+    ]

@@ -124,7 +124,7 @@ class FakeModel:
 def _capacity(groups: ParallelGroups, budget: int):
     config = RunnerConfig(kv_cache_bytes=budget)
     return measure_capacity(
-        FakeModel(groups.rank), None, runner_config=config, engine_config=engine_config(), world=groups.world, ranks_on_host=2
+        FakeModel(groups.rank), None, runner_config=config, engine_config=engine_config(), groups=groups, ranks_on_host=2
     )
 
 

@@ -26,16 +26,16 @@ SHAPE = {
 }
 
 
-def write_dense(folder: Path) -> Path:
+def write_dense(folder: Path, **changes: int) -> Path:
     torch.manual_seed(1)
-    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder)
+    Qwen2ForCausalLM(Qwen2Config(**SHAPE | changes)).save_pretrained(folder)
     return folder
 
 
-def write_moe(folder: Path) -> Path:
+def write_moe(folder: Path, **changes: int) -> Path:
     torch.manual_seed(2)
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
-    Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHAPE | moe)).save_pretrained(folder)
+    Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHAPE | moe | changes)).save_pretrained(folder)
     return folder
 
 
