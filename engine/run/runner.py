@@ -11,6 +11,7 @@ from engine.places import mark
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
+from engine.run.rebalance import ExpertRebalancer
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.state import Row, SamplingState
 from model.kv_cache import KvCache
@@ -33,6 +34,7 @@ class Runner:
         """``sampler`` is None on all ranks but those that answer."""
         self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device
+        self.rebalancer = ExpertRebalancer(model)
         self._sampler = sampler
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
@@ -52,9 +54,10 @@ class Runner:
         A rank without works of its shard computes too, with no tokens: those of other shards may need its experts.
         """
         began = time.perf_counter()
+        rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         self._open_and_close(plan)
         sampled = self._compute([work for work in plan.works if work.shard == self.shard]) if plan.works else []
-        return StepResult(plan.step, tuple(sampled), time.perf_counter() - began) if self.is_sampling else None
+        return StepResult(plan.step, tuple(sampled), time.perf_counter() - began, rebalanced) if self.is_sampling else None
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
