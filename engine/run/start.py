@@ -25,6 +25,7 @@ from model.kv_cache import KvCache
 from model.load import load_model
 from model.qwen2 import Qwen2
 from parallel.dispatch import choose_dispatch
+from parallel.fitting import check_fit
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
 from parallel.topology import Topology
 
@@ -70,6 +71,7 @@ def start_rank(
     Raises:
         InvalidModelConfig, UnsupportedModel: from config.json.
         CheckpointError, CheckpointMismatch: from the files of weights.
+        LayoutMisfit: the model cannot be laid out on this topology.
         NoRoomForKv: no KV block fits beside the weights.
         InvalidLogits: the model computes no numbers.
         ValueError: a setting does not fit this model, device or topology.
@@ -81,6 +83,7 @@ def start_rank(
         torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
     with ExitStack() as stack:
         model_config = ModelConfig.from_checkpoint(small_files(checkpoint_folder))
+        check_fit(topology, model_config)
         _check_tokens(model_config, runner_config)
         with Checkpoint(checkpoint_folder) as checkpoint:  # before joining: what is damaged is refused without waiting for anyone
             groups = stack.enter_context(_joined(topology, rank, rendezvous, runner_config, device, tell))

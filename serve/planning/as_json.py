@@ -37,7 +37,6 @@ def _layout(layout: Layout, with_floors: bool) -> dict[str, Any]:
         "floors": _floors(layout) if with_floors else None,
         "served_today": layout.is_served_today,
         "limits_today": [limit.sentence for limit in layout.limits],
-        "cautions": [limit.sentence for limit in layout.cautions],
         "ranks": [
             {
                 "weights_bytes": rank.weights.num_bytes,

@@ -64,7 +64,6 @@ def _comment(layout: Layout, question: Question) -> str:
         f"{question.shape.name} in {question.format.name} on {question.fleet}, as `manta plan` laid it out:",
         f"{layout.hosting.replicas} x {layout.topology}, room for {layout.total_kv_tokens:,} tokens of KV",
         *(f"NOT SERVED TODAY: {limit.sentence}" for limit in layout.limits),
-        *(limit.sentence for limit in layout.cautions),
     ]
     return "".join(f"# {line}\n" for line in lines)
 

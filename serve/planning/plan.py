@@ -11,7 +11,7 @@ from serve.planning.hardware import TYPICAL_SPEED, Fleet, Speed
 from serve.planning.hosting import Hosting, hosting
 from serve.planning.memory import RankMemory, Workload, memory_of_rank
 from serve.planning.refusal import Refusal, refuse_axes, refuse_memory
-from serve.planning.served import Limit, cautions, limits_today
+from serve.planning.served import Limit, limits_today
 from serve.planning.shape import ModelShape
 
 ORDER = (
@@ -47,7 +47,6 @@ class Layout:
     floors: Floors
     limits: tuple[Limit, ...]
     """Why `manta serve` does not take it today."""
-    cautions: tuple[Limit, ...]
 
     @property
     def fullest(self) -> RankMemory:
@@ -163,8 +162,7 @@ def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
         running=running,
         at_full_context=at_full_context,
         floors=floors(_replica(question, topology, hosts, ranks, speed), workload, at_full_context),
-        limits=limits_today(topology, question.format, hosts=fleet.hosts),
-        cautions=cautions(topology),
+        limits=limits_today(question.format, hosts=fleet.hosts),
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from parallel.fitting import misfits
 from parallel.topology import InvalidTopology, Topology
 from serve.planning.hardware import Fleet
 from serve.planning.hosting import hosting
@@ -28,21 +29,12 @@ def refuse_axes(sizes: dict[str, int], shape: ModelShape, fleet: Fleet) -> Refus
 
 
 def _refuse_for_model(topology: Topology, shape: ModelShape) -> Refusal | None:
-    if topology.tp > shape.num_heads:
-        return Refusal(
-            "heads", f"{shape.num_heads} query heads cannot be shared over tp={topology.tp} ranks; use at most {shape.num_heads}"
-        )
-    if topology.pp > shape.num_layers:
-        return Refusal("layers", f"{shape.num_layers} layers cannot fill {topology.pp} stages; use pp={shape.num_layers} at most")
-    if shape.moe is None and topology.ep > 1:
-        return Refusal("dense", f"this model has no routed experts to spread over ep={topology.ep}; use ep=1")
-    if shape.moe is None and topology.dp > 1:
+    if found := misfits(topology, shape):
+        return Refusal(found[0].reason, found[0].sentence)
+    if shape.moe is None and topology.dp > 1:  # it can be served, but nobody should plan it
         return Refusal(
             "dense", f"dp={topology.dp} inside a replica would hold a dense model {topology.dp} times and gain nothing; use more replicas"
         )
-    if shape.moe is not None and topology.ep > shape.moe.num_experts:
-        most = shape.moe.num_experts
-        return Refusal("experts", f"{most} routed experts cannot be spread over ep={topology.ep} positions; use ep={most} at most")
     return None
 
 

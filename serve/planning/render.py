@@ -87,7 +87,7 @@ def _cells(layout: Layout, with_floors: bool) -> list[str]:
     if with_floors:
         floors = layout.floors
         cells += [shortened(layout.total_tokens_per_s), f"{floors.token_s * 1e3:.1f}", f"{floors.first_token_s:.2f}"]
-    why = ", ".join(limit.code for limit in layout.limits or layout.cautions)
+    why = ", ".join(limit.code for limit in layout.limits)
     cells.append(f"{'yes' if layout.is_served_today else 'no'}{f' ({why})' if why else ''}")
     return cells
 
@@ -112,7 +112,7 @@ def _notes(plan: Plan, shown: Iterable[Layout]) -> str:
 
 
 def _distinct(layouts: Iterable[Layout]) -> list[Limit]:
-    return list(dict.fromkeys(limit for layout in layouts for limit in (*layout.limits, *layout.cautions)))
+    return list(dict.fromkeys(limit for layout in layouts for limit in layout.limits))
 
 
 def _refusals(refused: tuple[Refused, ...], everything: bool) -> Iterable[str]:

@@ -123,9 +123,9 @@ def expected(dense, moe) -> dict[str, list[tuple[int, ...]]]:
 LAYOUTS = [
     ("dense", Topology(pp=2)),
     ("moe", Topology(dp=2, ep=2)),
-    pytest.param("dense", Topology(dp=2), marks=pytest.mark.slow),
-    pytest.param("dense", Topology(pp=3), marks=pytest.mark.slow),
-    pytest.param("dense", Topology(pp=2, tp=2), marks=pytest.mark.slow),
+    ("dense", Topology(dp=2)),
+    ("dense", Topology(pp=3)),
+    ("dense", Topology(pp=2, tp=2)),
     pytest.param("moe", Topology(pp=2, tp=2, ep=2), marks=pytest.mark.slow),
     pytest.param("moe", Topology(pp=2, dp=2, ep=2), marks=pytest.mark.slow),
     pytest.param("moe", Topology(tp=2, dp=2, ep=4), marks=pytest.mark.slow),

@@ -17,6 +17,7 @@ from engine.run.settings import RunnerConfig
 from engine.run.start import StartProgress, resolve_device, resolve_dtype, start_rank
 from engine.run.warm_up import full_step, run_and_forget
 from model.kv_cache import KvLayout
+from parallel.fitting import LayoutMisfit
 from parallel.groups import ParallelGroups
 from parallel.topology import Topology
 from tests.engine.run.tiny_models import FLOAT32_BLOCK_BYTES, engine_config, float32_config, greedy
@@ -70,6 +71,17 @@ def test_weights_that_overflow_are_found_before_any_request(dense_folder, tmp_pa
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(InvalidLogits, match="weights are broken"), start(tmp_path, float32_config(num_blocks=8, block_tokens=4)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("topology", "reason"),
+    [(Topology(tp=5), "4 query heads"), (Topology(pp=3), "2 layers cannot fill 3 stages"), (Topology(tp=2, ep=2), "no routed experts")],
+    ids=str,
+)
+def test_a_layout_that_cannot_be_is_refused_before_the_others_are_waited_for(dense_folder, topology, reason):
+    config = float32_config(num_blocks=8, block_tokens=4)
+    with pytest.raises(LayoutMisfit, match=reason), start(dense_folder, config, topology=topology, rendezvous="tcp://127.0.0.1:1"):
         pass
 
 

@@ -137,14 +137,14 @@ def test_a_replica_takes_whole_hosts_alike(topology: Topology, hosts: int, expec
 
 
 def test_what_is_served_today_is_asked_in_one_place() -> None:
-    assert not limits_today(Topology(tp=8, ep=8), BF16, hosts=1)
-    for limit in limits_today(Topology(tp=2, dp=2), INT4, hosts=2):
+    assert not limits_today(BF16, hosts=1)
+    for limit in limits_today(INT4, hosts=2):
         assert len(limit.sentence.split()) > 6
     made = make_plan(ask("Qwen2-57B-A14B", "8xH100-80G"))
     served = made.first_served()
     assert served is not None
     assert all(layout.limits for layout in made.layouts[: made.layouts.index(served)])
-    assert all(layout.limits == limits_today(layout.topology, BF16, hosts=1) for layout in made.layouts)
+    assert all(layout.limits == limits_today(BF16, hosts=1) for layout in made.layouts)
 
 
 @pytest.mark.parametrize(("text", "count", "name"), [("8xH100-80G", 8, "H100-80G"), ("H200", 1, "H200-141G"), ("4 x l4", 4, "L4-24G")])

@@ -1,0 +1,64 @@
+"""Whether a model can be laid out on a topology at all: the one place that says so, before anything is started. Pure arithmetic."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from parallel.topology import Topology
+
+MisfitReason = Literal["heads", "layers", "dense", "experts"]
+
+
+class Experts(Protocol):
+    @property
+    def num_experts(self) -> int: ...
+
+
+class Shape(Protocol):
+    """What of a model limits its layouts; `model.config.ModelConfig` is one."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def moe(self) -> Experts | None: ...
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One reason why it cannot be, in a sentence that says what to do instead."""
+
+    reason: MisfitReason
+    sentence: str
+
+
+class LayoutMisfit(ValueError):
+    """The model cannot be laid out so; the message holds every reason."""
+
+
+def misfits(topology: Topology, shape: Shape) -> tuple[Misfit, ...]:
+    """Every reason why a model of this shape cannot be laid out so; none if it can."""
+    return tuple(_misfits(topology, shape))
+
+
+def check_fit(topology: Topology, shape: Shape) -> None:
+    """
+    Raises:
+        LayoutMisfit: there are `misfits`.
+    """
+    if found := misfits(topology, shape):
+        raise LayoutMisfit("; ".join(misfit.sentence for misfit in found))
+
+
+def _misfits(topology: Topology, shape: Shape) -> Iterator[Misfit]:
+    heads, layers = shape.num_heads, shape.num_layers
+    if topology.tp > heads:
+        yield Misfit("heads", f"{heads} query heads cannot be shared over tp={topology.tp} ranks; use at most {heads}")
+    if topology.pp > layers:
+        yield Misfit("layers", f"{layers} layers cannot fill {topology.pp} stages; use pp={layers} at most")
+    if shape.moe is None:
+        if topology.ep > 1:
+            yield Misfit("dense", f"this model has no routed experts to spread over ep={topology.ep}; use ep=1")
+    elif topology.ep > (most := shape.moe.num_experts):
+        yield Misfit("experts", f"{most} routed experts cannot be spread over ep={topology.ep} positions; use ep={most} at most")
