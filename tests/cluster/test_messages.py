@@ -3,7 +3,7 @@ import pytest
 from cluster.errors import ChannelError
 from cluster.messages import KINDS, VERSION, Cancel, Events, Ping, Pong, RankFailed, RankProgress, RankReady, Stop, Submit, decode, encode
 from engine.executor import Capacity
-from engine.plan import Opening, Sampled, StepPlan, StepResult, TokenEvent, TokenLogprobs, Work
+from engine.plan import Opening, Rebalance, Rebalanced, Sampled, StepPlan, StepResult, TokenEvent, TokenLogprobs, Work
 from engine.request import Request, SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.7, logit_bias=((3, -1.5),), stop_token_ids=(2,), logprobs=2, seed=2**63 - 1)
@@ -14,6 +14,8 @@ EXAMPLES = [
         opened=(Opening(sequence=1, choice=2, num_prompt=18, sampling=SAMPLING, history=(1, 2)),),
         closed=(0,),
     ),
+    StepPlan(step=8, works=(), rebalance=Rebalance(threshold=float("inf"))),
+    StepResult(step=8, sampled=(), rebalanced=Rebalanced(((3.0, 0.5),), 1.5, 1.25, num_moved=2)),
     StepResult(
         step=7, sampled=(Sampled(1, (9,), (TokenLogprobs(-0.5, ((9, -0.5), (4, -1.25))),)), Sampled(2, (), fault="NaN")), elapsed_s=0.01
     ),

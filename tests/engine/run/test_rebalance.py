@@ -1,0 +1,105 @@
+"""Experts change places on running ranks, and every answer is the one that it would have been.
+
+The sum over ranks is taken in another order afterwards, so the last bits may differ; the greedy tokens do not.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.engine import Engine
+from engine.plan import Rebalanced
+from engine.request import Request, SamplingParams
+from engine.run.process_executor import ProcessExecutor
+from engine.run.settings import DispatchChoice
+from parallel.topology import Topology
+from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
+from tests.engine.run.tiny_models import engine_config, float32_config, greedy, write_moe
+
+COUNT = 12
+NUM_EXPERTS = 8
+REQUESTS = [Request(id=str(i), prompt=p, sampling=SamplingParams(temperature=0.0, max_tokens=COUNT)) for i, p in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_moe(tmp_path_factory.mktemp("eight experts"), num_experts=NUM_EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[tuple[int, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", experts_implementation="eager").eval()
+    return [greedy(oracle, prompt, COUNT) for prompt in PROMPTS]
+
+
+IN_STAGES = (Topology(pp=2, tp=2, ep=2), "auto", 1)
+IN_SHARDS = (Topology(dp=2, ep=2), "all_to_all", 1)
+LAYOUTS = [
+    (Topology(tp=2, ep=2), "local", 0),
+    (Topology(tp=2, ep=2), "all_to_all", 1),
+    (Topology(tp=4, ep=4), "local", 1),
+    (Topology(tp=4, ep=4), "all_to_all", 0),
+    pytest.param(IN_STAGES, marks=pytest.mark.slow),
+    pytest.param(IN_SHARDS, marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda layout: f"{layout[0]}, {layout[1]}, {layout[2]} redundant")
+def executor(request: pytest.FixtureRequest, folder: Path) -> Iterator[ProcessExecutor]:
+    topology, dispatch, redundant = request.param
+    ranks = open_ranks(folder, topology, dispatch, redundant)
+    yield ranks
+    ranks.close()
+
+
+def open_ranks(folder: Path, topology: Topology, dispatch: DispatchChoice, redundant: int) -> ProcessExecutor:
+    return ProcessExecutor(
+        checkpoint_folder=folder,
+        topology=topology,
+        runner_config=float32_config(num_blocks=400, block_tokens=4, dispatch=dispatch, redundant_experts=redundant),
+        engine_config=engine_config(),
+    )
+
+
+def test_answers_stay_while_experts_move_under_them(executor: ProcessExecutor, expected: list[tuple[int, ...]]) -> None:
+    engine = Engine(executor, engine_config(max_step_tokens=16, rebalance_every_steps=2, rebalance_threshold=1.0))
+    for _ in range(2):
+        events = serve(engine, REQUESTS)
+        assert [answer(events[str(i), 0]) for i in range(len(PROMPTS))] == expected
+    assert engine.stats.expert_moves > 0
+    assert engine.stats.num_losses == 0
+    check_by_hand(engine)
+
+
+def check_by_hand(engine: Engine) -> None:
+    """The loads are those of the tokens computed since, those before fading; a second time there is nothing left to do."""
+    first, second = turned(engine), turned(engine)
+    assert len(first.loads) == 2
+    assert all(len(loads) == NUM_EXPERTS for loads in first.loads)
+    assert second.loads == tuple(tuple(load / 2 for load in loads) for loads in first.loads)
+    assert 1.0 <= first.imbalance_after <= first.imbalance_before
+    assert second.num_moved == 0
+    assert second.imbalance_before == pytest.approx(first.imbalance_after)
+
+
+def turned(engine: Engine) -> Rebalanced:
+    future = engine.rebalance_experts()
+    assert engine.turn() == []
+    return future.result(0)
+
+
+def test_loads_count_every_token_once_for_each_of_its_experts(folder: Path) -> None:
+    ranks = open_ranks(folder, Topology(tp=2, ep=2), "local", 0)
+    try:
+        engine = Engine(ranks, engine_config())
+        serve(engine, REQUESTS[:3])
+        computed = engine.stats.computed_tokens
+        found = engine.rebalance_experts(threshold=float("inf"))  # only measure
+        engine.turn()
+        assert found.result(0).num_moved == 0
+        assert [sum(loads) for loads in found.result(0).loads] == [2 * computed] * 2  # two experts per token, two layers
+    finally:
+        ranks.close()
