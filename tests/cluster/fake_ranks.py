@@ -29,6 +29,7 @@ class Progress:
 class FakeRank:
     rank: int
     capacity: Capacity
+    topology: Topology
 
     def run(self, plan: StepPlan) -> StepResult | None:
         tokens = [token for work in plan.works for token in work.tokens]
@@ -38,9 +39,11 @@ class FakeRank:
             ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter lock: no Python thread and no signal handler runs
         if SLEEP in tokens or RAISE in tokens:  # as a collective waits for a peer that does not come
             time.sleep(3600)
-        if self.rank:
+        at = self.topology.coordinates(self.rank)
+        if at.tp or at.pp < self.topology.pp - 1:
             return None
-        return StepResult(plan.step, tuple(Sampled(work.sequence, (work.tokens[-1] + 1,)) for work in plan.works if work.samples))
+        mine = (work for work in plan.works if work.samples and work.shard == at.dp)
+        return StepResult(plan.step, tuple(Sampled(work.sequence, (work.tokens[-1] + 1,)) for work in mine))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,4 +59,4 @@ class FakeRanks:
             raise FileNotFoundError("no such shard")
         assert (rendezvous is not None) == (self.topology.size > 1)
         assert os.environ
-        yield FakeRank(rank, Capacity(num_blocks=64 + rank, block_tokens=16, max_context_tokens=1024))
+        yield FakeRank(rank, Capacity(num_blocks=64 + rank, block_tokens=16, max_context_tokens=1024), self.topology)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,18 @@ def test_plans_flow_to_all_ranks_and_results_come_back_in_order() -> None:
     assert not any(alive(pid) for pid in pids)
 
 
+def test_a_step_is_answered_by_the_sampling_rank_of_every_shard() -> None:
+    topology = Topology(dp=2, pp=2)
+    with executor(FakeRanks(topology=topology)) as ranks:
+        pending = []
+        for step in range(20):
+            works = tuple(Work(10 * step + shard, 0, (step,), (), True, shard) for shard in range(2) if step % 3 or shard)
+            pending.append((ranks.submit(StepPlan(step, works)), works))
+        for step, (each, works) in enumerate(pending):
+            sampled = sorted(each.result().sampled, key=lambda answer: answer.sequence)
+            assert [(answer.sequence, answer.tokens) for answer in sampled] == [(work.sequence, (step + 1,)) for work in works]
+
+
 def test_a_killed_rank_is_named_and_seen_even_while_nothing_runs() -> None:
     losses: list[float] = []
     with executor(on_loss=lambda: losses.append(time.monotonic())) as ranks:
@@ -117,6 +130,15 @@ def test_a_rank_that_cannot_start_is_named_with_its_reason_and_leaves_nothing() 
     with pytest.raises(StartFailed, match="no such shard"), executor(FakeRanks(topology=Topology(tp=2), fails_to_start=1)):
         pass
     assert not {pid for pid in descendants() - before if "Worker" in " ".join(_command(pid))}
+
+
+def test_what_a_look_at_the_hosts_finds_missing_is_said_before_any_rank_loads() -> None:
+    ranks = FakeRanks(topology=Topology(tp=2), missing="there is no /models/x/config.json", fails_to_start=0)
+    with (
+        pytest.raises(StartFailed, match=rf"{socket.gethostname()}: the checkpoint cannot be opened.*there is no /models/x"),
+        executor(ranks),
+    ):
+        pass
 
 
 def _command(pid: int) -> list[str]:
