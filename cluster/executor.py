@@ -19,6 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster import placement
 from cluster.channel import PrivateFolder, new_keys, reach
 from cluster.config import RankResources, ReplicaConfig
+from cluster.doctor.findings import Severity
+from cluster.doctor.in_cluster import survey_actors
 from cluster.errors import StartFailed
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Place, Ranks, Worker, end_process
@@ -114,7 +116,9 @@ class RayExecutor:
         folder: PrivateFolder,
         on_progress: Callable[[RankProgress], None] = lambda _progress: None,
         on_loss: Callable[[], None] = lambda: None,
+        examine: bool = True,
     ) -> None:
+        """``examine``: look at the hosts before anything is loaded, and raise StartFailed if that cannot end well."""
         self._config, self._on_progress, self._on_loss = config, on_progress, on_loss
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
@@ -128,6 +132,8 @@ class RayExecutor:
         self._watcher = threading.Thread(target=self._watch, name="rank-watcher", daemon=True)
         try:
             self._open(ranks, resources, ground, folder)
+            if examine:
+                self._examine(ranks)
             self._capacity = self._start(ranks)
         except BaseException:
             self.close()
@@ -208,6 +214,18 @@ class RayExecutor:
             self._poller.register(seat.socket, zmq.POLLIN)
             if place.node == node:
                 seat.process = os.pidfd_open(place.pid)
+
+    def _examine(self, ranks: Ranks) -> None:
+        """`manta doctor`'s quick checks, in the very processes that are to load. What is fatal names its host."""
+        try:
+            survey = survey_actors([seat.actor for seat in self._seats], ranks.need, lambda actor: actor.examine.remote(ranks))
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            raise StartFailed(f"the worker processes could not be examined: {error}") from error
+        fatal = [finding for finding in survey.findings if finding.severity is Severity.FATAL]
+        if fatal:
+            raise StartFailed("\n".join(map(str, fatal)))
+        for finding in survey.findings:
+            logger.log(logging.WARNING if finding.severity is Severity.WARNING else logging.INFO, "%s", finding)
 
     def _start(self, ranks: Ranks) -> Capacity:
         """Have every rank load its share, and wait until all are ready."""

@@ -155,6 +155,7 @@ class Replica:
             folder=self._folder,
             on_progress=self._note_progress,
             on_loss=self._on_loss,
+            examine=self._executor is None,  # after a loss the hosts are known, and a lost rank's memory may not be free yet
         )
         if self._closed.is_set():  # stopped while the ranks were coming back
             executor.close()

@@ -6,7 +6,7 @@ import socket as sockets
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,9 @@ import ray
 import zmq
 
 from cluster.channel import Address, KeyGuard, listen, new_keys
+from cluster.doctor.facts import Need
+from cluster.doctor.gather import cache_folder
+from cluster.doctor.survey import Examined, examine_rank
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from engine.config import EngineConfig
 from engine.executor import Capacity
@@ -53,6 +56,12 @@ class Ranks(Protocol):
 
     @property
     def topology(self) -> Topology: ...
+    @property
+    def need(self) -> Need: ...
+
+    def look(self) -> None:
+        """Raise if what the ranks need is not to be had on the host where this is called. Quick."""
+        ...
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]: ...
 
@@ -66,6 +75,12 @@ class ModelRanks:
     topology: Topology
     runner_config: RunnerConfig
     engine_config: EngineConfig
+    need: Need = field(default_factory=Need)
+
+    def look(self) -> None:
+        """A folder must be there on every host. What lies in a store is seen when it is opened."""
+        if "://" not in str(self.checkpoint_folder) and not (Path(self.checkpoint_folder) / "config.json").is_file():
+            raise FileNotFoundError(f"there is no {self.checkpoint_folder}/config.json")
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
         from engine.run.start import start_rank
@@ -138,6 +153,10 @@ class Worker:
             address=address,
             free_port=_free_port(ip),
         )
+
+    def examine(self, ranks: Ranks) -> Examined:
+        """Facts of this process and its host, to be judged before anything is loaded."""
+        return examine_rank(self.rank, ray.util.get_node_ip_address(), cache_folder(), ranks.look)
 
     def serve(self, *, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         """Start the rank and run plans until told to stop. Whatever is raised is told to the replica first."""

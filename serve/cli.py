@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from serve.commands import bench, chat, config, demo_model, plan, serve
+from serve.commands import bench, chat, config, demo_model, doctor, plan, serve
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -30,6 +30,7 @@ app.command("chat")(chat.chat)
 app.command("config")(config.config)
 app.command("demo-model")(demo_model.demo_model)
 app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 
 

@@ -28,7 +28,8 @@ class ModelSettings(Section):
     """Which model is served, and under which name."""
 
     source: str = Field(default="demo", min_length=1)
-    """A folder, "demo", a repository id of the Hugging Face hub (also as hf://owner/name), or modelscope://owner/name."""
+    """A folder, "demo", a repository id of the Hugging Face hub (also as hf://owner/name), modelscope://owner/name, or the URL
+    of a folder in a store: s3://bucket/folder, gs://bucket/folder, or another that fsspec knows."""
     name: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/-]+$")
     """What clients call it. None = the repository id, or the folder's name."""
     revision: str | None = Field(default=None, min_length=1)

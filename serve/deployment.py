@@ -18,11 +18,13 @@ from cluster.placement import REPLICA_CPUS, bundles, strategy
 from cluster.replica import Replica
 from cluster.router import Router
 from cluster.worker import ModelRanks
+from model.checkpoint_folder import small_files
 from serve.config import ServeConfig
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
 from serve.model_facts import ModelFacts
+from serve.need import need_of
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 
@@ -35,9 +37,10 @@ SHUTDOWN_MARGIN_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint on every host, and its name for clients."""
+    """A checkpoint and its name for clients."""
 
-    folder: Path
+    place: Path | str
+    """A folder that is there on every host, or the URL of one in a store."""
     name: str
 
 
@@ -45,17 +48,19 @@ class _Engine:
     """One replica of the model. Fronts reach it by its own socket; Ray Serve starts it, checks it and replaces it."""
 
     async def __init__(self, model: Model, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        tokenizer = Tokenizer.from_folder(model.folder)
+        folder = await asyncio.to_thread(small_files, model.place)
+        tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
         self._replica = Replica(
             id=ray_serve.get_replica_context().replica_id.unique_id,
             app=APP,
             model=model.name,
             ranks=ModelRanks(
-                checkpoint_folder=model.folder,
+                checkpoint_folder=model.place,
                 topology=config.parallel.topology,
                 runner_config=runner,
                 engine_config=config.engine,
+                need=need_of(folder, config),
             ),
             engine_config=config.engine,
             resources=config.resources,
@@ -84,9 +89,10 @@ class _Front:
             config=config.router,
         )
         await self._router.open()
-        tokenizer = await asyncio.to_thread(Tokenizer.from_folder, model.folder)
+        folder = await asyncio.to_thread(small_files, model.place)
+        tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         facts = ModelFacts.from_checkpoint(
-            model.folder, name=model.name, tokenizer=tokenizer, max_context_tokens=config.runner.max_context_tokens
+            folder, name=model.name, tokenizer=tokenizer, max_context_tokens=config.runner.max_context_tokens
         )
         self._service = Service(model=facts, tokenizer=tokenizer, source=self._router, limits=config.limits)
         self._grpc = MantaServicer(self._service)

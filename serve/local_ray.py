@@ -65,6 +65,10 @@ class LocalServer:
     stopped: threading.Event
     ray_processes: tuple[psutil.Process, ...]
 
+    def records(self) -> tuple[ReplicaRecord, ...]:
+        """What the replicas say of themselves."""
+        return current_records(APP)
+
     def wait(self) -> None:
         """Until somebody stops it (SIGINT, SIGTERM). What befalls the replicas in the meantime is logged.
 

@@ -1,4 +1,4 @@
-"""From what an operator writes for a model to a checkpoint folder on this machine.
+"""From what an operator writes for a model to a checkpoint: a folder on this machine, or one in a store.
 
 Only settings come here, never a name out of an API request: nothing that a client sends makes the server fetch or open anything.
 """
@@ -28,10 +28,18 @@ class ModelSourceError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class FoundModel:
-    """A checkpoint on this machine, and what clients call it."""
+    """A checkpoint, and what clients call it."""
 
     folder: Path
+    """On this machine. Of a checkpoint that lies in a store, it has everything but the weights."""
     name: str
+    store: str | None = None
+    """URL that each rank reads its share of the weights from; None: they are in the folder."""
+
+    @property
+    def place(self) -> Path | str:
+        """Where the weights are."""
+        return self.store or self.folder
 
 
 def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: None) -> FoundModel:
@@ -41,14 +49,34 @@ def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: N
     """
     source, folder = settings.source, Path(settings.source).expanduser()
     if source == DEMO:
-        return FoundModel(folder=_demo(report), name=settings.name or DEMO)
+        return _here(_demo(report), settings.name or DEMO)
     if source.startswith(MODELSCOPE_SCHEME):
         repository = _repository(source, MODELSCOPE_SCHEME)
-        return FoundModel(folder=_from_modelscope(repository, settings.revision), name=settings.name or repository)
+        return _here(_from_modelscope(repository, settings.revision), settings.name or repository)
     if source.startswith(HUB_SCHEME) or (REPOSITORY.fullmatch(source) and not folder.exists()):
         repository = _repository(source, HUB_SCHEME)
-        return FoundModel(folder=_from_hub(repository, settings.revision), name=settings.name or repository)
-    return FoundModel(folder=_local(folder), name=settings.name or folder.resolve().name)
+        return _here(_from_hub(repository, settings.revision), settings.name or repository)
+    if "://" in source:
+        return _in_store(source, settings.name)
+    return _here(_local(folder), settings.name or folder.resolve().name)
+
+
+def _here(folder: Path, name: str) -> FoundModel:
+    return FoundModel(folder=folder, name=name)
+
+
+def _in_store(url: str, name: str | None) -> FoundModel:
+    """Only the small files are copied; the weights are read from the store by the ranks, each its own."""
+    from model.checkpoint_folder import small_files  # torch, which only this path needs
+    from model.checkpoint_header import CheckpointError
+
+    try:
+        folder = small_files(url)
+    except CheckpointError as error:
+        raise ModelSourceError(str(error)) from error
+    if not (folder / "config.json").is_file():
+        raise ModelSourceError(f"{url} is no checkpoint folder: it has no config.json")
+    return FoundModel(folder=folder, name=name or url.rstrip("/").rsplit("/", 1)[-1], store=url)
 
 
 def _repository(source: str, scheme: str) -> str:
@@ -62,7 +90,7 @@ def _local(folder: Path) -> Path:
     if not folder.is_dir():
         raise ModelSourceError(
             f"there is no folder {str(folder)!r}; give a checkpoint folder, `{DEMO}`, a repository such as Qwen/Qwen2-0.5B-Instruct, "
-            f"or {MODELSCOPE_SCHEME}owner/name"
+            f"{MODELSCOPE_SCHEME}owner/name, or the URL of a folder in a store such as s3://bucket/folder"
         )
     if not (folder / "config.json").is_file():
         raise ModelSourceError(f"{str(folder)!r} is no checkpoint folder: it has no config.json")

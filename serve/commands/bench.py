@@ -117,5 +117,5 @@ def _executor(config: "ServeConfig", found: "FoundModel", report: Report) -> "Ex
 
     topology = config.parallel.topology
     if topology.size == 1:
-        return LocalExecutor.open(found.folder, runner_config=config.runner, engine_config=config.engine, on_progress=tell)
-    return ProcessExecutor(checkpoint_folder=found.folder, topology=topology, runner_config=config.runner, engine_config=config.engine)
+        return LocalExecutor.open(found.place, runner_config=config.runner, engine_config=config.engine, on_progress=tell)
+    return ProcessExecutor(checkpoint_folder=found.place, topology=topology, runner_config=config.runner, engine_config=config.engine)

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from serve.commands.progress import progress_shown
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
 
 if TYPE_CHECKING:
+    from cluster.directory import ReplicaRecord
     from serve.config import ServeConfig
     from serve.model_source import FoundModel
 
@@ -25,7 +27,9 @@ QUESTION = "Why is the sky blue?"
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(help="`demo`, a checkpoint folder, a repository of the Hugging Face hub, or modelscope://owner/name."),
+        typer.Argument(
+            help="`demo`, a checkpoint folder, a repository of the Hugging Face hub, modelscope://owner/name, or s3://bucket/folder."
+        ),
     ] = None,
     file: ConfigFile = None,
     name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
@@ -53,6 +57,7 @@ def serve(
       manta serve demo --tensor-parallel 2                   a small English model, two ranks on the CPU
       manta serve Qwen/Qwen2-0.5B-Instruct                   from the Hugging Face hub
       manta serve modelscope://Qwen/Qwen2-0.5B-Instruct      from ModelScope
+      manta serve s3://bucket/Qwen2-7B-Instruct -t 4         each rank reads its own share, nothing is copied here
       manta serve ./checkpoint --http-port 8080 --dtype float32
       manta serve -c manta.yaml --set engine.max_step_tokens=512
     """
@@ -92,7 +97,9 @@ def run(config: "ServeConfig") -> None:
     try:
         with ExitStack() as running:
             with progress_shown() as report:
-                server = running.enter_context(run_local(Model(folder=found.folder, name=found.name), config, report))
+                server = running.enter_context(run_local(Model(place=found.place, name=found.name), config, report))
+            for line in loading_lines(server.records()):
+                typer.echo(line)
             typer.echo(greeting(config, found, program=program()))
             server.wait()
             typer.echo("\nEnding what was started ...")
@@ -101,13 +108,36 @@ def run(config: "ServeConfig") -> None:
 
 
 def _find(config: "ServeConfig") -> "FoundModel":
+    """The model, looked over as far as that takes seconds: whoever errs shall not wait for Ray to hear of it."""
     from serve.model_source import ModelSourceError, find_model
 
-    try:
-        with progress_shown() as report:
-            return find_model(config.model, report)
-    except ModelSourceError as error:
-        stop(str(error))
+    with progress_shown() as report:
+        try:
+            found = find_model(config.model, report)
+        except ModelSourceError as error:
+            stop(str(error))
+        report("checking the checkpoint", 0.0)
+        from serve.model_check import UnusableCheckpoint, check_model  # torch: seconds that a wrong name need not cost
+
+        try:
+            check_model(found.place, config.parallel.topology)
+        except UnusableCheckpoint as error:
+            stop(str(error))
+        return found
+
+
+def loading_lines(records: "Sequence[ReplicaRecord]") -> list[str]:
+    """What every rank read of the checkpoint, and in how long."""
+    lines = []
+    for place, read in ((place, place.read) for record in records for place in record.ranks):
+        if read is not None:
+            along = f", {_size(read.fetched_bytes)} fetched" if read.fetched_bytes > 1.01 * read.kept_bytes else ""
+            lines.append(f"rank {place.rank} on {place.host} read {_size(read.kept_bytes)} of weights in {read.seconds:.1f} s{along}")
+    return lines
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def greeting(config: "ServeConfig", found: "FoundModel", *, program: str) -> str:

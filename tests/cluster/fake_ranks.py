@@ -5,8 +5,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from cluster.doctor.facts import Need
 from cluster.worker import OnProgress
 from engine.executor import Capacity
 from engine.plan import Sampled, StepPlan, StepResult
@@ -51,6 +52,13 @@ class FakeRanks:
     topology: Topology
     fails_to_start: int | None = None
     """This rank raises while it starts."""
+    need: Need = field(default_factory=Need)
+    missing: str | None = None
+    """What a look at the host finds missing."""
+
+    def look(self) -> None:
+        if self.missing:
+            raise FileNotFoundError(self.missing)
 
     @contextmanager
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> Iterator[FakeRank]:

@@ -1,0 +1,121 @@
+"""The same examination on the hosts of a Ray cluster: in the workers of a replica, or in a placement group like a replica's."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster import placement
+from cluster.config import RankResources
+from cluster.doctor.facts import Need
+from cluster.doctor.findings import Finding, Severity
+from cluster.doctor.gather import cache_folder
+from cluster.doctor.survey import Examined, Look, Survey, cannot_talk, examine_rank, judge, measure
+from parallel.topology import Topology
+
+EXAMINE_S = 60.0
+MEASURE_S = 180.0
+PLACE_S = 60.0
+
+
+class CannotJoin(RuntimeError):
+    """There is no Ray cluster at this address, or it does not let us in."""
+
+
+@contextmanager
+def joined(address: str, *, namespace: str) -> Iterator[None]:
+    """A Ray cluster that runs already, for the length of a block.
+
+    Raises:
+        CannotJoin: with what Ray said.
+    """
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises many kinds
+        raise CannotJoin(f"the Ray cluster at {address} could not be joined: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def survey_actors(actors: Sequence[Any], need: Need, ask: Callable[[Any], Any]) -> Survey:
+    """Facts of every actor's process, judged together. ``ask`` makes the remote call, which returns `Examined`.
+
+    Raises:
+        ray.exceptions.RayError, GetTimeoutError: one of them could not answer.
+    """
+    asked_s = time.time()
+    examined: list[Examined] = ray.get([ask(actor) for actor in actors], timeout=EXAMINE_S)
+    return judge(examined, need, asked_s=asked_s, answered_s=time.time())
+
+
+def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, look: Look | None) -> Survey:
+    """Where a replica of this layout would come to stand now: facts, findings, links. Ray must have been joined."""
+    group = placement_group(placement.bundles(topology, resources), strategy=placement.strategy(resources))
+    try:
+        if not group.wait(PLACE_S):
+            return Survey(facts=(), findings=(_no_room(topology, resources),))
+        actor_class = ray.remote(Examiner)
+        actors = [
+            actor_class.options(
+                num_cpus=resources.cpus,
+                num_gpus=resources.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement.bundle_of(rank)),
+            ).remote(rank)
+            for rank in range(topology.size)
+        ]
+        survey = survey_actors(actors, need, lambda actor: actor.examine.remote(look))
+        return _measured(survey, actors, topology, need) if topology.size > 1 else survey
+    finally:
+        remove_placement_group(group)
+
+
+class Examiner:
+    """An actor in the place of a rank."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def examine(self, look: Look | None) -> Examined:
+        return examine_rank(self._rank, ray.util.get_node_ip_address(), cache_folder(), look)
+
+    def free_place(self) -> tuple[str, int]:
+        """An address of this host where the ranks may meet."""
+        from parallel.groups import free_rendezvous
+
+        meeting = free_rendezvous(ray.util.get_node_ip_address())
+        return meeting.host, meeting.port
+
+    def measure(self, topology: Topology, host: str, port: int, device: str, hosts: tuple[str, ...]) -> list[Finding]:
+        return measure(topology, self._rank, host, port, device, hosts)
+
+
+def _measured(survey: Survey, actors: Sequence[Any], topology: Topology, need: Need) -> Survey:
+    host, port = ray.get(actors[0].free_place.remote(), timeout=EXAMINE_S)
+    hosts = tuple(each.host for each in survey.facts)
+    calls = [actor.measure.remote(topology, host, port, need.device, hosts) for actor in actors]
+    told: list[Finding] = []
+    for each, call in zip(survey.facts, calls, strict=True):
+        try:
+            measured = ray.get(call, timeout=MEASURE_S)
+            told.extend(measured if each.rank == 0 else ())
+        except Exception as error:  # of Ray, or what the rank raised
+            told.append(cannot_talk(each.host, each.rank, error))
+    return survey.told(told)
+
+
+def _no_room(topology: Topology, resources: RankResources) -> Finding:
+    have = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+    return Finding(
+        severity=Severity.FATAL,
+        check="placement",
+        host=None,
+        found=f"the cluster cannot set aside {topology.size} ranks of {resources.cpus:g} CPU and {resources.gpus:g} GPU; free are {have}",
+        todo="add hosts, end what runs there (`ray status` lists it), or choose fewer ranks",
+    )

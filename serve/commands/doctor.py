@@ -1,0 +1,131 @@
+"""`manta doctor`: what would go wrong, and what to do about it, before anything is loaded."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.commands.progress import Report, progress_shown
+from serve.commands.settings import FAILED, Assignments, ConfigFile, load_settings, stop
+
+if TYPE_CHECKING:
+    from cluster.doctor.facts import HostFacts
+    from cluster.doctor.findings import Finding
+    from cluster.doctor.survey import Survey
+    from serve.config import ServeConfig
+    from serve.model_source import FoundModel
+
+COLOURS = {"fatal": "bold red", "warning": "yellow", "note": "green"}
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="As for `manta serve`; without one only the hosts are examined.")] = None,
+    file: ConfigFile = None,
+    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks that share heads, MLPs and vocabulary.")] = None,
+    expert: Annotated[int | None, typer.Option("--expert-parallel", help="Groups of ranks that share routed experts.")] = None,
+    pipeline: Annotated[int | None, typer.Option("--pipeline-parallel", help="Stages of layers.")] = None,
+    data: Annotated[int | None, typer.Option("--data-parallel", help="Copies of the attention within a replica.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="Examine the hosts of a running Ray cluster (auto, host:port), not this machine alone."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Facts and findings, for programs.")] = False,
+    assignments: Assignments = None,
+) -> None:
+    """Examine hosts, checkpoint and links before a model is loaded. Leaves with 1 if something is fatal.
+
+    Looks at versions, GPUs, network interface, /dev/shm, disk, memory, clock and limits of every rank's process, and
+    measures an all-reduce between the ranks. `manta serve` makes the quick ones of these checks by itself.
+
+    \b
+      manta doctor                                           this machine
+      manta doctor Qwen/Qwen2-7B-Instruct -t 2               for this model and layout
+      manta doctor /models/Qwen2-72B -t 8 --pipeline-parallel 2 --ray-address auto
+    """
+    flags: dict[str, tuple[str, object]] = {
+        "model.source": ("MODEL", model),
+        "parallel.tensor": ("--tensor-parallel", tensor),
+        "parallel.expert": ("--expert-parallel", expert),
+        "parallel.pipeline": ("--pipeline-parallel", pipeline),
+        "parallel.data": ("--data-parallel", data),
+    }
+    config = load_settings(file, assignments, flags).config
+    with progress_shown() as report:
+        found, findings = _checkpoint(config, report) if model is not None or file is not None else (None, [])
+        report("examining the hosts", 0.5)
+        survey = _survey(config, found, address).told(findings)
+    typer.echo(_json(survey)) if as_json else _show(survey)
+    from cluster.doctor.findings import is_fatal
+
+    if is_fatal(survey.findings):
+        raise typer.Exit(FAILED)
+
+
+def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | None, list[Finding]]":
+    from cluster.doctor.findings import Finding, Severity
+    from serve.model_check import UnusableCheckpoint, check_model
+    from serve.model_source import ModelSourceError, find_model
+
+    try:
+        found = find_model(config.model, report)
+        report("checking the checkpoint", 0.3)
+        check_model(found.place, config.parallel.topology)
+    except (ModelSourceError, UnusableCheckpoint) as error:
+        return None, [Finding(severity=Severity.FATAL, check="checkpoint", host=None, found=str(error))]
+    return found, [Finding(severity=Severity.NOTE, check="checkpoint", host=None, found=f"{found.place} is whole and fits its config.json")]
+
+
+def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | None) -> "Survey":
+    from cluster.doctor.gather import cache_folder
+    from serve.need import need_of
+
+    topology, need = config.parallel.topology, need_of(found.folder if found else None, config)
+    if address is None:
+        from cluster.doctor.survey import survey_this_machine
+
+        return survey_this_machine(topology, need, cache_folder=cache_folder(), look=None)
+    from cluster.doctor.in_cluster import CannotJoin, joined, survey_cluster
+    from cluster.worker import ModelRanks
+
+    place = found.place if found else None
+    ranks = place and ModelRanks(
+        checkpoint_folder=place, topology=topology, runner_config=config.runner, engine_config=config.engine, need=need
+    )
+    try:
+        with joined(address, namespace=config.ray.namespace):
+            return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
+    except CannotJoin as error:
+        stop(str(error))
+
+
+def _json(survey: "Survey") -> str:
+    return json.dumps(dataclasses.asdict(survey), indent=2)
+
+
+def _show(survey: "Survey") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
+    for column in ("", "check", "host", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for finding in survey.findings:
+        cells = (finding.severity, finding.check, finding.host or "", finding.found, finding.todo)
+        table.add_row(*(Text(str(cell), style=COLOURS[finding.severity] if place == 0 else "") for place, cell in enumerate(cells)))
+    console = Console()
+    for each in survey.facts:
+        console.print(Text(_line(each)))
+    console.print(table)
+
+
+def _line(facts: "HostFacts") -> str:
+    """A rank's process in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    gpus = f", {len(facts.gpus)} GPU ({facts.gpus[0].name})" if facts.gpus else ""
+    return (
+        f"rank {facts.rank} on {facts.host}: {facts.cores} cores{gpus}, {facts.memory_available_bytes / 2**30:.1f} GiB of memory free, "
+        f"{facts.shm_free_bytes / 2**30:.1f} GiB of shared memory, {facts.cache_folder} {facts.cache_free_bytes / 2**30:.1f} GiB free; "
+        f"Python {facts.python}, {versions}" + (f", driver {facts.driver}" if facts.driver else "")
+    )
