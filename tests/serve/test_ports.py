@@ -1,0 +1,25 @@
+"""A port that is taken is told before anything is started."""
+
+import socket
+
+import pytest
+
+from serve.ports import PortInUse, check_free
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_port_that_somebody_listens_on_is_refused_even_if_they_would_share_it(reuse):
+    with socket.socket() as other:
+        if reuse:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortInUse, match=rf"127.0.0.1:{port} .* --set http.port=PORT"):
+            check_free("127.0.0.1", port, setting="http.port")
+    check_free("127.0.0.1", port, setting="http.port")
+
+
+def test_an_address_of_another_host_is_refused():
+    with pytest.raises(PortInUse, match=r"203\.0\.113\.7:8000"):
+        check_free("203.0.113.7", 8000, setting="http.port")
