@@ -33,8 +33,13 @@ from serve import proxy_hook
 from serve.config import ServeConfig
 from serve.deployment import APP, Model, build_app
 from serve.grpc.server import SERVICER_FUNCTIONS
+from serve.ports import PortInUse, check_free
 
 LOOPBACK = "127.0.0.1"
+LOOPBACKS = (LOOPBACK, "localhost", "::1")
+GRPC_MESSAGE_BYTES = 64 << 20
+"""Ray Serve has one limit for both directions, 2 GiB unless told: enough for the largest answer with log-probabilities. A request
+above `limits.body_bytes` is refused by us, one above this by gRPC."""
 STOP_S = 6.0
 """For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
 DRAIN_S = 2.0
@@ -106,6 +111,7 @@ def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambd
     config = config.model_copy(update={"replica": dataclasses.replace(config.replica, drain_timeout_s=DRAIN_S, other_hosts=False)})
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
     stop = _StopSignals()
+    _check_ports(config)
     with ExitStack() as stack:
         stack.enter_context(stop.handled())
         folder = stack.enter_context(_folder(config))
@@ -114,11 +120,13 @@ def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambd
         stack.enter_context(_environment(variables))
         try:
             on_progress("starting Ray", 0.0)
-            _start_ray(config, folder)
+            with _told_as_start_error("starting Ray"):
+                _start_ray(config, folder)
             stop.install()  # Ray has installed its own
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)
-            _start_serve(config)
+            with _told_as_start_error("starting Ray Serve"):
+                _start_serve(config)
             with _loading_shown(on_progress):
                 _run_app(model, config)
             stop.starting = False
@@ -127,6 +135,26 @@ def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambd
         finally:
             stop.starting = False
             _end_ray()
+
+
+def _check_ports(config: ServeConfig) -> None:
+    """Ray Serve's proxies would share a port with whoever else lets them, and each would get half of the requests."""
+    try:
+        check_free(config.http.host, config.http.port, setting="http.port")
+        check_free(config.grpc.host, config.grpc.port, setting="grpc.port")
+    except PortInUse as error:
+        raise StartError(str(error)) from error
+    for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)):
+        if host not in LOOPBACKS:
+            logger.warning("%s listens on %s and asks nobody for a key: whoever reaches it can use the model", front, host)
+
+
+@contextmanager
+def _told_as_start_error(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError, TimeoutError) as error:
+        raise StartError(f"{doing} failed: {error}") from error
 
 
 def _start_ray(config: ServeConfig, folder: Path) -> None:
@@ -285,6 +313,8 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
         "RAY_raylet_start_wait_time_s": "120",
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(GRPC_MESSAGE_BYTES),
         proxy_hook.CALLBACK_VARIABLE: proxy_hook.CALLBACK,
         proxy_hook.HOST_VARIABLE: config.grpc.host,
     }
