@@ -96,7 +96,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         return read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context))
 
     def _admit(self, message: Message, request_id: str) -> None:
-        """Step 2. The size is checked here because no limit can be set on Ray Serve's own gRPC server."""
+        """Step 2. Checked here so that the refusal says why: Ray Serve's gRPC server has one limit, for answers as well."""
         mark(2, request_id)
         limit_bytes = self._service.limits.body_bytes
         if message.ByteSize() > limit_bytes:
