@@ -16,6 +16,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kv_cache import KvCache
 from model.load import CheckpointMismatch, LoadReport, load_model
+from parallel.collectives import barrier
 from parallel.dispatch import DispatchName
 from parallel.groups import ParallelGroups
 
@@ -49,12 +50,21 @@ class Driver:
         dtype: torch.dtype = torch.float32,
         backend: BackendName = "auto",
         dispatch: DispatchName = "local",
+        redundant_experts: int = 0,
         num_blocks: int = 256,
     ) -> None:
         config = ModelConfig.from_checkpoint(folder)
         with Checkpoint(folder) as checkpoint:
             self.model, self.report = load_model(
-                checkpoint, config, groups, device=CPU, dtype=dtype, block_tokens=BLOCK_TOKENS, backend=backend, dispatch=dispatch
+                checkpoint,
+                config,
+                groups,
+                device=CPU,
+                dtype=dtype,
+                block_tokens=BLOCK_TOKENS,
+                backend=backend,
+                dispatch=dispatch,
+                redundant_experts=redundant_experts,
             )
         self.cache = KvCache(self.model.kv_layout, num_blocks, CPU)
         self.free = list(range(num_blocks))
@@ -174,6 +184,7 @@ def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[l
                 greedy=driver.greedy(prompts, NUM_GREEDY) if groups.pp.size == 1 else [],
             )
         )
+    barrier(groups.world)  # a stage sends without waiting: who left now would take the last message along
     return found
 
 
@@ -196,6 +207,41 @@ def own_prompts(groups: ParallelGroups, folder: Path, prompts: list[list[int]], 
     for _ in range(-(-max(map(len, prompts)) // chunk)):
         driver.step([(sequence, min(chunk, sequence.pending)) for sequence in mine if sequence.pending])
     return [torch.cat(sequence.logits) for sequence in mine]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """How near a rank came to what it should compute: nothing of it where it has no logits."""
+
+    max_error: float
+    greedy: list[list[int]]
+    """For each of its sequences the most probable token behind the prompt and behind each token after that."""
+
+
+def follow(
+    groups: ParallelGroups,
+    folder: Path,
+    sequences: list[list[int]],
+    num_prompt: int,
+    wanted: list[Tensor],
+    dispatch: DispatchName,
+    redundant_experts: int,
+) -> Followed:
+    """Each dp rank computes the sequences that fall to it: the prompts in one step, what follows token by token as if just sampled.
+
+    ``wanted`` are the logits of every position.
+    """
+    driver = Driver(folder, groups, dispatch=dispatch, redundant_experts=redundant_experts)
+    mine = [driver.start(tokens) for tokens in sequences[groups.dp.rank :: groups.dp.size]]
+    driver.step([(sequence, num_prompt) for sequence in mine])
+    while any(sequence.pending for sequence in mine):
+        driver.step([(sequence, 1) for sequence in mine])
+    barrier(groups.world)  # as above
+    if not mine[0].logits:
+        return Followed(0.0, [])
+    found = [torch.cat(sequence.logits) for sequence in mine]
+    errors = [float((one - other).abs().max()) for one, other in zip(found, wanted[groups.dp.rank :: groups.dp.size], strict=True)]
+    return Followed(max(errors), [logits[num_prompt - 1 : -1].argmax(-1).tolist() for logits in found])
 
 
 def mismatch_of(groups: ParallelGroups, folder: Path) -> tuple[str, ...]:

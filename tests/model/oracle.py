@@ -51,6 +51,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "0.5B": _shape(14, 2, 896, 4864, 1000, num_hidden_layers=2, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
     "1.5B": _shape(12, 2, 1536, 8960, 1000, num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
     "7B": _shape(28, 4, 3584, 18944, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE),
+    "57B-A14B": _shape(
+        28, 4, 3584, 18944, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE, **_experts(64, 8, 2560, 20480, norm_topk_prob=False)
+    ),
+    "72B": _shape(64, 8, 8192, 29568, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE),
 }
 
 
@@ -102,6 +106,19 @@ def make_oracle(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
     _randomise(model)
     model.eval().to(dtype).save_pretrained(folder, **save)
     return Oracle(folder, model) if dtype == torch.float32 else Oracle.read(folder, type(model), dtype)
+
+
+def write_half(settings: dict[str, Any], folder: Path) -> type[PreTrainedModel]:
+    """Random weights in bfloat16, as releases have them, never in memory at more than that. Read them with `Oracle.read`."""
+    kind = Qwen2MoeForCausalLM if "num_experts" in settings else Qwen2ForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = kind(kind.config_class(**settings)).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    torch.manual_seed(0)
+    _randomise(model)
+    model.save_pretrained(folder)
+    return kind
 
 
 @torch.no_grad()
