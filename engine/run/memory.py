@@ -91,16 +91,15 @@ def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineCon
     runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run_and_forget(
-        runner,
-        full_step(
-            max_step_tokens=engine_config.max_step_tokens,
-            max_running=engine_config.max_running,
-            num_blocks=num_blocks,
-            block_tokens=layout.block_tokens,
-            num_shards=groups.topology.dp,
-        ),
+    step = full_step(
+        max_step_tokens=engine_config.max_step_tokens,
+        max_running=engine_config.max_running,
+        num_blocks=num_blocks,
+        block_tokens=layout.block_tokens,
+        num_shards=groups.topology.dp,
     )
+    for _ in range(min(groups.topology.pp, 2)):  # with stages the hidden states of the step before may still be on their way
+        run_and_forget(runner, step)
     torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
     del runner, cache
