@@ -103,3 +103,19 @@ def test_modelscope_without_its_library_says_how_to_install_it(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(ModelSourceError, match="pip install"):
         find_model(ModelSettings(source="modelscope://Qwen/Qwen2-0.5B-Instruct"))
+
+
+def test_a_folder_in_a_store_keeps_its_weights_there(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    found = find_model(ModelSettings(source=f"file://{checkpoint}/"))
+    assert (found.name, found.place) == ("my-model", f"file://{checkpoint}/")
+    assert [path.name for path in found.folder.iterdir()] == ["config.json"]
+    assert found.folder.is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("source", "said"), [("memory://nowhere/x", "cannot be listed"), ("x9://a/b", "x9://")])
+def test_a_store_without_the_model_is_refused(source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelSourceError, match=said):
+        find_model(ModelSettings(source=source))

@@ -1,0 +1,64 @@
+"""`manta doctor` as an operator calls it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.directory import RankPlace, ReplicaRecord
+from cluster.doctor.facts import Need
+from cluster.health import State
+from engine.weights_read import WeightsRead
+from serve.cli import app
+from serve.commands.serve import loading_lines
+from serve.config import ModelSettings, ParallelSettings, ServeConfig
+from serve.need import need_of
+from tests.cluster.fakes import record
+
+
+def test_this_machine_is_told_of_in_json() -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    told = json.loads(done.stdout)
+    assert [each["rank"] for each in told["facts"]] == [0]
+    assert {finding["severity"] for finding in told["findings"]} <= {"note", "warning", "fatal"}
+    assert done.exit_code == any(finding["severity"] == "fatal" for finding in told["findings"])
+
+
+def test_a_damaged_checkpoint_is_fatal(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "fatal" in done.stdout
+    assert "architectures" in done.stdout
+
+
+def test_a_cluster_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr("ray.init", lambda **_: (_ for _ in ()).throw(ConnectionError("nobody listens")))
+    done = CliRunner().invoke(app, ["doctor", "--ray-address", "127.0.0.1:9"])
+    assert done.exit_code == 1
+    assert "the Ray cluster at 127.0.0.1:9 could not be joined: nobody listens" in done.output
+
+
+def test_what_the_ranks_need_follows_from_the_configuration(smol_folder: Path) -> None:
+    alone = need_of(smol_folder, ServeConfig(model=ModelSettings(source=str(smol_folder))))
+    half = need_of(smol_folder, ServeConfig(parallel=ParallelSettings(tensor=2)))
+    assert alone.device == "cpu"
+    assert 0.4 * alone.weights_bytes < half.weights_bytes < 0.7 * alone.weights_bytes
+    assert need_of(None, ServeConfig()) == Need()
+
+
+def test_what_each_rank_read_is_told_and_what_was_read_along() -> None:
+    read = WeightsRead(kept_bytes=3 * 2**30, fetched_bytes=5 * 2**30, seconds=12.34)
+    exact = WeightsRead(kept_bytes=2**20, fetched_bytes=2**20, seconds=0.5)
+    places = (
+        RankPlace(rank=0, host="a", pid=1, read=read),
+        RankPlace(rank=1, host="b", pid=2, read=exact),
+        RankPlace(rank=2, host="b", pid=3),
+    )
+    told = loading_lines([ReplicaRecord(id="r", model="m", state=State.READY, address=record("r").address, ranks=places)])
+    assert told == [
+        "rank 0 on a read 3.00 GiB of weights in 12.3 s, 5.00 GiB fetched",
+        "rank 1 on b read 1.0 MiB of weights in 0.5 s",
+    ]
