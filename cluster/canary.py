@@ -1,4 +1,7 @@
-"""The proof that a replica can make tokens: a request of its own for one token, through the engine and all ranks."""
+"""The proof that a replica can make tokens: a request of its own for one token, through the engine and all ranks.
+
+While clients' tokens flow they are the proof: a canary may find the queue full.
+"""
 
 import itertools
 import threading
@@ -6,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.health import Health
+from engine.errors import EngineStopped
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 
@@ -21,6 +25,7 @@ class Canary:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._under_way: tuple[str, int, float] | None = None
+        self._ranks_generation = health.generation
 
     def send(self) -> None:
         """Ask for a token, unless one that would prove the same is awaited already."""
@@ -30,9 +35,15 @@ class Canary:
                 return
             request_id = f"{PREFIX}{next(self._numbers)}"
             self._under_way = (request_id, generation, self._clock())
-        self._submit(
-            Request(id=request_id, prompt=(0,), sampling=SamplingParams(temperature=0.0, max_tokens=1), salt=PREFIX, priority=-(2**31))
-        )
+        sampling = SamplingParams(temperature=0.0, max_tokens=1)
+        try:
+            self._submit(Request(id=request_id, prompt=(0,), sampling=sampling, salt=PREFIX, priority=-(2**31)))
+        except EngineStopped:  # nothing is left to be proved
+            self._under_way = None
+
+    def ranks_start(self) -> None:
+        """What the engine gives from now on can only come from ranks that start now, as the earlier ones have ended."""
+        self._ranks_generation = self._health.generation
 
     @property
     def overdue_s(self) -> float:
@@ -41,9 +52,12 @@ class Canary:
         return self._clock() - under_way[2] if under_way else 0.0
 
     def take(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
-        """Keep the canary's own events and give the rest back."""
+        """Keep the canary's own events and give the rest back. A client's token proves as much as a canary's."""
         for event in events:
-            if event.request_id.startswith(PREFIX) and event.finish_reason is not None:
+            if not event.request_id.startswith(PREFIX):
+                if event.tokens:
+                    self._health.canary_passed(self._ranks_generation)
+            elif event.finish_reason is not None:
                 self._ended(event)
         return [event for event in events if not event.request_id.startswith(PREFIX)]
 

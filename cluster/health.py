@@ -53,7 +53,7 @@ class StartProgressBoard:
 
 
 class Health:
-    """Ready means: a canary token went through all ranks since they were last started, and nothing was lost since.
+    """Ready means: a token, mostly a canary's, went through all ranks since they were last started, and nothing was lost since.
 
     Every loss begins a new `generation`; a canary that was sent in an earlier one proves nothing. Thread-safe.
     """

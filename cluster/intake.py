@@ -11,8 +11,9 @@ import zmq
 
 from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, new_keys
 from cluster.errors import ChannelError
-from cluster.messages import Cancel, Events, Message, Ping, Pong, Submit, decode, encode
-from engine.errors import EngineError
+from cluster.messages import BeginAnew, Cancel, Events, Message, Ping, Pong, Submit, decode, encode
+from engine.engine import refusal
+from engine.errors import DuplicateRequest, EngineError
 from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -29,7 +30,8 @@ MAX_QUEUED_MESSAGES = 10_000
 class Intake:
     """Reads fronts in a thread of its own; `deliver` and `wake` may be called from any other.
 
-    ``submit`` and ``cancel`` hand on to the engine. A front that vanished has all its requests cancelled.
+    ``submit`` and ``cancel`` hand on to the engine. A front that vanished has all its requests cancelled; should it still be
+    there, it is told to begin anew, as the ends of its streams will not come. ``failed`` is told why, if the thread ends by itself.
     """
 
     def __init__(
@@ -41,13 +43,16 @@ class Intake:
         submit: Callable[[Request], None],
         cancel: Callable[[str, int], None],
         pong: Callable[[], Pong],
+        failed: Callable[[str], None],
         front_silence_s: float,
         heartbeat_s: float,
     ) -> None:
-        self._submit, self._cancel, self._pong = submit, cancel, pong
+        self._submit, self._cancel, self._pong, self._failed = submit, cancel, pong, failed
         self._front_silence_s, self._heartbeat_s = front_silence_s, heartbeat_s
         self._owners: dict[Key, tuple[Front, int]] = {}
         self._seen: dict[Front, float] = {}
+        self._given_up: set[Front] = set()
+        """Fronts that must still be told so."""
         self._told_ready: bool | None = None
         self._outbox: deque[Sequence[TokenEvent]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -59,7 +64,7 @@ class Intake:
         self._guest_keys = new_keys() if tcp_host else None
         self._guard = KeyGuard(self._context, {self._guest_keys.public}) if self._guest_keys else None
         self.address: Address = listen(self._socket, ipc=folder.socket("fronts"), tcp_host=tcp_host, keys=new_keys(), node=node)
-        self._thread = threading.Thread(target=self._serve, name="intake", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     @property
     def guest_keys(self) -> KeyPair | None:
@@ -95,6 +100,14 @@ class Intake:
 
     # --- the thread
 
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            if not self._closing:
+                logger.exception("the intake ended")
+                self._failed(f"the intake ended: {error}")
+
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -108,17 +121,20 @@ class Intake:
             self._send_all()
             self._tell_readiness()
             self._give_up_silent()
+            self._tell_given_up()
         self._send_all()
 
     def _read_all(self) -> None:
         while True:
             try:
-                front, raw = self._socket.recv_multipart(zmq.NOBLOCK)
+                front, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._seen[front] = time.monotonic()
             try:
-                self._take(front, decode(raw))
+                if len(parts) != 1:
+                    raise ChannelError(f"a message of {len(parts)} parts")
+                self._take(front, decode(parts[0]))
             except ChannelError as error:
                 logger.warning("a front's message was dropped: %s", error)
 
@@ -139,25 +155,18 @@ class Intake:
         """A front that comes back with a later attempt takes its request over from its own past."""
         mark(5, request.id)
         earlier = self._owners.get(request.key)
-        if earlier is not None and earlier[1] < request.attempt:
+        if earlier is not None and earlier[1] >= request.attempt:
+            if earlier != (front, request.attempt):  # to the owner it would look like the end of its own stream
+                self._send(front, Events((refusal(request, DuplicateRequest(request.id)),)))
+            return
+        if earlier is not None:
             self._cancel(*request.key)
-        if earlier is None or earlier[1] < request.attempt:
-            self._owners[request.key] = (front, request.attempt)
+        self._owners[request.key] = (front, request.attempt)
         try:
             self._submit(request)
         except EngineError as error:
-            refusal = TokenEvent(
-                request_id=request.id,
-                choice=request.choice,
-                attempt=request.attempt,
-                offset=len(request.committed),
-                finish_reason="error",
-                error_kind=type(error).__name__,
-                error_message=str(error),
-            )
-            if self._owners.get(request.key) == (front, request.attempt):
-                del self._owners[request.key]
-            self._send(front, Events((refusal,)))
+            del self._owners[request.key]
+            self._send(front, Events((refusal(request, error),)))
 
     def _send_all(self) -> None:
         while self._outbox:
@@ -190,8 +199,20 @@ class Intake:
         for front in [front for front, seen in self._seen.items() if seen < limit]:
             self._give_up(front, f"silent for {self._front_silence_s:g} s")
 
+    def _tell_given_up(self) -> None:
+        """What waits in a front's queue does not tell it that nothing will follow."""
+        for front in list(self._given_up):
+            try:
+                self._socket.send_multipart([front, encode(BeginAnew())], zmq.NOBLOCK)
+            except zmq.Again:
+                continue  # until it reads, or is really gone
+            except zmq.ZMQError as error:
+                logger.debug("a front that was given up is gone: %s", error)
+            self._given_up.discard(front)
+
     def _give_up(self, front: Front, reason: str) -> None:
         self._seen.pop(front, None)
+        self._given_up.add(front)
         orphans = [key for key, owner in self._owners.items() if owner[0] == front]
         for key in orphans:
             del self._owners[key]

@@ -13,7 +13,7 @@ from cluster.channel import reach
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, SlowReader
-from cluster.messages import Cancel, Events, Message, Ping, Pong, Submit, decode, encode
+from cluster.messages import BeginAnew, Cancel, Events, Message, Ping, Pong, Submit, decode, encode
 from engine.plan import TokenEvent
 from engine.request import Request
 
@@ -162,6 +162,8 @@ class ReplicaLink:
                         buffer.put(event)
             case Pong():
                 self._pong, self._submitted = message, 0
+            case BeginAnew():  # this process stood still, or did not read: no end of its streams will come any more
+                self._lose("it had given this front up", died=False)
             case _:
                 raise ChannelError(f"a replica does not send {type(message).__name__}")
 
@@ -177,9 +179,9 @@ class ReplicaLink:
         await self._monitor.recv_multipart()
         self._lose("its connection was closed")
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, *, died: bool = True) -> None:
         if self._lost is None:
-            self._lost = LinkLost(f"replica {self.id}: {reason}")
+            self._lost = LinkLost(f"replica {self.id}: {reason}", died=died)
             for buffer in self._streams.values():
                 buffer.fail(self._lost)
 

@@ -83,7 +83,12 @@ class Events:
     events: tuple[TokenEvent, ...]
 
 
-Message = StepPlan | StepResult | RankProgress | RankReady | RankFailed | Stop | Submit | Cancel | Ping | Pong | Events
+@dataclass(frozen=True, slots=True)
+class BeginAnew:
+    """A replica has given a front up, and with it all that the front had sent; what still matters must be sent again."""
+
+
+Message = StepPlan | StepResult | RankProgress | RankReady | RankFailed | Stop | Submit | Cancel | Ping | Pong | Events | BeginAnew
 KINDS: dict[int, type] = {
     1: StepPlan,
     2: StepResult,
@@ -96,6 +101,7 @@ KINDS: dict[int, type] = {
     22: Ping,
     23: Pong,
     24: Events,
+    25: BeginAnew,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(message) for kind, message in KINDS.items()}

@@ -80,6 +80,7 @@ class Recovery:
 
         Raises:
             RecoveryGivenUp: they were lost, or could not be started, too often within the window.
+            EngineStopped: by ``start``, where nobody wants them any more.
         """
         self._note(PostMortem.of(loss, time.time()))
         lost.close()

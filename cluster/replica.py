@@ -23,7 +23,7 @@ from cluster.recovery import Recovery
 from cluster.worker import Ranks
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import WorkersLost
+from engine.errors import EngineStopped, WorkersLost
 from engine.executor import Executor
 from engine.plan import TokenEvent
 
@@ -57,7 +57,7 @@ class Replica:
         self._executor: RayExecutor | None = None
         self._engine: Engine | None = None
         self.health = Health()
-        self.recovery = Recovery(self._start_executor, self._config)
+        self.recovery = Recovery(self._start_executor, self._config, sleep=self._closed.wait)
         self._canary = Canary(self.health, lambda request: self._engine.submit(request) if self._engine else None)
         self._folder = PrivateFolder()
         self._intake = Intake(
@@ -67,6 +67,7 @@ class Replica:
             submit=lambda request: self._engine.submit(request) if self._engine else None,
             cancel=lambda request_id, choice: self._engine.cancel(request_id, choice) if self._engine else None,
             pong=self._pong,
+            failed=self.health.failed,
             front_silence_s=self._config.front_silence_s,
             heartbeat_s=self._config.heartbeat_s,
         )
@@ -145,7 +146,10 @@ class Replica:
     # --- the ranks
 
     def _start_executor(self) -> RayExecutor:
+        """New ranks. Raises StartFailed, and EngineStopped as soon as it is seen that the replica is being stopped."""
+        self._must_be_wanted()
         assert self._ground is not None
+        self._canary.ranks_start()
         self._board = StartProgressBoard(self._ranks.topology.size)
         executor = RayExecutor(
             ranks=self._ranks,
@@ -157,13 +161,20 @@ class Replica:
             on_loss=self._on_loss,
             examine=self._executor is None,  # after a loss the hosts are known, and a lost rank's memory may not be free yet
         )
-        if self._closed.is_set():  # stopped while the ranks were coming back
+        try:
+            self._must_be_wanted()
+        except EngineStopped:
             executor.close()
-            raise StartFailed("the replica is being stopped")
+            raise
         self._executor = executor
         return executor
 
+    def _must_be_wanted(self) -> None:
+        if self._closed.is_set():
+            raise EngineStopped("the replica is being stopped")
+
     def _note_progress(self, progress: RankProgress) -> None:
+        self._must_be_wanted()  # weights may take minutes
         self._board.note(progress.rank, progress.phase, progress.done, progress.total, progress.read)
 
     def _on_loss(self) -> None:
@@ -202,11 +213,16 @@ class Replica:
     # --- the heartbeat's thread
 
     def _beat(self) -> None:
-        while not self._closed.wait(self._config.heartbeat_s if self._engine else 0.25):
-            with contextlib.suppress(Exception):
-                self._reporter.report(self.record())
-            if self._engine is not None:
-                self._prove_health()
+        try:
+            while not self._closed.wait(self._config.heartbeat_s if self._engine else 0.25):
+                with contextlib.suppress(Exception):
+                    self._reporter.report(self.record())
+                if self._engine is not None:
+                    self._prove_health()
+        except Exception as error:
+            logger.exception("the heartbeat ended")
+            self.health.failed(f"the heartbeat ended: {error}")
+            self._intake.wake()
 
     def _prove_health(self) -> None:
         """With work the steps are the proof; without, a canary now and then is."""

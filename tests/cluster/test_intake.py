@@ -3,20 +3,22 @@
 import asyncio
 import contextlib
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
+import zmq
 
-from cluster.channel import PrivateFolder
+from cluster.channel import PrivateFolder, reach
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import SlowReader
 from cluster.health import State
 from cluster.intake import Intake
 from cluster.link import LinkLost, ReplicaLink
-from cluster.messages import Pong
+from cluster.messages import BeginAnew, Events, Pong, Submit, decode, encode
 from engine.errors import QueueFull
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -31,6 +33,7 @@ class Engine:
     cancelled: list[tuple[str, int]] = field(default_factory=list)
     ready: bool = True
     full: bool = False
+    failures: list[str] = field(default_factory=list)
 
     def submit(self, request: Request) -> None:
         if self.full:
@@ -73,6 +76,7 @@ def make_intake(engine: Engine, folder: PrivateFolder, tcp_host: str | None = No
         submit=engine.submit,
         cancel=engine.cancel,
         pong=engine.pong,
+        failed=engine.failures.append,
         front_silence_s=0.5,
         heartbeat_s=0.1,
     )
@@ -141,13 +145,83 @@ async def test_a_stream_that_is_closed_is_cancelled_at_the_engine(engine: Engine
         await eventually(lambda: engine.cancelled == [("r", 0)])
 
 
-async def test_a_front_that_vanished_has_its_requests_cancelled(engine: Engine, intake: Intake) -> None:
+async def test_a_front_that_vanished_has_its_requests_cancelled_and_its_streams_end_should_it_still_be_there(
+    engine: Engine, intake: Intake
+) -> None:
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.cancelled == [("r", 0)])
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        with pytest.raises(LinkLost, match="given this front up") as raised:
+            await asyncio.wait_for(running, 5)
+        assert link.lost
+        assert not raised.value.died
+
+
+async def test_a_front_that_stood_still_begins_anew_though_the_replica_was_never_silent(engine: Engine, intake: Intake) -> None:
+    async with linked(intake) as link:
+        running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
+        await eventually(lambda: engine.submitted)
+        deadline = time.monotonic() + 10
+        while not engine.cancelled:  # the whole event loop stands still, as in a process that is stopped
+            assert time.monotonic() < deadline
+            time.sleep(0.05)  # noqa: ASYNC251
+        with pytest.raises(LinkLost):
+            await asyncio.wait_for(running, 5)
+
+
+def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
+    engine: Engine, folder: PrivateFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.intake.MAX_QUEUED_MESSAGES", 2)
+    intake = make_intake(engine, folder)
+    context = zmq.Context()
+    try:
+        socket = context.socket(zmq.DEALER)
+        socket.rcvhwm = 1
+        reach(socket, intake.address, node="here", keys=None)
+        request = Request(id="r", prompt=(1,))
+        socket.send(encode(Submit(request)))
+        deadline, long = time.monotonic() + 10, "x" * 100_000
+        while not engine.cancelled:
+            assert time.monotonic() < deadline
+            if engine.submitted:
+                intake.deliver([TokenEvent("r", 0, 0, 0, error_message=long)])
+            time.sleep(0.002)
+        heard: list[object] = []
+        while not isinstance(heard[-1] if heard else None, BeginAnew):
+            assert socket.poll(5000)
+            heard.append(decode(socket.recv()))
+        assert sum(isinstance(message, Events) for message in heard) > 2
+    finally:
+        context.destroy(linger=0)
+        intake.close()
+
+
+async def test_the_same_attempt_once_more_leaves_the_owners_stream_alone(engine: Engine, intake: Intake) -> None:
+    request = Request(id="r", prompt=(1,), attempt=1)
+    async with linked(intake) as owner, linked(intake) as other:
+        running = asyncio.create_task(collect(owner, request))
+        await eventually(lambda: engine.submitted == [request])
+        for again in (request, Request(id="r", prompt=(1,))):
+            (event,) = await asyncio.wait_for(collect(other, again), 5)
+            assert (event.error_kind, event.attempt) == ("DuplicateRequest", again.attempt)
+        owner._send(Submit(request))
+        (refused,) = await asyncio.wait_for(collect(owner, Request(id="r", prompt=(1,))), 5)  # an answer, so all before was read
+        assert refused.error_kind == "DuplicateRequest"
+        intake.deliver(events_for(request, 7, end=True))
+        assert await asyncio.wait_for(running, 5) == events_for(request, 7, end=True)
+    assert engine.submitted == [request]
+    assert engine.cancelled == []
+
+
+async def test_an_intake_that_ends_by_itself_says_so(engine: Engine, intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Pong:
+        raise RuntimeError("no load")
+
+    monkeypatch.setattr(intake, "_pong", broken)
+    intake.wake()
+    await eventually(lambda: engine.failures)
+    assert engine.failures == ["the intake ended: no load"]
 
 
 async def test_a_later_attempt_takes_the_request_over_and_late_events_go_nowhere(engine: Engine, intake: Intake) -> None:
@@ -167,6 +241,7 @@ async def test_a_later_attempt_takes_the_request_over_and_late_events_go_nowhere
 
 
 async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Intake) -> None:
+    intake._front_silence_s = 60
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         assert link.ready
         engine.ready = False
@@ -175,6 +250,7 @@ async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Int
 
 
 async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, intake: Intake) -> None:
+    intake._front_silence_s = 60
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)
@@ -210,6 +286,7 @@ async def test_a_client_that_does_not_read_is_cut_off_at_the_bound(engine: Engin
 async def test_nonsense_from_a_front_is_dropped_and_the_next_message_is_heard(engine: Engine, intake: Intake) -> None:
     async with linked(intake) as link:
         link._socket.send(b"\xff\xffnonsense")
+        link._socket.send_multipart([b"one part", b"too many"])
         link._send(Pong(ready=True, num_running=0, num_waiting=0))
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)

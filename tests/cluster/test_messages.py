@@ -1,7 +1,22 @@
 import pytest
 
 from cluster.errors import ChannelError
-from cluster.messages import KINDS, VERSION, Cancel, Events, Ping, Pong, RankFailed, RankProgress, RankReady, Stop, Submit, decode, encode
+from cluster.messages import (
+    KINDS,
+    VERSION,
+    BeginAnew,
+    Cancel,
+    Events,
+    Ping,
+    Pong,
+    RankFailed,
+    RankProgress,
+    RankReady,
+    Stop,
+    Submit,
+    decode,
+    encode,
+)
 from engine.executor import Capacity
 from engine.plan import Opening, Rebalance, Rebalanced, Sampled, StepPlan, StepResult, TokenEvent, TokenLogprobs, Work
 from engine.request import Request, SamplingParams
@@ -26,6 +41,7 @@ EXAMPLES = [
     Submit(Request(id="r", choice=1, attempt=2, prompt=(1, 2, 3), committed=(4,), sampling=SAMPLING, salt="s", deadline_s=1.5)),
     Cancel("r", 1, 2),
     Ping(),
+    BeginAnew(),
     Pong(ready=True, num_running=3, num_waiting=4),
     Events(
         (

@@ -10,7 +10,7 @@ from cluster.errors import RecoveryGivenUp, StartFailed
 from cluster.health import Health, StartProgressBoard, State
 from cluster.placement import bundle_of, bundles, cpus_needed, strategy
 from cluster.recovery import Recovery, RestartBudget
-from engine.errors import WorkersLost
+from engine.errors import EngineStopped, WorkersLost
 from engine.plan import TokenEvent
 from engine.request import Request
 from parallel.topology import Topology
@@ -137,6 +137,37 @@ def test_a_canary_that_failed_is_no_proof() -> None:
     assert len(sent) == 2
 
 
+def refusal(request: Request) -> TokenEvent:
+    return TokenEvent(request.id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")
+
+
+def test_with_a_full_queue_a_clients_token_is_the_proof_that_a_refused_canary_could_not_be() -> None:
+    health, sent = Health(), list[Request]()
+    canary = Canary(health, sent.append)
+    health.lost("rank 0 died")
+    canary.send()
+    old = TokenEvent("client", 0, 0, 0, (5,))
+    canary.take([refusal(sent[0]), old])
+    assert not health.ready, "a token of the ranks that were lost proves nothing"
+    canary.ranks_start()
+    canary.take([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")])
+    assert not health.ready, "an end without a token proves nothing"
+    canary.take([TokenEvent("client", 0, 0, 1, (6,))])
+    assert health.ready
+    health.lost("rank 1 died")
+    canary.take([TokenEvent("client", 0, 0, 2, (7,))])
+    assert not health.ready
+
+
+def test_an_engine_that_has_stopped_is_sent_no_canary_and_that_is_no_error() -> None:
+    def stopped(request: Request) -> None:
+        raise EngineStopped("this engine has stopped")
+
+    canary = Canary(Health(), stopped)
+    canary.send()
+    assert canary.overdue_s == 0.0
+
+
 # --- recovery
 
 
@@ -182,6 +213,18 @@ def test_ranks_that_do_not_start_are_tried_until_the_budget_is_spent() -> None:
     with pytest.raises(RecoveryGivenUp, match="no room"):
         recovery.restore(FakeExecutor(), WorkersLost("rank 0 died"))  # type: ignore[arg-type]
     assert slept == [0.0, 0.5, 1.0]
+
+
+def test_ranks_that_nobody_wants_any_more_are_not_tried_again() -> None:
+    slept = list[float]()
+
+    def start() -> FakeExecutor:
+        raise EngineStopped("the replica is being stopped")
+
+    recovery = Recovery(start, ReplicaConfig(max_restarts=3), sleep=slept.append, clock=Clock())  # type: ignore[arg-type]
+    with pytest.raises(EngineStopped):
+        recovery.restore(FakeExecutor(), WorkersLost("rank 0 died"))  # type: ignore[arg-type]
+    assert slept == [0.0]
 
 
 # --- directory
