@@ -20,8 +20,8 @@ SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Configuration, tokenizer, index. No code."""
 MAX_SMALL_BYTES = 64 * 2**20
 """A larger one is none of them: the longest, the tokenizer of Qwen2, has 7 MB."""
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Scheme -> extra of this project that brings its library."""
+LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+"""Scheme -> what to install for it (our extras `s3` and `gcs`)."""
 
 
 class CheckpointFolder(Protocol):
@@ -173,7 +173,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        library = f'pip install "manta[{EXTRAS[scheme]}]"' if scheme in EXTRAS else f"{error}"
+        library = f"pip install {LIBRARIES[scheme]}" if scheme in LIBRARIES else f"{error}"
         raise CheckpointError(f"{url}: checkpoints at {scheme}:// need a library that is not installed: {library}", file=url) from error
     except ValueError as error:
         raise CheckpointError(f"{url}: nothing is known of {scheme}:// ({error})", file=url) from error
