@@ -52,9 +52,10 @@ class PrivateFolder:
 
     def __init__(self) -> None:
         self._sweep()
-        self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX))  # mode 0700
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115  (held until close)
+        made = Path(tempfile.mkdtemp(prefix=f"new-{self.PREFIX}"))  # mode 0700; no sweeper looks at it before it is locked
+        self._lock = open(made / "lock", "w")  # noqa: SIM115  (held until close)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = made.rename(made.with_name(made.name.removeprefix("new-")))
 
     def socket(self, name: str) -> str:
         """A zmq endpoint in this folder. Raises ValueError where the path is too long for a Unix socket."""

@@ -64,7 +64,7 @@ class StreamBuffer:
 class ReplicaLink:
     """A DEALER socket to a replica's intake. Usable once the replica has answered a ping; once lost it stays lost.
 
-    Must be made in a running event loop.
+    Must be made in a running event loop. A record that cannot be reached from here raises ChannelError, or zmq's own error.
     """
 
     def __init__(self, record: ReplicaRecord, *, node: str, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -78,7 +78,11 @@ class ReplicaLink:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
+        try:
+            reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
+        except BaseException:
+            self._disconnect()
+            raise
         self._tasks = [asyncio.create_task(work) for work in (self._receive(), self._ping(), self._watch_connection())]
 
     @property
@@ -133,6 +137,9 @@ class ReplicaLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         self._socket.disable_monitor()
         self._context.destroy(linger=200)
 

@@ -110,6 +110,8 @@ class Router:
         self._config = config or RouterConfig()
         self._clock, self._sleep = clock, sleep
         self._links: dict[str, Link] = {}
+        self._unreachable: dict[str, str] = {}
+        """Why, as it was logged last."""
         self._refreshing: asyncio.Task[None] | None = None
         self.num_resumes = 0
         """Attempts after the first, over all requests."""
@@ -212,5 +214,16 @@ class Router:
                 del self._links[replica_id]
                 await link.close()
         for record in records:
-            if record.id not in self._links:
+            if record.id in self._links:
+                continue
+            try:
                 self._links[record.id] = self._connect(record)
+            except Exception as error:  # it can be tried again, and must not stand before those that can be reached
+                self._note_unreachable(record, str(error))
+            else:
+                self._unreachable.pop(record.id, None)
+
+    def _note_unreachable(self, record: ReplicaRecord, reason: str) -> None:
+        if self._unreachable.get(record.id) != reason:
+            logger.warning("replica %s cannot be reached: %s", record.id, reason)
+        self._unreachable[record.id] = reason

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import stat
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import zmq
@@ -40,6 +42,22 @@ def test_the_folder_of_a_killed_owner_is_swept_and_that_of_a_living_one_is_not(o
     assert living.path.exists()
     living.close()
     another.close()
+
+
+def test_a_sweeper_leaves_a_folder_alone_that_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = fcntl.flock
+
+    def late_lock(file: IO[str], operation: int) -> None:
+        if not operation & fcntl.LOCK_NB:  # the owner's: another process sweeps at just this moment
+            PrivateFolder._sweep()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late_lock)
+    folder = PrivateFolder()
+    assert (folder.path / "lock").exists()
+    PrivateFolder._sweep()
+    assert (folder.path / "lock").exists()
+    folder.close()
 
 
 def test_a_path_too_long_for_a_unix_socket_is_refused_with_the_remedy() -> None:

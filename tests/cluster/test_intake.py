@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import zmq
+import zmq.asyncio
 
 from cluster.channel import PrivateFolder, reach
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
-from cluster.errors import SlowReader
+from cluster.errors import ChannelError, SlowReader
 from cluster.health import State
 from cluster.intake import Intake
 from cluster.link import LinkLost, ReplicaLink
@@ -292,6 +293,22 @@ async def test_nonsense_from_a_front_is_dropped_and_the_next_message_is_heard(en
         await eventually(lambda: engine.submitted)
         intake.deliver(events_for(engine.submitted[0], 1, end=True))
         assert len(await running) == 2
+
+
+async def test_a_link_that_cannot_be_made_leaves_nothing_open(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[zmq.asyncio.Context] = []
+    new = zmq.asyncio.Context
+
+    def new_context() -> zmq.asyncio.Context:
+        made.append(new())
+        return made[-1]
+
+    monkeypatch.setattr("cluster.link.zmq.asyncio.Context", new_context)
+    tasks = asyncio.all_tasks()
+    with pytest.raises(ChannelError, match="cannot be reached"):
+        ReplicaLink(ReplicaRecord(id="a", model="m", state=State.READY, address=intake.address), node="there", config=CONFIG)
+    assert [each.closed for each in made] == [True]
+    assert asyncio.all_tasks() == tasks
 
 
 async def _read_all(events: AsyncIterator[TokenEvent]) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import RouterConfig
-from cluster.errors import NoReplicaReady, ReplicaLost
+from cluster.directory import ReplicaRecord
+from cluster.errors import ChannelError, NoReplicaReady, ReplicaLost
 from cluster.router import LeastLoaded, RoundRobin, Router, RoutingPolicy
 from engine.errors import PoisonedRequest
 from engine.plan import TokenEvent
@@ -182,3 +183,22 @@ async def test_a_lost_link_is_made_anew_and_a_forgotten_one_is_kept_while_it_liv
     assert router.ready()
     await router.close()
     assert made[1].closed
+
+
+async def test_a_replica_that_cannot_be_reached_keeps_no_other_from_being_linked(caplog: pytest.LogCaptureFixture) -> None:
+    reachable = False
+
+    def connect(record: ReplicaRecord) -> FakeLink:
+        if record.id == "a" and not reachable:
+            raise ChannelError("it does not listen for other hosts")
+        return FakeLink(record)
+
+    router = Router(replicas=FakeReplicas(), connect=connect)
+    for _ in range(3):
+        await router.follow((record("a"), record("b")))
+    assert set(router._links) == {"b"}
+    assert len(caplog.messages) == 1, "said once, not at every try"
+    reachable = True
+    await router.follow((record("a"), record("b")))
+    assert set(router._links) == {"a", "b"}
+    await router.close()
