@@ -5,6 +5,11 @@ class EngineError(Exception):
     """Base of all that the engine reports about a request or about itself."""
 
 
+class EmptyPrompt(EngineError):
+    def __init__(self) -> None:
+        super().__init__("the prompt has no tokens; there is nothing to go on from")
+
+
 class PromptTooLong(EngineError):
     def __init__(self, *, num_tokens: int, limit_tokens: int) -> None:
         super().__init__(f"the prompt has {num_tokens} tokens, and prompt and answer together may have {limit_tokens}; shorten the prompt")

@@ -8,6 +8,7 @@ from engine.config import EngineConfig
 from engine.errors import (
     DeadlineExceeded,
     DuplicateRequest,
+    EmptyPrompt,
     EngineError,
     InvalidLogits,
     KvCacheTooSmall,
@@ -73,10 +74,12 @@ class Scheduler:
         """Take a request in. Its end, if `committed` is the whole answer already; otherwise nothing.
 
         Raises:
-            PromptTooLong, KvCacheTooSmall, QueueFull, DuplicateRequest
+            EmptyPrompt, PromptTooLong, KvCacheTooSmall, QueueFull, DuplicateRequest
         """
         if request.key in self._by_key:
             raise DuplicateRequest(request.id)
+        if not request.prompt:
+            raise EmptyPrompt
         if len(self._waiting) >= self._config.max_waiting:
             raise QueueFull(limit=self._config.max_waiting)
         sequence = Sequence(request, self._num_arrived)

@@ -13,6 +13,7 @@ from cluster.errors import ChannelError, NoReplicaReady, RecoveryGivenUp, Replic
 from engine.errors import (
     DeadlineExceeded,
     DuplicateRequest,
+    EmptyPrompt,
     EngineError,
     EngineStopped,
     InvalidLogits,
@@ -131,6 +132,7 @@ WIRE: dict[type[BaseException], Wire] = {
     MethodNotAllowed: _bad("method_not_allowed", http=405, grpc="UNIMPLEMENTED"),
     UnsupportedMediaType: _bad("unsupported_media_type", http=415),
     NotReady: _unavailable(code="not_ready"),
+    EmptyPrompt: _bad("empty_prompt"),
     PromptTooLong: _bad("context_length_exceeded"),
     KvCacheTooSmall: _bad("context_length_exceeded"),
     DuplicateRequest: _bad("duplicate_request", http=409, grpc="ALREADY_EXISTS"),

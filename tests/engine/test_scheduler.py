@@ -4,7 +4,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import DuplicateRequest, KvCacheTooSmall, PromptTooLong, QueueFull
+from engine.errors import DuplicateRequest, EmptyPrompt, KvCacheTooSmall, PromptTooLong, QueueFull
 from engine.plan import Sampled, StepResult
 from engine.policy import ShortestPromptFirst
 from engine.request import Request, SamplingParams
@@ -164,6 +164,9 @@ def test_a_cancelled_request_ends_at_once_and_its_blocks_are_kept_until_the_step
 def test_what_cannot_be_admitted_is_told_why():
     executor = FakeExecutor(num_blocks=4, block_tokens=4, max_context_tokens=30)
     scheduler = Scheduler(EngineConfig(block_tokens=4, max_waiting=1), executor.capacity)
+    for committed in ((), (5,)):
+        with pytest.raises(EmptyPrompt):
+            scheduler.add(request_of("a", (), committed=committed))
     with pytest.raises(PromptTooLong, match="30 tokens"):
         scheduler.add(request_of("a", (1,) * 30))
     with pytest.raises(KvCacheTooSmall, match="lower max_tokens"):

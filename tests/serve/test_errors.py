@@ -68,6 +68,7 @@ def test_a_subclass_that_is_not_in_the_table_is_told_as_its_base() -> None:
             "context_length_exceeded",
             "INVALID_ARGUMENT",
         ),
+        (engine.errors.EmptyPrompt(), 400, "empty_prompt", "INVALID_ARGUMENT"),
         (engine.errors.PromptTooLong(num_tokens=9, limit_tokens=8), 400, "context_length_exceeded", "INVALID_ARGUMENT"),
         (engine.errors.QueueFull(limit=3), 429, "overloaded", "RESOURCE_EXHAUSTED"),
         (engine.errors.DeadlineExceeded(), 504, "deadline_exceeded", "DEADLINE_EXCEEDED"),
