@@ -21,7 +21,7 @@ from cluster.channel import PrivateFolder, new_keys, reach
 from cluster.config import RankResources, ReplicaConfig
 from cluster.doctor.findings import Severity
 from cluster.doctor.in_cluster import survey_actors
-from cluster.errors import StartFailed
+from cluster.errors import ChannelError, StartFailed
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Place, Ranks, Worker, end_process
 from engine.answers import StepAnswers
@@ -213,7 +213,10 @@ class RayExecutor:
             reach(seat.socket, place.address, node=node, keys=keys)
             self._poller.register(seat.socket, zmq.POLLIN)
             if place.node == node:
-                seat.process = os.pidfd_open(place.pid)
+                try:
+                    seat.process = os.pidfd_open(place.pid)
+                except OSError as error:  # mostly that it ended since it answered
+                    raise StartFailed(f"{seat.name} is not there any more: {error}") from error
 
     def _examine(self, ranks: Ranks) -> None:
         """`manta doctor`'s quick checks, in the very processes that are to load. What is fatal names its host."""
@@ -275,7 +278,11 @@ class RayExecutor:
         ready = dict(self._poller.poll(timeout_ms))
         for seat in self._seats:
             if seat.socket in ready:
-                self._take(seat, decode(seat.socket.recv()))
+                try:
+                    self._take(seat, decode(seat.socket.recv()))
+                except ChannelError as error:  # whatever it meant to say, its steps can no longer be relied on
+                    host = seat.place.host if seat.place else ""
+                    seat.failure = seat.failure or RankFailed(seat.rank, host, self._last_step, str(error), traceback="")
         return bool(ready)
 
     def _take(self, seat: _Seat, message: object) -> None:

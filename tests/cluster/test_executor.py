@@ -14,7 +14,7 @@ from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.errors import StartFailed
 from cluster.executor import Ground, RayExecutor
-from cluster.messages import RankProgress
+from cluster.messages import RankProgress, decode
 from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work
 from parallel.topology import Topology
@@ -139,6 +139,24 @@ def test_what_a_look_at_the_hosts_finds_missing_is_said_before_any_rank_loads() 
         executor(ranks),
     ):
         pass
+
+
+def test_a_rank_that_ends_just_after_it_was_opened_is_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(pid: int) -> int:
+        raise ProcessLookupError(f"no process {pid}")
+
+    monkeypatch.setattr(os, "pidfd_open", gone)
+    with pytest.raises(StartFailed, match=r"rank 0 on .* is not there any more"), executor():
+        pass
+
+
+def test_a_rank_that_cannot_be_understood_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with executor() as ranks:
+        assert ranks.submit(plan(0)).result().step == 0
+        monkeypatch.setattr("cluster.executor.decode", lambda raw: decode(raw[:-1]))
+        with pytest.raises(WorkersLost, match="malformed StepResult") as raised:
+            ranks.submit(plan(1)).result()
+        assert raised.value.rank == 0
 
 
 def _command(pid: int) -> list[str]:
