@@ -117,7 +117,7 @@ class RemoteFolder:
         size = entry["size"]
         if size is None:  # some servers list names only
             size = patiently(lambda: self._system.info(entry["name"])["size"])
-        return RemoteFile(self.file(name), int(size), partial(self._system.cat_file, entry["name"]))
+        return RemoteFile(self.file(name), int(size), partial(self._range, entry["name"]))
 
     def cached(self) -> Path:
         """The small files, copied once for every state of the folder that a listing can tell apart.
@@ -144,6 +144,10 @@ class RemoteFolder:
         finally:
             shutil.rmtree(made, ignore_errors=True)
         return folder
+
+    def _range(self, path: str, start: int, stop: int) -> bytes:
+        content: bytes = self._system.cat_file(path, start=start, end=stop)  # by keyword: s3fs has a version before them
+        return content
 
     def _content(self, name: str) -> bytes:
         try:

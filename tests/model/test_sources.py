@@ -109,6 +109,21 @@ def test_only_small_files_are_copied_and_again_when_they_change(folder: Path, ow
     assert small_files(folder) == folder
 
 
+def test_ranges_are_asked_for_by_keyword_as_s3fs_has_a_version_before_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(folder), "/bucket/model", recursive=True)
+    plain = type(store).cat_file
+
+    def cat_file(self: object, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None) -> bytes:
+        assert version_id is None
+        content: bytes = plain(self, path, start=start, end=end)
+        return content
+
+    monkeypatch.setattr(type(store), "cat_file", cat_file)
+    with Checkpoint("memory://bucket/model") as checkpoint, Checkpoint(folder) as oracle:
+        assert torch.equal(checkpoint.tensors["b.torch.float32"].read(), oracle.tensors["b.torch.float32"].read())
+
+
 class Unsteady:
     """A store that fails as stores do, the first times that it is asked for a range."""
 
