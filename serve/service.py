@@ -51,6 +51,15 @@ class TokenSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Yielded:
+    """What one choice has given its client so far."""
+
+    num_tokens: int = 0
+    num_cached: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Asked:
     """A request whose prompts are tokens."""
 
@@ -176,13 +185,15 @@ class Service:
         mark(3, asked.request.request_id)
         choices = self._choices(asked)
         told = False
+        yielded = [_Yielded() for _ in choices]
         async with aclosing(merged([self._stream(asked, choice) for choice in choices])) as events:
-            async for event in events:
+            async for event, so_far in events:
                 if not told:
                     told = True
                     mark(13, asked.request.request_id)
-                usage = _usage(asked, choices)
-                last = all(choice.finished for choice in choices)
+                yielded[event.choice] = so_far
+                usage = _usage(asked, yielded)
+                last = all(choice.finished for choice in yielded)
                 yield dataclasses.replace(event, usage_so_far=usage, usage=usage if last else None)
 
     def _choices(self, asked: _Asked) -> list[Choice]:
@@ -203,8 +214,11 @@ class Service:
             for index in range(len(asked.prompts) * num_each)
         ]
 
-    async def _stream(self, asked: _Asked, choice: Choice) -> AsyncGenerator[TextEvent, None]:
-        """One choice from the engine, cancelled there as soon as nobody wants more of it."""
+    async def _stream(self, asked: _Asked, choice: Choice) -> AsyncGenerator[tuple[TextEvent, _Yielded], None]:
+        """One choice from the engine, cancelled there as soon as nobody wants more of it.
+
+        Each event comes with the choice's counts at that event: the choice itself may be further by the time it is yielded.
+        """
         request = Request(
             id=asked.request.request_id,
             choice=choice.plan.index,
@@ -217,7 +231,7 @@ class Service:
             while (event := await self._next(stream, request.deadline_s)) is not None:
                 text = choice.apply(event)
                 if text is not None:
-                    yield text
+                    yield text, _Yielded(num_tokens=choice.num_tokens, num_cached=choice.num_cached, finished=choice.finished)
                 if choice.finished:
                     return
         raise EngineStopped("the tokens ended without an end")
@@ -232,7 +246,7 @@ class Service:
             raise DeadlineExceeded("the deadline passed while the answer was computed") from error
 
 
-def _usage(asked: _Asked, choices: Sequence[Choice]) -> Usage:
+def _usage(asked: _Asked, choices: Sequence[_Yielded]) -> Usage:
     """Each prompt counts once, however many choices answer it; what of it was cached is what its first choice found."""
     num_each = len(choices) // len(asked.prompts)
     return Usage(

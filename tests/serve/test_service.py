@@ -2,6 +2,7 @@ import asyncio
 import functools
 import gc
 import logging
+import random
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -79,12 +80,22 @@ async def test_the_last_event_alone_carries_usage(smol_folder: Path, smol: Token
     assert [event.finish_reason for event in events if event.finish_reason] == ["length"]
 
 
-async def test_usage_waits_for_the_last_of_several_choices(smol_folder: Path, smol: Tokenizer) -> None:
+@pytest.mark.parametrize("seed", range(8))
+async def test_usage_waits_for_the_last_of_several_choices(smol_folder: Path, smol: Tokenizer, seed: int) -> None:
+    delays = random.Random(seed)
+
     def script(request: Request) -> Sequence[TokenEvent | float]:
-        return [0.02 * request.choice, *answering(smol, "abc")(request)]  # type: ignore[list-item]
+        return [delays.choice((0.0, 0.0, 0.002)), *answering(smol, "a b c")(request)]  # type: ignore[list-item]
 
     service, _ = service_of(smol_folder, script)
-    events = await read(service.chat(asked(options={"n": 3})))
+    events = []
+    num_tokens = 0
+    async for event in service.chat(asked(options={"n": 3})):
+        events.append(event)
+        num_tokens += len(event.tokens)
+        assert event.usage_so_far is not None
+        assert event.usage_so_far.completion_tokens == num_tokens
+        await asyncio.sleep(delays.choice((0.0, 0.001, 0.004)))  # a slow client: the choices run ahead of it
     assert [event.finish_reason for event in events].count("length") == 3
     assert [event.usage is not None for event in events] == [False] * (len(events) - 1) + [True]
 
