@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 QUESTION = "Why is the sky blue?"
+ANSWER_TOKENS = 200
 
 
 def serve(
