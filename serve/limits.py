@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Checked by the fronts (sizes on the wire) and by `serve.validation` (values)."""
+    """Checked by the fronts (sizes on the wire) and by `serve.validation` (values).
+
+    How many connections and HTTP/2 streams may be open is not among them: Ray Serve's proxy holds the sockets.
+    """
 
     header_bytes: int = 16 * 1024
     """All headers of a request together."""
@@ -34,8 +37,6 @@ class Limits:
     repetition_penalty: float = 10.0
     id_chars: int = 128
     """Length of request ids, ``user`` and salts; their characters are ``A-Z a-z 0-9 . _ : -``."""
-    connections: int = 1_024
-    http2_streams: int = 100
     template_s: float = 2.0
     """Time a chat template may take."""
     template_chars: int = 8 * 1024 * 1024

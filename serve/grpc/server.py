@@ -42,7 +42,6 @@ async def start_server(
     server = grpc.aio.server(
         options=(
             ("grpc.max_receive_message_length", limits.body_bytes),
-            ("grpc.max_concurrent_streams", limits.http2_streams),
             ("grpc.max_metadata_size", limits.header_bytes),
             ("grpc.so_reuseport", 0),
         )
