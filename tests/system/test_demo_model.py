@@ -53,10 +53,10 @@ def prompts(demo_folder: Path) -> list[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def golden(demo_folder: Path, prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """What transformers generates, without stopping at the end of sequence: all prompts padded on the left to one batch."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
+    model.generation_config = GenerationConfig()  # plain greedy: none of the checkpoint's defaults, no end of sequence
     longest = max(map(len, prompts))
     ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
