@@ -68,7 +68,7 @@ def _multiply_s(tokens: int, weights: WeightBytes, ceiling: Ceiling) -> float:
 
 def table_of(figures: Sequence[Figure]) -> Table:
     table = Table(title="Engine in process: closed loop, token ids in, greedy", title_justify="left")
-    for heading in ("workload", "tokens/s", "spread", "TTFT ms", "ITL ms", "floor s", "took s", "of floor"):
+    for heading in ("workload", "tokens/s", "spread", "TTFT ms", "ITL ms", "of floor"):
         table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
     for figure in figures:
         table.add_row(
@@ -77,8 +77,6 @@ def table_of(figures: Sequence[Figure]) -> Table:
             f"{figure.spread:.0%}",
             f"{figure.ttft_s * 1000:,.0f}",
             f"{figure.itl_s * 1000:,.1f}" if figure.itl_s else "",
-            f"{figure.floor_s:.2f}",
-            f"{figure.elapsed_s:.2f}",
             f"{figure.of_floor:.0%}",
         )
     return table
