@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def own_ray() -> Iterator[None]:
-    """Started once; its processes are descendants of this one."""
+    """Ended with the module: a process has one Ray, and other modules start theirs. Its processes are descendants of this one."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
