@@ -4,16 +4,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
 
-import zmq
-import zmq.asyncio
-
-from cluster.channel import reach
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, SlowReader
 from cluster.messages import BeginAnew, Cancel, Events, Message, Ping, Pong, Submit, decode, encode
+from cluster.wire import Wire, WireBroken, ZmqWire
 from engine.plan import TokenEvent
 from engine.request import Request
 
@@ -62,12 +58,20 @@ class StreamBuffer:
 
 
 class ReplicaLink:
-    """A DEALER socket to a replica's intake. Usable once the replica has answered a ping; once lost it stays lost.
+    """The streams of one front to one replica. Usable once the replica has answered a ping; once lost it stays lost.
 
-    Must be made in a running event loop. A record that cannot be reached from here raises ChannelError, or zmq's own error.
+    Must be made in a running event loop. Without ``wire`` it makes its own; see `ZmqWire` for what that may raise.
     """
 
-    def __init__(self, record: ReplicaRecord, *, node: str, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        record: ReplicaRecord,
+        *,
+        node: str,
+        config: RouterConfig,
+        clock: Callable[[], float] = time.monotonic,
+        wire: Wire | None = None,
+    ) -> None:
         self.record = record
         self._config, self._clock = config, clock
         self._streams: dict[tuple[str, int, int], StreamBuffer] = {}
@@ -75,14 +79,7 @@ class ReplicaLink:
         self._submitted = 0
         self._lost: LinkLost | None = None
         self._heard = clock()
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        try:
-            reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
-        except BaseException:
-            self._disconnect()
-            raise
+        self._wire: Wire = wire or ZmqWire(record, node=node)
         self._tasks = [asyncio.create_task(work) for work in (self._receive(), self._ping(), self._watch_connection())]
 
     @property
@@ -137,23 +134,17 @@ class ReplicaLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._disconnect()
-
-    def _disconnect(self) -> None:
-        self._socket.disable_monitor()
-        self._context.destroy(linger=200)
+        self._wire.close()
 
     def _send(self, message: Message) -> None:
-        """Hand to zmq, which queues; its future is done at once or fails, and then the link is lost."""
-        if self._socket.closed:
-            return
-        future: Any = self._socket.send(encode(message), zmq.NOBLOCK)
-        if future.done() and (error := future.exception()) is not None:
+        try:
+            self._wire.send(encode(message))
+        except WireBroken as error:
             self._lose(str(error))
 
     async def _receive(self) -> None:
         while True:
-            raw = await self._socket.recv()
+            raw = await self._wire.receive()
             self._heard = self._clock()
             try:
                 self._take(decode(raw))
@@ -183,7 +174,7 @@ class ReplicaLink:
 
     async def _watch_connection(self) -> None:
         """A killed process closes its sockets: seen here long before its silence is."""
-        await self._monitor.recv_multipart()
+        await self._wire.closed()
         self._lose("its connection was closed")
 
     def _lose(self, reason: str, *, died: bool = True) -> None:

@@ -219,7 +219,7 @@ async def test_an_intake_that_ends_by_itself_says_so(engine: Engine, intake: Int
     def broken() -> Pong:
         raise RuntimeError("no load")
 
-    monkeypatch.setattr(intake, "_pong", broken)
+    monkeypatch.setattr(intake.desk, "_pong", broken)
     intake.wake()
     await eventually(lambda: engine.failures)
     assert engine.failures == ["the intake ended: no load"]
@@ -242,7 +242,7 @@ async def test_a_later_attempt_takes_the_request_over_and_late_events_go_nowhere
 
 
 async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Intake) -> None:
-    intake._front_silence_s = 60
+    intake.desk._front_silence_s = 60
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         assert link.ready
         engine.ready = False
@@ -251,7 +251,7 @@ async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Int
 
 
 async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, intake: Intake) -> None:
-    intake._front_silence_s = 60
+    intake.desk._front_silence_s = 60
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)
@@ -264,7 +264,7 @@ async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, inta
 
 async def test_a_silent_replica_is_lost(engine: Engine, intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
     async with linked(intake) as link:
-        monkeypatch.setattr(intake, "_take", lambda front, message: None)  # it reads, and never answers: like a frozen engine
+        monkeypatch.setattr(intake.desk, "_take", lambda front, message: None)  # it reads, and never answers: like a frozen engine
         with pytest.raises(LinkLost, match="silent"):
             await asyncio.wait_for(collect(link, Request(id="r", prompt=(1,))), 3)
 
@@ -286,8 +286,8 @@ async def test_a_client_that_does_not_read_is_cut_off_at_the_bound(engine: Engin
 
 async def test_nonsense_from_a_front_is_dropped_and_the_next_message_is_heard(engine: Engine, intake: Intake) -> None:
     async with linked(intake) as link:
-        link._socket.send(b"\xff\xffnonsense")
-        link._socket.send_multipart([b"one part", b"too many"])
+        link._wire._socket.send(b"\xff\xffnonsense")
+        link._wire._socket.send_multipart([b"one part", b"too many"])
         link._send(Pong(ready=True, num_running=0, num_waiting=0))
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)
@@ -303,7 +303,7 @@ async def test_a_link_that_cannot_be_made_leaves_nothing_open(intake: Intake, mo
         made.append(new())
         return made[-1]
 
-    monkeypatch.setattr("cluster.link.zmq.asyncio.Context", new_context)
+    monkeypatch.setattr("cluster.wire.zmq.asyncio.Context", new_context)
     tasks = asyncio.all_tasks()
     with pytest.raises(ChannelError, match="cannot be reached"):
         ReplicaLink(ReplicaRecord(id="a", model="m", state=State.READY, address=intake.address), node="there", config=CONFIG)

@@ -1,0 +1,173 @@
+"""Step 5 of a request, behind the door: which front owns which request, and which fronts are still there.
+
+No sockets and no threads: `cluster.intake` gives it what came, turn by turn, and a way to send.
+"""
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+
+from cluster.errors import ChannelError
+from cluster.messages import BeginAnew, Cancel, Events, Message, Ping, Pong, Submit, decode, encode
+from engine.engine import refusal
+from engine.errors import DuplicateRequest, EngineError
+from engine.places import mark
+from engine.plan import TokenEvent
+from engine.request import Request
+
+logger = logging.getLogger(__name__)
+
+Front = bytes
+"""The routing id of a front's connection; a front that comes back is another one."""
+Key = tuple[str, int]
+
+
+class FrontGone(Exception):
+    """There is no such connection any more."""
+
+
+class FrontFull(Exception):
+    """So much waits to be read by it that nothing more is taken."""
+
+
+Post = Callable[[Front, bytes], None]
+"""Sends without waiting. Raises FrontGone or FrontFull."""
+
+
+class Desk:
+    """The state of an intake. `put` may be called from any thread, everything else from the intake's own.
+
+    A front that vanished has all its requests cancelled; should it still be there, it is told to begin anew, as the ends of
+    its streams will not come.
+    """
+
+    def __init__(
+        self,
+        *,
+        post: Post,
+        submit: Callable[[Request], None],
+        cancel: Callable[[str, int], None],
+        pong: Callable[[], Pong],
+        front_silence_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._post, self._submit, self._cancel, self._pong = post, submit, cancel, pong
+        self._front_silence_s, self._clock = front_silence_s, clock
+        self._owners: dict[Key, tuple[Front, int]] = {}
+        self._seen: dict[Front, float] = {}
+        self._given_up: set[Front] = set()
+        """Fronts that must still be told so."""
+        self._told_ready: bool | None = None
+        self._outbox: deque[Sequence[TokenEvent]] = deque()
+
+    @property
+    def num_owned(self) -> int:
+        """Choices that a front waits for."""
+        return len(self._owners)
+
+    def put(self, events: Sequence[TokenEvent]) -> None:
+        """A step's events, to be sent in the next turn."""
+        self._outbox.append(events)
+
+    def read(self, front: Front, parts: Sequence[bytes]) -> None:
+        """One message of a front. What cannot be understood is dropped."""
+        self._seen[front] = self._clock()
+        try:
+            if len(parts) != 1:
+                raise ChannelError(f"a message of {len(parts)} parts")
+            self._take(front, decode(parts[0]))
+        except ChannelError as error:
+            logger.warning("a front's message was dropped: %s", error)
+
+    def turn(self) -> None:
+        """Send what is due, and look after the fronts."""
+        self.send_all()
+        self._tell_readiness()
+        self._give_up_silent()
+        self._tell_given_up()
+
+    def send_all(self) -> None:
+        """Send the events, those of one step to one front as one message."""
+        while self._outbox:
+            by_front: dict[Front, list[TokenEvent]] = defaultdict(list)
+            for event in self._outbox.popleft():
+                owner = self._owners.get((event.request_id, event.choice))
+                if owner is None or owner[1] != event.attempt:
+                    continue  # its front has cancelled it, or taken it over
+                by_front[owner[0]].append(event)
+                if event.finish_reason is not None:
+                    del self._owners[event.request_id, event.choice]
+            for front, events in by_front.items():
+                self._send(front, Events(tuple(events)))
+
+    def _take(self, front: Front, message: object) -> None:
+        match message:
+            case Submit(request):
+                self._accept(front, request)
+            case Cancel(request_id, choice, attempt):
+                if self._owners.get((request_id, choice)) == (front, attempt):
+                    del self._owners[request_id, choice]
+                    self._cancel(request_id, choice)
+            case Ping():
+                self._send(front, self._pong())
+            case _:
+                raise ChannelError(f"a front does not send {type(message).__name__}")
+
+    def _accept(self, front: Front, request: Request) -> None:
+        """A front that comes back with a later attempt takes its request over from its own past."""
+        mark(5, request.id)
+        earlier = self._owners.get(request.key)
+        if earlier is not None and earlier[1] >= request.attempt:
+            if earlier != (front, request.attempt):  # to the owner it would look like the end of its own stream
+                self._send(front, Events((refusal(request, DuplicateRequest(request.id)),)))
+            return
+        if earlier is not None:
+            self._cancel(*request.key)
+        self._owners[request.key] = (front, request.attempt)
+        try:
+            self._submit(request)
+        except EngineError as error:
+            del self._owners[request.key]
+            self._send(front, Events((refusal(request, error),)))
+
+    def _tell_readiness(self) -> None:
+        pong = self._pong()
+        if pong.ready != self._told_ready:
+            self._told_ready = pong.ready
+            for front in list(self._seen):
+                self._send(front, pong)
+
+    def _send(self, front: Front, message: Message) -> None:
+        try:
+            self._post(front, encode(message))
+        except FrontGone:
+            self._give_up(front, "its connection is closed")
+        except FrontFull:
+            self._give_up(front, "it does not read")
+
+    def _give_up_silent(self) -> None:
+        limit = self._clock() - self._front_silence_s
+        for front in [front for front, seen in self._seen.items() if seen < limit]:
+            self._give_up(front, f"silent for {self._front_silence_s:g} s")
+
+    def _tell_given_up(self) -> None:
+        """What waits in a front's queue does not tell it that nothing will follow."""
+        for front in list(self._given_up):
+            try:
+                self._post(front, encode(BeginAnew()))
+            except FrontFull:
+                continue  # until it reads, or is really gone
+            except FrontGone:
+                logger.debug("a front that was given up is gone")
+            self._given_up.discard(front)
+
+    def _give_up(self, front: Front, reason: str) -> None:
+        self._seen.pop(front, None)
+        self._given_up.add(front)
+        orphans = [key for key, owner in self._owners.items() if owner[0] == front]
+        for key in orphans:
+            del self._owners[key]
+            self._cancel(*key)
+        if orphans:
+            logger.warning("a front is gone (%s); its %d requests are cancelled", reason, len(orphans))

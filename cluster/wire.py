@@ -1,0 +1,68 @@
+"""Step 4 of a request, the lowest layer: bytes between a front and one replica."""
+
+from collections.abc import Awaitable
+from typing import Any, Protocol
+
+import zmq
+import zmq.asyncio
+
+from cluster.channel import reach
+from cluster.directory import ReplicaRecord
+
+
+class WireBroken(Exception):
+    """Nothing more can be sent."""
+
+
+class Wire(Protocol):
+    """A connection. Messages arrive whole; what else may befall them is not promised."""
+
+    def send(self, raw: bytes) -> None:
+        """Without waiting. Raises WireBroken."""
+        ...
+
+    def receive(self) -> Awaitable[bytes]:
+        """The next message."""
+        ...
+
+    def closed(self) -> Awaitable[object]:
+        """Done once the other end has closed the connection."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ZmqWire:
+    """A DEALER socket to a replica's intake.
+
+    Must be made in a running event loop. A record that cannot be reached from here raises ChannelError, or zmq's own error.
+    """
+
+    def __init__(self, record: ReplicaRecord, *, node: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, raw: bytes) -> None:
+        """Hand to zmq, which queues; its future is done at once or fails."""
+        if self._socket.closed:
+            return
+        future: Any = self._socket.send(raw, zmq.NOBLOCK)
+        if future.done() and (error := future.exception()) is not None:
+            raise WireBroken(str(error))
+
+    def receive(self) -> Awaitable[bytes]:
+        received: Awaitable[bytes] = self._socket.recv()
+        return received
+
+    def closed(self) -> Awaitable[object]:
+        return self._monitor.recv_multipart()
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._context.destroy(linger=200)
