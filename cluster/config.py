@@ -17,6 +17,8 @@ class RankResources:
     gpus: float = 0.0
     one_host: bool = False
     """All ranks on one host or not at all; without it Ray packs them as tightly as it can."""
+    host_resource: str | None = None
+    """Only hosts whose Ray was started with this resource (`ray start --resources`): keeps a model to one kind of host."""
 
     def __post_init__(self) -> None:
         if self.cpus < 0 or self.gpus < 0:

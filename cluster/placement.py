@@ -11,13 +11,22 @@ Strategy = Literal["STRICT_PACK", "PACK"]
 REPLICA_CPUS = 0.5
 """Of bundle 0: the engine thread and the channels of a replica. Small, so that two ranks and their replica fit on few cores."""
 
+HOST_RESOURCE_SHARE = 0.001
+"""Of a host's `host_resource`, for whatever must be on such a host: it marks a kind of host and does not count anything."""
+
 
 def bundles(topology: Topology, resources: RankResources) -> list[Bundle]:
     """Bundle 0 for the replica itself, then one for each rank in order."""
-    rank: Bundle = {"CPU": resources.cpus}
+    kind = on_hosts_with(resources.host_resource)
+    rank: Bundle = {"CPU": resources.cpus, **kind}
     if resources.gpus:
         rank["GPU"] = resources.gpus
-    return [{"CPU": REPLICA_CPUS}, *(dict(rank) for _ in range(topology.size))]
+    return [{"CPU": REPLICA_CPUS, **kind}, *(dict(rank) for _ in range(topology.size))]
+
+
+def on_hosts_with(resource: str | None) -> Bundle:
+    """What to ask Ray for so that something is placed on a host that has ``resource``."""
+    return {} if resource is None else {resource: HOST_RESOURCE_SHARE}
 
 
 def bundle_of(rank: int) -> int:

@@ -65,6 +65,15 @@ class ReplicasSettings(Section):
     """Replicas, each with ranks of its own."""
 
 
+class FrontsSettings(Section):
+    """The processes that speak HTTP and gRPC with clients."""
+
+    count: int = Field(default=1, ge=1)
+    """Fronts. Each can stand in for another; on a cluster two of them survive the loss of a host."""
+    host_resource: str | None = Field(default=None, min_length=1)
+    """Only hosts whose Ray was started with this resource (`ray start --resources`)."""
+
+
 class HttpSettings(Section):
     """Where the HTTP front listens."""
 
@@ -120,6 +129,7 @@ class ServeConfig(Section):
     resources: RankResources = RankResources()
     replica: ReplicaConfig = ReplicaConfig()
     router: RouterConfig = RouterConfig()
+    fronts: FrontsSettings = FrontsSettings()
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
     limits: Limits = Limits()

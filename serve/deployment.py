@@ -14,7 +14,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.directory import Reader
 from cluster.link import ReplicaLink
-from cluster.placement import REPLICA_CPUS, bundles, strategy
+from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
 from cluster.replica import Replica
 from cluster.router import Router
 from cluster.worker import ModelRanks
@@ -162,7 +162,8 @@ def build_app(model: Model, config: ServeConfig) -> ray_serve.Application:
     fronts: Any = ray_serve.deployment(
         _Front,
         name="FrontDeployment",
-        ray_actor_options={"num_cpus": 0},
+        num_replicas=config.fronts.count,
+        ray_actor_options={"num_cpus": 0, "resources": on_hosts_with(config.fronts.host_resource)},
         max_ongoing_requests=MAX_CALLS_PER_FRONT,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=config.replica.drain_timeout_s,

@@ -8,7 +8,7 @@ from cluster.config import RankResources, ReplicaConfig, RouterConfig
 from cluster.directory import Reader, Register, ReplicaRecord
 from cluster.errors import RecoveryGivenUp, StartFailed
 from cluster.health import Health, StartProgressBoard, State
-from cluster.placement import bundle_of, bundles, cpus_needed, strategy
+from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, on_hosts_with, strategy
 from cluster.recovery import Recovery, RestartBudget
 from engine.errors import EngineStopped, WorkersLost
 from engine.plan import TokenEvent
@@ -42,6 +42,12 @@ def test_ranks_without_gpus_ask_for_none() -> None:
 def test_all_ranks_lie_on_one_host_only_when_asked_to() -> None:
     assert strategy(RankResources(one_host=True)) == "STRICT_PACK"
     assert strategy(RankResources()) == "PACK"
+
+
+def test_every_bundle_asks_for_the_kind_of_host_that_is_wanted() -> None:
+    made = bundles(Topology(tp=2), RankResources(gpus=1, host_resource="h100"))
+    assert {bundle["h100"] for bundle in made} == {HOST_RESOURCE_SHARE}
+    assert on_hosts_with(None) == {}
 
 
 @pytest.mark.parametrize("bad", [{"step_timeout_s": 0}, {"max_restarts": -1}, {"heartbeat_s": -1.0}])
