@@ -4,16 +4,19 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from cluster.channel import Address, KeyPair
 from cluster.health import Loading, State
 from engine.executor import Capacity
+from engine.stats import EngineStats
 from engine.weights_read import WeightsRead
 
 logger = logging.getLogger(__name__)
+
+Kept = TypeVar("Kept")
 
 NAMESPACE = "manta"
 EXPIRY_S = 10.0
@@ -52,6 +55,8 @@ class ReplicaRecord:
     """What a front of another host must hold to be let in."""
     capacity: Capacity | None = None
     load: Load = Load()
+    stats: EngineStats | None = None
+    """Once its engine runs."""
     host: str = ""
     pid: int = 0
     ranks: tuple[RankPlace, ...] = ()
@@ -64,12 +69,13 @@ class ReplicaRecord:
 
 
 class Register:
-    """The directory's memory: records that vanish unless they are repeated."""
+    """The directory's memory: records and notes that vanish unless they are repeated."""
 
     def __init__(self, *, expiry_s: float = EXPIRY_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._expiry_s, self._clock = expiry_s, clock
         self._begun = clock()
         self._records: dict[str, tuple[float, ReplicaRecord]] = {}
+        self._boards: dict[str, dict[str, tuple[float, Any]]] = {}
 
     def report(self, record: ReplicaRecord) -> None:
         self._records[record.id] = (self._clock(), record)
@@ -79,9 +85,20 @@ class Register:
 
     def records(self) -> tuple[bool, tuple[ReplicaRecord, ...]]:
         """Whether every living replica has had time to report since this memory began, and those that did."""
+        self._records = self._fresh(self._records)
+        return self._clock() - self._begun > self._expiry_s, tuple(record for _, record in self._records.values())
+
+    def pin(self, board: str, key: str, note: Any) -> None:
+        """Hang a note on a board; it too vanishes unless it is repeated. See `cluster.board`."""
+        self._boards.setdefault(board, {})[key] = (self._clock(), note)
+
+    def pinned(self, board: str) -> dict[str, Any]:
+        self._boards[board] = self._fresh(self._boards.get(board, {}))
+        return {key: note for key, (_, note) in self._boards[board].items()}
+
+    def _fresh(self, entries: dict[str, tuple[float, Kept]]) -> dict[str, tuple[float, Kept]]:
         now = self._clock()
-        self._records = {key: entry for key, entry in self._records.items() if now - entry[0] <= self._expiry_s}
-        return now - self._begun > self._expiry_s, tuple(record for _, record in self._records.values())
+        return {key: entry for key, entry in entries.items() if now - entry[0] <= self._expiry_s}
 
 
 def directory_actor(app: str) -> Any:

@@ -136,6 +136,7 @@ class Replica:
             guest_keys=self._intake.guest_keys,
             capacity=executor.capacity if executor and engine else None,
             load=self._load(),
+            stats=engine.stats if engine else None,
             host=socket.gethostname(),
             pid=os.getpid(),
             ranks=self._rank_places(),

@@ -20,6 +20,7 @@ from engine.policy import Policy
 from engine.request import Request
 from engine.scheduler import Key, Scheduler
 from engine.stats import EngineStats
+from engine.timekeeper import Timekeeper
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Engine:
         self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener)
         self._config = config
         self._balancing = Balancing(config)
+        self._timekeeper = Timekeeper()
         self._recover, self._clock = recover, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._inbox: SimpleQueue[Request | Key] = SimpleQueue()
@@ -153,7 +155,7 @@ class Engine:
         if self._end is not None:
             raise self._end
         self._take_inbox()
-        self._outbox += self.scheduler.expire(self._clock())
+        self._tell(self.scheduler.expire(self._clock()))
         try:
             if self._recovery is not None:
                 self._await_workers(self._recovery)
@@ -167,13 +169,14 @@ class Engine:
     def _step(self) -> None:
         order = self._balancing.order(self._num_steps)
         while order is None and len(self._in_flight) < self.max_in_flight and (plan := self.scheduler.schedule()):
+            self._timekeeper.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
         if self._in_flight:
             plan, pending = self._in_flight[0]
             result = _answer(plan, pending)
             self._in_flight.popleft()
             self._note_step(result)
-            self._outbox += self.scheduler.apply(plan, result)
+            self._tell(self.scheduler.apply(plan, result))
         elif order is not None:
             self._rebalance(order)
 
@@ -192,13 +195,16 @@ class Engine:
             if isinstance(arrival, Request):
                 self._admit(arrival)
             else:
-                self._outbox += self.scheduler.cancel(arrival)
+                self._tell(self.scheduler.cancel(arrival))
 
     def _admit(self, request: Request) -> None:
         mark(6, request.id)
         self._num_taken += 1
         try:
-            self._outbox += self.scheduler.add(request)
+            whole_already = self.scheduler.add(request)
+            self._outbox += whole_already
+            if not whole_already:
+                self._timekeeper.admitted(request)
         except EngineError as error:
             self._outbox.append(refusal(request, error))
         except Exception:  # a request can fail only itself
@@ -213,7 +219,7 @@ class Engine:
         if self._recover is None:
             self._end = loss
             return
-        self._outbox += self.scheduler.lose_workers()
+        self._tell(self.scheduler.lose_workers())
         self._recovery = Future()
         threading.Thread(target=_fulfil, args=(self._recovery, self._recover, loss), name="recovery", daemon=True).start()
 
@@ -224,9 +230,12 @@ class Engine:
         error = recovery.exception()
         if error is None:
             self.executor = recovery.result()
-            self._outbox += self.scheduler.adopt(self.executor.capacity)
+            self._tell(self.scheduler.adopt(self.executor.capacity))
         else:
             self._end = error if isinstance(error, EngineError) else EngineStopped("no new workers could be started")
+
+    def _tell(self, events: list[TokenEvent]) -> None:
+        self._outbox += self._timekeeper.told(events)
 
     def _take_outbox(self) -> list[TokenEvent]:
         events, self._outbox = self._outbox, []
@@ -242,7 +251,7 @@ class Engine:
         self._in_flight.clear()
         self._take_inbox()
         self._balancing.failed(error)
-        self._outbox += self.scheduler.fail_all(error)
+        self._tell(self.scheduler.fail_all(error))
         self._note_stats()
         try:
             if self._outbox:

@@ -118,6 +118,18 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of one choice in one engine. Preemption, and the loss of workers, count in the phase they fell into."""
+
+    queue_s: float
+    """From its admission until a step first computed some of it."""
+    prefill_s: float
+    """From there to its first token."""
+    decode_s: float
+    """From there on."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """Progress of one request: new output tokens, its end, or both."""
 
@@ -136,3 +148,5 @@ class TokenEvent:
     error_kind: str | None = None
     """With finish_reason "error": the name of a class in `engine.errors`, and its message."""
     error_message: str | None = None
+    spent: Spent | None = None
+    """In the first event with tokens, and in the last one."""

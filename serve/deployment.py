@@ -12,6 +12,7 @@ import ray
 import ray.serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
+from cluster.board import Board
 from cluster.directory import Reader
 from cluster.link import ReplicaLink
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
@@ -23,6 +24,9 @@ from serve.config import ServeConfig
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
+from serve.measuring import Measuring
+from serve.metrics import Instruments, Snapshot
+from serve.metrics_page import MetricsPage
 from serve.model_facts import ModelFacts
 from serve.need import need_of
 from serve.service import Service
@@ -31,6 +35,8 @@ from serve.text.tokenizer import Tokenizer
 APP = "manta"
 MAX_CALLS_PER_FRONT = 10_000
 """Far above what admission lets in: refusing is the service's business, with proper errors."""
+METRICS_EVERY_S = 2.0
+"""How often a front tells the others what it measured."""
 SHUTDOWN_MARGIN_S = 10.0
 """Beyond draining, for the ranks to end and their memory to be freed."""
 
@@ -94,15 +100,21 @@ class _Front:
         facts = ModelFacts.from_checkpoint(
             folder, name=model.name, tokenizer=tokenizer, max_context_tokens=config.runner.max_context_tokens
         )
-        self._service = Service(model=facts, tokenizer=tokenizer, source=self._router, limits=config.limits)
+        front = ray_serve.get_replica_context().replica_id.unique_id
+        instruments, self._board = Instruments(front), Board[Snapshot](APP, "metrics", front)
+        self._metrics = MetricsPage(instruments, self._router, self._board)
+        self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
+        measuring = Measuring(instruments, [facts.name])
+        self._service = Service(model=facts, tokenizer=tokenizer, source=self._router, limits=config.limits, observers=[measuring])
         self._grpc = MantaServicer(self._service)
         self._health = HealthServicer(self._service.ready)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(lambda: self._service, limits=self._config.limits, behind_ray=True)
+        return create_app(lambda: self._service, limits=self._config.limits, metrics=lambda accept: self._metrics(accept), behind_ray=True)
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
+            await self._board.close()
             await self._router.close()
 
     # The names below are gRPC's; Ray Serve looks for a parameter called grpc_context.

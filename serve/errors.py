@@ -179,6 +179,11 @@ def describe(error: BaseException) -> ErrorBody:
     )
 
 
+def code_of(error: BaseException) -> str:
+    """The code that `describe` tells a client, without logging anything."""
+    return next((WIRE[kind].code for kind in type(error).__mro__ if kind in WIRE), INTERNAL.code)
+
+
 def _neutral(error: BaseException) -> str:
     error_id = secrets.token_hex(8)
     logger.error("internal error %s", error_id, exc_info=error)

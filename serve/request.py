@@ -6,7 +6,8 @@ None always means "the client did not say".
 
 from dataclasses import dataclass, field
 
-from engine.plan import TokenLogprobs
+from engine.plan import Spent, TokenLogprobs
+from serve.ledger import Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class ChatRequest:
     priority: int = 0
     deadline_s: float | None = None
     """Unix time."""
+    arrived_s: float | None = None
+    """`time.monotonic` when its front began to read it; None: it is the service that sees it first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class CompletionRequest:
     echo: bool = False
     priority: int = 0
     deadline_s: float | None = None
+    arrived_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,10 @@ class TextEvent:
     usage: Usage | None = None
     """Of the whole request, in the very last event of the stream only."""
     usage_so_far: Usage | None = None
+    spent: Spent | None = None
+    """With a choice's end: its time in the engine that ended it."""
+    ledger: Ledger | None = None
+    """Of the whole request, in the very last event of the stream only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +127,4 @@ class Result:
     request_id: str
     choices: tuple[ChoiceResult, ...]
     usage: Usage
+    ledger: Ledger | None = None

@@ -18,9 +18,11 @@ from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 from serve.choice import Choice, ChoicePlan
 from serve.errors import InvalidRequest, ModelNotFound, NotSupported
+from serve.ledger import EngineTimes, Stopwatch
 from serve.limits import Limits
 from serve.merging import merged
 from serve.model_facts import ModelFacts
+from serve.observing import Observer, observed
 from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Result, TextEvent, TextToken, Usage
 from serve.text.chat_template import ChatTemplate
 from serve.text.sandbox import TemplateRefused
@@ -68,6 +70,7 @@ class _Asked:
     echoes: Sequence[str]
     """What comes before the answer to each prompt."""
     sampling: Sequence[SamplingParams]
+    stopwatch: Stopwatch
 
 
 class Service:
@@ -80,6 +83,7 @@ class Service:
         tokenizer: Tokenizer,
         source: TokenSource,
         limits: Limits | None = None,
+        observers: Sequence[Observer] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         """``clock`` tells Unix time.
@@ -88,6 +92,7 @@ class Service:
             InvalidTokenizer: the model's chat template is damaged.
         """
         self._model, self._tokenizer, self._source, self._clock = model, tokenizer, source, clock
+        self._observers = observers
         self.limits = limits or Limits()
         self._validator = Validator(model=model, limits=self.limits)
         seconds, chars = self.limits.template_s, self.limits.template_chars
@@ -120,13 +125,13 @@ class Service:
         Raises:
             ServeError, EngineError: see `serve.errors.WIRE`.
         """
-        async with aclosing(self._answer(await self._read_chat(request))) as events:
+        async with aclosing(observed(request, self._chat(request), self._observers)) as events:
             async for event in events:
                 yield event
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
         """As `chat`, for prompts without a template. Choice index = prompt index * n + choice."""
-        async with aclosing(self._answer(await self._read_completion(request))) as events:
+        async with aclosing(observed(request, self._complete(request), self._observers)) as events:
             async for event in events:
                 yield event
 
@@ -134,15 +139,27 @@ class Service:
         """The whole answer at once. Raises as `chat`."""
         stream = self.chat(request) if isinstance(request, ChatRequest) else self.complete(request)
         choices: dict[int, _Collected] = {}
-        usage = Usage(prompt_tokens=0, completion_tokens=0)
+        usage, ledger = Usage(prompt_tokens=0, completion_tokens=0), None
         async with aclosing(stream) as events:
             async for event in events:
                 choices.setdefault(event.choice, _Collected()).add(event)
-                usage = event.usage or usage
+                usage, ledger = event.usage or usage, event.ledger
         results = tuple(choices[index].result(index) for index in sorted(choices))
-        return Result(request_id=request.request_id, choices=results, usage=usage)
+        return Result(request_id=request.request_id, choices=results, usage=usage, ledger=ledger)
 
-    async def _read_chat(self, request: ChatRequest) -> _Asked:
+    async def _chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
+        stopwatch = Stopwatch(request.arrived_s)
+        async with aclosing(self._answer(await self._read_chat(request, stopwatch))) as events:
+            async for event in events:
+                yield event
+
+    async def _complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
+        stopwatch = Stopwatch(request.arrived_s)
+        async with aclosing(self._answer(await self._read_completion(request, stopwatch))) as events:
+            async for event in events:
+                yield event
+
+    async def _read_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.chat(request)
         template = self._template
         if template is None:
@@ -157,9 +174,9 @@ class Service:
         except TemplateRefused as refusal:
             raise InvalidRequest(str(refusal), param="messages") from refusal
         sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
-        return _Asked(request=request, prompts=[tuple(ids)], echoes=[""], sampling=[sampling])
+        return _Asked(request=request, prompts=[tuple(ids)], echoes=[""], sampling=[sampling], stopwatch=stopwatch)
 
-    async def _read_completion(self, request: CompletionRequest) -> _Asked:
+    async def _read_completion(self, request: CompletionRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.completion(request)
         prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
         return _Asked(
@@ -167,6 +184,7 @@ class Service:
             prompts=prompts,
             echoes=[self._echo(prompt) if request.echo else "" for prompt in request.prompts],
             sampling=[self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts],
+            stopwatch=stopwatch,
         )
 
     async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -183,6 +201,7 @@ class Service:
         if asked.request.deadline_s is not None and asked.request.deadline_s <= self._clock():
             raise DeadlineExceeded("the deadline had passed when the request came")
         mark(3, asked.request.request_id)
+        asked.stopwatch.submitted()
         choices = self._choices(asked)
         told = False
         yielded = [_Yielded() for _ in choices]
@@ -194,7 +213,8 @@ class Service:
                 yielded[event.choice] = so_far
                 usage = _usage(asked, yielded)
                 last = all(choice.finished for choice in yielded)
-                yield dataclasses.replace(event, usage_so_far=usage, usage=usage if last else None)
+                event = dataclasses.replace(event, usage_so_far=usage)
+                yield _last(asked, event, usage) if last else event
 
     def _choices(self, asked: _Asked) -> list[Choice]:
         options = asked.request.options
@@ -227,10 +247,14 @@ class Service:
             priority=asked.request.priority,
             deadline_s=asked.request.deadline_s,
         )
+        times = EngineTimes()
         async with aclosing(self._source.stream(request)) as stream:
             while (event := await self._next(stream, request.deadline_s)) is not None:
-                text = choice.apply(event)
+                times.take(event)
+                with asked.stopwatch.detokenising():
+                    text = choice.apply(event)
                 if text is not None:
+                    text = dataclasses.replace(text, spent=times.at_end(event)) if choice.finished else text
                     yield text, _Yielded(num_tokens=choice.num_tokens, num_cached=choice.num_cached, finished=choice.finished)
                 if choice.finished:
                     return
@@ -244,6 +268,11 @@ class Service:
                 return await anext(stream, None)
         except TimeoutError as error:
             raise DeadlineExceeded("the deadline passed while the answer was computed") from error
+
+
+def _last(asked: _Asked, event: TextEvent, usage: Usage) -> TextEvent:
+    ledger = None if event.spent is None else asked.stopwatch.ledger(event.spent)
+    return dataclasses.replace(event, usage=usage, ledger=ledger)
 
 
 def _usage(asked: _Asked, choices: Sequence[_Yielded]) -> Usage:

@@ -15,12 +15,15 @@ from serve.http.completions import completion_routes
 from serve.http.context import Front, Offers
 from serve.http.errors import error_response
 from serve.http.health import health_routes
+from serve.http.metrics import MetricsPage, metrics_routes
 from serve.http.models import model_routes
 from serve.http.openapi import describe_api
 from serve.limits import Limits
 
 
-def create_app(service: Callable[[], Offers], limits: Limits | None = None, *, behind_ray: bool = False) -> FastAPI:
+def create_app(
+    service: Callable[[], Offers], limits: Limits | None = None, *, metrics: MetricsPage | None = None, behind_ray: bool = False
+) -> FastAPI:
     """The app. ``service`` is asked at each request, so it may be made later, in the process that serves.
 
     ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
@@ -29,6 +32,8 @@ def create_app(service: Callable[[], Offers], limits: Limits | None = None, *, b
     app = FastAPI(title="Manta", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (chat_routes, completion_routes, model_routes, health_routes):
         app.include_router(routes(front))
+    if metrics is not None:
+        app.include_router(metrics_routes(metrics))
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
     describe_api(app)

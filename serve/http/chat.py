@@ -23,7 +23,7 @@ def chat_routes(front: Front) -> APIRouter:
     @routes.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
     async def create_chat_completion(request: Request) -> Response:
         body, stamp, headers = await front.receive(request, ChatBody, id_prefix="chatcmpl")
-        asked, service = body.request(stamp.id), front.service()
+        asked, service = stamp.sign(body.request(stamp.id)), front.service()
         if body.stream:
             answer: Response = await open_stream(request.receive, service.chat(asked), ChatChunks(stamp, body), headers)
         else:

@@ -23,7 +23,7 @@ def completion_routes(front: Front) -> APIRouter:
     @routes.post("/v1/completions", openapi_extra=takes(CompletionBody))
     async def create_completion(request: Request) -> Response:
         body, stamp, headers = await front.receive(request, CompletionBody, id_prefix="cmpl")
-        asked, service = body.request(stamp.id), front.service()
+        asked, service = stamp.sign(body.request(stamp.id)), front.service()
         if body.stream:
             answer: Response = await open_stream(request.receive, service.complete(asked), CompletionChunks(stamp, body), headers)
         else:

@@ -1,5 +1,6 @@
 """What every route needs: the service, and how a request of either API is received and answered."""
 
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -20,6 +21,7 @@ from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, Usa
 IGNORED = "x-manta-ignored-fields"
 
 B = TypeVar("B", bound=SharedBody)
+R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 class Offers(Protocol):
@@ -47,7 +49,7 @@ class Front:
         Raises:
             ServeError: see `read_json_object` and `parse`.
         """
-        request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        arrived_s, request_id = time.monotonic(), f"{id_prefix}-{uuid.uuid4().hex}"
         mark(1, request_id)
         fields = await read_json_object(request, self.limits)
         body = parse(kind, fields, self.limits)
@@ -55,7 +57,8 @@ class Front:
             raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
         mark(2, request_id)
         ignored = ignored_fields(kind, fields)
-        return body, Stamp(id=request_id, created=int(time.time()), model=body.model), {IGNORED: ", ".join(ignored)} if ignored else {}
+        stamp = Stamp(id=request_id, created=int(time.time()), model=body.model, arrived_s=arrived_s)
+        return body, stamp, {IGNORED: ", ".join(ignored)} if ignored else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,12 @@ class Stamp:
     """Also the request's id in service, engine and logs."""
     created: int
     model: str
+    arrived_s: float
+    """`time.monotonic` when its body began to be read."""
+
+    def sign(self, request: R) -> R:
+        """The request with what its connection knows and its body does not."""
+        return dataclasses.replace(request, arrived_s=self.arrived_s)
 
     def piece(self, kind: str, **rest: Any) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **rest}

@@ -266,3 +266,15 @@ def test_a_directory_that_begins_anew_does_not_make_readers_forget() -> None:
     clock.now += 11
     reader.take(*restarted.records())
     assert reader.known == ()
+
+
+def test_a_note_on_a_board_vanishes_unless_it_is_renewed() -> None:
+    clock = Clock()
+    register = Register(expiry_s=10, clock=clock)
+    register.pin("metrics", "front-1", "one")
+    clock.now += 8
+    register.pin("metrics", "front-2", "two")
+    assert register.pinned("metrics") == {"front-1": "one", "front-2": "two"}
+    clock.now += 4
+    assert register.pinned("metrics") == {"front-2": "two"}
+    assert register.pinned("another") == {}

@@ -1,0 +1,59 @@
+"""How long each choice waited, was read and was answered in this engine. Everything that knows of it is named `timekeeper`."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from engine.plan import Spent, StepPlan, TokenEvent
+from engine.request import Request
+
+Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Times:
+    admitted_s: float
+    planned_s: float | None = None
+    first_token_s: float | None = None
+
+    def spent(self, now_s: float) -> Spent:
+        planned_s = now_s if self.planned_s is None else self.planned_s
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        return Spent(queue_s=planned_s - self.admitted_s, prefill_s=max(first_token_s - planned_s, 0.0), decode_s=now_s - first_token_s)
+
+
+class Timekeeper:
+    """Watches the engine's turns from its thread. ``clock`` is monotonic, in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._times: dict[Key, _Times] = {}
+
+    def admitted(self, request: Request) -> None:
+        self._times[request.key] = _Times(self._clock())
+
+    def planned(self, plan: StepPlan) -> None:
+        """A sequence's first opening ends its wait; later ones (after preemption or a loss) count where they fall."""
+        for opening in plan.opened:
+            times = self._times.get((opening.request_id, opening.choice))
+            if times is not None and times.planned_s is None:
+                times.planned_s = self._clock()
+
+    def told(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
+        """The same events; the first one with tokens and the last one of a choice say what was spent until then."""
+        return [self._told(event) for event in events]
+
+    def _told(self, event: TokenEvent) -> TokenEvent:
+        key = (event.request_id, event.choice)
+        times = self._times.get(key)
+        if times is None:
+            return event
+        first = times.first_token_s is None and bool(event.tokens)
+        if not first and event.finish_reason is None:
+            return event
+        now_s = self._clock()
+        if first:
+            times.first_token_s = now_s
+        if event.finish_reason is not None:
+            del self._times[key]
+        return replace(event, spent=times.spent(now_s))

@@ -1,0 +1,22 @@
+"""/metrics: what this server counts and measures, for Prometheus."""
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+MetricsPage = Callable[[str], Awaitable[tuple[bytes, str]]]
+"""The page, in the format that an Accept header asks for, and its Content-Type."""
+
+
+def metrics_routes(page: MetricsPage) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.head("/metrics", include_in_schema=False)
+    @routes.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        body, content_type = await page(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    return routes

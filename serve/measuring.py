@@ -1,0 +1,85 @@
+"""The observer behind /metrics: times and tokens of every request, counted where its client meets the server."""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+
+from serve import metric_names as names
+from serve.errors import code_of
+from serve.metrics import Instruments
+from serve.request import ChatRequest, CompletionRequest, TextEvent, Usage
+
+CLIENT_LEFT = "client_left"
+
+
+class Measuring:
+    """``models``: names that may stand in a label; of a request for any other model only the failure is told, without a name."""
+
+    def __init__(self, instruments: Instruments, models: Collection[str], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._instruments, self._models, self._clock = instruments, models, clock
+
+    def begin(self, request: ChatRequest | CompletionRequest) -> "_RequestTimes":
+        model = request.model if request.model in self._models else ""
+        return _RequestTimes(self._instruments, model, request.arrived_s, self._clock)
+
+
+class _RequestTimes:
+    def __init__(self, instruments: Instruments, model: str, arrived_s: float | None, clock: Callable[[], float]) -> None:
+        self._instruments, self._model, self._clock = instruments, model, clock
+        self._begun_s = clock() if arrived_s is None else arrived_s
+        self._first_s: float | None = None
+        self._last_s: dict[int, float] = {}
+        """When each choice gave its last token so far."""
+        self._usage = Usage(prompt_tokens=0, completion_tokens=0)
+        self._reasons: list[str] = []
+        self._end: TextEvent | None = None
+        instruments.add(names.IN_PROGRESS, 1, model_name=model)
+
+    def event(self, event: TextEvent) -> None:
+        if event.tokens:
+            self._tokens(event)
+        if event.finish_reason is not None:
+            self._end = event  # the last choice to end is the one that the request waited for
+            self._reasons.append(event.finish_reason)
+        self._usage = event.usage or event.usage_so_far or self._usage
+
+    def ended(self) -> None:
+        for reason in self._reasons[:1]:  # of several choices the first: a request counts once
+            self._instruments.count(names.REQUESTS, model_name=self._model, finished_reason=reason)
+        now_s = self._clock()
+        self._observe(names.REQUEST_SECONDS, now_s - self._begun_s)
+        self._observe(names.REQUEST_PROMPT_TOKENS, self._usage.prompt_tokens)
+        self._observe(names.REQUEST_GENERATION_TOKENS, self._usage.completion_tokens)
+        if self._first_s is not None and self._usage.completion_tokens > 1:
+            self._observe(names.TIME_PER_TOKEN, (now_s - self._first_s) / (self._usage.completion_tokens - 1))
+        if self._end is not None and (spent := self._end.spent) is not None:
+            self._observe(names.QUEUE_SECONDS, spent.queue_s)
+            self._observe(names.PREFILL_SECONDS, spent.prefill_s)
+            self._observe(names.DECODE_SECONDS, spent.decode_s)
+            self._observe(names.INFERENCE_SECONDS, spent.prefill_s + spent.decode_s)
+        self._close()
+
+    def failed(self, error: BaseException) -> None:
+        left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        self._instruments.count(names.FAILURES, model_name=self._model, code=CLIENT_LEFT if left else code_of(error))
+        self._close()
+
+    def _tokens(self, event: TextEvent) -> None:
+        now_s = self._clock()
+        if self._first_s is None:
+            self._first_s = now_s
+            self._observe(names.TIME_TO_FIRST_TOKEN, now_s - self._begun_s)
+        last_s = self._last_s.get(event.choice)
+        if last_s is not None:
+            for _ in event.tokens:
+                self._observe(names.INTER_TOKEN, (now_s - last_s) / len(event.tokens))
+        self._last_s[event.choice] = now_s
+        self._instruments.count(names.GENERATION_TOKENS, len(event.tokens), model_name=self._model)
+
+    def _close(self) -> None:
+        self._instruments.count(names.PROMPT_TOKENS, self._usage.prompt_tokens, model_name=self._model)
+        self._instruments.count(names.CACHED_TOKENS, self._usage.cached_tokens, model_name=self._model)
+        self._instruments.add(names.IN_PROGRESS, -1, model_name=self._model)
+
+    def _observe(self, metric: names.Metric, value: float) -> None:
+        self._instruments.observe(metric, value, model_name=self._model)

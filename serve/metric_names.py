@@ -1,0 +1,205 @@
+"""What /metrics tells: every name, what it counts, and the name under which dashboards made for vLLM look for it.
+
+One table, from which the instruments of `serve.metrics` and the page docs/metrics.md are made.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+COMMAND = "python -m serve.metric_names > docs/metrics.md"
+
+
+class Kind(StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+FRONT = ("model_name", "front")
+REPLICA = ("model_name", "replica")
+
+SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    320.0,
+    640.0,
+)
+"""OpenTelemetry's boundaries for `gen_ai.server.time_to_first_token`, continued to what long queues and answers take."""
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
+"""OpenTelemetry's boundaries for `gen_ai.server.time_per_output_token`, continued both ways."""
+TOKENS = tuple(float(4**power) for power in range(11))
+"""1 to 1,048,576, OpenTelemetry's boundaries for `gen_ai.client.token.usage`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One family. A counter's samples end in ``_total``, a histogram's in ``_bucket``, ``_sum`` and ``_count``."""
+
+    name: str
+    kind: Kind
+    says: str
+    labels: tuple[str, ...]
+    alias: str | None = None
+    """The name that vLLM's server gives to the same thing."""
+    buckets: tuple[float, ...] = ()
+
+
+def _front(name: str, says: str, *labels: str, alias: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.COUNTER, says=says, labels=(*FRONT, *labels), alias=alias)
+
+
+def _times(name: str, says: str, alias: str | None = None, buckets: tuple[float, ...] = SECONDS) -> Metric:
+    return Metric(name=name, kind=Kind.HISTOGRAM, says=says, labels=FRONT, alias=alias, buckets=buckets)
+
+
+def _gauge(name: str, says: str, *labels: str, alias: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.GAUGE, says=says, labels=(*REPLICA, *labels), alias=alias)
+
+
+def _count(name: str, says: str, alias: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.COUNTER, says=says, labels=REPLICA, alias=alias)
+
+
+# --- measured by the fronts
+
+REQUESTS = _front(
+    "manta_requests", "Requests that were answered whole, by why they ended.", "finished_reason", alias="vllm:request_success"
+)
+FAILURES = _front("manta_request_failures", "Requests that ended otherwise, by the code their client was told.", "code")
+PROMPT_TOKENS = _front("manta_prompt_tokens", "Tokens of prompts, each prompt once.", alias="vllm:prompt_tokens")
+GENERATION_TOKENS = _front("manta_generation_tokens", "Tokens handed to clients.", alias="vllm:generation_tokens")
+CACHED_TOKENS = _front(
+    "manta_prompt_tokens_cached", "Tokens of prompts whose KV was found in a prefix cache.", alias="vllm:prompt_tokens_cached"
+)
+IN_PROGRESS = Metric(
+    name="manta_requests_in_progress", kind=Kind.GAUGE, says="Requests that the front has taken in and not ended.", labels=FRONT
+)
+TIME_TO_FIRST_TOKEN = _times(
+    "manta_time_to_first_token_seconds", "From a request's arrival to its first token.", "vllm:time_to_first_token_seconds"
+)
+INTER_TOKEN = _times(
+    "manta_inter_token_latency_seconds",
+    "Between one token of a choice and the next; of several that come at once, each its part.",
+    "vllm:inter_token_latency_seconds",
+    TOKEN_SECONDS,
+)
+TIME_PER_TOKEN = _times(
+    "manta_time_per_output_token_seconds",
+    "Of a request: from its first token to its end, over the tokens after the first.",
+    "vllm:request_time_per_output_token_seconds",
+    TOKEN_SECONDS,
+)
+REQUEST_SECONDS = _times("manta_request_seconds", "From a request's arrival to its end.", "vllm:e2e_request_latency_seconds")
+QUEUE_SECONDS = _times("manta_request_queue_seconds", "What a request waited in an engine.", "vllm:request_queue_time_seconds")
+PREFILL_SECONDS = _times(
+    "manta_request_prefill_seconds", "From its first step to its first token, in the engine.", "vllm:request_prefill_time_seconds"
+)
+DECODE_SECONDS = _times(
+    "manta_request_decode_seconds", "From its first token to its last, in the engine.", "vllm:request_decode_time_seconds"
+)
+INFERENCE_SECONDS = _times("manta_request_inference_seconds", "Prefill and decode together.", "vllm:request_inference_time_seconds")
+REQUEST_PROMPT_TOKENS = _times("manta_request_prompt_tokens", "Prompt tokens of a request.", "vllm:request_prompt_tokens", TOKENS)
+REQUEST_GENERATION_TOKENS = _times(
+    "manta_request_generation_tokens", "Tokens generated for a request.", "vllm:request_generation_tokens", TOKENS
+)
+FRONT_READY = Metric(name="manta_front_ready", kind=Kind.GAUGE, says="1 while the front would have a request computed.", labels=("front",))
+RESUMES = Metric(
+    name="manta_resumes", kind=Kind.COUNTER, says="Choices continued on another replica, or on the same one again.", labels=("front",)
+)
+
+# --- told by the replicas' engines
+
+RUNNING = _gauge("manta_requests_running", "Choices that hold KV blocks.", alias="vllm:num_requests_running")
+WAITING = _gauge("manta_requests_waiting", "Choices that wait for KV blocks.", alias="vllm:num_requests_waiting")
+KV_USED = _gauge("manta_kv_usage_ratio", "KV blocks held by running choices, of all, 0 to 1.", alias="vllm:kv_cache_usage_perc")
+KV_BLOCKS = _gauge("manta_kv_blocks", "KV blocks: used, cached (free to be taken, and findable until then), free.", "state")
+PREFIX_QUERIES = _count("manta_prefix_cache_queries", "Tokens looked up in the prefix cache.", "vllm:prefix_cache_queries")
+PREFIX_HITS = _count("manta_prefix_cache_hits", "Tokens found in the prefix cache.", "vllm:prefix_cache_hits")
+PREEMPTIONS = _count("manta_preemptions", "Times a choice had its KV blocks taken away.", "vllm:num_preemptions")
+STEPS = _count("manta_steps", "Forward passes over the replica.")
+STEP_SECONDS = _gauge("manta_step_seconds", "A step on the slowest sampling rank, smoothed over about 20 steps.")
+COMPUTED_TOKENS = _count("manta_computed_tokens", "Tokens that steps computed, those computed again included.")
+SAMPLED_TOKENS = _count("manta_sampled_tokens", "Tokens that engines sampled.")
+WORKER_LOSSES = _count("manta_worker_losses", "Times that all ranks were lost and started again.")
+EXPERT_MOVES = _count("manta_expert_moves", "Copies of routed experts that went from rank to rank.")
+EXPERT_IMBALANCE = _gauge("manta_expert_imbalance_ratio", "The busiest rank's expert load over the mean, in the worst layer.")
+REPLICA_READY = _gauge("manta_replica_ready", "1 while the replica makes tokens.")
+CACHE_CONFIG = _gauge(
+    "manta_cache_config_info",
+    "Always 1; the labels say what the KV cache is.",
+    "block_size",
+    "num_gpu_blocks",
+    "num_shards",
+    "max_model_len",
+    alias="vllm:cache_config_info",
+)
+
+METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
+
+ABOUT = f"""# Metrics
+
+Written by `{COMMAND}`; a test compares. Do not edit.
+
+`GET /metrics` answers in the Prometheus text format, or in OpenMetrics where the scraper asks for it. Whichever front is asked
+answers for the whole server: what each front measured (label `front`), and what each replica's engine says (label `replica`). So
+**scrape one address** (a Service that balances over the fronts will do, one scrape per interval); scraping every pod would count
+everything once for each. Each series is one process's, so `rate` and `sum` are right over restarts and scaling:
+
+```
+sum(rate(manta_generation_tokens_total[1m]))                                                        tokens per second
+histogram_quantile(0.99, sum by (le) (rate(manta_time_to_first_token_seconds_bucket[5m])))          p99 time to first token
+sum(manta_requests_waiting)                                                                         queued
+max(manta_kv_usage_ratio)                                                                           fullest KV cache
+```
+
+What another front or a replica says is at most about two seconds old. A name in the second column is the same series again under
+the name vLLM has for it, so that dashboards, KEDA scalers and the Gateway API's endpoint picker find it. Counters end in `_total`,
+histograms in `_bucket`, `_sum` and `_count`. Label `model_name` is the model's name for clients. No label holds anything that a
+client wrote.
+"""
+
+
+def page() -> str:
+    """docs/metrics.md."""
+    return "\n".join([ABOUT, *_section("Measured by the fronts", "front"), *_section("Told by the replicas", "replica"), *_buckets()])
+
+
+def _section(title: str, source: str) -> Iterator[str]:
+    yield from (f"## {title}", "", "| Name | As vLLM has it | Kind | Labels | Says |", "|---|---|---|---|---|")
+    for metric in METRICS:
+        if source in metric.labels:
+            suffix = "_total" if metric.kind is Kind.COUNTER else ""
+            alias = f"`{metric.alias}{suffix}`" if metric.alias else ""
+            labels = ", ".join(f"`{label}`" for label in metric.labels)
+            yield f"| `{metric.name}{suffix}` | {alias} | {metric.kind} | {labels} | {metric.says} |"
+    yield ""
+
+
+def _buckets() -> Iterator[str]:
+    yield from ("## Buckets", "")
+    for name, buckets in (("Times of requests, s", SECONDS), ("Times between tokens, s", TOKEN_SECONDS), ("Tokens", TOKENS)):
+        yield f"- {name}: {', '.join(f'{bucket:g}' if bucket < 1e5 else f'{bucket:.0f}' for bucket in buckets)}"
+    yield ""
+
+
+if __name__ == "__main__":
+    print(page(), end="")

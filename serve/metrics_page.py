@@ -1,0 +1,42 @@
+"""What any front answers on /metrics: its own measures, those of the other fronts, and what the replicas say of themselves."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from cluster.directory import ReplicaRecord
+from serve import metric_names as names
+from serve.metrics import Instruments, Snapshot, render, replica_snapshot
+
+
+class OtherFronts(Protocol):
+    """`cluster.board.Board` is one."""
+
+    async def others(self) -> Sequence[Snapshot]: ...
+
+
+class SourceFacts(Protocol):
+    """What the page asks of the router."""
+
+    num_resumes: int
+
+    @property
+    def replicas(self) -> Iterable[ReplicaRecord]: ...
+    def ready(self) -> bool: ...
+
+
+class MetricsPage:
+    def __init__(self, instruments: Instruments, source: SourceFacts, others: OtherFronts) -> None:
+        self._instruments, self._source, self._others = instruments, source, others
+        self._num_resumes = 0
+
+    def own(self) -> Snapshot:
+        """This front's part, as the other fronts are told it."""
+        self._instruments.show(names.FRONT_READY, float(self._source.ready()))
+        self._instruments.count(names.RESUMES, self._source.num_resumes - self._num_resumes)
+        self._num_resumes = self._source.num_resumes
+        return self._instruments.snapshot()
+
+    async def __call__(self, accept: str) -> tuple[bytes, str]:
+        """The page, in the format that the Accept header asks for, and its Content-Type."""
+        replicas = [replica_snapshot(record) for record in self._source.replicas]
+        return render([self.own(), *await self._others.others(), *replicas], accept)
