@@ -158,8 +158,9 @@ class Reporter:
 class Reader:
     """A front's side: asks the directory; its last answer stays valid while the directory is away or begins anew."""
 
-    def __init__(self, app: str) -> None:
-        self._app = app
+    def __init__(self, app: str, *, model: str | None = None) -> None:
+        """``model``: leave out the replicas of others."""
+        self._app, self._model = app, model
         self._actor: Any = None
         self._known: dict[str, ReplicaRecord] = {}
 
@@ -179,5 +180,5 @@ class Reader:
 
     def take(self, complete: bool, records: tuple[ReplicaRecord, ...]) -> None:
         """An answer that may not be complete yet adds to what is known; a complete one replaces it."""
-        answer = {record.id: record for record in records}
+        answer = {record.id: record for record in records if self._model in (None, record.model)}
         self._known = answer if complete else self._known | answer

@@ -4,7 +4,9 @@ Read from a YAML file, the environment and flags by `serve.config_sources`; desc
 checks types here, at the edge, and calls each dataclass's own check; below `serve/` nobody knows of pydantic.
 """
 
-from typing import Literal
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -118,6 +120,18 @@ class RaySettings(Section):
     """Start Ray's dashboard with a local Ray."""
 
 
+class ModelEntry(Section):
+    """One of several models: the sections that are a model's own. What an entry leaves out is as at the top level."""
+
+    model: ModelSettings = ModelSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    replicas: ReplicasSettings = ReplicasSettings()
+    engine: EngineConfig = EngineConfig()
+    runner: RunnerConfig = RunnerConfig()
+    resources: RankResources = RankResources()
+    replica: ReplicaConfig = ReplicaConfig()
+
+
 class ServeConfig(Section):
     """Settings of a Manta server."""
 
@@ -128,6 +142,9 @@ class ServeConfig(Section):
     runner: RunnerConfig = RunnerConfig()
     resources: RankResources = RankResources()
     replica: ReplicaConfig = ReplicaConfig()
+    models: tuple[ModelEntry, ...] = ()
+    """Several models side by side, each with its own engines; none = the one that the section `model` names. An entry may have
+    any of the sections above, and overrides single settings of theirs."""
     router: RouterConfig = RouterConfig()
     fronts: FrontsSettings = FrontsSettings()
     http: HttpSettings = HttpSettings()
@@ -136,8 +153,53 @@ class ServeConfig(Section):
     logging: LoggingSettings = LoggingSettings()
     ray: RaySettings = RaySettings()
 
+    def each_model(self) -> "tuple[ServeConfig, ...]":
+        """For every model the settings of a server that has only this one."""
+        if not self.models:
+            return (self,)
+        return tuple(
+            self.model_copy(update={"models": (), **{section: getattr(entry, section) for section in ModelEntry.model_fields}})
+            for entry in self.models
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _entries_have_the_top_levels_settings(cls, data: Any) -> Any:
+        """Complete every entry from the sections beside the list."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("models"), list | tuple):
+            return data
+        beside = {name: _settings_in(data[name]) for name in ModelEntry.model_fields if name != "model" and name in data}
+        return {**data, "models": [_completed(entry, beside) for entry in data["models"]]}
+
+    @model_validator(mode="after")
+    def _models_can_be_told_apart(self) -> "ServeConfig":
+        if self.models and self.model != ModelSettings():
+            raise ValueError("with a list of models each entry has its own section model; leave out the one beside the list")
+        labels = [entry.model.name or entry.model.source for entry in self.models]
+        for label in sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two models are called {label!r}; give each its own model.name")
+        return self
+
     @model_validator(mode="after")
     def _fronts_do_not_collide(self) -> "ServeConfig":
         if self.http.port == self.grpc.port:
             raise ValueError(f"http.port and grpc.port are both {self.http.port}; choose two")
         return self
+
+
+def _settings_in(section: Any) -> Any:
+    """A section as a mapping, whatever it was given as; what is none of the three is for the check of types to refuse."""
+    if isinstance(section, BaseModel):
+        return section.model_dump()
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return section
+
+
+def _completed(entry: Any, beside: Mapping[str, Any]) -> Any:
+    entry = _settings_in(entry)
+    if not isinstance(entry, Mapping):
+        return entry
+    own = {name: _settings_in(section) for name, section in entry.items()}
+    both = {name for name in own.keys() & beside.keys() if isinstance(own[name], Mapping) and isinstance(beside[name], Mapping)}
+    return {**beside, **own, **{name: {**beside[name], **own[name]} for name in both}}

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from serve.config import DERIVED, ServeConfig
-from serve.config_sources import PREFIX, SEPARATOR, ConfigError, Entry, Loaded, known_settings, unknown
+from serve.config_sources import LIST, PREFIX, SEPARATOR, ConfigError, Entry, Loaded, known_settings, unknown
 
 WIDTH = 110
 
@@ -78,6 +78,9 @@ def _yaml_lines(loaded: Loaded) -> Iterator[str]:
     schema = json_schema()
     values = loaded.config.model_dump(mode="json")
     for section, fields in values.items():
+        if section == LIST:
+            yield from _model_lines(values, loaded)
+            continue
         yield from ("", *_comment(_section(schema, section).get("description", ""), indent=""), f"{section}:")
         for name, value in fields.items():
             path = f"{section}.{name}"
@@ -86,6 +89,23 @@ def _yaml_lines(loaded: Loaded) -> Iterator[str]:
             origin = loaded.origins.get(path)
             yield from _comment(setting_docs()[path].doc, indent="  ")
             yield f"  {name}: {json.dumps(value)}{f'  # from {origin}' if origin else ''}"
+
+
+def _model_lines(values: Mapping[str, Any], loaded: Loaded) -> Iterator[str]:
+    """The list of models: of each entry what differs from the sections beside the list."""
+    doc = json_schema()["properties"][LIST]["description"]
+    yield from ("", *_comment(doc, indent=""), f"{LIST}:{'' if values[LIST] else ' []'}")
+    for index, entry in enumerate(values[LIST]):
+        bullet = "- "
+        for section, fields in entry.items():
+            own = {name: value for name, value in fields.items() if section == "model" or value != values[section][name]}
+            if not own:
+                continue
+            yield f"  {bullet}{section}:"
+            bullet = "  "
+            for name, value in own.items():
+                origin = loaded.origins.get(f"{LIST}.{index}.{section}.{name}")
+                yield f"      {name}: {json.dumps(value)}{f'  # from {origin}' if origin else ''}"
 
 
 def _comment(text: str, *, indent: str) -> list[str]:

@@ -16,13 +16,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serve.config import DERIVED, ServeConfig
+from serve.config import DERIVED, ModelEntry, ServeConfig
 
 PREFIX = "MANTA_"
 SEPARATOR = "__"
 """`MANTA_HTTP__PORT` sets http.port. Variables without a double underscore are none of ours: Kubernetes makes such ones
 (`MANTA_PORT`, `MANTA_SERVICE_HOST`) for a service named manta."""
 MAX_FILE_BYTES = 1024 * 1024
+LIST = "models"
 
 
 class ConfigError(ValueError):
@@ -38,7 +39,7 @@ class Entry:
     """One setting from one source."""
 
     path: str
-    """section.field"""
+    """section.field, or models.N.section.field for the N-th entry of the list (from 0)"""
     value: Any
     origin: str
     """As a person would name the place: ``manta.yaml:3``, ``MANTA_HTTP__PORT``, ``--http-port``."""
@@ -58,14 +59,11 @@ def load(*, file: Path | None = None, environment: Mapping[str, str] | None = No
         ConfigError: a source cannot be read, settings are unknown, or values are wrong.
     """
     entries = [*(from_file(file) if file else ()), *from_environment(environment or {}), *flags]
-    problems = [unknown(entry) for entry in entries if entry.path not in known_settings()]
-    chosen = {entry.path: entry for entry in entries if entry.path in known_settings()}
-    tree: dict[str, dict[str, Any]] = {}
-    for path, entry in chosen.items():
-        section, name = path.split(".")
-        tree.setdefault(section, {})[name] = entry.value
+    problems = [unknown(entry) for entry in entries if setting_at(entry.path) is None]
+    chosen = {entry.path: entry for entry in entries if setting_at(entry.path) is not None}
+    problems += _gaps(entries)
     try:
-        config = ServeConfig.model_validate(tree)
+        config = ServeConfig.model_validate(_tree(chosen))
     except ValidationError as error:
         raise ConfigError([*problems, *_wrong_values(error, chosen)]) from None
     if problems:
@@ -73,12 +71,42 @@ def load(*, file: Path | None = None, environment: Mapping[str, str] | None = No
     return Loaded(config=config, origins={path: entry.origin for path, entry in chosen.items()})
 
 
+def _tree(chosen: Mapping[str, Entry]) -> dict[str, Any]:
+    """Sections of settings, as `ServeConfig` takes them."""
+    tree: dict[str, Any] = {}
+    models: dict[int, dict[str, Any]] = {}
+    for path, entry in chosen.items():
+        *place, section, name = path.split(".")
+        sections = models.setdefault(int(place[1]), {}) if place else tree
+        sections.setdefault(section, {})[name] = entry.value
+    return tree | ({"models": [models[index] for index in sorted(models)]} if models else {})
+
+
+def _gaps(entries: Iterable[Entry]) -> Iterator[str]:
+    """Of an entry of the list whose predecessor nobody mentions, the number was mistyped."""
+    first: dict[int, Entry] = {}
+    for entry in entries:
+        if match := re.match(r"models\.(\d{1,3})\.", entry.path):
+            first.setdefault(int(match.group(1)), entry)
+    for index in sorted(first):
+        if index and index - 1 not in first:
+            yield f"{first[index].path} ({first[index].origin}): there is no entry models.{index - 1} before it"
+
+
+def setting_at(path: str) -> str | None:
+    """The setting that a path is about, as section.field; None if there is no such setting."""
+    match = re.fullmatch(r"models\.\d{1,3}\.((\w+)\.\w+)", path)
+    setting = match.group(1) if match and match.group(2) in ModelEntry.model_fields else path
+    return setting if setting in known_settings() else None
+
+
 @cache
 def known_settings() -> Mapping[str, Any]:
-    """Path of every setting, and its type."""
+    """Path of every setting, and its type. Those of a model can also stand in an entry of the list `models`."""
     return {
         f"{section}.{name}": hint
         for section, field in ServeConfig.model_fields.items()
+        if section != LIST
         for name, hint in _fields(field.annotation).items()
         if f"{section}.{name}" not in DERIVED
     }
@@ -126,16 +154,34 @@ def from_file(file: Path) -> list[Entry]:
 
 def _entries(loader: yaml.SafeLoader, root: yaml.Node, file: str) -> Iterator[Entry]:
     for section, where, node in _pairs(loader, root, file, "the whole file"):
-        if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
-            continue  # a section whose settings are all commented out
-        if section not in ServeConfig.model_fields:
-            if isinstance(node, yaml.MappingNode):
-                yield from (Entry(f"{section}.{name}", None, place) for name, place, _ in _pairs(loader, node, file, section))
-            else:
-                yield Entry(section, None, where)
-            continue
-        for name, place, value in _pairs(loader, node, file, section):
-            yield Entry(f"{section}.{name}", loader.construct_object(value, deep=True), place)
+        if section == LIST and isinstance(node, yaml.SequenceNode):
+            for index, entry in enumerate(node.value):
+                for part, place, inner in _pairs(loader, entry, file, f"each entry of {LIST}"):
+                    yield from _section(loader, inner, file, part, place, known=ModelEntry, prefix=f"{LIST}.{index}.")
+        elif section == LIST and not _is_empty(node):
+            raise ConfigError([f"{LIST} must be a list, one entry for each model ({where})"])
+        else:
+            yield from _section(loader, node, file, section, where, known=ServeConfig)
+
+
+def _section(
+    loader: yaml.SafeLoader, node: yaml.Node, file: str, section: str, where: str, *, known: type[BaseModel], prefix: str = ""
+) -> Iterator[Entry]:
+    if _is_empty(node):
+        return
+    if section not in known.model_fields:
+        if isinstance(node, yaml.MappingNode):
+            yield from (Entry(f"{prefix}{section}.{name}", None, place) for name, place, _ in _pairs(loader, node, file, section))
+        else:
+            yield Entry(f"{prefix}{section}", None, where)
+        return
+    for name, place, value in _pairs(loader, node, file, section):
+        yield Entry(f"{prefix}{section}.{name}", loader.construct_object(value, deep=True), place)
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    """Nothing, or a section whose settings are all commented out."""
+    return isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~")
 
 
 def _pairs(loader: yaml.SafeLoader, node: yaml.Node, file: str, what: str) -> Iterator[tuple[str, str, yaml.Node]]:
@@ -171,7 +217,7 @@ def from_assignment(text: str) -> Entry:
 
 def from_text(path: str, text: str, origin: str) -> Entry:
     """A value that came as text: itself where the setting takes text, else what YAML reads in it."""
-    types_of_setting = _flat(known_settings().get(path, str))
+    types_of_setting = _flat(known_settings().get(setting_at(path) or "", str))
     if type(None) in types_of_setting and text.strip().lower() in ("", "null", "none"):
         return Entry(path, None, origin)
     if any(kind is str or isinstance(kind, str) for kind in types_of_setting):
@@ -191,10 +237,12 @@ def _flat(hint: Any) -> tuple[Any, ...]:
 
 def _wrong_values(error: ValidationError, chosen: Mapping[str, Entry]) -> Iterator[str]:
     for problem in error.errors(include_url=False, include_context=False):
-        path = ".".join(str(part) for part in problem["loc"][:2])
+        depth = 4 if problem["loc"][:1] == (LIST,) else 2
+        path = ".".join(str(part) for part in problem["loc"][:depth])
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if path in chosen:
             yield f"{path} {message}, got {chosen[path].value!r:.100} ({chosen[path].origin})"
-        else:  # a section's own check, or one between sections
+        else:  # a section's own check, or one between sections; or an entry has it from beside the list, where it is told already
             involved = sorted({entry.origin for entry in chosen.values() if entry.path.startswith(path)})
-            yield f"{f'{path}: ' if path else ''}{message} ({', '.join(involved) or 'default'})"
+            if involved or depth == 2:
+                yield f"{f'{path}: ' if path else ''}{message} ({', '.join(involved) or 'default'})"

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+import hashlib
+import re
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from cluster.replica import Replica
 from cluster.router import Router
 from cluster.worker import ModelRanks
 from model.checkpoint_folder import small_files
+from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
@@ -29,6 +32,7 @@ from serve.metrics import Instruments, Snapshot
 from serve.metrics_page import MetricsPage
 from serve.model_facts import ModelFacts
 from serve.need import need_of
+from serve.observing import Observer
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 
@@ -43,17 +47,20 @@ SHUTDOWN_MARGIN_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint and its name for clients."""
+    """A checkpoint, its name for clients, and how it is served."""
 
     place: Path | str
     """A folder that is there on every host, or the URL of one in a store."""
     name: str
+    config: ServeConfig
+    """As if the server had this model only; see `ServeConfig.each_model`."""
 
 
 class _Engine:
-    """One replica of the model. Fronts reach it by its own socket; Ray Serve starts it, checks it and replaces it."""
+    """One replica of a model. Fronts reach it by its own socket; Ray Serve starts it, checks it and replaces it."""
 
-    async def __init__(self, model: Model, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, model: Model) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        config = model.config
         folder = await asyncio.to_thread(small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
@@ -86,36 +93,44 @@ class _Engine:
 class _Front:
     """HTTP and gRPC over one service. Ray Serve's proxies call the ASGI app, and the methods by their gRPC names."""
 
-    async def __init__(self, model: Model, config: ServeConfig, engine: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, models: Sequence[Model], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
+        """``engines`` are bound only so that Ray Serve deploys them."""
         self._config = config
+        self._routers: list[Router] = []
+        front = ray_serve.get_replica_context().replica_id.unique_id
+        instruments, self._board = Instruments(front), Board[Snapshot](APP, "metrics", front)
+        measuring = Measuring(instruments, [model.name for model in models])
+        self._catalog = Catalog([await self._offer(model, observers=[measuring]) for model in models])
+        self._metrics = MetricsPage(instruments, self._routers, self._board)
+        self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
+        self._grpc = MantaServicer(self._catalog)
+        self._health = HealthServicer(self._catalog.ready)
+
+    async def _offer(self, model: Model, *, observers: Sequence[Observer]) -> Service:
+        """A model's replicas, and the service over them."""
         node = ray.get_runtime_context().get_node_id()
-        self._router = Router(
-            replicas=Reader(APP),
-            connect=lambda record: ReplicaLink(record, node=node, config=config.router),
-            config=config.router,
+        router = Router(
+            replicas=Reader(APP, model=model.name),
+            connect=lambda record: ReplicaLink(record, node=node, config=model.config.router),
+            config=model.config.router,
         )
-        await self._router.open()
+        self._routers.append(router)
+        await router.open()
         folder = await asyncio.to_thread(small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         facts = ModelFacts.from_checkpoint(
-            folder, name=model.name, tokenizer=tokenizer, max_context_tokens=config.runner.max_context_tokens
+            folder, name=model.name, tokenizer=tokenizer, max_context_tokens=model.config.runner.max_context_tokens
         )
-        front = ray_serve.get_replica_context().replica_id.unique_id
-        instruments, self._board = Instruments(front), Board[Snapshot](APP, "metrics", front)
-        self._metrics = MetricsPage(instruments, self._router, self._board)
-        self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
-        measuring = Measuring(instruments, [facts.name])
-        self._service = Service(model=facts, tokenizer=tokenizer, source=self._router, limits=config.limits, observers=[measuring])
-        self._grpc = MantaServicer(self._service)
-        self._health = HealthServicer(self._service.ready)
+        return Service(model=facts, tokenizer=tokenizer, source=router, limits=model.config.limits, observers=observers)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(lambda: self._service, limits=self._config.limits, metrics=lambda accept: self._metrics(accept), behind_ray=True)
+        return create_app(lambda: self._catalog, limits=self._config.limits, metrics=lambda accept: self._metrics(accept), behind_ray=True)
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
             await self._board.close()
-            await self._router.close()
+            for router in self._routers:
+                await router.close()
 
     # The names below are gRPC's; Ray Serve looks for a parameter called grpc_context.
 
@@ -153,24 +168,8 @@ class _Front:
                 yield response
 
 
-def build_app(model: Model, config: ServeConfig) -> ray_serve.Application:
-    """The application: every engine replica in a placement group of its own, fronts beside them."""
-    topology = config.parallel.topology
-    logging = LoggingConfig(log_level=config.logging.level.upper(), enable_access_log=False)
-    engines: Any = ray_serve.deployment(
-        _Engine,
-        name="EngineDeployment",
-        num_replicas=config.replicas.count,
-        placement_group_bundles=bundles(topology, config.resources),
-        placement_group_strategy=strategy(config.resources),
-        ray_actor_options={"num_cpus": REPLICA_CPUS},
-        health_check_period_s=2,
-        health_check_timeout_s=30,
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=config.replica.drain_timeout_s + SHUTDOWN_MARGIN_S,
-        max_constructor_retry_count=2,
-        logging_config=logging,
-    )
+def build_app(models: Sequence[Model], config: ServeConfig) -> ray_serve.Application:
+    """The application: for every model a deployment of its own, whose replicas each have a placement group, and fronts for all."""
     fronts: Any = ray_serve.deployment(
         _Front,
         name="FrontDeployment",
@@ -178,9 +177,41 @@ def build_app(model: Model, config: ServeConfig) -> ray_serve.Application:
         ray_actor_options={"num_cpus": 0, "resources": on_hosts_with(config.fronts.host_resource)},
         max_ongoing_requests=MAX_CALLS_PER_FRONT,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=config.replica.drain_timeout_s,
+        graceful_shutdown_timeout_s=max(model.config.replica.drain_timeout_s for model in models),
         max_constructor_retry_count=2,
-        logging_config=logging,
+        logging_config=_logging(config),
     )
-    app: ray_serve.Application = fronts.bind(model, config, engines.bind(model, config))
+    app: ray_serve.Application = fronts.bind(tuple(models), config, *(_engines(model) for model in models))
     return app
+
+
+def _engines(model: Model) -> Any:
+    config = model.config
+    engines: Any = ray_serve.deployment(
+        _Engine,
+        name=engine_deployment_name(model.name),
+        num_replicas=config.replicas.count,
+        placement_group_bundles=bundles(config.parallel.topology, config.resources),
+        placement_group_strategy=strategy(config.resources),
+        ray_actor_options={"num_cpus": REPLICA_CPUS},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=config.replica.drain_timeout_s + SHUTDOWN_MARGIN_S,
+        max_constructor_retry_count=2,
+        logging_config=_logging(config),
+    )
+    return engines.bind(model)
+
+
+def engine_deployment_name(model: str) -> str:
+    """The name of a model's engine deployment: that of the model, with what Ray Serve might stumble over replaced.
+
+    Qwen/Qwen2-7B  ->  EngineDeployment-Qwen-Qwen2-7B-3f81c2
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.]+", "-", model)
+    return f"EngineDeployment-{plain}" + (f"-{hashlib.sha256(model.encode()).hexdigest()[:6]}" if plain != model else "")
+
+
+def _logging(config: ServeConfig) -> LoggingConfig:
+    return LoggingConfig(log_level=config.logging.level.upper(), enable_access_log=False)

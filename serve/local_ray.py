@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -99,7 +99,7 @@ def _tell_change(record: ReplicaRecord, told: dict[str, tuple[str | None, bool]]
 
 
 @contextmanager
-def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambda _doing, _done: None) -> Iterator[LocalServer]:
+def run_local(models: Sequence[Model], config: ServeConfig, on_progress: OnProgress = lambda _doing, _done: None) -> Iterator[LocalServer]:
     """Start Ray, the replicas and the fronts; on leaving, end all of it within ten seconds.
 
     To be used in the main thread. SIGINT and SIGTERM interrupt the start; afterwards they set `LocalServer.stopped`.
@@ -108,7 +108,7 @@ def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambd
         StartError: with what the failing part said.
         KeyboardInterrupt: stopped while starting.
     """
-    config = config.model_copy(update={"replica": dataclasses.replace(config.replica, drain_timeout_s=DRAIN_S, other_hosts=False)})
+    models = [dataclasses.replace(model, config=_on_one_host(model.config)) for model in models]
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
     stop = _StopSignals()
     _check_ports(config)
@@ -121,20 +121,25 @@ def run_local(model: Model, config: ServeConfig, on_progress: OnProgress = lambd
         try:
             on_progress("starting Ray", 0.0)
             with _told_as_start_error("starting Ray"):
-                _start_ray(config, folder)
+                _start_ray(models, config, folder)
             stop.install()  # Ray has installed its own
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)
             with _told_as_start_error("starting Ray Serve"):
                 _start_serve(config)
             with _loading_shown(on_progress):
-                _run_app(model, config)
+                _run_app(models, config)
             stop.starting = False
             on_progress("ready", 1.0)
             yield LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
         finally:
             stop.starting = False
             _end_ray()
+
+
+def _on_one_host(config: ServeConfig) -> ServeConfig:
+    replica = dataclasses.replace(config.replica, drain_timeout_s=DRAIN_S, other_hosts=False)
+    return config.model_copy(update={"replica": replica})
 
 
 def _check_ports(config: ServeConfig) -> None:
@@ -157,8 +162,8 @@ def _told_as_start_error(doing: str) -> Iterator[None]:
         raise StartError(f"{doing} failed: {error}") from error
 
 
-def _start_ray(config: ServeConfig, folder: Path) -> None:
-    needed = config.replicas.count * cpus_needed(config.parallel.topology, config.resources)
+def _start_ray(models: Sequence[Model], config: ServeConfig, folder: Path) -> None:
+    needed = sum(model.config.replicas.count * cpus_needed(model.config.parallel.topology, model.config.resources) for model in models)
     ray.init(
         address="local",
         num_cpus=math.ceil(config.ray.num_cpus or needed),
@@ -194,15 +199,15 @@ def _start_serve(config: ServeConfig) -> None:
     )
 
 
-def _run_app(model: Model, config: ServeConfig) -> None:
+def _run_app(models: Sequence[Model], config: ServeConfig) -> None:
     try:
-        ray_serve.run(build_app(model, config), name=APP, route_prefix="/")
+        ray_serve.run(build_app(models, config), name=APP, route_prefix="/")
     except RuntimeError as error:
         raise StartError(_why(error)) from error
     deadline = time.monotonic() + config.router.ready_wait_s
     while not _answers(_url(config.http.host, config.http.port) + "/readyz"):
         if time.monotonic() > deadline:
-            raise StartError(f"the model is loaded, but nothing is ready on {config.http.host}:{config.http.port}")
+            raise StartError(f"everything is loaded, but not ready on {config.http.host}:{config.http.port}")
         time.sleep(0.1)
 
 

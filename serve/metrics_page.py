@@ -15,7 +15,7 @@ class OtherFronts(Protocol):
 
 
 class SourceFacts(Protocol):
-    """What the page asks of the router."""
+    """What the page asks of a model's router."""
 
     num_resumes: int
 
@@ -25,18 +25,20 @@ class SourceFacts(Protocol):
 
 
 class MetricsPage:
-    def __init__(self, instruments: Instruments, source: SourceFacts, others: OtherFronts) -> None:
-        self._instruments, self._source, self._others = instruments, source, others
+    def __init__(self, instruments: Instruments, sources: Sequence[SourceFacts], others: OtherFronts) -> None:
+        """``sources``: one for each model."""
+        self._instruments, self._sources, self._others = instruments, sources, others
         self._num_resumes = 0
 
     def own(self) -> Snapshot:
         """This front's part, as the other fronts are told it."""
-        self._instruments.show(names.FRONT_READY, float(self._source.ready()))
-        self._instruments.count(names.RESUMES, self._source.num_resumes - self._num_resumes)
-        self._num_resumes = self._source.num_resumes
+        self._instruments.show(names.FRONT_READY, float(all(source.ready() for source in self._sources)))
+        num_resumes = sum(source.num_resumes for source in self._sources)
+        self._instruments.count(names.RESUMES, num_resumes - self._num_resumes)
+        self._num_resumes = num_resumes
         return self._instruments.snapshot()
 
     async def __call__(self, accept: str) -> tuple[bytes, str]:
         """The page, in the format that the Accept header asks for, and its Content-Type."""
-        replicas = [replica_snapshot(record) for record in self._source.replicas]
+        replicas = [replica_snapshot(record) for source in self._sources for record in source.replicas]
         return render([self.own(), *await self._others.others(), *replicas], accept)

@@ -40,7 +40,9 @@ def bench(
         "parallel.tensor": ("--tensor-parallel", tensor),
         "runner.dtype": ("--dtype", dtype),
     }
-    config = load_settings(file, assignments, flags).config
+    config, *others = load_settings(file, assignments, flags).config.each_model()
+    if others:
+        stop("the settings name several models, and one is measured at a time: name it, without the list")
     from rich.console import Console
 
     from serve.bench.report import table_of

@@ -30,7 +30,7 @@ def doctor(
         str | None,
         typer.Option("--ray-address", help="Examine the hosts of a running Ray cluster (auto, host:port), not this machine alone."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Facts and findings, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Facts and findings, for programs; a list where several models are set.")] = False,
     assignments: Assignments = None,
 ) -> None:
     """Examine hosts, checkpoint and links before a model is loaded. Leaves with 1 if something is fatal.
@@ -51,15 +51,26 @@ def doctor(
         "parallel.data": ("--data-parallel", data),
     }
     config = load_settings(file, assignments, flags).config
-    with progress_shown() as report:
-        found, findings = _checkpoint(config, report) if model is not None or file is not None else (None, [])
-        report("examining the hosts", 0.5)
-        survey = _survey(config, found, address).told(findings)
-    typer.echo(_json(survey)) if as_json else _show(survey)
+    names_a_model = model is not None or file is not None
+    surveys = [_examine(one, names_a_model, address) for one in config.each_model()]
+    if as_json:
+        told = [dataclasses.asdict(survey) for survey in surveys]
+        typer.echo(json.dumps(told if config.models else told[0], indent=2))
+    else:
+        for survey in surveys:
+            _show(survey)
     from cluster.doctor.findings import is_fatal
 
-    if is_fatal(survey.findings):
+    if any(is_fatal(survey.findings) for survey in surveys):
         raise typer.Exit(FAILED)
+
+
+def _examine(config: "ServeConfig", names_a_model: bool, address: str | None) -> "Survey":
+    """Of the only model in ``config``."""
+    with progress_shown() as report:
+        found, findings = _checkpoint(config, report) if names_a_model else (None, [])
+        report("examining the hosts", 0.5)
+        return _survey(config, found, address).told(findings)
 
 
 def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | None, list[Finding]]":
@@ -97,10 +108,6 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
             return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
     except CannotJoin as error:
         stop(str(error))
-
-
-def _json(survey: "Survey") -> str:
-    return json.dumps(dataclasses.asdict(survey), indent=2)
 
 
 def _show(survey: "Survey") -> None:

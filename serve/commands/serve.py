@@ -88,20 +88,23 @@ def serve(
 
 
 def run(config: "ServeConfig") -> None:
-    """Find the model, start everything, and wait."""
+    """Find the models, start everything, and wait."""
     if config.ray.address != "local":
         stop(f'ray.address is {config.ray.address!r}, and this version serves on a Ray of its own only: set it to "local"')
-    found = _find(config)
+    each = config.each_model()
+    found = [_find(one) for one in each]
+    _must_have_own_names(found)
     from serve.deployment import Model
     from serve.local_ray import StartError, run_local  # ray: seconds that are not spent before the model is found
 
+    models = [Model(place=model.place, name=model.name, config=one) for model, one in zip(found, each, strict=True)]
     try:
         with ExitStack() as running:
             with progress_shown() as report:
-                server = running.enter_context(run_local(Model(place=found.place, name=found.name), config, report))
+                server = running.enter_context(run_local(models, config, report))
             for line in loading_lines(server.records()):
                 typer.echo(line)
-            typer.echo(greeting(config, found, program=program()))
+            typer.echo(greeting(config, [model.name for model in found], program=program()))
             server.wait()
             typer.echo("\nEnding what was started ...")
     except StartError as error:
@@ -127,6 +130,12 @@ def _find(config: "ServeConfig") -> "FoundModel":
         return found
 
 
+def _must_have_own_names(found: "Sequence[FoundModel]") -> None:
+    names = [model.name for model in found]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        stop(f"two models are called {name!r}; give each its own model.name")
+
+
 def loading_lines(records: "Sequence[ReplicaRecord]") -> list[str]:
     """What every rank read of the checkpoint, and in how long."""
     lines = []
@@ -141,22 +150,24 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def greeting(config: "ServeConfig", found: "FoundModel", *, program: str) -> str:
-    """What is served where, and lines to paste."""
+def greeting(config: "ServeConfig", names: "Sequence[str]", *, program: str) -> str:
+    """What is served where, and lines to paste. ``names``: what clients call the models, in the order of the settings."""
     http, grpc = f"http://{_reachable(config.http.host)}:{config.http.port}", f"grpc://{_reachable(config.grpc.host)}:{config.grpc.port}"
     messages = json.dumps([{"role": "user", "content": QUESTION}])
-    body = f'{{"model": {json.dumps(found.name)}, "messages": {messages}}}'
-    shape = config.parallel.topology
-    script = f'from manta_client import Client; print(Client("{grpc}").chat.create(messages={messages}).text)'
+    body = f'{{"model": {json.dumps(names[0])}, "messages": {messages}}}'
+    model = "" if len(names) == 1 else f"model={json.dumps(names[0])}, "
+    script = f'from manta_client import Client; print(Client("{grpc}").chat.create({model}messages={messages}).text)'
+    chosen = "" if len(names) == 1 else f" --model {shlex.quote(names[0])}"
     elsewhere = "" if grpc == "grpc://127.0.0.1:9000" else f" --endpoint {grpc}"
+    served = "\n".join(f"Manta serves {name}: {_shape(one)}" for name, one in zip(names, config.each_model(), strict=True))
     return f"""
-Manta serves {found.name}: {config.replicas.count} x {shape.size} rank{"s" if shape.size > 1 else ""} ({shape})
+{served}
   HTTP  {http}/v1   (OpenAI's API)
   gRPC  {grpc}
 
 Ask it, from another terminal:
 
-  {program} chat{elsewhere} "{QUESTION}"
+  {program} chat{chosen}{elsewhere} "{QUESTION}"
 
   curl -s {http}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
 
@@ -164,6 +175,12 @@ Ask it, from another terminal:
 
 Ctrl-C ends it.
 """
+
+
+def _shape(config: "ServeConfig") -> str:
+    """Of one model: how many replicas, and what each is."""
+    topology = config.parallel.topology
+    return f"{config.replicas.count} x {topology.size} rank{'s' if topology.size > 1 else ''} ({topology})"
 
 
 def _python(program: str) -> str:

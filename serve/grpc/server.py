@@ -9,7 +9,7 @@ from serve.grpc.generated import service_pb2_grpc
 from serve.grpc.health import MANTA, HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.limits import Limits
-from serve.service import Service
+from serve.offers import Offers
 
 SERVICER_FUNCTIONS = (
     "serve.grpc.generated.service_pb2_grpc.add_MantaServiceServicer_to_server",
@@ -27,7 +27,7 @@ HEALTH_STREAM_METHODS = ("Watch",)
 
 
 async def start_server(
-    service: Service,
+    service: Offers,
     address: str,
     *,
     credentials: grpc.ServerCredentials | None = None,

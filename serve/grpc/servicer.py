@@ -18,15 +18,15 @@ from serve.errors import RequestTooLarge
 from serve.grpc import convert, read
 from serve.grpc.errors import CallContext, refuse
 from serve.grpc.generated import service_pb2, service_pb2_grpc
+from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, TextEvent
-from serve.service import Service
 
 Response = TypeVar("Response", bound=Message)
 StreamResponse = TypeVar("StreamResponse", service_pb2.ChatStreamResponse, service_pb2.GenerateStreamResponse)
 
 
 class MantaServicer(service_pb2_grpc.MantaServiceServicer):
-    def __init__(self, service: Service, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, service: Offers, *, clock: Callable[[], float] = time.time) -> None:
         self._service, self._clock = service, clock
 
     async def Chat(self, request: service_pb2.ChatRequest, context: CallContext) -> service_pb2.ChatResponse:

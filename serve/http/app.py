@@ -12,13 +12,14 @@ from serve.errors import MethodNotAllowed, RouteNotFound, ServeError
 from serve.http.boundary import RequestBoundary
 from serve.http.chat import chat_routes
 from serve.http.completions import completion_routes
-from serve.http.context import Front, Offers
+from serve.http.context import Front
 from serve.http.errors import error_response
 from serve.http.health import health_routes
 from serve.http.metrics import MetricsPage, metrics_routes
 from serve.http.models import model_routes
 from serve.http.openapi import describe_api
 from serve.limits import Limits
+from serve.offers import Offers
 
 
 def create_app(

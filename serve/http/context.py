@@ -3,9 +3,9 @@
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -15,24 +15,13 @@ from serve.http.body import read_json_object
 from serve.http.boundary import is_identifier
 from serve.http.schema import SharedBody, ignored_fields, parse
 from serve.limits import Limits
-from serve.model_facts import ModelFacts
-from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, Usage
+from serve.offers import Offers
+from serve.request import ChatRequest, CompletionRequest, Usage
 
 IGNORED = "x-manta-ignored-fields"
 
 B = TypeVar("B", bound=SharedBody)
 R = TypeVar("R", ChatRequest, CompletionRequest)
-
-
-class Offers(Protocol):
-    """What this front uses of `serve.service.Service`."""
-
-    def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]: ...
-    def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]: ...
-    async def collect(self, request: ChatRequest | CompletionRequest) -> Result: ...
-    def models(self) -> tuple[ModelFacts, ...]: ...
-    def model(self, name: str) -> ModelFacts: ...
-    def ready(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from serve.cli import app
 from serve.commands.chat import Conversation, converse
 from serve.commands.serve import greeting
 from serve.config import GrpcSettings, HttpSettings, ParallelSettings, ServeConfig
-from serve.model_source import FoundModel
 
 COMMANDS = ("serve", "chat", "config", "demo-model")
 ROOT = Path(__file__).parents[2]
@@ -97,7 +96,7 @@ def test_serve_of_a_model_that_is_nowhere_says_what_would_do() -> None:
 
 def test_the_greeting_has_lines_that_can_be_pasted(tmp_path: Path) -> None:
     config = ServeConfig(http=HttpSettings(host="0.0.0.0", port=8001), grpc=GrpcSettings(port=9001), parallel=ParallelSettings(tensor=2))
-    told = greeting(config, FoundModel(folder=tmp_path, name="it's"), program=".venv/bin/manta")
+    told = greeting(config, ["it's"], program=".venv/bin/manta")
     assert "1 x 2 ranks (tp 2)" in told
     assert '.venv/bin/manta chat --endpoint grpc://127.0.0.1:9001 "Why is the sky blue?"' in told
     (curl,) = (line for line in told.splitlines() if line.startswith("  curl"))

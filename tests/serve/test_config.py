@@ -160,6 +160,79 @@ def test_a_config_is_frozen_and_crosses_processes() -> None:
         config.http.port = 1  # type: ignore[misc]
 
 
+TWO_MODELS = """
+engine: {max_running: 7}
+models:
+- model: {source: demo, name: small}
+  engine: {max_waiting: 3}
+- model: {source: Qwen/Qwen2-7B-Instruct}
+  parallel: {tensor: 2}
+  engine: {max_running: 9}
+"""
+
+
+def test_an_entry_of_the_list_overrides_single_settings_of_those_beside_it(settings_file: Path) -> None:
+    settings_file.write_text(TWO_MODELS)
+    loaded = load(
+        file=settings_file,
+        environment={"MANTA_MODELS__1__ENGINE__MAX_STEP_TOKENS": "99"},
+        flags=[from_assignment("engine.block_tokens=32"), from_assignment("models.1.model.revision=1e5")],
+    )
+    small, large = loaded.config.each_model()
+    assert small.engine == EngineConfig(max_running=7, max_waiting=3, block_tokens=32)
+    assert large.engine == EngineConfig(max_running=9, max_step_tokens=99, block_tokens=32)
+    assert (small.parallel.tensor, large.parallel.tensor) == (1, 2)
+    assert (small.model.name, large.model.source, large.model.revision) == ("small", "Qwen/Qwen2-7B-Instruct", "1e5")
+    assert small.models == large.models == ()
+    assert loaded.origins["models.0.engine.max_waiting"] == "manta.yaml:5"
+    assert loaded.origins["models.1.engine.max_step_tokens"] == "MANTA_MODELS__1__ENGINE__MAX_STEP_TOKENS"
+
+
+def test_without_a_list_the_sections_are_those_of_the_only_model() -> None:
+    config = load(flags=[from_assignment("model.source=demo")]).config
+    assert config.each_model() == (config,)
+
+
+def test_settings_with_a_list_can_be_printed_and_sent_and_read_again(settings_file: Path) -> None:
+    settings_file.write_text(TWO_MODELS)
+    loaded = load(file=settings_file)
+    assert pickle.loads(pickle.dumps(loaded.config)) == loaded.config
+    assert ServeConfig.model_validate(loaded.config.model_dump(mode="json")) == loaded.config
+    printed = as_yaml(loaded)
+    assert "max_waiting: 3  # from manta.yaml:5" in printed
+    settings_file.write_text(printed)
+    assert load(file=settings_file).config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: 3", "models must be a list"),
+        ("models: {model: {name: a}}", "models must be a list"),
+        ("models:\n- 3", "each entry of models must be a mapping"),
+        ("models:\n- http: {port: 1}", "unknown setting models.0.http.port (manta.yaml:2); did you mean http.port?"),
+        (
+            "models:\n- engine: {max_runing: 1}",
+            "unknown setting models.0.engine.max_runing (manta.yaml:2); did you mean engine.max_running?",
+        ),
+        ("models:\n- engine: {max_running: x}", "models.0.engine.max_running should be a valid integer"),
+        ("models:\n- engine: {max_running: 0}", "models.0.engine: max_running must be at least 1, got 0 (manta.yaml:2)"),
+        ("engine: {max_running: 0}\nmodels:\n- model: {name: a}", "engine: max_running must be at least 1, got 0 (manta.yaml:1)"),
+        ("models:\n- model: {name: a}\n- model: {name: a}", "two models are called 'a'"),
+        ("model: {name: z}\nmodels:\n- model: {name: a}", "each entry has its own section model"),
+    ],
+)
+def test_what_is_wrong_in_the_list_is_told_once_and_with_its_place(settings_file: Path, text: str, said: str) -> None:
+    settings_file.write_text(text)
+    (told,) = problems(settings_file)
+    assert said in told
+
+
+def test_an_entry_that_comes_after_none_is_refused() -> None:
+    (told,) = problems(flags=[from_assignment("models.1.model.name=a")])
+    assert "there is no entry models.0 before it" in told
+
+
 def test_the_printed_settings_are_a_file_that_gives_the_same_settings(settings_file: Path) -> None:
     loaded = load(flags=[from_assignment("model.name=my-model"), from_assignment("runner.kv_cache_bytes=1000000")])
     printed = as_yaml(loaded)
@@ -171,6 +244,7 @@ def test_the_printed_settings_are_a_file_that_gives_the_same_settings(settings_f
 
 def test_every_setting_is_printed_and_most_are_explained() -> None:
     tree = yaml.safe_load(as_yaml(load()))
+    assert tree.pop("models") == []
     assert {f"{section}.{name}" for section, fields in tree.items() for name in fields} == set(known_settings())
     ours = ("model.", "parallel.", "replicas.", "http.", "grpc.", "logging.", "ray.")
     assert [path for path, doc in setting_docs().items() if path.startswith(ours) and not doc.doc] == []

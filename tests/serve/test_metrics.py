@@ -149,7 +149,7 @@ async def test_any_front_answers_for_all_fronts_and_replicas() -> None:
     mine, theirs = Instruments("f1"), Instruments("f2")
     for instruments in (mine, theirs):
         instruments.count(names.REQUESTS, model_name="m", finished_reason="stop")
-    answers = MetricsPage(mine, Source(record("r1", num_waiting=1), record("r2", num_waiting=4)), Others(theirs.snapshot()))
+    answers = MetricsPage(mine, [Source(record("r1", num_waiting=1)), Source(record("r2", num_waiting=4))], Others(theirs.snapshot()))
     text, content_type = await answers("")
     said = values(text)
     assert content_type.startswith("text/plain")
@@ -162,7 +162,7 @@ async def test_any_front_answers_for_all_fronts_and_replicas() -> None:
 
 
 async def test_the_page_can_be_had_as_openmetrics() -> None:
-    answers = MetricsPage(Instruments("f1"), Source(record("r1", num_steps=9)), Others())
+    answers = MetricsPage(Instruments("f1"), [Source(record("r1", num_steps=9))], Others())
     text, content_type = await answers("application/openmetrics-text;version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     families = {family.name: family for family in parse_openmetrics(text.decode())}
@@ -170,7 +170,7 @@ async def test_the_page_can_be_had_as_openmetrics() -> None:
 
 
 async def test_counting_again_does_not_count_twice() -> None:
-    answers = MetricsPage(Instruments("f1"), Source(), Others())
+    answers = MetricsPage(Instruments("f1"), [Source()], Others())
     await answers("")
     said = values((await answers(""))[0])
     assert said["manta_resumes_total", "f1"] == 2

@@ -1,0 +1,59 @@
+"""Several models under one roof: a service for each, chosen by the name that a request gives."""
+
+from collections.abc import AsyncGenerator, Sequence
+
+from serve.errors import ModelNotFound
+from serve.limits import Limits
+from serve.model_facts import ModelFacts
+from serve.request import ChatRequest, CompletionRequest, Result, TextEvent
+from serve.service import Service
+
+
+class Catalog:
+    """What both fronts ask. Every request goes to its model's `Service`; what concerns no single one is answered for all."""
+
+    def __init__(self, services: Sequence[Service]) -> None:
+        """Raises ValueError where there is no service, or two of one name."""
+        self._services = {facts.name: service for service in services for facts in service.models()}
+        if not services or len(self._services) != len(services):
+            raise ValueError(f"a catalog needs services with names of their own, got {[service.models()[0].name for service in services]}")
+        self._first = services[0]
+
+    @property
+    def limits(self) -> Limits:
+        """The same for all models: they are checked before it is known which is asked for."""
+        return self._first.limits
+
+    def service(self, name: str) -> Service:
+        """
+        Raises:
+            ModelNotFound: it is not offered.
+        """
+        if name not in self._services:
+            raise ModelNotFound(name)
+        return self._services[name]
+
+    def models(self) -> tuple[ModelFacts, ...]:
+        """What this server offers, in the order of its settings."""
+        return tuple(facts for service in self._services.values() for facts in service.models())
+
+    def model(self, name: str) -> ModelFacts:
+        """Raises ModelNotFound."""
+        return self.service(name).model(name)
+
+    def ready(self) -> bool:
+        """Whether a request for any of the models would be answered now."""
+        return all(service.ready() for service in self._services.values())
+
+    def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
+        return self._of(request).chat(request)
+
+    def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
+        return self._of(request).complete(request)
+
+    async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
+        return await self._of(request).collect(request)
+
+    def _of(self, request: ChatRequest | CompletionRequest) -> Service:
+        """An unknown name is refused by whichever service gets it, at the same moment as everything else that is wrong."""
+        return self._services.get(request.model, self._first)
