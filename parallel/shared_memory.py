@@ -218,6 +218,15 @@ def _load() -> Any:
     return _module
 
 
+def missing() -> str | None:
+    """Why the operator cannot be used on this machine by any number of ranks; None: it can."""
+    try:
+        _load()
+    except (Unavailable, OSError, ImportError) as reason:
+        return str(reason)
+    return None
+
+
 def is_built() -> bool:
     try:
         return built_path().exists()

@@ -19,7 +19,8 @@ from parallel.topology import Topology
 from tests.ranks import end_pools, run_ranks
 
 CORES = shared_memory._cores()
-built = pytest.mark.skipif(not shared_memory.is_built(), reason="run `python -m parallel.shared_memory` to build it")
+MISSING = shared_memory.missing()
+usable = pytest.mark.skipif(MISSING is not None, reason=f"not to be used here: {MISSING}")
 
 
 def needs_cores(ranks: int) -> pytest.MarkDecorator:
@@ -40,7 +41,7 @@ def reduce_all(groups: ParallelGroups, shapes: list[tuple[int, ...]], dtype: tor
 SHAPES = [(1, 16), (1, 896), (7, 5), (1,), (0, 16), (640, 1536), (333, 4080), (1100, 8192)]
 
 
-@built
+@usable
 @needs_cores(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64], ids=str)
 def test_two_ranks_get_bit_for_bit_what_gloo_gives(dtype: torch.dtype) -> None:
@@ -56,7 +57,7 @@ def reduce_rows(groups: ParallelGroups) -> tuple[Tensor, Tensor]:
     return all_reduce(x[1234:1235].clone(), groups.tp), all_reduce(x, groups.tp)[1234:1235]
 
 
-@built
+@usable
 @needs_cores(3)
 def test_three_ranks_sum_a_row_the_same_way_in_any_company() -> None:
     for alone, among_others in run_ranks(Topology(tp=3), reduce_rows, transport="auto"):
@@ -64,7 +65,7 @@ def test_three_ranks_sum_a_row_the_same_way_in_any_company() -> None:
         torch.testing.assert_close(alone, sum(value(rank, (3000, 48), torch.float32)[1234:1235] for rank in range(3)))
 
 
-@built
+@usable
 @needs_cores(2)
 def test_nothing_is_left_in_dev_shm() -> None:
     before = {path.name for path in Path("/dev/shm").iterdir()}
@@ -72,7 +73,7 @@ def test_nothing_is_left_in_dev_shm() -> None:
     assert not [p.name for p in Path("/dev/shm").iterdir() if p.name not in before and p.name.startswith("deepspeed")]
 
 
-@built
+@usable
 @needs_cores(2)
 def test_the_same_processes_can_leave_and_join_again() -> None:
     for _ in range(3):  # an odd number of calls in each: the buffers alternate
@@ -85,13 +86,13 @@ def uses(groups: ParallelGroups) -> dict[str, bool]:
     return {name: group.transport is not None and group.transport.shared_memory is not None for name, group in named.items()}
 
 
-@built
+@usable
 @needs_cores(4)
 def test_only_a_group_of_all_ranks_uses_it() -> None:
     assert run_ranks(Topology(tp=2, pp=2), uses, transport="auto") == [{"tp": False, "stage": False, "world": True}] * 4
 
 
-@built
+@usable
 @needs_cores(2)
 def test_a_group_that_is_the_world_uses_it_whatever_its_axis() -> None:
     assert run_ranks(Topology(tp=2, ep=2), uses, transport="auto") == [{"tp": True, "stage": True, "world": True}] * 2
@@ -102,7 +103,7 @@ def hide_the_operator_on_rank_1(groups: ParallelGroups, folder: str) -> None:
         os.environ["XDG_CACHE_HOME"] = folder
 
 
-@built
+@usable
 @needs_cores(2)
 def test_ranks_agree_on_gloo_when_one_of_them_has_no_operator(tmp_path: Path) -> None:
     end_pools()
@@ -191,7 +192,7 @@ def test_the_log_says_once_why_gloo_is_used_and_how_to_change_that(tmp_path: Pat
     assert "`python -m parallel.shared_memory`" in first[0]
 
 
-@built
+@usable
 def test_a_second_build_is_instant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert shared_memory.build() == shared_memory.built_path()
