@@ -40,6 +40,7 @@ PIECE_BYTES = 2**20 - 64
 """The longest message that each rank adds up whole by itself (``NAIVE_ALLREDUCE_THRESHOLD`` of shm.cpp)."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARED = Path("/dev/shm")  # noqa: S108  (where the operator's shm_open puts its segments)
+NEEDS_AVX512 = "its operator needs a processor with AVX-512BW"
 HOW_TO_BUILD = "run `python -m parallel.shared_memory` once on this machine"
 
 
@@ -203,6 +204,8 @@ _module: Any = None
 def _load() -> Any:
     """The built operator's module. Loaded from its file: importing DeepSpeed itself takes seconds."""
     global _module
+    if "avx512bw" not in Path("/proc/cpuinfo").read_text():
+        raise Unavailable(NEEDS_AVX512)
     if _module is None:
         path = built_path()
         if not path.exists():
@@ -214,17 +217,8 @@ def _load() -> Any:
         loader.exec_module(module)
         _module = module
     if _module.vector_kernel_level() < 2:
-        raise Unavailable("its operator needs a processor with AVX-512BW")
+        raise Unavailable(NEEDS_AVX512)
     return _module
-
-
-def missing() -> str | None:
-    """Why the operator cannot be used on this machine by any number of ranks; None: it can."""
-    try:
-        _load()
-    except (Unavailable, OSError, ImportError) as reason:
-        return str(reason)
-    return None
 
 
 def is_built() -> bool:

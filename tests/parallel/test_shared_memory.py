@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ from parallel.topology import Topology
 from tests.ranks import end_pools, run_ranks
 
 CORES = shared_memory._cores()
-MISSING = shared_memory.missing()
-usable = pytest.mark.skipif(MISSING is not None, reason=f"not to be used here: {MISSING}")
+HAS_AVX512 = "avx512bw" in Path("/proc/cpuinfo").read_text()
+needs_avx512 = pytest.mark.skipif(not HAS_AVX512, reason=shared_memory.NEEDS_AVX512)
+
+
+def usable(test: Callable[..., None]) -> Callable[..., None]:
+    built = pytest.mark.skipif(not shared_memory.is_built(), reason="run `python -m parallel.shared_memory` to build it")
+    return built(needs_avx512(test))
 
 
 def needs_cores(ranks: int) -> pytest.MarkDecorator:
@@ -181,6 +187,7 @@ def agreement_and_log(groups: ParallelGroups, folder: str) -> list[str]:
     return messages
 
 
+@needs_avx512
 @needs_cores(2)
 def test_the_log_says_once_why_gloo_is_used_and_how_to_change_that(tmp_path: Path) -> None:
     end_pools()
@@ -192,7 +199,7 @@ def test_the_log_says_once_why_gloo_is_used_and_how_to_change_that(tmp_path: Pat
     assert "`python -m parallel.shared_memory`" in first[0]
 
 
-@usable
+@pytest.mark.skipif(not shared_memory.is_built(), reason="there was no first one")
 def test_a_second_build_is_instant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert shared_memory.build() == shared_memory.built_path()
