@@ -50,8 +50,9 @@ class ReplicaConfig:
     """A front not heard from for this long is gone: its requests are cancelled."""
     drain_timeout_s: float = 30.0
     """How long a replica that is asked to stop waits for its running requests."""
-    other_hosts: bool = False
-    """Listen for fronts of other hosts as well (TCP on the node's own address, encrypted and authenticated by CURVE)."""
+    other_hosts: bool = True
+    """Listen for fronts of other hosts as well (TCP on the node's own address, encrypted and authenticated by CURVE). A server with
+    a Ray of its own never does."""
 
     def __post_init__(self) -> None:
         _must_be_positive(

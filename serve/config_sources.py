@@ -58,7 +58,16 @@ def load(*, file: Path | None = None, environment: Mapping[str, str] | None = No
     Raises:
         ConfigError: a source cannot be read, settings are unknown, or values are wrong.
     """
-    entries = [*(from_file(file) if file else ()), *from_environment(environment or {}), *flags]
+    return checked([*(from_file(file) if file else ()), *from_environment(environment or {}), *flags])
+
+
+def checked(entries: Iterable[Entry]) -> Loaded:
+    """The settings that ``entries`` give, later ones winning.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    entries = list(entries)
     problems = [unknown(entry) for entry in entries if setting_at(entry.path) is None]
     chosen = {entry.path: entry for entry in entries if setting_at(entry.path) is not None}
     problems += _gaps(entries)
@@ -150,6 +159,36 @@ def from_file(file: Path) -> list[Entry]:
         return list(_entries(loader, root, file.name)) if root is not None else []
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file} is not YAML: {' '.join(str(error).split())}"]) from None
+
+
+def from_tree(tree: Mapping[str, Any], origin: str) -> list[Entry]:
+    """Sections of settings as programs pass them; also ``section.field`` with a value that may be text, as command lines do.
+
+    Raises:
+        ConfigError: a section is not a mapping.
+    """
+    entries: list[Entry] = []
+    for section, fields in tree.items():
+        place = f"{origin}.{section}"
+        if section == LIST and isinstance(fields, list | tuple):
+            for index, each in enumerate(fields):
+                inner = from_tree(_mapping(each, f"{place}.{index}"), f"{place}.{index}")
+                entries.extend(Entry(f"{LIST}.{index}.{entry.path}", entry.value, entry.origin) for entry in inner)
+        elif "." in section:
+            entries.append(from_text(section, fields, place) if isinstance(fields, str) else Entry(section, fields, place))
+        elif isinstance(fields, Mapping):
+            entries.extend(Entry(f"{section}.{name}", value, f"{place}.{name}") for name, value in fields.items())
+        elif section not in ServeConfig.model_fields:
+            entries.append(Entry(section, None, place))
+        elif fields is not None:
+            _mapping(fields, place)
+    return entries
+
+
+def _mapping(given: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ConfigError([f"{place} must be a mapping of names to values"])
+    return given
 
 
 def _entries(loader: yaml.SafeLoader, root: yaml.Node, file: str) -> Iterator[Entry]:

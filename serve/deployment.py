@@ -24,6 +24,7 @@ from cluster.worker import ModelRanks
 from model.checkpoint_folder import small_files
 from serve.catalog import Catalog
 from serve.config import ServeConfig
+from serve.fetched_ranks import FetchedRanks
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
@@ -31,6 +32,7 @@ from serve.measuring import Measuring
 from serve.metrics import Instruments, Snapshot
 from serve.metrics_page import MetricsPage
 from serve.model_facts import ModelFacts
+from serve.model_source import brought_here
 from serve.need import need_of
 from serve.observing import Observer
 from serve.service import Service
@@ -50,10 +52,15 @@ class Model:
     """A checkpoint, its name for clients, and how it is served."""
 
     place: Path | str
-    """A folder that is there on every host, or the URL of one in a store."""
+    """A folder that is there on every host, the URL of one in a store, or what a host fetches (`serve.model_source.brought_here`)."""
     name: str
     config: ServeConfig
     """As if the server had this model only; see `ServeConfig.each_model`."""
+
+
+def _small_files(place: Path | str) -> Path:
+    """Configuration and tokenizer, on this host."""
+    return small_files(brought_here(place, weights=False))
 
 
 class _Engine:
@@ -61,19 +68,21 @@ class _Engine:
 
     async def __init__(self, model: Model) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         config = model.config
-        folder = await asyncio.to_thread(small_files, model.place)
+        folder = await asyncio.to_thread(_small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
         self._replica = Replica(
             id=ray_serve.get_replica_context().replica_id.unique_id,
-            app=APP,
+            app=ray_serve.get_replica_context().app_name,
             model=model.name,
-            ranks=ModelRanks(
-                checkpoint_folder=model.place,
-                topology=config.parallel.topology,
-                runner_config=runner,
-                engine_config=config.engine,
-                need=need_of(folder, config),
+            ranks=FetchedRanks(
+                ranks=ModelRanks(
+                    checkpoint_folder=model.place,
+                    topology=config.parallel.topology,
+                    runner_config=runner,
+                    engine_config=config.engine,
+                    need=need_of(folder, config),
+                )
             ),
             engine_config=config.engine,
             resources=config.resources,
@@ -97,26 +106,26 @@ class _Front:
         """``engines`` are bound only so that Ray Serve deploys them."""
         self._config = config
         self._routers: list[Router] = []
-        front = ray_serve.get_replica_context().replica_id.unique_id
-        instruments, self._board = Instruments(front), Board[Snapshot](APP, "metrics", front)
+        app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
+        instruments, self._board = Instruments(front), Board[Snapshot](app, "metrics", front)
         measuring = Measuring(instruments, [model.name for model in models])
-        self._catalog = Catalog([await self._offer(model, observers=[measuring]) for model in models])
+        self._catalog = Catalog([await self._offer(app, model, observers=[measuring]) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
         self._grpc = MantaServicer(self._catalog)
         self._health = HealthServicer(self._catalog.ready)
 
-    async def _offer(self, model: Model, *, observers: Sequence[Observer]) -> Service:
+    async def _offer(self, app: str, model: Model, *, observers: Sequence[Observer]) -> Service:
         """A model's replicas, and the service over them."""
         node = ray.get_runtime_context().get_node_id()
         router = Router(
-            replicas=Reader(APP, model=model.name),
+            replicas=Reader(app, model=model.name),
             connect=lambda record: ReplicaLink(record, node=node, config=model.config.router),
             config=model.config.router,
         )
         self._routers.append(router)
         await router.open()
-        folder = await asyncio.to_thread(small_files, model.place)
+        folder = await asyncio.to_thread(_small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         facts = ModelFacts.from_checkpoint(
             folder, name=model.name, tokenizer=tokenizer, max_context_tokens=model.config.runner.max_context_tokens

@@ -37,9 +37,6 @@ from serve.ports import PortInUse, check_free
 
 LOOPBACK = "127.0.0.1"
 LOOPBACKS = (LOOPBACK, "localhost", "::1")
-GRPC_MESSAGE_BYTES = 64 << 20
-"""Ray Serve has one limit for both directions, 2 GiB unless told: enough for the largest answer with log-probabilities. A request
-above `limits.body_bytes` is refused by us, one above this by gRPC."""
 STOP_S = 6.0
 """For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
 DRAIN_S = 2.0
@@ -318,10 +315,7 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
         "RAY_raylet_start_wait_time_s": "120",
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(GRPC_MESSAGE_BYTES),
-        proxy_hook.CALLBACK_VARIABLE: proxy_hook.CALLBACK,
-        proxy_hook.HOST_VARIABLE: config.grpc.host,
+        **proxy_hook.variables(grpc_host=config.grpc.host),
     }
 
 

@@ -4,13 +4,14 @@ Only settings come here, never a name out of an API request: nothing that a clie
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from serve.config import ModelSettings
 
 DEMO = "demo"
+DEMO_PLACE = "demo://"
 HUB_SCHEME, MODELSCOPE_SCHEME = "hf://", "modelscope://"
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 WANTED = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -61,6 +62,74 @@ def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: N
     return _here(_local(folder), settings.name or folder.resolve().name)
 
 
+def called(settings: ModelSettings) -> str:
+    """What clients call the model; nothing is looked at for that.
+
+    Raises:
+        ModelSourceError: the source cannot be one.
+    """
+    if settings.name:
+        return settings.name
+    place = place_on_any_host(settings)
+    if is_fetched(place):
+        return str(place).partition("://")[2].partition("@")[0] or DEMO
+    return str(place).rstrip("/").rsplit("/", 1)[-1]
+
+
+def must_have_own_names(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ModelSourceError: two models would be called the same.
+    """
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        raise ModelSourceError(f"two models are called {name!r}; give each its own model.name")
+
+
+def place_on_any_host(settings: ModelSettings) -> Path | str:
+    """The source in a form that means the same on every host of a cluster, for `brought_here` there: an absolute folder, the URL of
+    one in a store, or ``hf://owner/name@revision`` and the like.
+
+    Raises:
+        ModelSourceError: a folder that is not absolute, or no repository.
+    """
+    source, revision = settings.source, f"@{settings.revision}" if settings.revision else ""
+    if source == DEMO:
+        return DEMO_PLACE
+    for scheme in (HUB_SCHEME, MODELSCOPE_SCHEME):
+        if source.startswith(scheme):
+            return f"{scheme}{_repository(source, scheme)}{revision}"
+    if "://" in source:
+        return source
+    if Path(source).expanduser().is_absolute():
+        return Path(source).expanduser()
+    if REPOSITORY.fullmatch(source):
+        return f"{HUB_SCHEME}{source}{revision}"
+    raise ModelSourceError(f"{source!r} is neither a repository nor an absolute path, and a relative path is another one on every host")
+
+
+def is_fetched(place: Path | str) -> bool:
+    """Whether a host must fetch the checkpoint whole before it can be read."""
+    return str(place).startswith((DEMO_PLACE, HUB_SCHEME, MODELSCOPE_SCHEME))
+
+
+def brought_here(place: Path | str, *, weights: bool = True, report: Report = lambda _doing, _done: None) -> Path | str:
+    """What `model.checkpoint_folder` can open on this host: a place that `is_fetched` is fetched into this host's cache (without
+    ``weights`` only what is small), others stay what they are.
+
+    Raises:
+        ModelSourceError: it cannot be fetched.
+    """
+    if not is_fetched(place):
+        return place
+    scheme, _, name = str(place).partition("://")
+    repository, _, revision = name.partition("@")
+    wanted = WANTED if weights else tuple(pattern for pattern in WANTED if not pattern.endswith(".safetensors"))
+    if f"{scheme}://" == DEMO_PLACE:
+        return _demo(report)
+    fetch = _from_hub if f"{scheme}://" == HUB_SCHEME else _from_modelscope
+    return fetch(repository, revision or None, wanted)
+
+
 def _here(folder: Path, name: str) -> FoundModel:
     return FoundModel(folder=folder, name=name)
 
@@ -106,12 +175,12 @@ def _demo(report: Report) -> Path:
         raise ModelSourceError(str(error)) from error
 
 
-def _from_hub(repository: str, revision: str | None) -> Path:
+def _from_hub(repository: str, revision: str | None, wanted: Sequence[str] = WANTED) -> Path:
     """The hub's own progress bars show the download; what lies in its cache already is not fetched again."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
     except errors.RevisionNotFoundError as error:
         raise ModelSourceError(f"{repository} has no revision {revision!r}") from error
     except errors.GatedRepoError as error:
@@ -126,13 +195,13 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise ModelSourceError(f"{_unreachable('the Hugging Face hub', repository)} ({type(error).__name__})") from error
 
 
-def _from_modelscope(repository: str, revision: str | None) -> Path:
+def _from_modelscope(repository: str, revision: str | None, wanted: Sequence[str] = WANTED) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
         raise ModelSourceError('models from ModelScope need its library: pip install "modelscope>=1.30"') from error
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
     except Exception as error:  # no base class either
         raise ModelSourceError(f"{_unreachable('ModelScope', repository)} ({type(error).__name__})") from error
 

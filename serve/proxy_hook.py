@@ -1,10 +1,11 @@
-"""Run by every Ray Serve proxy before it listens: keep its gRPC port to the configured address.
+"""Run by every Ray Serve proxy before it listens: keep its gRPC port to the configured address, and strip headers not meant for clients.
 
 Ray Serve 2.60 binds HTTP where it is told and gRPC to every address of the host, with no setting for it. The one place
 where it runs code of ours in the proxy before that is the callback named by `CALLBACK_VARIABLE`.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -12,17 +13,32 @@ CALLBACK = "serve.proxy_hook.before_listening"
 HOST_VARIABLE = "MANTA_PROXY_GRPC_HOST"
 """Environment of the proxy's process: the address for gRPC. Unset = 127.0.0.1."""
 EVERY_ADDRESS = "[::]"
+GRPC_MESSAGE_BYTES = 64 << 20
+"""Ray Serve has one limit for both directions, 2 GiB unless told: enough for the largest answer with log-probabilities. A request
+above `limits.body_bytes` is refused by us, one above this by gRPC."""
+
+
+def variables(*, grpc_host: str) -> Mapping[str, str]:
+    """What Ray Serve's controller and proxies must find in their environment: on a cluster, that of `ray start` on every host."""
+    return {
+        CALLBACK_VARIABLE: CALLBACK,
+        HOST_VARIABLE: grpc_host,
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(GRPC_MESSAGE_BYTES),
+        "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
+    }
 
 
 def before_listening() -> list[Any]:
-    """Called by the proxy for its HTTP middlewares (none of ours)."""
+    """Called by the proxy for its HTTP middlewares."""
     from ray.serve._private import default_impl
+
+    from serve.http.proxy_headers import proxy_middlewares
 
     def add_grpc_address(server: Any, address: str) -> None:
         server.add_insecure_port(bound_address(address, os.environ.get(HOST_VARIABLE, "127.0.0.1")))
 
     default_impl.add_grpc_address = add_grpc_address  # type: ignore[assignment]
-    return []
+    return proxy_middlewares()
 
 
 def bound_address(address: str, host: str) -> str:

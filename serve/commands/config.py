@@ -1,11 +1,14 @@
 """`manta config`: what is set, what it means, and where it came from."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from serve.commands.settings import WRONG_USAGE, Assignments, ConfigFile, load_settings, stop
+
+if TYPE_CHECKING:
+    from serve.config_sources import Loaded
 
 
 def config(
@@ -13,6 +16,10 @@ def config(
     assignments: Assignments = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a settings file instead, for editors.")] = False,
     explain: Annotated[str | None, typer.Option("--explain", metavar="SECTION.FIELD", help="Explain one setting instead.")] = None,
+    emit: Annotated[
+        Literal["manta", "serve"], typer.Option("--emit", help="A settings file, or a Serve config file for `serve deploy`.")
+    ] = "manta",
+    name: Annotated[str, typer.Option("--name", help="Of the application in a Serve config file.")] = "manta",
 ) -> None:
     """Print the settings in effect as a commented YAML file.
 
@@ -22,6 +29,7 @@ def config(
       manta config > manta.yaml                       a file to begin with
       manta config -c manta.yaml                      check a file; says where each value came from
       manta config --explain engine.max_step_tokens   one setting: meaning, default, how to set it
+      manta config -c manta.yaml --emit serve         for Ray Serve: `serve deploy`, or a RayService's serveConfigV2
       MANTA_HTTP__PORT=8080 manta config              the environment: MANTA_<SECTION>__<FIELD>
     """
     from serve import config_docs
@@ -30,9 +38,23 @@ def config(
     if schema:
         return typer.echo(json.dumps(config_docs.json_schema(), indent=2))
     loaded = load_settings(file, assignments, {})
+    if emit == "serve":
+        return _emit_serve(loaded, name)
     if explain is None:
         return typer.echo(config_docs.as_yaml(loaded), nl=False)
     try:
         typer.echo(config_docs.explain(explain, loaded))
     except ConfigError as error:
         stop(str(error), code=WRONG_USAGE)
+
+
+def _emit_serve(loaded: "Loaded", name: str) -> None:
+    from serve.model_source import ModelSourceError, place_on_any_host
+    from serve.serve_config_file import serve_config_file
+
+    try:
+        for each in loaded.config.each_model():
+            place_on_any_host(each.model)
+    except ModelSourceError as error:
+        stop(str(error), code=WRONG_USAGE)
+    typer.echo(serve_config_file(loaded, name=name), nl=False)

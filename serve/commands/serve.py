@@ -93,7 +93,12 @@ def run(config: "ServeConfig") -> None:
         stop(f'ray.address is {config.ray.address!r}, and this version serves on a Ray of its own only: set it to "local"')
     each = config.each_model()
     found = [_find(one) for one in each]
-    _must_have_own_names(found)
+    from serve.model_source import ModelSourceError, must_have_own_names
+
+    try:
+        must_have_own_names([model.name for model in found])
+    except ModelSourceError as error:
+        stop(str(error))
     from serve.deployment import Model
     from serve.local_ray import StartError, run_local  # ray: seconds that are not spent before the model is found
 
@@ -128,12 +133,6 @@ def _find(config: "ServeConfig") -> "FoundModel":
         except UnusableCheckpoint as error:
             stop(str(error))
         return found
-
-
-def _must_have_own_names(found: "Sequence[FoundModel]") -> None:
-    names = [model.name for model in found]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        stop(f"two models are called {name!r}; give each its own model.name")
 
 
 def loading_lines(records: "Sequence[ReplicaRecord]") -> list[str]:

@@ -1,0 +1,56 @@
+"""The application for Ray Serve's config files: ``import_path: serve.app:app``, with ``args`` for its settings.
+
+The args are the tree of a settings file (`manta config`). `manta config --emit serve` writes the whole file for `serve deploy`,
+or for a RayService's serveConfigV2.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.serve as ray_serve
+
+from serve.config import ServeConfig
+from serve.config_sources import checked, from_tree, load
+from serve.deployment import Model, build_app
+from serve.model_source import called, must_have_own_names, place_on_any_host
+from serve.serve_config_file import OF_THE_CLUSTER
+
+FILE_VARIABLE = "MANTA_CONFIG"
+"""Names the settings file of `from_environment`."""
+
+logger = logging.getLogger(__name__)
+
+
+def app(args: dict[str, Any]) -> ray_serve.Application:
+    """Called by Ray Serve. ``args``: sections of settings, also as ``section.field`` (``serve run serve.app:app parallel.tensor=2``).
+
+    Raises:
+        ConfigError: as `manta serve` would say it.
+    """
+    loaded = checked(from_tree(args, "args"))
+    for path in sorted(OF_THE_CLUSTER & loaded.origins.keys()):
+        logger.warning("%s has no effect here: proxies are set up by the Serve config file, Ray by whoever started it", path)
+    return application(loaded.config)
+
+
+def application(config: ServeConfig) -> ray_serve.Application:
+    """What runs on a cluster; every host finds the models for itself."""
+    models = [Model(place=place_on_any_host(each.model), name=called(each.model), config=each) for each in config.each_model()]
+    must_have_own_names([model.name for model in models])
+    return build_app(models, config)
+
+
+def __getattr__(name: str) -> ray_serve.Application:
+    """``serve.app:from_environment``, for those tools that take a made application and no args (`serve build`): its settings come
+    from ``MANTA_<SECTION>__<FIELD>`` and from the file that ``MANTA_CONFIG`` names."""
+    if name != "from_environment":
+        raise AttributeError(name)
+    return application(_settings(os.environ))
+
+
+def _settings(environment: Mapping[str, str]) -> ServeConfig:
+    file = environment.get(FILE_VARIABLE)
+    return load(file=Path(file) if file else None, environment=environment).config

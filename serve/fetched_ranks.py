@@ -1,0 +1,64 @@
+"""Ranks on hosts that have not got the checkpoint yet: each host fetches it from the hub into its own cache, then they load."""
+
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.doctor.facts import Need
+from cluster.worker import ModelRanks, OnProgress, Rank
+from engine.weights_read import WeightsRead
+from parallel.topology import Topology
+from serve.model_source import brought_here, is_fetched
+
+TELL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """A sign of life: hubs do not say how far they are."""
+
+    phase: str = "fetching the checkpoint"
+    done: int = 0
+    total: int = 1
+    read: WeightsRead | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedRanks:
+    """``ranks.checkpoint_folder`` may be what `serve.model_source.brought_here` takes."""
+
+    ranks: ModelRanks
+
+    @property
+    def topology(self) -> Topology:
+        return self.ranks.topology
+
+    @property
+    def need(self) -> Need:
+        return self.ranks.need
+
+    def look(self) -> None:
+        if not is_fetched(self.ranks.checkpoint_folder):
+            self.ranks.look()
+
+    def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
+        place = self._brought_here(on_progress)
+        ranks = replace(self.ranks, checkpoint_folder=place)
+        return ranks.start(rank=rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress)
+
+    def _brought_here(self, on_progress: OnProgress) -> Path | str:
+        """Ranks of one host fetch at the same time; the hubs' caches see to it that a file comes once."""
+        place = self.ranks.checkpoint_folder
+        if not is_fetched(place):
+            return place
+        with ThreadPoolExecutor(1) as thread:
+            fetching = thread.submit(brought_here, place)
+            while True:
+                on_progress(Fetching())
+                try:
+                    return fetching.result(TELL_S)
+                except NotYet:
+                    if fetching.done():  # the fetching's own
+                        raise

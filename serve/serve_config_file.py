@@ -1,0 +1,54 @@
+"""Settings as a config file of Ray Serve, for `serve deploy` and a RayService's serveConfigV2."""
+
+from typing import Any
+
+import yaml
+
+from serve.config_sources import Loaded, known_settings
+from serve.grpc.server import SERVICER_FUNCTIONS
+from serve.proxy_hook import variables
+
+IMPORT_PATH = "serve.app:app"
+OF_THE_CLUSTER = frozenset(
+    {"http.host", "http.port", "grpc.host", "grpc.port", "grpc.reflection", *(path for path in known_settings() if path.startswith("ray."))}
+)
+"""Settings of what is there before an application is: they stand elsewhere in a Serve config file, or are nothing of its."""
+
+HEAD = """\
+# For `serve deploy` (Ray Serve), or a RayService's serveConfigV2. Written by `manta config --emit serve`.
+# Manta must be importable on every host (PYTHONPATH or an image), and its dependencies installed.
+# Every host's Ray must have been started with these in its environment; without them gRPC listens on every address:
+"""
+
+
+def serve_config_file(loaded: Loaded, *, name: str) -> str:
+    """``name``: of the application. Only what somebody has set, and the model, becomes args."""
+    environment = "".join(f"#   {key}={value}\n" for key, value in variables(grpc_host=loaded.config.grpc.host).items())
+    return HEAD + environment + yaml.safe_dump(serve_config(loaded, name=name), sort_keys=False, width=110)
+
+
+def serve_config(loaded: Loaded, *, name: str) -> dict[str, Any]:
+    """The same as a tree (`ray.serve.schema.ServeDeploySchema`)."""
+    config = loaded.config
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.http.host, "port": config.http.port},
+        "grpc_options": {
+            "port": config.grpc.port,
+            "grpc_servicer_functions": list(SERVICER_FUNCTIONS),
+            "enable_reflection": config.grpc.reflection,
+        },
+        "logging_config": {"log_level": config.logging.level.upper(), "enable_access_log": False},
+        "applications": [{"name": name, "route_prefix": "/", "import_path": IMPORT_PATH, "args": _args(loaded)}],
+    }
+
+
+def _args(loaded: Loaded) -> dict[str, Any]:
+    values = loaded.config.model_dump(mode="json")
+    args: dict[str, Any] = {}
+    models: list[dict[str, Any]] = [{} for _ in loaded.config.models]
+    for path in sorted(loaded.origins.keys() - OF_THE_CLUSTER) if models else sorted({"model.source", *loaded.origins} - OF_THE_CLUSTER):
+        *place, section, field = path.split(".")
+        source, target = (values["models"][int(place[1])], models[int(place[1])]) if place else (values, args)
+        target.setdefault(section, {})[field] = source[section][field]
+    return args | ({"models": models} if models else {})
