@@ -1,6 +1,7 @@
 """Settings of placement, liveness, recovery and routing."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 def _must_be_positive(config: object, *names: str) -> None:
@@ -74,6 +75,12 @@ class ReplicaConfig:
 class RouterConfig:
     """How a front chooses replicas and outlives their loss."""
 
+    policy: Literal["expected_wait", "least_loaded", "round_robin"] = "expected_wait"
+    """expected_wait: where the first token comes soonest, prefix caches considered; else the fewest requests, or each in turn."""
+    session_worth_s: float = 0.5
+    """A session goes on where it was, as long as that is expected to take no more than so much longer than elsewhere."""
+    max_indexed_blocks: int = 262_144
+    """Cached blocks of one replica that a front remembers (about 100 bytes each); where there are more it remembers none."""
     max_attempts: int = 3
     """How often a choice is handed to an engine at most."""
     ready_wait_s: float = 30.0
@@ -87,6 +94,9 @@ class RouterConfig:
     """Tokens of one choice that wait for a client which does not read; beyond, the choice is cancelled."""
 
     def __post_init__(self) -> None:
+        if self.session_worth_s < 0:
+            raise ValueError(f"session_worth_s must not be negative, got {self.session_worth_s}")
+        _must_be_positive(self, "max_indexed_blocks")
         _must_be_positive(self, "max_attempts", "ready_wait_s", "refresh_s", "ping_s", "replica_silence_s", "max_buffered_tokens")
         if self.replica_silence_s <= self.ping_s:
             raise ValueError(f"replica_silence_s={self.replica_silence_s} must exceed ping_s={self.ping_s}")

@@ -8,8 +8,9 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
+from cluster.block_journal import BlockJournal
 from cluster.errors import ChannelError
-from cluster.messages import BeginAnew, Cancel, Events, Message, Ping, Pong, Submit, decode, encode
+from cluster.messages import BeginAnew, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
 from engine.engine import refusal
 from engine.errors import DuplicateRequest, EngineError
 from engine.places import mark
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 Front = bytes
 """The routing id of a front's connection; a front that comes back is another one."""
 Key = tuple[str, int]
+NEWS_EVERY_S = 0.05
+"""How often at most the fronts are told what has changed in the prefix cache."""
 
 
 class FrontGone(Exception):
@@ -50,6 +53,7 @@ class Desk:
         cancel: Callable[[str, int], None],
         pong: Callable[[], Pong],
         front_silence_s: float,
+        journal: BlockJournal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._post, self._submit, self._cancel, self._pong = post, submit, cancel, pong
@@ -59,6 +63,10 @@ class Desk:
         self._given_up: set[Front] = set()
         """Fronts that must still be told so."""
         self._told_ready: bool | None = None
+        self._journal = journal or BlockJournal()
+        self._followers: set[Front] = set()
+        """Fronts that have been told the whole of the journal."""
+        self._news_due = 0.0
         self._outbox: deque[Sequence[TokenEvent]] = deque()
 
     @property
@@ -84,6 +92,7 @@ class Desk:
         """Send what is due, and look after the fronts."""
         self.send_all()
         self._tell_readiness()
+        self._tell_news()
         self._give_up_silent()
         self._tell_given_up()
 
@@ -111,6 +120,8 @@ class Desk:
                     self._cancel(request_id, choice)
             case Ping():
                 self._send(front, self._pong())
+            case Follow(wanted):
+                self._follow(front, wanted)
             case _:
                 raise ChannelError(f"a front does not send {type(message).__name__}")
 
@@ -138,6 +149,20 @@ class Desk:
             for front in list(self._seen):
                 self._send(front, pong)
 
+    def _follow(self, front: Front, wanted: bool) -> None:
+        self._followers.discard(front)
+        if wanted:
+            self._tell_news(now=True)  # numbers below the whole's are for the others only
+            self._followers.add(front)
+            self._send(front, self._journal.whole())
+
+    def _tell_news(self, *, now: bool = False) -> None:
+        """What has changed in the prefix cache; read also if nobody follows, so that it does not pile up."""
+        if (now or self._clock() >= self._news_due) and (news := self._journal.news()) is not None:
+            self._news_due = self._clock() + NEWS_EVERY_S
+            for front in list(self._followers):
+                self._send(front, news)
+
     def _send(self, front: Front, message: Message) -> None:
         try:
             self._post(front, encode(message))
@@ -164,6 +189,7 @@ class Desk:
 
     def _give_up(self, front: Front, reason: str) -> None:
         self._seen.pop(front, None)
+        self._followers.discard(front)
         self._given_up.add(front)
         orphans = [key for key, owner in self._owners.items() if owner[0] == front]
         for key in orphans:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from cluster.block_journal import BlockJournal
 from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, new_keys
 from cluster.desk import Desk, Front, FrontFull, FrontGone
 from cluster.messages import Pong
@@ -38,9 +39,10 @@ class Intake:
         failed: Callable[[str], None],
         front_silence_s: float,
         heartbeat_s: float,
+        journal: BlockJournal | None = None,
     ) -> None:
         self._failed, self._heartbeat_s = failed, heartbeat_s
-        self.desk = Desk(post=self._post, submit=submit, cancel=cancel, pong=pong, front_silence_s=front_silence_s)
+        self.desk = Desk(post=self._post, submit=submit, cancel=cancel, pong=pong, front_silence_s=front_silence_s, journal=journal)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, SlowReader
-from cluster.messages import BeginAnew, Cancel, Events, Message, Ping, Pong, Submit, decode, encode
+from cluster.expected_wait import Outlook
+from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
+from cluster.prefix_index import PrefixIndex
 from cluster.wire import Wire, WireBroken, ZmqWire
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -76,7 +78,10 @@ class ReplicaLink:
         self._config, self._clock = config, clock
         self._streams: dict[tuple[str, int, int], StreamBuffer] = {}
         self._pong: Pong | None = None
-        self._submitted = 0
+        self._pong_at = clock()
+        self._submitted = self._submitted_tokens = 0
+        """Requests, and tokens that are to be computed for them, since the replica told its load."""
+        self.index = PrefixIndex(max_blocks=config.max_indexed_blocks, clock=clock)
         self._lost: LinkLost | None = None
         self._heard = clock()
         self._wire: Wire = wire or ZmqWire(record, node=node)
@@ -100,6 +105,24 @@ class ReplicaLink:
         """Requests at the replica: as it said last, and what this front has sent since."""
         told = self._pong.num_running + self._pong.num_waiting if self._pong else 0
         return told + self._submitted
+
+    @property
+    def outlook(self) -> Outlook:
+        """As the replica said last; what it must have computed since is taken off, what this front has sent since is added."""
+        told = self._pong or Pong(ready=False, num_running=0, num_waiting=0)
+        done = (self._clock() - self._pong_at) / told.step_token_s if told.step_token_s else 0.0
+        return Outlook(
+            num_requests=self.load,
+            num_running=told.num_running,
+            prefill_tokens=max(0, told.prefill_tokens + self._submitted_tokens - int(done)),
+            step_base_s=told.step_base_s,
+            step_token_s=told.step_token_s,
+        )
+
+    def expect(self, keys: Sequence[bytes], num_tokens: int) -> None:
+        """A request is about to be sent that will leave blocks of these keys, and have ``num_tokens`` computed."""
+        self.index.expect(keys)
+        self._submitted_tokens += num_tokens
 
     @property
     def num_streams(self) -> int:
@@ -159,7 +182,10 @@ class ReplicaLink:
                     if (buffer := self._streams.get((event.request_id, event.choice, event.attempt))) is not None:
                         buffer.put(event)
             case Pong():
-                self._pong, self._submitted = message, 0
+                self._pong, self._pong_at = message, self._clock()
+                self._submitted = self._submitted_tokens = 0
+            case Blocks():
+                self.index.take(message)
             case BeginAnew():  # this process stood still, or did not read: no end of its streams will come any more
                 self._lose("it had given this front up", died=False)
             case _:
@@ -168,6 +194,8 @@ class ReplicaLink:
     async def _ping(self) -> None:
         while self._lost is None:
             self._send(Ping())
+            if self._config.policy == "expected_wait" and self.index.must_follow:
+                self._send(Follow(wanted=True))
             await asyncio.sleep(self._config.ping_s)
             if self._clock() - self._heard > self._config.replica_silence_s:
                 self._lose(f"silent for {self._config.replica_silence_s:g} s")

@@ -74,6 +74,30 @@ class Pong:
     ready: bool
     num_running: int
     num_waiting: int
+    prefill_tokens: int = 0
+    """Known tokens that are not computed yet."""
+    step_base_s: float = 0.0
+    step_token_s: float = 0.0
+    """See `engine.step_cost.StepCost`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """A front wants to know what the prefix cache holds, and what changes there; see `Blocks`."""
+
+    wanted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Shortened content keys of a replica's cached blocks, one behind the other."""
+
+    number: int
+    """Each but the whole follows on the number before."""
+    whole: bool
+    """``stored`` is all there is, as of that number; else it is what has come since the number before."""
+    stored: bytes
+    evicted: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +112,9 @@ class BeginAnew:
     """A replica has given a front up, and with it all that the front had sent; what still matters must be sent again."""
 
 
-Message = StepPlan | StepResult | RankProgress | RankReady | RankFailed | Stop | Submit | Cancel | Ping | Pong | Events | BeginAnew
+RankMessage = StepPlan | StepResult | RankProgress | RankReady | RankFailed | Stop
+FrontMessage = Submit | Cancel | Ping | Pong | Events | BeginAnew | Follow | Blocks
+Message = RankMessage | FrontMessage
 KINDS: dict[int, type] = {
     1: StepPlan,
     2: StepResult,
@@ -102,6 +128,8 @@ KINDS: dict[int, type] = {
     23: Pong,
     24: Events,
     25: BeginAnew,
+    28: Follow,
+    29: Blocks,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(message) for kind, message in KINDS.items()}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import ray
 
+from cluster.block_journal import BlockJournal
 from cluster.canary import Canary
 from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
@@ -26,6 +27,7 @@ from engine.engine import Engine
 from engine.errors import EngineStopped, WorkersLost
 from engine.executor import Executor
 from engine.plan import TokenEvent
+from engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Replica:
         self.recovery = Recovery(self._start_executor, self._config, sleep=self._closed.wait)
         self._canary = Canary(self.health, lambda request: self._engine.submit(request) if self._engine else None)
         self._folder = PrivateFolder()
+        self._journal = BlockJournal()
         self._intake = Intake(
             folder=self._folder,
             node=ray.get_runtime_context().get_node_id(),
@@ -70,6 +73,7 @@ class Replica:
             failed=self.health.failed,
             front_silence_s=self._config.front_silence_s,
             heartbeat_s=self._config.heartbeat_s,
+            journal=self._journal,
         )
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
@@ -84,7 +88,7 @@ class Replica:
         try:
             self._ground = Ground.here_or_new(self._ranks, self._resources, timeout_s=GROUND_TIMEOUT_S)
             executor = self._start_executor()
-            self._engine = Engine(executor, self._engine_config, recover=self._recover)
+            self._engine = Engine(executor, self._engine_config, recover=self._recover, listener=self._journal)
             self._engine_thread.start()
             self._intake.start()
             self._wait_until_ready()
@@ -250,8 +254,15 @@ class Replica:
         return tuple(RankPlace(rank=p.rank, host=p.host, pid=p.pid, read=self._board.read_by(p.rank)) for p in places)
 
     def _pong(self) -> Pong:
-        load = self._load()
-        return Pong(ready=self.health.ready, num_running=load.num_running, num_waiting=load.num_waiting)
+        stats = self._engine.stats if self._engine else EngineStats()
+        return Pong(
+            ready=self.health.ready,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            prefill_tokens=stats.prefill_tokens,
+            step_base_s=stats.step_base_s,
+            step_token_s=stats.step_token_s,
+        )
 
     def _is_idle(self) -> bool:
         """Whether the engine has nothing to do but a canary."""

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import NoReplicaReady, ReplicaLost
+from cluster.expected_wait import WaitingPlace
 from cluster.link import LinkLost
 from engine.errors import PoisonedRequest
 from engine.places import mark
@@ -31,11 +32,9 @@ MAX_DEATHS = 2
 """A request present at so many losses of a replica may be what kills them; it is not tried again."""
 
 
-class Candidate(Protocol):
+class Candidate(WaitingPlace, Protocol):
     """A replica that may be chosen."""
 
-    @property
-    def id(self) -> str: ...
     @property
     def load(self) -> int: ...
 

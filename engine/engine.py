@@ -20,6 +20,7 @@ from engine.policy import Policy
 from engine.request import Request
 from engine.scheduler import Key, Scheduler
 from engine.stats import EngineStats
+from engine.step_cost import StepCost
 from engine.timekeeper import Timekeeper
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Engine:
         self._outbox: list[TokenEvent] = []
         self._num_steps = 0
         self._step_s = 0.0
+        self._step_cost = StepCost()
         self._note_stats()
 
     # --- from any thread
@@ -175,7 +177,7 @@ class Engine:
             plan, pending = self._in_flight[0]
             result = _answer(plan, pending)
             self._in_flight.popleft()
-            self._note_step(result)
+            self._note_step(plan, result)
             self._tell(self.scheduler.apply(plan, result))
         elif order is not None:
             self._rebalance(order)
@@ -260,16 +262,19 @@ class Engine:
             if self._recovery is not None:
                 _close_when_done(self._recovery)
 
-    def _note_step(self, result: StepResult) -> None:
+    def _note_step(self, plan: StepPlan, result: StepResult) -> None:
         self._num_steps += 1
+        self._step_cost.note(plan.num_tokens, result.elapsed_s)
         self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
 
     def _note_stats(self) -> None:
         scheduler = self.scheduler
+        step_base_s, step_token_s = self._step_cost.line
         pools = [shard.pool for shard in scheduler.shards]
         stats = EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
+            prefill_tokens=scheduler.prefill_tokens,
             blocks_used=sum(pool.num_used for pool in pools),
             blocks_cached=sum(pool.num_cached for pool in pools),
             blocks_free=sum(pool.num_free for pool in pools),
@@ -283,6 +288,8 @@ class Engine:
             prefix_found_tokens=scheduler.prefix_found_tokens,
             expert_moves=self._balancing.num_moved,
             expert_imbalance=self._balancing.imbalance,
+            step_base_s=step_base_s,
+            step_token_s=step_token_s,
             step_s=self._step_s,
         )
         self._noted = (stats, self._num_taken)  # one assignment: a reader in another thread sees both or neither

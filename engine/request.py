@@ -60,6 +60,8 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    session: str = ""
+    """Requests of one session go to the same replica where that costs little; the engine does not look at it."""
     priority: int = 0
     """Lower is served first; arrival order within."""
     deadline_s: float | None = None

@@ -333,6 +333,12 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def prefill_tokens(self) -> int:
+        """Known tokens that no step has been planned for, but for those of sequences that decode."""
+        waiting = sum(len(sequence.tokens) for sequence in self._waiting)
+        return waiting + sum(s.num_pending for shard in self.shards for s in shard.open.values() if s.num_pending > 1)
+
+    @property
     def num_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._by_key)

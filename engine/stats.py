@@ -9,6 +9,8 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    prefill_tokens: int = 0
+    """Known tokens that are still to be computed, of those that wait and of those whose prompts are under way."""
     blocks_used: int = 0
     blocks_cached: int = 0
     blocks_free: int = 0
@@ -27,6 +29,9 @@ class EngineStats:
     """Copies of routed experts that went from rank to rank."""
     expert_imbalance: float = 1.0
     """As it was left by the last measurement: the busiest rank's load over the mean, in the worst layer."""
+    step_base_s: float = 0.0
+    step_token_s: float = 0.0
+    """What a step costs by itself, and for each token in it; see `engine.step_cost`."""
     step_s: float = 0.0
     """Seconds of a step on the slowest sampling rank, smoothed over about 20 steps."""
 

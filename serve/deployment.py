@@ -20,6 +20,7 @@ from cluster.link import ReplicaLink
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
 from cluster.replica import Replica
 from cluster.router import Router
+from cluster.routing import policy_of
 from cluster.worker import ModelRanks
 from model.checkpoint_folder import small_files
 from serve.catalog import Catalog
@@ -121,6 +122,7 @@ class _Front:
         router = Router(
             replicas=Reader(app, model=model.name),
             connect=lambda record: ReplicaLink(record, node=node, config=model.config.router),
+            policy=policy_of(model.config.router, model.config.engine, model.config.parallel.topology),
             config=model.config.router,
         )
         self._routers.append(router)

@@ -5,8 +5,10 @@ from cluster.messages import (
     KINDS,
     VERSION,
     BeginAnew,
+    Blocks,
     Cancel,
     Events,
+    Follow,
     Ping,
     Pong,
     RankFailed,
@@ -42,6 +44,8 @@ EXAMPLES = [
     Cancel("r", 1, 2),
     Ping(),
     BeginAnew(),
+    Follow(wanted=True),
+    Blocks(3, whole=False, stored=b"12345678", evicted=b""),
     Pong(ready=True, num_running=3, num_waiting=4),
     Events(
         (

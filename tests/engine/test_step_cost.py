@@ -1,0 +1,46 @@
+"""What a step costs is learnt from those that were taken."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.step_cost import StepCost
+
+
+def learnt(*steps: tuple[int, float]) -> tuple[float, float]:
+    cost = StepCost()
+    for tokens, seconds in steps:
+        cost.note(tokens, seconds)
+    return cost.line
+
+
+def test_before_the_first_step_nothing_is_said() -> None:
+    assert StepCost().line == (0.0, 0.0)
+
+
+def test_two_sizes_of_steps_give_the_line_through_them() -> None:
+    assert learnt((1, 0.011), (100, 0.11), (1, 0.011)) == pytest.approx((0.01, 0.001))
+
+
+def test_steps_of_one_size_have_no_slope() -> None:
+    assert learnt(*[(8, 0.02)] * 50) == pytest.approx((0.02, 0.0))
+
+
+@given(st.lists(st.tuples(st.integers(1, 4096), st.floats(0, 10)), min_size=1, max_size=60))
+def test_no_part_is_ever_negative(steps: list[tuple[int, float]]) -> None:
+    base_s, token_s = learnt(*steps)
+    assert base_s >= 0
+    assert token_s >= 0
+
+
+@given(base_s=st.floats(1e-4, 1), token_s=st.floats(1e-6, 1e-2), sizes=st.lists(st.integers(1, 2048), min_size=2, max_size=40))
+def test_where_steps_do_cost_a_line_it_is_found(base_s: float, token_s: float, sizes: list[int]) -> None:
+    sizes = [*sizes, min(sizes) + 2048]
+    found = learnt(*[(size, base_s + token_s * size) for size in sizes])
+    assert found[0] + found[1] * 1000 == pytest.approx(base_s + token_s * 1000, rel=1e-3, abs=1e-5)
+
+
+def test_a_machine_that_became_slower_is_noticed() -> None:
+    steps = [(size, 0.01 + 0.001 * size) for size in (1, 64) for _ in range(500)]
+    slower = [(size, 0.03 + 0.002 * size) for _ in range(700) for size in (1, 64)]
+    assert learnt(*steps, *slower) == pytest.approx((0.03, 0.002), rel=0.05)
