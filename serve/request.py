@@ -46,6 +46,8 @@ class ChatRequest:
     model: str
     messages: tuple[Message, ...]
     options: Options = field(default_factory=Options)
+    session: str = ""
+    """See `serve.session`."""
     priority: int = 0
     deadline_s: float | None = None
     """Unix time."""
@@ -61,6 +63,7 @@ class CompletionRequest:
     """Each answered with `n` choices; choice index = prompt index * n + choice, as OpenAI has it."""
     options: Options = field(default_factory=Options)
     echo: bool = False
+    session: str = ""
     priority: int = 0
     deadline_s: float | None = None
     arrived_s: float | None = None

@@ -244,6 +244,7 @@ class Service:
             choice=choice.plan.index,
             prompt=asked.prompts[choice.plan.prompt_index],
             sampling=asked.sampling[choice.plan.prompt_index],
+            session=asked.request.session,
             priority=asked.request.priority,
             deadline_s=asked.request.deadline_s,
         )

@@ -4,6 +4,7 @@ A failed call sets code, details and trailing metadata on its context and then *
 raised error loses them, and on a plain server it would show its text to the client.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import grpc
@@ -24,6 +25,8 @@ MAX_MESSAGE_BYTES = 512
 
 class CallContext(Protocol):
     """What `grpc.aio.ServicerContext` and `RayServegRPCContext` have in common and we use."""
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str]]: ...
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
 

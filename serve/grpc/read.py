@@ -21,18 +21,21 @@ SAID_OR_NOT = (
 """Options of one value, which are None where the client did not say."""
 
 
-def chat_request(message: service_pb2.ChatRequest, *, request_id: str, deadline_s: float | None) -> ChatRequest:
+def chat_request(message: service_pb2.ChatRequest, *, request_id: str, deadline_s: float | None, session: str = "") -> ChatRequest:
     return ChatRequest(
         request_id=request_id,
         model=message.model,
         messages=tuple(_message(one) for one in message.messages),
         options=options(message.options),
+        session=session,
         priority=message.priority,
         deadline_s=deadline_s,
     )
 
 
-def completion_request(message: service_pb2.GenerateRequest, *, request_id: str, deadline_s: float | None) -> CompletionRequest:
+def completion_request(
+    message: service_pb2.GenerateRequest, *, request_id: str, deadline_s: float | None, session: str = ""
+) -> CompletionRequest:
     """
     Raises:
         InvalidRequest: a prompt is neither text nor token ids.
@@ -43,6 +46,7 @@ def completion_request(message: service_pb2.GenerateRequest, *, request_id: str,
         prompts=tuple(_prompt(number, one) for number, one in enumerate(message.prompts)),
         options=options(message.options),
         echo=message.echo,
+        session=session,
         priority=message.priority,
         deadline_s=deadline_s,
     )

@@ -20,6 +20,7 @@ from serve.grpc.errors import CallContext, refuse
 from serve.grpc.generated import service_pb2, service_pb2_grpc
 from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, TextEvent
+from serve.session import SESSION, session_of
 
 Response = TypeVar("Response", bound=Message)
 StreamResponse = TypeVar("StreamResponse", service_pb2.ChatStreamResponse, service_pb2.GenerateStreamResponse)
@@ -89,11 +90,11 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
     def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
         self._admit(message, request_id)
-        return read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context))
+        return read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=self._session(context))
 
     def _completion_request(self, message: service_pb2.GenerateRequest, request_id: str, context: CallContext) -> CompletionRequest:
         self._admit(message, request_id)
-        return read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context))
+        return read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=self._session(context))
 
     def _admit(self, message: Message, request_id: str) -> None:
         """Step 2. Checked here so that the refusal says why: Ray Serve's gRPC server has one limit, for answers as well."""
@@ -101,6 +102,10 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         limit_bytes = self._service.limits.body_bytes
         if message.ByteSize() > limit_bytes:
             raise RequestTooLarge(limit_bytes=limit_bytes)
+
+    def _session(self, context: CallContext) -> str:
+        metadata = {key: value for key, value in context.invocation_metadata() or () if key == SESSION}
+        return session_of(metadata.get(SESSION), None, self._service.limits)
 
     def _deadline_s(self, context: CallContext) -> float | None:
         """Unix time of the client's deadline. Ray Serve's context does not know it: there only the cancel tells."""

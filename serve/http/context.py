@@ -17,6 +17,7 @@ from serve.http.schema import SharedBody, ignored_fields, parse
 from serve.limits import Limits
 from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, Usage
+from serve.session import SESSION, session_of
 
 IGNORED = "x-manta-ignored-fields"
 
@@ -44,9 +45,10 @@ class Front:
         body = parse(kind, fields, self.limits)
         if body.user is not None and not is_identifier(body.user, self.limits):
             raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
+        session = session_of(request.headers.get(SESSION), body.user, self.limits)
         mark(2, request_id)
         ignored = ignored_fields(kind, fields)
-        stamp = Stamp(id=request_id, created=int(time.time()), model=body.model, arrived_s=arrived_s)
+        stamp = Stamp(id=request_id, created=int(time.time()), model=body.model, arrived_s=arrived_s, session=session)
         return body, stamp, {IGNORED: ", ".join(ignored)} if ignored else {}
 
 
@@ -60,10 +62,11 @@ class Stamp:
     model: str
     arrived_s: float
     """`time.monotonic` when its body began to be read."""
+    session: str
 
     def sign(self, request: R) -> R:
         """The request with what its connection knows and its body does not."""
-        return dataclasses.replace(request, arrived_s=self.arrived_s)
+        return dataclasses.replace(request, arrived_s=self.arrived_s, session=self.session)
 
     def piece(self, kind: str, **rest: Any) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **rest}
