@@ -1,37 +1,17 @@
 """Fast attention against the reference, over paged KV."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from model.attention.backend import AttentionConfig
 from model.attention.choose import choose_backend
 from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
 from model.attention.reference import ReferenceAttention
-from model.batch import ForwardBatch
-from parallel.axes import head_share
+from tests.model.paged import Paged, Work, heads
 
 CPU = torch.device("cpu")
-BLOCK_TOKENS = 16
-HEAD_DIM = 32
-
-Work = tuple[int, int]
-"""(tokens in the cache already, tokens computed now)"""
-
-
-def heads(query: int, kv: int, rank: int = 0, ranks: int = 1) -> AttentionConfig:
-    share = head_share(query, kv, rank, ranks)
-    return AttentionConfig(
-        num_heads=len(share.query),
-        num_kv_heads=len(share.kv),
-        head_dim=HEAD_DIM,
-        kv_of_query=share.kv_of_query,
-        block_tokens=BLOCK_TOKENS,
-    )
-
 
 HEADS = {
     "one per kv": heads(4, 4),
@@ -41,52 +21,6 @@ HEADS = {
     "28/4 heads, rank 1 of 3": heads(28, 4, 1, 3),
     "28/4 heads, rank 5 of 8": heads(28, 4, 5, 8),
 }
-
-
-class Paged:
-    """Random q, k, v for some works, and a cache whose blocks are scattered and, where nobody has written, NaN."""
-
-    def __init__(self, config: AttentionConfig, works: Sequence[Work], dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(1)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
-
-        counts = [-(-(behind + now) // BLOCK_TOKENS) for behind, now in works]
-        num_blocks = sum(counts) + 3
-        order = torch.randperm(num_blocks - 1, generator=generator) + 1  # block 0 pads the tables and is nobody's
-        tables = list(order[: sum(counts)].split(counts))
-        shape = (num_blocks, BLOCK_TOKENS, config.num_kv_heads, HEAD_DIM)
-        self.keys, self.values = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
-        slots = []
-        for (behind, now), blocks in zip(works, tables, strict=True):
-            places = (blocks.unsqueeze(1) * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
-            for cache in (self.keys, self.values):
-                cache.flatten(0, 1)[places[:behind]] = random(behind, config.num_kv_heads, HEAD_DIM)
-            slots.append(places[behind : behind + now])
-        total = sum(now for _, now in works)
-        self.q = random(total, config.num_heads, HEAD_DIM)
-        self.k = random(total, config.num_kv_heads, HEAD_DIM)
-        self.v = random(total, config.num_kv_heads, HEAD_DIM)
-        starts = [0]
-        for _, now in works:
-            starts.append(starts[-1] + now)
-        self.batch = ForwardBatch(
-            tokens_T=torch.zeros(total, dtype=torch.int64),
-            positions_T=torch.cat([torch.arange(behind, behind + now) for behind, now in works]),
-            slots_T=torch.cat(slots),
-            block_tables_SM=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).int(),
-            query_starts=tuple(starts),
-            context_lengths=tuple(behind + now for behind, now in works),
-            num_decodes=sum(now == 1 for _, now in works),
-            logit_rows_R=torch.arange(0),
-        )
-
-    def attend(self, backend: CpuAttention | ReferenceAttention) -> tuple[Tensor, Tensor, Tensor]:
-        """The result, and the caches after it."""
-        keys, values = self.keys.clone(), self.values.clone()
-        backend.prepare(self.batch)
-        return backend.attend(self.q, self.k, self.v, keys, values, self.batch), keys, values
 
 
 WORKS: dict[str, list[Work]] = {
@@ -162,7 +96,7 @@ def test_a_step_without_tokens_attends_to_nothing() -> None:
     )
     backend = CpuAttention(config)
     backend.prepare(empty)
-    assert backend.attend(paged.q[:0], paged.k[:0], paged.v[:0], paged.keys, paged.values, empty).shape == (0, 4, HEAD_DIM)
+    assert backend.attend(paged.q[:0], paged.k[:0], paged.v[:0], paged.keys, paged.values, empty).shape == (0, 4, config.head_dim)
 
 
 def test_the_backend_is_chosen_by_device_and_name() -> None:

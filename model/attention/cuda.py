@@ -1,0 +1,74 @@
+"""Attention on CUDA devices: our own kernels over blocks of KV where they lie.
+
+Sequences that compute one token go through the decode kernel, all in one launch; the others through the prefill kernel,
+cut into tiles of tokens, all in another.
+"""
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from model.attention.backend import AttentionConfig
+from model.attention.write import write_kv
+from model.batch import ForwardBatch
+from model.cuda.paged_attention import Heads, PrefillTiles, decode, prefill, tokens_per_tile
+
+PROGRAMS_PER_PROCESSOR = 2
+"""Decode programs that every multiprocessor of the device should have to do, ..."""
+MAX_PARTS = 32
+"""... as far as cutting contexts into so many parts gives them."""
+SIMULATED_PROCESSORS = 8
+"""Where Triton's interpreter stands in for a device."""
+
+
+class CudaAttention:
+    """See the file's first lines."""
+
+    def __init__(self, config: AttentionConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        groups = [config.kv_of_query.count(kv_head) for kv_head in range(config.num_kv_heads)]
+        firsts = [config.kv_of_query.index(kv_head) for kv_head in range(config.num_kv_heads)]
+        self._heads = Heads(first_G=self._upload(firsts), count_G=self._upload(groups), largest_group=max(groups))
+        on_device = device.type == "cuda"
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if on_device else SIMULATED_PROCESSORS
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        self._lengths_S = self._upload(batch.context_lengths)
+        if batch.num_decodes < batch.num_sequences:
+            self._query_starts = self._upload(batch.query_starts)
+            self._tiles = self._cut(batch)
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        write_kv(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
+        out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
+        some = slice(0, batch.num_decodes)
+        if batch.num_decodes:
+            decode(
+                q_THK[some], keys_NBGK, values_NBGK, batch.block_tables_SM[some], self._lengths_S[some], self._heads, out_THK[some],
+                parts=self.parts(batch.num_decodes),
+            )  # fmt: skip
+        if batch.num_decodes < batch.num_sequences:
+            prefill(
+                q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, self._lengths_S, self._query_starts, self._tiles, self._heads, out_THK
+            )
+        return out_THK
+
+    def parts(self, num_decodes: int) -> int:
+        """Into how many parts contexts are cut. Not a question of their lengths, so that a captured step stays right as they grow."""
+        wanted = PROGRAMS_PER_PROCESSOR * self._processors // (num_decodes * self.config.num_kv_heads)
+        return 1 << min(max(wanted, 1), MAX_PARTS).bit_length() - 1
+
+    def _cut(self, batch: ForwardBatch) -> PrefillTiles:
+        step = tokens_per_tile(self._heads)
+        cuts = []
+        for sequence in range(batch.num_decodes, batch.num_sequences):
+            num_new = batch.query_starts[sequence + 1] - batch.query_starts[sequence]
+            cuts.append([(sequence, token) for token in range(0, num_new, step)])
+        tiles = self._upload([*chain.from_iterable(zip(*chain.from_iterable(cuts), strict=True))]).view(2, -1)
+        return PrefillTiles(sequence_X=tiles[0], token_X=tiles[1])
+
+    def _upload(self, numbers: list[int] | tuple[int, ...]) -> Tensor:
+        """int32 on the device, without waiting for it."""
+        host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)

@@ -1,0 +1,134 @@
+"""The small operations between matrix products, each one pass over memory.
+
+T tokens, D model width, I inner width of an MLP, H query heads, G KV heads, K head width, F = K / 2 frequencies.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr):
+    """One token. The residual stream is written where it was read."""
+    row = tl.program_id(0).to(tl.int64) * width
+    dims_D = tl.arange(0, WIDTH)
+    mask_D = dims_D < width
+    dtype = out.dtype.element_ty
+    wide_D = tl.load(x + row + dims_D, mask=mask_D, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        sum_D = (wide_D + tl.load(residual + row + dims_D, mask=mask_D, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(residual + row + dims_D, sum_D, mask=mask_D)
+        wide_D = sum_D.to(tl.float32)  # what later layers will see
+    scale = tl.rsqrt(tl.sum(wide_D * wide_D, axis=0) / width + eps)
+    normed_D = (wide_D * scale).to(dtype).to(tl.float32)  # rounded before the weight, as transformers does
+    weight_D = tl.load(weight + dims_D, mask=mask_D, other=0.0).to(tl.float32)
+    tl.store(out + row + dims_D, (normed_D * weight_D).to(dtype), mask=mask_D)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight``; the twin is `model.layers.RmsNorm`."""
+    out_TD = torch.empty_like(x_TD)
+    _launch_norm(x_TD, None, weight_D, out_TD, eps)
+    return out_TD
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Adds ``x`` to the residual stream, in place, and gives the norm of the sum."""
+    out_TD = torch.empty_like(x_TD)
+    _launch_norm(x_TD, residual_TD, weight_D, out_TD, eps)
+    return out_TD
+
+
+def _launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out_TD: Tensor, eps: float) -> None:
+    num_tokens, width = x_TD.shape
+    if num_tokens == 0:
+        return
+    assert all(x.is_contiguous() for x in (x_TD, residual_TD) if x is not None)
+    _rms_norm_kernel[(num_tokens,)](
+        x_TD, x_TD if residual_TD is None else residual_TD, weight_D, out_TD, eps, width,
+        HAS_RESIDUAL=residual_TD is not None, WIDTH=triton.next_power_of_2(width), num_warps=8 if width > 2048 else 4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr):
+    """A stretch of one token's inner features: gate first, then up, in one row."""
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = dims < width
+    dtype = out.dtype.element_ty
+    gate = tl.load(gate_up + row * row_stride + dims, mask=mask, other=0.0).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)  # rounded before the product, as torch's silu is
+    up = tl.load(gate_up + row * row_stride + width + dims, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * width + dims, (silu * up).to(dtype), mask=mask)
+
+
+def swiglu(gate_up_TI: Tensor) -> Tensor:
+    """``silu(gate) * up`` of rows (gate, up), each of half the width (arXiv 2002.05202)."""
+    num_tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
+    out_TI = gate_up_TI.new_empty((num_tokens, width))
+    if out_TI.numel():
+        _swiglu_kernel[(num_tokens, triton.cdiv(width, SWIGLU_BLOCK))](
+            gate_up_TI, out_TI, width, gate_up_TI.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4
+        )
+    return out_TI
+
+
+SWIGLU_BLOCK = 1024
+
+
+@triton.jit
+def _rotate_and_write_kernel(
+    heads, cos, sin, slots, q_out, keys, values,
+    row_stride, num_heads, num_kv_heads, token_stride, head_stride,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+):  # fmt: skip
+    """One head of one token: query heads are turned, keys turned into the cache, values copied there."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dims_F = tl.arange(0, PADDED_HALF)
+    mask_F = dims_F < HALF
+    source = heads + token * row_stride + head * 2 * HALF + dims_F
+    first_F = tl.load(source, mask=mask_F, other=0.0)
+    second_F = tl.load(source + HALF, mask=mask_F, other=0.0)
+    is_value = head >= num_heads + num_kv_heads
+    if not is_value:
+        cos_F = tl.load(cos + token * HALF + dims_F, mask=mask_F, other=0.0).to(tl.float32)
+        sin_F = tl.load(sin + token * HALF + dims_F, mask=mask_F, other=0.0).to(tl.float32)
+        one_F, other_F = first_F.to(tl.float32), second_F.to(tl.float32)
+        first_F = (one_F * cos_F - other_F * sin_F).to(first_F.dtype)
+        second_F = (other_F * cos_F + one_F * sin_F).to(second_F.dtype)
+    if head < num_heads:
+        place = q_out + (token * num_heads + head) * 2 * HALF + dims_F
+        tl.store(place, first_F, mask=mask_F)
+        tl.store(place + HALF, second_F, mask=mask_F)
+    else:
+        slot = tl.load(slots + token)
+        offset = slot.to(tl.int64) * token_stride + dims_F
+        written_F = mask_F & (slot >= 0)  # a captured step is filled up with tokens that are nobody's
+        if is_value:
+            place = values + offset + (head - num_heads - num_kv_heads) * head_stride
+        else:
+            place = keys + offset + (head - num_heads) * head_stride
+        tl.store(place, first_F, mask=written_F)
+        tl.store(place + HALF, second_F, mask=written_F)
+
+
+def rotate_and_write(
+    heads_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, slots_T: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, num_heads: int
+) -> Tensor:
+    """The turned queries (T, H, K) of fused heads (query, key, value); turned keys and values go to their slots of the cache.
+
+    A slot below 0 is nowhere. The twins are `model.rope.Rotation.apply` and `model.attention.write.write_kv`.
+    """
+    num_tokens, num_all, head_dim = heads_TXK.shape
+    num_kv_heads = keys_NBGK.shape[2]
+    q_THK = heads_TXK.new_empty((num_tokens, num_heads, head_dim))
+    if num_tokens:
+        _rotate_and_write_kernel[(num_tokens, num_all)](
+            heads_TXK, cos_T1F, sin_T1F, slots_T, q_THK, keys_NBGK, values_NBGK,
+            heads_TXK.stride(0), num_heads, num_kv_heads, keys_NBGK.stride(1), keys_NBGK.stride(2),
+            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        )  # fmt: skip
+    return q_THK

@@ -1,0 +1,122 @@
+"""Routed experts in two launches: a matrix product per expert over the tokens that chose it, all experts side by side.
+
+N rows, A experts per row, E experts, X tiles of assignments, D input and O output features.
+
+Experts' weights stay where they are, each in a tensor of its own, so that they can change places between ranks: the kernel
+finds them by a table of addresses. Assignments are sorted by expert and cut into tiles on the device; the launch depends on
+no count, so that it can be captured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ROWS = 16
+"""Assignments of one expert that a program takes when few rows come ..."""
+WIDE_TILE_ROWS = 64
+"""... and when many do."""
+MANY_ROWS_PER_EXPERT = 32
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Assignments in the order of experts, each expert's beginning with a fresh tile."""
+
+    assignment_Y: Tensor
+    """int32, Y = X * rows of a tile: number (row * A + place) of each assignment; N * A where a tile has no more"""
+    expert_X: Tensor
+    """int32: the expert of each tile, counted among those held; -1 for a tile without rows"""
+    tile_rows: int
+
+
+def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
+    """``held_ids_NA`` (int64): which of the held experts an assignment goes to; -1 = computed elsewhere. Nothing waits for the device.
+
+    Tiles of 2 rows; assignments 0 .. 5 of experts 1 0 -1 1 1 0:   experts 0 1 1 -, assignments 1 5 | 0 3 | 4 . | . .
+    """
+    ids = held_ids_NA.flatten()
+    num_assigned, device = len(ids), ids.device
+    tile_rows = WIDE_TILE_ROWS if num_assigned > MANY_ROWS_PER_EXPERT * num_held else TILE_ROWS
+    num_tiles = min(triton.cdiv(num_assigned, tile_rows) + num_held, num_assigned)
+    counts_E = ids.new_zeros(num_held + 1).scatter_add_(0, ids + 1, torch.ones_like(ids))
+    tiles_E = (counts_E[1:] + tile_rows - 1) // tile_rows
+    tiles_so_far_E = tiles_E.cumsum(0)
+    order = ids.argsort(stable=True)  # those computed elsewhere come first
+    expert = ids[order]
+    index_in_expert = torch.arange(num_assigned, device=device) - (counts_E.cumsum(0) - counts_E)[expert + 1]
+    nowhere = num_tiles * tile_rows
+    place = (tiles_so_far_E - tiles_E)[expert.clamp(min=0)] * tile_rows + index_in_expert
+    place = torch.where(expert >= 0, place, nowhere)
+    assignment_Y = torch.full((nowhere + 1,), num_assigned, dtype=torch.int32, device=device)
+    assignment_Y.scatter_(0, place, order.to(torch.int32))
+    expert_X = torch.searchsorted(tiles_so_far_E, torch.arange(num_tiles, device=device), right=True)
+    expert_X = torch.where(expert_X < num_held, expert_X, -1).to(torch.int32)
+    return Sorted(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
+
+
+def addresses(weights: Sequence[Tensor], device: torch.device) -> Tensor:
+    """int64: where each expert's matrix begins. They must stay alive, and be contiguous and alike in shape and dtype."""
+    assert all(weight.is_contiguous() and weight.shape == weights[0].shape and weight.dtype == weights[0].dtype for weight in weights)
+    return torch.tensor([weight.data_ptr() for weight in weights], dtype=torch.int64).to(device)
+
+
+@triton.jit
+def _expert_kernel(
+    x, weight_addresses, out, row_weights, assignments, experts,
+    num_assigned, rows_per_source, in_size, out_size,
+    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of assignments, a stretch of output features: ``out[a] = x[a // rows_per_source] @ W.T`` (times a's weight)."""
+    tile, column_tile = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(experts + tile)
+    if expert >= 0:
+        weight = tl.load(weight_addresses + expert).to(tl.pointer_type(x.dtype.element_ty))
+        assignment_R = tl.load(assignments + tile * ROWS + tl.arange(0, ROWS))
+        real_R = assignment_R < num_assigned
+        source_R = (assignment_R // rows_per_source).to(tl.int64)
+        columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        mask_O = columns_O < out_size
+        sum_RO = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, in_size, DEPTH):
+            dims_D = start + tl.arange(0, DEPTH)
+            mask_D = dims_D < in_size
+            x_RD = tl.load(x + source_R[:, None] * in_size + dims_D[None, :], mask=real_R[:, None] & mask_D[None, :], other=0.0)
+            place_DO = columns_O.to(tl.int64)[None, :] * in_size + dims_D[:, None]
+            weight_DO = tl.load(weight + place_DO, mask=mask_D[:, None] & mask_O[None, :], other=0.0)
+            sum_RO = tl.dot(x_RD, weight_DO, acc=sum_RO, input_precision=PRECISION)
+        if WEIGHTED:  # rounded before and after, as transformers does
+            weight_R = tl.load(row_weights + assignment_R, mask=real_R, other=0.0).to(tl.float32)
+            sum_RO = sum_RO.to(out.dtype.element_ty).to(tl.float32) * weight_R[:, None]
+        result_RO = sum_RO.to(out.dtype.element_ty)
+        place_RO = assignment_R.to(tl.int64)[:, None] * out_size + columns_O[None, :]
+        tl.store(out + place_RO, result_RO, mask=real_R[:, None] & mask_O[None, :])
+
+
+def expert_products(
+    x: Tensor,
+    weight_addresses: Tensor,
+    out_size: int,
+    by_expert: Sorted,
+    *,
+    rows_per_source: int,
+    num_assigned: int,
+    weights: Tensor | None,
+) -> Tensor:
+    """(N * A, O): for each assignment its expert's product with its row of ``x``; zero for one that is computed elsewhere.
+
+    ``rows_per_source`` assignments share a row of ``x`` (A for the first product, 1 for the second). ``weights`` (N * A)
+    multiply the results.
+    """
+    out = x.new_zeros((num_assigned, out_size))
+    columns = 64 if by_expert.tile_rows == TILE_ROWS else 128
+    _expert_kernel[(by_expert.expert_X.shape[0], triton.cdiv(out_size, columns))](
+        x, weight_addresses, out, out if weights is None else weights, by_expert.assignment_Y, by_expert.expert_X,
+        num_assigned, rows_per_source, x.shape[1], out_size,
+        WEIGHTED=weights is not None, ROWS=by_expert.tile_rows, COLUMNS=columns, DEPTH=64,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out

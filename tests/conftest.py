@@ -1,0 +1,8 @@
+"""What must be so before anything else is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are checked by Triton's interpreter; triton reads this when it is imported

@@ -1,0 +1,77 @@
+"""Compiles every kernel for a GPU that need not be there: `python -m tests.model.cuda.compile_kernels`.
+
+Prints a line per kernel: name, bytes of its binary, registers and shared memory it takes.
+"""
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from model.cuda import elementwise, experts, paged_attention
+
+HOPPER = GPUTarget("cuda", 90, 32)
+CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}
+STRIDES = dict.fromkeys(("table_stride", "q_token_stride", "block_stride", "token_stride", "head_stride", "num_heads"), "i32")
+ATTENTION = {"q": "*bf16", "out": "*bf16", **CACHE, "scale_log2": "fp32", **STRIDES}
+PLACES = {"tile_sequence": "*i32", "tile_token": "*i32", "query_starts": "*i32"}
+SIZES = {"HEAD_DIM": 128, "PADDED_DIM": 128, "BLOCK_TOKENS": 16, "PRECISION": "tf32"}
+PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
+
+KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
+    (
+        paged_attention._decode_kernel,
+        ATTENTION | PARTS,
+        SIZES | {"PADDED_GROUP": 16, "TILE": paged_attention.DECODE_TILE, "PARTS": 8},
+        {"num_warps": 4, "num_stages": 3},
+    ),
+    (
+        paged_attention._prefill_kernel,
+        ATTENTION | PLACES,
+        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS},
+        {"num_warps": 8, "num_stages": 2},
+    ),
+    (paged_attention._merge_kernel, PARTS | {"out": "*bf16"}, {"HEAD_DIM": 128, "PADDED_DIM": 128, "PARTS": 8}, {"num_warps": 2}),
+    (
+        elementwise._rms_norm_kernel,
+        {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32", "width": "i32"},
+        {"HAS_RESIDUAL": True, "WIDTH": 4096},
+        {"num_warps": 8},
+    ),
+    (
+        elementwise._swiglu_kernel,
+        {"gate_up": "*bf16", "out": "*bf16", "width": "i32", "row_stride": "i32"},
+        {"BLOCK": elementwise.SWIGLU_BLOCK},
+        {"num_warps": 4},
+    ),
+    (
+        elementwise._rotate_and_write_kernel,
+        {"heads": "*bf16", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "q_out": "*bf16", "keys": "*bf16", "values": "*bf16"}
+        | dict.fromkeys(("row_stride", "num_heads", "num_kv_heads", "token_stride", "head_stride"), "i32"),
+        {"HALF": 64, "PADDED_HALF": 64},
+        {"num_warps": 1},
+    ),
+    (
+        experts._expert_kernel,
+        {"x": "*bf16", "weight_addresses": "*i64", "out": "*bf16", "row_weights": "*bf16", "assignments": "*i32", "experts": "*i32"}
+        | dict.fromkeys(("num_assigned", "rows_per_source", "in_size", "out_size"), "i32"),
+        {"WEIGHTED": True, "ROWS": experts.TILE_ROWS, "COLUMNS": 64, "DEPTH": 64, "PRECISION": "tf32"},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+]
+
+
+def main() -> int:
+    for kernel, types, constants, options in KERNELS:
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        missing = [name for name, kind in signature.items() if kind == "constexpr" and name not in constants]
+        assert not missing, f"{kernel.__name__}: nobody says what {missing} are"
+        compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=HOPPER, options=options)
+        print(f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes of shared memory")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Every kernel compiles for Hopper, also where there is no GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOPPER_SHARED_BYTES = 227 * 1024
+"""What one program may have there."""
+
+
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_for_hopper_and_fits_it(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.cuda.compile_kernels"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[3],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7
+    assert all(int(line.split()[3]) <= HOPPER_SHARED_BYTES for line in lines)

@@ -1,0 +1,51 @@
+"""Grouped products of routed experts against one expert after the other."""
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def products(x: Tensor, matrices: list[Tensor], held_ids_NA: Tensor, weights: Tensor | None, sources: int) -> Tensor:
+    """The twin: every assignment by itself."""
+    rows = []
+    for number, expert in enumerate(held_ids_NA.flatten().tolist()):
+        row = x[number // sources].float() @ matrices[expert].float().T if expert >= 0 else x.new_zeros(matrices[0].shape[0]).float()
+        row = row.to(x.dtype)
+        rows.append(row if weights is None else row * weights.flatten()[number])
+    return torch.stack(rows) if rows else x.new_zeros((0, matrices[0].shape[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("num_rows", "num_experts", "chosen"), [(1, 4, 2), (9, 3, 3), (40, 5, 2), (150, 2, 1)])
+def test_each_assignment_gets_its_experts_product(
+    num_rows: int, num_experts: int, chosen: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    from model.cuda.experts import addresses, expert_products, sort_by_expert
+
+    torch.manual_seed(0)
+    x = torch.randn(num_rows, 72, device=device).to(dtype)
+    matrices = [torch.randn(88, 72, device=device).to(dtype) for _ in range(num_experts)]
+    ids = torch.stack([torch.randperm(num_experts)[:chosen] for _ in range(num_rows)]).to(device)
+    ids[::3, 0] = -1  # computed elsewhere
+    weights = torch.rand(num_rows, chosen, device=device).to(dtype)
+    by_expert = sort_by_expert(ids, num_experts)
+    table = addresses(matrices, device)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.float16 else {"atol": 1e-4, "rtol": 1e-4}
+    for some_weights in (None, weights):
+        found = expert_products(x, table, 88, by_expert, rows_per_source=chosen, num_assigned=ids.numel(), weights=some_weights)
+        torch.testing.assert_close(found, products(x, matrices, ids, some_weights, chosen), **tolerance)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 300])
+def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: torch.device) -> None:
+    from model.cuda.experts import sort_by_expert
+
+    ids = torch.randint(-1, 4, (num_rows, 2), generator=torch.Generator().manual_seed(1)).to(device)
+    by_expert = sort_by_expert(ids, 4)
+    tiles = by_expert.assignment_Y.view(-1, by_expert.tile_rows)
+    seen = []
+    for expert, tile in zip(by_expert.expert_X.tolist(), tiles, strict=True):
+        real = tile[tile < ids.numel()].tolist()
+        seen += real
+        assert all(ids.flatten()[number] == expert for number in real)
+    assert sorted(seen) == [number for number, expert in enumerate(ids.flatten().tolist()) if expert >= 0]
