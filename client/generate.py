@@ -1,4 +1,7 @@
-"""Generate the protobuf and gRPC stubs of client and server from `client/proto`: `python client/generate.py`.
+"""Generate the protobuf and gRPC stubs of client and server, and docs/grpc.md, from `client/proto`: `python client/generate.py`.
+
+What was generated last is kept as `proto/committed.binpb`, and a change that breaks its clients is refused (`buf breaking`),
+unless it is said to be meant: `--breaking`.
 
 The tool is pinned here and fetched into a temporary folder: generated code refuses a protobuf or grpcio older than the
 tool that made it, so an old tool keeps the client installable beside many versions. Client and server each keep their
@@ -7,10 +10,13 @@ own copy (neither imports the other); both describe the same files to protobuf, 
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import describe
 
 TOOL = "grpcio-tools==1.73.1"
 CLIENT = Path(__file__).resolve().parent
@@ -21,15 +27,37 @@ COPIES = {
     "serve.grpc.generated": CLIENT.parent / "serve/grpc/generated",
 }
 """Import name of each copy and the folder it lives in."""
+COMMITTED = PROTO / "committed.binpb"
+"""What the .proto files said when the stubs were last generated, as buf writes it."""
+PAGE = CLIENT.parent / "docs/grpc.md"
 
 
 def main() -> None:
+    if COMMITTED.exists() and "--breaking" not in sys.argv:
+        broken = breaking(PROTO, COMMITTED)
+        if broken:
+            sys.exit(f"this breaks clients of what was generated last (--breaking if it is meant):\n{broken}")
     with tempfile.TemporaryDirectory() as folder:
         stubs = generate(Path(folder))
     for package, target in COPIES.items():
         for name, text in stubs.items():
             (target / name).write_text(rehome(text, package))
         print(f"{len(stubs)} files in {target}")
+    subprocess.run([buf(), "build", "-o", COMMITTED], check=True, cwd=PROTO)
+    PAGE.write_text(describe.page(describe.read(PROTO)))
+    print(f"{COMMITTED}\n{PAGE}")
+
+
+def buf() -> str:
+    """The command: beside the interpreter, as PyPI's buf-bin installs it, or on the path."""
+    return shutil.which("buf", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))) or "buf"
+
+
+def breaking(proto: Path, before: Path) -> str:
+    """What in the folder `proto` breaks clients of `before`; empty if nothing does."""
+    command = [buf(), "breaking", "--against", str(before)]
+    result = subprocess.run(command, cwd=proto, capture_output=True, text=True, check=False)
+    return "" if result.returncode == 0 else result.stdout or result.stderr
 
 
 def generate(folder: Path) -> dict[str, str]:

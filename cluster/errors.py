@@ -27,6 +27,13 @@ class SlowReader(EngineError):
         self.limit_tokens = limit_tokens
 
 
+class RequestAborted(EngineError):
+    """Whoever runs the server ended the request. Sending it again is not what they want."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was ended by an operator of this server")
+
+
 class ChannelError(EngineError):
     """A message of another version or kind, or a malformed one."""
 

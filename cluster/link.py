@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
-from cluster.errors import ChannelError, SlowReader
+from cluster.errors import ChannelError, RequestAborted, SlowReader
 from cluster.expected_wait import Outlook
 from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
 from cluster.prefix_index import PrefixIndex
@@ -151,6 +151,13 @@ class ReplicaLink:
             self._streams.pop(key, None)
             if not ended and self._lost is None:
                 self._send(Cancel(*key))
+
+    def abort(self, request_id: str) -> int:
+        """End all choices of a request that run over this link; how many. Their readers get `RequestAborted`, the engine a cancel."""
+        buffers = [buffer for key, buffer in self._streams.items() if key[0] == request_id]
+        for buffer in buffers:
+            buffer.fail(RequestAborted())
+        return len(buffers)
 
     async def close(self) -> None:
         self._lose("closed")

@@ -10,13 +10,14 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
-from cluster.errors import NoReplicaReady, ReplicaLost
+from cluster.errors import NoReplicaReady, ReplicaLost, RequestAborted
 from cluster.expected_wait import WaitingPlace
 from cluster.link import LinkLost
 from engine.errors import PoisonedRequest
@@ -80,6 +81,7 @@ class Link(Candidate, Protocol):
     @property
     def lost(self) -> bool: ...
     def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]: ...
+    def abort(self, request_id: str) -> int: ...
     async def close(self) -> None: ...
 
 
@@ -112,6 +114,10 @@ class Router:
         self._unreachable: dict[str, str] = {}
         """Why, as it was logged last."""
         self._refreshing: asyncio.Task[None] | None = None
+        self._choosing: Counter[str] = Counter()
+        """Choices of each request that wait for a replica."""
+        self._aborted: set[str] = set()
+        """Of those, the requests that shall not get one."""
         self.num_resumes = 0
         """Attempts after the first, over all requests."""
 
@@ -136,6 +142,13 @@ class Router:
         """What the directory knows, ready or not."""
         return self._replicas.known
 
+    def abort(self, request_id: str) -> int:
+        """End a request that this front has under way: its choices, as many as are given back, end with `RequestAborted`."""
+        waiting = self._choosing[request_id]
+        if waiting:
+            self._aborted.add(request_id)
+        return waiting + sum(link.abort(request_id) for link in self._links.values())
+
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Every token of one choice once and in order, up to its end. Closing it early cancels the choice.
 
@@ -146,6 +159,7 @@ class Router:
             ReplicaLost: the attempts are used up.
             PoisonedRequest: the request was present at two losses.
             SlowReader: the reader let too many tokens wait.
+            RequestAborted: see `abort`.
         """
         committed = list(request.committed)
         num_cached: int | None = None
@@ -186,8 +200,20 @@ class Router:
 
     async def _choose(self, request: Request) -> Link:
         """A ready replica, waited for if there is none."""
+        self._choosing[request.id] += 1
+        try:
+            return await self._wait_for_ready(request)
+        finally:
+            self._choosing[request.id] -= 1
+            if not self._choosing[request.id]:
+                del self._choosing[request.id]
+                self._aborted.discard(request.id)
+
+    async def _wait_for_ready(self, request: Request) -> Link:
         begun = self._clock()
         while True:
+            if request.id in self._aborted:
+                raise RequestAborted
             candidates = [link for link in self._links.values() if link.ready]
             if candidates:
                 return self._policy.choose(candidates, request)

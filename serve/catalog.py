@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from serve.errors import ModelNotFound
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
-from serve.request import ChatRequest, CompletionRequest, Result, TextEvent
+from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, TokenizeRequest
 from serve.service import Service
 
 
@@ -53,6 +53,15 @@ class Catalog:
 
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
         return await self._of(request).collect(request)
+
+    async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
+        return await self.service(request.model).tokenize(request)
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        return await self.service(model).detokenize(model, ids)
+
+    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
+        return self.service(model).token_texts(model, ids)
 
     def _of(self, request: ChatRequest | CompletionRequest) -> Service:
         """An unknown name is refused by whichever service gets it, at the same moment as everything else that is wrong."""

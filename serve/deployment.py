@@ -25,7 +25,9 @@ from cluster.worker import ModelRanks
 from model.checkpoint_folder import small_files
 from serve.catalog import Catalog
 from serve.config import ServeConfig
+from serve.doors import Doors
 from serve.fetched_ranks import FetchedRanks
+from serve.grpc.admin import AdminServicer
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
@@ -113,8 +115,10 @@ class _Front:
         self._catalog = Catalog([await self._offer(app, model, observers=[measuring]) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
-        self._grpc = MantaServicer(self._catalog)
-        self._health = HealthServicer(self._catalog.ready)
+        self._doors = Doors(self._catalog)
+        self._grpc = MantaServicer(self._doors)
+        self._admin = AdminServicer(self._doors, self._routers)
+        self._health = HealthServicer(self._doors.ready)
 
     async def _offer(self, app: str, model: Model, *, observers: Sequence[Observer]) -> Service:
         """A model's replicas, and the service over them."""
@@ -135,7 +139,7 @@ class _Front:
         return Service(model=facts, tokenizer=tokenizer, source=router, limits=model.config.limits, observers=observers)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(lambda: self._catalog, limits=self._config.limits, metrics=lambda accept: self._metrics(accept), behind_ray=True)
+        return create_app(lambda: self._doors, limits=self._config.limits, metrics=lambda accept: self._metrics(accept), behind_ray=True)
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
@@ -156,6 +160,24 @@ class _Front:
 
     async def GetModel(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self._grpc.GetModel(request, grpc_context)
+
+    async def Tokenize(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._grpc.Tokenize(request, grpc_context)
+
+    async def Detokenize(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._grpc.Detokenize(request, grpc_context)
+
+    async def GetServerInfo(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._admin.GetServerInfo(request, grpc_context)
+
+    async def GetLoad(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._admin.GetLoad(request, grpc_context)
+
+    async def Abort(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._admin.Abort(request, grpc_context)
+
+    async def Drain(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._admin.Drain(request, grpc_context)
 
     async def ChatStream(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
         async with contextlib.aclosing(self._grpc.ChatStream(request, grpc_context)) as responses:

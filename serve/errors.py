@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cluster.errors
 import engine.errors
-from cluster.errors import ChannelError, NoReplicaReady, RecoveryGivenUp, ReplicaLost, SlowReader, StartFailed
+from cluster.errors import ChannelError, NoReplicaReady, RecoveryGivenUp, ReplicaLost, RequestAborted, SlowReader, StartFailed
 from engine.errors import (
     DeadlineExceeded,
     DuplicateRequest,
@@ -88,6 +88,13 @@ class UnsupportedMediaType(ServeError):
     """The body is not what its Content-Type must say."""
 
 
+class Draining(ServeError):
+    """Somebody had this server take no new requests; what runs goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("this server is being drained and takes no new requests; try again, elsewhere if you can")
+
+
 class NotReady(ServeError):
     """Asked whether it is ready, and it is not."""
 
@@ -132,6 +139,8 @@ WIRE: dict[type[BaseException], Wire] = {
     MethodNotAllowed: _bad("method_not_allowed", http=405, grpc="UNIMPLEMENTED"),
     UnsupportedMediaType: _bad("unsupported_media_type", http=415),
     NotReady: _unavailable(code="not_ready"),
+    Draining: _unavailable(code="draining"),
+    RequestAborted: Wire(http=410, grpc="ABORTED", code="request_aborted"),
     EmptyPrompt: _bad("empty_prompt"),
     PromptTooLong: _bad("context_length_exceeded"),
     KvCacheTooSmall: _bad("context_length_exceeded"),

@@ -70,6 +70,16 @@ class CompletionRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizeRequest:
+    """Which tokens a text, or a conversation, is for the model."""
+
+    model: str
+    input: str | tuple[Message, ...]
+    add_special_tokens: bool = True
+    """Of a text: with the control tokens that the tokenizer itself puts around one. A conversation's come from its template."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     prompt_tokens: int
     completion_tokens: int

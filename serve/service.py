@@ -23,7 +23,7 @@ from serve.limits import Limits
 from serve.merging import merged
 from serve.model_facts import ModelFacts
 from serve.observing import Observer, observed
-from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Result, TextEvent, TextToken, Usage
+from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Message, Result, TextEvent, TextToken, TokenizeRequest, Usage
 from serve.text.chat_template import ChatTemplate
 from serve.text.sandbox import TemplateRefused
 from serve.text.threads import beside_the_loop
@@ -147,6 +147,32 @@ class Service:
         results = tuple(choices[index].result(index) for index in sorted(choices))
         return Result(request_id=request.request_id, choices=results, usage=usage, ledger=ledger)
 
+    async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
+        """The ids that the engine would get: of a text as a completion's prompt, of messages as a chat.
+
+        Raises:
+            ServeError: the model is not offered, or the input cannot be used.
+        """
+        self._validator.tokenize(request)
+        text, encode = request.input, self._tokenizer.encode
+        if not isinstance(text, str):
+            return await self._chat_ids(text)
+        return await beside_the_loop(len(text), lambda: encode(text, add_special_tokens=request.add_special_tokens))
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        """The text of ``ids``, without control tokens.
+
+        Raises:
+            ServeError: the model is not offered, or has no such token.
+        """
+        self._validator.detokenize(model, ids)
+        return await beside_the_loop(len(ids), lambda: self._tokenizer.decode(ids))
+
+    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token by itself; bytes that are no character show as U+FFFD. Raises as `detokenize`."""
+        self._validator.detokenize(model, ids)
+        return tuple(self._tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids)
+
     async def _chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         stopwatch = Stopwatch(request.arrived_s)
         async with aclosing(self._answer(await self._read_chat(request, stopwatch))) as events:
@@ -161,20 +187,23 @@ class Service:
 
     async def _read_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.chat(request)
+        ids = await self._chat_ids(request.messages)
+        sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
+        return _Asked(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch)
+
+    async def _chat_ids(self, conversation: Sequence[Message]) -> tuple[int, ...]:
         template = self._template
         if template is None:
             raise NotSupported("this model has no chat template (it is a base model); use completions instead", param="messages")
         messages = [
             {"role": message.role, "content": message.content} | ({} if message.name is None else {"name": message.name})
-            for message in request.messages
+            for message in conversation
         ]
-        num_chars = sum(CHARS_PER_MESSAGE + len(message.content) for message in request.messages)
+        num_chars = sum(CHARS_PER_MESSAGE + len(message.content) for message in conversation)
         try:
-            ids = await beside_the_loop(num_chars, lambda: template.encode(messages))
+            return tuple(await beside_the_loop(num_chars, lambda: template.encode(messages)))
         except TemplateRefused as refusal:
             raise InvalidRequest(str(refusal), param="messages") from refusal
-        sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
-        return _Asked(request=request, prompts=[tuple(ids)], echoes=[""], sampling=[sampling], stopwatch=stopwatch)
 
     async def _read_completion(self, request: CompletionRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.completion(request)

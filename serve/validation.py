@@ -13,7 +13,7 @@ from engine.request import SamplingParams
 from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
-from serve.request import ChatRequest, CompletionRequest, Message, Options
+from serve.request import ChatRequest, CompletionRequest, Message, Options, TokenizeRequest
 
 N = TypeVar("N", int, float)
 
@@ -34,9 +34,7 @@ class Validator:
     def chat(self, request: ChatRequest) -> None:
         """Everything that can be said before the messages are tokens."""
         self._common(request)
-        _counted("messages", request.messages, 1, self.limits.messages)
-        for index, message in enumerate(request.messages):
-            _message(f"messages[{index}]", message)
+        self._messages(request.messages)
         self._options(request.options, logprobs_param="top_logprobs")
 
     def completion(self, request: CompletionRequest) -> None:
@@ -53,6 +51,18 @@ class Validator:
             raise InvalidRequest(f"prompts times n must be at most {self.limits.total_choices}", param="n")
         if request.echo and request.options.logprobs is not None:
             raise NotSupported("log-probabilities of the prompt (echo together with logprobs) are not supported", param="echo")
+
+    def tokenize(self, request: TokenizeRequest) -> None:
+        self._offered(request.model)
+        if isinstance(request.input, str):
+            _text("prompt", request.input)
+        else:
+            self._messages(request.input)
+
+    def detokenize(self, model: str, ids: Sequence[int]) -> None:
+        self._offered(model)
+        for token in ids:
+            self._token_id("tokens", token)
 
     def sampling(self, options: Options, *, num_prompt_tokens: int, param: str, max_tokens: int | None, seed: int) -> SamplingParams:
         """Resolved parameters of checked ``options``; what neither client nor model says is off.
@@ -91,9 +101,17 @@ class Validator:
             raise ContextLengthExceeded(prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, limit_tokens=limit, param=field)
         return max_tokens
 
+    def _messages(self, messages: Sequence[Message]) -> None:
+        _counted("messages", messages, 1, self.limits.messages)
+        for index, message in enumerate(messages):
+            _message(f"messages[{index}]", message)
+
+    def _offered(self, model: str) -> None:
+        if model != self.model.name:
+            raise ModelNotFound(model)
+
     def _common(self, request: ChatRequest | CompletionRequest) -> None:
-        if request.model != self.model.name:
-            raise ModelNotFound(request.model)
+        self._offered(request.model)
         if len(request.request_id) > self.limits.id_chars or not IDENTIFIER.fullmatch(request.request_id):
             raise InvalidRequest(
                 f"a request id must be 1 to {self.limits.id_chars} of the characters A-Z a-z 0-9 . _ : -", param="request_id"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,7 @@ from grpc_tools import protoc
 CLIENT = Path(__file__).resolve().parents[1]
 PRINT_DESCRIPTORS = """
 import importlib, sys
-for name in ("messages_pb2", "service_pb2"):
+for name in sys.argv[2:]:
     print(importlib.import_module(f"{sys.argv[1]}.{name}").DESCRIPTOR.serialized_pb.hex())
 """
 
@@ -29,7 +30,10 @@ def script(name: str) -> ModuleType:
     return module
 
 
-generate, unasync = script("generate"), script("unasync")
+sys.path.insert(0, str(CLIENT))
+describe, generate, unasync = script("describe"), script("generate"), script("unasync")
+sys.path.remove(str(CLIENT))
+STUBS = sorted(f"{path.stem}_pb2" for path in generate.PROTO.rglob("*.proto"))
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +44,23 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, descriptor_p
     protos = [str(path.relative_to(generate.PROTO)) for path in generate.PROTO.rglob("*.proto")]
     assert protoc.main(["protoc", f"-I{generate.PROTO}", f"-I{well_known}", f"--descriptor_set_out={output}", *protos]) == 0
     files = descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file
-    for message in (message for file in files for message in file.message_type):
+    return {file.name: plain(file) for file in files}
+
+
+def plain(file: descriptor_pb2.FileDescriptorProto) -> descriptor_pb2.FileDescriptorProto:
+    """Without what is derived or only for readers, and not in stubs."""
+    bare = descriptor_pb2.FileDescriptorProto.FromString(file.SerializeToString())
+    bare.ClearField("source_code_info")
+    bare.DiscardUnknownFields()  # buf's own notes
+    for message in bare.message_type:
         for field in (field for each in (message, *message.nested_type) for field in each.field):
-            field.ClearField("json_name")  # derived from the name, and not in stubs
-    return {file.name: file for file in files}
+            field.ClearField("json_name")
+    return bare
 
 
 @pytest.mark.parametrize("package", generate.COPIES)
 def test_the_stubs_say_what_the_protocol_says(package: str, compiled) -> None:
-    command = [sys.executable, "-c", PRINT_DESCRIPTORS, package]
+    command = [sys.executable, "-c", PRINT_DESCRIPTORS, package, *STUBS]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CLIENT.parent).stdout.split()
     stubs = [descriptor_pb2.FileDescriptorProto.FromString(bytes.fromhex(line)) for line in printed]
     assert {stub.name: stub for stub in stubs} == compiled
@@ -56,9 +68,10 @@ def test_the_stubs_say_what_the_protocol_says(package: str, compiled) -> None:
 
 @pytest.mark.parametrize("package", generate.COPIES)
 def test_the_stubs_have_every_method(package: str, compiled) -> None:
-    (service,) = compiled["manta/v1/service.proto"].service
-    text = (generate.COPIES[package] / "service_pb2_grpc.py").read_text()
-    assert set(re.findall(r"'/manta\.v1\.MantaService/(\w+)'", text)) == {method.name for method in service.method}
+    for name in ("service", "admin"):
+        (service,) = compiled[f"manta/v1/{name}.proto"].service
+        text = (generate.COPIES[package] / f"{name}_pb2_grpc.py").read_text()
+        assert set(re.findall(rf"'/manta\.v1\.{service.name}/(\w+)'", text)) == {method.name for method in service.method}
 
 
 @pytest.mark.slow
@@ -83,9 +96,39 @@ def test_nothing_asynchronous_is_left_in_the_synchronous_client() -> None:
 
 
 def test_the_protocol_passes_buf_lint() -> None:
-    buf = Path(sys.executable).parent / "buf"
-    result = subprocess.run([buf, "lint"], cwd=generate.PROTO, capture_output=True, text=True, check=False)
+    result = subprocess.run([generate.buf(), "lint"], cwd=generate.PROTO, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_the_kept_descriptor_is_what_the_protocol_says(compiled) -> None:
+    kept = descriptor_pb2.FileDescriptorSet.FromString(generate.COMMITTED.read_bytes())
+    said = {file.name: plain(file) for file in kept.file if file.name.startswith("manta/")}
+    assert said == compiled, "run python client/generate.py"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("service.proto", "string model = 1;", "string model_name = 1;"),
+        ("service.proto", "rpc Detokenize(DetokenizeRequest) returns (DetokenizeResponse);", ""),
+        ("messages.proto", "optional double top_p = 2;", "optional double top_p = 92;"),
+        ("messages.proto", "optional int32 top_k = 3;", "optional string top_k = 3;"),
+    ],
+)
+def test_a_change_that_breaks_clients_is_noticed(tmp_path: Path, file: str, old: str, new: str) -> None:
+    assert generate.breaking(generate.PROTO, generate.COMMITTED) == ""
+    shutil.copytree(generate.PROTO, tmp_path / "proto")
+    changed = tmp_path / "proto/manta/v1" / file
+    text = changed.read_text()
+    assert old in text
+    changed.write_text(text.replace(old, new, 1))
+    assert file in generate.breaking(tmp_path / "proto", generate.COMMITTED)
+
+
+def test_the_page_of_the_protocol_is_what_its_comments_say() -> None:
+    page = describe.page(describe.read(generate.PROTO))
+    assert generate.PAGE.read_text() == page, "run python client/generate.py"
+    assert "| `Drain` |" in page
 
 
 @pytest.mark.slow

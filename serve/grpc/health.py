@@ -8,10 +8,11 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, H
 from grpc_health.v1.health_pb2_grpc import HealthServicer as HealthBase
 
 from serve.grpc.errors import CallContext
-from serve.grpc.generated import service_pb2
+from serve.grpc.generated import admin_pb2, service_pb2
 
 MANTA = service_pb2.DESCRIPTOR.services_by_name["MantaService"].full_name
-KNOWN = ("", MANTA)
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+KNOWN = ("", MANTA, ADMIN)
 """Services one may ask about; "" means the server."""
 
 

@@ -2,7 +2,7 @@
 
 from serve.errors import InvalidRequest
 from serve.grpc.generated import messages_pb2, service_pb2
-from serve.request import ChatRequest, CompletionRequest, Message, Options
+from serve.request import ChatRequest, CompletionRequest, Message, Options, TokenizeRequest
 
 SAID_OR_NOT = (
     "temperature",
@@ -49,6 +49,22 @@ def completion_request(
         session=session,
         priority=message.priority,
         deadline_s=deadline_s,
+    )
+
+
+def tokenize_request(message: service_pb2.TokenizeRequest) -> TokenizeRequest:
+    """
+    Raises:
+        InvalidRequest: there is neither text nor conversation.
+    """
+    kind = message.WhichOneof("input")
+    if kind is None:
+        raise InvalidRequest("say a text or a conversation to tokenize", param="input")
+    conversation = tuple(_message(one) for one in message.conversation.messages)
+    return TokenizeRequest(
+        model=message.model,
+        input=message.text if kind == "text" else conversation,
+        add_special_tokens=message.add_special_tokens if message.HasField("add_special_tokens") else True,
     )
 
 

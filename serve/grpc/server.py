@@ -1,26 +1,33 @@
 """Where the servicers are put on a server: Ray Serve's by import path, or a plain one of our own."""
 
+from collections.abc import Sequence
+
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from serve.grpc.generated import service_pb2_grpc
-from serve.grpc.health import MANTA, HealthServicer
+from serve.doors import Doors
+from serve.grpc.admin import AdminServicer, Fleet
+from serve.grpc.generated import admin_pb2_grpc, service_pb2_grpc
+from serve.grpc.health import ADMIN, MANTA, HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.limits import Limits
 from serve.offers import Offers
 
 SERVICER_FUNCTIONS = (
     "serve.grpc.generated.service_pb2_grpc.add_MantaServiceServicer_to_server",
+    "serve.grpc.generated.admin_pb2_grpc.add_AdminServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
 """For Ray Serve's `gRPCOptions.grpc_servicer_functions`. Its proxy then calls the front's methods of the names below, with
 (request, grpc_context); reflection is its own (`enable_reflection`)."""
 
-UNARY_METHODS = ("Chat", "Generate", "ListModels", "GetModel")
+UNARY_METHODS = ("Chat", "Generate", "ListModels", "GetModel", "Tokenize", "Detokenize")
 STREAM_METHODS = ("ChatStream", "GenerateStream")
 """To be delegated to a `MantaServicer`."""
+ADMIN_METHODS = ("GetServerInfo", "GetLoad", "Abort", "Drain")
+"""To be delegated to an `AdminServicer`."""
 HEALTH_UNARY_METHODS = ("Check", "List")
 HEALTH_STREAM_METHODS = ("Watch",)
 """To be delegated to a `HealthServicer`."""
@@ -30,10 +37,13 @@ async def start_server(
     service: Offers,
     address: str,
     *,
+    fleets: Sequence[Fleet] = (),
     credentials: grpc.ServerCredentials | None = None,
     limits: Limits | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """Serve on `address` ("127.0.0.1:0" takes a free port) without Ray Serve; the server and its port.
+
+    A service within `Doors` is looked after as well, by the admin calls.
 
     Raises:
         RuntimeError: the address cannot be bound.
@@ -47,8 +57,10 @@ async def start_server(
         )
     )
     service_pb2_grpc.add_MantaServiceServicer_to_server(MantaServicer(service), server)
+    if isinstance(service, Doors):
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service, fleets), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(service.ready), server)
-    reflection.enable_server_reflection((MANTA, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((MANTA, ADMIN, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
     port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     await server.start()
     return server, port

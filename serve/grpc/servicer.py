@@ -39,7 +39,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             mark(14, request_id)
             return convert.chat_response(result, model=asked.model, created=int(self._clock()))
 
-        return await _answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
+        return await answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
 
     async def ChatStream(
         self, request: service_pb2.ChatStreamRequest, context: CallContext
@@ -62,7 +62,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             mark(14, request_id)
             return convert.generate_response(result, model=asked.model, created=int(self._clock()))
 
-        return await _answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
+        return await answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
 
     async def GenerateStream(
         self, request: service_pb2.GenerateStreamRequest, context: CallContext
@@ -80,13 +80,30 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         async def answer() -> service_pb2.ListModelsResponse:
             return service_pb2.ListModelsResponse(models=[convert.model_message(facts) for facts in self._service.models()])
 
-        return await _answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
+        return await answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
 
     async def GetModel(self, request: service_pb2.GetModelRequest, context: CallContext) -> service_pb2.GetModelResponse:
         async def answer() -> service_pb2.GetModelResponse:
             return service_pb2.GetModelResponse(model=convert.model_message(self._service.model(request.model)))
 
-        return await _answer_or_refuse(answer, service_pb2.GetModelResponse, context)
+        return await answer_or_refuse(answer, service_pb2.GetModelResponse, context)
+
+    async def Tokenize(self, request: service_pb2.TokenizeRequest, context: CallContext) -> service_pb2.TokenizeResponse:
+        async def answer() -> service_pb2.TokenizeResponse:
+            self._fits(request)
+            ids = await self._service.tokenize(read.tokenize_request(request))
+            texts = self._service.token_texts(request.model, ids) if request.return_tokens else ()
+            facts = self._service.model(request.model)
+            return service_pb2.TokenizeResponse(token_ids=ids, tokens=texts, max_model_len=facts.max_context_tokens)
+
+        return await answer_or_refuse(answer, service_pb2.TokenizeResponse, context)
+
+    async def Detokenize(self, request: service_pb2.DetokenizeRequest, context: CallContext) -> service_pb2.DetokenizeResponse:
+        async def answer() -> service_pb2.DetokenizeResponse:
+            self._fits(request)
+            return service_pb2.DetokenizeResponse(text=await self._service.detokenize(request.model, tuple(request.token_ids)))
+
+        return await answer_or_refuse(answer, service_pb2.DetokenizeResponse, context)
 
     def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
         self._admit(message, request_id)
@@ -97,8 +114,12 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         return read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=self._session(context))
 
     def _admit(self, message: Message, request_id: str) -> None:
-        """Step 2. Checked here so that the refusal says why: Ray Serve's gRPC server has one limit, for answers as well."""
+        """Step 2."""
         mark(2, request_id)
+        self._fits(message)
+
+    def _fits(self, message: Message) -> None:
+        """Checked here so that the refusal says why: Ray Serve's gRPC server has one limit, for answers as well."""
         limit_bytes = self._service.limits.body_bytes
         if message.ByteSize() > limit_bytes:
             raise RequestTooLarge(limit_bytes=limit_bytes)
@@ -121,9 +142,10 @@ def _take(kind: str) -> str:
     return request_id
 
 
-async def _answer_or_refuse(
+async def answer_or_refuse(
     answer: Callable[[], Awaitable[Response]], response: type[Response], context: CallContext, request_id: str = ""
 ) -> Response:
+    """The answer of a call that has one; if it fails, an empty one and the refusal in ``context``."""
     try:
         return await answer()
     except Exception as error:

@@ -1,7 +1,6 @@
 """The HTTP front as one ASGI app."""
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -20,6 +19,7 @@ from serve.http.models import model_routes
 from serve.http.openapi import describe_api
 from serve.limits import Limits
 from serve.offers import Offers
+from serve.version import version
 
 
 def create_app(
@@ -30,7 +30,7 @@ def create_app(
     ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
     """
     front = Front(service=service, limits=limits or Limits())
-    app = FastAPI(title="Manta", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (chat_routes, completion_routes, model_routes, health_routes):
         app.include_router(routes(front))
     if metrics is not None:
@@ -49,10 +49,3 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     else:
         refusal = RouteNotFound("there is no such path here")
     return error_response(refusal, headers=dict(error.headers or {}))
-
-
-def _version() -> str:
-    try:
-        return version("manta")
-    except PackageNotFoundError:  # a checkout on sys.path, as `ray job submit --working-dir .` has it
-        return "0+checkout"

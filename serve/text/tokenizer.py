@@ -94,9 +94,10 @@ class Tokenizer:
         token: int | None = None if text is None else self._plain.token_to_id(text)
         return token
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """A raw prompt: control tokens written in it are recognised, and those that the tokenizer itself puts around it are added."""
-        return tuple(self._with_control.encode_batch_fast([text])[0].ids)  # a batch, because that alone gives up the GIL
+        batch = self._with_control.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # that alone gives up the GIL
+        return tuple(batch[0].ids)
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text as nothing but text: what looks like a control token in it stays the characters it is made of."""

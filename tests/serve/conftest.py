@@ -1,9 +1,11 @@
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from serve.text.tokenizer import Tokenizer
+from tests.serve.in_process import Fronts, fronts, write_tiny
 from tests.serve.vocabularies import write_qwen2, write_smol
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a shared machine
@@ -30,3 +32,15 @@ def smol(smol_folder: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def qwen2(qwen2_folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(qwen2_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+async def both(tiny_folder: Path) -> AsyncIterator[Fronts]:
+    """HTTP and gRPC over one real engine."""
+    async with fronts(tiny_folder) as running:
+        yield running

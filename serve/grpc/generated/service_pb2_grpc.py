@@ -65,6 +65,16 @@ class MantaServiceStub(object):
                 request_serializer=manta_dot_v1_dot_service__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=manta_dot_v1_dot_service__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/manta.v1.MantaService/Tokenize',
+                request_serializer=manta_dot_v1_dot_service__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=manta_dot_v1_dot_service__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/manta.v1.MantaService/Detokenize',
+                request_serializer=manta_dot_v1_dot_service__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=manta_dot_v1_dot_service__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class MantaServiceServicer(object):
@@ -113,6 +123,20 @@ class MantaServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids of a text or a conversation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MantaServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +169,16 @@ def add_MantaServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=manta_dot_v1_dot_service__pb2.GetModelRequest.FromString,
                     response_serializer=manta_dot_v1_dot_service__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=manta_dot_v1_dot_service__pb2.TokenizeRequest.FromString,
+                    response_serializer=manta_dot_v1_dot_service__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=manta_dot_v1_dot_service__pb2.DetokenizeRequest.FromString,
+                    response_serializer=manta_dot_v1_dot_service__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +344,60 @@ class MantaService(object):
             '/manta.v1.MantaService/GetModel',
             manta_dot_v1_dot_service__pb2.GetModelRequest.SerializeToString,
             manta_dot_v1_dot_service__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.v1.MantaService/Tokenize',
+            manta_dot_v1_dot_service__pb2.TokenizeRequest.SerializeToString,
+            manta_dot_v1_dot_service__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.v1.MantaService/Detokenize',
+            manta_dot_v1_dot_service__pb2.DetokenizeRequest.SerializeToString,
+            manta_dot_v1_dot_service__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,7 +20,7 @@ async def test_health_follows_readiness(channel, service: ScriptedService, name:
     assert (await health.Check(ask(name))).status == SERVING
     service.is_ready = False
     assert (await health.Check(ask(name))).status == NOT_SERVING
-    assert set((await health.List(health_pb2.HealthListRequest())).statuses) == {"", "manta.v1.MantaService"}
+    assert set((await health.List(health_pb2.HealthListRequest())).statuses) == {"", "manta.v1.MantaService", "manta.v1.AdminService"}
 
 
 async def test_an_unknown_service_is_not_found(channel) -> None:

@@ -1,0 +1,78 @@
+"""Step 2 of a request: the door before the service. It counts who is inside, and can be closed to those who come.
+
+While it is closed the server is not ready, so load balancers send elsewhere; what is inside goes on to its end.
+"""
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+
+from serve.errors import Draining
+from serve.limits import Limits
+from serve.model_facts import ModelFacts
+from serve.offers import Offers
+from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, TokenizeRequest
+
+
+class Doors:
+    """What both fronts ask, as long as it is open."""
+
+    def __init__(self, inside: Offers) -> None:
+        self._inside = inside
+        self.draining = False
+        self.num_open = 0
+        """Requests that are being answered."""
+
+    def drain(self) -> None:
+        """Let nobody in."""
+        self.draining = True
+
+    def reopen(self) -> None:
+        self.draining = False
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
+        with self._entered():
+            async with aclosing(self._inside.chat(request)) as events:
+                async for event in events:
+                    yield event
+
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
+        with self._entered():
+            async with aclosing(self._inside.complete(request)) as events:
+                async for event in events:
+                    yield event
+
+    async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
+        with self._entered():
+            return await self._inside.collect(request)
+
+    def ready(self) -> bool:
+        return not self.draining and self._inside.ready()
+
+    @property
+    def limits(self) -> Limits:
+        return self._inside.limits
+
+    async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
+        return await self._inside.tokenize(request)
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        return await self._inside.detokenize(model, ids)
+
+    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
+        return self._inside.token_texts(model, ids)
+
+    def models(self) -> tuple[ModelFacts, ...]:
+        return self._inside.models()
+
+    def model(self, name: str) -> ModelFacts:
+        return self._inside.model(name)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        if self.draining:
+            raise Draining
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
