@@ -22,7 +22,13 @@ class Board(Generic[Note]):
         self._app, self._name, self._id = app, name, own_id
         self._actor: Any = None
         self._others: tuple[Note, ...] = ()
+        self._num_others = 0
         self._pinning: asyncio.Task[None] | None = None
+
+    @property
+    def num_others(self) -> int:
+        """How many others there were when the own note was last pinned."""
+        return self._num_others
 
     def keep_pinned(self, note: Callable[[], Note], *, every_s: float) -> None:
         """Pin what ``note`` gives, again and again, until `close`. To be called in a running event loop."""
@@ -46,7 +52,7 @@ class Board(Generic[Note]):
     async def _pin_for_ever(self, note: Callable[[], Note], every_s: float) -> None:
         while True:
             try:
-                await self._directory().pin.remote(self._name, self._id, note())
+                self._num_others = await self._directory().pin.remote(self._name, self._id, note()) - 1
             except (ray.exceptions.RayError, ValueError) as error:
                 self._missed(error)
             await asyncio.sleep(every_s)

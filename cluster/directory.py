@@ -88,9 +88,10 @@ class Register:
         self._records = self._fresh(self._records)
         return self._clock() - self._begun > self._expiry_s, tuple(record for _, record in self._records.values())
 
-    def pin(self, board: str, key: str, note: Any) -> None:
-        """Hang a note on a board; it too vanishes unless it is repeated. See `cluster.board`."""
+    def pin(self, board: str, key: str, note: Any) -> int:
+        """Hang a note on a board; it too vanishes unless it is repeated. How many there are now. See `cluster.board`."""
         self._boards.setdefault(board, {})[key] = (self._clock(), note)
+        return len(self.pinned(board))
 
     def pinned(self, board: str) -> dict[str, Any]:
         self._boards[board] = self._fresh(self._boards.get(board, {}))

@@ -62,6 +62,9 @@ class Request:
     """Requests share cached prefixes only with requests of the same salt."""
     session: str = ""
     """Requests of one session go to the same replica where that costs little; the engine does not look at it."""
+    tenant: str = ""
+    """Whose request it is: tenants get the engine in proportion to their `share`. See `engine.policy`."""
+    share: float = 1.0
     priority: int = 0
     """Lower is served first; arrival order within."""
     deadline_s: float | None = None

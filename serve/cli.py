@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from serve.commands import bench, chat, config, demo_model, doctor, plan, serve
+from serve.commands import bench, chat, config, demo_model, doctor, keys, plan, serve
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -32,6 +32,7 @@ app.command("demo-model")(demo_model.demo_model)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.add_typer(keys.keys, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

@@ -96,6 +96,14 @@ class GrpcSettings(Section):
     """Whether tools such as grpcurl can ask which methods there are."""
 
 
+class AuthSettings(Section):
+    """Who may use the server."""
+
+    keys_file: str | None = None
+    """File of API keys, made by `manta keys`; it is on the host of every front, and looked at again every second. With it both
+    fronts ask for a key, except for /livez, /readyz and gRPC health. null = whoever reaches the server may use it."""
+
+
 class LoggingSettings(Section):
     """What the server writes to its log. Prompts and answers never are."""
 
@@ -150,6 +158,7 @@ class ServeConfig(Section):
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
     limits: Limits = Limits()
+    auth: AuthSettings = AuthSettings()
     logging: LoggingSettings = LoggingSettings()
     ray: RaySettings = RaySettings()
 

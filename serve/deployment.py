@@ -23,6 +23,7 @@ from cluster.router import Router
 from cluster.routing import policy_of
 from cluster.worker import ModelRanks
 from model.checkpoint_folder import small_files
+from serve.auth import Doorkeeper, OpenDoor
 from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.doors import Doors
@@ -38,6 +39,7 @@ from serve.model_facts import ModelFacts
 from serve.model_source import brought_here
 from serve.need import need_of
 from serve.observing import Observer
+from serve.quotas import Quotas
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 
@@ -111,13 +113,15 @@ class _Front:
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
         instruments, self._board = Instruments(front), Board[Snapshot](app, "metrics", front)
-        measuring = Measuring(instruments, [model.name for model in models])
-        self._catalog = Catalog([await self._offer(app, model, observers=[measuring]) for model in models])
+        self._door = OpenDoor() if config.auth.keys_file is None else Doorkeeper(Path(config.auth.keys_file))
+        self._quotas = Quotas(num_fronts=lambda: self._board.num_others + 1)
+        observers = (Measuring(instruments, [model.name for model in models]), self._quotas)
+        self._catalog = Catalog([await self._offer(app, model, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
         self._doors = Doors(self._catalog)
-        self._grpc = MantaServicer(self._doors)
-        self._admin = AdminServicer(self._doors, self._routers)
+        self._grpc = MantaServicer(self._doors, door=self._door)
+        self._admin = AdminServicer(self._doors, self._routers, door=self._door)
         self._health = HealthServicer(self._doors.ready)
 
     async def _offer(self, app: str, model: Model, *, observers: Sequence[Observer]) -> Service:
@@ -139,7 +143,14 @@ class _Front:
         return Service(model=facts, tokenizer=tokenizer, source=router, limits=model.config.limits, observers=observers)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(lambda: self._doors, limits=self._config.limits, metrics=lambda accept: self._metrics(accept), behind_ray=True)
+        return create_app(
+            lambda: self._doors,
+            limits=self._config.limits,
+            metrics=lambda accept: self._metrics(accept),
+            door=lambda: self._door,
+            quota_headers=lambda caller: self._quotas.headers(caller),
+            behind_ray=True,
+        )
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):

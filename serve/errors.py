@@ -99,6 +99,28 @@ class NotReady(ServeError):
     """Asked whether it is ready, and it is not."""
 
 
+class NotAuthenticated(ServeError):
+    """No key, none that is valid, or more than one. Which of these it was is not told."""
+
+    def __init__(self) -> None:
+        super().__init__("this server needs an API key: send it as `Authorization: Bearer <key>`, once")
+
+
+class NotAllowed(ServeError):
+    """The key is valid, and not for this."""
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"this API key does not have the scope {scope!r} that is needed here")
+
+
+class QuotaExceeded(ServeError):
+    """A key has used up what it may ask."""
+
+    def __init__(self, quota: str, *, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"this API key may have {limit} {quota}, and has; try again in {max(retry_after_s, 0.1):.1f} s")
+        self.quota, self.limit, self.retry_after_s = quota, limit, retry_after_s
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wire:
     """What both fronts answer to one class of errors."""
@@ -141,6 +163,9 @@ WIRE: dict[type[BaseException], Wire] = {
     NotReady: _unavailable(code="not_ready"),
     Draining: _unavailable(code="draining"),
     RequestAborted: Wire(http=410, grpc="ABORTED", code="request_aborted"),
+    NotAuthenticated: _bad("invalid_api_key", http=401, grpc="UNAUTHENTICATED"),
+    NotAllowed: _bad("insufficient_scope", http=403, grpc="PERMISSION_DENIED"),
+    QuotaExceeded: Wire(http=429, grpc="RESOURCE_EXHAUSTED", code="rate_limit_exceeded", type="rate_limit_error", retry_after_s=1.0),
     EmptyPrompt: _bad("empty_prompt"),
     PromptTooLong: _bad("context_length_exceeded"),
     KvCacheTooSmall: _bad("context_length_exceeded"),
@@ -172,6 +197,8 @@ class ErrorBody:
     http_status: int
     grpc_code: str
     retry_after_s: float | None
+    quota: str | None = None
+    """Which quota is used up."""
 
 
 def describe(error: BaseException) -> ErrorBody:
@@ -185,6 +212,7 @@ def describe(error: BaseException) -> ErrorBody:
         http_status=wire.http,
         grpc_code=wire.grpc,
         retry_after_s=wire.retry_after_s and getattr(error, "retry_after_s", wire.retry_after_s),
+        quota=error.quota if isinstance(error, QuotaExceeded) else None,
     )
 
 

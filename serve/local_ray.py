@@ -147,7 +147,7 @@ def _check_ports(config: ServeConfig) -> None:
     except PortInUse as error:
         raise StartError(str(error)) from error
     for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)):
-        if host not in LOOPBACKS:
+        if host not in LOOPBACKS and config.auth.keys_file is None:
             logger.warning("%s listens on %s and asks nobody for a key: whoever reaches it can use the model", front, host)
 
 

@@ -23,15 +23,20 @@ class Watch(Protocol):
 
 
 class Observer(Protocol):
-    def begin(self, request: ChatRequest | CompletionRequest) -> Watch: ...
+    def begin(self, request: ChatRequest | CompletionRequest) -> Watch:
+        """May raise to refuse the request; earlier observers are told that it failed."""
+        ...
 
 
 async def observed(
     request: ChatRequest | CompletionRequest, events: AsyncGenerator[TextEvent, None], observers: Sequence[Observer]
 ) -> AsyncGenerator[TextEvent, None]:
     """``events``, seen by all ``observers`` as they pass."""
-    watches, complete = [observer.begin(request) for observer in observers], False
+    watches: list[Watch] = []
+    complete = False
     try:
+        for observer in observers:
+            watches.append(observer.begin(request))  # not all at once: those before the one that refuses must be told
         async with aclosing(events):
             async for event in events:
                 complete = event.usage is not None

@@ -7,6 +7,7 @@ None always means "the client did not say".
 from dataclasses import dataclass, field
 
 from engine.plan import Spent, TokenLogprobs
+from serve.caller import ANYONE, Caller
 from serve.ledger import Ledger
 
 
@@ -53,6 +54,7 @@ class ChatRequest:
     """Unix time."""
     arrived_s: float | None = None
     """`time.monotonic` when its front began to read it; None: it is the service that sees it first."""
+    caller: Caller = ANYONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class CompletionRequest:
     priority: int = 0
     deadline_s: float | None = None
     arrived_s: float | None = None
+    caller: Caller = ANYONE
 
 
 @dataclass(frozen=True, kw_only=True)

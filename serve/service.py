@@ -273,7 +273,10 @@ class Service:
             choice=choice.plan.index,
             prompt=asked.prompts[choice.plan.prompt_index],
             sampling=asked.sampling[choice.plan.prompt_index],
+            salt=asked.request.caller.salt,
             session=asked.request.session,
+            tenant=asked.request.caller.id,
+            share=asked.request.caller.share,
             priority=asked.request.priority,
             deadline_s=asked.request.deadline_s,
         )

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -91,6 +92,7 @@ def run(config: "ServeConfig") -> None:
     """Find the models, start everything, and wait."""
     if config.ray.address != "local":
         stop(f'ray.address is {config.ray.address!r}, and this version serves on a Ray of its own only: set it to "local"')
+    _check_keys(config)
     each = config.each_model()
     found = [_find(one) for one in each]
     from serve.model_source import ModelSourceError, must_have_own_names
@@ -114,6 +116,16 @@ def run(config: "ServeConfig") -> None:
             typer.echo("\nEnding what was started ...")
     except StartError as error:
         stop(str(error))
+
+
+def _check_keys(config: "ServeConfig") -> None:
+    if config.auth.keys_file is not None:
+        from serve.key_file import KeyFileError, read_keys
+
+        try:
+            read_keys(Path(config.auth.keys_file))
+        except KeyFileError as error:
+            stop(f"auth.keys_file: {error}")
 
 
 def _find(config: "ServeConfig") -> "FoundModel":

@@ -8,9 +8,12 @@ from typing import Protocol
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.directory import ReplicaRecord
+from serve.auth import OpenDoor
+from serve.caller import Scope
 from serve.doors import Doors
 from serve.errors import InvalidRequest
 from serve.grpc import convert
+from serve.grpc.authorise import Admits, caller_of
 from serve.grpc.errors import CallContext
 from serve.grpc.generated import admin_pb2, admin_pb2_grpc
 from serve.grpc.servicer import answer_or_refuse
@@ -28,12 +31,15 @@ class Fleet(Protocol):
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
-    def __init__(self, doors: Doors, fleets: Sequence[Fleet], *, clock: Callable[[], float] = time.time) -> None:
-        self._doors, self._fleets = doors, fleets
+    def __init__(
+        self, doors: Doors, fleets: Sequence[Fleet], *, door: Admits | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._doors, self._fleets, self._door = doors, fleets, door or OpenDoor()
         self._started = Timestamp(seconds=int(clock()))
 
     async def GetServerInfo(self, request: admin_pb2.GetServerInfoRequest, context: CallContext) -> admin_pb2.GetServerInfoResponse:
         async def answer() -> admin_pb2.GetServerInfoResponse:
+            caller_of(context, self._door, Scope.ADMIN)
             return admin_pb2.GetServerInfoResponse(
                 version=version(),
                 started=self._started,
@@ -47,6 +53,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def GetLoad(self, request: admin_pb2.GetLoadRequest, context: CallContext) -> admin_pb2.GetLoadResponse:
         async def answer() -> admin_pb2.GetLoadResponse:
+            caller_of(context, self._door, Scope.ADMIN)
             return admin_pb2.GetLoadResponse(
                 replicas=[_load(record) for record in self._records()],
                 open_requests=self._doors.num_open,
@@ -57,6 +64,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def Abort(self, request: admin_pb2.AbortRequest, context: CallContext) -> admin_pb2.AbortResponse:
         async def answer() -> admin_pb2.AbortResponse:
+            caller_of(context, self._door, Scope.ADMIN)
             if not request.request_id:
                 raise InvalidRequest("say which request to end", param="request_id")
             return admin_pb2.AbortResponse(choices=sum(fleet.abort(request.request_id) for fleet in self._fleets))
@@ -65,6 +73,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: CallContext) -> admin_pb2.DrainResponse:
         async def answer() -> admin_pb2.DrainResponse:
+            caller_of(context, self._door, Scope.ADMIN)
             if request.undo:
                 self._doors.reopen()
             else:

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RequestInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from serve.errors import ErrorBody, describe
@@ -60,6 +60,8 @@ def _details(body: ErrorBody, message: str, request_id: str) -> list[Message]:
         details.append(RequestInfo(request_id=request_id))
     if body.param is not None:
         details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=body.param, description=message)]))
+    if body.quota is not None:
+        details.append(QuotaFailure(violations=[QuotaFailure.Violation(subject="api_key", description=body.quota)]))
     if body.retry_after_s is not None:
         details.append(RetryInfo(retry_delay=_duration(body.retry_after_s)))
     return details

@@ -9,6 +9,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serve.doors import Doors
 from serve.grpc.admin import AdminServicer, Fleet
+from serve.grpc.authorise import Admits
 from serve.grpc.generated import admin_pb2_grpc, service_pb2_grpc
 from serve.grpc.health import ADMIN, MANTA, HealthServicer
 from serve.grpc.servicer import MantaServicer
@@ -40,6 +41,7 @@ async def start_server(
     fleets: Sequence[Fleet] = (),
     credentials: grpc.ServerCredentials | None = None,
     limits: Limits | None = None,
+    door: Admits | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """Serve on `address` ("127.0.0.1:0" takes a free port) without Ray Serve; the server and its port.
 
@@ -56,9 +58,9 @@ async def start_server(
             ("grpc.so_reuseport", 0),
         )
     )
-    service_pb2_grpc.add_MantaServiceServicer_to_server(MantaServicer(service), server)
+    service_pb2_grpc.add_MantaServiceServicer_to_server(MantaServicer(service, door=door), server)
     if isinstance(service, Doors):
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service, fleets), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service, fleets, door=door), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(service.ready), server)
     reflection.enable_server_reflection((MANTA, ADMIN, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
     port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)

@@ -5,6 +5,7 @@ A client's cancel or deadline arrives as `asyncio.CancelledError`, which leaves 
 request at its source.
 """
 
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -14,8 +15,11 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from engine.places import mark
+from serve.auth import OpenDoor
+from serve.caller import Caller, Scope
 from serve.errors import RequestTooLarge
 from serve.grpc import convert, read
+from serve.grpc.authorise import Admits, caller_of
 from serve.grpc.errors import CallContext, refuse
 from serve.grpc.generated import service_pb2, service_pb2_grpc
 from serve.offers import Offers
@@ -27,8 +31,8 @@ StreamResponse = TypeVar("StreamResponse", service_pb2.ChatStreamResponse, servi
 
 
 class MantaServicer(service_pb2_grpc.MantaServiceServicer):
-    def __init__(self, service: Offers, *, clock: Callable[[], float] = time.time) -> None:
-        self._service, self._clock = service, clock
+    def __init__(self, service: Offers, *, door: Admits | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._service, self._door, self._clock = service, door or OpenDoor(), clock
 
     async def Chat(self, request: service_pb2.ChatRequest, context: CallContext) -> service_pb2.ChatResponse:
         request_id = _take("chatcmpl")
@@ -78,18 +82,21 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
     async def ListModels(self, request: service_pb2.ListModelsRequest, context: CallContext) -> service_pb2.ListModelsResponse:
         async def answer() -> service_pb2.ListModelsResponse:
+            caller_of(context, self._door, Scope.INFER)
             return service_pb2.ListModelsResponse(models=[convert.model_message(facts) for facts in self._service.models()])
 
         return await answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
 
     async def GetModel(self, request: service_pb2.GetModelRequest, context: CallContext) -> service_pb2.GetModelResponse:
         async def answer() -> service_pb2.GetModelResponse:
+            caller_of(context, self._door, Scope.INFER)
             return service_pb2.GetModelResponse(model=convert.model_message(self._service.model(request.model)))
 
         return await answer_or_refuse(answer, service_pb2.GetModelResponse, context)
 
     async def Tokenize(self, request: service_pb2.TokenizeRequest, context: CallContext) -> service_pb2.TokenizeResponse:
         async def answer() -> service_pb2.TokenizeResponse:
+            caller_of(context, self._door, Scope.INFER)
             self._fits(request)
             ids = await self._service.tokenize(read.tokenize_request(request))
             texts = self._service.token_texts(request.model, ids) if request.return_tokens else ()
@@ -100,23 +107,28 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
     async def Detokenize(self, request: service_pb2.DetokenizeRequest, context: CallContext) -> service_pb2.DetokenizeResponse:
         async def answer() -> service_pb2.DetokenizeResponse:
+            caller_of(context, self._door, Scope.INFER)
             self._fits(request)
             return service_pb2.DetokenizeResponse(text=await self._service.detokenize(request.model, tuple(request.token_ids)))
 
         return await answer_or_refuse(answer, service_pb2.DetokenizeResponse, context)
 
     def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
-        self._admit(message, request_id)
-        return read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=self._session(context))
+        caller, session = self._admit(message, request_id, context), self._session(context)
+        request = read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
+        return dataclasses.replace(request, caller=caller)
 
     def _completion_request(self, message: service_pb2.GenerateRequest, request_id: str, context: CallContext) -> CompletionRequest:
-        self._admit(message, request_id)
-        return read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=self._session(context))
+        caller, session = self._admit(message, request_id, context), self._session(context)
+        request = read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
+        return dataclasses.replace(request, caller=caller)
 
-    def _admit(self, message: Message, request_id: str) -> None:
+    def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""
+        caller = caller_of(context, self._door, Scope.INFER)
         mark(2, request_id)
         self._fits(message)
+        return caller
 
     def _fits(self, message: Message) -> None:
         """Checked here so that the refusal says why: Ray Serve's gRPC server has one limit, for answers as well."""

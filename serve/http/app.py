@@ -1,13 +1,16 @@
 """The HTTP front as one ASGI app."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve.auth import OpenDoor
+from serve.caller import Caller
 from serve.errors import MethodNotAllowed, RouteNotFound, ServeError
+from serve.http.authorise import Admits, Authorise
 from serve.http.boundary import RequestBoundary
 from serve.http.chat import chat_routes
 from serve.http.completions import completion_routes
@@ -23,9 +26,15 @@ from serve.version import version
 
 
 def create_app(
-    service: Callable[[], Offers], limits: Limits | None = None, *, metrics: MetricsPage | None = None, behind_ray: bool = False
+    service: Callable[[], Offers],
+    limits: Limits | None = None,
+    *,
+    metrics: MetricsPage | None = None,
+    door: Callable[[], Admits] = OpenDoor,
+    quota_headers: Callable[[Caller], Mapping[str, str]] = lambda caller: {},
+    behind_ray: bool = False,
 ) -> FastAPI:
-    """The app. ``service`` is asked at each request, so it may be made later, in the process that serves.
+    """The app. ``service`` and ``door`` are asked at each request, so they may be made later, in the process that serves.
 
     ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
     """
@@ -36,6 +45,7 @@ def create_app(
     if metrics is not None:
         app.include_router(metrics_routes(metrics))
     app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_middleware(Authorise, door=door, quota_headers=quota_headers)
     app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
     describe_api(app)
     return app

@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from engine.places import mark
+from serve.caller import Caller
 from serve.errors import InvalidRequest
+from serve.http.authorise import caller_of
 from serve.http.body import read_json_object
 from serve.http.boundary import is_identifier
+from serve.http.headers import deadline_ms, priority
 from serve.http.schema import SharedBody, ignored_fields, parse
 from serve.limits import Limits
 from serve.offers import Offers
@@ -48,7 +51,17 @@ class Front:
         session = session_of(request.headers.get(SESSION), body.user, self.limits)
         mark(2, request_id)
         ignored = ignored_fields(kind, fields)
-        stamp = Stamp(id=request_id, created=int(time.time()), model=body.model, arrived_s=arrived_s, session=session)
+        wait_ms = deadline_ms(request.headers)
+        stamp = Stamp(
+            id=request_id,
+            created=int(time.time()),
+            model=body.model,
+            arrived_s=arrived_s,
+            session=session,
+            caller=caller_of(request.scope),
+            priority=priority(request.headers),
+            deadline_s=None if wait_ms is None else time.time() + wait_ms / 1000 - (time.monotonic() - arrived_s),
+        )
         return body, stamp, {IGNORED: ", ".join(ignored)} if ignored else {}
 
 
@@ -63,10 +76,21 @@ class Stamp:
     arrived_s: float
     """`time.monotonic` when its body began to be read."""
     session: str
+    caller: Caller
+    priority: int | None
+    deadline_s: float | None
+    """Unix time."""
 
     def sign(self, request: R) -> R:
-        """The request with what its connection knows and its body does not."""
-        return dataclasses.replace(request, arrived_s=self.arrived_s, session=self.session)
+        """The request with what its connection and headers say and its body does not."""
+        return dataclasses.replace(
+            request,
+            arrived_s=self.arrived_s,
+            session=self.session,
+            caller=self.caller,
+            priority=request.priority if self.priority is None else self.priority,
+            deadline_s=self.deadline_s,
+        )
 
     def piece(self, kind: str, **rest: Any) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **rest}

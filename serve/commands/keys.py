@@ -1,0 +1,156 @@
+"""`manta keys`: who may use a server."""
+
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.commands.settings import stop
+
+if TYPE_CHECKING:
+    from serve.key_file import Key
+
+DEFAULT_FILE = "manta-keys.json"
+VARIABLE = "MANTA_AUTH__KEYS_FILE"
+
+HELP = f"""API keys of a server: `manta serve --set auth.keys_file=FILE`.
+
+The file holds no key, only SHA-256 sums; a running server sees a change within a second.
+FILE is --file, else ${VARIABLE}, else {DEFAULT_FILE}.
+
+\b
+  manta keys create --name alice                                    prints the key, once
+  manta keys create --name team --requests-per-minute 600 --share 2
+  manta keys create --name prometheus --scope metrics
+  manta keys list
+  manta keys rotate 3f81c2a90b14 --grace 1h                         a new key; the old one is taken for an hour more
+  manta keys revoke 3f81c2a90b14
+"""
+
+keys = typer.Typer(no_args_is_help=True, help=HELP, rich_markup_mode=None)
+
+File = Annotated[Path | None, typer.Option("--file", help="The key file.")]
+Id = Annotated[str, typer.Argument(help="As `manta keys list` shows it.")]
+
+
+@keys.command()
+def create(
+    file: File = None,
+    name: Annotated[str, typer.Option("--name", help="For people: whose it is.")] = "",
+    scope: Annotated[
+        list[str] | None, typer.Option("--scope", help="infer (unless another is given), admin, metrics; may be repeated.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Requests a minute at most.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens of prompts and answers a minute at most.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at the same time at most.")] = None,
+    share: Annotated[float, typer.Option(help="Of the engine, relative to other keys, when it cannot serve all at once.")] = 1.0,
+) -> None:
+    """Make a key and print it. It is shown this once and kept nowhere."""
+    from serve.key_file import KeyFileError, changing, new_key
+
+    path = _path(file)
+    try:
+        with changing(path) as write:
+            present = _present(path)
+            shown, key = new_key(
+                name=name,
+                scopes=scope or ["infer"],
+                requests_per_minute=requests_per_minute,
+                tokens_per_minute=tokens_per_minute,
+                concurrency=concurrency,
+                share=share,
+            )
+            write((*present, key))
+    except (KeyFileError, OSError) as error:
+        stop(str(error))
+    typer.echo(f"key {key.id} is in {path}; this is shown once:", err=True)
+    typer.echo(shown)
+
+
+@keys.command("list")
+def list_keys(file: File = None) -> None:
+    """Show the keys' ids, names, scopes and quotas."""
+    from serve.key_file import KeyFileError, read_keys
+
+    try:
+        present = read_keys(_path(file))
+    except KeyFileError as error:
+        stop(str(error))
+    for key in present:
+        typer.echo(described(key))
+
+
+@keys.command()
+def revoke(id: Id, file: File = None) -> None:
+    """Take a key away."""
+    from serve.key_file import KeyFileError, changing
+
+    path = _path(file)
+    try:
+        with changing(path) as write:
+            present = _present(path)
+            _find(present, id)
+            write(tuple(key for key in present if key.id != id))
+    except (KeyFileError, OSError) as error:
+        stop(str(error))
+    typer.echo(f"key {id} is revoked", err=True)
+
+
+@keys.command()
+def rotate(
+    id: Id,
+    file: File = None,
+    grace: Annotated[str, typer.Option(help="How long the old one is still taken: 30s, 15m, 24h, 7d, or 0.")] = "24h",
+) -> None:
+    """Give the owner of a key a new one. Scopes, quotas and cached prefixes stay."""
+    from serve.key_file import KeyFileError, changing, rotated
+
+    path, grace_s = _path(file), _seconds(grace)
+    try:
+        with changing(path) as write:
+            present = _present(path)
+            shown, key = rotated(_find(present, id), grace_s=grace_s)
+            write(tuple(key if old.id == id else old for old in present))
+    except (KeyFileError, OSError) as error:
+        stop(str(error))
+    typer.echo(f"key {id} has a new secret; the old one is taken for {grace}; this is shown once:", err=True)
+    typer.echo(shown)
+
+
+def described(key: "Key") -> str:
+    """One line."""
+    quotas = {"requests/min": key.requests_per_minute, "tokens/min": key.tokens_per_minute, "at a time": key.concurrency}
+    limits = ", ".join(f"{limit} {what}" for what, limit in quotas.items() if limit is not None) or "no quotas"
+    now = time.time()
+    old = sum(secret.until is not None and secret.until > now for secret in key.secrets)
+    made = datetime.fromtimestamp(key.created, UTC).strftime("%Y-%m-%d")
+    rotating = f"; {old} older secret still taken" if old else ""
+    return f"{key.id}  {made}  {key.name or '-'}  {','.join(key.scopes)}  share {key.share:g}  {limits}{rotating}"
+
+
+def _path(file: Path | None) -> Path:
+    return file or Path(os.environ.get(VARIABLE, DEFAULT_FILE))
+
+
+def _present(path: Path) -> "tuple[Key, ...]":
+    from serve.key_file import read_keys
+
+    return read_keys(path) if path.exists() else ()
+
+
+def _find(present: "tuple[Key, ...]", id: str) -> "Key":
+    found = next((key for key in present if key.id == id), None)
+    if found is None:
+        stop(f"there is no key {id}; `manta keys list` shows those that are there")
+    return found
+
+
+def _seconds(text: str) -> float:
+    number, unit = text.rstrip("smhd"), text[len(text.rstrip("smhd")) :]
+    units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+    if not number.isdecimal() or unit not in units:
+        stop(f"a time is written like 30s, 15m, 24h or 7d, not {text!r}")
+    return int(number) * units[unit]

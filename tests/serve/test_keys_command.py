@@ -1,0 +1,66 @@
+"""`manta keys`."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from serve.auth import Doorkeeper
+from serve.caller import Scope
+from serve.cli import app
+from serve.errors import NotAuthenticated
+from serve.key_file import read_keys
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+def keys(path: Path, *arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["keys", arguments[0], *arguments[1:], "--file", str(path)])
+    assert result.exit_code == code, result.output
+    return result.stdout.strip()
+
+
+def test_a_made_key_opens_the_door_with_what_was_asked_for_it(path: Path) -> None:
+    shown = keys(path, "create", "--name", "alice", "--scope", "infer", "--scope", "metrics", "--requests-per-minute", "60", "--share", "2")
+    caller = Doorkeeper(path).admit([f"Bearer {shown}"], Scope.METRICS)
+    assert (caller.quota.requests_per_minute, caller.quota.concurrency, caller.share) == (60, None, 2.0)
+
+
+def test_the_list_shows_everything_but_keys(path: Path) -> None:
+    shown = keys(path, "create", "--name", "alice", "--concurrency", "3")
+    listed = keys(path, "list")
+    assert "alice" in listed
+    assert "3 at a time" in listed
+    assert shown not in listed
+    assert read_keys(path)[0].secrets[0].sha256 not in listed
+
+
+def test_a_revoked_key_is_refused(path: Path) -> None:
+    gone, stays = keys(path, "create"), keys(path, "create")
+    keys(path, "revoke", read_keys(path)[0].id)
+    door = Doorkeeper(path)
+    assert door.admit([f"Bearer {stays}"])
+    with pytest.raises(NotAuthenticated):
+        door.admit([f"Bearer {gone}"])
+
+
+def test_a_rotated_key_is_taken_beside_its_successor(path: Path) -> None:
+    old = keys(path, "create")
+    new = keys(path, "rotate", read_keys(path)[0].id, "--grace", "1h")
+    door = Doorkeeper(path)
+    assert door.admit([f"Bearer {old}"]) == door.admit([f"Bearer {new}"])
+    assert "1 older secret still taken" in keys(path, "list")
+
+
+def test_mistakes_are_told(path: Path) -> None:
+    keys(path, "list", code=1)
+    keys(path, "create", "--scope", "root", code=1)
+    keys(path, "create", "--concurrency", "0", code=1)
+    assert not path.exists()
+    keys(path, "create")
+    keys(path, "revoke", "nobody", code=1)
+    keys(path, "rotate", read_keys(path)[0].id, "--grace", "soon", code=1)
+    assert len(read_keys(path)) == 1
