@@ -45,6 +45,10 @@ class InvalidLogits(EngineError):
     """The model gave NaN or no finite logits for this request."""
 
 
+class GrammarFailed(EngineError):
+    """The request's grammar is wrong, costs more than its limits allow, or leaves no way on."""
+
+
 class PoisonedRequest(EngineError):
     """The request was running at two losses of the workers and is not tried a third time."""
 

@@ -100,7 +100,11 @@ class Sampled:
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token where the request asked for them, else empty."""
     fault: str | None = None
-    """Why no token could be sampled (for instance NaN logits); the engine then fails this sequence alone."""
+    """Why no token could be sampled (for instance NaN logits); the engine then fails this sequence alone.
+
+    Without a fault and without tokens: not now (its grammar is not ready); the step is repeated for this sequence."""
+    of_grammar: bool = False
+    """Whether the fault is the grammar's and not the logits'."""
 
 
 @dataclass(frozen=True, slots=True)

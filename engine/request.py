@@ -36,6 +36,10 @@ class SamplingParams:
     """`stop_token_ids` cannot be sampled before this many output tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Ends the answer; the id itself is the last output token. The caller puts the model's end-of-sequence ids here."""
+    grammar: str | None = None
+    """What the text of the answer must match: Lark in the dialect of llguidance. None = anything.
+
+    Control tokens are then sampled only if they are stop ids and the text is whole; where it cannot go on, it ends before `min_tokens`."""
     logprobs: int | None = None
     """None = none; k = the sampled token's log-probability and the k most probable alternatives. Of the raw logits' softmax,
     before penalties and temperature."""
@@ -43,6 +47,11 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """Whether sampling looks at the tokens seen so far."""
+        return self.penalises or self.grammar is not None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens seen so far change logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 

@@ -10,6 +10,7 @@ from engine.errors import (
     DuplicateRequest,
     EmptyPrompt,
     EngineError,
+    GrammarFailed,
     InvalidLogits,
     KvCacheTooSmall,
     PoisonedRequest,
@@ -149,12 +150,15 @@ class Scheduler:
                 shard.cache.publish(sequence, since=work.start)
                 continue
             answer = sampled.get(work.sequence, Sampled(work.sequence, (), fault="the ranks gave no token"))
-            if answer.fault is None:
-                shard.cache.publish(sequence, since=work.start)
-                events.append(self._take(sequence, answer))
-            else:
+            if answer.fault is not None:
                 shard.cache.disown(sequence)
-                events.append(self._fail(sequence, InvalidLogits(answer.fault)))
+                events.append(self._fail(sequence, GrammarFailed(answer.fault) if answer.of_grammar else InvalidLogits(answer.fault)))
+                continue
+            if not answer.tokens:
+                sequence.step_back()
+            shard.cache.publish(sequence, since=work.start)
+            if answer.tokens:
+                events.append(self._take(sequence, answer))
         return events
 
     def _portion(self, shard: Shard) -> Portion:
@@ -276,7 +280,8 @@ class Scheduler:
     def _ending(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
         """Why the answer is complete with its last token, if it is, and the token if that is why."""
         sampling = sequence.request.sampling
-        if sequence.num_output > sampling.min_tokens and sequence.tokens[-1] in sampling.stop_token_ids:
+        may_stop = sequence.num_output > sampling.min_tokens or sampling.grammar is not None  # a whole text ends, however short
+        if may_stop and sequence.tokens[-1] in sampling.stop_token_ids:
             return "stop", sequence.tokens[-1]
         if sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= self._capacity.max_context_tokens:
             return "length", None

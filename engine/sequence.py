@@ -52,6 +52,11 @@ class Sequence:
         """Whether a step that was not answered yet computes some of it."""
         return self.num_planned > self.num_computed
 
+    def step_back(self) -> None:
+        """The step of its last token gave no next one: that token is to be computed again."""
+        assert self.num_planned == self.num_computed == len(self.tokens)
+        self.num_computed = self.num_planned = len(self.tokens) - 1
+
     def rewind(self) -> list[int]:
         """Forget all KV and the ranks' number. Returns the blocks that were held."""
         blocks, self.blocks = self.blocks, []

@@ -11,6 +11,7 @@ from engine.places import mark
 from engine.plan import Sampled, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
+from engine.run.grammar.guides import Allowed, Guides
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.state import Row, SamplingState
@@ -29,13 +30,22 @@ class Runner:
     but where it samples."""
 
     def __init__(
-        self, *, model: Qwen2, cache: KvCache, capacity: Capacity, sampler: Sampler | None, device: torch.device, shard: int = 0
+        self,
+        *,
+        model: Qwen2,
+        cache: KvCache,
+        capacity: Capacity,
+        sampler: Sampler | None,
+        device: torch.device,
+        shard: int = 0,
+        guides: Guides | None = None,
     ) -> None:
-        """``sampler`` is None on all ranks but those that answer."""
+        """``sampler`` is None on all ranks but those that answer, and so may ``guides`` be (without, grammars are refused)."""
         self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device
         self.rebalancer = ExpertRebalancer(model)
         self._sampler = sampler
+        self._guides = guides or Guides(None, vocab_size=sampler.vocab_size if sampler else 0)
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
 
@@ -63,12 +73,14 @@ class Runner:
         for sequence in plan.closed:
             self._tables.close(sequence)
             self._states.pop(sequence, None)
+            self._guides.close(sequence)
         for opening in plan.opened:
             if opening.shard != self.shard:
                 continue
             self._tables.open(opening.sequence)
             if self._sampler is not None:
                 self._states[opening.sequence] = SamplingState(opening, vocab_size=self._sampler.vocab_size)
+                self._guides.open(opening)
 
     def _compute(self, works: Sequence[Work]) -> list[Sampled]:
         for work in works:
@@ -76,17 +88,31 @@ class Runner:
         self._mark(9, works)
         built = build_batch(works, self._tables, self.capacity.block_tokens, self.device)
         self._mark(10, works)
-        logits_RV = self.model(built.forward, self.cache)
         if self._sampler is None:
+            self.model(built.forward, self.cache)
             return []
         for work in works:
             self._states[work.sequence].take(work)
+            self._guides.take(work)
+        allowed = self._guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
+        logits_RV = self.model(built.forward, self.cache)
         self._mark(11, built.sampling_works)
-        return self._sample(self._sampler, logits_RV, built.sampling_works)
+        return self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {})
 
-    def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work]) -> list[Sampled]:
-        states = [self._states[work.sequence] for work in works]
-        return sampler.sample(logits_RV, [Row(state, state.next_position(work)) for state, work in zip(states, works, strict=True)])
+    def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work], allowed: dict[int, Allowed]) -> list[Sampled]:
+        """Sequences whose grammar has no say yet get no token in this step."""
+        mute = {
+            number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
+            for number, one in allowed.items()
+            if one.words is None
+        }
+        speaking = [at for at, work in enumerate(works) if work.sequence not in mute]
+        rows = [self._row(works[at], allowed.get(works[at].sequence)) for at in speaking]
+        return sampler.sample(logits_RV[speaking] if mute else logits_RV, rows) + list(mute.values())
+
+    def _row(self, work: Work, allowed: Allowed | None) -> Row:
+        state = self._states[work.sequence]
+        return Row(state, state.next_position(work), allowed.words if allowed else None)
 
     def _mark(self, place: int, works: Sequence[Work]) -> None:
         if self.is_sampling:  # one rank's word for each sequence is enough

@@ -35,6 +35,8 @@ class RunnerConfig:
     Costs their memory: 64 experts over 16 positions are 4 each; with 1 redundant, 5."""
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
+    grammar_cache_bytes: int = 64 * 1024 * 1024
+    """Compiled grammars (structured output, tools) that each sampling rank keeps for the next request that wants the same."""
     collective_timeout_s: float = 1800.0
     """How long a rank waits for the others, also while they load. Whoever owns the ranks notices a death much earlier."""
 
@@ -43,6 +45,8 @@ class RunnerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.grammar_cache_bytes < 0:
+            raise ValueError(f"grammar_cache_bytes must not be negative, got {self.grammar_cache_bytes}")
         if self.redundant_experts < 0:
             raise ValueError(f"redundant_experts must not be negative, got {self.redundant_experts}")
         if self.collective_timeout_s <= 0:

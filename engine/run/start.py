@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import torch
 
 from engine.config import EngineConfig
+from engine.run.grammar.start import open_guides
 from engine.run.host import multiplies_bfloat16, usable_cores
 from engine.run.memory import measure_capacity
 from engine.run.runner import Runner, sampling_ranks
@@ -94,7 +95,8 @@ def start_rank(
                 model, sampler, runner_config=runner_config, engine_config=engine_config, groups=groups, ranks_on_host=on_host
             )
             cache = KvCache(model.kv_layout, capacity.num_blocks, device)
-        runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank)
+        guides = open_guides(small_files(checkpoint_folder), sampler.vocab_size, runner_config) if sampler else None
+        runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank, guides=guides)
         with _phase("warm_up", tell):
             warm_up(runner)
             runner.rebalancer.forget()

@@ -1,6 +1,5 @@
 """Text to token ids and ids to bytes, as the checkpoint's own tokenizer.json has it. One `Tokenizer` serves all requests."""
 
-import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,7 @@ from typing import Any
 
 import tokenizers
 
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-"""The special tokens that tokenizer_config.json names and a chat template may use by that name."""
+from model.vocabulary import NAMED, byte_of_character
 
 
 class InvalidTokenizer(ValueError):
@@ -25,17 +23,6 @@ class SpecialToken:
     text: str
     takes_space_before: bool
     takes_space_after: bool
-
-
-@functools.cache
-def byte_of_character() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table), the other way round.
-
-    Bytes that print as themselves in Latin-1 do so; the other 68 are moved up to U+0100 and on, in order.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(moved)}
 
 
 class Tokenizer:

@@ -25,13 +25,15 @@ class Happened:
     poisoned: int = 0
     moved: int = 0
     """Sequences that came back to another shard after they had given way."""
+    reluctant: int = 0
+    """Steps that gave no token to anybody."""
     overlapped: int = 0
     """Works planned while an earlier one of their sequence was not answered yet."""
 
 
 def disturbed(seed: int, happened: Happened) -> None:
     """One random life of an engine, held against the undisturbed answers."""
-    draw = random.Random(seed)
+    draw, reluctance = random.Random(seed), random.Random(~seed)
     executors: list[FakeExecutor] = []
     num_shards, num_stages = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3])
 
@@ -39,6 +41,8 @@ def disturbed(seed: int, happened: Happened) -> None:
         executor = FakeExecutor(draw.randint(12, 24), BLOCK_TOKENS, num_shards=num_shards, num_stages=num_stages)
         if draw.random() < 0.5:
             executor.lose_at_step = {draw.randint(0, 40)}
+        if reluctance.random() < 0.2:
+            executor.reluctant = {step for step in range(60) if reluctance.random() < 0.3}
         executors.append(executor)
         return executor
 
@@ -78,6 +82,7 @@ def disturbed(seed: int, happened: Happened) -> None:
     happened.found += engine.stats.prefix_found_tokens
     happened.moved += sum(num_moved(executor) for executor in executors)
     happened.overlapped += sum(executor.num_overlapping for executor in executors)
+    happened.reluctant += sum(len(executor.reluctant & set(range(len(executor.plans)))) for executor in executors)
     happened.cancelled += sum(end == "cancelled" for end in recorder.ends.values())
 
 

@@ -54,6 +54,8 @@ class FakeExecutor:
         """Steps (counted by this executor) whose result is the loss of all workers."""
         self.faulty: set[int] = set()
         """Choices that get a fault instead of a token."""
+        self.reluctant: set[int] = set()
+        """Steps (counted by this executor) in which no sequence gets a token, as if all their grammars were still compiled."""
         self.closed = False
         self.num_overlapping = 0
         """Works submitted while an earlier one of their sequence was not answered."""
@@ -86,6 +88,8 @@ class FakeExecutor:
             self._tables[opening.sequence] = []
         self._check_no_block_is_written_twice(plan)
         answers = [self._compute(work) for work in plan.works]
+        if index in self.reluctant:
+            answers = [answer and Sampled(answer.sequence, ()) for answer in answers]
         assert index == self._num_answered, "steps are answered in order"
         self._num_answered += 1
         return StepResult(plan.step, tuple(answer for answer in answers if answer is not None), elapsed_s=0.001)

@@ -13,16 +13,13 @@ from engine.run.sampling.state import Row
 from engine.run.transfer import upload
 
 
-def edited(logits_RV: Tensor, rows: Sequence[Row], allowed_RW: Tensor | None = None) -> Tensor:
-    """The logits as each row's parameters change them, in float32; the very same tensor where none changes anything.
-
-    ``allowed_RW`` (int32, W = ceil(V / 32)) holds a bit for each id, lowest first: 0 forbids it. A row without such
-    a rule has all bits set.
-    """
+def edited(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The logits as each row's parameters change them, in float32; the very same tensor where none changes anything."""
     penalised = [(at, row) for at, row in enumerate(rows) if row.state.history is not None]
     biased = [(at, row) for at, row in enumerate(rows) if len(row.state.bias_ids)]
-    unfinished = [(at, row) for at, row in enumerate(rows) if row.position < row.state.sampling.min_tokens and len(row.state.stop_ids)]
-    if not (penalised or biased or unfinished) and allowed_RW is None:
+    unfinished = [(at, row) for at, row in enumerate(rows) if row.allowed is None and _is_too_early_to_stop(row)]
+    guided = [at for at, row in enumerate(rows) if row.allowed is not None]
+    if not (penalised or biased or unfinished or guided):
         return logits_RV
     logits_RV = logits_RV.to(torch.float32, copy=True)
     if penalised:
@@ -31,9 +28,13 @@ def edited(logits_RV: Tensor, rows: Sequence[Row], allowed_RW: Tensor | None = N
         _add_bias(logits_RV, biased)
     if unfinished:
         _forbid_stop_ids(logits_RV, unfinished)
-    if allowed_RW is not None:
-        logits_RV.masked_fill_(~_bits(allowed_RW, logits_RV.shape[1]), -torch.inf)
+    if guided:
+        _forbid_unless_allowed(logits_RV, guided, np.stack([row.allowed for row in rows if row.allowed is not None]))
     return logits_RV
+
+
+def _is_too_early_to_stop(row: Row) -> bool:
+    return row.position < row.state.sampling.min_tokens and len(row.state.stop_ids) > 0
 
 
 def _penalise(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
@@ -66,6 +67,12 @@ def _forbid_stop_ids(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None
     at = _places(rows, [len(i) for i in ids], np.concatenate(ids), logits_RV.device)
     # A tensor, not a number: indexing by a number would wait for the device.
     logits_RV[at] = torch.full((), -torch.inf, device=logits_RV.device)
+
+
+def _forbid_unless_allowed(logits_RV: Tensor, at: list[int], allowed_GW: np.ndarray) -> None:
+    """``at``: the numbers of the G rows that the words belong to."""
+    at_G, words_GW = upload(np.array(at, np.int64), logits_RV.device), upload(allowed_GW, logits_RV.device)
+    logits_RV[at_G] = logits_RV[at_G].masked_fill(~_bits(words_GW, logits_RV.shape[1]), -torch.inf)
 
 
 def _places(rows: Sequence[tuple[int, Row]], lengths: list[int], ids: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -36,12 +36,12 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
 
-    def sample(self, logits: Tensor, rows: Sequence[Row], allowed_RW: Tensor | None = None) -> list[Sampled]:
-        """One answer per row of ``logits`` (R, at least V, any floating dtype). For ``allowed_RW`` see `edited`."""
+    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
+        """One answer per row of ``logits`` (R, at least V, any floating dtype)."""
         if not rows:
             return []
         raw_RV = logits[:, : self.vocab_size]
-        logits_RV = edited(raw_RV, rows, allowed_RW)
+        logits_RV = edited(raw_RV, rows)
         highest_R, chosen_R = highest(logits_RV)  # all that greedy rows need
         decided_R = torch.ones_like(chosen_R)
         for group in group_rows(rows, self.vocab_size):

@@ -67,7 +67,7 @@ class SamplingState:
         self.bias_values = np.array(list(bias.values()), np.float32)
         self._num_prompt = opening.num_prompt
         self.history: TokenHistory | None = None
-        if opening.sampling.needs_history:
+        if opening.sampling.penalises:
             self.history = TokenHistory(num_prompt=opening.num_prompt, vocab_size=vocab_size)
             self.history.extend(opening.history)
 
@@ -88,3 +88,5 @@ class Row(NamedTuple):
     state: SamplingState
     position: int
     """Output position of the token to be chosen."""
+    allowed: np.ndarray | None = None
+    """int32 (W = ceil(V / 32)): a bit for each id, lowest first; 0 forbids it. It has `min_tokens` in it. None = no such rule."""

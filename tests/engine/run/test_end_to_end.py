@@ -155,11 +155,11 @@ def test_nan_logits_fail_one_request_alone(folder, expected, monkeypatch):
     sampler = engine.executor._runner._sampler
     sample = sampler.sample
 
-    def poisoned(logits, rows, allowed=None):
+    def poisoned(logits, rows):
         for at, row in enumerate(rows):
             if row.state.sampling.seed == 666:
                 logits[at] = torch.nan
-        return sample(logits, rows, allowed)
+        return sample(logits, rows)
 
     monkeypatch.setattr(sampler, "sample", poisoned)
     requests = [Request(id=str(i), prompt=p, sampling=replace(GREEDY, seed=666 if i == 4 else 0)) for i, p in enumerate(PROMPTS)]

@@ -204,12 +204,11 @@ def test_stop_ids_wait_for_min_tokens():
 def test_a_mask_of_allowed_ids_holds_for_its_row_alone():
     logits = make_logits(3, 100, seed=8)
     best = logits.argmax(-1).tolist()
-    allowed = torch.full((3, 4), -1, dtype=torch.int32)
-    allowed[1] = 0
-    allowed[1, 2] = 1 << 3  # id 67 alone
-    allowed[2, :] = 0
+    only_67, nothing = np.zeros((2, 4), np.int32)
+    only_67[2] = 1 << 3
     rows = [row(SamplingParams(temperature=t), vocab_size=100) for t in (0.0, 1.0, 0.0)]
-    answers = Sampler(vocab_size=100, device=CPU).sample(logits, rows, allowed)
+    rows = [rows[0], rows[1]._replace(allowed=only_67), rows[2]._replace(allowed=nothing)]
+    answers = Sampler(vocab_size=100, device=CPU).sample(logits, rows)
     assert [a.tokens for a in answers] == [(best[0],), (67,), ()]
     assert answers[2].fault == sampler.NOTHING_LEFT
 

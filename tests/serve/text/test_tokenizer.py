@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.vocabulary import byte_of_character
 from serve.text.threads import INLINE_CHARS, beside_the_loop
-from serve.text.tokenizer import InvalidTokenizer, Tokenizer, byte_of_character
+from serve.text.tokenizer import InvalidTokenizer, Tokenizer
 from tests.serve.vocabularies import SENTENCES, write_smol
 
 HARD_TEXTS = [*SENTENCES, "", " ", "\r\n\t", "ﬁ①ｱ", "e\u0301", "👩‍👩‍👧‍👦🏳️‍🌈", "\x00\x7f", "नमस्ते"]

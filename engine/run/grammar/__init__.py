@@ -1,0 +1,1 @@
+"""What answers must look like, on the rank that samples."""

@@ -1,0 +1,131 @@
+"""Which ids each sequence with a grammar may go on with, worked out beside the forward pass.
+
+The tokens that a step computes are known when it is planned, so what may follow them is too: a thread looks that up while
+the model computes. A grammar that is not compiled in time holds nobody up: its sequence yields no token in that step.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import GrammarFailed
+from engine.grammar import Grammar, GrammarCompiler
+from engine.plan import Opening, Work
+
+GRACE_S = 0.05
+"""How long a step waits for grammars that are still being compiled."""
+PATIENCE_S = 20.0
+"""A grammar that took longer fails its request. The fronts let none through that takes more than some seconds."""
+NO_COMPILER = "this model has no byte-level tokenizer.json, so its answers cannot follow a grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a sequence may go on with."""
+
+    words: np.ndarray | None = None
+    """int32 (W,), a bit for each id, lowest first. None: not known yet; the sequence is to be asked again."""
+    fault: str | None = None
+
+
+class Guide:
+    """One sequence's grammar, and which of its tokens that has seen."""
+
+    def __init__(self, opening: Opening, grammar: Future[Grammar]) -> None:
+        self._sampling, self._num_prompt = opening.sampling, opening.num_prompt
+        self.grammar = grammar
+        self._began = time.monotonic()
+        self._num_known = len(opening.history)
+        self._unseen = list(opening.history[opening.num_prompt :])
+        self._seen_all = True
+
+    def take(self, work: Work) -> None:
+        """Learn the tokens of a work beyond those known; those of the prompt say nothing."""
+        first = max(self._num_known, self._num_prompt) - work.start
+        self._unseen += work.tokens[max(first, 0) :]
+        self._num_known = max(self._num_known, work.start + len(work.tokens))
+
+    def allowed(self, ordinary: np.ndarray) -> Allowed:
+        """For the token behind all known ones. ``ordinary``: bits of the ids that are no control tokens."""
+        if not self.grammar.done():
+            late = time.monotonic() - self._began > PATIENCE_S
+            return Allowed(fault="the grammar takes too long to compile") if late else Allowed()
+        try:
+            grammar = self.grammar.result()
+            if grammar.accept(self._unseen) < len(self._unseen):
+                return Allowed(fault="the tokens so far do not follow the grammar")
+            self._unseen.clear()
+            return Allowed(words=self._words(grammar, ordinary))
+        except GrammarFailed as error:
+            return Allowed(fault=str(error))
+
+    def _words(self, grammar: Grammar, ordinary: np.ndarray) -> np.ndarray:
+        """Where the text may go on *and* may end, `min_tokens` decides; where it can only end, it ends."""
+        words: np.ndarray = _padded(grammar.mask(), len(ordinary)) & ordinary
+        stops = _bits_of(self._sampling.stop_token_ids, len(ordinary))
+        if self._num_known - self._num_prompt < self._sampling.min_tokens and (words & ~stops).any():
+            words &= ~stops
+        elif grammar.may_end:
+            words |= stops & ~ordinary
+        return words
+
+
+class Guides:
+    """Those of all sequences of one rank that have a grammar."""
+
+    def __init__(self, compiler: GrammarCompiler | None, *, vocab_size: int, special_ids: Sequence[int] = ()) -> None:
+        self._compiler = compiler
+        num_words = -(-vocab_size // 32)
+        self._ordinary = ~_bits_of(special_ids, num_words)
+        self._open: dict[int, Guide] = {}
+        self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._compiling = ThreadPoolExecutor(2, thread_name_prefix="grammars")
+
+    def open(self, opening: Opening) -> None:
+        source = opening.sampling.grammar
+        if source is not None:
+            self._open[opening.sequence] = Guide(opening, self._compiling.submit(self._compile, source))
+
+    def close(self, sequence: int) -> None:
+        self._open.pop(sequence, None)
+
+    def take(self, work: Work) -> None:
+        """Tokens that a step computes."""
+        if guide := self._open.get(work.sequence):
+            guide.take(work)
+
+    def begin(self, sequences: Sequence[int]) -> "Future[dict[int, Allowed]] | None":
+        """Look up in another thread what those of ``sequences`` that have a grammar may go on with. None if none has."""
+        guided = [number for number in sequences if number in self._open]
+        return self._masking.submit(self._look_up, guided) if guided else None
+
+    def _look_up(self, numbers: list[int]) -> dict[int, Allowed]:
+        guides = {number: self._open[number] for number in numbers}
+        compiling = [guide.grammar for guide in guides.values() if not guide.grammar.done()]
+        if compiling:
+            wait(compiling, timeout=GRACE_S)
+        return {number: guide.allowed(self._ordinary) for number, guide in guides.items()}
+
+    def _compile(self, source: str) -> Grammar:
+        if self._compiler is None:
+            raise GrammarFailed(NO_COMPILER)
+        return self._compiler.compile(source)
+
+    def __repr__(self) -> str:
+        return f"<Guides [{len(self._open)} open]>"
+
+
+def _padded(mask: bytes, num_words: int) -> np.ndarray:
+    """The mask as int32 words; ids beyond it are not allowed."""
+    return np.frombuffer(mask[: 4 * num_words].ljust(4 * num_words, b"\0"), np.int32)
+
+
+def _bits_of(ids: Sequence[int], num_words: int) -> np.ndarray:
+    words = np.zeros(num_words, np.uint32)
+    for token in ids:
+        if token < 32 * num_words:
+            words[token // 32] |= np.uint32(1 << token % 32)
+    return words.view(np.int32)
