@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+STARVED = 4
+"""How many times `RouterConfig.stall_timeout_s` a stream waits while its replica serves others."""
+SLOW_STEPS = 4
+"""How many times as long as usual a step may take before it is doubted."""
+
 
 def _must_be_positive(config: object, *names: str) -> None:
     for name in names:
@@ -38,6 +43,10 @@ class ReplicaConfig:
     """Deadline of every later step; a rank that is frozen is seen by it."""
     canary_every_s: float = 3.0
     """A ready replica without work proves this often, by one token, that all its ranks still answer."""
+    progress_timeout_s: float = 6.0
+    """A replica at work that finishes no step for so long, and for `SLOW_STEPS` times as long as its steps take, is not ready."""
+    freeze_timeout_s: float = 4.0
+    """A rank of this host whose process is stopped for so long is lost."""
     canary_timeout_s: float = 5.0
     """A replica without other work that owes this proof for so long is not ready."""
     max_restarts: int = 3
@@ -63,6 +72,8 @@ class ReplicaConfig:
             "step_timeout_s",
             "canary_every_s",
             "canary_timeout_s",
+            "progress_timeout_s",
+            "freeze_timeout_s",
             "restart_window_s",
             "heartbeat_s",
             "front_silence_s",
@@ -88,6 +99,14 @@ class RouterConfig:
     refresh_s: float = 0.5
     """How often the directory is asked."""
     ping_s: float = 1.0
+    stall_timeout_s: float = 30.0
+    """A replica that gives none of its streams a token for so long is left by them; one stream alone that gets none while others
+    do waits `STARVED` times as long, as it may be in a queue."""
+    max_resumes: int = 2_048
+    """Streams that this front hands to another replica within `resume_window_s` at most."""
+    resume_window_s: float = 60.0
+    quarantine_s: float = 600.0
+    """For how long a request that ended the replicas or workers that computed it is refused."""
     replica_silence_s: float = 6.0
     """A replica not heard from for this long is lost to this front."""
     max_buffered_tokens: int = 32_768
@@ -98,5 +117,6 @@ class RouterConfig:
             raise ValueError(f"session_worth_s must not be negative, got {self.session_worth_s}")
         _must_be_positive(self, "max_indexed_blocks")
         _must_be_positive(self, "max_attempts", "ready_wait_s", "refresh_s", "ping_s", "replica_silence_s", "max_buffered_tokens")
+        _must_be_positive(self, "stall_timeout_s", "max_resumes", "resume_window_s", "quarantine_s")
         if self.replica_silence_s <= self.ping_s:
             raise ValueError(f"replica_silence_s={self.replica_silence_s} must exceed ping_s={self.ping_s}")

@@ -11,6 +11,14 @@ class ReplicaLost(EngineError):
         self.attempts = attempts
 
 
+class ResumesExhausted(EngineError):
+    """More streams lost their replica within a short time than are given another."""
+
+    def __init__(self, *, resumes: int, window_s: float, retry_after_s: float = 5.0) -> None:
+        super().__init__(f"more than {resumes} answers lost their replica within {window_s:g} s; try again in {retry_after_s:g} s")
+        self.retry_after_s = retry_after_s
+
+
 class NoReplicaReady(EngineError):
     """No replica of the model is ready."""
 

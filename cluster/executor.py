@@ -22,6 +22,7 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.doctor.findings import Severity
 from cluster.doctor.in_cluster import survey_actors
 from cluster.errors import ChannelError, StartFailed
+from cluster.frozen import FrozenWatch, is_stopped
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Place, Ranks, Worker, end_process
 from engine.answers import StepAnswers
@@ -234,6 +235,10 @@ class RayExecutor:
         """Have every rank load its share, and wait until all are ready."""
         places = self.places
         meeting = f"tcp://{places[0].ip}:{places[0].free_port}" if len(places) > 1 else None
+        self._frozen = FrozenWatch(
+            {seat.rank: seat.place.pid for seat in self._seats if seat.process is not None and seat.place is not None},
+            self._config.freeze_timeout_s,
+        )
         deadlines = Deadlines(
             start_s=self._config.start_timeout_s,
             first_step_s=self._config.first_step_timeout_s + END_S,
@@ -247,6 +252,8 @@ class RayExecutor:
         while any(seat.capacity is None for seat in self._seats):
             try:
                 heard = time.monotonic() if self._listen() else heard
+                if (rank := self._frozen.frozen()) is not None:
+                    self._lose(f"rank {rank} stood still for {self._config.freeze_timeout_s:g} s")
                 if time.monotonic() - heard > self._config.start_timeout_s:
                     self._lose(f"no rank got further within {self._config.start_timeout_s:g} s")
             except WorkersLost as loss:
@@ -264,6 +271,8 @@ class RayExecutor:
                 self._deadline_s = self._config.step_timeout_s
                 return result
             self._listen()
+            if (rank := self._frozen.frozen()) is not None:
+                self._lose(f"rank {rank} stood still for {self._config.freeze_timeout_s:g} s")
             if time.monotonic() > deadline:
                 self._lose(f"step {step} was not answered within {self._deadline_s:g} s")
 
@@ -339,7 +348,7 @@ class RayExecutor:
             assert seat.failure is not None
             return seat, seat.failure.message
         for seat in self._seats:
-            if seat.process is not None and seat.place is not None and _is_stopped(seat.place.pid):
+            if seat.process is not None and seat.place is not None and is_stopped(seat.place.pid):
                 return seat, "its process is stopped (SIGSTOP or a debugger)"
         return None, ""
 
@@ -400,11 +409,3 @@ def _is_about_peers(failure: RankFailed | None) -> bool:
     """Whether a rank raised because it lost the connection to another, as gloo and NCCL report it."""
     text = failure.message.lower() if failure else ""
     return any(word in text for word in ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo"))
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] in ("T", "t")
-    except OSError:
-        return False

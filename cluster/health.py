@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.config import SLOW_STEPS
 from engine.weights_read import WeightsRead
 
 PHASE_SPANS = {"groups": (0.0, 0.05), "weights": (0.05, 0.9), "memory": (0.9, 0.92), "warm_up": (0.92, 1.0)}
@@ -52,6 +53,26 @@ class StartProgressBoard:
         return Loading(doing=doing.replace("_", " "), done=done)
 
 
+class StepWatch:
+    """Whether an engine at work still finishes steps; a slow one is given time in proportion to its usual step."""
+
+    def __init__(self, limit_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit_s, self._clock = limit_s, clock
+        self._num_steps, self._since = -1, clock()
+
+    def rest(self) -> None:
+        """There is nothing to do just now."""
+        self._since = self._clock()
+
+    def still_s(self, num_steps: int, step_s: float) -> float | None:
+        """How long no step has been finished, if that is too long. ``step_s``: how long one usually takes."""
+        now = self._clock()
+        if num_steps != self._num_steps:
+            self._num_steps, self._since = num_steps, now
+        still_s = now - self._since
+        return still_s if still_s > max(self._limit_s, SLOW_STEPS * step_s) else None
+
+
 class Health:
     """Ready means: a token, mostly a canary's, went through all ranks since they were last started, and nothing was lost since.
 
@@ -64,6 +85,7 @@ class Health:
         self._state = State.STARTING
         self._generation = 0
         self._reason = "the ranks are starting"
+        self._ranks_lost = False
         self._since = clock()
         self._progress_at = clock()
 
@@ -74,6 +96,11 @@ class Health:
     @property
     def ready(self) -> bool:
         return self._state is State.READY
+
+    @property
+    def ranks_lost(self) -> bool:
+        """Whether no token can come before the ranks are started anew."""
+        return self._ranks_lost and self._state is State.RECOVERING
 
     @property
     def generation(self) -> int:
@@ -97,6 +124,7 @@ class Health:
         with self._lock:
             if self._state not in (State.FAILED, State.DRAINING):
                 self._become(State.RECOVERING, reason)
+            self._ranks_lost = True
             self._generation += 1
             return self._generation
 
@@ -106,6 +134,7 @@ class Health:
             self._progress_at = self._clock()
             if generation != self._generation or self._state not in (State.STARTING, State.RECOVERING, State.READY):
                 return False
+            self._ranks_lost = False
             self._become(State.READY, "")
             return True
 

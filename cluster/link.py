@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from cluster.config import RouterConfig
+from cluster.config import STARVED, RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, RequestAborted, SlowReader
 from cluster.expected_wait import Outlook
@@ -19,8 +19,11 @@ from engine.request import Request
 class LinkLost(Exception):
     """The replica at the other end is gone, or does not answer."""
 
-    def __init__(self, message: str, *, died: bool = True) -> None:
-        super().__init__(message)
+    def __init__(self, replica_id: str, message: str, *, reason: str, died: bool = False) -> None:
+        super().__init__(f"replica {replica_id}: {message}")
+        self.replica_id = replica_id
+        self.reason = reason
+        """In one word, for counters."""
         self.died = died
         """Whether the replica's death may have to do with what it ran."""
 
@@ -28,14 +31,17 @@ class LinkLost(Exception):
 class StreamBuffer:
     """Events of one choice on their way to its reader, bounded by tokens."""
 
-    def __init__(self, limit_tokens: int) -> None:
+    def __init__(self, limit_tokens: int, now: float = 0.0) -> None:
         self._limit = limit_tokens
+        self.heard = now
+        """When something was put in last."""
         self._events: deque[TokenEvent] = deque()
         self._num_tokens = 0
         self._end: Exception | None = None
         self._arrived = asyncio.Event()
 
-    def put(self, event: TokenEvent) -> None:
+    def put(self, event: TokenEvent, now: float = 0.0) -> None:
+        self.heard = now
         self._num_tokens += len(event.tokens)
         if self._num_tokens > self._limit:
             self.fail(SlowReader(limit_tokens=self._limit))
@@ -83,7 +89,7 @@ class ReplicaLink:
         """Requests, and tokens that are to be computed for them, since the replica told its load."""
         self.index = PrefixIndex(max_blocks=config.max_indexed_blocks, clock=clock)
         self._lost: LinkLost | None = None
-        self._heard = clock()
+        self._heard = self._served = clock()
         self._wire: Wire = wire or ZmqWire(record, node=node)
         self._tasks = [asyncio.create_task(work) for work in (self._receive(), self._ping(), self._watch_connection())]
 
@@ -99,6 +105,11 @@ class ReplicaLink:
     @property
     def lost(self) -> bool:
         return self._lost is not None
+
+    @property
+    def ranks_lost(self) -> bool:
+        """Whether the replica said that its ranks have to be started anew."""
+        return self._pong is not None and self._pong.ranks_lost
 
     @property
     def load(self) -> int:
@@ -138,7 +149,7 @@ class ReplicaLink:
         if self._lost is not None:
             raise self._lost
         key = (request.id, request.choice, request.attempt)
-        buffer = self._streams[key] = StreamBuffer(self._config.max_buffered_tokens)
+        buffer = self._streams[key] = StreamBuffer(self._config.max_buffered_tokens, self._clock())
         ended = False
         try:
             self._submitted += 1
@@ -160,7 +171,7 @@ class ReplicaLink:
         return len(buffers)
 
     async def close(self) -> None:
-        self._lose("closed")
+        self._lose("closed", reason="closed")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -170,7 +181,7 @@ class ReplicaLink:
         try:
             self._wire.send(encode(message))
         except WireBroken as error:
-            self._lose(str(error))
+            self._lose(str(error), reason="unsendable")
 
     async def _receive(self) -> None:
         while True:
@@ -179,22 +190,23 @@ class ReplicaLink:
             try:
                 self._take(decode(raw))
             except ChannelError as error:
-                self._lose(str(error))
+                self._lose(str(error), reason="malformed")
                 return
 
     def _take(self, message: object) -> None:
         match message:
             case Events(events):
+                self._served = self._heard
                 for event in events:
                     if (buffer := self._streams.get((event.request_id, event.choice, event.attempt))) is not None:
-                        buffer.put(event)
+                        buffer.put(event, self._heard)
             case Pong():
                 self._pong, self._pong_at = message, self._clock()
                 self._submitted = self._submitted_tokens = 0
             case Blocks():
                 self.index.take(message)
             case BeginAnew():  # this process stood still, or did not read: no end of its streams will come any more
-                self._lose("it had given this front up", died=False)
+                self._lose("it had given this front up", reason="given_up")
             case _:
                 raise ChannelError(f"a replica does not send {type(message).__name__}")
 
@@ -205,16 +217,31 @@ class ReplicaLink:
                 self._send(Follow(wanted=True))
             await asyncio.sleep(self._config.ping_s)
             if self._clock() - self._heard > self._config.replica_silence_s:
-                self._lose(f"silent for {self._config.replica_silence_s:g} s")
+                self._lose(f"silent for {self._config.replica_silence_s:g} s", reason="silent")
+            self._leave_stalled()
+
+    def _leave_stalled(self) -> None:
+        """A stream without tokens is stalled if nobody else of this front gets any, or after a much longer time."""
+        now, limit_s = self._clock(), self._config.stall_timeout_s
+        is_served = now - self._served <= limit_s
+        for buffer in self._streams.values():
+            waited_s = now - buffer.heard
+            if waited_s > limit_s * (STARVED if is_served else 1):
+                buffer.fail(LinkLost(self.id, f"no token for {waited_s:.1f} s", reason="stalled"))
+
+    def release(self) -> None:
+        """Have all streams end as lost, because there is a better place for them."""
+        for buffer in self._streams.values():
+            buffer.fail(LinkLost(self.id, "its ranks are being started anew", reason="ranks_lost"))
 
     async def _watch_connection(self) -> None:
         """A killed process closes its sockets: seen here long before its silence is."""
         await self._wire.closed()
-        self._lose("its connection was closed")
+        self._lose("its connection was closed", reason="disconnected", died=True)
 
-    def _lose(self, reason: str, *, died: bool = True) -> None:
+    def _lose(self, message: str, *, reason: str, died: bool = False) -> None:
         if self._lost is None:
-            self._lost = LinkLost(f"replica {self.id}: {reason}", died=died)
+            self._lost = LinkLost(self.id, message, reason=reason, died=died)
             for buffer in self._streams.values():
                 buffer.fail(self._lost)
 

@@ -79,6 +79,8 @@ class Pong:
     step_base_s: float = 0.0
     step_token_s: float = 0.0
     """See `engine.step_cost.StepCost`."""
+    ranks_lost: bool = False
+    """Nothing will come before its ranks have been started anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import Load, RankPlace, ReplicaRecord, Reporter
 from cluster.errors import RecoveryGivenUp, StartFailed
 from cluster.executor import Ground, RayExecutor
-from cluster.health import Health, StartProgressBoard, State
+from cluster.health import Health, StartProgressBoard, State, StepWatch
 from cluster.intake import Intake
 from cluster.messages import Pong, RankProgress
 from cluster.recovery import Recovery
@@ -59,6 +59,7 @@ class Replica:
         self._executor: RayExecutor | None = None
         self._engine: Engine | None = None
         self.health = Health()
+        self._step_watch = StepWatch(self._config.progress_timeout_s)
         self.recovery = Recovery(self._start_executor, self._config, sleep=self._closed.wait)
         self._canary = Canary(self.health, lambda request: self._engine.submit(request) if self._engine else None)
         self._folder = PrivateFolder()
@@ -231,10 +232,17 @@ class Replica:
 
     def _prove_health(self) -> None:
         """With work the steps are the proof; without, a canary now and then is."""
-        state = self.health.state
+        assert self._engine is not None
+        state, stats, idle = self.health.state, self._engine.stats, self._is_idle()
+        if idle:
+            self._step_watch.rest()
         if state in (State.STARTING, State.RECOVERING):
             self._canary.send()
-        elif state is State.READY and self._is_idle():
+        elif state is State.READY and not idle:
+            if (still_s := self._step_watch.still_s(stats.num_steps, stats.step_s)) is not None:
+                self.health.suspect(f"no step was finished for {still_s:.0f} s")
+                self._intake.wake()
+        elif state is State.READY:
             if self._canary.overdue_s > self._config.canary_timeout_s:
                 self.health.suspect(f"no canary token for {self._canary.overdue_s:.0f} s")
                 self._intake.wake()
@@ -262,6 +270,7 @@ class Replica:
             prefill_tokens=stats.prefill_tokens,
             step_base_s=stats.step_base_s,
             step_token_s=stats.step_token_s,
+            ranks_lost=self.health.ranks_lost,
         )
 
     def _is_idle(self) -> bool:

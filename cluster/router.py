@@ -17,20 +17,18 @@ from typing import Protocol, TypeVar
 
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
-from cluster.errors import NoReplicaReady, ReplicaLost, RequestAborted
+from cluster.errors import NoReplicaReady, RequestAborted
 from cluster.expected_wait import WaitingPlace
 from cluster.link import LinkLost
-from engine.errors import PoisonedRequest
+from cluster.resume import Resumes
 from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
 
 logger = logging.getLogger(__name__)
 
-LOSSES = frozenset({"WorkersLost", "EngineStopped"})
-"""Error kinds that say something about the replica, not about the request: another replica may do better."""
-MAX_DEATHS = 2
-"""A request present at so many losses of a replica may be what kills them; it is not tried again."""
+LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineStopped": "stopped"}
+"""Error kinds that say something about the replica, not about the request: another replica may do better. With the reason."""
 
 
 class Candidate(WaitingPlace, Protocol):
@@ -80,8 +78,11 @@ class Link(Candidate, Protocol):
     def ready(self) -> bool: ...
     @property
     def lost(self) -> bool: ...
+    @property
+    def ranks_lost(self) -> bool: ...
     def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]: ...
     def abort(self, request_id: str) -> int: ...
+    def release(self) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -118,8 +119,7 @@ class Router:
         """Choices of each request that wait for a replica."""
         self._aborted: set[str] = set()
         """Of those, the requests that shall not get one."""
-        self.num_resumes = 0
-        """Attempts after the first, over all requests."""
+        self.resumes = Resumes(self._config, clock)
 
     async def open(self) -> None:
         """Begin to follow the directory."""
@@ -156,67 +156,61 @@ class Router:
 
         Raises:
             NoReplicaReady: none became ready in time.
-            ReplicaLost: the attempts are used up.
-            PoisonedRequest: the request was present at two losses.
+            ReplicaLost, ResumesExhausted: its attempts, or those of all requests together, are used up.
+            PoisonedRequest: the request was present at two deaths of replicas, now or a while ago.
             SlowReader: the reader let too many tokens wait.
             RequestAborted: see `abort`.
         """
+        history = self.resumes.admit(request)
         committed = list(request.committed)
         num_cached: int | None = None
-        losses: list[LinkLost] = []
         for attempt in itertools.count(request.attempt):
-            link = await self._choose(request)
+            link = await self._choose(request, history.lost_by)
             mark(4, request.id)
-            current = dataclasses.replace(request, attempt=attempt, committed=tuple(committed))
+            current = dataclasses.replace(request, attempt=attempt, committed=tuple(committed), losses=history.losses)
             try:
                 async with aclosing(link.stream(current)) as events:
                     async for event in events:
                         if event.attempt != attempt:
                             continue
+                        history.told(event.losses)
                         if event.error_kind in LOSSES:
-                            died = event.error_kind == "WorkersLost"
-                            raise LinkLost(f"replica {link.id}: {event.error_message}", died=died)
+                            raise LinkLost(link.id, event.error_message or "", reason=LOSSES[event.error_kind])
                         if event.offset != len(committed):
-                            raise LinkLost(f"replica {link.id} sent offset {event.offset} where {len(committed)} was due", died=False)
+                            raise LinkLost(link.id, f"sent offset {event.offset} where {len(committed)} was due", reason="out_of_order")
+                        if not event.tokens and event.finish_reason is None:
+                            continue  # only the news of a loss
+                        if event.error_kind == "PoisonedRequest":
+                            self.resumes.note_poisoned(request)
                         committed.extend(event.tokens)
                         num_cached = event.num_cached if num_cached is None else num_cached
                         yield event if event.num_cached == num_cached else dataclasses.replace(event, num_cached=num_cached)
                         if event.finish_reason is not None:
                             return
-                raise LinkLost(f"replica {link.id} ended the stream without an end", died=False)
+                raise LinkLost(link.id, "ended the stream without an end", reason="cut")
             except LinkLost as loss:
-                losses.append(loss)
-                self._may_go_on(request, losses)
+                self.resumes.allow(history, loss, len(committed))
 
-    def _may_go_on(self, request: Request, losses: list[LinkLost]) -> None:
-        """Raise if the request may not be tried again."""
-        last = losses[-1]
-        logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(losses), last)
-        if sum(loss.died for loss in losses) >= MAX_DEATHS:
-            raise PoisonedRequest(f"replicas died {MAX_DEATHS} times while they ran this request; it is not tried again") from last
-        if len(losses) >= self._config.max_attempts:
-            raise ReplicaLost(attempts=len(losses), last=str(last)) from last
-        self.num_resumes += 1
-
-    async def _choose(self, request: Request) -> Link:
-        """A ready replica, waited for if there is none."""
+    async def _choose(self, request: Request, lost_by: Sequence[str]) -> Link:
+        """A ready replica, waited for if there is none; one that has just lost the request only if there is no other."""
         self._choosing[request.id] += 1
         try:
-            return await self._wait_for_ready(request)
+            return await self._wait_for_ready(request, lost_by)
         finally:
             self._choosing[request.id] -= 1
             if not self._choosing[request.id]:
                 del self._choosing[request.id]
                 self._aborted.discard(request.id)
 
-    async def _wait_for_ready(self, request: Request) -> Link:
+    async def _wait_for_ready(self, request: Request, lost_by: Sequence[str]) -> Link:
         begun = self._clock()
         while True:
             if request.id in self._aborted:
                 raise RequestAborted
             candidates = [link for link in self._links.values() if link.ready]
             if candidates:
-                return self._policy.choose(candidates, request)
+                others = [link for link in candidates if link.id not in lost_by]
+                return self._policy.choose(others or candidates, request)
             left_s = self._config.ready_wait_s - (self._clock() - begun)
             if request.deadline_s is not None:
                 left_s = min(left_s, request.deadline_s - time.time())
@@ -228,6 +222,7 @@ class Router:
         while True:
             try:
                 await self.follow(await self._replicas.refresh())
+                self._leave_lost_ranks()
             except Exception:
                 logger.exception("could not follow the directory")
             await self._sleep(self._config.refresh_s)
@@ -247,6 +242,13 @@ class Router:
                 self._note_unreachable(record, str(error))
             else:
                 self._unreachable.pop(record.id, None)
+
+    def _leave_lost_ranks(self) -> None:
+        """A replica restores its ranks by itself, but another that is ready goes on with its streams sooner."""
+        lost = [link for link in self._links.values() if link.ranks_lost]
+        if lost and self.ready():
+            for link in lost:
+                link.release()
 
     def _note_unreachable(self, record: ReplicaRecord, reason: str) -> None:
         if self._unreachable.get(record.id) != reason:

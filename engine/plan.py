@@ -154,3 +154,5 @@ class TokenEvent:
     error_message: str | None = None
     spent: Spent | None = None
     """In the first event with tokens, and in the last one."""
+    losses: int = 0
+    """How often workers were lost while they computed it, so far."""

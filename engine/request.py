@@ -66,6 +66,8 @@ class Request:
     prompt: tuple[int, ...]
     committed: tuple[int, ...] = ()
     """Output tokens that a lost replica delivered already; the engine goes on behind them."""
+    losses: int = 0
+    """How often workers were lost while they computed it, on other replicas; see `engine.trial`."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""

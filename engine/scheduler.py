@@ -2,6 +2,7 @@
 
 import bisect
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
@@ -25,10 +26,9 @@ from engine.policy import FirstCome, Policy
 from engine.request import Request
 from engine.sequence import Sequence
 from engine.shard import Choice, Portion, Shard, choices
+from engine.trial import accuse, next_trial
 
 Key = tuple[str, int]
-MAX_LOSSES = 2
-"""A request that was in the lost step of so many losses is not tried again."""
 MICRO_STEP_TOKENS = 128
 """With pipeline stages prompts are cut so that every stage has a part; smaller parts than this would take hardly less time,
 as every step reads all weights."""
@@ -38,6 +38,7 @@ as every step reads all weights."""
 class PlanBuilder:
     """A plan in the making."""
 
+    may_run: Callable[[Sequence], bool]
     works: list[Work] = field(default_factory=list)
     opened: list[Opening] = field(default_factory=list)
 
@@ -113,9 +114,18 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step's plan, or None when nothing can run now.
 
-        On each shard sequences that decode come first, then prompts that were begun, then new ones, each in rank order.
+        On each shard sequences that decode come first, then prompts that were begun, then new ones, each in rank order. A suspect
+        of a loss is planned alone, once nothing else is in flight, or has to wait until there is room for it.
         """
-        building = PlanBuilder()
+        trial = next_trial(self._by_key.values(), self._policy)
+        if trial is None:
+            return self._plan(lambda _sequence: True)
+        if any(sequence.in_flight and sequence is not trial for sequence in self._all_open()):
+            return None
+        return self._plan(lambda sequence: sequence is trial) or self._plan(lambda sequence: not sequence.trial_left)
+
+    def _plan(self, may_run: Callable[[Sequence], bool]) -> StepPlan | None:
+        building = PlanBuilder(may_run)
         portions = [self._portion(shard) for shard in self.shards]
         for portion in portions:
             self._continue_open(portion, building)
@@ -174,7 +184,7 @@ class Scheduler:
         return Portion(shard, budget=budget, max_decodes=-(-decoding // stages), load_tokens=load_tokens)
 
     def _continue_open(self, portion: Portion, building: PlanBuilder) -> None:
-        runnable = [s for s in portion.shard.open.values() if s.num_pending and not s.ended]
+        runnable = [s for s in portion.shard.open.values() if s.num_pending and not s.ended and building.may_run(s)]
         for sequence in sorted(runnable, key=lambda s: (s.num_pending > 1, self._policy.rank(s))):
             if portion.budget == 0:
                 return
@@ -190,7 +200,7 @@ class Scheduler:
     def _admit_waiting(self, portions: list[Portion], building: PlanBuilder) -> None:
         """Open waiting sequences in rank order until one finds no room. Each gets blocks for all its known tokens at once, so
         that no prompt is preempted half way; one whose next block another sequence is computing right now waits for it."""
-        for sequence in list(self._waiting):
+        for sequence in filter(building.may_run, list(self._waiting)):
             if not any(portion.budget for portion in portions) or self.num_running >= self._config.max_running:
                 return
             wanted = choices(sequence, portions, self._capacity.block_tokens)
@@ -269,6 +279,7 @@ class Scheduler:
         """Append what was sampled, up to what ends the answer."""
         mark(12, sequence.request.id)
         taken, reason, stop_token = 0, None, None
+        sequence.trial_left = max(0, sequence.trial_left - 1)
         while reason is None and taken < len(answer.tokens):
             sequence.tokens.append(answer.tokens[taken])
             taken += 1
@@ -292,17 +303,20 @@ class Scheduler:
     def lose_workers(self) -> list[TokenEvent]:
         """All KV is lost, and every step in flight with it: whatever was open waits again, at its old rank.
 
-        A sequence of which a step was in flight may be what ended the workers; at its second time it ends as poisoned.
+        Of each sequence of which a step was in flight it is told that it may be what ended the workers; see `engine.trial`.
         """
         self.num_losses += 1
         events = []
+        poisoned = accuse(self._all_open())
         for sequence in self._all_open():
-            sequence.losses += sequence.in_flight
+            is_suspect = sequence.in_flight
             self._close(sequence)
             if sequence.ended:
                 continue
             self._wait(sequence)
-            if sequence.losses >= MAX_LOSSES:
+            if is_suspect and sequence not in poisoned:
+                events.append(sequence.event())
+            if sequence in poisoned:
                 events.append(
                     self._fail(sequence, PoisonedRequest(f"the workers were lost {sequence.losses} times while computing this request"))
                 )

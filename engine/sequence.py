@@ -4,6 +4,9 @@ from engine.kv.keys import BlockKey, block_key, root_key
 from engine.plan import FinishReason, Opening, TokenEvent, TokenLogprobs
 from engine.request import Request
 
+TRIAL_TOKENS = 2
+"""Tokens that a suspect computes alone (see `engine.trial`): one from all that it had, one as decoding goes on."""
+
 
 class Sequence:
     """Its tokens, and how many of them have their KV in the cache. Everything else follows from these two.
@@ -28,8 +31,10 @@ class Sequence:
         self.number: int | None = None
         """What the ranks call it; None while it has no blocks."""
         self.ended = False
-        self.losses = 0
-        """How often the workers were lost while they computed it."""
+        self.losses = request.losses
+        """How often workers were lost while they computed it."""
+        self.trial_left = TRIAL_TOKENS if request.losses else 0
+        """Tokens it must still compute alone; see `engine.trial`."""
         self.num_cached_prompt: int | None = None
         """Prompt tokens found in the prefix cache at the first admission."""
         self._keys: list[BlockKey] = []
@@ -107,6 +112,7 @@ class Sequence:
             stop_token=stop_token,
             error_kind=type(error).__name__ if error else None,
             error_message=str(error) if error else None,
+            losses=self.losses,
         )
 
     def __repr__(self) -> str:

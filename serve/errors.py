@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 import cluster.errors
 import engine.errors
-from cluster.errors import ChannelError, NoReplicaReady, RecoveryGivenUp, ReplicaLost, RequestAborted, SlowReader, StartFailed
+from cluster.errors import (
+    ChannelError,
+    NoReplicaReady,
+    RecoveryGivenUp,
+    ReplicaLost,
+    RequestAborted,
+    ResumesExhausted,
+    SlowReader,
+    StartFailed,
+)
 from engine.errors import (
     DeadlineExceeded,
     DuplicateRequest,
@@ -179,6 +188,7 @@ WIRE: dict[type[BaseException], Wire] = {
     EngineStopped: _unavailable("the engine was stopped before the answer was complete; try again"),
     WorkersLost: _unavailable(LOST),
     ReplicaLost: _unavailable(LOST),
+    ResumesExhausted: _unavailable(),
     NoReplicaReady: _unavailable(),
     StartFailed: _unavailable("the model could not be started"),
     RecoveryGivenUp: _unavailable("the model could not be restarted"),

@@ -123,7 +123,19 @@ REQUEST_GENERATION_TOKENS = _times(
 )
 FRONT_READY = Metric(name="manta_front_ready", kind=Kind.GAUGE, says="1 while the front would have a request computed.", labels=("front",))
 RESUMES = Metric(
-    name="manta_resumes", kind=Kind.COUNTER, says="Choices continued on another replica, or on the same one again.", labels=("front",)
+    name="manta_resumes",
+    kind=Kind.COUNTER,
+    says="Choices continued on another replica, or on the same one again, by what became of the first.",
+    labels=("front", "reason"),
+)
+RESUMES_REFUSED = Metric(
+    name="manta_resume_refused",
+    kind=Kind.COUNTER,
+    says="Choices that ended with an error instead: poisoned, quarantined, or no attempt or budget left.",
+    labels=("front", "reason"),
+)
+TOKENS_REPLAYED = Metric(
+    name="manta_tokens_replayed", kind=Kind.COUNTER, says="Tokens that had been given and were computed again for that.", labels=("front",)
 )
 
 # --- told by the replicas' engines

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def own_ray() -> Iterator[None]:
+def own_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ended with the module: a process has one Ray, and other modules start theirs. Its processes are descendants of this one."""
     import ray
 
+    tmp_path_factory.getbasetemp()  # else pytest's own folder would be made below, and be gone for all tests that follow
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_AUTH_TOKEN_PATH", os.path.join(folder, "no-token"))

@@ -33,6 +33,8 @@ class FakeLink:
     record: ReplicaRecord
     ready: bool = True
     lost: bool = False
+    ranks_lost: bool = False
+    released: int = 0
     load: int = 0
     lost_at: list[int] = field(default_factory=list)
     error_at: dict[int, str] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class FakeLink:
                 if position == dies_at:
                     ended = True
                     self.ready = self.stays
-                    raise LinkLost(f"replica {self.id}: killed")
+                    raise LinkLost(self.id, "killed", reason="disconnected", died=True)
                 if position in self.wrong:
                     yield self.wrong.pop(position)
                 if position in self.error_at:
@@ -86,6 +88,9 @@ class FakeLink:
             error_kind=error,
             error_message=error and "said the engine",
         )
+
+    def release(self) -> None:
+        self.released += 1
 
     async def close(self) -> None:
         self.closed = True

@@ -121,7 +121,7 @@ async def test_a_killed_rank_is_a_pause_to_the_clients_and_is_told_by_name(check
             await eventually(lambda: replica.health.ready and readiness[-1], within_s=10)
             watching.cancel()
             assert [state for index, state in enumerate(readiness) if index == 0 or state != readiness[index - 1]] == [True, False, True]
-            assert router.num_resumes == 0
+            assert router.resumes.counts.resumes.total() == 0
         told = replica.record()
         assert told.num_restarts == 1
         assert f"rank 1 on {victim.host} (pid {victim.pid})" in (told.last_loss or "")
@@ -187,7 +187,7 @@ async def test_a_killed_replica_is_replaced_by_another_in_the_middle_of_a_stream
                 kill(link.record.pid)
 
         assert await answer(router, GREEDY, strike) == undisturbed
-        assert router.num_resumes == 1
+        assert router.resumes.counts.resumes.total() == 1
         (lost,) = [record for record in records if record.id == struck[0].id]
         await eventually(lambda: not any(alive(rank.pid) for rank in lost.ranks))
     for host in hosts:

@@ -7,8 +7,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.channel import Address
+from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.health import State
+from cluster.resume import Resumes
 from engine.executor import Capacity
 from engine.plan import Spent
 from engine.stats import EngineStats
@@ -128,10 +130,11 @@ def test_a_failure_is_told_by_its_code_and_an_unknown_model_without_its_name() -
 
 
 class Source:
-    num_resumes = 2
-
     def __init__(self, *replicas: ReplicaRecord) -> None:
         self.replicas = replicas
+        self.resumes = Resumes(RouterConfig())
+        self.resumes.counts.resumes["stalled"] = 2
+        self.resumes.counts.tokens_replayed = 7
 
     def ready(self) -> bool:
         return True
@@ -157,8 +160,9 @@ async def test_any_front_answers_for_all_fronts_and_replicas() -> None:
         ("manta_requests_total", "stop", "f1", "m"): 1,
         ("manta_requests_total", "stop", "f2", "m"): 1,
     }
+    assert said["manta_resumes_total", "f1", "stalled"] == 4, "of both models"
+    assert said["manta_tokens_replayed_total", "f1"] == 14
     assert [said["manta_requests_waiting", "m", replica] for replica in ("r1", "r2")] == [1, 4]
-    assert said["manta_resumes_total", "f1"] == 4  # two of each model's router
 
 
 async def test_the_page_can_be_had_as_openmetrics() -> None:
@@ -173,4 +177,4 @@ async def test_counting_again_does_not_count_twice() -> None:
     answers = MetricsPage(Instruments("f1"), [Source()], Others())
     await answers("")
     said = values((await answers(""))[0])
-    assert said["manta_resumes_total", "f1"] == 2
+    assert said["manta_resumes_total", "f1", "stalled"] == 2

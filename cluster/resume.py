@@ -1,0 +1,171 @@
+"""Step 4 of a request, after a loss: may it be tried again, and what is counted of it."""
+
+import hashlib
+import logging
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from cluster.config import RouterConfig
+from cluster.errors import ReplicaLost, ResumesExhausted
+from cluster.link import LinkLost
+from engine.errors import EngineError, PoisonedRequest
+from engine.request import Request
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 2
+"""A request present at so many deaths of a replica's own process may be what kills them; it is not tried again."""
+MAX_LOSSES = 3
+"""So many losses of replicas or of their workers, taken together, are too many for one request."""
+MAX_QUARANTINED = 4_096
+"""Requests remembered as poisonous; the oldest make room."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One counter as a metrics page shows it."""
+
+    name: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+class ResumeCounts:
+    """What happened to streams that lost their replica. Only grows."""
+
+    def __init__(self) -> None:
+        self.resumes: Counter[str] = Counter()
+        """Attempts after the first, by the reason of the loss before them (`LinkLost.reason`)."""
+        self.refused: Counter[str] = Counter()
+        """Streams ended instead, by why: poisoned, quarantined, attempts, budget."""
+        self.tokens_replayed = 0
+        """Committed tokens that another attempt had to take in again."""
+
+    def samples(self) -> Iterator[Sample]:
+        """For a metrics page, without any library's types."""
+        for reason, count in sorted(self.resumes.items()):
+            yield Sample("resumes_total", count, (("reason", reason),))
+        for reason, count in sorted(self.refused.items()):
+            yield Sample("resume_refused_total", count, (("reason", reason),))
+        yield Sample("tokens_replayed_total", self.tokens_replayed)
+
+
+class Quarantine:
+    """Requests that were the end of workers or replicas, refused at the door for a while: also when a client sends them again."""
+
+    def __init__(self, *, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._until: OrderedDict[bytes, float] = OrderedDict()
+
+    def add(self, request: Request) -> None:
+        self._until[fingerprint(request)] = self._clock() + self._seconds
+        while len(self._until) > MAX_QUARANTINED:
+            self._until.popitem(last=False)
+
+    def __contains__(self, request: Request) -> bool:
+        if not self._until:  # nearly always, and hashing a prompt is not free
+            return False
+        key = fingerprint(request)
+        if self._until.get(key, 0.0) > self._clock():
+            return True
+        self._until.pop(key, None)
+        return False
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+
+def fingerprint(request: Request) -> bytes:
+    """What is the same when a client sends a request again: all but its id, its seed and what an earlier attempt gave."""
+    sampling = replace(request.sampling, seed=0)
+    return hashlib.sha256(repr((request.salt, request.prompt, sampling)).encode()).digest()
+
+
+class ResumeBudget:
+    """At most so many resumes within a window: a cluster that falls apart is not flooded with its own streams as well."""
+
+    def __init__(self, *, resumes: int, window_s: float, clock: Callable[[], float]) -> None:
+        self._resumes, self._window_s, self._clock = resumes, window_s, clock
+        self._spent: deque[float] = deque()
+
+    def take(self) -> bool:
+        now = self._clock()
+        while self._spent and now - self._spent[0] >= self._window_s:
+            self._spent.popleft()
+        if len(self._spent) >= self._resumes:
+            return False
+        self._spent.append(now)
+        return True
+
+
+class Resumes:
+    """What a front knows about losses over all its requests."""
+
+    def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self.counts = ResumeCounts()
+        self.quarantine = Quarantine(seconds=config.quarantine_s, clock=clock)
+        self._budget = ResumeBudget(resumes=config.max_resumes, window_s=config.resume_window_s, clock=clock)
+
+    def admit(self, request: Request) -> "History":
+        """
+        Raises:
+            PoisonedRequest: it is in quarantine.
+        """
+        if request in self.quarantine:
+            self.counts.refused["quarantined"] += 1
+            raise PoisonedRequest("this request ended the workers that computed it before; it is not tried again for some time")
+        return History(request)
+
+    def note_poisoned(self, request: Request) -> None:
+        """An engine found out by itself."""
+        self.counts.refused["poisoned"] += 1
+        self.quarantine.add(request)
+
+    def allow(self, history: "History", loss: LinkLost, num_committed: int) -> None:
+        """Note a loss, and raise if the request may not be tried again.
+
+        Raises:
+            PoisonedRequest, ReplicaLost, ResumesExhausted
+        """
+        history.add(loss)
+        request = history.request
+        logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
+        if history.deaths >= MAX_DEATHS or history.losses >= MAX_LOSSES:
+            self.quarantine.add(request)
+            raise self._refused(
+                "poisoned", PoisonedRequest(f"{history.losses} replicas were lost while they ran it; it is not tried again")
+            )
+        if len(history.lost_by) >= self._config.max_attempts:
+            raise self._refused("attempts", ReplicaLost(attempts=len(history.lost_by), last=str(loss)))
+        if not self._budget.take():
+            raise self._refused("budget", ResumesExhausted(resumes=self._config.max_resumes, window_s=self._config.resume_window_s))
+        self.counts.resumes[loss.reason] += 1
+        self.counts.tokens_replayed += num_committed
+
+    def _refused(self, why: str, error: EngineError) -> EngineError:
+        self.counts.refused[why] += 1
+        return error
+
+
+class History:
+    """The losses of one request."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.lost_by: list[str] = []
+        """Ids of the replicas it was lost by, one per attempt."""
+        self.deaths = 0
+        self.losses = request.losses
+        """Replicas and workers that were lost while they computed it."""
+
+    def told(self, losses: int) -> None:
+        """An engine said how often workers were lost over it, those of earlier attempts included."""
+        self.losses = max(self.losses, losses)
+
+    def add(self, loss: LinkLost) -> None:
+        self.lost_by.append(loss.replica_id)
+        self.deaths += loss.died
+        self.losses += loss.died

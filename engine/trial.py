@@ -1,0 +1,30 @@
+"""Step 7 of a request, after a loss of the workers: whoever was in the lost step is tried alone before it may run with others.
+
+What ends the workers is mostly one request; tried alone it can end them only once more, and only at its own cost.
+"""
+
+from collections.abc import Iterable
+
+from engine.policy import Policy
+from engine.sequence import TRIAL_TOKENS, Sequence
+
+MAX_LOSSES_ALONE = 2
+"""A request that was in the lost steps of so many losses, alone in the last of them, is what ended the workers."""
+MAX_LOSSES = 3
+"""A request in so many lost steps is not tried again, alone or not."""
+
+
+def next_trial(sequences: Iterable[Sequence], policy: Policy) -> Sequence | None:
+    """The suspect to be tried now: one that was begun, else the first in rank."""
+    suspects = [sequence for sequence in sequences if sequence.trial_left]
+    return min(suspects, key=lambda suspect: (suspect.number is None, policy.rank(suspect)), default=None)
+
+
+def accuse(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """Note a loss with all that were in the lost step; those that are not to be tried again."""
+    accused = [sequence for sequence in sequences if sequence.in_flight]
+    for sequence in accused:
+        sequence.losses += 1
+        sequence.trial_left = TRIAL_TOKENS
+    limit = MAX_LOSSES_ALONE if len(accused) == 1 else MAX_LOSSES
+    return [sequence for sequence in accused if sequence.losses >= limit]

@@ -1,0 +1,117 @@
+"""A request that ends the workers takes nobody with it: after a loss the suspects are tried one by one."""
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import StepPlan
+from engine.request import Request, SamplingParams
+from tests.fakes.executor import FakeExecutor, FakeStep, Recorder, run_to_end, undisturbed
+
+POISON = 999
+
+
+class Poisonable(FakeExecutor):
+    """Workers that end whenever they compute a certain token, at or after a certain position of its sequence."""
+
+    def __init__(self, *, from_position: int = 0, **options: int) -> None:
+        super().__init__(**options)
+        self._from = from_position
+        self._poisonous: set[int] = set()
+
+    def submit(self, plan: StepPlan) -> FakeStep:
+        self._poisonous |= {work.sequence for work in plan.works if POISON in work.tokens}
+        reached = (work.sequence in self._poisonous and work.start + len(work.tokens) > self._from for work in plan.works)
+        if any(reached):
+            self.lose_at_step.add(len(self.plans))
+        return super().submit(plan)
+
+
+def engine_with(**options: int) -> Engine:
+    return Engine(Poisonable(**options), EngineConfig(block_tokens=4), recover=lambda _loss: Poisonable(**options))
+
+
+def run(engine: Engine, requests: Iterable[Request]) -> Recorder:
+    recorder = Recorder()
+    for request in requests:
+        recorder.begin(request.key)
+        engine.submit(request)
+    run_to_end(engine, recorder)
+    return recorder
+
+
+def good(number: int, max_tokens: int = 6) -> Request:
+    return Request(id=f"good-{number}", prompt=(number, 2, 3), sampling=SamplingParams(max_tokens=max_tokens))
+
+
+def is_golden(recorder: Recorder, request: Request) -> bool:
+    return recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, request.sampling.max_tokens))
+
+
+@pytest.mark.parametrize("from_position", [0, 4, 7], ids=["at once", "at the first tokens", "later"])
+@pytest.mark.parametrize("num_blocks", [12, 256], ids=["little room", "much room"])
+def test_one_bad_among_thirty_one_good_fails_alone(from_position: int, num_blocks: int) -> None:
+    engine = engine_with(from_position=from_position, num_blocks=num_blocks)
+    requests = [good(number, max_tokens=12) for number in range(31)]
+    poison = Request(id="poison", prompt=(1, POISON, 3), sampling=SamplingParams(max_tokens=12))
+    recorder = run(engine, [*requests[:15], poison, *requests[15:]])
+    assert recorder.errors[poison.key] == "PoisonedRequest"
+    assert all(is_golden(recorder, request) for request in requests)
+    assert engine.stats.num_losses == 2
+    assert engine.stats.blocks_used == 0
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_two_bad_among_good_ones_fail_and_the_good_live_whatever_the_order_and_room(data: st.DataObject) -> None:
+    poisons = [Request(id=f"poison-{n}", prompt=(n, POISON), sampling=SamplingParams(max_tokens=4)) for n in range(2)]
+    goods = [good(number) for number in range(data.draw(st.integers(0, 6)))]
+    order = data.draw(st.permutations([*poisons, *goods]))
+    engine = engine_with(num_blocks=data.draw(st.integers(5, 40)))
+    recorder = run(engine, order)
+    assert {recorder.errors[poison.key] for poison in poisons} == {"PoisonedRequest"}
+    assert all(is_golden(recorder, request) for request in goods)
+
+
+def test_a_suspect_of_another_replica_runs_alone_before_it_runs_with_others() -> None:
+    engine = engine_with()
+    recorder = run(engine, [good(1), Request(id="suspect", prompt=(5, 6), losses=1, sampling=SamplingParams(max_tokens=4)), good(2)])
+    assert {recorder.ends[key] for key in recorder.ends} == {"length"}
+    plans = engine.executor.plans  # type: ignore[attr-defined]
+    number = next(o.sequence for plan in plans for o in plan.opened if o.request_id == "suspect")
+    with_suspect = [plan for plan in plans if any(work.sequence == number for work in plan.works)]
+    assert [len(plan.works) for plan in with_suspect[:2]] == [1, 1]
+    assert len(with_suspect[2].works) > 1, "and then it runs with all"
+
+
+def test_a_suspect_of_another_replica_that_ends_the_workers_alone_is_poison() -> None:
+    engine = engine_with()
+    poison = Request(id="p", prompt=(POISON,), losses=1, sampling=SamplingParams(max_tokens=4))
+    recorder = run(engine, [good(1), poison, good(2)])
+    assert recorder.errors["p", 0] == "PoisonedRequest"
+    assert engine.stats.num_losses == 1
+
+
+def test_workers_lost_for_reasons_of_their_own_cost_no_request_even_twice() -> None:
+    executors = [FakeExecutor() for _ in range(3)]
+    executors[0].lose_at_step = {2}
+    executors[1].lose_at_step = {12}
+    engine = Engine(executors[0], EngineConfig(block_tokens=4), recover=lambda _loss: executors[1 if executors[1].plans == [] else 2])
+    requests = [good(number, max_tokens=12) for number in range(4)]
+    recorder = run(engine, requests)
+    assert engine.stats.num_losses == 2
+    assert all(is_golden(recorder, request) for request in requests)
+
+
+def test_losing_is_told_with_the_number_of_losses_before_anything_else() -> None:
+    lost = FakeExecutor()
+    lost.lose_at_step = {1}
+    engine = Engine(lost, EngineConfig(block_tokens=4), recover=lambda _loss: FakeExecutor())
+    engine.submit(good(1))
+    engine.turn()
+    (event,) = engine.turn()
+    assert (event.tokens, event.finish_reason, event.losses) == ((), None, 1)
