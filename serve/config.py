@@ -94,6 +94,30 @@ class GrpcSettings(Section):
     """TCP port."""
     reflection: bool = True
     """Whether tools such as grpcurl can ask which methods there are."""
+    certificate: str | None = None
+    """PEM file with the server's certificate chain: the port then speaks TLS. Read again when it changes. None = in the clear."""
+    key: str | None = None
+    """PEM file with the certificate's private key."""
+    client_ca: str | None = None
+    """PEM file with the authorities that clients' certificates must come from (mutual TLS). None = clients need no certificate."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "GrpcSettings":
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key need each other; give both or neither")
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("client_ca needs certificate and key: only a TLS port can ask clients for a certificate")
+        return self
+
+    @property
+    def tls(self) -> dict[str, str | None]:
+        """File by role; all None where the port is in the clear."""
+        return {"certificate": self.certificate, "key": self.key, "client_ca": self.client_ca}
+
+    @property
+    def scheme(self) -> str:
+        """Of an endpoint as the client library writes it."""
+        return "grpcs" if self.certificate else "grpc"
 
 
 class AuthSettings(Section):

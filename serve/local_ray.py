@@ -33,6 +33,7 @@ from serve import proxy_hook
 from serve.config import ServeConfig
 from serve.deployment import APP, Model, build_app
 from serve.grpc.server import SERVICER_FUNCTIONS
+from serve.grpc.tls import TlsFiles
 from serve.ports import PortInUse, check_free
 
 LOOPBACK = "127.0.0.1"
@@ -109,6 +110,7 @@ def run_local(models: Sequence[Model], config: ServeConfig, on_progress: OnProgr
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
     stop = _StopSignals()
     _check_ports(config)
+    _check_tls(config)
     with ExitStack() as stack:
         stack.enter_context(stop.handled())
         folder = stack.enter_context(_folder(config))
@@ -149,6 +151,16 @@ def _check_ports(config: ServeConfig) -> None:
     for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)):
         if host not in LOOPBACKS and config.auth.keys_file is None:
             logger.warning("%s listens on %s and asks nobody for a key: whoever reaches it can use the model", front, host)
+
+
+def _check_tls(config: ServeConfig) -> None:
+    """The proxy would only log what is wrong with the files, and nobody would listen."""
+    if config.grpc.certificate is None or config.grpc.key is None:
+        return
+    try:
+        TlsFiles(certificate=config.grpc.certificate, key=config.grpc.key, client_ca=config.grpc.client_ca).credentials()
+    except (OSError, ValueError) as error:
+        raise StartError(f"the files for TLS (grpc.certificate, grpc.key, grpc.client_ca) cannot be used: {error}") from error
 
 
 @contextmanager
@@ -315,7 +327,7 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
         "RAY_raylet_start_wait_time_s": "120",
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        **proxy_hook.variables(grpc_host=config.grpc.host),
+        **proxy_hook.variables(grpc_host=config.grpc.host, tls=_absolute(config.grpc.tls)),
     }
 
 
@@ -354,6 +366,11 @@ def _folder(config: ServeConfig) -> Iterator[Path]:
         yield private.path
     finally:
         private.close()
+
+
+def _absolute(files: Mapping[str, str | None]) -> Mapping[str, str | None]:
+    """Ray's processes work in folders of their own."""
+    return {role: file and os.path.abspath(file) for role, file in files.items()}
 
 
 def _url(host: str, port: int) -> str:

@@ -9,9 +9,7 @@ from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
 
 IMPORT_PATH = "serve.app:app"
-OF_THE_CLUSTER = frozenset(
-    {"http.host", "http.port", "grpc.host", "grpc.port", "grpc.reflection", *(path for path in known_settings() if path.startswith("ray."))}
-)
+OF_THE_CLUSTER = frozenset(path for path in known_settings() if path.startswith(("http.", "grpc.", "ray.")))
 """Settings of what is there before an application is: they stand elsewhere in a Serve config file, or are nothing of its."""
 
 HEAD = """\
@@ -23,7 +21,8 @@ HEAD = """\
 
 def serve_config_file(loaded: Loaded, *, name: str) -> str:
     """``name``: of the application. Only what somebody has set, and the model, becomes args."""
-    environment = "".join(f"#   {key}={value}\n" for key, value in variables(grpc_host=loaded.config.grpc.host).items())
+    grpc = loaded.config.grpc
+    environment = "".join(f"#   {key}={value}\n" for key, value in variables(grpc_host=grpc.host, tls=grpc.tls).items())
     return HEAD + environment + yaml.safe_dump(serve_config(loaded, name=name), sort_keys=False, width=110)
 
 

@@ -163,7 +163,8 @@ def _size(num_bytes: int) -> str:
 
 def greeting(config: "ServeConfig", names: "Sequence[str]", *, program: str) -> str:
     """What is served where, and lines to paste. ``names``: what clients call the models, in the order of the settings."""
-    http, grpc = f"http://{_reachable(config.http.host)}:{config.http.port}", f"grpc://{_reachable(config.grpc.host)}:{config.grpc.port}"
+    http = f"http://{_reachable(config.http.host)}:{config.http.port}"
+    grpc = f"{config.grpc.scheme}://{_reachable(config.grpc.host)}:{config.grpc.port}"
     messages = json.dumps([{"role": "user", "content": QUESTION}])
     body = f'{{"model": {json.dumps(names[0])}, "messages": {messages}}}'
     model = "" if len(names) == 1 else f"model={json.dumps(names[0])}, "

@@ -3,7 +3,7 @@
 import ipaddress
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from .errors import InsecureKey, InvalidEndpoint
@@ -48,6 +48,22 @@ class Endpoint:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificates:
+    """Whom to trust, and as whom to come; all PEM."""
+
+    roots: bytes | None = None
+    """Authorities that may vouch for the server. None = the machine's own."""
+    chain: bytes | None = None
+    """The client's own certificate, for servers that ask for one."""
+    key: bytes | None = field(default=None, repr=False)
+    """Its private key."""
+
+    def __post_init__(self) -> None:
+        if (self.chain is None) != (self.key is None):
+            raise ValueError("a client's certificate and its key need each other; give both or neither")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 
 from types import TracebackType
 
-from ..endpoint import Access
+from ..endpoint import Access, Certificates
 from ..retry import RetryPolicy
 from .chat import Chat
 from .completions import Completions
@@ -22,6 +22,8 @@ class Client:
         timeout: seconds per call, retries included; None waits for ever.
         max_retries: tries after the first, for calls and for the beginning of streams.
         root_certificates: PEM of the authority that signed the server's certificate; if not said, the machine's own.
+        client_certificate: PEM of the certificate to show to a server that asks for one (mutual TLS).
+        client_key: PEM of its private key.
         allow_insecure_key: send the key without TLS to another machine too.
 
     Raises:
@@ -37,11 +39,14 @@ class Client:
         timeout: float | None = DEFAULT_TIMEOUT_S,
         max_retries: int = 2,
         root_certificates: bytes | None = None,
+        client_certificate: bytes | None = None,
+        client_key: bytes | None = None,
         allow_insecure_key: bool = False,
     ) -> None:
         access = Access.resolve(endpoint, api_key, allow_insecure_key=allow_insecure_key)
         retry = RetryPolicy(max_retries=max_retries)
-        self._transport = Transport(access, root_certificates=root_certificates, timeout_s=timeout, retry=retry)
+        certificates = Certificates(roots=root_certificates, chain=client_certificate, key=client_key)
+        self._transport = Transport(access, certificates=certificates, timeout_s=timeout, retry=retry)
         self.models = Models(self._transport)
         self.chat = Chat(self._transport, self.models)
         self.completions = Completions(self._transport, self.models)

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from .._generated import service_pb2_grpc
 from ..assembly import Event
-from ..endpoint import Access
+from ..endpoint import Access, Certificates
 from ..errors import CallFailed
 from ..failures import from_event, from_rpc_error
 from ..retry import Attempts, RetryPolicy
@@ -24,9 +24,9 @@ CHANNEL_OPTIONS = (
 
 
 class Transport:
-    def __init__(self, access: Access, *, root_certificates: bytes | None, timeout_s: float | None, retry: RetryPolicy) -> None:
+    def __init__(self, access: Access, *, certificates: Certificates, timeout_s: float | None, retry: RetryPolicy) -> None:
         self._access, self._timeout_s, self._retry = access, timeout_s, retry
-        self._channel = _open_channel(access, root_certificates)
+        self._channel = _open_channel(access, certificates)
         self._stub = service_pb2_grpc.MantaServiceStub(self._channel)
 
     def call(self, method: str, request: Message, response: type[Response], *, timeout_s: float | None) -> Response:
@@ -129,8 +129,8 @@ class EventStream:
             raise
 
 
-def _open_channel(access: Access, root_certificates: bytes | None) -> grpc.Channel:
+def _open_channel(access: Access, certificates: Certificates) -> grpc.Channel:
     if access.endpoint.secure:
-        credentials = grpc.ssl_channel_credentials(root_certificates)
+        credentials = grpc.ssl_channel_credentials(certificates.roots, certificates.key, certificates.chain)
         return grpc.secure_channel(access.endpoint.target, credentials, options=CHANNEL_OPTIONS)
     return grpc.insecure_channel(access.endpoint.target, options=CHANNEL_OPTIONS)

@@ -1,0 +1,37 @@
+"""openai-python, 2.x and 3.x alike: whole and streamed chat, completions, models, an error."""
+
+import json
+import os
+
+import openai
+
+MODEL, MESSAGES = os.environ["MANTA_MODEL"], [{"role": "user", "content": "What is the capital of France?"}]
+
+client = openai.OpenAI(base_url=os.environ["MANTA_HTTP"], api_key="none", max_retries=0)
+asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 16}
+whole = client.chat.completions.create(**asked)
+streamed, usage = "", None
+for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    streamed += chunk.choices[0].delta.content or "" if chunk.choices else ""
+    usage = chunk.usage or usage
+logprobs = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+prompt = client.completions.create(model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8)
+try:
+    client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=3)
+    refused = None
+except openai.BadRequestError as error:
+    refused = error.param
+print(
+    json.dumps(
+        {
+            "version": openai.__version__,
+            "text": whole.choices[0].message.content,
+            "streamed": streamed,
+            "usage": [whole.usage.total_tokens, usage.total_tokens],
+            "logprobs": [len(logprobs), len(logprobs[0].top_logprobs)],
+            "completion": prompt.choices[0].text,
+            "models": [model.id for model in client.models.list()],
+            "refused": refused,
+        }
+    )
+)
