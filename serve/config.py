@@ -83,6 +83,8 @@ class HttpSettings(Section):
     """Address to listen on; 0.0.0.0 for every one."""
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port."""
+    strict: bool = False
+    """Refuse a request with a field that this server does not know; otherwise a header of the answer names it."""
 
 
 class GrpcSettings(Section):

@@ -149,6 +149,7 @@ class _Front:
             metrics=lambda accept: self._metrics(accept),
             door=lambda: self._door,
             quota_headers=lambda caller: self._quotas.headers(caller),
+            strict=self._config.http.strict,
             behind_ray=True,
         )
 

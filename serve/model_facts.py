@@ -1,12 +1,15 @@
 """What the service must know of the model it speaks for, without holding its weights."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from model.config import ModelConfig
 from model.generation_config import GenerationDefaults
-from serve.text.tokenizer import Tokenizer
+from serve.text.chat_template import stored_source
+from serve.text.tokenizer import Tokenizer, read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class ModelFacts:
     """Used where a client says nothing."""
     created: int
     """Unix time at which this server began to offer it."""
+    tokenizer_info: Mapping[str, Any] = field(default_factory=dict)
+    """Of tokenizer_config.json what tools want to know, with the chat template."""
 
     @classmethod
     def from_checkpoint(cls, folder: Path, *, name: str, tokenizer: Tokenizer, max_context_tokens: int | None = None) -> "ModelFacts":
@@ -46,4 +51,11 @@ class ModelFacts:
             num_real_tokens=tokenizer.num_real_tokens,
             defaults=GenerationDefaults.from_checkpoint(folder, config),
             created=int(time.time()),
+            tokenizer_info=_tokenizer_info(folder, tokenizer),
         )
+
+
+def _tokenizer_info(folder: Path, tokenizer: Tokenizer) -> Mapping[str, Any]:
+    settings = read_settings(folder)
+    told = {name: settings[name] for name in ("tokenizer_class", "model_max_length", "add_prefix_space") if name in settings}
+    return told | tokenizer.named | {"chat_template": stored_source(folder)}

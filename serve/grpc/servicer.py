@@ -22,6 +22,7 @@ from serve.grpc import convert, read
 from serve.grpc.authorise import Admits, caller_of
 from serve.grpc.errors import CallContext, refuse
 from serve.grpc.generated import service_pb2, service_pb2_grpc
+from serve.grpc.ledger import tell_ledger
 from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, TextEvent
 from serve.session import SESSION, session_of
@@ -41,6 +42,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             asked = self._chat_request(request, request_id, context)
             result = await self._service.collect(asked)
             mark(14, request_id)
+            tell_ledger(context, result.ledger)
             return convert.chat_response(result, model=asked.model, created=int(self._clock()))
 
         return await answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
@@ -64,6 +66,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             asked = self._completion_request(request, request_id, context)
             result = await self._service.collect(asked)
             mark(14, request_id)
+            tell_ledger(context, result.ledger)
             return convert.generate_response(result, model=asked.model, created=int(self._clock()))
 
         return await answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
@@ -172,6 +175,7 @@ async def _stream_or_refuse(
     try:
         async with aclosing(begin()) as events:
             async for event in events:
+                tell_ledger(context, event.ledger)
                 for fields in writer.events(event):
                     if not told:
                         told = True

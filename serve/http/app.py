@@ -20,6 +20,7 @@ from serve.http.health import health_routes
 from serve.http.metrics import MetricsPage, metrics_routes
 from serve.http.models import model_routes
 from serve.http.openapi import describe_api
+from serve.http.tokens import token_routes
 from serve.limits import Limits
 from serve.offers import Offers
 from serve.version import version
@@ -32,15 +33,16 @@ def create_app(
     metrics: MetricsPage | None = None,
     door: Callable[[], Admits] = OpenDoor,
     quota_headers: Callable[[Caller], Mapping[str, str]] = lambda caller: {},
+    strict: bool = False,
     behind_ray: bool = False,
 ) -> FastAPI:
     """The app. ``service`` and ``door`` are asked at each request, so they may be made later, in the process that serves.
 
     ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
     """
-    front = Front(service=service, limits=limits or Limits())
+    front = Front(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (chat_routes, completion_routes, model_routes, health_routes):
+    for routes in (chat_routes, completion_routes, model_routes, token_routes, health_routes):
         app.include_router(routes(front))
     if metrics is not None:
         app.include_router(metrics_routes(metrics))

@@ -25,10 +25,14 @@ def chat_routes(front: Front) -> APIRouter:
         body, stamp, headers = await front.receive(request, ChatBody, id_prefix="chatcmpl")
         asked, service = stamp.sign(body.request(stamp.id)), front.service()
         if body.stream:
-            answer: Response = await open_stream(request.receive, service.chat(asked), ChatChunks(stamp, body), headers)
+            answer: Response = await open_stream(
+                request.receive, service.chat(asked), ChatChunks(stamp, body), headers, tell_ledger=stamp.wants_ledger
+            )
         else:
             result = await unless_gone(request.receive, service.collect(asked))
-            answer = json_response(chat_completion(stamp, result, with_logprobs=bool(body.logprobs)), headers=headers)
+            answer = json_response(
+                chat_completion(stamp, result, with_logprobs=bool(body.logprobs)), headers=headers | stamp.timing(result.ledger)
+            )
         mark(14, stamp.id)
         return answer
 

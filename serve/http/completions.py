@@ -25,10 +25,14 @@ def completion_routes(front: Front) -> APIRouter:
         body, stamp, headers = await front.receive(request, CompletionBody, id_prefix="cmpl")
         asked, service = stamp.sign(body.request(stamp.id)), front.service()
         if body.stream:
-            answer: Response = await open_stream(request.receive, service.complete(asked), CompletionChunks(stamp, body), headers)
+            answer: Response = await open_stream(
+                request.receive, service.complete(asked), CompletionChunks(stamp, body), headers, tell_ledger=stamp.wants_ledger
+            )
         else:
             result = await unless_gone(request.receive, service.collect(asked))
-            answer = json_response(completion(stamp, result, with_logprobs=body.logprobs is not None), headers=headers)
+            answer = json_response(
+                completion(stamp, result, with_logprobs=body.logprobs is not None), headers=headers | stamp.timing(result.ledger)
+            )
         mark(14, stamp.id)
         return answer
 

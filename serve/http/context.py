@@ -15,8 +15,9 @@ from serve.errors import InvalidRequest
 from serve.http.authorise import caller_of
 from serve.http.body import read_json_object
 from serve.http.boundary import is_identifier
-from serve.http.headers import deadline_ms, priority
+from serve.http.headers import deadline_ms, priority, wants_ledger
 from serve.http.schema import SharedBody, ignored_fields, parse
+from serve.ledger import Ledger
 from serve.limits import Limits
 from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, Usage
@@ -35,6 +36,8 @@ class Front:
     service: Callable[[], Offers]
     """Asked at each request: the service is made after the routes, in the process that serves."""
     limits: Limits
+    strict: bool = False
+    """Refuse a field that this server does not know, instead of naming it in a header."""
 
     async def receive(self, request: Request, kind: type[B], *, id_prefix: str) -> tuple[B, "Stamp", dict[str, str]]:
         """The body, its stamp, and headers for the answer.
@@ -51,6 +54,9 @@ class Front:
         session = session_of(request.headers.get(SESSION), body.user, self.limits)
         mark(2, request_id)
         ignored = ignored_fields(kind, fields)
+        if ignored and self.strict:
+            raise InvalidRequest(f"this server does not know these fields: {', '.join(ignored)}", param=ignored[0])
+        said = priority(request.headers)
         wait_ms = deadline_ms(request.headers)
         stamp = Stamp(
             id=request_id,
@@ -59,7 +65,8 @@ class Front:
             arrived_s=arrived_s,
             session=session,
             caller=caller_of(request.scope),
-            priority=priority(request.headers),
+            priority=body.priority if said is None else said,
+            wants_ledger=wants_ledger(request.headers),
             deadline_s=None if wait_ms is None else time.time() + wait_ms / 1000 - (time.monotonic() - arrived_s),
         )
         return body, stamp, {IGNORED: ", ".join(ignored)} if ignored else {}
@@ -80,6 +87,11 @@ class Stamp:
     priority: int | None
     deadline_s: float | None
     """Unix time."""
+    wants_ledger: bool = False
+
+    def timing(self, ledger: Ledger | None) -> dict[str, str]:
+        """The header that tells where the time went, if it is wanted."""
+        return {"server-timing": ledger.server_timing()} if self.wants_ledger and ledger is not None else {}
 
     def sign(self, request: R) -> R:
         """The request with what its connection and headers say and its body does not."""

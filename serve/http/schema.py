@@ -86,6 +86,7 @@ class SharedBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    priority: int | None = None
 
     def options(self) -> Options:
         return Options(
@@ -129,6 +130,9 @@ class MessageBody(Body):
     ]
     name: str | None = None
 
+    def message(self) -> Message:
+        return Message(role=self.role, content=self.content, name=self.name)
+
 
 class ChatBody(SharedBody):
     """Body of /v1/chat/completions."""
@@ -149,7 +153,7 @@ class ChatBody(SharedBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def request(self, request_id: str) -> ChatRequest:
-        messages = tuple(Message(role=message.role, content=message.content, name=message.name) for message in self.messages)
+        messages = tuple(message.message() for message in self.messages)
         return ChatRequest(request_id=request_id, model=self.model, messages=messages, options=self.options())
 
 
@@ -173,6 +177,7 @@ class CompletionBody(SharedBody):
 
 
 B = TypeVar("B", bound=SharedBody)
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
@@ -184,14 +189,22 @@ def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
     for name in NEUTRAL.keys() & fields.keys():
         if fields[name] not in NEUTRAL[name]:
             raise NotSupported(f"this server does not offer {name} yet; leave it out", param=name)
-    _check_counts(fields, limits)
-    try:
-        body = kind.model_validate(fields)
-    except ValidationError as error:
-        raise _first_problem(error) from None
+    body = validated(kind, fields, limits)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
     return body
+
+
+def validated(kind: type[AnyBody], fields: Mapping[str, Any], limits: Limits) -> AnyBody:
+    """
+    Raises:
+        InvalidRequest: the first thing that is of a wrong type or far too long, by its name.
+    """
+    _check_counts(fields, limits)
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _first_problem(error) from None
 
 
 def _check_counts(fields: Mapping[str, Any], limits: Limits) -> None:

@@ -40,11 +40,17 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, first: TextEvent, rest: AsyncGenerator[TextEvent, None], chunks: Chunks, headers: dict[str, str] | None = None
+        self,
+        first: TextEvent,
+        rest: AsyncGenerator[TextEvent, None],
+        chunks: Chunks,
+        headers: dict[str, str] | None = None,
+        *,
+        tell_ledger: bool = False,
     ) -> None:
         super().__init__(headers=HEADERS | (headers or {}))
         del self.headers["content-length"]
-        self._first, self._rest, self._chunks = first, rest, chunks
+        self._first, self._rest, self._chunks, self._tell_ledger = first, rest, chunks, tell_ledger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -54,14 +60,19 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with contextlib.aclosing(frames(self._first, self._rest, self._chunks)) as written:
+        async with contextlib.aclosing(frames(self._first, self._rest, self._chunks, tell_ledger=self._tell_ledger)) as written:
             async for frame in written:
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def open_stream(
-    receive: Receive, events: AsyncGenerator[TextEvent, None], chunks: Chunks, headers: dict[str, str] | None = None
+    receive: Receive,
+    events: AsyncGenerator[TextEvent, None],
+    chunks: Chunks,
+    headers: dict[str, str] | None = None,
+    *,
+    tell_ledger: bool = False,
 ) -> EventStream:
     """Wait for the first event, so that a refusal still has a status of its own, then stream.
 
@@ -73,16 +84,24 @@ async def open_stream(
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events, chunks, headers)
+    return EventStream(first, events, chunks, headers, tell_ledger=tell_ledger)
 
 
-async def frames(first: TextEvent, rest: AsyncGenerator[TextEvent, None], chunks: Chunks) -> AsyncGenerator[bytes, None]:
-    """The stream's bytes. A failure is an event of its own, and then there is no [DONE]."""
+async def frames(
+    first: TextEvent, rest: AsyncGenerator[TextEvent, None], chunks: Chunks, *, tell_ledger: bool = False
+) -> AsyncGenerator[bytes, None]:
+    """The stream's bytes. A failure is an event of its own, and then there is no [DONE].
+
+    ``tell_ledger``: before [DONE], in a comment, which every reader of server-sent events passes over.
+    """
+    timing = b""
     usage, opening = None, b"".join(frame(chunk) for chunk in chunks.opening())
     try:
         event: TextEvent | None = first
         while event is not None:
             usage, chunk = event.usage or usage, chunks.of(event)
+            if tell_ledger and event.ledger is not None:
+                timing = f": server-timing {event.ledger.server_timing()}\n\n".encode()
             if opening or chunk is not None:
                 yield opening + (frame(chunk) if chunk is not None else b"")
                 opening = b""
@@ -92,7 +111,7 @@ async def frames(first: TextEvent, rest: AsyncGenerator[TextEvent, None], chunks
     except Exception as error:
         yield opening + frame(error_object(describe(error)))
         return
-    yield b"".join(frame(chunk) for chunk in chunks.closing(usage)) + DONE
+    yield b"".join(frame(chunk) for chunk in chunks.closing(usage)) + timing + DONE
 
 
 def frame(chunk: dict[str, Any]) -> bytes:

@@ -46,7 +46,7 @@ class ChatTemplate:
         Raises:
             InvalidTokenizer: the template is damaged.
         """
-        source = _stored_source(folder)
+        source = stored_source(folder)
         if source is None and tokenizer.named.get("eos_token") == "<|im_end|>" and tokenizer.id_of("<|im_start|>") in tokenizer.special_ids:
             source = CHATML
         return None if source is None else cls(source, tokenizer, seconds=seconds, chars=chars)
@@ -100,7 +100,7 @@ def _splitter(specials: Sequence[SpecialToken]) -> re.Pattern[str]:
     return re.compile(f"{head}({names}){tail}")
 
 
-def _stored_source(folder: Path) -> str | None:
+def stored_source(folder: Path) -> str | None:
     """`chat_template.jinja`, or `chat_template` in tokenizer_config.json: a string, or a list of named ones."""
     path = folder / "chat_template.jinja"
     if path.exists():

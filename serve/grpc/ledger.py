@@ -1,0 +1,14 @@
+"""Step 14 of a request, over gRPC: the trailer that tells where a request's time went, for who asks for it."""
+
+from serve.grpc.errors import CallContext
+from serve.ledger import Ledger
+
+WANTED = "x-manta-ledger"
+"""Metadata of a call; "1" asks."""
+TRAILER = "server-timing"
+
+
+def tell_ledger(context: CallContext, ledger: Ledger | None) -> None:
+    """To be called before the last message: behind Ray Serve's proxy trailers travel with messages."""
+    if ledger is not None and (WANTED, "1") in [(key, value) for key, value in context.invocation_metadata() or ()]:
+        context.set_trailing_metadata([(TRAILER, ledger.server_timing())])

@@ -1,0 +1,76 @@
+"""/tokenize, /detokenize, /tokenizer_info, /version: what tools ask before they count or evaluate. Shapes are vLLM's."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BeforeValidator, FailFast, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.errors import InvalidRequest
+from serve.http.body import read_json_object
+from serve.http.context import Front
+from serve.http.errors import json_response
+from serve.http.openapi import takes
+from serve.http.parts import list_or_none
+from serve.http.schema import Body, MessageBody, validated
+from serve.request import TokenizeRequest
+from serve.version import version
+
+
+class TokenizeBody(Body):
+    """Body of /tokenize: a text as a completion has it, or messages as a chat has them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[MessageBody], FailFast(), BeforeValidator(list_or_none)] = Field(default_factory=list)
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+    def request(self, model: str) -> TokenizeRequest:
+        if (self.prompt is None) == (not self.messages):
+            raise InvalidRequest("send a prompt or messages, one of the two", param="prompt")
+        text = tuple(message.message() for message in self.messages) if self.prompt is None else self.prompt
+        return TokenizeRequest(model=model, input=text, add_special_tokens=self.add_special_tokens)
+
+
+class DetokenizeBody(Body):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], FailFast()]
+
+
+def token_routes(front: Front) -> APIRouter:
+    routes = APIRouter()
+
+    def model_of(name: str | None) -> str:
+        """Tools that were made for servers of one model name none."""
+        return front.service().models()[0].name if name is None else name
+
+    @routes.post("/tokenize", openapi_extra=takes(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        body = validated(TokenizeBody, await read_json_object(request, front.limits), front.limits)
+        service, model = front.service(), model_of(body.model)
+        ids = await service.tokenize(body.request(model))
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.model(model).max_context_tokens, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = service.token_texts(model, ids)
+        return json_response(answer)
+
+    @routes.post("/detokenize", openapi_extra=takes(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        body = validated(DetokenizeBody, await read_json_object(request, front.limits), front.limits)
+        return json_response({"prompt": await front.service().detokenize(model_of(body.model), tuple(body.tokens))})
+
+    @routes.head("/tokenizer_info", include_in_schema=False)
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> Response:
+        return json_response(front.service().model(model_of(model)).tokenizer_info)
+
+    @routes.head("/version", include_in_schema=False)
+    @routes.get("/version")
+    async def tell_version() -> Response:
+        return json_response({"version": version()})
+
+    return routes
