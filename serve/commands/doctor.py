@@ -30,6 +30,9 @@ def doctor(
         str | None,
         typer.Option("--ray-address", help="Examine the hosts of a running Ray cluster (auto, host:port), not this machine alone."),
     ] = None,
+    checkpoint_only: Annotated[
+        bool, typer.Option("--checkpoint-only", help="Fetch the checkpoint if it is not here, and look at nothing else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Facts and findings, for programs; a list where several models are set.")] = False,
     assignments: Assignments = None,
 ) -> None:
@@ -42,6 +45,7 @@ def doctor(
       manta doctor                                           this machine
       manta doctor Qwen/Qwen2-7B-Instruct -t 2               for this model and layout
       manta doctor /models/Qwen2-72B -t 8 --pipeline-parallel 2 --ray-address auto
+      manta doctor -c manta.yaml --checkpoint-only           fetch every model beforehand, on a machine without GPUs
     """
     flags: dict[str, tuple[str, object]] = {
         "model.source": ("MODEL", model),
@@ -52,7 +56,7 @@ def doctor(
     }
     config = load_settings(file, assignments, flags).config
     names_a_model = model is not None or file is not None
-    surveys = [_examine(one, names_a_model, address) for one in config.each_model()]
+    surveys = [_examine(one, names_a_model, address, checkpoint_only) for one in config.each_model()]
     if as_json:
         told = [dataclasses.asdict(survey) for survey in surveys]
         typer.echo(json.dumps(told if config.models else told[0], indent=2))
@@ -65,10 +69,14 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-def _examine(config: "ServeConfig", names_a_model: bool, address: str | None) -> "Survey":
+def _examine(config: "ServeConfig", names_a_model: bool, address: str | None, checkpoint_only: bool) -> "Survey":
     """Of the only model in ``config``."""
+    from cluster.doctor.survey import Survey
+
     with progress_shown() as report:
-        found, findings = _checkpoint(config, report) if names_a_model else (None, [])
+        found, findings = _checkpoint(config, report) if names_a_model or checkpoint_only else (None, [])
+        if checkpoint_only:
+            return Survey(facts=(), findings=tuple(findings))
         report("examining the hosts", 0.5)
         return _survey(config, found, address).told(findings)
 

@@ -33,6 +33,14 @@ def test_a_damaged_checkpoint_is_fatal(tmp_path: Path) -> None:
     assert "architectures" in done.stdout
 
 
+def test_only_the_checkpoint_is_looked_at_where_that_is_asked_for(tiny_folder: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", str(tiny_folder), "--checkpoint-only", "--json", "--set", "resources.gpus=8"])
+    told = json.loads(done.stdout)
+    assert done.exit_code == 0, "GPUs that this host lacks are of no interest"
+    assert told["facts"] == []
+    assert [finding["check"] for finding in told["findings"]] == ["checkpoint"]
+
+
 def test_a_cluster_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr("ray.init", lambda **_: (_ for _ in ()).throw(ConnectionError("nobody listens")))
