@@ -28,6 +28,9 @@ check: $(READY_TEST)  ## Lint, types, import contracts, protocol files
 	cd client && ../$(BIN)/mypy
 	$(BIN)/lint-imports
 	cd client/proto && ../../$(BIN)/buf lint
+	$(BIN)/yamllint --strict k8s tests/k8s
+	$(BIN)/shellcheck k8s/images/drain
+	$(BIN)/hadolint k8s/images/Dockerfile
 
 format: $(READY_TEST)  ## Put the code in its usual form
 	$(BIN)/ruff check --fix .
@@ -50,6 +53,7 @@ $(READY): pyproject.toml client/pyproject.toml
 
 $(READY_TEST): $(READY)
 	$(PIP) install --quiet --group test --group lint
+	-@$(BIN)/python k8s/fetch_helm.py  # without Helm the chart's tests are skipped
 	@touch $@
 
 clean:  ## Remove the virtual environment and caches

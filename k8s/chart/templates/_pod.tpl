@@ -1,0 +1,153 @@
+{{/* What the pods of the cluster have in common: security, environment, volumes. */}}
+
+{{- define "manta.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "manta.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+  {{- if .ipcLock }}
+  add: [IPC_LOCK]
+  {{- end }}
+{{- end -}}
+
+{{/* The proxies bind gRPC to the pod's own address; see serve/proxy_hook.py. */}}
+{{- define "manta.env" -}}
+- name: MANTA_PROXY_GRPC_HOST
+  valueFrom: {fieldRef: {fieldPath: status.podIP}}
+{{- range $role, $file := include "manta.tls" . | fromYaml }}
+- {name: MANTA_PROXY_GRPC_{{ upper $role }}, value: {{ $file }}}
+{{- end }}
+- {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: serve.proxy_hook.before_listening}
+- {name: RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, value: "67108864"}
+- {name: SERVE_SOCKET_REUSE_PORT_ENABLED, value: "0"}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: HOME, value: /tmp}
+- {name: HF_HOME, value: /models/huggingface}
+- {name: MODELSCOPE_CACHE, value: /models/modelscope}
+- {name: MANTA_CACHE, value: /models/manta}
+{{- if .Values.huggingface.token }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef:
+      {{- include "manta.secretKeyRef" (dict "root" . "value" .Values.huggingface.token "key" "huggingface-token") | nindent 6 }}
+{{- end }}
+{{- with .Values.otel.endpoint }}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ . | quote }}}
+- {name: OTEL_SERVICE_NAME, value: {{ include "manta.fullname" $ }}}
+- {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
+- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ $.Values.otel.sampleRatio | quote }}}
+{{- end }}
+{{- with .Values.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "manta.mounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: shm, mountPath: /dev/shm}
+- {name: models, mountPath: /models}
+- {name: config, mountPath: /etc/manta/config, readOnly: true}
+{{- if .Values.grpc.tls.secretName }}
+- {name: tls, mountPath: /etc/manta/tls, readOnly: true}
+{{- end }}
+{{- if .Values.auth.keys.secretName }}
+- {name: keys, mountPath: /etc/manta/keys, readOnly: true}
+{{- end }}
+{{- range include "manta.modelClaims" . | fromYamlArray }}
+- {name: claim-{{ . }}, mountPath: /claims/{{ . }}, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* .root, .shmSize, and .cached: whether the pod reads weights. */}}
+{{- define "manta.volumes" -}}
+{{- $values := .root.Values -}}
+- {name: tmp, emptyDir: {}}
+- {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ .shmSize }}}}
+{{- if or (eq $values.cache.type "emptyDir") (not .cached) }}
+- {name: models, emptyDir: {sizeLimit: {{ ternary $values.cache.size "10Gi" .cached }}}}
+{{- else if eq $values.cache.type "pvc" }}
+- {name: models, persistentVolumeClaim: {claimName: {{ include "manta.claim" .root }}}}
+{{- else }}
+- {name: models, hostPath: {path: {{ $values.cache.hostPath }}, type: DirectoryOrCreate}}
+{{- end }}
+- {name: config, configMap: {name: {{ include "manta.fullname" .root }}}}
+{{- with $values.grpc.tls.secretName }}
+- {name: tls, secret: {secretName: {{ . }}, defaultMode: 0440}}
+{{- end }}
+{{- with $values.auth.keys.secretName }}
+- {name: keys, secret: {secretName: {{ . }}, defaultMode: 0440}}
+{{- end }}
+{{- range include "manta.modelClaims" .root | fromYamlArray }}
+- {name: claim-{{ . }}, persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}}
+{{- end }}
+{{- end -}}
+
+{{/* Claims that hold models: the hosts of pvc:// sources. */}}
+{{- define "manta.modelClaims" -}}
+{{- $claims := list -}}
+{{- range .Values.models -}}
+  {{- if hasPrefix "pvc://" .source -}}{{- $claims = append $claims (index (splitList "/" (trimPrefix "pvc://" .source)) 0) -}}{{- end -}}
+{{- end -}}
+{{- uniq $claims | toYaml -}}
+{{- end -}}
+
+{{/* Node selection of a pod; .place is values of head, front or a worker group. */}}
+{{- define "manta.placement" -}}
+{{- with .place.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .place.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .place.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .place.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Longer than the longest stream, and what Ray Serve then takes to end replicas. */}}
+{{- define "manta.gracePeriod" -}}
+{{- add .Values.longestStreamSeconds 60 -}}
+{{- end -}}
+
+{{/* Before SIGTERM reaches Ray: let clients go elsewhere and streams end. */}}
+{{- define "manta.drain" -}}
+preStop:
+  exec:
+    command: [/opt/manta/k8s/images/drain, {{ .Values.longestStreamSeconds | quote }}]
+{{- end -}}
+
+{{/* Fetch what is served from hosts of this group (or everything), and look it over. */}}
+{{- define "manta.download" -}}
+name: download
+image: {{ include "manta.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+command: [manta, doctor, --config, /etc/manta/config/manta.yaml, --checkpoint-only]
+env:
+  {{- include "manta.env" . | nindent 2 }}
+resources:
+  {{- toYaml .Values.cache.resources | nindent 2 }}
+securityContext:
+  {{- include "manta.containerSecurity" (dict) | nindent 2 }}
+volumeMounts:
+  {{- include "manta.mounts" . | nindent 2 }}
+{{- end -}}
