@@ -105,7 +105,7 @@ class Register:
 def directory_actor(app: str) -> Any:
     """Handle of the app's directory, made if it is not there. Restarted for ever, and refilled by the heartbeats."""
     options = {
-        "name": f"replica-directory:{app}",
+        "name": _actor_name(app),
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
@@ -123,6 +123,29 @@ def current_records(app: str) -> tuple[ReplicaRecord, ...]:
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
         return ()
     return tuple(records)
+
+
+def glimpse(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
+    """What the directory knows of the replicas, and the notes on one of its boards; for onlookers, who make none where there is none."""
+    try:
+        actor: Any = ray.get_actor(_actor_name(app), namespace=NAMESPACE)
+        _, records = ray.get(actor.records.remote(), timeout=5)
+        notes = ray.get(actor.pinned.remote(board), timeout=5)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
+        return (), ()
+    return tuple(records), tuple(notes.values())
+
+
+def end_directory(app: str) -> None:
+    """When an application is gone for good."""
+    try:
+        ray.kill(ray.get_actor(_actor_name(app), namespace=NAMESPACE))
+    except (ray.exceptions.RayError, ValueError):
+        return
+
+
+def _actor_name(app: str) -> str:
+    return f"replica-directory:{app}"
 
 
 class Reporter:

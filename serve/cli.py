@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from serve.commands import bench, chat, config, demo_model, doctor, keys, plan, serve
+from serve.commands import bench, chat, config, demo_model, doctor, keys, plan, serve, status, up
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -26,6 +26,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("serve")(serve.serve)
+app.command("up")(up.up)
+app.command("down")(up.down)
+app.command("status")(status.status)
+app.command("top")(status.top)
 app.command("chat")(chat.chat)
 app.command("config")(config.config)
 app.command("demo-model")(demo_model.demo_model)

@@ -140,8 +140,13 @@ class LoggingSettings(Section):
 class RaySettings(Section):
     """The Ray cluster that the server runs on."""
 
-    address: str = "local"
-    """"local" starts a Ray of its own and ends it with the server; "auto" joins the running one; or its host:port."""
+    address: str | None = None
+    """"local" starts a Ray of its own and ends it with the server; "auto" joins the one that runs on this host; or the host:port of
+    its head. None = inside a Ray job the cluster of the job, else local. Tokens are Ray's affair: RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH."""
+    app: str = Field(default="manta", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Name of the application on a cluster."""
+    send_code: bool = False
+    """Send this checkout of Manta to the hosts of a cluster that have none, or another version."""
     namespace: str = "manta"
     """Ray namespace of the server's actors."""
     temp_dir: str | None = None

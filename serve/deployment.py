@@ -34,7 +34,7 @@ from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
 from serve.measuring import Measuring
 from serve.metrics import Instruments, Snapshot
-from serve.metrics_page import MetricsPage
+from serve.metrics_page import METRICS_BOARD, MetricsPage
 from serve.model_facts import ModelFacts
 from serve.model_source import brought_here
 from serve.need import need_of
@@ -112,7 +112,7 @@ class _Front:
         self._config = config
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
-        instruments, self._board = Instruments(front), Board[Snapshot](app, "metrics", front)
+        instruments, self._board = Instruments(front), Board[Snapshot](app, METRICS_BOARD, front)
         self._door = OpenDoor() if config.auth.keys_file is None else Doorkeeper(Path(config.auth.keys_file))
         self._quotas = Quotas(num_fronts=lambda: self._board.num_others + 1)
         observers = (Measuring(instruments, [model.name for model in models]), self._quotas)

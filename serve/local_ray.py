@@ -6,17 +6,15 @@ import logging
 import math
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -24,17 +22,19 @@ import ray
 import ray._private.worker
 import ray.serve as ray_serve
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+from ray.serve.config import ProxyLocation
 
 from cluster.channel import PrivateFolder
 from cluster.directory import ReplicaRecord, current_records
 from cluster.placement import cpus_needed
 from serve import proxy_hook
 from serve.config import ServeConfig
-from serve.deployment import APP, Model, build_app
-from serve.grpc.server import SERVICER_FUNCTIONS
+from serve.deploying import ChangeLog, OnProgress, StartError, deploy, start_proxies, told_as_start_error
+from serve.deployment import APP, Model
 from serve.grpc.tls import TlsFiles
+from serve.local_servers import noted
 from serve.ports import PortInUse, check_free
+from serve.stop_signals import StopSignals
 
 LOOPBACK = "127.0.0.1"
 LOOPBACKS = (LOOPBACK, "localhost", "::1")
@@ -44,17 +44,8 @@ DRAIN_S = 2.0
 """A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
 MARK = "RAY_AUTH_TOKEN_PATH"
 """The variable by which the processes of one server are known; each has a token of its own."""
-LOADING_SPAN = (0.15, 0.95)
-"""Which part of the start loading the weights is."""
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, float], None]
-"""Told what is being done and how much of the start is done, from 0 to 1."""
-
-
-class StartError(RuntimeError):
-    """The server could not be started, or its Ray died; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,22 +69,12 @@ class LocalServer:
         Raises:
             StartError: one of Ray's own processes died.
         """
-        told: dict[str, tuple[str | None, bool]] = {}
+        changes = ChangeLog()
         while not self.stopped.wait(1.0):
             for process in self.ray_processes:
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                     raise StartError(f"a process of Ray (pid {process.pid}) has ended")
-            for record in current_records(APP):
-                _tell_change(record, told)
-
-
-def _tell_change(record: ReplicaRecord, told: dict[str, tuple[str | None, bool]]) -> None:
-    last_loss, ready = told.get(record.id, (None, True))
-    if record.last_loss is not None and record.last_loss != last_loss:
-        logger.error("replica %s: %s", record.id, record.last_loss)
-    if record.ready != ready:
-        logger.warning("replica %s is %s", record.id, "ready again" if record.ready else f"not ready: {record.reason}")
-    told[record.id] = (record.last_loss, record.ready)
+            changes.tell(current_records(APP))
 
 
 @contextmanager
@@ -108,7 +89,7 @@ def run_local(models: Sequence[Model], config: ServeConfig, on_progress: OnProgr
     """
     models = [dataclasses.replace(model, config=_on_one_host(model.config)) for model in models]
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
-    stop = _StopSignals()
+    stop = StopSignals()
     _check_ports(config)
     _check_tls(config)
     with ExitStack() as stack:
@@ -119,15 +100,16 @@ def run_local(models: Sequence[Model], config: ServeConfig, on_progress: OnProgr
         stack.enter_context(_environment(variables))
         try:
             on_progress("starting Ray", 0.0)
-            with _told_as_start_error("starting Ray"):
+            with told_as_start_error("starting Ray"):
                 _start_ray(models, config, folder)
             stop.install()  # Ray has installed its own
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)
-            with _told_as_start_error("starting Ray Serve"):
-                _start_serve(config)
-            with _loading_shown(on_progress):
-                _run_app(models, config)
+            with told_as_start_error("starting Ray Serve"):
+                start_proxies(config, ProxyLocation.HeadOnly)
+            deploy(models, config, app=APP, on_progress=on_progress)
+            _await_answer(config)
+            stack.enter_context(noted(ray.get_runtime_context().gcs_address, variables[MARK]))
             stop.starting = False
             on_progress("ready", 1.0)
             yield LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
@@ -163,14 +145,6 @@ def _check_tls(config: ServeConfig) -> None:
         raise StartError(f"the files for TLS (grpc.certificate, grpc.key, grpc.client_ca) cannot be used: {error}") from error
 
 
-@contextmanager
-def _told_as_start_error(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, OSError, ValueError, TimeoutError) as error:
-        raise StartError(f"{doing} failed: {error}") from error
-
-
 def _start_ray(models: Sequence[Model], config: ServeConfig, folder: Path) -> None:
     needed = sum(model.config.replicas.count * cpus_needed(model.config.parallel.topology, model.config.resources) for model in models)
     ray.init(
@@ -196,37 +170,12 @@ def _log_report(report: dict[str, Any], ignore_prefix: bool = False) -> None:
     logger.debug("ray: %s", " ".join(report["lines"]))
 
 
-def _start_serve(config: ServeConfig) -> None:
-    ray_serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=config.http.host, port=config.http.port),
-        grpc_options=gRPCOptions(
-            port=config.grpc.port,
-            grpc_servicer_functions=list(SERVICER_FUNCTIONS),
-            enable_reflection=config.grpc.reflection,
-        ),
-    )
-
-
-def _run_app(models: Sequence[Model], config: ServeConfig) -> None:
-    try:
-        ray_serve.run(build_app(models, config), name=APP, route_prefix="/")
-    except RuntimeError as error:
-        raise StartError(_why(error)) from error
+def _await_answer(config: ServeConfig) -> None:
     deadline = time.monotonic() + config.router.ready_wait_s
     while not _answers(_url(config.http.host, config.http.port) + "/readyz"):
         if time.monotonic() > deadline:
             raise StartError(f"everything is loaded, but not ready on {config.http.host}:{config.http.port}")
         time.sleep(0.1)
-
-
-def _why(error: RuntimeError) -> str:
-    """What Ray Serve knows of the deployments that did not start."""
-    try:
-        deployments = ray_serve.status().applications[APP].deployments.values()
-        return "\n".join(deployment.message for deployment in deployments if deployment.message) or str(error)
-    except Exception:
-        return str(error)
 
 
 def _answers(url: str) -> bool:
@@ -235,31 +184,6 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-@contextmanager
-def _loading_shown(on_progress: OnProgress) -> Iterator[None]:
-    """Tell how far the slowest replica is, from a thread beside."""
-    done = threading.Event()
-    begin, end = LOADING_SPAN
-
-    def follow() -> None:
-        told = None
-        while not done.wait(0.3):
-            loading = [record.loading for record in current_records(APP) if record.loading is not None]
-            slowest = min(loading, key=lambda each: each.done, default=None)
-            if slowest is not None and slowest != told:
-                told = slowest
-                on_progress(slowest.doing, begin + (end - begin) * slowest.done)
-
-    thread = threading.Thread(target=follow, name="loading-progress", daemon=True)
-    on_progress("starting the replicas", 0.1)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(2)
 
 
 def _end_ray() -> None:
@@ -284,34 +208,6 @@ def _no_process_left(variables: Mapping[str, str], folder: Path | None) -> Itera
     root = Path(__file__).parent.parent
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=root, start_new_session=True):  # noqa: S603  (our own module)
         yield  # leaving closes the pipe and waits
-
-
-class _StopSignals:
-    """SIGINT and SIGTERM: an interrupt while starting, later a flag."""
-
-    def __init__(self) -> None:
-        self.starting = True
-        self.stopped = threading.Event()
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.install()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stopped.set()
-        if self.starting:
-            self.starting = False
-            raise KeyboardInterrupt
 
 
 def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:

@@ -10,6 +10,8 @@ from serve import metric_names as names
 from serve.metric_names import Metric
 from serve.metrics import Instruments, Snapshot, render, replica_snapshot
 
+METRICS_BOARD = "metrics"
+"""Where fronts pin their snapshots; see `cluster.board`."""
 RESUME_METRICS = {
     "resumes_total": names.RESUMES,
     "resume_refused_total": names.RESUMES_REFUSED,

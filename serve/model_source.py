@@ -107,6 +107,11 @@ def place_on_any_host(settings: ModelSettings) -> Path | str:
     raise ModelSourceError(f"{source!r} is neither a repository nor an absolute path, and a relative path is another one on every host")
 
 
+def absolute_if_here(source: str) -> str:
+    """A folder of this host by its absolute path; anything else as it is."""
+    return str(Path(source).resolve()) if "://" not in source and source != DEMO and Path(source).is_dir() else source
+
+
 def is_fetched(place: Path | str) -> bool:
     """Whether a host must fetch the checkpoint whole before it can be read."""
     return str(place).startswith((DEMO_PLACE, HUB_SCHEME, MODELSCOPE_SCHEME))

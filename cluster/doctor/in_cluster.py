@@ -1,9 +1,7 @@
 """The same examination on the hosts of a Ray cluster: in the workers of a replica, or in a placement group like a replica's."""
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -21,27 +19,6 @@ from parallel.topology import Topology
 EXAMINE_S = 60.0
 MEASURE_S = 180.0
 PLACE_S = 60.0
-
-
-class CannotJoin(RuntimeError):
-    """There is no Ray cluster at this address, or it does not let us in."""
-
-
-@contextmanager
-def joined(address: str, *, namespace: str) -> Iterator[None]:
-    """A Ray cluster that runs already, for the length of a block.
-
-    Raises:
-        CannotJoin: with what Ray said.
-    """
-    try:
-        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
-    except Exception as error:  # Ray raises many kinds
-        raise CannotJoin(f"the Ray cluster at {address} could not be joined: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def survey_actors(actors: Sequence[Any], need: Need, ask: Callable[[Any], Any]) -> Survey:

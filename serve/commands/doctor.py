@@ -104,7 +104,8 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
         from cluster.doctor.survey import survey_this_machine
 
         return survey_this_machine(topology, need, cache_folder=cache_folder(), look=None)
-    from cluster.doctor.in_cluster import CannotJoin, joined, survey_cluster
+    from cluster.doctor.in_cluster import survey_cluster
+    from cluster.joining import CannotJoin, joined
     from cluster.worker import ModelRanks
 
     place = found.place if found else None

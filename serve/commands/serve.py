@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from serve.commands.models import found_here, meant_on_every_host
 from serve.commands.progress import progress_shown
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
 
 if TYPE_CHECKING:
     from cluster.directory import ReplicaRecord
     from serve.config import ServeConfig
-    from serve.model_source import FoundModel
 
 INTERRUPTED = 130
 QUESTION = "Why is the sky blue?"
+ENDING = "\nEnding what was started ..."
 ANSWER_TOKENS = 200
 
 
@@ -52,7 +53,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
-    Starts a Ray of its own on this machine and ends it again. The flags are the settings that people change most;
+    Starts a Ray of its own on this machine and ends it again; with ray.address, or as a Ray job, it serves on that cluster for
+    as long as the command runs (`manta up` leaves it there). The flags are the settings that people change most;
     `manta config` lists all of them.
 
     \b
@@ -61,6 +63,7 @@ def serve(
       manta serve modelscope://Qwen/Qwen2-0.5B-Instruct      from ModelScope
       manta serve s3://bucket/Qwen2-7B-Instruct -t 4         each rank reads its own share, nothing is copied here
       manta serve ./checkpoint --http-port 8080 --dtype float32
+      ray job submit --working-dir . -- python -m serve serve Qwen/Qwen2-7B-Instruct
       manta serve -c manta.yaml --set engine.max_step_tokens=512
     """
     flags: dict[str, tuple[str, object]] = {
@@ -90,35 +93,13 @@ def serve(
 
 def run(config: "ServeConfig") -> None:
     """Find the models, start everything, and wait."""
-    if config.ray.address != "local":
-        stop(f'ray.address is {config.ray.address!r}, and this version serves on a Ray of its own only: set it to "local"')
-    _check_keys(config)
-    each = config.each_model()
-    found = [_find(one) for one in each]
-    from serve.model_source import ModelSourceError, must_have_own_names
+    from serve.ray_address import LOCAL, address_of
 
-    try:
-        must_have_own_names([model.name for model in found])
-    except ModelSourceError as error:
-        stop(str(error))
-    from serve.deployment import Model
-    from serve.local_ray import StartError, run_local  # ray: seconds that are not spent before the model is found
-
-    models = [Model(place=model.place, name=model.name, config=one) for model, one in zip(found, each, strict=True)]
-    try:
-        with ExitStack() as running:
-            with progress_shown() as report:
-                server = running.enter_context(run_local(models, config, report))
-            for line in loading_lines(server.records()):
-                typer.echo(line)
-            typer.echo(greeting(config, [model.name for model in found], program=program()))
-            server.wait()
-            typer.echo("\nEnding what was started ...")
-    except StartError as error:
-        stop(str(error))
+    check_keys(config)
+    _run_local(config) if address_of(config) == LOCAL else _run_joined(config)
 
 
-def _check_keys(config: "ServeConfig") -> None:
+def check_keys(config: "ServeConfig") -> None:
     if config.auth.keys_file is not None:
         from serve.key_file import KeyFileError, read_keys
 
@@ -128,23 +109,43 @@ def _check_keys(config: "ServeConfig") -> None:
             stop(f"auth.keys_file: {error}")
 
 
-def _find(config: "ServeConfig") -> "FoundModel":
-    """The model, looked over as far as that takes seconds: whoever errs shall not wait for Ray to hear of it."""
-    from serve.model_source import ModelSourceError, find_model
+def _run_local(config: "ServeConfig") -> None:
+    found = found_here(config)
+    from serve.deploying import StartError
+    from serve.local_ray import run_local  # ray: seconds that are not spent before the models are found
 
-    with progress_shown() as report:
-        try:
-            found = find_model(config.model, report)
-        except ModelSourceError as error:
-            stop(str(error))
-        report("checking the checkpoint", 0.0)
-        from serve.model_check import UnusableCheckpoint, check_model  # torch: seconds that a wrong name need not cost
+    try:
+        with ExitStack() as running:
+            with progress_shown() as report:
+                server = running.enter_context(run_local(found, config, report))
+            tell(server.records(), config, [model.name for model in found])
+            server.wait()
+            typer.echo(ENDING)
+    except StartError as error:
+        stop(str(error))
 
-        try:
-            check_model(found.place, config.parallel.topology)
-        except UnusableCheckpoint as error:
-            stop(str(error))
-        return found
+
+def _run_joined(config: "ServeConfig") -> None:
+    """On a cluster the application lives as long as this command; `manta up` leaves it there."""
+    models = meant_on_every_host(config)
+    from serve.deploying import StartError
+    from serve.joined_ray import run_joined
+
+    try:
+        with ExitStack() as running:
+            with progress_shown() as report:
+                server = running.enter_context(run_joined(models, config, keep=False, on_progress=report))
+            tell(server.records(), server.config, [model.name for model in models])
+            server.wait()
+            typer.echo(ENDING)
+    except StartError as error:
+        stop(str(error))
+
+
+def tell(records: "Sequence[ReplicaRecord]", config: "ServeConfig", names: "Sequence[str]", *, last: str = "Ctrl-C ends it.") -> None:
+    for line in loading_lines(records):
+        typer.echo(line)
+    typer.echo(greeting(config, names, program=program(), last=last))
 
 
 def loading_lines(records: "Sequence[ReplicaRecord]") -> list[str]:
@@ -161,7 +162,7 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def greeting(config: "ServeConfig", names: "Sequence[str]", *, program: str) -> str:
+def greeting(config: "ServeConfig", names: "Sequence[str]", *, program: str, last: str = "Ctrl-C ends it.") -> str:
     """What is served where, and lines to paste. ``names``: what clients call the models, in the order of the settings."""
     http = f"http://{_reachable(config.http.host)}:{config.http.port}"
     grpc = f"{config.grpc.scheme}://{_reachable(config.grpc.host)}:{config.grpc.port}"
@@ -185,7 +186,7 @@ Ask it, from another terminal:
 
   {_python(program)} -c {shlex.quote(script)}
 
-Ctrl-C ends it.
+{last}
 """
 
 

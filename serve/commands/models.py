@@ -1,0 +1,76 @@
+"""The models that settings name, looked over as far as that takes seconds: whoever errs shall not wait for Ray to hear of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve.commands.progress import progress_shown
+from serve.commands.settings import stop
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+    from serve.deployment import Model
+
+
+def found_here(config: "ServeConfig") -> "list[Model]":
+    """On this machine, fetched if need be. Leaves the program where one cannot be served."""
+    from serve.model_source import FoundModel, ModelSourceError, find_model
+
+    def find(one: "ServeConfig") -> FoundModel:
+        with progress_shown() as report:
+            try:
+                found = find_model(one.model, report)
+            except ModelSourceError as error:
+                stop(str(error))
+            report("checking the checkpoint", 0.0)
+            _check(found.place, one)
+            return found
+
+    each = config.each_model()
+    found = [find(one) for one in each]
+    return _models([(model.place, model.name) for model in found], each)
+
+
+def meant_on_every_host(config: "ServeConfig") -> "list[Model]":
+    """In a form that every host of a cluster understands; a hub's are fetched there, and not here."""
+    from serve.model_source import ModelSourceError, called, is_fetched, place_on_any_host
+
+    each = [_absolute(one) for one in config.each_model()]
+    try:
+        found = [(place_on_any_host(one.model), called(one.model)) for one in each]
+    except ModelSourceError as error:
+        stop(str(error))
+    with progress_shown() as report:
+        for (place, _), one in zip(found, each, strict=True):
+            if "://" in str(place) or Path(place).is_dir():  # a folder may be there on the other hosts alone
+                report("checking the checkpoint", 0.0)
+                _check(place, one) if not is_fetched(place) else None
+    return _models(found, each)
+
+
+def _absolute(config: "ServeConfig") -> "ServeConfig":
+    """A relative folder that is there is meant as seen from here."""
+    from serve.model_source import absolute_if_here
+
+    return config.model_copy(update={"model": config.model.model_copy(update={"source": absolute_if_here(config.model.source)})})
+
+
+def _check(place: Path | str, config: "ServeConfig") -> None:
+    from serve.model_check import UnusableCheckpoint, check_model  # torch: seconds that a wrong name need not cost
+
+    try:
+        check_model(place, config.parallel.topology)
+    except UnusableCheckpoint as error:
+        stop(str(error))
+
+
+def _models(found: "Sequence[tuple[Path | str, str]]", each: "Sequence[ServeConfig]") -> "list[Model]":
+    from serve.model_source import ModelSourceError, must_have_own_names
+
+    try:
+        must_have_own_names([name for _, name in found])
+    except ModelSourceError as error:
+        stop(str(error))
+    from serve.deployment import Model  # ray
+
+    return [Model(place=place, name=name, config=one) for (place, name), one in zip(found, each, strict=True)]

@@ -1,0 +1,129 @@
+"""`manta status` and `manta top`: what runs where, and how busy it is; once, or live."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+from serve.commands.up import Address
+
+if TYPE_CHECKING:
+    from cluster.directory import ReplicaRecord
+    from serve.config import ServeConfig
+    from serve.overview import Overview
+
+EVERY_S = 1.0
+
+
+def status(
+    file: ConfigFile = None,
+    address: Address = None,
+    assignments: Assignments = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+) -> None:
+    """Hosts, GPUs, replicas and their ranks, KV use, requests, and how long clients wait for tokens.
+
+    Of the server that `manta serve` runs on this machine, if there is one, else of the Ray cluster of this host or of --ray-address.
+    Leaves with 1 if something that should serve does not.
+    """
+    with _watching(_config(file, assignments, address)):
+        from serve.overview import look_around
+
+        seen = look_around()
+    if as_json:
+        typer.echo(json.dumps(_tree(seen), indent=2, default=str))
+    else:
+        from rich.console import Console
+
+        from serve.overview_table import tables
+
+        Console().print(tables(seen, None))
+    if any(app.status != "RUNNING" for app in seen.apps) or any(not record.ready for _, record in seen.replicas):
+        raise typer.Exit(1)
+
+
+def top(
+    file: ConfigFile = None,
+    address: Address = None,
+    assignments: Assignments = None,
+    every_s: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = EVERY_S,
+) -> None:
+    """The same as `manta status`, live: rates and waits are of the last ten seconds. Ctrl-C ends it."""
+    with _watching(_config(file, assignments, address)):
+        from rich.console import Console
+        from rich.live import Live
+
+        from serve.overview import look_around
+        from serve.overview_table import Window, tables
+
+        window, console = Window(), Console()
+        try:
+            with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+                while True:
+                    seen = look_around()
+                    window.add(time.monotonic(), seen)
+                    live.update(tables(seen, window), refresh=True)
+                    time.sleep(every_s)
+        except KeyboardInterrupt:
+            return
+
+
+def _config(file: "ConfigFile", assignments: Assignments, address: str | None) -> "ServeConfig":
+    return load_settings(file, assignments, {"ray.address": ("--ray-address", address)}).config
+
+
+@contextmanager
+def _watching(config: "ServeConfig") -> Iterator[None]:
+    """Joined to the cluster that is meant. Leaves the program where there is none."""
+    from serve.local_servers import running_servers
+
+    address = config.ray.address
+    if address in (None, "local"):
+        servers = running_servers()
+        if len(servers) > 1:
+            listed = "\n".join(f"  RAY_AUTH_TOKEN_PATH={each.token} manta status --ray-address {each.address}" for each in servers)
+            stop(f"{len(servers)} servers run here; say which:\n{listed}")
+        if servers:
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": servers[0].token}
+        elif address == "local":
+            stop("no `manta serve` of yours runs on this machine")
+        address = servers[0].address if servers else "auto"
+    from cluster.joining import CannotJoin, joined  # ray, which reads those variables when it is imported
+
+    try:
+        with joined(address or "auto", namespace=config.ray.namespace):
+            yield
+    except CannotJoin as error:
+        stop(f"{error}\nno `manta serve` of yours runs on this machine either" if config.ray.address is None else str(error))
+
+
+def _tree(seen: "Overview") -> dict[str, object]:
+    from serve.overview_table import wait_figures
+
+    return {
+        "http": seen.http,
+        "hosts": [dataclasses.asdict(host) for host in seen.hosts],
+        "applications": [dataclasses.asdict(app) for app in seen.apps],
+        "replicas": [
+            {
+                "application": app,
+                **{name: value for name, value in dataclasses.asdict(record).items() if name not in ("guest_keys", "address")},
+            }
+            for app, record in seen.replicas
+        ],
+        "waits": [
+            {"application": app, "model": model, **wait_figures(waits.first_token, waits.next_token)}
+            for (app, model), waits in seen.waits.items()
+        ],
+    }
+
+
+def _told(record: "ReplicaRecord") -> dict[str, object]:
+    """Without the keys of its sockets."""
+    return {name: value for name, value in dataclasses.asdict(record).items() if name not in ("guest_keys", "address")}

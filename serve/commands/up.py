@@ -1,0 +1,83 @@
+"""`manta up` and `manta down`: an application put on a Ray cluster that runs already, and taken away again."""
+
+import logging
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.commands.models import meant_on_every_host
+from serve.commands.progress import progress_shown
+from serve.commands.serve import program, tell
+from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+
+Address = Annotated[str | None, typer.Option("--ray-address", help="auto (the Ray of this host) or host:port of the head.")]
+App = Annotated[str | None, typer.Option("--app", help="Name of the application (manta).")]
+
+
+def up(
+    model: Annotated[str | None, typer.Argument(help="As for `manta serve`.")] = None,
+    file: ConfigFile = None,
+    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks that share heads, MLPs and vocabulary.")] = None,
+    replicas: Annotated[int | None, typer.Option("--replicas", "-r", help="Copies of the whole model.")] = None,
+    address: Address = None,
+    app: App = None,
+    assignments: Assignments = None,
+) -> None:
+    """Serve on a Ray cluster that runs already, and leave it serving.
+
+    Again, with other settings, it changes what is served in place: replica by replica, without a second set of GPUs. Where the
+    new ones do not start, the old ones that are left serve on. A cluster's token is found as Ray finds it: RAY_AUTH_MODE=token
+    and RAY_AUTH_TOKEN_PATH.
+
+    \b
+      manta up Qwen/Qwen2-7B-Instruct -t 2 -r 4      on the Ray of this host
+      manta up -c manta.yaml --ray-address head:6379
+      manta status                                   what runs where
+      manta down                                     end it
+    """
+    flags: dict[str, tuple[str, object]] = {
+        "model.source": ("MODEL", model),
+        "parallel.tensor": ("--tensor-parallel", tensor),
+        "replicas.count": ("--replicas", replicas),
+        "ray.address": ("--ray-address", address),
+        "ray.app": ("--app", app),
+    }
+    config = on_a_cluster(load_settings(file, assignments, flags).config)
+    logging.basicConfig(level=config.logging.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    models = meant_on_every_host(config)
+    from serve.deploying import StartError
+    from serve.joined_ray import run_joined
+
+    try:
+        with progress_shown() as report, run_joined(models, config, keep=True, on_progress=report) as server:
+            records, served = server.records(), server.config
+    except StartError as error:
+        stop(str(error))
+    tell(records, served, [model.name for model in models], last=f"{program()} down ends it.")
+
+
+def down(file: ConfigFile = None, address: Address = None, app: App = None, assignments: Assignments = None) -> None:
+    """End what `manta up` has put on a Ray cluster. Running requests may end first, for `replica.drain_timeout_s`."""
+    flags: dict[str, tuple[str, object]] = {"ray.address": ("--ray-address", address), "ray.app": ("--app", app)}
+    config = on_a_cluster(load_settings(file, assignments, flags).config)
+    from cluster.joining import CannotJoin, joined
+    from serve.joined_ray import DELETE_MARGIN_S, remove
+
+    try:
+        with joined(str(config.ray.address), namespace=config.ray.namespace):
+            removed = remove(config.ray.app, wait_s=config.replica.drain_timeout_s + DELETE_MARGIN_S)
+    except CannotJoin as error:
+        stop(str(error))
+    if not removed:
+        stop(f"the cluster has no application {config.ray.app!r}; `{program()} status` lists them")
+    typer.echo(f"{config.ray.app} has ended")
+
+
+def on_a_cluster(config: "ServeConfig") -> "ServeConfig":
+    """These commands are about a cluster that runs: without an address that of this host."""
+    if config.ray.address == "local":
+        stop('ray.address is "local": say auto or host:port, or use `manta serve`')
+    return config.model_copy(update={"ray": config.ray.model_copy(update={"address": config.ray.address or "auto"})})

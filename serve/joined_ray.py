@@ -1,0 +1,120 @@
+"""An application on a Ray cluster that others have started: deployed, and taken away again or left there."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.serve as ray_serve
+from ray.serve.config import ProxyLocation
+from ray.serve.context import _get_global_client
+
+from cluster.directory import ReplicaRecord, current_records, end_directory
+from cluster.joining import CannotJoin, joined
+from serve.config import ServeConfig
+from serve.deploying import ChangeLog, OnProgress, StartError, deploy, start_proxies, told_as_start_error
+from serve.deployment import Model
+from serve.grpc.server import SERVICER_FUNCTIONS
+from serve.proxy_hook import variables
+from serve.ray_address import address_of
+from serve.stop_signals import StopSignals
+
+UNSENT = [".git", ".venv", "tests", "docs", "k8s", "benchmarks", "**/node_modules", "**/__pycache__"]
+DELETE_MARGIN_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedServer:
+    """An application that runs."""
+
+    app: str
+    config: ServeConfig
+    """With the ports that the cluster's proxies really have."""
+    stop: StopSignals
+
+    def records(self) -> tuple[ReplicaRecord, ...]:
+        return current_records(self.app)
+
+    def wait(self) -> None:
+        """Until somebody stops it (SIGINT, SIGTERM)."""
+        changes = ChangeLog()
+        while not self.stop.stopped.wait(1.0):
+            changes.tell(self.records())
+
+
+@contextmanager
+def run_joined(models: Sequence[Model], config: ServeConfig, *, keep: bool, on_progress: OnProgress) -> Iterator[JoinedServer]:
+    """Deploy, or bring up to date what is deployed. On leaving the application is taken away, unless ``keep``.
+
+    To be used in the main thread; signals as in `serve.local_ray.run_local`.
+
+    Raises:
+        StartError: the cluster cannot be joined, or with what the failing part said.
+        KeyboardInterrupt: stopped while starting.
+    """
+    address, app, stop = address_of(config), config.ray.app, StopSignals()
+    with ExitStack() as stack:
+        stack.enter_context(stop.handled())
+        on_progress(f"joining the Ray cluster at {address}", 0.0)
+        try:
+            stack.enter_context(joined(address, namespace=config.ray.namespace, runtime_env=_runtime_env(config)))
+        except CannotJoin as error:
+            raise StartError(str(error)) from error
+        stop.install()  # Ray has installed its own
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        on_progress("starting Ray Serve", 0.05)
+        with told_as_start_error("starting Ray Serve"):
+            start_proxies(config, ProxyLocation.EveryNode)
+        try:
+            deploy(models, config, app=app, on_progress=on_progress)
+            stop.starting = False
+            on_progress("ready", 1.0)
+            yield JoinedServer(app=app, config=_with_real_ports(config), stop=stop)
+        finally:
+            stop.starting = False
+            if not keep:
+                remove(app, wait_s=config.replica.drain_timeout_s + DELETE_MARGIN_S)
+
+
+def remove(app: str, *, wait_s: float) -> bool:
+    """Take an application away; Ray Serve itself too where this was the last one. False: there is none of this name.
+
+    Ray Serve is told first and waited for afterwards: what is killed meanwhile need not come back.
+    """
+    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    if client is None or app not in ray_serve.status().applications:
+        return False
+    client.delete_apps([app], blocking=False)
+    deadline = time.monotonic() + wait_s
+    while app in (left := ray_serve.status().applications) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    end_directory(app)
+    if not left:
+        ray_serve.shutdown()
+    return True
+
+
+def _runtime_env(config: ServeConfig) -> dict[str, Any]:
+    """Reaches Ray Serve's proxies too, where it is this driver that starts them."""
+    env: dict[str, Any] = {"env_vars": dict(variables(grpc_host=config.grpc.host, tls=config.grpc.tls))}
+    if config.ray.send_code:
+        env |= {"working_dir": str(Path(__file__).parent.parent), "excludes": UNSENT}
+    return env
+
+
+def _with_real_ports(config: ServeConfig) -> ServeConfig:
+    """Whoever started Ray Serve has chosen them."""
+    details: Mapping[str, Any] = _get_global_client().get_serve_details()  # type: ignore[union-attr]
+    http, grpc = details["http_options"], details["grpc_options"]
+    if SERVICER_FUNCTIONS[0] not in (grpc or {}).get("grpc_servicer_functions", ()):
+        logger.warning("Ray Serve was started without Manta's gRPC services: only HTTP answers (`manta config --emit serve` has them)")
+    sections: dict[str, Any] = {"http": config.http.model_copy(update={"host": http["host"], "port": http["port"]})}
+    with contextlib.suppress(TypeError, KeyError):
+        sections["grpc"] = config.grpc.model_copy(update={"port": grpc["port"]})
+    return config.model_copy(update=sections)

@@ -1,0 +1,137 @@
+"""An `Overview` as tables for a terminal."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from cluster.directory import ReplicaRecord
+from serve.overview import HostView, Overview
+from serve.quantiles import Counts, quantile, since
+
+WINDOW_S = 10.0
+COLOURS = {"ready": "green", "RUNNING": "green", "starting": "yellow", "recovering": "yellow", "DEPLOYING": "yellow", "draining": "cyan"}
+SHARES = {"p50": 0.5, "p95": 0.95}
+
+
+class Window:
+    """The last looks, for what is said per second and of late."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, Overview]] = deque()
+
+    def add(self, at_s: float, seen: Overview) -> None:
+        self._looks.append((at_s, seen))
+        while at_s - self._looks[0][0] > WINDOW_S and len(self._looks) > 2:
+            self._looks.popleft()
+
+    def tokens_per_s(self, record: ReplicaRecord) -> float | None:
+        (began_s, first), (now_s, _) = self._looks[0], self._looks[-1]
+        earlier = next((old for _, old in first.replicas if old.id == record.id), None)
+        if earlier is None or earlier.stats is None or record.stats is None or now_s <= began_s:
+            return None
+        return max(0, record.stats.sampled_tokens - earlier.stats.sampled_tokens) / (now_s - began_s)
+
+    def lately(self, key: tuple[str, str], first_token: Counts, next_token: Counts) -> tuple[Counts, Counts]:
+        before = self._looks[0][1].waits.get(key)
+        if before is None or len(self._looks) < 2:
+            return first_token, next_token
+        return since(first_token, before.first_token), since(next_token, before.next_token)
+
+
+def tables(seen: Overview, window: Window | None) -> Group:
+    return Group(*_parts(seen, window))
+
+
+def _parts(seen: Overview, window: Window | None) -> Iterator[Table | Text]:
+    yield _hosts(seen)
+    if not seen.apps:
+        yield Text("nothing is deployed" if seen.http else "Ray Serve does not run", style="yellow")
+        return
+    for app in seen.apps:
+        yield Text.assemble("\n", (app.name, "bold"), " is ", (app.status.lower(), COLOURS.get(app.status, "red")), f", HTTP {seen.http}")
+        if app.message and app.status != "RUNNING":
+            yield Text(app.message.strip()[-2000:], style="red")
+    yield _replicas(seen, window)
+    if seen.waits:
+        yield _waits(seen, window)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="left" if column in TEXTUAL else "right")
+    return table
+
+
+TEXTUAL = ("host", "address", "model", "state", "ranks", "last loss", "replica")
+
+
+def _hosts(seen: Overview) -> Table:
+    table = _table("host", "address", "state", "CPU used", "GPU used", "ranks")
+    for host in seen.hosts:
+        ranks = sum(place.host == host.name for _, record in seen.replicas for place in record.ranks)
+        state = Text("alive", style="green") if host.alive else Text("dead", style="red")
+        table.add_row(host.name, host.ip, state, _used(host, "CPU"), _used(host, "GPU"), str(ranks))
+    return table
+
+
+def _used(host: HostView, resource: str) -> str:
+    total = host.resources.get(resource, 0.0)
+    return f"{total - host.free.get(resource, 0.0):g} / {total:g}" if total and host.alive else ""
+
+
+def _replicas(seen: Overview, window: Window | None) -> Table:
+    table = _table("model", "replica", "state", "ranks", "KV", "running", "waiting", "tokens/s", "restarts", "last loss")
+    for _, record in seen.replicas:
+        state = f"{record.state}: {record.loading.doing} {record.loading.done:.0%}" if record.loading else str(record.state)
+        speed = window.tokens_per_s(record) if window else None
+        table.add_row(
+            record.model,
+            record.id.rsplit("#", 1)[-1][-8:],
+            Text(state + (f" ({record.reason})" if record.reason else ""), style=COLOURS.get(record.state, "red")),
+            ranks_in_words(record),
+            f"{record.load.kv_used:.0%}",
+            str(record.load.num_running),
+            str(record.load.num_waiting),
+            "" if speed is None else f"{speed:.1f}",
+            str(record.num_restarts),
+            record.last_loss or "",
+        )
+    return table
+
+
+def ranks_in_words(record: ReplicaRecord) -> str:
+    """Which ranks are on which host: ``gpu-1: 0-3, gpu-2: 4-7``"""
+    by_host: dict[str, list[int]] = {}
+    for place in record.ranks:
+        by_host.setdefault(place.host, []).append(place.rank)
+    return ", ".join(f"{host}: {_runs(sorted(ranks))}" for host, ranks in by_host.items())
+
+
+def _runs(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] -> 0-2 5"""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _waits(seen: Overview, window: Window | None) -> Table:
+    table = _table("model", "first token p50", "first token p95", "next token p50", "next token p95")
+    for key, waits in seen.waits.items():
+        both = (waits.first_token, waits.next_token)
+        figures = wait_figures(*(window.lately(key, *both) if window else both))
+        table.add_row(key[1], *("" if value is None else f"{value * 1e3:.0f} ms" for value in figures.values()))
+    return table
+
+
+def wait_figures(first_token: Counts, next_token: Counts) -> Mapping[str, float | None]:
+    """In seconds; None where nothing was measured."""
+    each = {"first_token": first_token, "next_token": next_token}
+    return {f"{name}_{label}_s": quantile(counts, share) for name, counts in each.items() for label, share in SHARES.items()}

@@ -1,0 +1,36 @@
+"""SIGINT and SIGTERM of a server in the foreground: an interrupt while it starts, later a flag."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopSignals:
+    """For the main thread."""
+
+    def __init__(self) -> None:
+        self.starting = True
+        self.stopped = threading.Event()
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Again, where Ray has installed its own."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopped.set()
+        if self.starting:
+            self.starting = False
+            raise KeyboardInterrupt
