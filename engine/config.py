@@ -1,6 +1,7 @@
 """Settings of the engine."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,11 @@ class EngineConfig:
     """Requests that may wait; one more is refused with `QueueFull`."""
     max_in_flight: int = 1
     """Steps submitted before the first of them is answered. Never fewer than pipeline stages, whatever is set here."""
+    speculate: Literal["lookup"] | None = None
+    """Guess the next tokens of a sequence and compute several in one step, where that is faster. "lookup": what followed when the last
+    few tokens stood in prompt or answer before. No answer changes by it. None = one token per step."""
+    max_draft_tokens: int = 8
+    """Tokens guessed for a sequence in one step at most; how many it is, is learnt from how often they hold and what steps cost."""
     prefix_cache: bool = True
     """Keep finished blocks by content, so that an equal prefix is not computed again."""
     rebalance_every_steps: int | None = None
@@ -26,7 +32,7 @@ class EngineConfig:
     """The busiest rank's load over the mean above which a layer's experts change places."""
 
     def __post_init__(self) -> None:
-        for name in ("block_tokens", "max_step_tokens", "max_running", "max_waiting", "max_in_flight"):
+        for name in ("block_tokens", "max_step_tokens", "max_running", "max_waiting", "max_in_flight", "max_draft_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rebalance_every_steps is not None and self.rebalance_every_steps < 1:

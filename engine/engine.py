@@ -11,6 +11,8 @@ from queue import Empty, SimpleQueue
 
 from engine.balancing import Balancing
 from engine.config import EngineConfig
+from engine.draft.choose import choose_speculator
+from engine.draft.speculator import Speculator
 from engine.errors import EngineError, EngineStopped, WorkersLost
 from engine.executor import Executor, PendingStep
 from engine.kv.block_pool import BlockListener
@@ -47,10 +49,13 @@ class Engine:
         recover: Recover | None = None,
         policy: Policy | None = None,
         listener: BlockListener | None = None,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.executor = executor
-        self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener)
+        self._step_cost = StepCost()
+        speculator = speculator or choose_speculator(config, lambda: self._step_cost.line)
+        self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener, speculator=speculator)
         self._config = config
         self._balancing = Balancing(config)
         self._timekeeper = Timekeeper()
@@ -67,7 +72,6 @@ class Engine:
         self._outbox: list[TokenEvent] = []
         self._num_steps = 0
         self._step_s = 0.0
-        self._step_cost = StepCost()
         self._note_stats()
 
     # --- from any thread
@@ -286,6 +290,8 @@ class Engine:
             sampled_tokens=scheduler.sampled_tokens,
             prefix_queried_tokens=scheduler.prefix_queried_tokens,
             prefix_found_tokens=scheduler.prefix_found_tokens,
+            drafted_tokens=scheduler.drafted_tokens,
+            held_tokens=scheduler.held_tokens,
             expert_moves=self._balancing.num_moved,
             expert_imbalance=self._balancing.imbalance,
             step_base_s=step_base_s,

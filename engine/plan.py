@@ -35,6 +35,8 @@ class Work:
     """Appended to the sequence's block table before the step; its first work brings the cached prefix's blocks too."""
     samples: bool
     """Whether the last of the tokens is the sequence's last known one, so that its logits give the next."""
+    num_draft: int = 0
+    """The last so many of the tokens are guessed. Such a work samples, and each guess that the sampled tokens bear out gives one more."""
     shard: int = 0
     """The dp position that computes it: always that of the sequence's opening. Its blocks are numbers in that shard's cache."""
 
@@ -97,6 +99,7 @@ class Sampled:
 
     sequence: int
     tokens: tuple[int, ...]
+    """The next one; after guessed tokens also those of them that were right, before it."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token where the request asked for them, else empty."""
     fault: str | None = None

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
+from engine.draft.room import room_for_draft
+from engine.draft.speculator import Speculator
 from engine.errors import (
     DeadlineExceeded,
     DuplicateRequest,
@@ -54,9 +56,16 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: EngineConfig, capacity: Capacity, *, policy: Policy | None = None, listener: BlockListener | None = None
+        self,
+        config: EngineConfig,
+        capacity: Capacity,
+        *,
+        policy: Policy | None = None,
+        listener: BlockListener | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self._config = config
+        self._speculator = speculator
         self._policy = policy or FirstCome()
         self._listener = listener
         self.num_finished = self.num_preemptions = self.num_losses = 0
@@ -151,7 +160,7 @@ class Scheduler:
             if sequence is None:
                 continue
             self.computed_tokens += len(work.tokens)
-            sequence.num_computed = work.start + len(work.tokens)
+            sequence.num_computed = work.start + len(work.tokens) - work.num_draft
             if sequence.ended:
                 if not sequence.in_flight:
                     self._close(sequence)
@@ -164,11 +173,11 @@ class Scheduler:
                 shard.cache.disown(sequence)
                 events.append(self._fail(sequence, GrammarFailed(answer.fault) if answer.of_grammar else InvalidLogits(answer.fault)))
                 continue
-            if not answer.tokens:
-                sequence.step_back()
-            shard.cache.publish(sequence, since=work.start)
             if answer.tokens:
-                events.append(self._take(sequence, answer))
+                events.append(self._take(sequence, work, answer))
+            else:
+                sequence.step_back()
+                shard.cache.publish(sequence, since=work.start)
         return events
 
     def _portion(self, shard: Shard) -> Portion:
@@ -181,7 +190,13 @@ class Scheduler:
             budget = min(budget, max(MICRO_STEP_TOKENS, -(-(unanswered + waiting) // stages)))
         decoding = sum(sequence.num_pending <= 1 for sequence in alive)
         load_tokens = sum(len(sequence.tokens) for sequence in alive)
-        return Portion(shard, budget=budget, max_decodes=-(-decoding // stages), load_tokens=load_tokens)
+        return Portion(
+            shard,
+            budget=budget,
+            max_decodes=-(-decoding // stages),
+            load_tokens=load_tokens,
+            max_drafted=self._config.max_running - len(alive),
+        )
 
     def _continue_open(self, portion: Portion, building: PlanBuilder) -> None:
         runnable = [s for s in portion.shard.open.values() if s.num_pending and not s.ended and building.may_run(s)]
@@ -238,19 +253,33 @@ class Scheduler:
         assert sequence.number is not None
         count = min(sequence.num_pending, portion.budget)
         start = sequence.num_planned
+        draft = self._draft(sequence, portion) if sequence.num_pending == 1 else ()
         work = Work(
             sequence=sequence.number,
             start=start,
-            tokens=tuple(sequence.tokens[start : start + count]),
+            tokens=(*sequence.tokens[start : start + count], *draft),
             new_blocks=tuple(sequence.blocks[sequence.num_blocks_sent :]),
             samples=count == sequence.num_pending,
+            num_draft=len(draft),
             shard=portion.shard.index,
         )
         sequence.num_blocks_sent = len(sequence.blocks)
         sequence.num_planned += count
         building.works.append(work)
-        portion.budget -= count
+        portion.budget -= len(work.tokens)
         mark(7, sequence.request.id)
+
+    def _draft(self, sequence: Sequence, portion: Portion) -> tuple[int, ...]:
+        """Guesses behind its last known token, and blocks for them. (A grammar's state knows no guesses yet.)"""
+        if self._speculator is None or sequence.request.sampling.grammar is not None:
+            return ()
+        room = room_for_draft(sequence, portion, self._capacity)
+        draft = self._speculator.draft(sequence, room=room, num_sequences=len(portion.shard.open)) if room > 0 else ()
+        missing = self._blocks_for(len(sequence.tokens) + len(draft)) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks += portion.shard.pool.allocate(missing)
+        portion.max_drafted -= len(draft)
+        return draft
 
     def _make_room(self, sequence: Sequence, portion: Portion) -> bool:
         """Give an open sequence the blocks for its next tokens, preempting from the last in rank. False if it must sit this step out."""
@@ -275,8 +304,8 @@ class Scheduler:
         self._close(sequence)
         self._wait(sequence)
 
-    def _take(self, sequence: Sequence, answer: Sampled) -> TokenEvent:
-        """Append what was sampled, up to what ends the answer."""
+    def _take(self, sequence: Sequence, work: Work, answer: Sampled) -> TokenEvent:
+        """Append what was sampled, up to what ends the answer. All of it but the last was guessed, and so is computed already."""
         mark(12, sequence.request.id)
         taken, reason, stop_token = 0, None, None
         sequence.trial_left = max(0, sequence.trial_left - 1)
@@ -285,6 +314,11 @@ class Scheduler:
             taken += 1
             reason, stop_token = self._ending(sequence)
         self.sampled_tokens += taken
+        held = len(answer.tokens) - 1
+        sequence.hold(min(held, taken))
+        if self._speculator is not None and work.num_draft:
+            self._speculator.judge(sequence, work.num_draft, held)
+        self.shards[work.shard].cache.publish(sequence, since=work.start)
         event = sequence.event(answer.tokens[:taken], answer.logprobs[:taken], finish_reason=reason, stop_token=stop_token)
         return event if reason is None else self._end(sequence, event)
 
@@ -366,6 +400,14 @@ class Scheduler:
     def prefix_queried_tokens(self) -> int:
         """Tokens looked up in prefix caches at admissions."""
         return self._counted_before[0] + sum(shard.cache.num_queried for shard in self.shards)
+
+    @property
+    def drafted_tokens(self) -> int:
+        return self._speculator.num_drafted if self._speculator else 0
+
+    @property
+    def held_tokens(self) -> int:
+        return self._speculator.num_held if self._speculator else 0
 
     @property
     def prefix_found_tokens(self) -> int:

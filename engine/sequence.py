@@ -62,6 +62,12 @@ class Sequence:
         assert self.num_planned == self.num_computed == len(self.tokens)
         self.num_computed = self.num_planned = len(self.tokens) - 1
 
+    def hold(self, num_tokens: int) -> None:
+        """So many tokens, guessed and computed behind the known ones, have turned out to be right, and are known now."""
+        assert self.num_planned == self.num_computed
+        self.num_computed += num_tokens
+        self.num_planned = self.num_computed
+
     def rewind(self) -> list[int]:
         """Forget all KV and the ranks' number. Returns the blocks that were held."""
         blocks, self.blocks = self.blocks, []

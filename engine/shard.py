@@ -37,6 +37,8 @@ class Portion:
     """Sequences with one token each that it may still take into this step."""
     load_tokens: int
     """Of its open sequences: about what a step costs there when all of them decode."""
+    max_drafted: int = 0
+    """Guessed tokens that it may still take into this step."""
     has_preempted: bool = False
 
 

@@ -19,7 +19,7 @@ class BuiltBatch:
 
     forward: ForwardBatch
     sampling_works: tuple[Work, ...]
-    """One per logit row, in order."""
+    """In the order of the logit rows, of which each has one, and one more for each guessed token."""
 
 
 def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, device: torch.device) -> BuiltBatch:
@@ -37,8 +37,8 @@ def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, d
     _check_blocks(works, starts + counts, num_blocks * block_tokens)
     slots = table[sequence_of, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
 
-    samples = np.fromiter((work.samples for work in works), bool, len(works))
-    logit_rows = query_starts[1:][samples] - 1
+    num_rows = np.fromiter((work.num_draft + 1 if work.samples else 0 for work in works), np.int64, len(works))
+    logit_rows = np.arange(num_rows.sum()) + np.repeat(query_starts[1:] - num_rows.cumsum(), num_rows)
     # One copy for all that has the same dtype: a step's cost on a device is counted in copies, not in bytes.
     numbers = upload(np.concatenate([tokens, positions, slots, logit_rows]), device)
     tokens_T, positions_T, slots_T, logit_rows_R = numbers.split([num_tokens, num_tokens, num_tokens, len(logit_rows)])

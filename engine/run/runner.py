@@ -1,7 +1,8 @@
 """Step 9 of a request: one rank turns a StepPlan into a forward batch, and a sampling rank its logits into tokens."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from engine.run.grammar.guides import Allowed, Guides
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.state import Row, SamplingState
+from engine.run.verification import rows_of, verified
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.topology import Topology
@@ -106,15 +108,27 @@ class Runner:
             for number, one in allowed.items()
             if one.words is None
         }
-        speaking = [at for at, work in enumerate(works) if work.sequence not in mute]
-        rows = [self._row(works[at], allowed.get(works[at].sequence)) for at in speaking]
-        return sampler.sample(logits_RV[speaking] if mute else logits_RV, rows) + list(mute.values())
+        speaking = [work for work in works if work.sequence not in mute]
+        if mute:
+            logits_RV = logits_RV[[at for at, work in enumerate(_owners(works)) if work.sequence not in mute]]
+        rows = [row for work in speaking for row in self._rows(work, allowed.get(work.sequence))]
+        answers = iter(sampler.sample(logits_RV, rows))
+        return [self._verified(work, list(islice(answers, work.num_draft + 1))) for work in speaking] + list(mute.values())
 
-    def _row(self, work: Work, allowed: Allowed | None) -> Row:
-        state = self._states[work.sequence]
-        return Row(state, state.next_position(work), allowed.words if allowed else None)
+    def _rows(self, work: Work, allowed: Allowed | None) -> list[Row]:
+        return rows_of(work, self._states[work.sequence], allowed.words if allowed else None)
+
+    def _verified(self, work: Work, answers: list[Sampled]) -> Sampled:
+        answer = verified(work, answers)
+        self._states[work.sequence].hold(answer.tokens[:-1])
+        return answer
 
     def _mark(self, place: int, works: Sequence[Work]) -> None:
         if self.is_sampling:  # one rank's word for each sequence is enough
             for work in works:
                 mark(place, self._states[work.sequence].request_id)
+
+
+def _owners(works: Sequence[Work]) -> Iterator[Work]:
+    """Whose each row of logits is."""
+    return (work for work in works for _ in range(work.num_draft + 1))

@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from engine.config import EngineConfig
+from engine.draft.speculator import Speculator
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
-from tests.fakes.executor import FakeExecutor, Recorder, undisturbed
+from engine.sequence import Sequence
+from tests.fakes.executor import FakeExecutor, Recorder, next_token, undisturbed
 
 BLOCK_TOKENS = 4
 
@@ -29,6 +31,30 @@ class Happened:
     """Steps that gave no token to anybody."""
     overlapped: int = 0
     """Works planned while an earlier one of their sequence was not answered yet."""
+    held: int = 0
+    """Guessed tokens that were right."""
+    refuted: int = 0
+    """And that were not."""
+
+
+class Guesser:
+    """Right with a certain chance at every token."""
+
+    def __init__(self, draw: random.Random) -> None:
+        self._draw, self._chance = draw, draw.random()
+
+    def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        guesses: list[int] = []
+        for _ in range(self._draw.randint(0, most)):
+            right = next_token((*sequence.tokens, *guesses), sequence.request.sampling.seed, sequence.request.choice)
+            guesses.append(right if self._draw.random() < self._chance else right + 1)
+        return tuple(guesses)
+
+
+def random_speculator(draw: random.Random) -> Speculator | None:
+    if draw.random() < 0.4:
+        return None
+    return Speculator(Guesser(draw), max_tokens=draw.randint(1, 6), step_line=lambda: (draw.random(), draw.random()))
 
 
 def disturbed(seed: int, happened: Happened) -> None:
@@ -53,7 +79,7 @@ def disturbed(seed: int, happened: Happened) -> None:
         max_in_flight=draw.randint(1, 3),
         prefix_cache=draw.random() < 0.8,
     )
-    engine = Engine(new_executor(), config, recover=new_executor)
+    engine = Engine(new_executor(), config, recover=new_executor, speculator=random_speculator(random.Random(f"guesses {seed}")))
     recorder, requests = Recorder(), [random_request(draw, index) for index in range(draw.randint(1, 10))]
     arriving, cancelled = list(requests), set()
     for _ in range(20_000):
@@ -80,6 +106,8 @@ def disturbed(seed: int, happened: Happened) -> None:
     happened.preemptions += engine.stats.num_preemptions
     happened.losses += engine.stats.num_losses
     happened.found += engine.stats.prefix_found_tokens
+    happened.held += engine.stats.held_tokens
+    happened.refuted += engine.stats.drafted_tokens - engine.stats.held_tokens
     happened.moved += sum(num_moved(executor) for executor in executors)
     happened.overlapped += sum(executor.num_overlapping for executor in executors)
     happened.reluctant += sum(len(executor.reluctant & set(range(len(executor.plans)))) for executor in executors)

@@ -100,6 +100,7 @@ class FakeExecutor:
         table.extend(work.new_blocks)
         before = self._read(work.shard, table, work.start - 1) if work.start else ()
         assert len(before) == work.start
+        assert not work.num_draft or work.samples
         for position, token in enumerate(work.tokens, start=work.start):
             before = (*before, token)
             self._slots[work.shard, self._slot(table, position)] = before
@@ -111,7 +112,13 @@ class FakeExecutor:
             assert opening.history == before[: len(opening.history)]
         if opening.choice in self.faulty:
             return Sampled(work.sequence, (), fault="NaN")
-        return Sampled(work.sequence, (next_token(before, opening.sampling.seed, opening.choice),))
+        known, guesses = before[: len(before) - work.num_draft], before[len(before) - work.num_draft :]
+        said: tuple[int, ...] = ()
+        for guess in (*guesses, None):
+            said = (*said, next_token((*known, *said), opening.sampling.seed, opening.choice))
+            if said[-1] != guess:
+                break
+        return Sampled(work.sequence, said)
 
     def _slot(self, table: list[int], position: int) -> int:
         size = self._capacity.block_tokens

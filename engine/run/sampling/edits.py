@@ -39,7 +39,7 @@ def _is_too_early_to_stop(row: Row) -> bool:
 
 def _penalise(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
     """Repetition (prompt and output), then presence and frequency (output), on the ids that a row has seen."""
-    histories = [row.state.history for _, row in rows if row.state.history is not None]
+    histories = [history for history in (row.history for _, row in rows) if history is not None]
     lengths = [len(history.ids) for history in histories]
     device = logits_RV.device
     at = _places(rows, lengths, np.concatenate([history.ids for history in histories]), device)

@@ -39,6 +39,14 @@ class TokenHistory:
         """int64, one per id; 0 for those only in the prompt."""
         return self._output_counts[: len(self._place)]
 
+    def and_then(self, tokens: Iterable[int]) -> "TokenHistory":
+        """As it would be after more tokens; this one stays as it is."""
+        after = TokenHistory(num_prompt=self._num_prompt, vocab_size=self._vocab_size)
+        after.num_tokens, after._place = self.num_tokens, dict(self._place)
+        after._ids, after._output_counts = self._ids.copy(), self._output_counts.copy()
+        after.extend(tokens)
+        return after
+
     def _place_of(self, token: int) -> int:
         place = self._place.setdefault(token, len(self._place))
         if place == len(self._ids):
@@ -72,14 +80,19 @@ class SamplingState:
             self.history.extend(opening.history)
 
     def take(self, work: Work) -> None:
-        """Learn the tokens that the work brings beyond those known."""
+        """Learn the tokens that the work brings beyond those known; its guesses are not."""
         if self.history is not None:
             known = max(self.history.num_tokens - work.start, 0)
-            self.history.extend(work.tokens[known:])
+            self.history.extend(work.tokens[known : len(work.tokens) - work.num_draft])
+
+    def hold(self, guesses: Iterable[int]) -> None:
+        """These, behind all that is known, were right: no work brings them again."""
+        if self.history is not None:
+            self.history.extend(guesses)
 
     def next_position(self, work: Work) -> int:
-        """The output position of the token that the last logits of the work give."""
-        return work.start + len(work.tokens) - self._num_prompt
+        """The output position of the token behind the last known one of the work."""
+        return work.start + len(work.tokens) - work.num_draft - self._num_prompt
 
 
 class Row(NamedTuple):
@@ -90,3 +103,11 @@ class Row(NamedTuple):
     """Output position of the token to be chosen."""
     allowed: np.ndarray | None = None
     """int32 (W = ceil(V / 32)): a bit for each id, lowest first; 0 forbids it. It has `min_tokens` in it. None = no such rule."""
+    ahead: tuple[int, ...] = ()
+    """Guessed tokens between the last known one and this position."""
+
+    @property
+    def history(self) -> TokenHistory | None:
+        """What the row has seen, if its parameters look at that."""
+        history = self.state.history
+        return history.and_then(self.ahead) if history is not None and self.ahead else history

@@ -1,0 +1,14 @@
+"""Who guesses, as the settings say: chosen once, at the door."""
+
+from engine.config import EngineConfig
+from engine.draft.lookup import PromptLookup
+from engine.draft.speculator import Speculator, StepLine
+
+
+def choose_speculator(config: EngineConfig, step_line: StepLine) -> Speculator | None:
+    """None: every step computes what is known, and no more."""
+    match config.speculate:
+        case None:
+            return None
+        case "lookup":
+            return Speculator(PromptLookup(), max_tokens=config.max_draft_tokens, step_line=step_line)

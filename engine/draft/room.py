@@ -1,0 +1,23 @@
+"""How many guessed tokens there is room for without taking any from somebody."""
+
+from engine.executor import Capacity
+from engine.sequence import Sequence
+from engine.shard import Portion
+
+
+def room_for_draft(sequence: Sequence, portion: Portion, capacity: Capacity) -> int:
+    """Behind the sequence's last known token, which is about to be computed alone.
+
+    Within the answer's and the context's length, what the step may still compute when every decoding sequence has had its token, the
+    rows of logits that memory was set aside for, and blocks that leave one to each open sequence.
+    """
+    pool = portion.shard.pool
+    held = len(sequence.blocks) * capacity.block_tokens - len(sequence.tokens)
+    spare = max(pool.num_available - len(portion.shard.open), 0) * capacity.block_tokens
+    return min(
+        sequence.request.sampling.max_tokens - sequence.num_output - 1,
+        capacity.max_context_tokens - len(sequence.tokens) - 1,
+        portion.budget - 1 - portion.max_decodes,
+        portion.max_drafted,
+        held + spare,
+    )

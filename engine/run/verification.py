@@ -1,0 +1,30 @@
+"""Which of a sequence's guessed tokens are right: those that would have been sampled without the guess.
+
+The noise of an output position is a function of (seed, choice, position), so what the model says there is one certain token. A
+guess is kept exactly if it is that token: speculation changes no answer, greedy or not.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.plan import Sampled, Work
+from engine.run.sampling.state import Row, SamplingState
+
+
+def rows_of(work: Work, state: SamplingState, allowed: np.ndarray | None) -> list[Row]:
+    """The row behind the last known token, and one behind each guess, which has seen the guesses up to it."""
+    first = state.next_position(work)
+    guesses = work.tokens[len(work.tokens) - work.num_draft :]
+    return [Row(state, first + count, allowed, guesses[:count]) for count in range(work.num_draft + 1)]
+
+
+def verified(work: Work, answers: Sequence[Sampled]) -> Sampled:
+    """Of the answers to `rows_of`: the tokens up to and with the first that is not what was guessed, or that no token follows."""
+    guesses = work.tokens[len(work.tokens) - work.num_draft :]
+    tokens, logprobs = answers[0].tokens, answers[0].logprobs
+    for guess, answer in zip(guesses, answers[1:], strict=True):
+        if tokens[-1:] != (guess,) or answer.fault is not None:
+            break
+        tokens, logprobs = tokens + answer.tokens, logprobs + answer.logprobs
+    return Sampled(work.sequence, tokens, logprobs, answers[0].fault)

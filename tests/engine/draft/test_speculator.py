@@ -1,0 +1,55 @@
+"""How many tokens it pays to guess."""
+
+from engine.draft.speculator import Speculator, worthwhile_length
+from engine.request import Request
+from engine.sequence import Sequence
+
+
+class Parrot:
+    def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        return (1,) * most
+
+
+def sequence() -> Sequence:
+    return Sequence(Request(id="r", prompt=(1,)), arrival=0)
+
+
+def test_where_a_tokens_time_is_nothing_all_that_may_be_is_guessed() -> None:
+    assert worthwhile_length(0.5, 8, 1, (0.01, 0.0)) == 8
+
+
+def test_where_a_step_is_nothing_but_its_tokens_nothing_is_guessed() -> None:
+    assert worthwhile_length(0.9, 8, 1, (0.0, 0.01)) == 0
+
+
+def test_the_more_sequences_share_a_step_the_less_is_guessed() -> None:
+    lengths = [worthwhile_length(0.7, 8, count, (0.02, 0.002)) for count in (1, 2, 4, 8, 16, 64)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > 1
+    assert lengths[-1] == 0
+
+
+def test_what_never_holds_is_soon_given_up_and_later_tried_again() -> None:
+    speculator, one = Speculator(Parrot(), max_tokens=8, step_line=lambda: (0.01, 0.004)), sequence()
+    drafted = []
+    for _ in range(200):
+        draft = speculator.draft(one, room=8, num_sequences=1)
+        drafted.append(len(draft))
+        if draft:
+            speculator.judge(one, len(draft), 0)
+    assert drafted[0] > 0
+    assert sum(map(bool, drafted)) < 30
+    assert any(drafted[100:])
+
+
+def test_what_always_holds_is_guessed_at_full_length() -> None:
+    speculator, one = Speculator(Parrot(), max_tokens=8, step_line=lambda: (0.01, 0.002)), sequence()
+    for _ in range(30):
+        speculator.judge(one, 8, 8)
+    assert len(speculator.draft(one, room=8, num_sequences=1)) == 8
+    assert (speculator.num_drafted, speculator.num_held) == (240, 240)
+
+
+def test_there_is_never_more_guessed_than_there_is_room_for() -> None:
+    speculator = Speculator(Parrot(), max_tokens=8, step_line=lambda: (0.0, 0.0))
+    assert speculator.draft(sequence(), room=3, num_sequences=1) == (1, 1, 1)
