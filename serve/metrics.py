@@ -102,6 +102,8 @@ def _engine_values(stats: EngineStats) -> dict[Metric, float]:
         names.STEP_SECONDS: stats.step_s,
         names.COMPUTED_TOKENS: stats.computed_tokens,
         names.SAMPLED_TOKENS: stats.sampled_tokens,
+        names.DRAFTED_TOKENS: stats.drafted_tokens,
+        names.HELD_TOKENS: stats.held_tokens,
         names.WORKER_LOSSES: stats.num_losses,
         names.EXPERT_MOVES: stats.expert_moves,
         names.EXPERT_IMBALANCE: stats.expert_imbalance,

@@ -44,6 +44,9 @@ def serve(
     replicas: Annotated[int | None, typer.Option("--replicas", "-r", help="Copies of the whole model.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option("--max-context-tokens", help="Prompt and answer together.")] = None,
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="lookup: guess tokens from what was said before; no answer changes.")
+    ] = None,
     http_host: Annotated[str | None, typer.Option("--http-host", help="Address of the HTTP front (127.0.0.1).")] = None,
     http_port: Annotated[int | None, typer.Option("--http-port", help="Port of the HTTP front (8000).")] = None,
     grpc_host: Annotated[str | None, typer.Option("--grpc-host", help="Address of the gRPC front (127.0.0.1).")] = None,
@@ -77,6 +80,7 @@ def serve(
         "replicas.count": ("--replicas", replicas),
         "runner.dtype": ("--dtype", dtype),
         "runner.max_context_tokens": ("--max-context-tokens", max_context_tokens),
+        "engine.speculate": ("--speculate", speculate),
         "http.host": ("--http-host", http_host),
         "http.port": ("--http-port", http_port),
         "grpc.host": ("--grpc-host", grpc_host),

@@ -17,7 +17,7 @@ PARAMS = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=20),
     "drawn": SamplingParams(temperature=1.0, seed=3, max_tokens=20),
     "filtered": SamplingParams(temperature=0.8, top_k=20, top_p=0.8, seed=5, max_tokens=20),
-    "penalised": SamplingParams(temperature=0.7, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.4, seed=4, max_tokens=20),
+    "penalised": SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.4, seed=4, max_tokens=20),
     "with log-probabilities": SamplingParams(temperature=0.9, logprobs=3, seed=6, max_tokens=20),
     "not to stop yet": SamplingParams(temperature=1.0, stop_token_ids=tuple(range(0, 90, 3)), min_tokens=6, seed=8, max_tokens=20),
 }
