@@ -17,6 +17,7 @@ from engine.run.process_executor import ProcessExecutor
 from engine.run.settings import RunnerConfig
 from parallel.topology import Topology
 
+pytestmark = pytest.mark.timeout(1800)
 NUM_TOKENS = 64
 PROMPTS = (
     "The capital of France is",
@@ -100,7 +101,7 @@ def answers_of(engine: Engine, prompts: list[tuple[int, ...]], *, at_once: bool)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("prefix_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_all_prompts_in_one_batch_answer_as_transformers_does(tp, prefix_cache, demo_folder, prompts, golden):
     config = EngineConfig(prefix_cache=prefix_cache, max_step_tokens=64)
     with executor_of(tp, demo_folder, config, kv_blocks=400) as executor:
@@ -111,6 +112,7 @@ def test_all_prompts_in_one_batch_answer_as_transformers_does(tp, prefix_cache, 
             assert engine.stats.prefix_found_tokens > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_prompts_one_by_one_answer_as_transformers_does(tp, demo_folder, prompts, golden):
     config = EngineConfig()
@@ -118,7 +120,7 @@ def test_prompts_one_by_one_answer_as_transformers_does(tp, demo_folder, prompts
         assert answers_of(Engine(executor, config), prompts, at_once=False) == golden
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_pool_too_small_for_all_preempts_and_answers_the_same(tp, demo_folder, prompts, golden):
     config = EngineConfig(max_step_tokens=128)
     with executor_of(tp, demo_folder, config, kv_blocks=30) as executor:
