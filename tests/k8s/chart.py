@@ -54,12 +54,17 @@ class Rendered:
         return {each["kind"] for each in self.objects}
 
     @property
+    def is_batch(self) -> bool:
+        return "RayJob" in self.kinds
+
+    @property
     def cluster(self) -> Object:
-        return self.one("RayService")["spec"]["rayClusterConfig"]
+        return self.one("RayJob")["spec"]["rayClusterSpec"] if self.is_batch else self.one("RayService")["spec"]["rayClusterConfig"]
 
     @property
     def serve_config(self) -> Object:
-        return yaml.safe_load(self.one("RayService")["spec"]["serveConfigV2"])
+        batch = self.is_batch and self.one("ConfigMap", "manta")["data"]["serve.yaml"]
+        return yaml.safe_load(batch or self.one("RayService")["spec"]["serveConfigV2"])
 
     def group(self, name: str) -> Object:
         (found,) = (each for each in self.cluster["workerGroupSpecs"] if each["groupName"] == name)

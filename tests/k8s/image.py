@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("buildah", "debootstrap")
+INSIDE = "/mnt/host"
+"""Where what pip needs of this machine is during the build: a place that no package of the system touches."""
 BASE, IMAGE = "localhost/manta-test-base", "localhost/manta-test"
 
 
@@ -39,9 +41,10 @@ class Builder:
 
     def build(self) -> None:
         mounts, options = pip_here()
-        volumes = [flag for mount in mounts for flag in ("--volume", f"{mount}:{mount}:ro")]
+        volumes = [flag for mount in mounts for flag in ("--volume", f"{mount}:{INSIDE}{mount}:ro")]
         self.run(
-            "build", "--isolation", "chroot", "--layers", "--file", str(ROOT / "k8s" / "images" / "Dockerfile"), "--target", "cpu",
+            "build", "--isolation", "chroot", "--format", "docker", "--layers", "--target", "cpu",
+            "--file", str(ROOT / "k8s" / "images" / "Dockerfile"),
             "--ignorefile", str(ROOT / "k8s" / "images" / "Dockerfile.dockerignore"),
             "--build-arg", f"BASE={BASE}", "--build-arg", f"PIP_ARGS={' '.join(options)}", "--build-arg", "EXTRAS=s3",
             *volumes, "--tag", IMAGE, str(ROOT),
@@ -65,8 +68,9 @@ def pip_here() -> tuple[list[str], list[str]]:
         if option not in ("cert", "constraint", "extra-index-url", "find-links", "index-url"):
             continue
         for value in quoted.strip("'").split():
-            place = Path(value.removeprefix("file://localhost").removeprefix("file://"))
-            if place.is_absolute() and place.exists():
-                mounts.add(str(place.parent if option == "extra-index-url" else place))
+            path = value.removeprefix("file://localhost").removeprefix("file://")
+            if path.startswith("/") and Path(path).exists():
+                mounts.add(str(Path(path).parent) if option == "extra-index-url" else path)
+                value = value.replace(path, f"{INSIDE}{path}")
             options.append(f"--{option}={value}")
     return sorted(mounts), list(dict.fromkeys(options))

@@ -24,6 +24,13 @@ def core_objects(rendered: Rendered) -> Iterator[dict[str, Any]]:
     yield from (each for each in rendered.objects if not each["apiVersion"].startswith(FOREIGN))
     for group, template in rendered.pods().items():
         yield {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": group, **template["metadata"]}, "spec": template["spec"]}
+    if rendered.is_batch:
+        yield {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "s"},
+            "spec": rendered.one("RayJob")["spec"]["submitterPodTemplate"]["spec"],
+        }
 
 
 def different(names: list[str]) -> list[dict[str, Any]]:
@@ -46,7 +53,7 @@ def test_kubernetes_between_the_oldest_and_the_newest_takes_them_too(version: st
 
 def test_every_foreign_kind_is_one_that_is_known_here() -> None:
     kinds = {each["kind"] for name in ALL for each in ready(name).objects if each["apiVersion"].startswith(FOREIGN)}
-    known = {"RayService", "ServiceMonitor", "PodMonitor", "PrometheusRule", "HTTPRoute", "GRPCRoute", "InferencePool"}
+    known = {"RayService", "RayJob", "ServiceMonitor", "PodMonitor", "PrometheusRule", "HTTPRoute", "GRPCRoute", "InferencePool"}
     assert kinds == known
 
 
@@ -63,9 +70,9 @@ def kuberay() -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_kuberays_schema_takes_the_ray_service(name: str) -> None:
-    service = ready(name).one("RayService")
-    errors = list(kuberay().validator("RayService").iter_errors(kuberay().without_nulls(service)))
+def test_kuberays_schema_takes_the_ray_service_or_job(name: str) -> None:
+    (made,) = (each for each in ready(name).objects if each["apiVersion"].startswith("ray.io/"))
+    errors = list(kuberay().validator(made["kind"]).iter_errors(kuberay().without_nulls(made)))
     assert not errors, [error.message for error in errors]
 
 
@@ -128,6 +135,8 @@ def test_fault_tolerance_is_of_one_kind(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_incremental_upgrade_has_all_that_it_needs(name: str) -> None:
+    if ready(name).is_batch:
+        return
     strategy = ready(name).one("RayService")["spec"]["upgradeStrategy"]
     if strategy["type"] == "NewClusterWithIncrementalUpgrade":
         options = strategy["clusterUpgradeOptions"]
@@ -135,6 +144,13 @@ def test_an_incremental_upgrade_has_all_that_it_needs(name: str) -> None:
         assert options["gatewayClassName"]
         assert 0 <= options["stepSizePercent"] <= options["maxSurgePercent"] <= 100
         assert options["intervalSeconds"] > 0
+
+
+def test_a_job_has_a_submitter_of_its_own_and_leaves_no_cluster() -> None:
+    job = ready("batch").one("RayJob")["spec"]
+    assert job["submissionMode"] == "K8sJobMode", "the only one whose submitter can be restricted"
+    assert "clusterSelector" not in job
+    assert job["shutdownAfterJobFinishes"], "ttlSecondsAfterFinished wants it"
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -23,6 +23,8 @@ def pod_specs(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield each["metadata"]["name"], each["spec"]
         elif each["kind"] == "Job":
             yield each["metadata"]["name"], each["spec"]["template"]["spec"]
+        elif each["kind"] == "RayJob":
+            yield "submitter", each["spec"]["submitterPodTemplate"]["spec"]
 
 
 def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:

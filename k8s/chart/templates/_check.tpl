@@ -169,6 +169,12 @@
     {{- fail (printf "config.%s.%s is fixed inside the pods: use %s" (index . 0) (index . 1) (index . 2)) -}}
   {{- end -}}
 {{- end -}}
+{{- if and (hasPrefix "/batch/" $values.batch.input) (not $values.batch.claim) -}}
+{{- fail "batch.input lies under /batch, where a claim is mounted: set batch.claim" -}}
+{{- end -}}
+{{- if and $values.batch.input $values.auth.keys.secretName -}}
+{{- fail "batch.input: a batch has a cluster of its own, where nobody else asks; leave auth.keys out" -}}
+{{- end -}}
 {{- if hasKey $values.config "fronts" -}}{{- fail "config.fronts follows from front.replicas: set that" -}}{{- end -}}
 {{- if hasKey $values.config "ray" -}}{{- fail "config.ray is of a Ray that `manta serve` starts by itself: use ray, head and workerGroups" -}}{{- end -}}
 {{- end -}}

@@ -115,8 +115,14 @@ template:
           {{- toYaml .Values.head.resources | nindent 10 }}
         volumeMounts:
           {{- include "manta.mounts" . | nindent 10 }}
+          {{- if .Values.batch.claim }}
+          - {name: batch, mountPath: /batch}
+          {{- end }}
     volumes:
       {{- include "manta.volumes" (dict "root" . "shmSize" "2Gi" "cached" false) | nindent 6 }}
+      {{- with .Values.batch.claim }}
+      - {name: batch, persistentVolumeClaim: {claimName: {{ . }}}}
+      {{- end }}
 {{- end -}}
 
 {{- define "manta.front" -}}
