@@ -12,7 +12,7 @@ from torch import Tensor
 from model.attention.backend import AttentionConfig
 from model.attention.write import write_kv
 from model.batch import ForwardBatch
-from model.cuda.paged_attention import Heads, PrefillTiles, decode, prefill, tokens_per_tile
+from parallel.cuda.paged_attention import Heads, PrefillTiles, decode, prefill, tokens_per_tile
 
 PROGRAMS_PER_PROCESSOR = 2
 """Decode programs that every multiprocessor of the device should have to do, ..."""

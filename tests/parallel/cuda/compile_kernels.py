@@ -1,4 +1,4 @@
-"""Compiles every kernel for a GPU that need not be there: `python -m tests.model.cuda.compile_kernels`.
+"""Compiles every kernel for a GPU that need not be there: `python -m tests.parallel.cuda.compile_kernels`.
 
 Prints a line per kernel: name, bytes of its binary, registers and shared memory it takes.
 """
@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.cuda import elementwise, experts, paged_attention
+from parallel.cuda import elementwise, experts, paged_attention
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}

@@ -20,7 +20,7 @@ def products(x: Tensor, matrices: list[Tensor], held_ids_NA: Tensor, weights: Te
 def test_each_assignment_gets_its_experts_product(
     num_rows: int, num_experts: int, chosen: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from model.cuda.experts import addresses, expert_products, sort_by_expert
+    from parallel.cuda.experts import addresses, expert_products, sort_by_expert
 
     torch.manual_seed(0)
     x = torch.randn(num_rows, 72, device=device).to(dtype)
@@ -38,7 +38,7 @@ def test_each_assignment_gets_its_experts_product(
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 300])
 def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: torch.device) -> None:
-    from model.cuda.experts import sort_by_expert
+    from parallel.cuda.experts import sort_by_expert
 
     ids = torch.randint(-1, 4, (num_rows, 2), generator=torch.Generator().manual_seed(1)).to(device)
     by_expert = sort_by_expert(ids, 4)

@@ -21,7 +21,7 @@ def norm(width: int, dtype: torch.dtype, device: torch.device) -> RmsNorm:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 896), (5, 24), (3, 1000), (0, 64)])
 def test_the_norm_is_the_layers(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    from model.cuda.elementwise import rms_norm
+    from parallel.cuda.elementwise import rms_norm
 
     layer, x = norm(shape[1], dtype, device), torch.randn(shape, device=device).to(dtype)
     assert layer.weight is not None
@@ -30,7 +30,7 @@ def test_the_norm_is_the_layers(shape: tuple[int, int], dtype: torch.dtype, devi
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adding_to_the_residual_stream_on_the_way_gives_the_same(dtype: torch.dtype, device: torch.device) -> None:
-    from model.cuda.elementwise import add_rms_norm
+    from parallel.cuda.elementwise import add_rms_norm
 
     layer = norm(96, dtype, device)
     x, residual = (torch.randn(7, 96, device=device).to(dtype) for _ in range(2))
@@ -43,7 +43,7 @@ def test_adding_to_the_residual_stream_on_the_way_gives_the_same(dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 40), (4, 2 * 1100), (0, 8)])
 def test_the_gate_multiplies_as_torch_does(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    from model.cuda.elementwise import swiglu
+    from parallel.cuda.elementwise import swiglu
 
     gate_up = torch.randn(shape, device=device).to(dtype)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -55,7 +55,7 @@ def test_the_gate_multiplies_as_torch_does(shape: tuple[int, int], dtype: torch.
 def test_turned_heads_go_where_they_should(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from model.cuda.elementwise import rotate_and_write
+    from parallel.cuda.elementwise import rotate_and_write
 
     num_tokens = 5
     heads = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
@@ -74,7 +74,7 @@ def test_turned_heads_go_where_they_should(
 
 
 def test_a_token_that_is_nobodys_is_written_nowhere(device: torch.device) -> None:
-    from model.cuda.elementwise import rotate_and_write
+    from parallel.cuda.elementwise import rotate_and_write
 
     cache = torch.zeros(2, 16, 1, 16, device=device)
     ones = torch.ones(2, 1, 8, device=device)

@@ -15,7 +15,7 @@ HOPPER_SHARED_BYTES = 227 * 1024
 def test_every_kernel_compiles_for_hopper_and_fits_it(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.model.cuda.compile_kernels"],
+        [sys.executable, "-m", "tests.parallel.cuda.compile_kernels"],
         capture_output=True,
         text=True,
         check=False,
