@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from parallel.axes import split, whole
 from parallel.groups import Group
 from parallel.linear import Linear, ShapeMismatch, Slot
+from parallel.native.small import add_norm, gate, kernels_for
 from parallel.weight_format import StoredTensor, WeightFormat
 
 
@@ -39,9 +40,22 @@ class RmsNorm(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         assert self.weight is not None
+        library = kernels_for(x_TD)
+        if library is not None:
+            return add_norm(library, x_TD.contiguous(), None, self.weight, self.eps)
         x = x_TD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x.to(x_TD.dtype)  # rounded before the weight, as transformers does
+
+    def add(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """``x_TD + delta_TD``, perhaps in place of ``x_TD``, and the norm of it."""
+        library = kernels_for(x_TD)
+        if library is None:
+            x_TD = x_TD + delta_TD
+            return x_TD, self(x_TD)
+        assert self.weight is not None
+        x_TD = x_TD.contiguous()
+        return x_TD, add_norm(library, x_TD, delta_TD, self.weight, self.eps)
 
 
 class Mlp(nn.Module):
@@ -54,6 +68,14 @@ class Mlp(nn.Module):
         self.down = Linear(in_share=inner, out_parts={"down": whole(hidden_size)}, bias=False, format=format, bias_dtype=dtype, reduce=tp)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TI, up_TI = self.up(x_TD).chunk(2, dim=-1)
-        result: Tensor = self.down(F.silu(gate_TI) * up_TI)
+        result: Tensor = self.down(gated(self.up(x_TD)))
         return result
+
+
+def gated(gate_up_TX: Tensor) -> Tensor:
+    """``silu(gate) * up``, which lie side by side."""
+    library = kernels_for(gate_up_TX)
+    if library is not None:
+        return gate(library, gate_up_TX)
+    gate_TI, up_TI = gate_up_TX.chunk(2, dim=-1)
+    return F.silu(gate_TI) * up_TI

@@ -89,9 +89,11 @@ def load_model(
     dispatch: DispatchName = "local",
     redundant_experts: int = 0,
     format: WeightFormat | None = None,
+    table_format: WeightFormat | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Qwen2, LoadReport]:
-    """This rank's part of the model, ready to compute. ``format`` holds the large matrices; None: plainly, in ``dtype``.
+    """This rank's part of the model, ready to compute. ``format`` holds the large matrices of the layers, ``table_format``
+    embedding and head; None: plainly, in ``dtype``.
 
     ``redundant_experts`` is how many routed experts of a layer each ep position holds beyond its even share.
 
@@ -112,6 +114,7 @@ def load_model(
         dispatch=dispatch,
         redundant_experts=redundant_experts,
         format=format,
+        table_format=table_format,
     )
     bytes_read = _fill(list(model.bindings()), checkpoint, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
@@ -134,6 +137,7 @@ def _make(
     dispatch: DispatchName = "local",
     redundant_experts: int = 0,
     format: WeightFormat | None,
+    table_format: WeightFormat | None = None,
 ) -> Qwen2:
     """One rank's layers, nothing of them allocated."""
     kind = Qwen2 if config.moe is None else Qwen2Moe
@@ -143,6 +147,7 @@ def _make(
         device=device,
         dtype=dtype,
         format=format or Dense(dtype),
+        table_format=table_format,
         backend=backend,
         dispatch=dispatch,
         redundant_experts=redundant_experts,
@@ -162,7 +167,7 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
     whole = _make(
         config, single_rank_groups(), device=torch.device("cpu"), dtype=config.dtype, block_tokens=1, backend="reference", format=format
     )
-    plain = format is None or isinstance(format, Dense)
+    plain = format is None or set(format.specs()) == {"weight"}
     wanted = {binding.name: binding.slot.shape for binding in whole.bindings()}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     ignored = {f"{HEAD}.weight"} & found.keys() if whole.config.tied_embeddings else set()

@@ -96,8 +96,8 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(self, x_TD: Tensor, rotation: Rotation, batch: ForwardBatch, cache: KvCache) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, batch, cache)
-        result: Tensor = x_TD + self.mlp(self.mlp_norm(x_TD))
+        x_TD, normed_TD = self.mlp_norm.add(x_TD, self.attention(self.attention_norm(x_TD), rotation, batch, cache))
+        result: Tensor = x_TD + self.mlp(normed_TD)
         return result
 
 
@@ -116,13 +116,16 @@ class Qwen2(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         format: WeightFormat,
+        table_format: WeightFormat | None = None,
         backend: BackendName,
         dispatch: DispatchName,
         redundant_experts: int = 0,
         block_tokens: int,
     ) -> None:
+        """``format`` is that of the large matrices of the layers, ``table_format`` that of embedding and head (None: plain)."""
         super().__init__()
         self.config, self.groups, self.device, self.dtype = config, groups, device, dtype
+        self.table_format = table_format
         self.format, self.dispatch, self.redundant_experts = format, dispatch, redundant_experts
         self.layer_indices = stage_layers(config.num_layers, groups.pp.size, groups.pp.rank)
         self.is_first, self.is_last = is_first_stage(groups.pp), is_last_stage(groups.pp)
@@ -212,7 +215,11 @@ class Qwen2(nn.Module):
 
     def _embedding(self) -> VocabEmbedding:
         return VocabEmbedding(
-            vocab_size=self.config.vocab_size, hidden_size=self.config.hidden_size, group=self.groups.tp, dtype=self.dtype
+            vocab_size=self.config.vocab_size,
+            hidden_size=self.config.hidden_size,
+            group=self.groups.tp,
+            dtype=self.dtype,
+            format=self.table_format,
         )
 
     def _head(self) -> VocabHead:
@@ -223,4 +230,5 @@ class Qwen2(nn.Module):
             group=self.groups.tp,
             dtype=self.dtype,
             tied=self.embedding if self.config.tied_embeddings else None,
+            format=self.table_format,
         )

@@ -12,6 +12,7 @@ from parallel.expert_moves import Drop, Move, receive_expert, send_expert, steps
 from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear, ShapeMismatch, Slot
+from parallel.packed_format import PackedFormat
 from parallel.weight_format import StoredTensor, WeightFormat
 
 
@@ -145,9 +146,19 @@ class RoutedExperts(nn.Module):
         order = order[elsewhere:]  # assignments of other ranks sort first
         if len(order) == 0:
             return torch.zeros_like(x_ND)
-        rows = x_ND[order // expert_ids_NA.shape[1]].split(counts)
-        outputs = [self._expert(number)(x) for number, x in enumerate(rows) if len(x)]
-        return _weighted_sum(torch.cat(outputs), order, weights_NA)
+        outputs = self._run(x_ND, order // expert_ids_NA.shape[1], {number: count for number, count in enumerate(counts) if count})
+        return _weighted_sum(outputs, order, weights_NA)
+
+    def _run(self, x_ND: Tensor, rows: Tensor, counts: dict[int, int]) -> Tensor:
+        """Assignments, sorted by expert, through their experts: at once where the format can, else one expert after the other."""
+        used = [self._expert(number) for number in counts]
+        format = used[0].up.format
+        if isinstance(format, PackedFormat):
+            y = format.experts(x_ND, rows, list(counts.values()), [e.up.tensors for e in used], [e.down.tensors for e in used])
+            if y is not None:
+                return y
+        parts = x_ND[rows].split(list(counts.values()))
+        return torch.cat([expert(x) for expert, x in zip(used, parts, strict=True)])
 
     def _expert(self, number: int) -> "Expert":
         expert = self.held[str(number)]

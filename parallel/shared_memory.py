@@ -5,17 +5,13 @@ can be in one such group only, for life, and the group is all ranks; a rank whos
 so the worker that holds the rank must be ended from outside; nothing but plain contiguous tensors is reduced.
 """
 
-import hashlib
 import importlib.machinery
 import importlib.util
 import logging
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
 import uuid
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.compiled import Unavailable, cache_path, compile_to
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +40,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARED = Path("/dev/shm")  # noqa: S108  (where the operator's shm_open puts its segments)
 NEEDS_AVX512 = "its operator needs a processor with AVX-512BW"
 HOW_TO_BUILD = "run `python -m parallel.shared_memory` once on this machine"
-
-
-class Unavailable(Exception):
-    """The operator cannot be built or used here, and why."""
 
 
 @dataclass
@@ -234,13 +228,8 @@ def built_path() -> Path:
     Raises:
         Unavailable: DeepSpeed is not installed.
     """
-    digest = hashlib.sha256()
-    for part in (version("torch"), sys.implementation.cache_tag, platform.machine(), *FLAGS):
-        digest.update(part.encode())
-    for source in _sources():
-        digest.update(source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "manta" / "shared_memory" / digest.hexdigest()[:16] / f"{MODULE}.so"
+    parts = [part.encode() for part in (version("torch"), sys.implementation.cache_tag, platform.machine(), *FLAGS)]
+    return cache_path("shared_memory", [*parts, *(source.read_bytes() for source in _sources())], f"{MODULE}.so")
 
 
 def _sources() -> list[Path]:
@@ -260,24 +249,10 @@ def build() -> Path:
     Raises:
         Unavailable: what is missing on this machine, or what the compiler said.
     """
-    if sys.platform != "linux":
-        raise Unavailable(f"its operator is for Linux, and this is {sys.platform}")
     target = built_path()
-    if target.exists():
-        return target
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise Unavailable("no C++ compiler found; install g++ or set CXX")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    if not target.exists() and not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise Unavailable(f"no Python.h in {sysconfig.get_path('include')}; install the headers of this Python (python3-dev)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as place:
-        output = Path(place) / target.name
-        done = subprocess.run(_command(compiler, output), capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise Unavailable(f"{compiler} failed:\n{done.stderr[-4000:]}")
-        output.replace(target)  # at once: another process sees the whole file or none
-    return target
+    return compile_to(target, _command)
 
 
 def _command(compiler: str, output: Path) -> list[str]:

@@ -56,6 +56,11 @@ class TensorSpec:
 class WeightFormat(Protocol):
     """The stored form of ``out = in @ W.T``."""
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of memory once loaded, scales and all."""
+        ...
+
     def specs(self) -> Mapping[str, TensorSpec]:
         """The tensors that hold the matrix, by the suffix they have in a checkpoint (``weight``, ``qweight``, ...)."""
         ...
@@ -68,12 +73,20 @@ class WeightFormat(Protocol):
         """``x`` (..., in) times the matrix plus ``bias`` (out): (..., out)."""
         ...
 
+    def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        """The matrix's rows of these ``outputs`` (any shape, int64), ``width`` = in: (..., in). For a table that is looked up."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
     """A plain matrix (out, in) in the model's own dtype; the oracle of every other format."""
 
     dtype: torch.dtype
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return self.dtype.itemsize
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return {"weight": TensorSpec((OUT, IN), self.dtype)}
@@ -83,3 +96,6 @@ class Dense:
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         return F.linear(x, tensors["weight"], bias)
+
+    def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        return F.embedding(outputs, tensors["weight"])

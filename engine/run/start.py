@@ -22,6 +22,7 @@ from engine.weights_read import WeightsRead
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
 from model.config import DTYPES, ModelConfig
+from model.formats import Formats, choose_formats
 from model.kv_cache import KvCache
 from model.load import load_model
 from model.qwen2 import Qwen2
@@ -122,6 +123,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
+def formats_of(
+    checkpoint: Checkpoint, config: RunnerConfig, dtype: torch.dtype, device: torch.device, *, experts_travel: bool = False
+) -> Formats:
+    """In what form a rank holds this checkpoint's weights. Opening it has read the headers, which is enough."""
+    stored = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    return choose_formats(device, dtype, stored, config.quantize, experts_travel=experts_travel)
+
+
 @contextmanager
 def _joined(
     topology: Topology, rank: int, rendezvous: str | None, config: RunnerConfig, device: torch.device, tell: OnProgress
@@ -160,22 +169,26 @@ def _load(
             told = done
             tell(StartProgress("weights", done, total))
 
+    dtype = resolve_dtype(config.dtype, device)
+    formats = formats_of(checkpoint, config, dtype, device, experts_travel=groups.ep.size > 1)
     model, report = load_model(
         checkpoint,
         model_config,
         groups,
         device=device,
-        dtype=resolve_dtype(config.dtype, device),
+        dtype=dtype,
         block_tokens=engine_config.block_tokens,
         backend=config.attention_backend,
         dispatch=choose_dispatch(groups, device) if config.dispatch == "auto" else config.dispatch,
         redundant_experts=config.redundant_experts,
+        format=formats.matrices,
+        table_format=formats.table,
         on_progress=tell_bytes,
     )
     log.info(
-        "rank %d read %d of %d bytes of weights in %.1f s (%d bytes fetched); computing in %s on %s with %d threads",
+        "rank %d read %d of %d bytes of weights in %.1f s (%d bytes fetched); computing in %s with %s on %s with %d threads",
         groups.rank, report.bytes_read, report.bytes_of_checkpoint, report.seconds, report.bytes_fetched,
-        model.dtype, device, torch.get_num_threads(),
+        model.dtype, formats.matrices, device, torch.get_num_threads(),
     )  # fmt: skip
     read = WeightsRead(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
     tell(StartProgress("weights", told, told, read))

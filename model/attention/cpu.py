@@ -63,6 +63,20 @@ class CpuAttention:
         out_THK = torch.empty_like(q_THK)
         for group in self._groups:
             out_THK[group.rows] = self._decode(q_THK[group.rows], keys_NBGK, values_NBGK, group)
+        self.prefill(q_THK, k_TGK, v_TGK, keys_NBGK, values_NBGK, batch, out_THK)
+        return out_THK
+
+    def prefill(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        keys_NBGK: Tensor,
+        values_NBGK: Tensor,
+        batch: ForwardBatch,
+        out_THK: Tensor,
+    ) -> None:
+        """Write to ``out_THK`` what sequences with several new tokens give; their K and V are in the cache already."""
         for sequence in range(batch.num_decodes, batch.num_sequences):
             tokens = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
             length = batch.context_lengths[sequence]
@@ -71,7 +85,6 @@ class CpuAttention:
                 blocks = batch.block_tables_SM[sequence, : -(-length // self.config.block_tokens)]
                 keys_LGK, values_LGK = (cache.index_select(0, blocks).flatten(0, 1)[:length] for cache in (keys_NBGK, values_NBGK))
             self._prefill(q_PHK, keys_LGK, values_LGK, out_THK[tokens])
-        return out_THK
 
     def _decode(self, q_SHK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, group: _DecodeGroup) -> Tensor:
         keys_SGLK = _gather(keys_NBGK, group)

@@ -15,6 +15,8 @@ REPEATS = 5
 class Ceiling:
     read_bytes_per_s: float
     flop_per_s: float
+    copy_bytes_per_s: float = 0.0
+    """Bytes read plus bytes written."""
 
 
 def measure_ceiling(dtype: torch.dtype, device: torch.device, threads: int) -> Ceiling:
@@ -22,15 +24,18 @@ def measure_ceiling(dtype: torch.dtype, device: torch.device, threads: int) -> C
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return Ceiling(read_bytes_per_s=_read_rate(device), flop_per_s=_multiply_rate(dtype, device))
+        read, copied = _memory_rates(device)
+        return Ceiling(read_bytes_per_s=read, copy_bytes_per_s=copied, flop_per_s=_multiply_rate(dtype, device))
     finally:
         torch.set_num_threads(before)
 
 
-def _read_rate(device: torch.device) -> float:
-    """A sum reads each byte once and writes none."""
+def _memory_rates(device: torch.device) -> tuple[float, float]:
+    """A sum reads each byte once and writes none; a copy reads and writes it."""
     buffer = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32, device=device)
-    return BUFFER_BYTES / _best_seconds(buffer.sum, device)
+    half = buffer.numel() // 2
+    copied = BUFFER_BYTES / _best_seconds(lambda: buffer[half:].copy_(buffer[:half]), device)
+    return BUFFER_BYTES / _best_seconds(buffer.sum, device), copied
 
 
 def _multiply_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -66,9 +66,26 @@ def _multiply_s(tokens: int, weights: WeightBytes, ceiling: Ceiling) -> float:
     return 2 * weights.multiply_adds_per_token * tokens / ceiling.flop_per_s
 
 
+def as_json(figures: Sequence[Figure]) -> list[dict[str, object]]:
+    """One object per cell, for programs."""
+    return [
+        {
+            "name": figure.cell.name,
+            "tokens_per_s": figure.tokens_per_s,
+            "spread": figure.spread,
+            "ttft_s": figure.ttft_s,
+            "itl_s": figure.itl_s,
+            "elapsed_s": figure.elapsed_s,
+            "floor_s": figure.floor_s,
+            "of_floor": figure.of_floor,
+        }
+        for figure in figures
+    ]
+
+
 def table_of(figures: Sequence[Figure]) -> Table:
     table = Table(title="Engine in process: closed loop, token ids in, greedy", title_justify="left")
-    for heading in ("workload", "tokens/s", "spread", "TTFT ms", "ITL ms", "of floor"):
+    for heading in ("workload", "tokens/s", "spread", "TTFT ms", "ITL ms", "took s", "floor s", "of floor"):
         table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
     for figure in figures:
         table.add_row(
@@ -77,6 +94,8 @@ def table_of(figures: Sequence[Figure]) -> Table:
             f"{figure.spread:.0%}",
             f"{figure.ttft_s * 1000:,.0f}",
             f"{figure.itl_s * 1000:,.1f}" if figure.itl_s else "",
+            f"{figure.elapsed_s:,.2f}",
+            f"{figure.floor_s:,.2f}",
             f"{figure.of_floor:.0%}",
         )
     return table

@@ -1,17 +1,19 @@
 """How many weights a step reads and a token multiplies, from the model's shape alone."""
 
-import torch
-
 from model.config import ModelConfig
+from model.formats import Formats
 from serve.bench.report import WeightBytes
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> WeightBytes:
+def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
     """Of the whole model. A mixture of experts is counted with the experts of one token: a floor also for many."""
     attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    mlps = sum(_mlp_weights(config, layer) for layer in range(config.num_layers))
-    weights = config.num_layers * attention + mlps + config.vocab_size * config.hidden_size
-    return WeightBytes(per_step=weights * dtype.itemsize, multiply_adds_per_token=weights)
+    matrices = config.num_layers * attention + sum(_mlp_weights(config, layer) for layer in range(config.num_layers))
+    table = config.vocab_size * config.hidden_size
+    return WeightBytes(
+        per_step=round(matrices * formats.matrices.bytes_per_weight + table * formats.table.bytes_per_weight),
+        multiply_adds_per_token=matrices + table,
+    )
 
 
 def _mlp_weights(config: ModelConfig, layer: int) -> int:

@@ -5,7 +5,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from engine.engine import Engine
@@ -23,6 +23,13 @@ class Cell:
     shared_prefix: int = 0
     """Ids that all requests begin with, fresh in every round."""
 
+    def shortened(self, tokens_out: int) -> "Cell":
+        """The same cell with at most so many tokens out, and that in its name."""
+        if self.tokens_out <= tokens_out:
+            return self
+        name = self.name.replace(f"/{self.tokens_out}", f"/{tokens_out}")
+        return replace(self, name=name, tokens_out=tokens_out)
+
     def prompts(self, vocab_size: int, seed: int) -> list[tuple[int, ...]]:
         """Ids drawn anew for each seed, so that no round finds another's prompt in the prefix cache."""
         draw = random.Random(seed)  # noqa: S311  (a workload, not a secret)
@@ -35,6 +42,7 @@ CELLS = (
     Cell(name="1 stream 128/128", streams=1, tokens_in=128, tokens_out=128),
     Cell(name="8 streams 128/128", streams=8, tokens_in=128, tokens_out=128),
     Cell(name="16 streams 128/128", streams=16, tokens_in=128, tokens_out=128),
+    Cell(name="32 streams 128/128", streams=32, tokens_in=128, tokens_out=128),
     Cell(name="16 on one 1,024 prefix", streams=16, tokens_in=32, tokens_out=32, shared_prefix=1024),
 )
 

@@ -1,6 +1,10 @@
 """`manta bench`: how fast the engine is on this machine, without fronts, Ray or network."""
 
+import json
+import resource
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
     from engine.executor import Executor
     from engine.run.start import StartProgress
     from serve.bench.report import Figure
+    from serve.bench.workload import Cell
     from serve.config import ServeConfig
     from serve.model_source import FoundModel
 
@@ -21,7 +26,10 @@ def bench(
     file: ConfigFile = None,
     tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks, each a process of its own.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", help="int8 or int4: round the weights while loading (CPU).")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each workload; medians are shown.")] = 3,
+    tokens_out: Annotated[int | None, typer.Option("--tokens-out", min=1, help="At most so many tokens out in every workload.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Only workloads whose name contains this.")] = None,
     assignments: Assignments = None,
 ) -> None:
@@ -39,53 +47,73 @@ def bench(
         "model.source": ("MODEL", model),
         "parallel.tensor": ("--tensor-parallel", tensor),
         "runner.dtype": ("--dtype", dtype),
+        "runner.quantize": ("--quantize", quantize),
     }
     config, *others = load_settings(file, assignments, flags).config.each_model()
     if others:
         stop("the settings name several models, and one is measured at a time: name it, without the list")
     from rich.console import Console
 
-    from serve.bench.report import table_of
+    from serve.bench.report import as_json, table_of
     from serve.model_source import ModelSourceError, find_model
 
     try:
         with progress_shown() as report:
             found = find_model(config.model, report)
-            lines, figures = measure(config, found, rounds, only, report)
+            cells = chosen_cells(only, tokens_out)
+            lines, figures = measure(config, found, rounds, cells, report)
     except (ModelSourceError, ValueError) as error:
         stop(str(error))
     console = Console()
     for line in lines:
         console.print(line, highlight=False)
     console.print(table_of(figures))
+    if json_file is not None:
+        json_file.write_text(json.dumps({"lines": lines, "cells": as_json(figures)}, indent=2) + "\n")
 
 
-def measure(config: "ServeConfig", found: "FoundModel", rounds: int, only: str | None, report: Report) -> tuple[list[str], list["Figure"]]:
+def chosen_cells(only: str | None, tokens_out: int | None) -> list["Cell"]:
+    """The workloads whose name contains `only`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from serve.bench.workload import CELLS
+
+    cells = [cell for cell in CELLS if only is None or only in cell.name]
+    if not cells:
+        raise ValueError(f"no workload is called {only!r}; there are: {', '.join(cell.name for cell in CELLS)}")
+    return cells if tokens_out is None else [cell.shortened(tokens_out) for cell in cells]
+
+
+def measure(
+    config: "ServeConfig", found: "FoundModel", rounds: int, cells: Sequence["Cell"], report: Report
+) -> tuple[list[str], list["Figure"]]:
     """What was measured on, in words, and the figures.
 
     Raises:
-        ValueError: no workload is left, or the model cannot be run so.
+        ValueError: the model cannot be run so.
     """
     import torch
 
     from engine.engine import Engine
     from engine.run.host import usable_cores
-    from engine.run.start import resolve_device, resolve_dtype
+    from engine.run.start import formats_of, resolve_device, resolve_dtype
+    from model.checkpoint import Checkpoint
     from model.config import ModelConfig
     from serve.bench.ceiling import measure_ceiling
     from serve.bench.report import summarise
     from serve.bench.weights import weight_bytes
-    from serve.bench.workload import CELLS, run_rounds
+    from serve.bench.workload import run_rounds
 
-    cells = [cell for cell in CELLS if only is None or only in cell.name]
-    if not cells:
-        raise ValueError(f"no workload is called {only!r}; there are: {', '.join(cell.name for cell in CELLS)}")
     model_config = ModelConfig.from_checkpoint(found.folder)
     device = resolve_device(config.runner.device)
     dtype = resolve_dtype(config.runner.dtype, device)
     report("measuring the machine", 0.0)
     ceiling = measure_ceiling(dtype, device, usable_cores())
-    weights = weight_bytes(model_config, dtype)
+    with Checkpoint(found.place) as checkpoint:
+        formats = formats_of(checkpoint, config.runner, dtype, device)
+    weights = weight_bytes(model_config, formats)
     figures = []
     with ExitStack() as running:
         executor = _executor(config, found, report)
@@ -103,9 +131,11 @@ def measure(config: "ServeConfig", found: "FoundModel", rounds: int, only: str |
             figures.append(summarise(cell, results, weights, ceiling))
     lines = [
         f"{found.name}: {config.parallel.topology}, {str(dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}",
-        f"machine: {usable_cores()} cores, reads {ceiling.read_bytes_per_s / 1e9:.1f} GB/s, "
+        f"weights: {formats.matrices}, embedding and head: {formats.table}",
+        f"machine: {usable_cores()} cores, reads {ceiling.read_bytes_per_s / 1e9:.1f} GB/s, copies {ceiling.copy_bytes_per_s / 1e9:.1f}, "
         f"multiplies {ceiling.flop_per_s / 1e9:,.0f} GFLOP/s",
         f"a step reads at least {weights.per_step / 1e6:,.0f} MB of weights",
+        f"most memory held by this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB",
     ]
     return lines, figures
 

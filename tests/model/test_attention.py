@@ -1,5 +1,6 @@
 """Fast attention against the reference, over paged KV."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,14 @@ import torch
 from model.attention.backend import AttentionConfig
 from model.attention.choose import choose_backend
 from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
+from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
+from parallel.native.library import native
 from tests.model.paged import Paged, Work, heads
 
 CPU = torch.device("cpu")
+
+FastAttention = CpuAttention | NativeAttention
 
 HEADS = {
     "one per kv": heads(4, 4),
@@ -36,11 +41,25 @@ WORKS: dict[str, list[Work]] = {
 }
 
 
+@pytest.fixture(params=["cpu", "native"])
+def fast_backend(request: pytest.FixtureRequest) -> Callable[[AttentionConfig], FastAttention]:
+    """Makes the backend of that name."""
+    if request.param == "cpu":
+        return CpuAttention
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    return lambda config: NativeAttention(config, library)
+
+
+MakeFast = Callable[[AttentionConfig], FastAttention]
+
+
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
-def test_the_fast_backend_agrees_with_the_reference(config: AttentionConfig, works: list[Work]) -> None:
+def test_the_fast_backend_agrees_with_the_reference(config: AttentionConfig, works: list[Work], fast_backend: MakeFast) -> None:
     paged = Paged(config, works, torch.float32)
-    fast, reference = paged.attend(CpuAttention(config)), paged.attend(ReferenceAttention(config))
+    fast, reference = paged.attend(fast_backend(config)), paged.attend(ReferenceAttention(config))
     torch.testing.assert_close(fast[0], reference[0], atol=2e-5, rtol=0)
     for ours, theirs in zip(fast[1:], reference[1:], strict=True):
         assert torch.equal(ours.nan_to_num(1e9), theirs.nan_to_num(1e9))
@@ -48,9 +67,9 @@ def test_the_fast_backend_agrees_with_the_reference(config: AttentionConfig, wor
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
-def test_in_half_precision_they_agree_to_its_rounding(dtype: torch.dtype, config: AttentionConfig) -> None:
+def test_in_half_precision_they_agree_to_its_rounding(dtype: torch.dtype, config: AttentionConfig, fast_backend: MakeFast) -> None:
     paged = Paged(config, WORKS["everything"], dtype)
-    fast, reference = paged.attend(CpuAttention(config))[0], paged.attend(ReferenceAttention(config))[0]
+    fast, reference = paged.attend(fast_backend(config))[0], paged.attend(ReferenceAttention(config))[0]
     torch.testing.assert_close(fast.float(), reference.float(), atol=4 * torch.finfo(dtype).eps, rtol=0.02)
 
 
@@ -63,15 +82,29 @@ def test_the_reference_is_the_formula() -> None:
     torch.testing.assert_close(paged.attend(ReferenceAttention(config))[0], wanted.transpose(0, 1), atol=1e-5, rtol=0)
 
 
-def test_a_sequence_whose_cache_holds_nan_spoils_no_other() -> None:
+def test_a_sequence_whose_cache_holds_nan_spoils_no_other(fast_backend: MakeFast) -> None:
     config = HEADS["9/3 heads, rank 0 of 2"]
     paged = Paged(config, [(40, 1), (60, 1), (0, 9)], torch.float32)
-    healthy = paged.attend(CpuAttention(config))[0]
+    healthy = paged.attend(fast_backend(config))[0]
     first_of_second = paged.batch.block_tables_SM[1, 0]
     paged.values[first_of_second] = torch.nan
-    spoilt = paged.attend(CpuAttention(config))[0]
+    spoilt = paged.attend(fast_backend(config))[0]
     assert spoilt[1].isnan().all()
     assert torch.equal(spoilt[[0, *range(2, 11)]], healthy[[0, *range(2, 11)]])
+
+
+def test_a_decode_gives_the_same_bits_in_any_company() -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    config = HEADS["28/4 heads, rank 1 of 3"]
+    alone, among_others = Paged(config, [(129, 1)], torch.float32), Paged(config, [(129, 1), (3, 1), (700, 1), (5, 40)], torch.float32)
+    blocks, others = alone.batch.block_tables_SM[0].long(), among_others.batch.block_tables_SM[0, :9].long()
+    among_others.keys[others], among_others.values[others] = alone.keys[blocks], alone.values[blocks]
+    for name in ("q", "k", "v"):
+        getattr(among_others, name)[0] = getattr(alone, name)[0]
+    found = [paged.attend(NativeAttention(config, library))[0][0] for paged in (alone, among_others)]
+    assert torch.equal(*found)
 
 
 def test_sequences_of_very_different_length_are_not_padded_to_each_other() -> None:
@@ -83,7 +116,7 @@ def test_sequences_of_very_different_length_are_not_padded_to_each_other() -> No
     assert padded < 1.2 * sum(lengths)
 
 
-def test_a_step_without_tokens_attends_to_nothing() -> None:
+def test_a_step_without_tokens_attends_to_nothing(fast_backend: MakeFast) -> None:
     config = HEADS["one per kv"]
     paged = Paged(config, [(3, 1)], torch.float32)
     empty = replace(
@@ -94,14 +127,15 @@ def test_a_step_without_tokens_attends_to_nothing() -> None:
         context_lengths=(),
         num_decodes=0,
     )
-    backend = CpuAttention(config)
+    backend = fast_backend(config)
     backend.prepare(empty)
     assert backend.attend(paged.q[:0], paged.k[:0], paged.v[:0], paged.keys, paged.values, empty).shape == (0, 4, config.head_dim)
 
 
 def test_the_backend_is_chosen_by_device_and_name() -> None:
     config = HEADS["one per kv"]
-    assert isinstance(choose_backend(CPU, config), CpuAttention)
+    assert isinstance(choose_backend(CPU, config), CpuAttention if native() is None else NativeAttention)
+    assert isinstance(choose_backend(CPU, config, "cpu"), CpuAttention)
     assert isinstance(choose_backend(CPU, config, "reference"), ReferenceAttention)
     assert isinstance(choose_backend(torch.device("cuda"), config), ReferenceAttention)
     with pytest.raises(ValueError, match="does not run on cuda"):

@@ -151,7 +151,7 @@ def embed_and_score(groups: ParallelGroups, vocab: int, tied: bool) -> tuple[Ten
     embedding = VocabEmbedding(**size)  # type: ignore[arg-type]
     head = VocabHead(**size, tied=embedding if tied else None)  # type: ignore[arg-type]
     for seed, rows in ((1, embedding), (2, head.rows)):
-        if rows.weight is None:
+        if not rows.tensors:
             rows.allocate(CPU)
             for slot in rows.slots():
                 rows.load(slot.part, slot.tensor, MemoryTensor("v", random(seed, *slot.shape)))

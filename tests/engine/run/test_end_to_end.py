@@ -57,9 +57,9 @@ def answer(events: list[TokenEvent]) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def open_engine(folder, *, num_blocks: int = 400, **changes: object) -> Engine:
+def open_engine(folder, *, num_blocks: int = 400, quantize: str | None = None, **changes: object) -> Engine:
     config = engine_config(**changes)
-    runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens)
+    runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens, quantize=quantize)
     return Engine(LocalExecutor.open(folder, runner_config=runner_config, engine_config=config), config)
 
 

@@ -1,0 +1,65 @@
+"""Attention for CPUs with our own kernels: one new token of each sequence reads its blocks in place; prompts go to torch's.
+
+T tokens, S sequences, H query heads, G KV heads, K head width, N blocks, B tokens per block, M most blocks of a sequence.
+"""
+
+import torch
+from torch import Tensor
+
+from model.attention.backend import AttentionConfig
+from model.attention.cpu import CpuAttention
+from model.batch import ForwardBatch
+from parallel.native.library import Native, num_threads
+
+
+class NativeAttention:
+    """A sequence's sums are in the order of its positions, whatever else is in the batch. Heads may be shared unevenly."""
+
+    def __init__(self, config: AttentionConfig, library: Native) -> None:
+        self.config, self._library = config, library
+        self._torch = CpuAttention(config)
+        starts = [config.kv_of_query.index(kv) for kv in range(config.num_kv_heads)]
+        counts = [config.kv_of_query.count(kv) for kv in range(config.num_kv_heads)]
+        self._heads_G3 = torch.tensor(list(zip(starts, counts, range(config.num_kv_heads), strict=True)))
+        self._lengths_S = torch.empty(0, dtype=torch.int64)
+        self._tables_SM = torch.empty(0, 0, dtype=torch.int32)
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        self._lengths_S = torch.tensor(batch.context_lengths[: batch.num_decodes], dtype=torch.int64)
+        self._tables_SM = batch.block_tables_SM[: batch.num_decodes].contiguous()
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        if keys_NBGK.dtype != torch.float32:
+            self._torch.prepare(batch)
+            return self._torch.attend(q_THK, k_TGK, v_TGK, keys_NBGK, values_NBGK, batch)
+        self._write(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
+        if batch.num_decodes == batch.num_tokens:
+            return self._decode(q_THK, keys_NBGK, values_NBGK)
+        out_THK = q_THK.new_empty(q_THK.shape)
+        if batch.num_decodes:
+            out_THK[: batch.num_decodes] = self._decode(q_THK[: batch.num_decodes], keys_NBGK, values_NBGK)
+        self._torch.prefill(q_THK, k_TGK, v_TGK, keys_NBGK, values_NBGK, batch, out_THK)
+        return out_THK
+
+    def _write(self, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, slots_T: Tensor) -> None:
+        num_tokens, num_heads, width = k_TGK.shape
+        k_TGK, v_TGK = _heads_together(k_TGK), _heads_together(v_TGK)
+        self._library.write_kv(
+            *(k_TGK.data_ptr(), v_TGK.data_ptr(), k_TGK.stride(0), v_TGK.stride(0), slots_T.data_ptr()),
+            *(keys_NBGK.data_ptr(), values_NBGK.data_ptr(), num_tokens, num_heads * width, num_threads()),
+        )
+
+    def _decode(self, q_SHK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor) -> Tensor:
+        q_SHK = q_SHK.contiguous()
+        out_SHK = torch.empty_like(q_SHK)
+        num_sequences, num_heads, width = q_SHK.shape
+        self._library.decode(
+            *(q_SHK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), self._tables_SM.data_ptr(), self._lengths_S.data_ptr()),
+            *(self._heads_G3.data_ptr(), out_SHK.data_ptr(), num_sequences, num_heads, self.config.num_kv_heads, width),
+            *(self._tables_SM.shape[1], self.config.block_tokens, num_threads()),
+        )
+        return out_SHK
+
+
+def _heads_together(x_TGK: Tensor) -> Tensor:
+    return x_TGK if x_TGK.stride()[1:] == (x_TGK.shape[2], 1) else x_TGK.contiguous()

@@ -1,0 +1,60 @@
+"""In what form a rank holds its weights: chosen once, at the door."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from parallel.native.library import native
+from parallel.onednn_format import OneDnnFormat, runs_here
+from parallel.packed_format import PackedFormat
+from parallel.weight_format import Dense, WeightFormat
+
+log = logging.getLogger(__name__)
+
+QuantizeName = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Of the large matrices of the layers, and of embedding and head."""
+
+    matrices: WeightFormat
+    table: WeightFormat
+
+
+def choose_formats(
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Iterable[torch.dtype],
+    quantize: QuantizeName | None = None,
+    *,
+    experts_travel: bool = False,
+) -> Formats:
+    """The fastest formats that lose nothing, or with ``quantize`` those that are asked for.
+
+    ``stored`` are the dtypes of the checkpoint's matrices. Where ``experts_travel`` from rank to rank, no format does that is this
+    processor's own. With int4, embedding and head are held in int8: what a token is and
+    which one comes next suffers most from rounding.
+
+    Raises:
+        ValueError: this device has no such format.
+    """
+    if device.type != "cpu":
+        if quantize is not None:
+            raise ValueError(f"weights are quantised to {quantize} while loading on a CPU only, and this is {device}")
+        return Formats(Dense(dtype), Dense(dtype))
+    found = set(stored)
+    raw = next(iter(found)) if len(found) == 1 else torch.float32
+    if quantize is not None:
+        if native() is None:
+            log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
+        return Formats(PackedFormat(quantize, raw), PackedFormat("int8", raw))
+    if dtype == torch.bfloat16 and not experts_travel and runs_here(dtype):
+        return Formats(OneDnnFormat(dtype), Dense(dtype))
+    if native() is not None and (dtype == torch.bfloat16 or found == {torch.bfloat16}):
+        packed = PackedFormat("bf16", torch.bfloat16)
+        return Formats(packed, packed)
+    return Formats(Dense(dtype), Dense(dtype))

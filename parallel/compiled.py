@@ -1,0 +1,46 @@
+"""C++ that is compiled once per machine at set-up, never when a rank starts: where it lies, and how it gets there."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+class Unavailable(Exception):
+    """It cannot be built or used here, and why."""
+
+
+def cache_path(name: str, parts: Iterable[bytes], file: str) -> Path:
+    """A place of its own for every version of all that it is built from and against (``parts``)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "manta" / name / digest.hexdigest()[:16] / file
+
+
+def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:
+    """Compile unless that has been done. ``command`` says how, given the compiler and the file to write.
+
+    Raises:
+        Unavailable: what is missing on this machine, or what the compiler said.
+    """
+    if sys.platform != "linux":
+        raise Unavailable(f"it is for Linux, and this is {sys.platform}")
+    if target.exists():
+        return target
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler found; install g++ or set CXX")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as place:
+        output = Path(place) / target.name
+        done = subprocess.run(command(compiler, output), capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise Unavailable(f"{compiler} failed:\n{done.stderr[-4000:]}")
+        output.replace(target)  # at once: another process sees the whole file or none
+    return target

@@ -1,0 +1,292 @@
+// y = x W^T for a packed W, the same sum in the same order for every number of rows.
+//
+// Outputs lie in panels of PANEL = 2 * LANES. A tile is up to MOST_ROWS rows by some panels in registers; each output is one
+// chain of multiply-adds over rising k, so a row's result does not depend on which rows are computed beside it.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <vector>
+#include "simd.h"
+#include "tasks.h"
+
+constexpr int PANEL = 2 * LANES;
+constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;
+constexpr int CHUNK = 4;        // panels that one task computes where there are few rows
+constexpr int WIDE_CHUNK = 8;   // and where there are many: the rows are then read less often
+constexpr long K_BLOCK = 512;   // so that a panel's part stays in the first cache while all rows pass
+constexpr long ROW_BLOCK = 96;
+
+constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
+    return LANES == 16 ? (rows == 1 ? 4 : rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
+}
+
+// What kinds of weights have in common: `Rows` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums.
+struct Bf16 {
+    const uint16_t* weights;  // [panel][k][lane](low half: output lane, high half: output LANES + lane)
+    long K;
+    struct Row { const float* x; };
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        Floats sum[R][P][2];
+        const uint16_t* w[P];
+        const float* x[R];
+        for (int p = 0; p < P; ++p) w[p] = weights + ((panel + p) * K) * PANEL;
+        for (int r = 0; r < R; ++r) x[r] = rows[r].x;
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p)
+                for (int h = 0; h < 2; ++h) sum[r][p][h] = load(sums + r * stride + p * PANEL + h * LANES);
+        const Words upper = all_words(int32_t(0xffff0000));
+        for (long k = k0; k < k1; ++k) {
+            Floats low[P], high[P];
+            for (int p = 0; p < P; ++p) {
+                const uint16_t* at = w[p] + k * PANEL;
+                if (R <= 2) _mm_prefetch((const char*)(at + 16 * PANEL), _MM_HINT_T0);
+                Words pair = load_words(at);
+                low[p] = as_floats(left<16>(pair));
+                high[p] = as_floats(both(pair, upper));
+            }
+            for (int r = 0; r < R; ++r) {
+                Floats value = all(x[r][k]);
+                for (int p = 0; p < P; ++p) {
+                    sum[r][p][0] = multiply_add(value, low[p], sum[r][p][0]);
+                    sum[r][p][1] = multiply_add(value, high[p], sum[r][p][1]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p)
+                for (int h = 0; h < 2; ++h) store(sums + r * stride + p * PANEL + h * LANES, sum[r][p][h]);
+    }
+};
+
+// Rows as 16-bit integers with one scale for each group: sums within a group are exact in 32 bits.
+struct QuantisedRow {
+    const int16_t* x;
+    const float* scales;
+    const int32_t* totals;  // sum of x over each group
+};
+
+struct Int8 {
+    const int8_t* weights;    // [panel][k / 2][output][2]
+    const uint16_t* scales;   // half precision, [panel][group][output]
+    long K, group;
+    using Row = QuantisedRow;
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        const long groups = K / group;
+        for (long g = k0 / group; g < k1 / group; ++g) {
+            Words sum[R][P][2];
+            for (int r = 0; r < R; ++r)
+                for (int p = 0; p < P; ++p) sum[r][p][0] = sum[r][p][1] = no_words();
+            for (long k = g * group; k < (g + 1) * group; k += 2) {
+                Words w[P][2];
+                for (int p = 0; p < P; ++p) {
+                    const int8_t* at = weights + ((panel + p) * K + k) * PANEL;
+                    if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
+                    w[p][0] = from_bytes(at);
+                    w[p][1] = from_bytes(at + 2 * LANES);
+                }
+                for (int r = 0; r < R; ++r) {
+                    int32_t pair;
+                    memcpy(&pair, rows[r].x + k, 4);
+                    Words value = all_words(pair);
+                    for (int p = 0; p < P; ++p)
+                        for (int h = 0; h < 2; ++h) sum[r][p][h] = add_pairs(sum[r][p][h], w[p][h], value);
+                }
+            }
+            for (int p = 0; p < P; ++p)
+                for (int h = 0; h < 2; ++h) {
+                    Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
+                    for (int r = 0; r < R; ++r) {
+                        float* at = sums + r * stride + p * PANEL + h * LANES;
+                        store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), load(at)));
+                    }
+                }
+        }
+    }
+};
+
+struct Int4 {
+    const uint8_t* weights;  // [panel][k / 8][output] 32 bits: eight numbers + 8; bits 4s: k = 2s, bits 16 + 4s: k = 2s + 1
+    const uint16_t* scales;  // half precision, [panel][group][output]
+    long K, group;
+    using Row = QuantisedRow;
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        const long groups = K / group;
+        const Words mask = all_words(0x000f000f);
+        for (long g = k0 / group; g < k1 / group; ++g) {
+            Words sum[R][P][2];
+            for (int r = 0; r < R; ++r) {
+                Words offset = all_words(-8 * rows[r].totals[g]);
+                for (int p = 0; p < P; ++p) sum[r][p][0] = sum[r][p][1] = offset;
+            }
+            for (long k = g * group; k < (g + 1) * group; k += 8)
+                for (int p = 0; p < P; ++p) {
+                    const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
+                    if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
+                    Words w0 = load_words(at), w1 = load_words(at + 4 * LANES);
+                    step<R, P, 0>(rows, k, p, w0, w1, mask, sum);
+                    step<R, P, 1>(rows, k, p, w0, w1, mask, sum);
+                    step<R, P, 2>(rows, k, p, w0, w1, mask, sum);
+                    step<R, P, 3>(rows, k, p, w0, w1, mask, sum);
+                }
+            for (int p = 0; p < P; ++p)
+                for (int h = 0; h < 2; ++h) {
+                    Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
+                    for (int r = 0; r < R; ++r) {
+                        float* at = sums + r * stride + p * PANEL + h * LANES;
+                        store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), load(at)));
+                    }
+                }
+        }
+    }
+
+    template <int R, int P, int S>
+    static inline __attribute__((always_inline)) void step(const Row* rows, long k, int p, Words w0, Words w1, Words mask, Words sum[R][P][2]) {
+        Words a = both(right<4 * S>(w0), mask), b = both(right<4 * S>(w1), mask);
+        for (int r = 0; r < R; ++r) {
+            int32_t pair;
+            memcpy(&pair, rows[r].x + k + 2 * S, 4);
+            Words value = all_words(pair);
+            sum[r][p][0] = add_pairs(sum[r][p][0], a, value);
+            sum[r][p][1] = add_pairs(sum[r][p][1], b, value);
+        }
+    }
+};
+
+template <int R, class W>
+static void some_rows(const W& w, const typename W::Row* rows, long panel, long panels, long k0, long k1, float* sums, long stride) {
+    constexpr int P = panels_at_once(R);
+    long p = 0;
+    for (; p + P <= panels; p += P) w.template tile<R, P>(rows, panel + p, k0, k1, sums + p * PANEL, stride);
+    if (P > 1)
+        for (; p < panels; ++p) w.template tile<R, 1>(rows, panel + p, k0, k1, sums + p * PANEL, stride);
+}
+
+// `count` rows (as near to equal parts as they go, none above MOST_ROWS) by `panels` panels, added to sums (zero at first).
+template <class W> static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, float* sums) {
+    const long stride = panels * PANEL;
+    const long parts = (count + MOST_ROWS - 1) / MOST_ROWS;
+    const long step = parts == 1 ? w.K : K_BLOCK;
+    for (long k0 = 0; k0 < w.K; k0 += step) {
+        const long k1 = std::min(w.K, k0 + step);
+        for (long part = 0; part < parts; ++part) {
+            const long first = part * count / parts, last = (part + 1) * count / parts;
+            const typename W::Row* at = rows + first;
+            float* to = sums + first * stride;
+            switch (last - first) {
+                case 1: some_rows<1>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 2: some_rows<2>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 3: some_rows<3>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 4: some_rows<4>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 5: some_rows<5>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 6: some_rows<6>(w, at, panel, panels, k0, k1, to, stride); break;
+#if defined(__AVX512F__)
+                case 7: some_rows<7>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 8: some_rows<8>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 9: some_rows<9>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 10: some_rows<10>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 11: some_rows<11>(w, at, panel, panels, k0, k1, to, stride); break;
+                case 12: some_rows<12>(w, at, panel, panels, k0, k1, to, stride); break;
+#endif
+            }
+        }
+    }
+}
+
+// y (count, N) = rows W^T + bias; bias may be null.
+template <class W> struct Job {
+    W w;
+    const typename W::Row* rows;
+    long count;
+    const float* bias;
+    float* y;
+    long N;
+
+    long panels() const { return (N + PANEL - 1) / PANEL; }
+    long chunk() const { return count <= 4 * MOST_ROWS ? CHUNK : WIDE_CHUNK; }
+    long blocks() const { return (count + ROW_BLOCK - 1) / ROW_BLOCK; }
+    long tasks() const { return (panels() + chunk() - 1) / chunk() * blocks(); }
+
+    void run(long task) const {
+        alignas(64) static thread_local float sums[ROW_BLOCK * WIDE_CHUNK * PANEL];
+        // Neighbouring tasks have the same panels: the rows are smaller than the weights.
+        const long c = task / blocks(), b = task % blocks();
+        const long panel = c * chunk(), some = std::min(chunk(), panels() - panel);
+        const long first = b * count / blocks(), last = (b + 1) * count / blocks();
+        memset(sums, 0, sizeof(float) * (last - first) * some * PANEL);
+        block(w, rows + first, last - first, panel, some, sums);
+        const long column = panel * PANEL, width = std::min(some * PANEL, N - column);
+        for (long r = first; r < last; ++r) {
+            const float* from = sums + (r - first) * some * PANEL;
+            float* to = y + r * N + column;
+            if (bias) for (long i = 0; i < width; ++i) to[i] = from[i] + bias[column + i];
+            else memcpy(to, from, sizeof(float) * width);
+        }
+    }
+};
+
+template <class W> static void run_jobs(const std::vector<Job<W>>& jobs, int threads) {
+    std::vector<long> ends;
+    long total = 0;
+    for (const auto& job : jobs) ends.push_back(total += job.tasks());
+    share_out(total, threads, [&](long task) {
+        const size_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
+        jobs[i].run(task - (i ? ends[i - 1] : 0));
+    });
+}
+
+constexpr long MOST_GROUP = 128;
+
+// A group of x as 16-bit integers. What is not finite makes the scale NaN, and so every output of the row.
+static inline void quantise_group(const float* x, long group, int16_t* out, float* scale, int32_t* total) {
+    Floats most = zeros(), poison = zeros();
+    for (long i = 0; i < group; i += LANES) {
+        Floats value = load(x + i);
+        most = highest(most, as_floats(both(load_words(x + i), all_words(0x7fffffff))));
+        poison = multiply_add(value, zeros(), poison);
+    }
+    const float bad = sum_of(poison), found = bad == 0 ? highest_of(most) : 0;
+    const float top = found > 1e-33f ? found : 0;  // else 32767 / top is infinite
+    const Floats inverse = all(top > 0 ? 32767.0f / top : 0.0f);
+    alignas(64) int32_t words[MOST_GROUP];
+    Words sum = no_words();
+    for (long i = 0; i < group; i += LANES) {
+        Words number = bad == 0 ? to_words(multiply(load(x + i), inverse)) : no_words();
+        sum = add_words(sum, number);
+        store((float*)words + i, as_floats(number));
+    }
+    for (long i = 0; i < group; ++i) out[i] = int16_t(words[i]);
+    alignas(64) int32_t parts[LANES];
+    store((float*)parts, as_floats(sum));
+    *total = 0;
+    for (int i = 0; i < LANES; ++i) *total += parts[i];
+    *scale = bad == 0 ? top / 32767.0f : bad;
+}
+
+// A row of x (K of them, beyond that zeros up to whole groups), group by group.
+static inline void quantise(const float* x, long K, long padded, long group, int16_t* out, float* scales, int32_t* totals) {
+    for (long g = 0; g * group < padded; ++g) {
+        const long first = g * group, count = std::max(0L, std::min(group, K - first));
+        float filled[MOST_GROUP] = {};
+        if (count < group) memcpy(filled, x + first, sizeof(float) * count);
+        quantise_group(count < group ? filled : x + first, group, out + first, scales + g, totals + g);
+    }
+}
+
+struct QuantisedRows {
+    std::vector<int16_t> numbers;
+    std::vector<float> scales;
+    std::vector<int32_t> totals;
+    std::vector<QuantisedRow> rows;
+
+    template <class RowAt> QuantisedRows(RowAt row_at, long count, long K, long padded, long group, int threads) {
+        const long groups = padded / group;
+        numbers.resize(count * padded); scales.resize(count * groups); totals.resize(count * groups); rows.resize(count);
+        share_out(count, count * K > 16384 ? threads : 1, [&](long r) {
+            quantise(row_at(r), K, padded, group, &numbers[r * padded], &scales[r * groups], &totals[r * groups]);
+            rows[r] = {&numbers[r * padded], &scales[r * groups], &totals[r * groups]};
+        });
+    }
+};

@@ -1,0 +1,103 @@
+// One register of LANES 32-bit numbers, in AVX2 (8) or AVX-512 (16), under one set of names. Kernels are written once.
+#pragma once
+#include <immintrin.h>
+#include <cstdint>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+using Floats = __m512;
+using Words = __m512i;
+static inline Floats zeros() { return _mm512_setzero_ps(); }
+static inline Words no_words() { return _mm512_setzero_si512(); }
+static inline Floats all(float x) { return _mm512_set1_ps(x); }
+static inline Words all_words(int32_t x) { return _mm512_set1_epi32(x); }
+static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+static inline Words load_words(const void* p) { return _mm512_loadu_si512(p); }
+static inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+static inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+static inline Floats highest(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+static inline Floats lowest(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+static inline Words subtract_words(Words a, Words b) { return _mm512_sub_epi32(a, b); }
+static inline Words add_words(Words a, Words b) { return _mm512_add_epi32(a, b); }
+static inline Floats to_floats(Words x) { return _mm512_cvtepi32_ps(x); }
+static inline Words to_words(Floats x) { return _mm512_cvtps_epi32(x); }
+static inline Floats as_floats(Words x) { return _mm512_castsi512_ps(x); }
+template <int N> static inline Words left(Words x) { return _mm512_slli_epi32(x, N); }
+template <int N> static inline Words right(Words x) { return _mm512_srli_epi32(x, N); }
+static inline Words both(Words a, Words b) { return _mm512_and_si512(a, b); }
+static inline Floats from_halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline Words from_bytes(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+static inline Words add_pairs(Words sum, Words a, Words b) {  // sum + a.low * b.low + a.high * b.high, 16-bit numbers in 32-bit lanes
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+static inline float sum_of(Floats x) {  // always in the same order
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+static inline float highest_of(Floats x) { return _mm512_reduce_max_ps(x); }
+#else
+constexpr int LANES = 8;
+using Floats = __m256;
+using Words = __m256i;
+static inline Floats zeros() { return _mm256_setzero_ps(); }
+static inline Words no_words() { return _mm256_setzero_si256(); }
+static inline Floats all(float x) { return _mm256_set1_ps(x); }
+static inline Words all_words(int32_t x) { return _mm256_set1_epi32(x); }
+static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+static inline Words load_words(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+static inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+static inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+static inline Floats highest(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+static inline Floats lowest(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+static inline Words subtract_words(Words a, Words b) { return _mm256_sub_epi32(a, b); }
+static inline Words add_words(Words a, Words b) { return _mm256_add_epi32(a, b); }
+static inline Floats to_floats(Words x) { return _mm256_cvtepi32_ps(x); }
+static inline Words to_words(Floats x) { return _mm256_cvtps_epi32(x); }
+static inline Floats as_floats(Words x) { return _mm256_castsi256_ps(x); }
+template <int N> static inline Words left(Words x) { return _mm256_slli_epi32(x, N); }
+template <int N> static inline Words right(Words x) { return _mm256_srli_epi32(x, N); }
+static inline Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
+static inline Floats from_halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline Words from_bytes(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+static inline Words add_pairs(Words sum, Words a, Words b) {  // sum + a.low * b.low + a.high * b.high, 16-bit numbers in 32-bit lanes
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+static inline float sum_of(Floats x) {  // always in the same order
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+static inline float highest_of(Floats x) {
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+#endif
+
+// e^x to about 2 ulp: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (coefficients 1/k!). Below -87 it gives 1e-38, not zero.
+static inline Floats exponential(Floats x) {
+    x = highest(lowest(x, all(88.0f)), all(-87.0f));
+    Words n = to_words(multiply(x, all(1.44269504f)));
+    Floats f = multiply_add(to_floats(n), all(-0.693145752f), x);
+    f = multiply_add(to_floats(n), all(-1.42860677e-6f), f);
+    Floats p = all(1.0f / 720);
+    p = multiply_add(p, f, all(1.0f / 120));
+    p = multiply_add(p, f, all(1.0f / 24));
+    p = multiply_add(p, f, all(1.0f / 6));
+    p = multiply_add(p, f, all(0.5f));
+    p = multiply_add(p, f, all(1.0f));
+    p = multiply_add(p, f, all(1.0f));
+    return multiply(p, as_floats(left<23>(add_words(n, all_words(127)))));
+}

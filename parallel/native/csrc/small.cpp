@@ -1,0 +1,34 @@
+#include "small.h"
+
+extern "C" {
+
+// x (T, D) += delta; out (T, D) = weight * x / rms(x). delta may be null.
+void manta_add_norm(float* x, const float* delta, const float* weight, float* out, long T, long D, float eps, int threads) {
+    share_out(T, T * D > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+        float* row = x + t * D;
+        if (delta) for (long i = 0; i < D; ++i) row[i] += delta[t * D + i];
+        norm(row, weight, out + t * D, D, eps);
+    });
+}
+
+// out (T, I) = silu(x[:, :I]) * x[:, I:]
+void manta_gate(const float* x, float* out, long T, long I, int threads) {
+    share_out(T, T * I > SERIAL_NUMBERS ? threads : 1, [&](long t) { gate(x + 2 * t * I, out + t * I, I); });
+}
+
+// out (T, X, K): each head of x (T rows of `stride`, X heads of K) turned by cos, sin (T, K / 2).
+void manta_rotate(const float* x, long stride, const float* cos, const float* sin, float* out, long T, long X, long K, int threads) {
+    const long half = K / 2;
+    share_out(T, T * X * K > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+        const float *c = cos + t * half, *s = sin + t * half;
+        for (long h = 0; h < X; ++h) {
+            const float* from = x + t * stride + h * K;
+            float* to = out + (t * X + h) * K;
+            for (long i = 0; i < half; ++i) {
+                to[i] = from[i] * c[i] - from[half + i] * s[i];
+                to[half + i] = from[half + i] * c[i] + from[i] * s[i];
+            }
+        }
+    });
+}
+}

@@ -1,0 +1,129 @@
+"""Builds and loads the kernels: ``python -m parallel.native.library`` compiles them, some seconds, once per machine.
+
+A plain shared library without torch's headers: pointers and sizes go in, so it does not depend on torch's binary interface. Its
+threads are torch's, as torch brings the OpenMP library that it finds loaded already.
+"""
+
+import ctypes
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from parallel.compiled import Unavailable, cache_path, compile_to
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+VARIANTS = {
+    "avx512_vnni": (*AVX512, "-mavx512vnni"),
+    "avx512": AVX512,
+    "avx2": AVX2,
+}
+"""Best first, with what tells the compiler."""
+
+
+class Native:
+    """The loaded library. Its functions take addresses and sizes and check nothing: call them by way of the files beside this one."""
+
+    def __init__(self, path: Path, variant: str) -> None:
+        self.variant = variant
+        self._library = ctypes.CDLL(str(path))
+        self.lanes: int = self._library.manta_lanes()
+        size, address, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
+        threads = ctypes.c_int
+        self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in ("bf16", "int8", "int4")}
+        experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
+        self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in ("bf16", "int8", "int4")}
+        self.add_norm = self._function("add_norm", [*[address] * 4, size, size, number, threads])
+        self.gate = self._function("gate", [address, address, size, size, threads])
+        self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])
+        self.write_kv = self._function("write_kv", [address, address, size, size, *[address] * 3, size, size, threads])
+        self.decode = self._function("decode", [*[address] * 7, *[size] * 6, threads])
+
+    def __repr__(self) -> str:
+        return f"<Native {self.variant}>"
+
+    def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:
+        function: ctypes._NamedFuncPointer = getattr(self._library, f"manta_{name}")
+        function.argtypes, function.restype = arguments, None
+        return function
+
+
+@cache
+def native() -> Native | None:
+    """The kernels for this processor, or None: the log says why."""
+    try:
+        variant = best_variant()
+        path = built_path(variant)
+        if not path.exists():
+            raise Unavailable(f"they are not built; {HOW_TO_BUILD}")
+        library = Native(path, variant)
+    except (Unavailable, OSError) as reason:
+        log.info("computing without our own CPU kernels: %s", reason)
+        return None
+    return library
+
+
+def best_variant() -> str:
+    """The best of `VARIANTS` that this processor has.
+
+    Raises:
+        Unavailable: it has none of them.
+    """
+    has = _capabilities()
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has:
+        return "avx512_vnni" if "avx512_vnni" in has else "avx512"
+    if {"avx2", "fma", "f16c"} <= has:
+        return "avx2"
+    raise Unavailable(f"they are for x86-64 with AVX2, which this {platform.machine()} has not")
+
+
+def _capabilities() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def built_path(variant: str) -> Path:
+    parts = [part.encode() for part in (platform.machine(), *FLAGS, *VARIANTS[variant])]
+    parts += [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    return cache_path("native", parts, f"manta_{variant}.so")
+
+
+def build(variant: str | None = None) -> Path:
+    """Compile the kernels for this processor (or another), unless that has been done.
+
+    Raises:
+        Unavailable: what is missing on this machine, or what the compiler said.
+    """
+    variant = variant or best_variant()
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+    return compile_to(built_path(variant), lambda compiler, output: [compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", str(output)])
+
+
+def num_threads() -> int:
+    """How many threads a kernel may use: torch's own setting for this process."""
+    return torch.get_num_threads()
+
+
+def main() -> int:
+    try:
+        print(f"The CPU kernels are built: {build()}")
+    except Unavailable as reason:
+        print(f"Not built: {reason}\nManta works without them; on a CPU it is then several times slower.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""Matrices packed as the kernels read them, and the product with them. T rows, K input features, N outputs.
+
+Outputs lie in panels of ``2 * lanes``, the last one filled up with zeros; see csrc/linear.h for the order within.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from parallel.native.library import Native, num_threads
+
+Kind = Literal["bf16", "int8", "int4"]
+GROUP = {"int8": 128, "int4": 32}
+"""Input features that share a scale."""
+LEVELS = {"int8": 127, "int4": 7}
+PIECE_OUTPUTS = 4096
+"""Packed at once, so that a large matrix does not lie there a third time as float32."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One matrix (N, K)."""
+
+    kind: Kind
+    numbers: Tensor
+    """bf16: (panels, K, panel) bfloat16; int8: (panels, padded K / 2, panel, 2) int8; int4: (panels, padded K / 8, panel) int32"""
+    scales: Tensor | None
+    """(panels, groups, panel) float16"""
+    num_outputs: int
+
+    @property
+    def lanes(self) -> int:
+        return self.numbers.shape[2] // 2
+
+    @property
+    def padded(self) -> int:
+        """Input features, filled up to whole groups."""
+        return self.numbers.shape[1] * {"bf16": 1, "int8": 2, "int4": 8}[self.kind]
+
+    @property
+    def group(self) -> int:
+        return 1 if self.scales is None else self.padded // self.scales.shape[1]
+
+
+def pack(kind: Kind, weight_NK: Tensor, lanes: int) -> Packed:
+    """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
+    pieces = [_pack_piece(kind, piece, lanes) for piece in weight_NK.split(PIECE_OUTPUTS)]  # whole panels, but for the last
+    numbers, scales = zip(*pieces, strict=True)
+    return Packed(kind, _joined(numbers), None if scales[0] is None else _joined(scales), weight_NK.shape[0])
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The matrix (N, padded K) in float32: the slow twin of what a kernel multiplies by."""
+    return rows(packed, torch.arange(packed.num_outputs))
+
+
+def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
+    """Rows (T, padded K) of the matrix in float32."""
+    panel = 2 * packed.lanes
+    panels_T, places_T = outputs_T // panel, outputs_T % panel
+    if packed.kind == "bf16":
+        interleaved_T = (places_T % packed.lanes) * 2 + places_T // packed.lanes
+        numbers_TK: Tensor = packed.numbers[panels_T, :, interleaved_T].float()
+        return numbers_TK.contiguous()
+    assert packed.scales is not None
+    numbers_TX = packed.numbers[panels_T, :, places_T]
+    if packed.kind == "int4":
+        shifts = torch.tensor([4 * (k // 2) + 16 * (k % 2) for k in range(8)], dtype=torch.int32)
+        numbers_TX = (numbers_TX.unsqueeze(-1) >> shifts & 15) - 8
+    numbers = numbers_TX.flatten(1).float().unflatten(1, (-1, packed.group))
+    rows_TK: Tensor = (numbers * packed.scales[panels_T, :, places_T].float().unsqueeze(-1)).flatten(1)
+    return rows_TK
+
+
+def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | None) -> Tensor:
+    """(T, N) in float32. A row's result is the same whatever rows stand beside it."""
+    x_TK = x_TK.float().contiguous()
+    bias_N = None if bias_N is None else bias_N.float().contiguous()
+    y_TN = torch.empty(x_TK.shape[0], packed.num_outputs)
+    library.linear[packed.kind](
+        x_TK.data_ptr(),
+        packed.numbers.data_ptr(),
+        None if packed.scales is None else packed.scales.data_ptr(),
+        None if bias_N is None else bias_N.data_ptr(),
+        y_TN.data_ptr(),
+        *(x_TK.shape[0], x_TK.shape[1], packed.padded, packed.group, packed.num_outputs),
+        num_threads(),
+    )
+    return y_TN
+
+
+def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _pack_piece(kind: Kind, weight_NK: Tensor, lanes: int) -> tuple[Tensor, Tensor | None]:
+    panel = 2 * lanes
+    num_panels = -(-weight_NK.shape[0] // panel)
+    if kind == "bf16":
+        padded = _filled(weight_NK.bfloat16(), num_panels * panel, weight_NK.shape[1])
+        halves = padded.view(num_panels, 2, lanes, -1)  # output lane in the low half of 32 bits, output lanes + lane in the high one
+        return halves.permute(0, 3, 2, 1).reshape(num_panels, -1, panel), None
+    group = GROUP[kind]
+    num_groups = -(-weight_NK.shape[1] // group)
+    padded = _filled(weight_NK.float(), num_panels * panel, num_groups * group).view(num_panels, panel, num_groups, group)
+    numbers, scales = _quantised(padded, LEVELS[kind])
+    numbers = numbers.view(num_panels, panel, -1, 2 if kind == "int8" else 8).transpose(1, 2)
+    if kind == "int4":
+        shifts = torch.tensor([4 * (k // 2) + 16 * (k % 2) for k in range(8)], dtype=torch.int32)
+        numbers = ((numbers.int() + 8) << shifts).sum(-1, dtype=torch.int32)
+    return numbers.contiguous(), scales.transpose(1, 2).contiguous()
+
+
+def _quantised(weight_PNGC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """int8 numbers and float16 scales (P, N, G). int4 uses -8 too: the scale's sign makes it the number furthest from zero."""
+    most = weight_PNGC.abs().amax(-1)
+    if levels == 7:
+        furthest = weight_PNGC.gather(-1, weight_PNGC.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scales, lowest = furthest / -8, -8
+    else:
+        scales, lowest = most / levels, -levels
+    scales = scales.half()
+    inverse = torch.where(scales == 0, 0, 1 / scales.float())
+    return (weight_PNGC * inverse.unsqueeze(-1)).round_().clamp_(lowest, levels).to(torch.int8), scales
+
+
+def _filled(weight_NK: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
+    """With zeros at the ends."""
+    missing = (0, num_inputs - weight_NK.shape[1], 0, num_outputs - weight_NK.shape[0])
+    return torch.nn.functional.pad(weight_NK, missing) if any(missing) else weight_NK

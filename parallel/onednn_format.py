@@ -1,0 +1,59 @@
+"""Weights in the order that oneDNN chose for this processor: for CPUs that multiply bfloat16 natively."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.axes import IN, OUT
+from parallel.weight_format import TensorSpec
+
+TYPICAL_ROWS = 16
+"""oneDNN chooses an order for some number of rows; the product is right for any."""
+
+
+@dataclass(frozen=True)
+class OneDnnFormat:
+    """A plain matrix, reordered once; `F.linear` would do so in every step."""
+
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return self.dtype.itemsize
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {"weight": TensorSpec((OUT, IN), self.dtype)}
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = tensors.pop("weight")
+        if weight.numel() == 0:
+            return {"weight": weight}
+        return {"reordered": torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)}
+
+    def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        if "weight" in tensors or x.numel() == 0:
+            weight = tensors.get("weight")
+            return x.new_zeros(*x.shape[:-1], tensors["reordered"].shape[0]) if weight is None else F.linear(x, weight, bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, tensors["reordered"], bias, "none", [], "")
+        return y
+
+    def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        raise NotImplementedError("oneDNN's order is its own: a table that is looked up is held plainly")
+
+
+def runs_here(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype on this processor, natively and rightly: tried, as its operators are torch's own affair."""
+    capabilities = torch.cpu.get_capabilities()
+    if dtype == torch.bfloat16 and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return False
+    weight = torch.linspace(-1, 1, 64 * 48).view(64, 48).to(dtype)
+    x = torch.linspace(1, -1, 3 * 48).view(3, 48).to(dtype)
+    form = OneDnnFormat(dtype)
+    try:
+        found = form.multiply(x, form.prepare({"weight": weight.clone()}), None)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    return torch.allclose(found.float(), x.float() @ weight.float().T, atol=0.1)

@@ -1,0 +1,77 @@
+"""Weight formats for CPUs: a plain matrix of a checkpoint, packed when it is loaded, as bfloat16 or rounded to 8 or 4 bits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.axes import IN, OUT
+from parallel.native.experts import experts
+from parallel.native.library import native
+from parallel.native.linear import GROUP, Kind, Packed, multiply, pack, rows, unpack
+from parallel.weight_format import TensorSpec
+
+BYTES: dict[Kind, float] = {"bf16": 2, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}
+"""Of a weight, with its part of a float16 scale."""
+ANY_LANES = 8
+"""Of a panel where no kernel reads it."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """Stored in a checkpoint as a plain matrix, held and multiplied packed. Sums are in float32 whatever the dtype of ``x``.
+
+    ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``int8`` and
+    ``int4`` round each group of 128 or 32 input features to multiples of a scale of its own (`parallel.native.linear.GROUP`);
+    groups are counted from this rank's first feature.
+    """
+
+    kind: Kind
+    stored: torch.dtype
+    """Of the matrix while it is loaded: what the checkpoint has."""
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return BYTES[self.kind]
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {"weight": TensorSpec((OUT, IN), self.stored)}
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        library = native()
+        packed = pack(self.kind, tensors.pop("weight"), library.lanes if library else ANY_LANES)
+        # How many outputs there are cannot be told from the panels, and the input features not from the groups.
+        prepared = {"numbers": packed.numbers, "outputs": torch.zeros(packed.num_outputs, dtype=torch.uint8)}
+        return prepared if packed.scales is None else prepared | {"scales": packed.scales}
+
+    def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        packed = self.packed(tensors)
+        library = native()
+        if library is not None and packed.lanes == library.lanes:
+            y = multiply(library, x.reshape(-1, x.shape[-1]), packed, bias)
+            return y.to(x.dtype).view(*x.shape[:-1], packed.num_outputs)
+        y = F.linear(x.float(), unpack(packed)[:, : x.shape[-1]], None if bias is None else bias.float())
+        return y.to(x.dtype)
+
+    def experts(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        counts: Sequence[int],
+        up: Sequence[Mapping[str, Tensor]],
+        down: Sequence[Mapping[str, Tensor]],
+    ) -> Tensor | None:
+        """Every assignment through its expert, see `parallel.native.experts`; None where only one after the other is possible."""
+        library = native()
+        ups, downs = [self.packed(tensors) for tensors in up], [self.packed(tensors) for tensors in down]
+        if library is None or ups[0].lanes != library.lanes or ups[0].num_outputs == 0:
+            return None
+        return experts(library, x, rows, counts, ups, downs).to(x.dtype)
+
+    def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        return rows(self.packed(tensors), outputs.flatten())[:, :width].view(*outputs.shape, width)
+
+    def packed(self, tensors: Mapping[str, Tensor]) -> Packed:
+        return Packed(self.kind, tensors["numbers"], tensors.get("scales"), tensors["outputs"].shape[0])

@@ -1,0 +1,62 @@
+"""In what form weights are held, and that it changes no answer it must not change."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.formats import choose_formats
+from parallel.native.library import native
+from parallel.onednn_format import OneDnnFormat, runs_here
+from parallel.packed_format import PackedFormat
+from parallel.weight_format import Dense, WeightFormat
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BF16, FLOAT = torch.bfloat16, torch.float32
+needs_kernels = pytest.mark.skipif(native() is None, reason="the kernels are not built here")
+
+
+@needs_kernels
+def test_weights_stored_in_bfloat16_are_held_so_where_sums_are_in_float32() -> None:
+    assert choose_formats(CPU, FLOAT, [BF16, BF16]).matrices == PackedFormat("bf16", BF16)
+    assert choose_formats(CPU, FLOAT, [BF16, FLOAT]).matrices == Dense(FLOAT)
+    assert choose_formats(CPU, FLOAT, [FLOAT]).matrices == Dense(FLOAT)
+
+
+def test_int4_leaves_embedding_and_head_in_int8() -> None:
+    formats = choose_formats(CPU, FLOAT, [BF16], "int4")
+    assert (formats.matrices, formats.table) == (PackedFormat("int4", BF16), PackedFormat("int8", BF16))
+
+
+def test_a_gpu_has_plain_weights_and_says_so() -> None:
+    assert choose_formats(CUDA, BF16, [BF16]).matrices == Dense(BF16)
+    with pytest.raises(ValueError, match="quantised to int8 while loading on a CPU only"):
+        choose_formats(CUDA, BF16, [BF16], "int8")
+
+
+def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.formats.native", lambda: None)
+    assert choose_formats(CPU, FLOAT, [BF16]).matrices == Dense(FLOAT)
+
+
+FORMATS: list[WeightFormat] = [PackedFormat("bf16", FLOAT), PackedFormat("int8", FLOAT), PackedFormat("int4", FLOAT), OneDnnFormat(FLOAT)]
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_every_format_multiplies_by_what_it_holds(form: WeightFormat, has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_kernels:
+        monkeypatch.setattr("parallel.packed_format.native", lambda: None)
+    if isinstance(form, OneDnnFormat) and not runs_here(FLOAT):
+        pytest.skip("oneDNN has no packed product here")
+    generator = torch.Generator().manual_seed(1)
+    weight, x, bias = (torch.randn(*shape, generator=generator) for shape in ((70, 200), (2, 3, 200), (70,)))
+    tensors = form.prepare({"weight": weight.clone()})
+    held = weight if isinstance(form, OneDnnFormat) else form.rows(torch.arange(70), tensors, 200)
+    torch.testing.assert_close(form.multiply(x, tensors, bias), x @ held.T + bias, rtol=1e-3, atol=2e-3)
+    assert num_bytes(tensors) <= form.bytes_per_weight * 80 * 256 + 70
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name != "reordered")

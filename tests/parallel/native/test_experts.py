@@ -1,0 +1,28 @@
+"""All experts in one call against one expert after the other."""
+
+import pytest
+import torch
+
+from parallel.native.experts import experts
+from parallel.native.library import native
+from parallel.native.linear import Kind, multiply, pack
+from parallel.native.small import gate
+
+COUNTS = {"one token each": [1, 1, 1], "few": [3, 1, 7], "one crowded": [1, 150, 2], "a single expert": [5]}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts: list[int]) -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    random = torch.Generator().manual_seed(1)
+    up = [pack(kind, torch.randn(2 * 72, 200, generator=random), library.lanes) for _ in counts]
+    down = [pack(kind, torch.randn(200, 72, generator=random), library.lanes) for _ in counts]
+    x, rows = torch.randn(40, 200, generator=random), torch.randint(40, (sum(counts),), generator=random)
+    wanted = []
+    for number, part in enumerate(rows.split(counts)):
+        inner = gate(library, multiply(library, x[part], up[number], None))
+        wanted.append(multiply(library, inner, down[number], None))
+    assert torch.equal(experts(library, x, rows, counts, up, down), torch.cat(wanted))

@@ -1,0 +1,36 @@
+"""Building and finding the kernels."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel.compiled import Unavailable
+from parallel.native import library
+
+
+def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    for has, wanted in ((avx2, "avx2"), (avx512, "avx512"), (avx512 | {"avx512_vnni"}, "avx512_vnni")):
+        monkeypatch.setattr(library, "_capabilities", lambda has=has: has)
+        assert library.best_variant() == wanted
+    monkeypatch.setattr(library, "_capabilities", set)
+    with pytest.raises(Unavailable, match="x86-64 with AVX2"):
+        library.best_variant()
+
+
+def test_without_the_kernels_the_log_says_how_to_get_them(tmp_path: Path) -> None:
+    code = "import logging; logging.basicConfig(level='INFO'); from parallel.native.library import native; print(native())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin", "HOME": str(tmp_path)}
+    folder = Path(library.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+    assert "without our own CPU kernels" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", library.VARIANTS)
+def test_every_variant_compiles_whatever_this_processor_is(variant: str) -> None:
+    assert library.build(variant).exists()

@@ -1,0 +1,102 @@
+"""The kernels' product against the packed matrix multiplied by torch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.native.library import Native, native
+from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
+
+KINDS: tuple[Kind, ...] = ("bf16", "int8", "int4")
+SHAPES = {"even": (256, 128), "narrow": (1, 64), "ragged": (307, 200), "deep": (72, 1500), "wide": (4500, 40)}
+MOST_ROUNDING: dict[Kind, float] = {"bf16": 2.0**-8, "int8": 1 / 253, "int4": 0.126}
+"""Of the largest number of a group, by which a weight may be off."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def library() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip("the kernels are not built here")
+    return found
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_matrix_is_the_matrix_to_its_rounding(kind: Kind, shape: tuple[int, int], lanes: int) -> None:
+    weight = random(*shape)
+    found = unpack(pack(kind, weight, lanes))[:, : shape[1]]
+    assert (found - weight).abs().max() <= MOST_ROUNDING[kind] * weight.abs().max()
+    if kind == "bf16":
+        assert torch.equal(found, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 13, 33, 200])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_product_is_that_with_the_unpacked_matrix(library: Native, kind: Kind, shape: tuple[int, int], num_rows: int) -> None:
+    packed = pack(kind, random(*shape), library.lanes)
+    x, bias = random(num_rows, shape[1], seed=1), random(shape[0], seed=2)
+    wanted = x.double() @ unpack(packed)[:, : shape[1]].double().T
+    assert_near(multiply(library, x, packed, None), wanted, x, packed)
+    assert_near(multiply(library, x, packed, bias), wanted + bias, x, packed)
+
+
+def assert_near(found: Tensor, wanted: Tensor, x: Tensor, packed: Packed) -> None:
+    """Each number to 2^-14 of what its summands come to: float32 sums, and for integers x as 16 bits."""
+    size = x.double().abs() @ unpack(packed)[:, : x.shape[1]].double().abs().T
+    assert ((found - wanted).abs() <= 2.0**-14 * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_gives_the_same_bits_in_any_company(library: Native, kind: Kind) -> None:
+    packed = pack(kind, random(307, 1500), library.lanes)
+    x = random(200, 1500, seed=1)
+    whole = multiply(library, x, packed, None)
+    for start, stop in [(0, 1), (7, 9), (50, 56), (60, 73), (100, 197)]:
+        assert torch.equal(multiply(library, x[start:stop], packed, None), whole[start:stop])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_threads_changes_no_bit(library: Native, kind: Kind) -> None:
+    packed, x, before = pack(kind, random(300, 500), library.lanes), random(40, 500, seed=1), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(multiply(library, x, packed, None))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_numbers_neither_overflow_nor_vanish(library: Native, kind: Kind) -> None:
+    weight = torch.ones(40, 256) * torch.tensor([1.0, -1.0]).repeat(20).unsqueeze(1)
+    packed = pack(kind, weight, library.lanes)
+    x = torch.stack([torch.full((256,), 1e30), torch.full((256,), 1e-30), torch.zeros(256)])
+    torch.testing.assert_close(multiply(library, x, packed, None), x @ weight.T, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_in_a_row_is_seen_in_that_row_alone(library: Native, kind: Kind) -> None:
+    packed, x = pack(kind, random(64, 128), library.lanes), random(8, 128, seed=1)
+    healthy = multiply(library, x, packed, None)
+    x[3, 5] = torch.nan
+    found = multiply(library, x, packed, None)
+    assert found[3].isnan().all()
+    others = [row for row in range(8) if row != 3]
+    assert torch.equal(found[others], healthy[others])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_rows_can_be_looked_up(kind: Kind) -> None:
+    packed = pack(kind, random(307, 256), 8)
+    wanted = torch.tensor([306, 0, 16, 15, 8, 306])
+    assert torch.equal(rows(packed, wanted), unpack(packed)[wanted])
