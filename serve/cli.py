@@ -3,8 +3,9 @@
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
-from serve.commands import bench, chat, config, demo_model, doctor, keys, plan, serve, status, up
+from serve.commands import bench, bench_serve, chat, config, demo_model, doctor, keys, plan, serve, status, up
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -15,6 +16,21 @@ Start here:
   manta chat "Why is the sky blue?"       ask it
   manta config                            every setting: meaning, value, origin
 """
+
+
+class _EngineByDefault(TyperGroup):
+    """`manta bench demo` is `manta bench engine demo`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        is_named = bool(args) and (args[0] in self.commands or args[0] in ("-h", "--help"))
+        return super().parse_args(ctx, args if is_named else ["engine", *args])
+
+
+benches = typer.Typer(
+    cls=_EngineByDefault, help="Measure: the engine of this machine by itself, or any running server.", rich_markup_mode=None
+)
+benches.command("engine")(bench.bench)
+benches.command("serve")(bench_serve.bench_serve)
 
 app = typer.Typer(
     name="manta",
@@ -35,7 +51,7 @@ app.command("config")(config.config)
 app.command("demo-model")(demo_model.demo_model)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
+app.add_typer(benches, name="bench")
 app.add_typer(keys.keys, name="keys")
 
 

@@ -41,7 +41,8 @@ def bench(
     \b
       manta bench demo
       manta bench demo --tensor-parallel 2 --only stream
-      manta bench ./checkpoint --dtype bfloat16 --rounds 5
+      manta bench ./checkpoint --quantize int8 --rounds 5
+      manta bench serve --help                            a server instead
     """
     flags: dict[str, tuple[str, object]] = {
         "model.source": ("MODEL", model),

@@ -1,0 +1,121 @@
+"""`manta bench serve`: load for a running server, ours or another's."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve.commands.progress import progress_shown
+from serve.commands.settings import stop
+
+if TYPE_CHECKING:
+    from serve.load.client import Answer, Api, Target
+    from serve.load.workloads import Conversation
+
+
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="The API's address.")] = "http://127.0.0.1:8000/v1",
+    workload: Annotated[str, typer.Option("--workload", "-w", help="W1 to W10, see above.")] = "W3",
+    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="How many (conversations, in W1 and W8).")] = 64,
+    rate: Annotated[float, typer.Option("--rate", help="Arrivals per second, on average.")] = 2.0,
+    scale: Annotated[float, typer.Option("--scale", help="Of all lengths: 0.1 for a small machine.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed, other prompts and times.")] = 0,
+    ttft: Annotated[float, typer.Option("--slo-ttft", help="Seconds to the first token that a good request keeps.")] = 1.0,
+    itl: Annotated[float, typer.Option("--slo-itl", help="Seconds between its tokens, on average.")] = 0.1,
+    api: Annotated[str, typer.Option("--api", help="chat or completions.")] = "chat",
+    model: Annotated[str | None, typer.Option("--model", help="None: the first that the server lists.")] = None,
+    key: Annotated[str | None, typer.Option("--key", envvar="OPENAI_API_KEY", help="API key.")] = None,
+    extra: Annotated[str, typer.Option("--extra", help="JSON object that goes into every request's body.")] = "{}",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures and every request's times here.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the distributions (.png, .svg; wants matplotlib).")] = None,
+) -> None:
+    """Put a load on any OpenAI endpoint and print what its clients saw.
+
+    Open loop: requests are sent at times fixed beforehand, however slow the server is, and waiting is counted from the time a
+    request was due. The same seed asks the same again, so that two servers can be compared.
+
+    \b
+      W1  one stream, growing prompts       W6   long prompts among short
+      W2  all at once                       W7   bursts
+      W3  chat                              W8   conversations
+      W4  a grid of lengths                 W9   JSON after a schema
+      W5  shared prefixes                   W10  one client in five goes away
+
+    \b
+      manta bench serve                                                a server on this machine, W3
+      manta bench serve http://host:8000/v1 -w W6 --rate 4 -n 200 --json long.json
+      manta bench serve http://other:8000/v1 -w W3 --extra '{"ignore_eos": true}' --plot chat.png
+    """
+    from serve.load.workloads import WORKLOADS, Shape
+
+    if workload.upper() not in WORKLOADS:
+        stop(f"no workload is called {workload!r}; there are: {', '.join(WORKLOADS)}")
+    if api not in ("chat", "completions"):
+        stop(f"--api is {api!r}; it is chat or completions")
+    if rate <= 0 or scale <= 0:
+        stop(f"--rate and --scale must be above 0, got {rate:g} and {scale:g}")
+    from rich.console import Console
+
+    from serve.load.client import Target, find_model
+    from serve.load.report import Promise, as_json, lines_of, summarise, table_of
+
+    chosen = WORKLOADS[workload.upper()]
+    conversations = chosen.conversations(Shape(requests=requests, rate=rate, scale=scale, seed=seed))
+    try:
+        more = _object(extra)
+        url = url.rstrip("/")
+        name = model or asyncio.run(find_model(url, key))
+        answers = _run(Target(url=url, model=name, api=_api(api), key=key, extra=more), conversations)
+        promise = Promise(ttft_s=ttft, itl_s=itl)
+        summary = summarise(answers, promise)
+        title = f"{chosen.name}: {chosen.about} | {name} at {url}, {rate:g}/s, seed {seed}"
+        console = Console()
+        for line in lines_of(summary, promise):
+            console.print(line, highlight=False, markup=False)
+        console.print(table_of(title, summary))
+        if json_file is not None:
+            json_file.write_text(json.dumps({"title": title, **as_json(summary, answers)}, indent=1) + "\n")
+        if plot is not None:
+            from serve.load.plots import draw
+
+            draw(answers, title, plot)
+    except ValueError as error:
+        stop(str(error))
+    if summary.done == 0:
+        raise typer.Exit(1)
+
+
+def _run(target: "Target", conversations: Sequence["Conversation"]) -> list["Answer"]:
+    from serve.load.client import run
+
+    total, ended = sum(len(conversation.turns) for conversation in conversations), 0
+    with progress_shown() as report:
+        report("requests under way", 0.0)
+
+        def count(_answer: "Answer") -> None:
+            nonlocal ended
+            ended += 1
+            report("requests under way", ended / total)
+
+        return asyncio.run(run(target, conversations, count))
+
+
+def _api(name: str) -> "Api":
+    return "chat" if name == "chat" else "completions"
+
+
+def _object(text: str) -> dict[str, object]:
+    """
+    Raises:
+        ValueError: not a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--extra is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"--extra must be a JSON object, got {text}")
+    return value

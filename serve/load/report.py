@@ -1,0 +1,125 @@
+"""From what clients saw to figures: waiting, gaps, throughput, and how many were served as promised."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import numpy as np
+from rich.table import Table
+
+from serve.load.client import Answer
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What a request must keep to count as good (service level objective)."""
+
+    ttft_s: float
+    itl_s: float
+    """Its mean gap."""
+
+    def kept_by(self, answer: Answer) -> bool:
+        if answer.ending != "done" or not answer.token_s:
+            return False
+        gaps = _gaps(answer)
+        return ttft_s(answer) <= self.ttft_s and (not gaps or sum(gaps) / len(gaps) <= self.itl_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Of one run; percentiles by name (``p50``), in seconds."""
+
+    requests: int
+    done: int
+    cancelled: int
+    failed: int
+    elapsed_s: float
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    requests_per_s: float
+    good: int
+    goodput_per_s: float
+    """Requests per second that kept the promise."""
+    late_s: float
+    """The most that this generator was behind its own plan: above some milliseconds it measured itself."""
+    ttft_s: dict[str, float]
+    itl_s: dict[str, float]
+    """Over all gaps of all requests, so that one long pause is seen."""
+    e2e_s: dict[str, float]
+    errors: dict[str, int]
+
+
+def ttft_s(answer: Answer) -> float:
+    return answer.token_s[0] - answer.due_s
+
+
+def _gaps(answer: Answer) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(answer.token_s)]
+
+
+def summarise(answers: Sequence[Answer], promise: Promise) -> Summary:
+    done = [answer for answer in answers if answer.ending == "done"]
+    begun = [answer for answer in answers if answer.token_s]
+    elapsed_s = max((answer.end_s for answer in answers), default=0.0) or 1e-9
+    output = sum(answer.output_tokens if answer.output_tokens is not None else len(answer.token_s) for answer in answers)
+    good = sum(promise.kept_by(answer) for answer in answers)
+    errors: dict[str, int] = {}
+    for answer in answers:
+        if answer.ending == "failed":
+            errors[answer.error] = errors.get(answer.error, 0) + 1
+    return Summary(
+        requests=len(answers),
+        done=len(done),
+        cancelled=sum(answer.ending == "cancelled" for answer in answers),
+        failed=sum(answer.ending == "failed" for answer in answers),
+        elapsed_s=elapsed_s,
+        prompt_tokens=sum(answer.prompt_tokens or 0 for answer in answers),
+        output_tokens=output,
+        output_tokens_per_s=output / elapsed_s,
+        requests_per_s=len(done) / elapsed_s,
+        good=good,
+        goodput_per_s=good / elapsed_s,
+        late_s=max((answer.sent_s - answer.due_s for answer in answers), default=0.0),
+        ttft_s=_percentiles([ttft_s(answer) for answer in begun]),
+        itl_s=_percentiles([gap for answer in begun for gap in _gaps(answer)]),
+        e2e_s=_percentiles([answer.end_s - answer.due_s for answer in done]),
+        errors=errors,
+    )
+
+
+def as_json(summary: Summary, answers: Sequence[Answer]) -> dict[str, object]:
+    """The figures, and each request's times for whoever wants others."""
+    requests = [{name: value for name, value in asdict(answer).items() if name != "text"} for answer in answers]
+    return {"summary": asdict(summary), "requests": requests}
+
+
+def table_of(title: str, summary: Summary) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("seconds", no_wrap=True)
+    for percentile in PERCENTILES:
+        table.add_column(f"p{percentile}", justify="right")
+    for name, values in (("to the first token", summary.ttft_s), ("between tokens", summary.itl_s), ("to the end", summary.e2e_s)):
+        table.add_row(name, *(f"{values[f'p{p}']:.3f}" if values else "" for p in PERCENTILES))
+    return table
+
+
+def lines_of(summary: Summary, promise: Promise) -> list[str]:
+    lines = [
+        f"{summary.requests} requests in {summary.elapsed_s:.1f} s: "
+        f"{summary.done} done, {summary.cancelled} cancelled, {summary.failed} failed",
+        f"{summary.output_tokens_per_s:,.1f} tokens/s out, {summary.requests_per_s:.2f} requests/s",
+        f"goodput {summary.goodput_per_s:.2f} requests/s: {summary.good} kept {promise.ttft_s:g} s to the first token "
+        f"and {promise.itl_s:g} s between tokens",
+    ]
+    if summary.late_s > 0.05:
+        lines.append(f"this generator was up to {summary.late_s:.2f} s behind its own plan (counted as waiting): it has too little CPU")
+    return lines + [f"{count} failed: {error}" for error, count in sorted(summary.errors.items(), key=lambda item: -item[1])[:5]]
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
