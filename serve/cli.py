@@ -1,6 +1,6 @@
 """The command `manta`. Commands are files in `serve/commands/`; each imports what is heavy only when it runs."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -21,7 +21,7 @@ Start here:
 class _EngineByDefault(TyperGroup):
     """`manta bench demo` is `manta bench engine demo`."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         is_named = bool(args) and (args[0] in self.commands or args[0] in ("-h", "--help"))
         return super().parse_args(ctx, args if is_named else ["engine", *args])
 
