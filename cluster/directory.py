@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 Kept = TypeVar("Kept")
 
 NAMESPACE = "manta"
+DEMAND = "demand"
+"""The board on which fronts pin, for every model, what waits there; see `cluster.waiting_room.WaitingRoom.note`."""
 EXPIRY_S = 10.0
 """A replica that has not reported for this long is taken off."""
 
@@ -96,6 +98,23 @@ class Register:
     def pinned(self, board: str) -> dict[str, Any]:
         self._boards[board] = self._fresh(self._boards.get(board, {}))
         return {key: note for key, (_, note) in self._boards[board].items()}
+
+    def demand(self, model: str) -> dict[str, list[dict[str, Any]]]:
+        """For the autoscaler, in plain values: what its living replicas and what the fronts say of a model. See `cluster.autoscaling`."""
+        loads = [
+            {
+                "id": record.id,
+                "num_running": stats.num_running,
+                "num_waiting": stats.num_waiting,
+                "prefill_tokens": stats.prefill_tokens,
+                "kv_used": stats.kv_used,
+                "computed_tokens": stats.computed_tokens,
+                "step_token_s": stats.step_token_s,
+            }
+            for record in self.records()[1]
+            if record.model == model and record.state in (State.READY, State.RECOVERING) and (stats := record.stats) is not None
+        ]
+        return {"replicas": loads, "fronts": [note[model] for note in self.pinned(DEMAND).values() if model in note]}
 
     def _fresh(self, entries: dict[str, tuple[float, Kept]]) -> dict[str, tuple[float, Kept]]:
         now = self._clock()

@@ -19,8 +19,10 @@ from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import NoReplicaReady, RequestAborted
 from cluster.expected_wait import WaitingPlace
+from cluster.health import State
 from cluster.link import LinkLost
 from cluster.resume import Resumes
+from cluster.waiting_room import WaitingRoom
 from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -104,6 +106,7 @@ class Router:
         connect: Callable[[ReplicaRecord], Link],
         policy: RoutingPolicy | None = None,
         config: RouterConfig | None = None,
+        room: WaitingRoom | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -111,6 +114,7 @@ class Router:
         self._policy: RoutingPolicy = policy or LeastLoaded()
         self._config = config or RouterConfig()
         self._clock, self._sleep = clock, sleep
+        self.room = room or WaitingRoom(wait_s=self._config.ready_wait_s, clock=clock)
         self._links: dict[str, Link] = {}
         self._unreachable: dict[str, str] = {}
         """Why, as it was logged last."""
@@ -134,8 +138,10 @@ class Router:
             await link.close()
 
     def ready(self) -> bool:
-        """Whether a request would find a replica now."""
-        return any(link.ready for link in self._links.values())
+        """Whether a request would find a replica now, or one would be started for it."""
+        if any(link.ready for link in self._links.values()):
+            return True
+        return self.room.from_zero and not any(record.state in (State.RECOVERING, State.FAILED) for record in self.replicas)
 
     @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
@@ -164,8 +170,13 @@ class Router:
         history = self.resumes.admit(request)
         committed = list(request.committed)
         num_cached: int | None = None
+        self.room.asked()
+        held_s, sent = 0.0, self._clock()
         for attempt in itertools.count(request.attempt):
+            before = self._clock()
             link = await self._choose(request, history.lost_by)
+            sent = self._clock()
+            held_s += sent - before
             mark(4, request.id)
             current = dataclasses.replace(request, attempt=attempt, committed=tuple(committed), losses=history.losses)
             try:
@@ -182,6 +193,9 @@ class Router:
                             continue  # only the news of a loss
                         if event.error_kind == "PoisonedRequest":
                             self.resumes.note_poisoned(request)
+                        if num_cached is None:
+                            self.room.first_token(self._clock() - sent)
+                            event = dataclasses.replace(event, held_s=held_s)
                         committed.extend(event.tokens)
                         num_cached = event.num_cached if num_cached is None else num_cached
                         yield event if event.num_cached == num_cached else dataclasses.replace(event, num_cached=num_cached)
@@ -203,20 +217,25 @@ class Router:
                 self._aborted.discard(request.id)
 
     async def _wait_for_ready(self, request: Request, lost_by: Sequence[str]) -> Link:
+        if (link := self._ready_link(request, lost_by)) is not None:
+            return link
         begun = self._clock()
-        while True:
-            if request.id in self._aborted:
-                raise RequestAborted
-            candidates = [link for link in self._links.values() if link.ready]
-            if candidates:
-                others = [link for link in candidates if link.id not in lost_by]
-                return self._policy.choose(others or candidates, request)
-            left_s = self._config.ready_wait_s - (self._clock() - begun)
-            if request.deadline_s is not None:
-                left_s = min(left_s, request.deadline_s - time.time())
-            if left_s <= 0:
-                raise NoReplicaReady(waited_s=round(self._clock() - begun, 1))
-            await self._sleep(min(0.05, left_s))
+        with self.room.seat(request):
+            while (link := self._ready_link(request, lost_by)) is None:
+                left_s = self.room.wait_s - (self._clock() - begun)
+                if request.deadline_s is not None:
+                    left_s = min(left_s, request.deadline_s - time.time())
+                if left_s <= 0:
+                    raise NoReplicaReady(waited_s=round(self._clock() - begun, 1))
+                await self._sleep(min(0.05, left_s))
+        return link
+
+    def _ready_link(self, request: Request, lost_by: Sequence[str]) -> Link | None:
+        if request.id in self._aborted:
+            raise RequestAborted
+        candidates = [link for link in self._links.values() if link.ready]
+        others = [link for link in candidates if link.id not in lost_by]
+        return self._policy.choose(others or candidates, request) if candidates else None
 
     async def _refresh_for_ever(self) -> None:
         while True:

@@ -155,6 +155,8 @@ class TokenEvent:
     error_kind: str | None = None
     """With finish_reason "error": the name of a class in `engine.errors`, and its message."""
     error_message: str | None = None
+    held_s: float = 0.0
+    """How long it waited at its front for a replica; added there, to the first event."""
     spent: Spent | None = None
     """In the first event with tokens, and in the last one."""
     losses: int = 0

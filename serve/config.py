@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.autoscaling import AutoscalingConfig
 from cluster.config import RankResources, ReplicaConfig, RouterConfig
 from engine.config import EngineConfig
 from engine.run.settings import RunnerConfig
@@ -61,10 +62,36 @@ class ParallelSettings(Section):
 
 
 class ReplicasSettings(Section):
-    """How many replicas of the model there are."""
+    """How many replicas of the model there are. Where `min` and `max` differ, as many as are needed; see `autoscaling`."""
 
-    count: int = Field(default=1, ge=1)
-    """Replicas, each with ranks of its own."""
+    count: int | None = Field(default=None, ge=0)
+    """Replicas in the beginning, each with ranks of its own. None = `min`, else 1."""
+    min: int | None = Field(default=None, ge=0)
+    """Replicas at least; 0: the last one goes when nobody asks, and the next request starts one. None = `count`."""
+    max: int | None = Field(default=None, ge=1)
+    """Replicas at most. None = the greater of `count` and `min`."""
+
+    @model_validator(mode="after")
+    def _are_in_order(self) -> "ReplicasSettings":
+        if not self.least <= self.initial <= self.most or self.most < 1:
+            raise ValueError(f"min={self.least}, count={self.initial}, max={self.most} must be in this order, and max at least 1")
+        return self
+
+    @property
+    def initial(self) -> int:
+        return self.count if self.count is not None else self.min if self.min is not None else 1
+
+    @property
+    def least(self) -> int:
+        return self.initial if self.min is None else self.min
+
+    @property
+    def most(self) -> int:
+        return max(self.initial, self.least) if self.max is None else self.max
+
+    @property
+    def vary(self) -> bool:
+        return self.least != self.most
 
 
 class FrontsSettings(Section):
@@ -165,6 +192,7 @@ class ModelEntry(Section):
     model: ModelSettings = ModelSettings()
     parallel: ParallelSettings = ParallelSettings()
     replicas: ReplicasSettings = ReplicasSettings()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     engine: EngineConfig = EngineConfig()
     runner: RunnerConfig = RunnerConfig()
     resources: RankResources = RankResources()
@@ -177,6 +205,7 @@ class ServeConfig(Section):
     model: ModelSettings = ModelSettings()
     parallel: ParallelSettings = ParallelSettings()
     replicas: ReplicasSettings = ReplicasSettings()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     engine: EngineConfig = EngineConfig()
     runner: RunnerConfig = RunnerConfig()
     resources: RankResources = RankResources()

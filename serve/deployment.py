@@ -14,13 +14,15 @@ import ray
 import ray.serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
+from cluster.autoscaler import serve_autoscaling
 from cluster.board import Board
-from cluster.directory import Reader
+from cluster.directory import DEMAND, Reader
 from cluster.link import ReplicaLink
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
 from cluster.replica import Replica
 from cluster.router import Router
 from cluster.routing import policy_of
+from cluster.waiting_room import WaitingRoom
 from cluster.worker import ModelRanks
 from model.checkpoint_folder import small_files
 from serve.auth import Doorkeeper, OpenDoor
@@ -48,6 +50,8 @@ MAX_CALLS_PER_FRONT = 10_000
 """Far above what admission lets in: refusing is the service's business, with proper errors."""
 METRICS_EVERY_S = 2.0
 """How often a front tells the others what it measured."""
+DEMAND_EVERY_S = 0.5
+"""How often a front tells the autoscaler what waits there."""
 SHUTDOWN_MARGIN_S = 10.0
 """Beyond draining, for the ranks to end and their memory to be freed."""
 
@@ -123,11 +127,16 @@ class _Front:
         self._grpc = MantaServicer(self._doors, door=self._door)
         self._admin = AdminServicer(self._doors, self._routers, door=self._door)
         self._health = HealthServicer(self._doors.ready)
+        self._demand = Board[dict[str, Any]](app, DEMAND, front)
+        self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
 
     async def _offer(self, app: str, model: Model, *, observers: Sequence[Observer]) -> Service:
         """A model's replicas, and the service over them."""
         node = ray.get_runtime_context().get_node_id()
+        replicas, scaling = model.config.replicas, model.config.autoscaling
+        starts = replicas.least == 0  # a replica is started for whoever waits, when there is none
         router = Router(
+            room=WaitingRoom(wait_s=scaling.hold_s, max_held=scaling.max_held, from_zero=True) if starts else None,
             replicas=Reader(app, model=model.name),
             connect=lambda record: ReplicaLink(record, node=node, config=model.config.router),
             policy=policy_of(model.config.router, model.config.engine, model.config.parallel.topology),
@@ -141,6 +150,10 @@ class _Front:
             folder, name=model.name, tokenizer=tokenizer, max_context_tokens=model.config.runner.max_context_tokens
         )
         return Service(model=facts, tokenizer=tokenizer, source=router, limits=model.config.limits, observers=observers)
+
+    def _what_waits(self) -> dict[str, Any]:
+        """For the autoscaler."""
+        return {facts.name: router.room.note() for facts, router in zip(self._catalog.models(), self._routers, strict=True)}
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(
@@ -156,6 +169,7 @@ class _Front:
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
             await self._board.close()
+            await self._demand.close()
             for router in self._routers:
                 await router.close()
 
@@ -235,7 +249,7 @@ def _engines(model: Model) -> Any:
     engines: Any = ray_serve.deployment(
         _Engine,
         name=engine_deployment_name(model.name),
-        num_replicas=config.replicas.count,
+        **_number_of_replicas(model),
         placement_group_bundles=bundles(config.parallel.topology, config.resources),
         placement_group_strategy=strategy(config.resources),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
@@ -247,6 +261,21 @@ def _engines(model: Model) -> Any:
         logging_config=_logging(config),
     )
     return engines.bind(model)
+
+
+def _number_of_replicas(model: Model) -> dict[str, Any]:
+    replicas, config = model.config.replicas, model.config
+    if not replicas.vary:
+        return {"num_replicas": replicas.initial}
+    scaling = serve_autoscaling(
+        config.autoscaling,
+        model=model.name,
+        max_running=config.engine.max_running,
+        least=replicas.least,
+        most=replicas.most,
+        initial=replicas.initial,
+    )
+    return {"autoscaling_config": scaling}
 
 
 def engine_deployment_name(model: str) -> str:

@@ -146,7 +146,7 @@ def _check_tls(config: ServeConfig) -> None:
 
 
 def _start_ray(models: Sequence[Model], config: ServeConfig, folder: Path) -> None:
-    needed = sum(model.config.replicas.count * cpus_needed(model.config.parallel.topology, model.config.resources) for model in models)
+    needed = sum(model.config.replicas.most * cpus_needed(model.config.parallel.topology, model.config.resources) for model in models)
     ray.init(
         address="local",
         num_cpus=math.ceil(config.ray.num_cpus or needed),

@@ -121,6 +121,8 @@ class TextEvent:
     usage: Usage | None = None
     """Of the whole request, in the very last event of the stream only."""
     usage_so_far: Usage | None = None
+    held_s: float = 0.0
+    """How long the choice waited for a replica to start, in its first event only."""
     spent: Spent | None = None
     """With a choice's end: its time in the engine that ended it."""
     ledger: Ledger | None = None
@@ -143,4 +145,6 @@ class Result:
     request_id: str
     choices: tuple[ChoiceResult, ...]
     usage: Usage
+    held_s: float = 0.0
+    """The longest that a choice waited for a replica to start."""
     ledger: Ledger | None = None

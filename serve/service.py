@@ -139,13 +139,13 @@ class Service:
         """The whole answer at once. Raises as `chat`."""
         stream = self.chat(request) if isinstance(request, ChatRequest) else self.complete(request)
         choices: dict[int, _Collected] = {}
-        usage, ledger = Usage(prompt_tokens=0, completion_tokens=0), None
+        usage, ledger, held_s = Usage(prompt_tokens=0, completion_tokens=0), None, 0.0
         async with aclosing(stream) as events:
             async for event in events:
                 choices.setdefault(event.choice, _Collected()).add(event)
-                usage, ledger = event.usage or usage, event.ledger
+                usage, ledger, held_s = event.usage or usage, event.ledger, max(held_s, event.held_s)
         results = tuple(choices[index].result(index) for index in sorted(choices))
-        return Result(request_id=request.request_id, choices=results, usage=usage, ledger=ledger)
+        return Result(request_id=request.request_id, choices=results, usage=usage, held_s=held_s, ledger=ledger)
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
         """The ids that the engine would get: of a text as a completion's prompt, of messages as a chat.
@@ -280,13 +280,16 @@ class Service:
             priority=asked.request.priority,
             deadline_s=asked.request.deadline_s,
         )
-        times = EngineTimes()
+        times, held_s = EngineTimes(), 0.0
         async with aclosing(self._source.stream(request)) as stream:
             while (event := await self._next(stream, request.deadline_s)) is not None:
                 times.take(event)
+                held_s += event.held_s
                 with asked.stopwatch.detokenising():
                     text = choice.apply(event)
                 if text is not None:
+                    if held_s:
+                        text, held_s = dataclasses.replace(text, held_s=held_s), 0.0
                     text = dataclasses.replace(text, spent=times.at_end(event)) if choice.finished else text
                     yield text, _Yielded(num_tokens=choice.num_tokens, num_cached=choice.num_cached, finished=choice.finished)
                 if choice.finished:

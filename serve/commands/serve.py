@@ -199,7 +199,9 @@ Ask it, from another terminal:
 def _shape(config: "ServeConfig") -> str:
     """Of one model: how many replicas, and what each is."""
     topology = config.parallel.topology
-    return f"{config.replicas.count} x {topology.size} rank{'s' if topology.size > 1 else ''} ({topology})"
+    replicas = config.replicas
+    number = f"{replicas.least} to {replicas.most}" if replicas.vary else str(replicas.initial)
+    return f"{number} x {topology.size} rank{'s' if topology.size > 1 else ''} ({topology})"
 
 
 def _python(program: str) -> str:

@@ -1,6 +1,7 @@
 """Step 14 of a request, over gRPC: the trailer that tells where a request's time went, for who asks for it."""
 
 from serve.grpc.errors import CallContext
+from serve.held import held_headers
 from serve.ledger import Ledger
 
 WANTED = "x-manta-ledger"
@@ -8,7 +9,10 @@ WANTED = "x-manta-ledger"
 TRAILER = "server-timing"
 
 
-def tell_ledger(context: CallContext, ledger: Ledger | None) -> None:
-    """To be called before the last message: behind Ray Serve's proxy trailers travel with messages."""
+def tell_ledger(context: CallContext, ledger: Ledger | None, held_s: float = 0.0) -> None:
+    """To be called before the last message: behind Ray Serve's proxy trailers travel with messages. A wait is told to everyone."""
+    trailers: list[tuple[str, str | bytes]] = [*held_headers(held_s).items()]
     if ledger is not None and (WANTED, "1") in [(key, value) for key, value in context.invocation_metadata() or ()]:
-        context.set_trailing_metadata([(TRAILER, ledger.server_timing())])
+        trailers.append((TRAILER, ledger.server_timing()))
+    if trailers:
+        context.set_trailing_metadata(trailers)

@@ -42,7 +42,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             asked = self._chat_request(request, request_id, context)
             result = await self._service.collect(asked)
             mark(14, request_id)
-            tell_ledger(context, result.ledger)
+            tell_ledger(context, result.ledger, result.held_s)
             return convert.chat_response(result, model=asked.model, created=int(self._clock()))
 
         return await answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
@@ -66,7 +66,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             asked = self._completion_request(request, request_id, context)
             result = await self._service.collect(asked)
             mark(14, request_id)
-            tell_ledger(context, result.ledger)
+            tell_ledger(context, result.ledger, result.held_s)
             return convert.generate_response(result, model=asked.model, created=int(self._clock()))
 
         return await answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
@@ -171,11 +171,12 @@ async def answer_or_refuse(
 async def _stream_or_refuse(
     begin: Callable[[], AsyncGenerator[TextEvent, None]], response: type[StreamResponse], context: CallContext, request_id: str
 ) -> AsyncGenerator[StreamResponse, None]:
-    writer, told = convert.StreamWriter(), False
+    writer, told, held_s = convert.StreamWriter(), False, 0.0
     try:
         async with aclosing(begin()) as events:
             async for event in events:
-                tell_ledger(context, event.ledger)
+                held_s = max(held_s, event.held_s)
+                tell_ledger(context, event.ledger, held_s)
                 for fields in writer.events(event):
                     if not told:
                         told = True

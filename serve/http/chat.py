@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.places import mark
+from serve.held import held_headers
 from serve.http.connection import unless_gone
 from serve.http.context import Front, Stamp, usage_object
 from serve.http.errors import json_response
@@ -30,6 +31,7 @@ def chat_routes(front: Front) -> APIRouter:
             )
         else:
             result = await unless_gone(request.receive, service.collect(asked))
+            headers |= held_headers(result.held_s)
             answer = json_response(
                 chat_completion(stamp, result, with_logprobs=bool(body.logprobs)), headers=headers | stamp.timing(result.ledger)
             )

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.places import mark
+from serve.held import held_headers
 from serve.http.connection import unless_gone
 from serve.http.context import Front, Stamp, usage_object
 from serve.http.errors import json_response
@@ -30,6 +31,7 @@ def completion_routes(front: Front) -> APIRouter:
             )
         else:
             result = await unless_gone(request.receive, service.collect(asked))
+            headers |= held_headers(result.held_s)
             answer = json_response(
                 completion(stamp, result, with_logprobs=body.logprobs is not None), headers=headers | stamp.timing(result.ledger)
             )

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import describe
+from serve.held import held_headers
 from serve.http.connection import unless_gone
 from serve.http.errors import error_object
 from serve.request import TextEvent, Usage
@@ -84,7 +85,7 @@ async def open_stream(
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events, chunks, headers, tell_ledger=tell_ledger)
+    return EventStream(first, events, chunks, (headers or {}) | held_headers(first.held_s), tell_ledger=tell_ledger)
 
 
 async def frames(

@@ -84,7 +84,9 @@ def test_wrong_keys_and_wrong_values_are_told_at_once(settings_file: Path) -> No
         ("http.port=9000", "http.port and grpc.port are both 9000"),
         ("parallel.tensor=0", "tp must be at least 1"),
         ("parallel.expert=3", "ep=3 does not divide"),
-        ("replicas.count=0", "replicas.count should be greater"),
+        ("replicas.count=-1", "replicas.count should be greater"),
+        ("replicas.count=0", "min=0, count=0, max=0 must be in this order, and max at least 1"),
+        ("autoscaling.kv_target=1.5", "kv_target must be above 0 and at most 1"),
         ("runner.kv_memory_fraction=.nan", "runner.kv_memory_fraction should be a finite number"),
         ("limits.body_bytes=-1", "body_bytes must be positive"),
         ("engine.prefix_cache=perhaps", "engine.prefix_cache should be a valid boolean"),
@@ -158,6 +160,28 @@ def test_a_config_is_frozen_and_crosses_processes() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
     with pytest.raises(ValueError, match="frozen"):
         config.http.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "initial", "most"),
+    [
+        ({}, 1, 1, 1),
+        ({"count": 3}, 3, 3, 3),
+        ({"min": 0, "max": 2}, 0, 0, 2),
+        ({"min": 1, "max": 4, "count": 2}, 1, 2, 4),
+        ({"max": 3}, 1, 1, 3),
+    ],
+)
+def test_what_is_not_said_of_the_number_of_replicas_follows_from_what_is(said: dict[str, int], least: int, initial: int, most: int) -> None:
+    replicas = ServeConfig.model_validate({"replicas": said}).replicas
+    assert (replicas.least, replicas.initial, replicas.most) == (least, initial, most)
+    assert replicas.vary == (least != most)
+
+
+@pytest.mark.parametrize("said", [{"count": 1, "max": 0}, {"min": 2, "count": 1}, {"count": 5, "max": 4}])
+def test_numbers_of_replicas_that_contradict_each_other_are_refused(said: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="replicas"):
+        ServeConfig.model_validate({"replicas": said})
 
 
 TWO_MODELS = """
