@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.expected_wait import ABOUT_EQUAL, ExpectedWait, Outlook, expected_wait_s, favourite
@@ -52,6 +52,7 @@ outlooks = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(outlooks, st.booleans(), st.integers(0, 8)), min_size=1, max_size=6), st.integers(0, 99))
 def test_the_chosen_one_is_never_expected_to_take_clearly_longer_than_another(states: list[tuple[Outlook, bool, int]], seed: int) -> None:
     request = asking()

@@ -93,6 +93,7 @@ def test_what_is_on_its_way_counts_for_a_while_and_in_bounded_number() -> None:
     assert index.overlap([(2).to_bytes(8, "big")]) == 1
 
 
+@settings(deadline=None)
 @given(
     prompt=st.lists(st.integers(0, 99), min_size=1, max_size=90),
     committed=st.integers(0, 20),

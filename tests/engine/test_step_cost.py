@@ -1,7 +1,7 @@
 """What a step costs is learnt from those that were taken."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.step_cost import StepCost
@@ -26,6 +26,7 @@ def test_steps_of_one_size_have_no_slope() -> None:
     assert learnt(*[(8, 0.02)] * 50) == pytest.approx((0.02, 0.0))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4096), st.floats(0, 10)), min_size=1, max_size=60))
 def test_no_part_is_ever_negative(steps: list[tuple[int, float]]) -> None:
     base_s, token_s = learnt(*steps)
@@ -33,6 +34,7 @@ def test_no_part_is_ever_negative(steps: list[tuple[int, float]]) -> None:
     assert token_s >= 0
 
 
+@settings(deadline=None)
 @given(base_s=st.floats(1e-4, 1), token_s=st.floats(1e-6, 1e-2), sizes=st.lists(st.integers(1, 2048), min_size=2, max_size=40))
 def test_where_steps_do_cost_a_line_it_is_found(base_s: float, token_s: float, sizes: list[int]) -> None:
     sizes = [*sizes, min(sizes) + 2048]
