@@ -45,6 +45,15 @@ def test_shared_memory_is_in_memory_and_counted(name: str, group: str, size: str
     assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": size}
 
 
+@pytest.mark.parametrize("name", READY)
+def test_rays_object_store_leaves_shared_memory_to_nccl(name: str) -> None:
+    cluster = ready(name).cluster
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert int(group["rayStartParams"]["object-store-memory"]) == 256 << 20
+        (size,) = (volume["emptyDir"]["sizeLimit"] for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm")
+        assert int(size.removesuffix("Gi")) >= 1
+
+
 def test_hosts_are_given_back_after_their_groups_own_time() -> None:
     rendered = ready("multi-model")
     assert rendered.cluster["autoscalerOptions"]["version"] == "v2"

@@ -33,6 +33,14 @@ def core_objects(rendered: Rendered) -> Iterator[dict[str, Any]]:
         }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _each_schema_is_read_once() -> Iterator[None]:
+    """The library reads some MB for every object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kubernetes_validate.utils, "schema_contents", functools.cache(kubernetes_validate.utils.schema_contents))
+        yield
+
+
 def different(names: list[str]) -> list[dict[str, Any]]:
     """Sets of values have much in common; each object once."""
     return list({json.dumps(each, sort_keys=True): each for name in names for each in core_objects(ready(name))}.values())
@@ -44,7 +52,6 @@ def test_kubernetes_takes_every_object(version: str) -> None:
         kubernetes_validate.validate(each, version, strict=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS[1:-1])
 def test_kubernetes_between_the_oldest_and_the_newest_takes_them_too(version: str) -> None:
     for each in different(["everything", "kueue"]):

@@ -1,16 +1,19 @@
 """The settings that the chart writes are settings that Manta and Ray Serve take."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.autoscaling import AutoscalingConfig
 from serve.config import ServeConfig
 from serve.config_sources import load
 from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
-from tests.k8s.chart import KINDS, READY, environment, ready, with_values
+from tests.k8s.chart import CHART, KINDS, READY, environment, ready, with_values
 
 
 def settings(name: str, folder: Path) -> ServeConfig:
@@ -101,3 +104,23 @@ def test_a_claim_that_holds_a_model_is_mounted_where_its_source_then_is() -> Non
     for template in rendered.pods().values():
         mounts = {mount["mountPath"]: mount for mount in template["spec"]["containers"][0]["volumeMounts"]}
         assert mounts["/claims/weights"]["readOnly"]
+
+
+def test_replicas_are_added_and_given_up_between_the_bounds(tmp_path: Path) -> None:
+    (entry,) = settings("everything", tmp_path).models
+    assert (entry.replicas.least, entry.replicas.initial, entry.replicas.most) == (1, 2, 3)
+    assert settings("cpu-demo", tmp_path).models[0].replicas.vary is False
+
+
+def test_a_model_may_go_to_zero_with_a_policy_of_its_own(tmp_path: Path) -> None:
+    model = {"name": "m", "source": "demo", "workerGroup": "gpu", "replicas": {"min": 0, "max": 2}, "autoscaling": {"hold_s": 1800}}
+    rendered = with_values({"models": [model]})
+    (tmp_path / "manta.yaml").write_text(rendered.one("ConfigMap", "manta")["data"]["manta.yaml"])
+    (entry,) = load(file=tmp_path / "manta.yaml").config.models
+    assert (entry.replicas.least, entry.replicas.initial, entry.replicas.most) == (0, 0, 2)
+    assert entry.autoscaling.hold_s == 1800
+
+
+def test_the_chart_knows_the_settings_of_the_policy() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["definitions"]["model"]["properties"]["autoscaling"]
+    assert set(schema["properties"]) == {field.name for field in dataclasses.fields(AutoscalingConfig)}

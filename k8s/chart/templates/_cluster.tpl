@@ -71,12 +71,18 @@ gcsFaultToleranceOptions:
 {{- end }}
 {{- end -}}
 
+{{/* Bytes. No tokens or weights pass through it; Ray by itself would take a third of the pod's memory, and want it in /dev/shm. */}}
+{{- define "manta.objectStore" -}}
+"268435456"
+{{- end -}}
+
 {{/* Serves nothing and has no room for replicas; its proxy is the one place from which metrics are scraped. */}}
 {{- define "manta.head" -}}
 rayStartParams:
   num-cpus: "0"
   num-gpus: "0"
   dashboard-host: 0.0.0.0
+  object-store-memory: {{ include "manta.objectStore" . }}
   block: "true"
 template:
   metadata:
@@ -136,6 +142,7 @@ maxReplicas: {{ .Values.front.replicas }}
 resources:
   manta-front: "1"
 rayStartParams:
+  object-store-memory: {{ include "manta.objectStore" . }}
   block: "true"
 template:
   metadata:
@@ -201,6 +208,7 @@ idleTimeoutSeconds: {{ $group.idleTimeoutSeconds }}
 resources:
   {{ printf "manta-%s" $group.name }}: "1"
 rayStartParams:
+  object-store-memory: {{ include "manta.objectStore" . }}
   block: "true"
 template:
   metadata:

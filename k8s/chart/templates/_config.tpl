@@ -15,14 +15,19 @@
 {{- with $model.parallel -}}{{- $_ := set $entry "parallel" . -}}{{- end -}}
 {{- $_ := set $entry "resources" (dict "gpus" (ternary 1.0 0.0 (gt $gpus 0)) "one_host" (eq (int ($group.hostsPerReplica | default 1)) 1) "host_resource" (printf "manta-%s" $model.workerGroup)) -}}
 {{- $_ := set $entry "replicas" (include "manta.replicas" $model | fromYaml) -}}
+{{- with $model.autoscaling -}}{{- $_ := set $entry "autoscaling" . -}}{{- end -}}
 {{- toYaml (mergeOverwrite $entry (deepCopy ($model.settings | default dict))) -}}
 {{- end -}}
 
+{{/* As ServeConfig has them; one replica where nothing is said. */}}
 {{- define "manta.replicas" -}}
 {{- $replicas := .replicas | default dict -}}
-{{- $min := $replicas.min | default 0 | int -}}
-{{- if not (hasKey $replicas "min") -}}{{- $min = 1 -}}{{- end -}}
-count: {{ $replicas.initial | default $min | int }}
+{{- $min := ternary ($replicas.min | int) 1 (hasKey $replicas "min") -}}
+min: {{ $min }}
+max: {{ ternary ($replicas.max | int) (max $min 1) (hasKey $replicas "max") }}
+{{- if hasKey $replicas "initial" }}
+count: {{ $replicas.initial | int }}
+{{- end }}
 {{- end -}}
 
 {{/* PEM file of the gRPC port by its role. */}}
