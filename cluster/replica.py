@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, WorkersLost
 from engine.executor import Executor
+from engine.fair_share import FairShare
 from engine.plan import TokenEvent
 from engine.stats import EngineStats
 
@@ -89,7 +90,7 @@ class Replica:
         try:
             self._ground = Ground.here_or_new(self._ranks, self._resources, timeout_s=GROUND_TIMEOUT_S)
             executor = self._start_executor()
-            self._engine = Engine(executor, self._engine_config, recover=self._recover, listener=self._journal)
+            self._engine = Engine(executor, self._engine_config, recover=self._recover, policy=FairShare(), listener=self._journal)
             self._engine_thread.start()
             self._intake.start()
             self._wait_until_ready()

@@ -1,26 +1,73 @@
-"""Who is served first, and who has to give way when blocks run out."""
+"""Who is admitted first, who has to give way when blocks run out, and whose request still finds a place in the queue."""
 
+from collections.abc import Iterable
+from collections.abc import Sequence as Listed
 from typing import Protocol
 
+from engine.request import Request
 from engine.sequence import Sequence
 
-Rank = tuple[int, ...]
+Rank = tuple[float, ...]
 
 
 class Policy(Protocol):
+    """Asked and told by the scheduler, from the engine's thread. See `engine.fair_share` for one whose ranks change."""
+
     def rank(self, sequence: Sequence) -> Rank:
-        """Lower is admitted first and preempted last. It must not change while the sequence lives, and no two may be equal."""
+        """As of now. Lower is planned first and preempted last; no two may be equal."""
+        ...
+
+    def order(self, waiting: Listed[Sequence]) -> Iterable[Sequence]:
+        """The waiting ones as they shall be admitted. Read one by one; the scheduler tells of each admission in between."""
+        ...
+
+    def may_wait(self, request: Request, waiting: Listed[Sequence], limit: int) -> bool:
+        """Whether a place in a queue of about ``limit`` is left for it."""
+        ...
+
+    def arrived(self, sequence: Sequence, waiting: Listed[Sequence]) -> None:
+        """It is about to be put to the ``waiting``."""
+        ...
+
+    def opened(self, sequence: Sequence) -> None:
+        """It is admitted for the first time, and what of its prompt is cached has been found."""
+        ...
+
+    def sampled(self, sequence: Sequence, num_tokens: int) -> None:
+        """Its answer has grown."""
         ...
 
 
-class FirstCome:
+class FixedRank:
+    """What policies have in common whose ranks never change."""
+
+    def rank(self, sequence: Sequence) -> Rank:
+        raise NotImplementedError
+
+    def order(self, waiting: Listed[Sequence]) -> Iterable[Sequence]:
+        return list(waiting)  # the scheduler keeps them in the order of their ranks
+
+    def may_wait(self, request: Request, waiting: Listed[Sequence], limit: int) -> bool:
+        return len(waiting) < limit
+
+    def arrived(self, sequence: Sequence, waiting: Listed[Sequence]) -> None:
+        pass
+
+    def opened(self, sequence: Sequence) -> None:
+        pass
+
+    def sampled(self, sequence: Sequence, num_tokens: int) -> None:
+        pass
+
+
+class FirstCome(FixedRank):
     """By priority, then by arrival."""
 
     def rank(self, sequence: Sequence) -> Rank:
         return (sequence.request.priority, sequence.arrival)
 
 
-class ShortestPromptFirst:
+class ShortestPromptFirst(FixedRank):
     """By priority, then the shorter prompt: the least mean wait where prompts differ much and no one minds being overtaken."""
 
     def rank(self, sequence: Sequence) -> Rank:

@@ -91,7 +91,7 @@ class Scheduler:
             raise DuplicateRequest(request.id)
         if not request.prompt:
             raise EmptyPrompt
-        if len(self._waiting) >= self._config.max_waiting:
+        if not self._policy.may_wait(request, self._waiting, self._config.max_waiting):
             raise QueueFull(limit=self._config.max_waiting)
         sequence = Sequence(request, self._num_arrived)
         reason, stop_token = self._ending(sequence)
@@ -101,6 +101,7 @@ class Scheduler:
         array("i", sequence.tokens)  # what is no token id must raise here, at its own door, and not in the midst of a step
         self._num_arrived += 1
         self._by_key[request.key] = sequence
+        self._policy.arrived(sequence, self._waiting)
         self._wait(sequence)
         return []
 
@@ -213,9 +214,9 @@ class Scheduler:
                 self._plan_work(sequence, portion, building)
 
     def _admit_waiting(self, portions: list[Portion], building: PlanBuilder) -> None:
-        """Open waiting sequences in rank order until one finds no room. Each gets blocks for all its known tokens at once, so
+        """Open waiting sequences in the policy's order until one finds no room. Each gets blocks for all its known tokens at once, so
         that no prompt is preempted half way; one whose next block another sequence is computing right now waits for it."""
-        for sequence in filter(building.may_run, list(self._waiting)):
+        for sequence in filter(building.may_run, self._policy.order(self._waiting)):
             if not any(portion.budget for portion in portions) or self.num_running >= self._config.max_running:
                 return
             wanted = choices(sequence, portions, self._capacity.block_tokens)
@@ -247,6 +248,7 @@ class Scheduler:
         choice.portion.load_tokens += len(sequence.tokens)
         if sequence.num_cached_prompt is None:
             sequence.num_cached_prompt = min(sequence.num_computed, sequence.num_prompt)
+            self._policy.opened(sequence)
         shard.cache.begin(sequence, len(found))
 
     def _plan_work(self, sequence: Sequence, portion: Portion, building: PlanBuilder) -> None:
@@ -314,6 +316,7 @@ class Scheduler:
             taken += 1
             reason, stop_token = self._ending(sequence)
         self.sampled_tokens += taken
+        self._policy.sampled(sequence, taken)
         held = len(answer.tokens) - 1
         sequence.hold(min(held, taken))
         if self._speculator is not None and work.num_draft:

@@ -1,7 +1,7 @@
 """The law of the engine: an answer does not depend on the schedule."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.draft.speculator import Speculator
 from engine.engine import Engine
+from engine.fair_share import FairShare
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
 from tests.fakes.executor import FakeExecutor, Recorder, next_token, undisturbed
@@ -79,8 +80,11 @@ def disturbed(seed: int, happened: Happened) -> None:
         max_in_flight=draw.randint(1, 3),
         prefix_cache=draw.random() < 0.8,
     )
-    engine = Engine(new_executor(), config, recover=new_executor, speculator=random_speculator(random.Random(f"guesses {seed}")))
-    recorder, requests = Recorder(), [random_request(draw, index) for index in range(draw.randint(1, 10))]
+    tenants = random.Random(seed + 1)
+    policy = FairShare() if tenants.random() < 0.5 else None
+    speculator = random_speculator(random.Random(f"guesses {seed}"))
+    engine = Engine(new_executor(), config, recover=new_executor, policy=policy, speculator=speculator)
+    recorder, requests = Recorder(), [of_some_tenant(tenants, random_request(draw, index)) for index in range(draw.randint(1, 10))]
     arriving, cancelled = list(requests), set()
     for _ in range(20_000):
         while arriving and draw.random() < 0.3:
@@ -137,6 +141,10 @@ def random_request(draw: random.Random, index: int) -> Request:
         salt=draw.choice(["", "", "other"]),
         priority=draw.choice([0, 0, 0, 1]),
     )
+
+
+def of_some_tenant(draw: random.Random, request: Request) -> Request:
+    return replace(request, tenant=draw.choice(["", "a", "b"]), share=draw.choice([0.5, 1.0, 3.0]))
 
 
 def judge(requests: list[Request], recorder: Recorder, cancelled: set[tuple[str, int]], happened: Happened) -> None:

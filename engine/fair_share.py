@@ -1,0 +1,82 @@
+"""Tenants get the engine in proportion to their shares, whatever they ask for: virtual token counters (arXiv 2401.00588).
+
+Every token that is computed for a tenant moves its counter on, by less the larger its share is. The tenant whose counter is
+lowest is admitted next. A tenant that comes back from a pause begins where the lowest of the others is: nobody saves up.
+With one tenant this is first come, first served.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Listed
+
+from engine.policy import Rank
+from engine.request import Request
+from engine.sequence import Sequence
+
+PROMPT_COST = 1.0
+OUTPUT_COST = 2.0
+"""What a token counts. An output token is computed alone in its sequence's step, prompt tokens many at once (the paper's weights)."""
+MAX_OVERFULL = 2
+"""With many tenants the queue may grow to so many times its limit: each one's part of it is kept free for it."""
+MAX_COUNTERS = 10_000
+"""Of tenants that may come back. Beyond, those are forgotten that would begin anew anyway."""
+
+
+class FairShare:
+    """A `Policy`. Within a tenant the lower priority number comes first, then the earlier arrival."""
+
+    def __init__(self) -> None:
+        self._served: defaultdict[str, float] = defaultdict(float)
+        self._last = ""
+        """The tenant that was admitted last."""
+
+    def rank(self, sequence: Sequence) -> Rank:
+        return (self._served[sequence.request.tenant], sequence.request.priority, sequence.arrival)
+
+    def order(self, waiting: Listed[Sequence]) -> Iterator[Sequence]:
+        """Each time the first of the tenant that has been served least by then: an admission counts before the next is chosen."""
+        queues: defaultdict[str, list[Sequence]] = defaultdict(list)
+        for sequence in sorted(waiting, key=lambda one: (one.request.priority, one.arrival), reverse=True):
+            queues[sequence.request.tenant].append(sequence)
+        while queues:
+            tenant = min(queues, key=lambda one: self.rank(queues[one][-1]))
+            yield queues[tenant].pop()
+            if not queues[tenant]:
+                del queues[tenant]
+
+    def may_wait(self, request: Request, waiting: Listed[Sequence], limit: int) -> bool:
+        """A tenant's part of the queue is free for it, however full others have made it."""
+        if len(waiting) < limit:
+            return True
+        shares = {one.request.tenant: one.request.share for one in waiting} | {request.tenant: request.share}
+        part = limit * request.share / sum(shares.values())
+        own = sum(one.request.tenant == request.tenant for one in waiting)
+        return own < part and len(waiting) < MAX_OVERFULL * limit
+
+    def arrived(self, sequence: Sequence, waiting: Listed[Sequence]) -> None:
+        tenant = sequence.request.tenant
+        others = {one.request.tenant for one in waiting}
+        if tenant in others:
+            return
+        floor = min((self._served[other] for other in others), default=self._served[self._last])
+        self._served[tenant] = max(self._served[tenant], floor)
+        if len(self._served) > MAX_COUNTERS:
+            self._forget(floor, kept=others | {tenant, self._last})
+
+    def opened(self, sequence: Sequence) -> None:
+        self._last = sequence.request.tenant
+        self._charge(sequence, PROMPT_COST * (len(sequence.tokens) - sequence.num_computed))
+
+    def sampled(self, sequence: Sequence, num_tokens: int) -> None:
+        self._charge(sequence, OUTPUT_COST * num_tokens)
+
+    def served(self, tenant: str) -> float:
+        """Its counter, in tokens of the prompt's cost, divided by its share."""
+        return self._served[tenant]
+
+    def _charge(self, sequence: Sequence, cost: float) -> None:
+        self._served[sequence.request.tenant] += cost / sequence.request.share
+
+    def _forget(self, floor: float, kept: set[str]) -> None:
+        for tenant in [one for one, served in self._served.items() if served <= floor and one not in kept]:
+            del self._served[tenant]
