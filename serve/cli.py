@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from serve.commands import bench, bench_serve, chat, config, demo_model, doctor, keys, plan, serve, status, up
+from serve.commands import batch, bench, bench_serve, chat, config, demo_model, doctor, keys, plan, serve, status, up
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -47,6 +47,7 @@ app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("top")(status.top)
 app.command("chat")(chat.chat)
+app.command("batch")(batch.batch)
 app.command("config")(config.config)
 app.command("demo-model")(demo_model.demo_model)
 app.command("plan")(plan.plan)

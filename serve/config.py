@@ -162,6 +162,8 @@ class LoggingSettings(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """The least grave messages that are written."""
+    format: Literal["text", "json"] = "text"
+    """Lines for people, or a JSON object a line for programs: of the command itself, the fronts and the replicas."""
 
 
 class RaySettings(Section):

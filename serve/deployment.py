@@ -34,6 +34,7 @@ from serve.grpc.admin import AdminServicer
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
+from serve.logs import configure
 from serve.measuring import Measuring
 from serve.metrics import Instruments, Snapshot
 from serve.metrics_page import METRICS_BOARD, MetricsPage
@@ -77,6 +78,7 @@ class _Engine:
 
     async def __init__(self, model: Model) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         config = model.config
+        configure(config.logging.level, config.logging.format)
         folder = await asyncio.to_thread(_small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
@@ -113,6 +115,7 @@ class _Front:
 
     async def __init__(self, models: Sequence[Model], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
         """``engines`` are bound only so that Ray Serve deploys them."""
+        configure(config.logging.level, config.logging.format)
         self._config = config
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
@@ -288,4 +291,4 @@ def engine_deployment_name(model: str) -> str:
 
 
 def _logging(config: ServeConfig) -> LoggingConfig:
-    return LoggingConfig(log_level=config.logging.level.upper(), enable_access_log=False)
+    return LoggingConfig(log_level=config.logging.level.upper(), encoding=config.logging.format.upper(), enable_access_log=False)

@@ -1,7 +1,6 @@
 """`manta serve`: the server in the foreground, until Ctrl-C."""
 
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -16,6 +15,7 @@ import typer
 from serve.commands.models import found_here, meant_on_every_host
 from serve.commands.progress import progress_shown
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+from serve.logs import configure
 
 if TYPE_CHECKING:
     from cluster.directory import ReplicaRecord
@@ -90,7 +90,7 @@ def serve(
         "logging.level": ("--log-level", log_level),
     }
     config = load_settings(file, assignments, flags).config
-    logging.basicConfig(level=config.logging.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure(config.logging.level, config.logging.format)
     try:
         run(config)
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """`manta up` and `manta down`: an application put on a Ray cluster that runs already, and taken away again."""
 
-import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +8,7 @@ from serve.commands.models import meant_on_every_host
 from serve.commands.progress import progress_shown
 from serve.commands.serve import program, tell
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+from serve.logs import configure
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
@@ -46,7 +46,7 @@ def up(
         "ray.app": ("--app", app),
     }
     config = on_a_cluster(load_settings(file, assignments, flags).config)
-    logging.basicConfig(level=config.logging.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure(config.logging.level, config.logging.format)
     models = meant_on_every_host(config)
     from serve.deploying import StartError
     from serve.joined_ray import run_joined
