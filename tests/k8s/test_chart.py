@@ -65,3 +65,29 @@ def test_the_versions_are_those_of_the_package_and_of_its_ray() -> None:
     chart, values = (yaml.safe_load((CHART / file).read_text()) for file in ("Chart.yaml", "values.yaml"))
     assert chart["appVersion"] == project["version"]
     assert f"ray[serve]=={values['ray']['version']}" in project["dependencies"]
+
+
+def notes(name: str) -> str:
+    """What Helm tells after an installation (Helm 4: Helm 3 asks a cluster for it)."""
+    done = run_helm("4", "install", "manta", str(CHART), "--dry-run=client", "--namespace", "serving", "--values", str(values_file(name)))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("NOTES:")[2]
+
+
+def test_the_notes_tell_how_to_reach_it_and_how_to_upgrade() -> None:
+    told = notes("qwen2-7b-1gpu")
+    assert "http://manta.serving:8000/v1" in told
+    assert "grpc://manta.serving:9000" in told
+    assert '"model": "qwen2-7b"' in told
+    assert "helm upgrade manta CHART --namespace serving --server-side=false" in told
+    assert "1 more GPUs are needed meanwhile" in told
+    assert "NOBODY IS ASKED FOR A KEY" in told
+
+
+def test_the_notes_know_what_was_chosen() -> None:
+    told = notes("everything")
+    assert "grpcs://manta.serving:9000" in told
+    assert "https://manta.example.com/v1" in told
+    assert "NOBODY IS ASKED" not in told
+    assert "delete the RayCluster" in notes("qwen2-72b-tp8")
+    assert "get rayjob manta" in notes("batch")
