@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from parallel.axes import split, whole
 from parallel.groups import Group
 from parallel.linear import Linear, ShapeMismatch, Slot
-from parallel.native.small import add_norm, gate, kernels_for
+from parallel.small_kernels import kernels_for
 from parallel.weight_format import StoredTensor, WeightFormat
 
 
@@ -40,22 +40,22 @@ class RmsNorm(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         assert self.weight is not None
-        library = kernels_for(x_TD)
-        if library is not None:
-            return add_norm(library, x_TD.contiguous(), None, self.weight, self.eps)
+        kernels = kernels_for(x_TD)
+        if kernels is not None:
+            return kernels.add_norm(x_TD.contiguous(), None, self.weight, self.eps)
         x = x_TD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x.to(x_TD.dtype)  # rounded before the weight, as transformers does
 
     def add(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``x_TD + delta_TD``, perhaps in place of ``x_TD``, and the norm of it."""
-        library = kernels_for(x_TD)
-        if library is None:
+        kernels = kernels_for(x_TD)
+        if kernels is None:
             x_TD = x_TD + delta_TD
             return x_TD, self(x_TD)
         assert self.weight is not None
         x_TD = x_TD.contiguous()
-        return x_TD, add_norm(library, x_TD, delta_TD, self.weight, self.eps)
+        return x_TD, kernels.add_norm(x_TD, delta_TD, self.weight, self.eps)
 
 
 class Mlp(nn.Module):
@@ -74,8 +74,8 @@ class Mlp(nn.Module):
 
 def gated(gate_up_TX: Tensor) -> Tensor:
     """``silu(gate) * up``, which lie side by side."""
-    library = kernels_for(gate_up_TX)
-    if library is not None:
-        return gate(library, gate_up_TX)
+    kernels = kernels_for(gate_up_TX)
+    if kernels is not None:
+        return kernels.gate(gate_up_TX)
     gate_TI, up_TI = gate_up_TX.chunk(2, dim=-1)
     return F.silu(gate_TI) * up_TI

@@ -77,10 +77,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotation: Rotation, batch: ForwardBatch, cache: KvCache) -> Tensor:
         heads_TXK = self.qkv(x_TD).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        qk_TXK, v_TGK = heads_TXK.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q_THK, k_TGK = rotation.apply(qk_TXK).split((self.num_heads, self.num_kv_heads), dim=1)
         keys_NBGK, values_NBGK = cache.keys_NBGK[self.index_in_stage], cache.values_NBGK[self.index_in_stage]
-        out_THK = self.backend.attend(q_THK, k_TGK, v_TGK, keys_NBGK, values_NBGK, batch)
+        out_THK = self.backend.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
         result: Tensor = self.output(out_THK.flatten(1))
         return result
 

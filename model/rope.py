@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopeConfig, YarnConfig
-from parallel.native.small import kernels_for, rotate
+from parallel.small_kernels import kernels_for
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Rotation:
     sin_T1F: Tensor
 
     def apply(self, x_TXK: Tensor) -> Tensor:
-        library = kernels_for(x_TXK)
-        if library is not None:
-            return rotate(library, x_TXK, self.cos_T1F, self.sin_T1F)
+        kernels = kernels_for(x_TXK)
+        if kernels is not None:
+            return kernels.rotate(x_TXK, self.cos_T1F, self.sin_T1F)
         first, second = x_TXK.chunk(2, dim=-1)
         cos, sin = self.cos_T1F, self.sin_T1F
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

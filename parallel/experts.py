@@ -1,6 +1,8 @@
 """Routed experts: many small gated MLPs, each token using a few of them. N rows, A experts per row, D model width."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from parallel.groups import ParallelGroups
 from parallel.linear import Linear, ShapeMismatch, Slot
 from parallel.packed_format import PackedFormat
 from parallel.weight_format import StoredTensor, WeightFormat
+
+if TYPE_CHECKING:
+    from parallel.cuda.grouped import GroupedExperts
 
 
 class RoutedExperts(nn.Module):
@@ -47,6 +52,7 @@ class RoutedExperts(nn.Module):
         self.ep = groups.ep
         self.load_E: Tensor | None = None
         """Tokens of this rank's sequences sent to each expert since `forget_load`; None where there is nothing to choose."""
+        self._grouped: GroupedExperts | None = None
 
         def expert() -> Expert:
             share = split(intermediate_size, groups.expert_tp.rank, groups.expert_tp.size, intermediate_unit)
@@ -123,6 +129,7 @@ class RoutedExperts(nn.Module):
                     num_moves += 1
                     self._take_part(step)
         self.placement = placement
+        self._grouped = None
         self.dispatch.follow(placement)
         return num_moves
 
@@ -140,6 +147,8 @@ class RoutedExperts(nn.Module):
 
         (`torch.nn.functional.grouped_mm` in its place measured the same on CPU in torch 2.13.)
         """
+        if x_ND.device.type == "cuda" and (grouped := self._on_cuda()) is not None:
+            return grouped(x_ND, expert_ids_NA, weights_NA)
         ids = expert_ids_NA.flatten()
         order = ids.argsort(stable=True)
         elsewhere, *counts = torch.bincount(ids - ELSEWHERE, minlength=self.num_experts + 1).tolist()
@@ -159,6 +168,15 @@ class RoutedExperts(nn.Module):
                 return y
         parts = x_ND[rows].split(list(counts.values()))
         return torch.cat([expert(x) for expert, x in zip(used, parts, strict=True)])
+
+    def _on_cuda(self) -> "GroupedExperts | None":
+        """All experts here in two launches, where their matrices are plain and there is Triton."""
+        if self._grouped is None and self.held and find_spec("triton") and all("weight" in e.up.tensors for e in self._experts()):
+            from parallel.cuda.grouped import GroupedExperts  # triton: not to be imported where there is no such device
+
+            up, down = ({int(n): getattr(e, name).tensors["weight"] for n, e in self.held.items()} for name in ("up", "down"))
+            self._grouped = GroupedExperts(self.num_experts, up, down)
+        return self._grouped
 
     def _expert(self, number: int) -> "Expert":
         expert = self.held[str(number)]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-BackendName = Literal["auto", "reference", "cpu", "native"]
+BackendName = Literal["auto", "reference", "cpu", "native", "cuda"]
 QuantizeName = Literal["int8", "int4"]
 DispatchChoice = Literal["auto", "local", "all_to_all"]
 

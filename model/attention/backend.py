@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from model.batch import ForwardBatch
+from model.rope import Rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class AttentionBackend(Protocol):
         """Once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""
         ...
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        """Write k, v to ``batch.slots_T`` of the cache, then attend: (T, H, K)."""
+    def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        """Of each token's query, key and value heads (X = H + 2 G, in this order) turn queries and keys, write keys and values to
+        ``batch.slots_T`` of the cache, then attend: (T, H, K)."""
         ...

@@ -1,5 +1,7 @@
 """Which attention backend a rank uses: chosen once, at the door."""
 
+import logging
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -10,7 +12,9 @@ from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
 from parallel.native.library import HOW_TO_BUILD, native
 
-BackendName = Literal["auto", "reference", "cpu", "native"]
+log = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "reference", "cpu", "native", "cuda"]
 
 
 def choose_backend(device: torch.device, config: AttentionConfig, name: BackendName = "auto") -> AttentionBackend:
@@ -19,14 +23,16 @@ def choose_backend(device: torch.device, config: AttentionConfig, name: BackendN
     Raises:
         ValueError: that backend does not run on this device.
     """
+    if device.type == "cuda":
+        return _choose_for_cuda(device, config, name)
     library = native()
     suits = library is not None and config.head_dim % library.lanes == 0
     if name == "auto":
-        name = ("native" if suits else "cpu") if device.type == "cpu" else "reference"
+        name = "native" if suits else "cpu"
     if name == "reference":
         return ReferenceAttention(config)
-    if device.type != "cpu":
-        raise ValueError(f"the attention backend '{name}' does not run on {device}; choose 'auto' or 'reference'")
+    if device.type != "cpu" or name == "cuda":
+        raise _not_on(device, name)
     if name == "native":
         if library is None:
             raise ValueError(f"the attention backend 'native' is not built; {HOW_TO_BUILD}, or choose 'auto'")
@@ -34,3 +40,21 @@ def choose_backend(device: torch.device, config: AttentionConfig, name: BackendN
             raise ValueError(f"the attention backend 'native' wants heads of a multiple of {library.lanes}, not {config.head_dim}")
         return NativeAttention(config, library)
     return CpuAttention(config)
+
+
+def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: BackendName) -> AttentionBackend:
+    if name == "auto" and find_spec("triton") is None:
+        log.warning("triton is not installed, so attention takes the reference's slow way")
+        name = "reference"
+    match name:
+        case "reference":
+            return ReferenceAttention(config)
+        case "auto" | "cuda":
+            from model.attention.cuda import CudaAttention  # triton: not to be imported where there is no such device
+
+            return CudaAttention(config, device)
+    raise _not_on(device, name)
+
+
+def _not_on(device: torch.device, name: BackendName) -> ValueError:
+    return ValueError(f"the attention backend '{name}' does not run on {device}; choose 'auto' or 'reference'")

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.backend import AttentionConfig
+from model.attention.heads import turned
 from model.attention.write import write_kv
 from model.batch import ForwardBatch
+from model.rope import Rotation
 
 MAX_PADDING = 1 / 4
 """Decoding sequences are taken together while the shortest lacks at most this fraction of the longest ..."""
@@ -58,7 +60,8 @@ class CpuAttention:
             _decode_group(rows, batch, self.config.block_tokens) for rows in group_by_length(batch.context_lengths[: batch.num_decodes])
         ]
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
         write_kv(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
         out_THK = torch.empty_like(q_THK)
         for group in self._groups:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from model.attention.backend import AttentionConfig
-from model.attention.write import write_kv
 from model.batch import ForwardBatch
+from model.rope import Rotation
+from parallel.cuda.elementwise import rotate_and_write
 from parallel.cuda.paged_attention import Heads, PrefillTiles, decode, prefill, tokens_per_tile
 
 PROGRAMS_PER_PROCESSOR = 2
@@ -39,8 +40,10 @@ class CudaAttention:
             self._query_starts = self._upload(batch.query_starts)
             self._tiles = self._cut(batch)
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        write_kv(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
+    def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        q_THK = rotate_and_write(
+            heads_TXK, rotation.cos_T1F, rotation.sin_T1F, batch.slots_T, keys_NBGK, values_NBGK, self.config.num_heads
+        )
         out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
         some = slice(0, batch.num_decodes)
         if batch.num_decodes:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from model.attention.backend import AttentionConfig
 from model.attention.cpu import CpuAttention
+from model.attention.heads import turned
 from model.batch import ForwardBatch
+from model.rope import Rotation
 from parallel.native.library import Native, num_threads
 
 
@@ -28,10 +30,11 @@ class NativeAttention:
         self._lengths_S = torch.tensor(batch.context_lengths[: batch.num_decodes], dtype=torch.int64)
         self._tables_SM = batch.block_tables_SM[: batch.num_decodes].contiguous()
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
         if keys_NBGK.dtype != torch.float32:
             self._torch.prepare(batch)
-            return self._torch.attend(q_THK, k_TGK, v_TGK, keys_NBGK, values_NBGK, batch)
+            return self._torch.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
+        q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
         self._write(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
         if batch.num_decodes == batch.num_tokens:
             return self._decode(q_THK, keys_NBGK, values_NBGK)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from model.attention.backend import AttentionConfig
+from model.attention.heads import turned
 from model.attention.write import write_kv
 from model.batch import ForwardBatch
+from model.rope import Rotation
 
 
 class ReferenceAttention:
@@ -17,7 +19,8 @@ class ReferenceAttention:
     def prepare(self, batch: ForwardBatch) -> None:
         """Nothing is shared between layers."""
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
         write_kv(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
         out_THK = torch.empty_like(q_THK)
         for sequence, length in enumerate(batch.context_lengths):

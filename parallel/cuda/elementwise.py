@@ -115,6 +115,20 @@ def _rotate_and_write_kernel(
         tl.store(place + HALF, second_F, mask=written_F)
 
 
+def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+    """All heads turned. Tokens of ``x_TXK`` may lie apart, a token's heads may not; the twin is `model.rope.Rotation.apply`."""
+    num_tokens, num_heads, head_dim = x_TXK.shape
+    if x_TXK.stride()[1:] != (head_dim, 1):
+        x_TXK = x_TXK.contiguous()
+    out_TXK = x_TXK.new_empty((num_tokens, num_heads, head_dim))
+    if num_tokens:
+        _rotate_and_write_kernel[(num_tokens, num_heads)](
+            x_TXK, cos_T1F, sin_T1F, cos_T1F, out_TXK, x_TXK, x_TXK, x_TXK.stride(0), num_heads, 0, 0, 0,
+            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        )  # fmt: skip
+    return out_TXK
+
+
 def rotate_and_write(
     heads_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, slots_T: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, num_heads: int
 ) -> Tensor:

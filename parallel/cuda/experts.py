@@ -104,7 +104,7 @@ def expert_products(
     *,
     rows_per_source: int,
     num_assigned: int,
-    weights: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """(N * A, O): for each assignment its expert's product with its row of ``x``; zero for one that is computed elsewhere.
 

@@ -3,42 +3,38 @@
 import torch
 from torch import Tensor
 
-from parallel.native.library import Native, native, num_threads
+from parallel.native.library import Native, num_threads
 
 
-def kernels_for(x: Tensor) -> Native | None:
-    """The kernels, if they take tensors such as ``x``."""
-    return native() if x.dtype == torch.float32 and x.device.type == "cpu" else None
+class NativeSmall:
+    """See `parallel.small_kernels.SmallKernels`."""
 
+    def __init__(self, library: Native) -> None:
+        self._library = library
 
-def add_norm(library: Native, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
-    """``x_TD += delta_TD`` in place, and the root mean square norm of that. ``x_TD`` is contiguous."""
-    assert x_TD.is_contiguous()
-    out_TD = torch.empty_like(x_TD)
-    delta_TD = None if delta_TD is None else delta_TD.contiguous()
-    num_rows, width = x_TD.shape
-    delta = None if delta_TD is None else delta_TD.data_ptr()
-    library.add_norm(x_TD.data_ptr(), delta, weight_D.data_ptr(), out_TD.data_ptr(), num_rows, width, eps, num_threads())
-    return out_TD
+    def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+        assert x_TD.is_contiguous()
+        out_TD = torch.empty_like(x_TD)
+        delta_TD = None if delta_TD is None else delta_TD.contiguous()
+        num_rows, width = x_TD.shape
+        delta = None if delta_TD is None else delta_TD.data_ptr()
+        self._library.add_norm(x_TD.data_ptr(), delta, weight_D.data_ptr(), out_TD.data_ptr(), num_rows, width, eps, num_threads())
+        return out_TD
 
+    def gate(self, gate_up_TX: Tensor) -> Tensor:
+        gate_up_TX = gate_up_TX.contiguous()
+        num_rows, width = gate_up_TX.shape[0], gate_up_TX.shape[1] // 2
+        out_TI = torch.empty(num_rows, width)
+        self._library.gate(gate_up_TX.data_ptr(), out_TI.data_ptr(), num_rows, width, num_threads())
+        return out_TI
 
-def gate(library: Native, gate_up_TX: Tensor) -> Tensor:
-    """(T, I): ``silu(gate) * up`` of (T, 2 I)."""
-    gate_up_TX = gate_up_TX.contiguous()
-    num_rows, width = gate_up_TX.shape[0], gate_up_TX.shape[1] // 2
-    out_TI = torch.empty(num_rows, width)
-    library.gate(gate_up_TX.data_ptr(), out_TI.data_ptr(), num_rows, width, num_threads())
-    return out_TI
-
-
-def rotate(library: Native, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
-    """Heads turned by their token's angles. Tokens of ``x_TXK`` may lie apart, a token's heads may not."""
-    num_tokens, num_heads, width = x_TXK.shape
-    if x_TXK.stride()[1:] != (width, 1):
-        x_TXK = x_TXK.contiguous()
-    out_TXK = torch.empty(num_tokens, num_heads, width)
-    library.rotate(
-        *(x_TXK.data_ptr(), x_TXK.stride(0), cos_T1F.contiguous().data_ptr(), sin_T1F.contiguous().data_ptr(), out_TXK.data_ptr()),
-        *(num_tokens, num_heads, width, num_threads()),
-    )
-    return out_TXK
+    def rotate(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+        num_tokens, num_heads, width = x_TXK.shape
+        if x_TXK.stride()[1:] != (width, 1):
+            x_TXK = x_TXK.contiguous()
+        out_TXK = torch.empty(num_tokens, num_heads, width)
+        self._library.rotate(
+            *(x_TXK.data_ptr(), x_TXK.stride(0), cos_T1F.contiguous().data_ptr(), sin_T1F.contiguous().data_ptr(), out_TXK.data_ptr()),
+            *(num_tokens, num_heads, width, num_threads()),
+        )
+        return out_TXK

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.attention.backend import AttentionBackend, AttentionConfig
 from model.batch import ForwardBatch
+from model.rope import Rotation
 from parallel.axes import head_share
 
 BLOCK_TOKENS = 16
@@ -78,4 +79,11 @@ class Paged:
         """The result, and the caches after it."""
         keys, values = self.keys.clone(), self.values.clone()
         backend.prepare(self.batch)
-        return backend.attend(self.q, self.k, self.v, keys, values, self.batch), keys, values
+        heads = torch.cat((self.q, self.k, self.v), dim=1)
+        return backend.attend(heads, unturned(heads), keys, values, self.batch), keys, values
+
+
+def unturned(heads_TXK: Tensor) -> Rotation:
+    """The rotation that leaves all as it is."""
+    ones = heads_TXK.new_ones(heads_TXK.shape[0], 1, heads_TXK.shape[2] // 2)
+    return Rotation(ones, torch.zeros_like(ones))

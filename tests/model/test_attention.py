@@ -12,7 +12,7 @@ from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
 from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
 from parallel.native.library import native
-from tests.model.paged import Paged, Work, heads
+from tests.model.paged import Paged, Work, heads, unturned
 
 CPU = torch.device("cpu")
 
@@ -129,14 +129,19 @@ def test_a_step_without_tokens_attends_to_nothing(fast_backend: MakeFast) -> Non
     )
     backend = fast_backend(config)
     backend.prepare(empty)
-    assert backend.attend(paged.q[:0], paged.k[:0], paged.v[:0], paged.keys, paged.values, empty).shape == (0, 4, config.head_dim)
+    heads_of_none = paged.q.new_empty(0, 12, config.head_dim)
+    assert backend.attend(heads_of_none, unturned(heads_of_none), paged.keys, paged.values, empty).shape == (0, 4, config.head_dim)
 
 
-def test_the_backend_is_chosen_by_device_and_name() -> None:
+def test_the_backend_is_chosen_by_device_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
     config = HEADS["one per kv"]
     assert isinstance(choose_backend(CPU, config), CpuAttention if native() is None else NativeAttention)
     assert isinstance(choose_backend(CPU, config, "cpu"), CpuAttention)
     assert isinstance(choose_backend(CPU, config, "reference"), ReferenceAttention)
-    assert isinstance(choose_backend(torch.device("cuda"), config), ReferenceAttention)
+    with pytest.raises(ValueError, match="does not run on cpu"):
+        choose_backend(CPU, config, "cuda")
+    assert isinstance(choose_backend(torch.device("cuda"), config, "reference"), ReferenceAttention)
     with pytest.raises(ValueError, match="does not run on cuda"):
         choose_backend(torch.device("cuda"), config, "cpu")
+    monkeypatch.setattr("model.attention.choose.find_spec", lambda _name: None)
+    assert isinstance(choose_backend(torch.device("cuda"), config), ReferenceAttention), "without triton"

@@ -80,3 +80,13 @@ def test_a_token_that_is_nobodys_is_written_nowhere(device: torch.device) -> Non
     ones = torch.ones(2, 1, 8, device=device)
     rotate_and_write(torch.ones(2, 3, 16, device=device), ones, ones, torch.tensor([-1, 20], device=device), cache, cache.clone(), 1)
     assert cache.flatten(0, 1).any(dim=(1, 2)).nonzero().flatten().tolist() == [20]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_turned_where_they_lie_among_others(dtype: torch.dtype, device: torch.device) -> None:
+    from parallel.cuda.elementwise import rotate
+
+    x = torch.randn(6, 8, 32, device=device).to(dtype)[:, 1:6]
+    rotation = Rope(RopeConfig(theta=10000.0, yarn=None), 32, device).rotation(torch.arange(6, device=device), dtype)
+    tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {"atol": 1e-6, "rtol": 1e-6}
+    torch.testing.assert_close(rotate(x, rotation.cos_T1F, rotation.sin_T1F), rotation.apply(x), **tolerance)

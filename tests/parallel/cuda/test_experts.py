@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.experts import RoutedExperts
+from parallel.groups import single_rank_groups
+from parallel.weight_format import Dense
+
 
 def products(x: Tensor, matrices: list[Tensor], held_ids_NA: Tensor, weights: Tensor | None, sources: int) -> Tensor:
     """The twin: every assignment by itself."""
@@ -49,3 +53,23 @@ def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: 
         seen += real
         assert all(ids.flatten()[number] == expert for number in real)
     assert sorted(seen) == [number for number, expert in enumerate(ids.flatten().tolist()) if expert >= 0]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 60])
+def test_all_experts_of_a_rank_give_what_one_after_the_other_gives(num_rows: int, device: torch.device) -> None:
+    from parallel.cuda.grouped import GroupedExperts
+
+    torch.manual_seed(0)
+    experts = RoutedExperts(num_experts=6, hidden_size=40, intermediate_size=24, groups=single_rank_groups(), format=Dense(torch.float32))
+    experts.allocate(torch.device("cpu"))
+    for expert in experts._experts():
+        for layer in (expert.up, expert.down):
+            layer.tensors["weight"].normal_()
+    del experts.held["2"]  # held elsewhere
+    up, down = ({int(n): getattr(e, name).tensors["weight"].to(device) for n, e in experts.held.items()} for name in ("up", "down"))
+    x, weights = torch.randn(num_rows, 40), torch.rand(num_rows, 3)
+    ids = torch.stack([torch.randperm(6)[:3] for _ in range(num_rows)]) if num_rows else torch.empty(0, 3, dtype=torch.int64)
+    ids = torch.where(ids == 2, -1, ids)
+    wanted = experts._compute(x, ids, weights)
+    found = GroupedExperts(6, up, down)(x.to(device), ids.to(device), weights.to(device))
+    torch.testing.assert_close(found.cpu(), wanted, atol=1e-4, rtol=1e-4)

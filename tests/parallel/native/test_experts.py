@@ -6,7 +6,7 @@ import torch
 from parallel.native.experts import experts
 from parallel.native.library import native
 from parallel.native.linear import Kind, multiply, pack
-from parallel.native.small import gate
+from parallel.native.small import NativeSmall
 
 COUNTS = {"one token each": [1, 1, 1], "few": [3, 1, 7], "one crowded": [1, 150, 2], "a single expert": [5]}
 
@@ -23,6 +23,6 @@ def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts
     x, rows = torch.randn(40, 200, generator=random), torch.randint(40, (sum(counts),), generator=random)
     wanted = []
     for number, part in enumerate(rows.split(counts)):
-        inner = gate(library, multiply(library, x[part], up[number], None))
+        inner = NativeSmall(library).gate(multiply(library, x[part], up[number], None))
         wanted.append(multiply(library, inner, down[number], None))
     assert torch.equal(experts(library, x, rows, counts, up, down), torch.cat(wanted))

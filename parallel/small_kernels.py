@@ -1,0 +1,51 @@
+"""The small operations between matrices, each one pass over memory where this device has a kernel for that. T rows, D model width,
+I width of an MLP, X heads, K head width, F = K / 2 frequencies.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parallel.native.library import native
+from parallel.native.small import NativeSmall
+
+
+class SmallKernels(Protocol):
+    """For one kind of device. Who has none of them computes the same with torch, in more passes."""
+
+    def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+        """``x_TD += delta_TD`` in place, and the root mean square norm of that. ``x_TD`` is contiguous."""
+        ...
+
+    def gate(self, gate_up_TX: Tensor) -> Tensor:
+        """(T, I): ``silu(gate) * up`` of (T, 2 I)."""
+        ...
+
+    def rotate(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+        """Heads turned by their token's angles. Tokens of ``x_TXK`` may lie apart, a token's heads may not."""
+        ...
+
+
+def kernels_for(x: Tensor) -> SmallKernels | None:
+    """The kernels, if there are some that take tensors such as ``x``."""
+    if x.device.type == "cuda":
+        return _for_cuda()
+    return _for_cpu() if x.dtype == torch.float32 and x.device.type == "cpu" else None
+
+
+@cache
+def _for_cpu() -> SmallKernels | None:
+    library = native()
+    return None if library is None else NativeSmall(library)
+
+
+@cache
+def _for_cuda() -> SmallKernels | None:
+    if find_spec("triton") is None:
+        return None
+    from parallel.cuda.small import CudaSmall  # triton: not to be imported where there is no such device
+
+    return CudaSmall()

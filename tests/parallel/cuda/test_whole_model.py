@@ -1,0 +1,43 @@
+"""A model that computes with the kernels for CUDA alone, against itself without them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.request import Request, SamplingParams
+from engine.run.local_executor import LocalExecutor
+from model.attention.backend import AttentionBackend, AttentionConfig
+from tests.engine.run.test_end_to_end import answer, serve
+from tests.engine.run.tiny_models import engine_config, float32_config, write_dense
+
+PROMPTS = ((5, 9, 1), tuple(range(40, 61)))
+
+
+def answers(folder: Path) -> list[tuple[int, ...]]:
+    config = engine_config(max_step_tokens=16, prefix_cache=False)
+    executor = LocalExecutor.open(
+        folder, runner_config=float32_config(num_blocks=100, block_tokens=config.block_tokens), engine_config=config
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=5)
+    events = serve(Engine(executor, config), [Request(id=str(i), prompt=prompt, sampling=sampling) for i, prompt in enumerate(PROMPTS)])
+    executor.close()
+    return [answer(events[str(i), 0]) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, and the model of this test on the CPU")
+def test_it_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model.attention.cuda import CudaAttention
+    from parallel.cuda.small import CudaSmall
+
+    folder = write_dense(tmp_path)
+    wanted = answers(folder)
+
+    def cuda(device: torch.device, config: AttentionConfig, _name: str) -> AttentionBackend:
+        return CudaAttention(config, device)
+
+    monkeypatch.setattr("model.qwen2.choose_backend", cuda)
+    for module in ("model.layers", "model.rope"):
+        monkeypatch.setattr(f"{module}.kernels_for", lambda _x: CudaSmall())
+    assert answers(folder) == wanted
