@@ -23,12 +23,17 @@ class RankResources:
     gpus: float = 0.0
     one_host: bool = False
     """All ranks on one host or not at all; without it Ray packs them as tightly as it can."""
+    ranks_per_host: int | None = None
+    """Neighbouring ranks that share a host: the GPUs of one, for a tensor-parallel group that spans hosts. None = the ranks of a
+    tensor-parallel group (and those that share an expert) share a host, stages and data-parallel groups may lie on several."""
     host_resource: str | None = None
     """Only hosts whose Ray was started with this resource (`ray start --resources`): keeps a model to one kind of host."""
 
     def __post_init__(self) -> None:
         if self.cpus < 0 or self.gpus < 0:
             raise ValueError(f"a rank cannot have {self.cpus} CPUs and {self.gpus} GPUs")
+        if self.ranks_per_host is not None and self.ranks_per_host < 1:
+            raise ValueError(f"ranks_per_host must be at least 1, got {self.ranks_per_host}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,7 +197,7 @@ class RayExecutor:
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(ground.group, placement.bundle_of(rank)),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(ground.group, placement.bundle_of(rank, ranks.topology, resources)),
             ).remote(rank)
             self._seats.append(_Seat(rank, actor, self._context.socket(zmq.PAIR)))
         token = os.urandom(4).hex()
@@ -359,7 +359,8 @@ class RayExecutor:
         if self._broken or self._ended.is_set() or any(seat.capacity is None for seat in self._seats):
             return
         for seat in self._seats:
-            seat.socket.send(encode(Stop()), zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # its pipe is full of plans that it does not take: it is killed like one that is deaf
+                seat.socket.send(encode(Stop()), zmq.NOBLOCK)
         lives = [seat.life for seat in self._seats]
         ray.wait(lives, num_returns=len(lives), timeout=END_S)
 

@@ -1,5 +1,6 @@
 """Where the ranks of a replica are placed: a topology to Ray placement group bundles, and back to ranks."""
 
+import math
 from typing import Literal
 
 from cluster.config import RankResources
@@ -16,12 +17,23 @@ HOST_RESOURCE_SHARE = 0.001
 
 
 def bundles(topology: Topology, resources: RankResources) -> list[Bundle]:
-    """Bundle 0 for the replica itself, then one for each rank in order."""
+    """Bundle 0 for the replica itself, then one for each set of neighbouring ranks that must share a host.
+
+    tp=2, pp=2:  [replica] [ranks 0 1] [ranks 2 3]
+    """
     kind = on_hosts_with(resources.host_resource)
-    rank: Bundle = {"CPU": resources.cpus, **kind}
-    if resources.gpus:
-        rank["GPU"] = resources.gpus
-    return [{"CPU": REPLICA_CPUS, **kind}, *(dict(rank) for _ in range(topology.size))]
+    together = ranks_together(topology, resources)
+    counts = [min(together, topology.size - first) for first in range(0, topology.size, together)]
+    gpus = [{"GPU": resources.gpus * count} if resources.gpus else {} for count in counts]
+    ranks = [{"CPU": resources.cpus * count, **gpu, **kind} for count, gpu in zip(counts, gpus, strict=True)]
+    return [{"CPU": REPLICA_CPUS, **kind}, *ranks]
+
+
+def ranks_together(topology: Topology, resources: RankResources) -> int:
+    """How many neighbouring ranks share a host for certain: those that reduce in every layer, by tensor parallelism or within an
+    expert, unless `ranks_per_host` says another number. (Without expert parallelism there mostly are no experts.)"""
+    shared_expert = topology.expert_tp if topology.ep > 1 else 1
+    return resources.ranks_per_host or math.lcm(topology.tp, shared_expert)
 
 
 def on_hosts_with(resource: str | None) -> Bundle:
@@ -29,15 +41,14 @@ def on_hosts_with(resource: str | None) -> Bundle:
     return {} if resource is None else {resource: HOST_RESOURCE_SHARE}
 
 
-def bundle_of(rank: int) -> int:
-    return rank + 1
+def bundle_of(rank: int, topology: Topology, resources: RankResources) -> int:
+    return 1 + rank // ranks_together(topology, resources)
 
 
 def strategy(resources: RankResources) -> Strategy:
     """All bundles on one host, strictly or as far as possible.
 
-    With PACK Ray fills a host before it takes the next, and ranks are numbered with `tp` fastest, so neighbours on the
-    tensor-parallel axis share a host as far as hosts are large enough.
+    Ray fills a host before it takes the next one, so stages and data-parallel groups share hosts as far as these are large enough.
     """
     return "STRICT_PACK" if resources.one_host else "PACK"
 

@@ -71,6 +71,10 @@ class ReplicasSettings(Section):
     max: int | None = Field(default=None, ge=1)
     """Replicas at most. None = the greater of `count` and `min`."""
 
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    """While an upgrade replaces them: replicas beyond their number that may run, in percent of it, if there is room. 0 = an old one
+    ends before a new one starts, which takes no more GPUs; a single replica then pauses for as long as it loads."""
+
     @model_validator(mode="after")
     def _are_in_order(self) -> "ReplicasSettings":
         if not self.least <= self.initial <= self.most or self.most < 1:

@@ -241,6 +241,7 @@ def build_app(models: Sequence[Model], config: ServeConfig) -> ray_serve.Applica
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=max(model.config.replica.drain_timeout_s for model in models),
         max_constructor_retry_count=2,
+        max_surge_percent=100,  # they cost little, and one that cannot start must not have replaced one that serves
         logging_config=_logging(config),
     )
     app: ray_serve.Application = fronts.bind(tuple(models), config, *(_engines(model) for model in models))
@@ -253,6 +254,7 @@ def _engines(model: Model) -> Any:
         _Engine,
         name=engine_deployment_name(model.name),
         **_number_of_replicas(model),
+        max_surge_percent=config.replicas.max_surge_percent,
         placement_group_bundles=bundles(config.parallel.topology, config.resources),
         placement_group_strategy=strategy(config.resources),
         ray_actor_options={"num_cpus": REPLICA_CPUS},

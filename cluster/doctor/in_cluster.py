@@ -43,7 +43,7 @@ def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, 
             actor_class.options(
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement.bundle_of(rank)),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement.bundle_of(rank, topology, resources)),
             ).remote(rank)
             for rank in range(topology.size)
         ]

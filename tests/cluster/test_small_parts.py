@@ -27,12 +27,24 @@ class Clock:
 # --- placement
 
 
-def test_a_replica_has_a_bundle_for_itself_and_one_for_each_rank() -> None:
-    made = bundles(Topology(tp=2, dp=2), RankResources(cpus=3, gpus=1))
-    assert made[0] == {"CPU": 0.5}
-    assert [made[bundle_of(rank)] for rank in range(4)] == [{"CPU": 3, "GPU": 1}] * 4
-    assert len(made) == 5
-    assert cpus_needed(Topology(tp=2, dp=2), RankResources(cpus=3, gpus=1)) == 12.5
+@pytest.mark.parametrize(
+    ("topology", "resources", "counts"),
+    [
+        (Topology(tp=2, dp=2), RankResources(cpus=3, gpus=1), [2, 2]),
+        (Topology(tp=2, pp=2), RankResources(cpus=3, gpus=1), [2, 2]),
+        (Topology(tp=3, dp=2, ep=3), RankResources(cpus=3, gpus=1), [6]),  # an expert is shared by two ranks, the attention by three
+        (Topology(tp=1, dp=4, ep=4), RankResources(cpus=3, gpus=1), [1, 1, 1, 1]),
+        (Topology(tp=16), RankResources(cpus=3, gpus=1, ranks_per_host=8), [8, 8]),
+        (Topology(tp=3), RankResources(cpus=3, gpus=1, ranks_per_host=2), [2, 1]),
+        (Topology(tp=2, pp=2), RankResources(cpus=3, gpus=1, ranks_per_host=4), [4]),
+    ],
+)
+def test_a_replica_has_a_bundle_for_itself_and_one_for_each_set_of_ranks_that_must_share_a_host(topology, resources, counts) -> None:
+    made = bundles(topology, resources)
+    assert made == [{"CPU": 0.5}, *({"CPU": 3 * count, "GPU": count} for count in counts)]
+    where = [bundle_of(rank, topology, resources) for rank in range(topology.size)]
+    assert where == [1 + index for index, count in enumerate(counts) for _ in range(count)]
+    assert cpus_needed(topology, resources) == 0.5 + 3 * topology.size
 
 
 def test_ranks_without_gpus_ask_for_none() -> None:

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,6 +21,24 @@ from tests.system.server import eventually, free_ports
 ROOT = Path(__file__).parents[2]
 START_S = 180.0
 END_S = 30.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a host stands: an address, and the network namespace that has it."""
+
+    ip: str
+    namespace: str | None = None
+
+    def prefix(self, *, uts: bool = False) -> list[str]:
+        """To be put before a command so that it runs there; with ``uts`` under the namespace's name as its host's name."""
+        if self.namespace is None:
+            return []
+        named = ["unshare", "--uts", "sh", "-c", f'hostname {self.namespace} && exec "$@"', "sh"] if uts else []
+        return ["ip", "netns", "exec", self.namespace, *named]
+
+
+LOOPBACK = Place("127.0.0.1")
 
 
 @dataclass
@@ -34,7 +52,7 @@ class RayHost:
     environment: Mapping[str, str]
     """For whoever joins: the token."""
     folder: Path
-    family: set[psutil.Process] = field(default_factory=set)
+    place: Place = LOOPBACK
 
     @property
     def descendants(self) -> list[psutil.Process]:
@@ -42,22 +60,69 @@ class RayHost:
 
     def run(self, *command: str, timeout_s: float = 240.0, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """A command as somebody with the token would type it on this host."""
-        done = subprocess.run(command, env=dict(self.environment), cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            [*self.place.prefix(), *command],
+            env=dict(self.environment),
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
 
 @contextmanager
 def ray_head(
-    *, num_cpus: int = 4, environment: Mapping[str, str] | None = None, importable: bool = True, dashboard: bool = True
+    *,
+    num_cpus: int = 4,
+    environment: Mapping[str, str] | None = None,
+    importable: bool = True,
+    dashboard: bool = True,
+    place: Place = LOOPBACK,
+    port: int | None = None,
+    folder: Path | None = None,
+    resources: str = "{}",
 ) -> Iterator[RayHost]:
-    """``importable``: whether Manta is on the PYTHONPATH of this Ray's processes."""
-    folder = Path(tempfile.mkdtemp(prefix="mh-", dir="/tmp"))
+    """``importable``: whether Manta is on the PYTHONPATH of this Ray's processes. ``folder`` and ``port``: of one that was there before."""
+    kept = folder is not None
+    folder = folder or Path(tempfile.mkdtemp(prefix="mh-", dir="/tmp"))
     token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    gcs, web, agent, agent_grpc, metrics, client = free_ports(6)
-    own = {
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    gcs, web, client = free_ports(3)
+    gcs = port or gcs
+    own = _environment(token, environment)
+    command = [
+        *("--head", "--port", str(gcs), "--ray-client-server-port", str(client), "--num-cpus", str(num_cpus), "--resources", resources),
+        *("--include-dashboard", str(dashboard).lower(), "--dashboard-host", place.ip, "--dashboard-port", str(web)),
+        *("--temp-dir", str(folder / f"ray{secrets.token_hex(2)}")),
+    ]
+    try:
+        with _started(command, own, place, folder, importable=importable) as process:
+            joining = {**own, "RAY_ADDRESS": f"{place.ip}:{gcs}", "PYTHONPATH": str(ROOT)}
+            yield RayHost(process, f"{place.ip}:{gcs}", f"http://{place.ip}:{web}", joining, folder, place)
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def ray_worker(head: RayHost, place: Place, *, num_cpus: int, resources: str = "{}") -> Iterator[RayHost]:
+    """Another host of the head's cluster."""
+    folder = Path(tempfile.mkdtemp(prefix="mw-", dir="/tmp"))
+    command = ["--address", head.address, "--num-cpus", str(num_cpus), "--resources", resources]
+    try:
+        with _started(command, head.environment, place, folder, importable=True) as process:
+            yield RayHost(process, head.address, head.dashboard, head.environment, folder, place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(token: Path, more: Mapping[str, str] | None) -> dict[str, str]:
+    return {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("RAY_")},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
@@ -66,34 +131,49 @@ def ray_head(
         "RAY_raylet_start_wait_time_s": "120",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "2",
-        **(environment or {}),
+        **(more or {}),
     }
-    path = {"PYTHONPATH": str(ROOT)} if importable else {}
+
+
+@contextmanager
+def _started(
+    arguments: Sequence[str], environment: Mapping[str, str], place: Place, folder: Path, *, importable: bool
+) -> "Iterator[subprocess.Popen[bytes]]":
+    metrics, agent, agent_grpc = free_ports(3)
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-        *("--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", str(num_cpus), "--temp-dir", str(folder / "ray")),
-        *("--object-store-memory", str(96 << 20), "--metrics-export-port", str(metrics), "--ray-client-server-port", str(client)),
-        *("--include-dashboard", str(dashboard).lower(), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(web)),
+        *place.prefix(uts=True),
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--node-ip-address", place.ip),
+        *("--object-store-memory", str(96 << 20), "--metrics-export-port", str(metrics)),
         *("--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(agent_grpc)),
+        *arguments,
     ]
-    log = (folder / "start.log").open("wb")
-    process = subprocess.Popen(
-        command,
-        env={**own, **path, **proxy_hook.variables(grpc_host="127.0.0.1")},
-        cwd=folder,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    joining = {**own, "RAY_ADDRESS": f"127.0.0.1:{gcs}", "PYTHONPATH": str(ROOT)}
-    host = RayHost(process, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{web}", joining, folder)
+    path = {"PYTHONPATH": str(ROOT)} if importable else {}
+    log = folder / f"start-{secrets.token_hex(2)}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**environment, **path, **proxy_hook.variables(grpc_host=place.ip)},
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        eventually(lambda: process.poll() is not None or b"Ray runtime started" in (folder / "start.log").read_bytes(), START_S)
-        assert process.poll() is None, (folder / "start.log").read_text()
-        yield host
+        eventually(lambda: process.poll() is not None or b"Ray runtime started" in log.read_bytes(), START_S)
+        assert process.poll() is None, log.read_text()
+        yield process
     finally:
         end_host(process)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_host(host: RayHost) -> None:
+    """As if its power failed: nobody can say goodbye."""
+    family = [psutil.Process(host.process.pid), *host.descendants]
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    host.process.wait(10)
+    psutil.wait_procs(family, timeout=10)
 
 
 def end_host(process: "subprocess.Popen[bytes]") -> None:
