@@ -19,7 +19,7 @@ from serve import proxy_hook
 from tests.system.server import eventually, free_ports
 
 ROOT = Path(__file__).parents[2]
-START_S = 180.0
+START_S = 400.0
 END_S = 30.0
 
 
@@ -128,7 +128,7 @@ def _environment(token: Path, more: Mapping[str, str] | None) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_raylet_start_wait_time_s": "300",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "2",
         **(more or {}),
