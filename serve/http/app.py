@@ -20,6 +20,7 @@ from serve.http.health import health_routes
 from serve.http.metrics import MetricsPage, metrics_routes
 from serve.http.models import model_routes
 from serve.http.openapi import describe_api
+from serve.http.responses import response_routes
 from serve.http.tokens import token_routes
 from serve.limits import Limits
 from serve.offers import Offers
@@ -42,7 +43,7 @@ def create_app(
     """
     front = Front(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (chat_routes, completion_routes, model_routes, token_routes, health_routes):
+    for routes in (chat_routes, completion_routes, response_routes, model_routes, token_routes, health_routes):
         app.include_router(routes(front))
     if metrics is not None:
         app.include_router(metrics_routes(metrics))

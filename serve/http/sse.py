@@ -116,4 +116,6 @@ async def frames(
 
 
 def frame(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"  # JSON has no raw line ends, so one data line is enough
+    """One event. An API whose chunks have a type names it as the event's, too."""
+    name = f"event: {chunk['type']}\n".encode() if "type" in chunk else b""
+    return name + b"data: " + msgspec.json.encode(chunk) + b"\n\n"  # JSON has no raw line ends, so one data line is enough
