@@ -30,7 +30,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each workload; medians are shown.")] = 3,
     tokens_out: Annotated[int | None, typer.Option("--tokens-out", min=1, help="At most so many tokens out in every workload.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Only workloads whose name contains this.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only workloads whose name contains this; may be repeated.")] = None,
     assignments: Assignments = None,
 ) -> None:
     """Measure the engine alone, and print it beside what this machine could do at best.
@@ -73,17 +73,17 @@ def bench(
         json_file.write_text(json.dumps({"lines": lines, "cells": as_json(figures)}, indent=2) + "\n")
 
 
-def chosen_cells(only: str | None, tokens_out: int | None) -> list["Cell"]:
-    """The workloads whose name contains `only`.
+def chosen_cells(only: Sequence[str] | None, tokens_out: int | None) -> list["Cell"]:
+    """The workloads whose name contains one of `only`; all without it.
 
     Raises:
         ValueError: there are none.
     """
     from serve.bench.workload import CELLS
 
-    cells = [cell for cell in CELLS if only is None or only in cell.name]
+    cells = [cell for cell in CELLS if not only or any(part in cell.name for part in only)]
     if not cells:
-        raise ValueError(f"no workload is called {only!r}; there are: {', '.join(cell.name for cell in CELLS)}")
+        raise ValueError(f"no workload is called {' or '.join(only or ())}; there are: {', '.join(cell.name for cell in CELLS)}")
     return cells if tokens_out is None else [cell.shortened(tokens_out) for cell in cells]
 
 
