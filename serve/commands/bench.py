@@ -103,6 +103,7 @@ def measure(
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig
     from serve.bench.ceiling import measure_ceiling
+    from serve.bench.control_plane import SEQUENCES, control_plane_s
     from serve.bench.report import summarise
     from serve.bench.weights import weight_bytes
     from serve.bench.workload import run_rounds
@@ -135,6 +136,7 @@ def measure(
         f"weights: {formats.matrices}, embedding and head: {formats.table}",
         f"machine: {usable_cores()} cores, reads {ceiling.read_bytes_per_s / 1e9:.1f} GB/s, copies {ceiling.copy_bytes_per_s / 1e9:.1f}, "
         f"multiplies {ceiling.flop_per_s / 1e9:,.0f} GFLOP/s",
+        f"deciding a step of {SEQUENCES} sequences takes {control_plane_s() * 1e6:,.0f} us of CPU",
         f"a step reads at least {weights.per_step / 1e6:,.0f} MB of weights",
         f"most memory held by this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB",
     ]

@@ -3,6 +3,7 @@
 from engine.config import EngineConfig
 from engine.engine import Engine
 from serve.bench.ceiling import Ceiling
+from serve.bench.control_plane import control_plane_s
 from serve.bench.report import WeightBytes, floor_s, summarise
 from serve.bench.workload import Cell, run_cell
 from tests.fakes.executor import FakeExecutor
@@ -38,3 +39,7 @@ def test_a_figure_is_the_median_of_its_rounds():
     rounds = [run_cell(engine, CELL, vocab_size=1000, seed=seed) for seed in range(3)]
     figure = summarise(CELL, rounds, WEIGHTS, Ceiling(read_bytes_per_s=1e9, flop_per_s=1e9))
     assert figure.tokens_per_s == sorted(12 / each.elapsed_s for each in rounds)[1]
+
+
+def test_the_cost_of_deciding_is_measured_with_every_sequence_decoding():
+    assert control_plane_s(sequences=8, steps=3) >= 0

@@ -1,0 +1,52 @@
+"""What deciding costs: the engine's own work for a step, with ranks that answer at once."""
+
+import statistics
+import time
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executor import Capacity
+from engine.plan import Sampled, StepPlan, StepResult
+from engine.request import Request, SamplingParams
+
+SEQUENCES = 256
+PROMPT_TOKENS = 128
+STEPS = 200
+
+
+class InstantRanks:
+    """An executor whose every sequence gets a token at no cost."""
+
+    capacity = Capacity(num_blocks=SEQUENCES * 64, block_tokens=16, max_context_tokens=1024)
+
+    def submit(self, plan: StepPlan) -> "_Answered":
+        sampled = tuple(Sampled(work.sequence, (1,)) for work in plan.works if work.samples)
+        return _Answered(StepResult(plan.step, sampled, 0.0))
+
+    def close(self) -> None:
+        pass
+
+
+class _Answered:
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+def control_plane_s(sequences: int = SEQUENCES, steps: int = STEPS) -> float:
+    """Seconds of CPU that one step of so many decoding sequences takes this thread: the median, so that other programs count little."""
+    engine = Engine(InstantRanks(), EngineConfig(max_running=sequences, max_step_tokens=sequences * PROMPT_TOKENS))
+    sampling = SamplingParams(temperature=0.0, max_tokens=steps + 8)
+    for number in range(sequences):
+        prompt = tuple(1000 * number + place for place in range(PROMPT_TOKENS))
+        engine.submit(Request(id=str(number), prompt=prompt, sampling=sampling))
+    engine.turn()
+    took = []
+    for _ in range(steps):
+        started = time.thread_time()
+        events = engine.turn()
+        took.append(time.thread_time() - started)
+        assert len(events) == sequences
+    return statistics.median(took)
