@@ -21,13 +21,13 @@ test: $(READY_TEST)  ## Run the tests
 test-slow: $(READY_TEST)  ## Run what takes minutes as well
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-bench: $(READY_TEST)  ## Measure the engine on this machine: bfloat16, int8, int4 and a mixture of experts, of random weights (some 20 minutes)
+bench: $(READY_TEST)  ## Measure the engine on this machine: bfloat16, int8, int4 and a mixture of experts, of random weights
 	$(BIN)/python -m benchmarks.run --rounds 3
 	$(BIN)/python -m benchmarks.run --rounds 3 --shape moe
 	$(BIN)/python -m benchmarks.run --report
 
 PEERS := $(HOME)/.cache/manta/benchmarks/peers
-bench-peers: $(READY_TEST)  ## The same beside llama.cpp and transformers, round after round (an hour or two; builds llama.cpp)
+bench-peers: $(READY_TEST)  ## The same beside llama.cpp and transformers, round after round (builds llama.cpp)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet numpy llama-cpp-python --no-binary llama-cpp-python
 	$(BIN)/python -m benchmarks.run --rounds 5 --peer llama_cpp=$(PEERS)/bin/python --peer transformers_eager=$(BIN)/python
