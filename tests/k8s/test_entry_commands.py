@@ -11,7 +11,7 @@ import pytest
 
 from serve.demo_model import ensure_demo_model
 from tests.k8s.chart import ROOT, Rendered, container, ready
-from tests.k8s.operator import Node, Pod, can_start_pods
+from tests.k8s.pods import Node, Pod, can_start_pods
 from tests.system.server import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(1500)]
