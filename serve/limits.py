@@ -42,6 +42,23 @@ class Limits:
     template_chars: int = 8 * 1024 * 1024
     """Characters a chat template may write."""
 
+    schema_bytes: int = 64 * 1024
+    """A JSON schema, a regular expression or a grammar."""
+    schema_depth: int = 32
+    """Levels of a JSON schema."""
+    guided_choices: int = 1_024
+    tools: int = 128
+    tool_calls: int = 128
+    """Of one message."""
+    tools_chars: int = 256 * 1024
+    """Names, descriptions and schemas of all tools together."""
+    grammar_compile_s: float = 1.5
+    """Seconds of a CPU that compiling a client's grammar may take, in a process that is ended after it."""
+    grammar_memory_bytes: int = 512 * 1024 * 1024
+    """Memory that it may take, beyond the vocabulary."""
+    grammar_cache_bytes: int = 16 * 1024 * 1024
+    """Verdicts on grammars that a front keeps."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) <= 0:

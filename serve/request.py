@@ -4,11 +4,26 @@ The fronts fill these from JSON or protobuf without judging values; `serve.valid
 None always means "the client did not say".
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from engine.plan import Spent, TokenLogprobs
 from serve.caller import ANYONE, Caller
 from serve.ledger import Ledger
+
+NO_PARAMETERS = '{"type": "object", "properties": {}, "additionalProperties": false}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseFormat:
+    """The form that an answer's text must have."""
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    text: str = ""
+    """The schema as JSON, the expression, or the grammar."""
+    choices: tuple[str, ...] = ()
+    param: str = "response_format"
+    """The client's field."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +47,38 @@ class Options:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Number of alternatives; 0 = the sampled token only."""
+    format: ResponseFormat | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool:
+    """A function that the model may ask for."""
+
+    name: str
+    description: str = ""
+    parameters: str = NO_PARAMETERS
+    """Its arguments, as a JSON schema."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: str
+    """JSON, unless the answer was cut off at its length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCallDelta:
+    """News of a call: its beginning (with id and name), or more of its arguments."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+    def with_more(self, arguments: str) -> "ToolCallDelta":
+        return replace(self, arguments=self.arguments + arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +86,10 @@ class Message:
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Of an assistant's message."""
+    tool_call_id: str | None = None
+    """Of a tool's message: which call it answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +98,11 @@ class ChatRequest:
     model: str
     messages: tuple[Message, ...]
     options: Options = field(default_factory=Options)
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    """"auto", "none", "required" (whichever), or "function" (the one called `tool_name`)."""
+    tool_name: str | None = None
+    parallel_tool_calls: bool = True
     session: str = ""
     """See `serve.session`."""
     priority: int = 0
@@ -114,8 +170,10 @@ class TextEvent:
     text: str = ""
     tokens: tuple[TextToken, ...] = ()
     """The tokens that this event's text came from (held-back text comes with a later token's event)."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    """One for each call at most. What makes up calls is no part of `text`."""
     finish_reason: str | None = None
-    """OpenAI's words: "stop" or "length". A failure is raised, not reported here."""
+    """OpenAI's words: "stop", "length" or "tool_calls". A failure is raised, not reported here."""
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it; None for the model's own end of sequence."""
     usage: Usage | None = None
@@ -136,6 +194,7 @@ class ChoiceResult:
     tokens: tuple[TextToken, ...]
     finish_reason: str
     stop_reason: str | int | None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

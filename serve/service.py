@@ -23,11 +23,27 @@ from serve.limits import Limits
 from serve.merging import merged
 from serve.model_facts import ModelFacts
 from serve.observing import Observer, observed
-from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Message, Result, TextEvent, TextToken, TokenizeRequest, Usage
+from serve.request import (
+    ChatRequest,
+    ChoiceResult,
+    CompletionRequest,
+    Message,
+    Result,
+    TextEvent,
+    TextToken,
+    TokenizeRequest,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+from serve.structured.compiler import Compiles, GrammarCompilers
+from serve.structured.drafts import Draft, compiled, draft_of
 from serve.text.chat_template import ChatTemplate
 from serve.text.sandbox import TemplateRefused
 from serve.text.threads import beside_the_loop
 from serve.text.tokenizer import Tokenizer
+from serve.tools.protocol import plainly_rendered
+from serve.tools.toolbox import ProtocolName, Toolbox, protocol_of
 from serve.validation import COMPLETION_MAX_TOKENS, Validator
 
 DEADLINE_GRACE_S = 0.5
@@ -71,6 +87,7 @@ class _Asked:
     """What comes before the answer to each prompt."""
     sampling: Sequence[SamplingParams]
     stopwatch: Stopwatch
+    toolbox: Toolbox | None = None
 
 
 class Service:
@@ -85,8 +102,10 @@ class Service:
         limits: Limits | None = None,
         observers: Sequence[Observer] = (),
         clock: Callable[[], float] = time.time,
+        compilers: Compiles | None = None,
+        tool_protocol: ProtocolName = "auto",
     ) -> None:
-        """``clock`` tells Unix time.
+        """``clock`` tells Unix time; ``compilers`` are by default processes that are started when first needed.
 
         Raises:
             InvalidTokenizer: the model's chat template is damaged.
@@ -97,6 +116,8 @@ class Service:
         self._validator = Validator(model=model, limits=self.limits)
         seconds, chars = self.limits.template_s, self.limits.template_chars
         self._template = ChatTemplate.from_folder(model.folder, tokenizer, seconds=seconds, chars=chars)
+        self._compilers = compilers or GrammarCompilers(model.folder, self.limits)
+        self._tool_protocol = protocol_of(tool_protocol, tokenizer, self._template.source if self._template else None)
 
     def models(self) -> tuple[ModelFacts, ...]:
         """What this server offers."""
@@ -156,7 +177,8 @@ class Service:
         self._validator.tokenize(request)
         text, encode = request.input, self._tokenizer.encode
         if not isinstance(text, str):
-            return await self._chat_ids(text)
+            chat = ChatRequest(request_id="", model=request.model, messages=text)
+            return await self._chat_ids(text, Toolbox.of(chat, self._tool_protocol, self.limits))
         return await beside_the_loop(len(text), lambda: encode(text, add_special_tokens=request.add_special_tokens))
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
@@ -187,32 +209,41 @@ class Service:
 
     async def _read_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.chat(request)
-        ids = await self._chat_ids(request.messages)
+        toolbox = Toolbox.of(request, self._tool_protocol, self.limits)
+        ids = await self._chat_ids(request.messages, toolbox)
         sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
-        return _Asked(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch)
+        sampling = await self._guided(sampling, toolbox.draft if toolbox else self._draft(request))
+        return _Asked(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch, toolbox=toolbox)
 
-    async def _chat_ids(self, conversation: Sequence[Message]) -> tuple[int, ...]:
+    def _draft(self, request: ChatRequest | CompletionRequest) -> Draft | None:
+        wanted = request.options.format
+        return None if wanted is None else draft_of(wanted, self.limits)
+
+    async def _guided(self, sampling: SamplingParams, draft: Draft | None) -> SamplingParams:
+        return sampling if draft is None else dataclasses.replace(sampling, grammar=await compiled(draft, self._compilers))
+
+    async def _chat_ids(self, conversation: Sequence[Message], toolbox: Toolbox | None) -> tuple[int, ...]:
         template = self._template
         if template is None:
             raise NotSupported("this model has no chat template (it is a base model); use completions instead", param="messages")
-        messages = [
-            {"role": message.role, "content": message.content} | ({} if message.name is None else {"name": message.name})
-            for message in conversation
-        ]
-        num_chars = sum(CHARS_PER_MESSAGE + len(message.content) for message in conversation)
+        rendered = toolbox.rendered if toolbox else plainly_rendered(conversation)
+        messages, prefix = rendered.messages, rendered.prefix
+        num_chars = len(prefix) + sum(CHARS_PER_MESSAGE + len(message["content"]) for message in messages)
         try:
-            return tuple(await beside_the_loop(num_chars, lambda: template.encode(messages)))
+            return tuple(await beside_the_loop(num_chars, lambda: template.encode(messages, prefix)))
         except TemplateRefused as refusal:
             raise InvalidRequest(str(refusal), param="messages") from refusal
 
     async def _read_completion(self, request: CompletionRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.completion(request)
         prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
+        sampling = [self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts]
+        draft = self._draft(request)
         return _Asked(
             request=request,
             prompts=prompts,
             echoes=[self._echo(prompt) if request.echo else "" for prompt in request.prompts],
-            sampling=[self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts],
+            sampling=[await self._guided(one, draft) for one in sampling],
             stopwatch=stopwatch,
         )
 
@@ -281,12 +312,14 @@ class Service:
             deadline_s=asked.request.deadline_s,
         )
         times, held_s = EngineTimes(), 0.0
+        reading = asked.toolbox.reading(choice.plan.index) if asked.toolbox else None
         async with aclosing(self._source.stream(request)) as stream:
             while (event := await self._next(stream, request.deadline_s)) is not None:
                 times.take(event)
                 held_s += event.held_s
                 with asked.stopwatch.detokenising():
                     text = choice.apply(event)
+                    text = reading.read(text) if reading and text is not None else text
                 if text is not None:
                     if held_s:
                         text, held_s = dataclasses.replace(text, held_s=held_s), 0.0
@@ -327,11 +360,15 @@ class _Collected:
     def __init__(self) -> None:
         self._text: list[str] = []
         self._tokens: list[TextToken] = []
+        self._calls: dict[int, ToolCallDelta] = {}
         self._end: TextEvent | None = None
 
     def add(self, event: TextEvent) -> None:
         self._text.append(event.text)
         self._tokens += event.tokens
+        for call in event.tool_calls:
+            known = self._calls.get(call.index)
+            self._calls[call.index] = call if known is None else known.with_more(call.arguments)
         if event.finish_reason is not None:
             self._end = event
 
@@ -344,4 +381,5 @@ class _Collected:
             tokens=tuple(self._tokens),
             finish_reason=self._end.finish_reason,
             stop_reason=self._end.stop_reason,
+            tool_calls=tuple(ToolCall(id=call.id or "", name=call.name or "", arguments=call.arguments) for call in self._calls.values()),
         )

@@ -14,10 +14,11 @@ from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, N
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, Message, Options, TokenizeRequest
+from serve.tools.validation import check_conversation, check_tools
 
 N = TypeVar("N", int, float)
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 COMPLETION_MAX_TOKENS = 16
 """``max_tokens`` of a completion that does not say (OpenAI's API reference). A chat's is the rest of the context."""
 NON_NEGATIVE_INT64 = (1 << 63) - 1
@@ -35,6 +36,7 @@ class Validator:
         """Everything that can be said before the messages are tokens."""
         self._common(request)
         self._messages(request.messages)
+        check_tools(request, self.limits)
         self._options(request.options, logprobs_param="top_logprobs")
 
     def completion(self, request: CompletionRequest) -> None:
@@ -105,6 +107,7 @@ class Validator:
         _counted("messages", messages, 1, self.limits.messages)
         for index, message in enumerate(messages):
             _message(f"messages[{index}]", message)
+        check_conversation(messages, self.limits)
 
     def _offered(self, model: str) -> None:
         if model != self.model.name:
@@ -136,6 +139,8 @@ class Validator:
         _whole(logprobs_param, options.logprobs, 0, limits.top_logprobs)
         if options.max_tokens is not None and (options.min_tokens or 0) > options.max_tokens:
             raise InvalidRequest("min_tokens must not be greater than max_tokens", param="min_tokens")
+        if options.format is not None and options.ignore_eos:
+            raise InvalidRequest("an answer of a given form ends when it is whole: leave ignore_eos out", param="ignore_eos")
         self._stops(options)
         self._logit_bias(options)
 

@@ -15,7 +15,7 @@ from serve.http.errors import json_response
 from serve.http.openapi import takes
 from serve.http.schema import ChatBody
 from serve.http.sse import open_stream
-from serve.request import ChoiceResult, Result, TextEvent, TextToken, Usage
+from serve.request import ChoiceResult, Result, TextEvent, TextToken, ToolCallDelta, Usage
 
 
 def chat_routes(front: Front) -> APIRouter:
@@ -49,11 +49,28 @@ def chat_completion(stamp: Stamp, result: Result, *, with_logprobs: bool) -> dic
 def _choice(choice: ChoiceResult, with_logprobs: bool) -> dict[str, Any]:
     return {
         "index": choice.choice,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": _message(choice),
         "logprobs": _logprobs(choice.tokens) if with_logprobs else None,
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
     }
+
+
+def _message(choice: ChoiceResult) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.tool_calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in choice.tool_calls
+        ]
+    return message
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    """The first of a call brings its id and name, all bring pieces of its arguments."""
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class ChatChunks:
@@ -68,9 +85,11 @@ class ChatChunks:
             yield self._chunk([self._part(choice, {"role": "assistant", "content": ""})])
 
     def of(self, event: TextEvent) -> dict[str, Any] | None:
-        if not (event.text or event.finish_reason or (self._logprobs and event.tokens)):
+        if not (event.text or event.tool_calls or event.finish_reason or (self._logprobs and event.tokens)):
             return None
         part = self._part(event.choice, {"content": event.text} if event.text else {})
+        if event.tool_calls:
+            part["delta"]["tool_calls"] = [_call_delta(call) for call in event.tool_calls]
         part["finish_reason"] = event.finish_reason
         if event.finish_reason:
             part["stop_reason"] = event.stop_reason

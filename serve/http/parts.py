@@ -12,9 +12,9 @@ def wrong(message: LiteralString) -> PydanticCustomError:
     return PydanticCustomError("wrong_shape", message)
 
 
-def joined_text(content: Any) -> str:
+def joined_text(content: Any) -> str | None:
     """A message's content: text, or parts of text, which are joined with line ends (as vLLM does)."""
-    if isinstance(content, str):
+    if isinstance(content, str) or content is None:
         return content
     if not isinstance(content, list):
         raise wrong("should be text or a list of text parts")

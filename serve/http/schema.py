@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
 
 from serve.errors import InvalidRequest, NotSupported
+from serve.http.formats import GUIDED, ToolBody, ToolCallBody, form_of, tool_choice
 from serve.http.parts import bias_table, joined_text, list_or_none, prompt_list, stop_list
 from serve.limits import Limits
 from serve.request import ChatRequest, CompletionRequest, Message, Options
@@ -21,16 +22,8 @@ STRINGS = {"type": "array", "items": {"type": "string"}}
 TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}, "required": ["type", "text"]}
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -45,8 +38,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (None, False),
 }
 """Fields that are not offered, with the values that ask for nothing."""
-WITHOUT_EFFECT = frozenset({"user", "parallel_tool_calls"})
+WITHOUT_EFFECT = frozenset({"user"})
 """Taken and rightly without effect, so not named as ignored."""
+
+
+FORMS = ("response_format", "structured_outputs", *GUIDED)
 
 
 class Body(BaseModel):
@@ -87,6 +83,12 @@ class SharedBody(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     priority: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def options(self) -> Options:
         return Options(
@@ -106,6 +108,7 @@ class SharedBody(Body):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.alternatives(),
+            format=form_of({name: getattr(self, name) for name in FORMS}),
         )
 
     def length(self) -> int | None:
@@ -126,12 +129,23 @@ class SharedBody(Body):
 class MessageBody(Body):
     role: str
     content: Annotated[
-        str, BeforeValidator(joined_text), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]})
-    ]
+        str | None, BeforeValidator(joined_text), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]})
+    ] = None
     name: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
 
-    def message(self) -> Message:
-        return Message(role=self.role, content=self.content, name=self.name)
+    def message(self, at: int) -> Message:
+        """Only a call can do without content."""
+        if self.content is None and not self.tool_calls:
+            raise InvalidRequest(f"messages[{at}].content is required", param=f"messages[{at}].content")
+        return Message(
+            role=self.role,
+            content=self.content or "",
+            name=self.name,
+            tool_calls=tuple(call.call() for call in self.tool_calls or ()),
+            tool_call_id=self.tool_call_id,
+        )
 
 
 class ChatBody(SharedBody):
@@ -141,6 +155,9 @@ class ChatBody(SharedBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: Annotated[list[ToolBody] | None, FailFast()] = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     def length(self) -> int | None:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -153,8 +170,17 @@ class ChatBody(SharedBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def request(self, request_id: str) -> ChatRequest:
-        messages = tuple(message.message() for message in self.messages)
-        return ChatRequest(request_id=request_id, model=self.model, messages=messages, options=self.options())
+        choice, name = tool_choice(self.tool_choice)
+        return ChatRequest(
+            request_id=request_id,
+            model=self.model,
+            messages=tuple(message.message(at) for at, message in enumerate(self.messages)),
+            options=self.options(),
+            tools=tuple(tool.tool() for tool in self.tools or ()),
+            tool_choice=choice,
+            tool_name=name,
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+        )
 
 
 class CompletionBody(SharedBody):
@@ -213,6 +239,8 @@ def _check_counts(fields: Mapping[str, Any], limits: Limits) -> None:
         "messages": limits.messages,
         "logit_bias": limits.logit_bias_entries,
         "stop": limits.stop_strings,
+        "tools": limits.tools,
+        "guided_choice": limits.guided_choices,
         "stop_token_ids": limits.stop_token_ids,
     }
     for name, limit in most.items():

@@ -30,7 +30,7 @@ class TokenizeBody(Body):
     def request(self, model: str) -> TokenizeRequest:
         if (self.prompt is None) == (not self.messages):
             raise InvalidRequest("send a prompt or messages, one of the two", param="prompt")
-        text = tuple(message.message() for message in self.messages) if self.prompt is None else self.prompt
+        text = tuple(message.message(at) for at, message in enumerate(self.messages)) if self.prompt is None else self.prompt
         return TokenizeRequest(model=model, input=text, add_special_tokens=self.add_special_tokens)
 
 

@@ -51,8 +51,13 @@ class ChatTemplate:
             source = CHATML
         return None if source is None else cls(source, tokenizer, seconds=seconds, chars=chars)
 
-    def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids of the conversation up to where the assistant's next turn begins.
+    @property
+    def source(self) -> str:
+        """The template as it is written."""
+        return self._source
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], prefix: str = "") -> list[int]:
+        """The ids of the conversation up to where the assistant's next turn begins, and of what that turn has already.
 
         ``messages``: each with ``role`` (one of the known ones: it is trusted) and what the client wrote. For texts without
         control tokens these are the ids of the whole rendered text.
@@ -60,7 +65,7 @@ class ChatTemplate:
         Raises:
             TemplateRefused: the template cannot be rendered with these messages.
         """
-        rendered, disguise = self._render(messages)
+        rendered, disguise = self._render(messages, prefix)
         pieces = self._splitter.split(rendered) if self._ids else [rendered]  # text, control token, text, ..., text
         texts = [disguise.take_off(text) for text in pieces[::2]]
         encoded = iter(self._tokenizer.encode_plain([text for text in texts if text]))
@@ -72,15 +77,15 @@ class ChatTemplate:
                 ids += self._without_control(next(encoded))
         return ids
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, Disguise]:
+    def _render(self, messages: Sequence[Mapping[str, Any]], prefix: str) -> tuple[str, Disguise]:
         written = [{key: value for key, value in message.items() if key != "role"} for message in messages]
         try:
-            disguise = Disguise(self._words, written, others=self._source)
+            disguise = Disguise(self._words, [*written, prefix], others=self._source)
         except TooManyPrivateCharacters as error:
             raise TemplateRefused(str(error)) from error
         disguised = [{"role": message["role"], **disguise.put_on(rest)} for message, rest in zip(messages, written, strict=True)]
         values = {"messages": disguised, "tools": None, "documents": None, "add_generation_prompt": True, **self._tokenizer.named}
-        return self._template.render(values, seconds=self._seconds, chars=self._chars), disguise
+        return self._template.render(values, seconds=self._seconds, chars=self._chars) + disguise.put_on(prefix), disguise
 
     def _without_control(self, ids: list[int]) -> list[int]:
         """The last line of defence: a vocabulary whose merges spell a control token would let text become one."""

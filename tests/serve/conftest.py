@@ -1,10 +1,13 @@
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from serve.service import Service
 from serve.text.tokenizer import Tokenizer
+from tests.engine.run.tiny_models import write_dense
+from tests.serve.engine_source import engine_service
 from tests.serve.in_process import Fronts, fronts, write_tiny
 from tests.serve.vocabularies import write_qwen2, write_smol
 
@@ -44,3 +47,16 @@ async def both(tiny_folder: Path) -> AsyncIterator[Fronts]:
     """HTTP and gRPC over one real engine."""
     async with fronts(tiny_folder) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, which know nothing and obey nobody, under a real tokenizer of 600 tokens."""
+    folder = write_smol(tmp_path_factory.mktemp("random"))
+    return write_dense(folder, vocab_size=640, max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="session")
+def random_service(random_folder: Path) -> Iterator[Service]:
+    with engine_service(random_folder) as (service, _):
+        yield service

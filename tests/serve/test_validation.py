@@ -90,7 +90,7 @@ def test_values_beyond_the_limit_are_refused_by_the_name_of_their_field(field: s
 
 
 def test_every_option_has_its_cases() -> None:
-    assert GOOD.keys() == BAD.keys() == {field.name for field in dataclasses.fields(Options)} - {"ignore_eos"}
+    assert GOOD.keys() == BAD.keys() == {field.name for field in dataclasses.fields(Options)} - {"ignore_eos", "format"}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_every_option_has_its_cases() -> None:
     [
         (chat(messages=()), "messages"),
         (chat(messages=(Message(role="user", content="x"),) * 2_049), "messages"),
-        (chat(Message(role="tool", content="x")), "messages[0].role"),
+        (chat(Message(role="function", content="x")), "messages[0].role"),
         (chat(Message(role="user", content="x"), Message(role="<|im_start|>", content="x")), "messages[1].role"),
         (chat(Message(role="user", content=None)), "messages[0].content"),  # type: ignore[arg-type]
         (chat(Message(role="user", content="\udfff")), "messages[0].content"),

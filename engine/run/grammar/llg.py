@@ -110,7 +110,7 @@ def lark_of(kind: str, text: str) -> str:
     if kind == "lark":
         return text
     if kind == "regex":
-        return f"start: /{llguidance.regex_to_lark(text)}/" if text else 'start: ""'
+        return f"start: /{llguidance.regex_to_lark(text, 'd')}/" if text else 'start: ""'
     if "%llguidance" in text:
         raise GrammarFailed("%llguidance is not taken")
     try:

@@ -1,0 +1,134 @@
+"""Step 1 of a request, over HTTP: OpenAI's and vLLM's fields for the form of an answer and for tools, each brought into one."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+from pydantic import BaseModel, ConfigDict
+
+from serve.errors import InvalidRequest
+from serve.request import NO_PARAMETERS, ResponseFormat, Tool, ToolCall
+
+STRUCTURED = {"json": "json_schema", "json_object": "json_object", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class FunctionBody(Strict):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Arguments always fit their schema here."""
+
+
+class ToolBody(Strict):
+    type: Literal["function"]
+    function: FunctionBody
+
+    def tool(self) -> Tool:
+        function = self.function
+        parameters = NO_PARAMETERS if function.parameters is None else as_text(function.parameters)
+        return Tool(name=function.name, description=function.description or "", parameters=parameters)
+
+
+class CalledBody(Strict):
+    name: str
+    arguments: str
+
+
+class ToolCallBody(Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledBody
+
+    def call(self) -> ToolCall:
+        return ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
+
+
+def response_format(wanted: Any) -> ResponseFormat | None:
+    """OpenAI's ``response_format``.
+
+    Raises:
+        InvalidRequest: it has no such shape.
+    """
+    if wanted is None:
+        return None
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ResponseFormat(kind="json_object")
+    if kind != "json_schema":
+        raise InvalidRequest('response_format.type must be "text", "json_object" or "json_schema"', param="response_format")
+    inner = wanted.get("json_schema")
+    if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict | bool):
+        raise InvalidRequest("response_format.json_schema must have a schema", param="response_format")
+    return ResponseFormat(kind="json_schema", text=as_text(inner["schema"]))
+
+
+def structured_outputs(wanted: Any) -> ResponseFormat | None:
+    """vLLM's ``structured_outputs``: one of json, json_object, regex, choice, grammar.
+
+    Raises:
+        InvalidRequest: it has no such shape.
+    """
+    if wanted is None:
+        return None
+    said = {name: value for name, value in wanted.items() if value not in (None, False)} if isinstance(wanted, dict) else {}
+    if len(said) != 1 or not said.keys() <= STRUCTURED.keys():
+        raise InvalidRequest(f"structured_outputs must have one of {', '.join(STRUCTURED)}", param="structured_outputs")
+    return _structured(*said.popitem(), param="structured_outputs")
+
+
+def form_of(fields: Mapping[str, Any]) -> ResponseFormat | None:
+    """The one form that any of the fields asks for.
+
+    Raises:
+        InvalidRequest: two of them do, or one does it badly.
+    """
+    guided = [_structured(GUIDED[name], fields[name], param=name) for name in GUIDED if fields.get(name) is not None]
+    found = [response_format(fields.get("response_format")), structured_outputs(fields.get("structured_outputs")), *guided]
+    forms = [form for form in found if form is not None]
+    if len(forms) > 1:
+        raise InvalidRequest(f"{forms[1].param}: the form of the answer is said by {forms[0].param} already", param=forms[1].param)
+    return forms[0] if forms else None
+
+
+def tool_choice(choice: Any) -> tuple[str, str | None]:
+    """A mode and, where it is "function", the function's name.
+
+    Raises:
+        InvalidRequest: it has no such shape.
+    """
+    if choice is None:
+        return "auto", None
+    if isinstance(choice, str) and choice in ("auto", "none", "required"):
+        return choice, None
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise InvalidRequest('tool_choice must be "auto", "none", "required" or name a function', param="tool_choice")
+    return "function", name
+
+
+def as_text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _structured(name: str, value: Any, *, param: str) -> ResponseFormat:
+    if name == "json" and isinstance(value, dict | bool):
+        value = as_text(value)
+    if name == "json_object":
+        return ResponseFormat(kind="json_object", param=param)
+    if name == "choice":
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise InvalidRequest(f"{param} must be a list of texts", param=param)
+        return ResponseFormat(kind="choice", choices=tuple(value), param=param)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{param} must be text{' or a JSON schema' if name == 'json' else ''}", param=param)
+    kinds: dict[str, Literal["json_schema", "regex", "grammar"]] = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
+    return ResponseFormat(kind=kinds[name], text=value, param=param)

@@ -1,0 +1,100 @@
+"""Step 3 of a request: judge tools, and the calls and results in a conversation, for both fronts alike."""
+
+import re
+from collections.abc import Sequence
+
+from serve.errors import InvalidRequest
+from serve.limits import Limits
+from serve.request import ChatRequest, Message
+from serve.structured.schemas import read_schema
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+CHOICES = ("auto", "none", "required", "function")
+
+
+def check_tools(request: ChatRequest, limits: Limits) -> None:
+    """
+    Raises:
+        InvalidRequest: a tool cannot be offered, or the choice names none of them.
+    """
+    if len(request.tools) > limits.tools:
+        raise InvalidRequest(f"tools has {len(request.tools)} entries, and at most {limits.tools} are taken", param="tools")
+    names = [tool.name for tool in request.tools]
+    for at, tool in enumerate(request.tools):
+        param = f"tools[{at}].function"
+        if not NAME.fullmatch(tool.name):
+            raise InvalidRequest(f"{param}.name must be 1 to 64 of the characters A-Z a-z 0-9 _ -", param=f"{param}.name")
+        if tool.name in names[:at]:
+            raise InvalidRequest(f"{param}.name: another tool has the same name", param=f"{param}.name")
+        _check_text(tool.description, f"{param}.description")
+        schema = read_schema(tool.parameters, limits, param=f"{param}.parameters")
+        if schema.get("type", "object") != "object":
+            raise InvalidRequest(f"{param}.parameters must describe an object", param=f"{param}.parameters")
+    num_chars = sum(len(tool.name + tool.description + tool.parameters) for tool in request.tools)
+    if num_chars > limits.tools_chars:
+        raise InvalidRequest(f"all tools together may have {limits.tools_chars} characters", param="tools")
+    _check_choice(request, names)
+
+
+def _check_choice(request: ChatRequest, names: Sequence[str]) -> None:
+    choice = request.tool_choice
+    if choice not in CHOICES:
+        raise InvalidRequest('tool_choice must be "auto", "none", "required" or name a function', param="tool_choice")
+    if choice in ("required", "function") and not names:
+        raise InvalidRequest("tool_choice wants a call, and there are no tools", param="tool_choice")
+    if choice == "function" and request.tool_name not in names:
+        raise InvalidRequest("tool_choice names none of the tools", param="tool_choice")
+    wanted = request.options.format
+    if names and choice != "none" and request.options.ignore_eos:
+        raise InvalidRequest("a call ends when it is whole: leave ignore_eos out", param="ignore_eos")
+    if names and wanted is not None and wanted.kind not in ("json_object", "json_schema"):
+        raise InvalidRequest(f"{wanted.param} cannot be combined with tools; a JSON format can", param=wanted.param)
+
+
+def check_conversation(messages: Sequence[Message], limits: Limits) -> None:
+    """Every result answers a call of the assistant's last message, and every call is answered before anybody else speaks.
+
+    Raises:
+        InvalidRequest: it is not so.
+    """
+    open_calls: set[str] = set()
+    for at, message in enumerate(messages):
+        param = f"messages[{at}]"
+        if message.role == "tool":
+            if message.tool_call_id not in open_calls:
+                raise InvalidRequest(
+                    f"{param}.tool_call_id must name a call of the assistant before it, once", param=f"{param}.tool_call_id"
+                )
+            open_calls.remove(message.tool_call_id)
+            continue
+        if open_calls:
+            raise InvalidRequest(f"{param}: a call of the assistant before it has no message of role tool", param=param)
+        if message.tool_call_id is not None:
+            raise InvalidRequest(f"{param}.tool_call_id belongs to messages of role tool", param=f"{param}.tool_call_id")
+        open_calls = _calls_of(message, f"{param}.tool_calls", limits)
+    if open_calls:
+        raise InvalidRequest("messages: the last calls of the assistant have no messages of role tool", param="messages")
+
+
+def _calls_of(message: Message, param: str, limits: Limits) -> set[str]:
+    if not message.tool_calls:
+        return set()
+    if message.role != "assistant":
+        raise InvalidRequest(f"{param} belongs to messages of role assistant", param=param)
+    if len(message.tool_calls) > limits.tool_calls:
+        raise InvalidRequest(f"{param} has more than {limits.tool_calls} entries", param=param)
+    ids = {call.id for call in message.tool_calls}
+    if len(ids) < len(message.tool_calls) or not all(1 <= len(one) <= limits.id_chars for one in ids):
+        raise InvalidRequest(f"{param}: every call needs an id of its own, of 1 to {limits.id_chars} characters", param=param)
+    for call in message.tool_calls:
+        if not NAME.fullmatch(call.name):
+            raise InvalidRequest(f"{param}: a function's name is 1 to 64 of the characters A-Z a-z 0-9 _ -", param=param)
+        _check_text(call.arguments, param)
+    return ids
+
+
+def _check_text(text: str, param: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{param} holds half a surrogate pair, which is no text", param=param) from None
