@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.run.settings import RunnerConfig
 from parallel.topology import Topology
 from serve.limits import Limits
+from serve.tools.protocol import ProtocolName
 
 DERIVED = frozenset({"runner.num_real_tokens"})
 """Fields that the server fills from the checkpoint; nobody can set them."""
@@ -161,6 +162,14 @@ class AuthSettings(Section):
     fronts ask for a key, except for /livez, /readyz and gRPC health. null = whoever reaches the server may use it."""
 
 
+class ToolsSettings(Section):
+    """How tools are spoken of to the model."""
+
+    protocol: ProtocolName = "auto"
+    """"qwen_agent" (what Qwen2 was trained on), "hermes" (Qwen2.5, Hermes), or "auto": hermes where the model's vocabulary or chat
+    template knows <tool_call>, else qwen_agent."""
+
+
 class LoggingSettings(Section):
     """What the server writes to its log. Prompts and answers never are."""
 
@@ -224,6 +233,7 @@ class ServeConfig(Section):
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
     limits: Limits = Limits()
+    tools: ToolsSettings = ToolsSettings()
     auth: AuthSettings = AuthSettings()
     logging: LoggingSettings = LoggingSettings()
     ray: RaySettings = RaySettings()

@@ -152,7 +152,14 @@ class _Front:
         facts = ModelFacts.from_checkpoint(
             folder, name=model.name, tokenizer=tokenizer, max_context_tokens=model.config.runner.max_context_tokens
         )
-        return Service(model=facts, tokenizer=tokenizer, source=router, limits=model.config.limits, observers=observers)
+        return Service(
+            model=facts,
+            tokenizer=tokenizer,
+            source=router,
+            limits=model.config.limits,
+            observers=observers,
+            tool_protocol=model.config.tools.protocol,
+        )
 
     def _what_waits(self) -> dict[str, Any]:
         """For the autoscaler."""

@@ -42,8 +42,8 @@ from serve.text.chat_template import ChatTemplate
 from serve.text.sandbox import TemplateRefused
 from serve.text.threads import beside_the_loop
 from serve.text.tokenizer import Tokenizer
-from serve.tools.protocol import plainly_rendered
-from serve.tools.toolbox import ProtocolName, Toolbox, protocol_of
+from serve.tools.protocol import ProtocolName, plainly_rendered
+from serve.tools.toolbox import Toolbox, protocol_of
 from serve.validation import COMPLETION_MAX_TOKENS, Validator
 
 DEADLINE_GRACE_S = 0.5

@@ -45,8 +45,8 @@ def test_an_unknown_role_is_refused(role: str) -> None:
 
 
 def test_a_message_with_more_than_is_known_is_refused() -> None:
-    with pytest.raises(TypeError, match="tool_calls"):
-        chat_request(model="m", messages=[{"role": "user", "content": "Hi", "tool_calls": "x"}], priority=0, options={})
+    with pytest.raises(TypeError, match="audio"):
+        chat_request(model="m", messages=[{"role": "user", "content": "Hi", "audio": "x"}], priority=0, options={})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,11 @@ from serve.grpc.generated import messages_pb2, service_pb2
 from serve.model_facts import ModelFacts
 from serve.request import ChoiceResult, Result, TextEvent, TextToken, Usage
 
-FINISH_REASONS = {"stop": messages_pb2.FINISH_REASON_STOP, "length": messages_pb2.FINISH_REASON_LENGTH}
+FINISH_REASONS = {
+    "stop": messages_pb2.FINISH_REASON_STOP,
+    "length": messages_pb2.FINISH_REASON_LENGTH,
+    "tool_calls": messages_pb2.FINISH_REASON_TOOL_CALLS,
+}
 OWNER = "manta"
 
 
@@ -15,7 +19,11 @@ def chat_response(result: Result, *, model: str, created: int) -> service_pb2.Ch
     choices = [
         messages_pb2.ChatChoice(
             index=choice.choice,
-            message=messages_pb2.Message(role=messages_pb2.ROLE_ASSISTANT, content=choice.text),
+            message=messages_pb2.Message(
+                role=messages_pb2.ROLE_ASSISTANT,
+                content=choice.text,
+                tool_calls=[messages_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in choice.tool_calls],
+            ),
             finish_reason=FINISH_REASONS[choice.finish_reason],
             stop_reason=_stop_reason(choice.stop_reason),
             token_ids=_ids(choice.tokens),
@@ -43,7 +51,7 @@ class StreamWriter:
 
     def events(self, event: TextEvent) -> Iterator[dict[str, object]]:
         """One field of the response's `event` at a time, by name: delta, finish, usage, whichever there are."""
-        if event.text or event.tokens:
+        if event.text or event.tokens or event.tool_calls:
             yield {"delta": self._delta(event)}
         if event.finish_reason is not None:
             yield {"finish": self._finish(event)}
@@ -59,6 +67,10 @@ class StreamWriter:
             offset=offset,
             token_ids=_ids(event.tokens),
             logprobs=_logprobs(event.tokens),
+            tool_calls=[
+                messages_pb2.ToolCallDelta(index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments)
+                for call in event.tool_calls
+            ],
         )
 
     def _finish(self, event: TextEvent) -> messages_pb2.Finish:

@@ -2,7 +2,7 @@
 
 from serve.errors import InvalidRequest
 from serve.grpc.generated import messages_pb2, service_pb2
-from serve.request import ChatRequest, CompletionRequest, Message, Options, TokenizeRequest
+from serve.request import NO_PARAMETERS, ChatRequest, CompletionRequest, Message, Options, ResponseFormat, TokenizeRequest, Tool, ToolCall
 
 SAID_OR_NOT = (
     "temperature",
@@ -27,6 +27,10 @@ def chat_request(message: service_pb2.ChatRequest, *, request_id: str, deadline_
         model=message.model,
         messages=tuple(_message(one) for one in message.messages),
         options=options(message.options),
+        tools=tuple(_tool(one) for one in message.tools),
+        tool_choice=_tool_choice(message.tool_choice),
+        tool_name=message.tool_choice.function if message.tool_choice.WhichOneof("choice") == "function" else None,
+        parallel_tool_calls=message.parallel_tool_calls if message.HasField("parallel_tool_calls") else True,
         session=session,
         priority=message.priority,
         deadline_s=deadline_s,
@@ -76,11 +80,48 @@ def options(message: messages_pb2.Options) -> Options:
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        format=_format(message.response_format) if message.HasField("response_format") else None,
     )
 
 
+def _format(message: messages_pb2.ResponseFormat) -> ResponseFormat | None:
+    match message.WhichOneof("format"):
+        case "json_object":
+            return ResponseFormat(kind="json_object") if message.json_object else None
+        case "json_schema":
+            return ResponseFormat(kind="json_schema", text=message.json_schema)
+        case "regex":
+            return ResponseFormat(kind="regex", text=message.regex)
+        case "choices":
+            return ResponseFormat(kind="choice", choices=tuple(message.choices.texts))
+        case "grammar":
+            return ResponseFormat(kind="grammar", text=message.grammar)
+        case _:
+            raise InvalidRequest("response_format says no form", param="response_format")
+
+
+def _tool(message: messages_pb2.Tool) -> Tool:
+    parameters = message.parameters if message.HasField("parameters") else NO_PARAMETERS
+    return Tool(name=message.name, description=message.description, parameters=parameters)
+
+
+def _tool_choice(message: messages_pb2.ToolChoice) -> str:
+    """A mode that this server does not know is one that the service will refuse."""
+    if message.WhichOneof("choice") == "function":
+        return "function"
+    known = messages_pb2.ToolChoiceMode.DESCRIPTOR.values_by_number.get(message.mode)
+    name = known.name.removeprefix("TOOL_CHOICE_MODE_").lower() if known else str(message.mode)
+    return "auto" if name == "unspecified" else name
+
+
 def _message(message: messages_pb2.Message) -> Message:
-    return Message(role=_role(message.role), content=message.content, name=message.name if message.HasField("name") else None)
+    return Message(
+        role=_role(message.role),
+        content=message.content,
+        name=message.name if message.HasField("name") else None,
+        tool_calls=tuple(ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls),
+        tool_call_id=message.tool_call_id if message.HasField("tool_call_id") else None,
+    )
 
 
 def _role(value: int) -> str:

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from serve.request import Message, Tool, ToolCallDelta
 
+ProtocolName = Literal["auto", "qwen_agent", "hermes"]
 ANY_TEXT = r"(.|\n)*"
 
 
@@ -84,11 +85,11 @@ class Marks:
     """The texts that steer a protocol. They are ordinary text to the tokenizer, so clients' texts are kept from holding them."""
 
     def __init__(self, marks: Iterable[str]) -> None:
-        self._pattern = re.compile("|".join(map(re.escape, marks)))
+        self._pattern = re.compile(f"(?={'|'.join(map(re.escape, marks))})(.)")  # looks ahead, as marks may overlap
 
     def broken(self, text: str) -> str:
         """``text`` with every mark in it made another text, which looks the same: a zero-width space behind its first character."""
-        return self._pattern.sub(lambda found: found[0][0] + "\u200b" + found[0][1:], text)
+        return self._pattern.sub("\\1\u200b", text)
 
     def in_json(self, value: Any) -> Any:
         """The same for every text in a JSON value."""

@@ -87,6 +87,11 @@ class CallReader:
             if tail is None:
                 return []
             self._text = self._text[tail.end() :]
+        self._read = self._read_gap
+        return []
+
+    def _read_gap(self) -> list[Piece]:
+        """White space behind a call is no content."""
         self._text = self._text.lstrip()
         if self._text:
             self._read = self._read_content

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from serve.limits import Limits
 from serve.request import ChatRequest, TextEvent, TextToken, Tool, ToolCallDelta
@@ -11,10 +10,8 @@ from serve.structured.drafts import Draft, json_text
 from serve.structured.schemas import read_schema, with_whitespace
 from serve.text.tokenizer import Tokenizer
 from serve.tools.hermes import CALL, Hermes
-from serve.tools.protocol import Calls, Reader, Rendered, ToolProtocol
+from serve.tools.protocol import Calls, ProtocolName, Reader, Rendered, ToolProtocol
 from serve.tools.qwen_agent import QwenAgent
-
-ProtocolName = Literal["auto", "qwen_agent", "hermes"]
 
 
 def protocol_of(name: ProtocolName, tokenizer: Tokenizer, template: str | None) -> ToolProtocol:

@@ -17,7 +17,7 @@ from serve.model_facts import ModelFacts
 from serve.service import Service
 from serve.structured.compiler import GrammarCompilers
 from serve.text.tokenizer import Tokenizer
-from serve.tools.toolbox import ProtocolName
+from serve.tools.protocol import ProtocolName
 
 
 class EngineSource:

@@ -10,7 +10,7 @@ from ._async.client import AsyncClient
 from ._async.stream import AsyncStream
 from ._sync.client import Client
 from ._sync.stream import Stream
-from .answers import ChatCompletion, Choice, Completion, Delta, Model, TokenLogprob, TopLogprob, Usage
+from .answers import ChatCompletion, Choice, Completion, Delta, Model, TokenLogprob, ToolCall, ToolCallDelta, TopLogprob, Usage
 from .errors import (
     AuthenticationFailed,
     BadRequest,
@@ -57,6 +57,8 @@ __all__ = [
     "Stream",
     "StreamBroken",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "Unavailable",
     "Usage",

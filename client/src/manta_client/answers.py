@@ -39,18 +39,39 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A tool that the model asks for."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON that fits the tool's schema, unless the answer was cut off at its length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCallDelta:
+    """News of a call: its beginning, with id and name, or more of its arguments."""
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """One answer."""
 
     index: int
     text: str
     finish_reason: str
-    """"stop" or "length"."""
+    """"stop", "length" or "tool_calls"."""
     stop_reason: str | int | None
     """The stop string or stop token id that ended it; None at the model's own end or a length."""
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     """One per token id if asked for, else empty."""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +116,7 @@ class Delta:
     """Output place of the first of `token_ids`."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
     finish_reason: str | None = None
     """Set in a choice's last delta, which has no text."""
     stop_reason: str | int | None = None

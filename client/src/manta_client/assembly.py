@@ -22,6 +22,7 @@ class PartialChoice:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[messages_pb2.TokenLogprob] = field(default_factory=list)
+    tool_calls: dict[int, messages_pb2.ToolCall] = field(default_factory=dict)
     finish: messages_pb2.Finish | None = None
 
     @property
@@ -79,6 +80,9 @@ class Assembly(Generic[Answer]):
         choice.texts.append(delta.text)
         choice.token_ids.extend(delta.token_ids)
         choice.logprobs.extend(delta.logprobs)
+        for call in delta.tool_calls:
+            known = choice.tool_calls.setdefault(call.index, messages_pb2.ToolCall(id=call.id, name=call.name))
+            known.arguments += call.arguments
         return convert.delta(delta)
 
     def _add_finish(self, finish: messages_pb2.Finish) -> Delta:
@@ -99,7 +103,11 @@ def build_chat(assembly: Assembly[ChatCompletion]) -> ChatCompletion:
     """A chat's answer, as Chat would have given it."""
     choices = [
         messages_pb2.ChatChoice(
-            message=messages_pb2.Message(role=messages_pb2.ROLE_ASSISTANT, content=choice.text),
+            message=messages_pb2.Message(
+                role=messages_pb2.ROLE_ASSISTANT,
+                content=choice.text,
+                tool_calls=[call for _, call in sorted(choice.tool_calls.items())],
+            ),
             **_shared(index, choice),  # type: ignore[arg-type]
         )
         for index, choice in sorted(assembly.choices.items())

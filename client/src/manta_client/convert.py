@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 from ._generated import messages_pb2, service_pb2
-from .answers import ChatCompletion, Choice, Completion, Delta, Model, TokenLogprob, TopLogprob, Usage
+from .answers import ChatCompletion, Choice, Completion, Delta, Model, TokenLogprob, ToolCall, ToolCallDelta, TopLogprob, Usage
 
 
 def chat_completion(response: service_pb2.ChatResponse) -> ChatCompletion:
-    choices = tuple(_choice(choice, choice.message.content) for choice in response.choices)
+    choices = tuple(_choice(choice, choice.message.content, choice.message.tool_calls) for choice in response.choices)
     return ChatCompletion(id=response.id, model=response.model, choices=choices, usage=usage(response.usage), raw=response)
 
 
@@ -23,6 +23,10 @@ def delta(message: messages_pb2.Delta) -> Delta:
         offset=message.offset,
         token_ids=tuple(message.token_ids),
         logprobs=_logprobs(message.logprobs),
+        tool_calls=tuple(
+            ToolCallDelta(index=call.index, id=call.id or None, name=call.name or None, arguments=call.arguments)
+            for call in message.tool_calls
+        ),
         raw=message,
     )
 
@@ -56,7 +60,9 @@ def model(message: messages_pb2.Model) -> Model:
     )
 
 
-def _choice(choice: messages_pb2.ChatChoice | messages_pb2.GenerateChoice, text: str) -> Choice:
+def _choice(
+    choice: messages_pb2.ChatChoice | messages_pb2.GenerateChoice, text: str, calls: Iterable[messages_pb2.ToolCall] = ()
+) -> Choice:
     return Choice(
         index=choice.index,
         text=text,
@@ -64,6 +70,7 @@ def _choice(choice: messages_pb2.ChatChoice | messages_pb2.GenerateChoice, text:
         stop_reason=_stop_reason(choice.stop_reason),
         token_ids=tuple(choice.token_ids),
         logprobs=_logprobs(choice.logprobs),
+        tool_calls=tuple(ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls),
     )
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from ._generated import messages_pb2, service_pb2
+from .forms import call_message, response_format, tool_choice_message, tool_message
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
-ChatMessage = Mapping[str, str]
-"""{"role": "user", "content": "..."}, as OpenAI's clients have it."""
+ChatMessage = Mapping[str, Any]
+"""{"role": "user", "content": "..."}, as OpenAI's clients have it; also an assistant's with tool_calls, and a tool's answer to one."""
 
 
 class Options(TypedDict, total=False):
@@ -33,6 +34,8 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
     logprobs: int | None
+    response_format: Any
+    """A pydantic model, a JSON schema, or {"type": "json_object" | "json_schema" | "regex" | "choice" | "grammar", ...}."""
 
 
 ROLES = tuple(name for name in messages_pb2.Role.keys() if name != "ROLE_UNSPECIFIED")  # noqa: SIM118 (an enum wrapper, no dict)
@@ -51,15 +54,29 @@ def options_message(options: Options) -> messages_pb2.Options:
     said: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(said.get("stop"), str):
         said["stop"] = [said["stop"]]
+    if "response_format" in said:
+        said["response_format"] = response_format(said["response_format"])
     return messages_pb2.Options(**said)
 
 
-def chat_request(*, model: str, messages: Sequence[ChatMessage], priority: int, options: Options) -> service_pb2.ChatRequest:
+def chat_request(
+    *,
+    model: str,
+    messages: Sequence[ChatMessage],
+    priority: int,
+    options: Options,
+    tools: Sequence[Any] = (),
+    tool_choice: Any = None,
+    parallel_tool_calls: bool | None = None,
+) -> service_pb2.ChatRequest:
     return service_pb2.ChatRequest(
         model=model,
         messages=[_message(message) for message in messages],
         priority=priority,
         options=options_message(options),
+        tools=[tool_message(tool) for tool in tools],
+        tool_choice=tool_choice_message(tool_choice),
+        parallel_tool_calls=parallel_tool_calls,  # type: ignore[arg-type]  # None: not said
     )
 
 
@@ -76,14 +93,20 @@ def generate_request(
 
 
 def _message(message: ChatMessage) -> messages_pb2.Message:
-    unknown = message.keys() - {"role", "content", "name"}
+    unknown = message.keys() - {"role", "content", "name", "tool_calls", "tool_call_id"}
     if unknown:
-        raise TypeError(f"a message has role, content and name, not {sorted(unknown)}")
+        raise TypeError(f"a message has role, content, name, tool_calls and tool_call_id, not {sorted(unknown)}")
     name = f"ROLE_{message['role'].upper()}"
     if name not in ROLES:
         known = ", ".join(role.removeprefix("ROLE_").lower() for role in ROLES)
         raise ValueError(f"role {message['role']!r} is none of {known}")
-    return messages_pb2.Message(role=name, content=message["content"], name=message.get("name"))
+    return messages_pb2.Message(
+        role=name,
+        content=message.get("content") or "",
+        name=message.get("name"),
+        tool_calls=[call_message(call) for call in message.get("tool_calls") or ()],
+        tool_call_id=message.get("tool_call_id"),
+    )
 
 
 def _prompts(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

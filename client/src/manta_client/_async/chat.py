@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import convert
 from .._generated import service_pb2
@@ -29,6 +29,9 @@ class AsyncChat:
         model: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        tools: Sequence[Any] = (),
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
         **options: Unpack[Options],
     ) -> ChatCompletion:
         """Answer a conversation.
@@ -38,14 +41,18 @@ class AsyncChat:
             model: what `models.list` names; if not said, the only one there is.
             priority: lower is served first.
             timeout: seconds for everything, retries too; if not said, the client's.
-            options: temperature, max_tokens, stop, seed, ...; see `Options`.
+            tools: functions that the model may ask for: pydantic models, or OpenAI's dicts.
+            tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name": ...}}.
+            parallel_tool_calls: whether one answer may ask for several; yes if not said.
+            options: temperature, max_tokens, stop, seed, response_format, ...; see `Options`.
 
         Raises:
             CallFailed: the server refused or failed, or the time passed.
             ModelNotChosen: no model was named and there are several.
         """
+        calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         name = model or await self._models.only(timeout=timeout)
-        request = chat_request(model=name, messages=messages, priority=priority, options=options)
+        request = chat_request(model=name, messages=messages, priority=priority, options=options, **calls)
         response = await self._transport.call("Chat", request, service_pb2.ChatResponse, timeout_s=timeout)
         return convert.chat_completion(response)
 
@@ -56,13 +63,18 @@ class AsyncChat:
         model: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        tools: Sequence[Any] = (),
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
         **options: Unpack[Options],
     ) -> AsyncStream[ChatCompletion]:
         """Answer a conversation as a stream of `Delta`s. The same arguments and errors as `create`."""
 
+        calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+
         async def begin() -> tuple[AsyncEventStream, Assembly[ChatCompletion]]:
             name = model or await self._models.only(timeout=timeout)
-            request = chat_request(model=name, messages=messages, priority=priority, options=options)
+            request = chat_request(model=name, messages=messages, priority=priority, options=options, **calls)
             stream_request = service_pb2.ChatStreamRequest(request=request)
             events = await self._transport.open_stream("ChatStream", stream_request, timeout_s=timeout)
             return events, Assembly(name, build_chat)

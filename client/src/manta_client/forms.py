@@ -1,0 +1,84 @@
+"""Forms of answers and tools, from what people have at hand to protobuf. Pydantic models are known by their methods alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ._generated import messages_pb2
+from .answers import ToolCall
+
+MODES = {"auto": "TOOL_CHOICE_MODE_AUTO", "none": "TOOL_CHOICE_MODE_NONE", "required": "TOOL_CHOICE_MODE_REQUIRED"}
+
+
+def response_format(form: Any) -> messages_pb2.ResponseFormat:
+    """A pydantic model, a JSON schema as a dict, or a dict with one of the types below.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if schema := _model_schema(form):
+        return messages_pb2.ResponseFormat(json_schema=json.dumps(schema))
+    if not isinstance(form, Mapping):
+        raise TypeError("response_format is a pydantic model, a JSON schema, or a dict with a type")
+    kind = form.get("type")
+    if kind == "json_object":
+        return messages_pb2.ResponseFormat(json_object=True)
+    if kind == "json_schema":
+        return messages_pb2.ResponseFormat(json_schema=json.dumps(form["json_schema"]["schema"]))
+    if kind == "regex":
+        return messages_pb2.ResponseFormat(regex=form["regex"])
+    if kind == "choice":
+        return messages_pb2.ResponseFormat(choices=messages_pb2.Choices(texts=form["choice"]))
+    if kind == "grammar":
+        return messages_pb2.ResponseFormat(grammar=form["grammar"])
+    return messages_pb2.ResponseFormat(json_schema=json.dumps(form))
+
+
+def tool_message(tool: Any) -> messages_pb2.Tool:
+    """A pydantic model (its name and docstring are the tool's), or OpenAI's {"type": "function", "function": {...}}.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if schema := _model_schema(tool):
+        return messages_pb2.Tool(name=tool.__name__, description=tool.__doc__ or "", parameters=json.dumps(schema))
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        raise TypeError('a tool is a pydantic model or {"type": "function", "function": {"name": ..., "parameters": ...}}')
+    parameters = function.get("parameters")
+    return messages_pb2.Tool(
+        name=function["name"],
+        description=function.get("description") or "",
+        parameters=None if parameters is None else json.dumps(parameters),
+    )
+
+
+def tool_choice_message(choice: Any) -> messages_pb2.ToolChoice | None:
+    """ "auto", "none", "required", or OpenAI's {"type": "function", "function": {"name": ...}}.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if choice is None:
+        return None
+    if isinstance(choice, str) and choice in MODES:
+        return messages_pb2.ToolChoice(mode=MODES[choice])
+    if isinstance(choice, Mapping) and isinstance(choice.get("function"), Mapping):
+        return messages_pb2.ToolChoice(function=choice["function"]["name"])
+    raise TypeError('tool_choice is "auto", "none", "required" or {"type": "function", "function": {"name": ...}}')
+
+
+def call_message(call: Any) -> messages_pb2.ToolCall:
+    """A `ToolCall` of an earlier answer, or OpenAI's dict of one."""
+    if isinstance(call, ToolCall):
+        return messages_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+    function = call["function"]
+    return messages_pb2.ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"])
+
+
+def _model_schema(model: Any) -> dict[str, Any] | None:
+    """Of a pydantic model class."""
+    describe = getattr(model, "model_json_schema", None)
+    return dict(describe()) if isinstance(model, type) and callable(describe) else None
