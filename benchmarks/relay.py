@@ -1,0 +1,243 @@
+"""How many tokens a second one front process relays: 512 streams from a replica that always has the next token.
+
+    python -m benchmarks.relay [--streams 512] [--seconds 10] [--tokens-per-step 1]
+
+The replica is a process of its own with a real intake: one message per step, a token (or several) for every stream, sent as soon
+as the front has taken what came before. The front is this process, with what a front has: link, router, service and the frames of
+server-sent events; three figures, each with all that the one before has. No HTTP server and no model.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.channel import Address, PrivateFolder
+from cluster.config import RouterConfig
+from cluster.directory import ReplicaRecord
+from cluster.health import State
+from cluster.intake import Intake
+from cluster.link import ReplicaLink
+from cluster.messages import Pong
+from cluster.router import Router
+from engine.plan import TokenEvent
+from engine.request import Request, SamplingParams
+from serve.caller import ANYONE
+from serve.http.chat import ChatChunks
+from serve.http.context import Stamp
+from serve.http.schema import ChatBody
+from serve.http.sse import frames
+from serve.model_facts import ModelFacts
+from serve.request import ChatRequest, Message, Options
+from serve.service import Service
+from serve.text.tokenizer import Tokenizer
+
+IN_FLIGHT = 4
+"""Steps that may be on their way to the front: it shall be the front that is measured."""
+
+
+def replica(tell: Any, taken: Any, num_streams: int, tokens_per_step: int, vocabulary: range) -> None:
+    """A replica without a model: every stream gets its next tokens in every step."""
+    streams: dict[tuple[str, int], list[int]] = {}
+    lock, folder = threading.Lock(), PrivateFolder()
+
+    def submit(request: Request) -> None:
+        with lock:
+            streams[request.key] = [request.attempt, len(request.committed)]
+
+    intake = Intake(
+        folder=folder,
+        node="n",
+        tcp_host=None,
+        submit=submit,
+        cancel=lambda id, choice: streams.pop((id, choice), None) and None,
+        pong=lambda: Pong(ready=True, num_running=0, num_waiting=0),
+        failed=print,
+        front_silence_s=60.0,
+        heartbeat_s=0.5,
+    )
+    intake.start()
+    tell.send(intake.address)
+    sent = 0
+    tokens = [vocabulary[1 + number % (len(vocabulary) - 1)] for number in range(4096)]
+    try:
+        while not tell.poll(0.01 if len(streams) < num_streams else 0):
+            with lock:
+                states = list(streams.items()) if len(streams) >= num_streams else []
+            if states and sent - taken.value < IN_FLIGHT * len(states) * tokens_per_step:
+                intake.deliver([_next(key, state, tokens, tokens_per_step) for key, state in states])
+                sent += len(states) * tokens_per_step
+            elif states:
+                time.sleep(0.0002)
+    finally:
+        intake.close()
+        folder.close()
+
+
+def _next(key: tuple[str, int], state: list[int], tokens: list[int], count: int) -> TokenEvent:
+    attempt, offset = state
+    state[1] += count
+    told = tuple(tokens[(offset + number) % len(tokens)] for number in range(count))
+    return TokenEvent(key[0], key[1], attempt, offset, told)
+
+
+@dataclass
+class Front:
+    router: Router
+    service: Service
+
+
+@contextlib.asynccontextmanager
+async def front_of(address: Address, folder: Path) -> AsyncGenerator[Front, None]:
+    record = ReplicaRecord(id="r", model="m", state=State.READY, address=address)
+
+    class Only:
+        known = (record,)
+
+        async def refresh(self) -> tuple[ReplicaRecord, ...]:
+            return self.known
+
+    config = RouterConfig(max_buffered_tokens=1_000_000, replica_silence_s=60.0, policy="least_loaded")
+    router = Router(replicas=Only(), connect=lambda record: ReplicaLink(record, node="n", config=config), config=config)
+    tokenizer = Tokenizer.from_folder(folder)
+    service = Service(model=ModelFacts.from_checkpoint(folder, name="m", tokenizer=tokenizer), tokenizer=tokenizer, source=router)
+    await router.open()
+    while not router.ready():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    try:
+        yield Front(router, service)
+    finally:
+        await router.close()
+
+
+class Count:
+    """Tokens that reached their streams' ends. ``shared`` lets the replica know."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+        self._tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, value: int) -> None:
+        self._tokens = value
+        if not value % 64:
+            self._shared.value = value
+
+
+async def router_only(front: Front, number: int, count: Count) -> None:
+    request = Request(id=f"router-{number}", prompt=(1,), sampling=SamplingParams(max_tokens=10**9))
+    async with aclosing(front.router.stream(request)) as events:
+        async for event in events:
+            count.tokens += len(event.tokens)
+
+
+def asked(number: int, kind: str) -> ChatRequest:
+    # No end of its own: a stream that ended would need another in its place.
+    options = Options(max_tokens=1_000_000, ignore_eos=True, seed=number)
+    return ChatRequest(request_id=f"{kind}-{number}", model="m", messages=(Message(role="user", content="hi"),), options=options)
+
+
+async def with_text(front: Front, number: int, count: Count) -> None:
+    async with aclosing(front.service.chat(asked(number, "text"))) as events:
+        async for event in events:
+            count.tokens += len(event.tokens)
+
+
+async def with_frames(front: Front, number: int, count: Count) -> None:
+    body = ChatBody(model="m", messages=[{"role": "user", "content": "hi"}], stream=True)  # type: ignore[list-item]
+    stamp = Stamp(id="c", created=0, model="m", arrived_s=0.0, session="", caller=ANYONE, priority=0, wants_ledger=False, deadline_s=None)
+    events = front.service.chat(asked(number, "frames"))
+    first = await anext(events)
+    async with aclosing(frames(first, events, ChatChunks(stamp, body))) as written:
+        async for frame in written:
+            count.tokens += frame.count(b"data: ")
+
+
+@dataclass(frozen=True)
+class Figure:
+    tokens_per_s: float
+    cpu_us_per_token: float
+
+
+async def measure(
+    front: Front, relay: Callable[[Front, int, Count], Awaitable[None]], taken: Any, num_streams: int, seconds: float
+) -> Figure:
+    """After all streams have begun."""
+    count = Count(taken)
+    tasks = [asyncio.ensure_future(relay(front, number, count)) for number in range(num_streams)]
+    while count.tokens < 8 * num_streams and not any(task.done() for task in tasks):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    begun, cpu, before = time.perf_counter(), time.process_time(), count.tokens
+    await asyncio.sleep(seconds)
+    took, cpu_took, num = time.perf_counter() - begun, time.process_time() - cpu, count.tokens - before
+    failed = [task.exception() for task in tasks if task.done() and task.exception()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} streams failed, the first with {failed[0]!r}")
+    return Figure(num / took, cpu_took / max(num, 1) * 1e6)
+
+
+async def run(num_streams: int, seconds: float, tokens_per_step: int, folder: Path) -> dict[str, Figure]:
+    vocabulary = range(3, Tokenizer.from_folder(folder).num_real_tokens)
+    figures = {}
+    for name, relay in (("router", router_only), ("and text", with_text), ("and frames", with_frames)):
+        spawn = multiprocessing.get_context("spawn")
+        (here, there), taken = spawn.Pipe(), spawn.Value("q", 0, lock=False)
+        process = spawn.Process(target=replica, args=(there, taken, num_streams, tokens_per_step, vocabulary))
+        process.start()
+        try:
+            address = await asyncio.to_thread(here.recv)
+            async with front_of(address, folder) as front:
+                figures[name] = await measure(front, relay, taken, num_streams, seconds)
+        finally:
+            here.send("end")
+            process.join(10)
+            process.kill()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--tokens-per-step", type=int, default=1)
+    parser.add_argument("--model", type=Path, default=None, help="a folder with config.json and tokenizer; a tiny one is made otherwise")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = arguments.model or _tiny(Path(made))
+        figures = asyncio.run(run(arguments.streams, arguments.seconds, arguments.tokens_per_step, folder))
+    print(
+        f"{arguments.streams} streams, {arguments.tokens_per_step} tokens each per step, {os.cpu_count()} cores,"
+        f" Python {sys.version.split()[0]}"
+    )
+    for name, figure in figures.items():
+        print(f"{name:<12}{figure.tokens_per_s:>12,.0f} tokens/s {figure.cpu_us_per_token:>8.1f} us of the front's CPU per token")
+
+
+def _tiny(folder: Path) -> Path:
+    from tests.serve.vocabularies import write_smol
+
+    config = json.loads((write_smol(folder) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**8}))  # no stream shall end
+    return folder
+
+
+if __name__ == "__main__":
+    main()
