@@ -108,12 +108,13 @@ class Router:
         config: RouterConfig | None = None,
         room: WaitingRoom | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._replicas, self._connect = replicas, connect
         self._policy: RoutingPolicy = policy or LeastLoaded()
         self._config = config or RouterConfig()
-        self._clock, self._sleep = clock, sleep
+        self._clock, self._unix_clock, self._sleep = clock, unix_clock, sleep
         self.room = room or WaitingRoom(wait_s=self._config.ready_wait_s, clock=clock)
         self._links: dict[str, Link] = {}
         self._unreachable: dict[str, str] = {}
@@ -224,7 +225,7 @@ class Router:
             while (link := self._ready_link(request, lost_by)) is None:
                 left_s = self.room.wait_s - (self._clock() - begun)
                 if request.deadline_s is not None:
-                    left_s = min(left_s, request.deadline_s - time.time())
+                    left_s = min(left_s, request.deadline_s - self._unix_clock())
                 if left_s <= 0:
                     raise NoReplicaReady(waited_s=round(self._clock() - begun, 1))
                 await self._sleep(min(0.05, left_s))

@@ -91,7 +91,8 @@ class Scheduler:
             raise DuplicateRequest(request.id)
         if not request.prompt:
             raise EmptyPrompt
-        if not self._policy.may_wait(request, self._waiting, self._config.max_waiting):
+        # one that was accepted before is not refused now
+        if not (request.attempt or self._policy.may_wait(request, self._waiting, self._config.max_waiting)):
             raise QueueFull(limit=self._config.max_waiting)
         sequence = Sequence(request, self._num_arrived)
         reason, stop_token = self._ending(sequence)

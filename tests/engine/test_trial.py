@@ -115,3 +115,15 @@ def test_losing_is_told_with_the_number_of_losses_before_anything_else() -> None
     engine.turn()
     (event,) = engine.turn()
     assert (event.tokens, event.finish_reason, event.losses) == ((), None, 1)
+
+
+def test_a_request_that_was_accepted_elsewhere_is_not_refused_by_a_full_queue() -> None:
+    engine = Engine(FakeExecutor(), EngineConfig(block_tokens=4, max_waiting=1))
+    moved = Request(id="moved", prompt=(9,), attempt=1, committed=undisturbed((9,), 0, 0, 2), sampling=SamplingParams(max_tokens=4))
+    recorder = Recorder()
+    for request in (good(1), good(2), moved):
+        recorder.begin(request.key, len(request.committed))
+        engine.submit(request)
+    run_to_end(engine, recorder)
+    assert recorder.errors["good-2", 0] == "QueueFull"
+    assert recorder.ends["moved", 0] == "length"

@@ -1,0 +1,1 @@
+"""The front's and the replica's code under a virtual clock, with everything that can happen between them."""
