@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 from serve.choice import Choice, ChoicePlan
-from serve.errors import InvalidRequest, ModelNotFound, NotSupported
+from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
 from serve.ledger import EngineTimes, Stopwatch
 from serve.limits import Limits
 from serve.merging import merged
@@ -228,6 +228,7 @@ class Service:
             raise NotSupported("this model has no chat template (it is a base model); use completions instead", param="messages")
         rendered = toolbox.rendered if toolbox else plainly_rendered(conversation)
         messages, prefix = rendered.messages, rendered.prefix
+        self._may_fit((prefix, *(message["content"] for message in messages)), param="messages")
         num_chars = len(prefix) + sum(CHARS_PER_MESSAGE + len(message["content"]) for message in messages)
         try:
             return tuple(await beside_the_loop(num_chars, lambda: template.encode(messages, prefix)))
@@ -248,7 +249,16 @@ class Service:
         )
 
     async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        return await beside_the_loop(len(prompt), lambda: self._tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, str):
+            return prompt
+        self._may_fit([prompt], param="prompt")
+        return await beside_the_loop(len(prompt), lambda: self._tokenizer.encode(prompt))
+
+    def _may_fit(self, texts: Iterable[str], *, param: str) -> None:
+        """Megabytes that cannot fit are refused before they are tokenized, which takes seconds."""
+        least, limit = sum(map(self._tokenizer.least_tokens, texts)), self._model.max_context_tokens
+        if least > limit:
+            raise ContextLengthExceeded(prompt_tokens=least, max_tokens=1, limit_tokens=limit, param=param)
 
     def _echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)

@@ -53,7 +53,7 @@ async def start_server(
     limits = limits or Limits()
     server = grpc.aio.server(
         options=(
-            ("grpc.max_receive_message_length", limits.body_bytes),
+            ("grpc.max_receive_message_length", 2 * limits.body_bytes),  # up to there the servicer refuses, and says why
             ("grpc.max_metadata_size", limits.header_bytes),
             ("grpc.so_reuseport", 0),
         )

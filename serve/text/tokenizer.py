@@ -1,5 +1,6 @@
 """Text to token ids and ids to bytes, as the checkpoint's own tokenizer.json has it. One `Tokenizer` serves all requests."""
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,18 @@ class Tokenizer:
         self.special_ids = frozenset(special.id for special in self.special_tokens)
         self.num_real_tokens = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
         """Highest id + 1. The model's rows above are padding of its vocabulary."""
+
+    @functools.cached_property
+    def longest_token_bytes(self) -> int:
+        """Of the whole vocabulary."""
+        return max(len(text.encode()) for text in self._plain.get_vocab(with_added_tokens=True))
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that ``text`` has at the very least, without tokenizing it.
+
+        Bytes over those of the longest token; a quarter of that, since a normaliser may compose what was written decomposed.
+        """
+        return len(text.encode(errors="replace")) // (4 * self.longest_token_bytes)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":

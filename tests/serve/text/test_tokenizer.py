@@ -123,3 +123,12 @@ async def test_the_event_loop_turns_while_a_long_text_is_encoded(smol: Tokenizer
     assert len(text) > INLINE_CHARS
     assert smol.decode(ids) == text
     assert turns - before > 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a" * 5_000, " " * 5_000, "世界🙂" * 500, "e\u0301" * 2_000, "The capital of France is Paris. " * 200]
+)
+def test_a_text_has_at_least_as_many_tokens_as_is_told_without_tokenizing(smol: Tokenizer, qwen2: Tokenizer, text: str) -> None:
+    for tokenizer in (smol, qwen2):
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+    assert smol.least_tokens("a" * 10_000) > 0

@@ -1,0 +1,3 @@
+from tests.system.conftest import demo_folder
+
+__all__ = ["demo_folder"]

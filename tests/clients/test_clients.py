@@ -1,0 +1,168 @@
+"""Clients that people have already, unchanged, against a running server with the demo model.
+
+Their packages come from `python -m tests.clients.environments`; a client that was not made there is skipped.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.clients import environments
+from tests.system.server import Server, serving
+
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+
+SCRIPTS = Path(__file__).parent / "scripts"
+PARIS = "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def server(demo_folder: Path) -> Iterator[Server]:
+    with serving(str(demo_folder), "--name", "demo", "--dtype", "float32") as server:
+        yield server
+
+
+def made(name: str) -> None:
+    if not environments.is_made(name):
+        pytest.skip(f"no environment of {name}: python -m tests.clients.environments {name}")
+
+
+def run(command: list[str], server: Server, *, cwd: Path | None = None) -> str:
+    """What it printed; it must succeed."""
+    environment = {**os.environ, "MANTA_HTTP": f"{server.url}/v1", "MANTA_MODEL": "demo", "OPENAI_API_KEY": "none"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=400, cwd=cwd)
+    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
+    return done.stdout
+
+
+def script(name: str, server: Server, file: str | None = None) -> Any:
+    """What a client's script tells in its last line."""
+    made(name)
+    path = SCRIPTS / (file or f"{name}.py")
+    os.environ["MANTA_NODE_PACKAGES"] = str(environments.folder() / name)
+    safe = ["-P"] if path.suffix == ".py" else []  # files are named as the libraries they import
+    return json.loads(run([*environments.interpreter(name), *safe, str(path)], server).splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "major"), [("openai2", "2."), ("openai3", "3.")])
+def test_openai_python(server: Server, name: str, major: str) -> None:
+    told = script(name, server, "openai_python.py")
+    assert told.pop("version").startswith(major)
+    assert told.pop("completion").startswith(" Paris")
+    assert told == {
+        "text": PARIS,
+        "streamed": PARIS,
+        "usage": [45, 45],
+        "logprobs": [8, 2],
+        "models": ["demo"],
+        "refused": "temperature",
+    }
+
+
+def test_openai_node(server: Server) -> None:
+    told = script("openai_node", server, "openai_node.mjs")
+    assert told.pop("completion").startswith(" Paris")
+    assert told == {
+        "text": PARIS,
+        "streamed": PARIS,
+        "helper": PARIS,
+        "usage": [45, 45],
+        "models": ["demo"],
+        "refused": [400, "temperature"],
+    }
+
+
+def test_vercel_ai(server: Server) -> None:
+    told = script("vercel_ai", server, "vercel_ai.mjs")
+    assert told == {"text": PARIS, "streamed": PARIS, "usage": [45, 45], "finishReason": "stop"}
+
+
+def test_langchain(server: Server) -> None:
+    assert script("langchain", server) == {"text": PARIS, "streamed": PARIS, "usage": 45}
+
+
+def test_litellm(server: Server) -> None:
+    assert script("litellm", server) == {"text": PARIS, "streamed": PARIS, "usage": 45, "refused": "BadRequestError"}
+
+
+def test_pydantic_ai(server: Server) -> None:
+    assert script("pydantic_ai", server) == {"text": PARIS, "streamed": PARIS, "usage": 45}
+
+
+def test_llama_index(server: Server) -> None:
+    told = script("llama_index", server)
+    assert told.pop("completion").startswith(" Paris")
+    assert told == {"text": PARIS, "streamed": PARIS}
+
+
+def test_qwen_agent_with_its_own_function_calling(server: Server) -> None:
+    told = script("qwen_agent", server)
+    assert told == {"text": PARIS, "streamed": PARIS, "with functions": [["assistant", True]]}
+
+
+def test_aiperf(server: Server, demo_folder: Path, tmp_path: Path) -> None:
+    made("aiperf")
+    load = ["--concurrency", "2", "--request-count", "6", "--synthetic-input-tokens-mean", "50", "--output-tokens-mean", "8"]
+    target = ["-m", "demo", "-u", server.url, "--endpoint-type", "chat", "--streaming", "--tokenizer", str(demo_folder)]
+    command = [str(environments.folder() / "aiperf/bin/aiperf"), "profile", *target, *load]
+    run([*command, "--output-artifact-dir", str(tmp_path), "--ui", "none"], server, cwd=tmp_path)
+    (result,) = tmp_path.rglob("profile_export_aiperf.json")
+    told = json.loads(result.read_text())
+    assert told["request_count"]["avg"] == 6
+    assert not told.get("error_summary")
+    assert told["time_to_first_token"]["avg"] > 0
+
+
+def test_guidellm(server: Server, demo_folder: Path, tmp_path: Path) -> None:
+    made("guidellm")
+    command = [str(environments.folder() / "guidellm/bin/guidellm"), "run"]
+    command += ["--backend", f"kind=openai_http,target={server.url},model=demo", "--profile", "kind=concurrent,streams=2"]
+    command += ["--constraint", "kind=max_requests,count=6", "--tokenizer", f"kind=hf_auto,model={demo_folder}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=40,output_tokens=8", "--output", f"kind=json,path={tmp_path / 'told.json'}"]
+    run(command, server, cwd=tmp_path)
+    (benchmark,) = json.loads((tmp_path / "told.json").read_text())["benchmarks"]
+    assert benchmark["metrics"]["request_totals"] == {"successful": 6, "errored": 0, "incomplete": 0, "total": 6}
+
+
+def test_a_reader_of_reflection_can_call_a_method_it_knew_nothing_of(server: Server) -> None:
+    """As grpcurl does: services, then the files that describe one, then a call made from nothing but these."""
+    with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+
+        def ask(**question: str) -> reflection_pb2.ServerReflectionResponse:
+            return next(reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**question)])))
+
+        names = {service.name for service in ask(list_services="").list_services_response.service}
+        assert {"manta.v1.MantaService", "manta.v1.AdminService", "grpc.health.v1.Health"} <= names
+        pool = descriptor_pool.DescriptorPool()
+
+        def learn(files: reflection_pb2.FileDescriptorResponse) -> None:
+            for raw in files.file_descriptor_proto:
+                file = descriptor_pb2.FileDescriptorProto.FromString(raw)
+                for needed in file.dependency:
+                    try:
+                        pool.FindFileByName(needed)
+                    except KeyError:
+                        learn(ask(file_by_filename=needed).file_descriptor_response)
+                pool.Add(file)
+
+        learn(ask(file_containing_symbol="manta.v1.MantaService").file_descriptor_response)
+        method = pool.FindServiceByName("manta.v1.MantaService").FindMethodByName("Chat")
+        request_class, response_class = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
+        said = {"model": "demo", "messages": [{"role": "ROLE_USER", "content": "What is the capital of France?"}]}
+        request = json_format.ParseDict(said | {"options": {"temperature": 0, "maxTokens": 16}}, request_class())
+        call = channel.unary_unary(
+            "/manta.v1.MantaService/Chat",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=response_class.FromString,
+        )
+        assert call(request, timeout=60).choices[0].message.content == PARIS

@@ -1,0 +1,142 @@
+"""Reads rows.yaml: every row as an HTTP request, and as a gRPC call where it can be said there."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from serve.grpc.generated import service_pb2
+from serve.grpc.read import SAID_OR_NOT
+
+MODEL = "tiny"
+PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "tokenize": "/tokenize", "detokenize": "/detokenize"}
+GOOD: dict[str, dict[str, Any]] = {
+    "chat": {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]},
+    "completion": {"model": MODEL, "prompt": "Once upon"},
+    "tokenize": {"model": MODEL},
+    "detokenize": {"model": MODEL},
+}
+METHODS = {
+    "chat": ("Chat", service_pb2.ChatRequest),
+    "completion": ("Generate", service_pb2.GenerateRequest),
+    "tokenize": ("Tokenize", service_pb2.TokenizeRequest),
+    "detokenize": ("Detokenize", service_pb2.DetokenizeRequest),
+}
+GRPC_CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 413: "INVALID_ARGUMENT"}
+GRPC_PARAMS = {"top_logprobs": ("top_logprobs", "logprobs")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    spec: dict[str, Any]
+
+    @property
+    def of(self) -> str:
+        return str(self.spec.get("of", "chat"))
+
+    @property
+    def status(self) -> int:
+        return int(self.spec.get("status", 400))
+
+    @property
+    def param(self) -> str | None:
+        return self.spec.get("param")
+
+    @property
+    def code(self) -> str | None:
+        return self.spec.get("code")
+
+    @property
+    def grpc_code(self) -> str:
+        return str(self.spec.get("grpc_code", GRPC_CODES.get(self.status, "")))
+
+    @property
+    def over_http(self) -> bool:
+        return bool({"set", "raw", "hex"} & self.spec.keys())
+
+    @property
+    def over_grpc(self) -> bool:
+        return ("grpc" in self.spec and self.spec["grpc"] != "none") or ("set" in self.spec and "grpc" not in self.spec)
+
+    def http(self, *, model: str) -> dict[str, Any]:
+        """Arguments for an HTTP client."""
+        headers = {"content-type": "application/json"} | expanded(self.spec.get("headers", {}))
+        return {
+            "method": self.spec.get("method", "POST"),
+            "url": self.spec.get("path", PATHS[self.of]),
+            "content": self._body(model),
+            "headers": {name: value for name, value in headers.items() if value},
+        }
+
+    def grpc(self, *, model: str) -> tuple[str, Message]:
+        """The method's name and its request."""
+        method, kind = METHODS[self.of]
+        if isinstance(self.spec.get("grpc"), dict):
+            asked = _as_protobuf(self.of, GOOD[self.of]) | expanded(self.spec["grpc"])
+        else:
+            asked = _as_protobuf(self.of, GOOD[self.of] | expanded(self.spec["set"]))
+        return method, json_format.ParseDict(_renamed(asked, model), kind())
+
+    def _body(self, model: str) -> bytes:
+        if "hex" in self.spec:
+            return bytes.fromhex(self.spec["hex"])
+        if "raw" in self.spec:
+            return str(expanded(self.spec["raw"])).encode().replace(b'"tiny"', json.dumps(model).encode())
+        return json.dumps(_renamed(GOOD[self.of] | expanded(self.spec["set"]), model)).encode()
+
+
+def rows() -> list[Row]:
+    specs = yaml.safe_load((Path(__file__).parent / "rows.yaml").read_text())["rows"]
+    return [Row(name=str(spec["name"]), spec=spec) for spec in specs]
+
+
+def expanded(value: Any) -> Any:
+    """With the short forms written out."""
+    if isinstance(value, list):
+        return [expanded(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((form, said),) = value.items()
+        if form == "times":
+            what, count = said
+            return expanded(what) * count
+        if form == "nested":
+            return [] if said == 1 else [expanded({"nested": said - 1})]
+        if form == "power":
+            return 2**said
+        if form == "numbered":
+            return {str(number): 1 for number in range(said)}
+        if form == "wrapped":
+            return "".join(expanded(said))
+    return {key: expanded(one) for key, one in value.items()}
+
+
+def _renamed(asked: dict[str, Any], model: str) -> dict[str, Any]:
+    return asked | {"model": model} if asked.get("model") == MODEL else asked
+
+
+def _as_protobuf(of: str, said: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAI's JSON says, in the fields of `manta.v1`."""
+    options = {name: said[name] for name in (*SAID_OR_NOT, "stop", "stop_token_ids", "logit_bias") if said.get(name) is not None}
+    asked: dict[str, Any] = {"model": said["model"]}
+    if of == "chat":
+        asked["messages"] = [{**message, "role": f"ROLE_{message['role'].upper()}"} for message in said["messages"]]
+    elif of == "completion":
+        asked["prompts"] = [_prompt(one) for one in _prompts(said["prompt"])]
+    if options:
+        asked["options"] = options
+    return asked
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    return [prompt] if isinstance(prompt, str) else prompt
+
+
+def _prompt(prompt: Any) -> dict[str, Any]:
+    return {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}}
