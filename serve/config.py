@@ -170,6 +170,15 @@ class ToolsSettings(Section):
     template knows <tool_call>, else qwen_agent."""
 
 
+class TracingSettings(Section):
+    """OpenTelemetry traces of requests. They hold counts and times, never what clients wrote."""
+
+    otlp_endpoint: str | None = Field(default=None, min_length=1)
+    """Where spans go, by OTLP over HTTP: http://collector:4318/v1/traces. null = nowhere. Needs `pip install manta[otel]`."""
+    ratio: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Of the requests that are traced."""
+
+
 class LoggingSettings(Section):
     """What the server writes to its log. Prompts and answers never are."""
 
@@ -236,6 +245,7 @@ class ServeConfig(Section):
     tools: ToolsSettings = ToolsSettings()
     auth: AuthSettings = AuthSettings()
     logging: LoggingSettings = LoggingSettings()
+    tracing: TracingSettings = TracingSettings()
     ray: RaySettings = RaySettings()
 
     def each_model(self) -> "tuple[ServeConfig, ...]":

@@ -122,7 +122,12 @@ class _Front:
         instruments, self._board = Instruments(front), Board[Snapshot](app, METRICS_BOARD, front)
         self._door = OpenDoor() if config.auth.keys_file is None else Doorkeeper(Path(config.auth.keys_file))
         self._quotas = Quotas(num_fronts=lambda: self._board.num_others + 1)
-        observers = (Measuring(instruments, [model.name for model in models]), self._quotas)
+        names = [model.name for model in models]
+        observers: list[Observer] = [Measuring(instruments, names), self._quotas]
+        if config.tracing.otlp_endpoint is not None:
+            from serve.tracing import tracing_to  # opentelemetry: an extra
+
+            observers.append(tracing_to(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
         self._catalog = Catalog([await self._offer(app, model, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)

@@ -24,6 +24,8 @@ TEXT_TYPES = ("input_text", "output_text", "text")
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 ITEM = {"type": "object", "properties": {"role": {"enum": [*ROLES]}, "content": {}}, "required": ["role", "content"]}
 ASKS_FOR_NOTHING: Mapping[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "auto", "none"),
     "previous_response_id": (None,),
     "conversation": (None,),
     "prompt": (None,),
@@ -68,6 +70,8 @@ class ResponsesBody(SharedBody):
     max_output_tokens: int | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+    tools: Any = None
+    tool_choice: Any = None
     previous_response_id: Any = None
     conversation: Any = None
     prompt: Any = None

@@ -1,0 +1,92 @@
+"""OpenTelemetry spans of requests, by the conventions for generative AI. The only opentelemetry in the tree; off unless it is asked for.
+
+A span holds model, parameters, counts and times, never a prompt, an answer or a key.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from serve.errors import code_of
+from serve.observing import Observer, Watch
+from serve.request import ChatRequest, CompletionRequest, TextEvent
+from serve.version import version
+
+
+class Tracing:
+    """An observer of requests; each makes one span."""
+
+    def __init__(self, provider: TracerProvider, models: Collection[str], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._provider, self._models, self._clock = provider, models, clock
+        self._tracer = provider.get_tracer("manta", version())
+
+    def begin(self, request: ChatRequest | CompletionRequest) -> Watch:
+        operation = "chat" if isinstance(request, ChatRequest) else "text_completion"
+        since_s = 0.0 if request.arrived_s is None else self._clock() - request.arrived_s
+        model = request.model if request.model in self._models else "unknown"  # never what a client wrote
+        span = self._tracer.start_span(f"{operation} {model}", kind=SpanKind.SERVER, start_time=time.time_ns() - int(since_s * 1e9))
+        options = request.options
+        asked = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "manta",
+            "gen_ai.request.model": model,
+            "gen_ai.response.id": request.request_id,
+            "gen_ai.request.max_tokens": options.max_tokens,
+            "gen_ai.request.temperature": options.temperature,
+            "gen_ai.request.top_p": options.top_p,
+            "gen_ai.request.seed": options.seed,
+            "gen_ai.request.choice.count": options.n,
+            "manta.key": request.caller.id or None,
+        }
+        span.set_attributes({name: value for name, value in asked.items() if value is not None})
+        return _Traced(span, self._clock, self._clock() - since_s)
+
+    def close(self) -> None:
+        """Send what is still to be sent."""
+        self._provider.shutdown()
+
+
+class _Traced:
+    def __init__(self, span: Span, clock: Callable[[], float], begun_s: float) -> None:
+        self._span, self._clock, self._begun_s = span, clock, begun_s
+        self._has_token = False
+        self._reasons: list[str] = []
+
+    def event(self, event: TextEvent) -> None:
+        if event.tokens and not self._has_token:
+            self._has_token = True
+            self._span.set_attribute("gen_ai.server.time_to_first_token", self._clock() - self._begun_s)
+        if event.finish_reason is not None:
+            self._reasons.append(event.finish_reason)
+        if event.usage is not None:
+            self._span.set_attribute("gen_ai.usage.input_tokens", event.usage.prompt_tokens)
+            self._span.set_attribute("gen_ai.usage.output_tokens", event.usage.completion_tokens)
+            self._span.set_attribute("gen_ai.usage.cache_read.input_tokens", event.usage.cached_tokens)
+        if event.ledger is not None:
+            for phase in ("front", "queue", "prefill", "decode", "network", "detokenise"):
+                self._span.set_attribute(f"manta.{phase}_s", getattr(event.ledger, f"{phase}_s"))
+
+    def ended(self) -> None:
+        self._span.set_attribute("gen_ai.response.finish_reasons", self._reasons)
+        self._span.end()
+
+    def failed(self, error: BaseException) -> None:
+        left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        self._span.set_attribute("error.type", "client_left" if left else code_of(error))
+        self._span.set_status(Status(StatusCode.UNSET if left else StatusCode.ERROR))
+        self._span.end()
+
+
+def tracing_to(endpoint: str, models: Collection[str], *, ratio: float) -> Observer:
+    """Spans go to ``endpoint`` by OTLP over HTTP (…/v1/traces), in the background; ``ratio`` of the requests are traced."""
+    resource = Resource.create({"service.name": "manta", "service.version": version()})
+    provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    return Tracing(provider, models)
