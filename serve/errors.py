@@ -172,7 +172,7 @@ WIRE: dict[type[BaseException], Wire] = {
     UnsupportedMediaType: _bad("unsupported_media_type", http=415),
     NotReady: _unavailable(code="not_ready"),
     Draining: _unavailable(code="draining"),
-    RequestAborted: Wire(http=410, grpc="ABORTED", code="request_aborted"),
+    RequestAborted: Wire(http=410, grpc="ABORTED", code="request_aborted", type="invalid_request_error"),
     NotAuthenticated: _bad("invalid_api_key", http=401, grpc="UNAUTHENTICATED"),
     NotAllowed: _bad("insufficient_scope", http=403, grpc="PERMISSION_DENIED"),
     QuotaExceeded: Wire(http=429, grpc="RESOURCE_EXHAUSTED", code="rate_limit_exceeded", type="rate_limit_error", retry_after_s=1.0),

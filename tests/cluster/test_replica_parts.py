@@ -31,7 +31,7 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
             model="m",
             ranks=FakeRanks(topology=Topology()),
             engine_config=EngineConfig(),
-            config=ReplicaConfig(heartbeat_s=0.02),
+            config=ReplicaConfig(heartbeat_s=0.02, other_hosts=False),
         )
         made._ground = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
         yield made
