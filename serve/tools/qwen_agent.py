@@ -1,7 +1,7 @@
 """The protocol of Qwen-Agent, which Qwen2's instruct models know: ✿FUNCTION✿, ✿ARGS✿, ✿RESULT✿, ✿RETURN✿.
 
 What stands in capitals below, and the English texts beside it, is the protocol: the models were trained on these very words.
-Source: qwen_agent/llm/fncall_prompts/qwen_fncall_prompt.py of the package `qwen-agent`; a test compares with it.
+Source: qwen_agent/llm/fncall_prompts/qwen_fncall_prompt.py of the package `qwen-agent`; `tests/clients` compares with it.
 """
 
 import json
