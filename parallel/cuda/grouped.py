@@ -33,8 +33,10 @@ class GroupedExperts:
         by_expert = sort_by_expert(self._place_E[expert_ids_NA], len(self._up))
         per_row = expert_ids_NA.shape[1]
         inner = expert_products(x_ND, self._up, self._inner, by_expert, rows_per_source=per_row, num_assigned=num_assigned)
+        activated = swiglu(inner)
+        del inner  # the widest of all
         out = expert_products(
-            swiglu(inner), self._down, self._width, by_expert, rows_per_source=1, num_assigned=num_assigned, weights=weights_NA.flatten()
+            activated, self._down, self._width, by_expert, rows_per_source=1, num_assigned=num_assigned, weights=weights_NA.flatten()
         )
         summed: Tensor = out.view(num_rows, per_row, -1).sum(1, dtype=torch.float32).to(x_ND.dtype)
         return summed

@@ -114,14 +114,14 @@ def _mlp(hidden_size: int, inner_size: int, topology: Topology, at: Coordinates,
 
 
 def _routed(hidden_size: int, moe: MoeShape, topology: Topology, at: Coordinates, tokens: int) -> int:
-    """Input and output; rows gathered for the experts here and their outputs, in parts and as one; those put back into
-    order, and weighted; their sum in float32 and rounded.
+    """Input and output; either the rows gathered for the experts here and their outputs, in parts and as one, or these outputs, put
+    back into order, and weighted; their sum in float32 and rounded.
 
     A stage with dp sees the tokens of all its ranks; the rows of an expert held elsewhere are not gathered.
     """
     assigned = tokens * topology.dp * moe.experts_per_token
     here = assigned * len(split(moe.num_experts, at.ep, topology.ep)) // moe.num_experts
-    rows = 3 * here + 2 * assigned + 3 * tokens
+    rows = max(3 * here, here + 2 * assigned) + 3 * tokens
     return hidden_size * (rows * ACTIVATION_BYTES + tokens * FLOAT32_BYTES)
 
 

@@ -125,5 +125,6 @@ async def test_a_message_over_the_limit_is_refused_unread(stub, service: Scripte
     huge = service_pb2.GenerateRequest(model="tiny", prompts=[messages_pb2.Prompt(text="x" * (5 << 20))])
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Generate(huge)
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "larger than 4194304 bytes" in (caught.value.details() or "")
     assert service.asked == []

@@ -10,8 +10,11 @@ from engine.executor import Capacity
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.warm_up import full_step
+from model.attention.backend import AttentionConfig
+from model.attention.heads import turned
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
+from model.rope import Rotation
 from parallel.topology import Topology
 from serve.planning.memory import activation_bytes
 from serve.planning.shape import shape_of_config
@@ -23,16 +26,20 @@ from tests.serve.planning.questions import config, moe
 class NoAttention:
     """An attention kernel without a workspace, as the planner assumes it."""
 
+    def __init__(self, config: AttentionConfig) -> None:
+        self.config = config
+
     def prepare(self, batch: ForwardBatch) -> None: ...
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
+    def attend(self, heads_TXK: Tensor, rotation: Rotation, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
+        q_THK, _, _ = turned(heads_TXK, rotation, self.config)
         return torch.zeros_like(q_THK)
 
 
 def heaviest_step(raw: dict[str, object], folder: Path, *, tokens: int, rows: int) -> int:
     """Bytes alive at its worst moment, measured on a rank alone."""
     model = load(write_checkpoint_of(folder, raw), Topology(), 0)
-    backend = NoAttention()
+    backend = NoAttention(model.attention_config)
     model.backend = backend
     for layer in model.layers:
         layer.attention.backend = backend
