@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import aclosing
+from itertools import count
 from typing import Any
 
 import jsonschema
@@ -16,9 +17,14 @@ from tests.serve.structured.schemas_50 import SCHEMAS, SHORT, thing
 QUICK = SCHEMAS[::7]
 
 
+NUMBERS = count()
+"""A request's id is its own, as the fronts see to: what a cancelled one still says must find nobody."""
+
+
 def asked(form: ResponseFormat, **options: Any) -> ChatRequest:
     told = {"temperature": 1.0, "seed": 1, "max_tokens": 400} | options
-    return ChatRequest(request_id="r", model="random", messages=(Message(role="user", content="Go"),), options=Options(format=form, **told))
+    messages = (Message(role="user", content="Go"),)
+    return ChatRequest(request_id=f"r{next(NUMBERS)}", model="random", messages=messages, options=Options(format=form, **told))
 
 
 def json_form(schema: Any) -> ResponseFormat:
