@@ -15,7 +15,7 @@ from tests.serve.in_process import fronts
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ANSWER_S = 60.0
-"""A hang is seen by it, and no more: these tests run beside others. The slow twin in tests/system asks for one second."""
+"""A hang is seen by it, and no more: these tests run beside others, and never time anything."""
 ROWS = rows()
 
 
