@@ -152,9 +152,9 @@ def test_large_models_are_not_doubled_by_an_upgrade_unless_one_says_so() -> None
 
 
 def test_traces_go_where_one_says() -> None:
-    given = environment(ready("everything").group("front")["template"])
-    assert given["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4317"
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in environment(ready("cpu-demo").group("front")["template"])
+    args = ready("everything").serve_config["applications"][0]["args"]
+    assert args["tracing"] == {"otlp_endpoint": "http://collector:4318/v1/traces", "ratio": 0.1}
+    assert "tracing" not in ready("cpu-demo").serve_config["applications"][0]["args"]
 
 
 def test_the_token_of_the_hub_comes_from_a_secret() -> None:

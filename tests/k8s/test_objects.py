@@ -157,7 +157,7 @@ def test_pods_reach_each_other_names_and_what_is_listed() -> None:
         "app.kubernetes.io/instance": "manta",
         "app.kubernetes.io/part-of": "manta",
     }
-    assert [port["port"] for port in egress[-1]["ports"]] == [443, 6443, 6379, 4317]
+    assert [port["port"] for port in egress[-1]["ports"]] == [443, 6443, 6379, 4318]
 
 
 def test_every_pod_is_under_a_policy_both_ways() -> None:

@@ -57,6 +57,9 @@ client_ca: /etc/manta/tls/ca.crt
 {{- range $role, $file := include "manta.tls" . | fromYaml -}}
   {{- $_ := set $ours.grpc $role $file -}}
 {{- end -}}
+{{- with .Values.otel.endpoint -}}
+  {{- $_ := set $ours "tracing" (dict "otlp_endpoint" (printf "%s/v1/traces" (trimSuffix "/" .)) "ratio" $.Values.otel.sampleRatio) -}}
+{{- end -}}
 {{- with .Values.auth.keys.secretName -}}
   {{- $_ := set $ours "auth" (dict "keys_file" (printf "/etc/manta/keys/%s" $.Values.auth.keys.secretKey)) -}}
 {{- end -}}

@@ -41,11 +41,8 @@ capabilities:
     secretKeyRef:
       {{- include "manta.secretKeyRef" (dict "root" . "value" .Values.huggingface.token "key" "huggingface-token") | nindent 6 }}
 {{- end }}
-{{- with .Values.otel.endpoint }}
-- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ . | quote }}}
+{{- if .Values.otel.endpoint }}
 - {name: OTEL_SERVICE_NAME, value: {{ include "manta.fullname" $ }}}
-- {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
-- {name: OTEL_TRACES_SAMPLER_ARG, value: {{ $.Values.otel.sampleRatio | quote }}}
 {{- end }}
 {{- with .Values.env }}
 {{ toYaml . }}
