@@ -59,9 +59,7 @@ $(READY): pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "pip>=25.1" "setuptools>=77"
 	$(PIP) install --progress-bar on -e . -e client
-	@echo "Building the shared-memory all-reduce (once; a minute or two; without a C++ compiler gloo is used instead)"
-	-@$(BIN)/python -m parallel.shared_memory
-	@echo "Building the CPU kernels (once; some seconds; without a C++ compiler torch's are used, which are slower)"
+	@echo "Building the CPU kernels (once; some seconds; without a C++ compiler torch's and gloo are used, which are slower)"
 	-@$(BIN)/python -m parallel.native.library
 	@touch $@
 

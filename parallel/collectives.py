@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.groups import Group
+from parallel.native.exchange import DTYPES, Exchange
 from parallel.transport import Transport
 
 GATHER_BELOW_BYTES = 64 * 1024
@@ -25,7 +26,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
         return x
     x = x.contiguous()
     memory = group.transport.shared_memory
-    if memory is not None and memory.takes(x):
+    if memory is not None and x.dtype in DTYPES:
         return memory.all_reduce_(x)
     if group.transport.backend == "nccl" or group.size == 2:  # two summands have one order
         dist.all_reduce(x, group=group.transport.process_group)
@@ -48,6 +49,8 @@ def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = 
     longest = max(counts)
     if longest == 0:
         return x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
+    if group.transport.shared_memory is not None:
+        return _gather_through(group.transport.shared_memory, x.contiguous(), dim, sizes)
     flat = x.contiguous().view(-1)
     if flat.numel() < longest:  # torch gathers equal lengths only
         flat = torch.cat((flat, flat.new_zeros(longest - flat.numel())))
@@ -87,6 +90,11 @@ def all_to_all(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int
     if sum(send_sizes) != x.shape[0]:
         raise ValueError(f"send sizes {list(send_sizes)} do not add up to the {x.shape[0]} rows given")
     received = x.new_empty(sum(receive_sizes), *x.shape[1:])
+    if group.transport.shared_memory is not None:
+        row_bytes = _count(x.shape[1:]) * x.element_size()
+        sends, receives = ([size * row_bytes for size in sizes] for sizes in (send_sizes, receive_sizes))
+        group.transport.shared_memory.all_to_all(x.contiguous(), received, sends, receives)
+        return received
     dist.all_to_all_single(received, x.contiguous(), list(receive_sizes), list(send_sizes), group=group.transport.process_group)
     return received
 
@@ -139,6 +147,13 @@ def barrier(group: Group) -> None:
     """Return when every member has called this."""
     if group.transport is not None:
         dist.barrier(group=group.transport.process_group)
+
+
+def _gather_through(memory: Exchange, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    joined = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
+    row_bytes = _count(x.shape[dim + 1 :]) * x.element_size()
+    memory.all_gather(x, joined, _count(x.shape[:dim]), [size * row_bytes for size in sizes])
+    return joined
 
 
 def _sum_over_gloo(x: Tensor, transport: Transport, size: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it only where it was built with it
 
-from parallel import shared_memory
+from parallel.shared_memory import agree
 from parallel.topology import Coordinates, InvalidTopology, Topology, TopologyAxis
 from parallel.transport import Backend, Transport
 
@@ -93,8 +93,7 @@ def open_groups(
 ) -> Iterator[ParallelGroups]:
     """Join the other ranks of the replica; leave them on exit. Every rank must call this at about the same time.
 
-    ``timeout_s`` bounds the joining and each collective after it; the shared-memory all-reduce knows no time limit,
-    so whoever starts ranks must end those whose peer has died.
+    ``timeout_s`` bounds the joining and each collective after it.
 
     Raises:
         InvalidTopology: the rank is outside the topology.
@@ -123,7 +122,10 @@ def open_groups(
             timeout=timedelta(seconds=timeout_s),
             device_id=device if backend == "nccl" else None,
         )
-        transports = _transports(topology, backend, transport, timeout_s)
+        transports = _transports(topology, rank, backend, transport, timeout_s)
+        for each in transports.values():
+            if each.shared_memory is not None:
+                stack.callback(each.shared_memory.close)
         groups = _parallel_groups(topology, rank, transports)
         log.info("rank %d of %d joined (%s): %s", rank, topology.size, topology, groups.world.transport)
         yield groups
@@ -148,22 +150,27 @@ def _parallel_groups(topology: Topology, rank: int, transports: dict[tuple[int, 
     )
 
 
-def _transports(topology: Topology, backend: Backend, choice: TransportChoice, timeout_s: float) -> dict[tuple[int, ...], Transport]:
+def _transports(
+    topology: Topology, rank: int, backend: Backend, choice: TransportChoice, timeout_s: float
+) -> dict[tuple[int, ...], Transport]:
     """A transport for every set of two or more ranks that shares an axis, by its ranks.
 
-    torch wants every rank to create every group, its own or not, in the same order.
+    torch wants every rank to create every group, its own or not, in the same order. In that order, too, the members of each agree
+    on shared memory.
     """
     world = tuple(range(topology.size))
     assert dist.group.WORLD is not None
-    memory = shared_memory.agree(dist.group.WORLD) if backend == "gloo" and choice == "auto" else None
-    transports = {world: Transport(backend, dist.group.WORLD, memory)}
+    process_groups = {world: dist.group.WORLD}
     for axis in get_args(TopologyAxis):
-        for rank in world:
-            ranks = topology.peers(rank, axis)
-            if len(ranks) > 1 and ranks not in transports:
-                process_group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
-                transports[ranks] = Transport(backend, process_group)
-    return transports
+        for each in world:
+            ranks = topology.peers(each, axis)
+            if len(ranks) > 1 and ranks not in process_groups:
+                process_groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
+    shares = backend == "gloo" and choice == "auto"
+    return {
+        ranks: Transport(backend, process_group, agree(process_group, timeout_s) if shares and rank in ranks else None)
+        for ranks, process_group in process_groups.items()
+    }
 
 
 def _leave() -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from parallel.shared_memory import SharedMemory
+from parallel.native.exchange import Exchange
 
 Backend = Literal["nccl", "gloo"]
 
@@ -16,8 +16,8 @@ class Transport:
 
     backend: Backend
     process_group: dist.ProcessGroup
-    shared_memory: SharedMemory | None = None
-    """The faster all-reduce, when every rank of the replica is in this group and on one host."""
+    shared_memory: Exchange | None = None
+    """The faster way for sums, gathers and exchanges, when all ranks of the group are on one host and have the kernels."""
 
     def __str__(self) -> str:
         return self.backend if self.shared_memory is None else f"shared memory, {self.backend} for the rest"

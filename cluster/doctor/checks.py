@@ -11,14 +11,14 @@ SHARED = "/dev/shm"  # noqa: S108  (a name for messages)
 Facts = Sequence[HostFacts]
 Check = Callable[[Facts, Need], Iterator[Finding]]
 
-SEGMENT_BYTES = 67 * MIB
-"""Of /dev/shm for each rank that reduces through it, as `parallel.shared_memory.SEGMENT_BYTES`."""
+SEGMENT_BYTES = 12 * MIB
+"""Of /dev/shm for each rank on a CPU: 2 MiB (`parallel.native.exchange.memory_bytes`) in each of at most six groups."""
 NCCL_SHM_BYTES = 64 * MIB
 """NCCL's buffers for each rank that shares a host, roughly; with less it fails with "unhandled system error"."""
 CLOCK_WARNING_S, CLOCK_FATAL_S = 0.5, 30.0
 """Deadlines travel as durations; logs and traces are compared by time, and tokens and certificates expire by it."""
 OPEN_FILES = 4096
-MUST_AGREE = ("manta", "torch", "ray", "nccl", "deepspeed")
+MUST_AGREE = ("manta", "torch", "ray", "nccl")
 GPU_BUSY_FRACTION = 0.05
 SLOW_MBIT = 10_000
 
@@ -112,12 +112,12 @@ def _shared_memory(facts: Facts, need: Need) -> Iterator[Finding]:
                 todo="enlarge it (docker: --shm-size; Kubernetes: an emptyDir of medium Memory at /dev/shm)",
             )  # fmt: skip
         elif need.device == "cpu" and not each.shared_memory_built:
-            todo = "run `python -m parallel.shared_memory` there once"
+            todo = "run `python -m parallel.native.library` there once"
             if each.compiler is None:
                 todo = f"install a C++ compiler (Debian: g++), then {todo}"
             yield Finding(
                 severity=Severity.WARNING, check="shared memory", host=each.host,
-                found="the shared-memory all-reduce is not built, and gloo, which is slower, will be used", todo=todo,
+                found="the CPU kernels are not built; ranks will talk over gloo, which is slower", todo=todo,
             )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class HostFacts:
     rank: int
     python: str
     versions: dict[str, str]
-    """Of the libraries that must agree: torch, ray, nccl, deepspeed, ... by name; one that is not installed is not there."""
+    """Of the libraries that must agree: torch, ray, nccl, ... by name; one that is not installed is not there."""
     driver: str | None
     """Of NVIDIA; None: there is none."""
     gpus: tuple[GpuFacts, ...]
@@ -47,7 +47,7 @@ class HostFacts:
     open_files_limit: int
     compiler: str | None
     shared_memory_built: bool
-    """Whether DeepSpeed's all-reduce was compiled on this host (`parallel.shared_memory`)."""
+    """Whether the CPU kernels, which bring the collectives through shared memory, were compiled on this host."""
     checkpoint_missing: str | None = None
     """Why the checkpoint cannot be opened from here."""
     clock_ahead_at_least_s: float = 0.0

@@ -15,12 +15,12 @@ import psutil
 from cluster.doctor.facts import GpuFacts, HostFacts, InterfaceFacts
 
 LIBRARIES = {
-    "manta": ("manta",), "torch": ("torch",), "ray": ("ray",), "deepspeed": ("deepspeed",), "safetensors": ("safetensors",),
+    "manta": ("manta",), "torch": ("torch",), "ray": ("ray",), "safetensors": ("safetensors",),
     "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
 }  # fmt: skip
 """Name in a finding -> distributions that bring it. Which CUDA torch was built for is part of its version (2.13.0+cu130)."""
 QUERY = "index,uuid,name,memory.total,memory.used,driver_version"
-SHARED = Path("/dev/shm")  # noqa: S108  (where NCCL, gloo and DeepSpeed put what ranks of a host share)
+SHARED = Path("/dev/shm")  # noqa: S108  (where NCCL and our CPU kernels put what ranks of a host share)
 CGROUP = Path("/sys/fs/cgroup")
 MIB = 2**20
 
@@ -115,9 +115,9 @@ def _memory_available(cgroup: Path = CGROUP) -> int:
 
 
 def _shared_memory_built() -> bool:
-    """Whether an operator lies where `parallel.shared_memory.built_path` has it; whether it is the right one is seen when ranks join."""
+    """Whether kernels lie where `parallel.native.library.built_path` has them; whether the right ones is seen when ranks join."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return any((cache / "manta" / "shared_memory").glob("*/*.so"))
+    return any((cache / "manta" / "native").glob("*/*.so"))
 
 
 def cache_folder() -> Path:

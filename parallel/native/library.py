@@ -7,7 +7,7 @@ threads are torch's, as torch brings the OpenMP library that it finds loaded alr
 import ctypes
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -47,13 +47,18 @@ class Native:
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])
         self.write_kv = self._function("write_kv", [address, address, size, size, *[address] * 3, size, size, threads])
         self.decode = self._function("decode", [*[address] * 7, *[size] * 6, threads])
+        sums = {dtype: f"all_reduce_{str(dtype).removeprefix('torch.')}" for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+        self.all_reduce = {dtype: self._function(name, [address, address, size], threads) for dtype, name in sums.items()}
+        self.all_gather = self._function("all_gather", [address, address, address, size, address], threads)
+        self.all_to_all = self._function("all_to_all", [address] * 5, threads)
+        self.leave = self._function("leave", [address])
 
     def __repr__(self) -> str:
         return f"<Native {self.variant}>"
 
-    def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:
+    def _function(self, name: str, arguments: Sequence[type], result: type | None = None) -> "ctypes._NamedFuncPointer":
         function: ctypes._NamedFuncPointer = getattr(self._library, f"manta_{name}")
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, result
         return function
 
 

@@ -1,211 +1,219 @@
-"""The shared-memory all-reduce against gloo, and when ranks agree to use it."""
+"""Collectives through shared memory against gloo, when ranks agree to use it, and what a lost rank means for the others."""
 
-import importlib.util
-import logging
 import os
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel import shared_memory
-from parallel.collectives import all_reduce
+from parallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+from parallel.compiled import Unavailable
 from parallel.groups import ParallelGroups
+from parallel.native.exchange import BUFFER_BYTES, Exchange, ExchangeFailed
+from parallel.native.library import native
 from parallel.topology import Topology
-from tests.ranks import end_pools, run_ranks
+from tests.ranks import RankFailed, end_pools, run_ranks
 
-CORES = shared_memory._cores()
-HAS_AVX512 = "avx512bw" in Path("/proc/cpuinfo").read_text()
-needs_avx512 = pytest.mark.skipif(not HAS_AVX512, reason=shared_memory.NEEDS_AVX512)
+pytestmark = pytest.mark.skipif(native() is None, reason="run `python -m parallel.native.library` to build the kernels")
 
-
-def usable(test: Callable[..., None]) -> Callable[..., None]:
-    built = pytest.mark.skipif(not shared_memory.is_built(), reason="run `python -m parallel.shared_memory` to build it")
-    return built(needs_avx512(test))
-
-
-def needs_cores(ranks: int) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(ranks > CORES, reason=f"{ranks} ranks would wait busily on {CORES:g} cores")
+MANY = BUFFER_BYTES // 4 + 1234
+"""Numbers of float32 that take more than one piece."""
 
 
 def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(rank)) * 8).to(dtype)
 
 
-def reduce_all(groups: ParallelGroups, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[bool, list[Tensor]]:
-    assert groups.tp.transport is not None
-    sums = [all_reduce(value(groups.rank, shape, dtype), groups.tp) for shape in shapes]
-    strided = all_reduce(value(groups.rank, (32, 48), dtype).T, groups.tp)
-    return groups.tp.transport.shared_memory is not None, [*sums, strided]
+def memory_of(groups: ParallelGroups) -> Exchange:
+    assert groups.world.transport is not None
+    assert groups.world.transport.shared_memory is not None
+    return groups.world.transport.shared_memory
 
 
-SHAPES = [(1, 16), (1, 896), (7, 5), (1,), (0, 16), (640, 1536), (333, 4080), (1100, 8192)]
+def used(groups: ParallelGroups) -> bool:
+    return groups.world.transport is not None and groups.world.transport.shared_memory is not None
 
 
-@usable
-@needs_cores(2)
+Collective = Callable[[ParallelGroups, torch.dtype], list[Tensor]]
+
+
+def sums(groups: ParallelGroups, dtype: torch.dtype) -> list[Tensor]:
+    shapes = [(1, 16), (1, 896), (7, 5), (1,), (0, 16), (5000, 3), (MANY,), (3, MANY)]
+    special = value(groups.rank, (4,), dtype)
+    if dtype.is_floating_point:
+        special[groups.rank % 2] = torch.nan
+        special[2] = torch.inf
+    strided = value(groups.rank, (32, 48), dtype).T
+    return [all_reduce(x, groups.world) for x in [*(value(groups.rank, shape, dtype) for shape in shapes), special, strided]]
+
+
+def gathered(groups: ParallelGroups, dtype: torch.dtype) -> list[Tensor]:
+    size, rank = groups.world.size, groups.rank
+    uneven, one_empty, large = [1 + r for r in range(size)], [3 * (r != 1) for r in range(size)], [MANY // 2 + 7 * r for r in range(size)]
+    return [
+        all_gather(value(rank, (4, uneven[rank], 3), dtype), groups.world, dim=1, sizes=uneven),
+        all_gather(value(rank, (one_empty[rank], 5), dtype), groups.world, dim=0, sizes=one_empty),
+        all_gather(value(rank, (3, large[rank]), dtype), groups.world, dim=-1, sizes=large),
+        all_gather(value(rank, (2, 6), dtype).T, groups.world, dim=0),
+        all_gather(value(rank, (2, 0), dtype), groups.world, dim=1),
+    ]
+
+
+def exchanged(groups: ParallelGroups, dtype: torch.dtype) -> list[Tensor]:
+    size, rank = groups.world.size, groups.rank
+    results = []
+    for rows in ([[(r + 2 * s) % 4 for s in range(size)] for r in range(size)], [[700 * (r == 0)] * size for r in range(size)]):
+        x = value(rank, (sum(rows[rank]), 333), dtype)
+        results.append(all_to_all(x, rows[rank], [row[rank] for row in rows], groups.world))
+    results.append(reduce_scatter(value(rank, (9, 5 * size), dtype), groups.world, dim=1))
+    return results
+
+
+def both(groups: ParallelGroups, collective: Collective, dtype: torch.dtype) -> tuple[bool, list[Tensor]]:
+    return used(groups), collective(groups, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64], ids=str)
-def test_two_ranks_get_bit_for_bit_what_gloo_gives(dtype: torch.dtype) -> None:
-    over_gloo = run_ranks(Topology(tp=2), reduce_all, SHAPES, dtype, transport="gloo")
-    through_memory = run_ranks(Topology(tp=2), reduce_all, SHAPES, dtype, transport="auto")
-    for (used_by_gloo, wanted), (used, found) in zip(over_gloo, through_memory, strict=True):
-        assert (used_by_gloo, used) == (False, True)
-        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+@pytest.mark.parametrize("collective", [sums, gathered, exchanged])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_get_bit_for_bit_what_gloo_gives(ranks: int, collective: Collective, dtype: torch.dtype) -> None:
+    over_gloo = run_ranks(Topology(tp=ranks), both, collective, dtype, transport="gloo")
+    through_memory = run_ranks(Topology(tp=ranks), both, collective, dtype, transport="auto")
+    for (by_gloo, wanted), (by_memory, found) in zip(over_gloo, through_memory, strict=True):
+        assert (by_gloo, by_memory) == (False, True)
+        for a, b in zip(wanted, found, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
 
 
-def reduce_rows(groups: ParallelGroups) -> tuple[Tensor, Tensor]:
-    x = value(groups.rank, (3000, 48), torch.float32)
-    return all_reduce(x[1234:1235].clone(), groups.tp), all_reduce(x, groups.tp)[1234:1235]
+def many_in_a_row(groups: ParallelGroups) -> None:
+    """One after the other without a pause, of changing kind and length: a buffer that is written too early shows."""
+    draw = torch.Generator().manual_seed(5)
+    for number in range(400):
+        length = int(torch.randint(1, 40_000 if number % 50 else 400_000, (), generator=draw))
+        mine = torch.full((length,), float(groups.rank + number))
+        if number % 3:
+            total = float(sum(rank + number for rank in range(groups.world.size)))
+            assert torch.equal(all_reduce(mine, groups.world), torch.full((length,), total))
+        else:
+            joined = all_gather(mine, groups.world, dim=0)
+            assert torch.equal(joined[::length], torch.arange(number, number + groups.world.size).float())
+            assert bool((joined.view(-1, length) == joined[::length].unsqueeze(1)).all())
 
 
-@usable
-@needs_cores(3)
-def test_three_ranks_sum_a_row_the_same_way_in_any_company() -> None:
-    for alone, among_others in run_ranks(Topology(tp=3), reduce_rows, transport="auto"):
-        assert torch.equal(alone, among_others)
-        torch.testing.assert_close(alone, sum(value(rank, (3000, 48), torch.float32)[1234:1235] for rank in range(3)))
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_hundreds_in_a_row_are_all_right(ranks: int) -> None:
+    run_ranks(Topology(tp=ranks), many_in_a_row, transport="auto")
 
 
-@usable
-@needs_cores(2)
 def test_nothing_is_left_in_dev_shm() -> None:
-    before = {path.name for path in Path("/dev/shm").iterdir()}
-    run_ranks(Topology(tp=2), reduce_all, [(1, 16)], torch.float32, transport="auto")
-    assert not [p.name for p in Path("/dev/shm").iterdir() if p.name not in before and p.name.startswith("deepspeed")]
+    before = {path.name for path in shared_memory.SHARED.iterdir()}
+    run_ranks(Topology(tp=2), both, sums, torch.float32, transport="auto")
+    assert not [p.name for p in shared_memory.SHARED.iterdir() if p.name not in before and p.name.startswith("manta")]
 
 
-@usable
-@needs_cores(2)
-def test_the_same_processes_can_leave_and_join_again() -> None:
-    for _ in range(3):  # an odd number of calls in each: the buffers alternate
-        results = run_ranks(Topology(tp=2), reduce_all, [(1, 16), (3, 32)], torch.float32, transport="auto")
-        assert all(used for used, _ in results)
+def groups_with_memory(groups: ParallelGroups) -> tuple[str, ...]:
+    all_reduce(torch.ones(3), groups.tp)
+    every = (groups.tp, groups.pp, groups.world)
+    return tuple(group.axis for group in every if group.transport is not None and group.transport.shared_memory is not None)
 
 
-def uses(groups: ParallelGroups) -> dict[str, bool]:
-    named = {"tp": groups.tp, "stage": groups.stage, "world": groups.world}
-    return {name: group.transport is not None and group.transport.shared_memory is not None for name, group in named.items()}
+def test_every_group_of_one_host_has_memory_of_its_own() -> None:
+    assert run_ranks(Topology(tp=2, pp=2), groups_with_memory, transport="auto") == [("tp", "pp", "world")] * 4
 
 
-@usable
-@needs_cores(4)
-def test_only_a_group_of_all_ranks_uses_it() -> None:
-    assert run_ranks(Topology(tp=2, pp=2), uses, transport="auto") == [{"tp": False, "stage": False, "world": True}] * 4
+def lose_rank_1(groups: ParallelGroups, told: str) -> None:
+    if groups.rank == 1:
+        os._exit(3)
+    try:
+        all_reduce(torch.ones(8), groups.world)
+    except ExchangeFailed as error:
+        with pytest.raises(ExchangeFailed):  # and so is every later one, at once
+            all_reduce(torch.ones(8), groups.world)
+        Path(told).with_suffix(".part").write_text(str(error))
+        Path(told).with_suffix(".part").rename(told)
 
 
-@usable
-@needs_cores(2)
-def test_a_group_that_is_the_world_uses_it_whatever_its_axis() -> None:
-    assert run_ranks(Topology(tp=2, ep=2), uses, transport="auto") == [{"tp": True, "stage": True, "world": True}] * 2
+def test_a_lost_rank_is_an_error_and_no_wait(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    with pytest.raises(RankFailed, match="rank 1 ended"):
+        run_ranks(Topology(tp=2), lose_rank_1, str(told), transport="auto", timeout_s=600)
+    end_pools()
+    # The pool ends rank 0 two seconds after rank 1 at the latest: it knew before that.
+    assert told.read_text() == "rank 1 of the group has ended without a word"
 
 
-def hide_the_operator_on_rank_1(groups: ParallelGroups, folder: str) -> None:
+def wait_in_vain(groups: ParallelGroups, flag: str) -> str:
+    if groups.rank == 1:
+        while not Path(flag).exists():  # slow, but alive
+            time.sleep(0.01)
+        all_reduce(torch.ones(8), groups.world)  # what rank 0 had written before it gave up
+        with pytest.raises(ExchangeFailed, match="rank 0 of the group has left it"):
+            all_reduce(torch.ones(8), groups.world)
+        return ""
+    memory_of(groups).timeout_s = 0.2
+    with pytest.raises(ExchangeFailed) as caught:
+        all_reduce(torch.ones(8), groups.world)
+    Path(flag).touch()
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_come_is_an_error_after_the_groups_time(tmp_path: Path) -> None:
+    first, _ = run_ranks(Topology(tp=2), wait_in_vain, str(tmp_path / "flag"), transport="auto")
+    assert first == "rank 1 of the group did not come within 0.2 s"
+
+
+def disagree(groups: ParallelGroups) -> str:
+    if groups.rank == 0:
+        with pytest.raises(ExchangeFailed) as caught:
+            all_to_all(torch.ones(3, 2), [1, 2], [1, 1], groups.world)
+        return str(caught.value)
+    all_to_all(torch.ones(4, 2), [2, 2], [2, 2], groups.world)  # to this rank what rank 0 sends is right
+    with pytest.raises(ExchangeFailed):
+        all_reduce(torch.ones(3), groups.world)
+    return ""
+
+
+def test_sizes_that_do_not_fit_together_are_an_error() -> None:
+    first, _ = run_ranks(Topology(tp=2), disagree, transport="auto")
+    assert first == "rank 1 of the group sends another number of bytes than is expected of it"
+
+
+def hide_the_kernels_on_rank_1(groups: ParallelGroups, folder: str) -> None:
     if groups.rank == 1:
         os.environ["XDG_CACHE_HOME"] = folder
+        native.cache_clear()
 
 
-@usable
-@needs_cores(2)
-def test_ranks_agree_on_gloo_when_one_of_them_has_no_operator(tmp_path: Path) -> None:
+def test_ranks_agree_on_gloo_when_one_of_them_has_no_kernels(tmp_path: Path) -> None:
     end_pools()
-    run_ranks(Topology(tp=2), hide_the_operator_on_rank_1, str(tmp_path))
-    assert run_ranks(Topology(tp=2), uses, transport="auto") == [{"tp": False, "stage": False, "world": False}] * 2
+    run_ranks(Topology(tp=2), hide_the_kernels_on_rank_1, str(tmp_path))
+    found = run_ranks(Topology(tp=2), both, sums, torch.float32, transport="auto")
     end_pools()
+    assert [by_memory for by_memory, _ in found] == [False, False]
 
 
-def offer(obstacle: str | None = None, host: str = "a", held: tuple[str, int, int, int] | None = None) -> shared_memory._Offer:
-    return shared_memory._Offer(obstacle=obstacle, host=host, nonce="", held=held)
+def test_memory_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "memory_bytes", lambda size: 2**60)
+    with pytest.raises(Unavailable, match="MiB free and 2 ranks need"):
+        shared_memory._check_host(2)
+
+
+def offer(obstacle: str | None = None, host: str = "a") -> shared_memory._Offer:
+    return shared_memory._Offer(obstacle=obstacle, host=host, process=("n", 1), nonce="")
 
 
 @pytest.mark.parametrize(
     ("offers", "reason"),
     [
         ([offer(), offer()], None),
-        ([offer(held=("x", 0, 2, 5)), offer(held=("x", 1, 2, 5))], None),
         ([offer(), offer(obstacle="it is not built")], "rank 1: it is not built"),
         ([offer(), offer(host="b")], "rank 1 has not the same /dev/shm"),
-        ([offer(), offer(held=("x", 1, 2, 5))], "in new processes"),
-        ([offer(held=("x", 0, 2, 5)), offer(held=("x", 1, 2, 6))], "in new processes"),
-        ([offer(held=("x", 1, 2, 5)), offer(held=("x", 0, 2, 5))], "in new processes"),
-        ([offer(held=("x", 0, 3, 5)), offer(held=("x", 1, 3, 5))], "in new processes"),
     ],
 )
-def test_all_ranks_must_be_able_and_of_one_past(offers: list[shared_memory._Offer], reason: str | None) -> None:
+def test_all_ranks_must_be_able(offers: list[shared_memory._Offer], reason: str | None) -> None:
     found = shared_memory._obstacle(offers)
     assert (found is None) if reason is None else (found is not None and reason in found)
-
-
-def test_without_a_compiler_the_build_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(shared_memory.Unavailable, match=r"install g\+\+"):
-        shared_memory.build()
-    assert not shared_memory.is_built()
-
-
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "broken-compiler"
-    compiler.write_text("#!/bin/sh\necho no space on this planet >&2\nexit 3\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(shared_memory.Unavailable, match="no space on this planet"):
-        shared_memory.build()
-    assert not shared_memory.is_built()
-    assert not list(shared_memory.built_path().parent.iterdir())
-
-
-def test_without_deepspeed_it_is_not_built_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not shared_memory.is_built()
-    with pytest.raises(shared_memory.Unavailable, match="DeepSpeed, whose source holds the operator, is not installed"):
-        shared_memory.build()
-
-
-def test_importing_parallel_brings_in_neither_deepspeed_nor_ray() -> None:
-    folder = Path(shared_memory.__file__).parent
-    modules = [f"parallel.{path.stem}" for path in folder.glob("[a-z]*.py")]
-    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print(*({{'deepspeed', 'ray'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder.parent)
-    assert done.stdout.strip() == ""
-
-
-def agreement_and_log(groups: ParallelGroups, folder: str) -> list[str]:
-    os.environ["XDG_CACHE_HOME"] = folder
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    shared_memory.log.addHandler(handler)
-    shared_memory.log.setLevel(logging.INFO)
-    assert dist.group.WORLD is not None
-    assert shared_memory.agree(dist.group.WORLD) is None
-    return messages
-
-
-@needs_avx512
-@needs_cores(2)
-def test_the_log_says_once_why_gloo_is_used_and_how_to_change_that(tmp_path: Path) -> None:
-    end_pools()
-    first, second = run_ranks(Topology(tp=2), agreement_and_log, str(tmp_path))
-    end_pools()
-    assert second == []
-    assert len(first) == 1
-    assert "over gloo, not shared memory: rank 0" in first[0]
-    assert "`python -m parallel.shared_memory`" in first[0]
-
-
-@pytest.mark.skipif(not shared_memory.is_built(), reason="there was no first one")
-def test_a_second_build_is_instant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert shared_memory.build() == shared_memory.built_path()
-
-
-def test_too_many_ranks_for_the_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    with pytest.raises(shared_memory.Unavailable, match="2 ranks would wait busily for each other on 1 cores"):
-        shared_memory._check_host(2)

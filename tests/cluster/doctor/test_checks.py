@@ -10,7 +10,7 @@ from cluster.doctor.facts import GpuFacts, HostFacts, InterfaceFacts, Need, cloc
 from cluster.doctor.findings import Finding, Severity, is_fatal
 
 GIB = 2**30
-VERSIONS = {"manta": "0.1.0", "torch": "2.13.0+cu130", "ray": "2.60.0", "nccl": "2.28.3", "deepspeed": "0.19.8"}
+VERSIONS = {"manta": "0.1.0", "torch": "2.13.0+cu130", "ray": "2.60.0", "nccl": "2.28.3"}
 H100 = GpuFacts(index=0, name="H100", total_bytes=80 * GIB, used_bytes=GIB // 2)
 CUDA = Need(device="cuda", gpus_per_rank=1, weights_bytes=20 * GIB)
 CPU = Need(weights_bytes=2 * GIB)
