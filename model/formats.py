@@ -10,11 +10,14 @@ import torch
 from parallel.native.library import native
 from parallel.onednn_format import OneDnnFormat, runs_here
 from parallel.packed_format import PackedFormat
+from parallel.scaled_format import ScaledFormat, has_triton
 from parallel.weight_format import Dense, WeightFormat
 
 log = logging.getLogger(__name__)
 
-QuantizeName = Literal["int8", "int4"]
+QuantizeName = Literal["int8", "int4", "fp8"]
+FP8_CAPABILITY = (8, 9)
+"""Of CUDA devices: the first whose matrix units multiply FP8 (Ada; Hopper is 9.0)."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,18 @@ def choose_formats(
     """The fastest formats that lose nothing, or with ``quantize`` those that are asked for.
 
     ``stored`` are the dtypes of the checkpoint's matrices. Where ``experts_travel`` from rank to rank, no format does that is this
-    processor's own. With int4, embedding and head are held in int8: what a token is and
-    which one comes next suffers most from rounding.
+    processor's own. With int4, embedding and head are held in int8, with fp8 plainly: what a token is and which one comes next
+    suffers most from rounding.
 
     Raises:
         ValueError: this device has no such format.
     """
-    if device.type != "cpu":
-        if quantize is not None:
-            raise ValueError(f"weights are quantised to {quantize} while loading on a CPU only, and this is {device}")
-        return Formats(Dense(dtype), Dense(dtype))
     found = set(stored)
     raw = next(iter(found)) if len(found) == 1 else torch.float32
+    if device.type != "cpu":
+        return _on_cuda(device, dtype, raw, quantize)
+    if quantize == "fp8":
+        raise ValueError("CPUs do not multiply fp8: quantise to int8 or int4 here")
     if quantize is not None:
         if native() is None:
             log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
@@ -58,3 +61,14 @@ def choose_formats(
         packed = PackedFormat("bf16", torch.bfloat16)
         return Formats(packed, packed)
     return Formats(Dense(dtype), Dense(dtype))
+
+
+def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | None) -> Formats:
+    if quantize is None:
+        return Formats(Dense(dtype), Dense(dtype))
+    if quantize == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        name, known = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        raise ValueError(f"{name} (compute capability {known}) does not multiply fp8, which takes 8.9: quantise to int8 or int4 here")
+    if not has_triton():
+        log.warning("%s without Triton is slow: weights are unpacked at every step", quantize)
+    return Formats(ScaledFormat(quantize, raw), Dense(dtype) if quantize == "fp8" else ScaledFormat("int8", raw))

@@ -15,7 +15,8 @@ from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear, ShapeMismatch, Slot
 from parallel.packed_format import PackedFormat
-from parallel.weight_format import StoredTensor, WeightFormat
+from parallel.scaled_format import ScaledFormat
+from parallel.weight_format import Dense, StoredTensor, WeightFormat
 
 if TYPE_CHECKING:
     from parallel.cuda.grouped import GroupedExperts
@@ -170,11 +171,11 @@ class RoutedExperts(nn.Module):
         return torch.cat([expert(x) for expert, x in zip(used, parts, strict=True)])
 
     def _on_cuda(self) -> "GroupedExperts | None":
-        """All experts here in two launches, where their matrices are plain and there is Triton."""
-        if self._grouped is None and self.held and find_spec("triton") and all("weight" in e.up.tensors for e in self._experts()):
+        """All experts here in two launches, where there is Triton and the kernel knows their format."""
+        if self._grouped is None and self.held and find_spec("triton") and isinstance(self._shape_of_all.up.format, Dense | ScaledFormat):
             from parallel.cuda.grouped import GroupedExperts  # triton: not to be imported where there is no such device
 
-            up, down = ({int(n): getattr(e, name).tensors["weight"] for n, e in self.held.items()} for name in ("up", "down"))
+            up, down = ({int(n): getattr(e, name).tensors for n, e in self.held.items()} for name in ("up", "down"))
             self._grouped = GroupedExperts(self.num_experts, up, down)
         return self._grouped
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import GROUP, Kind, Packed, multiply, pack, rows, unpack
+from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
+from parallel.rounding import GROUP
 from parallel.weight_format import TensorSpec
 
 BYTES: dict[Kind, float] = {"bf16": 2, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}

@@ -5,7 +5,7 @@ from typing import Literal
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 BackendName = Literal["auto", "reference", "cpu", "native", "cuda"]
-QuantizeName = Literal["int8", "int4"]
+QuantizeName = Literal["int8", "int4", "fp8"]
 DispatchChoice = Literal["auto", "local", "all_to_all"]
 
 
@@ -18,8 +18,9 @@ class RunnerConfig:
     dtype: DtypeName = "auto"
     """Of weights, activations and KV. "auto": bfloat16 on CUDA and on CPUs that multiply it natively, else float32."""
     quantize: QuantizeName | None = None
-    """Round the weights while loading, on CPUs: "int8" a scale to 128 numbers, "int4" one to 32 (embedding and head stay int8). A half
-    or a quarter of the memory of bfloat16, and up to so much faster. None = as they are stored."""
+    """Round the weights while loading: "int8" a scale to 128 numbers, "int4" one to 32 (embedding and head stay int8); on GPUs from Ada
+    on also "fp8", weights and activations, which their matrix units multiply (embedding and head stay as they are). A half or a
+    quarter of the memory of bfloat16, and up to so much faster. None = as they are stored."""
     num_threads: int | None = None
     """Threads that torch may use in this process. None = the host's physical cores shared evenly by its ranks."""
     kv_cache_bytes: int | None = None

@@ -7,13 +7,18 @@ finds them by a table of addresses. Assignments are sorted by expert and cut int
 no count, so that it can be captured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from parallel.cuda.products import DEPTH, product_tile
+from parallel.cuda.scaled import filled_size, round_rows
+from parallel.scaled_format import kind_of
 
 TILE_ROWS = 16
 """Assignments of one expert that a program takes when few rows come ..."""
@@ -58,36 +63,67 @@ def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
     return Sorted(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
 
 
-def addresses(weights: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64: where each expert's matrix begins. They must stay alive, and be contiguous and alike in shape and dtype."""
-    assert all(weight.is_contiguous() and weight.shape == weights[0].shape and weight.dtype == weights[0].dtype for weight in weights)
-    return torch.tensor([weight.data_ptr() for weight in weights], dtype=torch.int64).to(device)
+@dataclass(frozen=True)
+class Matrices:
+    """One matrix of each expert, all alike in shape and dtype. They must stay alive: the kernel knows addresses only."""
+
+    kind: Literal["plain", "int8", "int4", "fp8"]
+    numbers_E: Tensor
+    """int64: where each expert's begin"""
+    scales_E: Tensor
+    """int64; of plain matrices nobody reads them"""
+    out_size: int
+    filled_size: int
+    """Input features with the zeros at their end; see `parallel.scaled_format`."""
+
+
+def matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.device) -> Matrices:
+    """Of a plain format's tensors (``weight``) or of `parallel.scaled_format.ScaledFormat`'s (``numbers``, ``scales``)."""
+    first = experts[0]
+    if "weight" in first:
+        places = addresses([expert["weight"] for expert in experts], device)
+        return Matrices("plain", places, places, *first["weight"].shape)
+    numbers, scales = (addresses([expert[name] for expert in experts], device) for name in ("numbers", "scales"))
+    return Matrices(kind_of(first), numbers, scales, first["numbers"].shape[0], filled_size(first))
+
+
+def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """int64: where each begins. They must be contiguous and alike in shape and dtype."""
+    assert all(tensor.is_contiguous() and tensor.shape == tensors[0].shape and tensor.dtype == tensors[0].dtype for tensor in tensors)
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).to(device)
 
 
 @triton.jit
 def _expert_kernel(
-    x, weight_addresses, out, row_weights, assignments, experts,
-    num_assigned, rows_per_source, in_size, out_size,
-    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_scales, numbers_of, scales_of, out, row_weights, assignments, experts,
+    num_assigned, rows_per_source, in_size, filled_size, out_size,
+    KIND: tl.constexpr, WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of assignments, a stretch of output features: ``out[a] = x[a // rows_per_source] @ W.T`` (times a's weight)."""
     tile, column_tile = tl.program_id(0), tl.program_id(1)
     expert = tl.load(experts + tile)
     if expert >= 0:
-        weight = tl.load(weight_addresses + expert).to(tl.pointer_type(x.dtype.element_ty))
+        numbers = tl.load(numbers_of + expert)
+        scales = tl.load(scales_of + expert)
+        if KIND == "int4":
+            numbers = numbers.to(tl.pointer_type(tl.uint8))
+        elif KIND == "int8":
+            numbers = numbers.to(tl.pointer_type(tl.int8))
+        else:
+            numbers = numbers.to(tl.pointer_type(x.dtype.element_ty))
+        scales = scales.to(tl.pointer_type(tl.float32)) if KIND == "fp8" else scales.to(tl.pointer_type(tl.float16))
         assignment_R = tl.load(assignments + tile * ROWS + tl.arange(0, ROWS))
         real_R = assignment_R < num_assigned
         source_R = (assignment_R // rows_per_source).to(tl.int64)
         columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         mask_O = columns_O < out_size
-        sum_RO = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, in_size, DEPTH):
-            dims_D = start + tl.arange(0, DEPTH)
-            mask_D = dims_D < in_size
-            x_RD = tl.load(x + source_R[:, None] * in_size + dims_D[None, :], mask=real_R[:, None] & mask_D[None, :], other=0.0)
-            place_DO = columns_O.to(tl.int64)[None, :] * in_size + dims_D[:, None]
-            weight_DO = tl.load(weight + place_DO, mask=mask_D[:, None] & mask_O[None, :], other=0.0)
-            sum_RO = tl.dot(x_RD, weight_DO, acc=sum_RO, input_precision=PRECISION)
+        sum_RO = product_tile(
+            x, numbers, scales, source_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
+        )
+        if KIND == "fp8":
+            row_scale_R = tl.load(x_scales + source_R, mask=real_R, other=0.0)
+            sum_RO = sum_RO * row_scale_R[:, None] * tl.load(scales + columns_O, mask=mask_O, other=0.0)[None, :]
         if WEIGHTED:  # rounded before and after, as transformers does
             weight_R = tl.load(row_weights + assignment_R, mask=real_R, other=0.0).to(tl.float32)
             sum_RO = sum_RO.to(out.dtype.element_ty).to(tl.float32) * weight_R[:, None]
@@ -98,8 +134,7 @@ def _expert_kernel(
 
 def expert_products(
     x: Tensor,
-    weight_addresses: Tensor,
-    out_size: int,
+    experts: Matrices,
     by_expert: Sorted,
     *,
     rows_per_source: int,
@@ -111,12 +146,13 @@ def expert_products(
     ``rows_per_source`` assignments share a row of ``x`` (A for the first product, 1 for the second). ``weights`` (N * A)
     multiply the results.
     """
-    out = x.new_zeros((num_assigned, out_size))
+    out = x.new_zeros((num_assigned, experts.out_size))
     columns = 64 if by_expert.tile_rows == TILE_ROWS else 128
-    _expert_kernel[(by_expert.expert_X.shape[0], triton.cdiv(out_size, columns))](
-        x, weight_addresses, out, out if weights is None else weights, by_expert.assignment_Y, by_expert.expert_X,
-        num_assigned, rows_per_source, x.shape[1], out_size,
-        WEIGHTED=weights is not None, ROWS=by_expert.tile_rows, COLUMNS=columns, DEPTH=64,
+    rows, row_scales = round_rows(x) if experts.kind == "fp8" else (x, out)
+    _expert_kernel[(by_expert.expert_X.shape[0], triton.cdiv(experts.out_size, columns))](
+        rows, row_scales, experts.numbers_E, experts.scales_E, out, out if weights is None else weights,
+        by_expert.assignment_Y, by_expert.expert_X, num_assigned, rows_per_source, x.shape[1], experts.filled_size, experts.out_size,
+        KIND=experts.kind, WEIGHTED=weights is not None, ROWS=by_expert.tile_rows, COLUMNS=columns, DEPTH=DEPTH[experts.kind],
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,
     )  # fmt: skip
     return out

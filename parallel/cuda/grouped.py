@@ -9,34 +9,32 @@ import torch
 from torch import Tensor
 
 from parallel.cuda.elementwise import swiglu
-from parallel.cuda.experts import addresses, expert_products, sort_by_expert
+from parallel.cuda.experts import expert_products, matrices, sort_by_expert
 
 
 class GroupedExperts:
-    """Plain matrices of the experts that a rank holds; to be made anew when others are."""
+    """The matrices of the experts that a rank holds, plain or rounded; to be made anew when others are."""
 
-    def __init__(self, num_experts: int, up: Mapping[int, Tensor], down: Mapping[int, Tensor]) -> None:
-        """``up`` (2 I, D: gate, then up) and ``down`` (D, I) by the experts' numbers."""
-        first = next(iter(up.values()))
+    def __init__(self, num_experts: int, up: Mapping[int, Mapping[str, Tensor]], down: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """``up`` (2 I, D: gate, then up) and ``down`` (D, I) by the experts' numbers, each as its format's tensors."""
+        device = next(tensor.device for tensor in next(iter(up.values())).values())
         self._kept = (up, down)  # the kernel knows addresses only
-        self._up, self._down = (addresses(list(matrices.values()), first.device) for matrices in (up, down))
-        self._inner, self._width = first.shape
+        self._up, self._down = (matrices(list(experts.values()), device) for experts in (up, down))
         place_E = torch.full((num_experts + 1,), -1)  # the last for those elsewhere, whose number is -1
         place_E[list(up)] = torch.arange(len(up))
-        self._place_E = place_E.to(first.device)
+        self._place_E = place_E.to(device)
+        self._num_held = len(up)
 
     def __call__(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """(N, D): the weighted sum of each row's experts that are held here."""
         num_rows, num_assigned = expert_ids_NA.shape[0], expert_ids_NA.numel()
         if num_assigned == 0:
             return torch.zeros_like(x_ND)
-        by_expert = sort_by_expert(self._place_E[expert_ids_NA], len(self._up))
+        by_expert = sort_by_expert(self._place_E[expert_ids_NA], self._num_held)
         per_row = expert_ids_NA.shape[1]
-        inner = expert_products(x_ND, self._up, self._inner, by_expert, rows_per_source=per_row, num_assigned=num_assigned)
+        inner = expert_products(x_ND, self._up, by_expert, rows_per_source=per_row, num_assigned=num_assigned)
         activated = swiglu(inner)
         del inner  # the widest of all
-        out = expert_products(
-            activated, self._down, self._width, by_expert, rows_per_source=1, num_assigned=num_assigned, weights=weights_NA.flatten()
-        )
+        out = expert_products(activated, self._down, by_expert, rows_per_source=1, num_assigned=num_assigned, weights=weights_NA.flatten())
         summed: Tensor = out.view(num_rows, per_row, -1).sum(1, dtype=torch.float32).to(x_ND.dtype)
         return summed

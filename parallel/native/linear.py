@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import Native, num_threads
+from parallel.rounding import GROUP, LEVELS, round_to_groups
 
 Kind = Literal["bf16", "int8", "int4"]
-GROUP = {"int8": 128, "int4": 32}
-"""Input features that share a scale."""
-LEVELS = {"int8": 127, "int4": 7}
 PIECE_OUTPUTS = 4096
 """Packed at once, so that a large matrix does not lie there a third time as float32."""
 
@@ -105,25 +103,12 @@ def _pack_piece(kind: Kind, weight_NK: Tensor, lanes: int) -> tuple[Tensor, Tens
     group = GROUP[kind]
     num_groups = -(-weight_NK.shape[1] // group)
     padded = _filled(weight_NK.float(), num_panels * panel, num_groups * group).view(num_panels, panel, num_groups, group)
-    numbers, scales = _quantised(padded, LEVELS[kind])
+    numbers, scales = round_to_groups(padded, LEVELS[kind])
     numbers = numbers.view(num_panels, panel, -1, 2 if kind == "int8" else 8).transpose(1, 2)
     if kind == "int4":
         shifts = torch.tensor([4 * (k // 2) + 16 * (k % 2) for k in range(8)], dtype=torch.int32)
         numbers = ((numbers.int() + 8) << shifts).sum(-1, dtype=torch.int32)
     return numbers.contiguous(), scales.transpose(1, 2).contiguous()
-
-
-def _quantised(weight_PNGC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """int8 numbers and float16 scales (P, N, G). int4 uses -8 too: the scale's sign makes it the number furthest from zero."""
-    most = weight_PNGC.abs().amax(-1)
-    if levels == 7:
-        furthest = weight_PNGC.gather(-1, weight_PNGC.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales, lowest = furthest / -8, -8
-    else:
-        scales, lowest = most / levels, -levels
-    scales = scales.half()
-    inverse = torch.where(scales == 0, 0, 1 / scales.float())
-    return (weight_PNGC * inverse.unsqueeze(-1)).round_().clamp_(lowest, levels).to(torch.int8), scales
 
 
 def _filled(weight_NK: Tensor, num_outputs: int, num_inputs: int) -> Tensor:

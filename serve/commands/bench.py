@@ -26,7 +26,7 @@ def bench(
     file: ConfigFile = None,
     tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks, each a process of its own.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
-    quantize: Annotated[str | None, typer.Option("--quantize", help="int8 or int4: round the weights while loading (CPU).")] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, or on GPUs fp8: round weights while loading.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each workload; medians are shown.")] = 3,
     tokens_out: Annotated[int | None, typer.Option("--tokens-out", min=1, help="At most so many tokens out in every workload.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,

@@ -43,7 +43,7 @@ def serve(
     data: Annotated[int | None, typer.Option("--data-parallel", help="Copies of the attention within a replica.")] = None,
     replicas: Annotated[int | None, typer.Option("--replicas", "-r", help="Copies of the whole model.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
-    quantize: Annotated[str | None, typer.Option("--quantize", help="int8 or int4: round the weights while loading (CPU).")] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, or on GPUs fp8: round weights while loading.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option("--max-context-tokens", help="Prompt and answer together.")] = None,
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="lookup: guess tokens from what was said before; no answer changes.")

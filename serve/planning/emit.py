@@ -49,10 +49,12 @@ def _parallel(layout: Layout) -> dict[str, int]:
 
 def _settings(layout: Layout, question: Question) -> dict[str, Any]:
     """What the memory was planned with. A quantised checkpoint says itself what it is stored in."""
+    quantize = question.format.quantize
     return {
         "engine": {"max_step_tokens": question.workload.step_tokens, "max_running": layout.running},
         "runner": {
-            "dtype": "bfloat16" if question.format is BF16 else "auto",
+            "dtype": "bfloat16" if question.format is BF16 or quantize else "auto",
+            **({"quantize": quantize} if quantize else {}),
             "max_context_tokens": question.workload.context_tokens,
         },
         "resources": {"gpus": 1.0, "one_host": layout.hosting.hosts_per_replica == 1},

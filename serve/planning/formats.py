@@ -1,12 +1,16 @@
 """How many bytes a matrix has in each weight format, by the share of it that a rank holds."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
+from engine.run.settings import QuantizeName
 from parallel.axes import Share
+from parallel.rounding import GROUP
+from parallel.scaled_format import FILLED_TO
 
 ACTIVATION_BYTES = 2
-"""Activations, KV, embeddings, norms, biases and routers are bfloat16 in every format."""
+"""Activations, KV, norms, biases and routers are bfloat16 in every format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,35 +23,53 @@ class Format:
     """Input features that share a scale, per output feature. None: one scale for a whole row, or none at all."""
     scale_bits: int = 0
     """Of each scale together with its zero point."""
+    quantize: QuantizeName | None = None
+    """What rounds a plain checkpoint to this while it is loaded (`manta serve --quantize`). None: it is stored so, or plain."""
+    filled_to: int = 1
+    """Such numbers: a rank counts groups from its own first feature, and fills its features up with zeros to a multiple of so many."""
+    table: "Format | None" = None
+    """Of embedding and head. None: bfloat16."""
     multiplies_fp8: bool = False
     """Whether the matrix units multiply in fp8; else weights are widened to bfloat16 first."""
 
     @property
     def unit(self) -> int:
-        """Features that stay on one rank together: a whole quantisation group."""
-        return self.group or 1
+        """Features that stay on one rank together: a whole quantisation group, where the checkpoint has it."""
+        return 1 if self.quantize else self.group or 1
 
     @cached_property
     def bytes_per_weight(self) -> float:
         return self.bits / 8
 
     def matrix_bytes(self, out_features: int, in_share: Share) -> int:
-        """Of the rows and columns that one rank holds. A scale whose group two ranks share is held by both."""
-        weights = out_features * len(in_share) * self.bits // 8
-        return weights + out_features * self._scales(in_share) * self.scale_bits // 8
+        """Of the rows and columns that one rank holds. A scale whose stored group two ranks share is held by both."""
+        filled = -(-len(in_share) // self.filled_to) * self.filled_to
+        return out_features * filled * self.bits // 8 + out_features * self._scales(in_share, filled) * self.scale_bits // 8
 
-    def _scales(self, in_share: Share) -> int:
+    def table_bytes(self, out_features: int, in_share: Share) -> int:
+        """As `matrix_bytes`, of rows of the vocabulary."""
+        return out_features * len(in_share) * ACTIVATION_BYTES if self.table is None else self.table.matrix_bytes(out_features, in_share)
+
+    def _scales(self, in_share: Share, filled: int) -> int:
         """Per output feature."""
         if self.group is None:
             return 1 if len(in_share) else 0
+        if self.quantize:
+            return filled // self.group
         return sum(-(-span.stop // self.group) - span.start // self.group for span in in_share.spans if len(span))
 
 
 BF16 = Format(name="bf16", bits=16)
-FP8 = Format(name="fp8", bits=8, scale_bits=32, multiplies_fp8=True)
-"""A float32 scale per output feature."""
-INT8 = Format(name="int8", bits=8, group=128, scale_bits=16 + 8)
-INT4 = Format(name="int4", bits=4, group=128, scale_bits=16 + 4)
-"""As GPTQ and AWQ store it: a float16 scale and a zero point per group of 128."""
+FP8 = Format(name="fp8", bits=8, scale_bits=32, quantize="fp8", multiplies_fp8=True)
+"""A float32 scale per output feature: `parallel.scaled_format`, as the next two."""
+_INT8_MATRIX = Format(name="int8", bits=8, group=GROUP["int8"], scale_bits=16, quantize="int8", filled_to=FILLED_TO["int8"])
+INT8 = dataclasses.replace(_INT8_MATRIX, table=_INT8_MATRIX)
+INT4 = Format(name="int4", bits=4, group=GROUP["int4"], scale_bits=16, quantize="int4", filled_to=FILLED_TO["int4"], table=_INT8_MATRIX)
+
+STORED_FP8 = Format(name="fp8 as stored", bits=8, scale_bits=32, multiplies_fp8=True)
+STORED_INT8 = Format(name="int8 as stored", bits=8, group=128, scale_bits=16 + 8)
+STORED_INT4 = Format(name="int4 as stored", bits=4, group=128, scale_bits=16 + 4)
+"""By GPTQ and AWQ: a float16 scale and a zero point per group of 128."""
 
 FORMATS = {format.name: format for format in (BF16, FP8, INT8, INT4)}
+"""What `--dtype` names."""

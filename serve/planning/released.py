@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16, INT4, INT8, Format
+from serve.planning.formats import BF16, STORED_INT4, STORED_INT8, Format
 from serve.planning.shape import ModelShape, MoeShape, shape_of_checkpoint
 
 BASE_CONTEXT, INSTRUCT_CONTEXT = 131_072, 32_768
@@ -39,7 +39,7 @@ SIZES = {
 NAME = re.compile(
     r"(?:hf://|modelscope://)?(?:Qwen/)?Qwen2-(?P<size>[\w.-]+?)(?P<instruct>-Instruct)?(?P<format>-GPTQ-Int4|-GPTQ-Int8|-AWQ)?"
 )
-STORED: dict[str | None, Format] = {None: BF16, "-GPTQ-Int4": INT4, "-AWQ": INT4, "-GPTQ-Int8": INT8}
+STORED: dict[str | None, Format] = {None: BF16, "-GPTQ-Int4": STORED_INT4, "-AWQ": STORED_INT4, "-GPTQ-Int8": STORED_INT8}
 
 
 def find_shape(model: str) -> ModelShape:

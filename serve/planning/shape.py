@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16, FP8, INT4, INT8, Format
+from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT8, Format
 
 DENSE, MOE = "Qwen2ForCausalLM", "Qwen2MoeForCausalLM"
 
@@ -142,7 +142,12 @@ def _format(raw: Mapping[str, Any]) -> Format:
         return BF16
     described = quantisation if isinstance(quantisation, dict) else {}
     method, bits = described.get("quant_method"), described.get("bits")
-    known: dict[tuple[object, object], Format] = {("gptq", 4): INT4, ("awq", 4): INT4, ("gptq", 8): INT8, ("fp8", None): FP8}
+    known: dict[tuple[object, object], Format] = {
+        ("gptq", 4): STORED_INT4,
+        ("awq", 4): STORED_INT4,
+        ("gptq", 8): STORED_INT8,
+        ("fp8", None): STORED_FP8,
+    }
     if (format := known.get((method, bits))) is None:
         raise PlanError(f"quantization_config with quant_method {method!r} and bits {bits!r} is not known; gptq, awq and fp8 are")
     return format

@@ -75,7 +75,8 @@ def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, form
         shared = _mlp(shape.hidden_size, shape.moe.shared_intermediate_size, at.tp, topology.tp, format)
         every_token += (shared + _plain((shape.moe.num_experts + 1) * shape.hidden_size)) * num_sparse  # router, shared expert's gate
         routed = _experts(shape.hidden_size, shape.moe, topology, at, format) * num_sparse
-    rows = _plain(len(split(shape.vocab_size, at.tp, topology.tp)) * shape.hidden_size)
+    num_rows = len(split(shape.vocab_size, at.tp, topology.tp))
+    rows = Held(num_rows * shape.hidden_size, format.table_bytes(num_rows, whole(shape.hidden_size)))
     is_first, is_last = at.pp == 0, at.pp == topology.pp - 1
     if is_last:
         every_token += _plain(shape.hidden_size)  # the last norm

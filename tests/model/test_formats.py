@@ -1,15 +1,17 @@
 """In what form weights are held, and that it changes no answer it must not change."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.formats import choose_formats
+from model.formats import Formats, choose_formats
 from parallel.native.library import native
 from parallel.onednn_format import OneDnnFormat, runs_here
 from parallel.packed_format import PackedFormat
+from parallel.scaled_format import ScaledFormat
 from parallel.weight_format import Dense, WeightFormat
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -29,10 +31,29 @@ def test_int4_leaves_embedding_and_head_in_int8() -> None:
     assert (formats.matrices, formats.table) == (PackedFormat("int4", BF16), PackedFormat("int8", BF16))
 
 
-def test_a_gpu_has_plain_weights_and_says_so() -> None:
-    assert choose_formats(CUDA, BF16, [BF16]).matrices == Dense(BF16)
-    with pytest.raises(ValueError, match="quantised to int8 while loading on a CPU only"):
-        choose_formats(CUDA, BF16, [BF16], "int8")
+def test_a_gpu_has_plain_weights_or_rounded_ones() -> None:
+    assert choose_formats(CUDA, BF16, [BF16]) == Formats(Dense(BF16), Dense(BF16))
+    assert choose_formats(CUDA, BF16, [BF16], "int4") == Formats(ScaledFormat("int4", BF16), ScaledFormat("int8", BF16))
+
+
+def test_fp8_is_for_devices_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _device: "NVIDIA A100")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (8, 0))
+    with pytest.raises(ValueError, match=r"NVIDIA A100 \(compute capability 8\.0\) does not multiply fp8"):
+        choose_formats(CUDA, BF16, [BF16], "fp8")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (9, 0))
+    assert choose_formats(CUDA, BF16, [BF16], "fp8") == Formats(ScaledFormat("fp8", BF16), Dense(BF16))
+    with pytest.raises(ValueError, match="CPUs do not multiply fp8"):
+        choose_formats(CPU, BF16, [BF16], "fp8")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_gpu_rounds_as_a_cpu_does(kind: Literal["int8", "int4"]) -> None:
+    weight = torch.randn(70, 200, generator=torch.Generator().manual_seed(2))
+    everything = torch.arange(70)
+    on_gpu, on_cpu = ScaledFormat(kind, FLOAT), PackedFormat(kind, FLOAT)
+    found = on_gpu.rows(everything, on_gpu.prepare({"weight": weight.clone()}), 200)
+    assert torch.equal(found, on_cpu.rows(everything, on_cpu.prepare({"weight": weight.clone()}), 200))
 
 
 def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +61,11 @@ def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.
     assert choose_formats(CPU, FLOAT, [BF16]).matrices == Dense(FLOAT)
 
 
-FORMATS: list[WeightFormat] = [PackedFormat("bf16", FLOAT), PackedFormat("int8", FLOAT), PackedFormat("int4", FLOAT), OneDnnFormat(FLOAT)]
+FORMATS: list[WeightFormat] = [
+    *(PackedFormat(kind, FLOAT) for kind in ("bf16", "int8", "int4")),
+    *(ScaledFormat(kind, FLOAT) for kind in ("int8", "int4")),
+    OneDnnFormat(FLOAT),
+]
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])

@@ -10,7 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parallel.cuda import elementwise, experts, paged_attention
+from parallel.cuda import elementwise, experts, paged_attention, products, scaled
+from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}
@@ -19,6 +20,9 @@ ATTENTION = {"q": "*bf16", "out": "*bf16", **CACHE, "scale_log2": "fp32", **STRI
 PLACES = {"tile_sequence": "*i32", "tile_token": "*i32", "query_starts": "*i32"}
 SIZES = {"HEAD_DIM": 128, "PADDED_DIM": 128, "BLOCK_TOKENS": 16, "PRECISION": "tf32"}
 PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
+NUMBERS = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
+SCALES = {"int8": "*fp16", "int4": "*fp16", "fp8": "*fp32"}
+ROUNDING = {"MOST": FP8_MOST, "BLOCK": scaled.FP8_BLOCK}
 
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
@@ -53,12 +57,30 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         {"HALF": 64, "PADDED_HALF": 64},
         {"num_warps": 1},
     ),
-    (
-        experts._expert_kernel,
-        {"x": "*bf16", "weight_addresses": "*i64", "out": "*bf16", "row_weights": "*bf16", "assignments": "*i32", "experts": "*i32"}
-        | dict.fromkeys(("num_assigned", "rows_per_source", "in_size", "out_size"), "i32"),
-        {"WEIGHTED": True, "ROWS": experts.TILE_ROWS, "COLUMNS": 64, "DEPTH": 64, "PRECISION": "tf32"},
-        {"num_warps": 4, "num_stages": 4},
+    (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 4}),
+    *(
+        (
+            scaled._linear_kernel,
+            {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "numbers": NUMBERS[kind], "scales": SCALES[kind], "x_scales": "*fp32"}
+            | {"bias": "*bf16", "out": "*bf16"}
+            | dict.fromkeys(("num_rows", "in_size", "filled_size", "out_size"), "i32"),
+            {"KIND": kind, "HAS_BIAS": True, "ROWS": rows, "COLUMNS": columns, "DEPTH": products.DEPTH[kind], "PRECISION": "tf32"},
+            {"num_warps": 4, "num_stages": 4},
+        )
+        for kind in NUMBERS
+        for rows, columns in (scaled.tile_of(1), scaled.tile_of(1000))
+    ),
+    *(
+        (
+            experts._expert_kernel,
+            {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "x_scales": "*fp32", "numbers_of": "*i64", "scales_of": "*i64"}
+            | {"out": "*bf16", "row_weights": "*bf16", "assignments": "*i32", "experts": "*i32"}
+            | dict.fromkeys(("num_assigned", "rows_per_source", "in_size", "filled_size", "out_size"), "i32"),
+            {"KIND": kind, "WEIGHTED": True, "ROWS": rows, "COLUMNS": columns, "DEPTH": products.DEPTH[kind], "PRECISION": "tf32"},
+            {"num_warps": 4, "num_stages": 4},
+        )
+        for kind in ("plain", *NUMBERS)
+        for rows, columns in ((experts.TILE_ROWS, 64), (experts.WIDE_TILE_ROWS, 128))
     ),
 ]
 
@@ -68,7 +90,10 @@ def main() -> int:
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         missing = [name for name, kind in signature.items() if kind == "constexpr" and name not in constants]
         assert not missing, f"{kernel.__name__}: nobody says what {missing} are"
-        compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=HOPPER, options=options)
+        # As at a launch with tensors and sizes of whole 16 bytes: only then are loads taken in ahead, through shared memory.
+        whole = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] in "*i"}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=whole)
+        compiled = triton.compile(source, target=HOPPER, options=options)
         print(f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes of shared memory")
     return 0
 

@@ -9,6 +9,8 @@ from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.run.local_executor import LocalExecutor
 from model.attention.backend import AttentionBackend, AttentionConfig
+from model.formats import Formats
+from parallel.scaled_format import Kind, ScaledFormat
 from tests.engine.run.test_end_to_end import answer, serve
 from tests.engine.run.tiny_models import engine_config, float32_config, write_dense
 
@@ -26,12 +28,18 @@ def answers(folder: Path) -> list[tuple[int, ...]]:
     return [answer(events[str(i), 0]) for i in range(len(PROMPTS))]
 
 
+@pytest.mark.usefixtures("exact_fp8")
+@pytest.mark.parametrize("kind", [None, "int8", "int4", "fp8"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, and the model of this test on the CPU")
-def test_it_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.attention.cuda import CudaAttention
+    from parallel.cuda.scaled import multiply
     from parallel.cuda.small import CudaSmall
 
     folder = write_dense(tmp_path)
+    if kind is not None:
+        formats = Formats(ScaledFormat(kind, torch.float32), ScaledFormat("int8", torch.float32))
+        monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
     wanted = answers(folder)
 
     def cuda(device: torch.device, config: AttentionConfig, _name: str) -> AttentionBackend:
@@ -40,4 +48,5 @@ def test_it_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("model.qwen2.choose_backend", cuda)
     for module in ("model.layers", "model.rope"):
         monkeypatch.setattr(f"{module}.kernels_for", lambda _x: CudaSmall())
+    monkeypatch.setattr("parallel.scaled_format.multiply_slowly", multiply)
     assert answers(folder) == wanted

@@ -7,6 +7,7 @@ from torch import nn
 
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import ModelConfig
+from model.formats import Formats
 from model.load import load_model
 from model.qwen2 import Qwen2
 from model.qwen2_moe import Qwen2Moe
@@ -65,7 +66,7 @@ def write_checkpoint_of(folder: Path, raw: dict[str, object]) -> Path:
     return folder
 
 
-def load(folder: Path, topology: Topology, rank: int) -> Qwen2:
+def load(folder: Path, topology: Topology, rank: int, formats: Formats | None = None) -> Qwen2:
     with Checkpoint(folder) as checkpoint:
         model, _ = load_model(
             checkpoint,
@@ -74,6 +75,8 @@ def load(folder: Path, topology: Topology, rank: int) -> Qwen2:
             device=torch.device("cpu"),
             dtype=torch.bfloat16,
             block_tokens=BLOCK_TOKENS,
+            format=formats and formats.matrices,
+            table_format=formats and formats.table,
         )
     return model
 

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from engine.run.memory import CUDA_FRACTION
 from model.config import ModelConfig
+from model.formats import Formats
 from model.kv_cache import KvCache
 from parallel.axes import whole
+from parallel.scaled_format import ScaledFormat
 from parallel.topology import Topology
-from serve.planning.formats import BF16, FORMATS, INT4
+from parallel.weight_format import Dense
+from serve.planning.formats import BF16, FORMATS, STORED_INT4, Format
 from serve.planning.memory import USABLE_FRACTION, kv_bytes_per_token
 from serve.planning.released import SIZES
 from serve.planning.shape import ModelShape, shape_of_config
@@ -26,8 +29,8 @@ COUNTERS = 1e-5
 """A few counters hang in a model beside its weights. One KV head of one layer would be more."""
 
 
-def planned_bytes(shape: ModelShape, topology: Topology, rank: int) -> int:
-    return weights_of_rank(shape, topology, topology.coordinates(rank), BF16).num_bytes
+def planned_bytes(shape: ModelShape, topology: Topology, rank: int, format: Format = BF16) -> int:
+    return weights_of_rank(shape, topology, topology.coordinates(rank), format).num_bytes
 
 
 @pytest.mark.parametrize("name", ["0.5B", "1.5B", "tiny", "tiny_moe", "every_other_layer"])
@@ -37,6 +40,18 @@ def test_planned_weights_are_those_that_a_rank_loads(name: str, tp: int, tmp_pat
     for rank in range(tp):
         loaded = tensor_bytes(load(folder, Topology(tp=tp), rank))
         assert planned_bytes(shape, Topology(tp=tp), rank) == pytest.approx(loaded, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["0.5B", "tiny", "tiny_moe"])
+@pytest.mark.parametrize("format", [FORMATS["int8"], FORMATS["int4"], FORMATS["fp8"]], ids=lambda format: str(format.name))
+def test_planned_rounded_weights_are_those_that_a_rank_of_a_gpu_holds(name: str, format: Format, tmp_path: Path) -> None:
+    folder, shape = write_checkpoint_of(tmp_path, CONFIGS[name]), shape_of_config(CONFIGS[name], name=name)
+    assert format.quantize is not None
+    table = Dense(torch.bfloat16) if format.table is None else ScaledFormat("int8", torch.bfloat16)
+    formats = Formats(ScaledFormat(format.quantize, torch.bfloat16), table)
+    for rank in range(2):
+        loaded = tensor_bytes(load(folder, Topology(tp=2), rank, formats))
+        assert planned_bytes(shape, Topology(tp=2), rank, format) == pytest.approx(loaded, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -119,17 +134,17 @@ def all_but_routed(shape: ModelShape) -> int:
     return (held.num_bytes - held.routed.num_bytes) // 2
 
 
-@pytest.mark.parametrize(("name", "bits"), [("bf16", 16), ("fp8", 8), ("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize(("name", "bits"), [("bf16", 16), ("fp8", 8), ("int8", 8)])
 def test_a_format_takes_its_bits_and_a_little_for_scales(name: str, bits: int) -> None:
     weights = 4096 * 4096
     held = FORMATS[name].matrix_bytes(4096, whole(4096))
     assert weights * bits / 8 <= held <= weights * bits / 8 * 1.05
 
 
-def test_int4_splits_whole_groups_and_counts_a_scale_that_two_ranks_share_on_both() -> None:
+def test_stored_int4_splits_whole_groups_and_counts_a_scale_that_two_ranks_share_on_both() -> None:
     shape = SIZES["0.5B"]  # 448 = 3.5 groups of output projection a rank at tp 2
-    halves = [weights_of_rank(shape, Topology(tp=2), Topology(tp=2).coordinates(rank), INT4) for rank in range(2)]
-    entire = weights_of_rank(shape, Topology(), Topology().coordinates(0), INT4)
+    halves = [weights_of_rank(shape, Topology(tp=2), Topology(tp=2).coordinates(rank), STORED_INT4) for rank in range(2)]
+    entire = weights_of_rank(shape, Topology(), Topology().coordinates(0), STORED_INT4)
     shared_scale = shape.hidden_size * (16 + 4) // 8
     copied_norms = (2 * shape.num_layers + 1) * shape.hidden_size * 2
     assert sum(half.num_bytes for half in halves) == entire.num_bytes + shape.num_layers * shared_scale + copied_norms

@@ -8,7 +8,7 @@ import pytest
 from model.config import ModelConfig
 from parallel.topology import Topology
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16, FP8, INT4, INT8
+from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT8
 from serve.planning.memory import kv_bytes_per_token
 from serve.planning.released import PADDED_72B, SIZES, find_shape
 from serve.planning.shape import ModelShape, shape_of_config
@@ -68,19 +68,19 @@ def test_a_release_is_found_by_its_name(written: str, name: str, context: int) -
 
 
 def test_a_quantised_release_says_its_format() -> None:
-    assert find_shape("Qwen2-7B-Instruct-GPTQ-Int8").format is INT8
-    assert find_shape("Qwen2-7B-Instruct-AWQ").format is INT4
+    assert find_shape("Qwen2-7B-Instruct-GPTQ-Int8").format is STORED_INT8
+    assert find_shape("Qwen2-7B-Instruct-AWQ").format is STORED_INT4
     padded = find_shape("Qwen2-72B-Instruct-GPTQ-Int4")
-    assert (padded.format, padded.intermediate_size) == (INT4, PADDED_72B)
+    assert (padded.format, padded.intermediate_size) == (STORED_INT4, PADDED_72B)
 
 
 @pytest.mark.parametrize(
     ("quantisation", "format"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, INT4),
-        ({"quant_method": "gptq", "bits": 8}, INT8),
-        ({"quant_method": "awq", "bits": 4}, INT4),
-        ({"quant_method": "fp8"}, FP8),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, STORED_INT4),
+        ({"quant_method": "gptq", "bits": 8}, STORED_INT8),
+        ({"quant_method": "awq", "bits": 4}, STORED_INT4),
+        ({"quant_method": "fp8"}, STORED_FP8),
     ],
 )
 def test_a_checkpoint_says_its_format(quantisation: dict[str, object], format: object) -> None:

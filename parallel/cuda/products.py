@@ -1,0 +1,47 @@
+"""The inner loop of a matrix product whose matrix may be rounded: a tile of rows times a stretch of outputs.
+
+R rows of a tile, O outputs of it, D input features at a time, B bytes of int4 numbers (two to a byte), G groups that share a scale.
+"""
+
+import triton
+import triton.language as tl
+
+INT4_GROUP = tl.constexpr(32)
+"""Input features that share a scale; see `parallel.rounding.GROUP`."""
+DEPTH = {"plain": 64, "int8": 128, "int4": 64, "fp8": 128}
+"""Input features that a program multiplies at a time. int8: those of one scale; int4: of two."""
+
+
+@triton.jit
+def product_tile(
+    x, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(R, O) in float32: ``x[row] . numbers[column]``, times the scales of groups. Scales of whole rows (fp8) are the caller's."""
+    sum_RO = tl.zeros([ROWS, COLUMNS], tl.float32)
+    x_R = x + row_R * in_size
+    column_O = columns_O.to(tl.int64)
+    if KIND == "int4":
+        bytes_B = tl.arange(0, INT4_GROUP)
+        numbers_O = numbers + column_O * (filled_size // 2)
+        scales_O = scales + column_O * (filled_size // INT4_GROUP)
+        for start in range(0, filled_size, 2 * INT4_GROUP):
+            pairs_BO = tl.load(numbers_O[None, :] + start // 2 + bytes_B[:, None], mask=mask_O[None, :], other=0).to(tl.int32)
+            for half in tl.static_range(2):
+                dims_B = start + half * INT4_GROUP + bytes_B
+                x_RB = tl.load(x_R[:, None] + dims_B[None, :], mask=real_R[:, None] & (dims_B < in_size)[None, :], other=0.0)
+                number_BO = ((pairs_BO >> 4 * half) & 15) - 8
+                scale_O = tl.load(scales_O + start // INT4_GROUP + half, mask=mask_O, other=0.0).to(tl.float32)
+                sum_RO += tl.dot(x_RB, number_BO.to(x_RB.dtype), input_precision=PRECISION) * scale_O[None, :]
+    else:
+        numbers_O = numbers + column_O * filled_size
+        for start in range(0, filled_size, DEPTH):
+            dims_D = start + tl.arange(0, DEPTH)
+            x_RD = tl.load(x_R[:, None] + dims_D[None, :], mask=real_R[:, None] & (dims_D < in_size)[None, :], other=0.0)
+            number_DO = tl.load(numbers_O[None, :] + dims_D[:, None], mask=(dims_D < filled_size)[:, None] & mask_O[None, :], other=0.0)
+            if KIND == "int8":
+                scale_O = tl.load(scales + column_O * (filled_size // DEPTH) + start // DEPTH, mask=mask_O, other=0.0).to(tl.float32)
+                sum_RO += tl.dot(x_RD, number_DO.to(x_RD.dtype), input_precision=PRECISION) * scale_O[None, :]
+            else:
+                sum_RO = tl.dot(x_RD, number_DO, acc=sum_RO, input_precision=PRECISION)
+    return sum_RO

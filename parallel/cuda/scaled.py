@@ -1,0 +1,96 @@
+"""Products with matrices that were rounded to 8 or 4 bits (`parallel.scaled_format`). T rows, K input features, N outputs."""
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.cuda.products import DEPTH, product_tile
+from parallel.rounding import FP8, FP8_MOST
+from parallel.scaled_format import kind_of
+
+TILE_ROWS = 16
+"""Rows that a program takes when few come, as in decoding ..."""
+WIDE_TILE_ROWS = 64
+"""... and when many do."""
+FP8_BLOCK = 2048
+
+
+@triton.jit
+def _round_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """One row to FP8, its largest number becoming the largest that there is. The row is read twice, the second time from cache."""
+    row = tl.program_id(0).to(tl.int64)
+    largest_K = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        dims_K = start + tl.arange(0, BLOCK)
+        x_K = tl.load(x + row * width + dims_K, mask=dims_K < width, other=0.0).to(tl.float32)
+        largest_K = tl.maximum(largest_K, tl.abs(x_K))
+    scale = tl.max(largest_K, axis=0) / MOST
+    inverse = tl.where(scale == 0, 0.0, 1 / scale)
+    tl.store(scales + row, scale)
+    for start in range(0, width, BLOCK):
+        dims_K = start + tl.arange(0, BLOCK)
+        x_K = tl.load(x + row * width + dims_K, mask=dims_K < width, other=0.0).to(tl.float32)
+        rounded_K = tl.minimum(tl.maximum(x_K * inverse, -MOST), MOST).to(numbers.dtype.element_ty)
+        tl.store(numbers + row * width + dims_K, rounded_K, mask=dims_K < width)
+
+
+@triton.jit
+def _linear_kernel(
+    x, x_scales, numbers, scales, bias, out, num_rows, in_size, filled_size, out_size,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows, a stretch of outputs. Neighbouring programs share the outputs, so that numbers are read from memory once."""
+    row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns_O = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real_R, mask_O = row_R < num_rows, columns_O < out_size
+    sum_RO = product_tile(x, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION)
+    if KIND == "fp8":
+        row_scale_R = tl.load(x_scales + row_R, mask=real_R, other=0.0)
+        sum_RO = sum_RO * row_scale_R[:, None] * tl.load(scales + columns_O, mask=mask_O, other=0.0)[None, :]
+    if HAS_BIAS:
+        sum_RO += tl.load(bias + columns_O, mask=mask_O, other=0.0).to(tl.float32)[None, :]
+    place_RO = row_R[:, None] * out_size + columns_O[None, :]
+    tl.store(out + place_RO, sum_RO.to(out.dtype.element_ty), mask=real_R[:, None] & mask_O[None, :])
+
+
+def round_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 numbers (T, K) and their scales (T, float32); the twin is `parallel.rounding.round_to_fp8`."""
+    x_TK = x_TK.contiguous()
+    numbers_TK = torch.empty_like(x_TK, dtype=FP8)
+    scales_T = x_TK.new_empty(x_TK.shape[0], dtype=torch.float32)
+    if x_TK.shape[0]:
+        _round_kernel[(x_TK.shape[0],)](x_TK, numbers_TK, scales_T, x_TK.shape[1], MOST=FP8_MOST, BLOCK=FP8_BLOCK, num_warps=4)
+    return numbers_TK, scales_T
+
+
+def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
+    """(T, N) in the dtype of ``x``; the twin is `parallel.scaled_format.multiply_slowly`."""
+    kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"]
+    num_rows, in_size = x_TK.shape
+    out_TN = x_TK.new_empty((num_rows, numbers.shape[0]))
+    if out_TN.numel() == 0:
+        return out_TN
+    x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), scales)
+    rows, columns = tile_of(num_rows)
+    _linear_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(numbers.shape[0], columns))](
+        x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
+        num_rows, in_size, filled_size(tensors), numbers.shape[0],
+        KIND=kind, HAS_BIAS=bias_N is not None, ROWS=rows, COLUMNS=columns, DEPTH=DEPTH[kind],
+        PRECISION="ieee" if x_TK.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out_TN
+
+
+def filled_size(tensors: Mapping[str, Tensor]) -> int:
+    """Input features of the matrix with the zeros at their end."""
+    width = tensors["numbers"].shape[1]
+    return 2 * width if kind_of(tensors) == "int4" else width
+
+
+def tile_of(num_rows: int) -> tuple[int, int]:
+    """(rows, outputs). Few rows: many narrow programs, so that every multiprocessor has something to read."""
+    return (TILE_ROWS, 32) if num_rows <= 2 * TILE_ROWS else (WIDE_TILE_ROWS, 128)

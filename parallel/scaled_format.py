@@ -1,0 +1,110 @@
+"""Weight formats for CUDA devices: a plain matrix of a checkpoint, rounded when it is loaded to 8 or 4 bits and scales."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.axes import IN, OUT
+from parallel.rounding import FP8, GROUP, LEVELS, round_to_fp8, round_to_groups
+from parallel.weight_format import TensorSpec
+
+Kind = Literal["int8", "int4", "fp8"]
+BYTES: dict[Kind, float] = {"int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"], "fp8": 1}
+"""Of a weight, with its part of a scale; FP8's scales, four bytes to an output, are too few to count."""
+FILLED_TO = {"int8": GROUP["int8"], "int4": 2 * GROUP["int4"], "fp8": 1}
+"""Input features are filled up with zeros to a multiple of so many."""
+PIECE_OUTPUTS = 4096
+"""Rounded at once, so that a large matrix does not lie there again as float32."""
+
+
+@dataclass(frozen=True)
+class ScaledFormat:
+    """Stored in a checkpoint as a plain matrix, held as ``numbers`` and ``scales``.
+
+    ``int8`` and ``int4`` are rounded as `PackedFormat` does it on CPUs, a float16 scale to 128 or 32 input features, and multiply
+    activations as they are. ``fp8`` has one scale to an output, and activations are rounded to FP8 too, with a scale to a row, so
+    that the matrix units multiply FP8 (the W8A8 of arXiv 2209.05433). Sums are in float32.
+    """
+
+    kind: Kind
+    stored: torch.dtype
+    """Of the matrix while it is loaded: what the checkpoint has."""
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return BYTES[self.kind]
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {"weight": TensorSpec((OUT, IN), self.stored)}
+
+    def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``numbers`` (N, filled K; int4: half as many bytes) and ``scales`` (N, groups), for fp8 (N)."""
+        pieces = [_rounded(self.kind, piece) for piece in tensors.pop("weight").split(PIECE_OUTPUTS)]
+        numbers, scales = zip(*pieces, strict=True)
+        return {"numbers": torch.cat(numbers), "scales": torch.cat(scales)}
+
+    def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cuda" and has_triton():
+            from parallel.cuda.scaled import multiply  # triton: not to be imported where there is no such device
+
+            y = multiply(rows, tensors, bias)
+        else:
+            y = multiply_slowly(rows, tensors, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        picked = {name: tensor[outputs.flatten()] for name, tensor in tensors.items() if name != "bias"}
+        return unpack(picked)[:, :width].view(*outputs.shape, width)
+
+
+def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
+    """Of `ScaledFormat`'s tensors: the dtype of the numbers tells."""
+    kinds: dict[torch.dtype, Kind] = {torch.int8: "int8", torch.uint8: "int4", FP8: "fp8"}
+    return kinds[tensors["numbers"].dtype]
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The matrix (N, filled K) in float32."""
+    kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"].float()
+    if kind == "fp8":
+        return numbers.float() * scales.unsqueeze(-1)
+    if kind == "int4":
+        # A byte has a feature of one group in its lower half and that of the next group in its upper one: see `_rounded`.
+        pairs_NPC = numbers.unflatten(-1, (-1, GROUP["int4"]))
+        numbers = torch.stack((pairs_NPC & 15, pairs_NPC >> 4), dim=2).flatten(1).to(torch.int8) - 8
+    grouped_NGC = numbers.float().unflatten(-1, (scales.shape[-1], -1))
+    matrix_NK: Tensor = (grouped_NGC * scales.unsqueeze(-1)).flatten(1)
+    return matrix_NK
+
+
+def multiply_slowly(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
+    """The twin of `parallel.cuda.scaled.multiply` in plain torch, in float32 but for the result."""
+    wide_TK = x_TK.float()
+    if kind_of(tensors) == "fp8":
+        numbers_TK, scales_T = round_to_fp8(x_TK)
+        wide_TK = numbers_TK.float() * scales_T.unsqueeze(-1)
+    return F.linear(wide_TK, unpack(tensors)[:, : x_TK.shape[-1]], None if bias_N is None else bias_N.float()).to(x_TK.dtype)
+
+
+def _rounded(kind: Kind, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    if kind == "fp8":
+        return round_to_fp8(weight_NK)
+    filled_NK = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % FILLED_TO[kind]))
+    numbers_NGC, scales_NG = round_to_groups(filled_NK.unflatten(-1, (-1, GROUP[kind])), LEVELS[kind])
+    if kind == "int8":
+        return numbers_NGC.flatten(1), scales_NG
+    low_NPC, high_NPC = (numbers_NGC + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return (low_NPC | high_NPC << 4).flatten(1), scales_NG
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the kernels can be had."""
+    return find_spec("triton") is not None

@@ -1,0 +1,44 @@
+"""Products with rounded matrices against the same in plain torch."""
+
+import pytest
+import torch
+
+from parallel.rounding import round_to_fp8
+from parallel.scaled_format import Kind, ScaledFormat, multiply_slowly
+
+KINDS: list[Kind] = ["int8", "int4", "fp8"]
+
+
+@pytest.mark.usefixtures("exact_fp8")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_rows", "num_inputs", "num_outputs"), [(1, 128, 32), (5, 200, 70), (33, 64, 40), (70, 330, 150), (0, 8, 8)])
+def test_a_product_is_that_of_its_twin(
+    num_rows: int, num_inputs: int, num_outputs: int, kind: Kind, dtype: torch.dtype, device: torch.device
+) -> None:
+    from parallel.cuda.scaled import multiply
+
+    torch.manual_seed(num_rows)
+    weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device).to(dtype)
+    x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
+    tensors = ScaledFormat(kind, torch.float32).prepare({"weight": weight})
+    tolerance = {"atol": 5e-2, "rtol": 5e-3} if dtype == torch.float16 else {"atol": 1e-3, "rtol": 1e-4}
+    for some_bias in (None, bias):
+        found = multiply(x, tensors, some_bias)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, multiply_slowly(x, tensors, some_bias), **tolerance)
+
+
+@pytest.mark.parametrize("width", [1, 100, 2048, 5000])
+def test_rows_are_rounded_to_fp8_as_by_torch(width: int, device: torch.device) -> None:
+    from parallel.cuda.scaled import round_rows
+
+    torch.manual_seed(width)
+    x = torch.randn(4, width, device=device) * torch.tensor([1.0, 1e-3, 1e4, 0.0], device=device).unsqueeze(-1)
+    numbers, scales = round_rows(x)
+    wanted, wanted_scales = round_to_fp8(x)
+    torch.testing.assert_close(scales, wanted_scales)
+    carried = wanted.float().abs().log2().frac() == 0  # see `exact_fp8`
+    same = (numbers.float() == wanted.float()) | (carried if device.type == "cpu" else False)
+    assert same.all()
+    assert carried.sum() < max(2, 0.2 * wanted[:3].numel())
