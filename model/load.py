@@ -90,10 +90,11 @@ def load_model(
     redundant_experts: int = 0,
     format: WeightFormat | None = None,
     table_format: WeightFormat | None = None,
+    kv_dtype: torch.dtype | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Qwen2, LoadReport]:
     """This rank's part of the model, ready to compute. ``format`` holds the large matrices of the layers, ``table_format``
-    embedding and head; None: plainly, in ``dtype``.
+    embedding and head; None: plainly, in ``dtype``. ``kv_dtype``: see `Qwen2`.
 
     ``redundant_experts`` is how many routed experts of a layer each ep position holds beyond its even share.
 
@@ -115,6 +116,7 @@ def load_model(
         redundant_experts=redundant_experts,
         format=format,
         table_format=table_format,
+        kv_dtype=kv_dtype,
     )
     bytes_read = _fill(list(model.bindings()), checkpoint, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
@@ -138,6 +140,7 @@ def _make(
     redundant_experts: int = 0,
     format: WeightFormat | None,
     table_format: WeightFormat | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Qwen2:
     """One rank's layers, nothing of them allocated."""
     kind = Qwen2 if config.moe is None else Qwen2Moe
@@ -152,6 +155,7 @@ def _make(
         dispatch=dispatch,
         redundant_experts=redundant_experts,
         block_tokens=block_tokens,
+        kv_dtype=kv_dtype,
     )
 
 

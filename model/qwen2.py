@@ -119,8 +119,14 @@ class Qwen2(nn.Module):
         dispatch: DispatchName,
         redundant_experts: int = 0,
         block_tokens: int,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        """``format`` is that of the large matrices of the layers, ``table_format`` that of embedding and head (None: plain)."""
+        """``format`` is that of the large matrices of the layers, ``table_format`` that of embedding and head (None: plain).
+        ``kv_dtype`` is that of keys and values where they are held (None: ``dtype``).
+
+        Raises:
+            ValueError: this attention backend holds them in no other dtype.
+        """
         super().__init__()
         self.config, self.groups, self.device, self.dtype = config, groups, device, dtype
         self.table_format = table_format
@@ -141,9 +147,11 @@ class Qwen2(nn.Module):
             num_kv_heads=len(heads.kv),
             head_dim=config.head_dim,
             block_tokens=block_tokens,
-            dtype=dtype,
+            dtype=kv_dtype or dtype,
         )
         self.backend = choose_backend(device, self.attention_config, backend)
+        if self.kv_layout.dtype != dtype and not self.backend.converts_kv:
+            raise ValueError(f"attention on {device} holds keys and values in {dtype} only, and {kv_dtype} is asked for")
         self.rope = Rope(config.rope, config.head_dim, device)
         self.embedding = self._embedding() if self.is_first else None
         self.layers = nn.ModuleList(self._layer(index, place, heads) for place, index in enumerate(self.layer_indices))

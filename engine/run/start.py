@@ -29,6 +29,7 @@ from model.qwen2 import Qwen2
 from parallel.dispatch import choose_dispatch
 from parallel.fitting import check_fit
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
+from parallel.rounding import FP8
 from parallel.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,7 @@ def _load(
         redundant_experts=config.redundant_experts,
         format=formats.matrices,
         table_format=formats.table,
+        kv_dtype=None if config.kv_dtype == "auto" else FP8,
         on_progress=tell_bytes,
     )
     log.info(

@@ -30,6 +30,9 @@ class AttentionConfig:
 class AttentionBackend(Protocol):
     """Causal attention with scale ``head_dim ** -0.5``. T tokens, H query heads, G KV heads, K head width, N blocks, B block_tokens."""
 
+    converts_kv: bool
+    """Whether keys and values may be held in another dtype than they are computed in."""
+
     def prepare(self, batch: ForwardBatch) -> None:
         """Once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""
         ...

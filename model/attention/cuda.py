@@ -26,6 +26,8 @@ SIMULATED_PROCESSORS = 8
 class CudaAttention:
     """See the file's first lines."""
 
+    converts_kv = True
+
     def __init__(self, config: AttentionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         groups = [config.kv_of_query.count(kv_head) for kv_head in range(config.num_kv_heads)]

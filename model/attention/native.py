@@ -17,6 +17,8 @@ from parallel.native.library import Native, num_threads
 class NativeAttention:
     """A sequence's sums are in the order of its positions, whatever else is in the batch. Heads may be shared unevenly."""
 
+    converts_kv = False
+
     def __init__(self, config: AttentionConfig, library: Native) -> None:
         self.config, self._library = config, library
         self._torch = CpuAttention(config)

@@ -13,6 +13,8 @@ from model.rope import Rotation
 class ReferenceAttention:
     """Every other backend is tested against this one. Slow, and simple enough to be right."""
 
+    converts_kv = True
+
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
 

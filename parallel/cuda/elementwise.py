@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.rounding import FP8, FP8_MOST
+
 
 @triton.jit
 def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr):
@@ -83,7 +85,7 @@ SWIGLU_BLOCK = 1024
 def _rotate_and_write_kernel(
     heads, cos, sin, slots, q_out, keys, values,
     row_stride, num_heads, num_kv_heads, token_stride, head_stride,
-    HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, KV_IN_FP8: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: query heads are turned, keys turned into the cache, values copied there."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -111,6 +113,9 @@ def _rotate_and_write_kernel(
             place = values + offset + (head - num_heads - num_kv_heads) * head_stride
         else:
             place = keys + offset + (head - num_heads) * head_stride
+        if KV_IN_FP8:  # to the nearest; what is beyond its range goes to its end
+            first_F = tl.minimum(tl.maximum(first_F.to(tl.float32), -MOST), MOST).to(keys.dtype.element_ty)
+            second_F = tl.minimum(tl.maximum(second_F.to(tl.float32), -MOST), MOST).to(keys.dtype.element_ty)
         tl.store(place, first_F, mask=written_F)
         tl.store(place + HALF, second_F, mask=written_F)
 
@@ -124,7 +129,7 @@ def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     if num_tokens:
         _rotate_and_write_kernel[(num_tokens, num_heads)](
             x_TXK, cos_T1F, sin_T1F, cos_T1F, out_TXK, x_TXK, x_TXK, x_TXK.stride(0), num_heads, 0, 0, 0,
-            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
+            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), KV_IN_FP8=False, MOST=FP8_MOST, num_warps=1,
         )  # fmt: skip
     return out_TXK
 
@@ -143,6 +148,7 @@ def rotate_and_write(
         _rotate_and_write_kernel[(num_tokens, num_all)](
             heads_TXK, cos_T1F, sin_T1F, slots_T, q_THK, keys_NBGK, values_NBGK,
             heads_TXK.stride(0), num_heads, num_kv_heads, keys_NBGK.stride(1), keys_NBGK.stride(2),
-            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
+            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2),
+            KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MOST, num_warps=1,
         )  # fmt: skip
     return q_THK

@@ -35,13 +35,13 @@ class Heads:
 @triton.jit
 def _load_tile(
     cache, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-    BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(L, K) of keys or values; zero where nothing is visible: what lies there is another sequence's, perhaps NaN."""
+    """(L, K) of keys or values in the dtype that is multiplied; zero where nothing is visible: that is another sequence's, perhaps NaN."""
     block_L = tl.load(table + positions_L // BLOCK_TOKENS, mask=visible_L, other=0).to(tl.int64)
     place_L = block_L * block_stride + (positions_L % BLOCK_TOKENS) * token_stride + kv_head * head_stride
     mask_LK = visible_L[:, None] & (dims_K < HEAD_DIM)[None, :]
-    return tl.load(cache + place_L[:, None] + dims_K[None, :], mask=mask_LK, other=0.0)
+    return tl.load(cache + place_L[:, None] + dims_K[None, :], mask=mask_LK, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -83,11 +83,13 @@ def _decode_kernel(
         positions_L = tile + tl.arange(0, TILE)
         visible_L = positions_L < stop
         keys_LK = _load_tile(
-            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride, BLOCK_TOKENS, HEAD_DIM
-        )
+            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
+            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
+        )  # fmt: skip
         values_LK = _load_tile(
-            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride, BLOCK_TOKENS, HEAD_DIM
-        )
+            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
+            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
+        )  # fmt: skip
         seen_PL = tl.broadcast_to(visible_L[None, :], [PADDED_GROUP, TILE])
         highest_P, sum_P, out_PK = _attend_tile(q_PK, keys_LK, values_LK, seen_PL, highest_P, sum_P, out_PK, scale_log2, PRECISION)
     divisor_P = tl.where(sum_P > 0, sum_P, 1.0)
@@ -150,11 +152,13 @@ def _prefill_kernel(
         positions_L = tile + tl.arange(0, TILE)
         visible_L = positions_L < stop
         keys_LK = _load_tile(
-            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride, BLOCK_TOKENS, HEAD_DIM
-        )
+            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
+            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
+        )  # fmt: skip
         values_LK = _load_tile(
-            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride, BLOCK_TOKENS, HEAD_DIM
-        )
+            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
+            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
+        )  # fmt: skip
         seen_RL = positions_L[None, :] <= position_R[:, None]
         highest_R, sum_R, out_RK = _attend_tile(q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION)
     out_RK = out_RK / tl.where(sum_R > 0, sum_R, 1.0)[:, None]

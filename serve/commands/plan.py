@@ -27,6 +27,7 @@ def plan(
     dtype: Annotated[
         Literal["bf16", "fp8", "int8", "int4"] | None, typer.Option("--dtype", help="Of the large matrices; by default the checkpoint's.")
     ] = None,
+    kv_dtype: Annotated[Literal["auto", "fp8"], typer.Option("--kv-dtype", help="Of keys and values in the cache; auto: bf16.")] = "auto",
     max_step_tokens: Annotated[
         int | None, typer.Option("--max-step-tokens", min=1, help="Tokens of one step at most (engine.max_step_tokens).")
     ] = None,
@@ -49,7 +50,7 @@ def plan(
 
     \b
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --context 32k --concurrency 64
-      manta plan Qwen2-72B-Instruct --gpus 4xA100-80G --dtype int4
+      manta plan Qwen2-72B-Instruct --gpus 4xA100-80G --dtype int4 --kv-dtype fp8
       manta plan ./checkpoint --gpus 8x24G --hosts 2 --json
       manta plan Qwen2-7B --gpus 2xL4 --emit config > manta.yaml      then: manta serve -c manta.yaml
     """
@@ -62,7 +63,7 @@ def plan(
     if model is None or not gpus:
         stop("say which model and which GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
     try:
-        question = _question(model, gpus, hosts, context, concurrency, dtype, max_step_tokens, network)
+        question = _question(model, gpus, hosts, context, concurrency, dtype, kv_dtype, max_step_tokens, network)
         made = _plan(question)
     except PlanError as error:
         stop(str(error), code=WRONG_USAGE)
@@ -80,11 +81,12 @@ def _question(
     context: str | None,
     concurrency: int,
     dtype: str | None,
+    kv_dtype: str,
     max_step_tokens: int | None,
     network_gbit: float,
 ) -> "Question":
     from engine.config import EngineConfig
-    from serve.planning.formats import FORMATS
+    from serve.planning.formats import ACTIVATION_BYTES, FORMATS
     from serve.planning.hardware import Fleet, network, parse_gpus
     from serve.planning.memory import Workload
     from serve.planning.plan import Question
@@ -97,6 +99,7 @@ def _question(
         concurrency=concurrency,
         step_tokens=max_step_tokens or defaults.max_step_tokens,
         block_tokens=defaults.block_tokens,
+        kv_element_bytes=1 if kv_dtype == "fp8" else ACTIVATION_BYTES,
     )
     fleet = Fleet(gpu=gpu, gpus_per_host=count, hosts=hosts, network=network(network_gbit))
     return Question(shape=shape, fleet=fleet, format=FORMATS[dtype] if dtype else shape.format, workload=workload)

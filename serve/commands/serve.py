@@ -44,6 +44,7 @@ def serve(
     replicas: Annotated[int | None, typer.Option("--replicas", "-r", help="Copies of the whole model.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
     quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, or on GPUs fp8: round weights while loading.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="auto, or on GPUs fp8: twice as many tokens fit.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option("--max-context-tokens", help="Prompt and answer together.")] = None,
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="lookup: guess tokens from what was said before; no answer changes.")
@@ -81,6 +82,7 @@ def serve(
         "replicas.count": ("--replicas", replicas),
         "runner.dtype": ("--dtype", dtype),
         "runner.quantize": ("--quantize", quantize),
+        "runner.kv_dtype": ("--kv-dtype", kv_dtype),
         "runner.max_context_tokens": ("--max-context-tokens", max_context_tokens),
         "engine.speculate": ("--speculate", speculate),
         "http.host": ("--http-host", http_host),

@@ -55,6 +55,7 @@ def _settings(layout: Layout, question: Question) -> dict[str, Any]:
         "runner": {
             "dtype": "bfloat16" if question.format is BF16 or quantize else "auto",
             **({"quantize": quantize} if quantize else {}),
+            **({"kv_dtype": "fp8"} if question.workload.kv_element_bytes == 1 else {}),
             "max_context_tokens": question.workload.context_tokens,
         },
         "resources": {"gpus": 1.0, "one_host": layout.hosting.hosts_per_replica == 1},

@@ -10,7 +10,7 @@ from parallel.rounding import GROUP
 from parallel.scaled_format import FILLED_TO
 
 ACTIVATION_BYTES = 2
-"""Activations, KV, norms, biases and routers are bfloat16 in every format."""
+"""Activations, norms, biases and routers are bfloat16 in every format, KV unless FP8 is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

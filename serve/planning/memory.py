@@ -31,6 +31,8 @@ class Workload:
     step_tokens: int
     """Tokens of one step at most, on each dp position (`engine.max_step_tokens`)."""
     block_tokens: int = 16
+    kv_element_bytes: int = ACTIVATION_BYTES
+    """Of a key's or value's number where it is held (`runner.kv_dtype`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +65,16 @@ def memory_of_rank(
     return RankMemory(
         weights=weights_of_rank(shape, topology, at, format),
         activation_bytes=activation_bytes(shape, topology, at, tokens=workload.step_tokens, rows=rows),
-        kv_bytes_per_token=kv_bytes_per_token(shape, topology, at),
+        kv_bytes_per_token=kv_bytes_per_token(shape, topology, at, workload.kv_element_bytes),
         reserve_bytes=gpu_bytes - int(gpu_bytes * USABLE_FRACTION) + RUNTIME_BYTES + (COMMUNICATOR_BYTES if topology.size > 1 else 0),
         gpu_bytes=gpu_bytes,
     )
 
 
-def kv_bytes_per_token(shape: ModelShape, topology: Topology, at: Coordinates) -> int:
+def kv_bytes_per_token(shape: ModelShape, topology: Topology, at: Coordinates, element_bytes: int = ACTIVATION_BYTES) -> int:
     """Keys and values of the rank's layers and KV heads; as `model.kv_cache.KvLayout` counts a block."""
     heads = heads_of(shape, topology, at)
-    return 2 * len(layers_of(shape, topology, at)) * len(heads.kv) * shape.head_dim * ACTIVATION_BYTES
+    return 2 * len(layers_of(shape, topology, at)) * len(heads.kv) * shape.head_dim * element_bytes
 
 
 def activation_bytes(shape: ModelShape, topology: Topology, at: Coordinates, *, tokens: int, rows: int) -> int:

@@ -26,7 +26,7 @@ ABOUT = (
     f"{WORKLOAD.context_tokens:,} tokens and steps of {WORKLOAD.step_tokens:,}: replicas x the layout of one, and the KV tokens that fit "
     'in all of them together. "no": no layout holds the weights and one such sequence.',
     f"Up to {GPUS_OF_A_HOST} GPUs are one host, 16 are two. Memory is counted in 10^9 bytes; a tenth of it is kept free, and half a GiB "
-    "each goes to CUDA and, with several ranks, to NCCL. KV is bfloat16 in every format.",
+    "each goes to CUDA and, with several ranks, to NCCL. KV is bfloat16; in FP8 (`--kv-dtype fp8`) about twice as many tokens fit.",
 )
 
 

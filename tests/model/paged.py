@@ -31,7 +31,8 @@ def heads(query: int, kv: int, rank: int = 0, ranks: int = 1, *, head_dim: int =
 class Paged:
     """Random q, k, v for some works, and a cache whose blocks are scattered and, where nobody has written, NaN."""
 
-    def __init__(self, config: AttentionConfig, works: Sequence[Work], dtype: torch.dtype) -> None:
+    def __init__(self, config: AttentionConfig, works: Sequence[Work], dtype: torch.dtype, *, kv_dtype: torch.dtype | None = None) -> None:
+        """With ``kv_dtype`` the cache is in it, and new keys and values are such as it can hold."""
         generator = torch.Generator().manual_seed(1)
 
         def random(*shape: int) -> Tensor:
@@ -53,6 +54,9 @@ class Paged:
         self.q = random(total, config.num_heads, config.head_dim)
         self.k = random(total, config.num_kv_heads, config.head_dim)
         self.v = random(total, config.num_kv_heads, config.head_dim)
+        if kv_dtype is not None:
+            self.k, self.v = self.k.to(kv_dtype).to(dtype), self.v.to(kv_dtype).to(dtype)
+            self.keys, self.values = self.keys.to(kv_dtype), self.values.to(kv_dtype)
         starts = [0]
         for _, now in works:
             starts.append(starts[-1] + now)

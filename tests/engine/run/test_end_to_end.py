@@ -1,8 +1,9 @@
 """The real engine over a real rank: the same tokens as transformers, and as a request that is served alone."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -57,9 +58,11 @@ def answer(events: list[TokenEvent]) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def open_engine(folder, *, num_blocks: int = 400, quantize: str | None = None, **changes: object) -> Engine:
+def open_engine(
+    folder, *, num_blocks: int = 400, quantize: str | None = None, runner: Mapping[str, object] = MappingProxyType({}), **changes: object
+) -> Engine:
     config = engine_config(**changes)
-    runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens, quantize=quantize)
+    runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens, quantize=quantize, **runner)
     return Engine(LocalExecutor.open(folder, runner_config=runner_config, engine_config=config), config)
 
 
@@ -82,6 +85,18 @@ def test_greedy_answers_are_those_of_transformers(folder, expected, prefix_cache
     elif prefix_cache:
         assert sum(events[str(i), 0][0].num_cached for i in range(len(PROMPTS))) > 0
     assert engine.stats.blocks_used == 0
+
+
+def test_a_cache_in_fp8_answers_alike_however_it_was_filled(folder):
+    requests = [Request(id=str(i), prompt=prompt, sampling=GREEDY) for i, prompt in enumerate(PROMPTS)]
+    found = []
+    for num_blocks, changes in ((400, {}), (6, {"max_step_tokens": 5}), (400, {"max_step_tokens": 7, "prefix_cache": False})):
+        fp8 = {"kv_dtype": "fp8", "attention_backend": "reference"}  # a quarter of the bytes: four times as many blocks
+        engine = open_engine(folder, num_blocks=num_blocks, runner=fp8, **changes)
+        events = serve(engine, requests)
+        found.append([answer(events[str(i), 0]) for i in range(len(PROMPTS))])
+        assert num_blocks == 400 or engine.stats.num_preemptions > 0
+    assert found[0] == found[1] == found[2]
 
 
 SAMPLING = [

@@ -43,6 +43,19 @@ def test_a_cache_is_never_larger_than_all_sequences_at_their_longest(dense_folde
         assert runner.capacity.max_context_tokens == 256
 
 
+def test_keys_and_values_in_fp8_take_a_quarter_of_float32(dense_folder):
+    config = float32_config(num_blocks=20, block_tokens=4, kv_dtype="fp8", attention_backend="reference")
+    with start(dense_folder, config) as runner:
+        assert runner.cache.keys_NBGK[0].dtype == torch.float8_e4m3fn
+        assert runner.capacity.num_blocks == 4 * 20
+
+
+def test_a_backend_that_cannot_hold_fp8_is_refused_before_anything_is_loaded(dense_folder):
+    wanted = "holds keys and values in torch.float32 only"
+    with pytest.raises(ValueError, match=wanted), start(dense_folder, float32_config(num_blocks=8, block_tokens=4, kv_dtype="fp8")):
+        pass
+
+
 def test_a_setting_caps_the_context(dense_folder):
     with start(dense_folder, float32_config(num_blocks=200, block_tokens=4, max_context_tokens=50)) as runner:
         assert runner.capacity.max_context_tokens == 50

@@ -37,6 +37,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS},
         {"num_warps": 8, "num_stages": 2},
     ),
+    (
+        paged_attention._decode_kernel,
+        ATTENTION | PARTS | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
+        SIZES | {"PADDED_GROUP": 16, "TILE": paged_attention.DECODE_TILE, "PARTS": 8},
+        {"num_warps": 4, "num_stages": 3},
+    ),
+    (
+        paged_attention._prefill_kernel,
+        ATTENTION | PLACES | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
+        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS},
+        {"num_warps": 8, "num_stages": 2},
+    ),
     (paged_attention._merge_kernel, PARTS | {"out": "*bf16"}, {"HEAD_DIM": 128, "PADDED_DIM": 128, "PARTS": 8}, {"num_warps": 2}),
     (
         elementwise._rms_norm_kernel,
@@ -50,12 +62,15 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         {"BLOCK": elementwise.SWIGLU_BLOCK},
         {"num_warps": 4},
     ),
-    (
-        elementwise._rotate_and_write_kernel,
-        {"heads": "*bf16", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "q_out": "*bf16", "keys": "*bf16", "values": "*bf16"}
-        | dict.fromkeys(("row_stride", "num_heads", "num_kv_heads", "token_stride", "head_stride"), "i32"),
-        {"HALF": 64, "PADDED_HALF": 64},
-        {"num_warps": 1},
+    *(
+        (
+            elementwise._rotate_and_write_kernel,
+            {"heads": "*bf16", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "q_out": "*bf16", "keys": kv, "values": kv}
+            | dict.fromkeys(("row_stride", "num_heads", "num_kv_heads", "token_stride", "head_stride"), "i32"),
+            {"HALF": 64, "PADDED_HALF": 64, "KV_IN_FP8": kv != "*bf16", "MOST": FP8_MOST},
+            {"num_warps": 1},
+        )
+        for kv in ("*bf16", "*fp8e4nv")
     ),
     (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 4}),
     *(

@@ -5,6 +5,7 @@ import torch
 
 from model.attention.backend import AttentionConfig
 from model.attention.reference import ReferenceAttention
+from parallel.rounding import FP8
 from tests.model.paged import Paged, Work, heads
 
 HEADS = {
@@ -44,6 +45,19 @@ def test_half_precision_is_as_near_as_its_roundings_allow(dtype: torch.dtype, de
     paged = Paged(config, WORKS["everything"], dtype).to(device)
     fast, reference = paged.attend(CudaAttention(config, device)), paged.attend(ReferenceAttention(config))
     torch.testing.assert_close(fast[0].float(), reference[0].float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
+def test_a_cache_in_fp8_is_read_and_written_as_the_reference_does(works: list[Work], device: torch.device) -> None:
+    from model.attention.cuda import CudaAttention
+
+    config = HEADS["groups of seven"]
+    paged = Paged(config, works, torch.float16, kv_dtype=FP8).to(device)
+    fast, reference = paged.attend(CudaAttention(config, device)), paged.attend(ReferenceAttention(config))
+    torch.testing.assert_close(fast[0].float(), reference[0].float(), atol=2e-2, rtol=2e-2)
+    for written, wanted in zip(fast[1:], reference[1:], strict=True):
+        assert written.dtype == FP8
+        torch.testing.assert_close(written.float(), wanted.float(), atol=0, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8])

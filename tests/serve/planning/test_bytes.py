@@ -1,5 +1,6 @@
 """The planner's bytes are those that loading allocates."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -76,6 +77,9 @@ def test_a_planned_token_of_kv_is_a_token_of_the_cache(topology: Topology) -> No
         cache = KvCache(layout, 5, torch.device("cpu"))
         held = sum(tensor.nbytes for tensor in (*cache.keys_NBGK, *cache.values_NBGK))
         assert kv_bytes_per_token(shape, topology, topology.coordinates(rank)) * 5 * BLOCK_TOKENS == held
+        in_fp8 = KvCache(dataclasses.replace(layout, dtype=torch.float8_e4m3fn), 5, torch.device("cpu"))
+        held = sum(tensor.nbytes for tensor in (*in_fp8.keys_NBGK, *in_fp8.values_NBGK))
+        assert kv_bytes_per_token(shape, topology, topology.coordinates(rank), 1) * 5 * BLOCK_TOKENS == held
 
 
 def test_as_much_of_a_gpu_is_planned_as_the_engine_takes() -> None:
