@@ -6,12 +6,13 @@ While clients' tokens flow they are the proof: a canary may find the queue full.
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from cluster.health import Health
 from engine.errors import EngineStopped
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
+from engine.told import Told
 
 PREFIX = "/canary/"
 """Of the request ids of canaries. No id of a client has a slash."""
@@ -51,15 +52,17 @@ class Canary:
         under_way = self._under_way
         return self._clock() - under_way[2] if under_way else 0.0
 
-    def take(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
+    def take(self, told: Told) -> Told:
         """Keep the canary's own events and give the rest back. A client's token proves as much as a canary's."""
-        for event in events:
+        if told.said:  # a canary is never in there: its first token is its last
+            self._health.canary_passed(self._ranks_generation)
+        for event in told.events:
             if not event.request_id.startswith(PREFIX):
                 if event.tokens:
                     self._health.canary_passed(self._ranks_generation)
             elif event.finish_reason is not None:
                 self._ended(event)
-        return [event for event in events if not event.request_id.startswith(PREFIX)]
+        return Told([event for event in told.events if not event.request_id.startswith(PREFIX)], told.said)
 
     def _ended(self, event: TokenEvent) -> None:
         with self._lock:

@@ -6,21 +6,23 @@ No sockets and no threads: `cluster.intake` gives it what came, turn by turn, an
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from cluster.block_journal import BlockJournal
 from cluster.errors import ChannelError
 from cluster.messages import BeginAnew, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
+from cluster.streams import Front, StreamTable, untagged
 from engine.engine import refusal
 from engine.errors import DuplicateRequest, EngineError
 from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
+from engine.told import Told
 
 logger = logging.getLogger(__name__)
 
-Front = bytes
-"""The routing id of a front's connection; a front that comes back is another one."""
 Key = tuple[str, int]
 NEWS_EVERY_S = 0.05
 """How often at most the fronts are told what has changed in the prefix cache."""
@@ -36,6 +38,13 @@ class FrontFull(Exception):
 
 Post = Callable[[Front, bytes], None]
 """Sends without waiting. Raises FrontGone or FrontFull."""
+
+
+class _Owner(NamedTuple):
+    front: Front
+    attempt: int
+    tag: int
+    """By which the engine is asked to speak of it; see `cluster.streams`."""
 
 
 class Desk:
@@ -58,7 +67,8 @@ class Desk:
     ) -> None:
         self._post, self._submit, self._cancel, self._pong = post, submit, cancel, pong
         self._front_silence_s, self._clock = front_silence_s, clock
-        self._owners: dict[Key, tuple[Front, int]] = {}
+        self._owners: dict[Key, _Owner] = {}
+        self._streams = StreamTable()
         self._seen: dict[Front, float] = {}
         self._given_up: set[Front] = set()
         """Fronts that must still be told so."""
@@ -67,14 +77,14 @@ class Desk:
         self._followers: set[Front] = set()
         """Fronts that have been told the whole of the journal."""
         self._news_due = 0.0
-        self._outbox: deque[Sequence[TokenEvent]] = deque()
+        self._outbox: deque[Told | Sequence[TokenEvent]] = deque()
 
     @property
     def num_owned(self) -> int:
         """Choices that a front waits for."""
         return len(self._owners)
 
-    def put(self, events: Sequence[TokenEvent]) -> None:
+    def put(self, events: Told | Sequence[TokenEvent]) -> None:
         """A step's events, to be sent in the next turn."""
         self._outbox.append(events)
 
@@ -99,24 +109,40 @@ class Desk:
     def send_all(self) -> None:
         """Send the events, those of one step to one front as one message."""
         while self._outbox:
-            by_front: dict[Front, list[TokenEvent]] = defaultdict(list)
-            for event in self._outbox.popleft():
-                owner = self._owners.get((event.request_id, event.choice))
-                if owner is None or owner[1] != event.attempt:
-                    continue  # its front has cancelled it, or taken it over
-                by_front[owner[0]].append(event)
-                if event.finish_reason is not None:
-                    del self._owners[event.request_id, event.choice]
-            for front, events in by_front.items():
-                self._send(front, Events(tuple(events)))
+            told = self._outbox.popleft()
+            if isinstance(told, Told):
+                for said in told.said:
+                    for front, columns in self._streams.sorted(said):
+                        self._send(front, Events((), columns.streams, columns.offsets, columns.tokens))
+                    self._send_events(said.events(untagged(said)))
+                self._send_events(told.events)
+            else:
+                self._send_events(told)
+
+    def _send_events(self, events: Iterable[TokenEvent]) -> None:
+        by_front: dict[Front, list[TokenEvent]] = defaultdict(list)
+        for event in events:
+            key = (event.request_id, event.choice)
+            owner = self._owners.get(key)
+            if owner is None or owner.attempt != event.attempt:
+                continue  # its front has cancelled it, or taken it over
+            by_front[owner.front].append(event)
+            if event.finish_reason is not None:
+                self._disown(key)
+        for front, all_of_front in by_front.items():
+            self._send(front, Events(tuple(all_of_front)))
+
+    def _disown(self, key: Key) -> None:
+        self._streams.leave(self._owners.pop(key).tag)
 
     def _take(self, front: Front, message: object) -> None:
         match message:
             case Submit(request):
                 self._accept(front, request)
             case Cancel(request_id, choice, attempt):
-                if self._owners.get((request_id, choice)) == (front, attempt):
-                    del self._owners[request_id, choice]
+                owner = self._owners.get((request_id, choice))
+                if owner is not None and (owner.front, owner.attempt) == (front, attempt):
+                    self._disown((request_id, choice))
                     self._cancel(request_id, choice)
             case Ping():
                 self._send(front, self._pong())
@@ -129,17 +155,19 @@ class Desk:
         """A front that comes back with a later attempt takes its request over from its own past."""
         mark(5, request.id)
         earlier = self._owners.get(request.key)
-        if earlier is not None and earlier[1] >= request.attempt:
-            if earlier != (front, request.attempt):  # to the owner it would look like the end of its own stream
+        if earlier is not None and earlier.attempt >= request.attempt:
+            if (earlier.front, earlier.attempt) != (front, request.attempt):  # to the owner it would look like the end of its own stream
                 self._send(front, Events((refusal(request, DuplicateRequest(request.id)),)))
             return
         if earlier is not None:
+            self._disown(request.key)
             self._cancel(*request.key)
-        self._owners[request.key] = (front, request.attempt)
+        tag = self._streams.enter(front, request.tag)
+        self._owners[request.key] = _Owner(front, request.attempt, tag)
         try:
-            self._submit(request)
+            self._submit(replace(request, tag=tag))
         except EngineError as error:
-            del self._owners[request.key]
+            self._disown(request.key)
             self._send(front, Events((refusal(request, error),)))
 
     def _tell_readiness(self) -> None:
@@ -191,9 +219,9 @@ class Desk:
         self._seen.pop(front, None)
         self._followers.discard(front)
         self._given_up.add(front)
-        orphans = [key for key, owner in self._owners.items() if owner[0] == front]
+        orphans = [key for key, owner in self._owners.items() if owner.front == front]
         for key in orphans:
-            del self._owners[key]
+            self._disown(key)
             self._cancel(*key)
         if orphans:
             logger.warning("a front is gone (%s); its %d requests are cancelled", reason, len(orphans))

@@ -13,6 +13,7 @@ from cluster.desk import Desk, Front, FrontFull, FrontGone
 from cluster.messages import Pong
 from engine.plan import TokenEvent
 from engine.request import Request
+from engine.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Intake:
     def start(self) -> None:
         self._thread.start()
 
-    def deliver(self, events: Sequence[TokenEvent]) -> None:
+    def deliver(self, events: Told | Sequence[TokenEvent]) -> None:
         """Send a step's events on, each to the front that owns its request."""
         if events:
             self.desk.put(events)

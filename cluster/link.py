@@ -1,9 +1,13 @@
 """Step 4 of a request, the wire: one front's connection to one replica, and the streams that run over it."""
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from cluster.config import STARVED, RouterConfig
 from cluster.directory import ReplicaRecord
@@ -12,7 +16,7 @@ from cluster.expected_wait import Outlook
 from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
 from cluster.prefix_index import PrefixIndex
 from cluster.wire import Wire, WireBroken, ZmqWire
-from engine.plan import TokenEvent
+from engine.plan import COLUMN, TokenEvent
 from engine.request import Request
 
 
@@ -31,8 +35,10 @@ class LinkLost(Exception):
 class StreamBuffer:
     """Events of one choice on their way to its reader, bounded by tokens."""
 
-    def __init__(self, limit_tokens: int, now: float = 0.0) -> None:
-        self._limit = limit_tokens
+    def __init__(self, limit_tokens: int, now: float = 0.0, *, key: tuple[str, int, int] = ("", 0, 0)) -> None:
+        """``key``: request id, choice and attempt."""
+        self._limit, self._key = limit_tokens, key
+        self._num_cached = self._losses = 0
         self.heard = now
         """When something was put in last."""
         self._events: deque[TokenEvent] = deque()
@@ -47,7 +53,12 @@ class StreamBuffer:
             self.fail(SlowReader(limit_tokens=self._limit))
         elif self._end is None:
             self._events.append(event)
+            self._num_cached, self._losses = event.num_cached, event.losses
             self._arrived.set()
+
+    def put_token(self, offset: int, token: int, now: float = 0.0) -> None:
+        """One more token; all else is as in the event before."""
+        self.put(TokenEvent(*self._key, offset, (token,), num_cached=self._num_cached, losses=self._losses), now)
 
     def fail(self, error: Exception) -> None:
         """What was put before can still be read; then ``error`` is raised."""
@@ -83,6 +94,9 @@ class ReplicaLink:
         self.record = record
         self._config, self._clock = config, clock
         self._streams: dict[tuple[str, int, int], StreamBuffer] = {}
+        self._by_number: dict[int, StreamBuffer] = {}
+        """The same, by the numbers that the replica was told to speak of them."""
+        self._numbers = itertools.count()
         self._pong: Pong | None = None
         self._pong_at = clock()
         self._submitted = self._submitted_tokens = 0
@@ -149,17 +163,20 @@ class ReplicaLink:
         if self._lost is not None:
             raise self._lost
         key = (request.id, request.choice, request.attempt)
-        buffer = self._streams[key] = StreamBuffer(self._config.max_buffered_tokens, self._clock())
+        number = next(self._numbers)
+        buffer = StreamBuffer(self._config.max_buffered_tokens, self._clock(), key=key)
+        self._streams[key] = self._by_number[number] = buffer
         ended = False
         try:
             self._submitted += 1
-            self._send(Submit(request))
+            self._send(Submit(replace(request, tag=number)))
             while not ended:
                 event = await buffer.get()
                 ended = event.finish_reason is not None
                 yield event
         finally:
             self._streams.pop(key, None)
+            self._by_number.pop(number, None)
             if not ended and self._lost is None:
                 self._send(Cancel(*key))
 
@@ -195,11 +212,9 @@ class ReplicaLink:
 
     def _take(self, message: object) -> None:
         match message:
-            case Events(events):
+            case Events():
                 self._served = self._heard
-                for event in events:
-                    if (buffer := self._streams.get((event.request_id, event.choice, event.attempt))) is not None:
-                        buffer.put(event, self._heard)
+                self._hand_out(message)
             case Pong():
                 self._pong, self._pong_at = message, self._clock()
                 self._submitted = self._submitted_tokens = 0
@@ -209,6 +224,17 @@ class ReplicaLink:
                 self._lose("it had given this front up", reason="given_up")
             case _:
                 raise ChannelError(f"a replica does not send {type(message).__name__}")
+
+    def _hand_out(self, told: Events) -> None:
+        for event in told.events:
+            if (buffer := self._streams.get((event.request_id, event.choice, event.attempt))) is not None:
+                buffer.put(event, self._heard)
+        if not len(told.streams) == len(told.offsets) == len(told.tokens) or len(told.streams) % COLUMN.itemsize:
+            raise ChannelError("malformed Events: its columns do not fit each other")
+        columns = [np.frombuffer(column, COLUMN).tolist() for column in (told.streams, told.offsets, told.tokens)]
+        for stream, offset, token in zip(*columns, strict=True):
+            if (buffer := self._by_number.get(stream)) is not None:
+                buffer.put_token(offset, token, self._heard)
 
     async def _ping(self) -> None:
         while self._lost is None:

@@ -104,9 +104,13 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """All that one step yielded for one front."""
+    """What one step yielded for one front: events, or as columns of int64 one more token for each of many streams."""
 
     events: tuple[TokenEvent, ...]
+    streams: bytes = b""
+    """As the front named them by `Request.tag`."""
+    offsets: bytes = b""
+    tokens: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

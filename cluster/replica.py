@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
 
 import ray
 
@@ -27,8 +26,8 @@ from engine.engine import Engine
 from engine.errors import EngineStopped, WorkersLost
 from engine.executor import Executor
 from engine.fair_share import FairShare
-from engine.plan import TokenEvent
 from engine.stats import EngineStats
+from engine.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -201,10 +200,10 @@ class Replica:
             self.health.failed(str(error))
             self._intake.wake()
 
-    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+    def _deliver(self, told: Told) -> None:
         self.health.token_made()
         was_ready = self.health.ready
-        self._intake.deliver(self._canary.take(events))
+        self._intake.deliver(self._canary.take(told))
         if self.health.ready != was_ready:
             self._intake.wake()
 

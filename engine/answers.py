@@ -1,6 +1,23 @@
 """The results of a step's shards put together, for executors whose ranks answer each for itself."""
 
-from engine.plan import StepResult
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepResult
+
+
+def packed(decodes: Decodes, sampled: Iterable[Sampled]) -> tuple[bytes, tuple[Sampled, ...]]:
+    """`StepResult.tokens`, and what cannot be said by a token alone."""
+    row_of = {sequence: row for row, sequence in enumerate(decodes.columns[0].tolist())} if len(decodes) else {}
+    tokens, rest = np.full(len(decodes), NO_TOKEN, COLUMN), []
+    for answer in sampled:
+        row = row_of.get(answer.sequence)
+        if row is None or len(answer.tokens) != 1 or answer.logprobs or answer.fault is not None:
+            rest.append(answer)
+        else:
+            tokens[row] = answer.tokens[0]
+    return tokens.tobytes(), tuple(rest)
 
 
 class StepAnswers:
@@ -19,9 +36,19 @@ class StepAnswers:
         if len(self._parts.get(step, ())) < self._num_shards:
             return None
         parts = self._parts.pop(step)
+        if len(parts) == 1:
+            return parts[0]
         return StepResult(
             step=step,
             sampled=tuple(sampled for part in parts for sampled in part.sampled),
             elapsed_s=max(part.elapsed_s for part in parts),
             rebalanced=parts[0].rebalanced,  # the same on every rank
+            tokens=_merged([part.tokens for part in parts if part.tokens]),
         )
+
+
+def _merged(columns: list[bytes]) -> bytes:
+    """Each row is answered by the rank of its shard alone."""
+    if not columns:
+        return b""
+    return np.maximum.reduce([np.frombuffer(column, COLUMN) for column in columns]).tobytes()

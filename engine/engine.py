@@ -17,13 +17,14 @@ from engine.errors import EngineError, EngineStopped, WorkersLost
 from engine.executor import Executor, PendingStep
 from engine.kv.block_pool import BlockListener
 from engine.places import mark
-from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
+from engine.plan import COLUMN, Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
 from engine.policy import Policy
 from engine.request import Request
 from engine.scheduler import Key, Scheduler
 from engine.stats import EngineStats
 from engine.step_cost import StepCost
 from engine.timekeeper import Timekeeper
+from engine.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Engine:
         self._recovery: Future[Executor] | None = None
         self._end: EngineError | None = None
         """Why no further step will be taken."""
-        self._outbox: list[TokenEvent] = []
+        self._outbox = Told()
         self._num_steps = 0
         self._step_s = 0.0
         self._note_stats()
@@ -133,7 +134,7 @@ class Engine:
 
     # --- the engine's thread
 
-    def run_forever(self, deliver: Callable[[list[TokenEvent]], None]) -> None:
+    def run_forever(self, deliver: Callable[[Told], None]) -> None:
         """Turn until `stop`, sleeping while there is nothing to do. ``deliver`` gets each turn's events, never none.
 
         Raises:
@@ -152,7 +153,7 @@ class Engine:
             raise
         self._close(deliver, EngineStopped("this engine has been stopped"))
 
-    def turn(self) -> list[TokenEvent]:
+    def turn(self) -> Told:
         """Take arrivals, keep the workers busy, and record the oldest step that is under way.
 
         Raises:
@@ -182,7 +183,9 @@ class Engine:
             result = _answer(plan, pending)
             self._in_flight.popleft()
             self._note_step(plan, result)
-            self._tell(self.scheduler.apply(plan, result))
+            told = self.scheduler.apply(plan, result)
+            self._tell(told.events)
+            self._outbox.said += told.said  # who is in there has had its first token, and not its last
         elif order is not None:
             self._rebalance(order)
 
@@ -208,14 +211,14 @@ class Engine:
         self._num_taken += 1
         try:
             whole_already = self.scheduler.add(request)
-            self._outbox += whole_already
+            self._outbox.events += whole_already
             if not whole_already:
                 self._timekeeper.admitted(request)
         except EngineError as error:
-            self._outbox.append(refusal(request, error))
+            self._outbox.events.append(refusal(request, error))
         except Exception:  # a request can fail only itself
             logger.exception("request %s could not be admitted", request.id)
-            self._outbox.append(refusal(request, EngineError("the engine could not read this request")))
+            self._outbox.events.append(refusal(request, EngineError("the engine could not read this request")))
 
     def _lose_workers(self, loss: WorkersLost) -> None:
         """Rewind everything and have new workers started beside this thread, so that cancels and deadlines are still heard."""
@@ -241,17 +244,17 @@ class Engine:
             self._end = error if isinstance(error, EngineError) else EngineStopped("no new workers could be started")
 
     def _tell(self, events: list[TokenEvent]) -> None:
-        self._outbox += self._timekeeper.told(events)
+        self._outbox.events += self._timekeeper.told(events)
 
-    def _take_outbox(self) -> list[TokenEvent]:
-        events, self._outbox = self._outbox, []
-        return events
+    def _take_outbox(self) -> Told:
+        told, self._outbox = self._outbox, Told()
+        return told
 
     def _is_idle(self) -> bool:
         is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._balancing.is_asked
         return not is_busy and self._inbox.empty()
 
-    def _close(self, deliver: Callable[[list[TokenEvent]], None], error: EngineError) -> None:
+    def _close(self, deliver: Callable[[Told], None], error: EngineError) -> None:
         """Nothing more is taken; what was taken is told."""
         self.stop()
         self._in_flight.clear()
@@ -305,6 +308,8 @@ def _answer(plan: StepPlan, pending: PendingStep) -> StepResult:
     result = pending.result()
     if result.step != plan.step:
         raise WorkersLost(f"the ranks answered step {result.step} where step {plan.step} was due")
+    if result.tokens and len(result.tokens) != COLUMN.itemsize * len(plan.decodes):
+        raise WorkersLost(f"the ranks answered step {plan.step} of {len(plan.decodes)} tokens with {len(result.tokens)} bytes")
     return result
 
 

@@ -20,6 +20,10 @@ class Capacity:
     num_stages: int = 1
     """Pipeline stages: so many steps can be computed at the same time."""
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold the KV of so many tokens."""
+        return -(-num_tokens // self.block_tokens)
+
 
 class PendingStep(Protocol):
     """A step that is under way."""

@@ -65,17 +65,17 @@ class FairShare:
 
     def opened(self, sequence: Sequence) -> None:
         self._last = sequence.request.tenant
-        self._charge(sequence, PROMPT_COST * (len(sequence.tokens) - sequence.num_computed))
+        self._charge(sequence.request, PROMPT_COST * (len(sequence.tokens) - sequence.num_computed))
 
-    def sampled(self, sequence: Sequence, num_tokens: int) -> None:
-        self._charge(sequence, OUTPUT_COST * num_tokens)
+    def sampled(self, request: Request, num_tokens: int) -> None:
+        self._charge(request, OUTPUT_COST * num_tokens)
 
     def served(self, tenant: str) -> float:
         """Its counter, in tokens of the prompt's cost, divided by its share."""
         return self._served[tenant]
 
-    def _charge(self, sequence: Sequence, cost: float) -> None:
-        self._served[sequence.request.tenant] += cost / sequence.request.share
+    def _charge(self, request: Request, cost: float) -> None:
+        self._served[request.tenant] += cost / request.share
 
     def _forget(self, floor: float, kept: set[str]) -> None:
         for tenant in [one for one, served in self._served.items() if served <= floor and one not in kept]:

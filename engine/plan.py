@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from engine.request import SamplingParams
 
 
@@ -41,6 +43,43 @@ class Work:
     """The dp position that computes it: always that of the sequence's opening. Its blocks are numbers in that shard's cache."""
 
 
+COLUMN = np.dtype("<i8")
+NO_BLOCK = NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Works of sequences that only go on decoding: one token each, at most one new block, and all of them sample.
+
+    As columns, so that making, sending and reading them costs hardly more for hundreds than for one.
+    """
+
+    packed: bytes
+    """int64 (5, S), little-endian: sequence, start, token, new block (or `NO_BLOCK`) and shard of each work."""
+
+    @classmethod
+    def of(cls, columns: np.ndarray) -> "Decodes":
+        return cls(np.ascontiguousarray(columns, COLUMN).tobytes())
+
+    @property
+    def columns(self) -> np.ndarray:
+        """int64 (5, S), read-only."""
+        return np.frombuffer(self.packed, COLUMN).reshape(5, -1)
+
+    def __len__(self) -> int:
+        return len(self.packed) // (5 * COLUMN.itemsize)
+
+    def works(self) -> tuple["Work", ...]:
+        """The same, one by one."""
+        return tuple(
+            Work(sequence, start, (token,), () if block == NO_BLOCK else (block,), samples=True, shard=shard)
+            for sequence, start, token, block, shard in zip(*self.columns.tolist(), strict=True)
+        )
+
+
+NO_DECODES = Decodes(b"")
+
+
 @dataclass(frozen=True, slots=True)
 class Rebalance:
     """Measure what the routed experts had to do, and give those of a layer other places if that makes it fairer."""
@@ -65,22 +104,29 @@ class Rebalanced:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass over a replica. The ranks apply `closed`, then `opened`, then run `works`, in this order, each those of its shard.
+    """One forward pass over a replica. The ranks apply `closed`, then `opened`, then run the works, in this order, each those of its shard.
 
     Every rank takes every plan, also one without works of its shard: experts may be waiting for it.
     """
 
     step: int
-    works: tuple[Work, ...]
+    singly: tuple[Work, ...]
+    """Works told one by one: of prompts, and of what decodes with something particular about it. Those in `decodes` come before them."""
     opened: tuple[Opening, ...] = ()
     closed: tuple[int, ...] = ()
     """Sequences whose block tables the ranks forget. An unknown number is ignored (workers may have been replaced)."""
     rebalance: Rebalance | None = None
     """To be done before all else; such a plan has no works, and no other step is under way."""
+    decodes: Decodes = NO_DECODES
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """All of them, each told by itself, which takes its time."""
+        return self.decodes.works() + self.singly
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(work.tokens) for work in self.works)
+        return len(self.decodes) + sum(len(work.tokens) for work in self.singly)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +165,9 @@ class StepResult:
     elapsed_s: float = 0.0
     """Seconds the forward pass and sampling took on the rank that sampled; of several, the longest."""
     rebalanced: Rebalanced | None = None
+    tokens: bytes = b""
+    """For each work of the plan's `decodes`, in their order, the next token as int64, or `NO_TOKEN` where `sampled` says more, or another
+    shard does. Empty = no work has one here."""
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

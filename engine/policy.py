@@ -33,8 +33,8 @@ class Policy(Protocol):
         """It is admitted for the first time, and what of its prompt is cached has been found."""
         ...
 
-    def sampled(self, sequence: Sequence, num_tokens: int) -> None:
-        """Its answer has grown."""
+    def sampled(self, request: Request, num_tokens: int) -> None:
+        """Answers have grown by so many tokens together: its own, or those of several requests of the same tenant and share."""
         ...
 
 
@@ -56,7 +56,7 @@ class FixedRank:
     def opened(self, sequence: Sequence) -> None:
         pass
 
-    def sampled(self, sequence: Sequence, num_tokens: int) -> None:
+    def sampled(self, request: Request, num_tokens: int) -> None:
         pass
 
 

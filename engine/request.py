@@ -80,6 +80,8 @@ class Request:
     """Lower is served first; arrival order within."""
     deadline_s: float | None = None
     """Unix time after which the request is ended with `DeadlineExceeded`."""
+    tag: int = field(default=-1, compare=False)
+    """A number by which whoever submitted it wants to hear of its tokens (`engine.told.Said`); the engine does not look at it."""
 
     @property
     def key(self) -> tuple[str, int]:

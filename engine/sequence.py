@@ -68,6 +68,12 @@ class Sequence:
         self.num_computed += num_tokens
         self.num_planned = self.num_computed
 
+    def add_sent_block(self, block: int) -> None:
+        """One more block, which the step that is being planned tells the ranks."""
+        self.blocks.append(block)
+        self.num_blocks_sent += 1
+        assert self.num_blocks_sent == len(self.blocks)
+
     def rewind(self) -> list[int]:
         """Forget all KV and the ranks' number. Returns the blocks that were held."""
         blocks, self.blocks = self.blocks, []
@@ -119,6 +125,13 @@ class Sequence:
             error_kind=type(error).__name__ if error else None,
             error_message=str(error) if error else None,
             losses=self.losses,
+        )
+
+    def token_event(self, offset: int, token: int) -> TokenEvent:
+        """That it had this token at this output position, told at any time afterwards."""
+        request = self.request
+        return TokenEvent(
+            request.id, request.choice, request.attempt, offset, (token,), num_cached=self.num_cached_prompt or 0, losses=self.losses
         )
 
     def __repr__(self) -> str:

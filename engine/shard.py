@@ -1,16 +1,10 @@
 """One data-parallel position of a replica as the scheduler sees it: its blocks, and the sequences that live in them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
+from engine.cohort import Cohort
 from engine.executor import Capacity
 from engine.kv.block_pool import BlockListener, BlockPool
 from engine.kv.prefix_cache import PrefixCache
 from engine.sequence import Sequence
-
-PREFIX_WORTH = 2
-"""A sequence goes where its prefix is cached while that shard is busier than the least busy one by at most so many times the
-tokens found: computing them again costs once, an uneven load in every step, for all shards wait for the slowest."""
 
 
 class Shard:
@@ -21,42 +15,34 @@ class Shard:
         self.pool = BlockPool(capacity.num_blocks, listener)
         self.cache = PrefixCache(self.pool, capacity.block_tokens, enabled=prefix_cache)
         self.open: dict[int, Sequence] = {}
+        self.cohort = Cohort(index, capacity.block_tokens)
+        """Those of `open` that only go on decoding."""
+        self.loose: dict[int, Sequence] = {}
+        """The others of `open`."""
+
+    def take_out(self, sequence: Sequence) -> None:
+        """It is open no more."""
+        assert sequence.number is not None
+        self.cohort.leave(sequence)
+        del self.open[sequence.number]
+        self.loose.pop(sequence.number, None)
+
+    def put_in(self, sequence: Sequence) -> None:
+        assert sequence.number is not None
+        self.open[sequence.number] = self.loose[sequence.number] = sequence
+
+    def loosen(self, sequence: Sequence) -> None:
+        """An open sequence that will be planned and recorded by itself."""
+        assert sequence.number is not None
+        if sequence.number not in self.loose:
+            self.cohort.leave(sequence)
+            self.loose[sequence.number] = sequence
+
+    def join(self, sequence: Sequence, *, end: int) -> None:
+        """An open sequence that goes on with the others; see `Cohort.join`."""
+        assert sequence.number is not None
+        del self.loose[sequence.number]
+        self.cohort.join(sequence, end=end)
 
     def __repr__(self) -> str:
         return f"<Shard {self.index} [{len(self.open)} open] {self.pool}>"
-
-
-@dataclass
-class Portion:
-    """A shard's part of a plan in the making."""
-
-    shard: Shard
-    budget: int
-    """Tokens that it may still compute in this step."""
-    max_decodes: int
-    """Sequences with one token each that it may still take into this step."""
-    load_tokens: int
-    """Of its open sequences: about what a step costs there when all of them decode."""
-    max_drafted: int = 0
-    """Guessed tokens that it may still take into this step."""
-    has_preempted: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A shard that a waiting sequence could go to, and the blocks of its prefix that are there."""
-
-    portion: Portion
-    found: list[int]
-
-
-def choices(sequence: Sequence, portions: Iterable[Portion], block_tokens: int) -> list[Choice]:
-    """Best first: the longest cached prefix among the shards that are not too busy for it, then the least busy."""
-    found = [Choice(portion, portion.shard.cache.find(sequence)) for portion in portions]
-    least = min((choice.portion.load_tokens for choice in found), default=0)
-
-    def rank(choice: Choice) -> tuple[bool, int, int]:
-        worth = PREFIX_WORTH * len(choice.found) * block_tokens
-        return choice.portion.load_tokens - least > worth, -len(choice.found), choice.portion.load_tokens
-
-    return sorted(found, key=rank)

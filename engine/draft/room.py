@@ -1,8 +1,8 @@
 """How many guessed tokens there is room for without taking any from somebody."""
 
 from engine.executor import Capacity
+from engine.portion import Portion
 from engine.sequence import Sequence
-from engine.shard import Portion
 
 
 def room_for_draft(sequence: Sequence, portion: Portion, capacity: Capacity) -> int:

@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from engine.answers import packed
 from engine.executor import Capacity
 from engine.places import mark
 from engine.plan import Sampled, StepPlan, StepResult, Work
@@ -68,8 +69,12 @@ class Runner:
         began = time.perf_counter()
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         self._open_and_close(plan)
-        sampled = self._compute([work for work in plan.works if work.shard == self.shard]) if plan.works else []
-        return StepResult(plan.step, tuple(sampled), time.perf_counter() - began, rebalanced) if self.is_sampling else None
+        works = plan.works
+        sampled = self._compute([work for work in works if work.shard == self.shard]) if works else []
+        if not self.is_sampling:
+            return None
+        tokens, rest = packed(plan.decodes, sampled)
+        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:

@@ -21,7 +21,7 @@ def full_step(*, max_step_tokens: int, max_running: int, num_blocks: int, block_
     sequences = [(FIRST_SEQUENCE - i, i % num_shards) for i in range(num_sequences * num_shards)]
     return StepPlan(
         step=0,
-        works=tuple(Work(sequence, 0, (0,) * tokens, blocks, True, shard) for sequence, shard in sequences),
+        singly=tuple(Work(sequence, 0, (0,) * tokens, blocks, True, shard) for sequence, shard in sequences),
         opened=tuple(Opening(sequence, 0, tokens, sampling, (0,) * tokens, shard=shard) for sequence, shard in sequences),
     )
 

@@ -13,6 +13,7 @@ from cluster.recovery import Recovery, RestartBudget
 from engine.errors import EngineStopped, WorkersLost
 from engine.plan import TokenEvent
 from engine.request import Request
+from engine.told import Told
 from parallel.topology import Topology
 
 
@@ -138,9 +139,9 @@ def test_the_canary_is_asked_once_per_generation_and_keeps_its_events_to_itself(
     canary.send()
     assert len(sent) == 2
     stale = TokenEvent(sent[0].id, 0, 0, 0, (1,), finish_reason="length")
-    assert canary.take([stale, TokenEvent("client", 0, 0, 0, (5,))]) == [TokenEvent("client", 0, 0, 0, (5,))]
+    assert canary.take(Told([stale, TokenEvent("client", 0, 0, 0, (5,))])) == [TokenEvent("client", 0, 0, 0, (5,))]
     assert not health.ready
-    canary.take([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")])
+    canary.take(Told([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")]))
     assert health.ready
     assert canary.overdue_s == 0.0
 
@@ -149,7 +150,7 @@ def test_a_canary_that_failed_is_no_proof() -> None:
     health, sent = Health(), list[Request]()
     canary = Canary(health, sent.append)
     canary.send()
-    canary.take([TokenEvent(sent[0].id, 0, 0, 0, finish_reason="error", error_kind="PoisonedRequest")])
+    canary.take(Told([TokenEvent(sent[0].id, 0, 0, 0, finish_reason="error", error_kind="PoisonedRequest")]))
     assert not health.ready
     canary.send()
     assert len(sent) == 2
@@ -165,15 +166,15 @@ def test_with_a_full_queue_a_clients_token_is_the_proof_that_a_refused_canary_co
     health.lost("rank 0 died")
     canary.send()
     old = TokenEvent("client", 0, 0, 0, (5,))
-    canary.take([refusal(sent[0]), old])
+    canary.take(Told([refusal(sent[0]), old]))
     assert not health.ready, "a token of the ranks that were lost proves nothing"
     canary.ranks_start()
-    canary.take([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")])
+    canary.take(Told([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")]))
     assert not health.ready, "an end without a token proves nothing"
-    canary.take([TokenEvent("client", 0, 0, 1, (6,))])
+    canary.take(Told([TokenEvent("client", 0, 0, 1, (6,))]))
     assert health.ready
     health.lost("rank 1 died")
-    canary.take([TokenEvent("client", 0, 0, 2, (7,))])
+    canary.take(Told([TokenEvent("client", 0, 0, 2, (7,))]))
     assert not health.ready
 
 

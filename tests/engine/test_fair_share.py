@@ -54,7 +54,7 @@ def test_tenants_that_always_want_more_are_served_in_proportion_to_their_shares(
     most = 0.0
     for _ in range(300):
         for tenant, share in shares.items():
-            while sum(one.request.tenant == tenant for one in scheduler._waiting) < 10:
+            while sum(one.request.tenant == tenant for one in scheduler._books.admission.waiting) < 10:
                 made += 1
                 prompt, output = draw.randint(1, 40), draw.randint(1, 20)
                 most = max(most, (prompt + OUTPUT_COST * output) / share)
@@ -92,7 +92,7 @@ def test_within_a_tenant_priority_goes_before_arrival() -> None:
 
 def test_a_priority_does_not_reach_over_to_other_tenants() -> None:
     policy = FairShare()
-    policy.sampled(waiting(request("loud", 9))[0], 5)
+    policy.sampled(request("loud", 9), 5)
     queue = waiting(request("loud", 0, priority=-1000), request("quiet", 0))
     assert next(iter(policy.order(queue))).request.id == "quiet0"
 
@@ -107,7 +107,7 @@ def test_nobody_saves_up_while_away() -> None:
     policy = FairShare()
     busy, back = waiting(request("busy", 0), request("back", 0))
     policy.arrived(busy, [])
-    policy.sampled(busy, 1000)
+    policy.sampled(busy.request, 1000)
     policy.arrived(back, [busy])
     assert policy.served("back") == policy.served("busy")
 
@@ -117,7 +117,7 @@ def test_nobody_saves_up_while_the_queue_is_empty_either() -> None:
     busy, back = waiting(request("busy", 0), request("back", 0))
     policy.arrived(busy, [])
     policy.opened(busy)
-    policy.sampled(busy, 1000)
+    policy.sampled(busy.request, 1000)
     policy.arrived(back, [])
     assert policy.served("back") == policy.served("busy")
 

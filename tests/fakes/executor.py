@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 
+from engine.answers import packed
 from engine.errors import WorkersLost
 from engine.executor import Capacity
 from engine.plan import Opening, Sampled, StepPlan, StepResult, Work
@@ -92,7 +93,8 @@ class FakeExecutor:
             answers = [answer and Sampled(answer.sequence, ()) for answer in answers]
         assert index == self._num_answered, "steps are answered in order"
         self._num_answered += 1
-        return StepResult(plan.step, tuple(answer for answer in answers if answer is not None), elapsed_s=0.001)
+        tokens, sampled = packed(plan.decodes, [answer for answer in answers if answer is not None])
+        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens)
 
     def _compute(self, work: Work) -> Sampled | None:
         opening, table = self._opened[work.sequence], self._tables[work.sequence]

@@ -1,0 +1,204 @@
+"""What a step costs before and after the ranks have computed it: CPU time of the control plane with ranks that answer at once.
+
+    python -m benchmarks.control_plane [--sequences 256] [--steps 600] [--rounds 5]
+
+A step is one turn of a real engine (inbox, deadlines, plan, record, statistics), the plan as bytes, the result from bytes, and the
+desk's messages of tokens to one front. Each part is timed by the CPU clock of this thread, and the ranks' own work by none. Every
+sequence decodes; each has blocks of 16 tokens, so in every step a sixteenth of them gets a new block and publishes a full one. With
+`--churn` answers are short: then in every step some end and as many begin.
+
+Beside that: what the far ends do with it (a rank's reading of the plan and making of the batch, a front's reading of the events and
+handing out to its streams). No model, no sockets.
+"""
+
+import argparse
+import asyncio
+import gc
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from cluster.config import RouterConfig
+from cluster.desk import Desk
+from cluster.directory import ReplicaRecord
+from cluster.health import State
+from cluster.link import ReplicaLink
+from cluster.messages import Pong, Submit, decode, encode
+from engine.answers import packed
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executor import Capacity
+from engine.fair_share import FairShare
+from engine.plan import Sampled, StepPlan, StepResult
+from engine.request import Request, SamplingParams
+from engine.run.batch_builder import build_batch
+from engine.run.block_tables import BlockTables
+
+PROMPT_TOKENS = 128
+BLOCK_TOKENS = 16
+TURN = "engine's turn"
+COUNTED = (TURN, "plan to bytes", "result from bytes", "tokens to bytes")
+WITHIN = ("plan to bytes", "rank: plan read", "rank: batch made", "ranks", "result from bytes")
+"""Parts that are done while the engine turns."""
+BESIDE = ("rank: plan read", "rank: batch made", "front: tokens read", "front: handed out")
+T = TypeVar("T")
+
+
+class Clock:
+    """CPU seconds of this thread, by part."""
+
+    def __init__(self) -> None:
+        self.spent: defaultdict[str, float] = defaultdict(float)
+
+    def of(self, part: str, do: Callable[[], T]) -> T:
+        began = time.thread_time()
+        done = do()
+        self.spent[part] += time.thread_time() - began
+        return done
+
+
+class Ranks:
+    """An executor that hands plans over as bytes and gets results as bytes, and a rank that reads them."""
+
+    def __init__(self, clock: Clock, num_sequences: int) -> None:
+        self.capacity = Capacity(num_blocks=num_sequences * 512, block_tokens=BLOCK_TOKENS, max_context_tokens=8192)
+        self._clock, self._tables = clock, BlockTables()
+
+    def submit(self, plan: StepPlan) -> "Answer":
+        raw = self._clock.of("plan to bytes", lambda: encode(plan))
+        read = self._clock.of("rank: plan read", lambda: decode(raw))
+        self._clock.of("rank: batch made", lambda: self._build(read))
+        return Answer(self._clock.of("ranks", lambda: self._answered(plan)), self._clock)
+
+    def _answered(self, plan: StepPlan) -> bytes:
+        sampled = [Sampled(work.sequence, (1000 + work.start,)) for work in plan.works if work.samples]
+        tokens, rest = packed(plan.decodes, sampled)
+        return encode(StepResult(plan.step, rest, 0.001, tokens=tokens))
+
+    def _build(self, plan: StepPlan) -> None:
+        for number in plan.closed:
+            self._tables.close(number)
+        for opening in plan.opened:
+            self._tables.open(opening.sequence)
+        works = plan.works
+        for work in works:
+            self._tables.append(work)
+        build_batch(works, self._tables, BLOCK_TOKENS, torch.device("cpu"))
+
+    def close(self) -> None:
+        pass
+
+
+class Answer:
+    def __init__(self, raw: bytes, clock: Clock) -> None:
+        self._raw, self._clock = raw, clock
+
+    def result(self) -> StepResult:
+        result: StepResult = self._clock.of("result from bytes", lambda: decode(self._raw))
+        return result
+
+
+class NoWire:
+    """The link's messages are handed to it."""
+
+    def send(self, raw: bytes) -> None:
+        pass
+
+    def receive(self) -> Any:
+        return asyncio.get_running_loop().create_future()
+
+    closed = receive
+
+    def close(self) -> None:
+        pass
+
+
+def request_of(number: int, max_tokens: int) -> Request:
+    sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=number, max_tokens=max_tokens, stop_token_ids=(151_643, 151_645))
+    prompt = tuple(100 * number % 100_000 + place for place in range(PROMPT_TOKENS))
+    return Request(id=f"{number:032x}", prompt=prompt, sampling=sampling, tenant=f"tenant-{number % 8}", deadline_s=2e9, tag=number)
+
+
+async def one_round(num_sequences: int, steps: int, churn: bool) -> tuple[dict[str, list[float]], float]:
+    """CPU seconds of each part in each step, and the mean number of sequences in a step."""
+    clock, parts, sent = Clock(), defaultdict(list), []
+    config = EngineConfig(block_tokens=BLOCK_TOKENS, max_running=num_sequences, max_step_tokens=max(8192, num_sequences * PROMPT_TOKENS))
+    engine = Engine(Ranks(clock, num_sequences), config, policy=FairShare())
+    desk = Desk(
+        post=lambda front, raw: sent.append(raw),
+        submit=engine.submit,
+        cancel=engine.cancel,
+        pong=lambda: Pong(ready=True, num_running=0, num_waiting=0),
+        front_silence_s=1e9,
+    )
+    record = ReplicaRecord(id="r", model="m", state=State.READY, address=None)
+    link = ReplicaLink(record, node="n", config=RouterConfig(max_buffered_tokens=10**9), wire=NoWire())
+    made, tokens = 0, 0
+
+    def submit_one(max_tokens: int) -> None:
+        nonlocal made
+        request = request_of(made, max_tokens)
+        desk.read(b"front", [encode(Submit(request))])
+        made += 1
+
+    for _ in range(num_sequences):
+        submit_one(made % 200 + 20 if churn else 8000)
+    for step in range(-20, steps):
+        clock.spent.clear()
+        told = clock.of(TURN, engine.turn)
+        ends = [event for event in told.events if event.finish_reason is not None]
+        desk.put(told)
+        sent.clear()
+        clock.of("tokens to bytes", desk.send_all)
+        for raw in sent:
+            message = clock.of("front: tokens read", lambda raw=raw: decode(raw))
+            clock.of("front: handed out", lambda message=message: link._take(message))
+        clock.spent[TURN] -= sum(clock.spent[part] for part in WITHIN)
+        for _ in ends:
+            submit_one(made % 200 + 20)
+        if step >= 0:
+            tokens += len(told)
+            for part, seconds in clock.spent.items():
+                parts[part].append(seconds)
+    await link.close()
+    return parts, tokens / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--churn", action="store_true", help="answers of 20 to 219 tokens, each followed by another request")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rounds = []
+    for _ in range(arguments.rounds):
+        gc.collect()
+        rounds.append(asyncio.run(one_round(arguments.sequences, arguments.steps, arguments.churn)))
+    print(
+        f"{arguments.sequences} sequences, {rounds[0][1]:.0f} tokens a step, {'with churn' if arguments.churn else 'all decode'}, "
+        f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; us of CPU per step, the quietest of {arguments.rounds} rounds"
+    )
+    print(f"{'':<24}{'median':>10}{'mean':>10}")
+    totals = [[sum(step) for step in zip(*(parts[part] for part in COUNTED), strict=True)] for parts, _ in rounds]
+    for part in COUNTED:
+        _print(part, [parts[part] for parts, _ in rounds])
+    _print("a step of the engine", totals)
+    for part in BESIDE:
+        _print(part, [parts[part] for parts, _ in rounds])
+
+
+def _print(name: str, rounds: list[list[float]]) -> None:
+    medians, means = [statistics.median(one) for one in rounds], [statistics.mean(one) for one in rounds]
+    print(f"{name:<24}{min(medians) * 1e6:>10,.0f}{min(means) * 1e6:>10,.0f}")
+
+
+if __name__ == "__main__":
+    main()

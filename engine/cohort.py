@@ -1,0 +1,209 @@
+"""The sequences of a shard that only go on decoding, as columns: planned and recorded together, some operations for all of them.
+
+Whatever happens to one of them takes it out (`leave`): it is then planned and recorded alone, as every sequence is that is not in
+here, and comes back with its next token. The slow twin of this file is `engine.scheduler` without it: an answer is the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.kv.block_pool import BlockPool
+from engine.plan import NO_BLOCK, NO_TOKEN, Decodes, Work
+from engine.request import Request
+from engine.sequence import Sequence
+from engine.told import Said
+
+NUMBER, LENGTH, HELD, TOKEN, END, STOPS_FROM, FIRST, TAG, PAYER, READY = range(10)
+"""Columns: the ranks' number; known tokens; tokens that its blocks hold; the last known token; the length at which the answer is over;
+the length from which a stop id ends it; tokens of the prompt; `Request.tag`; who is charged; 1 if it is there and no step is under way."""
+NO_STOP = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """Rows of a step."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    """As `Decodes.columns`."""
+
+    def works(self, places: list[int]) -> list[Work]:
+        """Some of them, one by one."""
+        return list(Decodes.of(self.columns[:, places]).works()) if places else []
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What came of a step."""
+
+    rest: list[int]
+    """Works, by their places among the planned, that are to be recorded one by one."""
+    said: Said
+    full: list[Sequence]
+    """Sequences whose last block has become full."""
+    charges: list[tuple[Request, int]]
+    """Tokens sampled for each who pays, with a request of theirs."""
+
+
+class Cohort:
+    """Rows stay where they are; those that were left are taken again."""
+
+    def __init__(self, shard: int, block_tokens: int) -> None:
+        self._shard, self._block_tokens = shard, block_tokens
+        self._row: dict[int, int] = {}
+        self._free: list[int] = []
+        self._columns = np.zeros((READY + 1, 0), np.int64)
+        self._stop_ids = np.zeros((0, 1), np.int64)
+        self._sequences = np.zeros(0, object)
+        self._payers = _Payers()
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.number in self._row
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens of all members."""
+        return int(self._columns[LENGTH].sum())
+
+    def join(self, sequence: Sequence, *, end: int) -> None:
+        """It has one known token that is not computed, no step under way, and is over with ``end`` known tokens."""
+        assert sequence.number is not None
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        self._row[sequence.number] = row
+        sampling, length = sequence.request.sampling, len(sequence.tokens)
+        self._columns[:, row] = (
+            sequence.number,
+            length,
+            len(sequence.blocks) * self._block_tokens,
+            sequence.tokens[-1],
+            end,
+            sequence.num_prompt + sampling.min_tokens,
+            sequence.num_prompt,
+            sequence.request.tag,
+            self._payers.enter(sequence.request),
+            1,
+        )
+        self._set_stop_ids(row, sampling.stop_token_ids)
+        self._sequences[row] = sequence
+
+    def leave(self, sequence: Sequence) -> None:
+        """It is to be planned and recorded by itself, or is no more. One that is not in here is left alone."""
+        row = self._row.pop(sequence.number, None)  # type: ignore[arg-type]
+        if row is not None:
+            self._payers.leave(int(self._columns[PAYER, row]))
+            self._columns[:, row] = 0
+            self._columns[NUMBER, row] = -1
+            self._sequences[row] = None
+            self._free.append(row)
+
+    def sequences(self, planned: Planned) -> list[Sequence]:
+        """Whose rows are planned."""
+        return self._sequences[planned.rows].tolist()  # type: ignore[no-any-return]
+
+    @property
+    def num_ready(self) -> int:
+        return int(self._columns[READY].sum())
+
+    def num_missing(self) -> int:
+        """Blocks that the members without a step under way need for their last known tokens."""
+        columns = self._columns
+        return int(((columns[LENGTH] > columns[HELD]) & (columns[READY] == 1)).sum())
+
+    def plan(self, pool: BlockPool) -> Planned:
+        """One token of each member that has no step under way. The pool has the blocks for them."""
+        rows = np.flatnonzero(self._columns[READY])
+        columns = self._columns[:, rows]
+        new_blocks = np.full(len(rows), NO_BLOCK, np.int64)
+        short = np.flatnonzero(columns[LENGTH] > columns[HELD])
+        sequences: list[Sequence] = self._sequences[rows].tolist()
+        if len(short):
+            blocks = pool.allocate(len(short))
+            new_blocks[short] = blocks
+            for place, block in zip(short.tolist(), blocks, strict=True):
+                sequences[place].add_sent_block(block)
+            self._columns[HELD, rows[short]] += self._block_tokens
+        for sequence in sequences:
+            sequence.num_planned += 1
+        self._columns[READY, rows] = 0
+        shard = np.full(len(rows), self._shard, np.int64)
+        return Planned(rows, np.stack((columns[NUMBER], columns[LENGTH] - 1, columns[TOKEN], new_blocks, shard)))
+
+    def record(self, planned: Planned, tokens: np.ndarray) -> Recorded:
+        """``tokens`` (S), or `NO_TOKEN`, came of the planned works. What ends an answer, or has left since, is not recorded here."""
+        rows, columns = planned.rows, self._columns[:, planned.rows]
+        length = columns[LENGTH] + 1
+        stops = (self._stop_ids[rows] == tokens[:, None]).any(1) & (length > columns[STOPS_FROM])
+        plain = (columns[NUMBER] == planned.columns[0]) & (tokens != NO_TOKEN) & (length < columns[END]) & ~stops
+        rest = [] if plain.all() else np.flatnonzero(~plain).tolist()
+        if rest:
+            rows, columns, length, tokens = rows[plain], columns[:, plain], length[plain], tokens[plain]
+        sequences: list[Sequence] = self._sequences[rows].tolist()
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            sequence.num_computed = sequence.num_planned
+            sequence.tokens.append(token)
+        self._columns[LENGTH, rows] = length
+        self._columns[TOKEN, rows] = tokens
+        self._columns[READY, rows] = 1
+        full = np.flatnonzero((length - 1) % self._block_tokens == 0).tolist()
+        return Recorded(
+            rest=rest,
+            said=Said(columns[TAG], columns[LENGTH] - columns[FIRST], tokens, sequences),
+            full=[sequences[place] for place in full],
+            charges=[(self._payers.request(payer), count) for payer, count in enumerate(np.bincount(columns[PAYER]).tolist()) if count],
+        )
+
+    def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
+        if len(ids) > self._stop_ids.shape[1]:
+            wider = np.full((len(self._stop_ids), len(ids)), NO_STOP, np.int64)
+            wider[:, : self._stop_ids.shape[1]] = self._stop_ids
+            self._stop_ids = wider
+        self._stop_ids[row] = NO_STOP
+        self._stop_ids[row, : len(ids)] = ids
+
+    def _grow(self) -> None:
+        old = self._columns.shape[1]
+        new = max(16, 2 * old)
+        self._free = list(range(new - 1, old - 1, -1))
+        self._columns = np.pad(self._columns, ((0, 0), (0, new - old)))
+        self._columns[NUMBER, old:] = -1
+        self._stop_ids = np.pad(self._stop_ids, ((0, new - old), (0, 0)), constant_values=NO_STOP)
+        self._sequences = np.concatenate([self._sequences, np.full(new - old, None, object)])
+
+
+class _Payers:
+    """A small number for each tenant and share among the members."""
+
+    def __init__(self) -> None:
+        self._number: dict[tuple[str, float], int] = {}
+        self._requests: list[Request] = []
+        self._counts: list[int] = []
+
+    def enter(self, request: Request) -> int:
+        payer = (request.tenant, request.share)
+        number = self._number.get(payer)
+        if number is None:
+            number = self._counts.index(0) if 0 in self._counts else self._add()
+            self._number[payer], self._requests[number] = number, request
+        self._counts[number] += 1
+        return number
+
+    def leave(self, number: int) -> None:
+        self._counts[number] -= 1
+        if not self._counts[number]:
+            request = self._requests[number]
+            del self._number[request.tenant, request.share]
+
+    def request(self, number: int) -> Request:
+        """One of theirs."""
+        return self._requests[number]
+
+    def _add(self) -> int:
+        self._counts.append(0)
+        self._requests.append(Request(id="", prompt=()))
+        return len(self._counts) - 1

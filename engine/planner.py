@@ -1,0 +1,168 @@
+"""Step 7 of a request: which tokens the next forward pass computes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.books import Books
+from engine.cohort import Planned
+from engine.config import EngineConfig
+from engine.draft.drafting import draft_for
+from engine.draft.speculator import Speculator
+from engine.places import is_asked_for, mark
+from engine.plan import NO_DECODES, Decodes, Opening, StepPlan, Work
+from engine.policy import Policy
+from engine.portion import Portion, portion_of
+from engine.sequence import Sequence
+from engine.shard import Shard
+
+MayRun = Callable[[Sequence], bool]
+
+
+def anyone(_sequence: Sequence) -> bool:
+    return True
+
+
+@dataclass
+class PlanBuilder:
+    """A plan in the making."""
+
+    may_run: MayRun
+    works: list[Work] = field(default_factory=list)
+    opened: list[Opening] = field(default_factory=list)
+    together: list[tuple[Shard, Planned]] = field(default_factory=list)
+    """Members of cohorts, with one token each."""
+
+    def decodes(self) -> Decodes:
+        return Decodes.of(np.concatenate([planned.columns for _, planned in self.together], axis=1)) if self.together else NO_DECODES
+
+
+class Planner:
+    """On each shard sequences that decode come first, then prompts that were begun, then new ones, each in rank order."""
+
+    def __init__(self, config: EngineConfig, books: Books, policy: Policy, speculator: Speculator | None) -> None:
+        self._config, self._books, self._policy, self._speculator = config, books, policy, speculator
+        self._num_steps = 0
+        self._together: dict[int, list[tuple[Shard, Planned]]] = {}
+
+    def number_step(self) -> int:
+        """A number for the next step, also for one that this scheduler does not plan."""
+        self._num_steps += 1
+        return self._num_steps - 1
+
+    def take_together(self, step: int) -> list[tuple[Shard, Planned]]:
+        """The members of cohorts in a step that was planned, once, in the order of the plan's `decodes`."""
+        return self._together.pop(step, [])
+
+    def forget_steps(self) -> None:
+        """None of those in flight will be answered."""
+        self._together.clear()
+
+    def plan(self, may_run: MayRun = anyone) -> StepPlan | None:
+        """The next step's plan with those who may run, or None when none of them can."""
+        building = PlanBuilder(may_run)
+        portions = [self._portion(shard) for shard in self._books.shards]
+        for portion in portions:
+            self._continue_open(portion, building)
+        self._admit_waiting([portion for portion in portions if not portion.has_preempted], building)
+        if not (building.works or building.together):
+            return None
+        plan = StepPlan(
+            self.number_step(), tuple(building.works), tuple(building.opened), tuple(self._books.closed), decodes=building.decodes()
+        )
+        if building.together:
+            self._together[plan.step] = building.together
+        self._books.closed.clear()
+        return plan
+
+    def _portion(self, shard: Shard) -> Portion:
+        return portion_of(
+            shard,
+            budget=self._config.max_step_tokens,
+            max_running=self._config.max_running,
+            num_stages=self._books.capacity.num_stages,
+            waiting_tokens=self._books.admission.num_tokens // len(self._books.shards),
+        )
+
+    def _continue_open(self, portion: Portion, building: PlanBuilder) -> None:
+        together = self._decode_together(portion, building)
+        candidates = portion.shard.loose if together else portion.shard.open
+        runnable = [s for s in candidates.values() if s.num_pending and not s.ended and building.may_run(s)]
+        for sequence in sorted(runnable, key=lambda s: (s.num_pending > 1, self._policy.rank(s))):
+            if portion.budget == 0:
+                return
+            if sequence.number is None:  # preempted by one before it
+                continue
+            if sequence.num_pending == 1:
+                if portion.max_decodes == 0:
+                    continue
+                portion.max_decodes -= 1
+            if self._make_room(sequence, portion):
+                self._plan_work(sequence, portion, building)
+
+    def _decode_together(self, portion: Portion, building: PlanBuilder) -> bool:
+        """Plan all of the shard's cohort, if all that decode here find room: then it does not matter in what order."""
+        shard, count = portion.shard, portion.shard.cohort.num_ready
+        others = sum(sequence.num_pending == 1 for sequence in shard.loose.values())
+        if building.may_run is not anyone or count + others > min(portion.budget, portion.max_decodes):
+            return False
+        if shard.cohort.num_missing() + others > shard.pool.num_available:
+            return False
+        if count:
+            planned = shard.cohort.plan(shard.pool)
+            building.together.append((shard, planned))
+            portion.budget -= count
+            portion.max_decodes -= count
+            if is_asked_for():
+                for sequence in shard.cohort.sequences(planned):
+                    mark(7, sequence.request.id)
+        return True
+
+    def _admit_waiting(self, portions: list[Portion], building: PlanBuilder) -> None:
+        def may_open() -> bool:
+            return self._books.num_running < self._config.max_running
+
+        for sequence, choice in self._books.admission.admit(portions, self._books.capacity, building.may_run, may_open):
+            self._books.open(sequence, choice)
+            building.opened.append(sequence.opening())
+            self._plan_work(sequence, choice.portion, building)
+
+    def _plan_work(self, sequence: Sequence, portion: Portion, building: PlanBuilder) -> None:
+        assert sequence.number is not None
+        portion.shard.loosen(sequence)
+        count = min(sequence.num_pending, portion.budget)
+        start = sequence.num_planned
+        wants_draft = self._speculator is not None and sequence.num_pending == 1
+        draft = draft_for(sequence, portion, self._books.capacity, self._speculator) if self._speculator and wants_draft else ()
+        work = Work(
+            sequence=sequence.number,
+            start=start,
+            tokens=(*sequence.tokens[start : start + count], *draft),
+            new_blocks=tuple(sequence.blocks[sequence.num_blocks_sent :]),
+            samples=count == sequence.num_pending,
+            num_draft=len(draft),
+            shard=portion.shard.index,
+        )
+        sequence.num_blocks_sent = len(sequence.blocks)
+        sequence.num_planned += count
+        building.works.append(work)
+        portion.budget -= len(work.tokens)
+        mark(7, sequence.request.id)
+
+    def _make_room(self, sequence: Sequence, portion: Portion) -> bool:
+        """Give an open sequence the blocks for its next tokens, preempting from the last in rank. False if it must sit this step out."""
+        pool = portion.shard.pool
+        count = min(sequence.num_pending, portion.budget)
+        missing = self._books.capacity.blocks_for(sequence.num_planned + count) - len(sequence.blocks)
+        while missing > pool.num_available:
+            # One in flight has had room for all its known tokens since it was opened: whoever comes here is movable itself.
+            movable = [s for s in portion.shard.open.values() if not s.in_flight]
+            last = max(movable, key=self._policy.rank)
+            self._books.preempt(last)
+            portion.has_preempted = True
+            if last is sequence:
+                return False
+        if missing > 0:
+            sequence.blocks += pool.allocate(missing)
+        return True

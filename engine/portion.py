@@ -1,0 +1,44 @@
+"""A shard's part of a step in the making: how much it may still take."""
+
+from dataclasses import dataclass
+
+from engine.shard import Shard
+
+MICRO_STEP_TOKENS = 128
+"""With pipeline stages prompts are cut so that every stage has a part; smaller parts than this would take hardly less time,
+as every step reads all weights."""
+
+
+@dataclass
+class Portion:
+    """What is left for a shard in the step that is being planned."""
+
+    shard: Shard
+    budget: int
+    """Tokens that it may still compute in this step."""
+    max_decodes: int
+    """Sequences with one token each that it may still take into this step."""
+    load_tokens: int
+    """Of its open sequences: about what a step costs there when all of them decode."""
+    max_drafted: int = 0
+    """Guessed tokens that it may still take into this step."""
+    has_preempted: bool = False
+
+
+def portion_of(shard: Shard, *, budget: int, max_running: int, num_stages: int, waiting_tokens: int) -> Portion:
+    """As many steps as there are stages shall have about equal parts of what is to do.
+
+    ``budget`` and ``max_running`` are what a step and a replica may hold at most, ``waiting_tokens`` what will come to this shard.
+    """
+    alive, together = [sequence for sequence in shard.loose.values() if not sequence.ended], len(shard.cohort)
+    if num_stages > 1:
+        unanswered = together + sum(len(sequence.tokens) - sequence.num_computed for sequence in alive)
+        budget = min(budget, max(MICRO_STEP_TOKENS, -(-(unanswered + waiting_tokens) // num_stages)))
+    decoding = together + sum(sequence.num_pending <= 1 for sequence in alive)
+    return Portion(
+        shard,
+        budget=budget,
+        max_decodes=-(-decoding // num_stages),
+        load_tokens=shard.cohort.num_tokens + sum(len(sequence.tokens) for sequence in alive),
+        max_drafted=max_running - together - len(alive),
+    )

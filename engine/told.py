@@ -1,0 +1,59 @@
+"""What a turn of the engine has to tell: events one by one, and as columns the tokens of those that only went on decoding."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engine.plan import TokenEvent
+from engine.sequence import Sequence
+
+NO_TAG = -1
+"""Of a request that whoever submitted it gave no number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """One more token each of many requests, none of which ended by it."""
+
+    tags: np.ndarray
+    """int64 (S): `Request.tag`"""
+    offsets: np.ndarray
+    """int64 (S): output positions"""
+    tokens: np.ndarray
+    """int64 (S)"""
+    sequences: list[Sequence]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def events(self, rows: Iterable[int] | None = None) -> Iterator[TokenEvent]:
+        """The same as events, of all rows or of some."""
+        for row in range(len(self)) if rows is None else rows:
+            yield self.sequences[row].token_event(int(self.offsets[row]), int(self.tokens[row]))
+
+
+@dataclass(eq=False)
+class Told:
+    """Iterates over all as events; who has many streams takes `said` as it is. A request is at most once in a step."""
+
+    events: list[TokenEvent] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
+
+    def add(self, more: "Told") -> None:
+        self.events += more.events
+        self.said += more.said
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        yield from self.events
+        for said in self.said:
+            yield from said.events()
+
+    def __len__(self) -> int:
+        return len(self.events) + sum(map(len, self.said))
+
+    def __eq__(self, other: Any) -> bool:
+        return list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
