@@ -102,9 +102,9 @@ def _rotate_and_write_kernel(
         first_F = (one_F * cos_F - other_F * sin_F).to(first_F.dtype)
         second_F = (other_F * cos_F + one_F * sin_F).to(second_F.dtype)
     if head < num_heads:
-        place = q_out + (token * num_heads + head) * 2 * HALF + dims_F
-        tl.store(place, first_F, mask=mask_F)
-        tl.store(place + HALF, second_F, mask=mask_F)
+        turned = q_out + (token * num_heads + head) * 2 * HALF + dims_F
+        tl.store(turned, first_F, mask=mask_F)
+        tl.store(turned + HALF, second_F, mask=mask_F)
     else:
         slot = tl.load(slots + token)
         offset = slot.to(tl.int64) * token_stride + dims_F
@@ -113,11 +113,13 @@ def _rotate_and_write_kernel(
             place = values + offset + (head - num_heads - num_kv_heads) * head_stride
         else:
             place = keys + offset + (head - num_heads) * head_stride
+        dtype = keys.dtype.element_ty
         if KV_IN_FP8:  # to the nearest; what is beyond its range goes to its end
-            first_F = tl.minimum(tl.maximum(first_F.to(tl.float32), -MOST), MOST).to(keys.dtype.element_ty)
-            second_F = tl.minimum(tl.maximum(second_F.to(tl.float32), -MOST), MOST).to(keys.dtype.element_ty)
-        tl.store(place, first_F, mask=written_F)
-        tl.store(place + HALF, second_F, mask=written_F)
+            tl.store(place, tl.minimum(tl.maximum(first_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
+            tl.store(place + HALF, tl.minimum(tl.maximum(second_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
+        else:
+            tl.store(place, first_F, mask=written_F)
+            tl.store(place + HALF, second_F, mask=written_F)
 
 
 def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
