@@ -16,15 +16,16 @@ constexpr int WIDE_CHUNK = 8;   // and where there are many: the rows are then r
 constexpr long K_BLOCK = 512;   // so that a panel's part stays in the first cache while all rows pass
 constexpr long ROW_BLOCK = 96;
 
-constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
-    return LANES == 16 ? (rows == 1 ? 4 : rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
-}
 
 // What kinds of weights have in common: `Rows` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums.
 struct Bf16 {
     const uint16_t* weights;  // [panel][k][lane](low half: output lane, high half: output LANES + lane)
     long K;
     struct Row { const float* x; };
+
+    static constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
+        return LANES == 16 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
+    }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
         Floats sum[R][P][2];
@@ -66,43 +67,56 @@ struct QuantisedRow {
     const int32_t* totals;  // sum of x over each group
 };
 
+// sums += rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
+template <int R, int P, class Products>
+static INLINE void group_by_group(const QuantisedRow* rows, const uint16_t* scales, long panel, long groups, long first, long last, int32_t offset,
+                                  float* sums, long stride, Products products) {
+    for (long g = first; g < last; ++g) {
+        Words sum[R][P][2];
+        each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(offset * rows[r].totals[g]); }); });
+        products(g, sum);
+        each<P>([&](auto p) INLINED {
+            each<2>([&](auto h) INLINED {
+                Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
+                each<R>([&](auto r) INLINED {
+                    float* at = sums + r * stride + p * PANEL + h * LANES;
+                    store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), load(at)));
+                });
+            });
+        });
+    }
+}
+
+// Two input features of R rows times those of a panel's 2 * LANES outputs.
+template <int R, int P> static INLINE void add_two(const QuantisedRow* rows, long k, Words even, Words odd, Words (&sum)[R][P][2], int p) {
+    each<R>([&](auto r) INLINED {
+        int32_t pair;
+        memcpy(&pair, rows[r].x + k, 4);
+        const Words value = all_words(pair);
+        sum[r][p][0] = add_pairs(sum[r][p][0], even, value);
+        hold(sum[r][p][0]);
+        sum[r][p][1] = add_pairs(sum[r][p][1], odd, value);
+        hold(sum[r][p][1]);
+    });
+}
+
 struct Int8 {
     const int8_t* weights;    // [panel][k / 2][output][2]
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
     using Row = QuantisedRow;
+    static constexpr int32_t OFFSET = 0;  // what is added to a number before it is multiplied
+    static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
-        const long groups = K / group;
-        for (long g = k0 / group; g < k1 / group; ++g) {
-            Words sum[R][P][2];
-            for (int r = 0; r < R; ++r)
-                for (int p = 0; p < P; ++p) sum[r][p][0] = sum[r][p][1] = no_words();
-            for (long k = g * group; k < (g + 1) * group; k += 2) {
-                Words w[P][2];
-                for (int p = 0; p < P; ++p) {
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, OFFSET, sums, stride, [&](long g, auto& sum) INLINED {
+            for (long k = g * group; k < (g + 1) * group; k += 2)
+                each<P>([&](auto p) INLINED {
                     const int8_t* at = weights + ((panel + p) * K + k) * PANEL;
                     if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
-                    w[p][0] = from_bytes(at);
-                    w[p][1] = from_bytes(at + 2 * LANES);
-                }
-                for (int r = 0; r < R; ++r) {
-                    int32_t pair;
-                    memcpy(&pair, rows[r].x + k, 4);
-                    Words value = all_words(pair);
-                    for (int p = 0; p < P; ++p)
-                        for (int h = 0; h < 2; ++h) sum[r][p][h] = add_pairs(sum[r][p][h], w[p][h], value);
-                }
-            }
-            for (int p = 0; p < P; ++p)
-                for (int h = 0; h < 2; ++h) {
-                    Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
-                    for (int r = 0; r < R; ++r) {
-                        float* at = sums + r * stride + p * PANEL + h * LANES;
-                        store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), load(at)));
-                    }
-                }
-        }
+                    add_two<R, P>(rows, k, from_bytes(at), from_bytes(at + 2 * LANES), sum, p);
+                });
+        });
     }
 };
 
@@ -111,57 +125,30 @@ struct Int4 {
     const uint16_t* scales;  // half precision, [panel][group][output]
     long K, group;
     using Row = QuantisedRow;
+    static constexpr int32_t OFFSET = -8;
+    static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
-        const long groups = K / group;
         const Words mask = all_words(0x000f000f);
-        for (long g = k0 / group; g < k1 / group; ++g) {
-            Words sum[R][P][2];
-            for (int r = 0; r < R; ++r) {
-                Words offset = all_words(-8 * rows[r].totals[g]);
-                for (int p = 0; p < P; ++p) sum[r][p][0] = sum[r][p][1] = offset;
-            }
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, OFFSET, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
-                for (int p = 0; p < P; ++p) {
+                each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
                     if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
-                    Words w0 = load_words(at), w1 = load_words(at + 4 * LANES);
-                    step<R, P, 0>(rows, k, p, w0, w1, mask, sum);
-                    step<R, P, 1>(rows, k, p, w0, w1, mask, sum);
-                    step<R, P, 2>(rows, k, p, w0, w1, mask, sum);
-                    step<R, P, 3>(rows, k, p, w0, w1, mask, sum);
-                }
-            for (int p = 0; p < P; ++p)
-                for (int h = 0; h < 2; ++h) {
-                    Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
-                    for (int r = 0; r < R; ++r) {
-                        float* at = sums + r * stride + p * PANEL + h * LANES;
-                        store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), load(at)));
-                    }
-                }
-        }
-    }
-
-    template <int R, int P, int S>
-    static inline __attribute__((always_inline)) void step(const Row* rows, long k, int p, Words w0, Words w1, Words mask, Words sum[R][P][2]) {
-        Words a = both(right<4 * S>(w0), mask), b = both(right<4 * S>(w1), mask);
-        for (int r = 0; r < R; ++r) {
-            int32_t pair;
-            memcpy(&pair, rows[r].x + k + 2 * S, 4);
-            Words value = all_words(pair);
-            sum[r][p][0] = add_pairs(sum[r][p][0], a, value);
-            sum[r][p][1] = add_pairs(sum[r][p][1], b, value);
-        }
+                    each<4>([&](auto s) INLINED {
+                        hold(at);  // loaded again for each two: the registers are wanted for the sums
+                        const Words even = both(right<4 * s>(load_words(at)), mask), odd = both(right<4 * s>(load_words(at + 4 * LANES)), mask);
+                        add_two<R, P>(rows, k + 2 * s, even, odd, sum, p);
+                    });
+                });
+        });
     }
 };
 
-template <int R, class W>
-static void some_rows(const W& w, const typename W::Row* rows, long panel, long panels, long k0, long k1, float* sums, long stride) {
-    constexpr int P = panels_at_once(R);
-    long p = 0;
-    for (; p + P <= panels; p += P) w.template tile<R, P>(rows, panel + p, k0, k1, sums + p * PANEL, stride);
-    if (P > 1)
-        for (; p < panels; ++p) w.template tile<R, 1>(rows, panel + p, k0, k1, sums + p * PANEL, stride);
+// Calls run with the number of rows as a constant.
+template <int R = MOST_ROWS, class Run> static INLINE void with_rows(long count, Run run) {
+    if (count == R) run(std::integral_constant<int, R>());
+    else if constexpr (R > 1) with_rows<R - 1>(count, run);
 }
 
 // `count` rows (as near to equal parts as they go, none above MOST_ROWS) by `panels` panels, added to sums (zero at first).
@@ -173,24 +160,15 @@ template <class W> static void block(const W& w, const typename W::Row* rows, lo
         const long k1 = std::min(w.K, k0 + step);
         for (long part = 0; part < parts; ++part) {
             const long first = part * count / parts, last = (part + 1) * count / parts;
-            const typename W::Row* at = rows + first;
-            float* to = sums + first * stride;
-            switch (last - first) {
-                case 1: some_rows<1>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 2: some_rows<2>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 3: some_rows<3>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 4: some_rows<4>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 5: some_rows<5>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 6: some_rows<6>(w, at, panel, panels, k0, k1, to, stride); break;
-#if defined(__AVX512F__)
-                case 7: some_rows<7>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 8: some_rows<8>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 9: some_rows<9>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 10: some_rows<10>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 11: some_rows<11>(w, at, panel, panels, k0, k1, to, stride); break;
-                case 12: some_rows<12>(w, at, panel, panels, k0, k1, to, stride); break;
-#endif
-            }
+            with_rows(last - first, [&](auto some) {
+                constexpr int R = some.value, P = W::panels_at_once(R);
+                const typename W::Row* at = rows + first;
+                float* to = sums + first * stride;
+                long p = 0;
+                for (; p + P <= panels; p += P) w.template tile<R, P>(at, panel + p, k0, k1, to + p * PANEL, stride);
+                if (P > 1)
+                    for (; p < panels; ++p) w.template tile<R, 1>(at, panel + p, k0, k1, to + p * PANEL, stride);
+            });
         }
     }
 }

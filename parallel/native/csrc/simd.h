@@ -2,6 +2,14 @@
 #pragma once
 #include <immintrin.h>
 #include <cstdint>
+#include <utility>
+
+#define INLINED __attribute__((always_inline))
+#define INLINE inline INLINED
+
+// f(0), f(1) ... f(N - 1), with numbers known to the compiler from the start: sums indexed by them become registers.
+template <class F, int... I> static INLINE void each_of(std::integer_sequence<int, I...>, F&& f) { (f(std::integral_constant<int, I>()), ...); }
+template <int N, class F> static INLINE void each(F&& f) { each_of(std::make_integer_sequence<int, N>(), f); }
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -85,6 +93,10 @@ static inline float highest_of(Floats x) {
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
 #endif
+
+// Has x be in a register here, so that the compiler neither moves loads far ahead nor sums out of the registers.
+static INLINE void hold(Words& x) { asm volatile("" : "+x"(x)); }
+template <class T> static INLINE void hold(const T*& p) { asm volatile("" : "+r"(p)); }
 
 // e^x to about 2 ulp: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (coefficients 1/k!). Below -87 it gives 1e-38, not zero.
 static inline Floats exponential(Floats x) {
