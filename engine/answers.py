@@ -44,6 +44,7 @@ class StepAnswers:
             elapsed_s=max(part.elapsed_s for part in parts),
             rebalanced=parts[0].rebalanced,  # the same on every rank
             tokens=_merged([part.tokens for part in parts if part.tokens]),
+            scored=tuple(scored for part in parts for scored in part.scored),
         )
 
 

@@ -39,6 +39,8 @@ class Work:
     """Whether the last of the tokens is the sequence's last known one, so that its logits give the next."""
     num_draft: int = 0
     """The last so many of the tokens are guessed. Such a work samples, and each guess that the sampled tokens bear out gives one more."""
+    targets: tuple[int, ...] = ()
+    """The known tokens that follow on the first so many of the tokens, where their log-probabilities are wanted (`Scored`)."""
     shard: int = 0
     """The dp position that computes it: always that of the sequence's opening. Its blocks are numbers in that shard's cache."""
 
@@ -131,10 +133,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one output position."""
+    """Log-probabilities at one position."""
 
     logprob: float
-    """Of the sampled token."""
+    """Of the token that came there."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability), most probable first."""
 
@@ -157,6 +159,15 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """What the model thought of the known tokens that a work had as `Work.targets`."""
+
+    sequence: int
+    logprobs: tuple[TokenLogprobs, ...]
+    """One per target, as many alternatives as `SamplingParams.prompt_logprobs` says."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """Answers the plan of the same number: a sampling rank for its shard, an executor for all of them."""
 
@@ -168,6 +179,7 @@ class StepResult:
     tokens: bytes = b""
     """For each work of the plan's `decodes`, in their order, the next token as int64, or `NO_TOKEN` where `sampled` says more, or another
     shard does. Empty = no work has one here."""
+    scored: tuple[Scored, ...] = ()
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -210,3 +222,5 @@ class TokenEvent:
     """In the first event with tokens, and in the last one."""
     losses: int = 0
     """How often workers were lost while they computed it, so far."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt's tokens from the second on, where they were asked for: in the choice's very first event with tokens or an end."""

@@ -143,6 +143,7 @@ class Planner:
             samples=count == sequence.num_pending,
             num_draft=len(draft),
             shard=portion.shard.index,
+            targets=sequence.targets(start, start + count),
         )
         sequence.num_blocks_sent = len(sequence.blocks)
         sequence.num_planned += count

@@ -31,7 +31,7 @@ class SamplingParams:
     """Noise of output position i of choice c is a function of (seed, c, i) alone."""
 
     max_tokens: int = 16
-    """Output tokens at most."""
+    """Output tokens at most. 0 = what is asked for is known of the prompt alone."""
     min_tokens: int = 0
     """`stop_token_ids` cannot be sampled before this many output tokens."""
     stop_token_ids: tuple[int, ...] = ()
@@ -43,6 +43,8 @@ class SamplingParams:
     logprobs: int | None = None
     """None = none; k = the sampled token's log-probability and the k most probable alternatives. Of the raw logits' softmax,
     before penalties and temperature."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens: k alternatives at the place of each but the first, before which there is nothing."""
 
     @property
     def needs_history(self) -> bool:

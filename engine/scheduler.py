@@ -134,9 +134,18 @@ class Scheduler:
         for work, token in self._apply_together(plan, result, told):
             answer = sampled.get(work.sequence) if token == NO_TOKEN else Sampled(work.sequence, (token,))
             told.events += self._apply_work(work, answer)
+        self._score(plan, result)
         for work in plan.singly:
             told.events += self._apply_work(work, sampled.get(work.sequence))
         return told
+
+    def _score(self, plan: StepPlan, result: StepResult) -> None:
+        """Note log-probabilities of prompts, before their sequences may end."""
+        starts = {work.sequence: (work.start, self.shards[work.shard]) for work in plan.singly} if result.scored else {}
+        for scored in result.scored:
+            start, shard = starts[scored.sequence]
+            if (sequence := shard.open.get(scored.sequence)) is not None:
+                sequence.score(start, scored.logprobs)
 
     def _apply_together(self, plan: StepPlan, result: StepResult, told: Told) -> list[tuple[Work, int]]:
         """Record the tokens of cohorts. The works of which more than a next token is to be recorded, and their tokens."""
@@ -189,7 +198,8 @@ class Scheduler:
     def _take(self, sequence: Sequence, work: Work, answer: Sampled) -> TokenEvent:
         """Append what was sampled, up to what ends the answer. All of it but the last was guessed, and so is computed already."""
         mark(12, sequence.request.id)
-        taken, reason, stop_token = 0, None, None
+        taken, stop_token = 0, None
+        reason: FinishReason | None = None if sequence.request.sampling.max_tokens else "length"
         sequence.trial_left = max(0, sequence.trial_left - 1)
         while reason is None and taken < len(answer.tokens):
             sequence.tokens.append(answer.tokens[taken])

@@ -37,6 +37,8 @@ class Sequence:
         """Tokens it must still compute alone; see `engine.trial`."""
         self.num_cached_prompt: int | None = None
         """Prompt tokens found in the prefix cache at the first admission."""
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        """Of the prompt's tokens from the second on, as far as they are known; kept when it is rewound."""
         self._keys: list[BlockKey] = []
 
     @property
@@ -51,6 +53,26 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens that no step computes yet. None are left once the last one's step is in flight, until that gives the next."""
         return len(self.tokens) - self.num_planned
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether its client still waits for some. Who has had output has had them before."""
+        request = self.request
+        wanted = request.sampling.prompt_logprobs is not None and not request.committed
+        return wanted and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    @property
+    def num_skippable(self) -> int:
+        """So many of its first tokens need not be computed if their KV is there: what is wanted are the last one's logits, or more."""
+        return len(self.prompt_logprobs) if self.lacks_prompt_logprobs else len(self.tokens) - 1
+
+    def targets(self, start: int, stop: int) -> tuple[int, ...]:
+        """Those of a work on its tokens [start, stop)."""
+        return tuple(self.tokens[start + 1 : min(stop + 1, self.num_prompt)]) if self.lacks_prompt_logprobs else ()
+
+    def score(self, start: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Learn what a work that began at ``start`` gave for its targets; some may be known, from before it was rewound."""
+        self.prompt_logprobs += logprobs[len(self.prompt_logprobs) - start :]
 
     @property
     def in_flight(self) -> bool:
@@ -112,6 +134,7 @@ class Sequence:
         error: Exception | None = None,
     ) -> TokenEvent:
         """What happened, told after `tokens` were appended."""
+        is_first = self.num_output == len(tokens) and bool(tokens or finish_reason == "length")
         return TokenEvent(
             request_id=self.request.id,
             choice=self.request.choice,
@@ -125,6 +148,7 @@ class Sequence:
             error_kind=type(error).__name__ if error else None,
             error_message=str(error) if error else None,
             losses=self.losses,
+            prompt_logprobs=tuple(self.prompt_logprobs) if is_first else (),
         )
 
     def token_event(self, offset: int, token: int) -> TokenEvent:

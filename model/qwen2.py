@@ -164,12 +164,35 @@ class Qwen2(nn.Module):
         Writes the batch's keys and values to ``cache``. All ranks of the replica must call this in the same step: those of one dp
         position with the same batch, which may be empty where another position has one.
         """
+        hidden_TD = self.hidden(batch, cache)
+        return None if hidden_TD is None else self.logits(hidden_TD[batch.logit_rows_R])
+
+    def hidden(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
+        """Hidden states (T, D) of all tokens behind the last layer, on every rank of the last stage; None on the other stages.
+
+        Otherwise as `forward`, which is this and then `logits` of some of them.
+        """
         x_TD = self._enter(batch)
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
         self.backend.prepare(batch)
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, batch, cache)
-        return self._leave(x_TD, batch)
+        if self.is_last:
+            return x_TD
+        self.next_stage.send(x_TD)
+        return None
+
+    def normed(self, hidden_RD: Tensor) -> Tensor:
+        """Behind the last norm: what the head multiplies, and what embeddings are made of. On the last stage only."""
+        assert self.norm is not None
+        normed_RD: Tensor = self.norm(hidden_RD)
+        return normed_RD
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """(R, V) of some of the rows that `hidden` gave; all ranks of the last stage must call this with the same."""
+        assert self.head is not None
+        logits_RV: Tensor = self.head(self.normed(hidden_RD))
+        return logits_RV
 
     def bindings(self) -> Iterator[Binding]:
         """Every checkpoint tensor of this rank's stage, with the place it fills."""
@@ -199,13 +222,6 @@ class Qwen2(nn.Module):
             return receive_hidden((batch.num_tokens, self.config.hidden_size), self.groups.pp, dtype=self.dtype, device=self.device)
         x_TD: Tensor = self.embedding(batch.tokens_T)
         return x_TD
-
-    def _leave(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor | None:
-        if self.norm is None or self.head is None:
-            self.next_stage.send(x_TD)
-            return None
-        logits_RV: Tensor = self.head(self.norm(x_TD[batch.logit_rows_R]))
-        return logits_RV
 
     def _layer(self, index: int, place: int, heads: HeadShare) -> DecoderLayer:
         attention = Attention(

@@ -24,6 +24,8 @@ class ChoicePlan:
     """Stop tokens that are the model's own end of sequence and no reason to tell."""
     echo: str = ""
     """Comes before the answer's own text."""
+    prompt: tuple[int, ...] = ()
+    """Its tokens, where their log-probabilities are to be told."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -41,6 +43,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         self._detokenizer = Detokenizer(self.tokenizer)
+        self._prompt_tokens: tuple[TextToken, ...] = ()
         self._stops = StopStrings(self.plan.stop)
         self._echo = self.plan.echo
 
@@ -55,11 +58,13 @@ class Choice:
         if event.offset != self.num_tokens:
             raise EngineError(f"choice {self.plan.index} of {event.request_id} got offset {event.offset} after {self.num_tokens} tokens")
         self.num_cached = event.num_cached
+        if self.plan.prompt and event.offset == 0:
+            self._read_prompt(event)
         text, matched = self._take(event)
         if matched is not None:
             return self._told(text, finish_reason="stop", stop_reason=matched)
         if event.finish_reason is None:
-            return self._told(text) if text else None
+            return self._told(text) if text or self._prompt_tokens else None
         text, matched = self._finish(text)
         stop_token = None if event.stop_token in self.plan.eos_ids else event.stop_token
         if matched is not None:
@@ -89,8 +94,15 @@ class Choice:
     def _told(self, text: str, *, finish_reason: str | None = None, stop_reason: str | int | None = None) -> TextEvent:
         told, self._untold = tuple(self._untold), []
         text, self._echo = self._echo + text, ""
+        prompt, self._prompt_tokens = self._prompt_tokens, ()
         self.finished = finish_reason is not None
-        return TextEvent(choice=self.plan.index, text=text, tokens=told, finish_reason=finish_reason, stop_reason=stop_reason)
+        return TextEvent(
+            choice=self.plan.index, text=text, tokens=told, prompt_tokens=prompt, finish_reason=finish_reason, stop_reason=stop_reason
+        )
+
+    def _read_prompt(self, event: TokenEvent) -> None:
+        pairs = zip(self.plan.prompt, (None, *event.prompt_logprobs), strict=True)
+        self._prompt_tokens = tuple(self._text_token(token, one) for token, one in pairs)
 
     def _text_token(self, token: int, logprobs: TokenLogprobs | None) -> TextToken:
         raw = self.tokenizer.token_bytes(token)

@@ -31,6 +31,8 @@ class Limits:
     logit_bias: float = 100.0
     """Greatest absolute value of one bias."""
     top_logprobs: int = 20
+    prompt_logprobs: int = 262_144
+    """Log-probabilities of prompts in one request: tokens, times one and the alternatives asked for, of all its choices."""
     temperature: float = 2.0
     penalty: float = 2.0
     """Greatest absolute value of presence and frequency penalty."""

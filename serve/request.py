@@ -121,6 +121,7 @@ class CompletionRequest:
     """Each answered with `n` choices; choice index = prompt index * n + choice, as OpenAI has it."""
     options: Options = field(default_factory=Options)
     echo: bool = False
+    """The answer's text begins with the prompt's, and its log-probabilities, if any, with those of the prompt."""
     session: str = ""
     priority: int = 0
     deadline_s: float | None = None
@@ -151,7 +152,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class TextToken:
-    """One output token with what `logprobs` asked for."""
+    """One token with what `logprobs` asked for."""
 
     id: int
     text: str
@@ -170,6 +171,8 @@ class TextEvent:
     text: str = ""
     tokens: tuple[TextToken, ...] = ()
     """The tokens that this event's text came from (held-back text comes with a later token's event)."""
+    prompt_tokens: tuple[TextToken, ...] = ()
+    """In a choice's first event, where their log-probabilities were asked for; the first one has none, as nothing is before it."""
     tool_calls: tuple[ToolCallDelta, ...] = ()
     """One for each call at most. What makes up calls is no part of `text`."""
     finish_reason: str | None = None
@@ -195,6 +198,7 @@ class ChoiceResult:
     finish_reason: str
     stop_reason: str | int | None
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_tokens: tuple[TextToken, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -239,6 +239,8 @@ class Service:
         self._validator.completion(request)
         prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
         sampling = [self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts]
+        top = self._validator.prompt_logprobs(request, sum(map(len, prompts)))
+        sampling = [dataclasses.replace(one, prompt_logprobs=top) for one in sampling]
         draft = self._draft(request)
         return _Asked(
             request=request,
@@ -298,6 +300,7 @@ class Service:
                     min_tokens=options.min_tokens or 0,
                     eos_ids=frozenset(() if options.ignore_eos else self._model.defaults.eos_token_ids),
                     echo=asked.echoes[index // num_each],
+                    prompt=() if asked.sampling[index // num_each].prompt_logprobs is None else asked.prompts[index // num_each],
                 ),
                 tokenizer=self._tokenizer,
             )
@@ -370,12 +373,14 @@ class _Collected:
     def __init__(self) -> None:
         self._text: list[str] = []
         self._tokens: list[TextToken] = []
+        self._prompt_tokens: tuple[TextToken, ...] = ()
         self._calls: dict[int, ToolCallDelta] = {}
         self._end: TextEvent | None = None
 
     def add(self, event: TextEvent) -> None:
         self._text.append(event.text)
         self._tokens += event.tokens
+        self._prompt_tokens += event.prompt_tokens
         for call in event.tool_calls:
             known = self._calls.get(call.index)
             self._calls[call.index] = call if known is None else known.with_more(call.arguments)
@@ -389,6 +394,7 @@ class _Collected:
             choice=index,
             text="".join(self._text),
             tokens=tuple(self._tokens),
+            prompt_tokens=self._prompt_tokens,
             finish_reason=self._end.finish_reason,
             stop_reason=self._end.stop_reason,
             tool_calls=tuple(ToolCall(id=call.id or "", name=call.name or "", arguments=call.arguments) for call in self._calls.values()),

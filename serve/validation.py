@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.request import SamplingParams
-from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
+from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, Message, Options, TokenizeRequest
@@ -37,7 +37,7 @@ class Validator:
         self._common(request)
         self._messages(request.messages)
         check_tools(request, self.limits)
-        self._options(request.options, logprobs_param="top_logprobs")
+        self._options(request.options, logprobs_param="top_logprobs", least_tokens=1)
 
     def completion(self, request: CompletionRequest) -> None:
         """Everything that can be said before the prompts are tokens."""
@@ -48,11 +48,25 @@ class Validator:
                 _text("prompt", prompt)
             else:
                 self._prompt_ids(prompt)
-        self._options(request.options, logprobs_param="logprobs")
+        self._options(request.options, logprobs_param="logprobs", least_tokens=0)
         if len(request.prompts) * (request.options.n or 1) > self.limits.total_choices:
             raise InvalidRequest(f"prompts times n must be at most {self.limits.total_choices}", param="n")
-        if request.echo and request.options.logprobs is not None:
-            raise NotSupported("log-probabilities of the prompt (echo together with logprobs) are not supported", param="echo")
+        if request.options.max_tokens == 0 and not request.echo:
+            raise InvalidRequest("max_tokens must be at least 1, or 0 with echo, where the prompt alone is wanted", param="max_tokens")
+
+    def prompt_logprobs(self, request: CompletionRequest, num_prompt_tokens: int) -> int | None:
+        """How many alternatives are wanted at each place of the prompts, which have so many tokens together; None: nothing is."""
+        top, limit = request.options.logprobs, self.limits.prompt_logprobs
+        if not request.echo or top is None:
+            return None
+        wanted = num_prompt_tokens * (request.options.n or 1) * (1 + top)
+        if wanted > limit:
+            raise InvalidRequest(
+                f"echo with logprobs={top} gives {wanted} log-probabilities of the prompts, and at most {limit} are told at once; "
+                "send fewer or shorter prompts, or ask for fewer alternatives",
+                param="logprobs",
+            )
+        return top
 
     def tokenize(self, request: TokenizeRequest) -> None:
         self._offered(request.model)
@@ -97,7 +111,7 @@ class Validator:
         limit = self.model.max_context_tokens
         room = limit - num_prompt_tokens
         unsaid = room if default is None else min(default, room)
-        max_tokens = max(unsaid if options.max_tokens is None else options.max_tokens, options.min_tokens or 0, 1)
+        max_tokens = max(unsaid, options.min_tokens or 0, 1) if options.max_tokens is None else options.max_tokens
         if max_tokens > room:
             field = "max_tokens" if options.max_tokens is not None and room > 0 else param
             raise ContextLengthExceeded(prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, limit_tokens=limit, param=field)
@@ -123,7 +137,7 @@ class Validator:
         if request.deadline_s is not None and not math.isfinite(request.deadline_s):
             raise InvalidRequest("the deadline must be a finite time", param="deadline_s")
 
-    def _options(self, options: Options, *, logprobs_param: str) -> None:
+    def _options(self, options: Options, *, logprobs_param: str, least_tokens: int) -> None:
         limits = self.limits
         _number("temperature", options.temperature, 0, limits.temperature)
         _number("top_p", options.top_p, 0, 1, above_low=True)
@@ -134,7 +148,7 @@ class Validator:
         _whole("top_k", options.top_k, -1, (1 << 31) - 1)
         _whole("seed", options.seed, -(1 << 63), (1 << 63) - 1)
         _whole("n", options.n, 1, limits.choices)
-        _whole("max_tokens", options.max_tokens, 1, (1 << 31) - 1)
+        _whole("max_tokens", options.max_tokens, least_tokens, (1 << 31) - 1)
         _whole("min_tokens", options.min_tokens, 0, (1 << 31) - 1)
         _whole(logprobs_param, options.logprobs, 0, limits.top_logprobs)
         if options.max_tokens is not None and (options.min_tokens or 0) > options.max_tokens:

@@ -16,15 +16,15 @@ class PrefixCache:
         """Tokens looked up at admissions, and how many of them were found."""
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Blocks of the longest prefix that is cached. The last token is never among them: its logits are still wanted."""
+        """Blocks of the longest prefix that is cached, as far as it need not be computed for its logits."""
         if not self._enabled:
             return []
-        shareable = (len(sequence.tokens) - 1) // self._block_tokens
+        shareable = sequence.num_skippable // self._block_tokens
         return self._pool.find(sequence.keys(shareable, self._block_tokens))
 
     def is_on_its_way(self, sequence: Sequence, num_found: int) -> bool:
         """Whether a running sequence is computing the block that comes after the `num_found` first ones: then waiting is cheaper."""
-        shareable = (len(sequence.tokens) - 1) // self._block_tokens
+        shareable = sequence.num_skippable // self._block_tokens
         if not self._enabled or num_found >= shareable:
             return False
         return sequence.keys(num_found + 1, self._block_tokens)[num_found] in self._computing

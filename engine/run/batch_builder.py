@@ -18,6 +18,8 @@ class BuiltBatch:
     """A forward batch, and whose its logits are."""
 
     forward: ForwardBatch
+    works: tuple[Work, ...]
+    """In the order of the forward batch's sequences."""
     sampling_works: tuple[Work, ...]
     """In the order of the logit rows, of which each has one, and one more for each guessed token."""
 
@@ -52,7 +54,7 @@ def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, d
         num_decodes=int((counts == 1).sum()),
         logit_rows_R=logit_rows_R,
     )
-    return BuiltBatch(forward, tuple(work for work in works if work.samples))
+    return BuiltBatch(forward, tuple(works), tuple(work for work in works if work.samples))
 
 
 def _check_blocks(works: Sequence[Work], wanted_tokens: np.ndarray, held_tokens: np.ndarray) -> None:

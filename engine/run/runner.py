@@ -10,12 +10,13 @@ from torch import Tensor
 from engine.answers import packed
 from engine.executor import Capacity
 from engine.places import mark
-from engine.plan import Sampled, StepPlan, StepResult, Work
+from engine.plan import Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.sampling.sampler import Sampler
+from engine.run.scoring import Scorer
 from engine.run.sampling.state import Row, SamplingState
 from engine.run.verification import rows_of, verified
 from model.kv_cache import KvCache
@@ -49,6 +50,7 @@ class Runner:
         self.rebalancer = ExpertRebalancer(model)
         self._sampler = sampler
         self._guides = guides or Guides(None, vocab_size=sampler.vocab_size if sampler else 0)
+        self._scorer = Scorer(model, sampler.vocab_size if sampler else None)
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
 
@@ -70,11 +72,11 @@ class Runner:
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         self._open_and_close(plan)
         works = plan.works
-        sampled = self._compute([work for work in works if work.shard == self.shard]) if works else []
+        sampled, scored = self._compute([work for work in works if work.shard == self.shard]) if works else ([], ())
         if not self.is_sampling:
             return None
         tokens, rest = packed(plan.decodes, sampled)
-        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens)
+        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, scored)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
@@ -89,22 +91,28 @@ class Runner:
                 self._states[opening.sequence] = SamplingState(opening, vocab_size=self._sampler.vocab_size)
                 self._guides.open(opening)
 
-    def _compute(self, works: Sequence[Work]) -> list[Sampled]:
+    def _compute(self, works: Sequence[Work]) -> tuple[list[Sampled], tuple[Scored, ...]]:
         for work in works:
             self._tables.append(work)
         self._mark(9, works)
         built = build_batch(works, self._tables, self.capacity.block_tokens, self.device)
         self._mark(10, works)
         if self._sampler is None:
-            self.model(built.forward, self.cache)
-            return []
+            hidden_TD = self.model.hidden(built.forward, self.cache)
+            if hidden_TD is not None:  # this rank has a share of the vocabulary
+                self._scorer.score(hidden_TD, built, {})
+                self.model.logits(hidden_TD[built.forward.logit_rows_R])
+            return [], ()
         for work in works:
             self._states[work.sequence].take(work)
             self._guides.take(work)
         allowed = self._guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
-        logits_RV = self.model(built.forward, self.cache)
+        hidden_TD = self.model.hidden(built.forward, self.cache)
+        assert hidden_TD is not None  # sampling ranks are of the last stage
+        scored = self._scorer.score(hidden_TD, built, self._states)
+        logits_RV = self.model.logits(hidden_TD[built.forward.logit_rows_R])
         self._mark(11, built.sampling_works)
-        return self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {})
+        return self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {}), scored
 
     def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work], allowed: dict[int, Allowed]) -> list[Sampled]:
         """Sequences whose grammar has no say yet get no token in this step."""

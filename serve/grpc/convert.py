@@ -51,7 +51,7 @@ class StreamWriter:
 
     def events(self, event: TextEvent) -> Iterator[dict[str, object]]:
         """One field of the response's `event` at a time, by name: delta, finish, usage, whichever there are."""
-        if event.text or event.tokens or event.tool_calls:
+        if event.text or event.tokens or event.tool_calls or event.prompt_tokens:
             yield {"delta": self._delta(event)}
         if event.finish_reason is not None:
             yield {"finish": self._finish(event)}
@@ -67,6 +67,7 @@ class StreamWriter:
             offset=offset,
             token_ids=_ids(event.tokens),
             logprobs=_logprobs(event.tokens),
+            prompt_logprobs=_logprobs(event.prompt_tokens),
             tool_calls=[
                 messages_pb2.ToolCallDelta(index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments)
                 for call in event.tool_calls
@@ -91,6 +92,7 @@ def _generate_choice(choice: ChoiceResult) -> messages_pb2.GenerateChoice:
         stop_reason=_stop_reason(choice.stop_reason),
         token_ids=_ids(choice.tokens),
         logprobs=_logprobs(choice.tokens),
+        prompt_logprobs=_logprobs(choice.prompt_tokens),
     )
 
 
@@ -99,6 +101,7 @@ def _ids(tokens: Iterable[TextToken]) -> list[int]:
 
 
 def _logprobs(tokens: Iterable[TextToken]) -> list[messages_pb2.TokenLogprob]:
+    """Of the tokens that have them."""
     return [
         messages_pb2.TokenLogprob(
             token_id=token.id,

@@ -46,7 +46,7 @@ def completion(stamp: Stamp, result: Result, *, with_logprobs: bool) -> dict[str
         {
             "index": choice.choice,
             "text": choice.text,
-            "logprobs": _logprobs(choice.tokens, 0) if with_logprobs else None,
+            "logprobs": _logprobs((*choice.prompt_tokens, *choice.tokens), 0) if with_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
@@ -68,15 +68,16 @@ class CompletionChunks:
         return ()
 
     def of(self, event: TextEvent) -> dict[str, Any] | None:
-        if not (event.text or event.finish_reason or (self._logprobs and event.tokens)):
+        tokens = (*event.prompt_tokens, *event.tokens)
+        if not (event.text or event.finish_reason or (self._logprobs and tokens)):
             return None
         part: dict[str, Any] = {"index": event.choice, "text": event.text, "logprobs": None, "finish_reason": event.finish_reason}
         if event.finish_reason:
             part["stop_reason"] = event.stop_reason
-        if self._logprobs and event.tokens:
+        if self._logprobs and tokens:
             start = self._offsets.get(event.choice, 0)
-            part["logprobs"] = _logprobs(event.tokens, start)
-            self._offsets[event.choice] = start + sum(len(token.text) for token in event.tokens)
+            part["logprobs"] = _logprobs(tokens, start)
+            self._offsets[event.choice] = start + sum(len(token.text) for token in tokens)
         return self._chunk([part], event.usage_so_far if self._running_usage else None)
 
     def closing(self, usage: Usage) -> Iterator[dict[str, Any]]:
@@ -91,16 +92,17 @@ class CompletionChunks:
 
 
 def _logprobs(tokens: tuple[TextToken, ...], start: int) -> dict[str, list[Any]]:
-    """The older API's parallel lists. ``top_logprobs`` holds the sampled token too, as OpenAI's reference has it.
+    """The older API's parallel lists. ``top_logprobs`` holds the token itself too, as OpenAI's reference has it; a prompt's first
+    token has null in both.
 
     start=0, tokens "Hel" "lo" "!":  text_offset 0 3 5
     """
     columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
-        if token.logprobs is not None:
-            columns["tokens"].append(token.text)
-            columns["token_logprobs"].append(token.logprobs.logprob)
-            columns["top_logprobs"].append({text: logprob for _, text, _, logprob in token.top} | {token.text: token.logprobs.logprob})
-            columns["text_offset"].append(start)
+        told = token.logprobs
+        columns["tokens"].append(token.text)
+        columns["token_logprobs"].append(told and told.logprob)
+        columns["top_logprobs"].append(told and {text: logprob for _, text, _, logprob in token.top} | {token.text: told.logprob})
+        columns["text_offset"].append(start)
         start += len(token.text)
     return columns

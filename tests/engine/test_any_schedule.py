@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.fair_share import FairShare
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
-from tests.fakes.executor import FakeExecutor, Recorder, next_token, undisturbed
+from tests.fakes.executor import FakeExecutor, Recorder, next_token, told_logprobs, undisturbed
 
 BLOCK_TOKENS = 4
 
@@ -36,6 +36,8 @@ class Happened:
     """Guessed tokens that were right."""
     refuted: int = 0
     """And that were not."""
+    scored: int = 0
+    """Prompts whose log-probabilities were told."""
 
 
 class Guesser:
@@ -131,13 +133,16 @@ def random_request(draw: random.Random, index: int) -> Request:
     max_tokens = draw.randint(1, 16)
     seed, choice = draw.randrange(2), draw.randrange(2)
     full = undisturbed(prompt, seed, choice, max_tokens)
+    wants = random.Random(f"a {seed} {index} {prompt}")
+    scoring = {"prompt_logprobs": 1, "max_tokens": wants.choice([0, max_tokens])} if wants.random() < 0.15 else {"max_tokens": max_tokens}
     committed = full[: draw.randrange(len(full))] if draw.random() < 0.2 else ()
+    scoring |= {"max_tokens": max_tokens} if committed else {}
     return Request(
         id=str(index),
         choice=choice,
         prompt=prompt,
         committed=committed,
-        sampling=SamplingParams(seed=seed, max_tokens=max_tokens, presence_penalty=draw.choice([0.0, 0.5])),
+        sampling=SamplingParams(seed=seed, presence_penalty=draw.choice([0.0, 0.5]), **scoring),
         salt=draw.choice(["", "", "other"]),
         priority=draw.choice([0, 0, 0, 1]),
     )
@@ -156,6 +161,11 @@ def judge(requests: list[Request], recorder: Recorder, cancelled: set[tuple[str,
         else:
             assert recorder.ends[request.key] == "length" or request.key in cancelled
         complete = recorder.ends[request.key] == "length"
+        told = tuple(recorder.prompt_logprobs[request.key])
+        happened.scored += bool(told)
+        wanted = request.sampling.prompt_logprobs is not None and not request.committed
+        if complete or told:
+            assert told == (told_logprobs(request.prompt) if wanted else ())
         assert got == list(expected) if complete else got == list(expected[: len(got)])
 
 

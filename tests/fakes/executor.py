@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from engine.answers import packed
 from engine.errors import WorkersLost
 from engine.executor import Capacity
-from engine.plan import Opening, Sampled, StepPlan, StepResult, Work
+from engine.plan import Opening, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
 
 VOCAB = 1_000
 
@@ -25,6 +25,11 @@ def undisturbed(prompt: tuple[int, ...], seed: int, choice: int, max_tokens: int
         if tokens[-1] in stop_token_ids:
             break
     return tuple(tokens[len(prompt) :])
+
+
+def told_logprobs(tokens: tuple[int, ...]) -> tuple[TokenLogprobs, ...]:
+    """What the fake model thinks of each of `tokens` but the first: a function of all before it and of itself."""
+    return tuple(TokenLogprobs(-float(next_token(tokens[: place + 1], 0, 0))) for place in range(1, len(tokens)))
 
 
 class FakeExecutor:
@@ -94,7 +99,8 @@ class FakeExecutor:
         assert index == self._num_answered, "steps are answered in order"
         self._num_answered += 1
         tokens, sampled = packed(plan.decodes, [answer for answer in answers if answer is not None])
-        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens)
+        scored = tuple(self._score(work) for work in plan.singly if work.targets)
+        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens, scored=scored)
 
     def _compute(self, work: Work) -> Sampled | None:
         opening, table = self._opened[work.sequence], self._tables[work.sequence]
@@ -121,6 +127,11 @@ class FakeExecutor:
             if said[-1] != guess:
                 break
         return Sampled(work.sequence, said)
+
+    def _score(self, work: Work) -> Scored:
+        """From what the slots hold: the work has been computed."""
+        last = self._read(work.shard, self._tables[work.sequence], work.start + len(work.targets) - 1)
+        return Scored(work.sequence, told_logprobs((*last, work.targets[-1]))[work.start :])
 
     def _slot(self, table: list[int], position: int) -> int:
         size = self._capacity.block_tokens
@@ -155,10 +166,12 @@ class Recorder:
         self.ends: dict[tuple[str, int], str] = {}
         self.errors: dict[tuple[str, int], str | None] = {}
         self.cached: dict[tuple[str, int], int] = {}
+        self.prompt_logprobs: dict[tuple[str, int], list[TokenLogprobs]] = {}
         self._begun: dict[tuple[str, int], int] = {}
 
     def begin(self, key: tuple[str, int], num_committed: int = 0) -> None:
         self.tokens[key] = []
+        self.prompt_logprobs[key] = []
         self._begun[key] = num_committed
 
     def take(self, events: Iterable[object]) -> None:
@@ -167,6 +180,7 @@ class Recorder:
             assert key not in self.ends, f"{key}: an event after the end"
             assert event.offset == self._begun[key] + len(self.tokens[key]), f"{key}: a gap or a repeat"
             self.tokens[key].extend(event.tokens)
+            self.prompt_logprobs[key].extend(event.prompt_logprobs)
             self.cached[key] = event.num_cached
             if event.finish_reason is not None:
                 self.ends[key] = event.finish_reason

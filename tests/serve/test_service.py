@@ -206,8 +206,6 @@ async def test_echo_puts_the_prompts_own_text_before_the_answer(smol_folder: Pat
     ids = tuple(smol.encode_plain(["is"])[0])
     result = await service.collect(completion("France: ", ids, echo=True, options={"stop": ("France",)}))
     assert [choice.text for choice in result.choices] == ["France:  Paris", "is Paris"]
-    with pytest.raises(NotSupported):
-        await service.collect(completion("x", echo=True, options={"logprobs": 1}))
 
 
 async def test_a_completion_that_does_not_say_gets_16_tokens(smol_folder: Path, smol: Tokenizer) -> None:

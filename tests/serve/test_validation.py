@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from model.generation_config import GenerationDefaults
-from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
+from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, Message, Options
@@ -133,10 +133,25 @@ def test_an_unknown_model_is_not_found_and_not_echoed_at_length(name: str) -> No
     assert len(str(raised.value)) < 300
 
 
-def test_prompt_log_probabilities_are_refused_clearly() -> None:
-    VALIDATOR.completion(completion(echo=True))
-    with pytest.raises(NotSupported, match="echo"):
-        VALIDATOR.completion(completion(echo=True, options=Options(logprobs=0)))
+def test_log_probabilities_of_prompts_are_bounded_over_all_choices() -> None:
+    validator = dataclasses.replace(VALIDATOR, limits=Limits(prompt_logprobs=60))
+    assert validator.prompt_logprobs(completion(options=Options(logprobs=5)), 1_000) is None
+    assert validator.prompt_logprobs(completion(echo=True), 1_000) is None
+    assert validator.prompt_logprobs(completion(echo=True, options=Options(logprobs=0)), 60) == 0
+    assert validator.prompt_logprobs(completion(echo=True, options=Options(logprobs=1, n=3)), 10) == 1
+    with pytest.raises(InvalidRequest, match="gives 66 log-probabilities of the prompts, and at most 60") as raised:
+        validator.prompt_logprobs(completion(echo=True, options=Options(logprobs=1, n=3)), 11)
+    assert raised.value.param == "logprobs"
+
+
+def test_no_answer_at_all_can_be_asked_for_only_where_the_prompt_is_told() -> None:
+    nothing = Options(max_tokens=0)
+    VALIDATOR.completion(completion(echo=True, options=nothing))
+    assert resolve(nothing, param="prompt").max_tokens == 0
+    for refused in (lambda: VALIDATOR.completion(completion(options=nothing)), lambda: VALIDATOR.chat(chat(options=nothing))):
+        with pytest.raises(InvalidRequest) as raised:
+            refused()
+        assert raised.value.param == "max_tokens"
 
 
 def test_a_very_long_prompt_of_ids_is_refused_for_its_length() -> None:

@@ -72,6 +72,8 @@ class Choice:
     logprobs: tuple[TokenLogprob, ...]
     """One per token id if asked for, else empty."""
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on, with `echo` if log-probabilities were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,8 @@ class Delta:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """In a choice's first delta; see `Choice`."""
     finish_reason: str | None = None
     """Set in a choice's last delta, which has no text."""
     stop_reason: str | int | None = None

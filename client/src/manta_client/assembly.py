@@ -22,6 +22,7 @@ class PartialChoice:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[messages_pb2.TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[messages_pb2.TokenLogprob] = field(default_factory=list)
     tool_calls: dict[int, messages_pb2.ToolCall] = field(default_factory=dict)
     finish: messages_pb2.Finish | None = None
 
@@ -80,6 +81,7 @@ class Assembly(Generic[Answer]):
         choice.texts.append(delta.text)
         choice.token_ids.extend(delta.token_ids)
         choice.logprobs.extend(delta.logprobs)
+        choice.prompt_logprobs.extend(delta.prompt_logprobs)
         for call in delta.tool_calls:
             known = choice.tool_calls.setdefault(call.index, messages_pb2.ToolCall(id=call.id, name=call.name))
             known.arguments += call.arguments
@@ -120,7 +122,7 @@ def build_chat(assembly: Assembly[ChatCompletion]) -> ChatCompletion:
 def build_completion(assembly: Assembly[Completion]) -> Completion:
     """A completion's answer, as Generate would have given it."""
     choices = [
-        messages_pb2.GenerateChoice(text=choice.text, **_shared(index, choice))  # type: ignore[arg-type]
+        messages_pb2.GenerateChoice(text=choice.text, prompt_logprobs=choice.prompt_logprobs, **_shared(index, choice))  # type: ignore[arg-type]
         for index, choice in sorted(assembly.choices.items())
     ]
     return convert.completion(

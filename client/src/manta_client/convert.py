@@ -27,6 +27,7 @@ def delta(message: messages_pb2.Delta) -> Delta:
             ToolCallDelta(index=call.index, id=call.id or None, name=call.name or None, arguments=call.arguments)
             for call in message.tool_calls
         ),
+        prompt_logprobs=_logprobs(message.prompt_logprobs),
         raw=message,
     )
 
@@ -71,6 +72,7 @@ def _choice(
         token_ids=tuple(choice.token_ids),
         logprobs=_logprobs(choice.logprobs),
         tool_calls=tuple(ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls),
+        prompt_logprobs=_logprobs(choice.prompt_logprobs) if isinstance(choice, messages_pb2.GenerateChoice) else (),
     )
 
 

@@ -32,3 +32,8 @@ def folder(request) -> Path:
 @pytest.fixture(scope="session")
 def oracle(folder) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def oracle_dense(dense_folder) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()

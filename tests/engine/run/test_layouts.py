@@ -11,11 +11,20 @@ from transformers import AutoModelForCausalLM
 
 from engine.engine import Engine
 from engine.executor import Capacity, PendingStep
-from engine.plan import StepPlan, StepResult
+from engine.plan import StepPlan, StepResult, TokenLogprobs
 from engine.request import Request, SamplingParams
 from engine.run.process_executor import ProcessExecutor
 from parallel.topology import Topology
-from tests.engine.run.tiny_models import NUM_REAL_TOKENS, engine_config, float32_config, greedy, write_dense, write_moe
+from tests.engine.run.tiny_models import (
+    NUM_REAL_TOKENS,
+    assert_scored_as,
+    engine_config,
+    float32_config,
+    greedy,
+    oracle_logprobs,
+    write_dense,
+    write_moe,
+)
 
 COUNT = 7
 NUM_LAYERS = 3
@@ -32,6 +41,8 @@ def make_prompts() -> list[tuple[int, ...]]:
 
 
 PROMPTS = make_prompts()
+SCORED = (3, 5, 7)
+"""Those whose own log-probabilities are asked for."""
 
 
 class Watched:
@@ -79,26 +90,32 @@ def ranks_of(folder: Path, topology: Topology) -> Iterator[ProcessExecutor]:
         executor.close()
 
 
-def serve(executor: ProcessExecutor, *, num_blocks: int | None = None, **changes: object) -> tuple[list[tuple[int, ...]], Engine, Watched]:
+def serve(
+    executor: ProcessExecutor, *, num_blocks: int | None = None, **changes: object
+) -> tuple[list[tuple[int, ...]], dict[int, tuple[TokenLogprobs, ...]], Engine, Watched]:
     """Every prompt's answer, all served at once; half of them a second time, with what the first left in the caches."""
     watched = Watched(executor, num_blocks)
     engine = Engine(watched, engine_config(**changes))
     answers: dict[str, list[int]] = {}
+    scores: dict[int, tuple[TokenLogprobs, ...]] = {}
     for again in range(2):
         for i, prompt in list(enumerate(PROMPTS))[:: 1 + again]:
             answers[f"{i}-{again}"] = []
-            engine.submit(Request(id=f"{i}-{again}", prompt=prompt, sampling=SamplingParams(temperature=0.0, max_tokens=COUNT)))
+            sampling = SamplingParams(temperature=0.0, max_tokens=COUNT, prompt_logprobs=2 if i in SCORED else None)
+            engine.submit(Request(id=f"{i}-{again}", prompt=prompt, sampling=sampling))
         while True:
             for event in engine.turn():
                 assert event.error_kind is None, event
                 answers[event.request_id] += event.tokens
+                if event.prompt_logprobs:
+                    scores[int(event.request_id.split("-")[0])] = event.prompt_logprobs
             if not engine.scheduler.num_requests:
                 break
     assert engine.stats.blocks_used == 0
     watched.close()
     first = [tuple(answers[f"{i}-0"]) for i in range(len(PROMPTS))]
     assert first[::2] == [tuple(answers[f"{i}-1"]) for i in range(0, len(PROMPTS), 2)]
-    return first, engine, watched
+    return first, scores, engine, watched
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +129,12 @@ def moe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(dense, moe) -> dict[str, list[tuple[int, ...]]]:
+def expected(dense, moe) -> dict[str, tuple[list[tuple[int, ...]], dict[int, torch.Tensor]]]:
     answers = {}
     for name, folder in (("dense", dense), ("moe", moe)):
         oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        answers[name] = [greedy(oracle, prompt, COUNT) for prompt in PROMPTS]
+        scores = {index: oracle_logprobs(oracle, PROMPTS[index]) for index in SCORED}
+        answers[name] = [greedy(oracle, prompt, COUNT) for prompt in PROMPTS], scores
     return answers
 
 
@@ -140,8 +158,11 @@ def test_a_replica_of_any_layout_answers_as_transformers_does(request, expected,
             {"prefix_cache": False, "num_blocks": SMALL_POOL},
             {"max_step_tokens": 6, "num_blocks": SMALL_POOL},
         ):
-            answers, engine, watched = serve(executor, **changes)
-            assert answers == expected[model], changes
+            answers, scores, engine, watched = serve(executor, **changes)
+            assert answers == expected[model][0], changes
+            assert scores.keys() == set(SCORED)
+            for index, told in scores.items():
+                assert_scored_as(expected[model][1][index], PROMPTS[index], told)
             assert {work.shard for plan in watched.plans for work in plan.works} == set(range(topology.dp))
             assert watched.most_in_flight == topology.pp
             assert (engine.stats.prefix_found_tokens > 0) == changes.get("prefix_cache", True)

@@ -6,6 +6,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from engine.config import EngineConfig
+from engine.plan import TokenLogprobs
 from engine.run.settings import RunnerConfig
 
 VOCAB_SIZE = 300
@@ -64,3 +65,20 @@ def greedy(model: torch.nn.Module, prompt: tuple[int, ...], count: int) -> tuple
         pad_token_id=0,
     )
     return tuple(output[0, len(prompt) :].tolist())
+
+
+@torch.inference_mode()
+def oracle_logprobs(model: torch.nn.Module, prompt: tuple[int, ...]) -> torch.Tensor:
+    """(T - 1, V) of what transformers says of every place behind the first, padding rows of the vocabulary left out."""
+    logits_TV = model(torch.tensor([prompt])).logits[0, :-1, :NUM_REAL_TOKENS]
+    return logits_TV.double().log_softmax(-1)
+
+
+def assert_scored_as(oracle_TV: torch.Tensor, prompt: tuple[int, ...], told: tuple[TokenLogprobs, ...], *, num_top: int = 2) -> None:
+    """The tokens' own log-probabilities and the most probable alternatives, within 1e-4."""
+    assert len(told) == len(prompt) - 1
+    for expected_V, token, one in zip(oracle_TV, prompt[1:], told, strict=True):
+        assert abs(one.logprob - expected_V[token].item()) < 1e-4
+        values, ids = expected_V.topk(num_top)
+        assert [token for token, _ in one.top] == ids.tolist()
+        assert torch.allclose(torch.tensor([value for _, value in one.top], dtype=torch.float64), values, atol=1e-4)

@@ -38,7 +38,7 @@ class Completions:
         Args:
             prompt: text, token ids, or a list of either.
             model: what `models.list` names; if not said, the only one there is.
-            echo: begin the answer's text with the prompt's.
+            echo: begin the answer's text with the prompt's; with `logprobs`, tell those of the prompt as well.
             priority: lower is served first.
             timeout: seconds for everything, retries too; if not said, the client's.
             options: temperature, max_tokens, stop, seed, ...; see `Options`.
