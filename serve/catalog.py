@@ -1,6 +1,6 @@
 """Several models under one roof: a service for each, chosen by the name that a request gives."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from serve.errors import ModelNotFound
 from serve.limits import Limits
@@ -42,8 +42,17 @@ class Catalog:
         return self.service(name).model(name)
 
     def ready(self) -> bool:
-        """Whether a request for any of the models would be answered now."""
-        return all(service.ready() for service in self._services.values())
+        """Whether there is a model that would answer now. One that is loading, or lost, must not take the others' front away."""
+        return any(self.readiness().values())
+
+    def readiness(self) -> Mapping[str, bool]:
+        """Whether a request would be answered now, for each model by its name."""
+        return {name: service.ready() for name, service in self._services.items()}
+
+    async def warm_up(self) -> None:
+        """Each model's, one after the other."""
+        for service in self._services.values():
+            await service.warm_up()
 
     def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         return self._of(request).chat(request)

@@ -132,6 +132,7 @@ class _Front:
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
         self._doors = Doors(self._catalog)
+        self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # beside the first requests, not before them
         self._grpc = MantaServicer(self._doors, door=self._door)
         self._admin = AdminServicer(self._doors, self._routers, door=self._door)
         self._health = HealthServicer(self._doors.ready)
@@ -183,6 +184,7 @@ class _Front:
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
+            self._warming.cancel()
             await self._board.close()
             await self._demand.close()
             for router in self._routers:

@@ -3,7 +3,7 @@
 While it is closed the server is not ready, so load balancers send elsewhere; what is inside goes on to its end.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 
 from serve.errors import Draining
@@ -47,6 +47,9 @@ class Doors:
 
     def ready(self) -> bool:
         return not self.draining and self._inside.ready()
+
+    def readiness(self) -> Mapping[str, bool]:
+        return {name: ready and not self.draining for name, ready in self._inside.readiness().items()}
 
     @property
     def limits(self) -> Limits:

@@ -4,6 +4,7 @@ The fronts fill these from JSON or protobuf without judging values; `serve.valid
 None always means "the client did not say".
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -111,6 +112,8 @@ class ChatRequest:
     arrived_s: float | None = None
     """`time.monotonic` when its front began to read it; None: it is the service that sees it first."""
     caller: Caller = ANYONE
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """See `serve.trace_context`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,7 @@ class CompletionRequest:
     deadline_s: float | None = None
     arrived_s: float | None = None
     caller: Caller = ANYONE
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

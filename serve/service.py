@@ -5,9 +5,10 @@ The one core under both fronts: HTTP and gRPC call only this.
 
 import asyncio
 import dataclasses
+import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +46,8 @@ from serve.text.tokenizer import Tokenizer
 from serve.tools.protocol import ProtocolName, plainly_rendered
 from serve.tools.toolbox import Toolbox, protocol_of
 from serve.validation import COMPLETION_MAX_TOKENS, Validator
+
+logger = logging.getLogger(__name__)
 
 DEADLINE_GRACE_S = 0.5
 """The engine ends a request at its deadline; the service does so this much later if the engine did not."""
@@ -135,6 +138,17 @@ class Service:
     def ready(self) -> bool:
         """Whether a request sent now would be answered."""
         return self._source.ready()
+
+    def readiness(self) -> Mapping[str, bool]:
+        """The same for each model by its name."""
+        return {self._model.name: self.ready()}
+
+    async def warm_up(self) -> None:
+        """Have ready what the first requests of some kinds would wait for: a compiler of grammars. Failing at it is only logged."""
+        try:
+            await self._compilers.warm_up()
+        except Exception:
+            logger.exception("no compiler of grammars for %s; the first request that needs one tries again", self._model.name)
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         """The answer's events, all choices merged; the last event alone has ``usage``.

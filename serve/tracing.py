@@ -1,23 +1,30 @@
 """OpenTelemetry spans of requests, by the conventions for generative AI. The only opentelemetry in the tree; off unless it is asked for.
 
-A span holds model, parameters, counts and times, never a prompt, an answer or a key.
+A span holds model, parameters, counts and times, never a prompt, an answer or a key. A client's trace (`traceparent`) goes on with
+it, and below it the engine's phases have spans of their own, written from what the engine told of them with its last event.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Collection
 
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serve.errors import code_of
+from serve.ledger import Ledger
 from serve.observing import Observer, Watch
 from serve.request import ChatRequest, CompletionRequest, TextEvent
 from serve.version import version
+
+PROPAGATOR = TraceContextTextMapPropagator()
+"""Of the W3C; a client's baggage is not taken over."""
 
 
 class Tracing:
@@ -31,7 +38,9 @@ class Tracing:
         operation = "chat" if isinstance(request, ChatRequest) else "text_completion"
         since_s = 0.0 if request.arrived_s is None else self._clock() - request.arrived_s
         model = request.model if request.model in self._models else "unknown"  # never what a client wrote
-        span = self._tracer.start_span(f"{operation} {model}", kind=SpanKind.SERVER, start_time=time.time_ns() - int(since_s * 1e9))
+        begun_ns = time.time_ns() - int(since_s * 1e9)
+        parent = PROPAGATOR.extract(request.trace, context=Context())
+        span = self._tracer.start_span(f"{operation} {model}", context=parent, kind=SpanKind.SERVER, start_time=begun_ns)
         options = request.options
         asked = {
             "gen_ai.operation.name": operation,
@@ -46,7 +55,7 @@ class Tracing:
             "manta.key": request.caller.id or None,
         }
         span.set_attributes({name: value for name, value in asked.items() if value is not None})
-        return _Traced(span, self._clock, self._clock() - since_s)
+        return _Traced(self._tracer, span, begun_ns, self._clock, self._clock() - since_s)
 
     def close(self) -> None:
         """Send what is still to be sent."""
@@ -54,8 +63,8 @@ class Tracing:
 
 
 class _Traced:
-    def __init__(self, span: Span, clock: Callable[[], float], begun_s: float) -> None:
-        self._span, self._clock, self._begun_s = span, clock, begun_s
+    def __init__(self, tracer: Tracer, span: Span, begun_ns: int, clock: Callable[[], float], begun_s: float) -> None:
+        self._tracer, self._span, self._begun_ns, self._clock, self._begun_s = tracer, span, begun_ns, clock, begun_s
         self._has_token = False
         self._reasons: list[str] = []
 
@@ -72,6 +81,15 @@ class _Traced:
         if event.ledger is not None:
             for phase in ("front", "queue", "prefill", "decode", "network", "detokenise"):
                 self._span.set_attribute(f"manta.{phase}_s", getattr(event.ledger, f"{phase}_s"))
+            self._engine_spans(event.ledger)
+
+    def _engine_spans(self, ledger: Ledger) -> None:
+        """The way to the engine and back is not told apart: the phases begin when the front was done."""
+        within, at_s = set_span_in_context(self._span, Context()), ledger.front_s
+        for phase, spent_s in (("queue", ledger.queue_s), ("prefill", ledger.prefill_s), ("decode", ledger.decode_s)):
+            start_ns, end_ns = (self._begun_ns + int(s * 1e9) for s in (at_s, at_s + spent_s))
+            self._tracer.start_span(f"engine {phase}", context=within, start_time=start_ns).end(end_ns)
+            at_s += spent_s
 
     def ended(self) -> None:
         self._span.set_attribute("gen_ai.response.finish_reasons", self._reasons)

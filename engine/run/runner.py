@@ -16,8 +16,8 @@ from engine.run.block_tables import BlockTables
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.sampling.sampler import Sampler
-from engine.run.scoring import Scorer
 from engine.run.sampling.state import Row, SamplingState
+from engine.run.scoring import Scorer
 from engine.run.verification import rows_of, verified
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2

@@ -26,6 +26,7 @@ from serve.grpc.ledger import tell_ledger
 from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, TextEvent
 from serve.session import SESSION, session_of
+from serve.trace_context import trace_of
 
 Response = TypeVar("Response", bound=Message)
 StreamResponse = TypeVar("StreamResponse", service_pb2.ChatStreamResponse, service_pb2.GenerateStreamResponse)
@@ -119,12 +120,12 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
         request = read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
-        return dataclasses.replace(request, caller=caller)
+        return dataclasses.replace(request, caller=caller, trace=trace_of(context.invocation_metadata() or ()))
 
     def _completion_request(self, message: service_pb2.GenerateRequest, request_id: str, context: CallContext) -> CompletionRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
         request = read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
-        return dataclasses.replace(request, caller=caller)
+        return dataclasses.replace(request, caller=caller, trace=trace_of(context.invocation_metadata() or ()))
 
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""

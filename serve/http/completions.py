@@ -91,6 +91,15 @@ class CompletionChunks:
         return chunk
 
 
+def _by_text(token: TextToken, logprob: float) -> dict[str, float]:
+    """Alternatives, and the token itself. Of several that show as the same text (bytes that are no character) the most probable."""
+    found: dict[str, float] = {}
+    for _, text, _, of_it in token.top:
+        found.setdefault(text, of_it)
+    found.setdefault(token.text, logprob)
+    return found
+
+
 def _logprobs(tokens: tuple[TextToken, ...], start: int) -> dict[str, list[Any]]:
     """The older API's parallel lists. ``top_logprobs`` holds the token itself too, as OpenAI's reference has it; a prompt's first
     token has null in both.
@@ -102,7 +111,7 @@ def _logprobs(tokens: tuple[TextToken, ...], start: int) -> dict[str, list[Any]]
         told = token.logprobs
         columns["tokens"].append(token.text)
         columns["token_logprobs"].append(told and told.logprob)
-        columns["top_logprobs"].append(told and {text: logprob for _, text, _, logprob in token.top} | {token.text: told.logprob})
+        columns["top_logprobs"].append(told and _by_text(token, told.logprob))
         columns["text_offset"].append(start)
         start += len(token.text)
     return columns

@@ -4,7 +4,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -22,6 +22,7 @@ from serve.limits import Limits
 from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, Usage
 from serve.session import SESSION, session_of
+from serve.trace_context import trace_of
 
 IGNORED = "x-manta-ignored-fields"
 
@@ -67,6 +68,7 @@ class Front:
             caller=caller_of(request.scope),
             priority=body.priority if said is None else said,
             wants_ledger=wants_ledger(request.headers),
+            trace=trace_of(request.headers.items()),
             deadline_s=None if wait_ms is None else time.time() + wait_ms / 1000 - (time.monotonic() - arrived_s),
         )
         return body, stamp, {IGNORED: ", ".join(ignored)} if ignored else {}
@@ -88,6 +90,7 @@ class Stamp:
     deadline_s: float | None
     """Unix time."""
     wants_ledger: bool = False
+    trace: Mapping[str, str] = field(default_factory=dict)
 
     def timing(self, ledger: Ledger | None) -> dict[str, str]:
         """The header that tells where the time went, if it is wanted."""
@@ -100,6 +103,7 @@ class Stamp:
             arrived_s=self.arrived_s,
             session=self.session,
             caller=self.caller,
+            trace=self.trace,
             priority=request.priority if self.priority is None else self.priority,
             deadline_s=self.deadline_s,
         )

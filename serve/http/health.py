@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from serve.errors import NotReady
+from serve.errors import ModelNotFound, NotReady
 from serve.http.context import Front
 from serve.http.errors import json_response
 
@@ -21,10 +21,13 @@ def health_routes(front: Front) -> APIRouter:
     @routes.get("/readyz")
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
-    async def readyz() -> Response:
-        """A request sent now would be computed."""
-        if not front.service().ready():
-            raise NotReady("no replica of the model is ready")
-        return json_response({"status": "ready"})
+    async def readyz(model: str | None = None) -> Response:
+        """A request sent now would be computed: for some model, or for the one named by ``?model=``. The answer tells of each."""
+        readiness = front.service().readiness()
+        if model is not None and model not in readiness:
+            raise ModelNotFound(model)
+        if not (front.service().ready() if model is None else readiness[model]):
+            raise NotReady("no replica of any model is ready" if model is None else "no replica of this model is ready")
+        return json_response({"status": "ready", "models": {name: "ready" if ready else "not ready" for name, ready in readiness.items()}})
 
     return routes

@@ -34,6 +34,7 @@ class Compiles(Protocol):
     """Judges grammars. `GrammarCompilers` does; tests have others."""
 
     async def compile(self, kind: str, text: str) -> "Verdict": ...
+    async def warm_up(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Both fronts over a real engine in this process: a tiny random Qwen2 with a real tokenizer, on real sockets of the loopback."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from serve.grpc.server import start_server
 from serve.http.app import create_app
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
+from serve.observing import Observer
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 from tests.fakes.engine_source import EngineSource
@@ -48,7 +49,7 @@ def write_tiny(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def fronts(folder: Path, *, limits: Limits | None = None) -> AsyncIterator[Fronts]:
+async def fronts(folder: Path, *, limits: Limits | None = None, observers: Sequence[Observer] = ()) -> AsyncIterator[Fronts]:
     tokenizer, config = Tokenizer.from_folder(folder), EngineConfig()
     facts = ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer)
     runner = RunnerConfig(
@@ -56,7 +57,7 @@ async def fronts(folder: Path, *, limits: Limits | None = None) -> AsyncIterator
     )
     source = EngineSource(LocalExecutor.open(folder, runner_config=runner, engine_config=config), config)
     try:
-        service = Service(model=facts, tokenizer=tokenizer, source=source, limits=limits)
+        service = Service(model=facts, tokenizer=tokenizer, source=source, limits=limits, observers=observers)
         doors = Doors(service)
         server, port = await start_server(doors, "127.0.0.1:0", fleets=[source], limits=limits)
         try:

@@ -5,10 +5,13 @@ import functools
 from contextlib import aclosing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from serve.catalog import Catalog
+from serve.doors import Doors
 from serve.errors import ModelNotFound
+from serve.http.app import create_app
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, Message
 from serve.service import Service
@@ -63,9 +66,23 @@ def test_all_models_are_listed_in_order(catalog: Catalog) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True), (False, False)])
-def test_it_is_ready_when_every_model_is(smol_folder: Path, first: bool, second: bool) -> None:
+def test_it_is_ready_when_some_model_is_and_tells_of_each(smol_folder: Path, first: bool, second: bool) -> None:
     services = [service_called(name, smol_folder, "", ready=ready) for name, ready in (("one", first), ("two", second))]
-    assert Catalog(services).ready() == (first and second)
+    catalog = Catalog(services)
+    assert catalog.ready() == (first or second)
+    assert catalog.readiness() == {"one": first, "two": second}
+    doors = Doors(catalog)
+    assert doors.readiness() == catalog.readiness()
+    doors.drain()
+    assert doors.readiness() == {"one": False, "two": False}
+
+
+async def test_its_front_tells_of_one_model_to_whoever_names_it(smol_folder: Path) -> None:
+    catalog = Catalog([service_called("one", smol_folder, "", ready=True), service_called("two", smol_folder, "", ready=False)])
+    transport = httpx.ASGITransport(app=create_app(lambda: catalog))
+    async with httpx.AsyncClient(transport=transport, base_url="http://front") as http:
+        assert (await http.get("/readyz")).json() == {"status": "ready", "models": {"one": "ready", "two": "not ready"}}
+        assert [(await http.get("/readyz", params={"model": name})).status_code for name in ("one", "two", "three")] == [200, 503, 404]
 
 
 def test_two_services_of_one_name_are_refused(smol_folder: Path) -> None:

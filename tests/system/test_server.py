@@ -1,5 +1,6 @@
 """The demo server as a user has it: two ranks, two fronts, real clients, and a rank that dies."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -179,6 +180,19 @@ def test_manta_chat_prints_the_answer(server):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
+
+
+def test_a_compiler_of_grammars_waits_for_the_first_who_needs_it(server):
+    def compilers() -> int:
+        return sum("serve.structured.compiler_process" in " ".join(command_of(process)) for process in server.descendants)
+
+    assert eventually(lambda: compilers() >= 1, 120)
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return process.cmdline()
+    return []
 
 
 def test_both_fronts_listen_on_loopback_only(server):

@@ -75,6 +75,9 @@ class ScriptedService:
     def ready(self) -> bool:
         return self.is_ready
 
+    def readiness(self) -> dict[str, bool]:
+        return {FACTS.name: self.is_ready}
+
     async def _events(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[TextEvent, None]:
         self.asked.append(request)
         try:

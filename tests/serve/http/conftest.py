@@ -120,6 +120,9 @@ class ScriptedService:
     def ready(self) -> bool:
         return self.is_ready
 
+    def readiness(self) -> dict[str, bool]:
+        return {MODEL: self.is_ready}
+
 
 @pytest.fixture
 def service() -> ScriptedService:

@@ -10,7 +10,7 @@ from serve.errors import InvalidRequest
 from serve.limits import Limits
 from serve.request import ResponseFormat
 from serve.service import Service
-from serve.structured.compiler import GrammarCompilers
+from serve.structured.compiler import CompilerBroken, GrammarCompilers
 from serve.structured.drafts import draft_of
 from tests.serve.structured.test_answers import asked, json_form
 
@@ -78,6 +78,23 @@ async def test_a_schema_may_be_as_deep_as_the_limit(compilers: GrammarCompilers,
     for _ in range((depth - 2) // 2):
         schema = {"type": "object", "properties": {"x": schema}, "additionalProperties": False}
     draft_of(json_form(schema), Limits())
+
+
+async def test_a_service_can_have_its_compiler_ready_before_anybody_asks(random_service: Service) -> None:
+    compilers = random_service._compilers
+    assert isinstance(compilers, GrammarCompilers)
+    await random_service.warm_up()
+    (pid, *_) = compilers.pids
+    await compilers.compile("lark", 'start: "b"')
+    assert pid in compilers.pids
+
+
+async def test_one_that_does_not_start_hinders_nobody(random_service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken() -> None:
+        raise CompilerBroken("no")
+
+    monkeypatch.setattr(random_service._compilers, "warm_up", broken)
+    await random_service.warm_up()
 
 
 async def test_a_compile_without_end_is_ended_with_its_process_and_remembered(compilers: GrammarCompilers) -> None:
