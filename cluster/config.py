@@ -52,6 +52,8 @@ class ReplicaConfig:
     """A replica at work that finishes no step for so long, and for `SLOW_STEPS` times as long as its steps take, is not ready."""
     freeze_timeout_s: float = 4.0
     """A rank of this host whose process is stopped for so long is lost."""
+    host_silence_s: float = 6.0
+    """Ranks on another host that cannot be heard for so long are lost, and end by themselves if they cannot hear their replica."""
     canary_timeout_s: float = 5.0
     """A replica without other work that owes this proof for so long is not ready."""
     max_restarts: int = 3
@@ -79,6 +81,7 @@ class ReplicaConfig:
             "canary_timeout_s",
             "progress_timeout_s",
             "freeze_timeout_s",
+            "host_silence_s",
             "restart_window_s",
             "heartbeat_s",
             "front_silence_s",

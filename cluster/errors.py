@@ -1,6 +1,6 @@
 """Errors of the cluster. `serve/errors.py` maps each to an HTTP and a gRPC answer."""
 
-from engine.errors import EngineError
+from engine.errors import EngineError, WorkersLost
 
 
 class ReplicaLost(EngineError):
@@ -9,6 +9,21 @@ class ReplicaLost(EngineError):
     def __init__(self, *, attempts: int, last: str) -> None:
         super().__init__(f"the answer was lost {attempts} times with its replica (last: {last}); try again")
         self.attempts = attempts
+
+
+class HostUnreachable(WorkersLost):
+    """The ranks were lost because `host`, where one of them ran, cannot be reached any more."""
+
+
+class HostLost(EngineError):
+    """A host can no longer be reached that computed the answer, and no replica became ready in place of the one that it was part of."""
+
+    def __init__(self, *, host: str, waited_s: float, retry_after_s: float = 5.0) -> None:
+        super().__init__(
+            f"host {host}, which computed the answer, cannot be reached any more, and no other replica became ready "
+            f"within {waited_s:g} s; try again in {retry_after_s:g} s"
+        )
+        self.host, self.waited_s, self.retry_after_s = host, waited_s, retry_after_s
 
 
 class ResumesExhausted(EngineError):

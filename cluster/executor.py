@@ -21,7 +21,8 @@ from cluster.channel import PrivateFolder, new_keys, reach
 from cluster.config import RankResources, ReplicaConfig
 from cluster.doctor.findings import Severity
 from cluster.doctor.in_cluster import survey_actors
-from cluster.errors import ChannelError, StartFailed
+from cluster.errors import ChannelError, HostUnreachable, StartFailed
+from cluster.far_end import KNOCK_S, FarEnd, keep_hearing, knock
 from cluster.frozen import FrozenWatch, is_stopped
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Place, Ranks, Worker, end_process
@@ -87,6 +88,9 @@ class _Seat:
     """ObjectRef of the call that lasts as long as the rank."""
     process: int | None = None
     """pidfd of a rank on this host."""
+    beats: "zmq.Socket[Any] | None" = None
+    """Of a rank on another host: readable once it is not heard any more; see `cluster.far_end`."""
+    silent: bool = False
     ended: str | None = None
     """How Ray says that it ended."""
     failure: RankFailed | None = None
@@ -202,7 +206,12 @@ class RayExecutor:
             self._seats.append(_Seat(rank, actor, self._context.socket(zmq.PAIR)))
         token = os.urandom(4).hex()
         opening = [
-            seat.actor.open.remote(replica_node=node, ipc=folder.socket(f"{token}-{seat.rank}"), replica_key=keys.public)
+            seat.actor.open.remote(
+                replica_node=node,
+                ipc=folder.socket(f"{token}-{seat.rank}"),
+                replica_key=keys.public,
+                silence_s=self._config.host_silence_s,
+            )
             for seat in self._seats
         ]
         try:
@@ -211,6 +220,9 @@ class RayExecutor:
             raise StartFailed(f"the worker processes did not start: {error}") from error
         for seat, place in zip(self._seats, places, strict=True):
             seat.place = place
+            if place.node != node:
+                seat.beats = keep_hearing(seat.socket, self._config.host_silence_s)
+                self._poller.register(seat.beats, zmq.POLLIN)
             reach(seat.socket, place.address, node=node, keys=keys)
             self._poller.register(seat.socket, zmq.POLLIN)
             if place.node == node:
@@ -279,7 +291,7 @@ class RayExecutor:
     def _listen(self) -> bool:
         """Take what the ranks have sent, waiting a little for it. Raises WorkersLost on a sign of loss."""
         heard = self._receive(POLL_MS)
-        if self._ended.is_set() or any(seat.failure for seat in self._seats):
+        if self._ended.is_set() or any(seat.failure or seat.silent for seat in self._seats):
             self._lose(None)
         return heard
 
@@ -292,6 +304,9 @@ class RayExecutor:
                 except ChannelError as error:  # whatever it meant to say, its steps can no longer be relied on
                     host = seat.place.host if seat.place else ""
                     seat.failure = seat.failure or RankFailed(seat.rank, host, self._last_step, str(error), traceback="")
+            if seat.beats is not None and seat.beats in ready:
+                seat.silent = True
+                self._poller.unregister(seat.beats)
         return bool(ready)
 
     def _take(self, seat: _Seat, message: object) -> None:
@@ -331,7 +346,8 @@ class RayExecutor:
         if culprit is None:
             raise WorkersLost(f"the ranks were lost{step}: {symptom}")
         said = culprit.failure
-        raise WorkersLost(
+        kind = HostUnreachable if cause == FarEnd.HOST_GONE.value else WorkersLost
+        raise kind(
             f"{culprit.name} was lost{step}: {cause}" + (f" ({symptom})" if symptom else ""),
             rank=culprit.rank,
             host=culprit.place.host if culprit.place else None,
@@ -339,10 +355,13 @@ class RayExecutor:
         )
 
     def _blame(self) -> tuple[_Seat | None, str]:
-        """A rank that ended without a word is the cause, one that raised may be its victim; then one that stands still."""
+        """A rank that ended, or fell silent, without a word is the cause, one that raised may be its victim; then one that stands still."""
         for seat in self._seats:
             if seat.ended and not seat.failure:
                 return seat, seat.ended
+        for seat in self._seats:
+            if seat.silent and not seat.failure and seat.place is not None and seat.place.address.tcp is not None:
+                return seat, knock(seat.place.address.tcp, KNOCK_S).value
         raised = [seat for seat in self._seats if seat.failure]
         for seat in sorted(raised, key=lambda seat: _is_about_peers(seat.failure)):
             assert seat.failure is not None

@@ -86,6 +86,7 @@ class Health:
         self._generation = 0
         self._reason = "the ranks are starting"
         self._ranks_lost = False
+        self._lost_host: str | None = None
         self._since = clock()
         self._progress_at = clock()
 
@@ -101,6 +102,11 @@ class Health:
     def ranks_lost(self) -> bool:
         """Whether no token can come before the ranks are started anew."""
         return self._ranks_lost and self._state is State.RECOVERING
+
+    @property
+    def lost_host(self) -> str | None:
+        """The host that took the ranks with it; Ray may need long to find another place for them."""
+        return self._lost_host if self.ranks_lost else None
 
     @property
     def generation(self) -> int:
@@ -119,12 +125,13 @@ class Health:
         """Seconds since the last proof that all ranks work."""
         return self._clock() - self._progress_at
 
-    def lost(self, reason: str) -> int:
-        """The power to make tokens is gone. Returns the new generation."""
+    def lost(self, reason: str, *, host: str | None = None) -> int:
+        """The power to make tokens is gone, with ``host`` if one cannot be reached any more. Returns the new generation."""
         with self._lock:
             if self._state not in (State.FAILED, State.DRAINING):
                 self._become(State.RECOVERING, reason)
             self._ranks_lost = True
+            self._lost_host = host or self._lost_host
             self._generation += 1
             return self._generation
 
@@ -134,7 +141,7 @@ class Health:
             self._progress_at = self._clock()
             if generation != self._generation or self._state not in (State.STARTING, State.RECOVERING, State.READY):
                 return False
-            self._ranks_lost = False
+            self._ranks_lost, self._lost_host = False, None
             self._become(State.READY, "")
             return True
 

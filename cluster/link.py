@@ -13,6 +13,7 @@ from cluster.config import STARVED, RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, RequestAborted, SlowReader
 from cluster.expected_wait import Outlook
+from cluster.far_end import KNOCK_S, FarEnd, knock
 from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
 from cluster.prefix_index import PrefixIndex
 from cluster.wire import Wire, WireBroken, ZmqWire
@@ -23,13 +24,15 @@ from engine.request import Request
 class LinkLost(Exception):
     """The replica at the other end is gone, or does not answer."""
 
-    def __init__(self, replica_id: str, message: str, *, reason: str, died: bool = False) -> None:
+    def __init__(self, replica_id: str, message: str, *, reason: str, died: bool = False, host: str | None = None) -> None:
         super().__init__(f"replica {replica_id}: {message}")
         self.replica_id = replica_id
         self.reason = reason
         """In one word, for counters."""
         self.died = died
         """Whether the replica's death may have to do with what it ran."""
+        self.host = host
+        """The host that cannot be reached any more, where that is the reason."""
 
 
 class StreamBuffer:
@@ -92,6 +95,7 @@ class ReplicaLink:
         wire: Wire | None = None,
     ) -> None:
         self.record = record
+        self._node = node
         self._config, self._clock = config, clock
         self._streams: dict[tuple[str, int, int], StreamBuffer] = {}
         self._by_number: dict[int, StreamBuffer] = {}
@@ -124,6 +128,11 @@ class ReplicaLink:
     def ranks_lost(self) -> bool:
         """Whether the replica said that its ranks have to be started anew."""
         return self._pong is not None and self._pong.ranks_lost
+
+    @property
+    def lost_host(self) -> str | None:
+        """The host that took the replica's ranks with it, as the replica said."""
+        return self._pong.lost_host if self._pong is not None else None
 
     @property
     def load(self) -> int:
@@ -243,8 +252,16 @@ class ReplicaLink:
                 self._send(Follow(wanted=True))
             await asyncio.sleep(self._config.ping_s)
             if self._clock() - self._heard > self._config.replica_silence_s:
-                self._lose(f"silent for {self._config.replica_silence_s:g} s", reason="silent")
+                self._lose(f"silent for {self._config.replica_silence_s:g} s", reason="silent", host=await self._unreachable_host())
             self._leave_stalled()
+
+    async def _unreachable_host(self) -> str | None:
+        """The replica's host, if it is another one and does not even refuse a connection."""
+        address = self.record.address
+        if address.node == self._node or address.tcp is None:
+            return None
+        gone = await asyncio.to_thread(knock, address.tcp, KNOCK_S) is FarEnd.HOST_GONE
+        return (self.record.host or None) if gone else None
 
     def _leave_stalled(self) -> None:
         """A stream without tokens is stalled if nobody else of this front gets any, or after a much longer time."""
@@ -256,18 +273,20 @@ class ReplicaLink:
                 buffer.fail(LinkLost(self.id, f"no token for {waited_s:.1f} s", reason="stalled"))
 
     def release(self) -> None:
-        """Have all streams end as lost, because there is a better place for them."""
+        """Have all streams end as lost, because there is a better place for them, or because of a host there will hardly be one here."""
+        host = self.lost_host
+        message = "its ranks are being started anew" + (f", as host {host} cannot be reached any more" if host else "")
         for buffer in self._streams.values():
-            buffer.fail(LinkLost(self.id, "its ranks are being started anew", reason="ranks_lost"))
+            buffer.fail(LinkLost(self.id, message, reason="host_lost" if host else "ranks_lost", host=host))
 
     async def _watch_connection(self) -> None:
         """A killed process closes its sockets: seen here long before its silence is."""
         await self._wire.closed()
         self._lose("its connection was closed", reason="disconnected", died=True)
 
-    def _lose(self, message: str, *, reason: str, died: bool = False) -> None:
+    def _lose(self, message: str, *, reason: str, died: bool = False, host: str | None = None) -> None:
         if self._lost is None:
-            self._lost = LinkLost(self.id, message, reason=reason, died=died)
+            self._lost = LinkLost(self.id, message, reason=reason, died=died, host=host)
             for buffer in self._streams.values():
                 buffer.fail(self._lost)
 

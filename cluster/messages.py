@@ -81,6 +81,8 @@ class Pong:
     """See `engine.step_cost.StepCost`."""
     ranks_lost: bool = False
     """Nothing will come before its ranks have been started anew."""
+    lost_host: str | None = None
+    """The host that took its ranks with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from cluster.canary import Canary
 from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import Load, RankPlace, ReplicaRecord, Reporter
-from cluster.errors import RecoveryGivenUp, StartFailed
+from cluster.errors import HostUnreachable, RecoveryGivenUp, StartFailed
 from cluster.executor import Ground, RayExecutor
 from cluster.health import Health, StartProgressBoard, State, StepWatch
 from cluster.intake import Intake
@@ -210,7 +210,7 @@ class Replica:
     def _recover(self, loss: WorkersLost) -> Executor:
         """The engine's way out of a loss; it waits here, and so do the clients."""
         assert self._executor is not None
-        self.health.lost(str(loss))
+        self.health.lost(str(loss), host=loss.host if isinstance(loss, HostUnreachable) else None)
         self._intake.wake()
         executor = self.recovery.restore(self._executor, loss)
         self._canary.send()
@@ -271,6 +271,7 @@ class Replica:
             step_base_s=stats.step_base_s,
             step_token_s=stats.step_token_s,
             ranks_lost=self.health.ranks_lost,
+            lost_host=self.health.lost_host,
         )
 
     def _is_idle(self) -> bool:

@@ -160,6 +160,8 @@ class History:
         self.deaths = 0
         self.losses = request.losses
         """Replicas and workers that were lost while they computed it."""
+        self.lost_host: str | None = None
+        """Where the last loss was that of a host."""
 
     def told(self, losses: int) -> None:
         """An engine said how often workers were lost over it, those of earlier attempts included."""
@@ -169,3 +171,4 @@ class History:
         self.lost_by.append(loss.replica_id)
         self.deaths += loss.died
         self.losses += loss.died
+        self.lost_host = loss.host

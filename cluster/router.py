@@ -17,11 +17,11 @@ from typing import Protocol, TypeVar
 
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
-from cluster.errors import NoReplicaReady, RequestAborted
+from cluster.errors import HostLost, NoReplicaReady, RequestAborted
 from cluster.expected_wait import WaitingPlace
 from cluster.health import State
 from cluster.link import LinkLost
-from cluster.resume import Resumes
+from cluster.resume import History, Resumes
 from cluster.waiting_room import WaitingRoom
 from engine.places import mark
 from engine.plan import TokenEvent
@@ -82,6 +82,8 @@ class Link(Candidate, Protocol):
     def lost(self) -> bool: ...
     @property
     def ranks_lost(self) -> bool: ...
+    @property
+    def lost_host(self) -> str | None: ...
     def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]: ...
     def abort(self, request_id: str) -> int: ...
     def release(self) -> None: ...
@@ -162,7 +164,7 @@ class Router:
         Errors of the request itself come as its last event (`TokenEvent.error_kind`).
 
         Raises:
-            NoReplicaReady: none became ready in time.
+            NoReplicaReady: none became ready in time; HostLost, where that is because a host cannot be reached any more.
             ReplicaLost, ResumesExhausted: its attempts, or those of all requests together, are used up.
             PoisonedRequest: the request was present at two deaths of replicas, now or a while ago.
             SlowReader: the reader let too many tokens wait.
@@ -175,7 +177,7 @@ class Router:
         held_s, sent = 0.0, self._clock()
         for attempt in itertools.count(request.attempt):
             before = self._clock()
-            link = await self._choose(request, history.lost_by)
+            link = await self._choose(request, history)
             sent = self._clock()
             held_s += sent - before
             mark(4, request.id)
@@ -206,11 +208,15 @@ class Router:
             except LinkLost as loss:
                 self.resumes.allow(history, loss, len(committed))
 
-    async def _choose(self, request: Request, lost_by: Sequence[str]) -> Link:
+    async def _choose(self, request: Request, history: History) -> Link:
         """A ready replica, waited for if there is none; one that has just lost the request only if there is no other."""
         self._choosing[request.id] += 1
         try:
-            return await self._wait_for_ready(request, lost_by)
+            return await self._wait_for_ready(request, history.lost_by)
+        except NoReplicaReady as error:
+            if history.lost_host is None:
+                raise
+            raise HostLost(host=history.lost_host, waited_s=error.waited_s) from error
         finally:
             self._choosing[request.id] -= 1
             if not self._choosing[request.id]:
@@ -264,10 +270,12 @@ class Router:
                 self._unreachable.pop(record.id, None)
 
     def _leave_lost_ranks(self) -> None:
-        """A replica restores its ranks by itself, but another that is ready goes on with its streams sooner."""
+        """A replica restores its ranks by itself, but another that is ready goes on with its streams sooner. One that lost a host
+        can do nothing before Ray has found it another, so its streams wait here, where the limit is `ready_wait_s`."""
         lost = [link for link in self._links.values() if link.ranks_lost]
-        if lost and self.ready():
-            for link in lost:
+        is_ready = bool(lost) and self.ready()
+        for link in lost:
+            if is_ready or link.lost_host is not None:
                 link.release()
 
     def _note_unreachable(self, record: ReplicaRecord, reason: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket as sockets
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -17,6 +18,7 @@ from cluster.channel import Address, KeyGuard, listen, new_keys
 from cluster.doctor.facts import Need
 from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, examine_rank
+from cluster.far_end import Watchman, keep_hearing
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from engine.config import EngineConfig
 from engine.executor import Capacity
@@ -131,10 +133,14 @@ class Worker:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._guard: KeyGuard | None = None
+        self._watchman: Watchman | None = None
         self._step: int | None = None
 
-    def open(self, *, replica_node: str, ipc: str, replica_key: bytes) -> Place:
-        """Listen: on ``ipc`` if the replica is on this host, else on this node's address for the holder of ``replica_key``."""
+    def open(self, *, replica_node: str, ipc: str, replica_key: bytes, silence_s: float) -> Place:
+        """Listen: on ``ipc`` if the replica is on this host, else on this node's address for the holder of ``replica_key``.
+
+        A rank that cannot hear a replica of another host for ``silence_s`` ends: nobody else can end it then.
+        """
         ip = ray.util.get_node_ip_address()
         node = ray.get_runtime_context().get_node_id()
         keys = new_keys()
@@ -142,6 +148,7 @@ class Worker:
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyGuard(self._context, {replica_key})
+            self._watchman = Watchman(keep_hearing(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
         return Place(
             rank=self.rank,
@@ -169,8 +176,9 @@ class Worker:
             self._send(RankFailed(self.rank, host, self._step, message, traceback.format_exc()))
             raise
         finally:
-            if self._guard is not None:
-                self._guard.close()
+            for helper in (self._watchman, self._guard):
+                if helper is not None:
+                    helper.close()
             self._context.destroy(linger=2000)
 
     def _serve(self, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
@@ -192,8 +200,15 @@ class Worker:
                 deadline_s = deadlines.step_s
                 if result is not None:
                     self._send(result)
+            if self._watchman is not None:
+                self._watchman.rest()
             _die_after(deadlines.step_s)
         _die_after(0)
+
+    def _end(self) -> None:
+        """The replica is gone, or its host is. What this rank would wait for in native code never comes, so it is not waited for."""
+        print(f"rank {self.rank} ends: its replica cannot be heard any more", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _send(self, message: StepResult | RankProgress | RankReady | RankFailed) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)

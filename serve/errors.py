@@ -11,6 +11,8 @@ import cluster.errors
 import engine.errors
 from cluster.errors import (
     ChannelError,
+    HostLost,
+    HostUnreachable,
     NoReplicaReady,
     RecoveryGivenUp,
     ReplicaLost,
@@ -187,6 +189,8 @@ WIRE: dict[type[BaseException], Wire] = {
     PoisonedRequest: Wire(http=500, grpc="ABORTED", code="poisoned_request"),
     EngineStopped: _unavailable("the engine was stopped before the answer was complete; try again"),
     WorkersLost: _unavailable(LOST),
+    HostUnreachable: _unavailable(LOST),
+    HostLost: _unavailable(code="host_lost"),  # the one that names a host: whoever runs the server has to look there
     ReplicaLost: _unavailable(LOST),
     ResumesExhausted: _unavailable(),
     NoReplicaReady: _unavailable(),

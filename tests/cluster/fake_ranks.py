@@ -18,6 +18,11 @@ RAISE, SPIN, SLEEP = 666, 667, 668
 """Rank 1 raises while the others wait for it; all ranks wait inside native code with the interpreter locked; all sleep for ever."""
 
 
+def hang_in_native_code(seconds: int) -> None:
+    """PyDLL keeps the interpreter lock: no Python thread and no signal handler runs."""
+    ctypes.PyDLL(None).sleep(seconds)
+
+
 @dataclass(frozen=True)
 class Progress:
     phase: str
@@ -37,7 +42,7 @@ class FakeRank:
         if RAISE in tokens and self.rank == 1:
             raise ArithmeticError("rank one cannot count")
         if SPIN in tokens:
-            ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter lock: no Python thread and no signal handler runs
+            hang_in_native_code(3600)
         if SLEEP in tokens or RAISE in tokens:  # as a collective waits for a peer that does not come
             time.sleep(3600)
         at = self.topology.coordinates(self.rank)

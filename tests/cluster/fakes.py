@@ -34,6 +34,7 @@ class FakeLink:
     ready: bool = True
     lost: bool = False
     ranks_lost: bool = False
+    lost_host: str | None = None
     released: int = 0
     load: int = 0
     lost_at: list[int] = field(default_factory=list)
@@ -62,7 +63,7 @@ class FakeLink:
                 if position == dies_at:
                     ended = True
                     self.ready = self.stays
-                    raise LinkLost(self.id, "killed", reason="disconnected", died=True)
+                    raise LinkLost(self.id, "killed", reason="disconnected", died=self.lost_host is None, host=self.lost_host)
                 if position in self.wrong:
                     yield self.wrong.pop(position)
                 if position in self.error_at:

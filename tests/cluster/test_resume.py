@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from cluster.config import RouterConfig
-from cluster.errors import ReplicaLost, ResumesExhausted
+from cluster.errors import HostLost, ReplicaLost, ResumesExhausted
 from cluster.health import StepWatch
 from cluster.link import LinkLost
 from cluster.resume import MAX_QUARANTINED, Quarantine, ResumeBudget, Resumes
@@ -153,6 +153,17 @@ async def test_streams_leave_a_replica_without_ranks_only_where_another_is_ready
         other.ready = True
         router._leave_lost_ranks()
         assert (without.released, other.released) == (1, 0)
+
+
+async def test_streams_leave_a_replica_that_lost_a_host_at_once_and_are_told_its_name_if_there_is_no_other() -> None:
+    link = FakeLink(record("a"), ready=False, ranks_lost=True, lost_host="gpu-7")
+    async with routed(link) as router:
+        router._leave_lost_ranks()
+        assert link.released == 1
+    flaky = FakeLink(record("a"), lost_at=[1], lost_host="gpu-7", stays=False)
+    async with routed(flaky, ready_wait_s=0.2) as router:
+        with pytest.raises(HostLost, match="host gpu-7,"):
+            await collect(router)
 
 
 def test_an_engine_at_work_is_doubted_after_a_time_that_fits_its_steps() -> None:

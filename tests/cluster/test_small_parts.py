@@ -93,6 +93,16 @@ def test_a_canary_from_before_a_loss_proves_nothing() -> None:
     assert health.canary_passed(after)
 
 
+def test_a_host_that_took_the_ranks_with_it_is_named_until_they_are_back() -> None:
+    health = Health()
+    health.lost("rank 1 on gpu-7 was lost", host="gpu-7")
+    health.lost("a rank ended")
+    assert health.lost_host == "gpu-7"
+    assert health.canary_passed(health.generation)
+    health.lost("rank 1 died")
+    assert health.lost_host is None
+
+
 def test_a_failed_replica_never_becomes_ready_again() -> None:
     health = Health()
     health.failed("gave up")
