@@ -71,6 +71,10 @@ class Choice:
             return self._told(text, finish_reason="stop", stop_reason=matched)
         return self._told(text, finish_reason=event.finish_reason, stop_reason=stop_token)
 
+    def leave_untold(self) -> None:
+        """Whoever reads has the tokens whose text is held back."""
+        self._untold, self._echo = [], ""
+
     def _take(self, event: TokenEvent) -> tuple[str, str | None]:
         """Text up to the first stop string and that string. Tokens behind it are no part of the answer."""
         shown = ""

@@ -34,6 +34,7 @@ from serve.grpc.admin import AdminServicer
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
+from serve.idempotency import OncePerKey
 from serve.logs import configure
 from serve.measuring import Measuring
 from serve.metrics import Instruments, Snapshot
@@ -131,7 +132,7 @@ class _Front:
         self._catalog = Catalog([await self._offer(app, model, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
-        self._doors = Doors(self._catalog)
+        self._doors = Doors(OncePerKey(self._catalog))
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # beside the first requests, not before them
         self._grpc = MantaServicer(self._doors, door=self._door)
         self._admin = AdminServicer(self._doors, self._routers, door=self._door)

@@ -3,21 +3,19 @@
 While it is closed the server is not ready, so load balancers send elsewhere; what is inside goes on to its end.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from serve.errors import Draining
-from serve.limits import Limits
-from serve.model_facts import ModelFacts
-from serve.offers import Offers
-from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, TokenizeRequest
+from serve.offers import Offers, Passing
+from serve.request import ChatRequest, CompletionRequest, Result, TextEvent
 
 
-class Doors:
+class Doors(Passing):
     """What both fronts ask, as long as it is open."""
 
     def __init__(self, inside: Offers) -> None:
-        self._inside = inside
+        super().__init__(inside)
         self.draining = False
         self.num_open = 0
         """Requests that are being answered."""
@@ -46,29 +44,10 @@ class Doors:
             return await self._inside.collect(request)
 
     def ready(self) -> bool:
-        return not self.draining and self._inside.ready()
+        return not self.draining and super().ready()
 
     def readiness(self) -> Mapping[str, bool]:
-        return {name: ready and not self.draining for name, ready in self._inside.readiness().items()}
-
-    @property
-    def limits(self) -> Limits:
-        return self._inside.limits
-
-    async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
-        return await self._inside.tokenize(request)
-
-    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        return await self._inside.detokenize(model, ids)
-
-    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
-        return self._inside.token_texts(model, ids)
-
-    def models(self) -> tuple[ModelFacts, ...]:
-        return self._inside.models()
-
-    def model(self, name: str) -> ModelFacts:
-        return self._inside.model(name)
+        return {name: ready and not self.draining for name, ready in super().readiness().items()}
 
     @contextmanager
     def _entered(self) -> Iterator[None]:

@@ -100,6 +100,13 @@ class UnsupportedMediaType(ServeError):
     """The body is not what its Content-Type must say."""
 
 
+class TakenOver(ServeError):
+    """Its client asked for the rest of the answer in another call."""
+
+    def __init__(self) -> None:
+        super().__init__("the same idempotency key came again and asked for the rest of this answer, which goes there")
+
+
 class Draining(ServeError):
     """Somebody had this server take no new requests; what runs goes on."""
 
@@ -174,6 +181,7 @@ WIRE: dict[type[BaseException], Wire] = {
     UnsupportedMediaType: _bad("unsupported_media_type", http=415),
     NotReady: _unavailable(code="not_ready"),
     Draining: _unavailable(code="draining"),
+    TakenOver: Wire(http=409, grpc="ABORTED", code="taken_over", type="invalid_request_error"),
     RequestAborted: Wire(http=410, grpc="ABORTED", code="request_aborted", type="invalid_request_error"),
     NotAuthenticated: _bad("invalid_api_key", http=401, grpc="UNAUTHENTICATED"),
     NotAllowed: _bad("insufficient_scope", http=403, grpc="PERMISSION_DENIED"),

@@ -1,4 +1,4 @@
-"""What both fronts ask: a `Service` for one model, a `Catalog` for several, `Doors` before either."""
+"""What both fronts ask: a `Service` for one model, a `Catalog` for several, `Doors` and `OncePerKey` before either."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
@@ -23,3 +23,35 @@ class Offers(Protocol):
     def model(self, name: str) -> ModelFacts: ...
     def ready(self) -> bool: ...
     def readiness(self) -> Mapping[str, bool]: ...
+
+
+class Passing:
+    """Stands before what offers models, and passes on to it whatever is no request for an answer."""
+
+    def __init__(self, inside: Offers) -> None:
+        self._inside = inside
+
+    def ready(self) -> bool:
+        return self._inside.ready()
+
+    def readiness(self) -> Mapping[str, bool]:
+        return self._inside.readiness()
+
+    @property
+    def limits(self) -> Limits:
+        return self._inside.limits
+
+    async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
+        return await self._inside.tokenize(request)
+
+    async def detokenize(self, model: str, ids: Sequence[int]) -> str:
+        return await self._inside.detokenize(model, ids)
+
+    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
+        return self._inside.token_texts(model, ids)
+
+    def models(self) -> tuple[ModelFacts, ...]:
+        return self._inside.models()
+
+    def model(self, name: str) -> ModelFacts:
+        return self._inside.model(name)

@@ -94,6 +94,16 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoFar:
+    """What a client has of one choice already, when it asks for the rest of an answer whose stream broke."""
+
+    choice: int
+    tokens: tuple[int, ...]
+    finished: bool = False
+    """Nothing is left to send of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatRequest:
     request_id: str
     model: str
@@ -106,6 +116,10 @@ class ChatRequest:
     parallel_tool_calls: bool = True
     session: str = ""
     """See `serve.session`."""
+    idempotency_key: str = ""
+    """See `serve.idempotency`."""
+    so_far: tuple[SoFar, ...] = ()
+    """See `serve.resuming`."""
     priority: int = 0
     deadline_s: float | None = None
     """Unix time."""
@@ -126,6 +140,8 @@ class CompletionRequest:
     echo: bool = False
     """The answer's text begins with the prompt's, and its log-probabilities, if any, with those of the prompt."""
     session: str = ""
+    idempotency_key: str = ""
+    so_far: tuple[SoFar, ...] = ()
     priority: int = 0
     deadline_s: float | None = None
     arrived_s: float | None = None

@@ -18,6 +18,7 @@ from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 from serve.choice import Choice, ChoicePlan
+from serve.collecting import collected
 from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
 from serve.ledger import EngineTimes, Stopwatch
 from serve.limits import Limits
@@ -26,17 +27,14 @@ from serve.model_facts import ModelFacts
 from serve.observing import Observer, observed
 from serve.request import (
     ChatRequest,
-    ChoiceResult,
     CompletionRequest,
     Message,
     Result,
     TextEvent,
-    TextToken,
     TokenizeRequest,
-    ToolCall,
-    ToolCallDelta,
     Usage,
 )
+from serve.resuming import caught_up, had_of, unsaid
 from serve.structured.compiler import Compiles, GrammarCompilers
 from serve.structured.drafts import Draft, compiled, draft_of
 from serve.text.chat_template import ChatTemplate
@@ -173,14 +171,7 @@ class Service:
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
         """The whole answer at once. Raises as `chat`."""
         stream = self.chat(request) if isinstance(request, ChatRequest) else self.complete(request)
-        choices: dict[int, _Collected] = {}
-        usage, ledger, held_s = Usage(prompt_tokens=0, completion_tokens=0), None, 0.0
-        async with aclosing(stream) as events:
-            async for event in events:
-                choices.setdefault(event.choice, _Collected()).add(event)
-                usage, ledger, held_s = event.usage or usage, event.ledger, max(held_s, event.held_s)
-        results = tuple(choices[index].result(index) for index in sorted(choices))
-        return Result(request_id=request.request_id, choices=results, usage=usage, held_s=held_s, ledger=ledger)
+        return await collected(stream, request.request_id)
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
         """The ids that the engine would get: of a text as a completion's prompt, of messages as a chat.
@@ -290,8 +281,13 @@ class Service:
         asked.stopwatch.submitted()
         choices = self._choices(asked)
         told = False
-        yielded = [_Yielded() for _ in choices]
-        async with aclosing(merged([self._stream(asked, choice) for choice in choices])) as events:
+        had = [had_of(asked.request, index) for index in range(len(choices))]
+        yielded = [_Yielded(num_tokens=len(one.tokens), finished=one.finished) for one in had]
+        running = [choice for choice, one in zip(choices, had, strict=True) if not one.finished]
+        if not running:
+            yield TextEvent(choice=0, usage=_usage(asked, yielded))
+            return
+        async with aclosing(merged([self._stream(asked, choice) for choice in running])) as events:
             async for event, so_far in events:
                 if not told:
                     told = True
@@ -314,23 +310,30 @@ class Service:
                     min_tokens=options.min_tokens or 0,
                     eos_ids=frozenset(() if options.ignore_eos else self._model.defaults.eos_token_ids),
                     echo=asked.echoes[index // num_each],
-                    prompt=() if asked.sampling[index // num_each].prompt_logprobs is None else asked.prompts[index // num_each],
+                    prompt=self._told_prompt(asked, index, index // num_each),
                 ),
                 tokenizer=self._tokenizer,
             )
             for index in range(len(asked.prompts) * num_each)
         ]
 
+    def _told_prompt(self, asked: _Asked, choice: int, prompt: int) -> tuple[int, ...]:
+        """The prompt's tokens, if their log-probabilities are wanted and have not been told; they come with the first token."""
+        wanted = asked.sampling[prompt].prompt_logprobs is not None and not had_of(asked.request, choice).tokens
+        return asked.prompts[prompt] if wanted else ()
+
     async def _stream(self, asked: _Asked, choice: Choice) -> AsyncGenerator[tuple[TextEvent, _Yielded], None]:
         """One choice from the engine, cancelled there as soon as nobody wants more of it.
 
         Each event comes with the choice's counts at that event: the choice itself may be further by the time it is yielded.
         """
+        had, sampling = had_of(asked.request, choice.plan.index), asked.sampling[choice.plan.prompt_index]
         request = Request(
             id=asked.request.request_id,
             choice=choice.plan.index,
             prompt=asked.prompts[choice.plan.prompt_index],
-            sampling=asked.sampling[choice.plan.prompt_index],
+            committed=had.tokens,
+            sampling=dataclasses.replace(sampling, prompt_logprobs=None) if had.tokens else sampling,
             salt=asked.request.caller.salt,
             session=asked.request.session,
             tenant=asked.request.caller.id,
@@ -340,6 +343,9 @@ class Service:
         )
         times, held_s = EngineTimes(), 0.0
         reading = asked.toolbox.reading(choice.plan.index) if asked.toolbox else None
+        if (end := caught_up(choice, reading, request.id, had)) is not None:
+            yield end, _Yielded(num_tokens=choice.num_tokens, finished=True)
+            return
         async with aclosing(self._source.stream(request)) as stream:
             while (event := await self._next(stream, request.deadline_s)) is not None:
                 times.take(event)
@@ -347,6 +353,7 @@ class Service:
                 with asked.stopwatch.detokenising():
                     text = choice.apply(event)
                     text = reading.read(text) if reading and text is not None else text
+                    text = text and unsaid(text, choice, had)
                 if text is not None:
                     if held_s:
                         text, held_s = dataclasses.replace(text, held_s=held_s), 0.0
@@ -379,37 +386,3 @@ def _usage(asked: _Asked, choices: Sequence[_Yielded]) -> Usage:
         completion_tokens=sum(choice.num_tokens for choice in choices),
         cached_tokens=sum(choice.num_cached for choice in choices[::num_each]),
     )
-
-
-class _Collected:
-    """One choice's events added up."""
-
-    def __init__(self) -> None:
-        self._text: list[str] = []
-        self._tokens: list[TextToken] = []
-        self._prompt_tokens: tuple[TextToken, ...] = ()
-        self._calls: dict[int, ToolCallDelta] = {}
-        self._end: TextEvent | None = None
-
-    def add(self, event: TextEvent) -> None:
-        self._text.append(event.text)
-        self._tokens += event.tokens
-        self._prompt_tokens += event.prompt_tokens
-        for call in event.tool_calls:
-            known = self._calls.get(call.index)
-            self._calls[call.index] = call if known is None else known.with_more(call.arguments)
-        if event.finish_reason is not None:
-            self._end = event
-
-    def result(self, index: int) -> ChoiceResult:
-        if self._end is None or self._end.finish_reason is None:
-            raise EngineStopped("a choice has no end")
-        return ChoiceResult(
-            choice=index,
-            text="".join(self._text),
-            tokens=tuple(self._tokens),
-            prompt_tokens=self._prompt_tokens,
-            finish_reason=self._end.finish_reason,
-            stop_reason=self._end.stop_reason,
-            tool_calls=tuple(ToolCall(id=call.id or "", name=call.name or "", arguments=call.arguments) for call in self._calls.values()),
-        )

@@ -14,6 +14,7 @@ from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, Message, Options, TokenizeRequest
+from serve.resuming import check_so_far
 from serve.tools.validation import check_conversation, check_tools
 
 N = TypeVar("N", int, float)
@@ -38,6 +39,7 @@ class Validator:
         self._messages(request.messages)
         check_tools(request, self.limits)
         self._options(request.options, logprobs_param="top_logprobs", least_tokens=1)
+        check_so_far(request.so_far, num_choices=request.options.n or 1, vocabulary=self.model.num_real_tokens)
 
     def completion(self, request: CompletionRequest) -> None:
         """Everything that can be said before the prompts are tokens."""
@@ -53,6 +55,8 @@ class Validator:
             raise InvalidRequest(f"prompts times n must be at most {self.limits.total_choices}", param="n")
         if request.options.max_tokens == 0 and not request.echo:
             raise InvalidRequest("max_tokens must be at least 1, or 0 with echo, where the prompt alone is wanted", param="max_tokens")
+        num_choices = len(request.prompts) * (request.options.n or 1)
+        check_so_far(request.so_far, num_choices=num_choices, vocabulary=self.model.num_real_tokens)
 
     def prompt_logprobs(self, request: CompletionRequest, num_prompt_tokens: int) -> int | None:
         """How many alternatives are wanted at each place of the prompts, which have so many tokens together; None: nothing is."""

@@ -59,7 +59,7 @@ async def test_a_chat_is_answered(twin: Twin, client, script: Script) -> None:
     assert answer.choices[0].stop_reason is None
     assert isinstance(answer.raw, service_pb2.ChatResponse)
     (request,) = script.requests("Chat")
-    assert request.options == messages_pb2.Options(temperature=0, max_tokens=4)
+    assert request.options == messages_pb2.Options(temperature=0, max_tokens=4, seed=request.options.seed)
 
 
 async def test_a_prompt_is_gone_on_with(twin: Twin, client) -> None:
@@ -193,19 +193,23 @@ async def test_a_first_event_that_is_a_passing_error_is_tried_again(twin: Twin, 
     assert len(script.requests("ChatStream")) == 2
 
 
-async def test_after_the_first_token_nothing_is_tried_again(twin: Twin, client, script: Script) -> None:
+async def test_without_retries_a_stream_that_broke_is_not_gone_on_with(twin: Twin, endpoint: str, script: Script) -> None:
     script.events = [*whole_answer()[:2], {"error": messages_pb2.Error(code=14, reason="UNAVAILABLE", message="lost")}]
+    client = twin(endpoint, max_retries=0)
     stream = client.chat.stream(messages=MESSAGES)
     with pytest.raises(Unavailable, match="lost"):
         await twin.list(stream)
     assert stream.text == "The sky"
     assert len(script.requests("ChatStream")) == 1
+    await twin.get(client.close)
 
 
-async def test_a_stream_that_ends_without_its_end_is_broken(twin: Twin, client, script: Script) -> None:
+async def test_a_stream_that_ends_without_its_end_is_broken(twin: Twin, endpoint: str, script: Script) -> None:
     script.events = whole_answer()[:3]
+    client = twin(endpoint, max_retries=0)
     with pytest.raises(StreamBroken):
         await twin.list(client.chat.stream(messages=MESSAGES))
+    await twin.get(client.close)
 
 
 async def test_a_timeout_ends_the_call_at_both_sides(twin: Twin, client, script: Script) -> None:
@@ -232,7 +236,9 @@ async def test_the_key_is_shown_with_every_call(twin: Twin, endpoint: str, scrip
     assert "secret" not in repr(client)
 
 
-@pytest.mark.parametrize("name", ["chat.Chat", "completions.Completions", "models.Models", "stream.Stream", "client.Client"])
+@pytest.mark.parametrize(
+    "name", ["chat.Chat", "completions.Completions", "models.Models", "tokens.Tokens", "admin.Admin", "stream.Stream", "client.Client"]
+)
 def test_the_twins_offer_the_same(name: str) -> None:
     def offer(kind: type) -> dict[str, list[str]]:
         public = {key: value for key, value in vars(kind).items() if inspect.isfunction(value) and not key.startswith("_")}

@@ -35,10 +35,29 @@ def test_the_servers_time_is_never_undercut() -> None:
     assert attempts(chance=1.0).pause_s(busy) == 2.5
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED])
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED])
 def test_what_would_fail_again_is_not_tried_again(code: grpc.StatusCode) -> None:
     with pytest.raises(CallFailed):
         attempts().pause_s(failure(code))
+
+
+def test_a_fault_of_the_server_itself_is_not_tried_again_one_of_the_way_to_it_is() -> None:
+    with pytest.raises(CallFailed):
+        attempts().pause_s(CallFailed("no", code=grpc.StatusCode.INTERNAL, reason="internal_error"))
+    assert attempts().pause_s(failure(grpc.StatusCode.INTERNAL)) == 0.5
+
+
+def test_once_a_stream_has_begun_tries_are_counted_from_its_last_progress() -> None:
+    unavailable = failure(grpc.StatusCode.UNAVAILABLE)
+    tries = attempts(RetryPolicy(max_retries=1, max_resumes=3))
+    tries.pause_s(unavailable)
+    tries.progressed()
+    for _ in range(3):
+        tries.pause_s(unavailable)
+    with pytest.raises(CallFailed):
+        tries.pause_s(unavailable)
+    tries.progressed()
+    tries.pause_s(unavailable)
 
 
 def test_a_used_up_quota_without_a_time_is_not_tried_again() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from serve.grpc.generated import messages_pb2, service_pb2
 from serve.model_facts import ModelFacts
-from serve.request import ChoiceResult, Result, TextEvent, TextToken, Usage
+from serve.request import ChoiceResult, Result, SoFar, TextEvent, TextToken, Usage
 
 FINISH_REASONS = {
     "stop": messages_pb2.FINISH_REASON_STOP,
@@ -46,8 +46,9 @@ def model_message(facts: ModelFacts) -> messages_pb2.Model:
 class StreamWriter:
     """The stream of one request: counts each choice's tokens, so that deltas say their place and finishes their total."""
 
-    def __init__(self) -> None:
-        self._num_tokens: Counter[int] = Counter()
+    def __init__(self, so_far: Iterable[SoFar] = ()) -> None:
+        """``so_far``: what the client has already."""
+        self._num_tokens: Counter[int] = Counter({had.choice: len(had.tokens) for had in so_far})
 
     def events(self, event: TextEvent) -> Iterator[dict[str, object]]:
         """One field of the response's `event` at a time, by name: delta, finish, usage, whichever there are."""

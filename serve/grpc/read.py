@@ -1,8 +1,21 @@
 """Step 1 of a request over gRPC: from protobuf to what the service takes. Values are judged there, for both fronts."""
 
+from collections.abc import Iterable
+
 from serve.errors import InvalidRequest
 from serve.grpc.generated import messages_pb2, service_pb2
-from serve.request import NO_PARAMETERS, ChatRequest, CompletionRequest, Message, Options, ResponseFormat, TokenizeRequest, Tool, ToolCall
+from serve.request import (
+    NO_PARAMETERS,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Options,
+    ResponseFormat,
+    SoFar,
+    TokenizeRequest,
+    Tool,
+    ToolCall,
+)
 
 SAID_OR_NOT = (
     "temperature",
@@ -70,6 +83,10 @@ def tokenize_request(message: service_pb2.TokenizeRequest) -> TokenizeRequest:
         input=message.text if kind == "text" else conversation,
         add_special_tokens=message.add_special_tokens if message.HasField("add_special_tokens") else True,
     )
+
+
+def so_far(messages: Iterable[messages_pb2.SoFar]) -> tuple[SoFar, ...]:
+    return tuple(SoFar(choice=one.index, tokens=tuple(one.token_ids), finished=one.finished) for one in messages)
 
 
 def options(message: messages_pb2.Options) -> Options:

@@ -8,7 +8,7 @@ request at its source.
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -23,8 +23,9 @@ from serve.grpc.authorise import Admits, caller_of
 from serve.grpc.errors import CallContext, refuse
 from serve.grpc.generated import service_pb2, service_pb2_grpc
 from serve.grpc.ledger import tell_ledger
+from serve.idempotency import KEY, key_of
 from serve.offers import Offers
-from serve.request import ChatRequest, CompletionRequest, TextEvent
+from serve.request import ChatRequest, CompletionRequest, SoFar, TextEvent
 from serve.session import SESSION, session_of
 from serve.trace_context import trace_of
 
@@ -54,9 +55,12 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         request_id = _take("chatcmpl")
 
         def begin() -> AsyncGenerator[TextEvent, None]:
-            return self._service.chat(self._chat_request(request.request, request_id, context))
+            asked = self._chat_request(request.request, request_id, context)
+            return self._service.chat(dataclasses.replace(asked, so_far=so_far))
 
-        async with aclosing(_stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id)) as responses:
+        so_far = read.so_far(request.so_far)
+        stream = _stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id, so_far)
+        async with aclosing(stream) as responses:
             async for response in responses:
                 yield response
 
@@ -78,9 +82,12 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         request_id = _take("cmpl")
 
         def begin() -> AsyncGenerator[TextEvent, None]:
-            return self._service.complete(self._completion_request(request.request, request_id, context))
+            asked = self._completion_request(request.request, request_id, context)
+            return self._service.complete(dataclasses.replace(asked, so_far=so_far))
 
-        async with aclosing(_stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id)) as responses:
+        so_far = read.so_far(request.so_far)
+        stream = _stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id, so_far)
+        async with aclosing(stream) as responses:
             async for response in responses:
                 yield response
 
@@ -120,12 +127,16 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
         request = read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
-        return dataclasses.replace(request, caller=caller, trace=trace_of(context.invocation_metadata() or ()))
+        return dataclasses.replace(
+            request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
+        )
 
     def _completion_request(self, message: service_pb2.GenerateRequest, request_id: str, context: CallContext) -> CompletionRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
         request = read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
-        return dataclasses.replace(request, caller=caller, trace=trace_of(context.invocation_metadata() or ()))
+        return dataclasses.replace(
+            request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
+        )
 
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""
@@ -141,14 +152,21 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             raise RequestTooLarge(limit_bytes=limit_bytes)
 
     def _session(self, context: CallContext) -> str:
-        metadata = {key: value for key, value in context.invocation_metadata() or () if key == SESSION}
-        return session_of(metadata.get(SESSION), None, self._service.limits)
+        return session_of(_said(context, SESSION), None, self._service.limits)
+
+    def _key(self, context: CallContext) -> str:
+        return key_of(_said(context, KEY), self._service.limits)
 
     def _deadline_s(self, context: CallContext) -> float | None:
         """Unix time of the client's deadline. Ray Serve's context does not know it: there only the cancel tells."""
         time_remaining = getattr(context, "time_remaining", None)
         remaining_s = time_remaining() if time_remaining else None
         return None if remaining_s is None else self._clock() + remaining_s
+
+
+def _said(context: CallContext, name: str) -> str | None:
+    """What the client's metadata say under a name."""
+    return {key: value for key, value in context.invocation_metadata() or () if key == name}.get(name)
 
 
 def _take(kind: str) -> str:
@@ -170,9 +188,13 @@ async def answer_or_refuse(
 
 
 async def _stream_or_refuse(
-    begin: Callable[[], AsyncGenerator[TextEvent, None]], response: type[StreamResponse], context: CallContext, request_id: str
+    begin: Callable[[], AsyncGenerator[TextEvent, None]],
+    response: type[StreamResponse],
+    context: CallContext,
+    request_id: str,
+    so_far: Sequence[SoFar],
 ) -> AsyncGenerator[StreamResponse, None]:
-    writer, told, held_s = convert.StreamWriter(), False, 0.0
+    writer, told, held_s = convert.StreamWriter(so_far), False, 0.0
     try:
         async with aclosing(begin()) as events:
             async for event in events:

@@ -17,6 +17,7 @@ from serve.http.body import read_json_object
 from serve.http.boundary import is_identifier
 from serve.http.headers import deadline_ms, priority, wants_ledger
 from serve.http.schema import SharedBody, ignored_fields, parse
+from serve.idempotency import KEY, key_of
 from serve.ledger import Ledger
 from serve.limits import Limits
 from serve.offers import Offers
@@ -65,6 +66,7 @@ class Front:
             model=body.model,
             arrived_s=arrived_s,
             session=session,
+            idempotency_key=key_of(request.headers.get(KEY), self.limits),
             caller=caller_of(request.scope),
             priority=body.priority if said is None else said,
             wants_ledger=wants_ledger(request.headers),
@@ -85,6 +87,7 @@ class Stamp:
     arrived_s: float
     """`time.monotonic` when its body began to be read."""
     session: str
+    idempotency_key: str
     caller: Caller
     priority: int | None
     deadline_s: float | None
@@ -102,6 +105,7 @@ class Stamp:
             request,
             arrived_s=self.arrived_s,
             session=self.session,
+            idempotency_key=self.idempotency_key,
             caller=self.caller,
             trace=self.trace,
             priority=request.priority if self.priority is None else self.priority,

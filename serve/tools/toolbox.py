@@ -55,7 +55,8 @@ class Toolbox:
 
     def reading(self, choice: int) -> "Reading":
         reads = bool(self._calls.tools) or self._continues
-        return Reading(self._protocol.reader(continues=self._continues and not self._calls.must) if reads else None, self._id, choice)
+        reader = self._protocol.reader(continues=self._continues and not self._calls.must) if reads else None
+        return Reading(reader, self._id, choice, only_calls=self._calls.must)
 
     @property
     def _continues(self) -> bool:
@@ -63,14 +64,16 @@ class Toolbox:
 
     @property
     def _id(self) -> str:
-        return self._request.request_id
+        """What the ids of calls are made of: a request that is sent again under its key gives the same."""
+        return self._request.idempotency_key or self._request.request_id
 
 
 class Reading:
     """One choice's text as content and calls."""
 
-    def __init__(self, reader: Reader | None, request_id: str, choice: int) -> None:
-        self._reader, self._request_id, self._choice = reader, request_id, choice
+    def __init__(self, reader: Reader | None, request_id: str, choice: int, *, only_calls: bool) -> None:
+        """``only_calls``: the grammar lets nothing but calls come."""
+        self._reader, self._request_id, self._choice, self._only_calls = reader, request_id, choice, only_calls
         self._num_calls = 0
         self._untold: tuple[TextToken, ...] = ()
 
@@ -78,15 +81,21 @@ class Reading:
         """The event with its text told apart; None if there is nothing to tell yet. Its tokens then come with the next one."""
         if self._reader is None:
             return event
-        pieces = self._reader.push(event.text) + (self._reader.flush() if event.finish_reason else [])
-        content = "".join(piece.content for piece in pieces)
+        pieces = self._reader.push(event.text)
         calls = _joined([self._named(piece.call) for piece in pieces if piece.call is not None])
+        if event.finish_reason and not self._only_calls and not self._num_calls:  # else what is held is a mark cut at its length
+            pieces += self._reader.flush()
+        content = "".join(piece.content for piece in pieces)
         reason = "tool_calls" if event.finish_reason == "stop" and self._num_calls else event.finish_reason
         self._untold += event.tokens
         if not content and not calls and reason is None:
             return None
         tokens, self._untold = self._untold, ()
         return replace(event, text=content, tool_calls=calls, tokens=tokens, finish_reason=reason)
+
+    def leave_untold(self) -> None:
+        """Whoever reads has the tokens whose text is held back."""
+        self._untold = ()
 
     def _named(self, call: ToolCallDelta) -> ToolCallDelta:
         """A call's id is a function of its place: whoever resumes a stream gives the same."""

@@ -14,6 +14,7 @@ from engine.run.settings import RunnerConfig
 from serve.doors import Doors
 from serve.grpc.server import start_server
 from serve.http.app import create_app
+from serve.idempotency import OncePerKey
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.observing import Observer
@@ -58,7 +59,7 @@ async def fronts(folder: Path, *, limits: Limits | None = None, observers: Seque
     source = EngineSource(LocalExecutor.open(folder, runner_config=runner, engine_config=config), config)
     try:
         service = Service(model=facts, tokenizer=tokenizer, source=source, limits=limits, observers=observers)
-        doors = Doors(service)
+        doors = Doors(OncePerKey(service))
         server, port = await start_server(doors, "127.0.0.1:0", fleets=[source], limits=limits)
         try:
             async with served(create_app(lambda: doors, limits)) as url:

@@ -39,6 +39,10 @@ class Server:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def fronts(self) -> list[psutil.Process]:
+        """The processes that speak HTTP and gRPC behind the proxy: replicas of Ray Serve's deployment of that name."""
+        return [process for process in self.descendants if "FrontDeployment" in " ".join(process.cmdline())]
+
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks: Ray actors named after their method."""
         return [process for process in self.descendants if process.name().startswith("ray::Worker")]

@@ -1,7 +1,9 @@
 """The demo server as a user has it: two ranks, two fronts, real clients, and a rank that dies."""
 
 import contextlib
+import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -227,6 +229,61 @@ def test_a_killed_rank_is_named_and_replaced_and_the_stream_goes_on_with_the_sam
     assert not {process.pid for process in before} & {process.pid for process in after}, "an old rank is left"
     lost = rf"rank [01] on \S+ \(pid {before[1].pid}\) was lost"
     assert eventually(lambda: any(re.search(lost, line) for line in server.lines), 10)
+
+
+def test_a_killed_front_is_a_pause_for_the_library_and_a_broken_stream_for_a_plain_client(server, http, grpc):
+    asked = {"model": "demo", "messages": QUESTION, "temperature": 0.9, "seed": 5, "max_tokens": 96}
+    undisturbed = grpc.chat.create(**asked, ignore_eos=True)
+    (front,) = server.fronts()
+    plain = iter(http.chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}))
+    seen = [next(plain) for _ in range(4)]
+    text, ids = "", []
+    with grpc.chat.stream(**asked, ignore_eos=True) as stream:
+        for number, delta in enumerate(stream):
+            text += delta.text
+            ids += delta.token_ids
+            if number == 8:
+                front.kill()
+        final = stream.final()
+    assert (text, tuple(ids)) == (undisturbed.text, undisturbed.choices[0].token_ids)
+    assert (final.text, final.usage.completion_tokens) == (text, 96)
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        seen += list(plain)
+    assert not any(choice.finish_reason for chunk in seen for choice in chunk.choices)
+    assert front.pid not in {process.pid for process in server.fronts()}
+    assert "Paris" in http.chat.completions.create(model="demo", messages=CAPITAL, temperature=0, max_tokens=32).choices[0].message.content
+
+
+def test_a_batch_that_is_killed_is_gone_on_with_and_nothing_is_lost_or_there_twice(server, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bodies = [
+        {"model": "demo", "messages": [{"role": "user", "content": f"Count from {number}."}], "temperature": 0, "max_tokens": 24}
+        for number in range(12)
+    ]
+    lines = [
+        {"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions", "body": body} for number, body in enumerate(bodies)
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "serve", "batch", str(source), "-o", str(output), "--url", server.url, "--concurrency", "2"]
+    runs = 0
+    while runs < 3:  # the first two are killed in their midst
+        had = len(output.read_text().splitlines()) if output.exists() else 0
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        runs += 1
+        if runs == 3:
+            told, _ = run.communicate(timeout=240)
+            assert run.returncode == 0, told
+            break
+        eventually(lambda had=had: output.exists() and len(output.read_text().splitlines()) >= had + 2, 120)
+        run.kill()
+        run.communicate(timeout=60)
+        assert run.returncode == -signal.SIGKILL
+        assert len(output.read_text().splitlines()) < len(lines)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(answer["custom_id"] for answer in answers) == sorted(line["custom_id"] for line in lines)
+    assert all(answer["response"]["status_code"] == 200 for answer in answers)
+    texts = {answer["custom_id"]: answer["response"]["body"]["choices"][0]["message"]["content"] for answer in answers}
+    assert len(set(texts.values())) > 1
 
 
 def _becomes(server: Server, *, ready: bool) -> bool:

@@ -10,7 +10,19 @@ from ._async.client import AsyncClient
 from ._async.stream import AsyncStream
 from ._sync.client import Client
 from ._sync.stream import Stream
-from .answers import ChatCompletion, Choice, Completion, Delta, Model, TokenLogprob, ToolCall, ToolCallDelta, TopLogprob, Usage
+from .answers import (
+    ChatCompletion,
+    Choice,
+    Completion,
+    Delta,
+    Model,
+    Tokenization,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+    TopLogprob,
+    Usage,
+)
 from .errors import (
     AuthenticationFailed,
     BadRequest,
@@ -28,6 +40,7 @@ from .errors import (
     StreamBroken,
     Unavailable,
 )
+from .operating import Load, Rank, Replica, ReplicaLoad, ServerInfo
 from .requests import Options
 
 __version__ = "0.1.0"
@@ -46,6 +59,7 @@ __all__ = [
     "Delta",
     "InsecureKey",
     "InvalidEndpoint",
+    "Load",
     "MantaError",
     "Model",
     "ModelNotChosen",
@@ -53,10 +67,15 @@ __all__ = [
     "Options",
     "Overloaded",
     "PermissionDenied",
+    "Rank",
+    "Replica",
+    "ReplicaLoad",
     "ServerError",
+    "ServerInfo",
     "Stream",
     "StreamBroken",
     "TokenLogprob",
+    "Tokenization",
     "ToolCall",
     "ToolCallDelta",
     "TopLogprob",

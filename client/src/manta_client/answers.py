@@ -128,6 +128,18 @@ class Delta:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tokenization:
+    """The token ids of a text or a conversation."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    """Each token's text by itself if asked for; bytes that are no character by themselves show as U+FFFD."""
+    max_model_len: int
+    """Prompt and output tokens that the model takes together, at most."""
+    raw: service_pb2.TokenizeResponse = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A model the server answers for."""
 

@@ -62,13 +62,24 @@ class Assembly(Generic[Answer]):
             self.usage, self.raw_usage = convert.usage(event.usage), event.usage
         return None
 
+    @property
+    def is_whole(self) -> bool:
+        return self.usage is not None and all(choice.finish is not None for choice in self.choices.values())
+
+    def so_far(self) -> list[messages_pb2.SoFar]:
+        """What a server needs to know to send the rest."""
+        return [
+            messages_pb2.SoFar(index=index, token_ids=choice.token_ids, finished=choice.finish is not None)
+            for index, choice in sorted(self.choices.items())
+        ]
+
     def answer(self) -> Answer:
         """The whole answer.
 
         Raises:
             StreamBroken: it is not whole.
         """
-        if self.usage is None or any(choice.finish is None for choice in self.choices.values()):
+        if not self.is_whole:
             raise StreamBroken(f"the stream of request {self.id or '(none)'} ended before its answer did")
         return self._build(self)
 

@@ -3,7 +3,19 @@
 from collections.abc import Iterable
 
 from ._generated import messages_pb2, service_pb2
-from .answers import ChatCompletion, Choice, Completion, Delta, Model, TokenLogprob, ToolCall, ToolCallDelta, TopLogprob, Usage
+from .answers import (
+    ChatCompletion,
+    Choice,
+    Completion,
+    Delta,
+    Model,
+    Tokenization,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+    TopLogprob,
+    Usage,
+)
 
 
 def chat_completion(response: service_pb2.ChatResponse) -> ChatCompletion:
@@ -48,6 +60,12 @@ def usage(message: messages_pb2.Usage) -> Usage:
         completion_tokens=message.completion_tokens,
         total_tokens=message.total_tokens,
         cached_tokens=message.cached_tokens,
+    )
+
+
+def tokenization(response: service_pb2.TokenizeResponse) -> Tokenization:
+    return Tokenization(
+        token_ids=tuple(response.token_ids), tokens=tuple(response.tokens), max_model_len=response.max_model_len, raw=response
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -59,6 +61,20 @@ def options_message(options: Options) -> messages_pb2.Options:
     return messages_pb2.Options(**said)
 
 
+def seeded(options: Options, key: str) -> Options:
+    """With a seed made of the idempotency key if none is said: sent again, a request has the same answer from whichever server."""
+    if options.get("seed") is not None:
+        return options
+    said = options.copy()
+    said["seed"] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    return said
+
+
+def new_key() -> str:
+    """An idempotency key."""
+    return uuid.uuid4().hex
+
+
 def chat_request(
     *,
     model: str,
@@ -89,6 +105,18 @@ def generate_request(
         echo=echo,
         priority=priority,
         options=options_message(options),
+    )
+
+
+def tokenize_request(
+    *, model: str, input: str | Sequence[ChatMessage], add_special_tokens: bool | None, return_tokens: bool
+) -> service_pb2.TokenizeRequest:
+    conversation = messages_pb2.Conversation(messages=[] if isinstance(input, str) else [_message(message) for message in input])
+    return service_pb2.TokenizeRequest(
+        model=model,
+        add_special_tokens=add_special_tokens,  # type: ignore[arg-type]  # None: not said
+        return_tokens=return_tokens,
+        **{"text": input} if isinstance(input, str) else {"conversation": conversation},
     )
 
 

@@ -16,11 +16,13 @@ class RetryPolicy:
     that failed together do not come back together. A server's RetryInfo is never undercut."""
 
     max_retries: int = 2
+    max_resumes: int = 8
+    """Tries in a row, without a token between them, to go on with a stream that broke."""
     first_pause_s: float = 0.5
     longest_pause_s: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.max_retries < 0 or self.first_pause_s < 0 or self.longest_pause_s < 0:
+        if min(self.max_retries, self.max_resumes, self.first_pause_s, self.longest_pause_s) < 0:
             raise ValueError("max_retries and pauses cannot be negative")
 
 
@@ -37,7 +39,11 @@ class Attempts:
     ) -> None:
         self._policy, self._clock, self._chance = policy, clock, chance
         self._deadline_s = None if timeout_s is None else clock() + timeout_s
-        self._num_failed = 0
+        self._num_failed, self._most = 0, policy.max_retries
+
+    def progressed(self) -> None:
+        """A stream gave something: what fails from now on is a break of it, and is counted anew."""
+        self._num_failed, self._most = 0, self._policy.max_resumes
 
     def remaining_s(self) -> float | None:
         """What the next try may take; None = no limit."""
@@ -50,7 +56,7 @@ class Attempts:
             CallFailed: the failure itself, where another try would not help or comes too late.
         """
         self._num_failed += 1
-        if not _is_passing(failure) or self._num_failed > self._policy.max_retries:
+        if not _is_passing(failure) or self._num_failed > self._most:
             raise failure
         pause_s = self._own_pause_s() if failure.retry_after is None else failure.retry_after * (1 + 0.25 * self._chance())
         remaining_s = self.remaining_s()
@@ -64,7 +70,11 @@ class Attempts:
 
 
 def _is_passing(failure: CallFailed) -> bool:
-    """Whether the cause may pass by itself: no server just now, or no room and a time was named."""
+    """Whether the cause may pass by itself: no server just now, or no room and a time was named.
+
+    INTERNAL without a reason is not Manta's: it is how Ray Serve's proxy, or gRPC itself, says that the front was lost. A
+    request is answered once however often it is sent (its idempotency key), so that trying again does no harm.
+    """
     if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return failure.retry_after is not None
-    return failure.code is grpc.StatusCode.UNAVAILABLE
+    return failure.code is grpc.StatusCode.UNAVAILABLE or (failure.code is grpc.StatusCode.INTERNAL and failure.reason is None)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from . import messages_pb2 as manta_dot_v1_dot_messages__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16manta/v1/service.proto\x12\x08manta.v1\x1a\x17manta/v1/messages.proto\"\xfb\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x08messages\x18\x02 \x03(\x0b\x32\x11.manta.v1.Message\x12\"\n\x07options\x18\x03 \x01(\x0b\x32\x11.manta.v1.Options\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x1d\n\x05tools\x18\x05 \x03(\x0b\x32\x0e.manta.v1.Tool\x12)\n\x0btool_choice\x18\x06 \x01(\x0b\x32\x14.manta.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x07 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_parallel_tool_calls\"\x81\x01\n\x0c\x43hatResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x14.manta.v1.ChatChoice\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.manta.v1.Usage\";\n\x11\x43hatStreamRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.manta.v1.ChatRequest\"\xb3\x01\n\x12\x43hatStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.manta.v1.DeltaH\x00\x12\"\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.manta.v1.FinishH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x0f.manta.v1.UsageH\x00\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0f.manta.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"\x87\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x07prompts\x18\x02 \x03(\x0b\x32\x10.manta.v1.Prompt\x12\"\n\x07options\x18\x03 \x01(\x0b\x32\x11.manta.v1.Options\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0c\n\x04\x65\x63ho\x18\x05 \x01(\x08\"\x89\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12)\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x18.manta.v1.GenerateChoice\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.manta.v1.Usage\"C\n\x15GenerateStreamRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.manta.v1.GenerateRequest\"\xb7\x01\n\x16GenerateStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.manta.v1.DeltaH\x00\x12\"\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.manta.v1.FinishH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x0f.manta.v1.UsageH\x00\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0f.manta.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.manta.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"2\n\x10GetModelResponse\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.manta.v1.Model\"\xb8\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12.\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x16.manta.v1.ConversationH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x15\n\rreturn_tokens\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"L\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xc2\x04\n\x0cMantaService\x12\x35\n\x04\x43hat\x12\x15.manta.v1.ChatRequest\x1a\x16.manta.v1.ChatResponse\x12I\n\nChatStream\x12\x1b.manta.v1.ChatStreamRequest\x1a\x1c.manta.v1.ChatStreamResponse0\x01\x12\x41\n\x08Generate\x12\x19.manta.v1.GenerateRequest\x1a\x1a.manta.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1f.manta.v1.GenerateStreamRequest\x1a .manta.v1.GenerateStreamResponse0\x01\x12G\n\nListModels\x12\x1b.manta.v1.ListModelsRequest\x1a\x1c.manta.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.manta.v1.GetModelRequest\x1a\x1a.manta.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.manta.v1.TokenizeRequest\x1a\x1a.manta.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.manta.v1.DetokenizeRequest\x1a\x1c.manta.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16manta/v1/service.proto\x12\x08manta.v1\x1a\x17manta/v1/messages.proto\"\xfb\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x08messages\x18\x02 \x03(\x0b\x32\x11.manta.v1.Message\x12\"\n\x07options\x18\x03 \x01(\x0b\x32\x11.manta.v1.Options\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x1d\n\x05tools\x18\x05 \x03(\x0b\x32\x0e.manta.v1.Tool\x12)\n\x0btool_choice\x18\x06 \x01(\x0b\x32\x14.manta.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x07 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_parallel_tool_calls\"\x81\x01\n\x0c\x43hatResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x14.manta.v1.ChatChoice\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.manta.v1.Usage\"\\\n\x11\x43hatStreamRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.manta.v1.ChatRequest\x12\x1f\n\x06so_far\x18\x02 \x03(\x0b\x32\x0f.manta.v1.SoFar\"\xb3\x01\n\x12\x43hatStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.manta.v1.DeltaH\x00\x12\"\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.manta.v1.FinishH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x0f.manta.v1.UsageH\x00\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0f.manta.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"\x87\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x07prompts\x18\x02 \x03(\x0b\x32\x10.manta.v1.Prompt\x12\"\n\x07options\x18\x03 \x01(\x0b\x32\x11.manta.v1.Options\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0c\n\x04\x65\x63ho\x18\x05 \x01(\x08\"\x89\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12)\n\x07\x63hoices\x18\x04 \x03(\x0b\x32\x18.manta.v1.GenerateChoice\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.manta.v1.Usage\"d\n\x15GenerateStreamRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.manta.v1.GenerateRequest\x12\x1f\n\x06so_far\x18\x02 \x03(\x0b\x32\x0f.manta.v1.SoFar\"\xb7\x01\n\x16GenerateStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0f.manta.v1.DeltaH\x00\x12\"\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x10.manta.v1.FinishH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x0f.manta.v1.UsageH\x00\x12 \n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0f.manta.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.manta.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"2\n\x10GetModelResponse\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.manta.v1.Model\"\xb8\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12.\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x16.manta.v1.ConversationH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x15\n\rreturn_tokens\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"L\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xc2\x04\n\x0cMantaService\x12\x35\n\x04\x43hat\x12\x15.manta.v1.ChatRequest\x1a\x16.manta.v1.ChatResponse\x12I\n\nChatStream\x12\x1b.manta.v1.ChatStreamRequest\x1a\x1c.manta.v1.ChatStreamResponse0\x01\x12\x41\n\x08Generate\x12\x19.manta.v1.GenerateRequest\x1a\x1a.manta.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1f.manta.v1.GenerateStreamRequest\x1a .manta.v1.GenerateStreamResponse0\x01\x12G\n\nListModels\x12\x1b.manta.v1.ListModelsRequest\x1a\x1c.manta.v1.ListModelsResponse\x12\x41\n\x08GetModel\x12\x19.manta.v1.GetModelRequest\x1a\x1a.manta.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.manta.v1.TokenizeRequest\x1a\x1a.manta.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.manta.v1.DetokenizeRequest\x1a\x1c.manta.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,33 +37,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATRESPONSE']._serialized_start=316
   _globals['_CHATRESPONSE']._serialized_end=445
   _globals['_CHATSTREAMREQUEST']._serialized_start=447
-  _globals['_CHATSTREAMREQUEST']._serialized_end=506
-  _globals['_CHATSTREAMRESPONSE']._serialized_start=509
-  _globals['_CHATSTREAMRESPONSE']._serialized_end=688
-  _globals['_GENERATEREQUEST']._serialized_start=691
-  _globals['_GENERATEREQUEST']._serialized_end=826
-  _globals['_GENERATERESPONSE']._serialized_start=829
-  _globals['_GENERATERESPONSE']._serialized_end=966
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=968
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1035
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1038
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1221
-  _globals['_LISTMODELSREQUEST']._serialized_start=1223
-  _globals['_LISTMODELSREQUEST']._serialized_end=1242
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1244
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1297
-  _globals['_GETMODELREQUEST']._serialized_start=1299
-  _globals['_GETMODELREQUEST']._serialized_end=1331
-  _globals['_GETMODELRESPONSE']._serialized_start=1333
-  _globals['_GETMODELRESPONSE']._serialized_end=1383
-  _globals['_TOKENIZEREQUEST']._serialized_start=1386
-  _globals['_TOKENIZEREQUEST']._serialized_end=1570
-  _globals['_TOKENIZERESPONSE']._serialized_start=1572
-  _globals['_TOKENIZERESPONSE']._serialized_end=1648
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1650
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1703
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1705
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1739
-  _globals['_MANTASERVICE']._serialized_start=1742
-  _globals['_MANTASERVICE']._serialized_end=2320
+  _globals['_CHATSTREAMREQUEST']._serialized_end=539
+  _globals['_CHATSTREAMRESPONSE']._serialized_start=542
+  _globals['_CHATSTREAMRESPONSE']._serialized_end=721
+  _globals['_GENERATEREQUEST']._serialized_start=724
+  _globals['_GENERATEREQUEST']._serialized_end=859
+  _globals['_GENERATERESPONSE']._serialized_start=862
+  _globals['_GENERATERESPONSE']._serialized_end=999
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1001
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1101
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1104
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1287
+  _globals['_LISTMODELSREQUEST']._serialized_start=1289
+  _globals['_LISTMODELSREQUEST']._serialized_end=1308
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1310
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1363
+  _globals['_GETMODELREQUEST']._serialized_start=1365
+  _globals['_GETMODELREQUEST']._serialized_end=1397
+  _globals['_GETMODELRESPONSE']._serialized_start=1399
+  _globals['_GETMODELRESPONSE']._serialized_end=1449
+  _globals['_TOKENIZEREQUEST']._serialized_start=1452
+  _globals['_TOKENIZEREQUEST']._serialized_end=1636
+  _globals['_TOKENIZERESPONSE']._serialized_start=1638
+  _globals['_TOKENIZERESPONSE']._serialized_end=1714
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1716
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1769
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1771
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1805
+  _globals['_MANTASERVICE']._serialized_start=1808
+  _globals['_MANTASERVICE']._serialized_end=2386
 # @@protoc_insertion_point(module_scope)

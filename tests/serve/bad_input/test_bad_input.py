@@ -1,5 +1,6 @@
 """Every row of rows.yaml against both fronts of one engine in this process: what is refused, how, and that nothing is worse for it."""
 
+import contextlib
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from tests.serve.bad_input.checks import MOST_GROWTH_BYTES, Target, refused_over_grpc, refused_over_http, resident, targeted
+from tests.serve.bad_input.framing import Framing, connected, framings, refused_on_the_socket
 from tests.serve.bad_input.table import MODEL, Row, rows
 from tests.serve.in_process import fronts
 
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 ANSWER_S = 60.0
 """A hang is seen by it, and no more: these tests run beside others, and never time anything."""
 ROWS = rows()
+FRAMINGS = framings(model=MODEL)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -48,6 +51,28 @@ async def test_over_grpc_it_is_refused_and_leaves_no_trace(target: Target, row: 
     await target.is_unharmed()
 
 
+@pytest.mark.parametrize("row", FRAMINGS, ids=lambda row: row.name)
+async def test_on_the_socket_it_is_refused_and_leaves_no_trace(target: Target, row: Framing) -> None:
+    await refused_on_the_socket(target, row)
+    await target.is_unharmed()
+
+
+async def test_a_hundred_clients_that_never_finish_a_request_keep_nobody_waiting(target: Target) -> None:
+    async with contextlib.AsyncExitStack() as held:
+        for number in range(100):
+            _, writer = await held.enter_async_context(connected(str(target.http.base_url)))
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"[: 1 + number % 40])
+        await target.is_unharmed()
+    await target.is_unharmed()
+
+
+async def test_the_sockets_of_the_whole_table_again_take_no_more_memory(target: Target) -> None:
+    before = target.rss()
+    for row in FRAMINGS:
+        await refused_on_the_socket(target, row)
+    assert target.rss() - before < MOST_GROWTH_BYTES
+
+
 async def test_the_whole_table_again_takes_no_more_memory(target: Target) -> None:
     before = target.rss()
     for row in ROWS:
@@ -57,7 +82,7 @@ async def test_the_whole_table_again_takes_no_more_memory(target: Target) -> Non
 
 
 async def test_the_table_is_long_and_says_each_thing_once() -> None:
-    names = [row.name for row in ROWS]
+    names = [row.name for row in (*ROWS, *FRAMINGS)]
     assert len(names) == len(set(names))
     assert len(names) >= 80
     assert all(row.over_http or row.over_grpc for row in ROWS)

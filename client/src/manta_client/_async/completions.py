@@ -9,10 +9,10 @@ from .. import convert
 from .._generated import service_pb2
 from ..answers import Completion
 from ..assembly import Assembly, build_completion
-from ..requests import Options, Prompt, generate_request
+from ..requests import Options, Prompt, generate_request, new_key, seeded
 from .models import AsyncModels
 from .stream import AsyncStream
-from .transport import AsyncEventStream, AsyncTransport
+from .transport import AsyncAsked, AsyncTransport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +30,7 @@ class AsyncCompletions:
         echo: bool = False,
         priority: int = 0,
         timeout: float | None = None,
+        idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> Completion:
         """Go on with one prompt or several; no chat template is applied.
@@ -40,15 +41,16 @@ class AsyncCompletions:
             echo: begin the answer's text with the prompt's; with `logprobs`, tell those of the prompt as well.
             priority: lower is served first.
             timeout: seconds for everything, retries too; if not said, the client's.
+            idempotency_key: requests of the same key are answered once; one of its own if not said.
             options: temperature, max_tokens, stop, seed, ...; see `Options`.
 
         Raises:
             CallFailed: the server refused or failed, or the time passed.
             ModelNotChosen: no model was named and there are several.
         """
-        name = model or await self._models.only(timeout=timeout)
-        request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=options)
-        response = await self._transport.call("Generate", request, service_pb2.GenerateResponse, timeout_s=timeout)
+        name, key = model or await self._models.only(timeout=timeout), idempotency_key or new_key()
+        request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
+        response = await self._transport.call("Generate", request, service_pb2.GenerateResponse, timeout_s=timeout, key=key)
         return convert.completion(response)
 
     def stream(
@@ -59,15 +61,18 @@ class AsyncCompletions:
         echo: bool = False,
         priority: int = 0,
         timeout: float | None = None,
+        idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> AsyncStream[Completion]:
         """Go on with prompts as a stream of `Delta`s. The same arguments and errors as `create`."""
 
-        async def begin() -> tuple[AsyncEventStream, Assembly[Completion]]:
+        key = idempotency_key or new_key()
+
+        async def begin() -> tuple[AsyncAsked, Assembly[Completion]]:
             name = model or await self._models.only(timeout=timeout)
-            request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=options)
+            request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
             stream_request = service_pb2.GenerateStreamRequest(request=request)
-            events = await self._transport.open_stream("GenerateStream", stream_request, timeout_s=timeout)
-            return events, Assembly(name, build_completion)
+            asked = AsyncAsked(self._transport, "GenerateStream", stream_request, timeout_s=timeout, key=key)
+            return asked, Assembly(name, build_completion)
 
         return AsyncStream(begin)

@@ -4,22 +4,29 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Generic, TypeVar
 
+import grpc
+
 from ..answers import ChatCompletion, Completion, Delta, Usage
 from ..assembly import Assembly
-from ..errors import StreamBroken
-from .transport import AsyncEventStream
+from ..errors import CallFailed, StreamBroken
+from .transport import AsyncAsked, AsyncEventStream
 
 Answer = TypeVar("Answer", ChatCompletion, Completion)
+
+CUT = "cut"
+"""Reason of a stream whose call ended well and whose answer did not end."""
 
 
 class AsyncStream(Generic[Answer]):
     """Deltas of an answer, by iteration. The call begins when first something is wanted of it.
 
-    As a context manager it cancels the call on the way out if its end was not reached, and so does `close`.
+    Where the way to the server breaks, or the server behind it, the rest is asked for in another call, which is not noticed but
+    by the pause. As a context manager it cancels the call on the way out if its end was not reached, and so does `close`.
     """
 
-    def __init__(self, begin: Callable[[], Awaitable[tuple[AsyncEventStream, Assembly[Answer]]]]) -> None:
-        self._begin: Callable[[], Awaitable[tuple[AsyncEventStream, Assembly[Answer]]]] = begin
+    def __init__(self, begin: Callable[[], Awaitable[tuple[AsyncAsked, Assembly[Answer]]]]) -> None:
+        self._begin: Callable[[], Awaitable[tuple[AsyncAsked, Assembly[Answer]]]] = begin
+        self._asked: AsyncAsked | None = None
         self._events: AsyncEventStream | None = None
         self._assembly: Assembly[Answer] | None = None
         self._over = False
@@ -77,21 +84,51 @@ class AsyncStream(Generic[Answer]):
 
     async def _open(self) -> None:
         if self._events is None and not self._over:
-            self._events, self._assembly = await self._begin()
+            self._asked, self._assembly = await self._begin()
+            self._events = await self._asked.open()
 
     async def _advance(self) -> Delta | None:
         """Take in one event; its delta, if it is one."""
         await self._open()
         assert self._events is not None
+        assert self._asked is not None
         assert self._assembly is not None
         try:
             event = await self._events.next()
+            if event is not None and event.WhichOneof("event") != "error":
+                self._asked.progressed()
             if event is not None:
                 return self._assembly.add(event)
-            if not self._over:
-                self._over = True
-                self._assembly.answer()  # raises if the stream is not whole; one that was closed here need not be
+            if not self._over and not self._assembly.is_whole:  # one that was closed here need not be
+                raise CallFailed("cut", code=grpc.StatusCode.UNAVAILABLE, reason=CUT)
+            self._over = True
             return None
+        except CallFailed as failure:
+            self._events.cancel()
+            await self._go_on(self._asked, self._assembly, failure)
+            return None
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _go_on(self, asked: AsyncAsked, assembly: Assembly[Answer], failure: CallFailed) -> None:
+        """Have the rest sent, if there is one.
+
+        Raises:
+            CallFailed, StreamBroken: it cannot be had.
+        """
+        if assembly.is_whole or self._over:
+            self._over = True
+            return
+        try:
+            self._events = await asked.reopen(failure, assembly.so_far())
+            if self._over:  # closed from elsewhere in the meantime
+                self._events.cancel()
+        except CallFailed as last:
+            self._over = True
+            if last.reason == CUT:
+                assembly.answer()  # says so
+            raise last from None
         except BaseException:
             await self.close()
             raise

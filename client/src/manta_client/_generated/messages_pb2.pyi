@@ -292,6 +292,16 @@ class Finish(_message.Message):
     completion_tokens: int
     def __init__(self, index: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[_Union[StopReason, _Mapping]] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
+class SoFar(_message.Message):
+    __slots__ = ("index", "token_ids", "finished")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finished: bool
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished: bool = ...) -> None: ...
+
 class Error(_message.Message):
     __slots__ = ("code", "reason", "message", "param", "retry_delay")
     CODE_FIELD_NUMBER: _ClassVar[int]

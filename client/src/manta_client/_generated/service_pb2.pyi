@@ -40,10 +40,12 @@ class ChatResponse(_message.Message):
     def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., model: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[_messages_pb2.ChatChoice, _Mapping]]] = ..., usage: _Optional[_Union[_messages_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class ChatStreamRequest(_message.Message):
-    __slots__ = ("request",)
+    __slots__ = ("request", "so_far")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SO_FAR_FIELD_NUMBER: _ClassVar[int]
     request: ChatRequest
-    def __init__(self, request: _Optional[_Union[ChatRequest, _Mapping]] = ...) -> None: ...
+    so_far: _containers.RepeatedCompositeFieldContainer[_messages_pb2.SoFar]
+    def __init__(self, request: _Optional[_Union[ChatRequest, _Mapping]] = ..., so_far: _Optional[_Iterable[_Union[_messages_pb2.SoFar, _Mapping]]] = ...) -> None: ...
 
 class ChatStreamResponse(_message.Message):
     __slots__ = ("id", "delta", "finish", "usage", "error")
@@ -88,10 +90,12 @@ class GenerateResponse(_message.Message):
     def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., model: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[_messages_pb2.GenerateChoice, _Mapping]]] = ..., usage: _Optional[_Union[_messages_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("request",)
+    __slots__ = ("request", "so_far")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SO_FAR_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
+    so_far: _containers.RepeatedCompositeFieldContainer[_messages_pb2.SoFar]
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., so_far: _Optional[_Iterable[_Union[_messages_pb2.SoFar, _Mapping]]] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("id", "delta", "finish", "usage", "error")

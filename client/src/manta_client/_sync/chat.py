@@ -10,10 +10,10 @@ from .. import convert
 from .._generated import service_pb2
 from ..answers import ChatCompletion
 from ..assembly import Assembly, build_chat
-from ..requests import ChatMessage, Options, chat_request
+from ..requests import ChatMessage, Options, chat_request, new_key, seeded
 from .models import Models
 from .stream import Stream
-from .transport import EventStream, Transport
+from .transport import Asked, Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,6 +33,7 @@ class Chat:
         tools: Sequence[Any] = (),
         tool_choice: Any = None,
         parallel_tool_calls: bool | None = None,
+        idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> ChatCompletion:
         """Answer a conversation.
@@ -45,6 +46,7 @@ class Chat:
             tools: functions that the model may ask for: pydantic models, or OpenAI's dicts.
             tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name": ...}}.
             parallel_tool_calls: whether one answer may ask for several; yes if not said.
+            idempotency_key: requests of the same key are answered once; one of its own if not said.
             options: temperature, max_tokens, stop, seed, response_format, ...; see `Options`.
 
         Raises:
@@ -52,9 +54,9 @@ class Chat:
             ModelNotChosen: no model was named and there are several.
         """
         calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
-        name = model or self._models.only(timeout=timeout)
-        request = chat_request(model=name, messages=messages, priority=priority, options=options, **calls)
-        response = self._transport.call("Chat", request, service_pb2.ChatResponse, timeout_s=timeout)
+        name, key = model or self._models.only(timeout=timeout), idempotency_key or new_key()
+        request = chat_request(model=name, messages=messages, priority=priority, options=seeded(options, key), **calls)
+        response = self._transport.call("Chat", request, service_pb2.ChatResponse, timeout_s=timeout, key=key)
         return convert.chat_completion(response)
 
     def stream(
@@ -67,17 +69,20 @@ class Chat:
         tools: Sequence[Any] = (),
         tool_choice: Any = None,
         parallel_tool_calls: bool | None = None,
+        idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> Stream[ChatCompletion]:
         """Answer a conversation as a stream of `Delta`s. The same arguments and errors as `create`."""
 
         calls: dict[str, Any] = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
 
-        def begin() -> tuple[EventStream, Assembly[ChatCompletion]]:
+        key = idempotency_key or new_key()
+
+        def begin() -> tuple[Asked, Assembly[ChatCompletion]]:
             name = model or self._models.only(timeout=timeout)
-            request = chat_request(model=name, messages=messages, priority=priority, options=options, **calls)
+            request = chat_request(model=name, messages=messages, priority=priority, options=seeded(options, key), **calls)
             stream_request = service_pb2.ChatStreamRequest(request=request)
-            events = self._transport.open_stream("ChatStream", stream_request, timeout_s=timeout)
-            return events, Assembly(name, build_chat)
+            asked = Asked(self._transport, "ChatStream", stream_request, timeout_s=timeout, key=key)
+            return asked, Assembly(name, build_chat)
 
         return Stream(begin)

@@ -10,10 +10,10 @@ from .. import convert
 from .._generated import service_pb2
 from ..answers import Completion
 from ..assembly import Assembly, build_completion
-from ..requests import Options, Prompt, generate_request
+from ..requests import Options, Prompt, generate_request, new_key, seeded
 from .models import Models
 from .stream import Stream
-from .transport import EventStream, Transport
+from .transport import Asked, Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,6 +31,7 @@ class Completions:
         echo: bool = False,
         priority: int = 0,
         timeout: float | None = None,
+        idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> Completion:
         """Go on with one prompt or several; no chat template is applied.
@@ -41,15 +42,16 @@ class Completions:
             echo: begin the answer's text with the prompt's; with `logprobs`, tell those of the prompt as well.
             priority: lower is served first.
             timeout: seconds for everything, retries too; if not said, the client's.
+            idempotency_key: requests of the same key are answered once; one of its own if not said.
             options: temperature, max_tokens, stop, seed, ...; see `Options`.
 
         Raises:
             CallFailed: the server refused or failed, or the time passed.
             ModelNotChosen: no model was named and there are several.
         """
-        name = model or self._models.only(timeout=timeout)
-        request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=options)
-        response = self._transport.call("Generate", request, service_pb2.GenerateResponse, timeout_s=timeout)
+        name, key = model or self._models.only(timeout=timeout), idempotency_key or new_key()
+        request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
+        response = self._transport.call("Generate", request, service_pb2.GenerateResponse, timeout_s=timeout, key=key)
         return convert.completion(response)
 
     def stream(
@@ -60,15 +62,18 @@ class Completions:
         echo: bool = False,
         priority: int = 0,
         timeout: float | None = None,
+        idempotency_key: str | None = None,
         **options: Unpack[Options],
     ) -> Stream[Completion]:
         """Go on with prompts as a stream of `Delta`s. The same arguments and errors as `create`."""
 
-        def begin() -> tuple[EventStream, Assembly[Completion]]:
+        key = idempotency_key or new_key()
+
+        def begin() -> tuple[Asked, Assembly[Completion]]:
             name = model or self._models.only(timeout=timeout)
-            request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=options)
+            request = generate_request(model=name, prompt=prompt, echo=echo, priority=priority, options=seeded(options, key))
             stream_request = service_pb2.GenerateStreamRequest(request=request)
-            events = self._transport.open_stream("GenerateStream", stream_request, timeout_s=timeout)
-            return events, Assembly(name, build_completion)
+            asked = Asked(self._transport, "GenerateStream", stream_request, timeout_s=timeout, key=key)
+            return asked, Assembly(name, build_completion)
 
         return Stream(begin)

@@ -5,22 +5,29 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
+import grpc
+
 from ..answers import ChatCompletion, Completion, Delta, Usage
 from ..assembly import Assembly
-from ..errors import StreamBroken
-from .transport import EventStream
+from ..errors import CallFailed, StreamBroken
+from .transport import Asked, EventStream
 
 Answer = TypeVar("Answer", ChatCompletion, Completion)
+
+CUT = "cut"
+"""Reason of a stream whose call ended well and whose answer did not end."""
 
 
 class Stream(Generic[Answer]):
     """Deltas of an answer, by iteration. The call begins when first something is wanted of it.
 
-    As a context manager it cancels the call on the way out if its end was not reached, and so does `close`.
+    Where the way to the server breaks, or the server behind it, the rest is asked for in another call, which is not noticed but
+    by the pause. As a context manager it cancels the call on the way out if its end was not reached, and so does `close`.
     """
 
-    def __init__(self, begin: Callable[[], tuple[EventStream, Assembly[Answer]]]) -> None:
-        self._begin: Callable[[], tuple[EventStream, Assembly[Answer]]] = begin
+    def __init__(self, begin: Callable[[], tuple[Asked, Assembly[Answer]]]) -> None:
+        self._begin: Callable[[], tuple[Asked, Assembly[Answer]]] = begin
+        self._asked: Asked | None = None
         self._events: EventStream | None = None
         self._assembly: Assembly[Answer] | None = None
         self._over = False
@@ -78,21 +85,51 @@ class Stream(Generic[Answer]):
 
     def _open(self) -> None:
         if self._events is None and not self._over:
-            self._events, self._assembly = self._begin()
+            self._asked, self._assembly = self._begin()
+            self._events = self._asked.open()
 
     def _advance(self) -> Delta | None:
         """Take in one event; its delta, if it is one."""
         self._open()
         assert self._events is not None
+        assert self._asked is not None
         assert self._assembly is not None
         try:
             event = self._events.next()
+            if event is not None and event.WhichOneof("event") != "error":
+                self._asked.progressed()
             if event is not None:
                 return self._assembly.add(event)
-            if not self._over:
-                self._over = True
-                self._assembly.answer()  # raises if the stream is not whole; one that was closed here need not be
+            if not self._over and not self._assembly.is_whole:  # one that was closed here need not be
+                raise CallFailed("cut", code=grpc.StatusCode.UNAVAILABLE, reason=CUT)
+            self._over = True
             return None
+        except CallFailed as failure:
+            self._events.cancel()
+            self._go_on(self._asked, self._assembly, failure)
+            return None
+        except BaseException:
+            self.close()
+            raise
+
+    def _go_on(self, asked: Asked, assembly: Assembly[Answer], failure: CallFailed) -> None:
+        """Have the rest sent, if there is one.
+
+        Raises:
+            CallFailed, StreamBroken: it cannot be had.
+        """
+        if assembly.is_whole or self._over:
+            self._over = True
+            return
+        try:
+            self._events = asked.reopen(failure, assembly.so_far())
+            if self._over:  # closed from elsewhere in the meantime
+                self._events.cancel()
+        except CallFailed as last:
+            self._over = True
+            if last.reason == CUT:
+                assembly.answer()  # says so
+            raise last from None
         except BaseException:
             self.close()
             raise

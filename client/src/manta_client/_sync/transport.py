@@ -2,12 +2,13 @@
 """One channel to the server, and how calls are made on it: key, timeout, retries."""
 
 import time
+from collections.abc import Sequence
 from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from .._generated import service_pb2_grpc
+from .._generated import admin_pb2_grpc, messages_pb2, service_pb2, service_pb2_grpc
 from ..assembly import Event
 from ..endpoint import Access, Certificates
 from ..errors import CallFailed
@@ -15,6 +16,8 @@ from ..failures import from_event, from_rpc_error
 from ..retry import Attempts, RetryPolicy
 
 Response = TypeVar("Response", bound=Message)
+StreamRequest = service_pb2.ChatStreamRequest | service_pb2.GenerateStreamRequest
+KEY = "idempotency-key"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 60_000),  # notices a server that vanished without a word during a long answer
@@ -27,43 +30,32 @@ class Transport:
     def __init__(self, access: Access, *, certificates: Certificates, timeout_s: float | None, retry: RetryPolicy) -> None:
         self._access, self._timeout_s, self._retry = access, timeout_s, retry
         self._channel = _open_channel(access, certificates)
-        self._stub = service_pb2_grpc.MantaServiceStub(self._channel)
+        stubs = (service_pb2_grpc.MantaServiceStub(self._channel), admin_pb2_grpc.AdminServiceStub(self._channel))
+        self._methods = {name: method for stub in stubs for name, method in vars(stub).items()}
 
-    def call(self, method: str, request: Message, response: type[Response], *, timeout_s: float | None) -> Response:
-        """Make a call that has one answer.
+    def call(self, method: str, request: Message, response: type[Response], *, timeout_s: float | None, key: str = "") -> Response:
+        """Make a call that has one answer. Every try has the same idempotency ``key``, where there is one.
 
         Raises:
             CallFailed: it failed, also after the retries.
         """
-        attempts = self._attempts(timeout_s)
+        attempts = self.attempts(timeout_s)
         while True:
             try:
-                answer = self._start(method, request, attempts)
+                answer = self.start(method, request, attempts, key)
                 assert isinstance(answer, response)
                 return answer
             except grpc.RpcError as error:
                 pause_s = attempts.pause_s(from_rpc_error(error))
             time.sleep(pause_s)
 
-    def open_stream(self, method: str, request: Message, *, timeout_s: float | None) -> "EventStream":
-        """Begin a call that answers with a stream. Until its first event it is retried; from then on it never is.
+    def attempts(self, timeout_s: float | None) -> Attempts:
+        return Attempts(self._retry, self._timeout_s if timeout_s is None else timeout_s)
 
-        Raises:
-            CallFailed: it failed, also after the retries.
-        """
-        attempts = self._attempts(timeout_s)
-        while True:
-            stream = EventStream(self._start(method, request, attempts))
-            try:
-                stream.begin()
-                return stream
-            except CallFailed as failure:
-                stream.cancel()
-                pause_s = attempts.pause_s(failure)
-            except BaseException:
-                stream.cancel()
-                raise
-            time.sleep(pause_s)
+    def start(self, method: str, request: Message, attempts: Attempts, key: str):  # type: ignore[no-untyped-def]
+        """Begin one try."""
+        metadata = (*self._access.metadata, (KEY, key)) if key else self._access.metadata
+        return self._methods[method](request, timeout=attempts.remaining_s(), metadata=metadata)
 
     def close(self) -> None:
         self._channel.close()
@@ -71,11 +63,46 @@ class Transport:
     def __repr__(self) -> str:
         return repr(self._access)
 
-    def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(self._retry, self._timeout_s if timeout_s is None else timeout_s)
 
-    def _start(self, method: str, request: Message, attempts: Attempts):  # type: ignore[no-untyped-def]
-        return getattr(self._stub, method)(request, timeout=attempts.remaining_s(), metadata=self._access.metadata)
+class Asked:
+    """A streaming call that may be made more than once: until its first event by way of retry, after it to get the rest."""
+
+    def __init__(self, transport: Transport, method: str, request: StreamRequest, *, timeout_s: float | None, key: str) -> None:
+        self._transport, self._method, self._request, self._key = transport, method, request, key
+        self._attempts = transport.attempts(timeout_s)
+
+    def open(self) -> "EventStream":
+        """
+        Raises:
+            CallFailed: it failed, also after the retries.
+        """
+        while True:
+            stream = EventStream(self._transport.start(self._method, self._request, self._attempts, self._key))
+            try:
+                stream.begin()
+                return stream
+            except CallFailed as failure:
+                stream.cancel()
+                pause_s = self._attempts.pause_s(failure)
+            except BaseException:
+                stream.cancel()
+                raise
+            time.sleep(pause_s)
+
+    def progressed(self) -> None:
+        """Something came."""
+        self._attempts.progressed()
+
+    def reopen(self, failure: CallFailed, so_far: Sequence[messages_pb2.SoFar]) -> "EventStream":
+        """Ask for what comes after ``so_far``.
+
+        Raises:
+            CallFailed: the failure, if the rest cannot be had.
+        """
+        time.sleep(self._attempts.pause_s(failure))
+        del self._request.so_far[:]
+        self._request.so_far.extend(so_far)
+        return self.open()
 
 
 class EventStream:

@@ -1,0 +1,54 @@
+"""`client.tokens`: text to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import convert
+from .._generated import service_pb2
+from ..answers import Tokenization
+from ..requests import ChatMessage, tokenize_request
+from .models import AsyncModels
+from .transport import AsyncTransport
+
+
+class AsyncTokens:
+    def __init__(self, transport: AsyncTransport, models: AsyncModels) -> None:
+        self._transport, self._models = transport, models
+
+    async def tokenize(
+        self,
+        input: str | Sequence[ChatMessage],
+        *,
+        model: str | None = None,
+        add_special_tokens: bool | None = None,
+        return_tokens: bool = False,
+        timeout: float | None = None,
+    ) -> Tokenization:
+        """The token ids that a text has as a completion's prompt, or messages as a chat.
+
+        Args:
+            input: a text, or messages as `chat.create` takes them.
+            model: what `models.list` names; if not said, the only one there is.
+            add_special_tokens: of a text, whether with the control tokens that the tokenizer itself puts around one; yes if not said.
+            return_tokens: tell each token's text as well.
+            timeout: seconds for everything, retries too; if not said, the client's.
+
+        Raises:
+            CallFailed: the server refused or failed, or the time passed.
+        """
+        name = model or await self._models.only(timeout=timeout)
+        request = tokenize_request(model=name, input=input, add_special_tokens=add_special_tokens, return_tokens=return_tokens)
+        response = await self._transport.call("Tokenize", request, service_pb2.TokenizeResponse, timeout_s=timeout)
+        return convert.tokenization(response)
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None, timeout: float | None = None) -> str:
+        """The text of token ids, without control tokens.
+
+        Raises:
+            CallFailed: the server refused (there is no such token) or failed, or the time passed.
+        """
+        name = model or await self._models.only(timeout=timeout)
+        request = service_pb2.DetokenizeRequest(model=name, token_ids=token_ids)
+        response = await self._transport.call("Detokenize", request, service_pb2.DetokenizeResponse, timeout_s=timeout)
+        return response.text

@@ -1,0 +1,203 @@
+"""One key, one answer: requests that come again read along, get what is kept, or take over."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+
+from serve.caller import ANYONE
+from serve.errors import InvalidRequest, TakenOver
+from serve.idempotency import LARGEST_PART, OncePerKey, key_of
+from serve.limits import Limits
+from serve.request import ChatRequest, Message, SoFar, TextEvent, TextToken, Usage
+
+WORDS = ("The", " sky", " is", " blue")
+
+
+class Counted:
+    """What is behind: answers in four words, and counts how often it is asked."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.asked: list[ChatRequest] = []
+        self.num_open = 0
+        self.may_go_on = asyncio.Event()
+        self.may_go_on.set()
+        self.fails = 0
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
+        self.asked.append(request)
+        self.num_open += 1
+        had = sum(len(one.tokens) for one in request.so_far)
+        try:
+            for place, word in list(enumerate(WORDS))[had:]:
+                if place == 2:
+                    await self.may_go_on.wait()
+                    if self.fails:
+                        self.fails -= 1
+                        raise RuntimeError("lost")
+                yield TextEvent(choice=0, text=word, tokens=(TextToken(id=place, text=word, raw=word.encode()),))
+            yield TextEvent(choice=0, finish_reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=4))
+        finally:
+            self.num_open -= 1
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def asked(key: str = "k", content: str = "Why?", **fields) -> ChatRequest:
+    request = ChatRequest(request_id="r1", model="m", messages=(Message(role="user", content=content),), idempotency_key=key)
+    return dataclasses.replace(request, **fields)
+
+
+async def text_of(stream: AsyncGenerator[TextEvent, None]) -> str:
+    async with aclosing(stream) as events:
+        return "".join([event.text async for event in events])
+
+
+ALL = "".join(WORDS)
+
+
+async def test_ten_calls_of_one_key_are_one_computation_and_ten_answers() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    inside.may_go_on.clear()
+    calls = [asyncio.create_task(text_of(offers.chat(asked(request_id=f"r{number}")))) for number in range(10)]
+    await asyncio.sleep(0.01)
+    inside.may_go_on.set()
+    assert await asyncio.gather(*calls) == [ALL] * 10
+    assert len(inside.asked) == 1
+
+
+async def test_an_answer_that_was_lost_on_its_way_is_given_again() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    first = await offers.collect(asked())
+    again = await offers.collect(asked(request_id="r2", arrived_s=5.0, deadline_s=9e9))
+    assert (again.choices, again.usage, again.request_id) == (first.choices, first.usage, "r2")
+    assert (await text_of(offers.chat(asked())), len(inside.asked)) == (ALL, 1)
+
+
+async def test_requests_without_a_key_are_computed_each() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    assert [await text_of(offers.chat(asked(key=""))) for _ in range(2)] == [ALL, ALL]
+    assert (len(inside.asked), offers.num_kept) == (2, 0)
+
+
+async def test_a_key_is_its_callers_own() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    for caller in ("a", "b"):
+        await offers.collect(asked(caller=dataclasses.replace(ANYONE, id=caller)))
+    assert len(inside.asked) == 2
+
+
+@pytest.mark.parametrize("other", [{"content": "How?"}, {"priority": 1}])
+async def test_a_key_that_was_used_for_another_request_is_refused(other: dict) -> None:
+    offers = OncePerKey(Counted())
+    await offers.collect(asked())
+    with pytest.raises(InvalidRequest) as caught:
+        await offers.collect(asked(**other))
+    assert caught.value.param == "idempotency-key"
+
+
+async def test_a_reader_that_leaves_leaves_the_others_theirs_and_the_last_ends_the_work() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    inside.may_go_on.clear()
+    first, second = (asyncio.create_task(text_of(offers.chat(asked()))) for _ in range(2))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.wait([first])
+    assert inside.num_open == 1
+    second.cancel()
+    await asyncio.wait([second])
+    assert (inside.num_open, offers.num_kept) == (0, 0)
+    inside.may_go_on.set()
+    assert await text_of(offers.chat(asked())) == ALL
+    assert len(inside.asked) == 2
+
+
+async def test_the_first_event_is_not_waited_for_by_whoever_comes_later() -> None:
+    """Who comes in the midst gets at once what there is."""
+    inside = Counted()
+    offers = OncePerKey(inside)
+    inside.may_go_on.clear()
+    first = asyncio.create_task(text_of(offers.chat(asked())))
+    await asyncio.sleep(0.01)
+    async with aclosing(offers.chat(asked())) as late:
+        assert [(await anext(late)).text for _ in range(2)] == ["The", " sky"]
+        inside.may_go_on.set()
+        assert [event.text async for event in late] == [" is", " blue", ""]
+    assert await first == ALL
+
+
+async def test_a_failure_is_told_to_all_and_not_kept() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    inside.fails = 1
+    both = await asyncio.gather(*(text_of(offers.chat(asked())) for _ in range(2)), return_exceptions=True)
+    assert [str(error) for error in both] == ["lost", "lost"]
+    assert (await text_of(offers.chat(asked())), len(inside.asked)) == (ALL, 2)
+
+
+async def test_whoever_asks_for_the_rest_takes_over_and_who_waited_for_it_is_told() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    inside.may_go_on.clear()
+    first = asyncio.create_task(text_of(offers.chat(asked())))
+    await asyncio.sleep(0.01)
+    rest = asked(so_far=(SoFar(choice=0, tokens=(0, 1)),))
+    second, third = (asyncio.create_task(text_of(offers.chat(rest))) for _ in range(2))
+    with pytest.raises(TakenOver):
+        await first
+    inside.may_go_on.set()
+    assert await asyncio.gather(second, third) == [" is blue", " is blue"]
+    assert (len(inside.asked), inside.num_open) == (2, 0)
+
+
+async def test_answers_are_kept_for_their_time_and_no_longer() -> None:
+    inside, clock = Counted(Limits(remembered_s=60.0)), Clock()
+    offers = OncePerKey(inside, clock=clock)
+    await offers.collect(asked())
+    clock.now_s = 60.0
+    await offers.collect(asked())
+    assert len(inside.asked) == 1
+    clock.now_s = 60.1
+    await offers.collect(asked())
+    assert (len(inside.asked), offers.num_kept) == (2, 1)
+
+
+async def test_only_so_many_tokens_are_kept_the_oldest_make_room() -> None:
+    inside = Counted(Limits(remembered_tokens=4 * LARGEST_PART))
+    offers = OncePerKey(inside)
+    for number in range(LARGEST_PART + 1):
+        await offers.collect(asked(key=f"k{number}"))
+    assert offers.num_kept == LARGEST_PART
+    await offers.collect(asked(key=f"k{LARGEST_PART}"))
+    assert len(inside.asked) == LARGEST_PART + 1
+    await offers.collect(asked(key="k0"))
+    assert len(inside.asked) == LARGEST_PART + 2
+
+
+async def test_an_answer_too_long_to_keep_is_read_to_its_end_and_then_forgotten() -> None:
+    inside = Counted(Limits(remembered_tokens=3 * LARGEST_PART))
+    offers = OncePerKey(inside)
+    assert await text_of(offers.chat(asked())) == ALL
+    assert await text_of(offers.chat(asked())) == ALL
+    assert (len(inside.asked), offers.num_kept, inside.num_open) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("said", ["", "a b", "x" * 129, "ключ"])
+def test_a_key_is_an_identifier(said: str) -> None:
+    with pytest.raises(InvalidRequest):
+        key_of(said, Limits())
+    assert key_of("x" * 128, Limits()) == "x" * 128
+    assert key_of(None, Limits()) == ""
