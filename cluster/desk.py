@@ -114,13 +114,14 @@ class Desk:
                 for said in told.said:
                     for front, columns in self._streams.sorted(said):
                         self._send(front, Events((), columns.streams, columns.offsets, columns.tokens))
-                    self._send_events(said.events(untagged(said)))
+                    if rows := untagged(said):
+                        self._send_events(said.events(rows))
                 self._send_events(told.events)
             else:
                 self._send_events(told)
 
     def _send_events(self, events: Iterable[TokenEvent]) -> None:
-        by_front: dict[Front, list[TokenEvent]] = defaultdict(list)
+        by_front: defaultdict[Front, list[TokenEvent]] = defaultdict(list)
         for event in events:
             key = (event.request_id, event.choice)
             owner = self._owners.get(key)

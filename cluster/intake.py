@@ -9,8 +9,9 @@ import zmq
 
 from cluster.block_journal import BlockJournal
 from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, new_keys
-from cluster.desk import Desk, Front, FrontFull, FrontGone
+from cluster.desk import Desk, FrontFull, FrontGone
 from cluster.messages import Pong
+from cluster.streams import Front
 from engine.plan import TokenEvent
 from engine.request import Request
 from engine.told import Told

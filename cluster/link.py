@@ -41,7 +41,8 @@ class StreamBuffer:
     def __init__(self, limit_tokens: int, now: float = 0.0, *, key: tuple[str, int, int] = ("", 0, 0)) -> None:
         """``key``: request id, choice and attempt."""
         self._limit, self._key = limit_tokens, key
-        self._num_cached = self._losses = 0
+        self._like = TokenEvent(*self._key, 0)
+        """What does not change from token to token."""
         self.heard = now
         """When something was put in last."""
         self._events: deque[TokenEvent] = deque()
@@ -56,12 +57,13 @@ class StreamBuffer:
             self.fail(SlowReader(limit_tokens=self._limit))
         elif self._end is None:
             self._events.append(event)
-            self._num_cached, self._losses = event.num_cached, event.losses
+            if (event.num_cached, event.losses) != (self._like.num_cached, self._like.losses):
+                self._like = replace(self._like, num_cached=event.num_cached, losses=event.losses)
             self._arrived.set()
 
     def put_token(self, offset: int, token: int, now: float = 0.0) -> None:
         """One more token; all else is as in the event before."""
-        self.put(TokenEvent(*self._key, offset, (token,), num_cached=self._num_cached, losses=self._losses), now)
+        self.put(self._like.then(offset, token), now)
 
     def fail(self, error: Exception) -> None:
         """What was put before can still be read; then ``error`` is raised."""

@@ -61,10 +61,13 @@ class StreamTable:
         known = said.tags != NO_TAG
         places[~known] = 0
         known &= self._tags[places] == said.tags
-        fronts, streams = self._fronts[places], self._streams[places]
+        columns = (self._streams[places], said.offsets, said.tokens)
+        fronts = self._fronts[places]
+        if known.all() and (fronts == fronts[0]).all():  # mostly there is one front
+            yield self._front_at[int(fronts[0])], ForFront(*(column.tobytes() for column in columns))
+            return
         for number in np.unique(fronts[known]).tolist():
             rows = known & (fronts == number)
-            columns = (streams, said.offsets, said.tokens)
             yield self._front_at[number], ForFront(*(column[rows].tobytes() for column in columns))
 
     def _number(self, front: Front) -> int:
@@ -83,4 +86,4 @@ class StreamTable:
 
 def untagged(said: Said) -> Sequence[int]:
     """Rows of requests whose front gave them no number."""
-    return np.flatnonzero(said.tags == NO_TAG).tolist()  # type: ignore[no-any-return]
+    return np.flatnonzero(said.tags == NO_TAG).tolist()

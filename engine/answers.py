@@ -52,4 +52,5 @@ def _merged(columns: list[bytes]) -> bytes:
     """Each row is answered by the rank of its shard alone."""
     if not columns:
         return b""
-    return np.maximum.reduce([np.frombuffer(column, COLUMN) for column in columns]).tobytes()
+    merged: np.ndarray = np.maximum.reduce([np.frombuffer(column, COLUMN) for column in columns])
+    return merged.tobytes()

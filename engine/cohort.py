@@ -131,8 +131,9 @@ class Cohort:
         for sequence in sequences:
             sequence.num_planned += 1
         self._columns[READY, rows] = 0
-        shard = np.full(len(rows), self._shard, np.int64)
-        return Planned(rows, np.stack((columns[NUMBER], columns[LENGTH] - 1, columns[TOKEN], new_blocks, shard)))
+        told = np.empty((5, len(rows)), np.int64)
+        told[0], told[1], told[2], told[3], told[4] = columns[NUMBER], columns[LENGTH] - 1, columns[TOKEN], new_blocks, self._shard
+        return Planned(rows, told)
 
     def record(self, planned: Planned, tokens: np.ndarray) -> Recorded:
         """``tokens`` (S), or `NO_TOKEN`, came of the planned works. What ends an answer, or has left since, is not recorded here."""
@@ -145,7 +146,7 @@ class Cohort:
             rows, columns, length, tokens = rows[plain], columns[:, plain], length[plain], tokens[plain]
         sequences: list[Sequence] = self._sequences[rows].tolist()
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-            sequence.num_computed = sequence.num_planned
+            sequence.num_computed += 1
             sequence.tokens.append(token)
         self._columns[LENGTH, rows] = length
         self._columns[TOKEN, rows] = tokens

@@ -197,7 +197,7 @@ class Spent:
     """From there on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenEvent:
     """Progress of one request: new output tokens, its end, or both."""
 
@@ -224,3 +224,9 @@ class TokenEvent:
     """How often workers were lost while they computed it, so far."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the prompt's tokens from the second on, where they were asked for: in the choice's very first event with tokens or an end."""
+
+    def then(self, offset: int, token: int) -> "TokenEvent":
+        """That the same request has one more token, said of an event without anything particular: a quarter of the time of making one."""
+        event = object.__new__(TokenEvent)
+        event.__dict__.update(self.__dict__, offset=offset, tokens=(token,))
+        return event

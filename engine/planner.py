@@ -35,7 +35,10 @@ class PlanBuilder:
     """Members of cohorts, with one token each."""
 
     def decodes(self) -> Decodes:
-        return Decodes.of(np.concatenate([planned.columns for _, planned in self.together], axis=1)) if self.together else NO_DECODES
+        columns = [planned.columns for _, planned in self.together]
+        if not columns:
+            return NO_DECODES
+        return Decodes.of(columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1))
 
 
 class Planner:
@@ -82,6 +85,7 @@ class Planner:
             budget=self._config.max_step_tokens,
             max_running=self._config.max_running,
             num_stages=self._books.capacity.num_stages,
+            num_shards=len(self._books.shards),
             waiting_tokens=self._books.admission.num_tokens // len(self._books.shards),
         )
 

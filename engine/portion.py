@@ -19,13 +19,13 @@ class Portion:
     max_decodes: int
     """Sequences with one token each that it may still take into this step."""
     load_tokens: int
-    """Of its open sequences: about what a step costs there when all of them decode."""
+    """Of its open sequences: about what a step costs there when all of them decode. 0 where there is no other shard."""
     max_drafted: int = 0
     """Guessed tokens that it may still take into this step."""
     has_preempted: bool = False
 
 
-def portion_of(shard: Shard, *, budget: int, max_running: int, num_stages: int, waiting_tokens: int) -> Portion:
+def portion_of(shard: Shard, *, budget: int, max_running: int, num_stages: int, num_shards: int, waiting_tokens: int) -> Portion:
     """As many steps as there are stages shall have about equal parts of what is to do.
 
     ``budget`` and ``max_running`` are what a step and a replica may hold at most, ``waiting_tokens`` what will come to this shard.
@@ -34,11 +34,12 @@ def portion_of(shard: Shard, *, budget: int, max_running: int, num_stages: int, 
     if num_stages > 1:
         unanswered = together + sum(len(sequence.tokens) - sequence.num_computed for sequence in alive)
         budget = min(budget, max(MICRO_STEP_TOKENS, -(-(unanswered + waiting_tokens) // num_stages)))
+    load_tokens = shard.cohort.num_tokens + sum(len(sequence.tokens) for sequence in alive) if num_shards > 1 else 0
     decoding = together + sum(sequence.num_pending <= 1 for sequence in alive)
     return Portion(
         shard,
         budget=budget,
         max_decodes=-(-decoding // num_stages),
-        load_tokens=shard.cohort.num_tokens + sum(len(sequence.tokens) for sequence in alive),
+        load_tokens=load_tokens,
         max_drafted=max_running - together - len(alive),
     )

@@ -105,11 +105,19 @@ class Sequence:
 
     def keys(self, count: int, block_tokens: int) -> list[BlockKey]:
         """Content keys of its first `count` full blocks."""
+        self._know_keys(count, block_tokens)
+        return self._keys[:count]
+
+    def key(self, index: int, block_tokens: int) -> BlockKey:
+        """Content key of one full block."""
+        self._know_keys(index + 1, block_tokens)
+        return self._keys[index]
+
+    def _know_keys(self, count: int, block_tokens: int) -> None:
         while len(self._keys) < count:
             parent = self._keys[-1] if self._keys else root_key(self.request.salt)
             start = len(self._keys) * block_tokens
             self._keys.append(block_key(parent, self.tokens[start : start + block_tokens]))
-        return self._keys[:count]
 
     def opening(self) -> Opening:
         assert self.number is not None

@@ -27,7 +27,7 @@ class PrefixCache:
         shareable = sequence.num_skippable // self._block_tokens
         if not self._enabled or num_found >= shareable:
             return False
-        return sequence.keys(num_found + 1, self._block_tokens)[num_found] in self._computing
+        return sequence.key(num_found, self._block_tokens) in self._computing
 
     def begin(self, sequence: Sequence, num_found: int) -> None:
         """The sequence was admitted with `num_found` blocks found, and will compute the other full ones."""
@@ -44,7 +44,8 @@ class PrefixCache:
         if not self._enabled:
             return
         first, last = since // self._block_tokens, sequence.num_computed // self._block_tokens
-        for index, key in enumerate(sequence.keys(last, self._block_tokens)[first:], start=first):
+        for index in range(first, last):
+            key = sequence.key(index, self._block_tokens)
             self._pool.publish(sequence.blocks[index], key)
             self._computing.pop(key, None)
 

@@ -1,0 +1,107 @@
+"""Sequences that go on together, against the slow twin: the same engine with nobody in a cohort."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.books import Books
+from engine.cohort import Cohort
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.fair_share import FairShare
+from engine.request import Request, SamplingParams
+from engine.told import Told
+from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
+
+
+def life(seed: int) -> tuple[list[list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]], dict, float, int]:
+    """Works of every step, what was answered, what a tenant was charged, and how many tokens went by a cohort."""
+    draw = random.Random(seed)
+    executor = FakeExecutor(draw.randint(12, 60), 4, num_stages=draw.choice([1, 1, 2]), num_shards=draw.choice([1, 2]))
+    policy = FairShare()
+    config = EngineConfig(block_tokens=4, max_step_tokens=draw.randint(4, 24), max_running=draw.randint(2, 8))
+    engine, recorder = Engine(executor, config, policy=policy), Recorder()
+    by_cohort = 0
+    for number in range(draw.randint(2, 9)):
+        prompt = tuple(draw.randrange(9) for _ in range(draw.randint(1, 12)))
+        sampling = SamplingParams(
+            max_tokens=draw.randint(1, 14),
+            min_tokens=draw.choice([0, 0, 4]),
+            stop_token_ids=tuple(draw.sample(range(1000), draw.choice([0, 60, 200]))),
+            seed=draw.randrange(9),
+        )
+        request = Request(id=str(number), prompt=prompt, sampling=sampling, tenant=draw.choice("ab"), share=draw.choice([1.0, 2.0]))
+        recorder.begin(request.key)
+        engine.submit(request)
+        for _ in range(draw.randint(0, 3)):
+            told = engine.turn()
+            by_cohort += sum(map(len, told.said))
+            recorder.take(told)
+    victim = str(draw.randrange(9))
+    if draw.random() < 0.3:
+        engine.cancel(victim)
+    while len(recorder.ends) < len(recorder.tokens):
+        told = engine.turn()
+        by_cohort += sum(map(len, told.said))
+        recorder.take(told)
+    steps = [
+        sorted((work.sequence, work.start, work.tokens, work.new_blocks and (len(work.new_blocks),)) for work in plan.works)
+        for plan in executor.plans
+    ]
+    answers = {key: (tokens, recorder.ends[key]) for key, tokens in recorder.tokens.items()}
+    return steps, answers, policy.served("a"), by_cohort
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_steps_and_answers_are_those_of_sequences_planned_one_by_one(seed: int) -> None:
+    together = life(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Books, "let_join", lambda _books, _sequence: None)
+        singly = life(seed)
+    assert singly[3] == 0
+    assert together[:2] == singly[:2]
+    assert together[2] == pytest.approx(singly[2])
+
+
+def test_most_tokens_of_undisturbed_sequences_go_by_the_cohort() -> None:
+    executor = FakeExecutor(num_blocks=256)
+    engine, recorder = Engine(executor, EngineConfig(block_tokens=4)), Recorder()
+    requests = [Request(id=str(n), prompt=(n, 2, 3), sampling=SamplingParams(max_tokens=12)) for n in range(8)]
+    for request in requests:
+        recorder.begin(request.key)
+        engine.submit(request)
+    told: list[Told] = []
+    while len(recorder.ends) < len(requests):
+        told.append(engine.turn())
+        recorder.take(told[-1])
+    assert sum(len(said) for each in told for said in each.said) == 8 * 10, "all but the first and the last of each"
+    assert all(not plan.singly for plan in executor.plans[1:])
+    assert all(recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, 12)) for request in requests)
+
+
+def test_who_asks_for_more_than_tokens_is_not_in_a_cohort() -> None:
+    executor = FakeExecutor(num_blocks=256)
+    engine, recorder = Engine(executor, EngineConfig(block_tokens=4)), Recorder()
+    for number, sampling in enumerate([SamplingParams(max_tokens=4, logprobs=1), SamplingParams(max_tokens=4, grammar="start: /a/")]):
+        recorder.begin((str(number), 0))
+        engine.submit(Request(id=str(number), prompt=(1, 2), sampling=sampling))
+    run_to_end(engine, recorder)
+    assert all(len(plan.decodes) == 0 for plan in executor.plans)
+
+
+def test_a_place_that_was_left_is_taken_again_and_payers_without_members_are_forgotten() -> None:
+    cohort = Cohort(0, 4)
+    engine = Engine(FakeExecutor(num_blocks=4096), EngineConfig(block_tokens=4, max_running=4))
+    recorder = Recorder()
+    for number in range(200):
+        request = Request(id=str(number), prompt=(1, 2), sampling=SamplingParams(max_tokens=3), tenant=str(number))
+        recorder.begin(request.key)
+        engine.submit(request)
+    run_to_end(engine, recorder)
+    cohort = engine.scheduler.shards[0].cohort
+    assert len(cohort) == 0
+    assert len(cohort._sequences) == 16
+    assert len(cohort._payers._requests) <= 4
