@@ -37,6 +37,8 @@ class Limits:
     penalty: float = 2.0
     """Greatest absolute value of presence and frequency penalty."""
     repetition_penalty: float = 10.0
+    least_repetition_penalty: float = 0.01
+    """Logits are divided by it, and must stay numbers."""
     id_chars: int = 128
     """Length of request ids, ``user`` and salts; their characters are ``A-Z a-z 0-9 . _ : -``."""
     remembered_s: float = 60.0

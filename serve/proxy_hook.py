@@ -1,4 +1,5 @@
-"""Run by every Ray Serve proxy before it listens: its gRPC port gets address and TLS, and headers not meant for clients are stripped.
+"""Run by every Ray Serve proxy before it listens: its gRPC port gets address and TLS, headers not meant for clients are stripped,
+and bytes that are no protobuf message reach our own refusal.
 
 Ray Serve 2.60 binds HTTP where it is told and gRPC to every address of the host, with no setting for it. The one place
 where it runs code of ours in the proxy before that is the callback named by `CALLBACK_VARIABLE`.
@@ -37,7 +38,9 @@ def variables(*, grpc_host: str, tls: Mapping[str, str | None] | None = None) ->
 def before_listening() -> list[Any]:
     """Called by the proxy for its HTTP middlewares."""
     from ray.serve._private import default_impl
+    from ray.serve._private.grpc_util import gRPCGenericServer
 
+    from serve.grpc.unreadable import forgiving
     from serve.http.proxy_headers import proxy_middlewares
 
     def add_grpc_address(server: Any, address: str) -> None:
@@ -52,6 +55,8 @@ def before_listening() -> list[Any]:
         else:
             server.add_insecure_port(address)
 
+    override = gRPCGenericServer._override_method_handler
+    gRPCGenericServer._override_method_handler = lambda server, method, handler: forgiving(override(server, method, handler))
     default_impl.add_grpc_address = add_grpc_address  # type: ignore[assignment]
     return proxy_middlewares()
 

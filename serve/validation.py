@@ -146,7 +146,7 @@ class Validator:
         _number("temperature", options.temperature, 0, limits.temperature)
         _number("top_p", options.top_p, 0, 1, above_low=True)
         _number("min_p", options.min_p, 0, 1)
-        _number("repetition_penalty", options.repetition_penalty, 0, limits.repetition_penalty, above_low=True)
+        _number("repetition_penalty", options.repetition_penalty, limits.least_repetition_penalty, limits.repetition_penalty)
         _number("presence_penalty", options.presence_penalty, -limits.penalty, limits.penalty)
         _number("frequency_penalty", options.frequency_penalty, -limits.penalty, limits.penalty)
         _whole("top_k", options.top_k, -1, (1 << 31) - 1)

@@ -13,6 +13,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 CLIENT = Path(__file__).resolve().parents[1]
 PRINT_DESCRIPTORS = """
 import importlib, sys
@@ -131,25 +132,32 @@ def test_the_page_of_the_protocol_is_what_its_comments_say() -> None:
     assert "| `Drain` |" in page
 
 
-@pytest.mark.slow
-def test_the_client_installs_alone_and_is_small(tmp_path: Path) -> None:
-    """A clean environment gets it from its wheel, with nothing but what the wheel asks for."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    source = tmp_path / "source"
-    subprocess.run(["cp", "-rL", CLIENT, source], check=True)
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, source], check=True)
-    (wheel,) = tmp_path.glob("manta_client-*.whl")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, since setuptools writes beside what it builds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(CLIENT, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__", ".*"))
+    command = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "source"]
+    subprocess.run(command, check=True)
+    (built,) = folder.glob("manta_client-*.whl")
+    return built
+
+
+def test_the_wheel_is_small_and_has_what_belongs_there(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.stat().st_size < 200_000
-    assert "manta_client/py.typed" in names
-    assert "manta_client/_generated/messages_pb2.pyi" in names
-    assert not any("tests" in name for name in names)
+    assert {"manta_client/py.typed", "manta_client/_generated/messages_pb2.pyi", "manta_client/testing/fixtures.py"} <= set(names)
+    assert not any("client_tests" in name or "proto/" in name for name in names)
 
+
+@pytest.mark.slow
+def test_the_client_installs_alone(tmp_path: Path, wheel: Path) -> None:
+    """A clean environment gets it from its wheel, with nothing but what the wheel asks for."""
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-q", "install", wheel], check=True)
     installed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
     names = {line.split("==")[0].lower().replace("_", "-") for line in installed.split()}
     assert names <= {"manta-client", "grpcio", "protobuf", "googleapis-common-protos", "typing-extensions", "pip", "setuptools"}
-    check = "import manta_client; client = manta_client.Client(); client.close(); manta_client.AsyncClient"
+    check = "import manta_client.testing; client = manta_client.Client(); client.close(); manta_client.AsyncClient"
     subprocess.run([python, "-I", "-c", check], check=True, cwd=tmp_path)

@@ -13,6 +13,7 @@ from serve.grpc.authorise import Admits
 from serve.grpc.generated import admin_pb2_grpc, service_pb2_grpc
 from serve.grpc.health import ADMIN, MANTA, HealthServicer
 from serve.grpc.servicer import MantaServicer
+from serve.grpc.unreadable import Forgiving
 from serve.limits import Limits
 from serve.offers import Offers
 
@@ -52,11 +53,12 @@ async def start_server(
     """
     limits = limits or Limits()
     server = grpc.aio.server(
+        interceptors=(Forgiving(),),
         options=(
             ("grpc.max_receive_message_length", 2 * limits.body_bytes),  # up to there the servicer refuses, and says why
             ("grpc.max_metadata_size", limits.header_bytes),
             ("grpc.so_reuseport", 0),
-        )
+        ),
     )
     service_pb2_grpc.add_MantaServiceServicer_to_server(MantaServicer(service, door=door), server)
     if isinstance(service, Doors):

@@ -54,12 +54,11 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     ) -> AsyncGenerator[service_pb2.ChatStreamResponse, None]:
         request_id = _take("chatcmpl")
 
-        def begin() -> AsyncGenerator[TextEvent, None]:
-            asked = self._chat_request(request.request, request_id, context)
-            return self._service.chat(dataclasses.replace(asked, so_far=so_far))
+        def begin() -> tuple[AsyncGenerator[TextEvent, None], Sequence[SoFar]]:
+            asked, so_far = self._chat_request(request.request, request_id, context), read.so_far(request.so_far)
+            return self._service.chat(dataclasses.replace(asked, so_far=so_far)), so_far
 
-        so_far = read.so_far(request.so_far)
-        stream = _stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id, so_far)
+        stream = _stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id)
         async with aclosing(stream) as responses:
             async for response in responses:
                 yield response
@@ -81,12 +80,11 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     ) -> AsyncGenerator[service_pb2.GenerateStreamResponse, None]:
         request_id = _take("cmpl")
 
-        def begin() -> AsyncGenerator[TextEvent, None]:
-            asked = self._completion_request(request.request, request_id, context)
-            return self._service.complete(dataclasses.replace(asked, so_far=so_far))
+        def begin() -> tuple[AsyncGenerator[TextEvent, None], Sequence[SoFar]]:
+            asked, so_far = self._completion_request(request.request, request_id, context), read.so_far(request.so_far)
+            return self._service.complete(dataclasses.replace(asked, so_far=so_far)), so_far
 
-        so_far = read.so_far(request.so_far)
-        stream = _stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id, so_far)
+        stream = _stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id)
         async with aclosing(stream) as responses:
             async for response in responses:
                 yield response
@@ -188,15 +186,16 @@ async def answer_or_refuse(
 
 
 async def _stream_or_refuse(
-    begin: Callable[[], AsyncGenerator[TextEvent, None]],
+    begin: Callable[[], tuple[AsyncGenerator[TextEvent, None], Sequence[SoFar]]],
     response: type[StreamResponse],
     context: CallContext,
     request_id: str,
-    so_far: Sequence[SoFar],
 ) -> AsyncGenerator[StreamResponse, None]:
-    writer, told, held_s = convert.StreamWriter(so_far), False, 0.0
+    told, held_s = False, 0.0
     try:
-        async with aclosing(begin()) as events:
+        stream, so_far = begin()
+        writer = convert.StreamWriter(so_far)
+        async with aclosing(stream) as events:
             async for event in events:
                 held_s = max(held_s, event.held_s)
                 tell_ledger(context, event.ledger, held_s)

@@ -59,7 +59,7 @@ BAD = {
     "top_p": [0, 0.0, -0.1, 1.1, float("nan"), "1"],
     "min_p": [-1, 1.0001, float("nan")],
     "top_k": [-2, -5, 1.5, True, 2**31],
-    "repetition_penalty": [0, -1, 10.1, float("nan"), float("inf")],
+    "repetition_penalty": [0, 0.0099, 1e-308, -1, 10.1, float("nan"), float("inf")],
     "presence_penalty": [2.1, -2.1, float("nan")],
     "frequency_penalty": [2.1, -2.1, float("nan")],
     "seed": [2**63, -(2**63) - 1, 0.5, "7"],
