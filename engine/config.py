@@ -12,6 +12,9 @@ class EngineConfig:
     """Tokens per KV block."""
     max_step_tokens: int = 2048
     """Tokens computed in one step at most, on each data-parallel shard; longer prompts are cut into several works (chunked prefill)."""
+    max_step_s: float | None = None
+    """While sequences decode, prompts are cut so that a step takes about no longer than this, by what steps have taken so far: the most
+    that a running stream waits for its next token. None = `max_step_tokens` alone says how a prompt is cut."""
     max_running: int = 256
     """Sequences that hold KV blocks at the same time at most, on all shards together."""
     max_waiting: int = 1024
@@ -37,5 +40,7 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rebalance_every_steps is not None and self.rebalance_every_steps < 1:
             raise ValueError(f"rebalance_every_steps must be at least 1, got {self.rebalance_every_steps}")
+        if self.max_step_s is not None and not self.max_step_s > 0:
+            raise ValueError(f"max_step_s must be above 0, got {self.max_step_s}")
         if not self.rebalance_threshold >= 1:
             raise ValueError(f"rebalance_threshold must be at least 1, got {self.rebalance_threshold}")

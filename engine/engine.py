@@ -16,6 +16,7 @@ from engine.draft.speculator import Speculator
 from engine.errors import EngineError, EngineStopped, WorkersLost
 from engine.executor import Executor, PendingStep
 from engine.kv.block_pool import BlockListener
+from engine.pace import Pace
 from engine.places import mark
 from engine.plan import COLUMN, Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
 from engine.policy import Policy
@@ -56,7 +57,8 @@ class Engine:
         self.executor = executor
         self._step_cost = StepCost()
         speculator = speculator or choose_speculator(config, lambda: self._step_cost.line)
-        self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener, speculator=speculator)
+        self._pace = Pace(config.max_step_s, lambda: self._step_cost.line) if config.max_step_s is not None else None
+        self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener, speculator=speculator, pace=self._pace)
         self._config = config
         self._balancing = Balancing(config)
         self._timekeeper = Timekeeper()
@@ -272,6 +274,8 @@ class Engine:
     def _note_step(self, plan: StepPlan, result: StepResult) -> None:
         self._num_steps += 1
         self._step_cost.note(plan.num_tokens, result.elapsed_s)
+        if self._pace is not None:
+            self._pace.note(plan, result.elapsed_s)
         self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
 
     def _note_stats(self) -> None:

@@ -10,10 +10,11 @@ from engine.cohort import Planned
 from engine.config import EngineConfig
 from engine.draft.drafting import draft_for
 from engine.draft.speculator import Speculator
+from engine.pace import Pace
 from engine.places import is_asked_for, mark
 from engine.plan import NO_DECODES, Decodes, Opening, StepPlan, Work
 from engine.policy import Policy
-from engine.portion import Portion, portion_of
+from engine.portion import Portion, num_decoding, portion_of
 from engine.sequence import Sequence
 from engine.shard import Shard
 
@@ -44,8 +45,10 @@ class PlanBuilder:
 class Planner:
     """On each shard sequences that decode come first, then prompts that were begun, then new ones, each in rank order."""
 
-    def __init__(self, config: EngineConfig, books: Books, policy: Policy, speculator: Speculator | None) -> None:
-        self._config, self._books, self._policy, self._speculator = config, books, policy, speculator
+    def __init__(
+        self, config: EngineConfig, books: Books, policy: Policy, *, speculator: Speculator | None = None, pace: Pace | None = None
+    ) -> None:
+        self._config, self._books, self._policy, self._speculator, self._pace = config, books, policy, speculator, pace
         self._num_steps = 0
         self._together: dict[int, list[tuple[Shard, Planned]]] = {}
 
@@ -65,7 +68,8 @@ class Planner:
     def plan(self, may_run: MayRun = anyone) -> StepPlan | None:
         """The next step's plan with those who may run, or None when none of them can."""
         building = PlanBuilder(may_run)
-        portions = [self._portion(shard) for shard in self._books.shards]
+        budgets = [self._config.max_step_tokens] * len(self._books.shards) if self._pace is None else self._paced(self._pace)
+        portions = [self._portion(shard, budget) for shard, budget in zip(self._books.shards, budgets, strict=True)]
         for portion in portions:
             self._continue_open(portion, building)
         self._admit_waiting([portion for portion in portions if not portion.has_preempted], building)
@@ -79,10 +83,18 @@ class Planner:
         self._books.closed.clear()
         return plan
 
-    def _portion(self, shard: Shard) -> Portion:
+    def _paced(self, pace: Pace) -> list[int]:
+        """Tokens for each shard, where some sequences decode: they wait for the prompts of all shards."""
+        decoding, most = [num_decoding(shard) for shard in self._books.shards], self._config.max_step_tokens
+        if not any(decoding):
+            return [most for _ in decoding]
+        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding)) // len(decoding))
+        return [min(most, number + prompt_tokens) for number in decoding]
+
+    def _portion(self, shard: Shard, budget: int) -> Portion:
         return portion_of(
             shard,
-            budget=self._config.max_step_tokens,
+            budget=budget,
             max_running=self._config.max_running,
             num_stages=self._books.capacity.num_stages,
             num_shards=len(self._books.shards),

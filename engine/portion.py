@@ -25,6 +25,11 @@ class Portion:
     has_preempted: bool = False
 
 
+def num_decoding(shard: Shard) -> int:
+    """Sequences whose next step computes one token, or whose last one does now."""
+    return len(shard.cohort) + sum(sequence.num_pending <= 1 and not sequence.ended for sequence in shard.loose.values())
+
+
 def portion_of(shard: Shard, *, budget: int, max_running: int, num_stages: int, num_shards: int, waiting_tokens: int) -> Portion:
     """As many steps as there are stages shall have about equal parts of what is to do.
 

@@ -22,6 +22,7 @@ from engine.errors import (
 )
 from engine.executor import Capacity
 from engine.kv.block_pool import BlockListener
+from engine.pace import Pace
 from engine.places import is_asked_for, mark
 from engine.plan import COLUMN, NO_TOKEN, FinishReason, Sampled, StepPlan, StepResult, TokenEvent, Work
 from engine.planner import Planner
@@ -55,12 +56,13 @@ class Scheduler:
         policy: Policy | None = None,
         listener: BlockListener | None = None,
         speculator: Speculator | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._config = config
         self._speculator = speculator
         self._policy = policy or FirstCome()
         self._books = Books(config, capacity, self._policy, listener)
-        self._planner = Planner(config, self._books, self._policy, speculator)
+        self._planner = Planner(config, self._books, self._policy, speculator=speculator, pace=pace)
         self.num_finished = self.num_losses = 0
         self.computed_tokens = self.sampled_tokens = 0
         self._by_key: dict[Key, Sequence] = {}

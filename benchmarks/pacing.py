@@ -1,0 +1,92 @@
+"""Long prompts beside running streams under a virtual clock: how late tokens come, and how fast prompts go, by `engine.max_step_s`.
+
+    python -m benchmarks.pacing [--machine gpu] [--streams 32] [--prompts 40] [--seed 1]
+
+Simulated, and no more than this: what a step takes (base + per token + per token and context, of about a 7B model on one accelerator, or
+a 0.5B model on two CPU cores). Engine, scheduler, blocks and what is learnt of the steps' times are the server's own.
+"""
+
+import argparse
+import random
+import statistics
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executor import Capacity
+from engine.plan import Sampled, StepPlan, StepResult
+from engine.request import Request, SamplingParams
+
+MACHINES = {"gpu": (0.012, 0.00006, 2e-9, (0.03, 0.05, 0.1)), "cpu": (0.045, 0.0018, 1e-7, (0.15, 0.3, 1.0))}
+"""Seconds of a step, of a token in it, and of a token for each one before it in its sequence; limits that are tried."""
+
+
+class Ranks:
+    """Takes virtual time."""
+
+    capacity = Capacity(num_blocks=40_000, block_tokens=16, max_context_tokens=32_768)
+
+    def __init__(self, machine: str) -> None:
+        self._cost = MACHINES[machine][:3]
+        self.plan: StepPlan | None = None
+        self.seconds = 0.0
+
+    def submit(self, plan: StepPlan) -> "Ranks":
+        base_s, token_s, context_s = self._cost
+        works = plan.works
+        self.plan = plan
+        self.seconds = base_s + sum(len(work.tokens) * (token_s + context_s * (work.start + len(work.tokens) / 2)) for work in works)
+        return self
+
+    def result(self) -> StepResult:
+        assert self.plan is not None
+        return StepResult(self.plan.step, tuple(Sampled(work.sequence, (7,)) for work in self.plan.works if work.samples), self.seconds)
+
+    def close(self) -> None:
+        pass
+
+
+def simulated(machine: str, max_step_s: float | None, num_streams: int, num_prompts: int, seed: int) -> tuple[list[float], float, float]:
+    """Gaps between tokens of the running streams while prompts come, tokens of prompts a second, and the mean time to their first token."""
+    draw, ranks = random.Random(seed), Ranks(machine)
+    engine = Engine(ranks, EngineConfig(max_step_s=max_step_s))
+    for number in range(num_streams):
+        prompt = tuple(draw.randrange(50_000) for _ in range(draw.randint(20, 400)))
+        engine.submit(Request(id=f"stream {number}", prompt=prompt, sampling=SamplingParams(max_tokens=30_000)))
+    while engine.stats.prefill_tokens or engine.stats.num_steps < 50:
+        engine.turn()
+    now, arrives, arrived_at, gaps, first_after, computed = 0.0, 0.0, {}, [], [], 0
+    mean_gap_s = 3000 * MACHINES[machine][1] * 1.6
+    while len(first_after) < num_prompts:
+        while arrives <= now and len(arrived_at) < num_prompts:
+            name = str(len(arrived_at))
+            prompt = tuple(draw.randrange(50_000) for _ in range(draw.randint(1000, 5000)))
+            engine.submit(Request(id=name, prompt=prompt, sampling=SamplingParams(max_tokens=1)))
+            arrived_at[name] = now
+            computed += len(prompt)
+            arrives += draw.expovariate(1 / mean_gap_s)
+        told = engine.turn()
+        now += ranks.seconds
+        if engine.stats.prefill_tokens:
+            gaps.append(ranks.seconds)
+        first_after += [now - arrived_at[event.request_id] for event in told if event.request_id in arrived_at]
+    return gaps, computed / sum(gaps), statistics.fmean(first_after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", choices=sorted(MACHINES), default="gpu")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    print(f"{arguments.streams} streams, {arguments.prompts} prompts of 1,000 to 5,000 tokens, as on a {arguments.machine}, virtual clock")
+    print(f"{'max_step_s':<12}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT':>10}  ms{'prompt tokens/s':>20}")
+    for limit in (None, *reversed(MACHINES[arguments.machine][3])):
+        gaps, rate, first = simulated(arguments.machine, limit, arguments.streams, arguments.prompts, arguments.seed)
+        p50, p99 = statistics.median(gaps), statistics.quantiles(gaps, n=100)[98]
+        figures = "".join(f"{seconds * 1000:>10.0f}" for seconds in (p50, p99, max(gaps), first))
+        print(f"{limit or 'none':<12}{figures}{rate:>24,.0f}")
+
+
+if __name__ == "__main__":
+    main()

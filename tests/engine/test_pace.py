@@ -1,0 +1,100 @@
+"""The law of the pace: beside sequences that decode a step keeps its time, and prompts get on in any case."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executor import Capacity
+from engine.pace import LEAST_TOKENS, Pace
+from engine.plan import Sampled, StepPlan, StepResult
+from engine.request import Request, SamplingParams
+
+SETTLING = 30
+"""Steps after which what steps cost is known."""
+
+
+class Timed:
+    """Ranks whose steps take what a line says, and more the longer the contexts are."""
+
+    capacity = Capacity(num_blocks=4096, block_tokens=16, max_context_tokens=32_768)
+
+    def __init__(self, base_s: float, token_s: float, curvature: float = 0.0) -> None:
+        self._cost = (base_s, token_s, curvature)
+        self.took: list[tuple[StepPlan, float]] = []
+
+    def submit(self, plan: StepPlan) -> "Timed":
+        base_s, token_s, curvature = self._cost
+        self.took.append((plan, base_s + sum(token_s * len(w.tokens) * (1 + curvature * w.start / 1000) for w in plan.works)))
+        return self
+
+    def result(self) -> StepResult:
+        plan, seconds = self.took[-1]
+        return StepResult(plan.step, tuple(Sampled(work.sequence, (7,)) for work in plan.works if work.samples), seconds)
+
+    def close(self) -> None:
+        pass
+
+
+def lived(ranks: Timed, max_step_s: float | None, *, streams: int = 4, prompts: int = 6) -> list[tuple[int, int, float]]:
+    """Streams that decode, and long prompts that come beside them: sequences that decode, prompt tokens and seconds of every step."""
+    engine = Engine(ranks, EngineConfig(max_step_s=max_step_s, max_step_tokens=2048))
+    for number in range(streams):
+        engine.submit(Request(id=f"stream {number}", prompt=(number,), sampling=SamplingParams(max_tokens=8000)))
+    for _ in range(5):
+        engine.turn()
+    for number in range(prompts):
+        engine.submit(Request(id=f"prompt {number}", prompt=(number,) * 3000, sampling=SamplingParams(max_tokens=1)))
+    finished = engine.stats.num_finished
+    while engine.stats.num_finished < finished + prompts:
+        engine.turn()
+        assert len(ranks.took) < 10_000, "prompts do not get on"
+    steps = []
+    for plan, seconds in ranks.took:
+        decoding = sum(len(work.tokens) == 1 for work in plan.works)
+        steps.append((decoding, plan.num_tokens - decoding, seconds))
+    return steps
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.001, 0.05), st.floats(1e-5, 2e-3), st.floats(0, 0.3), st.floats(1.5, 20))
+def test_steps_with_decoding_sequences_keep_their_time(base_s: float, token_s: float, curvature: float, times: float) -> None:
+    ranks = Timed(base_s, token_s, curvature)
+    max_step_s = base_s * times + 32 * token_s * (1 + 3 * curvature)  # so much that the least of a prompt has room in it
+    steps = [step for step in lived(ranks, max_step_s)[SETTLING:] if step[0] and step[1]]
+    late = [seconds for _, _, seconds in steps if seconds > 1.1 * max_step_s]
+    assert len(late) <= 0.1 * len(steps), (max_step_s, late)
+    assert all(seconds <= 2 * max_step_s for _, _, seconds in steps)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.floats(0.001, 0.05), st.floats(1e-5, 1e-3), st.floats(2.5, 20))
+def test_the_time_is_used(base_s: float, token_s: float, times: float) -> None:
+    """Prompts are not cut smaller than they need be: without curvature steps come near the limit."""
+    max_step_s = base_s * times + 32 * token_s
+    steps = [step for step in lived(Timed(base_s, token_s), max_step_s)[SETTLING:] if step[0] and step[1]]
+    full = [seconds for _, tokens, seconds in steps if tokens < 2000]
+    assert not full or sorted(full)[len(full) // 2] > 0.8 * max_step_s
+
+
+def test_prompts_get_on_however_short_the_time_is() -> None:
+    steps = lived(Timed(0.02, 1e-4), max_step_s=0.001, prompts=1)
+    assert min(tokens for decoding, tokens, _ in steps[5:-1] if decoding and tokens) == LEAST_TOKENS
+
+
+def test_where_nobody_decodes_prompts_are_computed_at_the_full_rate() -> None:
+    steps = lived(Timed(0.02, 1e-4), max_step_s=0.03, streams=0, prompts=1)
+    assert max(tokens for _, tokens, _ in steps) == 2048
+
+
+def test_without_the_setting_prompts_are_cut_by_tokens_alone() -> None:
+    steps = lived(Timed(0.02, 1e-4), max_step_s=None, prompts=1)
+    assert max(tokens for _, tokens, _ in steps) == 2048 - 4
+
+
+def test_a_time_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_step_s"):
+        EngineConfig(max_step_s=0.0)
+    with pytest.raises(ValueError, match="max_step_s"):
+        Pace(-1.0, lambda: (0.0, 0.0))
