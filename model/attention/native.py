@@ -1,4 +1,4 @@
-"""Attention for CPUs with our own kernels: one new token of each sequence reads its blocks in place; prompts go to torch's.
+"""Attention for CPUs with our own kernels: blocks are read where they lie, for one new token of a sequence and for many.
 
 T tokens, S sequences, H query heads, G KV heads, K head width, N blocks, B tokens per block, M most blocks of a sequence.
 """
@@ -26,11 +26,13 @@ class NativeAttention:
         counts = [config.kv_of_query.count(kv) for kv in range(config.num_kv_heads)]
         self._heads_G3 = torch.tensor(list(zip(starts, counts, range(config.num_kv_heads), strict=True)))
         self._lengths_S = torch.empty(0, dtype=torch.int64)
+        self._starts_S = torch.empty(0, dtype=torch.int64)
         self._tables_SM = torch.empty(0, 0, dtype=torch.int32)
 
     def prepare(self, batch: ForwardBatch) -> None:
-        self._lengths_S = torch.tensor(batch.context_lengths[: batch.num_decodes], dtype=torch.int64)
-        self._tables_SM = batch.block_tables_SM[: batch.num_decodes].contiguous()
+        self._lengths_S = torch.tensor(batch.context_lengths, dtype=torch.int64)
+        self._starts_S = torch.tensor(batch.query_starts, dtype=torch.int64)
+        self._tables_SM = batch.block_tables_SM.contiguous()
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
         if keys_NBGK.dtype != torch.float32:
@@ -38,12 +40,12 @@ class NativeAttention:
             return self._torch.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
         q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
         self._write(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
-        if batch.num_decodes == batch.num_tokens:
-            return self._decode(q_THK, keys_NBGK, values_NBGK)
-        out_THK = q_THK.new_empty(q_THK.shape)
+        q_THK = q_THK.contiguous()
+        out_THK = torch.empty_like(q_THK)
         if batch.num_decodes:
-            out_THK[: batch.num_decodes] = self._decode(q_THK[: batch.num_decodes], keys_NBGK, values_NBGK)
-        self._torch.prefill(q_THK, k_TGK, v_TGK, keys_NBGK, values_NBGK, batch, out_THK)
+            self._decode(q_THK, keys_NBGK, values_NBGK, out_THK, batch.num_decodes)
+        if batch.num_decodes < batch.num_sequences:
+            self._prefill(q_THK, keys_NBGK, values_NBGK, out_THK, batch.num_decodes)
         return out_THK
 
     def _write(self, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, slots_T: Tensor) -> None:
@@ -54,16 +56,24 @@ class NativeAttention:
             *(keys_NBGK.data_ptr(), values_NBGK.data_ptr(), num_tokens, num_heads * width, num_threads()),
         )
 
-    def _decode(self, q_SHK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor) -> Tensor:
-        q_SHK = q_SHK.contiguous()
-        out_SHK = torch.empty_like(q_SHK)
-        num_sequences, num_heads, width = q_SHK.shape
+    def _decode(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, out_THK: Tensor, num_sequences: int) -> None:
+        """The first ``num_sequences`` tokens, each of a sequence of its own."""
+        _, num_heads, width = q_THK.shape
         self._library.decode(
-            *(q_SHK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), self._tables_SM.data_ptr(), self._lengths_S.data_ptr()),
-            *(self._heads_G3.data_ptr(), out_SHK.data_ptr(), num_sequences, num_heads, self.config.num_kv_heads, width),
+            *(q_THK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), self._tables_SM.data_ptr(), self._lengths_S.data_ptr()),
+            *(self._heads_G3.data_ptr(), out_THK.data_ptr(), num_sequences, num_heads, self.config.num_kv_heads, width),
             *(self._tables_SM.shape[1], self.config.block_tokens, num_threads()),
         )
-        return out_SHK
+
+    def _prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, out_THK: Tensor, first: int) -> None:
+        """The sequences from ``first`` on."""
+        tables_SM, starts_S, lengths_S = self._tables_SM[first:], self._starts_S[first:], self._lengths_S[first:]
+        _, num_heads, width = q_THK.shape
+        self._library.prefill(
+            *(q_THK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), tables_SM.data_ptr(), starts_S.data_ptr()),
+            *(lengths_S.data_ptr(), self._heads_G3.data_ptr(), out_THK.data_ptr(), len(lengths_S), num_heads),
+            *(self.config.num_kv_heads, width, tables_SM.shape[1], self.config.block_tokens, num_threads()),
+        )
 
 
 def _heads_together(x_TGK: Tensor) -> Tensor:

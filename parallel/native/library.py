@@ -46,6 +46,7 @@ class Native:
         self.gate = self._function("gate", [address, address, size, size, threads])
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])
         self.write_kv = self._function("write_kv", [address, address, size, size, *[address] * 3, size, size, threads])
+        self.prefill = self._function("prefill", [*[address] * 8, *[size] * 6, threads])
         self.decode = self._function("decode", [*[address] * 7, *[size] * 6, threads])
         sums = {dtype: f"all_reduce_{str(dtype).removeprefix('torch.')}" for dtype in (torch.float32, torch.bfloat16, torch.float16)}
         self.all_reduce = {dtype: self._function(name, [address, address, size], threads) for dtype, name in sums.items()}

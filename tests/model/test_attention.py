@@ -107,6 +107,34 @@ def test_a_decode_gives_the_same_bits_in_any_company() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("start", [1, 63, 64, 100])
+def test_a_prompt_gives_the_same_bits_however_it_is_cut(start: int) -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    config = HEADS["28/4 heads, rank 1 of 3"]
+    paged = Paged(config, [(0, 150)], torch.float32)
+    whole, paged.keys, paged.values = paged.attend(NativeAttention(config, library))
+    paged.q, paged.k, paged.v = paged.q[start:], paged.k[start:], paged.v[start:]
+    paged.batch = replace(
+        paged.batch, positions_T=paged.batch.positions_T[start:], slots_T=paged.batch.slots_T[start:], query_starts=(0, 150 - start)
+    )
+    assert torch.equal(paged.attend(NativeAttention(config, library))[0], whole[start:])
+
+
+def test_nan_before_a_prompt_is_seen_in_it_and_nowhere_else(fast_backend: MakeFast) -> None:
+    config = HEADS["groups of seven"]
+    paged = Paged(config, [(40, 9), (60, 100), (0, 30)], torch.float32)
+    healthy = paged.attend(fast_backend(config))[0]
+    for cache in (paged.keys, paged.values):
+        cache[paged.batch.block_tables_SM[1, 1]] = torch.nan
+        spoilt = paged.attend(fast_backend(config))[0]
+        assert spoilt[9:109].isnan().all()
+        assert torch.equal(spoilt[:9], healthy[:9])
+        assert torch.equal(spoilt[109:], healthy[109:])
+        cache[paged.batch.block_tables_SM[1, 1]] = 0.5
+
+
 def test_sequences_of_very_different_length_are_not_padded_to_each_other() -> None:
     assert group_by_length((1000, 900, 20, 4000, 60)) == [[3], [0, 1], [4, 2]]
     lengths = tuple(range(100, 4000, 37))

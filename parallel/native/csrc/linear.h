@@ -10,7 +10,6 @@
 #include "tasks.h"
 
 constexpr int PANEL = 2 * LANES;
-constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;
 constexpr int CHUNK = 4;        // panels that one task computes where there are few rows
 constexpr int WIDE_CHUNK = 8;   // and where there are many: the rows are then read less often
 constexpr long K_BLOCK = 512;   // so that a panel's part stays in the first cache while all rows pass
@@ -144,12 +143,6 @@ struct Int4 {
         });
     }
 };
-
-// Calls run with the number of rows as a constant.
-template <int R = MOST_ROWS, class Run> static INLINE void with_rows(long count, Run run) {
-    if (count == R) run(std::integral_constant<int, R>());
-    else if constexpr (R > 1) with_rows<R - 1>(count, run);
-}
 
 // `count` rows (as near to equal parts as they go, none above MOST_ROWS) by `panels` panels, added to sums (zero at first).
 template <class W> static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, float* sums) {

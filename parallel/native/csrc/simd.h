@@ -98,6 +98,14 @@ static inline float highest_of(Floats x) {
 static INLINE void hold(Words& x) { asm volatile("" : "+x"(x)); }
 template <class T> static INLINE void hold(const T*& p) { asm volatile("" : "+r"(p)); }
 
+constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // times two registers of sums, beside what is multiplied
+
+// Calls run with the number of rows as a constant.
+template <int R = MOST_ROWS, class Run> static INLINE void with_rows(long count, Run run) {
+    if (count == R) run(std::integral_constant<int, R>());
+    else if constexpr (R > 1) with_rows<R - 1>(count, run);
+}
+
 // e^x to about 2 ulp: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2] (coefficients 1/k!). Below -87 it gives 1e-38, not zero.
 static inline Floats exponential(Floats x) {
     x = highest(lowest(x, all(88.0f)), all(-87.0f));
