@@ -22,15 +22,18 @@ test-slow: $(READY_TEST)  ## Run what takes minutes as well
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 bench: $(READY_TEST)  ## Measure the engine on this machine: bfloat16, int8, int4 and a mixture of experts, of random weights
-	$(BIN)/python -m benchmarks.run --rounds 3
-	$(BIN)/python -m benchmarks.run --rounds 3 --shape moe
+	$(PIP) install --quiet --group bench
+	$(BIN)/python -m benchmarks.run --fresh --rounds 3 --shape dense --shape moe
 	$(BIN)/python -m benchmarks.run --report
 
 PEERS := $(HOME)/.cache/manta/benchmarks/peers
-bench-peers: $(READY_TEST)  ## The same beside llama.cpp and transformers, round after round (builds llama.cpp)
+BENCH_PEERS ?= --rounds 5
+bench-peers: $(READY_TEST)  ## The same beside llama.cpp, OpenVINO and transformers, round after round (builds llama.cpp)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet numpy llama-cpp-python --no-binary llama-cpp-python
-	$(BIN)/python -m benchmarks.run --rounds 5 --peer llama_cpp=$(PEERS)/bin/python --peer transformers_eager=$(BIN)/python
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet numpy gguf openvino-genai llama-cpp-python --no-binary llama-cpp-python
+	$(PIP) install --quiet --group bench
+	$(BIN)/python -m benchmarks.run --fresh --shape dense --shape moe $(BENCH_PEERS) --peer llama_cpp=$(PEERS)/bin/python \
+	    --peer openvino=$(PEERS)/bin/python --peer transformers_eager=$(BIN)/python
 	$(BIN)/python -m benchmarks.run --report
 
 check: $(READY_TEST)  ## Lint, types, import contracts, protocol files

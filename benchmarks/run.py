@@ -1,7 +1,7 @@
 """`python -m benchmarks.run`: Manta and its peers one after the other, round after round, each round in a process of its own.
 
 Every process runs all cells; the rounds of the engines alternate, so that what the machine does from minute to minute meets all alike.
-Results are added to a JSON file, so that a long comparison can be made in pieces; `--report` writes the table.
+Results are added to a JSON file, so that a long comparison can be made in pieces; `--report` writes table and pictures.
 """
 
 import argparse
@@ -11,13 +11,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from benchmarks.checkpoints import SHAPES, checkpoint
 from benchmarks.peers.llama_cpp import converted
 
 ROOT = Path(__file__).parent.parent
-PEERS = ("transformers_eager", "llama_cpp")
+PEERS = ("transformers_eager", "llama_cpp", "openvino")
 FORMATS = ("bf16", "int8", "int4")
 
 
@@ -33,6 +34,7 @@ def ours(place: Path, form: str, tokens_out: int, only: list[str]) -> dict:
             str(place),
             "--rounds",
             "1",
+            "--no-warm-up",
             "--tokens-out",
             str(tokens_out),
             "--json",
@@ -91,35 +93,88 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def peers_of(choices: list[str], shape: str, form: str) -> list[tuple[str, str]]:
+    """(name, Python) of those that run this shape in this format."""
+    found = []
+    for name, _, python in (choice.partition("=") for choice in choices):
+        if name == "transformers_eager" and form != "bf16":
+            continue  # plain weights only
+        if name == "openvino" and shape != "dense":
+            continue  # its reader knows no mixture of experts
+        found.append((name, python or sys.executable))
+    return found
+
+
+def report(results: Path) -> None:
+    """The table to stdout, and table and pictures beside the results."""
+    found = json.loads(results.read_text())
+    lines = [line for entry in found if entry["engine"] == "manta" for line in entry["lines"] if line.startswith("machine:")]
+    peaks = {(entry["shape"], entry["format"], entry["engine"]): entry["peak_bytes"] / 2**30 for entry in found if entry.get("peak_bytes")}
+    text = table(found) + "\n" + "\n".join(f"{' '.join(key)}: at most {gib:.2f} GiB" for key, gib in peaks.items())
+    text += "\n\n" + "\n".join(dict.fromkeys(lines)) + "\n"
+    print(text)
+    results.with_suffix(".md").write_text(text)
+    try:
+        from benchmarks.plots import draw
+
+        for shape, form in sorted({(entry["shape"], entry["format"]) for entry in found}):
+            draw(found, shape, form, results.with_name(f"{results.stem}_{shape}_{form}.png"))
+    except ImportError:
+        print("no pictures without matplotlib", file=sys.stderr)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="dense")
-    parser.add_argument("--format", choices=FORMATS, action="append", help="may be repeated; all without it")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="may be repeated; dense without it")
+    parser.add_argument("--format", choices=FORMATS, action="append", help="may be repeated; all without it (of moe: bf16)")
     parser.add_argument("--peer", action="append", metavar="NAME=PYTHON", default=[], help=f"NAME is one of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing more after so long")
     parser.add_argument("--tokens-out", type=int, default=128)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache" / "manta" / "benchmarks")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "rounds.json")
-    parser.add_argument("--report", action="store_true", help="print the table of what is in --results, and measure nothing")
-    options = parser.parse_args()
+    parser.add_argument("--fresh", action="store_true", help="forget what is in --results")
+    parser.add_argument("--prepare", action="store_true", help="write checkpoints and the peers' files, and measure nothing")
+    parser.add_argument("--report", action="store_true", help="write table and pictures of what is in --results, and measure nothing")
+    return parser.parse_args()
+
+
+def prepare(options: argparse.Namespace, rounds: list[tuple[str, str]]) -> dict[str, Path]:
+    places = {shape: checkpoint(shape, options.checkpoints) for shape, _ in rounds}
+    for shape, form in rounds:
+        for name, python in peers_of(options.peer, shape, form):
+            if name in ("llama_cpp", "openvino"):
+                converted(places[shape], form)  # needs torch, which their environments have not
+            if name == "openvino":
+                command = [python, "-m", "benchmarks.peers.openvino", str(places[shape]), form]
+                subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return places
+
+
+def main() -> None:
+    options = arguments()
     if options.report:
-        print(table(json.loads(options.results.read_text())))
+        report(options.results)
         return
-    place = checkpoint(options.shape, options.checkpoints)
-    if any(choice.startswith("llama_cpp") for choice in options.peer):
-        for form in options.format or FORMATS:
-            converted(place, form)
+    shapes = options.shape or ["dense"]
+    rounds = [(shape, form) for shape in shapes for form in (options.format or (FORMATS if shape == "dense" else FORMATS[:1]))]
+    places = prepare(options, rounds)
+    if options.prepare:
+        return
+    if options.fresh:
+        options.results.unlink(missing_ok=True)
+    until = time.monotonic() + 60 * options.minutes
     for number in range(options.rounds):
-        for form in options.format or FORMATS:
-            entry = {"shape": options.shape, "format": form, "engine": "manta"}
-            add(options.results, entry | ours(place, form, options.tokens_out, options.only))
-            for name, _, python in (choice.partition("=") for choice in options.peer):
-                if name == "transformers_eager" and form != "bf16":
-                    continue
-                found = peer(name, python or sys.executable, place, form, options.tokens_out, options.only)
-                add(options.results, entry | {"engine": name} | found)
-            print(f"round {number + 1} of {options.rounds}, {form}: done", file=sys.stderr, flush=True)
+        for shape, form in rounds:
+            runs = [("manta", ""), *peers_of(options.peer, shape, form)]
+            for name, python in runs if number % 2 == 0 else reversed(runs):
+                if time.monotonic() > until:
+                    return
+                common = (places[shape], form, options.tokens_out, options.only)
+                found = ours(*common) if name == "manta" else peer(name, python, *common)
+                add(options.results, {"shape": shape, "format": form, "engine": name} | found)
+            print(f"round {number + 1} of {options.rounds}, {shape} {form}: done", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

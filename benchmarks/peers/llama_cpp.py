@@ -1,6 +1,7 @@
 """llama.cpp by its Python binding's C functions, with all sequences of a cell in one batch. `converted` wants torch, the rest does not."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,20 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
+EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+PLAIN = ("ffn_gate_inp.", "ffn_gate_inp_shexp.")
+"""Held in float32 there."""
 TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
 
 
 def converted(checkpoint: Path, form: str) -> Path:
-    """The dense checkpoint as a GGUF file without a vocabulary, written beside it once."""
+    """The checkpoint as a GGUF file without a vocabulary, written beside it once."""
     import json
 
     import gguf
@@ -33,11 +42,16 @@ def converted(checkpoint: Path, form: str) -> Path:
     if target.exists():
         return target
     config = json.loads((checkpoint / "config.json").read_text())
-    writer = gguf.GGUFWriter(target.with_suffix(".part"), "qwen2")
+    writer = gguf.GGUFWriter(target.with_suffix(".part"), config["model_type"].replace("_", ""))
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(config["rope_theta"])
@@ -46,12 +60,13 @@ def converted(checkpoint: Path, form: str) -> Path:
     writer.add_tokenizer_model("none")
     kind = gguf.GGMLQuantizationType[FORMATS[form]]
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (no dict)
-            array = tensors.get_tensor(name).float().numpy()
-            if array.ndim == 1:
-                writer.add_tensor(_name(name), array)
+        for name, parts in _by_target(tensors.keys()).items():
+            array = np.stack([tensors.get_tensor(part).float().numpy() for part in parts])
+            array = array if "_exps." in name else array[0]
+            if array.ndim == 1 or any(part in name for part in PLAIN):
+                writer.add_tensor(name, array.reshape(-1) if "shexp" in name and len(array) == 1 else array)
             else:
-                writer.add_tensor(_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+                writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -60,11 +75,18 @@ def converted(checkpoint: Path, form: str) -> Path:
     return target
 
 
-def _name(name: str) -> str:
-    if name in TOP:
-        return TOP[name]
-    _, _, layer, *module, suffix = name.split(".")
-    return f"blk.{layer}.{NAMES['.'.join(module)]}.{suffix}"
+def _by_target(names: Iterable[str]) -> dict[str, list[str]]:
+    """The checkpoint's tensors by the tensor they become; of experts many become one, in order."""
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        if name in TOP:
+            found[TOP[name]] = {0: name}
+            continue
+        _, _, layer, *module, suffix = name.split(".")
+        is_expert = module[:2] == ["mlp", "experts"]
+        target = EXPERTS[module[3]] if is_expert else NAMES[".".join(module)]
+        found.setdefault(f"blk.{layer}.{target}.{suffix}", {})[int(module[2]) if is_expert else 0] = name
+    return {target: [parts[number] for number in sorted(parts)] for target, parts in found.items()}
 
 
 class LlamaCpp:

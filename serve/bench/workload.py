@@ -99,10 +99,12 @@ def run_cell(engine: Engine, cell: Cell, *, vocab_size: int, seed: int, ids: Ite
     )
 
 
-def run_rounds(engine: Engine, cell: Cell, *, vocab_size: int, rounds: int, after_round: Callable[[], None]) -> list[Round]:
-    """One round unmeasured, then `rounds` measured ones."""
+def run_rounds(
+    engine: Engine, cell: Cell, *, vocab_size: int, rounds: int, after_round: Callable[[], None], warm_up: bool = True
+) -> list[Round]:
+    """`rounds` measured rounds, with `warm_up` one unmeasured before."""
     measured = []
-    for index in range(rounds + 1):
+    for index in range(0 if warm_up else 1, rounds + 1):
         result = run_cell(engine, cell, vocab_size=vocab_size, seed=zlib.crc32(f"{cell.name} {index}".encode()))
         if index:
             measured.append(result)

@@ -28,6 +28,7 @@ def bench(
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
     quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, or on GPUs fp8: round weights while loading.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each workload; medians are shown.")] = 3,
+    warm_up: Annotated[bool, typer.Option("--warm-up/--no-warm-up", help="An unmeasured round of each workload first.")] = True,
     tokens_out: Annotated[int | None, typer.Option("--tokens-out", min=1, help="At most so many tokens out in every workload.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only workloads whose name contains this; may be repeated.")] = None,
@@ -62,7 +63,7 @@ def bench(
         with progress_shown() as report:
             found = find_model(config.model, report)
             cells = chosen_cells(only, tokens_out)
-            lines, figures = measure(config, found, rounds, cells, report)
+            lines, figures = measure(config, found, rounds, cells, report, warm_up=warm_up)
     except (ModelSourceError, ValueError) as error:
         stop(str(error))
     console = Console()
@@ -88,7 +89,7 @@ def chosen_cells(only: Sequence[str] | None, tokens_out: int | None) -> list["Ce
 
 
 def measure(
-    config: "ServeConfig", found: "FoundModel", rounds: int, cells: Sequence["Cell"], report: Report
+    config: "ServeConfig", found: "FoundModel", rounds: int, cells: Sequence["Cell"], report: Report, *, warm_up: bool = True
 ) -> tuple[list[str], list["Figure"]]:
     """What was measured on, in words, and the figures.
 
@@ -127,9 +128,9 @@ def measure(
             def count_round(name: str = cell.name) -> None:
                 nonlocal done
                 done += 1
-                report(name, 0.1 + 0.9 * done / (len(cells) * (rounds + 1)))
+                report(name, 0.1 + 0.9 * done / (len(cells) * (rounds + warm_up)))
 
-            results = run_rounds(engine, cell, vocab_size=model_config.vocab_size, rounds=rounds, after_round=count_round)
+            results = run_rounds(engine, cell, vocab_size=model_config.vocab_size, rounds=rounds, after_round=count_round, warm_up=warm_up)
             figures.append(summarise(cell, results, weights, ceiling))
     lines = [
         f"{found.name}: {config.parallel.topology}, {str(dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}",
