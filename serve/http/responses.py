@@ -1,7 +1,7 @@
 """Steps 1 and 14 of a request, over HTTP: /v1/responses, in the part that text needs. Nothing is stored: a conversation is sent whole."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -47,7 +47,7 @@ def _messages(given: Any) -> list[Message]:
 
 
 def _message(item: Any) -> Message:
-    if not isinstance(item, dict) or item.get("type", "message") != "message" or item.get("role") not in ROLES:
+    if not isinstance(item, dict) or item.get("type", "message") != "message" or not _is_one_of(ROLES, item.get("role")):
         raise wrong("should hold messages only, each with a role (user, assistant, system, developer) and a content")
     content = item.get("content")
     parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
@@ -57,7 +57,11 @@ def _message(item: Any) -> Message:
 
 
 def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") in TEXT_TYPES and isinstance(part.get("text"), str)
+    return isinstance(part, dict) and _is_one_of(TEXT_TYPES, part.get("type")) and isinstance(part.get("text"), str)
+
+
+def _is_one_of(words: Container[str], said: Any) -> bool:
+    return isinstance(said, str) and said in words  # what is no text need not be hashable
 
 
 class ResponsesBody(SharedBody):
