@@ -11,7 +11,7 @@ from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
 from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
-from parallel.rounding import GROUP
+from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
 BYTES: dict[Kind, float] = {"bf16": 2, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}
@@ -25,7 +25,7 @@ class PackedFormat:
     """Stored in a checkpoint as a plain matrix, held and multiplied packed. Sums are in float32 whatever the dtype of ``x``.
 
     ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``int8`` and
-    ``int4`` round each group of 128 or 32 input features to multiples of a scale of its own (`parallel.native.linear.GROUP`);
+    ``int4`` round each group of 128 or 32 input features to multiples of a scale of its own (`parallel.scale_groups.GROUP`);
     groups are counted from this rank's first feature.
     """
 

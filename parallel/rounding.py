@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-GROUP = {"int8": 128, "int4": 32}
-"""Input features that share a scale."""
 LEVELS = {"int8": 127, "int4": 7}
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.axes import IN, OUT
-from parallel.rounding import FP8, GROUP, LEVELS, round_to_fp8, round_to_groups
+from parallel.rounding import FP8, LEVELS, round_to_fp8, round_to_groups
+from parallel.scale_groups import FILLED_TO, GROUP
 from parallel.weight_format import TensorSpec
 
 Kind = Literal["int8", "int4", "fp8"]
 BYTES: dict[Kind, float] = {"int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"], "fp8": 1}
 """Of a weight, with its part of a scale; FP8's scales, four bytes to an output, are too few to count."""
-FILLED_TO = {"int8": GROUP["int8"], "int4": 2 * GROUP["int4"], "fp8": 1}
-"""Input features are filled up with zeros to a multiple of so many."""
 PIECE_OUTPUTS = 4096
 """Rounded at once, so that a large matrix does not lie there again as float32."""
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 INT4_GROUP = tl.constexpr(32)
-"""Input features that share a scale; see `parallel.rounding.GROUP`."""
+"""Input features that share a scale; see `parallel.scale_groups.GROUP`."""
 DEPTH = {"plain": 64, "int8": 128, "int4": 64, "fp8": 128}
 """Input features that a program multiplies at a time. int8: those of one scale; int4: of two."""
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import Native, num_threads
-from parallel.rounding import GROUP, LEVELS, round_to_groups
+from parallel.rounding import LEVELS, round_to_groups
+from parallel.scale_groups import GROUP
 
 Kind = Literal["bf16", "int8", "int4"]
 PIECE_OUTPUTS = 4096

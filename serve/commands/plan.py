@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -31,6 +32,9 @@ def plan(
     max_step_tokens: Annotated[
         int | None, typer.Option("--max-step-tokens", min=1, help="Tokens of one step at most (engine.max_step_tokens).")
     ] = None,
+    redundant_experts: Annotated[
+        int, typer.Option("--redundant-experts", min=0, help="Of each layer that every ep position holds beyond its share.")
+    ] = 0,
     network: Annotated[float, typer.Option("--network-gbit", min=0.1, help="Between hosts, for each GPU, in Gbit/s.")] = 100.0,
     emit: Annotated[
         Literal["config", "helm"] | None, typer.Option("--emit", help="Print settings for `manta serve -c`, or values for the chart.")
@@ -52,6 +56,7 @@ def plan(
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --context 32k --concurrency 64
       manta plan Qwen2-72B-Instruct --gpus 4xA100-80G --dtype int4 --kv-dtype fp8
       manta plan ./checkpoint --gpus 8x24G --hosts 2 --json
+      manta plan Qwen2-57B-A14B --gpus 8xH100-80G --hosts 2 --redundant-experts 1
       manta plan Qwen2-7B --gpus 2xL4 --emit config > manta.yaml      then: manta serve -c manta.yaml
     """
     from serve.planning.errors import PlanError
@@ -64,7 +69,7 @@ def plan(
         stop("say which model and which GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
     try:
         question = _question(model, gpus, hosts, context, concurrency, dtype, kv_dtype, max_step_tokens, network)
-        made = _plan(question)
+        made = _plan(replace(question, redundant_experts=redundant_experts))
     except PlanError as error:
         stop(str(error), code=WRONG_USAGE)
     if emit is not None:

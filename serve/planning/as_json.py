@@ -18,6 +18,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "context_tokens": work.context_tokens,
         "concurrency": work.concurrency,
         "max_step_tokens": work.step_tokens,
+        "redundant_experts": question.redundant_experts,
         "layouts": [_layout(layout, plan.has_floors) for layout in plan.layouts],
         "invalid": [{**one.sizes, "reason": one.refusal.reason, "sentence": one.refusal.sentence} for one in plan.refused],
     }

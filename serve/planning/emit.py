@@ -9,6 +9,11 @@ from serve.planning.formats import BF16
 from serve.planning.plan import Layout, Question
 from serve.planning.released import NAME
 
+CLUSTER = """\
+# On a Ray cluster of these hosts: `ray start --head --block` on one, `ray start --block --address=HEAD:6379` on the others, on all of
+# them with RAY_AUTH_MODE=token and one token; then `manta serve -c` or `manta up -c` this file on the head.
+"""
+
 
 def config_yaml(layout: Layout, question: Question) -> str:
     """Settings of `manta serve` (sections as in `serve.config.ServeConfig`)."""
@@ -18,7 +23,9 @@ def config_yaml(layout: Layout, question: Question) -> str:
         "replicas": {"count": layout.hosting.replicas},
         **_settings(layout, question),
     }
-    return _comment(layout, question) + _yaml(tree)
+    if question.fleet.hosts == 1:
+        return _comment(layout, question) + _yaml(tree)
+    return _comment(layout, question) + CLUSTER + _yaml({**tree, "ray": {"address": "auto"}})
 
 
 def helm_yaml(layout: Layout, question: Question) -> str:
@@ -57,9 +64,17 @@ def _settings(layout: Layout, question: Question) -> dict[str, Any]:
             **({"quantize": quantize} if quantize else {}),
             **({"kv_dtype": "fp8"} if question.workload.kv_element_bytes == 1 else {}),
             "max_context_tokens": question.workload.context_tokens,
+            **({"redundant_experts": question.redundant_experts} if question.redundant_experts else {}),
         },
-        "resources": {"gpus": 1.0, "one_host": layout.hosting.hosts_per_replica == 1},
+        "resources": {"gpus": 1.0, **_hosts(layout)},
     }
+
+
+def _hosts(layout: Layout) -> dict[str, Any]:
+    """The ranks of a replica on as many hosts as planned, so many on each."""
+    if layout.hosting.hosts_per_replica == 1:
+        return {"one_host": True}
+    return {"one_host": False, "ranks_per_host": layout.hosting.gpus_per_host}
 
 
 def _comment(layout: Layout, question: Question) -> str:

@@ -6,8 +6,7 @@ from functools import cached_property
 
 from engine.run.settings import QuantizeName
 from parallel.axes import Share
-from parallel.rounding import GROUP
-from parallel.scaled_format import FILLED_TO
+from parallel.scale_groups import FILLED_TO, GROUP
 
 ACTIVATION_BYTES = 2
 """Activations, norms, biases and routers are bfloat16 in every format, KV unless FP8 is asked for."""

@@ -56,14 +56,22 @@ class RankMemory:
 
 
 def memory_of_rank(
-    shape: ModelShape, topology: Topology, rank: int, *, format: Format, gpu_bytes: int, workload: Workload, running: int
+    shape: ModelShape,
+    topology: Topology,
+    rank: int,
+    *,
+    format: Format,
+    gpu_bytes: int,
+    workload: Workload,
+    running: int,
+    redundant_experts: int = 0,
 ) -> RankMemory:
     """``running``: sequences that this rank's replica runs at the same time. All of them count on each dp position, as
     in the step by which the engine measures at its start (`engine.run.warm_up.full_step`)."""
     rows = min(running, workload.step_tokens)
     at = topology.coordinates(rank)
     return RankMemory(
-        weights=weights_of_rank(shape, topology, at, format),
+        weights=weights_of_rank(shape, topology, at, format, redundant_experts=redundant_experts),
         activation_bytes=activation_bytes(shape, topology, at, tokens=workload.step_tokens, rows=rows),
         kv_bytes_per_token=kv_bytes_per_token(shape, topology, at, workload.kv_element_bytes),
         reserve_bytes=gpu_bytes - int(gpu_bytes * USABLE_FRACTION) + RUNTIME_BYTES + (COMMUNICATOR_BYTES if topology.size > 1 else 0),

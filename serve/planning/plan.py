@@ -29,6 +29,8 @@ class Question:
     fleet: Fleet
     format: Format
     workload: Workload
+    redundant_experts: int = 0
+    """Of each layer on each ep position (`runner.redundant_experts`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +98,10 @@ class Plan:
 def make_plan(question: Question) -> Plan:
     """
     Raises:
-        PlanError: the model does not take so long a context.
+        PlanError: the model does not take so long a context, or has no experts to hold twice.
     """
+    if question.redundant_experts and question.shape.moe is None:
+        raise PlanError(f"{question.shape.name} has no experts to be held more than once; leave out --redundant-experts")
     limit = question.shape.max_context_tokens
     if question.workload.context_tokens > limit:
         raise PlanError(
@@ -145,7 +149,16 @@ def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
     assert hosts is not None  # refused above
     running = -(-workload.concurrency // hosts.replicas)
     ranks = [
-        memory_of_rank(shape, topology, rank, format=question.format, gpu_bytes=fleet.gpu.memory_bytes, workload=workload, running=running)
+        memory_of_rank(
+            shape,
+            topology,
+            rank,
+            format=question.format,
+            gpu_bytes=fleet.gpu.memory_bytes,
+            workload=workload,
+            running=running,
+            redundant_experts=question.redundant_experts,
+        )
         for rank in range(topology.size)
     ]
     if refusal := refuse_memory(ranks, fleet, workload):
@@ -162,7 +175,7 @@ def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
         running=running,
         at_full_context=at_full_context,
         floors=floors(_replica(question, topology, hosts, ranks, speed), workload, at_full_context),
-        limits=limits_today(question.format, hosts=fleet.hosts),
+        limits=limits_today(question.format),
     )
 
 

@@ -59,6 +59,7 @@ def _asked(plan: Plan) -> str:
         f"{question.shape.name} in {question.format.name} on {question.fleet}: "
         f"{work.concurrency} sequences of {work.context_tokens:,} tokens, steps of {work.step_tokens:,} tokens"
         f"{', KV in fp8' if work.kv_element_bytes == 1 else ''}"
+        f"{f', {question.redundant_experts} experts more on each ep position' if question.redundant_experts else ''}"
     )
 
 

@@ -13,14 +13,10 @@ class Limit:
     sentence: str
 
 
-HOSTS = Limit("hosts", "several hosts are planned only: `manta serve` starts a Ray of its own on one host")
 QUANTISED = Limit("quantised", "quantised checkpoints are planned only: `manta serve` loads plain ones, which `--quantize` rounds")
 
 
-def limits_today(format: Format, *, hosts: int) -> tuple[Limit, ...]:
-    """Why `manta serve` does not take this layout today; none if it does. ``hosts``: over which replicas are spread."""
-    limits = (
-        (HOSTS, hosts > 1),
-        (QUANTISED, format is not BF16 and format.quantize is None),
-    )
+def limits_today(format: Format) -> tuple[Limit, ...]:
+    """Why `manta serve` does not take this layout today; none if it does."""
+    limits = ((QUANTISED, format is not BF16 and format.quantize is None),)
     return tuple(limit for limit, applies in limits if applies)

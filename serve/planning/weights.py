@@ -9,7 +9,7 @@ from functools import cache
 from parallel.axes import HeadShare, Share, head_share, split, whole
 from parallel.topology import Coordinates, Topology
 from serve.planning.formats import ACTIVATION_BYTES, Format
-from serve.planning.shape import ModelShape, MoeShape
+from serve.planning.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class RankWeights:
     every_token: Held
     """Matrices that every token passes: attention, dense MLPs, shared experts, routers; norms and biases with them."""
     routed: Held
-    """Routed experts: a step reads those that its tokens chose."""
+    """Routed experts, each once: a step reads those that its tokens chose."""
+    redundant: Held
+    """Room for routed experts that are held once more. They take over tokens of their like, so a step reads no more for them."""
     head: Held
     """Rows of the vocabulary that logits are computed with; zero but on the last stage."""
     embedding: Held
@@ -41,7 +43,7 @@ class RankWeights:
 
     @property
     def num_bytes(self) -> int:
-        return sum(held.num_bytes for held in (self.every_token, self.routed, self.head, self.embedding))
+        return sum(held.num_bytes for held in (self.every_token, self.routed, self.redundant, self.head, self.embedding))
 
 
 _head_share = cache(head_share)  # the same few shares are wanted in thousands of layouts; so are those of the functions below
@@ -62,19 +64,22 @@ def count_sparse(shape: ModelShape, layers: range) -> int:
     return sum(map(shape.is_sparse, layers))
 
 
-def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, format: Format) -> RankWeights:
-    """What the rank at these coordinates holds."""
+def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, format: Format, *, redundant_experts: int = 0) -> RankWeights:
+    """What the rank at these coordinates holds. ``redundant_experts``: of a layer on each ep position, beyond its even share."""
     layers = layers_of(shape, topology, at)
     num_sparse = count_sparse(shape, layers)
     num_dense = len(layers) - num_sparse
     every_token = _attention(shape, heads_of(shape, topology, at), format) * len(layers)
     if num_dense:
         every_token += _mlp(shape.hidden_size, shape.intermediate_size, at.tp, topology.tp, format) * num_dense
-    routed = Held()
+    routed, redundant = Held(), Held()
     if shape.moe is not None and num_sparse:
         shared = _mlp(shape.hidden_size, shape.moe.shared_intermediate_size, at.tp, topology.tp, format)
         every_token += (shared + _plain((shape.moe.num_experts + 1) * shape.hidden_size)) * num_sparse  # router, shared expert's gate
-        routed = _experts(shape.hidden_size, shape.moe, topology, at, format) * num_sparse
+        expert = _mlp(shape.hidden_size, shape.moe.expert_intermediate_size, at.expert_tp, topology.expert_tp, format)
+        share = len(split(shape.moe.num_experts, at.ep, topology.ep))
+        room = min(shape.moe.num_experts, share + redundant_experts)  # as `parallel.expert_balance.even_room`, which needs torch
+        routed, redundant = expert * (share * num_sparse), expert * ((room - share) * num_sparse)
     num_rows = len(split(shape.vocab_size, at.tp, topology.tp))
     rows = Held(num_rows * shape.hidden_size, format.table_bytes(num_rows, whole(shape.hidden_size)))
     is_first, is_last = at.pp == 0, at.pp == topology.pp - 1
@@ -83,6 +88,7 @@ def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, form
     return RankWeights(
         every_token=every_token,
         routed=routed,
+        redundant=redundant,
         head=rows if is_last else Held(),
         embedding=rows if is_first and not (is_last and shape.tied_embeddings) else Held(),
     )
@@ -103,12 +109,6 @@ def _mlp(hidden_size: int, inner_size: int, rank: int, ranks: int, format: Forma
     """Gate, up and down of one gated MLP, the inner features split in whole quantisation groups."""
     inner = split(inner_size, rank, ranks, format.unit)
     return _matrix(2 * len(inner), whole(hidden_size), format) + _matrix(hidden_size, inner, format)
-
-
-def _experts(hidden_size: int, moe: MoeShape, topology: Topology, at: Coordinates, format: Format) -> Held:
-    """Of one layer, each expert once: `parallel.expert_placement.balanced_placement`."""
-    expert = _mlp(hidden_size, moe.expert_intermediate_size, at.expert_tp, topology.expert_tp, format)
-    return expert * len(split(moe.num_experts, at.ep, topology.ep))
 
 
 def _matrix(out_features: int, in_share: Share, format: Format) -> Held:

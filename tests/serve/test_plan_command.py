@@ -88,9 +88,9 @@ def test_a_layout_can_be_chosen_by_its_number() -> None:
 
 
 def test_nothing_is_emitted_that_could_not_be_served() -> None:
-    code, output = manta("Qwen2-72B", "--gpus", "8xA100-80G", "--dtype", "int4", "--emit", "config")
+    code, output = manta("Qwen2-72B-Instruct-GPTQ-Int4", "--gpus", "8xA100-80G", "--emit", "config")
     assert code == 1
-    assert "quantised weights are planned only" in output
+    assert "quantised checkpoints are planned only" in output
 
 
 def test_a_checkpoint_folder_is_planned_from_its_config_json(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def groups_of(topology: Topology, rank: int) -> ParallelGroups:
     )
 
 
-def allocate(config: ModelConfig, topology: Topology, rank: int) -> Qwen2:
+def allocate(config: ModelConfig, topology: Topology, rank: int, *, redundant_experts: int = 0) -> Qwen2:
     """The rank's model with its tensors on torch's meta device: shapes of any size, and no memory."""
     kind = Qwen2 if config.moe is None else Qwen2Moe
     model = kind(
@@ -51,6 +51,7 @@ def allocate(config: ModelConfig, topology: Topology, rank: int) -> Qwen2:
         format=Dense(torch.bfloat16),
         backend="reference",
         dispatch="local",
+        redundant_experts=redundant_experts,
         block_tokens=BLOCK_TOKENS,
     )
     for layer in {id(binding.layer): binding.layer for binding in model.bindings()}.values():

@@ -69,6 +69,16 @@ def test_at_full_size_a_rank_would_allocate_what_is_planned_to_the_last_head(siz
         assert kv_bytes_per_token(shape, topology, topology.coordinates(rank)) * BLOCK_TOKENS == model.kv_layout.bytes_per_block
 
 
+@pytest.mark.parametrize("redundant", [1, 3, 70])
+@pytest.mark.parametrize("topology", [Topology(tp=4, dp=4, ep=16), Topology(tp=3, ep=3), Topology(tp=2)], ids=str)
+def test_a_rank_would_allocate_the_planned_room_for_experts_that_are_held_twice(topology: Topology, redundant: int) -> None:
+    shape = SIZES["57B-A14B"]
+    for rank in (0, topology.size - 1):
+        model = allocate(ModelConfig.from_dict(as_config(shape)), topology, rank, redundant_experts=redundant)
+        planned = weights_of_rank(shape, topology, topology.coordinates(rank), BF16, redundant_experts=redundant)
+        assert planned.num_bytes == pytest.approx(tensor_bytes(model), rel=COUNTERS)
+
+
 @pytest.mark.parametrize("topology", [Topology(tp=2), Topology(tp=3, pp=2), Topology(tp=8)], ids=str)
 def test_a_planned_token_of_kv_is_a_token_of_the_cache(topology: Topology) -> None:
     shape = shape_of_config(CONFIGS["tiny"], name="tiny")

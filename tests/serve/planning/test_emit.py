@@ -1,11 +1,13 @@
 """What a plan writes is what the server and the chart take."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cluster.placement import bundles, strategy
 from serve.config_sources import load
 from serve.planning.emit import config_yaml, helm_yaml
 from serve.planning.plan import Plan, make_plan
@@ -31,6 +33,28 @@ def test_every_layout_is_written_as_settings_that_the_server_loads(plan: Plan, t
         assert config.runner.max_context_tokens == plan.question.workload.context_tokens
         assert (config.runner.dtype, config.resources.gpus) == ("bfloat16", 1.0)
         assert config.resources.one_host == (layout.hosting.hosts_per_replica == 1)
+        assert config.ray.address == (None if plan.question.fleet.hosts == 1 else "auto")
+
+
+def test_the_server_asks_ray_for_the_hosts_that_were_planned(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "manta.yaml"
+    for layout in plan.layouts:
+        file.write_text(config_yaml(layout, plan.question))
+        resources = load(file=file).config.resources
+        gpus = [bundle.get("GPU", 0) for bundle in bundles(layout.topology, resources)[1:]]
+        if layout.hosting.hosts_per_replica > 1:
+            assert gpus == [layout.hosting.gpus_per_host] * layout.hosting.hosts_per_replica
+        else:
+            assert (sum(gpus), strategy(resources)) == (layout.topology.size, "STRICT_PACK")
+
+
+def test_experts_that_are_held_twice_are_a_setting(tmp_path: Path) -> None:
+    made = make_plan(replace(ask("Qwen2-57B-A14B", "8xH100-80G", hosts=2), redundant_experts=1))
+    file = tmp_path / "manta.yaml"
+    file.write_text(config_yaml(made.layouts[0], made.question))
+    assert load(file=file).config.runner.redundant_experts == 1
+    (model,) = yaml.safe_load(helm_yaml(made.layouts[0], made.question))["models"]
+    assert model["settings"]["runner"]["redundant_experts"] == 1
 
 
 def test_a_layout_that_is_not_served_yet_says_so_on_top(plan: Plan) -> None:

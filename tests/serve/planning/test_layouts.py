@@ -1,6 +1,7 @@
 """Which layouts there are, on which hosts, in which order, and why the others cannot be."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -137,14 +138,25 @@ def test_a_replica_takes_whole_hosts_alike(topology: Topology, hosts: int, expec
 
 
 def test_what_is_served_today_is_asked_in_one_place() -> None:
-    assert not any(limits_today(format, hosts=1) for format in FORMATS.values())
-    for limit in limits_today(STORED_INT4, hosts=2):
+    assert not any(limits_today(format) for format in FORMATS.values())
+    for limit in limits_today(STORED_INT4):
         assert len(limit.sentence.split()) > 6
     made = make_plan(ask("Qwen2-57B-A14B", "8xH100-80G"))
     served = made.first_served()
     assert served is not None
     assert all(layout.limits for layout in made.layouts[: made.layouts.index(served)])
-    assert all(layout.limits == limits_today(BF16, hosts=1) for layout in made.layouts)
+    assert all(layout.limits == limits_today(BF16) for layout in made.layouts)
+
+
+def test_experts_held_twice_take_room_from_kv_and_no_time() -> None:
+    plain = ask("Qwen2-57B-A14B", "8xH100-80G", hosts=2)
+    once, twice = ({layout.topology: layout for layout in make_plan(replace(plain, redundant_experts=extra)).layouts} for extra in (0, 1))
+    wide = Topology(tp=4, dp=4, ep=16)
+    assert twice[wide].kv_tokens < once[wide].kv_tokens
+    assert twice[wide].floors == once[wide].floors
+    assert twice[Topology(tp=8)].kv_tokens == once[Topology(tp=8)].kv_tokens, "one ep position holds all of them anyway"
+    with pytest.raises(PlanError, match="no experts"):
+        make_plan(replace(ask("Qwen2-7B", "1x24G"), redundant_experts=1))
 
 
 @pytest.mark.parametrize(("text", "count", "name"), [("8xH100-80G", 8, "H100-80G"), ("H200", 1, "H200-141G"), ("4 x l4", 4, "L4-24G")])

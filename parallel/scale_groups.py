@@ -1,0 +1,6 @@
+"""How many input features of a rounded weight go together. No torch: whoever plans a model's memory asks here as well."""
+
+GROUP = {"int8": 128, "int4": 32}
+"""Input features that share a scale."""
+FILLED_TO = {"int8": GROUP["int8"], "int4": 2 * GROUP["int4"], "fp8": 1}
+"""Where features are stored in pieces, they are filled up with zeros to a multiple of so many; see `parallel.scaled_format`."""
