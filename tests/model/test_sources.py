@@ -18,13 +18,25 @@ from parallel.topology import Topology
 from tests.model.oracle import make_oracle
 from tests.model.reading import fingerprint, peak_beyond_weights
 from tests.ranks import run_ranks
+from tests.stores import Store, gs, s3
 
 SHAPES = {"a": (40, 3000), "b": (7,), "c": (5, 4, 60), "d": (0, 3), "e": (1, 1)}
 
 
-@pytest.fixture(params=["local", "file", "memory"])
-def place(request: pytest.FixtureRequest, folder: Path) -> Path | str:
-    """The same checkpoint as a folder, and by two URLs."""
+@pytest.fixture(scope="module")
+def object_stores() -> Iterator[dict[str, Store]]:
+    with s3() as one, gs() as other:
+        yield {store.scheme: store for store in (one, other)}
+
+
+@pytest.fixture(params=["local", "file", "memory", "s3", "gs"])
+def place(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path | str:
+    """The same checkpoint as a folder, and by URLs."""
+    if request.param in ("s3", "gs"):
+        store: Store = request.getfixturevalue("object_stores")[request.param]
+        url = store.put(folder)
+        store.use(monkeypatch)
+        return url
     if request.param == "local":
         return folder
     if request.param == "file":
