@@ -56,7 +56,7 @@ def before_listening() -> list[Any]:
             server.add_insecure_port(address)
 
     override = gRPCGenericServer._override_method_handler
-    gRPCGenericServer._override_method_handler = lambda server, method, handler: forgiving(override(server, method, handler))
+    gRPCGenericServer._override_method_handler = lambda server, method, handler: forgiving(override(server, method, handler))  # type: ignore[assignment, method-assign]
     default_impl.add_grpc_address = add_grpc_address  # type: ignore[assignment]
     return proxy_middlewares()
 
