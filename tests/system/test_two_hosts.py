@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -11,43 +14,65 @@ import pytest
 
 from tests.system.ray_host import RayHost, ray_head, ray_worker
 from tests.system.server import eventually
-from tests.system.two_hosts import possible, two_hosts
+from tests.system.two_hosts import Cable, possible, two_hosts
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not possible(), reason="network namespaces need root and iproute2"),
+]
 
 HTTP, GRPC = 8000, 9000
 MANTA = (sys.executable, "-m", "serve")
-ASKED = {"model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 32}
-TOLD = {"model": "demo", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+ASKED = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 32}
+TOLD = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 1500, "ignore_eos": True, "stream": True}
 SETTINGS = (
-    *("parallel.pipeline=2", "runner.dtype=float32", "model.name=demo", "runner.kv_cache_bytes=400000000", "runner.num_threads=1"),
+    *("runner.dtype=float32", "model.name=demo", "runner.kv_cache_bytes=400000000", "runner.num_threads=1"),
     *("resources.cpus=2", "fronts.host_resource=fronts", f"http.port={HTTP}", f"grpc.port={GRPC}"),
-    *("replica.step_timeout_s=4", "replica.canary_every_s=1", "replica.canary_timeout_s=3"),
+    *("router.ready_wait_s=5", "replica.canary_every_s=1", "replica.canary_timeout_s=3"),
 )
 
 
-def curl(head: RayHost, path: str, body: dict | None = None) -> list[str]:
-    asked = ["-H", "content-type: application/json", "-d", json.dumps(body)] if body else []
-    return [*head.place.prefix(), "curl", "-s", "-N", "-m", "300", f"http://{head.place.ip}:{HTTP}{path}", *asked]
+@dataclass(frozen=True)
+class Hosts:
+    cable: Cable
+    head: RayHost
+    worker: RayHost
+
+    def up(self, folder: Path, *settings: str) -> None:
+        """Serve this instead of what was served before."""
+        given = [word for setting in (*SETTINGS, f"http.host={self.head.place.ip}", *settings) for word in ("--set", setting)]
+        self.head.run(*MANTA, "up", str(folder), *given, timeout_s=600)
+
+    def ask(self, path: str, body: dict) -> dict:
+        answer: dict = json.loads(subprocess.run(self.curl(path, body), capture_output=True, check=True).stdout)
+        return answer
+
+    def curl(self, path: str, body: dict) -> list[str]:
+        asked = ["-H", "content-type: application/json", "-d", json.dumps({"model": "demo", **body})]
+        return [*self.head.place.prefix(), "curl", "-s", "-N", "-m", "300", f"http://{self.head.place.ip}:{HTTP}{path}", *asked]
+
+    def ready(self) -> bool:
+        asked = ["curl", "-s", "-f", "-m", "4", f"http://{self.head.place.ip}:{HTTP}/readyz"]
+        return subprocess.run([*self.head.place.prefix(), *asked], capture_output=True).returncode == 0
+
+    def alive(self) -> dict[str, bool]:
+        """Of every host by its name, as `manta status` has it."""
+        seen = json.loads(self.head.run(*MANTA, "status", "--json", check=False).stdout)
+        return {host["name"]: host["alive"] for host in seen["hosts"]}
 
 
-def ready(head: RayHost) -> bool:
-    return (
-        subprocess.run(
-            [*head.place.prefix(), "curl", "-s", "-f", "-m", "4", f"http://{head.place.ip}:{HTTP}/readyz"], capture_output=True
-        ).returncode
-        == 0
-    )
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with ExitStack() as stack:
+        cable = stack.enter_context(two_hosts())
+        head = stack.enter_context(ray_head(num_cpus=3, place=cable.places[0], dashboard=False, resources='{"fronts": 1}'))
+        yield Hosts(cable, head, stack.enter_context(ray_worker(head, cable.places[1], num_cpus=2)))
 
 
 def ranks(host: RayHost) -> list[psutil.Process]:
     return [process for process in host.descendants if process.name().startswith("ray::Worker")]
-
-
-def alive(head: RayHost) -> dict[str, bool]:
-    """Of every host by its name, as `manta status` has it."""
-    seen = json.loads(head.run(*MANTA, "status", "--json", check=False).stdout)
-    return {host["name"]: host["alive"] for host in seen["hosts"]}
 
 
 def listening(host: RayHost) -> set[str]:
@@ -58,35 +83,31 @@ def listening(host: RayHost) -> set[str]:
     return {line.split()[3].rpartition(":")[0] for line in told.splitlines() if any(f"pid={pid}," in line for pid in own)}
 
 
-@pytest.mark.skipif(not possible(), reason="network namespaces need root and iproute2")
-def test_a_replica_over_two_hosts_answers_and_a_cut_cable_is_told_and_leaves_nothing(demo_folder: Path) -> None:
-    with (
-        two_hosts() as cable,
-        ray_head(num_cpus=3, place=cable.places[0], dashboard=False, resources='{"fronts": 1}') as head,
-        ray_worker(head, cable.places[1], num_cpus=2) as worker,
-    ):
-        given = [word for setting in (*SETTINGS, f"http.host={head.place.ip}") for word in ("--set", setting)]
-        head.run(*MANTA, "up", str(demo_folder), *given, timeout_s=600)
-        assert (len(ranks(head)), len(ranks(worker))) == (1, 1), "a stage on each host"
-        answer = json.loads(subprocess.run(curl(head, "/v1/chat/completions", ASKED), capture_output=True, check=True).stdout)
-        assert "Paris" in answer["choices"][0]["message"]["content"]
-        assert worker.place.ip in listening(worker), "the rank waits for its replica at its host's own address"
+def test_a_replica_over_two_hosts_answers_and_a_cut_cable_is_told_and_leaves_nothing(hosts: Hosts, demo_folder: Path) -> None:
+    hosts.up(demo_folder, "parallel.pipeline=2")
+    assert (len(ranks(hosts.head)), len(ranks(hosts.worker))) == (1, 1), "a stage on each host"
+    assert "Paris" in hosts.ask("/v1/chat/completions", ASKED)["choices"][0]["message"]["content"]
+    assert hosts.worker.place.ip in listening(hosts.worker), "the rank waits for its replica at its host's own address"
 
-        stream = subprocess.Popen(curl(head, "/v1/completions", TOLD), stdout=subprocess.PIPE, text=True)
-        assert stream.stdout is not None
-        lines = [stream.stdout.readline() for _ in range(9)]
-        assert all(line.startswith("data: ") or not line.strip() for line in lines), lines
-        (far,) = ranks(worker)
-        cut_at = time.monotonic()
-        cable.cut()
-        eventually(lambda: not ready(head), 60)
-        print("not ready after", time.monotonic() - cut_at)
-        rest, _ = stream.communicate(timeout=300)
-        events = [json.loads(line.removeprefix("data: ")) for line in rest.splitlines() if line.startswith("data: {")]
-        print("stream ended after", time.monotonic() - cut_at, events[-1])
-        assert "error" in events[-1], "a typed error and no end as if it were complete"
-        assert not any(choice["finish_reason"] for event in events if "choices" in event for choice in event["choices"])
-        eventually(lambda: alive(head).get(str(worker.place.namespace)) is False, 120)
-        psutil.wait_procs([far], timeout=180)
-        assert not far.is_running(), "an orphan"
-        print("the far rank ended by", time.monotonic() - cut_at)
+    stream = subprocess.Popen(hosts.curl("/v1/completions", TOLD), stdout=subprocess.PIPE, text=True)
+    assert stream.stdout is not None
+    lines = [stream.stdout.readline() for _ in range(9)]
+    assert all(line.startswith("data: ") or not line.strip() for line in lines), lines
+    (near,), (far,) = ranks(hosts.head), ranks(hosts.worker)
+    cut_at = time.monotonic()
+    hosts.cable.cut()
+    eventually(lambda: not hosts.ready(), 60)
+    print(f"not ready after {time.monotonic() - cut_at:.1f} s")
+    rest, _ = stream.communicate(timeout=300)
+    events = [json.loads(line.removeprefix("data: ")) for line in rest.splitlines() if line.startswith("data: {")]
+    print(f"the stream ended after {time.monotonic() - cut_at:.1f} s:", events[-1])
+    assert events[-1]["error"]["code"] == "host_lost", "a typed error and no end as if it were complete"
+    assert f"host {hosts.worker.place.namespace}," in events[-1]["error"]["message"]
+    assert not any(choice["finish_reason"] for event in events if "choices" in event for choice in event["choices"])
+    psutil.wait_procs([near, far], timeout=120)
+    assert not far.is_running(), "an orphan on the host that was cut off"
+    assert not near.is_running(), "an orphan beside its replica"
+    print(f"both ranks had ended by {time.monotonic() - cut_at:.1f} s")
+    eventually(lambda: hosts.alive().get(str(hosts.worker.place.namespace)) is False, 180)
+    assert not ranks(hosts.worker)
+    print(f"Ray knew that the host was gone by {time.monotonic() - cut_at:.1f} s")
