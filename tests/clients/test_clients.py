@@ -65,6 +65,8 @@ def test_openai_python(server: Server, name: str, major: str) -> None:
         "logprobs": [8, 2],
         "models": ["demo"],
         "refused": "temperature",
+        "called": ["get_weather", ["unit"]],
+        "after the result": True,
     }
 
 
@@ -78,6 +80,7 @@ def test_openai_node(server: Server) -> None:
         "usage": [45, 45],
         "models": ["demo"],
         "refused": [400, "temperature"],
+        "called": ["get_weather", ["unit"], True],
     }
 
 

@@ -16,6 +16,33 @@ for chunk in client.chat.completions.create(**asked, stream=True, stream_options
     usage = chunk.usage or usage
 logprobs = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0].logprobs.content
 prompt = client.completions.create(model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"unit": {"type": "string", "enum": ["C", "F"]}},
+            "required": ["unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+tools = {**asked, "max_tokens": 64, "tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+(call,) = client.chat.completions.create(**tools).choices[0].message.tool_calls
+name, arguments = "", ""
+for chunk in client.chat.completions.create(**tools, stream=True):
+    for delta in chunk.choices[0].delta.tool_calls or ():
+        name += delta.function.name or ""
+        arguments += delta.function.arguments or ""
+assert (name, arguments) == (call.function.name, call.function.arguments)
+conversation = [
+    *MESSAGES,
+    {"role": "assistant", "tool_calls": [call.model_dump()]},
+    {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+]
+after = client.chat.completions.create(**{**tools, "messages": conversation, "tool_choice": "none", "max_tokens": 8})
 try:
     client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=3)
     refused = None
@@ -32,6 +59,8 @@ print(
             "completion": prompt.choices[0].text,
             "models": [model.id for model in client.models.list()],
             "refused": refused,
+            "called": [name, sorted(json.loads(arguments))],
+            "after the result": bool(after.choices[0].message.content),
         }
     )
 )
