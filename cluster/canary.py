@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from cluster.health import Health
 from engine.errors import EngineStopped
+from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 from engine.told import Told
@@ -30,6 +31,7 @@ class Canary:
 
     def send(self) -> None:
         """Ask for a token, unless one that would prove the same is awaited already."""
+        hit("canary.send")
         with self._lock:
             generation = self._health.generation
             if self._under_way is not None and self._under_way[1] == generation:

@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster import placement
+from cluster.blame import how_it_ended, is_about_peers
 from cluster.channel import PrivateFolder, new_keys, reach
 from cluster.config import RankResources, ReplicaConfig
 from cluster.doctor.findings import Severity
@@ -25,12 +26,14 @@ from cluster.errors import ChannelError, HostUnreachable, StartFailed
 from cluster.far_end import KNOCK_S, FarEnd, keep_hearing, knock
 from cluster.frozen import FrozenWatch, is_stopped
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
-from cluster.worker import Deadlines, Place, Ranks, Worker, end_process
+from cluster.worker import Deadlines, Place, Ranks, Worker, end_process, page_beside
 from engine.answers import StepAnswers
 from engine.errors import WorkersLost
 from engine.executor import Capacity
+from engine.failpoints import hit
 from engine.places import mark
 from engine.plan import StepPlan, StepResult
+from parallel.last_collective import read as last_collective
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,8 @@ class _Seat:
     rank: int
     actor: Any
     socket: "zmq.Socket[bytes]"
+    ipc: str
+    """Where it listens if it is on this host."""
     place: Place | None = None
     life: Any = None
     """ObjectRef of the call that lasts as long as the rank."""
@@ -159,6 +164,7 @@ class RayExecutor:
 
     def submit(self, plan: StepPlan) -> "PendingRayStep":
         mark(8, f"step-{plan.step}")
+        hit("executor.submit")
         raw = encode(plan)
         self._last_step = plan.step
         for seat in self._seats:
@@ -182,6 +188,7 @@ class RayExecutor:
             self._force(seat)
         self._await_ends(END_S)
         for seat in self._seats:
+            page_beside(seat.ipc).unlink(missing_ok=True)
             if seat.process is not None:
                 os.close(seat.process)
                 seat.process = None
@@ -196,6 +203,7 @@ class RayExecutor:
         node = ray.get_runtime_context().get_node_id()
         keys = new_keys()
         actor_class = ray.remote(Worker)
+        token = os.urandom(4).hex()
         for rank in range(ranks.topology.size):
             actor = actor_class.options(
                 num_cpus=resources.cpus,
@@ -203,15 +211,9 @@ class RayExecutor:
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(ground.group, placement.bundle_of(rank, ranks.topology, resources)),
             ).remote(rank)
-            self._seats.append(_Seat(rank, actor, self._context.socket(zmq.PAIR)))
-        token = os.urandom(4).hex()
+            self._seats.append(_Seat(rank, actor, self._context.socket(zmq.PAIR), folder.socket(f"{token}-{rank}")))
         opening = [
-            seat.actor.open.remote(
-                replica_node=node,
-                ipc=folder.socket(f"{token}-{seat.rank}"),
-                replica_key=keys.public,
-                silence_s=self._config.host_silence_s,
-            )
+            seat.actor.open.remote(replica_node=node, ipc=seat.ipc, replica_key=keys.public, silence_s=self._config.host_silence_s)
             for seat in self._seats
         ]
         try:
@@ -330,7 +332,7 @@ class RayExecutor:
         while living and not self._closing.is_set():
             ended, _ = ray.wait(list(living), num_returns=1, timeout=0.2)
             for life in ended:
-                living.pop(life).ended = _how_it_ended(life)
+                living.pop(life).ended = how_it_ended(life)
             if ended and not self._closing.is_set():
                 self._ended.set()
                 self._on_loss()
@@ -344,7 +346,7 @@ class RayExecutor:
         culprit, cause = self._blame()
         step = f" in step {self._last_step}" if self._last_step is not None else " while starting"
         if culprit is None:
-            raise WorkersLost(f"the ranks were lost{step}: {symptom}")
+            raise WorkersLost(f"the ranks were lost{step}: {symptom}", last_collectives=self._last_collectives())
         said = culprit.failure
         kind = HostUnreachable if cause == FarEnd.HOST_GONE.value else WorkersLost
         raise kind(
@@ -352,7 +354,13 @@ class RayExecutor:
             rank=culprit.rank,
             host=culprit.place.host if culprit.place else None,
             rank_traceback=said.traceback if said else None,
+            last_collectives=self._last_collectives(),
         )
+
+    def _last_collectives(self) -> tuple[str, ...]:
+        """Of the ranks of this host: dead or stopped, they have left a page each."""
+        known = ((seat, last_collective(page_beside(seat.ipc))) for seat in self._seats)
+        return tuple(f"rank {seat.rank}: {last}" for seat, last in known if last is not None)
 
     def _blame(self) -> tuple[_Seat | None, str]:
         """A rank that ended, or fell silent, without a word is the cause, one that raised may be its victim; then one that stands still."""
@@ -363,7 +371,7 @@ class RayExecutor:
             if seat.silent and not seat.failure and seat.place is not None and seat.place.address.tcp is not None:
                 return seat, knock(seat.place.address.tcp, KNOCK_S).value
         raised = [seat for seat in self._seats if seat.failure]
-        for seat in sorted(raised, key=lambda seat: _is_about_peers(seat.failure)):
+        for seat in sorted(raised, key=lambda seat: is_about_peers(seat.failure)):
             assert seat.failure is not None
             return seat, seat.failure.message
         for seat in self._seats:
@@ -408,24 +416,3 @@ class PendingRayStep:
 
     def result(self) -> StepResult:
         return self._executor.wait_for(self._step)
-
-
-def _how_it_ended(life: Any) -> str:
-    try:
-        ray.get(life)
-    except ray.exceptions.RayActorError as error:
-        return f"its process died ({_first_line(error)})"
-    except ray.exceptions.RayError as error:
-        return _first_line(error)
-    return "it left its loop"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _is_about_peers(failure: RankFailed | None) -> bool:
-    """Whether a rank raised because it lost the connection to another, as gloo and NCCL report it."""
-    text = failure.message.lower() if failure else ""
-    return any(word in text for word in ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo"))

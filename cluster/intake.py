@@ -12,6 +12,7 @@ from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, n
 from cluster.desk import Desk, FrontFull, FrontGone
 from cluster.messages import Pong
 from cluster.streams import Front
+from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request
 from engine.told import Told
@@ -117,9 +118,12 @@ class Intake:
                 front, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self.desk.read(front, parts)
+            if not hit("intake.read"):
+                self.desk.read(front, parts)
 
     def _post(self, front: Front, raw: bytes) -> None:
+        if hit("intake.send"):
+            return
         try:
             self._socket.send_multipart([front, raw], zmq.NOBLOCK)
         except zmq.Again as error:

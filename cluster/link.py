@@ -17,6 +17,7 @@ from cluster.far_end import KNOCK_S, FarEnd, knock
 from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
 from cluster.prefix_index import PrefixIndex
 from cluster.wire import Wire, WireBroken, ZmqWire
+from engine.failpoints import hit
 from engine.plan import COLUMN, TokenEvent
 from engine.request import Request
 
@@ -206,6 +207,8 @@ class ReplicaLink:
         self._wire.close()
 
     def _send(self, message: Message) -> None:
+        if hit("link.send"):
+            return
         try:
             self._wire.send(encode(message))
         except WireBroken as error:
@@ -214,6 +217,8 @@ class ReplicaLink:
     async def _receive(self) -> None:
         while True:
             raw = await self._wire.receive()
+            if hit("link.receive"):
+                continue
             self._heard = self._clock()
             try:
                 self._take(decode(raw))

@@ -10,6 +10,7 @@ from cluster.config import ReplicaConfig
 from cluster.errors import RecoveryGivenUp, StartFailed
 from engine.errors import WorkersLost
 from engine.executor import Executor
+from engine.failpoints import hit
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +24,23 @@ class PostMortem:
     rank: int | None
     host: str | None
     rank_traceback: str | None
+    last_collectives: tuple[str, ...] = ()
+    """Of each rank on the replica's host: what it began last with the others, and when."""
 
     @classmethod
     def of(cls, loss: WorkersLost, unix_time: float) -> "PostMortem":
-        return cls(unix_time=unix_time, message=str(loss), rank=loss.rank, host=loss.host, rank_traceback=loss.rank_traceback)
+        return cls(
+            unix_time=unix_time,
+            message=str(loss),
+            rank=loss.rank,
+            host=loss.host,
+            rank_traceback=loss.rank_traceback,
+            last_collectives=loss.last_collectives,
+        )
 
     def __str__(self) -> str:
-        return self.message + (f"\n{self.rank_traceback.rstrip()}" if self.rank_traceback else "")
+        said = [self.rank_traceback.rstrip()] if self.rank_traceback else []
+        return "\n".join((self.message, *said, *self.last_collectives))
 
 
 class RestartBudget:
@@ -83,6 +94,7 @@ class Recovery:
             EngineStopped: by ``start``, where nobody wants them any more.
         """
         self._note(PostMortem.of(loss, time.time()))
+        hit("replica.recover")
         lost.close()
         while (wait_s := self._budget.take()) is not None:
             self._sleep(wait_s)

@@ -25,6 +25,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, WorkersLost
 from engine.executor import Executor
+from engine.failpoints import hit
 from engine.fair_share import FairShare
 from engine.stats import EngineStats
 from engine.told import Told
@@ -154,6 +155,7 @@ class Replica:
     def _start_executor(self) -> RayExecutor:
         """New ranks. Raises StartFailed, and EngineStopped as soon as it is seen that the replica is being stopped."""
         self._must_be_wanted()
+        hit("replica.start")
         assert self._ground is not None
         self._canary.ranks_start()
         self._board = StartProgressBoard(self._ranks.topology.size)
@@ -222,7 +224,8 @@ class Replica:
         try:
             while not self._closed.wait(self._config.heartbeat_s if self._engine else 0.25):
                 with contextlib.suppress(Exception):
-                    self._reporter.report(self.record())
+                    if not hit("replica.heartbeat"):
+                        self._reporter.report(self.record())
                 if self._engine is not None:
                     self._prove_health()
         except Exception as error:

@@ -133,11 +133,10 @@ class Resumes:
         history.add(loss)
         request = history.request
         logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
-        if history.deaths >= MAX_DEATHS or history.losses >= MAX_LOSSES:
+        losses = max(history.losses, history.crashes)
+        if history.deaths >= MAX_DEATHS or losses >= MAX_LOSSES:
             self.quarantine.add(request)
-            raise self._refused(
-                "poisoned", PoisonedRequest(f"{history.losses} replicas were lost while they ran it; it is not tried again")
-            )
+            raise self._refused("poisoned", PoisonedRequest(f"{losses} replicas were lost while they ran it; it is not tried again"))
         if len(history.lost_by) >= self._config.max_attempts:
             raise self._refused("attempts", ReplicaLost(attempts=len(history.lost_by), last=str(loss)))
         if not self._budget.take():
@@ -157,7 +156,9 @@ class History:
         self.request = request
         self.lost_by: list[str] = []
         """Ids of the replicas it was lost by, one per attempt."""
-        self.deaths = 0
+        self.deaths = self.crashes = 0
+        """Replicas that died, and such together with those whose ranks did: a front may leave a replica before its engine has
+        found out whose step it was, so a request may be at three of them without an engine having said so."""
         self.losses = request.losses
         """Replicas and workers that were lost while they computed it."""
         self.lost_host: str | None = None
@@ -170,5 +171,6 @@ class History:
     def add(self, loss: LinkLost) -> None:
         self.lost_by.append(loss.replica_id)
         self.deaths += loss.died
+        self.crashes += loss.died or loss.reason == "ranks_lost"
         self.losses += loss.died
         self.lost_host = loss.host

@@ -23,6 +23,7 @@ from cluster.health import State
 from cluster.link import LinkLost
 from cluster.resume import History, Resumes
 from cluster.waiting_room import WaitingRoom
+from engine.failpoints import hit
 from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -177,6 +178,7 @@ class Router:
         held_s, sent = 0.0, self._clock()
         for attempt in itertools.count(request.attempt):
             before = self._clock()
+            hit("router.choose")
             link = await self._choose(request, history)
             sent = self._clock()
             held_s += sent - before
@@ -206,6 +208,7 @@ class Router:
                             return
                 raise LinkLost(link.id, "ended the stream without an end", reason="cut")
             except LinkLost as loss:
+                hit("router.resume")
                 self.resumes.allow(history, loss, len(committed))
 
     async def _choose(self, request: Request, history: History) -> Link:

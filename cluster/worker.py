@@ -22,9 +22,11 @@ from cluster.far_end import Watchman, keep_hearing
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from engine.config import EngineConfig
 from engine.executor import Capacity
+from engine.failpoints import hit
 from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
 from engine.weights_read import WeightsRead
+from parallel.last_collective import keep_at
 from parallel.topology import Topology
 
 
@@ -145,6 +147,7 @@ class Worker:
         node = ray.get_runtime_context().get_node_id()
         keys = new_keys()
         if node == replica_node:
+            keep_at(page_beside(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyGuard(self._context, {replica_key})
@@ -187,6 +190,7 @@ class Worker:
             self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total, progress.read))
 
         _die_after(deadlines.start_s)
+        hit("rank.load")
         with ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank:
             _die_after(0)
             self._send(RankReady(self.rank, rank.capacity))
@@ -195,10 +199,11 @@ class Worker:
                 assert isinstance(plan, StepPlan)
                 self._step = plan.step
                 _die_after(deadline_s)
+                hit("rank.step", lambda plan=plan: (token for work in plan.works for token in work.tokens))
                 result = rank.run(plan)
                 _die_after(0)
                 deadline_s = deadlines.step_s
-                if result is not None:
+                if result is not None and not hit("rank.answer"):
                     self._send(result)
             if self._watchman is not None:
                 self._watchman.rest()
@@ -212,6 +217,11 @@ class Worker:
 
     def _send(self, message: StepResult | RankProgress | RankReady | RankFailed) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)
+
+
+def page_beside(ipc: str) -> Path:
+    """Where a rank of this host keeps its last collective, for its replica to read; ``ipc`` is the rank's endpoint."""
+    return Path(ipc.removeprefix("ipc://") + ".last")
 
 
 def _die_after(seconds: float) -> None:

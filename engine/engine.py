@@ -15,6 +15,7 @@ from engine.draft.choose import choose_speculator
 from engine.draft.speculator import Speculator
 from engine.errors import EngineError, EngineStopped, WorkersLost
 from engine.executor import Executor, PendingStep
+from engine.failpoints import hit
 from engine.kv.block_pool import BlockListener
 from engine.pace import Pace
 from engine.places import mark
@@ -163,6 +164,7 @@ class Engine:
         """
         if self._end is not None:
             raise self._end
+        hit("engine.turn")
         self._take_inbox()
         self._tell(self.scheduler.expire(self._clock()))
         try:
@@ -185,6 +187,7 @@ class Engine:
             result = _answer(plan, pending)
             self._in_flight.popleft()
             self._note_step(plan, result)
+            hit("engine.apply")
             told = self.scheduler.apply(plan, result)
             self._tell(told.events)
             self._outbox.said += told.said  # who is in there has had its first token, and not its last

@@ -63,6 +63,16 @@ class WorkersLost(EngineError):
     Raised by `PendingStep.result`; the KV cache is gone with the ranks.
     """
 
-    def __init__(self, message: str, *, rank: int | None = None, host: str | None = None, rank_traceback: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        host: str | None = None,
+        rank_traceback: str | None = None,
+        last_collectives: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.rank, self.host, self.rank_traceback = rank, host, rank_traceback
+        self.last_collectives = last_collectives
+        """What each rank did last with the others, where that is known."""

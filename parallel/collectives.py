@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.groups import Group
+from parallel.last_collective import note
 from parallel.native.exchange import DTYPES, Exchange
 from parallel.transport import Transport
 
@@ -24,6 +25,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum of everyone's ``x``, on everyone. ``x`` may be overwritten: use what is returned, and ``x`` no more."""
     if group.transport is None or x.numel() == 0:
         return x
+    note("all_reduce", group.axis, x.numel())
     x = x.contiguous()
     memory = group.transport.shared_memory
     if memory is not None and x.dtype in DTYPES:
@@ -49,6 +51,7 @@ def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = 
     longest = max(counts)
     if longest == 0:
         return x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
+    note("all_gather", group.axis, x.numel())
     if group.transport.shared_memory is not None:
         return _gather_through(group.transport.shared_memory, x.contiguous(), dim, sizes)
     flat = x.contiguous().view(-1)
@@ -89,6 +92,7 @@ def all_to_all(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int
     _check_sizes(receive_sizes, group)
     if sum(send_sizes) != x.shape[0]:
         raise ValueError(f"send sizes {list(send_sizes)} do not add up to the {x.shape[0]} rows given")
+    note("all_to_all", group.axis, x.numel())
     received = x.new_empty(sum(receive_sizes), *x.shape[1:])
     if group.transport.shared_memory is not None:
         row_bytes = _count(x.shape[1:]) * x.element_size()
@@ -105,6 +109,7 @@ def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
         return x
     x = x.contiguous()
     if x.numel():
+        note("broadcast", group.axis, x.numel())
         dist.broadcast(x, group=group.transport.process_group, group_src=root)
     return x
 
@@ -125,6 +130,7 @@ class Sending:
 def begin_send(x: Tensor, to: int, group: Group) -> Sending:
     """Begin to send ``x`` to the member at position ``to``, which must call `receive` with the same shape and dtype."""
     transport = _with_others(group)
+    note("send", group.axis, x.numel())
     x = x.contiguous()
     return Sending(x, dist.isend(x, group=transport.process_group, group_dst=to) if x.numel() else None)
 
@@ -139,6 +145,7 @@ def receive(shape: Sequence[int], source: int, group: Group, *, dtype: torch.dty
     transport = _with_others(group)
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     if x.numel():
+        note("receive", group.axis, x.numel())
         dist.recv(x, group=transport.process_group, group_src=source)
     return x
 
@@ -146,6 +153,7 @@ def receive(shape: Sequence[int], source: int, group: Group, *, dtype: torch.dty
 def barrier(group: Group) -> None:
     """Return when every member has called this."""
     if group.transport is not None:
+        note("barrier", group.axis, 0)
         dist.barrier(group=group.transport.process_group)
 
 

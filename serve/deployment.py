@@ -30,6 +30,7 @@ from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.doors import Doors
 from serve.fetched_ranks import FetchedRanks
+from serve.garbage import settle
 from serve.grpc.admin import AdminServicer
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
@@ -139,6 +140,7 @@ class _Front:
         self._health = HealthServicer(self._doors.ready)
         self._demand = Board[dict[str, Any]](app, DEMAND, front)
         self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
+        settle()
 
     async def _offer(self, app: str, model: Model, *, observers: Sequence[Observer]) -> Service:
         """A model's replicas, and the service over them."""

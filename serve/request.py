@@ -209,6 +209,12 @@ class TextEvent:
     ledger: Ledger | None = None
     """Of the whole request, in the very last event of the stream only."""
 
+    def with_usage_so_far(self, usage: "Usage") -> "TextEvent":
+        """As `dataclasses.replace`, which takes ten times as long; there is one for every token."""
+        other = object.__new__(TextEvent)
+        other.__dict__.update(self.__dict__, usage_so_far=usage)
+        return other
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceResult:

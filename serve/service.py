@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.errors import DeadlineExceeded, EngineStopped
+from engine.failpoints import hit
 from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
@@ -295,7 +296,7 @@ class Service:
                 yielded[event.choice] = so_far
                 usage = _usage(asked, yielded)
                 last = all(choice.finished for choice in yielded)
-                event = dataclasses.replace(event, usage_so_far=usage)
+                event = event.with_usage_so_far(usage)
                 yield _last(asked, event, usage) if last else event
 
     def _choices(self, asked: _Asked) -> list[Choice]:
@@ -341,6 +342,7 @@ class Service:
             priority=asked.request.priority,
             deadline_s=asked.request.deadline_s,
         )
+        hit("service.begin")
         times, held_s = EngineTimes(), 0.0
         reading = asked.toolbox.reading(choice.plan.index) if asked.toolbox else None
         if (end := caught_up(choice, reading, request.id, had)) is not None:
@@ -350,10 +352,11 @@ class Service:
             while (event := await self._next(stream, request.deadline_s)) is not None:
                 times.take(event)
                 held_s += event.held_s
-                with asked.stopwatch.detokenising():
-                    text = choice.apply(event)
-                    text = reading.read(text) if reading and text is not None else text
-                    text = text and unsaid(text, choice, had)
+                since_s = asked.stopwatch.now()
+                text = choice.apply(event)
+                text = reading.read(text) if reading and text is not None else text
+                text = text and unsaid(text, choice, had)
+                asked.stopwatch.detokenised(since_s)
                 if text is not None:
                     if held_s:
                         text, held_s = dataclasses.replace(text, held_s=held_s), 0.0
@@ -381,6 +384,8 @@ def _last(asked: _Asked, event: TextEvent, usage: Usage) -> TextEvent:
 def _usage(asked: _Asked, choices: Sequence[_Yielded]) -> Usage:
     """Each prompt counts once, however many choices answer it; what of it was cached is what its first choice found."""
     num_each = len(choices) // len(asked.prompts)
+    if len(choices) == 1:  # nearly every request, and this is done for every token
+        return Usage(prompt_tokens=len(asked.prompts[0]), completion_tokens=choices[0].num_tokens, cached_tokens=choices[0].num_cached)
     return Usage(
         prompt_tokens=sum(map(len, asked.prompts)),
         completion_tokens=sum(choice.num_tokens for choice in choices),

@@ -74,6 +74,17 @@ def test_quarantine_is_bounded() -> None:
     assert requests[-1] in quarantine
 
 
+def test_a_request_whose_replicas_lose_their_ranks_again_and_again_is_poison_also_if_no_engine_said_so() -> None:
+    resumes, _ = resumes_of()
+    history = resumes.admit(REQUEST)
+    for replica_id in "ab":
+        resumes.allow(history, LinkLost(replica_id, "its ranks are started anew", reason="ranks_lost"), 0)
+    with pytest.raises(PoisonedRequest):
+        resumes.allow(history, LinkLost("a", "its ranks are started anew", reason="ranks_lost"), 0)
+    with pytest.raises(PoisonedRequest):
+        resumes.admit(dataclasses.replace(REQUEST, id="again"))
+
+
 def test_losses_of_workers_and_of_replicas_add_up() -> None:
     resumes, _ = resumes_of(max_attempts=9)
     history = resumes.admit(REQUEST)

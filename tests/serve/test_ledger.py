@@ -20,8 +20,9 @@ def test_its_entries_add_up_to_the_whole_time() -> None:
     stopwatch = Stopwatch(arrived_s=49.0, clock=clock)
     stopwatch.submitted()
     clock.now_s += 4
-    with stopwatch.detokenising():
-        clock.now_s += 0.5
+    since_s = stopwatch.now()
+    clock.now_s += 0.5
+    stopwatch.detokenised(since_s)
     ledger = stopwatch.ledger(Spent(queue_s=0.5, prefill_s=1.0, decode_s=2.0))
     assert (ledger.front_s, ledger.detokenise_s, ledger.network_s) == (1.0, 0.5, 0.5)
     assert ledger.total_s == clock.now_s - 49.0

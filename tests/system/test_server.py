@@ -229,6 +229,8 @@ def test_a_killed_rank_is_named_and_replaced_and_the_stream_goes_on_with_the_sam
     assert not {process.pid for process in before} & {process.pid for process in after}, "an old rank is left"
     lost = rf"rank [01] on \S+ \(pid {before[1].pid}\) was lost"
     assert eventually(lambda: any(re.search(lost, line) for line in server.lines), 10)
+    last = r"rank 1: \w+ number \d+ over tp, \d+ elements, begun [\d.]+ s ago"
+    assert any(re.search(last, line) for line in server.lines), "what it did last with the others is in the post-mortem"
 
 
 def test_a_killed_front_is_a_pause_for_the_library_and_a_broken_stream_for_a_plain_client(server, http, grpc):

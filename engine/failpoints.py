@@ -1,0 +1,128 @@
+"""Named points at which a test has a process fail. Without `MANTA_FAILPOINTS` in the environment nothing is looked at.
+
+The variable names a folder. Arming a point is writing the file ``<folder>/<point>``; whichever process of the host comes there
+reads it, and the one that fires takes the file away, so that a point fires once however many processes pass it. `POINTS` lists them.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+logger = logging.getLogger(__name__)
+
+FOLDER = os.environ.get("MANTA_FAILPOINTS", "")
+Action = Literal["crash", "error", "memory", "delay", "drop"]
+POINTS = {
+    "rank.load": "a rank, before it loads its weights",
+    "rank.step": "a rank that has read a plan",
+    "rank.answer": "a rank that has computed a step, before it answers",
+    "replica.start": "a replica, before it starts ranks",
+    "replica.recover": "a replica that has lost ranks",
+    "replica.heartbeat": "a replica, before it reports to the directory",
+    "canary.send": "a replica, before it asks itself for a token",
+    "engine.turn": "the engine's thread, at the start of a turn",
+    "engine.apply": "the engine's thread, before it records a step",
+    "executor.submit": "the engine's thread, before a plan goes to the ranks",
+    "intake.read": "a replica, with a message of a front",
+    "intake.send": "a replica, with a message for a front",
+    "link.send": "a front, with a message for a replica",
+    "link.receive": "a front, with a message of a replica",
+    "router.choose": "a front, before it chooses a replica",
+    "router.resume": "a front, after a stream lost its replica",
+    "service.begin": "a front, with a choice that it has read",
+}
+"""Every point, and who comes there."""
+DROPPABLE = frozenset({"rank.answer", "replica.heartbeat", "intake.read", "intake.send", "link.send", "link.receive"})
+"""Points where a message is at hand that can be lost."""
+
+
+class Injected(RuntimeError):
+    """The error that an armed point raises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What an armed point does."""
+
+    action: Action
+    """crash: SIGKILL; error: raises Injected; memory: raises MemoryError; delay: stands still; drop: the message is lost."""
+    after: int = 1
+    """At the so-manieth hit of a process, counted from arming."""
+    seconds: float = 1.0
+    """Of a delay."""
+    token: int | None = None
+    """Only hits that concern this token count, and they fire each time until disarmed: a request that is poison."""
+
+
+def arm(folder: Path, point: str, failure: Failure) -> None:
+    if point not in POINTS:
+        raise ValueError(f"there is no failpoint {point!r}")
+    unready = folder / f".{point}"
+    unready.write_text(json.dumps(asdict(failure)))
+    unready.rename(folder / point)
+
+
+def disarm(folder: Path, point: str) -> bool:
+    """Whether it was armed and had not fired."""
+    try:
+        (folder / point).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _look(point: str, tokens: Callable[[], Iterable[int]] | None = None) -> bool:
+    file = Path(FOLDER, point)
+    try:
+        armed = os.stat(file).st_mtime_ns
+        failure = Failure(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        return False
+    if failure.token is not None:
+        if tokens is None or failure.token not in tokens():
+            return False
+        return _fail(point, failure)
+    if next(_hits.setdefault((point, armed), itertools.count(1))) < failure.after:
+        return False
+    fired = f"{file}.fired"
+    try:
+        os.rename(file, fired)
+    except FileNotFoundError:  # another process was first
+        return False
+    return _fail(point, failure)
+
+
+_hits: dict[tuple[str, int], "itertools.count[int]"] = {}
+
+
+def _fail(point: str, failure: Failure) -> bool:
+    logger.warning("failpoint %s: %s in process %d", point, failure.action, os.getpid())
+    match failure.action:
+        case "crash":
+            with contextlib.suppress(OSError):
+                os.kill(os.getpid(), signal.SIGKILL)
+        case "error":
+            raise Injected(point)
+        case "memory":
+            raise MemoryError(point)
+        case "delay":
+            time.sleep(failure.seconds)
+        case "drop":
+            return True
+    return False
+
+
+def _off(point: str, tokens: Callable[[], Iterable[int]] | None = None) -> bool:
+    return False
+
+
+hit: Callable[..., bool] = _look if FOLDER else _off
+"""``hit(point, tokens=None)``: this process is there. True: the message at hand is lost. ``tokens``: the ids that it has to do with."""

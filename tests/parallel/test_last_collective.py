@@ -1,0 +1,63 @@
+"""What a rank did last with the others can be read when the rank itself can say nothing any more."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.collectives import all_gather, all_reduce, barrier
+from parallel.groups import ParallelGroups
+from parallel.last_collective import KINDS, keep_at, read
+from parallel.topology import Topology
+from tests.ranks import end_pools, run_ranks
+
+NOTING = """
+import sys, time
+from pathlib import Path
+from parallel.last_collective import keep_at, note
+keep_at(Path(sys.argv[1]))
+note("all_reduce", "tp", 7)
+note("broadcast", "world", 12)
+print("noted", flush=True)
+time.sleep(600)
+"""
+
+
+def some_collectives(groups: ParallelGroups, folder: Path) -> None:
+    keep_at(folder / str(groups.rank))
+    all_reduce(torch.ones(3), groups.tp)
+    all_gather(torch.ones(2, 5), groups.tp, dim=0)
+    barrier(groups.world)
+    all_reduce(torch.ones(4), groups.tp)
+
+
+def test_each_ranks_page_tells_what_it_began_last(tmp_path: Path) -> None:
+    run_ranks(Topology(tp=2), some_collectives, tmp_path)
+    end_pools()  # their processes would go on writing there
+    for rank in range(2):
+        last = read(tmp_path / str(rank))
+        assert last is not None
+        assert (last.number, last.kind, last.axis, last.elements) == (4, "all_reduce", "tp", 4)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_it_is_there_when_the_process_is_dead_or_stopped(tmp_path: Path, end: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", NOTING, str(tmp_path / "page")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"noted\n"
+        process.send_signal(end)
+        last = read(tmp_path / "page")
+        process.kill()
+    assert last is not None
+    assert (last.number, last.kind, last.axis, last.elements) == (2, "broadcast", "world", 12)
+    assert "broadcast number 2 over world, 12 elements, begun 0." in str(last) or last.ago_s >= 1
+
+
+def test_without_a_page_or_a_collective_nothing_is_known(tmp_path: Path) -> None:
+    assert read(tmp_path / "none") is None
+    (tmp_path / "empty").write_bytes(bytes(64))
+    assert read(tmp_path / "empty") is None
+    assert len(KINDS) == len(set(KINDS))
