@@ -1,8 +1,8 @@
 """How many tokens a second one front process relays: 512 streams from a replica that always has the next token.
 
-    python -m benchmarks.relay [--streams 512] [--seconds 10] [--tokens-per-step 1]
+    python -m benchmarks.relay [--streams 512] [--seconds 10]
 
-The replica is a process of its own with a real intake: one message per step, a token (or several) for every stream, sent as soon
+The replica is a process of its own with a real intake: one message per step, a token for every stream, in columns, sent as soon
 as the front has taken what came before. The front is this process, with what a front has: link, router, service and the frames of
 server-sent events; three figures, each with all that the one before has. No HTTP server and no model.
 """
@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster.channel import Address, PrivateFolder
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
@@ -33,7 +35,9 @@ from cluster.messages import Pong
 from cluster.router import Router
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
+from engine.told import Said, Told
 from serve.caller import ANYONE
+from serve.garbage import settle
 from serve.http.chat import ChatChunks
 from serve.http.context import Stamp
 from serve.http.schema import ChatBody
@@ -47,14 +51,26 @@ IN_FLIGHT = 4
 """Steps that may be on their way to the front: it shall be the front that is measured."""
 
 
-def replica(tell: Any, taken: Any, num_streams: int, tokens_per_step: int, vocabulary: range) -> None:
-    """A replica without a model: every stream gets its next tokens in every step."""
-    streams: dict[tuple[str, int], list[int]] = {}
+@dataclass
+class Stream:
+    """A choice as the replica knows it."""
+
+    request: Request
+    offset: int
+
+    def first(self, token: int) -> TokenEvent:
+        self.offset += 1
+        return TokenEvent(self.request.id, self.request.choice, self.request.attempt, self.offset - 1, (token,))
+
+
+def replica(tell: Any, taken: Any, num_streams: int, vocabulary: list[int]) -> None:
+    """A replica without a model: every stream gets its next token in every step, told as the engine tells it, in columns."""
+    streams: dict[tuple[str, int], Stream] = {}
     lock, folder = threading.Lock(), PrivateFolder()
 
     def submit(request: Request) -> None:
         with lock:
-            streams[request.key] = [request.attempt, len(request.committed)]
+            streams[request.key] = Stream(request, len(request.committed))
 
     intake = Intake(
         folder=folder,
@@ -64,32 +80,36 @@ def replica(tell: Any, taken: Any, num_streams: int, tokens_per_step: int, vocab
         cancel=lambda id, choice: streams.pop((id, choice), None) and None,
         pong=lambda: Pong(ready=True, num_running=0, num_waiting=0),
         failed=print,
-        front_silence_s=60.0,
+        front_silence_s=600.0,
         heartbeat_s=0.5,
     )
     intake.start()
     tell.send(intake.address)
     sent = 0
-    tokens = [vocabulary[1 + number % (len(vocabulary) - 1)] for number in range(4096)]
     try:
         while not tell.poll(0.01 if len(streams) < num_streams else 0):
             with lock:
-                states = list(streams.items()) if len(streams) >= num_streams else []
-            if states and sent - taken.value < IN_FLIGHT * len(states) * tokens_per_step:
-                intake.deliver([_next(key, state, tokens, tokens_per_step) for key, state in states])
-                sent += len(states) * tokens_per_step
-            elif states:
+                all_of_them = list(streams.values()) if len(streams) >= num_streams else []
+            if all_of_them and sent - taken.value < IN_FLIGHT * len(all_of_them):
+                token = vocabulary[sent // len(all_of_them) % len(vocabulary)]
+                begun = [stream for stream in all_of_them if stream.offset]
+                told = Told(events=[stream.first(token) for stream in all_of_them if not stream.offset], said=_said(begun, token))
+                intake.deliver(told)
+                sent += len(all_of_them)
+            elif all_of_them:
                 time.sleep(0.0002)
     finally:
         intake.close()
         folder.close()
 
 
-def _next(key: tuple[str, int], state: list[int], tokens: list[int], count: int) -> TokenEvent:
-    attempt, offset = state
-    state[1] += count
-    told = tuple(tokens[(offset + number) % len(tokens)] for number in range(count))
-    return TokenEvent(key[0], key[1], attempt, offset, told)
+def _said(streams: list[Stream], token: int) -> list[Said]:
+    if not streams:
+        return []
+    columns = np.array([(stream.request.tag, stream.offset, token) for stream in streams], dtype=np.int64)
+    for stream in streams:
+        stream.offset += 1
+    return [Said(columns[:, 0], columns[:, 1], columns[:, 2], [None] * len(streams))]  # type: ignore[list-item]
 
 
 @dataclass
@@ -108,7 +128,7 @@ async def front_of(address: Address, folder: Path) -> AsyncGenerator[Front, None
         async def refresh(self) -> tuple[ReplicaRecord, ...]:
             return self.known
 
-    config = RouterConfig(max_buffered_tokens=1_000_000, replica_silence_s=60.0, policy="least_loaded")
+    config = RouterConfig(max_buffered_tokens=1_000_000, replica_silence_s=600.0, stall_timeout_s=600.0, policy="least_loaded")
     router = Router(replicas=Only(), connect=lambda record: ReplicaLink(record, node="n", config=config), config=config)
     tokenizer = Tokenizer.from_folder(folder)
     service = Service(model=ModelFacts.from_checkpoint(folder, name="m", tokenizer=tokenizer), tokenizer=tokenizer, source=router)
@@ -135,7 +155,7 @@ class Count:
     @tokens.setter
     def tokens(self, value: int) -> None:
         self._tokens = value
-        if not value % 64:
+        if value - self._shared.value >= 64:
             self._shared.value = value
 
 
@@ -194,13 +214,14 @@ async def measure(
     return Figure(num / took, cpu_took / max(num, 1) * 1e6)
 
 
-async def run(num_streams: int, seconds: float, tokens_per_step: int, folder: Path) -> dict[str, Figure]:
-    vocabulary = range(3, Tokenizer.from_folder(folder).num_real_tokens)
+async def run(num_streams: int, seconds: float, folder: Path) -> dict[str, Figure]:
+    tokenizer = Tokenizer.from_folder(folder)
+    whole = [token for token in range(3, tokenizer.num_real_tokens) if tokenizer.token_bytes(token).isalpha()]  # each gives a frame
     figures = {}
     for name, relay in (("router", router_only), ("and text", with_text), ("and frames", with_frames)):
         spawn = multiprocessing.get_context("spawn")
         (here, there), taken = spawn.Pipe(), spawn.Value("q", 0, lock=False)
-        process = spawn.Process(target=replica, args=(there, taken, num_streams, tokens_per_step, vocabulary))
+        process = spawn.Process(target=replica, args=(there, taken, num_streams, whole))
         process.start()
         try:
             address = await asyncio.to_thread(here.recv)
@@ -217,16 +238,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--tokens-per-step", type=int, default=1)
     parser.add_argument("--model", type=Path, default=None, help="a folder with config.json and tokenizer; a tiny one is made otherwise")
     arguments = parser.parse_args()
+    settle()  # as a front does
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.model or _tiny(Path(made))
-        figures = asyncio.run(run(arguments.streams, arguments.seconds, arguments.tokens_per_step, folder))
-    print(
-        f"{arguments.streams} streams, {arguments.tokens_per_step} tokens each per step, {os.cpu_count()} cores,"
-        f" Python {sys.version.split()[0]}"
-    )
+        figures = asyncio.run(run(arguments.streams, arguments.seconds, folder))
+    print(f"{arguments.streams} streams, a token each per step, {os.cpu_count()} cores, Python {sys.version.split()[0]}")
     for name, figure in figures.items():
         print(f"{name:<12}{figure.tokens_per_s:>12,.0f} tokens/s {figure.cpu_us_per_token:>8.1f} us of the front's CPU per token")
 
