@@ -109,7 +109,14 @@ class History:
         self.ends.append(how)
 
 
-def violations(history: History, golden: Golden, *, may_fail: Iterable[str] = (), may_break: bool = False) -> list[str]:
+def violations(
+    history: History,
+    golden: Golden,
+    *,
+    may_fail: Iterable[str] = (),
+    may_break: bool = False,
+    logprob_tolerance: float = LOGPROB_TOLERANCE,
+) -> list[str]:
     """What is not as promised. ``may_fail``: names of errors that this request may end with; ``may_break``: or without an end."""
     found = list(history.wrong)
     if len(history.ends) != 1:
@@ -118,7 +125,7 @@ def violations(history: History, golden: Golden, *, may_fail: Iterable[str] = ()
         if index >= len(golden.choices):
             found.append(f"choice {index} was not asked for")
             continue
-        found += _differences(index, seen, golden.choices[index], whole=history.is_complete)
+        found += _differences(index, seen, golden.choices[index], whole=history.is_complete, tolerance=logprob_tolerance)
     end = history.ends[0] if history.ends else ""
     if end == "complete":
         if set(history.choices) != set(range(len(golden.choices))):
@@ -134,7 +141,7 @@ def violations(history: History, golden: Golden, *, may_fail: Iterable[str] = ()
     return [f"{history.name}: {one}" for one in found]
 
 
-def _differences(index: int, seen: SeenChoice, golden: GoldenChoice, *, whole: bool) -> list[str]:
+def _differences(index: int, seen: SeenChoice, golden: GoldenChoice, *, whole: bool, tolerance: float) -> list[str]:
     found = []
     if tuple(seen.tokens) != golden.tokens[: len(seen.tokens)]:
         at = next((at for at, pair in enumerate(zip(seen.tokens, golden.tokens, strict=False)) if pair[0] != pair[1]), len(golden.tokens))
@@ -143,7 +150,7 @@ def _differences(index: int, seen: SeenChoice, golden: GoldenChoice, *, whole: b
         found.append(f"choice {index}: text {seen.text!r} differs from {golden.text!r}")
     if golden.logprobs:
         apart = [abs(a - b) for a, b in zip(seen.logprobs, golden.logprobs, strict=False)]
-        found += [f"choice {index}: log-probability {at} differs by {by:.1e}" for at, by in enumerate(apart) if by > LOGPROB_TOLERANCE]
+        found += [f"choice {index}: log-probability {at} differs by {by:.1e}" for at, by in enumerate(apart) if by > tolerance]
     if whole or seen.finish_reason is not None:
         if len(seen.tokens) != len(golden.tokens):
             found.append(f"choice {index}: ended with {len(seen.tokens)} tokens of {len(golden.tokens)}")

@@ -23,6 +23,10 @@ START_S = 400.0
 END_S = 30.0
 
 
+class HostDidNotStart(RuntimeError):
+    """What `ray start` had written."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a host stands: an address, and the network namespace that has it."""
@@ -159,11 +163,20 @@ def _started(
             start_new_session=True,
         )
     try:
-        eventually(lambda: process.poll() is not None or b"Ray runtime started" in log.read_bytes(), START_S)
-        assert process.poll() is None, log.read_text()
+        eventually(lambda: _stands_still(process) or b"Ray runtime started" in log.read_bytes(), START_S)
+        if _stands_still(process):
+            raise HostDidNotStart(log.read_text())
         yield process
     finally:
         end_host(process)
+
+
+def _stands_still(process: "subprocess.Popen[bytes]") -> bool:
+    """On a crowded machine Ray's raylet gives its agents too little time and ends itself, and `ray start` waits on."""
+    if process.poll() is not None:
+        return True
+    children = psutil.Process(process.pid).children()
+    return any(child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE for child in children)
 
 
 def kill_host(host: RayHost) -> None:

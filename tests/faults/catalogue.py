@@ -1,0 +1,235 @@
+"""The faults: who is hurt, how, what clients may see of it, and what it takes to be whole again."""
+
+import asyncio
+import contextlib
+import os
+import random
+import resource
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+import psutil
+
+from engine.failpoints import Failure, arm, disarm
+from tests.faults.server import Victims
+
+THAWED_AFTER_S = 12.0
+"""Long after a frozen replica was given up."""
+
+
+@dataclass
+class Harm:
+    """What has been done."""
+
+    gone: frozenset[int] = frozenset()
+    """Processes that cannot be a part of a whole server any more."""
+    undo: Callable[[], Awaitable[None]] | None = None
+    """What ends the fault, run beside the streams; a server is not whole before."""
+    points: tuple[str, ...] = ()
+    """Failpoints that were armed."""
+
+
+Inject = Callable[[Victims, random.Random], Awaitable[Harm]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    says: str
+    inject: Inject
+    tier: int = 1
+    """1: no client sees it. 2: the process that holds clients' sockets is hurt, a stream may break but not end falsely."""
+    may_fail: frozenset[str] = frozenset()
+    """Typed errors that a stream may end with."""
+    extra: str = ""
+    """What happens beside: "poison", "leave" or "crowd"; see `tests.faults.run`."""
+
+
+def kill(processes: Iterable[psutil.Process]) -> frozenset[int]:
+    pids = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            pids.add(process.pid)
+    return frozenset(pids)
+
+
+def _one_of(processes: list[psutil.Process], chance: random.Random) -> psutil.Process:
+    if not processes:
+        raise AssertionError("there is nobody to hurt")
+    return chance.choice(processes)
+
+
+def _killing(find: Callable[[Victims], list[psutil.Process]]) -> Inject:
+    async def inject(victims: Victims, chance: random.Random) -> Harm:
+        return Harm(gone=kill([_one_of(find(victims), chance)]))
+
+    return inject
+
+
+async def _rank_frozen(victims: Victims, chance: random.Random) -> Harm:
+    victim = _one_of(victims.ranks(), chance)
+    victim.suspend()
+    return Harm(gone=frozenset({victim.pid}))
+
+
+async def _replica_frozen(victims: Victims, chance: random.Random) -> Harm:
+    victim = _one_of(victims.replicas(), chance)
+    victim.suspend()
+
+    async def thaw() -> None:
+        await asyncio.sleep(THAWED_AFTER_S)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.resume()
+
+    return Harm(undo=thaw)
+
+
+async def _rank_slow(victims: Victims, chance: random.Random) -> Harm:
+    """It has a tenth of the time that it would have, for some seconds."""
+    victim = _one_of(victims.ranks(), chance)
+
+    async def slow_down() -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + 5.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while loop.time() < until:
+                victim.suspend()
+                await asyncio.sleep(0.09)
+                victim.resume()
+                await asyncio.sleep(0.01)
+
+    return Harm(undo=slow_down)
+
+
+async def _two_faults(victims: Victims, chance: random.Random) -> Harm:
+    """A rank is killed, and within two seconds whatever else computes: a rank of either replica, or a replica."""
+    first = kill([_one_of(victims.ranks(), chance)])
+    await asyncio.sleep(chance.uniform(0.05, 2.0))
+    others = [process for process in victims.ranks() + victims.replicas() if process.pid not in first]
+    return Harm(gone=first | (kill([chance.choice(others)]) if others else frozenset()))
+
+
+async def _all_ranks(victims: Victims, chance: random.Random) -> Harm:
+    return Harm(gone=kill(victims.ranks()))
+
+
+async def _replica_and_front(victims: Victims, chance: random.Random) -> Harm:
+    return Harm(gone=kill([_one_of(victims.replicas(), chance), _one_of(victims.fronts(), chance)]))
+
+
+async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
+    """Where Ray has its logs and sockets, for some seconds."""
+    if victims.disk is None:
+        raise AssertionError("this user cannot mount a disk that may be filled")
+    filler = victims.disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+    assert os.statvfs(victims.disk).f_bavail < 512
+
+    async def free() -> None:
+        await asyncio.sleep(5.0)
+        filler.unlink()
+
+    return Harm(undo=free)
+
+
+async def _no_descriptors(victims: Victims, chance: random.Random) -> Harm:
+    """A front or the proxy can open nothing more, for some seconds."""
+    victim = _one_of(victims.fronts() + victims.proxies(), chance)
+    soft, hard = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (victim.num_fds(), hard))
+
+    async def give_back() -> None:
+        await asyncio.sleep(4.0)
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+    return Harm(undo=give_back)
+
+
+def _front_frozen(find: Callable[[Victims], list[psutil.Process]], seconds: float) -> Inject:
+    async def inject(victims: Victims, chance: random.Random) -> Harm:
+        victim = _one_of(find(victims), chance)
+        victim.send_signal(signal.SIGSTOP)
+
+        async def thaw() -> None:
+            await asyncio.sleep(seconds)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.send_signal(signal.SIGCONT)
+
+        return Harm(undo=thaw)
+
+    return inject
+
+
+def _failing(point: str, *failures: Failure) -> Inject:
+    async def inject(victims: Victims, chance: random.Random) -> Harm:
+        arm(victims.failpoints, point, chance.choice(failures))
+        return Harm(points=(point,))
+
+    return inject
+
+
+def _lost_messages(*points: str) -> Inject:
+    """Two messages between fronts and replicas are lost, one after the other."""
+
+    async def inject(victims: Victims, chance: random.Random) -> Harm:
+        point = chance.choice(points)
+
+        async def lose() -> None:
+            for _ in range(2):  # a stream is handed on three times at most
+                arm(victims.failpoints, point, Failure(action="drop", after=chance.randint(1, 5)))
+                await asyncio.sleep(1.0)
+            disarm(victims.failpoints, point)
+
+        return Harm(undo=lose, points=(point,))
+
+    return inject
+
+
+async def _nothing(victims: Victims, chance: random.Random) -> Harm:
+    return Harm()
+
+
+@dataclass
+class Catalogue:
+    faults: dict[str, Fault] = field(default_factory=dict)
+
+    def add(self, name: str, says: str, inject: Inject, **more: object) -> None:
+        self.faults[name] = Fault(name, says, inject, **more)  # type: ignore[arg-type]
+
+
+def catalogue() -> dict[str, Fault]:
+    it = Catalogue()
+    it.add("nothing", "no fault: what the rest is compared with", _nothing)
+    it.add("rank_killed", "a rank is killed", _killing(Victims.ranks))
+    it.add("rank_frozen", "a rank is frozen (SIGSTOP) for good", _rank_frozen)
+    it.add("rank_slow", "a rank is slowed down to a tenth for 5 s", _rank_slow)
+    it.add("all_ranks_killed", "all ranks of both replicas are killed at once", _all_ranks)
+    it.add("replica_killed", "a replica's own process is killed", _killing(Victims.replicas))
+    it.add("replica_frozen", f"a replica's own process is frozen for {THAWED_AFTER_S:g} s", _replica_frozen)
+    it.add("two_faults", "a rank is killed, and within 2 s another rank or a replica", _two_faults)
+    it.add("controller_killed", "Ray Serve's controller is killed", _killing(Victims.controllers))
+    it.add("front_frozen", "a front is frozen for 8 s", _front_frozen(Victims.fronts, 8.0))
+    it.add("proxy_frozen", "Ray Serve's proxy is frozen for 8 s", _front_frozen(Victims.proxies, 8.0))
+    it.add("front_killed", "a front is killed", _killing(Victims.fronts), tier=2)
+    it.add("proxy_killed", "Ray Serve's proxy is killed", _killing(Victims.proxies), tier=2)
+    it.add("replica_and_front", "a replica and a front are killed at once", _replica_and_front, tier=2)
+    it.add("no_memory", "a rank has no memory left (MemoryError in a step)", _failing("rank.step", Failure(action="memory")))
+    it.add("step_raises", "a step raises in a rank", _failing("rank.step", Failure(action="error"), Failure(action="error", after=9)))
+    it.add("answer_lost", "a rank's answer is lost", _failing("rank.answer", Failure(action="drop")))
+    it.add("engine_raises", "the engine's thread raises", _failing("engine.turn", Failure(action="error")))
+    it.add("messages_lost", "two messages from replicas to fronts are lost within 2 s", _lost_messages("intake.send", "link.receive"))
+    it.add("requests_lost", "two messages from fronts to replicas are lost within 2 s", _lost_messages("intake.read", "link.send"))
+    it.add("disk_full", "the disk with Ray's logs and sockets is full for 5 s", _disk_full)
+    it.add("no_descriptors", "a front or the proxy has no file descriptor left for 4 s", _no_descriptors)
+    it.add("poison", "one more request kills every rank that computes it", _nothing, extra="poison")
+    it.add("clients_leave", "half of the clients leave in the middle", _nothing, extra="leave")
+    it.add("many_connections", "1,000 more connections at once", _nothing, extra="crowd")
+    return it.faults
+
+
+FAULTS = catalogue()

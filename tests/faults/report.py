@@ -1,0 +1,87 @@
+"""Makes docs/faults.md of the lines that `python -m tests.faults` wrote: `python -m tests.faults.report FILE... > docs/faults.md`."""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.catalogue import FAULTS
+from tests.faults.streams import ASKS, LENGTH
+from tests.faults.sweep import SWEPT, says
+
+HEAD = f"""# Faults
+
+Written by `python -m tests.faults.report tests/faults/results.jsonl > docs/faults.md`; a test compares. Do not edit.
+
+What was done to a real server on one machine, and what its clients saw of it. The server: two replicas of two ranks each (tensor
+parallel, CPU, float32, a random model of two million parameters), two fronts. In every run {len(ASKS)} streams come within 0.3 s: over HTTP
+and gRPC, greedy, seeded, `n=2`, with penalties, with log-probabilities and with a JSON schema, up to {LENGTH} tokens a choice. The fault
+strikes when one of them has its first, second, middle or last token but one; which, and who is hurt, is chosen by the run's seed. The
+next run begins when the server is whole again: both replicas with all their ranks ready, fronts, proxy and controller there.
+
+Every stream is compared with the same one in an undisturbed run (`tests/history.py`): one end, offsets without a gap or a repeat, the
+same tokens, text, finish reason and usage, log-probabilities within 5e-5 (this random model has large logits). Over HTTP tokens are
+compared by their bytes where there are log-probabilities, else by their number and text. After each run no block, running choice or open
+request may be left.
+
+- *lost*: streams without their whole end. It must be 0 where clients must see nothing (T1); where the process that holds their sockets is
+  hurt (T2) a plain client's stream breaks, and it must not end as if it were complete.
+- *broken promises*: whatever the comparison found, a lost stream of T1 among it.
+- *resumed*: choices that went on at another replica, or at the same one anew, as the fronts that are left count them.
+- *pause*: the longest wait of a stream for its next token, its first included; the 99th percentile over all streams of the fault.
+- *whole after*: from the fault to the next run's beginning, median and maximum; streams that still run are waited for in it.
+
+The machine had 2 cores and up to six other jobs on them: times say what a crowded machine needs, not what the server does at best. Fewer
+than 20 runs of a fault are what there was time for. A killed proxy is back only after a minute: its port stays taken by the connections it
+had (TIME_WAIT) and Ray Serve's new proxy binds without SO_REUSEADDR; on a cluster there is one proxy for each host with a replica.
+"""
+
+
+def table(lines: Iterable[str]) -> str:
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        run = json.loads(line)
+        runs[run["fault"]].append(run)
+    told = [HEAD, "## By fault", ""]
+    told += [
+        "| Fault | tier | runs | streams | lost | broken promises | resumed | p99 pause | whole after |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    told += [_row(FAULTS[name].says, f"T{FAULTS[name].tier}", runs[name]) for name in FAULTS if name in runs]
+    swept = [name for name in SWEPT if name in runs]
+    if swept:
+        told += ["", "## By failpoint", "", "Named points of the code (`engine/failpoints.py`), made to fail at their k-th hit.", ""]
+        told += ["| Where | what | tier | runs | streams | lost | broken promises | p99 pause |", "|---|---|---|---|---|---|---|---|"]
+        told += [_swept_row(name, runs[name]) for name in swept]
+    return "\n".join(told) + "\n"
+
+
+def _row(says_it: str, tier: str, runs: list[dict[str, Any]]) -> str:
+    times = [run["recovery_s"] for run in runs]
+    whole = f"{statistics.median(times):.1f} s, {max(times):.1f} s"
+    return f"| {says_it} | {tier} | {len(runs)} | {_counts(runs)} | {_sum(runs, 'resumed')} | {_pause(runs)} | {whole} |"
+
+
+def _swept_row(name: str, runs: list[dict[str, Any]]) -> str:
+    where, what, tier = says(name)
+    return f"| {where} | {what} | T{tier} | {len(runs)} | {_counts(runs)} | {_pause(runs)} |"
+
+
+def _counts(runs: list[dict[str, Any]]) -> str:
+    return f"{_sum(runs, 'streams')} | {_sum(runs, 'lost')} | {sum(len(run['wrong']) for run in runs)}"
+
+
+def _sum(runs: list[dict[str, Any]], name: str) -> int:
+    return sum(int(run[name]) for run in runs)
+
+
+def _pause(runs: list[dict[str, Any]]) -> str:
+    pauses = sorted(pause for run in runs for pause in run["pauses_s"])
+    return f"{pauses[int(0.99 * (len(pauses) - 1))]:.1f} s"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table(line for file in sys.argv[1:] for line in Path(file).read_text().splitlines()))

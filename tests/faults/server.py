@@ -1,0 +1,175 @@
+"""The server under test: two replicas of two ranks each, two fronts; who is who among its processes, and whether it is whole."""
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import httpx
+import psutil
+
+from serve.grpc.generated import admin_pb2, admin_pb2_grpc
+from tests.system.server import Server, serving
+from tests.system.tiny_model import write_tiny
+
+NUM_REPLICAS, NUM_RANKS, NUM_FRONTS = 2, 2, 2
+BUSY_S = 240.0
+"""Whatever has not come back by then will not."""
+SETTINGS = """
+model: {{source: {folder}, name: tiny}}
+parallel: {{tensor: 2}}
+runner: {{dtype: float32, num_threads: 1, kv_cache_bytes: {kv_bytes}}}
+engine: {{max_running: 16}}
+replicas: {{count: 2}}
+fronts: {{count: 2}}
+replica: {{step_timeout_s: 8, freeze_timeout_s: 1.5, progress_timeout_s: 3, canary_every_s: 1, canary_timeout_s: 3, max_restarts: 100000,
+  restart_backoff_s: 0.0}}
+router: {{stall_timeout_s: 5, replica_silence_s: 3, max_resumes: 1000000, ready_wait_s: 120, quarantine_s: 5}}
+ray: {{temp_dir: {ray}}}
+"""
+"""Limits of time are short, as what they wait for takes milliseconds here."""
+
+
+@dataclass
+class Victims:
+    """A running server, its processes by their parts, and a folder where its failpoints are armed."""
+
+    server: Server
+    failpoints: Path
+    disk: Path | None
+    """Where its Ray writes, if that is a small disk of its own."""
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.server.grpc_port}"
+
+    def named(self, *beginnings: str) -> list[psutil.Process]:
+        found = []
+        for process in self.server.descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name().startswith(beginnings) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return sorted(found, key=lambda process: process.pid)
+
+    def ranks(self) -> list[psutil.Process]:
+        return self.named("ray::Worker")
+
+    def replicas(self) -> list[psutil.Process]:
+        return [process for process in self.named("ray::ServeReplica") if "Engine" in process.name()]
+
+    def fronts(self) -> list[psutil.Process]:
+        return [process for process in self.named("ray::ServeReplica") if "Front" in process.name()]
+
+    def proxies(self) -> list[psutil.Process]:
+        return self.named("ray::ProxyActor")
+
+    def controllers(self) -> list[psutil.Process]:
+        return self.named("ray::ServeController")
+
+    async def ask(self, method: str, request: object, timeout_s: float = 5.0) -> object:
+        """Of the admin service."""
+        async with grpc.aio.insecure_channel(self.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            return await getattr(admin_pb2_grpc.AdminServiceStub(channel), method)(request, timeout=timeout_s)
+
+    async def records(self) -> list[admin_pb2.Replica]:
+        answer = await self.ask("GetServerInfo", admin_pb2.GetServerInfoRequest())
+        return list(answer.replicas)  # type: ignore[attr-defined]
+
+    async def whole(self, gone: frozenset[int] = frozenset()) -> str:
+        """What is still missing; empty when every replica makes tokens again, fronts and proxy answer, and ``gone`` is gone."""
+        try:
+            records = [record for record in await self.records() if record.state == admin_pb2.REPLICA_STATE_READY]
+            async with httpx.AsyncClient(timeout=5) as http:
+                if (await http.get(f"{self.url}/readyz")).status_code != 200:
+                    return "not ready over HTTP"
+        except (grpc.aio.AioRpcError, httpx.HTTPError) as error:
+            return f"no answer: {type(error).__name__}"
+        living = {process.pid for process in (*self.ranks(), *self.replicas(), *self.fronts(), *self.proxies(), *self.controllers())}
+        pids = {rank.pid for record in records for rank in record.ranks} | {record.pid for record in records}
+        if len(records) != NUM_REPLICAS or len(pids) != NUM_REPLICAS * (NUM_RANKS + 1):
+            return f"{len(records)} replicas ready, {len(pids)} of their processes"
+        if pids - living or gone & living:
+            return f"told of {sorted(pids - living)} that are gone; still there: {sorted(gone & living)}"
+        if len(self.fronts()) != NUM_FRONTS or not self.controllers() or not self.proxies():
+            return "a front, the proxy or the controller is missing"
+        return "" if len(self.ranks()) == NUM_REPLICAS * NUM_RANKS else f"{len(self.ranks())} ranks"
+
+    async def until_whole(self, gone: frozenset[int] = frozenset(), within_s: float = BUSY_S) -> float:
+        """Seconds until then. Raises AssertionError."""
+        loop = asyncio.get_running_loop()
+        begun, missing = loop.time(), "?"
+        while loop.time() - begun < within_s:
+            if not (missing := await self.whole(gone)):
+                return loop.time() - begun
+            await asyncio.sleep(0.2)
+        raise AssertionError(f"not whole after {within_s:g} s: {missing}")
+
+    async def at_rest(self, within_s: float = 5.0) -> list[str]:
+        """What is still held after nobody asks any more, if it does not go within a time (contract: G8)."""
+        loop = asyncio.get_running_loop()
+        begun, held = loop.time(), ["?"]
+        while held and loop.time() - begun < within_s + 1.0:  # loads are told once a second
+            try:
+                load = await self.ask("GetLoad", admin_pb2.GetLoadRequest())
+            except grpc.aio.AioRpcError as error:
+                held = [f"the load is not told: {error.code().name}"]
+            else:
+                held = [f"{one.id} holds {one.kv_blocks_used} blocks, {one.running} run" for one in load.replicas if _holds(one)]  # type: ignore[attr-defined]
+                held += [f"{load.open_requests} open requests"] if load.open_requests else []  # type: ignore[attr-defined]
+            await asyncio.sleep(0.2)
+        return held
+
+    async def resumed(self) -> int:
+        """Choices that were continued elsewhere, as the metrics count them; fronts that died take their counts with them."""
+        try:
+            async with httpx.AsyncClient(timeout=5) as http:
+                page = (await http.get(f"{self.url}/metrics")).text
+        except httpx.HTTPError:
+            return 0
+        lines = [line for line in page.splitlines() if line.startswith("manta_resumes_total{")]
+        return round(sum(float(line.rpartition(" ")[2]) for line in lines))
+
+
+def _holds(one: admin_pb2.ReplicaLoad) -> bool:
+    return bool(one.running or one.waiting or one.kv_blocks_used)
+
+
+@contextlib.contextmanager
+def server_under_test(*, kv_bytes: int = 16_000_000, more: str = "") -> Iterator[Victims]:
+    with tempfile.TemporaryDirectory(prefix="mf-", dir="/tmp") as made, _small_disk(Path(made)) as disk:
+        place = Path(made)
+        failpoints = place / "fail"
+        failpoints.mkdir()
+        file = place / "manta.yaml"
+        ray = (disk or place) / "r"
+        file.write_text(SETTINGS.format(folder=write_tiny(place / "tiny"), kv_bytes=kv_bytes, ray=ray) + more)
+        with serving("-c", str(file), environment={"MANTA_FAILPOINTS": str(failpoints), "OMP_NUM_THREADS": "1"}) as server:
+            yield Victims(server, failpoints, disk)
+
+
+@contextlib.contextmanager
+def _small_disk(place: Path) -> Iterator[Path | None]:
+    """A disk that can be filled without harm to others; None where this user cannot mount one."""
+    folder = place / f"d{secrets.token_hex(1)}"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""A few faults on a real server, one after the other; `python -m tests.faults` has them all, often, and docs/faults.md what came of it."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.catalogue import FAULTS
+from tests.faults.report import table
+from tests.faults.run import Goldens, one_run
+from tests.faults.server import Victims, server_under_test
+from tests.faults.sweep import SWEPT
+
+pytestmark = pytest.mark.timeout(900)
+
+HERE = Path(__file__).parent
+FEW = ("rank_killed", "replica_killed", "messages_lost", "front_killed")
+"""One for each way of recovery: the replica's own, another replica, fencing, and the end of a front."""
+
+
+@pytest.fixture(scope="module")
+def victims() -> Iterator[Victims]:
+    with server_under_test() as victims:
+        yield victims
+
+
+@pytest.fixture(scope="module")
+def goldens(victims: Victims) -> Goldens:
+    goldens = Goldens()
+
+    async def learn() -> None:
+        await victims.until_whole()
+        await goldens.learn(victims)
+
+    asyncio.run(learn())
+    return goldens
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in FAULTS])
+def test_no_promise_is_broken_and_the_server_is_whole_again(victims: Victims, goldens: Goldens, name: str) -> None:
+    run = asyncio.run(one_run(victims, FAULTS[name], 1, goldens))
+    assert not run.wrong
+    assert run.lost == 0 or FAULTS[name].tier > 1
+
+
+@pytest.mark.system
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SWEPT if name.endswith("@1")])
+def test_no_failpoint_breaks_a_promise(victims: Victims, goldens: Goldens, name: str) -> None:
+    run = asyncio.run(one_run(victims, SWEPT[name], 1, goldens))
+    assert not run.wrong
+
+
+def test_the_page_tells_what_was_run() -> None:
+    written = table((HERE / "results.jsonl").read_text().splitlines())
+    assert (HERE.parents[1] / "docs" / "faults.md").read_text() == written, "python -m tests.faults.report tests/faults/results.jsonl"
