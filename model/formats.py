@@ -60,6 +60,9 @@ def choose_formats(
     if native() is not None and (dtype == torch.bfloat16 or found == {torch.bfloat16}):
         packed = PackedFormat("bf16", torch.bfloat16)
         return Formats(packed, packed)
+    if native() is not None and dtype == torch.float32:
+        packed = PackedFormat("fp32", raw)
+        return Formats(packed, packed)
     return Formats(Dense(dtype), Dense(dtype))
 
 

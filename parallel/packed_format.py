@@ -14,7 +14,7 @@ from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
-BYTES: dict[Kind, float] = {"bf16": 2, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}
+BYTES: dict[Kind, float] = {"bf16": 2, "fp32": 4, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}
 """Of a weight, with its part of a float16 scale."""
 ANY_LANES = 8
 """Of a panel where no kernel reads it."""
@@ -24,9 +24,9 @@ ANY_LANES = 8
 class PackedFormat:
     """Stored in a checkpoint as a plain matrix, held and multiplied packed. Sums are in float32 whatever the dtype of ``x``.
 
-    ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``int8`` and
-    ``int4`` round each group of 128 or 32 input features to multiples of a scale of its own (`parallel.scale_groups.GROUP`);
-    groups are counted from this rank's first feature.
+    ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``fp32`` only puts
+    them in the order in which they are read. ``int8`` and ``int4`` round each group of 128 or 32 input features to multiples of a
+    scale of its own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature.
     """
 
     kind: Kind

@@ -22,6 +22,7 @@ HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+KINDS = ("bf16", "fp32", "int8", "int4")
 VARIANTS = {
     "avx512_vnni": (*AVX512, "-mavx512vnni"),
     "avx512": AVX512,
@@ -39,9 +40,9 @@ class Native:
         self.lanes: int = self._library.manta_lanes()
         size, address, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
         threads = ctypes.c_int
-        self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in ("bf16", "int8", "int4")}
+        self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in KINDS}
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
-        self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in ("bf16", "int8", "int4")}
+        self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in KINDS}
         self.add_norm = self._function("add_norm", [*[address] * 4, size, size, number, threads])
         self.gate = self._function("gate", [address, address, size, size, threads])
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])

@@ -13,7 +13,7 @@ from parallel.native.library import Native, num_threads
 from parallel.rounding import LEVELS, round_to_groups
 from parallel.scale_groups import GROUP
 
-Kind = Literal["bf16", "int8", "int4"]
+Kind = Literal["bf16", "fp32", "int8", "int4"]
 PIECE_OUTPUTS = 4096
 """Packed at once, so that a large matrix does not lie there a third time as float32."""
 
@@ -24,7 +24,7 @@ class Packed:
 
     kind: Kind
     numbers: Tensor
-    """bf16: (panels, K, panel) bfloat16; int8: (panels, padded K / 2, panel, 2) int8; int4: (panels, padded K / 8, panel) int32"""
+    """bf16, fp32: (panels, K, panel); int8: (panels, padded K / 2, panel, 2) int8; int4: (panels, padded K / 8, panel) int32"""
     scales: Tensor | None
     """(panels, groups, panel) float16"""
     num_outputs: int
@@ -36,7 +36,7 @@ class Packed:
     @property
     def padded(self) -> int:
         """Input features, filled up to whole groups."""
-        return self.numbers.shape[1] * {"bf16": 1, "int8": 2, "int4": 8}[self.kind]
+        return self.numbers.shape[1] * {"bf16": 1, "fp32": 1, "int8": 2, "int4": 8}[self.kind]
 
     @property
     def group(self) -> int:
@@ -59,6 +59,9 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
     """Rows (T, padded K) of the matrix in float32."""
     panel = 2 * packed.lanes
     panels_T, places_T = outputs_T // panel, outputs_T % panel
+    if packed.kind == "fp32":
+        rows_TK: Tensor = packed.numbers[panels_T, :, places_T]
+        return rows_TK
     if packed.kind == "bf16":
         interleaved_T = (places_T % packed.lanes) * 2 + places_T // packed.lanes
         numbers_TK: Tensor = packed.numbers[panels_T, :, interleaved_T].float()
@@ -69,7 +72,7 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
         shifts = torch.tensor([4 * (k // 2) + 16 * (k % 2) for k in range(8)], dtype=torch.int32)
         numbers_TX = (numbers_TX.unsqueeze(-1) >> shifts & 15) - 8
     numbers = numbers_TX.flatten(1).float().unflatten(1, (-1, packed.group))
-    rows_TK: Tensor = (numbers * packed.scales[panels_T, :, places_T].float().unsqueeze(-1)).flatten(1)
+    rows_TK = (numbers * packed.scales[panels_T, :, places_T].float().unsqueeze(-1)).flatten(1)
     return rows_TK
 
 
@@ -97,6 +100,9 @@ def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
 def _pack_piece(kind: Kind, weight_NK: Tensor, lanes: int) -> tuple[Tensor, Tensor | None]:
     panel = 2 * lanes
     num_panels = -(-weight_NK.shape[0] // panel)
+    if kind == "fp32":
+        padded = _filled(weight_NK.float(), num_panels * panel, weight_NK.shape[1])
+        return padded.view(num_panels, panel, -1).transpose(1, 2).contiguous(), None
     if kind == "bf16":
         padded = _filled(weight_NK.bfloat16(), num_panels * panel, weight_NK.shape[1])
         halves = padded.view(num_panels, 2, lanes, -1)  # output lane in the low half of 32 bits, output lanes + lane in the high one

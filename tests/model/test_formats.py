@@ -22,8 +22,8 @@ needs_kernels = pytest.mark.skipif(native() is None, reason="the kernels are not
 @needs_kernels
 def test_weights_stored_in_bfloat16_are_held_so_where_sums_are_in_float32() -> None:
     assert choose_formats(CPU, FLOAT, [BF16, BF16]).matrices == PackedFormat("bf16", BF16)
-    assert choose_formats(CPU, FLOAT, [BF16, FLOAT]).matrices == Dense(FLOAT)
-    assert choose_formats(CPU, FLOAT, [FLOAT]).matrices == Dense(FLOAT)
+    assert choose_formats(CPU, FLOAT, [BF16, FLOAT]).matrices == PackedFormat("fp32", FLOAT)
+    assert choose_formats(CPU, FLOAT, [FLOAT]).matrices == PackedFormat("fp32", FLOAT)
 
 
 def test_int4_leaves_embedding_and_head_in_int8() -> None:

@@ -6,6 +6,9 @@ template <class W> struct Weights;  // how a kind of weights is named from outsi
 template <> struct Weights<Bf16> {
     static Bf16 make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
 };
+template <> struct Weights<Fp32> {
+    static Fp32 make(const void* weights, const void*, long K, long) { return {(const float*)weights, K}; }
+};
 template <> struct Weights<Int8> {
     static Int8 make(const void* weights, const void* scales, long K, long group) { return {(const int8_t*)weights, (const uint16_t*)scales, K, group}; }
 };
@@ -17,8 +20,8 @@ template <> struct Weights<Int4> {
 template <class W> struct Rows : QuantisedRows {
     using QuantisedRows::QuantisedRows;
 };
-template <> struct Rows<Bf16> {
-    std::vector<Bf16::Row> rows;
+template <class Stored> struct Rows<Exact<Stored>> {
+    std::vector<FloatRow> rows;
     template <class RowAt> Rows(RowAt row_at, long count, long, long, long, int) {
         rows.resize(count);
         for (long r = 0; r < count; ++r) rows[r].x = row_at(r);
@@ -72,6 +75,7 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of, const
 extern "C" {
 int manta_lanes() { return LANES; }
 KIND(bf16, Bf16)
+KIND(fp32, Fp32)
 KIND(int8, Int8)
 KIND(int4, Int4)
 }

@@ -17,10 +17,32 @@ constexpr long ROW_BLOCK = 96;
 
 
 // What kinds of weights have in common: `Rows` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums.
-struct Bf16 {
-    const uint16_t* weights;  // [panel][k][lane](low half: output lane, high half: output LANES + lane)
+struct FloatRow {
+    const float* x;
+};
+
+struct PairedBf16 {  // [panel][k][lane](low half: output lane, high half: output LANES + lane)
+    using Number = uint16_t;
+    static INLINE void load_both(const uint16_t* at, Floats& low, Floats& high) {
+        const Words pair = load_words(at);
+        low = as_floats(left<16>(pair));
+        high = as_floats(both(pair, all_words(int32_t(0xffff0000))));
+    }
+};
+
+struct PlainFp32 {  // [panel][k][output]
+    using Number = float;
+    static INLINE void load_both(const float* at, Floats& low, Floats& high) {
+        low = load(at);
+        high = load(at + LANES);
+    }
+};
+
+template <class Stored> struct Exact {
+    using Number = typename Stored::Number;
+    const Number* weights;
     long K;
-    struct Row { const float* x; };
+    using Row = FloatRow;
 
     static constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
         return LANES == 16 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
@@ -28,22 +50,19 @@ struct Bf16 {
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
         Floats sum[R][P][2];
-        const uint16_t* w[P];
+        const Number* w[P];
         const float* x[R];
         for (int p = 0; p < P; ++p) w[p] = weights + ((panel + p) * K) * PANEL;
         for (int r = 0; r < R; ++r) x[r] = rows[r].x;
         for (int r = 0; r < R; ++r)
             for (int p = 0; p < P; ++p)
                 for (int h = 0; h < 2; ++h) sum[r][p][h] = load(sums + r * stride + p * PANEL + h * LANES);
-        const Words upper = all_words(int32_t(0xffff0000));
         for (long k = k0; k < k1; ++k) {
             Floats low[P], high[P];
             for (int p = 0; p < P; ++p) {
-                const uint16_t* at = w[p] + k * PANEL;
+                const Number* at = w[p] + k * PANEL;
                 if (R <= 2) _mm_prefetch((const char*)(at + 16 * PANEL), _MM_HINT_T0);
-                Words pair = load_words(at);
-                low[p] = as_floats(left<16>(pair));
-                high[p] = as_floats(both(pair, upper));
+                Stored::load_both(at, low[p], high[p]);
             }
             for (int r = 0; r < R; ++r) {
                 Floats value = all(x[r][k]);
@@ -58,6 +77,9 @@ struct Bf16 {
                 for (int h = 0; h < 2; ++h) store(sums + r * stride + p * PANEL + h * LANES, sum[r][p][h]);
     }
 };
+
+using Bf16 = Exact<PairedBf16>;
+using Fp32 = Exact<PlainFp32>;
 
 // Rows as 16-bit integers with one scale for each group: sums within a group are exact in 32 bits.
 struct QuantisedRow {

@@ -7,9 +7,9 @@ from torch import Tensor
 from parallel.native.library import Native, native
 from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
 
-KINDS: tuple[Kind, ...] = ("bf16", "int8", "int4")
+KINDS: tuple[Kind, ...] = ("bf16", "fp32", "int8", "int4")
 SHAPES = {"even": (256, 128), "narrow": (1, 64), "ragged": (307, 200), "deep": (72, 1500), "wide": (4500, 40)}
-MOST_ROUNDING: dict[Kind, float] = {"bf16": 2.0**-8, "int8": 1 / 253, "int4": 0.126}
+MOST_ROUNDING: dict[Kind, float] = {"bf16": 2.0**-8, "fp32": 0.0, "int8": 1 / 253, "int4": 0.126}
 """Of the largest number of a group, by which a weight may be off."""
 
 
