@@ -78,9 +78,9 @@ class Admission:
                 return
             wanted = choices(sequence, portions, capacity.block_tokens)
             first = wanted[0]
-            if first.portion.budget == 0 or first.portion.shard.cache.is_on_its_way(sequence, len(first.found)):
+            if not first.portion.may_take(sequence) or first.portion.shard.cache.is_on_its_way(sequence, len(first.found)):
                 continue  # waiting a little costs less than computing its prefix again elsewhere
-            choice = next((choice for choice in wanted if choice.portion.budget and choice.has_room(sequence, capacity)), None)
+            choice = next((choice for choice in wanted if choice.portion.may_take(sequence) and choice.has_room(sequence, capacity)), None)
             if choice is None:
                 return
             self.remove(sequence)

@@ -45,6 +45,7 @@ class StepAnswers:
             rebalanced=parts[0].rebalanced,  # the same on every rank
             tokens=_merged([part.tokens for part in parts if part.tokens]),
             scored=tuple(scored for part in parts for scored in part.scored),
+            pooled=tuple(pooled for part in parts for pooled in part.pooled),
         )
 
 

@@ -16,6 +16,17 @@ class PromptTooLong(EngineError):
         self.num_tokens, self.limit_tokens = num_tokens, limit_tokens
 
 
+class PromptCannotBeCut(EngineError):
+    """Of a model whose tokens see those behind them all are computed in one step."""
+
+    def __init__(self, *, num_tokens: int, limit_tokens: int) -> None:
+        super().__init__(
+            f"the input has {num_tokens} tokens, and this server computes at most {limit_tokens} in one step (engine.max_step_tokens); "
+            "this model sees a text as a whole, so shorten it"
+        )
+        self.num_tokens, self.limit_tokens = num_tokens, limit_tokens
+
+
 class KvCacheTooSmall(EngineError):
     """The request could never run, even alone."""
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine.request import SamplingParams
+from engine.request import Pooling, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class Opening:
     """So that a rank's log can name the request."""
     shard: int = 0
     """The dp position whose ranks hold it; see `Work.shard`."""
+    pooling: Pooling | None = None
+    """What its tokens are computed for, where that is no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Work:
     """The last so many of the tokens are guessed. Such a work samples, and each guess that the sampled tokens bear out gives one more."""
     targets: tuple[int, ...] = ()
     """The known tokens that follow on the first so many of the tokens, where their log-probabilities are wanted (`Scored`)."""
+    pools: bool = False
+    """Whether the last of the tokens is the last one of a prompt of which an embedding is wanted (`Pooled`)."""
     shard: int = 0
     """The dp position that computes it: always that of the sequence's opening. Its blocks are numbers in that shard's cache."""
 
@@ -168,6 +172,17 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooled:
+    """The embedding that a work completed."""
+
+    sequence: int
+    vector: bytes
+    """float32, little-endian, not normalised: as many numbers as the model is wide."""
+    fault: str | None = None
+    """Why there is none (for instance NaN); the engine then fails this sequence alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """Answers the plan of the same number: a sampling rank for its shard, an executor for all of them."""
 
@@ -180,6 +195,7 @@ class StepResult:
     """For each work of the plan's `decodes`, in their order, the next token as int64, or `NO_TOKEN` where `sampled` says more, or another
     shard does. Empty = no work has one here."""
     scored: tuple[Scored, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -224,6 +240,8 @@ class TokenEvent:
     """How often workers were lost while they computed it, so far."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the prompt's tokens from the second on, where they were asked for: in the choice's very first event with tokens or an end."""
+    embedding: bytes | None = None
+    """See `Pooled.vector`: in the only event of a request for one, with ``finish_reason="stop"``."""
 
     def then(self, offset: int, token: int) -> "TokenEvent":
         """That the same request has one more token, said of an event without anything particular: a quarter of the time of making one."""

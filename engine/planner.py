@@ -95,6 +95,7 @@ class Planner:
         return portion_of(
             shard,
             budget=budget,
+            max_tokens=self._config.max_step_tokens,
             max_running=self._config.max_running,
             num_stages=self._books.capacity.num_stages,
             num_shards=len(self._books.shards),
@@ -128,7 +129,7 @@ class Planner:
         if count:
             planned = shard.cohort.plan(shard.pool)
             building.together.append((shard, planned))
-            portion.budget -= count
+            portion.take(count)
             portion.max_decodes -= count
             if is_asked_for():
                 for sequence in shard.cohort.sequences(planned):
@@ -147,7 +148,8 @@ class Planner:
     def _plan_work(self, sequence: Sequence, portion: Portion, building: PlanBuilder) -> None:
         assert sequence.number is not None
         portion.shard.loosen(sequence)
-        count = min(sequence.num_pending, portion.budget)
+        count = sequence.num_pending if sequence.is_whole else min(sequence.num_pending, portion.budget)
+        is_last, pools = count == sequence.num_pending, sequence.request.pooling is not None
         start = sequence.num_planned
         wants_draft = self._speculator is not None and sequence.num_pending == 1
         draft = draft_for(sequence, portion, self._books.capacity, self._speculator) if self._speculator and wants_draft else ()
@@ -156,15 +158,16 @@ class Planner:
             start=start,
             tokens=(*sequence.tokens[start : start + count], *draft),
             new_blocks=tuple(sequence.blocks[sequence.num_blocks_sent :]),
-            samples=count == sequence.num_pending,
+            samples=is_last and not pools,
             num_draft=len(draft),
             shard=portion.shard.index,
             targets=sequence.targets(start, start + count),
+            pools=is_last and pools,
         )
         sequence.num_blocks_sent = len(sequence.blocks)
         sequence.num_planned += count
         building.works.append(work)
-        portion.budget -= len(work.tokens)
+        portion.take(len(work.tokens))
         mark(7, sequence.request.id)
 
     def _make_room(self, sequence: Sequence, portion: Portion) -> bool:

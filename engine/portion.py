@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from engine.sequence import Sequence
 from engine.shard import Shard
 
 MICRO_STEP_TOKENS = 128
@@ -23,6 +24,17 @@ class Portion:
     max_drafted: int = 0
     """Guessed tokens that it may still take into this step."""
     has_preempted: bool = False
+    uncut_budget: int = 0
+    """What a step could hold beyond what is planned, for prompts that cannot be cut: `budget` is less where stages want equal parts, or
+    streams go on beside them."""
+
+    def may_take(self, sequence: Sequence) -> bool:
+        """Whether some of it may be in this step, or all of it where it cannot be cut."""
+        return self.budget > 0 and (not sequence.is_whole or len(sequence.tokens) <= self.uncut_budget)
+
+    def take(self, num_tokens: int) -> None:
+        self.budget = max(self.budget - num_tokens, 0)
+        self.uncut_budget -= num_tokens
 
 
 def num_decoding(shard: Shard) -> int:
@@ -30,10 +42,13 @@ def num_decoding(shard: Shard) -> int:
     return len(shard.cohort) + sum(sequence.num_pending <= 1 and not sequence.ended for sequence in shard.loose.values())
 
 
-def portion_of(shard: Shard, *, budget: int, max_running: int, num_stages: int, num_shards: int, waiting_tokens: int) -> Portion:
+def portion_of(
+    shard: Shard, *, budget: int, max_tokens: int, max_running: int, num_stages: int, num_shards: int, waiting_tokens: int
+) -> Portion:
     """As many steps as there are stages shall have about equal parts of what is to do.
 
-    ``budget`` and ``max_running`` are what a step and a replica may hold at most, ``waiting_tokens`` what will come to this shard.
+    ``max_tokens`` and ``max_running`` are what a step and a replica may hold at most, ``budget`` what the step should hold of prompts
+    that can be cut, ``waiting_tokens`` what will come to this shard.
     """
     alive, together = [sequence for sequence in shard.loose.values() if not sequence.ended], len(shard.cohort)
     if num_stages > 1:
@@ -47,4 +62,5 @@ def portion_of(shard: Shard, *, budget: int, max_running: int, num_stages: int, 
         max_decodes=-(-decoding // num_stages),
         load_tokens=load_tokens,
         max_drafted=max_running - together - len(alive),
+        uncut_budget=max_tokens,
     )

@@ -1,6 +1,7 @@
 """What the engine is asked for: one choice of one request, as token ids."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,16 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """Of a request for an embedding: instead of an answer it gets one vector, of its prompt's hidden states behind the last norm."""
+
+    kind: Literal["last", "mean", "first"]
+    """The last token's, the mean of all tokens', or the first one's."""
+    is_causal: bool = True
+    """False: every token sees all others. The prompt is then computed in one step, and its KV is of no use to any other request."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One choice of a client's request. A client's ``n`` choices are ``n`` of these with one id and choices 0 .. n - 1."""
 
@@ -71,6 +82,8 @@ class Request:
     losses: int = 0
     """How often workers were lost while they computed it, on other replicas; see `engine.trial`."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    pooling: Pooling | None = None
+    """None = an answer is wanted. Else `sampling` has no say."""
     salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     session: str = ""

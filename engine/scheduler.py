@@ -17,6 +17,7 @@ from engine.errors import (
     InvalidLogits,
     KvCacheTooSmall,
     PoisonedRequest,
+    PromptCannotBeCut,
     PromptTooLong,
     QueueFull,
 )
@@ -24,7 +25,7 @@ from engine.executor import Capacity
 from engine.kv.block_pool import BlockListener
 from engine.pace import Pace
 from engine.places import is_asked_for, mark
-from engine.plan import COLUMN, NO_TOKEN, FinishReason, Sampled, StepPlan, StepResult, TokenEvent, Work
+from engine.plan import COLUMN, NO_TOKEN, FinishReason, Pooled, Sampled, StepPlan, StepResult, TokenEvent, Work
 from engine.planner import Planner
 from engine.policy import FirstCome, Policy
 from engine.request import Request
@@ -137,8 +138,9 @@ class Scheduler:
             answer = sampled.get(work.sequence) if token == NO_TOKEN else Sampled(work.sequence, (token,))
             told.events += self._apply_work(work, answer)
         self._score(plan, result)
+        pooled = {answer.sequence: answer for answer in result.pooled}
         for work in plan.singly:
-            told.events += self._apply_work(work, sampled.get(work.sequence))
+            told.events += self._apply_work(work, sampled.get(work.sequence), pooled.get(work.sequence))
         return told
 
     def _score(self, plan: StepPlan, result: StepResult) -> None:
@@ -172,7 +174,7 @@ class Scheduler:
             rest += zip(planned.works(recorded.rest), of_shard[recorded.rest].tolist(), strict=True)
         return rest
 
-    def _apply_work(self, work: Work, answer: Sampled | None) -> list[TokenEvent]:
+    def _apply_work(self, work: Work, answer: Sampled | None, pooled: Pooled | None = None) -> list[TokenEvent]:
         shard = self.shards[work.shard]
         sequence = shard.open.get(work.sequence)
         if sequence is None:
@@ -184,6 +186,8 @@ class Scheduler:
             if not sequence.in_flight:
                 self._books.close(sequence)
             return []
+        if work.pools:
+            return [self._take_embedding(sequence, work, pooled or Pooled(work.sequence, b"", fault="the ranks gave no embedding"))]
         if not work.samples:
             shard.cache.publish(sequence, since=work.start)
             return []
@@ -196,6 +200,16 @@ class Scheduler:
         sequence.step_back()
         shard.cache.publish(sequence, since=work.start)
         return []
+
+    def _take_embedding(self, sequence: Sequence, work: Work, pooled: Pooled) -> TokenEvent:
+        """All that was wanted of it."""
+        cache = self.shards[work.shard].cache
+        if pooled.fault is not None:
+            cache.disown(sequence)
+            return self._fail(sequence, InvalidLogits(pooled.fault))
+        mark(12, sequence.request.id)
+        cache.publish(sequence, since=work.start)
+        return self._end(sequence, sequence.event(finish_reason="stop", embedding=pooled.vector))
 
     def _take(self, sequence: Sequence, work: Work, answer: Sampled) -> TokenEvent:
         """Append what was sampled, up to what ends the answer. All of it but the last was guessed, and so is computed already."""
@@ -330,9 +344,11 @@ class Scheduler:
         """At least one more token must fit into the context, and the KV of all tokens but the last into the pool."""
         known = len(request.prompt) + len(request.committed)
         limit = self._books.capacity.max_context_tokens
-        if known >= limit:
+        if known + (request.pooling is None) > limit:
             raise PromptTooLong(num_tokens=known, limit_tokens=limit)
-        most = min(len(request.prompt) + request.sampling.max_tokens, limit)
+        if request.pooling is not None and not request.pooling.is_causal and known > self._config.max_step_tokens:
+            raise PromptCannotBeCut(num_tokens=known, limit_tokens=self._config.max_step_tokens)
+        most = min(len(request.prompt) + request.sampling.max_tokens, limit) if request.pooling is None else known + 1
         room = self._books.capacity.num_blocks * self._books.capacity.block_tokens + 1
         if most > room:
             raise KvCacheTooSmall(num_tokens=most, limit_tokens=room)

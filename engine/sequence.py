@@ -64,7 +64,15 @@ class Sequence:
     @property
     def num_skippable(self) -> int:
         """So many of its first tokens need not be computed if their KV is there: what is wanted are the last one's logits, or more."""
+        pooling = self.request.pooling
+        if self.is_whole or (pooling is not None and pooling.kind != "last"):
+            return 0
         return len(self.prompt_logprobs) if self.lacks_prompt_logprobs else len(self.tokens) - 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can neither be cut nor share its KV."""
+        return self.request.pooling is not None and not self.request.pooling.is_causal
 
     def targets(self, start: int, stop: int) -> tuple[int, ...]:
         """Those of a work on its tokens [start, stop)."""
@@ -130,6 +138,7 @@ class Sequence:
             history=tuple(self.tokens) if sampling.needs_history else (),
             request_id=self.request.id,
             shard=self.shard,
+            pooling=self.request.pooling,
         )
 
     def event(
@@ -140,6 +149,7 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         stop_token: int | None = None,
         error: Exception | None = None,
+        embedding: bytes | None = None,
     ) -> TokenEvent:
         """What happened, told after `tokens` were appended."""
         is_first = self.num_output == len(tokens) and bool(tokens or finish_reason == "length")
@@ -157,6 +167,7 @@ class Sequence:
             error_message=str(error) if error else None,
             losses=self.losses,
             prompt_logprobs=tuple(self.prompt_logprobs) if is_first else (),
+            embedding=embedding,
         )
 
     def token_event(self, offset: int, token: int) -> TokenEvent:

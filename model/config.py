@@ -11,11 +11,14 @@ import torch
 Architecture = Literal["Qwen2ForCausalLM", "Qwen2MoeForCausalLM"]
 DENSE: Architecture = "Qwen2ForCausalLM"
 MOE: Architecture = "Qwen2MoeForCausalLM"
+BARE = "Qwen2Model"
+"""A dense decoder without a head, as embedding models are stored."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """The dtypes a model can be computed in, by the names config.json uses."""
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 class InvalidModelConfig(ValueError):
@@ -95,6 +98,10 @@ class ModelConfig:
     moe: MoeConfig | None
     eos_token_ids: tuple[int, ...]
     """`eos_token_id`; generation_config.json, where it names any, has precedence (`GenerationDefaults`)."""
+    is_causal: bool = True
+    """Whether tokens see only what is before them. Not so in some models that give embeddings, which then can do nothing else."""
+    is_bare: bool = False
+    """Stored as the decoder alone: no head, and names without the prefix ``model.``. Its logits, by the embedding, mean nothing."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -120,7 +127,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """The same from the parsed JSON."""
-        architecture = _architecture(raw)
+        architecture, is_bare = _architecture(raw), raw.get("architectures") == [BARE]
         _refuse_what_is_not_computed(raw)
         num_heads = _positive(raw, "num_attention_heads")
         hidden_size = _positive(raw, "hidden_size")
@@ -138,7 +145,9 @@ class ModelConfig:
             rms_norm_eps=_number(raw, "rms_norm_eps"),
             rope=rope,
             qkv_bias=_optional(raw, "qkv_bias", bool, True),  # Qwen2 has it without saying so; Qwen2-MoE may say
-            tied_embeddings=_required(raw, "tie_word_embeddings", bool),
+            tied_embeddings=is_bare or _required(raw, "tie_word_embeddings", bool),
+            is_causal=_is_causal(raw),
+            is_bare=is_bare,
             dtype=_dtype(raw),
             moe=_moe(raw) if architecture == MOE else None,
             eos_token_ids=token_ids(raw.get("eos_token_id"), "eos_token_id"),
@@ -173,13 +182,22 @@ def token_ids(value: Any, field: str) -> tuple[int, ...]:
 
 def _architecture(raw: Mapping[str, Any]) -> Architecture:
     named = raw.get("architectures")
-    if named == [DENSE]:
+    if named in ([DENSE], [BARE]):
         return DENSE
     if named == [MOE]:
         return MOE
     if not named:
         raise InvalidModelConfig("architectures is missing: it says which model this is")
     raise UnsupportedModel(f"architectures {named} is not supported; {DENSE} and {MOE} are")
+
+
+def _is_causal(raw: Mapping[str, Any]) -> bool:
+    """`is_causal` where it is said. gte-Qwen2's files do not say it: their own `modeling_qwen.Qwen2Model` has no causal mask."""
+    said = _optional(raw, "is_causal", bool, None)
+    if said is not None:
+        return said
+    own_code = _optional(raw, "auto_map", dict, {}).get("AutoModel", "")
+    return str(own_code).rsplit("--", 1)[-1] != "modeling_qwen.Qwen2Model"
 
 
 def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
@@ -275,7 +293,7 @@ def _required(raw: Mapping[str, Any], field: str, kind: type[T]) -> T:
     return value
 
 
-def _optional(raw: Mapping[str, Any], field: str, kind: type[T], absent: T) -> T:
+def _optional(raw: Mapping[str, Any], field: str, kind: type[T], absent: D) -> T | D:
     return absent if raw.get(field) is None else _required(raw, field, kind)
 
 

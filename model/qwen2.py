@@ -38,7 +38,9 @@ MLP_NAMES: Names = {
     "mlp.up_proj": ("mlp.up", "up"),
     "mlp.down_proj": ("mlp.down", "down"),
 }
-EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+EMBEDDING, NORM, HEAD = "embed_tokens", "norm", "lm_head"
+DECODER = "model."
+"""Before all names but the head's, where a checkpoint has one."""
 
 
 class Attention(nn.Module):
@@ -141,6 +143,7 @@ class Qwen2(nn.Module):
             head_dim=config.head_dim,
             kv_of_query=heads.kv_of_query,
             block_tokens=block_tokens,
+            is_causal=config.is_causal,
         )
         self.kv_layout = KvLayout(
             num_layers=len(self.layer_indices),
@@ -196,14 +199,15 @@ class Qwen2(nn.Module):
 
     def bindings(self) -> Iterator[Binding]:
         """Every checkpoint tensor of this rank's stage, with the place it fills."""
+        prefix = "" if self.config.is_bare else DECODER
         if self.embedding is not None:
-            yield from bind(self, {EMBEDDING: ("embedding", "")})
+            yield from bind(self, {EMBEDDING: ("embedding", "")}, prefix)
         for index, layer in zip(self.layer_indices, self.layers, strict=True):
-            yield from bind(layer, self.names_of_layer(index), prefix=f"model.layers.{index}.")
+            yield from bind(layer, self.names_of_layer(index), f"{prefix}layers.{index}.")
         if self.norm is not None and self.head is not None:
-            yield from bind(self, {NORM: ("norm", "")})
+            yield from bind(self, {NORM: ("norm", "")}, prefix)
             if not self.head.is_tied:
-                yield from bind(self, {EMBEDDING if self.config.tied_embeddings else HEAD: ("head.rows", "")})
+                yield from bind(self, {prefix + EMBEDDING if self.config.tied_embeddings else HEAD: ("head.rows", "")})
 
     def names_of_layer(self, index: int) -> Names:
         return ATTENTION_NAMES | MLP_NAMES

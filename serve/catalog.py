@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from serve.errors import ModelNotFound
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
-from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, TokenizeRequest
+from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent, TokenizeRequest
 from serve.service import Service
 
 
@@ -63,6 +63,9 @@ class Catalog:
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
         return await self._of(request).collect(request)
 
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        return await self._of(request).embed(request)
+
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
         return await self.service(request.model).tokenize(request)
 
@@ -72,6 +75,6 @@ class Catalog:
     def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
         return self.service(model).token_texts(model, ids)
 
-    def _of(self, request: ChatRequest | CompletionRequest) -> Service:
+    def _of(self, request: AnyRequest) -> Service:
         """An unknown name is refused by whichever service gets it, at the same moment as everything else that is wrong."""
         return self._services.get(request.model, self._first)

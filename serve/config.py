@@ -38,6 +38,9 @@ class ModelSettings(Section):
     """What clients call it. None = the repository id, or the folder's name."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit on the hub. None = the hub's default."""
+    pooling: Literal["auto", "last", "mean", "first"] = "auto"
+    """How it makes embeddings: as its files say (modules.json of sentence-transformers), or of the last token's hidden state, the
+    mean of all, or the first one's, normalised."""
 
 
 class ParallelSettings(Section):

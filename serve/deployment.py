@@ -159,7 +159,11 @@ class _Front:
         folder = await asyncio.to_thread(_small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         facts = ModelFacts.from_checkpoint(
-            folder, name=model.name, tokenizer=tokenizer, max_context_tokens=model.config.runner.max_context_tokens
+            folder,
+            name=model.name,
+            tokenizer=tokenizer,
+            max_context_tokens=model.config.runner.max_context_tokens,
+            pooling=model.config.model.pooling,
         )
         return Service(
             model=facts,
@@ -206,6 +210,9 @@ class _Front:
 
     async def GetModel(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self._grpc.GetModel(request, grpc_context)
+
+    async def Embed(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._grpc.Embed(request, grpc_context)
 
     async def Tokenize(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self._grpc.Tokenize(request, grpc_context)

@@ -8,7 +8,7 @@ from contextlib import aclosing, contextmanager
 
 from serve.errors import Draining
 from serve.offers import Offers, Passing
-from serve.request import ChatRequest, CompletionRequest, Result, TextEvent
+from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent
 
 
 class Doors(Passing):
@@ -42,6 +42,10 @@ class Doors(Passing):
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
         with self._entered():
             return await self._inside.collect(request)
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        with self._entered():
+            return await self._inside.embed(request)
 
     def ready(self) -> bool:
         return not self.draining and super().ready()

@@ -18,6 +18,8 @@ class Limits:
     """HTTP body or gRPC message."""
     json_depth: int = 64
     messages: int = 2_048
+    embedding_inputs: int = 2_048
+    """Texts in one request for embeddings (OpenAI's own limit)."""
     prompts: int = 128
     """Prompts in one completion request."""
     choices: int = 8

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from serve import metric_names as names
 from serve.errors import code_of
 from serve.metrics import Instruments
-from serve.request import ChatRequest, CompletionRequest, TextEvent, Usage
+from serve.request import AnyRequest, TextEvent, Usage
 
 CLIENT_LEFT = "client_left"
 
@@ -18,7 +18,7 @@ class Measuring:
     def __init__(self, instruments: Instruments, models: Collection[str], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._instruments, self._models, self._clock = instruments, models, clock
 
-    def begin(self, request: ChatRequest | CompletionRequest) -> "_RequestTimes":
+    def begin(self, request: AnyRequest) -> "_RequestTimes":
         model = request.model if request.model in self._models else ""
         return _RequestTimes(self._instruments, model, request.arrived_s, self._clock)
 

@@ -4,10 +4,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from model.config import ModelConfig
 from model.generation_config import GenerationDefaults
+from model.pooling import PoolingConfig, PoolingKind
 from serve.text.chat_template import stored_source
 from serve.text.tokenizer import Tokenizer, read_settings
 
@@ -29,12 +30,30 @@ class ModelFacts:
     """Used where a client says nothing."""
     created: int
     """Unix time at which this server began to offer it."""
+    width: int = 0
+    """Numbers of an embedding."""
+    pooling: PoolingConfig | None = None
+    """How it makes embeddings; None: it gives none."""
+    is_causal: bool = True
+    answers: bool = True
+    """Whether it goes on with texts. A model whose tokens all see each other, or that has no head, cannot."""
     tokenizer_info: Mapping[str, Any] = field(default_factory=dict)
     """Of tokenizer_config.json what tools want to know, with the chat template."""
 
     @classmethod
-    def from_checkpoint(cls, folder: Path, *, name: str, tokenizer: Tokenizer, max_context_tokens: int | None = None) -> "ModelFacts":
-        """Read config.json and generation_config.json. ``max_context_tokens`` lowers the model's own limit, never raises it.
+    def from_checkpoint(
+        cls,
+        folder: Path,
+        *,
+        name: str,
+        tokenizer: Tokenizer,
+        max_context_tokens: int | None = None,
+        pooling: PoolingKind | Literal["auto"] = "auto",
+    ) -> "ModelFacts":
+        """Read config.json and generation_config.json, and what there is of embeddings.
+
+        ``max_context_tokens`` lowers the model's own limit, never raises it. ``pooling`` makes any model one that gives embeddings,
+        normalised; "auto" goes by its files.
 
         Raises:
             InvalidModelConfig, UnsupportedModel: see `ModelConfig.from_checkpoint`.
@@ -51,6 +70,10 @@ class ModelFacts:
             num_real_tokens=tokenizer.num_real_tokens,
             defaults=GenerationDefaults.from_checkpoint(folder, config),
             created=int(time.time()),
+            width=config.hidden_size,
+            pooling=PoolingConfig.from_checkpoint(folder) if pooling == "auto" else PoolingConfig(kind=pooling, normalise=True),
+            is_causal=config.is_causal,
+            answers=config.is_causal and not config.is_bare,
             tokenizer_info=_tokenizer_info(folder, tokenizer),
         )
 

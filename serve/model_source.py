@@ -16,8 +16,8 @@ HUB_SCHEME, MODELSCOPE_SCHEME = "hf://", "modelscope://"
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 WANTED = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Weights as safetensors, configuration, tokenizer. No pickles and no code."""
-UNWANTED = ("*/*",)
-"""Subfolders hold the same weights in other formats."""
+UNWANTED = ("[!1-9]*/*", "[1-9][!_]*/*")
+"""Subfolders hold the same weights in other formats; but for those of sentence-transformers (`1_Pooling`)."""
 
 Report = Callable[[str, float], None]
 """Told what is being done and how much of it is done, from 0 to 1."""

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
-from serve.request import ChatRequest, CompletionRequest, TextEvent
+from serve.request import AnyRequest, TextEvent
 
 
 class Watch(Protocol):
@@ -23,13 +23,13 @@ class Watch(Protocol):
 
 
 class Observer(Protocol):
-    def begin(self, request: ChatRequest | CompletionRequest) -> Watch:
+    def begin(self, request: AnyRequest) -> Watch:
         """May raise to refuse the request; earlier observers are told that it failed."""
         ...
 
 
 async def observed(
-    request: ChatRequest | CompletionRequest, events: AsyncGenerator[TextEvent, None], observers: Sequence[Observer]
+    request: AnyRequest, events: AsyncGenerator[TextEvent, None], observers: Sequence[Observer]
 ) -> AsyncGenerator[TextEvent, None]:
     """``events``, seen by all ``observers`` as they pass."""
     watches: list[Watch] = []

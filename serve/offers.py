@@ -5,7 +5,7 @@ from typing import Protocol
 
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
-from serve.request import ChatRequest, CompletionRequest, Result, TextEvent, TokenizeRequest
+from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent, TokenizeRequest
 
 
 class Offers(Protocol):
@@ -16,6 +16,7 @@ class Offers(Protocol):
     def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]: ...
     def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]: ...
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result: ...
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult: ...
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]: ...
     async def detokenize(self, model: str, ids: Sequence[int]) -> str: ...
     def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]: ...
@@ -40,6 +41,9 @@ class Passing:
     @property
     def limits(self) -> Limits:
         return self._inside.limits
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        return await self._inside.embed(request)
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
         return await self._inside.tokenize(request)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from serve.caller import Caller, Quota
 from serve.errors import QuotaExceeded
-from serve.request import ChatRequest, CompletionRequest, TextEvent, Usage
+from serve.request import AnyRequest, TextEvent, Usage
 
 MINUTE_S = 60.0
 BUSY_RETRY_S = 1.0
@@ -70,7 +70,7 @@ class Quotas:
         self._num_fronts, self._clock = num_fronts, clock
         self._accounts: dict[str, _Account] = {}
 
-    def begin(self, request: ChatRequest | CompletionRequest) -> "_Charge":
+    def begin(self, request: AnyRequest) -> "_Charge":
         """
         Raises:
             QuotaExceeded: which quota, and when to come again.

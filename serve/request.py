@@ -150,6 +150,27 @@ class CompletionRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingRequest:
+    request_id: str
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    """One vector each."""
+    dimensions: int | None = None
+    """Of each vector the first so many; None = all."""
+    idempotency_key: str = ""
+    """Without effect: the same texts give the same vectors."""
+    session: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    arrived_s: float | None = None
+    caller: Caller = ANYONE
+    trace: Mapping[str, str] = field(default_factory=dict)
+
+
+AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizeRequest:
     """Which tokens a text, or a conversation, is for the model."""
 
@@ -193,6 +214,8 @@ class TextEvent:
     """The tokens that this event's text came from (held-back text comes with a later token's event)."""
     prompt_tokens: tuple[TextToken, ...] = ()
     """In a choice's first event, where their log-probabilities were asked for; the first one has none, as nothing is before it."""
+    embedding: bytes | None = None
+    """float32, little-endian: all that a choice of an `EmbeddingRequest` gives, with its end. A choice is then an input."""
     tool_calls: tuple[ToolCallDelta, ...] = ()
     """One for each call at most. What makes up calls is no part of `text`."""
     finish_reason: str | None = None
@@ -236,4 +259,15 @@ class Result:
     usage: Usage
     held_s: float = 0.0
     """The longest that a choice waited for a replica to start."""
+    ledger: Ledger | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingResult:
+    """The vectors of all inputs, in their order: float32, little-endian."""
+
+    request_id: str
+    vectors: tuple[bytes, ...]
+    usage: Usage
+    held_s: float = 0.0
     ledger: Ledger | None = None

@@ -3,24 +3,23 @@
 The one core under both fronts: HTTP and gRPC call only this.
 """
 
-import asyncio
 import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
-from engine.errors import DeadlineExceeded, EngineStopped
+from engine.errors import EngineStopped
 from engine.failpoints import hit
 from engine.places import mark
-from engine.plan import TokenEvent
-from engine.request import Request, SamplingParams
+from engine.request import SamplingParams
+from serve.asking import TokenSource, engine_request, may_fit, must_be_in_time, next_event
 from serve.choice import Choice, ChoicePlan
 from serve.collecting import collected
-from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
+from serve.embedding import Embedder, together
+from serve.errors import InvalidRequest, ModelNotFound, NotSupported
 from serve.ledger import EngineTimes, Stopwatch
 from serve.limits import Limits
 from serve.merging import merged
@@ -29,6 +28,8 @@ from serve.observing import Observer, observed
 from serve.request import (
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
+    EmbeddingResult,
     Message,
     Result,
     TextEvent,
@@ -48,26 +49,8 @@ from serve.validation import COMPLETION_MAX_TOKENS, Validator
 
 logger = logging.getLogger(__name__)
 
-DEADLINE_GRACE_S = 0.5
-"""The engine ends a request at its deadline; the service does so this much later if the engine did not."""
-
 CHARS_PER_MESSAGE = 32
 """A message takes about as long as so many more characters, however short it is."""
-
-
-class TokenSource(Protocol):
-    """Answers engine requests with tokens: the router over replicas, or a scripted fake."""
-
-    def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        """The choice's events in order of offset, none twice; the last one has a ``finish_reason``. ``aclose`` cancels the choice.
-
-        A failure is either raised (an `EngineError`) or told by an event with ``finish_reason="error"``.
-        """
-        ...
-
-    def ready(self) -> bool:
-        """Whether a request sent now would be computed."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +99,7 @@ class Service:
         self._observers = observers
         self.limits = limits or Limits()
         self._validator = Validator(model=model, limits=self.limits)
+        self._embedder = Embedder(model, tokenizer, source, self._validator, clock)
         seconds, chars = self.limits.template_s, self.limits.template_chars
         self._template = ChatTemplate.from_folder(model.folder, tokenizer, seconds=seconds, chars=chars)
         self._compilers = compilers or GrammarCompilers(model.folder, self.limits)
@@ -173,6 +157,11 @@ class Service:
         """The whole answer at once. Raises as `chat`."""
         stream = self.chat(request) if isinstance(request, ChatRequest) else self.complete(request)
         return await collected(stream, request.request_id)
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        """A vector for each input. Raises as `chat`."""
+        async with aclosing(observed(request, self._embedder.vectors(request), self._observers)) as events:
+            return await together(request.request_id, events)
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
         """The ids that the engine would get: of a text as a completion's prompt, of messages as a chat.
@@ -234,7 +223,7 @@ class Service:
             raise NotSupported("this model has no chat template (it is a base model); use completions instead", param="messages")
         rendered = toolbox.rendered if toolbox else plainly_rendered(conversation)
         messages, prefix = rendered.messages, rendered.prefix
-        self._may_fit((prefix, *(message["content"] for message in messages)), param="messages")
+        may_fit((prefix, *(message["content"] for message in messages)), self._tokenizer, self._model, param="messages")
         num_chars = len(prefix) + sum(CHARS_PER_MESSAGE + len(message["content"]) for message in messages)
         try:
             return tuple(await beside_the_loop(num_chars, lambda: template.encode(messages, prefix)))
@@ -259,14 +248,8 @@ class Service:
     async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt
-        self._may_fit([prompt], param="prompt")
+        may_fit([prompt], self._tokenizer, self._model, param="prompt")
         return await beside_the_loop(len(prompt), lambda: self._tokenizer.encode(prompt))
-
-    def _may_fit(self, texts: Iterable[str], *, param: str) -> None:
-        """Megabytes that cannot fit are refused before they are tokenized, which takes seconds."""
-        least, limit = sum(map(self._tokenizer.least_tokens, texts)), self._model.max_context_tokens
-        if least > limit:
-            raise ContextLengthExceeded(prompt_tokens=least, max_tokens=1, limit_tokens=limit, param=param)
 
     def _echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
@@ -276,8 +259,7 @@ class Service:
         return self._validator.sampling(request.options, num_prompt_tokens=num_tokens, param=param, max_tokens=max_tokens, seed=seed)
 
     async def _answer(self, asked: _Asked) -> AsyncGenerator[TextEvent, None]:
-        if asked.request.deadline_s is not None and asked.request.deadline_s <= self._clock():
-            raise DeadlineExceeded("the deadline had passed when the request came")
+        must_be_in_time(asked.request.deadline_s, self._clock)
         mark(3, asked.request.request_id)
         asked.stopwatch.submitted()
         choices = self._choices(asked)
@@ -328,20 +310,11 @@ class Service:
 
         Each event comes with the choice's counts at that event: the choice itself may be further by the time it is yielded.
         """
-        had, sampling = had_of(asked.request, choice.plan.index), asked.sampling[choice.plan.prompt_index]
-        request = Request(
-            id=asked.request.request_id,
-            choice=choice.plan.index,
-            prompt=asked.prompts[choice.plan.prompt_index],
-            committed=had.tokens,
-            sampling=dataclasses.replace(sampling, prompt_logprobs=None) if had.tokens else sampling,
-            salt=asked.request.caller.salt,
-            session=asked.request.session,
-            tenant=asked.request.caller.id,
-            share=asked.request.caller.share,
-            priority=asked.request.priority,
-            deadline_s=asked.request.deadline_s,
-        )
+        at = choice.plan.prompt_index
+        had, sampling = had_of(asked.request, choice.plan.index), asked.sampling[at]
+        if had.tokens:
+            sampling = dataclasses.replace(sampling, prompt_logprobs=None)
+        request = engine_request(asked.request, choice.plan.index, asked.prompts[at], sampling, committed=had.tokens)
         hit("service.begin")
         times, held_s = EngineTimes(), 0.0
         reading = asked.toolbox.reading(choice.plan.index) if asked.toolbox else None
@@ -349,7 +322,7 @@ class Service:
             yield end, _Yielded(num_tokens=choice.num_tokens, finished=True)
             return
         async with aclosing(self._source.stream(request)) as stream:
-            while (event := await self._next(stream, request.deadline_s)) is not None:
+            while (event := await next_event(stream, request.deadline_s, self._clock)) is not None:
                 times.take(event)
                 held_s += event.held_s
                 since_s = asked.stopwatch.now()
@@ -365,15 +338,6 @@ class Service:
                 if choice.finished:
                     return
         raise EngineStopped("the tokens ended without an end")
-
-    async def _next(self, stream: AsyncGenerator[TokenEvent, None], deadline_s: float | None) -> TokenEvent | None:
-        if deadline_s is None:
-            return await anext(stream, None)
-        try:
-            async with asyncio.timeout(deadline_s + DEADLINE_GRACE_S - self._clock()):
-                return await anext(stream, None)
-        except TimeoutError as error:
-            raise DeadlineExceeded("the deadline passed while the answer was computed") from error
 
 
 def _last(asked: _Asked, event: TextEvent, usage: Usage) -> TextEvent:

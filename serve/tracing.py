@@ -20,9 +20,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from serve.errors import code_of
 from serve.ledger import Ledger
 from serve.observing import Observer, Watch
-from serve.request import ChatRequest, CompletionRequest, TextEvent
+from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Options, TextEvent
 from serve.version import version
 
+OPERATIONS = {ChatRequest: "chat", CompletionRequest: "text_completion", EmbeddingRequest: "embeddings"}
 PROPAGATOR = TraceContextTextMapPropagator()
 """Of the W3C; a client's baggage is not taken over."""
 
@@ -34,14 +35,14 @@ class Tracing:
         self._provider, self._models, self._clock = provider, models, clock
         self._tracer = provider.get_tracer("manta", version())
 
-    def begin(self, request: ChatRequest | CompletionRequest) -> Watch:
-        operation = "chat" if isinstance(request, ChatRequest) else "text_completion"
+    def begin(self, request: AnyRequest) -> Watch:
+        operation = OPERATIONS[type(request)]
         since_s = 0.0 if request.arrived_s is None else self._clock() - request.arrived_s
         model = request.model if request.model in self._models else "unknown"  # never what a client wrote
         begun_ns = time.time_ns() - int(since_s * 1e9)
         parent = PROPAGATOR.extract(request.trace, context=Context())
         span = self._tracer.start_span(f"{operation} {model}", context=parent, kind=SpanKind.SERVER, start_time=begun_ns)
-        options = request.options
+        options = Options() if isinstance(request, EmbeddingRequest) else request.options
         asked = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "manta",

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.request import SamplingParams
-from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
-from serve.request import ChatRequest, CompletionRequest, Message, Options, TokenizeRequest
+from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Message, Options, TokenizeRequest
 from serve.resuming import check_so_far
 from serve.tools.validation import check_conversation, check_tools
 
@@ -36,6 +36,7 @@ class Validator:
     def chat(self, request: ChatRequest) -> None:
         """Everything that can be said before the messages are tokens."""
         self._common(request)
+        self._answers()
         self._messages(request.messages)
         check_tools(request, self.limits)
         self._options(request.options, logprobs_param="top_logprobs", least_tokens=1)
@@ -44,6 +45,7 @@ class Validator:
     def completion(self, request: CompletionRequest) -> None:
         """Everything that can be said before the prompts are tokens."""
         self._common(request)
+        self._answers()
         _counted("prompt", request.prompts, 1, self.limits.prompts)
         for prompt in request.prompts:
             if isinstance(prompt, str):
@@ -71,6 +73,26 @@ class Validator:
                 param="logprobs",
             )
         return top
+
+    def embedding(self, request: EmbeddingRequest) -> None:
+        """Everything that can be said before the inputs are tokens."""
+        self._common(request)
+        if self.model.pooling is None:
+            raise NotSupported("this model gives no embeddings: its files say of no pooling (the setting model.pooling can)", param="model")
+        _counted("input", request.inputs, 1, self.limits.embedding_inputs)
+        for one in request.inputs:
+            if isinstance(one, str):
+                _text("input", one)
+            else:
+                self._prompt_ids(one, param="input", room=0)
+        _whole("dimensions", request.dimensions, 1, self.model.width)
+
+    def embedding_length(self, num_tokens: int) -> None:
+        limit = self.model.max_context_tokens
+        if num_tokens < 1:
+            raise InvalidRequest("input must hold at least one token each", param="input")
+        if num_tokens > limit:
+            raise ContextLengthExceeded(prompt_tokens=num_tokens, max_tokens=0, limit_tokens=limit, param="input")
 
     def tokenize(self, request: TokenizeRequest) -> None:
         self._offered(request.model)
@@ -127,11 +149,15 @@ class Validator:
             _message(f"messages[{index}]", message)
         check_conversation(messages, self.limits)
 
+    def _answers(self) -> None:
+        if not self.model.answers:
+            raise NotSupported("this model gives embeddings and answers nothing; ask for embeddings, or another model", param="model")
+
     def _offered(self, model: str) -> None:
         if model != self.model.name:
             raise ModelNotFound(model)
 
-    def _common(self, request: ChatRequest | CompletionRequest) -> None:
+    def _common(self, request: AnyRequest) -> None:
         self._offered(request.model)
         if len(request.request_id) > self.limits.id_chars or not IDENTIFIER.fullmatch(request.request_id):
             raise InvalidRequest(
@@ -177,14 +203,14 @@ class Validator:
             self._token_id("logit_bias", token)
             _number("logit_bias", bias, -self.limits.logit_bias, self.limits.logit_bias)
 
-    def _prompt_ids(self, ids: Sequence[int]) -> None:
+    def _prompt_ids(self, ids: Sequence[int], *, param: str = "prompt", room: int = 1) -> None:
         if not ids:
-            raise InvalidRequest("prompt must hold at least one token", param="prompt")
-        if len(ids) >= self.model.max_context_tokens:  # said before every id is looked at
+            raise InvalidRequest(f"{param} must hold at least one token", param=param)
+        if len(ids) + room > self.model.max_context_tokens:  # said before every id is looked at
             limit = self.model.max_context_tokens
-            raise ContextLengthExceeded(prompt_tokens=len(ids), max_tokens=1, limit_tokens=limit, param="prompt")
+            raise ContextLengthExceeded(prompt_tokens=len(ids), max_tokens=room, limit_tokens=limit, param=param)
         for token in ids:
-            self._token_id("prompt", token)
+            self._token_id(param, token)
 
     def _token_id(self, param: str, token: int) -> None:
         if type(token) is not int or not 0 <= token < self.model.num_real_tokens:

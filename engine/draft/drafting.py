@@ -9,7 +9,7 @@ from engine.sequence import Sequence
 
 def draft_for(sequence: Sequence, portion: Portion, capacity: Capacity, speculator: Speculator) -> tuple[int, ...]:
     """Guesses behind its last known token, and blocks for them. (A grammar's state knows no guesses yet.)"""
-    if sequence.request.sampling.grammar is not None:
+    if sequence.request.sampling.grammar is not None or sequence.request.pooling is not None:
         return ()
     room = room_for_draft(sequence, portion, capacity)
     draft = speculator.draft(sequence, room=room, num_sequences=len(portion.shard.open)) if room > 0 else ()

@@ -31,7 +31,7 @@ class PrefixCache:
 
     def begin(self, sequence: Sequence, num_found: int) -> None:
         """The sequence was admitted with `num_found` blocks found, and will compute the other full ones."""
-        if not self._enabled:
+        if not self._enabled or sequence.is_whole:
             return
         assert sequence.number is not None
         self.num_queried += len(sequence.tokens)
@@ -41,7 +41,7 @@ class PrefixCache:
 
     def publish(self, sequence: Sequence, since: int) -> None:
         """Tokens [since, num_computed) have been computed: the blocks that are full now may be shared."""
-        if not self._enabled:
+        if not self._enabled or sequence.is_whole:
             return
         first, last = since // self._block_tokens, sequence.num_computed // self._block_tokens
         for index in range(first, last):

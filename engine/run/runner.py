@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from engine.answers import packed
 from engine.executor import Capacity
 from engine.places import mark
-from engine.plan import Sampled, Scored, StepPlan, StepResult, Work
+from engine.plan import Pooled, Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
 from engine.run.grammar.guides import Allowed, Guides
+from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.state import Row, SamplingState
@@ -27,6 +29,15 @@ from parallel.topology import Topology
 def sampling_ranks(topology: Topology) -> tuple[int, ...]:
     """For each shard (dp position) the one rank that samples and answers: its first of the last stage, which has the logits."""
     return tuple(range(topology.size - topology.ranks_per_stage, topology.size, topology.tp))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a step gave on this rank; nothing where it does not answer."""
+
+    sampled: list[Sampled] = field(default_factory=list)
+    scored: tuple[Scored, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
 
 
 class Runner:
@@ -50,6 +61,7 @@ class Runner:
         self.rebalancer = ExpertRebalancer(model)
         self._sampler = sampler
         self._guides = guides or Guides(None, vocab_size=sampler.vocab_size if sampler else 0)
+        self._pools = Pools(model)
         self._scorer = Scorer(model, sampler.vocab_size if sampler else None)
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
@@ -72,17 +84,18 @@ class Runner:
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         self._open_and_close(plan)
         works = plan.works
-        sampled, scored = self._compute([work for work in works if work.shard == self.shard]) if works else ([], ())
+        given = self._compute([work for work in works if work.shard == self.shard]) if works else _Given()
         if not self.is_sampling:
             return None
-        tokens, rest = packed(plan.decodes, sampled)
-        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, scored)
+        tokens, rest = packed(plan.decodes, given.sampled)
+        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, given.scored, given.pooled)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
             self._tables.close(sequence)
             self._states.pop(sequence, None)
             self._guides.close(sequence)
+            self._pools.close(sequence)
         for opening in plan.opened:
             if opening.shard != self.shard:
                 continue
@@ -90,8 +103,9 @@ class Runner:
             if self._sampler is not None:
                 self._states[opening.sequence] = SamplingState(opening, vocab_size=self._sampler.vocab_size)
                 self._guides.open(opening)
+                self._pools.open(opening)
 
-    def _compute(self, works: Sequence[Work]) -> tuple[list[Sampled], tuple[Scored, ...]]:
+    def _compute(self, works: Sequence[Work]) -> "_Given":
         for work in works:
             self._tables.append(work)
         self._mark(9, works)
@@ -102,7 +116,7 @@ class Runner:
             if hidden_TD is not None:  # this rank has a share of the vocabulary
                 self._scorer.score(hidden_TD, built, {})
                 self.model.logits(hidden_TD[built.forward.logit_rows_R])
-            return [], ()
+            return _Given()
         for work in works:
             self._states[work.sequence].take(work)
             self._guides.take(work)
@@ -112,7 +126,8 @@ class Runner:
         scored = self._scorer.score(hidden_TD, built, self._states)
         logits_RV = self.model.logits(hidden_TD[built.forward.logit_rows_R])
         self._mark(11, built.sampling_works)
-        return self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {}), scored
+        sampled = self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {})
+        return _Given(sampled, scored, self._pools.take(hidden_TD, built))
 
     def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work], allowed: dict[int, Allowed]) -> list[Sampled]:
         """Sequences whose grammar has no say yet get no token in this step."""

@@ -19,6 +19,8 @@ class AttentionConfig:
     kv_of_query: tuple[int, ...]
     """KV head (of this rank) of each query head; groups may differ in size where ranks share heads unevenly."""
     block_tokens: int
+    is_causal: bool = True
+    """False: every token sees all of its sequence. What is computed of it must then be all of it, in one step."""
 
     @property
     def is_uniform(self) -> bool:
@@ -28,7 +30,10 @@ class AttentionConfig:
 
 
 class AttentionBackend(Protocol):
-    """Causal attention with scale ``head_dim ** -0.5``. T tokens, H query heads, G KV heads, K head width, N blocks, B block_tokens."""
+    """Attention with scale ``head_dim ** -0.5``, causal if its config does not say otherwise.
+
+    T tokens, H query heads, G KV heads, K head width, N blocks, B block_tokens.
+    """
 
     converts_kv: bool
     """Whether keys and values may be held in another dtype than they are computed in."""

@@ -119,7 +119,11 @@ class CpuAttention:
             q_1hPK = q_PHK[:, head_slice].transpose(0, 1).unsqueeze(0)
             keys_1hLK = keys_LGK[:, kv_head].expand(1, len(heads), -1, -1)
             values_1hLK = values_LGK[:, kv_head].expand(1, len(heads), -1, -1)
-            out_PHK[:, head_slice] = _causal(q_1hPK, keys_1hLK, values_1hLK).squeeze(0).transpose(0, 1)
+            if self.config.is_causal:
+                out_1hPK = _causal(q_1hPK, keys_1hLK, values_1hLK)
+            else:
+                out_1hPK = F.scaled_dot_product_attention(q_1hPK, keys_1hLK, values_1hLK)
+            out_PHK[:, head_slice] = out_1hPK.squeeze(0).transpose(0, 1)
 
 
 def group_by_length(lengths: tuple[int, ...]) -> list[list[int]]:

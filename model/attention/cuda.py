@@ -55,8 +55,9 @@ class CudaAttention:
             )  # fmt: skip
         if batch.num_decodes < batch.num_sequences:
             prefill(
-                q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, self._lengths_S, self._query_starts, self._tiles, self._heads, out_THK
-            )
+                q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, self._lengths_S, self._query_starts, self._tiles, self._heads,
+                out_THK, is_causal=self.config.is_causal,
+            )  # fmt: skip
         return out_THK
 
     def parts(self, num_decodes: int) -> int:

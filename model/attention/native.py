@@ -35,7 +35,7 @@ class NativeAttention:
         self._tables_SM = batch.block_tables_SM.contiguous()
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        if keys_NBGK.dtype != torch.float32:
+        if keys_NBGK.dtype != torch.float32 or not self.config.is_causal:  # our kernels know the causal mask only
             self._torch.prepare(batch)
             return self._torch.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
         q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)

@@ -31,15 +31,17 @@ class ReferenceAttention:
             keys_LGK = keys_NBGK[blocks].flatten(0, 1)[:length].float()
             values_LGK = values_NBGK[blocks].flatten(0, 1)[:length].float()
             for head, kv_head in enumerate(self.config.kv_of_query):
-                out_THK[tokens, head] = _attend_one_head(q_THK[tokens, head].float(), keys_LGK[:, kv_head], values_LGK[:, kv_head])
+                out_THK[tokens, head] = _attend_one_head(
+                    q_THK[tokens, head].float(), keys_LGK[:, kv_head], values_LGK[:, kv_head], is_causal=self.config.is_causal
+                )
         return out_THK
 
 
-def _attend_one_head(q_PK: Tensor, keys_LK: Tensor, values_LK: Tensor) -> Tensor:
-    """The P queries are the last P of the L positions; each sees itself and what lies before it."""
+def _attend_one_head(q_PK: Tensor, keys_LK: Tensor, values_LK: Tensor, *, is_causal: bool) -> Tensor:
+    """The P queries are the last P of the L positions; each sees itself and what lies before it, or everything."""
     num_queries, length = q_PK.shape[0], keys_LK.shape[0]
     scores_PL = q_PK @ keys_LK.T * q_PK.shape[1] ** -0.5
     positions_P = torch.arange(length - num_queries, length, device=q_PK.device)
-    later_PL = torch.arange(length, device=q_PK.device) > positions_P.unsqueeze(1)
-    out_PK: Tensor = scores_PL.masked_fill(later_PL, float("-inf")).softmax(-1) @ values_LK
+    hidden_PL = (torch.arange(length, device=q_PK.device) > positions_P.unsqueeze(1)) & is_causal
+    out_PK: Tensor = scores_PL.masked_fill(hidden_PL, float("-inf")).softmax(-1) @ values_LK
     return out_PK

@@ -123,7 +123,7 @@ def _prefill_kernel(
     q, keys, values, out, tables, lengths, query_starts, tile_sequence, tile_token, first_head, num_heads_of,
     scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """ROWS / P neighbouring new tokens of one sequence, one KV head: row r is token r // P, head r % P."""
     tile_number, kv_head = tl.program_id(0), tl.program_id(1)
@@ -141,9 +141,9 @@ def _prefill_kernel(
         q + token_place_R[:, None] * q_token_stride + (first + head_R)[:, None] * HEAD_DIM + dims_K[None, :], mask=mask_RK, other=0.0
     )
     before = length - num_new
-    position_R = before + token_R
     tokens_here = tl.minimum(ROWS // PADDED_GROUP, num_new - first_token)
-    stop = before + first_token + tokens_here
+    last_seen_R = before + token_R if CAUSAL else tl.full([ROWS], 0, tl.int32) + (length - 1)
+    stop = before + first_token + tokens_here if CAUSAL else length
     table = tables + sequence.to(tl.int64) * table_stride
     highest_R = tl.full([ROWS], NOTHING, tl.float32)
     sum_R = tl.zeros([ROWS], tl.float32)
@@ -159,7 +159,7 @@ def _prefill_kernel(
             values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
             BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
         )  # fmt: skip
-        seen_RL = positions_L[None, :] <= position_R[:, None]
+        seen_RL = positions_L[None, :] <= last_seen_R[:, None]
         highest_R, sum_R, out_RK = _attend_tile(q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION)
     out_RK = out_RK / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     place_R = token_place_R * num_heads + first + head_R
@@ -219,8 +219,10 @@ def prefill(
     tiles: PrefillTiles,
     heads: Heads,
     out_THK: Tensor,
+    *,
+    is_causal: bool = True,
 ) -> None:
-    """Causal attention of several new tokens per sequence, the last of their contexts, into ``out_THK``.
+    """Attention of several new tokens per sequence, the last of their contexts, into ``out_THK``.
 
     ``query_starts`` (int32, S + 1) are offsets into T; ``tiles`` may leave sequences out.
     """
@@ -229,7 +231,7 @@ def prefill(
         q_THK, keys_NBGK, values_NBGK, out_THK, tables_SM, lengths_S, query_starts, tiles.sequence_X, tiles.token_X,
         heads.first_G, heads.count_G, head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_THK.stride(0), *keys_NBGK.stride()[:3], num_heads,
         HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), PADDED_GROUP=triton.next_power_of_2(heads.largest_group), ROWS=PREFILL_ROWS,
-        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=PREFILL_TILE, PRECISION=precision(q_THK.dtype),
+        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=PREFILL_TILE, PRECISION=precision(q_THK.dtype), CAUSAL=is_causal,
         num_warps=8 if head_dim > 64 else 4, num_stages=2,
     )  # fmt: skip
 

@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from serve.grpc.generated import messages_pb2, service_pb2
 from serve.model_facts import ModelFacts
-from serve.request import ChoiceResult, Result, SoFar, TextEvent, TextToken, Usage
+from serve.request import ChoiceResult, EmbeddingResult, Result, SoFar, TextEvent, TextToken, Usage
 
 FINISH_REASONS = {
     "stop": messages_pb2.FINISH_REASON_STOP,
@@ -37,6 +39,13 @@ def chat_response(result: Result, *, model: str, created: int) -> service_pb2.Ch
 def generate_response(result: Result, *, model: str, created: int) -> service_pb2.GenerateResponse:
     choices = [_generate_choice(choice) for choice in result.choices]
     return service_pb2.GenerateResponse(id=result.request_id, created=created, model=model, choices=choices, usage=_usage(result.usage))
+
+
+def embed_response(result: EmbeddingResult, *, model: str, created: int) -> service_pb2.EmbedResponse:
+    embeddings = [
+        messages_pb2.Embedding(index=index, values=np.frombuffer(vector, "<f4").tolist()) for index, vector in enumerate(result.vectors)
+    ]
+    return service_pb2.EmbedResponse(id=result.request_id, created=created, model=model, embeddings=embeddings, usage=_usage(result.usage))
 
 
 def model_message(facts: ModelFacts) -> messages_pb2.Model:

@@ -8,6 +8,7 @@ from serve.request import (
     NO_PARAMETERS,
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     Message,
     Options,
     ResponseFormat,
@@ -63,6 +64,24 @@ def completion_request(
         prompts=tuple(_prompt(number, one) for number, one in enumerate(message.prompts)),
         options=options(message.options),
         echo=message.echo,
+        session=session,
+        priority=message.priority,
+        deadline_s=deadline_s,
+    )
+
+
+def embedding_request(
+    message: service_pb2.EmbedRequest, *, request_id: str, deadline_s: float | None, session: str = ""
+) -> EmbeddingRequest:
+    """
+    Raises:
+        InvalidRequest: an input is neither text nor token ids.
+    """
+    return EmbeddingRequest(
+        request_id=request_id,
+        model=message.model,
+        inputs=tuple(_prompt(number, one, param="input") for number, one in enumerate(message.inputs)),
+        dimensions=message.dimensions if message.HasField("dimensions") else None,
         session=session,
         priority=message.priority,
         deadline_s=deadline_s,
@@ -147,11 +166,11 @@ def _role(value: int) -> str:
     return known.name.removeprefix("ROLE_").lower() if known else str(value)
 
 
-def _prompt(number: int, prompt: messages_pb2.Prompt) -> str | tuple[int, ...]:
+def _prompt(number: int, prompt: messages_pb2.Prompt, *, param: str = "prompt") -> str | tuple[int, ...]:
     match prompt.WhichOneof("content"):
         case "text":
             return prompt.text
         case "token_ids":
             return tuple(prompt.token_ids.ids)
         case _:
-            raise InvalidRequest(f"prompt {number} has neither text nor token_ids", param="prompt")
+            raise InvalidRequest(f"{param} {number} has neither text nor token_ids", param=param)

@@ -25,7 +25,7 @@ SERVICER_FUNCTIONS = (
 """For Ray Serve's `gRPCOptions.grpc_servicer_functions`. Its proxy then calls the front's methods of the names below, with
 (request, grpc_context); reflection is its own (`enable_reflection`)."""
 
-UNARY_METHODS = ("Chat", "Generate", "ListModels", "GetModel", "Tokenize", "Detokenize")
+UNARY_METHODS = ("Chat", "Generate", "Embed", "ListModels", "GetModel", "Tokenize", "Detokenize")
 STREAM_METHODS = ("ChatStream", "GenerateStream")
 """To be delegated to a `MantaServicer`."""
 ADMIN_METHODS = ("GetServerInfo", "GetLoad", "Abort", "Drain")

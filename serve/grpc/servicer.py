@@ -25,7 +25,7 @@ from serve.grpc.generated import service_pb2, service_pb2_grpc
 from serve.grpc.ledger import tell_ledger
 from serve.idempotency import KEY, key_of
 from serve.offers import Offers
-from serve.request import ChatRequest, CompletionRequest, SoFar, TextEvent
+from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, SoFar, TextEvent
 from serve.session import SESSION, session_of
 from serve.trace_context import trace_of
 
@@ -89,6 +89,18 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             async for response in responses:
                 yield response
 
+    async def Embed(self, request: service_pb2.EmbedRequest, context: CallContext) -> service_pb2.EmbedResponse:
+        request_id = _take("embd")
+
+        async def answer() -> service_pb2.EmbedResponse:
+            asked = self._embedding_request(request, request_id, context)
+            result = await self._service.embed(asked)
+            mark(14, request_id)
+            tell_ledger(context, result.ledger, result.held_s)
+            return convert.embed_response(result, model=asked.model, created=int(self._clock()))
+
+        return await answer_or_refuse(answer, service_pb2.EmbedResponse, context, request_id)
+
     async def ListModels(self, request: service_pb2.ListModelsRequest, context: CallContext) -> service_pb2.ListModelsResponse:
         async def answer() -> service_pb2.ListModelsResponse:
             caller_of(context, self._door, Scope.INFER)
@@ -135,6 +147,11 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         return dataclasses.replace(
             request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
         )
+
+    def _embedding_request(self, message: service_pb2.EmbedRequest, request_id: str, context: CallContext) -> EmbeddingRequest:
+        caller, session = self._admit(message, request_id, context), self._session(context)
+        request = read.embedding_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
+        return dataclasses.replace(request, caller=caller, trace=trace_of(context.invocation_metadata() or ()))
 
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""

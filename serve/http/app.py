@@ -15,6 +15,7 @@ from serve.http.boundary import RequestBoundary
 from serve.http.chat import chat_routes
 from serve.http.completions import completion_routes
 from serve.http.context import Front
+from serve.http.embeddings import embedding_routes
 from serve.http.errors import error_response
 from serve.http.health import health_routes
 from serve.http.metrics import MetricsPage, metrics_routes
@@ -43,7 +44,7 @@ def create_app(
     """
     front = Front(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (chat_routes, completion_routes, response_routes, model_routes, token_routes, health_routes):
+    for routes in (chat_routes, completion_routes, embedding_routes, response_routes, model_routes, token_routes, health_routes):
         app.include_router(routes(front))
     if metrics is not None:
         app.include_router(metrics_routes(metrics))

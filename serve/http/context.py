@@ -16,19 +16,19 @@ from serve.http.authorise import caller_of
 from serve.http.body import read_json_object
 from serve.http.boundary import is_identifier
 from serve.http.headers import deadline_ms, priority, wants_ledger
-from serve.http.schema import SharedBody, ignored_fields, parse
+from serve.http.schema import NamedBody, ignored_fields, parse
 from serve.idempotency import KEY, key_of
 from serve.ledger import Ledger
 from serve.limits import Limits
 from serve.offers import Offers
-from serve.request import ChatRequest, CompletionRequest, Usage
+from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, Usage
 from serve.session import SESSION, session_of
 from serve.trace_context import trace_of
 
 IGNORED = "x-manta-ignored-fields"
 
-B = TypeVar("B", bound=SharedBody)
-R = TypeVar("R", ChatRequest, CompletionRequest)
+B = TypeVar("B", bound=NamedBody)
+R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from serve.request import ChatRequest, CompletionRequest, Message, Options
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 STRINGS = {"type": "array", "items": {"type": "string"}}
+PROMPTS: dict[str, Any] = {"anyOf": [{"type": "string"}, STRINGS, {"type": "array", "items": {"type": "integer"}}, {"type": "array"}]}
 TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}, "required": ["type", "text"]}
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -58,10 +59,17 @@ class StreamOptions(Body):
     """`usage` in every chunk (vLLM)."""
 
 
-class SharedBody(Body):
-    """What both APIs take."""
+class NamedBody(Body):
+    """What every API takes."""
 
     model: str
+    user: str | None = None
+    priority: int | None = None
+
+
+class SharedBody(NamedBody):
+    """What both APIs that go on with texts take."""
+
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -81,8 +89,6 @@ class SharedBody(Body):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    priority: int | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -189,7 +195,7 @@ class CompletionBody(SharedBody):
     prompt: Annotated[
         list[str | list[int]],
         BeforeValidator(prompt_list),
-        WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS, {"type": "array", "items": {"type": "integer"}}, {"type": "array"}]}),
+        WithJsonSchema(PROMPTS),
     ]
     logprobs: int | None = None
     echo: bool | None = None
@@ -202,7 +208,7 @@ class CompletionBody(SharedBody):
         return CompletionRequest(request_id=request_id, model=self.model, prompts=prompts, options=self.options(), echo=bool(self.echo))
 
 
-B = TypeVar("B", bound=SharedBody)
+B = TypeVar("B", bound=NamedBody)
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
@@ -216,7 +222,7 @@ def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
         if fields[name] not in NEUTRAL[name]:
             raise NotSupported(f"this server does not offer {name} yet; leave it out", param=name)
     body = validated(kind, fields, limits)
-    if body.stream_options is not None and not body.stream:
+    if isinstance(body, SharedBody) and body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
     return body
 
@@ -258,7 +264,7 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
     return kind(f"{param}: {problem['msg'].removeprefix('Input ')}", param=param)
 
 
-def ignored_fields(kind: type[SharedBody], fields: Mapping[str, Any]) -> list[str]:
+def ignored_fields(kind: type[NamedBody], fields: Mapping[str, Any]) -> list[str]:
     """Names that had no effect, for a header: at most 16, and only such as a header can carry."""
     known = kind.model_fields.keys() | NEUTRAL.keys() | WITHOUT_EFFECT
     names = sorted(islice((name for name in fields if name not in known and HEADER_NAME.fullmatch(name)), 16))

@@ -39,6 +39,9 @@ class Tokenizer:
             raise InvalidTokenizer("tokenizer.json has no ByteLevel decoder; only byte-level BPE tokenizers are supported")
         self.named = {name: text for name in NAMED if (text := _token_text(settings.get(name))) is not None}
         """The texts of the special tokens that have a name, such as ``eos_token``."""
+        ends = bool(settings.get("add_eos_token")) and "eos_token" in self.named
+        self.appended_eos_id: int | None = self._plain.token_to_id(self.named["eos_token"]) if ends else None
+        """What `add_eos_token` wants behind every text: only some models that give embeddings say so, in files whose own code does it."""
         for tokenizer in (self._plain, self._with_control):
             tokenizer.no_truncation()
             tokenizer.no_padding()

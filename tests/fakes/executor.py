@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from engine.answers import packed
 from engine.errors import WorkersLost
 from engine.executor import Capacity
-from engine.plan import Opening, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
+from engine.plan import Opening, Pooled, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
 
 VOCAB = 1_000
 
@@ -100,7 +100,8 @@ class FakeExecutor:
         self._num_answered += 1
         tokens, sampled = packed(plan.decodes, [answer for answer in answers if answer is not None])
         scored = tuple(self._score(work) for work in plan.singly if work.targets)
-        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens, scored=scored)
+        pooled = tuple(self._pool(work) for work in plan.singly if work.pools)
+        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens, scored=scored, pooled=pooled)
 
     def _compute(self, work: Work) -> Sampled | None:
         opening, table = self._opened[work.sequence], self._tables[work.sequence]
@@ -127,6 +128,14 @@ class FakeExecutor:
             if said[-1] != guess:
                 break
         return Sampled(work.sequence, said)
+
+    def _pool(self, work: Work) -> Pooled:
+        """The text of all tokens. Where all see all, they must have come in this one work."""
+        pooling = self._opened[work.sequence].pooling
+        assert pooling is not None
+        assert pooling.is_causal or work.start == 0
+        tokens = self._read(work.shard, self._tables[work.sequence], work.start + len(work.tokens) - 1)
+        return Pooled(work.sequence, repr(tokens).encode())
 
     def _score(self, work: Work) -> Scored:
         """From what the slots hold: the work has been computed."""
@@ -167,6 +176,7 @@ class Recorder:
         self.errors: dict[tuple[str, int], str | None] = {}
         self.cached: dict[tuple[str, int], int] = {}
         self.prompt_logprobs: dict[tuple[str, int], list[TokenLogprobs]] = {}
+        self.embeddings: dict[tuple[str, int], bytes | None] = {}
         self._begun: dict[tuple[str, int], int] = {}
 
     def begin(self, key: tuple[str, int], num_committed: int = 0) -> None:
@@ -185,6 +195,7 @@ class Recorder:
             if event.finish_reason is not None:
                 self.ends[key] = event.finish_reason
                 self.errors[key] = event.error_kind
+                self.embeddings[key] = event.embedding
 
 
 def run_to_end(engine, recorder: Recorder, turns: int = 10_000) -> None:

@@ -109,6 +109,31 @@ class ChatCompletion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """What a text means to the model, as a vector."""
+
+    index: int
+    """Which input it is of."""
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingList:
+    """One for each input, in their order."""
+
+    id: str
+    model: str
+    data: tuple[Embedding, ...]
+    usage: Usage
+    raw: service_pb2.EmbedResponse = field(repr=False, compare=False)
+
+    @property
+    def vector(self) -> tuple[float, ...]:
+        """That of the first input."""
+        return self.data[0].vector
+
+
+@dataclass(frozen=True, kw_only=True)
 class Delta:
     """New output of one choice, or its end."""
 

@@ -8,6 +8,8 @@ from .answers import (
     Choice,
     Completion,
     Delta,
+    Embedding,
+    EmbeddingList,
     Model,
     Tokenization,
     TokenLogprob,
@@ -67,6 +69,11 @@ def tokenization(response: service_pb2.TokenizeResponse) -> Tokenization:
     return Tokenization(
         token_ids=tuple(response.token_ids), tokens=tuple(response.tokens), max_model_len=response.max_model_len, raw=response
     )
+
+
+def embeddings(response: service_pb2.EmbedResponse) -> EmbeddingList:
+    data = tuple(Embedding(index=one.index, vector=tuple(one.values)) for one in response.embeddings)
+    return EmbeddingList(id=response.id, model=response.model, data=data, usage=usage(response.usage), raw=response)
 
 
 def model(message: messages_pb2.Model) -> Model:

@@ -120,6 +120,15 @@ def tokenize_request(
     )
 
 
+def embed_request(*, model: str, input: Prompt | Sequence[Prompt], dimensions: int | None, priority: int) -> service_pb2.EmbedRequest:
+    return service_pb2.EmbedRequest(
+        model=model,
+        inputs=[_prompt(one) for one in _prompts(input)],
+        dimensions=dimensions,
+        priority=priority,
+    )
+
+
 def _message(message: ChatMessage) -> messages_pb2.Message:
     unknown = message.keys() - {"role", "content", "name", "tool_calls", "tool_call_id"}
     if unknown:

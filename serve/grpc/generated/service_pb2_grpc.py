@@ -55,6 +55,11 @@ class MantaServiceStub(object):
                 request_serializer=manta_dot_v1_dot_service__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=manta_dot_v1_dot_service__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/manta.v1.MantaService/Embed',
+                request_serializer=manta_dot_v1_dot_service__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=manta_dot_v1_dot_service__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/manta.v1.MantaService/ListModels',
                 request_serializer=manta_dot_v1_dot_service__pb2.ListModelsRequest.SerializeToString,
@@ -104,6 +109,13 @@ class MantaServiceServicer(object):
 
     def GenerateStream(self, request, context):
         """Goes on with prompts, token by token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Makes a vector of each text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +171,11 @@ def add_MantaServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=manta_dot_v1_dot_service__pb2.GenerateStreamRequest.FromString,
                     response_serializer=manta_dot_v1_dot_service__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=manta_dot_v1_dot_service__pb2.EmbedRequest.FromString,
+                    response_serializer=manta_dot_v1_dot_service__pb2.EmbedResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -290,6 +307,33 @@ class MantaService(object):
             '/manta.v1.MantaService/GenerateStream',
             manta_dot_v1_dot_service__pb2.GenerateStreamRequest.SerializeToString,
             manta_dot_v1_dot_service__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.v1.MantaService/Embed',
+            manta_dot_v1_dot_service__pb2.EmbedRequest.SerializeToString,
+            manta_dot_v1_dot_service__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,13 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
         paged_attention._prefill_kernel,
         ATTENTION | PLACES,
-        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS},
+        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
+        {"num_warps": 8, "num_stages": 2},
+    ),
+    (
+        paged_attention._prefill_kernel,
+        ATTENTION | PLACES,
+        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": False},
         {"num_warps": 8, "num_stages": 2},
     ),
     (
@@ -46,7 +52,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
         paged_attention._prefill_kernel,
         ATTENTION | PLACES | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
-        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS},
+        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
         {"num_warps": 8, "num_stages": 2},
     ),
     (paged_attention._merge_kernel, PARTS | {"out": "*bf16"}, {"HEAD_DIM": 128, "PADDED_DIM": 128, "PARTS": 8}, {"num_warps": 2}),

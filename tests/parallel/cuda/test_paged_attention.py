@@ -1,5 +1,7 @@
 """The paged kernels against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,6 +37,16 @@ def test_the_kernels_agree_with_the_reference(config: AttentionConfig, works: li
     torch.testing.assert_close(fast[0], reference[0], atol=2e-5, rtol=0)
     for written, wanted in zip(fast[1:], reference[1:], strict=True):
         torch.testing.assert_close(written, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
+def test_all_tokens_may_see_each_other(config: AttentionConfig, device: torch.device) -> None:
+    from model.attention.cuda import CudaAttention
+
+    config = replace(config, is_causal=False)
+    paged = Paged(config, [(0, 7), (0, 70), (0, 130)], torch.float32).to(device)
+    fast, reference = paged.attend(CudaAttention(config, device)), paged.attend(ReferenceAttention(config))
+    torch.testing.assert_close(fast[0], reference[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", HALF)

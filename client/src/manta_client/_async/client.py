@@ -7,6 +7,7 @@ from ..retry import RetryPolicy
 from .admin import AsyncAdmin
 from .chat import AsyncChat
 from .completions import AsyncCompletions
+from .embeddings import AsyncEmbeddings
 from .models import AsyncModels
 from .tokens import AsyncTokens
 from .transport import AsyncTransport
@@ -55,6 +56,7 @@ class AsyncClient:
         self.completions = AsyncCompletions(self._transport, self.models)
         self.tokens = AsyncTokens(self._transport, self.models)
         self.admin = AsyncAdmin(self._transport)
+        self.embeddings = AsyncEmbeddings(self._transport, self.models)
 
     async def close(self) -> None:
         """Close the connection; calls that are under way are cancelled."""

@@ -8,6 +8,7 @@ from ..retry import RetryPolicy
 from .admin import Admin
 from .chat import Chat
 from .completions import Completions
+from .embeddings import Embeddings
 from .models import Models
 from .tokens import Tokens
 from .transport import Transport
@@ -56,6 +57,7 @@ class Client:
         self.completions = Completions(self._transport, self.models)
         self.tokens = Tokens(self._transport, self.models)
         self.admin = Admin(self._transport)
+        self.embeddings = Embeddings(self._transport, self.models)
 
     def close(self) -> None:
         """Close the connection; calls that are under way are cancelled."""

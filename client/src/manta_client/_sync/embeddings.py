@@ -1,0 +1,46 @@
+# Generated from `_async/embeddings.py` by client/unasync.py. Do not edit.
+"""`client.embeddings`: texts as vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import convert
+from .._generated import service_pb2
+from ..answers import EmbeddingList
+from ..requests import Prompt, embed_request
+from .models import Models
+from .transport import Transport
+
+
+class Embeddings:
+    def __init__(self, transport: Transport, models: Models) -> None:
+        self._transport, self._models = transport, models
+
+    def create(
+        self,
+        *,
+        input: Prompt | Sequence[Prompt],
+        model: str | None = None,
+        dimensions: int | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> EmbeddingList:
+        """A vector of one text or of each of several.
+
+        Args:
+            input: text, token ids, or a list of either.
+            model: what `models.list` names; if not said, the only one there is.
+            dimensions: of each vector the first so many numbers, scaled to length 1 again; all if not said.
+            priority: lower is served first.
+            timeout: seconds for everything, retries too; if not said, the client's.
+
+        Raises:
+            BadRequest: this model gives no embeddings, or an input is too long for it.
+            CallFailed: the server refused or failed, or the time passed.
+            ModelNotChosen: no model was named and there are several.
+        """
+        name = model or self._models.only(timeout=timeout)
+        request = embed_request(model=name, input=input, dimensions=dimensions, priority=priority)
+        response = self._transport.call("Embed", request, service_pb2.EmbedResponse, timeout_s=timeout)
+        return convert.embeddings(response)

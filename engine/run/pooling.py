@@ -1,0 +1,80 @@
+"""Step 11 of a request for an embedding: hidden states become one vector. Everything that knows of it is named `pool`.
+
+T tokens in the batch, R of one work, D model width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engine.plan import Opening, Pooled, Work
+from engine.request import Pooling
+from engine.run.batch_builder import BuiltBatch
+from model.qwen2 import Qwen2
+
+NOT_FINITE = "the model gave NaN or infinity"
+
+
+class Pools:
+    """The embeddings that are being made on a rank that answers."""
+
+    def __init__(self, model: Qwen2) -> None:
+        self._model = model
+        self._open: dict[int, _Pool] = {}
+
+    def open(self, opening: Opening) -> None:
+        if opening.pooling is not None:
+            self._open[opening.sequence] = _Pool(opening.pooling)
+
+    def close(self, sequence: int) -> None:
+        self._open.pop(sequence, None)
+
+    def take(self, hidden_TD: Tensor, built: BuiltBatch) -> tuple[Pooled, ...]:
+        """The embeddings that the step completes. ``hidden_TD`` is what `Qwen2.hidden` gave."""
+        return tuple(self._taken(hidden_TD, built)) if self._open else ()
+
+    def _taken(self, hidden_TD: Tensor, built: BuiltBatch) -> Iterator[Pooled]:
+        for work, first in zip(built.works, built.forward.query_starts, strict=False):
+            pool = self._open.get(work.sequence)
+            if pool is None:
+                continue
+            wanted = pool.wanted(work)
+            if wanted:
+                pool.add(self._model.normed(hidden_TD[first + wanted.start : first + wanted.stop]))
+            if work.pools:
+                yield _pooled(work.sequence, pool.mean())
+
+
+class _Pool:
+    """One sequence's, over all its works."""
+
+    def __init__(self, pooling: Pooling) -> None:
+        self._kind = pooling.kind
+        self._sum_D: Tensor | None = None
+        self._count = 0
+
+    def wanted(self, work: Work) -> range:
+        """Which of the work's tokens count."""
+        count = len(work.tokens)
+        if self._kind == "mean":
+            return range(count)
+        if self._kind == "first":
+            return range(int(work.start == 0))
+        return range(count - work.pools, count)
+
+    def add(self, normed_RD: Tensor) -> None:
+        sum_D = normed_RD.to(torch.float32).sum(0)
+        self._sum_D = sum_D if self._sum_D is None else self._sum_D + sum_D
+        self._count += len(normed_RD)
+
+    def mean(self) -> Tensor:
+        assert self._sum_D is not None
+        return self._sum_D / self._count
+
+
+def _pooled(sequence: int, vector_D: Tensor) -> Pooled:
+    vector = vector_D.cpu()
+    if not bool(vector.isfinite().all()):
+        return Pooled(sequence, b"", fault=NOT_FINITE)
+    return Pooled(sequence, vector.numpy().astype("<f4").tobytes())

@@ -1,0 +1,89 @@
+"""How a checkpoint makes one vector of a text: what its own files say, as sentence-transformers writes them.
+
+`modules.json` lists the parts of a pipeline: the transformer, `1_Pooling/config.json` (which tokens' hidden states count), and
+whether the result is scaled to length 1. Whether tokens see those behind them is `model.config.ModelConfig.is_causal`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from model.config import BARE, InvalidModelConfig, UnsupportedModel, read_json_object
+
+PoolingKind = Literal["last", "mean", "first"]
+"""The hidden state of the last token, of the first one, or the mean of all."""
+
+MODULES = "modules.json"
+KINDS: dict[str, PoolingKind] = {
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+}
+"""What `1_Pooling/config.json` calls them."""
+NAMED: dict[str, PoolingKind] = {"lasttoken": "last", "mean": "mean", "cls": "first"}
+"""The same in newer files, under `pooling_mode`."""
+TRANSFORMER, POOLING, NORMALIZE = "Transformer", "Pooling", "Normalize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingConfig:
+    """Of a model that gives embeddings."""
+
+    kind: PoolingKind
+    normalise: bool
+    """Scaled to length 1."""
+
+    @classmethod
+    def from_checkpoint(cls, folder: Path) -> "PoolingConfig | None":
+        """What the files in ``folder`` say; None where it is a model that answers, and says nothing of embeddings.
+
+        A decoder without a head (`Qwen2Model`) has no other use: without `modules.json` its last token's state, normalised, is it.
+
+        Raises:
+            InvalidModelConfig: a file is damaged, or missing though another names it.
+            UnsupportedModel: a pooling or a further part that is not computed here.
+        """
+        if (folder / MODULES).exists():
+            return _from_modules(folder)
+        bare = read_json_object(folder / "config.json").get("architectures") == [BARE]
+        return cls(kind="last", normalise=True) if bare else None
+
+
+def _from_modules(folder: Path) -> PoolingConfig:
+    kinds = {_last_part(entry.get("type")): entry for entry in _entries(folder / MODULES)}
+    if unknown := sorted(kinds.keys() - {TRANSFORMER, POOLING, NORMALIZE}):
+        raise UnsupportedModel(f"{folder / MODULES}: embeddings with {', '.join(unknown)} are not supported")
+    if POOLING not in kinds:
+        raise InvalidModelConfig(f"{folder / MODULES} names no {POOLING}")
+    place = kinds[POOLING].get("path")
+    if not isinstance(place, str) or "/" in place or place.startswith("."):
+        raise InvalidModelConfig(f"{folder / MODULES}: the path of {POOLING} must be a folder beside it")
+    return PoolingConfig(kind=_kind(folder / place / "config.json"), normalise=NORMALIZE in kinds)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InvalidModelConfig(f"{path} is not JSON ({error})") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InvalidModelConfig(f"{path} holds no list of objects")
+    return entries
+
+
+def _last_part(type_: Any) -> str:
+    """ "sentence_transformers.models.Pooling" as "Pooling"."""
+    return str(type_).rsplit(".", 1)[-1]
+
+
+def _kind(path: Path) -> PoolingKind:
+    raw = read_json_object(path)
+    if (mode := raw.get("pooling_mode")) is not None:
+        if mode not in NAMED:
+            raise UnsupportedModel(f"{path}: pooling {mode!r} is not supported; {', '.join(NAMED)} are")
+        return NAMED[mode]
+    chosen = [name for name, value in raw.items() if name.startswith("pooling_mode_") and value is True]
+    if len(chosen) != 1 or chosen[0] not in KINDS:
+        raise UnsupportedModel(f"{path}: pooling by {', '.join(chosen) or 'nothing'} is not supported; one of {', '.join(KINDS)} is")
+    return KINDS[chosen[0]]
