@@ -79,8 +79,9 @@ class Embedder:
                 if event.finish_reason in ("error", "cancelled"):
                     raise from_event(event)
                 if event.embedding is not None:
-                    with stopwatch.detokenising():
-                        vector = finished(event.embedding, pooling, request.dimensions)
+                    since_s = stopwatch.now()
+                    vector = finished(event.embedding, pooling, request.dimensions)
+                    stopwatch.detokenised(since_s)
                     mark(13, request.request_id)
                     told = TextEvent(choice=index, embedding=vector, finish_reason="stop", held_s=held_s, spent=times.at_end(event))
                     yield told, event.num_cached
