@@ -23,7 +23,7 @@ strikes when one of them has its first, second, middle or last token but one; wh
 next run begins when the server is whole again: both replicas with all their ranks ready, fronts, proxy and controller there.
 
 Every stream is compared with the same one in an undisturbed run (`tests/history.py`): one end, offsets without a gap or a repeat, the
-same tokens, text, finish reason and usage, log-probabilities within 5e-5 (this random model has large logits). Over HTTP tokens are
+same tokens, text, finish reason and usage, log-probabilities within 5e-5 (see the end of this head). Over HTTP tokens are
 compared by their bytes where there are log-probabilities, else by their number and text. After each run no block, running choice or open
 request may be left.
 
@@ -35,8 +35,14 @@ request may be left.
 - *whole after*: from the fault to the next run's beginning, median and maximum; streams that still run are waited for in it.
 
 The machine had 2 cores and up to six other jobs on them: times say what a crowded machine needs, not what the server does at best. Fewer
-than 20 runs of a fault are what there was time for. A killed proxy is back only after a minute: its port stays taken by the connections it
-had (TIME_WAIT) and Ray Serve's new proxy binds without SO_REUSEADDR; on a cluster there is one proxy for each host with a replica.
+than 20 runs of a fault are what there was time for, and they are of several commits of one evening. A killed proxy is back only after a
+minute, as its port is still taken ("address in use"; we think by connections in TIME_WAIT); on a cluster there is one proxy for each host
+with a replica.
+
+Runs that are not in the table: with eight lost messages instead of two, 3 of 24 streams ended with a typed error (from replicas to fronts),
+and five log-probabilities differed by more than 1e-5 (from fronts to replicas), which is why 5e-5 is allowed here and not the 1e-5 that
+is promised; why they differ is not known yet. A client that reads nothing was not left by the proxy in either of two runs, and is no
+fault of the suite any more. One run of "half of the clients leave" failed by the suite's own mistake, mended since.
 """
 
 

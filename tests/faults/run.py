@@ -19,8 +19,8 @@ MOMENTS = ("first", "second", "middle", "last")
 POISON_PROMPT = "Привет"
 CROWD = 1_000
 TOLERANCE = 5e-5
-"""Of log-probabilities. The random model's logits are some ten times a real one's, and with them what float32 rounds away where a step
-computes other requests beside; 2.1e-5 has been seen, with and without a fault."""
+"""Of log-probabilities. 2.1e-5 has been seen under faults, where 1e-5 is promised; we think the random model's logits, some ten times a
+real one's, and what float32 rounds away where a step computes other requests beside."""
 STREAMS_END_S = 240.0
 
 
