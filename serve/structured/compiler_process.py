@@ -12,9 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.errors import GrammarFailed
-from engine.run.grammar.llg import LlCompiler, lark_of
+from engine.run.grammar.llg import LlCompiler, LlGrammar, lark_of
 from model.vocabulary import Vocabulary
+
+TRIED_TOKENS = 3
 
 
 def main() -> None:
@@ -36,12 +40,27 @@ def main() -> None:
 def _compiled(compiler: LlCompiler, kind: str, text: str) -> dict[str, Any]:
     try:
         grammar = lark_of(kind, text)
-        compiler.compile(grammar).mask()
+        _follow(compiler.compile(grammar))
     except GrammarFailed as error:
         return {"error": str(error)}
     except (MemoryError, RecursionError):
         return {"error": "the grammar is too large"}
     return {"grammar": grammar}
+
+
+def _follow(grammar: LlGrammar) -> None:
+    """Some tokens along: a grammar may compile and yet be too much from its second token on, which no rank should have to find out.
+
+    Raises:
+        GrammarFailed: it is.
+    """
+    for _ in range(TRIED_TOKENS):
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(grammar.mask(), np.uint8), bitorder="little"))
+        if len(allowed) == 0:
+            return
+        if not grammar.accept([int(allowed[0])]):
+            raise GrammarFailed("the grammar is too large to be followed")
+    grammar.mask()
 
 
 def _bound_memory(memory_bytes: int) -> None:

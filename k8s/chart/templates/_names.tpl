@@ -66,5 +66,5 @@ key: {{ .value.secretKey }}
 
 {{/* Codes of requests that failed by the server's doing, as clients are told them (serve/errors.py): what counts against the objective. */}}
 {{- define "manta.failureCodes" -}}
-draining|internal_error|invalid_logits|not_ready|poisoned_request|unavailable
+draining|host_lost|internal_error|invalid_logits|not_ready|poisoned_request|unavailable
 {{- end -}}
