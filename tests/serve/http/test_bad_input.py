@@ -290,7 +290,7 @@ async def test_the_wrong_method_is_405_and_says_the_right_one(http: httpx.AsyncC
     assert answer.headers["allow"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/redoc", "/v1/embeddings", "/../etc/passwd"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/redoc", "/v1/images", "/../etc/passwd"])
 async def test_an_unknown_path_is_404(http: httpx.AsyncClient, path: str) -> None:
     assert refusal(await http.get(path), 404)["code"] == "not_found"
 
