@@ -172,7 +172,11 @@ def main() -> None:
                 if time.monotonic() > until:
                     return
                 common = (places[shape], form, options.tokens_out, options.only)
-                found = ours(*common) if name == "manta" else peer(name, python, *common)
+                try:
+                    found = ours(*common) if name == "manta" else peer(name, python, *common)
+                except (subprocess.CalledProcessError, json.JSONDecodeError, IndexError) as error:  # the others go on
+                    print(f"{name}, {shape} {form}: {error}", file=sys.stderr, flush=True)
+                    continue
                 add(options.results, {"shape": shape, "format": form, "engine": name} | found)
             print(f"round {number + 1} of {options.rounds}, {shape} {form}: done", file=sys.stderr, flush=True)
 
