@@ -184,7 +184,7 @@ def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[l
                 greedy=driver.greedy(prompts, NUM_GREEDY) if groups.pp.size == 1 else [],
             )
         )
-    barrier(groups.world)  # a stage sends without waiting: who left now would take the last message along
+        barrier(groups.world)  # a stage sends without waiting: a model that is given up now would take its last message along
     return found
 
 
