@@ -119,11 +119,8 @@ def _expert_kernel(
         columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         mask_O = columns_O < out_size
         sum_RO = product_tile(
-            x, numbers, scales, source_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
+            x, x_scales, numbers, scales, source_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
         )
-        if KIND == "fp8":
-            row_scale_R = tl.load(x_scales + source_R, mask=real_R, other=0.0)
-            sum_RO = sum_RO * row_scale_R[:, None] * tl.load(scales + columns_O, mask=mask_O, other=0.0)[None, :]
         if WEIGHTED:  # rounded before and after, as transformers does
             weight_R = tl.load(row_weights + assignment_R, mask=real_R, other=0.0).to(tl.float32)
             sum_RO = sum_RO.to(out.dtype.element_ty).to(tl.float32) * weight_R[:, None]

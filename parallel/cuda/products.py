@@ -14,10 +14,10 @@ DEPTH = {"plain": 64, "int8": 128, "int4": 64, "fp8": 128}
 
 @triton.jit
 def product_tile(
-    x, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size,
+    x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(R, O) in float32: ``x[row] . numbers[column]``, times the scales of groups. Scales of whole rows (fp8) are the caller's."""
+    """(R, O) in float32: ``x[row] . numbers[column]``, times their scales. Only of fp8 does a row of ``x`` have one, in ``x_scales``."""
     sum_RO = tl.zeros([ROWS, COLUMNS], tl.float32)
     x_R = x + row_R * in_size
     column_O = columns_O.to(tl.int64)
@@ -44,4 +44,7 @@ def product_tile(
                 sum_RO += tl.dot(x_RD, number_DO.to(x_RD.dtype), input_precision=PRECISION) * scale_O[None, :]
             else:
                 sum_RO = tl.dot(x_RD, number_DO, acc=sum_RO, input_precision=PRECISION)
+    if KIND == "fp8":
+        row_scale_R = tl.load(x_scales + row_R, mask=real_R, other=0.0)
+        sum_RO = sum_RO * row_scale_R[:, None] * tl.load(scales + columns_O, mask=mask_O, other=0.0)[None, :]
     return sum_RO

@@ -47,10 +47,9 @@ def _linear_kernel(
     row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns_O = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real_R, mask_O = row_R < num_rows, columns_O < out_size
-    sum_RO = product_tile(x, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION)
-    if KIND == "fp8":
-        row_scale_R = tl.load(x_scales + row_R, mask=real_R, other=0.0)
-        sum_RO = sum_RO * row_scale_R[:, None] * tl.load(scales + columns_O, mask=mask_O, other=0.0)[None, :]
+    sum_RO = product_tile(
+        x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
+    )
     if HAS_BIAS:
         sum_RO += tl.load(bias + columns_O, mask=mask_O, other=0.0).to(tl.float32)[None, :]
     place_RO = row_R[:, None] * out_size + columns_O[None, :]
