@@ -13,6 +13,8 @@ from engine.request import Request, SamplingParams
 
 SETTLING = 30
 """Steps after which what steps cost is known."""
+TRUSTED = 20
+"""Steps after which what is known is trusted again: the first with prompts may take four times its time, and 1.1 ** 13 > 3.4."""
 
 
 class Timed:
@@ -52,7 +54,7 @@ def lived(ranks: Timed, max_step_s: float | None, *, streams: int = 4, prompts: 
         assert len(ranks.took) < 10_000, "prompts do not get on"
     steps = []
     for plan, seconds in ranks.took:
-        decoding = sum(len(work.tokens) == 1 for work in plan.works)
+        decoding = sum(work.sequence < streams for work in plan.works)  # a prompt may end in a work of one token, too
         steps.append((decoding, plan.num_tokens - decoding, seconds))
     return steps
 
@@ -71,11 +73,14 @@ def test_steps_with_decoding_sequences_keep_their_time(base_s: float, token_s: f
 @settings(max_examples=8, deadline=None)
 @given(st.floats(0.001, 0.05), st.floats(1e-5, 1e-3), st.floats(2.5, 20))
 def test_the_time_is_used(base_s: float, token_s: float, times: float) -> None:
-    """Prompts are not cut smaller than they need be: without curvature steps come near the limit."""
+    """Prompts are not cut smaller than they need be: without curvature steps that leave something of them come near the limit."""
     max_step_s = base_s * times + 32 * token_s
-    steps = [step for step in lived(Timed(base_s, token_s), max_step_s)[SETTLING:] if step[0] and step[1]]
-    full = [seconds for _, tokens, seconds in steps if tokens < 2000]
-    assert not full or sorted(full)[len(full) // 2] > 0.8 * max_step_s
+    steps = lived(Timed(base_s, token_s), max_step_s)
+    left = 6 * 3000
+    for number, (decoding, tokens, seconds) in enumerate(steps):
+        left -= tokens
+        if number >= TRUSTED and decoding and tokens and left and tokens < 2000:
+            assert seconds > 0.8 * max_step_s, (number, tokens, left)
 
 
 def test_prompts_get_on_however_short_the_time_is() -> None:
