@@ -48,9 +48,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("/tmp/manta-faults.jsonl"))
+    parser.add_argument("--keep-logs", type=Path, help="a folder for Ray's logs of the server")
     given = parser.parse_args()
     names, seeds = list(SWEPT) if given.sweep else given.faults.split(","), range(given.first_seed, given.first_seed + given.runs)
-    with server_under_test() as victims:
+    with server_under_test(keep_logs=given.keep_logs) as victims:
         num_wrong = asyncio.run(run_all(victims, names, seeds, given.results))
     sys.exit(1 if num_wrong else 0)
 

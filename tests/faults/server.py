@@ -146,7 +146,8 @@ def _holds(one: admin_pb2.ReplicaLoad) -> bool:
 
 
 @contextlib.contextmanager
-def server_under_test(*, kv_bytes: int = 16_000_000, more: str = "") -> Iterator[Victims]:
+def server_under_test(*, kv_bytes: int = 16_000_000, more: str = "", keep_logs: Path | None = None) -> Iterator[Victims]:
+    """``keep_logs``: where Ray's logs of it are copied to in the end."""
     with tempfile.TemporaryDirectory(prefix="mf-", dir="/tmp") as made, _small_disk(Path(made)) as disk:
         place = Path(made)
         failpoints = place / "fail"
@@ -155,7 +156,11 @@ def server_under_test(*, kv_bytes: int = 16_000_000, more: str = "") -> Iterator
         ray = (disk or place) / "r"
         file.write_text(SETTINGS.format(folder=write_tiny(place / "tiny"), kv_bytes=kv_bytes, ray=ray) + more)
         with serving("-c", str(file), environment={"MANTA_FAILPOINTS": str(failpoints), "OMP_NUM_THREADS": "1"}) as server:
-            yield Victims(server, failpoints, disk)
+            try:
+                yield Victims(server, failpoints, disk)
+            finally:
+                if keep_logs is not None:
+                    shutil.copytree(ray / "session_latest" / "logs", keep_logs, dirs_exist_ok=True)
 
 
 @contextlib.contextmanager

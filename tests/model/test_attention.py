@@ -122,6 +122,22 @@ def test_a_prompt_gives_the_same_bits_however_it_is_cut(start: int) -> None:
     assert torch.equal(paged.attend(NativeAttention(config, library))[0], whole[start:])
 
 
+@pytest.mark.parametrize("position", [0, 15, 62, 63, 64, 149])
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
+def test_a_decoded_token_gives_the_same_bits_as_one_of_a_prompt(config: AttentionConfig, position: int) -> None:
+    """So that a stream that is taken in again elsewhere goes on with the same log-probabilities."""
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    paged = Paged(config, [(0, position + 1)], torch.float32)
+    whole, paged.keys, paged.values = paged.attend(NativeAttention(config, library))
+    paged.q, paged.k, paged.v = paged.q[-1:], paged.k[-1:], paged.v[-1:]
+    paged.batch = replace(
+        paged.batch, positions_T=paged.batch.positions_T[-1:], slots_T=paged.batch.slots_T[-1:], query_starts=(0, 1), num_decodes=1
+    )
+    assert torch.equal(paged.attend(NativeAttention(config, library))[0], whole[-1:])
+
+
 def test_nan_before_a_prompt_is_seen_in_it_and_nowhere_else(fast_backend: MakeFast) -> None:
     config = HEADS["groups of seven"]
     paged = Paged(config, [(40, 9), (60, 100), (0, 30)], torch.float32)

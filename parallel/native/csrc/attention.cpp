@@ -1,4 +1,6 @@
-// Attention over blocks: one new token of each sequence against its context in place, and prompts in tiles.
+// Attention over blocks, in tiles of positions and query heads. One new token of a sequence takes the way of many, so that a token's keys
+// and values are the same bits whether it was decoded or taken in again with a prompt: a stream that goes on elsewhere tells the same
+// log-probabilities.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,74 +18,6 @@ struct Cache {
     long block_tokens, G, K;
     const float* at(const float* cache, const int32_t* blocks, long block) const { return cache + long(blocks[block]) * block_tokens * G * K; }
 };
-
-static inline void scores_of(const Cache& cache, const Heads& heads, const float* q, const int32_t* blocks, long length, float* scores) {
-    const float scale = 1 / std::sqrt(float(cache.K));
-    for (long start = 0; start < length; start += cache.block_tokens) {
-        const float* keys = cache.at(cache.keys, blocks, start / cache.block_tokens) + heads.kv * cache.K;
-        const long count = std::min(cache.block_tokens, length - start);
-        for (long h = 0; h < heads.count; ++h)
-            for (long p = 0; p < count; ++p) {
-                const float *a = q + h * cache.K, *b = keys + p * cache.G * cache.K;
-                Floats even = zeros(), odd = zeros();
-                long k = 0;
-                for (; k + 2 * LANES <= cache.K; k += 2 * LANES) {
-                    even = multiply_add(load(a + k), load(b + k), even);
-                    odd = multiply_add(load(a + k + LANES), load(b + k + LANES), odd);
-                }
-                if (k < cache.K) even = multiply_add(load(a + k), load(b + k), even);
-                scores[h * length + start + p] = sum_of(add(even, odd)) * scale;
-            }
-    }
-}
-
-static inline void softmax(float* x, long length) {
-    float most = -INFINITY;
-    for (long i = 0; i < length; ++i) most = x[i] > most || x[i] != x[i] ? x[i] : most;  // NaN stays
-    Floats sums = zeros();
-    long i = 0;
-    for (; i + LANES <= length; i += LANES) {
-        Floats e = exponential(add(load(x + i), all(-most)));
-        sums = add(sums, e);
-        store(x + i, e);
-    }
-    float sum = sum_of(sums);
-    for (; i < length; ++i) sum += x[i] = std::exp(x[i] - most);
-    const float inverse = most != most ? NAN : 1 / sum;
-    for (i = 0; i < length; ++i) x[i] *= inverse;
-}
-
-static inline void weigh_values(const Cache& cache, const Heads& heads, const float* weights, const int32_t* blocks, long length, float* out) {
-    memset(out, 0, sizeof(float) * heads.count * cache.K);
-    constexpr long MOST = 8;  // registers of sums
-    for (long start = 0; start < length; start += cache.block_tokens) {
-        const float* values = cache.at(cache.values, blocks, start / cache.block_tokens) + heads.kv * cache.K;
-        const long count = std::min(cache.block_tokens, length - start);
-        for (long h = 0; h < heads.count; ++h)
-            for (long k0 = 0; k0 < cache.K; k0 += MOST * LANES) {
-                const long parts = std::min(MOST, (cache.K - k0) / LANES);
-                float* to = out + h * cache.K + k0;
-                const float* w = weights + h * length + start;
-                auto add_up = [&](auto fixed) {
-                    constexpr long n = decltype(fixed)::value;
-                    Floats sum[n];
-                    for (long i = 0; i < n; ++i) sum[i] = load(to + i * LANES);
-                    for (long p = 0; p < count; ++p)
-                        for (long i = 0; i < n; ++i) sum[i] = multiply_add(all(w[p]), load(values + p * cache.G * cache.K + k0 + i * LANES), sum[i]);
-                    for (long i = 0; i < n; ++i) store(to + i * LANES, sum[i]);
-                };
-                if (parts == 8) add_up(std::integral_constant<long, 8>());
-                else if (parts == 4) add_up(std::integral_constant<long, 4>());
-                else
-                    for (long i = 0; i < parts; ++i, to += LANES) {
-                        Floats sum = load(to);
-                        for (long p = 0; p < count; ++p)
-                            sum = multiply_add(all(w[p]), load(values + p * cache.G * cache.K + k0 + i * LANES), sum);
-                        store(to, sum);
-                    }
-            }
-    }
-}
 
 // c (R rows, two registers wide) += a (R, depth) b (depth, two registers).
 template <int R> static INLINE void add_product(const float* a, long a_stride, const float* b, long b_stride, long depth, float* c, long c_stride) {
@@ -113,26 +47,42 @@ constexpr long TILE_ROWS = 96;  // queries of all heads that share keys and valu
 
 // What a thread holds of a tile: everything contiguous, keys turned so that positions lie side by side.
 struct Tile {
-    std::vector<float> q, keys, values, scores, out, most, sums;
+    std::vector<float> q, keys, values, scores, out, most, sums, nothing;
+    const float *key_at[CHUNK], *value_at[CHUNK];
     long width;  // K filled up to two registers
 
-    Tile(long rows, long K) : width((K + 2 * LANES - 1) / (2 * LANES) * (2 * LANES)) {
+    void begin(long rows, long K) {
+        width = (K + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
         q.resize(rows * K); keys.resize(K * CHUNK); values.resize(CHUNK * width); scores.resize(rows * CHUNK);
-        out.resize(rows * width); most.assign(rows, -INFINITY); sums.resize(rows);
+        out.assign(rows * width, 0); most.assign(rows, -INFINITY); sums.assign(rows, 0); nothing.assign(K, 0);
     }
 
     void take(const Cache& cache, long kv, const int32_t* blocks, long start, long count) {  // zeros behind the last position
         for (long p = 0; p < CHUNK; ++p) {
-            float* to = &values[p * width];
-            if (p >= count) {
-                for (long k = 0; k < cache.K; ++k) keys[k * CHUNK + p] = to[k] = 0;
-                continue;
-            }
             const long block = (start + p) / cache.block_tokens, at = ((start + p) % cache.block_tokens * cache.G + kv) * cache.K;
-            const float* key = cache.at(cache.keys, blocks, block) + at;
-            for (long k = 0; k < cache.K; ++k) keys[k * CHUNK + p] = key[k];
-            memcpy(to, cache.at(cache.values, blocks, block) + at, sizeof(float) * cache.K);
+            key_at[p] = p < count ? cache.at(cache.keys, blocks, block) + at : nothing.data();
+            value_at[p] = p < count ? cache.at(cache.values, blocks, block) + at : nothing.data();
         }
+        for (long p = 0; p < CHUNK; p += LANES)
+            for (long k = 0; k < cache.K; k += 4) {
+                Floats turned[4];
+                for (int i = 0; i < 4; ++i) turned[i] = fours(key_at + p + i, k);
+                turn(turned[0], turned[1], turned[2], turned[3]);
+                for (int i = 0; i < 4; ++i) store(&keys[(k + i) * CHUNK + p], turned[i]);
+            }
+    }
+
+    // out += weights times values. Where few rows read them the values are taken where they lie.
+    void weigh_values(const Cache& cache, long start, long count, long rows) {
+        if (width == cache.K && rows <= MOST_ROWS) {
+            for (long p = 0, some; p < count; p += some) {
+                some = std::min(cache.block_tokens - (start + p) % cache.block_tokens, count - p);
+                multiply_tile(&scores[p], CHUNK, value_at[p], cache.G * cache.K, some, out.data(), width, rows, width);
+            }
+            return;
+        }
+        for (long p = 0; p < CHUNK; ++p) memcpy(&values[p * width], value_at[p], sizeof(float) * cache.K);
+        multiply_tile(scores.data(), CHUNK, values.data(), width, CHUNK, out.data(), width, rows, width);
     }
 
     // The scores of a row become weights relative to the highest score so far; the first `visible` count.
@@ -164,7 +114,8 @@ struct Tile {
 static void attend_tile(const Cache& cache, const Heads& heads, const float* q, const int32_t* blocks, long first, long tokens, long H, float* out) {
     const long K = cache.K, rows = tokens * heads.count, end = first + tokens;
     const float scale = 1 / std::sqrt(float(K));
-    Tile tile(rows, K);
+    static thread_local Tile tile;
+    tile.begin(rows, K);
     for (long row = 0; row < rows; ++row) {
         const float* from = q + (row / heads.count * H + heads.first + row % heads.count) * K;
         for (long k = 0; k < K; ++k) tile.q[row * K + k] = from[k] * scale;
@@ -175,7 +126,7 @@ static void attend_tile(const Cache& cache, const Heads& heads, const float* q, 
         std::fill(tile.scores.begin(), tile.scores.end(), 0.0f);
         multiply_tile(tile.q.data(), K, tile.keys.data(), CHUNK, K, tile.scores.data(), CHUNK, rows, CHUNK);
         for (long row = 0; row < rows; ++row) tile.weigh(row, std::min(CHUNK, first + row / heads.count + 1 - start));
-        multiply_tile(tile.scores.data(), CHUNK, tile.values.data(), tile.width, CHUNK, tile.out.data(), tile.width, rows, tile.width);
+        tile.weigh_values(cache, start, count, rows);
     }
     for (long row = 0; row < rows; ++row) {
         float* to = out + (row / heads.count * H + heads.first + row % heads.count) * K;
@@ -222,15 +173,9 @@ void manta_decode(const float* q, const float* keys, const float* values, const 
     long longest = 0;
     for (long s = 0; s < S; ++s) longest = std::max(longest, long(lengths[s]));
     share_out(S * G, S * longest * H * K > 65536 ? threads : 1, [&](long task) {
-        static thread_local std::vector<float> scores;
         const long s = task / G, g = task % G;
         const Heads mine{long(heads[3 * g]), long(heads[3 * g + 1]), long(heads[3 * g + 2])};
-        const long length = lengths[s];
-        scores.resize(std::max(scores.size(), size_t(mine.count * length)));
-        const long at = (s * H + mine.first) * K;
-        scores_of(cache, mine, q + at, tables + s * M, length, scores.data());
-        for (long h = 0; h < mine.count; ++h) softmax(scores.data() + h * length, length);
-        weigh_values(cache, mine, scores.data(), tables + s * M, length, out + at);
+        attend_tile(cache, mine, q + s * H * K, tables + s * M, lengths[s] - 1, 1, H, out + s * H * K);
     });
 }
 }

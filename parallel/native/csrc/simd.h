@@ -52,6 +52,17 @@ static inline float sum_of(Floats x) {  // always in the same order
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 static inline float highest_of(Floats x) { return _mm512_reduce_max_ps(x); }
+// Numbers k .. k + 3 of rows 0, 4, 8, 12 of `rows`, one after the other.
+static inline Floats fours(const float* const* rows, long k) {
+    Floats x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + k));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[4] + k), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(rows[8] + k), 2);
+    return _mm512_insertf32x4(x, _mm_loadu_ps(rows[12] + k), 3);
+}
+static inline Floats low_pairs(Floats a, Floats b) { return _mm512_unpacklo_ps(a, b); }
+static inline Floats high_pairs(Floats a, Floats b) { return _mm512_unpackhi_ps(a, b); }
+static inline Floats low_halves(Floats a, Floats b) { return _mm512_shuffle_ps(a, b, 0x44); }
+static inline Floats high_halves(Floats a, Floats b) { return _mm512_shuffle_ps(a, b, 0xee); }
 #else
 constexpr int LANES = 8;
 using Floats = __m256;
@@ -92,7 +103,24 @@ static inline float highest_of(Floats x) {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
+// Numbers k .. k + 3 of rows 0 and 4 of `rows`, one after the other.
+static inline Floats fours(const float* const* rows, long k) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0] + k)), _mm_loadu_ps(rows[4] + k), 1);
+}
+static inline Floats low_pairs(Floats a, Floats b) { return _mm256_unpacklo_ps(a, b); }
+static inline Floats high_pairs(Floats a, Floats b) { return _mm256_unpackhi_ps(a, b); }
+static inline Floats low_halves(Floats a, Floats b) { return _mm256_shuffle_ps(a, b, 0x44); }
+static inline Floats high_halves(Floats a, Floats b) { return _mm256_shuffle_ps(a, b, 0xee); }
 #endif
+
+// Within each four numbers of a register: four rows of four become four columns.
+static inline void turn(Floats& a, Floats& b, Floats& c, Floats& d) {
+    const Floats ab_low = low_pairs(a, b), ab_high = high_pairs(a, b), cd_low = low_pairs(c, d), cd_high = high_pairs(c, d);
+    a = low_halves(ab_low, cd_low);
+    b = high_halves(ab_low, cd_low);
+    c = low_halves(ab_high, cd_high);
+    d = high_halves(ab_high, cd_high);
+}
 
 // Has x be in a register here, so that the compiler neither moves loads far ahead nor sums out of the registers.
 static INLINE void hold(Words& x) { asm volatile("" : "+x"(x)); }
