@@ -144,7 +144,14 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
     router = Router(replicas=Only(), connect=lambda one: ReplicaLink(one, node="n", config=config), config=config)
     await router.open()
     tokenizer = Tokenizer.from_folder(folder)
-    doors = Doors(Service(model=ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer), tokenizer=tokenizer, source=router))
+    doors = Doors(
+        Service(
+            model=ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer),
+            tokenizer=tokenizer,
+            source=router,
+            refusal=router.refusal,
+        )
+    )
     app = create_app(lambda: doors)
     keep_s = 300  # else a client that takes a connection again just as it is closed sees that as an error
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off", access_log=False, timeout_keep_alive=keep_s))

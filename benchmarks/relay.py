@@ -180,7 +180,18 @@ async def with_text(front: Front, number: int, count: Count) -> None:
 
 async def with_frames(front: Front, number: int, count: Count) -> None:
     body = ChatBody(model="m", messages=[{"role": "user", "content": "hi"}], stream=True)  # type: ignore[list-item]
-    stamp = Stamp(id="c", created=0, model="m", arrived_s=0.0, session="", caller=ANYONE, priority=0, wants_ledger=False, deadline_s=None)
+    stamp = Stamp(
+        id="c",
+        created=0,
+        model="m",
+        arrived_s=0.0,
+        session="",
+        caller=ANYONE,
+        priority=0,
+        wants_ledger=False,
+        deadline_s=None,
+        idempotency_key="",
+    )
     events = front.service.chat(asked(number, "frames"))
     first = await anext(events)
     async with aclosing(frames(first, events, ChatChunks(stamp, body))) as written:

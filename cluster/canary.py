@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from cluster.health import Health
-from engine.errors import EngineStopped
+from engine.errors import EngineStopped, QueueFull
 from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
@@ -41,7 +41,7 @@ class Canary:
         sampling = SamplingParams(temperature=0.0, max_tokens=1)
         try:
             self._submit(Request(id=request_id, prompt=(0,), sampling=sampling, salt=PREFIX, priority=-(2**31)))
-        except EngineStopped:  # nothing is left to be proved
+        except (EngineStopped, QueueFull):  # nothing is left to be proved, or what fills the queue will prove it
             self._under_way = None
 
     def ranks_start(self) -> None:

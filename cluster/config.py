@@ -101,7 +101,7 @@ class RouterConfig:
     max_indexed_blocks: int = 262_144
     """Cached blocks of one replica that a front remembers (about 100 bytes each); where there are more it remembers none."""
     max_attempts: int = 3
-    """How often a choice is handed to an engine at most."""
+    """How often in a row a choice is handed to an engine at most without getting a token."""
     ready_wait_s: float = 30.0
     """How long a request waits for a ready replica, at the start and again after a loss."""
     refresh_s: float = 0.5

@@ -224,5 +224,6 @@ class Desk:
         for key in orphans:
             self._disown(key)
             self._cancel(*key)
+        self._streams.forget(front)
         if orphans:
             logger.warning("a front is gone (%s); its %d requests are cancelled", reason, len(orphans))

@@ -130,15 +130,15 @@ class Resumes:
         Raises:
             PoisonedRequest, ReplicaLost, ResumesExhausted
         """
-        history.add(loss)
+        history.add(loss, num_committed)
         request = history.request
         logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
         losses = max(history.losses, history.crashes)
         if history.deaths >= MAX_DEATHS or losses >= MAX_LOSSES:
             self.quarantine.add(request)
             raise self._refused("poisoned", PoisonedRequest(f"{losses} replicas were lost while they ran it; it is not tried again"))
-        if len(history.lost_by) >= self._config.max_attempts:
-            raise self._refused("attempts", ReplicaLost(attempts=len(history.lost_by), last=str(loss)))
+        if history.fruitless >= self._config.max_attempts:
+            raise self._refused("attempts", ReplicaLost(attempts=history.fruitless, last=str(loss)))
         if not self._budget.take():
             raise self._refused("budget", ResumesExhausted(resumes=self._config.max_resumes, window_s=self._config.resume_window_s))
         self.counts.resumes[loss.reason] += 1
@@ -156,6 +156,9 @@ class History:
         self.request = request
         self.lost_by: list[str] = []
         """Ids of the replicas it was lost by, one per attempt."""
+        self.fruitless = 0
+        """Attempts in a row that gave no token. One that did has brought the answer nearer to its end, whatever it was lost by."""
+        self._num_committed = len(request.committed)
         self.deaths = self.crashes = 0
         """Replicas that died, and such together with those whose ranks did: a front may leave a replica before its engine has
         found out whose step it was, so a request may be at three of them without an engine having said so."""
@@ -168,8 +171,10 @@ class History:
         """An engine said how often workers were lost over it, those of earlier attempts included."""
         self.losses = max(self.losses, losses)
 
-    def add(self, loss: LinkLost) -> None:
+    def add(self, loss: LinkLost, num_committed: int) -> None:
         self.lost_by.append(loss.replica_id)
+        self.fruitless = 0 if num_committed > self._num_committed else self.fruitless + 1
+        self._num_committed = num_committed
         self.deaths += loss.died
         self.crashes += loss.died or loss.reason == "ranks_lost"
         self.losses += loss.died

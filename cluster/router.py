@@ -34,6 +34,13 @@ LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineS
 """Error kinds that say something about the replica, not about the request: another replica may do better. With the reason."""
 
 
+FULL_FOR_S = 0.1
+"""For how long a tenant's next requests are refused unasked after a replica had no place in its queue: at ten times as many requests
+as can be answered most are spared the way there, and the queue is never empty for want of one that asks."""
+MAX_FULL = 1_000
+"""Tenants that are remembered so."""
+
+
 class Candidate(WaitingPlace, Protocol):
     """A replica that may be chosen."""
 
@@ -128,6 +135,8 @@ class Router:
         self._aborted: set[str] = set()
         """Of those, the requests that shall not get one."""
         self.resumes = Resumes(self._config, clock)
+        self._full: dict[str, tuple[float, TokenEvent]] = {}
+        """Tenants whose request was refused for lack of a place in a queue: until when, and the refusal."""
 
     async def open(self) -> None:
         """Begin to follow the directory."""
@@ -158,6 +167,20 @@ class Router:
         if waiting:
             self._aborted.add(request_id)
         return waiting + sum(link.abort(request_id) for link in self._links.values())
+
+    def refusal(self, tenant: str) -> TokenEvent | None:
+        """What a replica said to a request of the same tenant a moment ago, if that was that too many wait: to be asked before a request
+        is read, which is most of the work that one more refusal takes."""
+        until, event = self._full.get(tenant, (0.0, None))
+        if event is not None and until <= self._clock():
+            del self._full[tenant]
+            return None
+        return event
+
+    def _note_full(self, tenant: str, event: TokenEvent) -> None:
+        if len(self._full) >= MAX_FULL:
+            self._full.clear()
+        self._full[tenant] = (self._clock() + FULL_FOR_S, event)
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Every token of one choice once and in order, up to its end. Closing it early cancels the choice.
@@ -198,6 +221,8 @@ class Router:
                             continue  # only the news of a loss
                         if event.error_kind == "PoisonedRequest":
                             self.resumes.note_poisoned(request)
+                        if event.error_kind == "QueueFull":
+                            self._note_full(request.tenant, event)
                         if num_cached is None:
                             self.room.first_token(self._clock() - sent)
                             event = dataclasses.replace(event, held_s=held_s)

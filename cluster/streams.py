@@ -35,6 +35,8 @@ class StreamTable:
         self._num_taken = 0
         self._front_at: list[Front] = []
         self._number_of: dict[Front, int] = {}
+        self._unused: list[int] = []
+        """Numbers of fronts that are gone."""
 
     def enter(self, front: Front, stream: int) -> int:
         """A number for a stream of a front; `NO_TAG` for one that has none with its front."""
@@ -55,6 +57,12 @@ class StreamTable:
             self._tags[place] = NO_TAG
             self._free.append(place)
 
+    def forget(self, front: Front) -> None:
+        """It is gone, and all of its streams have been left."""
+        if (number := self._number_of.pop(front, None)) is not None:
+            self._front_at[number] = b""
+            self._unused.append(number)
+
     def sorted(self, said: Said) -> Iterator[tuple[Front, ForFront]]:
         """What each front's streams have been told."""
         places = said.tags & ((1 << PLACE_BITS) - 1)
@@ -72,8 +80,11 @@ class StreamTable:
 
     def _number(self, front: Front) -> int:
         if front not in self._number_of:
-            self._number_of[front] = len(self._front_at)
-            self._front_at.append(front)
+            if not self._unused:
+                self._unused.append(len(self._front_at))
+                self._front_at.append(front)
+            self._number_of[front] = number = self._unused.pop()
+            self._front_at[number] = front
         return self._number_of[front]
 
     def _grow(self) -> None:

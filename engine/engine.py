@@ -1,5 +1,6 @@
 """Step 6 of a request: take it in, turn the scheduler and the executor, hand out what happened."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -8,19 +9,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from engine.balancing import Balancing
 from engine.config import EngineConfig
 from engine.draft.choose import choose_speculator
 from engine.draft.speculator import Speculator
-from engine.errors import EngineError, EngineStopped, WorkersLost
+from engine.errors import EngineError, EngineStopped, QueueFull, WorkersLost
 from engine.executor import Executor, PendingStep
 from engine.failpoints import hit
 from engine.kv.block_pool import BlockListener
 from engine.pace import Pace
 from engine.places import mark
 from engine.plan import COLUMN, Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
-from engine.policy import Policy
+from engine.policy import FirstCome, Policy, Waits
 from engine.request import Request
 from engine.scheduler import Key, Scheduler
 from engine.stats import EngineStats
@@ -58,8 +60,11 @@ class Engine:
         self.executor = executor
         self._step_cost = StepCost()
         speculator = speculator or choose_speculator(config, lambda: self._step_cost.line)
+        self._policy: Policy = policy or FirstCome()
         self._pace = Pace(config.max_step_s, lambda: self._step_cost.line) if config.max_step_s is not None else None
-        self.scheduler = Scheduler(config, executor.capacity, policy=policy, listener=listener, speculator=speculator, pace=self._pace)
+        self.scheduler = Scheduler(
+            config, executor.capacity, policy=self._policy, listener=listener, speculator=speculator, pace=self._pace
+        )
         self._config = config
         self._balancing = Balancing(config)
         self._timekeeper = Timekeeper()
@@ -70,6 +75,10 @@ class Engine:
         self._stopping = threading.Event()
         self._door = threading.Lock()
         self._num_submitted = self._num_taken = 0
+        self._queue: list[Waits] = []
+        """Who waits, as of the last plan, and who has come since: what the door looks at."""
+        self._unread: list[Waits] = []
+        """Those of them that the engine's thread has not taken."""
         self._recovery: Future[Executor] | None = None
         self._end: EngineError | None = None
         """Why no further step will be taken."""
@@ -83,14 +92,23 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Take a request in. What is wrong with it is told by its only event.
 
+        Whom the queue has no place for is mostly told so here, and not only after the step that is under way and the one after it.
+
         Raises:
             EngineStopped: the engine takes nothing any more.
+            QueueFull: nobody like this may wait now.
         """
         with self._door:
             if self._stopping.is_set():
                 raise EngineStopped("this engine has stopped")
+            limit = self._config.max_waiting
+            if len(self._queue) >= limit and not request.attempt and not self._policy.may_wait(request, self._queue, limit):
+                raise QueueFull(limit=limit)
             self._num_submitted += 1
             self._inbox.put(request)
+            arrival = Waiting(request)
+            self._queue.append(arrival)
+            self._unread.append(arrival)
         self._arrived.set()
 
     def cancel(self, request_id: str, choice: int = 0) -> None:
@@ -174,6 +192,7 @@ class Engine:
                 self._step()
         except WorkersLost as loss:
             self._lose_workers(loss)
+        self._show_queue()
         self._note_stats()
         return self._take_outbox()
 
@@ -182,6 +201,7 @@ class Engine:
         while order is None and len(self._in_flight) < self.max_in_flight and (plan := self.scheduler.schedule()):
             self._timekeeper.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
+        self._show_queue()
         if self._in_flight:
             plan, pending = self._in_flight[0]
             result = _answer(plan, pending)
@@ -200,12 +220,19 @@ class Engine:
         result = _answer(plan, self.executor.submit(plan))
         self._balancing.answered(order, result.rebalanced, self._num_steps)
 
+    def _show_queue(self) -> None:
+        """To the door, which must not look into the scheduler from its own threads."""
+        with self._door:
+            self._queue = self.scheduler.queue() + self._unread
+
     def _take_inbox(self) -> None:
-        while True:
-            try:
-                arrival = self._inbox.get_nowait()
-            except Empty:
-                return
+        arrivals: list[Request | Key] = []
+        with self._door:
+            self._unread = []
+            with contextlib.suppress(Empty):
+                while True:
+                    arrivals.append(self._inbox.get_nowait())
+        for arrival in arrivals:
             if isinstance(arrival, Request):
                 self._admit(arrival)
             else:
@@ -309,6 +336,12 @@ class Engine:
             step_s=self._step_s,
         )
         self._noted = (stats, self._num_taken)  # one assignment: a reader in another thread sees both or neither
+
+
+class Waiting(NamedTuple):
+    """What the door knows of a request that has come since."""
+
+    request: Request
 
 
 def _answer(plan: StepPlan, pending: PendingStep) -> StepResult:

@@ -24,6 +24,7 @@ POINTS = {
     "rank.load": "a rank, before it loads its weights",
     "rank.step": "a rank that has read a plan",
     "rank.answer": "a rank that has computed a step, before it answers",
+    "rank.logits": "a sampling rank that has computed a step's logits",
     "replica.start": "a replica, before it starts ranks",
     "replica.recover": "a replica that has lost ranks",
     "replica.heartbeat": "a replica, before it reports to the directory",
@@ -40,8 +41,8 @@ POINTS = {
     "service.begin": "a front, with a choice that it has read",
 }
 """Every point, and who comes there."""
-DROPPABLE = frozenset({"rank.answer", "replica.heartbeat", "intake.read", "intake.send", "link.send", "link.receive"})
-"""Points where a message is at hand that can be lost."""
+DROPPABLE = frozenset({"rank.answer", "rank.logits", "replica.heartbeat", "intake.read", "intake.send", "link.send", "link.receive"})
+"""Points where something is at hand that can be lost: a message, or the numbers of logits, which then are NaN."""
 
 
 class Injected(RuntimeError):
@@ -60,6 +61,8 @@ class Failure:
     """Of a delay."""
     token: int | None = None
     """Only hits that concern this token count, and they fire each time until disarmed: a request that is poison."""
+    pid: int | None = None
+    """Only hits of this process count, and they fire each time until disarmed: a cable that is cut one way."""
 
 
 def arm(folder: Path, point: str, failure: Failure) -> None:
@@ -86,6 +89,8 @@ def _look(point: str, tokens: Callable[[], Iterable[int]] | None = None) -> bool
         failure = Failure(**json.loads(file.read_text()))
     except FileNotFoundError:
         return False
+    if failure.pid is not None:
+        return failure.pid == os.getpid() and _fail(point, failure)
     if failure.token is not None:
         if tokens is None or failure.token not in tokens():
             return False

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Listed
 
-from engine.policy import Rank
+from engine.policy import Rank, Waits
 from engine.request import Request
 from engine.sequence import Sequence
 
@@ -44,7 +44,7 @@ class FairShare:
             if not queues[tenant]:
                 del queues[tenant]
 
-    def may_wait(self, request: Request, waiting: Listed[Sequence], limit: int) -> bool:
+    def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
         """A tenant's part of the queue is free for it, however full others have made it."""
         if len(waiting) < limit:
             return True

@@ -10,8 +10,16 @@ from engine.sequence import Sequence
 Rank = tuple[float, ...]
 
 
+class Waits(Protocol):
+    """Whoever has a place in the queue."""
+
+    @property
+    def request(self) -> Request: ...
+
+
 class Policy(Protocol):
-    """Asked and told by the scheduler, from the engine's thread. See `engine.fair_share` for one whose ranks change."""
+    """Asked and told by the scheduler, from the engine's thread; `may_wait` from any, about a queue as it was a moment ago. See
+    `engine.fair_share` for one whose ranks change."""
 
     def rank(self, sequence: Sequence) -> Rank:
         """As of now. Lower is planned first and preempted last; no two may be equal."""
@@ -21,7 +29,7 @@ class Policy(Protocol):
         """The waiting ones as they shall be admitted. Read one by one; the scheduler tells of each admission in between."""
         ...
 
-    def may_wait(self, request: Request, waiting: Listed[Sequence], limit: int) -> bool:
+    def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
         """Whether a place in a queue of about ``limit`` is left for it."""
         ...
 
@@ -47,7 +55,7 @@ class FixedRank:
     def order(self, waiting: Listed[Sequence]) -> Iterable[Sequence]:
         return list(waiting)  # the scheduler keeps them in the order of their ranks
 
-    def may_wait(self, request: Request, waiting: Listed[Sequence], limit: int) -> bool:
+    def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
         return len(waiting) < limit
 
     def arrived(self, sequence: Sequence, waiting: Listed[Sequence]) -> None:

@@ -27,7 +27,7 @@ from engine.pace import Pace
 from engine.places import is_asked_for, mark
 from engine.plan import COLUMN, NO_TOKEN, FinishReason, Pooled, Sampled, StepPlan, StepResult, TokenEvent, Work
 from engine.planner import Planner
-from engine.policy import FirstCome, Policy
+from engine.policy import FirstCome, Policy, Waits
 from engine.request import Request
 from engine.sequence import Sequence
 from engine.shard import Shard
@@ -316,6 +316,10 @@ class Scheduler:
     def number_step(self) -> int:
         """A number for the next step, also for one that this scheduler does not plan."""
         return self._planner.number_step()
+
+    def queue(self) -> list[Waits]:
+        """Who waits, now: a list of its own."""
+        return list(self._books.admission.waiting)
 
     @property
     def num_waiting(self) -> int:

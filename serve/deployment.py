@@ -169,6 +169,7 @@ class _Front:
             model=facts,
             tokenizer=tokenizer,
             source=router,
+            refusal=router.refusal,
             limits=model.config.limits,
             observers=observers,
             tool_protocol=model.config.tools.protocol,

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from engine.errors import EngineStopped
 from engine.failpoints import hit
 from engine.places import mark
+from engine.plan import TokenEvent
 from engine.request import SamplingParams
 from serve.asking import TokenSource, engine_request, may_fit, must_be_in_time, next_event
 from serve.choice import Choice, ChoicePlan
 from serve.collecting import collected
 from serve.embedding import Embedder, together
-from serve.errors import InvalidRequest, ModelNotFound, NotSupported
+from serve.errors import InvalidRequest, ModelNotFound, NotSupported, from_event
 from serve.ledger import EngineTimes, Stopwatch
 from serve.limits import Limits
 from serve.merging import merged
@@ -89,14 +90,16 @@ class Service:
         clock: Callable[[], float] = time.time,
         compilers: Compiles | None = None,
         tool_protocol: ProtocolName = "auto",
+        refusal: Callable[[str], TokenEvent | None] = lambda tenant: None,
     ) -> None:
-        """``clock`` tells Unix time; ``compilers`` are by default processes that are started when first needed.
+        """``clock`` tells Unix time; ``compilers`` are by default processes that are started when first needed. ``refusal`` tells whether
+        a tenant's requests are refused just now, which is asked before they are tokenized.
 
         Raises:
             InvalidTokenizer: the model's chat template is damaged.
         """
         self._model, self._tokenizer, self._source, self._clock = model, tokenizer, source, clock
-        self._observers = observers
+        self._observers, self._refusal = observers, refusal
         self.limits = limits or Limits()
         self._validator = Validator(model=model, limits=self.limits)
         self._embedder = Embedder(model, tokenizer, source, self._validator, clock)
@@ -204,11 +207,16 @@ class Service:
 
     async def _read_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.chat(request)
+        self._must_find_room(request)
         toolbox = Toolbox.of(request, self._tool_protocol, self.limits)
         ids = await self._chat_ids(request.messages, toolbox)
         sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
         sampling = await self._guided(sampling, toolbox.draft if toolbox else self._draft(request))
         return _Asked(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch, toolbox=toolbox)
+
+    def _must_find_room(self, request: ChatRequest | CompletionRequest) -> None:
+        if (refused := self._refusal(request.caller.id)) is not None:
+            raise from_event(refused)
 
     def _draft(self, request: ChatRequest | CompletionRequest) -> Draft | None:
         wanted = request.options.format
@@ -232,6 +240,7 @@ class Service:
 
     async def _read_completion(self, request: CompletionRequest, stopwatch: Stopwatch) -> _Asked:
         self._validator.completion(request)
+        self._must_find_room(request)
         prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
         sampling = [self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts]
         top = self._validator.prompt_logprobs(request, sum(map(len, prompts)))

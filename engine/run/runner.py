@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.answers import packed
 from engine.executor import Capacity
+from engine.failpoints import hit
 from engine.places import mark
 from engine.plan import Pooled, Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
@@ -125,6 +126,8 @@ class Runner:
         assert hidden_TD is not None  # sampling ranks are of the last stage
         scored = self._scorer.score(hidden_TD, built, self._states)
         logits_RV = self.model.logits(hidden_TD[built.forward.logit_rows_R])
+        if hit("rank.logits"):
+            logits_RV = torch.full_like(logits_RV, torch.nan)
         self._mark(11, built.sampling_works)
         sampled = self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {})
         return _Given(sampled, scored, self._pools.take(hidden_TD, built))

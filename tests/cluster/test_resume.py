@@ -116,6 +116,16 @@ def test_stalls_use_up_attempts_and_are_no_deaths() -> None:
     resumes.admit(REQUEST)
 
 
+def test_an_attempt_that_gave_tokens_uses_none_up() -> None:
+    """A stream whose messages are lost again and again comes to its end, as each attempt brings it nearer."""
+    resumes, _ = resumes_of(max_attempts=2)
+    history = resumes.admit(dataclasses.replace(REQUEST, committed=(5, 6)))
+    for num_committed in (3, 4, 4, 9, 9):
+        resumes.allow(history, stall("a"), num_committed)
+    with pytest.raises(ReplicaLost, match="2 times"):
+        resumes.allow(history, stall("a"), 9)
+
+
 def test_a_cluster_that_falls_apart_is_given_no_more_than_its_budget() -> None:
     resumes, clock = resumes_of(max_resumes=2, resume_window_s=10)
     for number in range(2):

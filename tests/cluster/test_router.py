@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, NoReplicaReady, ReplicaLost
-from cluster.router import LeastLoaded, RoundRobin, Router, RoutingPolicy
+from cluster.router import FULL_FOR_S, LeastLoaded, RoundRobin, Router, RoutingPolicy
 from engine.errors import PoisonedRequest
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
@@ -99,7 +100,7 @@ async def test_a_request_present_at_two_deaths_is_not_tried_again() -> None:
 
 
 async def test_an_engine_that_is_stopped_in_good_order_is_no_death_but_counts_as_an_attempt() -> None:
-    links = [FakeLink(record(name), error_at={position: "EngineStopped"}) for name, position in (("a", 1), ("b", 2), ("c", 2))]
+    links = [FakeLink(record(name), error_at={position: "EngineStopped"}) for name, position in (("a", 1), ("b", 1), ("c", 1), ("d", 1))]
     async with routed(*links) as router:
         with pytest.raises(ReplicaLost, match="3 times"):
             await collect(router)
@@ -202,3 +203,16 @@ async def test_a_replica_that_cannot_be_reached_keeps_no_other_from_being_linked
     await router.follow((record("a"), record("b")))
     assert set(router._links) == {"a", "b"}
     await router.close()
+
+
+async def test_a_tenant_that_found_no_place_is_refused_unasked_for_a_moment() -> None:
+    link = FakeLink(record("a"), error_at={0: "QueueFull"})
+    async with routed(link) as router:
+        now = 100.0
+        router._clock = lambda: now
+        assert router.refusal("greedy") is None
+        (event,) = await collect(router, dataclasses.replace(REQUEST, tenant="greedy"))
+        assert router.refusal("greedy") == event
+        assert router.refusal("another") is None
+        now += FULL_FOR_S
+        assert router.refusal("greedy") is None

@@ -38,6 +38,14 @@ def test_each_token_comes_to_the_stream_it_is_for_and_what_is_late_to_none(seed:
             table.leave(left)
             del alive[left]
             gone.append(left)
+        if draw.random() < 0.1:
+            lost = draw.choice([b"one", b"two", b"three"])
+            for left in [tag for tag, (front, _) in alive.items() if front == lost]:
+                table.leave(left)
+                del alive[left]
+                gone.append(left)
+            table.forget(lost)
+    assert len(table._front_at) <= 3, "fronts that are gone leave their numbers to others"
     tags = draw.sample([*alive, *gone, NO_TAG], draw.randint(1, len(alive) + len(gone) + 1))
     got = set()
     for front, columns in table.sorted(said(tags)):

@@ -7,7 +7,8 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import EngineStopped, WorkersLost
+from engine.errors import EngineStopped, QueueFull, WorkersLost
+from engine.fair_share import FairShare
 from engine.request import Request, SamplingParams
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
 
@@ -173,3 +174,34 @@ def test_stopping_ends_what_is_running_with_an_error():
 
     engine.run_forever(stop_after_the_first)
     assert recorder.errors["a", 0] == "EngineStopped"
+
+
+def test_who_may_not_wait_is_told_at_the_door_while_a_step_is_under_way():
+    """And not only after that step and the one after it."""
+    executor = FakeExecutor()
+    engine = Engine(executor, EngineConfig(block_tokens=4, max_running=1, max_waiting=2), policy=FairShare())
+    recorder = Recorder()
+    for name in "abceg":
+        recorder.begin((name, 0))
+    for name in "abc":
+        engine.submit(request_of(name))
+        recorder.take(engine.turn())
+    with pytest.raises(QueueFull):
+        engine.submit(request_of("d"))
+    engine.submit(request_of("e", tenant="another"))  # a part of the queue is its own
+    with pytest.raises(QueueFull):
+        engine.submit(request_of("f", tenant="another"))
+    engine.submit(request_of("g", attempt=1))  # accepted before, by another replica
+    run_to_end(engine, recorder)
+    assert set(recorder.ends.values()) == {"length"}
+    assert engine.stats.num_waiting == 0
+
+
+def test_a_burst_at_an_idle_engines_door_is_refused_as_its_thread_would():
+    engine = Engine(FakeExecutor(), EngineConfig(block_tokens=4, max_running=4, max_waiting=2))
+    for name in "ab":
+        engine.submit(request_of(name))
+    with pytest.raises(QueueFull):
+        engine.submit(request_of("c"))
+    engine.turn()
+    engine.submit(request_of("d"))

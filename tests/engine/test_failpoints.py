@@ -1,5 +1,6 @@
 """Failpoints: off they do nothing; armed they fire once, in one process, at the hit that was said."""
 
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,13 @@ def test_a_poison_fires_whenever_its_token_is_there_until_disarmed(folder: Path)
             failpoints._look("rank.step", lambda: (1, 7))
     assert disarm(folder, "rank.step")
     assert not failpoints._look("rank.step", lambda: (1, 7))
+
+
+def test_what_is_about_one_process_fires_there_each_time_and_nowhere_else(folder: Path) -> None:
+    arm(folder, "intake.send", Failure(action="drop", pid=os.getpid()))
+    assert [failpoints._look("intake.send") for _ in range(3)] == [True] * 3
+    arm(folder, "intake.send", Failure(action="drop", pid=1))
+    assert not failpoints._look("intake.send")
 
 
 def test_a_name_that_is_none_cannot_be_armed(folder: Path) -> None:

@@ -386,3 +386,15 @@ async def test_a_request_is_seen_at_places_3_and_13_in_this_order(
 async def test_facts_of_a_model_and_a_tokenizer_that_do_not_belong_together_are_refused(smol_folder: Path, qwen2: Tokenizer) -> None:
     with pytest.raises(ValueError, match="knows 151646 tokens, the model only 640"):
         ModelFacts.from_checkpoint(smol_folder, name="x", tokenizer=qwen2)
+
+
+async def test_who_is_refused_anyway_is_not_tokenized(smol_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = TokenEvent("other", 0, 0, 0, finish_reason="error", error_kind="QueueFull", error_message="7 wait")
+    service, source = service_of(smol_folder, answering(tokenizer_in(smol_folder), "yes"), refusal=lambda tenant: refused)
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_args, **_more: pytest.fail("it was tokenized"))
+    for stream in (service.chat(asked()), service.complete(completion("a"))):
+        with pytest.raises(QueueFull, match="7 wait"):
+            await read(stream)
+    with pytest.raises(InvalidRequest):
+        await read(service.complete(completion("a", options={"temperature": 9.0})))
+    assert not source.requests
