@@ -21,7 +21,7 @@ def full_step(*, max_step_tokens: int, max_running: int, num_blocks: int, block_
     sequences = [(FIRST_SEQUENCE - i, i % num_shards) for i in range(num_sequences * num_shards)]
     return StepPlan(
         step=0,
-        singly=tuple(Work(sequence, 0, (0,) * tokens, blocks, True, shard) for sequence, shard in sequences),
+        singly=tuple(Work(sequence, 0, (0,) * tokens, blocks, samples=True, shard=shard) for sequence, shard in sequences),
         opened=tuple(Opening(sequence, 0, tokens, sampling, (0,) * tokens, shard=shard) for sequence, shard in sequences),
     )
 
@@ -37,7 +37,8 @@ def warm_up(runner: Runner) -> None:
     blocks = blocks[: runner.capacity.num_blocks]
     opening = Opening(FIRST_SEQUENCE, 0, len(prompt), SamplingParams(top_k=20), shard=runner.shard)
     for tokens in (prompt, prompt[:1]):
-        run_and_forget(runner, StepPlan(0, (Work(FIRST_SEQUENCE, 0, tokens, blocks, True, runner.shard),), (opening,)))
+        work = Work(FIRST_SEQUENCE, 0, tokens, blocks, samples=True, shard=runner.shard)
+        run_and_forget(runner, StepPlan(0, (work,), (opening,)))
 
 
 def run_and_forget(runner: Runner, plan: StepPlan) -> None:

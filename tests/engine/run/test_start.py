@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from engine.run.memory import NoRoomForKv, measure_capacity
 from engine.run.process_executor import ProcessExecutor
 from engine.run.settings import RunnerConfig
 from engine.run.start import StartProgress, resolve_device, resolve_dtype, start_rank
-from engine.run.warm_up import full_step, run_and_forget
+from engine.run.warm_up import full_step, run_and_forget, warm_up
 from model.kv_cache import KvLayout
 from parallel.fitting import LayoutMisfit
 from parallel.groups import ParallelGroups
@@ -122,6 +123,17 @@ def test_the_heaviest_step_fills_the_budget_and_leaves_nothing_open(dense_folder
     with start(dense_folder, float32_config(num_blocks=8, block_tokens=4)) as runner:
         run_and_forget(runner, plan)
         assert "0 open" in repr(runner)
+
+
+def test_each_shard_has_sequences_of_its_own_in_steps_that_no_client_asked_for():
+    plans = [full_step(max_step_tokens=64, max_running=16, num_blocks=8, block_tokens=4, num_shards=2)]
+    runner = SimpleNamespace(capacity=SimpleNamespace(max_context_tokens=32, block_tokens=4, num_blocks=8), shard=1, run=plans.append)
+    warm_up(runner)
+    assert {opening.shard for opening in plans[0].opened} == {0, 1}
+    for plan in plans:
+        assert {work.sequence: work.shard for work in plan.works} == {o.sequence: o.shard for o in plan.opened} or plan.closed
+        assert all(work.samples and not work.num_draft for work in plan.works)
+    assert {work.shard for plan in plans[1:] for work in plan.works} == {1}
 
 
 def test_auto_means_what_the_machine_has():
