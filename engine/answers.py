@@ -13,7 +13,7 @@ def packed(decodes: Decodes, sampled: Iterable[Sampled]) -> tuple[bytes, tuple[S
     tokens, rest = np.full(len(decodes), NO_TOKEN, COLUMN), []
     for answer in sampled:
         row = row_of.get(answer.sequence)
-        if row is None or len(answer.tokens) != 1 or answer.logprobs or answer.fault is not None:
+        if row is None or len(answer.tokens) != 1 or answer.logprobs or answer.fault is not None or answer.guesses:
             rest.append(answer)
         else:
             tokens[row] = answer.tokens[0]
@@ -46,6 +46,7 @@ class StepAnswers:
             tokens=_merged([part.tokens for part in parts if part.tokens]),
             scored=tuple(scored for part in parts for scored in part.scored),
             pooled=tuple(pooled for part in parts for pooled in part.pooled),
+            guessing_s=max(part.guessing_s for part in parts),
         )
 
 

@@ -102,6 +102,10 @@ class Cohort:
             self._sequences[row] = None
             self._free.append(row)
 
+    def members(self) -> list[Sequence]:
+        """All of them, by their numbers."""
+        return [self._sequences[row] for _, row in sorted(self._row.items())]
+
     def sequences(self, planned: Planned) -> list[Sequence]:
         """Whose rows are planned."""
         return self._sequences[planned.rows].tolist()  # type: ignore[no-any-return]

@@ -21,11 +21,13 @@ class EngineConfig:
     """Requests that may wait; one more is refused with `QueueFull`."""
     max_in_flight: int = 1
     """Steps submitted before the first of them is answered. Never fewer than pipeline stages, whatever is set here."""
-    speculate: Literal["lookup"] | None = None
-    """Guess the next tokens of a sequence and compute several in one step, where that is faster. "lookup": what followed when the last
-    few tokens stood in prompt or answer before. No answer changes by it. None = one token per step."""
+    speculate: Literal["lookup", "draft"] | None = None
+    """Speculative decoding: guess the next tokens of a sequence and compute several in one step, where that is faster. "lookup": what
+    followed when the last few tokens stood in prompt or answer before (n-gram, prompt lookup). "draft": what a small model of the same
+    vocabulary says (`runner.draft_model`). No answer changes by it. None = one token per step."""
     max_draft_tokens: int = 8
-    """Tokens guessed for a sequence in one step at most; how many it is, is learnt from how often they hold and what steps cost."""
+    """Tokens guessed for a sequence in one step at most (elsewhere: num_speculative_tokens); how many it is, is learnt from how often
+    they hold and what steps cost."""
     prefix_cache: bool = True
     """Keep finished blocks by content, so that an equal prefix is not computed again."""
     rebalance_every_steps: int | None = None

@@ -59,7 +59,7 @@ class Engine:
     ) -> None:
         self.executor = executor
         self._step_cost = StepCost()
-        speculator = speculator or choose_speculator(config, lambda: self._step_cost.line)
+        self._speculator = speculator = speculator or choose_speculator(config, lambda: self._step_cost.line)
         self._policy: Policy = policy or FirstCome()
         self._pace = Pace(config.max_step_s, lambda: self._step_cost.line) if config.max_step_s is not None else None
         self.scheduler = Scheduler(
@@ -303,7 +303,9 @@ class Engine:
 
     def _note_step(self, plan: StepPlan, result: StepResult) -> None:
         self._num_steps += 1
-        self._step_cost.note(plan.num_tokens, result.elapsed_s)
+        self._step_cost.note(plan.num_tokens, result.elapsed_s - result.guessing_s)
+        if self._speculator is not None and result.guessing_s:
+            self._speculator.note_guessing(max((work.num_guesses for work in plan.singly), default=0) - 1, result.guessing_s)
         if self._pace is not None:
             self._pace.note(plan, result.elapsed_s)
         self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)

@@ -45,6 +45,8 @@ class Work:
     """The known tokens that follow on the first so many of the tokens, where their log-probabilities are wanted (`Scored`)."""
     pools: bool = False
     """Whether the last of the tokens is the last one of a prompt of which an embedding is wanted (`Pooled`)."""
+    num_guesses: int = 0
+    """So many tokens behind what it samples are to be guessed by the ranks' draft model (`Sampled.guesses`); there are blocks for them."""
     shard: int = 0
     """The dp position that computes it: always that of the sequence's opening. Its blocks are numbers in that shard's cache."""
 
@@ -160,6 +162,8 @@ class Sampled:
     Without a fault and without tokens: not now (its grammar is not ready); the step is repeated for this sequence."""
     of_grammar: bool = False
     """Whether the fault is the grammar's and not the logits'."""
+    guesses: tuple[int, ...] = ()
+    """What the ranks' draft model says comes next, where the work asked for it: as many tokens, or fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +200,8 @@ class StepResult:
     shard does. Empty = no work has one here."""
     scored: tuple[Scored, ...] = ()
     pooled: tuple[Pooled, ...] = ()
+    guessing_s: float = 0.0
+    """Of `elapsed_s`, what guesses behind the first of each sequence took; of several ranks, the longest."""
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

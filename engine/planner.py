@@ -8,7 +8,7 @@ import numpy as np
 from engine.books import Books
 from engine.cohort import Planned
 from engine.config import EngineConfig
-from engine.draft.drafting import draft_for
+from engine.draft.drafting import draft_for, guesses_to_ask
 from engine.draft.speculator import Speculator
 from engine.pace import Pace
 from engine.places import is_asked_for, mark
@@ -68,6 +68,11 @@ class Planner:
     def plan(self, may_run: MayRun = anyone) -> StepPlan | None:
         """The next step's plan with those who may run, or None when none of them can."""
         building = PlanBuilder(may_run)
+        if self._speculator is not None:
+            self._speculator.rest_or_wake(self._books.num_running // len(self._books.shards))
+            if not self._speculator.is_resting:
+                for shard in self._books.shards:
+                    shard.loosen_all()
         budgets = [self._config.max_step_tokens] * len(self._books.shards) if self._pace is None else self._paced(self._pace)
         portions = [self._portion(shard, budget) for shard, budget in zip(self._books.shards, budgets, strict=True)]
         for portion in portions:
@@ -153,6 +158,8 @@ class Planner:
         start = sequence.num_planned
         wants_draft = self._speculator is not None and sequence.num_pending == 1
         draft = draft_for(sequence, portion, self._books.capacity, self._speculator) if self._speculator and wants_draft else ()
+        asks = self._speculator is not None and is_last and not pools
+        guesses = guesses_to_ask(sequence, len(draft), portion, self._books.capacity, self._speculator) if self._speculator and asks else 0
         work = Work(
             sequence=sequence.number,
             start=start,
@@ -163,6 +170,7 @@ class Planner:
             shard=portion.shard.index,
             targets=sequence.targets(start, start + count),
             pools=is_last and pools,
+            num_guesses=guesses,
         )
         sequence.num_blocks_sent = len(sequence.blocks)
         sequence.num_planned += count

@@ -231,7 +231,9 @@ class Scheduler:
         event = sequence.event(answer.tokens[:taken], answer.logprobs[:taken], finish_reason=reason, stop_token=stop_token)
         if reason is not None:
             return self._end(sequence, event)
-        if self._speculator is None:
+        if self._speculator is not None and answer.guesses:
+            self._speculator.told(sequence, answer.guesses)
+        if self._speculator is None or self._speculator.is_resting:
             self._books.let_join(sequence)
         return event
 

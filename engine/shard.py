@@ -38,6 +38,11 @@ class Shard:
             self.cohort.leave(sequence)
             self.loose[sequence.number] = sequence
 
+    def loosen_all(self) -> None:
+        """The whole cohort."""
+        for sequence in self.cohort.members():
+            self.loosen(sequence)
+
     def join(self, sequence: Sequence, *, end: int) -> None:
         """An open sequence that goes on with the others; see `Cohort.join`."""
         assert sequence.number is not None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cluster.autoscaling import AutoscalingConfig
 from cluster.config import RankResources, ReplicaConfig, RouterConfig
 from engine.config import EngineConfig
-from engine.run.settings import RunnerConfig
+from engine.run.settings import RunnerConfig, draft_model_of
 from parallel.topology import Topology
 from serve.limits import Limits
 from serve.tools.protocol import ProtocolName
@@ -225,6 +225,11 @@ class ModelEntry(Section):
     resources: RankResources = RankResources()
     replica: ReplicaConfig = ReplicaConfig()
 
+    @model_validator(mode="after")
+    def _speculation_is_whole(self) -> "ModelEntry":
+        draft_model_of(self.engine, self.runner)
+        return self
+
 
 class ServeConfig(Section):
     """Settings of a Manta server."""
@@ -250,6 +255,12 @@ class ServeConfig(Section):
     logging: LoggingSettings = LoggingSettings()
     tracing: TracingSettings = TracingSettings()
     ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _speculation_is_whole(self) -> "ServeConfig":
+        if not self.models:
+            draft_model_of(self.engine, self.runner)
+        return self
 
     def each_model(self) -> "tuple[ServeConfig, ...]":
         """For every model the settings of a server that has only this one."""

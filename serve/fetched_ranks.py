@@ -44,21 +44,23 @@ class FetchedRanks:
             self.ranks.look()
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
-        place = self._brought_here(on_progress)
-        ranks = replace(self.ranks, checkpoint_folder=place)
+        ranks = replace(self.ranks, checkpoint_folder=_brought_here(self.ranks.checkpoint_folder, on_progress))
+        if (draft := ranks.runner_config.draft_model) is not None:
+            runner_config = replace(ranks.runner_config, draft_model=str(_brought_here(draft, on_progress)))
+            ranks = replace(ranks, runner_config=runner_config)
         return ranks.start(rank=rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress)
 
-    def _brought_here(self, on_progress: OnProgress) -> Path | str:
-        """Ranks of one host fetch at the same time; the hubs' caches see to it that a file comes once."""
-        place = self.ranks.checkpoint_folder
-        if not is_fetched(place):
-            return place
-        with ThreadPoolExecutor(1) as thread:
-            fetching = thread.submit(brought_here, place)
-            while True:
-                on_progress(Fetching())
-                try:
-                    return fetching.result(TELL_S)
-                except NotYet:
-                    if fetching.done():  # the fetching's own
-                        raise
+
+def _brought_here(place: Path | str, on_progress: OnProgress) -> Path | str:
+    """Ranks of one host fetch at the same time; the hubs' caches see to it that a file comes once."""
+    if not is_fetched(place):
+        return place
+    with ThreadPoolExecutor(1) as thread:
+        fetching = thread.submit(brought_here, place)
+        while True:
+            on_progress(Fetching())
+            try:
+                return fetching.result(TELL_S)
+            except NotYet:
+                if fetching.done():  # the fetching's own
+                    raise

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from engine.run.draft_fit import check_draft_model
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
 from model.config import ModelConfig
@@ -31,4 +32,19 @@ def check_model(place: Path | str, topology: Topology) -> None:
             check_checkpoint(checkpoint, config)
         ModelFacts.from_checkpoint(folder, name="", tokenizer=Tokenizer.from_folder(folder))
     except ValueError as error:  # LayoutMisfit, CheckpointError and -Mismatch, InvalidModelConfig, UnsupportedModel, InvalidTokenizer
+        raise UnusableCheckpoint(str(error)) from error
+
+
+def check_draft(place: Path | str, draft: Path | str) -> None:
+    """Whether the model at ``draft`` can be read, and guess for the one at ``place``.
+
+    Raises:
+        UnusableCheckpoint: it cannot.
+    """
+    try:
+        config = ModelConfig.from_checkpoint(small_files(draft))
+        with Checkpoint(draft) as checkpoint:
+            check_checkpoint(checkpoint, config)
+        check_draft_model(place, draft)
+    except ValueError as error:
         raise UnusableCheckpoint(str(error)) from error

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cluster.doctor.facts import Need
+from parallel.topology import Topology
 from serve.config import ServeConfig
 from serve.planning.errors import PlanError
 from serve.planning.formats import BF16
@@ -22,6 +23,14 @@ def _weights(folder: Path, config: ServeConfig) -> int:
     try:
         shape = shape_of_checkpoint(folder, name=str(folder))
         ranks = (weights_of_rank(shape, topology, topology.coordinates(rank), BF16) for rank in range(topology.size))
-        return max(rank.num_bytes for rank in ranks) * (2 if config.runner.dtype == "float32" else 1)
+        most = max(rank.num_bytes for rank in ranks) + _draft_weights(config.runner.draft_model)
+        return most * (2 if config.runner.dtype == "float32" else 1)
     except (PlanError, ValueError):
         return 0
+
+
+def _draft_weights(place: str | None) -> int:
+    """Of a draft model whose folder is here; one rank holds it whole."""
+    if place is None or not Path(place).is_dir():
+        return 0
+    return weights_of_rank(shape_of_checkpoint(Path(place), name=place), Topology(), Topology().coordinates(0), BF16).num_bytes

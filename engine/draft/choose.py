@@ -3,6 +3,7 @@
 from engine.config import EngineConfig
 from engine.draft.lookup import PromptLookup
 from engine.draft.speculator import Speculator, StepLine
+from engine.draft.told_by_ranks import ToldByRanks
 
 
 def choose_speculator(config: EngineConfig, step_line: StepLine) -> Speculator | None:
@@ -12,3 +13,5 @@ def choose_speculator(config: EngineConfig, step_line: StepLine) -> Speculator |
             return None
         case "lookup":
             return Speculator(PromptLookup(), max_tokens=config.max_draft_tokens, step_line=step_line)
+        case "draft":
+            return Speculator(ToldByRanks(), max_tokens=config.max_draft_tokens, step_line=step_line)

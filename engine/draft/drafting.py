@@ -1,6 +1,6 @@
 """Guessed tokens as the scheduler sees them: how many, and the blocks for them."""
 
-from engine.draft.room import room_for_draft
+from engine.draft.room import room_for_draft, room_for_guesses
 from engine.draft.speculator import Speculator
 from engine.executor import Capacity
 from engine.portion import Portion
@@ -18,3 +18,16 @@ def draft_for(sequence: Sequence, portion: Portion, capacity: Capacity, speculat
         sequence.blocks += portion.shard.pool.allocate(missing)
     portion.max_drafted -= len(draft)
     return draft
+
+
+def guesses_to_ask(sequence: Sequence, num_draft: int, portion: Portion, capacity: Capacity, speculator: Speculator) -> int:
+    """How many guesses the ranks' draft model is asked for, behind what the sequence's last known token and its draft give, and blocks
+    for them: its keys and values lie in the same."""
+    if not speculator.asks_ranks or sequence.request.sampling.grammar is not None or sequence.request.pooling is not None:
+        return 0
+    room = room_for_guesses(sequence, num_draft, portion, capacity)
+    count = speculator.length(sequence, room=room, num_sequences=len(portion.shard.open))
+    missing = capacity.blocks_for(len(sequence.tokens) + num_draft + count) - len(sequence.blocks) if count else 0
+    if missing > 0:
+        sequence.blocks += portion.shard.pool.allocate(missing)
+    return count

@@ -7,6 +7,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.executor import Capacity
+from engine.run.drafter import open_drafter
 from engine.run.host import available_memory_bytes
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
@@ -44,30 +45,32 @@ def measure_capacity(
     engine_config: EngineConfig,
     groups: ParallelGroups,
     ranks_on_host: int,
+    draft_model: Qwen2 | None = None,
 ) -> Capacity:
     """What every rank of the replica can hold: the least of all. All ranks must call this at the same time.
+
+    A block on a rank with a ``draft_model`` is one of its KV beside one of the model's.
 
     Raises:
         NoRoomForKv: not one block, on the rank that has the least.
     """
     layout = model.kv_layout
+    bytes_per_block = layout.bytes_per_block + (draft_model.kv_layout.bytes_per_block if draft_model else 0)
     budget_bytes = runner_config.kv_cache_bytes
     if budget_bytes is None:
         barrier(groups.world)  # all weights of this host lie in memory now, and nobody has taken any for KV
         fraction = runner_config.kv_memory_fraction
         if model.device.type == "cuda":
-            budget_bytes = _cuda_budget(model, sampler, engine_config, fraction or CUDA_FRACTION, groups)
+            budget_bytes = _cuda_budget(model, sampler, engine_config, fraction or CUDA_FRACTION, groups, draft_model)
         else:
             budget_bytes = _cpu_budget(fraction) // ranks_on_host
-    mine = torch.tensor([budget_bytes // layout.bytes_per_block, budget_bytes, layout.bytes_per_block], device=model.device)
+    mine = torch.tensor([budget_bytes // bytes_per_block, budget_bytes, bytes_per_block], device=model.device)
     num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), groups.world, dim=0).tolist())
     if num_blocks < 1:
         raise NoRoomForKv(budget_bytes=least_bytes, bytes_per_block=block_bytes)
     limit = min(model.config.max_context_tokens, runner_config.max_context_tokens or model.config.max_context_tokens)
     num_blocks = min(num_blocks, engine_config.max_running * -(-limit // layout.block_tokens))  # all at their longest
-    log.info(
-        "%d KV blocks of %d tokens: %.2f GiB on this rank", num_blocks, layout.block_tokens, num_blocks * layout.bytes_per_block / 2**30
-    )
+    log.info("%d KV blocks of %d tokens: %.2f GiB on this rank", num_blocks, layout.block_tokens, num_blocks * bytes_per_block / 2**30)
     return Capacity(
         num_blocks=num_blocks,
         block_tokens=layout.block_tokens,
@@ -82,13 +85,21 @@ def _cpu_budget(fraction: float | None) -> int:
     return int(available * fraction) if fraction else min(int(available * CPU_FRACTION), CPU_MOST_BYTES)
 
 
-def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineConfig, fraction: float, groups: ParallelGroups) -> int:
+def _cuda_budget(
+    model: Qwen2,
+    sampler: Sampler | None,
+    engine_config: EngineConfig,
+    fraction: float,
+    groups: ParallelGroups,
+    draft_model: Qwen2 | None,
+) -> int:
     """Bytes of the device that neither weights nor others hold nor the heaviest step needs."""
     layout, device = model.kv_layout, model.device
     num_blocks = -(-engine_config.max_step_tokens // layout.block_tokens)
     cache = KvCache(layout, num_blocks, device)
     capacity = Capacity(num_blocks=num_blocks, block_tokens=layout.block_tokens, max_context_tokens=engine_config.max_step_tokens)
-    runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank)
+    drafter = open_drafter(draft_model, sampler, num_blocks)
+    runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank, drafter=drafter)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step = full_step(
@@ -102,7 +113,7 @@ def _cuda_budget(model: Qwen2, sampler: Sampler | None, engine_config: EngineCon
         run_and_forget(runner, step)
     torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
-    del runner, cache
+    del runner, cache, drafter
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return int(total * fraction) - (total - free) - step_bytes

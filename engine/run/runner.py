@@ -15,6 +15,7 @@ from engine.places import mark
 from engine.plan import Pooled, Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
+from engine.run.drafter import Drafter
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
@@ -39,6 +40,7 @@ class _Given:
     sampled: list[Sampled] = field(default_factory=list)
     scored: tuple[Scored, ...] = ()
     pooled: tuple[Pooled, ...] = ()
+    guessing_s: float = 0.0
 
 
 class Runner:
@@ -55,13 +57,16 @@ class Runner:
         device: torch.device,
         shard: int = 0,
         guides: Guides | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        """``sampler`` is None on all ranks but those that answer, and so may ``guides`` be (without, grammars are refused)."""
+        """``sampler`` is None on all ranks but those that answer, and so may ``guides`` be (without, grammars are refused) and ``drafter``
+        (without, nothing is guessed here)."""
         self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device
         self.rebalancer = ExpertRebalancer(model)
         self._sampler = sampler
         self._guides = guides or Guides(None, vocab_size=sampler.vocab_size if sampler else 0)
+        self._drafter = drafter
         self._pools = Pools(model)
         self._scorer = Scorer(model, sampler.vocab_size if sampler else None)
         self._tables = BlockTables()
@@ -89,7 +94,7 @@ class Runner:
         if not self.is_sampling:
             return None
         tokens, rest = packed(plan.decodes, given.sampled)
-        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, given.scored, given.pooled)
+        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
@@ -130,7 +135,10 @@ class Runner:
             logits_RV = torch.full_like(logits_RV, torch.nan)
         self._mark(11, built.sampling_works)
         sampled = self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {})
-        return _Given(sampled, scored, self._pools.take(hidden_TD, built))
+        pooled, guessing_s = self._pools.take(hidden_TD, built), 0.0
+        if self._drafter is not None:
+            sampled, guessing_s = self._drafter.follow(works, sampled, self._tables, self._states)
+        return _Given(sampled, scored, pooled, guessing_s)
 
     def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work], allowed: dict[int, Allowed]) -> list[Sampled]:
         """Sequences whose grammar has no say yet get no token in this step."""

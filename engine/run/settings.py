@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.config import EngineConfig
+
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 BackendName = Literal["auto", "reference", "cpu", "native", "cuda"]
 QuantizeName = Literal["int8", "int4", "fp8"]
@@ -42,6 +44,10 @@ class RunnerConfig:
     redundant_experts: int = 0
     """Routed experts of each layer that every ep position holds beyond its even share, so that the busiest ones are held several times.
     Costs their memory: 64 experts over 16 positions are 4 each; with 1 redundant, 5."""
+    draft_model: str | None = None
+    """With `engine.speculate: draft` the model that guesses: a folder that is there on every host, a repository, or a URL, as
+    `model.source` takes them. Small, and of the same vocabulary, as Qwen2-0.5B is for Qwen2-7B and Qwen2-72B. The rank of each shard
+    that samples holds it whole, rounded as `quantize` says, with KV of its own in the memory for KV."""
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
     grammar_cache_bytes: int = 64 * 1024 * 1024
@@ -62,3 +68,17 @@ class RunnerConfig:
             raise ValueError(f"collective_timeout_s must be positive, got {self.collective_timeout_s}")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
             raise ValueError(f"kv_memory_fraction must be above 0 and at most 1, got {self.kv_memory_fraction}")
+
+
+def draft_model_of(engine_config: EngineConfig, runner_config: RunnerConfig) -> str | None:
+    """The model that guesses; None: none does.
+
+    Raises:
+        ValueError: only one of the two settings speaks of one.
+    """
+    wants, source = engine_config.speculate == "draft", runner_config.draft_model
+    if wants and source is None:
+        raise ValueError("engine.speculate is draft and there is no runner.draft_model; name a small model of the same vocabulary")
+    if source is not None and not wants:
+        raise ValueError(f"runner.draft_model is {source} and engine.speculate is {engine_config.speculate}; set that to draft")
+    return source

@@ -11,12 +11,14 @@ from urllib.parse import urlsplit
 import torch
 
 from engine.config import EngineConfig
+from engine.run.draft_fit import check_draft_model
+from engine.run.drafter import open_drafter
 from engine.run.grammar.start import open_guides
 from engine.run.host import multiplies_bfloat16, usable_cores
 from engine.run.memory import measure_capacity
 from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
-from engine.run.settings import RunnerConfig
+from engine.run.settings import RunnerConfig, draft_model_of
 from engine.run.warm_up import warm_up
 from engine.weights_read import WeightsRead
 from model.checkpoint import Checkpoint
@@ -77,6 +79,7 @@ def start_rank(
         LayoutMisfit: the model cannot be laid out on this topology.
         NoRoomForKv: no KV block fits beside the weights.
         InvalidLogits: the model computes no numbers.
+        DraftMisfit: the draft model cannot guess for this one.
         ValueError: a setting does not fit this model, device or topology.
     """
     tell = on_progress or (lambda _progress: None)
@@ -89,16 +92,33 @@ def start_rank(
         check_fit(topology, model_config)
         _check_tokens(model_config, runner_config)
         with Checkpoint(checkpoint_folder) as checkpoint:  # before joining: what is damaged is refused without waiting for anyone
+            if (draft_folder := draft_model_of(engine_config, runner_config)) is not None:
+                check_draft_model(checkpoint_folder, draft_folder)
             groups = stack.enter_context(_joined(topology, rank, rendezvous, runner_config, device, tell))
             model = _load(checkpoint, model_config, groups, runner_config, engine_config, device, tell)
         sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
+        draft_model = _load_draft_model(draft_folder, model, runner_config, engine_config, device) if draft_folder and sampler else None
         with _phase("memory", tell):
             capacity = measure_capacity(
-                model, sampler, runner_config=runner_config, engine_config=engine_config, groups=groups, ranks_on_host=on_host
+                model,
+                sampler,
+                runner_config=runner_config,
+                engine_config=engine_config,
+                groups=groups,
+                ranks_on_host=on_host,
+                draft_model=draft_model,
             )
             cache = KvCache(model.kv_layout, capacity.num_blocks, device)
-        guides = open_guides(small_files(checkpoint_folder), sampler.vocab_size, runner_config) if sampler else None
-        runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank, guides=guides)
+        runner = Runner(
+            model=model,
+            cache=cache,
+            capacity=capacity,
+            sampler=sampler,
+            device=device,
+            shard=groups.dp.rank,
+            guides=open_guides(small_files(checkpoint_folder), sampler.vocab_size, runner_config) if sampler else None,
+            drafter=open_drafter(draft_model, sampler, capacity.num_blocks),
+        )
         with _phase("warm_up", tell):
             warm_up(runner)
             runner.rebalancer.forget()
@@ -195,6 +215,26 @@ def _load(
     read = WeightsRead(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
     tell(StartProgress("weights", told, told, read))
     return model
+
+
+def _load_draft_model(folder: str, model: Qwen2, config: RunnerConfig, engine_config: EngineConfig, device: torch.device) -> Qwen2:
+    """Whole, on this rank alone."""
+    with Checkpoint(folder) as checkpoint:
+        formats = formats_of(checkpoint, config, model.dtype, device)
+        draft_model, report = load_model(
+            checkpoint,
+            ModelConfig.from_checkpoint(small_files(folder)),
+            single_rank_groups(),
+            device=device,
+            dtype=model.dtype,
+            block_tokens=engine_config.block_tokens,
+            backend=config.attention_backend,
+            format=formats.matrices,
+            table_format=formats.table,
+            kv_dtype=None if config.kv_dtype == "auto" else FP8,
+        )
+    log.info("the draft model of %d layers was read in %.1f s", draft_model.config.num_layers, report.seconds)
+    return draft_model
 
 
 def _check_tokens(model_config: ModelConfig, config: RunnerConfig) -> None:

@@ -1,6 +1,7 @@
 """The models that settings name, looked over as far as that takes seconds: whoever errs shall not wait for Ray to hear of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def found_here(config: "ServeConfig") -> "list[Model]":
     """On this machine, fetched if need be. Leaves the program where one cannot be served."""
+    from serve.config import ModelSettings
     from serve.model_source import FoundModel, ModelSourceError, find_model
 
     def find(one: "ServeConfig") -> FoundModel:
@@ -26,26 +28,62 @@ def found_here(config: "ServeConfig") -> "list[Model]":
             _check(found.place, one)
             return found
 
+    def with_draft_found(place: Path | str, one: "ServeConfig") -> "ServeConfig":
+        if one.runner.draft_model is None:
+            return one
+        with progress_shown() as report:
+            try:
+                draft = find_model(ModelSettings(source=one.runner.draft_model), report)
+            except ModelSourceError as error:
+                stop(f"runner.draft_model: {error}")
+            _check_draft(place, draft.place)
+            return _with_draft_model(one, draft.place)
+
     each = config.each_model()
     found = [find(one) for one in each]
+    each = tuple(with_draft_found(model.place, one) for model, one in zip(found, each, strict=True))
     return _models([(model.place, model.name) for model in found], each)
 
 
 def meant_on_every_host(config: "ServeConfig") -> "list[Model]":
     """In a form that every host of a cluster understands; a hub's are fetched there, and not here."""
-    from serve.model_source import ModelSourceError, called, is_fetched, place_on_any_host
+    from serve.model_source import ModelSourceError, called, place_on_any_host
 
     each = [_absolute(one) for one in config.each_model()]
     try:
         found = [(place_on_any_host(one.model), called(one.model)) for one in each]
+        drafts = [_draft_on_any_host(one) for one in each]
     except ModelSourceError as error:
         stop(str(error))
     with progress_shown() as report:
-        for (place, _), one in zip(found, each, strict=True):
-            if "://" in str(place) or Path(place).is_dir():  # a folder may be there on the other hosts alone
+        for (place, _), draft, one in zip(found, drafts, each, strict=True):
+            if _is_seen_from_here(place):
                 report("checking the checkpoint", 0.0)
-                _check(place, one) if not is_fetched(place) else None
-    return _models(found, each)
+                _check(place, one)
+                if draft is not None and _is_seen_from_here(draft):
+                    _check_draft(place, draft)
+    return _models(found, [_with_draft_model(one, draft) for draft, one in zip(drafts, each, strict=True)])
+
+
+def _draft_on_any_host(config: "ServeConfig") -> Path | str | None:
+    from serve.config import ModelSettings
+    from serve.model_source import absolute_if_here, place_on_any_host
+
+    source = config.runner.draft_model
+    return None if source is None else place_on_any_host(ModelSettings(source=absolute_if_here(source)))
+
+
+def _is_seen_from_here(place: Path | str) -> bool:
+    """A folder may be there on the other hosts alone, and what is fetched is fetched there."""
+    from serve.model_source import is_fetched
+
+    return not is_fetched(place) and ("://" in str(place) or Path(place).is_dir())
+
+
+def _with_draft_model(config: "ServeConfig", place: Path | str | None) -> "ServeConfig":
+    if place is None:
+        return config
+    return config.model_copy(update={"runner": replace(config.runner, draft_model=str(place))})
 
 
 def _absolute(config: "ServeConfig") -> "ServeConfig":
@@ -62,6 +100,15 @@ def _check(place: Path | str, config: "ServeConfig") -> None:
         check_model(place, config.parallel.topology)
     except UnusableCheckpoint as error:
         stop(str(error))
+
+
+def _check_draft(place: Path | str, draft: Path | str) -> None:
+    from serve.model_check import UnusableCheckpoint, check_draft
+
+    try:
+        check_draft(place, draft)
+    except UnusableCheckpoint as error:
+        stop(f"runner.draft_model: {error}")
 
 
 def _models(found: "Sequence[tuple[Path | str, str]]", each: "Sequence[ServeConfig]") -> "list[Model]":

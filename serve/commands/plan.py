@@ -11,6 +11,7 @@ from serve.commands.settings import WRONG_USAGE, stop
 
 if TYPE_CHECKING:
     from serve.planning.plan import Layout, Plan, Question
+    from serve.planning.shape import ModelShape
 
 DEFAULT_CONTEXT = 32 * 1024
 NUMBER = re.compile(r"(\d+)([km]?)", re.IGNORECASE)
@@ -35,6 +36,9 @@ def plan(
     redundant_experts: Annotated[
         int, typer.Option("--redundant-experts", min=0, help="Of each layer that every ep position holds beyond its share.")
     ] = 0,
+    draft_model: Annotated[
+        str | None, typer.Option("--draft-model", help="Small model that guesses (speculative decoding): a size or a folder, as the model.")
+    ] = None,
     network: Annotated[float, typer.Option("--network-gbit", min=0.1, help="Between hosts, for each GPU, in Gbit/s.")] = 100.0,
     emit: Annotated[
         Literal["config", "helm"] | None, typer.Option("--emit", help="Print settings for `manta serve -c`, or values for the chart.")
@@ -57,6 +61,7 @@ def plan(
       manta plan Qwen2-72B-Instruct --gpus 4xA100-80G --dtype int4 --kv-dtype fp8
       manta plan ./checkpoint --gpus 8x24G --hosts 2 --json
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --hosts 2 --redundant-experts 1
+      manta plan Qwen2-72B-Instruct --gpus 4xH100-80G --draft-model Qwen2-0.5B-Instruct
       manta plan Qwen2-7B --gpus 2xL4 --emit config > manta.yaml      then: manta serve -c manta.yaml
     """
     from serve.planning.errors import PlanError
@@ -69,7 +74,7 @@ def plan(
         stop("say which model and which GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
     try:
         question = _question(model, gpus, hosts, context, concurrency, dtype, kv_dtype, max_step_tokens, network)
-        made = _plan(replace(question, redundant_experts=redundant_experts))
+        made = _plan(replace(question, redundant_experts=redundant_experts, draft=_shape(draft_model)))
     except PlanError as error:
         stop(str(error), code=WRONG_USAGE)
     if emit is not None:
@@ -108,6 +113,12 @@ def _question(
     )
     fleet = Fleet(gpu=gpu, gpus_per_host=count, hosts=hosts, network=network(network_gbit))
     return Question(shape=shape, fleet=fleet, format=FORMATS[dtype] if dtype else shape.format, workload=workload)
+
+
+def _shape(draft_model: str | None) -> "ModelShape | None":
+    from serve.planning.released import find_shape
+
+    return None if draft_model is None else find_shape(draft_model)
 
 
 def _plan(question: "Question") -> "Plan":

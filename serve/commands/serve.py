@@ -47,7 +47,11 @@ def serve(
     kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="auto, or on GPUs fp8: twice as many tokens fit.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option("--max-context-tokens", help="Prompt and answer together.")] = None,
     speculate: Annotated[
-        str | None, typer.Option("--speculate", help="lookup: guess tokens from what was said before; no answer changes.")
+        str | None,
+        typer.Option("--speculate", help="Speculative decoding, no answer changes: lookup (n-gram), or draft (--draft-model)."),
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option("--draft-model", help="Small model of the same vocabulary that guesses, named as MODEL is.")
     ] = None,
     http_host: Annotated[str | None, typer.Option("--http-host", help="Address of the HTTP front (127.0.0.1).")] = None,
     http_port: Annotated[int | None, typer.Option("--http-port", help="Port of the HTTP front (8000).")] = None,
@@ -67,6 +71,7 @@ def serve(
       manta serve Qwen/Qwen2-0.5B-Instruct                   from the Hugging Face hub
       manta serve modelscope://Qwen/Qwen2-0.5B-Instruct      from ModelScope
       manta serve s3://bucket/Qwen2-7B-Instruct -t 4         each rank reads its own share, nothing is copied here
+      manta serve Qwen/Qwen2-7B-Instruct --speculate draft --draft-model Qwen/Qwen2-0.5B-Instruct
       manta serve ./checkpoint --http-port 8080 --dtype float32
       ray job submit --working-dir . -- python -m serve serve Qwen/Qwen2-7B-Instruct
       manta serve -c manta.yaml --set engine.max_step_tokens=512
@@ -85,6 +90,7 @@ def serve(
         "runner.kv_dtype": ("--kv-dtype", kv_dtype),
         "runner.max_context_tokens": ("--max-context-tokens", max_context_tokens),
         "engine.speculate": ("--speculate", speculate),
+        "runner.draft_model": ("--draft-model", draft_model),
         "http.host": ("--http-host", http_host),
         "http.port": ("--http-port", http_port),
         "grpc.host": ("--grpc-host", grpc_host),

@@ -19,6 +19,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "concurrency": work.concurrency,
         "max_step_tokens": work.step_tokens,
         "redundant_experts": question.redundant_experts,
+        "draft_model": question.draft.name if question.draft else None,
         "layouts": [_layout(layout, plan.has_floors) for layout in plan.layouts],
         "invalid": [{**one.sizes, "reason": one.refusal.reason, "sentence": one.refusal.sentence} for one in plan.refused],
     }
@@ -45,6 +46,8 @@ def _layout(layout: Layout, with_floors: bool) -> dict[str, Any]:
                 "reserve_bytes": rank.reserve_bytes,
                 "kv_bytes": rank.kv_budget_bytes,
                 "kv_bytes_per_token": rank.kv_bytes_per_token,
+                "draft_bytes": rank.draft_bytes,
+                "draft_kv_bytes_per_token": rank.draft_kv_bytes_per_token,
             }
             for rank in layout.ranks
         ],

@@ -58,13 +58,18 @@ def _settings(layout: Layout, question: Question) -> dict[str, Any]:
     """What the memory was planned with. A quantised checkpoint says itself what it is stored in."""
     quantize = question.format.quantize
     return {
-        "engine": {"max_step_tokens": question.workload.step_tokens, "max_running": layout.running},
+        "engine": {
+            "max_step_tokens": question.workload.step_tokens,
+            "max_running": layout.running,
+            **({"speculate": "draft"} if question.draft else {}),
+        },
         "runner": {
             "dtype": "bfloat16" if question.format is BF16 or quantize else "auto",
             **({"quantize": quantize} if quantize else {}),
             **({"kv_dtype": "fp8"} if question.workload.kv_element_bytes == 1 else {}),
             "max_context_tokens": question.workload.context_tokens,
             **({"redundant_experts": question.redundant_experts} if question.redundant_experts else {}),
+            **({"draft_model": question.draft.name} if question.draft else {}),
         },
         "resources": {"gpus": 1.0, **_hosts(layout)},
     }

@@ -44,15 +44,28 @@ class RankMemory:
     kv_bytes_per_token: int
     reserve_bytes: int
     gpu_bytes: int
+    draft_bytes: int = 0
+    """Weights of the draft model, on a rank that samples."""
+    draft_kv_bytes_per_token: int = 0
+
+    @property
+    def held_weights_bytes(self) -> int:
+        """All weights on this rank."""
+        return self.weights.num_bytes + self.draft_bytes
+
+    @property
+    def held_kv_bytes_per_token(self) -> int:
+        """Of the model and of the draft model."""
+        return self.kv_bytes_per_token + self.draft_kv_bytes_per_token
 
     @property
     def kv_budget_bytes(self) -> int:
         """Below zero: so much is missing."""
-        return self.gpu_bytes - self.reserve_bytes - self.activation_bytes - self.weights.num_bytes
+        return self.gpu_bytes - self.reserve_bytes - self.activation_bytes - self.held_weights_bytes
 
     def kv_tokens(self, block_tokens: int) -> int:
         """Tokens in whole blocks that fit."""
-        return max(0, self.kv_budget_bytes) // (self.kv_bytes_per_token * block_tokens) * block_tokens
+        return max(0, self.kv_budget_bytes) // (self.held_kv_bytes_per_token * block_tokens) * block_tokens
 
 
 def memory_of_rank(
@@ -65,17 +78,24 @@ def memory_of_rank(
     workload: Workload,
     running: int,
     redundant_experts: int = 0,
+    draft: ModelShape | None = None,
 ) -> RankMemory:
     """``running``: sequences that this rank's replica runs at the same time. All of them count on each dp position, as
-    in the step by which the engine measures at its start (`engine.run.warm_up.full_step`)."""
+    in the step by which the engine measures at its start (`engine.run.warm_up.full_step`).
+
+    The ``draft`` model lies whole on the ranks that sample (`engine.run.runner.sampling_ranks`)."""
     rows = min(running, workload.step_tokens)
     at = topology.coordinates(rank)
+    here = draft if at.tp == 0 and at.pp == topology.pp - 1 else None
+    whole = Topology()
     return RankMemory(
         weights=weights_of_rank(shape, topology, at, format, redundant_experts=redundant_experts),
         activation_bytes=activation_bytes(shape, topology, at, tokens=workload.step_tokens, rows=rows),
         kv_bytes_per_token=kv_bytes_per_token(shape, topology, at, workload.kv_element_bytes),
         reserve_bytes=gpu_bytes - int(gpu_bytes * USABLE_FRACTION) + RUNTIME_BYTES + (COMMUNICATOR_BYTES if topology.size > 1 else 0),
         gpu_bytes=gpu_bytes,
+        draft_bytes=weights_of_rank(here, whole, whole.coordinates(0), format if format.quantize else here.format).num_bytes if here else 0,
+        draft_kv_bytes_per_token=kv_bytes_per_token(here, whole, whole.coordinates(0), workload.kv_element_bytes) if here else 0,
     )
 
 

@@ -31,6 +31,8 @@ class Question:
     workload: Workload
     redundant_experts: int = 0
     """Of each layer on each ep position (`runner.redundant_experts`)."""
+    draft: ModelShape | None = None
+    """Of a draft model (`runner.draft_model`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Layout:
     @property
     def fullest(self) -> RankMemory:
         """The rank that has room for the fewest tokens."""
-        return min(self.ranks, key=lambda rank: rank.kv_budget_bytes / rank.kv_bytes_per_token)
+        return min(self.ranks, key=lambda rank: rank.kv_budget_bytes / rank.held_kv_bytes_per_token)
 
     @property
     def total_kv_tokens(self) -> int:
@@ -158,6 +160,7 @@ def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
             workload=workload,
             running=running,
             redundant_experts=question.redundant_experts,
+            draft=question.draft,
         )
         for rank in range(topology.size)
     ]

@@ -60,7 +60,7 @@ def refuse_memory(ranks: list[RankMemory], fleet: Fleet, workload: Workload) -> 
     if fullest.kv_budget_bytes <= 0:
         return Refusal(
             "weights",
-            f"a rank needs {_gib(fullest.weights.num_bytes)} for weights and {_gib(fullest.activation_bytes + fullest.reserve_bytes)} for "
+            f"a rank needs {_gib(fullest.held_weights_bytes)} for weights and {_gib(fullest.activation_bytes + fullest.reserve_bytes)} for "
             f"activations and reserve, more than the {_gib(fullest.gpu_bytes)} of a GPU ({fleet.gpu.name}); use more ranks (tp, pp or ep), "
             "a smaller --dtype or fewer --max-step-tokens",
         )

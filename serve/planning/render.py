@@ -60,6 +60,7 @@ def _asked(plan: Plan) -> str:
         f"{work.concurrency} sequences of {work.context_tokens:,} tokens, steps of {work.step_tokens:,} tokens"
         f"{', KV in fp8' if work.kv_element_bytes == 1 else ''}"
         f"{f', {question.redundant_experts} experts more on each ep position' if question.redundant_experts else ''}"
+        f"{f', {question.draft.name} as its draft model' if question.draft else ''}"
     )
 
 
@@ -82,7 +83,7 @@ def _table(plan: Plan, layouts: Iterable[Layout]) -> Table:
 
 def _cells(layout: Layout, with_floors: bool) -> list[str]:
     fullest = layout.fullest
-    parts = (fullest.weights.num_bytes, fullest.activation_bytes, fullest.reserve_bytes, fullest.kv_budget_bytes)
+    parts = (fullest.held_weights_bytes, fullest.activation_bytes, fullest.reserve_bytes, fullest.kv_budget_bytes)
     replicas = layout.hosting.replicas
     cells = [str(replicas), str(layout.topology), *(f"{part / GIB:.1f}" for part in parts), shortened(layout.total_kv_tokens)]
     cells.append(f"{layout.at_full_context * replicas} of {layout.running * replicas}")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.draft.speculator import Speculator
+from engine.draft.told_by_ranks import ToldByRanks
 from engine.engine import Engine
 from engine.fair_share import FairShare
 from engine.request import Request, SamplingParams
@@ -36,6 +37,8 @@ class Happened:
     """Guessed tokens that were right."""
     refuted: int = 0
     """And that were not."""
+    guessed: int = 0
+    """Tokens that the ranks' draft model guessed."""
     scored: int = 0
     """Prompts whose log-probabilities were told."""
 
@@ -57,19 +60,23 @@ class Guesser:
 def random_speculator(draw: random.Random) -> Speculator | None:
     if draw.random() < 0.4:
         return None
-    return Speculator(Guesser(draw), max_tokens=draw.randint(1, 6), step_line=lambda: (draw.random(), draw.random()))
+    proposer = Guesser(draw) if draw.random() < 0.5 else ToldByRanks()
+    return Speculator(proposer, max_tokens=draw.randint(1, 6), step_line=lambda: (draw.random(), draw.random()))
 
 
 def disturbed(seed: int, happened: Happened) -> None:
     """One random life of an engine, held against the undisturbed answers."""
     draw, reluctance = random.Random(seed), random.Random(~seed)
     executors: list[FakeExecutor] = []
+    speculator = random_speculator(random.Random(f"guesses {seed}"))
     num_shards, num_stages = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3])
 
     def new_executor(loss: object = None) -> FakeExecutor:
         executor = FakeExecutor(draw.randint(12, 24), BLOCK_TOKENS, num_shards=num_shards, num_stages=num_stages)
         if draw.random() < 0.5:
             executor.lose_at_step = {draw.randint(0, 40)}
+        if speculator is not None and speculator.asks_ranks:
+            executor.draft_model = random.Random(f"draft model {seed} {len(executors)}")
         if reluctance.random() < 0.2:
             executor.reluctant = {step for step in range(60) if reluctance.random() < 0.3}
         executors.append(executor)
@@ -85,7 +92,6 @@ def disturbed(seed: int, happened: Happened) -> None:
     )
     tenants = random.Random(seed + 1)
     policy = FairShare() if tenants.random() < 0.5 else None
-    speculator = random_speculator(random.Random(f"guesses {seed}"))
     engine = Engine(new_executor(), config, recover=new_executor, policy=policy, speculator=speculator)
     recorder, requests = Recorder(), [of_some_tenant(tenants, random_request(draw, index)) for index in range(draw.randint(1, 10))]
     arriving, cancelled = list(requests), set()
@@ -115,6 +121,7 @@ def disturbed(seed: int, happened: Happened) -> None:
     happened.found += engine.stats.prefix_found_tokens
     happened.held += engine.stats.held_tokens
     happened.refuted += engine.stats.drafted_tokens - engine.stats.held_tokens
+    happened.guessed += sum(executor.num_guessed for executor in executors)
     happened.moved += sum(num_moved(executor) for executor in executors)
     happened.overlapped += sum(executor.num_overlapping for executor in executors)
     happened.reluctant += sum(len(executor.reluctant & set(range(len(executor.plans)))) for executor in executors)

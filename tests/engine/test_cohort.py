@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from engine.books import Books
 from engine.cohort import Cohort
 from engine.config import EngineConfig
+from engine.draft.lookup import PromptLookup
+from engine.draft.speculator import Speculator
+from engine.draft.told_by_ranks import ToldByRanks
 from engine.engine import Engine
 from engine.fair_share import FairShare
 from engine.request import Request, SamplingParams
@@ -90,6 +93,27 @@ def test_who_asks_for_more_than_tokens_is_not_in_a_cohort() -> None:
         engine.submit(Request(id=str(number), prompt=(1, 2), sampling=sampling))
     run_to_end(engine, recorder)
     assert all(len(plan.decodes) == 0 for plan in executor.plans)
+
+
+@pytest.mark.parametrize("by_ranks", [False, True])
+def test_where_guessing_does_not_pay_for_anybody_sequences_are_in_the_cohort_until_it_does(by_ranks: bool) -> None:
+    line = [(0.0, 0.01)]
+    executor = FakeExecutor(num_blocks=256)
+    executor.draft_model = random.Random(1) if by_ranks else None
+    speculator = Speculator(ToldByRanks() if by_ranks else PromptLookup(), max_tokens=4, step_line=lambda: line[0])
+    engine, recorder = Engine(executor, EngineConfig(block_tokens=4), speculator=speculator), Recorder()
+    requests = [Request(id=str(n), prompt=(n, 2, 3, 2, 3), sampling=SamplingParams(max_tokens=40)) for n in range(3)]
+    for request in requests:
+        recorder.begin(request.key)
+        engine.submit(request)
+    for _ in range(10):
+        recorder.take(engine.turn())
+    assert [len(plan.decodes) for plan in executor.plans[1:]] == [3] * 9
+    line[0] = (1.0, 0.0)
+    run_to_end(engine, recorder)
+    assert all(len(plan.decodes) == 0 for plan in executor.plans[10:])
+    assert any(work.num_draft for plan in executor.plans[10:] for work in plan.singly) or not by_ranks
+    assert all(recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, 40)) for request in requests)
 
 
 def test_a_place_that_was_left_is_taken_again_and_payers_without_members_are_forgotten() -> None:

@@ -1,9 +1,11 @@
 """An executor whose KV is simulated for real: every slot remembers what was written to it, and every read is checked."""
 
 import hashlib
+import random
 from collections.abc import Iterable
 
 from engine.answers import packed
+from engine.draft.following import unread
 from engine.errors import WorkersLost
 from engine.executor import Capacity
 from engine.plan import Opening, Pooled, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
@@ -53,6 +55,11 @@ class FakeExecutor:
         )
         self._slots: dict[tuple[int, int], tuple[int, ...]] = {}
         """For each (shard, slot) all tokens of the sequence up to and with the one whose KV it holds: what real KV depends upon."""
+        self._draft_slots: dict[tuple[int, int], tuple[int, ...]] = {}
+        """The same of the draft model's KV."""
+        self.draft_model: random.Random | None = None
+        """Whether there is one; right three times of four."""
+        self.num_guessed = 0
         self._opened: dict[int, Opening] = {}
         self._tables: dict[int, list[int]] = {}
         self.plans: list[StepPlan] = []
@@ -116,6 +123,8 @@ class FakeExecutor:
         for position in range(len(before)):
             assert self._read(work.shard, table, position) == before[: position + 1], f"position {position} holds another content"
         if not work.samples:
+            if self.draft_model:
+                self._follow(work, before, ())
             return None
         if opening.sampling.needs_history:
             assert opening.history == before[: len(opening.history)]
@@ -127,7 +136,30 @@ class FakeExecutor:
             said = (*said, next_token((*known, *said), opening.sampling.seed, opening.choice))
             if said[-1] != guess:
                 break
-        return Sampled(work.sequence, said)
+        return Sampled(work.sequence, said, guesses=self._follow(work, (*known, *said), said) if self.draft_model else ())
+
+    def _follow(self, work: Work, known: tuple[int, ...], said: tuple[int, ...]) -> tuple[int, ...]:
+        """What the draft model guesses behind all known tokens, when it has seen all that it has not. Nothing it reads may be amiss."""
+        assert self.draft_model is not None
+        opening, table = self._opened[work.sequence], self._tables[work.sequence]
+        start, tokens = unread(work, said)
+        guesses: tuple[int, ...] = ()
+        while True:
+            stop = start + len(tokens)
+            assert (*known, *guesses)[start:stop] == tokens
+            for position in range(start):
+                found = self._draft_slots[work.shard, self._slot(table, position)]
+                assert found == (*known, *guesses)[: position + 1], f"the draft model has something else at position {position}"
+            for position in range(start, stop):
+                self._draft_slots[work.shard, self._slot(table, position)] = (*known, *guesses)[: position + 1]
+            if len(guesses) == work.num_guesses or self.draft_model.random() < 0.1:
+                return guesses
+            right = next_token((*known, *guesses), opening.sampling.seed, opening.choice)
+            guesses += (right if self.draft_model.random() < 0.75 else right + 1,)
+            self.num_guessed += 1
+            start, tokens = stop, guesses[-1:]
+            if len(guesses) == work.num_guesses:
+                return guesses
 
     def _pool(self, work: Work) -> Pooled:
         """The text of all tokens. Where all see all, they must have come in this one work."""

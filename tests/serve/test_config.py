@@ -49,6 +49,17 @@ def test_the_packages_own_dataclasses_come_out() -> None:
     assert config.parallel.topology == Topology(tp=2)
 
 
+def test_a_draft_model_and_speculation_by_one_need_each_other(settings_file: Path) -> None:
+    (alone,) = problems(flags=[from_assignment("engine.speculate=draft")])
+    assert "there is no runner.draft_model" in alone
+    (unused,) = problems(flags=[from_assignment("runner.draft_model=Qwen/Qwen2-0.5B"), from_assignment("engine.speculate=lookup")])
+    assert "engine.speculate is lookup; set that to draft" in unused
+    first, second = "{model: {name: a}, runner: {draft_model: small}}", "{model: {name: b}, engine: {speculate: lookup}}"
+    settings_file.write_text(f"engine: {{speculate: draft}}\nmodels: [{first}, {second}]\n")
+    each = load(file=settings_file).config.each_model()
+    assert [(one.engine.speculate, one.runner.draft_model) for one in each] == [("draft", "small"), ("lookup", None)]
+
+
 def test_without_any_source_everything_is_at_its_default() -> None:
     assert load().config == ServeConfig()
     assert load().origins == {}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from parallel.topology import Topology
@@ -60,6 +61,17 @@ def test_json_has_every_rank_and_every_reason() -> None:
     assert {"tp", "pp", "dp", "ep", "reason", "sentence"} == set(made["invalid"][0])
 
 
+def test_a_draft_model_takes_its_weights_and_keys_and_values_on_the_ranks_that_sample() -> None:
+    question = ("Qwen2-72B", "--gpus", "4xH100-80G", "--json")
+    plain, drafting = (json.loads(manta(*question, *more)[1]) for more in ((), ("--draft-model", "Qwen2-0.5B")))
+    assert drafting["draft_model"] == "Qwen/Qwen2-0.5B"
+    before, after = ({(one["tp"], one["pp"]): one for one in made["layouts"]} for made in (plain, drafting))
+    ranks = after[2, 2]["ranks"]
+    assert [rank["draft_bytes"] > 0.9e9 for rank in ranks] == [False, False, True, False]
+    assert [rank["draft_kv_bytes_per_token"] for rank in ranks] == [0, 0, 2 * 24 * 2 * 64 * 2, 0]
+    assert 0.7 * before[2, 2]["kv_tokens"] < after[2, 2]["kv_tokens"] < before[2, 2]["kv_tokens"]
+
+
 def test_where_nothing_fits_the_reasons_are_told_and_the_code_is_1() -> None:
     code, output = manta("Qwen2-72B", "--gpus", "2x24G")
     assert code == 1
@@ -77,6 +89,11 @@ def test_emitted_settings_are_the_best_that_is_served_and_load(tmp_path: Path) -
     written = load(file=tmp_path / "manta.yaml").config
     assert written.parallel.topology == Topology(**{axis: best[axis] for axis in ("tp", "pp", "dp", "ep")})
     assert written.replicas.count == best["replicas"]
+
+
+def test_emitted_settings_name_the_draft_model() -> None:
+    tree = yaml.safe_load(manta("Qwen2-7B", "--gpus", "2x48G", "--draft-model", "Qwen2-0.5B", "--emit", "config")[1])
+    assert (tree["engine"]["speculate"], tree["runner"]["draft_model"]) == ("draft", "Qwen/Qwen2-0.5B")
 
 
 def test_a_layout_can_be_chosen_by_its_number() -> None:

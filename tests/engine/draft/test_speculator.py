@@ -53,3 +53,30 @@ def test_what_always_holds_is_guessed_at_full_length() -> None:
 def test_there_is_never_more_guessed_than_there_is_room_for() -> None:
     speculator = Speculator(Parrot(), max_tokens=8, step_line=lambda: (0.0, 0.0))
     assert speculator.draft(sequence(), room=3, num_sequences=1) == (1, 1, 1)
+
+
+def test_where_not_even_sure_guesses_would_pay_nobody_is_asked_for_any() -> None:
+    line = [(0.01, 0.001)]
+    speculator, one = Speculator(Parrot(), max_tokens=8, step_line=lambda: line[0]), sequence()
+    for _ in range(30):
+        speculator.judge(one, 8, 8)
+    speculator.rest_or_wake(1)
+    assert not speculator.is_resting
+    speculator.rest_or_wake(1000)
+    assert speculator.is_resting
+    assert speculator.draft(one, room=8, num_sequences=1) == ()
+    speculator.rest_or_wake(1)
+    assert len(speculator.draft(one, room=8, num_sequences=1)) == 8
+
+
+def test_it_wakes_later_than_it_went_to_rest() -> None:
+    speculator = Speculator(Parrot(), max_tokens=8, step_line=lambda: (0.0105, 0.01))
+    awake_at, resting_at = [], []
+    for count in range(1, 60):
+        for resting, kept in ((False, awake_at), (True, resting_at)):
+            speculator.is_resting = resting
+            speculator.rest_or_wake(count)
+            if not speculator.is_resting:
+                kept.append(count)
+    assert resting_at == awake_at[: len(resting_at)]
+    assert len(resting_at) < len(awake_at)

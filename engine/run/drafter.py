@@ -1,0 +1,102 @@
+"""Step 11 of a request, where a draft model guesses: it reads what the step computed, and says what it thinks comes next.
+
+It lies whole on the rank that samples, under the same block numbers as the model's own KV: what is shared, cut, preempted or found in the
+prefix cache there is so here. What it says is only a guess (`engine.run.verification`), so nothing about it can make an answer wrong.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from engine.draft.following import unread
+from engine.plan import Sampled, Work
+from engine.run.batch_builder import build_batch
+from engine.run.block_tables import BlockTables
+from engine.run.sampling.sampler import Sampler
+from engine.run.sampling.state import Row, SamplingState
+from model.kv_cache import KvCache
+from model.qwen2 import Qwen2
+
+
+class Drafter:
+    """A draft model with its KV."""
+
+    def __init__(self, *, model: Qwen2, cache: KvCache, sampler: Sampler) -> None:
+        """``sampler`` is the model's own: a guess is drawn with the noise of its place, so that it is what the model would say if both
+        thought the same."""
+        self.model, self.cache, self._sampler = model, cache, sampler
+
+    def __repr__(self) -> str:
+        return f"<Drafter [{self.model.config.num_layers} layers | {self.cache}]>"
+
+    def follow(
+        self, works: Sequence[Work], sampled: Sequence[Sampled], tables: BlockTables, states: Mapping[int, SamplingState]
+    ) -> tuple[list[Sampled], float]:
+        """The answers with guesses where they were asked for, and the seconds that all but the first of each sequence took."""
+        said = {answer.sequence: answer.tokens for answer in sampled}
+        asking = {work.sequence: work for work in works if work.num_guesses and said.get(work.sequence)}
+        reading = [self._reading(work, said.get(work.sequence, ()), work.sequence in asking) for work in works]
+        guesses: dict[int, tuple[int, ...]] = dict.fromkeys(asking, ())
+        going = self._step([work for work in reading if work.tokens], asking, said, guesses, tables, states)
+        began = time.perf_counter()
+        while going:
+            going = self._step(going, asking, said, guesses, tables, states)
+        return [replace(answer, guesses=guesses.get(answer.sequence, ())) for answer in sampled], time.perf_counter() - began
+
+    def _reading(self, work: Work, said: tuple[int, ...], asks: bool) -> Work:
+        start, tokens = unread(work, said)
+        return Work(work.sequence, start, self._known(tokens), (), samples=asks, shard=work.shard)
+
+    def _step(
+        self,
+        works: Sequence[Work],
+        asking: Mapping[int, Work],
+        said: Mapping[int, tuple[int, ...]],
+        guesses: dict[int, tuple[int, ...]],
+        tables: BlockTables,
+        states: Mapping[int, SamplingState],
+    ) -> list[Work]:
+        """Compute the works and note what comes behind each that samples. The next step's works."""
+        if not works:
+            return []
+        built = build_batch(works, tables, self.cache.layout.block_tokens, self.cache.device)
+        hidden_TD = self.model.hidden(built.forward, self.cache)
+        assert hidden_TD is not None  # it has no stages
+        if not built.sampling_works:
+            return []
+        rows = [self._row(asking[work.sequence], said[work.sequence], guesses[work.sequence], states) for work in built.sampling_works]
+        answers = self._sampler.sample(self._joined(self.model.logits(hidden_TD[built.forward.logit_rows_R])), rows)
+        going = []
+        for work, answer in zip(built.sampling_works, answers, strict=True):
+            guesses[work.sequence] += answer.tokens
+            if answer.tokens and len(guesses[work.sequence]) < asking[work.sequence].num_guesses:
+                start = work.start + len(work.tokens)
+                going.append(Work(work.sequence, start, self._known(answer.tokens), (), samples=True, shard=work.shard))
+        return going
+
+    def _row(self, work: Work, said: tuple[int, ...], guesses: tuple[int, ...], states: Mapping[int, SamplingState]) -> Row:
+        """The state has seen all that was said but the last."""
+        state = states[work.sequence]
+        return Row(state, state.next_position(work) + len(said) + len(guesses), None, (said[-1], *guesses))
+
+    def _joined(self, logits_RV: Tensor) -> Tensor:
+        """As wide as the model's vocabulary: ids that the draft model does not know are never guessed."""
+        missing = self._sampler.vocab_size - logits_RV.shape[1]
+        return pad(logits_RV, (0, missing), value=-torch.inf) if missing > 0 else logits_RV
+
+    def _known(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """An id that the draft model does not know is read as its last one."""
+        last = self.model.config.vocab_size - 1
+        return tokens if max(tokens, default=0) <= last else tuple(min(token, last) for token in tokens)
+
+
+def open_drafter(model: Qwen2 | None, sampler: Sampler | None, num_blocks: int) -> Drafter | None:
+    """With KV of as many blocks as the model beside it has; None where there is no draft model."""
+    if model is None:
+        return None
+    assert sampler is not None  # it lies where tokens are sampled
+    return Drafter(model=model, cache=KvCache(model.kv_layout, num_blocks, model.device), sampler=sampler)
