@@ -6,7 +6,6 @@ prefix cache there is so here. What it says is only a guess (`engine.run.verific
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class Drafter:
         began = time.perf_counter()
         while going:
             going = self._step(going, asking, said, guesses, tables, states)
-        return [replace(answer, guesses=guesses.get(answer.sequence, ())) for answer in sampled], time.perf_counter() - began
+        return [answer._replace(guesses=guesses.get(answer.sequence, ())) for answer in sampled], time.perf_counter() - began
 
     def _reading(self, work: Work, said: tuple[int, ...], asks: bool) -> Work:
         start, tokens = unread(work, said)
