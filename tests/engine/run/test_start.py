@@ -63,7 +63,8 @@ def test_a_setting_caps_the_context(dense_folder):
 
 
 def test_no_room_for_one_block_is_an_error_that_says_how_much_is_missing(dense_folder):
-    with pytest.raises(NoRoomForKv, match=f"{4 * FLOAT32_BLOCK_BYTES} bytes"), start(dense_folder, RunnerConfig(kv_cache_bytes=100)):
+    config = RunnerConfig(device="cpu", dtype="float32", kv_cache_bytes=100)
+    with pytest.raises(NoRoomForKv, match=f"{4 * FLOAT32_BLOCK_BYTES} bytes"), start(dense_folder, config):
         pass
 
 
