@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from model.checkpoint_header import CheckpointError
 
 SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Configuration, tokenizer, index. No code."""
+MODULE_FOLDERS = "[1-9]_*"
+"""Subfolders with small files of their own: those of sentence-transformers (`1_Pooling`). Others hold the weights in other formats."""
 MAX_SMALL_BYTES = 64 * 2**20
 """A larger one is none of them: the longest, the tokenizer of Qwen2, has 7 MB."""
 LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -102,7 +105,8 @@ class RemoteFolder:
             entries = patiently(lambda: self._system.ls(path, detail=True))
         except Exception as error:  # each store's library has its own
             raise CheckpointError(f"{self._url} cannot be listed ({_said(error)})", file=self._url) from error
-        self._entries: dict[str, dict[str, Any]] = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+        self._entries = _files(entries)
+        self._module_folders = [entry["name"] for entry in entries if entry["type"] == "directory" and _is_module(entry["name"])]
 
     def file(self, name: str) -> str:
         return f"{self._url}/{name}"
@@ -114,6 +118,9 @@ class RemoteFolder:
         entry = self._entries.get(name)
         if entry is None:
             raise FileNotFoundError(f"{self._url} has no {name}")
+        return self._opened(name, entry)
+
+    def _opened(self, name: str, entry: Mapping[str, Any]) -> ByteSource:
         size = entry["size"]
         if size is None:  # some servers list names only
             size = patiently(lambda: self._system.info(entry["name"])["size"])
@@ -125,8 +132,9 @@ class RemoteFolder:
         Raises:
             CheckpointError: one cannot be fetched, or is too large to be what its name says.
         """
-        wanted = sorted(name for name in self._entries if any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES))
-        state = [self._url, *(str(sorted((key, str(value)) for key, value in self._entries[name].items())) for name in wanted)]
+        entries = self._entries | self._of_modules()
+        wanted = sorted(name for name in entries if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in SMALL_FILES))
+        state = [self._url, *(str(sorted((key, str(value)) for key, value in entries[name].items())) for name in wanted)]
         folder = cache_folder() / "remote" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:24]
         if folder.is_dir():
             return folder
@@ -134,7 +142,8 @@ class RemoteFolder:
         made = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
             for name in wanted:
-                (made / name).write_bytes(self._content(name))
+                (made / name).parent.mkdir(exist_ok=True)
+                (made / name).write_bytes(self._content(name, entries[name]))
             made.chmod(0o755)
             if not folder.is_dir():
                 made.rename(folder)
@@ -149,9 +158,17 @@ class RemoteFolder:
         content: bytes = self._system.cat_file(path, start=start, end=stop)  # by keyword: s3fs has a version before them
         return content
 
-    def _content(self, name: str) -> bytes:
+    def _of_modules(self) -> dict[str, dict[str, Any]]:
+        """The files of sentence-transformers' subfolders, by a name such as ``1_Pooling/config.json``."""
         try:
-            source = self.open(name)
+            each = {folder: patiently(partial(self._system.ls, folder, detail=True)) for folder in self._module_folders}
+        except Exception as error:
+            raise CheckpointError(f"a subfolder of {self._url} cannot be listed ({_said(error)})", file=self._url) from error
+        return {f"{_last(folder)}/{name}": entry for folder, entries in each.items() for name, entry in _files(entries).items()}
+
+    def _content(self, name: str, entry: Mapping[str, Any]) -> bytes:
+        try:
+            source = self._opened(name, entry)
             if source.size > MAX_SMALL_BYTES:
                 raise CheckpointError(f"{self.file(name)} has {source.size} bytes, too many for a file of its kind", file=self.file(name))
             content = bytearray(source.size)
@@ -162,6 +179,19 @@ class RemoteFolder:
         except Exception as error:
             raise CheckpointError(f"{self.file(name)} cannot be fetched ({_said(error)})", file=self.file(name)) from error
         return bytes(content)
+
+
+def _files(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By name within their folder, of what a store lists."""
+    return {_last(entry["name"]): dict(entry) for entry in entries if entry["type"] == "file"}
+
+
+def _is_module(folder: str) -> bool:
+    return fnmatch.fnmatch(_last(folder), MODULE_FOLDERS)
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def cache_folder() -> Path:

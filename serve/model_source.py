@@ -194,10 +194,8 @@ def _from_hub(repository: str, revision: str | None, wanted: Sequence[str] = WAN
         raise ModelSourceError(
             f"the hub has no repository {repository}, or it is private: set HF_TOKEN to a token that may read it"
         ) from error
-    except (errors.LocalEntryNotFoundError, OSError) as error:
-        raise ModelSourceError(_unreachable("the Hugging Face hub", repository)) from error
-    except Exception as error:  # its HTTP library's errors have no base of the hub's
-        raise ModelSourceError(f"{_unreachable('the Hugging Face hub', repository)} ({type(error).__name__})") from error
+    except Exception as error:  # LocalEntryNotFoundError, OSError; its HTTP library's errors have no base of the hub's
+        raise ModelSourceError(_unreachable("the Hugging Face hub", repository, error)) from error
 
 
 def _from_modelscope(repository: str, revision: str | None, wanted: Sequence[str] = WANTED) -> Path:
@@ -208,12 +206,15 @@ def _from_modelscope(repository: str, revision: str | None, wanted: Sequence[str
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
     except Exception as error:  # no base class either
-        raise ModelSourceError(f"{_unreachable('ModelScope', repository)} ({type(error).__name__})") from error
+        raise ModelSourceError(_unreachable("ModelScope", repository, error)) from error
 
 
-def _unreachable(hub: str, repository: str) -> str:
+def _unreachable(hub: str, repository: str, error: Exception) -> str:
+    """With what the library says in the end: there are firewalls that answer in the hub's place."""
+    reason = error.__cause__ or error
+    said = f"{type(reason).__name__}: {str(reason).strip().partition(chr(10))[0][:200]}"
     return (
         f"{repository} is not in this machine's cache, and {hub} could not be reached (HF_ENDPOINT names a mirror of the Hugging Face hub, "
         f"HTTPS_PROXY a proxy). Without a network: download it elsewhere, copy the folder here, and give the folder instead; "
-        f"or serve `{DEMO}`"
+        f"or serve `{DEMO}` ({said})"
     )

@@ -26,8 +26,9 @@ class Store:
         with pytest.MonkeyPatch.context() as patch:
             self.use(patch)
             system = fsspec.filesystem(self.scheme)
-            for file in folder.iterdir():
-                system.put_file(str(file), f"{BUCKET}/{name}/{file.name}")
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    system.put_file(str(file), f"{BUCKET}/{name}/{file.relative_to(folder)}")
         return f"{self.scheme}://{BUCKET}/{name}"
 
     def use(self, patch: pytest.MonkeyPatch) -> None:

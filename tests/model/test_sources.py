@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -119,6 +120,36 @@ def test_only_small_files_are_copied_and_again_when_they_change(folder: Path, ow
     assert again != copied
     assert (again / "config.json").read_text() == (folder / "config.json").read_text()
     assert small_files(folder) == folder
+
+
+def test_the_small_files_of_sentence_transformers_subfolders_come_along(place: Path | str, folder: Path, request: Any) -> None:
+    """Each in its folder, and from no other; a store may list folders that hold nothing but a marker."""
+    wanted = {"1_Pooling/config.json": '{"pooling_mode_lasttoken": true}', "modules.json": "[]"}
+    for name, text in {
+        **wanted,
+        "2_Dense/model.safetensors": "weights",
+        "onnx/config.json": "{}",
+        "openvino/1_x/config.json": "{}",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    url = _put_again(place, folder, request)
+    copied = small_files(url)
+    found = {str(path.relative_to(copied)) for path in copied.rglob("*") if path.is_file()}
+    if isinstance(url, str):
+        assert found == {"config.json", INDEX_FILE, *wanted}
+    assert {name: (copied / name).read_text() for name in wanted} == wanted
+    with Checkpoint(url) as checkpoint, Checkpoint(folder) as oracle:
+        assert checkpoint.tensors.keys() == oracle.tensors.keys()
+
+
+def _put_again(place: Path | str, folder: Path, request: Any) -> Path | str:
+    """Where the folder is to be found with what was written into it since."""
+    if str(place).startswith("memory://"):
+        fsspec.filesystem("memory").put(f"{folder}/", "/bucket/model/", recursive=True)
+    elif str(place).startswith(("s3://", "gs://")):
+        return request.getfixturevalue("object_stores")[str(place)[:2]].put(folder, "qwen2-with-modules")
+    return place
 
 
 def test_ranges_are_asked_for_by_keyword_as_s3fs_has_a_version_before_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
