@@ -3,19 +3,17 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from cluster.config import ReplicaConfig, RouterConfig
-from cluster.directory import Reader, ReplicaRecord, current_records
-from cluster.link import ReplicaLink
+from cluster.config import ReplicaConfig
+from cluster.directory import ReplicaRecord, current_records
 from cluster.replica import Replica
-from cluster.router import Router
 from cluster.worker import ModelRanks
 from engine.config import EngineConfig
 from engine.request import Request, SamplingParams
@@ -23,6 +21,7 @@ from engine.run.settings import RunnerConfig
 from parallel.topology import Topology
 from tests.cluster.conftest import alive, descendants
 from tests.cluster.fakes import eventually
+from tests.cluster.fronts import answer, front
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray")]
 
@@ -67,31 +66,6 @@ def running(checkpoint: Path, app: str) -> Iterator[Replica]:
         yield replica
     finally:
         replica.close(drain=False)
-
-
-@asynccontextmanager
-async def front(app: str) -> AsyncIterator[Router]:
-    config = RouterConfig(refresh_s=0.1, ping_s=0.2, replica_silence_s=3)
-    node = ray.get_runtime_context().get_node_id()
-    router = Router(replicas=Reader(app), connect=lambda record: ReplicaLink(record, node=node, config=config), config=config)
-    await router.open()
-    try:
-        await eventually(router.ready, within_s=20)
-        yield router
-    finally:
-        await router.close()
-
-
-async def answer(router: Router, request: Request, at_token: Callable[[int], None] = lambda _position: None) -> list[int]:
-    tokens: list[int] = []
-    async with aclosing(router.stream(request)) as events:
-        async for event in events:
-            assert event.error_kind is None, event.error_message
-            assert event.offset == len(tokens)
-            tokens += event.tokens
-            at_token(len(tokens))
-    assert event.finish_reason == "length"
-    return tokens
 
 
 def kill(pid: int) -> None:
