@@ -201,10 +201,16 @@ def _from_hub(repository: str, revision: str | None, wanted: Sequence[str] = WAN
 def _from_modelscope(repository: str, revision: str | None, wanted: Sequence[str] = WANTED) -> Path:
     try:
         from modelscope import snapshot_download
+        from requests import HTTPError
     except ImportError as error:
         raise ModelSourceError('models from ModelScope need its library: pip install "modelscope>=1.30"') from error
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
+    except HTTPError as error:  # as its library says that there is none, or that it may not be seen
+        what = f"{repository} at revision {revision!r}" if revision else repository
+        raise ModelSourceError(
+            f"ModelScope has no {what}, or it is private: set MODELSCOPE_API_TOKEN to a token that may read it"
+        ) from error
     except Exception as error:  # no base class either
         raise ModelSourceError(_unreachable("ModelScope", repository, error)) from error
 

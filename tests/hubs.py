@@ -38,6 +38,10 @@ class Answer:
     content: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_a_file(self) -> bool:
+        return "Accept-Ranges" in self.headers
+
 
 def refused(status: int, code: str) -> Answer:
     """The hub's clients tell errors apart by this header."""
@@ -74,6 +78,32 @@ def _hugging_face(hub: Hub, path: str, _query: Mapping[str, list[str]], headers:
     return _resolved(hub, repository, "/".join(rest))
 
 
+@contextmanager
+def model_scope(**hub: Any) -> Iterator[Hub]:
+    """As its library, `modelscope`, asks: /api/v1/models/owner/name/repo/files lists, /repo?FilePath= gives."""
+    with _served(Hub(**hub), _model_scope) as served:
+        yield served
+
+
+def _model_scope(hub: Hub, path: str, query: Mapping[str, list[str]], _headers: Mapping[str, str]) -> Answer:
+    parts = path.removeprefix("/api/v1/models/").split("/")
+    repository, verb = "/".join(parts[:2]), "/".join(parts[2:])
+    folder = hub.repositories.get(repository)
+    if folder is None or query.get("Revision", ["master"])[0] not in hub.revisions:
+        return Answer(404, json.dumps({"Code": 10010205001, "Message": "not found", "Success": False}).encode())
+    if verb == "repo":
+        name = query["FilePath"][0]
+        return _content(hub, repository, name) if name in _names(folder) else Answer(404)
+    if verb != "repo/files":
+        return _json({"Code": 200, "Success": True, "Data": {"Name": parts[1], "Path": parts[0]}})
+    found = [_entry(folder, name) for name in _names(folder)]
+    files = [
+        {"Path": entry["path"], "Name": entry["path"].rsplit("/", 1)[-1], "Type": "blob", "Size": entry["size"], "Sha256": entry["sha256"]}
+        for entry in found
+    ]
+    return _json({"Code": 200, "Success": True, "Data": {"Files": files}})
+
+
 def _resolved(hub: Hub, repository: str, name: str) -> Answer:
     """A file's content, or where it lies."""
     folder = hub.repositories[repository]
@@ -99,9 +129,10 @@ def _content(hub: Hub, repository: str, name: str) -> Answer:
 def _entry(folder: Path, name: str) -> dict[str, Any]:
     content = (folder / name).read_bytes()
     oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git has it
-    entry: dict[str, Any] = {"type": "file", "oid": oid, "size": len(content), "path": name}
+    sha256 = hashlib.sha256(content).hexdigest()
+    entry: dict[str, Any] = {"type": "file", "oid": oid, "size": len(content), "path": name, "sha256": sha256}
     if len(content) > LARGE_BYTES:
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
     return entry
 
 
@@ -135,8 +166,8 @@ def _served(hub: Hub, answer: Any) -> Iterator[Hub]:
                 self.send_header("Content-Range", f"bytes {begin}-{int(begin) + len(content) - 1}/{len(told.content)}")
             self.end_headers()
             if self.command == "GET":
-                if status in (200, 206) and not path.startswith("/api/"):
-                    hub.fetched.append(path)
+                if status in (200, 206) and hub.says_instead is None and told.is_a_file:
+                    hub.fetched.append(self.path)
                 self.wfile.write(content)
 
         do_HEAD = do_GET

@@ -9,8 +9,8 @@ import pytest
 
 from model.checkpoint import Checkpoint
 from serve.config import ModelSettings
-from serve.model_source import HUB_SCHEME, ModelSourceError, brought_here, find_model
-from tests.hubs import COMMIT, Hub, hugging_face
+from serve.model_source import HUB_SCHEME, MODELSCOPE_SCHEME, ModelSourceError, brought_here, find_model
+from tests.hubs import COMMIT, Hub, hugging_face, model_scope
 
 REPOSITORY, GATED = "Qwen/Tiny", "Qwen/Gated"
 UNWANTED = ("pytorch_model.bin", "modeling_qwen2.py", "onnx/model.onnx", "onnx/config.json", "original/model.safetensors", "README.md")
@@ -100,3 +100,39 @@ def test_without_the_hub_the_cache_is_enough(hub: Hub, monkeypatch: pytest.Monke
     found = find_model(ModelSettings(source=REPOSITORY))
     use("http://127.0.0.1:9", monkeypatch)
     assert find_model(ModelSettings(source=REPOSITORY)).folder == found.folder
+
+
+@pytest.fixture(scope="module")
+def scope(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """One for the module: its library reads the environment once."""
+    place = tmp_path_factory.mktemp("modelscope")
+    with model_scope(repositories={REPOSITORY: folder}, revisions=("master", "v1", "v2")) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        patch.setenv("MODELSCOPE_CACHE", str(place / "cache"))
+        patch.setenv("MODELSCOPE_HOME", str(place / "home"))
+        pytest.importorskip("modelscope")
+        yield hub
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_modelscope_gives_the_same_files(scope: Hub, folder: Path, revision: str | None) -> None:
+    found = find_model(ModelSettings(source=f"{MODELSCOPE_SCHEME}{REPOSITORY}", revision=revision))
+    assert found.name == REPOSITORY
+    wanted = {name: content for name, content in files_in(folder).items() if name not in UNWANTED}
+    assert {name: content for name, content in files_in(found.folder).items() if not name.startswith(".")} == wanted
+    before = len(scope.fetched)
+    assert find_model(ModelSettings(source=f"{MODELSCOPE_SCHEME}{REPOSITORY}", revision=revision)).folder == found.folder
+    assert len(scope.fetched) == before
+
+
+def test_a_front_fetches_no_weights_from_modelscope(scope: Hub) -> None:
+    brought = brought_here(f"{MODELSCOPE_SCHEME}{REPOSITORY}@v2", weights=False)
+    assert isinstance(brought, Path)
+    assert (brought / MODULE).exists()
+    assert not list(brought.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "revision"), [("Qwen/Nowhere", None), (REPOSITORY, "v9")])
+def test_what_modelscope_has_not_is_told(scope: Hub, name: str, revision: str | None) -> None:
+    with pytest.raises(ModelSourceError, match=f"ModelScope has no {name}"):
+        find_model(ModelSettings(source=f"{MODELSCOPE_SCHEME}{name}", revision=revision))
