@@ -13,22 +13,27 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
+from engine.errors import EngineStopped
 from serve.caller import ANYONE
 from serve.collecting import collected
 from serve.errors import InvalidRequest, TakenOver
 from serve.limits import Limits
 from serve.offers import Offers, Passing
-from serve.request import ChatRequest, CompletionRequest, Result, SoFar, TextEvent
+from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, SoFar, TextEvent
 
 KEY = "idempotency-key"
 """Header of HTTP, metadata of gRPC."""
 LARGEST_PART = 32
 """Of all that is remembered, one answer may be one part of so many."""
+BYTES_AS_TOKEN = 512
+"""Of a vector: they are remembered as one token of text is, which with its text and its bytes takes about as much."""
 
-AnyRequest = ChatRequest | CompletionRequest
 Name = tuple[str, str]
 """The caller's id and the key: nobody reads another's answers."""
+Event = TextEvent | EmbeddingResult
+"""Vectors come all at once."""
 
 
 def key_of(said: str | None, limits: Limits) -> str:
@@ -56,22 +61,37 @@ class OncePerKey(Passing):
         """Those that ended, oldest first, and when they did."""
 
     def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
-        return self._read(request) if request.idempotency_key else self._inside.chat(request)
+        return self._text(request) if request.idempotency_key else self._inside.chat(request)
 
     def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
-        return self._read(request) if request.idempotency_key else self._inside.complete(request)
+        return self._text(request) if request.idempotency_key else self._inside.complete(request)
 
-    async def collect(self, request: AnyRequest) -> Result:
+    async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
         if not request.idempotency_key:
             return await self._inside.collect(request)
-        return await collected(self._read(request), request.request_id)
+        return await collected(self._text(request), request.request_id)
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        if not request.idempotency_key:
+            return await self._inside.embed(request)
+        async with aclosing(self._read(request)) as events:
+            async for event in events:
+                assert isinstance(event, EmbeddingResult)
+                return dataclasses.replace(event, request_id=request.request_id)
+        raise EngineStopped("there are no vectors")
 
     @property
     def num_kept(self) -> int:
         """Answers that are remembered."""
         return len(self._kept)
 
-    async def _read(self, request: AnyRequest) -> AsyncGenerator[TextEvent, None]:
+    async def _text(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[TextEvent, None]:
+        async with aclosing(self._read(request)) as events:
+            async for event in events:
+                assert isinstance(event, TextEvent)
+                yield event
+
+    async def _read(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
         name = (request.caller.id, request.idempotency_key)
         run = await self._run(name, request)
         reader = _Reader()
@@ -91,19 +111,30 @@ class OncePerKey(Passing):
             InvalidRequest: the key was used for another request.
         """
         self._forget_old()
-        asked = _fingerprint(request)
+        asked, so_far = _fingerprint(request), () if isinstance(request, EmbeddingRequest) else request.so_far
         while (known := self._runs.get(name)) is not None and known.failure is None and not known.too_long:
             if known.asked != asked:
                 raise InvalidRequest("this idempotency key was used for another request; take a new one", param=KEY)
-            if known.so_far == request.so_far:
+            if known.so_far == so_far:
                 return known
             self._forget(name)
             await known.end(TakenOver())
-        stream = self._inside.chat(request) if isinstance(request, ChatRequest) else self._inside.complete(request)
-        run = _Run(stream, asked=asked, so_far=request.so_far, most_tokens=self.limits.remembered_tokens // LARGEST_PART)
+        run = _Run(self._computed(request), asked=asked, so_far=so_far, most_tokens=self.limits.remembered_tokens // LARGEST_PART)
         self._forget(name)
         self._runs[name] = run
         return run
+
+    def _computed(self, request: AnyRequest) -> AsyncGenerator[Event, None]:
+        match request:
+            case ChatRequest():
+                return self._inside.chat(request)
+            case CompletionRequest():
+                return self._inside.complete(request)
+            case EmbeddingRequest():
+                return self._vectors(request)
+
+    async def _vectors(self, request: EmbeddingRequest) -> AsyncGenerator[Event, None]:
+        yield await self._inside.embed(request)
 
     async def _leave(self, name: Name, run: "_Run") -> None:
         """Nobody reads it any more: an answer that is whole is kept, all else ended."""
@@ -142,14 +173,14 @@ class _Reader:
 class _Run:
     """One computation of an answer, for any number of readers. Whoever is furthest draws the next event, for all."""
 
-    def __init__(self, stream: AsyncGenerator[TextEvent, None], *, asked: bytes, so_far: tuple[SoFar, ...], most_tokens: int) -> None:
+    def __init__(self, stream: AsyncGenerator[Event, None], *, asked: bytes, so_far: tuple[SoFar, ...], most_tokens: int) -> None:
         self._stream, self.asked, self.so_far, self._most_tokens = stream, asked, so_far, most_tokens
         self.readers: set[_Reader] = set()
         self.failure: Exception | None = None
         self.over = False
         self.num_tokens = 0
         """What its events hold, alternatives to tokens included."""
-        self._events: list[TextEvent] = []
+        self._events: list[Event] = []
         self._num_dropped = 0
         """Events before those of the list."""
         self._drawing: asyncio.Task[None] | None = None
@@ -159,7 +190,7 @@ class _Run:
         """It cannot be read from its beginning."""
         return self.num_tokens > self._most_tokens
 
-    async def event(self, reader: _Reader) -> TextEvent | None:
+    async def event(self, reader: _Reader) -> Event | None:
         """The reader's next; None after the last.
 
         Raises:
@@ -196,7 +227,7 @@ class _Run:
             if event.usage is not None:  # the last: whoever has it may leave at once
                 self.over = await anext(self._stream, None) is None
             self._events.append(event)
-            self.num_tokens += sum(1 + len(token.top) for token in (*event.tokens, *event.prompt_tokens))
+            self.num_tokens += _size(event)
         except Exception as error:
             self.failure, self.over = self.failure or error, True
         finally:
@@ -208,7 +239,16 @@ class _Run:
         self._num_dropped += read
 
 
+def _size(event: Event) -> int:
+    """In tokens."""
+    if isinstance(event, EmbeddingResult):
+        return sum(-(-len(vector) // BYTES_AS_TOKEN) for vector in event.vectors)
+    return sum(1 + len(token.top) for token in (*event.tokens, *event.prompt_tokens))
+
+
 def _fingerprint(request: AnyRequest) -> bytes:
     """What is the same when a client sends a request again."""
-    same = dataclasses.replace(request, request_id="", deadline_s=None, arrived_s=None, so_far=(), caller=ANYONE, trace={})
+    same = dataclasses.replace(request, request_id="", deadline_s=None, arrived_s=None, caller=ANYONE, trace={})
+    if not isinstance(same, EmbeddingRequest):
+        same = dataclasses.replace(same, so_far=())
     return hashlib.sha256(repr(same).encode(errors="replace")).digest()

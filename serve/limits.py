@@ -46,7 +46,7 @@ class Limits:
     remembered_s: float = 60.0
     """How long a finished answer is kept for a client that sends its request again under the same idempotency key."""
     remembered_tokens: int = 256 * 1024
-    """Of all answers kept, their alternatives to tokens included; one answer may have a 32nd of it."""
+    """Of all answers kept, alternatives to tokens included, half a KiB of vectors counting as one; one answer may have a 32nd of it."""
     template_s: float = 2.0
     """Time a chat template may take."""
     template_chars: int = 8 * 1024 * 1024

@@ -158,7 +158,6 @@ class EmbeddingRequest:
     dimensions: int | None = None
     """Of each vector the first so many; None = all."""
     idempotency_key: str = ""
-    """Without effect: the same texts give the same vectors."""
     session: str = ""
     priority: int = 0
     deadline_s: float | None = None

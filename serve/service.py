@@ -26,6 +26,7 @@ from serve.limits import Limits
 from serve.merging import merged
 from serve.model_facts import ModelFacts
 from serve.observing import Observer, observed
+from serve.prompt_scores import PromptScores, scores_of
 from serve.request import (
     ChatRequest,
     CompletionRequest,
@@ -279,7 +280,9 @@ class Service:
         if not running:
             yield TextEvent(choice=0, usage=_usage(asked, yielded))
             return
-        async with aclosing(merged([self._stream(asked, choice) for choice in running])) as events:
+        scores = scores_of(running)
+        streams = [self._stream(asked, choice, scores.get(choice.plan.prompt_index)) for choice in running]
+        async with aclosing(merged(streams)) as events:
             async for event, so_far in events:
                 if not told:
                     told = True
@@ -314,14 +317,14 @@ class Service:
         wanted = asked.sampling[prompt].prompt_logprobs is not None and not had_of(asked.request, choice).tokens
         return asked.prompts[prompt] if wanted else ()
 
-    async def _stream(self, asked: _Asked, choice: Choice) -> AsyncGenerator[tuple[TextEvent, _Yielded], None]:
+    async def _stream(self, asked: _Asked, choice: Choice, scores: PromptScores | None) -> AsyncGenerator[tuple[TextEvent, _Yielded], None]:
         """One choice from the engine, cancelled there as soon as nobody wants more of it.
 
         Each event comes with the choice's counts at that event: the choice itself may be further by the time it is yielded.
         """
         at = choice.plan.prompt_index
         had, sampling = had_of(asked.request, choice.plan.index), asked.sampling[at]
-        if had.tokens:
+        if scores is not None and scores.scorer != choice.plan.index:
             sampling = dataclasses.replace(sampling, prompt_logprobs=None)
         request = engine_request(asked.request, choice.plan.index, asked.prompts[at], sampling, committed=had.tokens)
         hit("service.begin")
@@ -334,6 +337,8 @@ class Service:
             while (event := await next_event(stream, request.deadline_s, self._clock)) is not None:
                 times.take(event)
                 held_s += event.held_s
+                if scores is not None and choice.plan.prompt and event.offset == 0 and event.finish_reason not in ("error", "cancelled"):
+                    event = await scores.told_by(choice, event)
                 since_s = asked.stopwatch.now()
                 text = choice.apply(event)
                 text = reading.read(text) if reading and text is not None else text

@@ -151,7 +151,9 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     def _embedding_request(self, message: service_pb2.EmbedRequest, request_id: str, context: CallContext) -> EmbeddingRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
         request = read.embedding_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
-        return dataclasses.replace(request, caller=caller, trace=trace_of(context.invocation_metadata() or ()))
+        return dataclasses.replace(
+            request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
+        )
 
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""

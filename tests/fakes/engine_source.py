@@ -21,6 +21,8 @@ class EngineSource:
     def __init__(self, executor: Executor, config: EngineConfig) -> None:
         self.engine, self._executor = Engine(executor, config), executor
         self._loop = asyncio.get_running_loop()
+        self.requests: list[Request] = []
+        """All that came."""
         self._streams: dict[tuple[str, int], asyncio.Queue[TokenEvent | Exception]] = {}
         self._thread = threading.Thread(target=self.engine.run_forever, args=(self._deliver,), name="engine", daemon=True)
         self._thread.start()
@@ -55,6 +57,7 @@ class EngineSource:
         return len(streams)
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        self.requests.append(request)
         stream = self._streams[request.key] = asyncio.Queue()
         ended = False
         self.engine.submit(request)

@@ -123,6 +123,20 @@ async def test_more_inputs_than_the_engine_takes_at_once_are_all_answered(runnin
         assert running.source.is_idle
 
 
+async def test_a_key_that_comes_again_is_answered_from_what_is_kept(running: Fronts) -> None:
+    async with AsyncClient(running.grpc) as client, httpx.AsyncClient(base_url=running.http, timeout=60) as http:
+        body, headers = {"model": MODEL, "input": TEXTS}, {"idempotency-key": "once"}
+        first, again = [(await http.post("/v1/embeddings", json=body, headers=headers)).json() for _ in range(2)]
+        assert first["data"] == again["data"]
+        assert len(running.source.requests) == len(TEXTS)
+        kept = [await client.embeddings.create(input=TEXTS, idempotency_key="twice") for _ in range(2)]
+        assert kept[0].data == kept[1].data
+        assert len(running.source.requests) == 2 * len(TEXTS)
+        refused = await http.post("/v1/embeddings", json=body | {"input": "sea"}, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "idempotency-key")
+        assert len(running.source.requests) == 2 * len(TEXTS)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no input": ({"input": None}, "input"),
     "nothing in it": ({"input": []}, "input"),

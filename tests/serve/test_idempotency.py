@@ -9,11 +9,12 @@ import pytest
 
 from serve.caller import ANYONE
 from serve.errors import InvalidRequest, TakenOver
-from serve.idempotency import LARGEST_PART, OncePerKey, key_of
+from serve.idempotency import BYTES_AS_TOKEN, LARGEST_PART, OncePerKey, key_of
 from serve.limits import Limits
-from serve.request import ChatRequest, Message, SoFar, TextEvent, TextToken, Usage
+from serve.request import ChatRequest, EmbeddingRequest, EmbeddingResult, Message, SoFar, TextEvent, TextToken, Usage
 
 WORDS = ("The", " sky", " is", " blue")
+VECTORS = (b"0123" * BYTES_AS_TOKEN,) * 2
 
 
 class Counted:
@@ -26,6 +27,16 @@ class Counted:
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
         self.fails = 0
+        self.embedded: list[EmbeddingRequest] = []
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
+        self.embedded.append(request)
+        self.num_open += 1
+        try:
+            await self.may_go_on.wait()
+            return EmbeddingResult(request_id=request.request_id, vectors=VECTORS, usage=Usage(prompt_tokens=3, completion_tokens=0))
+        finally:
+            self.num_open -= 1
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         self.asked.append(request)
@@ -193,6 +204,52 @@ async def test_an_answer_too_long_to_keep_is_read_to_its_end_and_then_forgotten(
     assert await text_of(offers.chat(asked())) == ALL
     assert await text_of(offers.chat(asked())) == ALL
     assert (len(inside.asked), offers.num_kept, inside.num_open) == (2, 0, 0)
+
+
+def embedding(key: str = "k", text: str = "sea", **fields) -> EmbeddingRequest:
+    return EmbeddingRequest(request_id="e1", model="m", inputs=(text,), idempotency_key=key, **fields)
+
+
+async def test_vectors_are_computed_once_for_all_who_ask_under_one_key() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    inside.may_go_on.clear()
+    calls = [asyncio.create_task(offers.embed(dataclasses.replace(embedding(), request_id=f"e{number}"))) for number in range(5)]
+    await asyncio.sleep(0.01)
+    calls[0].cancel()  # others are left
+    inside.may_go_on.set()
+    answers = await asyncio.gather(*calls[1:])
+    assert [(one.request_id, one.vectors) for one in answers] == [(f"e{number}", VECTORS) for number in range(1, 5)]
+    assert (await offers.embed(embedding())).vectors == VECTORS
+    assert (len(inside.embedded), offers.num_kept) == (1, 1)
+    for other in (embedding(text="sky"), embedding(dimensions=2)):
+        with pytest.raises(InvalidRequest, match="another request"):
+            await offers.embed(other)
+    with pytest.raises(InvalidRequest, match="another request"):
+        await offers.collect(asked())
+    assert [await offers.embed(embedding(key="")) for _ in range(2)]
+    assert len(inside.embedded) == 3
+
+
+async def test_vectors_that_nobody_waits_for_are_not_computed_on_and_not_kept() -> None:
+    inside = Counted()
+    offers = OncePerKey(inside)
+    inside.may_go_on.clear()
+    call = asyncio.create_task(offers.embed(embedding()))
+    await asyncio.sleep(0.01)
+    assert inside.num_open == 1
+    call.cancel()
+    await asyncio.wait([call])
+    assert (inside.num_open, offers.num_kept) == (0, 0)
+
+
+async def test_vectors_count_by_their_bytes() -> None:
+    size = 2 * 4
+    for most, kept in ((size, 1), (size - 1, 0)):
+        inside = Counted(Limits(remembered_tokens=most * LARGEST_PART))
+        offers = OncePerKey(inside)
+        assert (await offers.embed(embedding())).vectors == VECTORS
+        assert offers.num_kept == kept
 
 
 @pytest.mark.parametrize("said", ["", "a b", "x" * 129, "ключ"])

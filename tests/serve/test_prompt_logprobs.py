@@ -78,6 +78,27 @@ async def test_the_prompt_alone_can_be_asked_for(both: Fronts) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
 
 
+async def test_of_several_choices_one_has_the_prompt_scored_and_all_tell_of_it(both: Fronts) -> None:
+    asked: dict[str, Any] = {"prompt": [IDS, TEXT], "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0.9, "seed": 5}
+    async with AsyncClient(both.grpc) as client:
+        alone = await client.completions.create(**asked)
+        before = len(both.source.requests)
+        whole = await client.completions.create(**asked, n=3)
+        streamed = await client.completions.stream(**asked, n=3).final()
+        came = both.source.requests[before:]
+        assert len(came) == 12
+        assert [one.choice for one in came if one.sampling.prompt_logprobs is not None] == [0, 3] * 2
+        assert streamed.choices == whole.choices
+        for at, choice in enumerate(whole.choices):
+            assert choice.prompt_logprobs == alone.choices[at // 3].prompt_logprobs
+        assert whole.choices[0].logprobs == alone.choices[0].logprobs
+        assert len({choice.token_ids for choice in whole.choices[:3]}) > 1
+        (only,) = {
+            choice.prompt_logprobs for choice in (await client.completions.create(**asked | {"prompt": IDS, "max_tokens": 0}, n=3)).choices
+        }
+        assert only == alone.choices[0].prompt_logprobs
+
+
 async def test_grpc_tells_the_same(both: Fronts) -> None:
     asked: dict[str, Any] = {"model": MODEL, "prompt": [IDS, TEXT], "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
     async with httpx.AsyncClient(base_url=both.http, timeout=60) as http, AsyncClient(both.grpc) as client:
