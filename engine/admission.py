@@ -5,13 +5,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from engine.executor import Capacity
-from engine.policy import Policy
+from engine.policy import Policy, Rank
 from engine.portion import Portion
 from engine.sequence import Sequence
 
 PREFIX_WORTH = 2
 """A sequence goes where its prefix is cached while that shard is busier than the least busy one by at most so many times the
 tokens found: computing them again costs once, an uneven load in every step, for all shards wait for the slowest."""
+
+KEPT_FREE = 16
+"""One part of so many, of the places to run and of a shard's blocks, is not for who has been served more than others."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """How many sequences may run, and how many do."""
+
+    total: int
+    taken: int
 
 
 @dataclass(frozen=True)
@@ -21,11 +32,12 @@ class Choice:
     portion: Portion
     found: list[int]
 
-    def has_room(self, sequence: Sequence, capacity: Capacity) -> bool:
-        """Whether the shard has blocks for all its known tokens."""
+    def has_room(self, sequence: Sequence, capacity: Capacity, *, gives_way: bool = False) -> bool:
+        """Whether the shard has blocks for all its known tokens, the kept ones not counted where it gives way to others."""
         pool = self.portion.shard.pool
         missing = capacity.blocks_for(len(sequence.tokens)) - len(self.found)
-        return missing <= pool.num_available - pool.num_cached_of(self.found)
+        kept = pool.num_blocks // KEPT_FREE if gives_way else 0
+        return missing <= pool.num_available - pool.num_cached_of(self.found) - kept
 
 
 def choices(sequence: Sequence, portions: Iterable[Portion], block_tokens: int) -> list[Choice]:
@@ -64,23 +76,34 @@ class Admission:
         self.num_tokens -= len(sequence.tokens)
 
     def admit(
-        self, portions: list[Portion], capacity: Capacity, may_run: Callable[[Sequence], bool], may_open: Callable[[], bool]
+        self,
+        portions: list[Portion],
+        capacity: Capacity,
+        may_run: Callable[[Sequence], bool],
+        places: Callable[[], Places],
+        turn_of: Callable[[Rank], None],
     ) -> Iterator[tuple[Sequence, Choice]]:
         """Waiting sequences in the policy's order until one finds no room; whoever asks opens each before asking for the next.
 
         Each gets blocks for all its known tokens at once, so that no prompt is preempted half way; one whose next block another
-        sequence is computing right now waits for it.
+        sequence is computing right now waits for it. ``turn_of`` is told the rank of each that is looked at, before it takes anything.
         """
         if not self.waiting:
             return
         for sequence in filter(may_run, self._policy.order(self.waiting)):
-            if not any(portion.budget for portion in portions) or not may_open():
+            turn_of(self._policy.rank(sequence))
+            if not any(portion.budget for portion in portions):
+                return
+            now = places()
+            gives_way = now.taken > 0 and self._policy.gives_way(sequence)
+            if now.taken >= now.total - (now.total // KEPT_FREE if gives_way else 0):
                 return
             wanted = choices(sequence, portions, capacity.block_tokens)
             first = wanted[0]
             if not first.portion.may_take(sequence) or first.portion.shard.cache.is_on_its_way(sequence, len(first.found)):
                 continue  # waiting a little costs less than computing its prefix again elsewhere
-            choice = next((choice for choice in wanted if choice.portion.may_take(sequence) and choice.has_room(sequence, capacity)), None)
+            rooms = (choice for choice in wanted if choice.portion.may_take(sequence))
+            choice = next((choice for choice in rooms if choice.has_room(sequence, capacity, gives_way=gives_way)), None)
             if choice is None:
                 return
             self.remove(sequence)

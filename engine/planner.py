@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.admission import Places
 from engine.books import Books
 from engine.cohort import Planned
 from engine.config import EngineConfig
@@ -13,7 +14,7 @@ from engine.draft.speculator import Speculator
 from engine.pace import Pace
 from engine.places import is_asked_for, mark
 from engine.plan import NO_DECODES, Decodes, Opening, StepPlan, Work
-from engine.policy import Policy
+from engine.policy import Policy, Rank
 from engine.portion import Portion, num_decoding, portion_of
 from engine.sequence import Sequence
 from engine.shard import Shard
@@ -43,7 +44,7 @@ class PlanBuilder:
 
 
 class Planner:
-    """On each shard sequences that decode come first, then prompts that were begun, then new ones, each in rank order."""
+    """On each shard sequences that decode come first, then prompts, begun and new, each in rank order."""
 
     def __init__(
         self, config: EngineConfig, books: Books, policy: Policy, *, speculator: Speculator | None = None, pace: Pace | None = None
@@ -76,8 +77,8 @@ class Planner:
         budgets = [self._config.max_step_tokens] * len(self._books.shards) if self._pace is None else self._paced(self._pace)
         portions = [self._portion(shard, budget) for shard, budget in zip(self._books.shards, budgets, strict=True)]
         for portion in portions:
-            self._continue_open(portion, building)
-        self._admit_waiting([portion for portion in portions if not portion.has_preempted], building)
+            self._continue_decoding(portion, building)
+        self._take_prompts(portions, building)
         if not (building.works or building.together):
             return None
         plan = StepPlan(
@@ -107,19 +108,16 @@ class Planner:
             waiting_tokens=self._books.admission.num_tokens // len(self._books.shards),
         )
 
-    def _continue_open(self, portion: Portion, building: PlanBuilder) -> None:
+    def _continue_decoding(self, portion: Portion, building: PlanBuilder) -> None:
         together = self._decode_together(portion, building)
         candidates = portion.shard.loose if together else portion.shard.open
-        runnable = [s for s in candidates.values() if s.num_pending and not s.ended and building.may_run(s)]
-        for sequence in sorted(runnable, key=lambda s: (s.num_pending > 1, self._policy.rank(s))):
-            if portion.budget == 0:
+        runnable = [s for s in candidates.values() if s.num_pending == 1 and not s.ended and building.may_run(s)]
+        for sequence in sorted(runnable, key=self._policy.rank):
+            if portion.budget == 0 or portion.max_decodes == 0:
                 return
             if sequence.number is None:  # preempted by one before it
                 continue
-            if sequence.num_pending == 1:
-                if portion.max_decodes == 0:
-                    continue
-                portion.max_decodes -= 1
+            portion.max_decodes -= 1
             if self._make_room(sequence, portion):
                 self._plan_work(sequence, portion, building)
 
@@ -141,14 +139,31 @@ class Planner:
                     mark(7, sequence.request.id)
         return True
 
-    def _admit_waiting(self, portions: list[Portion], building: PlanBuilder) -> None:
-        def may_open() -> bool:
-            return self._books.num_running < self._config.max_running
+    def _take_prompts(self, portions: list[Portion], building: PlanBuilder) -> None:
+        """Begun ones have their blocks; beside them a new one of a lower rank goes first, or a tenant's long prompt kept others waiting."""
+        begun = [
+            (sequence, portion)
+            for portion in portions
+            for sequence in portion.shard.loose.values()
+            if sequence.num_pending > 1 and not sequence.ended and building.may_run(sequence)
+        ]
+        begun.sort(key=lambda one: self._policy.rank(one[0]), reverse=True)
 
-        for sequence, choice in self._books.admission.admit(portions, self._books.capacity, building.may_run, may_open):
+        def continue_before(rank: Rank | None) -> None:
+            while begun and (rank is None or self._policy.rank(begun[-1][0]) < rank):
+                sequence, portion = begun.pop()
+                if portion.budget and sequence.number is not None and self._make_room(sequence, portion):
+                    self._plan_work(sequence, portion, building)
+
+        free = [portion for portion in portions if not portion.has_preempted]
+        for sequence, choice in self._books.admission.admit(free, self._books.capacity, building.may_run, self._places, continue_before):
             self._books.open(sequence, choice)
             building.opened.append(sequence.opening())
             self._plan_work(sequence, choice.portion, building)
+        continue_before(None)
+
+    def _places(self) -> Places:
+        return Places(total=self._config.max_running, taken=self._books.num_running)
 
     def _plan_work(self, sequence: Sequence, portion: Portion, building: PlanBuilder) -> None:
         assert sequence.number is not None

@@ -29,6 +29,10 @@ class Policy(Protocol):
         """The waiting ones as they shall be admitted. Read one by one; the scheduler tells of each admission in between."""
         ...
 
+    def gives_way(self, sequence: Sequence) -> bool:
+        """Whether the last places and blocks are not for it: they are kept for somebody who may come."""
+        ...
+
     def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
         """Whether a place in a queue of about ``limit`` is left for it."""
         ...
@@ -54,6 +58,9 @@ class FixedRank:
 
     def order(self, waiting: Listed[Sequence]) -> Iterable[Sequence]:
         return list(waiting)  # the scheduler keeps them in the order of their ranks
+
+    def gives_way(self, sequence: Sequence) -> bool:
+        return False
 
     def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
         return len(waiting) < limit
