@@ -12,7 +12,7 @@ from engine.draft.speculator import Speculator
 from engine.draft.told_by_ranks import ToldByRanks
 from engine.engine import Engine
 from engine.fair_share import FairShare
-from engine.request import Request, SamplingParams
+from engine.request import Pooling, Request, SamplingParams
 from engine.sequence import Sequence
 from tests.fakes.executor import FakeExecutor, Recorder, next_token, told_logprobs, undisturbed
 
@@ -41,6 +41,10 @@ class Happened:
     """Tokens that the ranks' draft model guessed."""
     scored: int = 0
     """Prompts whose log-probabilities were told."""
+    pooled: int = 0
+    """Embeddings."""
+    uncut: int = 0
+    """Embeddings whose prompt had to be whole in one step, and was."""
 
 
 class Guesser:
@@ -94,6 +98,7 @@ def disturbed(seed: int, happened: Happened) -> None:
     policy = FairShare() if tenants.random() < 0.5 else None
     engine = Engine(new_executor(), config, recover=new_executor, policy=policy, speculator=speculator)
     recorder, requests = Recorder(), [of_some_tenant(tenants, random_request(draw, index)) for index in range(draw.randint(1, 10))]
+    requests = [for_its_embedding(random.Random(f"pools {seed} {index}"), request) for index, request in enumerate(requests)]
     arriving, cancelled = list(requests), set()
     for _ in range(20_000):
         while arriving and draw.random() < 0.3:
@@ -115,7 +120,8 @@ def disturbed(seed: int, happened: Happened) -> None:
     while engine.scheduler.num_running:  # steps in flight of sequences that have ended
         recorder.take(engine.turn())
     assert not any(shard.pool.num_used for shard in engine.scheduler.shards), "blocks were left behind"
-    judge(requests, recorder, cancelled, happened)
+    judge([request for request in requests if request.pooling is None], recorder, cancelled, happened)
+    judge_embeddings([request for request in requests if request.pooling is not None], recorder, cancelled, config, happened)
     happened.preemptions += engine.stats.num_preemptions
     happened.losses += engine.stats.num_losses
     happened.found += engine.stats.prefix_found_tokens
@@ -158,6 +164,34 @@ def random_request(draw: random.Random, index: int) -> Request:
 
 def of_some_tenant(draw: random.Random, request: Request) -> Request:
     return replace(request, tenant=draw.choice(["", "a", "b"]), share=draw.choice([0.5, 1.0, 3.0]))
+
+
+def for_its_embedding(draw: random.Random, request: Request) -> Request:
+    """One in six wants a vector in place of an answer, and half of these of a model whose tokens all see each other."""
+    if draw.random() >= 1 / 6:
+        return request
+    pooling = Pooling(kind=draw.choice(["last", "mean", "first"]), is_causal=draw.random() < 0.5)
+    return replace(request, sampling=SamplingParams(max_tokens=0), committed=(), pooling=pooling)
+
+
+def judge_embeddings(
+    requests: list[Request], recorder: Recorder, cancelled: set[tuple[str, int]], config: EngineConfig, happened: Happened
+) -> None:
+    for request in requests:
+        assert request.pooling is not None
+        assert not recorder.tokens[request.key]
+        match recorder.ends[request.key], recorder.errors[request.key]:
+            case "stop", None:
+                assert recorder.embeddings[request.key] == repr(request.prompt).encode()
+                happened.pooled += 1
+                happened.uncut += not request.pooling.is_causal
+            case "error", "PoisonedRequest":
+                happened.poisoned += 1
+            case "error", "PromptCannotBeCut":
+                assert not request.pooling.is_causal
+                assert len(request.prompt) > config.max_step_tokens
+            case _:
+                assert request.key in cancelled
 
 
 def judge(requests: list[Request], recorder: Recorder, cancelled: set[tuple[str, int]], happened: Happened) -> None:

@@ -113,6 +113,8 @@ class FakeExecutor:
     def _compute(self, work: Work) -> Sampled | None:
         opening, table = self._opened[work.sequence], self._tables[work.sequence]
         assert work.shard == opening.shard, "a sequence's KV is in its own shard only"
+        if opening.pooling is not None and (opening.pooling.kind != "last" or not opening.pooling.is_causal):
+            assert table or work.start == 0, "of a cached prefix there are no hidden states"
         table.extend(work.new_blocks)
         before = self._read(work.shard, table, work.start - 1) if work.start else ()
         assert len(before) == work.start
