@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -11,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from engine.config import EngineConfig
 from engine.run.local_executor import LocalExecutor
 from engine.run.settings import RunnerConfig
+from model.pooling import PoolingKind
 from serve.doors import Doors
 from serve.grpc.server import start_server
 from serve.http.app import create_app
@@ -50,9 +52,15 @@ def write_tiny(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def fronts(folder: Path, *, limits: Limits | None = None, observers: Sequence[Observer] = ()) -> AsyncIterator[Fronts]:
+async def fronts(
+    folder: Path,
+    *,
+    limits: Limits | None = None,
+    observers: Sequence[Observer] = (),
+    pooling: PoolingKind | Literal["auto"] = "auto",
+) -> AsyncIterator[Fronts]:
     tokenizer, config = Tokenizer.from_folder(folder), EngineConfig()
-    facts = ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer)
+    facts = ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer, pooling=pooling)
     runner = RunnerConfig(
         device="cpu", dtype="float32", num_threads=1, num_real_tokens=facts.num_real_tokens, kv_cache_bytes=NUM_BLOCKS * 16 * 2 * 4 * 4
     )

@@ -36,12 +36,14 @@ class Target:
     """How long an answer may take."""
     golden_text: str = ""
     golden_ids: tuple[int, ...] = ()
+    golden_vector: tuple[float, ...] = ()
     golden_pids: frozenset[int] = frozenset()
 
     async def note_golden(self) -> None:
         self.golden_text = await self.ask_http()
         self.golden_ids, text = await self.ask_grpc()
         assert text == self.golden_text
+        self.golden_vector = await self.embed_grpc()
         self.golden_pids = self.pids()
 
     async def ask_http(self) -> str:
@@ -55,9 +57,15 @@ class Target:
         (choice,) = (await self.stub.Chat(request)).choices
         return tuple(choice.token_ids), choice.message.content
 
+    async def embed_grpc(self) -> tuple[float, ...]:
+        request = service_pb2.EmbedRequest(model=self.model, inputs=[{"text": QUESTION}])
+        (embedding,) = (await self.stub.Embed(request)).embeddings
+        return tuple(embedding.values)
+
     async def is_unharmed(self) -> None:
-        """The next good request gives the golden tokens, and nobody was replaced."""
-        (ids, text), over_http = await asyncio.gather(self.ask_grpc(), self.ask_http())
+        """The next good request gives the golden tokens, a vector comes as well, and nobody was replaced."""
+        (ids, text), over_http, vector = await asyncio.gather(self.ask_grpc(), self.ask_http(), self.embed_grpc())
+        assert vector == pytest.approx(self.golden_vector, abs=1e-5)
         assert ids == self.golden_ids
         assert text == over_http == self.golden_text
         assert self.pids() >= self.golden_pids
@@ -80,7 +88,7 @@ async def refused_over_grpc(target: Target, row: Row) -> None:
     method, request = row.grpc(model=target.model)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async with asyncio.timeout(target.answer_s):
-            await getattr(target.stub, method)(request)
+            await getattr(target.stub, method)(request, metadata=row.metadata)
     error = caught.value
     assert error.code().name == row.grpc_code, error
     says_little(error.details() or "")

@@ -13,16 +13,24 @@ from serve.grpc.generated import service_pb2
 from serve.grpc.read import SAID_OR_NOT
 
 MODEL = "tiny"
-PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "tokenize": "/tokenize", "detokenize": "/detokenize"}
+PATHS = {
+    "chat": "/v1/chat/completions",
+    "completion": "/v1/completions",
+    "embedding": "/v1/embeddings",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
+}
 GOOD: dict[str, dict[str, Any]] = {
     "chat": {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]},
     "completion": {"model": MODEL, "prompt": "Once upon"},
+    "embedding": {"model": MODEL, "input": "Once upon"},
     "tokenize": {"model": MODEL},
     "detokenize": {"model": MODEL},
 }
 METHODS = {
     "chat": ("Chat", service_pb2.ChatRequest),
     "completion": ("Generate", service_pb2.GenerateRequest),
+    "embedding": ("Embed", service_pb2.EmbedRequest),
     "tokenize": ("Tokenize", service_pb2.TokenizeRequest),
     "detokenize": ("Detokenize", service_pb2.DetokenizeRequest),
 }
@@ -62,6 +70,11 @@ class Row:
     @property
     def over_grpc(self) -> bool:
         return ("grpc" in self.spec and self.spec["grpc"] != "none") or ("set" in self.spec and "grpc" not in self.spec)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of the gRPC call."""
+        return tuple(expanded(self.spec.get("metadata", {})).items())
 
     def http(self, *, model: str) -> dict[str, Any]:
         """Arguments for an HTTP client."""
@@ -129,6 +142,9 @@ def _as_protobuf(of: str, said: dict[str, Any]) -> dict[str, Any]:
         asked["messages"] = [{**message, "role": f"ROLE_{message['role'].upper()}"} for message in said["messages"]]
     elif of == "completion":
         asked["prompts"] = [_prompt(one) for one in _prompts(said["prompt"])]
+    elif of == "embedding":
+        asked["inputs"] = [_prompt(one) for one in _prompts(said["input"])]
+    asked |= {name: said[name] for name in ("echo", "dimensions", "priority") if name in said}
     if options:
         asked["options"] = options
     return asked

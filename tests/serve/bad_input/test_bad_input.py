@@ -25,7 +25,7 @@ FRAMINGS = framings(model=MODEL)
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def target(tiny_folder: Path) -> AsyncIterator[Target]:
     async with (
-        fronts(tiny_folder) as running,
+        fronts(tiny_folder, pooling="last") as running,
         targeted(
             running.http,
             running.grpc.removeprefix("grpc://"),

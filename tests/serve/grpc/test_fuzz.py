@@ -1,102 +1,158 @@
 """Hostile values in well-formed protobuf messages: each is answered or refused as the client's mistake, and the engine lives."""
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.grpc.generated import service_pb2
+from serve.grpc.ledger import WANTED
+from serve.idempotency import KEY
+from serve.session import SESSION
 from tests.serve.in_process import MODEL, fronts
 
-NUMBERS = st.one_of(st.none(), st.floats(), st.sampled_from([0.0, 1.0, -1.0, 2.0, 1e300]))
-WHOLE = st.one_of(st.none(), st.integers(-(2**31), 2**31 - 1), st.integers(-2, 24))
+
+def mostly(good: st.SearchStrategy, hostile: st.SearchStrategy) -> st.SearchStrategy:
+    """A message has many fields: were more than a few of them hostile, none would get as far as the engine."""
+    return st.sampled_from(range(15)).flatmap(lambda at: hostile if at == 7 else good)
+
+
+NUMBERS = st.one_of(st.floats(), st.sampled_from([0.0, 1.0, -1.0, 2.0, 1e300]))
+WHOLE = st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(-2, 24))
+IDS = st.integers(0, 599)
 OPTIONS = st.fixed_dictionaries(
-    {"max_tokens": st.sampled_from([1, 2, 3, 4, 0, 2**31 - 1])},
-    optional=dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"), NUMBERS)
-    | dict.fromkeys(("top_k", "n", "min_tokens", "logprobs"), WHOLE)
-    | {
+    {"max_tokens": mostly(st.integers(1, 4), st.sampled_from([0, 2**31 - 1]))},
+    optional={
+        "temperature": mostly(st.floats(0, 2), NUMBERS),
+        "top_p": mostly(st.floats(0.01, 1), NUMBERS),
+        "min_p": mostly(st.floats(0, 1), NUMBERS),
+        "repetition_penalty": mostly(st.floats(0.01, 10), NUMBERS),
+        "presence_penalty": mostly(st.floats(-2, 2), NUMBERS),
+        "frequency_penalty": mostly(st.floats(-2, 2), NUMBERS),
+        "top_k": mostly(st.integers(-1, 700), WHOLE),
+        "n": mostly(st.integers(1, 3), WHOLE),
+        "min_tokens": mostly(st.integers(0, 1), WHOLE),
+        "logprobs": mostly(st.integers(0, 20), WHOLE),
         "seed": st.integers(-(2**63), 2**63 - 1),
-        "logit_bias": st.dictionaries(st.integers(-5, 700), st.floats(), max_size=3),
-        "stop": st.lists(st.text(max_size=5), max_size=5),
-        "stop_token_ids": st.lists(st.integers(-2, 700), max_size=3),
+        "logit_bias": mostly(
+            st.dictionaries(IDS, st.floats(-100, 100), max_size=3), st.dictionaries(st.integers(-5, 700), st.floats(), max_size=3)
+        ),
+        "stop": mostly(st.lists(st.text(min_size=1, max_size=5), max_size=4), st.lists(st.text(max_size=5), max_size=5)),
+        "stop_token_ids": mostly(st.lists(IDS, max_size=3), st.lists(st.integers(-2, 700), max_size=3)),
         "ignore_eos": st.booleans(),
     },
 )
-MODELS = st.sampled_from([MODEL] * 12 + ["", "../x"])
-MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from([1, 2, 2, 3, 3, 0, 99]), "content": st.text(max_size=40)}), max_size=4)
-PROMPTS = st.lists(
-    st.one_of(
-        st.builds(lambda text: {"text": text}, st.text(max_size=40)),
-        st.builds(lambda ids: {"token_ids": {"ids": ids}}, st.lists(st.integers(-2, 700), max_size=8)),
-        st.just({}),
+MODELS = mostly(st.just(MODEL), st.sampled_from(["", "../x"]))
+ROLES = mostly(st.sampled_from([1, 2, 3]), st.sampled_from([0, 4, 99]))
+MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max_size=40)}), min_size=1, max_size=4) | st.just([])
+PROMPTS = mostly(
+    st.lists(
+        st.one_of(
+            st.builds(lambda text: {"text": text}, st.text(min_size=1, max_size=40)),
+            st.builds(lambda ids: {"token_ids": {"ids": ids}}, st.lists(IDS, min_size=1, max_size=8)),
+        ),
+        min_size=1,
+        max_size=3,
     ),
-    max_size=3,
+    st.lists(
+        st.one_of(
+            st.builds(lambda text: {"text": text}, st.text(max_size=40)),
+            st.builds(lambda ids: {"token_ids": {"ids": ids}}, st.lists(st.integers(-2, 700), max_size=8)),
+            st.just({}),
+        ),
+        max_size=3,
+    ),
 )
 CHATS = st.builds(
-    lambda model, messages, options: service_pb2.ChatRequest(model=model, messages=messages, options=_said(options)),
+    lambda model, messages, options: service_pb2.ChatRequest(model=model, messages=messages, options=options),
     MODELS,
     MESSAGES,
     OPTIONS,
 )
 COMPLETIONS = st.builds(
-    lambda model, prompts, options, echo: service_pb2.GenerateRequest(model=model, prompts=prompts, options=_said(options), echo=echo),
+    lambda model, prompts, options, echo: service_pb2.GenerateRequest(model=model, prompts=prompts, options=options, echo=echo),
     MODELS,
     PROMPTS,
     OPTIONS,
     st.booleans(),
 )
+EMBEDDINGS = st.builds(
+    lambda model, inputs, rest: service_pb2.EmbedRequest(model=model, inputs=inputs, **rest),
+    MODELS,
+    PROMPTS,
+    st.fixed_dictionaries({}, optional={"dimensions": mostly(st.integers(1, 16), WHOLE), "priority": WHOLE}),
+)
+NO_KEYS = st.one_of(
+    st.sampled_from(["a b", "x" * 129, "../x", ""]), st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=9)
+)
+METADATA = st.dictionaries(st.sampled_from([KEY, SESSION, WANTED, "traceparent"]), mostly(st.uuids().map(str), NO_KEYS), max_size=2)
+METHODS = {
+    service_pb2.ChatRequest: ("Chat", service_pb2.ChatResponse),
+    service_pb2.GenerateRequest: ("Generate", service_pb2.GenerateResponse),
+    service_pb2.EmbedRequest: ("Embed", service_pb2.EmbedResponse),
+}
 MINE = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 """What a client may have done wrong. Anything else is the server's fault."""
 
 
-def _said(options: dict) -> dict:
-    return {name: value for name, value in options.items() if value is not None}
+MESSAGES_OF_ALL_KINDS = st.one_of(CHATS, COMPLETIONS, EMBEDDINGS)
 
 
-def fuzz_grpc(folder: Path, cases: int) -> None:
+def fuzz_grpc(folder: Path, cases: int, messages: st.SearchStrategy = MESSAGES_OF_ALL_KINDS) -> Counter[str]:
     """So many calls of well-formed messages with hostile values; the engine must live and be idle at the end."""
+    seen: Counter[str] = Counter()
 
     async def all_of_them() -> None:
-        async with fronts(folder) as running, grpc.aio.insecure_channel(running.grpc.removeprefix("grpc://")) as channel:
-            loop, seen = asyncio.get_running_loop(), []
+        async with fronts(folder, pooling="last") as running, grpc.aio.insecure_channel(running.grpc.removeprefix("grpc://")) as channel:
+            loop = asyncio.get_running_loop()
 
-            async def call(message: object) -> None:
-                method = "Chat" if isinstance(message, service_pb2.ChatRequest) else "Generate"
+            async def call(message: Message, metadata: dict[str, str]) -> None:
+                method, response = METHODS[type(message)]
                 rpc = channel.unary_unary(
                     f"/manta.v1.MantaService/{method}",
                     request_serializer=lambda one: one.SerializeToString(),
-                    response_deserializer=(service_pb2.ChatResponse if method == "Chat" else service_pb2.GenerateResponse).FromString,
+                    response_deserializer=response.FromString,
                 )
                 try:
-                    await rpc(message, timeout=60)
-                    seen.append("OK")
+                    await rpc(message, timeout=60, metadata=tuple(metadata.items()))
+                    seen[f"{method} OK"] += 1
                 except grpc.aio.AioRpcError as error:
                     if error.code().name not in MINE:
-                        raise AssertionError(f"{error} for {message}") from error
-                    seen.append(error.code().name)
+                        raise AssertionError(f"{error} for {message} with {metadata}") from error
+                    seen[f"{method} {error.code().name}"] += 1
 
             @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-            @given(st.one_of(CHATS, COMPLETIONS))
-            def one(message: object) -> None:
-                asyncio.run_coroutine_threadsafe(call(message), loop).result(90)
+            @given(messages, METADATA)
+            def one(message: Message, metadata: dict[str, str]) -> None:
+                asyncio.run_coroutine_threadsafe(call(message, metadata), loop).result(90)
 
             await asyncio.to_thread(one)
             assert running.source.ready()
             async with asyncio.timeout(30):
                 while not running.source.is_idle:  # noqa: ASYNC110 (an engine's thread tells nobody)
                     await asyncio.sleep(0.01)
-            print(f"{len(seen)} calls: { {code: seen.count(code) for code in sorted(set(seen))} }")
 
     asyncio.run(all_of_them())
+    print(f"{seen.total()} calls: {dict(sorted(seen.items()))}")
+    return seen
 
 
 def test_no_values_in_a_message_break_the_grpc_front(tiny_folder: Path) -> None:
-    fuzz_grpc(tiny_folder, 200)
+    seen = fuzz_grpc(tiny_folder, 200)
+    assert all(min(seen[f"{method} OK"], seen[f"{method} INVALID_ARGUMENT"]) >= 5 for method, _ in METHODS.values()), seen
 
 
 @pytest.mark.slow
 def test_ten_thousand_messages_do_not_break_the_grpc_front(tiny_folder: Path) -> None:
     fuzz_grpc(tiny_folder, 10_000)
+
+
+@pytest.mark.slow
+def test_two_thousand_calls_for_vectors_do_not_break_the_grpc_front(tiny_folder: Path) -> None:
+    seen = fuzz_grpc(tiny_folder, 2_000, EMBEDDINGS)
+    assert min(seen["Embed OK"], seen["Embed INVALID_ARGUMENT"]) >= 100

@@ -18,16 +18,21 @@ from tests.serve.bad_input.checks import says_little
 from tests.serve.in_process import MODEL, fronts
 
 MOST_TOKENS = 6
+MOST_DIMENSIONS = 80
+"""A few more than the model has."""
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 HANGS_AFTER_S = 60.0
 
 
-def fuzz_http(folder: Path, cases: int) -> Counter[int]:
-    """So many requests over all operations, most of them with bodies; the engine must live and be idle at the end."""
+def fuzz_http(folder: Path, cases: int, path: str | None = None) -> Counter[int]:
+    """So many requests over all operations or one, most of them with bodies; the engine must live and be idle at the end."""
     schema = schemathesis.openapi.from_dict(json.loads(page()))
     operations = [operation.ok() for operation in schema.get_all_operations()]
     with_body = [operation for operation in operations if operation.method == "post"]
     assert len(with_body) >= 5
+    if path is not None:
+        operations = with_body = [operation for operation in with_body if operation.path == path]
+        assert operations
     strategies = [operation.as_strategy(generation_mode=mode) for operation in with_body for mode in GenerationMode] * 4
     strategies += [operation.as_strategy(generation_mode=GenerationMode.POSITIVE) for operation in operations]
     strategy = st.one_of(strategies)
@@ -50,7 +55,7 @@ def fuzz_http(folder: Path, cases: int) -> Counter[int]:
             one()
 
     async def all_of_them() -> None:
-        async with fronts(folder) as running:
+        async with fronts(folder, pooling="last") as running:
             await asyncio.to_thread(run, running.http)
             assert running.source.ready()
             async with asyncio.timeout(30):
@@ -73,6 +78,8 @@ def _tame(body: dict[str, Any], *, known_model: bool) -> None:
         body["max_tokens"] = MOST_TOKENS
     if not said and "input" in body and body.get("max_output_tokens") is None:
         body["max_output_tokens"] = MOST_TOKENS
+    if type(body.get("dimensions")) is int and body["dimensions"] > 0:
+        body["dimensions"] = 1 + body["dimensions"] % MOST_DIMENSIONS
 
 
 def _request(case: Any, url: str) -> dict[str, Any]:
@@ -98,3 +105,10 @@ def test_requests_made_from_the_document_do_not_break_the_http_front(tiny_folder
 @pytest.mark.timeout(3600)
 def test_ten_thousand_requests_made_from_the_document_do_not_break_the_http_front(tiny_folder: Path) -> None:
     assert fuzz_http(tiny_folder, 10_000).total() >= 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_thousand_requests_for_vectors_do_not_break_the_http_front(tiny_folder: Path) -> None:
+    seen = fuzz_http(tiny_folder, 2_000, "/v1/embeddings")
+    assert min(seen[200], seen[400]) >= 100
