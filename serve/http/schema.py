@@ -140,17 +140,20 @@ class MessageBody(Body):
     name: str | None = None
     tool_calls: list[ToolCallBody] | None = None
     tool_call_id: str | None = None
+    id: Any = None
+    """Of a tool's message without `tool_call_id`: the same. Qwen-Agent says it so where it leaves tools to the server."""
 
     def message(self, at: int) -> Message:
         """Only a call can do without content."""
         if self.content is None and not self.tool_calls:
             raise InvalidRequest(f"messages[{at}].content is required", param=f"messages[{at}].content")
+        answers = self.id if self.role == "tool" and self.tool_call_id is None and isinstance(self.id, str) else self.tool_call_id
         return Message(
             role=self.role,
             content=self.content or "",
             name=self.name,
             tool_calls=tuple(call.call() for call in self.tool_calls or ()),
-            tool_call_id=self.tool_call_id,
+            tool_call_id=answers,
         )
 
 

@@ -50,6 +50,9 @@ async def test_a_tool_is_called_answered_and_streamed(client: openai.AsyncOpenAI
     async with client.chat.completions.stream(messages=back, tools=TOOLS, tool_choice=named, **MORE) as stream:
         streamed = (await stream.get_final_completion()).choices[0]
     whole = (await client.chat.completions.create(messages=back, tools=TOOLS, tool_choice=named, **MORE)).choices[0]
+    as_qwen_agent_says = [*ASK, message, {"role": "tool", "id": call.id, "content": "done", "name": call.function.name, "extra": {}}]
+    again = (await client.chat.completions.create(messages=as_qwen_agent_says, tools=TOOLS, tool_choice=named, **MORE)).choices[0]
+    assert [one.function for one in again.message.tool_calls] == [one.function for one in whole.message.tool_calls]
     told = [(one.function.name, one.function.arguments) for one in streamed.message.tool_calls]
     assert told == [(one.function.name, one.function.arguments) for one in whole.message.tool_calls]
     assert all(name == "two" and json.loads(arguments)["c"] in "ab" for name, arguments in told)
