@@ -1,6 +1,7 @@
 """The fake server that users of the library test with."""
 
 import json
+import math
 import urllib.error
 import urllib.request
 
@@ -187,3 +188,33 @@ def test_what_is_not_there_is_refused_over_http(manta_server: FakeServer) -> Non
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"{manta_server.url}/nothing")
     assert json.loads(caught.value.read())["error"]["code"] == "not_found"
+
+
+def test_vectors_depend_on_the_text_alone_unless_the_script_has_them(manta_server: FakeServer) -> None:
+    with Client() as client, openai.OpenAI(base_url=manta_server.url, api_key="none", max_retries=0) as http:
+        first, again = (client.embeddings.create(input=["a text", [1, 2, 3]]) for _ in range(2))
+        assert [one.vector for one in first.data] == [one.vector for one in again.data]
+        assert first.data[0].vector != first.data[1].vector
+        assert math.hypot(*first.vector) == pytest.approx(1)
+        assert first.usage.prompt_tokens == 5
+        for told in (http.embeddings.create(model="fake", input="a text"), http.embeddings.create(model="fake", input=["a text"])):
+            assert told.data[0].embedding == pytest.approx(first.vector, abs=1e-6)
+        short = client.embeddings.create(input="a text", dimensions=3).vector
+        assert (len(short), math.hypot(*short)) == (3, pytest.approx(1))
+        manta_server.say(Answer(vectors=[[0.0, 1.0]]), Failure("INVALID_ARGUMENT", "no"))
+        assert client.embeddings.create(input="x").vector == (0.0, 1.0)
+        with pytest.raises(BadRequest):
+            client.embeddings.create(input="x")
+    kinds = [(one.kind, one.protocol, one.prompts) for one in manta_server.requests]
+    assert kinds[0] == ("embedding", "grpc", ["a text", (1, 2, 3)])
+    assert kinds[2] == ("embedding", "http", ["a text"])
+    assert manta_server.requests[0].key != manta_server.requests[1].key
+
+
+def test_a_call_for_vectors_that_is_lost_is_made_again_under_its_key(manta_server: FakeServer) -> None:
+    manta_server.say(Answer(vectors=[[1.0]], breaks_after=0), Answer(vectors=[[2.0]]))
+    with Client() as client:
+        assert client.embeddings.create(input="x").vector == (1.0,)
+        assert client.embeddings.create(input="x", idempotency_key="mine").vector == (2.0,)
+    assert len({one.key for one in manta_server.requests[:2]}) == 1
+    assert manta_server.requests[2].key == "mine"

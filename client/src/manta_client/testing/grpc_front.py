@@ -1,7 +1,7 @@
 """The fake over gRPC: both services of manta.v1, by script."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from .._generated import admin_pb2, admin_pb2_grpc, messages_pb2, service_pb2, service_pb2_grpc
 from ..failures import DETAILS_KEY
-from .script import WORD, Answer, Failure, Received, Script, ending_of, pieces_of
+from .script import WORD, Answer, Failure, Received, Script, ending_of, pieces_of, vectors_of
 
 REFUSED = Failure("UNAUTHENTICATED", "this fake needs its API key", reason="invalid_api_key")
 DRAINING = Failure("UNAVAILABLE", "this fake is drained", reason="draining", retry_after_s=0.05)
@@ -64,6 +64,14 @@ class FakeManta(service_pb2_grpc.MantaServiceServicer):
         received = _completion(request.request, context, streamed=True, so_far=request.so_far)
         for event in self._events(received, context):
             yield service_pb2.GenerateStreamResponse(id="fake", **event)
+
+    def Embed(self, request: service_pb2.EmbedRequest, context: grpc.ServicerContext) -> service_pb2.EmbedResponse:  # noqa: N802
+        received = _embedding(request, context)
+        vectors = vectors_of(self._whole(received, context), received)
+        embeddings = [messages_pb2.Embedding(index=index, values=vector) for index, vector in enumerate(vectors)]
+        asked = self._script.prompt_tokens(received)
+        usage = messages_pb2.Usage(prompt_tokens=asked, total_tokens=asked)
+        return service_pb2.EmbedResponse(id="fake", model=request.model, embeddings=embeddings, usage=usage)
 
     def ListModels(self, request: service_pb2.ListModelsRequest, context: grpc.ServicerContext) -> service_pb2.ListModelsResponse:  # noqa: N802
         self._let_in(context)
@@ -216,8 +224,17 @@ def _chat(request: service_pb2.ChatRequest, context: grpc.ServicerContext, *, st
 
 
 def _completion(request: service_pb2.GenerateRequest, context: grpc.ServicerContext, *, streamed: bool, so_far: Any = ()) -> Received:
-    prompts = [one.text if one.WhichOneof("content") == "text" else tuple(one.token_ids.ids) for one in request.prompts]
-    return Received(kind="completion", prompts=prompts, **_common(request, context, streamed, so_far))
+    return Received(kind="completion", prompts=_prompts(request.prompts), **_common(request, context, streamed, so_far))
+
+
+def _embedding(request: service_pb2.EmbedRequest, context: grpc.ServicerContext) -> Received:
+    options = {"dimensions": request.dimensions} if request.HasField("dimensions") else {}
+    said: dict[str, Any] = {"protocol": "grpc", "streamed": False, "model": request.model, "headers": _headers(context)}
+    return Received(kind="embedding", prompts=_prompts(request.inputs), options=options, **said)
+
+
+def _prompts(prompts: Iterable[messages_pb2.Prompt]) -> list[str | tuple[int, ...]]:
+    return [one.text if one.WhichOneof("content") == "text" else tuple(one.token_ids.ids) for one in prompts]
 
 
 def _common(request: Any, context: grpc.ServicerContext, streamed: bool, so_far: Any) -> dict[str, Any]:

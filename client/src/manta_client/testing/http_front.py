@@ -1,13 +1,15 @@
-"""The fake over HTTP, as far as OpenAI's clients need it: chat and completions, whole and streamed, and models."""
+"""The fake over HTTP, as far as OpenAI's clients need it: chat and completions, whole and streamed, embeddings, and models."""
 
+import base64
 import json
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from .grpc_front import DRAINING, Gate
-from .script import Answer, Failure, Received, Script, ending_of, pieces_of
+from .script import Answer, Failure, Received, Script, ending_of, pieces_of, vectors_of
 
 STATUS = {
     "INVALID_ARGUMENT": 400,
@@ -19,7 +21,7 @@ STATUS = {
     "DEADLINE_EXCEEDED": 504,
 }
 """HTTP status of a gRPC code; every other is 500."""
-KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "completion", "/v1/embeddings": "embedding"}
 UNKNOWN = Failure("NOT_FOUND", "there is no such thing here", reason="not_found")
 
 
@@ -68,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         if received.streamed:
             return self._stream(received, answer, said if isinstance(said, Failure) else None)
         time.sleep(answer.pause_s)
-        return self._send(200, _whole(self.server.script, received, answer))
+        write = _vectors if received.kind == "embedding" else _whole
+        return self._send(200, write(self.server.script, received, answer))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: tests have output of their own."""
@@ -77,9 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
         return {name.lower(): value for name, value in self.headers.items()}
 
     def _received(self, asked: dict[str, Any]) -> Received:
-        prompt = asked.get("prompt", ())
+        prompt = asked.get("input" if KINDS[self.path] == "embedding" else "prompt", ())
         one = isinstance(prompt, str) or (prompt and all(isinstance(token, int) for token in prompt))
-        apart = ("model", "messages", "prompt", "stream", "tools")
+        apart = ("model", "messages", "prompt", "input", "stream", "tools")
         options = {name: value for name, value in asked.items() if name not in apart and value is not None}
         if "max_completion_tokens" in options:
             options["max_tokens"] = options["max_completion_tokens"]
@@ -159,6 +162,14 @@ def _whole(script: Script, received: Received, answer: Answer) -> dict[str, Any]
     kind = "chat.completion" if received.kind == "chat" else "text_completion"
     usage = _usage(script, received, answer)
     return {"id": "fake", "object": kind, "created": 0, "model": received.model, "choices": choices, "usage": usage}
+
+
+def _vectors(script: Script, received: Received, answer: Answer) -> dict[str, Any]:
+    packed = received.options.get("encoding_format") == "base64"
+    written = [base64.b64encode(struct.pack(f"<{len(one)}f", *one)).decode() if packed else one for one in vectors_of(answer, received)]
+    data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(written)]
+    asked = script.prompt_tokens(received)
+    return {"object": "list", "model": received.model, "data": data, "usage": {"prompt_tokens": asked, "total_tokens": asked}}
 
 
 def _calls(answer: Answer, *, streamed: bool = False) -> list[dict[str, Any]]:

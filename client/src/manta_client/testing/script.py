@@ -1,11 +1,15 @@
 """What a fake server answers, and what it was asked."""
 
+import hashlib
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+DIMENSIONS = 8
+"""Of vectors that are not in the script."""
 WORD = re.compile(r"\s*\S+|\s+")
 
 
@@ -29,6 +33,8 @@ class Answer:
     """"stop", "length" or "tool_calls"; if not said, what fits."""
     pieces: Sequence[str] = field(default=(), kw_only=True)
     """How a stream cuts the text, a token each; words if not said."""
+    vectors: Sequence[Sequence[float]] = field(default=(), kw_only=True)
+    """What a request for embeddings gets, one for each input; of length 1 and by the input alone if not said."""
     pause_s: float = field(default=0.0, kw_only=True)
     """Before every piece of a stream, and once before a whole answer."""
     breaks_after: int | None = field(default=None, kw_only=True)
@@ -62,13 +68,14 @@ class Received:
     """A request that came."""
 
     kind: str
-    """"chat" or "completion"."""
+    """"chat", "completion" or "embedding"."""
     protocol: str
     """"grpc" or "http"."""
     streamed: bool
     model: str
     messages: Sequence[Mapping[str, Any]] = ()
     prompts: Sequence[str | Sequence[int]] = ()
+    """Of a completion, or the inputs of a request for embeddings."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Those that were said, by name."""
     tools: Sequence[str] = ()
@@ -146,6 +153,22 @@ class Script:
         texts = [str(message.get("content") or "") for message in request.messages]
         texts += [prompt for prompt in request.prompts if isinstance(prompt, str)]
         return sum(len(WORD.findall(text)) for text in texts) + sum(len(one) for one in request.prompts if not isinstance(one, str))
+
+
+def vectors_of(answer: Answer, request: Received) -> list[list[float]]:
+    """A vector for each input, shorter where `dimensions` says so."""
+    size = int(request.options.get("dimensions") or 0) or None
+    return [_unit(one[:size]) if size else list(one) for one in answer.vectors or [_vector(one) for one in request.prompts]]
+
+
+def _vector(text: str | Sequence[int]) -> list[float]:
+    digest = hashlib.sha256(repr(text if isinstance(text, str) else tuple(text)).encode()).digest()
+    return _unit([byte / 127.5 - 1 for byte in digest[:DIMENSIONS]])
+
+
+def _unit(vector: Sequence[float]) -> list[float]:
+    length = math.hypot(*vector) or 1.0
+    return [number / length for number in vector]
 
 
 def pieces_of(answer: Answer, limit: int | None) -> Iterator[str]:

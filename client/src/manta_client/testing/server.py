@@ -46,7 +46,7 @@ class FakeServer:
 
     @property
     def requests(self) -> list[Received]:
-        """Chats and completions that came, in order, also those that were refused by script."""
+        """Chats, completions and requests for embeddings that came, in order, also those that were refused by script."""
         return self._script.requests
 
     def say(self, *items: str | Item) -> "FakeServer":
