@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from parallel.native.library import native
-from parallel.onednn_format import OneDnnFormat, runs_here
+from parallel.native.library import multiplies, native
+from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
 from parallel.packed_format import PackedFormat
 from parallel.scaled_format import ScaledFormat, has_triton
 from parallel.weight_format import Dense, WeightFormat
@@ -34,13 +34,15 @@ def choose_formats(
     stored: Iterable[torch.dtype],
     quantize: QuantizeName | None = None,
     *,
+    rounds_activations: bool = False,
     experts_travel: bool = False,
 ) -> Formats:
     """The fastest formats that lose nothing, or with ``quantize`` those that are asked for.
 
-    ``stored`` are the dtypes of the checkpoint's matrices. Where ``experts_travel`` from rank to rank, no format does that is this
-    processor's own. With int4, embedding and head are held in int8, with fp8 plainly: what a token is and which one comes next
-    suffers most from rounding.
+    ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` a product of matrices stored in bfloat16 may
+    round its other side to bfloat16 as well, where the processor multiplies that natively. Where ``experts_travel`` from rank to
+    rank, no format does that is this processor's own. With int4, embedding and head are held in int8, with fp8 plainly: what a token
+    is and which one comes next suffers most from rounding.
 
     Raises:
         ValueError: this device has no such format.
@@ -55,10 +57,12 @@ def choose_formats(
         if native() is None:
             log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
         return Formats(PackedFormat(quantize, raw), PackedFormat("int8", raw))
-    if dtype == torch.bfloat16 and not experts_travel and runs_here(dtype):
-        return Formats(OneDnnFormat(dtype), Dense(dtype))
-    if native() is not None and (dtype == torch.bfloat16 or found == {torch.bfloat16}):
-        packed = PackedFormat("bf16", torch.bfloat16)
+    in_bfloat16 = dtype == torch.bfloat16 or found == {torch.bfloat16}
+    rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)
+    packed = PackedFormat("bf16_dot" if rounds_activations and multiplies("bf16_dot") else "bf16", torch.bfloat16)
+    if rounds_activations and not experts_travel and (native() is None or has_amx()) and runs_here(torch.bfloat16):
+        return Formats(OneDnnFormat(torch.bfloat16), Dense(dtype) if native() is None else packed)
+    if native() is not None and in_bfloat16:
         return Formats(packed, packed)
     if native() is not None and dtype == torch.float32:
         packed = PackedFormat("fp32", raw)

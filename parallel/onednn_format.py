@@ -36,12 +36,18 @@ class OneDnnFormat:
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         if "weight" in tensors or x.numel() == 0:
             weight = tensors.get("weight")
-            return x.new_zeros(*x.shape[:-1], tensors["reordered"].shape[0]) if weight is None else F.linear(x, weight, bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, tensors["reordered"], bias, "none", [], "")
-        return y
+            return x.new_zeros(*x.shape[:-1], tensors["reordered"].shape[0]) if weight is None else F.linear(x, weight.to(x.dtype), bias)
+        bias = None if bias is None else bias.to(self.dtype)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), tensors["reordered"], bias, "none", [], "")
+        return y.to(x.dtype)
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
         raise NotImplementedError("oneDNN's order is its own: a table that is looked up is held plainly")
+
+
+def has_amx() -> bool:
+    """Whether this processor multiplies bfloat16 in tiles, which oneDNN knows how to use and our kernels do not."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def runs_here(dtype: torch.dtype) -> bool:

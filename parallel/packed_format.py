@@ -14,7 +14,7 @@ from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
-BYTES: dict[Kind, float] = {"bf16": 2, "fp32": 4, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}
+BYTES: dict[Kind, float] = {"bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}
 """Of a weight, with its part of a float16 scale."""
 ANY_LANES = 8
 """Of a panel where no kernel reads it."""
@@ -24,9 +24,10 @@ ANY_LANES = 8
 class PackedFormat:
     """Stored in a checkpoint as a plain matrix, held and multiplied packed. Sums are in float32 whatever the dtype of ``x``.
 
-    ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``fp32`` only puts
-    them in the order in which they are read. ``int8`` and ``int4`` round each group of 128 or 32 input features to multiples of a
-    scale of its own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature.
+    ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``bf16_dot``
+    rounds ``x`` to bfloat16 as well, for processors that multiply it natively, and sums in float32. ``fp32`` only puts them in the
+    order in which they are read. ``int8`` and ``int4`` round each group of 128 or 32 input features to multiples of a scale of its
+    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature.
     """
 
     kind: Kind
@@ -48,13 +49,15 @@ class PackedFormat:
         return prepared if packed.scales is None else prepared | {"scales": packed.scales}
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        packed = self.packed(tensors)
+        packed, dtype = self.packed(tensors), x.dtype
         library = native()
-        if library is not None and packed.lanes == library.lanes:
+        if library is not None and self.kind in library.kinds and packed.lanes == library.lanes:
             y = multiply(library, x.reshape(-1, x.shape[-1]), packed, bias)
-            return y.to(x.dtype).view(*x.shape[:-1], packed.num_outputs)
+            return y.to(dtype).view(*x.shape[:-1], packed.num_outputs)
+        if self.kind == "bf16_dot":
+            x = x.bfloat16()
         y = F.linear(x.float(), unpack(packed)[:, : x.shape[-1]], None if bias is None else bias.float())
-        return y.to(x.dtype)
+        return y.to(dtype)
 
     def experts(
         self,
@@ -67,7 +70,7 @@ class PackedFormat:
         """Every assignment through its expert, see `parallel.native.experts`; None where only one after the other is possible."""
         library = native()
         ups, downs = [self.packed(tensors) for tensors in up], [self.packed(tensors) for tensors in down]
-        if library is None or ups[0].lanes != library.lanes or ups[0].num_outputs == 0:
+        if library is None or self.kind not in library.kinds or ups[0].lanes != library.lanes or ups[0].num_outputs == 0:
             return None
         return experts(library, x, rows, counts, ups, downs).to(x.dtype)
 

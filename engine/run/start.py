@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.run.draft_fit import check_draft_model
 from engine.run.drafter import open_drafter
 from engine.run.grammar.start import open_guides
-from engine.run.host import multiplies_bfloat16, usable_cores
+from engine.run.host import keep_freed_memory, multiplies_bfloat16, usable_cores
 from engine.run.memory import measure_capacity
 from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
@@ -31,6 +31,7 @@ from model.qwen2 import Qwen2
 from parallel.dispatch import choose_dispatch
 from parallel.fitting import check_fit
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
+from parallel.native.library import native
 from parallel.rounding import FP8
 from parallel.topology import Topology
 
@@ -86,6 +87,7 @@ def start_rank(
     on_host = ranks_on_host or topology.size
     device = resolve_device(runner_config.device)
     if device.type == "cpu":
+        keep_freed_memory()
         torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
     with ExitStack() as stack:
         model_config = ModelConfig.from_checkpoint(small_files(checkpoint_folder))
@@ -141,7 +143,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float16
-    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if native() is None and multiplies_bfloat16(device) else torch.float32  # our own kernels are of float32
 
 
 def formats_of(
@@ -149,7 +151,7 @@ def formats_of(
 ) -> Formats:
     """In what form a rank holds this checkpoint's weights. Opening it has read the headers, which is enough."""
     stored = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
-    return choose_formats(device, dtype, stored, config.quantize, experts_travel=experts_travel)
+    return choose_formats(device, dtype, stored, config.quantize, rounds_activations=config.dtype == "auto", experts_travel=experts_travel)
 
 
 @contextmanager

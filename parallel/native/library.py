@@ -24,6 +24,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 KINDS = ("bf16", "fp32", "int8", "int4")
 VARIANTS = {
+    "avx512_bf16": (*AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512_vnni": (*AVX512, "-mavx512vnni"),
     "avx512": AVX512,
     "avx2": AVX2,
@@ -38,11 +39,12 @@ class Native:
         self.variant = variant
         self._library = ctypes.CDLL(str(path))
         self.lanes: int = self._library.manta_lanes()
+        self.kinds = (*KINDS, "bf16_dot") if variant == "avx512_bf16" else KINDS
         size, address, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
         threads = ctypes.c_int
-        self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in KINDS}
+        self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in self.kinds}
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
-        self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in KINDS}
+        self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
         self.add_norm = self._function("add_norm", [*[address] * 4, size, size, number, threads])
         self.gate = self._function("gate", [address, address, size, size, threads])
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])
@@ -79,6 +81,12 @@ def native() -> Native | None:
     return library
 
 
+def multiplies(kind: str) -> bool:
+    """Whether there are kernels here for weights of this kind."""
+    library = native()
+    return library is not None and kind in library.kinds
+
+
 def best_variant() -> str:
     """The best of `VARIANTS` that this processor has.
 
@@ -87,7 +95,9 @@ def best_variant() -> str:
     """
     has = _capabilities()
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has:
-        return "avx512_vnni" if "avx512_vnni" in has else "avx512"
+        if "avx512_vnni" not in has:
+            return "avx512"
+        return "avx512_bf16" if "avx512_bf16" in has else "avx512_vnni"
     if {"avx2", "fma", "f16c"} <= has:
         return "avx2"
     raise Unavailable(f"they are for x86-64 with AVX2, which this {platform.machine()} has not")

@@ -9,11 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from parallel.native.huge_pages import want_huge_pages
 from parallel.native.library import Native, num_threads
 from parallel.rounding import LEVELS, round_to_groups
 from parallel.scale_groups import GROUP
 
-Kind = Literal["bf16", "fp32", "int8", "int4"]
+Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int4"]
+"""``bf16`` is multiplied in float32; ``bf16_dot`` by rows that are rounded to bfloat16 too, where the processor has that product."""
 PIECE_OUTPUTS = 4096
 """Packed at once, so that a large matrix does not lie there a third time as float32."""
 
@@ -24,7 +26,7 @@ class Packed:
 
     kind: Kind
     numbers: Tensor
-    """bf16, fp32: (panels, K, panel); int8: (panels, padded K / 2, panel, 2) int8; int4: (panels, padded K / 8, panel) int32"""
+    """bf16, fp32: (panels, K, panel); bf16_dot and int8: (panels, padded K / 2, panel, 2); int4: (panels, padded K / 8, panel) int32"""
     scales: Tensor | None
     """(panels, groups, panel) float16"""
     num_outputs: int
@@ -36,7 +38,7 @@ class Packed:
     @property
     def padded(self) -> int:
         """Input features, filled up to whole groups."""
-        return self.numbers.shape[1] * {"bf16": 1, "fp32": 1, "int8": 2, "int4": 8}[self.kind]
+        return self.numbers.shape[1] * {"bf16": 1, "bf16_dot": 2, "fp32": 1, "int8": 2, "int4": 8}[self.kind]
 
     @property
     def group(self) -> int:
@@ -45,9 +47,20 @@ class Packed:
 
 def pack(kind: Kind, weight_NK: Tensor, lanes: int) -> Packed:
     """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
-    pieces = [_pack_piece(kind, piece, lanes) for piece in weight_NK.split(PIECE_OUTPUTS)]  # whole panels, but for the last
-    numbers, scales = zip(*pieces, strict=True)
-    return Packed(kind, _joined(numbers), None if scales[0] is None else _joined(scales), weight_NK.shape[0])
+    num_panels = -(-weight_NK.shape[0] // (2 * lanes))
+    numbers = scales = None
+    done = 0
+    for piece in weight_NK.split(PIECE_OUTPUTS):  # whole panels, but for the last
+        some, their_scales = _pack_piece(kind, piece, lanes)
+        if numbers is None:
+            numbers = _room_for(num_panels, some)
+            scales = None if their_scales is None else _room_for(num_panels, their_scales)
+        numbers[done : done + len(some)] = some
+        if scales is not None and their_scales is not None:
+            scales[done : done + len(some)] = their_scales
+        done += len(some)
+    assert numbers is not None  # split gives one piece even of nothing
+    return Packed(kind, numbers, scales, weight_NK.shape[0])
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -66,6 +79,9 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
         interleaved_T = (places_T % packed.lanes) * 2 + places_T // packed.lanes
         numbers_TK: Tensor = packed.numbers[panels_T, :, interleaved_T].float()
         return numbers_TK.contiguous()
+    if packed.kind == "bf16_dot":
+        pairs_TX: Tensor = packed.numbers[panels_T, :, places_T].flatten(1).float()
+        return pairs_TX
     assert packed.scales is not None
     numbers_TX = packed.numbers[panels_T, :, places_T]
     if packed.kind == "int4":
@@ -93,8 +109,10 @@ def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | Non
     return y_TN
 
 
-def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def _room_for(num_panels: int, piece: Tensor) -> Tensor:
+    room = torch.empty(num_panels, *piece.shape[1:], dtype=piece.dtype)
+    want_huge_pages(room)
+    return room
 
 
 def _pack_piece(kind: Kind, weight_NK: Tensor, lanes: int) -> tuple[Tensor, Tensor | None]:
@@ -107,6 +125,9 @@ def _pack_piece(kind: Kind, weight_NK: Tensor, lanes: int) -> tuple[Tensor, Tens
         padded = _filled(weight_NK.bfloat16(), num_panels * panel, weight_NK.shape[1])
         halves = padded.view(num_panels, 2, lanes, -1)  # output lane in the low half of 32 bits, output lanes + lane in the high one
         return halves.permute(0, 3, 2, 1).reshape(num_panels, -1, panel), None
+    if kind == "bf16_dot":
+        padded = _filled(weight_NK.bfloat16(), num_panels * panel, -(-weight_NK.shape[1] // 2) * 2)
+        return padded.view(num_panels, panel, -1, 2).transpose(1, 2).contiguous(), None
     group = GROUP[kind]
     num_groups = -(-weight_NK.shape[1] // group)
     padded = _filled(weight_NK.float(), num_panels * panel, num_groups * group).view(num_panels, panel, num_groups, group)

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.run.host import multiplies_bfloat16
+from parallel.native.library import native
+from parallel.native.linear import Packed, multiply
+
 BUFFER_BYTES = 1 << 30
 MATRIX = 2048
+INPUTS = 1024
+"""Of the matrix that is read once."""
 REPEATS = 5
 
 
@@ -31,14 +37,27 @@ def measure_ceiling(dtype: torch.dtype, device: torch.device, threads: int) -> C
 
 
 def _memory_rates(device: torch.device) -> tuple[float, float]:
-    """A sum reads each byte once and writes none; a copy reads and writes it."""
+    """A sum reads each byte once and writes none, as does our own product with one row, which is faster on some CPUs; a copy reads and
+    writes it."""
     buffer = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32, device=device)
     half = buffer.numel() // 2
     copied = BUFFER_BYTES / _best_seconds(lambda: buffer[half:].copy_(buffer[:half]), device)
-    return BUFFER_BYTES / _best_seconds(buffer.sum, device), copied
+    read = BUFFER_BYTES / _best_seconds(buffer.sum, device)
+    library = native() if device.type == "cpu" else None
+    if library is not None:
+        matrix = Packed("fp32", buffer.view(-1, INPUTS, 2 * library.lanes), None, buffer.numel() // INPUTS)
+        row = torch.ones(1, INPUTS)
+        read = max(read, BUFFER_BYTES / _best_seconds(lambda: multiply(library, row, matrix, None), device))
+    return read, copied
 
 
 def _multiply_rate(dtype: torch.dtype, device: torch.device) -> float:
+    if device.type == "cpu" and dtype != torch.bfloat16 and multiplies_bfloat16(device):
+        return max(_rate_in(dtype, device), _rate_in(torch.bfloat16, device))
+    return _rate_in(dtype, device)
+
+
+def _rate_in(dtype: torch.dtype, device: torch.device) -> float:
     left, right = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
     return 2 * MATRIX**3 / _best_seconds(lambda: left @ right, device)
 

@@ -26,6 +26,25 @@ def test_weights_stored_in_bfloat16_are_held_so_where_sums_are_in_float32() -> N
     assert choose_formats(CPU, FLOAT, [FLOAT]).matrices == PackedFormat("fp32", FLOAT)
 
 
+def test_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors with bfloat16 products: ours, but oneDNN's where there are tiles for them."""
+    monkeypatch.setattr("model.formats.native", lambda: object())
+    monkeypatch.setattr("model.formats.runs_here", lambda dtype: dtype == BF16)
+    monkeypatch.setattr("model.formats.has_amx", lambda: False)
+    monkeypatch.setattr("model.formats.multiplies", lambda kind: kind == "bf16_dot")
+    dot = PackedFormat("bf16_dot", BF16)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(dot, dot)
+    assert choose_formats(CPU, FLOAT, [BF16]).matrices == PackedFormat("bf16", BF16)
+    assert choose_formats(CPU, BF16, [BF16]).matrices == dot
+    assert choose_formats(CPU, FLOAT, [FLOAT], rounds_activations=True).matrices == PackedFormat("fp32", FLOAT)
+    monkeypatch.setattr("model.formats.has_amx", lambda: True)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(OneDnnFormat(BF16), dot)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, experts_travel=True) == Formats(dot, dot)
+    monkeypatch.setattr("model.formats.multiplies", lambda kind: False)
+    monkeypatch.setattr("model.formats.runs_here", lambda dtype: False)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True).matrices == PackedFormat("bf16", BF16)
+
+
 def test_int4_leaves_embedding_and_head_in_int8() -> None:
     formats = choose_formats(CPU, FLOAT, [BF16], "int4")
     assert (formats.matrices, formats.table) == (PackedFormat("int4", BF16), PackedFormat("int8", BF16))
@@ -62,7 +81,7 @@ def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.
 
 
 FORMATS: list[WeightFormat] = [
-    *(PackedFormat(kind, FLOAT) for kind in ("bf16", "int8", "int4")),
+    *(PackedFormat(kind, FLOAT) for kind in ("bf16", "bf16_dot", "int8", "int4")),
     *(ScaledFormat(kind, FLOAT) for kind in ("int8", "int4")),
     OneDnnFormat(FLOAT),
 ]
@@ -79,7 +98,8 @@ def test_every_format_multiplies_by_what_it_holds(form: WeightFormat, has_kernel
     weight, x, bias = (torch.randn(*shape, generator=generator) for shape in ((70, 200), (2, 3, 200), (70,)))
     tensors = form.prepare({"weight": weight.clone()})
     held = weight if isinstance(form, OneDnnFormat) else form.rows(torch.arange(70), tensors, 200)
-    torch.testing.assert_close(form.multiply(x, tensors, bias), x @ held.T + bias, rtol=1e-3, atol=2e-3)
+    rounded = x.bfloat16().float() if form == PackedFormat("bf16_dot", FLOAT) else x
+    torch.testing.assert_close(form.multiply(x, tensors, bias), rounded @ held.T + bias, rtol=1e-3, atol=2e-3)
     library = native() if has_kernels else None
     panel = 2 * (library.lanes if library else ANY_LANES)
     assert num_bytes(tensors) <= form.bytes_per_weight * -(-70 // panel) * panel * 256 + 70, "filled up to whole panels and groups"

@@ -6,6 +6,11 @@ template <class W> struct Weights;  // how a kind of weights is named from outsi
 template <> struct Weights<Bf16> {
     static Bf16 make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
 };
+#if defined(__AVX512BF16__)
+template <> struct Weights<Bf16Dot> {
+    static Bf16Dot make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
+};
+#endif
 template <> struct Weights<Fp32> {
     static Fp32 make(const void* weights, const void*, long K, long) { return {(const float*)weights, K}; }
 };
@@ -28,11 +33,17 @@ template <class Stored> struct Rows<Exact<Stored>> {
     }
 };
 
+#if defined(__AVX512BF16__)
+template <> struct Rows<Bf16Dot> : Bf16Rows {
+    using Bf16Rows::Bf16Rows;
+};
+#endif
+
 template <class W>
 static void multiply(const float* x, const void* weights, const void* scales, const float* bias, float* y, long T, long K, long padded, long group,
                      long N, int threads) {
     Rows<W> rows([&](long t) { return x + t * K; }, T, K, padded, group, threads);
-    run_jobs(std::vector<Job<W>>{{Weights<W>::make(weights, scales, padded, group), rows.rows.data(), T, bias, y, N}}, threads);
+    run_jobs(std::vector<Job<W>>{{Weights<W>::make(weights, scales, padded, group), rows.rows.data(), T, bias, y, N, threads}}, threads);
 }
 
 // out (A, D): assignment a is row rows[a] of x (., D) through its expert; the first counts[0] of them go to expert 0 and so on.
@@ -50,14 +61,14 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of, const
     std::vector<Job<W>> jobs;
     for (long e = 0, first = 0; e < num_experts; first += counts[e++])
         if (counts[e])
-            jobs.push_back({Weights<W>::make(up[e], up_scales[e], outer, group), &chosen[first], long(counts[e]), nullptr, &gate_up[first * 2 * I], 2 * I});
+            jobs.push_back({Weights<W>::make(up[e], up_scales[e], outer, group), &chosen[first], long(counts[e]), nullptr, &gate_up[first * 2 * I], 2 * I, threads});
     run_jobs(jobs, threads);
     share_out(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) { gate(&gate_up[a * 2 * I], &middle[a * I], I); });
     Rows<W> middle_rows([&](long a) { return &middle[a * I]; }, total, I, inner, group, threads);
     jobs.clear();
     for (long e = 0, first = 0; e < num_experts; first += counts[e++])
         if (counts[e])
-            jobs.push_back({Weights<W>::make(down[e], down_scales[e], inner, group), &middle_rows.rows[first], long(counts[e]), nullptr, out + first * D, D});
+            jobs.push_back({Weights<W>::make(down[e], down_scales[e], inner, group), &middle_rows.rows[first], long(counts[e]), nullptr, out + first * D, D, threads});
     run_jobs(jobs, threads);
 }
 
@@ -75,6 +86,9 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of, const
 extern "C" {
 int manta_lanes() { return LANES; }
 KIND(bf16, Bf16)
+#if defined(__AVX512BF16__)
+KIND(bf16_dot, Bf16Dot)
+#endif
 KIND(fp32, Fp32)
 KIND(int8, Int8)
 KIND(int4, Int4)

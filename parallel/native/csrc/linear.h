@@ -12,8 +12,9 @@
 constexpr int PANEL = 2 * LANES;
 constexpr int CHUNK = 4;        // panels that one task computes where there are few rows
 constexpr int WIDE_CHUNK = 8;   // and where there are many: the rows are then read less often
-constexpr long K_BLOCK = 512;   // so that a panel's part stays in the first cache while all rows pass
+constexpr long K_BLOCK = 512;   // so that a panel's part stays in a near cache while all rows pass
 constexpr long ROW_BLOCK = 96;
+constexpr long FEW_TASKS = 8;   // for each thread: so few are made to come out even
 
 
 // What kinds of weights have in common: `Rows` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums.
@@ -80,6 +81,74 @@ template <class Stored> struct Exact {
 
 using Bf16 = Exact<PairedBf16>;
 using Fp32 = Exact<PlainFp32>;
+
+#if defined(__AVX512BF16__)
+// Rows rounded to bfloat16, multiplied two input features at a time (VDPBF16PS), summed in float32.
+struct Bf16Row {
+    const uint16_t* x;
+};
+
+struct Bf16Dot {
+    const uint16_t* weights;  // [panel][k / 2][output][2]
+    long K;                   // even: filled up with a zero
+    using Row = Bf16Row;
+
+    static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        Floats sum[R][P][2];
+        const uint16_t *w[P], *x[R];
+        each<P>([&](auto p) INLINED { w[p] = weights + (panel + p) * K * PANEL; });
+        each<R>([&](auto r) INLINED {
+            x[r] = rows[r].x;
+            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { sum[r][p][h] = load(sums + r * stride + p * PANEL + h * LANES); }); });
+        });
+        for (long k = k0; k < k1; k += 2) {
+            Words pairs[P][2];
+            each<P>([&](auto p) INLINED {
+                const uint16_t* at = w[p] + k * PANEL;
+                if (R <= 2) {
+                    _mm_prefetch((const char*)(at + 16 * PANEL), _MM_HINT_T0);
+                    _mm_prefetch((const char*)(at + 17 * PANEL), _MM_HINT_T0);
+                }
+                each<2>([&](auto h) INLINED { pairs[p][h] = load_words(at + h * 2 * LANES); });
+            });
+            each<R>([&](auto r) INLINED {
+                int32_t pair;
+                memcpy(&pair, x[r] + k, 4);
+                const Words value = all_words(pair);
+                each<P>([&](auto p) INLINED {
+                    each<2>([&](auto h) INLINED { sum[r][p][h] = _mm512_dpbf16_ps(sum[r][p][h], (__m512bh)value, (__m512bh)pairs[p][h]); });
+                });
+            });
+        }
+        each<R>([&](auto r) INLINED {
+            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { store(sums + r * stride + p * PANEL + h * LANES, sum[r][p][h]); }); });
+        });
+    }
+};
+
+struct Bf16Rows {
+    std::vector<uint16_t> numbers;
+    std::vector<Bf16Row> rows;
+
+    template <class RowAt> Bf16Rows(RowAt row_at, long count, long K, long padded, long, int threads) {
+        numbers.resize(count * padded); rows.resize(count);
+        share_out(count, count * K > 65536 ? threads : 1, [&](long r) {
+            const float* x = row_at(r);
+            uint16_t* to = &numbers[r * padded];
+            long k = 0;
+            for (; k + LANES <= K; k += LANES) _mm256_storeu_si256((__m256i*)(to + k), (__m256i)_mm512_cvtneps_pbh(load(x + k)));
+            if (k < K) {
+                const __mmask16 rest = (1u << (K - k)) - 1;
+                const __m256i last = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(rest, x + k));
+                _mm256_mask_storeu_epi16(to + k, (1u << (padded - k)) - 1, last);
+            }
+            rows[r] = {to};
+        });
+    }
+};
+#endif
 
 // Rows as 16-bit integers with one scale for each group: sums within a group are exact in 32 bits.
 struct QuantisedRow {
@@ -166,9 +235,8 @@ struct Int4 {
     }
 };
 
-// `count` rows (as near to equal parts as they go, none above MOST_ROWS) by `panels` panels, added to sums (zero at first).
-template <class W> static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, float* sums) {
-    const long stride = panels * PANEL;
+// `count` rows (as near to equal parts as they go, none above MOST_ROWS) by `panels` panels, added to sums.
+template <class W> static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, float* sums, long stride) {
     const long parts = (count + MOST_ROWS - 1) / MOST_ROWS;
     const long step = parts == 1 ? w.K : K_BLOCK;
     for (long k0 = 0; k0 < w.K; k0 += step) {
@@ -181,6 +249,8 @@ template <class W> static void block(const W& w, const typename W::Row* rows, lo
                 float* to = sums + first * stride;
                 long p = 0;
                 for (; p + P <= panels; p += P) w.template tile<R, P>(at, panel + p, k0, k1, to + p * PANEL, stride);
+                if constexpr (P > 2)
+                    for (; p + 2 <= panels; p += 2) w.template tile<R, 2>(at, panel + p, k0, k1, to + p * PANEL, stride);
                 if (P > 1)
                     for (; p < panels; ++p) w.template tile<R, 1>(at, panel + p, k0, k1, to + p * PANEL, stride);
             });
@@ -196,27 +266,36 @@ template <class W> struct Job {
     const float* bias;
     float* y;
     long N;
+    int threads;
 
     long panels() const { return (N + PANEL - 1) / PANEL; }
-    long chunk() const { return count <= 4 * MOST_ROWS ? CHUNK : WIDE_CHUNK; }
     long blocks() const { return (count + ROW_BLOCK - 1) / ROW_BLOCK; }
-    long tasks() const { return (panels() + chunk() - 1) / chunk() * blocks(); }
+    long chunks() const {
+        const long most = count <= 4 * MOST_ROWS ? CHUNK : WIDE_CHUNK, found = (panels() + most - 1) / most;
+        const bool few = found * blocks() < FEW_TASKS * threads;
+        return few ? std::min(panels(), (found + threads - 1) / threads * threads) : found;
+    }
+    long tasks() const { return chunks() * blocks(); }
 
     void run(long task) const {
-        alignas(64) static thread_local float sums[ROW_BLOCK * WIDE_CHUNK * PANEL];
         // Neighbouring tasks have the same panels: the rows are smaller than the weights.
         const long c = task / blocks(), b = task % blocks();
-        const long panel = c * chunk(), some = std::min(chunk(), panels() - panel);
+        const long panel = c * panels() / chunks(), some = (c + 1) * panels() / chunks() - panel;
         const long first = b * count / blocks(), last = (b + 1) * count / blocks();
-        memset(sums, 0, sizeof(float) * (last - first) * some * PANEL);
-        block(w, rows + first, last - first, panel, some, sums);
         const long column = panel * PANEL, width = std::min(some * PANEL, N - column);
+        const long whole = width / PANEL;  // panels that are summed up where they are wanted
         for (long r = first; r < last; ++r) {
-            const float* from = sums + (r - first) * some * PANEL;
             float* to = y + r * N + column;
-            if (bias) for (long i = 0; i < width; ++i) to[i] = from[i] + bias[column + i];
-            else memcpy(to, from, sizeof(float) * width);
+            if (bias) memcpy(to, bias + column, sizeof(float) * width);
+            else memset(to, 0, sizeof(float) * width);
         }
+        if (whole) block(w, rows + first, last - first, panel, whole, y + first * N + column, N);
+        if (whole == some) return;
+        alignas(64) static thread_local float sums[ROW_BLOCK * PANEL];
+        memset(sums, 0, sizeof(float) * (last - first) * PANEL);
+        block(w, rows + first, last - first, panel + whole, 1, sums, PANEL);
+        for (long r = first; r < last; ++r)
+            for (long i = whole * PANEL; i < width; ++i) y[r * N + column + i] += sums[(r - first) * PANEL + i - whole * PANEL];
     }
 };
 

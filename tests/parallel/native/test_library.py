@@ -13,7 +13,9 @@ from parallel.native import library
 def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     avx2 = {"avx2", "fma", "f16c"}
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-    for has, wanted in ((avx2, "avx2"), (avx512, "avx512"), (avx512 | {"avx512_vnni"}, "avx512_vnni")):
+    vnni = avx512 | {"avx512_vnni"}
+    cases = ((avx2, "avx2"), (avx512, "avx512"), (vnni, "avx512_vnni"), (vnni | {"avx512_bf16"}, "avx512_bf16"))
+    for has, wanted in cases:
         monkeypatch.setattr(library, "_capabilities", lambda has=has: has)
         assert library.best_variant() == wanted
     monkeypatch.setattr(library, "_capabilities", set)
