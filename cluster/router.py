@@ -35,7 +35,7 @@ LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineS
 
 
 FULL_FOR_S = 0.1
-"""For how long a tenant's next requests are refused unasked after a replica had no place in its queue: at ten times as many requests
+"""For how long a tenant's next requests are refused unasked after no replica had a place in its queue: at ten times as many requests
 as can be answered most are spared the way there, and the queue is never empty for want of one that asks."""
 MAX_FULL = 1_000
 """Tenants that are remembered so."""
@@ -135,8 +135,8 @@ class Router:
         self._aborted: set[str] = set()
         """Of those, the requests that shall not get one."""
         self.resumes = Resumes(self._config, clock)
-        self._full: dict[str, tuple[float, TokenEvent]] = {}
-        """Tenants whose request was refused for lack of a place in a queue: until when, and the refusal."""
+        self._full: dict[str, dict[str, tuple[float, TokenEvent]]] = {}
+        """Tenants whose request was refused for lack of a place in a queue: by which replicas, until when that holds, and the refusal."""
 
     async def open(self) -> None:
         """Begin to follow the directory."""
@@ -169,18 +169,22 @@ class Router:
         return waiting + sum(link.abort(request_id) for link in self._links.values())
 
     def refusal(self, tenant: str) -> TokenEvent | None:
-        """What a replica said to a request of the same tenant a moment ago, if that was that too many wait: to be asked before a request
-        is read, which is most of the work that one more refusal takes."""
-        until, event = self._full.get(tenant, (0.0, None))
-        if event is not None and until <= self._clock():
-            del self._full[tenant]
+        """What the replicas said to requests of the same tenant a moment ago, if each that is ready said that too many wait: to be asked
+        before a request is read, which is most of the work that one more refusal takes."""
+        said = self._full.get(tenant)
+        if said is None:
             return None
-        return event
+        now, ready = self._clock(), [link.id for link in self._links.values() if link.ready]
+        if ready and all(said.get(replica, (0.0, None))[0] > now for replica in ready):
+            return said[ready[0]][1]
+        if all(until <= now for until, _ in said.values()):
+            del self._full[tenant]
+        return None
 
-    def _note_full(self, tenant: str, event: TokenEvent) -> None:
+    def _note_full(self, tenant: str, replica: str, event: TokenEvent) -> None:
         if len(self._full) >= MAX_FULL:
             self._full.clear()
-        self._full[tenant] = (self._clock() + FULL_FOR_S, event)
+        self._full.setdefault(tenant, {})[replica] = (self._clock() + FULL_FOR_S, event)
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Every token of one choice once and in order, up to its end. Closing it early cancels the choice.
@@ -222,7 +226,7 @@ class Router:
                         if event.error_kind == "PoisonedRequest":
                             self.resumes.note_poisoned(request)
                         if event.error_kind == "QueueFull":
-                            self._note_full(request.tenant, event)
+                            self._note_full(request.tenant, link.id, event)
                         if num_cached is None:
                             self.room.first_token(self._clock() - sent)
                             event = dataclasses.replace(event, held_s=held_s)

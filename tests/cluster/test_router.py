@@ -205,14 +205,19 @@ async def test_a_replica_that_cannot_be_reached_keeps_no_other_from_being_linked
     await router.close()
 
 
-async def test_a_tenant_that_found_no_place_is_refused_unasked_for_a_moment() -> None:
-    link = FakeLink(record("a"), error_at={0: "QueueFull"})
-    async with routed(link) as router:
+async def test_a_tenant_that_found_no_place_anywhere_is_refused_unasked_for_a_moment() -> None:
+    links = [FakeLink(record(name), error_at={0: "QueueFull"}) for name in "ab"]
+    async with routed(*links, policy=RoundRobin()) as router:
         now = 100.0
         router._clock = lambda: now
-        assert router.refusal("greedy") is None
-        (event,) = await collect(router, dataclasses.replace(REQUEST, tenant="greedy"))
-        assert router.refusal("greedy") == event
+        greedy = dataclasses.replace(REQUEST, tenant="greedy")
+        await collect(router, greedy)
+        assert router.refusal("greedy") is None, "the other replica may have a place"
+        await collect(router, greedy)
+        refused = router.refusal("greedy")
+        assert refused is not None
+        assert refused.error_kind == "QueueFull"
         assert router.refusal("another") is None
         now += FULL_FOR_S
         assert router.refusal("greedy") is None
+        assert not router._full

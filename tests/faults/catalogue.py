@@ -14,6 +14,10 @@ import psutil
 from engine.failpoints import Failure, arm, disarm
 from tests.faults.server import Victims
 
+MESSAGES = ("intake.send", "link.receive", "intake.read", "link.send")
+NAN = frozenset({"invalid_logits", "500 invalid_logits", "INVALID_LOGITS"})
+FRONT_LOST = frozenset({"503 unavailable"})
+"""Before an answer began."""
 THAWED_AFTER_S = 12.0
 """Long after a frozen replica was given up."""
 
@@ -43,7 +47,7 @@ class Fault:
     may_fail: frozenset[str] = frozenset()
     """Typed errors that a stream may end with."""
     extra: str = ""
-    """What happens beside: "poison", "leave" or "crowd"; see `tests.faults.run`."""
+    """What happens beside: "poison", "leave", "crowd", "long answers" or "long prompts"; see `tests.faults.run`."""
 
 
 def kill(processes: Iterable[psutil.Process]) -> frozenset[int]:
@@ -173,19 +177,35 @@ def _failing(point: str, *failures: Failure) -> Inject:
     return inject
 
 
-def _lost_messages(*points: str) -> Inject:
-    """Two messages between fronts and replicas are lost, one after the other."""
+def _lost_messages(count: int, *points: str) -> Inject:
+    """Messages between fronts and replicas are lost, one after the other within two seconds."""
 
     async def inject(victims: Victims, chance: random.Random) -> Harm:
         point = chance.choice(points)
 
         async def lose() -> None:
-            for _ in range(2):  # a stream is handed on three times at most
+            for _ in range(count):
                 arm(victims.failpoints, point, Failure(action="drop", after=chance.randint(1, 5)))
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(2.0 / count)
             disarm(victims.failpoints, point)
 
         return Harm(undo=lose, points=(point,))
+
+    return inject
+
+
+def _cut(*points: str) -> Inject:
+    """A replica is heard no more, or hears no more, for some seconds; the other way nothing is lost."""
+
+    async def inject(victims: Victims, chance: random.Random) -> Harm:
+        point, victim = chance.choice(points), _one_of(victims.replicas(), chance)
+        arm(victims.failpoints, point, Failure(action="drop", pid=victim.pid))
+
+        async def mend() -> None:
+            await asyncio.sleep(6.0)
+            disarm(victims.failpoints, point)
+
+        return Harm(undo=mend, points=(point,))
 
     return inject
 
@@ -215,19 +235,24 @@ def catalogue() -> dict[str, Fault]:
     it.add("controller_killed", "Ray Serve's controller is killed", _killing(Victims.controllers))
     it.add("front_frozen", "a front is frozen for 8 s", _front_frozen(Victims.fronts, 8.0))
     it.add("proxy_frozen", "Ray Serve's proxy is frozen for 8 s", _front_frozen(Victims.proxies, 8.0))
-    it.add("front_killed", "a front is killed", _killing(Victims.fronts), tier=2)
+    it.add("front_killed", "a front is killed", _killing(Victims.fronts), tier=2, may_fail=FRONT_LOST)
     it.add("proxy_killed", "Ray Serve's proxy is killed", _killing(Victims.proxies), tier=2)
-    it.add("replica_and_front", "a replica and a front are killed at once", _replica_and_front, tier=2)
+    it.add("replica_and_front", "a replica and a front are killed at once", _replica_and_front, tier=2, may_fail=FRONT_LOST)
     it.add("no_memory", "a rank has no memory left (MemoryError in a step)", _failing("rank.step", Failure(action="memory")))
     it.add("step_raises", "a step raises in a rank", _failing("rank.step", Failure(action="error"), Failure(action="error", after=9)))
     it.add("answer_lost", "a rank's answer is lost", _failing("rank.answer", Failure(action="drop")))
     it.add("engine_raises", "the engine's thread raises", _failing("engine.turn", Failure(action="error")))
-    it.add("messages_lost", "two messages from replicas to fronts are lost within 2 s", _lost_messages("intake.send", "link.receive"))
-    it.add("requests_lost", "two messages from fronts to replicas are lost within 2 s", _lost_messages("intake.read", "link.send"))
+    it.add("messages_lost", "two messages from replicas to fronts are lost within 2 s", _lost_messages(2, "intake.send", "link.receive"))
+    it.add("requests_lost", "two messages from fronts to replicas are lost within 2 s", _lost_messages(2, "intake.read", "link.send"))
+    it.add("many_messages_lost", "eight messages between fronts and replicas, one way, are lost within 2 s", _lost_messages(8, *MESSAGES))
+    it.add("cut_off", "what goes between a replica and the fronts is lost one way for 6 s", _cut("intake.send", "intake.read"))
+    it.add("nan", "all logits of a step are NaN", _failing("rank.logits", Failure(action="drop")), may_fail=NAN)
     it.add("disk_full", "the disk with Ray's logs and sockets is full for 5 s", _disk_full)
     it.add("no_descriptors", "a front or the proxy has no file descriptor left for 4 s", _no_descriptors)
     it.add("poison", "one more request kills every rank that computes it", _nothing, extra="poison")
     it.add("clients_leave", "half of the clients leave in the middle", _nothing, extra="leave")
+    it.add("kv_exhausted", "long answers beside take all blocks of both replicas, and more", _nothing, extra="long answers")
+    it.add("long_prompts", "prompts that fill the model's context come beside", _nothing, extra="long prompts")
     it.add("many_connections", "1,000 more connections at once", _nothing, extra="crowd")
     return it.faults
 

@@ -132,12 +132,16 @@ class Victims:
 
     async def resumed(self) -> int:
         """Choices that were continued elsewhere, as the metrics count them; fronts that died take their counts with them."""
+        return await self.counted("manta_resumes_total")
+
+    async def counted(self, name: str) -> int:
+        """A counter of the metrics, all its labels together."""
         try:
             async with httpx.AsyncClient(timeout=5) as http:
                 page = (await http.get(f"{self.url}/metrics")).text
         except httpx.HTTPError:
             return 0
-        lines = [line for line in page.splitlines() if line.startswith("manta_resumes_total{")]
+        lines = [line for line in page.splitlines() if line.startswith(f"{name}{{")]
         return round(sum(float(line.rpartition(" ")[2]) for line in lines))
 
 
@@ -146,8 +150,8 @@ def _holds(one: admin_pb2.ReplicaLoad) -> bool:
 
 
 @contextlib.contextmanager
-def server_under_test(*, kv_bytes: int = 16_000_000, more: str = "", keep_logs: Path | None = None) -> Iterator[Victims]:
-    """``keep_logs``: where Ray's logs of it are copied to in the end."""
+def server_under_test(*, kv_bytes: int = 2_000_000, more: str = "", keep_logs: Path | None = None) -> Iterator[Victims]:
+    """``kv_bytes``: of a rank, by default for some 7,800 tokens. ``keep_logs``: where Ray's logs of it are copied to in the end."""
     with tempfile.TemporaryDirectory(prefix="mf-", dir="/tmp") as made, _small_disk(Path(made)) as disk:
         place = Path(made)
         failpoints = place / "fail"
