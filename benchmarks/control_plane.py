@@ -1,11 +1,12 @@
 """What a step costs before and after the ranks have computed it: CPU time of the control plane with ranks that answer at once.
 
-    python -m benchmarks.control_plane [--sequences 256] [--steps 600] [--rounds 5]
+    python -m benchmarks.control_plane [--sequences 256] [--steps 600] [--rounds 5] [--speculate lookup]
 
 A step is one turn of a real engine (inbox, deadlines, plan, record, statistics), the plan as bytes, the result from bytes, and the
 desk's messages of tokens to one front. Each part is timed by the CPU clock of this thread, and the ranks' own work by none. Every
 sequence decodes; each has blocks of 16 tokens, so in every step a sixteenth of them gets a new block and publishes a full one. With
-`--churn` answers are short: then in every step some end and as many begin.
+`--churn` answers are short: then in every step some end and as many begin. With `--speculate` the engine may guess, on ranks that
+say that a step takes 5 ms and 0.2 ms for each token.
 
 Beside that: what the far ends do with it (a rank's reading of the plan and making of the batch, a front's reading of the events and
 handing out to its streams). No model, no sockets.
@@ -20,7 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -80,7 +81,7 @@ class Ranks:
     def _answered(self, plan: StepPlan) -> bytes:
         sampled = [Sampled(work.sequence, (1000 + work.start,)) for work in plan.works if work.samples]
         tokens, rest = packed(plan.decodes, sampled)
-        return encode(StepResult(plan.step, rest, 0.001, tokens=tokens))
+        return encode(StepResult(plan.step, rest, 0.005 + 0.0002 * plan.num_tokens, tokens=tokens))
 
     def _build(self, plan: StepPlan) -> None:
         for number in plan.closed:
@@ -126,7 +127,9 @@ def request_of(number: int, max_tokens: int) -> Request:
     return Request(id=f"{number:032x}", prompt=prompt, sampling=sampling, tenant=f"tenant-{number % 8}", deadline_s=2e9, tag=number)
 
 
-async def one_round(num_sequences: int, steps: int, churn: bool, *, far_ends: bool) -> tuple[dict[str, list[float]], float]:
+async def one_round(
+    num_sequences: int, steps: int, churn: bool, speculate: Literal["lookup"] | None, *, far_ends: bool
+) -> tuple[dict[str, list[float]], float]:
     """CPU seconds of each part in each step, and the mean number of tokens in a step.
 
     ``far_ends``: do the ranks' and the front's parts too. They are other processes; here they would leave the engine's part cold caches
@@ -134,7 +137,10 @@ async def one_round(num_sequences: int, steps: int, churn: bool, *, far_ends: bo
     """
     clock, parts, sent = Clock(), defaultdict(list), []
     config = EngineConfig(
-        block_tokens=BLOCK_TOKENS, max_running=num_sequences, max_step_tokens=max(8192, num_sequences * (PROMPT_TOKENS + BLOCK_TOKENS))
+        block_tokens=BLOCK_TOKENS,
+        max_running=num_sequences,
+        max_step_tokens=max(8192, num_sequences * (PROMPT_TOKENS + BLOCK_TOKENS)),
+        speculate=speculate,
     )
     engine = Engine(Ranks(clock, num_sequences, far_ends), config, policy=FairShare())
     desk = Desk(
@@ -193,13 +199,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--churn", action="store_true", help="answers of 20 to 219 tokens, each followed by another request")
+    parser.add_argument("--speculate", choices=["lookup"], help="let the engine guess")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rounds, with_far_ends = [], []
     for kept, far_ends in ((rounds, False), (with_far_ends, True)):
         for _ in range(arguments.rounds):
             gc.collect()
-            kept.append(asyncio.run(one_round(arguments.sequences, arguments.steps, arguments.churn, far_ends=far_ends)))
+            kept.append(
+                asyncio.run(one_round(arguments.sequences, arguments.steps, arguments.churn, arguments.speculate, far_ends=far_ends))
+            )
     print(
         f"{arguments.sequences} sequences, {rounds[0][1]:.0f} tokens a step, {'with churn' if arguments.churn else 'all decode'}, "
         f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; us of CPU per step, the quietest of {arguments.rounds} rounds"

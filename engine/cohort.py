@@ -18,6 +18,7 @@ NUMBER, LENGTH, HELD, TOKEN, END, STOPS_FROM, FIRST, TAG, PAYER, READY = range(1
 """Columns: the ranks' number; known tokens; tokens that its blocks hold; the last known token; the length at which the answer is over;
 the length from which a stop id ends it; tokens of the prompt; `Request.tag`; who is charged; 1 if it is there and no step is under way."""
 NO_STOP = -1
+FEW_STOP_IDS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ class Cohort:
     def plan(self, pool: BlockPool) -> Planned:
         """One token of each member that has no step under way. The pool has the blocks for them."""
         rows = np.flatnonzero(self._columns[READY])
-        columns = self._columns[:, rows]
+        columns = self._columns.take(rows, axis=1)  # half the time of an index
         new_blocks = np.full(len(rows), NO_BLOCK, np.int64)
         short = np.flatnonzero(columns[LENGTH] > columns[HELD])
         sequences: list[Sequence] = self._sequences[rows].tolist()
@@ -141,10 +142,12 @@ class Cohort:
 
     def record(self, planned: Planned, tokens: np.ndarray) -> Recorded:
         """``tokens`` (S), or `NO_TOKEN`, came of the planned works. What ends an answer, or has left since, is not recorded here."""
-        rows, columns = planned.rows, self._columns[:, planned.rows]
+        rows, columns = planned.rows, self._columns.take(planned.rows, axis=1)
         length = columns[LENGTH] + 1
-        stops = (self._stop_ids[rows] == tokens[:, None]).any(1) & (length > columns[STOPS_FROM])
-        plain = (columns[NUMBER] == planned.columns[0]) & (tokens != NO_TOKEN) & (length < columns[END]) & ~stops
+        stops = self._are_stop_ids(rows, tokens)
+        plain = (columns[NUMBER] == planned.columns[0]) & (tokens != NO_TOKEN) & (length < columns[END])
+        if stops.any():
+            plain &= ~stops | (length <= columns[STOPS_FROM])
         rest = [] if plain.all() else np.flatnonzero(~plain).tolist()
         if rest:
             rows, columns, length, tokens = rows[plain], columns[:, plain], length[plain], tokens[plain]
@@ -162,6 +165,15 @@ class Cohort:
             full=[sequences[place] for place in full],
             charges=[(self._payers.request(payer), count) for payer, count in enumerate(np.bincount(columns[PAYER]).tolist()) if count],
         )
+
+    def _are_stop_ids(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """bool (S): which of the tokens are stop ids of their rows. Id by id where rows have few, which takes a quarter of the time."""
+        if self._stop_ids.shape[1] > FEW_STOP_IDS:
+            return (self._stop_ids.take(rows, axis=0) == tokens[:, None]).any(1)  # type: ignore[no-any-return]
+        found = np.zeros(len(rows), bool)
+        for ids in self._stop_ids.T:
+            found |= ids.take(rows) == tokens
+        return found
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
         if len(ids) > self._stop_ids.shape[1]:

@@ -32,7 +32,7 @@ def life(seed: int) -> tuple[list[list[tuple[int, int, tuple[int, ...], tuple[in
         sampling = SamplingParams(
             max_tokens=draw.randint(1, 14),
             min_tokens=draw.choice([0, 0, 4]),
-            stop_token_ids=tuple(draw.sample(range(1000), draw.choice([0, 60, 200]))),
+            stop_token_ids=tuple(draw.sample(range(1000), draw.choice([0, 8, 60, 200]))),
             seed=draw.randrange(9),
         )
         request = Request(id=str(number), prompt=prompt, sampling=sampling, tenant=draw.choice("ab"), share=draw.choice([1.0, 2.0]))
