@@ -1,5 +1,6 @@
 """Everything of a checkpoint that can be found wrong without reading a weight: seconds, before Ray is even started."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from engine.run.draft_fit import check_draft_model
@@ -9,7 +10,9 @@ from model.config import ModelConfig
 from model.load import check_checkpoint
 from parallel.fitting import check_fit
 from parallel.topology import Topology
+from serve.config import ModelSettings, ServeConfig
 from serve.model_facts import ModelFacts
+from serve.model_source import ModelSourceError, Report, find_model
 from serve.text.tokenizer import Tokenizer
 
 
@@ -33,6 +36,24 @@ def check_model(place: Path | str, topology: Topology) -> None:
         ModelFacts.from_checkpoint(folder, name="", tokenizer=Tokenizer.from_folder(folder))
     except ValueError as error:  # LayoutMisfit, CheckpointError and -Mismatch, InvalidModelConfig, UnsupportedModel, InvalidTokenizer
         raise UnusableCheckpoint(str(error)) from error
+
+
+def with_draft_model_here(config: ServeConfig, place: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:
+    """The settings with their draft model, if they name one, found on this machine and looked over beside the model at ``place``.
+
+    Raises:
+        UnusableCheckpoint: it is not to be found, or of no use.
+    """
+    source = config.runner.draft_model
+    if source is None:
+        return config
+    report("checking the draft model", 0.5)
+    try:
+        draft = find_model(ModelSettings(source=source), report).place
+        check_draft(place, draft)
+    except (ModelSourceError, UnusableCheckpoint) as error:
+        raise UnusableCheckpoint(f"runner.draft_model: {error}") from error
+    return config.model_copy(update={"runner": replace(config.runner, draft_model=str(draft))})
 
 
 def check_draft(place: Path | str, draft: Path | str) -> None:

@@ -57,12 +57,14 @@ def bench(
     from rich.console import Console
 
     from serve.bench.report import as_json, table_of
+    from serve.model_check import with_draft_model_here
     from serve.model_source import ModelSourceError, find_model
 
     try:
         with progress_shown() as report:
             found = find_model(config.model, report)
             cells = chosen_cells(only, tokens_out)
+            config = with_draft_model_here(config, found.place, report)
             lines, figures = measure(config, found, rounds, cells, report, warm_up=warm_up)
     except (ModelSourceError, ValueError) as error:
         stop(str(error))

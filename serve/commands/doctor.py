@@ -83,13 +83,14 @@ def _examine(config: "ServeConfig", names_a_model: bool, address: str | None, ch
 
 def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | None, list[Finding]]":
     from cluster.doctor.findings import Finding, Severity
-    from serve.model_check import UnusableCheckpoint, check_model
+    from serve.model_check import UnusableCheckpoint, check_model, with_draft_model_here
     from serve.model_source import ModelSourceError, find_model
 
     try:
         found = find_model(config.model, report)
         report("checking the checkpoint", 0.3)
         check_model(found.place, config.parallel.topology)
+        with_draft_model_here(config, found.place, report)
     except (ModelSourceError, UnusableCheckpoint) as error:
         return None, [Finding(severity=Severity.FATAL, check="checkpoint", host=None, found=str(error))]
     return found, [Finding(severity=Severity.NOTE, check="checkpoint", host=None, found=f"{found.place} is whole and fits its config.json")]

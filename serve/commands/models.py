@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 def found_here(config: "ServeConfig") -> "list[Model]":
     """On this machine, fetched if need be. Leaves the program where one cannot be served."""
-    from serve.config import ModelSettings
     from serve.model_source import FoundModel, ModelSourceError, find_model
 
     def find(one: "ServeConfig") -> FoundModel:
@@ -28,20 +27,18 @@ def found_here(config: "ServeConfig") -> "list[Model]":
             _check(found.place, one)
             return found
 
-    def with_draft_found(place: Path | str, one: "ServeConfig") -> "ServeConfig":
-        if one.runner.draft_model is None:
-            return one
+    def with_draft_model(place: Path | str, one: "ServeConfig") -> "ServeConfig":
+        from serve.model_check import UnusableCheckpoint, with_draft_model_here
+
         with progress_shown() as report:
             try:
-                draft = find_model(ModelSettings(source=one.runner.draft_model), report)
-            except ModelSourceError as error:
-                stop(f"runner.draft_model: {error}")
-            _check_draft(place, draft.place)
-            return _with_draft_model(one, draft.place)
+                return with_draft_model_here(one, place, report)
+            except UnusableCheckpoint as error:
+                stop(str(error))
 
     each = config.each_model()
     found = [find(one) for one in each]
-    each = tuple(with_draft_found(model.place, one) for model, one in zip(found, each, strict=True))
+    each = tuple(with_draft_model(model.place, one) for model, one in zip(found, each, strict=True))
     return _models([(model.place, model.name) for model in found], each)
 
 

@@ -1,12 +1,14 @@
 """What is wrong with a model or its layout is told before Ray is even started."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from parallel.topology import Topology
-from serve.model_check import UnusableCheckpoint, check_model
+from serve.config import ServeConfig
+from serve.model_check import UnusableCheckpoint, check_model, with_draft_model_here
 from tests.serve.planning.questions import CONFIGS
 
 
@@ -24,3 +26,21 @@ def test_a_layout_that_the_model_cannot_have_is_refused_from_its_config_alone(tm
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
     with pytest.raises(UnusableCheckpoint, match=reason):
         check_model(tmp_path, topology)
+
+
+def test_a_draft_model_is_found_and_looked_over_as_the_model_is(tiny_folder: Path, tmp_path: Path) -> None:
+    def speculating(source: Path | str) -> ServeConfig:
+        return ServeConfig(engine={"speculate": "draft"}, runner={"draft_model": str(source)})
+
+    assert with_draft_model_here(ServeConfig(), tiny_folder) == ServeConfig()
+    assert with_draft_model_here(speculating(tiny_folder), tiny_folder).runner.draft_model == str(tiny_folder)
+    with pytest.raises(UnusableCheckpoint, match=r"runner\.draft_model: there is no folder"):
+        with_draft_model_here(speculating(tmp_path / "nowhere"), tiny_folder)
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary, added = tokenizer["model"]["vocab"], {token["id"] for token in tokenizer["added_tokens"]}
+    first, second = [text for text, number in vocabulary.items() if number not in added][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UnusableCheckpoint, match=r"runner\.draft_model: .* has another vocabulary: 2 of"):
+        with_draft_model_here(speculating(other), tiny_folder)
