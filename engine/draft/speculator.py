@@ -16,7 +16,7 @@ MEMORY = 0.9
 FORGIVENESS = 0.97
 """A sequence for which guessing did not pay is thought a little better of at every step without, and tried again."""
 
-RESTING_CHANCE, WAKING_CHANCE = 0.98, 0.9
+RESTING_CHANCE, WAKING_CHANCE = 0.9, 0.8
 """Where not even guesses that hold with the first would pay nobody is guessed for, until those would that hold with the second."""
 PASS_SMOOTHING = 0.1
 """How much of what a pass of the draft model takes is thought by the last one."""
