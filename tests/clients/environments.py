@@ -21,6 +21,7 @@ PYTHON_CLIENTS: dict[str, tuple[str, ...]] = {
     "lm_eval": ("lm-eval[api]",),
     "aiperf": ("aiperf",),
     "guidellm": ("guidellm",),
+    "k6": ("k6",),
 }
 NODE_CLIENTS: dict[str, tuple[str, ...]] = {
     "openai_node": ("openai",),

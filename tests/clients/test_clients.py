@@ -5,7 +5,9 @@ Their packages come from `python -m tests.clients.environments`; a client that w
 
 import json
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from tests.system.server import Server, serving
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SCRIPTS = Path(__file__).parent / "scripts"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PARIS = "The capital of France is Paris."
 
 
@@ -89,16 +93,67 @@ def test_vercel_ai(server: Server) -> None:
     assert told == {"text": PARIS, "streamed": PARIS, "usage": [45, 45], "finishReason": "stop"}
 
 
+def test_vercel_ai_with_tools_and_objects(server: Server) -> None:
+    assert script("vercel_ai", server, "vercel_ai_tools.mjs") == {
+        "called": ["get_weather", ["unit"], True],
+        "got": True,
+        "then": [2, True],
+        "streamed": True,
+        "objects": [True, True, True],
+        "choice": True,
+    }
+
+
 def test_langchain(server: Server) -> None:
     assert script("langchain", server) == {"text": PARIS, "streamed": PARIS, "usage": 45}
+
+
+def test_langchain_with_tools_and_objects(server: Server) -> None:
+    assert script("langchain", server, "langchain_tools.py") == {
+        "called": ["get_weather", True],
+        "streamed": True,
+        "any": True,
+        "after the result": True,
+        "places": {"json_schema": "Place", "function_calling": "Place"},
+    }
 
 
 def test_litellm(server: Server) -> None:
     assert script("litellm", server) == {"text": PARIS, "streamed": PARIS, "usage": 45, "refused": "BadRequestError"}
 
 
+def test_litellm_with_tools_and_objects(server: Server) -> None:
+    assert script("litellm", server, "litellm_tools.py") == {
+        "called": ["get_weather", ["unit"], "tool_calls"],
+        "streamed": True,
+        "required": True,
+        "after the result": True,
+        "place": ["city", "millions"],
+    }
+
+
 def test_pydantic_ai(server: Server) -> None:
     assert script("pydantic_ai", server) == {"text": PARIS, "streamed": PARIS, "usage": 45}
+
+
+def test_pydantic_ai_with_a_tool_and_typed_outputs(server: Server) -> None:
+    assert script("pydantic_ai", server, "pydantic_ai_tools.py") == {
+        "asked": True,
+        "kinds": [["user-prompt"], ["tool-call"], ["tool-return"], ["tool-call"], ["tool-return"]],
+        "typed": "Place",
+        "streamed": True,
+        "native": "Place",
+    }
+
+
+def test_instructor(server: Server) -> None:
+    assert script("instructor", server) == {
+        "TOOLS": "Place",
+        "TOOLS_STRICT": "Place",
+        "JSON_SCHEMA": "Place",
+        "JSON": "Anything",
+        "partly": [True, True],
+    }
 
 
 def test_llama_index(server: Server) -> None:
@@ -110,6 +165,32 @@ def test_llama_index(server: Server) -> None:
 def test_qwen_agent_with_its_own_function_calling(server: Server) -> None:
     told = script("qwen_agent", server)
     assert told == {"text": PARIS, "streamed": PARIS, "with functions": [["assistant", True]]}
+
+
+def test_qwen_agents_own_example_of_function_calling(server: Server) -> None:
+    called = ["get_current_weather", ["location"], "assistant", True]
+    assert script("qwen_agent", server, "qwen_agent_tools.py") == {"nous": called, "qwen": called, "raw": called}
+
+
+def examples() -> list[Any]:
+    """Whole programs in pages that speak of the demo server."""
+    pages = [ROOT / "README.md", ROOT / "docs/tools.md", ROOT / "docs/structured-output.md"]
+    found = [(page, number, code) for page in pages for number, code in enumerate(EXAMPLE.findall(page.read_text()))]
+    return [pytest.param(code, id=f"{page.stem} {number}") for page, number, code in found]
+
+
+@pytest.mark.parametrize("code", examples())
+def test_examples_of_the_pages_run(server: Server, code: str) -> None:
+    for said, here in (
+        ("http://127.0.0.1:8000", server.url),
+        ('"grpc://127.0.0.1:9000"', f'"{server.grpc}"'),
+        ("Client()", f'Client("{server.grpc}")'),
+    ):
+        code = code.replace(said, here)
+    assert server.url in code or server.grpc in code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert done.stdout.strip()
 
 
 def test_aiperf(server: Server, demo_folder: Path, tmp_path: Path) -> None:
@@ -134,6 +215,23 @@ def test_guidellm(server: Server, demo_folder: Path, tmp_path: Path) -> None:
     run(command, server, cwd=tmp_path)
     (benchmark,) = json.loads((tmp_path / "told.json").read_text())["benchmarks"]
     assert benchmark["metrics"]["request_totals"] == {"successful": 6, "errored": 0, "incomplete": 0, "total": 6}
+
+
+def test_k6_puts_load_on_both_fronts(server: Server) -> None:
+    """Every answer is whole, none is refused: so k6's own thresholds say, by which it fails."""
+    made("k6")
+    each = 40
+    said = {
+        "MANTA_HTTP": f"{server.url}/v1",
+        "MANTA_GRPC": server.grpc.removeprefix("grpc://"),
+        "MANTA_MODEL": "demo",
+        "MANTA_ITERATIONS": str(each),
+    }
+    command = [str(environments.folder() / "k6/bin/k6"), "run", "--quiet", "--no-usage-report", "--no-color"]
+    command += [argument for name, value in said.items() for argument in ("--env", f"{name}={value}")]
+    told = json.loads(run([*command, str(SCRIPTS / "load.k6.js")], server).splitlines()[-1])
+    print(told)
+    assert (told["whole"], told["refused"], told["failed"]) == (4 * each, 0, 0)
 
 
 def test_a_reader_of_reflection_can_call_a_method_it_knew_nothing_of(server: Server) -> None:
