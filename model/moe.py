@@ -13,16 +13,18 @@ from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.experts import RoutedExperts
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear
+from parallel.native.library import native
+from parallel.packed_format import PackedFormat
 from parallel.weight_format import Dense, WeightFormat
 
 
 class Router(nn.Module):
     """Which experts each token uses, and with what weight. The same on every rank, and never quantised."""
 
-    def __init__(self, config: MoeConfig, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: MoeConfig, hidden_size: int, dtype: torch.dtype, format: WeightFormat) -> None:
         super().__init__()
         self.experts_per_token, self.renormalise = config.experts_per_token, config.renormalise
-        self.logits = _replicated(hidden_size, config.num_experts, dtype)
+        self.logits = _replicated(hidden_size, config.num_experts, dtype, format)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids (T, A), int64, and weights (T, A) in the model's dtype.
@@ -53,7 +55,7 @@ class SparseMlp(nn.Module):
         """``redundant_experts``: how many experts each ep position holds beyond its even share, so that busy ones are held twice."""
         super().__init__()
         placement = _first_placement(config.num_experts, groups.ep.size, redundant_experts)
-        self.router = Router(config, hidden_size, dtype)
+        self.router = Router(config, hidden_size, dtype, format)
         self.experts = RoutedExperts(
             num_experts=config.num_experts,
             hidden_size=hidden_size,
@@ -64,13 +66,21 @@ class SparseMlp(nn.Module):
             dispatch=make_dispatch(dispatch, groups, placement),
         )
         self.shared = Mlp(hidden_size=hidden_size, inner_size=config.shared_intermediate_size, tp=groups.tp, format=format, dtype=dtype)
-        self.shared_gate = _replicated(hidden_size, 1, dtype)
+        self.shared_gate = _replicated(hidden_size, 1, dtype, format)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         expert_ids_TA, weights_TA = self.router(x_TD)
         routed_TD: Tensor = self.experts(x_TD, expert_ids_TA, weights_TA)
-        shared_TD: Tensor = F.sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)
+        shared_TD: Tensor = _sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)
         return routed_TD + shared_TD
+
+
+def _sigmoid(x_T1: Tensor) -> Tensor:
+    """On a CPU as a softmax over two: torch computes the last few of many sigmoids another way than the others, and a token's share must
+    not depend on how many tokens there are."""
+    if x_T1.device.type != "cpu":
+        return F.sigmoid(x_T1)
+    return torch.cat((x_T1, torch.zeros_like(x_T1)), dim=-1).softmax(-1)[:, :1]
 
 
 def _first_placement(num_experts: int, ranks: int, redundant: int) -> ExpertPlacement:
@@ -80,5 +90,9 @@ def _first_placement(num_experts: int, ranks: int, redundant: int) -> ExpertPlac
     return place([1.0] * num_experts, even_room(num_experts, ranks, redundant))
 
 
-def _replicated(in_size: int, out_size: int, dtype: torch.dtype) -> Linear:
-    return Linear(in_share=whole(in_size), out_parts={"all": whole(out_size)}, bias=False, format=Dense(dtype), bias_dtype=dtype)
+def _replicated(in_size: int, out_size: int, dtype: torch.dtype, format: WeightFormat) -> Linear:
+    """Never quantised. Beside packed experts packed as well: torch's sums depend on how many tokens there are, and a token that is taken
+    in again after a loss shall find the same experts."""
+    is_exact = isinstance(format, PackedFormat) and dtype == torch.float32 and native() is not None
+    own: WeightFormat = PackedFormat("fp32", dtype) if is_exact else Dense(dtype)
+    return Linear(in_share=whole(in_size), out_parts={"all": whole(out_size)}, bias=False, format=own, bias_dtype=dtype)

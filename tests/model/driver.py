@@ -19,6 +19,7 @@ from model.load import CheckpointMismatch, LoadReport, load_model
 from parallel.collectives import barrier
 from parallel.dispatch import DispatchName
 from parallel.groups import ParallelGroups
+from parallel.weight_format import WeightFormat
 
 BLOCK_TOKENS = 4
 NUM_GREEDY = 16
@@ -52,6 +53,7 @@ class Driver:
         dispatch: DispatchName = "local",
         redundant_experts: int = 0,
         num_blocks: int = 256,
+        format: WeightFormat | None = None,
     ) -> None:
         config = ModelConfig.from_checkpoint(folder)
         with Checkpoint(folder) as checkpoint:
@@ -65,6 +67,8 @@ class Driver:
                 backend=backend,
                 dispatch=dispatch,
                 redundant_experts=redundant_experts,
+                format=format,
+                table_format=format,
             )
         self.cache = KvCache(self.model.kv_layout, num_blocks, CPU)
         self.free = list(range(num_blocks))

@@ -1,0 +1,49 @@
+"""With our own CPU kernels a token's logits are the same bits whether it was decoded, came with a prompt, or was taken in again after a
+loss, alone or in company: so a stream that goes on elsewhere tells the same log-probabilities, and greedy ones never part."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.groups import single_rank_groups
+from parallel.native.library import multiplies
+from parallel.packed_format import PackedFormat
+from tests.engine.run.tiny_models import write_dense, write_moe
+from tests.model.driver import Driver, seeded_prompts
+
+FORMATS = {
+    "float32": PackedFormat("fp32", torch.float32),
+    "bfloat16": PackedFormat("bf16", torch.bfloat16),
+    "bfloat16, rounded activations": PackedFormat("bf16_dot", torch.bfloat16),
+    "int8": PackedFormat("int8", torch.float32),
+    "int4": PackedFormat("int4", torch.float32),
+}
+
+
+def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | None = None) -> Tensor:
+    """Logits of every position: the first ``start`` tokens at once, the others one by one, maybe beside another prompt in pieces of 9."""
+    sequence, other = driver.start(tokens), driver.start(company or [1])
+    while sequence.pending:
+        works = [(sequence, start if not sequence.num_computed else 1)]
+        works += [(other, min(9, other.pending))] if company and other.pending else []
+        driver.step(works)
+    return torch.cat(sequence.logits)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("write", [write_dense, write_moe])
+def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
+    tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat
+) -> None:
+    if not multiplies(format.kind):
+        pytest.skip("this processor has no such kernel")
+    driver = Driver(write(tmp_path), single_rank_groups(), format=format)
+    tokens, company = seeded_prompts(driver.model.config.vocab_size, [150, 90])
+    undisturbed = decoded(driver, tokens, 10)
+    assert torch.equal(decoded(driver, tokens, 77), undisturbed), "gone on elsewhere after 67 tokens"
+    assert torch.equal(driver.whole(tokens), undisturbed)
+    assert torch.equal(driver.chunked(tokens, 7), undisturbed)
+    assert torch.equal(decoded(driver, tokens, 10, company), undisturbed)
