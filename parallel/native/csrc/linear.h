@@ -12,7 +12,7 @@
 constexpr int PANEL = 2 * LANES;
 constexpr int CHUNK = 4;        // panels that one task computes where there are few rows
 constexpr int WIDE_CHUNK = 8;   // and where there are many: the rows are then read less often
-constexpr long K_BLOCK = 512;   // so that a panel's part stays in a near cache while all rows pass
+constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // so that a panel's part stays in a near cache while all rows pass
 constexpr long ROW_BLOCK = 96;
 constexpr long FEW_TASKS = 8;   // for each thread: so few are made to come out even
 
