@@ -17,7 +17,9 @@ from model.names import Binding
 from model.qwen2 import HEAD, Qwen2
 from model.qwen2_moe import Qwen2Moe
 from parallel.dispatch import DispatchName
+from parallel.embedding import VocabEmbedding
 from parallel.groups import ParallelGroups, single_rank_groups
+from parallel.pages import freed_at_once
 from parallel.weight_format import Dense, WeightFormat
 
 OnProgress = Callable[[int, int], None]
@@ -186,12 +188,14 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
 def _fill(bindings: list[Binding], checkpoint: Checkpoint, device: torch.device, on_progress: OnProgress) -> int:
     """Load layer after layer, each in its final form before the next is allocated, some of its tensors at a time.
 
+    Embedding and head come first: they are the largest, and what rounding them takes beside them is gone when memory fills up.
     Returns the bytes read.
     """
+    bindings = sorted(bindings, key=lambda binding: not isinstance(binding.layer, VocabEmbedding))
     total = sum(checkpoint.tensors[binding.name].header.num_bytes for binding in bindings if binding.is_wanted)
     done = bytes_read = 0
     on_progress(done, total)
-    with ThreadPoolExecutor(checkpoint.reads_at_a_time, thread_name_prefix="load") as threads:
+    with freed_at_once(), ThreadPoolExecutor(checkpoint.reads_at_a_time, thread_name_prefix="load") as threads:
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
             wanted = [binding for binding in of_layer if binding.is_wanted]

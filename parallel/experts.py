@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +55,8 @@ class RoutedExperts(nn.Module):
         self.load_E: Tensor | None = None
         """Tokens of this rank's sequences sent to each expert since `forget_load`; None where there is nothing to choose."""
         self._grouped: GroupedExperts | None = None
+        self._awaited: dict[int, int] = {}
+        """While loading: of each expert here, how many of its tensors are still to come."""
 
         def expert() -> Expert:
             share = split(intermediate_size, groups.expert_tp.rank, groups.expert_tp.size, intermediate_unit)
@@ -78,11 +81,14 @@ class RoutedExperts(nn.Module):
         for expert in self._experts():
             expert.up.allocate(device)
             expert.down.allocate(device)
+        num_slots = sum(1 for _ in self._shape_of_all.slots())
+        self._awaited = {int(number): num_slots for number in self.held}
         if self.ep.size > 1:
             self.load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
 
     def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
-        """Copy this rank's share of ``stored`` to its place; 0 bytes are read of an expert that is held elsewhere.
+        """Copy this rank's share of ``stored`` to its place; 0 bytes are read of an expert that is held elsewhere. With its last tensor
+        an expert is finished. May be called by several threads.
 
         Raises:
             ShapeMismatch: also for an expert held elsewhere.
@@ -94,12 +100,22 @@ class RoutedExperts(nn.Module):
                 raise ShapeMismatch(stored.name, stored.shape, wanted)
             return 0
         expert = self._expert(int(number))
-        return (expert.down if name == "down" else expert.up).load(name, tensor, stored)
+        num_bytes = (expert.down if name == "down" else expert.up).load(name, tensor, stored)
+        with _LOADING:
+            self._awaited[int(number)] -= 1
+            is_whole = not self._awaited[int(number)]
+        if is_whole:  # not when all are: a layer of 57B-A14B has 3.5 GB as it is stored, and a quarter of that in int4
+            self._finish(int(number))
+        return num_bytes
 
     def finish(self) -> None:
-        for expert in self._experts():
-            expert.up.finish()
-            expert.down.finish()
+        for number in [number for number, missing in self._awaited.items() if missing]:
+            self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        expert = self._expert(number)
+        expert.up.finish()
+        expert.down.finish()
 
     def forward(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
         """(T, D): for each token the weighted sum of its experts, complete on every rank that has the token.
@@ -219,6 +235,7 @@ class Expert(nn.Module):
         return out
 
 
+_LOADING = Lock()
 _NO_BIAS = torch.float32  # the dtype that a bias would have
 
 

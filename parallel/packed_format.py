@@ -43,7 +43,7 @@ class PackedFormat:
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         library = native()
-        packed = pack(self.kind, tensors.pop("weight"), library.lanes if library else ANY_LANES)
+        packed = pack(self.kind, tensors.pop("weight"), library.lanes if library else ANY_LANES, consume=True)
         # How many outputs there are cannot be told from the panels, and the input features not from the groups.
         prepared = {"numbers": packed.numbers, "outputs": torch.zeros(packed.num_outputs, dtype=torch.uint8)}
         return prepared if packed.scales is None else prepared | {"scales": packed.scales}

@@ -66,7 +66,8 @@ class WeightFormat(Protocol):
         ...
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Called once after loading: the tensors as `multiply` wants them (repacked, transposed, or the same)."""
+        """Called once after loading: the tensors as `multiply` wants them (repacked, transposed, or the same). Those that were given
+        are not to be read afterwards."""
         ...
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

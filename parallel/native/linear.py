@@ -11,13 +11,14 @@ from torch import Tensor
 
 from parallel.native.huge_pages import want_huge_pages
 from parallel.native.library import Native, num_threads
+from parallel.pages import give_back
 from parallel.rounding import LEVELS, round_to_groups
 from parallel.scale_groups import GROUP
 
 Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int4"]
 """``bf16`` is multiplied in float32; ``bf16_dot`` by rows that are rounded to bfloat16 too, where the processor has that product."""
-PIECE_OUTPUTS = 4096
-"""Packed at once, so that a large matrix does not lie there a third time as float32."""
+PIECE_OUTPUTS = 1024
+"""Packed at once: rounding holds some five times as much beside it as float32."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ class Packed:
         return 1 if self.scales is None else self.padded // self.scales.shape[1]
 
 
-def pack(kind: Kind, weight_NK: Tensor, lanes: int) -> Packed:
-    """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
+def pack(kind: Kind, weight_NK: Tensor, lanes: int, *, consume: bool = False) -> Packed:
+    """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale.
+
+    With ``consume`` its memory is given back on the way and must not be read again, so that no matrix lies there twice: the embedding
+    of Qwen2-72B has 2.5 GB.
+    """
     num_panels = -(-weight_NK.shape[0] // (2 * lanes))
     numbers = scales = None
     done = 0
@@ -59,6 +64,8 @@ def pack(kind: Kind, weight_NK: Tensor, lanes: int) -> Packed:
         if scales is not None and their_scales is not None:
             scales[done : done + len(some)] = their_scales
         done += len(some)
+        if consume:
+            give_back(piece)
     assert numbers is not None  # split gives one piece even of nothing
     return Packed(kind, numbers, scales, weight_NK.shape[0])
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import Native, native
-from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
+from parallel.native.linear import PIECE_OUTPUTS, Kind, Packed, multiply, pack, rows, unpack
 
 KINDS: tuple[Kind, ...] = ("bf16", "bf16_dot", "fp32", "int8", "int4")
 SHAPES = {"even": (256, 128), "narrow": (1, 64), "ragged": (307, 200), "deep": (72, 1500), "wide": (4500, 40)}
@@ -36,6 +36,21 @@ def test_a_packed_matrix_is_the_matrix_to_its_rounding(kind: Kind, shape: tuple[
     assert (found - weight).abs().max() <= MOST_ROUNDING[kind] * weight.abs().max()
     if kind in ("bf16", "bf16_dot"):
         assert torch.equal(found, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_matrix_that_is_consumed_is_packed_piece_by_piece_to_the_same(kind: Kind) -> None:
+    weight = random(2 * PIECE_OUTPUTS + 50, 200)
+    wanted = pack(kind, weight, 8)
+    parts = [pack(kind, part, 8) for part in weight.split(PIECE_OUTPUTS)]
+    assert torch.equal(wanted.numbers, torch.cat([part.numbers for part in parts]))
+    assert wanted.num_outputs == weight.shape[0]
+    consumed = pack(kind, weight, 8, consume=True)
+    assert torch.equal(consumed.numbers, wanted.numbers)
+    if wanted.scales is not None:
+        assert consumed.scales is not None
+        assert torch.equal(consumed.scales, wanted.scales)
+    assert (weight == 0).float().mean() > 0.99, "its memory has gone back, but for the edges of pieces"
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 13, 33, 200])
