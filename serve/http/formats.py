@@ -115,6 +115,21 @@ def tool_choice(choice: Any) -> tuple[str, str | None]:
     return "function", name
 
 
+def allowed_tools(choice: Any) -> tuple[Any, frozenset[str]] | None:
+    """OpenAI's ``{"type": "allowed_tools", ...}``: a choice among some of the tools, and their names; None: it says nothing of the kind.
+
+    Raises:
+        InvalidRequest: it has no such shape.
+    """
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return None
+    said = choice.get("allowed_tools")
+    tools = said.get("tools") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or said.get("mode") not in ("auto", "required") or not isinstance(tools, list):
+        raise InvalidRequest('tool_choice.allowed_tools must have a mode, "auto" or "required", and tools', param="tool_choice")
+    return said["mode"], frozenset(tool_choice(tool)[1] or "" for tool in tools)
+
+
 def as_text(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
 
 from serve.errors import InvalidRequest, NotSupported
-from serve.http.formats import GUIDED, ToolBody, ToolCallBody, form_of, tool_choice
+from serve.http.formats import GUIDED, ToolBody, ToolCallBody, allowed_tools, form_of, tool_choice
 from serve.http.parts import bias_table, joined_text, list_or_none, prompt_list, stop_list
 from serve.limits import Limits
 from serve.request import ChatRequest, CompletionRequest, Message, Options
@@ -179,13 +179,20 @@ class ChatBody(SharedBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def request(self, request_id: str) -> ChatRequest:
-        choice, name = tool_choice(self.tool_choice)
+        tools = tuple(tool.tool() for tool in self.tools or ())
+        if (allowed := allowed_tools(self.tool_choice)) is None:
+            choice, name = tool_choice(self.tool_choice)
+        else:
+            choice, name = allowed[0], None
+            if not allowed[1] <= {tool.name for tool in tools}:
+                raise InvalidRequest("tool_choice.allowed_tools names one that is none of the tools", param="tool_choice")
+            tools = tuple(tool for tool in tools if tool.name in allowed[1])
         return ChatRequest(
             request_id=request_id,
             model=self.model,
             messages=tuple(message.message(at) for at, message in enumerate(self.messages)),
             options=self.options(),
-            tools=tuple(tool.tool() for tool in self.tools or ()),
+            tools=tools,
             tool_choice=choice,
             tool_name=name,
             parallel_tool_calls=self.parallel_tool_calls is not False,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -37,6 +37,29 @@ async def client(random_service: Service) -> AsyncIterator[openai.AsyncOpenAI]:
 async def test_an_answer_is_parsed_into_a_pydantic_model(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.parse(messages=ASK, response_format=Page, **MORE)
     assert isinstance(answer.choices[0].message.parsed, Page)
+
+
+async def test_a_call_may_be_of_some_of_the_tools_only(client: openai.AsyncOpenAI) -> None:
+    def some(*names: str, mode: str = "required") -> dict[str, Any]:
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    for name in ("one", "two"):
+        called = (await client.chat.completions.create(messages=ASK, tools=TOOLS, tool_choice=some(name), **MORE)).choices[0].message
+        assert {call.function.name for call in called.tool_calls} == {name}
+    await client.chat.completions.create(messages=ASK, tools=TOOLS, tool_choice=some("one", "two", mode="auto"), **MORE)
+    broken = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": ["one"]}}
+    for wrong in (
+        some("three"),
+        some("one", mode="none"),
+        some(),
+        {"type": "allowed_tools"},
+        {"type": "allowed_tools", "allowed_tools": []},
+        broken,
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(messages=ASK, tools=TOOLS, tool_choice=wrong, **MORE)
+        assert caught.value.param == "tool_choice"
 
 
 async def test_a_tool_is_called_answered_and_streamed(client: openai.AsyncOpenAI) -> None:
