@@ -92,8 +92,11 @@ struct Tile {
             memset(s, 0, sizeof(float) * CHUNK);
             return;
         }
-        float poison = 0;  // exponential() loses NaN
-        for (long i = 0; i < visible; ++i) poison += s[i] * 0;
+        Floats poisons = zeros();  // exponential() loses NaN
+        long seen = 0;
+        for (; seen + LANES <= visible; seen += LANES) poisons = multiply_add(load(s + seen), zeros(), poisons);
+        float poison = sum_of(poisons);
+        for (; seen < visible; ++seen) poison += s[seen] * 0;
         for (long i = visible; i < CHUNK; ++i) s[i] = -INFINITY;
         Floats highest_each = load(s);
         for (long i = LANES; i < CHUNK; i += LANES) highest_each = highest(highest_each, load(s + i));
