@@ -15,6 +15,8 @@ SETTLING = 30
 """Steps after which what steps cost is known."""
 TRUSTED = 20
 """Steps after which what is known is trusted again: the first with prompts may take four times its time, and 1.1 ** 13 > 3.4."""
+LATE_AT_FIRST = 4
+"""Steps that may be late however few there are (1,500 random lines: at most 3 among fewer than 30 steps)."""
 
 
 class Timed:
@@ -66,7 +68,8 @@ def test_steps_with_decoding_sequences_keep_their_time(base_s: float, token_s: f
     max_step_s = base_s * times + 32 * token_s * (1 + 3 * curvature)  # so much that the least of a prompt has room in it
     steps = [step for step in lived(ranks, max_step_s)[SETTLING:] if step[0] and step[1]]
     late = [seconds for _, _, seconds in steps if seconds > 1.1 * max_step_s]
-    assert len(late) <= 0.1 * len(steps), (max_step_s, late)
+    # The line through past steps knows nothing of long contexts: where they cost more than it says, a step is late and the next smaller.
+    assert len(late) <= max(LATE_AT_FIRST, 0.1 * len(steps)), (max_step_s, late)
     assert all(seconds <= 2 * max_step_s for _, _, seconds in steps)
 
 
