@@ -21,6 +21,8 @@ Kept = TypeVar("Kept")
 NAMESPACE = "manta"
 DEMAND = "demand"
 """The board on which fronts pin, for every model, what waits there; see `cluster.waiting_room.WaitingRoom.note`."""
+REFUSALS = "refusals"
+"""The board on which a replica pins why its hosts are not fit for it; see `refusals`."""
 EXPIRY_S = 10.0
 """A replica that has not reported for this long is taken off."""
 
@@ -144,6 +146,15 @@ def current_records(app: str) -> tuple[ReplicaRecord, ...]:
     return tuple(records)
 
 
+def refusals(app: str) -> dict[str, str]:
+    """By replica, of the last `EXPIRY_S` seconds: why it cannot start where it was placed, however often that is tried."""
+    try:
+        found: dict[str, str] = ray.get(directory_actor(app).pinned.remote(REFUSALS), timeout=5)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
+        return {}
+    return found
+
+
 def glimpse(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
     """What the directory knows of the replicas, and the notes on one of its boards; for onlookers, who make none where there is none."""
     try:
@@ -189,6 +200,13 @@ class Reporter:
         except (ray.exceptions.RayError, ValueError) as error:
             self._actor = self._pending = None
             logger.warning("the directory cannot be told: %s", error)
+
+    def refuse(self, replica_id: str, why: str) -> None:
+        """For whoever waits for this replica: Ray Serve knows but that its start failed, and tries again."""
+        try:
+            ray.get(directory_actor(self._app).pin.remote(REFUSALS, replica_id, why), timeout=2)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError) as error:
+            logger.warning("the directory cannot be told of a refusal: %s", error)
 
     def leave(self, replica_id: str) -> None:
         try:

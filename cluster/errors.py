@@ -65,5 +65,9 @@ class StartFailed(EngineError):
     """The ranks could not be started; the message carries what the failing rank said."""
 
 
+class UnfitHosts(StartFailed):
+    """What was found on the hosts, before anything was loaded, cannot end well however often it is tried; the message names them."""
+
+
 class RecoveryGivenUp(EngineError):
     """The ranks were lost too often in too short a time; the replica must be replaced."""

@@ -22,7 +22,7 @@ from cluster.channel import PrivateFolder, new_keys, reach
 from cluster.config import RankResources, ReplicaConfig
 from cluster.doctor.findings import Severity
 from cluster.doctor.in_cluster import survey_actors
-from cluster.errors import ChannelError, HostUnreachable, StartFailed
+from cluster.errors import ChannelError, HostUnreachable, StartFailed, UnfitHosts
 from cluster.far_end import KNOCK_S, FarEnd, keep_hearing, knock
 from cluster.frozen import FrozenWatch, is_stopped
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
@@ -128,7 +128,7 @@ class RayExecutor:
         on_loss: Callable[[], None] = lambda: None,
         examine: bool = True,
     ) -> None:
-        """``examine``: look at the hosts before anything is loaded, and raise StartFailed if that cannot end well."""
+        """``examine``: look at the hosts before anything is loaded, and raise UnfitHosts if that cannot end well."""
         self._config, self._on_progress, self._on_loss = config, on_progress, on_loss
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
@@ -241,7 +241,7 @@ class RayExecutor:
             raise StartFailed(f"the worker processes could not be examined: {error}") from error
         fatal = [finding for finding in survey.findings if finding.severity is Severity.FATAL]
         if fatal:
-            raise StartFailed("\n".join(map(str, fatal)))
+            raise UnfitHosts("\n".join(map(str, fatal)))
         for finding in survey.findings:
             logger.log(logging.WARNING if finding.severity is Severity.WARNING else logging.INFO, "%s", finding)
 

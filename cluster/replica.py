@@ -14,7 +14,7 @@ from cluster.canary import Canary
 from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import Load, RankPlace, ReplicaRecord, Reporter
-from cluster.errors import HostUnreachable, RecoveryGivenUp, StartFailed
+from cluster.errors import HostUnreachable, RecoveryGivenUp, StartFailed, UnfitHosts
 from cluster.executor import Ground, RayExecutor
 from cluster.health import Health, StartProgressBoard, State, StepWatch
 from cluster.intake import Intake
@@ -85,6 +85,7 @@ class Replica:
 
         Raises:
             StartFailed: with what the failing rank said.
+            UnfitHosts: what was found there before; the directory has been told too.
         """
         self._heart.start()
         try:
@@ -95,6 +96,8 @@ class Replica:
             self._intake.start()
             self._wait_until_ready()
         except BaseException as error:
+            if isinstance(error, UnfitHosts):
+                self._reporter.refuse(self.id, str(error))
             self.health.failed(str(error))
             self.close(drain=False)
             raise

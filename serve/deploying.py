@@ -4,20 +4,22 @@ Whose Ray it is does not matter here; see `serve.local_ray` and `serve.joined_ra
 """
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray.serve as ray_serve
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+from ray.serve.schema import ApplicationStatus
 
-from cluster.directory import ReplicaRecord, current_records
+from cluster.directory import ReplicaRecord, current_records, refusals
 from serve.config import ServeConfig
 from serve.deployment import Model, build_app
 from serve.grpc.server import SERVICER_FUNCTIONS
 
 LOADING_SPAN = (0.15, 0.95)
 """Which part of the start loading the weights is."""
+POLL_S = 0.3
 
 logger = logging.getLogger(__name__)
 
@@ -51,49 +53,57 @@ def start_proxies(config: ServeConfig, location: ProxyLocation) -> None:
 
 
 def deploy(models: Sequence[Model], config: ServeConfig, *, app: str, on_progress: OnProgress) -> None:
-    """Deploy, or bring what is deployed up to date, and wait until it runs.
+    """Deploy, or bring what is deployed up to date, and wait until it runs, telling how far the slowest replica is.
 
     Raises:
-        StartError: with what Ray Serve knows of the deployments that did not start.
+        StartError: with what a replica found its hosts unfit for, as soon as one did (Ray Serve would go on trying, for ever where
+            other replicas have started), or with what Ray Serve knows of the deployments that did not start.
     """
-    with _loading_shown(app, on_progress):
-        try:
-            ray_serve.run(build_app(models, config), name=app, route_prefix="/")
-        except RuntimeError as error:
-            raise StartError(_why(app, error)) from error
-
-
-def _why(app: str, error: RuntimeError) -> str:
+    on_progress("starting the replicas", LOADING_SPAN[0])
+    known = refusals(app)  # of an earlier try
     try:
-        deployments = ray_serve.status().applications[app].deployments.values()
-        return "\n".join(deployment.message for deployment in deployments if deployment.message) or str(error)
+        target = ray_serve.RunTarget(build_app(models, config), name=app, route_prefix="/")
+        ray_serve.run_many([target], wait_for_applications_running=False)
+    except RuntimeError as error:
+        raise StartError(_why(app, str(error))) from error
+    told = None
+    while (status := _status(app)) is not ApplicationStatus.RUNNING:
+        if refused := {why for replica, why in refusals(app).items() if replica not in known}:
+            raise StartError("\n".join(sorted(refused)))
+        if status is ApplicationStatus.DEPLOY_FAILED:
+            raise StartError(_why(app, f"Ray Serve could not deploy {app}"))
+        if (slowest := _slowest(app)) not in (None, told):
+            told = slowest
+            on_progress(*slowest)
+        time.sleep(POLL_S)
+
+
+def _status(app: str) -> ApplicationStatus:
+    """
+    Raises:
+        StartError: somebody has taken the application away.
+    """
+    applications = ray_serve.status().applications
+    if app not in applications:
+        raise StartError(f"the application {app} was taken away while it started")
+    return applications[app].status
+
+
+def _why(app: str, otherwise: str) -> str:
+    try:
+        application = ray_serve.status().applications[app]
+        messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
+        return "\n".join(messages) or application.message or otherwise
     except Exception:
-        return str(error)
+        return otherwise
 
 
-@contextmanager
-def _loading_shown(app: str, on_progress: OnProgress) -> Iterator[None]:
-    """Tell how far the slowest replica is, from a thread beside."""
-    done = threading.Event()
+def _slowest(app: str) -> tuple[str, float] | None:
+    """What the replica that is least far is doing, and how much of the start is done."""
+    loading = [record.loading for record in current_records(app) if record.loading is not None]
+    least = min(loading, key=lambda each: each.done, default=None)
     begin, end = LOADING_SPAN
-
-    def follow() -> None:
-        told = None
-        while not done.wait(0.3):
-            loading = [record.loading for record in current_records(app) if record.loading is not None]
-            slowest = min(loading, key=lambda each: each.done, default=None)
-            if slowest is not None and slowest != told:
-                told = slowest
-                on_progress(slowest.doing, begin + (end - begin) * slowest.done)
-
-    thread = threading.Thread(target=follow, name="loading-progress", daemon=True)
-    on_progress("starting the replicas", 0.1)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(2)
+    return None if least is None else (least.doing, begin + (end - begin) * least.done)
 
 
 class ChangeLog:
@@ -101,8 +111,14 @@ class ChangeLog:
 
     def __init__(self) -> None:
         self._told: dict[str, tuple[str | None, bool]] = {}
+        self._refused: set[str] = set()
 
-    def tell(self, records: Sequence[ReplicaRecord]) -> None:
+    def tell(self, records: Sequence[ReplicaRecord], refused: Mapping[str, str]) -> None:
+        """``refused``: see `cluster.directory.refusals`."""
+        for replica, why in refused.items():
+            if why not in self._refused:
+                logger.error("replica %s cannot start where it was placed: %s", replica, why)
+        self._refused |= set(refused.values())
         for record in records:
             last_loss, ready = self._told.get(record.id, (None, True))
             if record.last_loss is not None and record.last_loss != last_loss:

@@ -13,7 +13,7 @@ import ray.serve as ray_serve
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
-from cluster.directory import ReplicaRecord, current_records, end_directory
+from cluster.directory import ReplicaRecord, current_records, end_directory, refusals
 from cluster.joining import CannotJoin, joined
 from serve.config import ServeConfig
 from serve.deploying import ChangeLog, OnProgress, StartError, deploy, start_proxies, told_as_start_error
@@ -45,7 +45,7 @@ class JoinedServer:
         """Until somebody stops it (SIGINT, SIGTERM)."""
         changes = ChangeLog()
         while not self.stop.stopped.wait(1.0):
-            changes.tell(self.records())
+            changes.tell(self.records(), refusals(self.app))
 
 
 @contextmanager

@@ -20,12 +20,12 @@ from typing import Any
 import psutil
 import ray
 import ray._private.worker
-import ray.serve as ray_serve
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.serve.config import ProxyLocation
+from ray.serve.context import _get_global_client
 
 from cluster.channel import PrivateFolder
-from cluster.directory import ReplicaRecord, current_records
+from cluster.directory import ReplicaRecord, current_records, refusals
 from cluster.placement import cpus_needed
 from serve import proxy_hook
 from serve.config import ServeConfig
@@ -40,6 +40,7 @@ LOOPBACK = "127.0.0.1"
 LOOPBACKS = (LOOPBACK, "localhost", "::1")
 STOP_S = 6.0
 """For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
+STOP_MARGIN_S = 1.0
 DRAIN_S = 2.0
 """A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
 MARK = "RAY_AUTH_TOKEN_PATH"
@@ -74,7 +75,7 @@ class LocalServer:
             for process in self.ray_processes:
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                     raise StartError(f"a process of Ray (pid {process.pid}) has ended")
-            changes.tell(current_records(APP))
+            changes.tell(current_records(APP), refusals(APP))
 
 
 @contextmanager
@@ -190,15 +191,19 @@ def _end_ray() -> None:
     """Let the deployments end by themselves for a while, then end Ray."""
     if not ray.is_initialized():
         return
-    ending = threading.Thread(target=_end_serve, name="end-serve", daemon=True)
+    ending = threading.Thread(target=_end_serve, name="end-serve", daemon=True)  # without its GCS Ray hangs whoever asks it
     ending.start()
-    ending.join(STOP_S)
+    ending.join(STOP_S + STOP_MARGIN_S)
     ray.shutdown()
 
 
 def _end_serve() -> None:
+    """Not by `ray.serve.shutdown`, which waits longer: who still waits when Ray is shut down makes it end this process at once."""
     with contextlib.suppress(Exception):  # Ray may be gone already
-        ray_serve.shutdown()
+        client: Any = _get_global_client(raise_if_no_controller_running=False)
+        if client is not None:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what is not through by then is killed, which is no news
+            client.shutdown(timeout_s=STOP_S)
 
 
 @contextmanager
