@@ -114,12 +114,14 @@ def ray_head(
 
 
 @contextmanager
-def ray_worker(head: RayHost, place: Place, *, num_cpus: int, resources: str = "{}") -> Iterator[RayHost]:
+def ray_worker(
+    head: RayHost, place: Place, *, num_cpus: int, resources: str = "{}", environment: Mapping[str, str] | None = None
+) -> Iterator[RayHost]:
     """Another host of the head's cluster."""
     folder = Path(tempfile.mkdtemp(prefix="mw-", dir="/tmp"))
     command = ["--address", head.address, "--num-cpus", str(num_cpus), "--resources", resources]
     try:
-        with _started(command, head.environment, place, folder, importable=True) as process:
+        with _started(command, {**head.environment, **(environment or {})}, place, folder, importable=True) as process:
             yield RayHost(process, head.address, head.dashboard, head.environment, folder, place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

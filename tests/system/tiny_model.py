@@ -17,6 +17,12 @@ def write_tiny_sparse(folder: Path) -> Path:
     return _with_tokenizer(write_moe, folder, num_experts=16, num_experts_per_tok=4)
 
 
+def write_tiny_57b(folder: Path) -> Path:
+    """The heads and the experts of 57B-A14B, 28 with 4 and 8 of 64, at small widths."""
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 224}
+    return _with_tokenizer(write_moe, folder, num_experts=64, num_experts_per_tok=8, **heads)
+
+
 def _with_tokenizer(write: Callable[..., Path], folder: Path, **changes: int) -> Path:
     write_smol(folder)
     sizes = json.loads((folder / "config.json").read_text())
