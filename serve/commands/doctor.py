@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -114,7 +116,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
         checkpoint_folder=place, topology=topology, runner_config=config.runner, engine_config=config.engine, need=need
     )
     try:
-        with joined(address, namespace=config.ray.namespace):
+        with redirect_stdout(sys.stderr), joined(address, namespace=config.ray.namespace):  # Ray tells of lost hosts on stdout
             return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
     except CannotJoin as error:
         stop(str(error))

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,7 +33,7 @@ def status(
     Of the server that `manta serve` runs on this machine, if there is one, else of the Ray cluster of this host or of --ray-address.
     Leaves with 1 if something that should serve does not.
     """
-    with _watching(_config(file, assignments, address)):
+    with redirect_stdout(sys.stderr), _watching(_config(file, assignments, address)):  # Ray tells of lost hosts on stdout
         from serve.overview import look_around
 
         seen = look_around()

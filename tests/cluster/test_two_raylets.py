@@ -104,7 +104,7 @@ ONE_PER_HOST = RankResources(cpus=2)
         pytest.param(Topology(tp=2, dp=2, ep=4), TWO_PER_HOST, "aabb", id="a shard's heads within a host, its experts over both"),
         pytest.param(Topology(dp=4, ep=2), TWO_PER_HOST, "aabb", id="ranks that share an expert within a host"),
         pytest.param(Topology(tp=2), RankResources(cpus=2, ranks_per_host=1), "ab", id="heads over hosts, if that is asked for"),
-        pytest.param(Topology(tp=3), RankResources(cpus=1, ranks_per_host=2), "aab", id="unevenly"),
+        pytest.param(Topology(tp=3), RankResources(cpus=1.1, ranks_per_host=2), "aab", id="unevenly"),
     ],
 )
 def test_ranks_land_as_planned(topology: Topology, resources: RankResources, together: str) -> None:
@@ -123,7 +123,7 @@ def test_who_must_share_a_host_waits_rather_than_being_torn_apart(resources: Ran
 
 LAYOUTS = [
     pytest.param("dense", Topology(tp=2, pp=2), TWO_PER_HOST, id="stages of two"),
-    pytest.param("dense", Topology(tp=3), RankResources(cpus=1, ranks_per_host=2), id="three ranks share two KV heads over hosts"),
+    pytest.param("dense", Topology(tp=3), RankResources(cpus=1.1, ranks_per_host=2), id="three ranks share two KV heads over hosts"),
     pytest.param("moe", Topology(tp=2, dp=2, ep=4), TWO_PER_HOST, id="experts over both"),
 ]
 

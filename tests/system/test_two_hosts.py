@@ -43,11 +43,11 @@ models:
 """
 PROMPTS = ("Once upon a time", "def hello(name):\n    return", "a")
 NUM_TOKENS = 16
-ONE_PER_HOST, TWO_PER_HOST = ("resources.cpus=2",), ("resources.cpus=1",)
+ONE_PER_HOST, TWO_PER_HOST, NO_THREE_PER_HOST = ("resources.cpus=2",), ("resources.cpus=1",), ("resources.cpus=1.1",)
 """By the CPUs that the hosts have."""
 OVER_TWO_HOSTS = {
     "tp 2": ("dense", ("parallel.tensor=2", *ONE_PER_HOST, "resources.ranks_per_host=1"), 2),
-    "tp 3": ("dense", ("parallel.tensor=3", *TWO_PER_HOST, "resources.ranks_per_host=2"), 3),
+    "tp 3": ("dense", ("parallel.tensor=3", *NO_THREE_PER_HOST, "resources.ranks_per_host=2"), 3),
     "pp 2": ("dense", ("parallel.pipeline=2", *ONE_PER_HOST), 2),
     "dp 2": ("dense", ("parallel.data=2", *ONE_PER_HOST), 2),
     "ep 2": ("sparse", ("parallel.data=2", "parallel.expert=2", *ONE_PER_HOST), 2),
