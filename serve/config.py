@@ -120,6 +120,8 @@ class HttpSettings(Section):
     """TCP port."""
     strict: bool = False
     """Refuse a request with a field that this server does not know; otherwise a header of the answer names it."""
+    slow_client_timeout_s: float = Field(default=60.0, gt=0)
+    """A client, over HTTP or gRPC, that reads nothing for so long of what waits for it is left, and its request ends."""
 
 
 class GrpcSettings(Section):

@@ -115,6 +115,13 @@ class Draining(ServeError):
         super().__init__("this server is being drained and takes no new requests; try again, elsewhere if you can")
 
 
+class FrontLost(ServeError):
+    """The process that read a request died before the answer was whole; told by the proxy before it."""
+
+    def __init__(self) -> None:
+        super().__init__("the front that read this request was lost; try again")
+
+
 class NotReady(ServeError):
     """Asked whether it is ready, and it is not."""
 
@@ -181,6 +188,7 @@ WIRE: dict[type[BaseException], Wire] = {
     MethodNotAllowed: _bad("method_not_allowed", http=405, grpc="UNIMPLEMENTED"),
     UnsupportedMediaType: _bad("unsupported_media_type", http=415),
     NotReady: _unavailable(code="not_ready"),
+    FrontLost: _unavailable(),
     Draining: _unavailable(code="draining"),
     TakenOver: Wire(http=409, grpc="ABORTED", code="taken_over", type="invalid_request_error"),
     RequestAborted: Wire(http=410, grpc="ABORTED", code="request_aborted", type="invalid_request_error"),

@@ -102,7 +102,11 @@ def remove(app: str, *, wait_s: float) -> bool:
 
 def _runtime_env(config: ServeConfig) -> dict[str, Any]:
     """Reaches Ray Serve's proxies too, where it is this driver that starts them."""
-    env: dict[str, Any] = {"env_vars": dict(variables(grpc_host=config.grpc.host, tls=config.grpc.tls))}
+    env: dict[str, Any] = {
+        "env_vars": dict(
+            variables(grpc_host=config.grpc.host, tls=config.grpc.tls, slow_client_timeout_s=config.http.slow_client_timeout_s)
+        )
+    }
     if config.ray.send_code:
         env |= {"working_dir": str(Path(__file__).parent.parent), "excludes": UNSENT}
     return env

@@ -228,7 +228,9 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
         "RAY_raylet_start_wait_time_s": "120",
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        **proxy_hook.variables(grpc_host=config.grpc.host, tls=_absolute(config.grpc.tls)),
+        **proxy_hook.variables(
+            grpc_host=config.grpc.host, tls=_absolute(config.grpc.tls), slow_client_timeout_s=config.http.slow_client_timeout_s
+        ),
     }
 
 

@@ -1,12 +1,14 @@
 """Run by every Ray Serve proxy before it listens: its gRPC port gets address and TLS, headers not meant for clients are stripped,
-and bytes that are no protobuf message reach our own refusal.
+bytes that are no protobuf message reach our own refusal, clients that do not read are left, and a front's death is told as our error.
 
 Ray Serve 2.60 binds HTTP where it is told and gRPC to every address of the host, with no setting for it. The one place
 where it runs code of ours in the proxy before that is the callback named by `CALLBACK_VARIABLE`.
 """
 
+import dataclasses
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from typing import Any
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -15,13 +17,20 @@ HOST_VARIABLE = "MANTA_PROXY_GRPC_HOST"
 """Environment of the proxy's process: the address for gRPC. Unset = 127.0.0.1."""
 TLS_VARIABLES = {"certificate": "MANTA_PROXY_GRPC_CERTIFICATE", "key": "MANTA_PROXY_GRPC_KEY", "client_ca": "MANTA_PROXY_GRPC_CLIENT_CA"}
 """Environment of the proxy's process: PEM files for TLS on the gRPC port. Without the first two it is in the clear."""
+SLOW_VARIABLE = "MANTA_PROXY_SLOW_CLIENT_TIMEOUT_S"
+"""Environment of the proxy's process: how long a client may read nothing of what waits for it. Unset = `SLOW_CLIENT_TIMEOUT_S`."""
+SLOW_CLIENT_TIMEOUT_S = 60.0
+SEND_BUFFER_BYTES = 256 * 1024
+"""Of a connection, in the kernel, which by itself would let megabytes wait there for each client that does not read."""
 EVERY_ADDRESS = "[::]"
 GRPC_MESSAGE_BYTES = 64 << 20
 """Ray Serve has one limit for both directions, 2 GiB unless told: enough for the largest answer with log-probabilities. A request
 above `limits.body_bytes` is refused by us, one above this by gRPC."""
 
 
-def variables(*, grpc_host: str, tls: Mapping[str, str | None] | None = None) -> Mapping[str, str]:
+def variables(
+    *, grpc_host: str, tls: Mapping[str, str | None] | None = None, slow_client_timeout_s: float = SLOW_CLIENT_TIMEOUT_S
+) -> Mapping[str, str]:
     """What Ray Serve's controller and proxies must find in their environment: on a cluster, that of `ray start` on every host.
 
     ``tls``: file by role, as in `TLS_VARIABLES`.
@@ -31,17 +40,23 @@ def variables(*, grpc_host: str, tls: Mapping[str, str | None] | None = None) ->
         HOST_VARIABLE: grpc_host,
         **{TLS_VARIABLES[role]: file for role, file in (tls or {}).items() if file},
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(GRPC_MESSAGE_BYTES),
+        **({} if slow_client_timeout_s == SLOW_CLIENT_TIMEOUT_S else {SLOW_VARIABLE: f"{slow_client_timeout_s:g}"}),
         "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
     }
 
 
 def before_listening() -> list[Any]:
     """Called by the proxy for its HTTP middlewares."""
-    from ray.serve._private import default_impl
+    from ray.serve._private import default_impl, http_util
+    from ray.serve._private import proxy as _proxy
     from ray.serve._private.grpc_util import gRPCGenericServer
 
+    from serve.grpc.slow_clients import leaving_slow
     from serve.grpc.unreadable import forgiving
     from serve.http.proxy_headers import proxy_middlewares
+
+    proxy: Any = _proxy  # its own imports are no part of what it exports
+    slow_s = float(os.environ.get(SLOW_VARIABLE, SLOW_CLIENT_TIMEOUT_S))
 
     def add_grpc_address(server: Any, address: str) -> None:
         address = bound_address(address, os.environ.get(HOST_VARIABLE, "127.0.0.1"))
@@ -56,9 +71,58 @@ def before_listening() -> list[Any]:
             server.add_insecure_port(address)
 
     override = gRPCGenericServer._override_method_handler
-    gRPCGenericServer._override_method_handler = lambda server, method, handler: forgiving(override(server, method, handler))  # type: ignore[assignment, method-assign]
+    gRPCGenericServer._override_method_handler = lambda server, method, handler: leaving_slow(  # type: ignore[assignment, method-assign]
+        forgiving(override(server, method, handler)), slow_s
+    )
     default_impl.add_grpc_address = add_grpc_address  # type: ignore[assignment]
+    http_util.socket = PreparedSockets(slow_s)  # type: ignore[attr-defined, assignment]  # it makes the one that it listens on, and no other
+    proxy.get_http_response_status = lost_fronts(proxy.get_http_response_status, over_grpc=False)
+    proxy.get_grpc_response_status = lost_fronts(proxy.get_grpc_response_status, over_grpc=True)
     return proxy_middlewares()
+
+
+def lost_fronts(status_of: Callable[..., Any], *, over_grpc: bool) -> Callable[..., Any]:
+    """Ray Serve's own function from an error to a status, but for the loss of a front: a client is told that it may try again, in the
+    shape of all our errors, and nothing of actors and hosts. A stream that has begun only breaks over HTTP."""
+    from ray.exceptions import RayActorError
+
+    from serve.errors import FrontLost, describe
+    from serve.http.errors import error_object
+
+    body = describe(FrontLost())
+
+    def told(error: BaseException, timeout_s: float | None, request_id: str) -> Any:
+        status = status_of(error, timeout_s, request_id)
+        if not isinstance(error, RayActorError):
+            return status
+        if over_grpc:
+            return dataclasses.replace(status, code=type(status.code)[body.grpc_code], message=body.message)
+        headers = [(b"retry-after", b"%d" % (body.retry_after_s or 1))]
+        return dataclasses.replace(status, code=body.http_status, message=error_object(body), headers=headers)
+
+    return told
+
+
+class PreparedSockets:
+    """The module `socket`, with sockets for HTTP to listen on; connections inherit what is set here.
+
+    Connections of a proxy that was killed cool down for a minute, and without `SO_REUSEADDR` nobody may listen at their port meanwhile.
+    (`SO_REUSEPORT`, which Ray Serve can set instead, lets two servers share a port without knowing.) The kernel itself ends a connection
+    whose client takes nothing for so long: it alone knows what still waits after an answer was written.
+    """
+
+    def __init__(self, slow_client_timeout_s: float) -> None:
+        self._slow_client_timeout_s = slow_client_timeout_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(socket, name)
+
+    def socket(self, *kind: Any) -> socket.socket:
+        made = socket.socket(*kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._slow_client_timeout_s * 1000))
+        return made
 
 
 def bound_address(address: str, host: str) -> str:

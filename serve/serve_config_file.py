@@ -22,7 +22,8 @@ HEAD = """\
 def serve_config_file(loaded: Loaded, *, name: str) -> str:
     """``name``: of the application. Only what somebody has set, and the model, becomes args."""
     grpc = loaded.config.grpc
-    environment = "".join(f"#   {key}={value}\n" for key, value in variables(grpc_host=grpc.host, tls=grpc.tls).items())
+    wanted = variables(grpc_host=grpc.host, tls=grpc.tls, slow_client_timeout_s=loaded.config.http.slow_client_timeout_s)
+    environment = "".join(f"#   {key}={value}\n" for key, value in wanted.items())
     return HEAD + environment + yaml.safe_dump(serve_config(loaded, name=name), sort_keys=False, width=110)
 
 
