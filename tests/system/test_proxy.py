@@ -1,19 +1,13 @@
 """The process that holds clients' sockets: it leaves who does not read, and is back at its ports as soon as it was killed."""
 
-import asyncio
 import json
 import socket
 from collections.abc import Iterator
 
-import grpc
-import grpc.aio
 import httpx
 import psutil
 import pytest
-from google.protobuf.json_format import ParseDict
 
-from serve.grpc.generated import admin_pb2, admin_pb2_grpc, service_pb2, service_pb2_grpc
-from tests.serve.grpc.test_slow_clients import to_the_end
 from tests.system.server import Server, eventually, serving
 from tests.system.tiny_model import write_tiny
 
@@ -65,21 +59,6 @@ def test_a_client_that_does_not_read_over_http_is_left(server: Server) -> None:
             pass
     assert b"[DONE]" not in told
     assert httpx.get(f"{server.url}/readyz", timeout=30).status_code == 200
-
-
-async def test_a_client_that_does_not_read_over_grpc_is_left(server: Server) -> None:
-    options = {"max_tokens": LONG, "ignore_eos": True, "logprobs": 5, "n": 8}
-    request = ParseDict({"request": {"model": "tiny", "prompts": [{"text": "a"}], "options": options}}, service_pb2.GenerateStreamRequest())
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        call = service_pb2_grpc.MantaServiceStub(channel).GenerateStream(request)
-        assert await call.read() is not grpc.aio.EOF
-        admin = admin_pb2_grpc.AdminServiceStub(channel)
-        async with asyncio.timeout(240):
-            while any(one.running or one.waiting for one in (await admin.GetLoad(admin_pb2.GetLoadRequest())).replicas):  # noqa: ASYNC110
-                await asyncio.sleep(0.5)
-        await asyncio.sleep(10)  # all is computed, or nobody wants it any more: from now on it is five times as long as it may take
-        with pytest.raises(grpc.aio.AioRpcError, match="nothing of this stream was read"):
-            await to_the_end(call)
 
 
 def test_a_killed_proxy_is_back_while_its_old_connections_cool_down(server: Server) -> None:
