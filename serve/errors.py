@@ -20,6 +20,7 @@ from cluster.errors import (
     ResumesExhausted,
     SlowReader,
     StartFailed,
+    UnfitHosts,
 )
 from engine.errors import (
     DeadlineExceeded,
@@ -213,6 +214,7 @@ WIRE: dict[type[BaseException], Wire] = {
     ResumesExhausted: _unavailable(),
     NoReplicaReady: _unavailable(),
     StartFailed: _unavailable("the model could not be started"),
+    UnfitHosts: _unavailable("the model could not be started"),
     RecoveryGivenUp: _unavailable("the model could not be restarted"),
     SlowReader: _bad("slow_reader", http=408, grpc="ABORTED"),
     ChannelError: INTERNAL,
