@@ -1,4 +1,7 @@
-"""Memory that goes back to the system early, so that what is loaded does not lie there twice."""
+"""How this process holds memory: what it gives back while it loads, what it keeps for its steps, and in pages of which size.
+
+All of it are wishes (mallopt(3) of glibc, madvise(2) of Linux): where they are unknown nothing changes.
+"""
 
 import ctypes
 import mmap
@@ -8,8 +11,14 @@ from contextlib import contextmanager, suppress
 from torch import Tensor
 
 MIB = 2**20
+KEPT_BYTES = 256 * MIB
+"""So much of what steps free stays for the next one: the products of a long prompt are 40 MB each, and zeroing their pages anew took a
+third of their time."""
+OLD_LIMIT_BYTES = 32 * MIB
+"""The most that glibc before 2.35 takes for a block that it keeps."""
+HUGE_PAGE_BYTES = 2 * MIB
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_DONTNEED = 4  # MADV_DONTNEED, see madvise(2)
+_DONTNEED, _HUGEPAGE = 4, 14  # MADV_..., see madvise(2)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # see mallopt(3)
 
 
@@ -17,22 +26,31 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # see mallopt(3)
 def freed_at_once() -> Iterator[None]:
     """For the length of a block, blocks of 4 MiB and more go back to the system when they are freed.
 
-    glibc begins so, but keeps ever larger ones (up to 32 MiB) once such were freed, and what lies between others then stays: 0.5 GiB
-    were seen after loading. That is right for computing, where the next step wants the same again, and so it is afterwards.
+    glibc begins so, but keeps ever larger ones once such were freed, and what lies between others then stays: 0.5 GiB were seen after
+    loading. That is right for computing, where the next step wants the same again, and so it is afterwards: see `KEPT_BYTES`.
     """
     _mallopt(_MMAP_THRESHOLD, 4 * MIB)
     try:
         yield
     finally:
-        _mallopt(_MMAP_THRESHOLD, 32 * MIB)
-        _mallopt(_TRIM_THRESHOLD, 64 * MIB)
+        if not _mallopt(_MMAP_THRESHOLD, KEPT_BYTES):
+            _mallopt(_MMAP_THRESHOLD, OLD_LIMIT_BYTES)
+        _mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
         with suppress(AttributeError):
             _LIBC.malloc_trim(0)
 
 
-def _mallopt(parameter: int, value: int) -> None:
+def _mallopt(parameter: int, value: int) -> bool:
+    """Whether it was taken."""
     with suppress(AttributeError):  # another C library
-        _LIBC.mallopt(parameter, value)
+        return bool(_LIBC.mallopt(parameter, value))
+    return False
+
+
+def want_huge_pages(room: Tensor) -> None:
+    """Ask for pages of 2 MiB under a tensor of the CPU that nothing has been written to yet: what is read from end to end at every step is
+    then read some 10 % faster."""
+    _advise(room, HUGE_PAGE_BYTES, _HUGEPAGE)
 
 
 def give_back(tensor: Tensor) -> None:
@@ -42,7 +60,13 @@ def give_back(tensor: Tensor) -> None:
     """
     assert tensor.is_contiguous()
     assert tensor.device.type == "cpu"
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    _advise(tensor, mmap.PAGESIZE, _DONTNEED)
+
+
+def _advise(tensor: Tensor, page_bytes: int, advice: int) -> None:
+    """Of the pages that lie wholly within a tensor."""
+    first = -(-tensor.data_ptr() // page_bytes) * page_bytes
+    end = (tensor.data_ptr() + tensor.nbytes) // page_bytes * page_bytes
     if end > first:
-        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _DONTNEED)
+        with suppress(AttributeError):
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)

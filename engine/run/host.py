@@ -1,6 +1,5 @@
 """What this host gives a process: cores, memory, arithmetic."""
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -9,9 +8,6 @@ import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 """Version 2 of the Linux control groups, as containers see their own limits (kernel documentation, cgroup-v2)."""
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names of glibc's <malloc.h>."""
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
@@ -38,18 +34,6 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-
-
-def keep_freed_memory(num_bytes: int = 256 * 2**20) -> None:
-    """Have this process keep up to so much of what it frees, for its next step.
-
-    glibc gives large blocks back to the kernel at once and gets them anew, zeroed page by page, at every product of a long prompt
-    (mallopt(3)). Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, num_bytes)
-        mallopt(M_TRIM_THRESHOLD, num_bytes)
 
 
 def _read(path: Path) -> list[str]:

@@ -135,6 +135,7 @@ class Runner:
             logits_RV = torch.full_like(logits_RV, torch.nan)
         self._mark(11, built.sampling_works)
         sampled = self._sample(self._sampler, logits_RV, built.sampling_works, allowed.result() if allowed else {})
+        del logits_RV  # as large as the draft model's, which come next
         pooled, guessing_s = self._pools.take(hidden_TD, built), 0.0
         if self._drafter is not None:
             sampled, guessing_s = self._drafter.follow(works, sampled, self._tables, self._states)

@@ -19,8 +19,9 @@ class RunnerConfig:
     device: str = "auto"
     """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:<index>"."""
     dtype: DtypeName = "auto"
-    """Of activations and KV, on CUDA of weights too. "auto": bfloat16 on CUDA; on CPUs float32, and where they multiply bfloat16 natively
-    a product with weights stored in bfloat16 rounds its other side to bfloat16 too. "float32" never rounds."""
+    """Of activations and KV, on CUDA of weights too. "auto": bfloat16 on CUDA; on CPUs float32 (without our kernels bfloat16, where it is
+    multiplied natively), and a product with weights stored in bfloat16 rounds its other side too where the processor multiplies
+    bfloat16. "float32" never rounds."""
     quantize: QuantizeName | None = None
     """Round the weights while loading: "int8" a scale to 128 numbers, "int4" one to 32 (embedding and head stay int8); on GPUs from Ada
     on also "fp8", weights and activations, which their matrix units multiply (embedding and head stay as they are). A half or a

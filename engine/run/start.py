@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.run.draft_fit import check_draft_model
 from engine.run.drafter import open_drafter
 from engine.run.grammar.start import open_guides
-from engine.run.host import keep_freed_memory, multiplies_bfloat16, usable_cores
+from engine.run.host import multiplies_bfloat16, usable_cores
 from engine.run.memory import measure_capacity
 from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
@@ -87,7 +87,6 @@ def start_rank(
     on_host = ranks_on_host or topology.size
     device = resolve_device(runner_config.device)
     if device.type == "cpu":
-        keep_freed_memory()
         torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
     with ExitStack() as stack:
         model_config = ModelConfig.from_checkpoint(small_files(checkpoint_folder))

@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel.native.huge_pages import want_huge_pages
 from parallel.native.library import Native, num_threads
-from parallel.pages import give_back
+from parallel.pages import give_back, want_huge_pages
 from parallel.rounding import LEVELS, round_to_groups
 from parallel.scale_groups import GROUP
 
