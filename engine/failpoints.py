@@ -89,11 +89,11 @@ def _look(point: str, tokens: Callable[[], Iterable[int]] | None = None) -> bool
         failure = Failure(**json.loads(file.read_text()))
     except FileNotFoundError:
         return False
-    if failure.pid is not None:
-        return failure.pid == os.getpid() and _fail(point, failure)
-    if failure.token is not None:
-        if tokens is None or failure.token not in tokens():
-            return False
+    if failure.pid is not None and failure.pid != os.getpid():
+        return False
+    if failure.token is not None and (tokens is None or failure.token not in tokens()):
+        return False
+    if failure.pid is not None or failure.token is not None:
         return _fail(point, failure)
     if next(_hits.setdefault((point, armed), itertools.count(1))) < failure.after:
         return False

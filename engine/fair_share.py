@@ -22,13 +22,14 @@ HEAD_START = 10_000.0
 """What a tenant may have been served less than the others when it comes back, for a share of 1: some requests of a usual length. Without
 it a tenant that now and then has nothing waiting would take turns with the ones that always have, whatever it used before."""
 CLEARLY_LESS = HEAD_START / 2
-"""By so much a tenant must have been served less than another for the last places to be kept for it: among equals nothing is kept."""
+"""By so much, for a share of 1, a tenant must have been served less than another for the last places to be kept for it: among equals
+nothing is kept."""
 ABOUT = 1_000_000.0
 """So long, in tokens computed for all, a tenant is about after the last one that was for it: half a minute of a busy GPU."""
 MAX_OVERFULL = 2
 """With many tenants the queue may grow to so many times its limit: each one's part of it is kept free for it."""
 MAX_COUNTERS = 10_000
-"""Of tenants that may come back. Beyond, those are forgotten that would begin anew anyway."""
+"""Of tenants that may come back. Beyond, those are forgotten that were served least; they may get a head start again."""
 
 
 class FairShare:
@@ -38,6 +39,8 @@ class FairShare:
         self._served: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         """By tenant: what had been computed for all when it last came or was served."""
+        self._shares: dict[str, float] = {}
+        """By tenant: as its last request had it."""
         self._total = 0.0
         self._last = ""
         """The tenant that was admitted last."""
@@ -58,8 +61,10 @@ class FairShare:
 
     def gives_way(self, sequence: Sequence) -> bool:
         """Where another tenant is about that has clearly been served less."""
-        less, since = self.served(sequence.request.tenant) - CLEARLY_LESS, self._total - ABOUT
-        return any(served < less and self._seen[tenant] >= since for tenant, served in self._served.items())
+        own, since = self.served(sequence.request.tenant), self._total - ABOUT
+        return any(
+            served + CLEARLY_LESS / self._shares[tenant] < own and self._seen[tenant] >= since for tenant, served in self._served.items()
+        )
 
     def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
         """A tenant's part of the queue is free for it, however full others have made it."""
@@ -72,7 +77,7 @@ class FairShare:
 
     def arrived(self, sequence: Sequence, waiting: Listed[Sequence]) -> None:
         tenant = sequence.request.tenant
-        self._seen[tenant] = self._total
+        self._seen[tenant], self._shares[tenant] = self._total, sequence.request.share
         others = {one.request.tenant for one in waiting}
         if tenant in others:
             return
@@ -94,9 +99,9 @@ class FairShare:
 
     def _charge(self, request: Request, cost: float) -> None:
         self._total += cost
-        self._seen[request.tenant] = self._total
+        self._seen[request.tenant], self._shares[request.tenant] = self._total, request.share
         self._served[request.tenant] = self.served(request.tenant) + cost / request.share
 
     def _forget(self, floor: float, kept: set[str]) -> None:
         for tenant in [one for one, served in self._served.items() if served <= floor and one not in kept]:
-            del self._served[tenant], self._seen[tenant]
+            del self._served[tenant], self._seen[tenant], self._shares[tenant]

@@ -156,6 +156,18 @@ def test_the_last_places_are_kept_for_who_is_about_and_was_served_less() -> None
     assert step(scheduler) == ["modest1"]
 
 
+def test_clearly_less_is_a_matter_of_the_share() -> None:
+    """One of four shares comes back by a fourth of the head start behind the others: that is enough for its places to be kept."""
+    policy = FairShare()
+    greedy, modest = (Sequence(request(name, 0, share=share), 0) for name, share in (("greedy", 1.0), ("modest", 4.0)))
+    policy.arrived(greedy, [])
+    policy.sampled(greedy.request, 100_000)
+    policy.arrived(modest, [greedy])
+    assert policy.served("greedy") - policy.served("modest") < CLEARLY_LESS
+    assert policy.gives_way(greedy)
+    assert not policy.gives_way(modest)
+
+
 def test_where_nobody_else_is_about_there_is_nothing_to_keep() -> None:
     scheduler = crowded(40, served=CLEARLY_LESS + 1)
     for _ in range(5):
