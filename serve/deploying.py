@@ -118,7 +118,7 @@ class ChangeLog:
         for replica, why in refused.items():
             if why not in self._refused:
                 logger.error("replica %s cannot start where it was placed: %s", replica, why)
-        self._refused |= set(refused.values())
+        self._refused = set(refused.values())  # of the last look: what is refused again and again is in each
         for record in records:
             last_loss, ready = self._told.get(record.id, (None, True))
             if record.last_loss is not None and record.last_loss != last_loss:

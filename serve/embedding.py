@@ -28,14 +28,23 @@ class Embedder:
     """Makes the vectors of one model."""
 
     def __init__(
-        self, model: ModelFacts, tokenizer: Tokenizer, source: TokenSource, validator: Validator, clock: Callable[[], float]
+        self,
+        model: ModelFacts,
+        tokenizer: Tokenizer,
+        source: TokenSource,
+        validator: Validator,
+        clock: Callable[[], float],
+        must_find_room: Callable[[EmbeddingRequest], None],
     ) -> None:
+        """``must_find_room`` raises where a request is refused whatever it asks for, before it is tokenized."""
         self._model, self._tokenizer, self._source, self._validator, self._clock = model, tokenizer, source, validator, clock
+        self._must_find_room = must_find_room
 
     async def vectors(self, request: EmbeddingRequest) -> AsyncGenerator[TextEvent, None]:
         """An event for each input, as they are finished; the last one has ``usage``."""
         stopwatch = Stopwatch(request.arrived_s)
         self._validator.embedding(request)
+        self._must_find_room(request)
         assert self._model.pooling is not None
         inputs = [await self._ids(one) for one in request.inputs]
         must_be_in_time(request.deadline_s, self._clock)

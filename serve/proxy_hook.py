@@ -5,6 +5,7 @@ Ray Serve 2.60 binds HTTP where it is told and gRPC to every address of the host
 where it runs code of ours in the proxy before that is the callback named by `CALLBACK_VARIABLE`.
 """
 
+import asyncio
 import dataclasses
 import os
 import socket
@@ -76,28 +77,30 @@ def before_listening() -> list[Any]:
     )
     default_impl.add_grpc_address = add_grpc_address  # type: ignore[assignment]
     http_util.socket = PreparedSockets(slow_s)  # type: ignore[attr-defined, assignment]  # it makes the one that it listens on, and no other
-    proxy.get_http_response_status = lost_fronts(proxy.get_http_response_status, over_grpc=False)
-    proxy.get_grpc_response_status = lost_fronts(proxy.get_grpc_response_status, over_grpc=True)
+    proxy.get_http_response_status = told_as_ours(proxy.get_http_response_status, over_grpc=False)
+    proxy.get_grpc_response_status = told_as_ours(proxy.get_grpc_response_status, over_grpc=True)
     return proxy_middlewares()
 
 
-def lost_fronts(status_of: Callable[..., Any], *, over_grpc: bool) -> Callable[..., Any]:
-    """Ray Serve's own function from an error to a status, but for the loss of a front: a client is told that it may try again, in the
-    shape of all our errors, and nothing of actors and hosts. A stream that has begun only breaks over HTTP."""
-    from ray.exceptions import RayActorError
+def told_as_ours(status_of: Callable[..., Any], *, over_grpc: bool) -> Callable[..., Any]:
+    """Ray Serve's own function from an error to a status, but that a client is told nothing of actors, hosts and tracebacks, and in the
+    shape of all our errors: where a front is lost or cannot be reached, that it may try again. A stream that has begun only breaks over
+    HTTP."""
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, gRPCStatusError
 
     from serve.errors import FrontLost, describe
     from serve.http.errors import error_object
 
-    body = describe(FrontLost())
-
     def told(error: BaseException, timeout_s: float | None, request_id: str) -> Any:
         status = status_of(error, timeout_s, request_id)
-        if not isinstance(error, RayActorError):
+        if isinstance(error, (TimeoutError, asyncio.CancelledError, gRPCStatusError)):
             return status
+        out_of_reach = isinstance(error, RayError) and not isinstance(error, RayTaskError)
+        body = describe(FrontLost() if out_of_reach or isinstance(error, (BackPressureError, DeploymentUnavailableError)) else error)
         if over_grpc:
             return dataclasses.replace(status, code=type(status.code)[body.grpc_code], message=body.message)
-        headers = [(b"retry-after", b"%d" % (body.retry_after_s or 1))]
+        headers = [(b"retry-after", b"%d" % body.retry_after_s)] if body.retry_after_s else None
         return dataclasses.replace(status, code=body.http_status, message=error_object(body), headers=headers)
 
     return told

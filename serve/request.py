@@ -113,6 +113,8 @@ class ChatRequest:
     tool_choice: str = "auto"
     """"auto", "none", "required" (whichever), or "function" (the one called `tool_name`)."""
     tool_name: str | None = None
+    allowed_tools: frozenset[str] | None = None
+    """Names of the only ones that the model is shown; None: all."""
     parallel_tool_calls: bool = True
     session: str = ""
     """See `serve.session`."""
@@ -128,6 +130,11 @@ class ChatRequest:
     caller: Caller = ANYONE
     trace: Mapping[str, str] = field(default_factory=dict)
     """See `serve.trace_context`."""
+
+    @property
+    def offered_tools(self) -> tuple[Tool, ...]:
+        """Those of its tools that the model is shown, and may call."""
+        return tuple(tool for tool in self.tools if self.allowed_tools is None or tool.name in self.allowed_tools)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,7 @@ class Service:
         self._observers, self._refusal = observers, refusal
         self.limits = limits or Limits()
         self._validator = Validator(model=model, limits=self.limits)
-        self._embedder = Embedder(model, tokenizer, source, self._validator, clock)
+        self._embedder = Embedder(model, tokenizer, source, self._validator, clock, self._must_find_room)
         seconds, chars = self.limits.template_s, self.limits.template_chars
         self._template = ChatTemplate.from_folder(model.folder, tokenizer, seconds=seconds, chars=chars)
         self._compilers = compilers or GrammarCompilers(model.folder, self.limits)
@@ -215,7 +215,7 @@ class Service:
         sampling = await self._guided(sampling, toolbox.draft if toolbox else self._draft(request))
         return _Asked(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch, toolbox=toolbox)
 
-    def _must_find_room(self, request: ChatRequest | CompletionRequest) -> None:
+    def _must_find_room(self, request: ChatRequest | CompletionRequest | EmbeddingRequest) -> None:
         if (refused := self._refusal(request.caller.id)) is not None:
             raise from_event(refused)
 

@@ -179,22 +179,17 @@ class ChatBody(SharedBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def request(self, request_id: str) -> ChatRequest:
-        tools = tuple(tool.tool() for tool in self.tools or ())
-        if (allowed := allowed_tools(self.tool_choice)) is None:
-            choice, name = tool_choice(self.tool_choice)
-        else:
-            choice, name = allowed[0], None
-            if not allowed[1] <= {tool.name for tool in tools}:
-                raise InvalidRequest("tool_choice.allowed_tools names one that is none of the tools", param="tool_choice")
-            tools = tuple(tool for tool in tools if tool.name in allowed[1])
+        allowed = allowed_tools(self.tool_choice)
+        choice, name = tool_choice(self.tool_choice) if allowed is None else (allowed[0], None)
         return ChatRequest(
             request_id=request_id,
             model=self.model,
             messages=tuple(message.message(at) for at, message in enumerate(self.messages)),
             options=self.options(),
-            tools=tools,
+            tools=tuple(tool.tool() for tool in self.tools or ()),
             tool_choice=choice,
             tool_name=name,
+            allowed_tools=None if allowed is None else allowed[1],
             parallel_tool_calls=self.parallel_tool_calls is not False,
         )
 

@@ -28,7 +28,7 @@ class Toolbox:
         """The request has been validated."""
         self._request, self._protocol = request, protocol
         wanted = request.options.format
-        told = () if request.tool_choice == "none" else request.tools
+        told = () if request.tool_choice == "none" else request.offered_tools
         tools = tuple(tool for tool in told if request.tool_choice != "function" or tool.name == request.tool_name)
         self._calls = Calls(
             tools=tools,
@@ -44,7 +44,7 @@ class Toolbox:
     def of(cls, request: ChatRequest, protocol: ToolProtocol, limits: Limits) -> "Toolbox | None":
         """None where a request has nothing to do with tools."""
         spoken = any(message.role == "tool" or message.tool_calls for message in request.messages)
-        return cls(request, protocol, limits) if request.tools or spoken else None
+        return cls(request, protocol, limits) if request.offered_tools or spoken else None
 
     @property
     def draft(self) -> Draft:

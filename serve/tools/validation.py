@@ -38,6 +38,10 @@ def check_tools(request: ChatRequest, limits: Limits) -> None:
 
 def _check_choice(request: ChatRequest, names: Sequence[str]) -> None:
     choice = request.tool_choice
+    if request.allowed_tools is not None:
+        if not request.allowed_tools <= set(names):
+            raise InvalidRequest("tool_choice.allowed_tools names one that is none of the tools", param="tool_choice")
+        names = [tool.name for tool in request.offered_tools]
     if choice not in CHOICES:
         raise InvalidRequest('tool_choice must be "auto", "none", "required" or name a function', param="tool_choice")
     if choice in ("required", "function") and not names:

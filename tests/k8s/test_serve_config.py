@@ -12,7 +12,7 @@ from cluster.autoscaling import AutoscalingConfig
 from serve.config import ServeConfig
 from serve.config_sources import load
 from serve.grpc.server import SERVICER_FUNCTIONS
-from serve.proxy_hook import variables
+from serve.proxy_hook import SLOW_CLIENT_TIMEOUT_S, variables
 from tests.k8s.chart import CHART, KINDS, READY, environment, ready, with_values
 
 
@@ -51,13 +51,15 @@ def test_the_application_gets_the_settings_of_the_file_but_for_the_proxies(name:
 
 @pytest.mark.parametrize("name", [*READY, *KINDS])
 def test_every_pod_of_the_cluster_has_what_the_proxies_need_in_their_environment(name: str, tmp_path: Path) -> None:
-    tls = settings(name, tmp_path).grpc.tls
+    config = settings(name, tmp_path)
+    tls, slow_s = config.grpc.tls, config.http.slow_client_timeout_s
     assert any(tls.values()) == (name == "everything")
+    assert (slow_s == SLOW_CLIENT_TIMEOUT_S) == (name != "everything")
     for template in ready(name).pods().values():
         given = environment(template)
         address = given.pop("MANTA_PROXY_GRPC_HOST")
         assert address == {"fieldRef": {"fieldPath": "status.podIP"}}, "gRPC listens on the pod's own address only"
-        wanted = dict(variables(grpc_host="any", tls=tls))
+        wanted = dict(variables(grpc_host="any", tls=tls, slow_client_timeout_s=slow_s))
         del wanted["MANTA_PROXY_GRPC_HOST"]
         assert wanted.items() <= given.items()
 

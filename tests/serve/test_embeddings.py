@@ -16,6 +16,7 @@ import torch
 from manta_client import AsyncClient, BadRequest, Client
 from transformers import Qwen2Model
 
+from engine.plan import TokenEvent
 from model.config import InvalidModelConfig, ModelConfig, UnsupportedModel
 from model.pooling import PoolingConfig
 from serve.text.tokenizer import Tokenizer
@@ -157,6 +158,14 @@ async def test_what_cannot_be_is_refused_by_name(running: Fronts, changes: dict[
         answer = await http.post("/v1/embeddings", json={"model": MODEL, "input": "a"} | changes)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
         assert (await http.post("/v1/embeddings", json={"model": MODEL, "input": "a"})).status_code == 200
+
+
+async def test_who_is_refused_anyway_is_not_tokenized(running: Fronts, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = TokenEvent("other", 0, 0, 0, finish_reason="error", error_kind="QueueFull", error_message="7 wait")
+    monkeypatch.setattr(running.service, "_refusal", lambda _tenant: full)
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_args, **_more: pytest.fail("it was tokenized"))
+    async with httpx.AsyncClient(base_url=running.http, timeout=60) as http:
+        assert (await http.post("/v1/embeddings", json={"model": MODEL, "input": "a"})).status_code == 429
 
 
 async def test_a_model_does_only_what_it_is_for(running: Fronts, both: Fronts) -> None:

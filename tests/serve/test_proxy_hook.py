@@ -9,13 +9,15 @@ from typing import Any
 
 import grpc
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private import http_util
+from ray.serve._private.common import DeploymentID
 from ray.serve._private.grpc_util import get_grpc_response_status
 from ray.serve._private.http_util import get_http_response_status
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve.proxy_hook import PreparedSockets, lost_fronts
+from serve.proxy_hook import PreparedSockets, told_as_ours
 from tests.system.server import free_ports
 
 
@@ -102,10 +104,23 @@ def test_a_port_whose_connections_cool_down_can_be_listened_at(listener: socket.
 
 def test_the_loss_of_a_front_is_told_as_one_of_our_errors() -> None:
     lost = RayActorError("class_name: ServeReplica, ip: 10.0.0.7")
-    status = lost_fronts(get_http_response_status, over_grpc=False)(lost, None, "r")
+    status = told_as_ours(get_http_response_status, over_grpc=False)(lost, None, "r")
     assert (status.code, status.headers) == (503, [(b"retry-after", b"1")])
     assert status.message["error"]["code"] == "unavailable"
-    status = lost_fronts(get_grpc_response_status, over_grpc=True)(lost, None, "r")
+    status = told_as_ours(get_grpc_response_status, over_grpc=True)(lost, None, "r")
     assert status.code is grpc.StatusCode.UNAVAILABLE
     assert "ServeReplica" not in status.message
-    assert lost_fronts(get_http_response_status, over_grpc=False)(ValueError("another"), None, "r").code == 500
+    unavailable = told_as_ours(get_http_response_status, over_grpc=False)(DeploymentUnavailableError(DeploymentID(name="Front")), None, "r")
+    assert (unavailable.code, "Front" in str(unavailable.message["error"])) == (503, False)
+
+
+@pytest.mark.parametrize("over_grpc", [False, True])
+def test_of_what_went_wrong_within_only_an_id_is_told(over_grpc: bool) -> None:
+    status_of = get_grpc_response_status if over_grpc else get_http_response_status
+    for wrong in (ValueError("/etc/secrets"), RayTaskError("f", "Traceback /etc/secrets", ValueError())):
+        status = told_as_ours(status_of, over_grpc=over_grpc)(wrong, None, "r")
+        assert status.code == (grpc.StatusCode.INTERNAL if over_grpc else 500)
+        assert "internal error; the server's log has it under" in str(status.message)
+        assert "secrets" not in str(status.message)
+    late = told_as_ours(status_of, over_grpc=over_grpc)(TimeoutError(), 3.0, "r")
+    assert late.code == (grpc.StatusCode.DEADLINE_EXCEEDED if over_grpc else 408)

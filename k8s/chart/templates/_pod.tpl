@@ -27,6 +27,9 @@ capabilities:
 {{- range $role, $file := include "manta.tls" . | fromYaml }}
 - {name: MANTA_PROXY_GRPC_{{ upper $role }}, value: {{ $file }}}
 {{- end }}
+{{- with dig "http" "slow_client_timeout_s" "" .Values.config }}
+- {name: MANTA_PROXY_SLOW_CLIENT_TIMEOUT_S, value: {{ . | toString | quote }}}
+{{- end }}
 - {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: serve.proxy_hook.before_listening}
 - {name: RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, value: "67108864"}
 - {name: SERVE_SOCKET_REUSE_PORT_ENABLED, value: "0"}

@@ -60,6 +60,10 @@ async def test_a_call_may_be_of_some_of_the_tools_only(client: openai.AsyncOpenA
         with pytest.raises(openai.BadRequestError) as caught:
             await client.chat.completions.create(messages=ASK, tools=TOOLS, tool_choice=wrong, **MORE)
         assert caught.value.param == "tool_choice"
+    twice = [*TOOLS, TOOLS[1]]  # those that are not shown are judged as well
+    with pytest.raises(openai.BadRequestError, match="another tool has the same name") as caught:
+        await client.chat.completions.create(messages=ASK, tools=twice, tool_choice=some("one"), **MORE)
+    assert caught.value.param == "tools[2].function.name"
 
 
 async def test_a_tool_is_called_answered_and_streamed(client: openai.AsyncOpenAI) -> None:
