@@ -1,8 +1,9 @@
 """Every row of rows.yaml against both fronts of one engine in this process: what is refused, how, and that nothing is worse for it."""
 
 import contextlib
+import itertools
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import psutil
@@ -66,19 +67,30 @@ async def test_a_hundred_clients_that_never_finish_a_request_keep_nobody_waiting
     await target.is_unharmed()
 
 
+async def least_growth(target: Target, once_more: Callable[[], Awaitable[None]]) -> int:
+    """Bytes that three rounds all took anew: what leaks does so every time, what an allocator keeps for later it keeps once."""
+    seen = [target.rss()]
+    for _ in range(3):
+        await once_more()
+        seen.append(target.rss())
+    return min(after - before for before, after in itertools.pairwise(seen))
+
+
 async def test_the_sockets_of_the_whole_table_again_take_no_more_memory(target: Target) -> None:
-    before = target.rss()
-    for row in FRAMINGS:
-        await refused_on_the_socket(target, row)
-    assert target.rss() - before < MOST_GROWTH_BYTES
+    async def once_more() -> None:
+        for row in FRAMINGS:
+            await refused_on_the_socket(target, row)
+
+    assert await least_growth(target, once_more) < MOST_GROWTH_BYTES
 
 
 async def test_the_whole_table_again_takes_no_more_memory(target: Target) -> None:
-    before = target.rss()
-    for row in ROWS:
-        if row.over_http:
-            await target.http.request(**row.http(model=target.model))
-    assert target.rss() - before < MOST_GROWTH_BYTES
+    async def once_more() -> None:
+        for row in ROWS:
+            if row.over_http:
+                await target.http.request(**row.http(model=target.model))
+
+    assert await least_growth(target, once_more) < MOST_GROWTH_BYTES
 
 
 async def test_the_table_is_long_and_says_each_thing_once() -> None:
