@@ -8,6 +8,7 @@ import ctypes
 import logging
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -70,11 +71,10 @@ class Native:
 def native() -> Native | None:
     """The kernels for this processor, or None: the log says why."""
     try:
-        variant = best_variant()
-        path = built_path(variant)
-        if not path.exists():
+        variant = next((one for one in usable_variants() if built_path(one).exists()), None)
+        if variant is None:
             raise Unavailable(f"they are not built; {HOW_TO_BUILD}")
-        library = Native(path, variant)
+        library = Native(built_path(variant), variant)
     except (Unavailable, OSError) as reason:
         log.info("computing without our own CPU kernels: %s", reason)
         return None
@@ -87,20 +87,23 @@ def multiplies(kind: str) -> bool:
     return library is not None and kind in library.kinds
 
 
-def best_variant() -> str:
-    """The best of `VARIANTS` that this processor has.
+def usable_variants() -> tuple[str, ...]:
+    """Those of `VARIANTS` that this processor runs, best first.
 
     Raises:
-        Unavailable: it has none of them.
+        Unavailable: it runs none of them.
     """
     has = _capabilities()
+    found: list[str] = []
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has:
-        if "avx512_vnni" not in has:
-            return "avx512"
-        return "avx512_bf16" if "avx512_bf16" in has else "avx512_vnni"
+        if "avx512_vnni" in has:
+            found += ["avx512_bf16", "avx512_vnni"] if "avx512_bf16" in has else ["avx512_vnni"]
+        found.append("avx512")
     if {"avx2", "fma", "f16c"} <= has:
-        return "avx2"
-    raise Unavailable(f"they are for x86-64 with AVX2, which this {platform.machine()} has not")
+        found.append("avx2")
+    if not found:
+        raise Unavailable(f"they are for x86-64 with AVX2, which this {platform.machine()} has not")
+    return tuple(found)
 
 
 def _capabilities() -> set[str]:
@@ -118,12 +121,20 @@ def built_path(variant: str) -> Path:
 
 
 def build(variant: str | None = None) -> Path:
-    """Compile the kernels for this processor (or another), unless that has been done.
+    """Compile the kernels for this processor (or the variant that is named), unless that has been done. A compiler that does not know the
+    processor's newest instructions makes the next lesser variant.
 
     Raises:
-        Unavailable: what is missing on this machine, or what the compiler said.
+        Unavailable: what is missing on this machine, or what the compiler said of the last one.
     """
-    variant = variant or best_variant()
+    *better, last = (variant,) if variant else usable_variants()
+    for each in better:
+        with suppress(Unavailable):
+            return _compiled(each)
+    return _compiled(last)
+
+
+def _compiled(variant: str) -> Path:
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     return compile_to(built_path(variant), lambda compiler, output: [compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", str(output)])
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,28 @@ def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytes
     cases = ((avx2, "avx2"), (avx512, "avx512"), (vnni, "avx512_vnni"), (vnni | {"avx512_bf16"}, "avx512_bf16"))
     for has, wanted in cases:
         monkeypatch.setattr(library, "_capabilities", lambda has=has: has)
-        assert library.best_variant() == wanted
+        assert library.usable_variants()[0] == wanted
+        assert set(library.usable_variants()) <= library.VARIANTS.keys()
     monkeypatch.setattr(library, "_capabilities", set)
     with pytest.raises(Unavailable, match="x86-64 with AVX2"):
-        library.best_variant()
+        library.usable_variants()
+
+
+def test_a_compiler_that_does_not_know_the_newest_instructions_makes_a_lesser_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def old_compiler(output: Path, command: Callable[[str, Path], list[str]]) -> Path:
+        if "-mavx512bf16" in command("cc", output):
+            raise Unavailable("unrecognized command-line option")
+        output.touch()
+        return output
+
+    monkeypatch.setattr(library, "usable_variants", lambda: ("avx512_bf16", "avx512_vnni", "avx2"))
+    monkeypatch.setattr(library, "built_path", lambda variant: tmp_path / variant)
+    monkeypatch.setattr(library, "compile_to", old_compiler)
+    assert library.build() == tmp_path / "avx512_vnni"
+    with pytest.raises(Unavailable, match="unrecognized"):
+        library.build("avx512_bf16")
 
 
 def test_without_the_kernels_the_log_says_how_to_get_them(tmp_path: Path) -> None:

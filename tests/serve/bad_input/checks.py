@@ -2,7 +2,8 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -133,3 +134,12 @@ async def targeted(
         target = Target(http=client, stub=stub, model=model, pids=pids, rss=rss, answer_s=answer_s)
         await target.note_golden()
         yield target
+
+
+async def least_growth(target: Target, once_more: Callable[[], Awaitable[None]]) -> int:
+    """Bytes that three rounds all took anew: what leaks does so every time, what an allocator keeps for later it keeps once."""
+    seen = [target.rss()]
+    for _ in range(3):
+        await once_more()
+        seen.append(target.rss())
+    return min(after - before for before, after in itertools.pairwise(seen))

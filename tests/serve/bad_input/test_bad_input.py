@@ -1,16 +1,15 @@
 """Every row of rows.yaml against both fronts of one engine in this process: what is refused, how, and that nothing is worse for it."""
 
 import contextlib
-import itertools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 import pytest
 import pytest_asyncio
 
-from tests.serve.bad_input.checks import MOST_GROWTH_BYTES, Target, refused_over_grpc, refused_over_http, resident, targeted
+from tests.serve.bad_input.checks import MOST_GROWTH_BYTES, Target, least_growth, refused_over_grpc, refused_over_http, resident, targeted
 from tests.serve.bad_input.framing import Framing, connected, framings, refused_on_the_socket
 from tests.serve.bad_input.table import MODEL, Row, rows
 from tests.serve.in_process import fronts
@@ -65,15 +64,6 @@ async def test_a_hundred_clients_that_never_finish_a_request_keep_nobody_waiting
             writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"[: 1 + number % 40])
         await target.is_unharmed()
     await target.is_unharmed()
-
-
-async def least_growth(target: Target, once_more: Callable[[], Awaitable[None]]) -> int:
-    """Bytes that three rounds all took anew: what leaks does so every time, what an allocator keeps for later it keeps once."""
-    seen = [target.rss()]
-    for _ in range(3):
-        await once_more()
-        seen.append(target.rss())
-    return min(after - before for before, after in itertools.pairwise(seen))
 
 
 async def test_the_sockets_of_the_whole_table_again_take_no_more_memory(target: Target) -> None:
