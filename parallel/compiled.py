@@ -14,13 +14,18 @@ class Unavailable(Exception):
     """It cannot be built or used here, and why."""
 
 
-def cache_path(name: str, parts: Iterable[bytes], file: str) -> Path:
-    """A place of its own for every version of all that it is built from and against (``parts``)."""
+def version_of(parts: Iterable[bytes]) -> str:
+    """A name for this version of all that something is built from and against."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def cache_path(name: str, version: str, file: str) -> Path:
+    """A place of its own for every version, in this user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "manta" / name / digest.hexdigest()[:16] / file
+    return cache / "manta" / name / version / file
 
 
 def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:

@@ -1,9 +1,12 @@
 """Builds and loads the kernels: ``python -m parallel.native.library`` compiles them, some seconds, once per machine.
 
+``--all`` compiles them for every processor, beside the sources: for an image, which is built on one machine and run on others.
+
 A plain shared library without torch's headers: pointers and sizes go in, so it does not depend on torch's binary interface. Its
 threads are torch's, as torch brings the OpenMP library that it finds loaded already.
 """
 
+import argparse
 import ctypes
 import logging
 import platform
@@ -14,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-from parallel.compiled import Unavailable, cache_path, compile_to
+from parallel.compiled import Unavailable, cache_path, compile_to, version_of
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
+BROUGHT = Path(__file__).parent / "built"
+"""Kernels that came with these sources."""
 HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -115,9 +120,16 @@ def _capabilities() -> set[str]:
 
 
 def built_path(variant: str) -> Path:
+    """Where this variant lies or would lie: beside the sources if it was brought along, else in the user's cache."""
+    brought = _place(variant, brought=True)
+    return brought if brought.exists() else _place(variant, brought=False)
+
+
+def _place(variant: str, *, brought: bool) -> Path:
     parts = [part.encode() for part in (platform.machine(), *FLAGS, *VARIANTS[variant])]
     parts += [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    return cache_path("native", parts, f"manta_{variant}.so")
+    version, file = version_of(parts), f"manta_{variant}.so"
+    return BROUGHT / version / file if brought else cache_path("native", version, file)
 
 
 def build(variant: str | None = None) -> Path:
@@ -134,9 +146,18 @@ def build(variant: str | None = None) -> Path:
     return _compiled(last)
 
 
-def _compiled(variant: str) -> Path:
+def build_all() -> list[Path]:
+    """Every variant, beside the sources.
+
+    Raises:
+        Unavailable: what is missing on this machine, or what the compiler said.
+    """
+    return [_compiled(variant, _place(variant, brought=True)) for variant in VARIANTS]
+
+
+def _compiled(variant: str, target: Path | None = None) -> Path:
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    return compile_to(built_path(variant), lambda compiler, output: [compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", str(output)])
+    return compile_to(target or built_path(variant), lambda compiler, output: [compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", str(output)])
 
 
 def num_threads() -> int:
@@ -145,8 +166,11 @@ def num_threads() -> int:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="for every processor, into parallel/native/built")
+    wants_all = parser.parse_args().all
     try:
-        print(f"The CPU kernels are built: {build()}")
+        print(f"The CPU kernels are built: {', '.join(map(str, build_all() if wants_all else [build()]))}")
     except Unavailable as reason:
         print(f"Not built: {reason}\nManta works without them; on a CPU it is then several times slower.")
         return 1

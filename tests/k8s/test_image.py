@@ -44,6 +44,13 @@ def test_its_versions_are_those_of_the_project(builder: Builder, container: str)
     assert builder.run_in(container, ["manta", "--version"]).startswith("manta ")
 
 
+def test_it_brings_our_kernels_for_the_processor_that_it_finds_itself_on(builder: Builder, container: str) -> None:
+    """It has no compiler, and its user can write nowhere beside its sources."""
+    script = "from parallel.native.library import native, usable_variants; print(native(), usable_variants()[0])"
+    found, best = builder.run_in(container, ["python3", "-c", script]).strip().rsplit(maxsplit=1)
+    assert found == f"<Native {best}>"
+
+
 def test_nothing_of_it_can_be_written_by_the_user_it_runs_as(builder: Builder, container: str) -> None:
     elsewhere = " ".join(f"-not -path '{path}'" for path in ("/proc/*", "/dev/*", "/tmp*", "/models*"))
     script = f"find / -xdev -writable {elsewhere} -not -type l -printf '%p\\n'"

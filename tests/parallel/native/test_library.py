@@ -51,6 +51,23 @@ def test_without_the_kernels_the_log_says_how_to_get_them(tmp_path: Path) -> Non
     assert "without our own CPU kernels" in done.stderr
 
 
+def test_kernels_that_came_with_the_sources_are_found_before_this_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "BROUGHT", tmp_path / "brought")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def compiler(target: Path, _command: Callable[[str, Path], list[str]]) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+        return target
+
+    monkeypatch.setattr(library, "compile_to", compiler)
+    assert library.build("avx2").is_relative_to(tmp_path / "cache")
+    brought = library.build_all()
+    assert [path.name for path in brought] == [f"manta_{variant}.so" for variant in library.VARIANTS]
+    assert all(path.is_relative_to(tmp_path / "brought") for path in brought)
+    assert [library.built_path(variant) for variant in library.VARIANTS] == brought
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", library.VARIANTS)
 def test_every_variant_compiles_whatever_this_processor_is(variant: str) -> None:
