@@ -13,7 +13,7 @@ PREFIX_WORTH = 2
 """A sequence goes where its prefix is cached while that shard is busier than the least busy one by at most so many times the
 tokens found: computing them again costs once, an uneven load in every step, for all shards wait for the slowest."""
 
-KEPT_FREE = 16
+KEPT_FREE = 12
 """One part of so many, of the places to run and of a shard's blocks, is not for who has been served more than others."""
 
 

@@ -18,10 +18,11 @@ from engine.sequence import Sequence
 PROMPT_COST = 1.0
 OUTPUT_COST = 2.0
 """What a token counts. An output token is computed alone in its sequence's step, prompt tokens many at once (the paper's weights)."""
-HEAD_START = 10_000.0
-"""What a tenant may have been served less than the others when it comes back, for a share of 1: some requests of a usual length. Without
+HEAD_START = 40_000.0
+"""What a tenant may have been served less than the others when it comes back, for a share of 1: some dozens of requests of a usual
+length, so that one which is below its share on average but not in every second stays first. Without
 it a tenant that now and then has nothing waiting would take turns with the ones that always have, whatever it used before."""
-CLEARLY_LESS = HEAD_START / 2
+CLEARLY_LESS = HEAD_START / 8
 """By so much, for a share of 1, a tenant must have been served less than another for the last places to be kept for it: among equals
 nothing is kept."""
 ABOUT = 1_000_000.0
