@@ -157,7 +157,8 @@ def build_all() -> list[Path]:
 
 def _compiled(variant: str, target: Path | None = None) -> Path:
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    return compile_to(target or built_path(variant), lambda compiler, output: [compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", str(output)])
+    flags = (*FLAGS, *VARIANTS[variant])
+    return compile_to(target or built_path(variant), lambda compiler, output: [compiler, *flags, *sources, "-o", str(output)])
 
 
 def num_threads() -> int:
