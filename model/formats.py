@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from parallel.native.library import multiplies, native
+from parallel.native.linear import Kind
 from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
 from parallel.packed_format import PackedFormat
 from parallel.scaled_format import ScaledFormat, has_triton
@@ -39,10 +40,10 @@ def choose_formats(
 ) -> Formats:
     """The fastest formats that lose nothing, or with ``quantize`` those that are asked for.
 
-    ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` a product of matrices stored in bfloat16 may
-    round its other side to bfloat16 as well, where the processor multiplies that natively. Where ``experts_travel`` from rank to
-    rank, no format does that is this processor's own. With int4, embedding and head are held in int8, with fp8 plainly: what a token
-    is and which one comes next suffers most from rounding.
+    ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` a product on a CPU may round its other side as
+    well, where the processor multiplies that natively: to bfloat16 beside matrices stored so, to 8 bits beside quantised ones. Where
+    ``experts_travel`` from rank to rank, no format does that is this processor's own. With int4, embedding and head are held in int8,
+    with fp8 plainly: what a token is and which one comes next suffers most from rounding.
 
     Raises:
         ValueError: this device has no such format.
@@ -56,7 +57,7 @@ def choose_formats(
     if quantize is not None:
         if native() is None:
             log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
-        return Formats(PackedFormat(quantize, raw), PackedFormat("int8", raw))
+        return Formats(_rounded(quantize, raw, rounds_activations), _rounded("int8", raw, rounds_activations))
     in_bfloat16 = dtype == torch.bfloat16 or found == {torch.bfloat16}
     rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)
     packed = PackedFormat("bf16_dot" if rounds_activations and multiplies("bf16_dot") else "bf16", torch.bfloat16)
@@ -68,6 +69,11 @@ def choose_formats(
         packed = PackedFormat("fp32", raw)
         return Formats(packed, packed)
     return Formats(Dense(dtype), Dense(dtype))
+
+
+def _rounded(quantize: Literal["int8", "int4"], stored: torch.dtype, rounds_activations: bool) -> PackedFormat:
+    dots: dict[Literal["int8", "int4"], Kind] = {"int8": "int8_dot", "int4": "int4_dot"}
+    return PackedFormat(dots[quantize] if rounds_activations and multiplies(dots[quantize]) else quantize, stored)
 
 
 def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | None) -> Formats:

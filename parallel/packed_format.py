@@ -10,11 +10,12 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import Kind, Packed, multiply, pack, rows, unpack
+from parallel.native.linear import Kind, Packed, multiply, pack, rounded, rows, unpack
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
-BYTES: dict[Kind, float] = {"bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"]}
+_INT8, _INT4 = 1 + 2 / GROUP["int8"], 1 / 2 + 2 / GROUP["int4"]
+BYTES: dict[Kind, float] = {"bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": _INT8, "int8_dot": _INT8, "int4": _INT4, "int4_dot": _INT4}
 """Of a weight, with its part of a float16 scale."""
 ANY_LANES = 8
 """Of a panel where no kernel reads it."""
@@ -27,7 +28,9 @@ class PackedFormat:
     ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``bf16_dot``
     rounds ``x`` to bfloat16 as well, for processors that multiply it natively, and sums in float32. ``fp32`` only puts them in the
     order in which they are read. ``int8`` and ``int4`` round each group of 128 or 32 input features to multiples of a scale of its
-    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature.
+    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature. ``int8_dot`` and ``int4_dot`` round the same
+    groups of each row of ``x`` to 8 bits as well, for processors that multiply those natively; ``int8_dot`` turns both sides before
+    (`parallel.rounding.turned`), by which they lose less.
     """
 
     kind: Kind
@@ -54,9 +57,7 @@ class PackedFormat:
         if library is not None and self.kind in library.kinds and packed.lanes == library.lanes:
             y = multiply(library, x.reshape(-1, x.shape[-1]), packed, bias)
             return y.to(dtype).view(*x.shape[:-1], packed.num_outputs)
-        if self.kind == "bf16_dot":
-            x = x.bfloat16()
-        y = F.linear(x.float(), unpack(packed)[:, : x.shape[-1]], None if bias is None else bias.float())
+        y = F.linear(rounded(self.kind, x), unpack(packed)[:, : x.shape[-1]], None if bias is None else bias.float())
         return y.to(dtype)
 
     def experts(

@@ -20,8 +20,8 @@ class RunnerConfig:
     """"auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:<index>"."""
     dtype: DtypeName = "auto"
     """Of activations and KV, on CUDA of weights too. "auto": bfloat16 on CUDA; on CPUs float32 (without our kernels bfloat16, where it is
-    multiplied natively), and a product with weights stored in bfloat16 rounds its other side too where the processor multiplies
-    bfloat16. "float32" never rounds."""
+    multiplied natively), and a product there rounds its other side as well where the processor multiplies that: to bfloat16 beside weights
+    stored so, to 8 bits beside quantised ones. "float32" never rounds activations."""
     quantize: QuantizeName | None = None
     """Round the weights while loading: "int8" a scale to 128 numbers, "int4" one to 32 (embedding and head stay int8); on GPUs from Ada
     on also "fp8", weights and activations, which their matrix units multiply (embedding and head stay as they are). A half or a

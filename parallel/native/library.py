@@ -36,6 +36,8 @@ VARIANTS = {
     "avx2": AVX2,
 }
 """Best first, with what tells the compiler."""
+DOTS = {"avx512_bf16": ("bf16_dot", "int8_dot", "int4_dot"), "avx512_vnni": ("int8_dot", "int4_dot")}
+"""Further kinds of variants: rows are rounded as well, as the processor multiplies two or four such numbers at a time."""
 
 
 class Native:
@@ -45,12 +47,13 @@ class Native:
         self.variant = variant
         self._library = ctypes.CDLL(str(path))
         self.lanes: int = self._library.manta_lanes()
-        self.kinds = (*KINDS, "bf16_dot") if variant == "avx512_bf16" else KINDS
+        self.kinds = (*KINDS, *DOTS.get(variant, ()))
         size, address, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
         threads = ctypes.c_int
         self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in self.kinds}
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
         self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
+        self.turn = self._function("turn", [address, size, threads, threads]) if "int8_dot" in self.kinds else None
         self.add_norm = self._function("add_norm", [*[address] * 4, size, size, number, threads])
         self.gate = self._function("gate", [address, address, size, size, threads])
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])

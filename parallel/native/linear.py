@@ -9,13 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel.native.library import Native, num_threads
+from parallel.native.library import Native, native, num_threads
 from parallel.pages import give_back, want_huge_pages
-from parallel.rounding import LEVELS, round_to_groups
+from parallel.rounding import LEVELS, round_rows, round_to_groups, turned, turned_back
 from parallel.scale_groups import GROUP
 
-Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int4"]
-"""``bf16`` is multiplied in float32; ``bf16_dot`` by rows that are rounded to bfloat16 too, where the processor has that product."""
+Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"]
+"""``bf16`` is multiplied in float32, ``int8`` and ``int4`` by rows as 16-bit integers, which is as exact. With ``_dot`` rows are rounded to
+bfloat16 or to 8-bit integers, with a scale to a group as the weights, where the processor has such a product. ``int8_dot`` holds groups
+turned (`parallel.rounding.turned`)."""
+SHIFTS = {"int4": [4 * (k // 2) + 16 * (k % 2) for k in range(8)], "int4_dot": [8 * (k % 4) + 4 * (k // 4) for k in range(8)]}
+"""Where in 32 bits eight neighbouring input features lie."""
 PIECE_OUTPUTS = 1024
 """Packed at once: rounding holds some five times as much beside it as float32."""
 
@@ -26,7 +30,8 @@ class Packed:
 
     kind: Kind
     numbers: Tensor
-    """bf16, fp32: (panels, K, panel); bf16_dot and int8: (panels, padded K / 2, panel, 2); int4: (panels, padded K / 8, panel) int32"""
+    """bf16, fp32: (panels, K, panel); bf16_dot and int8: (panels, padded K / 2, panel, 2); int8_dot: (panels, padded K / 4, panel, 4)
+    uint8; int4, int4_dot: (panels, padded K / 8, panel) int32"""
     scales: Tensor | None
     """(panels, groups, panel) float16"""
     num_outputs: int
@@ -38,7 +43,7 @@ class Packed:
     @property
     def padded(self) -> int:
         """Input features, filled up to whole groups."""
-        return self.numbers.shape[1] * {"bf16": 1, "bf16_dot": 2, "fp32": 1, "int8": 2, "int4": 8}[self.kind]
+        return self.numbers.shape[1] * {"bf16": 1, "fp32": 1, "bf16_dot": 2, "int8": 2, "int8_dot": 4, "int4": 8, "int4_dot": 8}[self.kind]
 
     @property
     def group(self) -> int:
@@ -90,12 +95,36 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
         return pairs_TX
     assert packed.scales is not None
     numbers_TX = packed.numbers[panels_T, :, places_T]
-    if packed.kind == "int4":
-        shifts = torch.tensor([4 * (k // 2) + 16 * (k % 2) for k in range(8)], dtype=torch.int32)
-        numbers_TX = (numbers_TX.unsqueeze(-1) >> shifts & 15) - 8
+    if packed.kind == "int8_dot":
+        numbers_TX = numbers_TX.int() - 128
+    if packed.kind in SHIFTS:
+        numbers_TX = (numbers_TX.unsqueeze(-1) >> torch.tensor(SHIFTS[packed.kind], dtype=torch.int32) & 15) - 8
     numbers = numbers_TX.flatten(1).float().unflatten(1, (-1, packed.group))
-    rows_TK = (numbers * packed.scales[panels_T, :, places_T].float().unsqueeze(-1)).flatten(1)
-    return rows_TK
+    rows_TGC: Tensor = numbers * packed.scales[panels_T, :, places_T].float().unsqueeze(-1)
+    return (turn(rows_TGC, back=True) if packed.kind == "int8_dot" else rows_TGC).flatten(1)
+
+
+def rounded(kind: Kind, x_TK: Tensor) -> Tensor:
+    """Rows in float32 as the kernels multiply them: their slow twin. (That ``int8`` and ``int4`` make them 16-bit integers is no more
+    than float32 itself rounds.)"""
+    match kind:
+        case "bf16_dot":
+            return x_TK.bfloat16().float()
+        case "int8_dot":
+            return round_rows(x_TK, GROUP["int8"], turn=True)
+        case "int4_dot":
+            return round_rows(x_TK, GROUP["int4"], turn=False)
+    return x_TK.float()
+
+
+def turn(x_xC: Tensor, *, back: bool = False) -> Tensor:
+    """`parallel.rounding.turned` or `turned_back`, by a kernel where there is one."""
+    library = native()
+    if library is None or library.turn is None:
+        return turned_back(x_xC) if back else turned(x_xC)
+    x_xC = x_xC.clone(memory_format=torch.contiguous_format)
+    library.turn(x_xC.data_ptr(), x_xC.numel() // GROUP["int8"], back, num_threads())
+    return x_xC
 
 
 def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | None) -> Tensor:
@@ -134,14 +163,16 @@ def _pack_piece(kind: Kind, weight_NK: Tensor, lanes: int) -> tuple[Tensor, Tens
     if kind == "bf16_dot":
         padded = _filled(weight_NK.bfloat16(), num_panels * panel, -(-weight_NK.shape[1] // 2) * 2)
         return padded.view(num_panels, panel, -1, 2).transpose(1, 2).contiguous(), None
-    group = GROUP[kind]
+    bits: Literal["int8", "int4"] = "int8" if kind in ("int8", "int8_dot") else "int4"
+    group = GROUP[bits]
     num_groups = -(-weight_NK.shape[1] // group)
     padded = _filled(weight_NK.float(), num_panels * panel, num_groups * group).view(num_panels, panel, num_groups, group)
-    numbers, scales = round_to_groups(padded, LEVELS[kind])
-    numbers = numbers.view(num_panels, panel, -1, 2 if kind == "int8" else 8).transpose(1, 2)
-    if kind == "int4":
-        shifts = torch.tensor([4 * (k // 2) + 16 * (k % 2) for k in range(8)], dtype=torch.int32)
-        numbers = ((numbers.int() + 8) << shifts).sum(-1, dtype=torch.int32)
+    numbers, scales = round_to_groups(turn(padded) if kind == "int8_dot" else padded, LEVELS[bits])
+    numbers = numbers.view(num_panels, panel, -1, {"int8": 2, "int8_dot": 4}.get(kind, 8)).transpose(1, 2)
+    if kind == "int8_dot":
+        numbers = (numbers.to(torch.int16) + 128).to(torch.uint8)
+    if kind in SHIFTS:
+        numbers = ((numbers.int() + 8) << torch.tensor(SHIFTS[kind], dtype=torch.int32)).sum(-1, dtype=torch.int32)
     return numbers.contiguous(), scales.transpose(1, 2).contiguous()
 
 

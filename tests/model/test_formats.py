@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.formats import Formats, choose_formats
 from parallel.native.library import native
+from parallel.native.linear import rounded
 from parallel.onednn_format import OneDnnFormat, runs_here
 from parallel.packed_format import ANY_LANES, PackedFormat
 from parallel.scaled_format import ScaledFormat
@@ -50,6 +51,16 @@ def test_int4_leaves_embedding_and_head_in_int8() -> None:
     assert (formats.matrices, formats.table) == (PackedFormat("int4", BF16), PackedFormat("int8", BF16))
 
 
+def test_beside_quantised_weights_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.formats.multiplies", lambda kind: kind in ("int8_dot", "int4_dot"))
+    int8, int4 = PackedFormat("int8_dot", FLOAT), PackedFormat("int4_dot", FLOAT)
+    assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True) == Formats(int8, int8)
+    assert choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True) == Formats(int4, int8)
+    assert choose_formats(CPU, FLOAT, [FLOAT], "int8").matrices == PackedFormat("int8", FLOAT)
+    monkeypatch.setattr("model.formats.multiplies", lambda kind: False)
+    assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True).matrices == PackedFormat("int8", FLOAT)
+
+
 def test_a_gpu_has_plain_weights_or_rounded_ones() -> None:
     assert choose_formats(CUDA, BF16, [BF16]) == Formats(Dense(BF16), Dense(BF16))
     assert choose_formats(CUDA, BF16, [BF16], "int4") == Formats(ScaledFormat("int4", BF16), ScaledFormat("int8", BF16))
@@ -81,7 +92,7 @@ def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.
 
 
 FORMATS: list[WeightFormat] = [
-    *(PackedFormat(kind, FLOAT) for kind in ("bf16", "bf16_dot", "int8", "int4")),
+    *(PackedFormat(kind, FLOAT) for kind in ("bf16", "bf16_dot", "int8", "int8_dot", "int4", "int4_dot")),
     *(ScaledFormat(kind, FLOAT) for kind in ("int8", "int4")),
     OneDnnFormat(FLOAT),
 ]
@@ -98,8 +109,8 @@ def test_every_format_multiplies_by_what_it_holds(form: WeightFormat, has_kernel
     weight, x, bias = (torch.randn(*shape, generator=generator) for shape in ((70, 200), (2, 3, 200), (70,)))
     tensors = form.prepare({"weight": weight.clone()})
     held = weight if isinstance(form, OneDnnFormat) else form.rows(torch.arange(70), tensors, 200)
-    rounded = x.bfloat16().float() if form == PackedFormat("bf16_dot", FLOAT) else x
-    torch.testing.assert_close(form.multiply(x, tensors, bias), rounded @ held.T + bias, rtol=1e-3, atol=2e-3)
+    multiplied = rounded(form.kind, x) if isinstance(form, PackedFormat) else x
+    torch.testing.assert_close(form.multiply(x, tensors, bias), multiplied @ held.T + bias, rtol=1e-3, atol=2e-3)
     library = native() if has_kernels else None
     panel = 2 * (library.lanes if library else ANY_LANES)
     assert num_bytes(tensors) <= form.bytes_per_weight * -(-70 // panel) * panel * 256 + 70, "filled up to whole panels and groups"

@@ -19,7 +19,9 @@ FORMATS = {
     "bfloat16": PackedFormat("bf16", torch.bfloat16),
     "bfloat16, rounded activations": PackedFormat("bf16_dot", torch.bfloat16),
     "int8": PackedFormat("int8", torch.float32),
+    "int8, rounded activations": PackedFormat("int8_dot", torch.float32),
     "int4": PackedFormat("int4", torch.float32),
+    "int4, rounded activations": PackedFormat("int4_dot", torch.float32),
 }
 
 

@@ -1,8 +1,12 @@
-// What Python calls of linear.h.
+// What Python calls of linear.h and integers.h.
+#include "integers.h"
 #include "linear.h"
 #include "small.h"
 
-template <class W> struct Weights;  // how a kind of weights is named from outside: two addresses and its sizes
+// How a kind of weights is named from outside: two addresses and its sizes.
+template <class W> struct Weights {
+    static W make(const void* weights, const void* scales, long K, long group) { return {(const uint8_t*)weights, (const uint16_t*)scales, K, group}; }
+};
 template <> struct Weights<Bf16> {
     static Bf16 make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
 };
@@ -17,13 +21,10 @@ template <> struct Weights<Fp32> {
 template <> struct Weights<Int8> {
     static Int8 make(const void* weights, const void* scales, long K, long group) { return {(const int8_t*)weights, (const uint16_t*)scales, K, group}; }
 };
-template <> struct Weights<Int4> {
-    static Int4 make(const void* weights, const void* scales, long K, long group) { return {(const uint8_t*)weights, (const uint16_t*)scales, K, group}; }
-};
 
 // What rows of x become for a kind of weights.
-template <class W> struct Rows : QuantisedRows {
-    using QuantisedRows::QuantisedRows;
+template <class W> struct Rows : QuantisedRows<typename W::Number, W::OFFSET> {
+    using QuantisedRows<typename W::Number, W::OFFSET>::QuantisedRows;
 };
 template <class Stored> struct Rows<Exact<Stored>> {
     std::vector<FloatRow> rows;
@@ -57,6 +58,8 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of, const
     Rows<W> all_rows([&](long r) { return x + r * D; }, num_rows, D, outer, group, threads);
     std::vector<typename W::Row> chosen(total);
     for (long a = 0; a < total; ++a) chosen[a] = all_rows.rows[rows_of[a]];
+    std::vector<int8_t> room;
+    lay_apart(chosen, outer, room);
     std::vector<float> gate_up(total * 2 * I), middle(total * I);
     std::vector<Job<W>> jobs;
     for (long e = 0, first = 0; e < num_experts; first += counts[e++])
@@ -92,4 +95,13 @@ KIND(bf16_dot, Bf16Dot)
 KIND(fp32, Fp32)
 KIND(int8, Int8)
 KIND(int4, Int4)
+#if defined(__AVX512VNNI__)
+KIND(int8_dot, Int8Dot)
+KIND(int4_dot, Int4Dot)
+// x (groups, 128) in place: see turn_groups.
+void manta_turn(float* x, long groups, int back, int threads) {
+    const long parts = (groups + 511) / 512;
+    share_out(parts, threads, [&](long part) { turn_groups(x + part * 512 * 128, std::min(512L, groups - part * 512), back); });
+}
+#endif
 }

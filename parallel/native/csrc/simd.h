@@ -123,7 +123,7 @@ static inline void turn(Floats& a, Floats& b, Floats& c, Floats& d) {
 }
 
 // Has x be in a register here, so that the compiler neither moves loads far ahead nor sums out of the registers.
-static INLINE void hold(Words& x) { asm volatile("" : "+x"(x)); }
+static INLINE void hold(Words& x) { asm volatile("" : "+v"(x)); }
 template <class T> static INLINE void hold(const T*& p) { asm volatile("" : "+r"(p)); }
 
 constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // times two registers of sums, beside what is multiplied

@@ -29,6 +29,7 @@ FORMATS: dict[str, tuple[Format, dict[str, str]]] = {
     "bfloat16": (BF16, {"dtype": "bfloat16"}),
     "float32": (BF16, {"dtype": "float32"}),
     "int8": (INT8, {"dtype": "float32", "quantize": "int8"}),
+    "int8, rounded activations": (INT8, {"quantize": "int8"}),
     "int4": (INT4, {"dtype": "float32", "quantize": "int4"}),
 }
 """What the planner counts, and the settings; stored in bfloat16, weights are held so for sums in float32 too."""

@@ -12,7 +12,7 @@ COUNTS = {"one token each": [1, 1, 1], "few": [3, 1, 7], "one crowded": [1, 150,
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
 def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts: list[int]) -> None:
     library = native()
     if library is None:

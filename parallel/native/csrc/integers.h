@@ -1,0 +1,327 @@
+// Weights of 8 and 4 bits with a scale for each group of input features, times rows as integers with a scale for each group: of 16 bits,
+// which is as exact as float32, or of 8 bits where a processor multiplies four of them at a time. Sums within a group are exact.
+#pragma once
+#include <cmath>
+#include "linear.h"
+
+// A row as integers of 16 or 8 bits.
+template <class Number> struct QuantisedRow {
+    const Number* x;
+    const float* scales;
+    const int32_t* starts;  // what the sum over each group begins with: what is added to weights while they are held, taken away again
+};
+
+// Rows chosen from others are as good as those, ...
+template <class Row> static inline void lay_apart(std::vector<Row>&, long, std::vector<int8_t>&) {}
+// ... but for 8-bit numbers, whose rows must lie equally far apart: they are copied to `room`, `padded` numbers each.
+static inline void lay_apart(std::vector<QuantisedRow<int8_t>>& rows, long padded, std::vector<int8_t>& room) {
+    room.resize(rows.size() * padded);
+    for (size_t r = 0; r < rows.size(); ++r) rows[r].x = (const int8_t*)memcpy(&room[r * padded], rows[r].x, padded);
+}
+
+// sums += rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
+template <int R, int P, class Row, class Products>
+static INLINE void group_by_group(const Row* rows, const uint16_t* scales, long panel, long groups, long first, long last, float* sums, long stride,
+                                  Products products) {
+    for (long g = first; g < last; ++g) {
+        Words sum[R][P][2];
+        each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
+        products(g, sum);
+        each<P>([&](auto p) INLINED {
+            each<2>([&](auto h) INLINED {
+                Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
+                each<R>([&](auto r) INLINED {
+                    float* at = sums + r * stride + p * PANEL + h * LANES;
+                    store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), load(at)));
+                });
+            });
+        });
+    }
+}
+
+// Two input features of R rows times those of a panel's 2 * LANES outputs.
+template <int R, int P> static INLINE void add_two(const QuantisedRow<int16_t>* rows, long k, Words even, Words odd, Words (&sum)[R][P][2], int p) {
+    each<R>([&](auto r) INLINED {
+        int32_t pair;
+        memcpy(&pair, rows[r].x + k, 4);
+        const Words value = all_words(pair);
+        sum[r][p][0] = add_pairs(sum[r][p][0], even, value);
+        hold(sum[r][p][0]);
+        sum[r][p][1] = add_pairs(sum[r][p][1], odd, value);
+        hold(sum[r][p][1]);
+    });
+}
+
+struct Int8 {
+    const int8_t* weights;    // [panel][k / 2][output][2]
+    const uint16_t* scales;   // half precision, [panel][group][output]
+    long K, group;
+    using Number = int16_t;
+    using Row = QuantisedRow<Number>;
+    static constexpr int32_t OFFSET = 0;  // what is added to a weight before it is multiplied
+    static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
+            for (long k = g * group; k < (g + 1) * group; k += 2)
+                each<P>([&](auto p) INLINED {
+                    const int8_t* at = weights + ((panel + p) * K + k) * PANEL;
+                    if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
+                    add_two<R, P>(rows, k, from_bytes(at), from_bytes(at + 2 * LANES), sum, p);
+                });
+        });
+    }
+};
+
+struct Int4 {
+    const uint8_t* weights;  // [panel][k / 8][output] 32 bits: eight numbers + 8; bits 4s: k = 2s, bits 16 + 4s: k = 2s + 1
+    const uint16_t* scales;  // half precision, [panel][group][output]
+    long K, group;
+    using Number = int16_t;
+    using Row = QuantisedRow<Number>;
+    static constexpr int32_t OFFSET = 8;
+    static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        const Words mask = all_words(0x000f000f);
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
+            for (long k = g * group; k < (g + 1) * group; k += 8)
+                each<P>([&](auto p) INLINED {
+                    const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
+                    if (R <= 2) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
+                    each<4>([&](auto s) INLINED {
+                        hold(at);  // loaded again for each two: the registers are wanted for the sums
+                        const Words even = both(right<4 * s>(load_words(at)), mask), odd = both(right<4 * s>(load_words(at + 4 * LANES)), mask);
+                        add_two<R, P>(rows, k + 2 * s, even, odd, sum, p);
+                    });
+                });
+        });
+    }
+};
+
+#if defined(__AVX512VNNI__)
+// Rows that lie equally far apart: few addresses for many rows, which else would not stay in registers.
+template <int R> struct Apart {
+    const int8_t* at[(R + 3) / 4];
+    long once, thrice;
+
+    INLINE Apart(const QuantisedRow<int8_t>* rows, long k) {
+        once = R > 1 ? rows[R > 1].x - rows[0].x : 0;
+        thrice = 3 * once;
+        each<(R + 3) / 4>([&](auto i) INLINED { at[i] = rows[0].x + 4 * i * once + k; });
+    }
+    template <int r> INLINE Words four() const {
+        const int8_t* from = at[r / 4] + (r % 4 == 3 ? thrice : r % 4 * once);
+        int32_t number;
+        memcpy(&number, from, 4);
+        return all_words(number);
+    }
+    INLINE void advance() {
+        each<(R + 3) / 4>([&](auto i) INLINED {
+            at[i] += 4;
+            hold(at[i]);
+        });
+    }
+};
+
+// Four input features of R rows times those of a panel's 2 * LANES outputs (VPDPBUSD: its left numbers are without a sign).
+template <int R, int P> static INLINE void add_four(const Apart<R>& rows, Words first, Words second, Words (&sum)[R][P][2], int p) {
+    each<R>([&](auto r) INLINED {
+        const Words value = rows.template four<r>();
+        sum[r][p][0] = _mm512_dpbusd_epi32(sum[r][p][0], first, value);
+        hold(sum[r][p][0]);
+        sum[r][p][1] = _mm512_dpbusd_epi32(sum[r][p][1], second, value);
+        hold(sum[r][p][1]);
+    });
+}
+
+struct Int8Dot {
+    const uint8_t* weights;   // [panel][k / 4][output][4], each + 128
+    const uint16_t* scales;   // half precision, [panel][group][output]
+    long K, group;
+    using Number = int8_t;
+    using Row = QuantisedRow<Number>;
+    static constexpr int32_t OFFSET = 128;
+    static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        Apart<R> x(rows, k0);
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
+            for (long k = g * group; k < (g + 1) * group; k += 4) {
+                each<P>([&](auto p) INLINED {
+                    const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
+                    if (R <= 2 || R > 8) {  // between, it costs more than it gives
+                        _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
+                        _mm_prefetch((const char*)(at + 1088), _MM_HINT_T0);
+                    }
+                    add_four<R, P>(x, load_words(at), load_words(at + 4 * LANES), sum, p);
+                });
+                x.advance();
+            }
+        });
+    }
+};
+
+struct Int4Dot {
+    const uint8_t* weights;  // [panel][k / 8][output] four bytes: numbers k + i + 8 in the lower halves, k + 4 + i + 8 in the upper ones
+    const uint16_t* scales;  // half precision, [panel][group][output]
+    long K, group;
+    using Number = int8_t;
+    using Row = QuantisedRow<Number>;
+    static constexpr int32_t OFFSET = 8;
+    static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
+
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+        const Words mask = all_words(0x0f0f0f0f);
+        Apart<R> x(rows, k0);
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
+            for (long k = g * group; k < (g + 1) * group; k += 8)
+                each<2>([&](auto s) INLINED {
+                    each<P>([&](auto p) INLINED {
+                        const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
+                        _mm_prefetch((const char*)(at + 1024 + 64 * s), _MM_HINT_T0);
+                        const Words first = both(right<4 * s>(load_words(at)), mask), second = both(right<4 * s>(load_words(at + 4 * LANES)), mask);
+                        add_four<R, P>(x, first, second, sum, p);
+                    });
+                    x.advance();
+                });
+        });
+    }
+};
+#endif
+
+constexpr long MOST_GROUP = 128;
+constexpr float LEAST_TOP = 1e-33f;  // of a group: below, what its numbers are multiplied by would be infinite
+
+// A group of x as 16-bit integers. What is not finite makes the scale NaN, and so every output of the row.
+static inline void quantise_group(const float* x, long group, int32_t offset, int16_t* out, float* scale, int32_t* start) {
+    Floats most = zeros(), poison = zeros();
+    for (long i = 0; i < group; i += LANES) {
+        Floats value = load(x + i);
+        most = highest(most, as_floats(both(load_words(x + i), all_words(0x7fffffff))));
+        poison = multiply_add(value, zeros(), poison);
+    }
+    const float bad = sum_of(poison), found = bad == 0 ? highest_of(most) : 0;
+    const float top = found > LEAST_TOP ? found : 0;
+    const Floats inverse = all(top > 0 ? 32767.0f / top : 0.0f);
+    alignas(64) int32_t words[MOST_GROUP];
+    Words sum = no_words();
+    for (long i = 0; i < group; i += LANES) {
+        Words number = bad == 0 ? to_words(multiply(load(x + i), inverse)) : no_words();
+        sum = add_words(sum, number);
+        store((float*)words + i, as_floats(number));
+    }
+    for (long i = 0; i < group; ++i) out[i] = int16_t(words[i]);
+    alignas(64) int32_t parts[LANES];
+    store((float*)parts, as_floats(sum));
+    int32_t total = 0;
+    for (int i = 0; i < LANES; ++i) total += parts[i];
+    *start = -offset * total;
+    *scale = bad == 0 ? top / 32767.0f : bad;
+}
+
+#if defined(__AVX512VNNI__)
+// N registers of x, a group, as 8-bit integers of a scale by which `factor` is multiplied.
+template <int N> static INLINE void quantise_registers(Floats (&x)[N], float factor, int32_t offset, int8_t* out, float* scale, int32_t* start) {
+    Words most = no_words(), sum = no_words();
+    each<N>([&](auto i) INLINED { most = _mm512_max_epi32(most, both(_mm512_castps_si512(x[i]), all_words(0x7fffffff))); });
+    const int32_t bits = _mm512_reduce_max_epi32(most);  // in the order of the numbers, those that are not finite last
+    float found;
+    memcpy(&found, &bits, 4);
+    const bool bad = bits >= 0x7f800000;
+    const float top = !bad && found > LEAST_TOP ? found : 0;
+    const Floats inverse = all(top > 0 ? 127.0f / top : 0.0f);
+    each<N>([&](auto i) INLINED {
+        const Words number = bad ? no_words() : to_words(multiply(x[i], inverse));
+        sum = add_words(sum, number);
+        _mm_storeu_si128((__m128i*)(out + i * LANES), _mm512_cvtepi32_epi8(number));
+    });
+    *start = -offset * _mm512_reduce_add_epi32(sum);
+    *scale = bad ? NAN : top / 127.0f * factor;
+}
+
+constexpr float SHORTENED = 0.08838834764831845f;  // one over the root of 128
+
+// Half of the numbers of a group of 128 become negative: as good as drawn by lot, by the digits of pi.
+static INLINE void change_signs(Floats (&x)[8]) {
+    constexpr uint32_t NEGATIVE[4] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344};
+    each<8>([&](auto i) INLINED { x[i] = _mm512_mask_sub_ps(x[i], __mmask16(NEGATIVE[i / 2] >> 16 * (i % 2)), zeros(), x[i]); });
+}
+
+// A group of 128 numbers times the Hadamard matrix of 1 and -1: first neighbours are added and subtracted, then what is two apart, four ...
+static INLINE void sums_and_differences(Floats (&x)[8]) {
+    const auto signs = [](uint16_t negative) INLINED { return _mm512_mask_blend_ps(negative, all(1), all(-1)); };
+    const Floats by_one = signs(0xaaaa), by_two = signs(0xcccc), by_four = signs(0xf0f0), by_eight = signs(0xff00);
+    each<8>([&](auto i) INLINED {
+        x[i] = multiply_add(x[i], by_one, _mm512_permute_ps(x[i], 0xb1));
+        x[i] = multiply_add(x[i], by_two, _mm512_permute_ps(x[i], 0x4e));
+        x[i] = multiply_add(x[i], by_four, _mm512_shuffle_f32x4(x[i], x[i], 0xb1));
+        x[i] = multiply_add(x[i], by_eight, _mm512_shuffle_f32x4(x[i], x[i], 0x4e));
+    });
+    each<3>([&](auto stage) INLINED {
+        each<8>([&](auto i) INLINED {
+            constexpr int apart = 1 << stage, at = i;
+            if constexpr (!(at & apart)) {
+                const Floats left = x[at], right = x[at + apart];
+                x[at] = add(left, right);
+                x[at + apart] = _mm512_sub_ps(left, right);
+            }
+        });
+    });
+}
+
+// Groups of 128 numbers turned, or turned back, in place: `parallel.rounding` says what for.
+static inline void turn_groups(float* x, long groups, bool back) {
+    for (float* end = x + 128 * groups; x < end; x += 128) {
+        Floats group[8];
+        each<8>([&](auto i) INLINED { group[i] = load(x + i * LANES); });
+        if (!back) change_signs(group);
+        sums_and_differences(group);
+        each<8>([&](auto i) INLINED { group[i] = multiply(group[i], all(SHORTENED)); });
+        if (back) change_signs(group);
+        each<8>([&](auto i) INLINED { store(x + i * LANES, group[i]); });
+    }
+}
+
+// Groups of 128 are turned before they are rounded: a number far above the others is then shared out among all of them.
+static inline void quantise_group(const float* x, long group, int32_t offset, int8_t* out, float* scale, int32_t* start) {
+    if (group == 128) {
+        Floats turned[8];
+        each<8>([&](auto i) INLINED { turned[i] = load(x + i * LANES); });
+        change_signs(turned);
+        sums_and_differences(turned);
+        quantise_registers(turned, SHORTENED, offset, out, scale, start);
+    } else {
+        Floats whole[2];
+        each<2>([&](auto i) INLINED { whole[i] = load(x + i * LANES); });
+        quantise_registers(whole, 1, offset, out, scale, start);
+    }
+}
+#endif
+
+// A row of x (K of them, beyond that zeros up to whole groups), group by group.
+template <class Number>
+static inline void quantise(const float* x, long K, long padded, long group, int32_t offset, Number* out, float* scales, int32_t* starts) {
+    for (long g = 0; g * group < padded; ++g) {
+        const long first = g * group, count = std::max(0L, std::min(group, K - first));
+        float filled[MOST_GROUP] = {};
+        if (count < group) memcpy(filled, x + first, sizeof(float) * count);
+        quantise_group(count < group ? filled : x + first, group, offset, out + first, scales + g, starts + g);
+    }
+}
+
+template <class Number, int32_t OFFSET> struct QuantisedRows {
+    std::vector<Number> numbers;
+    std::vector<float> scales;
+    std::vector<int32_t> starts;
+    std::vector<QuantisedRow<Number>> rows;
+
+    template <class RowAt> QuantisedRows(RowAt row_at, long count, long K, long padded, long group, int threads) {
+        const long groups = padded / group;
+        numbers.resize(count * padded); scales.resize(count * groups); starts.resize(count * groups); rows.resize(count);
+        share_out(count, count * K > 16384 ? threads : 1, [&](long r) {
+            quantise(row_at(r), K, padded, group, OFFSET, &numbers[r * padded], &scales[r * groups], &starts[r * groups]);
+            rows[r] = {&numbers[r * padded], &scales[r * groups], &starts[r * groups]};
+        });
+    }
+};
