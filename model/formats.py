@@ -28,6 +28,11 @@ class Formats:
     matrices: WeightFormat
     table: WeightFormat
 
+    @property
+    def round_rows(self) -> bool:
+        """Whether products on a CPU round activations: then so may attention."""
+        return isinstance(self.matrices, PackedFormat) and self.matrices.rounds_rows
+
 
 def choose_formats(
     device: torch.device,

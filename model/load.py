@@ -93,10 +93,11 @@ def load_model(
     format: WeightFormat | None = None,
     table_format: WeightFormat | None = None,
     kv_dtype: torch.dtype | None = None,
+    rounds_kv: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Qwen2, LoadReport]:
     """This rank's part of the model, ready to compute. ``format`` holds the large matrices of the layers, ``table_format``
-    embedding and head; None: plainly, in ``dtype``. ``kv_dtype``: see `Qwen2`.
+    embedding and head; None: plainly, in ``dtype``. ``kv_dtype``, ``rounds_kv``: see `Qwen2`.
 
     ``redundant_experts`` is how many routed experts of a layer each ep position holds beyond its even share.
 
@@ -119,6 +120,7 @@ def load_model(
         format=format,
         table_format=table_format,
         kv_dtype=kv_dtype,
+        rounds_kv=rounds_kv,
     )
     bytes_read = _fill(list(model.bindings()), checkpoint, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
@@ -143,6 +145,7 @@ def _make(
     format: WeightFormat | None,
     table_format: WeightFormat | None = None,
     kv_dtype: torch.dtype | None = None,
+    rounds_kv: bool = False,
 ) -> Qwen2:
     """One rank's layers, nothing of them allocated."""
     kind = Qwen2 if config.moe is None else Qwen2Moe
@@ -158,6 +161,7 @@ def _make(
         redundant_experts=redundant_experts,
         block_tokens=block_tokens,
         kv_dtype=kv_dtype,
+        rounds_kv=rounds_kv,
     )
 
 

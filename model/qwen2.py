@@ -122,9 +122,11 @@ class Qwen2(nn.Module):
         redundant_experts: int = 0,
         block_tokens: int,
         kv_dtype: torch.dtype | None = None,
+        rounds_kv: bool = False,
     ) -> None:
         """``format`` is that of the large matrices of the layers, ``table_format`` that of embedding and head (None: plain).
-        ``kv_dtype`` is that of keys and values where they are held (None: ``dtype``).
+        ``kv_dtype`` is that of keys and values where they are held (None: ``dtype``, or with ``rounds_kv`` bfloat16 where the attention
+        backend takes it).
 
         Raises:
             ValueError: this attention backend holds them in no other dtype.
@@ -145,16 +147,17 @@ class Qwen2(nn.Module):
             block_tokens=block_tokens,
             is_causal=config.is_causal,
         )
+        self.backend = choose_backend(device, self.attention_config, backend)
+        if kv_dtype not in (None, dtype, *self.backend.kv_dtypes):
+            raise ValueError(f"attention on {device} does not hold keys and values in {kv_dtype}, and {dtype} is what it computes in")
+        rounded = torch.bfloat16 if rounds_kv and torch.bfloat16 in self.backend.kv_dtypes else dtype
         self.kv_layout = KvLayout(
             num_layers=len(self.layer_indices),
             num_kv_heads=len(heads.kv),
             head_dim=config.head_dim,
             block_tokens=block_tokens,
-            dtype=kv_dtype or dtype,
+            dtype=kv_dtype or rounded,
         )
-        self.backend = choose_backend(device, self.attention_config, backend)
-        if self.kv_layout.dtype != dtype and not self.backend.converts_kv:
-            raise ValueError(f"attention on {device} holds keys and values in {dtype} only, and {kv_dtype} is asked for")
         self.rope = Rope(config.rope, config.head_dim, device)
         self.embedding = self._embedding() if self.is_first else None
         self.layers = nn.ModuleList(self._layer(index, place, heads) for place, index in enumerate(self.layer_indices))

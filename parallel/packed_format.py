@@ -41,6 +41,11 @@ class PackedFormat:
     def bytes_per_weight(self) -> float:
         return BYTES[self.kind]
 
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether a product rounds ``x`` to fewer bits than float32 has."""
+        return self.kind in ("bf16_dot", "int8_dot", "int4_dot")
+
     def specs(self) -> Mapping[str, TensorSpec]:
         return {"weight": TensorSpec((OUT, IN), self.stored)}
 

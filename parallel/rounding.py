@@ -50,7 +50,7 @@ def round_rows(x_TK: Tensor, group: int, *, turn: bool) -> Tensor:
     filled_TGC = F.pad(x_TK.float(), (0, -x_TK.shape[-1] % group)).unflatten(-1, (-1, group))
     filled_TGC = _sums_and_differences(filled_TGC * _signs()) if turn else filled_TGC
     most_TG1 = filled_TGC.abs().amax(-1, keepdim=True)
-    inverse_TG1 = torch.where(most_TG1 > 0, LEVELS["int8"] / most_TG1, 0)
+    inverse_TG1 = torch.where(most_TG1 > 0, torch.full_like(most_TG1, LEVELS["int8"]) / most_TG1, 0)  # 127 / x is 127 * (1 / x) in torch
     rounded_TGC = (filled_TGC * inverse_TG1).round() * (most_TG1 / LEVELS["int8"])
     rounded_TGC = turned_back(rounded_TGC * SHORTENED) if turn else rounded_TGC
     return rounded_TGC.flatten(-2)[..., : x_TK.shape[-1]]

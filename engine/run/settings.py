@@ -27,7 +27,8 @@ class RunnerConfig:
     on also "fp8", weights and activations, which their matrix units multiply (embedding and head stay as they are). A half or a
     quarter of the memory of bfloat16, and up to so much faster. None = as they are stored."""
     kv_dtype: KvDtypeName = "auto"
-    """In which keys and values are held. "auto": as they are computed; "fp8" (e4m3, on GPUs): half of bfloat16's memory and traffic, so
+    """In which keys and values are held. "auto": as they are computed, in bfloat16 on CPUs that multiply it where `dtype` lets products
+    round; "fp8" (e4m3, on GPUs): half of bfloat16's memory and traffic, so
     that twice as many tokens fit, each key and value rounded to three bits of mantissa."""
     num_threads: int | None = None
     """Threads that torch may use in this process. None = the host's physical cores shared evenly by its ranks."""

@@ -206,6 +206,7 @@ def _load(
         format=formats.matrices,
         table_format=formats.table,
         kv_dtype=None if config.kv_dtype == "auto" else FP8,
+        rounds_kv=formats.round_rows,
         on_progress=tell_bytes,
     )
     log.info(
@@ -233,6 +234,7 @@ def _load_draft_model(folder: str, model: Qwen2, config: RunnerConfig, engine_co
             format=formats.matrices,
             table_format=formats.table,
             kv_dtype=None if config.kv_dtype == "auto" else FP8,
+            rounds_kv=formats.round_rows,
         )
     log.info("the draft model of %d layers was read in %.1f s", draft_model.config.num_layers, report.seconds)
     return draft_model

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from model.batch import ForwardBatch
@@ -35,8 +36,8 @@ class AttentionBackend(Protocol):
     T tokens, H query heads, G KV heads, K head width, N blocks, B block_tokens.
     """
 
-    converts_kv: bool
-    """Whether keys and values may be held in another dtype than they are computed in."""
+    kv_dtypes: tuple[torch.dtype, ...]
+    """In which keys and values may be held, beside that in which they are computed."""
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""

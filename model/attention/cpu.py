@@ -46,7 +46,7 @@ class CpuAttention:
     """See the file's first lines. Where ranks share heads unevenly (`AttentionConfig.is_uniform` is false) the query heads
     of a decode are padded to the largest group at run time; weights and cache are not."""
 
-    converts_kv = False
+    kv_dtypes: tuple[torch.dtype, ...] = ()
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config

@@ -14,6 +14,7 @@ from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.cuda.elementwise import rotate_and_write
 from parallel.cuda.paged_attention import Heads, PrefillTiles, decode, prefill, tokens_per_tile
+from parallel.rounding import FP8
 
 PROGRAMS_PER_PROCESSOR = 2
 """Decode programs that every multiprocessor of the device should have to do, ..."""
@@ -26,7 +27,7 @@ SIMULATED_PROCESSORS = 8
 class CudaAttention:
     """See the file's first lines."""
 
-    converts_kv = True
+    kv_dtypes: tuple[torch.dtype, ...] = (FP8,)
 
     def __init__(self, config: AttentionConfig, device: torch.device) -> None:
         self.config, self.device = config, device

@@ -15,12 +15,15 @@ from parallel.native.library import Native, num_threads
 
 
 class NativeAttention:
-    """A sequence's sums are in the order of its positions, whatever else is in the batch. Heads may be shared unevenly."""
+    """A sequence's sums are in the order of its positions, whatever else is in the batch. Heads may be shared unevenly.
 
-    converts_kv = False
+    Where keys and values are held in bfloat16, queries and the weights of values are rounded to it as they enter a product; scores, the
+    softmax and sums are in float32.
+    """
 
     def __init__(self, config: AttentionConfig, library: Native) -> None:
         self.config, self._library = config, library
+        self.kv_dtypes = tuple(dtype for dtype in library.prefill if dtype != torch.float32) if config.is_causal else ()
         self._torch = CpuAttention(config)
         starts = [config.kv_of_query.index(kv) for kv in range(config.num_kv_heads)]
         counts = [config.kv_of_query.count(kv) for kv in range(config.num_kv_heads)]
@@ -35,7 +38,7 @@ class NativeAttention:
         self._tables_SM = batch.block_tables_SM.contiguous()
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        if keys_NBGK.dtype != torch.float32 or not self.config.is_causal:  # our kernels know the causal mask only
+        if heads_TXK.dtype != torch.float32 or not self.config.is_causal:  # our kernels know the causal mask only
             self._torch.prepare(batch)
             return self._torch.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
         q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
@@ -51,7 +54,7 @@ class NativeAttention:
     def _write(self, k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, slots_T: Tensor) -> None:
         num_tokens, num_heads, width = k_TGK.shape
         k_TGK, v_TGK = _heads_together(k_TGK), _heads_together(v_TGK)
-        self._library.write_kv(
+        self._library.write_kv[keys_NBGK.dtype](
             *(k_TGK.data_ptr(), v_TGK.data_ptr(), k_TGK.stride(0), v_TGK.stride(0), slots_T.data_ptr()),
             *(keys_NBGK.data_ptr(), values_NBGK.data_ptr(), num_tokens, num_heads * width, num_threads()),
         )
@@ -59,7 +62,7 @@ class NativeAttention:
     def _decode(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, out_THK: Tensor, num_sequences: int) -> None:
         """The first ``num_sequences`` tokens, each of a sequence of its own."""
         _, num_heads, width = q_THK.shape
-        self._library.decode(
+        self._library.decode[keys_NBGK.dtype](
             *(q_THK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), self._tables_SM.data_ptr(), self._lengths_S.data_ptr()),
             *(self._heads_G3.data_ptr(), out_THK.data_ptr(), num_sequences, num_heads, self.config.num_kv_heads, width),
             *(self._tables_SM.shape[1], self.config.block_tokens, num_threads()),
@@ -69,7 +72,7 @@ class NativeAttention:
         """The sequences from ``first`` on."""
         tables_SM, starts_S, lengths_S = self._tables_SM[first:], self._starts_S[first:], self._lengths_S[first:]
         _, num_heads, width = q_THK.shape
-        self._library.prefill(
+        self._library.prefill[keys_NBGK.dtype](
             *(q_THK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), tables_SM.data_ptr(), starts_S.data_ptr()),
             *(lengths_S.data_ptr(), self._heads_G3.data_ptr(), out_THK.data_ptr(), len(lengths_S), num_heads),
             *(self.config.num_kv_heads, width, tables_SM.shape[1], self.config.block_tokens, num_threads()),

@@ -8,12 +8,13 @@ from model.attention.heads import turned
 from model.attention.write import write_kv
 from model.batch import ForwardBatch
 from model.rope import Rotation
+from parallel.rounding import FP8
 
 
 class ReferenceAttention:
     """Every other backend is tested against this one. Slow, and simple enough to be right."""
 
-    converts_kv = True
+    kv_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, FP8)
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config

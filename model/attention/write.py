@@ -7,11 +7,11 @@ from parallel.rounding import FP8, FP8_MOST
 
 
 def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, slots_T: Tensor) -> None:
-    """Token t goes to slot ``slots_T[t]``, counted over all blocks of the cache; a cache in FP8 takes the nearest of its numbers."""
+    """Token t goes to slot ``slots_T[t]``, counted over all blocks of the cache, as the nearest number that it holds."""
     for new_TGK, cache_NBGK in ((k_TGK, keys_NBGK), (v_TGK, values_NBGK)):
         cache = cache_NBGK.flatten(0, 1)
         if cache.dtype == FP8:
             rounded_TGK = new_TGK.float().clamp(-FP8_MOST, FP8_MOST).to(FP8)
             cache.view(torch.uint8).index_copy_(0, slots_T, rounded_TGK.view(torch.uint8))
         else:
-            cache.index_copy_(0, slots_T, new_TGK)
+            cache.index_copy_(0, slots_T, new_TGK.to(cache.dtype))

@@ -57,9 +57,12 @@ class Native:
         self.add_norm = self._function("add_norm", [*[address] * 4, size, size, number, threads])
         self.gate = self._function("gate", [address, address, size, size, threads])
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])
-        self.write_kv = self._function("write_kv", [address, address, size, size, *[address] * 3, size, size, threads])
-        self.prefill = self._function("prefill", [*[address] * 8, *[size] * 6, threads])
-        self.decode = self._function("decode", [*[address] * 7, *[size] * 6, threads])
+        held = {torch.float32: "", **({torch.bfloat16: "_bf16"} if "bf16_dot" in self.kinds else {})}
+        write_kv = [address, address, size, size, *[address] * 3, size, size, threads]
+        self.write_kv = {dtype: self._function(f"write_kv{suffix}", write_kv) for dtype, suffix in held.items()}
+        prefill, decode = [*[address] * 8, *[size] * 6, threads], [*[address] * 7, *[size] * 6, threads]
+        self.prefill = {dtype: self._function(f"prefill{suffix}", prefill) for dtype, suffix in held.items()}
+        self.decode = {dtype: self._function(f"decode{suffix}", decode) for dtype, suffix in held.items()}
         sums = {dtype: f"all_reduce_{str(dtype).removeprefix('torch.')}" for dtype in (torch.float32, torch.bfloat16, torch.float16)}
         self.all_reduce = {dtype: self._function(name, [address, address, size], threads) for dtype, name in sums.items()}
         self.all_gather = self._function("all_gather", [address, address, address, size, address], threads)

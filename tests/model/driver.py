@@ -54,6 +54,7 @@ class Driver:
         redundant_experts: int = 0,
         num_blocks: int = 256,
         format: WeightFormat | None = None,
+        rounds_kv: bool = False,
     ) -> None:
         config = ModelConfig.from_checkpoint(folder)
         with Checkpoint(folder) as checkpoint:
@@ -69,6 +70,7 @@ class Driver:
                 redundant_experts=redundant_experts,
                 format=format,
                 table_format=format,
+                rounds_kv=rounds_kv,
             )
         self.cache = KvCache(self.model.kv_layout, num_blocks, CPU)
         self.free = list(range(num_blocks))

@@ -11,7 +11,7 @@ from model.attention.choose import choose_backend
 from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
 from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
-from parallel.native.library import native
+from parallel.native.library import Native, native
 from tests.model.paged import Paged, Work, heads, unturned
 
 CPU = torch.device("cpu")
@@ -55,6 +55,23 @@ def fast_backend(request: pytest.FixtureRequest) -> Callable[[AttentionConfig], 
 MakeFast = Callable[[AttentionConfig], FastAttention]
 
 
+@pytest.fixture
+def library() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip("the kernels are not built here")
+    return found
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def kv_dtype(request: pytest.FixtureRequest, library: Native) -> torch.dtype:
+    """Of those in which our kernels hold keys and values."""
+    dtype: torch.dtype = request.param
+    if dtype not in library.prefill:
+        pytest.skip(f"this processor does not multiply {dtype}")
+    return dtype
+
+
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
 def test_the_fast_backend_agrees_with_the_reference(config: AttentionConfig, works: list[Work], fast_backend: MakeFast) -> None:
@@ -71,6 +88,22 @@ def test_in_half_precision_they_agree_to_its_rounding(dtype: torch.dtype, config
     paged = Paged(config, WORKS["everything"], dtype)
     fast, reference = paged.attend(fast_backend(config))[0], paged.attend(ReferenceAttention(config))[0]
     torch.testing.assert_close(fast.float(), reference.float(), atol=4 * torch.finfo(dtype).eps, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    "config", [*HEADS.values(), heads(14, 2, head_dim=64), heads(4, 2, head_dim=128), heads(3, 1, head_dim=80)], ids=str
+)
+@pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
+def test_with_keys_and_values_in_bfloat16_they_agree_to_its_rounding(config: AttentionConfig, works: list[Work], library: Native) -> None:
+    """Queries and weights are rounded once each by the kernel, not by the reference."""
+    if torch.bfloat16 not in library.prefill:
+        pytest.skip("this processor does not multiply bfloat16")
+    paged = Paged(config, works, torch.float32, kv_dtype=torch.bfloat16)
+    fast, reference = paged.attend(NativeAttention(config, library)), paged.attend(ReferenceAttention(config))
+    torch.testing.assert_close(fast[0], reference[0], atol=4 * 2.0**-8, rtol=0)
+    assert (fast[0] - reference[0]).norm() < 2.0**-8 * reference[0].norm()
+    for ours, theirs in zip(fast[1:], reference[1:], strict=True):
+        assert torch.equal(ours.nan_to_num(1e9), theirs.nan_to_num(1e9))
 
 
 def test_the_reference_is_the_formula() -> None:
@@ -93,12 +126,26 @@ def test_a_sequence_whose_cache_holds_nan_spoils_no_other(fast_backend: MakeFast
     assert torch.equal(spoilt[[0, *range(2, 11)]], healthy[[0, *range(2, 11)]])
 
 
-def test_a_decode_gives_the_same_bits_in_any_company() -> None:
-    library = native()
-    if library is None:
-        pytest.skip("the kernels are not built here")
+def test_nan_of_a_cache_is_seen_in_its_sequence_and_nowhere_else(library: Native, kv_dtype: torch.dtype) -> None:
+    config = HEADS["groups of seven"]
+    paged = Paged(config, [(40, 1), (60, 1), (40, 9), (60, 100), (0, 30)], torch.float32, kv_dtype=kv_dtype)
+    healthy = paged.attend(NativeAttention(config, library))[0]
+    assert healthy.isfinite().all()
+    for cache in (paged.keys, paged.values):
+        for sequence, rows in ((1, slice(1, 2)), (3, slice(11, 111))):
+            block = paged.batch.block_tables_SM[sequence, 1]
+            before, cache[block] = cache[block].clone(), torch.nan
+            spoilt = paged.attend(NativeAttention(config, library))[0]
+            cache[block] = before
+            assert spoilt[rows].isnan().all()
+            assert torch.equal(spoilt[: rows.start], healthy[: rows.start])
+            assert torch.equal(spoilt[rows.stop :], healthy[rows.stop :])
+
+
+def test_a_decode_gives_the_same_bits_in_any_company(library: Native, kv_dtype: torch.dtype) -> None:
     config = HEADS["28/4 heads, rank 1 of 3"]
-    alone, among_others = Paged(config, [(129, 1)], torch.float32), Paged(config, [(129, 1), (3, 1), (700, 1), (5, 40)], torch.float32)
+    alone = Paged(config, [(129, 1)], torch.float32, kv_dtype=kv_dtype)
+    among_others = Paged(config, [(129, 1), (3, 1), (700, 1), (5, 40)], torch.float32, kv_dtype=kv_dtype)
     blocks, others = alone.batch.block_tables_SM[0].long(), among_others.batch.block_tables_SM[0, :9].long()
     among_others.keys[others], among_others.values[others] = alone.keys[blocks], alone.values[blocks]
     for name in ("q", "k", "v"):
@@ -108,12 +155,9 @@ def test_a_decode_gives_the_same_bits_in_any_company() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 63, 64, 100])
-def test_a_prompt_gives_the_same_bits_however_it_is_cut(start: int) -> None:
-    library = native()
-    if library is None:
-        pytest.skip("the kernels are not built here")
+def test_a_prompt_gives_the_same_bits_however_it_is_cut(start: int, library: Native, kv_dtype: torch.dtype) -> None:
     config = HEADS["28/4 heads, rank 1 of 3"]
-    paged = Paged(config, [(0, 150)], torch.float32)
+    paged = Paged(config, [(0, 150)], torch.float32, kv_dtype=kv_dtype)
     whole, paged.keys, paged.values = paged.attend(NativeAttention(config, library))
     paged.q, paged.k, paged.v = paged.q[start:], paged.k[start:], paged.v[start:]
     paged.batch = replace(
@@ -124,12 +168,11 @@ def test_a_prompt_gives_the_same_bits_however_it_is_cut(start: int) -> None:
 
 @pytest.mark.parametrize("position", [0, 15, 62, 63, 64, 149])
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
-def test_a_decoded_token_gives_the_same_bits_as_one_of_a_prompt(config: AttentionConfig, position: int) -> None:
+def test_a_decoded_token_gives_the_same_bits_as_one_of_a_prompt(
+    config: AttentionConfig, position: int, library: Native, kv_dtype: torch.dtype
+) -> None:
     """So that a stream that is taken in again elsewhere goes on with the same log-probabilities."""
-    library = native()
-    if library is None:
-        pytest.skip("the kernels are not built here")
-    paged = Paged(config, [(0, position + 1)], torch.float32)
+    paged = Paged(config, [(0, position + 1)], torch.float32, kv_dtype=kv_dtype)
     whole, paged.keys, paged.values = paged.attend(NativeAttention(config, library))
     paged.q, paged.k, paged.v = paged.q[-1:], paged.k[-1:], paged.v[-1:]
     paged.batch = replace(

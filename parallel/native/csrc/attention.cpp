@@ -1,23 +1,5 @@
-// Attention over blocks, in tiles of positions and query heads. One new token of a sequence takes the way of many, so that a token's keys
-// and values are the same bits whether it was decoded or taken in again with a prompt: a stream that goes on elsewhere tells the same
-// log-probabilities.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <vector>
-#include "simd.h"
-#include "tasks.h"
-
-// The query heads of one KV head, so that keys and values are read once for all of them.
-struct Heads {
-    long first, count, kv;
-};
-
-struct Cache {
-    const float *keys, *values;  // (N, B, G, K)
-    long block_tokens, G, K;
-    const float* at(const float* cache, const int32_t* blocks, long block) const { return cache + long(blocks[block]) * block_tokens * G * K; }
-};
+// Attention over blocks in float32.
+#include "attention.h"
 
 // c (R rows, two registers wide) += a (R, depth) b (depth, two registers).
 template <int R> static INLINE void add_product(const float* a, long a_stride, const float* b, long b_stride, long depth, float* c, long c_stride) {
@@ -42,9 +24,7 @@ static void multiply_tile(const float* a, long a_stride, const float* b, long b_
         });
 }
 
-constexpr long CHUNK = 64;      // positions taken at once, counted from a sequence's first: tiles change no bit of a result
-constexpr long TILE_ROWS = 96;  // queries of all heads that share keys and values
-
+namespace {
 // What a thread holds of a tile: everything contiguous, keys turned so that positions lie side by side.
 struct Tile {
     std::vector<float> q, keys, values, scores, out, most, sums, nothing;
@@ -57,7 +37,7 @@ struct Tile {
         out.assign(rows * width, 0); most.assign(rows, -INFINITY); sums.assign(rows, 0); nothing.assign(K, 0);
     }
 
-    void take(const Cache& cache, long kv, const int32_t* blocks, long start, long count) {  // zeros behind the last position
+    void take(const Cache<float>& cache, long kv, const int32_t* blocks, long start, long count) {  // zeros behind the last position
         for (long p = 0; p < CHUNK; ++p) {
             const long block = (start + p) / cache.block_tokens, at = ((start + p) % cache.block_tokens * cache.G + kv) * cache.K;
             key_at[p] = p < count ? cache.at(cache.keys, blocks, block) + at : nothing.data();
@@ -73,7 +53,7 @@ struct Tile {
     }
 
     // out += weights times values. Where few rows read them the values are taken where they lie.
-    void weigh_values(const Cache& cache, long start, long count, long rows) {
+    void weigh_values(const Cache<float>& cache, long start, long count, long rows) {
         if (width == cache.K && rows <= MOST_ROWS) {
             for (long p = 0, some; p < count; p += some) {
                 some = std::min(cache.block_tokens - (start + p) % cache.block_tokens, count - p);
@@ -113,51 +93,45 @@ struct Tile {
     }
 };
 
-// `tokens` new tokens from position `first` on, the query heads of one KV head. q and out are (tokens, H, K).
-static void attend_tile(const Cache& cache, const Heads& heads, const float* q, const int32_t* blocks, long first, long tokens, long H, float* out) {
-    const long K = cache.K, rows = tokens * heads.count, end = first + tokens;
+}  // namespace
+
+static void attend(const Cache<float>& cache, const Part& part) {
+    const long K = cache.K, rows = part.rows(), end = part.first + part.tokens;
     const float scale = 1 / std::sqrt(float(K));
     static thread_local Tile tile;
     tile.begin(rows, K);
     for (long row = 0; row < rows; ++row) {
-        const float* from = q + (row / heads.count * H + heads.first + row % heads.count) * K;
+        const float* from = part.q + part.place(row, K);
         for (long k = 0; k < K; ++k) tile.q[row * K + k] = from[k] * scale;
     }
     for (long start = 0; start < end; start += CHUNK) {
         const long count = std::min(CHUNK, end - start);
-        tile.take(cache, heads.kv, blocks, start, count);
+        tile.take(cache, part.heads.kv, part.blocks, start, count);
         std::fill(tile.scores.begin(), tile.scores.end(), 0.0f);
         multiply_tile(tile.q.data(), K, tile.keys.data(), CHUNK, K, tile.scores.data(), CHUNK, rows, CHUNK);
-        for (long row = 0; row < rows; ++row) tile.weigh(row, std::min(CHUNK, first + row / heads.count + 1 - start));
+        for (long row = 0; row < rows; ++row) tile.weigh(row, std::min(CHUNK, part.visible(row, start)));
         tile.weigh_values(cache, start, count, rows);
     }
     for (long row = 0; row < rows; ++row) {
-        float* to = out + (row / heads.count * H + heads.first + row % heads.count) * K;
+        float* to = part.out + part.place(row, K);
         for (long k = 0; k < K; ++k) to[k] = tile.out[row * tile.width + k] / tile.sums[row];
     }
 }
 
 extern "C" {
 
-// out (T, H, K): tokens starts[s] .. starts[s + 1] of q are the last of lengths[s] positions of tables (S, M), each seeing itself and
-// what lies before it. heads: G triples (first, count, kv).
+// out (T, H, K), see each_part.
 void manta_prefill(const float* q, const float* keys, const float* values, const int32_t* tables, const int64_t* starts, const int64_t* lengths,
                    const int64_t* heads, float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
-    const Cache cache{keys, values, block_tokens, G, K};
-    struct Part { long sequence, first, tokens; Heads heads; };
-    std::vector<Part> parts;
-    for (long s = 0; s < S; ++s)
-        for (long g = 0; g < G; ++g) {
-            const Heads mine{long(heads[3 * g]), long(heads[3 * g + 1]), long(heads[3 * g + 2])};
-            const long step = std::max(1L, TILE_ROWS / mine.count), tokens = starts[s + 1] - starts[s];
-            for (long first = 0; first < tokens; first += step) parts.push_back({s, first, std::min(step, tokens - first), mine});
-        }
-    share_out(parts.size(), threads, [&](long task) {
-        const Part& part = parts[parts.size() - 1 - task];  // the longest contexts first
-        const long s = part.sequence, at = (starts[s] + part.first) * H * K;
-        const long position = lengths[s] - (starts[s + 1] - starts[s]) + part.first;
-        attend_tile(cache, part.heads, q + at, tables + s * M, position, part.tokens, H, out + at);
-    });
+    const Cache<float> cache{keys, values, block_tokens, G, K};
+    each_part(q, tables, starts, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part); });
+}
+
+// out (S, H, K), see each_decode.
+void manta_decode(const float* q, const float* keys, const float* values, const int32_t* tables, const int64_t* lengths, const int64_t* heads,
+                  float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
+    const Cache<float> cache{keys, values, block_tokens, G, K};
+    each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part); });
 }
 
 // k, v (T rows of kv_stride, G heads of K) go to their slots of the cache.
@@ -166,19 +140,6 @@ void manta_write_kv(const float* k, const float* v, long k_stride, long v_stride
     share_out(T, T * width > 32768 ? threads : 1, [&](long t) {
         memcpy(keys + slots[t] * width, k + t * k_stride, sizeof(float) * width);
         memcpy(values + slots[t] * width, v + t * v_stride, sizeof(float) * width);
-    });
-}
-
-// out (S, H, K): q (S, H, K) over the first lengths[s] positions of tables (S, M). heads: G triples (first, count, kv).
-void manta_decode(const float* q, const float* keys, const float* values, const int32_t* tables, const int64_t* lengths, const int64_t* heads,
-                  float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
-    const Cache cache{keys, values, block_tokens, G, K};
-    long longest = 0;
-    for (long s = 0; s < S; ++s) longest = std::max(longest, long(lengths[s]));
-    share_out(S * G, S * longest * H * K > 65536 ? threads : 1, [&](long task) {
-        const long s = task / G, g = task % G;
-        const Heads mine{long(heads[3 * g]), long(heads[3 * g + 1]), long(heads[3 * g + 2])};
-        attend_tile(cache, mine, q + s * H * K, tables + s * M, lengths[s] - 1, 1, H, out + s * H * K);
     });
 }
 }

@@ -1,0 +1,69 @@
+// What attention in float32 and in bfloat16 have in common: how a batch is cut into tiles of queries and heads. One new token of a sequence
+// takes the way of many, so that a token's keys and values are the same bits whether it was decoded or taken in again with a prompt: a
+// stream that goes on elsewhere tells the same log-probabilities.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+#include "simd.h"
+#include "tasks.h"
+
+constexpr long CHUNK = 64;      // positions taken at once, counted from a sequence's first: tiles change no bit of a result
+constexpr long TILE_ROWS = 96;  // queries of all heads that share keys and values
+
+// The query heads of one KV head, so that keys and values are read once for all of them.
+struct Heads {
+    long first, count, kv;
+};
+
+template <class Number> struct Cache {
+    const Number *keys, *values;  // (N, B, G, K)
+    long block_tokens, G, K;
+    const Number* at(const Number* cache, const int32_t* blocks, long block) const { return cache + long(blocks[block]) * block_tokens * G * K; }
+};
+
+// Some new tokens of one sequence from position `first` on, the query heads of one KV head. q and out are (tokens, H, K).
+struct Part {
+    Heads heads;
+    const float* q;
+    const int32_t* blocks;
+    long first, tokens, H;
+    float* out;
+
+    long rows() const { return tokens * heads.count; }
+    long place(long row, long K) const { return (row / heads.count * H + heads.first + row % heads.count) * K; }  // in q and out
+    long visible(long row, long start) const { return first + row / heads.count + 1 - start; }  // of the positions from `start` on
+};
+
+static inline Heads heads_of(const int64_t* heads, long g) { return {long(heads[3 * g]), long(heads[3 * g + 1]), long(heads[3 * g + 2])}; }
+
+// Tokens starts[s] .. starts[s + 1] of q (T, H, K) are the last of lengths[s] positions of tables (S, M), each seeing itself and what lies
+// before it. heads: G triples (first, count, kv). run(part) is called for every part.
+template <class Run>
+static inline void each_part(const float* q, const int32_t* tables, const int64_t* starts, const int64_t* lengths, const int64_t* heads, float* out,
+                             long S, long H, long G, long K, long M, int threads, Run run) {
+    std::vector<Part> parts;
+    for (long s = 0; s < S; ++s)
+        for (long g = 0; g < G; ++g) {
+            const Heads mine = heads_of(heads, g);
+            const long step = std::max(1L, TILE_ROWS / mine.count), tokens = starts[s + 1] - starts[s];
+            for (long done = 0; done < tokens; done += step) {
+                const long at = (starts[s] + done) * H * K;
+                parts.push_back({mine, q + at, tables + s * M, lengths[s] - tokens + done, std::min(step, tokens - done), H, out + at});
+            }
+        }
+    share_out(parts.size(), threads, [&](long task) { run(parts[parts.size() - 1 - task]); });  // the longest contexts first
+}
+
+// The same where every sequence has one new token: q (S, H, K).
+template <class Run>
+static inline void each_decode(const float* q, const int32_t* tables, const int64_t* lengths, const int64_t* heads, float* out, long S, long H, long G,
+                               long K, long M, int threads, Run run) {
+    long longest = 0;
+    for (long s = 0; s < S; ++s) longest = std::max(longest, long(lengths[s]));
+    share_out(S * G, S * longest * H * K > 65536 ? threads : 1, [&](long task) {
+        const long s = task / G;
+        run(Part{heads_of(heads, task % G), q + s * H * K, tables + s * M, lengths[s] - 1, 1, H, out + s * H * K});
+    });
+}

@@ -1,0 +1,175 @@
+// Attention over blocks of keys and values in bfloat16, for processors that multiply those: queries and the weights of values are rounded as they
+// enter a product; scores, weights and sums are in float32.
+#include "attention.h"
+
+#if defined(__AVX512BF16__)
+using Bf16 = uint16_t;
+constexpr int WIDE = 4;         // registers of sums side by side: one chunk of scores, and 64 numbers of a value
+constexpr int ROWS = 6;         // times WIDE, beside what is multiplied
+constexpr float HIDDEN = -1e30f;  // the score of a position that is not to be seen: its weight is 0
+static_assert(CHUNK == WIDE * LANES);
+
+static INLINE Words rounded(Floats a, Floats b) { return (Words)_mm512_cvtne2ps_pbh(b, a); }  // a's numbers before b's
+static INLINE Floats multiply_pairs(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// 2^x for x <= 0, to about 3e-6; NaN stays NaN.
+static INLINE Floats power_of_two(Floats x) {
+    const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
+    Floats power = all(0.00133335581f);
+    power = multiply_add(power, part, all(0.00961812911f));
+    power = multiply_add(power, part, all(0.0555041087f));
+    power = multiply_add(power, part, all(0.240226507f));
+    power = multiply_add(power, part, all(0.693147181f));
+    power = multiply_add(power, part, all(1.0f));
+    return _mm512_scalef_ps(power, whole);
+}
+
+namespace {
+// What a thread holds of a part. Numbers lie in pairs, as they are multiplied: two of a head's width for scores, two positions for values.
+struct Tile {
+    std::vector<int32_t> q, keys, values;  // (rows, K / 2), (K / 2, CHUNK), (CHUNK / 2, width)
+    std::vector<float> out, most, sums;    // (rows, width), (rows), (rows, LANES)
+    std::vector<long> seen;                // positions that a row sees, from the sequence's first
+    std::vector<Bf16> nothing;
+    long K, width;  // K filled up to WIDE registers
+
+    void begin(const Part& part, long head_width) {
+        K = head_width;
+        width = (K + WIDE * LANES - 1) / (WIDE * LANES) * (WIDE * LANES);
+        const long rows = part.rows();
+        q.resize(rows * K / 2); keys.resize(K / 2 * CHUNK); values.assign(CHUNK / 2 * width, 0); nothing.assign(K, 0);
+        out.assign(rows * width, 0); most.assign(rows, HIDDEN); sums.assign(rows * LANES, 0); seen.resize(rows);
+        const Floats scale = all(1.44269504f / std::sqrt(float(K)));  // scores are powers of two
+        for (long row = 0; row < rows; ++row) {
+            const float* from = part.q + part.place(row, K);
+            seen[row] = part.visible(row, 0);
+            for (long k = 0; k < K; k += LANES)
+                _mm256_storeu_si256((__m256i*)&q[(row * K + k) / 2], (__m256i)_mm512_cvtneps_pbh(multiply(load(from + k), scale)));
+        }
+    }
+
+    // Positions start .. start + count; zeros behind the last.
+    void take(const Cache<Bf16>& cache, long kv, const int32_t* blocks, long start, long count) {
+        const float *key_at[CHUNK], *value_at[CHUNK];  // of pairs
+        for (long p = 0; p < CHUNK; ++p) {
+            const long block = (start + p) / cache.block_tokens, at = ((start + p) % cache.block_tokens * cache.G + kv) * K;
+            key_at[p] = (const float*)(p < count ? cache.at(cache.keys, blocks, block) + at : nothing.data());
+            value_at[p] = (const float*)(p < count ? cache.at(cache.values, blocks, block) + at : nothing.data());
+        }
+        for (long p = 0; p < CHUNK; p += LANES)
+            for (long k = 0; k < K / 2; k += 4) {
+                Floats turned[4];
+                for (int i = 0; i < 4; ++i) turned[i] = fours(key_at + p + i, k);
+                turn(turned[0], turned[1], turned[2], turned[3]);
+                for (int i = 0; i < 4; ++i) store((float*)&keys[(k + i) * CHUNK + p], turned[i]);
+            }
+        for (long p = 0; p < CHUNK; p += 2)
+            for (long k = 0; k < K; k += LANES) {
+                const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p] + k / 2)));
+                const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p + 1] + k / 2)));
+                _mm512_storeu_si512(&values[p / 2 * width + k], _mm512_or_si512(first, left<16>(second)));
+            }
+    }
+
+    // The scores of a row become weights relative to the highest score so far. Returns by what earlier ones shrink.
+    INLINE float weigh(const float* scores, long row, long start, int32_t* weights) {
+        Floats score[WIDE];
+        each<WIDE>([&](auto i) INLINED { score[i] = load(scores + i * LANES); });
+        const long visible = seen[row] - start;
+        if (visible < CHUNK)
+            each<WIDE>([&](auto i) INLINED {
+                const long some = std::min(std::max(visible - i * LANES, 0L), long(LANES));
+                score[i] = _mm512_mask_blend_ps(__mmask16((1u << some) - 1), all(HIDDEN), score[i]);
+            });
+        const float before = most[row], now = std::max(before, highest_of(highest(highest(score[0], score[1]), highest(score[2], score[3]))));
+        each<WIDE>([&](auto i) INLINED { score[i] = power_of_two(_mm512_sub_ps(score[i], all(now))); });
+        const Floats kept = power_of_two(all(before - now));
+        store(&sums[row * LANES], multiply_add(load(&sums[row * LANES]), kept, add(add(score[0], score[1]), add(score[2], score[3]))));
+        most[row] = now;
+        _mm512_storeu_si512(weights, rounded(score[0], score[1]));
+        _mm512_storeu_si512(weights + LANES, rounded(score[2], score[3]));
+        return _mm512_cvtss_f32(kept);
+    }
+
+    // c (R rows) += a (R, depth pairs) b (depth pairs, WIDE registers).
+    template <int R> static INLINE void multiply_rows(const int32_t* a, long a_stride, const int32_t* b, long b_stride, long depth, Floats (&c)[R][WIDE]) {
+        for (long k = 0; k < depth; ++k) {
+            Words pairs[WIDE];
+            each<WIDE>([&](auto i) INLINED { pairs[i] = load_words(b + k * b_stride + i * LANES); });
+            each<R>([&](auto r) INLINED {
+                const Words value = all_words(a[r * a_stride + k]);
+                each<WIDE>([&](auto i) INLINED { c[r][i] = multiply_pairs(c[r][i], value, pairs[i]); });
+            });
+        }
+    }
+
+    template <int R> void attend_rows(long row, long start) {
+        alignas(64) float scores[R][CHUNK];
+        alignas(64) int32_t weights[R][CHUNK / 2];
+        float kept[R];
+        Floats score[R][WIDE];
+        each<R>([&](auto r) INLINED { each<WIDE>([&](auto i) INLINED { score[r][i] = zeros(); }); });
+        multiply_rows<R>(&q[row * K / 2], K / 2, keys.data(), CHUNK, K / 2, score);
+        each<R>([&](auto r) INLINED { each<WIDE>([&](auto i) INLINED { store(scores[r] + i * LANES, score[r][i]); }); });
+        for (int r = 0; r < R; ++r) kept[r] = weigh(scores[r], row + r, start, weights[r]);
+        for (long k = 0; k < width; k += WIDE * LANES) {
+            Floats sum[R][WIDE];
+            float* to = &out[row * width + k];
+            each<R>([&](auto r) INLINED {
+                each<WIDE>([&](auto i) INLINED { sum[r][i] = multiply(load(to + r * width + i * LANES), all(kept[r])); });
+            });
+            multiply_rows<R>(weights[0], CHUNK / 2, &values[k], width, CHUNK / 2, sum);
+            each<R>([&](auto r) INLINED { each<WIDE>([&](auto i) INLINED { store(to + r * width + i * LANES, sum[r][i]); }); });
+        }
+    }
+};
+
+}  // namespace
+
+static void attend(const Cache<Bf16>& cache, const Part& part) {
+    const long K = cache.K, rows = part.rows(), end = part.first + part.tokens, groups = (rows + ROWS - 1) / ROWS;
+    static thread_local Tile mine;
+    Tile* tile = &mine;
+    asm volatile("" : "+r"(tile));  // else the compiler asks for this thread's one again wherever it is used
+    tile->begin(part, K);
+    for (long start = 0; start < end; start += CHUNK) {
+        tile->take(cache, part.heads.kv, part.blocks, start, std::min(CHUNK, end - start));
+        for (long group = 0; group < groups; ++group) {
+            const long row = group * rows / groups;
+            with_rows<ROWS>((group + 1) * rows / groups - row, [&](auto some) { tile->attend_rows<some.value>(row, start); });
+        }
+    }
+    for (long row = 0; row < rows; ++row) {
+        float* to = part.out + part.place(row, K);
+        const float sum = sum_of(load(&tile->sums[row * LANES]));
+        for (long k = 0; k < K; k += LANES) store(to + k, divide(load(&tile->out[row * tile->width + k]), all(sum)));
+    }
+}
+
+extern "C" {
+
+// As the functions of the same names in float32, but for keys and values.
+void manta_prefill_bf16(const float* q, const Bf16* keys, const Bf16* values, const int32_t* tables, const int64_t* starts, const int64_t* lengths,
+                        const int64_t* heads, float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
+    const Cache<Bf16> cache{keys, values, block_tokens, G, K};
+    each_part(q, tables, starts, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part); });
+}
+
+void manta_decode_bf16(const float* q, const Bf16* keys, const Bf16* values, const int32_t* tables, const int64_t* lengths, const int64_t* heads,
+                       float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
+    const Cache<Bf16> cache{keys, values, block_tokens, G, K};
+    each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part); });
+}
+
+// The width is a multiple of LANES.
+void manta_write_kv_bf16(const float* k, const float* v, long k_stride, long v_stride, const int64_t* slots, Bf16* keys, Bf16* values, long T,
+                         long width, int threads) {
+    share_out(T, T * width > 32768 ? threads : 1, [&](long t) {
+        for (long i = 0; i < width; i += LANES) {
+            _mm256_storeu_si256((__m256i*)(keys + slots[t] * width + i), (__m256i)_mm512_cvtneps_pbh(load(k + t * k_stride + i)));
+            _mm256_storeu_si256((__m256i*)(values + slots[t] * width + i), (__m256i)_mm512_cvtneps_pbh(load(v + t * v_stride + i)));
+        }
+    });
+}
+}
+#endif
