@@ -9,7 +9,7 @@ from enum import StrEnum
 from cluster.config import SLOW_STEPS
 from engine.weights_read import WeightsRead
 
-PHASE_SPANS = {"groups": (0.0, 0.05), "weights": (0.05, 0.9), "memory": (0.9, 0.92), "warm_up": (0.92, 1.0)}
+PHASE_SPANS = {"groups": (0.0, 0.05), "weights": (0.05, 0.9), "memory": (0.9, 0.92), "warm_up": (0.92, 0.94), "capture": (0.94, 1.0)}
 """Which part of a rank's start each phase of `engine.run.start` stands for, in a progress bar from 0 to 1."""
 
 

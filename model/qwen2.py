@@ -200,6 +200,19 @@ class Qwen2(nn.Module):
         logits_RV: Tensor = self.head(self.normed(hidden_RD))
         return logits_RV
 
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Why a step of sequences with one token each cannot be captured and replayed; None if it can."""
+        if not self.backend.can_be_captured:
+            return f"attention by {type(self.backend).__name__} reads lengths on the host"
+        if self.groups.pp.size > 1:
+            return "stages hand hidden states on, and wait for that on the host"
+        if self.config.moe is not None and self.groups.dp.size > 1:
+            return "shards tell each other how many tokens they have for the experts"
+        if self.config.moe is not None and self.dispatch != "local":
+            return "tokens travel to experts, and how many go where is read on the host"
+        return None
+
     def bindings(self) -> Iterator[Binding]:
         """Every checkpoint tensor of this rank's stage, with the place it fills."""
         prefix = "" if self.config.is_bare else DECODER

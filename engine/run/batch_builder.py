@@ -35,7 +35,7 @@ def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, d
     tokens = np.fromiter(chain.from_iterable(work.tokens for work in works), np.int64, num_tokens)
     sequence_of = np.repeat(np.arange(len(works)), counts)
     positions = np.arange(num_tokens) - query_starts[sequence_of] + starts[sequence_of]
-    table, num_blocks = tables.of([work.sequence for work in works])
+    table, num_blocks = tables.of(tables.rows([work.sequence for work in works]))
     _check_blocks(works, starts + counts, num_blocks * block_tokens)
     slots = table[sequence_of, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
 
@@ -44,11 +44,14 @@ def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, d
     # One copy for all that has the same dtype: a step's cost on a device is counted in copies, not in bytes.
     numbers = upload(np.concatenate([tokens, positions, slots, logit_rows]), device)
     tokens_T, positions_T, slots_T, logit_rows_R = numbers.split([num_tokens, num_tokens, num_tokens, len(logit_rows)])
+    small = upload(np.concatenate([table.ravel(), (starts + counts).astype(np.int32)]), device)
+    blocks, lengths_S = small.split([table.size, len(works)])
     forward = ForwardBatch(
         tokens_T=tokens_T,
         positions_T=positions_T,
         slots_T=slots_T,
-        block_tables_SM=upload(table, device),
+        block_tables_SM=blocks.view(table.shape),
+        lengths_S=lengths_S,
         query_starts=tuple(query_starts.tolist()),
         context_lengths=tuple((starts + counts).tolist()),
         num_decodes=int((counts == 1).sum()),

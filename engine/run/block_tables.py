@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.plan import Work
+from engine.plan import NO_BLOCK, Work
 
 
 class BlockTables:
@@ -20,8 +20,8 @@ class BlockTables:
     def __contains__(self, sequence: int) -> bool:
         return sequence in self._row
 
-    def open(self, sequence: int) -> None:
-        """An empty table for a sequence that has none."""
+    def open(self, sequence: int) -> int:
+        """An empty table for a sequence that has none. Its row, which is its alone until it is closed."""
         if sequence in self._row:
             raise ValueError(f"sequence {sequence} is open already")
         if not self._free:
@@ -29,6 +29,7 @@ class BlockTables:
         row = self._free.pop()
         self._row[sequence] = row
         self._lengths[row] = 0
+        return row
 
     def close(self, sequence: int) -> None:
         """Forget a sequence; one that is not open is ignored."""
@@ -48,9 +49,24 @@ class BlockTables:
         self._blocks[row, start:stop] = work.new_blocks
         self._lengths[row] = stop
 
-    def of(self, sequences: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The sequences' blocks (S, M), int32, padded with 0, and how many each has (S)."""
-        rows = np.fromiter((self._row[sequence] for sequence in sequences), np.int64, len(sequences))
+    def append_to(self, rows_S: np.ndarray, new_blocks_S: np.ndarray) -> None:
+        """One new block for each of these rows, or `NO_BLOCK`."""
+        longer = np.flatnonzero(new_blocks_S != NO_BLOCK)
+        if not len(longer):
+            return
+        rows = rows_S[longer]
+        ends = self._lengths[rows]
+        if int(ends.max()) >= self._blocks.shape[1]:
+            self._add_columns(int(ends.max()) + 1)
+        self._blocks[rows, ends] = new_blocks_S[longer]
+        self._lengths[rows] = ends + 1
+
+    def rows(self, sequences: list[int]) -> np.ndarray:
+        """The rows of open sequences (S), int64."""
+        return np.fromiter((self._row[sequence] for sequence in sequences), np.int64, len(sequences))
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of these rows (S, M), int32, padded with 0, and how many each has (S)."""
         lengths = self._lengths[rows]
         most = int(lengths.max(initial=0))
         table = self._blocks[rows, :most]

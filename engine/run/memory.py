@@ -7,12 +7,13 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.executor import Capacity
+from engine.run.cuda_graphs import CudaGraphs
 from engine.run.drafter import open_drafter
 from engine.run.host import available_memory_bytes
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
-from engine.run.warm_up import full_step, run_and_forget
+from engine.run.warm_up import capture, full_step, run_and_forget
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.collectives import all_gather, barrier
@@ -61,7 +62,8 @@ def measure_capacity(
         barrier(groups.world)  # all weights of this host lie in memory now, and nobody has taken any for KV
         fraction = runner_config.kv_memory_fraction
         if model.device.type == "cuda":
-            budget_bytes = _cuda_budget(model, sampler, engine_config, fraction or CUDA_FRACTION, groups, draft_model)
+            most_bytes = int(torch.cuda.mem_get_info(model.device)[1] * (fraction or CUDA_FRACTION))
+            budget_bytes = most_bytes - _cuda_bytes_beside_kv(model, sampler, runner_config, engine_config, groups, draft_model)
         else:
             budget_bytes = _cpu_budget(fraction) // ranks_on_host
     mine = torch.tensor([budget_bytes // bytes_per_block, budget_bytes, bytes_per_block], device=model.device)
@@ -85,35 +87,56 @@ def _cpu_budget(fraction: float | None) -> int:
     return int(available * fraction) if fraction else min(int(available * CPU_FRACTION), CPU_MOST_BYTES)
 
 
-def _cuda_budget(
+def _cuda_bytes_beside_kv(
     model: Qwen2,
     sampler: Sampler | None,
+    runner_config: RunnerConfig,
     engine_config: EngineConfig,
-    fraction: float,
     groups: ParallelGroups,
     draft_model: Qwen2 | None,
 ) -> int:
-    """Bytes of the device that neither weights nor others hold nor the heaviest step needs."""
+    """Bytes of the device that weights and others hold, that the heaviest step needs, and that captured steps keep."""
     layout, device = model.kv_layout, model.device
     num_blocks = -(-engine_config.max_step_tokens // layout.block_tokens)
     cache = KvCache(layout, num_blocks, device)
-    capacity = Capacity(num_blocks=num_blocks, block_tokens=layout.block_tokens, max_context_tokens=engine_config.max_step_tokens)
+    context_tokens = min(model.config.max_context_tokens, runner_config.max_context_tokens or model.config.max_context_tokens)
+    capacity = Capacity(num_blocks=num_blocks, block_tokens=layout.block_tokens, max_context_tokens=context_tokens)
     drafter = open_drafter(draft_model, sampler, num_blocks)
     runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank, drafter=drafter)
+    step_bytes = _bytes_of_heaviest_step(runner, engine_config, groups)
+    graph_bytes = _bytes_of_graphs(runner, engine_config) if runner_config.cuda_graphs else 0
+    del runner, cache, drafter
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    log.info("beside KV: a step takes %.2f GiB, captured steps %.2f GiB", step_bytes / 2**30, graph_bytes / 2**30)
+    return total - free + step_bytes + graph_bytes
+
+
+def _bytes_of_heaviest_step(runner: Runner, engine_config: EngineConfig, groups: ParallelGroups) -> int:
+    device = runner.device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step = full_step(
         max_step_tokens=engine_config.max_step_tokens,
         max_running=engine_config.max_running,
-        num_blocks=num_blocks,
-        block_tokens=layout.block_tokens,
+        num_blocks=runner.capacity.num_blocks,
+        block_tokens=runner.capacity.block_tokens,
         num_shards=groups.topology.dp,
+        num_guesses=int(engine_config.speculate == "draft"),
     )
     for _ in range(min(groups.topology.pp, 2)):  # with stages the hidden states of the step before may still be on their way
         run_and_forget(runner, step)
     torch.cuda.synchronize(device)
-    step_bytes = torch.cuda.max_memory_allocated(device) - before
-    del runner, cache, drafter
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _bytes_of_graphs(runner: Runner, engine_config: EngineConfig) -> int:
+    """Captured once to see what that takes, of memory that torch knows of and of the driver's own; with KV elsewhere it is done again."""
+    device = runner.device
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return int(total * fraction) - (total - free) - step_bytes
+    free_before, _ = torch.cuda.mem_get_info(device)
+    capture(runner, CudaGraphs(device), engine_config)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free_after, _ = torch.cuda.mem_get_info(device)
+    return max(0, free_before - free_after)

@@ -7,6 +7,8 @@ exists, so recomputing after preemption, loss or migration draws the same number
 import torch
 from torch import Tensor
 
+from parallel.scaled_format import has_triton
+
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _WORD = 0xFFFF_FFFF
@@ -44,6 +46,10 @@ def uniform(seed: Tensor, choice: Tensor, position: Tensor, stream: int = 0) -> 
     below 2^32. Each combination has a counter of its own, so no two share their noise by construction.
     ``stream`` tells purposes apart: what draws a second number for the same position takes another stream.
     """
+    if position.device.type == "cuda" and has_triton():
+        from parallel.cuda.noise import uniform as in_one_launch  # triton: not to be imported where there is no such device
+
+        return in_one_launch(seed, choice, position, stream)
     key = (seed & _WORD, (seed >> 32) & _WORD)
     zero = torch.zeros_like(position)
     first, second, _, _ = philox4x32((position, choice, zero + stream, zero), key)

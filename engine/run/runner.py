@@ -1,25 +1,31 @@
 """Step 9 of a request: one rank turns a StepPlan into a forward batch, and a sampling rank its logits into tokens."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.answers import packed
 from engine.executor import Capacity
 from engine.failpoints import hit
-from engine.places import mark
+from engine.places import is_asked_for, mark
 from engine.plan import Pooled, Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
+from engine.run.cuda_graphs import Graphs
+from engine.run.decode_graphs import MOST_ROWS, DecodeGraphs
+from engine.run.decode_rows import DecodeRows, decode_rows
 from engine.run.drafter import Drafter
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
+from engine.run.sampling.columns import LEARNS, NEEDS, TELLS, SamplingColumns, are_edited
 from engine.run.sampling.sampler import Sampler
+from engine.run.sampling.sampler_graphs import SamplerGraphs
 from engine.run.sampling.state import Row, SamplingState
 from engine.run.scoring import Scorer
 from engine.run.verification import rows_of, verified
@@ -41,6 +47,8 @@ class _Given:
     scored: tuple[Scored, ...] = ()
     pooled: tuple[Pooled, ...] = ()
     guessing_s: float = 0.0
+    tokens: bytes | None = None
+    """`StepResult.tokens`, where they are known as such already."""
 
 
 class Runner:
@@ -71,6 +79,9 @@ class Runner:
         self._scorer = Scorer(model, sampler.vocab_size if sampler else None)
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
+        self._columns = SamplingColumns()
+        self._decode_graphs: DecodeGraphs | None = None
+        self._sampler_graphs: SamplerGraphs | None = None
 
     def __repr__(self) -> str:
         return f"<Runner [{'samples' if self.is_sampling else 'computes'} on {self.device} | {self._tables} | {self.cache}]>"
@@ -80,6 +91,29 @@ class Runner:
         """Whether `run` returns results here: so on exactly one rank of each shard."""
         return self._sampler is not None
 
+    def capture(self, graphs: Graphs, *, most_rows: int, on_progress: Callable[[int, int], None] = lambda _done, _total: None) -> None:
+        """Record steps that only decode, so that `run` replays them from now on. All ranks of the replica must call this at the same time,
+        between two steps, and there must be no `engine.run.decode_graphs.capture_obstacle`. ``on_progress`` is told (done, total)."""
+        self._decode_graphs = DecodeGraphs(
+            self.model,
+            self.cache,
+            graphs,
+            most_rows=min(most_rows, MOST_ROWS),
+            most_blocks=self.capacity.blocks_for(self.capacity.max_context_tokens),
+            vocab_size=self._sampler.vocab_size if self._sampler else None,
+        )
+        if self._decode_graphs.logits is not None:
+            self._sampler_graphs = SamplerGraphs(self._decode_graphs.logits, self._decode_graphs.sizes, graphs)
+        total = len(self._decode_graphs.sizes) + (self._sampler_graphs.num_graphs if self._sampler_graphs else 0)
+        done = iter(range(1, total + 1))
+
+        def count() -> None:
+            on_progress(next(done), total)
+
+        self._decode_graphs.capture(count)
+        if self._sampler_graphs is not None:
+            self._sampler_graphs.capture(count)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
         """Take one step together with all other ranks. Its shard's result on a sampling rank, None elsewhere.
@@ -88,12 +122,13 @@ class Runner:
         """
         began = time.perf_counter()
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
+        if rebalanced is not None and rebalanced.num_moved and self._decode_graphs is not None:
+            self._decode_graphs.capture()  # experts lie elsewhere now
         self._open_and_close(plan)
-        works = plan.works
-        given = self._compute([work for work in works if work.shard == self.shard]) if works else _Given()
+        given = self._take(plan)
         if not self.is_sampling:
             return None
-        tokens, rest = packed(plan.decodes, given.sampled)
+        tokens, rest = packed(plan.decodes, given.sampled) if given.tokens is None else (given.tokens, tuple(given.sampled))
         return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
 
     def _open_and_close(self, plan: StepPlan) -> None:
@@ -105,11 +140,50 @@ class Runner:
         for opening in plan.opened:
             if opening.shard != self.shard:
                 continue
-            self._tables.open(opening.sequence)
+            row = self._tables.open(opening.sequence)
             if self._sampler is not None:
-                self._states[opening.sequence] = SamplingState(opening, vocab_size=self._sampler.vocab_size)
+                state = SamplingState(opening, vocab_size=self._sampler.vocab_size)
+                self._states[opening.sequence] = state
+                if self._sampler_graphs is not None:
+                    self._columns.put(row, state)
                 self._guides.open(opening)
                 self._pools.open(opening)
+
+    def _take(self, plan: StepPlan) -> _Given:
+        """Replay the step, where it is one of those captured, or launch it."""
+        if self._decode_graphs is not None:
+            rows = decode_rows(plan, self.shard)
+            if rows is not None and self._decode_graphs.takes(len(rows)):
+                return self._replay(rows, self._decode_graphs)
+        works = plan.works
+        return self._compute([work for work in works if work.shard == self.shard]) if works else _Given()
+
+    def _replay(self, rows: DecodeRows, graphs: DecodeGraphs) -> _Given:
+        table_rows_S, known_S = rows.enter(self._tables), rows.starts + 1
+        marked = rows.works() if is_asked_for() else []
+        self._mark(9, marked)
+        self._mark(10, marked)
+        logits_SV = graphs.run(rows, table_rows_S, self._tables)  # the device has enough to do now
+        if self._sampler is None or self._sampler_graphs is None or logits_SV is None:
+            return _Given()
+        if hit("rank.logits"):
+            logits_SV.fill_(torch.nan)
+        self._mark(11, marked)
+        columns = self._columns.of(table_rows_S)
+        for at in np.flatnonzero(columns[NEEDS] & LEARNS).tolist():
+            work = rows.work(at)
+            self._states[work.sequence].take(work)
+            self._guides.take(work)
+        if are_edited(columns, known_S):
+            allowed = self._guides.begin(rows.sequences)
+            return _Given(self._sample(self._sampler, logits_SV, rows.works(), allowed.result() if allowed else {}))
+        report = self._sampler_graphs.run(columns, known_S, graphs.size_for(len(rows)))
+        chosen_S, decided_S, sound_S = report
+        if decided_S.all() and sound_S.all() and not (columns[NEEDS] & TELLS).any():
+            tokens, sampled = rows.told(chosen_S)
+            return _Given(sampled, tokens=tokens)
+        each = [row for work in rows.works() for row in self._rows(work, None)]
+        return _Given(self._sampler.answers(logits_SV, logits_SV, each, [*report.tolist(), sound_S.tolist()]))
 
     def _compute(self, works: Sequence[Work]) -> "_Given":
         for work in works:

@@ -51,6 +51,9 @@ class RunnerConfig:
     """With `engine.speculate: draft` the model that guesses: a folder that is there on every host, a repository, or a URL, as
     `model.source` takes them. Small, and of the same vocabulary, as Qwen2-0.5B is for Qwen2-7B and Qwen2-72B. The rank of each shard
     that samples holds it whole, rounded as `quantize` says, with KV of its own in the memory for KV."""
+    cuda_graphs: bool = True
+    """On CUDA, record a step that only decodes for some numbers of sequences at the start, and replay it: a small model's step is launches
+    more than anything else. Costs seconds of the start and some memory; no answer changes by it. False = launch every step anew."""
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
     grammar_cache_bytes: int = 64 * 1024 * 1024

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import torch
 
 from engine.config import EngineConfig
+from engine.run.cuda_graphs import CudaGraphs
 from engine.run.draft_fit import check_draft_model
 from engine.run.drafter import open_drafter
 from engine.run.grammar.start import open_guides
@@ -19,7 +20,7 @@ from engine.run.memory import measure_capacity
 from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig, draft_model_of
-from engine.run.warm_up import warm_up
+from engine.run.warm_up import capture, warm_up
 from engine.weights_read import WeightsRead
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
@@ -37,7 +38,7 @@ from parallel.topology import Topology
 
 log = logging.getLogger(__name__)
 
-StartPhase = Literal["groups", "weights", "memory", "warm_up"]
+StartPhase = Literal["groups", "weights", "memory", "warm_up", "capture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class StartProgress:
     phase: StartPhase
     done: int
     total: int
-    """Of "weights": bytes of checkpoint tensors that this rank takes a share of; of the other phases: 0 and then 1, of 1."""
+    """Of "weights": bytes of checkpoint tensors that this rank takes a share of; of "capture": CUDA graphs; of the other phases: 0 and
+    then 1, of 1."""
     read: WeightsRead | None = None
     """Said once, when the weights are there."""
 
@@ -86,6 +88,8 @@ def start_rank(
     tell = on_progress or (lambda _progress: None)
     on_host = ranks_on_host or topology.size
     device = resolve_device(runner_config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches there
     if device.type == "cpu":
         torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
     with ExitStack() as stack:
@@ -122,7 +126,9 @@ def start_rank(
         )
         with _phase("warm_up", tell):
             warm_up(runner)
-            runner.rebalancer.forget()
+        if runner_config.cuda_graphs and device.type == "cuda":
+            capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
+        runner.rebalancer.forget()
         log.info("rank %d of %d is ready: %s", rank, topology.size, runner)
         yield runner
 

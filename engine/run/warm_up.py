@@ -1,27 +1,40 @@
 """Steps that no client asked for: they show that a rank works, touch what the first real step would wait for, and measure."""
 
+import logging
+from collections.abc import Callable
+
+from engine.config import EngineConfig
 from engine.errors import InvalidLogits
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
+from engine.run.cuda_graphs import Graphs
+from engine.run.decode_graphs import capture_obstacle
 from engine.run.runner import Runner
+
+log = logging.getLogger(__name__)
 
 FIRST_SEQUENCE = -1
 """Real sequences count up from 0, these down."""
 
 
-def full_step(*, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int, num_shards: int = 1) -> StepPlan:
-    """The heaviest step that fits: on every shard as many tokens as a step may have, in as many sequences as can run, each sampling.
+def full_step(
+    *, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int, num_shards: int = 1, num_guesses: int = 0
+) -> StepPlan:
+    """The heaviest step that fits: on every shard as many tokens as a step may have, in as many sequences as can run, each sampling, and
+    with a draft model each asking it for ``num_guesses`` tokens.
 
     All of a shard have the same first blocks; what is then in the cache means nothing, as no sequence keeps it.
     """
     num_sequences = min(max_running, max_step_tokens)
-    tokens = min(max_step_tokens // num_sequences, num_blocks * block_tokens)
-    blocks = tuple(range(-(-tokens // block_tokens)))
+    tokens = max(1, min(max_step_tokens // num_sequences, num_blocks * block_tokens - num_guesses))
+    blocks = tuple(range(-(-(tokens + num_guesses) // block_tokens)))
     sampling = SamplingParams(top_p=0.9, repetition_penalty=1.1)  # nothing costs more memory than this
     sequences = [(FIRST_SEQUENCE - i, i % num_shards) for i in range(num_sequences * num_shards)]
     return StepPlan(
         step=0,
-        singly=tuple(Work(sequence, 0, (0,) * tokens, blocks, samples=True, shard=shard) for sequence, shard in sequences),
+        singly=tuple(
+            Work(sequence, 0, (0,) * tokens, blocks, samples=True, num_guesses=num_guesses, shard=shard) for sequence, shard in sequences
+        ),
         opened=tuple(Opening(sequence, 0, tokens, sampling, (0,) * tokens, shard=shard) for sequence, shard in sequences),
     )
 
@@ -39,6 +52,17 @@ def warm_up(runner: Runner) -> None:
     for tokens in (prompt, prompt[:1]):
         work = Work(FIRST_SEQUENCE, 0, tokens, blocks, samples=True, shard=runner.shard)
         run_and_forget(runner, StepPlan(0, (work,), (opening,)))
+
+
+def capture(
+    runner: Runner, graphs: Graphs, engine_config: EngineConfig, on_progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> None:
+    """Have steps that only decode replayed from now on, if that can be; else the log says why not. Then warm up once more."""
+    if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
+        log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
+        return
+    runner.capture(graphs, most_rows=min(engine_config.max_running, engine_config.max_step_tokens), on_progress=on_progress)
+    warm_up(runner)
 
 
 def run_and_forget(runner: Runner, plan: StepPlan) -> None:

@@ -38,6 +38,9 @@ class AttentionBackend(Protocol):
 
     kv_dtypes: tuple[torch.dtype, ...]
     """In which keys and values may be held, beside that in which they are computed."""
+    can_be_captured: bool
+    """Whether a step of sequences with one token each may be captured and replayed: what is launched then depends on their number alone,
+    everything else is read on the device, and a token whose slot is below 0 is written nowhere."""
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""

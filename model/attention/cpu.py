@@ -47,6 +47,7 @@ class CpuAttention:
     of a decode are padded to the largest group at run time; weights and cache are not."""
 
     kv_dtypes: tuple[torch.dtype, ...] = ()
+    can_be_captured = False
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config

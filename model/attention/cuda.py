@@ -28,6 +28,7 @@ class CudaAttention:
     """See the file's first lines."""
 
     kv_dtypes: tuple[torch.dtype, ...] = (FP8,)
+    can_be_captured = True
 
     def __init__(self, config: AttentionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -38,7 +39,6 @@ class CudaAttention:
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count if on_device else SIMULATED_PROCESSORS
 
     def prepare(self, batch: ForwardBatch) -> None:
-        self._lengths_S = self._upload(batch.context_lengths)
         if batch.num_decodes < batch.num_sequences:
             self._query_starts = self._upload(batch.query_starts)
             self._tiles = self._cut(batch)
@@ -51,12 +51,12 @@ class CudaAttention:
         some = slice(0, batch.num_decodes)
         if batch.num_decodes:
             decode(
-                q_THK[some], keys_NBGK, values_NBGK, batch.block_tables_SM[some], self._lengths_S[some], self._heads, out_THK[some],
+                q_THK[some], keys_NBGK, values_NBGK, batch.block_tables_SM[some], batch.lengths_S[some], self._heads, out_THK[some],
                 parts=self.parts(batch.num_decodes),
             )  # fmt: skip
         if batch.num_decodes < batch.num_sequences:
             prefill(
-                q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, self._lengths_S, self._query_starts, self._tiles, self._heads,
+                q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, batch.lengths_S, self._query_starts, self._tiles, self._heads,
                 out_THK, is_causal=self.config.is_causal,
             )  # fmt: skip
         return out_THK

@@ -21,6 +21,8 @@ class NativeAttention:
     softmax and sums are in float32.
     """
 
+    can_be_captured = False
+
     def __init__(self, config: AttentionConfig, library: Native) -> None:
         self.config, self._library = config, library
         self.kv_dtypes = tuple(dtype for dtype in library.prefill if dtype != torch.float32) if config.is_causal else ()

@@ -15,6 +15,7 @@ class ReferenceAttention:
     """Every other backend is tested against this one. Slow, and simple enough to be right."""
 
     kv_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, FP8)
+    can_be_captured = False
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
@@ -32,13 +33,13 @@ class ReferenceAttention:
             keys_LGK = keys_NBGK[blocks].flatten(0, 1)[:length].float()
             values_LGK = values_NBGK[blocks].flatten(0, 1)[:length].float()
             for head, kv_head in enumerate(self.config.kv_of_query):
-                out_THK[tokens, head] = _attend_one_head(
+                out_THK[tokens, head] = attend_one_head(
                     q_THK[tokens, head].float(), keys_LGK[:, kv_head], values_LGK[:, kv_head], is_causal=self.config.is_causal
                 )
         return out_THK
 
 
-def _attend_one_head(q_PK: Tensor, keys_LK: Tensor, values_LK: Tensor, *, is_causal: bool) -> Tensor:
+def attend_one_head(q_PK: Tensor, keys_LK: Tensor, values_LK: Tensor, *, is_causal: bool) -> Tensor:
     """The P queries are the last P of the L positions; each sees itself and what lies before it, or everything."""
     num_queries, length = q_PK.shape[0], keys_LK.shape[0]
     scores_PL = q_PK @ keys_LK.T * q_PK.shape[1] ** -0.5

@@ -135,7 +135,10 @@ def test_a_start_is_as_far_as_its_slowest_rank() -> None:
     assert board.loading.doing == "weights"
     assert board.loading.done == pytest.approx(0.475)
     board.note(0, "warm_up", 1, 1)
-    board.note(1, "warm_up", 1, 1)
+    board.note(1, "capture", 5, 10)
+    assert board.loading.done < 1.0
+    board.note(0, "capture", 10, 10)
+    board.note(1, "capture", 10, 10)
     assert board.loading.done == 1.0
 
 

@@ -155,6 +155,7 @@ def build_batch(works: Sequence[tuple[Progress, int]]) -> ForwardBatch:
         positions_T=torch.tensor(positions, dtype=torch.int64),
         slots_T=torch.tensor(slots, dtype=torch.int64),
         block_tables_SM=torch.tensor(tables, dtype=torch.int32).view(len(works), width),
+        lengths_S=torch.tensor([sequence.num_computed + count for sequence, count in works], dtype=torch.int32),
         query_starts=tuple(starts),
         context_lengths=tuple(sequence.num_computed + count for sequence, count in works),
         num_decodes=sum(count == 1 for _, count in works),

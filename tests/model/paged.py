@@ -65,6 +65,7 @@ class Paged:
             positions_T=torch.cat([torch.arange(behind, behind + now) for behind, now in works]),
             slots_T=torch.cat(slots),
             block_tables_SM=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).int(),
+            lengths_S=torch.tensor([behind + now for behind, now in works], dtype=torch.int32),
             query_starts=tuple(starts),
             context_lengths=tuple(behind + now for behind, now in works),
             num_decodes=sum(now == 1 for _, now in works),

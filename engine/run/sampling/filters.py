@@ -45,10 +45,11 @@ class DrawParams:
         return DrawParams(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def draw_unfiltered(logits_RV: Tensor, params: DrawParams) -> Tensor:
-    """Ids (R) drawn from the whole vocabulary; only temperature applies."""
-    chosen = [_invert_cdf(weights_RV, uniform_R) for weights_RV, uniform_R in _whole_weights(logits_RV, params)]
-    return torch.cat(chosen)
+def draw_unfiltered(logits_RV: Tensor, params: DrawParams) -> tuple[Tensor, Tensor]:
+    """Ids (R) drawn from the whole vocabulary, only temperature applies; and the weight (R, int64) of all ids together."""
+    drawn = [_invert_cdf(weights_RV, uniform_R) for weights_RV, uniform_R in _whole_weights(logits_RV, params)]
+    chosen, weights = zip(*drawn, strict=True)
+    return torch.cat(chosen), torch.cat(weights)
 
 
 def whole_weight(logits_RV: Tensor, params: DrawParams) -> Tensor:
@@ -72,7 +73,7 @@ def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, wh
     kept_RC = weights_RC * (places_C < num_kept_R.unsqueeze(-1))
     # The draw runs in id order: a rounding error that swaps two almost equal logits then hardly moves the borders.
     by_id_RC = torch.empty_like(kept_RC).scatter_(-1, order_RC, kept_RC)
-    place_R = _invert_cdf(by_id_RC, params.uniform_R)
+    place_R, _ = _invert_cdf(by_id_RC, params.uniform_R)
     return ids_RC.gather(-1, place_R.unsqueeze(-1)).squeeze(-1), decided_R
 
 
@@ -109,10 +110,10 @@ def _weights(logits_RC: Tensor, highest_R: Tensor, temperature_R: Tensor) -> Ten
     return torch.addcmul(bits, below_RC, scale_R.unsqueeze(-1), out=below_RC).exp2_().to(torch.int64)
 
 
-def _invert_cdf(weights_RC: Tensor, uniform_R: Tensor) -> Tensor:
-    """The place (R) in each row where the cumulated weight first passes the uniform's share of the whole."""
+def _invert_cdf(weights_RC: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The place (R) in each row where the cumulated weight first passes the uniform's share of the whole, and the whole (R)."""
     sums_RC = weights_RC.cumsum(-1)
     total_R = sums_RC[:, -1]
     target_R = torch.minimum((uniform_R * total_R).to(torch.int64), total_R - 1)
     place_R1 = torch.searchsorted(sums_RC, target_R.unsqueeze(-1), right=True)
-    return place_R1.squeeze(-1).clamp(max=weights_RC.shape[1] - 1)  # a row of NaN must not index beyond the end
+    return place_R1.squeeze(-1).clamp(max=weights_RC.shape[1] - 1), total_R  # a row of NaN must not index beyond the end

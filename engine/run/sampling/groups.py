@@ -16,8 +16,11 @@ from engine.run.transfer import upload
 MAX_CANDIDATES = 1024
 """Rows whose filters keep more are sorted whole."""
 
-_MORE_CANDIDATES = 64
+MORE_CANDIDATES = 64
 """Beyond top-k, so that equal logits at its border are all in sight."""
+
+FEW_TOP_K = 64
+"""Up to here a top-k is what most people ask for, and a captured step looks at few candidates."""
 
 Kind = Literal["greedy", "unfiltered", "bounded", "open"]
 
@@ -34,7 +37,7 @@ class DrawGroup:
 
 def group_rows(rows: Sequence[Row], vocab_size: int) -> list[DrawGroup]:
     """The rows that are drawn, by kind; greedy rows are in no group."""
-    kinds = [_kind(row.state.sampling, vocab_size) for row in rows]
+    kinds = [kind_of(row.state.sampling, vocab_size) for row in rows]
     groups = []
     drawn: tuple[Kind, ...] = ("unfiltered", "bounded", "open")
     for kind in drawn:
@@ -49,26 +52,27 @@ def draw_params(rows: Sequence[Row], vocab_size: int, device: torch.device) -> D
     """The rows' parameters and noise as tensors."""
     sampling = [row.state.sampling for row in rows]
     numbers = np.array([(p.temperature, p.top_p, p.min_p) for p in sampling], np.float64)
-    words = [(row.state.seed, row.state.choice, row.position, _top_k(row.state.sampling, vocab_size)) for row in rows]
+    words = [(row.state.seed, row.state.choice, row.position, top_k_of(row.state.sampling, vocab_size)) for row in rows]
     temperature_R, top_p_R, min_p_R = upload(numbers, device).T.contiguous()
     seed_R, choice_R, position_R, top_k_R = upload(np.array(words, np.int64), device).T.contiguous()
     return DrawParams(temperature_R, top_k_R, top_p_R, min_p_R, uniform(seed_R, choice_R, position_R))
 
 
-def _kind(sampling: SamplingParams, vocab_size: int) -> Kind:
+def kind_of(sampling: SamplingParams, vocab_size: int) -> Kind:
+    """How a row with these parameters is drawn."""
     if sampling.temperature == 0:
         return "greedy"
-    if _top_k(sampling, vocab_size) < vocab_size:
+    if top_k_of(sampling, vocab_size) < vocab_size:
         return "bounded"
     if sampling.top_p < 1:
         return "open"
     return "bounded" if sampling.min_p > 0 else "unfiltered"
 
 
-def _top_k(sampling: SamplingParams, vocab_size: int) -> int:
+def top_k_of(sampling: SamplingParams, vocab_size: int) -> int:
     """Top-k with "off" as the whole vocabulary."""
     return min(sampling.top_k, vocab_size) if sampling.top_k > 0 else vocab_size
 
 
 def _num_candidates(sampling: SamplingParams) -> int:
-    return sampling.top_k + _MORE_CANDIDATES if sampling.top_k > 0 else MAX_CANDIDATES
+    return sampling.top_k + MORE_CANDIDATES if sampling.top_k > 0 else MAX_CANDIDATES

@@ -48,7 +48,12 @@ class Sampler:
             self._draw(group, logits_RV, rows, chosen_R, decided_R)
         raw_highest_R = highest_R if logits_RV is raw_RV else raw_RV.amax(-1)
         report = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
-        chosen, decided, raw_sound, sound = report.tolist()  # the host waits for the device here, once
+        return self.answers(raw_RV, logits_RV, rows, report.tolist())  # the host waits for the device here, once
+
+    def answers(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[Sampled]:
+        """One answer per row of ``report``: what was drawn, whether that is decided, whether the model's logits and the edited ones
+        have a finite highest."""
+        chosen, decided, raw_sound, sound = report
         faults = [None if a and b else NOTHING_LEFT if a else NOT_FINITE for a, b in zip(raw_sound, sound, strict=True)]
         for i, fault in enumerate(faults):
             if fault is None and not decided[i]:
@@ -66,7 +71,7 @@ class Sampler:
         logits_GV = logits_RV if whole_step else logits_RV[at]
         params = draw_params([rows[i] for i in group.at], self.vocab_size, self.device)
         if group.kind == "unfiltered":
-            chosen_R[at] = draw_unfiltered(logits_GV, params)
+            chosen_R[at], _ = draw_unfiltered(logits_GV, params)
             return
         whole_weight_G = whole_weight(logits_GV, params) if group.kind == "open" else None
         chosen_G, decided_G = draw_filtered(logits_GV, params, group.num_candidates, whole_weight_G)

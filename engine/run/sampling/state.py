@@ -73,7 +73,7 @@ class SamplingState:
                 bias[token] = bias.get(token, 0.0) + value
         self.bias_ids = np.array(list(bias), np.int64)
         self.bias_values = np.array(list(bias.values()), np.float32)
-        self._num_prompt = opening.num_prompt
+        self.num_prompt, self.vocab_size = opening.num_prompt, vocab_size
         self.history: TokenHistory | None = None
         if opening.sampling.penalises:
             self.history = TokenHistory(num_prompt=opening.num_prompt, vocab_size=vocab_size)
@@ -92,7 +92,7 @@ class SamplingState:
 
     def next_position(self, work: Work) -> int:
         """The output position of the token behind the last known one of the work."""
-        return work.start + len(work.tokens) - work.num_draft - self._num_prompt
+        return work.start + len(work.tokens) - work.num_draft - self.num_prompt
 
 
 class Row(NamedTuple):

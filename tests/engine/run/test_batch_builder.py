@@ -74,7 +74,7 @@ def test_a_row_taken_over_shows_nothing_of_its_last_owner():
     for number, blocks in ((2, (3,)), (3, (4, 5))):
         tables.open(number)
         tables.append(Work(number, 0, (), blocks, False))
-    table, lengths = tables.of([2, 3])
+    table, lengths = tables.of(tables.rows([2, 3]))
     assert table.tolist() == [[3, 0], [4, 5]]
     assert lengths.tolist() == [1, 2]
 

@@ -16,6 +16,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.process_executor import ProcessExecutor
 from engine.run.settings import RunnerConfig
 from engine.run.start import start_rank
+from engine.run.warm_up import full_step
 from parallel.topology import Topology
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
 from tests.engine.run.test_speculation import PARAMS, requests
@@ -60,6 +61,19 @@ def test_another_model_of_fewer_ids_changes_no_answer(dense_folder: Path, smalle
         wanted, found = serve(plain, requests(sampling)), serve(drafting, requests(sampling))
         assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
         assert drafting.stats.drafted_tokens > drafting.stats.held_tokens
+
+
+def test_the_heaviest_step_has_the_draft_model_guess_behind_every_sequence(dense_folder: Path) -> None:
+    """So that memory is set aside for its logits, too."""
+    config = engine_config(speculate="draft", max_running=4)
+    runner_config = float32_config(num_blocks=20, block_tokens=4, draft_model=str(dense_folder))
+    with start_rank(
+        checkpoint_folder=dense_folder, topology=Topology(), rank=0, rendezvous=None, runner_config=runner_config, engine_config=config
+    ) as runner:
+        num_blocks = runner.capacity.num_blocks
+        result = runner.run(full_step(max_step_tokens=64, max_running=4, num_blocks=num_blocks, block_tokens=4, num_guesses=1))
+    assert result is not None
+    assert [len(sampled.guesses) for sampled in result.sampled] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("max_step_tokens", [64, 5])

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parallel.cuda import elementwise, experts, paged_attention, products, scaled
+from parallel.cuda import elementwise, experts, noise, paged_attention, products, scaled
 from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -77,6 +77,12 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             {"num_warps": 1},
         )
         for kv in ("*bf16", "*fp8e4nv")
+    ),
+    (
+        noise._uniform_kernel,
+        {"seeds": "*i64", "choices": "*i64", "positions": "*i64", "out": "*fp64", "num_rows": "i32", "stream": "i32"},
+        {"BLOCK": noise.BLOCK},
+        {"num_warps": 4},
     ),
     (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 4}),
     *(

@@ -8,20 +8,27 @@ import torch
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.run.local_executor import LocalExecutor
+from engine.run.warm_up import capture
 from model.attention.backend import AttentionBackend, AttentionConfig
 from model.formats import Formats
 from parallel.scaled_format import Kind, ScaledFormat
+from parallel.weight_format import Dense, WeightFormat
+from tests.engine.run.captured import runner_of
 from tests.engine.run.test_end_to_end import answer, serve
 from tests.engine.run.tiny_models import engine_config, float32_config, write_dense
+from tests.fakes.graphs import RecordedGraphs
 
 PROMPTS = ((5, 9, 1), tuple(range(40, 61)))
 
 
-def answers(folder: Path) -> list[tuple[int, ...]]:
-    config = engine_config(max_step_tokens=16, prefix_cache=False)
+def answers(folder: Path, graphs: RecordedGraphs | None = None) -> list[tuple[int, ...]]:
+    """With ``graphs`` steps that only decode are replayed from them."""
+    config = engine_config(max_step_tokens=16, max_running=3, prefix_cache=False)
     executor = LocalExecutor.open(
         folder, runner_config=float32_config(num_blocks=100, block_tokens=config.block_tokens), engine_config=config
     )
+    if graphs is not None:
+        capture(runner_of(executor), graphs, config)
     sampling = SamplingParams(temperature=0.0, max_tokens=5)
     events = serve(Engine(executor, config), [Request(id=str(i), prompt=prompt, sampling=sampling) for i, prompt in enumerate(PROMPTS)])
     executor.close()
@@ -37,9 +44,9 @@ def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pyt
     from parallel.cuda.small import CudaSmall
 
     folder = write_dense(tmp_path)
-    if kind is not None:
-        formats = Formats(ScaledFormat(kind, torch.float32), ScaledFormat("int8", torch.float32))
-        monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
+    plain: WeightFormat = Dense(torch.float32)
+    formats = Formats(ScaledFormat(kind, torch.float32), ScaledFormat("int8", torch.float32)) if kind else Formats(plain, plain)
+    monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
     wanted = answers(folder)
 
     def cuda(device: torch.device, config: AttentionConfig, _name: str) -> AttentionBackend:
@@ -50,3 +57,7 @@ def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(f"{module}.kernels_for", lambda _x: CudaSmall())
     monkeypatch.setattr("parallel.scaled_format.multiply_slowly", multiply)
     assert answers(folder) == wanted
+    if kind is None:
+        graphs = RecordedGraphs()
+        assert answers(folder, graphs) == wanted
+        assert graphs.num_replays > 4

@@ -1,0 +1,42 @@
+"""Launches that are recorded once and replayed as one: a step of a small model is launches more than anything else."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+Compute = Callable[[], None]
+Replay = Callable[[], None]
+
+
+class Graphs(Protocol):
+    """Records what a function launches. While it does, the function may ask nothing of the device and bring nothing from the host.
+
+    A replay does the same on the same memory, whatever lies there now. All replays share what memory they need on the way, so none
+    may begin while another runs, and results must be where they outlast it: in tensors that were there before.
+    """
+
+    def capture(self, compute: Compute) -> Replay:
+        """Do it, then record it. On all ranks with which it talks at the same time."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def capture(self, compute: Compute) -> Replay:
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            compute()  # compiles kernels, makes libraries take their memory and connect: none of that may happen in a capture
+        here.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog asks the device for events while this thread captures.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            compute()
+        return graph.replay

@@ -1,0 +1,146 @@
+"""Step 10 of a request, where a step computes one token of each sequence: the model's launches, replayed for a few numbers of rows.
+
+S sequences of a step, B rows of the largest captured step, M the most blocks of a sequence, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.run.block_tables import BlockTables
+from engine.run.cuda_graphs import Graphs, Replay
+from engine.run.decode_rows import DecodeRows
+from engine.run.transfer import refill
+from model.batch import ForwardBatch
+from model.kv_cache import KvCache
+from model.qwen2 import Qwen2
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 512
+"""With more of them a step takes longer than its launches by far."""
+NOWHERE = -1
+"""The slot of a row that fills a step up."""
+TOKENS, POSITIONS, SLOTS, LENGTHS = range(4)
+
+
+class DecodeGraphs:
+    """One rank's. The rows that fill a step up repeat its shortest sequence and write nowhere: they read what is read anyway, and choose
+    the same experts (where those are counted, they count)."""
+
+    def __init__(self, model: Qwen2, cache: KvCache, graphs: Graphs, *, most_rows: int, most_blocks: int, vocab_size: int | None) -> None:
+        """``most_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, and keeps no logits."""
+        self._model, self._cache, self._graphs = model, cache, graphs
+        self.sizes = tuple(sizes_up_to(most_rows))
+        device = model.device
+        self._numbers = torch.zeros(4, most_rows, dtype=torch.int64, device=device)
+        self._tables = torch.zeros(most_rows, most_blocks, dtype=torch.int32, device=device)
+        self._batches = {size: self._batch(size) for size in self.sizes}
+        self.logits: Tensor | None = None
+        """(B, V): those of the last step. The next one overwrites them."""
+        if vocab_size is not None:
+            self.logits = torch.zeros(most_rows, vocab_size, dtype=model.dtype, device=device)
+        self._replays: dict[int, Replay] = {}
+
+    def __repr__(self) -> str:
+        return f"<DecodeGraphs [{len(self._replays)} of {len(self.sizes)} captured | up to {self.sizes[-1]} rows]>"
+
+    @torch.inference_mode()
+    def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
+        """Anew, if it has been done: the largest first, whose memory is enough for all. On all ranks of the replica at the same time."""
+        self._replays.clear()
+        self._numbers.zero_()
+        self._numbers[SLOTS] = NOWHERE
+        self._lengths.fill_(1)
+        for size in reversed(self.sizes):
+            self._replays[size] = self._graphs.capture(partial(self._compute, size))
+            after_each()
+
+    def takes(self, num_rows: int) -> bool:
+        """Whether a step of so many rows can be replayed: the same answer on every rank that computes this shard."""
+        return num_rows <= self.sizes[-1]
+
+    def size_for(self, num_rows: int) -> int:
+        return next(size for size in self.sizes if size >= num_rows)
+
+    def run(self, rows: DecodeRows, table_rows_S: np.ndarray, tables: BlockTables) -> Tensor | None:
+        """Begin the step, without waiting for it. Logits (S, V) on a rank that samples, which last until the next step."""
+        count, size = len(rows), self.size_for(len(rows))
+        block_tokens = self._cache.layout.block_tokens
+        blocks_SM, held_S = tables.of(table_rows_S)
+        starts_S = rows.starts
+        _check_blocks(rows, held_S * block_tokens)
+        numbers = np.zeros((4, self._numbers.shape[1]), np.int64)
+        numbers[TOKENS, :count], numbers[POSITIONS, :count] = rows.tokens, starts_S
+        numbers[SLOTS, :count] = blocks_SM[np.arange(count), starts_S // block_tokens] * block_tokens + starts_S % block_tokens
+        numbers[LENGTHS].view(np.int32)[:count] = starts_S + 1
+        if size > count:
+            shortest = int(starts_S.argmin())
+            for row in (TOKENS, POSITIONS):
+                numbers[row, count:size] = numbers[row, shortest]
+            numbers[SLOTS, count:size] = NOWHERE
+            numbers[LENGTHS].view(np.int32)[count:size] = starts_S[shortest] + 1
+            blocks_SM = np.concatenate([blocks_SM, blocks_SM[[shortest] * (size - count)]])
+        refill(self._numbers, numbers)
+        refill(self._tables[:size, : blocks_SM.shape[1]], blocks_SM)
+        self._replays[size]()
+        return None if self.logits is None else self.logits[:count]
+
+    @property
+    def _lengths(self) -> Tensor:
+        """int32 (B), in the first half of a row of the numbers: what a step brings is copied at once."""
+        return self._numbers[LENGTHS].view(torch.int32)[: self._numbers.shape[1]]
+
+    def _batch(self, size: int) -> ForwardBatch:
+        return ForwardBatch(
+            tokens_T=self._numbers[TOKENS, :size],
+            positions_T=self._numbers[POSITIONS, :size],
+            slots_T=self._numbers[SLOTS, :size],
+            block_tables_SM=self._tables[:size],
+            lengths_S=self._lengths[:size],
+            query_starts=tuple(range(size + 1)),
+            context_lengths=(),
+            num_decodes=size,
+            logit_rows_R=torch.arange(size, device=self._numbers.device),
+        )
+
+    def _compute(self, size: int) -> None:
+        hidden_TD = self._model.hidden(self._batches[size], self._cache)
+        assert hidden_TD is not None  # it has no stages
+        logits_RV = self._model.logits(hidden_TD)
+        if self.logits is not None:
+            self.logits[:size].copy_(logits_RV[:, : self.logits.shape[1]])
+
+
+def capture_obstacle(model: Qwen2, engine_config: EngineConfig) -> str | None:
+    """Why steps of this model cannot be captured; None if they can. The same on all ranks of a replica."""
+    if engine_config.speculate == "draft":
+        return "a draft model reads along, on the ranks that sample"
+    return model.capture_obstacle
+
+
+def sizes_up_to(most_rows: int) -> Iterator[int]:
+    """For how many rows steps are captured: at most a fifth of a step's rows are there to fill it up.
+
+    1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32 40 48 56 64 80 ... most_rows
+    """
+    size = 1
+    while size < most_rows:
+        yield size
+        size += max(1, 1 << size.bit_length() >> 3)
+    yield most_rows
+
+
+def _check_blocks(rows: DecodeRows, held_tokens_S: np.ndarray) -> None:
+    """As `engine.run.batch_builder` does."""
+    short = np.flatnonzero(rows.starts >= held_tokens_S)
+    if len(short):
+        at = int(short[0])
+        raise ValueError(
+            f"sequence {rows.sequences[at]} computes up to token {int(rows.starts[at]) + 1} and its blocks hold {int(held_tokens_S[at])}"
+        )

@@ -1,0 +1,123 @@
+"""Ranks on a CPU whose steps can be captured: `tests.fakes.graphs` in place of a device's graphs, and attention that reads its lengths
+where a kernel would."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import StepPlan
+from engine.run.local_executor import LocalExecutor
+from engine.run.runner import Runner
+from engine.run.warm_up import capture
+from model.attention.backend import AttentionConfig
+from model.attention.heads import turned
+from model.attention.reference import ReferenceAttention, attend_one_head
+from model.batch import ForwardBatch
+from model.formats import Formats
+from model.rope import Rotation
+from parallel import collectives
+from parallel.experts import RoutedExperts
+from parallel.groups import Group
+from parallel.weight_format import Dense
+from tests.engine.run.tiny_models import engine_config, float32_config
+from tests.fakes.graphs import RecordedGraphs, kernel
+
+
+class CapturableAttention(ReferenceAttention):
+    """The reference, where a step only decodes as one kernel."""
+
+    can_be_captured = True
+
+    def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        if batch.num_decodes < batch.num_sequences:
+            return super().attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
+        q_SHK, k_SGK, v_SGK = turned(heads_TXK, rotation, self.config)
+        out_SHK = torch.empty_like(q_SHK)
+        _decode(
+            q_SHK, k_SGK, v_SGK, keys_NBGK, values_NBGK, batch.slots_T, batch.block_tables_SM, batch.lengths_S, out_SHK, config=self.config
+        )  # fmt: skip
+        return out_SHK
+
+
+@kernel
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, tables: Tensor, lengths: Tensor, out: Tensor,
+    *, config: AttentionConfig,
+) -> None:  # fmt: skip
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            keys.flatten(0, 1)[slot], values.flatten(0, 1)[slot] = k[row], v[row]
+    for row, length in enumerate(lengths.tolist()):
+        blocks = tables[row, : -(-length // config.block_tokens)].long()
+        seen = [cache[blocks].flatten(0, 1)[:length] for cache in (keys, values)]
+        for head, kv_head in enumerate(config.kv_of_query):
+            out[row, head] = attend_one_head(q[row : row + 1, head], *(some[:, kv_head] for some in seen), is_causal=True)[0]
+
+
+def use_capturable_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model on a GPU has them: plain matrices, one kernel for attention and one for all experts, nothing of the CPU's own."""
+    plain = Formats(Dense(torch.float32), Dense(torch.float32))
+    monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: plain)
+    monkeypatch.setattr("model.qwen2.choose_backend", lambda _device, config, _name: CapturableAttention(config))
+    for module in ("model.layers", "model.rope"):
+        monkeypatch.setattr(f"{module}.kernels_for", lambda _x: None)
+    monkeypatch.setattr(RoutedExperts, "_compute", lambda self, x, ids, weights: self._on_cuda()(x, ids, weights))
+
+
+def open_executor(folder: Path, *, num_blocks: int = 400, **changes: object) -> LocalExecutor:
+    """One whose steps are launched."""
+    config = engine_config(**changes)
+    runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens)
+    return LocalExecutor.open(folder, runner_config=runner_config, engine_config=config)
+
+
+def runner_of(executor: LocalExecutor) -> Runner:
+    assert executor._runner is not None
+    return executor._runner
+
+
+def have_replayed(executor: LocalExecutor, config: EngineConfig) -> RecordedGraphs:
+    """Have its steps replayed from now on, where they only decode."""
+    graphs = RecordedGraphs()
+    capture(runner_of(executor), graphs, config)
+    graphs.num_replays = 0
+    return graphs
+
+
+def engine_over(executor: LocalExecutor, config: EngineConfig) -> Engine:
+    """A fresh engine over an executor that may have served another one."""
+    executor.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
+    return Engine(executor, config)
+
+
+def record_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums and gathers of ranks as a device does them: again at every replay, into the same memory."""
+
+    @kernel
+    def sum_into(x: Tensor, out: Tensor, *, group: Group) -> None:
+        out.copy_(collectives.all_reduce(x.clone(), group))
+
+    @kernel
+    def gather_into(x: Tensor, out: Tensor, *, group: Group, dim: int, sizes: Sequence[int]) -> None:
+        out.copy_(collectives.all_gather(x, group, dim, sizes))
+
+    def all_reduce(x: Tensor, group: Group) -> Tensor:
+        out = torch.empty_like(x)
+        sum_into(x, out, group=group)
+        return out
+
+    def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Tensor:
+        shape = list(x.shape)
+        shape[dim] = sum(sizes)
+        out = x.new_empty(shape)
+        gather_into(x, out, group=group, dim=dim, sizes=sizes)
+        return out
+
+    monkeypatch.setattr("parallel.linear.all_reduce", all_reduce)
+    monkeypatch.setattr("parallel.embedding.all_reduce", all_reduce)
+    monkeypatch.setattr("parallel.embedding.all_gather", all_gather)

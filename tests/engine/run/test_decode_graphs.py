@@ -1,0 +1,245 @@
+"""Steps that are replayed, against the same steps launched: every answer, and every key and value left behind."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.executor import Capacity
+from engine.plan import Opening, StepPlan, TokenEvent, Work
+from engine.request import Request, SamplingParams
+from engine.run.decode_graphs import sizes_up_to
+from engine.run.local_executor import LocalExecutor
+from engine.run.runner import Runner
+from engine.run.sampling.sampler import Sampler
+from engine.run.warm_up import capture
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.kv_cache import KvCache
+from model.load import load_model
+from parallel.groups import ParallelGroups
+from parallel.topology import Topology
+from tests.engine.run.captured import engine_over, have_replayed, open_executor, record_collectives, runner_of, use_capturable_parts
+from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
+from tests.engine.run.tiny_models import NUM_REAL_TOKENS, engine_config
+from tests.fakes.graphs import Gone, NotCapturable, RecordedGraphs
+from tests.ranks import run_ranks
+
+Pair = tuple[LocalExecutor, LocalExecutor, RecordedGraphs]
+CONFIG = engine_config(max_running=6)
+CPU = torch.device("cpu")
+PLAIN = [
+    SamplingParams(temperature=0.0, max_tokens=14),
+    SamplingParams(seed=1, max_tokens=14),
+    SamplingParams(seed=2, temperature=0.8, top_k=20, top_p=0.8, max_tokens=9),
+    SamplingParams(seed=3, temperature=1.5, min_p=0.02, max_tokens=14),
+    SamplingParams(seed=4, temperature=1.2, top_p=0.7, max_tokens=11),
+    SamplingParams(seed=5, temperature=1.1, stop_token_ids=tuple(range(0, 290, 3)), min_tokens=5, max_tokens=20),
+    SamplingParams(seed=6, temperature=0.9, logprobs=3, max_tokens=8),
+]
+
+
+def random_requests(seed: int) -> list[Request]:
+    draw = random.Random(seed)
+    kinds = draw.choice([[PLAIN[0]], PLAIN[:3], PLAIN, PLAIN + SAMPLING])
+    return [
+        Request(id=str(number), choice=choice, prompt=draw.choice(PROMPTS)[: draw.choice([1, 5, 99])], sampling=draw.choice(kinds))
+        for number in range(draw.randint(1, 9))
+        for choice in range(draw.choice([1, 1, 2]))
+    ]
+
+
+def told(events: list[TokenEvent]) -> list[float]:
+    return [value for event in events for one in event.logprobs for value in (one.logprob, *(logprob for _, logprob in one.top))]
+
+
+@pytest.fixture(scope="module", params=["dense", pytest.param("moe", marks=pytest.mark.slow)])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """The same model twice, with room that makes sequences give way: once launched, once replayed."""
+    folder: Path = request.getfixturevalue(f"{request.param}_folder")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_capturable_parts(monkeypatch)
+        launched, replayed = (open_executor(folder, num_blocks=40, max_running=6) for _ in range(2))
+        yield launched, replayed, have_replayed(replayed, CONFIG)
+        launched.close()
+        replayed.close()
+
+
+def check_same(pair: Pair, seed: int) -> None:
+    launched, replayed, _ = pair
+    draw = random.Random(~seed)
+    config = replace(CONFIG, max_step_tokens=draw.choice([64, 9]), prefix_cache=draw.random() < 0.5)
+    requests = random_requests(seed)
+    wanted, found = (serve(engine_over(executor, config), requests) for executor in (launched, replayed))
+    assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
+    for key, events in found.items():
+        assert told(events) == pytest.approx(told(wanted[key]), abs=1e-4)
+        assert events[-1].finish_reason == wanted[key][-1].finish_reason
+    for ours, theirs in zip(_kv(replayed), _kv(launched), strict=True):  # of every block: those of nobody, too
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def _kv(executor: LocalExecutor) -> list[torch.Tensor]:
+    cache = runner_of(executor).cache
+    return [*cache.keys_NBGK, *cache.values_NBGK]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_replayed_steps_answer_as_launched_ones(pair: Pair, seed: int) -> None:
+    before = pair[2].num_replays
+    check_same(pair, seed)
+    assert pair[2].num_replays > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 200))
+def test_so_they_do_over_many_schedules(pair: Pair, seed: int) -> None:
+    check_same(pair, seed)
+
+
+@pytest.mark.parametrize("most_rows", [1, 2, 3, 7, 9, 100, 256, 512])
+def test_a_step_is_filled_up_by_a_fifth_at_most(most_rows: int) -> None:
+    sizes = list(sizes_up_to(most_rows))
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most_rows
+    for count in range(1, most_rows + 1):
+        size = next(size for size in sizes if size >= count)
+        assert size - count <= size / 5
+
+
+def test_a_step_that_writes_beyond_its_blocks_is_refused(pair: Pair) -> None:
+    runner = runner_of(pair[1])
+    plan = StepPlan(0, (Work(900, 4, (1,), (3,), True),), (Opening(900, 0, 5, PLAIN[0]),))
+    with pytest.raises(ValueError, match="sequence 900 computes up to token 5 and its blocks hold 4"):
+        runner.run(plan)
+    runner.run(StepPlan(1, (), closed=(900,)))
+
+
+def test_nan_logits_fail_one_sequence_and_not_its_neighbours(pair: Pair) -> None:
+    """Of a replayed step: the others of it get the tokens that they would have."""
+    launched, replayed, _ = pair
+    requests = [Request(id=str(number), prompt=PROMPTS[number], sampling=PLAIN[0]) for number in range(3)]
+    wanted = serve(engine_over(launched, CONFIG), requests)
+    runner = runner_of(replayed)
+    graphs = runner._decode_graphs
+    assert graphs is not None
+    run, count = graphs.run, 0
+
+    def poisoned(*args: object) -> torch.Tensor | None:
+        nonlocal count
+        logits = run(*args)  # type: ignore[arg-type]
+        count += 1
+        if count == 2 and logits is not None:
+            logits[0] = torch.nan
+        return logits
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(graphs, "run", poisoned)
+        found = serve(engine_over(replayed, CONFIG), requests)
+    failed = [key for key, events in found.items() if events[-1].finish_reason == "error"]
+    assert len(failed) == 1
+    assert all(answer(events) == answer(wanted[key]) for key, events in found.items() if key not in failed)
+
+
+def _tokens_of_rank(groups: ParallelGroups, folder: Path, replays: bool) -> tuple[list[list[tuple[int, ...]]], int]:
+    """One rank of two: a prompt each of two sequences, and what they go on with; one of them is over earlier."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_capturable_parts(monkeypatch)
+        record_collectives(monkeypatch)
+        with Checkpoint(folder) as checkpoint:
+            model, _ = load_model(
+                checkpoint, ModelConfig.from_checkpoint(folder), groups, device=CPU, dtype=torch.float32, block_tokens=4
+            )  # fmt: skip
+        capacity = Capacity(num_blocks=40, block_tokens=4, max_context_tokens=80)
+        sampler = Sampler(vocab_size=NUM_REAL_TOKENS, device=CPU) if groups.rank == 0 else None
+        runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=sampler, device=CPU)
+        graphs = RecordedGraphs()
+        if replays:
+            capture(runner, graphs, CONFIG)
+        given: list[list[tuple[int, ...]]] = []
+        for plan in _plans(given, groups):
+            result = runner.run(plan)
+            said = [[]] if result is None else [[(one.sequence, *one.tokens) for one in result.sampled]]
+            given.append(broadcast_said(said, groups))
+        return given, graphs.num_replays
+
+
+def _plans(given: list[list[tuple[int, ...]]], groups: ParallelGroups) -> Iterator[StepPlan]:
+    prompts, blocks = (PROMPTS[5], PROMPTS[3]), ((3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16), (20, 21, 22, 23, 24))
+    opened = tuple(Opening(n, 0, len(prompt), PLAIN[n]) for n, prompt in enumerate(prompts))
+    yield StepPlan(0, tuple(Work(n, 0, prompt, blocks[n], True) for n, prompt in enumerate(prompts)), opened)
+    for step in range(1, 8):
+        last = dict(given[-1])
+        alive = [n for n in last if n == 0 or step < 5]
+        yield StepPlan(step, tuple(Work(n, len(prompts[n]) + step - 1, (last[n],), (), True) for n in alive))
+
+
+def broadcast_said(said: list[list[tuple[int, ...]]], groups: ParallelGroups) -> list[tuple[int, ...]]:
+    """What the rank that samples said, on both."""
+    assert groups.tp.transport is not None
+    dist.broadcast_object_list(said, group=groups.tp.transport.process_group, group_src=0)
+    return said[0]
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_model_replay_the_same_steps(dense_folder: Path) -> None:
+    wanted = run_ranks(Topology(tp=2), _tokens_of_rank, dense_folder, False)
+    found = run_ranks(Topology(tp=2), _tokens_of_rank, dense_folder, True)
+    assert [given for given, _ in found] == [given for given, _ in wanted]
+    assert len(found[0][0]) == 8
+    assert found[0][1] > found[1][1] > 6, "one of them samples, too"
+
+
+# --- the graphs that these tests stand on
+
+
+def test_what_was_there_before_a_capture_must_be_there_at_a_replay() -> None:
+    holder, out = [torch.ones(4)], torch.zeros(4)
+    replay = RecordedGraphs().capture(lambda: out.copy_(holder[0] * 2))
+    holder[0].fill_(3)
+    replay()
+    assert out.tolist() == [6.0] * 4
+    holder[0] = torch.ones(4)
+    with pytest.raises(Gone):
+        replay()
+
+
+def test_nothing_is_left_over_from_an_earlier_replay() -> None:
+    made: list[torch.Tensor] = []
+    out = torch.zeros(4)
+
+    def compute() -> None:
+        made.append(torch.ones(4))
+        out.copy_(made[0])  # what the run before the capture made
+
+    replay = RecordedGraphs().capture(compute)
+    made.clear()
+    with pytest.raises(Gone):
+        replay()
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.long().bincount(),
+        lambda _x: torch.tensor([1.0, 2.0]),
+    ],
+)
+def test_a_capture_may_not_ask_the_device_nor_bring_anything(compute) -> None:
+    with pytest.raises(NotCapturable):
+        RecordedGraphs().capture(lambda: compute(torch.ones(3)))
+
+
+def test_ids_that_are_padding_are_never_sampled(pair: Pair) -> None:
+    requests = [Request(id=str(number), prompt=PROMPTS[number], sampling=replace(PLAIN[1], temperature=9.0)) for number in range(6)]
+    found = serve(engine_over(pair[1], CONFIG), requests)
+    assert max(token for events in found.values() for token in answer(events)) < NUM_REAL_TOKENS

@@ -1,0 +1,180 @@
+"""CUDA graphs on a CPU: what a function does with tensors is recorded, and done again on the same memory when it is replayed.
+
+As on a device, nothing of the host is looked at in a replay: numbers, lists and branches are those of the capture. What a capture may
+not do raises `NotCapturable`; a replay raises `Gone` where a tensor that was read, and not made, in the capture lies there no more. What
+was made in the capture is overwritten before each replay, so that nothing can be left over from an earlier one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map
+
+from engine.run.cuda_graphs import Compute, Replay
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2", "unique_consecutive"}
+"""Operations of torch whose answer, or its size, the host must know."""
+BRINGS = {"lift_fresh", "_pin_memory"}
+"""And those by which numbers of the host come in."""
+HOST_METHODS = {"tolist", "numpy", "item", "cpu", "pin_memory", "from_numpy", "tensor", "__bool__", "__int__", "__float__", "__index__"}
+EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+
+
+class NotCapturable(Exception):
+    """A capture asked the device, or brought something from the host."""
+
+
+class Gone(Exception):
+    """A replay reads a tensor that is no more."""
+
+
+class RecordedGraphs:
+    """An `engine.run.cuda_graphs.Graphs`."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def capture(self, compute: Compute) -> Replay:
+        compute()
+        recording = _Recording()
+        with _under_way(recording), _HostIsAway(), recording:
+            compute()
+
+        def replay() -> None:
+            self.num_replays += 1
+            recording.replay()
+
+        return replay
+
+
+class _External:
+    """A tensor that was there before the capture, which keeps it no longer than others do."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._dtype, self._place = tensor.dtype, (tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def get(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            raise Gone("a captured step reads a tensor that has been freed, or that another has taken the place of")
+        return torch.empty(0, dtype=self._dtype).set_(storage, *self._place)
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, torch.Tensor] = {}
+        self._again: list[Callable[[], None]] = []
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in WAITS | BRINGS or masks:
+            raise NotCapturable(f"{function} in a capture")
+        held = tree_map(self._hold, (args, kwargs))
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        out = function(*args, **kwargs)
+        made = [tensor for tensor in _tensors(out) if tensor.untyped_storage().data_ptr() not in given]
+        for tensor in made:
+            self._made[tensor.untyped_storage().data_ptr()] = tensor
+        writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in function._schema.arguments)
+        if name not in EMPTY and (made or writes):
+            self._again.append(lambda: self._do_again(function, held, _tensors(out) if made else []))
+        return out
+
+    def launch(self, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Something that torch does not see: a kernel, a collective."""
+        held = tree_map(self._hold, (args, kwargs))
+
+        def again() -> None:
+            some, named = tree_map(_take, held)
+            run(*some, **named)
+
+        self._again.append(again)
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for tensor in self._made.values():
+            _poison(tensor)
+        for again in self._again:
+            again()
+
+    def _hold(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.untyped_storage().data_ptr() in self._made:
+            return value
+        return _External(value)
+
+    @staticmethod
+    def _do_again(function: Any, held: Any, into: list[torch.Tensor]) -> None:
+        args, kwargs = tree_map(_take, held)
+        for place, tensor in zip(into, _tensors(function(*args, **kwargs)), strict=bool(into)):
+            place.copy_(tensor)
+
+
+class _HostIsAway(TorchFunctionMode):
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in HOST_METHODS:
+            raise NotCapturable(f"{function.__name__} in a capture")
+        return function(*args, **(kwargs or {}))
+
+
+def _take(value: Any) -> Any:
+    return value.get() if isinstance(value, _External) else value
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    tree_map(lambda value: found.append(value) if isinstance(value, torch.Tensor) else None, tree)
+    return found
+
+
+def _poison(tensor: torch.Tensor) -> None:
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    if tensor.dtype.is_floating_point:
+        whole.fill_(0xFF)  # NaN in every floating dtype
+    else:
+        whole.fill_(0x55)
+
+
+_recordings: list[_Recording] = []
+"""The one under way, if one is."""
+
+
+def kernel(run: Callable[..., None]) -> Callable[..., None]:
+    """``run`` as a device does it: at a replay again, on what lies in its tensors then. What it does inside is its own affair."""
+
+    def inside(*args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            run(*args, **kwargs)
+
+    @wraps(run)
+    def launched(*args: Any, **kwargs: Any) -> None:
+        inside(*args, **kwargs)
+        if _recordings:
+            _recordings[-1].launch(inside, args, kwargs)
+
+    return launched
+
+
+@contextmanager
+def _under_way(recording: _Recording) -> Iterator[None]:
+    """Launches of Triton, where its interpreter stands in for a device, are told as well."""
+    _recordings.append(recording)
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        with patch.object(InterpretedFunction, "run", kernel(InterpretedFunction.run)):
+            yield
+    except ImportError:
+        yield
+    finally:
+        _recordings.pop()
