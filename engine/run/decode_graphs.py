@@ -45,20 +45,21 @@ class DecodeGraphs:
         """(B, V): those of the last step. The next one overwrites them."""
         if vocab_size is not None:
             self.logits = torch.zeros(most_rows, vocab_size, dtype=model.dtype, device=device)
-        self._replays: dict[int, Replay] = {}
+        self.replays: dict[int, Replay] = {}
+        """By their numbers of rows: the model's launches, on whatever was brought last."""
 
     def __repr__(self) -> str:
-        return f"<DecodeGraphs [{len(self._replays)} of {len(self.sizes)} captured | up to {self.sizes[-1]} rows]>"
+        return f"<DecodeGraphs [{len(self.replays)} of {len(self.sizes)} captured | up to {self.sizes[-1]} rows]>"
 
     @torch.inference_mode()
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         """Anew, if it has been done: the largest first, whose memory is enough for all. On all ranks of the replica at the same time."""
-        self._replays.clear()
+        self.replays.clear()
         self._numbers.zero_()
         self._numbers[SLOTS] = NOWHERE
         self._lengths.fill_(1)
         for size in reversed(self.sizes):
-            self._replays[size] = self._graphs.capture(partial(self._compute, size))
+            self.replays[size] = self._graphs.capture(partial(self._compute, size))
             after_each()
 
     def takes(self, num_rows: int) -> bool:
@@ -88,7 +89,7 @@ class DecodeGraphs:
             blocks_SM = np.concatenate([blocks_SM, blocks_SM[[shortest] * (size - count)]])
         refill(self._numbers, numbers)
         refill(self._tables[:size, : blocks_SM.shape[1]], blocks_SM)
-        self._replays[size]()
+        self.replays[size]()
         return None if self.logits is None else self.logits[:count]
 
     @property

@@ -80,8 +80,9 @@ class Runner:
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
         self._columns = SamplingColumns()
-        self._decode_graphs: DecodeGraphs | None = None
-        self._sampler_graphs: SamplerGraphs | None = None
+        self.decode_graphs: DecodeGraphs | None = None
+        """What `capture` recorded."""
+        self.sampler_graphs: SamplerGraphs | None = None
 
     def __repr__(self) -> str:
         return f"<Runner [{'samples' if self.is_sampling else 'computes'} on {self.device} | {self._tables} | {self.cache}]>"
@@ -94,7 +95,7 @@ class Runner:
     def capture(self, graphs: Graphs, *, most_rows: int, on_progress: Callable[[int, int], None] = lambda _done, _total: None) -> None:
         """Record steps that only decode, so that `run` replays them from now on. All ranks of the replica must call this at the same time,
         between two steps, and there must be no `engine.run.decode_graphs.capture_obstacle`. ``on_progress`` is told (done, total)."""
-        self._decode_graphs = DecodeGraphs(
+        self.decode_graphs = DecodeGraphs(
             self.model,
             self.cache,
             graphs,
@@ -102,17 +103,17 @@ class Runner:
             most_blocks=self.capacity.blocks_for(self.capacity.max_context_tokens),
             vocab_size=self._sampler.vocab_size if self._sampler else None,
         )
-        if self._decode_graphs.logits is not None:
-            self._sampler_graphs = SamplerGraphs(self._decode_graphs.logits, self._decode_graphs.sizes, graphs)
-        total = len(self._decode_graphs.sizes) + (self._sampler_graphs.num_graphs if self._sampler_graphs else 0)
+        if self.decode_graphs.logits is not None:
+            self.sampler_graphs = SamplerGraphs(self.decode_graphs.logits, self.decode_graphs.sizes, graphs)
+        total = len(self.decode_graphs.sizes) + (self.sampler_graphs.num_graphs if self.sampler_graphs else 0)
         done = iter(range(1, total + 1))
 
         def count() -> None:
             on_progress(next(done), total)
 
-        self._decode_graphs.capture(count)
-        if self._sampler_graphs is not None:
-            self._sampler_graphs.capture(count)
+        self.decode_graphs.capture(count)
+        if self.sampler_graphs is not None:
+            self.sampler_graphs.capture(count)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
@@ -122,8 +123,8 @@ class Runner:
         """
         began = time.perf_counter()
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
-        if rebalanced is not None and rebalanced.num_moved and self._decode_graphs is not None:
-            self._decode_graphs.capture()  # experts lie elsewhere now
+        if rebalanced is not None and rebalanced.num_moved and self.decode_graphs is not None:
+            self.decode_graphs.capture()  # experts lie elsewhere now
         self._open_and_close(plan)
         given = self._take(plan)
         if not self.is_sampling:
@@ -144,17 +145,17 @@ class Runner:
             if self._sampler is not None:
                 state = SamplingState(opening, vocab_size=self._sampler.vocab_size)
                 self._states[opening.sequence] = state
-                if self._sampler_graphs is not None:
+                if self.sampler_graphs is not None:
                     self._columns.put(row, state)
                 self._guides.open(opening)
                 self._pools.open(opening)
 
     def _take(self, plan: StepPlan) -> _Given:
         """Replay the step, where it is one of those captured, or launch it."""
-        if self._decode_graphs is not None:
+        if self.decode_graphs is not None:
             rows = decode_rows(plan, self.shard)
-            if rows is not None and self._decode_graphs.takes(len(rows)):
-                return self._replay(rows, self._decode_graphs)
+            if rows is not None and self.decode_graphs.takes(len(rows)):
+                return self._replay(rows, self.decode_graphs)
         works = plan.works
         return self._compute([work for work in works if work.shard == self.shard]) if works else _Given()
 
@@ -164,7 +165,7 @@ class Runner:
         self._mark(9, marked)
         self._mark(10, marked)
         logits_SV = graphs.run(rows, table_rows_S, self._tables)  # the device has enough to do now
-        if self._sampler is None or self._sampler_graphs is None or logits_SV is None:
+        if self._sampler is None or self.sampler_graphs is None or logits_SV is None:
             return _Given()
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
@@ -177,7 +178,7 @@ class Runner:
         if are_edited(columns, known_S):
             allowed = self._guides.begin(rows.sequences)
             return _Given(self._sample(self._sampler, logits_SV, rows.works(), allowed.result() if allowed else {}))
-        report = self._sampler_graphs.run(columns, known_S, graphs.size_for(len(rows)))
+        report = self.sampler_graphs.run(columns, known_S, graphs.size_for(len(rows)))
         chosen_S, decided_S, sound_S = report
         if decided_S.all() and sound_S.all() and not (columns[NEEDS] & TELLS).any():
             tokens, sampled = rows.told(chosen_S)

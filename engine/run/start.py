@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.run.cuda_graphs import CudaGraphs
 from engine.run.draft_fit import check_draft_model
 from engine.run.drafter import open_drafter
+from engine.run.grammar.guides import Guides
 from engine.run.grammar.start import open_guides
 from engine.run.host import multiplies_bfloat16, usable_cores
 from engine.run.memory import measure_capacity
@@ -103,34 +104,63 @@ def start_rank(
             model = _load(checkpoint, model_config, groups, runner_config, engine_config, device, tell)
         sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
         draft_model = _load_draft_model(draft_folder, model, runner_config, engine_config, device) if draft_folder and sampler else None
-        with _phase("memory", tell):
-            capacity = measure_capacity(
-                model,
-                sampler,
-                runner_config=runner_config,
-                engine_config=engine_config,
-                groups=groups,
-                ranks_on_host=on_host,
-                draft_model=draft_model,
-            )
-            cache = KvCache(model.kv_layout, capacity.num_blocks, device)
-        runner = Runner(
-            model=model,
-            cache=cache,
-            capacity=capacity,
-            sampler=sampler,
-            device=device,
-            shard=groups.dp.rank,
+        yield ready_runner(
+            model,
+            sampler,
+            runner_config=runner_config,
+            engine_config=engine_config,
+            ranks_on_host=on_host,
+            draft_model=draft_model,
             guides=open_guides(small_files(checkpoint_folder), sampler.vocab_size, runner_config) if sampler else None,
-            drafter=open_drafter(draft_model, sampler, capacity.num_blocks),
+            tell=tell,
         )
-        with _phase("warm_up", tell):
-            warm_up(runner)
-        if runner_config.cuda_graphs and device.type == "cuda":
-            capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
-        runner.rebalancer.forget()
-        log.info("rank %d of %d is ready: %s", rank, topology.size, runner)
-        yield runner
+
+
+def ready_runner(
+    model: Qwen2,
+    sampler: Sampler | None,
+    *,
+    runner_config: RunnerConfig,
+    engine_config: EngineConfig,
+    ranks_on_host: int = 1,
+    draft_model: Qwen2 | None = None,
+    guides: Guides | None = None,
+    tell: OnProgress = lambda _progress: None,
+) -> Runner:
+    """A rank around a loaded model: measured, warmed up, its steps captured. All ranks of the topology must call this at the same time.
+
+    Raises:
+        NoRoomForKv, InvalidLogits: see `start_rank`.
+    """
+    groups, device = model.groups, model.device
+    with _phase("memory", tell):
+        capacity = measure_capacity(
+            model,
+            sampler,
+            runner_config=runner_config,
+            engine_config=engine_config,
+            groups=groups,
+            ranks_on_host=ranks_on_host,
+            draft_model=draft_model,
+        )
+        cache = KvCache(model.kv_layout, capacity.num_blocks, device)
+    runner = Runner(
+        model=model,
+        cache=cache,
+        capacity=capacity,
+        sampler=sampler,
+        device=device,
+        shard=groups.dp.rank,
+        guides=guides,
+        drafter=open_drafter(draft_model, sampler, capacity.num_blocks),
+    )
+    with _phase("warm_up", tell):
+        warm_up(runner)
+    if runner_config.cuda_graphs and device.type == "cuda":
+        capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
+    runner.rebalancer.forget()
+    log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, runner)
+    return runner
 
 
 def resolve_device(name: str) -> torch.device:

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from engine.run.grammar.guides import Guides
-from engine.run.grammar.llg import LlCompiler
 from engine.run.settings import RunnerConfig
 from model.vocabulary import Vocabulary
 
@@ -22,6 +21,8 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
     vocabulary = Vocabulary.from_checkpoint(folder)
     if vocabulary is None or not vocabulary.special_ids:
         return Guides(None, vocab_size=vocab_size)
+    from engine.run.grammar.llg import LlCompiler  # llguidance, which machines that only measure models need not have
+
     compiler = LlCompiler(vocabulary, cache_bytes=config.grammar_cache_bytes)
     log.info("grammars over %d ids are ready after %.1f s", len(vocabulary.tokens), time.monotonic() - began)
     return Guides(compiler, vocab_size=vocab_size, special_ids=sorted(vocabulary.special_ids))

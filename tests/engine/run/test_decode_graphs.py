@@ -125,7 +125,7 @@ def test_nan_logits_fail_one_sequence_and_not_its_neighbours(pair: Pair) -> None
     requests = [Request(id=str(number), prompt=PROMPTS[number], sampling=PLAIN[0]) for number in range(3)]
     wanted = serve(engine_over(launched, CONFIG), requests)
     runner = runner_of(replayed)
-    graphs = runner._decode_graphs
+    graphs = runner.decode_graphs
     assert graphs is not None
     run, count = graphs.run, 0
 

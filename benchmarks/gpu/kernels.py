@@ -1,0 +1,292 @@
+"""Every kernel against float64: random inputs drawn anew in every call, outputs poisoned before, at the sizes of Qwen2; and how fast it is.
+
+T rows, H query heads, G KV heads, K head width, L tokens of a context.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu.ceilings import Ceilings
+from benchmarks.gpu.clock import replayed_s
+from benchmarks.gpu.results import Results
+from engine.plan import Opening
+from engine.request import SamplingParams
+from engine.run.noise import uniform
+from engine.run.sampling.sampler import Sampler
+from engine.run.sampling.state import Row, SamplingState
+from model.attention.backend import AttentionConfig
+from model.batch import ForwardBatch
+from model.rope import Rotation
+from parallel.rounding import FP8, round_to_fp8
+from parallel.scaled_format import Kind, ScaledFormat, unpack
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is checked: those of Qwen2 on a device, tiny ones where an interpreter stands in for it."""
+
+    heads: Sequence[tuple[int, int, int]] = ((28, 4, 128), (14, 2, 64), (64, 8, 128))
+    contexts: Sequence[int] = (1, 15, 16, 17, 640, 5000)
+    prompts: Sequence[tuple[int, int]] = ((0, 700), (513, 130), (0, 33))
+    """(behind, new)"""
+    timed: Sequence[tuple[int, int]] = ((1, 1024), (1, 30000), (32, 1024), (128, 1024))
+    """(sequences, context)"""
+    width: int = 3584
+    inner: int = 18944
+    rows: Sequence[int] = (1, 7, 32, 256)
+    experts: tuple[int, int, int] = (64, 8, 2560)
+    """(experts, chosen, inner width)"""
+    vocab_size: int = 151_936
+
+
+TINY = Sizes(
+    heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 5),), timed=((1, 20),), width=64, inner=96, rows=(1, 5),
+    experts=(4, 2, 32), vocab_size=300,
+)  # fmt: skip
+ROTATED_BYTES = 256 << 20
+"""Read in turn, so that no run finds in the cache what the one before read: four times an H200's."""
+
+
+class Checks:
+    """On one device. On a CPU Triton's interpreter must be on, and floats have 32 bits: it has no bfloat16."""
+
+    def __init__(self, results: Results, device: torch.device, ceilings: Ceilings, sizes: Sizes) -> None:
+        self._results, self._device, self._ceilings, self._sizes = results, device, ceilings, sizes
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._most = 1e-2 if device.type == "cuda" else 1e-4
+        """Of relative error: roundings of bfloat16 add up to between 1e-3 and 1e-2."""
+
+    def run(self) -> None:
+        """All of them; the first that is wrong does not keep the others from being seen."""
+        wrong: list[str] = []
+        for check in (self._noise, self._small, self._attention, self._prefill, self._scaled, self._experts, self._sampling):
+            self._results.go_on()
+            try:
+                check()
+            except AssertionError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise AssertionError("; ".join(wrong))
+
+    # --- one kernel each
+
+    def _noise(self) -> None:
+        from parallel.cuda.noise import uniform as in_one_launch
+
+        words = [torch.randint(0, 2**32, (1000,)) for _ in range(3)]
+        found = in_one_launch(*(some.to(self._device) for some in words), 0)
+        assert torch.equal(found.cpu(), uniform(*words)), "noise differs from its twin"
+        self._results.add("kernels", "noise: rows that differ", 0.0, "rows")
+
+    def _small(self) -> None:
+        from parallel.cuda.elementwise import add_rms_norm, rms_norm, swiglu
+
+        width = self._sizes.width
+        for rows in self._sizes.rows:
+            x, residual, weight = self._random(rows, width), self._random(rows, width), self._random(width)
+            total = x.double() + residual.double()
+            with poisoned():
+                normed = rms_norm(x, weight, 1e-6)
+                stream = residual.clone()
+                added = add_rms_norm(x, stream, weight, 1e-6)
+                gated = swiglu(wide := self._random(rows, 2 * self._sizes.inner))
+            self._judge(f"rms norm of {rows}", normed, _normed(x.double(), weight.double()))
+            self._judge(f"add and norm of {rows}", added, _normed(total, weight.double()))
+            self._judge(f"residual stream of {rows}", stream, total)
+            gate, up = wide.double().chunk(2, -1)
+            self._judge(f"swiglu of {rows}", gated, F.silu(gate) * up)
+
+    def _attention(self) -> None:
+        for heads in self._sizes.heads:
+            for kv_dtype in self._kv_dtypes():
+                self._attend([(length - 1, 1) for length in self._sizes.contexts], heads, kv_dtype)
+        heads = self._sizes.heads[0]
+        for sequences, context in self._sizes.timed:
+            for kv_dtype in self._kv_dtypes():
+                self._results.go_on()
+                run = self._attending([(context - 1, 1)] * sequences, heads, kv_dtype)[0]
+                num_bytes = 2 * sequences * context * heads[1] * heads[2] * kv_dtype.itemsize
+                self._timed(f"decode of {sequences} behind {context}, KV in {kv_dtype}", run, num_bytes)
+
+    def _prefill(self) -> None:
+        for heads in self._sizes.heads:
+            self._attend(list(self._sizes.prompts), heads, self._dtype)
+
+    def _scaled(self) -> None:
+        from parallel.cuda.scaled import multiply
+
+        kinds: tuple[Kind, ...] = ("int8", "int4", "fp8") if self._device.type == "cuda" else ("int8", "int4")
+        for kind in kinds:  # (Triton's interpreter loses a carry in FP8)
+            tensors = ScaledFormat(kind, torch.float32).prepare({"weight": self._random(self._sizes.inner, self._sizes.width).float()})
+            matrix = unpack(tensors).double()[:, : self._sizes.width]
+            for rows in self._sizes.rows:
+                x, bias = self._random(rows, self._sizes.width), self._random(self._sizes.inner)
+                wide = x.double()
+                if kind == "fp8":
+                    numbers, scales = round_to_fp8(x)
+                    wide = numbers.double() * scales.double().unsqueeze(-1)
+                with poisoned():
+                    found = multiply(x, tensors, bias)
+                self._judge(f"{kind} product of {rows}", found, wide @ matrix.T + bias.double())
+                self._timed(f"{kind} product of {rows}", *self._in_turn(x, tensors))
+
+    def _in_turn(self, x: Tensor, tensors: dict[str, Tensor]) -> tuple[Callable[[], object], int]:
+        """Products with so many copies of a matrix that none stays in the cache, and all bytes of them."""
+        from parallel.cuda.scaled import multiply
+
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        most = ROTATED_BYTES if self._device.type == "cuda" else num_bytes
+        copies = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(-(-most // num_bytes))]
+        return (lambda: [multiply(x, copy, None) for copy in copies]), num_bytes * len(copies)
+
+    def _experts(self) -> None:
+        from parallel.cuda.grouped import GroupedExperts
+
+        num_experts, chosen, inner = self._sizes.experts
+        width = self._sizes.width
+        up = {n: {"weight": self._random(2 * inner, width) * 0.02} for n in range(num_experts)}
+        down = {n: {"weight": self._random(width, inner) * 0.02} for n in range(num_experts)}
+        grouped = GroupedExperts(num_experts, up, down)
+        for rows in self._sizes.rows:
+            self._results.go_on()
+            x, weights = self._random(rows, width), torch.rand(rows, chosen, device=self._device).to(self._dtype)
+            ids = torch.stack([torch.randperm(num_experts, device=self._device)[:chosen] for _ in range(rows)])
+            with poisoned():
+                found = grouped(x, ids, weights)
+            wanted = torch.zeros(rows, width, dtype=torch.float64, device=self._device)
+            for expert in range(num_experts):
+                at, place = (ids == expert).nonzero(as_tuple=True)
+                if len(at):
+                    gate, wide = (x[at].double() @ up[expert]["weight"].double().T).chunk(2, -1)
+                    y = (F.silu(gate) * wide) @ down[expert]["weight"].double().T
+                    wanted.index_add_(0, at, y * weights[at, place].double().unsqueeze(-1))
+            self._judge(f"experts of {rows}", found, wanted)
+            num_bytes = ids.unique().numel() * 3 * inner * width * self._dtype.itemsize
+            self._timed(f"experts of {rows}", lambda x=x, ids=ids, weights=weights: grouped(x, ids, weights), num_bytes)
+
+    def _sampling(self) -> None:
+        """The same tokens on the device as on a CPU, of the same logits."""
+        cpu, draw = torch.device("cpu"), random.Random()
+        params = [SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.8), SamplingParams(top_p=0.9), SamplingParams()]
+        logits = (torch.randn(32, self._sizes.vocab_size) * 3).to(self._dtype)
+        rows = [self._row(draw.choice(params), draw.randrange(1 << 31)) for _ in range(32)]
+        wanted = Sampler(vocab_size=self._sizes.vocab_size, device=cpu).sample(logits, rows)
+        found = Sampler(vocab_size=self._sizes.vocab_size, device=self._device).sample(logits.to(self._device), rows)
+        different = sum(one.tokens != other.tokens for one, other in zip(found, wanted, strict=True))
+        self._results.add("kernels", "sampling: rows that differ from the CPU's, of 32", float(different), "rows")
+        assert different <= 1, f"sampling gives {different} other tokens of 32"
+
+    # --- parts of them
+
+    def _attend(self, works: list[tuple[int, int]], heads: tuple[int, int, int], kv_dtype: torch.dtype) -> None:
+        run, q, keys, values, tables, starts = self._attending(works, heads, kv_dtype)
+        with poisoned():
+            found = run()
+        name = f"{'decode' if all(new == 1 for _, new in works) else 'prefill'} of {heads}, KV in {kv_dtype}"
+        wanted = torch.zeros_like(q, dtype=torch.float64)
+        for number, (behind, new) in enumerate(works):
+            blocks = tables[number, : -(-(behind + new) // BLOCK_TOKENS)].long()
+            k_LGK, v_LGK = (cache[blocks].flatten(0, 1)[: behind + new].double() for cache in (keys, values))
+            group = heads[0] // heads[1]
+            k_LHK, v_LHK = k_LGK.repeat_interleave(group, 1), v_LGK.repeat_interleave(group, 1)
+            q_PHK = q[starts[number] : starts[number] + new].double()
+            scores = torch.einsum("phk,lhk->hpl", q_PHK, k_LHK) * heads[2] ** -0.5
+            hidden = torch.arange(behind + new, device=q.device) > torch.arange(behind, behind + new, device=q.device).unsqueeze(1)
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            wanted[starts[number] : starts[number] + new] = torch.einsum("hpl,lhk->phk", weights, v_LHK)
+        self._judge(name, found, wanted)
+
+    def _attending(
+        self, works: list[tuple[int, int]], heads: tuple[int, int, int], kv_dtype: torch.dtype
+    ) -> tuple[Callable[[], Tensor], Tensor, Tensor, Tensor, Tensor, list[int]]:
+        """(what attends, queries, keys, values, tables, where each work's tokens begin). Blocks lie in random order, nobody's hold NaN."""
+        from model.attention.cuda import CudaAttention
+
+        num_heads, num_kv_heads, head_dim = heads
+        counts = [-(-(behind + new) // BLOCK_TOKENS) for behind, new in works]
+        order = torch.randperm(sum(counts) + 1) + 1
+        tables = torch.nn.utils.rnn.pad_sequence(list(order[: sum(counts)].split(counts)), batch_first=True).int()
+        shape = (sum(counts) + 2, BLOCK_TOKENS, num_kv_heads, head_dim)
+        caches = [self._random(*shape) for _ in range(2)]
+        for cache in caches:
+            cache[[0, int(order[-1])]] = torch.nan
+        keys, values = (cache.to(kv_dtype) for cache in caches)
+        starts, slots = [0], []
+        for number, (behind, new) in enumerate(works):
+            places = torch.arange(behind, behind + new)
+            slots.append(tables[number, places // BLOCK_TOKENS].long() * BLOCK_TOKENS + places % BLOCK_TOKENS)
+            starts.append(starts[-1] + new)
+        fused = self._random(starts[-1], num_heads + 2 * num_kv_heads, head_dim)
+        if kv_dtype == FP8:
+            fused[:, num_heads:] = fused[:, num_heads:].to(FP8).to(self._dtype)
+        group = num_heads // num_kv_heads
+        config = AttentionConfig(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_tokens=BLOCK_TOKENS,
+            kv_of_query=tuple(head // group for head in range(num_heads)),
+        )  # fmt: skip
+        lengths = tuple(behind + new for behind, new in works)
+        batch = ForwardBatch(
+            tokens_T=torch.zeros(starts[-1], dtype=torch.int64),
+            positions_T=torch.zeros(starts[-1], dtype=torch.int64),
+            slots_T=torch.cat(slots).to(self._device),
+            block_tables_SM=tables.to(self._device),
+            lengths_S=torch.tensor(lengths, dtype=torch.int32, device=self._device),
+            query_starts=tuple(starts),
+            context_lengths=lengths,
+            num_decodes=len(works) if all(new == 1 for _, new in works) else 0,
+            logit_rows_R=torch.arange(0),
+        )
+        ones = torch.ones(starts[-1], 1, head_dim // 2, dtype=self._dtype, device=self._device)
+        backend, rotation = CudaAttention(config, self._device), Rotation(ones, torch.zeros_like(ones))
+        backend.prepare(batch)
+        return (
+            (lambda: backend.attend(fused, rotation, keys, values, batch)),
+            fused[:, :num_heads],
+            keys,
+            values,
+            batch.block_tables_SM,
+            starts,
+        )
+
+    def _kv_dtypes(self) -> list[torch.dtype]:
+        return [self._dtype, FP8] if self._device.type == "cuda" else [self._dtype]
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self._device).to(self._dtype)
+
+    def _row(self, params: SamplingParams, seed: int) -> Row:
+        opening = Opening(0, 0, 1, replace(params, seed=seed))
+        return Row(SamplingState(opening, vocab_size=self._sizes.vocab_size), 3)
+
+    def _judge(self, name: str, found: Tensor, wanted: Tensor) -> None:
+        error = float((found.double() - wanted).norm() / wanted.norm())
+        self._results.add("kernels", f"{name}: error", error, "relative")
+        assert error < self._most, f"{name} is wrong by {error:.2g}"  # NaN is not below anything
+
+    def _timed(self, name: str, compute: Callable[[], object], num_bytes: int) -> None:
+        rate = num_bytes / replayed_s(compute, self._device)
+        self._results.add("kernels", name, rate / 1e12, "TB/s", self._ceilings.read_bytes_per_s / 1e12)
+
+
+def _normed(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, or the largest integer, so that what a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)

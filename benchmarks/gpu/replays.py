@@ -1,0 +1,85 @@
+"""Steps replayed from CUDA graphs against the same steps launched, on the device: logits of the model, and tokens of the sampler."""
+
+import random
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.models import Served
+from benchmarks.gpu.results import Results
+from engine.plan import Opening, StepPlan, Work
+from engine.request import SamplingParams
+from engine.run.batch_builder import build_batch
+from engine.run.block_tables import BlockTables
+from engine.run.decode_graphs import DecodeGraphs
+from engine.run.decode_rows import decode_rows
+from engine.run.sampling.columns import SamplingColumns
+from engine.run.sampling.sampler_graphs import SamplerGraphs
+from engine.run.sampling.state import Row, SamplingState
+
+KINDS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(top_k=20, top_p=0.8, temperature=0.7),
+    SamplingParams(top_p=0.9),
+    SamplingParams(min_p=0.05),
+    SamplingParams(),
+)
+
+
+@torch.inference_mode()
+def check(results: Results, name: str, served: Served) -> None:
+    """
+    Raises:
+        AssertionError: a replay differs by more than roundings.
+    """
+    graphs, sampler_graphs = served.runner.decode_graphs, served.runner.sampler_graphs
+    assert graphs is not None, "nothing was captured; the log says why"
+    assert sampler_graphs is not None
+    for cache in (*served.runner.cache.keys_NBGK, *served.runner.cache.values_NBGK):
+        cache.normal_()
+    for rows in (1, 5, 9, 33):
+        results.go_on()
+        error = _error_of_logits(served, graphs, rows)
+        results.add("replays", f"{name}: logits of {rows}, replayed and launched", error, "relative")
+        assert error < 1e-2, f"{name}: replayed logits of {rows} are off by {error:.2g}"
+        different = _different_tokens(served, sampler_graphs, rows, graphs.size_for(rows))
+        results.add("replays", f"{name}: tokens of {rows} that differ", float(different), "rows")
+        assert not different, f"{name}: replayed sampling gives {different} other tokens of {rows}"
+
+
+def _error_of_logits(served: Served, graphs: DecodeGraphs, count: int) -> float:
+    """Contexts of up to 300 tokens in blocks of their own."""
+    draw, tables, works = random.Random(), BlockTables(), []
+    block_tokens = served.runner.capacity.block_tokens
+    for number in range(count):
+        start = draw.randrange(300)
+        blocks = tuple(20 * number + at for at in range(start // block_tokens + 1))
+        works.append(Work(number, start, (draw.randrange(served.model.config.vocab_size),), blocks, samples=True))
+        tables.open(number)
+    rows = decode_rows(StepPlan(0, tuple(works)), 0)
+    assert rows is not None
+    replayed = graphs.run(rows, rows.enter(tables), tables)
+    assert replayed is not None
+    found = replayed.double()
+    built = build_batch(works, tables, block_tokens, served.model.device)
+    hidden_TD = served.model.hidden(built.forward, served.runner.cache)
+    assert hidden_TD is not None
+    wanted = served.model.logits(hidden_TD).double()[:, : found.shape[1]]
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def _different_tokens(served: Served, graphs: SamplerGraphs, count: int, size: int) -> int:
+    """Of the logits that the model left, drawn with every kind of parameters."""
+    draw, columns, rows = random.Random(), SamplingColumns(), []
+    for at in range(count):
+        state = SamplingState(Opening(at, at % 3, 0, draw.choice(KINDS)), vocab_size=served.sampler.vocab_size)
+        columns.put(at, state)
+        rows.append(Row(state, draw.randrange(1 << 20)))
+    decode_graphs = served.runner.decode_graphs
+    assert decode_graphs is not None
+    assert decode_graphs.logits is not None
+    logits_RV = decode_graphs.logits[:count]
+    report = graphs.run(columns.of(np.arange(count)), np.array([row.position for row in rows]), size)
+    found = served.sampler.answers(logits_RV, logits_RV, rows, [*report.tolist(), report[2].tolist()])
+    wanted = served.sampler.sample(logits_RV, rows)
+    return sum(one.tokens != other.tokens for one, other in zip(found, wanted, strict=True))
