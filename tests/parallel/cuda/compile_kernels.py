@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parallel.cuda import elementwise, experts, noise, paged_attention, products, scaled
+from parallel.cuda import elementwise, experts, highest, noise, paged_attention, products, scaled
 from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -83,6 +83,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         {"seeds": "*i64", "choices": "*i64", "positions": "*i64", "out": "*fp64", "num_rows": "i32", "stream": "i32"},
         {"BLOCK": noise.BLOCK},
         {"num_warps": 4},
+    ),
+    (
+        highest._parts_kernel,
+        {"x": "*bf16", "part_highest": "*fp32", "part_ids": "*i32", "width": "i32", "row_stride": "i32", "num_parts": "i32"},
+        {"BLOCK": highest.BLOCK},
+        {"num_warps": 8},
+    ),
+    (
+        highest._rows_kernel,
+        {"part_highest": "*fp32", "part_ids": "*i32", "highest_of": "*fp32", "id_of": "*i64", "num_parts": "i32"},
+        {"PARTS": 64},
+        {"num_warps": 1},
     ),
     (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 4}),
     *(
