@@ -83,6 +83,6 @@ class Books:
     def let_join(self, sequence: Sequence) -> None:
         """It has its first or next token. If that is all there is about it, it goes on with its shard's cohort."""
         sampling = sequence.request.sampling
-        if sampling.grammar is None and sampling.logprobs is None and not sequence.trial_left:
+        if sampling.grammar is None and sampling.logprobs is None and not sequence.trial_left and not sequence.in_flight:
             end = min(sequence.num_prompt + sampling.max_tokens, self.capacity.max_context_tokens)
             self.shards[sequence.shard].join(sequence, end=end)

@@ -14,9 +14,9 @@ from engine.request import Request
 from engine.sequence import Sequence
 from engine.told import Said
 
-NUMBER, LENGTH, HELD, TOKEN, END, STOPS_FROM, FIRST, TAG, PAYER, READY = range(10)
+NUMBER, LENGTH, HELD, TOKEN, END, STOPS_FROM, FIRST, TAG, PAYER, UNDER_WAY = range(10)
 """Columns: the ranks' number; known tokens; tokens that its blocks hold; the last known token; the length at which the answer is over;
-the length from which a stop id ends it; tokens of the prompt; `Request.tag`; who is charged; 1 if it is there and no step is under way."""
+the length from which a stop id ends it; tokens of the prompt; `Request.tag`; who is charged; steps that were not answered yet."""
 NO_STOP = -1
 FEW_STOP_IDS = 8
 
@@ -54,7 +54,7 @@ class Cohort:
         self._shard, self._block_tokens = shard, block_tokens
         self._row: dict[int, int] = {}
         self._free: list[int] = []
-        self._columns = np.zeros((READY + 1, 0), np.int64)
+        self._columns = np.zeros((UNDER_WAY + 1, 0), np.int64)
         self._stop_ids = np.zeros((0, 1), np.int64)
         self._sequences = np.zeros(0, object)
         self._payers = _Payers()
@@ -73,6 +73,7 @@ class Cohort:
     def join(self, sequence: Sequence, *, end: int) -> None:
         """It has one known token that is not computed, no step under way, and is over with ``end`` known tokens."""
         assert sequence.number is not None
+        assert not sequence.in_flight
         if not self._free:
             self._grow()
         row = self._free.pop()
@@ -88,7 +89,7 @@ class Cohort:
             sequence.num_prompt,
             sequence.request.tag,
             self._payers.enter(sequence.request),
-            1,
+            0,
         )
         self._set_stop_ids(row, sampling.stop_token_ids)
         self._sequences[row] = sequence
@@ -111,21 +112,26 @@ class Cohort:
         """Whose rows are planned."""
         return self._sequences[planned.rows].tolist()  # type: ignore[no-any-return]
 
-    @property
-    def num_ready(self) -> int:
-        return int(self._columns[READY].sum())
+    def num_due(self, ahead: bool) -> int:
+        """Members that `plan` plans."""
+        return int(self._due(ahead).sum())
 
-    def num_missing(self) -> int:
-        """Blocks that the members without a step under way need for their last known tokens."""
+    def num_missing(self, ahead: bool) -> int:
+        """Blocks that those need."""
         columns = self._columns
-        return int(((columns[LENGTH] > columns[HELD]) & (columns[READY] == 1)).sum())
+        return int((self._due(ahead) & (columns[LENGTH] + columns[UNDER_WAY] > columns[HELD])).sum())
 
-    def plan(self, pool: BlockPool) -> Planned:
-        """One token of each member that has no step under way. The pool has the blocks for them."""
-        rows = np.flatnonzero(self._columns[READY])
+    def plan(self, pool: BlockPool, ahead: bool) -> Planned:
+        """One token of each member that has no step under way. The pool has the blocks for them.
+
+        With ``ahead`` also of each that has one, where its answer goes on behind it: that step computes the token which the one under way
+        is going to give, and which only the ranks will know.
+        """
+        rows = np.flatnonzero(self._due(ahead))
         columns = self._columns.take(rows, axis=1)  # half the time of an index
+        length = columns[LENGTH] + columns[UNDER_WAY]  # when the step is computed
         new_blocks = np.full(len(rows), NO_BLOCK, np.int64)
-        short = np.flatnonzero(columns[LENGTH] > columns[HELD])
+        short = np.flatnonzero(length > columns[HELD])
         sequences: list[Sequence] = self._sequences[rows].tolist()
         if len(short):
             blocks = pool.allocate(len(short))
@@ -135,10 +141,17 @@ class Cohort:
             self._columns[HELD, rows[short]] += self._block_tokens
         for sequence in sequences:
             sequence.num_planned += 1
-        self._columns[READY, rows] = 0
+        self._columns[UNDER_WAY, rows] += 1
         told = np.empty((5, len(rows)), np.int64)
-        told[0], told[1], told[2], told[3], told[4] = columns[NUMBER], columns[LENGTH] - 1, columns[TOKEN], new_blocks, self._shard
+        told[0], told[1], told[3], told[4] = columns[NUMBER], length - 1, new_blocks, self._shard
+        told[2] = np.where(columns[UNDER_WAY] == 0, columns[TOKEN], NO_TOKEN)
         return Planned(rows, told)
+
+    def _due(self, ahead: bool) -> np.ndarray:
+        """bool: the rows to be planned. Nothing is computed behind an answer's last token."""
+        columns = self._columns
+        due: np.ndarray = (columns[NUMBER] >= 0) & (columns[UNDER_WAY] <= ahead) & (columns[LENGTH] + columns[UNDER_WAY] < columns[END])
+        return due
 
     def record(self, planned: Planned, tokens: np.ndarray) -> Recorded:
         """``tokens`` (S), or `NO_TOKEN`, came of the planned works. What ends an answer, or has left since, is not recorded here."""
@@ -157,7 +170,7 @@ class Cohort:
             sequence.tokens.append(token)
         self._columns[LENGTH, rows] = length
         self._columns[TOKEN, rows] = tokens
-        self._columns[READY, rows] = 1
+        self._columns[UNDER_WAY, rows] -= 1
         full = np.flatnonzero((length - 1) % self._block_tokens == 0).tolist()
         return Recorded(
             rest=rest,

@@ -145,8 +145,10 @@ class Engine:
 
     @property
     def max_in_flight(self) -> int:
-        """Steps under way at the same time at most: one for every pipeline stage at least, else stages would stand idle."""
-        return max(self._config.max_in_flight, self.executor.capacity.num_stages)
+        """Steps under way at the same time at most: one for every pipeline stage at least, else stages would stand idle, and one that
+        waits behind the one that is computed, where ranks can go on without an answer."""
+        capacity = self.executor.capacity
+        return max(self._config.max_in_flight, capacity.num_stages, 1 + (capacity.runs_ahead and self._config.run_ahead))
 
     @property
     def is_recovering(self) -> bool:

@@ -19,6 +19,9 @@ class Capacity:
     """Data-parallel positions, each with a cache of its own: a sequence lives in one of them."""
     num_stages: int = 1
     """Pipeline stages: so many steps can be computed at the same time."""
+    runs_ahead: bool = False
+    """Whether the ranks know themselves what they sampled last, so that the step behind it may be planned before they have answered: its
+    `Decodes` have `NO_TOKEN` then."""
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold the KV of so many tokens."""

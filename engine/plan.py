@@ -65,7 +65,8 @@ class Decodes:
     """
 
     packed: bytes
-    """int64 (5, S), little-endian: sequence, start, token, new block (or `NO_BLOCK`) and shard of each work."""
+    """int64 (5, S), little-endian: sequence, start, token, new block (or `NO_BLOCK`) and shard of each work. `NO_TOKEN` in place of a
+    token is the one that the ranks sampled for this sequence last, and that nobody else knows yet (`Capacity.runs_ahead`)."""
 
     @classmethod
     def of(cls, columns: np.ndarray) -> "Decodes":

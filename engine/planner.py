@@ -33,6 +33,8 @@ class PlanBuilder:
     may_run: MayRun
     works: list[Work] = field(default_factory=list)
     opened: list[Opening] = field(default_factory=list)
+    ahead: bool = False
+    """Whether members of cohorts may be planned behind a step that was not answered yet."""
     together: list[tuple[Shard, Planned]] = field(default_factory=list)
     """Members of cohorts, with one token each."""
 
@@ -68,7 +70,7 @@ class Planner:
 
     def plan(self, may_run: MayRun = anyone) -> StepPlan | None:
         """The next step's plan with those who may run, or None when none of them can."""
-        building = PlanBuilder(may_run)
+        building = PlanBuilder(may_run, ahead=self._may_run_ahead())
         if self._speculator is not None:
             self._speculator.rest_or_wake(self._books.num_running // len(self._books.shards))
             if not self._speculator.is_resting:
@@ -88,6 +90,12 @@ class Planner:
             self._together[plan.step] = building.together
         self._books.closed.clear()
         return plan
+
+    def _may_run_ahead(self) -> bool:
+        """Where ranks can, and everybody who waits for a next token would be in that step: who has to be answered first would miss it."""
+        if not (self._config.run_ahead and self._books.capacity.runs_ahead) or self._speculator is not None:
+            return False
+        return not any(s.num_pending < 1 and not s.ended for shard in self._books.shards for s in shard.loose.values())
 
     def _paced(self, pace: Pace) -> list[int]:
         """Tokens for each shard, where some sequences decode: they wait for the prompts of all shards."""
@@ -123,21 +131,33 @@ class Planner:
 
     def _decode_together(self, portion: Portion, building: PlanBuilder) -> bool:
         """Plan all of the shard's cohort, if all that decode here find room: then it does not matter in what order."""
-        shard, count = portion.shard, portion.shard.cohort.num_ready
-        others = sum(sequence.num_pending == 1 for sequence in shard.loose.values())
-        if building.may_run is not anyone or count + others > min(portion.budget, portion.max_decodes):
+        if building.may_run is not anyone:
             return False
-        if shard.cohort.num_missing() + others > shard.pool.num_available:
+        shard, cohort = portion.shard, portion.shard.cohort
+        others = sum(sequence.num_pending == 1 for sequence in shard.loose.values())
+        ahead = building.ahead and self._has_room_ahead(portion, others)
+        count = cohort.num_due(ahead)
+        if count + others > min(portion.budget, portion.max_decodes) or cohort.num_missing(ahead) + others > shard.pool.num_available:
             return False
         if count:
-            planned = shard.cohort.plan(shard.pool)
+            planned = cohort.plan(shard.pool, ahead)
             building.together.append((shard, planned))
             portion.take(count)
             portion.max_decodes -= count
             if is_asked_for():
-                for sequence in shard.cohort.sequences(planned):
+                for sequence in cohort.sequences(planned):
                     mark(7, sequence.request.id)
         return True
+
+    def _has_room_ahead(self, portion: Portion, others: int) -> bool:
+        """Whether all of the cohort can go on behind the step under way. If not for want of blocks, nobody new may have what they lack:
+        they take it, or give way, when they have been answered."""
+        cohort = portion.shard.cohort
+        lacks = cohort.num_missing(True)
+        if lacks + others > portion.shard.pool.num_available:
+            portion.has_preempted |= lacks > cohort.num_missing(False)
+            return False
+        return cohort.num_due(True) + others <= min(portion.budget, portion.max_decodes)
 
     def _take_prompts(self, portions: list[Portion], building: PlanBuilder) -> None:
         """Begun ones have their blocks; beside them a new one of a lower rank goes first, or a tenant's long prompt kept others waiting."""

@@ -44,7 +44,7 @@ class Scheduler:
     sequence that finds no block preempts the last in rank of its shard, itself at worst, and one that is alone always has room.
 
     Several steps may be planned before the first is answered. A prompt's works may then be in flight together, as its tokens
-    are known; of a sequence that decodes only one, as the next token is not.
+    are known; of a sequence that decodes only one, as the next token is not; or two, where the ranks know it themselves.
 
     Sequences about which there is nothing but their next token are planned and recorded together (`engine.cohort`).
     """
@@ -181,6 +181,9 @@ class Scheduler:
             return []
         shard.loosen(sequence)
         self.computed_tokens += len(work.tokens)
+        if work.start >= len(sequence.tokens) and not sequence.ended:  # planned ahead on a token that did not come
+            sequence.num_planned = sequence.num_computed
+            return []
         sequence.num_computed = work.start + len(work.tokens) - work.num_draft
         if sequence.ended:
             if not sequence.in_flight:
@@ -224,7 +227,8 @@ class Scheduler:
         self.sampled_tokens += taken
         self._policy.sampled(sequence.request, taken)
         held = len(answer.tokens) - 1
-        sequence.hold(min(held, taken))
+        if held:
+            sequence.hold(min(held, taken))
         if self._speculator is not None and work.num_draft:
             self._speculator.judge(sequence, work.num_draft, held)
         self.shards[work.shard].cache.publish(sequence, since=work.start)

@@ -51,7 +51,8 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Known tokens that no step computes yet. None are left once the last one's step is in flight, until that gives the next."""
+        """Known tokens that no step computes yet. None are left once the last one's step is in flight, until that gives the next; -1 if
+        a step of that next one is in flight already."""
         return len(self.tokens) - self.num_planned
 
     @property
@@ -88,9 +89,10 @@ class Sequence:
         return self.num_planned > self.num_computed
 
     def step_back(self) -> None:
-        """The step of its last token gave no next one: that token is to be computed again."""
-        assert self.num_planned == self.num_computed == len(self.tokens)
-        self.num_computed = self.num_planned = len(self.tokens) - 1
+        """The step of its last token gave no next one: that token is to be computed again, once a step in flight behind it is over."""
+        assert self.num_computed == len(self.tokens)
+        self.num_planned -= self.num_planned == self.num_computed
+        self.num_computed -= 1
 
     def hold(self, num_tokens: int) -> None:
         """So many tokens, guessed and computed behind the known ones, have turned out to be right, and are known now."""

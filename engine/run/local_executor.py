@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -32,7 +33,7 @@ class LocalExecutor:
 
     def __init__(self, runner: Runner, on_close: Callable[[], None] = lambda: None) -> None:
         self._runner: Runner | None = runner
-        self._capacity = runner.capacity
+        self._capacity = replace(runner.capacity, runs_ahead=False)  # a step is over when `submit` returns: nothing would be gained
         self._on_close = on_close
 
     @classmethod

@@ -79,6 +79,7 @@ def measure_capacity(
         max_context_tokens=min(limit, num_blocks * layout.block_tokens),
         num_shards=groups.topology.dp,
         num_stages=groups.topology.pp,
+        runs_ahead=model.device.type == "cuda" and groups.topology.tp == groups.topology.pp == 1,
     )
 
 

@@ -28,6 +28,7 @@ from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 from engine.run.sampling.state import Row, SamplingState
 from engine.run.scoring import Scorer
+from engine.run.tokens_said import remember, with_known_tokens
 from engine.run.verification import rows_of, verified
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
@@ -80,6 +81,8 @@ class Runner:
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
         self._columns = SamplingColumns()
+        self._said: dict[int, int] = {}
+        """Of each open sequence what was sampled last, where a plan may come that counts on it."""
         self.decode_graphs: DecodeGraphs | None = None
         """What `capture` recorded."""
         self.sampler_graphs: SamplerGraphs | None = None
@@ -126,16 +129,20 @@ class Runner:
         if rebalanced is not None and rebalanced.num_moved and self.decode_graphs is not None:
             self.decode_graphs.capture()  # experts lie elsewhere now
         self._open_and_close(plan)
+        plan = with_known_tokens(plan, self._said)
         given = self._take(plan)
         if not self.is_sampling:
             return None
         tokens, rest = packed(plan.decodes, given.sampled) if given.tokens is None else (given.tokens, tuple(given.sampled))
+        if self.capacity.runs_ahead:
+            remember(self._said, plan.decodes, tokens, rest)
         return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
             self._tables.close(sequence)
             self._states.pop(sequence, None)
+            self._said.pop(sequence, None)
             self._guides.close(sequence)
             self._pools.close(sequence)
         for opening in plan.opened:

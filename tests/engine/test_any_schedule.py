@@ -43,6 +43,10 @@ class Happened:
     """Prompts whose log-probabilities were told."""
     pooled: int = 0
     """Embeddings."""
+    promised: int = 0
+    """Works planned on a token that was not known yet."""
+    broken: int = 0
+    """Those of which it did not come."""
     uncut: int = 0
     """Embeddings whose prompt had to be whole in one step, and was."""
 
@@ -75,8 +79,10 @@ def disturbed(seed: int, happened: Happened) -> None:
     speculator = random_speculator(random.Random(f"guesses {seed}"))
     num_shards, num_stages = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3])
 
+    runs_ahead = num_stages == 1 and random.Random(f"ahead {seed}").random() < 0.6
+
     def new_executor(loss: object = None) -> FakeExecutor:
-        executor = FakeExecutor(draw.randint(12, 24), BLOCK_TOKENS, num_shards=num_shards, num_stages=num_stages)
+        executor = FakeExecutor(draw.randint(12, 24), BLOCK_TOKENS, num_shards=num_shards, num_stages=num_stages, runs_ahead=runs_ahead)
         if draw.random() < 0.5:
             executor.lose_at_step = {draw.randint(0, 40)}
         if speculator is not None and speculator.asks_ranks:
@@ -128,6 +134,8 @@ def disturbed(seed: int, happened: Happened) -> None:
     happened.held += engine.stats.held_tokens
     happened.refuted += engine.stats.drafted_tokens - engine.stats.held_tokens
     happened.guessed += sum(executor.num_guessed for executor in executors)
+    happened.promised += sum(executor.num_promised for executor in executors)
+    happened.broken += sum(executor.num_broken for executor in executors)
     happened.moved += sum(num_moved(executor) for executor in executors)
     happened.overlapped += sum(executor.num_overlapping for executor in executors)
     happened.reluctant += sum(len(executor.reluctant & set(range(len(executor.plans)))) for executor in executors)

@@ -8,7 +8,7 @@ from engine.answers import packed
 from engine.draft.following import unread
 from engine.errors import WorkersLost
 from engine.executor import Capacity
-from engine.plan import Opening, Pooled, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
+from engine.plan import NO_TOKEN, Opening, Pooled, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
 
 VOCAB = 1_000
 
@@ -45,6 +45,7 @@ class FakeExecutor:
         *,
         num_shards: int = 1,
         num_stages: int = 1,
+        runs_ahead: bool = False,
     ) -> None:
         self._capacity = Capacity(
             num_blocks=num_blocks,
@@ -52,7 +53,14 @@ class FakeExecutor:
             max_context_tokens=max_context_tokens or num_blocks * block_tokens,
             num_shards=num_shards,
             num_stages=num_stages,
+            runs_ahead=runs_ahead,
         )
+        self._said: dict[int, int] = {}
+        """Of each sequence what was sampled last, and has not been asked for since."""
+        self.num_promised = 0
+        """Works on a token that was not known when they were planned."""
+        self.num_broken = 0
+        """Those of which it did not come."""
         self._slots: dict[tuple[int, int], tuple[int, ...]] = {}
         """For each (shard, slot) all tokens of the sequence up to and with the one whose KV it holds: what real KV depends upon."""
         self._draft_slots: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -103,6 +111,7 @@ class FakeExecutor:
         answers = [self._compute(work) for work in plan.works]
         if index in self.reluctant:
             answers = [answer and Sampled(answer.sequence, ()) for answer in answers]
+        self._said |= {answer.sequence: answer.tokens[-1] for answer in answers if answer is not None and answer.tokens}
         assert index == self._num_answered, "steps are answered in order"
         self._num_answered += 1
         tokens, sampled = packed(plan.decodes, [answer for answer in answers if answer is not None])
@@ -116,6 +125,13 @@ class FakeExecutor:
         if opening.pooling is not None and (opening.pooling.kind != "last" or not opening.pooling.is_causal):
             assert table or work.start == 0, "of a cached prefix there are no hidden states"
         table.extend(work.new_blocks)
+        said = self._said.pop(work.sequence, None)
+        if work.tokens == (NO_TOKEN,):
+            self.num_promised += 1
+            if said is None:
+                self.num_broken += 1
+                return Sampled(work.sequence, (VOCAB + 1,))  # computed from nothing: nobody may look at it
+            work = work._replace(tokens=(said,))
         before = self._read(work.shard, table, work.start - 1) if work.start else ()
         assert len(before) == work.start
         assert not work.num_draft or work.samples

@@ -1,0 +1,28 @@
+"""Step 9 of a request, where a step was planned before the one before it was answered: the rank fills in what it sampled itself."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepPlan
+
+
+def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
+    """The plan with a token wherever it has `NO_TOKEN`. A sequence that got none in the step before gets any: nobody will ask for more."""
+    columns = plan.decodes.columns if len(plan.decodes) else None
+    if columns is None or not (columns[2] == NO_TOKEN).any():
+        return plan
+    known = columns.copy()
+    for at in np.flatnonzero(columns[2] == NO_TOKEN).tolist():
+        known[2, at] = said.get(int(columns[0, at]), 0)
+    return replace(plan, decodes=Decodes.of(known))
+
+
+def remember(said: dict[int, int], decodes: Decodes, tokens: bytes, rest: Iterable[Sampled]) -> None:
+    """Note what a step gave: ``tokens`` as `StepResult.tokens` has them, and the rest."""
+    if tokens:
+        columns, sampled = decodes.columns, np.frombuffer(tokens, COLUMN)
+        some = np.flatnonzero(sampled != NO_TOKEN)
+        said.update(zip(columns[0, some].tolist(), sampled[some].tolist(), strict=True))
+    said.update((answer.sequence, answer.tokens[-1]) for answer in rest if answer.tokens)
