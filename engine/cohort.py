@@ -17,6 +17,8 @@ from engine.told import Said
 NUMBER, LENGTH, HELD, TOKEN, END, STOPS_FROM, FIRST, TAG, PAYER, UNDER_WAY = range(10)
 """Columns: the ranks' number; known tokens; tokens that its blocks hold; the last known token; the length at which the answer is over;
 the length from which a stop id ends it; tokens of the prompt; `Request.tag`; who is charged; steps that were not answered yet."""
+NOBODY = 1 << 40
+"""Steps under way where a row is nobody's: too many to plan another."""
 NO_STOP = -1
 FEW_STOP_IDS = 8
 
@@ -100,7 +102,7 @@ class Cohort:
         if row is not None:
             self._payers.leave(int(self._columns[PAYER, row]))
             self._columns[:, row] = 0
-            self._columns[NUMBER, row] = -1
+            self._columns[NUMBER, row], self._columns[UNDER_WAY, row] = -1, NOBODY
             self._sequences[row] = None
             self._free.append(row)
 
@@ -114,12 +116,12 @@ class Cohort:
 
     def num_due(self, ahead: bool) -> int:
         """Members that `plan` plans."""
-        return int(self._due(ahead).sum())
+        return int(np.count_nonzero(self._due(ahead)))
 
     def num_missing(self, ahead: bool) -> int:
         """Blocks that those need."""
         columns = self._columns
-        return int((self._due(ahead) & (columns[LENGTH] + columns[UNDER_WAY] > columns[HELD])).sum())
+        return int(np.count_nonzero(self._due(ahead) & (columns[LENGTH] + columns[UNDER_WAY] > columns[HELD])))
 
     def plan(self, pool: BlockPool, ahead: bool) -> Planned:
         """One token of each member that has no step under way. The pool has the blocks for them.
@@ -150,8 +152,8 @@ class Cohort:
     def _due(self, ahead: bool) -> np.ndarray:
         """bool: the rows to be planned. Nothing is computed behind an answer's last token."""
         columns = self._columns
-        due: np.ndarray = (columns[NUMBER] >= 0) & (columns[UNDER_WAY] <= ahead) & (columns[LENGTH] + columns[UNDER_WAY] < columns[END])
-        return due
+        due: np.ndarray = columns[UNDER_WAY] <= ahead
+        return due & (columns[LENGTH] + columns[UNDER_WAY] < columns[END]) if ahead else due
 
     def record(self, planned: Planned, tokens: np.ndarray) -> Recorded:
         """``tokens`` (S), or `NO_TOKEN`, came of the planned works. What ends an answer, or has left since, is not recorded here."""
@@ -201,7 +203,7 @@ class Cohort:
         new = max(16, 2 * old)
         self._free = list(range(new - 1, old - 1, -1))
         self._columns = np.pad(self._columns, ((0, 0), (0, new - old)))
-        self._columns[NUMBER, old:] = -1
+        self._columns[NUMBER, old:], self._columns[UNDER_WAY, old:] = -1, NOBODY
         self._stop_ids = np.pad(self._stop_ids, ((0, new - old), (0, 0)), constant_values=NO_STOP)
         self._sequences = np.concatenate([self._sequences, np.full(new - old, None, object)])
 
