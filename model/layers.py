@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from parallel.axes import split, whole
 from parallel.groups import Group
 from parallel.linear import Linear, ShapeMismatch, Slot
+from parallel.packed_format import PackedFormat
 from parallel.small_kernels import kernels_for
 from parallel.weight_format import StoredTensor, WeightFormat
 
@@ -47,8 +48,10 @@ class RmsNorm(nn.Module):
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x.to(x_TD.dtype)  # rounded before the weight, as transformers does
 
-    def add(self, x_TD: Tensor, delta_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """``x_TD + delta_TD``, perhaps in place of ``x_TD``, and the norm of it."""
+    def add(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x_TD + delta_TD`` (None: nothing), perhaps in place of ``x_TD``, and the norm of it."""
+        if delta_TD is None:
+            return x_TD, self(x_TD)
         kernels = kernels_for(x_TD)
         if kernels is None:
             x_TD = x_TD + delta_TD
@@ -68,7 +71,9 @@ class Mlp(nn.Module):
         self.down = Linear(in_share=inner, out_parts={"down": whole(hidden_size)}, bias=False, format=format, bias_dtype=dtype, reduce=tp)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        result: Tensor = self.down(gated(self.up(x_TD)))
+        format = self.up.format
+        at_once_TD = format.gated(x_TD, self.up.tensors, self.down.tensors) if isinstance(format, PackedFormat) else None
+        result: Tensor = self.down(gated(self.up(x_TD))) if at_once_TD is None else self.down.summed(at_once_TD)
         return result
 
 

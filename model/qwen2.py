@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then MLP, each behind a norm and added to the residual stream."""
+    """Attention, then MLP, each behind a norm. What one adds to the residual stream is added in the pass of the next norm."""
 
     def __init__(self, config: ModelConfig, attention: Attention, mlp: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -95,10 +95,13 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = mlp
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, batch: ForwardBatch, cache: KvCache) -> Tensor:
-        x_TD, normed_TD = self.mlp_norm.add(x_TD, self.attention(self.attention_norm(x_TD), rotation, batch, cache))
-        result: Tensor = x_TD + self.mlp(normed_TD)
-        return result
+    def forward(
+        self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, batch: ForwardBatch, cache: KvCache
+    ) -> tuple[Tensor, Tensor]:
+        """The stream and what is still to be added to it, of the layer before and then of this one."""
+        x_TD, normed_TD = self.attention_norm.add(x_TD, delta_TD)
+        x_TD, normed_TD = self.mlp_norm.add(x_TD, self.attention(normed_TD, rotation, batch, cache))
+        return x_TD, self.mlp(normed_TD)
 
 
 class Qwen2(nn.Module):
@@ -181,8 +184,10 @@ class Qwen2(nn.Module):
         x_TD = self._enter(batch)
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
         self.backend.prepare(batch)
+        delta_TD = None
         for layer in self.layers:
-            x_TD = layer(x_TD, rotation, batch, cache)
+            x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache)
+        x_TD = x_TD if delta_TD is None else x_TD + delta_TD
         if self.is_last:
             return x_TD
         self.next_stage.send(x_TD)

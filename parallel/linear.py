@@ -102,7 +102,12 @@ class Linear(nn.Module):
         bias = self.tensors.get("bias")
         if self.reduce is None:
             return self.format.multiply(x, self.tensors, bias)
-        y = all_reduce(self.format.multiply(x, self.tensors, None), self.reduce)
+        return self.summed(self.format.multiply(x, self.tensors, None))
+
+    def summed(self, y: Tensor) -> Tensor:
+        """What this rank's part gives without a bias, summed over the ranks that have the others, and the bias added once."""
+        bias = self.tensors.get("bias")
+        y = y if self.reduce is None else all_reduce(y, self.reduce)
         return y if bias is None else y + bias
 
     @property

@@ -19,6 +19,8 @@ BYTES: dict[Kind, float] = {"bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": _INT8, 
 """Of a weight, with its part of a float16 scale."""
 ANY_LANES = 8
 """Of a panel where no kernel reads it."""
+FEW_ROWS = 12
+"""As many as pass together: with more than these, what a product leaves is best taken on while it is still near."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class PackedFormat:
     def experts(
         self,
         x: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
         counts: Sequence[int],
         up: Sequence[Mapping[str, Tensor]],
         down: Sequence[Mapping[str, Tensor]],
@@ -79,6 +81,12 @@ class PackedFormat:
         if library is None or self.kind not in library.kinds or ups[0].lanes != library.lanes or ups[0].num_outputs == 0:
             return None
         return experts(library, x, rows, counts, ups, downs).to(x.dtype)
+
+    def gated(self, x: Tensor, up: Mapping[str, Tensor], down: Mapping[str, Tensor]) -> Tensor | None:
+        """``down(silu(gate) * up)`` of (T, in) at once, to the bits of one after the other; None where not possible or no faster."""
+        if x.dtype != torch.float32 or x.shape[0] <= FEW_ROWS:
+            return None
+        return self.experts(x, None, [x.shape[0]], [up], [down])
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
         return rows(self.packed(tensors), outputs.flatten())[:, :width].view(*outputs.shape, width)

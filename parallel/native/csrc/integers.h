@@ -190,7 +190,7 @@ struct Int4Dot {
 };
 #endif
 
-constexpr long MOST_GROUP = 128;
+constexpr long MOST_GROUP = PIECE;
 constexpr float LEAST_TOP = 1e-33f;  // of a group: below, what its numbers are multiplied by would be infinite
 
 // A group of x as 16-bit integers. What is not finite makes the scale NaN, and so every output of the row.
@@ -299,29 +299,30 @@ static inline void quantise_group(const float* x, long group, int32_t offset, in
 }
 #endif
 
-// A row of x (K of them, beyond that zeros up to whole groups), group by group.
-template <class Number>
-static inline void quantise(const float* x, long K, long padded, long group, int32_t offset, Number* out, float* scales, int32_t* starts) {
-    for (long g = 0; g * group < padded; ++g) {
-        const long first = g * group, count = std::max(0L, std::min(group, K - first));
-        float filled[MOST_GROUP] = {};
-        if (count < group) memcpy(filled, x + first, sizeof(float) * count);
-        quantise_group(count < group ? filled : x + first, group, offset, out + first, scales + g, starts + g);
-    }
-}
+// Rows (count, K), filled up with zeros to whole groups.
+template <class Number, int32_t OFFSET> class QuantisedRows {
+    Room<Number> numbers;
+    Room<float> scales;
+    Room<int32_t> starts;
+    long padded, group;
 
-template <class Number, int32_t OFFSET> struct QuantisedRows {
-    std::vector<Number> numbers;
-    std::vector<float> scales;
-    std::vector<int32_t> starts;
+public:
     std::vector<QuantisedRow<Number>> rows;
 
-    template <class RowAt> QuantisedRows(RowAt row_at, long count, long K, long padded, long group, int threads) {
-        const long groups = padded / group;
-        numbers.resize(count * padded); scales.resize(count * groups); starts.resize(count * groups); rows.resize(count);
-        share_out(count, count * K > 16384 ? threads : 1, [&](long r) {
-            quantise(row_at(r), K, padded, group, OFFSET, &numbers[r * padded], &scales[r * groups], &starts[r * groups]);
-            rows[r] = {&numbers[r * padded], &scales[r * groups], &starts[r * groups]};
-        });
+    QuantisedRows(long count, long, long padded, long group)
+        : numbers(count * padded), scales(count * (padded / group)), starts(count * (padded / group)), padded(padded), group(group), rows(count) {
+        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * padded], &scales[r * (padded / group)], &starts[r * (padded / group)]};
+    }
+
+    void fill(long r, long first, const float* x, long width) {
+        for (long k = 0; k < width; k += group) {
+            const long g = r * (padded / group) + (first + k) / group;
+            float filled[MOST_GROUP];
+            if (width - k < group) {
+                memset(filled, 0, sizeof(filled));
+                memcpy(filled, x + k, sizeof(float) * (width - k));
+            }
+            quantise_group(width - k < group ? filled : x + k, group, OFFSET, &numbers[r * padded + first + k], &scales[g], &starts[g]);
+        }
     }
 };

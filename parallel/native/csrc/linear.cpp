@@ -1,7 +1,6 @@
 // What Python calls of linear.h and integers.h.
 #include "integers.h"
 #include "linear.h"
-#include "small.h"
 
 // How a kind of weights is named from outside: two addresses and its sizes.
 template <class W> struct Weights {
@@ -26,53 +25,70 @@ template <> struct Weights<Int8> {
 template <class W> struct Rows : QuantisedRows<typename W::Number, W::OFFSET> {
     using QuantisedRows<typename W::Number, W::OFFSET>::QuantisedRows;
 };
-template <class Stored> struct Rows<Exact<Stored>> {
-    std::vector<FloatRow> rows;
-    template <class RowAt> Rows(RowAt row_at, long count, long, long, long, int) {
-        rows.resize(count);
-        for (long r = 0; r < count; ++r) rows[r].x = row_at(r);
-    }
+template <class Stored> struct Rows<Exact<Stored>> : FloatRows {
+    using FloatRows::FloatRows;
 };
-
 #if defined(__AVX512BF16__)
 template <> struct Rows<Bf16Dot> : Bf16Rows {
     using Bf16Rows::Bf16Rows;
 };
 #endif
 
+// x (count, K) as rows.
+template <class W> static Rows<W> rows_of(const float* x, long count, long K, long padded, long group, int threads) {
+    Rows<W> rows(count, K, padded, group);
+    share_out(count, count * K > 16384 ? threads : 1, [&](long r) {
+        for (long k = 0; k < K; k += PIECE) rows.fill(r, k, x + r * K + k, std::min(PIECE, K - k));
+    });
+    return rows;
+}
+
 template <class W>
 static void multiply(const float* x, const void* weights, const void* scales, const float* bias, float* y, long T, long K, long padded, long group,
                      long N, int threads) {
-    Rows<W> rows([&](long t) { return x + t * K; }, T, K, padded, group, threads);
+    const Rows<W> rows = rows_of<W>(x, T, K, padded, group, threads);
     run_jobs(std::vector<Job<W>>{{Weights<W>::make(weights, scales, padded, group), rows.rows.data(), T, bias, y, N, threads}}, threads);
 }
 
-// out (A, D): assignment a is row rows[a] of x (., D) through its expert; the first counts[0] of them go to expert 0 and so on.
-// up[e], down[e] are addresses of weights, *_scales of their scales; the inner width is I, padded for the group to inner.
+// out (A, D): assignment a is row rows[a] of x (., D) through its expert; the first counts[0] of them go to expert 0 and so on. With no
+// rows given assignment a is row a. up[e], down[e] are addresses of weights, *_scales of their scales; the inner width is I, padded for the
+// group to inner.
 template <class W>
-static void experts(const float* x, long num_rows, const int64_t* rows_of, const int64_t* counts, long num_experts, const void* const* up,
+static void experts(const float* x, long num_rows, const int64_t* rows_of_x, const int64_t* counts, long num_experts, const void* const* up,
                     const void* const* up_scales, const void* const* down, const void* const* down_scales, float* out, long D, long outer, long I,
                     long inner, long group, int threads) {
     long total = 0;
     for (long e = 0; e < num_experts; ++e) total += counts[e];
-    Rows<W> all_rows([&](long r) { return x + r * D; }, num_rows, D, outer, group, threads);
-    std::vector<typename W::Row> chosen(total);
-    for (long a = 0; a < total; ++a) chosen[a] = all_rows.rows[rows_of[a]];
+    const Rows<W> all_rows = rows_of<W>(x, num_rows, D, outer, group, threads);
+    std::vector<typename W::Row> chosen(all_rows.rows);
     std::vector<int8_t> room;
-    lay_apart(chosen, outer, room);
-    std::vector<float> gate_up(total * 2 * I), middle(total * I);
-    std::vector<Job<W>> jobs;
-    for (long e = 0, first = 0; e < num_experts; first += counts[e++])
-        if (counts[e])
-            jobs.push_back({Weights<W>::make(up[e], up_scales[e], outer, group), &chosen[first], long(counts[e]), nullptr, &gate_up[first * 2 * I], 2 * I, threads});
-    run_jobs(jobs, threads);
-    share_out(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) { gate(&gate_up[a * 2 * I], &middle[a * I], I); });
-    Rows<W> middle_rows([&](long a) { return &middle[a * I]; }, total, I, inner, group, threads);
-    jobs.clear();
-    for (long e = 0, first = 0; e < num_experts; first += counts[e++])
-        if (counts[e])
-            jobs.push_back({Weights<W>::make(down[e], down_scales[e], inner, group), &middle_rows.rows[first], long(counts[e]), nullptr, out + first * D, D, threads});
-    run_jobs(jobs, threads);
+    if (rows_of_x) {
+        chosen.resize(total);
+        for (long a = 0; a < total; ++a) chosen[a] = all_rows.rows[rows_of_x[a]];
+        lay_apart(chosen, outer, room);
+    }
+    // With many rows what the gate leaves is taken from sums that are still near. With few, long stretches of weights are read faster.
+    const bool few = total <= MOST_ROWS * num_experts;
+    Rows<W> middle(total, I, inner, group);
+    Room<float> gate_up(few ? total * 2 * I : 0);
+    std::vector<GatedJob<W, Rows<W>>> gated;
+    std::vector<Job<W>> ups, downs;
+    for (long e = 0, first = 0; e < num_experts; first += counts[e++]) {
+        if (!counts[e]) continue;
+        const W w = Weights<W>::make(up[e], up_scales[e], outer, group);
+        if (few) ups.push_back({w, &chosen[first], long(counts[e]), nullptr, &gate_up[first * 2 * I], 2 * I, threads});
+        else gated.push_back({w, &chosen[first], long(counts[e]), &middle, first, I});
+        downs.push_back({Weights<W>::make(down[e], down_scales[e], inner, group), &middle.rows[first], long(counts[e]), nullptr, out + first * D, D, threads});
+    }
+    run_jobs(gated, threads);
+    run_jobs(ups, threads);
+    if (few)
+        share_out(total, total * I > SERIAL_NUMBERS ? threads : 1, [&](long a) {
+            float* at = &gate_up[a * 2 * I];
+            gate(at, at + I, at, I);
+            for (long k = 0; k < I; k += PIECE) middle.fill(a, k, at + k, std::min(PIECE, I - k));
+        });
+    run_jobs(downs, threads);
 }
 
 #define KIND(name, W)                                                                                                                              \
@@ -80,10 +96,10 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of, const
                              long group, long N, int threads) {                                                                                    \
         multiply<W>(x, weights, scales, bias, y, T, K, padded, group, N, threads);                                                                 \
     }                                                                                                                                              \
-    void manta_experts_##name(const float* x, long num_rows, const int64_t* rows_of, const int64_t* counts, long num_experts,                      \
+    void manta_experts_##name(const float* x, long num_rows, const int64_t* rows, const int64_t* counts, long num_experts,                         \
                               const void* const* up, const void* const* up_scales, const void* const* down, const void* const* down_scales,        \
                               float* out, long D, long outer, long I, long inner, long group, int threads) {                                       \
-        experts<W>(x, num_rows, rows_of, counts, num_experts, up, up_scales, down, down_scales, out, D, outer, I, inner, group, threads);          \
+        experts<W>(x, num_rows, rows, counts, num_experts, up, up_scales, down, down_scales, out, D, outer, I, inner, group, threads);          \
     }
 
 extern "C" {

@@ -5,8 +5,11 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 #include "simd.h"
+#include "small.h"
 #include "tasks.h"
 
 constexpr int PANEL = 2 * LANES;
@@ -17,9 +20,37 @@ constexpr long ROW_BLOCK = 96;
 constexpr long FEW_TASKS = 8;   // for each thread: so few are made to come out even
 
 
-// What kinds of weights have in common: `Rows` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums.
+// Memory that is written before it is read (a vector would fill it with zeros first), in whole lines of a cache.
+template <class T> class Room {
+    struct Free {
+        void operator()(T* at) const { ::operator delete[](at, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T[], Free> first;
+
+public:
+    explicit Room(size_t count) : first((T*)::operator new[](count * sizeof(T), std::align_val_t(64))) {}
+    T& operator[](size_t i) { return first[i]; }
+};
+
+// What kinds of weights have in common: `Row` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums. What becomes
+// of rows is a class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a row at a time.
+constexpr long PIECE = 128;
+
 struct FloatRow {
     const float* x;
+};
+
+class FloatRows {
+    Room<float> numbers;
+    long K;
+
+public:
+    std::vector<FloatRow> rows;
+
+    FloatRows(long count, long K, long, long) : numbers(count * K), K(K), rows(count) {
+        for (long r = 0; r < count; ++r) rows[r].x = &numbers[r * K];
+    }
+    void fill(long r, long first, const float* x, long width) { memcpy(&numbers[r * K + first], x, sizeof(float) * width); }
 };
 
 struct PairedBf16 {  // [panel][k][lane](low half: output lane, high half: output LANES + lane)
@@ -128,24 +159,25 @@ struct Bf16Dot {
     }
 };
 
-struct Bf16Rows {
-    std::vector<uint16_t> numbers;
+class Bf16Rows {
+    Room<uint16_t> numbers;
+    long padded;
+
+public:
     std::vector<Bf16Row> rows;
 
-    template <class RowAt> Bf16Rows(RowAt row_at, long count, long K, long padded, long, int threads) {
-        numbers.resize(count * padded); rows.resize(count);
-        share_out(count, count * K > 65536 ? threads : 1, [&](long r) {
-            const float* x = row_at(r);
-            uint16_t* to = &numbers[r * padded];
-            long k = 0;
-            for (; k + LANES <= K; k += LANES) _mm256_storeu_si256((__m256i*)(to + k), (__m256i)_mm512_cvtneps_pbh(load(x + k)));
-            if (k < K) {
-                const __mmask16 rest = (1u << (K - k)) - 1;
-                const __m256i last = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(rest, x + k));
-                _mm256_mask_storeu_epi16(to + k, (1u << (padded - k)) - 1, last);
-            }
-            rows[r] = {to};
-        });
+    Bf16Rows(long count, long K, long padded, long) : numbers(count * padded), padded(padded), rows(count) {
+        for (long r = 0; r < count; ++r) rows[r].x = &numbers[r * padded];
+        if (K < padded) for (long r = 0; r < count; ++r) numbers[r * padded + K] = 0;
+    }
+
+    void fill(long r, long first, const float* x, long width) {
+        uint16_t* to = &numbers[r * padded + first];
+        long k = 0;
+        for (; k + LANES <= width; k += LANES) _mm256_storeu_si256((__m256i*)(to + k), (__m256i)_mm512_cvtneps_pbh(load(x + k)));
+        if (k == width) return;
+        const __mmask16 rest = (1u << (width - k)) - 1;
+        _mm256_mask_storeu_epi16(to + k, rest, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(rest, x + k)));
     }
 };
 #endif
@@ -214,7 +246,36 @@ template <class W> struct Job {
     }
 };
 
-template <class W> static void run_jobs(const std::vector<Job<W>>& jobs, int threads) {
+// middle (count rows from `first` on, I) = silu(rows gate^T) * rows up^T, for weights whose first I outputs are the gate's and the others up's.
+template <class W, class Middle> struct GatedJob {
+    W w;
+    const typename W::Row* rows;
+    long count;
+    Middle* middle;
+    long first, I;
+
+    static constexpr long STRIDE = 2 * PIECE + PANEL;
+
+    long blocks() const { return (count + ROW_BLOCK - 1) / ROW_BLOCK; }
+    long tasks() const { return (I + PIECE - 1) / PIECE * blocks(); }
+
+    void run(long task) const {
+        const long column = task / blocks() * PIECE, b = task % blocks(), width = std::min(PIECE, I - column);
+        const long begin = b * count / blocks(), end = (b + 1) * count / blocks();
+        const long panel = (I + column) / PANEL, apart = (I + column) % PANEL;  // of up's outputs
+        alignas(64) static thread_local float sums[ROW_BLOCK * STRIDE];
+        memset(sums, 0, sizeof(float) * (end - begin) * STRIDE);
+        block(w, rows + begin, end - begin, column / PANEL, (width + PANEL - 1) / PANEL, sums, STRIDE);
+        block(w, rows + begin, end - begin, panel, (apart + width + PANEL - 1) / PANEL, sums + PIECE, STRIDE);
+        for (long r = begin; r < end; ++r) {
+            float* at = sums + (r - begin) * STRIDE;
+            gate(at, at + PIECE + apart, at, width);
+            middle->fill(first + r, column, at, width);
+        }
+    }
+};
+
+template <class Job> static void run_jobs(const std::vector<Job>& jobs, int threads) {
     std::vector<long> ends;
     long total = 0;
     for (const auto& job : jobs) ends.push_back(total += job.tasks());

@@ -13,7 +13,7 @@ void manta_add_norm(float* x, const float* delta, const float* weight, float* ou
 
 // out (T, I) = silu(x[:, :I]) * x[:, I:]
 void manta_gate(const float* x, float* out, long T, long I, int threads) {
-    share_out(T, T * I > SERIAL_NUMBERS ? threads : 1, [&](long t) { gate(x + 2 * t * I, out + t * I, I); });
+    share_out(T, T * I > SERIAL_NUMBERS ? threads : 1, [&](long t) { gate(x + 2 * t * I, x + (2 * t + 1) * I, out + t * I, I); });
 }
 
 // out (T, X, K): each head of x (T rows of `stride`, X heads of K) turned by cos, sin (T, K / 2).

@@ -6,14 +6,14 @@
 
 constexpr long SERIAL_NUMBERS = 32768;  // below, waking a second thread costs more than it saves
 
-static inline void gate(const float* gate_up, float* out, long I) {  // silu(gate) * up
+static inline void gate(const float* left, const float* right, float* out, long I) {  // silu(left) * right
     long i = 0;
     for (; i + LANES <= I; i += LANES) {
-        Floats g = load(gate_up + i);
+        Floats g = load(left + i);
         Floats sigmoid = divide(all(1), add(all(1), exponential(multiply(g, all(-1)))));
-        store(out + i, multiply(multiply(g, sigmoid), load(gate_up + I + i)));
+        store(out + i, multiply(multiply(g, sigmoid), load(right + i)));
     }
-    for (; i < I; ++i) out[i] = gate_up[i] / (1 + std::exp(-gate_up[i])) * gate_up[I + i];
+    for (; i < I; ++i) out[i] = left[i] / (1 + std::exp(-left[i])) * right[i];
 }
 
 static inline void norm(const float* x, const float* weight, float* out, long D, float eps) {

@@ -7,6 +7,7 @@ from parallel.native.experts import experts
 from parallel.native.library import native
 from parallel.native.linear import Kind, multiply, pack
 from parallel.native.small import NativeSmall
+from parallel.packed_format import PackedFormat
 
 COUNTS = {"one token each": [1, 1, 1], "few": [3, 1, 7], "one crowded": [1, 150, 2], "a single expert": [5]}
 
@@ -28,3 +29,23 @@ def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts
         inner = NativeSmall(library).gate(multiply(library, x[part], up[number], None))
         wanted.append(multiply(library, inner, down[number], None))
     assert torch.equal(experts(library, x, rows, counts, up, down), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("num_rows", [13, 40, 200])
+@pytest.mark.parametrize("inner", [72, 256, 300])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+def test_a_gated_mlp_at_once_gives_the_bits_of_one_product_after_the_other(kind: Kind, inner: int, num_rows: int) -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    if kind not in library.kinds:
+        pytest.skip(f"this processor has no product of {kind}")
+    random, form = torch.Generator().manual_seed(2), PackedFormat(kind, torch.float32)
+    up = form.prepare({"weight": torch.randn(2 * inner, 200, generator=random)})
+    down = form.prepare({"weight": torch.randn(200, inner, generator=random)})
+    x = torch.randn(num_rows, 200, generator=random)
+    found = form.gated(x, up, down)
+    assert found is not None
+    assert torch.equal(found, form.multiply(NativeSmall(library).gate(form.multiply(x, up, None)), down, None))
+    assert form.gated(x[:3], up, down) is None, "not faster"
+    assert form.gated(x.bfloat16(), up, down) is None, "what is between them would be rounded there"
