@@ -23,14 +23,17 @@ def had_of(request: ChatRequest | CompletionRequest, choice: int) -> SoFar:
     return next((had for had in request.so_far if had.choice == choice), NOTHING)
 
 
-def check_so_far(so_far: Sequence[SoFar], *, num_choices: int, vocabulary: int) -> None:
+def check_so_far(so_far: Sequence[SoFar], *, num_choices: int, vocabulary: int, most_tokens: int) -> None:
     """
     Raises:
-        InvalidRequest: it names a choice that there is not, or one twice, or a token that the model does not have.
+        InvalidRequest: it names a choice that there is not, or one twice, or more tokens than an answer can have, or one that the
+            model does not have.
     """
     known = [had.choice for had in so_far]
     if len(set(known)) != len(known) or not all(0 <= choice < num_choices for choice in known):
         raise InvalidRequest(f"so_far must name each choice once, from 0 to {num_choices - 1}", param="so_far")
+    if any(len(had.tokens) > most_tokens for had in so_far):  # said before every token is looked at
+        raise InvalidRequest(f"so_far must hold at most {most_tokens} tokens of a choice, the model's whole context", param="so_far")
     if not all(0 <= token < vocabulary for had in so_far for token in had.tokens):
         raise InvalidRequest(f"so_far must hold token ids from 0 to {vocabulary - 1}", param="so_far")
 

@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 CHARS_PER_MESSAGE = 32
 """A message takes about as long as so many more characters, however short it is."""
+CHARS_PER_TOKEN = 4
+"""A token that a client has already takes about as long to say again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +332,8 @@ class Service:
         hit("service.begin")
         times, held_s = EngineTimes(), 0.0
         reading = asked.toolbox.reading(choice.plan.index) if asked.toolbox else None
-        if (end := caught_up(choice, reading, request.id, had)) is not None:
+        end = await beside_the_loop(CHARS_PER_TOKEN * len(had.tokens), lambda: caught_up(choice, reading, request.id, had))
+        if end is not None:
             yield end, _Yielded(num_tokens=choice.num_tokens, finished=True)
             return
         async with aclosing(self._source.stream(request)) as stream:

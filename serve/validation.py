@@ -13,7 +13,7 @@ from engine.request import SamplingParams
 from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotSupported
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
-from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Message, Options, TokenizeRequest
+from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Message, Options, SoFar, TokenizeRequest
 from serve.resuming import check_so_far
 from serve.tools.validation import check_conversation, check_tools
 
@@ -40,7 +40,7 @@ class Validator:
         self._messages(request.messages)
         check_tools(request, self.limits)
         self._options(request.options, logprobs_param="top_logprobs", least_tokens=1)
-        check_so_far(request.so_far, num_choices=request.options.n or 1, vocabulary=self.model.num_real_tokens)
+        self._so_far(request.so_far, num_choices=request.options.n or 1)
 
     def completion(self, request: CompletionRequest) -> None:
         """Everything that can be said before the prompts are tokens."""
@@ -57,8 +57,7 @@ class Validator:
             raise InvalidRequest(f"prompts times n must be at most {self.limits.total_choices}", param="n")
         if request.options.max_tokens == 0 and not request.echo:
             raise InvalidRequest("max_tokens must be at least 1, or 0 with echo, where the prompt alone is wanted", param="max_tokens")
-        num_choices = len(request.prompts) * (request.options.n or 1)
-        check_so_far(request.so_far, num_choices=num_choices, vocabulary=self.model.num_real_tokens)
+        self._so_far(request.so_far, num_choices=len(request.prompts) * (request.options.n or 1))
 
     def prompt_logprobs(self, request: CompletionRequest, num_prompt_tokens: int) -> int | None:
         """How many alternatives are wanted at each place of the prompts, which have so many tokens together; None: nothing is."""
@@ -202,6 +201,10 @@ class Validator:
         for token, bias in options.logit_bias:
             self._token_id("logit_bias", token)
             _number("logit_bias", bias, -self.limits.logit_bias, self.limits.logit_bias)
+
+    def _so_far(self, so_far: Sequence[SoFar], *, num_choices: int) -> None:
+        limit = self.model.max_context_tokens
+        check_so_far(so_far, num_choices=num_choices, vocabulary=self.model.num_real_tokens, most_tokens=limit)
 
     def _prompt_ids(self, ids: Sequence[int], *, param: str = "prompt", room: int = 1) -> None:
         if not ids:

@@ -55,7 +55,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         request_id = _take("chatcmpl")
 
         def begin() -> tuple[AsyncGenerator[TextEvent, None], Sequence[SoFar]]:
-            asked, so_far = self._chat_request(request.request, request_id, context), read.so_far(request.so_far)
+            asked, so_far = self._chat_request(request.request, request_id, context), self._so_far(request)
             return self._service.chat(dataclasses.replace(asked, so_far=so_far)), so_far
 
         stream = _stream_or_refuse(begin, service_pb2.ChatStreamResponse, context, request_id)
@@ -81,7 +81,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         request_id = _take("cmpl")
 
         def begin() -> tuple[AsyncGenerator[TextEvent, None], Sequence[SoFar]]:
-            asked, so_far = self._completion_request(request.request, request_id, context), read.so_far(request.so_far)
+            asked, so_far = self._completion_request(request.request, request_id, context), self._so_far(request)
             return self._service.complete(dataclasses.replace(asked, so_far=so_far)), so_far
 
         stream = _stream_or_refuse(begin, service_pb2.GenerateStreamResponse, context, request_id)
@@ -154,6 +154,10 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         return dataclasses.replace(
             request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
         )
+
+    def _so_far(self, message: service_pb2.ChatStreamRequest | service_pb2.GenerateStreamRequest) -> tuple[SoFar, ...]:
+        self._fits(message)
+        return read.so_far(message.so_far)
 
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""

@@ -34,6 +34,10 @@ METHODS = {
     "tokenize": ("Tokenize", service_pb2.TokenizeRequest),
     "detokenize": ("Detokenize", service_pb2.DetokenizeRequest),
 }
+STREAMS = {
+    "chat": ("ChatStream", service_pb2.ChatStreamRequest),
+    "completion": ("GenerateStream", service_pb2.GenerateStreamRequest),
+}
 GRPC_CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 413: "INVALID_ARGUMENT"}
 GRPC_PARAMS = {"top_logprobs": ("top_logprobs", "logprobs")}
 
@@ -69,7 +73,8 @@ class Row:
 
     @property
     def over_grpc(self) -> bool:
-        return ("grpc" in self.spec and self.spec["grpc"] != "none") or ("set" in self.spec and "grpc" not in self.spec)
+        said = {"grpc", "so_far"} & self.spec.keys()
+        return (bool(said) and self.spec.get("grpc") != "none") or ("set" in self.spec and not said)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -92,8 +97,12 @@ class Row:
         if isinstance(self.spec.get("grpc"), dict):
             asked = _as_protobuf(self.of, GOOD[self.of]) | expanded(self.spec["grpc"])
         else:
-            asked = _as_protobuf(self.of, GOOD[self.of] | expanded(self.spec["set"]))
-        return method, json_format.ParseDict(_renamed(asked, model), kind())
+            asked = _as_protobuf(self.of, GOOD[self.of] | expanded(self.spec.get("set", {})))
+        asked = _renamed(asked, model)
+        if "so_far" in self.spec:
+            method, kind = STREAMS[self.of]
+            asked = {"request": asked, "soFar": expanded(self.spec["so_far"])}
+        return method, json_format.ParseDict(asked, kind())
 
     def _body(self, model: str) -> bytes:
         if "hex" in self.spec:

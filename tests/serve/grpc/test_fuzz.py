@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import grpc
@@ -49,7 +50,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 MODELS = mostly(st.just(MODEL), st.sampled_from(["", "../x"]))
 ROLES = mostly(st.sampled_from([1, 2, 3]), st.sampled_from([0, 4, 99]))
-MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max_size=40)}), min_size=1, max_size=4) | st.just([])
+MESSAGES = mostly(st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max_size=40)}), min_size=1, max_size=4), st.just([]))
 PROMPTS = mostly(
     st.lists(
         st.one_of(
@@ -87,23 +88,70 @@ EMBEDDINGS = st.builds(
     PROMPTS,
     st.fixed_dictionaries({}, optional={"dimensions": mostly(st.integers(1, 16), WHOLE), "priority": WHOLE}),
 )
+TOOLS = [{"name": "look", "parameters": '{"type": "object", "properties": {"far": {"type": "boolean"}}}'}]
+FORMS = st.one_of(
+    st.just({"tools": TOOLS, "tool_choice": {"mode": 3}}),
+    st.just({"tools": TOOLS}),
+    st.builds(
+        lambda form: {"options": {"max_tokens": 4, "response_format": form}}, st.sampled_from([{"regex": "[a-z ]*"}, {"json_object": True}])
+    ),
+)
+SO_FAR = mostly(
+    st.lists(
+        st.builds(
+            lambda ids, finished: {"token_ids": ids, "finished": finished}, st.lists(IDS, max_size=5), mostly(st.just(False), st.just(True))
+        ),
+        max_size=1,
+    ),
+    st.lists(
+        st.builds(
+            lambda index, ids, finished: {"index": index, "token_ids": ids, "finished": finished},
+            WHOLE,
+            st.lists(st.integers(-2, 700), max_size=8),
+            st.booleans(),
+        ),
+        max_size=3,
+    ),
+)
+
+
+def chats_of_a_form(form: dict) -> st.SearchStrategy:
+    """What a client has of them seldom follows the form, or is half of a call."""
+    return st.builds(
+        lambda messages: service_pb2.ChatRequest(**{"model": MODEL, "messages": messages, "options": {"max_tokens": 4}} | form), MESSAGES
+    )
+
+
+CHATS_THAT_BROKE = st.builds(
+    lambda request, so_far: service_pb2.ChatStreamRequest(request=request, so_far=so_far),
+    st.one_of(CHATS, FORMS.flatmap(chats_of_a_form)),
+    SO_FAR,
+)
+COMPLETIONS_THAT_BROKE = st.builds(
+    lambda request, so_far: service_pb2.GenerateStreamRequest(request=request, so_far=so_far), COMPLETIONS, SO_FAR
+)
 NO_KEYS = st.one_of(
     st.sampled_from(["a b", "x" * 129, "../x", ""]), st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=9)
 )
 METADATA = st.dictionaries(st.sampled_from([KEY, SESSION, WANTED, "traceparent"]), mostly(st.uuids().map(str), NO_KEYS), max_size=2)
-METHODS = {
-    service_pb2.ChatRequest: ("Chat", service_pb2.ChatResponse),
-    service_pb2.GenerateRequest: ("Generate", service_pb2.GenerateResponse),
-    service_pb2.EmbedRequest: ("Embed", service_pb2.EmbedResponse),
-}
 MINE = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 """What a client may have done wrong. Anything else is the server's fault."""
 
 
-MESSAGES_OF_ALL_KINDS = st.one_of(CHATS, COMPLETIONS, EMBEDDINGS)
+UNARY = {
+    service_pb2.ChatRequest: ("Chat", service_pb2.ChatResponse),
+    service_pb2.GenerateRequest: ("Generate", service_pb2.GenerateResponse),
+    service_pb2.EmbedRequest: ("Embed", service_pb2.EmbedResponse),
+}
+STREAMS = {
+    service_pb2.ChatStreamRequest: ("ChatStream", service_pb2.ChatStreamResponse),
+    service_pb2.GenerateStreamRequest: ("GenerateStream", service_pb2.GenerateStreamResponse),
+}
+MESSAGES_OF_UNARY_CALLS = st.one_of(CHATS, COMPLETIONS, EMBEDDINGS)
+MESSAGES_OF_STREAMS = st.one_of(CHATS_THAT_BROKE, COMPLETIONS_THAT_BROKE)
 
 
-def fuzz_grpc(folder: Path, cases: int, messages: st.SearchStrategy = MESSAGES_OF_ALL_KINDS) -> Counter[str]:
+def fuzz_grpc(folder: Path, cases: int, messages: st.SearchStrategy) -> Counter[str]:
     """So many calls of well-formed messages with hostile values; the engine must live and be idle at the end."""
     seen: Counter[str] = Counter()
 
@@ -112,14 +160,20 @@ def fuzz_grpc(folder: Path, cases: int, messages: st.SearchStrategy = MESSAGES_O
             loop = asyncio.get_running_loop()
 
             async def call(message: Message, metadata: dict[str, str]) -> None:
-                method, response = METHODS[type(message)]
-                rpc = channel.unary_unary(
+                is_stream = type(message) in STREAMS
+                method, response = (STREAMS if is_stream else UNARY)[type(message)]
+                call_of = channel.unary_stream if is_stream else channel.unary_unary
+                rpc = call_of(
                     f"/manta.v1.MantaService/{method}",
                     request_serializer=lambda one: one.SerializeToString(),
                     response_deserializer=response.FromString,
                 )
                 try:
-                    await rpc(message, timeout=60, metadata=tuple(metadata.items()))
+                    answer = rpc(message, timeout=60, metadata=tuple(metadata.items()))
+                    if is_stream:
+                        [_ async for _ in answer]
+                    else:
+                        await answer
                     seen[f"{method} OK"] += 1
                 except grpc.aio.AioRpcError as error:
                     if error.code().name not in MINE:
@@ -142,17 +196,29 @@ def fuzz_grpc(folder: Path, cases: int, messages: st.SearchStrategy = MESSAGES_O
     return seen
 
 
+def both_happened(seen: Counter[str], methods: Iterable[tuple[str, type]], times: int) -> bool:
+    """Fuzzing that only succeeds, or only fails, looks at half of the code."""
+    return all(min(seen[f"{method} OK"], seen[f"{method} INVALID_ARGUMENT"]) >= times for method, _ in methods)
+
+
 def test_no_values_in_a_message_break_the_grpc_front(tiny_folder: Path) -> None:
-    seen = fuzz_grpc(tiny_folder, 200)
-    assert all(min(seen[f"{method} OK"], seen[f"{method} INVALID_ARGUMENT"]) >= 5 for method, _ in METHODS.values()), seen
+    seen = fuzz_grpc(tiny_folder, 200, MESSAGES_OF_UNARY_CALLS)
+    assert both_happened(seen, UNARY.values(), 5), seen
+
+
+def test_nothing_that_a_client_says_it_has_of_a_stream_breaks_the_grpc_front(tiny_folder: Path) -> None:
+    seen = fuzz_grpc(tiny_folder, 100, MESSAGES_OF_STREAMS)
+    assert both_happened(seen, STREAMS.values(), 5), seen
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_messages_do_not_break_the_grpc_front(tiny_folder: Path) -> None:
-    fuzz_grpc(tiny_folder, 10_000)
+    seen = fuzz_grpc(tiny_folder, 10_000, MESSAGES_OF_UNARY_CALLS | MESSAGES_OF_STREAMS)
+    assert both_happened(seen, (UNARY | STREAMS).values(), 100), seen
 
 
 @pytest.mark.slow
 def test_two_thousand_calls_for_vectors_do_not_break_the_grpc_front(tiny_folder: Path) -> None:
     seen = fuzz_grpc(tiny_folder, 2_000, EMBEDDINGS)
-    assert min(seen["Embed OK"], seen["Embed INVALID_ARGUMENT"]) >= 100
+    assert both_happened(seen, [UNARY[service_pb2.EmbedRequest]], 100), seen

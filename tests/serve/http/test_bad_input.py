@@ -267,6 +267,17 @@ async def test_unknown_fields_are_ignored_and_named_in_a_header(http: httpx.Asyn
     assert answer.headers["x-manta-ignored-fields"] == "abc, zork"
 
 
+@pytest.mark.parametrize("so_far", [[{"index": 0, "token_ids": [1]}], [{"index": -1, "token_ids": [-1]}], "all of it"], ids=repr)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_broken_stream_cannot_go_on_over_http_and_a_client_that_tries_is_told(
+    http: httpx.AsyncClient, service: ScriptedService, chat_body: Any, completion_body: Any, path: str, so_far: Any
+) -> None:
+    answer = await http.post(path, json=(chat_body if path == CHAT else completion_body) | {"so_far": so_far})
+    assert answer.status_code == 200
+    assert answer.headers["x-manta-ignored-fields"] == "so_far"
+    assert service.asked[0].so_far == ()
+
+
 async def test_unknown_names_cannot_forge_headers(http: httpx.AsyncClient, chat_body: Any) -> None:
     answer = await http.post(CHAT, json=chat_body | {"a\r\nset-cookie: x": 1})
     assert answer.headers["x-manta-ignored-fields"] == "(unprintable)"
