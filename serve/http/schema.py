@@ -149,7 +149,7 @@ class MessageBody(Body):
             raise InvalidRequest(f"messages[{at}].content is required", param=f"messages[{at}].content")
         answers = self.id if self.role == "tool" and self.tool_call_id is None and isinstance(self.id, str) else self.tool_call_id
         return Message(
-            role=self.role,
+            role="system" if self.role == "developer" else self.role,  # OpenAI's newer name for it
             content=self.content or "",
             name=self.name,
             tool_calls=tuple(call.call() for call in self.tool_calls or ()),

@@ -54,6 +54,12 @@ async def test_the_stream_helper_assembles_the_answer(client: openai.AsyncOpenAI
     assert final.choices[0].message.content == ANSWER
 
 
+async def test_a_developers_message_is_what_a_systems_is(client: openai.AsyncOpenAI, tokens: ScriptedTokens) -> None:
+    for role in ("system", "developer"):
+        await client.chat.completions.create(model="smol", messages=[{"role": role, "content": "Be brief."}, *ASK])
+    assert tokens.asked[0].prompt == tokens.asked[1].prompt
+
+
 async def test_completions_take_text_and_ids(client: openai.AsyncOpenAI) -> None:
     texts = await client.completions.create(model="smol", prompt=["one", "two"], max_tokens=100)
     assert [choice.text for choice in texts.choices] == [ANSWER, ANSWER]
