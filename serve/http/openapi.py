@@ -7,12 +7,33 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from serve.errors import WIRE
 from serve.http.schema import Body
 from serve.offers import Offers
 
 REFERENCE = "#/components/schemas/{model}"
 BODIES: dict[type[Body], None] = {}
 """Those of all routes, in the order in which they were made."""
+ERROR: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": sorted({wire.type for wire in WIRE.values()})},
+                "param": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "code": {"enum": sorted({wire.code for wire in WIRE.values()})},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+"""What every refusal and failure looks like (OpenAI's form)."""
+REFUSED = {"description": "Refused or failed", "content": {"application/json": {"schema": {"$ref": REFERENCE.format(model="Error")}}}}
+OF_FASTAPI = ("HTTPValidationError", "ValidationError")
+"""Its own errors, of status 422, which none of our routes gives."""
 COMMAND = 'python -c "from serve.http.openapi import page; print(page(), end=str())" > docs/openapi.json'
 
 
@@ -45,7 +66,13 @@ def describe_api(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             _, definitions = models_json_schema([(body, "validation") for body in BODIES], ref_template=REFERENCE)
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            schemas |= {**definitions["$defs"], "Error": ERROR}
+            for name in OF_FASTAPI:
+                schemas.pop(name, None)
+            for operation in (each for path in schema["paths"].values() for each in path.values()):
+                operation["responses"].pop("422", None)
+                operation["responses"]["default"] = REFUSED
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPTS = Path(__file__).parent / "scripts"
 ROOT = Path(__file__).parents[2]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = re.compile(r"^```\n((?:curl|echo) .*?)^```", re.MULTILINE | re.DOTALL)
 PARIS = "The capital of France is Paris."
 
 
@@ -191,6 +192,24 @@ def test_examples_of_the_pages_run(server: Server, code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=400, cwd=ROOT, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() or "except" in code
+
+
+def test_commands_of_the_pages_run(server: Server, tmp_path: Path) -> None:
+    (curl,) = COMMANDS.findall((ROOT / "README.md").read_text())
+    (batch,) = COMMANDS.findall((ROOT / "docs/http.md").read_text())
+    assert json.loads(shell(curl, server, tmp_path))["choices"][0]["message"]["content"].startswith("The capital of France is Paris")
+    shell(batch, server, tmp_path)
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(line)["response"]["status_code"] == 200
+
+
+def shell(commands: str, server: Server, folder: Path) -> str:
+    here = commands.replace("http://127.0.0.1:8000", server.url)
+    here = here.replace("manta batch", f"{sys.executable} -m serve batch --url {server.url}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-ec", here], capture_output=True, text=True, check=False, timeout=400, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    return done.stdout
 
 
 def test_aiperf(server: Server, demo_folder: Path, tmp_path: Path) -> None:

@@ -17,3 +17,10 @@ def test_every_reference_leads_somewhere() -> None:
     schemas = json.loads(text)["components"]["schemas"]
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert names <= schemas.keys()
+
+
+def test_refusals_have_the_form_that_they_have_and_no_other() -> None:
+    document = json.loads(page())
+    for operation in (each for path in document["paths"].values() for each in path.values()):
+        assert operation["responses"].keys() == {"200", "default"}
+    assert not {"HTTPValidationError", "ValidationError"} & document["components"]["schemas"].keys()
