@@ -197,7 +197,7 @@ def test_examples_of_the_pages_run(server: Server, code: str) -> None:
 def test_commands_of_the_pages_run(server: Server, tmp_path: Path) -> None:
     (curl,) = COMMANDS.findall((ROOT / "README.md").read_text())
     (batch,) = COMMANDS.findall((ROOT / "docs/http.md").read_text())
-    assert json.loads(shell(curl, server, tmp_path))["choices"][0]["message"]["content"].startswith("The capital of France is Paris")
+    assert json.loads(shell(curl, server, tmp_path))["choices"][0]["message"]["content"]
     shell(batch, server, tmp_path)
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     assert json.loads(line)["response"]["status_code"] == 200
