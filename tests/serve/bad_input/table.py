@@ -133,7 +133,10 @@ def expanded(value: Any) -> Any:
         if form == "power":
             return 2**said
         if form == "numbered":
-            return {str(number): 1 for number in range(said)}
+            count, what = said
+            return {str(number): expanded(what) for number in range(count)}
+        if form == "named":
+            return [{"type": "function", "function": {"name": f"f{number}"}} for number in range(said)]
         if form == "wrapped":
             return "".join(expanded(said))
     return {key: expanded(one) for key, one in value.items()}
@@ -145,18 +148,54 @@ def _renamed(asked: dict[str, Any], model: str) -> dict[str, Any]:
 
 def _as_protobuf(of: str, said: dict[str, Any]) -> dict[str, Any]:
     """What OpenAI's JSON says, in the fields of `manta.v1`."""
-    options = {name: said[name] for name in (*SAID_OR_NOT, "stop", "stop_token_ids", "logit_bias") if said.get(name) is not None}
+    options = {name: said[name] for name in (*SAID_OR_NOT, "stop", "stop_token_ids", "logit_bias", "ignore_eos") if said.get(name) is not None}
     asked: dict[str, Any] = {"model": said["model"]}
     if of == "chat":
-        asked["messages"] = [{**message, "role": f"ROLE_{message['role'].upper()}"} for message in said["messages"]]
+        asked["messages"] = [_message(one) for one in said["messages"]]
+        asked |= _tools(said)
     elif of == "completion":
         asked["prompts"] = [_prompt(one) for one in _prompts(said["prompt"])]
     elif of == "embedding":
         asked["inputs"] = [_prompt(one) for one in _prompts(said["input"])]
     asked |= {name: said[name] for name in ("echo", "dimensions", "priority") if name in said}
+    if form := _form(said):
+        options["response_format"] = form
     if options:
         asked["options"] = options
     return asked
+
+
+def _message(said: dict[str, Any]) -> dict[str, Any]:
+    message = said | {"role": f"ROLE_{said['role'].upper()}"}
+    if "tool_calls" in said:
+        message["tool_calls"] = [{"id": call["id"], **call["function"]} for call in said["tool_calls"]]
+    return message
+
+
+def _tools(said: dict[str, Any]) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+    if "tools" in said:
+        functions = [tool["function"] for tool in said["tools"]]
+        asked["tools"] = [one | ({"parameters": json.dumps(one["parameters"])} if "parameters" in one else {}) for one in functions]
+    match said.get("tool_choice"):
+        case str(mode):
+            asked["tool_choice"] = {"mode": f"TOOL_CHOICE_MODE_{mode.upper()}"}
+        case {"function": {"name": name}}:
+            asked["tool_choice"] = {"function": name}
+    return asked
+
+
+def _form(said: dict[str, Any]) -> dict[str, Any] | None:
+    match said.get("response_format") or said.get("structured_outputs"):
+        case {"json_schema": {"schema": schema}}:
+            return {"json_schema": json.dumps(schema)}
+        case {"regex": regex}:
+            return {"regex": regex}
+        case {"choice": texts}:
+            return {"choices": {"texts": texts}}
+        case {"grammar": grammar}:
+            return {"grammar": grammar}
+    return None
 
 
 def _prompts(prompt: Any) -> list[Any]:
