@@ -7,9 +7,6 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
-
-pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
-
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
