@@ -39,7 +39,8 @@ def fuzz_http(folder: Path, cases: int, path: str | None = None) -> Counter[int]
     seen: Counter[int] = Counter()
 
     def run(url: str) -> None:
-        with httpx.Client(base_url=url, timeout=HANGS_AFTER_S) as client:
+        own_connections = httpx.Limits(max_keepalive_connections=0)  # making a case may take longer than a server keeps an idle one
+        with httpx.Client(base_url=url, timeout=HANGS_AFTER_S, limits=own_connections) as client:
 
             @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
             @given(strategy, st.integers(0, 9))
