@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.byte_source import ByteSource
+from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import CheckpointFolder, open_folder
-from model.checkpoint_header import CheckpointError, TensorHeader, read_header, some, without_repetition
+from model.checkpoint_header import TensorHeader, read_header, some, without_repetition
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

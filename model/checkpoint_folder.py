@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from model.byte_source import ByteSource, LocalFile, RemoteFile, patiently
-from model.checkpoint_header import CheckpointError
+from model.checkpoint_error import CheckpointError
 
 SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Configuration, tokenizer, index. No code."""

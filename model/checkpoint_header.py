@@ -8,14 +8,13 @@ without gaps.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.byte_source import ByteSource
+from model.checkpoint_error import CheckpointError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -26,19 +25,6 @@ DTYPES = {
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit; a larger number is a damaged file."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder is not what it should be. ``file`` and, where it is about one, ``tensor`` say where."""
-
-    def __init__(self, message: str, *, file: Path | str, tensor: str | None = None) -> None:
-        super().__init__(message)
-        self.file, self.tensor = str(file), tensor
-        """``file`` is a path, or a URL where the checkpoint is elsewhere."""
-
-    def __reduce__(self) -> tuple[partial["CheckpointError"], tuple[str]]:
-        """Pickled by its fields, so that a rank's error can reach another process."""
-        return partial(CheckpointError, file=self.file, tensor=self.tensor), (str(self),)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-
 Architecture = Literal["Qwen2ForCausalLM", "Qwen2MoeForCausalLM"]
 DENSE: Architecture = "Qwen2ForCausalLM"
 MOE: Architecture = "Qwen2MoeForCausalLM"
 BARE = "Qwen2Model"
 """A dense decoder without a head, as embedding models are stored."""
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""The dtypes a model can be computed in, by the names config.json uses."""
+DTYPES = ("bfloat16", "float16", "float32")
+"""What a model can be computed in, by the names that config.json and torch use. This module is without torch: fronts read it."""
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -93,8 +91,8 @@ class ModelConfig:
     rope: RopeConfig
     qkv_bias: bool
     tied_embeddings: bool
-    dtype: torch.dtype
-    """Of the weights as released."""
+    dtype: str
+    """Of the weights as released: one of `DTYPES`."""
     moe: MoeConfig | None
     eos_token_ids: tuple[int, ...]
     """`eos_token_id`; generation_config.json, where it names any, has precedence (`GenerationDefaults`)."""
@@ -223,14 +221,14 @@ def _head_dim(raw: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
     return hidden_size // num_heads
 
 
-def _dtype(raw: Mapping[str, Any]) -> torch.dtype:
+def _dtype(raw: Mapping[str, Any]) -> str:
     """transformers 4 writes `torch_dtype`, transformers 5 `dtype`."""
     if raw.get("dtype") is None and raw.get("torch_dtype") is None:
         raise InvalidModelConfig("neither dtype nor torch_dtype is there")
     name = _required(raw, "torch_dtype" if raw.get("dtype") is None else "dtype", str)
     if name not in DTYPES:
         raise UnsupportedModel(f"dtype {name!r} is not supported; {', '.join(DTYPES)} are")
-    return DTYPES[name]
+    return name
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:

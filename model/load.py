@@ -12,7 +12,8 @@ import torch
 from model.attention.choose import BackendName
 from model.checkpoint import Checkpoint
 from model.checkpoint_header import some
-from model.config import DTYPES, ModelConfig
+from model.config import ModelConfig
+from model.dtypes import DTYPES
 from model.names import Binding
 from model.qwen2 import HEAD, Qwen2
 from model.qwen2_moe import Qwen2Moe
@@ -175,7 +176,7 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
         CheckpointMismatch: missing, superfluous, misshapen tensors, and for a plain model those of integers.
     """
     whole = _make(
-        config, single_rank_groups(), device=torch.device("cpu"), dtype=config.dtype, block_tokens=1, backend="reference", format=format
+        config, single_rank_groups(), device=torch.device("cpu"), dtype=DTYPES[config.dtype], block_tokens=1, backend="reference", format=format
     )
     plain = format is None or set(format.specs()) == {"weight"}
     wanted = {binding.name: binding.slot.shape for binding in whole.bindings()}

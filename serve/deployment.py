@@ -55,6 +55,8 @@ METRICS_EVERY_S = 2.0
 """How often a front tells the others what it measured."""
 DEMAND_EVERY_S = 0.5
 """How often a front tells the autoscaler what waits there."""
+HEALTH_CHECK_PERIOD_S = 1.0
+"""How often Ray Serve asks each front and replica whether it lives: so long at most until a dead one is noticed, and replaced."""
 SHUTDOWN_MARGIN_S = 10.0
 """Beyond draining, for the ranks to end and their memory to be freed."""
 
@@ -263,6 +265,7 @@ def build_app(models: Sequence[Model], config: ServeConfig) -> ray_serve.Applica
         num_replicas=config.fronts.count,
         ray_actor_options={"num_cpus": 0, "resources": on_hosts_with(config.fronts.host_resource)},
         max_ongoing_requests=MAX_CALLS_PER_FRONT,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=max(model.config.replica.drain_timeout_s for model in models),
         max_constructor_retry_count=2,
@@ -283,7 +286,7 @@ def _engines(model: Model) -> Any:
         placement_group_bundles=bundles(config.parallel.topology, config.resources),
         placement_group_strategy=strategy(config.resources),
         ray_actor_options={"num_cpus": REPLICA_CPUS},
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=config.replica.drain_timeout_s + SHUTDOWN_MARGIN_S,

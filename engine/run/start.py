@@ -25,7 +25,8 @@ from engine.run.warm_up import capture, warm_up
 from engine.weights_read import WeightsRead
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
-from model.config import DTYPES, ModelConfig
+from model.config import ModelConfig
+from model.dtypes import DTYPES
 from model.formats import Formats, choose_formats
 from model.kv_cache import KvCache
 from model.load import load_model

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, write_checkpoint
-from model.checkpoint_header import CheckpointError
+from model.checkpoint_error import CheckpointError
 from tests.model.oracle import make_oracle
 
 MATRIX = torch.arange(12, dtype=torch.float32).view(3, 4)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from model.checkpoint_header import CheckpointError
+from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig
 from model.load import CheckpointMismatch, LoadReport, load_model
 from model.qwen2 import Qwen2

@@ -32,6 +32,7 @@ capabilities:
 {{- end }}
 - {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: serve.proxy_hook.before_listening}
 - {name: RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, value: "67108864"}
+- {name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S, value: "1"}
 - {name: SERVE_SOCKET_REUSE_PORT_ENABLED, value: "0"}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: HOME, value: /tmp}

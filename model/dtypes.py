@@ -1,0 +1,8 @@
+"""The dtypes that a model can be computed in."""
+
+import torch
+
+from model import config
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
+"""By the names that config.json uses."""
