@@ -11,6 +11,7 @@ from cluster.config import RouterConfig
 from cluster.errors import ReplicaLost, ResumesExhausted
 from cluster.link import LinkLost
 from engine.errors import EngineError, PoisonedRequest
+from engine.plan import TokenEvent
 from engine.request import Request
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,10 @@ MAX_DEATHS = 2
 """A request present at so many deaths of a replica's own process may be what kills them; it is not tried again."""
 MAX_LOSSES = 3
 """So many losses of replicas or of their workers, taken together, are too many for one request."""
+LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineStopped": "stopped"}
+"""Error kinds that say something about the replica, not about the request: another replica may do better. With the reason."""
+DOUBTED = {"InvalidLogits": "invalid_logits"}
+"""Error kinds that may be of either: of a sick device, or of a prompt for which the model has no numbers. They are doubted once."""
 MAX_QUARANTINED = 4_096
 """Requests remembered as poisonous; the oldest make room."""
 
@@ -156,6 +161,7 @@ class History:
         self.request = request
         self.lost_by: list[str] = []
         """Ids of the replicas it was lost by, one per attempt."""
+        self._reasons: set[str] = set()
         self.fruitless = 0
         """Attempts in a row that gave no token. One that did has brought the answer nearer to its end, whatever it was lost by."""
         self._num_committed = len(request.committed)
@@ -171,8 +177,16 @@ class History:
         """An engine said how often workers were lost over it, those of earlier attempts included."""
         self.losses = max(self.losses, losses)
 
+    def reason_to_leave(self, event: TokenEvent) -> str | None:
+        """In one word, why another replica may do better than the one that said this; None where it would say the same."""
+        if event.error_kind is None:
+            return None
+        doubt = DOUBTED.get(event.error_kind)
+        return doubt if doubt is not None and doubt not in self._reasons else LOSSES.get(event.error_kind)
+
     def add(self, loss: LinkLost, num_committed: int) -> None:
         self.lost_by.append(loss.replica_id)
+        self._reasons.add(loss.reason)
         self.fruitless = 0 if num_committed > self._num_committed else self.fruitless + 1
         self._num_committed = num_committed
         self.deaths += loss.died

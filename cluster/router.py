@@ -30,10 +30,6 @@ from engine.request import Request
 
 logger = logging.getLogger(__name__)
 
-LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineStopped": "stopped"}
-"""Error kinds that say something about the replica, not about the request: another replica may do better. With the reason."""
-
-
 FULL_FOR_S = 0.1
 """For how long a tenant's next requests are refused unasked after no replica had a place in its queue: at ten times as many requests
 as can be answered most are spared the way there, and the queue is never empty for want of one that asks."""
@@ -217,8 +213,8 @@ class Router:
                         if event.attempt != attempt:
                             continue
                         history.told(event.losses)
-                        if event.error_kind in LOSSES:
-                            raise LinkLost(link.id, event.error_message or "", reason=LOSSES[event.error_kind])
+                        if (reason := history.reason_to_leave(event)) is not None:
+                            raise LinkLost(link.id, event.error_message or "", reason=reason)
                         if event.offset != len(committed):
                             raise LinkLost(link.id, f"sent offset {event.offset} where {len(committed)} was due", reason="out_of_order")
                         if not event.tokens and event.finish_reason is None:

@@ -175,9 +175,8 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
     Raises:
         CheckpointMismatch: missing, superfluous, misshapen tensors, and for a plain model those of integers.
     """
-    whole = _make(
-        config, single_rank_groups(), device=torch.device("cpu"), dtype=DTYPES[config.dtype], block_tokens=1, backend="reference", format=format
-    )
+    dtype, device = DTYPES[config.dtype], torch.device("cpu")
+    whole = _make(config, single_rank_groups(), device=device, dtype=dtype, block_tokens=1, backend="reference", format=format)
     plain = format is None or set(format.specs()) == {"weight"}
     wanted = {binding.name: binding.slot.shape for binding in whole.bindings()}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.checkpoint_error import CheckpointError
+from model.checkpoint_folder import small_files
 from serve.config import ModelSettings
 
 DEMO = "demo"
@@ -141,9 +143,6 @@ def _here(folder: Path, name: str) -> FoundModel:
 
 def _in_store(url: str, name: str | None) -> FoundModel:
     """Only the small files are copied; the weights are read from the store by the ranks, each its own."""
-    from model.checkpoint_folder import small_files  # torch, which only this path needs
-    from model.checkpoint_error import CheckpointError
-
     try:
         folder = small_files(url)
     except CheckpointError as error:

@@ -127,11 +127,23 @@ async def test_a_repeat_or_a_gap_in_the_offsets_never_reaches_the_client(offset:
 
 
 async def test_an_error_of_the_request_itself_is_passed_on_and_not_tried_elsewhere() -> None:
-    first, second = FakeLink(record("a"), error_at={2: "InvalidLogits"}), FakeLink(record("b"))
+    first, second = FakeLink(record("a"), error_at={2: "GrammarFailed"}), FakeLink(record("b"))
     async with routed(first, second) as router:
         events = await collect(router)
-    assert (events[-1].finish_reason, events[-1].error_kind) == ("error", "InvalidLogits")
+    assert (events[-1].finish_reason, events[-1].error_kind) == ("error", "GrammarFailed")
     assert not second.seen
+
+
+async def test_logits_that_are_no_numbers_are_the_replicas_fault_until_another_has_none_either() -> None:
+    first, second = FakeLink(record("a"), error_at={2: "InvalidLogits"}), FakeLink(record("b"))
+    async with routed(first, second) as router:
+        assert tokens_of(await collect(router)) == answer(REQUEST)
+    assert router.resumes.counts.resumes["invalid_logits"] == 1
+    three = [FakeLink(record(name), error_at={2: "InvalidLogits"}) for name in ("a", "b", "c")]
+    async with routed(*three) as router:
+        events = await collect(router)
+    assert (events[-1].finish_reason, events[-1].error_kind) == ("error", "InvalidLogits")
+    assert sum(len(link.seen) for link in three) == 2
 
 
 async def test_closing_the_stream_cancels_the_choice_at_its_replica() -> None:

@@ -1,15 +1,20 @@
-"""The fault suite: `python -m tests.faults [--faults a,b | --sweep] [--runs 20] [--first-seed 1] [--results FILE]`.
+"""The fault suite: `python -m tests.faults [--faults a,b | --sweep] [--runs 20 | --missing 20 --seconds 450] [--results FILE]`.
 
 One server is up for all runs: that it is whole again after each is a part of what is shown. Every run is a line of the results;
-`python -m tests.faults.report FILE... > docs/faults.md` makes the table of them.
+`python -m tests.faults.report FILE... > docs/faults.md` makes the table of them. With ``--missing`` the results say which fault has
+the fewest runs and comes next, so that any number of short sessions add up to so many runs of each.
 """
 
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
+import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.faults.catalogue import FAULTS
@@ -18,27 +23,49 @@ from tests.faults.server import Victims, server_under_test
 from tests.faults.sweep import SWEPT
 
 
-async def run_all(victims: Victims, names: list[str], seeds: range, results: Path) -> int:
+async def run_all(victims: Victims, turns: Iterator[tuple[str, int]], results: Path, ends_at: float) -> int:
+    """How many runs broke a promise."""
     goldens, num_wrong = Goldens(), 0
     await victims.until_whole()
     await goldens.learn(victims)
-    for seed in seeds:  # every fault once, then again: whenever it is stopped all have been tried about as often
-        for name in names:
-            begun = time.monotonic()
-            run = await one_run(victims, (FAULTS | SWEPT)[name], seed, goldens)
+    for name, seed in turns:
+        if (begun := time.monotonic()) > ends_at:
+            break
+        run = await one_run(victims, (FAULTS | SWEPT)[name], seed, goldens)
+        if run.fired:
             with results.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(run)) + "\n")
-            num_wrong += bool(run.wrong)
-            told = f"{name} {seed}: {run.complete}/{run.streams} whole, {run.lost} lost, {run.resumed} resumed"
-            print(
-                f"{told}, pause {max(run.pauses_s):.1f} s, whole after {run.recovery_s:.1f} s, {time.monotonic() - begun:.0f} s", flush=True
-            )
-            for one in run.wrong[:6]:
-                print("    " + one, flush=True)
-            if any("not whole after" in one for one in run.wrong):
-                print("\n".join(victims.server.lines[-60:]))
-                return num_wrong
+        num_wrong += bool(run.wrong)
+        told = f"{name} {seed}: {run.complete}/{run.streams} whole, {run.lost} lost, {run.resumed} resumed"
+        told += "" if run.fired else ", nobody came to the failpoint"
+        print(f"{told}, pause {max(run.pauses_s):.1f} s, whole after {run.recovery_s:.1f} s, {time.monotonic() - begun:.0f} s", flush=True)
+        for one in run.wrong[:6]:
+            print("    " + one, flush=True)
+        if any("not whole after" in one for one in run.wrong):
+            print("\n".join(victims.server.lines[-60:]))
+            return num_wrong
     return num_wrong
+
+
+def in_rounds(names: Sequence[str], seeds: range) -> Iterator[tuple[str, int]]:
+    """Every fault once, then again: whenever it is stopped all have been tried about as often."""
+    return ((name, seed) for seed in seeds for name in names)
+
+
+def the_rarest(names: Sequence[str], wanted: int, results: Path) -> Iterator[tuple[str, int]]:
+    """The fault that has the fewest runs, and the seed after its last, until each has ``wanted``. One that did not strike is no run."""
+    last, turns = Counter[str](), Counter[str]()
+    while True:
+        told = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        seeds = {name: [run["seed"] for run in told if run["fault"] == name] for name in names}
+        turns |= Counter({name: len(seeds[name]) for name in names})
+        missing = [name for name in names if len(seeds[name]) < wanted]
+        if not missing:
+            return
+        name = min(missing, key=lambda name: turns[name])
+        last[name] = max([last[name], *seeds[name]]) + 1
+        turns[name] += 1
+        yield name, last[name]
 
 
 def main() -> None:
@@ -47,12 +74,20 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="every failpoint instead")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--missing", type=int, help="whatever fault has the fewest runs in the results, until each has so many")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long, the server's start included")
     parser.add_argument("--results", type=Path, default=Path("/tmp/manta-faults.jsonl"))
     parser.add_argument("--keep-logs", type=Path, help="a folder for Ray's logs of the server")
     given = parser.parse_args()
-    names, seeds = list(SWEPT) if given.sweep else given.faults.split(","), range(given.first_seed, given.first_seed + given.runs)
+    ends_at = time.monotonic() + given.seconds
+    names = list(SWEPT) if given.sweep else given.faults.split(",")
+    seeds = range(given.first_seed, given.first_seed + given.runs)
+    turns = in_rounds(names, seeds) if given.missing is None else the_rarest(names, given.missing, given.results)
+    if (first := next(turns, None)) is None:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the server is ended on the way out
     with server_under_test(keep_logs=given.keep_logs) as victims:
-        num_wrong = asyncio.run(run_all(victims, names, seeds, given.results))
+        num_wrong = asyncio.run(run_all(victims, itertools.chain([first], turns), given.results, ends_at))
     sys.exit(1 if num_wrong else 0)
 
 

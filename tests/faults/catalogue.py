@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 import psutil
 
 from engine.failpoints import Failure, arm, disarm
+from tests.faults import beside
+from tests.faults.beside import Beside
 from tests.faults.server import Victims
 
 MESSAGES = ("intake.send", "link.receive", "intake.read", "link.send")
-NAN = frozenset({"invalid_logits", "500 invalid_logits", "INVALID_LOGITS"})
 FRONT_LOST = frozenset({"503 unavailable"})
 """Before an answer began."""
-THAWED_AFTER_S = 12.0
-"""Long after a frozen replica was given up."""
+THAWED_AFTER_S = 6.0
+"""Twice as long as it takes that a frozen replica is given up."""
+AWHILE_S = 4.0
+"""How long what passes by itself lasts: longer than the streams would take, and than a replica may be silent."""
 
 
 @dataclass
@@ -31,7 +34,9 @@ class Harm:
     undo: Callable[[], Awaitable[None]] | None = None
     """What ends the fault, run beside the streams; a server is not whole before."""
     points: tuple[str, ...] = ()
-    """Failpoints that were armed."""
+    """Failpoints that were armed, and are disarmed in the end."""
+    lost: list[str] | None = None
+    """A failpoint for each message that was lost, where that is the fault."""
 
 
 Inject = Callable[[Victims, random.Random], Awaitable[Harm]]
@@ -46,8 +51,10 @@ class Fault:
     """1: no client sees it. 2: the process that holds clients' sockets is hurt, a stream may break but not end falsely."""
     may_fail: frozenset[str] = frozenset()
     """Typed errors that a stream may end with."""
-    extra: str = ""
-    """What happens beside: "poison", "leave", "crowd", "long answers" or "long prompts"; see `tests.faults.run`."""
+    beside: Beside | None = None
+    """Requests that come beside the streams."""
+    clients_leave: bool = False
+    """Half of the streams' clients go away in the midst of them."""
 
 
 def kill(processes: Iterable[psutil.Process]) -> frozenset[int]:
@@ -91,12 +98,12 @@ async def _replica_frozen(victims: Victims, chance: random.Random) -> Harm:
 
 
 async def _rank_slow(victims: Victims, chance: random.Random) -> Harm:
-    """It has a tenth of the time that it would have, for some seconds."""
+    """It has a tenth of the time that it would have, for a while."""
     victim = _one_of(victims.ranks(), chance)
 
     async def slow_down() -> None:
         loop = asyncio.get_running_loop()
-        until = loop.time() + 5.0
+        until = loop.time() + AWHILE_S
         with contextlib.suppress(psutil.NoSuchProcess):
             while loop.time() < until:
                 victim.suspend()
@@ -124,7 +131,7 @@ async def _replica_and_front(victims: Victims, chance: random.Random) -> Harm:
 
 
 async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
-    """Where Ray has its logs and sockets, for some seconds."""
+    """Where Ray has its logs and sockets, for a while."""
     if victims.disk is None:
         raise AssertionError("this user cannot mount a disk that may be filled")
     filler = victims.disk / "filler"
@@ -134,33 +141,33 @@ async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
     assert os.statvfs(victims.disk).f_bavail < 512
 
     async def free() -> None:
-        await asyncio.sleep(5.0)
+        await asyncio.sleep(AWHILE_S)
         filler.unlink()
 
     return Harm(undo=free)
 
 
 async def _no_descriptors(victims: Victims, chance: random.Random) -> Harm:
-    """A front or the proxy can open nothing more, for some seconds."""
+    """A front or the proxy can open nothing more, for a while."""
     victim = _one_of(victims.fronts() + victims.proxies(), chance)
     soft, hard = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (victim.num_fds(), hard))
 
     async def give_back() -> None:
-        await asyncio.sleep(4.0)
+        await asyncio.sleep(AWHILE_S)
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
     return Harm(undo=give_back)
 
 
-def _front_frozen(find: Callable[[Victims], list[psutil.Process]], seconds: float) -> Inject:
+def _frozen_awhile(find: Callable[[Victims], list[psutil.Process]]) -> Inject:
     async def inject(victims: Victims, chance: random.Random) -> Harm:
         victim = _one_of(find(victims), chance)
         victim.send_signal(signal.SIGSTOP)
 
         async def thaw() -> None:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(AWHILE_S)
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.send_signal(signal.SIGCONT)
 
@@ -181,15 +188,16 @@ def _lost_messages(count: int, *points: str) -> Inject:
     """Messages between fronts and replicas are lost, one after the other within two seconds."""
 
     async def inject(victims: Victims, chance: random.Random) -> Harm:
-        point = chance.choice(points)
+        point, lost = chance.choice(points), list[str]()
 
         async def lose() -> None:
             for _ in range(count):
                 arm(victims.failpoints, point, Failure(action="drop", after=chance.randint(1, 5)))
                 await asyncio.sleep(2.0 / count)
-            disarm(victims.failpoints, point)
+                if not disarm(victims.failpoints, point):
+                    lost.append(point)
 
-        return Harm(undo=lose, points=(point,))
+        return Harm(undo=lose, points=(point,), lost=lost)
 
     return inject
 
@@ -227,14 +235,14 @@ def catalogue() -> dict[str, Fault]:
     it.add("nothing", "no fault: what the rest is compared with", _nothing)
     it.add("rank_killed", "a rank is killed", _killing(Victims.ranks))
     it.add("rank_frozen", "a rank is frozen (SIGSTOP) for good", _rank_frozen)
-    it.add("rank_slow", "a rank is slowed down to a tenth for 5 s", _rank_slow)
+    it.add("rank_slow", f"a rank is slowed down to a tenth for {AWHILE_S:g} s", _rank_slow)
     it.add("all_ranks_killed", "all ranks of both replicas are killed at once", _all_ranks)
     it.add("replica_killed", "a replica's own process is killed", _killing(Victims.replicas))
     it.add("replica_frozen", f"a replica's own process is frozen for {THAWED_AFTER_S:g} s", _replica_frozen)
     it.add("two_faults", "a rank is killed, and within 2 s another rank or a replica", _two_faults)
     it.add("controller_killed", "Ray Serve's controller is killed", _killing(Victims.controllers))
-    it.add("front_frozen", "a front is frozen for 8 s", _front_frozen(Victims.fronts, 8.0))
-    it.add("proxy_frozen", "Ray Serve's proxy is frozen for 8 s", _front_frozen(Victims.proxies, 8.0))
+    it.add("front_frozen", f"a front is frozen for {AWHILE_S:g} s", _frozen_awhile(Victims.fronts))
+    it.add("proxy_frozen", f"Ray Serve's proxy is frozen for {AWHILE_S:g} s", _frozen_awhile(Victims.proxies))
     it.add("front_killed", "a front is killed", _killing(Victims.fronts), tier=2, may_fail=FRONT_LOST)
     it.add("proxy_killed", "Ray Serve's proxy is killed", _killing(Victims.proxies), tier=2)
     it.add("replica_and_front", "a replica and a front are killed at once", _replica_and_front, tier=2, may_fail=FRONT_LOST)
@@ -246,14 +254,21 @@ def catalogue() -> dict[str, Fault]:
     it.add("requests_lost", "two messages from fronts to replicas are lost within 2 s", _lost_messages(2, "intake.read", "link.send"))
     it.add("many_messages_lost", "eight messages between fronts and replicas, one way, are lost within 2 s", _lost_messages(8, *MESSAGES))
     it.add("cut_off", "what goes between a replica and the fronts is lost one way for 6 s", _cut("intake.send", "intake.read"))
-    it.add("nan", "all logits of a step are NaN", _failing("rank.logits", Failure(action="drop")), may_fail=NAN)
-    it.add("disk_full", "the disk with Ray's logs and sockets is full for 5 s", _disk_full)
-    it.add("no_descriptors", "a front or the proxy has no file descriptor left for 4 s", _no_descriptors)
-    it.add("poison", "one more request kills every rank that computes it", _nothing, extra="poison")
-    it.add("clients_leave", "half of the clients leave in the middle", _nothing, extra="leave")
-    it.add("kv_exhausted", "long answers beside take all blocks of both replicas, and more", _nothing, extra="long answers")
-    it.add("long_prompts", "prompts that fill the model's context come beside", _nothing, extra="long prompts")
-    it.add("many_connections", "1,000 more connections at once", _nothing, extra="crowd")
+    it.add("nan", "all logits of a step are NaN", _failing("rank.logits", Failure(action="drop"), Failure(action="drop", after=9)))
+    it.add("disk_full", f"the disk with Ray's logs and sockets is full for {AWHILE_S:g} s", _disk_full)
+    it.add("no_descriptors", f"a front or the proxy has no file descriptor left for {AWHILE_S:g} s", _no_descriptors)
+    it.add("poison", "one more request kills every rank that computes it", _nothing, beside=beside.poison)
+    it.add("clients_leave", "half of the clients leave in the middle", _nothing, clients_leave=True)
+    it.add(
+        "same_key",
+        "ten requests beside have the same idempotency key, and a rank is killed",
+        _killing(Victims.ranks),
+        beside=beside.same_key,
+    )
+    it.add("deaf_client", "a client beside reads nothing of its stream", _nothing, beside=beside.deaf)
+    it.add("kv_exhausted", "long answers beside take all blocks of both replicas, and more", _nothing, beside=beside.long_answers)
+    it.add("long_prompts", "prompts that fill the model's context come beside", _nothing, beside=beside.long_prompts)
+    it.add("many_connections", "1,000 more connections at once", _nothing, beside=beside.crowd)
     return it.faults
 
 

@@ -7,17 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import aiohttp
-
-from engine.failpoints import Failure, arm, disarm
+from engine.failpoints import disarm
 from tests.faults.catalogue import Fault, Harm
 from tests.faults.server import Victims
 from tests.faults.streams import ASKS, Ask, Seen, follow, golden_of
 from tests.history import LOGPROB_TOLERANCE, Golden, History, violations
 
 MOMENTS = ("first", "second", "middle", "last")
-POISON_PROMPT = "Привет"
-CROWD = 1_000
 STREAMS_END_S = 240.0
 
 
@@ -33,11 +29,14 @@ class Run:
     """Streams that did not come to their whole end, and did not leave."""
     wrong: list[str] = field(default_factory=list)
     """Broken promises."""
+    fired: bool = True
+    """Whether the fault struck: a failpoint that nobody came to has shown nothing."""
     resumed: int = 0
     pauses_s: list[float] = field(default_factory=list)
     recovery_s: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)
     logprobs_within: float = LOGPROB_TOLERANCE
+    day: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
 
 class Goldens:
@@ -66,27 +65,29 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
     moment, marked = asyncio.Event(), chance.choice(seen)
     _tell_at(marked, chance.choice(MOMENTS), goldens[marked.ask].num_tokens, moment)
     tasks = [asyncio.create_task(follow(victims.url, victims.target, one, delay_s=chance.uniform(0, 0.3))) for one in seen]
-    leaving = _leaving(seen, tasks, chance) if fault.extra == "leave" else set()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(60):
-            await moment.wait()
+    leaving = _leaving(seen, tasks, chance) if fault.clients_leave else set()
+    if not fault.clients_leave:  # the one whose tokens are counted may be among them
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(60):
+                await moment.wait()
     begun = time.monotonic()
     harm = await fault.inject(victims, chance)
-    ended_by = asyncio.create_task(harm.undo()) if harm.undo else None
-    beside = asyncio.create_task(_beside(fault, victims, run))
+    ended_by = asyncio.ensure_future(harm.undo()) if harm.undo else None
+    beside = asyncio.ensure_future(fault.beside(victims, seed)) if fault.beside else None
     _, late = await asyncio.wait(tasks, timeout=STREAMS_END_S)
     for task in late:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     if ended_by is not None:
         await ended_by
-    await beside
+    if beside is not None:
+        run.wrong += await beside
     await _become_whole(victims, harm, run, begun)
-    run.resumed = max(0, await victims.resumed() - before)
     run.wrong += [f"{one.ask.name}: no end within {STREAMS_END_S:g} s" for one, task in zip(seen, tasks, strict=True) if task in late]
     for one in seen:
         _judge(one, fault, goldens[one.ask], run, left=one in leaving)
     run.wrong += await victims.at_rest()
+    run.resumed = max(0, await victims.resumed() - before)  # fronts tell each other every two seconds: the later the better
     return run
 
 
@@ -119,76 +120,9 @@ def _leaving(seen: list[Seen], tasks: "list[asyncio.Task[None]]", chance: random
     return {seen[number] for number in chosen}
 
 
-async def _beside(fault: Fault, victims: Victims, run: Run) -> None:
-    if fault.extra == "poison":
-        await _poison(victims, run)
-    elif fault.extra == "crowd":
-        await _crowd(victims, run)
-    elif fault.extra == "long answers":
-        await _long_answers(victims, run)
-    elif fault.extra == "long prompts":
-        await asyncio.gather(*(_complete(victims, run, f"{run.seed} {at} " * 240, 16) for at in range(6)))
-
-
-async def _long_answers(victims: Victims, run: Run) -> None:
-    """Twelve of them would take 22,000 places, and two replicas have 15,600."""
-    before = await victims.counted("manta_preemptions_total")
-    await asyncio.gather(*(_complete(victims, run, f"{run.seed} {at}", 1_800) for at in range(12)))
-    await asyncio.sleep(3.0)  # fronts tell their counts every two seconds
-    if await victims.counted("manta_preemptions_total") == before:
-        run.wrong.append("nothing was preempted, so this has shown nothing")
-
-
-async def _complete(victims: Victims, run: Run, prompt: str, length: int) -> None:
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": length, "ignore_eos": True}
-    limits = aiohttp.ClientTimeout(total=STREAMS_END_S)
-    async with aiohttp.ClientSession(timeout=limits) as session, session.post(f"{victims.url}/v1/completions", json=body) as answer:
-        told = await answer.json()
-    counted = told.get("usage", {}).get("completion_tokens")
-    if counted != length:
-        run.wrong.append(f"a request beside was answered by {answer.status}, {counted} tokens: {str(told)[:200]}")
-
-
-async def _poison(victims: Victims, run: Run) -> None:
-    """A request that kills whoever computes it must end with an error that says so, at its own cost alone."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=STREAMS_END_S)) as session:
-        async with session.post(f"{victims.url}/tokenize", json={"prompt": POISON_PROMPT}) as answer:
-            token = (await answer.json())["tokens"][0]
-        arm(victims.failpoints, "rank.step", Failure(action="crash", token=token))
-        try:
-            body = {"model": "tiny", "prompt": [token, run.seed + 300], "max_tokens": 20}
-            async with session.post(f"{victims.url}/v1/completions", json=body) as answer:
-                told = await answer.text()
-            if "poison" not in told:
-                run.wrong.append(f"the poisonous request was answered by {answer.status}: {told[:200]}")
-        finally:
-            disarm(victims.failpoints, "rank.step")
-
-
-async def _crowd(victims: Victims, run: Run) -> None:
-    """Whoever is refused must be told so; who is not is answered."""
-
-    async def ask(session: aiohttp.ClientSession) -> str:
-        try:
-            body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
-            async with session.post(f"{victims.url}/v1/completions", json=body) as answer:
-                await answer.read()
-                return str(answer.status)
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            return type(error).__name__
-
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=STREAMS_END_S)) as session:
-        answers = await asyncio.gather(*(ask(session) for _ in range(CROWD)))
-    for answer in set(answers):
-        run.ends[f"crowd {answer}"] = answers.count(answer)
-        if answer not in ("200", "429", "503"):
-            run.wrong.append(f"{answers.count(answer)} of {CROWD} connections ended with {answer}")
-
-
 async def _become_whole(victims: Victims, harm: Harm, run: Run, begun: float) -> None:
-    for point in harm.points:
-        disarm(victims.failpoints, point)
+    armed = [point for point in harm.points if disarm(victims.failpoints, point)]
+    run.fired = not armed if harm.lost is None else bool(harm.lost)
     try:
         await victims.until_whole(harm.gone)
     except AssertionError as error:

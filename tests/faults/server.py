@@ -29,6 +29,7 @@ runner: {{dtype: float32, num_threads: 1, kv_cache_bytes: {kv_bytes}}}
 engine: {{max_running: 16}}
 replicas: {{count: 2}}
 fronts: {{count: 2}}
+http: {{slow_client_timeout_s: 3}}
 replica: {{step_timeout_s: 8, freeze_timeout_s: 1.5, progress_timeout_s: 3, canary_every_s: 1, canary_timeout_s: 3, max_restarts: 100000,
   restart_backoff_s: 0.0}}
 router: {{stall_timeout_s: 5, replica_silence_s: 3, max_resumes: 1000000, ready_wait_s: 120, quarantine_s: 5}}
@@ -150,8 +151,8 @@ def _holds(one: admin_pb2.ReplicaLoad) -> bool:
 
 
 @contextlib.contextmanager
-def server_under_test(*, kv_bytes: int = 2_000_000, more: str = "", keep_logs: Path | None = None) -> Iterator[Victims]:
-    """``kv_bytes``: of a rank, by default for some 7,800 tokens. ``keep_logs``: where Ray's logs of it are copied to in the end."""
+def server_under_test(*, kv_bytes: int = 1_000_000, more: str = "", keep_logs: Path | None = None) -> Iterator[Victims]:
+    """``kv_bytes``: of a rank, by default for some 3,900 tokens. ``keep_logs``: where Ray's logs of it are copied to in the end."""
     with tempfile.TemporaryDirectory(prefix="mf-", dir="/tmp") as made, _small_disk(Path(made)) as disk:
         place = Path(made)
         failpoints = place / "fail"

@@ -13,8 +13,8 @@ import torch
 
 from model.byte_source import ATTEMPTS, LocalFile, RemoteFile
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, write_checkpoint
-from model.checkpoint_folder import RemoteFolder, small_files
 from model.checkpoint_error import CheckpointError
+from model.checkpoint_folder import RemoteFolder, small_files
 from parallel.topology import Topology
 from tests.model.oracle import make_oracle
 from tests.model.reading import fingerprint, peak_beyond_weights
