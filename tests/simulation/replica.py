@@ -115,6 +115,11 @@ class SimReplica:
         self.desk.put(events)
         asyncio.get_running_loop().call_later(seconds, self._ranks_are_back)
 
+    def compute_nan(self) -> None:
+        """In one step, for all that run."""
+        if self.alive and not self.stopped and not self.ranks_lost:
+            self.desk.put([self._end(run, error=InvalidLogits("NaN")) for run in self._running()])
+
     def stop(self) -> None:
         """In good order, with what still runs told so."""
         self.stopped, self.ready = True, False

@@ -30,7 +30,7 @@ QUIET_S = 15.0
 """After the last client: what has not come back by then is lost."""
 SELDOM = 0.005
 """Share of lost messages, and of four times as many that come out of order, that no client may notice where nothing else goes wrong."""
-LOST = frozenset({"ReplicaLost", "NoReplicaReady", "PoisonedRequest", "ResumesExhausted", "EngineStopped"})
+LOST = frozenset({"ReplicaLost", "NoReplicaReady", "PoisonedRequest", "ResumesExhausted", "EngineStopped", "InvalidLogits"})
 
 
 class Undisturbed:
@@ -259,7 +259,7 @@ class World:
             if not self.network.replicas:
                 continue
             replica = self.network.replicas[chance.choice(sorted(self.network.replicas))]
-            fault = chance.choice(("kill", "freeze", "ranks", "stop", "cut", "cut to", "cut from"))
+            fault = chance.choice(("kill", "freeze", "ranks", "nan", "stop", "cut", "cut to", "cut from"))
             seconds = chance.choice((0.3, 1.0, 3.0, 8.0))
             self.told.append(f"{loop.time():.2f} {fault} {replica.id} {seconds:g} s")
             match fault:
@@ -270,6 +270,8 @@ class World:
                     replica.freeze(seconds)
                 case "ranks":
                     replica.lose_ranks(seconds)
+                case "nan":
+                    replica.compute_nan()
                 case "stop":
                     replica.stop()
                     loop.call_later(1.0, self._gone, replica.id)
