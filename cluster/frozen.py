@@ -7,17 +7,27 @@ LOOK_S = 0.5
 """Looks in between cost nothing."""
 
 
-def is_stopped(pid: int) -> bool:
-    """Field 3 of /proc/<pid>/stat, see proc(5)."""
+def stopped_at(pid: int) -> int | None:
+    """How often the process was put aside until it was stopped, which changes if it runs again; None if it is not stopped.
+
+    From /proc/<pid>/status, see proc(5).
+    """
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] in ("T", "t")
+        with open(f"/proc/{pid}/status") as status:
+            told = dict(line.split(":", 1) for line in status if ":" in line)
     except OSError:
-        return False
+        return None
+    if told["State"].split()[0] not in ("T", "t"):
+        return None
+    return int(told["voluntary_ctxt_switches"]) + int(told["nonvoluntary_ctxt_switches"])
+
+
+def is_stopped(pid: int) -> bool:
+    return stopped_at(pid) is not None
 
 
 class FrozenWatch:
-    """Tells which of some processes has been stopped for too long without a break. A short stop is nobody's loss."""
+    """Tells which of some processes has been stopped for too long without a break. A short stop is nobody's loss, nor are many."""
 
     def __init__(
         self,
@@ -25,11 +35,12 @@ class FrozenWatch:
         limit_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        look: Callable[[int], bool] = is_stopped,
+        look: Callable[[int], int | None] = stopped_at,
     ) -> None:
         """``pids``: by rank."""
         self._pids, self._limit_s, self._clock, self._look = pids, limit_s, clock, look
-        self._since: dict[int, float] = {}
+        self._since: dict[int, tuple[int, float]] = {}
+        """Of ranks that are stopped: where, and since when."""
         self._looked = clock()
 
     def frozen(self) -> int | None:
@@ -39,6 +50,11 @@ class FrozenWatch:
             if now - self._looked > self._limit_s:
                 self._since.clear()  # nobody looked: what was seen before says nothing about the time in between
             self._looked = now
-            stopped = {rank for rank, pid in self._pids.items() if self._look(pid)}
-            self._since = {rank: self._since.get(rank, now) for rank in stopped}
-        return next((rank for rank, since in self._since.items() if now - since >= self._limit_s), None)
+            seen = {rank: self._look(pid) for rank, pid in self._pids.items()}
+            stopped = {rank: at for rank, at in seen.items() if at is not None}
+            self._since = {rank: (at, self._stands_since(rank, at, now)) for rank, at in stopped.items()}
+        return next((rank for rank, (_, since) in self._since.items() if now - since >= self._limit_s), None)
+
+    def _stands_since(self, rank: int, at: int, now: float) -> float:
+        before, since = self._since.get(rank, (at, now))
+        return since if before == at else now

@@ -6,15 +6,16 @@ import subprocess
 import sys
 import time
 
-from cluster.frozen import FrozenWatch, is_stopped
+from cluster.frozen import FrozenWatch, is_stopped, stopped_at
 
 
 class World:
     now = 0.0
     stopped: frozenset[int] = frozenset()
+    at = 0
 
     def watch(self) -> FrozenWatch:
-        return FrozenWatch({0: 10, 1: 11}, 4.0, clock=lambda: self.now, look=lambda pid: pid in self.stopped)
+        return FrozenWatch({0: 10, 1: 11}, 4.0, clock=lambda: self.now, look=lambda pid: self.at if pid in self.stopped else None)
 
 
 def test_a_process_that_stands_still_without_a_break_is_frozen_and_one_that_goes_on_is_not() -> None:
@@ -25,6 +26,19 @@ def test_a_process_that_stands_still_without_a_break_is_frozen_and_one_that_goes
         world.now, world.stopped = now, frozenset(stopped)
         seen.append(watch.frozen())
     assert seen == [None] * 7 + [1]
+
+
+def test_a_process_that_is_stopped_again_and_again_is_slow_and_not_frozen() -> None:
+    world = World()
+    watch = world.watch()
+    world.stopped = frozenset({11})
+    for now in range(1, 20):
+        world.now, world.at = float(now), now  # it ran in between
+        assert watch.frozen() is None
+    world.now = 24.0
+    assert watch.frozen() is None
+    world.now = 28.0
+    assert watch.frozen() == 1
 
 
 def test_what_was_seen_before_a_long_time_without_looking_does_not_count() -> None:
@@ -43,6 +57,13 @@ def test_a_stopped_process_of_this_machine_is_seen_as_such() -> None:
             os.kill(process.pid, signal.SIGSTOP)
             deadline = time.monotonic() + 10
             while not is_stopped(process.pid):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            stopped = stopped_at(process.pid)
+            assert stopped_at(process.pid) == stopped
+            os.kill(process.pid, signal.SIGCONT)
+            os.kill(process.pid, signal.SIGSTOP)
+            while stopped_at(process.pid) in (None, stopped):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         finally:

@@ -17,7 +17,7 @@ from serve.grpc.generated import messages_pb2, service_pb2, service_pb2_grpc
 from tests.history import Golden, GoldenChoice, History
 
 MODEL = "tiny"
-LENGTH = 160
+LENGTH = 64
 FORM = {"type": "array", "items": {"type": "boolean"}, "minItems": 30, "maxItems": 30}
 PROMPTS = ("Once upon a time", "The capital of France is", "def hello(name):", "It was the best of times")
 WAYS: dict[str, dict[str, Any]] = {
