@@ -21,16 +21,31 @@ def _leaving(stream: Stream, limit_s: float) -> Stream:
         loop, leaving = asyncio.get_running_loop(), list[asyncio.Task[None]]()
         messages = stream(request, context)
         async for message in messages:
-            given_up = loop.call_later(limit_s, lambda: leaving.append(loop.create_task(_cancelled(messages))))
+            patience = _Patience(limit_s, lambda: leaving.append(loop.create_task(_cancelled(messages))))
             try:
                 yield message  # the writer comes back when gRPC has taken it
             finally:
-                given_up.cancel()
+                patience.end()
             if leaving:
                 await leaving[0]
                 await context.abort(grpc.StatusCode.ABORTED, f"nothing of this stream was read for {limit_s:g} s")
 
     return unary_stream
+
+
+class _Patience:
+    """Calls ``lost`` after ``limit_s``, in two halves: the second is no part of a time in which this process stood still itself, so that a
+    client that can read again has the time to."""
+
+    def __init__(self, limit_s: float, lost: Callable[[], None]) -> None:
+        self._half_s, self._lost = limit_s / 2, lost
+        self._timer = asyncio.get_running_loop().call_later(self._half_s, self._again)
+
+    def _again(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._half_s, self._lost)
+
+    def end(self) -> None:
+        self._timer.cancel()
 
 
 async def _cancelled(messages: AsyncGenerator[Any, None]) -> None:

@@ -38,7 +38,8 @@ async def run_all(victims: Victims, turns: Iterator[tuple[str, int]], results: P
         num_wrong += bool(run.wrong)
         told = f"{name} {seed}: {run.complete}/{run.streams} whole, {run.lost} lost, {run.resumed} resumed"
         told += "" if run.fired else ", nobody came to the failpoint"
-        print(f"{told}, pause {max(run.pauses_s):.1f} s, whole after {run.recovery_s:.1f} s, {time.monotonic() - begun:.0f} s", flush=True)
+        told += f", pause {max(run.pauses_s):.1f} s, struck after {run.struck_s:.1f} s, whole after {run.recovery_s:.1f} s"
+        print(f"{told}, all in all {time.monotonic() - begun:.0f} s", flush=True)
         for one in run.wrong[:6]:
             print("    " + one, flush=True)
         if any("not whole after" in one for one in run.wrong):

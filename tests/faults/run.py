@@ -33,6 +33,8 @@ class Run:
     """Whether the fault struck: a failpoint that nobody came to has shown nothing."""
     resumed: int = 0
     pauses_s: list[float] = field(default_factory=list)
+    struck_s: float = 0.0
+    """From the run's beginning to the fault."""
     recovery_s: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)
     logprobs_within: float = LOGPROB_TOLERANCE
@@ -59,7 +61,7 @@ class Goldens:
 
 async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -> Run:
     chance = random.Random(f"{fault.name} {seed}")
-    run = Run(fault.name, seed)
+    run, asked = Run(fault.name, seed), time.monotonic()
     before = await victims.resumed()
     seen = [Seen(ask, History(f"{ask.name} ({fault.name}, seed {seed})")) for ask in ASKS]
     moment, marked = asyncio.Event(), chance.choice(seen)
@@ -71,6 +73,7 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
             async with asyncio.timeout(60):
                 await moment.wait()
     begun = time.monotonic()
+    run.struck_s = begun - asked
     harm = await fault.inject(victims, chance)
     ended_by = asyncio.ensure_future(harm.undo()) if harm.undo else None
     beside = asyncio.ensure_future(fault.beside(victims, seed)) if fault.beside else None

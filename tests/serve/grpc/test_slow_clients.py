@@ -1,6 +1,7 @@
 """A stream over gRPC whose client does not read ends, and its source is told; one that is read slowly goes on."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -73,4 +74,19 @@ async def test_who_reads_slowly_gets_all_of_it() -> None:
             await asyncio.sleep(0.005)
         assert (count, await call.code()) == (60, grpc.StatusCode.OK)
     assert not source.cancelled.is_set()
+    await server.stop(0)
+
+
+async def test_a_server_that_stood_still_itself_does_not_blame_its_clients() -> None:
+    source = Source(num=2_000)
+    server, channel = await opened(source, 2.0)
+    async with channel:
+        call = channel.unary_stream("/a.B/C")(b"")
+        assert await call.read() == PIECE
+        before = 0
+        while source.sent > before:  # until it waits for the client
+            before = source.sent
+            await asyncio.sleep(0.2)
+        time.sleep(2.2)  # noqa: ASYNC251  (the loop is what stands still)
+        assert await to_the_end(call) == 1_999
     await server.stop(0)
