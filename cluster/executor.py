@@ -331,6 +331,8 @@ class RayExecutor:
         living = {seat.life: seat for seat in self._seats}
         while living and not self._closing.is_set():
             ended, _ = ray.wait(list(living), num_returns=1, timeout=0.2)
+            if self._closing.is_set():  # how one ended that was ended here nobody asks, and Ray takes seconds to say
+                return
             for life in ended:
                 living.pop(life).ended = how_it_ended(life)
             if ended and not self._closing.is_set():
