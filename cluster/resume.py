@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS = 2
 """A request present at so many deaths of a replica's own process may be what kills them; it is not tried again."""
 MAX_LOSSES = 3
-"""So many losses of replicas or of their workers, taken together, are too many for one request."""
+"""So many losses of replicas or of their workers, taken together, are too many for one request; for one that got no token in any of its
+attempts `MAX_DEATHS` are, as "try again" would be the wrong word for it."""
 LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineStopped": "stopped"}
 """Error kinds that say something about the replica, not about the request: another replica may do better. With the reason."""
 DOUBTED = {"InvalidLogits": "invalid_logits"}
@@ -138,11 +139,11 @@ class Resumes:
         history.add(loss, num_committed)
         request = history.request
         logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
-        losses = max(history.losses, history.crashes)
-        if history.deaths >= MAX_DEATHS or losses >= MAX_LOSSES:
+        losses, is_tired = max(history.losses, history.crashes), history.fruitless >= self._config.max_attempts
+        if history.deaths >= MAX_DEATHS or losses >= (MAX_DEATHS if is_tired else MAX_LOSSES):
             self.quarantine.add(request)
             raise self._refused("poisoned", PoisonedRequest(f"{losses} replicas were lost while they ran it; it is not tried again"))
-        if history.fruitless >= self._config.max_attempts:
+        if is_tired:
             raise self._refused("attempts", ReplicaLost(attempts=history.fruitless, last=str(loss)))
         if not self._budget.take():
             raise self._refused("budget", ResumesExhausted(resumes=self._config.max_resumes, window_s=self._config.resume_window_s))

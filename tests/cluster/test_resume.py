@@ -85,6 +85,15 @@ def test_a_request_whose_replicas_lose_their_ranks_again_and_again_is_poison_als
         resumes.admit(dataclasses.replace(REQUEST, id="again"))
 
 
+def test_a_request_that_got_no_token_and_was_at_two_losses_of_ranks_is_not_told_to_try_again() -> None:
+    resumes, _ = resumes_of(max_attempts=3)
+    history = resumes.admit(REQUEST)
+    resumes.allow(history, LinkLost("a", "its ranks are started anew", reason="ranks_lost"), 0)
+    resumes.allow(history, stall("b"), 0)
+    with pytest.raises(PoisonedRequest):
+        resumes.allow(history, LinkLost("b", "its ranks are started anew", reason="ranks_lost"), 0)
+
+
 def test_losses_of_workers_and_of_replicas_add_up() -> None:
     resumes, _ = resumes_of(max_attempts=9)
     history = resumes.admit(REQUEST)

@@ -192,7 +192,7 @@ def _lost_messages(count: int, *points: str) -> Inject:
 
         async def lose() -> None:
             for _ in range(count):
-                arm(victims.failpoints, point, Failure(action="drop", after=chance.randint(1, 5)))
+                arm(victims.failpoints, point, Failure(action="drop", after=chance.randint(1, 3)))
                 await asyncio.sleep(2.0 / count)
                 if not disarm(victims.failpoints, point):
                     lost.append(point)
