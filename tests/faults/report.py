@@ -35,7 +35,9 @@ request may be left.
 - *pause*: the longest wait of a stream for its next token, its first included; the 99th percentile over all streams of the fault.
 - *whole after*: from the fault to the next run's beginning, median and maximum; streams that still run are waited for in it.
 
-The machine had 2 cores and other jobs on them: times say what a crowded machine needs, not what the server does at best.
+The machine had 2 cores and many other jobs on them, and whatever was measured went before: times say what a crowded machine needs, not what
+the server does at best. Fewer than 20 runs of a fault are what there was time for. Where a run found something it was mended, and the run
+done again; such runs are not in the table.
 
 Log-probabilities: with the CPU kernels (`parallel/native/`; weights as float32, bfloat16 where oneDNN's tiles do not multiply it, int8
 or int4) a token gives the same bits whether
