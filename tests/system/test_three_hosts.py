@@ -37,6 +37,7 @@ runner: {{dtype: float32, num_threads: 1, kv_cache_bytes: 4000000}}
 engine: {{max_running: 8}}
 autoscaling: {{scale_down_after_s: 5, scale_to_zero_after_s: 5, ttft_target_s: 5}}
 replica: {{drain_timeout_s: 1}}
+fronts: {{host_resource: fronts}}
 http: {{port: {http}}}
 grpc: {{port: {grpc}}}
 """
@@ -78,8 +79,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         cluster = Cluster()
         try:
             for address in ADDRESSES:
+                kind = {"resources": {"fronts": 1}} if address == ADDRESSES[0] else {}
                 own = {"temp_dir": made, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-                cluster.add_node(wait=False, num_cpus=CPUS, node_ip_address=address, **own)
+                cluster.add_node(wait=False, num_cpus=CPUS, node_ip_address=address, **own, **kind)
                 cluster.wait_for_nodes(300)
             ray.init(address=cluster.address, namespace="manta", log_to_driver=False, _node_ip_address=ADDRESSES[0])
             yield Hosts(f"http://127.0.0.1:{http}", cluster.address, settings)
