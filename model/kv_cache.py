@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.pages import zeros_when_touched
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvLayout:
@@ -30,9 +32,15 @@ class KvCache:
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout, self.num_blocks, self.device = layout, num_blocks, device
         shape = (num_blocks, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
-        # Zeros, not whatever was there: a backend may gather past a sequence's end, and NaN times a weight of zero is NaN.
-        self.keys_NBGK: list[Tensor] = [torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.num_layers)]
-        self.values_NBGK: list[Tensor] = [torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.num_layers)]
+
+        def zeros() -> Tensor:
+            """Not whatever was there: a backend may gather past a sequence's end, and NaN times a weight of zero is NaN."""
+            if device.type == "cpu":
+                return zeros_when_touched(shape, layout.dtype)
+            return torch.zeros(shape, dtype=layout.dtype, device=device)
+
+        self.keys_NBGK: list[Tensor] = [zeros() for _ in range(layout.num_layers)]
+        self.values_NBGK: list[Tensor] = [zeros() for _ in range(layout.num_layers)]
 
     def __repr__(self) -> str:
         mib = self.num_blocks * self.layout.bytes_per_block / 2**20

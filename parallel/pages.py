@@ -4,10 +4,12 @@ All of it are wishes (mallopt(3) of glibc, madvise(2) of Linux): where they are 
 """
 
 import ctypes
+import math
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
 from torch import Tensor
 
 MIB = 2**20
@@ -51,6 +53,16 @@ def want_huge_pages(room: Tensor) -> None:
     """Ask for pages of 2 MiB under a tensor of the CPU that nothing has been written to yet: what is read from end to end at every step is
     then read some 10 % faster."""
     _advise(room, HUGE_PAGE_BYTES, _HUGEPAGE)
+
+
+def zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU whose pages the system takes as they are first written to, and not now: of gigabytes that is seconds."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, dtype=dtype)
+    room = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    want_huge_pages(room)
+    return room.view(dtype).view(shape)
 
 
 def give_back(tensor: Tensor) -> None:

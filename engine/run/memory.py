@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CPU_FRACTION = 0.3
 CPU_MOST_BYTES = 4 << 30
-"""Without a setting a host's ranks take no more for KV than this together: it is filled at the start, and memory is shared."""
+"""Without a setting a host's ranks take no more for KV than this together: a prefix cache fills it in time, and memory is shared."""
 CUDA_FRACTION = 0.9
 
 
