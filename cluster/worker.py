@@ -20,6 +20,7 @@ from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, examine_rank
 from cluster.far_end import Watchman, keep_hearing
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
+from engine.begun import NOTHING, Begun, comes_first
 from engine.config import EngineConfig
 from engine.executor import Capacity
 from engine.failpoints import hit
@@ -52,7 +53,7 @@ class Rank(Protocol):
     @property
     def capacity(self) -> Capacity: ...
 
-    def run(self, plan: StepPlan) -> StepResult | None: ...
+    def begin(self, plan: StepPlan) -> Begun: ...
 
 
 class Ranks(Protocol):
@@ -194,21 +195,34 @@ class Worker:
         with ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank:
             _die_after(0)
             self._send(RankReady(self.rank, rank.capacity))
-            deadline_s = deadlines.first_step_s
-            while not isinstance(plan := decode(self._socket.recv()), Stop):
+            deadline_s, begun = deadlines.first_step_s, NOTHING
+            while True:
+                if not comes_first(begun, self._has_message):
+                    self._answer(begun)
+                    begun = NOTHING
+                if isinstance(plan := decode(self._socket.recv()), Stop):
+                    break
                 assert isinstance(plan, StepPlan)
                 self._step = plan.step
                 _die_after(deadline_s)
                 hit("rank.step", lambda plan=plan: (token for work in plan.works for token in work.tokens))
-                result = rank.run(plan)
-                _die_after(0)
-                deadline_s = deadlines.step_s
-                if result is not None and not hit("rank.answer"):
-                    self._send(result)
+                following = rank.begin(plan)
+                self._answer(begun)
+                deadline_s, begun = deadlines.step_s, following
+                _die_after(deadline_s)
             if self._watchman is not None:
                 self._watchman.rest()
             _die_after(deadlines.step_s)
         _die_after(0)
+
+    def _answer(self, begun: Begun) -> None:
+        result = begun.result()
+        _die_after(0)
+        if result is not None and not hit("rank.answer"):
+            self._send(result)
+
+    def _has_message(self) -> bool:
+        return bool(self._socket.poll(0))
 
     def _end(self) -> None:
         """The replica is gone, or its host is. What this rank would wait for in native code never comes, so it is not waited for."""

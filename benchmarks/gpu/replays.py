@@ -79,7 +79,7 @@ def _different_tokens(served: Served, graphs: SamplerGraphs, count: int, size: i
     assert decode_graphs is not None
     assert decode_graphs.logits is not None
     logits_RV = decode_graphs.logits[:count]
-    report = graphs.run(columns.of(np.arange(count)), np.array([row.position for row in rows]), size)
+    report = graphs.launch(columns.of(np.arange(count)), np.array([row.position for row in rows]), size).read()
     found = served.sampler.answers(logits_RV, logits_RV, rows, [*report.tolist(), report[2].tolist()])
     wanted = served.sampler.sample(logits_RV, rows)
     return sum(one.tokens != other.tokens for one, other in zip(found, wanted, strict=True))

@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.run.block_tables import BlockTables
 from engine.run.cuda_graphs import Graphs, Replay
 from engine.run.decode_rows import DecodeRows
-from engine.run.transfer import refill
+from engine.run.transfer import refill, upload
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
@@ -69,8 +69,11 @@ class DecodeGraphs:
     def size_for(self, num_rows: int) -> int:
         return next(size for size in self.sizes if size >= num_rows)
 
-    def run(self, rows: DecodeRows, table_rows_S: np.ndarray, tables: BlockTables) -> Tensor | None:
-        """Begin the step, without waiting for it. Logits (S, V) on a rank that samples, which last until the next step."""
+    def run(self, rows: DecodeRows, table_rows_S: np.ndarray, tables: BlockTables, sampled: Tensor | None = None) -> Tensor | None:
+        """Begin the step, without waiting for it. Logits (S, V) on a rank that samples, which last until the next step.
+
+        ``sampled`` (int64, on the device) has the tokens that are below 0 in ``rows``: at -1 - n stands number n.
+        """
         count, size = len(rows), self.size_for(len(rows))
         block_tokens = self._cache.layout.block_tokens
         blocks_SM, held_S = tables.of(table_rows_S)
@@ -88,6 +91,10 @@ class DecodeGraphs:
             numbers[LENGTHS].view(np.int32)[count:size] = starts_S[shortest] + 1
             blocks_SM = np.concatenate([blocks_SM, blocks_SM[[shortest] * (size - count)]])
         refill(self._numbers, numbers)
+        if sampled is not None:
+            at = np.flatnonzero(numbers[TOKENS, :size] < 0)
+            at_P, from_P = upload(np.stack([at, -1 - numbers[TOKENS, at]]), sampled.device)
+            self._numbers[TOKENS].index_copy_(0, at_P, sampled[from_P])
         refill(self._tables[:size, : blocks_SM.shape[1]], blocks_SM)
         self.replays[size]()
         return None if self.logits is None else self.logits[:count]

@@ -1,6 +1,7 @@
 """Step 9 of a request, where a step computes one token of each of its sequences and samples behind each: all of it as columns."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +39,22 @@ class DecodeRows:
     @property
     def sequences(self) -> list[int]:
         return self.columns[0].tolist()  # type: ignore[no-any-return]
+
+    @property
+    def unknown(self) -> np.ndarray:
+        """Those whose token is not known here: places among the rows."""
+        return np.flatnonzero(self.columns[2] == NO_TOKEN)
+
+    def learn(self, said: Mapping[int, int]) -> None:
+        """The unknown tokens. A sequence that got none in the step before gets any: nobody will ask for more."""
+        for at in self.unknown.tolist():
+            self.columns[2, at] = said.get(int(self.columns[0, at]), 0)
+
+    def with_tokens(self, at: np.ndarray, tokens: np.ndarray) -> "DecodeRows":
+        """The same with other tokens at these places."""
+        columns = self.columns.copy()
+        columns[2, at] = tokens
+        return replace(self, columns=columns)
 
     def works(self) -> list[Work]:
         """All of them, one by one."""

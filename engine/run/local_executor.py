@@ -3,9 +3,9 @@
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
+from engine.begun import Begun
 from engine.config import EngineConfig
 from engine.errors import WorkersLost
 from engine.executor import Capacity
@@ -16,24 +16,29 @@ from engine.run.start import OnProgress, start_rank
 from parallel.topology import Topology
 
 
-class DoneStep:
-    """A step that is over: its result, or how the rank was lost in it."""
+class LocalStep:
+    """A step that the rank has begun, or how the rank was lost in it."""
 
-    def __init__(self, outcome: StepResult | WorkersLost) -> None:
-        self._outcome = outcome
+    def __init__(self, executor: "LocalExecutor", step: int, begun: Begun | WorkersLost) -> None:
+        self._executor, self._step, self._begun = executor, step, begun
 
     def result(self) -> StepResult:
-        if isinstance(self._outcome, WorkersLost):
-            raise self._outcome
-        return self._outcome
+        if isinstance(self._begun, WorkersLost):
+            raise self._begun
+        try:
+            result = self._begun.result()
+        except Exception as error:
+            raise self._executor.lost(self._step, error) from error
+        assert result is not None  # the only rank samples
+        return result
 
 
 class LocalExecutor:
-    """One rank in this process; `submit` returns when the step is done. An `engine.executor.Executor`."""
+    """One rank in this process; on a CPU a step is over when `submit` returns. An `engine.executor.Executor`."""
 
     def __init__(self, runner: Runner, on_close: Callable[[], None] = lambda: None) -> None:
         self._runner: Runner | None = runner
-        self._capacity = replace(runner.capacity, runs_ahead=False)  # a step is over when `submit` returns: nothing would be gained
+        self._capacity = runner.capacity
         self._on_close = on_close
 
     @classmethod
@@ -67,18 +72,20 @@ class LocalExecutor:
     def capacity(self) -> Capacity:
         return self._capacity
 
-    def submit(self, plan: StepPlan) -> DoneStep:
+    def submit(self, plan: StepPlan) -> LocalStep:
         if self._runner is None:
-            return DoneStep(WorkersLost(f"step {plan.step} was submitted after the end of the rank", rank=0))
+            return LocalStep(self, plan.step, WorkersLost(f"step {plan.step} was submitted after the end of the rank", rank=0))
         try:
-            result = self._runner.run(plan)
-            assert result is not None  # the only rank samples
-            return DoneStep(result)
+            return LocalStep(self, plan.step, self._runner.begin(plan))
         except Exception as error:
-            self.close()  # as with ranks elsewhere: what raised in a step cannot be trusted with another
-            lost = WorkersLost(f"{type(error).__name__} in step {plan.step}: {error}", rank=0, rank_traceback=traceback.format_exc())
-            lost.__cause__ = error
-            return DoneStep(lost)
+            return LocalStep(self, plan.step, self.lost(plan.step, error))
+
+    def lost(self, step: int, error: Exception) -> WorkersLost:
+        """End the rank, as with ranks elsewhere: what raised in a step cannot be trusted with another."""
+        self.close()
+        lost = WorkersLost(f"{type(error).__name__} in step {step}: {error}", rank=0, rank_traceback=traceback.format_exc())
+        lost.__cause__ = error
+        return lost
 
     def close(self) -> None:
         if self._runner is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.answers import StepAnswers
+from engine.begun import NOTHING, Begun, comes_first
 from engine.config import EngineConfig
 from engine.errors import WorkersLost
 from engine.executor import Capacity
@@ -35,16 +36,25 @@ def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> N
     try:
         with start_rank(rank=rank, **settings) as runner:
             connection.send(runner.capacity)
+            begun = NOTHING
             while True:
+                if not comes_first(begun, connection.poll):
+                    _answer(connection, begun)
+                    begun = NOTHING
                 try:
                     plan = connection.recv()
                 except EOFError:
                     return
-                result = runner.run(plan)
-                if result is not None:
-                    connection.send(result)
+                following = runner.begin(plan)
+                _answer(connection, begun)
+                begun = following
     except Exception:  # the parent must learn of whatever it was
         connection.send(_Failed(rank, traceback.format_exc()))
+
+
+def _answer(connection: Connection, begun: Begun) -> None:
+    if (result := begun.result()) is not None:
+        connection.send(result)
 
 
 class ProcessExecutor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.answers import packed
+from engine.begun import Begun
 from engine.executor import Capacity
 from engine.failpoints import hit
 from engine.places import is_asked_for, mark
-from engine.plan import Pooled, Sampled, Scored, StepPlan, StepResult, Work
+from engine.plan import Pooled, Rebalanced, Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
 from engine.run.cuda_graphs import Graphs
@@ -23,7 +24,8 @@ from engine.run.drafter import Drafter
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
-from engine.run.sampling.columns import LEARNS, NEEDS, TELLS, SamplingColumns, are_edited
+from engine.run.replayed import Replayed
+from engine.run.sampling.columns import LEARNS, NEEDS, SamplingColumns, are_edited
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 from engine.run.sampling.state import Row, SamplingState
@@ -83,6 +85,9 @@ class Runner:
         self._columns = SamplingColumns()
         self._said: dict[int, int] = {}
         """Of each open sequence what was sampled last, where a plan may come that counts on it."""
+        self._under_way: list[Replayed] = []
+        """Steps that were begun and not read, in order."""
+        self._answered_at = 0.0
         self.decode_graphs: DecodeGraphs | None = None
         """What `capture` recorded."""
         self.sampler_graphs: SamplerGraphs | None = None
@@ -118,25 +123,116 @@ class Runner:
         if self.sampler_graphs is not None:
             self.sampler_graphs.capture(count)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
         """Take one step together with all other ranks. Its shard's result on a sampling rank, None elsewhere.
 
         A rank without works of its shard computes too, with no tokens: those of other shards may need its experts.
         """
+        return self.begin(plan).result()
+
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan) -> Begun:
+        """As `run`, but where the host has no say in what the step gives, it may go on while the next one is begun.
+
+        Steps are asked for their results in the order in which they were begun; at most two are under way at the same time.
+        """
         began = time.perf_counter()
+        if plan.rebalance:
+            self._settle_all()
+        elif len(self._under_way) > 1:
+            self._settle(self._under_way[0])
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         if rebalanced is not None and rebalanced.num_moved and self.decode_graphs is not None:
             self.decode_graphs.capture()  # experts lie elsewhere now
         self._open_and_close(plan)
-        plan = with_known_tokens(plan, self._said)
-        given = self._take(plan)
+        rows = decode_rows(plan, self.shard) if self.decode_graphs is not None else None
+        if rows is not None and self.decode_graphs is not None and self.decode_graphs.takes(len(rows)):
+            table_rows_S = rows.enter(self._tables)
+            columns = self._columns.of(table_rows_S)
+            if self.sampler_graphs is not None and not (columns[NEEDS].any() or are_edited(columns, rows.starts + 1)):
+                return self._replay_on(plan, rows, table_rows_S, columns, self.decode_graphs)
+            self._settle_all()
+            rows.learn(self._said)
+            given = self._replay(rows, table_rows_S, columns, self.decode_graphs)
+        else:
+            self._settle_all()
+            plan = with_known_tokens(plan, self._said)
+            works = plan.works
+            given = self._compute([work for work in works if work.shard == self.shard]) if works else _Given()
+        return Begun(self._answered(plan, given, began, rebalanced))
+
+    def _answered(self, plan: StepPlan, given: _Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
         if not self.is_sampling:
             return None
         tokens, rest = packed(plan.decodes, given.sampled) if given.tokens is None else (given.tokens, tuple(given.sampled))
         if self.capacity.runs_ahead:
             remember(self._said, plan.decodes, tokens, rest)
-        return StepResult(plan.step, rest, time.perf_counter() - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
+        now, began = time.perf_counter(), max(began, self._answered_at)  # before that the device was at the step before
+        self._answered_at = now
+        return StepResult(plan.step, rest, now - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
+
+    def _replay_on(self, plan: StepPlan, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray, graphs: DecodeGraphs) -> Replayed:
+        """Have the device do it behind what it is at. Tokens that the step before samples are taken where they lie."""
+        if len(rows.unknown):
+            before = self._under_way[-1].place_of() if self._under_way else {}
+            if not all(rows.sequences[at] in before for at in rows.unknown.tolist()):
+                self._settle_all()
+                rows.learn(self._said)
+        step = Replayed(None, plan, rows, table_rows_S, columns, graphs.size_for(len(rows)), self._settle)
+        self._launch(step, graphs, self._under_way[-1] if self._under_way else None)
+        self._under_way.append(step)
+        return step
+
+    def _launch(self, step: Replayed, graphs: DecodeGraphs, before: Replayed | None) -> None:
+        marked = step.rows.works() if is_asked_for() else []
+        self._mark(9, marked)
+        rows, sampled = step.rows, None
+        if before is not None and before.report is not None and len(unknown := rows.unknown):
+            places = before.place_of()
+            rows = rows.with_tokens(unknown, np.array([-1 - places[rows.sequences[at]] for at in unknown.tolist()], np.int64))
+            sampled = before.report.chosen_R
+        self._mark(10, marked)
+        logits_SV = graphs.run(rows, step.table_rows_S, self._tables, sampled)
+        assert logits_SV is not None
+        assert self.sampler_graphs is not None
+        if hit("rank.logits"):
+            logits_SV.fill_(torch.nan)
+        self._mark(11, marked)
+        step.report = self.sampler_graphs.launch(step.columns, rows.starts + 1, step.size)
+
+    def _settle_all(self) -> None:
+        while self._under_way:
+            self._settle(self._under_way[0])
+
+    @torch.inference_mode()
+    def _settle(self, step: Replayed) -> None:
+        """Read what a step gave, if nobody has, and tell the one behind it."""
+        if step.outcome is not None:
+            return
+        assert step is self._under_way[0]
+        assert step.report is not None
+        assert self._sampler is not None
+        graphs, behind = self.decode_graphs, self._under_way[1] if len(self._under_way) > 1 else None
+        assert graphs is not None
+        report = step.report.read()
+        chosen_S, decided_S, sound_S = report
+        is_plain = bool(decided_S.all() and sound_S.all())
+        if is_plain:
+            tokens, sampled = step.rows.told(chosen_S)
+            given = _Given(sampled, tokens=tokens)
+        else:
+            if behind is not None:  # it has left its own logits: those of this step are computed again
+                graphs.run(step.rows, step.table_rows_S, self._tables)
+            assert graphs.logits is not None
+            logits_SV = graphs.logits[: len(step.rows)]
+            each = [row for work in step.rows.works() for row in self._rows(work, None)]
+            given = _Given(self._sampler.answers(logits_SV, logits_SV, each, [*report.tolist(), sound_S.tolist()]))
+        step.outcome = self._answered(step.plan, given, step.began)
+        self._under_way.pop(0)
+        if behind is not None:
+            behind.rows.learn(self._said)
+            if not is_plain:  # what it began with was not what came
+                self._launch(behind, graphs, None)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
@@ -157,17 +253,9 @@ class Runner:
                 self._guides.open(opening)
                 self._pools.open(opening)
 
-    def _take(self, plan: StepPlan) -> _Given:
-        """Replay the step, where it is one of those captured, or launch it."""
-        if self.decode_graphs is not None:
-            rows = decode_rows(plan, self.shard)
-            if rows is not None and self.decode_graphs.takes(len(rows)):
-                return self._replay(rows, self.decode_graphs)
-        works = plan.works
-        return self._compute([work for work in works if work.shard == self.shard]) if works else _Given()
-
-    def _replay(self, rows: DecodeRows, graphs: DecodeGraphs) -> _Given:
-        table_rows_S, known_S = rows.enter(self._tables), rows.starts + 1
+    def _replay(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray, graphs: DecodeGraphs) -> _Given:
+        """A step in which the host has a say: it is over when this returns."""
+        known_S = rows.starts + 1
         marked = rows.works() if is_asked_for() else []
         self._mark(9, marked)
         self._mark(10, marked)
@@ -177,7 +265,6 @@ class Runner:
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
         self._mark(11, marked)
-        columns = self._columns.of(table_rows_S)
         for at in np.flatnonzero(columns[NEEDS] & LEARNS).tolist():
             work = rows.work(at)
             self._states[work.sequence].take(work)
@@ -185,13 +272,9 @@ class Runner:
         if are_edited(columns, known_S):
             allowed = self._guides.begin(rows.sequences)
             return _Given(self._sample(self._sampler, logits_SV, rows.works(), allowed.result() if allowed else {}))
-        report = self.sampler_graphs.run(columns, known_S, graphs.size_for(len(rows)))
-        chosen_S, decided_S, sound_S = report
-        if decided_S.all() and sound_S.all() and not (columns[NEEDS] & TELLS).any():
-            tokens, sampled = rows.told(chosen_S)
-            return _Given(sampled, tokens=tokens)
+        report = self.sampler_graphs.launch(columns, known_S, graphs.size_for(len(rows))).read()
         each = [row for work in rows.works() for row in self._rows(work, None)]
-        return _Given(self._sampler.answers(logits_SV, logits_SV, each, [*report.tolist(), sound_S.tolist()]))
+        return _Given(self._sampler.answers(logits_SV, logits_SV, each, [*report.tolist(), report[2].tolist()]))
 
     def _compute(self, works: Sequence[Work]) -> "_Given":
         for work in works:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.doctor.facts import Need
 from cluster.worker import OnProgress
+from engine.begun import Begun
 from engine.executor import Capacity
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.weights_read import WeightsRead
@@ -36,6 +37,9 @@ class FakeRank:
     rank: int
     capacity: Capacity
     topology: Topology
+
+    def begin(self, plan: StepPlan) -> Begun:
+        return Begun(self.run(plan))
 
     def run(self, plan: StepPlan) -> StepResult | None:
         tokens = [token for work in plan.works for token in work.tokens]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.doctor.facts import Need
 from cluster.worker import ModelRanks, OnProgress, Rank
+from engine.begun import Begun
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult
 from parallel.topology import Topology
@@ -32,13 +33,16 @@ class WaitsForTheOthers:
     def capacity(self) -> Capacity:
         return self.rank.capacity
 
+    def begin(self, plan: StepPlan) -> Begun:
+        return Begun(self.run(plan))
+
     def run(self, plan: StepPlan) -> StepResult | None:
         for part in [work.start // PART for work in plan.works if len(work.tokens) == PART]:
             self._place(self.stage, part).touch()
             for earlier in range(self.stage):
                 if (ahead := part + self.stage - earlier) < NUM_PARTS:
                     self._await(earlier, ahead)
-        return self.rank.run(plan)
+        return self.rank.begin(plan).result()
 
     def _await(self, stage: int, part: int) -> None:
         deadline = time.monotonic() + WAIT_S

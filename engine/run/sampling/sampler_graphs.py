@@ -60,11 +60,8 @@ class SamplerGraphs:
                 self._replays[size, most] = self._graphs.capture(partial(self._compute, size, most))
                 after_each()
 
-    def run(self, columns: np.ndarray, known_S: np.ndarray, size: int) -> np.ndarray:
-        """int64 (3, S): what was drawn, whether that is decided, whether the logits are sound. Waits for the device.
-
-        ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens.
-        """
+    def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int) -> "Report":
+        """Begin to sample, without waiting for it. ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens."""
         count = columns.shape[1]
         inputs = _greedy_inputs(self._inputs.shape[1])  # what fills the step up is greedy, and nobody looks at it
         inputs[IN_SEED, :count], inputs[IN_CHOICE, :count], inputs[IN_POSITION, :count] = (
@@ -77,7 +74,7 @@ class SamplerGraphs:
         refill(self._inputs, inputs)
         hardest = int(columns[KIND].max())
         self._replays[size, next(most for most in MOST_KINDS if most >= hardest)]()
-        return self._reports[size].cpu().numpy()[:, :count]
+        return Report(self._reports[size], count)
 
     def _compute(self, size: int, most: int) -> None:
         logits_RV = self._logits_BV[:size]
@@ -103,6 +100,32 @@ class SamplerGraphs:
         temperature_R, top_p_R, min_p_R = inputs[IN_TEMPERATURE:].view(torch.float64)
         uniform_R = uniform(inputs[IN_SEED], inputs[IN_CHOICE], inputs[IN_POSITION])
         return DrawParams(temperature_R, inputs[IN_TOP_K], top_p_R, min_p_R, uniform_R)
+
+
+class Report:
+    """What a replay drew, on its way to the host. The next step may begin before it is read."""
+
+    def __init__(self, report_3R: Tensor, count: int) -> None:
+        self._count, self._event = count, None
+        self.chosen_R = report_3R[0]
+        """On the device, until the next replay of as many rows."""
+        if report_3R.device.type == "cuda":
+            self._host = torch.empty(report_3R.shape, dtype=report_3R.dtype, pin_memory=True)
+            self._host.copy_(report_3R, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = report_3R.clone()
+
+    def is_there(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> np.ndarray:
+        """int64 (3, S): what was drawn, whether that is decided, whether the logits are sound. Waits for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+        report: np.ndarray = self._host.numpy()[:, : self._count]
+        return report
 
 
 def _greedy_inputs(num_rows: int) -> np.ndarray:

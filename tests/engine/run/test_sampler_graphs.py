@@ -41,7 +41,7 @@ def test_a_replay_draws_what_the_sampler_draws(chosen: list[SamplingParams], tie
         for at, one in enumerate(rows):
             columns.put(at, one.state)
         known = np.array([one.position for one in rows])
-        report = graphs.run(columns.of(np.arange(count)), known, 4 if count <= 4 else 16)
+        report = graphs.launch(columns.of(np.arange(count)), known, 4 if count <= 4 else 16).read()
         found = sampler.answers(logits_BV[:count], logits_BV[:count], rows, [*report.tolist(), report[2].tolist()])
         assert found == sampler.sample(logits_BV[:count].clone(), rows)
         assert report[2].all()
@@ -55,7 +55,7 @@ def test_a_row_without_sound_logits_is_told() -> None:
     columns = SamplingColumns()
     for at, params in enumerate((FILTERS[0], FILTERS[5])):
         columns.put(at, row(params, vocab_size=VOCAB_SIZE).state)
-    assert graphs.run(columns.of(np.arange(2)), np.array([1, 1]), 2)[2].tolist() == [1, 0]
+    assert graphs.launch(columns.of(np.arange(2)), np.array([1, 1]), 2).read()[2].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

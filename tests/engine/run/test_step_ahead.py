@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from engine.begun import Begun
 from engine.engine import Engine
 from engine.plan import NO_TOKEN, StepPlan
-from engine.run.local_executor import DoneStep, LocalExecutor
+from engine.request import Request, SamplingParams
+from engine.run.local_executor import LocalExecutor, LocalStep
 from tests.engine.run.captured import have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, sampled_requests, serve
 from tests.engine.run.tiny_models import engine_config
@@ -23,9 +25,10 @@ class Ahead:
         self._executor = executor
         self.capacity = replace(executor.capacity, runs_ahead=True)
         runner_of(executor).capacity = self.capacity
-        self.num_promised = 0
+        self.num_promised = self.num_steps = 0
 
-    def submit(self, plan: StepPlan) -> DoneStep:
+    def submit(self, plan: StepPlan) -> LocalStep:
+        self.num_steps += 1
         self.num_promised += int((plan.decodes.columns[2] == NO_TOKEN).sum())
         return self._executor.submit(plan)
 
@@ -41,6 +44,51 @@ def executors(dense_folder: Path) -> Iterator[tuple[LocalExecutor, LocalExecutor
         yield both
         for one in both:
             one.close()
+
+
+def test_a_row_that_the_device_could_not_decide_is_drawn_again_and_so_is_what_came_of_it(
+    executors: tuple[LocalExecutor, LocalExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step behind has begun with another token by then, and overwritten the logits."""
+    requests = [
+        Request(id=str(n), prompt=(n, 5, 9), sampling=SamplingParams(seed=n, temperature=2.5, top_p=0.97, max_tokens=12)) for n in range(3)
+    ]
+    wanted = serve(Engine(executors[0], CONFIG), requests)
+    monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 6)
+    ahead = Ahead(executors[1])
+    have_replayed(executors[1], CONFIG)
+    runner, num_launched = runner_of(executors[1]), 0
+    launch = runner._launch
+
+    def counted(*arguments: object) -> None:
+        nonlocal num_launched
+        num_launched += 1
+        launch(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "_launch", counted)
+    found = serve(Engine(ahead, CONFIG), requests)
+    assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
+    assert ahead.num_promised > 10
+    assert num_launched > ahead.num_steps + 5, "some were begun twice"
+
+
+def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple[LocalExecutor, LocalExecutor]) -> None:
+    ahead = Ahead(executors[1])
+    have_replayed(executors[1], CONFIG)
+    runner, most = runner_of(executors[1]), 0
+    begin = runner.begin
+
+    def watched(plan: StepPlan) -> Begun:
+        nonlocal most
+        begun = begin(plan)
+        most = max(most, len(runner._under_way))
+        return begun
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runner, "begin", watched)
+        serve(Engine(ahead, CONFIG), [Request(id="r", prompt=(1, 2), sampling=SamplingParams(temperature=0.0, max_tokens=9))])
+    assert most == 2
+    assert not runner._under_way
 
 
 @pytest.mark.parametrize("is_replayed", [False, True])

@@ -1,0 +1,41 @@
+"""A replayed step that the device may still be at."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.begun import Begun
+from engine.plan import StepPlan, StepResult
+from engine.run.decode_rows import DecodeRows
+from engine.run.sampling.sampler_graphs import Report
+
+
+@dataclass(eq=False)
+class Replayed(Begun):
+    """What `engine.run.runner.Runner.begin` gives, where the host has no say in the step."""
+
+    plan: StepPlan
+    rows: DecodeRows
+    """Their tokens are `NO_TOKEN` where the step before has not been read."""
+    table_rows_S: np.ndarray
+    columns: np.ndarray
+    """As `SamplingColumns.of` gave them."""
+    size: int
+    """Rows of the captured step."""
+    settle: Callable[["Replayed"], None]
+    """Reads the report and sets `outcome`."""
+    report: Report | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def is_done(self) -> bool:
+        return self.outcome is not None or (self.report is not None and self.report.is_there())
+
+    def result(self) -> StepResult | None:
+        self.settle(self)
+        return self.outcome
+
+    def place_of(self) -> dict[int, int]:
+        """By sequence."""
+        return {sequence: place for place, sequence in enumerate(self.rows.sequences)}
