@@ -13,7 +13,7 @@ from engine.run.host import available_memory_bytes
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
-from engine.run.warm_up import capture, full_step, run_and_forget
+from engine.run.warm_up import capture, full_step, run_and_forget, tune
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.collectives import all_gather, barrier
@@ -104,6 +104,8 @@ def _cuda_bytes_beside_kv(
     capacity = Capacity(num_blocks=num_blocks, block_tokens=layout.block_tokens, max_context_tokens=context_tokens)
     drafter = open_drafter(draft_model, sampler, num_blocks)
     runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank, drafter=drafter)
+    if runner_config.tune_tiles:
+        tune(runner, engine_config)
     step_bytes = _bytes_of_heaviest_step(runner, engine_config, groups)
     graph_bytes = _bytes_of_graphs(runner, engine_config) if runner_config.cuda_graphs else 0
     del runner, cache, drafter

@@ -54,6 +54,9 @@ class RunnerConfig:
     cuda_graphs: bool = True
     """On CUDA, record a step that only decodes for some numbers of sequences at the start, and replay it: a small model's step is launches
     more than anything else. Costs seconds of the start and some memory; no answer changes by it. False = launch every step anew."""
+    tune_tiles: bool = True
+    """On CUDA, measure at the first start on a kind of device how products of rounded weights and of routed experts are best cut, and keep
+    that in the cache folder ($XDG_CACHE_HOME). Costs up to a minute once; no answer changes by it. Plain weights have nothing to tune."""
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
     grammar_cache_bytes: int = 64 * 1024 * 1024

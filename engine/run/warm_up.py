@@ -10,6 +10,7 @@ from engine.request import SamplingParams
 from engine.run.cuda_graphs import Graphs
 from engine.run.decode_graphs import capture_obstacle
 from engine.run.runner import Runner
+from parallel.scaled_format import has_triton
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,29 @@ def warm_up(runner: Runner) -> None:
     for tokens in (prompt, prompt[:1]):
         work = Work(FIRST_SEQUENCE, 0, tokens, blocks, samples=True, shard=runner.shard)
         run_and_forget(runner, StepPlan(0, (work,), (opening,)))
+
+
+def tune(runner: Runner, engine_config: EngineConfig) -> None:
+    """Have the kernels find out how their products are best cut for few rows, some and many, if that is not known of this device."""
+    if not has_triton():
+        return
+    from parallel.cuda.tiles import seconds_of, tiles_of  # triton: not to be imported where there is no such device
+
+    most_tokens, most_running = engine_config.max_step_tokens, engine_config.max_running
+    tiles = tiles_of(runner.device)
+    with tiles.measuring(seconds_of):
+        for tokens in sorted({most_tokens, min(256, most_tokens), min(16, most_tokens)}):
+            run_and_forget(
+                runner,
+                full_step(
+                    max_step_tokens=tokens,
+                    max_running=min(tokens, most_running),
+                    num_blocks=runner.capacity.num_blocks,
+                    block_tokens=runner.capacity.block_tokens,
+                    num_shards=runner.model.groups.topology.dp,
+                ),
+            )
+    log.info("products are cut as measured: %s", tiles)
 
 
 def capture(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parallel.cuda.products import DEPTH, product_tile
 from parallel.cuda.scaled import filled_size, round_rows
+from parallel.cuda.tiles import Tile, tiles_of
 from parallel.scaled_format import kind_of
 
 TILE_ROWS = 16
@@ -25,6 +26,11 @@ TILE_ROWS = 16
 WIDE_TILE_ROWS = 64
 """... and when many do."""
 MANY_ROWS_PER_EXPERT = 32
+TILES = {
+    TILE_ROWS: (Tile(16, 64), Tile(16, 32), Tile(16, 32, 2, 6), Tile(16, 64, 4, 6), Tile(16, 128), Tile(16, 128, 8, 3)),
+    WIDE_TILE_ROWS: (Tile(64, 128), Tile(64, 64), Tile(64, 128, 4, 3), Tile(64, 128, 8, 3), Tile(64, 256, 8, 3)),
+}
+"""How their products may be cut; the first is taken unmeasured."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +150,16 @@ def expert_products(
     multiply the results.
     """
     out = x.new_zeros((num_assigned, experts.out_size))
-    columns = 64 if by_expert.tile_rows == TILE_ROWS else 128
     rows, row_scales = round_rows(x) if experts.kind == "fp8" else (x, out)
-    _expert_kernel[(by_expert.expert_X.shape[0], triton.cdiv(experts.out_size, columns))](
-        rows, row_scales, experts.numbers_E, experts.scales_E, out, out if weights is None else weights,
-        by_expert.assignment_Y, by_expert.expert_X, num_assigned, rows_per_source, x.shape[1], experts.filled_size, experts.out_size,
-        KIND=experts.kind, WEIGHTED=weights is not None, ROWS=by_expert.tile_rows, COLUMNS=columns, DEPTH=DEPTH[experts.kind],
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,
-    )  # fmt: skip
+
+    def launch(tile: Tile) -> None:
+        _expert_kernel[(by_expert.expert_X.shape[0], triton.cdiv(experts.out_size, tile.columns))](
+            rows, row_scales, experts.numbers_E, experts.scales_E, out, out if weights is None else weights,
+            by_expert.assignment_Y, by_expert.expert_X, num_assigned, rows_per_source, x.shape[1], experts.filled_size, experts.out_size,
+            KIND=experts.kind, WEIGHTED=weights is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[experts.kind],
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    key = f"experts {experts.kind} {x.shape[1]} to {experts.out_size}, {by_expert.tile_rows} rows of each"
+    launch(tiles_of(x.device).best(key, TILES[by_expert.tile_rows], launch))
     return out

@@ -8,13 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.products import DEPTH, product_tile
+from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import kind_of
 
-TILE_ROWS = 16
-"""Rows that a program takes when few come, as in decoding ..."""
-WIDE_TILE_ROWS = 64
-"""... and when many do."""
 FP8_BLOCK = 2048
 
 
@@ -74,13 +71,17 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None)
     if out_TN.numel() == 0:
         return out_TN
     x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), scales)
-    rows, columns = tile_of(num_rows)
-    _linear_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(numbers.shape[0], columns))](
-        x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
-        num_rows, in_size, filled_size(tensors), numbers.shape[0],
-        KIND=kind, HAS_BIAS=bias_N is not None, ROWS=rows, COLUMNS=columns, DEPTH=DEPTH[kind],
-        PRECISION="ieee" if x_TK.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,
-    )  # fmt: skip
+
+    def launch(tile: Tile) -> None:
+        _linear_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(numbers.shape[0], tile.columns))](
+            x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
+            num_rows, in_size, filled_size(tensors), numbers.shape[0],
+            KIND=kind, HAS_BIAS=bias_N is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[kind],
+            PRECISION="ieee" if x_TK.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    key = f"{kind} {in_size} to {numbers.shape[0]}, {rows_in_words(num_rows)}"
+    launch(tiles_of(x.device).best(key, candidates_for(num_rows), launch))
     return out_TN
 
 
@@ -88,8 +89,3 @@ def filled_size(tensors: Mapping[str, Tensor]) -> int:
     """Input features of the matrix with the zeros at their end."""
     width = tensors["numbers"].shape[1]
     return 2 * width if kind_of(tensors) == "int4" else width
-
-
-def tile_of(num_rows: int) -> tuple[int, int]:
-    """(rows, outputs). Few rows: many narrow programs, so that every multiprocessor has something to read."""
-    return (TILE_ROWS, 32) if num_rows <= 2 * TILE_ROWS else (WIDE_TILE_ROWS, 128)

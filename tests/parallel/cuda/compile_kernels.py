@@ -4,13 +4,14 @@ Prints a line per kernel: name, bytes of its binary, registers and shared memory
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parallel.cuda import elementwise, experts, highest, noise, paged_attention, products, scaled
+from parallel.cuda import elementwise, experts, highest, noise, paged_attention, products, scaled, tiles
 from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -23,6 +24,18 @@ PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
 NUMBERS = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
 SCALES = {"int8": "*fp16", "int4": "*fp16", "fp8": "*fp32"}
 ROUNDING = {"MOST": FP8_MOST, "BLOCK": scaled.FP8_BLOCK}
+
+ALL_TILES = "--all" in sys.argv
+"""Else only those that are taken unmeasured."""
+
+
+def _sizes(tile: tiles.Tile) -> dict[str, Any]:
+    return {"ROWS": tile.rows, "COLUMNS": tile.columns}
+
+
+def _wanted(*choices: Sequence[tiles.Tile]) -> list[tiles.Tile]:
+    return [tile for some in choices for tile in (some if ALL_TILES else some[:1])]
+
 
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
@@ -103,11 +116,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "numbers": NUMBERS[kind], "scales": SCALES[kind], "x_scales": "*fp32"}
             | {"bias": "*bf16", "out": "*bf16"}
             | dict.fromkeys(("num_rows", "in_size", "filled_size", "out_size"), "i32"),
-            {"KIND": kind, "HAS_BIAS": True, "ROWS": rows, "COLUMNS": columns, "DEPTH": products.DEPTH[kind], "PRECISION": "tf32"},
-            {"num_warps": 4, "num_stages": 4},
+            {
+                "KIND": kind,
+                "HAS_BIAS": True,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "DEPTH": products.DEPTH[kind],
+                "PRECISION": "tf32",
+            },
+            {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
         for kind in NUMBERS
-        for rows, columns in (scaled.tile_of(1), scaled.tile_of(1000))
+        for tile in _wanted(tiles.FEW_ROWS, tiles.MANY_ROWS)
     ),
     *(
         (
@@ -115,11 +135,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "x_scales": "*fp32", "numbers_of": "*i64", "scales_of": "*i64"}
             | {"out": "*bf16", "row_weights": "*bf16", "assignments": "*i32", "experts": "*i32"}
             | dict.fromkeys(("num_assigned", "rows_per_source", "in_size", "filled_size", "out_size"), "i32"),
-            {"KIND": kind, "WEIGHTED": True, "ROWS": rows, "COLUMNS": columns, "DEPTH": products.DEPTH[kind], "PRECISION": "tf32"},
-            {"num_warps": 4, "num_stages": 4},
+            {
+                "KIND": kind,
+                "WEIGHTED": True,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "DEPTH": products.DEPTH[kind],
+                "PRECISION": "tf32",
+            },
+            {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
         for kind in ("plain", *NUMBERS)
-        for rows, columns in ((experts.TILE_ROWS, 64), (experts.WIDE_TILE_ROWS, 128))
+        for tile in _wanted(*experts.TILES.values())
     ),
 ]
 

@@ -12,10 +12,11 @@ HOPPER_SHARED_BYTES = 227 * 1024
 
 
 @pytest.mark.timeout(900)
-def test_every_kernel_compiles_for_hopper_and_fits_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "count"), [((), 28), pytest.param(("--all",), 75, marks=pytest.mark.slow)])
+def test_every_kernel_compiles_for_hopper_and_fits_it(options: tuple[str, ...], count: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.cuda.compile_kernels"],
+        [sys.executable, "-m", "tests.parallel.cuda.compile_kernels", *options],
         capture_output=True,
         text=True,
         check=False,
@@ -24,5 +25,5 @@ def test_every_kernel_compiles_for_hopper_and_fits_it(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 28
+    assert len(lines) == count
     assert all(int(line.split()[3]) <= HOPPER_SHARED_BYTES for line in lines)

@@ -1,0 +1,126 @@
+"""How a matrix product is cut into programs: measured once on each kind of device, and kept for the next start.
+
+A tile changes how fast a product is and not what it gives: every output is one chain of sums over its inputs whatever the tile.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from parallel.compiled import cache_path
+
+log = logging.getLogger(__name__)
+
+Key = str
+Measure = Callable[[Callable[[], object]], float]
+"""Seconds that something takes."""
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    rows: int
+    columns: int
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+FEW_ROWS = (Tile(16, 32), Tile(16, 16, 2, 6), Tile(16, 32, 2, 6), Tile(16, 64, 4, 4), Tile(16, 64, 4, 6), Tile(16, 128, 8, 3))
+"""For up to 32 rows, which read much and compute little: many narrow programs, or deeper queues of loads. The first is taken unmeasured."""
+MANY_ROWS = (Tile(64, 128), Tile(64, 64), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 256, 8, 3), Tile(64, 256, 8, 3))
+MOST_FEW, MOST_SOME = 32, 512
+
+
+def candidates_for(num_rows: int) -> tuple[Tile, ...]:
+    return FEW_ROWS if num_rows <= MOST_FEW else MANY_ROWS
+
+
+def rows_in_words(num_rows: int) -> str:
+    """Products of numbers of rows that go by one name are cut alike."""
+    return "few rows" if num_rows <= MOST_FEW else "some rows" if num_rows <= MOST_SOME else "many rows"
+
+
+class Tiles:
+    """The best tile of each product that was measured on this kind of device."""
+
+    def __init__(self, file: Path | None) -> None:
+        """``file`` keeps them; None: nobody does. One that cannot be read is as none."""
+        self._file, self._found, self._measure = file, dict[Key, Tile](), None
+        if file is not None and file.exists():
+            try:
+                self._found = {key: Tile(**tile) for key, tile in json.loads(file.read_text()).items()}
+            except (OSError, ValueError, TypeError) as error:
+                log.warning("%s cannot be read and is measured anew: %s", file, error)
+
+    def __repr__(self) -> str:
+        return f"<Tiles [{len(self._found)} measured]>"
+
+    def best(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object]) -> Tile:
+        """Of the candidates that run at all the fastest, if it is known or may be measured now; else the first."""
+        found = self._found.get(key)
+        if found is None and self._measure is not None:
+            found = self._found[key] = self._fastest(key, candidates, launch, self._measure)
+        return found if found is not None else candidates[0]
+
+    @contextmanager
+    def measuring(self, measure: Measure) -> Iterator[None]:
+        """Within, what is not known yet is measured, and kept at the end."""
+        before = len(self._found)
+        self._measure = measure
+        try:
+            yield
+        finally:
+            self._measure = None
+        if len(self._found) > before and self._file is not None:
+            _keep(self._file, {key: asdict(tile) for key, tile in sorted(self._found.items())})
+
+    def _fastest(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object], measure: Measure) -> Tile:
+        seconds: dict[Tile, float] = {}
+        for tile in candidates:
+            try:
+                seconds[tile] = measure(lambda tile=tile: launch(tile))  # type: ignore[misc]
+            except triton.OutOfResources:  # this device has not so much shared memory, or so many registers
+                continue
+        best = min(candidates, key=lambda tile: seconds.get(tile, float("inf")))
+        log.debug("%s: %s, of %s", key, best, {str(tile): f"{s * 1e6:.1f} us" for tile, s in seconds.items()})
+        return best
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """On a device, with its cache cleared before each of some runs: weights come from memory in a step, too."""
+    return float(triton.testing.do_bench(run, warmup=2, rep=10, return_mode="median")) / 1000
+
+
+_of_device: dict[int, Tiles] = {}
+
+
+def tiles_of(device: torch.device) -> Tiles:
+    """Those of this device. Triton's interpreter, and whatever else is no GPU, has none of its own."""
+    index = device.index or 0 if device.type == "cuda" else -1
+    if index not in _of_device:
+        _of_device[index] = Tiles(_file_of(device) if index >= 0 else None)
+    return _of_device[index]
+
+
+def _file_of(device: torch.device) -> Path:
+    """Another one for every kind of device and every Triton."""
+    return cache_path("tiles", (torch.cuda.get_device_name(device).encode(), triton.__version__.encode()), "tiles.json")
+
+
+def _keep(file: Path, found: object) -> None:
+    """Whole or not at all: other ranks may write the same."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(descriptor, "w") as output:
+            json.dump(found, output, indent=1)
+        Path(name).replace(file)
+    except OSError as error:
+        log.warning("what was measured of tiles is not kept: %s", error)

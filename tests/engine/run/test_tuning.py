@@ -1,0 +1,39 @@
+"""A rank that starts measures its products before anything else, and its answers stay what they were."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.request import Request, SamplingParams
+from engine.run.warm_up import tune
+from model.formats import Formats
+from parallel.scaled_format import ScaledFormat
+from tests.engine.run.captured import engine_over, open_executor, runner_of
+from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
+from tests.engine.run.tiny_models import engine_config
+
+CONFIG = engine_config(max_step_tokens=48, max_running=16)
+
+
+def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from parallel.cuda import scaled, tiles
+    from parallel.cuda.scaled import multiply
+
+    formats = Formats(ScaledFormat("int8", torch.float32), ScaledFormat("int8", torch.float32))
+    monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
+    monkeypatch.setattr("parallel.scaled_format.multiply_slowly", multiply)
+    found = tiles.Tiles(None)
+    monkeypatch.setattr(tiles, "tiles_of", lambda _device: found)
+    monkeypatch.setattr(scaled, "tiles_of", lambda _device: found)
+    monkeypatch.setattr(tiles, "seconds_of", lambda _run: 1.0 / len(found._found or "1"))
+    executor = open_executor(dense_folder, max_step_tokens=48)
+    requests = [Request(id="r", prompt=PROMPTS[3], sampling=SamplingParams(temperature=0.0, max_tokens=3))]
+    before = answer(serve(engine_over(executor, CONFIG), requests)["r", 0])
+    open_before = repr(runner_of(executor)._tables)
+    tune(runner_of(executor), CONFIG)
+    assert {key.rpartition(", ")[2] for key in found._found} == {"few rows", "some rows"}
+    assert repr(runner_of(executor)._tables).split("|")[0] == open_before.split("|")[0], "nothing is left open"
+    assert answer(serve(engine_over(executor, CONFIG), requests)["r", 0]) == before
+    executor.close()

@@ -1,0 +1,58 @@
+"""Which tile is taken, and that it does not matter which."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.scaled_format import ScaledFormat
+
+
+def test_without_measurement_the_first_is_taken(device: torch.device) -> None:
+    from parallel.cuda.tiles import FEW_ROWS, MANY_ROWS, Tiles, candidates_for
+
+    tiles = Tiles(None)
+    assert tiles.best("a product", candidates_for(1), lambda _tile: pytest.fail("nobody measures")) == FEW_ROWS[0]
+    assert tiles.best("a product", candidates_for(1000), lambda _tile: None) == MANY_ROWS[0]
+
+
+def test_the_fastest_is_measured_once_kept_and_found_again(tmp_path: Path, device: torch.device) -> None:
+    from triton import OutOfResources
+
+    from parallel.cuda.tiles import FEW_ROWS, Tiles
+
+    file, launched = tmp_path / "folder" / "tiles.json", []
+
+    def launch(tile: object) -> None:
+        if tile == FEW_ROWS[1]:
+            raise OutOfResources(2, 1, "shared memory")
+        launched.append(tile)
+
+    def measure(run) -> float:
+        run()
+        return 1.0 if launched[-1] == FEW_ROWS[3] else 2.0
+
+    tiles = Tiles(file)
+    with tiles.measuring(measure):
+        assert tiles.best("a product", FEW_ROWS, launch) == FEW_ROWS[3]
+        assert tiles.best("a product", FEW_ROWS, launch) == FEW_ROWS[3]
+    assert len(launched) == len(FEW_ROWS) - 1, "all but the one that does not run, once"
+    assert Tiles(file).best("a product", FEW_ROWS, launch) == FEW_ROWS[3]
+    assert Tiles(file).best("another product", FEW_ROWS, launch) == FEW_ROWS[0]
+    file.write_text("{")
+    assert Tiles(file).best("a product", FEW_ROWS, launch) == FEW_ROWS[0]
+
+
+@pytest.mark.parametrize("num_rows", [3, 40])
+def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallel.cuda import scaled
+    from parallel.cuda.tiles import candidates_for
+
+    torch.manual_seed(1)
+    x = torch.randn(num_rows, 256, device=device)
+    tensors = ScaledFormat("int8", torch.float32).prepare({"weight": torch.randn(90, 256, device=device)})
+    found = []
+    for tile in candidates_for(num_rows):
+        monkeypatch.setattr(scaled, "candidates_for", lambda _rows, tile=tile: (tile,))
+        found.append(scaled.multiply(x, tensors, None))
+    assert all(torch.equal(one, found[0]) for one in found)
