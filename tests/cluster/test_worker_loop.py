@@ -1,0 +1,96 @@
+"""How a worker takes plans while its device is still at a step. No Ray: the loop alone, with a rank that is told when it is done."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import zmq
+
+from cluster.messages import RankReady, Stop, decode, encode
+from cluster.worker import Deadlines, Worker
+from engine.begun import Begun, comes_first
+from engine.executor import Capacity
+from engine.plan import StepPlan, StepResult
+
+LIMIT_S = 60.0
+
+
+@dataclass(eq=False)
+class AtTheDevice(Begun):
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def is_done(self) -> bool:
+        return self.done.is_set()
+
+    def result(self) -> StepResult | None:
+        assert self.done.wait(LIMIT_S)
+        return self.outcome
+
+
+class SlowRank:
+    """Its steps are over when the test says so."""
+
+    capacity = Capacity(num_blocks=4, block_tokens=4, max_context_tokens=16)
+
+    def __init__(self) -> None:
+        self.begun: list[AtTheDevice] = []
+        self.more = threading.Semaphore(0)
+
+    def begin(self, plan: StepPlan) -> AtTheDevice:
+        self.begun.append(AtTheDevice(StepResult(plan.step, ())))
+        self.more.release()
+        return self.begun[-1]
+
+
+@pytest.fixture
+def talking() -> Iterator[tuple[SlowRank, "zmq.Socket[bytes]"]]:
+    """A rank behind a worker's loop, and the replica's end of their socket."""
+    worker, rank = Worker(0), SlowRank()
+    here = worker._context.socket(zmq.PAIR)
+    worker._socket.bind("inproc://plans")
+    here.connect("inproc://plans")
+    here.rcvtimeo = int(1000 * LIMIT_S)
+
+    @contextmanager
+    def start(**_options: object) -> Iterator[SlowRank]:
+        yield rank
+
+    deadlines = Deadlines(start_s=LIMIT_S, first_step_s=LIMIT_S, step_s=LIMIT_S)
+    arguments = (SimpleNamespace(start=start), None, 1, deadlines)
+    thread = threading.Thread(target=worker._serve, args=arguments, daemon=True)
+    thread.start()
+    assert isinstance(decode(here.recv()), RankReady)
+    yield rank, here
+    here.send(encode(Stop()))
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    here.close()
+    worker._context.destroy()
+
+
+def test_a_plan_is_begun_while_the_device_is_at_the_one_before_it(talking: tuple[SlowRank, "zmq.Socket[bytes]"]) -> None:
+    rank, replica = talking
+    replica.send(encode(StepPlan(7, ())))
+    assert rank.more.acquire(timeout=LIMIT_S)
+    replica.send(encode(StepPlan(8, ())))
+    assert rank.more.acquire(timeout=LIMIT_S), "the second was begun, and nobody has said that the first is over"
+    rank.begun[1].done.set()
+    rank.begun[0].done.set()
+    assert [decode(replica.recv()).step for _ in range(2)] == [7, 8]
+
+
+def test_a_step_is_answered_when_it_is_over_though_no_other_plan_comes(talking: tuple[SlowRank, "zmq.Socket[bytes]"]) -> None:
+    rank, replica = talking
+    for step in range(3):
+        replica.send(encode(StepPlan(step, ())))
+        assert rank.more.acquire(timeout=LIMIT_S)
+        rank.begun[-1].done.set()
+        assert decode(replica.recv()).step == step
+
+
+def test_who_has_nothing_under_way_is_told_at_once_that_nothing_comes_first() -> None:
+    assert not comes_first(Begun(None), lambda: pytest.fail("nobody is asked"))
+    assert comes_first(AtTheDevice(None), lambda: True)
