@@ -52,7 +52,9 @@ class Tiles:
 
     def __init__(self, file: Path | None) -> None:
         """``file`` keeps them; None: nobody does. One that cannot be read is as none."""
-        self._file, self._found, self._measure = file, dict[Key, Tile](), None
+        self._file = file
+        self._found: dict[Key, Tile] = {}
+        self._measure: Measure | None = None
         if file is not None and file.exists():
             try:
                 self._found = {key: Tile(**tile) for key, tile in json.loads(file.read_text()).items()}
@@ -111,7 +113,8 @@ def tiles_of(device: torch.device) -> Tiles:
 
 def _file_of(device: torch.device) -> Path:
     """Another one for every kind of device and every Triton."""
-    return cache_path("tiles", (torch.cuda.get_device_name(device).encode(), triton.__version__.encode()), "tiles.json")
+    kind = "".join(letter if letter.isalnum() else "-" for letter in torch.cuda.get_device_name(device))
+    return cache_path("tiles", f"{kind}-triton-{triton.__version__}", "tiles.json")
 
 
 def _keep(file: Path, found: object) -> None:
