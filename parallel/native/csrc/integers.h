@@ -6,18 +6,11 @@
 
 // A row as integers of 16 or 8 bits.
 template <class Number> struct QuantisedRow {
+    static constexpr bool APART = sizeof(Number) == 1;
     const Number* x;
     const float* scales;
     const int32_t* starts;  // what the sum over each group begins with: what is added to weights while they are held, taken away again
 };
-
-// Rows chosen from others are as good as those, ...
-template <class Row> static inline void lay_apart(std::vector<Row>&, long, std::vector<int8_t>&) {}
-// ... but for 8-bit numbers, whose rows must lie equally far apart: they are copied to `room`, `padded` numbers each.
-static inline void lay_apart(std::vector<QuantisedRow<int8_t>>& rows, long padded, std::vector<int8_t>& room) {
-    room.resize(rows.size() * padded);
-    for (size_t r = 0; r < rows.size(); ++r) rows[r].x = (const int8_t*)memcpy(&room[r * padded], rows[r].x, padded);
-}
 
 // sums += rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
 template <int R, int P, class Row, class Products>
@@ -56,12 +49,13 @@ struct Int8 {
     const int8_t* weights;    // [panel][k / 2][output][2]
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
+    static constexpr long PARTS_BY_PANEL = 0;
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 0;  // what is added to a weight before it is multiplied
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
         group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 2)
                 each<P>([&](auto p) INLINED {
@@ -77,12 +71,13 @@ struct Int4 {
     const uint8_t* weights;  // [panel][k / 8][output] 32 bits: eight numbers + 8; bits 4s: k = 2s, bits 16 + 4s: k = 2s + 1
     const uint16_t* scales;  // half precision, [panel][group][output]
     long K, group;
+    static constexpr long PARTS_BY_PANEL = 0;
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 8;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
         const Words mask = all_words(0x000f000f);
         group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
@@ -100,34 +95,10 @@ struct Int4 {
 };
 
 #if defined(__AVX512VNNI__)
-// Rows that lie equally far apart: few addresses for many rows, which else would not stay in registers.
-template <int R> struct Apart {
-    const int8_t* at[(R + 3) / 4];
-    long once, thrice;
-
-    INLINE Apart(const QuantisedRow<int8_t>* rows, long k) {
-        once = R > 1 ? rows[R > 1].x - rows[0].x : 0;
-        thrice = 3 * once;
-        each<(R + 3) / 4>([&](auto i) INLINED { at[i] = rows[0].x + 4 * i * once + k; });
-    }
-    template <int r> INLINE Words four() const {
-        const int8_t* from = at[r / 4] + (r % 4 == 3 ? thrice : r % 4 * once);
-        int32_t number;
-        memcpy(&number, from, 4);
-        return all_words(number);
-    }
-    INLINE void advance() {
-        each<(R + 3) / 4>([&](auto i) INLINED {
-            at[i] += 4;
-            hold(at[i]);
-        });
-    }
-};
-
 // Four input features of R rows times those of a panel's 2 * LANES outputs (VPDPBUSD: its left numbers are without a sign).
-template <int R, int P> static INLINE void add_four(const Apart<R>& rows, Words first, Words second, Words (&sum)[R][P][2], int p) {
+template <int R, int P> static INLINE void add_four(const Apart<R, int8_t>& rows, Words first, Words second, Words (&sum)[R][P][2], int p) {
     each<R>([&](auto r) INLINED {
-        const Words value = rows.template four<r>();
+        const Words value = rows.template at<r>();
         sum[r][p][0] = _mm512_dpbusd_epi32(sum[r][p][0], first, value);
         hold(sum[r][p][0]);
         sum[r][p][1] = _mm512_dpbusd_epi32(sum[r][p][1], second, value);
@@ -139,24 +110,25 @@ struct Int8Dot {
     const uint8_t* weights;   // [panel][k / 4][output][4], each + 128
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
+    static constexpr long PARTS_BY_PANEL = 8;
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 128;
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
-        Apart<R> x(rows, k0);
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
+        Apart<R, int8_t> x(rows, k0);
         group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 4) {
                 each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
-                    if (R <= 2 || R > 8) {  // between, it costs more than it gives
-                        _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
-                        _mm_prefetch((const char*)(at + 1088), _MM_HINT_T0);
+                    if (R <= 2 || R > 6) {  // between, it costs more than it gives
+                        fetch(at + ahead * PANEL);
+                        fetch(at + ahead * PANEL + 4 * LANES);
                     }
                     add_four<R, P>(x, load_words(at), load_words(at + 4 * LANES), sum, p);
                 });
-                x.advance();
+                x.advance(4);
             }
         });
     }
@@ -166,24 +138,25 @@ struct Int4Dot {
     const uint8_t* weights;  // [panel][k / 8][output] four bytes: numbers k + i + 8 in the lower halves, k + 4 + i + 8 in the upper ones
     const uint16_t* scales;  // half precision, [panel][group][output]
     long K, group;
+    static constexpr long PARTS_BY_PANEL = 8;
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 8;
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
         const Words mask = all_words(0x0f0f0f0f);
-        Apart<R> x(rows, k0);
+        Apart<R, int8_t> x(rows, k0);
         group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
                 each<2>([&](auto s) INLINED {
                     each<P>([&](auto p) INLINED {
                         const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
-                        _mm_prefetch((const char*)(at + 1024 + 64 * s), _MM_HINT_T0);
+                        fetch(at + ahead * PANEL / 2 + 4 * LANES * s);
                         const Words first = both(right<4 * s>(load_words(at)), mask), second = both(right<4 * s>(load_words(at + 4 * LANES)), mask);
                         add_four<R, P>(x, first, second, sum, p);
                     });
-                    x.advance();
+                    x.advance(4);
                 });
         });
     }

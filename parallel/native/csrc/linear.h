@@ -32,11 +32,53 @@ public:
     T& operator[](size_t i) { return first[i]; }
 };
 
-// What kinds of weights have in common: `Row` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums. What becomes
-// of rows is a class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a row at a time.
+// Has a line of memory come near, but not so near that it drives out what is being multiplied.
+static INLINE void fetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
+
+// What kinds of weights have in common: `Row` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums, and may
+// fetch what lies `ahead` input features, of one panel after the other, behind what it reads. Up to PARTS_BY_PANEL times MOST_ROWS rows
+// one panel meets all rows before the next one, which is fetched meanwhile; with more the same rows meet all panels. What becomes of rows
+// is a class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a row at a time.
 constexpr long PIECE = 128;
 
+// R rows of numbers that lie equally far apart: few addresses for many rows, which else would not stay in registers.
+template <int R, class Number> class Apart {
+    const Number* first[(R + 3) / 4];
+    long once, thrice;
+
+public:
+    template <class Row> INLINE Apart(const Row* rows, long k) {
+        once = R > 1 ? rows[R > 1].x - rows[0].x : 0;
+        thrice = 3 * once;
+        each<(R + 3) / 4>([&](auto i) INLINED { first[i] = rows[0].x + 4 * i * once + k; });
+    }
+    template <int r> INLINE Words at() const {  // 32 bits of row r, in all lanes
+        int32_t number;
+        memcpy(&number, first[r / 4] + (r % 4 == 3 ? thrice : r % 4 * once), 4);
+        return all_words(number);
+    }
+    INLINE void advance(long numbers) {
+        each<(R + 3) / 4>([&](auto i) INLINED {
+            first[i] += numbers;
+            hold(first[i]);
+        });
+    }
+};
+
+// Rows chosen from others become such again: they are copied to `room`, `padded` numbers each. Other kinds take any rows.
+template <class Row> static inline void lay_apart(std::vector<Row>& rows, long padded, std::vector<char>& room) {
+    if constexpr (Row::APART) {
+        const size_t bytes = padded * sizeof(*rows[0].x);
+        room.resize(rows.size() * bytes);
+        for (size_t r = 0; r < rows.size(); ++r) {
+            memcpy(&room[r * bytes], rows[r].x, bytes);
+            rows[r].x = (decltype(rows[r].x))&room[r * bytes];
+        }
+    }
+}
+
 struct FloatRow {
+    static constexpr bool APART = false;
     const float* x;
 };
 
@@ -75,12 +117,13 @@ template <class Stored> struct Exact {
     const Number* weights;
     long K;
     using Row = FloatRow;
+    static constexpr long PARTS_BY_PANEL = 0;
 
     static constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
         return LANES == 16 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
     }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
         Floats sum[R][P][2];
         const Number* w[P];
         const float* x[R];
@@ -116,6 +159,7 @@ using Fp32 = Exact<PlainFp32>;
 #if defined(__AVX512BF16__)
 // Rows rounded to bfloat16, multiplied two input features at a time (VDPBF16PS), summed in float32.
 struct Bf16Row {
+    static constexpr bool APART = true;
     const uint16_t* x;
 };
 
@@ -123,35 +167,35 @@ struct Bf16Dot {
     const uint16_t* weights;  // [panel][k / 2][output][2]
     long K;                   // even: filled up with a zero
     using Row = Bf16Row;
+    static constexpr long PARTS_BY_PANEL = 2;
 
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
         Floats sum[R][P][2];
-        const uint16_t *w[P], *x[R];
+        const uint16_t* w[P];
+        Apart<R, uint16_t> x(rows, k0);
         each<P>([&](auto p) INLINED { w[p] = weights + (panel + p) * K * PANEL; });
         each<R>([&](auto r) INLINED {
-            x[r] = rows[r].x;
             each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { sum[r][p][h] = load(sums + r * stride + p * PANEL + h * LANES); }); });
         });
         for (long k = k0; k < k1; k += 2) {
             Words pairs[P][2];
             each<P>([&](auto p) INLINED {
                 const uint16_t* at = w[p] + k * PANEL;
-                if (R <= 2) {
-                    _mm_prefetch((const char*)(at + 16 * PANEL), _MM_HINT_T0);
-                    _mm_prefetch((const char*)(at + 17 * PANEL), _MM_HINT_T0);
+                if (R <= 2 || R == 7 || R == 8) {  // with other numbers of rows it costs more than it gives
+                    fetch(at + ahead * PANEL);
+                    fetch(at + (ahead + 1) * PANEL);
                 }
                 each<2>([&](auto h) INLINED { pairs[p][h] = load_words(at + h * 2 * LANES); });
             });
             each<R>([&](auto r) INLINED {
-                int32_t pair;
-                memcpy(&pair, x[r] + k, 4);
-                const Words value = all_words(pair);
+                const Words value = x.template at<r>();
                 each<P>([&](auto p) INLINED {
                     each<2>([&](auto h) INLINED { sum[r][p][h] = _mm512_dpbf16_ps(sum[r][p][h], (__m512bh)value, (__m512bh)pairs[p][h]); });
                 });
             });
+            x.advance(2);
         }
         each<R>([&](auto r) INLINED {
             each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { store(sums + r * stride + p * PANEL + h * LANES, sum[r][p][h]); }); });
@@ -185,23 +229,35 @@ public:
 // `count` rows (as near to equal parts as they go, none above MOST_ROWS) by `panels` panels, added to sums.
 template <class W> static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, float* sums, long stride) {
     const long parts = (count + MOST_ROWS - 1) / MOST_ROWS;
-    const long step = parts == 1 ? w.K : K_BLOCK;
-    for (long k0 = 0; k0 < w.K; k0 += step) {
-        const long k1 = std::min(w.K, k0 + step);
-        for (long part = 0; part < parts; ++part) {
-            const long first = part * count / parts, last = (part + 1) * count / parts;
-            with_rows(last - first, [&](auto some) {
-                constexpr int R = some.value, P = W::panels_at_once(R);
-                const typename W::Row* at = rows + first;
-                float* to = sums + first * stride;
-                long p = 0;
-                for (; p + P <= panels; p += P) w.template tile<R, P>(at, panel + p, k0, k1, to + p * PANEL, stride);
-                if constexpr (P > 2)
-                    for (; p + 2 <= panels; p += 2) w.template tile<R, 2>(at, panel + p, k0, k1, to + p * PANEL, stride);
-                if (P > 1)
-                    for (; p < panels; ++p) w.template tile<R, 1>(at, panel + p, k0, k1, to + p * PANEL, stride);
-            });
-        }
+    if (parts == 1) {
+        with_rows(count, [&](auto some) {
+            constexpr int R = some.value, P = W::panels_at_once(R);
+            long p = 0;
+            for (; p + P <= panels; p += P) w.template tile<R, P>(rows, panel + p, 0, w.K, sums + p * PANEL, stride, P * w.K);
+            if constexpr (P > 2)
+                for (; p + 2 <= panels; p += 2) w.template tile<R, 2>(rows, panel + p, 0, w.K, sums + p * PANEL, stride, 2 * w.K);
+            if (P > 1)
+                for (; p < panels; ++p) w.template tile<R, 1>(rows, panel + p, 0, w.K, sums + p * PANEL, stride, w.K);
+        });
+        return;
+    }
+    const auto rows_at = [&](long part) { return part * count / parts; };
+    const auto pass = [&](long part, long p, long k0, long k1, long ahead) {
+        const long first = rows_at(part);
+        with_rows(rows_at(part + 1) - first, [&](auto some) {
+            w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, sums + first * stride + p * PANEL, stride, ahead);
+        });
+    };
+    for (long k0 = 0; k0 < w.K; k0 += K_BLOCK) {
+        const long k1 = std::min(w.K, k0 + K_BLOCK);
+        if (parts <= W::PARTS_BY_PANEL)
+            for (long p = 0; p < panels; ++p) {
+                const long next = p + 1 < panels || k1 == w.K ? w.K : k1 - k0 - p * w.K;
+                for (long part = 0; part < parts; ++part) pass(part, p, k0, k1, part + 1 < parts ? 0 : next);
+            }
+        else
+            for (long part = 0; part < parts; ++part)
+                for (long p = 0; p < panels; ++p) pass(part, p, k0, k1, 0);
     }
 }
 
