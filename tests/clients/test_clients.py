@@ -220,8 +220,9 @@ def test_aiperf(server: Server, demo_folder: Path, tmp_path: Path) -> None:
     run([*command, "--output-artifact-dir", str(tmp_path), "--ui", "none"], server, cwd=tmp_path)
     (result,) = tmp_path.rglob("profile_export_aiperf.json")
     told = json.loads(result.read_text())
-    assert told["request_count"]["avg"] == 6
-    assert not told.get("error_summary")
+    assert (told["request_count"]["avg"], told["request_error_rate"]["avg"], told["error_summary"]) == (6, 0, [])
+    assert told["usage_completion_tokens"]["avg"] > 0
+    assert told["usage_completion_tokens_diff_pct"]["avg"] == 0  # what we count, and what its tokenizer does
     assert told["time_to_first_token"]["avg"] > 0
 
 
@@ -234,6 +235,7 @@ def test_guidellm(server: Server, demo_folder: Path, tmp_path: Path) -> None:
     run(command, server, cwd=tmp_path)
     (benchmark,) = json.loads((tmp_path / "told.json").read_text())["benchmarks"]
     assert benchmark["metrics"]["request_totals"] == {"successful": 6, "errored": 0, "incomplete": 0, "total": 6}
+    assert benchmark["metrics"]["output_token_count"]["successful"]["total_sum"] == 6 * 8
 
 
 def test_k6_puts_load_on_both_fronts(server: Server) -> None:
