@@ -125,12 +125,13 @@ class Health:
         """Seconds since the last proof that all ranks work."""
         return self._clock() - self._progress_at
 
-    def lost(self, reason: str, *, host: str | None = None) -> int:
-        """The power to make tokens is gone, with ``host`` if one cannot be reached any more. Returns the new generation."""
+    def lost(self, reason: str, *, host: str | None = None, told: bool = True) -> int:
+        """The power to make tokens is gone, with ``host`` if one cannot be reached any more. ``told``: whether the engine has
+        told whoever was in the lost step, before which no front should take its streams elsewhere. Returns the new generation."""
         with self._lock:
             if self._state not in (State.FAILED, State.DRAINING):
                 self._become(State.RECOVERING, reason)
-            self._ranks_lost = True
+            self._ranks_lost = self._ranks_lost or told
             self._lost_host = host or self._lost_host
             self._generation += 1
             return self._generation

@@ -190,7 +190,7 @@ class Replica:
 
     def _on_loss(self) -> None:
         """A rank ended: known at once, also while no step is under way. The canary makes the engine stumble over it."""
-        self.health.lost("a rank ended")
+        self.health.lost("a rank ended", told=False)
         self._intake.wake()
         self._canary.send()
 

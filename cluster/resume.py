@@ -139,7 +139,7 @@ class Resumes:
         history.add(loss, num_committed)
         request = history.request
         logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
-        losses, is_tired = max(history.losses, history.crashes), history.fruitless >= self._config.max_attempts
+        losses, is_tired = history.losses, history.fruitless >= self._config.max_attempts
         if history.deaths >= MAX_DEATHS or losses >= (MAX_DEATHS if is_tired else MAX_LOSSES):
             self.quarantine.add(request)
             raise self._refused("poisoned", PoisonedRequest(f"{losses} replicas were lost while they ran it; it is not tried again"))
@@ -166,11 +166,11 @@ class History:
         self.fruitless = 0
         """Attempts in a row that gave no token. One that did has brought the answer nearer to its end, whatever it was lost by."""
         self._num_committed = len(request.committed)
-        self.deaths = self.crashes = 0
-        """Replicas that died, and such together with those whose ranks did: a front may leave a replica before its engine has
-        found out whose step it was, so a request may be at three of them without an engine having said so."""
+        self.deaths = 0
+        """Replicas that died."""
         self.losses = request.losses
-        """Replicas and workers that were lost while they computed it."""
+        """Replicas and workers that were lost while they computed it: of workers the engine says so, before its replica is left. Who only
+        waited there is not to blame."""
         self.lost_host: str | None = None
         """Where the last loss was that of a host."""
 
@@ -191,6 +191,5 @@ class History:
         self.fruitless = 0 if num_committed > self._num_committed else self.fruitless + 1
         self._num_committed = num_committed
         self.deaths += loss.died
-        self.crashes += loss.died or loss.reason == "ranks_lost"
         self.losses += loss.died
         self.lost_host = loss.host

@@ -74,11 +74,22 @@ def test_quarantine_is_bounded() -> None:
     assert requests[-1] in quarantine
 
 
-def test_a_request_whose_replicas_lose_their_ranks_again_and_again_is_poison_also_if_no_engine_said_so() -> None:
-    resumes, _ = resumes_of()
+def test_a_request_that_only_waited_where_ranks_were_lost_is_not_blamed() -> None:
+    """Those that were tried there alone, one by one, are told; see `engine.trial`."""
+    resumes, _ = resumes_of(max_attempts=9)
     history = resumes.admit(REQUEST)
-    for replica_id in "ab":
+    for replica_id in "ababab":
         resumes.allow(history, LinkLost(replica_id, "its ranks are started anew", reason="ranks_lost"), 0)
+    resumes.admit(dataclasses.replace(REQUEST, id="again"))
+
+
+def test_a_request_whose_replicas_lose_their_ranks_again_and_again_over_it_is_poison() -> None:
+    resumes, _ = resumes_of(max_attempts=9)
+    history = resumes.admit(REQUEST)
+    for losses, replica_id in enumerate("ab", start=1):
+        history.told(losses)
+        resumes.allow(history, LinkLost(replica_id, "its ranks are started anew", reason="ranks_lost"), 0)
+    history.told(3)
     with pytest.raises(PoisonedRequest):
         resumes.allow(history, LinkLost("a", "its ranks are started anew", reason="ranks_lost"), 0)
     with pytest.raises(PoisonedRequest):
@@ -88,8 +99,10 @@ def test_a_request_whose_replicas_lose_their_ranks_again_and_again_is_poison_als
 def test_a_request_that_got_no_token_and_was_at_two_losses_of_ranks_is_not_told_to_try_again() -> None:
     resumes, _ = resumes_of(max_attempts=3)
     history = resumes.admit(REQUEST)
+    history.told(1)
     resumes.allow(history, LinkLost("a", "its ranks are started anew", reason="ranks_lost"), 0)
     resumes.allow(history, stall("b"), 0)
+    history.told(2)
     with pytest.raises(PoisonedRequest):
         resumes.allow(history, LinkLost("b", "its ranks are started anew", reason="ranks_lost"), 0)
 

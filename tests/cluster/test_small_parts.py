@@ -95,7 +95,10 @@ def test_a_canary_from_before_a_loss_proves_nothing() -> None:
 
 def test_a_host_that_took_the_ranks_with_it_is_named_until_they_are_back() -> None:
     health = Health()
+    health.lost("a rank ended", told=False)
+    assert not health.ranks_lost, "nobody leaves before the engine has said whose step it was"
     health.lost("rank 1 on gpu-7 was lost", host="gpu-7")
+    assert health.ranks_lost
     health.lost("a rank ended")
     assert health.lost_host == "gpu-7"
     assert health.canary_passed(health.generation)
