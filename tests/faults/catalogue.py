@@ -148,7 +148,8 @@ async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
 
 
 async def _no_descriptors(victims: Victims, chance: random.Random) -> Harm:
-    """A front or the proxy can open nothing more, for a while."""
+    """A front or the proxy can open nothing more, for a while. The proxy's event loop (libuv) then takes connections only to close them, so
+    that who comes at that moment is cut off before an answer began; what is under way goes on."""
     victim = _one_of(victims.fronts() + victims.proxies(), chance)
     soft, hard = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (victim.num_fds(), hard))
@@ -256,7 +257,7 @@ def catalogue() -> dict[str, Fault]:
     it.add("cut_off", "what goes between a replica and the fronts is lost one way for 6 s", _cut("intake.send", "intake.read"))
     it.add("nan", "all logits of a step are NaN", _failing("rank.logits", Failure(action="drop"), Failure(action="drop", after=9)))
     it.add("disk_full", f"the disk with Ray's logs and sockets is full for {AWHILE_S:g} s", _disk_full)
-    it.add("no_descriptors", f"a front or the proxy has no file descriptor left for {AWHILE_S:g} s", _no_descriptors)
+    it.add("no_descriptors", f"a front or the proxy has no file descriptor left for {AWHILE_S:g} s", _no_descriptors, tier=2)
     it.add("poison", "one more request kills every rank that computes it", _nothing, beside=beside.poison)
     it.add("clients_leave", "half of the clients leave in the middle", _nothing, clients_leave=True)
     it.add(
