@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from cluster.health import Health
-from engine.errors import EngineStopped, QueueFull
+from engine.errors import EngineStopped, InvalidLogits, QueueFull
 from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
@@ -74,3 +74,5 @@ class Canary:
             self._under_way = None
         if event.finish_reason in ("stop", "length"):
             self._health.canary_passed(generation)
+        elif event.error_kind == InvalidLogits.__name__:  # other errors are of a loss, which is known, or of a full queue
+            self._health.suspect("the ranks give no numbers (NaN or infinity) for a canary")

@@ -206,7 +206,8 @@ class Replica:
             self._intake.wake()
 
     def _deliver(self, told: Told) -> None:
-        self.health.token_made()
+        if told.said or any(event.tokens for event in told.events):  # errors prove nothing: a device may have no numbers any more
+            self.health.token_made()
         was_ready = self.health.ready
         self._intake.deliver(self._canary.take(told))
         if self.health.ready != was_ready:
@@ -248,6 +249,8 @@ class Replica:
             if (still_s := self._step_watch.still_s(stats.num_steps, stats.step_s)) is not None:
                 self.health.suspect(f"no step was finished for {still_s:.0f} s")
                 self._intake.wake()
+            elif self.health.idle_s > self._config.canary_every_s:  # steps, but no tokens
+                self._canary.send()
         elif state is State.READY:
             if self._canary.overdue_s > self._config.canary_timeout_s:
                 self.health.suspect(f"no canary token for {self._canary.overdue_s:.0f} s")

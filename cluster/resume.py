@@ -136,6 +136,11 @@ class Resumes:
         Raises:
             PoisonedRequest, ReplicaLost, ResumesExhausted
         """
+        if loss.reason in DOUBTED.values():  # at most once for a request, and no loss of anything: no attempts, no budget
+            history.doubt(loss)
+            self.counts.resumes[loss.reason] += 1
+            self.counts.tokens_replayed += num_committed
+            return
         history.add(loss, num_committed)
         request = history.request
         logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
@@ -162,7 +167,7 @@ class History:
         self.request = request
         self.lost_by: list[str] = []
         """Ids of the replicas it was lost by, one per attempt."""
-        self._reasons: set[str] = set()
+        self._doubts: set[str] = set()
         self.fruitless = 0
         """Attempts in a row that gave no token. One that did has brought the answer nearer to its end, whatever it was lost by."""
         self._num_committed = len(request.committed)
@@ -183,11 +188,15 @@ class History:
         if event.error_kind is None:
             return None
         doubt = DOUBTED.get(event.error_kind)
-        return doubt if doubt is not None and doubt not in self._reasons else LOSSES.get(event.error_kind)
+        return doubt if doubt is not None and doubt not in self._doubts else LOSSES.get(event.error_kind)
+
+    def doubt(self, loss: LinkLost) -> None:
+        """What this replica said is heard from another one as well, or once more from this one where it is alone."""
+        self.lost_by.append(loss.replica_id)
+        self._doubts.add(loss.reason)
 
     def add(self, loss: LinkLost, num_committed: int) -> None:
         self.lost_by.append(loss.replica_id)
-        self._reasons.add(loss.reason)
         self.fruitless = 0 if num_committed > self._num_committed else self.fruitless + 1
         self._num_committed = num_committed
         self.deaths += loss.died

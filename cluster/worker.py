@@ -198,6 +198,7 @@ class Worker:
             deadline_s, begun = deadlines.first_step_s, NOTHING
             while True:
                 if not comes_first(begun, self._has_message):
+                    deadline_s = deadlines.step_s if begun is not NOTHING else deadline_s
                     self._answer(begun)
                     begun = NOTHING
                 if isinstance(plan := decode(self._socket.recv()), Stop):
@@ -207,8 +208,9 @@ class Worker:
                 _die_after(deadline_s)
                 hit("rank.step", lambda plan=plan: (token for work in plan.works for token in work.tokens))
                 following = rank.begin(plan)
+                deadline_s = deadlines.step_s if begun is not NOTHING else deadline_s
                 self._answer(begun)
-                deadline_s, begun = deadlines.step_s, following
+                begun = following
                 _die_after(deadline_s)
             if self._watchman is not None:
                 self._watchman.rest()

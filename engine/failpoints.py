@@ -68,6 +68,7 @@ class Failure:
 def arm(folder: Path, point: str, failure: Failure) -> None:
     if point not in POINTS:
         raise ValueError(f"there is no failpoint {point!r}")
+    (folder / f"{point}.fired").unlink(missing_ok=True)
     unready = folder / f".{point}"
     unready.write_text(json.dumps(asdict(failure)))
     unready.rename(folder / point)
@@ -82,6 +83,11 @@ def disarm(folder: Path, point: str) -> bool:
     return True
 
 
+def has_fired(folder: Path, point: str) -> bool:
+    """Whether a process came to it since it was armed."""
+    return (folder / f"{point}.fired").exists()
+
+
 def _look(point: str, tokens: Callable[[], Iterable[int]] | None = None) -> bool:
     file = Path(FOLDER, point)
     try:
@@ -94,6 +100,7 @@ def _look(point: str, tokens: Callable[[], Iterable[int]] | None = None) -> bool
     if failure.token is not None and (tokens is None or failure.token not in tokens()):
         return False
     if failure.pid is not None or failure.token is not None:
+        Path(f"{file}.fired").touch()
         return _fail(point, failure)
     if next(_hits.setdefault((point, armed), itertools.count(1))) < failure.after:
         return False

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable
 
+from google.protobuf.message import Message as AnyMessage
+
 from serve.errors import InvalidRequest
 from serve.grpc.generated import messages_pb2, service_pb2
+from serve.limits import Limits
 from serve.request import (
     NO_PARAMETERS,
     ChatRequest,
@@ -18,6 +21,8 @@ from serve.request import (
     ToolCall,
 )
 
+NESTED = frozenset({"request", "options", "response_format", "choices", "conversation"})
+"""Fields that hold messages with such lists."""
 SAID_OR_NOT = (
     "temperature",
     "top_p",
@@ -33,6 +38,35 @@ SAID_OR_NOT = (
     "logprobs",
 )
 """Options of one value, which are None where the client did not say."""
+
+
+def check_counts(message: AnyMessage, limits: Limits) -> None:
+    """Before any element is looked at: four megabytes hold two millions of them, and reading those would keep every other stream waiting.
+
+    Raises:
+        InvalidRequest: more of something than is taken.
+    """
+    most = {
+        "messages": ("messages", limits.messages),
+        "tools": ("tools", limits.tools),
+        "prompts": ("prompt", limits.prompts),
+        "inputs": ("input", limits.embedding_inputs),
+        "so_far": ("so_far", limits.total_choices),
+        "logit_bias": ("logit_bias", limits.logit_bias_entries),
+        "stop": ("stop", limits.stop_strings),
+        "stop_token_ids": ("stop_token_ids", limits.stop_token_ids),
+        "texts": ("response_format", limits.guided_choices),
+    }
+    for field, value in message.ListFields():
+        if field.name in most:
+            param, limit = most[field.name]
+            if len(value) > limit:
+                raise InvalidRequest(f"{param} has {len(value)} entries, and at most {limit} are taken", param=param)
+            for number, one in enumerate(value if field.name == "messages" else ()):
+                if len(one.tool_calls) > limits.tool_calls:
+                    raise InvalidRequest(f"at most {limits.tool_calls} calls are taken", param=f"messages[{number}].tool_calls")
+        elif field.name in NESTED:
+            check_counts(value, limits)
 
 
 def chat_request(message: service_pb2.ChatRequest, *, request_id: str, deadline_s: float | None, session: str = "") -> ChatRequest:

@@ -168,9 +168,10 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
     def _fits(self, message: Message) -> None:
         """Checked here so that the refusal says why: Ray Serve's gRPC server has one limit, for answers as well."""
-        limit_bytes = self._service.limits.body_bytes
-        if message.ByteSize() > limit_bytes:
-            raise RequestTooLarge(limit_bytes=limit_bytes)
+        limits = self._service.limits
+        if message.ByteSize() > limits.body_bytes:
+            raise RequestTooLarge(limit_bytes=limits.body_bytes)
+        read.check_counts(message, limits)
 
     def _session(self, context: CallContext) -> str:
         return session_of(_said(context, SESSION), None, self._service.limits)

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+SLICES = 20
 Stream = Callable[[Any, Any], AsyncGenerator[Any, None]]
 
 
@@ -34,15 +35,20 @@ def _leaving(stream: Stream, limit_s: float) -> Stream:
 
 
 class _Patience:
-    """Calls ``lost`` after ``limit_s``, in two halves: the second is no part of a time in which this process stood still itself, so that a
-    client that can read again has the time to."""
+    """Calls ``lost`` after ``limit_s``, in slices: a time in which this process stood still itself takes one of them, however long it was,
+    so that a client that can read again has the time to."""
 
     def __init__(self, limit_s: float, lost: Callable[[], None]) -> None:
-        self._half_s, self._lost = limit_s / 2, lost
-        self._timer = asyncio.get_running_loop().call_later(self._half_s, self._again)
+        self._slice_s, self._lost = limit_s / SLICES, lost
+        self._left = SLICES
+        self._again()
 
     def _again(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._half_s, self._lost)
+        if not self._left:
+            self._lost()
+            return
+        self._left -= 1
+        self._timer = asyncio.get_running_loop().call_later(self._slice_s, self._again)
 
     def end(self) -> None:
         self._timer.cancel()

@@ -55,6 +55,16 @@ def test_what_was_poison_once_is_refused_under_another_id_and_seed_until_the_tim
     assert resumes.counts.tokens_replayed == 2
 
 
+async def test_a_doubt_takes_no_attempt_and_nothing_of_the_budget_and_the_true_error_is_told() -> None:
+    links = [FakeLink(record(name), error_at={2: "InvalidLogits"}) for name in ("a", "b")]
+    async with routed(*links, max_attempts=1, max_resumes=1) as router:
+        events = await collect(router)
+        resumes = router.resumes
+    assert (events[-1].finish_reason, events[-1].error_kind) == ("error", "InvalidLogits")
+    assert resumes.counts.resumes == {"invalid_logits": 1}
+    resumes.allow(resumes.admit(REQUEST), stall("a"), 1)
+
+
 async def test_a_request_that_an_engine_calls_poison_is_in_quarantine_for_all_replicas() -> None:
     first, second = FakeLink(record("a"), error_at={1: "PoisonedRequest"}), FakeLink(record("b"))
     async with routed(first, second) as router:

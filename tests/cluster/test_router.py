@@ -22,13 +22,13 @@ REQUEST = Request(id="r", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=8
 
 
 @asynccontextmanager
-async def routed(*links: FakeLink, policy: RoutingPolicy | None = None, ready_wait_s: float = 5.0) -> AsyncIterator[Router]:
+async def routed(*links: FakeLink, policy: RoutingPolicy | None = None, ready_wait_s: float = 5.0, **config: int) -> AsyncIterator[Router]:
     by_id = {link.id: link for link in links}
     router = Router(
         replicas=FakeReplicas(*(link.record for link in links)),
         connect=lambda record: by_id[record.id],
         policy=policy or RoundRobin(),
-        config=RouterConfig(ready_wait_s=ready_wait_s),
+        config=RouterConfig(ready_wait_s=ready_wait_s, **config),
     )
     await router.follow(tuple(link.record for link in links))
     try:

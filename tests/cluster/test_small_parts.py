@@ -172,6 +172,28 @@ def test_a_canary_that_failed_is_no_proof() -> None:
     assert len(sent) == 2
 
 
+def test_a_replica_whose_ranks_have_no_numbers_for_a_canary_is_not_ready_until_they_have() -> None:
+    health, sent = Health(), list[Request]()
+    canary = Canary(health, sent.append)
+    assert health.canary_passed(health.generation)
+    canary.send()
+    canary.take(Told([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="InvalidLogits")]))
+    assert not health.ready
+    assert "no numbers" in health.reason
+    canary.send()
+    canary.take(Told([TokenEvent(sent[-1].id, 0, 0, 0, (1,), finish_reason="length")]))
+    assert health.ready
+
+
+def test_a_canary_that_found_the_queue_full_makes_nobody_doubt() -> None:
+    health, sent = Health(), list[Request]()
+    canary = Canary(health, sent.append)
+    assert health.canary_passed(health.generation)
+    canary.send()
+    canary.take(Told([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")]))
+    assert health.ready
+
+
 def refusal(request: Request) -> TokenEvent:
     return TokenEvent(request.id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")
 

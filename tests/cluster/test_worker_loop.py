@@ -46,8 +46,9 @@ class SlowRank:
 
 
 @pytest.fixture
-def talking() -> Iterator[tuple[SlowRank, "zmq.Socket[bytes]"]]:
+def talking(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SlowRank, "zmq.Socket[bytes]"]]:
     """A rank behind a worker's loop, and the replica's end of their socket."""
+    monkeypatch.setattr("cluster.worker._die_after", lambda _seconds: None)  # the process's one alarm is pytest's here
     worker, rank = Worker(0), SlowRank()
     here = worker._context.socket(zmq.PAIR)
     worker._socket.bind("inproc://plans")

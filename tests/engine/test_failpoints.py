@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine import failpoints
-from engine.failpoints import POINTS, Failure, Injected, arm, disarm
+from engine.failpoints import POINTS, Failure, Injected, arm, disarm, has_fired
 
 ROOT = Path(__file__).parents[2]
 PASSING = """
@@ -55,6 +55,14 @@ def test_a_poison_fires_whenever_its_token_is_there_until_disarmed(folder: Path)
             failpoints._look("rank.step", lambda: (1, 7))
     assert disarm(folder, "rank.step")
     assert not failpoints._look("rank.step", lambda: (1, 7))
+
+
+def test_whether_anybody_came_is_known_also_of_what_stays_armed(folder: Path) -> None:
+    for once_or_always in (Failure(action="drop"), Failure(action="drop", pid=os.getpid())):
+        arm(folder, "link.send", once_or_always)
+        assert not has_fired(folder, "link.send")
+        assert failpoints._look("link.send")
+        assert has_fired(folder, "link.send")
 
 
 def test_what_is_about_one_process_fires_there_each_time_and_nowhere_else(folder: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from engine.failpoints import Failure, arm, disarm
+from engine.failpoints import Failure, arm, disarm, has_fired
 from tests.faults import beside
 from tests.faults.beside import Beside
 from tests.faults.server import Victims
@@ -207,14 +207,16 @@ def _cut(*points: str) -> Inject:
     """A replica is heard no more, or hears no more, for some seconds; the other way nothing is lost."""
 
     async def inject(victims: Victims, chance: random.Random) -> Harm:
-        point, victim = chance.choice(points), _one_of(victims.replicas(), chance)
+        point, victim, lost = chance.choice(points), _one_of(victims.replicas(), chance), list[str]()
         arm(victims.failpoints, point, Failure(action="drop", pid=victim.pid))
 
         async def mend() -> None:
             await asyncio.sleep(6.0)
             disarm(victims.failpoints, point)
+            if has_fired(victims.failpoints, point):
+                lost.append(point)
 
-        return Harm(undo=mend, points=(point,))
+        return Harm(undo=mend, points=(point,), lost=lost)
 
     return inject
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.catalogue import FAULTS
+from tests.faults.catalogue import FAULTS, Fault
 from tests.faults.report import table
-from tests.faults.run import Goldens, one_run
+from tests.faults.run import Goldens, Run, one_run
 from tests.faults.server import Victims, server_under_test
 from tests.faults.sweep import SWEPT
 
@@ -37,11 +37,20 @@ def goldens(victims: Victims) -> Goldens:
     return goldens
 
 
+def one_that_struck(victims: Victims, fault: Fault, goldens: Goldens) -> Run:
+    """Chance may have everybody away from where the fault strikes: such a run shows nothing, and another one is made."""
+    for seed in range(1, 6):
+        run = asyncio.run(one_run(victims, fault, seed, goldens))
+        assert not run.wrong
+        if run.fired:
+            return run
+    pytest.fail("the fault struck nobody in five runs")
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in FAULTS])
 def test_no_promise_is_broken_and_the_server_is_whole_again(victims: Victims, goldens: Goldens, name: str) -> None:
-    run = asyncio.run(one_run(victims, FAULTS[name], 1, goldens))
-    assert not run.wrong
+    run = one_that_struck(victims, FAULTS[name], goldens)
     assert run.lost == 0 or FAULTS[name].tier > 1
 
 
@@ -49,8 +58,7 @@ def test_no_promise_is_broken_and_the_server_is_whole_again(victims: Victims, go
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SWEPT if name.endswith("@1")])
 def test_no_failpoint_breaks_a_promise(victims: Victims, goldens: Goldens, name: str) -> None:
-    run = asyncio.run(one_run(victims, SWEPT[name], 1, goldens))
-    assert not run.wrong
+    one_that_struck(victims, SWEPT[name], goldens)
 
 
 def test_the_page_tells_what_was_run() -> None:

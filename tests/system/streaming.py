@@ -31,6 +31,7 @@ class Streams:
 
     def __init__(self, url: str, golden: str) -> None:
         """``golden``: an undisturbed answer, at least as long as any that will be asked for."""
+        assert not golden.startswith(("broken: ", "4", "5")), f"this is no answer: {golden}"
         self._url, self._golden = url, golden
         self._clients = ThreadPoolExecutor(64)
         self._under_way: list[Future[str]] = []

@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 
 from serve.errors import InvalidRequest
 from serve.grpc import read
 from serve.grpc.generated import messages_pb2, service_pb2
+from serve.limits import Limits
 from serve.request import Message, Options
 
 ALL = {
@@ -69,3 +72,29 @@ def test_a_prompt_that_is_neither_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="prompt 1 has neither") as caught:
         read.completion_request(message, request_id="r", deadline_s=None)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        (service_pb2.ChatRequest(messages=[{}] * 2_049), "messages"),
+        (service_pb2.ChatStreamRequest(request={"messages": [{}] * 2_049}), "messages"),
+        (service_pb2.ChatRequest(messages=[{}, {"tool_calls": [{}] * 129}]), "messages[1].tool_calls"),
+        (service_pb2.ChatRequest(tools=[{}] * 129), "tools"),
+        (service_pb2.ChatStreamRequest(so_far=[{}] * 129), "so_far"),
+        (service_pb2.GenerateRequest(prompts=[{}] * 129), "prompt"),
+        (service_pb2.GenerateStreamRequest(request={"options": {"stop": ["a"] * 5}}), "stop"),
+        (service_pb2.GenerateRequest(options={"response_format": {"choices": {"texts": ["a"] * 1_025}}}), "response_format"),
+        (service_pb2.EmbedRequest(inputs=[{}] * 2_049), "input"),
+        (service_pb2.TokenizeRequest(conversation={"messages": [{}] * 2_049}), "messages"),
+    ],
+)
+def test_more_of_something_than_is_taken_is_refused_before_any_of_it_is_read(message: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as told:
+        read.check_counts(message, Limits())
+    assert told.value.param == param
+
+
+def test_as_many_as_are_taken_are_let_through() -> None:
+    options = {"stop": ["a"] * 4, "response_format": {"choices": {"texts": ["a"] * 1_024}}}
+    read.check_counts(service_pb2.ChatRequest(messages=[{}] * 2_048, tools=[{}] * 128, options=options), Limits())
