@@ -146,9 +146,14 @@ class Engine:
     @property
     def max_in_flight(self) -> int:
         """Steps under way at the same time at most: one for every pipeline stage at least, else stages would stand idle, and one that
-        waits behind the one that is computed, where ranks can go on without an answer."""
+        waits behind the one that is computed, where ranks can go on without an answer and everybody who decodes is in it."""
         capacity = self.executor.capacity
-        return max(self._config.max_in_flight, capacity.num_stages, 1 + (capacity.runs_ahead and self._config.run_ahead))
+        return max(self._num_of_anything, 1 + (capacity.runs_ahead and self._config.run_ahead))
+
+    @property
+    def _num_of_anything(self) -> int:
+        """Of those, how many may hold whatever is ready when they are planned."""
+        return max(self._config.max_in_flight, self.executor.capacity.num_stages)
 
     @property
     def is_recovering(self) -> bool:
@@ -200,7 +205,7 @@ class Engine:
 
     def _step(self) -> None:
         order = self._balancing.order(self._num_steps)
-        while order is None and len(self._in_flight) < self.max_in_flight and (plan := self.scheduler.schedule()):
+        while order is None and (plan := self._plan_next()):
             self._timekeeper.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
         self._show_queue()
@@ -215,6 +220,12 @@ class Engine:
             self._outbox.said += told.said  # who is in there has had its first token, and not its last
         elif order is not None:
             self._rebalance(order)
+
+    def _plan_next(self) -> StepPlan | None:
+        """None where as many steps are under way as may be."""
+        if len(self._in_flight) >= self.max_in_flight:
+            return None
+        return self.scheduler.schedule(only_ahead=len(self._in_flight) >= self._num_of_anything)
 
     def _rebalance(self, order: Rebalance) -> None:
         """Experts change places while no step is under way."""

@@ -68,9 +68,15 @@ class Planner:
         """None of those in flight will be answered."""
         self._together.clear()
 
-    def plan(self, may_run: MayRun = anyone) -> StepPlan | None:
-        """The next step's plan with those who may run, or None when none of them can."""
+    def plan(self, may_run: MayRun = anyone, *, only_ahead: bool = False) -> StepPlan | None:
+        """The next step's plan with those who may run, or None when none of them can.
+
+        With ``only_ahead`` also None where not everybody who decodes can go on behind the step under way: whoever could not would miss
+        this step, as it leaves before he is answered.
+        """
         building = PlanBuilder(may_run, ahead=self._may_run_ahead())
+        if only_ahead and not building.ahead:
+            return None
         if self._speculator is not None:
             self._speculator.rest_or_wake(self._books.num_running // len(self._books.shards))
             if not self._speculator.is_resting:
@@ -78,6 +84,8 @@ class Planner:
                     shard.loosen_all()
         budgets = [self._config.max_step_tokens] * len(self._books.shards) if self._pace is None else self._paced(self._pace)
         portions = [self._portion(shard, budget) for shard, budget in zip(self._books.shards, budgets, strict=True)]
+        if only_ahead and not all(self._has_room_ahead(portion) for portion in portions if len(portion.shard.cohort)):
+            return None
         for portion in portions:
             self._continue_decoding(portion, building)
         self._take_prompts(portions, building)
@@ -134,8 +142,8 @@ class Planner:
         if building.may_run is not anyone:
             return False
         shard, cohort = portion.shard, portion.shard.cohort
-        others = sum(sequence.num_pending == 1 for sequence in shard.loose.values())
-        ahead = building.ahead and self._has_room_ahead(portion, others)
+        others = _num_others(portion)
+        ahead = building.ahead and self._has_room_ahead(portion)
         count = cohort.num_due(ahead)
         if count + others > min(portion.budget, portion.max_decodes) or cohort.num_missing(ahead) + others > shard.pool.num_available:
             return False
@@ -149,10 +157,10 @@ class Planner:
                     mark(7, sequence.request.id)
         return True
 
-    def _has_room_ahead(self, portion: Portion, others: int) -> bool:
+    def _has_room_ahead(self, portion: Portion) -> bool:
         """Whether all of the cohort can go on behind the step under way. If not for want of blocks, nobody new may have what they lack:
         they take it, or give way, when they have been answered."""
-        cohort = portion.shard.cohort
+        cohort, others = portion.shard.cohort, _num_others(portion)
         lacks = cohort.num_missing(True)
         if lacks + others > portion.shard.pool.num_available:
             portion.has_preempted |= lacks > cohort.num_missing(False)
@@ -229,3 +237,8 @@ class Planner:
         if missing > 0:
             sequence.blocks += pool.allocate(missing)
         return True
+
+
+def _num_others(portion: Portion) -> int:
+    """Of a shard's sequences those that decode beside the cohort."""
+    return sum(sequence.num_pending == 1 for sequence in portion.shard.loose.values())

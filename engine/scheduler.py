@@ -117,16 +117,16 @@ class Scheduler:
 
     # --- one step
 
-    def schedule(self) -> StepPlan | None:
-        """The next step's plan, or None when nothing can run now.
+    def schedule(self, *, only_ahead: bool = False) -> StepPlan | None:
+        """The next step's plan, or None when nothing can run now. For ``only_ahead`` see `engine.planner.Planner.plan`.
 
         A suspect of a loss is planned alone, once nothing else is in flight, or has to wait until there is room for it.
         """
         self._suspects = [sequence for sequence in self._suspects if sequence.trial_left and not sequence.ended]
         trial = next_trial(self._suspects, self._policy)
         if trial is None:
-            return self._planner.plan()
-        if any(sequence.in_flight and sequence is not trial for sequence in self._books.all_open()):
+            return self._planner.plan(only_ahead=only_ahead)
+        if only_ahead or any(sequence.in_flight and sequence is not trial for sequence in self._books.all_open()):
             return None
         return self._planner.plan(lambda sequence: sequence is trial) or self._planner.plan(lambda sequence: not sequence.trial_left)
 

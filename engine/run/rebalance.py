@@ -28,9 +28,13 @@ class ExpertRebalancer:
 
     def forget(self) -> None:
         """What was computed so far was nobody's: a warm-up."""
+        self.forget_latest()
+        self._loads_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.float64)
+
+    def forget_latest(self) -> None:
+        """What was computed since the last measurement was nobody's: a capture. What was measured before still counts."""
         for layer in self._layers:
             layer.forget_load()
-        self._loads_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.float64)
 
     @torch.inference_mode()
     def run(self, order: Rebalance) -> Rebalanced:

@@ -132,7 +132,7 @@ class Runner:
 
     @torch.inference_mode()
     def begin(self, plan: StepPlan) -> Begun:
-        """As `run`, but where the host has no say in what the step gives, it may go on while the next one is begun.
+        """As `run`, but where ranks run ahead and the host has no say in what the step gives, it may go on while the next one is begun.
 
         Steps are asked for their results in the order in which they were begun; at most two are under way at the same time.
         """
@@ -144,12 +144,14 @@ class Runner:
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         if rebalanced is not None and rebalanced.num_moved and self.decode_graphs is not None:
             self.decode_graphs.capture()  # experts lie elsewhere now
+            self.rebalancer.forget_latest()
         self._open_and_close(plan)
         rows = decode_rows(plan, self.shard) if self.decode_graphs is not None else None
         if rows is not None and self.decode_graphs is not None and self.decode_graphs.takes(len(rows)):
             table_rows_S = rows.enter(self._tables)
-            columns = self._columns.of(table_rows_S)
-            if self.sampler_graphs is not None and not (columns[NEEDS].any() or are_edited(columns, rows.starts + 1)):
+            columns = self._columns.of(table_rows_S) if self.sampler_graphs is not None else None  # only they read them
+            # Ranks with peers do not: what is replayed again for a row that was not decided holds sums that all of them must enter.
+            if columns is not None and self.capacity.runs_ahead and not (columns[NEEDS].any() or are_edited(columns, rows.starts + 1)):
                 return self._replay_on(plan, rows, table_rows_S, columns, self.decode_graphs)
             self._settle_all()
             rows.learn(self._said)
@@ -253,14 +255,14 @@ class Runner:
                 self._guides.open(opening)
                 self._pools.open(opening)
 
-    def _replay(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray, graphs: DecodeGraphs) -> _Given:
-        """A step in which the host has a say: it is over when this returns."""
+    def _replay(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None, graphs: DecodeGraphs) -> _Given:
+        """A step that is over when this returns. ``columns`` are None on a rank that does not sample."""
         known_S = rows.starts + 1
         marked = rows.works() if is_asked_for() else []
         self._mark(9, marked)
         self._mark(10, marked)
         logits_SV = graphs.run(rows, table_rows_S, self._tables)  # the device has enough to do now
-        if self._sampler is None or self.sampler_graphs is None or logits_SV is None:
+        if self._sampler is None or self.sampler_graphs is None or columns is None or logits_SV is None:
             return _Given()
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)

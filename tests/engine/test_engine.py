@@ -103,7 +103,7 @@ def test_without_a_way_back_every_request_ends_with_an_error_and_the_engine_take
 
 def test_a_mistake_of_ours_in_the_scheduler_fails_the_requests_and_does_not_hang(monkeypatch):
     engine = Engine(FakeExecutor(), CONFIG)
-    monkeypatch.setattr(engine.scheduler, "schedule", lambda: 1 / 0)
+    monkeypatch.setattr(engine.scheduler, "schedule", lambda **_options: 1 / 0)
     recorder = Recorder()
     recorder.begin(("a", 0))
     engine.submit(request_of("a"))

@@ -97,6 +97,48 @@ def test_who_must_be_answered_first_misses_no_step(num_shards: int) -> None:
     assert executor.num_promised > 0, "when it has ended the others go ahead"
 
 
+def rows_after_first_token(executor: FakeExecutor) -> dict[str, list[int]]:
+    """By request, the steps in which it had a row from its first token on."""
+    opened = {opening.sequence: opening for plan in executor.plans for opening in plan.opened}
+    rows: dict[str, list[int]] = {}
+    for step, plan in enumerate(executor.plans):
+        for work in plan.works:
+            opening = opened[work.sequence]
+            if work.start + len(work.tokens) >= opening.num_prompt:
+                rows.setdefault(opening.request_id, []).append(step)
+    return rows
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("beside", [{}, {"logprobs": 1}, {"grammar": "start: /a/"}], ids=str)
+@pytest.mark.parametrize(("length", "every"), [(300, 100), (2, 3), (9, 1)])
+def test_nobody_who_decodes_misses_a_step_when_prompts_come(
+    length: int, every: int, beside: dict[str, object], num_shards: int, runs_ahead: bool
+) -> None:
+    """Long ones that are cut, and short ones in close order, beside streams in the cohort and one outside of it."""
+    executor = FakeExecutor(num_blocks=600, num_shards=num_shards, runs_ahead=runs_ahead)
+    engine, recorder = Engine(executor, EngineConfig(block_tokens=4, max_step_tokens=24)), Recorder()
+    requests = [Request(id=f"stream {n}", prompt=(n, 2), sampling=SamplingParams(max_tokens=40, seed=n)) for n in range(3)]
+    requests.append(Request(id="beside", prompt=(7, 7), sampling=SamplingParams(max_tokens=33, **beside)))
+    requests += [Request(id=f"late {n}", prompt=(n,) * length, sampling=SamplingParams(max_tokens=2 + n % 4)) for n in range(8)]
+    due = [0] * 4 + [4 + every * n for n in range(8)]
+    for request, step in zip(requests, due, strict=True):
+        while len(executor.plans) < step and engine.scheduler.num_requests:
+            recorder.take(engine.turn())
+        recorder.begin(request.key)
+        engine.submit(request)
+    run_to_end(engine, recorder)
+    rows = rows_after_first_token(executor)
+    assert len(rows) == len(requests)
+    for request in requests:
+        steps = rows[request.id]
+        assert len(steps) == request.sampling.max_tokens
+        assert steps == list(range(steps[0], steps[-1] + 1)), f"{request.id} sits steps out"
+        assert recorder.tokens[request.key] == list(undisturbed(request.prompt, request.sampling.seed, 0, request.sampling.max_tokens))
+    assert bool(executor.num_promised) == runs_ahead
+
+
 def test_it_can_be_turned_off() -> None:
     executor = FakeExecutor(num_blocks=64, runs_ahead=True)
     request = Request(id="r", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=8))

@@ -120,4 +120,5 @@ def record_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("parallel.linear.all_reduce", all_reduce)
     monkeypatch.setattr("parallel.embedding.all_reduce", all_reduce)
+    monkeypatch.setattr("parallel.dispatch.all_reduce", all_reduce)
     monkeypatch.setattr("parallel.embedding.all_gather", all_gather)

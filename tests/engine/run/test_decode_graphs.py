@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from engine.executor import Capacity
-from engine.plan import Opening, StepPlan, TokenEvent, Work
+from engine.plan import Opening, Rebalance, Rebalanced, StepPlan, TokenEvent, Work
 from engine.request import Request, SamplingParams
 from engine.run.decode_graphs import sizes_up_to
 from engine.run.local_executor import LocalExecutor
@@ -145,6 +145,18 @@ def test_nan_logits_fail_one_sequence_and_not_its_neighbours(pair: Pair) -> None
     assert all(answer(events) == answer(wanted[key]) for key, events in found.items() if key not in failed)
 
 
+def test_a_rank_that_does_not_sample_replays_whatever_number_of_sequences_is_open(pair: Pair) -> None:
+    """As the peers of one that samples do; they know nothing of sampling."""
+    model, capacity = runner_of(pair[1]).model, runner_of(pair[1]).capacity
+    runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=None, device=CPU)
+    graphs = RecordedGraphs()
+    capture(runner, graphs, CONFIG)
+    before = graphs.num_replays
+    runner.run(StepPlan(0, tuple(Work(n, 0, (1, 2), (n,), True) for n in range(17)), tuple(Opening(n, 0, 2, PLAIN[0]) for n in range(17))))
+    assert runner.run(StepPlan(1, tuple(Work(n, 2, (1,), (), True) for n in range(12, 17)))) is None
+    assert graphs.num_replays == before + 1
+
+
 def _tokens_of_rank(groups: ParallelGroups, folder: Path, replays: bool) -> tuple[list[list[tuple[int, ...]]], int]:
     """One rank of two: a prompt each of two sequences, and what they go on with; one of them is over earlier."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -192,6 +204,35 @@ def test_ranks_that_share_a_model_replay_the_same_steps(dense_folder: Path) -> N
     assert [given for given, _ in found] == [given for given, _ in wanted]
     assert len(found[0][0]) == 8
     assert found[0][1] > found[1][1] > 6, "one of them samples, too"
+
+
+def _measured_twice(groups: ParallelGroups, folder: Path) -> list[Rebalanced | None]:
+    """One rank of two that share experts: behind a prompt they change places, and are measured again."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_capturable_parts(monkeypatch)
+        record_collectives(monkeypatch)
+        with Checkpoint(folder) as checkpoint:
+            model, _ = load_model(
+                checkpoint, ModelConfig.from_checkpoint(folder), groups, device=CPU, dtype=torch.float32, block_tokens=4
+            )  # fmt: skip
+        capacity = Capacity(num_blocks=40, block_tokens=4, max_context_tokens=80)
+        sampler = Sampler(vocab_size=NUM_REAL_TOKENS, device=CPU) if groups.rank == 0 else None
+        runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=sampler, device=CPU)
+        capture(runner, RecordedGraphs(), replace(CONFIG, max_running=2))
+        assert runner.decode_graphs is not None
+        runner.rebalancer.forget()
+        work, opening = Work(0, 0, PROMPTS[3][:7], (3, 4), True), Opening(0, 0, 7, PLAIN[0])
+        runner.run(StepPlan(0, (work,), (opening,)))
+        results = [runner.run(StepPlan(step, (), rebalance=Rebalance(threshold=1.0))) for step in (1, 2)]
+        return [None if result is None else result.rebalanced for result in results]
+
+
+@pytest.mark.slow
+def test_what_is_captured_anew_behind_a_move_is_no_load(moe_folder: Path) -> None:
+    first, second = run_ranks(Topology(tp=2, ep=2), _measured_twice, moe_folder)[0]
+    assert first.num_moved > 0
+    assert sum(map(sum, first.loads)) > 0
+    assert second.loads == tuple(tuple(load / 2 for load in loads) for loads in first.loads)
 
 
 # --- the graphs that these tests stand on

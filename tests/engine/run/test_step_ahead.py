@@ -10,6 +10,7 @@ from engine.begun import Begun
 from engine.engine import Engine
 from engine.plan import NO_TOKEN, StepPlan
 from engine.request import Request, SamplingParams
+from engine.run.decode_rows import decode_rows
 from engine.run.local_executor import LocalExecutor, LocalStep
 from tests.engine.run.captured import have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, sampled_requests, serve
@@ -70,6 +71,41 @@ def test_a_row_that_the_device_could_not_decide_is_drawn_again_and_so_is_what_ca
     assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
     assert ahead.num_promised > 10
     assert num_launched > ahead.num_steps + 5, "some were begun twice"
+
+
+def test_a_rank_that_does_not_run_ahead_replays_no_step_twice(
+    executors: tuple[LocalExecutor, LocalExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have peers, and they would not enter the sums of another replay. Rows are not decided, and two steps under way."""
+    requests = [
+        Request(id=str(n), prompt=(n, 5, 9), sampling=SamplingParams(seed=n, temperature=2.5, top_p=0.97, max_tokens=12)) for n in range(3)
+    ]
+    wanted = serve(Engine(executors[0], CONFIG), requests)
+    monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 6)
+    have_replayed(executors[1], CONFIG)
+    engine = Engine(executors[1], replace(CONFIG, max_in_flight=2, max_step_tokens=4))  # prompts come one after the other
+    runner, num_replays, num_steps, num_overlapping = runner_of(executors[1]), 0, 0, 0
+    assert runner.decode_graphs is not None
+    begin, run = runner.begin, runner.decode_graphs.run
+
+    def watched_begin(plan: StepPlan) -> Begun:
+        nonlocal num_steps, num_overlapping
+        if decode_rows(plan, 0) is not None:
+            num_steps += 1
+            num_overlapping += bool(engine._in_flight)
+        return begin(plan)
+
+    def watched_run(*arguments: object) -> object:
+        nonlocal num_replays
+        num_replays += 1
+        return run(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "begin", watched_begin)
+    monkeypatch.setattr(runner.decode_graphs, "run", watched_run)
+    found = serve(engine, requests)
+    assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
+    assert num_overlapping > 5
+    assert num_replays == num_steps
 
 
 def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple[LocalExecutor, LocalExecutor]) -> None:
