@@ -62,6 +62,7 @@ def choose_formats(
     if quantize is not None:
         if native() is None:
             log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
+        rounds_activations = rounds_activations and not experts_travel  # held otherwise where a processor multiplies 8 bits
         return Formats(_rounded(quantize, raw, rounds_activations), _rounded("int8", raw, rounds_activations))
     in_bfloat16 = dtype == torch.bfloat16 or found == {torch.bfloat16}
     rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)

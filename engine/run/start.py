@@ -21,7 +21,7 @@ from engine.run.memory import measure_capacity
 from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig, draft_model_of
-from engine.run.warm_up import capture, warm_up
+from engine.run.warm_up import capture, tune, warm_up
 from engine.weights_read import WeightsRead
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
@@ -157,6 +157,8 @@ def ready_runner(
     )
     with _phase("warm_up", tell):
         warm_up(runner)
+        if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and device.type == "cuda":
+            tune(runner, engine_config)  # else that was done before memory was measured
     if runner_config.cuda_graphs and device.type == "cuda":
         capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
     runner.rebalancer.forget()

@@ -160,6 +160,6 @@ def expert_products(
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    key = f"experts {experts.kind} {x.shape[1]} to {experts.out_size}, {by_expert.tile_rows} rows of each"
+    key = f"experts {experts.kind} by {x.dtype}, {x.shape[1]} to {experts.out_size}, {by_expert.tile_rows} rows of each"
     launch(tiles_of(x.device).best(key, TILES[by_expert.tile_rows], launch))
     return out

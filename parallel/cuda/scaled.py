@@ -80,7 +80,7 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None)
             PRECISION="ieee" if x_TK.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    key = f"{kind} {in_size} to {numbers.shape[0]}, {rows_in_words(num_rows)}"
+    key = f"{kind} by {x_TK.dtype}, {in_size} to {numbers.shape[0]}, {rows_in_words(num_rows)}"
     launch(tiles_of(x.device).best(key, candidates_for(num_rows), launch))
     return out_TN
 

@@ -57,6 +57,8 @@ def test_beside_quantised_weights_activations_are_rounded_where_that_is_asked_fo
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True) == Formats(int8, int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True) == Formats(int4, int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8").matrices == PackedFormat("int8", FLOAT)
+    travelling = choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True, experts_travel=True)
+    assert travelling == Formats(PackedFormat("int4", FLOAT), PackedFormat("int8", FLOAT)), "other processors hold them otherwise"
     monkeypatch.setattr("model.formats.multiplies", lambda kind: False)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True).matrices == PackedFormat("int8", FLOAT)
 

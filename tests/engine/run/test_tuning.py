@@ -1,13 +1,18 @@
 """A rank that starts measures its products before anything else, and its answers stay what they were."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.request import Request, SamplingParams
+from engine.run.settings import RunnerConfig
+from engine.run.start import ready_runner
 from engine.run.warm_up import tune
 from model.formats import Formats
+from parallel.groups import single_rank_groups
 from parallel.scaled_format import ScaledFormat
 from tests.engine.run.captured import engine_over, open_executor, runner_of
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
@@ -37,3 +42,23 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
     assert repr(runner_of(executor)._tables).split("|")[0] == open_before.split("|")[0], "nothing is left open"
     assert answer(serve(engine_over(executor, CONFIG), requests)["r", 0]) == before
     executor.close()
+
+
+@pytest.mark.parametrize("tune_tiles", [True, False])
+def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not set, that is done before memory is measured."""
+    tuned: list[object] = []
+    runner = SimpleNamespace(rebalancer=SimpleNamespace(forget=lambda: None))
+    for name, stand_in in {
+        "measure_capacity": lambda *_args, **_options: SimpleNamespace(num_blocks=4),
+        "KvCache": lambda *_args: None,
+        "Runner": lambda **_options: runner,
+        "warm_up": lambda _runner: None,
+        "_phase": lambda *_args: nullcontext(),
+        "tune": lambda one, _config: tuned.append(one),
+    }.items():
+        monkeypatch.setattr(f"engine.run.start.{name}", stand_in)
+    model = SimpleNamespace(groups=single_rank_groups(), device=torch.device("cuda", 0), kv_layout=None)
+    config = RunnerConfig(kv_cache_bytes=1 << 20, tune_tiles=tune_tiles, cuda_graphs=False)
+    ready_runner(model, None, runner_config=config, engine_config=CONFIG)  # type: ignore[arg-type]
+    assert tuned == [runner] * tune_tiles
