@@ -9,6 +9,7 @@ import argparse
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -180,6 +181,8 @@ def _is_alive(device: torch.device) -> bool:
 
 
 def _go_on_elsewhere(options: argparse.Namespace, behind: str, results: Results) -> int:
+    out = options.out or Path(tempfile.mkdtemp(prefix="manta-gpu-"))  # the next process has only that of this one
+    results.keep_in(out)
     command = [
         sys.executable,
         "-m",
@@ -192,7 +195,7 @@ def _go_on_elsewhere(options: argparse.Namespace, behind: str, results: Results)
         str(results.minutes_left),
     ]
     command += [part for name in options.only for part in ("--only", name)] + ["--tiny"] * options.tiny
-    command += [] if options.out is None else ["--out", str(options.out)]
+    command += ["--out", str(out)]
     os.execv(sys.executable, command)  # noqa: S606  (our own program; the memory is free when this process is no more)
 
 

@@ -62,6 +62,11 @@ class Results:
     def minutes_left(self) -> float:
         return max(0.0, self._deadline - time.monotonic()) / 60
 
+    def keep_in(self, out: Path) -> None:
+        """From now on, and what there is already."""
+        self._out = out
+        self._save()
+
     def take_up(self) -> None:
         """What a process before this one has found."""
         if self._out is not None and (self._out / "gpu.json").exists():

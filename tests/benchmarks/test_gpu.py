@@ -1,13 +1,16 @@
 """The prepared script for a GPU, as far as a CPU can prove it."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.ceilings import Ceilings, found_in
+from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import config_of
 from benchmarks.gpu.results import Results
@@ -51,6 +54,52 @@ def test_parts_that_fail_or_take_too_long_are_told_and_the_others_measured(tmp_p
     late = Results(None, 0.0)
     late.run("late", 1.0, lambda: pytest.fail("it has no time"))
     assert "OutOfTime" in late.failed["late"]
+
+
+def test_figures_outlast_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody said where to keep them."""
+
+    def fail(_self: gpu.Bench) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    commands: list[list[str]] = []
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(gpu.Bench, "check_kernels", fail)
+    monkeypatch.setattr(gpu, "_is_alive", lambda _device: False)
+    monkeypatch.setattr("os.execv", lambda _program, command: commands.append(command))
+    threads = torch.get_num_threads()
+    gpu.main(["--device", "cpu", "--tiny", "--only", "ceilings", "--only", "kernels"])
+    torch.set_num_threads(threads)
+    out = Path(commands[0][commands[0].index("--out") + 1])
+    next_one = Results(out, 1.0)
+    next_one.take_up()
+    shutil.rmtree(out)
+    assert {figure.part for figure in next_one.figures} == {"ceilings"}
+    assert next_one.failed == {"kernels": "RuntimeError: an illegal memory access"}
+
+
+def _turns_the_other_way(heads: Tensor, cos: Tensor, sin: Tensor, *rest: object) -> Tensor:
+    from parallel.cuda.elementwise import rotate_and_write
+
+    return rotate_and_write(heads, cos, -sin, *rest)  # type: ignore[arg-type]
+
+
+def _writes_nothing(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, *rest: object) -> Tensor:
+    from parallel.cuda.elementwise import rotate_and_write
+
+    return rotate_and_write(heads, cos, sin, torch.full_like(slots, -1), *rest)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("broken", [_turns_the_other_way, _writes_nothing])
+def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu.kernels import TINY, Checks
+
+    checks = Checks(Results(None, 1.0), torch.device("cpu"), GUESSED, TINY)
+    checks._attend([(4, 1), (17, 1)], (4, 2, 16), torch.float32)
+    monkeypatch.setattr("model.attention.cuda.rotate_and_write", broken)
+    with pytest.raises(AssertionError, match="keys is wrong"):
+        checks._attend([(4, 1), (17, 1)], (4, 2, 16), torch.float32)
 
 
 @pytest.mark.slow
