@@ -43,6 +43,7 @@ STOP_S = 6.0
 STOP_MARGIN_S = 1.0
 DRAIN_S = 2.0
 """A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
+NICENESS = "RAY_worker_niceness"
 MARK = "RAY_AUTH_TOKEN_PATH"
 """The variable by which the processes of one server are known; each has a token of its own."""
 
@@ -226,6 +227,7 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
         MARK: str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "120",
+        NICENESS: os.environ.get(NICENESS, "0"),  # 15 by default: ranks then stand still beside whatever else runs
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         **proxy_hook.variables(

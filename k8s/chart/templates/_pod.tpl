@@ -35,6 +35,7 @@ capabilities:
 - {name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S, value: "1"}
 - {name: SERVE_SOCKET_REUSE_PORT_ENABLED, value: "0"}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: RAY_worker_niceness, value: "0"}
 - {name: HOME, value: /tmp}
 - {name: HF_HOME, value: /models/huggingface}
 - {name: MODELSCOPE_CACHE, value: /models/modelscope}
