@@ -44,6 +44,8 @@ def with_vocabulary(folder: Path) -> Path:
     place = folder / "dense-random-bf16-text"
     if not (place / "model.safetensors").exists():
         write_qwen2(place)
+        settings = json.loads((place / "tokenizer_config.json").read_text())
+        (place / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|endoftext|>"}))  # as vLLM's reader takes it
         (place / "config.json").write_bytes((plain / "config.json").read_bytes())
         (place / "model.safetensors").symlink_to(plain / "model.safetensors")
     return place
