@@ -125,8 +125,8 @@ def activation_bytes(shape: ModelShape, topology: Topology, at: Coordinates, *, 
 
 
 def _norm(shape: ModelShape, tokens: int) -> int:
-    """The float32 copy, its square or product, and the result."""
-    return tokens * shape.hidden_size * (2 * FLOAT32_BYTES + ACTIVATION_BYTES)
+    """What is to be added to the stream, the sum, its float32 copy, the square or product of that, and the result."""
+    return tokens * shape.hidden_size * (2 * FLOAT32_BYTES + 3 * ACTIVATION_BYTES)
 
 
 def _attention(shape: ModelShape, topology: Topology, at: Coordinates, tokens: int) -> int:
