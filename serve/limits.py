@@ -1,6 +1,7 @@
 """Step 2 of a request: how much a client may ask. Every number that bounds a request stands here and nowhere else."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -68,6 +69,23 @@ class Limits:
     """Memory that it may take, beyond the vocabulary."""
     grammar_cache_bytes: int = 16 * 1024 * 1024
     """Verdicts on grammars that a front keeps."""
+
+    @property
+    def entries(self) -> Mapping[str, int]:
+        """Of lists and maps in a request, by the names that either front has for them: the most that are taken. Both look before they read
+        any element, of which four megabytes hold millions."""
+        return {
+            "messages": self.messages,
+            "tools": self.tools,
+            "prompts": self.prompts,
+            "inputs": self.embedding_inputs,
+            "so_far": self.total_choices,
+            "logit_bias": self.logit_bias_entries,
+            "stop": self.stop_strings,
+            "stop_token_ids": self.stop_token_ids,
+            "guided_choice": self.guided_choices,
+            "texts": self.guided_choices,
+        }
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -23,6 +23,8 @@ from serve.request import (
 
 NESTED = frozenset({"request", "options", "response_format", "choices", "conversation"})
 """Fields that hold messages with such lists."""
+SPELT = {"prompts": "prompt", "inputs": "input", "texts": "response_format"}
+"""As OpenAI has it, where that is another name."""
 SAID_OR_NOT = (
     "temperature",
     "top_p",
@@ -41,25 +43,15 @@ SAID_OR_NOT = (
 
 
 def check_counts(message: AnyMessage, limits: Limits) -> None:
-    """Before any element is looked at: four megabytes hold two millions of them, and reading those would keep every other stream waiting.
+    """See `Limits.entries`.
 
     Raises:
         InvalidRequest: more of something than is taken.
     """
-    most = {
-        "messages": ("messages", limits.messages),
-        "tools": ("tools", limits.tools),
-        "prompts": ("prompt", limits.prompts),
-        "inputs": ("input", limits.embedding_inputs),
-        "so_far": ("so_far", limits.total_choices),
-        "logit_bias": ("logit_bias", limits.logit_bias_entries),
-        "stop": ("stop", limits.stop_strings),
-        "stop_token_ids": ("stop_token_ids", limits.stop_token_ids),
-        "texts": ("response_format", limits.guided_choices),
-    }
+    entries = limits.entries
     for field, value in message.ListFields():
-        if field.name in most:
-            param, limit = most[field.name]
+        if field.name in entries:
+            param, limit = SPELT.get(field.name, field.name), entries[field.name]
             if len(value) > limit:
                 raise InvalidRequest(f"{param} has {len(value)} entries, and at most {limit} are taken", param=param)
             for number, one in enumerate(value if field.name == "messages" else ()):

@@ -237,7 +237,7 @@ def validated(kind: type[AnyBody], fields: Mapping[str, Any], limits: Limits) ->
     Raises:
         InvalidRequest: the first thing that is of a wrong type or far too long, by its name.
     """
-    _check_counts(fields, limits)
+    _check_counts({name: fields[name] for name in fields.keys() & kind.model_fields.keys()}, limits)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -245,16 +245,8 @@ def validated(kind: type[AnyBody], fields: Mapping[str, Any], limits: Limits) ->
 
 
 def _check_counts(fields: Mapping[str, Any], limits: Limits) -> None:
-    """Before each element is looked at: four megabytes hold a million of them."""
-    most = {
-        "messages": limits.messages,
-        "logit_bias": limits.logit_bias_entries,
-        "stop": limits.stop_strings,
-        "tools": limits.tools,
-        "guided_choice": limits.guided_choices,
-        "stop_token_ids": limits.stop_token_ids,
-    }
-    for name, limit in most.items():
+    """See `Limits.entries`."""
+    for name, limit in limits.entries.items():
         value = fields.get(name)
         if isinstance(value, list | dict) and len(value) > limit:
             raise InvalidRequest(f"{name} has {len(value)} entries, and at most {limit} are taken", param=name)

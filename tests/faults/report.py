@@ -37,7 +37,7 @@ request may be left.
 
 The machine had 2 cores and many other jobs on them, and whatever was measured went before: times say what a crowded machine needs, not what
 the server does at best. Fewer than 20 runs of a fault are what there was time for. Where a run found something it was mended, and the run
-done again; such runs are not in the table.
+done again; such runs are not in the table, nor are nine of the first, of which it was not noted whether the fault struck anybody.
 
 Log-probabilities: with the CPU kernels (`parallel/native/`; weights as float32, bfloat16 where oneDNN's tiles do not multiply it, int8
 or int4) a token gives the same bits whether

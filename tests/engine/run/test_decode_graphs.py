@@ -157,18 +157,22 @@ def test_a_rank_that_does_not_sample_replays_whatever_number_of_sequences_is_ope
     assert graphs.num_replays == before + 1
 
 
+def _runner_of_rank(groups: ParallelGroups, folder: Path) -> Runner:
+    """The first rank samples."""
+    with Checkpoint(folder) as checkpoint:
+        config = ModelConfig.from_checkpoint(folder)
+        model, _ = load_model(checkpoint, config, groups, device=CPU, dtype=torch.float32, block_tokens=4)
+    capacity = Capacity(num_blocks=40, block_tokens=4, max_context_tokens=80)
+    sampler = Sampler(vocab_size=NUM_REAL_TOKENS, device=CPU) if groups.rank == 0 else None
+    return Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=sampler, device=CPU)
+
+
 def _tokens_of_rank(groups: ParallelGroups, folder: Path, replays: bool) -> tuple[list[list[tuple[int, ...]]], int]:
     """One rank of two: a prompt each of two sequences, and what they go on with; one of them is over earlier."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         record_collectives(monkeypatch)
-        with Checkpoint(folder) as checkpoint:
-            model, _ = load_model(
-                checkpoint, ModelConfig.from_checkpoint(folder), groups, device=CPU, dtype=torch.float32, block_tokens=4
-            )  # fmt: skip
-        capacity = Capacity(num_blocks=40, block_tokens=4, max_context_tokens=80)
-        sampler = Sampler(vocab_size=NUM_REAL_TOKENS, device=CPU) if groups.rank == 0 else None
-        runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=sampler, device=CPU)
+        runner = _runner_of_rank(groups, folder)
         graphs = RecordedGraphs()
         if replays:
             capture(runner, graphs, CONFIG)
@@ -211,13 +215,7 @@ def _measured_twice(groups: ParallelGroups, folder: Path) -> list[Rebalanced | N
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         record_collectives(monkeypatch)
-        with Checkpoint(folder) as checkpoint:
-            model, _ = load_model(
-                checkpoint, ModelConfig.from_checkpoint(folder), groups, device=CPU, dtype=torch.float32, block_tokens=4
-            )  # fmt: skip
-        capacity = Capacity(num_blocks=40, block_tokens=4, max_context_tokens=80)
-        sampler = Sampler(vocab_size=NUM_REAL_TOKENS, device=CPU) if groups.rank == 0 else None
-        runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=sampler, device=CPU)
+        runner = _runner_of_rank(groups, folder)
         capture(runner, RecordedGraphs(), replace(CONFIG, max_running=2))
         assert runner.decode_graphs is not None
         runner.rebalancer.forget()

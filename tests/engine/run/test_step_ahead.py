@@ -17,6 +17,10 @@ from tests.engine.run.test_end_to_end import answer, sampled_requests, serve
 from tests.engine.run.tiny_models import engine_config
 
 CONFIG = engine_config(max_running=6)
+UNDECIDED = [
+    Request(id=str(n), prompt=(n, 5, 9), sampling=SamplingParams(seed=n, temperature=2.5, top_p=0.97, max_tokens=12)) for n in range(3)
+]
+"""So flat that few candidates do not decide a token."""
 
 
 class Ahead:
@@ -51,10 +55,7 @@ def test_a_row_that_the_device_could_not_decide_is_drawn_again_and_so_is_what_ca
     executors: tuple[LocalExecutor, LocalExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step behind has begun with another token by then, and overwritten the logits."""
-    requests = [
-        Request(id=str(n), prompt=(n, 5, 9), sampling=SamplingParams(seed=n, temperature=2.5, top_p=0.97, max_tokens=12)) for n in range(3)
-    ]
-    wanted = serve(Engine(executors[0], CONFIG), requests)
+    wanted = serve(Engine(executors[0], CONFIG), UNDECIDED)
     monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 6)
     ahead = Ahead(executors[1])
     have_replayed(executors[1], CONFIG)
@@ -67,7 +68,7 @@ def test_a_row_that_the_device_could_not_decide_is_drawn_again_and_so_is_what_ca
         launch(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runner, "_launch", counted)
-    found = serve(Engine(ahead, CONFIG), requests)
+    found = serve(Engine(ahead, CONFIG), UNDECIDED)
     assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
     assert ahead.num_promised > 10
     assert num_launched > ahead.num_steps + 5, "some were begun twice"
@@ -77,10 +78,7 @@ def test_a_rank_that_does_not_run_ahead_replays_no_step_twice(
     executors: tuple[LocalExecutor, LocalExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have peers, and they would not enter the sums of another replay. Rows are not decided, and two steps under way."""
-    requests = [
-        Request(id=str(n), prompt=(n, 5, 9), sampling=SamplingParams(seed=n, temperature=2.5, top_p=0.97, max_tokens=12)) for n in range(3)
-    ]
-    wanted = serve(Engine(executors[0], CONFIG), requests)
+    wanted = serve(Engine(executors[0], CONFIG), UNDECIDED)
     monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 6)
     have_replayed(executors[1], CONFIG)
     engine = Engine(executors[1], replace(CONFIG, max_in_flight=2, max_step_tokens=4))  # prompts come one after the other
@@ -102,7 +100,7 @@ def test_a_rank_that_does_not_run_ahead_replays_no_step_twice(
 
     monkeypatch.setattr(runner, "begin", watched_begin)
     monkeypatch.setattr(runner.decode_graphs, "run", watched_run)
-    found = serve(engine, requests)
+    found = serve(engine, UNDECIDED)
     assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
     assert num_overlapping > 5
     assert num_replays == num_steps
