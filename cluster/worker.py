@@ -18,6 +18,7 @@ from cluster.channel import Address, KeyGuard, listen, new_keys
 from cluster.doctor.facts import Need
 from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, examine_rank
+from cluster.errors import ChannelError
 from cluster.far_end import Watchman, keep_hearing
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from engine.begun import NOTHING, Begun, comes_first
@@ -191,6 +192,7 @@ class Worker:
             self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total, progress.read))
 
         _die_after(deadlines.start_s)
+        self._await_replica(deadlines.start_s)
         hit("rank.load")
         with ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank:
             _die_after(0)
@@ -216,6 +218,11 @@ class Worker:
                 self._watchman.rest()
             _die_after(deadlines.step_s)
         _die_after(0)
+
+    def _await_replica(self, within_s: float) -> None:
+        """`serve` comes by Ray, the connection by itself: until it is there nothing can be sent without waiting."""
+        if not self._socket.poll(int(1000 * within_s), zmq.POLLOUT):
+            raise ChannelError(f"the replica did not connect within {within_s:g} s")
 
     def _answer(self, begun: Begun) -> None:
         result = begun.result()

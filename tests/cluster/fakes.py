@@ -109,8 +109,8 @@ class FakeReplicas:
         return self.records
 
 
-async def eventually(condition: object, *, within_s: float = 5.0) -> None:
-    """Wait until ``condition()`` holds."""
+async def eventually(condition: object, *, within_s: float = 60.0) -> None:
+    """Wait until ``condition()`` holds; ``within_s`` ends a hopeless wait, it is no promise."""
     assert callable(condition)
     deadline = time.monotonic() + within_s
     while not condition():

@@ -20,7 +20,7 @@ async def front(app: str) -> AsyncIterator[Router]:
     router = Router(replicas=Reader(app), connect=lambda record: ReplicaLink(record, node=node, config=config), config=config)
     await router.open()
     try:
-        await eventually(router.ready, within_s=20)
+        await eventually(router.ready)
         yield router
     finally:
         await router.close()

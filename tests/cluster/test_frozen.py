@@ -51,11 +51,11 @@ def test_what_was_seen_before_a_long_time_without_looking_does_not_count() -> No
 
 
 def test_a_stopped_process_of_this_machine_is_seen_as_such() -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
         try:
             assert not is_stopped(process.pid)
             os.kill(process.pid, signal.SIGSTOP)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while not is_stopped(process.pid):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

@@ -162,7 +162,7 @@ async def test_a_front_that_stood_still_begins_anew_though_the_replica_was_never
     async with linked(intake) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not engine.cancelled:  # the whole event loop stands still, as in a process that is stopped
             assert time.monotonic() < deadline
             time.sleep(0.05)  # noqa: ASYNC251
@@ -247,7 +247,7 @@ async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Int
         assert link.ready
         engine.ready = False
         intake.wake()
-        await eventually(lambda: not link.ready, within_s=1)
+        await eventually(lambda: not link.ready, within_s=30)  # sooner than any ping or silence would tell
 
 
 async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, intake: Intake) -> None:

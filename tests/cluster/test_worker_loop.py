@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
+from cluster.errors import ChannelError
 from cluster.messages import RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Worker
 from engine.begun import Begun, comes_first
@@ -45,6 +46,13 @@ class SlowRank:
         return self.begun[-1]
 
 
+DEADLINES = Deadlines(start_s=LIMIT_S, first_step_s=LIMIT_S, step_s=LIMIT_S)
+
+
+CALL = {"rendezvous": None, "ranks_on_host": 1, "deadlines": DEADLINES}
+"""What a worker is told when it is to serve, but for the ranks."""
+
+
 @pytest.fixture
 def talking(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SlowRank, "zmq.Socket[bytes]"]]:
     """A rank behind a worker's loop, and the replica's end of their socket."""
@@ -59,9 +67,7 @@ def talking(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SlowRank, "zmq.So
     def start(**_options: object) -> Iterator[SlowRank]:
         yield rank
 
-    deadlines = Deadlines(start_s=LIMIT_S, first_step_s=LIMIT_S, step_s=LIMIT_S)
-    arguments = (SimpleNamespace(start=start), None, 1, deadlines)
-    thread = threading.Thread(target=worker._serve, args=arguments, daemon=True)
+    thread = threading.Thread(target=worker._serve, kwargs=CALL | {"ranks": SimpleNamespace(start=start)}, daemon=True)
     thread.start()
     assert isinstance(decode(here.recv()), RankReady)
     yield rank, here
@@ -95,3 +101,36 @@ def test_a_step_is_answered_when_it_is_over_though_no_other_plan_comes(talking: 
 def test_who_has_nothing_under_way_is_told_at_once_that_nothing_comes_first() -> None:
     assert not comes_first(Begun(None), lambda: pytest.fail("nobody is asked"))
     assert comes_first(AtTheDevice(None), lambda: True)
+
+
+def test_a_rank_that_is_called_before_its_replica_is_connected_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.worker._die_after", lambda _seconds: None)
+    worker, here = Worker(0), zmq.Context.instance().socket(zmq.PAIR)
+    here.rcvtimeo = int(1000 * LIMIT_S)
+    address = f"tcp://127.0.0.1:{worker._socket.bind_to_random_port('tcp://127.0.0.1')}"
+
+    @contextmanager
+    def start(**_options: object) -> Iterator[SlowRank]:
+        yield SlowRank()
+
+    def come_late() -> None:
+        here.connect(address)
+        here.send(encode(Stop()))
+
+    late = threading.Timer(0.2, come_late)
+    late.start()
+    try:
+        worker.serve(ranks=SimpleNamespace(start=start), **CALL)
+        assert isinstance(decode(here.recv()), RankReady)
+    finally:
+        late.join()
+        here.close(linger=0)
+
+
+def test_a_rank_whose_replica_never_connects_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.worker._die_after", lambda _seconds: None)
+    worker = Worker(0)
+    worker._socket.bind("inproc://never")
+    with pytest.raises(ChannelError, match=r"did not connect within 0\.01 s"):
+        worker._await_replica(0.01)
+    worker._context.destroy(linger=0)
