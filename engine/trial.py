@@ -1,6 +1,6 @@
 """Step 7 of a request, after a loss of the workers: whoever was in the lost step is tried alone before it may run with others.
 
-What ends the workers is mostly one request; tried alone it can end them only once more, and only at its own cost.
+What ends the workers is mostly one request; tried alone it can end them only twice more, and no other is in the lost step.
 """
 
 from collections.abc import Iterable
@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from engine.policy import Policy
 from engine.sequence import TRIAL_TOKENS, Sequence
 
-MAX_LOSSES_ALONE = 2
-"""A request that was in the lost steps of so many losses, alone in the last of them, is what ended the workers."""
 MAX_LOSSES = 3
-"""A request in so many lost steps is not tried again, alone or not."""
+"""A request in so many lost steps is not tried again. Two are no proof, though it was alone in the second: where two faults strike within
+seconds, the second one meets whoever is just being tried."""
 
 
 def next_trial(sequences: Iterable[Sequence], policy: Policy) -> Sequence | None:
@@ -26,5 +25,4 @@ def accuse(sequences: Iterable[Sequence]) -> list[Sequence]:
     for sequence in accused:
         sequence.losses += 1
         sequence.trial_left = TRIAL_TOKENS
-    limit = MAX_LOSSES_ALONE if len(accused) == 1 else MAX_LOSSES
-    return [sequence for sequence in accused if sequence.losses >= limit]
+    return [sequence for sequence in accused if sequence.losses >= MAX_LOSSES]

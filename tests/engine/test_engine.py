@@ -43,10 +43,11 @@ def test_after_a_loss_new_workers_go_on_and_the_answer_is_the_same():
     assert engine.stats.num_losses == 1
 
 
-def test_a_request_in_the_lost_step_of_two_losses_is_poisoned_and_others_live():
-    executors = [FakeExecutor() for _ in range(3)]
+def test_a_request_in_the_lost_step_of_three_losses_is_poisoned_and_others_live():
+    executors = [FakeExecutor() for _ in range(4)]
     executors[0].lose_at_step = {2}
     executors[1].lose_at_step = {0}
+    executors[2].lose_at_step = {0}
     remaining = iter(executors[1:])
     engine = Engine(executors[0], EngineConfig(block_tokens=4, max_running=1), recover=lambda loss: next(remaining))
     recorder = Recorder()

@@ -32,7 +32,7 @@ async def poison(victims: Victims, seed: int) -> list[str]:
             token = (await answer.json())["tokens"][0]
         arm(victims.failpoints, "rank.step", Failure(action="crash", token=token))
         try:
-            body = {"model": "tiny", "prompt": [token, seed + 300], "max_tokens": 20}
+            body = {"model": "tiny", "prompt": [token, seed % token], "max_tokens": 20}
             async with session.post(f"{victims.url}/v1/completions", json=body) as answer:
                 told = await answer.text()
         finally:

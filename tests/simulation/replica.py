@@ -107,7 +107,7 @@ class SimReplica:
         events = []
         for run in running:
             run.losses += 1
-            if run.losses >= (2 if len(running) == 1 else MAX_LOSSES):
+            if run.losses >= MAX_LOSSES:
                 events.append(self._end(run, error=PoisonedRequest("it was there too often")))
             else:
                 events.append(run.event())
