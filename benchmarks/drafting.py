@@ -13,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -57,8 +58,12 @@ class Served:
         self.name = name
         config = EngineConfig(speculate="draft" if draft else None, prefix_cache=False)
         runner = RunnerConfig(device="cpu", draft_model=str(draft) if draft else None, max_context_tokens=1024, kv_cache_bytes=1 << 30)
-        self.engine = Engine(LocalExecutor.open(folder, runner_config=runner, engine_config=config), config)
+        self._executor = LocalExecutor.open(folder, runner_config=runner, engine_config=config)
+        self.engine = Engine(self._executor, config)
         self.answers: dict[int, list[tuple[int, ...]]] = {}
+
+    def close(self) -> None:
+        self._executor.close()
 
     def run(self, streams: int, tokens: int) -> float:
         """Tokens a second."""
@@ -88,10 +93,12 @@ def main() -> None:
     arguments = parser.parse_args()
     demo = find_model(ModelSettings()).folder
     layers = json.loads((demo / "config.json").read_text())["num_hidden_layers"]
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         deep = with_layers(demo, Path(folder) / "deep", layers + arguments.idle_layers)
         few = with_layers(demo, Path(folder) / "few", arguments.few_layers)
-        served = [Served("none", deep, None), Served("always right", deep, demo), Served("rarely right", deep, few)]
+        drafts = {"none": None, "always right": demo, "rarely right": few}
+        served = [stack.enter_context(closing(Served(name, deep, draft))) for name, draft in drafts.items()]
         print(f"{layers + arguments.idle_layers} layers; drafts of {layers} and {arguments.few_layers}; {torch.get_num_threads()} threads")
         print(f"{'streams':>8}  {'draft model':<14}{'tokens/s':>10}{'of none':>9}{'held':>7}{'tokens/step':>13}  answers")
         for streams in arguments.streams:

@@ -109,8 +109,9 @@ class RoutedExperts(nn.Module):
         return num_bytes
 
     def finish(self) -> None:
-        for number in [number for number, missing in self._awaited.items() if missing]:
-            self._finish(number)
+        """Each expert was finished with its last tensor; here it is only made sure that there is none without."""
+        incomplete = {number: missing for number, missing in self._awaited.items() if missing}
+        assert not incomplete, f"tensors of experts that never came, by expert: {incomplete}"
 
     def _finish(self, number: int) -> None:
         expert = self._expert(number)

@@ -203,6 +203,16 @@ def load_wrong_shapes(groups: ParallelGroups) -> None:
             layer.load(part, "weight", MemoryTensor(part, torch.zeros(3, 3)))
 
 
+def test_a_layer_is_not_finished_while_a_tensor_of_an_expert_is_missing() -> None:
+    layer = build(single_rank_groups(), torch.float32)
+    layer.allocate(torch.device("cpu"))
+    for slot in layer.slots():
+        if slot.part != "3.up":
+            layer.load(slot.part, slot.tensor, MemoryTensor(slot.part, torch.zeros(slot.shape)))
+    with pytest.raises(AssertionError, match=r"\{3: 1\}"):
+        layer.finish()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_rank_agrees_with_the_experts_of_transformers(dtype: torch.dtype) -> None:
     from transformers import Qwen2MoeConfig

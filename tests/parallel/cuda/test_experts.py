@@ -8,6 +8,7 @@ from parallel.experts import RoutedExperts
 from parallel.groups import single_rank_groups
 from parallel.scaled_format import ScaledFormat
 from parallel.weight_format import Dense, WeightFormat
+from tests.parallel.memory_tensor import MemoryTensor
 
 
 def products(x: Tensor, matrices: list[Tensor], held_ids_NA: Tensor, weights: Tensor | None, sources: int) -> Tensor:
@@ -68,9 +69,8 @@ def test_all_experts_of_a_rank_give_what_one_after_the_other_gives(num_rows: int
     torch.manual_seed(0)
     experts = RoutedExperts(num_experts=6, hidden_size=40, intermediate_size=24, groups=single_rank_groups(), format=form)
     experts.allocate(torch.device("cpu"))
-    for expert in experts._experts():
-        for layer in (expert.up, expert.down):
-            layer.tensors["weight"].normal_()
+    for slot in experts.slots():
+        experts.load(slot.part, slot.tensor, MemoryTensor(slot.part, torch.randn(slot.shape)))
     experts.finish()
     del experts.held["2"]  # held elsewhere
     up, down = (
