@@ -336,12 +336,10 @@ class Service:
         if end is not None:
             yield end, _Yielded(num_tokens=choice.num_tokens, finished=True)
             return
-        async with aclosing(self._source.stream(request)) as stream:
-            while (event := await next_event(stream, request.deadline_s, self._clock)) is not None:
+        async with aclosing(self._source.stream(request)) as stream, aclosing(_scored(stream, choice, scores)) as events:
+            while (event := await next_event(events, request.deadline_s, self._clock)) is not None:
                 times.take(event)
                 held_s += event.held_s
-                if scores is not None and choice.plan.prompt and event.offset == 0 and event.finish_reason not in ("error", "cancelled"):
-                    event = await scores.told_by(choice, event)
                 since_s = asked.stopwatch.now()
                 text = choice.apply(event)
                 text = reading.read(text) if reading and text is not None else text
@@ -355,6 +353,10 @@ class Service:
                 if choice.finished:
                     return
         raise EngineStopped("the tokens ended without an end")
+
+
+def _scored(stream: AsyncGenerator[TokenEvent, None], choice: Choice, scores: PromptScores | None) -> AsyncGenerator[TokenEvent, None]:
+    return scores.told_by(choice.plan.index, stream) if scores is not None and choice.plan.prompt else stream
 
 
 def _last(asked: _Asked, event: TextEvent, usage: Usage) -> TextEvent:
