@@ -2,10 +2,12 @@
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from cluster.wire import Wire, WireBroken, ZmqWire
 from engine.failpoints import hit
 from engine.plan import COLUMN, TokenEvent
 from engine.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 class LinkLost(Exception):
@@ -112,7 +116,7 @@ class ReplicaLink:
         self._lost: LinkLost | None = None
         self._heard = self._served = clock()
         self._wire: Wire = wire or ZmqWire(record, node=node)
-        self._tasks = [asyncio.create_task(work) for work in (self._receive(), self._ping(), self._watch_connection())]
+        self._tasks = [asyncio.create_task(self._or_lost(work)) for work in (self._receive(), self._ping(), self._watch_connection())]
 
     @property
     def id(self) -> str:
@@ -205,6 +209,14 @@ class ReplicaLink:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._wire.close()
+
+    async def _or_lost(self, work: Coroutine[Any, Any, None]) -> None:
+        """Without any part of its work a link is none: its streams go elsewhere at once, and the router makes another."""
+        try:
+            await work
+        except Exception as error:
+            logger.exception("the link to replica %s failed", self.id)
+            self._lose(f"failed here: {error}", reason="failed")
 
     def _send(self, message: Message) -> None:
         if hit("link.send"):

@@ -119,6 +119,22 @@ async def test_a_request_goes_in_and_its_events_come_out(engine: Engine, intake:
     assert engine.cancelled == []
 
 
+async def test_a_link_whose_own_work_fails_is_lost_at_once(
+    engine: Engine, intake: Intake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(message: object) -> None:
+        raise RuntimeError("out of order")
+
+    async with linked(intake) as link:
+        running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
+        await eventually(lambda: bool(engine.submitted))
+        monkeypatch.setattr(link, "_take", broken)
+        with pytest.raises(LinkLost, match="out of order"):
+            await running
+        assert link.lost
+    assert "the link to replica a failed" in caplog.text
+
+
 async def test_a_front_of_another_host_is_let_in_by_its_key(engine: Engine, folder: PrivateFolder) -> None:
     intake = make_intake(engine, folder, tcp_host="127.0.0.1")
     try:
