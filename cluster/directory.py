@@ -22,7 +22,7 @@ NAMESPACE = "manta"
 DEMAND = "demand"
 """The board on which fronts pin, for every model, what waits there; see `cluster.waiting_room.WaitingRoom.note`."""
 REFUSALS = "refusals"
-"""The board on which a replica pins why its hosts are not fit for it; see `refusals`."""
+"""The board on which a replica pins a `Refusal`; see `refusals`."""
 EXPIRY_S = 10.0
 """A replica that has not reported for this long is taken off."""
 
@@ -70,6 +70,15 @@ class ReplicaRecord:
     @property
     def ready(self) -> bool:
         return self.state is State.READY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a replica cannot start where it was placed, however often that is tried."""
+
+    why: str
+    version: str
+    """Of the application that was deployed. A replica of an older one may refuse yet while a newer one starts."""
 
 
 class Register:
@@ -146,10 +155,10 @@ def current_records(app: str) -> tuple[ReplicaRecord, ...]:
     return tuple(records)
 
 
-def refusals(app: str) -> dict[str, str]:
-    """By replica, of the last `EXPIRY_S` seconds: why it cannot start where it was placed, however often that is tried."""
+def refusals(app: str) -> dict[str, Refusal]:
+    """By replica, of the last `EXPIRY_S` seconds."""
     try:
-        found: dict[str, str] = ray.get(directory_actor(app).pinned.remote(REFUSALS), timeout=5)
+        found: dict[str, Refusal] = ray.get(directory_actor(app).pinned.remote(REFUSALS), timeout=5)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
         return {}
     return found
@@ -201,10 +210,10 @@ class Reporter:
             self._actor = self._pending = None
             logger.warning("the directory cannot be told: %s", error)
 
-    def refuse(self, replica_id: str, why: str) -> None:
+    def refuse(self, replica_id: str, refusal: Refusal) -> None:
         """For whoever waits for this replica: Ray Serve knows but that its start failed, and tries again."""
         try:
-            ray.get(directory_actor(self._app).pin.remote(REFUSALS, replica_id, why), timeout=2)
+            ray.get(directory_actor(self._app).pin.remote(REFUSALS, replica_id, refusal), timeout=2)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError) as error:
             logger.warning("the directory cannot be told of a refusal: %s", error)
 

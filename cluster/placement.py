@@ -1,6 +1,7 @@
 """Where the ranks of a replica are placed: a topology to Ray placement group bundles, and back to ranks."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from cluster.config import RankResources
@@ -51,6 +52,17 @@ def strategy(resources: RankResources) -> Strategy:
     Ray fills a host before it takes the next one, so stages and data-parallel groups share hosts as far as these are large enough.
     """
     return "STRICT_PACK" if resources.one_host else "PACK"
+
+
+def replicas_on_a_host(most: int, hosts: Sequence[Mapping[str, float]], topology: Topology, resources: RankResources) -> int:
+    """How many of ``most`` replicas like this one share a host once all are there, spread evenly over those of ``hosts`` (Ray's resources
+    of each) that can take ranks of theirs. Whether bundles of one replica come to lie together is not known before: here they do not.
+
+    3 replicas of one bundle on 2 hosts:  2
+    """
+    ranks = bundles(topology, resources)[1:]
+    num_fit = sum(all(host.get(name, 0) >= amount for name, amount in ranks[0].items()) for host in hosts)
+    return min(most, -(-most * len(ranks) // max(num_fit, 1)))
 
 
 def cpus_needed(topology: Topology, resources: RankResources) -> float:

@@ -13,7 +13,7 @@ from cluster.block_journal import BlockJournal
 from cluster.canary import Canary
 from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
-from cluster.directory import Load, RankPlace, ReplicaRecord, Reporter
+from cluster.directory import Load, RankPlace, Refusal, ReplicaRecord, Reporter
 from cluster.errors import HostUnreachable, RecoveryGivenUp, StartFailed, UnfitHosts
 from cluster.executor import Ground, RayExecutor
 from cluster.health import Health, StartProgressBoard, State, StepWatch
@@ -48,8 +48,10 @@ class Replica:
         engine_config: EngineConfig,
         resources: RankResources | None = None,
         config: ReplicaConfig | None = None,
+        version: str = "",
     ) -> None:
-        self.id, self.model = id, model
+        """``version``: of the application, to tell its replicas from those of one deployed before."""
+        self.id, self.model, self._version = id, model, version
         self._ranks, self._engine_config = ranks, engine_config
         self._resources = resources or RankResources()
         self._config = config or ReplicaConfig()
@@ -97,7 +99,7 @@ class Replica:
             self._wait_until_ready()
         except BaseException as error:
             if isinstance(error, UnfitHosts):
-                self._reporter.refuse(self.id, str(error))
+                self._reporter.refuse(self.id, Refusal(why=str(error), version=self._version))
             self.health.failed(str(error))
             self.close(drain=False)
             raise

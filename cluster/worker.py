@@ -82,6 +82,8 @@ class ModelRanks:
     runner_config: RunnerConfig
     engine_config: EngineConfig
     need: Need = field(default_factory=Need)
+    replicas_on_host: int = 1
+    """That share a host's memory, this one included."""
 
     def look(self) -> None:
         """A folder must be there on every host. What lies in a store is seen when it is opened."""
@@ -100,6 +102,7 @@ class ModelRanks:
             engine_config=self.engine_config,
             on_progress=on_progress,
             ranks_on_host=ranks_on_host,
+            replicas_on_host=self.replicas_on_host,
         )
 
 

@@ -98,6 +98,11 @@ class ReplicasSettings(Section):
         return max(self.initial, self.least) if self.max is None else self.max
 
     @property
+    def most_at_once(self) -> int:
+        """While an upgrade replaces them."""
+        return self.most + -(-self.most * self.max_surge_percent // 100)
+
+    @property
     def vary(self) -> bool:
         return self.least != self.most
 

@@ -4,6 +4,7 @@ Whose Ray it is does not matter here; see `serve.local_ray` and `serve.joined_ra
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import ray.serve as ray_serve
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 from ray.serve.schema import ApplicationStatus
 
-from cluster.directory import ReplicaRecord, current_records, refusals
+from cluster.directory import Refusal, ReplicaRecord, current_records, refusals
 from serve.config import ServeConfig
 from serve.deployment import Model, build_app
 from serve.grpc.server import SERVICER_FUNCTIONS
@@ -60,15 +61,15 @@ def deploy(models: Sequence[Model], config: ServeConfig, *, app: str, on_progres
             other replicas have started), or with what Ray Serve knows of the deployments that did not start.
     """
     on_progress("starting the replicas", LOADING_SPAN[0])
-    known = refusals(app)  # of an earlier try
+    version = secrets.token_hex(4)
     try:
-        target = ray_serve.RunTarget(build_app(models, config), name=app, route_prefix="/")
+        target = ray_serve.RunTarget(build_app(models, config, version=version), name=app, route_prefix="/")
         ray_serve.run_many([target], wait_for_applications_running=False)
     except RuntimeError as error:
         raise StartError(_why(app, str(error))) from error
     told = None
     while (status := _status(app)) is not ApplicationStatus.RUNNING:
-        if refused := {why for replica, why in refusals(app).items() if replica not in known}:
+        if refused := {refusal.why for refusal in refusals(app).values() if refusal.version == version}:
             raise StartError("\n".join(sorted(refused)))
         if status is ApplicationStatus.DEPLOY_FAILED:
             raise StartError(_why(app, f"Ray Serve could not deploy {app}"))
@@ -113,12 +114,12 @@ class ChangeLog:
         self._told: dict[str, tuple[str | None, bool]] = {}
         self._refused: set[str] = set()
 
-    def tell(self, records: Sequence[ReplicaRecord], refused: Mapping[str, str]) -> None:
+    def tell(self, records: Sequence[ReplicaRecord], refused: Mapping[str, Refusal]) -> None:
         """``refused``: see `cluster.directory.refusals`."""
-        for replica, why in refused.items():
-            if why not in self._refused:
-                logger.error("replica %s cannot start where it was placed: %s", replica, why)
-        self._refused = set(refused.values())  # of the last look: what is refused again and again is in each
+        for replica, refusal in refused.items():
+            if refusal.why not in self._refused:
+                logger.error("replica %s cannot start where it was placed: %s", replica, refusal.why)
+        self._refused = {refusal.why for refusal in refused.values()}  # of the last look: what is refused again and again is in each
         for record in records:
             last_loss, ready = self._told.get(record.id, (None, True))
             if record.last_loss is not None and record.last_loss != last_loss:

@@ -18,7 +18,7 @@ from cluster.autoscaler import serve_autoscaling
 from cluster.board import Board
 from cluster.directory import DEMAND, Reader
 from cluster.link import ReplicaLink
-from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
+from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, replicas_on_a_host, strategy
 from cluster.replica import Replica
 from cluster.router import Router
 from cluster.routing import policy_of
@@ -56,7 +56,8 @@ METRICS_EVERY_S = 2.0
 DEMAND_EVERY_S = 0.5
 """How often a front tells the autoscaler what waits there."""
 HEALTH_CHECK_PERIOD_S = 1.0
-"""How often Ray Serve asks each front and replica whether it lives: so long at most until a dead one is noticed, and replaced."""
+"""How often Ray Serve asks each front and replica whether it lives: so long at most until a dead one is noticed, and replaced. (Proxies
+are no deployments, and a dead one is replaced after three looks: `serve.proxy_hook.PROXY_CHECK_PERIOD_S`.)"""
 SHUTDOWN_MARGIN_S = 10.0
 """Beyond draining, for the ranks to end and their memory to be freed."""
 
@@ -72,6 +73,16 @@ class Model:
     """As if the server had this model only; see `ServeConfig.each_model`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """What a replica is told of the application that it is a part of."""
+
+    version: str
+    """No other deployment of it has the same, where somebody waits for it; see `serve.deploying.deploy`."""
+    most_replicas: int
+    """Of all its models, at once."""
+
+
 def _small_files(place: Path | str) -> Path:
     """Configuration and tokenizer, on this host."""
     return small_files(brought_here(place, weights=False))
@@ -80,12 +91,13 @@ def _small_files(place: Path | str) -> Path:
 class _Engine:
     """One replica of a model. Fronts reach it by its own socket; Ray Serve starts it, checks it and replaces it."""
 
-    async def __init__(self, model: Model) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, model: Model, deployed: Deployed) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         config = model.config
         configure(config.logging.level, config.logging.format)
         folder = await asyncio.to_thread(_small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
+        hosts = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
         self._replica = Replica(
             id=ray_serve.get_replica_context().replica_id.unique_id,
             app=ray_serve.get_replica_context().app_name,
@@ -97,11 +109,13 @@ class _Engine:
                     runner_config=runner,
                     engine_config=config.engine,
                     need=need_of(folder, config),
+                    replicas_on_host=replicas_on_a_host(deployed.most_replicas, hosts, config.parallel.topology, config.resources),
                 )
             ),
             engine_config=config.engine,
             resources=config.resources,
             config=config.replica,
+            version=deployed.version,
         )
         await asyncio.to_thread(self._replica.start)
 
@@ -257,8 +271,12 @@ class _Front:
                 yield response
 
 
-def build_app(models: Sequence[Model], config: ServeConfig) -> ray_serve.Application:
-    """The application: for every model a deployment of its own, whose replicas each have a placement group, and fronts for all."""
+def build_app(models: Sequence[Model], config: ServeConfig, *, version: str = "") -> ray_serve.Application:
+    """The application: for every model a deployment of its own, whose replicas each have a placement group, and fronts for all.
+
+    ``version``: see `Deployed`.
+    """
+    deployed = Deployed(version=version, most_replicas=sum(model.config.replicas.most_at_once for model in models))
     fronts: Any = ray_serve.deployment(
         _Front,
         name="FrontDeployment",
@@ -272,11 +290,11 @@ def build_app(models: Sequence[Model], config: ServeConfig) -> ray_serve.Applica
         max_surge_percent=100,  # they cost little, and one that cannot start must not have replaced one that serves
         logging_config=_logging(config),
     )
-    app: ray_serve.Application = fronts.bind(tuple(models), config, *(_engines(model) for model in models))
+    app: ray_serve.Application = fronts.bind(tuple(models), config, *(_engines(model, deployed) for model in models))
     return app
 
 
-def _engines(model: Model) -> Any:
+def _engines(model: Model, deployed: Deployed) -> Any:
     config = model.config
     engines: Any = ray_serve.deployment(
         _Engine,
@@ -293,7 +311,7 @@ def _engines(model: Model) -> Any:
         max_constructor_retry_count=2,
         logging_config=_logging(config),
     )
-    return engines.bind(model)
+    return engines.bind(model, deployed)
 
 
 def _number_of_replicas(model: Model) -> dict[str, Any]:

@@ -27,9 +27,9 @@ EVERY_ADDRESS = "[::]"
 GRPC_MESSAGE_BYTES = 64 << 20
 """Ray Serve has one limit for both directions, 2 GiB unless told: enough for the largest answer with log-probabilities. A request
 above `limits.body_bytes` is refused by us, one above this by gRPC."""
-HEALTH_CHECK_PERIOD_S = 1.0
+PROXY_CHECK_PERIOD_S = 1.0
 """A proxy is replaced when it was found dead three times in a row, or three times did not answer within ten seconds. Ray Serve asks
-every ten seconds unless told."""
+every ten seconds unless told. (Fronts and replicas have a period of their own, `serve.deployment.HEALTH_CHECK_PERIOD_S`.)"""
 
 
 def variables(
@@ -45,7 +45,7 @@ def variables(
         **{TLS_VARIABLES[role]: file for role, file in (tls or {}).items() if file},
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(GRPC_MESSAGE_BYTES),
         **({} if slow_client_timeout_s == SLOW_CLIENT_TIMEOUT_S else {SLOW_VARIABLE: f"{slow_client_timeout_s:g}"}),
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": f"{HEALTH_CHECK_PERIOD_S:g}",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": f"{PROXY_CHECK_PERIOD_S:g}",
         "SERVE_SOCKET_REUSE_PORT_ENABLED": "0",
     }
 

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 CPU_FRACTION = 0.3
 CPU_MOST_BYTES = 4 << 30
-"""Without a setting a host's ranks take no more for KV than this together: a prefix cache fills it in time, and memory is shared."""
+"""Without a setting the ranks of a host take no more for KV than this together, those of other replicas among them: a prefix cache fills
+it in time."""
 CUDA_FRACTION = 0.9
 
 
@@ -45,10 +46,13 @@ def measure_capacity(
     runner_config: RunnerConfig,
     engine_config: EngineConfig,
     groups: ParallelGroups,
-    ranks_on_host: int,
+    sharers_of_memory: int,
     draft_model: Qwen2 | None = None,
 ) -> Capacity:
     """What every rank of the replica can hold: the least of all. All ranks must call this at the same time.
+
+    ``sharers_of_memory``: ranks on this host, those of other replicas among them. A CPU's memory for KV is taken as it is used: what is
+    promised to one rank still looks free to the next.
 
     A block on a rank with a ``draft_model`` is one of its KV beside one of the model's.
 
@@ -65,7 +69,7 @@ def measure_capacity(
             most_bytes = int(torch.cuda.mem_get_info(model.device)[1] * (fraction or CUDA_FRACTION))
             budget_bytes = most_bytes - _cuda_bytes_beside_kv(model, sampler, runner_config, engine_config, groups, draft_model)
         else:
-            budget_bytes = _cpu_budget(fraction) // ranks_on_host
+            budget_bytes = _cpu_budget(fraction) // sharers_of_memory
     mine = torch.tensor([budget_bytes // bytes_per_block, budget_bytes, bytes_per_block], device=model.device)
     num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), groups.world, dim=0).tolist())
     if num_blocks < 1:

@@ -70,12 +70,14 @@ def start_rank(
     engine_config: EngineConfig,
     on_progress: OnProgress | None = None,
     ranks_on_host: int | None = None,
+    replicas_on_host: int = 1,
 ) -> Iterator[Runner]:
     """One rank, ready to `run` plans; on leaving, its groups are closed.
 
     ``checkpoint_folder`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`).
     ``rendezvous`` is where the ranks find each other (``tcp://address:port``); a topology of one rank needs none.
-    ``ranks_on_host`` is how many ranks share this host's cores and memory (None = all of the topology).
+    ``ranks_on_host`` is how many ranks share this host's cores and memory (None = all of the topology), ``replicas_on_host`` how many
+    replicas, each with as many ranks, share its memory.
     Every rank of the topology must call this at the same time: they wait for each other.
 
     Raises:
@@ -110,7 +112,7 @@ def start_rank(
             sampler,
             runner_config=runner_config,
             engine_config=engine_config,
-            ranks_on_host=on_host,
+            sharers_of_memory=on_host * replicas_on_host,
             draft_model=draft_model,
             guides=open_guides(small_files(checkpoint_folder), sampler.vocab_size, runner_config) if sampler else None,
             tell=tell,
@@ -123,7 +125,7 @@ def ready_runner(
     *,
     runner_config: RunnerConfig,
     engine_config: EngineConfig,
-    ranks_on_host: int = 1,
+    sharers_of_memory: int = 1,
     draft_model: Qwen2 | None = None,
     guides: Guides | None = None,
     tell: OnProgress = lambda _progress: None,
@@ -141,7 +143,7 @@ def ready_runner(
             runner_config=runner_config,
             engine_config=engine_config,
             groups=groups,
-            ranks_on_host=ranks_on_host,
+            sharers_of_memory=sharers_of_memory,
             draft_model=draft_model,
         )
         cache = KvCache(model.kv_layout, capacity.num_blocks, device)

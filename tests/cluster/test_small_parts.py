@@ -8,7 +8,7 @@ from cluster.config import RankResources, ReplicaConfig, RouterConfig
 from cluster.directory import Reader, Register, ReplicaRecord
 from cluster.errors import RecoveryGivenUp, StartFailed
 from cluster.health import Health, StartProgressBoard, State
-from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, on_hosts_with, strategy
+from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, on_hosts_with, replicas_on_a_host, strategy
 from cluster.recovery import Recovery, RestartBudget
 from engine.errors import EngineStopped, WorkersLost
 from engine.plan import TokenEvent
@@ -61,6 +61,24 @@ def test_every_bundle_asks_for_the_kind_of_host_that_is_wanted() -> None:
     made = bundles(Topology(tp=2), RankResources(gpus=1, host_resource="h100"))
     assert {bundle["h100"] for bundle in made} == {HOST_RESOURCE_SHARE}
     assert on_hosts_with(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("most", "topology", "hosts", "wanted"),
+    [
+        (1, Topology(tp=2), 1, 1),
+        (5, Topology(tp=2), 1, 5),
+        (5, Topology(tp=2), 2, 3),
+        (2, Topology(tp=2), 4, 1),
+        (4, Topology(tp=2, pp=2), 4, 2),  # of the two stages of each, two lie on every host
+        (3, Topology(tp=2, pp=2), 1, 3),
+        (3, Topology(tp=2), 0, 3),
+    ],
+)
+def test_replicas_share_the_hosts_that_can_take_them(most: int, topology: Topology, hosts: int, wanted: int) -> None:
+    others = [{"CPU": 1.0, "kind": 1.0}, {"CPU": 64.0}, {"node": 1.0}]
+    resources = RankResources(host_resource="kind")
+    assert replicas_on_a_host(most, [{"CPU": 4.0, "kind": 1.0}] * hosts + others, topology, resources) == wanted
 
 
 @pytest.mark.parametrize("bad", [{"step_timeout_s": 0}, {"max_restarts": -1}, {"heartbeat_s": -1.0}])

@@ -10,7 +10,7 @@ import yaml
 
 from engine.config import EngineConfig
 from parallel.topology import Topology
-from serve.config import ServeConfig
+from serve.config import ReplicasSettings, ServeConfig
 from serve.config_docs import as_yaml, explain, json_schema, setting_docs
 from serve.config_sources import ConfigError, Entry, Loaded, from_assignment, known_settings, load
 
@@ -187,6 +187,11 @@ def test_what_is_not_said_of_the_number_of_replicas_follows_from_what_is(said: d
     replicas = ServeConfig.model_validate({"replicas": said}).replicas
     assert (replicas.least, replicas.initial, replicas.most) == (least, initial, most)
     assert replicas.vary == (least != most)
+
+
+def test_while_an_upgrade_replaces_them_there_may_be_more_replicas() -> None:
+    assert ReplicasSettings(count=5).most_at_once == 5
+    assert ReplicasSettings(count=5, max_surge_percent=25).most_at_once == 7
 
 
 @pytest.mark.parametrize("said", [{"count": 1, "max": 0}, {"min": 2, "count": 1}, {"count": 5, "max": 4}])

@@ -19,7 +19,7 @@ from engine.run.start import StartProgress, resolve_device, resolve_dtype, start
 from engine.run.warm_up import full_step, run_and_forget, warm_up
 from model.kv_cache import KvLayout
 from parallel.fitting import LayoutMisfit
-from parallel.groups import ParallelGroups
+from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.topology import Topology
 from tests.engine.run.tiny_models import FLOAT32_BLOCK_BYTES, engine_config, float32_config, greedy
 from tests.ranks import run_ranks
@@ -162,13 +162,23 @@ class FakeModel:
 def _capacity(groups: ParallelGroups, budget: int):
     config = RunnerConfig(kv_cache_bytes=budget)
     return measure_capacity(
-        FakeModel(groups.rank), None, runner_config=config, engine_config=engine_config(), groups=groups, ranks_on_host=2
+        FakeModel(groups.rank), None, runner_config=config, engine_config=engine_config(), groups=groups, sharers_of_memory=2
     )
 
 
 def test_ranks_agree_on_what_the_smallest_can_hold():
     capacities = run_ranks(Topology(tp=2), _capacity, 256 * 2 * 7)
     assert [capacity.num_blocks for capacity in capacities] == [7, 7]
+
+
+@pytest.mark.parametrize(("fraction", "budget"), [(None, 96_000), (0.5, 160_000)])
+def test_replicas_that_share_a_host_take_its_memory_together(monkeypatch: pytest.MonkeyPatch, fraction: float | None, budget: int) -> None:
+    monkeypatch.setattr("engine.run.memory.available_memory_bytes", lambda: 320_000)
+    config, groups = RunnerConfig(kv_memory_fraction=fraction), single_rank_groups()
+    for sharers in (1, 2, 5):
+        alike = {"runner_config": config, "engine_config": engine_config(), "groups": groups}
+        capacity = measure_capacity(FakeModel(0), None, **alike, sharers_of_memory=sharers)
+        assert capacity.num_blocks == budget // sharers // 256
 
 
 def _refusal(groups: ParallelGroups, budget: int) -> str:
