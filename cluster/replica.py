@@ -15,7 +15,8 @@ from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import Load, RankPlace, Refusal, ReplicaRecord, Reporter
 from cluster.errors import HostUnreachable, RecoveryGivenUp, StartFailed, UnfitHosts
-from cluster.executor import Ground, RayExecutor
+from cluster.executor import RayExecutor
+from cluster.ground import Ground
 from cluster.health import Health, StartProgressBoard, State, StepWatch
 from cluster.intake import Intake
 from cluster.messages import Pong, RankProgress

@@ -13,7 +13,8 @@ import ray
 from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.errors import StartFailed
-from cluster.executor import Ground, RayExecutor
+from cluster.executor import RayExecutor
+from cluster.ground import Ground
 from cluster.messages import RankProgress, decode
 from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work

@@ -1,0 +1,38 @@
+"""The placement group that a replica and its ranks stand on: that of the actor it runs in, or its own."""
+
+import ray
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group, remove_placement_group
+
+from cluster import placement
+from cluster.config import RankResources
+from cluster.errors import StartFailed
+from cluster.worker import Ranks
+
+
+class Ground:
+    """It outlives the ranks: new ones start where the lost ones were."""
+
+    def __init__(self, group: PlacementGroup, *, owned: bool) -> None:
+        self.group, self._owned = group, owned
+
+    @classmethod
+    def here_or_new(cls, ranks: Ranks, resources: RankResources, *, timeout_s: float) -> "Ground":
+        """The current actor's group, if it was made by `placement.bundles`, else a new one.
+
+        Raises:
+            StartFailed: the cluster has not the resources.
+        """
+        current = get_current_placement_group()
+        if current is not None:
+            return cls(current, owned=False)
+        wanted = placement.bundles(ranks.topology, resources)
+        group = placement_group(wanted, strategy=placement.strategy(resources))
+        if not group.wait(timeout_s):
+            remove_placement_group(group)
+            raise StartFailed(f"the cluster could not set aside {wanted} within {timeout_s:g} s; it has {ray.cluster_resources()}")
+        return cls(group, owned=True)
+
+    def close(self) -> None:
+        if self._owned:
+            remove_placement_group(self.group)
+            self._owned = False

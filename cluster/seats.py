@@ -1,0 +1,119 @@
+"""Step 8 of a request, the start: a Ray actor for each rank of a replica, reached by a socket, its host looked at before it loads."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import zmq
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster import placement
+from cluster.channel import PrivateFolder, new_keys, reach
+from cluster.config import RankResources
+from cluster.doctor.findings import Severity
+from cluster.doctor.in_cluster import survey_actors
+from cluster.errors import StartFailed, UnfitHosts
+from cluster.far_end import keep_hearing
+from cluster.ground import Ground
+from cluster.messages import RankFailed
+from cluster.worker import Place, Ranks, Worker
+from engine.executor import Capacity
+
+logger = logging.getLogger(__name__)
+
+OPEN_S = 120.0
+"""How long Ray may take to start the worker processes."""
+
+
+@dataclass
+class Seat:
+    """One rank as its executor sees it."""
+
+    rank: int
+    actor: Any
+    socket: "zmq.Socket[bytes]"
+    ipc: str
+    """Where it listens if it is on this host."""
+    place: Place | None = None
+    life: Any = None
+    """ObjectRef of the call that lasts as long as the rank."""
+    process: int | None = None
+    """pidfd of a rank on this host."""
+    beats: "zmq.Socket[Any] | None" = None
+    """Of a rank on another host: readable once it is not heard any more; see `cluster.far_end`."""
+    silent: bool = False
+    ended: str | None = None
+    """How Ray says that it ended."""
+    failure: RankFailed | None = None
+    """What it said itself."""
+    capacity: Capacity | None = None
+
+    @property
+    def name(self) -> str:
+        if self.place is None:
+            return f"rank {self.rank}"
+        return f"rank {self.rank} on {self.place.host} (pid {self.place.pid})"
+
+
+def take_seats(
+    ranks: Ranks, resources: RankResources, ground: Ground, folder: PrivateFolder, context: "zmq.Context[zmq.Socket[bytes]]"
+) -> list[Seat]:
+    """Have Ray start a worker for every rank; they are not waited for."""
+    actor_class = ray.remote(Worker)
+    token = os.urandom(4).hex()
+    seats = []
+    for rank in range(ranks.topology.size):
+        actor = actor_class.options(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(ground.group, placement.bundle_of(rank, ranks.topology, resources)),
+        ).remote(rank)
+        seats.append(Seat(rank, actor, context.socket(zmq.PAIR), folder.socket(f"{token}-{rank}")))
+    return seats
+
+
+def open_seats(seats: Sequence[Seat], *, silence_s: float) -> None:
+    """Wait for the workers, and connect to them. ``silence_s``: for how long at most one on another host may not be heard.
+
+    Raises:
+        StartFailed
+    """
+    node = ray.get_runtime_context().get_node_id()
+    keys = new_keys()
+    opening = [seat.actor.open.remote(replica_node=node, ipc=seat.ipc, replica_key=keys.public, silence_s=silence_s) for seat in seats]
+    try:
+        places = ray.get(opening, timeout=OPEN_S)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        raise StartFailed(f"the worker processes did not start: {error}") from error
+    for seat, place in zip(seats, places, strict=True):
+        seat.place = place
+        if place.node != node:
+            seat.beats = keep_hearing(seat.socket, silence_s)
+        reach(seat.socket, place.address, node=node, keys=keys)
+        if place.node == node:
+            try:
+                seat.process = os.pidfd_open(place.pid)
+            except OSError as error:  # mostly that it ended since it answered
+                raise StartFailed(f"{seat.name} is not there any more: {error}") from error
+
+
+def examine_seats(seats: Sequence[Seat], ranks: Ranks) -> None:
+    """`manta doctor`'s quick checks, in the very processes that are to load.
+
+    Raises:
+        UnfitHosts: what cannot end well, by host.
+        StartFailed: a worker did not answer.
+    """
+    try:
+        survey = survey_actors([seat.actor for seat in seats], ranks.need, lambda actor: actor.examine.remote(ranks))
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        raise StartFailed(f"the worker processes could not be examined: {error}") from error
+    fatal = [finding for finding in survey.findings if finding.severity is Severity.FATAL]
+    if fatal:
+        raise UnfitHosts("\n".join(map(str, fatal)))
+    for finding in survey.findings:
+        logger.log(logging.WARNING if finding.severity is Severity.WARNING else logging.INFO, "%s", finding)
