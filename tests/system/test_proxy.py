@@ -1,19 +1,31 @@
 """The process that holds clients' sockets: it leaves who does not read, and is back at its ports as soon as it was killed."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from typing import Any
 
+import grpc
+import grpc.aio
 import httpx
 import psutil
 import pytest
+from google.protobuf.json_format import ParseDict
 
+from serve.grpc.generated import admin_pb2, admin_pb2_grpc, service_pb2, service_pb2_grpc
+from tests.faults.streams import Ask, Seen, follow, golden_of
+from tests.history import History, violations
 from tests.system.server import Server, eventually, serving
 from tests.system.tiny_model import write_tiny
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
-LONG = 1900
+LONG, CHOICES = 1900, 8
+DEAF = 3
+MOST_BYTES = 64 << 20
+"""What the proxy and the front may grow by for the sake of so many clients that do not read."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def test_a_client_that_does_not_read_over_http_is_left(server: Server) -> None:
         "model": "tiny",
         "prompt": "a",
         "max_tokens": LONG,
-        "n": 8,
+        "n": CHOICES,
         "ignore_eos": True,
         "stream": True,
         "logprobs": 5,
@@ -59,6 +71,64 @@ def test_a_client_that_does_not_read_over_http_is_left(server: Server) -> None:
             pass
     assert b"[DONE]" not in told
     assert httpx.get(f"{server.url}/readyz", timeout=30).status_code == 200
+
+
+@pytest.mark.slow
+async def test_clients_that_do_not_read_over_grpc_are_left_and_nobody_else_notices(server: Server) -> None:
+    options = {"max_tokens": LONG, "n": CHOICES, "ignore_eos": True, "logprobs": 5, "temperature": 1.0}
+    request = {"model": "tiny", "prompts": [{"text": "a"}], "options": options}
+    message = ParseDict({"request": request}, service_pb2.GenerateStreamRequest())
+    asks = [Ask(protocol, "greedy", "Once upon a time") for protocol in ("http", "grpc")]
+    golden = {ask: golden_of(seen.history) for ask, seen in (await answers(server, asks)).items()}
+    while await open_requests(server):  # an answer is read before its request is closed
+        await asyncio.sleep(0.1)
+    held, grown = held_bytes(server), 0
+    async with asyncio.timeout(400), AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(channel_to(server)) for _ in range(DEAF)]
+        deaf = [service_pb2_grpc.MantaServiceStub(channel).GenerateStream(message) for channel in channels]
+        assert grpc.aio.EOF not in [await call.read() for call in deaf]
+        assert await open_requests(server) == DEAF
+        while await open_requests(server):
+            for ask, seen in (await answers(server, asks)).items():
+                assert not violations(seen.history, golden[ask])
+            grown = max(grown, held_bytes(server) - held)
+        for call in deaf:
+            kinds = set[str]()
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing of this stream was read") as told:
+                await read_on(call, kinds)
+            assert told.value.code() is grpc.StatusCode.ABORTED
+            assert kinds == {"delta"}, "no choice has come to its end"
+    assert grown < MOST_BYTES
+
+
+def channel_to(server: Server) -> grpc.aio.Channel:
+    """That takes no more than a window of 64 KiB before it is read: without probes of the way's capacity that stays so."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    return grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=options)
+
+
+async def answers(server: Server, asks: list[Ask]) -> dict[Ask, Seen]:
+    seen = {ask: Seen(ask, History(ask.name)) for ask in asks}
+    await asyncio.gather(*(follow(server.url, f"127.0.0.1:{server.grpc_port}", one) for one in seen.values()))
+    return seen
+
+
+async def read_on(call: Any, kinds: set[str]) -> None:
+    """Whatever there still is, by its kind."""
+    while (event := await call.read()) is not grpc.aio.EOF:
+        kinds.add(event.WhichOneof("event"))
+
+
+async def open_requests(server: Server) -> int:
+    async with channel_to(server) as channel:
+        load: Any = await admin_pb2_grpc.AdminServiceStub(channel).GetLoad(admin_pb2.GetLoadRequest(), timeout=30)
+    return int(load.open_requests)
+
+
+def held_bytes(server: Server) -> int:
+    """By the proxy and the front."""
+    proxies = [process for process in server.descendants if process.name().startswith("ray::ProxyActor")]
+    return sum(process.memory_info().rss for process in (*proxies, *server.fronts()))
 
 
 def test_a_killed_proxy_is_back_while_its_old_connections_cool_down(server: Server) -> None:
