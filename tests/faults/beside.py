@@ -14,6 +14,7 @@ from tests.faults.streams import LENGTH
 
 END_S = 240.0
 CROWD = 1_000
+FEW = 12
 SAME = 10
 LONG_ANSWERS, LONG_ANSWER_TOKENS = 12, 700
 """They would take 8,400 places, and two replicas have 7,800."""
@@ -57,6 +58,21 @@ async def crowd(victims: Victims, seed: int) -> list[str]:
         answers = await asyncio.gather(*(ask(session) for _ in range(CROWD)))
     wrong = sorted(set(answers) - {"200", "429", "503"})
     return [f"{answers.count(answer)} of {CROWD} connections ended with {answer}" for answer in wrong]
+
+
+async def newcomers(victims: Victims, seed: int) -> list[str]:
+    """A few more, one after the other. One of them may be told of a fault of its front, in so many words."""
+
+    async def ask(session: aiohttp.ClientSession, at: int) -> str:
+        body = {"model": "tiny", "prompt": f"{seed} {at}", "max_tokens": 1}
+        async with session.post(f"{victims.url}/v1/completions", json=body) as answer:
+            told = await answer.json()
+        return "" if answer.status == 200 else str(told["error"]["code"])
+
+    async with _session() as session:
+        answers = [await ask(session, at) for at in range(FEW)]
+    wrong = [answer for answer in answers if answer not in ("", "internal_error", "unavailable")]
+    return [f"requests beside were told {wrong}"] if wrong or answers.count("") < FEW - 1 else []
 
 
 async def same_key(victims: Victims, seed: int) -> list[str]:

@@ -3,18 +3,19 @@
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from engine.failpoints import POINTS
 from tests.faults.catalogue import FAULTS
 from tests.faults.streams import ASKS, LENGTH
-from tests.faults.sweep import SWEPT, says
+from tests.faults.sweep import SWEPT, point_of
 
 HEAD = f"""# Faults
 
-Written by `python -m tests.faults.report tests/faults/results.jsonl > docs/faults.md`; a test compares. Do not edit.
+Written by `python -m tests.faults.report tests/faults/*.jsonl > docs/faults.md`; a test compares. Do not edit.
 
 What was done to a real server on one machine, and what its clients saw of it. The server: two replicas of two ranks each (tensor
 parallel, CPU, float32, a random model of two million parameters), two fronts. In every run {len(ASKS)} streams come within 0.3 s: over
@@ -46,6 +47,18 @@ holds that for dense and mixture-of-experts models. Elsewhere (no compiler, GPUs
 step has; the same random model then differed by up to 9e-5 on this machine, of logits that span 20.
 """
 
+SWEPT_HEAD = """
+## By failpoint
+
+`python -m tests.faults --sweep`: each named point of the code (`engine/failpoints.py`) is made to fail in all ways that it can, when
+a process comes there for the first, the second or the fifth time after some stream's first, second, middle or last token but one. Where it
+takes the loss of a rank or a replica, or more requests, that somebody comes there, there are these, too.
+
+- *lost*: streams that ended neither whole nor with a typed error. It must be 0 but where the front itself is killed (T2).
+- *failed*: streams that were told an error: those in whose own handling a front raised, and nobody else's.
+- *identical*: of the resumed choices those of runs in which no stream differed in anything from the undisturbed one.
+"""
+
 
 def table(lines: Iterable[str]) -> str:
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -58,12 +71,27 @@ def table(lines: Iterable[str]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     told += [_row(FAULTS[name].says, f"T{FAULTS[name].tier}", runs[name]) for name in FAULTS if runs[name]]
-    swept = [name for name in SWEPT if name in runs]
-    if swept:
-        told += ["", "## By failpoint", "", "Named points of the code (`engine/failpoints.py`), made to fail at their k-th hit.", ""]
-        told += ["| Where | what | tier | runs | streams | lost | broken promises | p99 pause |", "|---|---|---|---|---|---|---|---|"]
-        told += [_swept_row(name, runs[name]) for name in swept]
-    return "\n".join(told) + "\n"
+    return "\n".join(told) + "\n" + _swept_part({name: runs[name] for name in SWEPT if runs[name]})
+
+
+def _swept_part(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A row for each point and tier, and what nobody came to."""
+    if not runs:
+        return ""
+    rows = [
+        "| Failpoint | who comes there | fault (runs) | tier | runs | streams | lost | failed | resumed | identical | broken promises |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for point in POINTS:
+        for tier in (1, 2):
+            names = [name for name in runs if point_of(name) == point and SWEPT[name].tier == tier]
+            rows += [_swept_row(point, names, [run for name in names for run in runs[name]])] if names else []
+    every = [run for of_one in runs.values() for run in of_one]
+    missing = [name for name in SWEPT if name not in runs]
+    said = f"{len(every)} runs, {_sum(every, 'streams')} streams, {sum(len(run['wrong']) for run in every)} broken promises."
+    if missing:
+        said += f" While streams ran nobody came to {len(missing)} of {len(SWEPT)}: " + ", ".join(f"`{name}`" for name in missing) + "."
+    return "\n".join([SWEPT_HEAD, *rows, "", said]) + "\n"
 
 
 def _all_in_all(runs: list[dict[str, Any]]) -> str:
@@ -83,9 +111,19 @@ def _row(says_it: str, tier: str, runs: list[dict[str, Any]]) -> str:
     return f"| {says_it} | {tier} | {len(runs)} | {_counts(runs)} | {_sum(runs, 'resumed')} | {_pause(runs)} | {whole} |"
 
 
-def _swept_row(name: str, runs: list[dict[str, Any]]) -> str:
-    where, what, tier = says(name)
-    return f"| {where} | {what} | T{tier} | {len(runs)} | {_counts(runs)} | {_pause(runs)} |"
+def _swept_row(point: str, names: list[str], runs: list[dict[str, Any]]) -> str:
+    what = Counter(SWEPT[run["fault"]].says for run in runs)
+    done = ", ".join(f"{says_it} ({count})" for says_it, count in what.items())
+    ends = Counter[str]()
+    for run in runs:
+        for end, count in run["ends"].items():
+            ends[end.partition(":")[0]] += count
+    identical = _sum([run for run in runs if not run["wrong"]], "resumed")
+    wrong = sum(len(run["wrong"]) for run in runs)
+    counts = f"{len(runs)} | {_sum(runs, 'streams')} | {_sum(runs, 'lost') - ends['failed']} | {ends['failed']}"
+    return (
+        f"| `{point}` | {POINTS[point]} | {done} | T{SWEPT[names[0]].tier} | {counts} | {_sum(runs, 'resumed')} | {identical} | {wrong} |"
+    )
 
 
 def _counts(runs: list[dict[str, Any]]) -> str:

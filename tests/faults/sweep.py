@@ -1,34 +1,52 @@
 """Every failpoint with everything that can happen there, as faults of their own: `crash at rank.step 3` is one of them."""
 
+import asyncio
 import random
+from collections.abc import Iterator
 
-from engine.failpoints import DROPPABLE, POINTS, Action, Failure, arm
+from engine.failpoints import DROPPABLE, POINTS, Action, Failure, arm, has_fired
+from tests.faults import beside
 from tests.faults.catalogue import Fault, Harm, Inject, kill
 from tests.faults.server import Victims
 
 HITS = (1, 2, 5)
+FEWER_HITS = {"rank.load": (1,), "replica.start": (1,), "replica.recover": (1,), "replica.heartbeat": (1, 2), "router.resume": (1, 2)}
+"""Where a process does not come so often while the streams last."""
+RANK_KILLED = frozenset({"rank.load", "replica.start", "replica.recover", "canary.send"})
+REPLICA_KILLED = frozenset({"router.choose", "router.resume"})
+NEWCOMERS = frozenset({"service.begin"})
+"""What else it takes that somebody comes to a point: a loss, or more requests."""
 DELAY_S = 3.0
+REACHED_S = 15.0
+"""How long a point is waited for that lies on the way back from a loss: the streams may have gone on elsewhere, and be over by then."""
 OF_FRONTS = frozenset({"link.send", "link.receive", "router.choose", "router.resume", "service.begin"})
-INTERNAL = frozenset({"internal_error", "INTERNAL", "500 internal_error"})
+INTERNAL = frozenset({"internal_error", "INTERNAL_ERROR", "500 internal_error"})
 WHAT: dict[Action, str] = {
-    "crash": "the process is killed",
-    "error": "it raises",
-    "delay": f"it stands still for {DELAY_S:g} s",
-    "drop": "the message is lost",
+    "crash": "killed",
+    "error": "raises",
+    "delay": f"stands still for {DELAY_S:g} s",
+    "drop": "loses what is at hand",
 }
 
 
 def _bringing_there(point: str, failure: Failure) -> Inject:
-    """Armed, and what it takes that somebody comes there: a loss, or a start."""
-
     async def inject(victims: Victims, chance: random.Random) -> Harm:
         arm(victims.failpoints, point, failure)
         gone: frozenset[int] = frozenset()
-        if point in ("rank.load", "replica.start", "replica.recover"):
+        if point in RANK_KILLED:
             gone = kill([chance.choice(victims.ranks())])
-        elif point == "router.resume":
+        elif point in REPLICA_KILLED:
             gone = kill([chance.choice(victims.replicas())])
-        return Harm(gone=gone, points=(point,))
+
+        async def until_reached() -> None:
+            loop = asyncio.get_running_loop()
+            until = loop.time() + REACHED_S
+            while loop.time() < until:
+                if has_fired(victims.failpoints, point):
+                    return
+                await asyncio.sleep(0.1)
+
+        return Harm(gone=gone, undo=until_reached if gone else None, points=(point,))
 
     return inject
 
@@ -37,22 +55,25 @@ def _tier(point: str, action: Action) -> int:
     return 2 if point in OF_FRONTS and action == "crash" else 1
 
 
-def _swept() -> dict[str, Fault]:
-    found = {}
-    for point in POINTS:
-        for action in ("crash", "error", "delay", *(("drop",) if point in DROPPABLE else ())):
-            for after in HITS:
-                name = f"{action}@{point}@{after}"
-                inject = _bringing_there(point, Failure(action=action, after=after, seconds=DELAY_S))  # type: ignore[arg-type]
-                may_fail = INTERNAL if point in OF_FRONTS and action == "error" else frozenset()
-                found[name] = Fault(name, name, inject, tier=_tier(point, action), may_fail=may_fail)  # type: ignore[arg-type]
-    return found
+def _swept() -> Iterator[Fault]:
+    """All first hits, then all second ones."""
+    for after in HITS:
+        for point in POINTS:
+            for action in WHAT:
+                if after in FEWER_HITS.get(point, HITS) and (action != "drop" or point in DROPPABLE):
+                    yield Fault(
+                        f"{action}@{point}@{after}",
+                        WHAT[action],
+                        _bringing_there(point, Failure(action=action, after=after, seconds=DELAY_S)),
+                        tier=_tier(point, action),
+                        may_fail=INTERNAL if point in OF_FRONTS and action == "error" else frozenset(),
+                        beside=beside.newcomers if point in NEWCOMERS else None,
+                    )
 
 
-SWEPT = _swept()
+SWEPT = {fault.name: fault for fault in _swept()}
 
 
-def says(name: str) -> tuple[str, str, int]:
-    """Where, what, and the tier."""
-    action, point, after = name.split("@")
-    return f"`{point}`: {POINTS[point]}", f"{WHAT[action]} (hit {after})", SWEPT[name].tier  # type: ignore[index]
+def point_of(name: str) -> str:
+    """The failpoint of one of `SWEPT`."""
+    return name.split("@")[1]
