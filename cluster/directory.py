@@ -1,12 +1,16 @@
 """Step 4 of a request: which replicas there are. A named actor with soft state, and the copy that its readers keep."""
 
+import asyncio
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from cluster.channel import Address, KeyPair
 from cluster.health import Loading, State
@@ -25,6 +29,12 @@ REFUSALS = "refusals"
 """The board on which a replica pins a `Refusal`; see `refusals`."""
 EXPIRY_S = 10.0
 """A replica that has not reported for this long is taken off."""
+ANSWER_S = 1.0
+"""How long the directory may take to answer a front, which then goes on with what it knows."""
+LOOK_S = 5.0
+"""How long it may take to answer somebody who looks."""
+UNMEASURED = 0.001
+"""Of Ray's mark on the head's host, which nobody counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +142,16 @@ class Register:
         return {key: entry for key, entry in entries.items() if now - entry[0] <= self._expiry_s}
 
 
+class DirectoryAway(Exception):
+    """The directory does not answer; the message says why."""
+
+
 def directory_actor(app: str) -> Any:
-    """Handle of the app's directory, made if it is not there. Restarted for ever, and refilled by the heartbeats."""
+    """Handle of the app's directory, made if it is not there. Restarted for ever, and refilled by the heartbeats.
+
+    It stands beside Ray's GCS and Ray Serve's controller, so that no host is lost with it but the head's. To be called where nobody is kept
+    waiting: it asks the GCS, and while the head is being started anew no answer comes for as long as that takes.
+    """
     options = {
         "name": _actor_name(app),
         "namespace": NAMESPACE,
@@ -142,8 +160,49 @@ def directory_actor(app: str) -> Any:
         "max_restarts": -1,
         "max_task_retries": 0,
         "num_cpus": 0,
+        "resources": {HEAD_NODE_RESOURCE_NAME: UNMEASURED},
     }
     return ray.remote(Register).options(**options).remote()
+
+
+class Asker:
+    """Asks the directory from an event loop that must not stand still, whatever has become of hosts.
+
+    A handle that was found once is kept: Ray itself finds a directory that was started again. It is looked for anew, in a thread, only
+    where Ray says that it will not come back.
+    """
+
+    def __init__(self, app: str, *, find: Callable[[str], Any] = directory_actor, answer_s: float = ANSWER_S) -> None:
+        self._app, self._find, self._answer_s = app, find, answer_s
+        self._finding: asyncio.Future[Any] | None = None
+        self._away = False
+
+    async def ask(self, method: str, *given: Any) -> Any:
+        """What `Register.method` returns.
+
+        Raises:
+            DirectoryAway: there is no answer in time.
+        """
+        try:
+            async with asyncio.timeout(self._answer_s):
+                if self._finding is None:
+                    self._finding = asyncio.ensure_future(asyncio.to_thread(self._find, self._app))
+                actor = await asyncio.shield(self._finding)
+                answer = await getattr(actor, method).remote(*given)
+        except TimeoutError:
+            raise self._missed(f"no answer within {self._answer_s:g} s") from None
+        except (ray.exceptions.RayError, ValueError) as error:
+            if self._finding is not None and self._finding.done() and not isinstance(error, ray.exceptions.ActorUnavailableError):
+                self._finding = None
+            raise self._missed(str(error)) from error
+        self._away = False
+        return answer
+
+    def _missed(self, why: str) -> DirectoryAway:
+        if not self._away:
+            logger.warning("the directory does not answer, going on with what it said last: %s", why)
+        self._away = True
+        return DirectoryAway(why)
 
 
 def current_records(app: str) -> tuple[ReplicaRecord, ...]:
@@ -165,14 +224,29 @@ def refusals(app: str) -> dict[str, Refusal]:
 
 
 def glimpse(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
-    """What the directory knows of the replicas, and the notes on one of its boards; for onlookers, who make none where there is none."""
+    """What the directory knows of the replicas, and the notes on one of its boards; for onlookers, who make none where there is none.
+
+    Raises:
+        DirectoryAway: it does not answer.
+    """
     try:
         actor: Any = ray.get_actor(_actor_name(app), namespace=NAMESPACE)
-        _, records = ray.get(actor.records.remote(), timeout=5)
-        notes = ray.get(actor.pinned.remote(board), timeout=5)
-    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
+    except ValueError:
         return (), ()
+    try:
+        (_, records), notes = ray.get([actor.records.remote(), actor.pinned.remote(board)], timeout=LOOK_S)
+    except ray.exceptions.GetTimeoutError:
+        raise DirectoryAway(f"no answer within {LOOK_S:g} s") from None
+    except ray.exceptions.RayError as error:
+        raise DirectoryAway(str(error)) from error
     return tuple(records), tuple(notes.values())
+
+
+def apps_with_directories() -> tuple[str, ...]:
+    """Applications that were deployed, as Ray itself knows."""
+    beginning = _actor_name("")
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return tuple(sorted(actor["name"].removeprefix(beginning) for actor in named if actor["name"].startswith(beginning)))
 
 
 def end_directory(app: str) -> None:
@@ -190,9 +264,10 @@ def _actor_name(app: str) -> str:
 class Reporter:
     """A replica's side: tells the directory, and outlives its absence."""
 
-    def __init__(self, app: str) -> None:
-        self._app = app
+    def __init__(self, app: str, *, find: Callable[[str], Any] = directory_actor) -> None:
+        self._app, self._find = app, find
         self._actor: Any = None
+        self._finder: threading.Thread | None = None
         self._pending: Any = None
 
     def report(self, record: ReplicaRecord) -> None:
@@ -202,13 +277,28 @@ class Reporter:
                 done, _ = ray.wait([self._pending], timeout=0)
                 if not done:
                     return
+                self._pending = None
                 ray.get(done[0])
             if self._actor is None:
-                self._actor = directory_actor(self._app)
-            self._pending = self._actor.report.remote(record)
+                self._look_for_it()
+            else:
+                self._pending = self._actor.report.remote(record)
         except (ray.exceptions.RayError, ValueError) as error:
-            self._actor = self._pending = None
+            if not isinstance(error, ray.exceptions.ActorUnavailableError):
+                self._actor = None
             logger.warning("the directory cannot be told: %s", error)
+
+    def _look_for_it(self) -> None:
+        """In a thread of its own: a heart that waits for Ray's GCS would not see what befalls the ranks."""
+        if self._finder is None or not self._finder.is_alive():
+            self._finder = threading.Thread(target=self._found, name="directory-finder", daemon=True)
+            self._finder.start()
+
+    def _found(self) -> None:
+        try:
+            self._actor = self._find(self._app)
+        except (ray.exceptions.RayError, ValueError) as error:
+            logger.warning("the directory cannot be found: %s", error)
 
     def refuse(self, replica_id: str, refusal: Refusal) -> None:
         """For whoever waits for this replica: Ray Serve knows but that its start failed, and tries again."""
@@ -230,8 +320,7 @@ class Reader:
 
     def __init__(self, app: str, *, model: str | None = None) -> None:
         """``model``: leave out the replicas of others."""
-        self._app, self._model = app, model
-        self._actor: Any = None
+        self._directory, self._model = Asker(app), model
         self._known: dict[str, ReplicaRecord] = {}
 
     @property
@@ -239,13 +328,8 @@ class Reader:
         return tuple(self._known.values())
 
     async def refresh(self) -> tuple[ReplicaRecord, ...]:
-        try:
-            if self._actor is None:
-                self._actor = directory_actor(self._app)
-            self.take(*await self._actor.records.remote())
-        except (ray.exceptions.RayError, ValueError) as error:
-            self._actor = None
-            logger.warning("the directory does not answer, going on with what it said last: %s", error)
+        with contextlib.suppress(DirectoryAway):
+            self.take(*await self._directory.ask("records"))
         return self.known
 
     def take(self, complete: bool, records: tuple[ReplicaRecord, ...]) -> None:

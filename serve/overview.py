@@ -1,18 +1,27 @@
 """What a Ray cluster is doing for Manta, as an onlooker sees it: hosts, applications, replicas, and how long clients wait."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray._private.state
-from ray.serve.context import _get_global_client
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-from cluster.directory import ReplicaRecord, glimpse
+from cluster.directory import DirectoryAway, ReplicaRecord, apps_with_directories, glimpse
+from cluster.far_end import FarEnd, knock
 from serve import metric_names as names
 from serve.metrics import Snapshot
 from serve.metrics_page import METRICS_BOARD
 from serve.quantiles import Counts, counts_of
+
+ANSWER_S = 5.0
+"""How long Ray Serve's controller may take to answer."""
+KNOCK_S = 1.0
+"""How long a host's Ray may take to take a connection."""
+MOST_KNOCKS = 64
+"""At a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,35 +59,80 @@ class Overview:
     """By application and model."""
     http: str | None = None
     """host:port of Ray Serve's proxies; None where it does not run."""
+    silent: tuple[str, ...] = ()
+    """What should have told something and did not, in words."""
 
 
 def look_around() -> Overview:
-    """Of the cluster that this process has joined. Changes nothing there."""
-    client: Any = _get_global_client(raise_if_no_controller_running=False)
-    details: Mapping[str, Any] = client.get_serve_details() if client is not None else {}
+    """Of the cluster that this process has joined. Changes nothing there, and waits for nobody long: what is silent is told as such."""
+    silent: list[str] = []
+    hosts = tuple(_hosts(silent))
+    details = _details(silent)
     apps = tuple(
         AppView(name=name, status=str(getattr(told["status"], "value", told["status"])), message=told.get("message") or "")
         for name, told in details.get("applications", {}).items()
     )
     replicas: list[tuple[str, ReplicaRecord]] = []
     waits: dict[tuple[str, str], Waits] = {}
-    for app in apps:
-        records, notes = glimpse(app.name, METRICS_BOARD)
-        replicas += [(app.name, record) for record in sorted(records, key=lambda record: (record.model, record.id))]
+    for app in [app.name for app in apps] or (apps_with_directories() if silent else ()):
+        try:
+            records, notes = glimpse(app, METRICS_BOARD)
+        except DirectoryAway as error:
+            silent.append(f"the directory of {app}'s replicas: {error}")
+            continue
+        replicas += [(app, record) for record in sorted(records, key=lambda record: (record.model, record.id))]
+        silent += _unheard(details.get("applications", {}).get(app, {}), {record.id for record in records}, hosts)
         for model in {record.model for record in records}:
-            waits[app.name, model] = Waits(
+            waits[app, model] = Waits(
                 first_token=counts_of(_samples(notes, names.TIME_TO_FIRST_TOKEN.name, model)),
                 next_token=counts_of(_samples(notes, names.INTER_TOKEN.name, model)),
             )
     http = details.get("http_options")
     return Overview(
-        hosts=tuple(_hosts()), apps=apps, replicas=tuple(replicas), waits=waits, http=f"{http['host']}:{http['port']}" if http else None
+        hosts=hosts,
+        apps=apps,
+        replicas=tuple(replicas),
+        waits=waits,
+        http=f"{http['host']}:{http['port']}" if http else None,
+        silent=tuple(silent),
     )
 
 
-def _hosts() -> Iterator[HostView]:
+def _details(silent: list[str]) -> Mapping[str, Any]:
+    """What Ray Serve's controller says; nothing where it does not run."""
+    try:
+        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return {}
+    try:
+        details: Mapping[str, Any] = ray.get(controller.get_serve_instance_details.remote(), timeout=ANSWER_S)
+    except ray.exceptions.GetTimeoutError:
+        silent.append(f"Ray Serve's controller: no answer within {ANSWER_S:g} s")
+    except ray.exceptions.RayError as error:
+        silent.append(f"Ray Serve's controller: {error}")
+    else:
+        return details
+    return {}
+
+
+def _unheard(app: Mapping[str, Any], reported: set[str], hosts: Sequence[HostView]) -> Iterator[str]:
+    """Replicas of which Ray Serve says that they run, and that have not reported."""
+    host_of = {host.ip: host.name for host in hosts}
+    for deployment, told in app.get("deployments", {}).items():
+        for replica in told.get("replicas", ()) if deployment.startswith("EngineDeployment") else ():
+            if str(getattr(replica["state"], "value", replica["state"])) == "RUNNING" and replica["replica_id"] not in reported:
+                at = replica.get("node_ip")
+                yield f"replica {replica['replica_id']} of {deployment} on host {host_of.get(at, at)}: it has not reported of late"
+
+
+def _hosts(silent: list[str]) -> Iterator[HostView]:
     free = ray._private.state.available_resources_per_node()
-    for node in ray.nodes():
+    nodes = ray.nodes()
+    with ThreadPoolExecutor(MOST_KNOCKS) as knocking:
+        far_ends = list(knocking.map(_far_end, nodes))
+    for node, far_end in zip(nodes, far_ends, strict=True):
+        if far_end is FarEnd.HOST_GONE:
+            silent.append(f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): it cannot be reached from here")
         yield HostView(
             name=node["NodeManagerHostname"],
             ip=node["NodeManagerAddress"],
@@ -86,6 +140,11 @@ def _hosts() -> Iterator[HostView]:
             resources=_countable(node["Resources"]),
             free=_countable(free.get(node["NodeID"], {})),
         )
+
+
+def _far_end(node: Mapping[str, Any]) -> FarEnd | None:
+    """Ray takes a minute to find out that a host is lost."""
+    return knock(f"tcp://{node['NodeManagerAddress']}:{node['NodeManagerPort']}", KNOCK_S) if node["Alive"] else None
 
 
 def _countable(resources: Mapping[str, float]) -> dict[str, float]:

@@ -47,8 +47,11 @@ def tables(seen: Overview, window: Window | None) -> Group:
 
 def _parts(seen: Overview, window: Window | None) -> Iterator[Table | Text]:
     yield _hosts(seen)
-    if not seen.apps:
-        yield Text("nothing is deployed" if seen.http else "Ray Serve does not run", style="yellow")
+    for words in seen.silent:
+        yield Text(words, style="red")
+    if not (seen.apps or seen.replicas):
+        if not seen.silent:
+            yield Text("nothing is deployed" if seen.http else "Ray Serve does not run", style="yellow")
         return
     for app in seen.apps:
         yield Text.assemble("\n", (app.name, "bold"), " is ", (app.status.lower(), COLOURS.get(app.status, "red")), f", HTTP {seen.http}")

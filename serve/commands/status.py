@@ -15,7 +15,6 @@ from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
 from serve.commands.up import Address
 
 if TYPE_CHECKING:
-    from cluster.directory import ReplicaRecord
     from serve.config import ServeConfig
     from serve.overview import Overview
 
@@ -30,8 +29,9 @@ def status(
 ) -> None:
     """Hosts, GPUs, replicas and their ranks, KV use, requests, and how long clients wait for tokens.
 
-    Of the server that `manta serve` runs on this machine, if there is one, else of the Ray cluster of this host or of --ray-address.
-    Leaves with 1 if something that should serve does not.
+    Of the cluster at --ray-address or RAY_ADDRESS; without either of the server that `manta serve` runs on this machine, or of the Ray
+    cluster that this host belongs to.
+    What is lost or cut off is not waited for, but named. Leaves with 1 if something that should serve does not, or is silent.
     """
     with redirect_stdout(sys.stderr), _watching(_config(file, assignments, address)):  # Ray tells of lost hosts on stdout
         from serve.overview import look_around
@@ -45,7 +45,7 @@ def status(
         from serve.overview_table import tables
 
         Console().print(tables(seen, None))
-    if any(app.status != "RUNNING" for app in seen.apps) or any(not record.ready for _, record in seen.replicas):
+    if seen.silent or any(app.status != "RUNNING" for app in seen.apps) or any(not record.ready for _, record in seen.replicas):
         raise typer.Exit(1)
 
 
@@ -83,8 +83,9 @@ def _config(file: "ConfigFile", assignments: Assignments, address: str | None) -
 def _watching(config: "ServeConfig") -> Iterator[None]:
     """Joined to the cluster that is meant. Leaves the program where there is none."""
     from serve.local_servers import running_servers
+    from serve.ray_address import watched_address
 
-    address = config.ray.address
+    address = watched_address(config)
     if address in (None, "local"):
         servers = running_servers()
         if len(servers) > 1:
@@ -101,7 +102,7 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
         with joined(address or "auto", namespace=config.ray.namespace):
             yield
     except CannotJoin as error:
-        stop(f"{error}\nno `manta serve` of yours runs on this machine either" if config.ray.address is None else str(error))
+        stop(f"{error}\nno `manta serve` of yours runs on this machine either" if watched_address(config) is None else str(error))
 
 
 def _tree(seen: "Overview") -> dict[str, object]:
@@ -118,13 +119,9 @@ def _tree(seen: "Overview") -> dict[str, object]:
             }
             for app, record in seen.replicas
         ],
+        "silent": seen.silent,
         "waits": [
             {"application": app, "model": model, **wait_figures(waits.first_token, waits.next_token)}
             for (app, model), waits in seen.waits.items()
         ],
     }
-
-
-def _told(record: "ReplicaRecord") -> dict[str, object]:
-    """Without the keys of its sockets."""
-    return {name: value for name, value in dataclasses.asdict(record).items() if name not in ("guest_keys", "address")}

@@ -97,12 +97,13 @@ async def deaf(victims: Victims, seed: int) -> list[str]:
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
-        await loop.sock_connect(client, ("127.0.0.1", victims.server.http_port))
+        port = int(victims.url.rpartition(":")[2])
+        await loop.sock_connect(client, ("127.0.0.1", port))
         own_port = client.getsockname()[1]
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
         await loop.sock_sendall(client, head.encode() + raw)
         until = loop.time() + END_S
-        while _is_served(victims.server.http_port, own_port):
+        while _is_served(port, own_port):
             if loop.time() > until:
                 return ["the client that does not read was not left"]
             await asyncio.sleep(0.2)

@@ -55,6 +55,8 @@ class Fault:
     """Requests that come beside the streams."""
     clients_leave: bool = False
     """Half of the streams' clients go away in the midst of them."""
+    keeps_coming: bool = False
+    """New streams are asked for until the fault is undone."""
 
 
 def kill(processes: Iterable[psutil.Process]) -> frozenset[int]:

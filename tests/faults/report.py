@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.failpoints import POINTS
 from tests.faults.catalogue import FAULTS
+from tests.faults.host_faults import HOST_FAULTS
 from tests.faults.streams import ASKS, LENGTH
 from tests.faults.sweep import SWEPT, point_of
 
@@ -59,18 +60,35 @@ takes the loss of a rank or a replica, or more requests, that somebody comes the
 - *identical*: of the resumed choices those of runs in which no stream differed in anything from the undisturbed one.
 """
 
+HOSTS = """
+## By host
+
+Three hosts: network namespaces of the one machine on a switch, each with a Ray as `ray start --block` starts it. The *head* has no CPUs for
+ranks: Ray's GCS, which keeps what it knows in Redis, and Ray Serve's controller. A second host has the front, the proxy that clients talk
+to and a replica of one rank, the third another replica. It is the third that is hurt, or the head. A host that has ended is
+started anew, as its supervisor would do. The streams are those from above, and one more every half second from the fault to its end; no
+client sits on the host that is hurt, so that all is T1. Ray's head was told to give up a silent host after some 12 s
+(`RAY_health_check_period_ms=1000`, `_timeout_ms=3000`, `_failure_threshold=3`; 65 s were seen unless it is told), and
+the other hosts to wait 300 s for a head (`RAY_gcs_rpc_server_reconnect_timeout_s`). *Whole after* has the time in it for which the host is
+away, the start of its Ray, and Ray Serve's start of what was lost there.
+"""
+
+KNOWN = FAULTS | HOST_FAULTS
+COLUMNS = [
+    "| Fault | tier | runs | streams | lost | broken promises | resumed | p99 pause | whole after |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
+
 
 def table(lines: Iterable[str]) -> str:
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         run = json.loads(line)
         runs[run["fault"]].append(run)
-    told = [HEAD, _all_in_all([run for name in FAULTS for run in runs[name]]), "", "## By fault", ""]
-    told += [
-        "| Fault | tier | runs | streams | lost | broken promises | resumed | p99 pause | whole after |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    told = [HEAD, _all_in_all([run for name in KNOWN for run in runs[name]]), "", "## By fault", "", *COLUMNS]
     told += [_row(FAULTS[name].says, f"T{FAULTS[name].tier}", runs[name]) for name in FAULTS if runs[name]]
+    if hosts := [name for name in HOST_FAULTS if runs[name]]:
+        told += [HOSTS, *COLUMNS, *(_row(HOST_FAULTS[name].says, f"T{HOST_FAULTS[name].tier}", runs[name]) for name in hosts)]
     return "\n".join(told) + "\n" + _swept_part({name: runs[name] for name in SWEPT if runs[name]})
 
 
@@ -95,7 +113,7 @@ def _swept_part(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _all_in_all(runs: list[dict[str, Any]]) -> str:
-    invisible = [run for run in runs if FAULTS[run["fault"]].tier == 1]
+    invisible = [run for run in runs if KNOWN[run["fault"]].tier == 1]
     days = sorted({run["day"] for run in runs})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     wrong = sum(len(run["wrong"]) for run in runs)

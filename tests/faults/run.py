@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from tests.faults.streams import ASKS, Ask, Seen, follow, golden_of
 from tests.history import LOGPROB_TOLERANCE, Golden, History, violations
 
 MOMENTS = ("first", "second", "middle", "last")
+NEXT_AFTER_S = 0.5
+"""Between streams that keep coming."""
 STREAMS_END_S = 240.0
 
 
@@ -78,6 +81,8 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
     harm = await fault.inject(victims, chance)
     ended_by = asyncio.ensure_future(harm.undo()) if harm.undo else None
     beside = asyncio.ensure_future(fault.beside(victims, seed)) if fault.beside else None
+    if fault.keeps_coming and ended_by is not None:
+        await _keep_asking(victims, fault, seed, seen, tasks, until=ended_by)
     _, late = await asyncio.wait(tasks, timeout=STREAMS_END_S)
     for task in late:
         task.cancel()
@@ -94,6 +99,18 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
     run.wrong += await victims.at_rest()
     run.resumed = max(0, await victims.resumed() - before)  # fronts tell each other every two seconds: the later the better
     return run
+
+
+async def _keep_asking(
+    victims: Victims, fault: Fault, seed: int, seen: list[Seen], tasks: "list[asyncio.Task[None]]", *, until: "asyncio.Future[None]"
+) -> None:
+    for number in itertools.count(1):
+        if until.done():
+            return
+        ask = ASKS[number % len(ASKS)]
+        seen.append(Seen(ask, History(f"{ask.name}, {number} after it ({fault.name}, seed {seed})")))
+        tasks.append(asyncio.create_task(follow(victims.url, victims.target, seen[-1])))
+        await asyncio.wait([until], timeout=NEXT_AFTER_S)
 
 
 def _tell_at(marked: Seen, when: str, num_tokens: int, moment: asyncio.Event) -> None:

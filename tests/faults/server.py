@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -16,10 +17,9 @@ import httpx
 import psutil
 
 from serve.grpc.generated import admin_pb2, admin_pb2_grpc
-from tests.system.server import Server, serving
+from tests.system.server import serving
 from tests.system.tiny_model import write_tiny
 
-NUM_REPLICAS, NUM_RANKS, NUM_FRONTS = 2, 2, 2
 BUSY_S = 240.0
 """Whatever has not come back by then will not."""
 SETTINGS = """
@@ -30,22 +30,52 @@ engine: {{max_running: 16}}
 replicas: {{count: 2}}
 fronts: {{count: 2}}
 http: {{slow_client_timeout_s: 3}}
-replica: {{step_timeout_s: 8, freeze_timeout_s: 1.5, progress_timeout_s: 3, canary_every_s: 1, canary_timeout_s: 3, max_restarts: 100000,
-  restart_backoff_s: 0.0}}
-router: {{stall_timeout_s: 5, replica_silence_s: 3, max_resumes: 1000000, ready_wait_s: 120, quarantine_s: 5}}
 ray: {{temp_dir: {ray}}}
 """
+LIMITS = """
+replica: {step_timeout_s: 8, freeze_timeout_s: 1.5, progress_timeout_s: 3, canary_every_s: 1, canary_timeout_s: 3, max_restarts: 100000,
+  restart_backoff_s: 0.0}
+router: {stall_timeout_s: 5, replica_silence_s: 3, max_resumes: 1000000, ready_wait_s: 120, quarantine_s: 5}
+"""
 """Limits of time are short, as what they wait for takes milliseconds here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a whole server consists of."""
+
+    replicas: int
+    ranks: int
+    """Of each replica."""
+    fronts: int
+    proxies: int
+
+
+ONE_HOST = Shape(replicas=2, ranks=2, fronts=2, proxies=1)
+
+
+class Running(Protocol):
+    """A server that was started; `tests.system.server.Server` is one."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def grpc(self) -> str: ...
+    @property
+    def descendants(self) -> list[psutil.Process]: ...
+    @property
+    def lines(self) -> list[str]: ...
 
 
 @dataclass
 class Victims:
     """A running server, its processes by their parts, and a folder where its failpoints are armed."""
 
-    server: Server
+    server: Running
     failpoints: Path
     disk: Path | None
     """Where its Ray writes, if that is a small disk of its own."""
+    shape: Shape
 
     @property
     def url(self) -> str:
@@ -53,7 +83,7 @@ class Victims:
 
     @property
     def target(self) -> str:
-        return f"127.0.0.1:{self.server.grpc_port}"
+        return self.server.grpc.removeprefix("grpc://")
 
     def named(self, *beginnings: str) -> list[psutil.Process]:
         found = []
@@ -98,13 +128,14 @@ class Victims:
             return f"no answer: {type(error).__name__}"
         living = {process.pid for process in (*self.ranks(), *self.replicas(), *self.fronts(), *self.proxies(), *self.controllers())}
         pids = {rank.pid for record in records for rank in record.ranks} | {record.pid for record in records}
-        if len(records) != NUM_REPLICAS or len(pids) != NUM_REPLICAS * (NUM_RANKS + 1):
+        shape = self.shape
+        if len(records) != shape.replicas or len(pids) != shape.replicas * (shape.ranks + 1):
             return f"{len(records)} replicas ready, {len(pids)} of their processes"
         if pids - living or gone & living:
             return f"told of {sorted(pids - living)} that are gone; still there: {sorted(gone & living)}"
-        if len(self.fronts()) != NUM_FRONTS or not self.controllers() or not self.proxies():
-            return "a front, the proxy or the controller is missing"
-        return "" if len(self.ranks()) == NUM_REPLICAS * NUM_RANKS else f"{len(self.ranks())} ranks"
+        if (len(self.fronts()), len(self.proxies())) != (shape.fronts, shape.proxies) or not self.controllers():
+            return f"{len(self.fronts())} fronts, {len(self.proxies())} proxies, {len(self.controllers())} controllers"
+        return "" if len(self.ranks()) == shape.replicas * shape.ranks else f"{len(self.ranks())} ranks"
 
     async def until_whole(self, gone: frozenset[int] = frozenset(), within_s: float = BUSY_S) -> float:
         """Seconds until then. Raises AssertionError."""
@@ -159,10 +190,10 @@ def server_under_test(*, kv_bytes: int = 1_000_000, more: str = "", keep_logs: P
         failpoints.mkdir()
         file = place / "manta.yaml"
         ray = (disk or place) / "r"
-        file.write_text(SETTINGS.format(folder=write_tiny(place / "tiny"), kv_bytes=kv_bytes, ray=ray) + more)
+        file.write_text(SETTINGS.format(folder=write_tiny(place / "tiny"), kv_bytes=kv_bytes, ray=ray) + LIMITS + more)
         with serving("-c", str(file), environment={"MANTA_FAILPOINTS": str(failpoints), "OMP_NUM_THREADS": "1"}) as server:
             try:
-                yield Victims(server, failpoints, disk)
+                yield Victims(server, failpoints, disk, ONE_HOST)
             finally:
                 if keep_logs is not None:
                     shutil.copytree(ray / "session_latest" / "logs", keep_logs, dirs_exist_ok=True)

@@ -27,13 +27,13 @@ def victims() -> Iterator[Victims]:
 
 @pytest.fixture(scope="module")
 def goldens(victims: Victims) -> Goldens:
+    return asyncio.run(learned(victims))
+
+
+async def learned(victims: Victims) -> Goldens:
     goldens = Goldens()
-
-    async def learn() -> None:
-        await victims.until_whole()
-        await goldens.learn(victims)
-
-    asyncio.run(learn())
+    await victims.until_whole()
+    await goldens.learn(victims)
     return goldens
 
 

@@ -58,6 +58,12 @@ def test_what_is_wrong_is_told_with_its_reason() -> None:
         assert words in told
 
 
+def test_what_is_silent_is_told_and_does_not_look_like_nothing() -> None:
+    told = shown(Overview(hosts=(HOST,), apps=(), replicas=(), waits={}, silent=("Ray Serve's controller: no answer within 5 s",)))
+    assert "Ray Serve's controller: no answer within 5 s" in told
+    assert "does not run" not in told
+
+
 def test_where_nothing_runs_it_says_so() -> None:
     assert "nothing is deployed" in shown(Overview(hosts=(), apps=(), replicas=(), waits={}, http="127.0.0.1:8000"))
     assert "Ray Serve does not run" in shown(Overview(hosts=(), apps=(), replicas=(), waits={}))

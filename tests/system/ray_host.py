@@ -135,6 +135,7 @@ def _environment(token: Path, more: Mapping[str, str] | None) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "300",
+        "RAY_worker_niceness": "0",  # beside other jobs Ray Serve's controller would not answer for minutes
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "2",
         **(more or {}),
@@ -165,20 +166,22 @@ def _started(
             start_new_session=True,
         )
     try:
-        eventually(lambda: _stands_still(process) or b"Ray runtime started" in log.read_bytes(), START_S)
-        if _stands_still(process):
+        eventually(lambda: has_ended(process) or b"Ray runtime started" in log.read_bytes(), START_S)
+        if has_ended(process):
             raise HostDidNotStart(log.read_text())
         yield process
     finally:
         end_host(process)
 
 
-def _stands_still(process: "subprocess.Popen[bytes]") -> bool:
+def has_ended(process: "subprocess.Popen[bytes]") -> bool:
     """On a crowded machine Ray's raylet gives its agents too little time and ends itself, and `ray start` waits on."""
     if process.poll() is not None:
         return True
-    children = psutil.Process(process.pid).children()
-    return any(child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE for child in children)
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children()
+        return any(child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE for child in children)
+    return True
 
 
 def kill_host(host: RayHost) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.system.network import Network, network, possible
 from tests.system.ray_host import RayHost, ray_head, ray_worker
 from tests.system.server import eventually
 from tests.system.tiny_model import write_tiny, write_tiny_57b
-from tests.system.two_hosts import Cable, possible, two_hosts
 
 pytestmark = [
     pytest.mark.system,
@@ -62,7 +62,7 @@ OVER_TWO_HOSTS = {
 
 @dataclass(frozen=True)
 class Hosts:
-    cable: Cable
+    network: Network
     head: RayHost
     worker: RayHost
     worker_cache: Path
@@ -101,10 +101,10 @@ class Hosts:
 def hosts() -> Iterator[Hosts]:
     with ExitStack() as stack:
         cache = stack.enter_context(small_disk())
-        cable = stack.enter_context(two_hosts())
-        head = stack.enter_context(ray_head(num_cpus=3, place=cable.places[0], dashboard=False, resources='{"fronts": 1}'))
-        worker = stack.enter_context(ray_worker(head, cable.places[1], num_cpus=2, environment={"MANTA_CACHE": str(cache)}))
-        yield Hosts(cable, head, worker, cache)
+        both = stack.enter_context(network(2))
+        head = stack.enter_context(ray_head(num_cpus=3, place=both.places[0], dashboard=False, resources='{"fronts": 1}'))
+        worker = stack.enter_context(ray_worker(head, both.places[1], num_cpus=2, environment={"MANTA_CACHE": str(cache)}))
+        yield Hosts(both, head, worker, cache)
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def test_a_replica_over_two_hosts_answers_and_a_cut_cable_is_told_and_leaves_not
     assert all(line.startswith("data: ") or not line.strip() for line in lines), lines
     (near,), (far,) = ranks(hosts.head), ranks(hosts.worker)
     cut_at = time.monotonic()
-    hosts.cable.cut()
+    hosts.network.cut(hosts.worker.place)
     eventually(lambda: not hosts.ready(), 60)
     print(f"not ready after {time.monotonic() - cut_at:.1f} s")
     rest, _ = stream.communicate(timeout=300)

@@ -1,0 +1,168 @@
+"""The server under test on three hosts: a head that only leads, a host with the front and a replica, and one with another replica.
+
+Each is a network namespace with a Ray of its own, and starts anew when it has ended, as its supervisor would see to.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.faults.server import LIMITS, Shape, Victims
+from tests.system.network import Network, network
+from tests.system.ray_host import Place, RayHost, has_ended, kill_host, ray_head, ray_worker
+from tests.system.tiny_model import write_tiny
+
+HTTP, GRPC, REDIS, GCS = 8000, 9000, 6390, 6379
+SHAPE = Shape(replicas=2, ranks=1, fronts=1, proxies=3)
+SETTINGS = """
+model: {{source: {folder}, name: tiny}}
+runner: {{dtype: float32, num_threads: 1, kv_cache_bytes: 1000000}}
+engine: {{max_running: 16}}
+resources: {{one_host: true}}
+replicas: {{count: 2}}
+fronts: {{count: 1, host_resource: fronts}}
+http: {{host: 0.0.0.0, port: 8000}}
+grpc: {{port: 9000}}
+"""
+KEPT_BY_REDIS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
+"""How long Ray's other hosts wait for a head that is away; 60 unless told."""
+FOUND_OUT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000", "RAY_health_check_failure_threshold": "3"}
+"""So that the head gives up a host within some 12 s, not 65."""
+MANTA = (sys.executable, "-m", "serve")
+
+
+class Host:
+    """A place with a Ray that can be started again."""
+
+    def __init__(self, name: str, start: Callable[[], AbstractContextManager[RayHost]]) -> None:
+        self.name, self._start, self._stack = name, start, ExitStack()
+        self.ray = self._stack.enter_context(start())
+        self._seen: list[psutil.Process] = []
+
+    def family(self) -> list[psutil.Process]:
+        """Everything that runs there. Whoever is seen here is ended with the host, also if its parent has ended before."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._seen = [psutil.Process(self.ray.process.pid), *self.ray.descendants]
+            return self._seen
+        return []
+
+    def kill(self) -> frozenset[int]:
+        """As if its power failed. The processes that were there."""
+        pids = frozenset(process.pid for process in self.family())
+        kill_host(self.ray)
+        return pids
+
+    def start_anew(self) -> None:
+        """With nothing left of what was there."""
+        self.close()
+        for process in self._seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._stack = ExitStack()
+        self.ray = self._stack.enter_context(self._start())
+        self._seen = []
+
+    def supervise(self) -> None:
+        self.family()
+        if has_ended(self.ray.process):
+            self.start_anew()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@dataclass
+class Hosts:
+    """What `Victims` knows a server by."""
+
+    network: Network
+    head: Host
+    near: Host
+    """With the front; clients talk to its proxy."""
+    far: Host
+
+    url: str = field(init=False)
+    grpc: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        ip = self.near.ray.place.ip
+        self.url, self.grpc = f"http://{ip}:{HTTP}", f"grpc://{ip}:{GRPC}"
+
+    @property
+    def all(self) -> tuple[Host, ...]:
+        return self.head, self.near, self.far
+
+    @property
+    def descendants(self) -> list[psutil.Process]:
+        return [process for host in self.all for process in host.family()]
+
+    @property
+    def lines(self) -> list[str]:
+        return [f"{host.name}: {process.pid} {process.name()}" for host in self.all for process in host.family()]
+
+
+@dataclass
+class HostVictims(Victims):
+    hosts: Hosts
+
+    async def whole(self, gone: frozenset[int] = frozenset()) -> str:
+        for host in self.hosts.all:
+            await asyncio.to_thread(host.supervise)
+        return await super().whole(gone)
+
+
+@contextlib.contextmanager
+def hosts_under_test(*, keep_logs: Path | None = None) -> Iterator[HostVictims]:
+    """``keep_logs``: where the logs of the hosts' Rays are copied to in the end."""
+    with ExitStack() as stack:
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mh-", dir="/tmp")))
+        switch = stack.enter_context(network(3))
+        led, served, other = switch.places
+        redis = stack.enter_context(redis_at(switch.outside.place))
+        own = {"RAY_REDIS_ADDRESS": redis, **KEPT_BY_REDIS, **FOUND_OUT, "OMP_NUM_THREADS": "1"}
+        kept = made / "head"
+        kept.mkdir()
+        if keep_logs is not None:
+            stack.callback(_keep_logs, kept, keep_logs)
+
+        def started(name: str, start: Callable[[], AbstractContextManager[RayHost]]) -> Host:
+            host = Host(name, start)
+            stack.callback(host.close)
+            return host
+
+        head = started("head", lambda: ray_head(num_cpus=0, place=led, dashboard=False, environment=own, port=GCS, folder=kept))
+        fronts = '{"fronts": 1}'
+        near = started("near", lambda: ray_worker(head.ray, served, num_cpus=2, environment=own, resources=fronts))
+        far = started("far", lambda: ray_worker(head.ray, other, num_cpus=2, environment=own))
+        settings = made / "manta.yaml"
+        settings.write_text(SETTINGS.format(folder=write_tiny(made / "tiny")) + LIMITS)
+        head.ray.run(*MANTA, "up", "-c", str(settings), timeout_s=400)
+        hosts = Hosts(switch, head, near, far)
+        yield HostVictims(hosts, made, None, SHAPE, hosts)
+
+
+def _keep_logs(kept: Path, folder: Path) -> None:
+    """Hosts log where the head told them; a head that was started anew has another folder."""
+    for number, logs in enumerate(sorted(kept.glob("ray*/session_2*/logs"))):
+        shutil.copytree(logs, folder / str(number), dirs_exist_ok=True, ignore_dangling_symlinks=True)
+
+
+@contextlib.contextmanager
+def redis_at(place: Place) -> Iterator[str]:
+    """host:port of a Redis that keeps nothing beyond this."""
+    with tempfile.TemporaryDirectory(prefix="rd-", dir="/tmp") as folder:
+        command = ["redis-server", "--bind", place.ip, "--port", str(REDIS), "--dir", folder, "--save", "", "--protected-mode", "no"]
+        with subprocess.Popen([*place.prefix(), *command], stdout=subprocess.DEVNULL) as process:
+            try:
+                yield f"{place.ip}:{REDIS}"
+            finally:
+                process.terminate()
