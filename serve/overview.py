@@ -59,29 +59,29 @@ class Overview:
     """By application and model."""
     http: str | None = None
     """host:port of Ray Serve's proxies; None where it does not run."""
-    silent: tuple[str, ...] = ()
-    """What should have told something and did not, in words."""
+    missing: tuple[str, ...] = ()
+    """What should be there, or should have told something, and does not; in words."""
 
 
 def look_around() -> Overview:
     """Of the cluster that this process has joined. Changes nothing there, and waits for nobody long: what is silent is told as such."""
-    silent: list[str] = []
-    hosts = tuple(_hosts(silent))
-    details = _details(silent)
+    missing: list[str] = []
+    hosts = tuple(_hosts(missing))
+    details = _details(missing)
     apps = tuple(
         AppView(name=name, status=str(getattr(told["status"], "value", told["status"])), message=told.get("message") or "")
         for name, told in details.get("applications", {}).items()
     )
     replicas: list[tuple[str, ReplicaRecord]] = []
     waits: dict[tuple[str, str], Waits] = {}
-    for app in [app.name for app in apps] or (apps_with_directories() if silent else ()):
+    for app in [app.name for app in apps] or (apps_with_directories() if missing else ()):
         try:
             records, notes = glimpse(app, METRICS_BOARD)
         except DirectoryAway as error:
-            silent.append(f"the directory of {app}'s replicas: {error}")
+            missing.append(f"the directory of {app}'s replicas: {error}")
             continue
         replicas += [(app, record) for record in sorted(records, key=lambda record: (record.model, record.id))]
-        silent += _unheard(details.get("applications", {}).get(app, {}), {record.id for record in records}, hosts)
+        missing += _unheard(details.get("applications", {}).get(app, {}), {record.id for record in records}, hosts)
         for model in {record.model for record in records}:
             waits[app, model] = Waits(
                 first_token=counts_of(_samples(notes, names.TIME_TO_FIRST_TOKEN.name, model)),
@@ -94,11 +94,11 @@ def look_around() -> Overview:
         replicas=tuple(replicas),
         waits=waits,
         http=f"{http['host']}:{http['port']}" if http else None,
-        silent=tuple(silent),
+        missing=tuple(missing),
     )
 
 
-def _details(silent: list[str]) -> Mapping[str, Any]:
+def _details(missing: list[str]) -> Mapping[str, Any]:
     """What Ray Serve's controller says; nothing where it does not run."""
     try:
         controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
@@ -107,32 +107,35 @@ def _details(silent: list[str]) -> Mapping[str, Any]:
     try:
         details: Mapping[str, Any] = ray.get(controller.get_serve_instance_details.remote(), timeout=ANSWER_S)
     except ray.exceptions.GetTimeoutError:
-        silent.append(f"Ray Serve's controller: no answer within {ANSWER_S:g} s")
+        missing.append(f"Ray Serve's controller: no answer within {ANSWER_S:g} s")
     except ray.exceptions.RayError as error:
-        silent.append(f"Ray Serve's controller: {error}")
+        missing.append(f"Ray Serve's controller: {error}")
     else:
         return details
     return {}
 
 
 def _unheard(app: Mapping[str, Any], reported: set[str], hosts: Sequence[HostView]) -> Iterator[str]:
-    """Replicas of which Ray Serve says that they run, and that have not reported."""
+    """Replicas that Ray Serve wants and has not, and those of which it says that they run, and that have not reported."""
     host_of = {host.ip: host.name for host in hosts}
     for deployment, told in app.get("deployments", {}).items():
-        for replica in told.get("replicas", ()) if deployment.startswith("EngineDeployment") else ():
-            if str(getattr(replica["state"], "value", replica["state"])) == "RUNNING" and replica["replica_id"] not in reported:
+        running = [one for one in told.get("replicas", ()) if str(getattr(one["state"], "value", one["state"])) == "RUNNING"]
+        if len(running) < (wanted := told.get("target_num_replicas") or 0):
+            yield f"{deployment}: {len(running)} of {wanted} replicas run"
+        for replica in running if deployment.startswith("EngineDeployment") else ():
+            if replica["replica_id"] not in reported:
                 at = replica.get("node_ip")
                 yield f"replica {replica['replica_id']} of {deployment} on host {host_of.get(at, at)}: it has not reported of late"
 
 
-def _hosts(silent: list[str]) -> Iterator[HostView]:
+def _hosts(missing: list[str]) -> Iterator[HostView]:
     free = ray._private.state.available_resources_per_node()
     nodes = ray.nodes()
     with ThreadPoolExecutor(MOST_KNOCKS) as knocking:
         far_ends = list(knocking.map(_far_end, nodes))
     for node, far_end in zip(nodes, far_ends, strict=True):
         if far_end is FarEnd.HOST_GONE:
-            silent.append(f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): it cannot be reached from here")
+            missing.append(f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): it cannot be reached from here")
         yield HostView(
             name=node["NodeManagerHostname"],
             ip=node["NodeManagerAddress"],

@@ -47,10 +47,10 @@ def tables(seen: Overview, window: Window | None) -> Group:
 
 def _parts(seen: Overview, window: Window | None) -> Iterator[Table | Text]:
     yield _hosts(seen)
-    for words in seen.silent:
+    for words in seen.missing:
         yield Text(words, style="red")
     if not (seen.apps or seen.replicas):
-        if not seen.silent:
+        if not seen.missing:
             yield Text("nothing is deployed" if seen.http else "Ray Serve does not run", style="yellow")
         return
     for app in seen.apps:

@@ -31,7 +31,7 @@ def status(
 
     Of the cluster at --ray-address or RAY_ADDRESS; without either of the server that `manta serve` runs on this machine, or of the Ray
     cluster that this host belongs to.
-    What is lost or cut off is not waited for, but named. Leaves with 1 if something that should serve does not, or is silent.
+    What is lost or cut off is not waited for, but named. Leaves with 1 if something that should serve does not, or is missing.
     """
     with redirect_stdout(sys.stderr), _watching(_config(file, assignments, address)):  # Ray tells of lost hosts on stdout
         from serve.overview import look_around
@@ -45,7 +45,7 @@ def status(
         from serve.overview_table import tables
 
         Console().print(tables(seen, None))
-    if seen.silent or any(app.status != "RUNNING" for app in seen.apps) or any(not record.ready for _, record in seen.replicas):
+    if seen.missing or any(app.status != "RUNNING" for app in seen.apps) or any(not record.ready for _, record in seen.replicas):
         raise typer.Exit(1)
 
 
@@ -119,7 +119,7 @@ def _tree(seen: "Overview") -> dict[str, object]:
             }
             for app, record in seen.replicas
         ],
-        "silent": seen.silent,
+        "missing": seen.missing,
         "waits": [
             {"application": app, "model": model, **wait_figures(waits.first_token, waits.next_token)}
             for (app, model), waits in seen.waits.items()

@@ -52,13 +52,13 @@ def test_status_answers_whatever_is_lost_and_names_it(victims: HostVictims) -> N
     def tells(condition: Callable[[dict], bool]) -> None:
         eventually(lambda: condition(status(near)[1]), 120)
 
-    tells(lambda seen: seen["silent"] == [] and len(seen["replicas"]) == 2)
+    tells(lambda seen: seen["missing"] == [] and len(seen["replicas"]) == 2)
     assert status(near)[0] == 0
 
     victims.hosts.network.cut(far.ray.place)
     left_with, seen, _ = status(near)
     assert left_with == 1
-    assert any(str(far.ray.place.ip) in words and "cannot be reached" in words for words in seen["silent"]), seen
+    assert any(str(far.ray.place.ip) in words and "cannot be reached" in words for words in seen["missing"]), seen
     victims.hosts.network.mend(far.ray.place)
     asyncio.run(victims.until_whole())
 
@@ -77,4 +77,4 @@ def test_status_answers_whatever_is_lost_and_names_it(victims: HostVictims) -> N
     assert f"its head takes no connection at {head.ray.address}" in said
     head.start_anew()
     asyncio.run(victims.until_whole())
-    tells(lambda seen: seen["silent"] == [] and len(seen["replicas"]) == 2)
+    tells(lambda seen: seen["missing"] == [] and len(seen["replicas"]) == 2)

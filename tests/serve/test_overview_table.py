@@ -59,7 +59,7 @@ def test_what_is_wrong_is_told_with_its_reason() -> None:
 
 
 def test_what_is_silent_is_told_and_does_not_look_like_nothing() -> None:
-    told = shown(Overview(hosts=(HOST,), apps=(), replicas=(), waits={}, silent=("Ray Serve's controller: no answer within 5 s",)))
+    told = shown(Overview(hosts=(HOST,), apps=(), replicas=(), waits={}, missing=("Ray Serve's controller: no answer within 5 s",)))
     assert "Ray Serve's controller: no answer within 5 s" in told
     assert "does not run" not in told
 
