@@ -18,14 +18,14 @@ import psutil
 
 from tests.faults.server import LIMITS, Shape, Victims
 from tests.system.network import Network, network
-from tests.system.ray_host import Place, RayHost, has_ended, kill_host, ray_head, ray_worker
+from tests.system.ray_host import Place, RayHost, has_ended, ray_head, ray_worker
 from tests.system.tiny_model import write_tiny
 
 HTTP, GRPC, REDIS, GCS = 8000, 9000, 6390, 6379
 SHAPE = Shape(replicas=2, ranks=1, fronts=1, proxies=3)
 SETTINGS = """
 model: {{source: {folder}, name: tiny}}
-runner: {{dtype: float32, num_threads: 1, kv_cache_bytes: 1000000}}
+runner: {{dtype: float32, num_threads: 1, kv_cache_bytes: 2000000}}
 engine: {{max_running: 16}}
 resources: {{one_host: true}}
 replicas: {{count: 2}}
@@ -56,10 +56,13 @@ class Host:
         return []
 
     def kill(self) -> frozenset[int]:
-        """As if its power failed. The processes that were there."""
-        pids = frozenset(process.pid for process in self.family())
-        kill_host(self.ray)
-        return pids
+        """As if its power failed: nobody can say goodbye. The processes that were there."""
+        family = self.family()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.ray.process.wait(10)
+        return frozenset(process.pid for process in family)
 
     def start_anew(self) -> None:
         """With nothing left of what was there."""

@@ -184,16 +184,6 @@ def has_ended(process: "subprocess.Popen[bytes]") -> bool:
     return True
 
 
-def kill_host(host: RayHost) -> None:
-    """As if its power failed: nobody can say goodbye."""
-    family = [psutil.Process(host.process.pid), *host.descendants]
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    host.process.wait(10)
-    psutil.wait_procs(family, timeout=10)
-
-
 def end_host(process: "subprocess.Popen[bytes]") -> None:
     """As its supervisor would: a request to end, and what has not ended after a while is killed."""
     if process.poll() is not None:
