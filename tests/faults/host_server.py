@@ -31,7 +31,7 @@ resources: {{one_host: true}}
 replicas: {{count: 2}}
 fronts: {{count: 1, host_resource: fronts}}
 http: {{host: 0.0.0.0, port: 8000}}
-grpc: {{port: 9000}}
+grpc: {{host: 0.0.0.0, port: 9000}}
 """
 KEPT_BY_REDIS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
 """How long Ray's other hosts wait for a head that is away; 60 unless told."""
@@ -61,7 +61,7 @@ class Host:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.ray.process.wait(10)
+        self.ray.process.wait()
         return frozenset(process.pid for process in family)
 
     def start_anew(self) -> None:
@@ -140,6 +140,7 @@ def hosts_under_test(*, keep_logs: Path | None = None) -> Iterator[HostVictims]:
         def started(name: str, start: Callable[[], AbstractContextManager[RayHost]]) -> Host:
             host = Host(name, start)
             stack.callback(host.close)
+            stack.callback(host.kill)  # a Ray that is asked to end takes half a minute
             return host
 
         head = started("head", lambda: ray_head(num_cpus=0, place=led, dashboard=False, environment=own, port=GCS, folder=kept))

@@ -125,7 +125,7 @@ class Victims:
                 if (await http.get(f"{self.url}/readyz")).status_code != 200:
                     return "not ready over HTTP"
         except (grpc.aio.AioRpcError, httpx.HTTPError) as error:
-            return f"no answer: {type(error).__name__}"
+            return f"no answer: {error!r}"
         living = {process.pid for process in (*self.ranks(), *self.replicas(), *self.fronts(), *self.proxies(), *self.controllers())}
         pids = {rank.pid for record in records for rank in record.ranks} | {record.pid for record in records}
         shape = self.shape
