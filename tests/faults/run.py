@@ -88,7 +88,10 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     if ended_by is not None:
-        await ended_by
+        try:
+            await ended_by
+        except AssertionError as error:
+            run.wrong.append(str(error))
     if beside is not None:
         run.wrong += await beside
     await _become_whole(victims, harm, run, begun)
