@@ -11,13 +11,26 @@ from tests.faults.catalogue import Catalogue, Fault, Harm, Inject, kill
 from tests.faults.host_server import Host, HostVictims
 from tests.faults.server import BUSY_S, Victims
 from tests.system.network import Cut
+from tests.system.ray_host import has_ended
 
 SHORT_S, LONG_S = 6.0, 25.0
 """Shorter and longer than it takes Ray to give up a host (`tests.faults.host_server.FOUND_OUT`)."""
 
+HEARS_S = 60.0
+
 
 def _far(victims: Victims) -> Host:
     return cast(HostVictims, victims).hosts.far
+
+
+async def _settled(host: Host, away_s: float) -> None:
+    """A host that Ray gave up ends its Ray once it hears so; until then it looks whole, and is not."""
+    if away_s < LONG_S:
+        return
+    until = asyncio.get_running_loop().time() + HEARS_S
+    while not has_ended(host.ray.process) and asyncio.get_running_loop().time() < until:
+        await asyncio.sleep(0.2)
+    await asyncio.to_thread(host.supervise)
 
 
 async def _host_killed(victims: Victims, chance: random.Random) -> Harm:
@@ -37,10 +50,11 @@ async def _host_frozen(victims: Victims, chance: random.Random) -> Harm:
             process.suspend()
 
     async def thaw() -> None:
-        await asyncio.sleep(chance.choice((SHORT_S, LONG_S)))
+        await asyncio.sleep(away_s := chance.choice((SHORT_S, LONG_S)))
         for process in frozen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+        await _settled(_far(victims), away_s)
 
     return Harm(undo=thaw)
 
@@ -52,8 +66,9 @@ def _host_cut_off(ways: Cut) -> Inject:
         network.cut(place, ways)
 
         async def mend() -> None:
-            await asyncio.sleep(chance.choice((SHORT_S, LONG_S)))
+            await asyncio.sleep(away_s := chance.choice((SHORT_S, LONG_S)))
             network.mend(place, ways)
+            await _settled(_far(victims), away_s)
 
         return Harm(undo=mend)
 
