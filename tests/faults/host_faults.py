@@ -12,6 +12,7 @@ from tests.faults.host_server import Host, HostVictims
 from tests.faults.server import BUSY_S, Victims
 from tests.system.network import Cut
 from tests.system.ray_host import has_ended
+from tests.system.server import eventually
 
 SHORT_S, LONG_S = 6.0, 25.0
 """Shorter and longer than it takes Ray to give up a host (`tests.faults.host_server.FOUND_OUT`)."""
@@ -27,9 +28,8 @@ async def _settled(host: Host, away_s: float) -> None:
     """A host that Ray gave up ends its Ray once it hears so; until then it looks whole, and is not."""
     if away_s < LONG_S:
         return
-    until = asyncio.get_running_loop().time() + HEARS_S
-    while not has_ended(host.ray.process) and asyncio.get_running_loop().time() < until:
-        await asyncio.sleep(0.2)
+    with contextlib.suppress(AssertionError):  # it was not given up
+        await asyncio.to_thread(eventually, lambda: has_ended(host.ray.process), HEARS_S)
     await asyncio.to_thread(host.supervise)
 
 
