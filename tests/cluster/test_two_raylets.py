@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray._private.state
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util.placement_group import placement_group_table
 from transformers import AutoModelForCausalLM
 
 from cluster import replica as replica_module
 from cluster.config import RankResources, ReplicaConfig
+from cluster.directory import directory_actor, end_directory
 from cluster.errors import StartFailed
 from cluster.replica import Replica
 from cluster.worker import ModelRanks, Ranks
@@ -142,3 +145,11 @@ async def test_one_replica_over_both_answers_as_transformers(
             tokens = await answer(router, GREEDY)
     assert max(GREEDY.prompt) < NUM_REAL_TOKENS
     assert tokens == list(greedy(AutoModelForCausalLM.from_pretrained(checkpoint), GREEDY.prompt, 24))
+
+
+def test_the_directory_is_lost_with_no_host_but_the_heads() -> None:
+    directory = directory_actor("somewhere")
+    ray.get(directory.records.remote())
+    placed = ray._private.state.actors(directory._actor_id.hex())["Address"]["NodeID"]
+    assert [node["NodeID"] for node in ray.nodes() if HEAD_NODE_RESOURCE_NAME in node["Resources"]] == [placed]
+    end_directory("somewhere")
