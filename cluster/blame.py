@@ -5,12 +5,13 @@ from typing import Any
 
 import ray
 
+from cluster import crash_note
 from cluster.errors import HostUnreachable
 from cluster.far_end import KNOCK_S, FarEnd, knock
 from cluster.frozen import is_stopped
 from cluster.messages import RankFailed
 from cluster.seats import Seat
-from cluster.worker import page_beside
+from cluster.worker import crash_note_beside, page_beside
 from engine.errors import WorkersLost
 from parallel.last_collective import read as last_collective
 
@@ -18,17 +19,19 @@ from parallel.last_collective import read as last_collective
 def the_loss(seats: Sequence[Seat], step: int | None, symptom: str | None) -> WorkersLost:
     """The error that tells of it. ``step``: that was submitted last; ``symptom``: by what the loss was seen, if not by a rank's end."""
     culprit, cause = _blame(seats)
+    crash = _crash_of(culprit)
     when = f" in step {step}" if step is not None else " while starting"
     if culprit is None:
         return WorkersLost(f"the ranks were lost{when}: {symptom}", last_collectives=_last_collectives(seats))
     said = culprit.failure
     kind = HostUnreachable if cause == FarEnd.HOST_GONE.value else WorkersLost
     return kind(
-        f"{culprit.name} was lost{when}: {cause}" + (f" ({symptom})" if symptom else ""),
+        f"{culprit.name} was lost{when}: {crash.splitlines()[0] if crash else cause}" + (f" ({symptom})" if symptom else ""),
         rank=culprit.rank,
         host=culprit.place.host if culprit.place else None,
-        rank_traceback=said.traceback if said else None,
+        rank_traceback=said.traceback if said else crash,
         last_collectives=_last_collectives(seats),
+        from_outside=crash is None and (said is None or _is_about_peers(said)),
     )
 
 
@@ -48,6 +51,11 @@ def _blame(seats: Sequence[Seat]) -> tuple[Seat | None, str]:
         if seat.process is not None and seat.place is not None and is_stopped(seat.place.pid):
             return seat, "its process is stopped (SIGSTOP or a debugger)"
     return None, ""
+
+
+def _crash_of(seat: Seat | None) -> str | None:
+    """What a rank of this host left as it crashed in native code."""
+    return crash_note.read(crash_note_beside(seat.ipc)) if seat is not None and seat.ended and not seat.failure else None
 
 
 def _last_collectives(seats: Sequence[Seat]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Protocol
 import ray
 import zmq
 
+from cluster import crash_note
 from cluster.channel import Address, KeyGuard, listen, new_keys
 from cluster.doctor.facts import Need
 from cluster.doctor.gather import cache_folder
@@ -153,6 +154,7 @@ class Worker:
         keys = new_keys()
         if node == replica_node:
             keep_at(page_beside(ipc))
+            crash_note.keep_at(crash_note_beside(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyGuard(self._context, {replica_key})
@@ -248,6 +250,11 @@ class Worker:
 def page_beside(ipc: str) -> Path:
     """Where a rank of this host keeps its last collective, for its replica to read; ``ipc`` is the rank's endpoint."""
     return Path(ipc.removeprefix("ipc://") + ".last")
+
+
+def crash_note_beside(ipc: str) -> Path:
+    """Where a rank of this host says how it crashed, if it does; ``ipc`` is the rank's endpoint."""
+    return Path(ipc.removeprefix("ipc://") + ".crash")
 
 
 def _die_after(seconds: float) -> None:

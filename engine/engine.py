@@ -273,7 +273,7 @@ class Engine:
         if self._recover is None:
             self._end = loss
             return
-        self._tell(self.scheduler.lose_workers())
+        self._tell(self.scheduler.lose_workers(from_outside=loss.from_outside))
         self._recovery = Future()
         threading.Thread(target=_fulfil, args=(self._recovery, self._recover, loss), name="recovery", daemon=True).start()
 

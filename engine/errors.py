@@ -61,7 +61,7 @@ class GrammarFailed(EngineError):
 
 
 class PoisonedRequest(EngineError):
-    """The request was running at two losses of the workers and is not tried a third time."""
+    """The request was running at so many losses of the workers that it is not tried again; see `engine.trial`."""
 
 
 class EngineStopped(EngineError):
@@ -82,8 +82,11 @@ class WorkersLost(EngineError):
         host: str | None = None,
         rank_traceback: str | None = None,
         last_collectives: tuple[str, ...] = (),
+        from_outside: bool = False,
     ) -> None:
         super().__init__(message)
         self.rank, self.host, self.rank_traceback = rank, host, rank_traceback
+        self.from_outside = from_outside
+        """Whether nothing that was computed need have done it: a process was killed, a host went; none raised or crashed."""
         self.last_collectives = last_collectives
         """What each rank did last with the others, where that is known."""

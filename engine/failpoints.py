@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from typing import Literal
 logger = logging.getLogger(__name__)
 
 FOLDER = os.environ.get("MANTA_FAILPOINTS", "")
-Action = Literal["crash", "error", "memory", "delay", "drop"]
+Action = Literal["crash", "abort", "error", "memory", "delay", "drop"]
 POINTS = {
     "rank.load": "a rank, before it loads its weights",
     "rank.step": "a rank that has read a plan",
@@ -54,7 +55,8 @@ class Failure:
     """What an armed point does."""
 
     action: Action
-    """crash: SIGKILL; error: raises Injected; memory: raises MemoryError; delay: stands still; drop: the message is lost."""
+    """crash: SIGKILL; abort: SIGABRT, as native code ends on an error of its own; error: raises Injected; memory: raises MemoryError;
+    delay: stands still; drop: the message is lost."""
     after: int = 1
     """At the so-manieth hit of a process, counted from arming."""
     seconds: float = 1.0
@@ -121,6 +123,9 @@ def _fail(point: str, failure: Failure) -> bool:
         case "crash":
             with contextlib.suppress(OSError):
                 os.kill(os.getpid(), signal.SIGKILL)
+        case "abort":
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no image of its memory is wanted
+            os.abort()
         case "error":
             raise Injected(point)
         case "memory":

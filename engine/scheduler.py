@@ -253,14 +253,14 @@ class Scheduler:
 
     # --- the workers are gone
 
-    def lose_workers(self) -> list[TokenEvent]:
+    def lose_workers(self, *, from_outside: bool = False) -> list[TokenEvent]:
         """All KV is lost, and every step in flight with it: whatever was open waits again, at its old rank.
 
         Of each sequence of which a step was in flight it is told that it may be what ended the workers; see `engine.trial`.
         """
         self.num_losses += 1
         events = []
-        poisoned = accuse(self._books.all_open())
+        poisoned = accuse(self._books.all_open(), from_outside=from_outside)
         for sequence in self._books.all_open():
             is_suspect = sequence.in_flight
             self._books.close(sequence)

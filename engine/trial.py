@@ -1,6 +1,6 @@
 """Step 7 of a request, after a loss of the workers: whoever was in the lost step is tried alone before it may run with others.
 
-What ends the workers is mostly one request; tried alone it can end them only twice more, and no other is in the lost step.
+What ends the workers is mostly one request; tried alone it can end them only once more, and only at its own cost.
 """
 
 from collections.abc import Iterable
@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from engine.policy import Policy
 from engine.sequence import TRIAL_TOKENS, Sequence
 
+MAX_LOSSES_ALONE = 2
+"""A request that was in the lost steps of so many losses, alone in the last of them, is what ended the workers: where a process was killed
+from outside this is no proof, since of two faults within seconds the second meets whoever is just being tried."""
 MAX_LOSSES = 3
-"""A request in so many lost steps is not tried again. Two are no proof, though it was alone in the second: where two faults strike within
-seconds, the second one meets whoever is just being tried."""
+"""A request in so many lost steps is not tried again, alone or not."""
 
 
 def next_trial(sequences: Iterable[Sequence], policy: Policy) -> Sequence | None:
@@ -19,10 +21,11 @@ def next_trial(sequences: Iterable[Sequence], policy: Policy) -> Sequence | None
     return min(suspects, key=lambda suspect: (suspect.number is None, policy.rank(suspect)), default=None)
 
 
-def accuse(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """Note a loss with all that were in the lost step; those that are not to be tried again."""
+def accuse(sequences: Iterable[Sequence], *, from_outside: bool) -> list[Sequence]:
+    """Note a loss with all that were in the lost step; those that are not to be tried again. ``from_outside``: see `WorkersLost`."""
     accused = [sequence for sequence in sequences if sequence.in_flight]
     for sequence in accused:
         sequence.losses += 1
         sequence.trial_left = TRIAL_TOKENS
-    return [sequence for sequence in accused if sequence.losses >= MAX_LOSSES]
+    limit = MAX_LOSSES_ALONE if len(accused) == 1 and not from_outside else MAX_LOSSES
+    return [sequence for sequence in accused if sequence.losses >= limit]

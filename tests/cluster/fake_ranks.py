@@ -15,8 +15,9 @@ from engine.plan import Sampled, StepPlan, StepResult
 from engine.weights_read import WeightsRead
 from parallel.topology import Topology
 
-RAISE, SPIN, SLEEP = 666, 667, 668
-"""Rank 1 raises while the others wait for it; all ranks wait inside native code with the interpreter locked; all sleep for ever."""
+RAISE, SPIN, SLEEP, CRASH = 666, 667, 668, 669
+"""Rank 1 raises while the others wait for it; all ranks wait inside native code with the interpreter locked; all sleep for ever; rank 1
+reads where there is no memory while the others wait for it."""
 
 
 def hang_in_native_code(seconds: int) -> None:
@@ -47,7 +48,9 @@ class FakeRank:
             raise ArithmeticError("rank one cannot count")
         if SPIN in tokens:
             hang_in_native_code(3600)
-        if SLEEP in tokens or RAISE in tokens:  # as a collective waits for a peer that does not come
+        if CRASH in tokens and self.rank == 1:
+            ctypes.string_at(0)
+        if {SLEEP, RAISE, CRASH} & set(tokens):  # as a collective waits for a peer that does not come
             time.sleep(3600)
         at = self.topology.coordinates(self.rank)
         if at.tp or at.pp < self.topology.pp - 1:

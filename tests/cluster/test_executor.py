@@ -20,7 +20,7 @@ from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work
 from parallel.topology import Topology
 from tests.cluster.conftest import alive, descendants
-from tests.cluster.fake_ranks import RAISE, SLEEP, SPIN, FakeRanks
+from tests.cluster.fake_ranks import CRASH, RAISE, SLEEP, SPIN, FakeRanks
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray")]
 
@@ -92,6 +92,7 @@ def test_a_killed_rank_is_named_and_seen_even_while_nothing_runs() -> None:
         with pytest.raises(WorkersLost, match=rf"rank 1 on {victim.host} \(pid {victim.pid}\)") as caught:
             ranks.submit(plan(1)).result()
         assert (caught.value.rank, caught.value.host) == (1, victim.host)
+        assert caught.value.from_outside
     assert not any(alive(place.pid) for place in ranks.places)
 
 
@@ -101,6 +102,16 @@ def test_an_exception_in_a_rank_comes_back_with_its_own_traceback() -> None:
             ranks.submit(plan(0, RAISE)).result()
         assert caught.value.rank == 1
         assert "fake_ranks.py" in (caught.value.rank_traceback or "")
+        assert not caught.value.from_outside
+
+
+def test_a_rank_that_crashes_in_native_code_leaves_word_of_where_it_was() -> None:
+    with executor() as ranks:
+        with pytest.raises(WorkersLost, match=r"rank 1 .*Segmentation fault") as caught:
+            ranks.submit(plan(0, CRASH)).result()
+        assert caught.value.rank == 1
+        assert "fake_ranks.py" in (caught.value.rank_traceback or "")
+        assert not caught.value.from_outside
 
 
 def test_a_frozen_rank_is_seen_by_the_deadline_of_the_step() -> None:

@@ -43,11 +43,12 @@ def test_after_a_loss_new_workers_go_on_and_the_answer_is_the_same():
     assert engine.stats.num_losses == 1
 
 
-def test_a_request_in_the_lost_step_of_three_losses_is_poisoned_and_others_live():
-    executors = [FakeExecutor() for _ in range(4)]
-    executors[0].lose_at_step = {2}
-    executors[1].lose_at_step = {0}
-    executors[2].lose_at_step = {0}
+@pytest.mark.parametrize("from_outside", [False, True])
+def test_a_request_in_the_lost_steps_of_too_many_losses_is_poisoned_and_others_live(from_outside: bool):
+    num_losses = 3 if from_outside else 2
+    executors = [FakeExecutor() for _ in range(num_losses + 1)]
+    for executor in executors[:-1]:
+        executor.lose_at_step, executor.is_killed_from_outside = {0}, from_outside
     remaining = iter(executors[1:])
     engine = Engine(executors[0], EngineConfig(block_tokens=4, max_running=1), recover=lambda loss: next(remaining))
     recorder = Recorder()
@@ -57,6 +58,7 @@ def test_a_request_in_the_lost_step_of_three_losses_is_poisoned_and_others_live(
     run_to_end(engine, recorder)
     assert recorder.errors["poison", 0] == "PoisonedRequest"
     assert recorder.tokens["innocent", 0] == expected()
+    assert engine.stats.num_losses == num_losses
 
 
 def test_while_workers_are_missing_cancels_and_deadlines_are_heard():

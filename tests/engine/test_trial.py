@@ -62,7 +62,7 @@ def test_one_bad_among_thirty_one_good_fails_alone(from_position: int, num_block
     recorder = run(engine, [*requests[:15], poison, *requests[15:]])
     assert recorder.errors[poison.key] == "PoisonedRequest"
     assert all(is_golden(recorder, request) for request in requests)
-    assert engine.stats.num_losses == 3, "with all, and twice alone"
+    assert engine.stats.num_losses == 2
     assert engine.stats.blocks_used == 0
 
 
@@ -94,14 +94,15 @@ def test_a_suspect_of_another_replica_that_ends_the_workers_alone_is_poison() ->
     poison = Request(id="p", prompt=(POISON,), losses=1, sampling=SamplingParams(max_tokens=4))
     recorder = run(engine, [good(1), poison, good(2)])
     assert recorder.errors["p", 0] == "PoisonedRequest"
-    assert engine.stats.num_losses == 2
+    assert engine.stats.num_losses == 1
 
 
-def test_whoever_is_met_by_two_faults_the_second_time_alone_is_answered() -> None:
+def test_whoever_is_met_by_two_faults_from_outside_the_second_time_alone_is_answered() -> None:
     """A second fault within seconds of the first meets whoever is being tried just then."""
     executors = [FakeExecutor() for _ in range(3)]
     executors[0].lose_at_step = {2}
     executors[1].lose_at_step = {4}
+    executors[1].is_killed_from_outside = True
     engine = Engine(executors[0], EngineConfig(block_tokens=4), recover=lambda _loss: executors[1 if executors[1].plans == [] else 2])
     requests = [good(number, max_tokens=12) for number in range(4)]
     recorder = run(engine, requests)

@@ -73,6 +73,8 @@ class FakeExecutor:
         self.plans: list[StepPlan] = []
         self.lose_at_step: set[int] = set()
         """Steps (counted by this executor) whose result is the loss of all workers."""
+        self.is_killed_from_outside = False
+        """How it is lost at these steps: see `WorkersLost.from_outside`."""
         self.faulty: set[int] = set()
         """Choices that get a fault instead of a token."""
         self.reluctant: set[int] = set()
@@ -97,7 +99,8 @@ class FakeExecutor:
 
     def run(self, index: int) -> StepResult:
         if index in self.lose_at_step:
-            raise WorkersLost(f"rank 0 on fake was lost in step {index}", rank=0, host="fake")
+            message = f"rank 0 on fake was lost in step {index}"
+            raise WorkersLost(message, rank=0, host="fake", from_outside=self.is_killed_from_outside)
         plan = self.plans[index]
         for number in plan.closed:
             self._opened.pop(number, None)

@@ -31,7 +31,7 @@ async def poison(victims: Victims, seed: int) -> list[str]:
     async with _session() as session:
         async with session.post(f"{victims.url}/tokenize", json={"prompt": POISON_PROMPT}) as answer:
             token = (await answer.json())["tokens"][0]
-        arm(victims.failpoints, "rank.step", Failure(action="crash", token=token))
+        arm(victims.failpoints, "rank.step", Failure(action="abort", token=token))
         try:
             body = {"model": "tiny", "prompt": [token, seed % token], "max_tokens": 20}
             async with session.post(f"{victims.url}/v1/completions", json=body) as answer:

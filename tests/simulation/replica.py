@@ -99,7 +99,7 @@ class SimReplica:
     def freeze(self, seconds: float) -> None:
         self.frozen_until = self._clock() + seconds
 
-    def lose_ranks(self, seconds: float) -> None:
+    def lose_ranks(self, seconds: float, *, from_outside: bool = True) -> None:
         """All that run are told, and go on when the ranks are back."""
         if self.ranks_lost or self.stopped or not self.alive:
             return
@@ -107,7 +107,7 @@ class SimReplica:
         events = []
         for run in running:
             run.losses += 1
-            if run.losses >= MAX_LOSSES:
+            if run.losses >= (2 if len(running) == 1 and not from_outside else MAX_LOSSES):
                 events.append(self._end(run, error=PoisonedRequest("it was there too often")))
             else:
                 events.append(run.event())
@@ -165,7 +165,7 @@ class SimReplica:
     def _step(self) -> None:
         running = self._running()
         if any(POISON in run.request.prompt for run in running):
-            self.lose_ranks(self.chance.uniform(0.2, 1.0))
+            self.lose_ranks(self.chance.uniform(0.2, 1.0), from_outside=False)
             return
         self.desk.put([self._advance(run) for run in running])
 
