@@ -60,19 +60,21 @@ async def crowd(victims: Victims, seed: int) -> list[str]:
     return [f"{answers.count(answer)} of {CROWD} connections ended with {answer}" for answer in wrong]
 
 
-async def newcomers(victims: Victims, seed: int) -> list[str]:
-    """A few more, one after the other. One of them may be told of a fault of its front, in so many words."""
+def newcomers(*, may_fail: int) -> Beside:
+    """A few more, one after the other. So many of them may be told of a fault of their front, in so many words."""
 
-    async def ask(session: aiohttp.ClientSession, at: int) -> str:
-        body = {"model": "tiny", "prompt": f"{seed} {at}", "max_tokens": 1}
+    async def ask(session: aiohttp.ClientSession, victims: Victims, prompt: str) -> str:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
         async with session.post(f"{victims.url}/v1/completions", json=body) as answer:
             told = await answer.json()
         return "" if answer.status == 200 else str(told["error"]["code"])
 
-    async with _session() as session:
-        answers = [await ask(session, at) for at in range(FEW)]
-    wrong = [answer for answer in answers if answer not in ("", "internal_error", "unavailable")]
-    return [f"requests beside were told {wrong}"] if wrong or answers.count("") < FEW - 1 else []
+    async def come(victims: Victims, seed: int) -> list[str]:
+        async with _session() as session:
+            told = [answer for at in range(FEW) if (answer := await ask(session, victims, f"{seed} {at}"))]
+        return [f"requests beside were told {told}"] if len(told) > may_fail or set(told) - {"internal_error", "unavailable"} else []
+
+    return come
 
 
 async def same_key(victims: Victims, seed: int) -> list[str]:

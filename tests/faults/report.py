@@ -12,7 +12,7 @@ from engine.failpoints import POINTS
 from tests.faults.catalogue import FAULTS
 from tests.faults.host_faults import HOST_FAULTS
 from tests.faults.streams import ASKS, LENGTH
-from tests.faults.sweep import SWEPT, point_of
+from tests.faults.sweep import HITS, SWEPT, hit_of, point_of
 
 HEAD = f"""# Faults
 
@@ -48,6 +48,7 @@ holds that for dense and mixture-of-experts models. Elsewhere (no compiler, GPUs
 step has; the same random model then differed by up to 9e-5 on this machine, of logits that span 20.
 """
 
+MANY = 8
 SWEPT_HEAD = """
 ## By failpoint
 
@@ -105,10 +106,14 @@ def _swept_part(runs: dict[str, list[dict[str, Any]]]) -> str:
             names = [name for name in runs if point_of(name) == point and SWEPT[name].tier == tier]
             rows += [_swept_row(point, names, [run for name in names for run in runs[name]])] if names else []
     every = [run for of_one in runs.values() for run in of_one]
-    missing = [name for name in SWEPT if name not in runs]
     said = f"{len(every)} runs, {_sum(every, 'streams')} streams, {sum(len(run['wrong']) for run in every)} broken promises."
-    if missing:
-        said += f" While streams ran nobody came to {len(missing)} of {len(SWEPT)}: " + ", ".join(f"`{name}`" for name in missing) + "."
+    if missing := [name for name in SWEPT if name not in runs]:
+        said += f" Of {len(SWEPT)} ways {len(missing)} are missing, as nobody came there while streams ran, or for lack of time: "
+        by_hit = {hit: [f"`{name}`" for name in missing if hit_of(name) == hit] for hit in HITS}
+        said += "; ".join(
+            f"at hit {hit} " + (", ".join(names) if len(names) < MANY else f"{len(names)}") for hit, names in by_hit.items() if names
+        )
+        said += "."
     return "\n".join([SWEPT_HEAD, *rows, "", said]) + "\n"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.failpoints import disarm
+from serve.deployment import METRICS_EVERY_S
 from tests.faults.catalogue import Fault, Harm
 from tests.faults.server import Victims
 from tests.faults.streams import ASKS, Ask, Seen, follow, golden_of
@@ -18,6 +19,8 @@ MOMENTS = ("first", "second", "middle", "last")
 NEXT_AFTER_S = 0.5
 """Between streams that keep coming."""
 STREAMS_END_S = 240.0
+COUNTED_S = METRICS_EVERY_S + 0.2
+"""After the last stream: until every front has told the others what it counted."""
 
 
 @dataclass
@@ -87,6 +90,7 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
     for task in late:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    ended = time.monotonic()
     if ended_by is not None:
         try:
             await ended_by
@@ -100,7 +104,8 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
     for one in seen:
         _judge(one, fault, goldens[one.ask], run, left=one in leaving)
     run.wrong += await victims.at_rest()
-    run.resumed = max(0, await victims.resumed() - before)  # fronts tell each other every two seconds: the later the better
+    await asyncio.sleep(max(0.0, ended + COUNTED_S - time.monotonic()))
+    run.resumed = max(0, await victims.resumed() - before)
     return run
 
 

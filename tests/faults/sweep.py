@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Iterator
+from functools import partial
 
 from engine.failpoints import DROPPABLE, POINTS, Action, Failure, arm, has_fired
 from tests.faults import beside
@@ -13,8 +14,8 @@ HITS = (1, 2, 5)
 FEWER_HITS = {"rank.load": (1,), "replica.start": (1,), "replica.recover": (1,), "replica.heartbeat": (1, 2), "router.resume": (1, 2)}
 """Where a process does not come so often while the streams last."""
 RANK_KILLED = frozenset({"rank.load", "replica.start", "replica.recover", "canary.send"})
-REPLICA_KILLED = frozenset({"router.choose", "router.resume"})
-NEWCOMERS = frozenset({"service.begin"})
+REPLICA_KILLED = frozenset({"router.resume"})
+NEWCOMERS = frozenset({"service.begin", "router.choose", "intake.read"})
 """What else it takes that somebody comes to a point: a loss, or more requests."""
 DELAY_S = 3.0
 REACHED_S = 15.0
@@ -37,18 +38,19 @@ def _bringing_there(point: str, failure: Failure) -> Inject:
             gone = kill([chance.choice(victims.ranks())])
         elif point in REPLICA_KILLED:
             gone = kill([chance.choice(victims.replicas())])
-
-        async def until_reached() -> None:
-            loop = asyncio.get_running_loop()
-            until = loop.time() + REACHED_S
-            while loop.time() < until:
-                if has_fired(victims.failpoints, point):
-                    return
-                await asyncio.sleep(0.1)
-
-        return Harm(gone=gone, undo=until_reached if gone else None, points=(point,))
+        on_the_way_back = partial(_until_reached, victims, point) if point in RANK_KILLED else None
+        return Harm(gone=gone, undo=on_the_way_back, points=(point,))
 
     return inject
+
+
+async def _until_reached(victims: Victims, point: str) -> None:
+    loop = asyncio.get_running_loop()
+    until = loop.time() + REACHED_S
+    while loop.time() < until:
+        if has_fired(victims.failpoints, point):
+            return
+        await asyncio.sleep(0.1)
 
 
 def _tier(point: str, action: Action) -> int:
@@ -61,13 +63,14 @@ def _swept() -> Iterator[Fault]:
         for point in POINTS:
             for action in WHAT:
                 if after in FEWER_HITS.get(point, HITS) and (action != "drop" or point in DROPPABLE):
+                    tells = point in OF_FRONTS and action in ("crash", "error")
                     yield Fault(
                         f"{action}@{point}@{after}",
                         WHAT[action],
                         _bringing_there(point, Failure(action=action, after=after, seconds=DELAY_S)),
                         tier=_tier(point, action),
                         may_fail=INTERNAL if point in OF_FRONTS and action == "error" else frozenset(),
-                        beside=beside.newcomers if point in NEWCOMERS else None,
+                        beside=beside.newcomers(may_fail=int(tells)) if point in NEWCOMERS else None,
                     )
 
 
@@ -77,3 +80,7 @@ SWEPT = {fault.name: fault for fault in _swept()}
 def point_of(name: str) -> str:
     """The failpoint of one of `SWEPT`."""
     return name.split("@")[1]
+
+
+def hit_of(name: str) -> int:
+    return int(name.split("@")[2])
