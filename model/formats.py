@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from parallel.native.library import multiplies, native
+from parallel.native.library import kinds_here
 from parallel.native.linear import Kind
 from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
 from parallel.packed_format import PackedFormat
@@ -41,14 +41,15 @@ def choose_formats(
     quantize: QuantizeName | None = None,
     *,
     rounds_activations: bool = False,
-    experts_travel: bool = False,
+    shared_kinds: frozenset[str] | None = None,
 ) -> Formats:
     """The fastest formats that lose nothing, or with ``quantize`` those that are asked for.
 
     ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` a product on a CPU may round its other side as
     well, where the processor multiplies that natively: to bfloat16 beside matrices stored so, to 8 bits beside quantised ones. Where
-    ``experts_travel`` from rank to rank, no format does that is this processor's own. With int4, embedding and head are held in int8,
-    with fp8 plainly: what a token is and which one comes next suffers most from rounding.
+    experts travel from rank to rank, ``shared_kinds`` are the kinds of weights that all of these ranks have kernels for
+    (`parallel.shared_kinds`), and all come to the same formats. With int4, embedding and head are held in int8, with fp8 plainly: what a
+    token is and which one comes next suffers most from rounding.
 
     Raises:
         ValueError: this device has no such format.
@@ -59,27 +60,27 @@ def choose_formats(
         return _on_cuda(device, dtype, raw, quantize)
     if quantize == "fp8":
         raise ValueError("CPUs do not multiply fp8: quantise to int8 or int4 here")
+    kinds = kinds_here() if shared_kinds is None else shared_kinds
     if quantize is not None:
-        if native() is None:
+        if not kinds:
             log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
-        rounds_activations = rounds_activations and not experts_travel  # held otherwise where a processor multiplies 8 bits
-        return Formats(_rounded(quantize, raw, rounds_activations), _rounded("int8", raw, rounds_activations))
+        return Formats(_rounded(quantize, raw, rounds_activations, kinds), _rounded("int8", raw, rounds_activations, kinds))
     in_bfloat16 = dtype == torch.bfloat16 or found == {torch.bfloat16}
     rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)
-    packed = PackedFormat("bf16_dot" if rounds_activations and multiplies("bf16_dot") else "bf16", torch.bfloat16)
-    if rounds_activations and not experts_travel and (native() is None or has_amx()) and runs_here(torch.bfloat16):
-        return Formats(OneDnnFormat(torch.bfloat16), Dense(dtype) if native() is None else packed)
-    if native() is not None and in_bfloat16:
+    packed = PackedFormat("bf16_dot" if rounds_activations and "bf16_dot" in kinds else "bf16", torch.bfloat16)
+    if rounds_activations and shared_kinds is None and (not kinds or has_amx()) and runs_here(torch.bfloat16):
+        return Formats(OneDnnFormat(torch.bfloat16), packed if kinds else Dense(dtype))  # its packed matrices cannot be sent
+    if kinds and in_bfloat16:
         return Formats(packed, packed)
-    if native() is not None and dtype == torch.float32:
+    if kinds and dtype == torch.float32:
         packed = PackedFormat("fp32", raw)
         return Formats(packed, packed)
     return Formats(Dense(dtype), Dense(dtype))
 
 
-def _rounded(quantize: Literal["int8", "int4"], stored: torch.dtype, rounds_activations: bool) -> PackedFormat:
+def _rounded(quantize: Literal["int8", "int4"], stored: torch.dtype, rounds_activations: bool, kinds: frozenset[str]) -> PackedFormat:
     dots: dict[Literal["int8", "int4"], Kind] = {"int8": "int8_dot", "int4": "int4_dot"}
-    return PackedFormat(dots[quantize] if rounds_activations and multiplies(dots[quantize]) else quantize, stored)
+    return PackedFormat(dots[quantize] if rounds_activations and dots[quantize] in kinds else quantize, stored)
 
 
 def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | None) -> Formats:

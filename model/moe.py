@@ -54,6 +54,8 @@ class SparseMlp(nn.Module):
     ) -> None:
         """``redundant_experts``: how many experts each ep position holds beyond its even share, so that busy ones are held twice."""
         super().__init__()
+        self.is_whole = groups.stage.size == 1
+        """Whether no other rank has a part of it or tokens for it."""
         placement = _first_placement(config.num_experts, groups.ep.size, redundant_experts)
         self.router = Router(config, hidden_size, dtype, format)
         self.experts = RoutedExperts(

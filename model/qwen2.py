@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from model.attention.backend import AttentionBackend, AttentionConfig
 from model.attention.choose import BackendName, choose_backend
+from model.attention.native import NativeAttention
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.kv_cache import KvCache, KvLayout
 from model.layers import Mlp, RmsNorm
 from model.names import Binding, Names, bind
+from model.native_layers import NativeLayer, native_layer
 from model.rope import Rope, Rotation
 from parallel.axes import HeadShare, head_share, whole
 from parallel.dispatch import DispatchName
@@ -103,6 +105,21 @@ class DecoderLayer(nn.Module):
         x_TD, normed_TD = self.mlp_norm.add(x_TD, self.attention(normed_TD, rotation, batch, cache))
         return x_TD, self.mlp(normed_TD)
 
+    def native(self, cache: KvCache) -> NativeLayer | None:
+        """The same by our CPU kernels at once, where they can compute all of it."""
+        place = self.attention.index_in_stage
+        return native_layer(
+            backend=self.attention.backend,
+            num_heads=self.attention.num_heads,
+            attention_norm=self.attention_norm,
+            qkv=self.attention.qkv,
+            output=self.attention.output,
+            mlp_norm=self.mlp_norm,
+            mlp=self.mlp,
+            keys_NBGK=cache.keys_NBGK[place],
+            values_NBGK=cache.values_NBGK[place],
+        )
+
 
 class Qwen2(nn.Module):
     """One rank's part of the model: its stage's layers, and of each layer its heads and features.
@@ -165,6 +182,7 @@ class Qwen2(nn.Module):
         self.embedding = self._embedding() if self.is_first else None
         self.layers = nn.ModuleList(self._layer(index, place, heads) for place, index in enumerate(self.layer_indices))
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if self.is_last else None
+        self._at_once: tuple[KvCache, list[NativeLayer] | None] | None = None
         self.head = self._head() if self.is_last else None
 
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
@@ -185,8 +203,13 @@ class Qwen2(nn.Module):
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
         self.backend.prepare(batch)
         delta_TD = None
-        for layer in self.layers:
-            x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache)
+        if isinstance(self.backend, NativeAttention) and (at_once := self.layers_at_once(cache)) is not None:
+            x_TD, step = x_TD.contiguous(), self.backend.of_step(rotation, batch)
+            for native in at_once:
+                x_TD, delta_TD = native(x_TD, delta_TD, step)
+        else:
+            for layer in self.layers:
+                x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache)
         x_TD = x_TD if delta_TD is None else x_TD + delta_TD
         if self.is_last:
             return x_TD
@@ -204,6 +227,14 @@ class Qwen2(nn.Module):
         assert self.head is not None
         logits_RV: Tensor = self.head(self.normed(hidden_RD))
         return logits_RV
+
+    def layers_at_once(self, cache: KvCache) -> list[NativeLayer] | None:
+        """They know the addresses of weights and cache, which stay where they are."""
+        if self._at_once is None or self._at_once[0] is not cache:
+            found = [layer.native(cache) for layer in self.layers]
+            whole = [layer for layer in found if layer is not None]
+            self._at_once = (cache, whole if len(whole) == len(found) else None)
+        return self._at_once[1]
 
     @property
     def capture_obstacle(self) -> str | None:

@@ -15,6 +15,8 @@ from parallel.expert_moves import Drop, Move, receive_expert, send_expert, steps
 from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear, ShapeMismatch, Slot
+from parallel.native.experts import AllExperts
+from parallel.native.library import native
 from parallel.packed_format import PackedFormat
 from parallel.scaled_format import ScaledFormat
 from parallel.weight_format import Dense, StoredTensor, WeightFormat
@@ -55,6 +57,7 @@ class RoutedExperts(nn.Module):
         self.load_E: Tensor | None = None
         """Tokens of this rank's sequences sent to each expert since `forget_load`; None where there is nothing to choose."""
         self._grouped: GroupedExperts | None = None
+        self._at_once: AllExperts | None = None
         self._awaited: dict[int, int] = {}
         """While loading: of each expert here, how many of its tensors are still to come."""
 
@@ -147,7 +150,7 @@ class RoutedExperts(nn.Module):
                     num_moves += 1
                     self._take_part(step)
         self.placement = placement
-        self._grouped = None
+        self._grouped = self._at_once = None
         self.dispatch.follow(placement)
         return num_moves
 
@@ -167,6 +170,12 @@ class RoutedExperts(nn.Module):
         """
         if x_ND.device.type == "cuda" and (grouped := self._on_cuda()) is not None:
             return grouped(x_ND, expert_ids_NA, weights_NA)
+        if x_ND.dtype == torch.float32 and (at_once := self.on_cpu()) is not None:
+            return at_once(x_ND, expert_ids_NA, weights_NA)
+        return self.one_after_the_other(x_ND, expert_ids_NA, weights_NA)
+
+    def one_after_the_other(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
+        """What the kernels for all experts are compared with."""
         ids = expert_ids_NA.flatten()
         order = ids.argsort(stable=True)
         elsewhere, *counts = torch.bincount(ids - ELSEWHERE, minlength=self.num_experts + 1).tolist()
@@ -177,15 +186,21 @@ class RoutedExperts(nn.Module):
         return _weighted_sum(outputs, order, weights_NA)
 
     def _run(self, x_ND: Tensor, rows: Tensor, counts: dict[int, int]) -> Tensor:
-        """Assignments, sorted by expert, through their experts: at once where the format can, else one expert after the other."""
+        """Assignments, sorted by expert, through their experts."""
         used = [self._expert(number) for number in counts]
-        format = used[0].up.format
-        if isinstance(format, PackedFormat):
-            y = format.experts(x_ND, rows, list(counts.values()), [e.up.tensors for e in used], [e.down.tensors for e in used])
-            if y is not None:
-                return y
         parts = x_ND[rows].split(list(counts.values()))
         return torch.cat([expert(x) for expert, x in zip(used, parts, strict=True)])
+
+    def on_cpu(self) -> AllExperts | None:
+        """All experts here in one call, where there are kernels for their format."""
+        library, format = native(), self._shape_of_all.up.format
+        if library is None or not isinstance(format, PackedFormat) or format.kind not in library.kinds:
+            return None
+        if self._at_once is None and self.held:
+            up, down = ({int(n): format.packed(getattr(e, name).tensors) for n, e in self.held.items()} for name in ("up", "down"))
+            if all(packed.lanes == library.lanes and packed.num_outputs for packed in up.values()):  # those of other hosts may be wider
+                self._at_once = AllExperts(library, self.num_experts, up, down)
+        return self._at_once
 
     def _on_cuda(self) -> "GroupedExperts | None":
         """All experts here in two launches, where there is Triton and the kernel knows their format."""

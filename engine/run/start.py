@@ -36,6 +36,7 @@ from parallel.fitting import check_fit
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
 from parallel.native.library import native
 from parallel.rounding import FP8
+from parallel.shared_kinds import shared_kinds
 from parallel.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -187,11 +188,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def formats_of(
-    checkpoint: Checkpoint, config: RunnerConfig, dtype: torch.dtype, device: torch.device, *, experts_travel: bool = False
+    checkpoint: Checkpoint, config: RunnerConfig, dtype: torch.dtype, device: torch.device, *, kinds: frozenset[str] | None = None
 ) -> Formats:
     """In what form a rank holds this checkpoint's weights. Opening it has read the headers, which is enough."""
     stored = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
-    return choose_formats(device, dtype, stored, config.quantize, rounds_activations=config.dtype == "auto", experts_travel=experts_travel)
+    return choose_formats(device, dtype, stored, config.quantize, rounds_activations=config.dtype == "auto", shared_kinds=kinds)
 
 
 @contextmanager
@@ -233,7 +234,8 @@ def _load(
             tell(StartProgress("weights", done, total))
 
     dtype = resolve_dtype(config.dtype, device)
-    formats = formats_of(checkpoint, config, dtype, device, experts_travel=groups.ep.size > 1)
+    kinds = shared_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None  # experts travel, and are read there
+    formats = formats_of(checkpoint, config, dtype, device, kinds=kinds)
     model, report = load_model(
         checkpoint,
         model_config,

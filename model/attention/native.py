@@ -11,6 +11,7 @@ from model.attention.cpu import CpuAttention
 from model.attention.heads import turned
 from model.batch import ForwardBatch
 from model.rope import Rotation
+from parallel.native.halves import BatchOfStep
 from parallel.native.library import Native, num_threads
 
 
@@ -29,7 +30,8 @@ class NativeAttention:
         self._torch = CpuAttention(config)
         starts = [config.kv_of_query.index(kv) for kv in range(config.num_kv_heads)]
         counts = [config.kv_of_query.count(kv) for kv in range(config.num_kv_heads)]
-        self._heads_G3 = torch.tensor(list(zip(starts, counts, range(config.num_kv_heads), strict=True)))
+        self.heads_G3 = torch.tensor(list(zip(starts, counts, range(config.num_kv_heads), strict=True)))
+        """Of each KV head its first query head, how many it has, and its number."""
         self._lengths_S = torch.empty(0, dtype=torch.int64)
         self._starts_S = torch.empty(0, dtype=torch.int64)
         self._tables_SM = torch.empty(0, 0, dtype=torch.int32)
@@ -38,6 +40,11 @@ class NativeAttention:
         self._lengths_S = torch.tensor(batch.context_lengths, dtype=torch.int64)
         self._starts_S = torch.tensor(batch.query_starts, dtype=torch.int64)
         self._tables_SM = batch.block_tables_SM.contiguous()
+
+    def of_step(self, rotation: Rotation, batch: ForwardBatch) -> BatchOfStep:
+        """What `prepare` and the caller found out, for a kernel that computes half a layer."""
+        cos, sin = rotation.cos_T1F.contiguous(), rotation.sin_T1F.contiguous()
+        return BatchOfStep(cos, sin, batch.slots_T.contiguous(), self._tables_SM, self._starts_S, self._lengths_S, batch.num_decodes)
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
         if heads_TXK.dtype != torch.float32 or not self.config.is_causal:  # our kernels know the causal mask only
@@ -66,7 +73,7 @@ class NativeAttention:
         _, num_heads, width = q_THK.shape
         self._library.decode[keys_NBGK.dtype](
             *(q_THK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), self._tables_SM.data_ptr(), self._lengths_S.data_ptr()),
-            *(self._heads_G3.data_ptr(), out_THK.data_ptr(), num_sequences, num_heads, self.config.num_kv_heads, width),
+            *(self.heads_G3.data_ptr(), out_THK.data_ptr(), num_sequences, num_heads, self.config.num_kv_heads, width),
             *(self._tables_SM.shape[1], self.config.block_tokens, num_threads()),
         )
 
@@ -76,7 +83,7 @@ class NativeAttention:
         _, num_heads, width = q_THK.shape
         self._library.prefill[keys_NBGK.dtype](
             *(q_THK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), tables_SM.data_ptr(), starts_S.data_ptr()),
-            *(lengths_S.data_ptr(), self._heads_G3.data_ptr(), out_THK.data_ptr(), len(lengths_S), num_heads),
+            *(lengths_S.data_ptr(), self.heads_G3.data_ptr(), out_THK.data_ptr(), len(lengths_S), num_heads),
             *(self.config.num_kv_heads, width, tables_SM.shape[1], self.config.block_tokens, num_threads()),
         )
 

@@ -1,12 +1,13 @@
 """All experts of a layer in one call: N rows, A assignments sorted by expert, D model width, I inner width of an expert."""
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.native.library import Native, num_threads
+from parallel.native.library import Native, address_of, num_threads
 from parallel.native.linear import Packed
 
 
@@ -33,7 +34,50 @@ def experts(
     return out_AD
 
 
-def _addresses(matrices: Sequence[Packed]) -> tuple[np.ndarray, np.ndarray]:
-    numbers = [packed.numbers.data_ptr() for packed in matrices]
-    scales = [0 if packed.scales is None else packed.scales.data_ptr() for packed in matrices]
+class ExpertsStruct(ctypes.Structure):
+    """``Experts`` of csrc/halves.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("run", "up", "up_scales", "down", "down_scales")),
+        *((name, ctypes.c_long) for name in ("count", "width", "outer", "inner_width", "inner", "group")),
+    )
+
+
+class AllExperts:
+    """Those that a rank holds of a layer, with their addresses by number: made again when one comes or goes. At least one."""
+
+    def __init__(self, library: Native, num_experts: int, up: Mapping[int, Packed], down: Mapping[int, Packed]) -> None:
+        self._library, self._held = library, (dict(up), dict(down))
+        self._tables = [
+            addresses for matrices in (up, down) for addresses in _addresses([matrices.get(number) for number in range(num_experts)])
+        ]
+        some_up, some_down = next(iter(up.values())), next(iter(down.values()))
+        self.struct = ExpertsStruct(
+            address_of(library.experts[some_up.kind]),
+            *(table.ctypes.data for table in self._tables),
+            *(num_experts, some_down.num_outputs, some_up.padded, some_up.num_outputs // 2, some_down.padded, some_up.group),
+        )
+        self._at = ctypes.addressof(self.struct)
+
+    def __call__(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
+        """(N, D): for each row the weighted sum of its experts, in the order of its ids; an id below 0 adds nothing. ``x`` is float32.
+
+        Raises:
+            KeyError: an expert is not here.
+        """
+        num_rows, num_assigned = expert_ids_NA.shape
+        x_ND, expert_ids_NA, weights_NA = x_ND.contiguous(), expert_ids_NA.contiguous(), weights_NA.float().contiguous()
+        out_ND = torch.empty(num_rows, self.struct.width)
+        missing = self._library.weighted_experts(
+            *(self._at, x_ND.data_ptr(), expert_ids_NA.data_ptr(), weights_NA.data_ptr(), out_ND.data_ptr()),
+            *(num_rows, num_assigned, num_threads()),
+        )
+        if missing >= 0:
+            raise KeyError(f"expert {missing} is not held here")
+        return out_ND
+
+
+def _addresses(matrices: Sequence[Packed | None]) -> tuple[np.ndarray, np.ndarray]:
+    numbers = [0 if packed is None else packed.numbers.data_ptr() for packed in matrices]
+    scales = [0 if packed is None or packed.scales is None else packed.scales.data_ptr() for packed in matrices]
     return np.array(numbers, np.uint64), np.array(scales, np.uint64)

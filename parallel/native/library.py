@@ -63,6 +63,10 @@ class Native:
         prefill, decode = [*[address] * 8, *[size] * 6, threads], [*[address] * 7, *[size] * 6, threads]
         self.prefill = {dtype: self._function(f"prefill{suffix}", prefill) for dtype, suffix in held.items()}
         self.decode = {dtype: self._function(f"decode{suffix}", decode) for dtype, suffix in held.items()}
+        self.attention_half = self._function("attention_half", [address] * 5 + [threads])
+        self.mlp_half = self._function("mlp_half", [*[address] * 4, size, threads])
+        self.moe_half = self._function("moe_half", [*[address] * 4, size, threads])
+        self.weighted_experts = self._function("weighted_experts", [*[address] * 5, size, size, threads], size)
         sums = {dtype: f"all_reduce_{str(dtype).removeprefix('torch.')}" for dtype in (torch.float32, torch.bfloat16, torch.float16)}
         self.all_reduce = {dtype: self._function(name, [address, address, size], threads) for dtype, name in sums.items()}
         self.all_gather = self._function("all_gather", [address, address, address, size, address], threads)
@@ -92,10 +96,20 @@ def native() -> Native | None:
     return library
 
 
+def address_of(function: "ctypes._NamedFuncPointer") -> int | None:
+    """For a kernel that calls another one."""
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def kinds_here() -> frozenset[str]:
+    """The kinds of weights that there are kernels for; none without a library."""
+    library = native()
+    return frozenset(library.kinds if library else ())
+
+
 def multiplies(kind: str) -> bool:
     """Whether there are kernels here for weights of this kind."""
-    library = native()
-    return library is not None and kind in library.kinds
+    return kind in kinds_here()
 
 
 def usable_variants() -> tuple[str, ...]:

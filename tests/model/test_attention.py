@@ -232,3 +232,24 @@ def test_the_backend_is_chosen_by_device_and_name(monkeypatch: pytest.MonkeyPatc
         choose_backend(torch.device("cuda"), config, "cpu")
     monkeypatch.setattr("model.attention.choose.find_spec", lambda _name: None)
     assert isinstance(choose_backend(torch.device("cuda"), config), ReferenceAttention), "without triton"
+
+
+@pytest.mark.parametrize("works", [[(0, 130)], [(150, 1), (150, 3)]], ids=["a prompt", "decoded and behind a context"])
+def test_a_score_beyond_float32_has_no_weight_if_negative_and_spoils_its_row_if_not(
+    works: list[Work], library: Native, kv_dtype: torch.dtype
+) -> None:
+    """As in torch's attention, in whatever keys and values are held."""
+    config = HEADS["groups of seven"]
+    paged = Paged(config, works, torch.float32, kv_dtype=kv_dtype)
+    paged.q = paged.q.abs() + 1
+    paged.k[0] = -1e38
+    paged.keys[paged.batch.block_tables_SM[0, 0], 3] = -1e38  # of the context, if there is one
+    found, wanted = paged.attend(NativeAttention(config, library))[0], paged.attend(ReferenceAttention(config))[0]
+    sees_nothing_else = works[0][0] == 0
+    assert found[0].isnan().all() == wanted[0].isnan().all() == sees_nothing_else
+    rest = slice(int(sees_nothing_else), None)
+    assert found[rest].isfinite().all()
+    torch.testing.assert_close(found[rest], wanted[rest], atol=2e-5 if kv_dtype == torch.float32 else 0.02, rtol=0)
+    paged.k[0] = 1e38
+    spoilt = paged.attend(NativeAttention(config, library))[0]
+    assert spoilt[0].isnan().all()

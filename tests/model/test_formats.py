@@ -29,10 +29,9 @@ def test_weights_stored_in_bfloat16_are_held_so_where_sums_are_in_float32() -> N
 
 def test_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """On processors with bfloat16 products: ours, but oneDNN's where there are tiles for them."""
-    monkeypatch.setattr("model.formats.native", lambda: object())
     monkeypatch.setattr("model.formats.runs_here", lambda dtype: dtype == BF16)
     monkeypatch.setattr("model.formats.has_amx", lambda: False)
-    monkeypatch.setattr("model.formats.multiplies", lambda kind: kind == "bf16_dot")
+    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("bf16", "fp32", "bf16_dot")))
     dot = PackedFormat("bf16_dot", BF16)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(dot, dot)
     assert choose_formats(CPU, FLOAT, [BF16]).matrices == PackedFormat("bf16", BF16)
@@ -40,8 +39,8 @@ def test_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch:
     assert choose_formats(CPU, FLOAT, [FLOAT], rounds_activations=True).matrices == PackedFormat("fp32", FLOAT)
     monkeypatch.setattr("model.formats.has_amx", lambda: True)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(OneDnnFormat(BF16), dot)
-    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, experts_travel=True) == Formats(dot, dot)
-    monkeypatch.setattr("model.formats.multiplies", lambda kind: False)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, shared_kinds=frozenset(("bf16", "bf16_dot"))) == Formats(dot, dot)
+    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("bf16", "fp32")))
     monkeypatch.setattr("model.formats.runs_here", lambda dtype: False)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True).matrices == PackedFormat("bf16", BF16)
 
@@ -52,15 +51,24 @@ def test_int4_leaves_embedding_and_head_in_int8() -> None:
 
 
 def test_beside_quantised_weights_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.formats.multiplies", lambda kind: kind in ("int8_dot", "int4_dot"))
+    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("int8", "int4", "int8_dot", "int4_dot")))
     int8, int4 = PackedFormat("int8_dot", FLOAT), PackedFormat("int4_dot", FLOAT)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True) == Formats(int8, int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True) == Formats(int4, int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8").matrices == PackedFormat("int8", FLOAT)
-    travelling = choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True, experts_travel=True)
-    assert travelling == Formats(PackedFormat("int4", FLOAT), PackedFormat("int8", FLOAT)), "other processors hold them otherwise"
-    monkeypatch.setattr("model.formats.multiplies", lambda kind: False)
+    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("int8", "int4")))
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True).matrices == PackedFormat("int8", FLOAT)
+
+
+def test_where_experts_travel_all_ranks_hold_what_all_of_them_multiply() -> None:
+    """Whatever this processor has besides."""
+    few, more = frozenset(("bf16", "fp32", "int8", "int4")), frozenset(("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"))
+    for kinds, suffix in ((few, ""), (more, "_dot")):
+        found = choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True, shared_kinds=kinds)
+        assert found == Formats(PackedFormat(f"int4{suffix}", FLOAT), PackedFormat(f"int8{suffix}", FLOAT))
+        plain = PackedFormat(f"bf16{suffix}", BF16)
+        assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, shared_kinds=kinds) == Formats(plain, plain)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, shared_kinds=frozenset()) == Formats(Dense(FLOAT), Dense(FLOAT))
 
 
 def test_a_gpu_has_plain_weights_or_rounded_ones() -> None:
@@ -89,7 +97,7 @@ def test_a_gpu_rounds_as_a_cpu_does(kind: Literal["int8", "int4"]) -> None:
 
 
 def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.formats.native", lambda: None)
+    monkeypatch.setattr("model.formats.kinds_here", frozenset)
     assert choose_formats(CPU, FLOAT, [BF16]).matrices == Dense(FLOAT)
 
 

@@ -72,15 +72,19 @@ struct Tile {
             memset(s, 0, sizeof(float) * CHUNK);
             return;
         }
-        Floats poisons = zeros();  // exponential() loses NaN
+        Floats poisons = zeros();  // exponential() loses NaN, and infinity; a score that overflowed to -infinity is no more than weightless
         long seen = 0;
-        for (; seen + LANES <= visible; seen += LANES) poisons = multiply_add(load(s + seen), zeros(), poisons);
+        for (; seen + LANES <= visible; seen += LANES) poisons = multiply_add(highest(all(-FLT_MAX), load(s + seen)), zeros(), poisons);
         float poison = sum_of(poisons);
-        for (; seen < visible; ++seen) poison += s[seen] * 0;
+        for (; seen < visible; ++seen) poison += (s[seen] < -FLT_MAX ? 0 : s[seen]) * 0;
         for (long i = visible; i < CHUNK; ++i) s[i] = -INFINITY;
         Floats highest_each = load(s);
         for (long i = LANES; i < CHUNK; i += LANES) highest_each = highest(highest_each, load(s + i));
         const float before = most[row], now = std::max(before, highest_of(highest_each));
+        if (now == -INFINITY && poison == 0) {  // nothing has a weight yet; where that stays so the row is 0 / 0
+            memset(s, 0, sizeof(float) * CHUNK);
+            return;
+        }
         Floats total = zeros();
         for (long i = 0; i < CHUNK; i += LANES) store(s + i, exponential(add(load(s + i), all(-now))));
         for (long i = visible; i < CHUNK; ++i) s[i] = 0;

@@ -3,6 +3,7 @@
 // stream that goes on elsewhere tells the same log-probabilities.
 #pragma once
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <vector>

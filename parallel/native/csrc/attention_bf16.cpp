@@ -6,13 +6,14 @@
 using Bf16 = uint16_t;
 constexpr int WIDE = 4;         // registers of sums side by side: one chunk of scores, and 64 numbers of a value
 constexpr int ROWS = 6;         // times WIDE, beside what is multiplied
-constexpr float HIDDEN = -1e30f;  // the score of a position that is not to be seen: its weight is 0
+constexpr float HIDDEN = -INFINITY;  // the score of a position that is not to be seen, as of one that overflowed: its weight is 0
+constexpr float LOWEST = -FLT_MAX;   // the highest score before there is any: what is subtracted must be finite
 static_assert(CHUNK == WIDE * LANES);
 
 static INLINE Words rounded(Floats a, Floats b) { return (Words)_mm512_cvtne2ps_pbh(b, a); }  // a's numbers before b's
 static INLINE Floats multiply_pairs(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// 2^x for x <= 0, to about 3e-6; NaN stays NaN.
+// 2^x for x <= 0, to about 3e-6; NaN stays NaN, and of minus infinity comes 0.
 static INLINE Floats power_of_two(Floats x) {
     const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
     Floats power = all(0.00133335581f);
@@ -38,7 +39,7 @@ struct Tile {
         width = (K + WIDE * LANES - 1) / (WIDE * LANES) * (WIDE * LANES);
         const long rows = part.rows();
         q.resize(rows * K / 2); keys.resize(K / 2 * CHUNK); values.assign(CHUNK / 2 * width, 0); nothing.assign(K, 0);
-        out.assign(rows * width, 0); most.assign(rows, HIDDEN); sums.assign(rows * LANES, 0); seen.resize(rows);
+        out.assign(rows * width, 0); most.assign(rows, LOWEST); sums.assign(rows * LANES, 0); seen.resize(rows);
         const Floats scale = all(1.44269504f / std::sqrt(float(K)));  // scores are powers of two
         for (long row = 0; row < rows; ++row) {
             const float* from = part.q + part.place(row, K);

@@ -1,0 +1,113 @@
+"""Decoder layers by our own CPU kernels, each half of one in a call: to the bits of `model.qwen2.DecoderLayer`, with no Python between its
+kernels. T tokens, D model width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.attention.backend import AttentionBackend
+from model.attention.native import NativeAttention
+from model.layers import Mlp, RmsNorm
+from model.moe import SparseMlp
+from parallel.linear import Linear
+from parallel.native.halves import AttentionHalf, BatchOfStep, GatedMlp, MlpHalf, MoeHalf, Product
+from parallel.native.library import Native, native
+from parallel.packed_format import FEW_ROWS, PackedFormat
+
+
+class NativeLayer:
+    """One decoder layer with its keys and values. An MLP that is not whole here stays a module, behind the norm as one call."""
+
+    def __init__(
+        self, attention: AttentionHalf, output: Linear, mlp_half: MlpHalf | MoeHalf | None, mlp_norm: RmsNorm, mlp: nn.Module
+    ) -> None:
+        self._attention, self._output = attention, output
+        self._mlp_half, self._mlp_norm, self._mlp = mlp_half, mlp_norm, mlp
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no part is left to a module."""
+        return self._mlp_half is not None
+
+    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: BatchOfStep) -> tuple[Tensor, Tensor]:
+        """As `DecoderLayer.forward`; ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is written over."""
+        delta_TD = self._output.summed(self._attention(batch, x_TD, delta_TD))
+        if self._mlp_half is not None:
+            result_TD = self._mlp_half(x_TD, delta_TD)
+            return x_TD, self._mlp.down.summed(result_TD) if isinstance(self._mlp, Mlp) else result_TD
+        x_TD, normed_TD = self._mlp_norm.add(x_TD, delta_TD)
+        return x_TD, self._mlp(normed_TD)
+
+
+def native_layer(
+    *,
+    backend: AttentionBackend,
+    num_heads: int,
+    attention_norm: RmsNorm,
+    qkv: Linear,
+    output: Linear,
+    mlp_norm: RmsNorm,
+    mlp: nn.Module,
+    keys_NBGK: Tensor,
+    values_NBGK: Tensor,
+) -> NativeLayer | None:
+    """None where a part of the layer is not computed by our kernels in float32: it is then to be computed part by part."""
+    library = native()
+    if library is None or not isinstance(backend, NativeAttention) or not backend.config.is_causal:
+        return None
+    norms, products = (attention_norm.weight, mlp_norm.weight), (_product(library, qkv), _product(library, output))
+    if any(weight is None or weight.dtype != torch.float32 for weight in norms) or keys_NBGK.dtype not in library.prefill:
+        return None
+    if products[0] is None or products[1] is None:
+        return None
+    assert attention_norm.weight is not None
+    attention = AttentionHalf(
+        library,
+        norm=attention_norm.weight,
+        eps=attention_norm.eps,
+        qkv=products[0],
+        output=products[1],
+        heads_G3=backend.heads_G3,
+        num_heads=num_heads,
+        keys_NBGK=keys_NBGK,
+        values_NBGK=values_NBGK,
+    )
+    return NativeLayer(attention, output, _second_half(library, mlp_norm, mlp), mlp_norm, mlp)
+
+
+def _second_half(library: Native, norm: RmsNorm, mlp: nn.Module) -> MlpHalf | MoeHalf | None:
+    assert norm.weight is not None
+    if isinstance(mlp, SparseMlp):
+        router, gate, shared = _product(library, mlp.router.logits), _product(library, mlp.shared_gate), _gated(library, mlp.shared)
+        experts = mlp.experts.on_cpu() if mlp.is_whole else None
+        if router is None or gate is None or shared is None or experts is None:
+            return None
+        return MoeHalf(
+            library,
+            norm=norm.weight,
+            eps=norm.eps,
+            router=router,
+            experts_per_token=mlp.router.experts_per_token,
+            renormalise=mlp.router.renormalise,
+            experts=experts,
+            shared=shared,
+            shared_gate=gate,
+        )
+    gated = _gated(library, mlp) if isinstance(mlp, Mlp) else None
+    return None if gated is None else MlpHalf(library, norm=norm.weight, eps=norm.eps, mlp=gated)
+
+
+def _gated(library: Native, mlp: Mlp) -> GatedMlp | None:
+    up, down = _product(library, mlp.up), _product(library, mlp.down)
+    return None if up is None or down is None else GatedMlp(up, down, FEW_ROWS)
+
+
+def _product(library: Native, layer: Linear) -> Product | None:
+    """What the kernel multiplies by; the bias of a layer whose results are summed over ranks comes after that sum."""
+    if not isinstance(layer.format, PackedFormat) or layer.format.kind not in library.kinds:
+        return None
+    packed, bias = layer.format.packed(layer.tensors), layer.tensors.get("bias")
+    if packed.lanes != library.lanes or packed.num_outputs == 0 or len(layer.in_share) == 0:
+        return None
+    bias = None if bias is None or layer.reduce is not None else bias.float().contiguous()
+    return Product(packed, bias, len(layer.in_share))

@@ -1,0 +1,203 @@
+// Half a decoder layer in one call: a norm and attention, or a norm and an MLP. They call what Python calls one after the other, with the same
+// numbers, so their bits are those; with few tokens Python between the kernels took longer than the kernels.
+#include "linear.h"
+
+extern "C" {
+void manta_add_norm(float* x, const float* delta, const float* weight, float* out, long T, long D, float eps, int threads);
+void manta_gate(const float* x, float* out, long T, long I, int threads);
+void manta_rotate(const float* x, long stride, const float* cos, const float* sin, float* out, long T, long X, long K, int threads);
+}
+
+namespace {
+// The layout of these is known to parallel/native/halves.py. Functions are addresses of those in linear.cpp and attention*.cpp.
+struct Matrix {
+    void (*product)(const float*, const void*, const void*, const float*, float*, long, long, long, long, long, int);
+    const void *weights, *scales;
+    const float* bias;
+    long inputs, padded, group, outputs;
+
+    void multiply(const float* x, float* y, long T, int threads) const {
+        product(x, weights, scales, bias, y, T, inputs, padded, group, outputs, threads);
+    }
+};
+
+struct Norm {
+    const float* weight;
+    double eps;
+
+    void add(float* x, const float* delta, float* out, long T, long D, int threads) const {
+        manta_add_norm(x, delta, weight, out, T, D, float(eps), threads);
+    }
+};
+
+struct AttentionHalf {
+    Norm norm;
+    Matrix qkv, output;
+    const int64_t* heads;  // see each_part
+    long H, G, K, block_tokens;
+    void *keys, *values;
+    void (*write)(const float*, const float*, long, long, const int64_t*, void*, void*, long, long, int);
+    void (*prefill)(const float*, const void*, const void*, const int32_t*, const int64_t*, const int64_t*, const int64_t*, float*, long, long, long,
+                    long, long, long, int);
+    void (*decode)(const float*, const void*, const void*, const int32_t*, const int64_t*, const int64_t*, float*, long, long, long, long, long, long,
+                   int);
+};
+
+using AllAtOnce = void (*)(const float*, long, const int64_t*, const int64_t*, long, const void* const*, const void* const*, const void* const*,
+                           const void* const*, float*, long, long, long, long, long, int);  // manta_experts_*
+
+struct Mlp {
+    Matrix up, down;
+    AllAtOnce gated;
+    long few_rows;  // with more, gate and products pass at once
+
+    void run(const float* x, float* out, long T, int threads) const {
+        if (T > few_rows) {
+            const int64_t count = T;
+            gated(x, T, nullptr, &count, 1, &up.weights, &up.scales, &down.weights, &down.scales, out, down.outputs, up.padded, down.inputs,
+                  down.padded, up.group, threads);
+            return;
+        }
+        Room<float> both(T * up.outputs), middle(T * down.inputs);
+        up.multiply(x, &both[0], T, threads);
+        manta_gate(&both[0], &middle[0], T, down.inputs, threads);
+        down.multiply(&middle[0], out, T, threads);
+    }
+};
+
+struct MlpHalf {
+    Norm norm;
+    Mlp mlp;
+};
+
+// The experts of a layer by number; null where one is held elsewhere. D is the model's width, I that of an expert, both padded for their group too.
+struct Experts {
+    AllAtOnce run;
+    const void *const *up, *const *up_scales, *const *down, *const *down_scales;
+    long count, D, outer, I, inner, group;
+};
+
+struct MoeHalf {
+    Norm norm;
+    Matrix router, shared_gate;
+    Mlp shared;
+    Experts experts;
+    long per_token, renormalise;
+};
+
+// What is the same for all layers of a step: T tokens of S sequences, of which the first `decodes` have one each.
+struct Batch {
+    const float *cos, *sin;    // (T, K / 2)
+    const int64_t* slots;      // (T)
+    const int32_t* tables;     // (S, M)
+    const int64_t *starts, *lengths;  // (S + 1), (S)
+    long T, S, decodes, M;
+};
+}  // namespace
+
+extern "C" {
+
+// x (T, D) += delta, which may be null; out (T, D) = attention(norm(x)), keys and values written to the cache.
+void manta_attention_half(const AttentionHalf* half, const Batch* batch, float* x, const float* delta, float* out, int threads) {
+    const auto& [norm, qkv, output, heads, H, G, K, block_tokens, keys, values, write, prefill, decode] = *half;
+    const long T = batch->T, width = (H + 2 * G) * K, decodes = batch->decodes, M = batch->M;
+    Room<float> all(T * width);
+    {
+        Room<float> normed(T * qkv.inputs);
+        norm.add(x, delta, &normed[0], T, qkv.inputs, threads);
+        qkv.multiply(&normed[0], &all[0], T, threads);
+    }
+    Room<float> q(T * H * K), k(T * G * K), attended(T * H * K);
+    manta_rotate(&all[0], width, batch->cos, batch->sin, &q[0], T, H, K, threads);
+    manta_rotate(&all[H * K], width, batch->cos, batch->sin, &k[0], T, G, K, threads);
+    write(&k[0], &all[(H + G) * K], G * K, width, batch->slots, keys, values, T, G * K, threads);
+    if (decodes)
+        decode(&q[0], keys, values, batch->tables, batch->lengths, heads, &attended[0], decodes, H, G, K, M, block_tokens, threads);
+    if (decodes < batch->S)
+        prefill(&q[0], keys, values, batch->tables + decodes * M, batch->starts + decodes, batch->lengths + decodes, heads, &attended[0],
+                batch->S - decodes, H, G, K, M, block_tokens, threads);
+    output.multiply(&attended[0], out, T, threads);
+}
+
+// x (T, D) += delta, which may be null; out (T, D) = mlp(norm(x)).
+void manta_mlp_half(const MlpHalf* half, float* x, const float* delta, float* out, long T, int threads) {
+    const long D = half->mlp.up.inputs;
+    Room<float> normed(T * D);
+    half->norm.add(x, delta, &normed[0], T, D, threads);
+    half->mlp.run(&normed[0], out, T, threads);
+}
+
+// out (N, D): of each row of x the sum of its experts, each times its weight, in the order of ids and weights (N, A). An id below 0 is computed
+// elsewhere and adds nothing. Returns the id of an expert that is not here, and has then computed nothing; else -1.
+long manta_weighted_experts(const Experts* all, const float* x, const int64_t* ids, const float* weights, float* out, long N, long A, int threads) {
+    const auto& [run, up, up_scales, down, down_scales, count, D, outer, I, inner, group] = *all;
+    std::vector<int64_t> counts(count), used;
+    long total = 0;
+    for (long a = 0; a < N * A; ++a) {
+        if (ids[a] < 0) continue;
+        if (ids[a] >= count || !up[ids[a]]) return ids[a];
+        ++counts[ids[a]];
+        ++total;
+    }
+    std::vector<long> next(count), place(N * A, -1);
+    std::vector<const void*> ups, up_scale, downs, down_scale;
+    long first = 0;
+    for (long e = 0; e < count; first += counts[e++]) {
+        next[e] = first;
+        if (!counts[e]) continue;
+        used.push_back(counts[e]);
+        ups.push_back(up[e]); up_scale.push_back(up_scales[e]); downs.push_back(down[e]); down_scale.push_back(down_scales[e]);
+    }
+    std::vector<int64_t> rows(total);
+    for (long a = 0; a < N * A; ++a)
+        if (ids[a] >= 0) rows[place[a] = next[ids[a]]++] = a / A;
+    Room<float> y(total * D);
+    if (total)
+        run(x, N, rows.data(), used.data(), used.size(), ups.data(), up_scale.data(), downs.data(), down_scale.data(), &y[0], D, outer, I, inner, group,
+            threads);
+    share_out(N, N * A * D > SERIAL_NUMBERS ? threads : 1, [&](long n) {
+        float* to = out + n * D;
+        memset(to, 0, sizeof(float) * D);
+        for (long a = n * A; a < (n + 1) * A; ++a)
+            if (place[a] >= 0) for (long i = 0; i < D; ++i) to[i] += weights[a] * y[place[a] * D + i];
+    });
+    return -1;
+}
+
+// The A most probable of E experts by their logits, and the probabilities, which are a softmax over all of them; of equal ones the first.
+static void choose(const float* logits, long E, long A, bool renormalise, int64_t* ids, float* weights) {
+    std::vector<float> share(logits, logits + E);
+    const float most = *std::max_element(share.begin(), share.end());
+    float total = 0, chosen = 0;
+    for (float& each : share) total += each = std::exp(each - most);
+    std::vector<bool> taken(E);
+    for (long a = 0; a < A; ++a) {
+        long best = -1;
+        for (long e = 0; e < E; ++e)
+            if (!taken[e] && (best < 0 || share[e] > share[best])) best = e;
+        taken[best] = true;
+        ids[a] = best;
+        chosen += weights[a] = share[best] / total;
+    }
+    if (renormalise)
+        for (long a = 0; a < A; ++a) weights[a] /= chosen;
+}
+
+// x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)).
+void manta_moe_half(const MoeHalf* half, float* x, const float* delta, float* out, long T, int threads) {
+    const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *half;
+    const long D = router.inputs, E = router.outputs;
+    Room<float> normed(T * D), logits(T * E), weights(T * A), gates(T), all(T * D);
+    Room<int64_t> ids(T * A);
+    norm.add(x, delta, &normed[0], T, D, threads);
+    router.multiply(&normed[0], &logits[0], T, threads);
+    for (long t = 0; t < T; ++t) choose(&logits[t * E], E, A, renormalise, &ids[t * A], &weights[t * A]);
+    manta_weighted_experts(&experts, &normed[0], &ids[0], &weights[0], out, T, A, threads);
+    shared_gate.multiply(&normed[0], &gates[0], T, threads);
+    shared.run(&normed[0], &all[0], T, threads);
+    share_out(T, T * D > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+        const float gate = 1 / (1 + std::exp(-gates[t]));
+        for (long i = 0; i < D; ++i) out[t * D + i] += gate * all[t * D + i];
+    });
+}
+}

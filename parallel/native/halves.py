@@ -1,0 +1,189 @@
+"""Half a decoder layer in one call: a norm and attention, or a norm and an MLP. T tokens, S sequences, D model width.
+
+Where few tokens are computed, calls from Python took longer than what they called. See csrc/halves.cpp.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.native.experts import AllExperts, ExpertsStruct
+from parallel.native.library import Native, address_of, num_threads
+from parallel.native.linear import Packed
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("product", "weights", "scales", "bias")),
+        *((name, ctypes.c_long) for name in ("inputs", "padded", "group", "outputs")),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double))
+
+
+class _AttentionHalf(ctypes.Structure):
+    _fields_ = (
+        ("norm", _Norm),
+        ("qkv", _Matrix),
+        ("output", _Matrix),
+        ("heads", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("num_heads", "num_kv_heads", "head_dim", "block_tokens")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "write", "prefill", "decode")),
+    )
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = (("up", _Matrix), ("down", _Matrix), ("gated", ctypes.c_void_p), ("few_rows", ctypes.c_long))
+
+
+class _MlpHalf(ctypes.Structure):
+    _fields_ = (("norm", _Norm), ("mlp", _Mlp))
+
+
+class _MoeHalf(ctypes.Structure):
+    _fields_ = (
+        *(("norm", _Norm), ("router", _Matrix), ("shared_gate", _Matrix), ("shared", _Mlp), ("experts", ExpertsStruct)),
+        *(("per_token", ctypes.c_long), ("renormalise", ctypes.c_long)),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "tables", "starts", "lengths")),
+        *((name, ctypes.c_long) for name in ("num_tokens", "num_sequences", "num_decodes", "most_blocks")),
+    )
+
+
+@dataclass(frozen=True)
+class Product:
+    """A packed matrix of a layer with its bias, None if there is none or it is added elsewhere, and its input features."""
+
+    packed: Packed
+    bias: Tensor | None
+    num_inputs: int
+
+
+class BatchOfStep:
+    """What all layers of a step read. Contiguous tensors: cos, sin (T, K / 2) float32, slots (T), starts (S + 1) and lengths (S) int64,
+    tables (S, M) int32; the first ``num_decodes`` sequences have one token each."""
+
+    def __init__(
+        self, cos: Tensor, sin: Tensor, slots_T: Tensor, tables_SM: Tensor, starts: Tensor, lengths_S: Tensor, num_decodes: int
+    ) -> None:
+        self._held = (cos, sin, slots_T, tables_SM, starts, lengths_S)
+        assert all(tensor.is_contiguous() for tensor in self._held)
+        num_sequences, most_blocks = tables_SM.shape
+        self._struct = _Batch(*(tensor.data_ptr() for tensor in self._held), len(slots_T), num_sequences, num_decodes, most_blocks)
+        self.address = ctypes.addressof(self._struct)
+
+
+class AttentionHalf:
+    """Norm, attention and its output matrix of one layer, with this layer's keys and values (N, B, G, K)."""
+
+    def __init__(
+        self,
+        library: Native,
+        *,
+        norm: Tensor,
+        eps: float,
+        qkv: Product,
+        output: Product,
+        heads_G3: Tensor,
+        num_heads: int,
+        keys_NBGK: Tensor,
+        values_NBGK: Tensor,
+    ) -> None:
+        """``heads_G3``: for each KV head its first query head, how many it has, and its number."""
+        self._held = (norm, qkv, output, heads_G3, keys_NBGK, values_NBGK)
+        _, block_tokens, num_kv_heads, head_dim = keys_NBGK.shape
+        functions = (table[keys_NBGK.dtype] for table in (library.write_kv, library.prefill, library.decode))
+        self._struct = _AttentionHalf(
+            _Norm(norm.data_ptr(), eps),
+            _matrix(library, qkv),
+            _matrix(library, output),
+            heads_G3.data_ptr(),
+            *(num_heads, num_kv_heads, head_dim, block_tokens),
+            *(keys_NBGK.data_ptr(), values_NBGK.data_ptr(), *map(address_of, functions)),
+        )
+        self._at, self._call = ctypes.addressof(self._struct), library.attention_half
+
+    def __call__(self, batch: BatchOfStep, x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
+        """``x_TD += delta_TD`` in place, and what attention gives of its norm, with no sum over ranks yet. Both are contiguous."""
+        out_TD = torch.empty_like(x_TD)
+        delta = None if delta_TD is None else delta_TD.data_ptr()
+        self._call(self._at, batch.address, x_TD.data_ptr(), delta, out_TD.data_ptr(), num_threads())
+        return out_TD
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """``down(silu(gate) * up)``; with more than ``few_rows`` the gate is taken within the product."""
+
+    up: Product
+    down: Product
+    few_rows: int
+
+
+class _SecondHalf:
+    """Norm and MLP of one layer: what `MlpHalf` and `MoeHalf` have in common."""
+
+    def __init__(self, struct: ctypes.Structure, call: "ctypes._NamedFuncPointer", held: object) -> None:
+        self._struct, self._call, self._held = struct, call, held
+        self._at = ctypes.addressof(struct)
+
+    def __call__(self, x_TD: Tensor, delta_TD: Tensor) -> Tensor:
+        """As of `AttentionHalf`."""
+        out_TD = torch.empty_like(x_TD)
+        self._call(self._at, x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], num_threads())
+        return out_TD
+
+
+class MlpHalf(_SecondHalf):
+    """Norm and gated MLP of one layer."""
+
+    def __init__(self, library: Native, *, norm: Tensor, eps: float, mlp: GatedMlp) -> None:
+        struct = _MlpHalf(_Norm(norm.data_ptr(), eps), _mlp(library, mlp))
+        super().__init__(struct, library.mlp_half, (norm, mlp))
+
+
+class MoeHalf(_SecondHalf):
+    """Norm, router, all experts and the shared one, of a layer that is whole on this rank. The router's softmax is our own: the weights are
+    torch's but for the last bits."""
+
+    def __init__(
+        self,
+        library: Native,
+        *,
+        norm: Tensor,
+        eps: float,
+        router: Product,
+        experts_per_token: int,
+        renormalise: bool,
+        experts: AllExperts,
+        shared: GatedMlp,
+        shared_gate: Product,
+    ) -> None:
+        matrices = _matrix(library, router), _matrix(library, shared_gate)
+        struct = _MoeHalf(_Norm(norm.data_ptr(), eps), *matrices, _mlp(library, shared), experts.struct, experts_per_token, renormalise)
+        super().__init__(struct, library.moe_half, (norm, router, shared_gate, shared, experts))
+
+
+def _mlp(library: Native, mlp: GatedMlp) -> _Mlp:
+    gated = address_of(library.experts[mlp.up.packed.kind])
+    return _Mlp(_matrix(library, mlp.up), _matrix(library, mlp.down), gated, mlp.few_rows)
+
+
+def _matrix(library: Native, product: Product) -> _Matrix:
+    packed, bias = product.packed, product.bias
+    assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+    return _Matrix(
+        address_of(library.linear[packed.kind]),
+        packed.numbers.data_ptr(),
+        None if packed.scales is None else packed.scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        *(product.num_inputs, packed.padded, packed.group, packed.num_outputs),
+    )

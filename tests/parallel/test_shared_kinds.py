@@ -1,0 +1,28 @@
+"""Which kinds of weights ranks on different processors agree upon."""
+
+from unittest.mock import patch
+
+from parallel.groups import ParallelGroups, single_rank_groups
+from parallel.native.library import kinds_here
+from parallel.shared_kinds import shared_kinds
+from parallel.topology import Topology
+from tests.ranks import run_ranks
+
+HERE = [("bf16", "fp32", "int8", "int4", "bf16_dot", "int8_dot"), ("bf16", "fp32", "int8", "int4", "int8_dot", "int4_dot")]
+
+
+def agreed(groups: ParallelGroups, here: list[tuple[str, ...]]) -> frozenset[str]:
+    with patch("parallel.shared_kinds.kinds_here", lambda: frozenset(here[groups.rank])):
+        return shared_kinds(groups.stage)
+
+
+def test_ranks_come_to_what_all_of_them_multiply() -> None:
+    assert run_ranks(Topology(tp=2), agreed, HERE) == [frozenset(HERE[0]) & frozenset(HERE[1])] * 2
+
+
+def test_with_a_rank_that_has_no_kernels_there_are_none() -> None:
+    assert run_ranks(Topology(tp=2), agreed, [HERE[0], ()]) == [frozenset()] * 2
+
+
+def test_a_rank_alone_has_its_own() -> None:
+    assert shared_kinds(single_rank_groups().stage) == kinds_here()
