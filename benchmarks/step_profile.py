@@ -21,10 +21,22 @@ from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
 from model.qwen2 import Qwen2
+from parallel.native import experts, halves
 from parallel.native.library import native
 
 Steps = list[dict[str, float]]
 """Of each step seconds by part, beside "step"."""
+
+
+SINGLE = {
+    "add_norm": "norms",
+    "gate": "gate",
+    "rotate": "rotation",
+    "attention_half": "norm and attention at once",
+    "mlp_half": "norm and MLP at once",
+    "moe_half": "norm and experts at once",
+    "weighted_experts": "experts at once",
+}
 
 
 class Clock:
@@ -41,6 +53,7 @@ class Clock:
             finally:
                 self.seconds[name(*arguments)] += time.perf_counter() - began
 
+        call.watched = function  # type: ignore[attr-defined]
         return call
 
 
@@ -67,9 +80,13 @@ def watched(clock: Clock) -> Iterator[None]:
     watch_each("experts", lambda *a: f"experts or gated product {a[10]:,} -> {a[12]:,}")
     for name, part in (("write_kv", "writing keys and values"), ("prefill", "attention of prompts"), ("decode", "attention")):
         watch_each(name, lambda *_, part=part: part)
-    for name, part in (("add_norm", "norms"), ("gate", "gate"), ("rotate", "rotation")):
+    for name, part in SINGLE.items():
         watch(library, name, lambda *_, part=part: part)
     watch(Sampler, "sample", lambda *_: "sampling")
+    for module in (halves, experts):  # what one kernel calls of others is not seen
+        before = module.address_of
+        module.address_of = lambda function, before=before: before(getattr(function, "watched", function))
+        put_back.append(lambda module=module, before=before: setattr(module, "address_of", before))
     for name in ("hidden", "logits"):
         watch(Qwen2, name, lambda *_: "(model)")
     watch(Runner, "begin", lambda *_: "(rank)")
@@ -120,20 +137,23 @@ def main() -> None:
     parser.add_argument("--streams", type=int, action="append", help="may be repeated; 1, 8 and 32 without it")
     parser.add_argument("--tokens-in", type=int, default=128)
     parser.add_argument("--tokens-out", type=int, default=24)
+    parser.add_argument("--kernel-after-kernel", action="store_true", help="call each kernel by itself, so that all of them are seen")
     options = parser.parse_args()
     runner_config = RunnerConfig(quantize=options.quantize, kv_cache_bytes=300_000_000)
-    executor = LocalExecutor.open(options.checkpoint, runner_config=runner_config, engine_config=EngineConfig())
     clock = Clock()
-    engine = Engine(executor, EngineConfig())
-    for streams in options.streams or [1, 8, 32]:
-        with watched(clock):
+    with watched(clock):  # from the start: layers keep what they call
+        if options.kernel_after_kernel:
+            Qwen2.layers_at_once = lambda *_: None
+        executor = LocalExecutor.open(options.checkpoint, runner_config=runner_config, engine_config=EngineConfig())
+        engine = Engine(executor, EngineConfig())
+        for streams in options.streams or [1, 8, 32]:
             steps = decode_steps(engine, clock, streams=streams, tokens_in=options.tokens_in, tokens_out=options.tokens_out)
-        whole_s = statistics.median(step["step"] for step in steps)
-        print(f"\n{streams} streams, {options.quantize or 'bf16'}: {whole_s * 1e3:.2f} ms a step (median of {len(steps)})\n")
-        print("| part | ms | of the step |\n|---|---|---|")
-        for name, seconds in table(steps):
-            print(f"| {name} | {seconds * 1e3:.3f} | {seconds / whole_s:.1%} |")
-    executor.close()
+            whole_s = statistics.median(step["step"] for step in steps)
+            print(f"\n{streams} streams, {options.quantize or 'bf16'}: {whole_s * 1e3:.2f} ms a step (median of {len(steps)})\n")
+            print("| part | ms | of the step |\n|---|---|---|")
+            for name, seconds in table(steps):
+                print(f"| {name} | {seconds * 1e3:.3f} | {seconds / whole_s:.1%} |")
+        executor.close()
 
 
 if __name__ == "__main__":

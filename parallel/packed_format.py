@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import Kind, Packed, multiply, pack, rounded, rows, unpack
+from parallel.native.linear import Kind, Packed, look_up, multiply, pack, rounded, rows, unpack
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
@@ -89,7 +89,12 @@ class PackedFormat:
         return self.experts(x, None, [x.shape[0]], [up], [down])
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
-        return rows(self.packed(tensors), outputs.flatten())[:, :width].view(*outputs.shape, width)
+        packed, library = self.packed(tensors), native()
+        if library is not None and self.kind in library.kinds and packed.lanes == library.lanes:
+            found = look_up(library, packed, outputs.flatten())
+        else:
+            found = rows(packed, outputs.flatten())
+        return found[:, :width].view(*outputs.shape, width)
 
     def packed(self, tensors: Mapping[str, Tensor]) -> Packed:
         return Packed(self.kind, tensors["numbers"], tensors.get("scales"), tensors["outputs"].shape[0])

@@ -51,6 +51,8 @@ class Native:
         size, address, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
         threads = ctypes.c_int
         self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in self.kinds}
+        rows = [*[address] * 4, size, size, size, threads]
+        self.rows = {kind: self._function(f"rows_{kind}", rows) for kind in self.kinds}
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
         self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
         self.turn = self._function("turn", [address, size, threads, threads]) if "int8_dot" in self.kinds else None

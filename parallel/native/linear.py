@@ -104,6 +104,22 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
     return (turn(rows_TGC, back=True) if packed.kind == "int8_dot" else rows_TGC).flatten(1)
 
 
+def look_up(library: Native, packed: Packed, outputs_T: Tensor) -> Tensor:
+    """`rows` by a kernel, to the same bits."""
+    outputs_T = outputs_T.contiguous()
+    if outputs_T.numel() and not 0 <= int(outputs_T.min()) <= int(outputs_T.max()) < packed.num_outputs:
+        raise IndexError(f"an output of {outputs_T.tolist()} is not one of {packed.num_outputs}")
+    rows_TK = torch.empty(outputs_T.shape[0], packed.padded)
+    library.rows[packed.kind](
+        packed.numbers.data_ptr(),
+        None if packed.scales is None else packed.scales.data_ptr(),
+        outputs_T.data_ptr(),
+        rows_TK.data_ptr(),
+        *(outputs_T.shape[0], packed.padded, packed.group, num_threads()),
+    )
+    return rows_TK
+
+
 def rounded(kind: Kind, x_TK: Tensor) -> Tensor:
     """Rows in float32 as the kernels multiply them: their slow twin. (That ``int8`` and ``int4`` make them 16-bit integers is no more
     than float32 itself rounds.)"""

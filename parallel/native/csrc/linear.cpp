@@ -1,4 +1,5 @@
 // What Python calls of linear.h and integers.h.
+#include <type_traits>
 #include "integers.h"
 #include "linear.h"
 
@@ -91,10 +92,68 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
     run_jobs(downs, threads);
 }
 
+// Number k of output `place` of a panel (weights of K padded inputs), before its scale.
+static inline float number_of(const Bf16& w, long panel, long place, long k) {
+    const uint32_t bits = uint32_t(w.weights[(panel * w.K + k) * PANEL + place % LANES * 2 + place / LANES]) << 16;
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+#if defined(__AVX512BF16__)
+static inline float number_of(const Bf16Dot& w, long panel, long place, long k) {
+    const uint32_t bits = uint32_t(w.weights[(panel * w.K + k / 2 * 2) * PANEL + place * 2 + k % 2]) << 16;
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+#endif
+static inline float number_of(const Fp32& w, long panel, long place, long k) { return w.weights[(panel * w.K + k) * PANEL + place]; }
+static inline float number_of(const Int8& w, long panel, long place, long k) { return w.weights[(panel * w.K + k / 2 * 2) * PANEL + place * 2 + k % 2]; }
+static inline int of_eight(const uint8_t* weights, long at, int bit) {
+    uint32_t eight;
+    memcpy(&eight, weights + at * 4, 4);
+    return int(eight >> bit & 15) - 8;
+}
+static inline float number_of(const Int4& w, long panel, long place, long k) {
+    return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + place, k % 8 / 2 * 4 + k % 2 * 16);
+}
+#if defined(__AVX512VNNI__)
+static inline float number_of(const Int8Dot& w, long panel, long place, long k) {
+    return int(w.weights[(panel * w.K + k / 4 * 4) * PANEL + place * 4 + k % 4]) - 128;
+}
+static inline float number_of(const Int4Dot& w, long panel, long place, long k) {
+    return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + place, k % 4 * 8 + k % 8 / 4 * 4);
+}
+#endif
+
+// rows (T, padded K) of the matrix: those of `outputs`.
+template <class W>
+static void look_up(const void* weights, const void* scales, const int64_t* outputs, float* rows, long T, long padded, long group, int threads) {
+    const W w = Weights<W>::make(weights, scales, padded, group);
+    share_out(T, T * padded > SERIAL_NUMBERS ? threads : 1, [&](long t) {
+        const long panel = outputs[t] / PANEL, place = outputs[t] % PANEL;
+        float* row = rows + t * padded;
+        for (long k = 0; k < padded; ++k) row[k] = number_of(w, panel, place, k);
+        if (!scales) return;
+        for (long g = 0; g < padded / group; ++g) {
+            alignas(64) float those[LANES];
+            store(those, from_halves((const uint16_t*)scales + (panel * (padded / group) + g) * PANEL + place / LANES * LANES));
+            for (long k = g * group; k < (g + 1) * group; ++k) row[k] *= those[place % LANES];
+        }
+#if defined(__AVX512VNNI__)
+        if constexpr (std::is_same_v<W, Int8Dot>) turn_groups(row, padded / group, true);
+#endif
+    });
+}
+
 #define KIND(name, W)                                                                                                                              \
     void manta_linear_##name(const float* x, const void* weights, const void* scales, const float* bias, float* y, long T, long K, long padded,    \
                              long group, long N, int threads) {                                                                                    \
         multiply<W>(x, weights, scales, bias, y, T, K, padded, group, N, threads);                                                                 \
+    }                                                                                                                                              \
+    void manta_rows_##name(const void* weights, const void* scales, const int64_t* outputs, float* rows, long T, long padded, long group,          \
+                           int threads) {                                                                                                          \
+        look_up<W>(weights, scales, outputs, rows, T, padded, group, threads);                                                                     \
     }                                                                                                                                              \
     void manta_experts_##name(const float* x, long num_rows, const int64_t* rows, const int64_t* counts, long num_experts,                         \
                               const void* const* up, const void* const* up_scales, const void* const* down, const void* const* down_scales,        \

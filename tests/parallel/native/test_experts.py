@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.native.experts import experts
+from parallel.native.experts import AllExperts, experts
 from parallel.native.library import native
 from parallel.native.linear import Kind, multiply, pack
 from parallel.native.small import NativeSmall
@@ -49,3 +49,31 @@ def test_a_gated_mlp_at_once_gives_the_bits_of_one_product_after_the_other(kind:
     assert torch.equal(found, form.multiply(NativeSmall(library).gate(form.multiply(x, up, None)), down, None))
     assert form.gated(x[:3], up, down) is None, "not faster"
     assert form.gated(x.bfloat16(), up, down) is None, "what is between them would be rounded there"
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 70])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+def test_all_experts_of_a_rank_give_each_row_the_sum_of_its_own(kind: Kind, num_rows: int) -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    if kind not in library.kinds:
+        pytest.skip(f"this processor has no product of {kind}")
+    random = torch.Generator().manual_seed(3)
+    held = (0, 2, 3)  # 1 and 4 are elsewhere
+    up = {number: pack(kind, torch.randn(2 * 72, 200, generator=random), library.lanes) for number in held}
+    down = {number: pack(kind, torch.randn(200, 72, generator=random), library.lanes) for number in held}
+    x, weights = torch.randn(num_rows, 200, generator=random), torch.rand(num_rows, 2, generator=random)
+    ids = torch.tensor([[3, 0], [-1, 2], [-1, -1], [2, 3], [0, 2]]).repeat(14, 1)[:num_rows]
+    wanted = torch.zeros(num_rows, 200)
+    for row in range(num_rows):
+        for expert, weight in zip(ids[row].tolist(), weights[row], strict=True):
+            if expert >= 0:
+                one = x[row : row + 1]
+                inner = NativeSmall(library).gate(multiply(library, one, up[expert], None))
+                wanted[row] += weight * multiply(library, inner, down[expert], None)[0]
+    all_experts = AllExperts(library, 5, up, down)
+    torch.testing.assert_close(all_experts(x, ids, weights), wanted, atol=1e-4, rtol=1e-5)
+    for missing in (1, 5):
+        with pytest.raises(KeyError, match=f"expert {missing} is not held here"):
+            all_experts(x, ids.where(ids != ids[0, 0], missing), weights)

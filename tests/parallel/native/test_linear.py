@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import Native, native
-from parallel.native.linear import PIECE_OUTPUTS, Kind, Packed, multiply, pack, rounded, rows, turn, unpack
+from parallel.native.linear import PIECE_OUTPUTS, Kind, Packed, look_up, multiply, pack, rounded, rows, turn, unpack
 from parallel.rounding import turned, turned_back
 
 KINDS: tuple[Kind, ...] = ("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot")
@@ -145,3 +145,14 @@ def test_single_rows_can_be_looked_up(kind: Kind) -> None:
     packed = pack(kind, random(307, 256), 8)
     wanted = torch.tensor([306, 0, 16, 15, 8, 306])
     assert torch.equal(rows(packed, wanted), unpack(packed)[wanted])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_looks_rows_up_to_the_same_bits(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
+    packed = pack(kind, random(*shape), library.lanes)
+    wanted = torch.cat((torch.arange(shape[0]), torch.tensor([0])))[-400:]
+    assert torch.equal(look_up(library, packed, wanted), rows(packed, wanted))
+    for missing in (-1, shape[0]):
+        with pytest.raises(IndexError, match="is not one of"):
+            look_up(library, packed, torch.tensor([missing]))
