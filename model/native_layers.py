@@ -55,18 +55,19 @@ def native_layer(
     library = native()
     if library is None or not isinstance(backend, NativeAttention) or not backend.config.is_causal:
         return None
-    norms, products = (attention_norm.weight, mlp_norm.weight), (_product(library, qkv), _product(library, output))
-    if any(weight is None or weight.dtype != torch.float32 for weight in norms) or keys_NBGK.dtype not in library.prefill:
-        return None
-    if products[0] is None or products[1] is None:
+    into, out_of = _product(library, qkv), _product(library, output)
+    if into is None or out_of is None or keys_NBGK.dtype not in library.prefill:
         return None
     assert attention_norm.weight is not None
+    assert mlp_norm.weight is not None
+    if attention_norm.weight.dtype != torch.float32 or mlp_norm.weight.dtype != torch.float32:
+        return None
     attention = AttentionHalf(
         library,
         norm=attention_norm.weight,
         eps=attention_norm.eps,
-        qkv=products[0],
-        output=products[1],
+        qkv=into,
+        output=out_of,
         heads_G3=backend.heads_G3,
         num_heads=num_heads,
         keys_NBGK=keys_NBGK,

@@ -231,9 +231,9 @@ class Qwen2(nn.Module):
     def layers_at_once(self, cache: KvCache) -> list[NativeLayer] | None:
         """They know the addresses of weights and cache, which stay where they are."""
         if self._at_once is None or self._at_once[0] is not cache:
-            found = [layer.native(cache) for layer in self.layers]
+            found = [layer.native(cache) for layer in self.layers if isinstance(layer, DecoderLayer)]
             whole = [layer for layer in found if layer is not None]
-            self._at_once = (cache, whole if len(whole) == len(found) else None)
+            self._at_once = (cache, whole if len(whole) == len(self.layers) else None)
         return self._at_once[1]
 
     @property
