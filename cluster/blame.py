@@ -1,6 +1,7 @@
 """Which rank is to blame for a loss, and what is told of it: by its end, its silence, or its own words, which may blame another."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,59 +16,72 @@ from cluster.worker import crash_note_beside, page_beside
 from engine.errors import WorkersLost
 from parallel.last_collective import read as last_collective
 
+ABOUT_PEERS = ("connection closed by peer", "connection reset", "broken pipe", "remote process exited", "exchangefailed")
+"""In what a rank says that lost the connection to another, as gloo, NCCL and our own exchange report it."""
+PERHAPS_ABOUT_PEERS = ("nccl", "gloo")
+"""Where an error of a rank's own may come to light as well."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On whom a loss is blamed, and why."""
+
+    seat: Seat
+    cause: str
+    told: str | None = None
+    """Its traceback, or its note of a crash."""
+    from_outside: bool = False
+    """See `WorkersLost`."""
+
 
 def the_loss(seats: Sequence[Seat], step: int | None, symptom: str | None) -> WorkersLost:
     """The error that tells of it. ``step``: that was submitted last; ``symptom``: by what the loss was seen, if not by a rank's end."""
-    culprit, cause = _blame(seats)
-    crash = _crash_of(culprit)
+    verdict = _blame(seats)
     when = f" in step {step}" if step is not None else " while starting"
-    if culprit is None:
+    if verdict is None:
         return WorkersLost(f"the ranks were lost{when}: {symptom}", last_collectives=_last_collectives(seats))
-    said = culprit.failure
-    kind = HostUnreachable if cause == FarEnd.HOST_GONE.value else WorkersLost
+    kind = HostUnreachable if verdict.cause == FarEnd.HOST_GONE.value else WorkersLost
     return kind(
-        f"{culprit.name} was lost{when}: {crash.splitlines()[0] if crash else cause}" + (f" ({symptom})" if symptom else ""),
-        rank=culprit.rank,
-        host=culprit.place.host if culprit.place else None,
-        rank_traceback=said.traceback if said else crash,
+        f"{verdict.seat.name} was lost{when}: {verdict.cause}" + (f" ({symptom})" if symptom else ""),
+        rank=verdict.seat.rank,
+        host=verdict.seat.place.host if verdict.seat.place else None,
+        rank_traceback=verdict.told,
         last_collectives=_last_collectives(seats),
-        from_outside=crash is None and (said is None or _is_about_peers(said)),
+        from_outside=verdict.from_outside,
     )
 
 
-def _blame(seats: Sequence[Seat]) -> tuple[Seat | None, str]:
-    """A rank that ended, or fell silent, without a word is the cause, one that raised may be its victim; then one that stands still."""
+def _blame(seats: Sequence[Seat]) -> Verdict | None:
+    """A rank that crashed is the cause, then one that ended or fell silent without a word; one that raised may be its victim; then one
+    that stands still. Of a rank on another host no note of a crash can be read: it counts as ended from outside."""
     for seat in seats:
-        if seat.ended and not seat.failure:
-            return seat, seat.ended
+        if (note := crash_note.read(crash_note_beside(seat.ipc))) is not None:
+            return Verdict(seat, f"it crashed ({note.splitlines()[0]})", note)
+    for seat in seats:
+        if seat.has_ended and not seat.failure:
+            return Verdict(seat, seat.ended or "its process ended", from_outside=True)
     for seat in seats:
         if seat.silent and not seat.failure and seat.place is not None and seat.place.address.tcp is not None:
-            return seat, knock(seat.place.address.tcp, KNOCK_S).value
-    raised = [seat for seat in seats if seat.failure]
-    for seat in sorted(raised, key=lambda seat: _is_about_peers(seat.failure)):
-        assert seat.failure is not None
-        return seat, seat.failure.message
+            return Verdict(seat, knock(seat.place.address.tcp, KNOCK_S).value, from_outside=True)
+    raised = [(seat, seat.failure) for seat in seats if seat.failure is not None]
+    for seat, failure in sorted(raised, key=lambda pair: _says(pair[1], ABOUT_PEERS + PERHAPS_ABOUT_PEERS)):
+        from_outside = failure.was_told_to_end or _says(failure, ABOUT_PEERS)
+        return Verdict(seat, failure.message, failure.traceback, from_outside)
     for seat in seats:
         if seat.process is not None and seat.place is not None and is_stopped(seat.place.pid):
-            return seat, "its process is stopped (SIGSTOP or a debugger)"
-    return None, ""
+            return Verdict(seat, "its process is stopped (SIGSTOP or a debugger)", from_outside=True)
+    return None
 
 
-def _crash_of(seat: Seat | None) -> str | None:
-    """What a rank of this host left as it crashed in native code."""
-    return crash_note.read(crash_note_beside(seat.ipc)) if seat is not None and seat.ended and not seat.failure else None
+def _says(failure: RankFailed, words: Sequence[str]) -> bool:
+    text = failure.message.lower()
+    return any(word in text for word in words)
 
 
 def _last_collectives(seats: Sequence[Seat]) -> tuple[str, ...]:
     """Of the ranks of this host: dead or stopped, they have left a page each."""
     known = ((seat, last_collective(page_beside(seat.ipc))) for seat in seats)
     return tuple(f"rank {seat.rank}: {last}" for seat, last in known if last is not None)
-
-
-def _is_about_peers(failure: RankFailed | None) -> bool:
-    """Whether a rank raised because it lost the connection to another, as gloo, NCCL and our own exchange report it."""
-    text = failure.message.lower() if failure else ""
-    return any(word in text for word in ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo", "exchangefailed"))
 
 
 def how_it_ended(life: Any) -> str:

@@ -6,6 +6,7 @@ import select
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import ray
 import zmq
@@ -13,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.messages import Stop, encode
 from cluster.seats import Seat
-from cluster.worker import end_process, page_beside
+from cluster.worker import crash_note_beside, end_process, page_beside
 
 END_S = 5.0
 """How long ranks may take to end."""
@@ -33,7 +34,8 @@ def end_ranks(seats: Sequence[Seat], *, listening: bool, broken: bool) -> None:
         _force(seat)
     _await_ends(seats, END_S)
     for seat in seats:
-        page_beside(seat.ipc).unlink(missing_ok=True)
+        for left in (Path(seat.ipc.removeprefix("ipc://")), page_beside(seat.ipc), crash_note_beside(seat.ipc)):
+            left.unlink(missing_ok=True)
         if seat.process is not None:
             os.close(seat.process)
             seat.process = None

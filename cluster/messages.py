@@ -43,6 +43,8 @@ class RankFailed:
     step: int | None
     message: str
     traceback: str
+    was_told_to_end: bool = False
+    """By SIGTERM or Ctrl-C: nothing that it computed need have done it."""
 
 
 @dataclass(frozen=True, slots=True)

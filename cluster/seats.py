@@ -2,6 +2,7 @@
 
 import logging
 import os
+import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,11 @@ class Seat:
     failure: RankFailed | None = None
     """What it said itself."""
     capacity: Capacity | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process is gone: of one on this host the kernel says so before Ray does."""
+        return bool(self.ended or (self.process is not None and select.select([self.process], [], [], 0)[0]))
 
     @property
     def name(self) -> str:

@@ -183,7 +183,9 @@ class Worker:
             _die_after(0)
             host = sockets.gethostname()
             message = f"{type(error).__name__}: {error}"
-            self._send(RankFailed(self.rank, host, self._step, message, traceback.format_exc()))
+            told_to_end = isinstance(error, SystemExit | KeyboardInterrupt)  # SystemExit is how Ray hands on SIGTERM
+            with suppress(zmq.Again):  # nobody is connected
+                self._send(RankFailed(self.rank, host, self._step, message, traceback.format_exc(), told_to_end))
             raise
         finally:
             for helper in (self._watchman, self._guard):
@@ -196,8 +198,8 @@ class Worker:
             _die_after(deadlines.start_s)
             self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total, progress.read))
 
-        _die_after(deadlines.start_s)
         self._await_replica(deadlines.start_s)
+        _die_after(deadlines.start_s)
         hit("rank.load")
         with ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank:
             _die_after(0)

@@ -15,9 +15,9 @@ from engine.plan import Sampled, StepPlan, StepResult
 from engine.weights_read import WeightsRead
 from parallel.topology import Topology
 
-RAISE, SPIN, SLEEP, CRASH = 666, 667, 668, 669
+RAISE, SPIN, SLEEP, CRASH, CRASH_AND_RAISE = 666, 667, 668, 669, 670
 """Rank 1 raises while the others wait for it; all ranks wait inside native code with the interpreter locked; all sleep for ever; rank 1
-reads where there is no memory while the others wait for it."""
+reads where there is no memory while the others wait for it; the same, and the others raise at once that they lost it."""
 
 
 def hang_in_native_code(seconds: int) -> None:
@@ -48,8 +48,10 @@ class FakeRank:
             raise ArithmeticError("rank one cannot count")
         if SPIN in tokens:
             hang_in_native_code(3600)
-        if CRASH in tokens and self.rank == 1:
+        if {CRASH, CRASH_AND_RAISE} & set(tokens) and self.rank == 1:
             ctypes.string_at(0)
+        if CRASH_AND_RAISE in tokens:
+            raise RuntimeError("gloo: Connection closed by peer")
         if {SLEEP, RAISE, CRASH} & set(tokens):  # as a collective waits for a peer that does not come
             time.sleep(3600)
         at = self.topology.coordinates(self.rank)

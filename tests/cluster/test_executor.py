@@ -20,7 +20,7 @@ from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work
 from parallel.topology import Topology
 from tests.cluster.conftest import alive, descendants
-from tests.cluster.fake_ranks import CRASH, RAISE, SLEEP, SPIN, FakeRanks
+from tests.cluster.fake_ranks import CRASH, CRASH_AND_RAISE, RAISE, SLEEP, SPIN, FakeRanks
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray")]
 
@@ -105,13 +105,40 @@ def test_an_exception_in_a_rank_comes_back_with_its_own_traceback() -> None:
         assert not caught.value.from_outside
 
 
-def test_a_rank_that_crashes_in_native_code_leaves_word_of_where_it_was() -> None:
+@pytest.mark.parametrize("command", [CRASH, CRASH_AND_RAISE], ids=["others wait", "others complain"])
+def test_a_rank_that_crashes_in_native_code_leaves_word_of_where_it_was(command: int) -> None:
     with executor() as ranks:
         with pytest.raises(WorkersLost, match=r"rank 1 .*Segmentation fault") as caught:
-            ranks.submit(plan(0, CRASH)).result()
+            ranks.submit(plan(0, command)).result()
         assert caught.value.rank == 1
         assert "fake_ranks.py" in (caught.value.rank_traceback or "")
         assert not caught.value.from_outside
+
+
+def test_a_rank_that_is_told_to_end_was_ended_from_outside() -> None:
+    with executor() as ranks:
+        ranks.submit(plan(0)).result()
+        victim = ranks.places[1]
+        assert victim.pid in descendants()
+        os.kill(victim.pid, signal.SIGTERM)
+        until(lambda: not alive(victim.pid))
+        with pytest.raises(WorkersLost, match="rank 1 ") as caught:
+            ranks.submit(plan(1)).result()
+        assert caught.value.from_outside
+
+
+def test_ranks_leave_nothing_in_their_folder() -> None:
+    folder = PrivateFolder()
+    ground = Ground.here_or_new(RANKS, RankResources(), timeout_s=30)
+    before = sorted(folder.path.iterdir())
+    ranks = RayExecutor(ranks=RANKS, resources=RankResources(), config=CONFIG, ground=ground, folder=folder)
+    with pytest.raises(WorkersLost):
+        ranks.submit(plan(0, CRASH)).result()
+    ranks.close()
+    after = sorted(folder.path.iterdir())
+    ground.close()
+    folder.close()
+    assert after == before
 
 
 def test_a_frozen_rank_is_seen_by_the_deadline_of_the_step() -> None:
