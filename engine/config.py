@@ -23,8 +23,8 @@ class EngineConfig:
     """Steps submitted before the first of them is answered. Never fewer than pipeline stages, whatever is set here. With more than there
     are stages, who waits for an answer misses the steps that leave before it."""
     run_ahead: bool = True
-    """Plan one step more before the first is answered, where the ranks know themselves what they sampled (on GPUs, with one rank to a
-    shard) and everybody who decodes is in it. The device then waits for no plan. No answer changes by it."""
+    """Plan one step more before the first is answered, where the ranks know themselves what they sampled (on GPUs, without stages) and
+    everybody who decodes is in it. The device then waits for no plan. No answer changes by it."""
     speculate: Literal["lookup", "draft"] | None = None
     """Speculative decoding: guess the next tokens of a sequence and compute several in one step, where that is faster. "lookup": what
     followed when the last few tokens stood in prompt or answer before (n-gram, prompt lookup). "draft": what a small model of the same

@@ -1,6 +1,7 @@
 """Which collective a rank began last, in a page of memory that others can read when the rank is dead, stopped, or waits for ever.
 
-A rank maps the page with `keep_at`; without one nothing is kept. Each collective then costs some tenths of a microsecond.
+A rank maps the page with `keep_at`; without one nothing is kept. Each collective then costs some tenths of a microsecond. The collectives
+of a captured step are nobody's to note when it is replayed: of those the page has the step.
 """
 
 import mmap
@@ -18,15 +19,16 @@ _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _AXIS_NUMBERS = {axis: number for number, axis in enumerate(AXES)}
 PAGE_BYTES = 64
 _page: memoryview | None = None
-"""Five int64: how many were begun, kind, axis, elements, and when the last one was begun (`time.monotonic_ns`)."""
+"""Seven int64: how many were begun, kind, axis, elements, and when the last one was begun (`time.monotonic_ns`); the step replayed last,
+and when that was begun (0: none was)."""
 
 
 @dataclass(frozen=True)
 class LastCollective:
-    """What a rank's page says."""
+    """What a rank's page says of the last one that was launched."""
 
     number: int
-    """Of the collectives that the rank has begun since it started; those of one group's ranks rise together."""
+    """Of the collectives that the rank has launched since it started; those of one group's ranks rise together."""
     kind: Kind
     axis: TopologyAxis
     elements: int
@@ -36,6 +38,21 @@ class LastCollective:
 
     def __str__(self) -> str:
         return f"{self.kind} number {self.number} over {self.axis}, {self.elements} elements, begun {self.ago_s:.2f} s ago"
+
+
+@dataclass(frozen=True)
+class LastReplay:
+    """What a rank's page says where it has begun to replay a step since: it may be at any of that step's collectives, or past them."""
+
+    step: int
+    ago_s: float
+    """Since it was begun."""
+    launched: LastCollective | None
+    """The last one before it."""
+
+    def __str__(self) -> str:
+        before = f" (launched before it: {self.launched})" if self.launched is not None else ""
+        return f"replaying step {self.step}, begun {self.ago_s:.2f} s ago{before}"
 
 
 def keep_at(file: Path) -> None:
@@ -54,7 +71,13 @@ def note(kind: Kind, axis: TopologyAxis, elements: int) -> None:
         _page[0] += 1
 
 
-def read(file: Path) -> LastCollective | None:
+def note_replay(step: int) -> None:
+    """This rank is about to replay a captured step, whose collectives nobody notes."""
+    if _page is not None:
+        _page[5], _page[6] = step, time.monotonic_ns()
+
+
+def read(file: Path) -> LastCollective | LastReplay | None:
     """Of another process of this host; None where it has begun none, or kept no page."""
     try:
         raw = file.read_bytes()
@@ -62,7 +85,7 @@ def read(file: Path) -> LastCollective | None:
         return None
     if len(raw) < PAGE_BYTES:
         return None
-    number, kind, axis, elements, at, *_ = memoryview(raw).cast("q")
-    if not number:
-        return None
-    return LastCollective(number, KINDS[kind], AXES[axis], elements, (time.monotonic_ns() - at) / 1e9)
+    number, kind, axis, elements, at, step, replayed_at, *_ = memoryview(raw).cast("q")
+    now = time.monotonic_ns()
+    launched = LastCollective(number, KINDS[kind], AXES[axis], elements, (now - at) / 1e9) if number else None
+    return LastReplay(step, (now - replayed_at) / 1e9, launched) if replayed_at > at else launched

@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.run.block_tables import BlockTables
 from engine.run.cuda_graphs import Graphs, Replay
 from engine.run.decode_rows import DecodeRows
+from engine.run.tokens_said import hand_on
 from engine.run.transfer import refill, upload
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
@@ -33,12 +34,25 @@ class DecodeGraphs:
     """One rank's. The rows that fill a step up repeat its shortest sequence and write nowhere: they read what is read anyway, and choose
     the same experts (where those are counted, they count)."""
 
-    def __init__(self, model: Qwen2, cache: KvCache, graphs: Graphs, *, most_rows: int, most_blocks: int, vocab_size: int | None) -> None:
-        """``most_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, and keeps no logits."""
-        self._model, self._cache, self._graphs = model, cache, graphs
+    def __init__(
+        self,
+        model: Qwen2,
+        cache: KvCache,
+        graphs: Graphs,
+        *,
+        most_rows: int,
+        most_blocks: int,
+        vocab_size: int | None,
+        hands_on: bool = False,
+    ) -> None:
+        """``most_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, and keeps no logits.
+        ``hands_on``: the tokens of a step are those that the rank that samples has, whatever the others were told."""
+        self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, hands_on
         self.sizes = tuple(sizes_up_to(most_rows))
         device = model.device
         self._numbers = torch.zeros(4, most_rows, dtype=torch.int64, device=device)
+        self.tokens_B, self.positions_B = self._numbers[TOKENS], self._numbers[POSITIONS]
+        """int64: what the rows of the last step compute, those that fill it up as well, and where that stands in their sequences."""
         self._tables = torch.zeros(most_rows, most_blocks, dtype=torch.int32, device=device)
         self._batches = {size: self._batch(size) for size in self.sizes}
         self.logits: Tensor | None = None
@@ -118,6 +132,8 @@ class DecodeGraphs:
         )
 
     def _compute(self, size: int) -> None:
+        if self._hands_on:
+            hand_on(self._batches[size].tokens_T, self._model.groups.tp)
         hidden_TD = self._model.hidden(self._batches[size], self._cache)
         assert hidden_TD is not None  # it has no stages
         logits_RV = self._model.logits(hidden_TD)

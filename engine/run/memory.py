@@ -83,8 +83,14 @@ def measure_capacity(
         max_context_tokens=min(limit, num_blocks * layout.block_tokens),
         num_shards=groups.topology.dp,
         num_stages=groups.topology.pp,
-        runs_ahead=model.device.type == "cuda" and groups.topology.tp == groups.topology.pp == 1,
+        runs_ahead=_run_ahead(model, engine_config),
     )
+
+
+def _run_ahead(model: Qwen2, engine_config: EngineConfig) -> bool:
+    """The same on all ranks, as those of a tp group hand tokens on where they do. With stages steps overlap anyway."""
+    wanted = engine_config.run_ahead and engine_config.speculate is None
+    return wanted and model.device.type == "cuda" and model.groups.pp.size == 1
 
 
 def _cpu_budget(fraction: float | None) -> int:
@@ -105,7 +111,12 @@ def _cuda_bytes_beside_kv(
     num_blocks = -(-engine_config.max_step_tokens // layout.block_tokens)
     cache = KvCache(layout, num_blocks, device)
     context_tokens = min(model.config.max_context_tokens, runner_config.max_context_tokens or model.config.max_context_tokens)
-    capacity = Capacity(num_blocks=num_blocks, block_tokens=layout.block_tokens, max_context_tokens=context_tokens)
+    capacity = Capacity(
+        num_blocks=num_blocks,
+        block_tokens=layout.block_tokens,
+        max_context_tokens=context_tokens,
+        runs_ahead=_run_ahead(model, engine_config),
+    )
     drafter = open_drafter(draft_model, sampler, num_blocks)
     runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank, drafter=drafter)
     if runner_config.tune_tiles:

@@ -1,9 +1,10 @@
 """Step 9 of a request: one rank turns a StepPlan into a forward batch, and a sampling rank its logits into tokens."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,16 +26,21 @@ from engine.run.grammar.guides import Allowed, Guides
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.replayed import Replayed
-from engine.run.sampling.columns import LEARNS, NEEDS, SamplingColumns, are_edited
+from engine.run.sampling.columns import GUIDED, LEARNS, NEEDS, TELLS, SamplingColumns, are_edited_by_host
+from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.sampler import Sampler
-from engine.run.sampling.sampler_graphs import SamplerGraphs
+from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
 from engine.run.scoring import Scorer
-from engine.run.tokens_said import remember, with_known_tokens
+from engine.run.tokens_said import hand_on, num_with_unknown_tokens, remember, with_known_tokens
+from engine.run.transfer import upload
 from engine.run.verification import rows_of, verified
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
+from parallel.last_collective import note_replay
 from parallel.topology import Topology
+
+NONE_ALLOWED: Mapping[int, Allowed] = MappingProxyType({})
 
 
 def sampling_ranks(topology: Topology) -> tuple[int, ...]:
@@ -91,6 +97,7 @@ class Runner:
         self.decode_graphs: DecodeGraphs | None = None
         """What `capture` recorded."""
         self.sampler_graphs: SamplerGraphs | None = None
+        self._table: EditTable | None = None
 
     def __repr__(self) -> str:
         return f"<Runner [{'samples' if self.is_sampling else 'computes'} on {self.device} | {self._tables} | {self.cache}]>"
@@ -100,9 +107,13 @@ class Runner:
         """Whether `run` returns results here: so on exactly one rank of each shard."""
         return self._sampler is not None
 
-    def capture(self, graphs: Graphs, *, most_rows: int, on_progress: Callable[[int, int], None] = lambda _done, _total: None) -> None:
+    def capture(
+        self, graphs: Graphs, *, most_rows: int, edits: bool = False, on_progress: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> None:
         """Record steps that only decode, so that `run` replays them from now on. All ranks of the replica must call this at the same time,
-        between two steps, and there must be no `engine.run.decode_graphs.capture_obstacle`. ``on_progress`` is told (done, total)."""
+        when no sequence is open, and there must be no `engine.run.decode_graphs.capture_obstacle`. ``edits``: what sequences have seen is
+        counted on the device from now on, so that their penalties are replayed too; not where anything is guessed. ``on_progress`` is
+        told (done, total)."""
         self.decode_graphs = DecodeGraphs(
             self.model,
             self.cache,
@@ -110,9 +121,20 @@ class Runner:
             most_rows=min(most_rows, MOST_ROWS),
             most_blocks=self.capacity.blocks_for(self.capacity.max_context_tokens),
             vocab_size=self._sampler.vocab_size if self._sampler else None,
+            hands_on=self.capacity.runs_ahead,
         )
-        if self.decode_graphs.logits is not None:
-            self.sampler_graphs = SamplerGraphs(self.decode_graphs.logits, self.decode_graphs.sizes, graphs)
+        if self.decode_graphs.logits is not None and self._sampler is not None:
+            assert not self._states
+            sizes, vocab_size = self.decode_graphs.sizes, self._sampler.vocab_size
+            self._table = EditTable(num_entries=sizes[-1], vocab_size=vocab_size, device=self.device) if edits else None
+            self.sampler_graphs = SamplerGraphs(
+                self.decode_graphs.logits,
+                sizes,
+                graphs,
+                table=self._table,
+                tokens_B=self.decode_graphs.tokens_B,
+                positions_B=self.decode_graphs.positions_B,
+            )
         total = len(self.decode_graphs.sizes) + (self.sampler_graphs.num_graphs if self.sampler_graphs else 0)
         done = iter(range(1, total + 1))
 
@@ -148,20 +170,26 @@ class Runner:
         self._open_and_close(plan)
         rows = decode_rows(plan, self.shard) if self.decode_graphs is not None else None
         if rows is not None and self.decode_graphs is not None and self.decode_graphs.takes(len(rows)):
+            note_replay(plan.step)
             table_rows_S = rows.enter(self._tables)
             columns = self._columns.of(table_rows_S) if self.sampler_graphs is not None else None  # only they read them
-            # Ranks with peers do not: what is replayed again for a row that was not decided holds sums that all of them must enter.
-            if columns is not None and self.capacity.runs_ahead and not (columns[NEEDS].any() or are_edited(columns, rows.starts + 1)):
+            if columns is not None and self.capacity.runs_ahead and not self._has_a_say(columns, rows.starts + 1):
                 return self._replay_on(plan, rows, table_rows_S, columns, self.decode_graphs)
             self._settle_all()
             rows.learn(self._said)
             given = self._replay(rows, table_rows_S, columns, self.decode_graphs)
         else:
             self._settle_all()
+            num_said = num_with_unknown_tokens(plan, self.shard)
             plan = with_known_tokens(plan, self._said)
             works = plan.works
-            given = self._compute([work for work in works if work.shard == self.shard]) if works else _Given()
+            given = self._compute([work for work in works if work.shard == self.shard], num_said) if works else _Given()
         return Begun(self._answered(plan, given, began, rebalanced))
+
+    @staticmethod
+    def _has_a_say(columns: np.ndarray, known_S: np.ndarray) -> bool:
+        """Whether the host does, in what a step gives: so that it must have read the one before, or waits for this one."""
+        return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any()) or are_edited_by_host(columns, known_S)
 
     def _answered(self, plan: StepPlan, given: _Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
         if not self.is_sampling:
@@ -217,29 +245,24 @@ class Runner:
         graphs, behind = self.decode_graphs, self._under_way[1] if len(self._under_way) > 1 else None
         assert graphs is not None
         report = step.report.read()
-        chosen_S, decided_S, sound_S = report
-        is_plain = bool(decided_S.all() and sound_S.all())
-        if is_plain:
+        chosen_S, *sound = report
+        if all(sound_S.all() for sound_S in sound):
             tokens, sampled = step.rows.told(chosen_S)
             given = _Given(sampled, tokens=tokens)
         else:
-            if behind is not None:  # it has left its own logits: those of this step are computed again
-                graphs.run(step.rows, step.table_rows_S, self._tables)
-            assert graphs.logits is not None
-            logits_SV = graphs.logits[: len(step.rows)]
-            each = [row for work in step.rows.works() for row in self._rows(work, None)]
-            given = _Given(self._sampler.answers(logits_SV, logits_SV, each, [*report.tolist(), sound_S.tolist()]))
+            assert graphs.logits is not None  # by now perhaps those of the step behind; nobody's log-probabilities are wanted
+            given = self._told(self._sampler, step.rows, graphs.logits[: len(step.rows)], report)
         step.outcome = self._answered(step.plan, given, step.began)
         self._under_way.pop(0)
         if behind is not None:
             behind.rows.learn(self._said)
-            if not is_plain:  # what it began with was not what came
-                self._launch(behind, graphs, None)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
             self._tables.close(sequence)
-            self._states.pop(sequence, None)
+            state = self._states.pop(sequence, None)
+            if state is not None and self._table is not None:
+                self._table.close(state)
             self._said.pop(sequence, None)
             self._guides.close(sequence)
             self._pools.close(sequence)
@@ -250,6 +273,8 @@ class Runner:
             if self._sampler is not None:
                 state = SamplingState(opening, vocab_size=self._sampler.vocab_size)
                 self._states[opening.sequence] = state
+                if self._table is not None:
+                    self._table.open(state)
                 if self.sampler_graphs is not None:
                     self._columns.put(row, state)
                 self._guides.open(opening)
@@ -271,18 +296,44 @@ class Runner:
             work = rows.work(at)
             self._states[work.sequence].take(work)
             self._guides.take(work)
-        if are_edited(columns, known_S):
-            allowed = self._guides.begin(rows.sequences)
-            return _Given(self._sample(self._sampler, logits_SV, rows.works(), allowed.result() if allowed else {}))
-        report = self.sampler_graphs.launch(columns, known_S, graphs.size_for(len(rows))).read()
-        each = [row for work in rows.works() for row in self._rows(work, None)]
-        return _Given(self._sampler.answers(logits_SV, logits_SV, each, [*report.tolist(), report[2].tolist()]))
+        looked_up = self._guides.begin(rows.sequences)
+        allowed = looked_up.result() if looked_up else {}
+        if are_edited_by_host(columns, known_S) or (allowed and not self.sampler_graphs.edits):
+            works = rows.works()
+            self._count(works)
+            return _Given(self._sample(self._sampler, logits_SV, works, allowed))
+        words = {at: one.words for at, number in enumerate(rows.sequences) if (one := allowed.get(number)) and one.words is not None}
+        report = self.sampler_graphs.launch(columns, known_S, graphs.size_for(len(rows)), words).read()
+        return self._told(self._sampler, rows, logits_SV, report, allowed)
 
-    def _compute(self, works: Sequence[Work]) -> "_Given":
+    def _told(
+        self, sampler: Sampler, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, Allowed] = NONE_ALLOWED
+    ) -> _Given:
+        """What a replay drew, row by row. Sequences whose grammar has no say yet get no token in this step."""
+        each = [row for work in rows.works() for row in self._rows(work, None)]
+        answers = sampler.answers(logits_SV, logits_SV, each, as_decided(report_3S))
+        mute = _mute(allowed)
+        return _Given([mute.get(answer.sequence, answer) for answer in answers])
+
+    def _count(self, works: Sequence[Work]) -> None:
+        """On the device, the newest token of each work whose sequence has an entry there, if it is not counted yet: of a step that is
+        launched, or whose logits the host edits."""
+        if self._table is None:
+            return
+        newest = ((self._states[work.sequence].entry, work.tokens[-1], work.start + len(work.tokens) - 1) for work in works)
+        counted = [one for one in newest if one[0] >= 0]
+        if counted:
+            entries_R, tokens_R, starts_R = upload(np.array(counted, np.int64).T.copy(), self.device)
+            self._table.learn(entries_R, tokens_R, starts_R)
+
+    def _compute(self, works: Sequence[Work], num_said: int) -> "_Given":
+        """The tokens of the first ``num_said`` works are known to the rank that samples, and to no other."""
         for work in works:
             self._tables.append(work)
         self._mark(9, works)
         built = build_batch(works, self._tables, self.capacity.block_tokens, self.device)
+        if num_said:
+            hand_on(built.forward.tokens_T[:num_said], self.model.groups.tp)
         self._mark(10, works)
         if self._sampler is None:
             hidden_TD = self.model.hidden(built.forward, self.cache)
@@ -293,6 +344,7 @@ class Runner:
         for work in works:
             self._states[work.sequence].take(work)
             self._guides.take(work)
+        self._count(works)
         allowed = self._guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
         hidden_TD = self.model.hidden(built.forward, self.cache)
         assert hidden_TD is not None  # sampling ranks are of the last stage
@@ -310,16 +362,12 @@ class Runner:
 
     def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work], allowed: dict[int, Allowed]) -> list[Sampled]:
         """Sequences whose grammar has no say yet get no token in this step."""
-        mute = {
-            number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
-            for number, one in allowed.items()
-            if one.words is None
-        }
+        mute = _mute(allowed)
         speaking = [work for work in works if work.sequence not in mute]
         if mute:
             logits_RV = logits_RV[[at for at, work in enumerate(_owners(works)) if work.sequence not in mute]]
         rows = [row for work in speaking for row in self._rows(work, allowed.get(work.sequence))]
-        answers = iter(sampler.sample(logits_RV, rows))
+        answers = iter(sampler.sample(logits_RV, rows, self._table))
         return [self._verified(work, list(islice(answers, work.num_draft + 1))) for work in speaking] + list(mute.values())
 
     def _rows(self, work: Work, allowed: Allowed | None) -> list[Row]:
@@ -334,6 +382,15 @@ class Runner:
         if self.is_sampling:  # one rank's word for each sequence is enough
             for work in works:
                 mark(place, self._states[work.sequence].request_id)
+
+
+def _mute(allowed: Mapping[int, Allowed]) -> dict[int, Sampled]:
+    """The answers of sequences whose grammar has no say yet, or will never have one."""
+    return {
+        number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
+        for number, one in allowed.items()
+        if one.words is None
+    }
 
 
 def _owners(works: Sequence[Work]) -> Iterator[Work]:

@@ -1,11 +1,33 @@
-"""Step 9 of a request, where a step was planned before the one before it was answered: the rank fills in what it sampled itself."""
+"""Step 9 of a request, where a step was planned before the one before it was answered: the rank fills in what it sampled itself, and
+hands it on to those that compute with it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepPlan
+from parallel.collectives import broadcast
+from parallel.groups import Group
+
+SAMPLING_PLACE = 0
+"""Of the rank that samples, in its tp group (`engine.run.runner.sampling_ranks`)."""
+
+
+def hand_on(tokens_T: Tensor, tp: Group) -> None:
+    """Write the tokens of the rank that samples over those of the ranks that compute with it; contiguous, on the device. Whether a step
+    does so follows from its plan, so that all of them do."""
+    assert tokens_T.is_contiguous()
+    broadcast(tokens_T, SAMPLING_PLACE, tp)
+
+
+def num_with_unknown_tokens(plan: StepPlan, shard: int) -> int:
+    """The decodes of a shard, where the token of one of them was not known when they were planned; else 0. They are the first of its works
+    and of the tokens in its batch."""
+    columns = plan.decodes.columns
+    tokens = columns[2, columns[4] == shard]
+    return len(tokens) if (tokens == NO_TOKEN).any() else 0
 
 
 def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:

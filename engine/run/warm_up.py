@@ -85,7 +85,12 @@ def capture(
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
         log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
         return
-    runner.capture(graphs, most_rows=min(engine_config.max_running, engine_config.max_step_tokens), on_progress=on_progress)
+    runner.capture(
+        graphs,
+        most_rows=min(engine_config.max_running, engine_config.max_step_tokens),
+        edits=engine_config.speculate is None,  # guesses are looked at behind what is counted
+        on_progress=on_progress,
+    )
     warm_up(runner)
 
 

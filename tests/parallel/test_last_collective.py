@@ -10,7 +10,7 @@ import torch
 
 from parallel.collectives import all_gather, all_reduce, barrier
 from parallel.groups import ParallelGroups
-from parallel.last_collective import KINDS, keep_at, read
+from parallel.last_collective import KINDS, LastCollective, keep_at, note, note_replay, read
 from parallel.topology import Topology
 from tests.ranks import end_pools, run_ranks
 
@@ -39,7 +39,7 @@ def test_each_ranks_page_tells_what_it_began_last(tmp_path: Path) -> None:
     end_pools()  # their processes would go on writing there
     for rank in range(2):
         last = read(tmp_path / str(rank))
-        assert last is not None
+        assert isinstance(last, LastCollective)
         assert (last.number, last.kind, last.axis, last.elements) == (4, "all_reduce", "tp", 4)
 
 
@@ -51,9 +51,24 @@ def test_it_is_there_when_the_process_is_dead_or_stopped(tmp_path: Path, end: si
         process.send_signal(end)
         last = read(tmp_path / "page")
         process.kill()
-    assert last is not None
+    assert isinstance(last, LastCollective)
     assert (last.number, last.kind, last.axis, last.elements) == (2, "broadcast", "world", 12)
     assert "broadcast number 2 over world, 12 elements, begun 0." in str(last) or last.ago_s >= 1
+
+
+def test_of_a_step_that_is_replayed_its_number_is_told_until_a_collective_is_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parallel.last_collective._page", None)  # put back behind this test
+    page = tmp_path / "page"
+    keep_at(page)
+    note_replay(7)
+    assert str(read(page)).startswith("replaying step 7, begun ")
+    note("all_reduce", "tp", 12)
+    assert str(read(page)).startswith("all_reduce number 1 over tp, 12 elements, begun ")
+    note_replay(8)
+    assert str(read(page)).startswith("replaying step 8, begun ")
+    assert "(launched before it: all_reduce number 1 over tp, 12 elements" in str(read(page))
 
 
 def test_without_a_page_or_a_collective_nothing_is_known(tmp_path: Path) -> None:

@@ -5,28 +5,30 @@ import numpy as np
 from engine.run.sampling.groups import FEW_TOP_K, kind_of, top_k_of
 from engine.run.sampling.state import SamplingState
 
-SEED, CHOICE, FIRST, TOP_K, KIND, MAY_STOP_FROM, NEEDS, TEMPERATURE, TOP_P, MIN_P = range(10)
-"""Columns; the last three are float64 in the bits of an int64. FIRST: tokens of its prompt. MAY_STOP_FROM: known tokens from which its
-stop ids are allowed."""
+SEED, CHOICE, FIRST, TOP_K, KIND, ENTRY, MAY_STOP_FROM, NEEDS, TEMPERATURE, TOP_P, MIN_P = range(11)
+"""Columns; the last three are float64 in the bits of an int64. FIRST: tokens of its prompt. ENTRY: see `SamplingState.entry`.
+MAY_STOP_FROM: known tokens from which its stop ids are allowed."""
 
 GREEDY, FEW, FILTERED, UNFILTERED = range(4)
 """`KIND`: drawn not at all; among the few of a small top-k; by whatever filters; from the whole vocabulary."""
 
-EDITED, LEARNS, TELLS = 1, 2, 4
-"""`NEEDS`: its logits are changed before they are sampled; it looks at the tokens that it has; its log-probabilities are wanted."""
+EDITED, LEARNS, TELLS, GUIDED = 1, 2, 4, 8
+"""`NEEDS`: penalties or biases change its logits; the host looks at the tokens that it has; its log-probabilities are wanted; a grammar
+says what may be sampled."""
 
 
 class SamplingColumns:
     """By the rows of `engine.run.block_tables.BlockTables`."""
 
     def __init__(self) -> None:
-        self._columns = np.zeros((10, 16), np.int64)
+        self._columns = np.zeros((11, 16), np.int64)
 
     def put(self, row: int, state: SamplingState) -> None:
         """A sequence that has been opened, over whoever had the row."""
         while row >= self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
-        sampling, learns = state.sampling, state.sampling.needs_history
+        sampling, guided = state.sampling, state.sampling.grammar is not None
+        changes = sampling.penalises or len(state.bias_ids) > 0
         numbers = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float64)
         self._columns[:, row] = (
             state.seed,
@@ -34,19 +36,32 @@ class SamplingColumns:
             state.num_prompt,
             top_k_of(sampling, state.vocab_size),
             _kind(state),
+            state.entry,
             state.num_prompt + sampling.min_tokens if len(state.stop_ids) else 0,
-            EDITED * (learns or len(state.bias_ids) > 0) | LEARNS * learns | TELLS * (sampling.logprobs is not None),
+            EDITED * changes | LEARNS * (guided or state.history is not None) | TELLS * (sampling.logprobs is not None) | GUIDED * guided,
             *numbers.view(np.int64),
         )
 
     def of(self, rows_S: np.ndarray) -> np.ndarray:
-        """int64 (10, S)."""
+        """int64 (11, S)."""
         return self._columns.take(rows_S, axis=1)
+
+
+def stops_now(columns: np.ndarray, known_S: np.ndarray) -> np.ndarray:
+    """bool (S): whether stop ids are forbidden to sequences with so many known tokens, by no grammar."""
+    forbidden: np.ndarray = (known_S < columns[MAY_STOP_FROM]) & ((columns[NEEDS] & GUIDED) == 0)
+    return forbidden
 
 
 def are_edited(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether any of the sequences, which have so many known tokens, has its logits changed."""
-    return bool(((columns[NEEDS] & EDITED) | (known_S < columns[MAY_STOP_FROM])).any())
+    return bool((columns[NEEDS] & (EDITED | GUIDED)).any() or stops_now(columns, known_S).any())
+
+
+def are_edited_by_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
+    """Whether the host must change the logits of any of them, as it has no entry. What a grammar says the device can be told."""
+    changed_S = (columns[NEEDS] & EDITED > 0) | stops_now(columns, known_S)
+    return bool((changed_S & (columns[ENTRY] < 0)).any())
 
 
 def _kind(state: SamplingState) -> int:

@@ -1,4 +1,5 @@
-"""What is done to logits before temperature: penalties, biases, ids that may not be sampled now.
+"""What is done to logits before temperature: penalties, biases, ids that may not be sampled now; of rows whose sequence has an entry in an
+`EditTable`, there.
 
 R rows, V ids that can be sampled.
 """
@@ -9,19 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.run.sampling.edit_table import EditTable, bits, edited_where_it_lies
 from engine.run.sampling.state import Row
 from engine.run.transfer import upload
 
 
-def edited(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+def edited(logits_RV: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> Tensor:
     """The logits as each row's parameters change them, in float32; the very same tensor where none changes anything."""
-    penalised = [(at, row) for at, row in enumerate(rows) if row.state.history is not None]
-    biased = [(at, row) for at, row in enumerate(rows) if len(row.state.bias_ids)]
-    unfinished = [(at, row) for at, row in enumerate(rows) if row.allowed is None and _is_too_early_to_stop(row)]
+    here = [(at, row) for at, row in enumerate(rows) if row.state.entry < 0]
+    penalised = [(at, row) for at, row in here if row.state.history is not None]
+    biased = [(at, row) for at, row in here if len(row.state.bias_ids)]
+    unfinished = [(at, row) for at, row in here if row.allowed is None and row.is_too_early_to_stop]
     guided = [at for at, row in enumerate(rows) if row.allowed is not None]
-    if not (penalised or biased or unfinished or guided):
-        return logits_RV
-    logits_RV = logits_RV.to(torch.float32, copy=True)
+    if len(here) < len(rows):
+        assert table is not None
+        logits_RV = edited_where_it_lies(table, logits_RV, rows)
+    elif penalised or biased or unfinished or guided:
+        logits_RV = logits_RV.to(torch.float32, copy=True)
     if penalised:
         _penalise(logits_RV, penalised)
     if biased:
@@ -31,10 +36,6 @@ def edited(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     if guided:
         _forbid_unless_allowed(logits_RV, guided, np.stack([row.allowed for row in rows if row.allowed is not None]))
     return logits_RV
-
-
-def _is_too_early_to_stop(row: Row) -> bool:
-    return row.position < row.state.sampling.min_tokens and len(row.state.stop_ids) > 0
 
 
 def _penalise(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
@@ -72,17 +73,10 @@ def _forbid_stop_ids(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None
 def _forbid_unless_allowed(logits_RV: Tensor, at: list[int], allowed_GW: np.ndarray) -> None:
     """``at``: the numbers of the G rows that the words belong to."""
     at_G, words_GW = upload(np.array(at, np.int64), logits_RV.device), upload(allowed_GW, logits_RV.device)
-    logits_RV[at_G] = logits_RV[at_G].masked_fill(~_bits(words_GW, logits_RV.shape[1]), -torch.inf)
+    logits_RV[at_G] = logits_RV[at_G].masked_fill(~bits(words_GW, logits_RV.shape[1]), -torch.inf)
 
 
 def _places(rows: Sequence[tuple[int, Row]], lengths: list[int], ids: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index pairs (row, id) into the logits; no pair occurs twice but for equal stop ids, which do the same."""
     numbers = np.repeat(np.array([at for at, _ in rows], np.int64), lengths)
     return upload(numbers, device), upload(ids, device)
-
-
-def _bits(words_RW: Tensor, size: int) -> Tensor:
-    """bool (R, size): bit i of a row is bit i % 32 of word i // 32."""
-    shifts = torch.arange(32, dtype=torch.int32, device=words_RW.device)
-    bits = (words_RW.unsqueeze(-1) >> shifts) & 1
-    return bits.flatten(1)[:, :size].bool()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.run.sampling.search import candidates, num_certain
+from parallel.scaled_format import has_triton
 
 WEIGHT_BITS = 44
 """The most probable id weighs 2^44, the others in proportion, rounded down: below 2^-44 of its probability is never drawn."""
@@ -69,12 +70,25 @@ def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, wh
     weights_RC = _weights(ordered_RC, ordered_RC[:, 0], params.temperature_R)
     num_kept_R = _num_kept(weights_RC, params, logits_RV.shape[1], whole_weight_R)
     decided_R = num_kept_R <= num_certain(ordered_RC, logits_RV.shape[1])
+    # Of a top-k beyond the candidates nobody knows the weight of which top-p is a share.
+    decided_R &= (params.top_k_R <= num_candidates) | (params.top_k_R >= logits_RV.shape[1])
     places_C = torch.arange(weights_RC.shape[1], device=weights_RC.device)
     kept_RC = weights_RC * (places_C < num_kept_R.unsqueeze(-1))
     # The draw runs in id order: a rounding error that swaps two almost equal logits then hardly moves the borders.
     by_id_RC = torch.empty_like(kept_RC).scatter_(-1, order_RC, kept_RC)
     place_R, _ = _invert_cdf(by_id_RC, params.uniform_R)
     return ids_RC.gather(-1, place_R.unsqueeze(-1)).squeeze(-1), decided_R
+
+
+def draw_undecided(logits_RV: Tensor, params: DrawParams, chosen_R: Tensor, decided_R: Tensor) -> Tensor:
+    """``chosen_R`` with what is drawn from the whole vocabulary wherever ``decided_R`` (int64) is 0; asks the host nothing."""
+    if logits_RV.device.type == "cuda" and has_triton():
+        from parallel.cuda.whole_rows import draw_undecided as where_it_lies  # triton: not to be imported where there is no such device
+
+        numbers = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R, params.uniform_R)
+        return where_it_lies(logits_RV, *numbers, chosen_R, decided_R)
+    drawn_R, _ = draw_filtered(logits_RV, params, logits_RV.shape[1], whole_weight(logits_RV, params))
+    return torch.where(decided_R > 0, chosen_R, drawn_R)
 
 
 def _num_kept(weights_RC: Tensor, params: DrawParams, vocab_size: int, whole_weight_R: Tensor | None) -> Tensor:

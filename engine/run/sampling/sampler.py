@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.plan import Sampled, TokenLogprobs
+from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.edits import edited
 from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, whole_weight
 from engine.run.sampling.groups import DrawGroup, draw_params, group_rows
@@ -36,12 +37,12 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
 
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
-        """One answer per row of ``logits`` (R, at least V, any floating dtype)."""
+    def sample(self, logits: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> list[Sampled]:
+        """One answer per row of ``logits`` (R, at least V, any floating dtype). ``table`` has the entries of the rows."""
         if not rows:
             return []
         raw_RV = logits[:, : self.vocab_size]
-        logits_RV = edited(raw_RV, rows)
+        logits_RV = edited(raw_RV, rows, table)
         highest_R, chosen_R = highest(logits_RV)  # all that greedy rows need
         decided_R = torch.ones_like(chosen_R)
         for group in group_rows(rows, self.vocab_size):

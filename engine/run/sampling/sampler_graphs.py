@@ -1,12 +1,15 @@
-"""Step 11 of a request, replayed: the next token of each row of a captured step, where nothing but filters and noise decides.
+"""Step 11 of a request, replayed: the next token of each row of a captured step.
 
-What the sampler launches depends on who is in a step. Here it is one of three sequences of launches, and which filters a row has is
-read on the device. The answers are the sampler's: filters and draws are in whole numbers, so it does not matter among how many
-candidates a row is drawn. R rows, B rows of the largest captured step, V ids that can be sampled.
+What the sampler launches depends on who is in a step. Here it is one of three sequences of launches, with what edits logits before it or
+without, and which filters a row has, and what is done to its logits, is read on the device. The answers are the sampler's: filters and
+draws are in whole numbers, so it does not matter among how many candidates a row is drawn. One that is not decided among them is drawn
+from all ids there and then: the step behind this one may have begun with what it gives before the host has read it. R rows, B rows of
+the largest captured step, V ids that can be sampled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from engine.run.cuda_graphs import Graphs, Replay
 from engine.run.noise import uniform
 from engine.run.sampling.columns import (
     CHOICE,
+    ENTRY,
     FEW,
     FIRST,
     GREEDY,
@@ -25,43 +29,68 @@ from engine.run.sampling.columns import (
     TEMPERATURE,
     TOP_K,
     UNFILTERED,
+    are_edited,
+    stops_now,
 )
-from engine.run.sampling.filters import DrawParams, draw_filtered, draw_unfiltered
+from engine.run.sampling.edit_table import NO_ENTRY, EditTable
+from engine.run.sampling.filters import DrawParams, draw_filtered, draw_undecided, draw_unfiltered
 from engine.run.sampling.groups import FEW_TOP_K, MAX_CANDIDATES, MORE_CANDIDATES
 from engine.run.sampling.search import highest
 from engine.run.transfer import refill
 
+NO_WORDS: Mapping[int, np.ndarray] = MappingProxyType({})
 MOST_KINDS = (GREEDY, FEW, UNFILTERED)
 """The hardest kind of row that each of the three takes."""
-IN_SEED, IN_CHOICE, IN_POSITION, IN_TOP_K, IN_KIND, IN_TEMPERATURE, IN_TOP_P, IN_MIN_P = range(8)
+IN_SEED, IN_CHOICE, IN_POSITION, IN_TOP_K, IN_KIND, IN_ENTRY, IN_STOPS, IN_WORDS, IN_TEMPERATURE, IN_TOP_P, IN_MIN_P = range(11)
 
 
 class SamplerGraphs:
     """Of the logits that `engine.run.decode_graphs.DecodeGraphs` leaves."""
 
-    def __init__(self, logits_BV: Tensor, sizes: tuple[int, ...], graphs: Graphs) -> None:
+    def __init__(
+        self,
+        logits_BV: Tensor,
+        sizes: tuple[int, ...],
+        graphs: Graphs,
+        *,
+        table: EditTable | None = None,
+        tokens_B: Tensor | None = None,
+        positions_B: Tensor | None = None,
+    ) -> None:
+        """With a ``table`` logits are edited as well, and the tokens of the step counted: those in ``tokens_B``, at their places in their
+        sequences."""
         self._logits_BV, self._sizes, self._graphs = logits_BV, sizes, graphs
-        self._inputs = torch.from_numpy(_greedy_inputs(logits_BV.shape[0])).to(logits_BV.device)
-        self._reports = {size: torch.zeros(3, size, dtype=torch.int64, device=logits_BV.device) for size in sizes}
-        self._replays: dict[tuple[int, int], Replay] = {}
+        self.table, self._tokens_B, self._positions_B = table, tokens_B, positions_B
+        device, num_rows = logits_BV.device, logits_BV.shape[0]
+        self._inputs = torch.from_numpy(_greedy_inputs(num_rows)).to(device)
+        self._words_BW = torch.zeros(num_rows, -(-logits_BV.shape[1] // 32), dtype=torch.int32, device=device)
+        self._reports = {size: torch.zeros(3, size, dtype=torch.int64, device=device) for size in sizes}
+        self._replays: dict[tuple[int, int, bool], Replay] = {}
 
     def __repr__(self) -> str:
         return f"<SamplerGraphs [{len(self._replays)} captured]>"
 
     @property
+    def edits(self) -> bool:
+        """Whether rows that have entries, or words, may be in a step."""
+        return self.table is not None
+
+    @property
     def num_graphs(self) -> int:
-        return len(self._sizes) * len(MOST_KINDS)
+        return len(self._sizes) * len(MOST_KINDS) * (1 + self.edits)
 
     @torch.inference_mode()
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         self._replays.clear()
         for size in reversed(self._sizes):
             for most in reversed(MOST_KINDS):
-                self._replays[size, most] = self._graphs.capture(partial(self._compute, size, most))
-                after_each()
+                for is_edited in (True, False) if self.edits else (False,):
+                    self._replays[size, most, is_edited] = self._graphs.capture(partial(self._compute, size, most, is_edited))
+                    after_each()
 
-    def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int) -> "Report":
-        """Begin to sample, without waiting for it. ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens."""
+    def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int, words: Mapping[int, np.ndarray] = NO_WORDS) -> "Report":
+        """Begin to sample, without waiting for it. ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens.
+        ``words``: by their places in the step those who may choose from some ids only, int32 (W), a bit for each id, lowest first."""
         count = columns.shape[1]
         inputs = _greedy_inputs(self._inputs.shape[1])  # what fills the step up is greedy, and nobody looks at it
         inputs[IN_SEED, :count], inputs[IN_CHOICE, :count], inputs[IN_POSITION, :count] = (
@@ -71,29 +100,41 @@ class SamplerGraphs:
         )
         inputs[IN_TOP_K, :count], inputs[IN_KIND, :count] = columns[TOP_K], columns[KIND]
         inputs[IN_TEMPERATURE:, :count] = columns[TEMPERATURE : MIN_P + 1]
+        is_edited = self.edits and are_edited(columns, known_S)
+        if is_edited:
+            inputs[IN_ENTRY, :count], inputs[IN_STOPS, :count] = columns[ENTRY], stops_now(columns, known_S)
+            if words:
+                inputs[IN_WORDS, list(words)] = np.arange(len(words))
+                refill(self._words_BW[: len(words)], np.stack(list(words.values())))
         refill(self._inputs, inputs)
         hardest = int(columns[KIND].max())
-        self._replays[size, next(most for most in MOST_KINDS if most >= hardest)]()
+        self._replays[size, next(most for most in MOST_KINDS if most >= hardest), is_edited]()
         return Report(self._reports[size], count)
 
-    def _compute(self, size: int, most: int) -> None:
-        logits_RV = self._logits_BV[:size]
+    def _compute(self, size: int, most: int, is_edited: bool) -> None:
+        raw_RV = logits_RV = self._logits_BV[:size]
+        inputs = self._inputs[:, :size]
+        if is_edited:
+            assert self.table is not None
+            assert self._tokens_B is not None
+            assert self._positions_B is not None
+            self.table.learn(inputs[IN_ENTRY], self._tokens_B[:size], self._positions_B[:size])
+            logits_RV = self.table.edited(raw_RV, inputs[IN_ENTRY], inputs[IN_STOPS], inputs[IN_WORDS], self._words_BW)
         highest_R, chosen_R = highest(logits_RV)
-        decided_R = torch.ones_like(chosen_R)
+        raw_highest_R = highest(raw_RV)[0] if is_edited else highest_R
         if most > GREEDY:
-            chosen_R, decided_R = self._draw(logits_RV, self._params(size), self._inputs[IN_KIND, :size], chosen_R, most)
-        self._reports[size].copy_(torch.stack((chosen_R, decided_R, highest_R.isfinite().long())))
+            chosen_R = self._draw(logits_RV, self._params(size), inputs[IN_KIND], chosen_R, most)
+        self._reports[size].copy_(torch.stack((chosen_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long())))
 
-    def _draw(self, logits_RV: Tensor, params: DrawParams, kind_R: Tensor, greedy_R: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        is_greedy_R = kind_R == GREEDY
+    def _draw(self, logits_RV: Tensor, params: DrawParams, kind_R: Tensor, greedy_R: Tensor, most: int) -> Tensor:
         if most == FEW:
             drawn_R, decided_R = draw_filtered(logits_RV, params, FEW_TOP_K + MORE_CANDIDATES, None)
-            return torch.where(is_greedy_R, greedy_R, drawn_R), (decided_R | is_greedy_R).long()
-        unfiltered_R, whole_weight_R = draw_unfiltered(logits_RV, params)
-        drawn_R, decided_R = draw_filtered(logits_RV, params, MAX_CANDIDATES, whole_weight_R)
-        is_unfiltered_R = kind_R == UNFILTERED
-        drawn_R = torch.where(is_greedy_R, greedy_R, torch.where(is_unfiltered_R, unfiltered_R, drawn_R))
-        return drawn_R, (decided_R | is_greedy_R | is_unfiltered_R).long()
+            others_R, is_other_R = greedy_R, kind_R == GREEDY
+        else:
+            unfiltered_R, whole_weight_R = draw_unfiltered(logits_RV, params)
+            drawn_R, decided_R = draw_filtered(logits_RV, params, MAX_CANDIDATES, whole_weight_R)
+            others_R, is_other_R = torch.where(kind_R == GREEDY, greedy_R, unfiltered_R), (kind_R == GREEDY) | (kind_R == UNFILTERED)
+        return draw_undecided(logits_RV, params, torch.where(is_other_R, others_R, drawn_R), (decided_R | is_other_R).long())
 
     def _params(self, size: int) -> DrawParams:
         inputs = self._inputs[:, :size]
@@ -121,14 +162,20 @@ class Report:
         return self._event is None or bool(self._event.query())
 
     def read(self) -> np.ndarray:
-        """int64 (3, S): what was drawn, whether that is decided, whether the logits are sound. Waits for the device."""
+        """int64 (3, S): what was drawn, whether the model's logits are sound, whether the edited ones are. Waits for the device."""
         if self._event is not None:
             self._event.synchronize()
         report: np.ndarray = self._host.numpy()[:, : self._count]
         return report
 
 
+def as_decided(report_3S: np.ndarray) -> list[list[int]]:
+    """What `Report.read` gave as `Sampler.answers` takes it."""
+    chosen, raw_sound, sound = report_3S.tolist()
+    return [chosen, [1] * len(chosen), raw_sound, sound]
+
+
 def _greedy_inputs(num_rows: int) -> np.ndarray:
-    inputs = np.zeros((8, num_rows), np.int64)
-    inputs[IN_TOP_K] = 1
+    inputs = np.zeros((11, num_rows), np.int64)
+    inputs[IN_TOP_K], inputs[IN_ENTRY], inputs[IN_WORDS] = 1, NO_ENTRY, -1
     return inputs

@@ -74,6 +74,8 @@ class SamplingState:
         self.bias_ids = np.array(list(bias), np.int64)
         self.bias_values = np.array(list(bias.values()), np.float32)
         self.num_prompt, self.vocab_size = opening.num_prompt, vocab_size
+        self.entry = -1
+        """In `engine.run.sampling.edit_table.EditTable`, which then counts what `history` would; below 0: none."""
         self.history: TokenHistory | None = None
         if opening.sampling.penalises:
             self.history = TokenHistory(num_prompt=opening.num_prompt, vocab_size=vocab_size)
@@ -105,6 +107,10 @@ class Row(NamedTuple):
     """int32 (W = ceil(V / 32)): a bit for each id, lowest first; 0 forbids it. It has `min_tokens` in it. None = no such rule."""
     ahead: tuple[int, ...] = ()
     """Guessed tokens between the last known one and this position."""
+
+    @property
+    def is_too_early_to_stop(self) -> bool:
+        return self.position < self.state.sampling.min_tokens and len(self.state.stop_ids) > 0
 
     @property
     def history(self) -> TokenHistory | None:

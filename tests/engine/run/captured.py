@@ -106,6 +106,15 @@ def record_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather_into(x: Tensor, out: Tensor, *, group: Group, dim: int, sizes: Sequence[int]) -> None:
         out.copy_(collectives.all_gather(x, group, dim, sizes))
 
+    @kernel
+    def write_over(x: Tensor, *, root: int, group: Group) -> None:
+        collectives.broadcast(x, root, group)
+
+    def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
+        assert x.is_contiguous()
+        write_over(x, root=root, group=group)
+        return x
+
     def all_reduce(x: Tensor, group: Group) -> Tensor:
         out = torch.empty_like(x)
         sum_into(x, out, group=group)
@@ -122,3 +131,4 @@ def record_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel.embedding.all_reduce", all_reduce)
     monkeypatch.setattr("parallel.dispatch.all_reduce", all_reduce)
     monkeypatch.setattr("parallel.embedding.all_gather", all_gather)
+    monkeypatch.setattr("engine.run.tokens_said.broadcast", broadcast)

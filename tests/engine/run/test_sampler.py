@@ -40,6 +40,7 @@ FILTERS = [
     SamplingParams(min_p=1.0),
     SamplingParams(top_k=50, top_p=0.9, min_p=0.02),
     SamplingParams(top_k=1500, temperature=2.0),
+    SamplingParams(top_k=1500, top_p=0.5, temperature=2.0),
     SamplingParams(temperature=0.0),
 ]
 

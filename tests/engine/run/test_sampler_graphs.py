@@ -1,18 +1,36 @@
 """Replayed sampling against the sampler, and the columns that it reads."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from engine.plan import NO_BLOCK, Decodes, StepPlan, Work
+from engine.plan import NO_BLOCK, Decodes, Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.block_tables import BlockTables
 from engine.run.decode_rows import decode_rows
-from engine.run.sampling.columns import EDITED, FEW, FILTERED, GREEDY, KIND, LEARNS, NEEDS, TELLS, UNFILTERED, SamplingColumns, are_edited
+from engine.run.sampling.columns import (
+    EDITED,
+    ENTRY,
+    FEW,
+    FILTERED,
+    GREEDY,
+    GUIDED,
+    KIND,
+    LEARNS,
+    NEEDS,
+    TELLS,
+    UNFILTERED,
+    SamplingColumns,
+    are_edited,
+    are_edited_by_host,
+)
+from engine.run.sampling.edit_table import NO_ENTRY, EditTable
 from engine.run.sampling.sampler import Sampler
-from engine.run.sampling.sampler_graphs import SamplerGraphs
+from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
+from engine.run.sampling.state import Row, SamplingState
 from tests.engine.run.sampling_twin import row
 from tests.engine.run.test_sampler import FILTERS, make_logits
 from tests.fakes.graphs import RecordedGraphs
@@ -42,9 +60,95 @@ def test_a_replay_draws_what_the_sampler_draws(chosen: list[SamplingParams], tie
             columns.put(at, one.state)
         known = np.array([one.position for one in rows])
         report = graphs.launch(columns.of(np.arange(count)), known, 4 if count <= 4 else 16).read()
-        found = sampler.answers(logits_BV[:count], logits_BV[:count], rows, [*report.tolist(), report[2].tolist()])
+        found = sampler.answers(logits_BV[:count], logits_BV[:count], rows, as_decided(report))
         assert found == sampler.sample(logits_BV[:count].clone(), rows)
         assert report[2].all()
+
+
+def test_few_candidates_that_do_not_decide_a_row_are_not_all_that_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 5)
+    monkeypatch.setattr("engine.run.sampling.sampler_graphs.MORE_CANDIDATES", 0)
+    logits_BV, sampler = make_logits(8, VOCAB_SIZE, seed=3, ties=True), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
+    for params in ([SamplingParams(top_k=64), SamplingParams(top_k=3)], FILTERS):
+        graphs, columns = SamplerGraphs(logits_BV, (8,), RecordedGraphs()), SamplingColumns()
+        graphs.capture()
+        rows = [row(params[at % len(params)], vocab_size=VOCAB_SIZE, position=at) for at in range(8)]
+        for at, one in enumerate(rows):
+            columns.put(at, one.state)
+        report = graphs.launch(columns.of(np.arange(8)), np.arange(8), 8).read()
+        assert sampler.answers(logits_BV, logits_BV, rows, as_decided(report)) == sampler.sample(logits_BV.clone(), rows)
+
+
+RULES = [
+    SamplingParams(repetition_penalty=1.3, top_k=20, temperature=0.7, top_p=0.8),
+    SamplingParams(repetition_penalty=0.8, presence_penalty=0.7, frequency_penalty=-0.4, temperature=0.0),
+    SamplingParams(frequency_penalty=2.0, logit_bias=((3, 2.5), (7, -100.0), (1990, 5.0)), seed=4),
+    SamplingParams(logit_bias=((8, 3.0),), temperature=0.0),
+    SamplingParams(presence_penalty=1.5, stop_token_ids=(0, 5, 5), min_tokens=3, top_p=0.9),
+    SamplingParams(stop_token_ids=tuple(range(40)), min_tokens=2, temperature=0.0),
+    SamplingParams(temperature=0.0),
+    SamplingParams(top_k=30),
+]
+
+
+def test_what_sequences_have_seen_is_counted_and_their_logits_edited_as_the_host_does_it() -> None:
+    """Steps of changing sequences: some end and others take their entries, some steps are computed twice, words say what is allowed."""
+    draw, generator = random.Random(5), np.random.default_rng(5)
+    logits_BV, numbers = torch.zeros(8, VOCAB_SIZE), torch.zeros(2, 8, dtype=torch.int64)
+    table, sampler = EditTable(num_entries=6, vocab_size=VOCAB_SIZE, device=CPU), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
+    graphs = SamplerGraphs(logits_BV, (8,), RecordedGraphs(), table=table, tokens_B=numbers[0], positions_B=numbers[1])
+    graphs.capture()
+    running: list[tuple[SamplingState, SamplingState, list[int]]] = []
+    num_edited = num_entered = 0
+    for step in range(40):
+        if len(running) == 5 or (running and draw.random() < 0.15):
+            table.close(running.pop(draw.randrange(len(running)))[0])
+        prompt = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 9))]
+        output = [draw.randrange(12) for _ in range(draw.choice([0, 0, 4]))]  # of one that was preempted
+        params = replace(draw.choice(RULES), seed=step)
+        opening = Opening(step, 0, len(prompt), params, tuple(prompt + output) if params.needs_history else ())
+        ours, theirs = (SamplingState(opening, vocab_size=VOCAB_SIZE) for _ in range(2))
+        table.open(ours)
+        running.append((ours, theirs, prompt + output))
+        logits_BV[:] = make_logits(8, VOCAB_SIZE, seed=step, ties=step % 2 > 0)
+        words = {
+            at: generator.integers(-(2**31), 2**31, -(-VOCAB_SIZE // 32), np.int32) for at in range(len(running)) if draw.random() < 0.2
+        }
+        columns, rows = SamplingColumns(), []
+        for at, (state, twin, tokens) in enumerate(running):
+            columns.put(at, state)
+            twin.take(Work(0, len(tokens) - 1, (tokens[-1],), (), True))
+            numbers[0, at], numbers[1, at] = tokens[-1], len(tokens) - 1
+            rows.append(Row(twin, len(tokens) - state.num_prompt, words.get(at)))
+        of_step = columns.of(np.arange(len(running)))
+        of_step[NEEDS, list(words)] |= GUIDED
+        known = np.array([len(tokens) for *_, tokens in running])
+        for _ in range(draw.choice([1, 2])):
+            report = graphs.launch(of_step, known, 8, words).read()
+        found = sampler.answers(logits_BV, logits_BV, rows, as_decided(report))
+        assert found == sampler.sample(logits_BV[: len(running)].clone(), rows)
+        assert not are_edited_by_host(of_step, known)
+        num_edited += are_edited(of_step, known)
+        num_entered += int((of_step[ENTRY] != NO_ENTRY).sum())
+        for (*_, tokens), answer in zip(running, found, strict=True):
+            tokens.extend(answer.tokens if draw.random() < 0.7 else ())  # else it is asked again
+    assert num_edited > 30
+    assert num_entered > 60
+
+
+def test_who_finds_no_entry_or_wants_too_much_is_edited_by_the_host() -> None:
+    table = EditTable(num_entries=1, vocab_size=VOCAB_SIZE, device=CPU)
+    much, first, second, plain = (
+        row(params, vocab_size=VOCAB_SIZE).state
+        for params in (SamplingParams(logit_bias=tuple((at, 1.0) for at in range(1025))), RULES[0], RULES[0], SamplingParams())
+    )
+    for state in (much, plain, first, second):
+        table.open(state)
+    assert [state.entry for state in (much, plain, first, second)] == [NO_ENTRY, NO_ENTRY, 0, NO_ENTRY]
+    assert (first.history is None, second.history is None) == (True, False)
+    table.close(first)
+    table.open(second)
+    assert second.entry == 0
 
 
 def test_a_row_without_sound_logits_is_told() -> None:
@@ -55,7 +159,7 @@ def test_a_row_without_sound_logits_is_told() -> None:
     columns = SamplingColumns()
     for at, params in enumerate((FILTERS[0], FILTERS[5])):
         columns.put(at, row(params, vocab_size=VOCAB_SIZE).state)
-    assert graphs.launch(columns.of(np.arange(2)), np.array([1, 1]), 2).read()[2].tolist() == [1, 0]
+    assert graphs.launch(columns.of(np.arange(2)), np.array([1, 1]), 2).read()[1:].tolist() == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +173,7 @@ def test_a_row_without_sound_logits_is_told() -> None:
         (SamplingParams(logprobs=0), UNFILTERED, TELLS),
         (SamplingParams(repetition_penalty=1.1), UNFILTERED, EDITED | LEARNS),
         (SamplingParams(logit_bias=((3, 1.0),)), UNFILTERED, EDITED),
-        (SamplingParams(grammar='start: "a"', temperature=0.0), GREEDY, EDITED | LEARNS),
+        (SamplingParams(grammar='start: "a"', temperature=0.0), GREEDY, GUIDED | LEARNS),
     ],
     ids=repr,
 )
@@ -78,7 +182,8 @@ def test_what_a_row_is_and_needs(params: SamplingParams, kind: int, needs: int) 
     columns.put(40, row(params, vocab_size=VOCAB_SIZE).state)
     found = columns.of(np.array([40]))
     assert (found[KIND].item(), found[NEEDS].item()) == (kind, needs)
-    assert are_edited(found, np.array([1])) == bool(needs & EDITED)
+    assert are_edited(found, np.array([1])) == bool(needs & (EDITED | GUIDED))
+    assert are_edited_by_host(found, np.array([1])) == bool(needs & EDITED), "it has no entry"
 
 
 def test_stop_ids_are_forbidden_until_so_many_tokens_are_there() -> None:

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parallel.cuda import elementwise, experts, highest, noise, paged_attention, products, scaled, tiles
+from parallel.cuda import edits, elementwise, experts, highest, noise, paged_attention, products, scaled, tiles, whole_rows
 from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -107,6 +107,38 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         highest._rows_kernel,
         {"part_highest": "*fp32", "part_ids": "*i32", "highest_of": "*fp32", "id_of": "*i64", "num_parts": "i32"},
         {"PARTS": 64},
+        {"num_warps": 1},
+    ),
+    *(
+        (
+            whole_rows._draw_kernel,
+            {"logits": logits, "top_ks": "*i64", "decided": "*i64", "chosen": "*i64", "width": "i32", "row_stride": "i32"}
+            | dict.fromkeys(("temperatures", "top_ps", "min_ps", "uniforms"), "*fp64"),
+            {"BLOCK": whole_rows.BLOCK},
+            {"num_warps": 8},
+        )
+        for logits in ("*bf16", "*fp32")
+    ),
+    (
+        edits._edit_kernel,
+        {"logits": "*bf16", "out": "*fp32", "entries": "*i64", "counts": "*i32", "penalties": "*fp32", "stop_ids": "*i64"}
+        | {"num_stop_ids": "*i64", "stops_now": "*i64", "words": "*i32", "word_rows": "*i64"}
+        | dict.fromkeys(("width", "row_stride", "num_words", "most_stop_ids"), "i32"),
+        {"BLOCK": edits.BLOCK},
+        {"num_warps": 4, "enable_fp_fusion": False},
+    ),
+    (
+        edits._bias_kernel,
+        {
+            "out": "*fp32",
+            "entries": "*i64",
+            "bias_ids": "*i64",
+            "biases": "*fp32",
+            "num_biases": "*i64",
+            "width": "i32",
+            "most_biases": "i32",
+        },
+        {"BLOCK": edits.BIASES},
         {"num_warps": 1},
     ),
     (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 4}),

@@ -1,0 +1,43 @@
+"""Logits edited by kernels against the slow twin, to the bit."""
+
+import pytest
+import torch
+
+from engine.plan import Opening
+from engine.request import SamplingParams
+from engine.run.sampling.edit_table import EditTable
+from engine.run.sampling.state import SamplingState
+
+VOCAB_SIZE = 2500
+RULES = [
+    SamplingParams(repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.7),
+    SamplingParams(frequency_penalty=-0.3, logit_bias=tuple((at * 11, at / 7) for at in range(200))),
+    SamplingParams(stop_token_ids=(3, 2499, 100), min_tokens=5, logit_bias=((3, 50.0), (4, -3.0))),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bit_is_that_of_the_twin(dtype: torch.dtype, device: torch.device) -> None:
+    from parallel.cuda.edits import edited
+
+    generator = torch.Generator().manual_seed(1)
+    table = EditTable(num_entries=4, vocab_size=VOCAB_SIZE, device=device)
+    states = []
+    for number, params in enumerate(RULES):
+        history = torch.randint(0, VOCAB_SIZE, (300,), generator=generator).tolist() if params.needs_history else []
+        states.append(SamplingState(Opening(number, 0, 100, params, (*history, *history[-50:])), vocab_size=VOCAB_SIZE))
+        table.open(states[-1])
+    entries_R = torch.tensor([states[1].entry, -1, states[0].entry, states[2].entry, -1], device=device)
+    for repeated in (7, 7, 2499):
+        table.learn(entries_R, torch.full_like(entries_R, repeated), torch.full_like(entries_R, 400 + repeated))
+    stops_R, word_rows_R = torch.tensor([0, 0, 0, 1, 0], device=device), torch.tensor([-1, 1, 0, -1, -1], device=device)
+    words_GW = torch.randint(-(2**31), 2**31, (2, -(-VOCAB_SIZE // 32)), generator=generator).to(torch.int32).to(device)
+    logits_RV = (torch.randn(5, VOCAB_SIZE + 9, generator=generator) * 3).to(dtype).to(device)[:, :VOCAB_SIZE]
+    found = edited(
+        logits_RV, entries_R=entries_R, stops_now_R=stops_R, word_rows_R=word_rows_R, words_GW=words_GW, **table.columns
+    )  # fmt: skip
+    wanted = table.edited_slowly(logits_RV, entries_R, stops_R, word_rows_R, words_GW)
+    assert torch.equal(found, wanted)
+    assert torch.equal(wanted[4], logits_RV[4].float())
+    assert wanted[3, [3, 100, 2499]].isneginf().all()
+    assert (wanted[0] != logits_RV[0].float()).sum() > 300, "penalties and biases do something"
