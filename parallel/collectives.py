@@ -2,7 +2,7 @@
 
 All members call the same functions in the same order. Sums are taken in rank order with one rounding at the end for
 half-precision types on CPU, whatever the shape: the value of a row does not depend on what else is in the batch, nor
-on the rank that reads it. (NCCL chooses its own order by message size.)
+on the rank that reads it. (On CUDA the order is another for other sizes.)
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,9 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     memory = group.transport.shared_memory
     if memory is not None and x.dtype in DTYPES:
         return memory.all_reduce_(x)
+    symmetric = group.transport.symmetric_memory
+    if symmetric is not None and symmetric.takes(x):
+        return symmetric.all_reduce(x)
     if group.transport.backend == "nccl" or group.size == 2:  # two summands have one order
         dist.all_reduce(x, group=group.transport.process_group)
         return x

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, get_args
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it only where it was built with it
 
 from parallel.shared_memory import agree
+from parallel.symmetric_memory import agree_on_symmetric
 from parallel.topology import Coordinates, InvalidTopology, Topology, TopologyAxis
 from parallel.transport import Backend, Transport
 
@@ -90,10 +91,12 @@ def open_groups(
     device: torch.device,
     timeout_s: float = 300.0,
     transport: TransportChoice = "auto",
+    symmetric: bool = True,
 ) -> Iterator[ParallelGroups]:
     """Join the other ranks of the replica; leave them on exit. Every rank must call this at about the same time.
 
-    ``timeout_s`` bounds the joining and each collective after it.
+    ``timeout_s`` bounds the joining and each collective after it. ``symmetric``: on CUDA, add up through symmetric memory where that can
+    be.
 
     Raises:
         InvalidTopology: the rank is outside the topology.
@@ -114,15 +117,18 @@ def open_groups(
         if backend == "nccl":
             torch.cuda.set_device(device)
         stack.callback(_leave)
+        store = _store(rendezvous, topology.size, rank, timeout_s)
         dist.init_process_group(
             backend,
-            store=_store(rendezvous, topology.size, rank, timeout_s),
+            store=store,
             rank=rank,
             world_size=topology.size,
             timeout=timedelta(seconds=timeout_s),
             device_id=device if backend == "nccl" else None,
         )
         transports = _transports(topology, rank, backend, transport, timeout_s)
+        if backend == "nccl" and symmetric:
+            transports = _with_symmetric(transports, rank, device, store)
         for each in transports.values():
             if each.shared_memory is not None:
                 stack.callback(each.shared_memory.close)
@@ -170,6 +176,16 @@ def _transports(
     return {
         ranks: Transport(backend, process_group, agree(process_group, timeout_s) if shares and rank in ranks else None)
         for ranks, process_group in process_groups.items()
+    }
+
+
+def _with_symmetric(
+    transports: dict[tuple[int, ...], Transport], rank: int, device: torch.device, store: TCPStore
+) -> dict[tuple[int, ...], Transport]:
+    """The same with symmetric memory for the sets that this rank is in and that can have it."""
+    return {
+        ranks: replace(each, symmetric_memory=agree_on_symmetric(each.process_group, device, store=store)) if rank in ranks else each
+        for ranks, each in transports.items()
     }
 
 

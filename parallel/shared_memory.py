@@ -41,7 +41,7 @@ def agree(process_group: dist.ProcessGroup, timeout_s: float) -> Exchange | None
     All members must call this. ``timeout_s`` bounds each later wait for a peer.
     """
     rank, size = process_group.rank(), process_group.size()
-    offers = _everyones(_offer(size), process_group)
+    offers = everyones(_offer(size), process_group)
     obstacle = _obstacle(offers)
     memory: mmap.mmap | None = None
     if obstacle is None:
@@ -57,7 +57,7 @@ def agree(process_group: dist.ProcessGroup, timeout_s: float) -> Exchange | None
     return Exchange(library, memory, rank, size, lifelines=lifelines, timeout_s=timeout_s, spins=spins)
 
 
-def _everyones(mine: T, process_group: dist.ProcessGroup) -> list[T]:
+def everyones(mine: T, process_group: dist.ProcessGroup) -> list[T]:
     found: list[T | None] = [None] * process_group.size()
     dist.all_gather_object(found, mine, group=process_group)
     return [one for one in found if one is not None]
@@ -69,7 +69,7 @@ def _offer(size: int) -> _Offer:
         _check_host(size)
     except (Unavailable, OSError) as error:
         obstacle = str(error)
-    return _Offer(obstacle=obstacle, host=_host(), process=(_namespace(), os.getpid()), nonce=uuid.uuid4().hex)
+    return _Offer(obstacle=obstacle, host=host_of_this_process(), process=(pid_namespace(), os.getpid()), nonce=uuid.uuid4().hex)
 
 
 def _obstacle(offers: list[_Offer]) -> str | None:
@@ -102,14 +102,14 @@ def _map(path: Path, rank: int, size: int, process_group: dist.ProcessGroup) -> 
             _make(path, memory_bytes(size))
     except OSError as error:
         problem = str(error)
-    problem = _everyones((problem,), process_group)[0][0]
+    problem = everyones((problem,), process_group)[0][0]
     if problem is None:
         try:
             with path.open("r+b") as file:
                 memory = mmap.mmap(file.fileno(), memory_bytes(size))
         except OSError as error:
             problem = str(error)
-    problems = [f"rank {rank}: {one}" for rank, (one,) in enumerate(_everyones((problem,), process_group)) if one]
+    problems = [f"rank {rank}: {one}" for rank, (one,) in enumerate(everyones((problem,), process_group)) if one]
     if rank == 0:
         path.unlink(missing_ok=True)
     return problems[0] if problems else None, memory
@@ -145,14 +145,14 @@ def _cores() -> float:
     return cores
 
 
-def _host() -> str:
+def host_of_this_process() -> str:
     """Equal exactly for processes that see the same /dev/shm as the same user."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     place = os.stat(SHARED) if SHARED.exists() else None
     return f"{boot.read_text().strip() if boot.exists() else platform.node()}:{place and (place.st_dev, place.st_ino)}:{os.getuid()}"
 
 
-def _namespace() -> str:
+def pid_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

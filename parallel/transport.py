@@ -1,4 +1,4 @@
-"""How the members of one group talk: a torch process group, and shared memory in front of it where there is some."""
+"""How the members of one group talk: a torch process group, and memory that they share in front of it where there is some."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from parallel.native.exchange import Exchange
+from parallel.symmetric_memory import SymmetricMemory
 
 Backend = Literal["nccl", "gloo"]
 
@@ -19,5 +20,9 @@ class Transport:
     shared_memory: Exchange | None = None
     """The faster way for sums, gathers and exchanges, when all ranks of the group are on one host and have the kernels."""
 
+    symmetric_memory: SymmetricMemory | None = None
+    """The faster way for sums that it takes, when all devices of the group map each other's memory."""
+
     def __str__(self) -> str:
-        return self.backend if self.shared_memory is None else f"shared memory, {self.backend} for the rest"
+        faster = "shared memory" if self.shared_memory is not None else self.symmetric_memory
+        return self.backend if faster is None else f"{faster}, {self.backend} for the rest"

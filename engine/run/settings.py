@@ -55,6 +55,10 @@ class RunnerConfig:
     cuda_graphs: bool = True
     """On CUDA, record a step that only decodes for some numbers of sequences at the start, and replay it: a small model's step is launches
     more than anything else. Costs seconds of the start and some memory; no answer changes by it. False = launch every step anew."""
+    symmetric_memory: bool = True
+    """On CUDA, ranks of one host add up through memory that all their devices map, in one kernel for the little that a decoding step adds
+    up (torch's symmetric memory). It is tried at the start, and NCCL takes its place where it cannot be had or a sum comes out wrong; the
+    log says why. False = NCCL alone."""
     tune_tiles: bool = True
     """On CUDA, measure at the first start on a kind of device how products of rounded weights and of routed experts are best cut, and keep
     that in the cache folder ($XDG_CACHE_HOME). Costs up to a minute once; no answer changes by it. Plain weights have nothing to tune."""

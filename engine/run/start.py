@@ -204,7 +204,9 @@ def _joined(
         return
     tell(StartProgress("groups", 0, 1))
     meeting = _parse_rendezvous(rendezvous)
-    with open_groups(topology, rank, rendezvous=meeting, device=device, timeout_s=config.collective_timeout_s) as groups:
+    with open_groups(
+        topology, rank, rendezvous=meeting, device=device, timeout_s=config.collective_timeout_s, symmetric=config.symmetric_memory
+    ) as groups:
         tell(StartProgress("groups", 1, 1))
         yield groups
 

@@ -1,0 +1,118 @@
+"""Sums through symmetric memory, as far as a CPU can show them: which way each goes, that ranks agree, that nothing is believed unseen."""
+
+import logging
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel import symmetric_memory
+from parallel.collectives import all_reduce
+from parallel.groups import Group, ParallelGroups
+from parallel.symmetric_memory import OVERLAPPING, Operations, SymmetricMemory, agree_on_symmetric
+from parallel.topology import Topology
+from parallel.transport import Transport
+from tests.fakes.symmetric import SlowMaker, Trouble
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+BUFFER_BYTES = 1 << 19
+KIB = 1 << 10
+
+
+def agreed(groups: ParallelGroups, maker: SlowMaker) -> tuple[SymmetricMemory | None, str]:
+    """And what the log says on the first rank."""
+    assert groups.world.transport is not None
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(symmetric_memory, "BUFFER_BYTES", BUFFER_BYTES)
+        symmetric_memory.log.addHandler(handler)
+        try:
+            return agree_on_symmetric(groups.world.transport.process_group, CPU, maker=maker), "".join(said)
+        finally:
+            symmetric_memory.log.removeHandler(handler)
+
+
+def sums(groups: ParallelGroups, has_multicast: bool) -> tuple[list[tuple[str, Tensor, Tensor]], str]:
+    """Of several sizes and dtypes: which way a sum went, the sum, and gloo's."""
+    maker = SlowMaker(groups.rank, groups.world.size, has_multicast=has_multicast)
+    memory, _ = agreed(groups, maker)
+    assert memory is not None
+    assert groups.world.transport is not None
+    gloo = Transport("gloo", groups.world.transport.process_group)
+    plain, faster = (
+        Group(axis="world", rank=groups.rank, size=groups.world.size, ranks=groups.world.ranks, transport=transport)
+        for transport in (gloo, Transport("gloo", gloo.process_group, symmetric_memory=memory))
+    )
+    generator, found = torch.Generator().manual_seed(groups.rank), []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(symmetric_memory, "BUFFER_BYTES", BUFFER_BYTES)
+        for dtype, shape in (
+            (torch.bfloat16, (1, 8)),
+            (torch.bfloat16, (128, 1024)),
+            (torch.bfloat16, (129, 1024)),
+            (torch.bfloat16, (257, 1024)),
+            (torch.bfloat16, (1, 9)),
+            (torch.float32, (4, 8)),
+        ):
+            x = torch.randn(shape, generator=generator).to(dtype)
+            maker.calls.clear()
+            total = all_reduce(x.clone(), faster)
+            found.append(("".join(maker.calls), total, all_reduce(x.clone(), plain)))
+    return found, str(faster.transport)
+
+
+@pytest.mark.parametrize("has_multicast", [False, True])
+def test_a_sum_goes_the_way_that_is_right_for_its_size(has_multicast: bool) -> None:
+    (first, name), (second, _) = run_ranks(Topology(tp=2), sums, has_multicast, transport="gloo")
+    larger = "multimem" if has_multicast else "two shot"
+    assert [way for way, *_ in first] == ["one shot", "one shot", larger, "", "", ""]
+    for (_, ours, gloo), (_, theirs, _) in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, gloo), "two summands are rounded once either way"
+    assert name == f"symmetric memory, {'multimem' if has_multicast else 'two-shot'} above 256 KiB, gloo for the rest"
+
+
+def troubled(groups: ParallelGroups, trouble: Trouble) -> tuple[bool, str]:
+    memory, said = agreed(groups, SlowMaker(groups.rank, groups.world.size, trouble=trouble))
+    return memory is not None, said
+
+
+@pytest.mark.parametrize(
+    ("trouble", "why"),
+    [
+        ("no device", "rank 1: a device of long ago"),
+        ("same device", "two ranks share a device"),
+        ("no rendezvous", "rank 1: RuntimeError: handles do not travel here"),
+        ("wrong", "rank 0: sums of 16 bytes differ from NCCL's"),
+        ("wrong above", "rank 0: sums of 262160 bytes differ from NCCL's"),
+        ("apart", "rank 0: sums of 16 bytes differ from rank to rank"),
+        ("raises", "rank 0: sums of 16 bytes raise it cannot be launched"),
+    ],
+)
+def test_where_anything_is_wrong_all_ranks_keep_to_the_process_group_and_the_log_says_why(trouble: Trouble, why: str) -> None:
+    found = run_ranks(Topology(tp=2), troubled, trouble, transport="gloo")
+    assert [has for has, _ in found] == [False, False]
+    assert found[0][1] == f"ranks add up over NCCL alone, not through symmetric memory: {why}"
+
+
+def with_one_ordinal(groups: ParallelGroups) -> tuple[bool, str | None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv(OVERLAPPING, raising=False)
+        memory, _ = agreed(groups, SlowMaker(groups.rank, groups.world.size, ordinal=0))
+        return memory is not None, os.environ.get(OVERLAPPING)
+
+
+def test_ranks_that_each_see_one_device_as_number_0_have_different_ones() -> None:
+    """As Ray shows them; torch must be told."""
+    assert run_ranks(Topology(tp=2), with_one_ordinal, transport="gloo") == [(True, "1")] * 2
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Operations) if "all_reduce" in name])
+def test_torch_has_the_operations_that_the_double_stands_for(name: str) -> None:
+    arguments = getattr(torch.ops.symm_mem, name).default._schema.arguments
+    assert [(one.name, str(one.type)) for one in arguments] == [("input", "Tensor"), ("reduce_op", "str"), ("group_name", "str")]
+    assert (arguments[0].alias_info is not None) == name.endswith("_"), "in place"
