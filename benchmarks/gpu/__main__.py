@@ -27,6 +27,8 @@ from engine.run.settings import QuantizeName
 from parallel.scaled_format import BYTES
 
 GREEDY, FILTERED = SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.8, temperature=0.7)
+PENALISED = replace(FILTERED, repetition_penalty=1.05)
+"""As Qwen2's own generation_config.json has it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Bench:
         steps = partial(workloads.steps, self.results, floors=floors, rows=part.rows, context=context)
         steps(part.name, served, kind=GREEDY)
         steps(part.name, served, kind=FILTERED)
+        steps(part.name, served, kind=PENALISED)
         self._profile(part, served, context)
         workloads.single_stream(self.results, part.name, served, floors, part.contexts, 4 if self.tiny else 64)
         count, least, most = part.sequences

@@ -9,17 +9,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.ceilings import Ceilings
-from benchmarks.gpu.clock import replayed_s
+from benchmarks.gpu.clock import median_s, replayed_s
 from benchmarks.gpu.results import Results
 from engine.plan import Opening
 from engine.request import SamplingParams
 from engine.run.noise import uniform
+from engine.run.sampling.edit_table import EditTable
+from engine.run.sampling.filters import DrawParams, draw_filtered, whole_weight
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.state import Row, SamplingState
 from model.attention.backend import AttentionConfig
@@ -27,6 +32,9 @@ from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.rounding import FP8, round_to_fp8
 from parallel.scaled_format import Kind, ScaledFormat, unpack
+
+if TYPE_CHECKING:
+    from model.attention.cuda import CudaAttention  # triton
 
 BLOCK_TOKENS = 16
 
@@ -88,7 +96,18 @@ class Checks:
     def run(self) -> None:
         """All of them; the first that is wrong does not keep the others from being seen."""
         wrong: list[str] = []
-        for check in (self._noise, self._small, self._attention, self._prefill, self._scaled, self._experts, self._sampling):
+        for check in (
+            self._noise,
+            self._small,
+            self._attention,
+            self._prefill,
+            self._flashinfer,
+            self._scaled,
+            self._experts,
+            self._sampling,
+            self._undecided,
+            self._edits,
+        ):
             self._results.go_on()
             try:
                 check()
@@ -140,6 +159,21 @@ class Checks:
     def _prefill(self) -> None:
         for heads in self._sizes.heads:
             self._attend(list(self._sizes.prompts), heads, self._dtype)
+
+    def _flashinfer(self) -> None:
+        """As our own kernel is judged, where it is installed; and how fast both are with a long prompt."""
+        if self._device.type != "cuda" or find_spec("flashinfer") is None:
+            return
+        from model.attention.cuda import CudaAttention
+        from model.attention.flashinfer import FlashInferAttention
+
+        for heads in self._sizes.heads:
+            self._attend(list(self._sizes.prompts), heads, self._dtype, FlashInferAttention)
+        heads, tokens = self._sizes.heads[0], 8192
+        for name, kind in (("ours", CudaAttention), ("flashinfer", FlashInferAttention)):
+            run = self._attending([(0, tokens)], heads, self._dtype, kind).run
+            rate = 2 * heads[0] * heads[2] * tokens**2 / median_s(run, self._device)
+            self._results.add("kernels", f"prompt of {tokens}, {name}", rate / 1e12, "TFLOP/s", self._ceilings.flop_per_s / 1e12)
 
     def _scaled(self) -> None:
         from parallel.cuda.scaled import multiply
@@ -208,11 +242,59 @@ class Checks:
         self._results.add("kernels", "sampling: rows that differ from the CPU's, of 32", float(different), "rows")
         assert not different, f"sampling gives {different} other tokens of 32"
 
+    def _undecided(self) -> None:
+        """Rows drawn where they lie against the CPU's sorting, and how long they keep a device."""
+        from parallel.cuda.whole_rows import draw_undecided
+
+        count, width = 16, self._sizes.vocab_size
+        logits, uniform_R = torch.randn(count, width) * 3, torch.rand(count, dtype=torch.float64)
+        draw = random.Random()
+        rows = [(draw.choice([0.7, 1.0, 2.5]), draw.choice([width, width // 2]), draw.choice([0.9, 0.97, 1.0]), 0.0) for _ in range(count)]
+        numbers = torch.tensor(rows, dtype=torch.float64).T
+        params = DrawParams(numbers[0], numbers[1].long(), numbers[2], numbers[3], uniform_R)
+        wanted, _ = draw_filtered(logits, params, width, whole_weight(logits, params))
+        none = torch.zeros(count, dtype=torch.int64)
+        given = [x.to(self._device) for x in (logits, *numbers[:1], params.top_k_R, *numbers[2:], uniform_R, none, none)]
+        different = int((draw_undecided(*given).cpu() != wanted).sum())
+        self._results.add("kernels", f"undecided rows that differ from the CPU's, of {count}", float(different), "rows")
+        assert not different, f"{different} of {count} undecided rows differ"
+        for name, decided in (("undecided", 0), ("decided", 1)):
+            given[-1] = none.to(self._device) + decided
+            seconds = median_s(lambda: draw_undecided(*given), self._device, repeats=3)
+            self._results.add("kernels", f"{count} rows, {name}", seconds * 1000, "ms")
+
+    def _edits(self) -> None:
+        """To the bit, against plain torch on a CPU."""
+        width, generator = self._sizes.vocab_size, torch.Generator().manual_seed(random.getrandbits(32))
+        params = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.3, logit_bias=((7, 3.0), (9, -100.0)))
+        for count in self._sizes.rows:
+            logits = torch.randn(count, width, generator=generator).to(self._dtype)
+            tables = [EditTable(num_entries=count, vocab_size=width, device=one) for one in (self._device, torch.device("cpu"))]
+            for number in range(count):
+                history = tuple(torch.randint(0, width, (100,), generator=generator).tolist()) * 2
+                for table in tables:
+                    table.open(SamplingState(Opening(number, 0, 50, params, history), vocab_size=width))
+            entries_R, none_R = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+            words_GW = torch.randint(-(2**31), 2**31, (1, -(-width // 32)), generator=generator).to(torch.int32)
+            given = (entries_R, none_R, none_R - (entries_R % 2), words_GW)
+            for table in tables:
+                table.learn(*(x.to(table.device) for x in (entries_R, entries_R * 3, none_R + 500)))
+            wanted = tables[1].edited_slowly(logits, *given)
+            on_device = [x.to(self._device) for x in (logits, *given)]
+            found = tables[0].edited(*on_device).cpu()
+            different = int((found != wanted).sum())
+            self._results.add("kernels", f"edited logits of {count} that differ", float(different), "numbers")
+            assert not different, f"{different} edited logits of {count} rows differ"
+            num_bytes = count * width * (logits.itemsize + 4 + 4)
+            self._timed(f"edits of {count}", lambda on_device=on_device, table=tables[0]: table.edited(*on_device), num_bytes)
+
     # --- parts of them
 
-    def _attend(self, works: list[tuple[int, int]], heads: tuple[int, int, int], kv_dtype: torch.dtype) -> None:
+    def _attend(
+        self, works: list[tuple[int, int]], heads: tuple[int, int, int], kv_dtype: torch.dtype, kind: "type[CudaAttention] | None" = None
+    ) -> None:
         """What the kernels wrote is judged by what they were given; nothing that is wanted is read from where they write."""
-        one = self._attending(works, heads, kv_dtype)
+        one = self._attending(works, heads, kv_dtype, kind)
         num_heads, num_kv_heads, head_dim = heads
         turned = _turned(one.fused[:, : num_heads + num_kv_heads].double(), one.rotation)
         q_THK, k_TGK = turned[:, :num_heads], turned[:, num_heads:]
@@ -223,7 +305,8 @@ class Checks:
         ]
         with poisoned():
             found = one.run()
-        name = f"{'decode' if all(new == 1 for _, new in works) else 'prefill'} of {heads}, KV in {kv_dtype}"
+        by = f" by {kind.__name__}" if kind else ""
+        name = f"{'decode' if all(new == 1 for _, new in works) else 'prefill'}{by} of {heads}, KV in {kv_dtype}"
         self._judge(f"{name}: keys", one.keys.flatten(0, 1)[one.slots], k_TGK)
         self._judge(f"{name}: values", one.values.flatten(0, 1)[one.slots], v_TGK)
         wanted = torch.zeros_like(q_THK)
@@ -237,9 +320,18 @@ class Checks:
             hidden = places > places[behind:].unsqueeze(1)
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             wanted[mine] = torch.einsum("hpl,lhk->phk", weights, v_LHK)
-        self._judge(name, found, wanted)
+        parts = [slice(start, stop) for start, stop in pairwise(one.starts)]
+        errors = [_error(found[mine], wanted[mine]) for mine in parts]
+        worst = max(range(len(works)), key=lambda number: errors[number] if errors[number] == errors[number] else math.inf)
+        behind, new = works[worst]
+        # Of one norm over all of them a short context, whose numbers are the largest, would hide what is wrong with a long one.
+        self._judge(
+            f"{name}, worst of {len(works)} contexts", found[parts[worst]], wanted[parts[worst]], where=f" at {new} behind {behind}"
+        )
 
-    def _attending(self, works: list[tuple[int, int]], heads: tuple[int, int, int], kv_dtype: torch.dtype) -> "Attending":
+    def _attending(
+        self, works: list[tuple[int, int]], heads: tuple[int, int, int], kv_dtype: torch.dtype, kind: "type[CudaAttention] | None" = None
+    ) -> "Attending":
         """Blocks lie in random order; nobody's hold NaN, and so do the new tokens' slots."""
         from model.attention.cuda import CudaAttention
 
@@ -279,7 +371,7 @@ class Checks:
             num_decodes=len(works) if all(new == 1 for _, new in works) else 0,
             logit_rows_R=torch.arange(0),
         )
-        backend = CudaAttention(config, self._device)
+        backend = (kind or CudaAttention)(config, self._device)
         backend.prepare(batch)
         return Attending(
             run=lambda: backend.attend(fused, rotation, keys, values, batch),
@@ -310,14 +402,18 @@ class Checks:
         opening = Opening(0, 0, 1, replace(params, seed=seed))
         return Row(SamplingState(opening, vocab_size=self._sizes.vocab_size), 3)
 
-    def _judge(self, name: str, found: Tensor, wanted: Tensor, most: float | None = None) -> None:
-        error = float((found.double() - wanted).norm() / wanted.norm())
+    def _judge(self, name: str, found: Tensor, wanted: Tensor, most: float | None = None, where: str = "") -> None:
+        error = _error(found, wanted)
         self._results.add("kernels", f"{name}: error", error, "relative")
-        assert error < (most or self._most), f"{name} is wrong by {error:.2g}"  # NaN is not below anything
+        assert error < (most or self._most), f"{name}{where} is wrong by {error:.2g}"  # NaN is not below anything
 
     def _timed(self, name: str, compute: Callable[[], object], num_bytes: int) -> None:
         rate = num_bytes / replayed_s(compute, self._device)
         self._results.add("kernels", name, rate / 1e12, "TB/s", self._ceilings.read_bytes_per_s / 1e12)
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 def _turned(x_TXK: Tensor, rotation: Rotation) -> Tensor:

@@ -14,7 +14,7 @@ from engine.run.block_tables import BlockTables
 from engine.run.decode_graphs import DecodeGraphs
 from engine.run.decode_rows import decode_rows
 from engine.run.sampling.columns import SamplingColumns
-from engine.run.sampling.sampler_graphs import SamplerGraphs
+from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
 
 KINDS = (
@@ -23,7 +23,11 @@ KINDS = (
     SamplingParams(top_p=0.9),
     SamplingParams(min_p=0.05),
     SamplingParams(),
+    SamplingParams(top_k=20, top_p=0.8, temperature=0.7, repetition_penalty=1.05),
+    SamplingParams(temperature=0.0, frequency_penalty=0.5, logit_bias=((5, 2.0),)),
+    SamplingParams(top_p=0.97, temperature=2.5),
 )
+"""The last one is so flat that few candidates do not decide it."""
 
 
 @torch.inference_mode()
@@ -69,17 +73,27 @@ def _error_of_logits(served: Served, graphs: DecodeGraphs, count: int) -> float:
 
 
 def _different_tokens(served: Served, graphs: SamplerGraphs, count: int, size: int) -> int:
-    """Of the logits that the model left, drawn with every kind of parameters."""
-    draw, columns, rows = random.Random(), SamplingColumns(), []
+    """Of the logits that the model left, drawn with every kind of parameters; what was seen is counted on the device, and by the host."""
+    draw, columns, rows, states = random.Random(), SamplingColumns(), [], []
+    vocab_size = served.sampler.vocab_size
     for at in range(count):
-        state = SamplingState(Opening(at, at % 3, 0, draw.choice(KINDS)), vocab_size=served.sampler.vocab_size)
+        history = tuple(draw.randrange(vocab_size) for _ in range(200))
+        opening = Opening(at, at % 3, 0, draw.choice(KINDS), history)
+        state, twin = (SamplingState(opening, vocab_size=vocab_size) for _ in range(2))
+        if graphs.table is not None:
+            graphs.table.open(state)
         columns.put(at, state)
-        rows.append(Row(state, draw.randrange(1 << 20)))
+        states.append(state)
+        rows.append(Row(twin, draw.randrange(1 << 20)))
     decode_graphs = served.runner.decode_graphs
     assert decode_graphs is not None
     assert decode_graphs.logits is not None
+    decode_graphs.positions_B.zero_()  # the tokens that lie there are counted already
     logits_RV = decode_graphs.logits[:count]
     report = graphs.launch(columns.of(np.arange(count)), np.array([row.position for row in rows]), size).read()
-    found = served.sampler.answers(logits_RV, logits_RV, rows, [*report.tolist(), report[2].tolist()])
+    found = served.sampler.answers(logits_RV, logits_RV, rows, as_decided(report))
     wanted = served.sampler.sample(logits_RV, rows)
+    for state in states:
+        if graphs.table is not None:
+            graphs.table.close(state)
     return sum(one.tokens != other.tokens for one, other in zip(found, wanted, strict=True))

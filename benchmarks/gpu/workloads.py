@@ -26,7 +26,7 @@ def steps(results: Results, part: str, served: Served, floors: Floors, *, rows: 
 
     Keys and values are whatever lies in the cache, and no prompt is computed.
     """
-    name = "greedy" if kind.temperature == 0 else f"top-k {kind.top_k}"
+    name = ("greedy" if kind.temperature == 0 else f"top-k {kind.top_k}") + ", penalised" * kind.penalises
     for number_of_rows in rows:
         results.go_on()
         plans = _decoding(served, number_of_rows, context, kind)
@@ -52,8 +52,9 @@ def _decoding(served: Served, rows: int, context: int, kind: SamplingParams, num
     def blocks(sequence: int) -> tuple[int, ...]:
         return tuple((sequence * blocks_each + at) % total for at in range(blocks_each))
 
+    history = tuple(range(100, 100 + context)) if kind.needs_history else ()
     first = tuple(Work(n, context - 1, (7 + n,), blocks(n), samples=True) for n in range(rows))
-    plans = [StepPlan(0, first, tuple(Opening(n, 0, context, kind) for n in range(rows)))]
+    plans = [StepPlan(0, first, tuple(Opening(n, 0, context, kind, history) for n in range(rows)))]
     for step in range(1, num_steps):
         columns = [(n, context - 1 + step, 7 + n, NO_BLOCK, 0) for n in range(rows)]
         plans.append(StepPlan(step, (), decodes=Decodes.of(np.array(columns).T)))
