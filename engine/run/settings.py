@@ -6,7 +6,7 @@ from typing import Literal
 from engine.config import EngineConfig
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-BackendName = Literal["auto", "reference", "cpu", "native", "cuda"]
+BackendName = Literal["auto", "reference", "cpu", "native", "cuda", "flashinfer"]
 QuantizeName = Literal["int8", "int4", "fp8"]
 KvDtypeName = Literal["auto", "fp8"]
 DispatchChoice = Literal["auto", "local", "all_to_all"]
@@ -41,6 +41,8 @@ class RunnerConfig:
     max_context_tokens: int | None = None
     """Caps what the model itself would take. None = the model's own limit."""
     attention_backend: BackendName = "auto"
+    """"auto" takes our own kernels for the device. "flashinfer", on CUDA where `flashinfer-python` is installed, computes prompts by
+    FlashInfer; not with keys and values in FP8, nor where ranks share heads unevenly."""
     dispatch: DispatchChoice = "auto"
     """How tokens reach routed experts on other ranks. "local": every rank sees all tokens of the stage and one sum follows, the least
     latency; "all_to_all": each token travels to the ranks of its experts alone, the least traffic. "auto": local where all ranks of

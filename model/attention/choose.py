@@ -14,7 +14,7 @@ from parallel.native.library import HOW_TO_BUILD, native
 
 log = logging.getLogger(__name__)
 
-BackendName = Literal["auto", "reference", "cpu", "native", "cuda"]
+BackendName = Literal["auto", "reference", "cpu", "native", "cuda", "flashinfer"]
 
 
 def choose_backend(device: torch.device, config: AttentionConfig, name: BackendName = "auto") -> AttentionBackend:
@@ -31,7 +31,7 @@ def choose_backend(device: torch.device, config: AttentionConfig, name: BackendN
         name = "native" if suits else "cpu"
     if name == "reference":
         return ReferenceAttention(config)
-    if device.type != "cpu" or name == "cuda":
+    if device.type != "cpu" or name in ("cuda", "flashinfer"):
         raise _not_on(device, name)
     if name == "native":
         if library is None:
@@ -53,6 +53,14 @@ def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: Backen
             from model.attention.cuda import CudaAttention  # triton: not to be imported where there is no such device
 
             return CudaAttention(config, device)
+        case "flashinfer":
+            if find_spec("flashinfer") is None:
+                raise ValueError(
+                    "attention_backend is flashinfer, which is not installed here: pip install flashinfer-python, or choose 'auto'"
+                )
+            from model.attention.flashinfer import FlashInferAttention
+
+            return FlashInferAttention(config, device)
     raise _not_on(device, name)
 
 

@@ -55,11 +55,15 @@ class CudaAttention:
                 parts=self.parts(batch.num_decodes),
             )  # fmt: skip
         if batch.num_decodes < batch.num_sequences:
-            prefill(
-                q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, batch.lengths_S, self._query_starts, self._tiles, self._heads,
-                out_THK, is_causal=self.config.is_causal,
-            )  # fmt: skip
+            self.prefill(q_THK, keys_NBGK, values_NBGK, batch, out_THK)
         return out_THK
+
+    def prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
+        """Write to ``out_THK`` what sequences with several new tokens give; their K and V are in the cache already."""
+        prefill(
+            q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, batch.lengths_S, self._query_starts, self._tiles, self._heads,
+            out_THK, is_causal=self.config.is_causal,
+        )  # fmt: skip
 
     def parts(self, num_decodes: int) -> int:
         """Into how many parts contexts are cut. Not a question of their lengths, so that a captured step stays right as they grow."""

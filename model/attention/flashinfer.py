@@ -1,0 +1,76 @@
+"""Attention on CUDA devices, with prompts computed by FlashInfer (https://flashinfer.ai), where that is installed.
+
+Only what is launched: sequences that compute several tokens. FlashInfer's `plan` works out a schedule on the host, so steps that only
+decode, which are captured and replayed, keep to our own kernel. Written to `flashinfer-python` 0.7.2, read in its source; its kernels are
+built, by nvcc, when they are first asked for.
+"""
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.attention.backend import AttentionConfig
+from model.attention.cuda import CudaAttention
+from model.batch import ForwardBatch
+
+WORKSPACE_BYTES = 128 * 2**20
+"""What FlashInfer recommends, for parts of long contexts on their way."""
+
+
+class FlashInferAttention(CudaAttention):
+    """See the file's first lines. Keys and values are in the dtype that is computed in."""
+
+    kv_dtypes: tuple[torch.dtype, ...] = ()
+
+    def __init__(self, config: AttentionConfig, device: torch.device) -> None:
+        """
+        Raises:
+            ImportError: it is not installed.
+            ValueError: heads are shared unevenly.
+        """
+        if not config.is_uniform:
+            raise ValueError("FlashInfer wants as many query heads to every KV head; choose the attention backend 'auto', or another tp")
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        super().__init__(config, device)
+        # Zeroed, as some of its kernels count in it.
+        self._wrapper: Any = BatchPrefillWithPagedKVCacheWrapper(torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device), "NHD")
+        self._planned: torch.dtype | None = None
+        """The dtype that the step at hand was planned for; None: it has to be planned."""
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        self._planned = None
+
+    def prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
+        if self._planned != q_THK.dtype:  # in the first layer: only here the dtype is known
+            self._plan(batch, q_THK.dtype)
+        some = slice(batch.query_starts[batch.num_decodes], None)
+        out_THK[some] = self._wrapper.run(q_THK[some], (keys_NBGK, values_NBGK))
+
+    def _plan(self, batch: ForwardBatch, dtype: torch.dtype) -> None:
+        """Sequences that decode are left out; the numbers are the host's, so that nothing waits for the device."""
+        first, block_tokens, most_blocks = batch.num_decodes, self.config.block_tokens, batch.block_tables_SM.shape[1]
+        lengths, starts = batch.context_lengths[first:], batch.query_starts[first:]
+        counts = [-(-length // block_tokens) for length in lengths]
+        places = [(first + at) * most_blocks + block for at, count in enumerate(counts) for block in range(count)]
+        self._wrapper.plan(
+            _numbers([start - starts[0] for start in starts]),
+            _numbers([0, *accumulate(counts)]),
+            batch.block_tables_SM.flatten()[self._upload(places)],
+            _numbers([length - (count - 1) * block_tokens for length, count in zip(lengths, counts, strict=True)]),
+            self.config.num_heads,
+            self.config.num_kv_heads,
+            self.config.head_dim,
+            block_tokens,
+            causal=self.config.is_causal,
+            sm_scale=self.config.head_dim**-0.5,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
+        self._planned = dtype
+
+
+def _numbers(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
