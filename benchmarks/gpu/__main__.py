@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ceilings, peer, replays, workloads
+from benchmarks.gpu import ceilings, collectives, peer, replays, workloads
 from benchmarks.gpu.ceilings import GUESSED, Ceilings
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import Served, random_model
@@ -74,6 +74,9 @@ class Bench:
         for part in (ModelPart("0.5B", "0.5B", layers=4), ModelPart("57B-A14B", "57B-A14B", layers=1), ModelPart("7B fp8", "7B", "fp8", 2)):
             replays.check(self.results, part.name, self._serve(part, cuda_graphs=True))
             self.forget()
+
+    def measure_collectives(self) -> None:
+        collectives.measure(self.results, self.device, tiny=self.tiny)
 
     def measure_model(self, part: ModelPart) -> None:
         context = 40 if self.tiny else 1024
@@ -210,6 +213,8 @@ def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:
     ]
     if bench.device.type == "cuda":
         found.append(("replays", 0.6, bench.check_replays))
+    if bench.tiny or torch.cuda.device_count() > 1:
+        found.append(("collectives", 0.7, bench.measure_collectives))
     for part in TINY_MODELS if bench.tiny else MODELS:
         found.append((part.name, part.minutes, partial(bench.measure_model, part)))
         if part.is_launched_too:

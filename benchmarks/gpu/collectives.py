@@ -1,0 +1,69 @@
+"""Sums of ranks, one on each device of this host, as captured steps have them: through symmetric memory, and over the process group."""
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.queues import Queue
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.clock import replayed_s
+from benchmarks.gpu.results import Results
+from parallel.collectives import all_reduce, broadcast
+from parallel.groups import Group, Rendezvous, free_rendezvous, open_groups
+from parallel.topology import Topology
+
+Figure = tuple[str, float, str]
+"""What, how much, and its unit."""
+SIZES = (16 << 10, 128 << 10, 256 << 10, 1 << 20, 8 << 20, 64 << 20)
+START_S = 180.0
+
+
+def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
+    """
+    Raises:
+        RuntimeError: a rank was lost.
+    """
+    ranks = min(torch.cuda.device_count(), 8) if device.type == "cuda" else 2
+    context = multiprocessing.get_context("spawn")
+    told: Queue[list[Figure]] = context.Queue()
+    arguments = (ranks, free_rendezvous(), device.type, SIZES[:1] if tiny else SIZES, told)
+    processes = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        for name, value, unit in told.get(timeout=START_S):
+            results.add("collectives", f"{name}, {ranks} ranks", value, unit)
+    except Exception as error:
+        raise RuntimeError(f"no figures of {ranks} ranks within {START_S:g} s") from error
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()
+
+
+def _rank(rank: int, ranks: int, rendezvous: Rendezvous, kind: str, sizes: tuple[int, ...], told: "Queue[list[Figure]]") -> None:
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    with open_groups(Topology(tp=ranks), rank, rendezvous=rendezvous, device=device, timeout_s=START_S, transport="auto") as groups:
+        assert groups.tp.transport is not None
+        faster, plain = groups.tp, replace(groups.tp, transport=replace(groups.tp.transport, symmetric_memory=None))
+        figures: list[Figure] = [("symmetric memory is used", float(groups.tp.transport.symmetric_memory is not None), "yes or no")]
+        for num_bytes in sizes:
+            x = torch.randn(num_bytes // 2, device=device).to(torch.bfloat16)
+            for name, group in (("as it is", faster), ("the process group alone", plain)):
+                figures.append((f"sum of {num_bytes >> 10} KiB, {name}", 1e6 * _seconds(all_reduce, x, group, device), "us"))
+        tokens = torch.zeros(256, dtype=torch.int64, device=device)
+        figures.append(("tokens of 256 rows handed on", 1e6 * _seconds(_hand_on, tokens, plain, device), "us"))
+        if rank == 0:
+            told.put(figures)
+
+
+def _hand_on(x: Tensor, group: Group) -> Tensor:
+    return broadcast(x, 0, group)
+
+
+def _seconds(collective: Callable[[Tensor, Group], Tensor], x: Tensor, group: Group, device: torch.device) -> float:
+    return replayed_s(lambda: collective(x, group), device)
