@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -22,11 +21,11 @@ from engine.run.cuda_graphs import Graphs
 from engine.run.decode_graphs import MOST_ROWS, DecodeGraphs
 from engine.run.decode_rows import DecodeRows, decode_rows
 from engine.run.drafter import Drafter
-from engine.run.grammar.guides import Allowed, Guides
+from engine.run.grammar.guides import NONE_ALLOWED, Allowed, Guides, silent
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.replayed import Replayed
-from engine.run.sampling.columns import GUIDED, LEARNS, NEEDS, TELLS, SamplingColumns, are_edited_by_host
+from engine.run.sampling.columns import LEARNS, NEEDS, SamplingColumns, are_edited_by_host, host_has_a_say
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
@@ -39,8 +38,6 @@ from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.last_collective import note_replay
 from parallel.topology import Topology
-
-NONE_ALLOWED: Mapping[int, Allowed] = MappingProxyType({})
 
 
 def sampling_ranks(topology: Topology) -> tuple[int, ...]:
@@ -173,7 +170,7 @@ class Runner:
             note_replay(plan.step)
             table_rows_S = rows.enter(self._tables)
             columns = self._columns.of(table_rows_S) if self.sampler_graphs is not None else None  # only they read them
-            if columns is not None and self.capacity.runs_ahead and not self._has_a_say(columns, rows.starts + 1):
+            if columns is not None and self.capacity.runs_ahead and not host_has_a_say(columns, rows.starts + 1):
                 return self._replay_on(plan, rows, table_rows_S, columns, self.decode_graphs)
             self._settle_all()
             rows.learn(self._said)
@@ -185,11 +182,6 @@ class Runner:
             works = plan.works
             given = self._compute([work for work in works if work.shard == self.shard], num_said) if works else _Given()
         return Begun(self._answered(plan, given, began, rebalanced))
-
-    @staticmethod
-    def _has_a_say(columns: np.ndarray, known_S: np.ndarray) -> bool:
-        """Whether the host does, in what a step gives: so that it must have read the one before, or waits for this one."""
-        return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any()) or are_edited_by_host(columns, known_S)
 
     def _answered(self, plan: StepPlan, given: _Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
         if not self.is_sampling:
@@ -312,7 +304,7 @@ class Runner:
         """What a replay drew, row by row. Sequences whose grammar has no say yet get no token in this step."""
         each = [row for work in rows.works() for row in self._rows(work, None)]
         answers = sampler.answers(logits_SV, logits_SV, each, as_decided(report_3S))
-        mute = _mute(allowed)
+        mute = silent(allowed)
         return _Given([mute.get(answer.sequence, answer) for answer in answers])
 
     def _count(self, works: Sequence[Work]) -> None:
@@ -362,7 +354,7 @@ class Runner:
 
     def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work], allowed: dict[int, Allowed]) -> list[Sampled]:
         """Sequences whose grammar has no say yet get no token in this step."""
-        mute = _mute(allowed)
+        mute = silent(allowed)
         speaking = [work for work in works if work.sequence not in mute]
         if mute:
             logits_RV = logits_RV[[at for at, work in enumerate(_owners(works)) if work.sequence not in mute]]
@@ -382,15 +374,6 @@ class Runner:
         if self.is_sampling:  # one rank's word for each sequence is enough
             for work in works:
                 mark(place, self._states[work.sequence].request_id)
-
-
-def _mute(allowed: Mapping[int, Allowed]) -> dict[int, Sampled]:
-    """The answers of sequences whose grammar has no say yet, or will never have one."""
-    return {
-        number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
-        for number, one in allowed.items()
-        if one.words is None
-    }
 
 
 def _owners(works: Sequence[Work]) -> Iterator[Work]:

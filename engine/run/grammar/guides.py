@@ -5,15 +5,16 @@ the model computes. A grammar that is not compiled in time holds nobody up: its 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from engine.errors import GrammarFailed
 from engine.grammar import Grammar, GrammarCompiler
-from engine.plan import Opening, Work
+from engine.plan import Opening, Sampled, Work
 
 GRACE_S = 0.05
 """How long a step waits for grammars that are still being compiled."""
@@ -29,6 +30,18 @@ class Allowed:
     words: np.ndarray | None = None
     """int32 (W,), a bit for each id, lowest first. None: not known yet; the sequence is to be asked again."""
     fault: str | None = None
+
+
+NONE_ALLOWED: Mapping[int, Allowed] = MappingProxyType({})
+
+
+def silent(allowed: Mapping[int, Allowed]) -> dict[int, Sampled]:
+    """The answers of sequences whose grammar has no say yet, or will never have one: no token in this step."""
+    return {
+        number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
+        for number, one in allowed.items()
+        if one.words is None
+    }
 
 
 class Guide:

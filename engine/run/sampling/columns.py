@@ -64,6 +64,11 @@ def are_edited_by_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
     return bool((changed_S & (columns[ENTRY] < 0)).any())
 
 
+def host_has_a_say(columns: np.ndarray, known_S: np.ndarray) -> bool:
+    """Whether in what a step gives any of them: then the host must have read the step before, or waits for this one."""
+    return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any()) or are_edited_by_host(columns, known_S)
+
+
 def _kind(state: SamplingState) -> int:
     match kind_of(state.sampling, state.vocab_size):
         case "greedy":

@@ -16,6 +16,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.process_executor import ProcessExecutor
 from model.vocabulary import Vocabulary
 from parallel.topology import Topology
+from tests.engine.run.captured import have_replayed, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, serve
 from tests.engine.run.tiny_models import engine_config, float32_config, write_dense
 from tests.serve.vocabularies import write_smol
@@ -121,6 +122,27 @@ def test_answers_do_not_depend_on_the_schedule(folder, undisturbed, num_blocks, 
     engine = open_engine(folder, num_blocks=num_blocks, **changes)
     assert {key: answer(events) for key, events in serve(engine, requests()).items()} == undisturbed
     assert num_blocks == 900 or engine.stats.num_preemptions > 0
+
+
+def test_what_grammars_allow_is_copied_into_steps_that_are_replayed(folder, monkeypatch):
+    """Beside penalties and biases that are counted on the device; no row's logits are edited by the host."""
+    use_capturable_parts(monkeypatch)
+    some = [replace(one, sampling=replace(one.sampling, max_tokens=24)) for one in requests()[::3]]
+    wanted = {key: answer(events) for key, events in serve(open_engine(folder), some).items()}
+    engine = open_engine(folder)
+    graphs = have_replayed(engine.executor, engine_config(max_running=6))
+    runner, num_decoded = runner_of(engine.executor), 0
+    sample = runner._sample
+
+    def watched(sampler, logits_RV, works, allowed):
+        nonlocal num_decoded
+        num_decoded += all(len(work.tokens) == 1 for work in works)
+        return sample(sampler, logits_RV, works, allowed)
+
+    monkeypatch.setattr(runner, "_sample", watched)
+    assert {key: answer(events) for key, events in serve(engine, some).items()} == wanted
+    assert graphs.num_replays > 20
+    assert num_decoded == 0
 
 
 def test_an_answer_goes_on_on_another_replica_behind_what_was_committed(folder, undisturbed):
