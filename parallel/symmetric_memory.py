@@ -76,7 +76,7 @@ class TorchMaker:
 
     @property
     def operations(self) -> Operations:
-        return torch.ops.symm_mem  # type: ignore[no-any-return]
+        return torch.ops.symm_mem
 
     def obstacle(self, device: torch.device) -> str | None:
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -239,7 +239,7 @@ def _replayed(compute: Callable[[], None], device: torch.device) -> Callable[[],
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         compute()
-    return graph.replay  # type: ignore[no-any-return]
+    return graph.replay
 
 
 def _difference(x: Tensor, found: Tensor, process_group: dist.ProcessGroup) -> str | None:
