@@ -67,7 +67,7 @@ class RayExecutor:
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="rank-watcher", daemon=True)
         try:
-            self._seats = take_seats(ranks, resources, ground, folder, self._context)
+            take_seats(self._seats, ranks, resources, ground, folder, self._context)
             open_seats(self._seats, silence_s=config.host_silence_s)
             if examine:
                 examine_seats(self._seats, ranks)

@@ -54,15 +54,12 @@ def strategy(resources: RankResources) -> Strategy:
     return "STRICT_PACK" if resources.one_host else "PACK"
 
 
-def replicas_on_a_host(most: int, hosts: Sequence[Mapping[str, float]], topology: Topology, resources: RankResources) -> int:
-    """How many of ``most`` replicas like this one share a host once all are there, spread evenly over those of ``hosts`` (Ray's resources
-    of each) that can take ranks of theirs. Whether bundles of one replica come to lie together is not known before: here they do not.
-
-    3 replicas of one bundle on 2 hosts:  2
-    """
-    ranks = bundles(topology, resources)[1:]
-    num_fit = sum(all(host.get(name, 0) >= amount for name, amount in ranks[0].items()) for host in hosts)
-    return min(most, -(-most * len(ranks) // max(num_fit, 1)))
+def most_on_a_host(most: int, hosts: Sequence[Mapping[str, float]], topology: Topology, resources: RankResources) -> int:
+    """How many of ``most`` replicas may have ranks on one host: as the CPUs allow of the largest that can take any. ``hosts``: Ray's
+    resources of each."""
+    ranks = min(bundles(topology, resources)[1:], key=lambda bundle: bundle["CPU"])
+    cpus = [host["CPU"] for host in hosts if all(host.get(name, 0) >= amount for name, amount in ranks.items())]
+    return min(most, int(max(cpus) // ranks["CPU"])) if cpus and ranks["CPU"] else most
 
 
 def cpus_needed(topology: Topology, resources: RankResources) -> float:

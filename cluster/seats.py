@@ -65,12 +65,17 @@ class Seat:
 
 
 def take_seats(
-    ranks: Ranks, resources: RankResources, ground: Ground, folder: PrivateFolder, context: "zmq.Context[zmq.Socket[bytes]]"
-) -> list[Seat]:
-    """Have Ray start a worker for every rank; they are not waited for."""
+    seats: list[Seat],
+    ranks: Ranks,
+    resources: RankResources,
+    ground: Ground,
+    folder: PrivateFolder,
+    context: "zmq.Context[zmq.Socket[bytes]]",
+) -> None:
+    """Have Ray start a worker for every rank, and add it to ``seats`` at once: whatever fails, those are there to be ended. They are not
+    waited for."""
     actor_class = ray.remote(Worker)
     token = os.urandom(4).hex()
-    seats = []
     for rank in range(ranks.topology.size):
         actor = actor_class.options(
             num_cpus=resources.cpus,
@@ -79,7 +84,6 @@ def take_seats(
             scheduling_strategy=PlacementGroupSchedulingStrategy(ground.group, placement.bundle_of(rank, ranks.topology, resources)),
         ).remote(rank)
         seats.append(Seat(rank, actor, context.socket(zmq.PAIR), folder.socket(f"{token}-{rank}")))
-    return seats
 
 
 def open_seats(seats: Sequence[Seat], *, silence_s: float) -> None:

@@ -18,7 +18,7 @@ from cluster.autoscaler import serve_autoscaling
 from cluster.board import Board
 from cluster.directory import DEMAND, Reader
 from cluster.link import ReplicaLink
-from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, replicas_on_a_host, strategy
+from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
 from cluster.replica import Replica
 from cluster.router import Router
 from cluster.routing import policy_of
@@ -46,6 +46,7 @@ from serve.need import need_of
 from serve.observing import Observer
 from serve.quotas import Quotas
 from serve.service import Service
+from serve.sharing import replicas_on_a_host
 from serve.text.tokenizer import Tokenizer
 
 APP = "manta"
@@ -79,8 +80,8 @@ class Deployed:
 
     version: str
     """No other deployment of it has the same, where somebody waits for it; see `serve.deploying.deploy`."""
-    most_replicas: int
-    """Of all its models, at once."""
+    configs: tuple[ServeConfig, ...]
+    """Of each of its models: replicas of several may share a host."""
 
 
 def _small_files(place: Path | str) -> Path:
@@ -109,7 +110,7 @@ class _Engine:
                     runner_config=runner,
                     engine_config=config.engine,
                     need=need_of(folder, config),
-                    replicas_on_host=replicas_on_a_host(deployed.most_replicas, hosts, config.parallel.topology, config.resources),
+                    replicas_on_host=replicas_on_a_host(config, deployed.configs, hosts),
                 )
             ),
             engine_config=config.engine,
@@ -276,7 +277,7 @@ def build_app(models: Sequence[Model], config: ServeConfig, *, version: str = ""
 
     ``version``: see `Deployed`.
     """
-    deployed = Deployed(version=version, most_replicas=sum(model.config.replicas.most_at_once for model in models))
+    deployed = Deployed(version=version, configs=tuple(model.config for model in models))
     fronts: Any = ray_serve.deployment(
         _Front,
         name="FrontDeployment",

@@ -37,7 +37,7 @@ class RunnerConfig:
     kv_memory_fraction: float | None = None
     """On CUDA the fraction of the device's memory that weights, activations and KV together may fill (None = 0.9); on a CPU
     the fraction of the memory still free after loading that KV may fill, all ranks on the host together (None = 0.3, at most
-    4 GiB). Each of the replicas that there may be at once takes an equal part of it, as if Ray had spread them evenly over the hosts."""
+    4 GiB). Each of the replicas that Ray may place there at once takes an equal part of it: they are counted by their CPUs."""
     max_context_tokens: int | None = None
     """Caps what the model itself would take. None = the model's own limit."""
     attention_backend: BackendName = "auto"

@@ -1,5 +1,7 @@
 """Placement, health, recovery and directory: parts that need no process."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from cluster.canary import Canary
@@ -8,8 +10,9 @@ from cluster.config import RankResources, ReplicaConfig, RouterConfig
 from cluster.directory import Reader, Register, ReplicaRecord
 from cluster.errors import RecoveryGivenUp, StartFailed
 from cluster.health import Health, StartProgressBoard, State
-from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, on_hosts_with, replicas_on_a_host, strategy
+from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, most_on_a_host, on_hosts_with, strategy
 from cluster.recovery import Recovery, RestartBudget
+from cluster.seats import Seat, take_seats
 from engine.errors import EngineStopped, WorkersLost
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -66,19 +69,35 @@ def test_every_bundle_asks_for_the_kind_of_host_that_is_wanted() -> None:
 @pytest.mark.parametrize(
     ("most", "topology", "hosts", "wanted"),
     [
-        (1, Topology(tp=2), 1, 1),
-        (5, Topology(tp=2), 1, 5),
-        (5, Topology(tp=2), 2, 3),
-        (2, Topology(tp=2), 4, 1),
-        (4, Topology(tp=2, pp=2), 4, 2),  # of the two stages of each, two lie on every host
-        (3, Topology(tp=2, pp=2), 1, 3),
-        (3, Topology(tp=2), 0, 3),
+        (1, Topology(tp=2), [4.0], 1),
+        (5, Topology(tp=2), [4.0], 2),
+        (5, Topology(tp=2), [4.0, 64.0], 5),  # all of them may lie on the large one
+        (5, Topology(tp=2, pp=2), [4.0, 4.0], 2),
+        (3, Topology(tp=2), [1.0], 3),  # there is no host for any yet: whatever comes may be large
     ],
 )
-def test_replicas_share_the_hosts_that_can_take_them(most: int, topology: Topology, hosts: int, wanted: int) -> None:
-    others = [{"CPU": 1.0, "kind": 1.0}, {"CPU": 64.0}, {"node": 1.0}]
+def test_replicas_share_a_host_as_far_as_its_cpus_allow(most: int, topology: Topology, hosts: list[float], wanted: int) -> None:
+    others = [{"CPU": 128.0}, {"node": 1.0}]
     resources = RankResources(host_resource="kind")
-    assert replicas_on_a_host(most, [{"CPU": 4.0, "kind": 1.0}] * hosts + others, topology, resources) == wanted
+    assert most_on_a_host(most, [*({"CPU": cpus, "kind": 1.0} for cpus in hosts), *others], topology, resources) == wanted
+
+
+def test_ranks_that_were_started_are_known_where_a_later_one_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are to be ended."""
+    seats: list[Seat] = []
+
+    def socket(name: str) -> str:
+        if name.endswith("-1"):
+            raise OSError("no place is left for sockets")
+        return name
+
+    actors = SimpleNamespace(options=lambda **_options: SimpleNamespace(remote=lambda rank: f"actor {rank}"))
+    monkeypatch.setattr("cluster.seats.ray.remote", lambda _class: actors)
+    folder, context = SimpleNamespace(socket=socket), SimpleNamespace(socket=lambda _kind: None)
+    ranks, ground = SimpleNamespace(topology=Topology(tp=2)), SimpleNamespace(group=None)
+    with pytest.raises(OSError, match="no place"):
+        take_seats(seats, ranks, RankResources(), ground, folder, context)  # type: ignore[arg-type]
+    assert [seat.actor for seat in seats] == ["actor 0"]
 
 
 @pytest.mark.parametrize("bad", [{"step_timeout_s": 0}, {"max_restarts": -1}, {"heartbeat_s": -1.0}])

@@ -82,8 +82,11 @@ def newcomers(*, may_fail: int) -> Beside:
 
     async def ask(session: aiohttp.ClientSession, victims: Victims, prompt: str) -> str:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
-        async with session.post(f"{victims.url}/v1/completions", json=body) as answer:
-            told = await answer.json()
+        try:
+            async with session.post(f"{victims.url}/v1/completions", json=body) as answer:
+                told = await answer.json()
+        except (aiohttp.ClientError, ValueError) as error:
+            return type(error).__name__
         return "" if answer.status == 200 else str(told["error"]["code"])
 
     async def come(victims: Victims, seed: int) -> list[str]:

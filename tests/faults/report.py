@@ -52,8 +52,9 @@ MANY = 8
 SWEPT_HEAD = """
 ## By failpoint
 
-`python -m tests.faults --sweep`: each named point of the code (`engine/failpoints.py`) is made to fail in all ways that it can, when
-a process comes there for the first, the second or the fifth time after some stream's first, second, middle or last token but one. Where it
+`python -m tests.faults --sweep`: each named point of the code (`engine/failpoints.py`) is made to fail, when
+a process comes there for the first, the second or the fifth time after some stream's first, second, middle or last token but one: it
+is killed (SIGKILL), raises, stands still, or loses the message or logits at hand. Where it
 takes the loss of a rank or a replica, or more requests, that somebody comes there, there are these, too.
 
 - *lost*: streams that ended neither whole nor with a typed error. It must be 0 but where the front itself is killed (T2).
