@@ -7,7 +7,7 @@ from functools import partial
 
 from engine.failpoints import DROPPABLE, POINTS, Action, Failure, arm, has_fired
 from tests.faults import beside
-from tests.faults.catalogue import Fault, Harm, Inject, kill
+from tests.faults.catalogue import FRONT_LOST, Fault, Harm, Inject, kill
 from tests.faults.server import Victims
 
 HITS = (1, 2, 5)
@@ -69,7 +69,7 @@ def _swept() -> Iterator[Fault]:
                         WHAT[action],
                         _bringing_there(point, Failure(action=action, after=after, seconds=DELAY_S)),
                         tier=_tier(point, action),
-                        may_fail=INTERNAL if point in OF_FRONTS and action == "error" else frozenset(),
+                        may_fail=(FRONT_LOST if action == "crash" else INTERNAL) if tells else frozenset(),
                         beside=beside.newcomers(may_fail=int(tells)) if point in NEWCOMERS else None,
                     )
 
