@@ -55,11 +55,12 @@ class Sizes:
     experts: tuple[int, int, int] = (64, 8, 2560)
     """(experts, chosen, inner width)"""
     vocab_size: int = 151_936
+    undecided: int = 16
 
 
 TINY = Sizes(
     heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 5),), timed=((1, 20),), width=64, inner=96, rows=(1, 5),
-    experts=(4, 2, 32), vocab_size=300,
+    experts=(4, 2, 32), vocab_size=300, undecided=2,
 )  # fmt: skip
 FP8_EXPERTS_MOST = 5e-2
 """Of relative error: where an activation in between is rounded to its neighbour in bfloat16, FP8 rounds some of them by a step more."""
@@ -246,7 +247,7 @@ class Checks:
         """Rows drawn where they lie against the CPU's sorting, and how long they keep a device."""
         from parallel.cuda.whole_rows import draw_undecided
 
-        count, width = 16, self._sizes.vocab_size
+        count, width = self._sizes.undecided, self._sizes.vocab_size
         logits, uniform_R = torch.randn(count, width) * 3, torch.rand(count, dtype=torch.float64)
         draw = random.Random()
         rows = [(draw.choice([0.7, 1.0, 2.5]), draw.choice([width, width // 2]), draw.choice([0.9, 0.97, 1.0]), 0.0) for _ in range(count)]
