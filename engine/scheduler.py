@@ -128,7 +128,10 @@ class Scheduler:
             return self._planner.plan(only_ahead=only_ahead)
         if only_ahead or any(sequence.in_flight and sequence is not trial for sequence in self._books.all_open()):
             return None
-        return self._planner.plan(lambda sequence: sequence is trial) or self._planner.plan(lambda sequence: not sequence.trial_left)
+        plan = self._planner.plan(lambda sequence: sequence is trial)
+        if plan is not None or trial.in_flight:  # while its answer is out nobody else is begun either: a loss would be blamed on both
+            return plan
+        return self._planner.plan(lambda sequence: not sequence.trial_left)
 
     def apply(self, plan: StepPlan, result: StepResult) -> Told:
         """Record what a step gave. Sequences that were closed since it was planned are passed over."""

@@ -84,7 +84,7 @@ def disturbed(seed: int, happened: Happened) -> None:
     def new_executor(loss: object = None) -> FakeExecutor:
         executor = FakeExecutor(draw.randint(12, 24), BLOCK_TOKENS, num_shards=num_shards, num_stages=num_stages, runs_ahead=runs_ahead)
         if draw.random() < 0.5:
-            executor.lose_at_step = {draw.randint(0, draw.choice([4, 40]))}
+            executor.lose_at_step = {draw.randint(0, 40)}
         if speculator is not None and speculator.asks_ranks:
             executor.draft_model = random.Random(f"draft model {seed} {len(executors)}")
         if reluctance.random() < 0.2:

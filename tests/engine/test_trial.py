@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import QueueFull
-from engine.plan import StepPlan
+from engine.executor import Capacity
+from engine.plan import Sampled, StepPlan, StepResult
 from engine.request import Request, SamplingParams
+from engine.scheduler import Scheduler
 from tests.fakes.executor import FakeExecutor, FakeStep, Recorder, run_to_end, undisturbed
 
 POISON = 999
@@ -87,6 +89,21 @@ def test_a_suspect_of_another_replica_runs_alone_before_it_runs_with_others() ->
     with_suspect = [plan for plan in plans if any(work.sequence == number for work in plan.works)]
     assert [len(plan.works) for plan in with_suspect[:2]] == [1, 1]
     assert len(with_suspect[2].works) > 1, "and then it runs with all"
+
+
+def test_while_a_suspects_step_is_out_no_other_is_begun() -> None:
+    """Else who comes then, and ends the workers, ends them with the suspect in the lost steps too."""
+    scheduler = Scheduler(EngineConfig(block_tokens=4, max_in_flight=2), Capacity(num_blocks=64, block_tokens=4, max_context_tokens=256))
+    scheduler.add(Request(id="suspect", prompt=(5, 6), losses=1, sampling=SamplingParams(max_tokens=4)))
+    scheduler.add(good(1))
+    alone = scheduler.schedule()
+    assert alone is not None
+    assert [opening.request_id for opening in alone.opened] == ["suspect"]
+    assert scheduler.schedule() is None
+    scheduler.apply(alone, StepResult(alone.step, (Sampled(alone.works[0].sequence, (7,)),)))
+    again = scheduler.schedule()
+    assert again is not None
+    assert not again.opened, "it has still a token to give alone"
 
 
 def test_a_suspect_of_another_replica_that_ends_the_workers_alone_is_poison() -> None:
