@@ -47,6 +47,14 @@ class FileTensor:
     def dtype(self) -> torch.dtype:
         return self.header.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return self.header.num_bytes
+
+    @property
+    def piece_dim(self) -> int:
+        return 0
+
     def read(self, *slices: slice) -> Tensor:
         """The given part as a CPU tensor, one slice of step 1 per dim, or everything.
 

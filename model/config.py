@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from model.quantisation import InvalidQuantisation, Quantisation, UnsupportedQuantisation
+
 Architecture = Literal["Qwen2ForCausalLM", "Qwen2MoeForCausalLM"]
 DENSE: Architecture = "Qwen2ForCausalLM"
 MOE: Architecture = "Qwen2MoeForCausalLM"
@@ -100,6 +102,8 @@ class ModelConfig:
     """Whether tokens see only what is before them. Not so in some models that give embeddings, which then can do nothing else."""
     is_bare: bool = False
     """Stored as the decoder alone: no head, and names without the prefix ``model.``. Its logits, by the embedding, mean nothing."""
+    quantisation: Quantisation | None = None
+    """`quantization_config`: how the layers' matrices are stored, if not plainly."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -149,6 +153,7 @@ class ModelConfig:
             dtype=_dtype(raw),
             moe=_moe(raw) if architecture == MOE else None,
             eos_token_ids=token_ids(raw.get("eos_token_id"), "eos_token_id"),
+            quantisation=_quantisation(raw),
         )
 
 
@@ -203,12 +208,20 @@ def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
         raise UnsupportedModel("use_sliding_window is true, and sliding-window attention is not supported")
     if "sliding_attention" in _optional(raw, "layer_types", list, []):
         raise UnsupportedModel("layer_types asks for sliding-window attention, which is not supported")
-    if raw.get("quantization_config") is not None:
-        method = _required(raw, "quantization_config", dict).get("quant_method")
-        raise UnsupportedModel(f"quantization_config: quantised weights (quant_method {method!r}) are not supported")
     activation = _required(raw, "hidden_act", str)
     if activation != "silu":
         raise UnsupportedModel(f"hidden_act {activation!r} is not supported; Qwen2 uses 'silu'")
+
+
+def _quantisation(raw: Mapping[str, Any]) -> Quantisation | None:
+    if raw.get("quantization_config") is None:
+        return None
+    try:
+        return Quantisation.from_dict(_required(raw, "quantization_config", dict))
+    except InvalidQuantisation as error:
+        raise InvalidModelConfig(f"quantization_config: {error}") from error
+    except UnsupportedQuantisation as error:
+        raise UnsupportedModel(f"quantization_config: {error}") from error
 
 
 def _head_dim(raw: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:

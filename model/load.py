@@ -1,7 +1,7 @@
 """From a checkpoint to one rank's model: check everything, then allocate, then read this rank's share and nothing else."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,12 @@ from model.dtypes import DTYPES
 from model.names import Binding
 from model.qwen2 import HEAD, Qwen2
 from model.qwen2_moe import Qwen2Moe
+from model.stored_quantised import as_plain
 from parallel.dispatch import DispatchName
 from parallel.embedding import VocabEmbedding
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.pages import freed_at_once
-from parallel.weight_format import Dense, WeightFormat
+from parallel.weight_format import Dense, StoredTensor, WeightFormat
 
 OnProgress = Callable[[int, int], None]
 """Told (done, total): bytes of the checkpoint tensors that this rank takes a share of, in whole tensors."""
@@ -104,7 +105,7 @@ def load_model(
 
     Raises:
         CheckpointMismatch: seen from names and shapes alone, on every rank, before anything is allocated.
-        CheckpointError: a file could not be read.
+        CheckpointError: a file could not be read, or what is stored quantised in it makes no sense.
         ValueError: more ranks than can share the model's heads.
     """
     started = time.monotonic()
@@ -123,7 +124,10 @@ def load_model(
         kv_dtype=kv_dtype,
         rounds_kv=rounds_kv,
     )
-    bytes_read = _fill(list(model.bindings()), checkpoint, device, on_progress or (lambda _done, _total: None))
+    bindings = list(model.bindings())
+    tensors = as_plain(checkpoint.tensors, config.quantisation, {binding.name for binding in bindings})
+    with ThreadPoolExecutor(checkpoint.reads_at_a_time, thread_name_prefix="load") as threads:
+        bytes_read = _fill(bindings, tensors, threads, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
         bytes_read=bytes_read,
         bytes_fetched=checkpoint.bytes_fetched,
@@ -174,42 +178,46 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
 
     Raises:
         CheckpointMismatch: missing, superfluous, misshapen tensors, and for a plain model those of integers.
+        CheckpointError: a matrix that is stored quantised lacks a part, or its parts do not fit each other.
     """
     dtype, device = DTYPES[config.dtype], torch.device("cpu")
     whole = _make(config, single_rank_groups(), device=device, dtype=dtype, block_tokens=1, backend="reference", format=format)
     plain = format is None or set(format.specs()) == {"weight"}
     wanted = {binding.name: binding.slot.shape for binding in whole.bindings()}
-    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    tensors = as_plain(checkpoint.tensors, config.quantisation, wanted)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     ignored = {f"{HEAD}.weight"} & found.keys() if whole.config.tied_embeddings else set()
     missing, unused = wanted.keys() - found.keys(), found.keys() - wanted.keys() - ignored
     misshapen = [(name, found[name], shape) for name, shape in wanted.items() if name in found and found[name] != shape]
-    mistyped = [name for name in wanted.keys() & found.keys() if plain and checkpoint.tensors[name].dtype not in DTYPES.values()]
+    mistyped = [name for name in wanted.keys() & found.keys() if plain and tensors[name].dtype not in DTYPES.values()]
     if missing or unused or misshapen or mistyped:
         raise CheckpointMismatch(missing=missing, unused=unused, misshapen=misshapen, mistyped=mistyped, place=str(checkpoint.place))
     return tuple(ignored)
 
 
-def _fill(bindings: list[Binding], checkpoint: Checkpoint, device: torch.device, on_progress: OnProgress) -> int:
+def _fill(
+    bindings: list[Binding], tensors: Mapping[str, StoredTensor], threads: ThreadPoolExecutor, device: torch.device, on_progress: OnProgress
+) -> int:
     """Load layer after layer, each in its final form before the next is allocated, some of its tensors at a time.
 
     Embedding and head come first: they are the largest, and what rounding them takes beside them is gone when memory fills up.
     Returns the bytes read.
     """
     bindings = sorted(bindings, key=lambda binding: not isinstance(binding.layer, VocabEmbedding))
-    total = sum(checkpoint.tensors[binding.name].header.num_bytes for binding in bindings if binding.is_wanted)
+    total = sum(tensors[binding.name].num_bytes for binding in bindings if binding.is_wanted)
     done = bytes_read = 0
     on_progress(done, total)
-    with freed_at_once(), ThreadPoolExecutor(checkpoint.reads_at_a_time, thread_name_prefix="load") as threads:
+    with freed_at_once():
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
             wanted = [binding for binding in of_layer if binding.is_wanted]
-            for binding, num_bytes in zip(wanted, threads.map(partial(_read, checkpoint), wanted), strict=True):
+            for binding, num_bytes in zip(wanted, threads.map(partial(_read, tensors), wanted), strict=True):
                 bytes_read += num_bytes
-                done += checkpoint.tensors[binding.name].header.num_bytes
+                done += tensors[binding.name].num_bytes
                 on_progress(done, total)
             layer.finish()
     return bytes_read
 
 
-def _read(checkpoint: Checkpoint, binding: Binding) -> int:
-    return binding.layer.load(binding.slot.part, binding.slot.tensor, checkpoint.tensors[binding.name])
+def _read(tensors: Mapping[str, StoredTensor], binding: Binding) -> int:
+    return binding.layer.load(binding.slot.part, binding.slot.tensor, tensors[binding.name])

@@ -15,12 +15,32 @@ FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
 """The largest number of FP8 (four bits of exponent, three of mantissa; arXiv 2209.05433)."""
 
+MOST_TIMES = 16
+"""How many times a group's scale the number nearest to zero is at most, where a scale is looked for that loses nothing."""
+SAMPLED_GROUPS = 64
+"""Looked at before that is tried with all."""
+
 SHORTENED = GROUP["int8"] ** -0.5
 """By what sums and differences of a group must be multiplied to be as long as it was."""
 
 
 def round_to_groups(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """int8 numbers (..., C) and float16 scales (...). int4 uses -8 too: the scale's sign makes it the number furthest from zero."""
+    """int8 numbers (..., C) and float16 scales (...). int4 uses -8 too: the scale's sign makes it the number furthest from zero.
+
+    Weights that were stored in few bits are whole multiples of a float16 number already, group by group. Nothing is lost of them: that
+    number is looked for where some of the groups have one.
+    """
+    groups_XC = weight_xC.reshape(-1, weight_xC.shape[-1])
+    sample_XC = groups_XC[:: len(groups_XC) // SAMPLED_GROUPS + 1]
+    if not _in_multiples_of(_nearest_to_zero(sample_XC), sample_XC, levels)[-1].any():
+        return _round_to_nearest(weight_xC, levels)
+    numbers_XC, scales_X, holds_X = _as_multiples(groups_XC, levels)
+    if not holds_X.all():
+        numbers_XC[~holds_X], scales_X[~holds_X] = _round_to_nearest(groups_XC[~holds_X], levels)
+    return numbers_XC.view(weight_xC.shape), scales_X.view(weight_xC.shape[:-1])
+
+
+def _round_to_nearest(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     most = weight_xC.abs().amax(-1)
     if levels == LEVELS["int4"]:
         furthest = weight_xC.gather(-1, weight_xC.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -30,6 +50,42 @@ def round_to_groups(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     scales = scales.half()
     inverse = torch.where(scales == 0, 0, 1 / scales.float())
     return (weight_xC * inverse.unsqueeze(-1)).round_().clamp_(lowest, levels).to(torch.int8), scales
+
+
+def _as_multiples(weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 numbers (X, C) and float16 scales (X) of which nothing is lost, and of which groups (X, bool) that is true.
+
+    Of 32 or more multiples one is nearly always a small one, so a scale is a small part of the number nearest to zero.
+    """
+    nearest_X = _nearest_to_zero(weight_XC)
+    numbers_XC, scales_X, holds_X = _in_multiples_of(nearest_X, weight_XC, levels)
+    for times in range(2, min(MOST_TIMES, levels + 1) + 1):
+        (rest,) = holds_X.logical_not().nonzero(as_tuple=True)
+        if len(rest):
+            numbers_XC[rest], scales_X[rest], holds_X[rest] = _in_multiples_of(nearest_X[rest] / times, weight_XC[rest], levels)
+    return numbers_XC, scales_X, holds_X
+
+
+def _nearest_to_zero(weight_XC: Tensor) -> Tensor:
+    """The size of each group's smallest number (X) that is not 0; what is no number where all are."""
+    # The bits of sizes are in the order of the sizes. One less, and 0 is above them all.
+    return weight_XC.abs().view(torch.int32).sub_(1).bitwise_and_(0x7FFFFFFF).amin(-1).add_(1).view(torch.float32)
+
+
+def _in_multiples_of(scales_X: Tensor, weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `_as_multiples`. -8 and -128 are numbers too, 8 and 128 are not: a negative scale may make them so."""
+    halves_X = scales_X.half()
+    scales_X1 = halves_X.float().unsqueeze(-1)
+    numbers_XC = (weight_XC / scales_X1).round_()
+    lost_X = (numbers_XC * scales_X1).sub_(weight_XC).abs_().amax(-1)
+    least_X, most_X = numbers_XC.amin(-1), numbers_XC.amax(-1)
+    holds_X = (lost_X == 0) & (least_X >= -levels - 1) & (most_X <= levels + 1)
+    turned_X = most_X > levels
+    if turned_X.any():
+        holds_X &= ~turned_X | (least_X >= -levels)
+        numbers_XC[turned_X] *= -1
+        halves_X = torch.where(turned_X, -halves_X, halves_X)
+    return numbers_XC.to(torch.int8), halves_X, holds_X
 
 
 def turned(x_xC: Tensor) -> Tensor:

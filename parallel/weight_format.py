@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -20,6 +21,16 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def num_bytes(self) -> int:
+        """As it is stored."""
+        ...
+
+    @property
+    def piece_dim(self) -> int:
+        """Along which it is best read piece by piece: the dim in whose order it lies in the file."""
+        ...
+
     def read(self, *slices: slice) -> Tensor:
         """The given part (one slice per dim) as a CPU tensor; only its bytes are read from the file."""
         ...
@@ -32,17 +43,18 @@ PIECE_BYTES = 32 * 2**20
 def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> int:
     """Copy a part of ``stored``, one slice per dim, into ``target`` of the same shape. Returns its bytes as stored.
 
-    It passes in pieces of whole rows, so that nobody holds a large matrix twice.
+    It passes in pieces, so that nobody holds a large matrix twice.
     """
-    rows = range(*slices[0].indices(stored.shape[0]))
     if target.numel() == 0:
         return 0
-    row_bytes = target.numel() // len(rows) * stored.dtype.itemsize
-    step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        target[start : start + step].copy_(stored.read(slice(piece.start, piece.stop), *slices[1:]))
-    return len(rows) * row_bytes
+    dim = stored.piece_dim
+    wanted = range(*slices[dim].indices(stored.shape[dim]))
+    step = max(1, PIECE_BYTES * len(wanted) // (target.numel() * stored.dtype.itemsize))
+    for start in range(0, len(wanted), step):
+        piece = wanted[start : start + step]
+        part = stored.read(*slices[:dim], slice(piece.start, piece.stop), *slices[dim + 1 :])
+        target.narrow(dim, start, len(piece)).copy_(part)
+    return stored.num_bytes * target.numel() // prod(stored.shape)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from cluster.doctor.facts import Need
+from engine.run.settings import RunnerConfig
 from parallel.topology import Topology
 from serve.config import ServeConfig
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16
+from serve.planning.formats import BF16, FORMATS
 from serve.planning.shape import shape_of_checkpoint
 from serve.planning.weights import weights_of_rank
 
@@ -21,16 +22,19 @@ def _weights(folder: Path, config: ServeConfig) -> int:
     """Of the fullest rank, at least: a dtype that a rank chooses by itself may take twice as much on a CPU."""
     topology = config.parallel.topology
     try:
-        shape = shape_of_checkpoint(folder, name=str(folder))
-        ranks = (weights_of_rank(shape, topology, topology.coordinates(rank), BF16) for rank in range(topology.size))
-        most = max(rank.num_bytes for rank in ranks) + _draft_weights(config.runner.draft_model)
-        return most * (2 if config.runner.dtype == "float32" else 1)
+        return _fullest_rank(folder, topology, config.runner) + _draft_weights(config.runner)
     except (PlanError, ValueError):
         return 0
 
 
-def _draft_weights(place: str | None) -> int:
+def _draft_weights(runner: RunnerConfig) -> int:
     """Of a draft model whose folder is here; one rank holds it whole."""
-    if place is None or not Path(place).is_dir():
-        return 0
-    return weights_of_rank(shape_of_checkpoint(Path(place), name=place), Topology(), Topology().coordinates(0), BF16).num_bytes
+    place = runner.draft_model
+    return _fullest_rank(Path(place), Topology(), runner) if place is not None and Path(place).is_dir() else 0
+
+
+def _fullest_rank(folder: Path, topology: Topology, runner: RunnerConfig) -> int:
+    shape = shape_of_checkpoint(folder, name=str(folder))
+    format = FORMATS[runner.quantize] if runner.quantize else shape.format
+    most = max(weights_of_rank(shape, topology, topology.coordinates(rank), format).num_bytes for rank in range(topology.size))
+    return most * (2 if format is BF16 and runner.dtype == "float32" else 1)

@@ -1,7 +1,6 @@
 """Models of random weights in the shape of the released ones, made where they are used: nothing is read, and nothing is written."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -73,10 +72,11 @@ class RandomTensor:
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
+    piece_dim: int = 0
 
     @property
-    def header(self) -> SimpleNamespace:
-        return SimpleNamespace(num_bytes=2 * torch.Size(self.shape).numel())
+    def num_bytes(self) -> int:
+        return 2 * torch.Size(self.shape).numel()
 
     def read(self, *slices: slice) -> Tensor:
         sizes = [len(range(*some.indices(size))) for some, size in zip(slices, self.shape, strict=False)]

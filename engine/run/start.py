@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from model.formats import Formats, choose_formats
 from model.kv_cache import KvCache
 from model.load import load_model
 from model.qwen2 import Qwen2
+from model.stored_quantised import QuantisedTensor, as_plain
 from parallel.dispatch import choose_dispatch
 from parallel.fitting import check_fit
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
@@ -188,11 +190,27 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def formats_of(
-    checkpoint: Checkpoint, config: RunnerConfig, dtype: torch.dtype, device: torch.device, *, kinds: frozenset[str] | None = None
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    config: RunnerConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    kinds: frozenset[str] | None = None,
 ) -> Formats:
-    """In what form a rank holds this checkpoint's weights. Opening it has read the headers, which is enough."""
-    stored = [tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
-    return choose_formats(device, dtype, stored, config.quantize, rounds_activations=config.dtype == "auto", shared_kinds=kinds)
+    """In what form a rank holds this checkpoint's weights. Opening it has read the headers, which is enough.
+
+    Matrices that are stored quantised are held so without being asked; embedding and head, which are not, as those of any checkpoint.
+    """
+    choose = partial(choose_formats, device, dtype, rounds_activations=config.dtype == "auto", shared_kinds=kinds)
+    quantisation = model_config.quantisation
+    stored = [tensor for tensor in as_plain(checkpoint.tensors, quantisation).values() if len(tensor.shape) == 2]
+    formats = choose([tensor.dtype for tensor in stored if not isinstance(tensor, QuantisedTensor)], config.quantize)
+    if quantisation is None:
+        return formats
+    held_as = config.quantize or quantisation.held_as
+    log.info("matrices are stored by %s in %d bits, and held in %s", quantisation.method.upper(), quantisation.bits, held_as)
+    return Formats(choose([QuantisedTensor.dtype], held_as).matrices, formats.table)
 
 
 @contextmanager
@@ -237,7 +255,7 @@ def _load(
 
     dtype = resolve_dtype(config.dtype, device)
     kinds = shared_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None  # experts travel, and are read there
-    formats = formats_of(checkpoint, config, dtype, device, kinds=kinds)
+    formats = formats_of(checkpoint, model_config, config, dtype, device, kinds=kinds)
     model, report = load_model(
         checkpoint,
         model_config,
@@ -267,10 +285,11 @@ def _load(
 def _load_draft_model(folder: str, model: Qwen2, config: RunnerConfig, engine_config: EngineConfig, device: torch.device) -> Qwen2:
     """Whole, on this rank alone."""
     with Checkpoint(folder) as checkpoint:
-        formats = formats_of(checkpoint, config, model.dtype, device)
+        model_config = ModelConfig.from_checkpoint(small_files(folder))
+        formats = formats_of(checkpoint, model_config, config, model.dtype, device)
         draft_model, report = load_model(
             checkpoint,
-            ModelConfig.from_checkpoint(small_files(folder)),
+            model_config,
             single_rank_groups(),
             device=device,
             dtype=model.dtype,

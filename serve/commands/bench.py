@@ -117,7 +117,7 @@ def measure(
     report("measuring the machine", 0.0)
     ceiling = measure_ceiling(dtype, device, usable_cores())
     with Checkpoint(found.place) as checkpoint:
-        formats = formats_of(checkpoint, config.runner, dtype, device)
+        formats = formats_of(checkpoint, model_config, config.runner, dtype, device)
     weights = weight_bytes(model_config, formats)
     figures = []
     with ExitStack() as running:

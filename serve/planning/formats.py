@@ -21,9 +21,8 @@ class Format:
     group: int | None = None
     """Input features that share a scale, per output feature. None: one scale for a whole row, or none at all."""
     scale_bits: int = 0
-    """Of each scale together with its zero point."""
     quantize: QuantizeName | None = None
-    """What rounds a plain checkpoint to this while it is loaded (`manta serve --quantize`). None: it is stored so, or plain."""
+    """What has a checkpoint held so (`manta serve --quantize`). None: it is held so unasked."""
     filled_to: int = 1
     """Such numbers: a rank counts groups from its own first feature, and fills its features up with zeros to a multiple of so many."""
     table: "Format | None" = None
@@ -31,17 +30,12 @@ class Format:
     multiplies_fp8: bool = False
     """Whether the matrix units multiply in fp8; else weights are widened to bfloat16 first."""
 
-    @property
-    def unit(self) -> int:
-        """Features that stay on one rank together: a whole quantisation group, where the checkpoint has it."""
-        return 1 if self.quantize else self.group or 1
-
     @cached_property
     def bytes_per_weight(self) -> float:
         return self.bits / 8
 
     def matrix_bytes(self, out_features: int, in_share: Share) -> int:
-        """Of the rows and columns that one rank holds. A scale whose stored group two ranks share is held by both."""
+        """Of the rows and columns that one rank holds."""
         filled = -(-len(in_share) // self.filled_to) * self.filled_to
         return out_features * filled * self.bits // 8 + out_features * self._scales(in_share, filled) * self.scale_bits // 8
 
@@ -53,9 +47,7 @@ class Format:
         """Per output feature."""
         if self.group is None:
             return 1 if len(in_share) else 0
-        if self.quantize:
-            return filled // self.group
-        return sum(-(-span.stop // self.group) - span.start // self.group for span in in_share.spans if len(span))
+        return filled // self.group
 
 
 BF16 = Format(name="bf16", bits=16)
@@ -66,9 +58,9 @@ INT8 = dataclasses.replace(_INT8_MATRIX, table=_INT8_MATRIX)
 INT4 = Format(name="int4", bits=4, group=GROUP["int4"], scale_bits=16, quantize="int4", filled_to=FILLED_TO["int4"], table=_INT8_MATRIX)
 
 STORED_FP8 = Format(name="fp8 as stored", bits=8, scale_bits=32, multiplies_fp8=True)
-STORED_INT8 = Format(name="int8 as stored", bits=8, group=128, scale_bits=16 + 8)
-STORED_INT4 = Format(name="int4 as stored", bits=4, group=128, scale_bits=16 + 4)
-"""By GPTQ and AWQ: a float16 scale and a zero point per group of 128."""
+STORED_INT8 = dataclasses.replace(_INT8_MATRIX, name="int8 of a quantised checkpoint", quantize=None)
+STORED_INT4 = dataclasses.replace(INT4, name="int4 of a quantised checkpoint", quantize=None, table=None)
+"""How matrices that GPTQ or AWQ stored are held, see `model.quantisation.Quantisation.held_as`. Embedding and head are stored plainly."""
 
 FORMATS = {format.name: format for format in (BF16, FP8, INT8, INT4)}
 """What `--dtype` names."""

@@ -39,7 +39,7 @@ SIZES = {
 NAME = re.compile(
     r"(?:hf://|modelscope://)?(?:Qwen/)?Qwen2-(?P<size>[\w.-]+?)(?P<instruct>-Instruct)?(?P<format>-GPTQ-Int4|-GPTQ-Int8|-AWQ)?"
 )
-STORED: dict[str | None, Format] = {None: BF16, "-GPTQ-Int4": STORED_INT4, "-AWQ": STORED_INT4, "-GPTQ-Int8": STORED_INT8}
+STORED: dict[str | None, Format] = {None: BF16, "-GPTQ-Int4": STORED_INT4, "-AWQ": STORED_INT8, "-GPTQ-Int8": STORED_INT8}
 
 
 def find_shape(model: str) -> ModelShape:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from serve.planning.formats import BF16, Format
+from serve.planning.formats import STORED_FP8, Format
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,10 @@ class Limit:
     sentence: str
 
 
-QUANTISED = Limit("quantised", "quantised checkpoints are planned only: `manta serve` loads plain ones, which `--quantize` rounds")
+FP8_CHECKPOINT = Limit("fp8", "checkpoints that are stored in FP8 are planned only: `manta serve` takes a plain one with `--quantize fp8`")
 
 
 def limits_today(format: Format) -> tuple[Limit, ...]:
     """Why `manta serve` does not take this layout today; none if it does."""
-    limits = ((QUANTISED, format is not BF16 and format.quantize is None),)
+    limits = ((FP8_CHECKPOINT, format is STORED_FP8),)
     return tuple(limit for limit, applies in limits if applies)

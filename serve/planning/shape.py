@@ -1,7 +1,6 @@
 """The numbers of a model that a plan needs, from its config.json alone.
 
-`model.config` reads the same file for serving and is stricter, but its dtypes are torch's, which takes seconds to import; a
-test holds this reading against that one.
+`model.config` reads the same file for serving and is stricter; a test holds this reading against that one.
 """
 
 import json
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.quantisation import InvalidQuantisation, Quantisation, UnsupportedQuantisation
 from serve.planning.errors import PlanError
 from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT8, Format
 
@@ -54,7 +54,7 @@ class ModelShape:
     qkv_bias: bool = True
     moe: MoeShape | None = None
     format: Format = BF16
-    """What the checkpoint's large matrices are stored in."""
+    """What the checkpoint's large matrices are held in, if nothing else is asked for."""
 
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and self.moe.is_sparse(layer)
@@ -137,20 +137,18 @@ def _max_context_tokens(raw: Mapping[str, Any]) -> int:
 
 def _format(raw: Mapping[str, Any]) -> Format:
     """`quantization_config`, as GPTQ, AWQ and FP8 checkpoints carry it."""
-    quantisation = raw.get("quantization_config")
-    if quantisation is None:
+    described = raw.get("quantization_config")
+    if described is None:
         return BF16
-    described = quantisation if isinstance(quantisation, dict) else {}
-    method, bits = described.get("quant_method"), described.get("bits")
-    known: dict[tuple[object, object], Format] = {
-        ("gptq", 4): STORED_INT4,
-        ("awq", 4): STORED_INT4,
-        ("gptq", 8): STORED_INT8,
-        ("fp8", None): STORED_FP8,
-    }
-    if (format := known.get((method, bits))) is None:
-        raise PlanError(f"quantization_config with quant_method {method!r} and bits {bits!r} is not known; gptq, awq and fp8 are")
-    return format
+    if not isinstance(described, dict):
+        raise PlanError(f"quantization_config is {described!r}, expected an object")
+    if described.get("quant_method") == "fp8":
+        return STORED_FP8
+    try:
+        held_as = Quantisation.from_dict(described).held_as
+    except (InvalidQuantisation, UnsupportedQuantisation) as error:
+        raise PlanError(f"quantization_config: {error}; plan from the plain checkpoint, with --dtype") from error
+    return STORED_INT4 if held_as == "int4" else STORED_INT8
 
 
 def _positive(raw: Mapping[str, Any], field: str) -> int:

@@ -106,8 +106,8 @@ def _attention(shape: ModelShape, heads: HeadShare, format: Format) -> Held:
 
 @cache
 def _mlp(hidden_size: int, inner_size: int, rank: int, ranks: int, format: Format) -> Held:
-    """Gate, up and down of one gated MLP, the inner features split in whole quantisation groups."""
-    inner = split(inner_size, rank, ranks, format.unit)
+    """Gate, up and down of one gated MLP."""
+    inner = split(inner_size, rank, ranks)
     return _matrix(2 * len(inner), whole(hidden_size), format) + _matrix(hidden_size, inner, format)
 
 

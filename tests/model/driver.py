@@ -54,6 +54,7 @@ class Driver:
         redundant_experts: int = 0,
         num_blocks: int = 256,
         format: WeightFormat | None = None,
+        table_format: WeightFormat | None = None,
         rounds_kv: bool = False,
     ) -> None:
         config = ModelConfig.from_checkpoint(folder)
@@ -69,7 +70,7 @@ class Driver:
                 dispatch=dispatch,
                 redundant_experts=redundant_experts,
                 format=format,
-                table_format=format,
+                table_format=table_format,
                 rounds_kv=rounds_kv,
             )
         self.cache = KvCache(self.model.kv_layout, num_blocks, CPU)
@@ -195,8 +196,14 @@ def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[l
     return found
 
 
-def logits_of(groups: ParallelGroups, folder: Path, prompt: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return Driver(folder, groups, dtype=dtype).whole(prompt)
+def logits_of(
+    groups: ParallelGroups, folder: Path, prompt: list[int], dtype: torch.dtype = torch.float32, format: WeightFormat | None = None
+) -> Tensor:
+    """``format``: of the layers' matrices."""
+    driver = Driver(folder, groups, dtype=dtype, format=format)
+    logits = driver.whole(prompt)
+    barrier(groups.world)  # as above
+    return logits
 
 
 def read_report(groups: ParallelGroups, folder: Path) -> LoadReport:

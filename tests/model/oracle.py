@@ -47,6 +47,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "moe": _shape(9, 3, 72, 50, 101, mlp_only_layers=[1], **_experts(6, 2, 13, 21, norm_topk_prob=False)),
     "moe_renormalised": _shape(4, 4, 32, 30, 64, decoder_sparse_step=2, **_experts(7, 3, 9, 18, norm_topk_prob=True)),
     "yarn": _shape(4, 2, 64, 50, 80, max_position_embeddings=128, rope_parameters=_yarn(4.0, 32)),
+    # Groups of 32 divide over two and three ranks.
+    "grouped": _shape(12, 4, 192, 192, 101),
+    "grouped_moe": _shape(4, 2, 128, 128, 101, **_experts(4, 2, 64, 64, norm_topk_prob=False)),
     # The widths of the released sizes; layers and vocabulary cut short.
     "0.5B": _shape(14, 2, 896, 4864, 1000, num_hidden_layers=2, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
     "1.5B": _shape(12, 2, 1536, 8960, 1000, num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=LONG_ROPE),

@@ -9,6 +9,7 @@ import pytest
 
 from model.config import InvalidModelConfig, ModelConfig, UnsupportedModel
 from model.generation_config import GenerationDefaults
+from tests.model.quantised import AWQ, GPTQ
 
 QWEN2_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -119,11 +120,29 @@ def test_a_missing_field_is_named_not_guessed(whole: dict[str, Any], field: str)
         ({"head_dim": 7}, "even width"),
         ({"eos_token_id": ["<|im_end|>"]}, "eos_token_id"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+        ({"quantization_config": "int4"}, "quantization_config"),
+        ({"quantization_config": {}}, "quantization_config: quant_method is missing"),
+        ({"quantization_config": GPTQ | {"bits": "4"}}, "bits is '4'"),
+        ({"quantization_config": GPTQ | {"bits": True}}, "bits is True"),
+        ({"quantization_config": GPTQ | {"group_size": 0}}, "group_size is 0"),
+        ({"quantization_config": GPTQ | {"group_size": None}}, "group_size is missing"),
+        ({"quantization_config": GPTQ | {"sym": 1}}, "sym is 1"),
+        ({"quantization_config": GPTQ | {"desc_act": None}}, "desc_act is missing"),
+        ({"quantization_config": AWQ | {"version": 4}}, "version is 4"),
     ],
 )
 def test_a_field_that_makes_no_sense_is_named(change: dict[str, Any], what: str) -> None:
     with pytest.raises(InvalidModelConfig, match=what):
         ModelConfig.from_dict(QWEN2_7B | change)
+
+
+@pytest.mark.parametrize("field", [None, *GPTQ, *AWQ, "checkpoint_format", "dynamic", "pack_dtype"])
+def test_whatever_a_quantization_config_holds_the_error_is_one_of_two(field: str | None) -> None:
+    for whole in (GPTQ, AWQ):
+        for junk in (None, "x", -1, 0, 10**30, 1.5, float("nan"), True, [], ["x"], {}, {"x": 1}):
+            said = junk if field is None else whole | {field: junk}
+            with suppress(InvalidModelConfig, UnsupportedModel):
+                ModelConfig.from_dict(QWEN2_7B | {"quantization_config": said})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +155,16 @@ def test_a_field_that_makes_no_sense_is_named(change: dict[str, Any], what: str)
         ({"torch_dtype": "int8"}, "int8"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": YARN | {"mscale": 0.7}}, "mscale"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": GPTQ | {"quant_method": "bitsandbytes"}}, "quantization_config: quant_method 'bitsandbytes'"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "quant_method 'fp8'"),
+        ({"quantization_config": GPTQ | {"bits": 3}}, "bits 3"),
+        ({"quantization_config": AWQ | {"bits": 8}}, "bits 8 with quant_method 'awq'"),
+        ({"quantization_config": GPTQ | {"checkpoint_format": "marlin"}}, "checkpoint_format 'marlin'"),
+        ({"quantization_config": GPTQ | {"is_marlin_format": True}}, "is_marlin_format"),
+        ({"quantization_config": GPTQ | {"dynamic": {"-:.*down.*": {}}}}, "dynamic"),
+        ({"quantization_config": GPTQ | {"pack_dtype": "int64"}}, "pack_dtype 'int64'"),
+        ({"quantization_config": AWQ | {"version": "gemv"}}, "version 'gemv'"),
+        ({"quantization_config": AWQ | {"zero_point": False}}, "zero_point"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], what: str) -> None:

@@ -42,7 +42,7 @@ def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
 ) -> None:
     if not multiplies(format.kind):
         pytest.skip("this processor has no such kernel")
-    driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
+    driver = Driver(write(tmp_path), single_rank_groups(), format=format, table_format=format, rounds_kv=format.rounds_rows)
     tokens, company = seeded_prompts(driver.model.config.vocab_size, [150, 90])
     undisturbed = decoded(driver, tokens, 10)
     assert torch.equal(decoded(driver, tokens, 77), undisturbed), "gone on elsewhere after 67 tokens"

@@ -20,6 +20,14 @@ class MemoryTensor:
     def dtype(self) -> dtype:
         return self._tensor.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return self._tensor.nbytes
+
+    @property
+    def piece_dim(self) -> int:
+        return 0
+
     def read(self, *slices: slice) -> Tensor:
         part = self._tensor[slices]
         self.num_read += part.numel()

@@ -9,12 +9,15 @@ from typer.testing import CliRunner
 from cluster.directory import RankPlace, ReplicaRecord
 from cluster.doctor.facts import Need
 from cluster.health import State
+from engine.run.settings import QuantizeName, RunnerConfig
 from engine.weights_read import WeightsRead
 from serve.cli import app
 from serve.commands.serve import loading_lines
 from serve.config import ModelSettings, ParallelSettings, ServeConfig
 from serve.need import need_of
 from tests.cluster.fakes import record
+from tests.model.quantised import GPTQ
+from tests.serve.planning.questions import CONFIGS
 
 
 def test_this_machine_is_told_of_in_json() -> None:
@@ -55,6 +58,16 @@ def test_what_the_ranks_need_follows_from_the_configuration(smol_folder: Path) -
     assert alone.device == "cpu"
     assert 0.4 * alone.weights_bytes < half.weights_bytes < 0.7 * alone.weights_bytes
     assert need_of(None, ServeConfig()) == Need()
+
+
+def test_rounded_ranks_need_what_they_hold_rounded(tmp_path: Path) -> None:
+    def need_in_gib(quantize: QuantizeName | None, **stored: object) -> float:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS["7B"] | {"num_hidden_layers": 28, "vocab_size": 152_064} | stored))
+        return need_of(tmp_path, ServeConfig(runner=RunnerConfig(quantize=quantize))).weights_bytes / 2**30
+
+    assert 14 < need_in_gib(None) < 15
+    assert 3.9 < need_in_gib("int4") < 4.7
+    assert 5 < need_in_gib(None, quantization_config=GPTQ) < 6, "embedding and head are plain"
 
 
 def test_what_each_rank_read_is_told_and_what_was_read_along() -> None:

@@ -104,10 +104,20 @@ def test_a_layout_can_be_chosen_by_its_number() -> None:
     assert "no number 9999" in output
 
 
-def test_nothing_is_emitted_that_could_not_be_served() -> None:
-    code, output = manta("Qwen2-72B-Instruct-GPTQ-Int4", "--gpus", "8xA100-80G", "--emit", "config")
+def test_nothing_is_emitted_that_could_not_be_served(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["7B"] | {"quantization_config": {"quant_method": "fp8"}}))
+    code, output = manta(str(tmp_path), "--gpus", "8xA100-80G", "--emit", "config")
     assert code == 1
-    assert "quantised checkpoints are planned only" in output
+    assert "checkpoints that are stored in FP8 are planned only" in output
+
+
+def test_a_checkpoint_that_is_stored_quantised_is_served_without_a_word_about_it() -> None:
+    code, output = manta(
+        "Qwen2-72B-Instruct-GPTQ-Int4", "--gpus", "1xH100-80G", "--context", "8k", "--concurrency", "8", "--emit", "config"
+    )
+    assert code == 0
+    assert "quantize:" not in output
+    assert "dtype: auto" in output
 
 
 def test_a_checkpoint_folder_is_planned_from_its_config_json(tmp_path: Path) -> None:

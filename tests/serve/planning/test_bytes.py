@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from parallel.axes import whole
 from parallel.scaled_format import ScaledFormat
 from parallel.topology import Topology
 from parallel.weight_format import Dense
-from serve.planning.formats import BF16, FORMATS, STORED_INT4, Format
+from serve.planning.formats import BF16, FORMATS, STORED_INT4, STORED_INT8, Format
 from serve.planning.memory import USABLE_FRACTION, kv_bytes_per_token
 from serve.planning.released import SIZES
-from serve.planning.shape import ModelShape, shape_of_config
+from serve.planning.shape import ModelShape, shape_of_checkpoint, shape_of_config
 from serve.planning.weights import weights_of_rank
+from tests.model.oracle import make_oracle
+from tests.model.quantised import AWQ, GPTQ, store_quantised
 from tests.serve.planning.allocated import BLOCK_TOKENS, allocate, load, tensor_bytes, write_checkpoint_of
 from tests.serve.planning.questions import CONFIGS, config, moe
 
@@ -155,13 +158,19 @@ def test_a_format_takes_its_bits_and_a_little_for_scales(name: str, bits: int) -
     assert weights * bits / 8 <= held <= weights * bits / 8 * 1.05
 
 
-def test_stored_int4_splits_whole_groups_and_counts_a_scale_that_two_ranks_share_on_both() -> None:
-    shape = SIZES["0.5B"]  # 448 = 3.5 groups of output projection a rank at tp 2
-    halves = [weights_of_rank(shape, Topology(tp=2), Topology(tp=2).coordinates(rank), STORED_INT4) for rank in range(2)]
-    entire = weights_of_rank(shape, Topology(), Topology().coordinates(0), STORED_INT4)
-    shared_scale = shape.hidden_size * (16 + 4) // 8
-    copied_norms = (2 * shape.num_layers + 1) * shape.hidden_size * 2
-    assert sum(half.num_bytes for half in halves) == entire.num_bytes + shape.num_layers * shared_scale + copied_norms
+@pytest.mark.parametrize(("config", "format"), [(GPTQ, STORED_INT4), (AWQ, STORED_INT8)], ids=["gptq", "awq"])
+@pytest.mark.parametrize("name", ["grouped", "grouped_moe"])
+def test_planned_weights_of_a_quantised_checkpoint_are_those_that_a_rank_of_a_gpu_holds(
+    name: str, config: dict[str, Any], format: Format, tmp_path: Path
+) -> None:
+    source = make_oracle(name, tmp_path / "source", dtype=torch.bfloat16).folder
+    store_quantised(source, tmp_path / "stored", tmp_path / "plain", config)
+    shape, kind = shape_of_checkpoint(tmp_path / "stored", name=name), format.name[:4]
+    assert shape.format is format
+    formats = Formats(ScaledFormat("int4" if kind == "int4" else "int8", torch.float32), Dense(torch.bfloat16))
+    for rank in range(2):
+        loaded = tensor_bytes(load(tmp_path / "stored", Topology(tp=2), rank, formats))
+        assert planned_bytes(shape, Topology(tp=2), rank, format) == pytest.approx(loaded, rel=TOLERANCE)
 
 
 def as_config(shape: ModelShape) -> dict[str, object]:

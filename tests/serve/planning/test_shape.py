@@ -13,6 +13,7 @@ from serve.planning.memory import kv_bytes_per_token
 from serve.planning.released import PADDED_72B, SIZES, find_shape
 from serve.planning.shape import ModelShape, shape_of_config
 from serve.planning.weights import weights_of_rank
+from tests.model.quantised import AWQ, GPTQ
 from tests.serve.planning.questions import CONFIGS, config
 
 ALONE = Topology().coordinates(0)
@@ -69,7 +70,7 @@ def test_a_release_is_found_by_its_name(written: str, name: str, context: int) -
 
 def test_a_quantised_release_says_its_format() -> None:
     assert find_shape("Qwen2-7B-Instruct-GPTQ-Int8").format is STORED_INT8
-    assert find_shape("Qwen2-7B-Instruct-AWQ").format is STORED_INT4
+    assert find_shape("Qwen2-7B-Instruct-AWQ").format is STORED_INT8, "its zeros want more than 4 bits"
     padded = find_shape("Qwen2-72B-Instruct-GPTQ-Int4")
     assert (padded.format, padded.intermediate_size) == (STORED_INT4, PADDED_72B)
 
@@ -77,9 +78,10 @@ def test_a_quantised_release_says_its_format() -> None:
 @pytest.mark.parametrize(
     ("quantisation", "format"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, STORED_INT4),
-        ({"quant_method": "gptq", "bits": 8}, STORED_INT8),
-        ({"quant_method": "awq", "bits": 4}, STORED_INT4),
+        (GPTQ, STORED_INT4),
+        (GPTQ | {"bits": 8}, STORED_INT8),
+        (GPTQ | {"desc_act": True}, STORED_INT8),
+        (AWQ, STORED_INT8),
         ({"quant_method": "fp8"}, STORED_FP8),
     ],
 )
@@ -103,6 +105,8 @@ def test_a_folder_or_its_config_json_will_do(tmp_path: Path) -> None:
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization_config": GPTQ | {"bits": 3}}, "bits 3"),
+        ({"quantization_config": GPTQ | {"sym": None}}, "sym"),
         ({"quantization_config": "int4"}, "quantization_config"),
         ({"rope_scaling": {"type": "yarn", "factor": "long"}}, "factor"),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "num_experts"),

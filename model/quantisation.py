@@ -1,0 +1,105 @@
+"""What a checkpoint that is stored quantised says of itself: `quantization_config` of its config.json. No torch: planning asks here too."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from parallel.scale_groups import GROUP
+
+WORD_BITS = 32
+"""Numbers are stored side by side in words of so many."""
+SUPPORTED = "GPTQ in 4 or 8 bits and AWQ in 4 are"
+
+
+class InvalidQuantisation(ValueError):
+    """A field is missing, or has a value that makes no sense. Names it."""
+
+
+class UnsupportedQuantisation(ValueError):
+    """Well-formed, and stored in a way that is not read. Names the field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How the matrices of the layers are stored, by GPTQ (arXiv 2210.17323) or AWQ (arXiv 2306.00978): whole numbers, of which a group of
+    input features has one scale and one zero to an output. The weight is ``scale * (number - zero)``."""
+
+    method: Literal["gptq", "awq"]
+    bits: Literal[4, 8]
+    group_size: int | None
+    """Input features that share a scale. None: all."""
+    symmetric: bool
+    """Whether all zeros are the middle of the numbers."""
+    in_order: bool
+    """Whether neighbouring features are in a group; else each says which is its own (`desc_act`)."""
+    zeros_less_one: bool
+    """Whether zeros are stored less one."""
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Quantisation":
+        """From the parsed JSON of `quantization_config`.
+
+        Raises:
+            InvalidQuantisation, UnsupportedQuantisation: see there.
+        """
+        method = _field(raw, "quant_method", str)
+        if method not in ("gptq", "awq"):
+            raise UnsupportedQuantisation(f"quant_method {method!r} is not supported; {SUPPORTED}")
+        bits = _field(raw, "bits", int)
+        if (method, bits) not in (("gptq", 4), ("gptq", 8), ("awq", 4)):
+            raise UnsupportedQuantisation(f"bits {bits} with quant_method {method!r} is not supported; {SUPPORTED}")
+        group_size = _field(raw, "group_size", int)
+        if group_size != -1 and group_size < 1:
+            raise InvalidQuantisation(
+                f"group_size is {group_size}, expected a whole number of at least 1, or -1 for one group of all features"
+            )
+        return (_gptq if method == "gptq" else _awq)(raw, bits, None if group_size == -1 else group_size)
+
+    @property
+    def zero(self) -> int:
+        """Of all groups, where it is symmetric."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def held_as(self) -> Literal["int8", "int4"]:
+        """In what a rank holds such matrices, as `--quantize` calls it, if nothing else is asked for: int4 where that loses nothing as long
+        as ranks cut between groups. Numbers less their zero have 4 bits only where that is their middle."""
+        whole = self.group_size is None or self.group_size % GROUP["int4"] == 0
+        return "int4" if self.bits == 4 and self.symmetric and self.in_order and whole else "int8"
+
+
+def _gptq(raw: Mapping[str, Any], bits: Any, group_size: int | None) -> Quantisation:
+    layout = _field(raw, "checkpoint_format", str, _field(raw, "format", str, "gptq"))
+    if layout not in ("gptq", "gptq_v2"):
+        raise UnsupportedQuantisation(f"checkpoint_format {layout!r} is not supported; 'gptq' and 'gptq_v2' are")
+    for field, meaning in (("is_marlin_format", "weights in the order of one kernel"), ("dynamic", "matrices quantised unlike each other")):
+        if raw.get(field):
+            raise UnsupportedQuantisation(f"{field}: {meaning} are not supported")
+    if raw.get("pack_dtype", "int32") != "int32":
+        raise UnsupportedQuantisation(f"pack_dtype {raw['pack_dtype']!r} is not supported; 'int32' is")
+    return Quantisation(
+        method="gptq",
+        bits=bits,
+        group_size=group_size,
+        symmetric=_field(raw, "sym", bool),
+        in_order=not _field(raw, "desc_act", bool),
+        zeros_less_one=layout == "gptq",
+    )
+
+
+def _awq(raw: Mapping[str, Any], bits: Any, group_size: int | None) -> Quantisation:
+    version = _field(raw, "version", str).lower()
+    if version != "gemm":
+        raise UnsupportedQuantisation(f"version {version!r} of AWQ is not supported; 'gemm' is")
+    if not _field(raw, "zero_point", bool):
+        raise UnsupportedQuantisation("zero_point is false, and AWQ without zeros is not supported")
+    return Quantisation(method="awq", bits=bits, group_size=group_size, symmetric=False, in_order=True, zeros_less_one=False)
+
+
+def _field(raw: Mapping[str, Any], name: str, kind: type[Any], absent: Any = None) -> Any:
+    value = absent if raw.get(name) is None else raw[name]
+    if value is None:
+        raise InvalidQuantisation(f"{name} is missing")
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise InvalidQuantisation(f"{name} is {value!r}, expected a {kind.__name__}")
+    return value
