@@ -66,8 +66,10 @@ class Host:
 
     def start_anew(self) -> None:
         """With nothing left of what was there."""
+        seen = self._seen
+        self.kill()
         self.close()
-        for process in self._seen:
+        for process in seen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._stack = ExitStack()
