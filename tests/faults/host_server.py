@@ -77,9 +77,9 @@ class Host:
         self._seen = []
 
     def supervise(self) -> None:
-        self.family()
         if has_ended(self.ray.process):
             self.start_anew()
+        self.family()
 
     def close(self) -> None:
         self._stack.close()
