@@ -165,6 +165,12 @@ def directory_actor(app: str) -> Any:
     return ray.remote(Register).options(**options).remote()
 
 
+def _is_for_good(error: Exception) -> bool:
+    """Whether an actor that answered so must be looked for anew; Ray itself finds one that is started again."""
+    passing = (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError)
+    return isinstance(error, ray.exceptions.RayError) and not isinstance(error, passing)
+
+
 class Asker:
     """Asks the directory from an event loop that must not stand still, whatever has become of hosts.
 
@@ -186,17 +192,34 @@ class Asker:
         try:
             async with asyncio.timeout(self._answer_s):
                 if self._finding is None:
-                    self._finding = asyncio.ensure_future(asyncio.to_thread(self._find, self._app))
+                    self._finding = self._look()
                 actor = await asyncio.shield(self._finding)
                 answer = await getattr(actor, method).remote(*given)
-        except TimeoutError:
-            raise self._missed(f"no answer within {self._answer_s:g} s") from None
-        except (ray.exceptions.RayError, ValueError) as error:
-            if self._finding is not None and self._finding.done() and not isinstance(error, ray.exceptions.ActorUnavailableError):
+        except Exception as error:  # Ray raises many kinds, and of them one that is a TimeoutError, too
+            found = self._finding
+            if found is not None and found.done() and (found.exception() is not None or _is_for_good(error)):
                 self._finding = None
-            raise self._missed(str(error)) from error
+            raise self._missed(str(error) or f"no answer within {self._answer_s:g} s") from error
         self._away = False
         return answer
+
+    def _look(self) -> "asyncio.Future[Any]":
+        """In a thread of its own: it may stand there for as long as the head is away."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[Any] = loop.create_future()
+
+        def look() -> None:
+            try:
+                actor = self._find(self._app)
+            except Exception as error:
+                tell, told = found.set_exception, error
+            else:
+                tell, told = found.set_result, actor
+            with contextlib.suppress(RuntimeError):  # nobody is there any more
+                loop.call_soon_threadsafe(tell, told)
+
+        threading.Thread(target=look, name="directory-finder", daemon=True).start()
+        return found
 
     def _missed(self, why: str) -> DirectoryAway:
         if not self._away:
@@ -217,10 +240,10 @@ def current_records(app: str) -> tuple[ReplicaRecord, ...]:
 def refusals(app: str) -> dict[str, Refusal]:
     """By replica, of the last `EXPIRY_S` seconds."""
     try:
-        found: dict[str, Refusal] = ray.get(directory_actor(app).pinned.remote(REFUSALS), timeout=5)
+        found: dict[str, Any] = ray.get(directory_actor(app).pinned.remote(REFUSALS), timeout=5)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
         return {}
-    return found
+    return {replica: refusal for replica, refusal in found.items() if isinstance(refusal, Refusal)}  # versions before pinned words
 
 
 def glimpse(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
@@ -233,6 +256,8 @@ def glimpse(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any,
         actor: Any = ray.get_actor(_actor_name(app), namespace=NAMESPACE)
     except ValueError:
         return (), ()
+    except ray.exceptions.RayError as error:
+        raise DirectoryAway(str(error)) from error
     try:
         (_, records), notes = ray.get([actor.records.remote(), actor.pinned.remote(board)], timeout=LOOK_S)
     except ray.exceptions.GetTimeoutError:

@@ -66,7 +66,11 @@ class Overview:
 def look_around() -> Overview:
     """Of the cluster that this process has joined. Changes nothing there, and waits for nobody long: what is silent is told as such."""
     missing: list[str] = []
-    hosts = tuple(_hosts(missing))
+    try:
+        hosts = tuple(_hosts(missing))
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        missing.append(f"Ray's head: {error}")
+        return Overview(hosts=(), apps=(), replicas=(), waits={}, missing=tuple(missing))
     details = _details(missing)
     apps = tuple(
         AppView(name=name, status=str(getattr(told["status"], "value", told["status"])), message=told.get("message") or "")
@@ -104,6 +108,9 @@ def _details(missing: list[str]) -> Mapping[str, Any]:
         controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
         return {}
+    except ray.exceptions.RayError as error:
+        missing.append(f"Ray's head: {error}")
+        return {}
     try:
         details: Mapping[str, Any] = ray.get(controller.get_serve_instance_details.remote(), timeout=ANSWER_S)
     except ray.exceptions.GetTimeoutError:
@@ -120,7 +127,8 @@ def _unheard(app: Mapping[str, Any], reported: set[str], hosts: Sequence[HostVie
     host_of = {host.ip: host.name for host in hosts}
     for deployment, told in app.get("deployments", {}).items():
         running = [one for one in told.get("replicas", ()) if str(getattr(one["state"], "value", one["state"])) == "RUNNING"]
-        if len(running) < (wanted := told.get("target_num_replicas") or 0):
+        scales_up = str(getattr(told.get("status"), "value", told.get("status"))) == "UPSCALING"
+        if len(running) < (wanted := told.get("target_num_replicas") or 0) and not scales_up:
             yield f"{deployment}: {len(running)} of {wanted} replicas run"
         for replica in running if deployment.startswith("EngineDeployment") else ():
             if replica["replica_id"] not in reported:

@@ -68,7 +68,7 @@ async def test_who_asks_is_not_kept_waiting_and_the_handle_is_kept() -> None:
 async def test_one_that_is_started_again_elsewhere_is_waited_for_and_one_that_is_gone_is_looked_for() -> None:
     answers = iter([failing(unavailable()), failing(ray.exceptions.ActorDiedError())])
     find = Finder(Directory(lambda method: next(answers)(method)), Directory(lambda _method: {}))
-    asker = Asker("app", find=find)
+    asker = Asker("app", find=find, answer_s=60)
     with pytest.raises(DirectoryAway):
         await asker.ask("pinned", "board")
     assert find.num_asked == 1
@@ -77,6 +77,21 @@ async def test_one_that_is_started_again_elsewhere_is_waited_for_and_one_that_is
     assert find.num_asked == 1, "Ray finds it by itself while it may come back"
     assert await asker.ask("pinned", "board") == {}
     assert find.num_asked == 2
+
+
+@pytest.mark.parametrize("error", [ray.exceptions.GetTimeoutError("the GCS server is dead"), OSError("no socket is left")])
+async def test_one_that_could_not_be_found_is_looked_for_again(error: Exception) -> None:
+    tries = iter([error, None])
+
+    def find(app: str) -> Directory:
+        if (failure := next(tries)) is not None:
+            raise failure
+        return Directory(lambda _method: "answer")
+
+    asker = Asker("app", find=find, answer_s=60)
+    with pytest.raises(DirectoryAway, match=str(error)):
+        await asker.ask("records")
+    assert await asker.ask("records") == "answer"
 
 
 async def test_an_event_loop_goes_on_while_the_head_is_away() -> None:

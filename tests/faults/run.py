@@ -94,8 +94,8 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
     if ended_by is not None:
         try:
             await ended_by
-        except AssertionError as error:
-            run.wrong.append(str(error))
+        except Exception as error:
+            run.wrong.append(f"what was done could not be undone: {error!r}"[:400])
     if beside is not None:
         run.wrong += await beside
     await _become_whole(victims, harm, run, begun)

@@ -178,10 +178,17 @@ def has_ended(process: "subprocess.Popen[bytes]") -> bool:
     """On a crowded machine Ray's raylet gives its agents too little time and ends itself, and `ray start` waits on."""
     if process.poll() is not None:
         return True
-    with suppress(psutil.NoSuchProcess):
+    try:
         children = psutil.Process(process.pid).children()
-        return any(child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE for child in children)
-    return True
+    except psutil.NoSuchProcess:
+        return True
+    return any(_is_dead_raylet(child) for child in children)
+
+
+def _is_dead_raylet(child: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE
+    return False
 
 
 def end_host(process: "subprocess.Popen[bytes]") -> None:
