@@ -1,4 +1,5 @@
-"""Long prompts beside running streams under a virtual clock: how late tokens come, and how fast prompts go, by `engine.max_step_s`.
+"""Long prompts beside running streams under a virtual clock: how late tokens come, and how fast prompts go, by `engine.prompt_share`,
+`prompt_wait_steps` and `max_step_s`.
 
     python -m benchmarks.pacing [--machine gpu] [--streams 32] [--prompts 40] [--seed 1]
 
@@ -45,10 +46,10 @@ class Ranks:
         pass
 
 
-def simulated(machine: str, max_step_s: float | None, num_streams: int, num_prompts: int, seed: int) -> tuple[list[float], float, float]:
+def simulated(machine: str, config: EngineConfig, num_streams: int, num_prompts: int, seed: int) -> tuple[list[float], float, float]:
     """Gaps between tokens of the running streams while prompts come, tokens of prompts a second, and the mean time to their first token."""
     draw, ranks = random.Random(seed), Ranks(machine)
-    engine = Engine(ranks, EngineConfig(max_step_s=max_step_s))
+    engine = Engine(ranks, config)
     for number in range(num_streams):
         prompt = tuple(draw.randrange(50_000) for _ in range(draw.randint(20, 400)))
         engine.submit(Request(id=f"stream {number}", prompt=prompt, sampling=SamplingParams(max_tokens=30_000)))
@@ -80,12 +81,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     print(f"{arguments.streams} streams, {arguments.prompts} prompts of 1,000 to 5,000 tokens, as on a {arguments.machine}, virtual clock")
-    print(f"{'max_step_s':<12}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT':>10}  ms{'prompt tokens/s':>20}")
-    for limit in (None, *reversed(MACHINES[arguments.machine][3])):
-        gaps, rate, first = simulated(arguments.machine, limit, arguments.streams, arguments.prompts, arguments.seed)
+    print(f"{'share':<8}{'wait':<8}{'max_step_s':<12}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT':>10}  ms{'prompt tokens/s':>20}")
+    configs = [
+        EngineConfig(prompt_share=1.0),
+        EngineConfig(prompt_share=0.75, prompt_wait_steps=1e6),
+        EngineConfig(),
+        EngineConfig(prompt_wait_steps=1e6),
+    ]
+    configs += [EngineConfig(prompt_share=1.0, max_step_s=limit) for limit in reversed(MACHINES[arguments.machine][3])]
+    for config in configs:
+        gaps, rate, first = simulated(arguments.machine, config, arguments.streams, arguments.prompts, arguments.seed)
         p50, p99 = statistics.median(gaps), statistics.quantiles(gaps, n=100)[98]
         figures = "".join(f"{seconds * 1000:>10.0f}" for seconds in (p50, p99, max(gaps), first))
-        print(f"{limit or 'none':<12}{figures}{rate:>24,.0f}")
+        wait = "any" if config.prompt_wait_steps == 1e6 else f"{config.prompt_wait_steps:g}"
+        print(f"{config.prompt_share:<8}{wait:<8}{config.max_step_s or 'none':<12}{figures}{rate:>24,.0f}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ class Books:
         return sum(len(shard.open) for shard in self.shards)
 
     @property
+    def prefill_tokens(self) -> int:
+        """Known tokens that no step has been planned for, but for those of sequences that decode."""
+        begun = sum(s.num_pending for shard in self.shards for s in shard.loose.values() if s.num_pending > 1)
+        return self.admission.num_tokens + begun
+
+    @property
     def prefix_queried_tokens(self) -> int:
         """Tokens looked up in prefix caches at admissions."""
         return self._counted_before[0] + sum(shard.cache.num_queried for shard in self.shards)

@@ -12,9 +12,16 @@ class EngineConfig:
     """Tokens per KV block."""
     max_step_tokens: int = 2048
     """Tokens computed in one step at most, on each data-parallel shard; longer prompts are cut into several works (chunked prefill)."""
+    prompt_share: float = 0.5
+    """While sequences decode, prompts are cut so that they take at least this part of a step's time, by what steps have taken so far: with
+    0.5 a running stream waits about twice as long for its next token as without them. 1 = only `max_step_tokens` says how a prompt is
+    cut."""
+    prompt_wait_steps: float = 15.0
+    """Where so many prompts wait that at `prompt_share` they would take longer than so many steps without prompts, their share grows, up to
+    nine tenths."""
     max_step_s: float | None = None
-    """While sequences decode, prompts are cut so that a step takes about no longer than this, by what steps have taken so far: the most
-    that a running stream waits for its next token. None = `max_step_tokens` alone says how a prompt is cut."""
+    """While sequences decode, prompts are cut so that a step takes about no longer than this whatever waits, by what steps have taken so
+    far: the most that a running stream waits for its next token. None = no such limit."""
     max_running: int = 256
     """Sequences that hold KV blocks at the same time at most, on all shards together."""
     max_waiting: int = 1024
@@ -46,6 +53,10 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rebalance_every_steps is not None and self.rebalance_every_steps < 1:
             raise ValueError(f"rebalance_every_steps must be at least 1, got {self.rebalance_every_steps}")
+        if not 0 < self.prompt_share <= 1:
+            raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
+        if not self.prompt_wait_steps > 0:
+            raise ValueError(f"prompt_wait_steps must be above 0, got {self.prompt_wait_steps}")
         if self.max_step_s is not None and not self.max_step_s > 0:
             raise ValueError(f"max_step_s must be above 0, got {self.max_step_s}")
         if not self.rebalance_threshold >= 1:

@@ -61,7 +61,7 @@ class Engine:
         self._step_cost = StepCost()
         self._speculator = speculator = speculator or choose_speculator(config, lambda: self._step_cost.line)
         self._policy: Policy = policy or FirstCome()
-        self._pace = Pace(config.max_step_s, lambda: self._step_cost.line) if config.max_step_s is not None else None
+        self._pace = Pace(config, lambda: self._step_cost.line)
         self.scheduler = Scheduler(
             config, executor.capacity, policy=self._policy, listener=listener, speculator=speculator, pace=self._pace
         )
@@ -319,8 +319,7 @@ class Engine:
         self._step_cost.note(plan.num_tokens, result.elapsed_s - result.guessing_s)
         if self._speculator is not None and result.guessing_s:
             self._speculator.note_guessing(max((work.num_guesses for work in plan.singly), default=0) - 1, result.guessing_s)
-        if self._pace is not None:
-            self._pace.note(plan, result.elapsed_s)
+        self._pace.note(plan, result.elapsed_s)
         self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
 
     def _note_stats(self) -> None:

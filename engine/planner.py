@@ -110,7 +110,7 @@ class Planner:
         decoding, most = [num_decoding(shard) for shard in self._books.shards], self._config.max_step_tokens
         if not any(decoding):
             return [most for _ in decoding]
-        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding)) // len(decoding))
+        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding), self._books.prefill_tokens) // len(decoding))
         return [min(most, number + prompt_tokens) for number in decoding]
 
     def _portion(self, shard: Shard, budget: int) -> Portion:

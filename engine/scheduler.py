@@ -337,8 +337,7 @@ class Scheduler:
     @property
     def prefill_tokens(self) -> int:
         """Known tokens that no step has been planned for, but for those of sequences that decode."""
-        open_ = sum(s.num_pending for shard in self.shards for s in shard.loose.values() if s.num_pending > 1)
-        return self._books.admission.num_tokens + open_
+        return self._books.prefill_tokens
 
     @property
     def num_requests(self) -> int:

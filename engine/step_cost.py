@@ -1,34 +1,38 @@
 """What a step costs, learnt from those that were taken: seconds = base_s + token_s x tokens."""
 
+from collections import defaultdict
+
 
 class StepCost:
-    """A line through the last steps, by least squares; older steps count less and less. Neither part is ever negative."""
+    """A line through the last steps, by least squares; older steps count less and less, among those of about their size.
 
-    def __init__(self, *, memory_steps: float = 200.0) -> None:
+    So a thousand steps that only decode do not make it forget what the last prompts took. Neither part is ever negative.
+    """
+
+    def __init__(self, *, memory_steps: float = 100.0) -> None:
+        """``memory_steps``: of one size."""
         self._keep = 1.0 - 1.0 / memory_steps
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._sums: defaultdict[int, list[float]] = defaultdict(lambda: [0.0] * 5)
+        """By octave of tokens: n, x, y, xx, xy."""
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A step took so long."""
-        keep = self._keep
-        self._n = self._n * keep + 1.0
-        self._x = self._x * keep + num_tokens
-        self._y = self._y * keep + seconds
-        self._xx = self._xx * keep + num_tokens * num_tokens
-        self._xy = self._xy * keep + num_tokens * seconds
+        sums, keep, x = self._sums[num_tokens.bit_length()], self._keep, num_tokens
+        sums[:] = [old * keep + new for old, new in zip(sums, (1.0, x, seconds, x * x, x * seconds), strict=True)]
 
     @property
     def line(self) -> tuple[float, float]:
         """``(base_s, token_s)``; both 0 before the first step, no slope while all steps were of one size."""
-        if not self._n:
+        if not self._sums:
             return 0.0, 0.0
-        spread = self._n * self._xx - self._x * self._x
-        if spread <= 1e-9 * self._n * self._xx:
-            return self._y / self._n, 0.0
-        token_s = (self._n * self._xy - self._x * self._y) / spread
-        base_s = (self._y - token_s * self._x) / self._n
+        n, x, y, xx, xy = map(sum, zip(*self._sums.values(), strict=True))
+        spread = n * xx - x * x
+        if spread <= 1e-9 * n * xx:
+            return y / n, 0.0
+        token_s = (n * xy - x * y) / spread
+        base_s = (y - token_s * x) / n
         if token_s < 0:
-            return self._y / self._n, 0.0
+            return y / n, 0.0
         if base_s < 0:
-            return 0.0, self._xy / self._xx
+            return 0.0, xy / xx
         return base_s, token_s

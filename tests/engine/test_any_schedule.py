@@ -99,6 +99,7 @@ def disturbed(seed: int, happened: Happened) -> None:
         max_in_flight=draw.randint(1, 3),
         prefix_cache=draw.random() < 0.8,
         max_step_s=random.Random(f"pace {seed}").choice([None, None, 0.0005, 0.01]),
+        prompt_share=random.Random(f"share {seed}").choice([0.1, 0.5, 1.0]),
     )
     tenants = random.Random(seed + 1)
     policy = FairShare() if tenants.random() < 0.5 else None

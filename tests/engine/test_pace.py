@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
-from engine.pace import LEAST_TOKENS, Pace
+from engine.pace import LEAST_TOKENS
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 
@@ -41,9 +41,18 @@ class Timed:
         pass
 
 
-def lived(ranks: Timed, max_step_s: float | None, *, streams: int = 4, prompts: int = 6) -> list[tuple[int, int, float]]:
+def lived(
+    ranks: Timed,
+    *,
+    streams: int = 4,
+    prompts: int = 6,
+    max_step_s: float | None = None,
+    prompt_share: float = 1.0,
+    prompt_wait_steps: float = 1e6,
+) -> list[tuple[int, int, float]]:
     """Streams that decode, and long prompts that come beside them: sequences that decode, prompt tokens and seconds of every step."""
-    engine = Engine(ranks, EngineConfig(max_step_s=max_step_s, max_step_tokens=2048))
+    config = EngineConfig(max_step_s=max_step_s, prompt_share=prompt_share, prompt_wait_steps=prompt_wait_steps, max_step_tokens=2048)
+    engine = Engine(ranks, config)
     for number in range(streams):
         engine.submit(Request(id=f"stream {number}", prompt=(number,), sampling=SamplingParams(max_tokens=8000)))
     for _ in range(5):
@@ -66,7 +75,7 @@ def lived(ranks: Timed, max_step_s: float | None, *, streams: int = 4, prompts: 
 def test_steps_with_decoding_sequences_keep_their_time(base_s: float, token_s: float, curvature: float, times: float) -> None:
     ranks = Timed(base_s, token_s, curvature)
     max_step_s = base_s * times + 32 * token_s * (1 + 3 * curvature)  # so much that the least of a prompt has room in it
-    steps = [step for step in lived(ranks, max_step_s)[SETTLING:] if step[0] and step[1]]
+    steps = [step for step in lived(ranks, max_step_s=max_step_s)[SETTLING:] if step[0] and step[1]]
     late = [seconds for _, _, seconds in steps if seconds > 1.1 * max_step_s]
     # The line through past steps knows nothing of long contexts: where they cost more than it says, a step is late and the next smaller.
     assert len(late) <= max(LATE_AT_FIRST, 0.1 * len(steps)), (max_step_s, late)
@@ -78,7 +87,7 @@ def test_steps_with_decoding_sequences_keep_their_time(base_s: float, token_s: f
 def test_the_time_is_used(base_s: float, token_s: float, times: float) -> None:
     """Prompts are not cut smaller than they need be: without curvature steps that leave something of them come near the limit."""
     max_step_s = base_s * times + 32 * token_s
-    steps = lived(Timed(base_s, token_s), max_step_s)
+    steps = lived(Timed(base_s, token_s), max_step_s=max_step_s)
     left = 6 * 3000
     for number, (decoding, tokens, seconds) in enumerate(steps):
         left -= tokens
@@ -96,13 +105,43 @@ def test_where_nobody_decodes_prompts_are_computed_at_the_full_rate() -> None:
     assert max(tokens for _, tokens, _ in steps) == 2048
 
 
-def test_without_the_setting_prompts_are_cut_by_tokens_alone() -> None:
+def test_without_the_settings_prompts_are_cut_by_tokens_alone() -> None:
     steps = lived(Timed(0.02, 1e-4), max_step_s=None, prompts=1)
     assert max(tokens for _, tokens, _ in steps) == 2048 - 4
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.001, 0.05), st.floats(1e-5, 1e-3), st.floats(0.2, 0.8))
+def test_prompts_take_their_share_of_a_step_and_no_more_while_little_waits(base_s: float, token_s: float, share: float) -> None:
+    steps = lived(Timed(base_s, token_s), prompt_share=share)
+    left = 6 * 3000
+    for number, (decoding, tokens, seconds) in enumerate(steps):
+        left -= tokens
+        if number >= SETTLING and decoding and tokens and left > 2048:
+            wanted = (base_s / token_s + decoding) * share / (1 - share)
+            assert tokens == pytest.approx(min(max(wanted, LEAST_TOKENS), 2048 - decoding), rel=0.02, abs=1), number
+            if LEAST_TOKENS < tokens < 2000:
+                assert token_s * tokens == pytest.approx(share * seconds, rel=0.1)
+
+
+def test_the_share_grows_with_what_waits_and_leaves_streams_a_tenth() -> None:
+    """A step of 4 streams takes 24 ms without prompts, and 18,000 prompt tokens 18 s, 750 such steps."""
+    steps = [
+        (tokens, seconds) for decoding, tokens, seconds in lived(Timed(0.02, 1e-3), prompt_share=0.5, prompt_wait_steps=200) if decoding
+    ]
+    shares = [tokens * 1e-3 / seconds for tokens, seconds in steps if tokens][SETTLING:]
+    assert shares[0] == pytest.approx(0.9, abs=0.02)
+    assert all(share > 0.45 for share in shares[:-1])
+    waits = [sum(tokens for tokens, _ in steps[place:]) * 1e-3 for place in range(len(steps))]
+    lasts = [sum(seconds for _, seconds in steps[place:]) for place in range(len(steps))]
+    assert all(last < 1.7 * 200 * 0.024 for wait, last in zip(waits, lasts, strict=True) if wait < 0.85 * 200 * 0.024)
 
 
 def test_a_time_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="max_step_s"):
         EngineConfig(max_step_s=0.0)
-    with pytest.raises(ValueError, match="max_step_s"):
-        Pace(-1.0, lambda: (0.0, 0.0))
+    with pytest.raises(ValueError, match="prompt_wait_steps"):
+        EngineConfig(prompt_wait_steps=0.0)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="prompt_share"):
+            EngineConfig(prompt_share=share)

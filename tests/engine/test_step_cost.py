@@ -46,3 +46,8 @@ def test_a_machine_that_became_slower_is_noticed() -> None:
     steps = [(size, 0.01 + 0.001 * size) for size in (1, 64) for _ in range(500)]
     slower = [(size, 0.03 + 0.002 * size) for _ in range(700) for size in (1, 64)]
     assert learnt(*steps, *slower) == pytest.approx((0.03, 0.002), rel=0.05)
+
+
+def test_what_prompts_took_is_remembered_through_any_number_of_steps_that_only_decode() -> None:
+    decoding = [(32 + number % 2, 0.1 + 0.01 * (number % 3)) for number in range(5000)]
+    assert learnt(*[(2000, 4.1)] * 3, *decoding)[1] == pytest.approx(4.0 / 1968, rel=0.02)
