@@ -156,7 +156,8 @@ class _Front:
         self._admin = AdminServicer(self._doors, self._routers, door=self._door)
         self._health = HealthServicer(self._doors.ready)
         self._demand = Board[dict[str, Any]](app, DEMAND, front)
-        self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
+        if any(model.config.replicas.vary for model in models):  # else nobody asks
+            self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
         settle()
 
     async def _offer(self, app: str, model: Model, *, observers: Sequence[Observer]) -> Service:
