@@ -1,7 +1,6 @@
 """Requests that come beside the streams, and what must become of them: each says what was not as it must be."""
 
 import asyncio
-import dataclasses
 import json
 import socket
 import string
@@ -23,8 +22,8 @@ LONG_ANSWERS, LONG_ANSWER_TOKENS = 12, 700
 """They would take 8,400 places, and two replicas have 7,800."""
 LONG_PROMPTS, LONG_PROMPT_TOKENS = 4, 2_000
 """The model's context is 2,048; its tokenizer makes a token of each digit and space."""
-POISONS = "".join(sorted(set(string.ascii_uppercase + string.digits) - set("".join(PROMPTS))))
-"""One of these is poison, as a token: none of the prompts has it."""
+POISONS = "~^`@#%&+=" + string.ascii_uppercase[::-1]
+"""One of these is poison, as a token: the first that no stream beside says."""
 
 Beside = Callable[[Victims, int], Awaitable[list[str]]]
 """Given the run's seed."""
@@ -33,8 +32,9 @@ Beside = Callable[[Victims, int], Awaitable[list[str]]]
 async def poison(victims: Victims, seed: int) -> list[str]:
     """A request that kills whoever computes it must end with an error that says so, at its own cost alone."""
     async with _session() as session:
-        async with session.post(f"{victims.url}/tokenize", json={"prompt": POISONS}) as answer:
-            token = min(set((await answer.json())["tokens"]) - await _said(victims))
+        poison = next(letter for letter in POISONS if letter not in await _said(victims))
+        async with session.post(f"{victims.url}/tokenize", json={"prompt": poison}) as answer:
+            (token,) = (await answer.json())["tokens"]
         arm(victims.failpoints, "rank.step", Failure(action="abort", token=token))
         try:
             body = {"model": "tiny", "prompt": [token, seed % token], "max_tokens": 20}
@@ -45,17 +45,17 @@ async def poison(victims: Victims, seed: int) -> list[str]:
     return [] if "poison" in told else [f"the poisonous request was answered by {answer.status}: {told[:200]}"]
 
 
-async def _said(victims: Victims) -> frozenset[int]:
-    """Every token of the answers beside: an answer that has the poisonous one in it ends whoever computes it as well."""
+async def _said(victims: Victims) -> str:
+    """All that the streams beside are asked and answer: one that has the poisonous letter in it ends whoever computes it as well."""
     if victims.url not in _SAID:
-        seen = [Seen(ask, History(ask.name)) for ask in {dataclasses.replace(ask, protocol="grpc") for ask in ASKS}]
+        seen = [Seen(ask, History(ask.name)) for ask in ASKS]
         await asyncio.gather(*(follow(victims.url, victims.target, one) for one in seen))
         assert all(one.history.is_complete for one in seen)
-        _SAID[victims.url] = frozenset(token for one in seen for choice in one.history.choices.values() for token in choice.tokens)
+        _SAID[victims.url] = "".join((*PROMPTS, *(choice.text for one in seen for choice in one.history.choices.values())))
     return _SAID[victims.url]
 
 
-_SAID: dict[str, frozenset[int]] = {}
+_SAID: dict[str, str] = {}
 
 
 async def crowd(victims: Victims, seed: int) -> list[str]:
