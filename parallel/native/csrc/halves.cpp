@@ -130,7 +130,8 @@ void manta_mlp_half(const MlpHalf* half, float* x, const float* delta, float* ou
 // out (N, D): of each row of x the sum of its experts, each times its weight, in the order of ids and weights (N, A). An id below 0 is computed
 // elsewhere and adds nothing. Returns the id of an expert that is not here, and has then computed nothing; else -1.
 long manta_weighted_experts(const Experts* all, const float* x, const int64_t* ids, const float* weights, float* out, long N, long A, int threads) {
-    const auto& [run, up, up_scales, down, down_scales, count, D, outer, I, inner, group] = *all;
+    const auto& [run, up, up_scales, down, down_scales, count, width, outer, I, inner, group] = *all;
+    const long D = width;  // a name of its own: lambdas of C++17 do not take the others along
     std::vector<int64_t> counts(count), used;
     long total = 0;
     for (long a = 0; a < N * A; ++a) {
