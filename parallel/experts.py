@@ -170,8 +170,8 @@ class RoutedExperts(nn.Module):
         """
         if x_ND.device.type == "cuda" and (grouped := self._on_cuda()) is not None:
             return grouped(x_ND, expert_ids_NA, weights_NA)
-        if x_ND.dtype == torch.float32 and (at_once := self.on_cpu()) is not None:
-            return at_once(x_ND, expert_ids_NA, weights_NA)
+        if (at_once := self.on_cpu()) is not None:
+            return at_once(x_ND.float(), expert_ids_NA, weights_NA).to(x_ND.dtype)
         return self.one_after_the_other(x_ND, expert_ids_NA, weights_NA)
 
     def one_after_the_other(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
@@ -196,10 +196,12 @@ class RoutedExperts(nn.Module):
         library, format = native(), self._shape_of_all.up.format
         if library is None or not isinstance(format, PackedFormat) or format.kind not in library.kinds:
             return None
+        if not any(self._shape_of_all.up.out_sizes):
+            return None
         if self._at_once is None and self.held:
             up, down = ({int(n): format.packed(getattr(e, name).tensors) for n, e in self.held.items()} for name in ("up", "down"))
-            if all(packed.lanes == library.lanes and packed.num_outputs for packed in up.values()):  # those of other hosts may be wider
-                self._at_once = AllExperts(library, self.num_experts, up, down)
+            assert {packed.lanes for packed in (*up.values(), *down.values())} == {library.lanes}, "see Expert.adopt"
+            self._at_once = AllExperts(library, self.num_experts, up, down)
         return self._at_once
 
     def _on_cuda(self) -> "GroupedExperts | None":
@@ -237,9 +239,10 @@ class Expert(nn.Module):
         return {f"{name}.{tensor}": value for name, layer in self._layers.items() for tensor, value in layer.tensors.items()}
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
-        """Take the `tensors` of the same share of an expert elsewhere for one's own."""
+        """Take the `tensors` of the same share of an expert elsewhere for one's own, also from a host with another processor."""
         for name, layer in self._layers.items():
-            layer.tensors = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            theirs = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            layer.tensors = layer.format.received(theirs) if isinstance(layer.format, PackedFormat) else theirs
 
     @property
     def _layers(self) -> dict[str, Linear]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import Kind, Packed, look_up, multiply, pack, rounded, rows, unpack
+from parallel.native.linear import Kind, Packed, look_up, multiply, pack, rounded, rows, unpack, with_lanes
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
@@ -57,6 +57,14 @@ class PackedFormat:
         # How many outputs there are cannot be told from the panels, and the input features not from the groups.
         prepared = {"numbers": packed.numbers, "outputs": torch.zeros(packed.num_outputs, dtype=torch.uint8)}
         return prepared if packed.scales is None else prepared | {"scales": packed.scales}
+
+    def received(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What another host prepared, as it is read here: the vectors of its processor may be wider or narrower."""
+        library, packed = native(), self.packed(tensors)
+        if library is None or packed.lanes == library.lanes:
+            return tensors
+        again = with_lanes(packed, library.lanes)
+        return tensors | {"numbers": again.numbers} | ({} if again.scales is None else {"scales": again.scales})
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         packed, dtype = self.packed(tensors), x.dtype

@@ -68,13 +68,22 @@ class AllExperts:
         num_rows, num_assigned = expert_ids_NA.shape
         x_ND, expert_ids_NA, weights_NA = x_ND.contiguous(), expert_ids_NA.contiguous(), weights_NA.float().contiguous()
         out_ND = torch.empty(num_rows, self.struct.width)
-        missing = self._library.weighted_experts(
+        missing: int = self._library.weighted_experts(
             *(self._at, x_ND.data_ptr(), expert_ids_NA.data_ptr(), weights_NA.data_ptr(), out_ND.data_ptr()),
             *(num_rows, num_assigned, num_threads()),
         )
-        if missing >= 0:
-            raise KeyError(f"expert {missing} is not held here")
+        require_held(missing)
         return out_ND
+
+
+def require_held(missing: int) -> None:
+    """What a kernel returned that calls experts: the number of one that is not here, or -1.
+
+    Raises:
+        KeyError: one is not.
+    """
+    if missing >= 0:
+        raise KeyError(f"expert {missing} is not held here")
 
 
 def _addresses(matrices: Sequence[Packed | None]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.native.experts import AllExperts, ExpertsStruct
+from parallel.native.experts import AllExperts, ExpertsStruct, require_held
 from parallel.native.library import Native, address_of, num_threads
 from parallel.native.linear import Packed
 
@@ -136,9 +136,15 @@ class _SecondHalf:
         self._at = ctypes.addressof(struct)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor) -> Tensor:
-        """As of `AttentionHalf`."""
+        """As of `AttentionHalf`.
+
+        Raises:
+            KeyError: a row chose an expert that is not here.
+        """
         out_TD = torch.empty_like(x_TD)
-        self._call(self._at, x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], num_threads())
+        missing = self._call(self._at, x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], num_threads())
+        if missing is not None:  # of an MLP that has experts
+            require_held(missing)
         return out_TD
 
 

@@ -67,7 +67,7 @@ class Native:
         self.decode = {dtype: self._function(f"decode{suffix}", decode) for dtype, suffix in held.items()}
         self.attention_half = self._function("attention_half", [address] * 5 + [threads])
         self.mlp_half = self._function("mlp_half", [*[address] * 4, size, threads])
-        self.moe_half = self._function("moe_half", [*[address] * 4, size, threads])
+        self.moe_half = self._function("moe_half", [*[address] * 4, size, threads], size)
         self.weighted_experts = self._function("weighted_experts", [*[address] * 5, size, size, threads], size)
         sums = {dtype: f"all_reduce_{str(dtype).removeprefix('torch.')}" for dtype in (torch.float32, torch.bfloat16, torch.float16)}
         self.all_reduce = {dtype: self._function(name, [address, address, size], threads) for dtype, name in sums.items()}

@@ -74,6 +74,27 @@ def pack(kind: Kind, weight_NK: Tensor, lanes: int, *, consume: bool = False) ->
     return Packed(kind, numbers, scales, weight_NK.shape[0])
 
 
+def with_lanes(packed: Packed, lanes: int) -> Packed:
+    """The same matrix, to the bit, in panels of ``2 * lanes``: as a processor reads it whose vectors are wider or narrower."""
+    before, num_panels = packed.lanes, -(-packed.num_outputs // (2 * lanes))
+
+    def again(panels: Tensor, interleaved: bool) -> Tensor:
+        """(panels, ..., panel, ...), the outputs of a panel always third."""
+        outputs = panels.movedim(2, 1)
+        if interleaved:
+            outputs = outputs.unflatten(1, (before, 2)).transpose(1, 2).flatten(1, 2)
+        outputs = outputs.flatten(0, 1)[: packed.num_outputs]
+        filled = outputs.new_zeros(num_panels * 2 * lanes, *outputs.shape[1:])
+        filled[: packed.num_outputs] = outputs
+        found: Tensor = filled.unflatten(0, (num_panels, 2 * lanes))
+        if interleaved:
+            found = found.unflatten(1, (2, lanes)).transpose(1, 2).flatten(1, 2)
+        return found.movedim(1, 2).contiguous()
+
+    scales = None if packed.scales is None else again(packed.scales, interleaved=False)
+    return Packed(packed.kind, again(packed.numbers, interleaved=packed.kind == "bf16"), scales, packed.num_outputs)
+
+
 def unpack(packed: Packed) -> Tensor:
     """The matrix (N, padded K) in float32: the slow twin of what a kernel multiplies by."""
     return rows(packed, torch.arange(packed.num_outputs))

@@ -1,6 +1,8 @@
 """Routed experts over ranks, by either dispatch, against a loop over tokens and against transformers."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ from torch import Tensor
 
 from parallel.dispatch import DispatchName, make_dispatch
 from parallel.expert_placement import ExpertPlacement, InvalidPlacement, balanced_placement
-from parallel.experts import RoutedExperts
+from parallel.experts import Expert, RoutedExperts
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.linear import ShapeMismatch
+from parallel.native.library import native
+from parallel.native.linear import Kind
+from parallel.packed_format import PackedFormat
 from parallel.topology import Topology
 from parallel.weight_format import Dense, WeightFormat
 from tests.parallel.memory_tensor import MemoryTensor
@@ -228,6 +233,35 @@ def test_one_rank_agrees_with_the_experts_of_transformers(dtype: torch.dtype) ->
         wanted = theirs(x, ids, chosen)
     ours = build(single_rank_groups(), dtype)(x, ids, chosen)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_all_experts_are_one_call_too_and_only_their_sum_is_rounded(dtype: torch.dtype) -> None:
+    if native() is None:
+        pytest.skip("the kernels are not built here")
+    layer = build(single_rank_groups(), torch.float32, format=PackedFormat("bf16", torch.float32))
+    x, ids, chosen = tokens(9, 0, dtype)
+    found = layer(x, ids, chosen)
+    assert found.dtype == dtype
+    assert torch.equal(found, layer(x.float(), ids, chosen.float()).to(dtype))
+    assert not torch.equal(found, layer.one_after_the_other(x, ids, chosen)), "which rounds between up, gate and down"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+def test_an_expert_from_a_host_with_another_processor_is_one_of_all(kind: Kind) -> None:
+    library = native()
+    if library is None or kind not in library.kinds:
+        pytest.skip("this processor has no such kernel")
+    ours, wanted = (build(single_rank_groups(), torch.float32, format=PackedFormat(kind, torch.float32)) for _ in range(2))
+    with patch("parallel.packed_format.native", lambda: SimpleNamespace(lanes=24 - library.lanes)):  # 8 or 16
+        theirs = build(single_rank_groups(), torch.float32, format=PackedFormat(kind, torch.float32))
+    came, sent = ours.held["3"], theirs.held["3"]
+    assert isinstance(came, Expert)
+    assert isinstance(sent, Expert)
+    assert sent.tensors["up.numbers"].shape != came.tensors["up.numbers"].shape
+    came.adopt(sent.tensors)
+    assert ours.on_cpu() is not None
+    assert torch.equal(ours(*tokens(9, 0, torch.float32)), wanted(*tokens(9, 0, torch.float32)))
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(7, 3), (64, 5), (3, 4), (60, 4)])

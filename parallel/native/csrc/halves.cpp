@@ -184,8 +184,9 @@ static void choose(const float* logits, long E, long A, bool renormalise, int64_
         for (long a = 0; a < A; ++a) weights[a] /= chosen;
 }
 
-// x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)).
-void manta_moe_half(const MoeHalf* half, float* x, const float* delta, float* out, long T, int threads) {
+// x (T, D) += delta, which may be null; out (T, D) = experts(norm(x)) + sigmoid(shared_gate(norm(x))) * shared(norm(x)). Returns what
+// manta_weighted_experts does: with an expert that is not here nothing is in out.
+long manta_moe_half(const MoeHalf* half, float* x, const float* delta, float* out, long T, int threads) {
     const auto& [norm, router, shared_gate, shared, experts, A, renormalise] = *half;
     const long D = router.inputs, E = router.outputs;
     Room<float> normed(T * D), logits(T * E), weights(T * A), gates(T), all(T * D);
@@ -193,12 +194,13 @@ void manta_moe_half(const MoeHalf* half, float* x, const float* delta, float* ou
     norm.add(x, delta, &normed[0], T, D, threads);
     router.multiply(&normed[0], &logits[0], T, threads);
     for (long t = 0; t < T; ++t) choose(&logits[t * E], E, A, renormalise, &ids[t * A], &weights[t * A]);
-    manta_weighted_experts(&experts, &normed[0], &ids[0], &weights[0], out, T, A, threads);
+    if (const long missing = manta_weighted_experts(&experts, &normed[0], &ids[0], &weights[0], out, T, A, threads); missing >= 0) return missing;
     shared_gate.multiply(&normed[0], &gates[0], T, threads);
     shared.run(&normed[0], &all[0], T, threads);
     share_out(T, T * D > SERIAL_NUMBERS ? threads : 1, [&](long t) {
         const float gate = 1 / (1 + std::exp(-gates[t]));
         for (long i = 0; i < D; ++i) out[t * D + i] += gate * all[t * D + i];
     });
+    return -1;
 }
 }

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import Native, native
-from parallel.native.linear import PIECE_OUTPUTS, Kind, Packed, look_up, multiply, pack, rounded, rows, turn, unpack
+from parallel.native.linear import PIECE_OUTPUTS, Kind, Packed, look_up, multiply, pack, rounded, rows, turn, unpack, with_lanes
 from parallel.rounding import turned, turned_back
 
 KINDS: tuple[Kind, ...] = ("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot")
@@ -54,6 +54,24 @@ def test_a_large_matrix_that_is_consumed_is_packed_piece_by_piece_to_the_same(ki
         assert consumed.scales is not None
         assert torch.equal(consumed.scales, wanted.scales)
     assert (weight == 0).float().mean() > 0.99, "its memory has gone back, but for the edges of pieces"
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_packed_for_another_processor_becomes_the_same_here(kind: Kind, shape: tuple[int, int], lanes: int) -> None:
+    weight = random(*shape)
+    found, wanted = with_lanes(pack(kind, weight, 24 - lanes), lanes), pack(kind, weight, lanes)
+    assert found.numbers.shape == wanted.numbers.shape
+    assert torch.equal(unpack(found), unpack(wanted))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_packed_for_another_processor_has_the_same_product(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
+    weight, x = random(*shape), random(5, shape[1], seed=1)
+    foreign = with_lanes(pack(kind, weight, 24 - library.lanes), library.lanes)
+    assert torch.equal(multiply(library, x, foreign, None), multiply(library, x, pack(kind, weight, library.lanes), None))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 13, 33, 200])

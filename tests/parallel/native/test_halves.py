@@ -1,0 +1,52 @@
+"""Half a layer in one call where it refuses; its results are compared in tests/model/test_native_layers.py."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.native.experts import AllExperts
+from parallel.native.halves import GatedMlp, MoeHalf, Product
+from parallel.native.library import Native, native
+from parallel.native.linear import Packed, pack
+
+WIDTH, INNER, EXPERTS, ACTIVE = 64, 72, 4, 2
+
+
+def test_a_row_that_chose_an_expert_which_is_not_here_is_an_error_and_no_other_row_is() -> None:
+    library = native()
+    if library is None:
+        pytest.skip("the kernels are not built here")
+    wanted, refused = second_half(library, set(range(EXPERTS))), []
+    for missing in range(EXPERTS):
+        try:
+            assert torch.equal(second_half(library, set(range(EXPERTS)) - {missing}), wanted)
+        except KeyError as error:
+            refused.append((missing, *error.args))
+    assert refused == [(missing, f"expert {missing} is not held here") for missing, _ in refused]
+    assert len(refused) == ACTIVE
+
+
+def second_half(library: Native, held: set[int]) -> Tensor:
+    """Of one row."""
+    random = torch.Generator().manual_seed(4)
+
+    def matrix(outputs: int, inputs: int) -> Packed:
+        return pack("fp32", torch.randn(outputs, inputs, generator=random) / 8, library.lanes)
+
+    def product(outputs: int, inputs: int) -> Product:
+        return Product(matrix(outputs, inputs), None, inputs)
+
+    up = {number: matrix(2 * INNER, WIDTH) for number in range(EXPERTS)}
+    down = {number: matrix(WIDTH, INNER) for number in range(EXPERTS)}
+    half = MoeHalf(
+        library,
+        norm=torch.ones(WIDTH),
+        eps=1e-6,
+        router=product(EXPERTS, WIDTH),
+        experts_per_token=ACTIVE,
+        renormalise=True,
+        experts=AllExperts(library, EXPERTS, {number: up[number] for number in held}, {number: down[number] for number in held}),
+        shared=GatedMlp(product(2 * INNER, WIDTH), product(WIDTH, INNER), 12),
+        shared_gate=product(1, WIDTH),
+    )
+    return half(torch.randn(1, WIDTH, generator=random), torch.randn(1, WIDTH, generator=random))
