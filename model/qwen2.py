@@ -149,7 +149,7 @@ class Qwen2(nn.Module):
         backend takes it).
 
         Raises:
-            ValueError: this attention backend holds them in no other dtype.
+            ValueError: this attention backend holds them in no other dtype, or does not run here.
         """
         super().__init__()
         self.config, self.groups, self.device, self.dtype = config, groups, device, dtype
@@ -167,7 +167,7 @@ class Qwen2(nn.Module):
             block_tokens=block_tokens,
             is_causal=config.is_causal,
         )
-        self.backend = choose_backend(device, self.attention_config, backend)
+        self.backend = choose_backend(device, self.attention_config, backend, dtype)
         if kv_dtype not in (None, dtype, *self.backend.kv_dtypes):
             raise ValueError(f"attention on {device} does not hold keys and values in {kv_dtype}, and {dtype} is what it computes in")
         rounded = torch.bfloat16 if rounds_kv and torch.bfloat16 in self.backend.kv_dtypes else dtype

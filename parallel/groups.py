@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 TransportChoice = Literal["auto", "gloo"]
 """``auto``: NCCL on CUDA; on CPU shared memory where it can be had, gloo for the rest. ``gloo``: nothing but gloo."""
+ADDS_UP: tuple[TopologyAxis, ...] = ("tp", "ep", "expert_tp", "stage")
+"""Along these the model sums; along the others it hands on and gathers."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ def open_groups(
 ) -> Iterator[ParallelGroups]:
     """Join the other ranks of the replica; leave them on exit. Every rank must call this at about the same time.
 
-    ``timeout_s`` bounds the joining and each collective after it. ``symmetric``: on CUDA, add up through symmetric memory where that can
-    be.
+    ``timeout_s`` bounds the joining and each collective after it, but for sums through symmetric memory: they wait on the device for a
+    rank that does not come, without end (what is launched behind them over NCCL is bounded; so is a step, by the replica).
+    ``symmetric``: on CUDA, add up through it where that can be.
 
     Raises:
         InvalidTopology: the rank is outside the topology.
@@ -128,7 +131,7 @@ def open_groups(
         )
         transports = _transports(topology, rank, backend, transport, timeout_s)
         if backend == "nccl" and symmetric:
-            transports = _with_symmetric(transports, rank, device, store)
+            transports = _with_symmetric(transports, topology, rank, device, store)
         for each in transports.values():
             if each.shared_memory is not None:
                 stack.callback(each.shared_memory.close)
@@ -180,13 +183,16 @@ def _transports(
 
 
 def _with_symmetric(
-    transports: dict[tuple[int, ...], Transport], rank: int, device: torch.device, store: TCPStore
+    transports: dict[tuple[int, ...], Transport], topology: Topology, rank: int, device: torch.device, store: TCPStore
 ) -> dict[tuple[int, ...], Transport]:
-    """The same with symmetric memory for the sets that this rank is in and that can have it."""
-    return {
-        ranks: replace(each, symmetric_memory=agree_on_symmetric(each.process_group, device, store=store)) if rank in ranks else each
-        for ranks, each in transports.items()
-    }
+    """The same with symmetric memory for the sets that this rank adds up with and that can have it."""
+    found = dict(transports)
+    for ranks, each in transports.items():
+        axes = [axis for axis in ADDS_UP if topology.peers(rank, axis) == ranks]
+        if axes:
+            name = f"ranks {', '.join(map(str, ranks))} ({', '.join(axes)})"
+            found[ranks] = replace(each, symmetric_memory=agree_on_symmetric(each.process_group, device, name=name, store=store))
+    return found
 
 
 def _leave() -> None:

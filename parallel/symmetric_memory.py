@@ -3,17 +3,19 @@
 NCCL takes two dozen microseconds for the few hundred KiB that a decoding step adds up twice a layer; most of that is its protocol. torch's
 symmetric memory (`torch.distributed._symmetric_memory`, in alpha state; read in 2.11 to 2.13) has kernels that read the others' buffers
 themselves: each rank everything (one shot, for little), or each a part and hands it on (two shots), or the switch adds up (multimem, where
-it multicasts). One-shot and two-shot add up in rank order and multimem hands one sum to all, so all ranks have the same bits, as replicated
-routers of experts must. A kernel is left only when no rank reads the buffer any more, so the next sum may use it at once.
+it multicasts). One-shot and two-shot add up in rank order and multimem hands one sum to all: so all ranks should have the same bits, as
+replicated routers of experts must, and at the sizes that are tried at the start it is seen. A kernel is left only when no rank reads the
+buffer any more, so the next sum may use it at once.
 
-It is believed only after it has been seen to add up, launched and replayed, on all ranks of the group; else the log says why not.
+It is believed only after it has been seen to add up, launched and replayed, on all ranks of the group; else the log says why not. Its
+kernels wait for the other ranks on the device, and no timeout of a process group ends that.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -35,9 +37,14 @@ WHOLE_BYTES = 16
 """Vectors that the kernels load; what does not divide into them goes to NCCL."""
 PATIENCE = timedelta(seconds=60)
 """For the others at the start."""
+ROW_BYTES = 8192 * DTYPE.itemsize
+"""Of Qwen2-72B. Of such rows odd numbers are tried, one of each kernel's range."""
 OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """torch takes ordinals for devices. Ray shows each rank one device, as number 0: they are different ones all the same. It then does
 without multicast."""
+
+Prepare = Callable[[Callable[[], None], torch.device], Callable[[], None]]
+"""Makes of what is to be computed what computes it."""
 
 
 class Operations(Protocol):
@@ -132,9 +139,10 @@ class _Offer:
 
 
 def agree_on_symmetric(
-    process_group: dist.ProcessGroup, device: torch.device, *, store: Any = None, maker: Maker | None = None
+    process_group: dist.ProcessGroup, device: torch.device, *, name: str, store: Any = None, maker: Maker | None = None
 ) -> SymmetricMemory | None:
-    """The symmetric memory of a group's ranks, or None on every one of them if any cannot take part or a sum came out wrong: see the log.
+    """The symmetric memory of a group's ranks, or None on every one of them if any cannot take part or a sum came out wrong: see the log,
+    which calls them ``name``.
 
     All members must call this at the same time. ``store`` is the replica's, whose patience is bounded while this lasts.
     """
@@ -149,10 +157,12 @@ def agree_on_symmetric(
             problem, memory = _made(process_group, device, maker)
         problem = _first_of_all(problem, process_group)
     if problem is None and memory is not None:
-        problem = _first_of_all(_what_is_wrong(memory, process_group, device), process_group)
+        # It chooses the kernel, so one rank without it is enough for all to do without.
+        memory = replace(memory, has_multicast=all(has for (has,) in everyones((memory.has_multicast,), process_group)))
+        problem = _what_is_wrong(memory, process_group, device)
     if problem is not None or memory is None:
         if process_group.rank() == 0:
-            log.warning("ranks add up over NCCL alone, not through symmetric memory: %s", problem)
+            log.warning("%s add up over NCCL alone, not through symmetric memory: %s", name, problem)
         return None
     return memory
 
@@ -204,10 +214,14 @@ def _patience(store: Any) -> Iterator[None]:
 
 
 def _what_is_wrong(memory: SymmetricMemory, process_group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Sums of every kind against the process group's, two in a row, launched and on CUDA replayed as well. Whatever one rank finds, it goes
-    on with the others to the end."""
+    """Sums of every kind against the process group's, two in a row, launched and on CUDA replayed as well; the same answer on all ranks.
+
+    Whatever one rank finds in a sum, it goes on with the others to the end. Where one cannot capture, none replays. A launch that fails
+    on one rank alone leaves the others waiting in theirs: by the group's timeout the comparison behind it ends, and the start with it.
+    """
     generator, wrong = torch.Generator().manual_seed(process_group.rank()), list[str]()
-    for num_bytes in (WHOLE_BYTES, ONE_SHOT_BYTES, ONE_SHOT_BYTES + WHOLE_BYTES, BUFFER_BYTES):
+    one_shot, larger = (WHOLE_BYTES, 7 * ROW_BYTES, ONE_SHOT_BYTES), (ONE_SHOT_BYTES + WHOLE_BYTES, 23 * ROW_BYTES, BUFFER_BYTES)
+    for num_bytes in one_shot + larger:
         inputs = [torch.zeros(num_bytes // DTYPE.itemsize, dtype=DTYPE, device=device) for _ in range(2)]
         outputs = [torch.zeros_like(x) for x in inputs]
 
@@ -218,13 +232,24 @@ def _what_is_wrong(memory: SymmetricMemory, process_group: dist.ProcessGroup, de
         for prepare in (_launched, _replayed):
             for x in inputs:
                 x.copy_(torch.randn(x.shape, generator=generator))
+            compute, obstacle = _prepared(prepare, add_up, device)
+            if (problem := _first_of_all(obstacle, process_group)) is not None:
+                return problem
             try:
-                prepare(add_up, device)()
+                compute()
             except RuntimeError as error:
                 wrong.append(f"sums of {num_bytes} bytes raise {error}")
             differences = [_difference(x, out, process_group) for x, out in zip(inputs, outputs, strict=True)]
             wrong += [f"sums of {num_bytes} bytes {one}" for one in differences if one is not None]
-    return wrong[0] if wrong else None
+    return _first_of_all(wrong[0] if wrong else None, process_group)
+
+
+def _prepared(prepare: Prepare, compute: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], str | None]:
+    """And what stood in the way."""
+    try:
+        return prepare(compute, device), None
+    except RuntimeError as error:
+        return compute, f"sums are not captured: {error}"
 
 
 def _launched(compute: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -1,8 +1,11 @@
 """Sums of ranks, one on each device of this host, as captured steps have them: through symmetric memory, and over the process group."""
 
 import multiprocessing
-from collections.abc import Callable
+import queue
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 
 import torch
@@ -23,7 +26,7 @@ START_S = 180.0
 def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
     """
     Raises:
-        RuntimeError: a rank was lost.
+        RuntimeError: a rank was lost, or they took too long.
     """
     ranks = min(torch.cuda.device_count(), 8) if device.type == "cuda" else 2
     context = multiprocessing.get_context("spawn")
@@ -33,14 +36,27 @@ def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
     for process in processes:
         process.start()
     try:
-        for name, value, unit in told.get(timeout=START_S):
-            results.add("collectives", f"{name}, {ranks} ranks", value, unit)
-    except Exception as error:
-        raise RuntimeError(f"no figures of {ranks} ranks within {START_S:g} s") from error
+        figures = _figures(told, processes)
+        for process in processes:  # all leave the group before any is killed
+            process.join(timeout=5)
     finally:
         for process in processes:
-            process.join(timeout=5)
             process.kill()
+    for name, value, unit in figures:
+        results.add("collectives", f"{name}, {ranks} ranks", value, unit)
+
+
+def _figures(told: "Queue[list[Figure]] | queue.Queue[list[Figure]]", processes: Sequence[BaseProcess]) -> list[Figure]:
+    deadline = time.monotonic() + START_S
+    while True:
+        lost = [f"rank {rank}: {each.exitcode}" for rank, each in enumerate(processes) if each.exitcode]
+        try:
+            return told.get(timeout=1)
+        except queue.Empty:  # asked once more after a rank was seen to be lost: rank 0 may have told before
+            if lost:
+                raise RuntimeError(f"ranks ended before there were figures, with exit codes {', '.join(lost)}") from None
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no figures of {len(processes)} ranks within {START_S:g} s") from None
 
 
 def _rank(rank: int, ranks: int, rendezvous: Rendezvous, kind: str, sizes: tuple[int, ...], told: "Queue[list[Figure]]") -> None:

@@ -17,14 +17,16 @@ log = logging.getLogger(__name__)
 BackendName = Literal["auto", "reference", "cpu", "native", "cuda", "flashinfer"]
 
 
-def choose_backend(device: torch.device, config: AttentionConfig, name: BackendName = "auto") -> AttentionBackend:
-    """The backend called ``name``; "auto" takes the fastest that runs on ``device``.
+def choose_backend(
+    device: torch.device, config: AttentionConfig, name: BackendName = "auto", dtype: torch.dtype = torch.bfloat16
+) -> AttentionBackend:
+    """The backend called ``name``; "auto" takes the fastest that runs on ``device``. ``dtype`` is what is computed in.
 
     Raises:
-        ValueError: that backend does not run on this device.
+        ValueError: that backend does not run on this device, or not in this dtype.
     """
     if device.type == "cuda":
-        return _choose_for_cuda(device, config, name)
+        return _choose_for_cuda(device, config, name, dtype)
     library = native()
     suits = library is not None and config.head_dim % library.lanes == 0
     if name == "auto":
@@ -42,7 +44,7 @@ def choose_backend(device: torch.device, config: AttentionConfig, name: BackendN
     return CpuAttention(config)
 
 
-def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: BackendName) -> AttentionBackend:
+def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: BackendName, dtype: torch.dtype) -> AttentionBackend:
     if name == "auto" and find_spec("triton") is None:
         log.warning("triton is not installed, so attention takes the reference's slow way")
         name = "reference"
@@ -58,8 +60,12 @@ def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: Backen
                 raise ValueError(
                     "attention_backend is flashinfer, which is not installed here: pip install flashinfer-python, or choose 'auto'"
                 )
-            from model.attention.flashinfer import FlashInferAttention
+            from model.attention.flashinfer import DTYPES, FlashInferAttention
 
+            if dtype not in DTYPES:
+                raise ValueError(
+                    f"the attention backend 'flashinfer' computes in bfloat16 or float16, not in {dtype}; choose one of them, or 'auto'"
+                )
             return FlashInferAttention(config, device)
     raise _not_on(device, name)
 

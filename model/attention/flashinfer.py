@@ -3,6 +3,10 @@
 Only what is launched: sequences that compute several tokens. FlashInfer's `plan` works out a schedule on the host, so steps that only
 decode, which are captured and replayed, keep to our own kernel. Written to `flashinfer-python` 0.7.2, read in its source; its kernels are
 built, by nvcc, when they are first asked for.
+
+`plan` writes the schedule to one page-locked buffer of the wrapper's and only queues the copy to the device. Nobody waits for the chunks
+of a long prompt that do not sample, so a plan could be written over one that a queued copy has still to read: before the next, that
+copy is waited for. The host is thus never more than one such step ahead.
 """
 
 from itertools import accumulate
@@ -15,6 +19,8 @@ from model.attention.backend import AttentionConfig
 from model.attention.cuda import CudaAttention
 from model.batch import ForwardBatch
 
+DTYPES = (torch.bfloat16, torch.float16)
+"""In which it computes."""
 WORKSPACE_BYTES = 128 * 2**20
 """What FlashInfer recommends, for parts of long contexts on their way."""
 
@@ -39,6 +45,8 @@ class FlashInferAttention(CudaAttention):
         self._wrapper: Any = BatchPrefillWithPagedKVCacheWrapper(torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device), "NHD")
         self._planned: torch.dtype | None = None
         """The dtype that the step at hand was planned for; None: it has to be planned."""
+        self._copied = _event(device)
+        """Behind the copy of the last schedule: see the file's first lines."""
 
     def prepare(self, batch: ForwardBatch) -> None:
         self._planned = None
@@ -55,6 +63,8 @@ class FlashInferAttention(CudaAttention):
         lengths, starts = batch.context_lengths[first:], batch.query_starts[first:]
         counts = [-(-length // block_tokens) for length in lengths]
         places = [(first + at) * most_blocks + block for at, count in enumerate(counts) for block in range(count)]
+        if self._copied is not None:
+            self._copied.synchronize()
         self._wrapper.plan(
             _numbers([start - starts[0] for start in starts]),
             _numbers([0, *accumulate(counts)]),
@@ -69,7 +79,13 @@ class FlashInferAttention(CudaAttention):
             q_data_type=dtype,
             kv_data_type=dtype,
         )
+        if self._copied is not None:
+            self._copied.record()
         self._planned = dtype
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    return torch.cuda.Event() if device.type == "cuda" else None
 
 
 def _numbers(numbers: list[int]) -> Tensor:

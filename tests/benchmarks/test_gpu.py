@@ -3,13 +3,18 @@
 import json
 import shutil
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import collectives
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import config_of
@@ -54,6 +59,15 @@ def test_parts_that_fail_or_take_too_long_are_told_and_the_others_measured(tmp_p
     late = Results(None, 0.0)
     late.run("late", 1.0, lambda: pytest.fail("it has no time"))
     assert "OutOfTime" in late.failed["late"]
+
+
+def test_a_rank_that_is_lost_ends_the_wait_for_figures_and_what_was_told_before_counts() -> None:
+    told: Queue[list[collectives.Figure]] = Queue()
+    ranks = [cast("BaseProcess", SimpleNamespace(exitcode=code)) for code in (None, -9)]
+    with pytest.raises(RuntimeError, match="ranks ended before there were figures, with exit codes rank 1: -9"):
+        collectives._figures(told, ranks)
+    told.put([("a sum", 1.0, "us")])
+    assert collectives._figures(told, ranks) == [("a sum", 1.0, "us")]
 
 
 def test_figures_outlast_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

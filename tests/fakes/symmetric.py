@@ -2,17 +2,19 @@
 at every addition as the kernels do it. It may be told what goes wrong."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Trouble = Literal["none", "no device", "no rendezvous", "same device", "wrong", "wrong above", "apart", "raises"]
+Trouble = Literal["none", "no device", "no rendezvous", "same device", "wrong", "wrong above", "apart", "raises", "no capture"]
 
 
 class SlowMaker:
-    """``trouble`` strikes the last rank alone, but for wrong sums and those that raise, which all ranks see."""
+    """``trouble`` strikes the last rank alone, but for wrong sums and those that raise, which all ranks see. ``has_multicast``
+    is this rank's own."""
 
     def __init__(self, rank: int, size: int, *, has_multicast: bool = False, trouble: Trouble = "none", ordinal: int | None = None) -> None:
         self._rank, self._is_last, self._has_multicast, self.trouble = rank, rank == size - 1, has_multicast, trouble
@@ -36,6 +38,12 @@ class SlowMaker:
             raise RuntimeError("handles do not travel here")
         self._process_group, self._buffer = process_group, torch.zeros(count, dtype=torch.bfloat16)
         return self._buffer, self._has_multicast
+
+    def capture(self, compute: Callable[[], None], _device: torch.device) -> Callable[[], None]:
+        """What stands for capturing a graph."""
+        if self.trouble == "no capture" and self._is_last:
+            raise RuntimeError("operation not permitted")
+        return compute
 
     def one_shot_all_reduce(self, buffer: Tensor, reduce_op: str, group_name: str) -> Tensor:
         self.calls["one shot"] += 1

@@ -18,9 +18,12 @@ CPU = torch.device("cpu")
 
 
 class Wrapper:
-    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`, slowly. What is planned is looked up again at every run, as there."""
+    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`, slowly. What is planned is looked up again at every run, as there, and what is
+    planned is copied to the device late: not before somebody waits for an event behind it."""
 
     num_plans = 0
+    is_copying = False
+    """Whether a queued copy has still to read the one page-locked buffer."""
 
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str) -> None:
         assert (float_workspace_buffer.dtype, kv_layout) == (torch.uint8, "NHD")
@@ -35,7 +38,8 @@ class Wrapper:
         assert len(qo_indptr) == len(paged_kv_indptr) == len(paged_kv_last_page_len) + 1
         assert ((paged_kv_last_page_len >= 1) & (paged_kv_last_page_len <= page_size)).all()
         assert sm_scale == head_dim_qk**-0.5
-        Wrapper.num_plans += 1
+        assert not Wrapper.is_copying, "written over what a queued copy reads"
+        Wrapper.num_plans, Wrapper.is_copying = Wrapper.num_plans + 1, True
         self._starts, self._firsts, self._pages, self._last = qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         self._shape, self._group = (page_size, num_kv_heads, head_dim_qk), num_qo_heads // num_kv_heads
         self._causal, self._dtypes = causal, (q_data_type, kv_data_type)
@@ -57,8 +61,24 @@ class Wrapper:
         return out
 
 
+class Event:
+    """`torch.cuda.Event`: all that was queued before it was recorded is over when waiting for it ends."""
+
+    def __init__(self) -> None:
+        self._is_behind_a_copy = False
+
+    def record(self) -> None:
+        self._is_behind_a_copy = Wrapper.is_copying
+
+    def synchronize(self) -> None:
+        if self._is_behind_a_copy:
+            Wrapper.is_copying = False
+
+
 @pytest.fixture
 def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wrapper, "is_copying", False)
+    monkeypatch.setattr("model.attention.flashinfer._event", lambda _device: Event())
     module = ModuleType("flashinfer")
     module.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", module)
@@ -97,6 +117,12 @@ def test_heads_that_are_shared_unevenly_are_refused() -> None:
 
     with pytest.raises(ValueError, match="as many query heads to every KV head"):
         FlashInferAttention(heads(9, 3, 0, 2), CPU)
+
+
+def test_dtypes_that_it_does_not_compute_in_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.attention.choose.find_spec", lambda _name: object())
+    with pytest.raises(ValueError, match=r"'flashinfer' computes in bfloat16 or float16, not in torch\.float32; choose one of them"):
+        choose_backend(torch.device("cuda"), heads(4, 2), "flashinfer", torch.float32)
 
 
 def test_where_it_is_not_installed_the_error_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,25 @@
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from parallel.collectives import all_gather, barrier
-from parallel.groups import ParallelGroups, Rendezvous, _own_address, free_rendezvous, open_groups, single_rank_groups
-from parallel.topology import InvalidTopology, Topology
+from parallel.groups import (
+    ParallelGroups,
+    Rendezvous,
+    _own_address,
+    _with_symmetric,
+    free_rendezvous,
+    open_groups,
+    single_rank_groups,
+)
+from parallel.topology import InvalidTopology, Topology, TopologyAxis
+from parallel.transport import Transport
 from tests.ranks import RankFailed, run_ranks
 
 CPU = torch.device("cpu")
@@ -41,6 +51,16 @@ def which_transports(groups: ParallelGroups) -> tuple[bool, bool, str, str]:
 def test_equal_groups_share_one_transport_and_a_group_of_one_has_none() -> None:
     first, _ = run_ranks(Topology(tp=2), which_transports)
     assert first == (True, True, "<Group tp 0 of 2 [ranks (0, 1) | gloo]>", "<Group pp 0 of 1 [ranks (0,) | alone]>")
+
+
+def test_symmetric_memory_is_for_the_sets_that_add_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("parallel.groups.agree_on_symmetric", lambda *_, name, store: asked.append(name))
+    topology, group, store = Topology(tp=2, dp=2, pp=2, ep=4), cast("dist.ProcessGroup", None), cast("TCPStore", None)
+    sets = [topology.peers(rank, axis) for axis in get_args(TopologyAxis) for rank in range(8)]
+    transports = {ranks: Transport("nccl", group) for ranks in sets if len(ranks) > 1}
+    assert _with_symmetric(transports, topology, 6, CPU, store).keys() == transports.keys()
+    assert asked == ["ranks 6, 7 (tp)", "ranks 4, 5, 6, 7 (ep, stage)"], "not those of dp, of pp, of others, nor all"
 
 
 def process_and_environment(groups: ParallelGroups) -> tuple[int, str | None]:

@@ -29,16 +29,17 @@ def agreed(groups: ParallelGroups, maker: SlowMaker) -> tuple[SymmetricMemory | 
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(symmetric_memory, "BUFFER_BYTES", BUFFER_BYTES)
+        monkeypatch.setattr(symmetric_memory, "_replayed", maker.capture)
         symmetric_memory.log.addHandler(handler)
         try:
-            return agree_on_symmetric(groups.world.transport.process_group, CPU, maker=maker), "".join(said)
+            return agree_on_symmetric(groups.world.transport.process_group, CPU, name="ranks 0, 1 (tp)", maker=maker), "".join(said)
         finally:
             symmetric_memory.log.removeHandler(handler)
 
 
-def sums(groups: ParallelGroups, has_multicast: bool) -> tuple[list[tuple[str, Tensor, Tensor]], str]:
+def sums(groups: ParallelGroups, has_multicast: tuple[bool, bool]) -> tuple[list[tuple[str, Tensor, Tensor]], str]:
     """Of several sizes and dtypes: which way a sum went, the sum, and gloo's."""
-    maker = SlowMaker(groups.rank, groups.world.size, has_multicast=has_multicast)
+    maker = SlowMaker(groups.rank, groups.world.size, has_multicast=has_multicast[groups.rank])
     memory, _ = agreed(groups, maker)
     assert memory is not None
     assert groups.world.transport is not None
@@ -65,15 +66,16 @@ def sums(groups: ParallelGroups, has_multicast: bool) -> tuple[list[tuple[str, T
     return found, str(faster.transport)
 
 
-@pytest.mark.parametrize("has_multicast", [False, True])
-def test_a_sum_goes_the_way_that_is_right_for_its_size(has_multicast: bool) -> None:
+@pytest.mark.parametrize("has_multicast", [(False, False), (True, True), (True, False)], ids=["none", "all", "multicast on one rank alone"])
+def test_a_sum_goes_the_way_that_is_right_for_its_size(has_multicast: tuple[bool, bool]) -> None:
     (first, name), (second, _) = run_ranks(Topology(tp=2), sums, has_multicast, transport="gloo")
-    larger = "multimem" if has_multicast else "two shot"
-    assert [way for way, *_ in first] == ["one shot", "one shot", larger, "", "", ""]
+    larger = "multimem" if all(has_multicast) else "two shot"
+    for found in (first, second):
+        assert [way for way, *_ in found] == ["one shot", "one shot", larger, "", "", ""]
     for (_, ours, gloo), (_, theirs, _) in zip(first, second, strict=True):
         assert torch.equal(ours, theirs)
         assert torch.equal(ours, gloo), "two summands are rounded once either way"
-    assert name == f"symmetric memory, {'multimem' if has_multicast else 'two-shot'} above 256 KiB, gloo for the rest"
+    assert name == f"symmetric memory, {'multimem' if all(has_multicast) else 'two-shot'} above 256 KiB, gloo for the rest"
 
 
 def troubled(groups: ParallelGroups, trouble: Trouble) -> tuple[bool, str]:
@@ -91,12 +93,13 @@ def troubled(groups: ParallelGroups, trouble: Trouble) -> tuple[bool, str]:
         ("wrong above", "rank 0: sums of 262160 bytes differ from NCCL's"),
         ("apart", "rank 0: sums of 16 bytes differ from rank to rank"),
         ("raises", "rank 0: sums of 16 bytes raise it cannot be launched"),
+        ("no capture", "rank 1: sums are not captured: operation not permitted"),
     ],
 )
 def test_where_anything_is_wrong_all_ranks_keep_to_the_process_group_and_the_log_says_why(trouble: Trouble, why: str) -> None:
     found = run_ranks(Topology(tp=2), troubled, trouble, transport="gloo")
     assert [has for has, _ in found] == [False, False]
-    assert found[0][1] == f"ranks add up over NCCL alone, not through symmetric memory: {why}"
+    assert found[0][1] == f"ranks 0, 1 (tp) add up over NCCL alone, not through symmetric memory: {why}"
 
 
 def with_one_ordinal(groups: ParallelGroups) -> tuple[bool, str | None]:

@@ -70,8 +70,8 @@ def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, wh
     weights_RC = _weights(ordered_RC, ordered_RC[:, 0], params.temperature_R)
     num_kept_R = _num_kept(weights_RC, params, logits_RV.shape[1], whole_weight_R)
     decided_R = num_kept_R <= num_certain(ordered_RC, logits_RV.shape[1])
-    # Of a top-k beyond the candidates nobody knows the weight of which top-p is a share.
-    decided_R &= (params.top_k_R <= num_candidates) | (params.top_k_R >= logits_RV.shape[1])
+    # Of a top-k beyond the candidates nobody knows the weight of which top-p is a share; a top-p of 1 keeps whatever has weight.
+    decided_R &= (params.top_k_R <= num_candidates) | (params.top_k_R >= logits_RV.shape[1]) | (params.top_p_R >= 1)
     places_C = torch.arange(weights_RC.shape[1], device=weights_RC.device)
     kept_RC = weights_RC * (places_C < num_kept_R.unsqueeze(-1))
     # The draw runs in id order: a rounding error that swaps two almost equal logits then hardly moves the borders.

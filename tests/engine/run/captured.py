@@ -63,7 +63,7 @@ def use_capturable_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model on a GPU has them: plain matrices, one kernel for attention and one for all experts, nothing of the CPU's own."""
     plain = Formats(Dense(torch.float32), Dense(torch.float32))
     monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: plain)
-    monkeypatch.setattr("model.qwen2.choose_backend", lambda _device, config, _name: CapturableAttention(config))
+    monkeypatch.setattr("model.qwen2.choose_backend", lambda _device, config, *_: CapturableAttention(config))
     for module in ("model.layers", "model.rope"):
         monkeypatch.setattr(f"{module}.kernels_for", lambda _x: None)
     monkeypatch.setattr(RoutedExperts, "_compute", lambda self, x, ids, weights: self._on_cuda()(x, ids, weights))

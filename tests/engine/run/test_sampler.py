@@ -169,6 +169,20 @@ def test_a_filter_that_reaches_beyond_the_candidates_is_decided_by_sorting(monke
     assert expected[3] < 4
 
 
+def test_a_top_k_beyond_the_candidates_is_decided_among_them_where_min_p_keeps_fewer_and_top_p_is_off(monkeypatch):
+    vocab_size = 5000
+    off = SamplingParams(top_k=2000, min_p=0.3)
+    params = [off, replace(off, top_p=0.9), replace(off, min_p=0.01)]
+    logits = make_logits(3, vocab_size, seed=6, spread=0.5)
+    rows = [row(p, vocab_size=vocab_size, position=1) for p in params]
+    draw = Sampler(vocab_size=vocab_size, device=CPU)
+    sorted_rows = []
+    slow_way = draw._draw_sorted
+    monkeypatch.setattr(draw, "_draw_sorted", lambda logits, row: sorted_rows.append(row) or slow_way(logits, row))
+    assert tokens_of(draw.sample(logits, rows)) == [slow_sample(logits[i].numpy(), p, position=1) for i, p in enumerate(params)]
+    assert sorted_rows == rows[1:], "of the second nobody knows the whole weight, and the third keeps more than the candidates"
+
+
 def test_the_usual_filters_never_sort_the_vocabulary(monkeypatch):
     vocab_size = 151_646
     params = [SamplingParams(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05), SamplingParams(), SamplingParams(top_p=0.9)]

@@ -49,7 +49,7 @@ def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
     wanted = answers(folder)
 
-    def cuda(device: torch.device, config: AttentionConfig, _name: str) -> AttentionBackend:
+    def cuda(device: torch.device, config: AttentionConfig, _name: str, _dtype: torch.dtype) -> AttentionBackend:
         return CudaAttention(config, device)
 
     monkeypatch.setattr("model.qwen2.choose_backend", cuda)
