@@ -32,7 +32,8 @@ Beside = Callable[[Victims, int], Awaitable[list[str]]]
 async def poison(victims: Victims, seed: int) -> list[str]:
     """A request that kills whoever computes it must end with an error that says so, at its own cost alone."""
     async with _session() as session:
-        poison = next(letter for letter in POISONS if letter not in await _said(victims))
+        said = await _said(victims)
+        poison = next(letter for letter in POISONS if letter not in said)
         async with session.post(f"{victims.url}/tokenize", json={"prompt": poison}) as answer:
             (token,) = (await answer.json())["tokens"]
         arm(victims.failpoints, "rank.step", Failure(action="abort", token=token))
