@@ -97,7 +97,10 @@ async def one_run(victims: Victims, fault: Fault, seed: int, goldens: Goldens) -
         except Exception as error:
             run.wrong.append(f"what was done could not be undone: {error!r}"[:400])
     if beside is not None:
-        run.wrong += await beside
+        try:
+            run.wrong += await beside
+        except Exception as error:  # a run that cannot be told goes on being one, and the next may begin
+            run.wrong.append(f"the requests beside: {type(error).__name__}: {error}")
     await _become_whole(victims, harm, run, begun)
     run.fired &= some_run
     run.wrong += [f"{one.ask.name}: no end within {STREAMS_END_S:g} s" for one, task in zip(seen, tasks, strict=True) if task in late]
