@@ -3,8 +3,12 @@
 import os
 
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels are checked by Triton's interpreter; triton reads this when it is imported
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's own 15 its processes stand still beside any other work of the machine
+
+settings.register_profile("manta", suppress_health_check=[HealthCheck.too_slow])  # how fast examples are made says how busy the machine is
+settings.load_profile("manta")
