@@ -2,7 +2,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
@@ -10,9 +9,6 @@ from tests.engine.run.tiny_models import write_dense
 from tests.serve.engine_source import engine_service
 from tests.serve.in_process import Fronts, fronts, write_tiny
 from tests.serve.vocabularies import write_qwen2, write_smol
-
-settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a shared machine
-settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
