@@ -170,11 +170,11 @@ def test_nan_logits_fail_one_request_alone(folder, expected, monkeypatch):
     sampler = engine.executor._runner._sampler
     sample = sampler.sample
 
-    def poisoned(logits, rows):
+    def poisoned(logits, rows, table):
         for at, row in enumerate(rows):
             if row.state.sampling.seed == 666:
                 logits[at] = torch.nan
-        return sample(logits, rows)
+        return sample(logits, rows, table)
 
     monkeypatch.setattr(sampler, "sample", poisoned)
     requests = [Request(id=str(i), prompt=p, sampling=replace(GREEDY, seed=666 if i == 4 else 0)) for i, p in enumerate(PROMPTS)]
