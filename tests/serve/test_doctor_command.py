@@ -46,10 +46,9 @@ def test_only_the_checkpoint_is_looked_at_where_that_is_asked_for(tiny_folder: P
 
 def test_a_cluster_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setattr("ray.init", lambda **_: (_ for _ in ()).throw(ConnectionError("nobody listens")))
     done = CliRunner().invoke(app, ["doctor", "--ray-address", "127.0.0.1:9"])
     assert done.exit_code == 1
-    assert "the Ray cluster at 127.0.0.1:9 could not be joined: nobody listens" in done.output
+    assert "the Ray cluster at 127.0.0.1:9 could not be joined: its head takes no connection" in done.output
 
 
 def test_what_the_ranks_need_follows_from_the_configuration(smol_folder: Path) -> None:
