@@ -52,14 +52,16 @@ def the_loss(seats: Sequence[Seat], step: int | None, symptom: str | None) -> Wo
 
 
 def _blame(seats: Sequence[Seat]) -> Verdict | None:
-    """A rank that crashed is the cause, then one that ended or fell silent without a word; one that raised may be its victim; then one
-    that stands still. Of a rank on another host no note of a crash can be read: it counts as ended from outside."""
-    for seat in seats:
-        if (note := crash_note.read(crash_note_beside(seat.ipc))) is not None:
-            return Verdict(seat, f"it crashed ({note.splitlines()[0]})", note)
-    for seat in seats:
-        if seat.has_ended and not seat.failure:
+    """A rank that ended without a word is the cause: whoever crashes or raises beside it may be its victim (NCCL aborts a process whose
+    peers are gone). Then one that crashed, fell silent, raised, or stands still. Of a rank on another host no note of a crash can be
+    read: it counts as ended from outside."""
+    notes = [(seat, crash_note.read(crash_note_beside(seat.ipc))) for seat in seats]
+    for seat, note in notes:
+        if seat.has_ended and not seat.failure and note is None:
             return Verdict(seat, seat.ended or "its process ended", from_outside=True)
+    for seat, note in notes:
+        if note is not None:
+            return Verdict(seat, f"it crashed ({note.splitlines()[0]})", note)
     for seat in seats:
         if seat.silent and not seat.failure and seat.place is not None and seat.place.address.tcp is not None:
             return Verdict(seat, knock(seat.place.address.tcp, KNOCK_S).value, from_outside=True)
