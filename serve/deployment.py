@@ -206,6 +206,7 @@ class _Front:
             quota_headers=lambda caller: self._quotas.headers(caller),
             strict=self._config.http.strict,
             behind_ray=True,
+            node=ray.get_runtime_context().get_node_id(),
         )
 
     async def __del__(self) -> None:

@@ -52,6 +52,7 @@ def variables(
 
 def before_listening() -> list[Any]:
     """Called by the proxy for its HTTP middlewares."""
+    import ray
     from ray.serve._private import default_impl, http_util
     from ray.serve._private import proxy as _proxy
     from ray.serve._private.grpc_util import gRPCGenericServer
@@ -83,7 +84,7 @@ def before_listening() -> list[Any]:
     http_util.socket = PreparedSockets(slow_s)  # type: ignore[attr-defined, assignment]  # it makes the one that it listens on, and no other
     proxy.get_http_response_status = told_as_ours(proxy.get_http_response_status, over_grpc=False)
     proxy.get_grpc_response_status = told_as_ours(proxy.get_grpc_response_status, over_grpc=True)
-    return proxy_middlewares()
+    return proxy_middlewares(ray.get_runtime_context().get_node_id())
 
 
 def told_as_ours(status_of: Callable[..., Any], *, over_grpc: bool) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from serve.caller import Caller
 from serve.errors import MethodNotAllowed, RouteNotFound, ServeError
 from serve.http.authorise import Admits, Authorise
 from serve.http.boundary import RequestBoundary
+from serve.http.bypass import FrontBypass
 from serve.http.chat import chat_routes
 from serve.http.completions import completion_routes
 from serve.http.context import Front
@@ -37,10 +38,12 @@ def create_app(
     quota_headers: Callable[[Caller], Mapping[str, str]] = lambda caller: {},
     strict: bool = False,
     behind_ray: bool = False,
+    node: str | None = None,
 ) -> FastAPI:
     """The app. ``service`` and ``door`` are asked at each request, so they may be made later, in the process that serves.
 
     ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
+    ``node``: Ray's name of this host; pieces of streams pass a proxy that stands on it by a socket (`serve.http.bypass`).
     """
     front = Front(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -51,6 +54,8 @@ def create_app(
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(Authorise, door=door, quota_headers=quota_headers)
     app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
+    if node is not None:
+        app.add_middleware(FrontBypass, node=node)
     describe_api(app)
     return app
 

@@ -3,9 +3,11 @@
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-NOT_FOR_CLIENTS = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id"})
+from serve.http.bypass import HEADER, ProxyBypass
+
+NOT_FOR_CLIENTS = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id", HEADER})
 """Headers by which Ray Serve lets itself be told by whoever stands before it: that a client's going need not be noticed, when to answer
-408 in its own words, and which replica to take."""
+408 in its own words, and which replica to take. And where a front shall send the pieces of an answer, which this proxy tells it."""
 DECODED = frozenset({b"x-request-id", b"x-session-id", b"traceparent"})
 """Headers whose value Ray Serve reads as UTF-8; one that is not would end in a 500 of its own."""
 
@@ -27,8 +29,9 @@ class ProxyHeaders:
         await self._app(scope, receive, send)
 
 
-def proxy_middlewares() -> list[Middleware]:
-    return [Middleware(ProxyHeaders)]
+def proxy_middlewares(node: str) -> list[Middleware]:
+    """The last one sees a request first. ``node`` is Ray's name of the proxy's host."""
+    return [Middleware(ProxyBypass, node=node), Middleware(ProxyHeaders)]
 
 
 def _ascii(value: bytes) -> bytes:

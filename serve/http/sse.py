@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.errors import describe
 from serve.held import held_headers
+from serve.http.bypass import PASSED, WAY, Way
 from serve.http.connection import unless_gone
 from serve.http.errors import error_object
 from serve.request import TextEvent, Usage
@@ -55,16 +56,23 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send(send))
+            await unless_gone(receive, self._send(send, scope.get(WAY)))
         finally:
             await self._rest.aclose()
 
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def _send(self, send: Send, way: Way | None) -> None:
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await send(start if way is None else start | {PASSED: True})
+        num_frames = 0
         async with contextlib.aclosing(frames(self._first, self._rest, self._chunks, tell_ledger=self._tell_ledger)) as written:
             async for frame in written:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                num_frames += 1
+                if way is None:
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                else:
+                    way.put(frame)
+        end = {"type": "http.response.body", "body": b"", "more_body": False}
+        await send(end if way is None else end | {PASSED: num_frames})
 
 
 async def open_stream(

@@ -22,6 +22,7 @@ async def test_what_ray_serve_is_told_by_proxies_is_left_out_however_it_is_writt
         b"X-Request-Timeout-Seconds",
         b"serve_multiplexed_model_id",
         b"Serve-Multiplexed_Model-Id",
+        b"X-Manta-Bypass",
     ):
         assert await passed(host, (name, b"1")) == [host]
 
