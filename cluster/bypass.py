@@ -28,8 +28,8 @@ class Sender:
     """A front's end of one proxy's bypass. Belongs to one event loop."""
 
     def __init__(self, address: str) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.PUSH)
+        self._socket = zmq.Context.instance().socket(zmq.PUSH)  # whoever drops a context of its own waits until its sockets are closed
+        self._socket.linger = 1000
         self._socket.connect(address)
         self._streams: list[int] = []
         self._pieces: list[bytes] = []
@@ -49,7 +49,7 @@ class Sender:
                 self._socket.send(_encode((streams, pieces)), zmq.NOBLOCK)
 
     def close(self) -> None:
-        self._context.destroy(linger=1000)
+        self._socket.close()
 
 
 @dataclass
@@ -93,8 +93,7 @@ class Receiver:
     def __init__(self) -> None:
         self._folder = PrivateFolder()
         self.address = self._folder.socket("bypass")
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PULL)
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.bind(self.address)
         self._numbers = itertools.count()
         self._passages: dict[int, Passage] = {}
@@ -103,9 +102,12 @@ class Receiver:
     def open(self) -> Passage:
         """For a new stream."""
         number = next(self._numbers)
-        passage = Passage(number, lambda: self._passages.pop(number, None) and None)
+        passage = Passage(number, lambda: self._forget(number))
         self._passages[number] = passage
         return passage
+
+    def _forget(self, number: int) -> None:
+        self._passages.pop(number, None)
 
     async def _receive(self) -> None:
         while True:
@@ -118,5 +120,5 @@ class Receiver:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        self._context.destroy(linger=0)
+        self._socket.close(linger=0)
         self._folder.close()
