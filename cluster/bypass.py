@@ -6,6 +6,8 @@ is ready at once, as a rule a step's tokens of all streams of a front.
 
 import asyncio
 import itertools
+import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +17,11 @@ import zmq
 import zmq.asyncio
 
 from cluster.channel import PrivateFolder
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_MESSAGES = 10_000
+"""To one proxy; one that does not read so many is given up."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(tuple[list[int], list[bytes]]).decode
@@ -28,14 +35,29 @@ class Sender:
     """A front's end of one proxy's bypass. Belongs to one event loop."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._socket = zmq.Context.instance().socket(zmq.PUSH)  # whoever drops a context of its own waits until its sockets are closed
         self._socket.linger = 1000
+        self._socket.sndhwm = MAX_QUEUED_MESSAGES
+        self._socket.reconnect_ivl = -1  # a proxy that is started again listens elsewhere
         self._socket.connect(address)
         self._streams: list[int] = []
         self._pieces: list[bytes] = []
+        self._is_broken = False
+
+    @property
+    def leads_somewhere(self) -> bool:
+        """Whether all has gone well so far, and the socket is still there."""
+        return not self._is_broken and is_here(self._address)
 
     def put(self, stream: int, piece: bytes) -> None:
-        """Goes with all that is put until the loop has come round."""
+        """Goes with all that is put until the loop has come round.
+
+        Raises:
+            PiecesLost: something that was put before did not go, maybe of another stream.
+        """
+        if self._is_broken:
+            raise PiecesLost("the proxy does not take pieces of streams any more")
         if not self._streams:
             asyncio.get_running_loop().call_soon(self._flush)
         self._streams.append(stream)
@@ -44,12 +66,19 @@ class Sender:
     def _flush(self) -> None:
         streams, self._streams = self._streams, []
         pieces, self._pieces = self._pieces, []
-        if not self._socket.closed:
-            with suppress(zmq.Again):  # a thousand messages wait there: that proxy stands still, and its streams miss these pieces
-                self._socket.send(_encode((streams, pieces)), zmq.NOBLOCK)
+        try:
+            self._socket.send(_encode((streams, pieces)), zmq.NOBLOCK)
+        except zmq.ZMQError:  # nobody is there any more, or stands still behind a full queue
+            self._is_broken = True
 
     def close(self) -> None:
+        self._is_broken = True
         self._socket.close()
+
+
+def is_here(address: str) -> bool:
+    """Whether a socket is in this process's file system: a front in a container of its own may not see that of a proxy of its host."""
+    return os.path.exists(address.removeprefix("ipc://"))
 
 
 @dataclass
@@ -111,8 +140,13 @@ class Receiver:
 
     async def _receive(self) -> None:
         while True:
-            streams, pieces = _decode(await self._socket.recv())
-            for stream, piece in zip(streams, pieces, strict=True):
+            try:
+                streams, pieces = _decode(await self._socket.recv())
+                arrived = list(zip(streams, pieces, strict=True))
+            except (msgspec.MsgspecError, ValueError):
+                logger.exception("a message on the bypass cannot be read")  # whose pieces it held is seen at the ends of their streams
+                continue
+            for stream, piece in arrived:
                 if (passage := self._passages.get(stream)) is not None:  # else its client has left
                     passage.put(piece)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.bypass import Receiver, Sender
+from cluster.bypass import Receiver, Sender, is_here
 
 HEADER = b"x-manta-bypass"
 """Set by the proxy: its node, the number of the stream, the socket's address. Not for clients: they know no node."""
@@ -30,6 +30,10 @@ class Way:
     stream: int
 
     def put(self, piece: bytes) -> None:
+        """
+        Raises:
+            PiecesLost: see `Sender.put`.
+        """
         self.sender.put(self.stream, piece)
 
 
@@ -90,8 +94,16 @@ class FrontBypass:
     def _way(self, told: str) -> Way | None:
         node, _, rest = told.partition(" ")
         stream, _, address = rest.partition(" ")
-        if node != self._node:
+        if node != self._node or not is_here(address):
             return None
-        if address not in self._senders:  # a proxy's first request
-            self._senders[address] = Sender(address)
-        return Way(self._senders[address], int(stream))
+        sender = self._senders.get(address)
+        if sender is None or not sender.leads_somewhere:  # a proxy's first request
+            sender = self._instead_of_lost(address)
+        return Way(sender, int(stream))
+
+    def _instead_of_lost(self, address: str) -> Sender:
+        """A new sender; those to proxies that are gone are closed."""
+        for old in [old for old, sender in self._senders.items() if old == address or not sender.leads_somewhere]:
+            self._senders.pop(old).close()
+        self._senders[address] = Sender(address)
+        return self._senders[address]

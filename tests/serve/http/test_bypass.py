@@ -191,3 +191,48 @@ async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
     assert proxy._receiver is not None
     assert not proxy._receiver._passages
     await proxy._receiver.close()
+
+
+async def test_a_front_that_does_not_see_the_proxys_socket_answers_by_ray() -> None:
+    ray = Between(FrontBypass(front(["a", "b"]), node=NODE))
+    proxy = ProxyBypass(ray, node=NODE)
+    proxy._receiver = cluster.bypass.Receiver()
+    seen, proxy._receiver.address = proxy._receiver.address, proxy._receiver.address + "-elsewhere"
+    assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
+    assert ray.bodies > 0
+    proxy._receiver.address = seen
+    await proxy._receiver.close()
+
+
+async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_written_to() -> None:
+    receivers = [cluster.bypass.Receiver(), cluster.bypass.Receiver()]
+    fronts = FrontBypass(front(["a"]), node=NODE)
+    told = [f"{NODE} 0 {receiver.address}" for receiver in receivers]
+    way = fronts._way(told[0])
+    assert way is not None
+    passage = receivers[0].open()
+    way.put(b"a")
+    assert await passage.take(0, 10) == [b"a"]
+    await receivers[0].close()
+    while not way.sender._is_broken:
+        way.put(b"b")
+        await asyncio.sleep(0.001)
+    with pytest.raises(PiecesLost):
+        way.put(b"b")
+    assert fronts._way(told[0]) is None
+    passage, way = receivers[1].open(), fronts._way(told[1])
+    assert way is not None
+    way.put(b"c")
+    assert await passage.take(0, 10) == [b"c"]
+    assert list(fronts._senders) == [receivers[1].address]
+    await receivers[1].close()
+
+
+async def test_a_message_that_cannot_be_read_ends_nobody_elses_stream() -> None:
+    receiver = cluster.bypass.Receiver()
+    sender, passage = Sender(receiver.address), receiver.open()
+    sender._socket.send(b"no message")
+    sender.put(passage.number, b"a")
+    assert await passage.take(0, 10) == [b"a"]
+    sender.close()
+    await receiver.close()
