@@ -36,7 +36,8 @@ class Sender:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)  # whoever drops a context of its own waits until its sockets are closed
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.PUSH)  # whoever drops a context of its own waits until its sockets are closed
         self._socket.linger = 1000
         self._socket.sndhwm = MAX_QUEUED_MESSAGES
         self._socket.reconnect_ivl = -1  # a proxy that is started again listens elsewhere

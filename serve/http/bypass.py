@@ -48,7 +48,8 @@ class ProxyBypass:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self._app(scope, receive, send)
         self._receiver = self._receiver or Receiver()
-        passage, pump = self._receiver.open(), None
+        passage = self._receiver.open()
+        pump: asyncio.Task[None] | None = None
         header = b"%s %d %s" % (self._node, passage.number, self._receiver.address.encode())
 
         async def hand_on() -> None:
