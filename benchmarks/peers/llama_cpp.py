@@ -28,7 +28,8 @@ NAMES = {
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 PLAIN = ("ffn_gate_inp.", "ffn_gate_inp_shexp.")
 """Held in float32 there."""
-TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+EMBEDDING = "model.embed_tokens.weight"
+TOP = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 
 
 def converted(checkpoint: Path, form: str) -> Path:
@@ -60,7 +61,10 @@ def converted(checkpoint: Path, form: str) -> Path:
     writer.add_tokenizer_model("none")
     kind = gguf.GGMLQuantizationType[FORMATS[form]]
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
-        for name, parts in _by_target(tensors.keys()).items():
+        targets = _by_target(tensors.keys())
+        if "num_experts" in config:  # its reader has no tied head for these, and holds the matrix twice
+            targets.setdefault(TOP["lm_head.weight"], [EMBEDDING])
+        for name, parts in targets.items():
             array = np.stack([tensors.get_tensor(part).float().numpy() for part in parts])
             array = array if "_exps." in name else array[0]
             if array.ndim == 1 or any(part in name for part in PLAIN):
@@ -96,6 +100,8 @@ class LlamaCpp:
         self.api = llama_cpp
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise SystemExit(f"llama.cpp does not read {path}: why is said above")
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = 36_000, 8_192, 512, 32
         settings.n_threads = settings.n_threads_batch = threads
