@@ -4,8 +4,10 @@ Without TOKENS_OUT it only makes its files.
 
 Not by GenAI's own pipelines: in 2026.4.1 they do not compile a model that has been read from GGUF ("Node ReadValue contains dead weak
 ptr"). The graph, its compressed weights and its fused stateful attention are the same; a shared prefix is computed for every sequence.
+Experts, which its reader does not know, are added to the graph that it makes (`openvino_experts`).
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -38,19 +40,30 @@ def converted(checkpoint: Path, form: str) -> Path:
         if "dead weak ptr" not in str(error):  # it has been saved before it is compiled
             raise
     source.unlink()
+    model = scratch / "openvino_model.xml"
+    if "num_experts" in json.loads((checkpoint / "config.json").read_text()):
+        from benchmarks.peers.openvino_experts import with_experts
+
+        dense = model.rename(scratch / "dense.xml")
+        weights = model.with_suffix(".bin").rename(dense.with_suffix(".bin"))
+        with_experts(dense, gguf_of(checkpoint, form), model)
+        dense.unlink()
+        weights.unlink()
     scratch.rename(target)
     return target
 
 
 def _with_vocabulary(source: Path, target: Path, file_type: int) -> None:
-    """The file again with tokens, which the reader wants, and float16 for bfloat16."""
+    """The file again with tokens, which the reader wants, and float16 for bfloat16; of one with experts without them."""
     import gguf
+
+    from benchmarks.peers.openvino_experts import dense_field, dense_tensor
 
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "qwen2")
     for field in reader.fields.values():
-        if not field.name.startswith(("GGUF.", "tokenizer.", "general.architecture")):
-            writer.add_key_value(field.name, field.contents(), field.types[0])
+        if not field.name.startswith(("GGUF.", "tokenizer.", "general.architecture")) and (name := dense_field(field.name)):
+            writer.add_key_value(name, field.contents(), field.types[0])
     writer.add_file_type(file_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -61,10 +74,12 @@ def _with_vocabulary(source: Path, target: Path, file_type: int) -> None:
         add(0)
     writer.add_chat_template("{{ messages }}")
     for tensor in reader.tensors:
+        if (name := dense_tensor(tensor.name)) is None:
+            continue
         if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
-            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float16))
+            writer.add_tensor(name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float16))
         else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
