@@ -100,8 +100,8 @@ def peers_of(choices: list[str], shape: str, form: str) -> list[tuple[str, str]]
     for name, _, python in (choice.partition("=") for choice in choices):
         if name in ("transformers_eager", "vllm_cpu") and form != "bf16":
             continue  # plain weights only
-        if name == "openvino" and shape != "dense":
-            continue  # its reader knows no mixture of experts
+        if name == "openvino" and shape != "dense" and form == "int4":
+            continue  # `openvino_experts` writes none of 4 bits
         found.append((name, python or sys.executable))
     return found
 

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import openvino
 from openvino import Node, opset13
+from openvino.utils.node_factory import NodeFactory
 
 SHARED = {f"ffn_{part}_shexp": f"ffn_{part}" for part in ("gate", "up", "down")}
 """How tensors of a file with experts are called in one without."""
@@ -74,7 +75,10 @@ def _routed(x_ND: Node, tensors: dict[str, gguf.ReaderTensor], per_token: int) -
 
     gate, up, down = (_matrix(tensors[part], tuple(int(size) for size in reversed(tensors[part].shape))) for part in _PARTS)
     tiled_END = opset13.reshape(opset13.tile(x_ND, _numbers([num_experts, 1])), _numbers([num_experts, -1, width]), special_zero=False)
-    gated_ENI = opset13.multiply(opset13.swish(opset13.matmul(tiled_END, gate, False, True)), opset13.matmul(tiled_END, up, False, True))
+    activated_ENI = NodeFactory("opset4").create(
+        "Swish", [opset13.matmul(tiled_END, gate, False, True).output(0)]
+    )  # without a beta: so it looks for one
+    gated_ENI = opset13.multiply(activated_ENI, opset13.matmul(tiled_END, up, False, True))
     out_E1ND = opset13.reshape(opset13.matmul(gated_ENI, down, False, True), _numbers([num_experts, 1, -1, width]), special_zero=False)
     return opset13.reduce_sum(opset13.multiply(out_E1ND, weights_E1N1), opset13.constant(0, openvino.Type.i64), keep_dims=False)
 
