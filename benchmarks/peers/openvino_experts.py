@@ -1,6 +1,6 @@
-"""Experts for OpenVINO, whose GGUF reader knows none: it reads the rest as a dense model with the shared expert for its MLP, and they are put beside it.
+"""Experts for OpenVINO. Its GGUF reader knows none: it is given a dense model, whose MLP is the shared expert, and they are put beside it.
 
-In the form its CPU plugin looks for (`ConvertTiledMoeBlockTo3GatherMatmuls`: what optimum-intel's export makes of such models), so that each
+In the form that its CPU plugin looks for (`ConvertTiledMoeBlockTo3GatherMatmuls`; optimum-intel exports such models so), so that each
 token meets its own experts only. N tokens, D model width, E experts, A of them for each token, I their inner width.
 """
 

@@ -13,8 +13,10 @@ mkdir -p "$folder"
 
 if [[ ! -e $folder/peers/.ready ]]; then
     "$python" -m venv "$folder/peers"
-    CMAKE_ARGS=-DGGML_NATIVE=ON "$folder/peers/bin/python" -m pip install --quiet numpy gguf openvino-genai==2026.4.1.0 \
-        llama-cpp-python==0.3.36 --no-binary llama-cpp-python
+    "$folder/peers/bin/python" -m pip install --quiet numpy gguf openvino-genai==2026.4.1.0
+    # Not out of pip's cache: what was built there may have been built for another processor.
+    CMAKE_ARGS=-DGGML_NATIVE=ON "$folder/peers/bin/python" -m pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
+        llama-cpp-python==0.3.36
     touch "$folder/peers/.ready"
 fi
 
