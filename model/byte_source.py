@@ -49,6 +49,11 @@ class ByteSource(Protocol):
         """So far, those read along and those of a repeated attempt included."""
         ...
 
+    @property
+    def piece_bytes(self) -> int:
+        """About so many are best read at once by whoever needs no more at a time."""
+        ...
+
     def read(self, ranges: Sequence[Range]) -> None:
         """Fill every range's place.
 
@@ -65,6 +70,8 @@ class LocalFile:
 
     worthwhile_gap_bytes = 32 * 2**10
     """A call to the kernel costs about what copying so much does, and the kernel reads ahead anyway."""
+    piece_bytes = 2**20
+    """What a processor's second cache holds."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -93,6 +100,7 @@ class RemoteFile:
 
     worthwhile_gap_bytes = 2**20
     """A round trip takes as long as fetching some MB."""
+    piece_bytes = 4 * PIECE_BYTES
 
     def __init__(
         self,

@@ -55,6 +55,10 @@ class FileTensor:
     def piece_dim(self) -> int:
         return 0
 
+    @property
+    def piece_bytes(self) -> int:
+        return self.source.piece_bytes
+
     def read(self, *slices: slice) -> Tensor:
         """The given part as a CPU tensor, one slice of step 1 per dim, or everything.
 

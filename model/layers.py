@@ -17,6 +17,8 @@ from parallel.weight_format import StoredTensor, WeightFormat
 class RmsNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467), the same on every rank. The mean is taken in float32."""
 
+    takes_pieces = True
+
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.size, self.eps, self.dtype = size, eps, dtype

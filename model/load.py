@@ -1,8 +1,10 @@
 """From a checkpoint to one rank's model: check everything, then allocate, then read this rank's share and nothing else."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -26,6 +28,11 @@ from parallel.weight_format import Dense, StoredTensor, WeightFormat
 
 OnProgress = Callable[[int, int], None]
 """Told (done, total): bytes of the checkpoint tensors that this rank takes a share of, in whole tensors."""
+
+MOST_THREADS = 8
+"""That read and pack at a time: each holds some MB."""
+FAR_AHEAD = 64
+"""So many tensors are asked for before the first has come, and no more: all after it are done in vain if it cannot be read."""
 
 
 class CheckpointMismatch(ValueError):
@@ -126,8 +133,7 @@ def load_model(
     )
     bindings = list(model.bindings())
     tensors = as_plain(checkpoint.tensors, config.quantisation, {binding.name for binding in bindings})
-    with ThreadPoolExecutor(checkpoint.reads_at_a_time, thread_name_prefix="load") as threads:
-        bytes_read = _fill(bindings, tensors, threads, device, on_progress or (lambda _done, _total: None))
+    bytes_read = _fill(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
         bytes_read=bytes_read,
         bytes_fetched=checkpoint.bytes_fetched,
@@ -196,9 +202,11 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
 
 
 def _fill(
-    bindings: list[Binding], tensors: Mapping[str, StoredTensor], threads: ThreadPoolExecutor, device: torch.device, on_progress: OnProgress
+    bindings: list[Binding], tensors: Mapping[str, StoredTensor], reads_at_a_time: int, device: torch.device, on_progress: OnProgress
 ) -> int:
-    """Load layer after layer, each in its final form before the next is allocated, some of its tensors at a time.
+    """Load layer after layer, some tensors at a time. A layer that holds its weights as they are stored until all are there takes its
+    final form before the next is allocated; those that take them piece by piece are filled beside each other, by as many threads as
+    compute.
 
     Embedding and head come first: they are the largest, and what rounding them takes beside them is gone when memory fills up.
     Returns the bytes read.
@@ -207,16 +215,41 @@ def _fill(
     total = sum(tensors[binding.name].num_bytes for binding in bindings if binding.is_wanted)
     done = bytes_read = 0
     on_progress(done, total)
-    with freed_at_once():
+    under_way: deque[tuple[Binding, Future[int]]] = deque()
+
+    def settle(most: int) -> None:
+        """Wait until no more than so many are under way."""
+        nonlocal done, bytes_read
+        while len(under_way) > most:
+            binding, read = under_way.popleft()
+            bytes_read += read.result()
+            done += tensors[binding.name].num_bytes
+            on_progress(done, total)
+
+    with freed_at_once(), _threads(max(reads_at_a_time, min(torch.get_num_threads(), MOST_THREADS))) as threads:
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
-            wanted = [binding for binding in of_layer if binding.is_wanted]
-            for binding, num_bytes in zip(wanted, threads.map(partial(_read, tensors), wanted), strict=True):
-                bytes_read += num_bytes
-                done += tensors[binding.name].num_bytes
-                on_progress(done, total)
-            layer.finish()
+            for binding in of_layer:
+                if binding.is_wanted:
+                    under_way.append((binding, threads.submit(_read, tensors, binding)))
+                    settle(FAR_AHEAD if layer.takes_pieces else reads_at_a_time - 1)
+            if not layer.takes_pieces:
+                settle(0)
+                layer.finish()
+        settle(0)
     return bytes_read
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each compute by themselves: what torch would share out among others of its own is done by the next one here."""
+    before = torch.get_num_threads()
+    threads = ThreadPoolExecutor(count, thread_name_prefix="load", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def _read(tensors: Mapping[str, StoredTensor], binding: Binding) -> int:

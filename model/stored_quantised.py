@@ -38,6 +38,8 @@ class QuantisedTensor:
     dtype = torch.float32
     piece_dim = 1
     """The files' rows are input features."""
+    piece_bytes = 2**23
+    """Decoding holds some five times as much beside it."""
 
     def __post_init__(self) -> None:
         """

@@ -1,6 +1,7 @@
 """The vocabulary, shared over ranks by rows: token ids to vectors, and vectors to logits."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from parallel.axes import split
 from parallel.collectives import all_gather, all_reduce
 from parallel.groups import Group
 from parallel.linear import ShapeMismatch, Slot
-from parallel.weight_format import Dense, StoredTensor, WeightFormat, copy_part
+from parallel.weight_format import Dense, StoredTensor, TakesPieces, WeightFormat, copy_part, pass_pieces
 
 
 class VocabEmbedding(nn.Module):
@@ -28,7 +29,14 @@ class VocabEmbedding(nn.Module):
     def slots(self) -> Iterator[Slot]:
         yield Slot("", "weight", (self.vocab_size, self.hidden_size))
 
+    @property
+    def takes_pieces(self) -> bool:
+        return isinstance(self.format, TakesPieces)
+
     def allocate(self, device: torch.device) -> None:
+        if isinstance(self.format, TakesPieces):
+            self.tensors = self.format.room(len(self.share), self.hidden_size)
+            return
         (spec,) = self.format.specs().values()
         self.tensors = {"weight": torch.empty(len(self.share), self.hidden_size, dtype=spec.dtype, device=device)}
 
@@ -36,11 +44,14 @@ class VocabEmbedding(nn.Module):
         if stored.shape != (self.vocab_size, self.hidden_size):
             raise ShapeMismatch(stored.name, stored.shape, (self.vocab_size, self.hidden_size))
         (span,) = self.share.stored(1)
+        if isinstance(self.format, TakesPieces):
+            return pass_pieces(stored, (span, slice(None)), partial(self.format.take, self.tensors))
         return copy_part(stored, (span, slice(None)), self.tensors["weight"])
 
     def finish(self) -> None:
         """Hand the rows to the format, which may repack them."""
-        self.tensors = self.format.prepare(self.tensors)
+        if not self.takes_pieces:
+            self.tensors = self.format.prepare(self.tensors)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """(T, D): a rank that does not hold a token's row adds zero to the sum."""

@@ -80,6 +80,10 @@ class RoutedExperts(nn.Module):
         """Whether this rank holds (some of) a part, and so has to read it."""
         return part.split(".")[0] in self.held
 
+    @property
+    def takes_pieces(self) -> bool:
+        return self._shape_of_all.up.takes_pieces
+
     def allocate(self, device: torch.device) -> None:
         for expert in self._experts():
             expert.up.allocate(device)

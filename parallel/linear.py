@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from parallel.axes import OUT, Share
 from parallel.collectives import all_reduce
 from parallel.groups import Group
-from parallel.weight_format import StoredTensor, TensorSpec, WeightFormat, copy_part
+from parallel.weight_format import StoredTensor, TakesPieces, TensorSpec, WeightFormat, copy_part, pass_pieces
 
 
 class ShapeMismatch(ValueError):
@@ -65,10 +66,18 @@ class Linear(nn.Module):
             for name, spec in self._specs.items():
                 yield Slot(part, name, tuple(self._stored_size(axis.name, axis.pack, share) for axis in spec.axes))
 
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether what is loaded lies in its final form at once, so that there is nothing to `finish`."""
+        return isinstance(self.format, TakesPieces)
+
     def allocate(self, device: torch.device) -> None:
         for name, spec in self._specs.items():
             shape = tuple(self._local_size(axis.name, axis.pack) for axis in spec.axes)
-            self.tensors[name] = torch.empty(shape, dtype=spec.dtype, device=device)
+            if name == "weight" and isinstance(self.format, TakesPieces):
+                self.tensors |= self.format.room(*shape)
+            else:
+                self.tensors[name] = torch.empty(shape, dtype=spec.dtype, device=device)
 
     def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
         """Copy this rank's share of ``stored`` to its place. Returns the number of bytes read.
@@ -81,6 +90,10 @@ class Linear(nn.Module):
         wanted = tuple(self._stored_size(axis.name, axis.pack, out_share) for axis in spec.axes)
         if stored.shape != wanted:
             raise ShapeMismatch(stored.name, stored.shape, wanted)
+        if tensor == "weight" and isinstance(self.format, TakesPieces):
+            take, before = partial(self.format.take, self.tensors), self._offset(part, 1)
+            (outputs,), (inputs,) = out_share.stored(1), self.in_share.stored(1)
+            return pass_pieces(stored, (outputs, inputs), lambda output, first, piece_NK: take(before + output, first, piece_NK))
         slices = []
         target = self.tensors[tensor]
         for dim, axis in enumerate(spec.axes):
@@ -93,6 +106,8 @@ class Linear(nn.Module):
 
     def finish(self) -> None:
         """Hand the loaded tensors to the format, which may repack them."""
+        if self.takes_pieces:
+            return
         bias = self.tensors.pop("bias", None)
         self.tensors = self.format.prepare(self.tensors)
         if bias is not None:

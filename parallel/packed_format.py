@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import Kind, Packed, look_up, multiply, pack, rounded, rows, unpack, with_lanes
+from parallel.native.linear import Kind, Packed, look_up, multiply, put, room_for, rounded, rows, unpack, with_lanes
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
@@ -52,11 +52,20 @@ class PackedFormat:
         return {"weight": TensorSpec((OUT, IN), self.stored)}
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = tensors.pop("weight")
+        prepared = self.room(*weight.shape)
+        self.take(prepared, 0, 0, weight)
+        return prepared
+
+    def room(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
         library = native()
-        packed = pack(self.kind, tensors.pop("weight"), library.lanes if library else ANY_LANES, consume=True)
+        packed = room_for(self.kind, num_outputs, num_inputs, library.lanes if library else ANY_LANES)
         # How many outputs there are cannot be told from the panels, and the input features not from the groups.
         prepared = {"numbers": packed.numbers, "outputs": torch.zeros(packed.num_outputs, dtype=torch.uint8)}
         return prepared if packed.scales is None else prepared | {"scales": packed.scales}
+
+    def take(self, tensors: Mapping[str, Tensor], first_output: int, first_input: int, piece_NK: Tensor) -> None:
+        put(self.packed(tensors), first_output, first_input, piece_NK)
 
     def received(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What another host prepared, as it is read here: the vectors of its processor may be wider or narrower."""

@@ -1,4 +1,4 @@
-"""How this process holds memory: what it gives back while it loads, what it keeps for its steps, and in pages of which size.
+"""How this process holds memory: what it keeps for its steps, and in pages of which size.
 
 All of it are wishes (mallopt(3) of glibc, madvise(2) of Linux): where they are unknown nothing changes.
 """
@@ -20,7 +20,7 @@ OLD_LIMIT_BYTES = 32 * MIB
 """The most that glibc before 2.35 takes for a block that it keeps."""
 HUGE_PAGE_BYTES = 2 * MIB
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_DONTNEED, _HUGEPAGE = 4, 14  # MADV_..., see madvise(2)
+_HUGEPAGE = 14  # MADV_HUGEPAGE, see madvise(2)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # see mallopt(3)
 
 
@@ -32,6 +32,7 @@ def freed_at_once() -> Iterator[None]:
     loading. That is right for computing, where the next step wants the same again, and so it is afterwards: see `KEPT_BYTES`.
     """
     _mallopt(_MMAP_THRESHOLD, 4 * MIB)
+    _mallopt(_TRIM_THRESHOLD, 16 * MIB)  # what is read at a time, by the next one again
     try:
         yield
     finally:
@@ -52,7 +53,11 @@ def _mallopt(parameter: int, value: int) -> bool:
 def want_huge_pages(room: Tensor) -> None:
     """Ask for pages of 2 MiB under a tensor of the CPU that nothing has been written to yet: what is read from end to end at every step is
     then read some 10 % faster."""
-    _advise(room, HUGE_PAGE_BYTES, _HUGEPAGE)
+    first = -(-room.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES  # of the pages that lie wholly within it
+    end = (room.data_ptr() + room.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if end > first:
+        with suppress(AttributeError):
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _HUGEPAGE)
 
 
 def zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -63,22 +68,3 @@ def zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     room = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
     want_huge_pages(room)
     return room.view(dtype).view(shape)
-
-
-def give_back(tensor: Tensor) -> None:
-    """Let go of all pages that lie wholly within a contiguous ``tensor`` of the CPU; whatever is read there afterwards is 0.
-
-    Only for memory that is about to be freed anyway. What the system refuses stays until then.
-    """
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    _advise(tensor, mmap.PAGESIZE, _DONTNEED)
-
-
-def _advise(tensor: Tensor, page_bytes: int, advice: int) -> None:
-    """Of the pages that lie wholly within a tensor."""
-    first = -(-tensor.data_ptr() // page_bytes) * page_bytes
-    end = (tensor.data_ptr() + tensor.nbytes) // page_bytes * page_bytes
-    if end > first:
-        with suppress(AttributeError):
-            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)

@@ -1,9 +1,9 @@
 """How the weights of one linear layer are stored and multiplied. A format knows no layer, a layer knows no format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ class StoredTensor(Protocol):
         """Along which it is best read piece by piece: the dim in whose order it lies in the file."""
         ...
 
+    @property
+    def piece_bytes(self) -> int:
+        """Of it in its dtype, about so many are best read at once by whoever needs no more at a time."""
+        ...
+
     def read(self, *slices: slice) -> Tensor:
         """The given part (one slice per dim) as a CPU tensor; only its bytes are read from the file."""
         ...
@@ -55,6 +60,32 @@ def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> 
         part = stored.read(*slices[:dim], slice(piece.start, piece.stop), *slices[dim + 1 :])
         target.narrow(dim, start, len(piece)).copy_(part)
     return stored.num_bytes * target.numel() // prod(stored.shape)
+
+
+PIECES_OF = 128
+"""Pieces of a matrix begin at whole multiples of so many outputs or input features: no format has larger panels or groups."""
+
+
+def pass_pieces(stored: StoredTensor, slices: tuple[slice, slice], take: Callable[[int, int, Tensor], None]) -> int:
+    """Have ``take`` a part of a matrix piece by piece, each with how many outputs and how many input features of the part came before it.
+    Returns the part's bytes as stored.
+
+    A piece that has just been read is still in the processor's cache, and its memory serves the next one.
+    """
+    spans = [range(*part.indices(size)) for part, size in zip(slices, stored.shape, strict=True)]
+    if not all(spans):
+        return 0
+    dim = stored.piece_dim
+    across_bytes = len(spans[1 - dim]) * stored.dtype.itemsize
+    step = max(1, stored.piece_bytes // (across_bytes * PIECES_OF)) * PIECES_OF
+    for start in range(0, len(spans[dim]), step):
+        piece = spans[dim][start : start + step]
+        wanted = slice(piece.start, piece.stop)
+        if dim == 0:
+            take(start, 0, stored.read(wanted, slices[1]))
+        else:
+            take(0, start, stored.read(slices[0], wanted))
+    return stored.num_bytes * len(spans[0]) * len(spans[1]) // prod(stored.shape)
 
 
 @dataclass(frozen=True)
@@ -88,6 +119,20 @@ class WeightFormat(Protocol):
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
         """The matrix's rows of these ``outputs`` (any shape, int64), ``width`` = in: (..., in). For a table that is looked up."""
+        ...
+
+
+@runtime_checkable
+class TakesPieces(Protocol):
+    """A `WeightFormat` of one plain matrix that brings parts of it into its own form as they come: nobody then holds it as it is stored."""
+
+    def room(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
+        """Tensors as of `WeightFormat.prepare`, on the CPU, in which nothing is yet."""
+        ...
+
+    def take(self, tensors: Mapping[str, Tensor], first_output: int, first_input: int, piece_NK: Tensor) -> None:
+        """A part of the matrix: from any output and from a multiple of `PIECES_OF` input features on. Parts may come in any order and
+        from several threads."""
         ...
 
 

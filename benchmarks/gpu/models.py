@@ -73,6 +73,7 @@ class RandomTensor:
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     piece_dim: int = 0
+    piece_bytes: int = 2**25
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import Native, native, num_threads
-from parallel.pages import give_back, want_huge_pages
+from parallel.pages import want_huge_pages
 from parallel.rounding import LEVELS, round_rows, round_to_groups, turned, turned_back
 from parallel.scale_groups import GROUP
 
@@ -20,6 +20,11 @@ bfloat16 or to 8-bit integers, with a scale to a group as the weights, where the
 turned (`parallel.rounding.turned`)."""
 SHIFTS = {"int4": [4 * (k // 2) + 16 * (k % 2) for k in range(8)], "int4_dot": [8 * (k % 4) + 4 * (k // 4) for k in range(8)]}
 """Where in 32 bits eight neighbouring input features lie."""
+_HELD: dict[Kind, tuple[torch.dtype, int]] = {
+    "bf16": (torch.bfloat16, 1), "bf16_dot": (torch.bfloat16, 2), "fp32": (torch.float32, 1), "int8": (torch.int8, 2),
+    "int8_dot": (torch.uint8, 4), "int4": (torch.int32, 8), "int4_dot": (torch.int32, 8),
+}  # fmt: skip
+"""What `Packed.numbers` are, and how many input features lie together in an output's place."""
 PIECE_OUTPUTS = 1024
 """Packed at once: rounding holds some five times as much beside it as float32."""
 
@@ -43,35 +48,54 @@ class Packed:
     @property
     def padded(self) -> int:
         """Input features, filled up to whole groups."""
-        return self.numbers.shape[1] * {"bf16": 1, "fp32": 1, "bf16_dot": 2, "int8": 2, "int8_dot": 4, "int4": 8, "int4_dot": 8}[self.kind]
+        return self.numbers.shape[1] * _HELD[self.kind][1]
 
     @property
     def group(self) -> int:
         return 1 if self.scales is None else self.padded // self.scales.shape[1]
 
 
-def pack(kind: Kind, weight_NK: Tensor, lanes: int, *, consume: bool = False) -> Packed:
-    """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale.
+def pack(kind: Kind, weight_NK: Tensor, lanes: int) -> Packed:
+    """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
+    packed = room_for(kind, *weight_NK.shape, lanes)
+    put(packed, 0, 0, weight_NK)
+    return packed
 
-    With ``consume`` its memory is given back on the way and must not be read again, so that no matrix lies there twice: the embedding
-    of Qwen2-72B has 2.5 GB.
-    """
-    num_panels = -(-weight_NK.shape[0] // (2 * lanes))
-    numbers = scales = None
-    done = 0
-    for piece in weight_NK.split(PIECE_OUTPUTS):  # whole panels, but for the last
-        some, their_scales = _pack_piece(kind, piece, lanes)
-        if numbers is None:
-            numbers = _room_for(num_panels, some)
-            scales = None if their_scales is None else _room_for(num_panels, their_scales)
-        numbers[done : done + len(some)] = some
-        if scales is not None and their_scales is not None:
-            scales[done : done + len(some)] = their_scales
-        done += len(some)
-        if consume:
-            give_back(piece)
-    assert numbers is not None  # split gives one piece even of nothing
-    return Packed(kind, numbers, scales, weight_NK.shape[0])
+
+def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int) -> Packed:
+    """A matrix of which nothing is there yet: `put` its parts."""
+    panel, bits, (dtype, together) = 2 * lanes, _bits(kind), _HELD[kind]
+    num_panels = -(-num_outputs // panel)
+    scales = None
+    if bits is not None:
+        num_groups = -(-num_inputs // GROUP[bits])
+        num_inputs, scales = num_groups * GROUP[bits], _room((num_panels, num_groups, panel), torch.float16)
+    many = (together,) if together > 1 and kind not in SHIFTS else ()
+    numbers = _room((num_panels, -(-num_inputs // together), panel, *many), dtype)
+    if num_outputs % panel:
+        for tensor in (numbers, scales):
+            if tensor is not None:
+                tensor[-1].zero_()
+    return Packed(kind, numbers, scales, num_outputs)
+
+
+def put(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) -> None:
+    """A part of the matrix, of any floating dtype, from an input feature on that begins a group. Several threads may put different parts
+    at the same time."""
+    if weight_NK.numel() == 0:
+        return
+    panel = 2 * packed.lanes
+    last_output = first_output + len(weight_NK)
+    begin, end = -(-first_output // panel) * panel, last_output // panel * panel
+    if begin > end:  # within a panel
+        begin = end = last_output
+    for start in range(begin, end, PIECE_OUTPUTS):  # whole panels
+        stop = min(start + PIECE_OUTPUTS, end)
+        where = _part(packed, slice(start // panel, stop // panel), first_input, weight_NK.shape[1])
+        _pack_into(where, weight_NK[start - first_output : stop - first_output])
+    for start, edge_NK in ((first_output, weight_NK[: begin - first_output]), (end, weight_NK[end - first_output :])):
+        if len(edge_NK):
+            _put_edge(packed, start, first_input, edge_NK)
 
 
 def with_lanes(packed: Packed, lanes: int) -> Packed:
@@ -108,8 +132,7 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
         rows_TK: Tensor = packed.numbers[panels_T, :, places_T]
         return rows_TK
     if packed.kind == "bf16":
-        interleaved_T = (places_T % packed.lanes) * 2 + places_T // packed.lanes
-        numbers_TK: Tensor = packed.numbers[panels_T, :, interleaved_T].float()
+        numbers_TK: Tensor = packed.numbers[panels_T, :, _interleaved(places_T, packed.lanes)].float()
         return numbers_TK.contiguous()
     if packed.kind == "bf16_dot":
         pairs_TX: Tensor = packed.numbers[panels_T, :, places_T].flatten(1).float()
@@ -181,39 +204,77 @@ def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | Non
     return y_TN
 
 
-def _room_for(num_panels: int, piece: Tensor) -> Tensor:
-    room = torch.empty(num_panels, *piece.shape[1:], dtype=piece.dtype)
+def _bits(kind: Kind) -> Literal["int8", "int4"] | None:
+    """To what a kind rounds weights."""
+    return "int8" if kind in ("int8", "int8_dot") else "int4" if kind in SHIFTS else None
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    room = torch.empty(shape, dtype=dtype)
     want_huge_pages(room)
     return room
 
 
-def _pack_piece(kind: Kind, weight_NK: Tensor, lanes: int) -> tuple[Tensor, Tensor | None]:
-    panel = 2 * lanes
-    num_panels = -(-weight_NK.shape[0] // panel)
+def _part(packed: Packed, panels: slice, first_input: int, num_inputs: int) -> Packed:
+    """Of whole panels, some input features; the last group need not be full."""
+    together, stop = _HELD[packed.kind][1], first_input + num_inputs
+    numbers = packed.numbers[panels, first_input // together : -(-stop // together)]
+    num_outputs = len(numbers) * 2 * packed.lanes
+    if packed.scales is None:
+        assert first_input % together == 0
+        return Packed(packed.kind, numbers, None, num_outputs)
+    group = packed.group
+    assert first_input % group == 0
+    numbers = packed.numbers[panels, first_input // together : -(-stop // group) * group // together]
+    return Packed(packed.kind, numbers, packed.scales[panels, first_input // group : -(-stop // group)], num_outputs)
+
+
+def _put_edge(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) -> None:
+    """A few outputs within one panel, whose others are left as they are."""
+    panel = 2 * packed.lanes
+    where, place = divmod(first_output, panel)
+    places = torch.arange(place, place + len(weight_NK))
+    alone = pack(packed.kind, weight_NK[(torch.arange(panel) - place).clamp(0, len(weight_NK) - 1)], packed.lanes)
+    part = _part(packed, slice(where, where + 1), first_input, weight_NK.shape[1])
+    if part.scales is not None and alone.scales is not None:
+        part.scales[0][:, places] = alone.scales[0][:, places]
+    if packed.kind == "bf16":
+        places = _interleaved(places, packed.lanes)
+    part.numbers[0][:, places] = alone.numbers[0][:, places]
+
+
+def _interleaved(places: Tensor, lanes: int) -> Tensor:
+    """Where ``bf16`` holds a panel's outputs."""
+    return (places % lanes) * 2 + places // lanes
+
+
+def _pack_into(packed: Packed, weight_NK: Tensor) -> None:
+    """Whole panels, whose input features are filled up with zeros."""
+    kind, numbers, num_panels, lanes = packed.kind, packed.numbers, len(packed.numbers), packed.lanes
+    padded = packed.padded if packed.scales is not None else -(-weight_NK.shape[1] // _HELD[kind][1]) * _HELD[kind][1]
+    weight_NK = torch.nn.functional.pad(weight_NK, (0, padded - weight_NK.shape[1])) if padded > weight_NK.shape[1] else weight_NK
+    panels = weight_NK.contiguous().unflatten(0, (num_panels, 2 * lanes))
     if kind == "fp32":
-        padded = _filled(weight_NK.float(), num_panels * panel, weight_NK.shape[1])
-        return padded.view(num_panels, panel, -1).transpose(1, 2).contiguous(), None
-    if kind == "bf16":
-        padded = _filled(weight_NK.bfloat16(), num_panels * panel, weight_NK.shape[1])
-        halves = padded.view(num_panels, 2, lanes, -1)  # output lane in the low half of 32 bits, output lanes + lane in the high one
-        return halves.permute(0, 3, 2, 1).reshape(num_panels, -1, panel), None
-    if kind == "bf16_dot":
-        padded = _filled(weight_NK.bfloat16(), num_panels * panel, -(-weight_NK.shape[1] // 2) * 2)
-        return padded.view(num_panels, panel, -1, 2).transpose(1, 2).contiguous(), None
-    bits: Literal["int8", "int4"] = "int8" if kind in ("int8", "int8_dot") else "int4"
-    group = GROUP[bits]
-    num_groups = -(-weight_NK.shape[1] // group)
-    padded = _filled(weight_NK.float(), num_panels * panel, num_groups * group).view(num_panels, panel, num_groups, group)
-    numbers, scales = round_to_groups(turn(padded) if kind == "int8_dot" else padded, LEVELS[bits])
-    numbers = numbers.view(num_panels, panel, -1, {"int8": 2, "int8_dot": 4}.get(kind, 8)).transpose(1, 2)
-    if kind == "int8_dot":
-        numbers = (numbers.to(torch.int16) + 128).to(torch.uint8)
-    if kind in SHIFTS:
-        numbers = ((numbers.int() + 8) << torch.tensor(SHIFTS[kind], dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    return numbers.contiguous(), scales.transpose(1, 2).contiguous()
+        numbers.copy_(panels.transpose(1, 2))
+    elif kind == "bf16":  # output lane in the low half of 32 bits, output lanes + lane in the high one
+        numbers.unflatten(2, (lanes, 2)).copy_(panels.unflatten(1, (2, lanes)).permute(0, 3, 2, 1))
+    elif kind == "bf16_dot":  # two neighbours stay together: they are moved as one number of 32 bits
+        numbers.view(torch.int32).squeeze(-1).copy_(panels.bfloat16().view(torch.int32).transpose(1, 2))
+    else:
+        _round_into(packed, panels.float())
 
 
-def _filled(weight_NK: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
-    """With zeros at the ends."""
-    missing = (0, num_inputs - weight_NK.shape[1], 0, num_outputs - weight_NK.shape[0])
-    return torch.nn.functional.pad(weight_NK, missing) if any(missing) else weight_NK
+def _round_into(packed: Packed, panels: Tensor) -> None:
+    """Panels (panels, panel, K) in float32."""
+    bits = _bits(packed.kind)
+    assert bits is not None
+    assert packed.scales is not None
+    grouped = panels.unflatten(2, (-1, packed.group))
+    numbers, scales = round_to_groups(turn(grouped) if packed.kind == "int8_dot" else grouped, LEVELS[bits])
+    numbers = numbers.flatten(2).unflatten(2, (-1, _HELD[packed.kind][1])).transpose(1, 2)
+    if packed.kind == "int8_dot":
+        numbers = numbers.to(torch.int16) + 128
+    if packed.kind in SHIFTS:
+        numbers = ((numbers.int() + 8) << torch.tensor(SHIFTS[packed.kind], dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    packed.numbers.copy_(numbers)
+    packed.scales.copy_(scales.transpose(1, 2))

@@ -4,6 +4,8 @@ from torch import Tensor, dtype
 
 
 class MemoryTensor:
+    piece_bytes = 4096
+
     def __init__(self, name: str, tensor: Tensor) -> None:
         self._name, self._tensor = name, tensor
         self.num_read = 0

@@ -1,12 +1,31 @@
 """The kernels' product against the packed matrix multiplied by torch."""
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from random import Random
+
 import pytest
 import torch
 from torch import Tensor
 
 from parallel.native.library import Native, native
-from parallel.native.linear import PIECE_OUTPUTS, Kind, Packed, look_up, multiply, pack, rounded, rows, turn, unpack, with_lanes
+from parallel.native.linear import (
+    PIECE_OUTPUTS,
+    Kind,
+    Packed,
+    look_up,
+    multiply,
+    pack,
+    put,
+    room_for,
+    rounded,
+    rows,
+    turn,
+    unpack,
+    with_lanes,
+)
 from parallel.rounding import turned, turned_back
+from parallel.weight_format import PIECES_OF
 
 KINDS: tuple[Kind, ...] = ("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot")
 SHAPES = {"even": (256, 128), "narrow": (1, 64), "ragged": (307, 200), "deep": (72, 1500), "wide": (4500, 40)}
@@ -41,19 +60,34 @@ def test_a_packed_matrix_is_the_matrix_to_its_rounding(kind: Kind, shape: tuple[
         assert torch.equal(found, weight.bfloat16().float())
 
 
+@pytest.mark.parametrize("lanes", [8, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_large_matrix_that_is_consumed_is_packed_piece_by_piece_to_the_same(kind: Kind) -> None:
-    weight = random(2 * PIECE_OUTPUTS + 50, 200)
-    wanted = pack(kind, weight, 8)
-    parts = [pack(kind, part, 8) for part in weight.split(PIECE_OUTPUTS)]
-    assert torch.equal(wanted.numbers, torch.cat([part.numbers for part in parts]))
-    assert wanted.num_outputs == weight.shape[0]
-    consumed = pack(kind, weight, 8, consume=True)
-    assert torch.equal(consumed.numbers, wanted.numbers)
-    if wanted.scales is not None:
-        assert consumed.scales is not None
-        assert torch.equal(consumed.scales, wanted.scales)
-    assert (weight == 0).float().mean() > 0.99, "its memory has gone back, but for the edges of pieces"
+def test_parts_that_come_in_any_order_and_cut_anywhere_make_the_same_matrix(kind: Kind, lanes: int) -> None:
+    draw = Random(kind)
+    for num_outputs, num_inputs in ((2 * PIECE_OUTPUTS + 50, 200), (320, 385), (33, 128), (1, 1)):
+        weight = random(num_outputs, num_inputs)
+        wanted, found = pack(kind, weight, lanes), room_for(kind, num_outputs, num_inputs, lanes)
+        outputs = cuts(num_outputs, [*(draw.randint(0, num_outputs) for _ in range(6)), *(64 * draw.randint(0, 5) for _ in range(2))])
+        inputs = cuts(num_inputs, [PIECES_OF * draw.randint(0, 3) for _ in range(2)])
+        parts = [(rows, columns) for rows in outputs for columns in inputs]
+        draw.shuffle(parts)
+        for (first, last), (begin, end) in parts:
+            put(found, first, begin, weight[first:last, begin:end])
+        assert torch.equal(found.numbers, wanted.numbers)
+        assert found.scales is None or wanted.scales is None or torch.equal(found.scales, wanted.scales)
+
+
+def cuts(size: int, places: list[int]) -> list[tuple[int, int]]:
+    return list(pairwise(sorted({0, size, *(place for place in places if place < size)})))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_put_neighbouring_outputs_at_once(kind: Kind) -> None:
+    weight = random(16 * 64 + 5, 128)
+    wanted, found = pack(kind, weight, 8), room_for(kind, len(weight), 128, 8)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda start: put(found, start, 0, weight[start : start + 5]), range(0, len(weight), 5)))
+    assert torch.equal(found.numbers, wanted.numbers)
 
 
 @pytest.mark.parametrize("lanes", [8, 16])
