@@ -57,7 +57,8 @@ class Packed:
 
 def pack(kind: Kind, weight_NK: Tensor, lanes: int) -> Packed:
     """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
-    packed = room_for(kind, *weight_NK.shape, lanes)
+    num_outputs, num_inputs = weight_NK.shape
+    packed = room_for(kind, num_outputs, num_inputs, lanes)
     put(packed, 0, 0, weight_NK)
     return packed
 
