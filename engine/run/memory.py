@@ -1,6 +1,7 @@
 """How many KV blocks a rank can hold beside its weights, and what all ranks can hold together."""
 
 import logging
+from contextlib import closing
 
 import torch
 
@@ -119,10 +120,11 @@ def _cuda_bytes_beside_kv(
     )
     drafter = open_drafter(draft_model, sampler, num_blocks)
     runner = Runner(model=model, cache=cache, capacity=capacity, sampler=sampler, device=device, shard=groups.dp.rank, drafter=drafter)
-    if runner_config.tune_tiles:
-        tune(runner, engine_config)
-    step_bytes = _bytes_of_heaviest_step(runner, engine_config, groups)
-    graph_bytes = _bytes_of_graphs(runner, engine_config) if runner_config.cuda_graphs else 0
+    with closing(runner):
+        if runner_config.tune_tiles:
+            tune(runner, engine_config)
+        step_bytes = _bytes_of_heaviest_step(runner, engine_config, groups)
+        graph_bytes = _bytes_of_graphs(runner, engine_config) if runner_config.cuda_graphs else 0
     del runner, cache, drafter
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

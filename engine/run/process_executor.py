@@ -4,10 +4,12 @@ import multiprocessing
 import multiprocessing.connection
 import socket
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine.answers import StepAnswers
 from engine.begun import NOTHING, Begun, comes_first
@@ -34,6 +36,7 @@ class _Failed:
 def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> None:
     """The life of one child: start the rank, then answer plans until the parent closes the pipe."""
     try:
+        settings["runner_config"] = on_its_device(settings["runner_config"], rank)
         with start_rank(rank=rank, **settings) as runner:
             connection.send(runner.capacity)
             begun = NOTHING
@@ -50,6 +53,12 @@ def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> N
                 begun = following
     except Exception:  # the parent must learn of whatever it was
         connection.send(_Failed(rank, traceback.format_exc()))
+
+
+def on_its_device(config: RunnerConfig, rank: int) -> RunnerConfig:
+    """Where several devices are seen ranks take them in turn; nobody shows each its own, as Ray does, and all would take the first."""
+    count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    return replace(config, device=f"cuda:{rank % count}") if count > 1 else config
 
 
 def _answer(connection: Connection, begun: Begun) -> None:

@@ -142,6 +142,11 @@ class Runner:
         if self.sampler_graphs is not None:
             self.sampler_graphs.capture(count)
 
+    def close(self) -> None:
+        """Let go of what was captured, before the groups are left: NCCL leaves none while a graph that has its collectives is alive, and
+        waits for that without end."""
+        self.decode_graphs = self.sampler_graphs = None
+
     def run(self, plan: StepPlan) -> StepResult | None:
         """Take one step together with all other ranks. Its shard's result on a sampling rank, None elsewhere.
 

@@ -110,7 +110,7 @@ def start_rank(
             model = _load(checkpoint, model_config, groups, runner_config, engine_config, device, tell)
         sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
         draft_model = _load_draft_model(draft_folder, model, runner_config, engine_config, device) if draft_folder and sampler else None
-        yield ready_runner(
+        runner = ready_runner(
             model,
             sampler,
             runner_config=runner_config,
@@ -120,6 +120,8 @@ def start_rank(
             guides=open_guides(small_files(checkpoint_folder), sampler.vocab_size, runner_config) if sampler else None,
             tell=tell,
         )
+        stack.callback(runner.close)  # before the groups are left
+        yield runner
 
 
 def ready_runner(
@@ -160,12 +162,16 @@ def ready_runner(
         guides=guides,
         drafter=open_drafter(draft_model, sampler, capacity.num_blocks),
     )
-    with _phase("warm_up", tell):
-        warm_up(runner)
-        if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and device.type == "cuda":
-            tune(runner, engine_config)  # else that was done before memory was measured
-    if runner_config.cuda_graphs and device.type == "cuda":
-        capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
+    try:
+        with _phase("warm_up", tell):
+            warm_up(runner)
+            if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and device.type == "cuda":
+                tune(runner, engine_config)  # else that was done before memory was measured
+        if runner_config.cuda_graphs and device.type == "cuda":
+            capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
+    except BaseException:
+        runner.close()  # what is raised keeps it alive, and the groups are left meanwhile
+        raise
     runner.rebalancer.forget()
     log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, runner)
     return runner

@@ -1,7 +1,9 @@
 """Steps that are replayed, against the same steps launched: every answer, and every key and value left behind."""
 
 import random
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +14,22 @@ import torch.distributed as dist
 from engine.executor import Capacity
 from engine.plan import Opening, Rebalance, Rebalanced, StepPlan, TokenEvent, Work
 from engine.request import Request, SamplingParams
+from engine.run.cuda_graphs import Replay
 from engine.run.decode_graphs import sizes_up_to
 from engine.run.local_executor import LocalExecutor
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
+from engine.run.start import start_rank
 from engine.run.warm_up import capture
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kv_cache import KvCache
 from model.load import load_model
-from parallel.groups import ParallelGroups
+from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.topology import Topology
 from tests.engine.run.captured import engine_over, have_replayed, open_executor, record_collectives, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
-from tests.engine.run.tiny_models import NUM_REAL_TOKENS, engine_config
+from tests.engine.run.tiny_models import NUM_REAL_TOKENS, engine_config, float32_config
 from tests.fakes.graphs import Gone, NotCapturable, RecordedGraphs
 from tests.ranks import run_ranks
 
@@ -155,6 +159,31 @@ def test_a_rank_that_does_not_sample_replays_whatever_number_of_sequences_is_ope
     runner.run(StepPlan(0, tuple(Work(n, 0, (1, 2), (n,), True) for n in range(17)), tuple(Opening(n, 0, 2, PLAIN[0]) for n in range(17))))
     assert runner.run(StepPlan(1, tuple(Work(n, 2, (1,), (), True) for n in range(12, 17)))) is None
     assert graphs.num_replays == before + 1
+
+
+def test_no_graph_is_alive_when_a_rank_leaves_its_groups(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits for those that have its collectives."""
+    use_capturable_parts(monkeypatch)
+    replays: list[weakref.ref[Replay]] = []
+    alive: list[int] = []
+
+    @contextmanager
+    def joined(*_: object) -> Iterator[ParallelGroups]:
+        yield single_rank_groups()
+        alive.append(sum(replay() is not None for replay in replays))
+
+    monkeypatch.setattr("engine.run.start._joined", joined)
+    settings = float32_config(num_blocks=40, block_tokens=4)
+    with start_rank(
+        checkpoint_folder=dense_folder, topology=Topology(), rank=0, rendezvous=None, runner_config=settings, engine_config=CONFIG
+    ) as runner:
+        capture(runner, RecordedGraphs(), CONFIG)
+        assert runner.decode_graphs is not None
+        assert runner.sampler_graphs is not None
+        replays += [weakref.ref(replay) for replay in (*runner.decode_graphs.replays.values(), *runner.sampler_graphs._replays.values())]
+        assert all(replay() is not None for replay in replays)
+    assert replays
+    assert alive == [0]
 
 
 def _runner_of_rank(groups: ParallelGroups, folder: Path) -> Runner:

@@ -13,7 +13,7 @@ from engine.errors import InvalidLogits
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.memory import NoRoomForKv, measure_capacity
-from engine.run.process_executor import ProcessExecutor
+from engine.run.process_executor import ProcessExecutor, on_its_device
 from engine.run.settings import RunnerConfig
 from engine.run.start import StartProgress, resolve_device, resolve_dtype, start_rank
 from engine.run.warm_up import full_step, run_and_forget, warm_up
@@ -142,6 +142,15 @@ def test_auto_means_what_the_machine_has():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "taken"),
+    [("auto", 4, "cuda:1"), ("cuda", 2, "cuda:1"), ("auto", 1, "auto"), ("auto", 0, "auto"), ("cuda:3", 4, "cuda:3"), ("cpu", 4, "cpu")],
+)
+def test_processes_of_one_host_take_its_devices_in_turn(monkeypatch: pytest.MonkeyPatch, device: str, count: int, taken: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert on_its_device(RunnerConfig(device=device), 5).device == taken
 
 
 @pytest.mark.parametrize("changes", [{"kv_cache_bytes": 0}, {"num_threads": 0}, {"kv_memory_fraction": 1.1}, {"collective_timeout_s": 0}])
