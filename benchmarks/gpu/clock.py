@@ -23,6 +23,7 @@ def median_s(compute: Compute, device: torch.device, *, repeats: int = 20, warm_
     return statistics.median(before.elapsed_time(after) for before, after in pairs) / 1000
 
 
+@torch.inference_mode()  # as whoever else captures: torch keeps a tensor for all graphs of a device, of the mode that the first began in
 def replayed_s(compute: Compute, device: torch.device, *, launches: int = 20) -> float:
     """One of so many runs that a graph has one after the other, so that no launch is waited for; no graph on a CPU."""
     if device.type != "cuda":

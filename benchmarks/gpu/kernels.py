@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.clock import median_s, replayed_s
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import OutOfTime, Results
 from engine.plan import Opening
 from engine.request import SamplingParams
 from engine.run.noise import uniform
@@ -94,28 +94,21 @@ class Checks:
         self._most = 1e-2 if device.type == "cuda" else 1e-4
         """Of relative error: roundings of bfloat16 add up to between 1e-3 and 1e-2."""
 
-    def run(self) -> None:
-        """All of them; the first that is wrong does not keep the others from being seen."""
-        wrong: list[str] = []
-        for check in (
-            self._noise,
-            self._small,
-            self._attention,
-            self._prefill,
-            self._flashinfer,
-            self._scaled,
-            self._experts,
-            self._sampling,
-            self._undecided,
-            self._edits,
-        ):
-            self._results.go_on()
-            try:
-                check()
-            except AssertionError as error:
-                wrong.append(str(error))
-        if wrong:
-            raise AssertionError("; ".join(wrong))
+        self.wrong: list[str] = []
+
+    def run(self, name: str) -> None:
+        """One of `CHECKS`. What is wrong in it does not keep the rest of it from being seen.
+
+        Raises:
+            AssertionError: what was wrong.
+        """
+        try:
+            CHECKS[name][1](self)
+        except OutOfTime:
+            if not self.wrong:
+                raise
+        if self.wrong:
+            raise AssertionError("; ".join(self.wrong))
 
     # --- one kernel each
 
@@ -124,8 +117,9 @@ class Checks:
 
         words = [torch.randint(-(2**63), 2**63 - 1, (1000,)), *(torch.randint(0, 2**32, (1000,)) for _ in range(2))]
         found = in_one_launch(*(some.to(self._device) for some in words), 0)
-        assert torch.equal(found.cpu(), uniform(*words)), "noise differs from its twin"
-        self._results.add("kernels", "noise: rows that differ", 0.0, "rows")
+        different = int((found.cpu() != uniform(*words)).sum())
+        self._results.add("kernels", "noise: rows that differ", float(different), "rows")
+        self._expect(not different, f"noise differs from its twin in {different} of 1000 rows")
 
     def _small(self) -> None:
         from parallel.cuda.elementwise import add_rms_norm, rms_norm, swiglu
@@ -241,7 +235,7 @@ class Checks:
         found = Sampler(vocab_size=self._sizes.vocab_size, device=self._device).sample(logits.to(self._device), rows)
         different = sum(one.tokens != other.tokens for one, other in zip(found, wanted, strict=True))
         self._results.add("kernels", "sampling: rows that differ from the CPU's, of 32", float(different), "rows")
-        assert not different, f"sampling gives {different} other tokens of 32"
+        self._expect(not different, f"sampling gives {different} other tokens of 32")
 
     def _undecided(self) -> None:
         """Rows drawn where they lie against the CPU's sorting, and how long they keep a device."""
@@ -258,7 +252,7 @@ class Checks:
         given = [x.to(self._device) for x in (logits, *numbers[:1], params.top_k_R, *numbers[2:], uniform_R, none, none)]
         different = int((draw_undecided(*given).cpu() != wanted).sum())
         self._results.add("kernels", f"undecided rows that differ from the CPU's, of {count}", float(different), "rows")
-        assert not different, f"{different} of {count} undecided rows differ"
+        self._expect(not different, f"{different} of {count} undecided rows differ")
         for name, decided in (("undecided", 0), ("decided", 1)):
             given[-1] = none.to(self._device) + decided
             seconds = median_s(lambda: draw_undecided(*given), self._device, repeats=3)
@@ -285,7 +279,7 @@ class Checks:
             found = tables[0].edited(*on_device).cpu()
             different = int((found != wanted).sum())
             self._results.add("kernels", f"edited logits of {count} that differ", float(different), "numbers")
-            assert not different, f"{different} edited logits of {count} rows differ"
+            self._expect(not different, f"{different} edited logits of {count} rows differ")
             num_bytes = count * width * (logits.itemsize + 4 + 4)
             self._timed(f"edits of {count}", lambda on_device=on_device, table=tables[0]: table.edited(*on_device), num_bytes)
 
@@ -406,7 +400,11 @@ class Checks:
     def _judge(self, name: str, found: Tensor, wanted: Tensor, most: float | None = None, where: str = "") -> None:
         error = _error(found, wanted)
         self._results.add("kernels", f"{name}: error", error, "relative")
-        assert error < (most or self._most), f"{name}{where} is wrong by {error:.2g}"  # NaN is not below anything
+        self._expect(error < (most or self._most), f"{name}{where} is wrong by {error:.2g}")  # NaN is not below anything
+
+    def _expect(self, holds: bool, otherwise: str) -> None:
+        if not holds:
+            self.wrong.append(otherwise)
 
     def _timed(self, name: str, compute: Callable[[], object], num_bytes: int) -> None:
         rate = num_bytes / replayed_s(compute, self._device)
@@ -439,6 +437,21 @@ def _as_multiplied(kind: Kind | None, x_TK: Tensor) -> Tensor:
 
 def _normed(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+CHECKS: dict[str, tuple[float, Callable[[Checks], None]]] = {
+    "noise": (0.3, Checks._noise),
+    "small": (0.3, Checks._small),
+    "decode": (0.6, Checks._attention),
+    "prefill": (0.4, Checks._prefill),
+    "flashinfer": (0.4, Checks._flashinfer),
+    "rounded": (0.7, Checks._scaled),
+    "experts": (0.6, Checks._experts),
+    "sampling": (0.3, Checks._sampling),
+    "undecided": (0.3, Checks._undecided),
+    "edits": (0.3, Checks._edits),
+}
+"""With the minutes that each may take, compiling included. Each is a part of its own: one that loses the device loses none of the rest."""
 
 
 @contextmanager

@@ -59,6 +59,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7B": _sizes(3584, 28, 28, 4, 18944),
     "57B-A14B": _sizes(3584, 28, 28, 4, 18944) | {"vocab_size": 151936} | _experts(64, 8, 2560, 20480),
     "72B": _sizes(8192, 80, 64, 8, 29568),
+    "small": _sizes(2048, 2, 16, 2, 2816) | {"vocab_size": 8192},
+    "small-moe": _sizes(2048, 2, 16, 2, 2816) | {"vocab_size": 8192} | _experts(16, 4, 512, 1024),
     "tiny": _sizes(64, 2, 4, 2, 96) | {"vocab_size": 512},
     "tiny-moe": _sizes(64, 2, 4, 2, 96) | {"vocab_size": 512} | _experts(4, 2, 32, 48),
 }
@@ -90,13 +92,13 @@ class RandomCheckpoint:
 
     reads_at_a_time, bytes_fetched, num_bytes, place = 1, 0, 0, "random weights"
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, tensor: type[RandomTensor] = RandomTensor) -> None:
         kind = Qwen2 if config.moe is None else Qwen2Moe
         whole = kind(
             config, single_rank_groups(), device=torch.device("cpu"), dtype=torch.bfloat16, format=Dense(torch.bfloat16),
             backend="reference", dispatch="local", block_tokens=1,
         )  # fmt: skip
-        self.tensors = {binding.name: RandomTensor(binding.name, binding.slot.shape, device) for binding in whole.bindings()}
+        self.tensors = {binding.name: tensor(binding.name, binding.slot.shape, device) for binding in whole.bindings()}
 
 
 def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
@@ -104,12 +106,21 @@ def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
     return found if layers is None else found | {"num_hidden_layers": layers}
 
 
-def random_model(shape: str, device: torch.device, *, quantize: QuantizeName | None = None, layers: int | None = None) -> Qwen2:
+def random_model(
+    shape: str,
+    device: torch.device,
+    *,
+    quantize: QuantizeName | None = None,
+    layers: int | None = None,
+    checkpoint: RandomCheckpoint | None = None,
+) -> Qwen2:
+    """``checkpoint``: weights that others read too; None: of its own."""
     config = ModelConfig.from_dict(config_of(shape, layers))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     formats = choose_formats(device, dtype, [torch.bfloat16], quantize)
+    weights = cast(Checkpoint, checkpoint or RandomCheckpoint(config, device))
     model, _ = load_model(
-        cast(Checkpoint, RandomCheckpoint(config, device)), config, single_rank_groups(), device=device, dtype=dtype, block_tokens=16,
+        weights, config, single_rank_groups(), device=device, dtype=dtype, block_tokens=16,
         format=formats.matrices, table_format=formats.table,
     )  # fmt: skip
     return model

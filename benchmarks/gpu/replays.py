@@ -28,14 +28,18 @@ KINDS = (
     SamplingParams(top_p=0.97, temperature=2.5),
 )
 """The last one is so flat that few candidates do not decide it."""
+MOST, MOST_WITH_EXPERTS = 1e-2, 5e-2
+"""Of relative error. A product of other numbers of rows may be rounded otherwise, and a token whose experts are nearly as likely as others
+then takes another one."""
 
 
 @torch.inference_mode()
 def check(results: Results, name: str, served: Served) -> None:
     """
     Raises:
-        AssertionError: a replay differs by more than roundings.
+        AssertionError: a replay differs by more than roundings. All are made before.
     """
+    most, wrong = MOST if served.model.config.moe is None else MOST_WITH_EXPERTS, list[str]()
     graphs, sampler_graphs = served.runner.decode_graphs, served.runner.sampler_graphs
     assert graphs is not None, "nothing was captured; the log says why"
     assert sampler_graphs is not None
@@ -45,10 +49,13 @@ def check(results: Results, name: str, served: Served) -> None:
         results.go_on()
         error = _error_of_logits(served, graphs, rows)
         results.add("replays", f"{name}: logits of {rows}, replayed and launched", error, "relative")
-        assert error < 1e-2, f"{name}: replayed logits of {rows} are off by {error:.2g}"
+        if not error < most:  # as NaN is
+            wrong.append(f"{name}: replayed logits of {rows} are off by {error:.2g}")
         different = _different_tokens(served, sampler_graphs, rows, graphs.size_for(rows))
         results.add("replays", f"{name}: tokens of {rows} that differ", float(different), "rows")
-        assert not different, f"{name}: replayed sampling gives {different} other tokens of {rows}"
+        if different:
+            wrong.append(f"{name}: replayed sampling gives {different} other tokens of {rows}")
+    assert not wrong, "; ".join(wrong)
 
 
 def _error_of_logits(served: Served, graphs: DecodeGraphs, count: int) -> float:

@@ -1,14 +1,19 @@
 """Figures as they come, each beside its floor and what was expected of it: kept after every one, so that a call cut short keeps its own."""
 
+import faulthandler
 import json
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.gpu.expected import EXPECTED
 
+HANG_S = 60.0
+"""After so many seconds beyond its time a part's process is ended. Between two figures kernels are compiled, and a model is made."""
 RATES = ("TB/s", "TFLOP/s", "tokens/s")
 """Units of which more is better; of all others less is."""
 
@@ -43,6 +48,8 @@ class Results:
         self.figures: list[Figure] = []
         self.failed: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
+        self.under_way: str | None = None
+        """The part that has begun and is not over."""
 
     def add(self, part: str, name: str, value: float, unit: str, floor: float | None = None) -> None:
         figure = Figure(part, name, value, unit, floor, EXPECTED.get((part, name), ""))
@@ -58,27 +65,31 @@ class Results:
         if time.monotonic() > self._part_deadline:
             raise OutOfTime("its time is over; what it has measured stands")
 
-    @property
-    def minutes_left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic()) / 60
-
-    def keep_in(self, out: Path) -> None:
-        """From now on, and what there is already."""
-        self._out = out
-        self._save()
+    def seconds_for(self, minutes: float) -> float:
+        """That a part of so many minutes has, if it begins now."""
+        return max(0.0, min(60 * minutes, self._deadline - time.monotonic()))
 
     def take_up(self) -> None:
         """What a process before this one has found."""
         if self._out is not None and (self._out / "gpu.json").exists():
             found = json.loads((self._out / "gpu.json").read_text())
             self.figures = [Figure(**one) for one in found["figures"]]
-            self.failed, self.seconds = found["failed"], found["seconds"]
+            self.failed, self.seconds, self.under_way = found["failed"], found["seconds"], found["under_way"]
 
-    def run(self, name: str, minutes: float, part: Callable[[], None]) -> None:
-        """What goes wrong in a part is told and goes no further."""
+    def lose(self, code: int) -> None:
+        """The process that was at a part has ended with this exit code (below 0: by that signal). What it said itself stands."""
+        assert self.under_way is not None
+        self.failed.setdefault(self.under_way, f"its process was lost (exit code {code})")
+        self.under_way = None
+        self._save()
+
+    def run(self, name: str, minutes: float, part: Callable[[], None], survives: Callable[[], bool] = lambda: True) -> bool:
+        """What goes wrong in a part is told and goes no further. Whether this process can go on: if the part failed, ``survives`` says."""
         began = time.monotonic()
-        self._part_deadline = min(began + 60 * minutes, self._deadline)
+        self._part_deadline = began + self.seconds_for(minutes)
         print(f"--- {name} ({began - self._began:.0f} s)", flush=True)
+        self.under_way = name
+        self._save()
         try:
             self.go_on()
             part()
@@ -86,7 +97,11 @@ class Results:
             self.failed[name] = f"{type(error).__name__}: {error}"
             print(traceback.format_exc()[-3000:], flush=True)
         self.seconds[name] = time.monotonic() - began
+        goes_on = name not in self.failed or survives()
+        if goes_on:
+            self.under_way = None
         self._save()
+        return goes_on
 
     def table(self) -> str:
         lines = ["| part | figure | value | floor | of floor | expected |", "|---|---|---|---|---|---|"]
@@ -100,9 +115,22 @@ class Results:
     def _save(self) -> None:
         if self._out is not None:
             self._out.mkdir(parents=True, exist_ok=True)
-            found = {"figures": [asdict(one) for one in self.figures], "failed": self.failed, "seconds": self.seconds}
-            (self._out / "gpu.json").write_text(json.dumps(found, indent=1))
-            (self._out / "gpu.md").write_text(self.table() + "\n")
+            figures = [asdict(one) for one in self.figures]
+            found = {"figures": figures, "failed": self.failed, "seconds": self.seconds, "under_way": self.under_way}
+            for name, text in (("gpu.json", json.dumps(found, indent=1)), ("gpu.md", self.table() + "\n")):
+                half = self._out / f"{name}.half"
+                half.write_text(text)
+                half.replace(self._out / name)  # whole or not at all: the process may be ended while it writes
+
+
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """A process that is still in there then says where its threads stand, and ends: also one that waits in native code."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _line(one: Figure) -> str:

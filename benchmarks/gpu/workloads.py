@@ -21,6 +21,7 @@ GRID = ((128, 128), (128, 2048), (1000, 1000), (2048, 128), (5000, 500))
 """W4: tokens in and out."""
 
 
+@torch.inference_mode()
 def steps(results: Results, part: str, served: Served, floors: Floors, *, rows: Sequence[int], context: int, kind: SamplingParams) -> None:
     """A step of so many sequences behind contexts of so many tokens: as the engine takes it, and the model's launches alone.
 

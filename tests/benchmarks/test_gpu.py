@@ -1,8 +1,12 @@
 """The prepared script for a GPU, as far as a CPU can prove it."""
 
+import gc
 import json
-import shutil
+import signal
+import sys
+import weakref
 from collections.abc import Callable
+from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Queue
@@ -14,12 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import collectives
+from benchmarks.gpu import collectives, parts, whole
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
-from benchmarks.gpu.models import config_of
+from benchmarks.gpu.models import Served, config_of, random_model
 from benchmarks.gpu.results import Results
 from model.config import ModelConfig
+from model.qwen2 import Qwen2
 
 
 @pytest.mark.parametrize(
@@ -41,16 +46,14 @@ def test_floors_are_those_of_the_protocol(shape: str, weight_bytes: float, publi
 
 
 def test_parts_that_fail_or_take_too_long_are_told_and_the_others_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_self: gpu.Bench) -> None:
+    def fail(_self: parts.Bench, _check: str) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(gpu.Bench, "check_kernels", fail)
-    threads = torch.get_num_threads()
-    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "ceilings", "--only", "kernels", "--only", "tiny launched"]
-    assert gpu.main(options) == 1
-    torch.set_num_threads(threads)
+    monkeypatch.setattr(parts.Bench, "check_kernels", fail)
+    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "ceilings", "--only", "noise", "--only", "launched"]
+    assert parts.main(options) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["failed"] == {"kernels": "RuntimeError: no such kernel"}
+    assert found["failed"] == {"kernels: noise": "RuntimeError: no such kernel"}
     assert {one["part"] for one in found["figures"]} == {"ceilings", "tiny launched"}
     assert all(one["value"] > 0 for one in found["figures"])
     again = Results(tmp_path, 1.0)
@@ -70,26 +73,77 @@ def test_a_rank_that_is_lost_ends_the_wait_for_figures_and_what_was_told_before_
     assert collectives._figures(told, ranks) == [("a sum", 1.0, "us")]
 
 
-def test_figures_outlast_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody said where to keep them."""
+def test_a_part_that_loses_the_device_ends_its_process_and_another_one_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
 
-    def fail(_self: gpu.Bench) -> None:
-        raise RuntimeError("an illegal memory access")
+    def check(_self: parts.Bench, name: str) -> None:
+        seen.append(name)
+        if name == "noise":
+            raise RuntimeError("an illegal memory access")
 
-    commands: list[list[str]] = []
-    monkeypatch.delenv("OUT", raising=False)
-    monkeypatch.setattr(gpu.Bench, "check_kernels", fail)
-    monkeypatch.setattr(gpu, "_is_alive", lambda _device: False)
-    monkeypatch.setattr("os.execv", lambda _program, command: commands.append(command))
-    threads = torch.get_num_threads()
-    gpu.main(["--device", "cpu", "--tiny", "--only", "ceilings", "--only", "kernels"])
-    torch.set_num_threads(threads)
-    out = Path(commands[0][commands[0].index("--out") + 1])
-    next_one = Results(out, 1.0)
-    next_one.take_up()
-    shutil.rmtree(out)
-    assert {figure.part for figure in next_one.figures} == {"ceilings"}
-    assert next_one.failed == {"kernels": "RuntimeError: an illegal memory access"}
+    monkeypatch.setattr(parts.Bench, "check_kernels", check)
+    monkeypatch.setattr(parts, "_is_alive", lambda _device: False)
+    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "noise", "--only", "edits"]
+    assert parts.main(options) == parts.LOST
+    results = Results(tmp_path, 1.0)
+    results.take_up()
+    assert results.under_way == "kernels: noise"
+    assert parts.main([*options, "--behind", "kernels: noise"]) == 1
+    assert seen == ["noise", "edits"]
+    results.take_up()
+    assert (results.under_way, results.failed) == (None, {"kernels: noise": "RuntimeError: an illegal memory access"})
+
+
+PROCESS = """
+import os, sys, time
+from pathlib import Path
+from benchmarks.gpu.results import Results, ended_after
+
+here = Path(sys.argv[sys.argv.index("--out") + 1])
+results, names = Results(here, 1.0), ["first", "crashes", "hangs", "last"]
+if "--behind" in sys.argv:
+    results.take_up()
+    names = names[names.index(sys.argv[sys.argv.index("--behind") + 1]) + 1 :]
+
+def part(name):
+    if name == "crashes":
+        os.abort()
+    if name == "hangs":
+        with ended_after(0.2):
+            time.sleep(300)
+    results.add(name, "a figure", 1.0, "s")
+
+for name in names:
+    results.run(name, 1.0, lambda: part(name))
+"""
+
+
+def test_what_was_measured_outlasts_crashes_and_parts_that_hang(tmp_path: Path) -> None:
+    assert gpu.attend([sys.executable, "-c", PROCESS], tmp_path, 1.0) == 0
+    results = Results(tmp_path, 1.0)
+    results.take_up()
+    assert [figure.part for figure in results.figures] == ["first", "last"]
+    wanted = {"crashes": f"its process was lost (exit code {-signal.SIGABRT})", "hangs": "its process was lost (exit code 1)"}
+    assert results.failed == wanted
+
+
+def test_a_word_of_a_part_chooses_it() -> None:
+    names = [name for name, _, _ in parts.parts(parts.Bench(Results(None, 1.0), torch.device("cpu"), tiny=False))]
+    assert [name for name in names if parts.is_chosen(name, ["7B"])] == ["7B", "7B launched", "7B transformers"]
+    assert [name for name in names if parts.is_chosen(name, ["57B"])] == ["57B-A14B", "57B-A14B fp8"]
+    assert all(name.startswith("kernels: ") for name in names if parts.is_chosen(name, ["kernels"]))
+    assert [name for name in names if parts.is_chosen(name, [])] == names
+
+
+def test_a_model_that_was_served_is_gone_before_the_next_one_comes() -> None:
+    """On a device it and its KV fill nearly all of the memory."""
+    served = Served(random_model("tiny", torch.device("cpu")), max_running=4, kv_cache_bytes=1 << 20)
+    parts_of_it = [weakref.ref(one) for one in (served.model, served.runner, served.runner.cache, served.engine)]
+    del served
+    gc.collect()
+    assert [part() for part in parts_of_it] == [None] * 4
 
 
 def _turns_the_other_way(heads: Tensor, cos: Tensor, sin: Tensor, *rest: object) -> Tensor:
@@ -107,13 +161,30 @@ def _writes_nothing(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, *res
 @pytest.mark.parametrize("broken", [_turns_the_other_way, _writes_nothing])
 def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from benchmarks.gpu.kernels import TINY, Checks
+    from benchmarks.gpu.kernels import CHECKS, TINY, Checks
 
     checks = Checks(Results(None, 1.0), torch.device("cpu"), GUESSED, TINY)
     checks._attend([(4, 1), (17, 1)], (4, 2, 16), torch.float32)
+    assert not checks.wrong
     monkeypatch.setattr("model.attention.cuda.rotate_and_write", broken)
-    with pytest.raises(AssertionError, match="keys is wrong"):
-        checks._attend([(4, 1), (17, 1)], (4, 2, 16), torch.float32)
+    monkeypatch.setitem(CHECKS, "decode", (1.0, lambda checks: checks._attend([(4, 1), (17, 1)], (4, 2, 16), torch.float32)))
+    with pytest.raises(AssertionError, match=r"keys is wrong.*; .*contexts at 1 behind"):  # all that is wrong, and not the first alone
+        checks.run("decode")
+
+
+def test_a_model_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, cpu = Results(None, 1.0), torch.device("cpu")
+    whole.check(results, cpu, tiny=True)
+    assert all(figure.value < 1e-5 for figure in results.figures)
+    right, calls = whole._logits, count()
+
+    def other(model: Qwen2, tokens: list[list[int]]) -> Tensor:
+        """The two read other first tokens."""
+        return right(model, [[next(calls) % 2, *of_one[1:]] for of_one in tokens])
+
+    monkeypatch.setattr(whole, "_logits", other)
+    with pytest.raises(AssertionError, match=r"tiny: logits are off by .*tiny-moe: logits are off by"):
+        whole.check(results, cpu, tiny=True)
 
 
 @pytest.mark.slow

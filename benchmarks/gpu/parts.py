@@ -1,0 +1,221 @@
+"""What is measured, part by part, in one process: `python -m benchmarks.gpu` runs it, again where it was lost."""
+
+import argparse
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import ceilings, collectives, peer, replays, whole, workloads
+from benchmarks.gpu.ceilings import GUESSED, Ceilings
+from benchmarks.gpu.floors import Floors
+from benchmarks.gpu.kernels import CHECKS, Checks, Sizes
+from benchmarks.gpu.kernels import TINY as TINY_SIZES
+from benchmarks.gpu.models import Served, random_model
+from benchmarks.gpu.results import HANG_S, Results, ended_after
+from engine.request import SamplingParams
+from engine.run.settings import QuantizeName
+from parallel.scaled_format import BYTES
+
+GREEDY, FILTERED = SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.8, temperature=0.7)
+PENALISED = replace(FILTERED, repetition_penalty=1.05)
+"""As Qwen2's own generation_config.json has it."""
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """A model, and what of it is measured."""
+
+    name: str
+    shape: str
+    quantize: QuantizeName | None = None
+    layers: int | None = None
+    """None = all."""
+    rows: tuple[int, ...] = (1, 8, 32, 128)
+    contexts: tuple[int, ...] = (1, 512, 6000, 14000, 30000)
+    is_launched_too: bool = False
+    """Whether steps are launched as well, without graphs."""
+    beside: tuple[tuple[int, int, int], ...] = ()
+    """What transformers does: (sequences, tokens in, tokens out)."""
+    num_sequences: int = 32
+    """Of each cell of W4."""
+    cells: tuple[tuple[int, int], ...] = workloads.GRID
+    sequences: tuple[int, int, int] = (256, 100, 1024)
+    """W2: how many, and the least and most tokens in and out of each."""
+    minutes: float = 1.5
+
+
+@dataclass
+class Bench:
+    results: Results
+    device: torch.device
+    tiny: bool
+    ceilings: Ceilings = GUESSED
+
+    def measure_ceilings(self) -> None:
+        self.ceilings = ceilings.measure(self.results, self.device, tiny=self.tiny)
+
+    def check_kernels(self, check: str) -> None:
+        Checks(self.results, self.device, self.ceilings, TINY_SIZES if self.tiny else Sizes()).run(check)
+
+    def check_whole(self) -> None:
+        whole.check(self.results, self.device, tiny=self.tiny)
+
+    def check_replays(self, part: ModelPart) -> None:
+        replays.check(self.results, part.name, self._serve(part, cuda_graphs=True))
+
+    def measure_collectives(self) -> None:
+        collectives.measure(self.results, self.device, tiny=self.tiny)
+
+    def measure_model(self, part: ModelPart) -> None:
+        context = 40 if self.tiny else 1024
+        served = self._serve(part, cuda_graphs=True)
+        floors = self._floors(part, served)
+        steps = partial(workloads.steps, self.results, floors=floors, rows=part.rows, context=context)
+        steps(part.name, served, kind=GREEDY)
+        steps(part.name, served, kind=FILTERED)
+        steps(part.name, served, kind=PENALISED)
+        workloads.single_stream(self.results, part.name, served, floors, part.contexts, 4 if self.tiny else 64)
+        self._profile(part, served, context)
+        count, least, most = part.sequences
+        workloads.many(self.results, part.name, served, floors, sequences=count, least=least, most=most)
+        workloads.grid(self.results, part.name, served, floors, sequences=part.num_sequences, cells=part.cells)
+
+    def measure_launched(self, part: ModelPart) -> None:
+        served = self._serve(part, cuda_graphs=False)
+        floors = self._floors(part, served)
+        name = f"{part.name} launched"
+        workloads.steps(self.results, name, served, floors, rows=part.rows, context=40 if self.tiny else 1024, kind=GREEDY)
+
+    def measure_peer(self, part: ModelPart) -> None:
+        peer.measure(self.results, part.name, part.shape, self.device, layers=part.layers, cells=list(part.beside))
+
+    def _serve(self, part: ModelPart, *, cuda_graphs: bool) -> Served:
+        model = random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers)
+        kv_cache_bytes = 1 << 22 if self.device.type == "cpu" else None
+        served = Served(model, max_running=8 if self.tiny else 256, cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes)
+        print(f"{part.name}: {served.runner}", flush=True)
+        return served
+
+    def _floors(self, part: ModelPart, served: Served) -> Floors:
+        model = served.model
+        rate = self.ceilings.fp8_flop_per_s if part.quantize == "fp8" else self.ceilings.flop_per_s
+        weight_bytes = BYTES[part.quantize] if part.quantize else model.dtype.itemsize
+        return Floors(
+            model.config, self.ceilings, weight_bytes=weight_bytes, kv_element_bytes=model.kv_layout.dtype.itemsize, rate=rate
+        )  # fmt: skip
+
+    def _profile(self, part: ModelPart, served: Served, context: int) -> None:
+        if self.device.type != "cuda":
+            return
+        for rows in (part.rows[0], part.rows[-1]):
+            try:
+                for kernel, time_us, number in workloads.profile(self.results, part.name, served, rows=rows, context=context)[:14]:
+                    print(f"    {time_us:9.1f} us  {number:5} x  {kernel}", flush=True)
+            except RuntimeError as error:  # no profiler on this machine: nothing else needs it
+                print(f"    no profile: {error}", flush=True)
+
+    def forget(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+REPLAYED = {
+    "replays": ModelPart("0.5B", "0.5B", layers=4),
+    "replays of experts": ModelPart("57B-A14B", "57B-A14B", layers=1),
+    "replays in fp8": ModelPart("7B fp8", "7B", "fp8", 2),
+}
+"""Few layers, so that what is off by a rounding is not off by many."""
+SHORT = ((128, 128), (2048, 128))
+FEW = (64, 100, 512)
+MODELS = (
+    ModelPart("0.5B", "0.5B", is_launched_too=True, beside=((1, 512, 64), (32, 128, 64)), num_sequences=256),
+    ModelPart("7B", "7B", is_launched_too=True, beside=((1, 512, 32), (32, 128, 32)), num_sequences=128, minutes=2.0),
+    ModelPart("72B fp8", "72B", "fp8", rows=(1, 8, 32), contexts=(512, 6000), cells=SHORT, sequences=FEW),
+    ModelPart("57B-A14B", "57B-A14B", rows=(1, 2, 8, 32), contexts=(512, 6000), cells=SHORT, sequences=FEW),
+    ModelPart("57B-A14B fp8", "57B-A14B", "fp8", rows=(1, 2, 8, 32), contexts=(512,), cells=SHORT, sequences=FEW),
+)
+TINY = ModelPart("tiny", "tiny", rows=(1, 3), contexts=(5,), num_sequences=3, cells=((8, 4), (20, 3)), sequences=(5, 3, 9))
+TINY_MODELS = (
+    replace(TINY, is_launched_too=True, beside=((1, 5, 3),)),
+    replace(TINY, name="tiny-moe", shape="tiny-moe"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu.parts", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--behind", help="go on behind this part, and keep what is in --out")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device(options.device)
+    if device.type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    results = Results(options.out, options.minutes)
+    bench = Bench(results, device, options.tiny)
+    chosen = [part for part in parts(bench) if is_chosen(part[0], options.only)]
+    if options.behind is not None:
+        results.take_up()
+        bench.ceilings = ceilings.found_in(results)
+        chosen = chosen[[name for name, _, _ in chosen].index(options.behind) + 1 :]
+    for name, minutes, run in chosen:
+        with ended_after(results.seconds_for(minutes) + HANG_S) if device.type == "cuda" else nullcontext():
+            goes_on = results.run(name, minutes, run, partial(_is_alive, device))
+        if not goes_on:
+            return LOST
+        bench.forget()
+    print(results.table(), flush=True)
+    return 1 if results.failed else 0
+
+
+LOST = 3
+"""Exit code of a process whose device is lost to it."""
+
+
+def is_chosen(part: str, only: list[str]) -> bool:
+    """Whether it has a word that begins like one of those wanted: 7B is not 57B-A14B."""
+    return not only or any(word.startswith(wanted) for wanted in only for word in part.split())
+
+
+def _is_alive(device: torch.device) -> bool:
+    """A kernel that reads where nothing is takes the process's device with it."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:
+    """(name, minutes, what to do)."""
+    found: list[tuple[str, float, Callable[[], None]]] = [("ceilings", 0.5, bench.measure_ceilings)]
+    found += [(f"kernels: {name}", minutes, partial(bench.check_kernels, name)) for name, (minutes, _) in CHECKS.items()]
+    found.append(("kernels: all of them in whole models", 0.6, bench.check_whole))
+    if bench.device.type == "cuda":
+        found += [(name, 0.4, partial(bench.check_replays, part)) for name, part in REPLAYED.items()]
+    if bench.tiny or torch.cuda.device_count() > 1:
+        found.append(("collectives", 0.7, bench.measure_collectives))
+    for part in TINY_MODELS if bench.tiny else MODELS:
+        found.append((part.name, part.minutes, partial(bench.measure_model, part)))
+        if part.is_launched_too:
+            found.append((f"{part.name} launched", 0.4, partial(bench.measure_launched, part)))
+        if part.beside:
+            found.append((f"{part.name} transformers", 0.5, partial(bench.measure_peer, part)))
+    return found
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="    %(name)s: %(message)s")
+    sys.exit(main())
