@@ -1,5 +1,5 @@
 """Decoder layers by our own CPU kernels, each half of one in a call: to the bits of `model.qwen2.DecoderLayer`, with no Python between its
-kernels. T tokens, D model width.
+kernels. T tokens, D model width; R tokens that are asked for more than keys and values.
 """
 
 import torch
@@ -29,9 +29,11 @@ class NativeLayer:
         """Whether no part is left to a module."""
         return self._mlp_half is not None
 
-    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: BatchOfStep) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: BatchOfStep, kept_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `DecoderLayer.forward`; ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is written over."""
         delta_TD = self._output.summed(self._attention(batch, x_TD, delta_TD))
+        if kept_R is not None:
+            x_TD, delta_TD = x_TD[kept_R], delta_TD[kept_R]
         if self._mlp_half is not None:
             result_TD = self._mlp_half(x_TD, delta_TD)
             return x_TD, self._mlp.down.summed(result_TD) if isinstance(self._mlp, Mlp) else result_TD

@@ -98,11 +98,21 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, batch: ForwardBatch, cache: KvCache
+        self,
+        x_TD: Tensor,
+        delta_TD: Tensor | None,
+        rotation: Rotation,
+        batch: ForwardBatch,
+        cache: KvCache,
+        kept_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The stream and what is still to be added to it, of the layer before and then of this one."""
+        """The stream and what is still to be added to it, of the layer before and then of this one; with ``kept_R`` of these tokens only,
+        as no other needs an MLP behind the last attention."""
         x_TD, normed_TD = self.attention_norm.add(x_TD, delta_TD)
-        x_TD, normed_TD = self.mlp_norm.add(x_TD, self.attention(normed_TD, rotation, batch, cache))
+        delta_TD = self.attention(normed_TD, rotation, batch, cache)
+        if kept_R is not None:
+            x_TD, delta_TD = x_TD[kept_R], delta_TD[kept_R]
+        x_TD, normed_TD = self.mlp_norm.add(x_TD, delta_TD)
         return x_TD, self.mlp(normed_TD)
 
     def native(self, cache: KvCache) -> NativeLayer | None:
@@ -194,22 +204,25 @@ class Qwen2(nn.Module):
         hidden_TD = self.hidden(batch, cache)
         return None if hidden_TD is None else self.logits(hidden_TD[batch.logit_rows_R])
 
-    def hidden(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
-        """Hidden states (T, D) of all tokens behind the last layer, on every rank of the last stage; None on the other stages.
+    def hidden(self, batch: ForwardBatch, cache: KvCache, kept_R: Tensor | None = None) -> Tensor | None:
+        """Hidden states (T, D) of all tokens behind the last layer, on every rank of the last stage; None on the other stages. With
+        ``kept_R`` (int64, at least one) those (R, D) of these tokens: of a prompt only the last is asked for more than its keys and
+        values, which saves most of the last layer.
 
-        Otherwise as `forward`, which is this and then `logits` of some of them.
+        Otherwise as `forward`, which is this and then `logits`.
         """
         x_TD = self._enter(batch)
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
         self.backend.prepare(batch)
         delta_TD = None
+        kept_by_layer = [None] * (len(self.layers) - 1) + [kept_R if self.is_last else None]
         if isinstance(self.backend, NativeAttention) and (at_once := self.layers_at_once(cache)) is not None:
             x_TD, step = x_TD.contiguous(), self.backend.of_step(rotation, batch)
-            for native in at_once:
-                x_TD, delta_TD = native(x_TD, delta_TD, step)
+            for native, kept in zip(at_once, kept_by_layer, strict=True):
+                x_TD, delta_TD = native(x_TD, delta_TD, step, kept)
         else:
-            for layer in self.layers:
-                x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache)
+            for layer, kept in zip(self.layers, kept_by_layer, strict=True):
+                x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache, kept)
         x_TD = x_TD if delta_TD is None else x_TD + delta_TD
         if self.is_last:
             return x_TD

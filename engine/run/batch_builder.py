@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.plan import Work
 from engine.run.block_tables import BlockTables
@@ -22,6 +23,20 @@ class BuiltBatch:
     """In the order of the forward batch's sequences."""
     sampling_works: tuple[Work, ...]
     """In the order of the logit rows, of which each has one, and one more for each guessed token."""
+
+    @property
+    def kept_rows(self) -> Tensor | None:
+        """For `Qwen2.hidden` where nobody asks for more than logits. The first token, if none samples: kernels and sums over ranks are not
+        asked for nothing."""
+        rows_R = self.forward.logit_rows_R
+        if len(rows_R) == self.forward.num_tokens:
+            return None
+        return rows_R if len(rows_R) else rows_R.new_zeros(1)
+
+    def that_sample(self, hidden_XD: Tensor, kept_R: Tensor | None) -> Tensor:
+        """Hidden states (R, D) for the head, of what `Qwen2.hidden` gave with ``kept_R``."""
+        rows_R = self.forward.logit_rows_R
+        return hidden_XD[rows_R] if kept_R is None else hidden_XD[: len(rows_R)]
 
 
 def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, device: torch.device) -> BuiltBatch:

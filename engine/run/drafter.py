@@ -63,12 +63,12 @@ class Drafter:
         if not works:
             return []
         built = build_batch(works, tables, self.cache.layout.block_tokens, self.cache.device)
-        hidden_TD = self.model.hidden(built.forward, self.cache)
-        assert hidden_TD is not None  # it has no stages
+        hidden_RD = self.model.hidden(built.forward, self.cache, built.kept_rows)
+        assert hidden_RD is not None  # it has no stages
         if not built.sampling_works:
             return []
         rows = [self._row(asking[work.sequence], said[work.sequence], guesses[work.sequence], states) for work in built.sampling_works]
-        answers = self._sampler.sample(self._joined(self.model.logits(hidden_TD[built.forward.logit_rows_R])), rows)
+        answers = self._sampler.sample(self._joined(self.model.logits(built.that_sample(hidden_RD, built.kept_rows))), rows)
         going = []
         for work, answer in zip(built.sampling_works, answers, strict=True):
             guesses[work.sequence] += answer.tokens

@@ -3,7 +3,7 @@
 T tokens in the batch, R of one work, D model width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ NOT_FINITE = "the model gave NaN or infinity"
 
 
 class Pools:
-    """The embeddings that are being made on a rank that answers."""
+    """The embeddings that are being made: known to all ranks, and made on those that answer."""
 
     def __init__(self, model: Qwen2) -> None:
         self._model = model
@@ -29,6 +29,10 @@ class Pools:
 
     def close(self, sequence: int) -> None:
         self._open.pop(sequence, None)
+
+    def want(self, works: Sequence[Work]) -> bool:
+        """Whether any of these needs the hidden states of more than the tokens that sample."""
+        return bool(self._open) and any(work.sequence in self._open for work in works)
 
     def take(self, hidden_TD: Tensor, built: BuiltBatch) -> tuple[Pooled, ...]:
         """The embeddings that the step completes. ``hidden_TD`` is what `Qwen2.hidden` gave."""

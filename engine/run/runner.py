@@ -15,7 +15,7 @@ from engine.executor import Capacity
 from engine.failpoints import hit
 from engine.places import is_asked_for, mark
 from engine.plan import Pooled, Rebalanced, Sampled, Scored, StepPlan, StepResult, Work
-from engine.run.batch_builder import build_batch
+from engine.run.batch_builder import BuiltBatch, build_batch
 from engine.run.block_tables import BlockTables
 from engine.run.cuda_graphs import Graphs
 from engine.run.decode_graphs import MOST_ROWS, DecodeGraphs
@@ -275,7 +275,7 @@ class Runner:
                 if self.sampler_graphs is not None:
                     self._columns.put(row, state)
                 self._guides.open(opening)
-                self._pools.open(opening)
+            self._pools.open(opening)
 
     def _replay(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None, graphs: DecodeGraphs) -> _Given:
         """A step that is over when this returns. ``columns`` are None on a rank that does not sample."""
@@ -332,21 +332,22 @@ class Runner:
         if num_said:
             hand_on(built.forward.tokens_T[:num_said], self.model.groups.tp)
         self._mark(10, works)
+        kept_R = self._kept(built)
         if self._sampler is None:
-            hidden_TD = self.model.hidden(built.forward, self.cache)
+            hidden_TD = self.model.hidden(built.forward, self.cache, kept_R)
             if hidden_TD is not None:  # this rank has a share of the vocabulary
                 self._scorer.score(hidden_TD, built, {})
-                self.model.logits(hidden_TD[built.forward.logit_rows_R])
+                self.model.logits(built.that_sample(hidden_TD, kept_R))
             return _Given()
         for work in works:
             self._states[work.sequence].take(work)
             self._guides.take(work)
         self._count(works)
         allowed = self._guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
-        hidden_TD = self.model.hidden(built.forward, self.cache)
+        hidden_TD = self.model.hidden(built.forward, self.cache, kept_R)
         assert hidden_TD is not None  # sampling ranks are of the last stage
         scored = self._scorer.score(hidden_TD, built, self._states)
-        logits_RV = self.model.logits(hidden_TD[built.forward.logit_rows_R])
+        logits_RV = self.model.logits(built.that_sample(hidden_TD, kept_R))
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
         self._mark(11, built.sampling_works)
@@ -356,6 +357,11 @@ class Runner:
         if self._drafter is not None:
             sampled, guessing_s = self._drafter.follow(works, sampled, self._tables, self._states)
         return _Given(sampled, scored, pooled, guessing_s)
+
+    def _kept(self, built: BuiltBatch) -> Tensor | None:
+        """See `Qwen2.hidden`. Every rank finds the same, as they sum over these rows."""
+        wants_all = any(work.targets for work in built.works) or self._pools.want(built.works)
+        return None if wants_all else built.kept_rows
 
     def _sample(self, sampler: Sampler, logits_RV: Tensor, works: Sequence[Work], allowed: dict[int, Allowed]) -> list[Sampled]:
         """Sequences whose grammar has no say yet get no token in this step."""

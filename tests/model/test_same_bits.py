@@ -12,7 +12,7 @@ from parallel.groups import single_rank_groups
 from parallel.native.library import multiplies
 from parallel.packed_format import PackedFormat
 from tests.engine.run.tiny_models import write_dense, write_moe
-from tests.model.driver import Driver, seeded_prompts
+from tests.model.driver import Driver, build_batch, seeded_prompts
 
 FORMATS = {
     "float32": PackedFormat("fp32", torch.float32),
@@ -49,3 +49,24 @@ def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
     assert torch.equal(driver.whole(tokens), undisturbed)
     assert torch.equal(driver.chunked(tokens, 7), undisturbed)
     assert torch.equal(decoded(driver, tokens, 10, company), undisturbed)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("write", [write_dense, write_moe])
+@pytest.mark.parametrize("at_once", [True, False])
+@torch.no_grad()
+def test_hidden_states_of_kept_tokens_are_those_of_all(
+    tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not multiplies(format.kind):
+        pytest.skip("this processor has no such kernel")
+    driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
+    if not at_once:
+        monkeypatch.setattr(driver.model, "layers_at_once", lambda _cache: None)
+    batch = build_batch([(driver.start(prompt), len(prompt)) for prompt in seeded_prompts(driver.model.config.vocab_size, [1, 40, 33])])
+    whole_TD = driver.model.hidden(batch, driver.cache)
+    kept_R = torch.tensor([0, 40, 73])
+    kept_RD = driver.model.hidden(batch, driver.cache, kept_R)
+    assert whole_TD is not None
+    assert kept_RD is not None
+    assert torch.equal(kept_RD, whole_TD[kept_R])

@@ -79,12 +79,14 @@ def test_answers_stay_while_experts_move_under_them(executor: ProcessExecutor, e
 
 
 def check_loads(engine: Engine) -> None:
-    """Every token counts once for each of its experts, and the warm-up does not. Measuring alone moves nothing."""
+    """Every token counts once for each expert that it is sent to, and the warm-up does not. Measuring alone moves nothing."""
     serve(engine, REQUESTS[:3])
     found = rebalance(engine, threshold=float("inf"))
     assert found.num_moved == 0
     assert all(len(loads) == NUM_EXPERTS for loads in found.loads)
-    assert [sum(loads) for loads in found.loads] == [2 * engine.stats.computed_tokens] * 2  # two experts per token, two layers
+    first, last = (sum(loads) for loads in found.loads)
+    assert first == 2 * engine.stats.computed_tokens  # two experts per token
+    assert 0 < last < first  # of a prompt only the last token has an MLP behind the last attention
 
 
 def serve_moving(engine: Engine) -> tuple[list[tuple[int, ...]], list[int]]:
