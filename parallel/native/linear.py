@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from parallel.arena import Arena
 from parallel.native.library import Native, native, num_threads
-from parallel.pages import want_huge_pages
 from parallel.rounding import LEVELS, round_rows, round_to_groups, turned, turned_back
 from parallel.scale_groups import GROUP
 
@@ -25,6 +25,7 @@ _HELD: dict[Kind, tuple[torch.dtype, int]] = {
     "int8_dot": (torch.uint8, 4), "int4": (torch.int32, 8), "int4_dot": (torch.int32, 8),
 }  # fmt: skip
 """What `Packed.numbers` are, and how many input features lie together in an output's place."""
+_ARENA = Arena()
 PIECE_OUTPUTS = 1024
 """Packed at once: rounding holds some five times as much beside it as float32."""
 
@@ -70,9 +71,9 @@ def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int) -> Packe
     scales = None
     if bits is not None:
         num_groups = -(-num_inputs // GROUP[bits])
-        num_inputs, scales = num_groups * GROUP[bits], _room((num_panels, num_groups, panel), torch.float16)
+        num_inputs, scales = num_groups * GROUP[bits], _ARENA.room((num_panels, num_groups, panel), torch.float16)
     many = (together,) if together > 1 and kind not in SHIFTS else ()
-    numbers = _room((num_panels, -(-num_inputs // together), panel, *many), dtype)
+    numbers = _ARENA.room((num_panels, -(-num_inputs // together), panel, *many), dtype)
     if num_outputs % panel:
         for tensor in (numbers, scales):
             if tensor is not None:
@@ -208,12 +209,6 @@ def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | Non
 def _bits(kind: Kind) -> Literal["int8", "int4"] | None:
     """To what a kind rounds weights."""
     return "int8" if kind in ("int8", "int8_dot") else "int4" if kind in SHIFTS else None
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    room = torch.empty(shape, dtype=dtype)
-    want_huge_pages(room)
-    return room
 
 
 def _part(packed: Packed, panels: slice, first_input: int, num_inputs: int) -> Packed:

@@ -1,12 +1,19 @@
 """From a checkpoint's vocabulary to a rank that can follow grammars."""
 
 import logging
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from engine.grammar import Grammar, GrammarCompiler
 from engine.run.grammar.guides import Guides
 from engine.run.settings import RunnerConfig
 from model.vocabulary import Vocabulary
+
+LATER_S = 2.0
+"""By then the rank is ready; sooner it would be half a second later for it."""
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +24,33 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
     Raises:
         InvalidModelConfig: tokenizer.json is damaged.
     """
-    began = time.monotonic()
     vocabulary = Vocabulary.from_checkpoint(folder)
     if vocabulary is None or not vocabulary.special_ids:
         return Guides(None, vocab_size=vocab_size)
     from engine.run.grammar.llg import LlCompiler  # llguidance, which machines that only measure models need not have
 
-    compiler = LlCompiler(vocabulary, cache_bytes=config.grammar_cache_bytes)
-    log.info("grammars over %d ids are ready after %.1f s", len(vocabulary.tokens), time.monotonic() - began)
+    compiler = MadeLater(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), LATER_S)
     return Guides(compiler, vocab_size=vocab_size, special_ids=sorted(vocabulary.special_ids))
+
+
+class MadeLater:
+    """A `GrammarCompiler` that is made after a while, or for the first grammar if that comes sooner."""
+
+    def __init__(self, make: Callable[[], GrammarCompiler], after_s: float) -> None:
+        self._make = make
+        self._made: GrammarCompiler | None = None
+        self._making = threading.Lock()
+        timer = threading.Timer(after_s, self._compiler)
+        timer.daemon = True
+        timer.start()
+
+    def compile(self, source: str) -> Grammar:
+        return self._compiler().compile(source)
+
+    def _compiler(self) -> GrammarCompiler:
+        with self._making:
+            if self._made is None:
+                began = time.monotonic()
+                self._made = self._make()
+                log.info("grammars can be compiled, after %.1f s", time.monotonic() - began)
+            return self._made

@@ -12,6 +12,7 @@ from engine.request import SamplingParams
 from engine.run.grammar import guides as module
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.grammar.llg import LlCompiler
+from engine.run.grammar.start import MadeLater
 from tests.engine.run.grammar.words import END, TOKENS, VOCABULARY, ids
 
 COMPILER = LlCompiler(VOCABULARY, cache_bytes=1 << 20)
@@ -140,3 +141,24 @@ def test_sequences_without_a_grammar_cost_nothing():
     guides.open(Opening(7, 0, 3, SamplingParams()))
     guides.take(Work(7, 0, (1, 2, 3), (), True))
     assert guides.begin([7]) is None
+
+
+def test_a_compiler_is_made_once_for_the_first_grammar_or_after_a_while() -> None:
+    makers: list[threading.Thread] = []
+    twice = threading.Event()
+
+    def make() -> LlCompiler:
+        makers.append(threading.current_thread())
+        if len(makers) > 1:
+            twice.set()
+        return COMPILER
+
+    guides = make_guides(MadeLater(make, 3600))
+    assert not makers
+    for _ in range(2):
+        opened(guides, "start: /abc?/")
+        assert texts(look_up(guides)) == {b"a", b"ab", b"abc"}
+    assert len(makers) == 1
+    MadeLater(make, 0.0)
+    assert twice.wait(60)
+    assert makers[1] is not threading.current_thread()
