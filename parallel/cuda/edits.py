@@ -15,7 +15,7 @@ BIASES = 128
 """Biases that a program adds at a time."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def _edit_kernel(
     logits, out, entries, counts, penalties, stop_ids, num_stop_ids, stops_now, words, word_rows,
     width, row_stride, num_words, most_stop_ids, BLOCK: tl.constexpr,

@@ -1,10 +1,10 @@
 """Routed experts in two launches: a matrix product per expert over the tokens that chose it, all experts side by side.
 
-N rows, A experts per row, E experts, X tiles of assignments, D input and O output features.
+N rows, A experts per row, E experts, R rows of a tile, O output features.
 
 Experts' weights stay where they are, each in a tensor of its own, so that they can change places between ranks: the kernel
-finds them by a table of addresses. Assignments are sorted by expert and cut into tiles on the device; the launch depends on
-no count, so that it can be captured.
+finds them by a table of addresses. Assignments come sorted by expert and cut into tiles (`parallel.cuda.by_expert`); the launch depends
+on no count, so that it can be captured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,57 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.products import DEPTH, product_tile
+from parallel.cuda.by_expert import TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS, Sorted
+from parallel.cuda.products import DEPTH, product_tile, tile_of
 from parallel.cuda.scaled import filled_size, round_rows
 from parallel.cuda.tiles import Tile, tiles_of
 from parallel.scaled_format import kind_of
 
-TILE_ROWS = 16
-"""Assignments of one expert that a program takes when few rows come ..."""
-WIDE_TILE_ROWS = 64
-"""... and when many do."""
-MANY_ROWS_PER_EXPERT = 32
 TILES = {
     TILE_ROWS: (Tile(16, 64), Tile(16, 32), Tile(16, 32, 2, 6), Tile(16, 64, 4, 6), Tile(16, 128), Tile(16, 128, 8, 3)),
     WIDE_TILE_ROWS: (Tile(64, 128), Tile(64, 64), Tile(64, 128, 4, 3), Tile(64, 128, 8, 3), Tile(64, 256, 8, 3)),
+    WIDEST_TILE_ROWS: (Tile(128, 128, 8, 3), Tile(128, 256, 8, 3), Tile(128, 64, 4, 3)),
 }
 """How their products may be cut; the first is taken unmeasured."""
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Assignments in the order of experts, each expert's beginning with a fresh tile."""
-
-    assignment_Y: Tensor
-    """int32, Y = X * rows of a tile: number (row * A + place) of each assignment; N * A where a tile has no more"""
-    expert_X: Tensor
-    """int32: the expert of each tile, counted among those held; -1 for a tile without rows"""
-    tile_rows: int
-
-
-def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
-    """``held_ids_NA`` (int64): which of the held experts an assignment goes to; -1 = computed elsewhere. Nothing waits for the device.
-
-    Tiles of 2 rows; assignments 0 .. 5 of experts 1 0 -1 1 1 0:   experts 0 1 1 -, assignments 1 5 | 0 3 | 4 . | . .
-    """
-    ids = held_ids_NA.flatten()
-    num_assigned, device = len(ids), ids.device
-    tile_rows = WIDE_TILE_ROWS if num_assigned > MANY_ROWS_PER_EXPERT * num_held else TILE_ROWS
-    num_tiles = min(triton.cdiv(num_assigned, tile_rows) + num_held, num_assigned)
-    counts_E = ids.new_zeros(num_held + 1).scatter_add_(0, ids + 1, torch.ones_like(ids))
-    tiles_E = (counts_E[1:] + tile_rows - 1) // tile_rows
-    tiles_so_far_E = tiles_E.cumsum(0)
-    order = ids.argsort(stable=True)  # those computed elsewhere come first
-    expert = ids[order]
-    index_in_expert = torch.arange(num_assigned, device=device) - (counts_E.cumsum(0) - counts_E)[expert + 1]
-    nowhere = num_tiles * tile_rows
-    place = (tiles_so_far_E - tiles_E)[expert.clamp(min=0)] * tile_rows + index_in_expert
-    place = torch.where(expert >= 0, place, nowhere)
-    assignment_Y = torch.full((nowhere + 1,), num_assigned, dtype=torch.int32, device=device)
-    assignment_Y.scatter_(0, place, order.to(torch.int32))
-    expert_X = torch.searchsorted(tiles_so_far_E, torch.arange(num_tiles, device=device), right=True)
-    expert_X = torch.where(expert_X < num_held, expert_X, -1).to(torch.int32)
-    return Sorted(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
 
 
 @dataclass(frozen=True)
@@ -94,20 +55,21 @@ def matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.device) -> M
 
 
 def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64: where each begins. They must be contiguous and alike in shape and dtype."""
+    """int64: where each begins. They must be contiguous, alike in shape and dtype, and begin at whole 16 bytes, as fresh ones do."""
     assert all(tensor.is_contiguous() and tensor.shape == tensors[0].shape and tensor.dtype == tensors[0].dtype for tensor in tensors)
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).to(device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assigned", "num_tiles"])  # else a step of another number of rows may wait for a compiler
 def _expert_kernel(
     x, x_scales, numbers_of, scales_of, out, row_weights, assignments, experts,
-    num_assigned, rows_per_source, in_size, filled_size, out_size,
+    num_assigned, num_tiles, rows_per_source, in_size, filled_size, out_size,
     KIND: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of assignments, a stretch of output features: ``out[a] = x[a // rows_per_source] @ W.T`` (times a's weight)."""
-    tile, column_tile = tl.program_id(0), tl.program_id(1)
+    tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(out_size, COLUMNS))
     expert = tl.load(experts + tile)
     if expert >= 0:
         numbers = tl.load(numbers_of + expert)
@@ -119,6 +81,8 @@ def _expert_kernel(
         else:
             numbers = numbers.to(tl.pointer_type(x.dtype.element_ty))
         scales = scales.to(tl.pointer_type(tl.float32)) if KIND == "fp8" else scales.to(tl.pointer_type(tl.float16))
+        # Of an address out of a table Triton knows nothing: it would load one number at a time, and none ahead of its use.
+        numbers, scales = tl.multiple_of(numbers, 16), tl.multiple_of(scales, 16)
         assignment_R = tl.load(assignments + tile * ROWS + tl.arange(0, ROWS))
         real_R = assignment_R < num_assigned
         source_R = (assignment_R // rows_per_source).to(tl.int64)
@@ -144,18 +108,20 @@ def expert_products(
     num_assigned: int,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """(N * A, O): for each assignment its expert's product with its row of ``x``; zero for one that is computed elsewhere.
+    """(N * A, O): for each assignment its expert's product with its row of ``x``; anything for one that is computed elsewhere.
 
     ``rows_per_source`` assignments share a row of ``x`` (A for the first product, 1 for the second). ``weights`` (N * A)
     multiply the results.
     """
-    out = x.new_zeros((num_assigned, experts.out_size))
+    out = x.new_empty((num_assigned, experts.out_size))
     rows, row_scales = round_rows(x) if experts.kind == "fp8" else (x, out)
+    num_tiles = by_expert.expert_X.shape[0]
 
     def launch(tile: Tile) -> None:
-        _expert_kernel[(by_expert.expert_X.shape[0], triton.cdiv(experts.out_size, tile.columns))](
+        _expert_kernel[(num_tiles * triton.cdiv(experts.out_size, tile.columns),)](
             rows, row_scales, experts.numbers_E, experts.scales_E, out, out if weights is None else weights,
-            by_expert.assignment_Y, by_expert.expert_X, num_assigned, rows_per_source, x.shape[1], experts.filled_size, experts.out_size,
+            by_expert.assignment_Y, by_expert.expert_X, num_assigned, num_tiles, rows_per_source,
+            x.shape[1], experts.filled_size, experts.out_size,
             KIND=experts.kind, WEIGHTED=weights is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[experts.kind],
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A rank's routed experts on a CUDA device: two launches for all of them, and nothing that waits for the device.
+"""A rank's routed experts on a CUDA device: five launches for all of them, and nothing that waits for the device.
 
 N rows, A experts per row, E experts, D model width.
 """
@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from parallel.cuda.by_expert import sort_by_expert, sum_of_rows
 from parallel.cuda.elementwise import swiglu
-from parallel.cuda.experts import expert_products, matrices, sort_by_expert
+from parallel.cuda.experts import expert_products, matrices
 
 
 class GroupedExperts:
@@ -22,19 +23,19 @@ class GroupedExperts:
         self._up, self._down = (matrices(list(experts.values()), device) for experts in (up, down))
         place_E = torch.full((num_experts + 1,), -1)  # the last for those elsewhere, whose number is -1
         place_E[list(up)] = torch.arange(len(up))
-        self._place_E = place_E.to(device)
+        self._place_E = None if list(up) == list(range(num_experts)) else place_E.to(device)
+        """None: each has its number."""
         self._num_held = len(up)
 
     def __call__(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """(N, D): the weighted sum of each row's experts that are held here."""
-        num_rows, num_assigned = expert_ids_NA.shape[0], expert_ids_NA.numel()
+        per_row, num_assigned = expert_ids_NA.shape[1], expert_ids_NA.numel()
         if num_assigned == 0:
             return torch.zeros_like(x_ND)
-        by_expert = sort_by_expert(self._place_E[expert_ids_NA], self._num_held)
-        per_row = expert_ids_NA.shape[1]
+        held_ids_NA = expert_ids_NA if self._place_E is None else self._place_E[expert_ids_NA]
+        by_expert = sort_by_expert(held_ids_NA, self._num_held)
         inner = expert_products(x_ND, self._up, by_expert, rows_per_source=per_row, num_assigned=num_assigned)
         activated = swiglu(inner)
         del inner  # the widest of all
         out = expert_products(activated, self._down, by_expert, rows_per_source=1, num_assigned=num_assigned, weights=weights_NA.flatten())
-        summed: Tensor = out.view(num_rows, per_row, -1).sum(1, dtype=torch.float32).to(x_ND.dtype)
-        return summed
+        return sum_of_rows(out, held_ids_NA)

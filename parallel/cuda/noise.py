@@ -8,7 +8,7 @@ from torch import Tensor
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _uniform_kernel(seeds, choices, positions, out, num_rows, stream, BLOCK: tl.constexpr):
     """Philox4x32-10 (SC 2011) in int64: a product of two words wraps around as it would in uint64, and the mask undoes the sign."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -35,29 +35,39 @@ class Heads:
 @triton.jit
 def _load_tile(
     cache, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-    BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr = False,
 ):  # fmt: skip
-    """(L, K) of keys or values in the dtype that is multiplied; zero where nothing is visible: that is another sequence's, perhaps NaN."""
-    block_L = tl.load(table + positions_L // BLOCK_TOKENS, mask=visible_L, other=0).to(tl.int64)
+    """(L, K) of keys or values in the dtype that is multiplied; zero where nothing is visible: that is another sequence's, perhaps NaN.
+    Where all is visible (IS_WHOLE), nobody asks."""
+    if IS_WHOLE:
+        block_L = tl.load(table + positions_L // BLOCK_TOKENS).to(tl.int64)
+        mask_LK = (dims_K < HEAD_DIM)[None, :]
+    else:
+        block_L = tl.load(table + positions_L // BLOCK_TOKENS, mask=visible_L, other=0).to(tl.int64)
+        mask_LK = visible_L[:, None] & (dims_K < HEAD_DIM)[None, :]
     place_L = block_L * block_stride + (positions_L % BLOCK_TOKENS) * token_stride + kv_head * head_stride
-    mask_LK = visible_L[:, None] & (dims_K < HEAD_DIM)[None, :]
     return tl.load(cache + place_L[:, None] + dims_K[None, :], mask=mask_LK, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def _attend_tile(q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION: tl.constexpr):
-    """One step of the online softmax: R rows see L more positions."""
+def _attend_tile(
+    q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION: tl.constexpr, IS_WHOLE: tl.constexpr = False
+):  # fmt: skip
+    """One step of the online softmax: R rows see L more positions, all of them where IS_WHOLE."""
     scores_RL = tl.dot(q_RK, tl.trans(keys_LK), input_precision=PRECISION) * scale_log2
-    scores_RL = tl.where(seen_RL, scores_RL, NOTHING)
+    if not IS_WHOLE:
+        scores_RL = tl.where(seen_RL, scores_RL, NOTHING)
     higher_R = tl.maximum(highest_R, tl.max(scores_RL, axis=1))
-    weights_RL = tl.where(seen_RL, tl.exp2(scores_RL - higher_R[:, None]), 0.0)
+    weights_RL = tl.exp2(scores_RL - higher_R[:, None])
+    if not IS_WHOLE:
+        weights_RL = tl.where(seen_RL, weights_RL, 0.0)
     fade_R = tl.exp2(highest_R - higher_R)
     sum_R = sum_R * fade_R + tl.sum(weights_RL, axis=1)
     out_RK = out_RK * fade_R[:, None] + tl.dot(weights_RL.to(values_LK.dtype), values_LK, input_precision=PRECISION)
     return higher_R, sum_R, out_RK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["lengths"])  # else other steps wait for a compiler
 def _decode_kernel(
     q, keys, values, out, part_out, part_lse, tables, lengths, first_head, num_heads_of,
     scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads,
@@ -119,48 +129,72 @@ def _merge_kernel(part_out, part_lse, out, HEAD_DIM: tl.constexpr, PADDED_DIM: t
 
 
 @triton.jit
+def _attend_span(
+    q_RK, keys, values, table, start, stop, last_seen_R, highest_R, sum_R, out_RK, kv_head, dims_K, block_stride, token_stride, head_stride,
+    scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """R rows see the positions from start to stop, each those up to its last; all of whole tiles where IS_WHOLE."""
+    for tile in range(start, stop, TILE):
+        positions_L = tile + tl.arange(0, TILE)
+        visible_L = positions_L < stop
+        keys_LK = _load_tile(
+            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
+            BLOCK_TOKENS, HEAD_DIM, q_RK.dtype, IS_WHOLE,
+        )  # fmt: skip
+        values_LK = _load_tile(
+            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
+            BLOCK_TOKENS, HEAD_DIM, q_RK.dtype, IS_WHOLE,
+        )  # fmt: skip
+        seen_RL = positions_L[None, :] <= last_seen_R[:, None]
+        highest_R, sum_R, out_RK = _attend_tile(
+            q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION, IS_WHOLE
+        )
+    return highest_R, sum_R, out_RK
+
+
+@triton.jit(
+    do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["lengths", "query_starts", "tile_sequence", "tile_token"]
+)  # else other steps wait for a compiler
 def _prefill_kernel(
     q, keys, values, out, tables, lengths, query_starts, tile_sequence, tile_token, first_head, num_heads_of,
     scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS / P neighbouring new tokens of one sequence, one KV head: row r is token r // P, head r % P."""
-    tile_number, kv_head = tl.program_id(0), tl.program_id(1)
+    """TOKENS neighbouring new tokens of one sequence, one KV head of n query heads: row r is token r // n, head r % n."""
+    # The last tokens of a prompt see most: who computes them begins first, and is not waited for alone at the end.
+    tile_number, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     sequence, first_token = tl.load(tile_sequence + tile_number), tl.load(tile_token + tile_number)
     first, count = tl.load(first_head + kv_head), tl.load(num_heads_of + kv_head)
     query_start = tl.load(query_starts + sequence)
     num_new = tl.load(query_starts + sequence + 1) - query_start
     length = tl.load(lengths + sequence)
     rows_R, dims_K = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
-    token_R, head_R = first_token + rows_R // PADDED_GROUP, rows_R % PADDED_GROUP
-    valid_R = (token_R < num_new) & (head_R < count)
+    tokens_here = tl.minimum(TOKENS, num_new - first_token)
+    token_R, head_R = first_token + rows_R // count, rows_R % count
+    valid_R = rows_R // count < tokens_here
     mask_RK = valid_R[:, None] & (dims_K < HEAD_DIM)[None, :]
     token_place_R = (query_start + token_R).to(tl.int64)
     q_RK = tl.load(
         q + token_place_R[:, None] * q_token_stride + (first + head_R)[:, None] * HEAD_DIM + dims_K[None, :], mask=mask_RK, other=0.0
     )
     before = length - num_new
-    tokens_here = tl.minimum(ROWS // PADDED_GROUP, num_new - first_token)
     last_seen_R = before + token_R if CAUSAL else tl.full([ROWS], 0, tl.int32) + (length - 1)
     stop = before + first_token + tokens_here if CAUSAL else length
     table = tables + sequence.to(tl.int64) * table_stride
     highest_R = tl.full([ROWS], NOTHING, tl.float32)
     sum_R = tl.zeros([ROWS], tl.float32)
     out_RK = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for tile in range(0, stop, TILE):
-        positions_L = tile + tl.arange(0, TILE)
-        visible_L = positions_L < stop
-        keys_LK = _load_tile(
-            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
-        )  # fmt: skip
-        values_LK = _load_tile(
-            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
-        )  # fmt: skip
-        seen_RL = positions_L[None, :] <= last_seen_R[:, None]
-        highest_R, sum_R, out_RK = _attend_tile(q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION)
+    seen_by_all = (before + first_token + 1 if CAUSAL else length) // TILE * TILE
+    highest_R, sum_R, out_RK = _attend_span(
+        q_RK, keys, values, table, 0, seen_by_all, last_seen_R, highest_R, sum_R, out_RK, kv_head, dims_K,
+        block_stride, token_stride, head_stride, scale_log2, HEAD_DIM, BLOCK_TOKENS, TILE, PRECISION, True,
+    )  # fmt: skip
+    highest_R, sum_R, out_RK = _attend_span(
+        q_RK, keys, values, table, seen_by_all, stop, last_seen_R, highest_R, sum_R, out_RK, kv_head, dims_K,
+        block_stride, token_stride, head_stride, scale_log2, HEAD_DIM, BLOCK_TOKENS, TILE, PRECISION, False,
+    )  # fmt: skip
     out_RK = out_RK / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     place_R = token_place_R * num_heads + first + head_R
     tl.store(out + place_R[:, None] * HEAD_DIM + dims_K[None, :], out_RK.to(out.dtype.element_ty), mask=mask_RK)
@@ -230,9 +264,9 @@ def prefill(
     _prefill_kernel[(tiles.sequence_X.shape[0], keys_NBGK.shape[2])](
         q_THK, keys_NBGK, values_NBGK, out_THK, tables_SM, lengths_S, query_starts, tiles.sequence_X, tiles.token_X,
         heads.first_G, heads.count_G, head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_THK.stride(0), *keys_NBGK.stride()[:3], num_heads,
-        HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), PADDED_GROUP=triton.next_power_of_2(heads.largest_group), ROWS=PREFILL_ROWS,
+        HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), TOKENS=tokens_per_tile(heads), ROWS=PREFILL_ROWS,
         BLOCK_TOKENS=keys_NBGK.shape[1], TILE=PREFILL_TILE, PRECISION=precision(q_THK.dtype), CAUSAL=is_causal,
-        num_warps=8 if head_dim > 64 else 4, num_stages=2,
+        num_warps=8 if head_dim > 64 else 4, num_stages=PREFILL_STAGES,
     )  # fmt: skip
 
 
@@ -241,13 +275,15 @@ DECODE_TILE = 64
 PREFILL_TILE = 64
 PREFILL_ROWS = 128
 """Rows of a prefill's matrix product: new tokens times the query heads of one KV head."""
+PREFILL_STAGES = 3
+"""Tiles are read that far ahead: with two, each waits for its entries of the block table."""
 SMALLEST_DOT = 16
 """The least rows and columns that a matrix unit takes."""
 
 
 def tokens_per_tile(heads: Heads) -> int:
     """How many new tokens of a sequence one program of a prefill takes."""
-    return PREFILL_ROWS // triton.next_power_of_2(heads.largest_group)
+    return PREFILL_ROWS // heads.largest_group
 
 
 def padded(size: int) -> int:

@@ -10,6 +10,22 @@ INT4_GROUP = tl.constexpr(32)
 """Input features that share a scale; see `parallel.scale_groups.GROUP`."""
 DEPTH = {"plain": 64, "int8": 128, "int4": 64, "fp8": 128}
 """Input features that a program multiplies at a time. int8: those of one scale; int4: of two."""
+FP8_SUMMED = tl.constexpr(128)
+"""Products that Hopper's matrix units may add up by themselves, which they do in 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). Left
+to itself Triton has them add up all: of 30,000 input features, some hundredths of the result are lost."""
+GROUP = tl.constexpr(8)
+"""Tiles of rows that go through all outputs together."""
+
+
+@triton.jit
+def tile_of(program, num_tiles, num_column_tiles):
+    """(tile of rows, tile of columns). Programs begin in the order of their numbers: of a few tiles of rows both the rows and, for all of
+    them, the columns at hand are found in the cache."""
+    of_group = GROUP * num_column_tiles
+    first = program // of_group * GROUP
+    size = tl.minimum(num_tiles - first, GROUP)
+    within = program % of_group
+    return first + within % size, within // size
 
 
 @triton.jit
@@ -42,6 +58,8 @@ def product_tile(
             if KIND == "int8":
                 scale_O = tl.load(scales + column_O * (filled_size // DEPTH) + start // DEPTH, mask=mask_O, other=0.0).to(tl.float32)
                 sum_RO += tl.dot(x_RD, number_DO.to(x_RD.dtype), input_precision=PRECISION) * scale_O[None, :]
+            elif KIND == "fp8":
+                sum_RO = tl.dot(x_RD, number_DO, acc=sum_RO, max_num_imprecise_acc=FP8_SUMMED)
             else:
                 sum_RO = tl.dot(x_RD, number_DO, acc=sum_RO, input_precision=PRECISION)
     if KIND == "fp8":

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.products import DEPTH, product_tile
+from parallel.cuda.products import DEPTH, product_tile, tile_of
 from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import kind_of
@@ -34,21 +34,20 @@ def _round_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.const
         tl.store(numbers + row * width + dims_K, rounded_K, mask=dims_K < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "has_bias"])  # else a step of another number of rows may wait for a compiler
 def _linear_kernel(
-    x, x_scales, numbers, scales, bias, out, num_rows, in_size, filled_size, out_size,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, x_scales, numbers, scales, bias, out, num_rows, in_size, filled_size, out_size, has_bias, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows, a stretch of outputs. Neighbouring programs share the outputs, so that numbers are read from memory once."""
-    row_R = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns_O = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """A tile of rows, a stretch of outputs."""
+    tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(out_size, COLUMNS))
+    row_R = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     real_R, mask_O = row_R < num_rows, columns_O < out_size
     sum_RO = product_tile(
         x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
     )
-    if HAS_BIAS:
-        sum_RO += tl.load(bias + columns_O, mask=mask_O, other=0.0).to(tl.float32)[None, :]
+    sum_RO += tl.load(bias + columns_O, mask=mask_O & (has_bias > 0), other=0.0).to(tl.float32)[None, :]
     place_RO = row_R[:, None] * out_size + columns_O[None, :]
     tl.store(out + place_RO, sum_RO.to(out.dtype.element_ty), mask=real_R[:, None] & mask_O[None, :])
 
@@ -73,10 +72,10 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None)
     x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), scales)
 
     def launch(tile: Tile) -> None:
-        _linear_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(numbers.shape[0], tile.columns))](
+        _linear_kernel[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(numbers.shape[0], tile.columns),)](
             x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
-            num_rows, in_size, filled_size(tensors), numbers.shape[0],
-            KIND=kind, HAS_BIAS=bias_N is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[kind],
+            num_rows, in_size, filled_size(tensors), numbers.shape[0], int(bias_N is not None),
+            KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[kind],
             PRECISION="ieee" if x_TK.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 

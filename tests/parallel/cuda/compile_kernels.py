@@ -1,8 +1,9 @@
 """Compiles every kernel for a GPU that need not be there: `python -m tests.parallel.cuda.compile_kernels`.
 
-Prints a line per kernel: name, bytes of its binary, registers and shared memory it takes.
+Prints a line per kernel: name, bytes of its binary, shared memory it takes, and in how many places it loads one byte.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parallel.cuda import edits, elementwise, experts, highest, noise, paged_attention, products, scaled, tiles, whole_rows
+from parallel.cuda import by_expert, edits, elementwise, experts, highest, noise, paged_attention, products, scaled, tiles, whole_rows
 from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -47,14 +48,14 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
         paged_attention._prefill_kernel,
         ATTENTION | PLACES,
-        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
-        {"num_warps": 8, "num_stages": 2},
+        SIZES | {"TOKENS": 18, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
+        {"num_warps": 8, "num_stages": paged_attention.PREFILL_STAGES},
     ),
     (
         paged_attention._prefill_kernel,
         ATTENTION | PLACES,
-        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": False},
-        {"num_warps": 8, "num_stages": 2},
+        SIZES | {"TOKENS": 18, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": False},
+        {"num_warps": 8, "num_stages": paged_attention.PREFILL_STAGES},
     ),
     (
         paged_attention._decode_kernel,
@@ -65,8 +66,8 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
         paged_attention._prefill_kernel,
         ATTENTION | PLACES | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
-        SIZES | {"PADDED_GROUP": 8, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
-        {"num_warps": 8, "num_stages": 2},
+        SIZES | {"TOKENS": 18, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
+        {"num_warps": 8, "num_stages": paged_attention.PREFILL_STAGES},
     ),
     (paged_attention._merge_kernel, PARTS | {"out": "*bf16"}, {"HEAD_DIM": 128, "PADDED_DIM": 128, "PARTS": 8}, {"num_warps": 2}),
     (
@@ -147,10 +148,9 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             scaled._linear_kernel,
             {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "numbers": NUMBERS[kind], "scales": SCALES[kind], "x_scales": "*fp32"}
             | {"bias": "*bf16", "out": "*bf16"}
-            | dict.fromkeys(("num_rows", "in_size", "filled_size", "out_size"), "i32"),
+            | dict.fromkeys(("num_rows", "in_size", "filled_size", "out_size", "has_bias"), "i32"),
             {
                 "KIND": kind,
-                "HAS_BIAS": True,
                 "ROWS": tile.rows,
                 "COLUMNS": tile.columns,
                 "DEPTH": products.DEPTH[kind],
@@ -166,7 +166,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             experts._expert_kernel,
             {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "x_scales": "*fp32", "numbers_of": "*i64", "scales_of": "*i64"}
             | {"out": "*bf16", "row_weights": "*bf16", "assignments": "*i32", "experts": "*i32"}
-            | dict.fromkeys(("num_assigned", "rows_per_source", "in_size", "filled_size", "out_size"), "i32"),
+            | dict.fromkeys(("num_assigned", "num_tiles", "rows_per_source", "in_size", "filled_size", "out_size"), "i32"),
             {
                 "KIND": kind,
                 "WEIGHTED": True,
@@ -180,6 +180,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         for kind in ("plain", *NUMBERS)
         for tile in _wanted(*experts.TILES.values())
     ),
+    (
+        by_expert._sort_kernel,
+        {"held_ids": "*i64", "assignments": "*i32", "experts": "*i32", "num_assigned": "i32", "num_tiles": "i32", "num_held": "i32"},
+        {"BINS": 128, "TILE_ROWS": 16, "BLOCK": by_expert.BLOCK},
+        {"num_warps": 4},
+    ),
+    (
+        by_expert._sum_kernel,
+        {"y": "*bf16", "held_ids": "*i64", "out": "*bf16", "width": "i32"},
+        {"PER_ROW": 8, "BLOCK": by_expert.BLOCK},
+        {"num_warps": 4},
+    ),
 ]
 
 
@@ -189,10 +201,15 @@ def main() -> int:
         missing = [name for name, kind in signature.items() if kind == "constexpr" and name not in constants]
         assert not missing, f"{kernel.__name__}: nobody says what {missing} are"
         # As at a launch with tensors and sizes of whole 16 bytes: only then are loads taken in ahead, through shared memory.
-        whole = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] in "*i"}
+        whole = {
+            (param.num,): [["tt.divisibility", 16]]
+            for param in kernel.params
+            if signature[param.name][0] in "*i" and not param.do_not_specialize and not param.do_not_specialize_on_alignment
+        }
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=whole)
         compiled = triton.compile(source, target=HOPPER, options=options)
-        print(f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes of shared memory")
+        single = len(re.findall(r"ld\.global\S*\.b8\b", compiled.asm["ptx"]))
+        print(f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes shared, {single} of a byte")
     return 0
 
 

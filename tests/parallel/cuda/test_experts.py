@@ -22,11 +22,12 @@ def products(x: Tensor, matrices: list[Tensor], held_ids_NA: Tensor, weights: Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("num_rows", "num_experts", "chosen"), [(1, 4, 2), (9, 3, 3), (40, 5, 2), (150, 2, 1)])
+@pytest.mark.parametrize(("num_rows", "num_experts", "chosen"), [(1, 4, 2), (9, 3, 3), (40, 5, 2), (150, 2, 1), (800, 2, 1)])
 def test_each_assignment_gets_its_experts_product(
     num_rows: int, num_experts: int, chosen: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from parallel.cuda.experts import expert_products, matrices, sort_by_expert
+    from parallel.cuda.by_expert import sort_by_expert
+    from parallel.cuda.experts import expert_products, matrices
 
     torch.manual_seed(0)
     x = torch.randn(num_rows, 72, device=device).to(dtype)
@@ -39,12 +40,24 @@ def test_each_assignment_gets_its_experts_product(
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.float16 else {"atol": 1e-4, "rtol": 1e-4}
     for some_weights in (None, weights):
         found = expert_products(x, table, by_expert, rows_per_source=chosen, num_assigned=ids.numel(), weights=some_weights)
-        torch.testing.assert_close(found, products(x, weights_of, ids, some_weights, chosen), **tolerance)
+        is_here = ids.flatten() >= 0
+        torch.testing.assert_close(found[is_here], products(x, weights_of, ids, some_weights, chosen)[is_here], **tolerance)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 5, 300])
+@pytest.mark.parametrize(("num_rows", "num_held"), [(0, 4), (1, 4), (5, 4), (300, 4), (5, 1), (700, 2), (2000, 64)])
+def test_assignments_are_sorted_as_by_plain_torch(num_rows: int, num_held: int, device: torch.device) -> None:
+    from parallel.cuda.by_expert import sort_by_expert, sort_slowly
+
+    ids = torch.randint(-1, num_held, (num_rows, 2), generator=torch.Generator().manual_seed(num_rows)).to(device)
+    found, wanted = sort_by_expert(ids, num_held), sort_slowly(ids, num_held)
+    assert found.tile_rows == wanted.tile_rows
+    assert torch.equal(found.expert_X, wanted.expert_X)
+    assert torch.equal(found.assignment_Y, wanted.assignment_Y)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 300, 1000])
 def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: torch.device) -> None:
-    from parallel.cuda.experts import sort_by_expert
+    from parallel.cuda.by_expert import sort_by_expert
 
     ids = torch.randint(-1, 4, (num_rows, 2), generator=torch.Generator().manual_seed(1)).to(device)
     by_expert = sort_by_expert(ids, 4)
@@ -55,6 +68,18 @@ def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: 
         seen += real
         assert all(ids.flatten()[number] == expert for number in real)
     assert sorted(seen) == [number for number, expert in enumerate(ids.flatten().tolist()) if expert >= 0]
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(0, 8), (1, 8), (3, 1500)])
+def test_what_is_computed_elsewhere_adds_nothing(num_rows: int, width: int, device: torch.device) -> None:
+    from parallel.cuda.by_expert import sum_of_rows
+
+    torch.manual_seed(0)
+    ids = torch.randint(-1, 4, (num_rows, 3)).to(device)
+    y = torch.randn(num_rows, 3, width).to(device)
+    wanted = torch.where(ids.unsqueeze(-1) >= 0, y, 0).sum(1)
+    y[ids < 0] = torch.nan
+    torch.testing.assert_close(sum_of_rows(y.view(num_rows * 3, width), ids), wanted)
 
 
 FORMATS: list[WeightFormat] = [Dense(torch.float32), *(ScaledFormat(kind, torch.float32) for kind in ("int8", "int4", "fp8"))]

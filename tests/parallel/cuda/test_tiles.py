@@ -61,13 +61,14 @@ def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, devic
 def test_what_was_measured_with_one_dtype_is_not_taken_for_another(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fits into shared memory with 16 bits may not with 32."""
     from parallel.cuda import experts, scaled
+    from parallel.cuda.by_expert import sort_by_expert
     from parallel.cuda.tiles import Tiles
 
     tiles = Tiles(None)
     for module in (experts, scaled):
         monkeypatch.setattr(module, "tiles_of", lambda _device: tiles)
     tensors = ScaledFormat("int8", torch.float32).prepare({"weight": torch.randn(32, 128, device=device)})
-    table, by_expert = experts.matrices([tensors], device), experts.sort_by_expert(torch.zeros(3, 1, dtype=torch.int64, device=device), 1)
+    table, by_expert = experts.matrices([tensors], device), sort_by_expert(torch.zeros(3, 1, dtype=torch.int64, device=device), 1)
     with tiles.measuring(lambda _run: 1.0):
         for dtype in (torch.float32, torch.float16):
             x = torch.randn(3, 128, device=device).to(dtype)

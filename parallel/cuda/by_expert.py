@@ -1,0 +1,144 @@
+"""Assignments in the order of experts, in one launch, where plain torch takes two dozen; and their results back in the order of rows.
+
+N rows, A experts per row, E experts, X tiles of assignments, D output features. Tiles begin with a fresh expert and are found on the
+device; how many there may be depends on no count, so that a launch can be captured.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS = 16, 64, 128
+"""Assignments of one expert that a program takes when few rows come, ..."""
+MANY_ROWS_PER_EXPERT, MOST_ROWS_PER_EXPERT = 32, 384
+"""... when more than so many do, and when more than so many: wide tiles read less, and compute more that nobody wants."""
+BLOCK = 1024
+"""Assignments, or output features, that a program looks at at a time."""
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Assignments in the order of experts, each expert's beginning with a fresh tile."""
+
+    assignment_Y: Tensor
+    """int32, Y = X * rows of a tile: number (row * A + place) of each assignment; N * A where a tile has no more"""
+    expert_X: Tensor
+    """int32: the expert of each tile, counted among those held; -1 for a tile without rows"""
+    tile_rows: int
+
+
+@triton.jit
+def _load_bins(held_ids, start, num_assigned, BLOCK: tl.constexpr):
+    """Numbers of assignments, and 1 + the expert of each; 0 for those computed elsewhere, and behind the end."""
+    at = start + tl.arange(0, BLOCK)
+    return at, tl.load(held_ids + at, mask=at < num_assigned, other=-1).to(tl.int32) + 1
+
+
+@triton.jit(do_not_specialize=["num_assigned", "num_tiles"])  # else a step of another number of rows may wait for a compiler
+def _sort_kernel(
+    held_ids, assignments, experts, num_assigned, num_tiles, num_held, BINS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One expert's tiles. Each program counts all assignments itself, so that none waits for another. The last one has no expert, and the
+    tiles that are left."""
+    expert = tl.program_id(0)
+    bins_B = tl.arange(0, BINS)
+    counts_B = tl.zeros([BINS], tl.int32)
+    for start in range(0, num_assigned, BLOCK):
+        _at, bins = _load_bins(held_ids, start, num_assigned, BLOCK)
+        counts_B += tl.histogram(bins, BINS)
+    tiles_B = tl.where(bins_B > 0, (counts_B + TILE_ROWS - 1) // TILE_ROWS, 0)
+    first = tl.sum(tl.where(bins_B <= expert, tiles_B, 0), axis=0)
+    count = tl.sum(tl.where(bins_B == expert + 1, counts_B, 0), axis=0)
+    last = tl.where(expert < num_held, first + tl.cdiv(count, TILE_ROWS), num_tiles)
+    for start in range(first, last, BLOCK):
+        tiles = start + tl.arange(0, BLOCK)
+        tl.store(experts + tiles, tl.zeros([BLOCK], tl.int32) + tl.where(expert < num_held, expert, -1), mask=tiles < last)
+    for start in range(first * TILE_ROWS + count, last * TILE_ROWS, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        tl.store(assignments + places, tl.zeros([BLOCK], tl.int32) + num_assigned, mask=places < last * TILE_ROWS)
+    if count > 0:
+        place = first * TILE_ROWS
+        for start in range(0, num_assigned, BLOCK):
+            at, bins = _load_bins(held_ids, start, num_assigned, BLOCK)
+            is_mine = (bins == expert + 1).to(tl.int32)
+            tl.store(assignments + place + tl.cumsum(is_mine, axis=0) - is_mine, at, mask=is_mine > 0)
+            place += tl.sum(is_mine, axis=0)
+
+
+def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
+    """``held_ids_NA`` (int64): which of the held experts an assignment goes to; -1 = computed elsewhere. Nothing waits for the device.
+    The twin is `sort_slowly`.
+
+    Tiles of 2 rows; assignments 0 .. 5 of experts 1 0 -1 1 1 0:   experts 0 1 1 -, assignments 1 5 | 0 3 | 4 . | . .
+    """
+    num_assigned, device = held_ids_NA.numel(), held_ids_NA.device
+    tile_rows = rows_of_tiles(num_assigned, num_held)
+    num_tiles = most_tiles(num_assigned, num_held, tile_rows)
+    assignment_Y = torch.empty(num_tiles * tile_rows, dtype=torch.int32, device=device)
+    expert_X = torch.empty(num_tiles, dtype=torch.int32, device=device)
+    if num_tiles:
+        _sort_kernel[(num_held + 1,)](
+            held_ids_NA.contiguous(), assignment_Y, expert_X, num_assigned, num_tiles, num_held,
+            BINS=triton.next_power_of_2(num_held + 1), TILE_ROWS=tile_rows, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return Sorted(assignment_Y=assignment_Y, expert_X=expert_X, tile_rows=tile_rows)
+
+
+def rows_of_tiles(num_assigned: int, num_held: int) -> int:
+    if num_assigned > MOST_ROWS_PER_EXPERT * num_held:
+        return WIDEST_TILE_ROWS
+    return WIDE_TILE_ROWS if num_assigned > MANY_ROWS_PER_EXPERT * num_held else TILE_ROWS
+
+
+def most_tiles(num_assigned: int, num_held: int, tile_rows: int) -> int:
+    """Each expert may leave the rest of a tile empty."""
+    return min(triton.cdiv(num_assigned, tile_rows) + num_held, num_assigned)
+
+
+def sort_slowly(held_ids_NA: Tensor, num_held: int) -> Sorted:
+    """As `sort_by_expert`, by plain torch."""
+    ids = held_ids_NA.flatten()
+    num_assigned, device = len(ids), ids.device
+    tile_rows = rows_of_tiles(num_assigned, num_held)
+    num_tiles = most_tiles(num_assigned, num_held, tile_rows)
+    counts_E = ids.new_zeros(num_held + 1).scatter_add_(0, ids + 1, torch.ones_like(ids))
+    tiles_E = (counts_E[1:] + tile_rows - 1) // tile_rows
+    tiles_so_far_E = tiles_E.cumsum(0)
+    order = ids.argsort(stable=True)  # those computed elsewhere come first
+    expert = ids[order]
+    index_in_expert = torch.arange(num_assigned, device=device) - (counts_E.cumsum(0) - counts_E)[expert + 1]
+    nowhere = num_tiles * tile_rows
+    place = (tiles_so_far_E - tiles_E)[expert.clamp(min=0)] * tile_rows + index_in_expert
+    place = torch.where(expert >= 0, place, nowhere)
+    assignment_Y = torch.full((nowhere + 1,), num_assigned, dtype=torch.int32, device=device)
+    assignment_Y.scatter_(0, place, order.to(torch.int32))
+    expert_X = torch.searchsorted(tiles_so_far_E, torch.arange(num_tiles, device=device), right=True)
+    expert_X = torch.where(expert_X < num_held, expert_X, -1).to(torch.int32)
+    return Sorted(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
+
+
+@triton.jit
+def _sum_kernel(y, held_ids, out, width, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """A stretch of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    dims_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sum_D = tl.zeros([BLOCK], tl.float32)
+    for place in tl.static_range(PER_ROW):
+        assignment = row * PER_ROW + place
+        is_here = tl.load(held_ids + assignment) >= 0  # what is computed elsewhere nobody has written
+        sum_D += tl.load(y + assignment * width + dims_D, mask=(dims_D < width) & is_here, other=0.0).to(tl.float32)
+    tl.store(out + row * width + dims_D, sum_D.to(out.dtype.element_ty), mask=dims_D < width)
+
+
+def sum_of_rows(y: Tensor, held_ids_NA: Tensor) -> Tensor:
+    """(N, D): the sum over each row's assignments that are computed here, of (N * A, D); taken in float32 and rounded once."""
+    (num_rows, per_row), width = held_ids_NA.shape, y.shape[1]
+    out_ND = y.new_empty((num_rows, width))
+    if out_ND.numel():
+        _sum_kernel[(num_rows, triton.cdiv(width, BLOCK))](
+            y, held_ids_NA.contiguous(), out_ND, width, PER_ROW=per_row, BLOCK=BLOCK, num_warps=4
+        )
+    return out_ND
