@@ -85,9 +85,15 @@ class LocalDispatch:
         counts = _counts_of_all(x_TD, dp)
         x_ND = all_gather(x_TD, dp, dim=0, sizes=counts)
         expert_ids_NA, weights_NA = _gather_routing(expert_ids_TA, weights_TA, dp, counts)
-        mine_NA = self._holders.on(x_ND.device).choose(expert_ids_NA) == self.groups.ep.rank
-        y_ND = compute(x_ND, expert_ids_NA.where(mine_NA, ELSEWHERE), weights_NA)
+        y_ND = compute(x_ND, self._computed_here(expert_ids_NA), weights_NA)
         return all_reduce(reduce_scatter(y_ND, dp, dim=0, sizes=counts), self.groups.tp)
+
+    def _computed_here(self, expert_ids_NA: Tensor) -> Tensor:
+        """`ELSEWHERE` in place of the others. Where nobody else has experts that is none: on a GPU three launches less."""
+        if self.groups.ep.size == 1:
+            return expert_ids_NA
+        mine_NA = self._holders.on(expert_ids_NA.device).choose(expert_ids_NA) == self.groups.ep.rank
+        return expert_ids_NA.where(mine_NA, ELSEWHERE)
 
 
 class AllToAllDispatch:
