@@ -11,14 +11,13 @@ from parallel.native.library import kinds_here
 from parallel.native.linear import Kind
 from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
 from parallel.packed_format import PackedFormat
+from parallel.rounding import FP8_CAPABILITY
 from parallel.scaled_format import ScaledFormat, has_triton
 from parallel.weight_format import Dense, WeightFormat
 
 log = logging.getLogger(__name__)
 
 QuantizeName = Literal["int8", "int4", "fp8"]
-FP8_CAPABILITY = (8, 9)
-"""Of CUDA devices: the first whose matrix units multiply FP8 (Ada; Hopper is 9.0)."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ LEVELS = {"int8": 127, "int4": 7}
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
 """The largest number of FP8 (four bits of exponent, three of mantissa; arXiv 2209.05433)."""
+FP8_CAPABILITY = (8, 9)
+"""Of CUDA devices: the first whose matrix units multiply it (Ada; Hopper is 9.0). Triton has it from there on, too."""
 
 MOST_TIMES = 16
 """How many times a group's scale the number nearest to zero is at most, where a scale is looked for that loses nothing."""
@@ -134,6 +136,6 @@ def _signs() -> Tensor:
 def round_to_fp8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     """FP8 numbers (N, K) and float32 scales (N): each row's largest number becomes the largest that there is."""
     wide_NK = x_NK.float()
-    scales_N = wide_NK.abs().amax(-1) / FP8_MOST
+    scales_N = wide_NK.abs().amax(-1) * (1 / FP8_MOST)  # by a quotient torch takes another way on a GPU
     inverse_N = torch.where(scales_N == 0, 0, 1 / scales_N)
     return (wide_NK * inverse_N.unsqueeze(-1)).clamp_(-FP8_MOST, FP8_MOST).to(FP8), scales_N

@@ -14,7 +14,7 @@ from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.cuda.elementwise import rotate_and_write
 from parallel.cuda.paged_attention import Heads, PrefillTiles, decode, prefill, tokens_per_tile
-from parallel.rounding import FP8
+from parallel.rounding import FP8, FP8_CAPABILITY
 
 PROGRAMS_PER_PROCESSOR = 2
 """Decode programs that every multiprocessor of the device should have to do, ..."""
@@ -36,6 +36,8 @@ class CudaAttention:
         firsts = [config.kv_of_query.index(kv_head) for kv_head in range(config.num_kv_heads)]
         self._heads = Heads(first_G=self._upload(firsts), count_G=self._upload(groups), largest_group=max(groups))
         on_device = device.type == "cuda"
+        if on_device and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            self.kv_dtypes = ()
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count if on_device else SIMULATED_PROCESSORS
 
     def prepare(self, batch: ForwardBatch) -> None:

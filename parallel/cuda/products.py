@@ -11,8 +11,8 @@ INT4_GROUP = tl.constexpr(32)
 DEPTH = {"plain": 64, "int8": 128, "int4": 64, "fp8": 128}
 """Input features that a program multiplies at a time. int8: those of one scale; int4: of two."""
 FP8_SUMMED = tl.constexpr(128)
-"""Products that Hopper's matrix units may add up by themselves, which they do in 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). Left
-to itself Triton has them add up all: of 30,000 input features, some hundredths of the result are lost."""
+"""Products that Hopper's matrix units may add up by themselves, which they do in 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+Left to itself Triton has them add up all: of 30,000 input features, some hundredths of the result are lost."""
 GROUP = tl.constexpr(8)
 """Tiles of rows that go through all outputs together."""
 

@@ -12,7 +12,9 @@ from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import kind_of
 
-FP8_BLOCK = 2048
+FP8_BLOCK = 32768
+"""Features of a row that a program takes at a time at most: of a single row nearly all that rounding takes is waiting for it."""
+PER_WARP = 1024
 
 
 @triton.jit
@@ -24,8 +26,10 @@ def _round_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.const
         dims_K = start + tl.arange(0, BLOCK)
         x_K = tl.load(x + row * width + dims_K, mask=dims_K < width, other=0.0).to(tl.float32)
         largest_K = tl.maximum(largest_K, tl.abs(x_K))
-    scale = tl.max(largest_K, axis=0) / MOST
-    inverse = tl.where(scale == 0, 0.0, 1 / scale)
+    scale = tl.max(largest_K, axis=0) * (1 / MOST)
+    inverse = tl.where(
+        scale == 0, 0.0, tl.div_rn(tl.full([], 1.0, tl.float32), scale)
+    )  # to the bit, as torch: it decides between neighbours
     tl.store(scales + row, scale)
     for start in range(0, width, BLOCK):
         dims_K = start + tl.arange(0, BLOCK)
@@ -58,7 +62,10 @@ def round_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     numbers_TK = torch.empty_like(x_TK, dtype=FP8)
     scales_T = x_TK.new_empty(x_TK.shape[0], dtype=torch.float32)
     if x_TK.shape[0]:
-        _round_kernel[(x_TK.shape[0],)](x_TK, numbers_TK, scales_T, x_TK.shape[1], MOST=FP8_MOST, BLOCK=FP8_BLOCK, num_warps=4)
+        block = min(triton.next_power_of_2(x_TK.shape[1]), FP8_BLOCK)
+        _round_kernel[(x_TK.shape[0],)](
+            x_TK, numbers_TK, scales_T, x_TK.shape[1], MOST=FP8_MOST, BLOCK=block, num_warps=max(4, block // PER_WARP)
+        )
     return numbers_TK, scales_T
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.runtime.errors import PTXASError
 
 from parallel.compiled import cache_path
 
@@ -88,7 +89,7 @@ class Tiles:
         for tile in candidates:
             try:
                 seconds[tile] = measure(lambda tile=tile: launch(tile))  # type: ignore[misc]
-            except triton.OutOfResources:  # this device has not so much shared memory, or so many registers
+            except (triton.OutOfResources, PTXASError):  # this device has not so much shared memory, or so many registers
                 continue
         best = min(candidates, key=lambda tile: seconds.get(tile, float("inf")))
         log.debug("%s: %s, of %s", key, best, {str(tile): f"{s * 1e6:.1f} us" for tile, s in seconds.items()})
