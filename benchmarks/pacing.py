@@ -1,7 +1,7 @@
 """Long prompts beside running streams under a virtual clock: how late tokens come, and how fast prompts go, by `engine.prompt_share`,
-`prompt_wait_steps` and `max_step_s`.
+`prompt_wait_steps`, `prompt_step_s` and `max_step_s`; with ``--chats`` chats of 150 tokens in and 128 out at once instead.
 
-    python -m benchmarks.pacing [--machine gpu] [--streams 32] [--prompts 40] [--seed 1]
+    python -m benchmarks.pacing [--machine gpu] [--streams 32] [--prompts 40] [--seed 1] [--chats 32]
 
 Simulated, and no more than this: what a step takes (base + per token + per token and context, of about a 7B model on one accelerator, or
 a 0.5B model on two CPU cores). Engine, scheduler, blocks and what is learnt of the steps' times are the server's own.
@@ -73,19 +73,56 @@ def simulated(machine: str, config: EngineConfig, num_streams: int, num_prompts:
     return gaps, computed / sum(gaps), statistics.fmean(first_after)
 
 
+def chats(machine: str, config: EngineConfig, count: int) -> tuple[list[float], list[float], float]:
+    """Gaps between tokens, times to the first one, and tokens a second, of so many chats at once, after a few by which steps are known.
+
+    The first is computed alone, as where they come over a network.
+    """
+    draw, ranks = random.Random(1), Ranks(machine)
+    engine = Engine(ranks, config)
+
+    def ask(names: list[str]) -> None:
+        for name in names:
+            prompt = tuple(draw.randrange(50_000) for _ in range(150))
+            engine.submit(Request(id=name, prompt=prompt, sampling=SamplingParams(max_tokens=128)))
+
+    ask([f"before {number}" for number in range(4)])
+    while engine.stats.num_running + engine.stats.num_waiting:
+        engine.turn()
+    names = [str(number) for number in range(count)]
+    ask(names[:1])
+    now, heard, gaps, first_after = 0.0, dict[str, float](), list[float](), list[float]()
+    while not heard or engine.stats.num_running + engine.stats.num_waiting:
+        told = engine.turn()
+        now += ranks.seconds
+        for event in told:
+            if event.tokens:
+                (gaps if event.request_id in heard else first_after).append(now - heard.get(event.request_id, 0.0))
+                heard[event.request_id] = now
+        ask(names[1:])
+        names = []
+    return gaps, first_after, count * 128 / now
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", choices=sorted(MACHINES), default="gpu")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--chats", type=int, help="so many short ones at once instead of long prompts beside streams")
     arguments = parser.parse_args()
+    if arguments.chats:
+        return tell_chats(arguments.machine, arguments.chats)
     print(f"{arguments.streams} streams, {arguments.prompts} prompts of 1,000 to 5,000 tokens, as on a {arguments.machine}, virtual clock")
-    print(f"{'share':<8}{'wait':<8}{'max_step_s':<12}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT':>10}  ms{'prompt tokens/s':>20}")
+    print(
+        f"{'share':<8}{'wait':<8}{'prompt_step_s':<15}{'max_step_s':<12}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT':>10}  ms{'prompt tokens/s':>20}"
+    )
     configs = [
         EngineConfig(prompt_share=1.0),
         EngineConfig(prompt_share=0.75, prompt_wait_steps=1e6),
         EngineConfig(),
+        EngineConfig(prompt_step_s=1e6),
         EngineConfig(prompt_wait_steps=1e6),
     ]
     configs += [EngineConfig(prompt_share=1.0, max_step_s=limit) for limit in reversed(MACHINES[arguments.machine][3])]
@@ -94,7 +131,24 @@ def main() -> None:
         p50, p99 = statistics.median(gaps), statistics.quantiles(gaps, n=100)[98]
         figures = "".join(f"{seconds * 1000:>10.0f}" for seconds in (p50, p99, max(gaps), first))
         wait = "any" if config.prompt_wait_steps == 1e6 else f"{config.prompt_wait_steps:g}"
-        print(f"{config.prompt_share:<8}{wait:<8}{config.max_step_s or 'none':<12}{figures}{rate:>24,.0f}")
+        print(
+            f"{config.prompt_share:<8}{wait:<8}{_limit(config.prompt_step_s):<15}{config.max_step_s or 'none':<12}{figures}{rate:>24,.0f}"
+        )
+
+
+def tell_chats(machine: str, count: int) -> None:
+    print(f"{count} chats of 150 tokens in and 128 out at once, as on a {machine}, virtual clock")
+    print(f"{'share':<8}{'prompt_step_s':<15}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT p50':>10}{'p99':>10}  ms{'tokens/s':>12}")
+    configs = [EngineConfig(prompt_share=1.0)] + [EngineConfig(prompt_step_s=limit) for limit in (1e6, 0.8, 0.4, 0.3, 0.2)]
+    for config in configs:
+        gaps, first, rate = chats(machine, config, count)
+        shown = [statistics.median(gaps), statistics.quantiles(gaps, n=100)[98], max(gaps), statistics.median(first), max(first)]
+        figures = "".join(f"{seconds * 1000:>10,.0f}" for seconds in shown)
+        print(f"{config.prompt_share:<8}{_limit(config.prompt_step_s):<15}{figures}{rate:>16,.1f}")
+
+
+def _limit(seconds: float) -> str:
+    return "any" if seconds == 1e6 else f"{seconds:g}"
 
 
 if __name__ == "__main__":

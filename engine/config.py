@@ -18,7 +18,10 @@ class EngineConfig:
     cut."""
     prompt_wait_steps: float = 15.0
     """Where so many prompts wait that at `prompt_share` they would take longer than so many steps without prompts, their share grows, up to
-    nine tenths."""
+    two thirds, and up to nine tenths while a step takes no longer than `prompt_step_s`."""
+    prompt_step_s: float = 0.4
+    """About so long a step may take by what waits, beyond two thirds for prompts: on GPUs steps stay below it, on a CPU streams would
+    stand still for most of a second."""
     max_step_s: float | None = None
     """While sequences decode, prompts are cut so that a step takes about no longer than this whatever waits, by what steps have taken so
     far: the most that a running stream waits for its next token. None = no such limit."""
@@ -57,6 +60,8 @@ class EngineConfig:
             raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
         if not self.prompt_wait_steps > 0:
             raise ValueError(f"prompt_wait_steps must be above 0, got {self.prompt_wait_steps}")
+        if not self.prompt_step_s > 0:
+            raise ValueError(f"prompt_step_s must be above 0, got {self.prompt_step_s}")
         if self.max_step_s is not None and not self.max_step_s > 0:
             raise ValueError(f"max_step_s must be above 0, got {self.max_step_s}")
         if not self.rebalance_threshold >= 1:

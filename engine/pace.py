@@ -16,14 +16,17 @@ LEAST_TOKENS = 16
 FIRST_TOKENS = 128
 """So many, while steps of one size have been seen only and a step's time is limited."""
 MOST_SHARE = 0.9
-"""However much waits: prompts then go at nine tenths of the full rate, and streams have a token in ten times their usual time."""
+"""However much waits and however short steps are: prompts then go at nine tenths of the full rate, and streams have a token in ten times
+their usual time."""
+GROWN_SHARE = 2 / 3
+"""However long a step then takes: streams have a token in three times their usual time."""
 RECOVERY = 1.1
 """Steps that stay below the limit are trusted with so much more each time, up to what the line says."""
 
 
 class Pace:
-    """Keeps steps with decoding sequences near what they take without prompts, by `EngineConfig.prompt_share`, `prompt_wait_steps` and
-    `max_step_s`.
+    """Keeps steps with decoding sequences near what they take without prompts, by `EngineConfig.prompt_share`, `prompt_wait_steps`,
+    `prompt_step_s` and `max_step_s`.
 
     The line through past steps is only a guide (attention over a long context costs more than it says): a step that took longer than
     `max_step_s` makes the next one smaller at once.
@@ -52,13 +55,15 @@ class Pace:
             self._trust = min(1.0, self._trust * RECOVERY)
 
     def _shared(self, num_decoding: int, num_waiting: int) -> int:
-        """As many as take their share of a step: so large that what waits is done after the time of `prompt_wait_steps` without prompts."""
+        """As many as take their share of a step: so large that what waits is done after the time of `prompt_wait_steps` without prompts,
+        as far as a step may take."""
         base_s, token_s = self._step_line()
         if self._config.prompt_share >= 1 or token_s <= 0:
             return self._most
         others = base_s / token_s + num_decoding  # tokens that take as long
         wanted = num_waiting / (self._config.prompt_wait_steps * others)
-        share = max(self._config.prompt_share, min(wanted, MOST_SHARE))
+        in_time = 1 - others * token_s / self._config.prompt_step_s
+        share = max(self._config.prompt_share, min(wanted, MOST_SHARE, max(in_time, GROWN_SHARE)))
         return int(others * share / (1 - share))
 
     def _within_limit(self, num_decoding: int) -> int:

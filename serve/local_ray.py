@@ -44,6 +44,12 @@ STOP_MARGIN_S = 1.0
 DRAIN_S = 2.0
 """A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
 NICENESS = "RAY_worker_niceness"
+FOR_NOBODY = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+"""What Ray's processes tell each other for its dashboard. Ours are `manta top` and /metrics."""
+CONTROL_LOOP = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
+CONTROL_LOOP_S = 0.25
+"""How often Ray Serve's controller looks at everything, asking the GCS three times: ten times a second by itself, which on one host of a few
+cores is taken from the model."""
 MARK = "RAY_AUTH_TOKEN_PATH"
 """The variable by which the processes of one server are known; each has a token of its own."""
 
@@ -228,6 +234,8 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "120",
         NICENESS: os.environ.get(NICENESS, "0"),  # 15 by default: ranks then stand still beside whatever else runs
+        CONTROL_LOOP: os.environ.get(CONTROL_LOOP, f"{CONTROL_LOOP_S:g}"),
+        **({} if config.ray.dashboard else {name: os.environ.get(name, value) for name, value in FOR_NOBODY.items()}),
         "TMPDIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         **proxy_hook.variables(

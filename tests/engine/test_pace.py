@@ -49,9 +49,16 @@ def lived(
     max_step_s: float | None = None,
     prompt_share: float = 1.0,
     prompt_wait_steps: float = 1e6,
+    prompt_step_s: float = 1e6,
 ) -> list[tuple[int, int, float]]:
     """Streams that decode, and long prompts that come beside them: sequences that decode, prompt tokens and seconds of every step."""
-    config = EngineConfig(max_step_s=max_step_s, prompt_share=prompt_share, prompt_wait_steps=prompt_wait_steps, max_step_tokens=2048)
+    config = EngineConfig(
+        max_step_s=max_step_s,
+        prompt_share=prompt_share,
+        prompt_wait_steps=prompt_wait_steps,
+        prompt_step_s=prompt_step_s,
+        max_step_tokens=2048,
+    )
     engine = Engine(ranks, config)
     for number in range(streams):
         engine.submit(Request(id=f"stream {number}", prompt=(number,), sampling=SamplingParams(max_tokens=8000)))
@@ -138,7 +145,24 @@ def test_the_share_grows_with_what_waits_and_leaves_streams_a_tenth() -> None:
     assert all(last < 1.7 * 200 * 0.024 for wait, last in zip(waits, lasts, strict=True) if wait < 0.85 * 200 * 0.024)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.001, 0.1), st.floats(1e-4, 2e-3), st.integers(1, 16))
+def test_the_share_grows_to_what_a_step_may_take_but_two_thirds_in_any_case(base_s: float, token_s: float, streams: int) -> None:
+    """18,000 prompt tokens wait, which would be nine tenths of each step."""
+    steps = lived(Timed(base_s, token_s), streams=streams, prompt_share=0.5, prompt_wait_steps=1, prompt_step_s=0.4)
+    left = 6 * 3000
+    for number, (decoding, tokens, seconds) in enumerate(steps):
+        left -= tokens
+        if number >= SETTLING and decoding and tokens and left > 3000:
+            alone_s = base_s + decoding * token_s
+            wanted_s = min(10 * alone_s, max(3 * alone_s, 0.4))
+            if tokens < 2048 - decoding:
+                assert seconds == pytest.approx(wanted_s, rel=0.03, abs=4 * token_s), number
+
+
 def test_a_time_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompt_step_s"):
+        EngineConfig(prompt_step_s=0.0)
     with pytest.raises(ValueError, match="max_step_s"):
         EngineConfig(max_step_s=0.0)
     with pytest.raises(ValueError, match="prompt_wait_steps"):
