@@ -115,9 +115,8 @@ def main() -> None:
     if arguments.chats:
         return tell_chats(arguments.machine, arguments.chats)
     print(f"{arguments.streams} streams, {arguments.prompts} prompts of 1,000 to 5,000 tokens, as on a {arguments.machine}, virtual clock")
-    print(
-        f"{'share':<8}{'wait':<8}{'prompt_step_s':<15}{'max_step_s':<12}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT':>10}  ms{'prompt tokens/s':>20}"
-    )
+    settings = "".join(f"{name:<{width}}" for name, width in (("share", 8), ("wait", 8), ("prompt_step_s", 15), ("max_step_s", 12)))
+    print(f"{settings}{'gap p50':>10}{'p99':>10}{'max':>10}{'TTFT':>10}  ms{'prompt tokens/s':>20}")
     configs = [
         EngineConfig(prompt_share=1.0),
         EngineConfig(prompt_share=0.75, prompt_wait_steps=1e6),

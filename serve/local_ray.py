@@ -48,8 +48,8 @@ FOR_NOBODY = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_inte
 """What Ray's processes tell each other for its dashboard. Ours are `manta top` and /metrics."""
 CONTROL_LOOP = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
 CONTROL_LOOP_S = 0.25
-"""How often Ray Serve's controller looks at everything, asking the GCS three times: ten times a second by itself, which on one host of a few
-cores is taken from the model."""
+"""How often Ray Serve's controller looks at everything, asking the GCS three times. By itself it does so ten times a second, which on one
+host of a few cores is taken from the model."""
 MARK = "RAY_AUTH_TOKEN_PATH"
 """The variable by which the processes of one server are known; each has a token of its own."""
 
