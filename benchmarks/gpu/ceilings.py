@@ -21,7 +21,7 @@ GUESSED = Ceilings(read_bytes_per_s=4.3e12, flop_per_s=7.8e14, fp8_flop_per_s=1.
 
 
 def found_in(results: Results) -> Ceilings:
-    """Those that a process before this one has measured."""
+    """Those that have been measured, by this process or one before it."""
     found = {one.name: one.value * 1e12 for one in results.figures if one.part == "ceilings" and one.unit in ("TB/s", "TFLOP/s")}
     products = [value for name, value in found.items() if name.startswith("torch.")]
     reads = [value for name, value in found.items() if name.startswith(("read", "copy"))]
@@ -31,20 +31,20 @@ def found_in(results: Results) -> Ceilings:
     return Ceilings(max(reads), max(products), max(fp8, default=max(products)))
 
 
-def measure(results: Results, device: torch.device, *, tiny: bool) -> Ceilings:
+def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
     """Random numbers: a matrix product of zeros is faster."""
     num_bytes, size = (1 << 22, 256) if tiny else (4 << 30, 8192)
-    read = _memory(results, device, num_bytes)
+    _memory(results, device, num_bytes)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     rate = 2 * size**3 / median_s(lambda: one @ other, device)
     results.add("ceilings", f"{dtype} product of {size}", rate / 1e12, "TFLOP/s")
-    fp8_rate = _fp8_rate(results, device, size) if device.type == "cuda" else rate
     _launches(results, device)
-    return Ceilings(read, rate, fp8_rate)
+    if device.type == "cuda":
+        _fp8_rate(results, device, size)
 
 
-def _memory(results: Results, device: torch.device, num_bytes: int) -> float:
+def _memory(results: Results, device: torch.device, num_bytes: int) -> None:
     buffer = torch.randn(num_bytes // 4, device=device)
     half = buffer.numel() // 2
     copied = num_bytes / median_s(lambda: buffer[half:].copy_(buffer[:half]), device)
@@ -54,15 +54,13 @@ def _memory(results: Results, device: torch.device, num_bytes: int) -> float:
     multiplied = num_bytes / median_s(lambda: [F.linear(row, matrix) for matrix in matrices], device)
     for name, rate in (("copy, read and written", copied), ("read by a sum", summed), ("read by a row times matrices", multiplied)):
         results.add("ceilings", name, rate / 1e12, "TB/s")
-    return max(copied, summed, multiplied)
 
 
-def _fp8_rate(results: Results, device: torch.device, size: int) -> float:
+def _fp8_rate(results: Results, device: torch.device, size: int) -> None:
     one, other = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     scale = torch.ones(1, device=device)
     seconds = median_s(lambda: torch._scaled_mm(one, other.T, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16), device)
     results.add("ceilings", f"fp8 product of {size}", 2 * size**3 / seconds / 1e12, "TFLOP/s")
-    return 2 * size**3 / seconds
 
 
 def _launches(results: Results, device: torch.device) -> None:

@@ -60,7 +60,10 @@ class Bench:
     ceilings: Ceilings = GUESSED
 
     def measure_ceilings(self) -> None:
-        self.ceilings = ceilings.measure(self.results, self.device, tiny=self.tiny)
+        try:
+            ceilings.measure(self.results, self.device, tiny=self.tiny)
+        finally:
+            self.ceilings = ceilings.found_in(self.results)  # those that were
 
     def check_kernels(self, check: str) -> None:
         Checks(self.results, self.device, self.ceilings, TINY_SIZES if self.tiny else Sizes()).run(check)

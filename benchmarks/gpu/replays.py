@@ -5,6 +5,7 @@ import random
 import numpy as np
 import torch
 
+from benchmarks.gpu.ahead import wrong_ahead
 from benchmarks.gpu.models import Served
 from benchmarks.gpu.results import Results
 from engine.plan import Opening, StepPlan, Work
@@ -55,6 +56,9 @@ def check(results: Results, name: str, served: Served) -> None:
         results.add("replays", f"{name}: tokens of {rows} that differ", float(different), "rows")
         if different:
             wrong.append(f"{name}: replayed sampling gives {different} other tokens of {rows}")
+    for count in (1, 33):
+        results.go_on()
+        wrong += wrong_ahead(results, name, served, kinds=KINDS, count=count)
     assert not wrong, "; ".join(wrong)
 
 

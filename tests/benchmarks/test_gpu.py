@@ -11,18 +11,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import collectives, parts, whole
+from benchmarks.gpu import ahead, collectives, parts, whole
+from benchmarks.gpu.ahead import wrong_ahead
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import Served, config_of, random_model
 from benchmarks.gpu.results import Results
+from engine.request import SamplingParams
 from model.config import ModelConfig
 from model.qwen2 import Qwen2
 
@@ -185,6 +187,23 @@ def test_a_model_that_computes_something_else_is_seen(monkeypatch: pytest.Monkey
     monkeypatch.setattr(whole, "_logits", other)
     with pytest.raises(AssertionError, match=r"tiny: logits are off by .*tiny-moe: logits are off by"):
         whole.check(results, cpu, tiny=True)
+
+
+def test_answers_that_differ_a_step_ahead_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(random_model("tiny", torch.device("cpu")), max_running=8, kv_cache_bytes=1 << 20)
+    kinds = [SamplingParams(temperature=0.0), SamplingParams(top_k=20, repetition_penalty=1.1), SamplingParams()]
+    results = Results(None, 1.0)
+    monkeypatch.setattr(ahead, "TOKENS_OUT", 4)
+    assert wrong_ahead(results, "tiny", served, kinds=kinds, count=5) == []
+    assert [figure.value for figure in results.figures] == [0.0, 0.0]
+    answers, calls = ahead._answers, count(1)
+
+    def other(*arguments: Any) -> dict[str, list[int]]:
+        found = answers(*arguments)
+        return found | {"ahead-2": []} if next(calls) == 3 else found
+
+    monkeypatch.setattr(ahead, "_answers", other)
+    assert wrong_ahead(results, "tiny", served, kinds=kinds, count=5) == ["tiny: 1 of 5 answers differ a step ahead"]
 
 
 @pytest.mark.slow

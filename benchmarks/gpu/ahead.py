@@ -1,0 +1,61 @@
+"""Steps that are begun before the one before them is read, against one after the other: the same tokens, whatever is asked for.
+
+Both compute the same rows with the same kernels, so no rounding is between them: what differs was read or written at the wrong time.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.gpu.models import Served
+from benchmarks.gpu.results import Results
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import StepPlan
+from engine.request import Request, SamplingParams
+
+TOKENS_IN, TOKENS_OUT = 40, 48
+
+
+def wrong_ahead(results: Results, name: str, served: Served, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
+    """What is wrong with answers to so many requests at once, all of one length, so that every step has the same rows."""
+    draw, vocab_size = random.Random(), served.model.config.vocab_size
+    requests = [
+        Request(
+            id=f"ahead-{number}",
+            prompt=tuple(draw.randrange(vocab_size) for _ in range(TOKENS_IN)),
+            sampling=replace(draw.choice(kinds), seed=number, max_tokens=TOKENS_OUT),
+        )
+        for number in range(count)
+    ]
+    one_by_one = replace(served.config, run_ahead=False)
+    first, again, ahead = (_answers(served, config, requests) for config in (one_by_one, one_by_one, served.config))
+    unsteady, different = (sum(other[key] != first[key] for key in first) for other in (again, ahead))
+    results.add("replays", f"{name}: answers of {count} that differ when asked again", float(unsteady), "answers")
+    results.add("replays", f"{name}: answers of {count} that differ a step ahead", float(different), "answers")
+    return [
+        f"{name}: {number} of {count} answers differ {when}"
+        for number, when in ((unsteady, "when asked again"), (different, "a step ahead"))
+        if number
+    ]
+
+
+def _answers(served: Served, config: EngineConfig, requests: Sequence[Request]) -> dict[str, list[int]]:
+    """
+    Raises:
+        RuntimeError: a request failed.
+    """
+    executor = served.engine.executor
+    executor.submit(StepPlan(0, (), closed=tuple(range(2 * len(requests))))).result()  # each engine counts its sequences from 0
+    engine, tokens = Engine(executor, config), {request.id: list[int]() for request in requests}
+    for request in requests:
+        engine.submit(request)
+    running = set(tokens)
+    while running:
+        for event in engine.turn():
+            if event.finish_reason == "error":
+                raise RuntimeError(f"{event.request_id}: {event.error_message}")
+            tokens[event.request_id] += event.tokens
+            if event.finish_reason is not None:
+                running.discard(event.request_id)
+    return tokens
