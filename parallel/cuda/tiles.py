@@ -91,7 +91,7 @@ class Tiles:
                 seconds[tile] = measure(lambda tile=tile: launch(tile))  # type: ignore[misc]
             except (triton.OutOfResources, PTXASError):  # this device has not so much shared memory, or so many registers
                 continue
-            except (PTXASError, RuntimeError) as error:  # a compiler that fails at a tile nobody needs must not end the start
+            except RuntimeError as error:  # a compiler that fails at a tile nobody needs must not end the start
                 log.warning("%s: %s does not compile, or not run: %s", key, tile, error)
         best = min(candidates, key=lambda tile: seconds.get(tile, float("inf")))
         log.debug("%s: %s, of %s", key, best, {str(tile): f"{s * 1e6:.1f} us" for tile, s in seconds.items()})
