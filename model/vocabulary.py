@@ -55,7 +55,10 @@ def _from_definition(definition: dict[str, Any], named: frozenset[str]) -> Vocab
     table = byte_of_character()
     tokens = [b""] * (max([*stored.values(), *added]) + 1)
     for text, token in stored.items():
-        tokens[token] = bytes(map(table.__getitem__, text)) if table.keys() >= set(text) else text.encode()
+        try:
+            tokens[token] = bytes(map(table.__getitem__, text))
+        except KeyError:  # a text as it is
+            tokens[token] = text.encode()
     for token, entry in added.items():
         tokens[token] = entry["content"].encode()
     special = {token for token, entry in added.items() if entry.get("special") or entry["content"] in named}
