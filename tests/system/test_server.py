@@ -178,7 +178,7 @@ async def test_the_asynchronous_client_says_what_the_synchronous_does(server, gr
 
 
 def test_manta_chat_prints_the_answer(server):
-    command = [sys.executable, "-m", "serve", "chat", "--endpoint", server.grpc, "What is the capital of France?"]
+    command = [sys.executable, "-m", "serve", "chat", "--temperature", "0", "--endpoint", server.grpc, "What is the capital of France?"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
