@@ -30,8 +30,8 @@ class PackedFormat:
     ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``bf16_dot``
     rounds ``x`` to bfloat16 as well, for processors that multiply it natively, and sums in float32. ``fp32`` only puts them in the
     order in which they are read. ``int8`` and ``int4`` round each group of 128 or 32 input features to multiples of a scale of its
-    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature. ``int8_dot`` and ``int4_dot`` round the same
-    groups of each row of ``x`` to 8 bits as well, for processors that multiply those natively; ``int8_dot`` turns both sides before
+    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature. ``int8_dot`` and ``int4_dot`` round
+    groups of 128 of each row of ``x`` to 8 bits as well, for processors that multiply those natively; ``int8_dot`` turns both sides before
     (`parallel.rounding.turned`), by which they lose less.
     """
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from parallel.arena import Arena
 from parallel.native.library import Native, native, num_threads
 from parallel.rounding import LEVELS, round_rows, round_to_groups, turned, turned_back
-from parallel.scale_groups import GROUP
+from parallel.scale_groups import GROUP, ROW_GROUP
 
 Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"]
-"""``bf16`` is multiplied in float32, ``int8`` and ``int4`` by rows as 16-bit integers, which is as exact. With ``_dot`` rows are rounded to
-bfloat16 or to 8-bit integers, with a scale to a group as the weights, where the processor has such a product. ``int8_dot`` holds groups
-turned (`parallel.rounding.turned`)."""
+"""``bf16`` is multiplied in float32, ``int8`` and ``int4`` by rows as 16-bit integers with a scale to a group as the weights, which is as
+exact. With ``_dot`` rows are rounded to bfloat16, or to 8-bit integers with a scale to `ROW_GROUP` features, where the processor has such a
+product. ``int8_dot`` holds groups turned (`parallel.rounding.turned`)."""
 SHIFTS = {"int4": [4 * (k // 2) + 16 * (k % 2) for k in range(8)], "int4_dot": [8 * (k % 4) + 4 * (k // 4) for k in range(8)]}
 """Where in 32 bits eight neighbouring input features lie."""
 _HELD: dict[Kind, tuple[torch.dtype, int]] = {
@@ -173,9 +173,9 @@ def rounded(kind: Kind, x_TK: Tensor) -> Tensor:
         case "bf16_dot":
             return x_TK.bfloat16().float()
         case "int8_dot":
-            return round_rows(x_TK, GROUP["int8"], turn=True)
+            return round_rows(x_TK, ROW_GROUP, turn=True)
         case "int4_dot":
-            return round_rows(x_TK, GROUP["int4"], turn=False)
+            return round_rows(x_TK, ROW_GROUP, turn=False)
     return x_TK.float()
 
 

@@ -1,7 +1,9 @@
 // Weights of 8 and 4 bits with a scale for each group of input features, times rows as integers with a scale for each group: of 16 bits,
-// which is as exact as float32, or of 8 bits where a processor multiplies four of them at a time. Sums within a group are exact.
+// which is as exact as float32, or of 8 bits where a processor multiplies four of them at a time (then four groups of 4-bit weights meet one
+// of a row). Sums within a group are exact.
 #pragma once
 #include <cmath>
+#include <type_traits>
 #include "linear.h"
 
 // A row as integers of 16 or 8 bits.
@@ -9,7 +11,7 @@ template <class Number> struct QuantisedRow {
     static constexpr bool APART = sizeof(Number) == 1;
     const Number* x;
     const float* scales;
-    const int32_t* starts;  // what the sum over each group begins with: what is added to weights while they are held, taken away again
+    const int32_t* starts;  // what the sum over each group of weights begins with: what is added to them while they are held, taken away again
 };
 
 // sums += rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
@@ -53,6 +55,7 @@ struct Int8 {
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 0;  // what is added to a weight before it is multiplied
+    static constexpr int MOST = MOST_ROWS;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
@@ -75,6 +78,7 @@ struct Int4 {
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 8;
+    static constexpr int MOST = MOST_ROWS;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
@@ -95,6 +99,8 @@ struct Int4 {
 };
 
 #if defined(__AVX512VNNI__)
+constexpr long ROW_GROUP = 128;  // numbers of a row that share a scale where they have 8 bits
+
 // Four input features of R rows times those of a panel's 2 * LANES outputs (VPDPBUSD: its left numbers are without a sign).
 template <int R, int P> static INLINE void add_four(const Apart<R, int8_t>& rows, Words first, Words second, Words (&sum)[R][P][2], int p) {
     each<R>([&](auto r) INLINED {
@@ -114,6 +120,7 @@ struct Int8Dot {
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 128;
+    static constexpr int MOST = MOST_ROWS;
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
@@ -138,16 +145,22 @@ struct Int4Dot {
     const uint8_t* weights;  // [panel][k / 8][output] four bytes: numbers k + i + 8 in the lower halves, k + 4 + i + 8 in the upper ones
     const uint16_t* scales;  // half precision, [panel][group][output]
     long K, group;
-    static constexpr long PARTS_BY_PANEL = 8;
+    static constexpr long PARTS_BY_PANEL = 12;
     using Number = int8_t;
-    using Row = QuantisedRow<Number>;
+    using Row = QuantisedRow<Number>;  // with a scale for ROW_GROUP numbers
     static constexpr int32_t OFFSET = 8;
-    static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
+    static constexpr int MOST = 8;  // rows, by registers: two of whole numbers and two of their scaled sums for each
+    static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
+    // What stands in a loop costs most where rows are many, so a group ends in one operation of the unit that multiplies: its scale times
+    // its sum, added up. The row's scale comes once for ROW_GROUP inputs.
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
         const Words mask = all_words(0x0f0f0f0f);
         Apart<R, int8_t> x(rows, k0);
-        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
+        Floats total[R][P][2];
+        const auto add_group = [&](long g, auto is_first) INLINED {
+            Words sum[R][P][2];
+            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
             for (long k = g * group; k < (g + 1) * group; k += 8)
                 each<2>([&](auto s) INLINED {
                     each<P>([&](auto p) INLINED {
@@ -158,7 +171,30 @@ struct Int4Dot {
                     });
                     x.advance(4);
                 });
-        });
+            each<P>([&](auto p) INLINED {
+                each<2>([&](auto h) INLINED {
+                    const Floats scale = from_halves(scales + ((panel + p) * (K / group) + g) * PANEL + h * LANES);
+                    each<R>([&](auto r) INLINED {
+                        const Floats found = to_floats(sum[r][p][h]);
+                        total[r][p][h] = is_first ? multiply(found, scale) : multiply_add(found, scale, total[r][p][h]);
+                    });
+                });
+            });
+        };
+        for (long k = k0; k < k1; k += ROW_GROUP) {
+            const long first = k / group, last = std::min(k + ROW_GROUP, k1) / group;
+            add_group(first, std::true_type());
+            for (long g = first + 1; g < last; ++g) add_group(g, std::false_type());
+            each<R>([&](auto r) INLINED {
+                const Floats scale = all(rows[r].scales[k / ROW_GROUP]);
+                each<P>([&](auto p) INLINED {
+                    each<2>([&](auto h) INLINED {
+                        float* at = sums + r * stride + p * PANEL + h * LANES;
+                        store(at, multiply_add(total[r][p][h], scale, load(at)));
+                    });
+                });
+            });
+        }
     }
 };
 #endif
@@ -194,22 +230,23 @@ static inline void quantise_group(const float* x, long group, int32_t offset, in
 }
 
 #if defined(__AVX512VNNI__)
-// N registers of x, a group, as 8-bit integers of a scale by which `factor` is multiplied.
-template <int N> static INLINE void quantise_registers(Floats (&x)[N], float factor, int32_t offset, int8_t* out, float* scale, int32_t* start) {
-    Words most = no_words(), sum = no_words();
-    each<N>([&](auto i) INLINED { most = _mm512_max_epi32(most, both(_mm512_castps_si512(x[i]), all_words(0x7fffffff))); });
+// ROW_GROUP numbers as 8-bit integers of a scale by which `factor` is multiplied; a start for each `PER` registers.
+template <int PER> static INLINE void quantise_registers(Floats (&x)[8], float factor, int32_t offset, int8_t* out, float* scale, int32_t* starts) {
+    Words most = no_words(), sum[8 / PER];
+    each<8>([&](auto i) INLINED { most = _mm512_max_epi32(most, both(_mm512_castps_si512(x[i]), all_words(0x7fffffff))); });
     const int32_t bits = _mm512_reduce_max_epi32(most);  // in the order of the numbers, those that are not finite last
     float found;
     memcpy(&found, &bits, 4);
     const bool bad = bits >= 0x7f800000;
     const float top = !bad && found > LEAST_TOP ? found : 0;
     const Floats inverse = all(top > 0 ? 127.0f / top : 0.0f);
-    each<N>([&](auto i) INLINED {
+    each<8 / PER>([&](auto g) INLINED { sum[g] = no_words(); });
+    each<8>([&](auto i) INLINED {
         const Words number = bad ? no_words() : to_words(multiply(x[i], inverse));
-        sum = add_words(sum, number);
+        sum[i / PER] = add_words(sum[i / PER], number);
         _mm_storeu_si128((__m128i*)(out + i * LANES), _mm512_cvtepi32_epi8(number));
     });
-    *start = -offset * _mm512_reduce_add_epi32(sum);
+    each<8 / PER>([&](auto g) INLINED { starts[g] = -offset * _mm512_reduce_add_epi32(sum[g]); });
     *scale = bad ? NAN : top / 127.0f * factor;
 }
 
@@ -256,19 +293,13 @@ static inline void turn_groups(float* x, long groups, bool back) {
     }
 }
 
-// Groups of 128 are turned before they are rounded: a number far above the others is then shared out among all of them.
-static inline void quantise_group(const float* x, long group, int32_t offset, int8_t* out, float* scale, int32_t* start) {
-    if (group == 128) {
-        Floats turned[8];
-        each<8>([&](auto i) INLINED { turned[i] = load(x + i * LANES); });
-        change_signs(turned);
-        sums_and_differences(turned);
-        quantise_registers(turned, SHORTENED, offset, out, scale, start);
-    } else {
-        Floats whole[2];
-        each<2>([&](auto i) INLINED { whole[i] = load(x + i * LANES); });
-        quantise_registers(whole, 1, offset, out, scale, start);
-    }
+// Turned before they are rounded: a number far above the others is then shared out among all of them.
+static inline void quantise_group(const float* x, long, int32_t offset, int8_t* out, float* scale, int32_t* start) {
+    Floats turned[8];
+    each<8>([&](auto i) INLINED { turned[i] = load(x + i * LANES); });
+    change_signs(turned);
+    sums_and_differences(turned);
+    quantise_registers<8>(turned, SHORTENED, offset, out, scale, start);
 }
 #endif
 
@@ -299,3 +330,37 @@ public:
         }
     }
 };
+
+#if defined(__AVX512VNNI__)
+// Rows (count, K), rounded as they are: a scale for ROW_GROUP numbers, a start for each of the groups of 4-bit weights within them.
+class RowsByFours {
+    static constexpr long GROUP = ROW_GROUP / 4;
+    Room<int8_t> numbers;
+    Room<float> scales;
+    Room<int32_t> starts;
+    long groups;
+
+public:
+    std::vector<QuantisedRow<int8_t>> rows;
+
+    RowsByFours(long count, long, long padded, long)
+        : numbers(count * filled(padded)), scales(count * (filled(padded) / ROW_GROUP)), starts(count * (filled(padded) / GROUP)),
+          groups(filled(padded) / ROW_GROUP), rows(count) {
+        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * groups * ROW_GROUP], &scales[r * groups], &starts[r * groups * 4]};
+    }
+
+    void fill(long r, long first, const float* x, long width) {
+        Floats group[8];
+        each<8>([&](auto i) INLINED {
+            const long left = std::max(0L, std::min(long(LANES), width - i * LANES));
+            group[i] = _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), x + i * LANES);
+        });
+        const long g = r * groups + first / ROW_GROUP;
+        quantise_registers<GROUP / LANES>(group, 1, Int4Dot::OFFSET, &numbers[g * ROW_GROUP], &scales[g], &starts[g * 4]);
+    }
+
+private:
+    static long filled(long padded) { return (padded + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP; }
+};
+static_assert(PIECE == ROW_GROUP, "rows are filled a scale at a time");
+#endif

@@ -35,6 +35,12 @@ template <> struct Rows<Bf16Dot> : Bf16Rows {
 };
 #endif
 
+#if defined(__AVX512VNNI__)
+template <> struct Rows<Int4Dot> : RowsByFours {
+    using RowsByFours::RowsByFours;
+};
+#endif
+
 // x (count, K) as rows.
 template <class W> static Rows<W> rows_of(const float* x, long count, long K, long padded, long group, int threads) {
     Rows<W> rows(count, K, padded, group);

@@ -1,6 +1,6 @@
 // y = x W^T for a packed W, the same sum in the same order for every number of rows.
 //
-// Outputs lie in panels of PANEL = 2 * LANES. A tile is up to MOST_ROWS rows by some panels in registers; each output is one
+// Outputs lie in panels of PANEL = 2 * LANES. A tile is some rows by some panels in registers; each output is one
 // chain of multiply-adds over rising k, so a row's result does not depend on which rows are computed beside it.
 #pragma once
 #include <algorithm>
@@ -35,10 +35,10 @@ public:
 // Has a line of memory come near, but not so near that it drives out what is being multiplied.
 static INLINE void fetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
-// What kinds of weights have in common: `Row` is what a row of x has become, `tile` adds rows x panels over k0..k1 to sums, and may
-// fetch what lies `ahead` input features, of one panel after the other, behind what it reads. Up to PARTS_BY_PANEL times MOST_ROWS rows
-// one panel meets all rows before the next one, which is fetched meanwhile; with more the same rows meet all panels. What becomes of rows
-// is a class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a row at a time.
+// What kinds of weights have in common: `Row` is what a row of x has become, `tile` adds up to MOST rows x panels over k0..k1 to sums, and
+// may fetch what lies `ahead` input features, of one panel after the other, behind what it reads. Up to PARTS_BY_PANEL times MOST rows one
+// panel meets all rows before the next one, which is fetched meanwhile; with more the same rows meet all panels. What becomes of rows is a
+// class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a row at a time.
 constexpr long PIECE = 128;
 
 // R rows of numbers that lie equally far apart: few addresses for many rows, which else would not stay in registers.
@@ -117,6 +117,7 @@ template <class Stored> struct Exact {
     const Number* weights;
     long K;
     using Row = FloatRow;
+    static constexpr int MOST = MOST_ROWS;
     static constexpr long PARTS_BY_PANEL = 0;
 
     static constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
@@ -167,6 +168,7 @@ struct Bf16Dot {
     const uint16_t* weights;  // [panel][k / 2][output][2]
     long K;                   // even: filled up with a zero
     using Row = Bf16Row;
+    static constexpr int MOST = MOST_ROWS;
     static constexpr long PARTS_BY_PANEL = 2;
 
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
@@ -226,11 +228,11 @@ public:
 };
 #endif
 
-// `count` rows (as near to equal parts as they go, none above MOST_ROWS) by `panels` panels, added to sums.
+// `count` rows (as near to equal parts as they go, none above W's most) by `panels` panels, added to sums.
 template <class W> static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, float* sums, long stride) {
-    const long parts = (count + MOST_ROWS - 1) / MOST_ROWS;
+    const long parts = (count + W::MOST - 1) / W::MOST;
     if (parts == 1) {
-        with_rows(count, [&](auto some) {
+        with_rows<W::MOST>(count, [&](auto some) {
             constexpr int R = some.value, P = W::panels_at_once(R);
             long p = 0;
             for (; p + P <= panels; p += P) w.template tile<R, P>(rows, panel + p, 0, w.K, sums + p * PANEL, stride, P * w.K);
@@ -244,7 +246,7 @@ template <class W> static void block(const W& w, const typename W::Row* rows, lo
     const auto rows_at = [&](long part) { return part * count / parts; };
     const auto pass = [&](long part, long p, long k0, long k1, long ahead) {
         const long first = rows_at(part);
-        with_rows(rows_at(part + 1) - first, [&](auto some) {
+        with_rows<W::MOST>(rows_at(part + 1) - first, [&](auto some) {
             w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, sums + first * stride + p * PANEL, stride, ahead);
         });
     };
