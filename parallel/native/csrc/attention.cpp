@@ -38,11 +38,11 @@ struct Tile {
     }
 
     void take(const Cache<float>& cache, long kv, const int32_t* blocks, long start, long count) {  // zeros behind the last position
-        for (long p = 0; p < CHUNK; ++p) {
-            const long block = (start + p) / cache.block_tokens, at = ((start + p) % cache.block_tokens * cache.G + kv) * cache.K;
-            key_at[p] = p < count ? cache.at(cache.keys, blocks, block) + at : nothing.data();
-            value_at[p] = p < count ? cache.at(cache.values, blocks, block) + at : nothing.data();
-        }
+        cache.each_row(kv, blocks, start, count, [&](long p, long place) {
+            key_at[p] = cache.keys + place;
+            value_at[p] = cache.values + place;
+        });
+        for (long p = count; p < CHUNK; ++p) key_at[p] = value_at[p] = nothing.data();
         for (long p = 0; p < CHUNK; p += LANES)
             for (long k = 0; k < cache.K; k += 4) {
                 Floats turned[4];

@@ -21,7 +21,15 @@ struct Heads {
 template <class Number> struct Cache {
     const Number *keys, *values;  // (N, B, G, K)
     long block_tokens, G, K;
-    const Number* at(const Number* cache, const int32_t* blocks, long block) const { return cache + long(blocks[block]) * block_tokens * G * K; }
+
+    // run(p, place of its K numbers in keys and in values) for positions start + p, p < count, of one KV head.
+    template <class Run> INLINE void each_row(long kv, const int32_t* blocks, long start, long count, Run run) const {
+        long block = start / block_tokens, within = start % block_tokens;
+        for (long p = 0; p < count; ++block, within = 0) {
+            long place = ((long(blocks[block]) * block_tokens + within) * G + kv) * K;
+            for (; within < block_tokens && p < count; ++within, ++p, place += G * K) run(p, place);
+        }
+    }
 };
 
 // Some new tokens of one sequence from position `first` on, the query heads of one KV head. q and out are (tokens, H, K).

@@ -32,6 +32,7 @@ struct Tile {
     std::vector<float> out, most, sums;    // (rows, width), (rows), (rows, LANES)
     std::vector<long> seen;                // positions that a row sees, from the sequence's first
     std::vector<Bf16> nothing;
+    long to_come[CHUNK];  // places of keys and values of the positions behind those that are taken
     long K, width;  // K filled up to WIDE registers
 
     void begin(const Part& part, long head_width) {
@@ -49,18 +50,26 @@ struct Tile {
         }
     }
 
-    // Positions start .. start + count; zeros behind the last.
-    void take(const Cache<Bf16>& cache, long kv, const int32_t* blocks, long start, long count) {
+    // Positions from `start` on, up to CHUNK of them before `end`; zeros behind the last. Those of the next chunk come near meanwhile, a line at
+    // a time: many at once would have to wait for one another.
+    void take(const Cache<Bf16>& cache, long kv, const int32_t* blocks, long start, long end) {
         const float *key_at[CHUNK], *value_at[CHUNK];  // of pairs
-        for (long p = 0; p < CHUNK; ++p) {
-            const long block = (start + p) / cache.block_tokens, at = ((start + p) % cache.block_tokens * cache.G + kv) * K;
-            key_at[p] = (const float*)(p < count ? cache.at(cache.keys, blocks, block) + at : nothing.data());
-            value_at[p] = (const float*)(p < count ? cache.at(cache.values, blocks, block) + at : nothing.data());
+        const long count = std::min(CHUNK, end - start), next = std::max(0L, std::min(CHUNK, end - start - CHUNK));
+        cache.each_row(kv, blocks, start, count, [&](long p, long place) {
+            key_at[p] = (const float*)(cache.keys + place);
+            value_at[p] = (const float*)(cache.values + place);
+            to_come[p] = place;  // what is there already, where nothing comes
+        });
+        for (long p = count; p < CHUNK; ++p) {
+            key_at[p] = value_at[p] = (const float*)nothing.data();
+            to_come[p] = to_come[0];
         }
+        cache.each_row(kv, blocks, start + CHUNK, next, [&](long p, long place) { to_come[p] = place; });
         for (long p = 0; p < CHUNK; p += LANES)
             for (long k = 0; k < K / 2; k += 4) {
                 Floats turned[4];
                 for (int i = 0; i < 4; ++i) turned[i] = fours(key_at + p + i, k);
+                for (int i = 0; i < 4; ++i) come_near(cache.keys, p + 4 * i + k / 4 % 4, k / 16);  // every row's lines, in four turns
                 turn(turned[0], turned[1], turned[2], turned[3]);
                 for (int i = 0; i < 4; ++i) store((float*)&keys[(k + i) * CHUNK + p], turned[i]);
             }
@@ -69,8 +78,11 @@ struct Tile {
                 const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p] + k / 2)));
                 const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p + 1] + k / 2)));
                 _mm512_storeu_si512(&values[p / 2 * width + k], _mm512_or_si512(first, left<16>(second)));
+                come_near(cache.values, p + k / LANES % 2, k / 32);
             }
     }
+
+    INLINE void come_near(const Bf16* cache, long p, long line) const { _mm_prefetch((const char*)(cache + to_come[p] + line * 32), _MM_HINT_T0); }
 
     // The scores of a row become weights relative to the highest score so far. Returns by what earlier ones shrink.
     INLINE float weigh(const float* scores, long row, long start, int32_t* weights) {
@@ -134,7 +146,7 @@ static void attend(const Cache<Bf16>& cache, const Part& part) {
     asm volatile("" : "+r"(tile));  // else the compiler asks for this thread's one again wherever it is used
     tile->begin(part, K);
     for (long start = 0; start < end; start += CHUNK) {
-        tile->take(cache, part.heads.kv, part.blocks, start, std::min(CHUNK, end - start));
+        tile->take(cache, part.heads.kv, part.blocks, start, end);
         for (long group = 0; group < groups; ++group) {
             const long row = group * rows / groups;
             with_rows<ROWS>((group + 1) * rows / groups - row, [&](auto some) { tile->attend_rows<some.value>(row, start); });
