@@ -33,11 +33,11 @@ from cluster.intake import Intake
 from cluster.link import ReplicaLink
 from cluster.messages import Pong
 from cluster.router import Router
+from engine.garbage import settle
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 from engine.told import Said, Told
 from serve.caller import ANYONE
-from serve.garbage import settle
 from serve.http.chat import ChatChunks
 from serve.http.context import Stamp
 from serve.http.schema import ChatBody

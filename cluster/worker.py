@@ -5,8 +5,8 @@ import signal
 import socket as sockets
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,7 @@ from engine.begun import NOTHING, Begun, comes_first
 from engine.config import EngineConfig
 from engine.executor import Capacity
 from engine.failpoints import hit
+from engine.garbage import settle
 from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
 from engine.weights_read import WeightsRead
@@ -91,10 +92,11 @@ class ModelRanks:
         if "://" not in str(self.checkpoint_folder) and not (Path(self.checkpoint_folder) / "config.json").is_file():
             raise FileNotFoundError(f"there is no {self.checkpoint_folder}/config.json")
 
-    def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
+    @contextmanager
+    def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> Iterator[Rank]:
         from engine.run.start import start_rank
 
-        return start_rank(
+        with start_rank(
             checkpoint_folder=self.checkpoint_folder,
             topology=self.topology,
             rank=rank,
@@ -104,7 +106,9 @@ class ModelRanks:
             on_progress=on_progress,
             ranks_on_host=ranks_on_host,
             replicas_on_host=self.replicas_on_host,
-        )
+        ) as started:
+            settle()
+            yield started
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,13 @@ from cluster.router import Router
 from cluster.routing import policy_of
 from cluster.waiting_room import WaitingRoom
 from cluster.worker import ModelRanks
+from engine.garbage import settle
 from model.checkpoint_folder import small_files
 from serve.auth import Doorkeeper, OpenDoor
 from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.doors import Doors
 from serve.fetched_ranks import FetchedRanks
-from serve.garbage import settle
 from serve.grpc.admin import AdminServicer
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
@@ -119,6 +119,7 @@ class _Engine:
             version=deployed.version,
         )
         await asyncio.to_thread(self._replica.start)
+        settle()
 
     async def check_health(self) -> None:
         self._replica.check()

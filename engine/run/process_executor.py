@@ -16,6 +16,7 @@ from engine.begun import NOTHING, Begun, comes_first
 from engine.config import EngineConfig
 from engine.errors import WorkersLost
 from engine.executor import Capacity
+from engine.garbage import settle
 from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
 from engine.run.start import OnProgress, start_rank
@@ -38,6 +39,7 @@ def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> N
     try:
         settings["runner_config"] = on_its_device(settings["runner_config"], rank)
         with start_rank(rank=rank, **settings) as runner:
+            settle()
             connection.send(runner.capacity)
             begun = NOTHING
             while True:
