@@ -142,9 +142,9 @@ FEW = (64, 100, 512)
 MODELS = (
     ModelPart("0.5B", "0.5B", is_launched_too=True, beside=((1, 512, 64), (32, 128, 64)), num_sequences=256),
     ModelPart("7B", "7B", is_launched_too=True, beside=((1, 512, 32), (32, 128, 32)), num_sequences=128, minutes=2.0),
-    ModelPart("72B fp8", "72B", "fp8", rows=(1, 8, 32), contexts=(512, 6000), cells=SHORT, sequences=FEW),
-    ModelPart("57B-A14B", "57B-A14B", rows=(1, 2, 8, 32), contexts=(512, 6000), cells=SHORT, sequences=FEW),
-    ModelPart("57B-A14B fp8", "57B-A14B", "fp8", rows=(1, 2, 8, 32), contexts=(512,), cells=SHORT, sequences=FEW),
+    ModelPart("72B fp8", "72B", "fp8", rows=(1, 8, 32), contexts=(512, 6000), cells=SHORT, sequences=FEW, minutes=2.5),
+    ModelPart("57B-A14B", "57B-A14B", rows=(1, 2, 8, 32), contexts=(512, 6000), cells=SHORT, sequences=FEW, minutes=2.0),
+    ModelPart("57B-A14B fp8", "57B-A14B", "fp8", rows=(1, 2, 8, 32), contexts=(512,), cells=SHORT, sequences=FEW, minutes=2.0),
 )
 TINY = ModelPart("tiny", "tiny", rows=(1, 3), contexts=(5,), num_sequences=3, cells=((8, 4), (20, 3)), sequences=(5, 3, 9))
 TINY_MODELS = (
