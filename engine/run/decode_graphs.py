@@ -76,6 +76,10 @@ class DecodeGraphs:
             self.replays[size] = self._graphs.capture(partial(self._compute, size))
             after_each()
 
+    def forget(self) -> None:
+        """Let go of what was captured, whoever else still knows of this."""
+        self.replays.clear()
+
     def takes(self, num_rows: int) -> bool:
         """Whether a step of so many rows can be replayed: the same answer on every rank that computes this shard."""
         return num_rows <= self.sizes[-1]

@@ -147,7 +147,8 @@ def _bytes_of_heaviest_step(runner: Runner, engine_config: EngineConfig, groups:
     for _ in range(min(groups.topology.pp, 2)):  # with stages the hidden states of the step before may still be on their way
         run_and_forget(runner, step)
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    hidden_states = engine_config.max_step_tokens * runner.model.config.hidden_size * runner.model.dtype.itemsize
+    return torch.cuda.max_memory_allocated(device) - before + hidden_states  # of all tokens, where a prompt is scored or pooled
 
 
 def _bytes_of_graphs(runner: Runner, engine_config: EngineConfig) -> int:

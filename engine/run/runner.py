@@ -145,6 +145,9 @@ class Runner:
     def close(self) -> None:
         """Let go of what was captured, before the groups are left: NCCL leaves none while a graph that has its collectives is alive, and
         waits for that without end."""
+        for graphs in (self.decode_graphs, self.sampler_graphs):
+            if graphs is not None:
+                graphs.forget()
         self.decode_graphs = self.sampler_graphs = None
 
     def run(self, plan: StepPlan) -> StepResult | None:

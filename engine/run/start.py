@@ -1,11 +1,13 @@
 """From a checkpoint folder to a rank that takes steps: join the groups, load, measure, warm up."""
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -107,6 +109,7 @@ def start_rank(
             if (draft_folder := draft_model_of(engine_config, runner_config)) is not None:
                 check_draft_model(checkpoint_folder, draft_folder)
             groups = stack.enter_context(_joined(topology, rank, rendezvous, runner_config, device, tell))
+            stack.push(_forget_frames)
             model = _load(checkpoint, model_config, groups, runner_config, engine_config, device, tell)
         sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
         draft_model = _load_draft_model(draft_folder, model, runner_config, engine_config, device) if draft_folder and sampler else None
@@ -122,6 +125,12 @@ def start_rank(
         )
         stack.callback(runner.close)  # before the groups are left
         yield runner
+
+
+def _forget_frames(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+    """Where a step or a capture failed, its functions' variables would keep graphs alive while the groups are left; see `Runner.close`."""
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)
 
 
 def ready_runner(
@@ -170,7 +179,7 @@ def ready_runner(
         if runner_config.cuda_graphs and device.type == "cuda":
             capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
     except BaseException:
-        runner.close()  # what is raised keeps it alive, and the groups are left meanwhile
+        runner.close()
         raise
     runner.rebalancer.forget()
     log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, runner)

@@ -4,9 +4,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from engine.errors import GrammarFailed
 from engine.grammar import Grammar, GrammarCompiler
 from engine.run.grammar.guides import Guides
 from engine.run.settings import RunnerConfig
@@ -34,23 +36,36 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
 
 
 class MadeLater:
-    """A `GrammarCompiler` that is made after a while, or for the first grammar if that comes sooner."""
+    """A `GrammarCompiler` that is made after a while, or for the first grammar if that comes sooner. Where it cannot be made every
+    grammar is refused, and nothing else."""
 
     def __init__(self, make: Callable[[], GrammarCompiler], after_s: float) -> None:
         self._make = make
         self._made: GrammarCompiler | None = None
         self._making = threading.Lock()
-        timer = threading.Timer(after_s, self._compiler)
+        self._fault: str | None = None
+        timer = threading.Timer(after_s, self._make_early)
         timer.daemon = True
         timer.start()
 
     def compile(self, source: str) -> Grammar:
         return self._compiler().compile(source)
 
+    def _make_early(self) -> None:
+        with suppress(GrammarFailed):  # it is told to whoever brings a grammar
+            self._compiler()
+
     def _compiler(self) -> GrammarCompiler:
         with self._making:
-            if self._made is None:
+            if self._made is None and self._fault is None:
                 began = time.monotonic()
-                self._made = self._make()
-                log.info("grammars can be compiled, after %.1f s", time.monotonic() - began)
+                try:
+                    self._made = self._make()
+                except BaseException as error:  # a panic of llguidance's is no Exception
+                    log.exception("no grammar can be followed with this model's vocabulary")
+                    self._fault = f"this model's vocabulary cannot be followed by a grammar: {error}"
+                else:
+                    log.info("grammars can be compiled, after %.1f s", time.monotonic() - began)
+            if self._made is None:
+                raise GrammarFailed(self._fault)
             return self._made

@@ -88,6 +88,10 @@ class SamplerGraphs:
                     self._replays[size, most, is_edited] = self._graphs.capture(partial(self._compute, size, most, is_edited))
                     after_each()
 
+    def forget(self) -> None:
+        """Let go of what was captured, whoever else still knows of this."""
+        self._replays.clear()
+
     def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int, words: Mapping[int, np.ndarray] = NO_WORDS) -> "Report":
         """Begin to sample, without waiting for it. ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens.
         ``words``: by their places in the step those who may choose from some ids only, int32 (W), a bit for each id, lowest first."""

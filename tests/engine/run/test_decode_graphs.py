@@ -14,7 +14,7 @@ import torch.distributed as dist
 from engine.executor import Capacity
 from engine.plan import Opening, Rebalance, Rebalanced, StepPlan, TokenEvent, Work
 from engine.request import Request, SamplingParams
-from engine.run.cuda_graphs import Replay
+from engine.run.cuda_graphs import Compute, Replay
 from engine.run.decode_graphs import sizes_up_to
 from engine.run.local_executor import LocalExecutor
 from engine.run.runner import Runner
@@ -159,6 +159,62 @@ def test_a_rank_that_does_not_sample_replays_whatever_number_of_sequences_is_ope
     runner.run(StepPlan(0, tuple(Work(n, 0, (1, 2), (n,), True) for n in range(17)), tuple(Opening(n, 0, 2, PLAIN[0]) for n in range(17))))
     assert runner.run(StepPlan(1, tuple(Work(n, 2, (1,), (), True) for n in range(12, 17)))) is None
     assert graphs.num_replays == before + 1
+
+
+class Lost:
+    """A replay on a device that was lost."""
+
+    def __call__(self) -> None:
+        raise RuntimeError("lost")
+
+
+class Losing(RecordedGraphs):
+    """Its replays fail, or the capture of the ``last``."""
+
+    def __init__(self, last: int | None = None) -> None:
+        super().__init__()
+        self.last, self.replays = last, list[weakref.ref[Replay]]()
+
+    def capture(self, compute: Compute) -> Replay:
+        super().capture(compute)
+        replay = Lost()
+        self.replays.append(weakref.ref(replay))
+        if len(self.replays) == self.last:
+            replay()
+        return replay
+
+
+@pytest.mark.parametrize("fails", ["in a step", "in a capture"])
+def test_no_graph_is_alive_when_a_rank_leaves_its_groups_for_a_failure(
+    dense_folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """What is raised knows the variables of all functions that it came through."""
+    use_capturable_parts(monkeypatch)
+    graphs = Losing(last=5 if fails == "in a capture" else None)
+    alive: list[int] = []
+
+    @contextmanager
+    def joined(*_: object) -> Iterator[ParallelGroups]:
+        try:
+            yield single_rank_groups()
+        finally:
+            alive.append(sum(replay() is not None for replay in graphs.replays))
+
+    monkeypatch.setattr("engine.run.start._joined", joined)
+    settings = float32_config(num_blocks=40, block_tokens=4)
+
+    def serve_until_lost() -> None:
+        with start_rank(
+            checkpoint_folder=dense_folder, topology=Topology(), rank=0, rendezvous=None, runner_config=settings, engine_config=CONFIG
+        ) as runner:
+            capture(runner, graphs, CONFIG)
+            runner.run(StepPlan(0, (Work(0, 0, (1, 2), (0,), True),), (Opening(0, 0, 2, PLAIN[0]),)))
+            runner.run(StepPlan(1, (Work(0, 2, (1,), (), True),)))
+
+    with pytest.raises(RuntimeError, match="lost"):
+        serve_until_lost()
+    assert graphs.replays
+    assert alive == [0]
 
 
 def test_no_graph_is_alive_when_a_rank_leaves_its_groups(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

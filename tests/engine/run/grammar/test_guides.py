@@ -162,3 +162,21 @@ def test_a_compiler_is_made_once_for_the_first_grammar_or_after_a_while() -> Non
     MadeLater(make, 0.0)
     assert twice.wait(60)
     assert makers[1] is not threading.current_thread()
+
+
+class Panic(BaseException):
+    """As of a library in Rust."""
+
+
+def test_a_compiler_that_cannot_be_made_refuses_grammars_and_no_more() -> None:
+    attempts: list[None] = []
+
+    def make() -> LlCompiler:
+        attempts.append(None)
+        raise Panic("too many tokens")
+
+    guides = make_guides(MadeLater(make, 3600))
+    for _ in range(2):
+        opened(guides, "start: /abc?/")
+        assert "too many tokens" in (look_up(guides).fault or "")
+    assert len(attempts) == 1
