@@ -34,7 +34,8 @@ def text_of(asked: ChatRequest, protocol: QwenAgent | Hermes) -> str:
     toolbox = Toolbox.of(asked, protocol, Limits())
     assert toolbox is not None
     rendered = toolbox.rendered
-    return "".join(f"[{message['role']}]{message['content']}" for message in rendered.messages) + rendered.prefix
+    turns = [*rendered.messages, {"role": "assistant", "content": rendered.prefix}]  # the model's own turn, with what it goes on from
+    return "".join(f"[{turn['role']}]{turn['content']}" for turn in turns)
 
 
 @pytest.mark.parametrize(("protocol", "marks"), [(QwenAgent(), QWEN_MARKS), (Hermes(), HERMES_MARKS)], ids=["qwen_agent", "hermes"])
