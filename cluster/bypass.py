@@ -5,11 +5,13 @@ is ready at once, as a rule a step's tokens of all streams of a front.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
+import secrets
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,8 +22,13 @@ from cluster.channel import PrivateFolder
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED_MESSAGES = 10_000
-"""To one proxy; one that does not read so many is given up."""
+MESSAGE_BYTES = 64 << 10
+"""A message that has grown to this goes at once, so no message is longer by more than a piece."""
+MAX_QUEUED_BYTES = 256 << 20
+"""To one proxy; one behind which more would wait is given up."""
+CONNECT_S = 5.0
+"""A connection within a host takes milliseconds; one that did not come about in this time is tried anew."""
+NONCE_BITS = 24
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(tuple[list[int], list[bytes]]).decode
@@ -31,44 +38,76 @@ class PiecesLost(Exception):
     """What was sent did not all come."""
 
 
+class NoSocket(Exception):
+    """This process can make no socket for its end; the message says why."""
+
+
+def new_answer(stream: int) -> int:
+    """A number for one answer to a stream's request: Ray may send a request to another front while a first one still writes."""
+    return stream << NONCE_BITS | secrets.randbits(NONCE_BITS)
+
+
 class Sender:
-    """A front's end of one proxy's bypass. Belongs to one event loop."""
+    """A front's end of one proxy's bypass. Belongs to one event loop.
+
+    Raises:
+        NoSocket: none can be connected to that address.
+    """
 
     def __init__(self, address: str) -> None:
         self._address = address
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._socket = context.socket(zmq.PUSH)  # whoever drops a context of its own waits until its sockets are closed
-        self._socket.linger = 1000
-        self._socket.sndhwm = MAX_QUEUED_MESSAGES
-        self._socket.reconnect_ivl = -1  # a proxy that is started again listens elsewhere
-        self._socket.connect(address)
-        self._streams: list[int] = []
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()  # whoever drops one of its own waits until its sockets are closed
+        with contextlib.ExitStack() as undone:
+            try:
+                self._socket = undone.enter_context(context.socket(zmq.PUSH))
+                self._socket.linger = 1000
+                self._socket.sndhwm = MAX_QUEUED_BYTES // MESSAGE_BYTES
+                self._socket.immediate = True  # else messages wait for a connection that may never be
+                self._socket.reconnect_ivl = -1  # a proxy that is started again listens elsewhere
+                self._socket.connect(address)
+            except zmq.ZMQError as error:
+                raise NoSocket(f"{address}: {error}") from error
+            undone.pop_all()
+        self._patient_until = time.monotonic() + CONNECT_S
+        self._answers: list[int] = []
         self._pieces: list[bytes] = []
+        self._num_bytes = 0
         self._is_broken = False
 
     @property
-    def leads_somewhere(self) -> bool:
-        """Whether all has gone well so far, and the socket is still there."""
-        return not self._is_broken and is_here(self._address)
+    def is_connected(self) -> bool:
+        """Whether a message would go now."""
+        return not self._is_broken and bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT)
 
-    def put(self, stream: int, piece: bytes) -> None:
-        """Goes with all that is put until the loop has come round.
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing will come of it any more."""
+        return self._is_broken or not is_here(self._address) or (time.monotonic() > self._patient_until and not self.is_connected)
+
+    def put(self, answer: int, piece: bytes) -> None:
+        """Goes with all that is put until the loop has come round, or until there is much of it.
 
         Raises:
             PiecesLost: something that was put before did not go, maybe of another stream.
         """
         if self._is_broken:
             raise PiecesLost("the proxy does not take pieces of streams any more")
-        if not self._streams:
+        if not self._answers:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._streams.append(stream)
+        self._answers.append(answer)
         self._pieces.append(piece)
+        self._num_bytes += len(piece)
+        if self._num_bytes >= MESSAGE_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
-        streams, self._streams = self._streams, []
+        if not self._answers:  # it went because there was much of it
+            return
+        answers, self._answers = self._answers, []
         pieces, self._pieces = self._pieces, []
+        self._num_bytes = 0
         try:
-            self._socket.send(_encode((streams, pieces)), zmq.NOBLOCK)
+            self._socket.send(_encode((answers, pieces)), zmq.NOBLOCK)
         except zmq.ZMQError:  # nobody is there any more, or stands still behind a full queue
             self._is_broken = True
 
@@ -79,22 +118,32 @@ class Sender:
 
 def is_here(address: str) -> bool:
     """Whether a socket is in this process's file system: a front in a container of its own may not see that of a proxy of its host."""
-    return os.path.exists(address.removeprefix("ipc://"))
+    return address.startswith("ipc://") and os.path.exists(address.removeprefix("ipc://"))
 
 
 @dataclass
 class Passage:
-    """What has come of one stream."""
+    """What has come for one stream: until it is known which answer to its request is the one, of all that are written."""
 
     number: int
     close: Callable[[], None]
+    _answer: int | None = None
+    _early: dict[int, list[bytes]] = field(default_factory=dict)
     _pieces: list[bytes] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _total: int | None = None
 
-    def put(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-        self._news.set()
+    def put(self, answer: int, piece: bytes) -> None:
+        if answer == self._answer:
+            self._pieces.append(piece)
+            self._news.set()
+        elif self._answer is None:
+            self._early.setdefault(answer, []).append(piece)
+
+    def begin(self, answer: int) -> None:
+        """Its pieces are taken, and those of no other."""
+        self._answer, self._pieces = answer, self._early.pop(answer, [])
+        self._early.clear()
 
     def end_after(self, total: int) -> None:
         """So many pieces were sent in all."""
@@ -105,29 +154,47 @@ class Passage:
         """What has come since ``num_taken`` pieces were taken, waiting for it; nothing at the end.
 
         Raises:
-            PiecesLost: the end is known, and what is missing did not come within ``late_s``.
+            PiecesLost: the end is known, and what is missing did not come within ``late_s``, or more came.
         """
-        while not self._pieces and num_taken != self._total:
+        while not self._pieces and (self._total is None or num_taken < self._total):
             self._news.clear()
             try:
                 await asyncio.wait_for(self._news.wait(), None if self._total is None else late_s)
             except TimeoutError as error:
                 raise PiecesLost(f"of {self._total} pieces {num_taken} came") from error
         taken, self._pieces = self._pieces, []
+        if self._total is not None and num_taken + len(taken) > self._total:
+            raise PiecesLost(f"of {self._total} pieces {num_taken + len(taken)} came")
         return taken
 
 
 class Receiver:
-    """A proxy's end, for the fronts of its host. Must be made in a running event loop."""
+    """A proxy's end, for the fronts of its host. Must be made in a running event loop.
+
+    Raises:
+        NoSocket: none can be bound.
+    """
 
     def __init__(self) -> None:
-        self._folder = PrivateFolder()
-        self.address = self._folder.socket("bypass")
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        self._socket.bind(self.address)
+        with contextlib.ExitStack() as undone:
+            try:
+                self._folder = PrivateFolder()
+                undone.callback(self._folder.close)
+                self.address = self._folder.socket("bypass")
+                self._socket = undone.enter_context(zmq.asyncio.Context.instance().socket(zmq.PULL))
+                self._socket.bind(self.address)
+            except (OSError, ValueError, zmq.ZMQError) as error:
+                raise NoSocket(str(error)) from error
+            undone.pop_all()
         self._numbers = itertools.count()
         self._passages: dict[int, Passage] = {}
         self._task = asyncio.get_running_loop().create_task(self._receive(), name="bypass")
+        self._task.add_done_callback(self._clear_away)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, which nobody wanted unless it was closed."""
+        return self._task.done()
 
     def open(self) -> Passage:
         """For a new stream."""
@@ -142,18 +209,22 @@ class Receiver:
     async def _receive(self) -> None:
         while True:
             try:
-                streams, pieces = _decode(await self._socket.recv())
-                arrived = list(zip(streams, pieces, strict=True))
+                answers, pieces = _decode(await self._socket.recv())
+                arrived = list(zip(answers, pieces, strict=True))
             except (msgspec.MsgspecError, ValueError):
                 logger.exception("a message on the bypass cannot be read")  # whose pieces it held is seen at the ends of their streams
                 continue
-            for stream, piece in arrived:
-                if (passage := self._passages.get(stream)) is not None:  # else its client has left
-                    passage.put(piece)
+            for answer, piece in arrived:
+                if (passage := self._passages.get(answer >> NONCE_BITS)) is not None:  # else its client has left
+                    passage.put(answer, piece)
+
+    def _clear_away(self, task: asyncio.Task[None]) -> None:
+        """Without the socket fronts see at once that nobody listens, however it came to that."""
+        self._socket.close(linger=0)
+        self._folder.close()
+        if not task.cancelled():
+            logger.error("the bypass has ended; the streams on it break off", exc_info=task.exception())
 
     async def close(self) -> None:
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-        self._socket.close(linger=0)
-        self._folder.close()
+        await asyncio.wait([self._task])

@@ -53,7 +53,11 @@ class PrivateFolder:
     def __init__(self) -> None:
         self._sweep()
         made = Path(tempfile.mkdtemp(prefix=f"new-{self.PREFIX}"))  # mode 0700; no sweeper looks at it before it is locked
-        self._lock = open(made / "lock", "w")  # noqa: SIM115  (held until close)
+        try:
+            self._lock = open(made / "lock", "w")  # noqa: SIM115  (held until close)
+        except OSError:
+            made.rmdir()  # without a lock nobody would ever sweep it
+            raise
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = made.rename(made.with_name(made.name.removeprefix("new-")))
 

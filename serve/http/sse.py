@@ -62,7 +62,7 @@ class EventStream(Response):
 
     async def _send(self, send: Send, way: Way | None) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        await send(start if way is None else start | {PASSED: True})
+        await send(start if way is None else start | {PASSED: way.answer})
         num_frames = 0
         async with contextlib.aclosing(frames(self._first, self._rest, self._chunks, tell_ledger=self._tell_ledger)) as written:
             async for frame in written:

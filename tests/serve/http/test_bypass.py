@@ -1,17 +1,22 @@
 """What a client gets past Ray is what it would get through Ray, and a piece that is missing never goes unnoticed."""
 
 import asyncio
+import contextlib
 import contextvars
+import os
 import pickle
 import random
-from collections.abc import AsyncIterator, Iterator
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 import cluster.bypass
 import serve.http.bypass
-from cluster.bypass import PiecesLost, Sender
+from cluster.bypass import PiecesLost, Receiver, Sender, is_here, new_answer
 from serve.http.bypass import FrontBypass, ProxyBypass
 from serve.http.sse import EventStream
 from serve.request import TextEvent, Usage
@@ -69,6 +74,8 @@ class Between:
 
 
 def front(texts: list[str], delays: random.Random | None = None) -> Any:
+    """Answers with these texts, each time it is asked."""
+
     async def events() -> AsyncIterator[TextEvent]:
         for text in texts[1:]:
             if delays is not None:
@@ -98,6 +105,19 @@ async def asked(proxy: Any) -> list[dict[str, Any]]:
     return sent
 
 
+async def come_true(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110  (zmq's threads have no event for it)
+            await asyncio.sleep(0.001)
+
+
+async def acquaint(fronts: FrontBypass, proxy: ProxyBypass) -> None:
+    """The first request through a proxy goes by Ray, and has the front connect."""
+    receiver = proxy._receiving()
+    assert receiver is not None
+    await come_true(lambda: fronts._way(f"{NODE} 0 {receiver.address}") is not None)
+
+
 def body(sent: list[dict[str, Any]]) -> bytes:
     assert sent[0]["type"] == "http.response.start"
     assert [message.get("more_body", False) for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
@@ -114,6 +134,7 @@ async def test_the_client_gets_the_same_bytes_in_order_whatever_comes_first(seed
     proxies = ProxyBypass(lambda *asgi: between[current.get()](*asgi), node=NODE)
     fronts = FrontBypass(lambda *asgi: front(texts[current.get()], delays)(*asgi), node=NODE)
     between = {number: Between(fronts, delays) for number in texts}
+    await acquaint(fronts, proxies)
 
     async def one(number: int) -> bytes:
         current.set(number)
@@ -132,9 +153,13 @@ async def test_all_that_is_ready_at_once_goes_as_one_message(monkeypatch: pytest
     monkeypatch.setattr(cluster.bypass, "_decode", lambda raw: messages.append(len(raw)) or decode(raw))
     receiver = cluster.bypass.Receiver()
     sender, passages = Sender(receiver.address), [receiver.open() for _ in range(32)]
+    await come_true(lambda: sender.is_connected)
+    answers = [new_answer(passage.number) for passage in passages]
+    for passage, answer in zip(passages, answers, strict=True):
+        passage.begin(answer)
     for turn in range(3):
-        for passage in passages:
-            sender.put(passage.number, b"%d" % turn)
+        for answer in answers:
+            sender.put(answer, b"%d" % turn)
         assert [await passage.take(turn, 10) for passage in passages] == [[b"%d" % turn]] * 32
     assert len(messages) == 3
     sender.close()
@@ -159,13 +184,27 @@ async def test_a_front_without_a_bypass_answers_by_ray() -> None:
     await proxy._receiver.close()
 
 
-async def test_a_piece_that_is_missing_breaks_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_piece_that_is_missing_breaks_the_answer_and_those_after_it_go_by_ray(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(serve.http.bypass, "LATE_S", 0.2)
     put = Sender.put
-    monkeypatch.setattr(Sender, "put", lambda sender, stream, piece: None if b'"b"' in piece else put(sender, stream, piece))
-    proxy = ProxyBypass(Between(FrontBypass(front(["a", "b", "c"]), node=NODE)), node=NODE)
+    monkeypatch.setattr(Sender, "put", lambda sender, answer, piece: None if b'"b"' in piece else put(sender, answer, piece))
+    fronts = FrontBypass(front(["a", "b", "c"]), node=NODE)
+    ray = Between(fronts)
+    proxy = ProxyBypass(ray, node=NODE)
+    await acquaint(fronts, proxy)
     with pytest.raises(PiecesLost, match="of 5 pieces 4 came"):
         await asked(proxy)
+    assert not ray.bodies
+    for _ in range(2):  # one stream is enough to lose
+        assert body(await asked(proxy)) == body(await asked(front(["a", "b", "c"])))
+    assert ray.bodies == 10
+    assert caplog.text.count("the bypass failed") == 1
+    proxy._paused_until = 0
+    monkeypatch.setattr(Sender, "put", put)
+    assert body(await asked(proxy)) == body(await asked(front(["a", "b", "c"])))
+    assert ray.bodies == 10
     assert proxy._receiver is not None
     await proxy._receiver.close()
 
@@ -173,7 +212,7 @@ async def test_a_piece_that_is_missing_breaks_the_answer(monkeypatch: pytest.Mon
 async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
     async def dies(scope: Any, receive: Any, send: Any) -> None:
         way = scope[serve.http.bypass.WAY]
-        await send({"type": "http.response.start", "status": 200, "headers": [], serve.http.bypass.PASSED: True})
+        await send({"type": "http.response.start", "status": 200, "headers": [], serve.http.bypass.PASSED: way.answer})
         way.put(b"a")
         await asyncio.sleep(0.05)
         raise RuntimeError("lost")
@@ -183,7 +222,9 @@ async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    proxy = ProxyBypass(Between(FrontBypass(dies, node=NODE)), node=NODE)
+    fronts = FrontBypass(dies, node=NODE)
+    proxy = ProxyBypass(Between(fronts), node=NODE)
+    await acquaint(fronts, proxy)
     with pytest.raises(RuntimeError, match="lost"):
         await proxy({"type": "http", "method": "POST", "headers": []}, None, send)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
@@ -208,9 +249,11 @@ async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_w
     receivers = [cluster.bypass.Receiver(), cluster.bypass.Receiver()]
     fronts = FrontBypass(front(["a"]), node=NODE)
     told = [f"{NODE} 0 {receiver.address}" for receiver in receivers]
+    await come_true(lambda: fronts._way(told[0]) is not None)
     way = fronts._way(told[0])
     assert way is not None
     passage = receivers[0].open()
+    passage.begin(way.answer)
     way.put(b"a")
     assert await passage.take(0, 10) == [b"a"]
     await receivers[0].close()
@@ -220,8 +263,10 @@ async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_w
     with pytest.raises(PiecesLost):
         way.put(b"b")
     assert fronts._way(told[0]) is None
+    await come_true(lambda: fronts._way(told[1]) is not None)
     passage, way = receivers[1].open(), fronts._way(told[1])
     assert way is not None
+    passage.begin(way.answer)
     way.put(b"c")
     assert await passage.take(0, 10) == [b"c"]
     assert list(fronts._senders) == [receivers[1].address]
@@ -231,8 +276,167 @@ async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_w
 async def test_a_message_that_cannot_be_read_ends_nobody_elses_stream() -> None:
     receiver = cluster.bypass.Receiver()
     sender, passage = Sender(receiver.address), receiver.open()
+    await come_true(lambda: sender.is_connected)
+    passage.begin(answer := new_answer(passage.number))
     sender._socket.send(b"no message")
-    sender.put(passage.number, b"a")
+    sender.put(answer, b"a")
     assert await passage.take(0, 10) == [b"a"]
     sender.close()
     await receiver.close()
+
+
+async def test_a_way_that_nobody_answers_is_not_taken_but_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fronts = FrontBypass(front(["a", "b"]), node=NODE)
+    ray = Between(fronts)
+    proxy = ProxyBypass(ray, node=NODE)
+    proxy._receiver = Receiver()
+    with socket.socket(socket.AF_UNIX) as silent:
+        path = proxy._receiver.address.removeprefix("ipc://") + "-silent"
+        silent.bind(path)
+        silent.listen()
+        listening, proxy._receiver.address = proxy._receiver.address, f"ipc://{path}"
+        for _ in range(3):
+            assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
+        assert ray.bodies == 9 + 3
+    assert not caplog.text
+    (lost,) = fronts._senders.values()
+    assert not lost.is_lost
+    monkeypatch.setattr(lost, "_patient_until", 0)
+    os.unlink(path)
+    os.symlink(listening.removeprefix("ipc://"), path)
+    await acquaint(fronts, proxy)
+    assert caplog.text.count("does not take connections") == 1
+    assert lost._socket.closed
+    before = ray.bodies
+    assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
+    assert ray.bodies == before
+    await proxy._receiver.close()
+
+
+async def test_a_proxy_that_no_longer_reads_breaks_its_streams_and_goes_on_by_ray(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fronts = FrontBypass(front(["a", "b"]), node=NODE)
+    ray = Between(fronts)
+    proxy = ProxyBypass(ray, node=NODE)
+    await acquaint(fronts, proxy)
+    receiver, way = proxy._receiver, fronts._way(f"{NODE} 0 {proxy._receiver.address}")  # type: ignore[union-attr]
+    assert receiver is not None
+    assert way is not None
+
+    def broken(raw: bytes) -> None:
+        raise RuntimeError("our own mistake")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster.bypass, "_decode", broken)
+        way.put(b"a")
+        await come_true(lambda: receiver.is_over and not is_here(receiver.address))
+    assert "our own mistake" in caplog.text
+    await come_true(lambda: not way.sender.is_connected)
+    way.put(b"b")
+    await come_true(lambda: way.sender._is_broken)
+    with pytest.raises(PiecesLost):
+        way.put(b"b")
+    assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
+    assert ray.bodies > 0
+    assert caplog.text.count("the bypass failed") == 1
+    proxy._paused_until = 0
+    await acquaint(fronts, proxy)
+    assert proxy._receiver is not None
+    await proxy._receiver.close()
+
+
+async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_that_began_is_handed_on() -> None:
+    fronts = {name: FrontBypass(front([f"{name}{place}" for place in range(3)]), node=NODE) for name in "AB"}
+
+    async def twice(scope: Any, receive: Any, send: Any) -> None:
+        async def unheard(message: Any) -> None:
+            pass
+
+        await fronts["A"](scope, receive, unheard)
+        await asyncio.gather(Between(fronts["B"])(scope, receive, send), fronts["A"](scope, receive, unheard))
+
+    proxy = ProxyBypass(twice, node=NODE)
+    for one in fronts.values():
+        await acquaint(one, proxy)
+    assert body(await asked(proxy)) == body(await asked(front(["B0", "B1", "B2"])))
+    assert proxy._receiver is not None
+    await proxy._receiver.close()
+
+
+async def test_more_pieces_than_were_sent_are_a_mistake_that_nobody_waits_for() -> None:
+    receiver = Receiver()
+    for num_taken, num_waiting in ((0, 3), (3, 0), (2, 1)):
+        passage = receiver.open()
+        passage.begin(1)
+        for _ in range(num_waiting):
+            passage.put(1, b"a")
+        passage.end_after(2)
+        async with asyncio.timeout(60):
+            with pytest.raises(PiecesLost, match="of 2 pieces 3 came"):
+                await passage.take(num_taken, late_s=3600)
+    await receiver.close()
+
+
+async def test_a_proxy_that_can_make_no_socket_answers_by_ray_and_tries_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    fronts = FrontBypass(front(["a", "b"]), node=NODE)
+    ray = Between(fronts)
+    proxy = ProxyBypass(ray, node=NODE)
+    with monkeypatch.context() as patched:
+        patched.setattr("tempfile.tempdir", str(long))
+        for _ in range(2):
+            assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
+    assert ray.bodies > 0
+    assert caplog.text.count("too long for a Unix socket") == 1
+    assert not list(long.iterdir())
+    proxy._paused_until = 0
+    await acquaint(fronts, proxy)
+    assert proxy._receiver is not None
+    await proxy._receiver.close()
+
+
+async def test_a_front_that_can_make_no_socket_or_is_told_nonsense_answers_by_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    receiver = Receiver()
+    there = tmp_path / ("long" * 30)
+    there.touch()
+    path = receiver.address.removeprefix("ipc://")
+    for _ in range(2):
+        for rest in (f"0 ipc://{there}", f"x {receiver.address}", f"0 {path}", "", "0"):
+            ray = Between(FrontBypass(front(["a", "b"]), node=NODE))
+
+            async def told(scope: Any, receive: Any, send: Any, rest: str = rest, ray: Between = ray) -> None:
+                header = (serve.http.bypass.HEADER, f"{NODE} {rest}".encode())
+                await ray({**scope, "headers": [header]}, receive, send)
+
+            assert body(await asked(told)) == body(await asked(front(["a", "b"])))
+            assert ray.bodies > 0
+            assert caplog.text.count("by Ray") == 1
+            caplog.clear()
+    await receiver.close()
+
+
+async def test_what_may_wait_for_a_proxy_that_stands_still_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", 1 << 20)
+    folder = cluster.bypass.PrivateFolder()
+    with zmq.Context.instance().socket(zmq.PULL) as still:
+        still.rcvhwm, still.linger = 1, 0
+        still.bind(folder.socket("still"))
+        sender, num_bytes = Sender(folder.socket("still")), 0
+        await come_true(lambda: sender.is_connected)
+        while not sender._is_broken and num_bytes < 64 << 20:
+            num_bytes += 128 * len(piece := bytes(8 << 10))
+            with contextlib.suppress(PiecesLost):
+                for answer in range(128):
+                    sender.put(answer, piece)
+            await asyncio.sleep(0)
+        assert sender._is_broken
+        assert num_bytes < 8 << 20, "what the kernel takes besides is less"
+        assert len(still.recv()) < 80 << 10
+        sender.close()
+    folder.close()
