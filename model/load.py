@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from threading import Barrier, Event
 
 import torch
+from torch import Tensor
 
 from model.attention.choose import BackendName
 from model.checkpoint import Checkpoint
 from model.checkpoint_header import some
 from model.config import ModelConfig
 from model.dtypes import DTYPES
-from model.names import Binding
+from model.names import Binding, WeightedLayer
 from model.qwen2 import HEAD, Qwen2
 from model.qwen2_moe import Qwen2Moe
 from model.stored_quantised import as_plain
@@ -205,8 +207,8 @@ def _fill(
     bindings: list[Binding], tensors: Mapping[str, StoredTensor], reads_at_a_time: int, device: torch.device, on_progress: OnProgress
 ) -> int:
     """Load layer after layer, some tensors at a time. A layer that holds its weights as they are stored until all are there takes its
-    final form before the next is allocated; those that take them piece by piece are filled beside each other, by as many threads as
-    compute.
+    final form before the next is allocated, in threads that share out what they compute; those that take them piece by piece are filled
+    beside each other, each tensor by a thread of its own.
 
     Embedding and head come first: they are the largest, and what rounding them takes beside them is gone when memory fills up.
     Returns the bytes read.
@@ -216,6 +218,8 @@ def _fill(
     done = bytes_read = 0
     on_progress(done, total)
     under_way: deque[tuple[Binding, Future[int]]] = deque()
+    filled: list[WeightedLayer] = []
+    cores, given_up = torch.get_num_threads(), Event()
 
     def settle(most: int) -> None:
         """Wait until no more than so many are under way."""
@@ -226,31 +230,98 @@ def _fill(
             done += tensors[binding.name].num_bytes
             on_progress(done, total)
 
-    with freed_at_once(), _threads(max(reads_at_a_time, min(torch.get_num_threads(), MOST_THREADS))) as threads:
+    with (
+        freed_at_once(),
+        _threads(max(reads_at_a_time, min(cores, MOST_THREADS)), 1, given_up) as alone,
+        _threads(reads_at_a_time, max(1, cores // reads_at_a_time), given_up) as together,
+    ):
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
             for binding in of_layer:
                 if binding.is_wanted:
-                    under_way.append((binding, threads.submit(_read, tensors, binding)))
+                    stored = _Wanted(tensors[binding.name], given_up)
+                    threads = alone if layer.takes_pieces else together
+                    under_way.append((binding, threads.submit(layer.load, binding.slot.part, binding.slot.tensor, stored)))
                     settle(FAR_AHEAD if layer.takes_pieces else reads_at_a_time - 1)
-            if not layer.takes_pieces:
+            if layer.takes_pieces:
+                filled.append(layer)
+            else:
                 settle(0)
                 layer.finish()
         settle(0)
+    for layer in filled:
+        layer.finish()
     return bytes_read
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each compute by themselves: what torch would share out among others of its own is done by the next one here."""
-    before = torch.get_num_threads()
-    threads = ThreadPoolExecutor(count, thread_name_prefix="load", initializer=torch.set_num_threads, initargs=(1,))
+def _threads(count: int, cores: int, given_up: Event) -> Iterator[ThreadPoolExecutor]:
+    """Threads of which each computes with so many of torch's. What they are at when the block ends by an error is ``given_up``.
+
+    torch's setting is a thread's own, but one that has not met torch yet begins with what was set last, by whichever thread. So all of
+    these are made at once, and what was set before is set again before anything is loaded: others may begin meanwhile.
+    """
+    before, made = torch.get_num_threads(), Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # torch is met here: else it would be at the first tensor, after what is set now
+        torch.set_num_threads(cores)
+        made.wait()
+
+    threads = ThreadPoolExecutor(count, thread_name_prefix="load", initializer=begin)
+    try:
+        for _ in range(count):
+            threads.submit(int)  # nothing: a thread is made for each, as none has come to an end of its first
+        made.wait()
+    except BaseException:  # no further thread could be made, or this one was interrupted: let those go that wait for it
+        made.abort()
+        raise
+    finally:
+        torch.set_num_threads(before)
     try:
         yield threads
     finally:
+        given_up.set()
         threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
 
 
-def _read(tensors: Mapping[str, StoredTensor], binding: Binding) -> int:
-    return binding.layer.load(binding.slot.part, binding.slot.tensor, tensors[binding.name])
+class _GivenUp(Exception):
+    """Nobody waits for it any more."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A `StoredTensor` that can be read until it is ``given_up``: an error, or the end of the process, then waits for the pieces that are
+    under way and not for whole tensors."""
+
+    stored: StoredTensor
+    given_up: Event
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stored.num_bytes
+
+    @property
+    def piece_dim(self) -> int:
+        return self.stored.piece_dim
+
+    @property
+    def piece_bytes(self) -> int:
+        return self.stored.piece_bytes
+
+    def read(self, *slices: slice) -> Tensor:
+        if self.given_up.is_set():
+            raise _GivenUp
+        return self.stored.read(*slices)

@@ -1,8 +1,11 @@
 """Loading: checked before anything is allocated, and each rank reads its own share only."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -12,12 +15,18 @@ from torch import Tensor
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig
-from model.load import CheckpointMismatch, LoadReport, load_model
+from model.load import CheckpointMismatch, LoadReport, _fill, load_model
+from model.names import Binding
 from model.qwen2 import Qwen2
 from parallel.groups import ParallelGroups, single_rank_groups
+from parallel.linear import Linear, Slot
+from parallel.packed_format import PackedFormat
+from parallel.scaled_format import ScaledFormat
 from parallel.topology import Topology
+from parallel.weight_format import PIECES_OF, Dense, StoredTensor, WeightFormat, pass_pieces
 from tests.model.driver import CPU, logits_of, mismatch_of, read_report, seeded_prompts
 from tests.model.oracle import Oracle, make_oracle
+from tests.parallel.memory_tensor import MemoryTensor
 from tests.ranks import run_ranks
 
 MakeOracle = Callable[[str], Oracle]
@@ -25,7 +34,10 @@ MakeCopy = Callable[[str], Path]
 
 
 def load(
-    folder: Path, groups: ParallelGroups | None = None, on_progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    groups: ParallelGroups | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    format: WeightFormat | None = None,
 ) -> tuple[Qwen2, LoadReport]:
     with Checkpoint(folder) as checkpoint:
         return load_model(
@@ -36,6 +48,7 @@ def load(
             dtype=torch.float32,
             block_tokens=4,
             on_progress=on_progress,
+            format=format,
         )
 
 
@@ -78,6 +91,99 @@ def test_progress_runs_from_nothing_to_everything(oracle: MakeOracle) -> None:
     assert seen[-1] == (report.bytes_read, report.bytes_read)
     assert seen == sorted(seen)
     assert len(seen) > 50
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "format", [PackedFormat("int8", torch.float32), ScaledFormat("int8", torch.float32)], ids=lambda one: type(one).__name__
+)
+def test_tensors_pass_in_a_thread_each_where_many_do_and_share_the_threads_where_few_do(
+    format: WeightFormat, oracle: MakeOracle, four_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[bool, set[int]] = {}
+    load_part = Linear.load
+
+    def noting(layer: Linear, part: str, tensor: str, stored: StoredTensor) -> int:
+        used.setdefault(layer.takes_pieces, set()).add(torch.get_num_threads())
+        return load_part(layer, part, tensor, stored)
+
+    monkeypatch.setattr(Linear, "load", noting)
+    load(oracle("moe").folder, format=format)
+    assert used[isinstance(format, PackedFormat)] == {1 if isinstance(format, PackedFormat) else 2}
+    assert torch.get_num_threads() == 4
+
+
+def test_a_thread_that_begins_while_weights_are_loaded_computes_with_as_many_as_before(oracle: MakeOracle, four_threads: None) -> None:
+    found: list[int] = []
+
+    def begin(_done: int, _total: int) -> None:
+        other = Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+
+    load(oracle("moe").folder, on_progress=begin)
+    assert set(found) == {4}
+
+
+@dataclass
+class Layer:
+    """One that takes its tensor by pieces."""
+
+    take: Callable[[int], None]
+    takes_pieces: bool = True
+
+    def slots(self) -> Iterator[Slot]:
+        yield Slot("", "weight", (PIECES_OF * 5, 1))
+
+    def allocate(self, device: torch.device) -> None: ...
+
+    def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
+        return pass_pieces(stored, (slice(None), slice(None)), lambda first, _, __: self.take(first))
+
+    def finish(self) -> None: ...
+
+    __hash__ = object.__hash__
+
+
+def test_what_is_under_way_is_not_read_to_its_end_once_a_tensor_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, given_up, taken = Event(), Event(), []
+
+    class Threads(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            given_up.set()
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def fail(_: int) -> None:
+        assert begun.wait(60)
+        raise CheckpointError("damaged", file="x")
+
+    def take(first: int) -> None:
+        taken.append(first)
+        begun.set()
+        assert given_up.wait(60)
+
+    monkeypatch.setattr("model.load.ThreadPoolExecutor", Threads)
+    bindings = [Binding(name, layer, next(layer.slots())) for name, layer in (("a", Layer(fail)), ("b", Layer(take)))]
+    tensors = {binding.name: MemoryTensor(binding.name, torch.zeros(binding.slot.shape)) for binding in bindings}
+    with pytest.raises(CheckpointError, match="damaged"):
+        _fill(bindings, tensors, 2, CPU, lambda _done, _total: None)
+    assert taken == [0]
+
+
+@pytest.mark.parametrize("format", [Dense(torch.float32), PackedFormat("int8", torch.float32)], ids=lambda one: type(one).__name__)
+def test_an_expert_of_which_a_tensor_never_came_is_not_taken_for_whole(format: WeightFormat, oracle: MakeOracle) -> None:
+    folder = oracle("moe").folder
+    model, _ = load(folder, format=format)
+    bindings = [binding for binding in model.bindings() if binding.name != "model.layers.0.mlp.experts.3.up_proj.weight"]
+    with Checkpoint(folder) as checkpoint, pytest.raises(AssertionError, match=r"never came, by expert: \{3: 1\}"):
+        _fill(bindings, checkpoint.tensors, checkpoint.reads_at_a_time, CPU, lambda _done, _total: None)
 
 
 @pytest.mark.parametrize(("name", "shard_size"), [("9_heads", "40KB"), ("moe", "60KB"), ("14_heads_tied", "40KB")])
