@@ -114,7 +114,7 @@ class RemoteFile:
         self.name, self.size = name, size
         self.bytes_fetched = 0
         self._fetch, self._sleep, self._piece_bytes = fetch, sleep, piece_bytes
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(RANGES_AT_A_TIME, thread_name_prefix="fetch")  # begun when there is something for them
 
     def read(self, ranges: Sequence[Range]) -> None:
         pieces = [
@@ -124,15 +124,11 @@ class RemoteFile:
         ]
         if len(pieces) == 1:
             return self._read_piece(*pieces[0])
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(RANGES_AT_A_TIME, thread_name_prefix="fetch")
         for _ in self._threads.map(self._read_piece, *zip(*pieces, strict=True)) if pieces else ():
             pass
 
     def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
-            self._threads = None
+        self._threads.shutdown(cancel_futures=True)
 
     def _read_piece(self, start: int, place: memoryview) -> None:
         place[:] = patiently(lambda: self._fetch_whole(start, len(place)), sleep=self._sleep)

@@ -3,7 +3,9 @@
 import os
 import random
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import fsspec
 import pytest
 import torch
 
-from model.byte_source import ATTEMPTS, LocalFile, RemoteFile
+from model.byte_source import ATTEMPTS, RANGES_AT_A_TIME, LocalFile, RemoteFile
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, write_checkpoint
 from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import RemoteFolder, small_files
@@ -221,6 +223,27 @@ def test_a_long_range_comes_in_pieces_side_by_side() -> None:
     assert places == [CONTENT[50:1000], CONTENT[7:17]]
     assert store.asked == 11
     assert source.bytes_fetched == 960
+
+
+def test_threads_that_read_a_file_at_once_share_what_fetches_it_and_it_goes_with_the_file() -> None:
+    source, before = RemoteFile("s3://x/y", len(CONTENT), Unsteady(CONTENT).fetch, piece_bytes=100), fetching()
+    places = [bytearray(900) for _ in range(16)]
+    together = threading.Barrier(len(places))
+
+    def read(place: bytearray) -> None:
+        together.wait(60)
+        source.read([(0, memoryview(place))])
+
+    with ThreadPoolExecutor(len(places)) as threads:
+        list(threads.map(read, places))
+    assert all(place == CONTENT[:900] for place in places)
+    assert len(fetching() - before) <= RANGES_AT_A_TIME
+    source.close()
+    assert fetching() <= before
+
+
+def fetching() -> set[threading.Thread]:
+    return {one for one in threading.enumerate() if one.name.startswith("fetch")}
 
 
 def test_a_file_that_shrinks_while_it_is_read_raises(tmp_path: Path) -> None:
