@@ -91,9 +91,8 @@ class Linear(nn.Module):
         if stored.shape != wanted:
             raise ShapeMismatch(stored.name, stored.shape, wanted)
         if tensor == "weight" and isinstance(self.format, TakesPieces):
-            take, before = partial(self.format.take, self.tensors), self._offset(part, 1)
             (outputs,), (inputs,) = out_share.stored(1), self.in_share.stored(1)
-            return pass_pieces(stored, (outputs, inputs), lambda output, first, piece_NK: take(before + output, first, piece_NK))
+            return pass_pieces(stored, (outputs, inputs), partial(self.format.take, self.tensors), self._offset(part, 1))
         slices = []
         target = self.tensors[tensor]
         for dim, axis in enumerate(spec.axes):

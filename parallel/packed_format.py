@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import Kind, Packed, look_up, multiply, put, room_for, rounded, rows, unpack, with_lanes
+from parallel.native.linear import Kind, Packed, look_up, moved, multiply, put, room_for, rounded, rows, unpack, with_lanes
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
@@ -68,12 +68,11 @@ class PackedFormat:
         put(self.packed(tensors), first_output, first_input, piece_NK)
 
     def received(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What another host prepared, as it is read here: the vectors of its processor may be wider or narrower."""
+        """What another host prepared, as it is read here: the vectors of its processor may be wider or narrower. It lies in large pages
+        as what was prepared here."""
         library, packed = native(), self.packed(tensors)
-        if library is None or packed.lanes == library.lanes:
-            return tensors
-        again = with_lanes(packed, library.lanes)
-        return tensors | {"numbers": again.numbers} | ({} if again.scales is None else {"scales": again.scales})
+        packed = moved(packed if library is None or packed.lanes == library.lanes else with_lanes(packed, library.lanes))
+        return tensors | {"numbers": packed.numbers} | ({} if packed.scales is None else {"scales": packed.scales})
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         packed, dtype = self.packed(tensors), x.dtype

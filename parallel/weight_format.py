@@ -66,11 +66,12 @@ PIECES_OF = 128
 """Pieces of a matrix begin at whole multiples of so many outputs or input features: no format has larger panels or groups."""
 
 
-def pass_pieces(stored: StoredTensor, slices: tuple[slice, slice], take: Callable[[int, int, Tensor], None]) -> int:
-    """Have ``take`` a part of a matrix piece by piece, each with how many outputs and how many input features of the part came before it.
-    Returns the part's bytes as stored.
+def pass_pieces(stored: StoredTensor, slices: tuple[slice, slice], take: Callable[[int, int, Tensor], None], before: int = 0) -> int:
+    """Have ``take`` a part of a matrix piece by piece, each with how many outputs and how many input features came before it: of the
+    part, and ``before`` outputs of others. Returns the part's bytes as stored.
 
-    A piece that has just been read is still in the processor's cache, and its memory serves the next one.
+    A piece that has just been read is still in the processor's cache, and its memory serves the next one. Pieces of outputs end between
+    panels, as to fill up one that another piece began costs as much as a whole one.
     """
     spans = [range(*part.indices(size)) for part, size in zip(slices, stored.shape, strict=True)]
     if not all(spans):
@@ -78,13 +79,14 @@ def pass_pieces(stored: StoredTensor, slices: tuple[slice, slice], take: Callabl
     dim = stored.piece_dim
     across_bytes = len(spans[1 - dim]) * stored.dtype.itemsize
     step = max(1, stored.piece_bytes // (across_bytes * PIECES_OF)) * PIECES_OF
-    for start in range(0, len(spans[dim]), step):
-        piece = spans[dim][start : start + step]
+    early = before % PIECES_OF if dim == 0 else 0
+    for start in range(-early, len(spans[dim]), step):
+        piece = spans[dim][max(0, start) : start + step]
         wanted = slice(piece.start, piece.stop)
         if dim == 0:
-            take(start, 0, stored.read(wanted, slices[1]))
+            take(before + max(0, start), 0, stored.read(wanted, slices[1]))
         else:
-            take(0, start, stored.read(slices[0], wanted))
+            take(before, start, stored.read(slices[0], wanted))
     return stored.num_bytes * len(spans[0]) * len(spans[1]) // prod(stored.shape)
 
 

@@ -3,6 +3,7 @@
 Outputs lie in panels of ``2 * lanes``, the last one filled up with zeros; see csrc/linear.h for the order within.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,8 +27,11 @@ _HELD: dict[Kind, tuple[torch.dtype, int]] = {
 }  # fmt: skip
 """What `Packed.numbers` are, and how many input features lie together in an output's place."""
 _ARENA = Arena()
-PIECE_OUTPUTS = 1024
-"""Packed at once: rounding holds some five times as much beside it as float32."""
+PIECE_BYTES = 8 * 2**20
+"""Packed at once, of a matrix in float32, or one panel if that is more: rounding holds some five times as much beside it."""
+
+MakeRoom = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Where a matrix comes to lie: see `parallel.arena.Arena.room`."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +60,24 @@ class Packed:
         return 1 if self.scales is None else self.padded // self.scales.shape[1]
 
 
-def pack(kind: Kind, weight_NK: Tensor, lanes: int) -> Packed:
+def pack(kind: Kind, weight_NK: Tensor, lanes: int, room: MakeRoom = _ARENA.room) -> Packed:
     """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
     num_outputs, num_inputs = weight_NK.shape
-    packed = room_for(kind, num_outputs, num_inputs, lanes)
+    packed = room_for(kind, num_outputs, num_inputs, lanes, room)
     put(packed, 0, 0, weight_NK)
     return packed
 
 
-def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int) -> Packed:
+def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, room: MakeRoom = _ARENA.room) -> Packed:
     """A matrix of which nothing is there yet: `put` its parts."""
     panel, bits, (dtype, together) = 2 * lanes, _bits(kind), _HELD[kind]
     num_panels = -(-num_outputs // panel)
     scales = None
     if bits is not None:
         num_groups = -(-num_inputs // GROUP[bits])
-        num_inputs, scales = num_groups * GROUP[bits], _ARENA.room((num_panels, num_groups, panel), torch.float16)
+        num_inputs, scales = num_groups * GROUP[bits], room((num_panels, num_groups, panel), torch.float16)
     many = (together,) if together > 1 and kind not in SHIFTS else ()
-    numbers = _ARENA.room((num_panels, -(-num_inputs // together), panel, *many), dtype)
+    numbers = room((num_panels, -(-num_inputs // together), panel, *many), dtype)
     if num_outputs % panel:
         for tensor in (numbers, scales):
             if tensor is not None:
@@ -91,13 +95,24 @@ def put(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) 
     begin, end = -(-first_output // panel) * panel, last_output // panel * panel
     if begin > end:  # within a panel
         begin = end = last_output
-    for start in range(begin, end, PIECE_OUTPUTS):  # whole panels
-        stop = min(start + PIECE_OUTPUTS, end)
+    step = max(1, PIECE_BYTES // (panel * weight_NK.shape[1] * torch.float32.itemsize)) * panel
+    for start in range(begin, end, step):
+        stop = min(start + step, end)
         where = _part(packed, slice(start // panel, stop // panel), first_input, weight_NK.shape[1])
         _pack_into(where, weight_NK[start - first_output : stop - first_output])
     for start, edge_NK in ((first_output, weight_NK[: begin - first_output]), (end, weight_NK[end - first_output :])):
         if len(edge_NK):
             _put_edge(packed, start, first_input, edge_NK)
+
+
+def moved(packed: Packed) -> Packed:
+    """The same matrix where those lie that were packed here: beside each other, in large pages."""
+
+    def again(tensor: Tensor) -> Tensor:
+        return _ARENA.room(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+    scales = None if packed.scales is None else again(packed.scales)
+    return Packed(packed.kind, again(packed.numbers), scales, packed.num_outputs)
 
 
 def with_lanes(packed: Packed, lanes: int) -> Packed:
@@ -230,13 +245,18 @@ def _put_edge(packed: Packed, first_output: int, first_input: int, weight_NK: Te
     panel = 2 * packed.lanes
     where, place = divmod(first_output, panel)
     places = torch.arange(place, place + len(weight_NK))
-    alone = pack(packed.kind, weight_NK[(torch.arange(panel) - place).clamp(0, len(weight_NK) - 1)], packed.lanes)
+    whole_NK = weight_NK[(torch.arange(panel) - place).clamp(0, len(weight_NK) - 1)]
+    alone = pack(packed.kind, whole_NK, packed.lanes, _empty)  # it goes at once, and would leave a hole among those that stay
     part = _part(packed, slice(where, where + 1), first_input, weight_NK.shape[1])
     if part.scales is not None and alone.scales is not None:
         part.scales[0][:, places] = alone.scales[0][:, places]
     if packed.kind == "bf16":
         places = _interleaved(places, packed.lanes)
     part.numbers[0][:, places] = alone.numbers[0][:, places]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def _interleaved(places: Tensor, lanes: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Routed experts over ranks, by either dispatch, against a loop over tokens and against transformers."""
 
 from dataclasses import dataclass
+from mmap import mmap
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.arena import Arena
 from parallel.dispatch import DispatchName, make_dispatch
 from parallel.expert_placement import ExpertPlacement, InvalidPlacement, balanced_placement
 from parallel.experts import Expert, RoutedExperts
@@ -262,6 +264,25 @@ def test_an_expert_from_a_host_with_another_processor_is_one_of_all(kind: Kind) 
     came.adopt(sent.tensors)
     assert ours.on_cpu() is not None
     assert torch.equal(ours(*tokens(9, 0, torch.float32)), wanted(*tokens(9, 0, torch.float32)))
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_an_expert_that_came_lies_in_the_large_pages_of_those_that_were_loaded(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with patch("parallel.packed_format.native", lambda: SimpleNamespace(lanes=lanes)):
+        layer = build(single_rank_groups(), torch.float32, format=PackedFormat("int8", torch.float32))
+    expert, places, place = layer.held["3"], [], Arena._place
+    assert isinstance(expert, Expert)
+    came = {name: tensor.clone() for name, tensor in expert.tensors.items()}
+
+    def noting(arena: Arena, num_bytes: int) -> tuple[mmap, int]:
+        region, start = place(arena, num_bytes)
+        places.append(torch.frombuffer(region, dtype=torch.uint8).data_ptr() + start)
+        return region, start
+
+    monkeypatch.setattr(Arena, "_place", noting)
+    with patch("parallel.packed_format.native", lambda: SimpleNamespace(lanes=8)):
+        expert.adopt(came)
+    assert sorted(places) == sorted(tensor.data_ptr() for name, tensor in expert.tensors.items() if "outputs" not in name)
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(7, 3), (64, 5), (3, 4), (60, 4)])

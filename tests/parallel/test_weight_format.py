@@ -42,6 +42,19 @@ def test_pieces_begin_at_whole_multiples_and_make_up_the_part(kind: type[MemoryT
     assert stored.num_read == found_NK.numel()
 
 
+def test_pieces_behind_other_outputs_end_where_panels_do() -> None:
+    whole_NK, found_NK, begun = random(700, 300), torch.zeros(700, 300).bfloat16(), []
+
+    def take(output: int, first: int, piece_NK: Tensor) -> None:
+        assert first == 0
+        begun.append(output)
+        found_NK[output - 150 : output - 150 + len(piece_NK)] = piece_NK
+
+    assert pass_pieces(MemoryTensor("t", whole_NK), (slice(None), slice(None)), take, before=150) == 700 * 300 * 2
+    assert torch.equal(found_NK, whole_NK)
+    assert begun == [150, *range(2 * PIECES_OF, 850, PIECES_OF)]
+
+
 def test_nothing_is_passed_where_a_rank_holds_nothing() -> None:
     for part in ((slice(5, 5), slice(None)), (slice(None), slice(9, 9))):
         assert pass_pieces(MemoryTensor("t", random(20, 10)), part, lambda *_: pytest.fail("a piece")) == 0

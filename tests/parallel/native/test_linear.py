@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.arena import Arena
+from parallel.native import linear
 from parallel.native.library import Native, native
 from parallel.native.linear import (
-    PIECE_OUTPUTS,
     Kind,
     Packed,
     look_up,
@@ -62,11 +63,14 @@ def test_a_packed_matrix_is_the_matrix_to_its_rounding(kind: Kind, shape: tuple[
 
 @pytest.mark.parametrize("lanes", [8, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_that_come_in_any_order_and_cut_anywhere_make_the_same_matrix(kind: Kind, lanes: int) -> None:
+def test_parts_that_come_in_any_order_and_cut_anywhere_make_the_same_matrix(
+    kind: Kind, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = Random(kind)
-    for num_outputs, num_inputs in ((2 * PIECE_OUTPUTS + 50, 200), (320, 385), (33, 128), (1, 1)):
+    for num_outputs, num_inputs in ((2098, 200), (320, 385), (33, 128), (1, 1)):
         weight = random(num_outputs, num_inputs)
         wanted, found = pack(kind, weight, lanes), room_for(kind, num_outputs, num_inputs, lanes)
+        monkeypatch.setattr("parallel.native.linear.PIECE_BYTES", 2**20)
         outputs = cuts(num_outputs, [*(draw.randint(0, num_outputs) for _ in range(6)), *(64 * draw.randint(0, 5) for _ in range(2))])
         inputs = cuts(num_inputs, [PIECES_OF * draw.randint(0, 3) for _ in range(2)])
         parts = [(rows, columns) for rows in outputs for columns in inputs]
@@ -75,6 +79,28 @@ def test_parts_that_come_in_any_order_and_cut_anywhere_make_the_same_matrix(kind
             put(found, first, begin, weight[first:last, begin:end])
         assert torch.equal(found.numbers, wanted.numbers)
         assert found.scales is None or wanted.scales is None or torch.equal(found.scales, wanted.scales)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_held_beside_a_matrix_while_it_is_packed_is_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_at_once, pack_into = [], linear._pack_into
+    monkeypatch.setattr(
+        linear, "_pack_into", lambda where, piece_NK: (packed_at_once.append(tuple(piece_NK.shape)), pack_into(where, piece_NK))
+    )
+    weight = random(300, 600)
+    for bound, num_outputs in ((100 * 600 * 4, 96), (16 * 600 * 4, 16), (1, 16)):
+        monkeypatch.setattr(linear, "PIECE_BYTES", bound)
+        put(room_for(kind, 300, 600, 8), 0, 0, weight)
+        assert max(packed_at_once) == (num_outputs, 600)
+        packed_at_once.clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_that_begin_and_end_within_panels_leave_no_holes_among_what_stays(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, found = random(100, 256), room_for(kind, 100, 256, 8)
+    monkeypatch.setattr(Arena, "_place", lambda *_: pytest.fail("room for what goes at once"))
+    for first, last in ((0, 7), (7, 75), (75, 100)):
+        put(found, first, 0, weight[first:last])
 
 
 def cuts(size: int, places: list[int]) -> list[tuple[int, int]]:
