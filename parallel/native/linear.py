@@ -29,6 +29,7 @@ _HELD: dict[Kind, tuple[torch.dtype, int]] = {
 _ARENA = Arena()
 PIECE_BYTES = 8 * 2**20
 """Packed at once, of a matrix in float32, or one panel if that is more: rounding holds some five times as much beside it."""
+assert GROUP == {"int8": ROW_GROUP, "int4": ROW_GROUP // 4}, "the kernels of int8_dot and int4_dot rely on it, see csrc/integers.h"
 
 MakeRoom = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Where a matrix comes to lie: see `parallel.arena.Arena.room`."""

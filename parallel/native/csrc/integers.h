@@ -343,7 +343,7 @@ class RowsByFours {
 public:
     std::vector<QuantisedRow<int8_t>> rows;
 
-    RowsByFours(long count, long, long padded, long)
+    RowsByFours(long count, long, long padded, long)  // the group is GROUP: asserted where weights are packed
         : numbers(count * filled(padded)), scales(count * (filled(padded) / ROW_GROUP)), starts(count * (filled(padded) / GROUP)),
           groups(filled(padded) / ROW_GROUP), rows(count) {
         for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * groups * ROW_GROUP], &scales[r * groups], &starts[r * groups * 4]};
@@ -363,4 +363,5 @@ private:
     static long filled(long padded) { return (padded + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP; }
 };
 static_assert(PIECE == ROW_GROUP, "rows are filled a scale at a time");
+static_assert(K_BLOCK % ROW_GROUP == 0, "a tile of Int4Dot begins with a row's scale");
 #endif
