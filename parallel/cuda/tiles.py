@@ -55,6 +55,8 @@ class Tiles:
         """``file`` keeps them; None: nobody does. One that cannot be read is as none."""
         self._file = file
         self._found: dict[Key, Tile] = {}
+        self._vain: set[Key] = set()
+        """What could not be measured by this process; it is not kept."""
         self._measure: Measure | None = None
         if file is not None and file.exists():
             try:
@@ -67,14 +69,17 @@ class Tiles:
 
     def best(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object]) -> Tile:
         """Of the candidates that run at all the fastest, if it is known or may be measured now; else the first."""
-        found = self._found.get(key)
-        if found is None and self._measure is not None:
-            found = self._found[key] = self._fastest(key, candidates, launch, self._measure)
-        return found if found is not None else candidates[0]
+        if self._measure is not None and key not in self._found and key not in self._vain:
+            seconds = self._seconds(key, candidates, launch, self._measure)
+            if not seconds:
+                self._vain.add(key)  # every layer would try it again
+            else:
+                self._found[key] = min(seconds, key=seconds.__getitem__)
+        return self._found.get(key, candidates[0])
 
     @contextmanager
     def measuring(self, measure: Measure) -> Iterator[None]:
-        """Within, what is not known yet is measured, and kept at the end."""
+        """Within, what is not known yet is measured, and kept at the end: nothing is, if there is an error."""
         before = len(self._found)
         self._measure = measure
         try:
@@ -84,7 +89,12 @@ class Tiles:
         if len(self._found) > before and self._file is not None:
             _keep(self._file, {key: asdict(tile) for key, tile in sorted(self._found.items())})
 
-    def _fastest(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object], measure: Measure) -> Tile:
+    def _seconds(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object], measure: Measure) -> dict[Tile, float]:
+        """Of those that run; of none where memory does not suffice to measure, as those that came before are not the fastest of all.
+
+        Raises:
+            torch.AcceleratorError: the device is lost to this process.
+        """
         seconds: dict[Tile, float] = {}
         for tile in candidates:
             try:
@@ -92,10 +102,14 @@ class Tiles:
             except (triton.OutOfResources, PTXASError):  # this device has not so much shared memory, or so many registers
                 continue
             except RuntimeError as error:  # a compiler that fails at a tile nobody needs must not end the start
+                if "out of memory" in str(error):  # torch's error or Triton's, who has no type for it
+                    log.warning("%s is not measured: %s", key, error)
+                    return {}
+                if isinstance(error, torch.AcceleratorError):
+                    raise
                 log.warning("%s: %s does not compile, or not run: %s", key, tile, error)
-        best = min(candidates, key=lambda tile: seconds.get(tile, float("inf")))
-        log.debug("%s: %s, of %s", key, best, {str(tile): f"{s * 1e6:.1f} us" for tile, s in seconds.items()})
-        return best
+        log.debug("%s: %s", key, {str(tile): f"{s * 1e6:.1f} us" for tile, s in seconds.items()})
+        return seconds
 
 
 def seconds_of(run: Callable[[], object]) -> float:

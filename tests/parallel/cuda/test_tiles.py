@@ -1,5 +1,7 @@
 """Which tile is taken, and that it does not matter which."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,59 @@ def test_the_fastest_is_measured_once_kept_and_found_again(tmp_path: Path, devic
     assert Tiles(file).best("another product", FEW_ROWS, launch) == FEW_ROWS[0]
     file.write_text("{")
     assert Tiles(file).best("a product", FEW_ROWS, launch) == FEW_ROWS[0]
+
+
+def _failing_at_fourth(error: RuntimeError) -> Callable[[object], None]:
+    from parallel.cuda.tiles import FEW_ROWS
+
+    def launch(tile: object) -> None:
+        if tile == FEW_ROWS[3]:
+            raise error
+
+    return launch
+
+
+def _one_second(run: Callable[[], object]) -> float:
+    run()
+    return 1.0
+
+
+def test_a_kernel_that_takes_the_device_along_ends_the_start_and_nothing_of_it_is_kept(tmp_path: Path, device: torch.device) -> None:
+    from parallel.cuda.tiles import FEW_ROWS, Tiles
+
+    tiles = Tiles(tmp_path / "tiles.json")
+    launch = _failing_at_fourth(torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700))
+
+    def step() -> None:
+        with tiles.measuring(_one_second):
+            tiles.best("a product before it", FEW_ROWS[:2], launch)
+            tiles.best("a product", FEW_ROWS, launch)
+
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        step()
+    assert not (tmp_path / "tiles.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 MiB"),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("PassManager::run failed"),
+    ],
+)
+def test_what_cannot_be_measured_now_is_at_the_next_start(error: RuntimeError, tmp_path: Path, device: torch.device) -> None:
+    """The tiles that came before a full memory are not the fastest of all."""
+    from parallel.cuda.tiles import FEW_ROWS, Tiles
+
+    tiles, file = Tiles(tmp_path / "tiles.json"), tmp_path / "tiles.json"
+    candidates = FEW_ROWS[3:4] if "PassManager" in str(error) else FEW_ROWS  # none of them runs, or memory is full at one
+    with tiles.measuring(_one_second):
+        assert tiles.best("a product", candidates, _failing_at_fourth(error)) == candidates[0]
+        assert tiles.best("a product", candidates, lambda _tile: pytest.fail("it was tried in vain")) == candidates[0]
+        assert tiles.best("another product", FEW_ROWS, lambda _tile: None) == FEW_ROWS[0]
+    assert list(json.loads(file.read_text())) == ["another product"]
 
 
 @pytest.mark.parametrize("num_rows", [3, 40])
