@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def attend(command: list[str], out: Path, minutes: float) -> int:
     """Run it until every part has had its turn: after each process that was lost in one, another from behind that part on."""
     deadline = time.monotonic() + 60 * minutes
+    (out / "gpu.json").unlink(missing_ok=True)  # of another call: it may say what was under way there
     behind: list[str] = []
     while True:
         left_s = max(0.0, deadline - time.monotonic())

@@ -125,10 +125,18 @@ class Bench:
             except RuntimeError as error:  # no profiler on this machine: nothing else needs it
                 print(f"    no profile: {error}", flush=True)
 
-    def forget(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def forget(self) -> bool:
+        """What a part has left in memory. False if the device is lost to this process: a kernel that reads where nothing is takes it along,
+        if need be only after the part is over."""
+        try:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"the device is lost: {error}", flush=True)
+            return False
+        return True
 
 
 REPLAYED = {
@@ -174,10 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = chosen[[name for name, _, _ in chosen].index(options.behind) + 1 :]
     for name, minutes, run in chosen:
         with ended_after(results.seconds_for(minutes) + HANG_S) if device.type == "cuda" else nullcontext():
-            goes_on = results.run(name, minutes, run, partial(_is_alive, device))
+            goes_on = results.run(name, minutes, run, bench.forget)
         if not goes_on:
             return LOST
-        bench.forget()
     print(results.table(), flush=True)
     return 1 if results.failed else 0
 
@@ -189,16 +196,6 @@ LOST = 3
 def is_chosen(part: str, only: list[str]) -> bool:
     """Whether it has a word that begins like one of those wanted: 7B is not 57B-A14B."""
     return not only or any(word.startswith(wanted) for wanted in only for word in part.split())
-
-
-def _is_alive(device: torch.device) -> bool:
-    """A kernel that reads where nothing is takes the process's device with it."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
 
 
 def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:

@@ -84,7 +84,8 @@ class Results:
         self._save()
 
     def run(self, name: str, minutes: float, part: Callable[[], None], survives: Callable[[], bool] = lambda: True) -> bool:
-        """What goes wrong in a part is told and goes no further. Whether this process can go on: if the part failed, ``survives`` says."""
+        """What goes wrong in a part is told and goes no further. Whether this process can go on, as ``survives`` says: a part's last kernel
+        may fail after the part is over, and takes the process's device along."""
         began = time.monotonic()
         self._part_deadline = began + self.seconds_for(minutes)
         print(f"--- {name} ({began - self._began:.0f} s)", flush=True)
@@ -97,9 +98,11 @@ class Results:
             self.failed[name] = f"{type(error).__name__}: {error}"
             print(traceback.format_exc()[-3000:], flush=True)
         self.seconds[name] = time.monotonic() - began
-        goes_on = name not in self.failed or survives()
+        goes_on = survives()
         if goes_on:
             self.under_way = None
+        else:
+            self.failed.setdefault(name, "the device was lost behind it")
         self._save()
         return goes_on
 

@@ -75,18 +75,20 @@ def test_a_rank_that_is_lost_ends_the_wait_for_figures_and_what_was_told_before_
     assert collectives._figures(told, ranks) == [("a sum", 1.0, "us")]
 
 
+@pytest.mark.parametrize("is_told_in_time", [True, False])
 def test_a_part_that_loses_the_device_ends_its_process_and_another_one_goes_on_behind_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_told_in_time: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The fault of its last kernel comes up when nobody waits for it any more."""
     seen: list[str] = []
 
     def check(_self: parts.Bench, name: str) -> None:
         seen.append(name)
-        if name == "noise":
+        if name == "noise" and is_told_in_time:
             raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(parts.Bench, "check_kernels", check)
-    monkeypatch.setattr(parts, "_is_alive", lambda _device: False)
+    monkeypatch.setattr(parts.Bench, "forget", lambda _self: seen[-1] != "noise")
     options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "noise", "--only", "edits"]
     assert parts.main(options) == parts.LOST
     results = Results(tmp_path, 1.0)
@@ -95,7 +97,22 @@ def test_a_part_that_loses_the_device_ends_its_process_and_another_one_goes_on_b
     assert parts.main([*options, "--behind", "kernels: noise"]) == 1
     assert seen == ["noise", "edits"]
     results.take_up()
-    assert (results.under_way, results.failed) == (None, {"kernels: noise": "RuntimeError: an illegal memory access"})
+    why = "RuntimeError: an illegal memory access" if is_told_in_time else "the device was lost behind it"
+    assert (results.under_way, results.failed) == (None, {"kernels: noise": why})
+
+
+def test_memory_that_cannot_be_given_back_tells_that_the_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_device: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    bench = parts.Bench(Results(None, 1.0), torch.device("cuda", 0), tiny=True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert bench.forget()
+    for name in ("synchronize", "empty_cache"):
+        with monkeypatch.context() as at_one:
+            at_one.setattr(torch.cuda, name, fail)
+            assert not bench.forget()
 
 
 PROCESS = """
@@ -129,6 +146,13 @@ def test_what_was_measured_outlasts_crashes_and_parts_that_hang(tmp_path: Path) 
     assert [figure.part for figure in results.figures] == ["first", "last"]
     wanted = {"crashes": f"its process was lost (exit code {-signal.SIGABRT})", "hangs": "its process was lost (exit code 1)"}
     assert results.failed == wanted
+
+
+def test_what_another_call_has_left_is_not_taken_up(tmp_path: Path) -> None:
+    """It was cut short in a part that this one does not even have."""
+    before = {"figures": [], "failed": {"old": "it failed"}, "seconds": {}, "under_way": "old"}
+    (tmp_path / "gpu.json").write_text(json.dumps(before))
+    assert gpu.attend([sys.executable, "-c", "import sys; sys.exit(7 if '--behind' not in sys.argv else 8)"], tmp_path, 1.0) == 7
 
 
 def test_a_word_of_a_part_chooses_it() -> None:
