@@ -77,7 +77,7 @@ class Sender:
     @property
     def is_connected(self) -> bool:
         """Whether a message would go now."""
-        return not self._is_broken and bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT)
+        return not self._is_broken and bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT)
 
     @property
     def is_lost(self) -> bool:
@@ -208,8 +208,9 @@ class Receiver:
 
     async def _receive(self) -> None:
         while True:
+            message = await self._socket.recv()
             try:
-                answers, pieces = _decode(await self._socket.recv())
+                answers, pieces = _decode(message)
                 arrived = list(zip(answers, pieces, strict=True))
             except (msgspec.MsgspecError, ValueError):
                 logger.exception("a message on the bypass cannot be read")  # whose pieces it held is seen at the ends of their streams
