@@ -28,11 +28,12 @@ bench: $(READY_TEST)  ## Measure the engine on this machine: bfloat16, int8, int
 
 PEERS := $(HOME)/.cache/manta/benchmarks
 BENCH_PEERS ?= --rounds 5
-bench-peers: $(READY_TEST)  ## The same beside llama.cpp, OpenVINO, vLLM and transformers, round after round (builds llama.cpp)
+bench-peers: $(READY_TEST)  ## The same beside llama.cpp, OpenVINO, ONNX Runtime, vLLM and transformers, round after round (builds llama.cpp)
 	benchmarks/peers/set_up.sh $(PEERS) $(PYTHON)
 	$(PIP) install --quiet --group bench
 	$(BIN)/python -m benchmarks.run --fresh --shape dense --shape moe $(BENCH_PEERS) --peer llama_cpp=$(PEERS)/peers/bin/python \
-	    --peer openvino=$(PEERS)/peers/bin/python --peer vllm_cpu=$(PEERS)/peer_vllm/bin/python --peer transformers_eager=$(BIN)/python
+	    --peer openvino=$(PEERS)/peers/bin/python --peer onnxruntime_genai=$(PEERS)/peer_onnxruntime/bin/python \
+	    --peer vllm_cpu=$(PEERS)/peer_vllm/bin/python --peer transformers_eager=$(BIN)/python
 	$(BIN)/python -m benchmarks.run --report
 
 check: $(READY_TEST)  ## Lint, types, import contracts, protocol files

@@ -18,8 +18,17 @@ from benchmarks.checkpoints import SHAPES, checkpoint
 from benchmarks.peers.llama_cpp import converted
 
 ROOT = Path(__file__).parent.parent
-PEERS = ("transformers_eager", "llama_cpp", "openvino", "vllm_cpu")
 FORMATS = ("bf16", "int8", "int4")
+PEERS = {
+    "transformers_eager": {"dense": FORMATS[:1], "moe": FORMATS[:1]},
+    "llama_cpp": {"dense": FORMATS, "moe": FORMATS},
+    "openvino": {"dense": FORMATS, "moe": FORMATS[:2]},  # `openvino_experts` writes none of 4 bits
+    "onnxruntime_genai": {"dense": FORMATS[1:]},  # its builder knows no Qwen2-MoE, and makes no bfloat16 for CPUs
+    "vllm_cpu": {"dense": FORMATS[:2], "moe": FORMATS[:1]},
+}
+"""What each runs of which shape."""
+MAKE_FILES = ("openvino", "onnxruntime_genai", "vllm_cpu")
+"""Those that make files of their own, in their own environments, when they are called without TOKENS_OUT."""
 TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
 """What vLLM's documentation wants preloaded on CPUs (Debian: libtcmalloc-minimal4)."""
 
@@ -96,14 +105,8 @@ def table(results: list[dict]) -> str:
 
 def peers_of(choices: list[str], shape: str, form: str) -> list[tuple[str, str]]:
     """(name, Python) of those that run this shape in this format."""
-    found = []
-    for name, _, python in (choice.partition("=") for choice in choices):
-        if name in ("transformers_eager", "vllm_cpu") and form != "bf16":
-            continue  # plain weights only
-        if name == "openvino" and shape != "dense" and form == "int4":
-            continue  # `openvino_experts` writes none of 4 bits
-        found.append((name, python or sys.executable))
-    return found
+    named = [(name, python or sys.executable) for name, _, python in (choice.partition("=") for choice in choices)]
+    return [(name, python) for name, python in named if form in PEERS[name].get(shape, ())]
 
 
 def report(results: Path) -> None:
@@ -138,7 +141,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget what is in --results")
     parser.add_argument("--prepare", action="store_true", help="write checkpoints and the peers' files, and measure nothing")
     parser.add_argument("--report", action="store_true", help="write table and pictures of what is in --results, and measure nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for choice in options.peer:
+        if choice.partition("=")[0] not in PEERS:
+            parser.error(f"--peer {choice}: there is none of this name")
+    return options
 
 
 def prepare(options: argparse.Namespace, rounds: list[tuple[str, str]]) -> dict[str, Path]:
@@ -147,8 +154,8 @@ def prepare(options: argparse.Namespace, rounds: list[tuple[str, str]]) -> dict[
         for name, python in peers_of(options.peer, shape, form):
             if name in ("llama_cpp", "openvino"):
                 converted(places[shape], form)  # needs torch, which their environments have not
-            if name == "openvino":
-                command = [python, "-m", "benchmarks.peers.openvino", str(places[shape]), form]
+            if name in MAKE_FILES:
+                command = [python, "-m", f"benchmarks.peers.{name}", str(places[shape]), form]
                 try:
                     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
                 except subprocess.CalledProcessError as error:  # it fails again in its turn, and the others are measured

