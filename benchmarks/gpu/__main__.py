@@ -7,6 +7,7 @@ all of it runs through on a CPU, which proves the script and measures nothing.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -23,10 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: to prove the script")
     parser.add_argument("--only", action="append", default=[], help="parts that have a word which begins so (may be repeated)")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
+    parser.add_argument("--each", type=float, default=math.inf, help="minutes for each part at most")
     parser.add_argument("--out", type=Path, default=Path(os.environ["OUT"]) if "OUT" in os.environ else None)
     options = parser.parse_args(arguments)
     command = [sys.executable, "-m", "benchmarks.gpu.parts", "--device", options.device]
     command += [part for name in options.only for part in ("--only", name)] + ["--tiny"] * options.tiny
+    command += ["--each", str(options.each)]
     return attend(command, options.out or Path(tempfile.mkdtemp(prefix="manta-gpu-")), options.minutes)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -85,8 +86,8 @@ class Bench:
         steps(part.name, served, kind=GREEDY)
         steps(part.name, served, kind=FILTERED)
         steps(part.name, served, kind=PENALISED)
-        workloads.single_stream(self.results, part.name, served, floors, part.contexts, 4 if self.tiny else 64)
         self._profile(part, served, context)
+        workloads.single_stream(self.results, part.name, served, floors, part.contexts, 4 if self.tiny else 64)
         count, least, most = part.sequences
         workloads.many(self.results, part.name, served, floors, sequences=count, least=least, most=most)
         workloads.grid(self.results, part.name, served, floors, sequences=part.num_sequences, cells=part.cells)
@@ -167,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--each", type=float, default=math.inf)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--behind", help="go on behind this part, and keep what is in --out")
     options = parser.parse_args(arguments)
@@ -180,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
         results.take_up()
         bench.ceilings = ceilings.found_in(results)
         chosen = chosen[[name for name, _, _ in chosen].index(options.behind) + 1 :]
-    for name, minutes, run in chosen:
+    for name, its_minutes, run in chosen:
+        minutes = min(its_minutes, options.each)
         with ended_after(results.seconds_for(minutes) + HANG_S) if device.type == "cuda" else nullcontext():
             goes_on = results.run(name, minutes, run, bench.forget)
         if not goes_on:
