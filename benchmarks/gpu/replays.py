@@ -17,6 +17,7 @@ from engine.run.decode_rows import decode_rows
 from engine.run.sampling.columns import SamplingColumns
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
+from parallel.scaled_format import ScaledFormat
 
 KINDS = (
     SamplingParams(temperature=0.0),
@@ -29,9 +30,10 @@ KINDS = (
     SamplingParams(top_p=0.97, temperature=2.5),
 )
 """The last one is so flat that few candidates do not decide it."""
-MOST, MOST_WITH_EXPERTS = 1e-2, 5e-2
-"""Of relative error. A product of other numbers of rows may be rounded otherwise, and a token whose experts are nearly as likely as others
-then takes another one."""
+MOST, MOST_WITH_EXPERTS, MOST_IN_FP8 = 2e-2, 5e-2, 1e-1
+"""Of relative error. A product of other numbers of rows may be rounded otherwise (on an H200: nothing up to 10 rows, 1.1e-2 of 33 behind
+four layers, replayed among 40), a token whose experts are nearly as likely as others then takes another one, and an activation in FP8
+that is a rounding off is 6 % off."""
 
 
 @torch.inference_mode()
@@ -40,7 +42,8 @@ def check(results: Results, name: str, served: Served) -> None:
     Raises:
         AssertionError: a replay differs by more than roundings. All are made before.
     """
-    most, wrong = MOST if served.model.config.moe is None else MOST_WITH_EXPERTS, list[str]()
+    in_fp8 = isinstance(served.model.format, ScaledFormat) and served.model.format.kind == "fp8"
+    most, wrong = MOST_IN_FP8 if in_fp8 else MOST if served.model.config.moe is None else MOST_WITH_EXPERTS, list[str]()
     graphs, sampler_graphs = served.runner.decode_graphs, served.runner.sampler_graphs
     assert graphs is not None, "nothing was captured; the log says why"
     assert sampler_graphs is not None
