@@ -62,13 +62,23 @@ def _decoding(served: Served, rows: int, context: int, kind: SamplingParams, num
     return plans
 
 
+def drawn(requests: Sequence[tuple[int, int]], seed: int, vocab_size: int) -> list[tuple[int, ...]]:
+    """Prompts of requests (tokens in, tokens out)."""
+    draw = random.Random(seed)
+    return [tuple(draw.randrange(vocab_size) for _ in range(tokens_in)) for tokens_in, _ in requests]
+
+
+def mixed(sequences: int, least: int, most: int) -> list[tuple[int, int]]:
+    """W2's requests: as many tokens in and out, evenly between two numbers."""
+    draw = random.Random(2)
+    return [(draw.randint(least, most), draw.randint(least, most)) for _ in range(sequences)]
+
+
 def closed_loop(results: Results, served: Served, requests: Sequence[tuple[int, int]], seed: int) -> tuple[float, float, float]:
     """All at once. Seconds, the median time to a first token, and the median gap between tokens of one request."""
-    draw, vocab_size = random.Random(seed), served.model.config.vocab_size
     running: set[str] = set()
-    for tokens_in, tokens_out in requests:
+    for prompt, (_, tokens_out) in zip(drawn(requests, seed, served.model.config.vocab_size), requests, strict=True):
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens_out)
-        prompt = tuple(draw.randrange(vocab_size) for _ in range(tokens_in))
         running.add(name := f"gpu-{next(_ids)}")
         served.engine.submit(Request(id=name, prompt=prompt, sampling=sampling))
     began, first, gaps, last = time.perf_counter(), dict[str, float](), list[float](), dict[str, float]()
@@ -100,9 +110,8 @@ def single_stream(results: Results, part: str, served: Served, floors: Floors, c
 
 
 def many(results: Results, part: str, served: Served, floors: Floors, *, sequences: int, most: int, least: int) -> None:
-    """W2: as many tokens in and out, evenly between two numbers."""
-    draw = random.Random(2)
-    requests = [(draw.randint(least, most), draw.randint(least, most)) for _ in range(sequences)]
+    """W2."""
+    requests = mixed(sequences, least, most)
     seconds, _, gap_s = closed_loop(results, served, requests, seed=1)
     tokens = sum(tokens_out for _, tokens_out in requests)
     results.add(part, f"W2 {sequences} sequences", tokens / seconds, "tokens/s", tokens / floors.closed_loop_s(requests))

@@ -1,0 +1,73 @@
+"""vLLM on the same device, of the same shapes and requests: W1, W2 and W4 as `benchmarks.gpu.workloads` has them.
+
+    python -m benchmarks.gpu.peer_vllm --shape 7B --minutes 4 --out FOLDER
+
+Wants vLLM (0.24.0 is what it was written for), and neither weights nor a network. Each shape has a process of its own
+(`benchmarks.gpu.peer_vllm_parts`), which starts vLLM as it is released. Where nothing has been measured so, another one starts it with
+less (its `WAYS`), and the figures say which it was. They have the names of ours: two `gpu.json` can be put side by side. How long vLLM
+compiled and captured, and which kernels it took, is in what it prints.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.gpu.results import HANG_S, Results
+
+NUM_WAYS = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu.peer_vllm", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", action="append", required=True, help="of a part of `python -m benchmarks.gpu`; may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="W1, W2 or W4 (may be repeated)")
+    parser.add_argument("--also", default="{}", help="arguments of vllm.LLM beside ours, as JSON")
+    parser.add_argument("--way", type=int, choices=range(NUM_WAYS), help="only this one")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for all of it")
+    parser.add_argument("--out", type=Path, default=Path(os.environ["OUT"], "vllm") if "OUT" in os.environ else None)
+    options = parser.parse_args(arguments)
+    rest = ["--also", options.also] + [word for only in options.only for word in ("--only", only)]
+    ways = range(NUM_WAYS) if options.way is None else [options.way]
+    out: Path = options.out or Path(tempfile.mkdtemp(prefix="manta-gpu-"))
+    (out / "gpu.json").unlink(missing_ok=True)  # of another call
+    deadline = time.monotonic() + 60 * options.minutes
+    found = [any(_measures(shape, way, rest, out, deadline) for way in ways) for shape in options.shape]
+    results = Results(out, 0.0)
+    results.take_up()
+    print(results.table(), flush=True)
+    return 0 if all(found) else 1
+
+
+def _measures(shape: str, way: int, rest: list[str], out: Path, deadline: float) -> bool:
+    """Whether a process that tries it has any figures."""
+    left_s = max(0.0, deadline - time.monotonic())
+    before = Results(out, 0.0)
+    before.take_up()
+    command = [sys.executable, "-m", "benchmarks.gpu.peer_vllm_parts", "--shape", shape, "--way", str(way), "--out", str(out)]
+    # A session of its own: vLLM's engine process outlives one that is ended hard, and keeps the device's memory.
+    process = subprocess.Popen([*command, "--minutes", str(left_s / 60), *rest], start_new_session=True)
+    try:
+        # Its own watch ends it first; this one is for a process that does not even come so far.
+        code = process.wait(left_s + 2 * HANG_S)
+    except subprocess.TimeoutExpired:
+        code = -signal.SIGKILL
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    results = Results(out, 0.0)
+    results.take_up()
+    if results.under_way is not None:
+        results.lose(code)
+    return len(results.figures) > len(before.figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
