@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m benchmarks.gpu.peer_vllm", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", action="append", required=True, help="of a part of `python -m benchmarks.gpu`; may be repeated")
-    parser.add_argument("--only", action="append", default=[], help="W1, W2 or W4 (may be repeated)")
+    parser.add_argument(
+        "--only", action="append", default=[], help="W1, W2, W4, or a context or cell of them as 512 or 128/2048 (may be repeated)"
+    )
     parser.add_argument("--also", default="{}", help="arguments of vllm.LLM beside ours, as JSON")
     parser.add_argument("--way", type=int, choices=range(NUM_WAYS), help="only this one")
     parser.add_argument("--minutes", type=float, default=5.0, help="for all of it")

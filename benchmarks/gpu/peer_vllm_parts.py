@@ -116,9 +116,9 @@ def closed_loop(
 
 
 def measure(results: Results, name: str, part: ModelPart, peer: Peer, only: list[str]) -> None:
-    """``name``: under which its figures stand."""
-    if is_chosen("W1", only):
-        for context in part.contexts:
+    """``name``: under which its figures stand. ``only``: beginnings of words of ``W1 512``, ``W2``, ``W4 128/2048`` and so on."""
+    for context in part.contexts:
+        if is_chosen(f"W1 {context}", only):
             request = [(context, 4 if part.name == "small" else 64)]
             rounds = [closed_loop(results, peer, request, seed, streams=True) for seed in range(3)][1:]
             first_s, gap_s = (statistics.median(one[at] for one in rounds) for at in (1, 2))
@@ -130,8 +130,8 @@ def measure(results: Results, name: str, part: ModelPart, peer: Peer, only: list
         seconds, _, gap_s = closed_loop(results, peer, requests, seed=1)
         results.add(name, f"W2 {number} sequences", sum(tokens_out for _, tokens_out in requests) / seconds, "tokens/s")
         results.add(name, "W2 gap between steps", gap_s * 1000, "ms")
-    if is_chosen("W4", only):
-        for tokens_in, tokens_out in part.cells:
+    for tokens_in, tokens_out in part.cells:
+        if is_chosen(f"W4 {tokens_in}/{tokens_out}", only):
             cell = f"W4 {part.num_sequences} x {tokens_in}/{tokens_out}"
             seconds, _, gap_s = closed_loop(results, peer, [(tokens_in, tokens_out)] * part.num_sequences, seed=tokens_in)
             results.add(name, cell, part.num_sequences * tokens_out / seconds, "tokens/s")
