@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
+
 TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS = 16, 64, 128
 """Assignments of one expert that a program takes when few rows come, ..."""
 MANY_ROWS_PER_EXPERT, MOST_ROWS_PER_EXPERT = 32, 384
@@ -37,6 +39,7 @@ def _load_bins(held_ids, start, num_assigned, BLOCK: tl.constexpr):
     return at, tl.load(held_ids + at, mask=at < num_assigned, other=-1).to(tl.int32) + 1
 
 
+@quick
 @triton.jit(do_not_specialize=["num_assigned", "num_tiles"])  # else a step of another number of rows may wait for a compiler
 def _sort_kernel(
     held_ids, assignments, experts, num_assigned, num_tiles, num_held, BINS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -120,6 +123,7 @@ def sort_slowly(held_ids_NA: Tensor, num_held: int) -> Sorted:
     return Sorted(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
 
 
+@quick
 @triton.jit
 def _sum_kernel(y, held_ids, out, width, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
     """A stretch of one row."""

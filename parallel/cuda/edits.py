@@ -9,12 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
+
 BLOCK = 2048
 """Columns that one program edits."""
 BIASES = 128
 """Biases that a program adds at a time."""
 
 
+@quick
 @triton.jit(do_not_specialize=["num_words"])
 def _edit_kernel(
     logits, out, entries, counts, penalties, stop_ids, num_stop_ids, stops_now, words, word_rows,
@@ -45,6 +48,7 @@ def _edit_kernel(
     tl.store(out + row * width + ids, x, mask=there)
 
 
+@quick
 @triton.jit
 def _bias_kernel(out, entries, bias_ids, biases, num_biases, width, most_biases, BLOCK: tl.constexpr):
     """One row. What may not be sampled stays at minus infinity."""

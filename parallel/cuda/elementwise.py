@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
 from parallel.rounding import FP8, FP8_MOST
 
 
+@quick
 @triton.jit
 def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr):
     """One token. The residual stream is written where it was read."""
@@ -54,6 +56,7 @@ def _launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out
     )  # fmt: skip
 
 
+@quick
 @triton.jit
 def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr):
     """A stretch of one token's inner features: gate first, then up, in one row."""
@@ -81,6 +84,7 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
 SWIGLU_BLOCK = 1024
 
 
+@quick
 @triton.jit
 def _rotate_and_write_kernel(
     heads, cos, sin, slots, q_out, keys, values,

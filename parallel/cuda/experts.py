@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parallel.cuda.by_expert import TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS, Sorted
 from parallel.cuda.products import DEPTH, product_tile, tile_of
+from parallel.cuda.quick_launch import quick
 from parallel.cuda.scaled import filled_size, round_rows
 from parallel.cuda.tiles import Tile, tiles_of
 from parallel.scaled_format import kind_of
@@ -61,6 +62,7 @@ def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).to(device)
 
 
+@quick
 @triton.jit(do_not_specialize=["num_assigned", "num_tiles"])  # else a step of another number of rows may wait for a compiler
 def _expert_kernel(
     x, x_scales, numbers_of, scales_of, out, row_weights, assignments, experts,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
+
 BLOCK = 4096
 """Columns that one program looks at."""
 NOBODY = tl.constexpr(2**31 - 1)
@@ -23,6 +25,7 @@ def _highest_of(values, ids):
     return tl.where(num_nan > 0, float("nan"), highest), first
 
 
+@quick
 @triton.jit
 def _parts_kernel(x, part_highest, part_ids, width, row_stride, num_parts, BLOCK: tl.constexpr):
     """One part of a row."""
@@ -34,6 +37,7 @@ def _parts_kernel(x, part_highest, part_ids, width, row_stride, num_parts, BLOCK
     tl.store(part_ids + row * num_parts + part, first)
 
 
+@quick
 @triton.jit
 def _rows_kernel(part_highest, part_ids, highest_of, id_of, num_parts, PARTS: tl.constexpr):
     """The parts of one row."""

@@ -5,9 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
+
 BLOCK = 128
 
 
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _uniform_kernel(seeds, choices, positions, out, num_rows, stream, BLOCK: tl.constexpr):
     """Philox4x32-10 (SC 2011) in int64: a product of two words wraps around as it would in uint64, and the mask undoes the sign."""

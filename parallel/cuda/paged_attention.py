@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
+
 LOG2_E = 1.4426950408889634
 NOTHING = tl.constexpr(-1.0e30)
 """Below every score: where nothing is visible. Finite, so that a difference of two is a number."""
@@ -67,6 +69,7 @@ def _attend_tile(
     return higher_R, sum_R, out_RK
 
 
+@quick
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["lengths"])  # else other steps wait for a compiler
 def _decode_kernel(
     q, keys, values, out, part_out, part_lse, tables, lengths, first_head, num_heads_of,
@@ -114,6 +117,7 @@ def _decode_kernel(
         tl.store(part_lse + place_P, lse_P, mask=rows_P < count)
 
 
+@quick
 @triton.jit
 def _merge_kernel(part_out, part_lse, out, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr):
     """The parts of one query head of one sequence, each weighed by how much of the softmax's sum it had."""
@@ -153,6 +157,7 @@ def _attend_span(
     return highest_R, sum_R, out_RK
 
 
+@quick
 @triton.jit(
     do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["lengths", "query_starts", "tile_sequence", "tile_token"]
 )  # else other steps wait for a compiler

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.products import DEPTH, product_tile, tile_of
+from parallel.cuda.quick_launch import quick
 from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import kind_of
@@ -17,6 +18,7 @@ FP8_BLOCK = 32768
 PER_WARP = 1024
 
 
+@quick
 @triton.jit
 def _round_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """One row to FP8, its largest number becoming the largest that there is. The row is read twice, the second time from cache."""
@@ -38,6 +40,7 @@ def _round_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.const
         tl.store(numbers + row * width + dims_K, rounded_K, mask=dims_K < width)
 
 
+@quick
 @triton.jit(do_not_specialize=["num_rows", "has_bias"])  # else a step of another number of rows may wait for a compiler
 def _linear_kernel(
     x, x_scales, numbers, scales, bias, out, num_rows, in_size, filled_size, out_size, has_bias, KIND: tl.constexpr,

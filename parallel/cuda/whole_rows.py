@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
+
 BLOCK = 2048
 """Columns that a program looks at at a time."""
 NOBODY = tl.constexpr(2**31 - 1)
@@ -63,6 +65,7 @@ def _above(row, width, key, highest, scale, least, WEIGHS: tl.constexpr, BLOCK: 
     return tl.sum(sums, axis=0)
 
 
+@quick
 @triton.jit
 def _draw_kernel(
     logits, temperatures, top_ks, top_ps, min_ps, uniforms, decided, chosen, width, row_stride, BLOCK: tl.constexpr
