@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv, next_power_of_2
 
 TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS = 16, 64, 128
 """Assignments of one expert that a program takes when few rows come, ..."""
@@ -85,7 +86,7 @@ def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
     if num_tiles:
         _sort_kernel[(num_held + 1,)](
             held_ids_NA.contiguous(), assignment_Y, expert_X, num_assigned, num_tiles, num_held,
-            BINS=triton.next_power_of_2(num_held + 1), TILE_ROWS=tile_rows, BLOCK=BLOCK, num_warps=4,
+            BINS=next_power_of_2(num_held + 1), TILE_ROWS=tile_rows, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return Sorted(assignment_Y=assignment_Y, expert_X=expert_X, tile_rows=tile_rows)
 
@@ -98,7 +99,7 @@ def rows_of_tiles(num_assigned: int, num_held: int) -> int:
 
 def most_tiles(num_assigned: int, num_held: int, tile_rows: int) -> int:
     """Each expert may leave the rest of a tile empty."""
-    return min(triton.cdiv(num_assigned, tile_rows) + num_held, num_assigned)
+    return min(cdiv(num_assigned, tile_rows) + num_held, num_assigned)
 
 
 def sort_slowly(held_ids_NA: Tensor, num_held: int) -> Sorted:
@@ -142,7 +143,5 @@ def sum_of_rows(y: Tensor, held_ids_NA: Tensor) -> Tensor:
     (num_rows, per_row), width = held_ids_NA.shape, y.shape[1]
     out_ND = y.new_empty((num_rows, width))
     if out_ND.numel():
-        _sum_kernel[(num_rows, triton.cdiv(width, BLOCK))](
-            y, held_ids_NA.contiguous(), out_ND, width, PER_ROW=per_row, BLOCK=BLOCK, num_warps=4
-        )
+        _sum_kernel[(num_rows, cdiv(width, BLOCK))](y, held_ids_NA.contiguous(), out_ND, width, PER_ROW=per_row, BLOCK=BLOCK, num_warps=4)
     return out_ND

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv
 
 BLOCK = 2048
 """Columns that one program edits."""
@@ -87,7 +88,7 @@ def edited(
     out_RV = torch.empty(num_rows, width, dtype=torch.float32, device=logits_RV.device)
     if num_rows:
         entries_R = entries_R.contiguous()
-        _edit_kernel[(num_rows, triton.cdiv(width, BLOCK))](
+        _edit_kernel[(num_rows, cdiv(width, BLOCK))](
             logits_RV, out_RV, entries_R, counts_NV, penalties_N3, stop_ids, num_stop_ids_N, stops_now_R.contiguous(), words_GW,
             word_rows_R.contiguous(), width, logits_RV.stride(0), words_GW.shape[1], stop_ids.shape[1],
             BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,

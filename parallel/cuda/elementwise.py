@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv, next_power_of_2
 from parallel.rounding import FP8, FP8_MOST
 
 
@@ -52,7 +53,7 @@ def _launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out
     assert all(x.is_contiguous() for x in (x_TD, residual_TD) if x is not None)
     _rms_norm_kernel[(num_tokens,)](
         x_TD, x_TD if residual_TD is None else residual_TD, weight_D, out_TD, eps, width,
-        HAS_RESIDUAL=residual_TD is not None, WIDTH=triton.next_power_of_2(width), num_warps=8 if width > 2048 else 4,
+        HAS_RESIDUAL=residual_TD is not None, WIDTH=next_power_of_2(width), num_warps=8 if width > 2048 else 4,
     )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
     num_tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     out_TI = gate_up_TI.new_empty((num_tokens, width))
     if out_TI.numel():
-        _swiglu_kernel[(num_tokens, triton.cdiv(width, SWIGLU_BLOCK))](
+        _swiglu_kernel[(num_tokens, cdiv(width, SWIGLU_BLOCK))](
             gate_up_TI, out_TI, width, gate_up_TI.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4
         )
     return out_TI
@@ -135,7 +136,7 @@ def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     if num_tokens:
         _rotate_and_write_kernel[(num_tokens, num_heads)](
             x_TXK, cos_T1F, sin_T1F, cos_T1F, out_TXK, x_TXK, x_TXK, x_TXK.stride(0), num_heads, 0, 0, 0,
-            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), KV_IN_FP8=False, MOST=FP8_MOST, num_warps=1,
+            HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2), KV_IN_FP8=False, MOST=FP8_MOST, num_warps=1,
         )  # fmt: skip
     return out_TXK
 
@@ -154,7 +155,7 @@ def rotate_and_write(
         _rotate_and_write_kernel[(num_tokens, num_all)](
             heads_TXK, cos_T1F, sin_T1F, slots_T, q_THK, keys_NBGK, values_NBGK,
             heads_TXK.stride(0), num_heads, num_kv_heads, keys_NBGK.stride(1), keys_NBGK.stride(2),
-            HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2),
+            HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2),
             KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MOST, num_warps=1,
         )  # fmt: skip
     return q_THK

@@ -20,6 +20,7 @@ from parallel.cuda.by_expert import TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS,
 from parallel.cuda.products import DEPTH, product_tile, tile_of
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.scaled import filled_size, round_rows
+from parallel.cuda.sizes import cdiv
 from parallel.cuda.tiles import Tile, tiles_of
 from parallel.scaled_format import kind_of
 
@@ -120,7 +121,7 @@ def expert_products(
     num_tiles = by_expert.expert_X.shape[0]
 
     def launch(tile: Tile) -> None:
-        _expert_kernel[(num_tiles * triton.cdiv(experts.out_size, tile.columns),)](
+        _expert_kernel[(num_tiles * cdiv(experts.out_size, tile.columns),)](
             rows, row_scales, experts.numbers_E, experts.scales_E, out, out if weights is None else weights,
             by_expert.assignment_Y, by_expert.expert_X, num_assigned, num_tiles, rows_per_source,
             x.shape[1], experts.filled_size, experts.out_size,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv, next_power_of_2
 
 BLOCK = 4096
 """Columns that one program looks at."""
@@ -54,14 +55,12 @@ def highest(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     """float32 (R) and int64 (R), of equal ones the lowest id. Rows may lie apart, a row's columns may not."""
     num_rows, width = x_RV.shape
     assert x_RV.stride(1) == 1
-    num_parts = triton.cdiv(width, BLOCK)
+    num_parts = cdiv(width, BLOCK)
     part_highest = torch.empty(num_rows, num_parts, dtype=torch.float32, device=x_RV.device)
     part_ids = torch.empty(num_rows, num_parts, dtype=torch.int32, device=x_RV.device)
     highest_R = torch.empty(num_rows, dtype=torch.float32, device=x_RV.device)
     id_R = torch.empty(num_rows, dtype=torch.int64, device=x_RV.device)
     if num_rows:
         _parts_kernel[(num_rows, num_parts)](x_RV, part_highest, part_ids, width, x_RV.stride(0), num_parts, BLOCK=BLOCK, num_warps=8)
-        _rows_kernel[(num_rows,)](
-            part_highest, part_ids, highest_R, id_R, num_parts, PARTS=max(2, triton.next_power_of_2(num_parts)), num_warps=1
-        )
+        _rows_kernel[(num_rows,)](part_highest, part_ids, highest_R, id_R, num_parts, PARTS=max(2, next_power_of_2(num_parts)), num_warps=1)
     return highest_R, id_R

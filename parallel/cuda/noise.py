@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv
 
 BLOCK = 128
 
@@ -41,7 +42,7 @@ def uniform(seed_R: Tensor, choice_R: Tensor, position_R: Tensor, stream: int) -
     num_rows = position_R.shape[0]
     out_R = torch.empty(num_rows, dtype=torch.float64, device=position_R.device)
     if num_rows:
-        _uniform_kernel[(triton.cdiv(num_rows, BLOCK),)](
+        _uniform_kernel[(cdiv(num_rows, BLOCK),)](
             seed_R.contiguous(), choice_R.contiguous(), position_R.contiguous(), out_R, num_rows, stream, BLOCK=BLOCK, num_warps=4
         )
     return out_R

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import next_power_of_2
 
 LOG2_E = 1.4426950408889634
 NOTHING = tl.constexpr(-1.0e30)
@@ -293,7 +294,7 @@ def tokens_per_tile(heads: Heads) -> int:
 
 def padded(size: int) -> int:
     """The power of two that a tile of so many columns needs."""
-    return max(SMALLEST_DOT, triton.next_power_of_2(size))
+    return max(SMALLEST_DOT, next_power_of_2(size))
 
 
 def precision(dtype: torch.dtype) -> str:

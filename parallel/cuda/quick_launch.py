@@ -67,10 +67,11 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
     def _launch_first(self, grid: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the function for arguments of these types, and go through it."""
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        kinds = [_kind(given.get(param.name, param.default)) for param in self.params if not param.is_constexpr]
-        if None in kinds or not _is_understood():
+        changing = [param for param in self.params if not param.is_constexpr]
+        kinds = tuple(kind for param in changing if (kind := _kind(given.get(param.name, param.default))) is not None)
+        if len(kinds) < len(changing) or not _is_understood():
             return self.run(*args, grid=grid, warmup=False, **kwargs)
-        self._kinds = tuple(kinds)
+        self._kinds = kinds
         self._launch = _written(self, self._kinds)
         return self._launch(grid, *args, **kwargs)
 

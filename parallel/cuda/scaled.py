@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parallel.cuda.products import DEPTH, product_tile, tile_of
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv, next_power_of_2
 from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import kind_of
@@ -65,7 +66,7 @@ def round_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     numbers_TK = torch.empty_like(x_TK, dtype=FP8)
     scales_T = x_TK.new_empty(x_TK.shape[0], dtype=torch.float32)
     if x_TK.shape[0]:
-        block = min(triton.next_power_of_2(x_TK.shape[1]), FP8_BLOCK)
+        block = min(next_power_of_2(x_TK.shape[1]), FP8_BLOCK)
         _round_kernel[(x_TK.shape[0],)](
             x_TK, numbers_TK, scales_T, x_TK.shape[1], MOST=FP8_MOST, BLOCK=block, num_warps=max(4, block // PER_WARP)
         )
@@ -82,7 +83,7 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None)
     x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), scales)
 
     def launch(tile: Tile) -> None:
-        _linear_kernel[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(numbers.shape[0], tile.columns),)](
+        _linear_kernel[(cdiv(num_rows, tile.rows) * cdiv(numbers.shape[0], tile.columns),)](
             x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
             num_rows, in_size, filled_size(tensors), numbers.shape[0], int(bias_N is not None),
             KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[kind],

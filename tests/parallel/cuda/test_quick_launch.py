@@ -47,7 +47,7 @@ class Launcher(CudaLauncher):  # type: ignore[misc]
         self.global_scratch_size, self.profile_scratch_size = scratch_size, 0
         self.global_scratch_align = self.profile_scratch_align = 16
         self.launch_cooperative_grid, self.launch_pdl = options.launch_cooperative_grid, options.launch_pdl
-        self.num_ctas, self.arg_annotations, self.kernel_signature = 1, [], b""
+        self.num_ctas, self.arg_annotations, self.kernel_signature = 1, (), b""
 
 
 class Compiled:
