@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out or Path(tempfile.mkdtemp(prefix="manta-gpu-"))
     (out / "gpu.json").unlink(missing_ok=True)  # of another call
     deadline = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what it has started is ended too
     found = [any(_measures(shape, way, rest, out, deadline) for way in ways) for shape in options.shape]
     results = Results(out, 0.0)
     results.take_up()
@@ -54,16 +55,17 @@ def _measures(shape: str, way: int, rest: list[str], out: Path, deadline: float)
     before = Results(out, 0.0)
     before.take_up()
     command = [sys.executable, "-m", "benchmarks.gpu.peer_vllm_parts", "--shape", shape, "--way", str(way), "--out", str(out)]
-    # A session of its own: vLLM's engine process outlives one that is ended hard, and keeps the device's memory.
-    process = subprocess.Popen([*command, "--minutes", str(left_s / 60), *rest], start_new_session=True)
+    # A group of its own: vLLM's engine process outlives one that is ended hard, and keeps the device's memory.
+    process = subprocess.Popen([*command, "--minutes", str(left_s / 60), *rest], process_group=0)
     try:
         # Its own watch ends it first; this one is for a process that does not even come so far.
         code = process.wait(left_s + 2 * HANG_S)
     except subprocess.TimeoutExpired:
         code = -signal.SIGKILL
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     results = Results(out, 0.0)
     results.take_up()
     if results.under_way is not None:

@@ -37,14 +37,15 @@ class Way:
     """How vLLM is started."""
 
     name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    compilation: dict[str, Any] = field(default_factory=dict)
+    """vLLM's `compilation_config`."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
 GRAPHS_ALONE = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "custom_ops": ["all"]}
 WAYS = (
     Way("vllm"),
-    Way("vllm not compiled", {"compilation_config": GRAPHS_ALONE}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+    Way("vllm not compiled", GRAPHS_ALONE, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
 )
 """As released: torch.compile, graphs of decoding steps and of pieces of all others, an engine process beside the one that asks. Then with
 its own fused kernels in place of Inductor's and in one process, which is quick to start and has less that can go wrong."""
@@ -53,13 +54,15 @@ PARTS = {part.name: part for part in (*MODELS, replace(TINY, name="small", shape
 """The last one to prove the script: heads as small as ours in tiny models are nothing to vLLM."""
 
 _ids = count()
+_started: list["Peer"] = []
+"""Kept to the end: to shut down takes vLLM seconds of a device that is lent by the second."""
 
 
 class Peer:
     """An engine of vLLM."""
 
     def __init__(self, part: ModelPart, way: Way, folder: Path, also: dict[str, Any]) -> None:
-        """``folder`` gets the model's configuration. ``also``: arguments of `vllm.LLM` beside ours."""
+        """``folder`` gets the model's configuration. ``also``: arguments of `vllm.LLM` beside and over ours."""
         from vllm import LLM
 
         raw = config_of(part.shape, part.layers)
@@ -77,7 +80,10 @@ class Peer:
         }
         if part.quantize is not None:
             ours["quantization"] = part.quantize
-        self.engine: Any = LLM(**ours | way.arguments | also).llm_engine
+        ours |= also
+        if compilation := way.compilation | also.get("compilation_config", {}):
+            ours["compilation_config"] = compilation
+        self.engine: Any = LLM(**ours).llm_engine
 
     def submit(self, prompt: tuple[int, ...], tokens_out: int, *, streams: bool) -> None:
         """``streams``: tokens are handed over as they come, as a server's are; otherwise together at the end, as `LLM.generate` does."""
@@ -152,21 +158,21 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(options.out, options.minutes)
     if options.out is not None:
         results.take_up()
-    name, started = f"{options.shape} {way.name}", list[Peer]()
+    name = f"{options.shape} {way.name}"
     with tempfile.TemporaryDirectory() as folder:
 
         def start() -> None:
-            started.append(Peer(part, way, Path(folder), options.also))
+            _started.append(Peer(part, way, Path(folder), options.also))
 
         with ended_after(min(START_S, results.seconds_for(options.minutes))):
             results.run(f"{name}, its start", options.minutes, start)
-        for peer in started:
+        for peer in _started:
             with ended_after(results.seconds_for(options.minutes) + HANG_S):
                 results.run(name, options.minutes, partial(measure, results, name, part, peer, options.only))
-    return 0 if started and name not in results.failed else 1
+    return 0 if _started and name not in results.failed else 1
 
 
 if __name__ == "__main__":
     ended_with = main()
     sys.stdout.flush()
-    os._exit(ended_with)  # vLLM's own end takes seconds of a device that is lent by the second; `peer_vllm` ends what this leaves
+    os._exit(ended_with)  # `peer_vllm` ends what this leaves
