@@ -75,28 +75,37 @@ def mixed(sequences: int, least: int, most: int) -> list[tuple[int, int]]:
 
 
 def closed_loop(results: Results, served: Served, requests: Sequence[tuple[int, int]], seed: int) -> tuple[float, float, float]:
-    """All at once. Seconds, the median time to a first token, and the median gap between tokens of one request."""
-    running: set[str] = set()
-    for prompt, (_, tokens_out) in zip(drawn(requests, seed, served.model.config.vocab_size), requests, strict=True):
+    """All at once. Seconds, the median time to a first token, and the median gap between tokens of one request.
+
+    Tokens of requests that only go on are looked at as columns, as a replica's desk does (`cluster.desk`).
+    """
+    prompts = drawn(requests, seed, served.model.config.vocab_size)
+    number_of: dict[str, int] = {}
+    for number, (prompt, (_, tokens_out)) in enumerate(zip(prompts, requests, strict=True)):
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens_out)
-        running.add(name := f"gpu-{next(_ids)}")
-        served.engine.submit(Request(id=name, prompt=prompt, sampling=sampling))
-    began, first, gaps, last = time.perf_counter(), dict[str, float](), list[float](), dict[str, float]()
-    while running:
-        events = served.engine.turn()
-        now = time.perf_counter()
-        for event in events:
+        number_of[name := f"gpu-{next(_ids)}"] = number
+        served.engine.submit(Request(id=name, prompt=prompt, sampling=sampling, tag=number))
+    began = time.perf_counter()
+    first_s, last_s = (np.full(len(requests), np.nan) for _ in range(2))
+    gaps_s: list[np.ndarray] = []
+    while number_of:
+        told = served.engine.turn()
+        now_s = time.perf_counter() - began
+        numbers = [said.tags for said in told.said]
+        for event in told.events:
             if event.finish_reason == "error":
                 raise RuntimeError(f"{event.request_id}: {event.error_message}")
             if event.tokens:
-                if event.request_id in last:
-                    gaps.append(now - last[event.request_id])
-                first.setdefault(event.request_id, now - began)
-                last[event.request_id] = now
+                numbers.append(np.array([number_of[event.request_id]]))
             if event.finish_reason is not None:
-                running.discard(event.request_id)
+                del number_of[event.request_id]
+        for some in numbers:
+            gaps_s.append(now_s - last_s[some])
+            first_s[some] = np.fmin(first_s[some], now_s)
+            last_s[some] = now_s
         results.go_on()
-    return time.perf_counter() - began, statistics.median(first.values()), statistics.median(gaps) if gaps else 0.0
+    seconds, gaps = time.perf_counter() - began, np.concatenate(gaps_s)
+    return seconds, float(np.median(first_s)), float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else 0.0
 
 
 def single_stream(results: Results, part: str, served: Served, floors: Floors, contexts: Sequence[int], tokens_out: int) -> None:

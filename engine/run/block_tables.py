@@ -13,6 +13,8 @@ class BlockTables:
         self._lengths = np.zeros(16, np.int64)
         self._row: dict[int, int] = {}
         self._free = list(range(16))
+        self._latest: tuple[np.ndarray, np.ndarray] | None = None
+        """Sequences whose rows were asked for, and their rows: mostly it is the same ones again."""
 
     def __repr__(self) -> str:
         return f"<BlockTables [{len(self._row)} open | {len(self._free)} rows free]>"
@@ -36,6 +38,7 @@ class BlockTables:
         row = self._row.pop(sequence, None)
         if row is not None:
             self._free.append(row)
+            self._latest = None
 
     def append(self, work: Work) -> None:
         """The work's new blocks."""
@@ -64,6 +67,12 @@ class BlockTables:
     def rows(self, sequences: list[int]) -> np.ndarray:
         """The rows of open sequences (S), int64."""
         return np.fromiter((self._row[sequence] for sequence in sequences), np.int64, len(sequences))
+
+    def rows_of(self, sequences_S: np.ndarray) -> np.ndarray:
+        """The same of many, which are not to be changed afterwards."""
+        if self._latest is None or not np.array_equal(self._latest[0], sequences_S):
+            self._latest = sequences_S, self.rows(sequences_S.tolist())
+        return self._latest[1]
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of these rows (S, M), int32, padded with 0, and how many each has (S)."""

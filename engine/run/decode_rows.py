@@ -47,8 +47,8 @@ class DecodeRows:
 
     def learn(self, said: Mapping[int, int]) -> None:
         """The unknown tokens. A sequence that got none in the step before gets any: nobody will ask for more."""
-        for at in self.unknown.tolist():
-            self.columns[2, at] = said.get(int(self.columns[0, at]), 0)
+        unknown = self.unknown
+        self.columns[2, unknown] = [said.get(sequence, 0) for sequence in self.columns[0, unknown].tolist()]
 
     def with_tokens(self, at: np.ndarray, tokens: np.ndarray) -> "DecodeRows":
         """The same with other tokens at these places."""
@@ -69,7 +69,7 @@ class DecodeRows:
 
     def enter(self, tables: BlockTables) -> np.ndarray:
         """Bring the new blocks. The rows (S) of the sequences' tables."""
-        rows_S = tables.rows(self.sequences)
+        rows_S = tables.rows_of(self.columns[0])
         tables.append_to(rows_S, self.columns[3])
         for work in self.singly:
             tables.append(work)

@@ -18,7 +18,7 @@ class Replayed(Begun):
 
     plan: StepPlan
     rows: DecodeRows
-    """Their tokens are `NO_TOKEN` where the step before has not been read."""
+    """Their tokens are `NO_TOKEN` where they were not known when it was begun."""
     table_rows_S: np.ndarray
     columns: np.ndarray
     """As `SamplingColumns.of` gave them."""
@@ -36,6 +36,13 @@ class Replayed(Begun):
         self.settle(self)
         return self.outcome
 
-    def place_of(self) -> dict[int, int]:
-        """By sequence."""
-        return {sequence: place for place, sequence in enumerate(self.rows.sequences)}
+    def places_of(self, other: "Replayed") -> np.ndarray:
+        """int64: where in this step the sequences of another one's rows are, -1 for those that are not."""
+        here, there = self.rows.columns[0], other.rows.columns[0]
+        if np.array_equal(here, there):
+            return np.arange(len(here))
+        place_of_row = np.full(max(self.table_rows_S.max(), other.table_rows_S.max()) + 1, -1)
+        place_of_row[self.table_rows_S] = np.arange(len(here))
+        places: np.ndarray = place_of_row[other.table_rows_S]
+        places[here[places] != there] = -1  # the row was another's
+        return places

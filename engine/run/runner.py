@@ -31,7 +31,7 @@ from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
 from engine.run.scoring import Scorer
-from engine.run.tokens_said import hand_on, num_with_unknown_tokens, remember, with_known_tokens
+from engine.run.tokens_said import TokensSaid, hand_on, num_with_unknown_tokens, with_known_tokens
 from engine.run.transfer import upload
 from engine.run.verification import rows_of, verified
 from model.kv_cache import KvCache
@@ -86,8 +86,8 @@ class Runner:
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
         self._columns = SamplingColumns()
-        self._said: dict[int, int] = {}
-        """Of each open sequence what was sampled last, where a plan may come that counts on it."""
+        self._said = TokensSaid()
+        """Where a plan may come that counts on it."""
         self._under_way: list[Replayed] = []
         """Steps that were begun and not read, in order."""
         self._answered_at = 0.0
@@ -196,30 +196,34 @@ class Runner:
             return None
         tokens, rest = packed(plan.decodes, given.sampled) if given.tokens is None else (given.tokens, tuple(given.sampled))
         if self.capacity.runs_ahead:
-            remember(self._said, plan.decodes, tokens, rest)
+            self._said.note(plan.decodes, tokens, rest)
         now, began = time.perf_counter(), max(began, self._answered_at)  # before that the device was at the step before
         self._answered_at = now
         return StepResult(plan.step, rest, now - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
 
     def _replay_on(self, plan: StepPlan, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray, graphs: DecodeGraphs) -> Replayed:
         """Have the device do it behind what it is at. Tokens that the step before samples are taken where they lie."""
-        if len(rows.unknown):
-            before = self._under_way[-1].place_of() if self._under_way else {}
-            if not all(rows.sequences[at] in before for at in rows.unknown.tolist()):
-                self._settle_all()
-                rows.learn(self._said)
         step = Replayed(None, plan, rows, table_rows_S, columns, graphs.size_for(len(rows)), self._settle)
-        self._launch(step, graphs, self._under_way[-1] if self._under_way else None)
+        unknown, places, before = rows.unknown, None, self._under_way[-1] if self._under_way else None
+        if len(unknown) and before is not None:
+            places = before.places_of(step)[unknown]
+        if len(unknown) and (places is None or places.min() < 0):
+            self._settle_all()
+            rows.learn(self._said)
+            before = places = None
+        self._launch(step, graphs, before, unknown, places)
         self._under_way.append(step)
         return step
 
-    def _launch(self, step: Replayed, graphs: DecodeGraphs, before: Replayed | None) -> None:
+    def _launch(
+        self, step: Replayed, graphs: DecodeGraphs, before: Replayed | None, unknown: np.ndarray, places: np.ndarray | None
+    ) -> None:
+        """``places`` in the step before have the tokens of the rows that are unknown; None: all are known."""
         marked = step.rows.works() if is_asked_for() else []
         self._mark(9, marked)
         rows, sampled = step.rows, None
-        if before is not None and before.report is not None and len(unknown := rows.unknown):
-            places = before.place_of()
-            rows = rows.with_tokens(unknown, np.array([-1 - places[rows.sequences[at]] for at in unknown.tolist()], np.int64))
+        if before is not None and before.report is not None and places is not None:
+            rows = rows.with_tokens(unknown, -1 - places)
             sampled = before.report.chosen_R
         self._mark(10, marked)
         logits_SV = graphs.run(rows, step.table_rows_S, self._tables, sampled)
@@ -242,7 +246,7 @@ class Runner:
         assert step is self._under_way[0]
         assert step.report is not None
         assert self._sampler is not None
-        graphs, behind = self.decode_graphs, self._under_way[1] if len(self._under_way) > 1 else None
+        graphs = self.decode_graphs
         assert graphs is not None
         report = step.report.read()
         chosen_S, *sound = report
@@ -251,11 +255,10 @@ class Runner:
             given = _Given(sampled, tokens=tokens)
         else:
             assert graphs.logits is not None  # by now perhaps those of the step behind; nobody's log-probabilities are wanted
+            step.rows.learn(self._said)
             given = self._told(self._sampler, step.rows, graphs.logits[: len(step.rows)], report)
         step.outcome = self._answered(step.plan, given, step.began)
         self._under_way.pop(0)
-        if behind is not None:
-            behind.rows.learn(self._said)
 
     def _open_and_close(self, plan: StepPlan) -> None:
         for sequence in plan.closed:
@@ -263,7 +266,7 @@ class Runner:
             state = self._states.pop(sequence, None)
             if state is not None and self._table is not None:
                 self._table.close(state)
-            self._said.pop(sequence, None)
+            self._said.forget(sequence)
             self._guides.close(sequence)
             self._pools.close(sequence)
         for opening in plan.opened:

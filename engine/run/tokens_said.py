@@ -1,7 +1,7 @@
 """Step 9 of a request, where a step was planned before the one before it was answered: the rank fills in what it sampled itself, and
 hands it on to those that compute with it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -41,10 +41,48 @@ def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
     return replace(plan, decodes=Decodes.of(known))
 
 
-def remember(said: dict[int, int], decodes: Decodes, tokens: bytes, rest: Iterable[Sampled]) -> None:
-    """Note what a step gave: ``tokens`` as `StepResult.tokens` has them, and the rest."""
-    if tokens:
-        columns, sampled = decodes.columns, np.frombuffer(tokens, COLUMN)
-        some = np.flatnonzero(sampled != NO_TOKEN)
-        said.update(zip(columns[0, some].tolist(), sampled[some].tolist(), strict=True))
-    said.update((answer.sequence, answer.tokens[-1]) for answer in rest if answer.tokens)
+class TokensSaid(Mapping[int, int]):
+    """Of each open sequence the token that was sampled last. Columns are kept as they came until somebody asks for a token: in most steps
+    nobody does, as the next one takes it where it lies on the device."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, int] = {}
+        self._news: tuple[np.ndarray, np.ndarray] | None = None
+        """Sequences, and their tokens, that are newer."""
+
+    def note(self, decodes: Decodes, tokens: bytes, rest: Iterable[Sampled]) -> None:
+        """What a step gave: ``tokens`` as `StepResult.tokens` has them, and the rest."""
+        if tokens:
+            sequences, sampled = decodes.columns[0], np.frombuffer(tokens, COLUMN)
+            if sampled.min() == NO_TOKEN:
+                some = sampled != NO_TOKEN
+                sequences, sampled = sequences[some], sampled[some]
+            if self._news is not None and not np.array_equal(self._news[0], sequences):
+                self._read_news()
+            self._news = (sequences, sampled)
+        if rest:
+            self._read_news()
+            self._tokens.update((answer.sequence, answer.tokens[-1]) for answer in rest if answer.tokens)
+
+    def forget(self, sequence: int) -> None:
+        """It is closed; one that nothing was sampled for is ignored."""
+        self._read_news()
+        self._tokens.pop(sequence, None)
+
+    def __getitem__(self, sequence: int) -> int:
+        self._read_news()
+        return self._tokens[sequence]
+
+    def __iter__(self) -> Iterator[int]:
+        self._read_news()
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        self._read_news()
+        return len(self._tokens)
+
+    def _read_news(self) -> None:
+        if self._news is not None:
+            sequences, tokens = self._news
+            self._tokens.update(zip(sequences.tolist(), tokens.tolist(), strict=True))
+            self._news = None

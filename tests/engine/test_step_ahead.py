@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import NO_TOKEN, Decodes, Sampled, StepPlan
 from engine.request import Request, SamplingParams
-from engine.run.tokens_said import remember, with_known_tokens
+from engine.run.tokens_said import TokensSaid, with_known_tokens
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
 
 
@@ -156,9 +156,9 @@ def test_nothing_is_planned_ahead_where_the_ranks_cannot_know() -> None:
 
 @pytest.mark.parametrize("tokens", [(7, 8, 9), (7, NO_TOKEN, 9)])
 def test_a_rank_fills_in_what_it_sampled_itself(tokens: tuple[int, ...]) -> None:
-    said: dict[int, int] = {}
+    said = TokensSaid()
     first = Decodes.of([[1, 2, 3], [5, 5, 5], [0, 0, 0], [-1, -1, -1], [0, 0, 0]])
-    remember(said, first, Decodes.of([list(tokens)]).packed, [Sampled(2, (30, 40))] if NO_TOKEN in tokens else [])
+    said.note(first, Decodes.of([list(tokens)]).packed, [Sampled(2, (30, 40))] if NO_TOKEN in tokens else [])
     plan = StepPlan(1, (), decodes=Decodes.of([[1, 2, 4], [6, 6, 6], [NO_TOKEN, NO_TOKEN, 11], [-1, -1, -1], [0, 0, 0]]))
     assert with_known_tokens(plan, said).decodes.columns[2].tolist() == [7, 40 if NO_TOKEN in tokens else 8, 11]
     assert with_known_tokens(StepPlan(2, ()), said) == StepPlan(2, ())
