@@ -74,6 +74,11 @@ class BlockTables:
             self._latest = sequences_S, self.rows(sequences_S.tolist())
         return self._latest[1]
 
+    def at(self, rows_S: np.ndarray, positions_S: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """The block (S) in which each row has a token, anything where it has none there, and how many tokens each has room for (S)."""
+        columns_S = np.minimum(positions_S // block_tokens, self._blocks.shape[1] - 1)
+        return self._blocks[rows_S, columns_S], self._lengths[rows_S] * block_tokens
+
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of these rows (S, M), int32, padded with 0, and how many each has (S)."""
         lengths = self._lengths[rows]

@@ -15,8 +15,9 @@ from engine.config import EngineConfig
 from engine.run.block_tables import BlockTables
 from engine.run.cuda_graphs import Graphs, Replay
 from engine.run.decode_rows import DecodeRows
+from engine.run.entering import BLOCKS, POSITIONS, TOKENS, enter
 from engine.run.tokens_said import hand_on
-from engine.run.transfer import refill, upload
+from engine.run.transfer import Staging, refill
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
@@ -25,9 +26,6 @@ log = logging.getLogger(__name__)
 
 MOST_ROWS = 512
 """With more of them a step takes longer than its launches by far."""
-NOWHERE = -1
-"""The slot of a row that fills a step up."""
-TOKENS, POSITIONS, SLOTS, LENGTHS = range(4)
 
 
 class DecodeGraphs:
@@ -50,10 +48,17 @@ class DecodeGraphs:
         self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, hands_on
         self.sizes = tuple(sizes_up_to(most_rows))
         device = model.device
-        self._numbers = torch.zeros(4, most_rows, dtype=torch.int64, device=device)
-        self.tokens_B, self.positions_B = self._numbers[TOKENS], self._numbers[POSITIONS]
-        """int64: what the rows of the last step compute, those that fill it up as well, and where that stands in their sequences."""
+        self._given = Staging(3, most_rows, device=device)
+        self.tokens_B, self._slots_B = (torch.zeros(most_rows, dtype=torch.int64, device=device) for _ in range(2))
+        """int64: what the rows of the last step compute, those that fill it up as well, and where its keys and values go."""
+        self.positions_B = self._given.there[POSITIONS]
+        """int64: where the tokens stand in their sequences."""
+        self._lengths_B = torch.zeros(most_rows, dtype=torch.int32, device=device)
         self._tables = torch.zeros(most_rows, most_blocks, dtype=torch.int32, device=device)
+        self._latest: tuple[int, np.ndarray, np.ndarray] | None = None
+        """Whose blocks lie in there: how many rows, whose they are (the very array), and where the last step's tokens stood."""
+        self.report_3B = torch.zeros(3, most_rows, dtype=torch.int64, device=device)
+        """What the sampler leaves of the last step, its tokens first (`engine.run.sampling.sampler_graphs`)."""
         self._batches = {size: self._batch(size) for size in self.sizes}
         self.logits: Tensor | None = None
         """(B, V): those of the last step. The next one overwrites them."""
@@ -69,9 +74,9 @@ class DecodeGraphs:
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         """Anew, if it has been done: the largest first, whose memory is enough for all. On all ranks of the replica at the same time."""
         self.replays.clear()
-        self._numbers.zero_()
-        self._numbers[SLOTS] = NOWHERE
-        self._lengths.fill_(1)
+        self._given.there.zero_()
+        self._given.there[BLOCKS] = -1  # nothing is written
+        self._latest = None
         for size in reversed(self.sizes):
             self.replays[size] = self._graphs.capture(partial(self._compute, size))
             after_each()
@@ -87,58 +92,60 @@ class DecodeGraphs:
     def size_for(self, num_rows: int) -> int:
         return next(size for size in self.sizes if size >= num_rows)
 
-    def run(self, rows: DecodeRows, table_rows_S: np.ndarray, tables: BlockTables, sampled: Tensor | None = None) -> Tensor | None:
+    def run(self, rows: DecodeRows, table_rows_S: np.ndarray, tables: BlockTables, tokens_S: np.ndarray | None = None) -> Tensor | None:
         """Begin the step, without waiting for it. Logits (S, V) on a rank that samples, which last until the next step.
 
-        ``sampled`` (int64, on the device) has the tokens that are below 0 in ``rows``: at -1 - n stands number n.
+        ``tokens_S``, if not those of ``rows``: one below 0 stands in the report of the last step, -1 - n at place n.
         """
-        count, size = len(rows), self.size_for(len(rows))
-        block_tokens = self._cache.layout.block_tokens
-        blocks_SM, held_S = tables.of(table_rows_S)
-        starts_S = rows.starts
-        _check_blocks(rows, held_S * block_tokens)
-        numbers = np.zeros((4, self._numbers.shape[1]), np.int64)
-        numbers[TOKENS, :count], numbers[POSITIONS, :count] = rows.tokens, starts_S
-        numbers[SLOTS, :count] = blocks_SM[np.arange(count), starts_S // block_tokens] * block_tokens + starts_S % block_tokens
-        numbers[LENGTHS].view(np.int32)[:count] = starts_S + 1
-        if size > count:
-            shortest = int(starts_S.argmin())
-            for row in (TOKENS, POSITIONS):
-                numbers[row, count:size] = numbers[row, shortest]
-            numbers[SLOTS, count:size] = NOWHERE
-            numbers[LENGTHS].view(np.int32)[count:size] = starts_S[shortest] + 1
-            blocks_SM = np.concatenate([blocks_SM, blocks_SM[[shortest] * (size - count)]])
-        refill(self._numbers, numbers)
-        if sampled is not None:
-            at = np.flatnonzero(numbers[TOKENS, :size] < 0)
-            at_P, from_P = upload(np.stack([at, -1 - numbers[TOKENS, at]]), sampled.device)
-            self._numbers[TOKENS].index_copy_(0, at_P, sampled[from_P])
-        refill(self._tables[:size, : blocks_SM.shape[1]], blocks_SM)
+        count, size, starts_S = len(rows), self.size_for(len(rows)), rows.starts
+        blocks_S, held_S = tables.at(table_rows_S, starts_S, self._cache.layout.block_tokens)
+        _check_blocks(rows, held_S)
+        shortest = int(starts_S.argmin()) if size > count else 0
+        given = self._given.take()
+        for row, told_S in ((TOKENS, rows.tokens if tokens_S is None else tokens_S), (POSITIONS, starts_S), (BLOCKS, blocks_S)):
+            given[row, :count] = told_S
+            if size > count:
+                given[row, count:size] = told_S[shortest] if row != BLOCKS else -1 - told_S[shortest]
+        self._given.bring()
+        if not self._goes_on(size, table_rows_S, starts_S):
+            blocks_SM, _ = tables.of(table_rows_S)
+            if size > count:
+                blocks_SM = np.concatenate([blocks_SM, blocks_SM[[shortest] * (size - count)]])
+            refill(self._tables[:size, : blocks_SM.shape[1]], blocks_SM)
+        self._latest = size, table_rows_S, starts_S
         self.replays[size]()
         return None if self.logits is None else self.logits[:count]
 
-    @property
-    def _lengths(self) -> Tensor:
-        """int32 (B), in the first half of a row of the numbers: what a step brings is copied at once."""
-        return self._numbers[LENGTHS].view(torch.int32)[: self._numbers.shape[1]]
+    def _goes_on(self, size: int, table_rows_S: np.ndarray, starts_S: np.ndarray) -> bool:
+        """Whether the tables of the last step are this one's, but for the blocks in which its tokens are. The rows are another array where
+        one of their sequences was closed, and none was in a step between that was launched."""
+        if self._latest is None:
+            return False
+        latest_size, latest_rows_S, latest_starts_S = self._latest
+        return latest_size == size and latest_rows_S is table_rows_S and np.array_equal(latest_starts_S + 1, starts_S)
 
     def _batch(self, size: int) -> ForwardBatch:
         return ForwardBatch(
-            tokens_T=self._numbers[TOKENS, :size],
-            positions_T=self._numbers[POSITIONS, :size],
-            slots_T=self._numbers[SLOTS, :size],
+            tokens_T=self.tokens_B[:size],
+            positions_T=self.positions_B[:size],
+            slots_T=self._slots_B[:size],
             block_tables_SM=self._tables[:size],
-            lengths_S=self._lengths[:size],
+            lengths_S=self._lengths_B[:size],
             query_starts=tuple(range(size + 1)),
             context_lengths=(),
             num_decodes=size,
-            logit_rows_R=torch.arange(size, device=self._numbers.device),
+            logit_rows_R=torch.arange(size, device=self.tokens_B.device),
         )
 
     def _compute(self, size: int) -> None:
+        batch = self._batches[size]
+        enter(
+            self._given.there[:, :size], self.report_3B[0], batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
+            self._cache.layout.block_tokens,
+        )  # fmt: skip
         if self._hands_on:
-            hand_on(self._batches[size].tokens_T, self._model.groups.tp)
-        hidden_TD = self._model.hidden(self._batches[size], self._cache)
+            hand_on(batch.tokens_T, self._model.groups.tp)
+        hidden_TD = self._model.hidden(batch, self._cache)
         assert hidden_TD is not None  # it has no stages
         logits_RV = self._model.logits(hidden_TD)
         if self.logits is not None:

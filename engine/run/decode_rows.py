@@ -1,7 +1,7 @@
 """Step 9 of a request, where a step computes one token of each of its sequences and samples behind each: all of it as columns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,12 +49,6 @@ class DecodeRows:
         """The unknown tokens. A sequence that got none in the step before gets any: nobody will ask for more."""
         unknown = self.unknown
         self.columns[2, unknown] = [said.get(sequence, 0) for sequence in self.columns[0, unknown].tolist()]
-
-    def with_tokens(self, at: np.ndarray, tokens: np.ndarray) -> "DecodeRows":
-        """The same with other tokens at these places."""
-        columns = self.columns.copy()
-        columns[2, at] = tokens
-        return replace(self, columns=columns)
 
     def works(self) -> list[Work]:
         """All of them, one by one."""

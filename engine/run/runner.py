@@ -131,6 +131,7 @@ class Runner:
                 table=self._table,
                 tokens_B=self.decode_graphs.tokens_B,
                 positions_B=self.decode_graphs.positions_B,
+                report_3B=self.decode_graphs.report_3B,
             )
         total = len(self.decode_graphs.sizes) + (self.sampler_graphs.num_graphs if self.sampler_graphs else 0)
         done = iter(range(1, total + 1))
@@ -210,23 +211,21 @@ class Runner:
         if len(unknown) and (places is None or places.min() < 0):
             self._settle_all()
             rows.learn(self._said)
-            before = places = None
-        self._launch(step, graphs, before, unknown, places)
+            places = None
+        self._launch(step, graphs, unknown, places)
         self._under_way.append(step)
         return step
 
-    def _launch(
-        self, step: Replayed, graphs: DecodeGraphs, before: Replayed | None, unknown: np.ndarray, places: np.ndarray | None
-    ) -> None:
+    def _launch(self, step: Replayed, graphs: DecodeGraphs, unknown: np.ndarray, places: np.ndarray | None) -> None:
         """``places`` in the step before have the tokens of the rows that are unknown; None: all are known."""
         marked = step.rows.works() if is_asked_for() else []
         self._mark(9, marked)
-        rows, sampled = step.rows, None
-        if before is not None and before.report is not None and places is not None:
-            rows = rows.with_tokens(unknown, -1 - places)
-            sampled = before.report.chosen_R
+        rows, tokens_S = step.rows, None
+        if places is not None:
+            tokens_S = rows.tokens.copy()
+            tokens_S[unknown] = -1 - places
         self._mark(10, marked)
-        logits_SV = graphs.run(rows, step.table_rows_S, self._tables, sampled)
+        logits_SV = graphs.run(rows, step.table_rows_S, self._tables, tokens_S)
         assert logits_SV is not None
         assert self.sampler_graphs is not None
         if hit("rank.logits"):

@@ -36,7 +36,7 @@ from engine.run.sampling.edit_table import NO_ENTRY, EditTable
 from engine.run.sampling.filters import DrawParams, draw_filtered, draw_undecided, draw_unfiltered
 from engine.run.sampling.groups import FEW_TOP_K, MAX_CANDIDATES, MORE_CANDIDATES
 from engine.run.sampling.search import highest
-from engine.run.transfer import refill
+from engine.run.transfer import Place, Returns, Staging, refill
 
 NO_WORDS: Mapping[int, np.ndarray] = MappingProxyType({})
 MOST_KINDS = (GREEDY, FEW, UNFILTERED)
@@ -56,15 +56,19 @@ class SamplerGraphs:
         table: EditTable | None = None,
         tokens_B: Tensor | None = None,
         positions_B: Tensor | None = None,
+        report_3B: Tensor | None = None,
     ) -> None:
         """With a ``table`` logits are edited as well, and the tokens of the step counted: those in ``tokens_B``, at their places in their
-        sequences."""
+        sequences. ``report_3B`` (int64) is where a replay leaves what it gives: see `Report.read`."""
         self._logits_BV, self._sizes, self._graphs = logits_BV, sizes, graphs
         self.table, self._tokens_B, self._positions_B = table, tokens_B, positions_B
         device, num_rows = logits_BV.device, logits_BV.shape[0]
-        self._inputs = torch.from_numpy(_greedy_inputs(num_rows)).to(device)
+        self._staged = Staging(11, num_rows, device=device)
+        self._inputs = self._staged.there
+        self._inputs.copy_(torch.from_numpy(_greedy_inputs(num_rows)))
         self._words_BW = torch.zeros(num_rows, -(-logits_BV.shape[1] // 32), dtype=torch.int32, device=device)
-        self._reports = {size: torch.zeros(3, size, dtype=torch.int64, device=device) for size in sizes}
+        self._report_3B = torch.zeros(3, num_rows, dtype=torch.int64, device=device) if report_3B is None else report_3B
+        self._reports = Returns(self._report_3B)
         self._replays: dict[tuple[int, int, bool], Replay] = {}
 
     def __repr__(self) -> str:
@@ -95,8 +99,16 @@ class SamplerGraphs:
     def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int, words: Mapping[int, np.ndarray] = NO_WORDS) -> "Report":
         """Begin to sample, without waiting for it. ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens.
         ``words``: by their places in the step those who may choose from some ids only, int32 (W), a bit for each id, lowest first."""
-        count = columns.shape[1]
-        inputs = _greedy_inputs(self._inputs.shape[1])  # what fills the step up is greedy, and nobody looks at it
+        is_edited = self.edits and are_edited(columns, known_S)
+        hardest = int(columns[KIND].max())
+        if is_edited or hardest > GREEDY:  # else nothing of it is looked at
+            self._bring(columns, known_S, size, is_edited, words)
+        self._replays[size, next(most for most in MOST_KINDS if most >= hardest), is_edited]()
+        return Report(self._reports.send(), columns.shape[1])
+
+    def _bring(self, columns: np.ndarray, known_S: np.ndarray, size: int, is_edited: bool, words: Mapping[int, np.ndarray]) -> None:
+        count, inputs = columns.shape[1], self._staged.take()
+        inputs[:, :size] = _greedy_inputs(size)  # what fills the step up is greedy, and nobody looks at it
         inputs[IN_SEED, :count], inputs[IN_CHOICE, :count], inputs[IN_POSITION, :count] = (
             columns[SEED],
             columns[CHOICE],
@@ -104,16 +116,12 @@ class SamplerGraphs:
         )
         inputs[IN_TOP_K, :count], inputs[IN_KIND, :count] = columns[TOP_K], columns[KIND]
         inputs[IN_TEMPERATURE:, :count] = columns[TEMPERATURE : MIN_P + 1]
-        is_edited = self.edits and are_edited(columns, known_S)
         if is_edited:
             inputs[IN_ENTRY, :count], inputs[IN_STOPS, :count] = columns[ENTRY], stops_now(columns, known_S)
             if words:
                 inputs[IN_WORDS, list(words)] = np.arange(len(words))
                 refill(self._words_BW[: len(words)], np.stack(list(words.values())))
-        refill(self._inputs, inputs)
-        hardest = int(columns[KIND].max())
-        self._replays[size, next(most for most in MOST_KINDS if most >= hardest), is_edited]()
-        return Report(self._reports[size], count)
+        self._staged.bring()
 
     def _compute(self, size: int, most: int, is_edited: bool) -> None:
         raw_RV = logits_RV = self._logits_BV[:size]
@@ -128,7 +136,7 @@ class SamplerGraphs:
         raw_highest_R = highest(raw_RV)[0] if is_edited else highest_R
         if most > GREEDY:
             chosen_R = self._draw(logits_RV, self._params(size), inputs[IN_KIND], chosen_R, most)
-        self._reports[size].copy_(torch.stack((chosen_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long())))
+        self._report_3B[:, :size].copy_(torch.stack((chosen_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long())))
 
     def _draw(self, logits_RV: Tensor, params: DrawParams, kind_R: Tensor, greedy_R: Tensor, most: int) -> Tensor:
         if most == FEW:
@@ -150,26 +158,17 @@ class SamplerGraphs:
 class Report:
     """What a replay drew, on its way to the host. The next step may begin before it is read."""
 
-    def __init__(self, report_3R: Tensor, count: int) -> None:
-        self._count, self._event = count, None
-        self.chosen_R = report_3R[0]
-        """On the device, until the next replay of as many rows."""
-        if report_3R.device.type == "cuda":
-            self._host = torch.empty(report_3R.shape, dtype=report_3R.dtype, pin_memory=True)
-            self._host.copy_(report_3R, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = report_3R.clone()
+    def __init__(self, place: Place, count: int) -> None:
+        self._place, self._count = place, count
 
     def is_there(self) -> bool:
-        return self._event is None or bool(self._event.query())
+        return self._place.is_done()
 
     def read(self) -> np.ndarray:
-        """int64 (3, S): what was drawn, whether the model's logits are sound, whether the edited ones are. Waits for the device."""
-        if self._event is not None:
-            self._event.synchronize()
-        report: np.ndarray = self._host.numpy()[:, : self._count]
+        """int64 (3, S): what was drawn, whether the model's logits are sound, whether the edited ones are. Waits for the device. To be
+        read before the step after the next is launched."""
+        self._place.wait()
+        report: np.ndarray = self._place.array[:, : self._count]
         return report
 
 

@@ -12,7 +12,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parallel.cuda import by_expert, edits, elementwise, experts, highest, noise, paged_attention, products, scaled, tiles, whole_rows
+from parallel.cuda import (
+    by_expert,
+    edits,
+    elementwise,
+    enter,
+    experts,
+    highest,
+    noise,
+    paged_attention,
+    products,
+    scaled,
+    tiles,
+    whole_rows,
+)
 from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -103,6 +116,14 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         {"x": "*bf16", "part_highest": "*fp32", "part_ids": "*i32", "width": "i32", "row_stride": "i32", "num_parts": "i32"},
         {"BLOCK": highest.BLOCK},
         {"num_warps": 8},
+    ),
+    (
+        enter._enter_kernel,
+        dict.fromkeys(("given", "sampled", "tokens", "slots"), "*i64")
+        | dict.fromkeys(("lengths", "tables"), "*i32")
+        | dict.fromkeys(("num_rows", "given_stride", "table_stride"), "i32"),
+        {"BLOCK_TOKENS": 16, "BLOCK": enter.BLOCK},
+        {"num_warps": 4},
     ),
     (
         highest._rows_kernel,

@@ -1,0 +1,38 @@
+"""What a replayed step does first: what the host told of its rows becomes what the model reads. S rows, B rows of the largest step."""
+
+import torch
+from torch import Tensor
+
+from parallel.scaled_format import has_triton
+
+TOKENS, POSITIONS, BLOCKS = range(3)
+"""Rows of what is told."""
+
+
+def enter(
+    given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
+) -> None:
+    """Fill in what a step computes, its slots in the cache, lengths, and the newest block of each of its tables.
+
+    ``given_3S``, int64: a token, or -1 - n, which is the one that stands at place n of ``sampled_B``; its place in its sequence; and the
+    block in which that is, or -1 - that of a row which fills the step up and writes nowhere. Lengths and tables are int32, the rest int64.
+    """
+    if given_3S.device.type == "cuda" and has_triton():
+        from parallel.cuda.enter import enter as in_one_launch  # triton: not to be imported where there is no such device
+
+        in_one_launch(given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, block_tokens)
+    else:
+        enter_slowly(given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, block_tokens)
+
+
+def enter_slowly(
+    given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
+) -> None:
+    """As `enter`, by plain torch: the kernel's twin."""
+    token_S, position_S, block_S = given_3S
+    tokens_S.copy_(torch.where(token_S < 0, sampled_B[(-1 - token_S).clamp(min=0)], token_S))
+    fills_S, block_S = block_S < 0, torch.where(block_S < 0, -1 - block_S, block_S)
+    column_S = position_S // block_tokens
+    slots_S.copy_(torch.where(fills_S, -1, block_S * block_tokens + position_S % block_tokens))
+    lengths_S.copy_(position_S + 1)
+    tables_SM.scatter_(1, column_S.unsqueeze(1), block_S.unsqueeze(1).to(tables_SM.dtype))
