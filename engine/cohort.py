@@ -24,6 +24,21 @@ FEW_STOP_IDS = 8
 
 
 @dataclass(frozen=True, eq=False)
+class Due:
+    """Members of which one token each can be planned, as they are now."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    length: np.ndarray
+    """Known tokens, and those that steps under way give."""
+    short: np.ndarray
+    """Those, by their places among the rows, that need a block."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
 class Planned:
     """Rows of a step."""
 
@@ -60,6 +75,10 @@ class Cohort:
         self._stop_ids = np.zeros((0, 1), np.int64)
         self._sequences = np.zeros(0, object)
         self._payers = _Payers()
+        self._due: dict[bool, Due] = {}
+        """What was asked for since anything changed."""
+        self._num_that_stop = 0
+        """Members with stop ids."""
 
     def __len__(self) -> int:
         return len(self._row)
@@ -94,17 +113,21 @@ class Cohort:
             0,
         )
         self._set_stop_ids(row, sampling.stop_token_ids)
+        self._num_that_stop += bool(sampling.stop_token_ids)
         self._sequences[row] = sequence
+        self._due.clear()
 
     def leave(self, sequence: Sequence) -> None:
         """It is to be planned and recorded by itself, or is no more. One that is not in here is left alone."""
         row = self._row.pop(sequence.number, None)  # type: ignore[arg-type]
         if row is not None:
             self._payers.leave(int(self._columns[PAYER, row]))
+            self._num_that_stop -= bool(sequence.request.sampling.stop_token_ids)
             self._columns[:, row] = 0
             self._columns[NUMBER, row], self._columns[UNDER_WAY, row] = -1, NOBODY
             self._sequences[row] = None
             self._free.append(row)
+            self._due.clear()
 
     def members(self) -> list[Sequence]:
         """All of them, by their numbers."""
@@ -114,54 +137,50 @@ class Cohort:
         """Whose rows are planned."""
         return self._sequences[planned.rows].tolist()  # type: ignore[no-any-return]
 
-    def num_due(self, ahead: bool) -> int:
-        """Members that `plan` plans."""
-        return int(np.count_nonzero(self._due(ahead)))
-
-    def num_missing(self, ahead: bool) -> int:
-        """Blocks that those need."""
-        columns = self._columns
-        return int(np.count_nonzero(self._due(ahead) & (columns[LENGTH] + columns[UNDER_WAY] > columns[HELD])))
+    def due(self, ahead: bool) -> Due:
+        """Each member that has no step under way; with ``ahead`` also each that has one, where its answer goes on behind it: nothing is
+        computed behind an answer's last token."""
+        found = self._due.get(ahead)
+        if found is None:
+            columns = self._columns
+            length, due = columns[LENGTH] + columns[UNDER_WAY], columns[UNDER_WAY] <= ahead
+            if ahead:
+                due &= length < columns[END]
+            rows = due.nonzero()[0]
+            taken = columns.take(rows, axis=1)  # half the time of an index
+            length = length[rows]
+            found = self._due[ahead] = Due(rows, taken, length, (length > taken[HELD]).nonzero()[0])
+        return found
 
     def plan(self, pool: BlockPool, ahead: bool) -> Planned:
-        """One token of each member that has no step under way. The pool has the blocks for them.
+        """One token of each member that is due. The pool has the blocks for them.
 
-        With ``ahead`` also of each that has one, where its answer goes on behind it: that step computes the token which the one under way
-        is going to give, and which only the ranks will know.
+        Of each that has a step under way, the step computes the token which that one is going to give, and which only the ranks will know.
         """
-        rows = np.flatnonzero(self._due(ahead))
-        columns = self._columns.take(rows, axis=1)  # half the time of an index
-        length = columns[LENGTH] + columns[UNDER_WAY]  # when the step is computed
-        new_blocks = np.full(len(rows), NO_BLOCK, np.int64)
-        short = np.flatnonzero(length > columns[HELD])
+        due = self.due(ahead)
+        rows, columns, length, short = due.rows, due.columns, due.length, due.short
+        told = np.empty((5, len(rows)), np.int64)
+        told[0], told[1], told[3], told[4] = columns[NUMBER], length - 1, NO_BLOCK, self._shard
+        told[2] = np.where(columns[UNDER_WAY] == 0, columns[TOKEN], NO_TOKEN)
         sequences: list[Sequence] = self._sequences[rows].tolist()
         if len(short):
             blocks = pool.allocate(len(short))
-            new_blocks[short] = blocks
+            told[3, short] = blocks
             for place, block in zip(short.tolist(), blocks, strict=True):
                 sequences[place].add_sent_block(block)
             self._columns[HELD, rows[short]] += self._block_tokens
         for sequence in sequences:
             sequence.num_planned += 1
         self._columns[UNDER_WAY, rows] += 1
-        told = np.empty((5, len(rows)), np.int64)
-        told[0], told[1], told[3], told[4] = columns[NUMBER], length - 1, new_blocks, self._shard
-        told[2] = np.where(columns[UNDER_WAY] == 0, columns[TOKEN], NO_TOKEN)
+        self._due.clear()
         return Planned(rows, told)
-
-    def _due(self, ahead: bool) -> np.ndarray:
-        """bool: the rows to be planned. Nothing is computed behind an answer's last token."""
-        columns = self._columns
-        due: np.ndarray = columns[UNDER_WAY] <= ahead
-        return due & (columns[LENGTH] + columns[UNDER_WAY] < columns[END]) if ahead else due
 
     def record(self, planned: Planned, tokens: np.ndarray) -> Recorded:
         """``tokens`` (S), or `NO_TOKEN`, came of the planned works. What ends an answer, or has left since, is not recorded here."""
         rows, columns = planned.rows, self._columns.take(planned.rows, axis=1)
         length = columns[LENGTH] + 1
-        stops = self._are_stop_ids(rows, tokens)
         plain = (columns[NUMBER] == planned.columns[0]) & (tokens != NO_TOKEN) & (length < columns[END])
-        if stops.any():
+        if self._num_that_stop and (stops := self._are_stop_ids(rows, tokens)).any():
             plain &= ~stops | (length <= columns[STOPS_FROM])
         rest = [] if plain.all() else np.flatnonzero(~plain).tolist()
         if rest:
@@ -173,10 +192,11 @@ class Cohort:
         self._columns[LENGTH, rows] = length
         self._columns[TOKEN, rows] = tokens
         self._columns[UNDER_WAY, rows] -= 1
-        full = np.flatnonzero((length - 1) % self._block_tokens == 0).tolist()
+        self._due.clear()
+        full = ((length - 1) % self._block_tokens == 0).nonzero()[0].tolist()
         return Recorded(
             rest=rest,
-            said=Said(columns[TAG], columns[LENGTH] - columns[FIRST], tokens, sequences),
+            said=Said(columns[TAG], length - 1 - columns[FIRST], tokens, sequences),
             full=[sequences[place] for place in full],
             charges=[(self._payers.request(payer), count) for payer, count in enumerate(np.bincount(columns[PAYER]).tolist()) if count],
         )

@@ -144,8 +144,9 @@ class Planner:
         shard, cohort = portion.shard, portion.shard.cohort
         others = _num_others(portion)
         ahead = building.ahead and self._has_room_ahead(portion)
-        count = cohort.num_due(ahead)
-        if count + others > min(portion.budget, portion.max_decodes) or cohort.num_missing(ahead) + others > shard.pool.num_available:
+        due = cohort.due(ahead)
+        count = len(due)
+        if count + others > min(portion.budget, portion.max_decodes) or len(due.short) + others > shard.pool.num_available:
             return False
         if count:
             planned = cohort.plan(shard.pool, ahead)
@@ -161,11 +162,12 @@ class Planner:
         """Whether all of the cohort can go on behind the step under way. If not for want of blocks, nobody new may have what they lack:
         they take it, or give way, when they have been answered."""
         cohort, others = portion.shard.cohort, _num_others(portion)
-        lacks = cohort.num_missing(True)
+        due = cohort.due(True)
+        lacks = len(due.short)
         if lacks + others > portion.shard.pool.num_available:
-            portion.has_preempted |= lacks > cohort.num_missing(False)
+            portion.has_preempted |= lacks > len(cohort.due(False).short)
             return False
-        return cohort.num_due(True) + others <= min(portion.budget, portion.max_decodes)
+        return len(due) + others <= min(portion.budget, portion.max_decodes)
 
     def _take_prompts(self, portions: list[Portion], building: PlanBuilder) -> None:
         """Begun ones have their blocks; beside them a new one of a lower rank goes first, or a tenant's long prompt kept others waiting."""
