@@ -54,7 +54,7 @@ class BlockTables:
 
     def append_to(self, rows_S: np.ndarray, new_blocks_S: np.ndarray) -> None:
         """One new block for each of these rows, or `NO_BLOCK`."""
-        longer = np.flatnonzero(new_blocks_S != NO_BLOCK)
+        longer = (new_blocks_S != NO_BLOCK).nonzero()[0]
         if not len(longer):
             return
         rows = rows_S[longer]

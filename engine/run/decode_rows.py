@@ -43,7 +43,8 @@ class DecodeRows:
     @property
     def unknown(self) -> np.ndarray:
         """Those whose token is not known here: places among the rows."""
-        return np.flatnonzero(self.columns[2] == NO_TOKEN)
+        unknown: np.ndarray = (self.columns[2] == NO_TOKEN).nonzero()[0]
+        return unknown
 
     def learn(self, said: Mapping[int, int]) -> None:
         """The unknown tokens. A sequence that got none in the step before gets any: nobody will ask for more."""
@@ -71,6 +72,8 @@ class DecodeRows:
 
     def told(self, tokens_S: np.ndarray) -> tuple[bytes, list[Sampled]]:
         """The answer to all of them, where there is nothing to say but a token: `StepResult.tokens`, and those told one by one."""
+        if not self.singly and len(tokens_S) == self.num_told:
+            return tokens_S.tobytes(), []
         columns = np.full(self.num_told, NO_TOKEN, np.int64)
         columns[self.places] = tokens_S[: len(self.places)]
         singles = tokens_S[len(self.places) :].tolist()
@@ -79,10 +82,12 @@ class DecodeRows:
 
 def decode_rows(plan: StepPlan, shard: int) -> DecodeRows | None:
     """A shard's part of a plan; None where it has none, or some of it is more than one token behind which one is sampled."""
+    columns = plan.decodes.columns
+    if not plan.singly and columns.size and (columns[4] == shard).all():
+        return DecodeRows(columns[:4].copy(), np.arange(columns.shape[1]), columns.shape[1], ())
     singly = tuple(work for work in plan.singly if work.shard == shard)
     if not all(map(_only_decodes, singly)):
         return None
-    columns = plan.decodes.columns
     places = np.flatnonzero(columns[4] == shard)
     told = columns[:4, places]
     single = np.array([(work.sequence, work.start, work.tokens[0], NO_BLOCK) for work in singly], np.int64).reshape(-1, 4).T

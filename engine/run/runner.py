@@ -25,7 +25,7 @@ from engine.run.grammar.guides import NONE_ALLOWED, Allowed, Guides, silent
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.replayed import Replayed
-from engine.run.sampling.columns import LEARNS, NEEDS, SamplingColumns, are_edited_by_host, host_has_a_say
+from engine.run.sampling.columns import LEARNS, NEEDS, SamplingColumns, are_edited_by_host, host_has_a_say, host_may_have_a_say
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
@@ -86,6 +86,8 @@ class Runner:
         self._tables = BlockTables()
         self._states: dict[int, SamplingState] = {}
         self._columns = SamplingColumns()
+        self._left_alone: np.ndarray | None = None
+        """Columns in which the host will never have a say: mostly they come again."""
         self._said = TokensSaid()
         """Where a plan may come that counts on it."""
         self._under_way: list[Replayed] = []
@@ -179,7 +181,7 @@ class Runner:
             note_replay(plan.step)
             table_rows_S = rows.enter(self._tables)
             columns = self._columns.of(table_rows_S) if self.sampler_graphs is not None else None  # only they read them
-            if columns is not None and self.capacity.runs_ahead and not host_has_a_say(columns, rows.starts + 1):
+            if columns is not None and self.capacity.runs_ahead and not self._host_has_a_say(columns, rows):
                 return self._replay_on(plan, rows, table_rows_S, columns, self.decode_graphs)
             self._settle_all()
             rows.learn(self._said)
@@ -201,6 +203,14 @@ class Runner:
         now, began = time.perf_counter(), max(began, self._answered_at)  # before that the device was at the step before
         self._answered_at = now
         return StepResult(plan.step, rest, now - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
+
+    def _host_has_a_say(self, columns: np.ndarray, rows: DecodeRows) -> bool:
+        if columns is self._left_alone:
+            return False
+        if host_may_have_a_say(columns):
+            return host_has_a_say(columns, rows.starts + 1)
+        self._left_alone = columns
+        return False
 
     def _replay_on(self, plan: StepPlan, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray, graphs: DecodeGraphs) -> Replayed:
         """Have the device do it behind what it is at. Tokens that the step before samples are taken where they lie."""
@@ -237,7 +247,6 @@ class Runner:
         while self._under_way:
             self._settle(self._under_way[0])
 
-    @torch.inference_mode()
     def _settle(self, step: Replayed) -> None:
         """Read what a step gave, if nobody has, and tell the one behind it."""
         if step.outcome is not None:
@@ -248,14 +257,14 @@ class Runner:
         graphs = self.decode_graphs
         assert graphs is not None
         report = step.report.read()
-        chosen_S, *sound = report
-        if all(sound_S.all() for sound_S in sound):
-            tokens, sampled = step.rows.told(chosen_S)
+        if report[1:].all():  # sound
+            tokens, sampled = step.rows.told(report[0])
             given = _Given(sampled, tokens=tokens)
         else:
             assert graphs.logits is not None  # by now perhaps those of the step behind; nobody's log-probabilities are wanted
             step.rows.learn(self._said)
-            given = self._told(self._sampler, step.rows, graphs.logits[: len(step.rows)], report)
+            with torch.inference_mode():
+                given = self._told(self._sampler, step.rows, graphs.logits[: len(step.rows)], report)
         step.outcome = self._answered(step.plan, given, step.began)
         self._under_way.pop(0)
 

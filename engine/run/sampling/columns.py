@@ -22,11 +22,14 @@ class SamplingColumns:
 
     def __init__(self) -> None:
         self._columns = np.zeros((11, 16), np.int64)
+        self._latest: tuple[np.ndarray, np.ndarray] | None = None
+        """Rows that were asked for, and what they have: mostly it is the very same ones again."""
 
     def put(self, row: int, state: SamplingState) -> None:
         """A sequence that has been opened, over whoever had the row."""
         while row >= self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.zeros_like(self._columns)], axis=1)
+        self._latest = None
         sampling, guided = state.sampling, state.sampling.grammar is not None
         changes = sampling.penalises or len(state.bias_ids) > 0
         numbers = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float64)
@@ -43,8 +46,10 @@ class SamplingColumns:
         )
 
     def of(self, rows_S: np.ndarray) -> np.ndarray:
-        """int64 (11, S)."""
-        return self._columns.take(rows_S, axis=1)
+        """int64 (11, S); the same array for the same array of rows, while nobody is put in."""
+        if self._latest is None or self._latest[0] is not rows_S:
+            self._latest = rows_S, self._columns.take(rows_S, axis=1)
+        return self._latest[1]
 
 
 def stops_now(columns: np.ndarray, known_S: np.ndarray) -> np.ndarray:
@@ -67,6 +72,12 @@ def are_edited_by_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
 def host_has_a_say(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether in what a step gives any of them: then the host must have read the step before, or waits for this one."""
     return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any()) or are_edited_by_host(columns, known_S)
+
+
+def host_may_have_a_say(columns: np.ndarray) -> bool:
+    """Whether it has one, or may have one some time, however many tokens are known."""
+    may_be_edited_S = (columns[NEEDS] & EDITED > 0) | (columns[MAY_STOP_FROM] > 0)
+    return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any() or (may_be_edited_S & (columns[ENTRY] < 0)).any())
 
 
 def _kind(state: SamplingState) -> int:
