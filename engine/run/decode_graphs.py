@@ -57,7 +57,7 @@ class DecodeGraphs:
         self._tables = torch.zeros(most_rows, most_blocks, dtype=torch.int32, device=device)
         self._latest: tuple[int, np.ndarray, np.ndarray] | None = None
         """Whose blocks lie in there: how many rows, whose they are (the very array), and where the last step's tokens stood."""
-        self.report_3B = torch.zeros(3, most_rows, dtype=torch.int64, device=device)
+        self.report = torch.zeros(3 * most_rows, dtype=torch.int64, device=device)
         """What the sampler leaves of the last step, its tokens first (`engine.run.sampling.sampler_graphs`)."""
         self._batches = {size: self._batch(size) for size in self.sizes}
         self.logits: Tensor | None = None
@@ -140,7 +140,7 @@ class DecodeGraphs:
     def _compute(self, size: int) -> None:
         batch = self._batches[size]
         enter(
-            self._given.there[:, :size], self.report_3B[0], batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
+            self._given.there[:, :size], self.report, batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
             self._cache.layout.block_tokens,
         )  # fmt: skip
         if self._hands_on:

@@ -133,7 +133,7 @@ class Runner:
                 table=self._table,
                 tokens_B=self.decode_graphs.tokens_B,
                 positions_B=self.decode_graphs.positions_B,
-                report_3B=self.decode_graphs.report_3B,
+                report=self.decode_graphs.report,
             )
         total = len(self.decode_graphs.sizes) + (self.sampler_graphs.num_graphs if self.sampler_graphs else 0)
         done = iter(range(1, total + 1))

@@ -56,10 +56,10 @@ class SamplerGraphs:
         table: EditTable | None = None,
         tokens_B: Tensor | None = None,
         positions_B: Tensor | None = None,
-        report_3B: Tensor | None = None,
+        report: Tensor | None = None,
     ) -> None:
         """With a ``table`` logits are edited as well, and the tokens of the step counted: those in ``tokens_B``, at their places in their
-        sequences. ``report_3B`` (int64) is where a replay leaves what it gives: see `Report.read`."""
+        sequences. ``report`` (int64, three for each row) is where a replay leaves what it gives: tokens come first."""
         self._logits_BV, self._sizes, self._graphs = logits_BV, sizes, graphs
         self.table, self._tokens_B, self._positions_B = table, tokens_B, positions_B
         device, num_rows = logits_BV.device, logits_BV.shape[0]
@@ -67,8 +67,10 @@ class SamplerGraphs:
         self._inputs = self._staged.there
         self._inputs.copy_(torch.from_numpy(_greedy_inputs(num_rows)))
         self._words_BW = torch.zeros(num_rows, -(-logits_BV.shape[1] // 32), dtype=torch.int32, device=device)
-        self._report_3B = torch.zeros(3, num_rows, dtype=torch.int64, device=device) if report_3B is None else report_3B
-        self._reports = Returns(self._report_3B)
+        report = torch.zeros(3 * num_rows, dtype=torch.int64, device=device) if report is None else report
+        self._reports = {size: report[: 3 * size].view(3, size) for size in sizes}
+        """All begin at the same place: whoever takes a token from there need not know of how many rows the step was."""
+        self._returns = Returns(report)
         self._replays: dict[tuple[int, int, bool], Replay] = {}
 
     def __repr__(self) -> str:
@@ -104,7 +106,7 @@ class SamplerGraphs:
         if is_edited or hardest > GREEDY:  # else nothing of it is looked at
             self._bring(columns, known_S, size, is_edited, words)
         self._replays[size, next(most for most in MOST_KINDS if most >= hardest), is_edited]()
-        return Report(self._reports.send(), columns.shape[1])
+        return Report(self._returns.send(), size, columns.shape[1])
 
     def _bring(self, columns: np.ndarray, known_S: np.ndarray, size: int, is_edited: bool, words: Mapping[int, np.ndarray]) -> None:
         count, inputs = columns.shape[1], self._staged.take()
@@ -136,7 +138,7 @@ class SamplerGraphs:
         raw_highest_R = highest(raw_RV)[0] if is_edited else highest_R
         if most > GREEDY:
             chosen_R = self._draw(logits_RV, self._params(size), inputs[IN_KIND], chosen_R, most)
-        self._report_3B[:, :size].copy_(torch.stack((chosen_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long())))
+        self._reports[size].copy_(torch.stack((chosen_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long())))
 
     def _draw(self, logits_RV: Tensor, params: DrawParams, kind_R: Tensor, greedy_R: Tensor, most: int) -> Tensor:
         if most == FEW:
@@ -158,8 +160,8 @@ class SamplerGraphs:
 class Report:
     """What a replay drew, on its way to the host. The next step may begin before it is read."""
 
-    def __init__(self, place: Place, count: int) -> None:
-        self._place, self._count = place, count
+    def __init__(self, place: Place, size: int, count: int) -> None:
+        self._place, self._size, self._count = place, size, count
 
     def is_there(self) -> bool:
         return self._place.is_done()
@@ -168,7 +170,7 @@ class Report:
         """int64 (3, S): what was drawn, whether the model's logits are sound, whether the edited ones are. Waits for the device. To be
         read before the step after the next is launched."""
         self._place.wait()
-        report: np.ndarray = self._place.array[:, : self._count]
+        report: np.ndarray = self._place.array[: 3 * self._size].reshape(3, self._size)[:, : self._count]
         return report
 
 
