@@ -63,6 +63,11 @@ def are_edited(columns: np.ndarray, known_S: np.ndarray) -> bool:
     return bool((columns[NEEDS] & (EDITED | GUIDED)).any() or stops_now(columns, known_S).any())
 
 
+def may_be_edited(columns: np.ndarray) -> bool:
+    """Whether `are_edited` may say so, however many tokens are known."""
+    return bool((columns[NEEDS] & (EDITED | GUIDED)).any() or columns[MAY_STOP_FROM].any())
+
+
 def are_edited_by_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether the host must change the logits of any of them, as it has no entry. What a grammar says the device can be told."""
     changed_S = (columns[NEEDS] & EDITED > 0) | stops_now(columns, known_S)

@@ -30,6 +30,7 @@ from engine.run.sampling.columns import (
     TOP_K,
     UNFILTERED,
     are_edited,
+    may_be_edited,
     stops_now,
 )
 from engine.run.sampling.edit_table import NO_ENTRY, EditTable
@@ -72,6 +73,8 @@ class SamplerGraphs:
         """All begin at the same place: whoever takes a token from there need not know of how many rows the step was."""
         self._returns = Returns(report)
         self._replays: dict[tuple[int, int, bool], Replay] = {}
+        self._latest: tuple[np.ndarray | None, int, bool] = None, GREEDY, False
+        """Columns, their hardest kind, and whether they may be edited some time: mostly the very same ones come again."""
 
     def __repr__(self) -> str:
         return f"<SamplerGraphs [{len(self._replays)} captured]>"
@@ -101,8 +104,10 @@ class SamplerGraphs:
     def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int, words: Mapping[int, np.ndarray] = NO_WORDS) -> "Report":
         """Begin to sample, without waiting for it. ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens.
         ``words``: by their places in the step those who may choose from some ids only, int32 (W), a bit for each id, lowest first."""
-        is_edited = self.edits and are_edited(columns, known_S)
-        hardest = int(columns[KIND].max())
+        if words or columns is not self._latest[0]:
+            self._latest = columns, int(columns[KIND].max()), self.edits and may_be_edited(columns)
+        _, hardest, may_be = self._latest
+        is_edited = may_be and are_edited(columns, known_S)
         if is_edited or hardest > GREEDY:  # else nothing of it is looked at
             self._bring(columns, known_S, size, is_edited, words)
         self._replays[size, next(most for most in MOST_KINDS if most >= hardest), is_edited]()
