@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.begun import Begun
 from engine.engine import Engine
-from engine.plan import NO_TOKEN, StepPlan
+from engine.plan import NO_BLOCK, NO_TOKEN, Decodes, StepPlan
 from engine.request import Request, SamplingParams
 from engine.run.decode_rows import decode_rows
 from engine.run.local_executor import LocalExecutor, LocalStep
+from engine.run.replayed import Replayed
 from tests.engine.run.captured import have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, sampled_requests, serve
 from tests.engine.run.tiny_models import engine_config
@@ -110,3 +112,18 @@ def test_answers_are_those_of_a_rank_that_is_told_every_token(executors: tuple[L
     assert [events[-1].finish_reason for events in found.values()] == [wanted[key][-1].finish_reason for key in found]
     assert ahead.num_promised > 20
     assert graphs is None or graphs.num_replays > 20
+
+
+def test_rows_are_found_where_they_stood_in_the_step_before() -> None:
+    """Sequences may leave and come in between, and take the table rows of others."""
+
+    def step(sequences: list[int], table_rows: list[int]) -> Replayed:
+        columns = [sequences, [3] * len(sequences), [0] * len(sequences), [NO_BLOCK] * len(sequences), [0] * len(sequences)]
+        rows = decode_rows(StepPlan(0, (), decodes=Decodes.of(np.array(columns))), 0)
+        assert rows is not None
+        return Replayed(None, StepPlan(0, ()), rows, np.array(table_rows), np.zeros((11, 0), np.int64), 4, lambda _step: None)
+
+    before = step([5, 9, 7], [2, 0, 1])
+    assert before.places_of(step([5, 9, 7], [2, 0, 1])).tolist() == [0, 1, 2]
+    assert before.places_of(step([7, 5], [1, 2])).tolist() == [2, 0]
+    assert before.places_of(step([9, 11, 12], [0, 2, 6])).tolist() == [1, -1, -1]
