@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.products import DEPTH, product_tile, tile_of
+from parallel.cuda.products import DEPTH, INT4_GROUP, product_tile, tile_of
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
+from parallel.cuda.swapped import INT8_GROUP, SWAPPED_DEPTH, sum_kernel, swapped_kernel
 from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import kind_of
@@ -17,6 +18,9 @@ from parallel.scaled_format import kind_of
 FP8_BLOCK = 32768
 """Features of a row that a program takes at a time at most: of a single row nearly all that rounding takes is waiting for it."""
 PER_WARP = 1024
+SUM_BLOCK, UNPACK_BLOCK = 512, 2048
+UNPACKED_BYTES = 256 << 20
+"""Of a matrix that cuBLAS multiplies, unpacked at a time."""
 
 
 @quick
@@ -73,26 +77,118 @@ def round_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     return numbers_TK, scales_T
 
 
+@quick
+@triton.jit(do_not_specialize=["first", "num_groups"])
+def _unpack_kernel(numbers, scales, out, first, in_size, row_size, num_groups, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Places of a row (bytes) as what they stand for. Each number times its scale is rounded once to the dtype of ``out``."""
+    row = tl.program_id(0).to(tl.int64)
+    places_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_B = places_B < row_size
+    number_B = tl.load(numbers + (first + row) * row_size + places_B, mask=mask_B, other=0)
+    scales, out = scales + (first + row) * num_groups, out + row * in_size
+    if KIND == "int4":
+        group_B = places_B // INT4_GROUP * 2
+        dims_B = places_B // INT4_GROUP * (2 * INT4_GROUP) + places_B % INT4_GROUP
+        number_B = number_B.to(tl.int32)
+        low_B = ((number_B & 15) - 8).to(tl.float32) * tl.load(scales + group_B, mask=mask_B, other=0.0).to(tl.float32)
+        high_B = ((number_B >> 4) - 8).to(tl.float32) * tl.load(scales + group_B + 1, mask=mask_B, other=0.0).to(tl.float32)
+        tl.store(out + dims_B, low_B.to(out.dtype.element_ty), mask=dims_B < in_size)
+        tl.store(out + dims_B + INT4_GROUP, high_B.to(out.dtype.element_ty), mask=dims_B + INT4_GROUP < in_size)
+    else:
+        scale_B = tl.load(scales + places_B // INT8_GROUP, mask=mask_B, other=0.0).to(tl.float32)
+        tl.store(out + places_B, (number_B.to(tl.float32) * scale_B).to(out.dtype.element_ty), mask=places_B < in_size)
+
+
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
     """(T, N) in the dtype of ``x``; the twin is `parallel.scaled_format.multiply_slowly`."""
-    kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"]
+    kind, num_outputs = kind_of(tensors), tensors["numbers"].shape[0]
     num_rows, in_size = x_TK.shape
-    out_TN = x_TK.new_empty((num_rows, numbers.shape[0]))
-    if out_TN.numel() == 0:
-        return out_TN
-    x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), scales)
+    if num_rows * num_outputs == 0:
+        return x_TK.new_empty((num_rows, num_outputs))
+    x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), tensors["scales"])
 
-    def launch(tile: Tile) -> None:
-        _linear_kernel[(cdiv(num_rows, tile.rows) * cdiv(numbers.shape[0], tile.columns),)](
-            x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
-            num_rows, in_size, filled_size(tensors), numbers.shape[0], int(bias_N is not None),
-            KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[kind],
-            PRECISION="ieee" if x_TK.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    def launch(tile: Tile) -> Tensor:
+        ways = {"rows": _multiply_by_rows, "swapped": _multiply_swapped, "library": _multiply_by_library}
+        return ways[tile.way](x, row_scales, tensors, bias_N, x_TK.dtype, tile)
 
-    key = f"{kind} by {x_TK.dtype}, {in_size} to {numbers.shape[0]}, {rows_in_words(num_rows)}"
-    launch(tiles_of(x.device).best(key, candidates_for(num_rows), launch))
+    key = f"{kind} by {x_TK.dtype}, {in_size} to {num_outputs}, {rows_in_words(num_rows)}"
+    candidates = [tile for tile in candidates_for(num_rows) if tile.way != "library" or _has_library(kind, in_size, num_outputs, x_TK)]
+    return launch(tiles_of(x.device).best(key, candidates, launch))
+
+
+def _multiply_by_rows(
+    x: Tensor, row_scales: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, dtype: torch.dtype, tile: Tile
+) -> Tensor:
+    kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"]
+    (num_rows, in_size), num_outputs = x.shape, numbers.shape[0]
+    out_TN = x.new_empty((num_rows, num_outputs), dtype=dtype)
+    _linear_kernel[(cdiv(num_rows, tile.rows) * cdiv(num_outputs, tile.columns),)](
+        x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
+        num_rows, in_size, filled_size(tensors), num_outputs, int(bias_N is not None),
+        KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[kind],
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return out_TN
+
+
+def _multiply_swapped(
+    x: Tensor, row_scales: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, dtype: torch.dtype, tile: Tile
+) -> Tensor:
+    kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"]
+    (num_rows, in_size), num_outputs = x.shape, numbers.shape[0]
+    if kind != "fp8":
+        numbers = numbers.view(torch.int16)
+    out_TN = x.new_empty((num_rows, num_outputs), dtype=dtype)
+    into = out_TN if tile.parts == 1 else x.new_empty((tile.parts, num_rows, num_outputs), dtype=torch.float32)
+    bias = out_TN if bias_N is None else bias_N
+    swapped_kernel[(cdiv(num_rows, tile.rows) * cdiv(num_outputs, tile.columns), tile.parts)](
+        x, row_scales, numbers, scales, bias, into,
+        num_rows, in_size, numbers.shape[1], scales.shape[-1], num_outputs, int(bias_N is not None), tile.parts,
+        KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=SWAPPED_DEPTH,
+        FAST=kind != "fp8" and dtype == torch.bfloat16 and x.device.type == "cuda",
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", WHOLE=tile.parts == 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if tile.parts > 1:
+        sum_kernel[(cdiv(num_outputs, SUM_BLOCK), num_rows)](
+            into, bias, out_TN, num_rows, num_outputs, int(bias_N is not None), PARTS=tile.parts, BLOCK=SUM_BLOCK
+        )
+    return out_TN
+
+
+def _has_library(kind: str, in_size: int, num_outputs: int, x_TK: Tensor) -> bool:
+    """cuBLAS multiplies FP8 of whole 16 features, and gives bfloat16 where rows have scales."""
+    return kind != "fp8" or (in_size % 16 == 0 and num_outputs % 16 == 0 and x_TK.dtype == torch.bfloat16)
+
+
+def _multiply_by_library(
+    x: Tensor, row_scales: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, dtype: torch.dtype, _tile: Tile
+) -> Tensor:
+    """By cuBLAS: FP8 as it is, and not by its fast sums, which are in few bits (of 29,568 features they lose three times as much as the
+    rounding of the result); of int8 and int4 some outputs' numbers at a time become what they stand for, in the dtype of ``x``."""
+    numbers, scales = tensors["numbers"], tensors["scales"]
+    if kind_of(tensors) == "fp8":
+        return torch._scaled_mm(x, numbers.T, scale_a=row_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), bias=bias_N, out_dtype=dtype)
+    (num_rows, in_size), num_outputs = x.shape, numbers.shape[0]
+    at_once = max(1, min(num_outputs, UNPACKED_BYTES // (in_size * x.itemsize)))
+    at_once = cdiv(num_outputs, cdiv(num_outputs, at_once))
+    out_TN, unpacked = x.new_empty((num_rows, num_outputs)), x.new_empty((at_once, in_size))
+    for first in range(0, num_outputs, at_once):
+        some_NK = unpack_rows(tensors, first, unpacked[: num_outputs - first])
+        into = out_TN[:, first : first + at_once]
+        if bias_N is None:
+            torch.mm(x, some_NK.T, out=into)
+        else:
+            torch.addmm(bias_N[first : first + at_once], x, some_NK.T, out=into)
+    return out_TN
+
+
+def unpack_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> Tensor:
+    """``out`` (R, K) with the matrix's rows from ``first`` on; the twin is `parallel.scaled_format.unpack`."""
+    numbers, scales = tensors["numbers"], tensors["scales"]
+    _unpack_kernel[(out.shape[0], cdiv(numbers.shape[1], UNPACK_BLOCK))](
+        numbers, scales, out, first, out.shape[1], numbers.shape[1], scales.shape[1], KIND=kind_of(tensors), BLOCK=UNPACK_BLOCK
+    )
+    return out
 
 
 def filled_size(tensors: Mapping[str, Tensor]) -> int:

@@ -1,6 +1,7 @@
-"""How a matrix product is cut into programs: measured once on each kind of device, and kept for the next start.
+"""How a matrix product is computed and cut into programs: measured once on each kind of device, and kept for the next start.
 
-A tile changes how fast a product is and not what it gives: every output is one chain of sums over its inputs whatever the tile.
+Within one way a tile changes how fast a product is and not what it gives: every output is one chain of sums over its inputs whatever the
+tile (of `Tile.parts` as many). Ways differ by roundings, as those that cuBLAS has for different numbers of rows.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import triton
@@ -31,21 +33,48 @@ class Tile:
     columns: int
     num_warps: int = 4
     num_stages: int = 4
+    way: Literal["rows", "swapped", "library"] = "rows"
+    """By which kernel: `parallel.cuda.products`, `parallel.cuda.swapped`, or cuBLAS, which cuts products as it likes."""
+    parts: int = 1
+    """Into which the input features are cut, each a program of its own, where outputs alone do not fill the device."""
 
 
-FEW_ROWS = (Tile(16, 32), Tile(16, 16, 2, 6), Tile(16, 32, 2, 6), Tile(16, 64, 4, 4), Tile(16, 64, 4, 6), Tile(16, 128, 8, 3))
-"""For up to 32 rows, which read much and compute little: many narrow programs, or deeper queues of loads. The first is taken unmeasured."""
-MANY_ROWS = (Tile(64, 128), Tile(64, 64), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 256, 8, 3), Tile(64, 256, 8, 3))
-MOST_FEW, MOST_SOME = 32, 512
+LIBRARY = Tile(0, 0, way="library")
+FEW_ROWS = (Tile(16, 64), Tile(16, 32), Tile(16, 16, 2, 6), Tile(16, 64, 4, 6))
+"""For up to 32 rows, which read much and compute little: many narrow programs, or deeper queues of loads."""
+MANY_ROWS = (Tile(64, 64), Tile(64, 128), Tile(128, 128, 8, 3))
+SWAPPED = {
+    16: ((64, 4, 3), (64, 4, 6), (128, 8, 4)),
+    32: ((64, 4, 4), (128, 8, 4)),
+    64: ((64, 4, 4), (64, 4, 3)),
+    128: ((64, 4, 4), (128, 8, 3)),
+}
+"""By their rows: outputs, warps and stages."""
+PARTS = (2, 1, 4, 8)
+MOST_ROWS = (16, 32, 64, 128, 256, 512)
+"""Products of as many rows, or of fewer but more than the next smaller number, are cut alike."""
+MOST_FEW, MOST_SWAPPED = 32, 256
+MOST_FINE = 64
+"""Rows of which our kernels are faster than cuBLAS on an H200, whatever the numbers; with more, the matrix is cut into fewer parts."""
 
 
 def candidates_for(num_rows: int) -> tuple[Tile, ...]:
-    return FEW_ROWS if num_rows <= MOST_FEW else MANY_ROWS
+    """The first is taken unmeasured, if this device can do it at all."""
+    ours = (*swapped_for(num_rows), *(FEW_ROWS if num_rows <= MOST_FEW else MANY_ROWS))
+    return ours if num_rows <= MOST_FINE else (LIBRARY, *ours)
+
+
+def swapped_for(num_rows: int) -> tuple[Tile, ...]:
+    if num_rows > MOST_SWAPPED:
+        return ()
+    rows = next((rows for rows in SWAPPED if num_rows <= rows), max(SWAPPED))
+    parts = PARTS if rows <= MOST_FINE else (1, 2)
+    return tuple(Tile(rows, *cut, way="swapped", parts=some) for cut in SWAPPED[rows] for some in parts)
 
 
 def rows_in_words(num_rows: int) -> str:
     """Products of numbers of rows that go by one name are cut alike."""
-    return "few rows" if num_rows <= MOST_FEW else "some rows" if num_rows <= MOST_SOME else "many rows"
+    return next((f"up to {most} rows" for most in MOST_ROWS if num_rows <= most), "more rows")
 
 
 class Tiles:

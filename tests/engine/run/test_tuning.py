@@ -38,7 +38,7 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
     before = answer(serve(engine_over(executor, CONFIG), requests)["r", 0])
     open_before = repr(runner_of(executor)._tables)
     tune(runner_of(executor), CONFIG)
-    assert {key.rpartition(", ")[2] for key in found._found} == {"few rows", "some rows"}
+    assert {key.rpartition(", ")[2] for key in found._found} == {"up to 16 rows", "up to 32 rows", "up to 64 rows"}
     assert repr(runner_of(executor)._tables).split("|")[0] == open_before.split("|")[0], "nothing is left open"
     assert answer(serve(engine_over(executor, CONFIG), requests)["r", 0]) == before
     executor.close()

@@ -23,6 +23,7 @@ from parallel.cuda import (
     paged_attention,
     products,
     scaled,
+    swapped,
     tiles,
     whole_rows,
 )
@@ -181,6 +182,43 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         )
         for kind in NUMBERS
         for tile in _wanted(tiles.FEW_ROWS, tiles.MANY_ROWS)
+    ),
+    *(
+        (
+            swapped.swapped_kernel,
+            {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "numbers": NUMBERS[kind] if kind == "fp8" else "*i16", "scales": SCALES[kind]}
+            | {"x_scales": "*fp32", "bias": "*bf16", "out": "*bf16" if tile.parts == 1 else "*fp32"}
+            | dict.fromkeys(("num_rows", "in_size", "row_size", "num_groups", "out_size", "has_bias", "num_parts"), "i32"),
+            {
+                "KIND": kind,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "DEPTH": swapped.SWAPPED_DEPTH,
+                "FAST": kind != "fp8",
+                "PRECISION": "tf32",
+                "WHOLE": tile.parts == 1,
+            },
+            {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        )
+        for kind in NUMBERS
+        for tile in dict.fromkeys(_wanted(*map(tiles.swapped_for, tiles.SWAPPED)))
+        if tile.parts <= 2  # more are the same to a compiler
+    ),
+    (
+        swapped.sum_kernel,
+        {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "num_rows": "i32", "out_size": "i32", "has_bias": "i32"},
+        {"PARTS": 4, "BLOCK": scaled.SUM_BLOCK},
+        {"num_warps": 4},
+    ),
+    *(
+        (
+            scaled._unpack_kernel,
+            {"numbers": NUMBERS[kind], "scales": "*fp16", "out": "*bf16"}
+            | dict.fromkeys(("first", "in_size", "row_size", "num_groups"), "i32"),
+            {"KIND": kind, "BLOCK": scaled.UNPACK_BLOCK},
+            {"num_warps": 4},
+        )
+        for kind in ("int8", "int4")
     ),
     *(
         (

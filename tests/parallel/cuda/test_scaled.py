@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parallel.rounding import round_to_fp8
-from parallel.scaled_format import Kind, ScaledFormat, multiply_slowly
+from parallel.scaled_format import Kind, ScaledFormat, multiply_slowly, unpack
 
 KINDS: list[Kind] = ["int8", "int4", "fp8"]
 
@@ -27,6 +27,44 @@ def test_a_product_is_that_of_its_twin(
         found = multiply(x, tensors, some_bias)
         assert found.dtype == dtype
         torch.testing.assert_close(found, multiply_slowly(x, tensors, some_bias), **tolerance)
+
+
+SHAPES = [(1, 128, 32), (5, 200, 70), (33, 64, 40), (70, 330, 150)]
+
+
+@pytest.mark.usefixtures("exact_fp8")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_rows", "num_inputs", "num_outputs"), SHAPES)
+def test_each_way_gives_what_the_twin_gives(
+    num_rows: int, num_inputs: int, num_outputs: int, kind: Kind, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from parallel.cuda import scaled
+    from parallel.cuda.tiles import LIBRARY, Tile
+
+    torch.manual_seed(num_rows)
+    weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device)
+    x = torch.randn(num_rows, num_inputs, device=device)
+    tensors = ScaledFormat(kind, torch.float32).prepare({"weight": weight})
+    ways = [Tile(16, 64, 4, 3, "swapped"), Tile(32, 64, 4, 3, "swapped", 2), Tile(16, 128, 4, 3, "swapped", 4)]
+    if kind != "fp8":
+        monkeypatch.setattr(scaled, "UNPACKED_BYTES", 4 * num_inputs * 32)
+        ways.append(LIBRARY)
+    for way in ways:
+        monkeypatch.setattr(scaled, "candidates_for", lambda _rows, way=way: (way,))
+        for some_bias in (None, bias):
+            found = scaled.multiply(x, tensors, some_bias)
+            torch.testing.assert_close(found, multiply_slowly(x, tensors, some_bias), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_unpacked_is_rounded_once(kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
+    from parallel.cuda.scaled import unpack_rows
+
+    torch.manual_seed(0)
+    tensors = ScaledFormat(kind, torch.float32).prepare({"weight": torch.randn(50, 5000, device=device)})
+    found = unpack_rows(tensors, 20, torch.full((25, 5000), torch.nan, dtype=dtype, device=device))
+    assert torch.equal(found, unpack(tensors)[20:45, :5000].to(dtype))
 
 
 @pytest.mark.parametrize(("width", "block"), [(1, 32768), (100, 32768), (2048, 32768), (5000, 32768), (5000, 1024)])
