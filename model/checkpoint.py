@@ -68,21 +68,28 @@ class FileTensor:
         Raises:
             CheckpointError: the file cannot be read; it names file and tensor.
         """
-        wanted = [range(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
-        part = torch.empty([len(span) for span in wanted], dtype=self.dtype)
-        if part.numel() == 0:
-            return part
+        part = torch.empty([len(span) for span in self._wanted(slices)], dtype=self.dtype)
+        self.read_into(part, *slices)
+        return part
+
+    def read_into(self, place: Tensor, *slices: slice) -> None:
+        """As `read`, into a contiguous CPU tensor of that shape and dtype."""
+        wanted = self._wanted(slices)
+        if place.numel() == 0:
+            return
         try:
             if all(len(span) == size for span, size in zip(wanted[1:], self.shape[1:], strict=True)):
                 first = wanted[0].start * prod(self.shape[1:]) if wanted else 0
-                self.source.read([(self._byte(first), _bytes_of(part))])
+                self.source.read([(self._byte(first), _bytes_of(place))])
             else:
-                self._read_columns(wanted, part)
+                self._read_columns(wanted, place)
         except Exception as error:  # each store's library has its own
             raise CheckpointError(
                 f"{self.source.name}: {self.name} cannot be read ({error})", file=self.source.name, tensor=self.name
             ) from error
-        return part
+
+    def _wanted(self, slices: Sequence[slice]) -> list[range]:
+        return [range(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
 
     def _read_columns(self, wanted: Sequence[range], part: Tensor) -> None:
         """Rows of a matrix, cut; a tensor of more dims has rows of all but its first."""

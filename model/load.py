@@ -1,5 +1,6 @@
 """From a checkpoint to one rank's model: check everything, then allocate, then read this rank's share and nothing else."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,13 +27,15 @@ from parallel.dispatch import DispatchName
 from parallel.embedding import VocabEmbedding
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.pages import freed_at_once
-from parallel.weight_format import Dense, StoredTensor, WeightFormat
+from parallel.weight_format import Dense, ReadsInto, StoredTensor, WeightFormat
 
 OnProgress = Callable[[int, int], None]
 """Told (done, total): bytes of the checkpoint tensors that this rank takes a share of, in whole tensors."""
 
 MOST_THREADS = 8
 """That read and pack at a time: each holds some MB."""
+AHEAD_BYTES = 2 * 2**30
+"""Of tensors as they are stored, on their way to a CUDA device at a time."""
 FAR_AHEAD = 64
 """So many tensors are asked for before the first has come, and no more: all after it are done in vain if it cannot be read."""
 
@@ -210,25 +213,35 @@ def _fill(
     final form before the next is allocated, in threads that share out what they compute; those that take them piece by piece are filled
     beside each other, each tensor by a thread of its own.
 
+    To a CUDA device the next layers are on their way while a layer is brought into its form: some of what they hold as it is stored,
+    `AHEAD_BYTES`, lies there beside it.
+
     Embedding and head come first: they are the largest, and what rounding them takes beside them is gone when memory fills up.
     Returns the bytes read.
     """
+    on_device = device.type == "cuda"
     bindings = sorted(bindings, key=lambda binding: not isinstance(binding.layer, VocabEmbedding))
     total = sum(tensors[binding.name].num_bytes for binding in bindings if binding.is_wanted)
     done = bytes_read = 0
     on_progress(done, total)
     under_way: deque[tuple[Binding, Future[int]]] = deque()
     filled: list[WeightedLayer] = []
+    begun: deque[tuple[WeightedLayer, int]] = deque()
+    """Layers that are not brought into their form yet, and of how many tensors of all the last of theirs is."""
+    num_begun = num_settled = bytes_under_way = 0
     cores, given_up = torch.get_num_threads(), Event()
 
-    def settle(most: int) -> None:
-        """Wait until no more than so many are under way."""
-        nonlocal done, bytes_read
-        while len(under_way) > most:
+    def settle(most: int, most_bytes: float = math.inf) -> None:
+        """Wait until no more than so many are under way, and bytes of them."""
+        nonlocal done, bytes_read, num_settled, bytes_under_way
+        while len(under_way) > most or bytes_under_way > most_bytes:
             binding, read = under_way.popleft()
             bytes_read += read.result()
-            done += tensors[binding.name].num_bytes
+            num_bytes = tensors[binding.name].num_bytes
+            done, num_settled, bytes_under_way = done + num_bytes, num_settled + 1, bytes_under_way - num_bytes
             on_progress(done, total)
+            while begun and begun[0][1] <= num_settled:
+                begun.popleft()[0].finish()
 
     with (
         freed_at_once(),
@@ -239,16 +252,25 @@ def _fill(
             layer.allocate(device)
             for binding in of_layer:
                 if binding.is_wanted:
-                    stored = _Wanted(tensors[binding.name], given_up)
-                    threads = alone if layer.takes_pieces else together
+                    tensor = tensors[binding.name]
+                    stored = _WantedInto(tensor, given_up) if isinstance(tensor, ReadsInto) else _Wanted(tensor, given_up)
+                    threads = alone if layer.takes_pieces or on_device else together
                     under_way.append((binding, threads.submit(layer.load, binding.slot.part, binding.slot.tensor, stored)))
-                    settle(FAR_AHEAD if layer.takes_pieces else reads_at_a_time - 1)
+                    num_begun, bytes_under_way = num_begun + 1, bytes_under_way + stored.num_bytes
+                    if layer.takes_pieces:
+                        settle(FAR_AHEAD)
+                    elif on_device:
+                        settle(FAR_AHEAD, AHEAD_BYTES)
+                    else:
+                        settle(reads_at_a_time - 1)
             if layer.takes_pieces:
                 filled.append(layer)
             else:
-                settle(0)
-                layer.finish()
+                begun.append((layer, num_begun))
+                settle(FAR_AHEAD if on_device else 0)
         settle(0)
+    for layer, _ in begun:  # of which this rank holds nothing
+        layer.finish()
     for layer in filled:
         layer.finish()
     return bytes_read
@@ -325,3 +347,15 @@ class _Wanted:
         if self.given_up.is_set():
             raise _GivenUp
         return self.stored.read(*slices)
+
+
+@dataclass(frozen=True)
+class _WantedInto(_Wanted):
+    """The same of one whose bytes need nothing in between."""
+
+    stored: ReadsInto
+
+    def read_into(self, place: Tensor, *slices: slice) -> None:
+        if self.given_up.is_set():
+            raise _GivenUp
+        self.stored.read_into(place, *slices)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.axes import IN, OUT, Axis
+from parallel.pinned import staging_of
 
 
 class StoredTensor(Protocol):
@@ -41,6 +42,15 @@ class StoredTensor(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsInto(StoredTensor, Protocol):
+    """One whose bytes go from the file to where they are wanted, with nothing in between."""
+
+    def read_into(self, place: Tensor, *slices: slice) -> None:
+        """As `StoredTensor.read`, into a contiguous CPU tensor of that shape and dtype."""
+        ...
+
+
 PIECE_BYTES = 32 * 2**20
 """Of a stored tensor, held beside its final place while it is loaded."""
 
@@ -48,17 +58,28 @@ PIECE_BYTES = 32 * 2**20
 def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> int:
     """Copy a part of ``stored``, one slice per dim, into ``target`` of the same shape. Returns its bytes as stored.
 
-    It passes in pieces, so that nobody holds a large matrix twice.
+    It passes in pieces, so that nobody holds a large matrix twice. To a CUDA device it is on its way when this returns: what the calling
+    thread's stream does next finds it there.
     """
     if target.numel() == 0:
         return 0
     dim = stored.piece_dim
     wanted = range(*slices[dim].indices(stored.shape[dim]))
-    step = max(1, PIECE_BYTES * len(wanted) // (target.numel() * stored.dtype.itemsize))
+    one_bytes = target.numel() // len(wanted) * stored.dtype.itemsize
+    staging = staging_of(target.device) if isinstance(stored, ReadsInto) else None
+    if staging is not None and one_bytes > staging.most_bytes:
+        staging = None
+    step = max(1, (staging.most_bytes if staging else PIECE_BYTES) // one_bytes)
     for start in range(0, len(wanted), step):
         piece = wanted[start : start + step]
-        part = stored.read(*slices[:dim], slice(piece.start, piece.stop), *slices[dim + 1 :])
-        target.narrow(dim, start, len(piece)).copy_(part)
+        place = target.narrow(dim, start, len(piece))
+        its_slices = (*slices[:dim], slice(piece.start, piece.stop), *slices[dim + 1 :])
+        if staging is not None and isinstance(stored, ReadsInto):
+            part = staging.place(tuple(place.shape), stored.dtype)
+            stored.read_into(part, *its_slices)
+            staging.bring(part, place)
+        else:
+            place.copy_(stored.read(*its_slices))
     return stored.num_bytes * target.numel() // prod(stored.shape)
 
 

@@ -1,0 +1,75 @@
+"""Pieces that pass two places by turns: what arrives is what was stored, whatever the pieces."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel import weight_format
+from parallel.pinned import Staging, staging_of
+from parallel.weight_format import ReadsInto, copy_part
+from tests.parallel.memory_tensor import MemoryTensor
+
+
+class IntoTensor(MemoryTensor):
+    """As a file's."""
+
+    def read_into(self, place: Tensor, *slices: slice) -> None:
+        assert place.is_contiguous()
+        place.copy_(self.read(*slices))
+
+
+@dataclass
+class Fetched:
+    """Stands for an event of a device that fetches late: only when it is waited for, or looked for anew."""
+
+    late: list[tuple[Tensor, Tensor]]
+
+    def record(self, _stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        for piece, target in self.late:
+            target.copy_(piece)
+        self.late.clear()
+
+
+class LateStaging(Staging):
+    """Copies to the device are done as late as they may be: a piece that is written over too early arrives as its successor."""
+
+    def __init__(self, staged_bytes: int) -> None:
+        super().__init__(torch.device("cpu"), staged_bytes)
+        self._fetched = [Fetched([]) for _ in self._pieces]  # type: ignore[misc]
+
+    def bring(self, piece: Tensor, target: Tensor) -> None:
+        self._fetched[self._turn].late.append((piece, target))  # type: ignore[union-attr]
+
+    def finish(self) -> None:
+        for fetched in self._fetched:
+            fetched.synchronize()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("slices", [(slice(0, 50), slice(0, 6)), (slice(7, 31), slice(2, 5))], ids=["whole", "part"])
+@pytest.mark.parametrize("staged_bytes", [24, 100, 4096])
+def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices: tuple[slice, slice], staged_bytes: int) -> None:
+    matrix = torch.randn(50, 6)
+    stored, staging = IntoTensor("matrix", matrix), LateStaging(staged_bytes)
+    assert isinstance(stored, ReadsInto)
+    monkeypatch.setattr(weight_format, "staging_of", lambda _device: staging)
+    target = torch.full_like(matrix[slices], torch.nan)
+    assert copy_part(stored, slices, target) == target.nbytes
+    staging.finish()
+    assert torch.equal(target, matrix[slices])
+
+
+def test_a_row_larger_than_a_piece_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(5, 40)
+    monkeypatch.setattr(weight_format, "staging_of", lambda _device: LateStaging(24))
+    target = torch.empty_like(matrix)
+    copy_part(IntoTensor("matrix", matrix), (slice(None), slice(None)), target)
+    assert torch.equal(target, matrix)
+
+
+def test_nothing_is_staged_for_a_cpu() -> None:
+    assert staging_of(torch.device("cpu")) is None
