@@ -21,6 +21,7 @@ from engine.run.transfer import Staging, refill
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
+from parallel.aligned_rows import empty_rows
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class DecodeGraphs:
         self.logits: Tensor | None = None
         """(B, V): those of the last step. The next one overwrites them."""
         if vocab_size is not None:
-            self.logits = torch.zeros(most_rows, vocab_size, dtype=model.dtype, device=device)
+            self.logits = empty_rows(most_rows, vocab_size, dtype=model.dtype, device=device).zero_()
         self.replays: dict[int, Replay] = {}
         """By their numbers of rows: the model's launches, on whatever was brought last."""
 

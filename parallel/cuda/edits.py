@@ -9,26 +9,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.aligned_rows import empty_rows, readable_columns
+from parallel.cuda.keys import PART, empty_parts, key_of
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv
 
-BLOCK = 2048
-"""Columns that one program edits."""
 BIASES = 128
 """Biases that a program adds at a time."""
+ROWS = 128
+"""Rows whose tokens one program counts."""
+
+
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _learn_kernel(entries, tokens, starts, counts, known, num_rows, width, ROWS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    entry = tl.load(entries + rows, mask=rows < num_rows, other=-1)
+    has_entry = entry >= 0
+    token, start = tl.load(tokens + rows, mask=has_entry, other=0), tl.load(starts + rows, mask=has_entry, other=0)
+    num_known = tl.load(known + entry, mask=has_entry, other=0)
+    is_new = has_entry & (start >= num_known) & (token < width)
+    place = counts + entry * width + token
+    tl.store(place, tl.load(place, mask=is_new, other=0) + 2, mask=is_new)
+    tl.store(known + entry, tl.maximum(num_known, start + 1), mask=has_entry)
 
 
 @quick
 @triton.jit(do_not_specialize=["num_words"])
 def _edit_kernel(
-    logits, out, entries, counts, penalties, stop_ids, num_stop_ids, stops_now, words, word_rows,
-    width, row_stride, num_words, most_stop_ids, BLOCK: tl.constexpr,
+    logits, out, raw_highest, entries, counts, penalties, stop_ids, num_stop_ids, stops_now, words, word_rows,
+    width, readable, row_stride, out_stride, num_words, most_stop_ids, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of one row: penalties, then what may not be sampled. Nothing is fused, so that the bits are the twin's."""
+    """A part of one row: penalties, then what may not be sampled. Nothing is fused, so that the bits are the twin's. The key of the highest
+    logit is told as it was."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = ids < width
-    x = tl.load(logits + row * row_stride + ids, mask=there, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits + row * row_stride + ids, mask=ids < readable, other=float("-inf")).to(tl.float32)
+    x = tl.where(there, x, float("-inf"))
+    tl.store(raw_highest + row * tl.num_programs(1) + tl.program_id(1), tl.max(key_of(x), axis=0))
     entry = tl.load(entries + row)
     if entry >= 0:
         count = tl.load(counts + entry * width + ids, mask=there, other=0)
@@ -46,12 +65,12 @@ def _edit_kernel(
     if word_row >= 0:
         word = tl.load(words + word_row * num_words + ids // 32, mask=there, other=0)
         x = tl.where(((word >> (ids % 32)) & 1) > 0, x, float("-inf"))
-    tl.store(out + row * width + ids, x, mask=there)
+    tl.store(out + row * out_stride + ids, x, mask=ids < out_stride)
 
 
 @quick
 @triton.jit
-def _bias_kernel(out, entries, bias_ids, biases, num_biases, width, most_biases, BLOCK: tl.constexpr):
+def _bias_kernel(out, entries, bias_ids, biases, num_biases, out_stride, most_biases, BLOCK: tl.constexpr):
     """One row. What may not be sampled stays at minus infinity."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.load(entries + row)
@@ -62,8 +81,18 @@ def _bias_kernel(out, entries, bias_ids, biases, num_biases, width, most_biases,
             there = at < count
             ids = tl.load(bias_ids + entry * most_biases + at, mask=there, other=0)
             bias = tl.load(biases + entry * most_biases + at, mask=there, other=0.0)
-            place = out + row * width + ids
+            place = out + row * out_stride + ids
             tl.store(place, tl.load(place, mask=there, other=0.0) + bias, mask=there)
+
+
+def learn(entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor, counts_NV: Tensor, known_N: Tensor) -> None:
+    """See `EditTable.learn`."""
+    num_rows = len(entries_R)
+    if num_rows:
+        _learn_kernel[(cdiv(num_rows, ROWS),)](
+            entries_R.contiguous(), tokens_R.contiguous(), starts_R.contiguous(), counts_NV, known_N, num_rows, counts_NV.shape[1],
+            ROWS=ROWS, num_warps=4,
+        )  # fmt: skip
 
 
 def edited(
@@ -80,20 +109,24 @@ def edited(
     num_biases_N: Tensor,
     stop_ids: Tensor,
     num_stop_ids_N: Tensor,
+    raw_highest_RN: Tensor | None = None,
 ) -> Tensor:
-    """float32 (R, V); the logits stay as they are."""
+    """float32 (R, V), in rows as of `empty_rows`; the logits stay as they are. To ``raw_highest_RN``, as `parallel.cuda.keys.empty_parts`
+    makes it, the key of their highest in each part is written."""
     num_rows, width = logits_RV.shape
     assert logits_RV.stride(1) == 1
     assert counts_NV.shape[1] == width
-    out_RV = torch.empty(num_rows, width, dtype=torch.float32, device=logits_RV.device)
+    out_RV = empty_rows(num_rows, width, dtype=torch.float32, device=logits_RV.device)
     if num_rows:
         entries_R = entries_R.contiguous()
-        _edit_kernel[(num_rows, cdiv(width, BLOCK))](
-            logits_RV, out_RV, entries_R, counts_NV, penalties_N3, stop_ids, num_stop_ids_N, stops_now_R.contiguous(), words_GW,
-            word_rows_R.contiguous(), width, logits_RV.stride(0), words_GW.shape[1], stop_ids.shape[1],
-            BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        raw_highest_RN = empty_parts(logits_RV) if raw_highest_RN is None else raw_highest_RN
+        _edit_kernel[(num_rows, cdiv(width, PART))](
+            logits_RV, out_RV, raw_highest_RN, entries_R, counts_NV, penalties_N3, stop_ids, num_stop_ids_N, stops_now_R.contiguous(),
+            words_GW, word_rows_R.contiguous(), width, readable_columns(logits_RV), logits_RV.stride(0), out_RV.stride(0),
+            words_GW.shape[1], stop_ids.shape[1],
+            BLOCK=PART, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
         _bias_kernel[(num_rows,)](
-            out_RV, entries_R, bias_ids, biases, num_biases_N, width, bias_ids.shape[1], BLOCK=BIASES, num_warps=1
+            out_RV, entries_R, bias_ids, biases, num_biases_N, out_RV.stride(0), bias_ids.shape[1], BLOCK=BIASES, num_warps=1
         )  # fmt: skip
     return out_RV

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.aligned_rows import readable_columns
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
 
@@ -28,11 +29,12 @@ def _highest_of(values, ids):
 
 @quick
 @triton.jit
-def _parts_kernel(x, part_highest, part_ids, width, row_stride, num_parts, BLOCK: tl.constexpr):
+def _parts_kernel(x, part_highest, part_ids, width, readable, row_stride, num_parts, BLOCK: tl.constexpr):
     """One part of a row."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = part * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + row * row_stride + ids, mask=ids < width, other=float("-inf")).to(tl.float32)
+    values = tl.load(x + row * row_stride + ids, mask=ids < readable, other=float("-inf")).to(tl.float32)
+    values = tl.where(ids < width, values, float("-inf"))
     highest, first = _highest_of(values, ids)
     tl.store(part_highest + row * num_parts + part, highest)
     tl.store(part_ids + row * num_parts + part, first)
@@ -61,6 +63,8 @@ def highest(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     highest_R = torch.empty(num_rows, dtype=torch.float32, device=x_RV.device)
     id_R = torch.empty(num_rows, dtype=torch.int64, device=x_RV.device)
     if num_rows:
-        _parts_kernel[(num_rows, num_parts)](x_RV, part_highest, part_ids, width, x_RV.stride(0), num_parts, BLOCK=BLOCK, num_warps=8)
+        _parts_kernel[(num_rows, num_parts)](
+            x_RV, part_highest, part_ids, width, readable_columns(x_RV), x_RV.stride(0), num_parts, BLOCK=BLOCK, num_warps=8
+        )
         _rows_kernel[(num_rows,)](part_highest, part_ids, highest_R, id_R, num_parts, PARTS=max(2, next_power_of_2(num_parts)), num_warps=1)
     return highest_R, id_R

@@ -11,21 +11,15 @@ from parallel.cuda.sizes import cdiv
 BLOCK = 128
 
 
-@quick
-@triton.jit(do_not_specialize=["num_rows"])
-def _uniform_kernel(seeds, choices, positions, out, num_rows, stream, BLOCK: tl.constexpr):
-    """Philox4x32-10 (SC 2011) in int64: a product of two words wraps around as it would in uint64, and the mask undoes the sign."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = rows < num_rows
-    word = tl.full([BLOCK], 0xFFFFFFFF, tl.int64)
-    multiplier0, multiplier1 = tl.full([BLOCK], 0xD2511F53, tl.int64), tl.full([BLOCK], 0xCD9E8D57, tl.int64)
-    weyl0, weyl1 = tl.full([BLOCK], 0x9E3779B9, tl.int64), tl.full([BLOCK], 0xBB67AE85, tl.int64)
-    seed = tl.load(seeds + rows, mask=mask, other=0)
+@triton.jit
+def uniform_of(seed, choice, position, stream):
+    """float64 of int64. Philox4x32-10 (SC 2011) in int64: a product of two words wraps around as it would in uint64, and the mask
+    undoes the sign."""
+    word = tl.full([], 0xFFFFFFFF, tl.int64)
+    multiplier0, multiplier1 = tl.full([], 0xD2511F53, tl.int64), tl.full([], 0xCD9E8D57, tl.int64)
+    weyl0, weyl1 = tl.full([], 0x9E3779B9, tl.int64), tl.full([], 0xBB67AE85, tl.int64)
     key0, key1 = seed & word, (seed >> 32) & word
-    c0 = tl.load(positions + rows, mask=mask, other=0)
-    c1 = tl.load(choices + rows, mask=mask, other=0)
-    c2 = tl.full([BLOCK], 0, tl.int64) + stream
-    c3 = tl.full([BLOCK], 0, tl.int64)
+    c0, c1, c2, c3 = position, choice, tl.full([], 0, tl.int64) + stream, tl.full([], 0, tl.int64)
     for number in tl.static_range(10):
         if number > 0:
             key0, key1 = (key0 + weyl0) & word, (key1 + weyl1) & word
@@ -34,7 +28,16 @@ def _uniform_kernel(seeds, choices, positions, out, num_rows, stream, BLOCK: tl.
         c2 = ((product0 >> 32) & word) ^ c3 ^ key1
         c1, c3 = product1 & word, product0 & word
     bits = (c0 << 20) | (c1 >> 12)
-    tl.store(out + rows, (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16, mask=mask)
+    return (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
+
+
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _uniform_kernel(seeds, choices, positions, out, num_rows, stream, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = rows < num_rows
+    seed, choice = tl.load(seeds + rows, mask=mask, other=0), tl.load(choices + rows, mask=mask, other=0)
+    tl.store(out + rows, uniform_of(seed, choice, tl.load(positions + rows, mask=mask, other=0), stream), mask=mask)
 
 
 def uniform(seed_R: Tensor, choice_R: Tensor, position_R: Tensor, stream: int) -> Tensor:

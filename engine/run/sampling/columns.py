@@ -12,6 +12,9 @@ MAY_STOP_FROM: known tokens from which its stop ids are allowed."""
 GREEDY, FEW, FILTERED, UNFILTERED = range(4)
 """`KIND`: drawn not at all; among the few of a small top-k; by whatever filters; from the whole vocabulary."""
 
+MOST_KINDS = (GREEDY, FEW, UNFILTERED)
+"""The hardest kind of row that each of the ways to draw a whole step takes."""
+
 EDITED, LEARNS, TELLS, GUIDED = 1, 2, 4, 8
 """`NEEDS`: penalties or biases change its logits; the host looks at the tokens that it has; its log-probabilities are wanted; a grammar
 says what may be sampled."""
@@ -38,7 +41,7 @@ class SamplingColumns:
             state.choice,
             state.num_prompt,
             top_k_of(sampling, state.vocab_size),
-            _kind(state),
+            drawn_as(state),
             state.entry,
             state.num_prompt + sampling.min_tokens if len(state.stop_ids) else 0,
             EDITED * changes | LEARNS * (guided or state.history is not None) | TELLS * (sampling.logprobs is not None) | GUIDED * guided,
@@ -85,7 +88,13 @@ def host_may_have_a_say(columns: np.ndarray) -> bool:
     return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any() or (may_be_edited_S & (columns[ENTRY] < 0)).any())
 
 
-def _kind(state: SamplingState) -> int:
+def hardest_of(kind: int) -> int:
+    """The first of `MOST_KINDS` that takes such a row."""
+    return next(most for most in MOST_KINDS if most >= kind)
+
+
+def drawn_as(state: SamplingState) -> int:
+    """Its `KIND`."""
     match kind_of(state.sampling, state.vocab_size):
         case "greedy":
             return GREEDY

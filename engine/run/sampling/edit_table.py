@@ -79,6 +79,15 @@ class EditTable:
 
         Rows without an entry count nothing.
         """
+        if tokens_R.device.type == "cuda" and has_triton():
+            from parallel.cuda.edits import learn as in_one_launch  # triton: not to be imported where there is no such device
+
+            in_one_launch(entries_R, tokens_R, starts_R, self._counts_NV, self._known_N)
+        else:
+            self.learn_slowly(entries_R, tokens_R, starts_R)
+
+    def learn_slowly(self, entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor) -> None:
+        """As `learn`, by plain torch: the kernel's twin."""
         has_entry_R, entries_R = entries_R >= 0, entries_R.clamp(min=0)
         is_new_R = has_entry_R & (starts_R >= self._known_N[entries_R]) & (tokens_R < self.vocab_size)
         places_R = entries_R * self.vocab_size + tokens_R.clamp(max=self.vocab_size - 1)
@@ -92,17 +101,20 @@ class EditTable:
         stops_now_R: Tensor,
         word_rows_R: Tensor | None = None,
         words_GW: Tensor | None = None,
+        raw_highest_RN: Tensor | None = None,
     ) -> Tensor:
         """float32 (R, V). ``stops_now_R`` is above 0 where stop ids may not be sampled yet; ``word_rows_R`` says which of the words (a bit
-        for each id, lowest first) a row may choose from, below 0: from all. All int64 but the words, which are int32."""
+        for each id, lowest first) a row may choose from, below 0: from all. All int64 but the words, which are int32.
+        ``raw_highest_RN``: see `parallel.cuda.edits`; only where there are kernels."""
         if logits_RV.device.type == "cuda" and has_triton():
             from parallel.cuda.edits import edited as in_two_launches  # triton: not to be imported where there is no such device
 
             if word_rows_R is None or words_GW is None:
                 word_rows_R, words_GW = torch.full_like(entries_R, -1), logits_RV.new_zeros((1, 1), dtype=torch.int32)
             return in_two_launches(
-                logits_RV, entries_R=entries_R, stops_now_R=stops_now_R, word_rows_R=word_rows_R, words_GW=words_GW, **self.columns
-            )
+                logits_RV, entries_R=entries_R, stops_now_R=stops_now_R, word_rows_R=word_rows_R, words_GW=words_GW,
+                raw_highest_RN=raw_highest_RN, **self.columns,
+            )  # fmt: skip
         return self.edited_slowly(logits_RV, entries_R, stops_now_R, word_rows_R, words_GW)
 
     @property

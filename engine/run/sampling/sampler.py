@@ -4,16 +4,19 @@ R rows, V ids that can be sampled. What a row gives depends on its logits, param
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.plan import Sampled, TokenLogprobs
+from engine.run.sampling.columns import drawn_as, hardest_of
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.edits import edited
 from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, whole_weight
-from engine.run.sampling.groups import DrawGroup, draw_params, group_rows
+from engine.run.sampling.groups import DrawGroup, draw_params, group_rows, top_k_of
+from engine.run.sampling.kernels import kernels_for
 from engine.run.sampling.logprobs import token_logprobs
 from engine.run.sampling.search import highest
 from engine.run.sampling.state import Row
@@ -43,6 +46,8 @@ class Sampler:
             return []
         raw_RV = logits[:, : self.vocab_size]
         logits_RV = edited(raw_RV, rows, table)
+        if kernels := kernels_for(logits_RV):
+            return self.answers(raw_RV, logits_RV, rows, self._drawn_by(kernels, raw_RV, logits_RV, rows))
         highest_R, chosen_R = highest(logits_RV)  # all that greedy rows need
         decided_R = torch.ones_like(chosen_R)
         for group in group_rows(rows, self.vocab_size):
@@ -64,6 +69,25 @@ class Sampler:
             Sampled(row.state.sequence, () if fault else (token,), logprobs.get(i, ()), fault)
             for i, (row, token, fault) in enumerate(zip(rows, chosen, faults, strict=True))
         ]
+
+    def _drawn_by(self, kernels: ModuleType, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> list[list[int]]:
+        """As `answers` wants it. Everything is decided."""
+        states = [row.state for row in rows]
+        numbers = np.array([(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in states], np.float64)
+        words = [
+            (state.seed, state.choice, row.position, top_k_of(state.sampling, self.vocab_size), drawn_as(state))
+            for state, row in zip(states, rows, strict=True)
+        ]
+        given = upload(np.concatenate([np.array(words, np.int64), numbers.view(np.int64)], 1).T.copy(), self.device)
+        temperature_R, top_p_R, min_p_R = given[5:].view(torch.float64)
+        report_3R = torch.empty(3, len(rows), dtype=torch.int64, device=self.device)
+        kernels.draw(
+            logits_RV, report_3R, most=hardest_of(max(kind for *_, kind in words)), seed_R=given[0], choice_R=given[1], position_R=given[2],
+            top_k_R=given[3], kind_R=given[4], temperature_R=temperature_R, top_p_R=top_p_R, min_p_R=min_p_R,
+            raw_highest_RN=None if logits_RV is raw_RV else kernels.highest_of_parts(raw_RV),
+        )  # fmt: skip
+        chosen, raw_sound, sound = report_3R.tolist()  # the host waits for the device here, once
+        return [chosen, [1] * len(rows), raw_sound, sound]
 
     def _draw(self, group: DrawGroup, logits_RV: Tensor, rows: Sequence[Row], chosen_R: Tensor, decided_R: Tensor) -> None:
         """Write what the group's rows drew to their places in ``chosen_R`` and ``decided_R``."""

@@ -25,23 +25,24 @@ from engine.run.sampling.columns import (
     GREEDY,
     KIND,
     MIN_P,
+    MOST_KINDS,
     SEED,
     TEMPERATURE,
     TOP_K,
     UNFILTERED,
     are_edited,
+    hardest_of,
     may_be_edited,
     stops_now,
 )
 from engine.run.sampling.edit_table import NO_ENTRY, EditTable
 from engine.run.sampling.filters import DrawParams, draw_filtered, draw_undecided, draw_unfiltered
 from engine.run.sampling.groups import FEW_TOP_K, MAX_CANDIDATES, MORE_CANDIDATES
+from engine.run.sampling.kernels import kernels_for
 from engine.run.sampling.search import highest
 from engine.run.transfer import Place, Returns, Staging, refill
 
 NO_WORDS: Mapping[int, np.ndarray] = MappingProxyType({})
-MOST_KINDS = (GREEDY, FEW, UNFILTERED)
-"""The hardest kind of row that each of the three takes."""
 IN_SEED, IN_CHOICE, IN_POSITION, IN_TOP_K, IN_KIND, IN_ENTRY, IN_STOPS, IN_WORDS, IN_TEMPERATURE, IN_TOP_P, IN_MIN_P = range(11)
 
 
@@ -110,7 +111,7 @@ class SamplerGraphs:
         is_edited = may_be and are_edited(columns, known_S)
         if is_edited or hardest > GREEDY:  # else nothing of it is looked at
             self._bring(columns, known_S, size, is_edited, words)
-        self._replays[size, next(most for most in MOST_KINDS if most >= hardest), is_edited]()
+        self._replays[size, hardest_of(hardest), is_edited]()
         return Report(self._returns.send(), size, columns.shape[1])
 
     def _bring(self, columns: np.ndarray, known_S: np.ndarray, size: int, is_edited: bool, words: Mapping[int, np.ndarray]) -> None:
@@ -132,17 +133,33 @@ class SamplerGraphs:
 
     def _compute(self, size: int, most: int, is_edited: bool) -> None:
         raw_RV = logits_RV = self._logits_BV[:size]
-        inputs = self._inputs[:, :size]
+        inputs, raw_highest_RN = self._inputs[:, :size], None
+        kernels = kernels_for(raw_RV)
         if is_edited:
             assert self.table is not None
             assert self._tokens_B is not None
             assert self._positions_B is not None
             self.table.learn(inputs[IN_ENTRY], self._tokens_B[:size], self._positions_B[:size])
-            logits_RV = self.table.edited(raw_RV, inputs[IN_ENTRY], inputs[IN_STOPS], inputs[IN_WORDS], self._words_BW)
+            raw_highest_RN = kernels.empty_parts(raw_RV) if kernels else None
+            logits_RV = self.table.edited(
+                raw_RV, inputs[IN_ENTRY], inputs[IN_STOPS], inputs[IN_WORDS], self._words_BW, raw_highest_RN=raw_highest_RN
+            )
+        if kernels:
+            temperature_R, top_p_R, min_p_R = inputs[IN_TEMPERATURE:].view(torch.float64)
+            kernels.draw(
+                logits_RV, self._reports[size], most=most, kind_R=inputs[IN_KIND], seed_R=inputs[IN_SEED], choice_R=inputs[IN_CHOICE],
+                position_R=inputs[IN_POSITION], top_k_R=inputs[IN_TOP_K], temperature_R=temperature_R, top_p_R=top_p_R, min_p_R=min_p_R,
+                raw_highest_RN=raw_highest_RN,
+            )  # fmt: skip
+        else:
+            self._draw_by_torch(size, most, raw_RV, logits_RV)
+
+    def _draw_by_torch(self, size: int, most: int, raw_RV: Tensor, logits_RV: Tensor) -> None:
+        """The kernels' twin."""
         highest_R, chosen_R = highest(logits_RV)
-        raw_highest_R = highest(raw_RV)[0] if is_edited else highest_R
+        raw_highest_R = highest_R if raw_RV is logits_RV else highest(raw_RV)[0]
         if most > GREEDY:
-            chosen_R = self._draw(logits_RV, self._params(size), inputs[IN_KIND], chosen_R, most)
+            chosen_R = self._draw(logits_RV, self._params(size), self._inputs[IN_KIND, :size], chosen_R, most)
         self._reports[size].copy_(torch.stack((chosen_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long())))
 
     def _draw(self, logits_RV: Tensor, params: DrawParams, kind_R: Tensor, greedy_R: Tensor, most: int) -> Tensor:

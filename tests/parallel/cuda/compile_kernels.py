@@ -8,18 +8,22 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from parallel.cuda import (
     by_expert,
+    draws,
     edits,
     elementwise,
     enter,
     experts,
     highest,
+    keys,
     noise,
+    nuclei,
     paged_attention,
     products,
     scaled,
@@ -39,6 +43,17 @@ PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
 NUMBERS = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
 SCALES = {"int8": "*fp16", "int4": "*fp16", "fp8": "*fp32"}
 ROUNDING = {"MOST": FP8_MOST, "BLOCK": scaled.FP8_BLOCK}
+
+PARTED = {"PARTS": 64, "PART": keys.PART}
+DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
+CUTTING = {"CUTS": nuclei.CUTS}
+DRAWING = (
+    dict.fromkeys(("width", "readable", "row_stride", "num_parts", "num_rows", "number"), "i32")
+    | dict.fromkeys(("highest_of_stretches", "highest_of_parts", "raw_highest_of_parts", "stretches", "ids_of", "keys_of"), "*i32")
+    | dict.fromkeys(("temperatures", "top_ps", "min_ps", "uniforms"), "*fp64")
+    | dict.fromkeys(("kinds", "seeds", "choices", "positions", "top_ks", "chosen", "raw_is_sound", "is_sound", "is_decided"), "*i64")
+    | dict.fromkeys(("weights_of_parts", "brackets", "sums", "kept"), "*i64")
+)
 
 ALL_TILES = "--all" in sys.argv
 """Else only those that are taken unmeasured."""
@@ -114,7 +129,15 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     ),
     (
         highest._parts_kernel,
-        {"x": "*bf16", "part_highest": "*fp32", "part_ids": "*i32", "width": "i32", "row_stride": "i32", "num_parts": "i32"},
+        {
+            "x": "*bf16",
+            "part_highest": "*fp32",
+            "part_ids": "*i32",
+            "width": "i32",
+            "readable": "i32",
+            "row_stride": "i32",
+            "num_parts": "i32",
+        },
         {"BLOCK": highest.BLOCK},
         {"num_warps": 8},
     ),
@@ -135,20 +158,52 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     *(
         (
             whole_rows._draw_kernel,
-            {"logits": logits, "top_ks": "*i64", "decided": "*i64", "chosen": "*i64", "width": "i32", "row_stride": "i32"}
+            {
+                "logits": logits,
+                "top_ks": "*i64",
+                "decided": "*i64",
+                "chosen": "*i64",
+                "width": "i32",
+                "readable": "i32",
+                "row_stride": "i32",
+            }
             | dict.fromkeys(("temperatures", "top_ps", "min_ps", "uniforms"), "*fp64"),
-            {"BLOCK": whole_rows.BLOCK},
-            {"num_warps": 8},
+            {"BLOCK": whole_rows.BLOCK, "SHIFT": keys.shift_of(DTYPES[logits])},
+            {"num_warps": 8, "enable_fp_fusion": False},
         )
         for logits in ("*bf16", "*fp32")
     ),
+    *(
+        (kernel, DRAWING | {"logits": logits}, PARTED | constants, {"num_warps": 8, "enable_fp_fusion": False})
+        for logits in ("*bf16", "*fp32")
+        for kernel, constants in (
+            (draws._stretches_kernel, {"STRETCH": draws.STRETCH}),
+            (draws._weights_kernel, {}),
+            *((draws._rows_kernel, draws.SIZES | {"MOST": most, "STRETCHES": 2048}) for most in (0, 1, 3)),
+            *((kernel, CUTTING | {"SHIFT": keys.shift_of(DTYPES[logits])}) for kernel in nuclei.KERNELS),
+        )
+    ),
+    (
+        edits._learn_kernel,
+        dict.fromkeys(("entries", "tokens", "starts", "known"), "*i64") | {"counts": "*i32", "num_rows": "i32", "width": "i32"},
+        {"ROWS": edits.ROWS},
+        {"num_warps": 4},
+    ),
     (
         edits._edit_kernel,
-        {"logits": "*bf16", "out": "*fp32", "entries": "*i64", "counts": "*i32", "penalties": "*fp32", "stop_ids": "*i64"}
+        {
+            "logits": "*bf16",
+            "out": "*fp32",
+            "raw_highest": "*i32",
+            "entries": "*i64",
+            "counts": "*i32",
+            "penalties": "*fp32",
+            "stop_ids": "*i64",
+        }
         | {"num_stop_ids": "*i64", "stops_now": "*i64", "words": "*i32", "word_rows": "*i64"}
-        | dict.fromkeys(("width", "row_stride", "num_words", "most_stop_ids"), "i32"),
-        {"BLOCK": edits.BLOCK},
-        {"num_warps": 4, "enable_fp_fusion": False},
+        | dict.fromkeys(("width", "readable", "row_stride", "out_stride", "num_words", "most_stop_ids"), "i32"),
+        {"BLOCK": keys.PART},
+        {"num_warps": 8, "enable_fp_fusion": False},
     ),
     (
         edits._bias_kernel,
@@ -158,7 +213,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             "bias_ids": "*i64",
             "biases": "*fp32",
             "num_biases": "*i64",
-            "width": "i32",
+            "out_stride": "i32",
             "most_biases": "i32",
         },
         {"BLOCK": edits.BIASES},
@@ -265,7 +320,8 @@ def main() -> int:
             for param in kernel.params
             if signature[param.name][0] in "*i" and not param.do_not_specialize and not param.do_not_specialize_on_alignment
         }
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=whole)
+        wanted = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=wanted, attrs=whole)
         compiled = triton.compile(source, target=HOPPER, options=options)
         single = len(re.findall(r"ld\.global\S*\.b8\b", compiled.asm["ptx"]))
         print(f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes shared, {single} of a byte")

@@ -4,20 +4,22 @@ import pytest
 import torch
 
 from engine.run.sampling.search import highest as slowly
+from tests.parallel.cuda.aligned import aligned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [1, 300, 4096, 9000])
 @pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("lies_at_whole_units", [False, True])
 def test_the_highest_is_that_of_the_twin_and_of_equal_ones_the_first(
-    width: int, ties: bool, dtype: torch.dtype, device: torch.device
+    lies_at_whole_units: bool, width: int, ties: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     from parallel.cuda.highest import highest
 
     x = torch.randn(5, width + 7, generator=torch.Generator().manual_seed(width)).to(dtype)[:, :width]
     x = x.round() if ties else x
     x[3] = -torch.inf
-    found, wanted = highest(x.to(device)), slowly(x)
+    found, wanted = highest(aligned(x.to(device)) if lies_at_whole_units else x.to(device)), slowly(x)
     assert torch.equal(found[0].cpu(), wanted[0].float())
     assert torch.equal(found[1].cpu(), wanted[1])
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.run.sampling.filters import DrawParams, draw_filtered, whole_weight
+from tests.parallel.cuda.aligned import aligned
 
 VOCAB_SIZE = 2100
 ROWS = [  # temperature, top-k, top-p, min-p
@@ -19,7 +20,8 @@ ROWS = [  # temperature, top-k, top-p, min-p
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_what_is_drawn_is_what_sorting_gives(ties: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("lies_at_whole_units", [False, True])
+def test_what_is_drawn_is_what_sorting_gives(lies_at_whole_units: bool, ties: bool, device: torch.device) -> None:
     from parallel.cuda.whole_rows import draw_undecided
 
     generator = torch.Generator().manual_seed(int(ties))
@@ -33,7 +35,8 @@ def test_what_is_drawn_is_what_sorting_gives(ties: bool, device: torch.device) -
     decided_R[4] = 1
     per_row = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R, params.uniform_R)
     chosen_R = torch.full_like(decided_R, 77)
-    found = draw_undecided(*(x.to(device) for x in (logits_RV, *per_row, chosen_R, decided_R))).cpu()
+    laid = aligned(logits_RV.to(device)) if lies_at_whole_units else logits_RV.to(device)
+    found = draw_undecided(laid, *(x.to(device) for x in (*per_row, chosen_R, decided_R))).cpu()
     wanted[4] = 77
     assert found.tolist() == wanted.tolist()
 

@@ -1,0 +1,102 @@
+"""Logits as whole numbers of 32 bits in the same order (*keys*), and what they weigh: as in `engine.run.sampling.filters`.
+
+To be compiled into kernels that draw; with ``enable_fp_fusion=False``, as the twin rounds a product before it adds to it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.cuda.sizes import cdiv
+
+PART = 4096
+"""Columns of a row that one program looks at."""
+NOBODY = tl.constexpr(2**31 - 1)
+"""Beyond all ids."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+WEIGHT_BITS = tl.constexpr(44)
+"""As in the twin."""
+LOWEST = tl.constexpr(-(2**31))
+"""Below the key of any logit."""
+KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
+KEY_OF_INFINITY = tl.constexpr(0x7F800000)
+KEY_OF_NAN = tl.constexpr(0x7FFFFFFF)
+
+
+def empty_parts(logits_RV: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """(R, N): a number for each part of each row, uninitialised."""
+    num_rows, width = logits_RV.shape
+    return torch.empty(num_rows, cdiv(width, PART), dtype=dtype, device=logits_RV.device)
+
+
+@triton.jit
+def key_of(x):
+    """int32, ordered as the logits (float32) are; -0 is 0, NaN is the highest."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), KEY_OF_NAN)
+
+
+@triton.jit
+def keys_at(row, ids, width, readable):
+    """As `key_of`; `LOWEST` beyond the last column."""
+    x = tl.load(row + ids, mask=ids < readable, other=float("-inf")).to(tl.float32)
+    return tl.where(ids < width, key_of(x), LOWEST)
+
+
+@triton.jit
+def logits_of(key):
+    """float64"""
+    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True).to(tl.float64)
+
+
+@triton.jit
+def weights_of(key, highest, scale):
+    """int64: the highest logit's is 2^WEIGHT_BITS."""
+    weight = tl.exp2((logits_of(key) - highest) * scale + WEIGHT_BITS).to(tl.int64)
+    return tl.where(key > KEY_OF_MINUS_INFINITY, weight, 0)
+
+
+@triton.jit
+def scale_of(temperature):
+    return LOG2_E / tl.maximum(temperature, 1e-300)
+
+
+@triton.jit
+def highest_part(highest_of_parts, num_parts, PARTS: tl.constexpr):
+    """The key of a row's highest logit."""
+    parts = tl.arange(0, PARTS)
+    return tl.max(tl.load(highest_of_parts + parts, mask=parts < num_parts, other=LOWEST), axis=0)
+
+
+def shift_of(dtype: torch.dtype) -> int:
+    """How many of a key's lowest bits say nothing: a float32 has so many below those of a bfloat16."""
+    return 16 if dtype == torch.bfloat16 else 0
+
+
+@triton.jit
+def full_key(shifted, SHIFT: tl.constexpr):
+    """int32: the key of which all but such bits are given (int64). Those of negative logits are all set."""
+    key = shifted
+    if SHIFT > 0:
+        key = (shifted << SHIFT) | tl.where(shifted < 0, (1 << SHIFT) - 1, 0)
+    return key.to(tl.int32)
+
+
+@triton.jit
+def least_weight(min_p):
+    """int64: what min-p wants an id to weigh; what weighs nothing is never drawn."""
+    return tl.maximum(tl.ceil(min_p * tl.full([], 17592186044416.0, tl.float64)).to(tl.int64), 1)
+
+
+@triton.jit
+def rest_within(before, each, limit, width):
+    """The most of equal logits, each of the same weight, of which the last is still kept, as less than ``limit`` stands before it; at
+    least 1."""
+    least, most = tl.full([], 1, tl.int64), width.to(tl.int64)
+    for _halving in range(20):
+        middle = (least + most + 1) >> 1
+        is_kept = (before + (middle - 1) * each).to(tl.float64) < limit
+        least, most = tl.where(is_kept, middle, least), tl.where(is_kept, most, middle - 1)
+    return tl.maximum(most, 1)
