@@ -18,7 +18,7 @@ from parallel.rounding import FP8, FP8_CAPABILITY
 
 PROGRAMS_PER_PROCESSOR = 2
 """Decode programs that every multiprocessor of the device should have to do, ..."""
-MAX_PARTS = 32
+MAX_PARTS = 128
 """... as far as cutting contexts into so many parts gives them."""
 SIMULATED_PROCESSORS = 8
 """Where Triton's interpreter stands in for a device."""
@@ -73,7 +73,7 @@ class CudaAttention:
         return 1 << min(max(wanted, 1), MAX_PARTS).bit_length() - 1
 
     def _cut(self, batch: ForwardBatch) -> PrefillTiles:
-        step = tokens_per_tile(self._heads)
+        step = tokens_per_tile(self._heads, self.config.head_dim)
         cuts = []
         for sequence in range(batch.num_decodes, batch.num_sequences):
             num_new = batch.query_starts[sequence + 1] - batch.query_starts[sequence]

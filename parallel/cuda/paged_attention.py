@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import next_power_of_2
+from parallel.rounding import FP8
 
 LOG2_E = 1.4426950408889634
 NOTHING = tl.constexpr(-1.0e30)
@@ -36,125 +37,175 @@ class Heads:
 
 
 @triton.jit
-def _load_tile(
-    cache, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-    BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr = False,
-):  # fmt: skip
-    """(L, K) of keys or values in the dtype that is multiplied; zero where nothing is visible: that is another sequence's, perhaps NaN.
-    Where all is visible (IS_WHOLE), nobody asks."""
-    if IS_WHOLE:
-        block_L = tl.load(table + positions_L // BLOCK_TOKENS).to(tl.int64)
-        mask_LK = (dims_K < HEAD_DIM)[None, :]
-    else:
-        block_L = tl.load(table + positions_L // BLOCK_TOKENS, mask=visible_L, other=0).to(tl.int64)
-        mask_LK = visible_L[:, None] & (dims_K < HEAD_DIM)[None, :]
-    place_L = block_L * block_stride + (positions_L % BLOCK_TOKENS) * token_stride + kv_head * head_stride
-    return tl.load(cache + place_L[:, None] + dims_K[None, :], mask=mask_LK, other=0.0).to(DTYPE)
+def _look_up(table, start, stop, TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """The blocks of the TILE positions from start on; past the end stands the last once more."""
+    return tl.load(table + tl.maximum(tl.minimum(start + tl.arange(0, TILE), stop - 1), 0) // BLOCK_TOKENS)
 
 
 @triton.jit
-def _attend_tile(
-    q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION: tl.constexpr, IS_WHOLE: tl.constexpr = False
-):  # fmt: skip
-    """One step of the online softmax: R rows see L more positions, all of them where IS_WHOLE."""
-    scores_RL = tl.dot(q_RK, tl.trans(keys_LK), input_precision=PRECISION) * scale_log2
-    if not IS_WHOLE:
-        scores_RL = tl.where(seen_RL, scores_RL, NOTHING)
-    higher_R = tl.maximum(highest_R, tl.max(scores_RL, axis=1))
-    weights_RL = tl.exp2(scores_RL - higher_R[:, None])
-    if not IS_WHOLE:
-        weights_RL = tl.where(seen_RL, weights_RL, 0.0)
-    fade_R = tl.exp2(highest_R - higher_R)
-    sum_R = sum_R * fade_R + tl.sum(weights_RL, axis=1)
-    out_RK = out_RK * fade_R[:, None] + tl.dot(weights_RL.to(values_LK.dtype), values_LK, input_precision=PRECISION)
-    return higher_R, sum_R, out_RK
+def _places(block_L, start, stop, block_stride, token_stride, TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """Where the cache has these positions. Past the end is another sequence's, perhaps NaN, which times 0 is NaN: there it is the last once
+    more, and nothing has to be masked."""
+    return block_L.to(tl.int64) * block_stride + tl.minimum(start + tl.arange(0, TILE), stop - 1) % BLOCK_TOKENS * token_stride
+
+
+@triton.jit
+def _of_pairs(pairs, IN_ASSEMBLY: tl.constexpr):
+    """The two e4m3 numbers of 16 bits, as float16. IN_ASSEMBLY that takes three instructions for two of each, otherwise some ten, and only
+    so it can be interpreted."""
+    if IN_ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 sorted;
+                .reg .b16 lows, highs;
+                prmt.b32 sorted, $2, $2, 0x3120;
+                mov.b32 {lows, highs}, sorted;
+                cvt.rn.f16x2.e4m3x2 $0, lows;
+                cvt.rn.f16x2.e4m3x2 $1, highs;
+            }
+            """,
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low = pairs.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        high = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return low, high
 
 
 @quick
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["lengths"])  # else other steps wait for a compiler
+@triton.jit(do_not_specialize=["table_stride", "parts"], do_not_specialize_on_alignment=["lengths"])  # else other steps wait for a compiler
 def _decode_kernel(
     q, keys, values, out, part_out, part_lse, tables, lengths, first_head, num_heads_of,
-    scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads,
+    scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads, parts,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IN_PAIRS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """One sequence's newest token, one KV head, one part of the context."""
+    """One sequence's newest token, one KV head, one part of the context. Those whose part would begin past its end have nothing to do.
+
+    IN_PAIRS: keys and values are FP8, read as 16 bits of two neighbours, as matrix units want them, and multiplied in float16.
+    """
     sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
-    first, count = tl.load(first_head + kv_head), tl.load(num_heads_of + kv_head)
-    rows_P, dims_K = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
-    mask_PK = (rows_P < count)[:, None] & (dims_K < HEAD_DIM)[None, :]
-    head_P = first + rows_P
-    q_PK = tl.load(q + sequence.to(tl.int64) * q_token_stride + head_P[:, None] * HEAD_DIM + dims_K[None, :], mask=mask_PK, other=0.0)
-    tiles_per_part = tl.cdiv(tl.cdiv(length, TILE), PARTS)
+    tiles_per_part = tl.cdiv(tl.cdiv(length, TILE), parts)
     start = part * tiles_per_part * TILE
+    if (part > 0) & (start >= length):
+        return
     stop = tl.minimum(start + tiles_per_part * TILE, length)
+    first, count = tl.load(first_head + kv_head), tl.load(num_heads_of + kv_head)
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if IN_PAIRS else HEAD_DIM
+    PADDED_WIDTH: tl.constexpr = PADDED_DIM // 2 if IN_PAIRS else PADDED_DIM
+    rows_P, dims_W, dims_K = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_WIDTH), tl.arange(0, PADDED_DIM)
+    mask_PK = (rows_P < count)[:, None] & (dims_K < HEAD_DIM)[None, :]
+    mask_PW = (rows_P < count)[:, None] & (dims_W < WIDTH)[None, :]
+    head_P = first + rows_P
+    q += sequence.to(tl.int64) * q_token_stride
+    if IN_PAIRS:
+        place_PW = head_P[:, None] * HEAD_DIM + 2 * dims_W[None, :]
+        # Halved so often that none is too large for float16, which holds more digits than bfloat16.
+        q_PW = (tl.load(q + place_PW, mask=mask_PW, other=0.0).to(tl.float32) * 0.0625).to(tl.float16)
+        odd_q_PW = (tl.load(q + place_PW + 1, mask=mask_PW, other=0.0).to(tl.float32) * 0.0625).to(tl.float16)
+        scale_log2 *= 16.0
+    else:
+        q_PW = tl.load(q + head_P[:, None] * HEAD_DIM + dims_W[None, :], mask=mask_PW, other=0.0)
     table = tables + sequence.to(tl.int64) * table_stride
     highest_P = tl.full([PADDED_GROUP], NOTHING, tl.float32)
-    sum_P = tl.zeros([PADDED_GROUP], tl.float32)
-    out_PK = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    sum_PL = tl.zeros([PADDED_GROUP, TILE], tl.float32)
+    out_PW = tl.zeros([PADDED_GROUP, PADDED_WIDTH], tl.float32)
+    odd_out_PW = tl.zeros([PADDED_GROUP, PADDED_WIDTH], tl.float32)
+    keys += kv_head * head_stride
+    values += kv_head * head_stride
+    # Blocks are looked up a tile ahead: Triton reads ahead by half of its stages where an address waits for a load in the same turn.
+    block_L = _look_up(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
-        positions_L = tile + tl.arange(0, TILE)
-        visible_L = positions_L < stop
-        keys_LK = _load_tile(
-            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
-        )  # fmt: skip
-        values_LK = _load_tile(
-            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-            BLOCK_TOKENS, HEAD_DIM, q.dtype.element_ty,
-        )  # fmt: skip
-        seen_PL = tl.broadcast_to(visible_L[None, :], [PADDED_GROUP, TILE])
-        highest_P, sum_P, out_PK = _attend_tile(q_PK, keys_LK, values_LK, seen_PL, highest_P, sum_P, out_PK, scale_log2, PRECISION)
+        seen_L = tile + tl.arange(0, TILE) < stop
+        place_L = _places(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
+        keys_WL = tl.trans(tl.load(keys + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :]))
+        values_LW = tl.load(values + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :])
+        if IN_PAIRS:
+            even_WL, odd_WL = _of_pairs(keys_WL, IN_ASSEMBLY)
+            scores_PL = tl.dot(odd_q_PW, odd_WL, acc=tl.dot(q_PW, even_WL))
+        else:
+            scores_PL = tl.dot(q_PW, keys_WL.to(q_PW.dtype), input_precision=PRECISION)
+        scores_PL = tl.where(seen_L[None, :], scores_PL, NOTHING)
+        higher_P = tl.maximum(highest_P, tl.max(scores_PL, axis=1) * scale_log2)
+        weights_PL = tl.exp2(scores_PL * scale_log2 - higher_P[:, None])
+        fade_P = tl.exp2(highest_P - higher_P)
+        highest_P = higher_P
+        sum_PL = sum_PL * fade_P[:, None] + weights_PL
+        out_PW = out_PW * fade_P[:, None]
+        if IN_PAIRS:
+            even_LW, odd_LW = _of_pairs(values_LW, IN_ASSEMBLY)
+            out_PW = tl.dot(weights_PL.to(tl.float16), even_LW, acc=out_PW)
+            odd_out_PW = tl.dot(weights_PL.to(tl.float16), odd_LW, acc=odd_out_PW * fade_P[:, None])
+        else:
+            out_PW = tl.dot(weights_PL.to(q_PW.dtype), values_LW.to(q_PW.dtype), acc=out_PW, input_precision=PRECISION)
+        block_L = _look_up(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
+    sum_P = tl.sum(sum_PL, axis=1)
     divisor_P = tl.where(sum_P > 0, sum_P, 1.0)
+    out_PK = tl.interleave(out_PW, odd_out_PW) if IN_PAIRS else out_PW
     out_PK = out_PK / divisor_P[:, None]
     row_P = sequence.to(tl.int64) * num_heads + head_P
-    if PARTS == 1:
+    used = tl.cdiv(length, tl.maximum(tiles_per_part, 1) * TILE)
+    if used <= 1:
         tl.store(out + row_P[:, None] * HEAD_DIM + dims_K[None, :], out_PK.to(out.dtype.element_ty), mask=mask_PK)
     else:
-        place_P = row_P * PARTS + part
+        place_P = row_P * parts + part
         tl.store(part_out + place_P[:, None] * HEAD_DIM + dims_K[None, :], out_PK, mask=mask_PK)
-        lse_P = tl.where(sum_P > 0, highest_P + tl.log2(divisor_P), NOTHING)
-        tl.store(part_lse + place_P, lse_P, mask=rows_P < count)
+        tl.store(part_lse + place_P, highest_P + tl.log2(divisor_P), mask=rows_P < count)
 
 
 @quick
-@triton.jit
-def _merge_kernel(part_out, part_lse, out, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of one query head of one sequence, each weighed by how much of the softmax's sum it had."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
+def _merge_kernel(
+    part_out, part_lse, out, lengths, num_heads,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The parts of one query head of one sequence, where there are several, each weighed by how much of the softmax's sum it had.
+
+    What no program has written is read as well, and left out: so nothing is waited for before it is asked for."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    row = sequence.to(tl.int64) * num_heads + head
     parts_C, dims_K = tl.arange(0, PARTS), tl.arange(0, PADDED_DIM)
+    length = tl.load(lengths + sequence)
     lse_C = tl.load(part_lse + row * PARTS + parts_C)
-    weight_C = tl.where(lse_C > NOTHING, tl.exp2(lse_C - tl.max(lse_C, axis=0)), 0.0)
-    sum_all = tl.sum(weight_C, axis=0)
     place_CK = (row * PARTS + parts_C)[:, None] * HEAD_DIM + dims_K[None, :]
     out_CK = tl.load(part_out + place_CK, mask=(dims_K < HEAD_DIM)[None, :], other=0.0)
-    out_K = tl.sum(out_CK * weight_C[:, None], axis=0) / tl.where(sum_all > 0, sum_all, 1.0)
-    tl.store(out + row * HEAD_DIM + dims_K, out_K.to(out.dtype.element_ty), mask=dims_K < HEAD_DIM)
+    used = tl.cdiv(length, tl.maximum(tl.cdiv(tl.cdiv(length, TILE), PARTS), 1) * TILE)
+    is_used_C = parts_C < used
+    lse_C = tl.where(is_used_C, lse_C, NOTHING)
+    weight_C = tl.exp2(lse_C - tl.max(lse_C, axis=0))
+    out_CK = tl.where(is_used_C[:, None], out_CK, 0.0)
+    out_K = tl.sum(out_CK * weight_C[:, None], axis=0) / tl.sum(weight_C, axis=0)
+    tl.store(out + row * HEAD_DIM + dims_K, out_K.to(out.dtype.element_ty), mask=(dims_K < HEAD_DIM) & (used > 1))
 
 
 @triton.jit
 def _attend_span(
-    q_RK, keys, values, table, start, stop, last_seen_R, highest_R, sum_R, out_RK, kv_head, dims_K, block_stride, token_stride, head_stride,
-    scale_log2,
+    q_RK, keys, values, table, start, stop, last_seen_R, highest_R, sum_R, out_RK, dims_K, block_stride, token_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """R rows see the positions from start to stop, each those up to its last; all of whole tiles where IS_WHOLE."""
+    """R rows see the positions from start to stop, each those up to its last and the first in any case; all of them where IS_WHOLE."""
+    mask_K = dims_K < HEAD_DIM
+    block_L = _look_up(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
-        positions_L = tile + tl.arange(0, TILE)
-        visible_L = positions_L < stop
-        keys_LK = _load_tile(
-            keys, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-            BLOCK_TOKENS, HEAD_DIM, q_RK.dtype, IS_WHOLE,
-        )  # fmt: skip
-        values_LK = _load_tile(
-            values, table, positions_L, visible_L, kv_head, dims_K, block_stride, token_stride, head_stride,
-            BLOCK_TOKENS, HEAD_DIM, q_RK.dtype, IS_WHOLE,
-        )  # fmt: skip
-        seen_RL = positions_L[None, :] <= last_seen_R[:, None]
-        highest_R, sum_R, out_RK = _attend_tile(
-            q_RK, keys_LK, values_LK, seen_RL, highest_R, sum_R, out_RK, scale_log2, PRECISION, IS_WHOLE
-        )
+        place_L = _places(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
+        keys_LK = tl.load(keys + place_L[:, None] + dims_K[None, :], mask=mask_K[None, :]).to(q_RK.dtype)
+        values_LK = tl.load(values + place_L[:, None] + dims_K[None, :], mask=mask_K[None, :]).to(q_RK.dtype)
+        scores_RL = tl.dot(q_RK, tl.trans(keys_LK), input_precision=PRECISION)
+        if not IS_WHOLE:
+            scores_RL = tl.where((tile + tl.arange(0, TILE))[None, :] <= last_seen_R[:, None], scores_RL, NOTHING)
+        higher_R = tl.maximum(highest_R, tl.max(scores_RL, axis=1) * scale_log2)
+        weights_RL = tl.exp2(scores_RL * scale_log2 - higher_R[:, None])
+        fade_R = tl.exp2(highest_R - higher_R)
+        highest_R = higher_R
+        sum_R = sum_R * fade_R + tl.sum(weights_RL, axis=1)
+        out_RK = tl.dot(weights_RL.to(q_RK.dtype), values_LK, acc=out_RK * fade_R[:, None], input_precision=PRECISION)
+        block_L = _look_up(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
     return highest_R, sum_R, out_RK
 
 
@@ -189,21 +240,33 @@ def _prefill_kernel(
     last_seen_R = before + token_R if CAUSAL else tl.full([ROWS], 0, tl.int32) + (length - 1)
     stop = before + first_token + tokens_here if CAUSAL else length
     table = tables + sequence.to(tl.int64) * table_stride
+    keys += kv_head * head_stride
+    values += kv_head * head_stride
     highest_R = tl.full([ROWS], NOTHING, tl.float32)
     sum_R = tl.zeros([ROWS], tl.float32)
     out_RK = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     seen_by_all = (before + first_token + 1 if CAUSAL else length) // TILE * TILE
     highest_R, sum_R, out_RK = _attend_span(
-        q_RK, keys, values, table, 0, seen_by_all, last_seen_R, highest_R, sum_R, out_RK, kv_head, dims_K,
-        block_stride, token_stride, head_stride, scale_log2, HEAD_DIM, BLOCK_TOKENS, TILE, PRECISION, True,
+        q_RK, keys, values, table, 0, seen_by_all, last_seen_R, highest_R, sum_R, out_RK, dims_K,
+        block_stride, token_stride, scale_log2, HEAD_DIM, BLOCK_TOKENS, TILE, PRECISION, True,
     )  # fmt: skip
     highest_R, sum_R, out_RK = _attend_span(
-        q_RK, keys, values, table, seen_by_all, stop, last_seen_R, highest_R, sum_R, out_RK, kv_head, dims_K,
-        block_stride, token_stride, head_stride, scale_log2, HEAD_DIM, BLOCK_TOKENS, TILE, PRECISION, False,
+        q_RK, keys, values, table, seen_by_all, stop, last_seen_R, highest_R, sum_R, out_RK, dims_K,
+        block_stride, token_stride, scale_log2, HEAD_DIM, BLOCK_TOKENS, TILE, PRECISION, False,
     )  # fmt: skip
     out_RK = out_RK / tl.where(sum_R > 0, sum_R, 1.0)[:, None]
     place_R = token_place_R * num_heads + first + head_R
     tl.store(out + place_R[:, None] * HEAD_DIM + dims_K[None, :], out_RK.to(out.dtype.element_ty), mask=mask_RK)
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """How a decoding program reads its part."""
+
+    positions: int
+    """At a time."""
+    num_warps: int
+    num_stages: int
 
 
 def decode(
@@ -216,27 +279,45 @@ def decode(
     out_SHK: Tensor,
     *,
     parts: int,
+    tile: DecodeTile | None = None,
 ) -> None:
     """Attention of one new token per sequence into ``out_SHK``; a sequence of length 0 gets zeros.
 
-    ``parts`` (C, a power of two) programs share a context. The launch depends on no length, so that it can be captured.
+    At most ``parts`` (C, a power of two) programs share a context. The launch depends on no length, so that it can be captured.
     """
     num_sequences, num_heads, head_dim = q_SHK.shape
+    in_pairs = keys_NBGK.dtype == FP8 and q_SHK.dtype != torch.float32 and head_dim % 2 == 0
+    tile = tile or decode_tile(head_dim, keys_NBGK.dtype, parts)
+    if in_pairs:
+        keys_NBGK, values_NBGK = keys_NBGK.view(torch.uint16), values_NBGK.view(torch.uint16)
     part_out, part_lse = out_SHK, out_SHK
     if parts > 1:
         part_out = q_SHK.new_empty((num_sequences, num_heads, parts, head_dim), dtype=torch.float32)
         part_lse = q_SHK.new_empty((num_sequences, num_heads, parts), dtype=torch.float32)
+    padded_dim = 2 * padded(head_dim // 2) if in_pairs else padded(head_dim)
     _decode_kernel[(num_sequences, keys_NBGK.shape[2], parts)](
         q_SHK, keys_NBGK, values_NBGK, out_SHK, part_out, part_lse, tables_SM, lengths_S, heads.first_G, heads.count_G,
-        head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_SHK.stride(0), *keys_NBGK.stride()[:3], num_heads,
-        HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), PADDED_GROUP=padded(heads.largest_group),
-        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=DECODE_TILE, PARTS=parts, PRECISION=precision(q_SHK.dtype),
-        num_warps=4, num_stages=3,
+        head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_SHK.stride(0), *keys_NBGK.stride()[:3], num_heads, parts,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PADDED_GROUP=padded(heads.largest_group),
+        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_SHK.dtype),
+        IN_PAIRS=in_pairs, IN_ASSEMBLY=q_SHK.is_cuda, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if parts > 1:
-        _merge_kernel[(num_sequences * num_heads,)](
-            part_out, part_lse, out_SHK, HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), PARTS=parts, num_warps=2
-        )
+        _merge_kernel[(num_sequences, num_heads)](
+            part_out, part_lse, out_SHK, lengths_S, num_heads,
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PARTS=parts, TILE=tile.positions, num_warps=merge_warps(parts * padded_dim),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """What a program of a prefill computes at a time."""
+
+    rows: int
+    """Of its matrix product: new tokens times the query heads of one KV head."""
+    positions: int
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -261,35 +342,49 @@ def prefill(
     out_THK: Tensor,
     *,
     is_causal: bool = True,
+    tile: PrefillTile | None = None,
 ) -> None:
     """Attention of several new tokens per sequence, the last of their contexts, into ``out_THK``.
 
     ``query_starts`` (int32, S + 1) are offsets into T; ``tiles`` may leave sequences out.
     """
     num_heads, head_dim = q_THK.shape[1:]
+    tile = tile or prefill_tile(head_dim, q_THK.dtype)
     _prefill_kernel[(tiles.sequence_X.shape[0], keys_NBGK.shape[2])](
         q_THK, keys_NBGK, values_NBGK, out_THK, tables_SM, lengths_S, query_starts, tiles.sequence_X, tiles.token_X,
         heads.first_G, heads.count_G, head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_THK.stride(0), *keys_NBGK.stride()[:3], num_heads,
-        HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), TOKENS=tokens_per_tile(heads), ROWS=PREFILL_ROWS,
-        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=PREFILL_TILE, PRECISION=precision(q_THK.dtype), CAUSAL=is_causal,
-        num_warps=8 if head_dim > 64 else 4, num_stages=PREFILL_STAGES,
+        HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), TOKENS=tile.rows // heads.largest_group, ROWS=tile.rows,
+        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_THK.dtype), CAUSAL=is_causal,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
-DECODE_TILE = 64
-"""Positions that a decoding program reads at a time: four blocks of 16 tokens."""
-PREFILL_TILE = 64
-PREFILL_ROWS = 128
-"""Rows of a prefill's matrix product: new tokens times the query heads of one KV head."""
-PREFILL_STAGES = 3
-"""Tiles are read that far ahead: with two, each waits for its entries of the block table."""
 SMALLEST_DOT = 16
 """The least rows and columns that a matrix unit takes."""
 
 
-def tokens_per_tile(heads: Heads) -> int:
+def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int) -> DecodeTile:
+    """What was fastest on an H200. Where contexts are not cut there are programs enough: then those win that take less shared memory."""
+    read_ahead_bytes = 128 if parts == 1 else 256
+    return DecodeTile(positions=64, num_warps=4, num_stages=3 if head_dim * kv_dtype.itemsize <= read_ahead_bytes else 2)
+
+
+def merge_warps(size: int) -> int:
+    """So many that the parts of a query head, of ``size`` numbers, take 64 registers of each thread."""
+    return min(max(size // (64 * 32), 1), 8)
+
+
+def prefill_tile(head_dim: int, dtype: torch.dtype) -> PrefillTile:
+    """What was fastest on an H200 with chunks of 2,048 tokens in half precision; in float32 what fits an A100."""
+    num_stages = 2 if dtype == torch.float32 else 3
+    if head_dim > 64:
+        return PrefillTile(rows=128, positions=64, num_warps=8, num_stages=num_stages)
+    return PrefillTile(rows=64, positions=128, num_warps=4, num_stages=num_stages)
+
+
+def tokens_per_tile(heads: Heads, head_dim: int) -> int:
     """How many new tokens of a sequence one program of a prefill takes."""
-    return PREFILL_ROWS // heads.largest_group
+    return prefill_tile(head_dim, torch.bfloat16).rows // heads.largest_group
 
 
 def padded(size: int) -> int:

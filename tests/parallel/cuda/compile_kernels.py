@@ -35,11 +35,17 @@ from parallel.rounding import FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}
-STRIDES = dict.fromkeys(("table_stride", "q_token_stride", "block_stride", "token_stride", "head_stride", "num_heads"), "i32")
+STRIDES = dict.fromkeys(("table_stride", "q_token_stride", "block_stride", "token_stride", "head_stride", "num_heads", "parts"), "i32")
 ATTENTION = {"q": "*bf16", "out": "*bf16", **CACHE, "scale_log2": "fp32", **STRIDES}
 PLACES = {"tile_sequence": "*i32", "tile_token": "*i32", "query_starts": "*i32"}
 SIZES = {"HEAD_DIM": 128, "PADDED_DIM": 128, "BLOCK_TOKENS": 16, "PRECISION": "tf32"}
 PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
+DECODE_TILE = paged_attention.decode_tile(128, torch.bfloat16, 8)
+DECODE = {"PADDED_GROUP": 16, "TILE": DECODE_TILE.positions, "IN_ASSEMBLY": True}
+DECODE_OPTIONS = {"num_warps": DECODE_TILE.num_warps, "num_stages": DECODE_TILE.num_stages}
+PREFILL_TILE = paged_attention.prefill_tile(128, torch.bfloat16)
+PREFILL = {"TOKENS": PREFILL_TILE.rows // 7, "TILE": PREFILL_TILE.positions, "ROWS": PREFILL_TILE.rows}
+PREFILL_OPTIONS = {"num_warps": PREFILL_TILE.num_warps, "num_stages": PREFILL_TILE.num_stages}
 NUMBERS = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
 SCALES = {"int8": "*fp16", "int4": "*fp16", "fp8": "*fp32"}
 ROUNDING = {"MOST": FP8_MOST, "BLOCK": scaled.FP8_BLOCK}
@@ -68,37 +74,29 @@ def _wanted(*choices: Sequence[tiles.Tile]) -> list[tiles.Tile]:
 
 
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
+    (paged_attention._decode_kernel, ATTENTION | PARTS, SIZES | DECODE | {"IN_PAIRS": False}, DECODE_OPTIONS),
     (
         paged_attention._decode_kernel,
-        ATTENTION | PARTS,
-        SIZES | {"PADDED_GROUP": 16, "TILE": paged_attention.DECODE_TILE, "PARTS": 8},
-        {"num_warps": 4, "num_stages": 3},
+        ATTENTION | PARTS | {"keys": "*u16", "values": "*u16"},
+        SIZES | DECODE | {"IN_PAIRS": True},
+        DECODE_OPTIONS,
     ),
-    (
-        paged_attention._prefill_kernel,
-        ATTENTION | PLACES,
-        SIZES | {"TOKENS": 18, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
-        {"num_warps": 8, "num_stages": paged_attention.PREFILL_STAGES},
-    ),
-    (
-        paged_attention._prefill_kernel,
-        ATTENTION | PLACES,
-        SIZES | {"TOKENS": 18, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": False},
-        {"num_warps": 8, "num_stages": paged_attention.PREFILL_STAGES},
-    ),
-    (
-        paged_attention._decode_kernel,
-        ATTENTION | PARTS | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
-        SIZES | {"PADDED_GROUP": 16, "TILE": paged_attention.DECODE_TILE, "PARTS": 8},
-        {"num_warps": 4, "num_stages": 3},
+    *(
+        (paged_attention._prefill_kernel, ATTENTION | PLACES, SIZES | PREFILL | {"CAUSAL": causal}, PREFILL_OPTIONS)
+        for causal in (True, False)
     ),
     (
         paged_attention._prefill_kernel,
         ATTENTION | PLACES | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
-        SIZES | {"TOKENS": 18, "TILE": paged_attention.PREFILL_TILE, "ROWS": paged_attention.PREFILL_ROWS, "CAUSAL": True},
-        {"num_warps": 8, "num_stages": paged_attention.PREFILL_STAGES},
+        SIZES | PREFILL | {"CAUSAL": True},
+        PREFILL_OPTIONS,
     ),
-    (paged_attention._merge_kernel, PARTS | {"out": "*bf16"}, {"HEAD_DIM": 128, "PADDED_DIM": 128, "PARTS": 8}, {"num_warps": 2}),
+    (
+        paged_attention._merge_kernel,
+        PARTS | {"out": "*bf16", "lengths": "*i32", "num_heads": "i32"},
+        {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": DECODE_TILE.positions, "PARTS": 64},
+        {"num_warps": paged_attention.merge_warps(64 * 128)},
+    ),
     (
         elementwise._rms_norm_kernel,
         {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32", "width": "i32"},
