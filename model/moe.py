@@ -15,6 +15,7 @@ from parallel.groups import ParallelGroups
 from parallel.linear import Linear
 from parallel.native.library import native
 from parallel.packed_format import PackedFormat
+from parallel.small_kernels import routing_kernels_for
 from parallel.weight_format import Dense, WeightFormat
 
 
@@ -31,7 +32,10 @@ class Router(nn.Module):
 
         The softmax is over all experts; with `norm_topk_prob` false (Qwen2's releases) a token's weights sum to less than one.
         """
-        probabilities_TE = self.logits(x_TD).softmax(-1, dtype=torch.float32)
+        logits_TE = self.logits(x_TD)
+        if (kernels := routing_kernels_for(logits_TE)) is not None:
+            return kernels.choose(logits_TE, self.experts_per_token, renormalise=self.renormalise)
+        probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)
         weights_TA, expert_ids_TA = probabilities_TE.topk(self.experts_per_token, dim=-1)
         if self.renormalise:
             weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
@@ -73,8 +77,11 @@ class SparseMlp(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         expert_ids_TA, weights_TA = self.router(x_TD)
         routed_TD: Tensor = self.experts(x_TD, expert_ids_TA, weights_TA)
-        shared_TD: Tensor = _sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)
-        return routed_TD + shared_TD
+        gates_T1: Tensor = self.shared_gate(x_TD)
+        shared_TD: Tensor = self.shared(x_TD)
+        if (kernels := routing_kernels_for(x_TD)) is not None:
+            return kernels.add_shared(routed_TD, gates_T1, shared_TD)
+        return routed_TD + _sigmoid(gates_T1) * shared_TD
 
 
 def _sigmoid(x_T1: Tensor) -> Tensor:

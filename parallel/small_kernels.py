@@ -29,6 +29,24 @@ class SmallKernels(Protocol):
         ...
 
 
+class RoutingKernels(Protocol):
+    """What stands around routed experts, for one kind of device. E experts, A of them per token."""
+
+    def choose(self, logits_TE: Tensor, per_token: int, *, renormalise: bool) -> tuple[Tensor, Tensor]:
+        """Expert ids (T, A), int64, the likeliest first, and weights (T, A) in the logits' dtype: of a softmax over all experts, with
+        ``renormalise`` over those that were chosen."""
+        ...
+
+    def add_shared(self, routed_TD: Tensor, gates_T1: Tensor, shared_TD: Tensor) -> Tensor:
+        """``routed + sigmoid(gates) * shared``."""
+        ...
+
+
+def routing_kernels_for(x: Tensor) -> RoutingKernels | None:
+    """The kernels, if there are some that take tensors such as ``x``."""
+    return _routing_for_cuda() if x.device.type == "cuda" else None
+
+
 def kernels_for(x: Tensor) -> SmallKernels | None:
     """The kernels, if there are some that take tensors such as ``x``."""
     if x.device.type == "cuda":
@@ -49,3 +67,12 @@ def _for_cuda() -> SmallKernels | None:
     from parallel.cuda.small import CudaSmall  # triton: not to be imported where there is no such device
 
     return CudaSmall()
+
+
+@cache
+def _routing_for_cuda() -> RoutingKernels | None:
+    if find_spec("triton") is None:
+        return None
+    from parallel.cuda.routing import CudaRouting  # triton: not to be imported where there is no such device
+
+    return CudaRouting()

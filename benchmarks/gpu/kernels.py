@@ -225,6 +225,23 @@ class Checks:
             num_bytes = ids.unique().numel() * sum(tensor.nbytes for matrix in (up[0], down[0]) for tensor in matrix.values())
             self._timed(f"{prefix}experts of {rows}", lambda x=x, ids=ids, weights=weights: grouped(x, ids, weights), num_bytes)
 
+    def _routing(self) -> None:
+        from parallel.cuda.routing import CudaRouting
+
+        num_experts, chosen, _ = self._sizes.experts
+        for rows in self._sizes.rows:
+            logits, gates = self._random(rows, num_experts), self._random(rows, 1)
+            routed, shared = self._random(rows, self._sizes.width), self._random(rows, self._sizes.width)
+            with poisoned():
+                ids, weights = CudaRouting().choose(logits, chosen, renormalise=False)
+                added = CudaRouting().add_shared(routed, gates, shared)
+            wanted, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+            different = int((ids != order[:, :chosen]).sum())
+            self._results.add("kernels", f"experts chosen of {rows} rows that differ", float(different), "experts")
+            self._expect(not different, f"{different} of {ids.numel()} experts differ")
+            self._judge(f"weights of experts of {rows}", weights, wanted[:, :chosen])
+            self._judge(f"shared expert of {rows}", added, routed.double() + gates.double().sigmoid() * shared.double())
+
     def _sampling(self) -> None:
         """The same tokens on the device as on a CPU, of the same logits."""
         cpu, draw = torch.device("cpu"), random.Random()
@@ -447,6 +464,7 @@ CHECKS: dict[str, tuple[float, Callable[[Checks], None]]] = {
     "flashinfer": (0.4, Checks._flashinfer),
     "rounded": (0.7, Checks._scaled),
     "experts": (0.6, Checks._experts),
+    "routing": (0.3, Checks._routing),
     "sampling": (0.3, Checks._sampling),
     "undecided": (0.3, Checks._undecided),
     "edits": (0.3, Checks._edits),

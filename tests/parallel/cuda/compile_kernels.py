@@ -26,6 +26,7 @@ from parallel.cuda import (
     nuclei,
     paged_attention,
     products,
+    routing,
     scaled,
     swapped,
     tiles,
@@ -96,6 +97,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         PARTS | {"out": "*bf16", "lengths": "*i32", "num_heads": "i32"},
         {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": DECODE_TILE.positions, "PARTS": 64},
         {"num_warps": paged_attention.merge_warps(64 * 128)},
+    ),
+    (
+        routing._choose_kernel,
+        {"logits": "*bf16", "ids": "*i64", "weights": "*bf16", "num_experts": "i32"},
+        {"PER_TOKEN": 8, "RENORMALISE": False, "PADDED": 64, "PLACES": 8},
+        {"num_warps": 1},
+    ),
+    (
+        routing._add_shared_kernel,
+        {"routed": "*bf16", "gates": "*bf16", "shared": "*bf16", "out": "*bf16", "width": "i32"},
+        {"BLOCK": routing.ADD_BLOCK},
+        {"num_warps": 4},
     ),
     (
         elementwise._rms_norm_kernel,
