@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -14,6 +12,7 @@ from parallel.axes import IN, OUT
 from parallel.rounding import FP8, LEVELS, round_to_fp8, round_to_groups
 from parallel.scale_groups import FILLED_TO, GROUP
 from parallel.weight_format import TensorSpec
+from parallel.weight_format import has_triton as has_triton
 
 Kind = Literal["int8", "int4", "fp8"]
 BYTES: dict[Kind, float] = {"int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"], "fp8": 1}
@@ -101,9 +100,3 @@ def _rounded(kind: Kind, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         return numbers_NGC.flatten(1), scales_NG
     low_NPC, high_NPC = (numbers_NGC + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
     return (low_NPC | high_NPC << 4).flatten(1), scales_NG
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the kernels can be had."""
-    return find_spec("triton") is not None

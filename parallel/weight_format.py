@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from math import prod
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +13,15 @@ from torch import Tensor
 
 from parallel.axes import IN, OUT, Axis
 from parallel.pinned import staging_of
+
+MOST_FEW_ROWS = 4
+"""Rows whose product is nothing but reading a matrix; see `parallel.cuda.few_rows`."""
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the kernels for CUDA devices can be had."""
+    return find_spec("triton") is not None
 
 
 class StoredTensor(Protocol):
@@ -159,6 +170,11 @@ class TakesPieces(Protocol):
         ...
 
 
+def has_few_rows(x: Tensor) -> bool:
+    """Whether a product of ``x`` (..., K) is one of `parallel.cuda.few_rows`."""
+    return x.device.type == "cuda" and 0 < x.numel() <= MOST_FEW_ROWS * x.shape[-1] and has_triton()
+
+
 @dataclass(frozen=True)
 class Dense:
     """A plain matrix (out, in) in the model's own dtype; the oracle of every other format."""
@@ -176,6 +192,11 @@ class Dense:
         return tensors
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        if has_few_rows(x) and len(tensors["weight"]):
+            from parallel.cuda.few_rows import multiply  # triton: not to be imported where there is no such device
+
+            rows = x.reshape(-1, x.shape[-1])
+            return multiply(rows, tensors, bias, lambda: F.linear(rows, tensors["weight"], bias)).view(*x.shape[:-1], -1)
         return F.linear(x, tensors["weight"], bias)
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
 from parallel.rounding import FP8, FP8_MOST
@@ -15,11 +16,14 @@ from parallel.rounding import FP8, FP8_MOST
 
 @quick
 @triton.jit
-def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr):
+def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):
     """One token. The residual stream is written where it was read."""
+    let_the_next_begin(EARLY)
     row = tl.program_id(0).to(tl.int64) * width
     dims_D = tl.arange(0, WIDTH)
     mask_D = dims_D < width
+    weight_D = tl.load(weight + dims_D, mask=mask_D, other=0.0).to(tl.float32)
+    wait_for_the_last(EARLY)
     dtype = out.dtype.element_ty
     wide_D = tl.load(x + row + dims_D, mask=mask_D, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -28,7 +32,6 @@ def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.cons
         wide_D = sum_D.to(tl.float32)  # what later layers will see
     scale = tl.rsqrt(tl.sum(wide_D * wide_D, axis=0) / width + eps)
     normed_D = (wide_D * scale).to(dtype).to(tl.float32)  # rounded before the weight, as transformers does
-    weight_D = tl.load(weight + dims_D, mask=mask_D, other=0.0).to(tl.float32)
     tl.store(out + row + dims_D, (normed_D * weight_D).to(dtype), mask=mask_D)
 
 
@@ -53,14 +56,17 @@ def _launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out
     assert all(x.is_contiguous() for x in (x_TD, residual_TD) if x is not None)
     _rms_norm_kernel[(num_tokens,)](
         x_TD, x_TD if residual_TD is None else residual_TD, weight_D, out_TD, eps, width,
-        HAS_RESIDUAL=residual_TD is not None, WIDTH=next_power_of_2(width), num_warps=8 if width > 2048 else 4,
+        HAS_RESIDUAL=residual_TD is not None, WIDTH=next_power_of_2(width),
+        num_warps=8 if width > 2048 else 4, **early(num_tokens, x_TD),
     )  # fmt: skip
 
 
 @quick
 @triton.jit
-def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """A stretch of one token's inner features: gate first, then up, in one row."""
+    let_the_next_begin(EARLY)
+    wait_for_the_last(EARLY)
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = dims < width
@@ -77,7 +83,7 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
     out_TI = gate_up_TI.new_empty((num_tokens, width))
     if out_TI.numel():
         _swiglu_kernel[(num_tokens, cdiv(width, SWIGLU_BLOCK))](
-            gate_up_TI, out_TI, width, gate_up_TI.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4
+            gate_up_TI, out_TI, width, gate_up_TI.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4, **early(num_tokens, out_TI)
         )
     return out_TI
 
@@ -90,9 +96,11 @@ SWIGLU_BLOCK = 1024
 def _rotate_and_write_kernel(
     heads, cos, sin, slots, q_out, keys, values,
     row_stride, num_heads, num_kv_heads, token_stride, head_stride,
-    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, KV_IN_FP8: tl.constexpr, MOST: tl.constexpr,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, KV_IN_FP8: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: query heads are turned, keys turned into the cache, values copied there."""
+    let_the_next_begin(EARLY)
+    wait_for_the_last(EARLY)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims_F = tl.arange(0, PADDED_HALF)
     mask_F = dims_F < HALF
@@ -136,7 +144,8 @@ def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     if num_tokens:
         _rotate_and_write_kernel[(num_tokens, num_heads)](
             x_TXK, cos_T1F, sin_T1F, cos_T1F, out_TXK, x_TXK, x_TXK, x_TXK.stride(0), num_heads, 0, 0, 0,
-            HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2), KV_IN_FP8=False, MOST=FP8_MOST, num_warps=1,
+            HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2),
+            KV_IN_FP8=False, MOST=FP8_MOST, num_warps=1, **early(num_tokens, x_TXK),
         )  # fmt: skip
     return out_TXK
 
@@ -156,6 +165,6 @@ def rotate_and_write(
             heads_TXK, cos_T1F, sin_T1F, slots_T, q_THK, keys_NBGK, values_NBGK,
             heads_TXK.stride(0), num_heads, num_kv_heads, keys_NBGK.stride(1), keys_NBGK.stride(2),
             HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2),
-            KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MOST, num_warps=1,
+            KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MOST, num_warps=1, **early(num_tokens, heads_TXK),
         )  # fmt: skip
     return q_THK

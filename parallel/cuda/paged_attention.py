@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import next_power_of_2
 from parallel.rounding import FP8
@@ -84,11 +85,14 @@ def _decode_kernel(
     scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads, parts,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IN_PAIRS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One sequence's newest token, one KV head, one part of the context. Those whose part would begin past its end have nothing to do.
 
     IN_PAIRS: keys and values are FP8, read as 16 bits of two neighbours, as matrix units want them, and multiplied in float16.
     """
+    let_the_next_begin(EARLY)
+    wait_for_the_last(EARLY)
     sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     tiles_per_part = tl.cdiv(tl.cdiv(length, TILE), parts)
@@ -163,11 +167,13 @@ def _decode_kernel(
 @triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _merge_kernel(
     part_out, part_lse, out, lengths, num_heads,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The parts of one query head of one sequence, where there are several, each weighed by how much of the softmax's sum it had.
 
     What no program has written is read as well, and left out: so nothing is waited for before it is asked for."""
+    let_the_next_begin(EARLY)
+    wait_for_the_last(EARLY)
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = sequence.to(tl.int64) * num_heads + head
     parts_C, dims_K = tl.arange(0, PARTS), tl.arange(0, PADDED_DIM)
@@ -301,11 +307,13 @@ def decode(
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PADDED_GROUP=padded(heads.largest_group),
         BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_SHK.dtype),
         IN_PAIRS=in_pairs, IN_ASSEMBLY=q_SHK.is_cuda, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **early(num_sequences, q_SHK),
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(num_sequences, num_heads)](
             part_out, part_lse, out_SHK, lengths_S, num_heads,
             HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PARTS=parts, TILE=tile.positions, num_warps=merge_warps(parts * padded_dim),
+            **early(num_sequences, q_SHK),
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda import few_rows
 from parallel.cuda.products import DEPTH, INT4_GROUP, product_tile, tile_of
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
@@ -14,6 +15,7 @@ from parallel.cuda.swapped import INT8_GROUP, SWAPPED_DEPTH, sum_kernel, swapped
 from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import kind_of
+from parallel.weight_format import MOST_FEW_ROWS
 
 FP8_BLOCK = 32768
 """Features of a row that a program takes at a time at most: of a single row nearly all that rounding takes is waiting for it."""
@@ -101,6 +103,13 @@ def _unpack_kernel(numbers, scales, out, first, in_size, row_size, num_groups, K
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
     """(T, N) in the dtype of ``x``; the twin is `parallel.scaled_format.multiply_slowly`."""
+    if 0 < x_TK.shape[0] <= MOST_FEW_ROWS and tensors["numbers"].shape[0]:
+        return few_rows.multiply(x_TK, tensors, bias_N, lambda: multiply_by_units(x_TK, tensors, bias_N))
+    return multiply_by_units(x_TK, tensors, bias_N)
+
+
+def multiply_by_units(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
+    """The same by matrix units, for any number of rows."""
     kind, num_outputs = kind_of(tensors), tensors["numbers"].shape[0]
     num_rows, in_size = x_TK.shape
     if num_rows * num_outputs == 0:

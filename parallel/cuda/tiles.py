@@ -33,8 +33,9 @@ class Tile:
     columns: int
     num_warps: int = 4
     num_stages: int = 4
-    way: Literal["rows", "swapped", "library"] = "rows"
-    """By which kernel: `parallel.cuda.products`, `parallel.cuda.swapped`, or cuBLAS, which cuts products as it likes."""
+    way: Literal["rows", "swapped", "few", "library"] = "rows"
+    """By which kernel: `parallel.cuda.products`, `parallel.cuda.swapped`, `parallel.cuda.few_rows`, or cuBLAS, which cuts
+    products as it likes."""
     parts: int = 1
     """Into which the input features are cut, each a program of its own, where outputs alone do not fill the device."""
 

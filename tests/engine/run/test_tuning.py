@@ -23,7 +23,7 @@ CONFIG = engine_config(max_step_tokens=48, max_running=16)
 
 def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from parallel.cuda import scaled, tiles
+    from parallel.cuda import few_rows, scaled, tiles
     from parallel.cuda.scaled import multiply
 
     formats = Formats(ScaledFormat("int8", torch.float32), ScaledFormat("int8", torch.float32))
@@ -31,14 +31,17 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
     monkeypatch.setattr("parallel.scaled_format.multiply_slowly", multiply)
     found = tiles.Tiles(None)
     monkeypatch.setattr(tiles, "tiles_of", lambda _device: found)
-    monkeypatch.setattr(scaled, "tiles_of", lambda _device: found)
+    for module in (few_rows, scaled):
+        monkeypatch.setattr(module, "tiles_of", lambda _device: found)
+    monkeypatch.setattr(few_rows, "candidates_for", lambda rows: (tiles.Tile(rows, 64, 1, 1),))  # the interpreter counts programs
     monkeypatch.setattr(tiles, "seconds_of", lambda _run: 1.0 / len(found._found or "1"))
     executor = open_executor(dense_folder, max_step_tokens=48)
     requests = [Request(id="r", prompt=PROMPTS[3], sampling=SamplingParams(temperature=0.0, max_tokens=3))]
     before = answer(serve(engine_over(executor, CONFIG), requests)["r", 0])
     open_before = repr(runner_of(executor)._tables)
     tune(runner_of(executor), CONFIG)
-    assert {key.rpartition(", ")[2] for key in found._found} == {"up to 16 rows", "up to 32 rows", "up to 64 rows"}
+    few = {"up to 1 rows", "up to 2 rows", "up to 4 rows"}
+    assert {key.rpartition(", ")[2] for key in found._found} == few | {"up to 16 rows", "up to 32 rows", "up to 64 rows"}
     assert repr(runner_of(executor)._tables).split("|")[0] == open_before.split("|")[0], "nothing is left open"
     assert answer(serve(engine_over(executor, CONFIG), requests)["r", 0]) == before
     executor.close()

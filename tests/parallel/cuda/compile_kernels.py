@@ -20,6 +20,7 @@ from parallel.cuda import (
     elementwise,
     enter,
     experts,
+    few_rows,
     highest,
     keys,
     noise,
@@ -305,6 +306,17 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         for kind in ("plain", *NUMBERS)
         for tile in _wanted(*experts.TILES.values())
     ),
+    *(
+        (
+            few_rows._few_rows_kernel,
+            {"x": "*bf16", "numbers": NUMBERS.get(kind, "*bf16"), "scales": SCALES.get(kind, "*bf16"), "bias": "*bf16", "out": "*bf16"}
+            | dict.fromkeys(("num_rows", "in_size", "stride", "out_size"), "i32"),
+            {"KIND": kind, "HAS_BIAS": True, "ROWS": tile.rows, "COLUMNS": tile.columns, "LANES": few_rows.lanes(tile)},
+            {"num_warps": tile.num_warps},
+        )
+        for kind in ("plain", "int8", "int4")
+        for tile in _wanted(*(few_rows.candidates_for(rows) for rows in (1, 2, 4)))
+    ),
     (
         by_expert._sort_kernel,
         {"held_ids": "*i64", "assignments": "*i32", "experts": "*i32", "num_assigned": "i32", "num_tiles": "i32", "num_held": "i32"},
@@ -321,7 +333,8 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
 
 
 def main() -> int:
-    for kernel, types, constants, options in KERNELS:
+    for kernel, types, some_constants, options in KERNELS:
+        constants = some_constants | ({"EARLY": True} if "EARLY" in kernel.arg_names else {})
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         missing = [name for name, kind in signature.items() if kind == "constexpr" and name not in constants]
         assert not missing, f"{kernel.__name__}: nobody says what {missing} are"

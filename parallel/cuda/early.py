@@ -1,0 +1,45 @@
+"""Kernels that begin while the one before them still runs (programmatic dependent launch, Hopper): a step of few rows is a chain of
+launches that each wait for the one before, and what it multiplies by is known long before what is multiplied.
+
+A kernel with ``EARLY`` says at its first line that the next one may begin, which then does as soon as all programs of this one have
+begun. Before `wait_for_the_last` it may read what no kernel of a step writes (weights, tables), and may write nothing: only then is all
+done that came before, reads of what is overwritten here as well.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MOST_ROWS = 64
+"""With more rows, kernels have enough to do not to wait for each other, and programs that wait take the place of others."""
+CAPABILITY = (9, 0)
+"""Of CUDA devices: the first that can."""
+is_enabled = True
+
+
+@triton.jit
+def let_the_next_begin(EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_the_last(EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()
+
+
+def early(num_rows: int, x: Tensor) -> dict[str, Any]:
+    """Arguments of a launch for so many rows on the device of ``x``."""
+    begins_early = is_enabled and num_rows <= MOST_ROWS and x.device.type == "cuda" and _can(x.device)
+    return {"EARLY": True, "launch_pdl": True} if begins_early else {"EARLY": False}
+
+
+@cache
+def _can(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= CAPABILITY

@@ -1,0 +1,126 @@
+"""Products of so few rows that reading the matrix is all there is to them: multiplied and added in float32, without matrix units.
+
+T rows, K input features, N outputs; of a program R rows, C outputs and V lanes of I neighbouring input features each. What is added up is
+in another order for each tile: of two tiles, results may differ by a rounding of float32.
+"""
+
+from collections.abc import Callable, Mapping
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
+from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv, next_power_of_2
+from parallel.cuda.tiles import LIBRARY, Tile, tiles_of
+from parallel.scaled_format import kind_of
+
+IN_LANE = tl.constexpr(8)
+"""Neighbouring numbers of an output that a thread loads at once, and adds up before anything else."""
+FEWEST_ROWS = (1, 2, 4)
+"""Of programs: products of as many rows, or of fewer but more than the next smaller number, are cut alike."""
+
+
+@triton.jit
+def _half(pairs, half: tl.constexpr):
+    """int4 numbers of the lower or the upper halves of bytes."""
+    return (((pairs >> 4 * half) & 15).to(tl.int8) - 8).to(tl.float32)
+
+
+@quick
+@triton.jit
+def _few_rows_kernel(
+    x, numbers, scales, bias, out, num_rows, in_size, stride, out_size,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Some outputs of all rows. ``stride``: bytes, or plain numbers, of one output, filled up. What is multiplied first is on its way
+    before the rows are there, and what comes next before that is multiplied."""
+    let_the_next_begin(EARLY)
+    column_11C1 = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
+    row_1R11 = tl.arange(0, ROWS)[None, :, None, None]
+    lane_V111 = tl.arange(0, LANES)[:, None, None, None] * IN_LANE
+    place_V11I = lane_V111 + tl.arange(0, IN_LANE)[None, None, None, :]
+    is_output_11C1 = column_11C1 < out_size
+    at_V1CI = numbers + column_11C1.to(tl.int64) * stride + place_V11I
+    ahead_V1CI = tl.load(at_V1CI, mask=is_output_11C1 & (place_V11I < stride), other=0.0)
+    if KIND == "int8":
+        scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 128)
+        scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 128, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
+    elif KIND == "int4":
+        scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 16)
+        scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
+        upper_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2 + 1, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
+    wait_for_the_last(EARLY)
+    x_1R11 = x + row_1R11 * in_size
+    is_row_1R11 = row_1R11 < num_rows
+    sum_VRC1 = tl.zeros([LANES, ROWS, COLUMNS, 1], tl.float32)
+    for start in range(0, stride, LANES * IN_LANE):
+        then = start + LANES * IN_LANE
+        now_V1CI = ahead_V1CI
+        ahead_V1CI = tl.load(at_V1CI + then, mask=is_output_11C1 & (then + place_V11I < stride), other=0.0)
+        if KIND == "int4":  # a byte has a feature of one group in its lower half and that of the next group in its upper one
+            scale_V1C1, upper_V1C1, groups_V111 = scale_ahead_V1C1, upper_ahead_V1C1, (then + lane_V111) // 32 * 2
+            is_scale_V1C1 = is_output_11C1 & (then + lane_V111 < stride)
+            scale_ahead_V1C1 = tl.load(scales_11C1 + groups_V111, mask=is_scale_V1C1, other=0.0)
+            upper_ahead_V1C1 = tl.load(scales_11C1 + groups_V111 + 1, mask=is_scale_V1C1, other=0.0)
+            dim_V11I = (start + place_V11I) // 32 * 64 + (start + place_V11I) % 32
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=is_row_1R11 & (dim_V11I < in_size), other=0.0).to(tl.float32)
+            sum_VRC1 += tl.sum(_half(now_V1CI, 0) * x_VR1I, axis=3, keep_dims=True) * scale_V1C1.to(tl.float32)
+            dim_V11I += 32
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=is_row_1R11 & (dim_V11I < in_size), other=0.0).to(tl.float32)
+            sum_VRC1 += tl.sum(_half(now_V1CI, 1) * x_VR1I, axis=3, keep_dims=True) * upper_V1C1.to(tl.float32)
+        else:
+            dim_V11I = start + place_V11I
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=is_row_1R11 & (dim_V11I < in_size), other=0.0).to(tl.float32)
+            here_VRC1 = tl.sum(now_V1CI.to(tl.float32) * x_VR1I, axis=3, keep_dims=True)
+            if KIND == "int8":
+                here_VRC1 *= scale_ahead_V1C1.to(tl.float32)
+                then_V111 = then + lane_V111
+                scale_ahead_V1C1 = tl.load(scales_11C1 + then_V111 // 128, mask=is_output_11C1 & (then_V111 < stride), other=0.0)
+            sum_VRC1 += here_VRC1
+    sum_1RC1 = tl.sum(sum_VRC1, axis=0, keep_dims=True)
+    if HAS_BIAS:
+        sum_1RC1 += tl.load(bias + column_11C1, mask=is_output_11C1, other=0.0).to(tl.float32)
+    tl.store(out + row_1R11 * out_size + column_11C1, sum_1RC1.to(out.dtype.element_ty), mask=is_row_1R11 & is_output_11C1)
+
+
+def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, otherwise: Callable[[], Tensor]) -> Tensor:
+    """(T, N) of at most `parallel.weight_format.MOST_FEW_ROWS` rows by a plain matrix ``weight`` or by ``numbers`` and ``scales`` of
+    `parallel.scaled_format`; what ``otherwise`` gives where that is faster. Its twins are `torch.nn.functional.linear` and
+    `parallel.scaled_format.multiply_slowly`."""
+    is_plain = "weight" in tensors
+    kind, numbers = ("plain", tensors["weight"]) if is_plain else (kind_of(tensors), tensors["numbers"])
+    (num_rows, in_size), (num_outputs, stride) = x_TK.shape, numbers.shape
+    if kind == "fp8":
+        return otherwise()  # matrix units are faster even with one row: here both sides would have to be made wider
+    rows = next_power_of_2(num_rows)
+    x_TK = x_TK.contiguous()
+
+    def launch(tile: Tile) -> Tensor:
+        if tile == LIBRARY:
+            return otherwise()
+        out_TN = x_TK.new_empty((num_rows, num_outputs))
+        _few_rows_kernel[(cdiv(num_outputs, tile.columns),)](
+            x_TK, numbers, tensors.get("scales", numbers), out_TN if bias_N is None else bias_N, out_TN,
+            num_rows, in_size, stride, num_outputs,
+            KIND=kind, HAS_BIAS=bias_N is not None, ROWS=rows, COLUMNS=tile.columns, LANES=lanes(tile),
+            num_warps=tile.num_warps, **early(num_rows, x_TK),
+        )  # fmt: skip
+        return out_TN
+
+    others = candidates_for(rows)
+    candidates = (*others, LIBRARY) if kind == "plain" and rows < FEWEST_ROWS[-1] else (LIBRARY, *others)
+    key = f"{kind} by {x_TK.dtype}, {in_size} to {num_outputs}, up to {rows} rows"
+    return launch(tiles_of(x_TK.device).best(key, candidates, launch))
+
+
+def candidates_for(rows: int) -> tuple[Tile, ...]:
+    """Their columns, their warps, and how many times a thread loads of each column at a time."""
+    some = ((2, 2, 1), (4, 4, 1), (2, 4, 1), (1, 1, 4), (4, 1, 2)) if rows <= 2 else ((2, 4, 1), (4, 4, 1), (1, 1, 4))
+    return tuple(Tile(rows, *one, way="few") for one in some)
+
+
+def lanes(tile: Tile) -> int:
+    return 32 * tile.num_warps * tile.num_stages

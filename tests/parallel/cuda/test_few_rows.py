@@ -1,0 +1,68 @@
+"""Products of one to four rows against the same in plain torch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from parallel.scaled_format import ScaledFormat, multiply_slowly
+
+KindOrPlain = Literal["plain", "int8", "int4"]
+KINDS: list[KindOrPlain] = ["plain", "int8", "int4"]
+
+
+def never() -> Tensor:
+    raise AssertionError("not by this kernel")
+
+
+@contextmanager
+def only(tile: object) -> Iterator[None]:
+    from parallel.cuda import few_rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "tiles_of", lambda _device: SimpleNamespace(best=lambda *_: tile))
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_rows", "num_inputs", "num_outputs"), [(1, 896, 10), (2, 128, 5), (3, 1000, 7), (4, 328, 9)])
+def test_a_product_is_that_of_its_twin(
+    num_rows: int, num_inputs: int, num_outputs: int, kind: KindOrPlain, dtype: torch.dtype, device: torch.device
+) -> None:
+    from parallel.cuda.few_rows import multiply
+    from parallel.cuda.tiles import Tile
+
+    torch.manual_seed(num_rows)
+    weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device).to(dtype)
+    x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
+    tensors = {"weight": weight.to(dtype)} if kind == "plain" else ScaledFormat(kind, torch.float32).prepare({"weight": weight})
+    tolerance = {"atol": 5e-2, "rtol": 5e-3} if dtype == torch.float16 else {"atol": 1e-3, "rtol": 1e-4}
+    for tile in (Tile(4, 2, 2, 1), Tile(4, 4, 1, 2)):
+        for some_bias in (None, bias):
+            if kind == "plain":
+                wanted = F.linear(x.float(), tensors["weight"].float(), None if some_bias is None else some_bias.float()).to(dtype)
+            else:
+                wanted = multiply_slowly(x, tensors, some_bias)
+            with only(tile):
+                found = multiply(x, tensors, some_bias, never)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, wanted, **tolerance)
+
+
+def test_a_row_does_not_depend_on_what_lies_beside_it(device: torch.device) -> None:
+    from parallel.cuda.few_rows import multiply
+    from parallel.cuda.tiles import Tile
+
+    weight, x = torch.randn(6, 300, device=device), torch.randn(3, 300, device=device)
+    with only(Tile(4, 2, 2, 1)):
+        whole = multiply(x, {"weight": weight}, None, never)
+        x[1] = float("nan")
+        found = multiply(x, {"weight": weight}, None, never)
+    assert found[1].isnan().all()
+    assert torch.equal(found[::2], whole[::2])
