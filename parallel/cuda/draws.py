@@ -43,6 +43,7 @@ FEW = 128
 CHUNK = 4096
 """Columns that a row's program looks at at a time, where it looks for candidates."""
 SIZES = {"STRETCH": STRETCH, "CHUNK": CHUNK, "ROOM": ROOM, "FEW": FEW}
+ROWS_OPTIONS = {"num_warps": 8}
 MOST_WANTED = tl.constexpr(112)
 """Candidates that are looked for where a row has no top-k, or a larger one."""
 SLACK = tl.constexpr(12)
@@ -296,7 +297,7 @@ def draw(
         kind_R, seed_R, choice_R, position_R, top_k_R, temperature_R, top_p_R, min_p_R,
         report_3R[0], report_3R[1], report_3R[2], decided_R, uniform_R, stretches, ids, keys,
         *shape, num_parts,
-        MOST=most, PART=PART, STRETCHES=max(2, stretches_padded), PARTS=parts_padded, **SIZES, num_warps=8, enable_fp_fusion=False,
+        MOST=most, PART=PART, STRETCHES=max(2, stretches_padded), PARTS=parts_padded, **SIZES, **ROWS_OPTIONS, enable_fp_fusion=False,
     )  # fmt: skip
     if most > FEW_KIND.value:
         draw_nuclei(
