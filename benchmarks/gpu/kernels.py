@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,7 @@ from benchmarks.gpu.results import OutOfTime, Results
 from engine.plan import Opening
 from engine.request import SamplingParams
 from engine.run.noise import uniform
+from engine.run.sampling.columns import CHOICE, KIND, SEED, TEMPERATURE, TOP_K, SamplingColumns, hardest_of
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.filters import DrawParams, draw_filtered, whole_weight
 from engine.run.sampling.sampler import Sampler
@@ -30,6 +32,7 @@ from engine.run.sampling.state import Row, SamplingState
 from model.attention.backend import AttentionConfig
 from model.batch import ForwardBatch
 from model.rope import Rotation
+from parallel.aligned_rows import empty_rows
 from parallel.rounding import FP8, round_to_fp8
 from parallel.scaled_format import Kind, ScaledFormat, unpack
 
@@ -62,6 +65,14 @@ TINY = Sizes(
     heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 5),), timed=((1, 20),), width=64, inner=96, rows=(1, 5),
     experts=(4, 2, 32), vocab_size=300, undecided=2,
 )  # fmt: skip
+DRAWN = {
+    "greedy": SamplingParams(temperature=0.0),
+    "top-k 20": SamplingParams(top_k=20, top_p=0.8, temperature=0.7),
+    "temperature 1": SamplingParams(),
+    "top-p 0.5": SamplingParams(top_p=0.5, temperature=0.3),
+    "large nuclei": SamplingParams(top_p=0.97, temperature=2.5),
+}
+"""Rows whose drawing is timed."""
 FP8_EXPERTS_MOST = 5e-2
 """Of relative error: where an activation in between is rounded to its neighbour in bfloat16, FP8 rounds some of them by a step more."""
 ROTATED_BYTES = 256 << 20
@@ -253,6 +264,33 @@ class Checks:
         different = sum(one.tokens != other.tokens for one, other in zip(found, wanted, strict=True))
         self._results.add("kernels", "sampling: rows that differ from the CPU's, of 32", float(different), "rows")
         self._expect(not different, f"sampling gives {different} other tokens of 32")
+        if self._device.type == "cuda":
+            for name, one in DRAWN.items():
+                for count in self._sizes.rows:
+                    self._time_drawing(name, one, count)
+
+    def _time_drawing(self, name: str, params: SamplingParams, count: int) -> None:
+        """Of a captured step, with logits as flat as no model's."""
+        from parallel.cuda.draws import draw
+
+        self._results.go_on()
+        columns = SamplingColumns()
+        for at in range(count):
+            columns.put(at, self._row(params, at).state)
+        told = torch.from_numpy(columns.of(np.arange(count))).to(self._device)
+        logits_RV = empty_rows(count, self._sizes.vocab_size, dtype=self._dtype, device=self._device).normal_() * 3
+        report_3R, floats = torch.empty(3, count, dtype=torch.int64, device=self._device), told[TEMPERATURE:].view(torch.float64)
+        given = {
+            "seed_R": told[SEED],
+            "choice_R": told[CHOICE],
+            "position_R": told[SEED] % 1000,
+            "top_k_R": told[TOP_K],
+            "kind_R": told[KIND],
+        }
+        given |= {"temperature_R": floats[0], "top_p_R": floats[1], "min_p_R": floats[2]}
+        most = hardest_of(int(told[KIND].max()))
+        seconds = replayed_s(lambda: draw(logits_RV, report_3R, most=most, **given), self._device, launches=5)
+        self._results.add("kernels", f"drawing {count}, {name}", seconds * 1e6, "us")
 
     def _undecided(self) -> None:
         """Rows drawn where they lie against the CPU's sorting, and how long they keep a device."""
