@@ -182,7 +182,7 @@ def _merge_kernel(
     place_CK = (row * PARTS + parts_C)[:, None] * HEAD_DIM + dims_K[None, :]
     out_CK = tl.load(part_out + place_CK, mask=(dims_K < HEAD_DIM)[None, :], other=0.0)
     used = tl.cdiv(length, tl.maximum(tl.cdiv(tl.cdiv(length, TILE), PARTS), 1) * TILE)
-    is_used_C = parts_C < used
+    is_used_C = (parts_C < used) & (used > 1)
     lse_C = tl.where(is_used_C, lse_C, NOTHING)
     weight_C = tl.exp2(lse_C - tl.max(lse_C, axis=0))
     out_CK = tl.where(is_used_C[:, None], out_CK, 0.0)

@@ -72,7 +72,7 @@ def test_a_cache_in_fp8_is_read_and_written_as_the_reference_does(works: list[Wo
         torch.testing.assert_close(written.float(), wanted.float(), atol=0, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize("parts", [1, 2, 8, 64])
 def test_it_does_not_matter_into_how_many_parts_a_context_is_cut(parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.attention.cuda import CudaAttention
 
