@@ -16,8 +16,8 @@ template <class Number> struct QuantisedRow {
 
 // sums += rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
 template <int R, int P, class Row, class Products>
-static INLINE void group_by_group(const Row* rows, const uint16_t* scales, long panel, long groups, long first, long last, float* sums, long stride,
-                                  Products products) {
+static INLINE void group_by_group(const Row* rows, const uint16_t* scales, long panel, long groups, long first, long last, Begin begin, float* sums,
+                                  long stride, Products products) {
     for (long g = first; g < last; ++g) {
         Words sum[R][P][2];
         each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
@@ -27,10 +27,11 @@ static INLINE void group_by_group(const Row* rows, const uint16_t* scales, long 
                 Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
                 each<R>([&](auto r) INLINED {
                     float* at = sums + r * stride + p * PANEL + h * LANES;
-                    store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), load(at)));
+                    store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), begin.load(r, p, h)));
                 });
             });
         });
+        begin = {sums, stride};
     }
 }
 
@@ -55,11 +56,11 @@ struct Int8 {
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 0;  // what is added to a weight before it is multiplied
-    static constexpr int MOST = MOST_ROWS;
+    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
-        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 2)
                 each<P>([&](auto p) INLINED {
                     const int8_t* at = weights + ((panel + p) * K + k) * PANEL;
@@ -78,12 +79,12 @@ struct Int4 {
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 8;
-    static constexpr int MOST = MOST_ROWS;
+    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
         const Words mask = all_words(0x000f000f);
-        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
+        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
                 each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
@@ -116,28 +117,51 @@ struct Int8Dot {
     const uint8_t* weights;   // [panel][k / 4][output][4], each + 128
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
-    static constexpr long PARTS_BY_PANEL = 8;
+    static constexpr long PARTS_BY_PANEL = 12;
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 128;
-    static constexpr int MOST = MOST_ROWS;
-    static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
+    static constexpr int MOST = MOST_ROWS, OF_MANY = 8;  // by registers: of 8 rows what is summed up over groups stays in them too
+    static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long ahead) const {
+        constexpr bool HELD = R * P <= OF_MANY;
         Apart<R, int8_t> x(rows, k0);
-        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, sums, stride, [&](long g, auto& sum) INLINED {
-            for (long k = g * group; k < (g + 1) * group; k += 4) {
+        Floats total[R][P][2];
+        const auto each_sum = [&](auto run) INLINED {
+            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { each<R>([&](auto r) INLINED { run(r, p, h); }); }); });
+        };
+        const auto place = [&](int r, int p, int h) INLINED { return sums + r * stride + p * PANEL + h * LANES; };
+        if (HELD) each_sum([&](auto r, auto p, auto h) INLINED { total[r][p][h] = begin.load(r, p, h); });
+        for (long g = k0 / ROW_GROUP; g < k1 / ROW_GROUP; ++g) {
+            Words sum[R][P][2];
+            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
+            long k = g * ROW_GROUP;
+            do {
                 each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
-                    if (R <= 2 || R > 6) {  // between, it costs more than it gives
+                    if (R <= 2 || P == 1) {  // between, it costs more than it gives
                         fetch(at + ahead * PANEL);
                         fetch(at + ahead * PANEL + 4 * LANES);
                     }
                     add_four<R, P>(x, load_words(at), load_words(at + 4 * LANES), sum, p);
                 });
                 x.advance(4);
-            }
-        });
+                k += 4;
+            } while (k < (g + 1) * ROW_GROUP);
+            each<P>([&](auto p) INLINED {
+                each<2>([&](auto h) INLINED {
+                    const Floats scale = from_halves(scales + ((panel + p) * (K / ROW_GROUP) + g) * PANEL + h * LANES);
+                    each<R>([&](auto r) INLINED {
+                        const Floats before = HELD ? total[r][p][h] : begin.load(r, p, h);
+                        total[r][p][h] = multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), before);
+                        if (!HELD) store(place(r, p, h), total[r][p][h]);
+                    });
+                });
+            });
+            if (!HELD) begin = {sums, stride};
+        }
+        if (HELD) each_sum([&](auto r, auto p, auto h) INLINED { store(place(r, p, h), total[r][p][h]); });
     }
 };
 
@@ -149,12 +173,12 @@ struct Int4Dot {
     using Number = int8_t;
     using Row = QuantisedRow<Number>;  // with a scale for ROW_GROUP numbers
     static constexpr int32_t OFFSET = 8;
-    static constexpr int MOST = 8;  // rows, by registers: two of whole numbers and two of their scaled sums for each
+    static constexpr int MOST = 8, OF_MANY = MOST;  // rows, by registers: two of whole numbers and two of their scaled sums for each
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
     // What stands in a loop costs most where rows are many, so a group ends in one operation of the unit that multiplies: its scale times
     // its sum, added up. The row's scale comes once for ROW_GROUP inputs.
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long ahead) const {
         const Words mask = all_words(0x0f0f0f0f);
         Apart<R, int8_t> x(rows, k0);
         Floats total[R][P][2];
@@ -190,10 +214,11 @@ struct Int4Dot {
                 each<P>([&](auto p) INLINED {
                     each<2>([&](auto h) INLINED {
                         float* at = sums + r * stride + p * PANEL + h * LANES;
-                        store(at, multiply_add(total[r][p][h], scale, load(at)));
+                        store(at, multiply_add(total[r][p][h], scale, begin.load(r, p, h)));
                     });
                 });
             });
+            begin = {sums, stride};
         }
     }
 };

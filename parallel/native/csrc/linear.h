@@ -35,8 +35,18 @@ public:
 // Has a line of memory come near, but not so near that it drives out what is being multiplied.
 static INLINE void fetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
-// What kinds of weights have in common: `Row` is what a row of x has become, `tile` adds up to MOST rows x panels over k0..k1 to sums, and
-// may fetch what lies `ahead` input features, of one panel after the other, behind what it reads. Up to PARTS_BY_PANEL times MOST rows one
+// What a tile's sums begin with: a bias or nothing, the same for all rows (stride 0), or what was summed up before. So nobody fills results with
+// zeros before they are computed.
+struct Begin {
+    const float* at;  // of panel p: at + p * PANEL
+    long stride;
+
+    INLINE Floats load(int r, int p, int h) const { return ::load(at + r * stride + p * PANEL + h * LANES); }
+};
+alignas(64) static const float NOTHING[4 * PANEL] = {};  // as many panels as a tile has at most
+
+// What kinds of weights have in common: `Row` is what a row of x has become, `tile` writes to sums what they begin with and up to MOST rows x
+// panels over k0..k1, and may fetch what lies `ahead` input features, of one panel after the other, behind what it reads. Up to PARTS_BY_PANEL times MOST rows one
 // panel meets all rows before the next one, which is fetched meanwhile; with more the same rows meet all panels. What becomes of rows is a
 // class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a row at a time.
 constexpr long PIECE = 128;
@@ -117,14 +127,14 @@ template <class Stored> struct Exact {
     const Number* weights;
     long K;
     using Row = FloatRow;
-    static constexpr int MOST = MOST_ROWS;
+    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
     static constexpr long PARTS_BY_PANEL = 0;
 
     static constexpr int panels_at_once(int rows) {  // enough chains to hide the latency of a multiply-add, no more than there are registers
         return LANES == 16 ? (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) : (rows == 1 ? 4 : rows <= 3 ? 2 : 1);
     }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
         Floats sum[R][P][2];
         const Number* w[P];
         const float* x[R];
@@ -132,7 +142,7 @@ template <class Stored> struct Exact {
         for (int r = 0; r < R; ++r) x[r] = rows[r].x;
         for (int r = 0; r < R; ++r)
             for (int p = 0; p < P; ++p)
-                for (int h = 0; h < 2; ++h) sum[r][p][h] = load(sums + r * stride + p * PANEL + h * LANES);
+                for (int h = 0; h < 2; ++h) sum[r][p][h] = begin.load(r, p, h);
         for (long k = k0; k < k1; ++k) {
             Floats low[P], high[P];
             for (int p = 0; p < P; ++p) {
@@ -168,18 +178,18 @@ struct Bf16Dot {
     const uint16_t* weights;  // [panel][k / 2][output][2]
     long K;                   // even: filled up with a zero
     using Row = Bf16Row;
-    static constexpr int MOST = MOST_ROWS;
+    static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
     static constexpr long PARTS_BY_PANEL = 2;
 
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
 
-    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, float* sums, long stride, long ahead) const {
+    template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long ahead) const {
         Floats sum[R][P][2];
         const uint16_t* w[P];
         Apart<R, uint16_t> x(rows, k0);
         each<P>([&](auto p) INLINED { w[p] = weights + (panel + p) * K * PANEL; });
         each<R>([&](auto r) INLINED {
-            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { sum[r][p][h] = load(sums + r * stride + p * PANEL + h * LANES); }); });
+            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { sum[r][p][h] = begin.load(r, p, h); }); });
         });
         for (long k = k0; k < k1; k += 2) {
             Words pairs[P][2];
@@ -228,26 +238,32 @@ public:
 };
 #endif
 
-// `count` rows (as near to equal parts as they go, none above W's most) by `panels` panels, added to sums.
-template <class W> static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, float* sums, long stride) {
-    const long parts = (count + W::MOST - 1) / W::MOST;
+// sums = bias (null: none) and the products of `count` rows (as near to equal parts as they go, none above W's most) with `panels` panels.
+template <class W>
+static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums, long stride) {
+    const long parts = count <= W::MOST ? 1 : (count + W::OF_MANY - 1) / W::OF_MANY;
+    const auto beginning = [&](long p) { return Begin{bias ? bias + p * PANEL : NOTHING, 0}; };
     if (parts == 1) {
         with_rows<W::MOST>(count, [&](auto some) {
             constexpr int R = some.value, P = W::panels_at_once(R);
+            const auto pass = [&](auto wide, long p) {
+                w.template tile<R, wide.value>(rows, panel + p, 0, w.K, beginning(p), sums + p * PANEL, stride, wide.value * w.K);
+            };
             long p = 0;
-            for (; p + P <= panels; p += P) w.template tile<R, P>(rows, panel + p, 0, w.K, sums + p * PANEL, stride, P * w.K);
+            for (; p + P <= panels; p += P) pass(std::integral_constant<int, P>(), p);
             if constexpr (P > 2)
-                for (; p + 2 <= panels; p += 2) w.template tile<R, 2>(rows, panel + p, 0, w.K, sums + p * PANEL, stride, 2 * w.K);
+                for (; p + 2 <= panels; p += 2) pass(std::integral_constant<int, 2>(), p);
             if (P > 1)
-                for (; p < panels; ++p) w.template tile<R, 1>(rows, panel + p, 0, w.K, sums + p * PANEL, stride, w.K);
+                for (; p < panels; ++p) pass(std::integral_constant<int, 1>(), p);
         });
         return;
     }
     const auto rows_at = [&](long part) { return part * count / parts; };
     const auto pass = [&](long part, long p, long k0, long k1, long ahead) {
         const long first = rows_at(part);
-        with_rows<W::MOST>(rows_at(part + 1) - first, [&](auto some) {
-            w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, sums + first * stride + p * PANEL, stride, ahead);
+        float* to = sums + first * stride + p * PANEL;
+        with_rows<W::OF_MANY>(rows_at(part + 1) - first, [&](auto some) {
+            w.template tile<some.value, 1>(rows + first, panel + p, k0, k1, k0 ? Begin{to, stride} : beginning(p), to, stride, ahead);
         });
     };
     for (long k0 = 0; k0 < w.K; k0 += K_BLOCK) {
@@ -289,18 +305,13 @@ template <class W> struct Job {
         const long first = b * count / blocks(), last = (b + 1) * count / blocks();
         const long column = panel * PANEL, width = std::min(some * PANEL, N - column);
         const long whole = width / PANEL;  // panels that are summed up where they are wanted
-        for (long r = first; r < last; ++r) {
-            float* to = y + r * N + column;
-            if (bias) memcpy(to, bias + column, sizeof(float) * width);
-            else memset(to, 0, sizeof(float) * width);
-        }
-        if (whole) block(w, rows + first, last - first, panel, whole, y + first * N + column, N);
+        if (whole) block(w, rows + first, last - first, panel, whole, bias ? bias + column : nullptr, y + first * N + column, N);
         if (whole == some) return;
         alignas(64) static thread_local float sums[ROW_BLOCK * PANEL];
-        memset(sums, 0, sizeof(float) * (last - first) * PANEL);
-        block(w, rows + first, last - first, panel + whole, 1, sums, PANEL);
+        block(w, rows + first, last - first, panel + whole, 1, nullptr, sums, PANEL);
         for (long r = first; r < last; ++r)
-            for (long i = whole * PANEL; i < width; ++i) y[r * N + column + i] += sums[(r - first) * PANEL + i - whole * PANEL];
+            for (long i = whole * PANEL; i < width; ++i)
+                y[r * N + column + i] = (bias ? bias[column + i] : 0) + sums[(r - first) * PANEL + i - whole * PANEL];
     }
 };
 
@@ -322,9 +333,8 @@ template <class W, class Middle> struct GatedJob {
         const long begin = b * count / blocks(), end = (b + 1) * count / blocks();
         const long panel = (I + column) / PANEL, apart = (I + column) % PANEL;  // of up's outputs
         alignas(64) static thread_local float sums[ROW_BLOCK * STRIDE];
-        memset(sums, 0, sizeof(float) * (end - begin) * STRIDE);
-        block(w, rows + begin, end - begin, column / PANEL, (width + PANEL - 1) / PANEL, sums, STRIDE);
-        block(w, rows + begin, end - begin, panel, (apart + width + PANEL - 1) / PANEL, sums + PIECE, STRIDE);
+        block(w, rows + begin, end - begin, column / PANEL, (width + PANEL - 1) / PANEL, nullptr, sums, STRIDE);
+        block(w, rows + begin, end - begin, panel, (apart + width + PANEL - 1) / PANEL, nullptr, sums + PIECE, STRIDE);
         for (long r = begin; r < end; ++r) {
             float* at = sums + (r - begin) * STRIDE;
             gate(at, at + PIECE + apart, at, width);
