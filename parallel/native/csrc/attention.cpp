@@ -135,7 +135,7 @@ void manta_prefill(const float* q, const float* keys, const float* values, const
 void manta_decode(const float* q, const float* keys, const float* values, const int32_t* tables, const int64_t* lengths, const int64_t* heads,
                   float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
     const Cache<float> cache{keys, values, block_tokens, G, K};
-    each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part); });
+    each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part, const Part*) { attend(cache, part); });
 }
 
 // k, v (T rows of kv_stride, G heads of K) go to their slots of the cache.

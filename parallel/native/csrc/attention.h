@@ -65,14 +65,18 @@ static inline void each_part(const float* q, const int32_t* tables, const int64_
     share_out(parts.size(), threads, [&](long task) { run(parts[parts.size() - 1 - task]); });  // the longest contexts first
 }
 
-// The same where every sequence has one new token: q (S, H, K).
+// The same where every sequence has one new token: q (S, H, K). run(part, next): what `next` points to comes next, if it is not null.
 template <class Run>
 static inline void each_decode(const float* q, const int32_t* tables, const int64_t* lengths, const int64_t* heads, float* out, long S, long H, long G,
                                long K, long M, int threads, Run run) {
     long longest = 0;
     for (long s = 0; s < S; ++s) longest = std::max(longest, long(lengths[s]));
-    share_out(S * G, S * longest * H * K > 65536 ? threads : 1, [&](long task) {
+    const auto part = [&](long task) {
         const long s = task / G;
-        run(Part{heads_of(heads, task % G), q + s * H * K, tables + s * M, lengths[s] - 1, 1, H, out + s * H * K});
+        return Part{heads_of(heads, task % G), q + s * H * K, tables + s * M, lengths[s] - 1, 1, H, out + s * H * K};
+    };
+    share_out_ahead(S * G, S * longest * H * K > 65536 ? threads : 1, [&](long task, long next) {
+        const Part coming = part(std::min(next, S * G - 1));
+        run(part(task), next < S * G ? &coming : nullptr);
     });
 }

@@ -32,7 +32,6 @@ struct Tile {
     std::vector<float> out, most, sums;    // (rows, width), (rows), (rows, LANES)
     std::vector<long> seen;                // positions that a row sees, from the sequence's first
     std::vector<Bf16> nothing;
-    long to_come[CHUNK];  // places of keys and values of the positions behind those that are taken
     long K, width;  // K filled up to WIDE registers
 
     void begin(const Part& part, long head_width) {
@@ -50,26 +49,19 @@ struct Tile {
         }
     }
 
-    // Positions from `start` on, up to CHUNK of them before `end`; zeros behind the last. Those of the next chunk come near meanwhile, a line at
-    // a time: many at once would have to wait for one another.
+    // Positions from `start` on, up to CHUNK of them before `end`; zeros behind the last.
     void take(const Cache<Bf16>& cache, long kv, const int32_t* blocks, long start, long end) {
         const float *key_at[CHUNK], *value_at[CHUNK];  // of pairs
-        const long count = std::min(CHUNK, end - start), next = std::max(0L, std::min(CHUNK, end - start - CHUNK));
+        const long count = std::min(CHUNK, end - start);
         cache.each_row(kv, blocks, start, count, [&](long p, long place) {
             key_at[p] = (const float*)(cache.keys + place);
             value_at[p] = (const float*)(cache.values + place);
-            to_come[p] = place;  // what is there already, where nothing comes
         });
-        for (long p = count; p < CHUNK; ++p) {
-            key_at[p] = value_at[p] = (const float*)nothing.data();
-            to_come[p] = to_come[0];
-        }
-        cache.each_row(kv, blocks, start + CHUNK, next, [&](long p, long place) { to_come[p] = place; });
+        for (long p = count; p < CHUNK; ++p) key_at[p] = value_at[p] = (const float*)nothing.data();
         for (long p = 0; p < CHUNK; p += LANES)
             for (long k = 0; k < K / 2; k += 4) {
                 Floats turned[4];
                 for (int i = 0; i < 4; ++i) turned[i] = fours(key_at + p + i, k);
-                for (int i = 0; i < 4; ++i) come_near(cache.keys, p + 4 * i + k / 4 % 4, k / 16);  // every row's lines, in four turns
                 turn(turned[0], turned[1], turned[2], turned[3]);
                 for (int i = 0; i < 4; ++i) store((float*)&keys[(k + i) * CHUNK + p], turned[i]);
             }
@@ -78,11 +70,8 @@ struct Tile {
                 const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p] + k / 2)));
                 const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value_at[p + 1] + k / 2)));
                 _mm512_storeu_si512(&values[p / 2 * width + k], _mm512_or_si512(first, left<16>(second)));
-                come_near(cache.values, p + k / LANES % 2, k / 32);
             }
     }
-
-    INLINE void come_near(const Bf16* cache, long p, long line) const { _mm_prefetch((const char*)(cache + to_come[p] + line * 32), _MM_HINT_T0); }
 
     // The scores of a row become weights relative to the highest score so far. Returns by what earlier ones shrink.
     INLINE float weigh(const float* scores, long row, long start, int32_t* weights) {
@@ -139,15 +128,36 @@ struct Tile {
 
 }  // namespace
 
-static void attend(const Cache<Bf16>& cache, const Part& part) {
+// Have positions `first` to `last` of a part come into the second cache.
+static void come_near(const Cache<Bf16>& cache, const Part& part, long first, long last) {
+    cache.each_row(part.heads.kv, part.blocks, first, last - first, [&](long, long place) {
+        for (long k = 0; k < cache.K; k += 64 / sizeof(Bf16)) {
+            fetch(cache.keys + place + k);
+            fetch(cache.values + place + k);
+            asm volatile("");  // else the compiler takes all of this for work without an effect
+        }
+    });
+}
+
+// While positions are computed those behind them come near, or the first of the part that is next, if there is one. They are asked for in shares:
+// of many at once the last would wait, and what is computed with them.
+static void attend(const Cache<Bf16>& cache, const Part& part, const Part* next) {
     const long K = cache.K, rows = part.rows(), end = part.first + part.tokens, groups = (rows + ROWS - 1) / ROWS;
     static thread_local Tile mine;
     Tile* tile = &mine;
     asm volatile("" : "+r"(tile));  // else the compiler asks for this thread's one again wherever it is used
     tile->begin(part, K);
     for (long start = 0; start < end; start += CHUNK) {
+        const bool goes_on = start + CHUNK < end;
+        const Part* coming = goes_on ? &part : next;
+        const long first = goes_on ? start + CHUNK : 0, some = coming ? std::min(CHUNK, coming->first + coming->tokens - first) : 0;
+        const auto ask_for = [&](long share) {
+            if (coming) come_near(cache, *coming, first + share * some / (groups + 1), first + (share + 1) * some / (groups + 1));
+        };
+        ask_for(groups);
         tile->take(cache, part.heads.kv, part.blocks, start, end);
         for (long group = 0; group < groups; ++group) {
+            ask_for(group);
             const long row = group * rows / groups;
             with_rows<ROWS>((group + 1) * rows / groups - row, [&](auto some) { tile->attend_rows<some.value>(row, start); });
         }
@@ -165,13 +175,14 @@ extern "C" {
 void manta_prefill_bf16(const float* q, const Bf16* keys, const Bf16* values, const int32_t* tables, const int64_t* starts, const int64_t* lengths,
                         const int64_t* heads, float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
     const Cache<Bf16> cache{keys, values, block_tokens, G, K};
-    each_part(q, tables, starts, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part); });
+    each_part(q, tables, starts, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part, nullptr); });
 }
 
 void manta_decode_bf16(const float* q, const Bf16* keys, const Bf16* values, const int32_t* tables, const int64_t* lengths, const int64_t* heads,
                        float* out, long S, long H, long G, long K, long M, long block_tokens, int threads) {
     const Cache<Bf16> cache{keys, values, block_tokens, G, K};
-    each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads, [&](const Part& part) { attend(cache, part); });
+    each_decode(q, tables, lengths, heads, out, S, H, G, K, M, threads,
+                [&](const Part& part, const Part* next) { attend(cache, part, next); });
 }
 
 // The width is a multiple of LANES.

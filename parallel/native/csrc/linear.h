@@ -32,9 +32,6 @@ public:
     T& operator[](size_t i) { return first[i]; }
 };
 
-// Has a line of memory come near, but not so near that it drives out what is being multiplied.
-static INLINE void fetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
-
 // What a tile's sums begin with: a bias or nothing, the same for all rows (stride 0), or what was summed up before. So nobody fills results with
 // zeros before they are computed.
 struct Begin {

@@ -128,6 +128,9 @@ template <class T> static INLINE void hold(const T*& p) { asm volatile("" : "+r"
 
 constexpr int MOST_ROWS = LANES == 16 ? 12 : 6;  // times two registers of sums, beside what is multiplied
 
+// Has a line of memory come near, but not so near that it drives out what is being multiplied.
+static INLINE void fetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
+
 // Calls run with the number of rows as a constant.
 template <int R = MOST_ROWS, class Run> static INLINE void with_rows(long count, Run run) {
     if (count == R) run(std::integral_constant<int, R>());
