@@ -14,7 +14,7 @@ template <class Number> struct QuantisedRow {
     const int32_t* starts;  // what the sum over each group of weights begins with: what is added to them while they are held, taken away again
 };
 
-// sums += rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
+// sums = begin + rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
 template <int R, int P, class Row, class Products>
 static INLINE void group_by_group(const Row* rows, const uint16_t* scales, long panel, long groups, long first, long last, Begin begin, float* sums,
                                   long stride, Products products) {
@@ -121,23 +121,14 @@ struct Int8Dot {
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
     static constexpr int32_t OFFSET = 128;
-    static constexpr int MOST = MOST_ROWS, OF_MANY = 8;  // by registers: of 8 rows what is summed up over groups stays in them too
+    static constexpr int MOST = MOST_ROWS, OF_MANY = 8;  // by registers: of 8 rows what is summed up over groups stays there too
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long ahead) const {
-        constexpr bool HELD = R * P <= OF_MANY;
         Apart<R, int8_t> x(rows, k0);
-        Floats total[R][P][2];
-        const auto each_sum = [&](auto run) INLINED {
-            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { each<R>([&](auto r) INLINED { run(r, p, h); }); }); });
-        };
-        const auto place = [&](int r, int p, int h) INLINED { return sums + r * stride + p * PANEL + h * LANES; };
-        if (HELD) each_sum([&](auto r, auto p, auto h) INLINED { total[r][p][h] = begin.load(r, p, h); });
-        for (long g = k0 / ROW_GROUP; g < k1 / ROW_GROUP; ++g) {
-            Words sum[R][P][2];
-            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
+        const auto products = [&](long g, Words (&sum)[R][P][2]) INLINED {
             long k = g * ROW_GROUP;
-            do {
+            do {  // at least once: with a loop that may have none registers are copied
                 each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * PANEL;
                     if (R <= 2 || P == 1) {  // between, it costs more than it gives
@@ -149,19 +140,36 @@ struct Int8Dot {
                 x.advance(4);
                 k += 4;
             } while (k < (g + 1) * ROW_GROUP);
+        };
+        if constexpr (R > 1 && R * P <= OF_MANY)  // one row waits for memory, and was slower so
+            group_by_group_held<R, P>(rows, panel, k0 / ROW_GROUP, k1 / ROW_GROUP, begin, sums, stride, products);
+        else
+            group_by_group<R, P>(rows, scales, panel, K / ROW_GROUP, k0 / ROW_GROUP, k1 / ROW_GROUP, begin, sums, stride, products);
+    }
+
+private:
+    // As group_by_group, with registers for what is summed up over groups.
+    template <int R, int P, class Products>
+    INLINE void group_by_group_held(const Row* rows, long panel, long first, long last, Begin begin, float* sums, long stride, Products products) const {
+        Floats total[R][P][2];
+        const auto each_sum = [&](auto run) INLINED {
+            each<P>([&](auto p) INLINED { each<2>([&](auto h) INLINED { each<R>([&](auto r) INLINED { run(r, p, h); }); }); });
+        };
+        each_sum([&](auto r, auto p, auto h) INLINED { total[r][p][h] = begin.load(r, p, h); });
+        for (long g = first; g < last; ++g) {
+            Words sum[R][P][2];
+            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
+            products(g, sum);
             each<P>([&](auto p) INLINED {
                 each<2>([&](auto h) INLINED {
                     const Floats scale = from_halves(scales + ((panel + p) * (K / ROW_GROUP) + g) * PANEL + h * LANES);
                     each<R>([&](auto r) INLINED {
-                        const Floats before = HELD ? total[r][p][h] : begin.load(r, p, h);
-                        total[r][p][h] = multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), before);
-                        if (!HELD) store(place(r, p, h), total[r][p][h]);
+                        total[r][p][h] = multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), total[r][p][h]);
                     });
                 });
             });
-            if (!HELD) begin = {sums, stride};
         }
-        if (HELD) each_sum([&](auto r, auto p, auto h) INLINED { store(place(r, p, h), total[r][p][h]); });
+        each_sum([&](auto r, auto p, auto h) INLINED { store(sums + r * stride + p * PANEL + h * LANES, total[r][p][h]); });
     }
 };
 

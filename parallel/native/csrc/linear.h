@@ -43,9 +43,10 @@ struct Begin {
 alignas(64) static const float NOTHING[4 * PANEL] = {};  // as many panels as a tile has at most
 
 // What kinds of weights have in common: `Row` is what a row of x has become, `tile` writes to sums what they begin with and up to MOST rows x
-// panels over k0..k1, and may fetch what lies `ahead` input features, of one panel after the other, behind what it reads. Up to PARTS_BY_PANEL times MOST rows one
-// panel meets all rows before the next one, which is fetched meanwhile; with more the same rows meet all panels. What becomes of rows is a
-// class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a row at a time.
+// panels over k0..k1, and may fetch what lies `ahead` input features, of one panel after the other, behind what it reads. More rows than MOST are
+// cut into parts of up to OF_MANY. Up to PARTS_BY_PANEL of them one panel meets all rows before the next one, which is fetched meanwhile; with more
+// the same rows meet all panels. What becomes of rows is a class of its own: made for (count, K, padded K, group), and filled, PIECE numbers of a
+// row at a time.
 constexpr long PIECE = 128;
 
 // R rows of numbers that lie equally far apart: few addresses for many rows, which else would not stay in registers.
@@ -235,11 +236,14 @@ public:
 };
 #endif
 
-// sums = bias (null: none) and the products of `count` rows (as near to equal parts as they go, none above W's most) with `panels` panels.
+// sums = bias (null: none) and the products of `count` rows (in parts as near to equal as they go) with `panels` panels.
 template <class W>
 static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums, long stride) {
     const long parts = count <= W::MOST ? 1 : (count + W::OF_MANY - 1) / W::OF_MANY;
     const auto beginning = [&](long p) { return Begin{bias ? bias + p * PANEL : NOTHING, 0}; };
+    if (w.K == 0)  // nothing to add up
+        for (long r = 0; r < count; ++r)
+            for (long p = 0; p < panels; ++p) memcpy(sums + r * stride + p * PANEL, beginning(p).at, sizeof(float) * PANEL);
     if (parts == 1) {
         with_rows<W::MOST>(count, [&](auto some) {
             constexpr int R = some.value, P = W::panels_at_once(R);
