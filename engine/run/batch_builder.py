@@ -43,44 +43,67 @@ def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, d
     """The works with one token each first, otherwise in the order of the plan. ``tables`` has their new blocks already."""
     works = sorted(works, key=lambda work: len(work.tokens) > 1)
     counts = np.fromiter((len(work.tokens) for work in works), np.int64, len(works))
-    starts = np.fromiter((work.start for work in works), np.int64, len(works))
+    forward = forward_batch(
+        [work.sequence for work in works],
+        tables,
+        tokens=np.fromiter(chain.from_iterable(work.tokens for work in works), np.int64, int(counts.sum())),
+        starts=np.fromiter((work.start for work in works), np.int64, len(works)),
+        counts=counts,
+        num_rows=np.fromiter((work.num_draft + 1 if work.samples else 0 for work in works), np.int64, len(works)),
+        block_tokens=block_tokens,
+        device=device,
+    )
+    return BuiltBatch(forward, tuple(works), tuple(work for work in works if work.samples))
+
+
+def forward_batch(
+    sequences: list[int],
+    tables: BlockTables,
+    *,
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    num_rows: np.ndarray,
+    block_tokens: int,
+    device: torch.device,
+) -> ForwardBatch:
+    """Of each sequence its tokens, one after the other in ``tokens``, where they start in it, how many they are, and of how many, the last
+    of them, logits are wanted; all int64. Those with one token come first.
+
+    Raises:
+        ValueError: tokens have no blocks.
+    """
+    num_tokens, num_sequences, ends = len(tokens), len(counts), starts + counts
     query_starts = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
-    num_tokens = int(query_starts[-1])
-
-    tokens = np.fromiter(chain.from_iterable(work.tokens for work in works), np.int64, num_tokens)
-    sequence_of = np.repeat(np.arange(len(works)), counts)
+    sequence_of = np.repeat(np.arange(num_sequences), counts)
     positions = np.arange(num_tokens) - query_starts[sequence_of] + starts[sequence_of]
-    table, num_blocks = tables.of(tables.rows([work.sequence for work in works]))
-    _check_blocks(works, starts + counts, num_blocks * block_tokens)
+    table, num_blocks = tables.of(tables.rows(sequences))
+    _check_blocks(sequences, ends, num_blocks * block_tokens)
     slots = table[sequence_of, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
-
-    num_rows = np.fromiter((work.num_draft + 1 if work.samples else 0 for work in works), np.int64, len(works))
     logit_rows = np.arange(num_rows.sum()) + np.repeat(query_starts[1:] - num_rows.cumsum(), num_rows)
     # One copy for all that has the same dtype: a step's cost on a device is counted in copies, not in bytes.
     numbers = upload(np.concatenate([tokens, positions, slots, logit_rows]), device)
     tokens_T, positions_T, slots_T, logit_rows_R = numbers.split([num_tokens, num_tokens, num_tokens, len(logit_rows)])
-    small = upload(np.concatenate([table.ravel(), (starts + counts).astype(np.int32)]), device)
-    blocks, lengths_S = small.split([table.size, len(works)])
-    forward = ForwardBatch(
+    small = upload(np.concatenate([table.ravel(), ends.astype(np.int32)]), device)
+    blocks, lengths_S = small.split([table.size, num_sequences])
+    return ForwardBatch(
         tokens_T=tokens_T,
         positions_T=positions_T,
         slots_T=slots_T,
         block_tables_SM=blocks.view(table.shape),
         lengths_S=lengths_S,
         query_starts=tuple(query_starts.tolist()),
-        context_lengths=tuple((starts + counts).tolist()),
+        context_lengths=tuple(ends.tolist()),
         num_decodes=int((counts == 1).sum()),
         logit_rows_R=logit_rows_R,
     )
-    return BuiltBatch(forward, tuple(works), tuple(work for work in works if work.samples))
 
 
-def _check_blocks(works: Sequence[Work], wanted_tokens: np.ndarray, held_tokens: np.ndarray) -> None:
+def _check_blocks(sequences: list[int], wanted_tokens: np.ndarray, held_tokens: np.ndarray) -> None:
     """A plan that writes beyond its sequence's blocks would write into another sequence's."""
     short = np.flatnonzero(wanted_tokens > held_tokens)
     if len(short):
         first = int(short[0])
         raise ValueError(
-            f"sequence {works[first].sequence} computes up to token {int(wanted_tokens[first])} "
-            f"and its blocks hold {int(held_tokens[first])}"
+            f"sequence {sequences[first]} computes up to token {int(wanted_tokens[first])} and its blocks hold {int(held_tokens[first])}"
         )

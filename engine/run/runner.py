@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -22,6 +23,7 @@ from engine.run.decode_graphs import MOST_ROWS, DecodeGraphs
 from engine.run.decode_rows import DecodeRows, decode_rows
 from engine.run.drafter import Drafter
 from engine.run.grammar.guides import NONE_ALLOWED, Allowed, Guides, silent
+from engine.run.launched_rows import launched_rows
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.replayed import Replayed
@@ -182,10 +184,13 @@ class Runner:
             table_rows_S = rows.enter(self._tables)
             columns = self._columns.of(table_rows_S) if self.sampler_graphs is not None else None  # only they read them
             if columns is not None and self.capacity.runs_ahead and not self._host_has_a_say(columns, rows):
-                return self._replay_on(plan, rows, table_rows_S, columns, self.decode_graphs)
+                run = partial(self.decode_graphs.run, rows, table_rows_S, self._tables)
+                return self._go_on(plan, rows, table_rows_S, columns, run)
             self._settle_all()
             rows.learn(self._said)
             given = self._replay(rows, table_rows_S, columns, self.decode_graphs)
+        elif (begun := self._begin_launched(plan)) is not None:
+            return begun
         else:
             self._settle_all()
             num_said = num_with_unknown_tokens(plan, self.shard)
@@ -193,6 +198,24 @@ class Runner:
             works = plan.works
             given = self._compute([work for work in works if work.shard == self.shard], num_said) if works else _Given()
         return Begun(self._answered(plan, given, began, rebalanced))
+
+    def _begin_launched(self, plan: StepPlan) -> Replayed | None:
+        """A step with prompts, if its sampling can be replayed; else None, and nothing has been done."""
+        graphs, samplers = self.decode_graphs, self.sampler_graphs
+        if graphs is None or samplers is None or not self.capacity.runs_ahead or self._drafter is not None:
+            return None
+        launched = launched_rows(plan, self.shard)
+        if launched is None or not graphs.takes(len(launched.sampling)):
+            return None
+        rows = launched.sampling
+        table_rows_S = self._tables.rows_of(rows.columns[0])
+        columns = self._columns.of(table_rows_S)
+        if self._host_has_a_say(columns, rows) or any(self._states[sequence].sampling.grammar for sequence in launched.silent):
+            return None
+        launched.enter(self._tables)
+        num_said = num_with_unknown_tokens(plan, self.shard)
+        launch = partial(launched.launch, self._tables, graphs, self.model, self.cache, num_said=num_said)
+        return self._go_on(plan, rows, table_rows_S, columns, launch)
 
     def _answered(self, plan: StepPlan, given: _Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
         if not self.is_sampling:
@@ -212,36 +235,45 @@ class Runner:
         self._left_alone = columns
         return False
 
-    def _replay_on(self, plan: StepPlan, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray, graphs: DecodeGraphs) -> Replayed:
-        """Have the device do it behind what it is at. Tokens that the step before samples are taken where they lie."""
-        step = Replayed(None, plan, rows, table_rows_S, columns, graphs.size_for(len(rows)), self._settle)
-        unknown, places, before = rows.unknown, None, self._under_way[-1] if self._under_way else None
-        if len(unknown) and before is not None:
-            places = before.places_of(step)[unknown]
-        if len(unknown) and (places is None or places.min() < 0):
-            self._settle_all()
-            rows.learn(self._said)
-            places = None
-        self._launch(step, graphs, unknown, places)
-        self._under_way.append(step)
-        return step
-
-    def _launch(self, step: Replayed, graphs: DecodeGraphs, unknown: np.ndarray, places: np.ndarray | None) -> None:
-        """``places`` in the step before have the tokens of the rows that are unknown; None: all are known."""
-        marked = step.rows.works() if is_asked_for() else []
-        self._mark(9, marked)
-        rows, tokens_S = step.rows, None
-        if places is not None:
-            tokens_S = rows.tokens.copy()
-            tokens_S[unknown] = -1 - places
-        self._mark(10, marked)
-        logits_SV = graphs.run(rows, step.table_rows_S, self._tables, tokens_S)
-        assert logits_SV is not None
+    def _go_on(
+        self,
+        plan: StepPlan,
+        rows: DecodeRows,
+        table_rows_S: np.ndarray,
+        columns: np.ndarray,
+        launch: Callable[[np.ndarray], Tensor | None],
+    ) -> Replayed:
+        """Have the device do it behind what it is at. ``launch`` begins to compute the logits; it is told the tokens of the rows, -1 - n
+        for one that stands at place n of what the step before gives."""
+        assert self.decode_graphs is not None
         assert self.sampler_graphs is not None
+        step = Replayed(None, plan, rows, table_rows_S, columns, self.decode_graphs.size_for(len(rows)), self._settle)
+        marked = rows.works() if is_asked_for() else []
+        self._mark(9, marked)
+        tokens_S = self._tokens_of(step)
+        self._mark(10, marked)
+        logits_SV = launch(tokens_S)
+        assert logits_SV is not None
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
         self._mark(11, marked)
-        step.report = self.sampler_graphs.launch(step.columns, rows.starts + 1, step.size)
+        step.report = self.sampler_graphs.launch(columns, rows.starts + 1, step.size)
+        self._under_way.append(step)
+        return step
+
+    def _tokens_of(self, step: Replayed) -> np.ndarray:
+        """Those that are not known stand in what the step before gives; if not all of them do, the host waits and reads them."""
+        rows, unknown = step.rows, step.rows.unknown
+        if not len(unknown):
+            return rows.tokens
+        places = self._under_way[-1].places_of(step)[unknown] if self._under_way else unknown[:0]
+        if not len(places) or places.min() < 0:
+            self._settle_all()
+            rows.learn(self._said)
+            return rows.tokens
+        tokens_S = rows.tokens.copy()
+        tokens_S[unknown] = -1 - places
+        return tokens_S
 
     def _settle_all(self) -> None:
         while self._under_way:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepPlan
@@ -20,6 +21,11 @@ def hand_on(tokens_T: Tensor, tp: Group) -> None:
     does so follows from its plan, so that all of them do."""
     assert tokens_T.is_contiguous()
     broadcast(tokens_T, SAMPLING_PLACE, tp)
+
+
+def fill_in(tokens_T: Tensor, report: Tensor) -> None:
+    """Whatever is below 0 stands in the report of the step before: -1 - n at place n. All on the device, int64."""
+    tokens_T.copy_(torch.where(tokens_T < 0, report[(-1 - tokens_T).clamp(min=0)], tokens_T))
 
 
 def num_with_unknown_tokens(plan: StepPlan, shard: int) -> int:

@@ -1,0 +1,97 @@
+"""Step 9 of a request, where a step has prompts beside those that decode, and nothing is particular about any of them: what samples as
+columns, so that its sampling is replayed though the model's launches are not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.plan import NO_BLOCK, StepPlan, Work
+from engine.run.batch_builder import BuiltBatch, forward_batch
+from engine.run.block_tables import BlockTables
+from engine.run.decode_graphs import DecodeGraphs
+from engine.run.decode_rows import DecodeRows
+from engine.run.tokens_said import fill_in, hand_on
+from model.batch import ForwardBatch
+from model.kv_cache import KvCache
+from model.qwen2 import Qwen2
+
+
+@dataclass(frozen=True, eq=False)
+class LaunchedRows:
+    """A shard's part of such a step."""
+
+    sampling: DecodeRows
+    """Of each sequence that samples its last token, in the order of the logits."""
+    num_decodes: int
+    """Those told as columns, the first of them."""
+    singly: tuple[Work, ...]
+    """All works told one by one, those with one token first; some do not sample."""
+
+    @property
+    def silent(self) -> list[int]:
+        """Sequences that do not sample."""
+        return [work.sequence for work in self.singly if not work.samples]
+
+    def enter(self, tables: BlockTables) -> None:
+        """Bring the new blocks."""
+        decodes = self.sampling.columns[:, : self.num_decodes]
+        tables.append_to(tables.rows(decodes[0].tolist()), decodes[3])
+        for work in self.singly:
+            tables.append(work)
+
+    def launch(
+        self, tables: BlockTables, graphs: DecodeGraphs, model: Qwen2, cache: KvCache, tokens_S: np.ndarray, *, num_said: int
+    ) -> Tensor:
+        """Begin the step, without waiting for it. Logits (S, V), where a captured step leaves them. ``tokens_S`` as `DecodeGraphs.run` has
+        them; the ranks of a tp group do not know the first ``num_said``."""
+        batch = self._build(tables, tokens_S, cache.layout.block_tokens, model.device)
+        if (tokens_S[: self.num_decodes] < 0).any():
+            fill_in(batch.tokens_T[: self.num_decodes], graphs.report)
+        if num_said:
+            hand_on(batch.tokens_T[:num_said], model.groups.tp)
+        built = BuiltBatch(batch, (), ())
+        kept_R = built.kept_rows
+        hidden_TD = model.hidden(batch, cache, kept_R)
+        assert hidden_TD is not None  # it has no stages
+        assert graphs.logits is not None
+        count = len(self.sampling)
+        logits_SV = graphs.logits[:count]
+        logits_SV.copy_(model.logits(built.that_sample(hidden_TD, kept_R))[:, : logits_SV.shape[1]])
+        graphs.tokens_B[:count].copy_(batch.tokens_T[batch.logit_rows_R])  # sampling counts them where penalties want that
+        graphs.positions_B[:count].copy_(batch.positions_T[batch.logit_rows_R])
+        return logits_SV
+
+    def _build(self, tables: BlockTables, tokens_S: np.ndarray, block_tokens: int, device: torch.device) -> ForwardBatch:
+        decodes, singly = self.sampling.columns[:, : self.num_decodes], self.singly
+
+        def column(told: np.ndarray | int, of_works: Sequence[int]) -> np.ndarray:
+            return np.concatenate([np.full(self.num_decodes, told), np.array(of_works, np.int64)])
+
+        tokens = np.fromiter(chain.from_iterable(work.tokens for work in singly), np.int64)
+        return forward_batch(
+            decodes[0].tolist() + [work.sequence for work in singly],
+            tables,
+            tokens=np.concatenate([tokens_S[: self.num_decodes], tokens]),
+            starts=column(decodes[1], [work.start for work in singly]),
+            counts=column(1, [len(work.tokens) for work in singly]),
+            num_rows=column(1, [int(work.samples) for work in singly]),
+            block_tokens=block_tokens,
+            device=device,
+        )
+
+
+def launched_rows(plan: StepPlan, shard: int) -> LaunchedRows | None:
+    """None where nothing samples, or something about a work asks for more than tokens."""
+    singly = tuple(sorted((work for work in plan.singly if work.shard == shard), key=lambda work: len(work.tokens) > 1))
+    if any(work.num_draft or work.targets or work.pools or work.num_guesses for work in singly):
+        return None
+    columns = plan.decodes.columns
+    places = np.flatnonzero(columns[4] == shard)
+    sampling = tuple(work for work in singly if work.samples)
+    last = [(work.sequence, work.start + len(work.tokens) - 1, work.tokens[-1], NO_BLOCK) for work in sampling]
+    rows = np.concatenate([columns[:4, places], np.array(last, np.int64).reshape(-1, 4).T], axis=1)
+    return LaunchedRows(DecodeRows(rows, places, columns.shape[1], sampling), len(places), singly) if rows.shape[1] else None
