@@ -44,10 +44,10 @@ class LaunchedRows:
             tables.append(work)
 
     def launch(
-        self, tables: BlockTables, graphs: DecodeGraphs, model: Qwen2, cache: KvCache, tokens_S: np.ndarray, *, num_said: int
+        self, tables: BlockTables, graphs: DecodeGraphs, model: Qwen2, cache: KvCache, tokens_S: np.ndarray, *, num_said: int, counts: bool
     ) -> Tensor:
         """Begin the step, without waiting for it. Logits (S, V), where a captured step leaves them. ``tokens_S`` as `DecodeGraphs.run` has
-        them; the ranks of a tp group do not know the first ``num_said``."""
+        them; the other ranks of the tp group do not know the first ``num_said``. ``counts``: sampling wants to count them."""
         batch = self._build(tables, tokens_S, cache.layout.block_tokens, model.device)
         if (tokens_S[: self.num_decodes] < 0).any():
             fill_in(batch.tokens_T[: self.num_decodes], graphs.report)
@@ -61,8 +61,9 @@ class LaunchedRows:
         count = len(self.sampling)
         logits_SV = graphs.logits[:count]
         logits_SV.copy_(model.logits(built.that_sample(hidden_TD, kept_R))[:, : logits_SV.shape[1]])
-        graphs.tokens_B[:count].copy_(batch.tokens_T[batch.logit_rows_R])  # sampling counts them where penalties want that
-        graphs.positions_B[:count].copy_(batch.positions_T[batch.logit_rows_R])
+        if counts:
+            graphs.tokens_B[:count].copy_(batch.tokens_T[batch.logit_rows_R])
+            graphs.positions_B[:count].copy_(batch.positions_T[batch.logit_rows_R])
         return logits_SV
 
     def _build(self, tables: BlockTables, tokens_S: np.ndarray, block_tokens: int, device: torch.device) -> ForwardBatch:

@@ -27,7 +27,15 @@ from engine.run.launched_rows import launched_rows
 from engine.run.pooling import Pools
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.replayed import Replayed
-from engine.run.sampling.columns import LEARNS, NEEDS, SamplingColumns, are_edited_by_host, host_has_a_say, host_may_have_a_say
+from engine.run.sampling.columns import (
+    LEARNS,
+    NEEDS,
+    SamplingColumns,
+    are_edited_by_host,
+    host_has_a_say,
+    host_may_have_a_say,
+    may_be_edited,
+)
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
@@ -214,7 +222,8 @@ class Runner:
             return None
         launched.enter(self._tables)
         num_said = num_with_unknown_tokens(plan, self.shard)
-        launch = partial(launched.launch, self._tables, graphs, self.model, self.cache, num_said=num_said)
+        counts = samplers.edits and may_be_edited(columns)
+        launch = partial(launched.launch, self._tables, graphs, self.model, self.cache, num_said=num_said, counts=counts)
         return self._go_on(plan, rows, table_rows_S, columns, launch)
 
     def _answered(self, plan: StepPlan, given: _Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:

@@ -1,0 +1,116 @@
+"""Steps with prompts whose sampling is replayed, and which are begun ahead, against a rank that is told every token and samples by rows."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.engine import Engine
+from engine.plan import NO_TOKEN, Opening, StepPlan, Work
+from engine.request import Request, SamplingParams
+from engine.run.launched_rows import launched_rows
+from engine.run.local_executor import LocalExecutor, LocalStep
+from engine.run.replayed import Replayed
+from tests.engine.run.captured import engine_over, have_replayed, open_executor, runner_of, use_capturable_parts
+from tests.engine.run.test_decode_graphs import PLAIN
+from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
+from tests.engine.run.test_step_ahead import Ahead
+from tests.engine.run.tiny_models import engine_config
+
+CONFIG = engine_config(max_running=6, max_step_tokens=24)  # prompts are cut, and their parts come beside those who decode
+KINDS = [kind for kind in [*PLAIN, *SAMPLING] if kind.logprobs is None]
+
+
+class Watched(Ahead):
+    """Counts the steps that were sampled by captured launches though the model's were not."""
+
+    def __init__(self, executor: LocalExecutor) -> None:
+        super().__init__(executor)
+        self.num_launched = self.num_launched_ahead = 0
+        runner = runner_of(executor)
+        begin = runner._begin_launched
+
+        def watched(plan: StepPlan) -> Replayed | None:
+            begun, promised = begin(plan), bool((plan.decodes.columns[2] == NO_TOKEN).any())
+            self.num_launched += begun is not None
+            self.num_launched_ahead += begun is not None and promised
+            return begun
+
+        runner._begin_launched = watched  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def pair(dense_folder: Path) -> Iterator[tuple[LocalExecutor, Watched]]:
+    """With room that makes sequences give way."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_capturable_parts(monkeypatch)
+        told, replayed = (open_executor(dense_folder, num_blocks=40, max_running=6) for _ in range(2))
+        have_replayed(replayed, CONFIG)
+        yield told, Watched(replayed)
+        told.close()
+        replayed.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_are_those_of_a_rank_that_samples_row_by_row(pair: tuple[LocalExecutor, Watched], seed: int) -> None:
+    """With penalties, biases and stop ids, prompts in pieces, and preemption."""
+    told, ahead = pair
+    draw, num_launched, num_ahead = random.Random(seed), ahead.num_launched, ahead.num_launched_ahead
+    requests = [
+        Request(id=str(number), prompt=draw.choice(PROMPTS)[: draw.choice([1, 5, 99])], sampling=replace(draw.choice(KINDS), seed=number))
+        for number in range(12)
+    ]
+    wanted = serve(engine_over(told, CONFIG), requests)
+    ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
+    found = serve(Engine(ahead, CONFIG), requests)
+    assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
+    assert ahead.num_launched > num_launched
+    assert ahead.num_launched_ahead > num_ahead
+
+
+def test_a_step_in_which_the_host_has_a_say_is_left_as_it_is(pair: tuple[LocalExecutor, Watched]) -> None:
+    ahead = pair[1]
+    before = ahead.num_launched
+    for sampling in (SamplingParams(logprobs=2, temperature=0.0), SamplingParams(prompt_logprobs=1, temperature=0.0)):
+        requests = [Request(id="r", prompt=PROMPTS[0][:9], sampling=replace(sampling, max_tokens=1))]
+        ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
+        (events,) = serve(Engine(ahead, CONFIG), requests).values()
+        assert events[-1].finish_reason == "length"
+    assert ahead.num_launched == before
+
+
+def test_nan_logits_of_a_prompt_fail_it_alone(pair: tuple[LocalExecutor, Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    told, ahead = pair
+    runner = runner_of(ahead._executor)
+    plain = [Request(id=str(number), prompt=PROMPTS[number][:5], sampling=PLAIN[0]) for number in range(3)]
+    wanted = serve(engine_over(told, CONFIG), plain)
+    ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
+    logits, num_calls = runner.model.logits, 0
+
+    def poisoned(hidden_RD: object) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        found = logits(hidden_RD)  # type: ignore[arg-type]
+        if num_calls == 1:
+            found[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(runner.model, "logits", poisoned)
+    found = serve(Engine(ahead, CONFIG), plain)
+    assert [events[-1].finish_reason for events in found.values()].count("error") == 1
+    assert all(answer(events) == answer(wanted[key]) for key, events in found.items() if events[-1].finish_reason != "error")
+
+
+def test_works_that_ask_for_more_than_tokens_are_no_rows() -> None:
+    plain = Work(1, 0, (4, 5), (0,), samples=True)
+    opened = (Opening(1, 0, 2, PLAIN[0]),)
+    rows = launched_rows(StepPlan(0, (plain, Work(2, 0, (4,), (1,), samples=False)), opened), 0)
+    assert rows is not None
+    assert rows.sampling.columns.T.tolist() == [[1, 1, 5, -1]]
+    assert rows.silent == [2]
+    for special in (plain._replace(targets=(5,)), plain._replace(pools=True, samples=False), plain._replace(num_draft=1)):
+        assert launched_rows(StepPlan(0, (special,), opened), 0) is None
+    assert launched_rows(StepPlan(0, (plain._replace(samples=False),), opened), 0) is None
+    assert launched_rows(StepPlan(0, (plain._replace(shard=1),), opened), 0) is None
