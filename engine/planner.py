@@ -74,6 +74,8 @@ class Planner:
         With ``only_ahead`` also None where not everybody who decodes can go on behind the step under way: whoever could not would miss
         this step, as it leaves before he is answered.
         """
+        if may_run is anyone and (plan := self._plan_cohorts_alone()) is not None:
+            return plan
         building = PlanBuilder(may_run, ahead=self._may_run_ahead())
         if only_ahead and not building.ahead:
             return None
@@ -91,6 +93,9 @@ class Planner:
         self._take_prompts(portions, building)
         if not (building.works or building.together):
             return None
+        return self._planned(building)
+
+    def _planned(self, building: PlanBuilder) -> StepPlan:
         plan = StepPlan(
             self.number_step(), tuple(building.works), tuple(building.opened), tuple(self._books.closed), decodes=building.decodes()
         )
@@ -98,6 +103,30 @@ class Planner:
             self._together[plan.step] = building.together
         self._books.closed.clear()
         return plan
+
+    def _plan_cohorts_alone(self) -> StepPlan | None:
+        """As `plan` does it, in a third of the time, where nobody waits or is loose, and all of every cohort can go on; else None."""
+        books, config, shards = self._books, self._config, self._books.shards
+        if books.admission.waiting or books.capacity.num_stages > 1 or self._speculator is not None:
+            return None
+        ahead = config.run_ahead and books.capacity.runs_ahead
+        for shard in shards:
+            if shard.loose or len(shard.cohort) > config.max_step_tokens:
+                return None
+            due = shard.cohort.due(ahead)
+            if len(due) < len(shard.cohort) or len(due.short) > shard.pool.num_available:
+                return None
+        building = PlanBuilder(anyone, together=[(shard, shard.cohort.plan(shard.pool, ahead)) for shard in shards if len(shard.cohort)])
+        if not building.together:
+            return None
+        if is_asked_for():
+            self._mark(building)
+        return self._planned(building)
+
+    def _mark(self, building: PlanBuilder) -> None:
+        for shard, planned in building.together:
+            for sequence in shard.cohort.sequences(planned):
+                mark(7, sequence.request.id)
 
     def _may_run_ahead(self) -> bool:
         """Where ranks can, and everybody who waits for a next token would be in that step: who has to be answered first would miss it."""

@@ -49,6 +49,9 @@ from model.qwen2 import Qwen2
 from parallel.last_collective import note_replay
 from parallel.topology import Topology
 
+ALL_IN_PLACE = -1 - np.arange(MOST_ROWS)
+"""Tokens of rows each of which stands where it stood in the step before."""
+
 
 def sampling_ranks(topology: Topology) -> tuple[int, ...]:
     """For each shard (dp position) the one rank that samples and answers: its first of the last stage, which has the logits."""
@@ -275,6 +278,8 @@ class Runner:
         rows, unknown = step.rows, step.rows.unknown
         if not len(unknown):
             return rows.tokens
+        if self._under_way and self._under_way[-1].table_rows_S is step.table_rows_S and len(unknown) == len(rows):
+            return ALL_IN_PLACE[: len(rows)]
         places = self._under_way[-1].places_of(step)[unknown] if self._under_way else unknown[:0]
         if not len(places) or places.min() < 0:
             self._settle_all()
