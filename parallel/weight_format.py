@@ -14,7 +14,7 @@ from torch import Tensor
 from parallel.axes import IN, OUT, Axis
 from parallel.pinned import staging_of
 
-MOST_FEW_ROWS = 4
+MOST_FEW_ROWS = 2
 """Rows whose product is nothing but reading a matrix; see `parallel.cuda.few_rows`."""
 
 

@@ -129,11 +129,21 @@ def random_model(
 class Served:
     """A model behind an engine in this process."""
 
-    def __init__(self, model: Qwen2, *, max_running: int = 256, cuda_graphs: bool = True, kv_cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Qwen2,
+        *,
+        max_running: int = 256,
+        cuda_graphs: bool = True,
+        kv_cache_bytes: int | None = None,
+        early_launches: bool = False,
+    ) -> None:
         self.model = model
         most = 8192 if model.device.type == "cuda" else 256
         self.config = EngineConfig(max_running=max_running, max_step_tokens=most, prefix_cache=False)
-        runner_config = RunnerConfig(device=str(model.device), cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes)
+        runner_config = RunnerConfig(
+            device=str(model.device), cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes, early_launches=early_launches
+        )
         self.sampler = Sampler(vocab_size=model.config.vocab_size, device=model.device)
         self.runner: Runner = ready_runner(model, self.sampler, runner_config=runner_config, engine_config=self.config)
         self.engine = Engine(LocalExecutor(self.runner), self.config)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ceilings, collectives, peer, replays, whole, workloads
+from benchmarks.gpu import ceilings, collectives, early, peer, replays, whole, workloads
 from benchmarks.gpu.ceilings import GUESSED, Ceilings
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.kernels import CHECKS, Checks, Sizes
@@ -74,6 +74,9 @@ class Bench:
 
     def check_replays(self, part: ModelPart) -> None:
         replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, most_rows=64))  # a third less to capture
+
+    def compare_early(self, part: ModelPart) -> None:
+        early.compare(self.results, part.name, random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers))
 
     def measure_collectives(self) -> None:
         collectives.measure(self.results, self.device, tiny=self.tiny)
@@ -146,6 +149,11 @@ REPLAYED = {
     "replays in fp8": ModelPart("7B fp8", "7B", "fp8", 2),
 }
 """Few layers, so that what is off by a rounding is not off by many."""
+EARLY = {
+    "early launches of 0.5B": ModelPart("0.5B", "0.5B"),
+    "early launches of 7B": ModelPart("7B", "7B"),
+    "early launches of experts": ModelPart("57B-A14B", "57B-A14B", layers=4),
+}
 SHORT = ((128, 128), (2048, 128))
 FEW = (64, 100, 512)
 MODELS = (
@@ -208,6 +216,7 @@ def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:
     found.append(("kernels: all of them in whole models", 0.6, bench.check_whole))
     if bench.device.type == "cuda":
         found += [(name, 0.4, partial(bench.check_replays, part)) for name, part in REPLAYED.items()]
+        found += [(name, 0.5, partial(bench.compare_early, part)) for name, part in EARLY.items()]
     if bench.tiny or torch.cuda.device_count() > 1:
         found.append(("collectives", 0.7, bench.measure_collectives))
     for part in TINY_MODELS if bench.tiny else MODELS:

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.ahead import wrong_ahead
 from benchmarks.gpu.models import Served
@@ -66,8 +67,19 @@ def check(results: Results, name: str, served: Served) -> None:
 
 
 def _error_of_logits(served: Served, graphs: DecodeGraphs, count: int) -> float:
-    """Contexts of up to 300 tokens in blocks of their own."""
-    draw, tables, works = random.Random(), BlockTables(), []
+    works, tables, replayed_RV = replayed_logits(served, graphs, count, random.Random())
+    found = replayed_RV.double()
+    built = build_batch(works, tables, served.runner.capacity.block_tokens, served.model.device)
+    hidden_TD = served.model.hidden(built.forward, served.runner.cache)
+    assert hidden_TD is not None
+    wanted = served.model.logits(hidden_TD).double()[:, : found.shape[1]]
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def replayed_logits(served: Served, graphs: DecodeGraphs, count: int, draw: random.Random) -> tuple[list[Work], BlockTables, Tensor]:
+    """A step of so many sequences, behind contexts of up to 300 tokens in blocks of their own, and its logits (R, V), which last until the
+    next one."""
+    tables, works = BlockTables(), []
     block_tokens = served.runner.capacity.block_tokens
     for number in range(count):
         start = draw.randrange(300)
@@ -76,14 +88,9 @@ def _error_of_logits(served: Served, graphs: DecodeGraphs, count: int) -> float:
         tables.open(number)
     rows = decode_rows(StepPlan(0, tuple(works)), 0)
     assert rows is not None
-    replayed = graphs.run(rows, rows.enter(tables), tables)
-    assert replayed is not None
-    found = replayed.double()
-    built = build_batch(works, tables, block_tokens, served.model.device)
-    hidden_TD = served.model.hidden(built.forward, served.runner.cache)
-    assert hidden_TD is not None
-    wanted = served.model.logits(hidden_TD).double()[:, : found.shape[1]]
-    return float((found - wanted).norm() / wanted.norm())
+    logits_RV = graphs.run(rows, rows.enter(tables), tables)
+    assert logits_RV is not None
+    return works, tables, logits_RV
 
 
 def _different_tokens(served: Served, graphs: SamplerGraphs, count: int, size: int) -> int:

@@ -62,8 +62,12 @@ class RunnerConfig:
     up (torch's symmetric memory). It is tried at the start, and NCCL takes its place where it cannot be had or a sum comes out wrong; the
     log says why. False = NCCL alone."""
     tune_tiles: bool = True
-    """On CUDA, measure at the first start on a kind of device how products of rounded weights and of routed experts are best cut, and keep
-    that in the cache folder ($XDG_CACHE_HOME). Costs up to a minute once; no answer changes by it. Plain weights have nothing to tune."""
+    """On CUDA, measure at the first start on a kind of device how products of rounded weights and of routed experts, and of plain ones with
+    one or two rows, are computed and cut best, and keep that in the cache folder ($XDG_CACHE_HOME). Costs up to a minute once. Ways may
+    differ by a rounding, as cuBLAS's own do."""
+    early_launches: bool = False
+    """On CUDA (Hopper), have kernels of steps of up to 64 tokens begin while the one before them ends, and fetch what they multiply by
+    meanwhile. No answer changes by it. Run on a device for chains of products alone, not yet for whole models: that is why it is off."""
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
     grammar_cache_bytes: int = 64 * 1024 * 1024

@@ -40,6 +40,7 @@ from parallel.fitting import check_fit
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
 from parallel.native.library import native
 from parallel.rounding import FP8
+from parallel.scaled_format import has_triton
 from parallel.shared_kinds import shared_kinds
 from parallel.topology import Topology
 
@@ -150,6 +151,10 @@ def ready_runner(
         NoRoomForKv, InvalidLogits: see `start_rank`.
     """
     groups, device = model.groups, model.device
+    if device.type == "cuda" and has_triton():
+        from parallel.cuda import early  # triton: not to be imported where there is no such device
+
+        early.allow(runner_config.early_launches)
     with _phase("memory", tell):
         capacity = measure_capacity(
             model,

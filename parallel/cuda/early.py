@@ -2,8 +2,8 @@
 launches that each wait for the one before, and what it multiplies by is known long before what is multiplied.
 
 A kernel with ``EARLY`` says at its first line that the next one may begin, which then does as soon as all programs of this one have
-begun. Before `wait_for_the_last` it may read what no kernel of a step writes (weights, tables), and may write nothing: only then is all
-done that came before, reads of what is overwritten here as well.
+begun. Before `wait_for_the_last` it may read what no kernel of a step writes, which is weights and nothing else, and may write nothing:
+only then is all done that came before, reads of what is overwritten here as well. Every kernel that is launched so waits.
 """
 
 from functools import cache
@@ -19,7 +19,13 @@ MOST_ROWS = 64
 """With more rows, kernels have enough to do not to wait for each other, and programs that wait take the place of others."""
 CAPABILITY = (9, 0)
 """Of CUDA devices: the first that can."""
-is_enabled = True
+_allowed = [False]
+"""Of this process; see `allow`."""
+
+
+def allow(allowed: bool) -> None:
+    """From now on launches of few rows begin early, or do not. What was captured stays as it was."""
+    _allowed[0] = allowed
 
 
 @triton.jit
@@ -36,7 +42,7 @@ def wait_for_the_last(EARLY: tl.constexpr):
 
 def early(num_rows: int, x: Tensor) -> dict[str, Any]:
     """Arguments of a launch for so many rows on the device of ``x``."""
-    begins_early = is_enabled and num_rows <= MOST_ROWS and x.device.type == "cuda" and _can(x.device)
+    begins_early = _allowed[0] and num_rows <= MOST_ROWS and x.device.type == "cuda" and _can(x.device)
     return {"EARLY": True, "launch_pdl": True} if begins_early else {"EARLY": False}
 
 

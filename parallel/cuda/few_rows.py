@@ -12,14 +12,19 @@ from torch import Tensor
 
 from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
 from parallel.cuda.quick_launch import quick
-from parallel.cuda.sizes import cdiv, next_power_of_2
+from parallel.cuda.sizes import cdiv
 from parallel.cuda.tiles import LIBRARY, Tile, tiles_of
 from parallel.scaled_format import kind_of
 
+FEWEST_ROWS = (1, 2)
+"""Of a program. With more of them a product is no longer waiting for memory, and matrix units are faster."""
+CANDIDATES = {
+    rows: tuple(Tile(rows, *cut, way="few") for cut in cuts)
+    for rows, cuts in {1: ((2, 2, 1), (4, 4, 1), (2, 4, 1), (4, 1, 2)), 2: ((2, 2, 1), (2, 4, 1), (4, 1, 2))}.items()
+}
+"""By rows: columns, warps, and how many times a thread loads of each column at a time. Unmeasured, no product goes this way."""
 IN_LANE = tl.constexpr(8)
 """Neighbouring numbers of an output that a thread loads at once, and adds up before anything else."""
-FEWEST_ROWS = (1, 2, 4)
-"""Of programs: products of as many rows, or of fewer but more than the next smaller number, are cut alike."""
 
 
 @triton.jit
@@ -29,11 +34,10 @@ def _half(pairs, half: tl.constexpr):
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["has_bias"])
 def _few_rows_kernel(
-    x, numbers, scales, bias, out, num_rows, in_size, stride, out_size,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
-    EARLY: tl.constexpr,
+    x, numbers, scales, bias, out, in_size, stride, out_size, has_bias,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of all rows. ``stride``: bytes, or plain numbers, of one output, filled up. What is multiplied first is on its way
     before the rows are there, and what comes next before that is multiplied."""
@@ -54,7 +58,6 @@ def _few_rows_kernel(
         upper_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2 + 1, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
     wait_for_the_last(EARLY)
     x_1R11 = x + row_1R11 * in_size
-    is_row_1R11 = row_1R11 < num_rows
     sum_VRC1 = tl.zeros([LANES, ROWS, COLUMNS, 1], tl.float32)
     for start in range(0, stride, LANES * IN_LANE):
         then = start + LANES * IN_LANE
@@ -66,14 +69,14 @@ def _few_rows_kernel(
             scale_ahead_V1C1 = tl.load(scales_11C1 + groups_V111, mask=is_scale_V1C1, other=0.0)
             upper_ahead_V1C1 = tl.load(scales_11C1 + groups_V111 + 1, mask=is_scale_V1C1, other=0.0)
             dim_V11I = (start + place_V11I) // 32 * 64 + (start + place_V11I) % 32
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=is_row_1R11 & (dim_V11I < in_size), other=0.0).to(tl.float32)
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
             sum_VRC1 += tl.sum(_half(now_V1CI, 0) * x_VR1I, axis=3, keep_dims=True) * scale_V1C1.to(tl.float32)
             dim_V11I += 32
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=is_row_1R11 & (dim_V11I < in_size), other=0.0).to(tl.float32)
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
             sum_VRC1 += tl.sum(_half(now_V1CI, 1) * x_VR1I, axis=3, keep_dims=True) * upper_V1C1.to(tl.float32)
         else:
             dim_V11I = start + place_V11I
-            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=is_row_1R11 & (dim_V11I < in_size), other=0.0).to(tl.float32)
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
             here_VRC1 = tl.sum(now_V1CI.to(tl.float32) * x_VR1I, axis=3, keep_dims=True)
             if KIND == "int8":
                 here_VRC1 *= scale_ahead_V1C1.to(tl.float32)
@@ -81,9 +84,8 @@ def _few_rows_kernel(
                 scale_ahead_V1C1 = tl.load(scales_11C1 + then_V111 // 128, mask=is_output_11C1 & (then_V111 < stride), other=0.0)
             sum_VRC1 += here_VRC1
     sum_1RC1 = tl.sum(sum_VRC1, axis=0, keep_dims=True)
-    if HAS_BIAS:
-        sum_1RC1 += tl.load(bias + column_11C1, mask=is_output_11C1, other=0.0).to(tl.float32)
-    tl.store(out + row_1R11 * out_size + column_11C1, sum_1RC1.to(out.dtype.element_ty), mask=is_row_1R11 & is_output_11C1)
+    sum_1RC1 += tl.load(bias + column_11C1, mask=is_output_11C1 & (has_bias > 0), other=0.0).to(tl.float32)
+    tl.store(out + row_1R11 * out_size + column_11C1, sum_1RC1.to(out.dtype.element_ty), mask=is_output_11C1)
 
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, otherwise: Callable[[], Tensor]) -> Tensor:
@@ -95,7 +97,6 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None,
     (num_rows, in_size), (num_outputs, stride) = x_TK.shape, numbers.shape
     if kind == "fp8":
         return otherwise()  # matrix units are faster even with one row: here both sides would have to be made wider
-    rows = next_power_of_2(num_rows)
     x_TK = x_TK.contiguous()
 
     def launch(tile: Tile) -> Tensor:
@@ -104,22 +105,14 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None,
         out_TN = x_TK.new_empty((num_rows, num_outputs))
         _few_rows_kernel[(cdiv(num_outputs, tile.columns),)](
             x_TK, numbers, tensors.get("scales", numbers), out_TN if bias_N is None else bias_N, out_TN,
-            num_rows, in_size, stride, num_outputs,
-            KIND=kind, HAS_BIAS=bias_N is not None, ROWS=rows, COLUMNS=tile.columns, LANES=lanes(tile),
+            in_size, stride, num_outputs, int(bias_N is not None),
+            KIND=kind, ROWS=num_rows, COLUMNS=tile.columns, LANES=lanes(tile),
             num_warps=tile.num_warps, **early(num_rows, x_TK),
         )  # fmt: skip
         return out_TN
 
-    others = candidates_for(rows)
-    candidates = (*others, LIBRARY) if kind == "plain" and rows < FEWEST_ROWS[-1] else (LIBRARY, *others)
-    key = f"{kind} by {x_TK.dtype}, {in_size} to {num_outputs}, up to {rows} rows"
-    return launch(tiles_of(x_TK.device).best(key, candidates, launch))
-
-
-def candidates_for(rows: int) -> tuple[Tile, ...]:
-    """Their columns, their warps, and how many times a thread loads of each column at a time."""
-    some = ((2, 2, 1), (4, 4, 1), (2, 4, 1), (1, 1, 4), (4, 1, 2)) if rows <= 2 else ((2, 4, 1), (4, 4, 1), (1, 1, 4))
-    return tuple(Tile(rows, *one, way="few") for one in some)
+    key = f"{kind} by {x_TK.dtype}, {in_size} to {num_outputs}, up to {num_rows} rows"
+    return launch(tiles_of(x_TK.device).best(key, (LIBRARY, *CANDIDATES[num_rows]), launch))
 
 
 def lanes(tile: Tile) -> int:

@@ -33,14 +33,15 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
     monkeypatch.setattr(tiles, "tiles_of", lambda _device: found)
     for module in (few_rows, scaled):
         monkeypatch.setattr(module, "tiles_of", lambda _device: found)
-    monkeypatch.setattr(few_rows, "candidates_for", lambda rows: (tiles.Tile(rows, 64, 1, 1),))  # the interpreter counts programs
+    for rows in few_rows.FEWEST_ROWS:
+        monkeypatch.setitem(few_rows.CANDIDATES, rows, (tiles.Tile(rows, 64, 1, 1),))  # the interpreter counts programs
     monkeypatch.setattr(tiles, "seconds_of", lambda _run: 1.0 / len(found._found or "1"))
     executor = open_executor(dense_folder, max_step_tokens=48)
     requests = [Request(id="r", prompt=PROMPTS[3], sampling=SamplingParams(temperature=0.0, max_tokens=3))]
     before = answer(serve(engine_over(executor, CONFIG), requests)["r", 0])
     open_before = repr(runner_of(executor)._tables)
     tune(runner_of(executor), CONFIG)
-    few = {"up to 1 rows", "up to 2 rows", "up to 4 rows"}
+    few = {"up to 1 rows", "up to 2 rows"}
     assert {key.rpartition(", ")[2] for key in found._found} == few | {"up to 16 rows", "up to 32 rows", "up to 64 rows"}
     assert repr(runner_of(executor)._tables).split("|")[0] == open_before.split("|")[0], "nothing is left open"
     assert answer(serve(engine_over(executor, CONFIG), requests)["r", 0]) == before
@@ -65,3 +66,17 @@ def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, m
     config = RunnerConfig(kv_cache_bytes=1 << 20, tune_tiles=tune_tiles, cuda_graphs=False)
     ready_runner(model, None, runner_config=config, engine_config=CONFIG)  # type: ignore[arg-type]
     assert tuned == [runner] * tune_tiles
+
+
+@pytest.mark.parametrize("early_launches", [True, False])
+def test_launches_begin_early_where_the_setting_says_so(early_launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from parallel.cuda import early
+
+    said: list[bool] = []
+    monkeypatch.setattr(early, "allow", said.append)
+    monkeypatch.setattr("engine.run.start.measure_capacity", lambda *_args, **_options: pytest.fail("said too late"))
+    model = SimpleNamespace(groups=single_rank_groups(), device=torch.device("cuda", 0))
+    with pytest.raises(pytest.fail.Exception, match="said too late"):
+        ready_runner(model, None, runner_config=RunnerConfig(early_launches=early_launches), engine_config=CONFIG)  # type: ignore[arg-type]
+    assert said == [early_launches]

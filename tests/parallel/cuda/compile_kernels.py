@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that need not be there: `python -m tests.parallel.cuda.compile_kernels`.
 
-Prints a line per kernel: name, bytes of its binary, shared memory it takes, and in how many places it loads one byte.
+Prints a line per kernel: name, bytes of its binary, shared memory it takes, in how many places it loads one byte, and in how many it reads
+or writes before it has waited for the last launch (see `parallel.cuda.early`).
 """
 
 import re
@@ -310,12 +311,12 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         (
             few_rows._few_rows_kernel,
             {"x": "*bf16", "numbers": NUMBERS.get(kind, "*bf16"), "scales": SCALES.get(kind, "*bf16"), "bias": "*bf16", "out": "*bf16"}
-            | dict.fromkeys(("num_rows", "in_size", "stride", "out_size"), "i32"),
-            {"KIND": kind, "HAS_BIAS": True, "ROWS": tile.rows, "COLUMNS": tile.columns, "LANES": few_rows.lanes(tile)},
+            | dict.fromkeys(("in_size", "stride", "out_size", "has_bias"), "i32"),
+            {"KIND": kind, "ROWS": tile.rows, "COLUMNS": tile.columns, "LANES": few_rows.lanes(tile)},
             {"num_warps": tile.num_warps},
         )
         for kind in ("plain", "int8", "int4")
-        for tile in _wanted(*(few_rows.candidates_for(rows) for rows in (1, 2, 4)))
+        for tile in _wanted(*few_rows.CANDIDATES.values())
     ),
     (
         by_expert._sort_kernel,
@@ -348,7 +349,12 @@ def main() -> int:
         source = ASTSource(fn=kernel, signature=signature, constexprs=wanted, attrs=whole)
         compiled = triton.compile(source, target=HOPPER, options=options)
         single = len(re.findall(r"ld\.global\S*\.b8\b", compiled.asm["ptx"]))
-        print(f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes shared, {single} of a byte")
+        before, _, _ = compiled.asm["ptx"].partition("griddepcontrol.wait") if "EARLY" in constants else ("", "", "")
+        reads, writes = len(re.findall(r"\bld\.global", before)), len(re.findall(r"\b(?:st|atom|red)\.", before))
+        print(
+            f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes shared, {single} of a byte, "
+            f"{reads} read early, {writes} written early"
+        )
     return 0
 
 
