@@ -50,6 +50,8 @@ class Sizes:
     contexts: Sequence[int] = (1, 15, 16, 17, 640, 5000)
     prompts: Sequence[tuple[int, int]] = ((0, 700), (513, 130), (0, 33))
     """(behind, new)"""
+    timed_prompts: Sequence[tuple[int, int]] = ((0, 8192), (0, 2048), (2048, 2048), (8000, 512))
+    """(behind, new)"""
     timed: Sequence[tuple[int, int]] = ((1, 1024), (1, 30000), (32, 1024), (128, 1024))
     """(sequences, context)"""
     width: int = 3584
@@ -62,7 +64,7 @@ class Sizes:
 
 
 TINY = Sizes(
-    heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 5),), timed=((1, 20),), width=64, inner=96, rows=(1, 5),
+    heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 5),), timed_prompts=((3, 5),), timed=((1, 20),), width=64, inner=96, rows=(1, 5),
     experts=(4, 2, 32), vocab_size=300, undecided=2,
 )  # fmt: skip
 DRAWN = {
@@ -164,7 +166,16 @@ class Checks:
 
     def _prefill(self) -> None:
         for heads in self._sizes.heads:
-            self._attend(list(self._sizes.prompts), heads, self._dtype)
+            for kv_dtype in self._kv_dtypes():
+                self._attend(list(self._sizes.prompts), heads, kv_dtype)
+        heads = self._sizes.heads[0]
+        for behind, new in self._sizes.timed_prompts:
+            for kv_dtype in self._kv_dtypes():
+                self._results.go_on()
+                run = self._attending([(behind, new)], heads, kv_dtype).run
+                rate = 4 * heads[0] * heads[2] * new * (behind + new / 2) / median_s(run, self._device)
+                name = f"prompt of {new} behind {behind}, KV in {kv_dtype}"
+                self._results.add("kernels", name, rate / 1e12, "TFLOP/s", self._ceilings.flop_per_s / 1e12)
 
     def _flashinfer(self) -> None:
         """As our own kernel is judged, where it is installed; and how fast both are with a long prompt."""

@@ -51,6 +51,13 @@ def _places(block_L, start, stop, block_stride, token_stride, TILE: tl.constexpr
 
 
 @triton.jit
+def _as_float16(q):
+    """A sixteenth of queries, so that none is too large for float16, which has three digits more than bfloat16. Two numbers in FP8 become
+    float16 by one instruction, and bfloat16 by five, of which two are slow (and Triton takes some for it that Ada has not)."""
+    return (q.to(tl.float32) * 0.0625).to(tl.float16)
+
+
+@triton.jit
 def _of_pairs(pairs, IN_ASSEMBLY: tl.constexpr):
     """The two e4m3 numbers of 16 bits, as float16. IN_ASSEMBLY that takes three instructions for two of each, otherwise some ten, and only
     so it can be interpreted."""
@@ -110,9 +117,8 @@ def _decode_kernel(
     q += sequence.to(tl.int64) * q_token_stride
     if IN_PAIRS:
         place_PW = head_P[:, None] * HEAD_DIM + 2 * dims_W[None, :]
-        # Halved so often that none is too large for float16, which holds more digits than bfloat16.
-        q_PW = (tl.load(q + place_PW, mask=mask_PW, other=0.0).to(tl.float32) * 0.0625).to(tl.float16)
-        odd_q_PW = (tl.load(q + place_PW + 1, mask=mask_PW, other=0.0).to(tl.float32) * 0.0625).to(tl.float16)
+        q_PW = _as_float16(tl.load(q + place_PW, mask=mask_PW, other=0.0))
+        odd_q_PW = _as_float16(tl.load(q + place_PW + 1, mask=mask_PW, other=0.0))
         scale_log2 *= 16.0
     else:
         q_PW = tl.load(q + head_P[:, None] * HEAD_DIM + dims_W[None, :], mask=mask_PW, other=0.0)
@@ -223,7 +229,7 @@ def _prefill_kernel(
     q, keys, values, out, tables, lengths, query_starts, tile_sequence, tile_token, first_head, num_heads_of,
     scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, IN_FLOAT16: tl.constexpr,
 ):  # fmt: skip
     """TOKENS neighbouring new tokens of one sequence, one KV head of n query heads: row r is token r // n, head r % n."""
     # The last tokens of a prompt see most: who computes them begins first, and is not waited for alone at the end.
@@ -242,6 +248,8 @@ def _prefill_kernel(
     q_RK = tl.load(
         q + token_place_R[:, None] * q_token_stride + (first + head_R)[:, None] * HEAD_DIM + dims_K[None, :], mask=mask_RK, other=0.0
     )
+    if IN_FLOAT16:
+        q_RK, scale_log2 = _as_float16(q_RK), scale_log2 * 16.0
     before = length - num_new
     last_seen_R = before + token_R if CAUSAL else tl.full([ROWS], 0, tl.int32) + (length - 1)
     stop = before + first_token + tokens_here if CAUSAL else length
@@ -363,7 +371,7 @@ def prefill(
         heads.first_G, heads.count_G, head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_THK.stride(0), *keys_NBGK.stride()[:3], num_heads,
         HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), TOKENS=tile.rows // heads.largest_group, ROWS=tile.rows,
         BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_THK.dtype), CAUSAL=is_causal,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        IN_FLOAT16=keys_NBGK.dtype == FP8 and q_THK.dtype != torch.float32, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
@@ -384,10 +392,11 @@ def merge_warps(size: int) -> int:
 
 def prefill_tile(head_dim: int, dtype: torch.dtype) -> PrefillTile:
     """What was fastest on an H200 with chunks of 2,048 tokens in half precision; in float32 what fits an A100."""
-    num_stages = 2 if dtype == torch.float32 else 3
     if head_dim > 64:
-        return PrefillTile(rows=128, positions=64, num_warps=8, num_stages=num_stages)
-    return PrefillTile(rows=64, positions=128, num_warps=4, num_stages=num_stages)
+        return PrefillTile(rows=128, positions=64, num_warps=8, num_stages=2 if dtype == torch.float32 else 3)
+    if dtype == torch.float32:
+        return PrefillTile(rows=64, positions=64, num_warps=4, num_stages=2)
+    return PrefillTile(rows=64, positions=128, num_warps=4, num_stages=3)
 
 
 def tokens_per_tile(heads: Heads, head_dim: int) -> int:

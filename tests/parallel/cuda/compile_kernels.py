@@ -85,13 +85,13 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         DECODE_OPTIONS,
     ),
     *(
-        (paged_attention._prefill_kernel, ATTENTION | PLACES, SIZES | PREFILL | {"CAUSAL": causal}, PREFILL_OPTIONS)
+        (paged_attention._prefill_kernel, ATTENTION | PLACES, SIZES | PREFILL | {"CAUSAL": causal, "IN_FLOAT16": False}, PREFILL_OPTIONS)
         for causal in (True, False)
     ),
     (
         paged_attention._prefill_kernel,
         ATTENTION | PLACES | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
-        SIZES | PREFILL | {"CAUSAL": True},
+        SIZES | PREFILL | {"CAUSAL": True, "IN_FLOAT16": True},
         PREFILL_OPTIONS,
     ),
     (
