@@ -6,6 +6,7 @@ Both compute the same rows with the same kernels, so no rounding is between them
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import patch
 
 from benchmarks.gpu.models import Served
 from benchmarks.gpu.results import Results
@@ -40,18 +41,42 @@ def wrong_ahead(results: Results, name: str, served: Served, *, kinds: Sequence[
     ]
 
 
-def _answers(served: Served, config: EngineConfig, requests: Sequence[Request]) -> dict[str, list[int]]:
-    """
+def wrong_beside_prompts(results: Results, name: str, served: Served, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
+    """What is wrong with answers to requests that come one after the other, so that prompts come beside those that decode. Both times
+    the same steps, of the same rows, are launched; what they sample is replayed once, and drawn row by row the other time."""
+    draw, vocab_size = random.Random(), served.model.config.vocab_size
+    requests = [
+        Request(
+            id=f"beside-{number}",
+            prompt=tuple(draw.randrange(vocab_size) for _ in range(draw.randint(3, TOKENS_IN))),
+            sampling=replace(draw.choice(kinds), seed=number, max_tokens=draw.randint(2, TOKENS_OUT)),
+        )
+        for number in range(count)
+    ]
+    config = replace(served.config, run_ahead=False, prompt_share=1.0)  # the same plans, however long steps take
+    found = _answers(served, config, requests, at_once=False)
+    with patch.object(served.runner, "_begin_launched", return_value=None):
+        wanted = _answers(served, config, requests, at_once=False)
+    different = sum(found[key] != wanted[key] for key in wanted)
+    results.add(
+        "replays", f"{name}: answers of {count} that differ where prompts' steps are sampled by replays", float(different), "answers"
+    )
+    return [f"{name}: {different} of {count} answers differ where prompts' steps are sampled by replays"] if different else []
+
+
+def _answers(served: Served, config: EngineConfig, requests: Sequence[Request], *, at_once: bool = True) -> dict[str, list[int]]:
+    """To all at once, or each a step after the one before.
+
     Raises:
         RuntimeError: a request failed.
     """
     executor = served.engine.executor
     executor.submit(StepPlan(0, (), closed=tuple(range(2 * len(requests))))).result()  # each engine counts its sequences from 0
     engine, tokens = Engine(executor, config), {request.id: list[int]() for request in requests}
-    for request in requests:
-        engine.submit(request)
-    running = set(tokens)
+    running, coming = set(tokens), list(reversed(requests))
     while running:
+        for _ in range(len(coming) if at_once else min(1, len(coming))):
+            engine.submit(coming.pop())
         for event in engine.turn():
             if event.finish_reason == "error":
                 raise RuntimeError(f"{event.request_id}: {event.error_message}")

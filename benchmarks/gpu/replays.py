@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.ahead import wrong_ahead
+from benchmarks.gpu.ahead import wrong_ahead, wrong_beside_prompts
 from benchmarks.gpu.models import Served
 from benchmarks.gpu.results import Results
 from engine.plan import Opening, StepPlan, Work
@@ -63,6 +63,8 @@ def check(results: Results, name: str, served: Served) -> None:
     for count in (1, 33):
         results.go_on()
         wrong += wrong_ahead(results, name, served, kinds=KINDS, count=count)
+    results.go_on()
+    wrong += wrong_beside_prompts(results, name, served, kinds=KINDS, count=33)
     assert not wrong, "; ".join(wrong)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _enter_kernel(
     given, sampled, tokens, slots, lengths, tables, num_rows, given_stride, table_stride, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):

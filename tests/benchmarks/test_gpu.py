@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import ahead, collectives, parts, whole
-from benchmarks.gpu.ahead import wrong_ahead
+from benchmarks.gpu.ahead import wrong_ahead, wrong_beside_prompts
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import Served, config_of, random_model
@@ -228,6 +228,23 @@ def test_answers_that_differ_a_step_ahead_are_seen(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ahead, "_answers", other)
     assert wrong_ahead(results, "tiny", served, kinds=kinds, count=5) == ["tiny: 1 of 5 answers differ a step ahead"]
+
+
+def test_answers_that_differ_beside_prompts_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(random_model("tiny", torch.device("cpu")), max_running=8, kv_cache_bytes=1 << 20)
+    results, kinds = Results(None, 1.0), [SamplingParams(temperature=0.0), SamplingParams(top_k=20, repetition_penalty=1.1)]
+    monkeypatch.setattr(ahead, "TOKENS_OUT", 6)
+    assert wrong_beside_prompts(results, "tiny", served, kinds=kinds, count=5) == []
+    assert [figure.value for figure in results.figures] == [0.0]
+    answers, calls = ahead._answers, count(1)
+
+    def other(*arguments: Any, **named: Any) -> dict[str, list[int]]:
+        found = answers(*arguments, **named)
+        return found | {"beside-2": []} if next(calls) == 1 else found
+
+    monkeypatch.setattr(ahead, "_answers", other)
+    (wrong,) = wrong_beside_prompts(results, "tiny", served, kinds=kinds, count=5)
+    assert wrong.startswith("tiny: 1 of 5 answers differ")
 
 
 @pytest.mark.slow
