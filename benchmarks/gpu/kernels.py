@@ -315,8 +315,12 @@ class Checks:
         params = DrawParams(numbers[0], numbers[1].long(), numbers[2], numbers[3], uniform_R)
         wanted, _ = draw_filtered(logits, params, width, whole_weight(logits, params))
         none = torch.zeros(count, dtype=torch.int64)
-        given = [x.to(self._device) for x in (logits, *numbers[:1], params.top_k_R, *numbers[2:], uniform_R, none, none)]
-        different = int((draw_undecided(*given).cpu() != wanted).sum())
+        given = [
+            x.contiguous().to(self._device)
+            for x in (none.clone(), logits, numbers[0], params.top_k_R, numbers[2], numbers[3], uniform_R, none)
+        ]
+        draw_undecided(*given)
+        different = int((given[0].cpu() != wanted).sum())
         self._results.add("kernels", f"undecided rows that differ from the CPU's, of {count}", float(different), "rows")
         self._expect(not different, f"{different} of {count} undecided rows differ")
         for name, decided in (("undecided", 0), ("decided", 1)):

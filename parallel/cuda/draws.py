@@ -33,7 +33,7 @@ from parallel.cuda.noise import uniform_of
 from parallel.cuda.nuclei import draw_nuclei
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import next_power_of_2
-from parallel.cuda.whole_rows import draw_undecided_into
+from parallel.cuda.whole_rows import draw_undecided
 
 STRETCH = 128
 ROOM = 2048
@@ -305,7 +305,7 @@ def draw(
             min_p_R=min_p_R, uniform_R=uniform_R,
         )  # fmt: skip
     if most > GREEDY.value:
-        draw_undecided_into(report_3R[0], logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R, decided_R)
+        draw_undecided(report_3R[0], logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R, decided_R)
 
 
 def highest_of_parts(logits_RV: Tensor) -> Tensor:

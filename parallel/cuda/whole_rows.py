@@ -106,23 +106,6 @@ def _draw_kernel(
 
 
 def draw_undecided(
-    logits_RV: Tensor,
-    temperature_R: Tensor,
-    top_k_R: Tensor,
-    top_p_R: Tensor,
-    min_p_R: Tensor,
-    uniform_R: Tensor,
-    chosen_R: Tensor,
-    decided_R: Tensor,
-) -> Tensor:
-    """``chosen_R`` (int64) with what is drawn wherever ``decided_R`` (int64) is 0; the others' programs end at once."""
-    out_R = chosen_R.clone()
-    per_row = (temperature_R, top_k_R, top_p_R, min_p_R, uniform_R, decided_R)
-    draw_undecided_into(out_R, logits_RV, *(x.contiguous() for x in per_row))
-    return out_R
-
-
-def draw_undecided_into(
     chosen_R: Tensor,
     logits_RV: Tensor,
     temperature_R: Tensor,
@@ -132,7 +115,8 @@ def draw_undecided_into(
     uniform_R: Tensor,
     decided_R: Tensor,
 ) -> None:
-    """As `draw_undecided`, in place; all contiguous but the logits."""
+    """Write to ``chosen_R`` (int64) what is drawn wherever ``decided_R`` (int64) is 0; the others' programs end at once. What rows want is
+    as in `engine.run.sampling.filters.DrawParams`, and contiguous."""
     num_rows, width = logits_RV.shape
     assert logits_RV.stride(1) == 1
     if num_rows:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from engine.run.sampling.search import candidates, num_certain
-from parallel.scaled_format import has_triton
 
 WEIGHT_BITS = 44
 """The most probable id weighs 2^44, the others in proportion, rounded down: below 2^-44 of its probability is never drawn."""
@@ -82,11 +81,6 @@ def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, wh
 
 def draw_undecided(logits_RV: Tensor, params: DrawParams, chosen_R: Tensor, decided_R: Tensor) -> Tensor:
     """``chosen_R`` with what is drawn from the whole vocabulary wherever ``decided_R`` (int64) is 0; asks the host nothing."""
-    if logits_RV.device.type == "cuda" and has_triton():
-        from parallel.cuda.whole_rows import draw_undecided as where_it_lies  # triton: not to be imported where there is no such device
-
-        numbers = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R, params.uniform_R)
-        return where_it_lies(logits_RV, *numbers, chosen_R, decided_R)
     drawn_R, _ = draw_filtered(logits_RV, params, logits_RV.shape[1], whole_weight(logits_RV, params))
     return torch.where(decided_R > 0, chosen_R, drawn_R)
 

@@ -6,8 +6,6 @@ R rows, V ids that can be sampled, C candidates, N stretches.
 import torch
 from torch import Tensor
 
-from parallel.scaled_format import has_triton
-
 _STRETCH = 64
 """Ids per stretch where few are sought."""
 
@@ -20,10 +18,6 @@ _LONG_STRETCH = 512
 
 def highest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     """The highest logit of each row and its id, of equal ones the lowest; NaN, and any id, where a row holds a NaN."""
-    if logits_RV.device.type == "cuda" and has_triton():
-        from parallel.cuda.highest import highest as in_two_launches  # triton: not to be imported where there is no such device
-
-        return in_two_launches(logits_RV)
     stretches_RN = _highest_of_stretches(logits_RV, _LONG_STRETCH)
     stretch_R1 = stretches_RN.argmax(-1, keepdim=True)  # of equal ones the first
     ids_RC = _ids_of(stretch_R1, _LONG_STRETCH).clamp(max=logits_RV.shape[1] - 1)

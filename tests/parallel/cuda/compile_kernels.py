@@ -22,7 +22,6 @@ from parallel.cuda import (
     enter,
     experts,
     few_rows,
-    highest,
     keys,
     noise,
     nuclei,
@@ -141,32 +140,12 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         {"num_warps": 4},
     ),
     (
-        highest._parts_kernel,
-        {
-            "x": "*bf16",
-            "part_highest": "*fp32",
-            "part_ids": "*i32",
-            "width": "i32",
-            "readable": "i32",
-            "row_stride": "i32",
-            "num_parts": "i32",
-        },
-        {"BLOCK": highest.BLOCK},
-        {"num_warps": 8},
-    ),
-    (
         enter._enter_kernel,
         dict.fromkeys(("given", "sampled", "tokens", "slots"), "*i64")
         | dict.fromkeys(("lengths", "tables"), "*i32")
         | dict.fromkeys(("num_rows", "given_stride", "table_stride"), "i32"),
         {"BLOCK_TOKENS": 16, "BLOCK": enter.BLOCK},
         {"num_warps": 4},
-    ),
-    (
-        highest._rows_kernel,
-        {"part_highest": "*fp32", "part_ids": "*i32", "highest_of": "*fp32", "id_of": "*i64", "num_parts": "i32"},
-        {"PARTS": 64},
-        {"num_warps": 1},
     ),
     *(
         (

@@ -36,7 +36,8 @@ def test_what_is_drawn_is_what_sorting_gives(lies_at_whole_units: bool, ties: bo
     per_row = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R, params.uniform_R)
     chosen_R = torch.full_like(decided_R, 77)
     laid = aligned(logits_RV.to(device)) if lies_at_whole_units else logits_RV.to(device)
-    found = draw_undecided(laid, *(x.to(device) for x in (*per_row, chosen_R, decided_R))).cpu()
+    found = chosen_R.to(device)
+    draw_undecided(found, laid, *(x.contiguous().to(device) for x in (*per_row, decided_R)))
     wanted[4] = 77
     assert found.tolist() == wanted.tolist()
 
@@ -46,5 +47,6 @@ def test_a_row_of_nan_gives_some_id(device: torch.device) -> None:
 
     row, one = torch.full((1, 300), torch.nan, device=device), torch.ones(1, dtype=torch.float64, device=device)
     undecided = torch.zeros(1, dtype=torch.int64, device=device)
-    found = draw_undecided(row, one, undecided + 300, one, one * 0, one / 2, undecided - 7, undecided)
+    found = undecided - 7
+    draw_undecided(found, row, one, undecided + 300, one, one * 0, one / 2, undecided)
     assert 0 <= found.item() < 300
