@@ -6,6 +6,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,15 +19,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import ahead, collectives, parts, whole
+from benchmarks.gpu import ahead, collectives, early, parts, whole
 from benchmarks.gpu.ahead import wrong_ahead, wrong_beside_prompts
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import Served, config_of, random_model
 from benchmarks.gpu.results import Results
 from engine.request import SamplingParams
+from engine.run.warm_up import capture
 from model.config import ModelConfig
+from model.formats import Formats
 from model.qwen2 import Qwen2
+from parallel.weight_format import Dense
+from tests.engine.run.captured import use_capturable_parts
+from tests.fakes.graphs import RecordedGraphs
 
 
 @pytest.mark.parametrize(
@@ -252,3 +258,29 @@ def test_all_of_it_runs_through_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     assert gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 0
     assert "| kernels |" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_steps_whose_launches_begin_early_are_held_against_the_others(
+    changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_capturable_parts(monkeypatch)
+    monkeypatch.setattr("benchmarks.gpu.models.choose_formats", lambda *_args: Formats(Dense(torch.float32), Dense(torch.float32)))
+    monkeypatch.setattr(early, "ROWS", (1, 3))
+    monkeypatch.setattr(early, "KV_CACHE_BYTES", 1 << 20)
+
+    def served(model: Qwen2, *, early_launches: bool, **options: Any) -> Served:
+        found = Served(model, early_launches=early_launches, **options)
+        capture(found.runner, RecordedGraphs(), found.config)
+        if changes and early_launches:
+            assert found.model.norm is not None
+            assert found.model.norm.weight is not None
+            found.model.norm.weight.mul_(1.5)
+        return found
+
+    monkeypatch.setattr(early, "Served", served)
+    results = Results(tmp_path, 1.0)
+    with pytest.raises(AssertionError, match=r"tiny: launches that begin early change logits of 1; .* of 3") if changes else nullcontext():
+        early.compare(results, "tiny", random_model("tiny", torch.device("cpu")))
+    names = [f"tiny: step of {rows}, {way}" for way in ("as ever", "early") for rows in (1, 3)]
+    assert [figure.name for figure in results.figures] == names
