@@ -381,8 +381,14 @@ SMALLEST_DOT = 16
 
 def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int) -> DecodeTile:
     """What was fastest on an H200. Where contexts are not cut there are programs enough: then those win that take less shared memory."""
-    read_ahead_bytes = 128 if parts == 1 else 256
-    return DecodeTile(positions=64, num_warps=4, num_stages=3 if head_dim * kv_dtype.itemsize <= read_ahead_bytes else 2)
+    num_bytes = head_dim * kv_dtype.itemsize
+    if num_bytes <= 128:
+        return DecodeTile(positions=64, num_warps=4, num_stages=3)
+    if num_bytes > 256 or parts == 1:
+        return DecodeTile(positions=64, num_warps=4, num_stages=2)
+    if 2 < parts <= 16:
+        return DecodeTile(positions=32, num_warps=2, num_stages=4)
+    return DecodeTile(positions=64, num_warps=4, num_stages=3)
 
 
 def merge_warps(size: int) -> int:
