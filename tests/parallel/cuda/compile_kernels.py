@@ -33,7 +33,7 @@ from parallel.cuda import (
     tiles,
     whole_rows,
 )
-from parallel.rounding import FP8_MOST
+from parallel.rounding import FP8, FP8_MOST
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}
@@ -42,8 +42,9 @@ ATTENTION = {"q": "*bf16", "out": "*bf16", **CACHE, "scale_log2": "fp32", **STRI
 PLACES = {"tile_sequence": "*i32", "tile_token": "*i32", "query_starts": "*i32"}
 SIZES = {"HEAD_DIM": 128, "PADDED_DIM": 128, "BLOCK_TOKENS": 16, "PRECISION": "tf32"}
 PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
-DECODE_TILE = paged_attention.decode_tile(128, torch.bfloat16, 8)
-DECODE = {"PADDED_GROUP": 16, "TILE": DECODE_TILE.positions, "IN_ASSEMBLY": True}
+DECODE_TILE = paged_attention.decode_tile(128, torch.bfloat16, 64)
+FP8_DECODE_TILE = paged_attention.decode_tile(128, FP8, 64)
+DECODE = {"PADDED_GROUP": 16, "IN_ASSEMBLY": True}
 DECODE_OPTIONS = {"num_warps": DECODE_TILE.num_warps, "num_stages": DECODE_TILE.num_stages}
 PREFILL_TILE = paged_attention.prefill_tile(128, torch.bfloat16)
 PREFILL = {"TOKENS": PREFILL_TILE.rows // 7, "TILE": PREFILL_TILE.positions, "ROWS": PREFILL_TILE.rows}
@@ -76,12 +77,17 @@ def _wanted(*choices: Sequence[tiles.Tile]) -> list[tiles.Tile]:
 
 
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
-    (paged_attention._decode_kernel, ATTENTION | PARTS, SIZES | DECODE | {"IN_PAIRS": False}, DECODE_OPTIONS),
+    (
+        paged_attention._decode_kernel,
+        ATTENTION | PARTS,
+        SIZES | DECODE | {"IN_PAIRS": False, "TILE": DECODE_TILE.positions},
+        DECODE_OPTIONS,
+    ),
     (
         paged_attention._decode_kernel,
         ATTENTION | PARTS | {"keys": "*u16", "values": "*u16"},
-        SIZES | DECODE | {"IN_PAIRS": True},
-        DECODE_OPTIONS,
+        SIZES | DECODE | {"IN_PAIRS": True, "TILE": FP8_DECODE_TILE.positions},
+        {"num_warps": FP8_DECODE_TILE.num_warps, "num_stages": FP8_DECODE_TILE.num_stages},
     ),
     *(
         (paged_attention._prefill_kernel, ATTENTION | PLACES, SIZES | PREFILL | {"CAUSAL": causal, "IN_FLOAT16": False}, PREFILL_OPTIONS)
