@@ -60,12 +60,12 @@ def tune(runner: Runner, engine_config: EngineConfig) -> None:
     if not has_triton():
         return
     from parallel.cuda.few_rows import FEWEST_ROWS  # triton: not to be imported where there is no such device
-    from parallel.cuda.tiles import MOST_ROWS, seconds_of, tiles_of
+    from parallel.cuda.tiles import MEASURED_ROWS, seconds_of, tiles_of
 
     most_tokens, most_running = engine_config.max_step_tokens, engine_config.max_running
     tiles = tiles_of(runner.device)
     with tiles.measuring(seconds_of):
-        up_to = sorted({most_tokens, *(min(most, most_tokens) for most in MOST_ROWS)})
+        up_to = sorted({most_tokens, *(min(most, most_tokens) for most in MEASURED_ROWS)})
         for tokens in (*up_to, *FEWEST_ROWS):  # the fewest last: products of up to 16 are to be cut for 16
             run_and_forget(
                 runner,

@@ -1,6 +1,7 @@
 """Products with matrices that were rounded to 8 or 4 bits (`parallel.scaled_format`). T rows, K input features, N outputs."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 import triton
@@ -12,15 +13,16 @@ from parallel.cuda.products import DEPTH, INT4_GROUP, product_tile, tile_of
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
 from parallel.cuda.swapped import INT8_GROUP, SWAPPED_DEPTH, sum_kernel, swapped_kernel
-from parallel.cuda.tiles import Tile, candidates_for, rows_in_words, tiles_of
+from parallel.cuda.tiles import Tile, candidates_for, rows_cut_alike, rows_in_words, tiles_of
 from parallel.rounding import FP8, FP8_MOST
-from parallel.scaled_format import kind_of
+from parallel.scaled_format import Kind, kind_of
 from parallel.weight_format import MOST_FEW_ROWS
 
 FP8_BLOCK = 32768
 """Features of a row that a program takes at a time at most: of a single row nearly all that rounding takes is waiting for it."""
 PER_WARP = 1024
 SUM_BLOCK, UNPACK_BLOCK = 512, 2048
+ROWWISE_CAPABILITY = (9, 0)
 UNPACKED_BYTES = 256 << 20
 """Of a matrix that cuBLAS multiplies, unpacked at a time."""
 
@@ -117,12 +119,27 @@ def multiply_by_units(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tenso
     x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), tensors["scales"])
 
     def launch(tile: Tile) -> Tensor:
-        ways = {"rows": _multiply_by_rows, "swapped": _multiply_swapped, "library": _multiply_by_library}
-        return ways[tile.way](x, row_scales, tensors, bias_N, x_TK.dtype, tile)
+        return WAYS[tile.way](x, row_scales, tensors, bias_N, x_TK.dtype, tile)
 
-    key = f"{kind} by {x_TK.dtype}, {in_size} to {num_outputs}, {rows_in_words(num_rows)}"
-    candidates = [tile for tile in candidates_for(num_rows) if tile.way != "library" or _has_library(kind, in_size, num_outputs, x_TK)]
+    key, candidates = _choice(kind, x_TK.dtype, x_TK.device, in_size, num_outputs, rows_cut_alike(num_rows))
     return launch(tiles_of(x.device).best(key, candidates, launch))
+
+
+@cache  # as it is asked at every product
+def _choice(
+    kind: Kind, dtype: torch.dtype, device: torch.device, in_size: int, num_outputs: int, most_rows: int | None
+) -> tuple[str, tuple[Tile, ...]]:
+    """What a product is measured as, and the ways that there are."""
+    has_library = kind != "fp8" or _has_rowwise_fp8(device, dtype, in_size, num_outputs)
+    key = f"{kind} by {dtype}, {in_size} to {num_outputs}, {rows_in_words(most_rows)}"
+    return key, candidates_for(kind, most_rows, has_library=has_library)
+
+
+def _has_rowwise_fp8(device: torch.device, dtype: torch.dtype, in_size: int, num_outputs: int) -> bool:
+    """cuBLAS has FP8 with scales of rows from Hopper on, of whole 16 features, and gives bfloat16."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < ROWWISE_CAPABILITY:
+        return False
+    return in_size % 16 == 0 and num_outputs % 16 == 0 and dtype == torch.bfloat16
 
 
 def _multiply_by_rows(
@@ -164,11 +181,6 @@ def _multiply_swapped(
     return out_TN
 
 
-def _has_library(kind: str, in_size: int, num_outputs: int, x_TK: Tensor) -> bool:
-    """cuBLAS multiplies FP8 of whole 16 features, and gives bfloat16 where rows have scales."""
-    return kind != "fp8" or (in_size % 16 == 0 and num_outputs % 16 == 0 and x_TK.dtype == torch.bfloat16)
-
-
 def _multiply_by_library(
     x: Tensor, row_scales: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, dtype: torch.dtype, _tile: Tile
 ) -> Tensor:
@@ -189,6 +201,9 @@ def _multiply_by_library(
         else:
             torch.addmm(bias_N[first : first + at_once], x, some_NK.T, out=into)
     return out_TN
+
+
+WAYS = {"rows": _multiply_by_rows, "swapped": _multiply_swapped, "library": _multiply_by_library}
 
 
 def unpack_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> Tensor:

@@ -41,41 +41,43 @@ class Tile:
 
 
 LIBRARY = Tile(0, 0, way="library")
-FEW_ROWS = (Tile(16, 64), Tile(16, 32), Tile(16, 16, 2, 6), Tile(16, 64, 4, 6))
-"""For up to 32 rows, which read much and compute little: many narrow programs, or deeper queues of loads."""
-MANY_ROWS = (Tile(64, 64), Tile(64, 128), Tile(128, 128, 8, 3))
-SWAPPED = {
-    16: ((64, 4, 3), (64, 4, 6), (128, 8, 4)),
-    32: ((64, 4, 4), (128, 8, 4)),
-    64: ((64, 4, 4), (64, 4, 3)),
-    128: ((64, 4, 4), (128, 8, 3)),
-}
-"""By their rows: outputs, warps and stages."""
+STAGES = {"int8": {16: 3, 32: 4, 64: 3, 128: 4}, "int4": {16: 3, 32: 4, 64: 3}, "fp8": {16: 6, 32: 4, 64: 4, 128: 4}}
+"""Of `parallel.cuda.swapped` with so many rows: what won on an H200, always with 64 outputs and four warps, of two to six cuts each. With
+more rows than those cuBLAS won."""
 PARTS = (2, 1, 4, 8)
-MOST_ROWS = (16, 32, 64, 128, 256, 512)
+BESIDE = {16: Tile(16, 64), 32: Tile(16, 64), 64: Tile(64, 64), 128: Tile(64, 64)}
+"""By `parallel.cuda.products`, for devices that are no H200: there they won nowhere."""
+WITHOUT_LIBRARY = Tile(128, 128, 8, 3)
+MOST_ROWS = (16, 32, 64, 128)
 """Products of as many rows, or of fewer but more than the next smaller number, are cut alike."""
-MOST_FEW, MOST_SWAPPED = 32, 256
+MEASURED_ROWS = (*MOST_ROWS, 512)
+"""Steps of so many tokens show all products that are to be measured; with the last, routed experts have some rows each."""
 MOST_FINE = 64
 """Rows of which our kernels are faster than cuBLAS on an H200, whatever the numbers; with more, the matrix is cut into fewer parts."""
 
 
-def candidates_for(num_rows: int) -> tuple[Tile, ...]:
-    """The first is taken unmeasured, if this device can do it at all."""
-    ours = (*swapped_for(num_rows), *(FEW_ROWS if num_rows <= MOST_FEW else MANY_ROWS))
-    return ours if num_rows <= MOST_FINE else (LIBRARY, *ours)
+def candidates_for(kind: str, most: int | None, *, has_library: bool = True) -> tuple[Tile, ...]:
+    """For what `rows_cut_alike` gives. The first is taken unmeasured, if this device can do it at all. Each costs the first start on a kind
+    of device a second or two of compiling, but for numbers of parts."""
+    library = (LIBRARY,) if has_library else ()
+    if most is None or (most > MOST_FINE and most not in STAGES[kind]):
+        return library or (WITHOUT_LIBRARY,)
+    ours = (*swapped_for(kind, most), BESIDE[most])
+    return ours if most <= MOST_FINE else (*library, *ours)
 
 
-def swapped_for(num_rows: int) -> tuple[Tile, ...]:
-    if num_rows > MOST_SWAPPED:
-        return ()
-    rows = next((rows for rows in SWAPPED if num_rows <= rows), max(SWAPPED))
-    parts = PARTS if rows <= MOST_FINE else (1, 2)
-    return tuple(Tile(rows, *cut, way="swapped", parts=some) for cut in SWAPPED[rows] for some in parts)
+def swapped_for(kind: str, most: int) -> tuple[Tile, ...]:
+    parts = PARTS if most <= MOST_FINE else PARTS[:2]
+    return tuple(Tile(most, 64, 4, STAGES[kind][most], "swapped", some) for some in parts)
 
 
-def rows_in_words(num_rows: int) -> str:
-    """Products of numbers of rows that go by one name are cut alike."""
-    return next((f"up to {most} rows" for most in MOST_ROWS if num_rows <= most), "more rows")
+def rows_cut_alike(num_rows: int) -> int | None:
+    """The most rows of those that are cut like so many; None if that is without end."""
+    return next((most for most in MOST_ROWS if num_rows <= most), None)
+
+
+def rows_in_words(most: int | None) -> str:
+    return "more rows" if most is None else f"up to {most} rows"
 
 
 class Tiles:
@@ -99,6 +101,8 @@ class Tiles:
 
     def best(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object]) -> Tile:
         """Of the candidates that run at all the fastest, if it is known or may be measured now; else the first."""
+        if len(candidates) == 1:
+            return candidates[0]
         if self._measure is not None and key not in self._found and key not in self._vain:
             seconds = self._seconds(key, candidates, launch, self._measure)
             if not seconds:

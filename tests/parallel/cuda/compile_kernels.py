@@ -234,7 +234,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
         for kind in NUMBERS
-        for tile in _wanted(tiles.FEW_ROWS, tiles.MANY_ROWS)
+        for tile in dict.fromkeys((*tiles.BESIDE.values(), tiles.WITHOUT_LIBRARY))
     ),
     *(
         (
@@ -254,8 +254,8 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
         for kind in NUMBERS
-        for tile in dict.fromkeys(_wanted(*map(tiles.swapped_for, tiles.SWAPPED)))
-        if tile.parts <= 2  # more are the same to a compiler
+        for most in tiles.STAGES[kind]
+        for tile in _wanted(tiles.swapped_for(kind, most)[:2])  # more parts are the same to a compiler
     ),
     (
         swapped.sum_kernel,

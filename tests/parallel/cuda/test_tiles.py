@@ -3,55 +3,83 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from parallel.scaled_format import ScaledFormat
 
+if TYPE_CHECKING:
+    from parallel.cuda.tiles import Tile
+
 
 def test_without_measurement_the_first_is_taken(device: torch.device) -> None:
     from parallel.cuda.tiles import LIBRARY, Tiles, candidates_for
 
+    tiles, few = Tiles(None), candidates_for("int8", 16)
+    assert tiles.best("a product", few, lambda _tile: pytest.fail("nobody measures")) == few[0]
+    assert tiles.best("a product", candidates_for("int8", 128), lambda _tile: None) == LIBRARY
+
+
+def test_one_way_is_not_measured(device: torch.device) -> None:
+    from parallel.cuda.tiles import LIBRARY, Tiles, candidates_for
+
     tiles = Tiles(None)
-    assert tiles.best("a product", candidates_for(1), lambda _tile: pytest.fail("nobody measures")) == candidates_for(1)[0]
-    assert tiles.best("a product", candidates_for(1000), lambda _tile: None) == LIBRARY
+    with tiles.measuring(lambda _run: pytest.fail("there is nothing to choose from")):
+        assert tiles.best("a product", candidates_for("int4", None), lambda _tile: None) == LIBRARY
+
+
+def test_what_cublas_cannot_multiply_has_ways_for_every_number_of_rows(device: torch.device) -> None:
+    from parallel.cuda.tiles import MOST_ROWS, candidates_for
+
+    for most in (*MOST_ROWS, None):
+        ways = {tile.way for tile in candidates_for("fp8", most, has_library=False)}
+        assert ways
+        assert "library" not in ways
+
+
+def _some() -> "tuple[Tile, ...]":
+    from parallel.cuda.tiles import Tile
+
+    return tuple(Tile(16, columns) for columns in (16, 32, 64, 128, 256))
 
 
 def test_the_fastest_is_measured_once_kept_and_found_again(tmp_path: Path, device: torch.device) -> None:
     from triton import OutOfResources
 
-    from parallel.cuda.tiles import FEW_ROWS, Tiles
+    from parallel.cuda.tiles import Tiles
 
+    some = _some()
     file, launched = tmp_path / "folder" / "tiles.json", []
 
     def launch(tile: object) -> None:
-        if tile == FEW_ROWS[1]:
+        if tile == some[1]:
             raise OutOfResources(2, 1, "shared memory")
-        if tile == FEW_ROWS[2]:
+        if tile == some[2]:
             raise RuntimeError("PassManager::run failed")
         launched.append(tile)
 
     def measure(run) -> float:
         run()
-        return 1.0 if launched[-1] == FEW_ROWS[3] else 2.0
+        return 1.0 if launched[-1] == some[3] else 2.0
 
     tiles = Tiles(file)
     with tiles.measuring(measure):
-        assert tiles.best("a product", FEW_ROWS, launch) == FEW_ROWS[3]
-        assert tiles.best("a product", FEW_ROWS, launch) == FEW_ROWS[3]
-    assert len(launched) == len(FEW_ROWS) - 2, "all but the two that do not run, once"
-    assert Tiles(file).best("a product", FEW_ROWS, launch) == FEW_ROWS[3]
-    assert Tiles(file).best("another product", FEW_ROWS, launch) == FEW_ROWS[0]
+        assert tiles.best("a product", some, launch) == some[3]
+        assert tiles.best("a product", some, launch) == some[3]
+    assert len(launched) == len(some) - 2, "all but the two that do not run, once"
+    assert Tiles(file).best("a product", some, launch) == some[3]
+    assert Tiles(file).best("another product", some, launch) == some[0]
     file.write_text("{")
-    assert Tiles(file).best("a product", FEW_ROWS, launch) == FEW_ROWS[0]
+    assert Tiles(file).best("a product", some, launch) == some[0]
 
 
 def _failing_at_fourth(error: RuntimeError) -> Callable[[object], None]:
-    from parallel.cuda.tiles import FEW_ROWS
+    some = _some()
 
     def launch(tile: object) -> None:
-        if tile == FEW_ROWS[3]:
+        if tile == some[3]:
             raise error
 
     return launch
@@ -63,15 +91,16 @@ def _one_second(run: Callable[[], object]) -> float:
 
 
 def test_a_kernel_that_takes_the_device_along_ends_the_start_and_nothing_of_it_is_kept(tmp_path: Path, device: torch.device) -> None:
-    from parallel.cuda.tiles import FEW_ROWS, Tiles
+    from parallel.cuda.tiles import Tiles
 
+    some = _some()
     tiles = Tiles(tmp_path / "tiles.json")
     launch = _failing_at_fourth(torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700))
 
     def step() -> None:
         with tiles.measuring(_one_second):
-            tiles.best("a product before it", FEW_ROWS[:2], launch)
-            tiles.best("a product", FEW_ROWS, launch)
+            tiles.best("a product before it", some[:2], launch)
+            tiles.best("a product", some, launch)
 
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         step()
@@ -89,28 +118,30 @@ def test_a_kernel_that_takes_the_device_along_ends_the_start_and_nothing_of_it_i
 )
 def test_what_cannot_be_measured_now_is_at_the_next_start(error: RuntimeError, tmp_path: Path, device: torch.device) -> None:
     """The tiles that came before a full memory are not the fastest of all."""
-    from parallel.cuda.tiles import FEW_ROWS, Tiles
+    from parallel.cuda.tiles import Tiles
 
+    some = _some()
     tiles, file = Tiles(tmp_path / "tiles.json"), tmp_path / "tiles.json"
-    candidates = FEW_ROWS[3:4] if "PassManager" in str(error) else FEW_ROWS  # none of them runs, or memory is full at one
+    candidates = some[3:4] if "PassManager" in str(error) else some  # none of them runs, or memory is full at one
     with tiles.measuring(_one_second):
         assert tiles.best("a product", candidates, _failing_at_fourth(error)) == candidates[0]
         assert tiles.best("a product", candidates, lambda _tile: pytest.fail("it was tried in vain")) == candidates[0]
-        assert tiles.best("another product", FEW_ROWS, lambda _tile: None) == FEW_ROWS[0]
+        assert tiles.best("another product", some, lambda _tile: None) == some[0]
     assert list(json.loads(file.read_text())) == ["another product"]
 
 
 @pytest.mark.parametrize("num_rows", [3, 40])
 def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.cuda import scaled
-    from parallel.cuda.tiles import candidates_for
+    from parallel.cuda.tiles import Tile
 
     torch.manual_seed(1)
     x = torch.randn(num_rows, 256, device=device)
     tensors = ScaledFormat("int8", torch.float32).prepare({"weight": torch.randn(90, 256, device=device)})
     found = []
-    for tile in [tile for tile in candidates_for(num_rows) if tile.way == "rows"]:
-        monkeypatch.setattr(scaled, "candidates_for", lambda _rows, tile=tile: (tile,))
+    cuts = ((16, 64), (16, 32), (16, 16, 2, 6)) if num_rows < 16 else ((64, 64), (64, 128), (128, 128, 8, 3))
+    for tile in [Tile(*cut) for cut in cuts]:
+        monkeypatch.setattr(scaled, "_choice", lambda *_product, tile=tile: ("", (tile,)))
         found.append(scaled.multiply(x, tensors, None))
     assert all(torch.equal(one, found[0]) for one in found)
 
