@@ -1,12 +1,15 @@
 """Launches that are recorded once and replayed as one: a step of a small model is launches more than anything else."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 Compute = Callable[[], None]
 Replay = Callable[[], None]
+Between = TypeVar("Between")
+Piece = tuple[Replay, Between | None]
+"""A replay, and what is to be done behind it; nothing behind the last."""
 
 
 class Graphs(Protocol):
@@ -18,6 +21,10 @@ class Graphs(Protocol):
 
     def capture(self, compute: Compute) -> Replay:
         """Do it, then record it. On all ranks with which it talks at the same time."""
+        ...
+
+    def capture_pieces(self, compute: Callable[[Callable[[Between], None]], None]) -> list[Piece[Between]]:
+        """As `capture`, of a function that says where a piece ends and what, unrecorded, comes before the next."""
         ...
 
 
@@ -40,3 +47,31 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             compute()
         return graph.replay
+
+    def capture_pieces(self, compute: Callable[[Callable[[Between], None]], None]) -> list[Piece[Between]]:
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        pieces: list[Piece[Between]] = []
+        with torch.cuda.stream(self._stream):
+            compute(lambda _between: None)
+            torch.cuda.synchronize(self._device)
+            graph = self._begun()
+
+            def cut(between: Between) -> None:
+                nonlocal graph
+                graph.capture_end()
+                pieces.append((graph.replay, between))
+                graph = self._begun()
+
+            try:
+                compute(cut)
+            finally:
+                graph.capture_end()
+            pieces.append((graph.replay, None))
+        here.wait_stream(self._stream)
+        return pieces
+
+    def _begun(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        return graph

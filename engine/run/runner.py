@@ -25,6 +25,7 @@ from engine.run.drafter import Drafter
 from engine.run.grammar.guides import NONE_ALLOWED, Allowed, Guides, silent
 from engine.run.launched_rows import launched_rows
 from engine.run.pooling import Pools
+from engine.run.prompt_graphs import PromptGraphs
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.replayed import Replayed
 from engine.run.sampling.columns import (
@@ -108,6 +109,7 @@ class Runner:
         self._answered_at = 0.0
         self.decode_graphs: DecodeGraphs | None = None
         """What `capture` recorded."""
+        self.prompt_graphs: PromptGraphs | None = None
         self.sampler_graphs: SamplerGraphs | None = None
         self._table: EditTable | None = None
 
@@ -392,9 +394,10 @@ class Runner:
         if num_said:
             hand_on(built.forward.tokens_T[:num_said], self.model.groups.tp)
         self._mark(10, works)
-        kept_R = self._kept(built)
+        graphs = self.prompt_graphs if self.prompt_graphs and self.prompt_graphs.takes(built.forward.num_tokens) else None
+        kept_R = None if graphs else self._kept(built)
         if self._sampler is None:
-            hidden_TD = self.model.hidden(built.forward, self.cache, kept_R)
+            hidden_TD = graphs.hidden(built.forward) if graphs else self.model.hidden(built.forward, self.cache, kept_R)
             if hidden_TD is not None:  # this rank has a share of the vocabulary
                 self._scorer.score(hidden_TD, built, {})
                 self.model.logits(built.that_sample(hidden_TD, kept_R))
@@ -404,7 +407,7 @@ class Runner:
             self._guides.take(work)
         self._count(works)
         allowed = self._guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
-        hidden_TD = self.model.hidden(built.forward, self.cache, kept_R)
+        hidden_TD = graphs.hidden(built.forward) if graphs else self.model.hidden(built.forward, self.cache, kept_R)
         assert hidden_TD is not None  # sampling ranks are of the last stage
         scored = self._scorer.score(hidden_TD, built, self._states)
         logits_RV = self.model.logits(built.that_sample(hidden_TD, kept_R))

@@ -1,5 +1,6 @@
 """What every attention backend does: write new K and V to their slots, attend over each sequence's blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,21 @@ class AttentionConfig:
         """Whether every KV head serves the same number of query heads, in order."""
         group = self.num_heads // self.num_kv_heads
         return self.kv_of_query == tuple(head // group for head in range(self.num_heads))
+
+
+Attend = Callable[[ForwardBatch], None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """For a step that is recorded in pieces, from one attention to the next."""
+
+    q_THK: Tensor
+    """Where a piece leaves the turned queries, ..."""
+    out_THK: Tensor
+    """... and where the next finds what attention gave."""
+    here: Callable[[Attend], None]
+    """Ends a piece, is told what attends from the one to the other for the sequences of a batch, and begins the next piece."""
 
 
 class AttentionBackend(Protocol):

@@ -4,12 +4,13 @@ Sequences that compute one token go through the decode kernel, all in one launch
 cut into tiles of tokens, all in another.
 """
 
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from model.attention.backend import AttentionConfig
+from model.attention.backend import AttentionConfig, Cut
 from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.cuda.elementwise import rotate_and_write
@@ -29,6 +30,8 @@ class CudaAttention:
 
     kv_dtypes: tuple[torch.dtype, ...] = (FP8,)
     can_be_captured = True
+    cut: Cut | None = None
+    """While a step is recorded in pieces."""
 
     def __init__(self, config: AttentionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -46,19 +49,28 @@ class CudaAttention:
             self._tiles = self._cut(batch)
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        cut = self.cut
         q_THK = rotate_and_write(
-            heads_TXK, rotation.cos_T1F, rotation.sin_T1F, batch.slots_T, keys_NBGK, values_NBGK, self.config.num_heads
-        )
-        out_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
-        some = slice(0, batch.num_decodes)
+            heads_TXK, rotation.cos_T1F, rotation.sin_T1F, batch.slots_T, keys_NBGK, values_NBGK, self.config.num_heads,
+            None if cut is None else cut.q_THK,
+        )  # fmt: skip
+        if cut is not None:
+            cut.here(partial(self._attend, q_THK, keys_NBGK, values_NBGK, cut.out_THK))
+            return cut.out_THK
+        out_THK = torch.empty_like(q_THK)
+        self._attend(q_THK, keys_NBGK, values_NBGK, out_THK, batch)
+        return out_THK
+
+    def _attend(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, out_THK: Tensor, batch: ForwardBatch) -> None:
+        """Keys and values of the new tokens are in the cache already."""
         if batch.num_decodes:
+            some = slice(0, batch.num_decodes)
             decode(
                 q_THK[some], keys_NBGK, values_NBGK, batch.block_tables_SM[some], batch.lengths_S[some], self._heads, out_THK[some],
                 parts=self.parts(batch.num_decodes),
             )  # fmt: skip
         if batch.num_decodes < batch.num_sequences:
             self.prefill(q_THK, keys_NBGK, values_NBGK, batch, out_THK)
-        return out_THK
 
     def prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
         """Write to ``out_THK`` what sequences with several new tokens give; their K and V are in the cache already."""

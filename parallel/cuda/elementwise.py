@@ -151,15 +151,23 @@ def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
 
 
 def rotate_and_write(
-    heads_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, slots_T: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, num_heads: int
+    heads_TXK: Tensor,
+    cos_T1F: Tensor,
+    sin_T1F: Tensor,
+    slots_T: Tensor,
+    keys_NBGK: Tensor,
+    values_NBGK: Tensor,
+    num_heads: int,
+    q_THK: Tensor | None = None,
 ) -> Tensor:
-    """The turned queries (T, H, K) of fused heads (query, key, value); turned keys and values go to their slots of the cache.
+    """The turned queries (T, H, K), in ``q_THK`` if it is given, of fused heads (query, key, value); turned keys and values go to their slots of the cache.
 
     A slot below 0 is nowhere. The twins are `model.rope.Rotation.apply` and `model.attention.write.write_kv`.
     """
     num_tokens, num_all, head_dim = heads_TXK.shape
     num_kv_heads = keys_NBGK.shape[2]
-    q_THK = heads_TXK.new_empty((num_tokens, num_heads, head_dim))
+    if q_THK is None:
+        q_THK = heads_TXK.new_empty((num_tokens, num_heads, head_dim))
     if num_tokens:
         _rotate_and_write_kernel[(num_tokens, num_all)](
             heads_TXK, cos_T1F, sin_T1F, slots_T, q_THK, keys_NBGK, values_NBGK,

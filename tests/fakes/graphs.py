@@ -6,7 +6,7 @@ was made in the capture is overwritten before each replay, so that nothing can b
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from engine.run.cuda_graphs import Compute, Replay
+from engine.run.cuda_graphs import Between, Compute, Piece, Replay
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2", "unique_consecutive"}
 """Operations of torch whose answer, or its size, the host must know."""
@@ -43,10 +43,29 @@ class RecordedGraphs:
 
     def capture(self, compute: Compute) -> Replay:
         compute()
-        recording = _Recording()
-        with _under_way(recording), _HostIsAway(), recording:
+        with ExitStack() as modes:
+            recording = _begin(modes)
             compute()
 
+        return self._replay_of(recording)
+
+    def capture_pieces(self, compute: Callable[[Callable[[Between], None]], None]) -> list[Piece[Between]]:
+        compute(lambda _between: None)
+        pieces: list[Piece[Between]] = []
+        with ExitStack() as modes:
+            recording = _begin(modes)
+
+            def cut(between: Between) -> None:
+                nonlocal recording
+                modes.close()
+                pieces.append((self._replay_of(recording), between))
+                recording = _begin(modes)
+
+            compute(cut)
+        pieces.append((self._replay_of(recording), None))
+        return pieces
+
+    def _replay_of(self, recording: "_Recording") -> Replay:
         def replay() -> None:
             self.num_replays += 1
             recording.replay()
@@ -163,6 +182,14 @@ def kernel(run: Callable[..., None]) -> Callable[..., None]:
             _recordings[-1].launch(inside, args, kwargs)
 
     return launched
+
+
+def _begin(modes: ExitStack) -> _Recording:
+    """Until they are left."""
+    recording = _Recording()
+    for mode in (_under_way(recording), _HostIsAway(), recording):
+        modes.enter_context(mode)
+    return recording
 
 
 @contextmanager

@@ -1,0 +1,96 @@
+"""Steps with prompts whose launches are recorded and replayed in pieces: all that looks at each token by itself, from one attention to
+the next. Between two pieces attention is launched, which alone asks what sequences a step has, and how long they are.
+
+So a piece for so many tokens does for every step that has no more. T tokens of a step, D model width, H query heads, K head width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.run.cuda_graphs import Graphs, Piece
+from engine.run.decode_graphs import NOWHERE
+from model.attention.backend import Attend, Cut
+from model.batch import ForwardBatch
+from model.kv_cache import KvCache
+from model.qwen2 import Qwen2
+
+SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
+"""Tokens of a step that is recorded; a step is filled up to the next. Beyond the last the device is busier than the host."""
+TOKENS, POSITIONS, SLOTS = range(3)
+
+
+class PromptGraphs:
+    """One rank's. What fills a step up is token 0 at position 0, or of a step before, and is written nowhere."""
+
+    def __init__(self, model: Qwen2, cache: KvCache, graphs: Graphs, *, sizes: Sequence[int] = SIZES) -> None:
+        self._model, self._cache, self._graphs, self.sizes = model, cache, graphs, tuple(sizes)
+        most, device, heads = self.sizes[-1], model.device, model.attention_config
+        self._numbers = torch.zeros(3, most, dtype=torch.int64, device=device)
+        self._q_THK = torch.zeros(most, heads.num_heads, heads.head_dim, dtype=model.dtype, device=device)
+        self._out_THK = torch.zeros_like(self._q_THK)
+        self._hidden_TD = torch.zeros(most, model.config.hidden_size, dtype=model.dtype, device=device)
+        """Here all sizes have what goes from one piece to another by way of a launch."""
+        self._pieces: dict[int, list[Piece[Attend]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<PromptGraphs [{len(self._pieces)} of {len(self.sizes)} captured | up to {self.sizes[-1]} tokens]>"
+
+    @torch.inference_mode()
+    def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
+        """Anew, if it has been done; on all ranks of the replica at the same time."""
+        self._pieces.clear()
+        self._numbers.zero_()
+        self._numbers[SLOTS] = NOWHERE
+        for size in reversed(self.sizes):
+            self._pieces[size] = self._graphs.capture_pieces(partial(self._compute, size))
+            after_each()
+
+    def forget(self) -> None:
+        self._pieces.clear()
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a step of so many is replayed: the same answer on every rank that computes this shard."""
+        return 0 < num_tokens <= self.sizes[-1]
+
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """As `Qwen2.hidden`, of all tokens (T, D); it lasts until the next step."""
+        count = batch.num_tokens
+        size = next(size for size in self.sizes if size >= count)
+        for row, given in ((TOKENS, batch.tokens_T), (POSITIONS, batch.positions_T), (SLOTS, batch.slots_T)):
+            self._numbers[row, :count].copy_(given)
+        if size > count:
+            self._numbers[SLOTS, count:size] = NOWHERE
+        self._model.backend.prepare(batch)
+        for replay, attend in self._pieces[size]:
+            replay()
+            if attend is not None:
+                attend(batch)
+        return self._hidden_TD[:count]
+
+    def _compute(self, size: int, cut: Callable[[Attend], None]) -> None:
+        backend = self._model.backend
+        backend.cut = Cut(self._q_THK[:size], self._out_THK[:size], cut)
+        try:
+            hidden_TD = self._model.hidden(self._batch(size), self._cache)
+        finally:
+            backend.cut = None
+        assert hidden_TD is not None  # it has no stages
+        self._hidden_TD[:size].copy_(hidden_TD)
+
+    def _batch(self, size: int) -> ForwardBatch:
+        """As much of one as is looked at outside attention."""
+        nothing = self._numbers[0, :0].int()
+        return ForwardBatch(
+            tokens_T=self._numbers[TOKENS, :size],
+            positions_T=self._numbers[POSITIONS, :size],
+            slots_T=self._numbers[SLOTS, :size],
+            block_tables_SM=nothing.view(0, 1),
+            lengths_S=nothing,
+            query_starts=(0, size),
+            context_lengths=(),
+            num_decodes=0,
+            logit_rows_R=self._numbers[0, :0],
+        )
