@@ -160,7 +160,8 @@ def rotate_and_write(
     num_heads: int,
     q_THK: Tensor | None = None,
 ) -> Tensor:
-    """The turned queries (T, H, K), in ``q_THK`` if it is given, of fused heads (query, key, value); turned keys and values go to their slots of the cache.
+    """The turned queries (T, H, K) of fused heads (query, key, value), in ``q_THK`` if it is given; turned keys and values go to their
+    slots of the cache.
 
     A slot below 0 is nowhere. The twins are `model.rope.Rotation.apply` and `model.attention.write.write_kv`.
     """
