@@ -25,8 +25,10 @@ TOKENS, POSITIONS, SLOTS = range(3)
 class PromptGraphs:
     """One rank's. What fills a step up is token 0 at position 0, or of a step before, and is written nowhere."""
 
-    def __init__(self, model: Qwen2, cache: KvCache, graphs: Graphs, *, sizes: Sequence[int] = SIZES) -> None:
-        self._model, self._cache, self._graphs, self.sizes = model, cache, graphs, tuple(sizes)
+    def __init__(self, model: Qwen2, cache: KvCache, graphs: Graphs, *, most_tokens: int = SIZES[-1], sizes: Sequence[int] = SIZES) -> None:
+        """There must be no `prompt_obstacle`. No step has more than ``most_tokens``."""
+        self._model, self._cache, self._graphs = model, cache, graphs
+        self.sizes = sizes_up_to(most_tokens, sizes)
         most, device, heads = self.sizes[-1], model.device, model.attention_config
         self._numbers = torch.zeros(3, most, dtype=torch.int64, device=device)
         self._q_THK = torch.zeros(most, heads.num_heads, heads.head_dim, dtype=model.dtype, device=device)
@@ -94,3 +96,18 @@ class PromptGraphs:
             num_decodes=0,
             logit_rows_R=self._numbers[0, :0],
         )
+
+
+def sizes_up_to(most_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, ...]:
+    """The last one takes a step of ``most_tokens``, if any does."""
+    below = tuple(size for size in sizes if size < most_tokens)
+    return below if len(below) == len(sizes) else (*below, most_tokens)
+
+
+def prompt_obstacle(model: Qwen2) -> str | None:
+    """Why steps of this model, some of which can be captured, cannot be captured in pieces; None if they can. The same on all ranks."""
+    if not model.backend.can_be_cut:
+        return f"attention by {type(model.backend).__name__} is not launched apart"
+    if model.config.moe is not None and model.groups.ep.size > 1:
+        return "what fills a step up would count as load of the experts"
+    return None

@@ -122,12 +122,18 @@ class Runner:
         return self._sampler is not None
 
     def capture(
-        self, graphs: Graphs, *, most_rows: int, edits: bool = False, on_progress: Callable[[int, int], None] = lambda _done, _total: None
+        self,
+        graphs: Graphs,
+        *,
+        most_rows: int,
+        most_tokens: int = 0,
+        edits: bool = False,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Record steps that only decode, so that `run` replays them from now on. All ranks of the replica must call this at the same time,
         when no sequence is open, and there must be no `engine.run.decode_graphs.capture_obstacle`. ``edits``: what sequences have seen is
-        counted on the device from now on, so that their penalties are replayed too; not where anything is guessed. ``on_progress`` is
-        told (done, total)."""
+        counted on the device from now on, so that their penalties are replayed too; not where anything is guessed. Other steps, as far as
+        they are worth it and have no more than ``most_tokens``, are replayed in pieces. ``on_progress`` is told (done, total)."""
         self.decode_graphs = DecodeGraphs(
             self.model,
             self.cache,
@@ -150,7 +156,9 @@ class Runner:
                 positions_B=self.decode_graphs.positions_B,
                 report=self.decode_graphs.report,
             )
+        self.prompt_graphs = PromptGraphs(self.model, self.cache, graphs, most_tokens=most_tokens) if most_tokens else None
         total = len(self.decode_graphs.sizes) + (self.sampler_graphs.num_graphs if self.sampler_graphs else 0)
+        total += len(self.prompt_graphs.sizes) if self.prompt_graphs else 0
         done = iter(range(1, total + 1))
 
         def count() -> None:
@@ -159,14 +167,16 @@ class Runner:
         self.decode_graphs.capture(count)
         if self.sampler_graphs is not None:
             self.sampler_graphs.capture(count)
+        if self.prompt_graphs is not None:
+            self.prompt_graphs.capture(count)
 
     def close(self) -> None:
         """Let go of what was captured, before the groups are left: NCCL leaves none while a graph that has its collectives is alive, and
         waits for that without end."""
-        for graphs in (self.decode_graphs, self.sampler_graphs):
+        for graphs in (self.decode_graphs, self.sampler_graphs, self.prompt_graphs):
             if graphs is not None:
                 graphs.forget()
-        self.decode_graphs = self.sampler_graphs = None
+        self.decode_graphs = self.sampler_graphs = self.prompt_graphs = None
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Take one step together with all other ranks. Its shard's result on a sampling rank, None elsewhere.

@@ -9,6 +9,7 @@ from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.cuda_graphs import Graphs
 from engine.run.decode_graphs import capture_obstacle
+from engine.run.prompt_graphs import prompt_obstacle
 from engine.run.runner import Runner
 from parallel.scaled_format import has_triton
 
@@ -87,9 +88,12 @@ def capture(
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
         log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
         return
+    if (prompts := prompt_obstacle(runner.model)) is not None:
+        log.info("steps that do not only decode are launched anew: %s", prompts)
     runner.capture(
         graphs,
         most_rows=min(engine_config.max_running, engine_config.max_step_tokens),
+        most_tokens=engine_config.max_step_tokens if prompts is None else 0,
         edits=engine_config.speculate is None,  # guesses are looked at behind what is counted
         on_progress=on_progress,
     )

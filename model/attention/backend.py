@@ -58,6 +58,11 @@ class AttentionBackend(Protocol):
     """Whether a step of sequences with one token each may be captured and replayed: what is launched then depends on their number alone,
     everything else is read on the device, and a token whose slot is below 0 is written nowhere."""
 
+    can_be_cut: bool
+    """Whether attention heeds `cut`, as a step that is captured in pieces wants it, with anything in it."""
+    cut: Cut | None
+    """While it is captured."""
+
     def prepare(self, batch: ForwardBatch) -> None:
         """Once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""
         ...

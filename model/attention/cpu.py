@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.backend import AttentionConfig
+from model.attention.backend import AttentionConfig, Cut
 from model.attention.heads import turned
 from model.attention.write import write_kv
 from model.batch import ForwardBatch
@@ -47,7 +47,8 @@ class CpuAttention:
     of a decode are padded to the largest group at run time; weights and cache are not."""
 
     kv_dtypes: tuple[torch.dtype, ...] = ()
-    can_be_captured = False
+    can_be_captured = can_be_cut = False
+    cut: Cut | None = None
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config

@@ -29,9 +29,8 @@ class CudaAttention:
     """See the file's first lines."""
 
     kv_dtypes: tuple[torch.dtype, ...] = (FP8,)
-    can_be_captured = True
+    can_be_captured = can_be_cut = True
     cut: Cut | None = None
-    """While a step is recorded in pieces."""
 
     def __init__(self, config: AttentionConfig, device: torch.device) -> None:
         self.config, self.device = config, device

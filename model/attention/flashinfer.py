@@ -54,7 +54,7 @@ class FlashInferAttention(CudaAttention):
     def prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
         if self._planned != q_THK.dtype:  # in the first layer: only here the dtype is known
             self._plan(batch, q_THK.dtype)
-        some = slice(batch.query_starts[batch.num_decodes], None)
+        some = slice(batch.query_starts[batch.num_decodes], batch.num_tokens)  # a captured step is filled up
         out_THK[some] = self._wrapper.run(q_THK[some], (keys_NBGK, values_NBGK))
 
     def _plan(self, batch: ForwardBatch, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ T tokens, S sequences, H query heads, G KV heads, K head width, N blocks, B toke
 import torch
 from torch import Tensor
 
-from model.attention.backend import AttentionConfig
+from model.attention.backend import AttentionConfig, Cut
 from model.attention.cpu import CpuAttention
 from model.attention.heads import turned
 from model.batch import ForwardBatch
@@ -22,7 +22,8 @@ class NativeAttention:
     softmax and sums are in float32.
     """
 
-    can_be_captured = False
+    can_be_captured = can_be_cut = False
+    cut: Cut | None = None
 
     def __init__(self, config: AttentionConfig, library: Native) -> None:
         self.config, self._library = config, library

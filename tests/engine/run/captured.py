@@ -2,6 +2,7 @@
 where a kernel would."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from engine.plan import StepPlan
 from engine.run.local_executor import LocalExecutor
 from engine.run.runner import Runner
 from engine.run.warm_up import capture
-from model.attention.backend import AttentionConfig
+from model.attention.backend import AttentionConfig, Cut
 from model.attention.heads import turned
 from model.attention.reference import ReferenceAttention, attend_one_head
+from model.attention.write import write_kv
 from model.batch import ForwardBatch
 from model.formats import Formats
 from model.rope import Rotation
@@ -31,9 +33,15 @@ from tests.fakes.graphs import RecordedGraphs, kernel
 class CapturableAttention(ReferenceAttention):
     """The reference, where a step only decodes as one kernel."""
 
-    can_be_captured = True
+    can_be_captured = can_be_cut = True
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
+        if self.cut is not None:
+            q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
+            self.cut.q_THK.copy_(q_THK)
+            _write(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
+            self.cut.here(partial(self._between, self.cut, keys_NBGK, values_NBGK))
+            return self.cut.out_THK
         if batch.num_decodes < batch.num_sequences:
             return super().attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
         q_SHK, k_SGK, v_SGK = turned(heads_TXK, rotation, self.config)
@@ -43,15 +51,26 @@ class CapturableAttention(ReferenceAttention):
         )  # fmt: skip
         return out_SHK
 
+    def _between(self, cut: Cut, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> None:
+        """What fills the step up reads numbers that were never computed."""
+        cut.q_THK[batch.num_tokens :] = torch.nan
+        cut.out_THK.fill_(torch.nan)
+        self.attend_to_written(cut.q_THK, keys_NBGK, values_NBGK, batch, cut.out_THK)
+
+
+@kernel
+def _write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    real = slots >= 0
+    write_kv(k[real], v[real], keys, values, slots[real])
+
 
 @kernel
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, tables: Tensor, lengths: Tensor, out: Tensor,
     *, config: AttentionConfig,
 ) -> None:  # fmt: skip
-    for row, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            keys.flatten(0, 1)[slot], values.flatten(0, 1)[slot] = k[row], v[row]
+    real = slots >= 0
+    write_kv(k[real], v[real], keys, values, slots[real])
     for row, length in enumerate(lengths.tolist()):
         blocks = tables[row, : -(-length // config.block_tokens)].long()
         seen = [cache[blocks].flatten(0, 1)[:length] for cache in (keys, values)]

@@ -155,8 +155,8 @@ def test_a_rank_that_does_not_sample_replays_whatever_number_of_sequences_is_ope
     runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=None, device=CPU)
     graphs = RecordedGraphs()
     capture(runner, graphs, CONFIG)
-    before = graphs.num_replays
     runner.run(StepPlan(0, tuple(Work(n, 0, (1, 2), (n,), True) for n in range(17)), tuple(Opening(n, 0, 2, PLAIN[0]) for n in range(17))))
+    before = graphs.num_replays
     assert runner.run(StepPlan(1, tuple(Work(n, 2, (1,), (), True) for n in range(12, 17)))) is None
     assert graphs.num_replays == before + 1
 
