@@ -39,10 +39,15 @@ def have_prompts_replayed(executor: LocalExecutor, sizes: tuple[int, ...]) -> Re
 
 def hidden_and_kv(executor: LocalExecutor, plans: list[StepPlan]) -> list[torch.Tensor]:
     """What the model gave for the rows that sample, step by step, and what it left behind."""
-    runner, seen = runner_of(executor), []
+    runner, seen = runner_of(executor), list[torch.Tensor]()
     logits = runner.model.logits
+
+    def watched(hidden_RD: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden_RD.clone())
+        return logits(hidden_RD)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(runner.model, "logits", lambda hidden: (seen.append(hidden.clone()), logits(hidden))[1])
+        monkeypatch.setattr(runner.model, "logits", watched)
         for plan in plans:
             runner.run(plan)
     runner.run(StepPlan(0, (), closed=tuple(opening.sequence for plan in plans for opening in plan.opened)))
