@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ceilings, collectives, early, peer, replays, whole, workloads
+from benchmarks.gpu import ceilings, collectives, early, peer, prompts, replays, whole, workloads
 from benchmarks.gpu.ceilings import GUESSED, Ceilings
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.kernels import CHECKS, Checks, Sizes
@@ -77,6 +77,9 @@ class Bench:
 
     def compare_early(self, part: ModelPart) -> None:
         early.compare(self.results, part.name, random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers))
+
+    def compare_prompts(self, part: ModelPart) -> None:
+        prompts.compare(self.results, part.name, self._serve(part, cuda_graphs=False))
 
     def measure_collectives(self) -> None:
         collectives.measure(self.results, self.device, tiny=self.tiny)
@@ -154,6 +157,7 @@ EARLY = {
     "early launches of 7B": ModelPart("7B", "7B"),
     "early launches of experts": ModelPart("57B-A14B", "57B-A14B", layers=4),
 }
+PROMPTS = {"prompts of 0.5B": ModelPart("0.5B", "0.5B"), "prompts of 7B": ModelPart("7B", "7B")}
 SHORT = ((128, 128), (2048, 128))
 FEW = (64, 100, 512)
 MODELS = (
@@ -217,6 +221,7 @@ def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:
     if bench.device.type == "cuda":
         found += [(name, 0.4, partial(bench.check_replays, part)) for name, part in REPLAYED.items()]
         found += [(name, 0.5, partial(bench.compare_early, part)) for name, part in EARLY.items()]
+        found += [(name, 0.4, partial(bench.compare_prompts, part)) for name, part in PROMPTS.items()]
     if bench.tiny or torch.cuda.device_count() > 1:
         found.append(("collectives", 0.7, bench.measure_collectives))
     for part in TINY_MODELS if bench.tiny else MODELS:

@@ -14,6 +14,7 @@ from engine.run.batch_builder import BuiltBatch, forward_batch
 from engine.run.block_tables import BlockTables
 from engine.run.decode_graphs import DecodeGraphs
 from engine.run.decode_rows import DecodeRows
+from engine.run.prompt_graphs import PromptGraphs, hidden_of
 from engine.run.tokens_said import fill_in, hand_on
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
@@ -44,7 +45,16 @@ class LaunchedRows:
             tables.append(work)
 
     def launch(
-        self, tables: BlockTables, graphs: DecodeGraphs, model: Qwen2, cache: KvCache, tokens_S: np.ndarray, *, num_said: int, counts: bool
+        self,
+        tables: BlockTables,
+        graphs: DecodeGraphs,
+        model: Qwen2,
+        cache: KvCache,
+        prompts: PromptGraphs | None,
+        tokens_S: np.ndarray,
+        *,
+        num_said: int,
+        counts: bool,
     ) -> Tensor:
         """Begin the step, without waiting for it. Logits (S, V), where a captured step leaves them. ``tokens_S`` as `DecodeGraphs.run` has
         them; the other ranks of the tp group do not know the first ``num_said``. ``counts``: sampling wants to count them."""
@@ -54,8 +64,7 @@ class LaunchedRows:
         if num_said:
             hand_on(batch.tokens_T[:num_said], model.groups.tp)
         built = BuiltBatch(batch, (), ())
-        kept_R = built.kept_rows
-        hidden_TD = model.hidden(batch, cache, kept_R)
+        hidden_TD, kept_R = hidden_of(model, cache, prompts, batch, built.kept_rows)
         assert hidden_TD is not None  # it has no stages
         assert graphs.logits is not None
         count = len(self.sampling)

@@ -124,7 +124,7 @@ def _cuda_bytes_beside_kv(
         if runner_config.tune_tiles:
             tune(runner, engine_config)
         step_bytes = _bytes_of_heaviest_step(runner, engine_config, groups)
-        graph_bytes = _bytes_of_graphs(runner, engine_config) if runner_config.cuda_graphs else 0
+        graph_bytes = _bytes_of_graphs(runner, engine_config, runner_config.prompt_graphs) if runner_config.cuda_graphs else 0
     del runner, cache, drafter
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -151,12 +151,12 @@ def _bytes_of_heaviest_step(runner: Runner, engine_config: EngineConfig, groups:
     return torch.cuda.max_memory_allocated(device) - before + hidden_states  # of all tokens, where a prompt is scored or pooled
 
 
-def _bytes_of_graphs(runner: Runner, engine_config: EngineConfig) -> int:
+def _bytes_of_graphs(runner: Runner, engine_config: EngineConfig, prompts: bool) -> int:
     """Captured once to see what that takes, of memory that torch knows of and of the driver's own; with KV elsewhere it is done again."""
     device = runner.device
     torch.cuda.empty_cache()
     free_before, _ = torch.cuda.mem_get_info(device)
-    capture(runner, CudaGraphs(device), engine_config)
+    capture(runner, CudaGraphs(device), engine_config, prompts=prompts)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     free_after, _ = torch.cuda.mem_get_info(device)

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from engine.run.cuda_graphs import Graphs, Piece
-from engine.run.decode_graphs import NOWHERE
 from model.attention.backend import Attend, Cut
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 
-SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
-"""Tokens of a step that is recorded; a step is filled up to the next. Beyond the last the device is busier than the host."""
+SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Tokens of a step that is recorded; a step is filled up to the next, as a product of many rows may take longer than one of few.
+Beyond the last the device should be busier than the host (to be measured)."""
 TOKENS, POSITIONS, SLOTS = range(3)
+NOWHERE = -1
+"""The slot of a token that fills a step up."""
 
 
 class PromptGraphs:
@@ -96,6 +98,16 @@ class PromptGraphs:
             num_decodes=0,
             logit_rows_R=self._numbers[0, :0],
         )
+
+
+def hidden_of(
+    model: Qwen2, cache: KvCache, graphs: PromptGraphs | None, batch: ForwardBatch, kept_R: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What `Qwen2.hidden` gives with ``kept_R``; by pieces, where there are some for so many tokens, of all tokens. And of which tokens
+    that is, None of all."""
+    if graphs is not None and graphs.takes(batch.num_tokens):
+        return graphs.hidden(batch), None
+    return model.hidden(batch, cache, kept_R), kept_R
 
 
 def sizes_up_to(most_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from engine.run.drafter import Drafter
 from engine.run.grammar.guides import NONE_ALLOWED, Allowed, Guides, silent
 from engine.run.launched_rows import launched_rows
 from engine.run.pooling import Pools
-from engine.run.prompt_graphs import PromptGraphs
+from engine.run.prompt_graphs import PromptGraphs, hidden_of
 from engine.run.rebalance import ExpertRebalancer
 from engine.run.replayed import Replayed
 from engine.run.sampling.columns import (
@@ -198,7 +198,7 @@ class Runner:
             self._settle(self._under_way[0])
         rebalanced = self.rebalancer.run(plan.rebalance) if plan.rebalance else None
         if rebalanced is not None and rebalanced.num_moved and self.decode_graphs is not None:
-            self.decode_graphs.capture()  # experts lie elsewhere now
+            self.decode_graphs.capture()  # experts lie elsewhere now; steps with prompts of such a model are launched
             self.rebalancer.forget_latest()
         self._open_and_close(plan)
         rows = decode_rows(plan, self.shard) if self.decode_graphs is not None else None
@@ -238,7 +238,8 @@ class Runner:
         launched.enter(self._tables)
         num_said = num_with_unknown_tokens(plan, self.shard)
         counts = samplers.edits and may_be_edited(columns)
-        launch = partial(launched.launch, self._tables, graphs, self.model, self.cache, num_said=num_said, counts=counts)
+        prompts = self.prompt_graphs
+        launch = partial(launched.launch, self._tables, graphs, self.model, self.cache, prompts, num_said=num_said, counts=counts)
         return self._go_on(plan, rows, table_rows_S, columns, launch)
 
     def _answered(self, plan: StepPlan, given: _Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
@@ -404,10 +405,9 @@ class Runner:
         if num_said:
             hand_on(built.forward.tokens_T[:num_said], self.model.groups.tp)
         self._mark(10, works)
-        graphs = self.prompt_graphs if self.prompt_graphs and self.prompt_graphs.takes(built.forward.num_tokens) else None
-        kept_R = None if graphs else self._kept(built)
+        compute = partial(hidden_of, self.model, self.cache, self.prompt_graphs, built.forward, self._kept(built))
         if self._sampler is None:
-            hidden_TD = graphs.hidden(built.forward) if graphs else self.model.hidden(built.forward, self.cache, kept_R)
+            hidden_TD, kept_R = compute()
             if hidden_TD is not None:  # this rank has a share of the vocabulary
                 self._scorer.score(hidden_TD, built, {})
                 self.model.logits(built.that_sample(hidden_TD, kept_R))
@@ -417,7 +417,7 @@ class Runner:
             self._guides.take(work)
         self._count(works)
         allowed = self._guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
-        hidden_TD = graphs.hidden(built.forward) if graphs else self.model.hidden(built.forward, self.cache, kept_R)
+        hidden_TD, kept_R = compute()
         assert hidden_TD is not None  # sampling ranks are of the last stage
         scored = self._scorer.score(hidden_TD, built, self._states)
         logits_RV = self.model.logits(built.that_sample(hidden_TD, kept_R))

@@ -57,6 +57,12 @@ class RunnerConfig:
     cuda_graphs: bool = True
     """On CUDA, record a step that only decodes for some numbers of sequences at the start, and replay it: a small model's step is launches
     more than anything else. Costs seconds of the start and some memory; no answer changes by it. False = launch every step anew."""
+    prompt_graphs: bool = False
+    """With `cuda_graphs`, replay the steps with prompts of up to 1,024 tokens too, in pieces between which attention is launched. Shown on
+    a CPU; not yet run on a device: that is why it is off."""
+    quick_launches: bool = False
+    """On CUDA, launch kernels by what an earlier launch of the same kind found out, and not by Triton's own way, which takes twice to three
+    times as long on the host. No answer changes by it. Run on a device for two kernels, not yet for whole models: that is why it is off."""
     symmetric_memory: bool = True
     """On CUDA, ranks of one host add up through memory that all their devices map, in one kernel for the little that a decoding step adds
     up (torch's symmetric memory). It is tried at the start, and NCCL takes its place where it cannot be had or a sum comes out wrong; the

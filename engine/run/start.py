@@ -152,9 +152,10 @@ def ready_runner(
     """
     groups, device = model.groups, model.device
     if device.type == "cuda" and has_triton():
-        from parallel.cuda import early  # triton: not to be imported where there is no such device
+        from parallel.cuda import early, quick_launch  # triton: not to be imported where there is no such device
 
         early.allow(runner_config.early_launches)
+        quick_launch.allow(runner_config.quick_launches)
     with _phase("memory", tell):
         capacity = measure_capacity(
             model,
@@ -182,7 +183,13 @@ def ready_runner(
             if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and device.type == "cuda":
                 tune(runner, engine_config)  # else that was done before memory was measured
         if runner_config.cuda_graphs and device.type == "cuda":
-            capture(runner, CudaGraphs(device), engine_config, lambda done, total: tell(StartProgress("capture", done, total)))
+            capture(
+                runner,
+                CudaGraphs(device),
+                engine_config,
+                lambda done, total: tell(StartProgress("capture", done, total)),
+                prompts=runner_config.prompt_graphs,
+            )
     except BaseException:
         runner.close()
         raise

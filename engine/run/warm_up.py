@@ -82,18 +82,24 @@ def tune(runner: Runner, engine_config: EngineConfig) -> None:
 
 
 def capture(
-    runner: Runner, graphs: Graphs, engine_config: EngineConfig, on_progress: Callable[[int, int], None] = lambda _done, _total: None
+    runner: Runner,
+    graphs: Graphs,
+    engine_config: EngineConfig,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    *,
+    prompts: bool = False,
 ) -> None:
-    """Have steps that only decode replayed from now on, if that can be; else the log says why not. Then warm up once more."""
+    """Have steps that only decode replayed from now on, and with ``prompts`` others too, if that can be; else the log says why not. Then
+    warm up once more."""
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
         log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
         return
-    if (prompts := prompt_obstacle(runner.model)) is not None:
-        log.info("steps that do not only decode are launched anew: %s", prompts)
+    if prompts and (obstacle := prompt_obstacle(runner.model)) is not None:
+        log.info("steps that do not only decode are launched anew: %s", obstacle)
     runner.capture(
         graphs,
         most_rows=min(engine_config.max_running, engine_config.max_step_tokens),
-        most_tokens=engine_config.max_step_tokens if prompts is None else 0,
+        most_tokens=engine_config.max_step_tokens if prompts and obstacle is None else 0,
         edits=engine_config.speculate is None,  # guesses are looked at behind what is counted
         on_progress=on_progress,
     )

@@ -4,7 +4,7 @@ Put ``@quick`` above ``@triton.jit``; launches are written as ever. The first la
 kept under a key: the device, options and constants, and of every other argument at least as much as Triton's compiler may look at. The
 next launch with an equal key goes to Triton's launcher in C at once. Where anything else is wanted (hooks of a profiler, a callable
 grid, memory of the kernel's own, descriptors, debugging, another Triton than those below), Triton launches as ever. Under its
-interpreter ``@quick`` does nothing.
+interpreter ``@quick`` does nothing. Nor does it before `allow`: of these launches two kinds have run on a device yet, and no whole model.
 
 What is not asked again: whether a tensor is on the device (Triton says so at the first launch), and whether globals of the
 kernel's module are what they were (they are constants here).
@@ -41,6 +41,15 @@ LAUNCHES = {
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
+_is_allowed = False
+
+
+def allow(is_allowed: bool) -> None:
+    """Whether this process's launches are quick from now on."""
+    global _is_allowed
+    _is_allowed = is_allowed
+
+
 class QuickKernel(JITFunction):  # type: ignore[misc]
     """See the file's first lines."""
 
@@ -62,7 +71,7 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
         """Of the arguments that are no constants: tensor, int or float."""
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return partial(self._launch, grid)
+        return partial(self._launch, grid) if _is_allowed else super().__getitem__(grid)
 
     def _launch_first(self, grid: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the function for arguments of these types, and go through it."""

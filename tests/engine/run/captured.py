@@ -100,10 +100,10 @@ def runner_of(executor: LocalExecutor) -> Runner:
     return executor._runner
 
 
-def have_replayed(executor: LocalExecutor, config: EngineConfig) -> RecordedGraphs:
-    """Have its steps replayed from now on, where they only decode."""
+def have_replayed(executor: LocalExecutor, config: EngineConfig, *, prompts: bool = False) -> RecordedGraphs:
+    """Have its steps replayed from now on, where they only decode, and with ``prompts`` others too."""
     graphs = RecordedGraphs()
-    capture(runner_of(executor), graphs, config)
+    capture(runner_of(executor), graphs, config, prompts=prompts)
     graphs.num_replays = 0
     return graphs
 

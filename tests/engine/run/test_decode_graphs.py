@@ -68,7 +68,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         launched, replayed = (open_executor(folder, num_blocks=40, max_running=6) for _ in range(2))
-        yield launched, replayed, have_replayed(replayed, CONFIG)
+        yield launched, replayed, have_replayed(replayed, CONFIG, prompts=True)
         launched.close()
         replayed.close()
 

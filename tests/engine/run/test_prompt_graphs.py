@@ -12,7 +12,7 @@ from engine.request import Request, SamplingParams
 from engine.run.local_executor import LocalExecutor
 from engine.run.prompt_graphs import SIZES, PromptGraphs, prompt_obstacle, sizes_up_to
 from engine.run.runner import Runner
-from tests.engine.run.captured import open_executor, runner_of, use_capturable_parts
+from tests.engine.run.captured import engine_over, have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
 from tests.engine.run.tiny_models import engine_config
 from tests.fakes.graphs import RecordedGraphs
@@ -102,6 +102,28 @@ def test_requests_are_answered_as_by_launches(executor: LocalExecutor, changes: 
     found = serve(Engine(executor, config), requests)
     assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
     assert graphs.num_replays > 0
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
+def test_they_are_captured_beside_steps_that_only_decode(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_capturable_parts(monkeypatch)
+    config = engine_config()
+    requests = [Request(id=str(n), prompt=prompt, sampling=GREEDY) for n, prompt in enumerate(PROMPTS)]
+    executor = open_executor(request.getfixturevalue(f"{kind}_folder"), num_blocks=BLOCKS)
+    wanted = serve(Engine(executor, config), requests)
+    executor.submit(StepPlan(0, (), closed=tuple(range(100)))).result()
+    without = have_replayed(executor, config)
+    serve(engine_over(executor, config), requests)
+    executor.submit(StepPlan(0, (), closed=tuple(range(100)))).result()
+    graphs = have_replayed(executor, config, prompts=True)
+    found = serve(engine_over(executor, config), requests)
+    assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
+    assert graphs.num_replays > without.num_replays
+    runner = runner_of(executor)
+    executor.close()
+    assert runner.prompt_graphs is None
 
 
 def test_attention_that_is_not_launched_apart_and_counted_experts_are_obstacles(

@@ -96,6 +96,7 @@ def cuda_driver(monkeypatch: pytest.MonkeyPatch) -> CudaDriver:
     monkeypatch.setattr(driver, "_active", found)
     quick_launch._is_understood.cache_clear()
     monkeypatch.setattr(Launcher, "seen", [])
+    monkeypatch.setattr(quick_launch, "_is_allowed", True)
     return found
 
 
@@ -226,6 +227,17 @@ def test_another_triton_s_kernels_are_launched_by_it(
         assert launched(fast, USUAL, {}) == launched(slow_kernel(), USUAL, {})
     assert not fast._launches
     assert len(caplog.records) == 1
+
+
+def test_unless_allowed_all_launches_are_triton_s(cuda_driver: CudaDriver) -> None:
+    quick_launch.allow(False)
+    fast = FastKernel(slow_kernel())
+    for _ in range(2):
+        assert launched(fast, USUAL, {}) == launched(slow_kernel(), USUAL, {})
+    assert not fast._launches
+    quick_launch.allow(True)
+    launched(fast, USUAL, {})
+    assert fast._launches
 
 
 def test_what_is_interpreted_is_not_touched() -> None:
