@@ -85,7 +85,7 @@ def compare(results: Results, name: str, served: Served) -> None:
     prompts, runner, wrong = Prompts(served), served.runner, list[str]()
     prompts.open_decoding(max(decodes for decodes, _ in STEPS.values()))
     began = time.perf_counter()
-    pieces = PromptGraphs(served.model, runner.cache, CudaGraphs(runner.device))
+    pieces = PromptGraphs(served.model, runner.cache, CudaGraphs(runner.device), sizes=SIZES)
     pieces.capture()
     results.add("prompts", f"{name}: {len(SIZES)} numbers of tokens captured", time.perf_counter() - began, "s")
     ways = {"Triton's launches": (False, None), "quick launches": (True, None), "in pieces": (True, pieces)}
