@@ -42,8 +42,9 @@ def wrong_ahead(results: Results, name: str, served: Served, *, kinds: Sequence[
 
 
 def wrong_beside_prompts(results: Results, name: str, served: Served, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
-    """What is wrong with answers to requests that come one after the other, so that prompts come beside those that decode. Both times
-    the same steps, of the same rows, are launched; what they sample is replayed once, and drawn row by row the other time."""
+    """What is wrong with answers to requests that come one after the other, so that prompts come beside those that decode. With
+    `RunnerConfig.prompts_ahead` and without the same steps, of the same rows, are launched: what they sample is replayed or drawn row by
+    row, and where steps are planned ahead, begun before the step before is read or behind it."""
     draw, vocab_size = random.Random(), served.model.config.vocab_size
     requests = [
         Request(
@@ -53,15 +54,17 @@ def wrong_beside_prompts(results: Results, name: str, served: Served, *, kinds: 
         )
         for number in range(count)
     ]
-    config = replace(served.config, run_ahead=False, prompt_share=1.0)  # the same plans, however long steps take
-    found = _answers(served, config, requests, at_once=False)
-    with patch.object(served.runner, "_begin_launched", return_value=None):
+    wrong = []
+    for run_ahead in (False, True):
+        config = replace(served.config, run_ahead=run_ahead, prompt_share=1.0)  # the same plans, however long steps take
         wanted = _answers(served, config, requests, at_once=False)
-    different = sum(found[key] != wanted[key] for key in wanted)
-    results.add(
-        "replays", f"{name}: answers of {count} that differ where prompts' steps are sampled by replays", float(different), "answers"
-    )
-    return [f"{name}: {different} of {count} answers differ where prompts' steps are sampled by replays"] if different else []
+        with patch.object(served.runner, "prompts_ahead", True):
+            found = _answers(served, config, requests, at_once=False)
+        different = sum(found[key] != wanted[key] for key in wanted)
+        when = "beside prompts, a step ahead" if run_ahead else "beside prompts, sampled by replays"
+        results.add("replays", f"{name}: answers of {count} that differ {when}", float(different), "answers")
+        wrong += [f"{name}: {different} of {count} answers differ {when}"] if different else []
+    return wrong
 
 
 def _answers(served: Served, config: EngineConfig, requests: Sequence[Request], *, at_once: bool = True) -> dict[str, list[int]]:

@@ -86,15 +86,17 @@ class Runner:
         shard: int = 0,
         guides: Guides | None = None,
         drafter: Drafter | None = None,
+        prompts_ahead: bool = False,
     ) -> None:
         """``sampler`` is None on all ranks but those that answer, and so may ``guides`` be (without, grammars are refused) and ``drafter``
-        (without, nothing is guessed here)."""
+        (without, nothing is guessed here). ``prompts_ahead``: see `RunnerConfig`."""
         self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device
         self.rebalancer = ExpertRebalancer(model)
         self._sampler = sampler
         self._guides = guides or Guides(None, vocab_size=sampler.vocab_size if sampler else 0)
         self._drafter = drafter
+        self.prompts_ahead = prompts_ahead
         self._pools = Pools(model)
         self._scorer = Scorer(model, sampler.vocab_size if sampler else None)
         self._tables = BlockTables()
@@ -225,10 +227,11 @@ class Runner:
     def _begin_launched(self, plan: StepPlan) -> Replayed | None:
         """A step with prompts, if its sampling can be replayed; else None, and nothing has been done."""
         graphs, samplers = self.decode_graphs, self.sampler_graphs
-        if graphs is None or samplers is None or not self.capacity.runs_ahead or self._drafter is not None:
+        may = self.prompts_ahead and self.capacity.runs_ahead and self._drafter is None
+        if not may or graphs is None or samplers is None:
             return None
         launched = launched_rows(plan, self.shard)
-        if launched is None or not graphs.takes(len(launched.sampling)):
+        if launched is None or not graphs.takes(len(launched.sampling)) or self._pools.want(launched.singly):
             return None
         rows = launched.sampling
         table_rows_S = self._tables.rows_of(rows.columns[0])

@@ -74,6 +74,9 @@ class RunnerConfig:
     early_launches: bool = False
     """On CUDA (Hopper), have kernels of steps of up to 64 tokens begin while the one before them ends, and fetch what they multiply by
     meanwhile. No answer changes by it. Run on a device for chains of products alone, not yet for whole models: that is why it is off."""
+    prompts_ahead: bool = False
+    """On CUDA, begin steps with prompts, too, before the step before is read, and replay what they sample. No answer changes by it. Shown
+    on a CPU, not yet run on a device: that is why it is off."""
     num_real_tokens: int | None = None
     """Ids from here to the end of the vocabulary are padding rows of the matrix and are never sampled. None = no padding."""
     grammar_cache_bytes: int = 64 * 1024 * 1024

@@ -176,6 +176,7 @@ def ready_runner(
         shard=groups.dp.rank,
         guides=guides,
         drafter=open_drafter(draft_model, sampler, capacity.num_blocks),
+        prompts_ahead=runner_config.prompts_ahead,
     )
     try:
         with _phase("warm_up", tell):

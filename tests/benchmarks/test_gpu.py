@@ -241,12 +241,13 @@ def test_answers_that_differ_beside_prompts_are_seen(monkeypatch: pytest.MonkeyP
     results, kinds = Results(None, 1.0), [SamplingParams(temperature=0.0), SamplingParams(top_k=20, repetition_penalty=1.1)]
     monkeypatch.setattr(ahead, "TOKENS_OUT", 6)
     assert wrong_beside_prompts(results, "tiny", served, kinds=kinds, count=5) == []
-    assert [figure.value for figure in results.figures] == [0.0]
+    assert [figure.value for figure in results.figures] == [0.0, 0.0]
+    assert not served.runner.prompts_ahead
     answers, calls = ahead._answers, count(1)
 
     def other(*arguments: Any, **named: Any) -> dict[str, list[int]]:
         found = answers(*arguments, **named)
-        return found | {"beside-2": []} if next(calls) == 1 else found
+        return found | {"beside-2": []} if next(calls) == 2 else found
 
     monkeypatch.setattr(ahead, "_answers", other)
     (wrong,) = wrong_beside_prompts(results, "tiny", served, kinds=kinds, count=5)

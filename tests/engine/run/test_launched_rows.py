@@ -4,15 +4,17 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from engine.engine import Engine
 from engine.plan import NO_TOKEN, Opening, StepPlan, Work
-from engine.request import Request, SamplingParams
+from engine.request import Pooling, Request, SamplingParams
 from engine.run.launched_rows import launched_rows
 from engine.run.local_executor import LocalExecutor
 from engine.run.replayed import Replayed
+from engine.run.settings import RunnerConfig
 from tests.engine.run.captured import engine_over, have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_decode_graphs import PLAIN
 from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
@@ -30,6 +32,7 @@ class Watched(Ahead):
         super().__init__(executor)
         self.num_launched = self.num_launched_ahead = 0
         runner = runner_of(executor)
+        runner.prompts_ahead = True
         begin = runner._begin_launched
 
         def watched(plan: StepPlan) -> Replayed | None:
@@ -78,6 +81,40 @@ def test_a_step_in_which_the_host_has_a_say_is_left_as_it_is(pair: tuple[LocalEx
         ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
         (events,) = serve(Engine(ahead, CONFIG), requests).values()
         assert events[-1].finish_reason == "length"
+    assert ahead.num_launched == before
+
+
+@pytest.mark.parametrize("kind", ["mean", "first", "last"])
+def test_a_prompt_of_which_an_embedding_is_wanted_has_all_its_parts_beside_those_who_decode(
+    pair: tuple[LocalExecutor, Watched], kind: Literal["mean", "first", "last"]
+) -> None:
+    """A part that is not the last asks for nothing itself."""
+    told, ahead = pair
+    stream = Request(id="stream", prompt=PROMPTS[0][:4], sampling=SamplingParams(temperature=0.0, max_tokens=12))
+    embedding = Request(id="embedding", prompt=tuple(range(5, 65)), sampling=SamplingParams(), pooling=Pooling(kind=kind))
+
+    def vector(engine: Engine) -> bytes | None:
+        engine.submit(stream)
+        engine.turn()
+        engine.submit(embedding)
+        found = [event for _ in range(16) for event in engine.turn()]
+        assert sum(event.finish_reason is not None for event in found) == 2
+        return next(event.embedding for event in found if event.request_id == "embedding" and event.finish_reason)
+
+    wanted = vector(engine_over(told, CONFIG))
+    ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
+    assert wanted is not None
+    assert vector(Engine(ahead, CONFIG)) == wanted
+
+
+def test_steps_with_prompts_are_not_begun_ahead_unless_that_is_set(pair: tuple[LocalExecutor, Watched]) -> None:
+    ahead = pair[1]
+    runner, before = runner_of(ahead._executor), ahead.num_launched
+    assert not RunnerConfig().prompts_ahead
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runner, "prompts_ahead", False)
+        ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
+        serve(Engine(ahead, CONFIG), [Request(id="r", prompt=PROMPTS[0][:9], sampling=SamplingParams(temperature=0.0, max_tokens=3))])
     assert ahead.num_launched == before
 
 

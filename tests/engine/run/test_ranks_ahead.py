@@ -67,7 +67,7 @@ def _answers_of_rank(groups: ParallelGroups, folder: Path, runs_ahead: bool, rep
         runner.capacity = replace(runner.capacity, runs_ahead=runs_ahead)
         if replays:
             capture(runner, graphs, CONFIG)
-            graphs.num_replays = 0
+            graphs.num_replays, runner.prompts_ahead = 0, True
         if groups.rank > 0:
             while (plan := told(None, groups)) is not None:
                 runner.begin(plan)
