@@ -103,5 +103,5 @@ def _replicated(in_size: int, out_size: int, dtype: torch.dtype, format: WeightF
     """Never quantised. Beside packed experts packed as well: torch's sums depend on how many tokens there are, and a token that is taken
     in again after a loss shall find the same experts."""
     is_exact = isinstance(format, PackedFormat) and dtype == torch.float32 and native() is not None
-    own: WeightFormat = PackedFormat("fp32", dtype) if is_exact else Dense(dtype)
+    own: WeightFormat = PackedFormat("fp32", dtype) if is_exact else Dense(dtype, is_same_everywhere=True)
     return Linear(in_share=whole(in_size), out_parts={"all": whole(out_size)}, bias=False, format=own, bias_dtype=dtype)

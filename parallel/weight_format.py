@@ -180,6 +180,9 @@ class Dense:
     """A plain matrix (out, in) in the model's own dtype; the oracle of every other format."""
 
     dtype: torch.dtype
+    is_same_everywhere: bool = False
+    """Whether several ranks compute the same product and must come to the same bits: then nobody multiplies in the way that it happened to
+    measure as the fastest."""
 
     @property
     def bytes_per_weight(self) -> float:
@@ -192,7 +195,7 @@ class Dense:
         return tensors
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        if has_few_rows(x) and len(tensors["weight"]):
+        if not self.is_same_everywhere and has_few_rows(x) and len(tensors["weight"]):
             from parallel.cuda.few_rows import multiply  # triton: not to be imported where there is no such device
 
             rows = x.reshape(-1, x.shape[-1])

@@ -69,12 +69,12 @@ class Place:
         is_cuda = device.type == "cuda"
         self.tensor = torch.zeros(shape, dtype=torch.int64, pin_memory=is_cuda)
         self.array: np.ndarray = self.tensor.numpy()
-        self._event = torch.cuda.Event() if is_cuda else None
+        self._device, self._event = device, torch.cuda.Event() if is_cuda else None
 
     def record(self) -> None:
-        """All that the device was asked for until now is to be waited for."""
+        """All that the device was asked for until now is to be waited for: also by a thread to which another one is the current."""
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
 
     def is_done(self) -> bool:
         return self._event is None or bool(self._event.query())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel import weight_format
 from parallel.axes import Share, whole
 from parallel.linear import Linear
 from parallel.native.linear import Kind
@@ -84,3 +85,16 @@ def test_parts_fused_in_one_layer_come_piece_by_piece_as_at_once(kind: Kind, sto
 
 def test_a_plain_matrix_is_not_taken_piece_by_piece() -> None:
     assert not isinstance(Dense(torch.float32), TakesPieces)
+
+
+@pytest.mark.parametrize("is_same_everywhere", [False, True])
+def test_ranks_that_must_agree_do_not_multiply_as_each_has_measured(is_same_everywhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+
+    def has_few_rows(x: Tensor) -> bool:
+        asked.append(x)
+        return False
+
+    monkeypatch.setattr(weight_format, "has_few_rows", has_few_rows)
+    Dense(torch.float32, is_same_everywhere).multiply(torch.ones(1, 3), {"weight": torch.ones(2, 3)}, None)
+    assert bool(asked) is not is_same_everywhere

@@ -1,0 +1,16 @@
+"""What of a sparse MLP every rank computes."""
+
+import torch
+
+from model.config import MoeConfig
+from model.moe import Router
+from parallel.weight_format import Dense
+
+
+def test_the_router_is_the_same_on_every_rank() -> None:
+    config = MoeConfig(
+        num_experts=4, experts_per_token=2, expert_intermediate_size=8, shared_intermediate_size=8, renormalise=False, sparse_step=1,
+        dense_layers=(),
+    )  # fmt: skip
+    router = Router(config, 8, torch.bfloat16, Dense(torch.bfloat16))
+    assert router.logits.format == Dense(torch.bfloat16, is_same_everywhere=True)
