@@ -1,5 +1,6 @@
 """Products with matrices that were rounded to 8 or 4 bits (`parallel.scaled_format`). T rows, K input features, N outputs."""
 
+import logging
 from collections.abc import Mapping
 from functools import cache
 
@@ -17,6 +18,8 @@ from parallel.cuda.tiles import Tile, candidates_for, rows_cut_alike, rows_in_wo
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import Kind, kind_of
 from parallel.weight_format import MOST_FEW_ROWS
+
+log = logging.getLogger(__name__)
 
 FP8_BLOCK = 32768
 """Features of a row that a program takes at a time at most: of a single row nearly all that rounding takes is waiting for it."""
@@ -139,7 +142,19 @@ def _has_rowwise_fp8(device: torch.device, dtype: torch.dtype, in_size: int, num
     """cuBLAS has FP8 with scales of rows from Hopper on, of whole 16 features, and gives bfloat16."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < ROWWISE_CAPABILITY:
         return False
-    return in_size % 16 == 0 and num_outputs % 16 == 0 and dtype == torch.bfloat16
+    return in_size % 16 == 0 and num_outputs % 16 == 0 and dtype == torch.bfloat16 and _takes_rowwise_fp8(device)
+
+
+@cache
+def _takes_rowwise_fp8(device: torch.device) -> bool:
+    """Tried once, as it is the only way for many rows: where a device or its torch refuses it, our kernel multiplies and nothing fails."""
+    numbers, scales = torch.zeros(256, 256, device=device).to(FP8), torch.ones(256, 1, device=device)
+    try:
+        torch._scaled_mm(numbers, numbers.T, scale_a=scales, scale_b=scales.T, out_dtype=torch.bfloat16)
+    except RuntimeError as error:
+        log.warning("FP8 is multiplied by our own kernel however many rows there are, as torch's refuses it: %s", error)
+        return False
+    return True
 
 
 def _multiply_by_rows(
