@@ -231,17 +231,21 @@ def _fill(
     num_begun = num_settled = bytes_under_way = 0
     cores, given_up = torch.get_num_threads(), Event()
 
+    def finish_those_that_came() -> None:
+        while begun and begun[0][1] <= num_settled:
+            begun.popleft()[0].finish()
+
     def settle(most: int, most_bytes: float = math.inf) -> None:
         """Wait until no more than so many are under way, and bytes of them."""
         nonlocal done, bytes_read, num_settled, bytes_under_way
+        finish_those_that_came()  # also those of which this rank wants nothing
         while len(under_way) > most or bytes_under_way > most_bytes:
             binding, read = under_way.popleft()
             bytes_read += read.result()
             num_bytes = tensors[binding.name].num_bytes
             done, num_settled, bytes_under_way = done + num_bytes, num_settled + 1, bytes_under_way - num_bytes
             on_progress(done, total)
-            while begun and begun[0][1] <= num_settled:
-                begun.popleft()[0].finish()
+            finish_those_that_came()
 
     with (
         freed_at_once(),
@@ -269,8 +273,6 @@ def _fill(
                 begun.append((layer, num_begun))
                 settle(FAR_AHEAD if on_device else 0)
         settle(0)
-    for layer, _ in begun:  # of which this rank holds nothing
-        layer.finish()
     for layer in filled:
         layer.finish()
     return bytes_read

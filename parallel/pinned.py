@@ -13,7 +13,7 @@ STAGED_BYTES = 8 * 2**20
 """Of one piece. A thread has two, and what a process has pinned once it keeps."""
 
 
-class Staging:
+class PinnedPieces:
     """Two pieces of one thread, by turns."""
 
     def __init__(self, device: torch.device, staged_bytes: int = STAGED_BYTES) -> None:
@@ -23,7 +23,7 @@ class Staging:
         self._fetched = [torch.cuda.Event() if on_device else None for _ in self._pieces]
 
     def __repr__(self) -> str:
-        return f"<Staging [{len(self._pieces)} x {self.most_bytes} bytes to {self._device}]>"
+        return f"<PinnedPieces [{len(self._pieces)} x {self.most_bytes} bytes to {self._device}]>"
 
     @property
     def most_bytes(self) -> int:
@@ -48,11 +48,11 @@ class Staging:
 _of_thread = local()
 
 
-def staging_of(device: torch.device) -> Staging | None:
+def staging_of(device: torch.device) -> PinnedPieces | None:
     """This thread's, which goes with the thread; None for a device that has the host's memory as its own."""
     if device.type != "cuda":
         return None
-    kept: dict[torch.device, Staging] = _of_thread.__dict__.setdefault("kept", {})
+    kept: dict[torch.device, PinnedPieces] = _of_thread.__dict__.setdefault("kept", {})
     if device not in kept:
-        kept[device] = Staging(device)
+        kept[device] = PinnedPieces(device)
     return kept[device]

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.sizes import cdiv
+
 BLOCK = 128
 
 
@@ -31,7 +33,7 @@ def enter(
 ) -> None:
     """See the twin."""
     num_rows = tokens_S.shape[0]
-    _enter_kernel[(triton.cdiv(num_rows, BLOCK),)](
+    _enter_kernel[(cdiv(num_rows, BLOCK),)](
         given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, num_rows, given_3S.stride(0), tables_SM.stride(0),
         BLOCK_TOKENS=block_tokens, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

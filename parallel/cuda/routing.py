@@ -1,7 +1,7 @@
 """What stands around the routed experts, in a launch each: which experts a token takes, and their sum with the shared one's.
 
-T tokens, E experts, A of them per token, D model width. As torch does it, the former takes five launches and the latter three, and a
-step of few tokens waits for each.
+T tokens, E experts, A of them per token, D model width. As torch does it, each is several
+launches (a softmax, a choice, a sort, ...), and a step of few tokens waits for all of them.
 """
 
 import torch
@@ -9,7 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.cuda.quick_launch import quick
+from parallel.cuda.sizes import cdiv, next_power_of_2
 
+
+@quick
 @triton.jit
 def _choose_kernel(
     logits, ids, weights, num_experts, PER_TOKEN: tl.constexpr, RENORMALISE: tl.constexpr, PADDED: tl.constexpr, PLACES: tl.constexpr
@@ -37,6 +41,7 @@ def _choose_kernel(
     tl.store(weights + at_A, chosen_A.to(weights.dtype.element_ty), mask=places_A < PER_TOKEN)
 
 
+@quick
 @triton.jit
 def _add_shared_kernel(routed, gates, shared, out, width, BLOCK: tl.constexpr):
     """A stretch of one token, rounded where transformers rounds: the gate, the shared expert's share, the sum."""
@@ -63,7 +68,7 @@ class CudaRouting:
         if num_tokens:
             _choose_kernel[(num_tokens,)](
                 logits_TE.contiguous(), ids_TA, weights_TA, num_experts, PER_TOKEN=per_token, RENORMALISE=renormalise,
-                PADDED=triton.next_power_of_2(num_experts), PLACES=triton.next_power_of_2(per_token), num_warps=1,
+                PADDED=next_power_of_2(num_experts), PLACES=next_power_of_2(per_token), num_warps=1,
             )  # fmt: skip
         return ids_TA, weights_TA
 
@@ -71,7 +76,7 @@ class CudaRouting:
         num_tokens, width = routed_TD.shape
         out_TD = torch.empty_like(routed_TD, memory_format=torch.contiguous_format)
         if num_tokens:
-            _add_shared_kernel[(num_tokens, triton.cdiv(width, ADD_BLOCK))](
+            _add_shared_kernel[(num_tokens, cdiv(width, ADD_BLOCK))](
                 routed_TD.contiguous(), gates_T1.contiguous(), shared_TD.contiguous(), out_TD, width, BLOCK=ADD_BLOCK, num_warps=4
             )
         return out_TD

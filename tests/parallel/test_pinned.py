@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel import weight_format
-from parallel.pinned import Staging, staging_of
+from parallel.pinned import PinnedPieces, staging_of
 from parallel.weight_format import ReadsInto, copy_part
 from tests.parallel.memory_tensor import MemoryTensor
 
@@ -35,7 +35,7 @@ class Fetched:
         self.late.clear()
 
 
-class LateStaging(Staging):
+class LatePinnedPieces(PinnedPieces):
     """Copies to the device are done as late as they may be: a piece that is written over too early arrives as its successor."""
 
     def __init__(self, staged_bytes: int) -> None:
@@ -54,7 +54,7 @@ class LateStaging(Staging):
 @pytest.mark.parametrize("staged_bytes", [24, 100, 4096])
 def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices: tuple[slice, slice], staged_bytes: int) -> None:
     matrix = torch.randn(50, 6)
-    stored, staging = IntoTensor("matrix", matrix), LateStaging(staged_bytes)
+    stored, staging = IntoTensor("matrix", matrix), LatePinnedPieces(staged_bytes)
     assert isinstance(stored, ReadsInto)
     monkeypatch.setattr(weight_format, "staging_of", lambda _device: staging)
     target = torch.full_like(matrix[slices], torch.nan)
@@ -65,7 +65,7 @@ def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices
 
 def test_a_row_larger_than_a_piece_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(5, 40)
-    monkeypatch.setattr(weight_format, "staging_of", lambda _device: LateStaging(24))
+    monkeypatch.setattr(weight_format, "staging_of", lambda _device: LatePinnedPieces(24))
     target = torch.empty_like(matrix)
     copy_part(IntoTensor("matrix", matrix), (slice(None), slice(None)), target)
     assert torch.equal(target, matrix)
