@@ -6,6 +6,8 @@ The Qwen2-0.5B shape with random weights in bfloat16 and Qwen2's own vocabulary 
 round starts a server, sends a short chat, then 4 and 32 chats at once of about 128 tokens in and exactly 128 out, and ends the server.
 Figures are medians over the rounds of: tokens out per second, and p50 and p99 of the time to the first token and between tokens. Each round
 tells what the server's processes and the clients took of the CPUs meanwhile: on few cores that is taken from the model.
+
+With --grpc the same chats come to Manta alone, over gRPC by its own library; --tokens-out 8 beside 128 tells a request from a token.
 """
 
 import argparse
@@ -21,15 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from manta_client import AsyncClient, MantaError
 
 from benchmarks.checkpoints import checkpoint
 from benchmarks.peers.vllm_cpu import SETTINGS as VLLM_SETTINGS
 from benchmarks.processes import CpuSeconds
 from benchmarks.run import ROOT, TCMALLOC
-from serve.load.client import Target, find_model, run
+from serve.load.client import Answer, Target, find_model, run
 from serve.load.report import Promise, Summary, summarise
 from serve.load.workloads import Conversation, Turn, text
 
@@ -54,8 +58,8 @@ def with_vocabulary(folder: Path) -> Path:
     return place
 
 
-def manta_command(place: Path, port: int) -> tuple[list[str], dict[str, str]]:
-    ports = ["--http-port", str(port), "--grpc-port", str(free_port())]
+def manta_command(place: Path, port: int, grpc_port: int) -> tuple[list[str], dict[str, str]]:
+    ports = ["--http-port", str(port), "--grpc-port", str(grpc_port)]
     return [sys.executable, "-m", "serve", "serve", str(place), "--name", "bench", *ports, "--set", "runner.kv_cache_bytes=900000000"], {}
 
 
@@ -109,6 +113,30 @@ def chats(count: int, tokens_out: int, seed: str) -> list[Conversation]:
     return [Conversation(at_s=0.0, turns=(Turn(prompt=text(draw, TOKENS_IN), **turn),)) for _ in range(count)]  # type: ignore[arg-type]
 
 
+async def run_over_grpc(endpoint: str, conversations: Sequence[Conversation]) -> list[Answer]:
+    """As `run` of conversations of one turn, by Manta's own library, which has one connection for all of them."""
+    began = time.perf_counter()
+
+    async def ask(client: AsyncClient, turn: Turn) -> Answer:
+        answer = Answer(due_s=0.0, sent_s=time.perf_counter() - began)
+        options: dict[str, object] = {"max_tokens": turn.max_tokens, **turn.extra}
+        stream = client.chat.stream(model="bench", messages=[{"role": "user", "content": turn.prompt}], **options)  # type: ignore[arg-type]
+        try:
+            async for delta in stream:
+                if delta.text:
+                    answer.text += delta.text
+                    answer.token_s.append(time.perf_counter() - began)
+            usage = (await stream.final()).usage
+            answer.ending, answer.prompt_tokens, answer.output_tokens = "done", usage.prompt_tokens, usage.completion_tokens
+        except MantaError as error:
+            answer.error = f"{type(error).__name__}: {error}"
+        answer.end_s = time.perf_counter() - began
+        return answer
+
+    async with AsyncClient(endpoint, max_retries=0) as client:
+        return await asyncio.gather(*(ask(client, conversation.turns[0]) for conversation in conversations))
+
+
 @dataclass(frozen=True)
 class Cell:
     """What so many chats at once were like."""
@@ -123,21 +151,26 @@ class Cell:
         return f"{self.chats.output_tokens_per_s:.1f} tokens/s; of {self.wall_s:.1f} s CPU seconds: {cpu}"
 
 
-def measured(url: str, seed: str, pid: int) -> dict[int, Cell]:
-    """By the number of streams, of the server whose first process is ``pid``.
+def measured(url: str, seed: str, pid: int, tokens_out: int) -> dict[int, Cell]:
+    """By the number of streams, of the server at ``url``, one of HTTP or of gRPC, whose first process is ``pid``.
 
     Raises:
         RuntimeError: a chat was not answered whole.
     """
     target, found = Target(url=url, model="bench"), {}
-    asyncio.run(run(target, chats(1, 8, seed + " warm"), lambda _answer: None))
+
+    def ask(conversations: Sequence[Conversation]) -> list[Answer]:
+        over_grpc = url.startswith("grpc://")
+        return asyncio.run(run_over_grpc(url, conversations) if over_grpc else run(target, conversations, lambda _answer: None))
+
+    ask(chats(1, 8, seed + " warm"))
     for count in STREAMS:
-        asked = chats(count, TOKENS_OUT, f"{seed} {count}")
+        asked = chats(count, tokens_out, f"{seed} {count}")
         before, clients, began = CpuSeconds.of(pid), time.process_time(), time.monotonic()
-        answers = asyncio.run(run(target, asked, lambda _answer: None))
+        answers = ask(asked)
         wall_s, clients = time.monotonic() - began, time.process_time() - clients
         summary = summarise(answers, Promise(ttft_s=1.0, itl_s=0.1))
-        if summary.done != count or summary.output_tokens != count * TOKENS_OUT:
+        if summary.done != count or summary.output_tokens != count * tokens_out:
             raise RuntimeError(f"{summary.done} of {count} answers are whole, {summary.output_tokens} tokens: {summary.errors}")
         found[count] = Cell(summary, wall_s, CpuSeconds.of(pid).since(before) | {"these clients": clients})
     return found
@@ -159,18 +192,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", metavar="PYTHON", help="the Python that has vllm-cpu (benchmarks/peers/set_up.sh); without it ours alone")
+    parser.add_argument("--grpc", action="store_true", help="ours alone, and over gRPC")
+    parser.add_argument("--tokens-out", type=int, default=TOKENS_OUT)
     parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache" / "manta" / "benchmarks")
     parser.add_argument("--json", type=Path, help="write each round's figures here too")
     given = parser.parse_args()
+    if given.grpc and given.vllm:
+        parser.error("vLLM is asked over HTTP only")
     place = with_vocabulary(given.checkpoints)
     rounds: dict[str, list[dict[int, Cell]]] = {"Manta": []} | ({"vLLM": []} if given.vllm else {})
     for number in range(given.rounds):
         for name, results in rounds.items():
-            port = free_port()
-            command, settings = manta_command(place, port) if name == "Manta" else vllm_command(given.vllm, place, port)
+            port, grpc_port = free_port(), free_port()
+            command, settings = manta_command(place, port, grpc_port) if name == "Manta" else vllm_command(given.vllm, place, port)
             url = f"http://127.0.0.1:{port}/v1"
             with server(command, settings, url) as pid:
-                results.append(measured(url, str(number), pid))
+                results.append(measured(f"grpc://127.0.0.1:{grpc_port}" if given.grpc else url, str(number), pid, given.tokens_out))
             for count, cell in results[-1].items():
                 print(f"round {number + 1}, {name}, {count} at once: {cell.told()}", flush=True)
     print(table(rounds))

@@ -131,11 +131,13 @@ class Passage:
     _early: dict[int, list[bytes]] = field(default_factory=dict)
     _pieces: list[bytes] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_come: int = 0
     _total: int | None = None
 
     def put(self, answer: int, piece: bytes) -> None:
         if answer == self._answer:
             self._pieces.append(piece)
+            self._num_come += 1
             self._news.set()
         elif self._answer is None:
             self._early.setdefault(answer, []).append(piece)
@@ -143,12 +145,18 @@ class Passage:
     def begin(self, answer: int) -> None:
         """Its pieces are taken, and those of no other."""
         self._answer, self._pieces = answer, self._early.pop(answer, [])
+        self._num_come = len(self._pieces)
         self._early.clear()
 
     def end_after(self, total: int) -> None:
         """So many pieces were sent in all."""
         self._total = total
         self._news.set()
+
+    def end_here(self) -> None:
+        """No end will be told any more: what has come is all there is, unless the end is known."""
+        if self._total is None:
+            self.end_after(self._num_come)
 
     async def take(self, num_taken: int, late_s: float) -> list[bytes]:
         """What has come since ``num_taken`` pieces were taken, waiting for it; nothing at the end.

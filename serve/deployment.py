@@ -27,11 +27,13 @@ from cluster.worker import ModelRanks
 from engine.garbage import settle
 from model.checkpoint_folder import small_files
 from serve.auth import Doorkeeper, OpenDoor
+from serve.bypass import Ways
 from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.doors import Doors
 from serve.fetched_ranks import FetchedRanks
 from serve.grpc.admin import AdminServicer
+from serve.grpc.bypass import passed
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.http.app import create_app
@@ -153,6 +155,7 @@ class _Front:
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
         self._doors = Doors(OncePerKey(self._catalog))
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # beside the first requests, not before them
+        self._ways = Ways(ray.get_runtime_context().get_node_id())
         self._grpc = MantaServicer(self._doors, door=self._door)
         self._admin = AdminServicer(self._doors, self._routers, door=self._door)
         self._health = HealthServicer(self._doors.ready)
@@ -207,7 +210,7 @@ class _Front:
             quota_headers=lambda caller: self._quotas.headers(caller),
             strict=self._config.http.strict,
             behind_ray=True,
-            node=ray.get_runtime_context().get_node_id(),
+            ways=self._ways,
         )
 
     async def __del__(self) -> None:
@@ -254,12 +257,12 @@ class _Front:
         return await self._admin.Drain(request, grpc_context)
 
     async def ChatStream(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        async with contextlib.aclosing(self._grpc.ChatStream(request, grpc_context)) as responses:
+        async with contextlib.aclosing(passed(self._grpc.ChatStream(request, grpc_context), grpc_context, self._ways)) as responses:
             async for response in responses:
                 yield response
 
     async def GenerateStream(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        async with contextlib.aclosing(self._grpc.GenerateStream(request, grpc_context)) as responses:
+        async with contextlib.aclosing(passed(self._grpc.GenerateStream(request, grpc_context), grpc_context, self._ways)) as responses:
             async for response in responses:
                 yield response
 

@@ -1,5 +1,6 @@
 """Run by every Ray Serve proxy before it listens: its gRPC port gets address and TLS, headers not meant for clients are stripped,
-bytes that are no protobuf message reach our own refusal, clients that do not read are left, and a front's death is told as our error.
+bytes that are no protobuf message reach our own refusal, pieces of streams come past Ray, clients that do not read are left, and a
+front's death is told as our error.
 
 Ray Serve 2.60 binds HTTP where it is told and gRPC to every address of the host, with no setting for it. The one place
 where it runs code of ours in the proxy before that is the callback named by `CALLBACK_VARIABLE`.
@@ -57,11 +58,14 @@ def before_listening() -> list[Any]:
     from ray.serve._private import proxy as _proxy
     from ray.serve._private.grpc_util import gRPCGenericServer
 
+    from serve.bypass import Passages
+    from serve.grpc.bypass import past_ray
     from serve.grpc.slow_clients import leaving_slow
     from serve.grpc.unreadable import forgiving
     from serve.http.proxy_headers import proxy_middlewares
 
     proxy: Any = _proxy  # its own imports are no part of what it exports
+    passages = Passages(ray.get_runtime_context().get_node_id())
     slow_s = float(os.environ.get(SLOW_VARIABLE, SLOW_CLIENT_TIMEOUT_S))
 
     def add_grpc_address(server: Any, address: str) -> None:
@@ -78,13 +82,13 @@ def before_listening() -> list[Any]:
 
     override = gRPCGenericServer._override_method_handler
     gRPCGenericServer._override_method_handler = lambda server, method, handler: leaving_slow(  # type: ignore[assignment, method-assign]
-        forgiving(override(server, method, handler)), slow_s
+        past_ray(forgiving(override(server, method, handler)), passages), slow_s
     )
     default_impl.add_grpc_address = add_grpc_address  # type: ignore[assignment]
     http_util.socket = PreparedSockets(slow_s)  # type: ignore[attr-defined, assignment]  # it makes the one that it listens on, and no other
     proxy.get_http_response_status = told_as_ours(proxy.get_http_response_status, over_grpc=False)
     proxy.get_grpc_response_status = told_as_ours(proxy.get_grpc_response_status, over_grpc=True)
-    return proxy_middlewares(ray.get_runtime_context().get_node_id())
+    return proxy_middlewares(passages)
 
 
 def told_as_ours(status_of: Callable[..., Any], *, over_grpc: bool) -> Callable[..., Any]:

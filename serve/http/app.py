@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve.auth import OpenDoor
+from serve.bypass import Ways
 from serve.caller import Caller
 from serve.errors import MethodNotAllowed, RouteNotFound, ServeError
 from serve.http.authorise import Admits, Authorise
@@ -38,12 +39,12 @@ def create_app(
     quota_headers: Callable[[Caller], Mapping[str, str]] = lambda caller: {},
     strict: bool = False,
     behind_ray: bool = False,
-    node: str | None = None,
+    ways: Ways | None = None,
 ) -> FastAPI:
     """The app. ``service`` and ``door`` are asked at each request, so they may be made later, in the process that serves.
 
     ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
-    ``node``: Ray's name of this host; pieces of streams pass a proxy that stands on it by a socket (`serve.http.bypass`).
+    ``ways``: by which pieces of streams may pass to a proxy of this host (`serve.bypass`).
     """
     front = Front(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -54,8 +55,8 @@ def create_app(
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(Authorise, door=door, quota_headers=quota_headers)
     app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
-    if node is not None:
-        app.add_middleware(FrontBypass, node=node)
+    if ways is not None:
+        app.add_middleware(FrontBypass, ways=ways)
     describe_api(app)
     return app
 

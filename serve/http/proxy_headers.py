@@ -3,6 +3,7 @@
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.bypass import Passages
 from serve.http.bypass import HEADER, ProxyBypass
 
 NOT_FOR_CLIENTS = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id", HEADER})
@@ -29,9 +30,9 @@ class ProxyHeaders:
         await self._app(scope, receive, send)
 
 
-def proxy_middlewares(node: str) -> list[Middleware]:
-    """The last one sees a request first. ``node`` is Ray's name of the proxy's host."""
-    return [Middleware(ProxyBypass, node=node), Middleware(ProxyHeaders)]
+def proxy_middlewares(passages: Passages) -> list[Middleware]:
+    """The last one sees a request first."""
+    return [Middleware(ProxyBypass, passages=passages), Middleware(ProxyHeaders)]
 
 
 def _ascii(value: bytes) -> bytes:

@@ -8,9 +8,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serve.bypass import Way
 from serve.errors import describe
 from serve.held import held_headers
-from serve.http.bypass import PASSED, WAY, Way
+from serve.http.bypass import PASSED, WAY
 from serve.http.connection import unless_gone
 from serve.http.errors import error_object
 from serve.request import TextEvent, Usage

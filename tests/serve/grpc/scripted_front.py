@@ -1,9 +1,15 @@
 """The front's own gRPC methods in a Ray Serve deployment, over a service that acts by the model's name."""
 
+import asyncio
 import dataclasses
+import os
+import signal
 from collections.abc import AsyncGenerator
 
+import ray
+
 from engine.errors import QueueFull
+from serve.bypass import Way, Ways
 from serve.deployment import _Front
 from serve.errors import InvalidRequest
 from serve.grpc.health import HealthServicer
@@ -19,32 +25,49 @@ REFUSALS = {
 }
 
 
-class ActingService(ScriptedService):
-    """Model "holds" stops after two events; the names above refuse at once, "late-" before them after one event."""
+class CountingWays(Ways):
+    def __init__(self, node: str) -> None:
+        super().__init__(node)
+        self.num_found = 0
 
-    def __init__(self) -> None:
+    def as_told(self, headers: list[str]) -> Way | None:
+        way = super().as_told(headers)
+        self.num_found += way is not None
+        return way
+
+
+class ActingService(ScriptedService):
+    """Model "holds" stops after two events, "dies" takes the process along; the names above refuse at once, "late-" before them after one
+    event."""
+
+    def __init__(self, ways: CountingWays) -> None:
         super().__init__()
-        self.num_closed = 0
+        self.num_closed, self._ways = 0, ways
 
     def models(self) -> tuple[ModelFacts, ...]:
-        """How many streams have ended, told as a model's name."""
-        return (dataclasses.replace(FACTS, name=f"closed-{self.num_closed}"),)
+        """How many streams have ended, and how many went past Ray, told as models' names."""
+        counts = {"closed": self.num_closed, "past": self._ways.num_found}
+        return tuple(dataclasses.replace(FACTS, name=f"{what}-{count}") for what, count in counts.items())
 
     async def _events(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[TextEvent, None]:
-        self.holds_at = 2 if request.model == "holds" else None
+        self.holds_at = 2 if request.model in ("holds", "dies") else None
         self.fails_at = None
         if (name := request.model.removeprefix("late-")) in REFUSALS:
             self.error, self.fails_at = REFUSALS[name], 1 if request.model.startswith("late-") else 0
         try:
             async for event in super()._events(request):
                 yield event
+                if request.model == "dies" and event.text == "é":
+                    await asyncio.sleep(0.5)  # what was sent is on its way
+                    os.kill(os.getpid(), signal.SIGKILL)
         finally:
             self.num_closed += 1
 
 
 class ScriptedFront:
     def __init__(self) -> None:
-        service = ActingService()
+        self._ways = CountingWays(ray.get_runtime_context().get_node_id())
+        service = ActingService(self._ways)
         self._grpc = MantaServicer(service)  # type: ignore[arg-type]
         self._health = HealthServicer(service.ready)
 

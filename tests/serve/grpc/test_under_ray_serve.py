@@ -76,15 +76,29 @@ async def client(address: str) -> AsyncIterator[AsyncClient]:
         yield client
 
 
+async def counted(client: AsyncClient) -> dict[str, int]:
+    """What the front tells of itself as models' names."""
+    told = [model.id.rpartition("-") for model in await client.models.list()]
+    return {name: int(count) for name, _, count in told}
+
+
 async def num_closed(client: AsyncClient) -> int:
-    (model,) = await client.models.list()
-    return int(model.id.removeprefix("closed-"))
+    return (await counted(client))["closed"]
 
 
 async def one_more_closed(client: AsyncClient, before: int) -> None:
     async with asyncio.timeout(5):
         while await num_closed(client) == before:  # noqa: ASYNC110 (it is another process that knows)
             await asyncio.sleep(0.05)
+
+
+async def test_streams_pass_ray_as_soon_as_the_front_has_connected_and_are_the_same(client: AsyncClient) -> None:
+    """So do those of all other tests here, whose promises are the same with and without."""
+    async with asyncio.timeout(60):
+        while (await counted(client))["past"] < 3:
+            stream = client.chat.stream(model="tiny", messages=MESSAGES)
+            assert [delta.text async for delta in stream] == ["H", "é", "!", ""]
+            assert (await stream.final()).usage.completion_tokens == 3
 
 
 async def test_the_streamed_answer_is_the_whole_one(client: AsyncClient) -> None:
@@ -160,3 +174,18 @@ async def test_health_is_answered(address: str) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await health.Check(health_pb2.HealthCheckRequest(service="other"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_death_of_a_front_is_a_status_behind_all_that_it_had_sent(client: AsyncClient) -> None:
+    before, texts, past = (await counted(client))["past"], list[str](), list[int]()
+
+    async def read() -> None:
+        async for delta in client.chat.stream(model="dies", messages=MESSAGES):
+            texts.append(delta.text)
+            past.append((await counted(client))["past"] if not past else past[0])
+
+    with pytest.raises(CallFailed) as caught:
+        await read()
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    assert texts == ["H", "é"]
+    assert past[0] == before + 1

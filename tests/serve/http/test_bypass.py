@@ -15,8 +15,10 @@ import pytest
 import zmq
 
 import cluster.bypass
+import serve.bypass
 import serve.http.bypass
 from cluster.bypass import PiecesLost, Receiver, Sender, is_here, new_answer
+from serve.bypass import Passages, Ways
 from serve.http.bypass import FrontBypass, ProxyBypass
 from serve.http.sse import EventStream
 from serve.request import TextEvent, Usage
@@ -113,9 +115,9 @@ async def come_true(condition: Callable[[], bool]) -> None:
 
 async def acquaint(fronts: FrontBypass, proxy: ProxyBypass) -> None:
     """The first request through a proxy goes by Ray, and has the front connect."""
-    receiver = proxy._receiving()
+    receiver = proxy._passages._receiving()
     assert receiver is not None
-    await come_true(lambda: fronts._way(f"{NODE} 0 {receiver.address}") is not None)
+    await come_true(lambda: fronts._ways._way(f"{NODE} 0 {receiver.address}") is not None)
 
 
 def body(sent: list[dict[str, Any]]) -> bytes:
@@ -131,8 +133,8 @@ async def test_the_client_gets_the_same_bytes_in_order_whatever_comes_first(seed
     texts = {number: [f"{number}-{place} " for place in range(delays.randint(1, 40))] for number in range(8)}
     plain = {number: body(await asked(front(texts[number]))) for number in texts}
     current: contextvars.ContextVar[int] = contextvars.ContextVar("current")
-    proxies = ProxyBypass(lambda *asgi: between[current.get()](*asgi), node=NODE)
-    fronts = FrontBypass(lambda *asgi: front(texts[current.get()], delays)(*asgi), node=NODE)
+    proxies = ProxyBypass(lambda *asgi: between[current.get()](*asgi), passages=Passages(NODE))
+    fronts = FrontBypass(lambda *asgi: front(texts[current.get()], delays)(*asgi), ways=Ways(NODE))
     between = {number: Between(fronts, delays) for number in texts}
     await acquaint(fronts, proxies)
 
@@ -142,9 +144,9 @@ async def test_the_client_gets_the_same_bytes_in_order_whatever_comes_first(seed
 
     assert dict(zip(texts, await asyncio.gather(*map(one, texts)), strict=True)) == plain
     assert not any(ray.bodies for ray in between.values())
-    assert proxies._receiver is not None
-    assert not proxies._receiver._passages
-    await proxies._receiver.close()
+    assert proxies._passages._receiver is not None
+    assert not proxies._passages._receiver._passages
+    await proxies._passages._receiver.close()
 
 
 async def test_all_that_is_ready_at_once_goes_as_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,32 +169,32 @@ async def test_all_that_is_ready_at_once_goes_as_one_message(monkeypatch: pytest
 
 
 async def test_a_front_of_another_host_answers_by_ray() -> None:
-    ray = Between(FrontBypass(front(["a", "b"]), node="another"))
-    proxy = ProxyBypass(ray, node=NODE)
+    ray = Between(FrontBypass(front(["a", "b"]), ways=Ways("another")))
+    proxy = ProxyBypass(ray, passages=Passages(NODE))
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
-    assert proxy._receiver is not None
-    await proxy._receiver.close()
+    assert proxy._passages._receiver is not None
+    await proxy._passages._receiver.close()
 
 
 async def test_a_front_without_a_bypass_answers_by_ray() -> None:
     ray = Between(front(["a", "b"]))
-    proxy = ProxyBypass(ray, node=NODE)
+    proxy = ProxyBypass(ray, passages=Passages(NODE))
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
-    assert proxy._receiver is not None
-    await proxy._receiver.close()
+    assert proxy._passages._receiver is not None
+    await proxy._passages._receiver.close()
 
 
 async def test_a_piece_that_is_missing_breaks_the_answer_and_those_after_it_go_by_ray(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(serve.http.bypass, "LATE_S", 0.2)
+    monkeypatch.setattr(serve.bypass, "LATE_S", 0.2)
     put = Sender.put
     monkeypatch.setattr(Sender, "put", lambda sender, answer, piece: None if b'"b"' in piece else put(sender, answer, piece))
-    fronts = FrontBypass(front(["a", "b", "c"]), node=NODE)
+    fronts = FrontBypass(front(["a", "b", "c"]), ways=Ways(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, node=NODE)
+    proxy = ProxyBypass(ray, passages=Passages(NODE))
     await acquaint(fronts, proxy)
     with pytest.raises(PiecesLost, match="of 5 pieces 4 came"):
         await asked(proxy)
@@ -201,12 +203,12 @@ async def test_a_piece_that_is_missing_breaks_the_answer_and_those_after_it_go_b
         assert body(await asked(proxy)) == body(await asked(front(["a", "b", "c"])))
     assert ray.bodies == 2 * 5
     assert caplog.text.count("the bypass failed") == 1
-    proxy._paused_until = 0
+    proxy._passages._paused_until = 0
     monkeypatch.setattr(Sender, "put", put)
     assert body(await asked(proxy)) == body(await asked(front(["a", "b", "c"])))
     assert ray.bodies == 2 * 5
-    assert proxy._receiver is not None
-    await proxy._receiver.close()
+    assert proxy._passages._receiver is not None
+    await proxy._passages._receiver.close()
 
 
 async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
@@ -222,35 +224,35 @@ async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    fronts = FrontBypass(dies, node=NODE)
-    proxy = ProxyBypass(Between(fronts), node=NODE)
+    fronts = FrontBypass(dies, ways=Ways(NODE))
+    proxy = ProxyBypass(Between(fronts), passages=Passages(NODE))
     await acquaint(fronts, proxy)
     with pytest.raises(RuntimeError, match="lost"):
         await proxy({"type": "http", "method": "POST", "headers": []}, None, send)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[1]["more_body"]
-    assert proxy._receiver is not None
-    assert not proxy._receiver._passages
-    await proxy._receiver.close()
+    assert proxy._passages._receiver is not None
+    assert not proxy._passages._receiver._passages
+    await proxy._passages._receiver.close()
 
 
 async def test_a_front_that_does_not_see_the_proxys_socket_answers_by_ray() -> None:
-    ray = Between(FrontBypass(front(["a", "b"]), node=NODE))
-    proxy = ProxyBypass(ray, node=NODE)
-    proxy._receiver = cluster.bypass.Receiver()
-    seen, proxy._receiver.address = proxy._receiver.address, proxy._receiver.address + "-elsewhere"
+    ray = Between(FrontBypass(front(["a", "b"]), ways=Ways(NODE)))
+    proxy = ProxyBypass(ray, passages=Passages(NODE))
+    proxy._passages._receiver = cluster.bypass.Receiver()
+    seen, proxy._passages._receiver.address = proxy._passages._receiver.address, proxy._passages._receiver.address + "-elsewhere"
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
-    proxy._receiver.address = seen
-    await proxy._receiver.close()
+    proxy._passages._receiver.address = seen
+    await proxy._passages._receiver.close()
 
 
 async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_written_to() -> None:
     receivers = [cluster.bypass.Receiver(), cluster.bypass.Receiver()]
-    fronts = FrontBypass(front(["a"]), node=NODE)
+    fronts = FrontBypass(front(["a"]), ways=Ways(NODE))
     told = [f"{NODE} 0 {receiver.address}" for receiver in receivers]
-    await come_true(lambda: fronts._way(told[0]) is not None)
-    way = fronts._way(told[0])
+    await come_true(lambda: fronts._ways._way(told[0]) is not None)
+    way = fronts._ways._way(told[0])
     assert way is not None
     passage = receivers[0].open()
     passage.begin(way.answer)
@@ -262,14 +264,14 @@ async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_w
         await asyncio.sleep(0.001)
     with pytest.raises(PiecesLost):
         way.put(b"b")
-    assert fronts._way(told[0]) is None
-    await come_true(lambda: fronts._way(told[1]) is not None)
-    passage, way = receivers[1].open(), fronts._way(told[1])
+    assert fronts._ways._way(told[0]) is None
+    await come_true(lambda: fronts._ways._way(told[1]) is not None)
+    passage, way = receivers[1].open(), fronts._ways._way(told[1])
     assert way is not None
     passage.begin(way.answer)
     way.put(b"c")
     assert await passage.take(0, 10) == [b"c"]
-    assert list(fronts._senders) == [receivers[1].address]
+    assert list(fronts._ways._senders) == [receivers[1].address]
     await receivers[1].close()
 
 
@@ -288,20 +290,20 @@ async def test_a_message_that_cannot_be_read_ends_nobody_elses_stream() -> None:
 async def test_a_way_that_nobody_answers_is_not_taken_but_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fronts = FrontBypass(front(["a", "b"]), node=NODE)
+    fronts = FrontBypass(front(["a", "b"]), ways=Ways(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, node=NODE)
-    proxy._receiver = Receiver()
+    proxy = ProxyBypass(ray, passages=Passages(NODE))
+    proxy._passages._receiver = Receiver()
     with socket.socket(socket.AF_UNIX) as silent:
-        path = proxy._receiver.address.removeprefix("ipc://") + "-silent"
+        path = proxy._passages._receiver.address.removeprefix("ipc://") + "-silent"
         silent.bind(path)
         silent.listen()
-        listening, proxy._receiver.address = proxy._receiver.address, f"ipc://{path}"
+        listening, proxy._passages._receiver.address = proxy._passages._receiver.address, f"ipc://{path}"
         for _ in range(3):
             assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
         assert ray.bodies == 3 * 4
     assert not caplog.text
-    (lost,) = fronts._senders.values()
+    (lost,) = fronts._ways._senders.values()
     assert not lost.is_lost
     monkeypatch.setattr(lost, "_patient_until", 0)
     os.unlink(path)
@@ -312,17 +314,17 @@ async def test_a_way_that_nobody_answers_is_not_taken_but_tried_again(
     before = ray.bodies
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies == before
-    await proxy._receiver.close()
+    await proxy._passages._receiver.close()
 
 
 async def test_a_proxy_that_no_longer_reads_breaks_its_streams_and_goes_on_by_ray(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fronts = FrontBypass(front(["a", "b"]), node=NODE)
+    fronts = FrontBypass(front(["a", "b"]), ways=Ways(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, node=NODE)
+    proxy = ProxyBypass(ray, passages=Passages(NODE))
     await acquaint(fronts, proxy)
-    receiver, way = proxy._receiver, fronts._way(f"{NODE} 0 {proxy._receiver.address}")  # type: ignore[union-attr]
+    receiver, way = proxy._passages._receiver, fronts._ways._way(f"{NODE} 0 {proxy._passages._receiver.address}")  # type: ignore[union-attr]
     assert receiver is not None
     assert way is not None
 
@@ -342,14 +344,14 @@ async def test_a_proxy_that_no_longer_reads_breaks_its_streams_and_goes_on_by_ra
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
     assert caplog.text.count("the bypass failed") == 1
-    proxy._paused_until = 0
+    proxy._passages._paused_until = 0
     await acquaint(fronts, proxy)
-    assert proxy._receiver is not None
-    await proxy._receiver.close()
+    assert proxy._passages._receiver is not None
+    await proxy._passages._receiver.close()
 
 
 async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_that_began_is_handed_on() -> None:
-    fronts = {name: FrontBypass(front([f"{name}{place}" for place in range(3)]), node=NODE) for name in "AB"}
+    fronts = {name: FrontBypass(front([f"{name}{place}" for place in range(3)]), ways=Ways(NODE)) for name in "AB"}
 
     async def twice(scope: Any, receive: Any, send: Any) -> None:
         async def unheard(message: Any) -> None:
@@ -358,12 +360,12 @@ async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_th
         await fronts["A"](scope, receive, unheard)
         await asyncio.gather(Between(fronts["B"])(scope, receive, send), fronts["A"](scope, receive, unheard))
 
-    proxy = ProxyBypass(twice, node=NODE)
+    proxy = ProxyBypass(twice, passages=Passages(NODE))
     for one in fronts.values():
         await acquaint(one, proxy)
     assert body(await asked(proxy)) == body(await asked(front(["B0", "B1", "B2"])))
-    assert proxy._receiver is not None
-    await proxy._receiver.close()
+    assert proxy._passages._receiver is not None
+    await proxy._passages._receiver.close()
 
 
 async def test_more_pieces_than_were_sent_are_a_mistake_that_nobody_waits_for() -> None:
@@ -385,9 +387,9 @@ async def test_a_proxy_that_can_make_no_socket_answers_by_ray_and_tries_again_la
 ) -> None:
     long = tmp_path / ("long" * 30)
     long.mkdir()
-    fronts = FrontBypass(front(["a", "b"]), node=NODE)
+    fronts = FrontBypass(front(["a", "b"]), ways=Ways(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, node=NODE)
+    proxy = ProxyBypass(ray, passages=Passages(NODE))
     with monkeypatch.context() as patched:
         patched.setattr("tempfile.tempdir", str(long))
         for _ in range(2):
@@ -395,10 +397,10 @@ async def test_a_proxy_that_can_make_no_socket_answers_by_ray_and_tries_again_la
     assert ray.bodies > 0
     assert caplog.text.count("too long for a Unix socket") == 1
     assert not list(long.iterdir())
-    proxy._paused_until = 0
+    proxy._passages._paused_until = 0
     await acquaint(fronts, proxy)
-    assert proxy._receiver is not None
-    await proxy._receiver.close()
+    assert proxy._passages._receiver is not None
+    await proxy._passages._receiver.close()
 
 
 async def test_a_front_that_can_make_no_socket_or_is_told_nonsense_answers_by_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -407,7 +409,7 @@ async def test_a_front_that_can_make_no_socket_or_is_told_nonsense_answers_by_ra
     there.touch()
     path = receiver.address.removeprefix("ipc://")
     for rest in (f"0 ipc://{there}", f"x {receiver.address}", f"0 {path}", "", "0"):
-        ray = Between(FrontBypass(front(["a", "b"]), node=NODE))
+        ray = Between(FrontBypass(front(["a", "b"]), ways=Ways(NODE)))
 
         async def told(scope: Any, receive: Any, send: Any, rest: str = rest, ray: Between = ray) -> None:
             header = (serve.http.bypass.HEADER, f"{NODE} {rest}".encode())
