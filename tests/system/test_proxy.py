@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 from google.protobuf.json_format import ParseDict
+from manta_client import Client
 
 from serve.grpc.generated import admin_pb2, admin_pb2_grpc, service_pb2, service_pb2_grpc
 from tests.faults.streams import Ask, Seen, follow, golden_of
@@ -131,12 +132,20 @@ def held_bytes(server: Server) -> int:
     return sum(process.memory_info().rss for process in (*proxies, *server.fronts()))
 
 
-def test_a_killed_proxy_is_back_while_its_old_connections_cool_down(server: Server) -> None:
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+def test_a_killed_proxy_is_back_while_its_old_connections_cool_down_and_the_library_goes_on(server: Server) -> None:
+    asked: Any = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "temperature": 1.0, "seed": 3}
+    (proxy,) = [process for process in server.descendants if process.name().startswith("ray::ProxyActor")]
+    with httpx.Client(base_url=server.url, timeout=30) as client, Client(server.grpc, timeout=300) as library:
         assert client.get("/readyz").status_code == 200
-        (proxy,) = [process for process in server.descendants if process.name().startswith("ray::ProxyActor")]
-        proxy.kill()
+        undisturbed = library.completions.create(**asked)
+        with library.completions.stream(**asked) as stream:
+            for number, _ in enumerate(stream):
+                if number == 8:
+                    proxy.kill()
+            final = stream.final()
         psutil.wait_procs([proxy], timeout=20)
+    assert final.choices[0].token_ids == undisturbed.choices[0].token_ids
+    assert final.text == undisturbed.text
     eventually(lambda: _answers(server), 240)
     cooling = {"TIME_WAIT", "FIN_WAIT1", "FIN_WAIT2"}
     if not cooling & set(connections(server.http_port)):
