@@ -1,8 +1,10 @@
 """The Ray cluster of the chart: head, fronts and GPU hosts."""
 
+import re
+
 import pytest
 
-from tests.k8s.chart import READY, container, environment, ready, with_values
+from tests.k8s.chart import READY, ROOT, container, environment, ready, with_values
 
 GPU = "nvidia.com/gpu"
 
@@ -80,7 +82,8 @@ def test_pods_drain_longer_than_the_longest_stream(name: str) -> None:
     for group, template in rendered.pods().items():
         if group != "head":
             assert template["spec"]["terminationGracePeriodSeconds"] > longest
-            assert container(template)["lifecycle"]["preStop"]["exec"]["command"][-1] == str(longest)
+            command = container(template)["lifecycle"]["preStop"]["exec"]["command"]
+            assert command == ["/opt/manta/k8s/images/drain", str(longest), *([] if group == "front" else ["--leave"])]
 
 
 def test_gcs_outlives_the_head_in_redis_with_the_password_from_a_secret() -> None:
@@ -114,6 +117,18 @@ def test_the_first_start_has_a_long_budget() -> None:
 def test_a_front_is_ready_when_it_would_answer() -> None:
     probe = container(ready("qwen2-7b-1gpu").group("front")["template"])["readinessProbe"]
     assert probe["httpGet"] == {"path": "/readyz", "port": 8000}
+
+
+def test_nothing_of_a_batchs_cluster_waits_for_what_its_job_deploys() -> None:
+    """KubeRay submits the job when all pods are Ready; fronts that wait for the models which it deploys would never be."""
+    for template in ready("batch").pods().values():
+        assert "readinessProbe" not in container(template)
+
+
+def test_ready_hosts_of_replicas_are_left_to_kuberays_probe_for_which_the_image_has_wget() -> None:
+    assert "readinessProbe" not in container(ready("qwen2-7b-1gpu").group("gpu")["template"])
+    (system,) = re.findall(r"install -y --no-install-recommends (.*python3 .*) ", (ROOT / "k8s" / "images" / "Dockerfile").read_text())
+    assert "wget" in system.split()
 
 
 def test_fronts_are_rather_not_on_one_node() -> None:

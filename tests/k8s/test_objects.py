@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from serve.http.app import create_app
+from serve.offers import Offers
 from tests.k8s.chart import container, ready, with_values
 
 Labels = dict[str, str]
@@ -48,7 +50,8 @@ def test_an_ingress_leads_to_http() -> None:
     ingress = ready("everything").one("Ingress")["spec"]
     (rule,) = ingress["rules"]
     assert rule["host"] == "manta.example.com"
-    assert rule["http"]["paths"][0]["backend"]["service"] == {"name": "manta", "port": {"name": "http"}}
+    for path in rule["http"]["paths"]:
+        assert path["backend"]["service"] == {"name": "manta", "port": {"name": "http"}}
     assert ingress["ingressClassName"] == "nginx"
 
 
@@ -56,15 +59,35 @@ def test_routes_lead_to_both_fronts_and_let_long_streams_run() -> None:
     rendered = ready("everything")
     (grpc,) = rendered.one("GRPCRoute")["spec"]["rules"]
     assert grpc["backendRefs"] == [{"name": "manta", "port": 9000}]
-    (http,) = rendered.one("HTTPRoute")["spec"]["rules"]
-    assert http["timeouts"] == {"request": "660s"}
-    assert http["backendRefs"] == [{"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "manta"}]
+    asked, told = rendered.one("HTTPRoute")["spec"]["rules"]
+    assert asked["timeouts"] == {"request": "660s"}
+    assert asked["backendRefs"] == [{"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "manta"}]
+    assert told["backendRefs"] == [{"name": "manta", "port": 8000}]
 
 
 def test_without_a_pool_the_route_leads_to_the_service() -> None:
     rendered = with_values({"gateway": {"parentRefs": [{"name": "g"}], "httpRoute": {"enabled": True}}})
-    (http,) = rendered.one("HTTPRoute")["spec"]["rules"]
-    assert http["backendRefs"] == [{"name": "manta", "port": 8000}]
+    for rule in rendered.one("HTTPRoute")["spec"]["rules"]:
+        assert rule["backendRefs"] == [{"name": "manta", "port": 8000}]
+
+
+def unasked() -> Offers:
+    raise AssertionError
+
+
+async def unasked_page(accept: str) -> tuple[bytes, str]:
+    raise AssertionError
+
+
+def test_the_world_is_shown_what_clients_ask_for_and_no_metrics() -> None:
+    rendered = ready("everything")
+    (rule,) = rendered.one("Ingress")["spec"]["rules"]
+    by_ingress = {path["path"] for path in rule["http"]["paths"]}
+    by_route = {match["path"]["value"] for rule in rendered.one("HTTPRoute")["spec"]["rules"] for match in rule["matches"]}
+    served = set(create_app(unasked, metrics=unasked_page).openapi()["paths"])
+    shown = {path for path in served if any(path == each or path.startswith(f"{each}/") for each in by_ingress)}
+    assert by_ingress == by_route
+    assert served - shown == {"/metrics", "/livez", "/readyz"}
 
 
 def test_the_pool_is_made_of_the_fronts() -> None:
@@ -89,6 +112,15 @@ def test_a_budget_says_numbers_for_kubernetes_cannot_take_parts_of_such_pods() -
 def test_a_group_that_may_be_empty_has_no_budget() -> None:
     assert not ready("qwen2-7b-1gpu").all("PodDisruptionBudget", "gpu")
     assert ready("everything").one("PodDisruptionBudget", "gpu")["spec"]["minAvailable"] == 1
+
+
+def test_a_budget_counts_replicas_for_only_the_host_of_an_engine_is_ever_ready() -> None:
+    """Kubernetes counts Ready pods. Hosts that hold ranks alone have no proxy, for which KubeRay's probe asks."""
+    group = {"name": "gpu", "gpusPerHost": 1, "hostsPerReplica": 2, "max": 2}
+    model = {"name": "m", "source": "demo", "workerGroup": "gpu", "parallel": {"pipeline": 2}}
+    two = with_values({"workerGroups": [{**group, "min": 2}], "models": [{**model, "replicas": {"min": 2}}]})
+    assert two.one("PodDisruptionBudget", "gpu")["spec"]["minAvailable"] == 1
+    assert not with_values({"workerGroups": [{**group, "min": 1}], "models": [model]}).all("PodDisruptionBudget", "gpu")
 
 
 def test_the_cache_is_a_claim_that_outlives_the_release() -> None:
@@ -158,6 +190,14 @@ def test_pods_reach_each_other_names_and_what_is_listed() -> None:
         "app.kubernetes.io/part-of": "manta",
     }
     assert [port["port"] for port in egress[-1]["ports"]] == [443, 6443, 6379, 4318]
+
+
+def test_names_are_asked_for_of_the_clusters_dns_and_of_a_cache_on_the_node() -> None:
+    (names,) = (rule for rule in policy("qwen2-7b-1gpu", "manta")["egress"] if {"port": 53, "protocol": "UDP"} in rule.get("ports", []))
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in names["to"]
+    mine = [{"podSelector": {"matchLabels": {"app": "dns"}}}]
+    rendered = with_values({"networkPolicy": {"dns": mine}})
+    assert mine in [rule.get("to") for rule in rendered.one("NetworkPolicy", "manta")["spec"]["egress"]]
 
 
 def test_every_pod_is_under_a_policy_both_ways() -> None:

@@ -11,7 +11,7 @@ import yaml
 from tests.k8s.chart import Refused, with_values
 
 WRONG = yaml.safe_load((Path(__file__).parent / "wrong.yaml").read_text())
-BY_SCHEMA = WRONG[:18]
+BY_SCHEMA = WRONG[:21]
 """Refused before a template is looked at. The others are refused by our own sentences, which Helm only passes on."""
 
 

@@ -29,6 +29,7 @@
   {{- $_ := set $groups .name . -}}
 {{- end -}}
 {{- $names := list -}}
+{{- $needed := dict -}}
 {{- range $values.models -}}
   {{- if has .name $names -}}{{- fail (printf "two models are called %q: give each its own models[].name" .name) -}}{{- end -}}
   {{- $names = append $names .name -}}
@@ -39,6 +40,17 @@
   {{- include "manta.checkLayout" (dict "model" . "group" $group) -}}
   {{- if and (hasPrefix "pvc://" .source) (not (regexMatch "^pvc://[a-z0-9][-a-z0-9.]*(/[^/]+)*$" .source)) -}}
     {{- fail (printf "model %q: %q is no claim and folder; write pvc://CLAIM/FOLDER" .name .source) -}}
+  {{- end -}}
+  {{- $layout := .parallel | default dict -}}
+  {{- $replicas := .replicas | default dict -}}
+  {{- $ranks := mul ($layout.tensor | default 1) ($layout.pipeline | default 1) ($layout.data | default 1) (ternary ($replicas.min | int) 1 (hasKey $replicas "min")) | int -}}
+  {{- $_ := set $needed .workerGroup (add (get $needed .workerGroup | default 0 | int) $ranks) -}}
+{{- end -}}
+{{- range $name, $ranks := $needed -}}
+  {{- $group := get $groups $name -}}
+  {{- $there := mul ($group.max | default 0) ($group.gpusPerHost | default 0) ($group.hostsPerReplica | default 1) | int -}}
+  {{- if and ($group.gpusPerHost | default 0) (gt (int $ranks) $there) -}}
+    {{- fail (printf "the models of worker group %q need %d GPUs for their replicas.min together, and it grows to %d: raise workerGroups[].max, lower replicas.min or give a model a group of its own" $name $ranks $there) -}}
   {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -174,6 +186,9 @@
 {{- end -}}
 {{- if and $values.batch.input $values.auth.keys.secretName -}}
 {{- fail "batch.input: a batch has a cluster of its own, where nobody else asks; leave auth.keys out" -}}
+{{- end -}}
+{{- if and $values.serviceMonitor.enabled $values.auth.keys.secretName (not $values.serviceMonitor.apiKey.secretName) -}}
+{{- fail "serviceMonitor.enabled, and auth.keys asks for a key at /metrics too: set serviceMonitor.apiKey to a Secret with a key of the scope metrics" -}}
 {{- end -}}
 {{- if hasKey $values.config "fronts" -}}{{- fail "config.fronts follows from front.replicas: set that" -}}{{- end -}}
 {{- if hasKey $values.config "ray" -}}{{- fail "config.ray is of a Ray that `manta serve` starts by itself: use ray, head and workerGroups" -}}{{- end -}}

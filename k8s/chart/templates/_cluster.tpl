@@ -179,13 +179,16 @@ template:
           httpGet: {path: /api/healthz, port: 52365}
           periodSeconds: 5
           failureThreshold: 60
+        {{- /* KubeRay submits a job when every pod is Ready, and it is the job that deploys what /readyz asks for: there KubeRay's own probe of Ray. */}}
+        {{- if not .Values.batch.input }}
         readinessProbe:
           httpGet: {path: /readyz, port: 8000}
           periodSeconds: 5
           timeoutSeconds: 5
           failureThreshold: 2
+        {{- end }}
         lifecycle:
-          {{- include "manta.drain" . | nindent 10 }}
+          {{- include "manta.drain" (dict "root" .) | nindent 10 }}
         volumeMounts:
           {{- include "manta.mounts" . | nindent 10 }}
     volumes:
@@ -260,7 +263,7 @@ template:
           periodSeconds: 5
           failureThreshold: 120
         lifecycle:
-          {{- include "manta.drain" .root | nindent 10 }}
+          {{- include "manta.drain" (dict "root" .root "leave" true) | nindent 10 }}
         volumeMounts:
           {{- include "manta.mounts" .root | nindent 10 }}
     volumes:

@@ -64,6 +64,11 @@ key: {{ .value.secretKey }}
 {{- .Values.cache.existingClaim | default (printf "%s-models" (include "manta.fullname" .)) -}}
 {{- end -}}
 
+{{/* What clients outside the cluster ask for. Not /metrics, which tells of everybody's requests, nor the probes' paths. */}}
+{{- define "manta.publicPaths" -}}
+[/v1, /tokenize, /detokenize, /tokenizer_info, /version, /health]
+{{- end -}}
+
 {{/* Codes of requests that failed by the server's doing, as clients are told them (serve/errors.py): what counts against the objective. */}}
 {{- define "manta.failureCodes" -}}
 draining|host_lost|internal_error|invalid_logits|not_ready|poisoned_request|unavailable

@@ -131,11 +131,11 @@ imagePullSecrets:
 {{- add .Values.longestStreamSeconds 60 -}}
 {{- end -}}
 
-{{/* Before SIGTERM reaches Ray: let clients go elsewhere and streams end. */}}
+{{/* Before SIGTERM reaches Ray: let clients go elsewhere and streams end. .leave: of replicas here, too. */}}
 {{- define "manta.drain" -}}
 preStop:
   exec:
-    command: [/opt/manta/k8s/images/drain, {{ .Values.longestStreamSeconds | quote }}]
+    command: [/opt/manta/k8s/images/drain, {{ .root.Values.longestStreamSeconds | quote }}{{ if .leave }}, --leave{{ end }}]
 {{- end -}}
 
 {{/* Fetch what is served from hosts of this group (or everything), and look it over. */}}
