@@ -109,6 +109,10 @@ class TestSizes:
         assert refusal(await http.post(CHAT, json=chat_body | {"user": "a" * 11}), 400)["param"] == "user"
 
 
+async def test_a_length_of_thousands_of_digits_is_413(http: httpx.AsyncClient) -> None:
+    refusal(await http.post(CHAT, content=b"{}", headers=JSON | {"content-length": "9" * 5_000}), 413)
+
+
 async def test_json_nested_beyond_all_reason_is_refused_without_a_crash(http: httpx.AsyncClient) -> None:
     refusal(await http.post(CHAT, content=b'{"a":' + b"[" * 200_000, headers=JSON), 400)
 
