@@ -1,5 +1,6 @@
 """Which rank is to blame for a loss, and what is told of it: by its end, its silence, or its own words, which may blame another."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ ABOUT_PEERS = ("connection closed by peer", "connection reset", "broken pipe", "
 """In what a rank says that lost the connection to another, as gloo, NCCL and our own exchange report it."""
 PERHAPS_ABOUT_PEERS = ("nccl", "gloo")
 """Where an error of a rank's own may come to light as well."""
+EXIT = re.compile(r"Worker exit type: (?P<kind>\w+) Worker exit detail: (?P<detail>.*)")
+"""In what Ray says of an actor whose process has died."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ def the_loss(seats: Sequence[Seat], step: int | None, symptom: str | None) -> Wo
 
 def _blame(seats: Sequence[Seat]) -> Verdict | None:
     """A rank that ended without a word is the cause: whoever crashes or raises beside it may be its victim (NCCL aborts a process whose
-    peers are gone). Then one that crashed, fell silent, raised, or stands still. Of a rank on another host no note of a crash can be
-    read: it counts as ended from outside."""
-    notes = [(seat, crash_note.read(crash_note_beside(seat.ipc))) for seat in seats]
+    peers are gone). Then one that crashed, fell silent, raised, or stands still. A rank on another host whose note could not be fetched
+    counts as ended from outside."""
+    notes = [(seat, seat.note or crash_note.read(crash_note_beside(seat.ipc))) for seat in seats]
     for seat, note in notes:
         if seat.has_ended and not seat.failure and note is None:
             return Verdict(seat, seat.ended or "its process ended", from_outside=True)
@@ -91,10 +94,19 @@ def how_it_ended(life: Any) -> str:
     try:
         ray.get(life)
     except ray.exceptions.RayActorError as error:
-        return f"its process died ({_first_line(error)})"
+        return f"its process died ({_reason(error)})"
     except ray.exceptions.RayError as error:
         return _first_line(error)
     return "it left its loop"
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray knows of a process's end, such as that the host's memory ran low, without its list of what may be behind an end that it
+    knows nothing of."""
+    found = EXIT.search(str(error))
+    if found is None:
+        return _first_line(error)
+    return f"{found['kind']}: {found['detail'].strip().partition(' Some common causes')[0]}"
 
 
 def _first_line(error: BaseException) -> str:

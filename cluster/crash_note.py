@@ -4,6 +4,8 @@ A process that is killed from outside (SIGKILL: an operator, the kernel for want
 """
 
 import faulthandler
+import os
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +23,13 @@ def keep_at(file: Path) -> None:
     if _file is not None:
         _file.close()
     _file = opened
+
+
+def new_file(rank: int) -> Path:
+    """An empty file that nobody else has, for a rank whose replica is on another host and has no folder here."""
+    opened, name = tempfile.mkstemp(prefix=f"manta-rank-{rank}-", suffix=".crash")
+    os.close(opened)
+    return Path(name)
 
 
 def read(file: Path) -> str | None:

@@ -65,4 +65,6 @@ def _force(seat: Seat) -> None:
             signal.pidfd_send_signal(seat.process, signal.SIGKILL)
     elif seat.place is not None and not seat.ended:
         there = NodeAffinitySchedulingStrategy(seat.place.node, soft=False)
-        ray.remote(end_process).options(num_cpus=0, scheduling_strategy=there).remote(seat.place.pid, seat.place.started)
+        ray.remote(end_process).options(num_cpus=0, scheduling_strategy=there).remote(
+            seat.place.pid, seat.place.started, seat.place.crash_note
+        )

@@ -14,6 +14,7 @@ from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.ending import END_S, end_ranks
 from cluster.errors import ChannelError, StartFailed
+from cluster.far_notes import fetch_notes
 from cluster.frozen import FrozenWatch
 from cluster.ground import Ground
 from cluster.messages import RankFailed, RankProgress, RankReady, decode, encode
@@ -224,6 +225,7 @@ class RayExecutor:
         deadline = time.monotonic() + BLAME_S
         while time.monotonic() < deadline:
             self._receive(POLL_MS)
+        fetch_notes(self._seats)
         raise the_loss(self._seats, self._last_step, symptom)
 
 

@@ -48,6 +48,8 @@ class Seat:
     silent: bool = False
     ended: str | None = None
     """How Ray says that it ended."""
+    note: str | None = None
+    """Of one on another host: what it left there when it crashed; see `cluster.far_notes`."""
     failure: RankFailed | None = None
     """What it said itself."""
     capacity: Capacity | None = None

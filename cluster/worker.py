@@ -135,6 +135,8 @@ class Place:
     address: Address
     free_port: int
     """A TCP port that was free when asked; the ranks may meet there."""
+    crash_note: str | None = None
+    """Of a rank on another host than its replica's: the file there in which it says how it crashed, if it does."""
 
 
 class Worker:
@@ -147,6 +149,7 @@ class Worker:
         self._guard: KeyGuard | None = None
         self._watchman: Watchman | None = None
         self._step: int | None = None
+        self._far_note: Path | None = None
 
     def open(self, *, replica_node: str, ipc: str, replica_key: bytes, silence_s: float) -> Place:
         """Listen: on ``ipc`` if the replica is on this host, else on this node's address for the holder of ``replica_key``.
@@ -164,6 +167,8 @@ class Worker:
             self._guard = KeyGuard(self._context, {replica_key})
             self._watchman = Watchman(keep_hearing(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
+            self._far_note = crash_note.new_file(self.rank)
+            crash_note.keep_at(self._far_note)
         return Place(
             rank=self.rank,
             node=node,
@@ -173,6 +178,7 @@ class Worker:
             started=_start_of(os.getpid()),
             address=address,
             free_port=_free_port(ip),
+            crash_note=str(self._far_note) if self._far_note else None,
         )
 
     def examine(self, ranks: Ranks) -> Examined:
@@ -196,6 +202,8 @@ class Worker:
                 if helper is not None:
                     helper.close()
             self._context.destroy(linger=2000)
+            if self._far_note is not None:
+                self._far_note.unlink(missing_ok=True)
 
     def _serve(self, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         def on_progress(progress: Progress) -> None:
@@ -279,11 +287,14 @@ def _free_port(ip: str) -> int:
         return port
 
 
-def end_process(pid: int, started: int) -> None:
-    """Kill a process of this host; run by Ray on the host of a rank that may not answer it."""
+def end_process(pid: int, started: int, left: str | None) -> None:
+    """Kill a process of this host, and remove the file ``left`` of it; run by Ray on the host of a rank that may not answer it."""
     with suppress(OSError):
         if _start_of(pid) == started:
             os.kill(pid, signal.SIGKILL)
+    with suppress(OSError):
+        if left is not None:
+            os.unlink(left)
 
 
 def _start_of(pid: int) -> int:

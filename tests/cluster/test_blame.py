@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cluster.blame import the_loss
+from cluster.blame import _reason, the_loss
 from cluster.messages import RankFailed
 from cluster.seats import Seat
 from cluster.worker import crash_note_beside
@@ -36,6 +36,26 @@ def test_who_crashed_is_the_cause_and_not_the_peer_that_complains_of_it(tmp_path
     loss = the_loss((complains, crashes), 7, None)
     assert (loss.rank, loss.from_outside) == (1, False)
     assert ABORTED in (loss.rank_traceback or "")
+
+
+def test_a_crash_on_another_host_is_the_ranks_own_once_its_note_was_fetched(tmp_path: Path) -> None:
+    near, far = seats(tmp_path)
+    near.failure = RankFailed(0, "h", 7, "RuntimeError: Connection closed by peer", "Traceback")
+    far.ended, far.note = "its process died", f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):"
+    loss = the_loss((near, far), 7, None)
+    assert (loss.rank, loss.from_outside) == (1, False)
+    assert ABORTED in str(loss)
+
+
+def test_rays_reason_for_an_end_is_told_and_not_what_it_guesses() -> None:
+    said = "The actor died unexpectedly before finishing this task.\n\tclass_name: Worker\nThe actor is dead because its process has died. "
+    low = f"{said}Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: The node ran low on memory.\nMemory on the node was 61.0GB"
+    unknown = (
+        f"{said}Worker exit type: SYSTEM_ERROR Worker exit detail: Connection error code 2. End of file. Some common causes include: (1)"
+    )
+    assert _reason(RuntimeError(low)) == "NODE_OUT_OF_MEMORY: The node ran low on memory."
+    assert _reason(RuntimeError(unknown)) == "SYSTEM_ERROR: Connection error code 2. End of file."
+    assert _reason(RuntimeError("The actor's host is gone\nor so")) == "The actor's host is gone"
 
 
 def test_an_error_of_a_device_that_nccl_tells_of_is_the_ranks_own(tmp_path: Path) -> None:

@@ -14,16 +14,21 @@ from ray.util.placement_group import placement_group_table
 from transformers import AutoModelForCausalLM
 
 from cluster import replica as replica_module
+from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import directory_actor, end_directory
 from cluster.errors import StartFailed
+from cluster.executor import RayExecutor
+from cluster.ground import Ground
 from cluster.replica import Replica
 from cluster.worker import ModelRanks, Ranks
 from engine.config import EngineConfig
+from engine.errors import WorkersLost
+from engine.plan import StepPlan, Work
 from engine.request import Request, SamplingParams
 from parallel.topology import Topology
 from tests.cluster.conftest import ROOT
-from tests.cluster.fake_ranks import FakeRanks
+from tests.cluster.fake_ranks import CRASH, FakeRanks
 from tests.cluster.fronts import answer, front
 from tests.engine.run.tiny_models import NUM_REAL_TOKENS, float32_config, greedy, write_dense, write_moe
 
@@ -145,6 +150,28 @@ async def test_one_replica_over_both_answers_as_transformers(
             tokens = await answer(router, GREEDY)
     assert max(GREEDY.prompt) < NUM_REAL_TOKENS
     assert tokens == list(greedy(AutoModelForCausalLM.from_pretrained(checkpoint), GREEDY.prompt, 24))
+
+
+def test_a_rank_that_crashes_on_the_other_host_leaves_word_too() -> None:
+    """And so it is blamed for its end, and with it the request that it was at."""
+    ranks = FakeRanks(topology=Topology(pp=2))
+    folder, ground = PrivateFolder(), Ground.here_or_new(ranks, ONE_PER_HOST, timeout_s=30)
+    try:
+        executor = RayExecutor(ranks=ranks, resources=ONE_PER_HOST, config=CONFIG, ground=ground, folder=folder)
+        try:
+            far = executor.places[1]
+            assert far.crash_note is not None, "it is on the other host than this process"
+            crash = StepPlan(0, (Work(sequence=0, start=0, tokens=(CRASH,), new_blocks=(), samples=True),))
+            with pytest.raises(WorkersLost, match=r"rank 1 .*Segmentation fault") as caught:
+                executor.submit(crash).result()
+            assert "fake_ranks.py" in (caught.value.rank_traceback or "")
+            assert not caught.value.from_outside
+            assert not Path(far.crash_note).exists()
+        finally:
+            executor.close()
+    finally:
+        ground.close()
+        folder.close()
 
 
 def test_the_directory_is_lost_with_no_host_but_the_heads() -> None:
