@@ -3,6 +3,7 @@
 Only settings come here, never a name out of an API request: nothing that a client sends makes the server fetch or open anything.
 """
 
+import errno
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ WANTED = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTIC
 """Weights as safetensors, configuration, tokenizer. No pickles and no code."""
 UNWANTED = ("[!1-9]*/*", "[1-9][!_]*/*")
 """Subfolders hold the same weights in other formats; but for those of sentence-transformers (`1_Pooling`)."""
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+CLOSED = frozenset({errno.EROFS, errno.EACCES})
+"""Of a disk that takes nothing from us; of EACCES a network may speak as well, but it names no file."""
 
 Report = Callable[[str, float], None]
 """Told what is being done and how much of it is done, from 0 to 1."""
@@ -194,7 +199,9 @@ def _from_hub(repository: str, revision: str | None, wanted: Sequence[str] = WAN
             f"the hub has no repository {repository}, or it is private: set HF_TOKEN to a token that may read it"
         ) from error
     except Exception as error:  # LocalEntryNotFoundError, OSError; its HTTP library's errors have no base of the hub's
-        raise ModelSourceError(_unreachable("the Hugging Face hub", repository, error)) from error
+        raise ModelSourceError(
+            _not_kept(repository, "HF_HOME", error) or _unreachable("the Hugging Face hub", repository, error)
+        ) from error
 
 
 def _from_modelscope(repository: str, revision: str | None, wanted: Sequence[str] = WANTED) -> Path:
@@ -211,7 +218,17 @@ def _from_modelscope(repository: str, revision: str | None, wanted: Sequence[str
             f"ModelScope has no {what}, or it is private: set MODELSCOPE_API_TOKEN to a token that may read it"
         ) from error
     except Exception as error:  # no base class either
-        raise ModelSourceError(_unreachable("ModelScope", repository, error)) from error
+        raise ModelSourceError(_not_kept(repository, "MODELSCOPE_CACHE", error) or _unreachable("ModelScope", repository, error)) from error
+
+
+def _not_kept(repository: str, variable: str, error: BaseException | None) -> str | None:
+    """That it was this machine's disk. ``variable``: of the environment, names the folder of the cache. None: it was something else."""
+    while error is not None:
+        if isinstance(error, OSError) and (error.errno in FULL or (error.errno in CLOSED and error.filename)):
+            said = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+            return f"{repository} cannot be kept in this machine's cache: {said}. Make room, or name another place by {variable}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _unreachable(hub: str, repository: str, error: Exception) -> str:

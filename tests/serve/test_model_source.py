@@ -1,5 +1,6 @@
 """From what an operator writes to a folder, and what is said when that is not possible."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,19 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch: pytest.Monke
     with pytest.raises(ModelSourceError, match="could not be reached") as refused:
         find_model(ModelSettings(source="Qwen/Qwen2-0.5B-Instruct"))
     assert "give the folder instead" in str(refused.value)
+
+
+def test_a_disk_that_takes_no_more_is_not_called_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(repository: str, **options: Any) -> str:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/models/blobs/ab")
+        except OSError as error:
+            raise RuntimeError("the transfer failed") from error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(ModelSourceError, match=r"No space left on device \(/models/blobs/ab\)\. Make room, .* by HF_HOME") as refused:
+        find_model(ModelSettings(source="Qwen/Qwen2-0.5B-Instruct"))
+    assert "reached" not in str(refused.value)
 
 
 def test_modelscope_without_its_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
