@@ -1,0 +1,117 @@
+"""The two ends of the bypass by themselves: what tests/serve/http/test_bypass.py, which looks at whole answers, would not notice."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+import zmq
+
+import cluster.bypass
+from cluster.bypass import NONCE_BITS, Passage, PiecesLost, Receiver, Sender, new_answer
+from cluster.channel import PrivateFolder
+
+
+@pytest.fixture(autouse=True)
+def short_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+
+
+async def come_true(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110  (zmq's threads have no event for it)
+            await asyncio.sleep(0.001)
+
+
+def passage() -> Passage:
+    return Passage(0, lambda: None)
+
+
+async def test_a_stream_may_pause_for_longer_than_what_is_late_takes() -> None:
+    """Until its end is known nothing of it is late: a token takes as long as it takes."""
+    one = passage()
+    one.begin(1)
+    waiting = asyncio.create_task(one.take(0, late_s=0.01))
+    await asyncio.sleep(0.1)
+    one.put(1, b"a")
+    assert await waiting == [b"a"]
+
+
+async def test_who_waits_is_woken_by_the_end_when_all_had_come() -> None:
+    one = passage()
+    one.begin(1)
+    one.put(1, b"a")
+    assert await one.take(0, late_s=3600) == [b"a"]
+    waiting = asyncio.create_task(one.take(1, late_s=3600))
+    await asyncio.sleep(0)
+    one.end_after(1)
+    async with asyncio.timeout(60):
+        assert await waiting == []
+
+
+async def test_pieces_of_other_answers_are_not_kept() -> None:
+    """Else whoever answers a request in vain holds memory until its stream ends."""
+    one = passage()
+    one.put(1, b"a")
+    one.put(2, b"b")
+    one.begin(1)
+    one.put(2, b"c")
+    assert await one.take(0, late_s=0) == [b"a"]
+    assert not one._early
+
+
+def test_answers_to_one_request_have_numbers_of_their_own() -> None:
+    answers = {new_answer(7) for _ in range(20)}
+    assert len(answers) > 1
+    assert {answer >> NONCE_BITS for answer in answers} == {7}
+
+
+async def test_after_much_at_once_what_is_ready_still_goes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[int] = []
+    decode = cluster.bypass._decode
+    monkeypatch.setattr(cluster.bypass, "_decode", lambda raw: messages.append(len(raw)) or decode(raw))
+    receiver = Receiver()
+    sender, one = Sender(receiver.address), receiver.open()
+    await come_true(lambda: sender.is_connected)
+    one.begin(answer := new_answer(one.number))
+    sender.put(answer, bytes(cluster.bypass.MESSAGE_BYTES))
+    assert len(await one.take(0, late_s=60)) == 1
+    for _ in range(32):
+        sender.put(answer, b"b")
+    assert len(await one.take(1, late_s=60)) == 32
+    assert len(messages) == 2
+    sender.close()
+    await receiver.close()
+
+
+async def test_who_was_given_up_is_given_up_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something was lost on the way; that there is room again makes no difference."""
+    monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", 1 << 20)
+    folder = PrivateFolder()
+    with zmq.Context.instance().socket(zmq.PULL) as still:
+        still.rcvhwm, still.linger = 1, 0
+        still.bind(folder.socket("still"))
+        sender = Sender(folder.socket("still"))
+        await come_true(lambda: sender.is_connected)
+        while not sender._is_broken:
+            sender.put(1, bytes(256 << 10))
+        while not int(sender._socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
+            while still.poll(10):
+                still.recv()
+        assert not sender.is_connected
+        assert sender.is_lost
+        with pytest.raises(PiecesLost):
+            sender.put(1, b"a")
+        sender.close()
+    folder.close()
+
+
+async def test_what_is_closed_holds_no_socket_and_takes_nothing() -> None:
+    receiver = Receiver()
+    sender = Sender(receiver.address)
+    sender.close()
+    with pytest.raises(PiecesLost):
+        sender.put(1, b"a")
+    await receiver.close()
+    assert receiver.is_over
+    assert receiver._socket.closed
+    assert sender._socket.closed
