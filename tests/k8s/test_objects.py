@@ -1,5 +1,6 @@
 """What stands beside the cluster: ways in, storage, disruptions, network, monitoring."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -158,6 +159,11 @@ def test_or_every_gpu_pod_fetches_them_before_ray_starts() -> None:
     (first,) = rendered.group("pair")["template"]["spec"]["initContainers"]
     assert first["command"][:2] == ["manta", "doctor"]
     assert "initContainers" not in rendered.group("front")["template"]["spec"]
+    two = with_values({"cache": {"type": "hostPath", "download": "init"}}, base="multi-model")
+    for group, models in {"small": ["qwen2-0.5b", "qwen2-7b"], "large": ["qwen2-57b-a14b"]}.items():
+        (first,) = two.group(group)["template"]["spec"]["initContainers"]
+        settings = yaml.safe_load(two.one("ConfigMap", "manta")["data"][Path(first["command"][3]).name])
+        assert [model["model"]["name"] for model in settings["models"]] == models, "a host fetches what it serves"
     volumes = {volume["name"]: volume for volume in rendered.group("pair")["template"]["spec"]["volumes"]}
     assert volumes["models"]["hostPath"]["path"] == "/var/lib/manta/models"
 

@@ -200,6 +200,8 @@ template:
 {{- $values := .root.Values -}}
 {{- $group := .group -}}
 {{- $min := $group.min | default 0 | int -}}
+{{- $served := list -}}
+{{- range $values.models -}}{{- $served = append $served .workerGroup -}}{{- end -}}
 groupName: {{ $group.name }}
 replicas: {{ $min }}
 minReplicas: {{ $min }}
@@ -234,9 +236,9 @@ template:
     {{- with include "manta.placement" (dict "root" .root "place" $group) }}
     {{- . | trim | nindent 4 }}
     {{- end }}
-    {{- if eq $values.cache.download "init" }}
+    {{- if and (eq $values.cache.download "init") (has $group.name $served) }}
     initContainers:
-      - {{- include "manta.download" .root | nindent 8 }}
+      - {{- include "manta.download" (dict "root" .root "file" (printf "group-%s.yaml" $group.name)) | nindent 8 }}
     {{- end }}
     containers:
       - name: ray-worker

@@ -66,6 +66,16 @@ client_ca: /etc/manta/tls/ca.crt
 {{- toYaml (mergeOverwrite $ours (deepCopy .Values.config)) -}}
 {{- end -}}
 
+{{/* The same with the models of one group only: a host need not fetch what is served from others. */}}
+{{- define "manta.groupConfig" -}}
+{{- $config := include "manta.config" .root | fromYaml -}}
+{{- $models := list -}}
+{{- range $index, $model := .root.Values.models -}}
+  {{- if eq $model.workerGroup $.group -}}{{- $models = append $models (index $config.models $index) -}}{{- end -}}
+{{- end -}}
+{{- toYaml (set $config "models" $models) -}}
+{{- end -}}
+
 {{/* A Serve config file: what belongs to the proxies stands beside the application, the rest is its args. */}}
 {{- define "manta.serveConfig" -}}
 {{- $config := include "manta.config" . | fromYaml -}}

@@ -138,18 +138,18 @@ preStop:
     command: [/opt/manta/k8s/images/drain, {{ .root.Values.longestStreamSeconds | quote }}{{ if .leave }}, --leave{{ end }}]
 {{- end -}}
 
-{{/* Fetch what is served from hosts of this group (or everything), and look it over. */}}
+{{/* Fetch what the settings in .file name (manta.yaml: everything; a group's: what is served from its hosts), and look it over. */}}
 {{- define "manta.download" -}}
 name: download
-image: {{ include "manta.image" . }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
-command: [manta, doctor, --config, /etc/manta/config/manta.yaml, --checkpoint-only]
+image: {{ include "manta.image" .root }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+command: [manta, doctor, --config, /etc/manta/config/{{ .file }}, --checkpoint-only]
 env:
-  {{- include "manta.env" . | nindent 2 }}
+  {{- include "manta.env" .root | nindent 2 }}
 resources:
-  {{- toYaml .Values.cache.resources | nindent 2 }}
+  {{- toYaml .root.Values.cache.resources | nindent 2 }}
 securityContext:
   {{- include "manta.containerSecurity" (dict) | nindent 2 }}
 volumeMounts:
-  {{- include "manta.mounts" . | nindent 2 }}
+  {{- include "manta.mounts" .root | nindent 2 }}
 {{- end -}}
