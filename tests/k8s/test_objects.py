@@ -108,6 +108,7 @@ def test_a_budget_says_numbers_for_kubernetes_cannot_take_parts_of_such_pods() -
     for budget in ready("everything").all("PodDisruptionBudget"):
         assert isinstance(budget["spec"]["minAvailable"], int)
         assert "maxUnavailable" not in budget["spec"]
+        assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow", "who serves nobody keeps no node from being drained"
 
 
 def test_a_group_that_may_be_empty_has_no_budget() -> None:
