@@ -38,6 +38,11 @@ def test_it_is_run_as_nobody_and_serves_by_name(builder: Builder) -> None:
     assert "Entrypoint" not in config, "KubeRay says what is run"
 
 
+def test_what_kuberays_probes_and_our_drain_run_is_in_it(builder: Builder, container: str) -> None:
+    for command in ("bash", "wget", "grep", "awk", "sed", "tr", "head", "timeout", "readlink", "ray"):
+        assert builder.run_in(container, ["bash", "-c", f"command -v {command}"]).strip(), command
+
+
 def test_its_versions_are_those_of_the_project(builder: Builder, container: str) -> None:
     script = "import ray, torch, manta_client, serve.app; print(ray.__version__, torch.version.cuda)"
     assert builder.run_in(container, ["python3", "-c", script]).split() == ["2.60.0", "None"]
