@@ -157,7 +157,9 @@ def _run_joined(config: "ServeConfig") -> None:
 
 
 def tell(records: "Sequence[ReplicaRecord]", config: "ServeConfig", names: "Sequence[str]", *, last: str = "Ctrl-C ends it.") -> None:
-    for line in loading_lines(records):
+    from serve.exposure import exposure
+
+    for line in (*loading_lines(records), *exposure(config)):
         typer.echo(line)
     typer.echo(greeting(config, names, program=program(), last=last))
 
