@@ -105,6 +105,16 @@ async def test_who_was_given_up_is_given_up_for_good(monkeypatch: pytest.MonkeyP
     folder.close()
 
 
+async def test_a_proxy_that_closed_its_socket_is_lost_before_anything_is_written_to_it() -> None:
+    receiver = Receiver()
+    sender = Sender(receiver.address)
+    await come_true(lambda: sender.is_connected)
+    assert not sender.is_lost
+    await receiver.close()
+    assert sender.is_lost
+    sender.close()
+
+
 async def test_what_is_closed_holds_no_socket_and_takes_nothing() -> None:
     receiver = Receiver()
     sender = Sender(receiver.address)
