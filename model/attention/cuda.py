@@ -14,7 +14,9 @@ from model.attention.backend import AttentionConfig, Cut
 from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.cuda.elementwise import rotate_and_write
-from parallel.cuda.paged_attention import Heads, PrefillTiles, decode, prefill, tokens_per_tile
+from parallel.cuda.paged import Heads
+from parallel.cuda.paged_decode import decode
+from parallel.cuda.paged_prefill import PrefillTiles, prefill, tokens_per_tile
 from parallel.rounding import FP8, FP8_CAPABILITY
 
 PROGRAMS_PER_PROCESSOR = 2

@@ -25,7 +25,8 @@ from parallel.cuda import (
     keys,
     noise,
     nuclei,
-    paged_attention,
+    paged_decode,
+    paged_prefill,
     products,
     routing,
     scaled,
@@ -42,11 +43,11 @@ ATTENTION = {"q": "*bf16", "out": "*bf16", **CACHE, "scale_log2": "fp32", **STRI
 PLACES = {"tile_sequence": "*i32", "tile_token": "*i32", "query_starts": "*i32"}
 SIZES = {"HEAD_DIM": 128, "PADDED_DIM": 128, "BLOCK_TOKENS": 16, "PRECISION": "tf32"}
 PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
-DECODE_TILE = paged_attention.decode_tile(128, torch.bfloat16, 64)
-FP8_DECODE_TILE = paged_attention.decode_tile(128, FP8, 64)
+DECODE_TILE = paged_decode.decode_tile(128, torch.bfloat16, 64)
+FP8_DECODE_TILE = paged_decode.decode_tile(128, FP8, 64)
 DECODE = {"PADDED_GROUP": 16, "IN_ASSEMBLY": True}
 DECODE_OPTIONS = {"num_warps": DECODE_TILE.num_warps, "num_stages": DECODE_TILE.num_stages}
-PREFILL_TILE = paged_attention.prefill_tile(128, torch.bfloat16)
+PREFILL_TILE = paged_prefill.prefill_tile(128, torch.bfloat16)
 PREFILL = {"TOKENS": PREFILL_TILE.rows // 7, "TILE": PREFILL_TILE.positions, "ROWS": PREFILL_TILE.rows}
 PREFILL_OPTIONS = {"num_warps": PREFILL_TILE.num_warps, "num_stages": PREFILL_TILE.num_stages}
 NUMBERS = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
@@ -78,32 +79,32 @@ def _wanted(*choices: Sequence[tiles.Tile]) -> list[tiles.Tile]:
 
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
-        paged_attention._decode_kernel,
+        paged_decode._decode_kernel,
         ATTENTION | PARTS,
         SIZES | DECODE | {"IN_PAIRS": False, "TILE": DECODE_TILE.positions},
         DECODE_OPTIONS,
     ),
     (
-        paged_attention._decode_kernel,
+        paged_decode._decode_kernel,
         ATTENTION | PARTS | {"keys": "*u16", "values": "*u16"},
         SIZES | DECODE | {"IN_PAIRS": True, "TILE": FP8_DECODE_TILE.positions},
         {"num_warps": FP8_DECODE_TILE.num_warps, "num_stages": FP8_DECODE_TILE.num_stages},
     ),
     *(
-        (paged_attention._prefill_kernel, ATTENTION | PLACES, SIZES | PREFILL | {"CAUSAL": causal, "IN_FLOAT16": False}, PREFILL_OPTIONS)
+        (paged_prefill._prefill_kernel, ATTENTION | PLACES, SIZES | PREFILL | {"CAUSAL": causal, "IN_FLOAT16": False}, PREFILL_OPTIONS)
         for causal in (True, False)
     ),
     (
-        paged_attention._prefill_kernel,
+        paged_prefill._prefill_kernel,
         ATTENTION | PLACES | {"keys": "*fp8e4nv", "values": "*fp8e4nv"},
         SIZES | PREFILL | {"CAUSAL": True, "IN_FLOAT16": True},
         PREFILL_OPTIONS,
     ),
     (
-        paged_attention._merge_kernel,
+        paged_decode._merge_kernel,
         PARTS | {"out": "*bf16", "lengths": "*i32", "num_heads": "i32"},
         {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": DECODE_TILE.positions, "PARTS": 64},
-        {"num_warps": paged_attention.merge_warps(64 * 128)},
+        {"num_warps": paged_decode.merge_warps(64 * 128)},
     ),
     (
         routing._choose_kernel,

@@ -95,7 +95,8 @@ def test_parts_are_a_power_of_two_and_fewer_where_there_are_more_sequences(devic
 
 def test_a_sequence_without_tokens_gets_zeros(device: torch.device) -> None:
     """As padding of a captured step does."""
-    from parallel.cuda.paged_attention import Heads, decode
+    from parallel.cuda.paged import Heads
+    from parallel.cuda.paged_decode import decode
 
     keys = torch.full((2, 16, 1, 16), torch.nan, device=device)
     heads = Heads(*(torch.tensor([n], dtype=torch.int32, device=device) for n in (0, 3)), largest_group=3)

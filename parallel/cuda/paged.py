@@ -1,0 +1,62 @@
+"""What kernels of attention over blocks of KV share: where a position lies, and whose heads are whose.
+
+G KV heads, L positions read at a time, in blocks of some tokens each. The query heads of a KV head are rows of one matrix product, so that
+its keys and values are read once for all of them. Softmax runs online, in base 2 (FlashAttention-2, arXiv 2307.08691).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.cuda.sizes import next_power_of_2
+
+LOG2_E = 1.4426950408889634
+NOTHING = tl.constexpr(-1.0e30)
+"""Below every score: where nothing is visible. Finite, so that a difference of two is a number."""
+SMALLEST_DOT = 16
+"""The least rows and columns that a matrix unit takes."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a rank as a kernel wants them."""
+
+    first_G: Tensor
+    """int32: the first query head of each KV head; its others follow"""
+    count_G: Tensor
+    """int32: how many there are, which may differ where ranks share heads unevenly"""
+    largest_group: int
+    """Query heads of the KV head that has most."""
+
+
+@triton.jit
+def look_up(table, start, stop, TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """The blocks of the TILE positions from start on; past the end stands the last once more."""
+    return tl.load(table + tl.maximum(tl.minimum(start + tl.arange(0, TILE), stop - 1), 0) // BLOCK_TOKENS)
+
+
+@triton.jit
+def places(block_L, start, stop, block_stride, token_stride, TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """Where the cache has these positions. Past the end is another sequence's, perhaps NaN, which times 0 is NaN: there it is the last once
+    more, and nothing has to be masked."""
+    return block_L.to(tl.int64) * block_stride + tl.minimum(start + tl.arange(0, TILE), stop - 1) % BLOCK_TOKENS * token_stride
+
+
+@triton.jit
+def as_float16(q):
+    """A sixteenth of queries, so that none is too large for float16, which has three digits more than bfloat16. Two numbers in FP8 become
+    float16 by one instruction, and bfloat16 by five, of which two are slow (and Triton takes some for it that Ada has not)."""
+    return (q.to(tl.float32) * 0.0625).to(tl.float16)
+
+
+def padded(size: int) -> int:
+    """The power of two that a tile of so many columns needs."""
+    return max(SMALLEST_DOT, next_power_of_2(size))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """float32 is multiplied as such: TF32 has a mantissa of 10 bits. Half precision is exact in its products anyway."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,0 +1,227 @@
+"""Attention of one new token of each sequence over blocks of KV, where they lie. Its twin is `model.attention.reference`.
+
+S sequences, H query heads, G KV heads, P query heads of one KV head (padded to a power of two), K head width, N blocks, B tokens per block,
+M most blocks of a sequence, C parts of a context, L positions read at a time.
+
+Long contexts of few sequences are cut into parts that are computed side by side and merged (Flash-Decoding).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
+from parallel.cuda.paged import LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision
+from parallel.cuda.quick_launch import quick
+from parallel.rounding import FP8
+
+
+@triton.jit
+def _of_pairs(pairs, IN_ASSEMBLY: tl.constexpr):
+    """The two e4m3 numbers of 16 bits, as float16. IN_ASSEMBLY that takes three instructions for two of each, otherwise some ten, and only
+    so it can be interpreted."""
+    if IN_ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 sorted;
+                .reg .b16 lows, highs;
+                prmt.b32 sorted, $2, $2, 0x3120;
+                mov.b32 {lows, highs}, sorted;
+                cvt.rn.f16x2.e4m3x2 $0, lows;
+                cvt.rn.f16x2.e4m3x2 $1, highs;
+            }
+            """,
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low = pairs.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        high = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return low, high
+
+
+@quick
+@triton.jit(do_not_specialize=["table_stride", "parts"], do_not_specialize_on_alignment=["lengths"])  # else other steps wait for a compiler
+def _decode_kernel(
+    q, keys, values, out, part_out, part_lse, tables, lengths, first_head, num_heads_of,
+    scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads, parts,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IN_PAIRS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """One sequence's newest token, one KV head, one part of the context. Those whose part would begin past its end have nothing to do.
+
+    IN_PAIRS: keys and values are FP8, read as 16 bits of two neighbours, as matrix units want them, and multiplied in float16.
+    """
+    let_the_next_begin(EARLY)
+    wait_for_the_last(EARLY)
+    sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    tiles_per_part = tl.cdiv(tl.cdiv(length, TILE), parts)
+    start = part * tiles_per_part * TILE
+    if (part > 0) & (start >= length):
+        return
+    stop = tl.minimum(start + tiles_per_part * TILE, length)
+    first, count = tl.load(first_head + kv_head), tl.load(num_heads_of + kv_head)
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if IN_PAIRS else HEAD_DIM
+    PADDED_WIDTH: tl.constexpr = PADDED_DIM // 2 if IN_PAIRS else PADDED_DIM
+    rows_P, dims_W, dims_K = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_WIDTH), tl.arange(0, PADDED_DIM)
+    mask_PK = (rows_P < count)[:, None] & (dims_K < HEAD_DIM)[None, :]
+    mask_PW = (rows_P < count)[:, None] & (dims_W < WIDTH)[None, :]
+    head_P = first + rows_P
+    q += sequence.to(tl.int64) * q_token_stride
+    if IN_PAIRS:
+        place_PW = head_P[:, None] * HEAD_DIM + 2 * dims_W[None, :]
+        q_PW = as_float16(tl.load(q + place_PW, mask=mask_PW, other=0.0))
+        odd_q_PW = as_float16(tl.load(q + place_PW + 1, mask=mask_PW, other=0.0))
+        scale_log2 *= 16.0
+    else:
+        q_PW = tl.load(q + head_P[:, None] * HEAD_DIM + dims_W[None, :], mask=mask_PW, other=0.0)
+    table = tables + sequence.to(tl.int64) * table_stride
+    highest_P = tl.full([PADDED_GROUP], NOTHING, tl.float32)
+    sum_PL = tl.zeros([PADDED_GROUP, TILE], tl.float32)
+    out_PW = tl.zeros([PADDED_GROUP, PADDED_WIDTH], tl.float32)
+    odd_out_PW = tl.zeros([PADDED_GROUP, PADDED_WIDTH], tl.float32)
+    keys += kv_head * head_stride
+    values += kv_head * head_stride
+    # Blocks are looked up a tile ahead: Triton reads ahead by half of its stages where an address waits for a load in the same turn.
+    block_L = look_up(table, start, stop, TILE, BLOCK_TOKENS)
+    for tile in range(start, stop, TILE):
+        seen_L = tile + tl.arange(0, TILE) < stop
+        place_L = places(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
+        keys_WL = tl.trans(tl.load(keys + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :]))
+        values_LW = tl.load(values + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :])
+        if IN_PAIRS:
+            even_WL, odd_WL = _of_pairs(keys_WL, IN_ASSEMBLY)
+            scores_PL = tl.dot(odd_q_PW, odd_WL, acc=tl.dot(q_PW, even_WL))
+        else:
+            scores_PL = tl.dot(q_PW, keys_WL.to(q_PW.dtype), input_precision=PRECISION)
+        scores_PL = tl.where(seen_L[None, :], scores_PL, NOTHING)
+        higher_P = tl.maximum(highest_P, tl.max(scores_PL, axis=1) * scale_log2)
+        weights_PL = tl.exp2(scores_PL * scale_log2 - higher_P[:, None])
+        fade_P = tl.exp2(highest_P - higher_P)
+        highest_P = higher_P
+        sum_PL = sum_PL * fade_P[:, None] + weights_PL
+        out_PW = out_PW * fade_P[:, None]
+        if IN_PAIRS:
+            even_LW, odd_LW = _of_pairs(values_LW, IN_ASSEMBLY)
+            out_PW = tl.dot(weights_PL.to(tl.float16), even_LW, acc=out_PW)
+            odd_out_PW = tl.dot(weights_PL.to(tl.float16), odd_LW, acc=odd_out_PW * fade_P[:, None])
+        else:
+            out_PW = tl.dot(weights_PL.to(q_PW.dtype), values_LW.to(q_PW.dtype), acc=out_PW, input_precision=PRECISION)
+        block_L = look_up(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
+    sum_P = tl.sum(sum_PL, axis=1)
+    divisor_P = tl.where(sum_P > 0, sum_P, 1.0)
+    out_PK = tl.interleave(out_PW, odd_out_PW) if IN_PAIRS else out_PW
+    out_PK = out_PK / divisor_P[:, None]
+    row_P = sequence.to(tl.int64) * num_heads + head_P
+    used = tl.cdiv(length, tl.maximum(tiles_per_part, 1) * TILE)
+    if used <= 1:
+        tl.store(out + row_P[:, None] * HEAD_DIM + dims_K[None, :], out_PK.to(out.dtype.element_ty), mask=mask_PK)
+    else:
+        place_P = row_P * parts + part
+        tl.store(part_out + place_P[:, None] * HEAD_DIM + dims_K[None, :], out_PK, mask=mask_PK)
+        tl.store(part_lse + place_P, highest_P + tl.log2(divisor_P), mask=rows_P < count)
+
+
+@quick
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
+def _merge_kernel(
+    part_out, part_lse, out, lengths, num_heads,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The parts of one query head of one sequence, where there are several, each weighed by how much of the softmax's sum it had.
+
+    What no program has written is read as well, and left out: so nothing is waited for before it is asked for."""
+    let_the_next_begin(EARLY)
+    wait_for_the_last(EARLY)
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    row = sequence.to(tl.int64) * num_heads + head
+    parts_C, dims_K = tl.arange(0, PARTS), tl.arange(0, PADDED_DIM)
+    length = tl.load(lengths + sequence)
+    lse_C = tl.load(part_lse + row * PARTS + parts_C)
+    place_CK = (row * PARTS + parts_C)[:, None] * HEAD_DIM + dims_K[None, :]
+    out_CK = tl.load(part_out + place_CK, mask=(dims_K < HEAD_DIM)[None, :], other=0.0)
+    used = tl.cdiv(length, tl.maximum(tl.cdiv(tl.cdiv(length, TILE), PARTS), 1) * TILE)
+    is_used_C = (parts_C < used) & (used > 1)
+    lse_C = tl.where(is_used_C, lse_C, NOTHING)
+    weight_C = tl.exp2(lse_C - tl.max(lse_C, axis=0))
+    out_CK = tl.where(is_used_C[:, None], out_CK, 0.0)
+    out_K = tl.sum(out_CK * weight_C[:, None], axis=0) / tl.sum(weight_C, axis=0)
+    tl.store(out + row * HEAD_DIM + dims_K, out_K.to(out.dtype.element_ty), mask=(dims_K < HEAD_DIM) & (used > 1))
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """How a decoding program reads its part."""
+
+    positions: int
+    """At a time."""
+    num_warps: int
+    num_stages: int
+
+
+def decode(
+    q_SHK: Tensor,
+    keys_NBGK: Tensor,
+    values_NBGK: Tensor,
+    tables_SM: Tensor,
+    lengths_S: Tensor,
+    heads: Heads,
+    out_SHK: Tensor,
+    *,
+    parts: int,
+    tile: DecodeTile | None = None,
+) -> None:
+    """Attention of one new token per sequence into ``out_SHK``; a sequence of length 0 gets zeros.
+
+    At most ``parts`` (C, a power of two) programs share a context. The launch depends on no length, so that it can be captured.
+    """
+    num_sequences, num_heads, head_dim = q_SHK.shape
+    in_pairs = keys_NBGK.dtype == FP8 and q_SHK.dtype != torch.float32 and head_dim % 2 == 0
+    tile = tile or decode_tile(head_dim, keys_NBGK.dtype, parts)
+    if in_pairs:
+        keys_NBGK, values_NBGK = keys_NBGK.view(torch.uint16), values_NBGK.view(torch.uint16)
+    part_out, part_lse = out_SHK, out_SHK
+    if parts > 1:
+        part_out = q_SHK.new_empty((num_sequences, num_heads, parts, head_dim), dtype=torch.float32)
+        part_lse = q_SHK.new_empty((num_sequences, num_heads, parts), dtype=torch.float32)
+    padded_dim = 2 * padded(head_dim // 2) if in_pairs else padded(head_dim)
+    _decode_kernel[(num_sequences, keys_NBGK.shape[2], parts)](
+        q_SHK, keys_NBGK, values_NBGK, out_SHK, part_out, part_lse, tables_SM, lengths_S, heads.first_G, heads.count_G,
+        head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_SHK.stride(0), *keys_NBGK.stride()[:3], num_heads, parts,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PADDED_GROUP=padded(heads.largest_group),
+        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_SHK.dtype),
+        IN_PAIRS=in_pairs, IN_ASSEMBLY=q_SHK.is_cuda, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **early(num_sequences, q_SHK),
+    )  # fmt: skip
+    if parts > 1:
+        _merge_kernel[(num_sequences, num_heads)](
+            part_out, part_lse, out_SHK, lengths_S, num_heads,
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PARTS=parts, TILE=tile.positions, num_warps=merge_warps(parts * padded_dim),
+            **early(num_sequences, q_SHK),
+        )  # fmt: skip
+
+
+def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int) -> DecodeTile:
+    """What was fastest on an H200. Where contexts are not cut there are programs enough: then those win that take less shared memory."""
+    num_bytes = head_dim * kv_dtype.itemsize
+    if num_bytes <= 128:
+        return DecodeTile(positions=64, num_warps=4, num_stages=3)
+    if num_bytes > 256 or parts == 1:
+        return DecodeTile(positions=64, num_warps=4, num_stages=2)
+    if 2 < parts <= 16:
+        return DecodeTile(positions=32, num_warps=2, num_stages=4)
+    return DecodeTile(positions=64, num_warps=4, num_stages=3)
+
+
+def merge_warps(size: int) -> int:
+    """So many that the parts of a query head, of ``size`` numbers, take 64 registers of each thread."""
+    return min(max(size // (64 * 32), 1), 8)
