@@ -17,8 +17,9 @@ import torch
 from benchmarks.gpu import ceilings, collectives, early, peer, prompts, replays, whole, workloads
 from benchmarks.gpu.ceilings import GUESSED, Ceilings
 from benchmarks.gpu.floors import Floors
-from benchmarks.gpu.kernels import CHECKS, Checks, Sizes
-from benchmarks.gpu.kernels import TINY as TINY_SIZES
+from benchmarks.gpu.kernels.checks import TINY as TINY_SIZES
+from benchmarks.gpu.kernels.checks import Checks, Sizes
+from benchmarks.gpu.kernels.table import CHECKS, run
 from benchmarks.gpu.models import Served, random_model
 from benchmarks.gpu.results import HANG_S, Results, ended_after
 from engine.request import SamplingParams
@@ -67,7 +68,7 @@ class Bench:
             self.ceilings = ceilings.found_in(self.results)  # those that were
 
     def check_kernels(self, check: str) -> None:
-        Checks(self.results, self.device, self.ceilings, TINY_SIZES if self.tiny else Sizes()).run(check)
+        run(check, Checks(self.results, self.device, self.ceilings, TINY_SIZES if self.tiny else Sizes()))
 
     def check_whole(self) -> None:
         whole.check(self.results, self.device, tiny=self.tiny)
@@ -194,10 +195,10 @@ def main(arguments: list[str] | None = None) -> int:
         results.take_up()
         bench.ceilings = ceilings.found_in(results)
         chosen = chosen[[name for name, _, _ in chosen].index(options.behind) + 1 :]
-    for name, its_minutes, run in chosen:
+    for name, its_minutes, measure in chosen:
         minutes = min(its_minutes, options.each)
         with ended_after(results.seconds_for(minutes) + HANG_S) if device.type == "cuda" else nullcontext():
-            goes_on = results.run(name, minutes, run, bench.forget)
+            goes_on = results.run(name, minutes, measure, bench.forget)
         if not goes_on:
             return LOST
     print(results.table(), flush=True)

@@ -193,15 +193,17 @@ def _writes_nothing(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, *res
 @pytest.mark.parametrize("broken", [_turns_the_other_way, _writes_nothing])
 def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from benchmarks.gpu.kernels import CHECKS, TINY, Checks
+    from benchmarks.gpu.kernels.attention import attend
+    from benchmarks.gpu.kernels.checks import TINY, Checks
+    from benchmarks.gpu.kernels.table import CHECKS, run
 
     checks = Checks(Results(None, 1.0), torch.device("cpu"), GUESSED, TINY)
-    checks._attend([(4, 1), (17, 1)], (4, 2, 16), torch.float32)
+    attend(checks, [(4, 1), (17, 1)], (4, 2, 16), torch.float32)
     assert not checks.wrong
     monkeypatch.setattr("model.attention.cuda.rotate_and_write", broken)
-    monkeypatch.setitem(CHECKS, "decode", (1.0, lambda checks: checks._attend([(4, 1), (17, 1)], (4, 2, 16), torch.float32)))
+    monkeypatch.setitem(CHECKS, "decode", (1.0, lambda checks: attend(checks, [(4, 1), (17, 1)], (4, 2, 16), torch.float32)))
     with pytest.raises(AssertionError, match=r"keys is wrong.*; .*contexts at 1 behind"):  # all that is wrong, and not the first alone
-        checks.run("decode")
+        run("decode", checks)
 
 
 def test_a_model_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +244,7 @@ def test_answers_that_differ_beside_prompts_are_seen(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ahead, "TOKENS_OUT", 6)
     assert wrong_beside_prompts(results, "tiny", served, kinds=kinds, count=5) == []
     assert [figure.value for figure in results.figures] == [0.0, 0.0]
-    assert not served.runner.prompts_ahead
+    assert served.runner.prompts_ahead is None
     answers, calls = ahead._answers, count(1)
 
     def other(*arguments: Any, **named: Any) -> dict[str, list[int]]:

@@ -1,0 +1,91 @@
+"""Every kernel against float64: random inputs drawn anew in every call, outputs poisoned before, at the sizes of Qwen2; and how fast it is.
+
+Here is what the checks of all kinds of kernels share.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.ceilings import Ceilings
+from benchmarks.gpu.clock import replayed_s
+from benchmarks.gpu.results import Results
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is checked: those of Qwen2 on a device, tiny ones where an interpreter stands in for it."""
+
+    heads: Sequence[tuple[int, int, int]] = ((28, 4, 128), (14, 2, 64), (64, 8, 128))
+    contexts: Sequence[int] = (1, 15, 16, 17, 640, 5000)
+    prompts: Sequence[tuple[int, int]] = ((0, 700), (513, 130), (0, 33))
+    """(behind, new)"""
+    timed_prompts: Sequence[tuple[int, int]] = ((0, 8192), (0, 2048), (2048, 2048), (8000, 512))
+    """(behind, new)"""
+    timed: Sequence[tuple[int, int]] = ((1, 1024), (1, 30000), (32, 1024), (128, 1024))
+    """(sequences, context)"""
+    width: int = 3584
+    inner: int = 18944
+    rows: Sequence[int] = (1, 7, 32, 256)
+    experts: tuple[int, int, int] = (64, 8, 2560)
+    """(experts, chosen, inner width)"""
+    vocab_size: int = 151_936
+    undecided: int = 16
+
+
+TINY = Sizes(
+    heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 5),), timed_prompts=((3, 5),), timed=((1, 20),), width=64, inner=96, rows=(1, 5),
+    experts=(4, 2, 32), vocab_size=300, undecided=2,
+)  # fmt: skip
+
+
+class Checks:
+    """On one device. On a CPU Triton's interpreter must be on, and floats have 32 bits: it has no bfloat16."""
+
+    def __init__(self, results: Results, device: torch.device, ceilings: Ceilings, sizes: Sizes) -> None:
+        self.results, self.device, self.ceilings, self.sizes = results, device, ceilings, sizes
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.most = 1e-2 if device.type == "cuda" else 1e-4
+        """Of relative error: roundings of bfloat16 add up to between 1e-3 and 1e-2."""
+        self.wrong: list[str] = []
+        """What was found to be so: it does not keep the rest from being seen."""
+
+    def random(self, *shape: int) -> Tensor:
+        """Normal numbers on the device."""
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def judge(self, name: str, found: Tensor, wanted: Tensor, most: float | None = None, where: str = "") -> None:
+        """Note the error of what a kernel gave, and whether it is more than ``most``. ``wanted`` is in float64."""
+        error = error_of(found, wanted)
+        self.results.add("kernels", f"{name}: error", error, "relative")
+        self.expect(error < (most or self.most), f"{name}{where} is wrong by {error:.2g}")  # NaN is not below anything
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        """Note what is wrong where it does not hold."""
+        if not holds:
+            self.wrong.append(otherwise)
+
+    def timed(self, name: str, compute: Callable[[], object], num_bytes: int) -> None:
+        """Note how many bytes a second it reads and writes."""
+        rate = num_bytes / replayed_s(compute, self.device)
+        self.results.add("kernels", name, rate / 1e12, "TB/s", self.ceilings.read_bytes_per_s / 1e12)
+
+
+def error_of(found: Tensor, wanted: Tensor) -> float:
+    """Relative, in the norm."""
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, or the largest integer, so that what a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
