@@ -1,43 +1,24 @@
 """From a checkpoint to one rank's model: check everything, then allocate, then read this rank's share and nothing else."""
 
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from threading import Barrier, Event
 
 import torch
-from torch import Tensor
 
 from model.attention.choose import BackendName
 from model.checkpoint import Checkpoint
 from model.checkpoint_header import some
 from model.config import ModelConfig
 from model.dtypes import DTYPES
-from model.names import Binding, WeightedLayer
+from model.filling import OnProgress, fill
 from model.qwen2 import HEAD, Qwen2
 from model.qwen2_moe import Qwen2Moe
 from model.stored_quantised import as_plain
 from parallel.dispatch import DispatchName
-from parallel.embedding import VocabEmbedding
 from parallel.groups import ParallelGroups, single_rank_groups
-from parallel.pages import freed_at_once
-from parallel.weight_format import Dense, ReadsInto, StoredTensor, WeightFormat
-
-OnProgress = Callable[[int, int], None]
-"""Told (done, total): bytes of the checkpoint tensors that this rank takes a share of, in whole tensors."""
-
-MOST_THREADS = 8
-"""That read and pack at a time: each holds some MB."""
-AHEAD_BYTES = 2 * 2**30
-"""Of tensors as they are stored, on their way to a CUDA device at a time."""
-FAR_AHEAD = 64
-"""So many tensors are asked for before the first has come, and no more: all after it are done in vain if it cannot be read."""
+from parallel.weight_format import Dense, WeightFormat
 
 
 class CheckpointMismatch(ValueError):
@@ -138,7 +119,7 @@ def load_model(
     )
     bindings = list(model.bindings())
     tensors = as_plain(checkpoint.tensors, config.quantisation, {binding.name for binding in bindings})
-    bytes_read = _fill(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
+    bytes_read = fill(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
         bytes_read=bytes_read,
         bytes_fetched=checkpoint.bytes_fetched,
@@ -204,160 +185,3 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
     if missing or unused or misshapen or mistyped:
         raise CheckpointMismatch(missing=missing, unused=unused, misshapen=misshapen, mistyped=mistyped, place=str(checkpoint.place))
     return tuple(ignored)
-
-
-def _fill(
-    bindings: list[Binding], tensors: Mapping[str, StoredTensor], reads_at_a_time: int, device: torch.device, on_progress: OnProgress
-) -> int:
-    """Load layer after layer, some tensors at a time. A layer that holds its weights as they are stored until all are there takes its
-    final form before the next is allocated, in threads that share out what they compute; those that take them piece by piece are filled
-    beside each other, each tensor by a thread of its own.
-
-    To a CUDA device the next layers are on their way while a layer is brought into its form: some of what they hold as it is stored,
-    `AHEAD_BYTES`, lies there beside it.
-
-    Embedding and head come first: they are the largest, and what rounding them takes beside them is gone when memory fills up.
-    Returns the bytes read.
-    """
-    on_device = device.type == "cuda"
-    bindings = sorted(bindings, key=lambda binding: not isinstance(binding.layer, VocabEmbedding))
-    total = sum(tensors[binding.name].num_bytes for binding in bindings if binding.is_wanted)
-    done = bytes_read = 0
-    on_progress(done, total)
-    under_way: deque[tuple[Binding, Future[int]]] = deque()
-    filled: list[WeightedLayer] = []
-    begun: deque[tuple[WeightedLayer, int]] = deque()
-    """Layers that are not brought into their form yet, and of how many tensors of all the last of theirs is."""
-    num_begun = num_settled = bytes_under_way = 0
-    cores, given_up = torch.get_num_threads(), Event()
-
-    def finish_those_that_came() -> None:
-        while begun and begun[0][1] <= num_settled:
-            begun.popleft()[0].finish()
-
-    def settle(most: int, most_bytes: float = math.inf) -> None:
-        """Wait until no more than so many are under way, and bytes of them."""
-        nonlocal done, bytes_read, num_settled, bytes_under_way
-        finish_those_that_came()  # also those of which this rank wants nothing
-        while len(under_way) > most or bytes_under_way > most_bytes:
-            binding, read = under_way.popleft()
-            bytes_read += read.result()
-            num_bytes = tensors[binding.name].num_bytes
-            done, num_settled, bytes_under_way = done + num_bytes, num_settled + 1, bytes_under_way - num_bytes
-            on_progress(done, total)
-            finish_those_that_came()
-
-    with (
-        freed_at_once(),
-        _threads(max(reads_at_a_time, min(cores, MOST_THREADS)), 1, given_up) as alone,
-        _threads(reads_at_a_time, max(1, cores // reads_at_a_time), given_up) as together,
-    ):
-        for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
-            layer.allocate(device)
-            for binding in of_layer:
-                if binding.is_wanted:
-                    tensor = tensors[binding.name]
-                    stored = _WantedInto(tensor, given_up) if isinstance(tensor, ReadsInto) else _Wanted(tensor, given_up)
-                    threads = alone if layer.takes_pieces or on_device else together
-                    under_way.append((binding, threads.submit(layer.load, binding.slot.part, binding.slot.tensor, stored)))
-                    num_begun, bytes_under_way = num_begun + 1, bytes_under_way + stored.num_bytes
-                    if layer.takes_pieces:
-                        settle(FAR_AHEAD)
-                    elif on_device:
-                        settle(FAR_AHEAD, AHEAD_BYTES)
-                    else:
-                        settle(reads_at_a_time - 1)
-            if layer.takes_pieces:
-                filled.append(layer)
-            else:
-                begun.append((layer, num_begun))
-                settle(FAR_AHEAD if on_device else 0)
-        settle(0)
-    for layer in filled:
-        layer.finish()
-    return bytes_read
-
-
-@contextmanager
-def _threads(count: int, cores: int, given_up: Event) -> Iterator[ThreadPoolExecutor]:
-    """Threads of which each computes with so many of torch's. What they are at when the block ends by an error is ``given_up``.
-
-    torch's setting is a thread's own, but one that has not met torch yet begins with what was set last, by whichever thread. So all of
-    these are made at once, and what was set before is set again before anything is loaded: others may begin meanwhile.
-    """
-    before, made = torch.get_num_threads(), Barrier(count + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()  # torch is met here: else it would be at the first tensor, after what is set now
-        torch.set_num_threads(cores)
-        made.wait()
-
-    threads = ThreadPoolExecutor(count, thread_name_prefix="load", initializer=begin)
-    try:
-        for _ in range(count):
-            threads.submit(int)  # nothing: a thread is made for each, as none has come to an end of its first
-        made.wait()
-    except BaseException:  # no further thread could be made, or this one was interrupted: let those go that wait for it
-        made.abort()
-        raise
-    finally:
-        torch.set_num_threads(before)
-    try:
-        yield threads
-    finally:
-        given_up.set()
-        threads.shutdown(cancel_futures=True)
-
-
-class _GivenUp(Exception):
-    """Nobody waits for it any more."""
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A `StoredTensor` that can be read until it is ``given_up``: an error, or the end of the process, then waits for the pieces that are
-    under way and not for whole tensors."""
-
-    stored: StoredTensor
-    given_up: Event
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.stored.num_bytes
-
-    @property
-    def piece_dim(self) -> int:
-        return self.stored.piece_dim
-
-    @property
-    def piece_bytes(self) -> int:
-        return self.stored.piece_bytes
-
-    def read(self, *slices: slice) -> Tensor:
-        if self.given_up.is_set():
-            raise _GivenUp
-        return self.stored.read(*slices)
-
-
-@dataclass(frozen=True)
-class _WantedInto(_Wanted):
-    """The same of one whose bytes need nothing in between."""
-
-    stored: ReadsInto
-
-    def read_into(self, place: Tensor, *slices: slice) -> None:
-        if self.given_up.is_set():
-            raise _GivenUp
-        self.stored.read_into(place, *slices)

@@ -15,7 +15,8 @@ from torch import Tensor
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig
-from model.load import CheckpointMismatch, LoadReport, _fill, load_model
+from model.filling import fill
+from model.load import CheckpointMismatch, LoadReport, load_model
 from model.names import Binding
 from model.qwen2 import Qwen2
 from parallel.groups import ParallelGroups, single_rank_groups
@@ -169,11 +170,11 @@ def test_what_is_under_way_is_not_read_to_its_end_once_a_tensor_has_failed(monke
         begun.set()
         assert given_up.wait(60)
 
-    monkeypatch.setattr("model.load.ThreadPoolExecutor", Threads)
+    monkeypatch.setattr("model.filling.ThreadPoolExecutor", Threads)
     bindings = [Binding(name, layer, next(layer.slots())) for name, layer in (("a", Layer(fail)), ("b", Layer(take)))]
     tensors = {binding.name: MemoryTensor(binding.name, torch.zeros(binding.slot.shape)) for binding in bindings}
     with pytest.raises(CheckpointError, match="damaged"):
-        _fill(bindings, tensors, 2, CPU, lambda _done, _total: None)
+        fill(bindings, tensors, 2, CPU, lambda _done, _total: None)
     assert taken == [0]
 
 
@@ -183,7 +184,7 @@ def test_an_expert_of_which_a_tensor_never_came_is_not_taken_for_whole(format: W
     model, _ = load(folder, format=format)
     bindings = [binding for binding in model.bindings() if binding.name != "model.layers.0.mlp.experts.3.up_proj.weight"]
     with Checkpoint(folder) as checkpoint, pytest.raises(AssertionError, match=r"never came, by expert: \{3: 1\}"):
-        _fill(bindings, checkpoint.tensors, checkpoint.reads_at_a_time, CPU, lambda _done, _total: None)
+        fill(bindings, checkpoint.tensors, checkpoint.reads_at_a_time, CPU, lambda _done, _total: None)
 
 
 @pytest.mark.parametrize(("name", "shard_size"), [("9_heads", "40KB"), ("moe", "60KB"), ("14_heads_tied", "40KB")])
@@ -235,7 +236,7 @@ def test_nothing_is_allocated_for_a_checkpoint_that_does_not_fit(copied: MakeCop
         del tensors["model.norm.weight"]
 
     folder = edit(copied("9_heads"), change)
-    monkeypatch.setattr("model.load._fill", lambda *_: pytest.fail("began to load"))
+    monkeypatch.setattr("model.load.fill", lambda *_: pytest.fail("began to load"))
     with pytest.raises(CheckpointMismatch):
         load(folder)
 
