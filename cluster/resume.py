@@ -183,8 +183,20 @@ class History:
         """An engine said how often workers were lost over it, those of earlier attempts included."""
         self.losses = max(self.losses, losses)
 
-    def reason_to_leave(self, event: TokenEvent) -> str | None:
-        """In one word, why another replica may do better than the one that said this; None where it would say the same."""
+    def hear(self, event: TokenEvent, replica_id: str, num_committed: int) -> None:
+        """What a replica says behind so many committed tokens.
+
+        Raises:
+            LinkLost: another replica may do better.
+        """
+        self.told(event.losses)
+        if (reason := self._reason_to_leave(event)) is not None:
+            raise LinkLost(replica_id, event.error_message or "", reason=reason)
+        if event.offset != num_committed:
+            raise LinkLost(replica_id, f"sent offset {event.offset} where {num_committed} was due", reason="out_of_order")
+
+    def _reason_to_leave(self, event: TokenEvent) -> str | None:
+        """In one word; None where another replica would say the same."""
         if event.error_kind is None:
             return None
         doubt = DOUBTED.get(event.error_kind)

@@ -212,11 +212,7 @@ class Router:
                     async for event in events:
                         if event.attempt != attempt:
                             continue
-                        history.told(event.losses)
-                        if (reason := history.reason_to_leave(event)) is not None:
-                            raise LinkLost(link.id, event.error_message or "", reason=reason)
-                        if event.offset != len(committed):
-                            raise LinkLost(link.id, f"sent offset {event.offset} where {len(committed)} was due", reason="out_of_order")
+                        history.hear(event, link.id, len(committed))
                         if not event.tokens and event.finish_reason is None:
                             continue  # only the news of a loss
                         if event.error_kind == "PoisonedRequest":
