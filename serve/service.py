@@ -1,11 +1,10 @@
-"""Steps 3 and 13 of a request: text becomes one engine request per choice, and token events become text.
+"""Steps 3 and 13 of a request: what was asked becomes one engine request per choice, and token events become text.
 
 The one core under both fronts: HTTP and gRPC call only this.
 """
 
 import dataclasses
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -15,24 +14,23 @@ from engine.errors import EngineStopped
 from engine.failpoints import hit
 from engine.places import mark
 from engine.plan import TokenEvent
-from engine.request import SamplingParams
-from serve.asking import TokenSource, engine_request, may_fit, must_be_in_time, next_event
+from serve.asking import TokenSource, engine_request, must_be_in_time, next_event
 from serve.choice import Choice, ChoicePlan
 from serve.collecting import collected
 from serve.embedding import Embedder, together
-from serve.errors import InvalidRequest, ModelNotFound, NotSupported, from_event
+from serve.errors import ModelNotFound, from_event
 from serve.ledger import EngineTimes, Stopwatch
 from serve.limits import Limits
 from serve.merging import merged
 from serve.model_facts import ModelFacts
 from serve.observing import Observer, observed
 from serve.prompt_scores import PromptScores, scores_of
+from serve.prompts import Asked, Prompts
 from serve.request import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
     EmbeddingResult,
-    Message,
     Result,
     TextEvent,
     TokenizeRequest,
@@ -40,19 +38,14 @@ from serve.request import (
 )
 from serve.resuming import caught_up, had_of, unsaid
 from serve.structured.compiler import Compiles, GrammarCompilers
-from serve.structured.drafts import Draft, compiled, draft_of
-from serve.text.chat_template import ChatTemplate
-from serve.text.sandbox import TemplateRefused
 from serve.text.threads import beside_the_loop
 from serve.text.tokenizer import Tokenizer
-from serve.tools.protocol import ProtocolName, plainly_rendered
-from serve.tools.toolbox import Toolbox, protocol_of
-from serve.validation import COMPLETION_MAX_TOKENS, Validator
+from serve.tools.protocol import ProtocolName
+from serve.tools.toolbox import Toolbox
+from serve.validation import Validator
 
 logger = logging.getLogger(__name__)
 
-CHARS_PER_MESSAGE = 32
-"""A message takes about as long as so many more characters, however short it is."""
 CHARS_PER_TOKEN = 4
 """A token that a client has already takes about as long to say again."""
 
@@ -64,19 +57,6 @@ class _Yielded:
     num_tokens: int = 0
     num_cached: int = 0
     finished: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """A request whose prompts are tokens."""
-
-    request: ChatRequest | CompletionRequest
-    prompts: Sequence[tuple[int, ...]]
-    echoes: Sequence[str]
-    """What comes before the answer to each prompt."""
-    sampling: Sequence[SamplingParams]
-    stopwatch: Stopwatch
-    toolbox: Toolbox | None = None
 
 
 class Service:
@@ -106,10 +86,16 @@ class Service:
         self.limits = limits or Limits()
         self._validator = Validator(model=model, limits=self.limits)
         self._embedder = Embedder(model, tokenizer, source, self._validator, clock, self._must_find_room)
-        seconds, chars = self.limits.template_s, self.limits.template_chars
-        self._template = ChatTemplate.from_folder(model.folder, tokenizer, seconds=seconds, chars=chars)
         self._compilers = compilers or GrammarCompilers(model.folder, self.limits)
-        self._tool_protocol = protocol_of(tool_protocol, tokenizer, self._template.source if self._template else None)
+        self._prompts = Prompts(
+            model,
+            tokenizer,
+            self._validator,
+            limits=self.limits,
+            compilers=self._compilers,
+            tool_protocol=tool_protocol,
+            must_find_room=self._must_find_room,
+        )
 
     def models(self) -> tuple[ModelFacts, ...]:
         """What this server offers."""
@@ -179,7 +165,7 @@ class Service:
         text, encode = request.input, self._tokenizer.encode
         if not isinstance(text, str):
             chat = ChatRequest(request_id="", model=request.model, messages=text)
-            return await self._chat_ids(text, Toolbox.of(chat, self._tool_protocol, self.limits))
+            return await self._prompts.of_messages(text, Toolbox.of(chat, self._prompts.tool_protocol, self.limits))
         return await beside_the_loop(len(text), lambda: encode(text, add_special_tokens=request.add_special_tokens))
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
@@ -198,79 +184,21 @@ class Service:
 
     async def _chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         stopwatch = Stopwatch(request.arrived_s)
-        async with aclosing(self._answer(await self._read_chat(request, stopwatch))) as events:
+        async with aclosing(self._answer(await self._prompts.of_chat(request, stopwatch))) as events:
             async for event in events:
                 yield event
 
     async def _complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
         stopwatch = Stopwatch(request.arrived_s)
-        async with aclosing(self._answer(await self._read_completion(request, stopwatch))) as events:
+        async with aclosing(self._answer(await self._prompts.of_completion(request, stopwatch))) as events:
             async for event in events:
                 yield event
-
-    async def _read_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> _Asked:
-        self._validator.chat(request)
-        self._must_find_room(request)
-        toolbox = Toolbox.of(request, self._tool_protocol, self.limits)
-        ids = await self._chat_ids(request.messages, toolbox)
-        sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
-        sampling = await self._guided(sampling, toolbox.draft if toolbox else self._draft(request))
-        return _Asked(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch, toolbox=toolbox)
 
     def _must_find_room(self, request: ChatRequest | CompletionRequest | EmbeddingRequest) -> None:
         if (refused := self._refusal(request.caller.id)) is not None:
             raise from_event(refused)
 
-    def _draft(self, request: ChatRequest | CompletionRequest) -> Draft | None:
-        wanted = request.options.format
-        return None if wanted is None else draft_of(wanted, self.limits)
-
-    async def _guided(self, sampling: SamplingParams, draft: Draft | None) -> SamplingParams:
-        return sampling if draft is None else dataclasses.replace(sampling, grammar=await compiled(draft, self._compilers))
-
-    async def _chat_ids(self, conversation: Sequence[Message], toolbox: Toolbox | None) -> tuple[int, ...]:
-        template = self._template
-        if template is None:
-            raise NotSupported("this model has no chat template (it is a base model); use completions instead", param="messages")
-        rendered = toolbox.rendered if toolbox else plainly_rendered(conversation)
-        messages, prefix = rendered.messages, rendered.prefix
-        may_fit((prefix, *(message["content"] for message in messages)), self._tokenizer, self._model, param="messages")
-        num_chars = len(prefix) + sum(CHARS_PER_MESSAGE + len(message["content"]) for message in messages)
-        try:
-            return tuple(await beside_the_loop(num_chars, lambda: template.encode(messages, prefix)))
-        except TemplateRefused as refusal:
-            raise InvalidRequest(str(refusal), param="messages") from refusal
-
-    async def _read_completion(self, request: CompletionRequest, stopwatch: Stopwatch) -> _Asked:
-        self._validator.completion(request)
-        self._must_find_room(request)
-        prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
-        sampling = [self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts]
-        top = self._validator.prompt_logprobs(request, sum(map(len, prompts)))
-        sampling = [dataclasses.replace(one, prompt_logprobs=top) for one in sampling]
-        draft = self._draft(request)
-        return _Asked(
-            request=request,
-            prompts=prompts,
-            echoes=[self._echo(prompt) if request.echo else "" for prompt in request.prompts],
-            sampling=[await self._guided(one, draft) for one in sampling],
-            stopwatch=stopwatch,
-        )
-
-    async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return prompt
-        may_fit([prompt], self._tokenizer, self._model, param="prompt")
-        return await beside_the_loop(len(prompt), lambda: self._tokenizer.encode(prompt))
-
-    def _echo(self, prompt: str | tuple[int, ...]) -> str:
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
-
-    def _resolve(self, request: ChatRequest | CompletionRequest, num_tokens: int, *, param: str, max_tokens: int | None) -> SamplingParams:
-        seed = secrets.randbits(63)
-        return self._validator.sampling(request.options, num_prompt_tokens=num_tokens, param=param, max_tokens=max_tokens, seed=seed)
-
-    async def _answer(self, asked: _Asked) -> AsyncGenerator[TextEvent, None]:
+    async def _answer(self, asked: Asked) -> AsyncGenerator[TextEvent, None]:
         must_be_in_time(asked.request.deadline_s, self._clock)
         mark(3, asked.request.request_id)
         asked.stopwatch.submitted()
@@ -295,7 +223,7 @@ class Service:
                 event = event.with_usage_so_far(usage)
                 yield _last(asked, event, usage) if last else event
 
-    def _choices(self, asked: _Asked) -> list[Choice]:
+    def _choices(self, asked: Asked) -> list[Choice]:
         options = asked.request.options
         num_each = options.n or 1
         return [
@@ -314,12 +242,12 @@ class Service:
             for index in range(len(asked.prompts) * num_each)
         ]
 
-    def _told_prompt(self, asked: _Asked, choice: int, prompt: int) -> tuple[int, ...]:
+    def _told_prompt(self, asked: Asked, choice: int, prompt: int) -> tuple[int, ...]:
         """The prompt's tokens, if their log-probabilities are wanted and have not been told; they come with the first token."""
         wanted = asked.sampling[prompt].prompt_logprobs is not None and not had_of(asked.request, choice).tokens
         return asked.prompts[prompt] if wanted else ()
 
-    async def _stream(self, asked: _Asked, choice: Choice, scores: PromptScores | None) -> AsyncGenerator[tuple[TextEvent, _Yielded], None]:
+    async def _stream(self, asked: Asked, choice: Choice, scores: PromptScores | None) -> AsyncGenerator[tuple[TextEvent, _Yielded], None]:
         """One choice from the engine, cancelled there as soon as nobody wants more of it.
 
         Each event comes with the choice's counts at that event: the choice itself may be further by the time it is yielded.
@@ -359,12 +287,12 @@ def _scored(stream: AsyncGenerator[TokenEvent, None], choice: Choice, scores: Pr
     return scores.told_by(choice.plan.index, stream) if scores is not None and choice.plan.prompt else stream
 
 
-def _last(asked: _Asked, event: TextEvent, usage: Usage) -> TextEvent:
+def _last(asked: Asked, event: TextEvent, usage: Usage) -> TextEvent:
     ledger = None if event.spent is None else asked.stopwatch.ledger(event.spent)
     return dataclasses.replace(event, usage=usage, ledger=ledger)
 
 
-def _usage(asked: _Asked, choices: Sequence[_Yielded]) -> Usage:
+def _usage(asked: Asked, choices: Sequence[_Yielded]) -> Usage:
     """Each prompt counts once, however many choices answer it; what of it was cached is what its first choice found."""
     num_each = len(choices) // len(asked.prompts)
     if len(choices) == 1:  # nearly every request, and this is done for every token
