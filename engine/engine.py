@@ -1,6 +1,5 @@
 """Step 6 of a request: take it in, turn the scheduler and the executor, hand out what happened."""
 
-import contextlib
 import logging
 import threading
 import time
@@ -9,23 +8,22 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import NamedTuple
 
 from engine.balancing import Balancing
 from engine.config import EngineConfig
+from engine.door import Door
 from engine.draft.choose import choose_speculator
 from engine.draft.speculator import Speculator
-from engine.errors import EngineError, EngineStopped, QueueFull, WorkersLost
+from engine.errors import EngineError, EngineStopped, WorkersLost
 from engine.executor import Executor, PendingStep
 from engine.failpoints import hit
 from engine.kv.block_pool import BlockListener
 from engine.pace import Pace
 from engine.places import mark
 from engine.plan import COLUMN, Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
-from engine.policy import FirstCome, Policy, Waits
+from engine.policy import FirstCome, Policy
 from engine.request import Request
-from engine.scheduler import Key, Scheduler
+from engine.scheduler import Scheduler
 from engine.stats import EngineStats
 from engine.step_cost import StepCost
 from engine.timekeeper import Timekeeper
@@ -71,15 +69,9 @@ class Engine:
         self._timekeeper = Timekeeper()
         self._recover, self._clock = recover, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
-        self._inbox: SimpleQueue[Request | Key] = SimpleQueue()
-        self._arrived = threading.Event()
-        self._stopping = threading.Event()
-        self._door = threading.Lock()
-        self._num_submitted = self._num_taken = 0
-        self._queue: list[Waits] = []
-        """Who waits, as of the last plan, and who has come since: what the door looks at."""
-        self._unread: list[Waits] = []
-        """Those of them that the engine's thread has not taken."""
+        self._door = Door(max_waiting=config.max_waiting, policy=self._policy)
+        self._num_taken = 0
+        """Requests, of those that the door let in."""
         self._recovery: Future[Executor] | None = None
         self._end: EngineError | None = None
         """Why no further step will be taken."""
@@ -99,23 +91,11 @@ class Engine:
             EngineStopped: the engine takes nothing any more.
             QueueFull: nobody like this may wait now.
         """
-        with self._door:
-            if self._stopping.is_set():
-                raise EngineStopped("this engine has stopped")
-            limit = self._config.max_waiting
-            if len(self._queue) >= limit and not request.attempt and not self._policy.may_wait(request, self._queue, limit):
-                raise QueueFull(limit=limit)
-            self._num_submitted += 1
-            self._inbox.put(request)
-            arrival = Waiting(request)
-            self._queue.append(arrival)
-            self._unread.append(arrival)
-        self._arrived.set()
+        self._door.submit(request)
 
     def cancel(self, request_id: str, choice: int = 0) -> None:
         """End a request; it is no error if it has ended already."""
-        self._inbox.put((request_id, choice))
-        self._arrived.set()
+        self._door.cancel((request_id, choice))
 
     def rebalance_experts(self, threshold: float = 1.0) -> Future[Rebalanced]:
         """Have the ranks even out what their routed experts have to do, between two steps; see `Rebalance.threshold`.
@@ -125,25 +105,19 @@ class Engine:
         Raises:
             EngineStopped: the engine takes nothing any more.
         """
-        with self._door:
-            if self._stopping.is_set():
-                raise EngineStopped("this engine has stopped")
-            answer = self._balancing.ask(threshold)
-        self._arrived.set()
-        return answer
+        with self._door.held_open():
+            return self._balancing.ask(threshold)
 
     def stop(self) -> None:
         """Have `run_forever` end all requests with `EngineStopped`, and return."""
-        with self._door:
-            self._stopping.set()
-        self._arrived.set()
+        self._door.close()
 
     @property
     def stats(self) -> EngineStats:
         """As of the last turn, and with what was submitted since: a request is at no moment in neither."""
         noted, num_taken = self._noted
         stats = noted()
-        return replace(stats, num_waiting=stats.num_waiting + self._num_submitted - num_taken)
+        return replace(stats, num_waiting=stats.num_waiting + self._door.num_submitted - num_taken)
 
     @property
     def max_in_flight(self) -> int:
@@ -171,13 +145,12 @@ class Engine:
             EngineError: the workers were lost for good; every request has been told.
         """
         try:
-            while not self._stopping.is_set():
+            while not self._door.is_closed:
                 events = self.turn()
                 if events:
                     deliver(events)
                 if self._is_idle():
-                    self._arrived.wait()
-                    self._arrived.clear()
+                    self._door.wait()
         except Exception as error:
             self._close(deliver, error if isinstance(error, EngineError) else EngineStopped("the engine failed"))
             raise
@@ -192,7 +165,7 @@ class Engine:
         if self._end is not None:
             raise self._end
         hit("engine.turn")
-        self._take_inbox()
+        self._take_arrivals()
         self._tell(self.scheduler.expire(self._clock()))
         try:
             if self._recovery is not None:
@@ -201,7 +174,7 @@ class Engine:
                 self._step()
         except WorkersLost as loss:
             self._lose_workers(loss)
-        self._show_queue()
+        self._door.show(self.scheduler.queue())
         self._note_stats()
         return self._take_outbox()
 
@@ -210,7 +183,7 @@ class Engine:
         while order is None and (plan := self._plan_next()):
             self._timekeeper.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
-        self._show_queue()
+        self._door.show(self.scheduler.queue())
         if self._in_flight:
             plan, pending = self._in_flight[0]
             result = _answer(plan, pending)
@@ -235,23 +208,8 @@ class Engine:
         result = _answer(plan, self.executor.submit(plan))
         self._balancing.answered(order, result.rebalanced, self._num_steps)
 
-    def _show_queue(self) -> None:
-        """To the door, which must not look into the scheduler from its own threads."""
-        if not (self._queue or self.scheduler.num_waiting):
-            return  # as it was; whoever comes now puts himself in
-        with self._door:
-            self._queue = self.scheduler.queue() + self._unread
-
-    def _take_inbox(self) -> None:
-        if self._inbox.empty():
-            return
-        arrivals: list[Request | Key] = []
-        with self._door:
-            self._unread = []
-            with contextlib.suppress(Empty):
-                while True:
-                    arrivals.append(self._inbox.get_nowait())
-        for arrival in arrivals:
+    def _take_arrivals(self) -> None:
+        for arrival in self._door.take():
             if isinstance(arrival, Request):
                 self._admit(arrival)
             else:
@@ -303,13 +261,13 @@ class Engine:
 
     def _is_idle(self) -> bool:
         is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._balancing.is_asked
-        return not is_busy and self._inbox.empty()
+        return not is_busy and self._door.is_empty()
 
     def _close(self, deliver: Callable[[Told], None], error: EngineError) -> None:
         """Nothing more is taken; what was taken is told."""
         self.stop()
         self._in_flight.clear()
-        self._take_inbox()
+        self._take_arrivals()
         self._balancing.failed(error)
         self._tell(self.scheduler.fail_all(error))
         self._note_stats()
@@ -357,12 +315,6 @@ class Engine:
             step_s=self._step_s,
         )
         self._noted = (noted, self._num_taken)  # one assignment: a reader in another thread sees both or neither
-
-
-class Waiting(NamedTuple):
-    """What the door knows of a request that has come since."""
-
-    request: Request
 
 
 def _answer(plan: StepPlan, pending: PendingStep) -> StepResult:
