@@ -86,11 +86,6 @@ class RayExecutor:
     def places(self) -> tuple[Place, ...]:
         return tuple(seat.place for seat in self._seats if seat.place is not None)
 
-    @property
-    def last_step(self) -> int | None:
-        """Number of the step submitted last."""
-        return self._last_step
-
     def submit(self, plan: StepPlan) -> "PendingRayStep":
         mark(8, f"step-{plan.step}")
         hit("executor.submit")

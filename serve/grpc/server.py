@@ -22,17 +22,8 @@ SERVICER_FUNCTIONS = (
     "serve.grpc.generated.admin_pb2_grpc.add_AdminServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
-"""For Ray Serve's `gRPCOptions.grpc_servicer_functions`. Its proxy then calls the front's methods of the names below, with
+"""For Ray Serve's `gRPCOptions.grpc_servicer_functions`. Its proxy then calls the front's methods of the services' names, with
 (request, grpc_context); reflection is its own (`enable_reflection`)."""
-
-UNARY_METHODS = ("Chat", "Generate", "Embed", "ListModels", "GetModel", "Tokenize", "Detokenize")
-STREAM_METHODS = ("ChatStream", "GenerateStream")
-"""To be delegated to a `MantaServicer`."""
-ADMIN_METHODS = ("GetServerInfo", "GetLoad", "Abort", "Drain")
-"""To be delegated to an `AdminServicer`."""
-HEALTH_UNARY_METHODS = ("Check", "List")
-HEALTH_STREAM_METHODS = ("Watch",)
-"""To be delegated to a `HealthServicer`."""
 
 
 async def start_server(

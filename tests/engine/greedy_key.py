@@ -36,10 +36,6 @@ class Outcome:
     tokens: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
 
-    def p99_s(self, tenant: str) -> float:
-        ordered = sorted(self.first_token_s[tenant])
-        return ordered[int(0.99 * (len(ordered) - 1))]
-
 
 def arrivals(tenant: str, per_s: float, until_s: float, seed: int) -> Iterator[tuple[float, Request]]:
     """Poisson, with prompts and answers of very different lengths."""

@@ -25,7 +25,7 @@ from tests.parallel.memory_tensor import MemoryTensor
 from tests.ranks import run_ranks
 
 EXPERTS, HIDDEN, INTERMEDIATE, ACTIVE = 7, 12, 10, 3
-TP, TP3, TP4 = Topology(tp=2), Topology(tp=3), Topology(tp=4)
+TP, TP3 = Topology(tp=2), Topology(tp=3)
 TOPOLOGIES = [
     Topology(),
     TP,

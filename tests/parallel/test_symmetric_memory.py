@@ -18,7 +18,6 @@ from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 BUFFER_BYTES = 1 << 19
-KIB = 1 << 10
 
 
 def agreed(groups: ParallelGroups, maker: SlowMaker) -> tuple[SymmetricMemory | None, str]:

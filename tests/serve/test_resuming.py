@@ -90,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "seed": 6,
         "max_tokens": 20,
-        "format": ResponseFormat(kind="regex", text="[ab]{3}é(x|yz){2}"),
+        "format": EXPRESSION,
     },
 }
 

@@ -53,7 +53,6 @@ class Guide:
         self._began = time.monotonic()
         self._num_known = len(opening.history)
         self._unseen = list(opening.history[opening.num_prompt :])
-        self._seen_all = True
 
     def take(self, work: Work) -> None:
         """Learn the tokens of a work beyond those known; those of the prompt say nothing."""
