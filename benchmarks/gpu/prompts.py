@@ -95,7 +95,7 @@ def compare(results: Results, name: str, served: Served) -> None:
             for way, (is_quick, graphs) in ways.items():
                 results.go_on()
                 quick_launch.allow(is_quick)
-                runner.prompt_graphs = graphs
+                runner.forward.prompt_graphs = graphs
                 logits[way] = prompts.logits(decodes, lengths)
                 seconds = statistics.median(prompts.step(decodes, lengths) for _ in range(REPEATS))
                 results.add("prompts", f"{name}: step of {step}, {way}", seconds * 1000, "ms")
@@ -108,6 +108,6 @@ def compare(results: Results, name: str, served: Served) -> None:
                 wrong.append(f"{name}: logits of {step} in pieces are off by {error:.2g}")
     finally:
         quick_launch.allow(False)
-        runner.prompt_graphs = None
+        runner.forward.prompt_graphs = None
         pieces.forget()
     assert not wrong, "; ".join(wrong)

@@ -28,6 +28,24 @@ class Graphs(Protocol):
         ...
 
 
+class Captured(Protocol):
+    """Launches of some kind, recorded for some numbers of rows or tokens."""
+
+    @property
+    def num_graphs(self) -> int:
+        """How often `capture` calls ``after_each``."""
+        ...
+
+    def capture(self, after_each: Callable[[], None]) -> None:
+        """Record them, anew if it has been done: the largest first, whose memory is enough for all. On all ranks of the replica at the
+        same time."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of what was captured, whoever else still knows of this."""
+        ...
+
+
 class CudaGraphs:
     """CUDA graphs of one device."""
 

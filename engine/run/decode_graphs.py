@@ -30,8 +30,8 @@ MOST_ROWS = 512
 
 
 class DecodeGraphs:
-    """One rank's. The rows that fill a step up repeat its shortest sequence and write nowhere: they read what is read anyway, and choose
-    the same experts (where those are counted, they count)."""
+    """One rank's, `Captured`. The rows that fill a step up repeat its shortest sequence and write nowhere: they read what is read anyway,
+    and choose the same experts (where those are counted, they count)."""
 
     def __init__(
         self,
@@ -71,9 +71,12 @@ class DecodeGraphs:
     def __repr__(self) -> str:
         return f"<DecodeGraphs [{len(self.replays)} of {len(self.sizes)} captured | up to {self.sizes[-1]} rows]>"
 
+    @property
+    def num_graphs(self) -> int:
+        return len(self.sizes)
+
     @torch.inference_mode()
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
-        """Anew, if it has been done: the largest first, whose memory is enough for all. On all ranks of the replica at the same time."""
         self.replays.clear()
         self._given.there.zero_()
         self._given.there[BLOCKS] = -1  # nothing is written
@@ -83,7 +86,6 @@ class DecodeGraphs:
             after_each()
 
     def forget(self) -> None:
-        """Let go of what was captured, whoever else still knows of this."""
         self.replays.clear()
 
     def takes(self, num_rows: int) -> bool:

@@ -14,11 +14,9 @@ from engine.run.batch_builder import BuiltBatch, forward_batch
 from engine.run.block_tables import BlockTables
 from engine.run.decode_graphs import DecodeGraphs
 from engine.run.decode_rows import DecodeRows
-from engine.run.prompt_graphs import PromptGraphs, hidden_of
+from engine.run.forward import Forward
 from engine.run.tokens_said import fill_in, hand_on
 from model.batch import ForwardBatch
-from model.kv_cache import KvCache
-from model.qwen2 import Qwen2
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +46,7 @@ class LaunchedRows:
         self,
         tables: BlockTables,
         graphs: DecodeGraphs,
-        model: Qwen2,
-        cache: KvCache,
-        prompts: PromptGraphs | None,
+        forward: Forward,
         tokens_S: np.ndarray,
         *,
         num_said: int,
@@ -58,13 +54,14 @@ class LaunchedRows:
     ) -> Tensor:
         """Begin the step, without waiting for it. Logits (S, V), where a captured step leaves them. ``tokens_S`` as `DecodeGraphs.run` has
         them; the other ranks of the tp group do not know the first ``num_said``. ``counts``: sampling wants to count them."""
-        batch = self._build(tables, tokens_S, cache.layout.block_tokens, model.device)
+        model = forward.model
+        batch = self._build(tables, tokens_S, forward.cache.layout.block_tokens, model.device)
         if (tokens_S[: self.num_decodes] < 0).any():
             fill_in(batch.tokens_T[: self.num_decodes], graphs.report)
         if num_said:
             hand_on(batch.tokens_T[:num_said], model.groups.tp)
         built = BuiltBatch(batch, (), ())
-        hidden_TD, kept_R = hidden_of(model, cache, prompts, batch, built.kept_rows)
+        hidden_TD, kept_R = forward.hidden(batch, built.kept_rows)
         assert hidden_TD is not None  # it has no stages
         assert graphs.logits is not None
         count = len(self.sampling)

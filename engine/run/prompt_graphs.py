@@ -1,7 +1,10 @@
 """Steps with prompts whose launches are recorded and replayed in pieces: all that looks at each token by itself, from one attention to
 the next. Between two pieces attention is launched, which alone asks what sequences a step has, and how long they are.
 
-So a piece for so many tokens does for every step that has no more. T tokens of a step, D model width, H query heads, K head width.
+So a piece for so many tokens does for every step that has no more. `RunnerConfig.prompt_graphs`: off until it has run on a device; what
+takes it up is a line in `engine.run.runner.Runner.capture` and one in `engine.run.forward`.
+
+T tokens of a step, D model width, H query heads, K head width.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +28,7 @@ NOWHERE = -1
 
 
 class PromptGraphs:
-    """One rank's. What fills a step up is token 0 at position 0, or of a step before, and is written nowhere."""
+    """One rank's, `Captured`. What fills a step up is token 0 at position 0, or of a step before, and is written nowhere."""
 
     def __init__(self, model: Qwen2, cache: KvCache, graphs: Graphs, *, most_tokens: int = SIZES[-1], sizes: Sequence[int] = SIZES) -> None:
         """There must be no `prompt_obstacle`. No step has more than ``most_tokens``."""
@@ -42,9 +45,12 @@ class PromptGraphs:
     def __repr__(self) -> str:
         return f"<PromptGraphs [{len(self._pieces)} of {len(self.sizes)} captured | up to {self.sizes[-1]} tokens]>"
 
+    @property
+    def num_graphs(self) -> int:
+        return len(self.sizes)
+
     @torch.inference_mode()
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
-        """Anew, if it has been done; on all ranks of the replica at the same time."""
         self._pieces.clear()
         self._numbers.zero_()
         self._numbers[SLOTS] = NOWHERE
@@ -98,16 +104,6 @@ class PromptGraphs:
             num_decodes=0,
             logit_rows_R=self._numbers[0, :0],
         )
-
-
-def hidden_of(
-    model: Qwen2, cache: KvCache, graphs: PromptGraphs | None, batch: ForwardBatch, kept_R: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What `Qwen2.hidden` gives with ``kept_R``; by pieces, where there are some for so many tokens, of all tokens. And of which tokens
-    that is, None of all."""
-    if graphs is not None and graphs.takes(batch.num_tokens):
-        return graphs.hidden(batch), None
-    return model.hidden(batch, cache, kept_R), kept_R
 
 
 def sizes_up_to(most_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, ...]:

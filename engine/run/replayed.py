@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from engine.begun import Begun
 from engine.plan import StepPlan, StepResult
@@ -26,6 +27,8 @@ class Replayed(Begun):
     """Rows of the captured step."""
     settle: Callable[["Replayed"], None]
     """Reads the report and sets `outcome`."""
+    logits_SV: Tensor | None = None
+    """Where the captured step left them."""
     report: Report | None = None
     began: float = field(default_factory=time.perf_counter)
 

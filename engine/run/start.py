@@ -151,11 +151,7 @@ def ready_runner(
         NoRoomForKv, InvalidLogits: see `start_rank`.
     """
     groups, device = model.groups, model.device
-    if device.type == "cuda" and has_triton():
-        from parallel.cuda import early, quick_launch  # triton: not to be imported where there is no such device
-
-        early.allow(runner_config.early_launches)
-        quick_launch.allow(runner_config.quick_launches)
+    _allow_launches(runner_config, device)
     with _phase("memory", tell):
         capacity = measure_capacity(
             model,
@@ -176,27 +172,42 @@ def ready_runner(
         shard=groups.dp.rank,
         guides=guides,
         drafter=open_drafter(draft_model, sampler, capacity.num_blocks),
-        prompts_ahead=runner_config.prompts_ahead,
     )
     try:
-        with _phase("warm_up", tell):
-            warm_up(runner)
-            if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and device.type == "cuda":
-                tune(runner, engine_config)  # else that was done before memory was measured
-        if runner_config.cuda_graphs and device.type == "cuda":
-            capture(
-                runner,
-                CudaGraphs(device),
-                engine_config,
-                lambda done, total: tell(StartProgress("capture", done, total)),
-                prompts=runner_config.prompt_graphs,
-            )
+        _make_ready(runner, runner_config, engine_config, tell)
     except BaseException:
         runner.close()
         raise
     runner.rebalancer.forget()
     log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, runner)
     return runner
+
+
+def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: EngineConfig, tell: OnProgress) -> None:
+    on_device = runner.device.type == "cuda"
+    with _phase("warm_up", tell):
+        warm_up(runner)
+        if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and on_device:
+            tune(runner, engine_config)  # else that was done before memory was measured
+    if runner_config.cuda_graphs and on_device:
+        capture(
+            runner,
+            CudaGraphs(runner.device),
+            engine_config,
+            lambda done, total: tell(StartProgress("capture", done, total)),
+            prompts=runner_config.prompt_graphs,
+            prompts_ahead=runner_config.prompts_ahead,
+        )
+
+
+def _allow_launches(runner_config: RunnerConfig, device: torch.device) -> None:
+    """In this process; before anything is captured."""
+    if device.type != "cuda" or not has_triton():
+        return
+    from parallel.cuda import early, quick_launch  # triton: not to be imported where there is no such device
+
+    early.allow(runner_config.early_launches)
+    quick_launch.allow(runner_config.quick_launches)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -88,9 +88,10 @@ def capture(
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     *,
     prompts: bool = False,
+    prompts_ahead: bool = False,
 ) -> None:
     """Have steps that only decode replayed from now on, and with ``prompts`` others too, if that can be; else the log says why not. Then
-    warm up once more."""
+    warm up once more. ``prompts_ahead``: see `RunnerConfig`."""
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
         log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
         return
@@ -99,8 +100,9 @@ def capture(
     runner.capture(
         graphs,
         most_rows=min(engine_config.max_running, engine_config.max_step_tokens),
-        most_tokens=engine_config.max_step_tokens if prompts and obstacle is None else 0,
         edits=engine_config.speculate is None,  # guesses are looked at behind what is counted
+        most_prompt_tokens=engine_config.max_step_tokens if prompts and obstacle is None else 0,
+        prompts_ahead=prompts_ahead,
         on_progress=on_progress,
     )
     warm_up(runner)

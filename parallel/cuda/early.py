@@ -19,13 +19,16 @@ MOST_ROWS = 64
 """With more rows, kernels have enough to do not to wait for each other, and programs that wait take the place of others."""
 CAPABILITY = (9, 0)
 """Of CUDA devices: the first that can."""
-_allowed = [False]
-"""Of this process; see `allow`."""
 
 
-def allow(allowed: bool) -> None:
-    """From now on launches of few rows begin early, or do not. What was captured stays as it was."""
-    _allowed[0] = allowed
+_is_allowed = False
+
+
+def allow(is_allowed: bool) -> None:
+    """Whether this process's launches of few rows begin early from now on (`RunnerConfig.early_launches`); what was captured stays as it
+    was."""
+    global _is_allowed
+    _is_allowed = is_allowed
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def wait_for_the_last(EARLY: tl.constexpr):
 
 def early(num_rows: int, x: Tensor) -> dict[str, Any]:
     """Arguments of a launch for so many rows on the device of ``x``."""
-    begins_early = _allowed[0] and num_rows <= MOST_ROWS and x.device.type == "cuda" and _can(x.device)
+    begins_early = _is_allowed and num_rows <= MOST_ROWS and x.device.type == "cuda" and _can(x.device)
     return {"EARLY": True, "launch_pdl": True} if begins_early else {"EARLY": False}
 
 

@@ -45,7 +45,7 @@ _is_allowed = False
 
 
 def allow(is_allowed: bool) -> None:
-    """Whether this process's launches are quick from now on."""
+    """Whether this process's launches are quick from now on (`RunnerConfig.quick_launches`)."""
     global _is_allowed
     _is_allowed = is_allowed
 

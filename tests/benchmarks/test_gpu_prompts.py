@@ -39,7 +39,7 @@ def test_it_finds_that_all_ways_give_the_same(served: Served, tmp_path: Path) ->
         "tiny: step of 5 beside 3, in pieces",
         "tiny: logits of 5 beside 3 in pieces, error",
     ]
-    assert served.runner.prompt_graphs is None
+    assert served.runner.forward.prompt_graphs is None
 
 
 def test_a_piece_that_gives_something_else_is_told(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ IN_SEED, IN_CHOICE, IN_POSITION, IN_TOP_K, IN_KIND, IN_ENTRY, IN_STOPS, IN_WORDS
 
 
 class SamplerGraphs:
-    """Of the logits that `engine.run.decode_graphs.DecodeGraphs` leaves."""
+    """`Captured`: of the logits that `engine.run.decode_graphs.DecodeGraphs` leaves."""
 
     def __init__(
         self,
@@ -99,7 +99,6 @@ class SamplerGraphs:
                     after_each()
 
     def forget(self) -> None:
-        """Let go of what was captured, whoever else still knows of this."""
         self._replays.clear()
 
     def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int, words: Mapping[int, np.ndarray] = NO_WORDS) -> "Report":

@@ -88,11 +88,13 @@ def use_capturable_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoutedExperts, "_compute", lambda self, x, ids, weights: self._on_cuda()(x, ids, weights))
 
 
-def open_executor(folder: Path, *, num_blocks: int = 400, **changes: object) -> LocalExecutor:
-    """One whose steps are launched."""
+def open_executor(folder: Path, *, num_blocks: int = 400, runs_ahead: bool = False, **changes: object) -> LocalExecutor:
+    """One whose steps are launched. ``runs_ahead``: it is promised tokens, as a rank on CUDA is."""
     config = engine_config(**changes)
     runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens)
-    return LocalExecutor.open(folder, runner_config=runner_config, engine_config=config)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("engine.run.memory._run_ahead", lambda _model, _config: runs_ahead)
+        return LocalExecutor.open(folder, runner_config=runner_config, engine_config=config)
 
 
 def runner_of(executor: LocalExecutor) -> Runner:
@@ -100,10 +102,10 @@ def runner_of(executor: LocalExecutor) -> Runner:
     return executor._runner
 
 
-def have_replayed(executor: LocalExecutor, config: EngineConfig, *, prompts: bool = False) -> RecordedGraphs:
+def have_replayed(executor: LocalExecutor, config: EngineConfig, *, prompts: bool = False, prompts_ahead: bool = False) -> RecordedGraphs:
     """Have its steps replayed from now on, where they only decode, and with ``prompts`` others too."""
     graphs = RecordedGraphs()
-    capture(runner_of(executor), graphs, config, prompts=prompts)
+    capture(runner_of(executor), graphs, config, prompts=prompts, prompts_ahead=prompts_ahead)
     graphs.num_replays = 0
     return graphs
 

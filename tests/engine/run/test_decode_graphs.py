@@ -242,12 +242,12 @@ def test_no_graph_is_alive_when_a_rank_leaves_its_groups(dense_folder: Path, mon
     assert alive == [0]
 
 
-def _runner_of_rank(groups: ParallelGroups, folder: Path) -> Runner:
+def _runner_of_rank(groups: ParallelGroups, folder: Path, *, runs_ahead: bool = False) -> Runner:
     """The first rank samples."""
     with Checkpoint(folder) as checkpoint:
         config = ModelConfig.from_checkpoint(folder)
         model, _ = load_model(checkpoint, config, groups, device=CPU, dtype=torch.float32, block_tokens=4)
-    capacity = Capacity(num_blocks=40, block_tokens=4, max_context_tokens=80)
+    capacity = Capacity(num_blocks=40, block_tokens=4, max_context_tokens=80, runs_ahead=runs_ahead)
     sampler = Sampler(vocab_size=NUM_REAL_TOKENS, device=CPU) if groups.rank == 0 else None
     return Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=sampler, device=CPU)
 

@@ -31,17 +31,17 @@ class Watched(Ahead):
     def __init__(self, executor: LocalExecutor) -> None:
         super().__init__(executor)
         self.num_launched = self.num_launched_ahead = 0
-        runner = runner_of(executor)
-        runner.prompts_ahead = True
-        begin = runner._begin_launched
+        prompts_ahead = runner_of(executor).prompts_ahead
+        assert prompts_ahead is not None
+        begin = prompts_ahead.begin
 
-        def watched(plan: StepPlan) -> Replayed | None:
-            begun, promised = begin(plan), bool((plan.decodes.columns[2] == NO_TOKEN).any())
+        def watched(plan: StepPlan, began: float) -> Replayed | None:
+            begun, promised = begin(plan, began), bool((plan.decodes.columns[2] == NO_TOKEN).any())
             self.num_launched += begun is not None
             self.num_launched_ahead += begun is not None and promised
             return begun
 
-        runner._begin_launched = watched  # type: ignore[method-assign]
+        prompts_ahead.begin = watched  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def pair(dense_folder: Path) -> Iterator[tuple[LocalExecutor, Watched]]:
     """With room that makes sequences give way."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
-        told, replayed = (open_executor(dense_folder, num_blocks=40, max_running=6) for _ in range(2))
-        have_replayed(replayed, CONFIG)
+        told, replayed = (open_executor(dense_folder, num_blocks=40, max_running=6, runs_ahead=ahead) for ahead in (False, True))
+        have_replayed(replayed, CONFIG, prompts_ahead=True)
         yield told, Watched(replayed)
         told.close()
         replayed.close()
@@ -112,7 +112,7 @@ def test_steps_with_prompts_are_not_begun_ahead_unless_that_is_set(pair: tuple[L
     runner, before = runner_of(ahead._executor), ahead.num_launched
     assert not RunnerConfig().prompts_ahead
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(runner, "prompts_ahead", False)
+        monkeypatch.setattr(runner, "prompts_ahead", None)
         ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
         serve(Engine(ahead, CONFIG), [Request(id="r", prompt=PROMPTS[0][:9], sampling=SamplingParams(temperature=0.0, max_tokens=3))])
     assert ahead.num_launched == before

@@ -32,8 +32,8 @@ def executor(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lo
 def have_prompts_replayed(executor: LocalExecutor, sizes: tuple[int, ...]) -> RecordedGraphs:
     """Those alone: what decodes is launched unless it fits in here."""
     runner, graphs = runner_of(executor), RecordedGraphs()
-    runner.prompt_graphs = PromptGraphs(runner.model, runner.cache, graphs, sizes=sizes)
-    runner.prompt_graphs.capture()
+    runner.forward.prompt_graphs = PromptGraphs(runner.model, runner.cache, graphs, sizes=sizes)
+    runner.forward.prompt_graphs.capture()
     return graphs
 
 
@@ -123,7 +123,7 @@ def test_they_are_captured_beside_steps_that_only_decode(
     assert graphs.num_replays > without.num_replays
     runner = runner_of(executor)
     executor.close()
-    assert runner.prompt_graphs is None
+    assert runner.forward.prompt_graphs is None
 
 
 def test_attention_that_is_not_launched_apart_and_counted_experts_are_obstacles(

@@ -1,6 +1,5 @@
 """Ranks that share a model and are told to go on with what only one of them has sampled: the same answers, launched and replayed."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,11 +62,10 @@ def _answers_of_rank(groups: ParallelGroups, folder: Path, runs_ahead: bool, rep
         use_capturable_parts(monkeypatch)
         record_collectives(monkeypatch)
         monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 6)
-        runner, graphs = _runner_of_rank(groups, folder), RecordedGraphs()
-        runner.capacity = replace(runner.capacity, runs_ahead=runs_ahead)
+        runner, graphs = _runner_of_rank(groups, folder, runs_ahead=runs_ahead), RecordedGraphs()
         if replays:
-            capture(runner, graphs, CONFIG)
-            graphs.num_replays, runner.prompts_ahead = 0, True
+            capture(runner, graphs, CONFIG, prompts_ahead=True)
+            graphs.num_replays = 0
         if groups.rank > 0:
             while (plan := told(None, groups)) is not None:
                 runner.begin(plan)

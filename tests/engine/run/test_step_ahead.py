@@ -1,7 +1,6 @@
 """A real rank that is told to go on with what it sampled itself: the same answers, launched and replayed."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,11 @@ UNDECIDED = [
 
 
 class Ahead:
-    """Says of a rank in this process that it runs ahead, and counts what it is promised."""
+    """Counts what a rank in this process, which runs ahead, is promised."""
 
     def __init__(self, executor: LocalExecutor) -> None:
-        self._executor = executor
-        self.capacity = replace(executor.capacity, runs_ahead=True)
-        runner_of(executor).capacity = self.capacity
+        assert executor.capacity.runs_ahead
+        self._executor, self.capacity = executor, executor.capacity
         self.num_promised = self.num_steps = 0
 
     def submit(self, plan: StepPlan) -> LocalStep:
@@ -47,10 +45,10 @@ class Ahead:
 def executors(dense_folder: Path) -> Iterator[tuple[LocalExecutor, LocalExecutor]]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
-        both = (open_executor(dense_folder, num_blocks=60, max_running=6), open_executor(dense_folder, num_blocks=60, max_running=6))
-        yield both
-        for one in both:
-            one.close()
+        told, ahead = (open_executor(dense_folder, num_blocks=60, max_running=6, runs_ahead=ahead) for ahead in (False, True))
+        yield told, ahead
+        told.close()
+        ahead.close()
 
 
 def test_a_row_that_few_candidates_do_not_decide_is_decided_on_the_device_as_the_step_behind_it_counts_on_that(
@@ -91,14 +89,14 @@ def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple
     def watched(plan: StepPlan) -> Begun:
         nonlocal most
         begun = begin(plan)
-        most = max(most, len(runner._under_way))
+        most = max(most, len(runner.under_way))
         return begun
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(runner, "begin", watched)
         serve(Engine(ahead, CONFIG), [Request(id="r", prompt=(1, 2), sampling=SamplingParams(temperature=0.0, max_tokens=9))])
     assert most == 2
-    assert not runner._under_way
+    assert not runner.under_way
 
 
 @pytest.mark.parametrize("is_replayed", [False, True])

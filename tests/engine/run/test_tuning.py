@@ -39,11 +39,11 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
     executor = open_executor(dense_folder, max_step_tokens=48)
     requests = [Request(id="r", prompt=PROMPTS[3], sampling=SamplingParams(temperature=0.0, max_tokens=3))]
     before = answer(serve(engine_over(executor, CONFIG), requests)["r", 0])
-    open_before = repr(runner_of(executor)._tables)
+    open_before = repr(runner_of(executor).sequences)
     tune(runner_of(executor), CONFIG)
     few = {"up to 1 rows", "up to 2 rows"}
     assert {key.rpartition(", ")[2] for key in found._found} == few | {"up to 16 rows", "up to 32 rows", "up to 64 rows"}
-    assert repr(runner_of(executor)._tables).split("|")[0] == open_before.split("|")[0], "nothing is left open"
+    assert repr(runner_of(executor).sequences).split("|")[0] == open_before.split("|")[0], "nothing is left open"
     assert answer(serve(engine_over(executor, CONFIG), requests)["r", 0]) == before
     executor.close()
 

@@ -131,15 +131,15 @@ def test_what_grammars_allow_is_copied_into_steps_that_are_replayed(folder, monk
     wanted = {key: answer(events) for key, events in serve(open_engine(folder), some).items()}
     engine = open_engine(folder)
     graphs = have_replayed(engine.executor, engine_config(max_running=6))
-    runner, num_decoded = runner_of(engine.executor), 0
-    sample = runner._sample
+    answering, num_decoded = runner_of(engine.executor).answering, 0
+    sample = answering.sample
 
-    def watched(sampler, logits_RV, works, allowed):
+    def watched(logits_RV, works, allowed):
         nonlocal num_decoded
         num_decoded += all(len(work.tokens) == 1 for work in works)
-        return sample(sampler, logits_RV, works, allowed)
+        return sample(logits_RV, works, allowed)
 
-    monkeypatch.setattr(runner, "_sample", watched)
+    monkeypatch.setattr(answering, "sample", watched)
     assert {key: answer(events) for key, events in serve(engine, some).items()} == wanted
     assert graphs.num_replays > 20
     assert num_decoded == 0

@@ -1,0 +1,81 @@
+"""Step 11 of a request: logits of a step become what the rank that samples answers. R rows with logits, S sequences, V vocabulary."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from torch import Tensor
+
+from engine.answers import packed
+from engine.plan import Pooled, Rebalanced, Sampled, Scored, StepPlan, StepResult, Work
+from engine.run.decode_rows import DecodeRows
+from engine.run.grammar.guides import NONE_ALLOWED, Allowed, silent
+from engine.run.open_sequences import OpenSequences
+from engine.run.sampling.sampler import Sampler
+from engine.run.sampling.sampler_graphs import as_decided
+from engine.run.verification import verified
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a step gave on this rank; nothing where it does not answer."""
+
+    sampled: list[Sampled] = field(default_factory=list)
+    scored: tuple[Scored, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
+    guessing_s: float = 0.0
+    tokens: bytes | None = None
+    """`StepResult.tokens`, where they are known as such already."""
+
+
+class Answering:
+    """Of one rank; on all but those that sample, there is nothing to say."""
+
+    def __init__(self, sampler: Sampler | None, sequences: OpenSequences, *, runs_ahead: bool) -> None:
+        """``runs_ahead``: plans may count on what was said (`Capacity.runs_ahead`)."""
+        self.sampler, self._sequences, self._runs_ahead = sampler, sequences, runs_ahead
+        self._answered_at = 0.0
+
+    def sample(self, logits_RV: Tensor, works: Sequence[Work], allowed: Mapping[int, Allowed]) -> list[Sampled]:
+        """Draw behind each of the works, row by row. Sequences whose grammar has no say yet get no token in this step."""
+        assert self.sampler is not None
+        mute = silent(allowed)
+        speaking = [work for work in works if work.sequence not in mute]
+        if mute:
+            logits_RV = logits_RV[[at for at, work in enumerate(_owners(works)) if work.sequence not in mute]]
+        rows = [row for work in speaking for row in self._sequences.rows(work, allowed.get(work.sequence))]
+        answers = iter(self.sampler.sample(logits_RV, rows, self._sequences.edit_table))
+        return [self._verified(work, list(islice(answers, work.num_draft + 1))) for work in speaking] + list(mute.values())
+
+    def drawn(
+        self, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, Allowed] = NONE_ALLOWED
+    ) -> list[Sampled]:
+        """What a replay drew, row by row. Sequences whose grammar has no say yet get no token in this step."""
+        assert self.sampler is not None
+        each = [row for work in rows.works() for row in self._sequences.rows(work)]
+        answers = self.sampler.answers(logits_SV, logits_SV, each, as_decided(report_3S))
+        mute = silent(allowed)
+        return [mute.get(answer.sequence, answer) for answer in answers]
+
+    def result(self, plan: StepPlan, given: Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
+        """The answer to a step that began then, by `time.perf_counter`."""
+        if self.sampler is None:
+            return None
+        tokens, rest = packed(plan.decodes, given.sampled) if given.tokens is None else (given.tokens, tuple(given.sampled))
+        if self._runs_ahead:
+            self._sequences.said.note(plan.decodes, tokens, rest)
+        now, began = time.perf_counter(), max(began, self._answered_at)  # before that the device was at the step before
+        self._answered_at = now
+        return StepResult(plan.step, rest, now - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
+
+    def _verified(self, work: Work, answers: list[Sampled]) -> Sampled:
+        answer = verified(work, answers)
+        self._sequences.states[work.sequence].hold(answer.tokens[:-1])
+        return answer
+
+
+def _owners(works: Sequence[Work]) -> Iterator[Work]:
+    """Whose each row of logits is."""
+    return (work for work in works for _ in range(work.num_draft + 1))

@@ -1,0 +1,97 @@
+"""Step 9 of a request: what a rank knows of the open sequences of its shard. Where it does not sample, no more than their blocks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.places import mark
+from engine.plan import StepPlan, Work
+from engine.run.block_tables import BlockTables
+from engine.run.grammar.guides import Allowed, Guides
+from engine.run.pooling import Pools
+from engine.run.sampling.columns import SamplingColumns
+from engine.run.sampling.edit_table import EditTable
+from engine.run.sampling.state import Row, SamplingState
+from engine.run.tokens_said import TokensSaid
+from engine.run.transfer import upload
+from engine.run.verification import rows_of
+
+
+class OpenSequences:
+    """Opened and closed by plans; in between, told of their works."""
+
+    def __init__(self, *, shard: int, vocab_size: int | None, guides: Guides, pools: Pools, device: torch.device) -> None:
+        """``vocab_size``: how many ids can be sampled; None on a rank that does not sample."""
+        self.shard, self._vocab_size, self._device = shard, vocab_size, device
+        self.tables = BlockTables()
+        self.guides, self.pools = guides, pools
+        self.states: dict[int, SamplingState] = {}
+        """None on a rank that does not sample."""
+        self.said = TokensSaid()
+        """Where a plan may come that counts on it."""
+        self.columns: SamplingColumns | None = None
+        """Where sampling is replayed."""
+        self.edit_table: EditTable | None = None
+        """Where what sequences have seen is counted on the device."""
+
+    def __repr__(self) -> str:
+        return repr(self.tables)
+
+    def have_sampling_replayed(self, edit_table: EditTable | None) -> None:
+        """From now on; when no sequence is open. ``edit_table``: see the field."""
+        assert not self.states
+        self.columns, self.edit_table = SamplingColumns(), edit_table
+
+    def open_and_close(self, plan: StepPlan) -> None:
+        """As the plan says, of this shard."""
+        for sequence in plan.closed:
+            self._close(sequence)
+        for opening in plan.opened:
+            if opening.shard != self.shard:
+                continue
+            row = self.tables.open(opening.sequence)
+            self.pools.open(opening)
+            if self._vocab_size is None:
+                continue
+            state = self.states[opening.sequence] = SamplingState(opening, vocab_size=self._vocab_size)
+            if self.edit_table is not None:
+                self.edit_table.open(state)
+            if self.columns is not None:
+                self.columns.put(row, state)
+            self.guides.open(opening)
+
+    def _close(self, sequence: int) -> None:
+        self.tables.close(sequence)
+        state = self.states.pop(sequence, None)
+        if state is not None and self.edit_table is not None:
+            self.edit_table.close(state)
+        self.said.forget(sequence)
+        self.guides.close(sequence)
+        self.pools.close(sequence)
+
+    def take(self, work: Work) -> None:
+        """Learn the tokens that a work brings, where something looks at them on the host."""
+        self.states[work.sequence].take(work)
+        self.guides.take(work)
+
+    def count(self, works: Sequence[Work]) -> None:
+        """On the device, the newest token of each work whose sequence has an entry there, if it is not counted yet: of a step that is
+        launched, or whose logits the host edits."""
+        if self.edit_table is None:
+            return
+        newest = ((self.states[work.sequence].entry, work.tokens[-1], work.start + len(work.tokens) - 1) for work in works)
+        counted = [one for one in newest if one[0] >= 0]
+        if counted:
+            entries_R, tokens_R, starts_R = upload(np.array(counted, np.int64).T.copy(), self._device)
+            self.edit_table.learn(entries_R, tokens_R, starts_R)
+
+    def rows(self, work: Work, allowed: Allowed | None = None) -> list[Row]:
+        """What is to be sampled behind a work."""
+        return rows_of(work, self.states[work.sequence], allowed.words if allowed else None)
+
+    def mark(self, place: int, works: Sequence[Work]) -> None:
+        """Note the place of each of the requests, by one rank for each shard."""
+        if self._vocab_size is not None:
+            for work in works:
+                mark(place, self.states[work.sequence].request_id)

@@ -1,0 +1,119 @@
+"""Step 9 of a request, where the host has no say in what its step gives: the device is told to do it behind what it is at.
+
+What a step sampled is taken from where it lies on the device, and read when the next step is under way. S sequences, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.failpoints import hit
+from engine.places import is_asked_for
+from engine.plan import StepPlan
+from engine.run.answering import Answering, Given
+from engine.run.decode_graphs import MOST_ROWS
+from engine.run.decode_rows import DecodeRows
+from engine.run.open_sequences import OpenSequences
+from engine.run.replayed import Replayed
+from engine.run.sampling.columns import host_has_a_say, host_may_have_a_say
+from engine.run.sampling.sampler_graphs import SamplerGraphs
+
+Launch = Callable[[np.ndarray], Tensor | None]
+"""Begins to compute the logits (S, V) of a step. It is told the tokens (S) of its rows, -1 - n for one that stands at place n of what the
+step before gives."""
+
+ALL_IN_PLACE = -1 - np.arange(MOST_ROWS)
+"""Tokens of rows each of which stands where it stood in the step before."""
+
+
+class UnderWay:
+    """Steps of one rank that were begun and not read, in order; at most two."""
+
+    def __init__(self, sequences: OpenSequences, answering: Answering) -> None:
+        self._sequences, self._answering = sequences, answering
+        self._steps: list[Replayed] = []
+        self._left_alone: np.ndarray | None = None
+        """Columns in which the host will never have a say: mostly they come again."""
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def takes(self, columns: np.ndarray, rows: DecodeRows) -> bool:
+        """Whether the host has no say in what a step of these rows gives."""
+        if columns is self._left_alone:
+            return True
+        if host_may_have_a_say(columns):
+            return not host_has_a_say(columns, rows.starts + 1)
+        self._left_alone = columns
+        return True
+
+    def begin(
+        self,
+        plan: StepPlan,
+        rows: DecodeRows,
+        table_rows_S: np.ndarray,
+        columns: np.ndarray,
+        launch: Launch,
+        sampler_graphs: SamplerGraphs,
+        size: int,
+    ) -> Replayed:
+        """Have the device do a step that it takes. ``columns`` as `SamplingColumns.of` gave them; ``size``: rows of the captured step."""
+        step = Replayed(None, plan, rows, table_rows_S, columns, size, self._settle)
+        marked = rows.works() if is_asked_for() else []
+        self._sequences.mark(9, marked)
+        tokens_S = self._tokens_of(step)
+        self._sequences.mark(10, marked)
+        logits_SV = launch(tokens_S)
+        assert logits_SV is not None
+        if hit("rank.logits"):
+            logits_SV.fill_(torch.nan)
+        self._sequences.mark(11, marked)
+        step.logits_SV, step.report = logits_SV, sampler_graphs.launch(columns, rows.starts + 1, size)
+        self._steps.append(step)
+        return step
+
+    def make_room(self) -> None:
+        """For one more."""
+        if len(self._steps) > 1:
+            self._settle(self._steps[0])
+
+    def settle_all(self) -> None:
+        """Read whatever was begun."""
+        while self._steps:
+            self._settle(self._steps[0])
+
+    def _tokens_of(self, step: Replayed) -> np.ndarray:
+        """Those that are not known stand in what the step before gives; if not all of them do, the host waits and reads them."""
+        rows, unknown = step.rows, step.rows.unknown
+        if not len(unknown):
+            return rows.tokens
+        if self._steps and self._steps[-1].table_rows_S is step.table_rows_S and len(unknown) == len(rows):
+            return ALL_IN_PLACE[: len(rows)]
+        places = self._steps[-1].places_of(step)[unknown] if self._steps else unknown[:0]
+        if not len(places) or places.min() < 0:
+            self.settle_all()
+            rows.learn(self._sequences.said)
+            return rows.tokens
+        tokens_S = rows.tokens.copy()
+        tokens_S[unknown] = -1 - places
+        return tokens_S
+
+    def _settle(self, step: Replayed) -> None:
+        """Read what a step gave, if nobody has, and tell the one behind it."""
+        if step.outcome is not None:
+            return
+        assert step is self._steps[0]
+        assert step.report is not None
+        report = step.report.read()
+        if report[1:].all():  # sound
+            tokens, sampled = step.rows.told(report[0])
+            given = Given(sampled, tokens=tokens)
+        else:
+            assert step.logits_SV is not None  # by now perhaps those of the step behind; nobody's log-probabilities are wanted
+            step.rows.learn(self._sequences.said)
+            with torch.inference_mode():
+                given = Given(self._answering.drawn(step.rows, step.logits_SV, report))
+        step.outcome = self._answering.result(step.plan, given, step.began)
+        self._steps.pop(0)
