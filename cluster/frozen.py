@@ -23,6 +23,7 @@ def stopped_at(pid: int) -> int | None:
 
 
 def is_stopped(pid: int) -> bool:
+    """Whether a signal, or a debugger, keeps the process from running."""
     return stopped_at(pid) is not None
 
 

@@ -43,6 +43,7 @@ def on_hosts_with(resource: str | None) -> Bundle:
 
 
 def bundle_of(rank: int, topology: Topology, resources: RankResources) -> int:
+    """The bundle of its replica's placement group that a rank has; the first is the replica's own."""
     return 1 + rank // ranks_together(topology, resources)
 
 

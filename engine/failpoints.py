@@ -68,6 +68,11 @@ class Failure:
 
 
 def arm(folder: Path, point: str, failure: Failure) -> None:
+    """Have processes that watch the folder fail there, as if the point had never fired.
+
+    Raises:
+        ValueError: there is no such point.
+    """
     if point not in POINTS:
         raise ValueError(f"there is no failpoint {point!r}")
     (folder / f"{point}.fired").unlink(missing_ok=True)

@@ -59,6 +59,7 @@ def open_folder(place: Path | str) -> CheckpointFolder:
 
 
 def is_remote(place: Path | str) -> bool:
+    """Whether it is the URL of a folder."""
     return isinstance(place, str) and "://" in place
 
 

@@ -44,6 +44,11 @@ class TokenDispatch(Protocol):
 
 
 def make_dispatch(name: DispatchName, groups: ParallelGroups, placement: ExpertPlacement) -> TokenDispatch:
+    """The way of that name.
+
+    Raises:
+        ValueError: there is none, or the placement is for another number of ranks.
+    """
     if placement.num_ranks != groups.ep.size:
         raise ValueError(f"a placement over {placement.num_ranks} ranks does not fit an ep axis of {groups.ep.size}")
     match name:

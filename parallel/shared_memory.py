@@ -58,6 +58,7 @@ def agree(process_group: dist.ProcessGroup, timeout_s: float) -> Exchange | None
 
 
 def everyones(mine: T, process_group: dist.ProcessGroup) -> list[T]:
+    """What all ranks of the group bring, in their order; on all of them at the same time."""
     found: list[T | None] = [None] * process_group.size()
     dist.all_gather_object(found, mine, group=process_group)
     return [one for one in found if one is not None]
@@ -153,6 +154,7 @@ def host_of_this_process() -> str:
 
 
 def pid_namespace() -> str:
+    """In which a process has its number: in another one that number is somebody else's."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

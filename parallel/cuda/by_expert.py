@@ -92,6 +92,7 @@ def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
 
 
 def rows_of_tiles(num_assigned: int, num_held: int) -> int:
+    """Rows of a tile, by how many an expert has on average."""
     if num_assigned > MOST_ROWS_PER_EXPERT * num_held:
         return WIDEST_TILE_ROWS
     return WIDE_TILE_ROWS if num_assigned > MANY_ROWS_PER_EXPERT * num_held else TILE_ROWS

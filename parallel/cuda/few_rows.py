@@ -116,4 +116,5 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None,
 
 
 def lanes(tile: Tile) -> int:
+    """Into how many sums a program shares out a row, `IN_LANE` neighbours each: ``num_stages`` for each of its threads."""
     return 32 * tile.num_warps * tile.num_stages

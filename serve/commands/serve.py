@@ -114,6 +114,7 @@ def run(config: "ServeConfig") -> None:
 
 
 def check_keys(config: "ServeConfig") -> None:
+    """End the command where the file of keys cannot be used: before anything is started."""
     if config.auth.keys_file is not None:
         from serve.key_file import KeyFileError, read_keys
 

@@ -43,6 +43,10 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def parse_json_object(raw: bytes, max_depth: int) -> dict[str, Any]:
+    """
+    Raises:
+        InvalidRequest: it is none, or nested deeper than ``max_depth`` levels.
+    """
     if not raw.strip():
         raise InvalidRequest("the body is empty; send a JSON object")
     try:

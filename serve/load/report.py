@@ -53,6 +53,7 @@ class Summary:
 
 
 def ttft_s(answer: Answer) -> float:
+    """From when it was due, whenever it was sent."""
     return answer.token_s[0] - answer.due_s
 
 
