@@ -197,7 +197,7 @@ def test_a_lost_rank_is_replaced_and_no_answer_changes(folder, alone):
     events: dict[tuple[str, int], list[TokenEvent]] = {}
     for turn in range(2000):
         if turn == 6:
-            engine.executor._runner.model = None  # the next step raises
+            engine.executor._runner.forward.model = None  # the next step raises
         for event in engine.turn():
             events.setdefault((event.request_id, event.choice), []).append(event)
         if turn > 6 and engine.scheduler.num_requests == 0:

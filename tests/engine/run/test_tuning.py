@@ -52,7 +52,7 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
 def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not set, that is done before memory is measured."""
     tuned: list[object] = []
-    runner = SimpleNamespace(rebalancer=SimpleNamespace(forget=lambda: None))
+    runner = SimpleNamespace(device=torch.device("cuda", 0), rebalancer=SimpleNamespace(forget=lambda: None))
     for name, stand_in in {
         "measure_capacity": lambda *_args, **_options: SimpleNamespace(num_blocks=4),
         "KvCache": lambda *_args: None,
