@@ -5,6 +5,7 @@ import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -129,5 +130,26 @@ def test_the_startup_probe_finds_every_host_healthy(cluster: Cluster) -> None:
 
 
 def test_a_pod_drains_at_once_when_nobody_is_connected(cluster: Cluster) -> None:
-    done = cluster.pods["cpu"].run(str(ROOT / "k8s" / "images" / "drain"), "60", timeout_s=40)
+    done = cluster.pods["front"].run(str(ROOT / "k8s" / "images" / "drain"), "60", timeout_s=40)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_host_of_replicas_is_left_when_their_streams_have_ended(cluster: Cluster) -> None:
+    """The last test: no replica is left."""
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(
+        f"http://{cluster.service('http')}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer, ThreadPoolExecutor() as beside:
+        first = answer.readline()
+        drain = beside.submit(cluster.pods["cpu"].run, str(ROOT / "k8s" / "images" / "drain"), "240", "--leave", timeout_s=280)
+        lines = [first, *answer]
+        done = drain.result()
+    assert done.returncode == 0, done.stderr
+    chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: {")]
+    assert not any("error" in chunk for chunk in chunks), chunks[-1]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert lines[-2] == b"data: [DONE]\n"
+    details = cluster.dashboard("/api/serve/applications/")["applications"]["manta"]["deployments"]
+    replicas = [replica for deployment in details.values() for replica in deployment["replicas"]]
+    assert cluster.pods["cpu"].ip not in [replica.get("node_ip") for replica in replicas], "one that is still to be placed is nowhere"
