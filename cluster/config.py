@@ -20,7 +20,8 @@ class RankResources:
     """What Ray sets aside for each rank of a replica."""
 
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = None
+    """Of each rank. None = one where the Ray that serves has GPUs at all (the demo model computes on CPUs), else none."""
     one_host: bool = False
     """All ranks on one host or not at all; without it Ray packs them as tightly as it can."""
     ranks_per_host: int | None = None
@@ -30,7 +31,7 @@ class RankResources:
     """Only hosts whose Ray was started with this resource (`ray start --resources`): keeps a model to one kind of host."""
 
     def __post_init__(self) -> None:
-        if self.cpus < 0 or self.gpus < 0:
+        if self.cpus < 0 or (self.gpus or 0) < 0:
             raise ValueError(f"a rank cannot have {self.cpus} CPUs and {self.gpus} GPUs")
         if self.ranks_per_host is not None and self.ranks_per_host < 1:
             raise ValueError(f"ranks_per_host must be at least 1, got {self.ranks_per_host}")

@@ -41,6 +41,11 @@ def joined(address: str, *, namespace: str, runtime_env: Mapping[str, Any] | Non
         ray.shutdown()
 
 
+def num_gpus() -> float:
+    """Of all hosts of the Ray that was started or joined, in use or not."""
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
 def _must_listen(address: str) -> None:
     """Whether there is a head at all. Where Ray cannot say which one is meant it says so itself, and at once."""
     try:

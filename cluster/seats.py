@@ -81,7 +81,7 @@ def take_seats(
     for rank in range(ranks.topology.size):
         actor = actor_class.options(
             num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
+            num_gpus=resources.gpus or 0,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(ground.group, placement.bundle_of(rank, ranks.topology, resources)),
         ).remote(rank)

@@ -16,6 +16,7 @@ from ray.serve.schema import ApplicationStatus
 from cluster.directory import Refusal, ReplicaRecord, current_records, refusals
 from serve.config import ServeConfig
 from serve.deployment import Model, build_app
+from serve.devices import DeviceMisfit
 from serve.grpc.server import SERVICER_FUNCTIONS
 
 LOADING_SPAN = (0.15, 0.95)
@@ -65,6 +66,8 @@ def deploy(models: Sequence[Model], config: ServeConfig, *, app: str, on_progres
     try:
         target = ray_serve.RunTarget(build_app(models, config, version=version), name=app, route_prefix="/")
         ray_serve.run_many([target], wait_for_applications_running=False)
+    except DeviceMisfit as error:
+        raise StartError(str(error)) from error
     except RuntimeError as error:
         raise StartError(_why(app, str(error))) from error
     told = None

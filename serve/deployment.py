@@ -17,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.autoscaler import serve_autoscaling
 from cluster.board import Board
 from cluster.directory import DEMAND, Reader
+from cluster.joining import num_gpus
 from cluster.link import ReplicaLink
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
 from cluster.replica import Replica
@@ -30,6 +31,7 @@ from serve.auth import Doorkeeper, OpenDoor
 from serve.bypass import Ways
 from serve.catalog import Catalog
 from serve.config import ServeConfig
+from serve.devices import with_devices
 from serve.doors import Doors
 from serve.fetched_ranks import FetchedRanks
 from serve.grpc.admin import AdminServicer
@@ -281,8 +283,14 @@ class _Front:
 def build_app(models: Sequence[Model], config: ServeConfig, *, version: str = "") -> ray_serve.Application:
     """The application: for every model a deployment of its own, whose replicas each have a placement group, and fronts for all.
 
-    ``version``: see `Deployed`.
+    ``version``: see `Deployed`. What ranks compute on is decided here, by what the Ray has that was joined.
+
+    Raises:
+        DeviceMisfit: see `serve.devices.with_devices`.
     """
+    if ray.is_initialized():  # `serve build` writes a file for some other cluster
+        decided = with_devices([model.config for model in models], num_gpus())
+        models = [dataclasses.replace(model, config=one) for model, one in zip(models, decided, strict=True)]
     deployed = Deployed(version=version, configs=tuple(model.config for model in models))
     fronts: Any = ray_serve.deployment(
         _Front,

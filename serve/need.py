@@ -15,7 +15,7 @@ from serve.planning.weights import weights_of_rank
 def need_of(folder: Path | None, config: ServeConfig) -> Need:
     """``folder`` holds config.json; None: no model was named. A model that cannot be planned is refused elsewhere."""
     device = "cuda" if config.resources.gpus or config.runner.device.startswith("cuda") else "cpu"
-    return Need(device=device, gpus_per_rank=config.resources.gpus, weights_bytes=_weights(folder, config) if folder else 0)
+    return Need(device=device, gpus_per_rank=config.resources.gpus or 0.0, weights_bytes=_weights(folder, config) if folder else 0)
 
 
 def _weights(folder: Path, config: ServeConfig) -> int:

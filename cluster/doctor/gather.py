@@ -68,6 +68,11 @@ def _version(distributions: tuple[str, ...]) -> str | None:
     return None
 
 
+def gpus_here() -> tuple[GpuFacts, ...]:
+    """Those that this process may use."""
+    return _nvidia()[1]
+
+
 def _nvidia() -> tuple[str | None, tuple[GpuFacts, ...]]:
     """Driver and the GPUs of this process (nvidia-smi lists all of the host; CUDA_VISIBLE_DEVICES says which are ours)."""
     program = shutil.which("nvidia-smi")

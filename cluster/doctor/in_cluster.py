@@ -42,7 +42,7 @@ def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, 
         actors = [
             actor_class.options(
                 num_cpus=resources.cpus,
-                num_gpus=resources.gpus,
+                num_gpus=resources.gpus or 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement.bundle_of(rank, topology, resources)),
             ).remote(rank)
             for rank in range(topology.size)
@@ -88,11 +88,12 @@ def _measured(survey: Survey, actors: Sequence[Any], topology: Topology, need: N
 
 
 def _no_room(topology: Topology, resources: RankResources) -> Finding:
+    wanted = f"{topology.size} ranks of {resources.cpus:g} CPU and {resources.gpus or 0:g} GPU"
     have = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
     return Finding(
         severity=Severity.FATAL,
         check="placement",
         host=None,
-        found=f"the cluster cannot set aside {topology.size} ranks of {resources.cpus:g} CPU and {resources.gpus:g} GPU; free are {have}",
+        found=f"the cluster cannot set aside {wanted}; free are {have}",
         todo="add hosts, end what runs there (`ray status` lists it), or choose fewer ranks",
     )

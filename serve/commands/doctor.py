@@ -99,26 +99,32 @@ def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | No
 
 
 def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | None) -> "Survey":
-    from cluster.doctor.gather import cache_folder
+    from cluster.doctor.gather import cache_folder, gpus_here
+    from serve.devices import DeviceMisfit, with_devices
     from serve.need import need_of
 
-    topology, need = config.parallel.topology, need_of(found.folder if found else None, config)
-    if address is None:
-        from cluster.doctor.survey import survey_this_machine
-
-        return survey_this_machine(topology, need, cache_folder=cache_folder(), look=None)
-    from cluster.doctor.in_cluster import survey_cluster
-    from cluster.joining import CannotJoin, joined
-    from cluster.worker import ModelRanks
-
-    place = found.place if found else None
-    ranks = place and ModelRanks(
-        checkpoint_folder=place, topology=topology, runner_config=config.runner, engine_config=config.engine, need=need
-    )
+    folder, topology = found.folder if found else None, config.parallel.topology
     try:
-        with redirect_stdout(sys.stderr), joined(address, namespace=config.ray.namespace):  # Ray tells of lost hosts on stdout
-            return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
-    except CannotJoin as error:
+        if address is None:
+            from cluster.doctor.survey import survey_this_machine
+
+            (config,) = with_devices([config], len(gpus_here()))
+            return survey_this_machine(topology, need_of(folder, config), cache_folder=cache_folder(), look=None)
+        from cluster.doctor.in_cluster import survey_cluster
+        from cluster.joining import CannotJoin, joined, num_gpus
+        from cluster.worker import ModelRanks
+
+        try:
+            with redirect_stdout(sys.stderr), joined(address, namespace=config.ray.namespace):  # Ray tells of lost hosts on stdout
+                (config,) = with_devices([config], num_gpus())
+                need = need_of(folder, config)
+                ranks = found and ModelRanks(
+                    checkpoint_folder=found.place, topology=topology, runner_config=config.runner, engine_config=config.engine, need=need
+                )
+                return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
+        except CannotJoin as error:
+            stop(str(error))
+    except DeviceMisfit as error:
         stop(str(error))
 
 
@@ -137,6 +143,8 @@ def _show(survey: "Survey") -> None:
     for each in survey.facts:
         console.print(Text(_line(each)))
     console.print(table)
+    if all(finding.severity == "note" for finding in survey.findings):
+        console.print("nothing is in the way")
 
 
 def _line(facts: "HostFacts") -> str:
