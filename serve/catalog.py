@@ -30,7 +30,7 @@ class Catalog:
             ModelNotFound: it is not offered.
         """
         if name not in self._services:
-            raise ModelNotFound(name)
+            raise ModelNotFound(name, list(self._services))
         return self._services[name]
 
     def models(self) -> tuple[ModelFacts, ...]:

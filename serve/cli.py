@@ -6,6 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from serve.commands import batch, bench, bench_serve, chat, config, demo_model, doctor, keys, plan, serve, status, up
+from serve.commands.other_names import KnowsOtherNames
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -32,8 +33,17 @@ benches = typer.Typer(
 benches.command("engine")(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)
 
+
+class _WithHelp(TyperGroup):
+    """`manta help serve` is `manta serve --help`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
+
+
 app = typer.Typer(
     name="manta",
+    cls=_WithHelp,
     help=HELP,
     no_args_is_help=True,
     add_completion=False,
@@ -41,8 +51,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command("serve")(serve.serve)
-app.command("up")(up.up)
+app.command("serve", cls=KnowsOtherNames)(serve.serve)
+app.command("up", cls=KnowsOtherNames)(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("top")(status.top)

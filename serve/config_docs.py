@@ -113,11 +113,13 @@ def _comment(text: str, *, indent: str) -> list[str]:
 
 
 def explain(path: str, loaded: Loaded) -> str:
-    """One setting: what it is, what it may be, what it is now and why.
+    """One setting: what it is, what it may be, what it is now and why; of a section, the first sentence of each of its settings.
 
     Raises:
         ConfigError: there is no such setting; the nearest is named.
     """
+    if within := [name for name in setting_docs() if name.startswith(f"{path}.")]:
+        return "\n".join(f"{name:<{max(map(len, within))}}  {_first_sentence(setting_docs()[name].doc)}" for name in within)
     if path not in setting_docs():
         raise ConfigError([unknown(Entry(path, None, "--explain"))])
     doc = setting_docs()[path]
@@ -136,3 +138,7 @@ def explain(path: str, loaded: Loaded) -> str:
             f"  flag         --set {path}={value}",
         )
     )
+
+
+def _first_sentence(doc: str) -> str:
+    return re.split(r"(?<=[.;:])\s", " ".join(doc.split()), maxsplit=1)[0].rstrip(".;:")

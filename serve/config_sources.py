@@ -282,6 +282,8 @@ def _wrong_values(error: ValidationError, chosen: Mapping[str, Entry]) -> Iterat
         if path in chosen:
             yield f"{path} {message}, got {chosen[path].value!r:.100} ({chosen[path].origin})"
         else:  # a section's own check, or one between sections; or an entry has it from beside the list, where it is told already
-            involved = sorted({entry.origin for entry in chosen.values() if entry.path.startswith(path)})
+            within = [entry for entry in chosen.values() if entry.path.startswith(path)]
+            named = [entry for entry in within if re.search(rf"\b{re.escape(entry.path)}\b", message)]  # what was set beside it is no cause
+            involved = sorted({entry.origin for entry in named or within})
             if involved or depth == 2:
                 yield f"{f'{path}: ' if path else ''}{message} ({', '.join(involved) or 'default'})"

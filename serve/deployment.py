@@ -152,7 +152,7 @@ class _Front:
             from serve.tracing import tracing_to  # opentelemetry: an extra
 
             observers.append(tracing_to(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
-        self._catalog = Catalog([await self._offer(app, model, observers=observers) for model in models])
+        self._catalog = Catalog([await self._offer(app, model, names, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
         self._doors = Doors(OncePerKey(self._catalog))
@@ -166,8 +166,8 @@ class _Front:
             self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
         settle()
 
-    async def _offer(self, app: str, model: Model, *, observers: Sequence[Observer]) -> Service:
-        """A model's replicas, and the service over them."""
+    async def _offer(self, app: str, model: Model, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
+        """A model's replicas, and the service over them. ``names``: of all models."""
         node = ray.get_runtime_context().get_node_id()
         replicas, scaling = model.config.replicas, model.config.autoscaling
         starts = replicas.least == 0  # a replica is started for whoever waits, when there is none
@@ -197,6 +197,7 @@ class _Front:
             limits=model.config.limits,
             observers=observers,
             tool_protocol=model.config.tools.protocol,
+            names=names,
         )
 
     def _what_waits(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cluster.errors
@@ -71,8 +72,14 @@ class NotSupported(InvalidRequest):
 
 
 class ModelNotFound(ServeError):
-    def __init__(self, name: str) -> None:
-        super().__init__(f"there is no model {clipped(name, 64)!r} here; list the models to see which there are", param="model")
+    NAMED = 4
+    """As many models are told by name."""
+
+    def __init__(self, name: str, served: Sequence[str] = ()) -> None:
+        """``served``: what this server has."""
+        what = ", ".join(repr(clipped(each, 64)) for each in served)
+        advice = f"this server has {what}" if 0 < len(served) <= self.NAMED else "list the models to see which there are"
+        super().__init__(f"there is no model {clipped(name, 64)!r} here; {advice}", param="model")
 
 
 class RequestTooLarge(ServeError):

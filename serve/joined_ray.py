@@ -87,6 +87,7 @@ def remove(app: str, *, wait_s: float) -> bool:
 
     Ray Serve is told first and waited for afterwards: what is killed meanwhile need not come back.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     if client is None or app not in ray_serve.status().applications:
         return False

@@ -134,8 +134,8 @@ def _on_one_host(config: ServeConfig) -> ServeConfig:
 def _check_ports(config: ServeConfig) -> None:
     """Ray Serve's proxies would share a port with whoever else lets them, and each would get half of the requests."""
     try:
-        check_free(config.http.host, config.http.port, setting="http.port")
-        check_free(config.grpc.host, config.grpc.port, setting="grpc.port")
+        check_free(config.http.host, config.http.port, front="http")
+        check_free(config.grpc.host, config.grpc.port, front="grpc")
     except PortInUse as error:
         raise StartError(str(error)) from error
     for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)):

@@ -3,6 +3,7 @@
 Only settings come here, never a name out of an API request: nothing that a client sends makes the server fetch or open anything.
 """
 
+import difflib
 import errno
 import re
 from collections.abc import Callable, Sequence
@@ -165,14 +166,26 @@ def _repository(source: str, scheme: str) -> str:
 
 
 def _local(folder: Path) -> Path:
+    if folder.is_file():
+        raise ModelSourceError(f"{str(folder)!r} is a file; give the folder that has config.json and the *.safetensors (GGUF is not read)")
     if not folder.is_dir():
         raise ModelSourceError(
-            f"there is no folder {str(folder)!r}; give a checkpoint folder, `{DEMO}`, a repository such as Qwen/Qwen2-0.5B-Instruct, "
-            f"{MODELSCOPE_SCHEME}owner/name, or the URL of a folder in a store such as s3://bucket/folder"
+            f"there is no folder {str(folder)!r}{_meant(str(folder))}; give a checkpoint folder, `{DEMO}`, a repository such as "
+            f"Qwen/Qwen2-0.5B-Instruct, {MODELSCOPE_SCHEME}owner/name, or the URL of a folder in a store such as s3://bucket/folder"
         )
     if not (folder / "config.json").is_file():
         raise ModelSourceError(f"{str(folder)!r} is no checkpoint folder: it has no config.json")
     return folder.resolve()
+
+
+def _meant(name: str) -> str:
+    """What was mistyped perhaps: the demo, or a repository of Qwen's without its owner."""
+    from serve.planning.released import SIZES
+
+    released = [f"{shape.name}{kind}" for shape in SIZES.values() for kind in ("", "-Instruct")]
+    known = {DEMO: DEMO, **{each.lower(): f"Qwen/{each}" for each in released}}
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
+    return f" (did you mean {known[near[0]]}?)" if near else ""
 
 
 def _demo(report: Report) -> Path:
@@ -235,8 +248,8 @@ def _unreachable(hub: str, repository: str, error: Exception) -> str:
     """With what the library says in the end: there are firewalls that answer in the hub's place."""
     reason = error.__cause__ or error
     said = f"{type(reason).__name__}: {str(reason).strip().partition(chr(10))[0][:200]}"
+    mirror = "" if hub == "ModelScope" else "HF_ENDPOINT names a mirror, "
     return (
-        f"{repository} is not in this machine's cache, and {hub} could not be reached (HF_ENDPOINT names a mirror of the Hugging Face hub, "
-        f"HTTPS_PROXY a proxy). Without a network: download it elsewhere, copy the folder here, and give the folder instead; "
-        f"or serve `{DEMO}` ({said})"
+        f"{repository} is not in this machine's cache, and {hub} could not be reached ({mirror}HTTPS_PROXY a proxy). "
+        f"Without a network: download it elsewhere, copy the folder here, and give the folder instead; or serve `{DEMO}` ({said})"
     )

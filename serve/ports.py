@@ -1,16 +1,24 @@
 """Whether the ports of the fronts are free, asked before anything is started."""
 
+import errno
 import socket
 
 
 class PortInUse(RuntimeError):
-    def __init__(self, *, host: str, port: int, setting: str, reason: str) -> None:
-        super().__init__(f"{host}:{port} cannot be listened on ({reason}); choose another with --set {setting}=PORT")
+    def __init__(self, *, host: str, port: int, front: str, error: OSError) -> None:
+        if error.errno == errno.EADDRINUSE:
+            told = f"something listens on {host}:{port} already, perhaps another `manta serve`; choose another port with --{front}-port"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            told = f"{host} is no address of this host; choose one with --{front}-host"
+        else:
+            told = f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another with --{front}-host and --{front}-port"
+        super().__init__(told)
         self.host, self.port = host, port
 
 
-def check_free(host: str, port: int, *, setting: str) -> None:
-    """
+def check_free(host: str, port: int, *, front: str) -> None:
+    """``front``: "http" or "grpc".
+
     Raises:
         PortInUse: somebody listens there, or the address is not one of this host.
     """
@@ -21,4 +29,4 @@ def check_free(host: str, port: int, *, setting: str) -> None:
             probe.bind((host, port))
             probe.listen(1)
         except OSError as error:
-            raise PortInUse(host=host, port=port, setting=setting, reason=error.strerror or str(error)) from error
+            raise PortInUse(host=host, port=port, front=front, error=error) from error

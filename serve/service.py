@@ -74,9 +74,11 @@ class Service:
         compilers: Compiles | None = None,
         tool_protocol: ProtocolName = "auto",
         refusal: Callable[[str], TokenEvent | None] = lambda tenant: None,
+        names: Sequence[str] = (),
     ) -> None:
         """``clock`` tells Unix time; ``compilers`` are by default processes that are started when first needed. ``refusal`` tells whether
-        a tenant's requests are refused just now, which is asked before they are tokenized.
+        a tenant's requests are refused just now, which is asked before they are tokenized. ``names`` are those of all models of the
+        server, to tell whoever asks for another (by default this one's).
 
         Raises:
             InvalidTokenizer: the model's chat template is damaged.
@@ -84,7 +86,8 @@ class Service:
         self._model, self._tokenizer, self._source, self._clock = model, tokenizer, source, clock
         self._observers, self._refusal = observers, refusal
         self.limits = limits or Limits()
-        self._validator = Validator(model=model, limits=self.limits)
+        self._names = tuple(names) or (model.name,)
+        self._validator = Validator(model=model, limits=self.limits, names=self._names)
         self._embedder = Embedder(model, tokenizer, source, self._validator, clock, self._must_find_room)
         self._compilers = compilers or GrammarCompilers(model.folder, self.limits)
         self._prompts = Prompts(
@@ -107,7 +110,7 @@ class Service:
             ModelNotFound: it is not offered.
         """
         if name != self._model.name:
-            raise ModelNotFound(name)
+            raise ModelNotFound(name, self._names)
         return self._model
 
     def ready(self) -> bool:

@@ -32,6 +32,8 @@ class Validator:
 
     model: ModelFacts
     limits: Limits
+    names: Sequence[str] = ()
+    """Of all models of the server."""
 
     def chat(self, request: ChatRequest) -> None:
         """Everything that can be said before the messages are tokens."""
@@ -77,7 +79,10 @@ class Validator:
         """Everything that can be said before the inputs are tokens."""
         self._common(request)
         if self.model.pooling is None:
-            raise NotSupported("this model gives no embeddings: its files say of no pooling (the setting model.pooling can)", param="model")
+            raise NotSupported(
+                "this model gives no embeddings: its files name no pooling; a server that is started with --set model.pooling=last does",
+                param="model",
+            )
         _counted("input", request.inputs, 1, self.limits.embedding_inputs)
         for one in request.inputs:
             if isinstance(one, str):
@@ -154,7 +159,7 @@ class Validator:
 
     def _offered(self, model: str) -> None:
         if model != self.model.name:
-            raise ModelNotFound(model)
+            raise ModelNotFound(model, self.names)
 
     def _common(self, request: AnyRequest) -> None:
         self._offered(request.model)

@@ -53,7 +53,8 @@ def batch(
         typer.echo("\ninterrupted; the same command goes on where this one was", err=True)
         os._exit(INTERRUPTED)  # answers under way are not waited for
     assert shown is not None
-    typer.echo(f"{shown.done} of {shown.total} answered, {shown.failed} of them not with 2xx in this run: {output}", err=True)
+    refused = f"; {shown.failed} of this run with an error, see their status_code" if shown.failed else ""
+    typer.echo(f"{shown.done} of {shown.total} requests have their line in {output}{refused}", err=True)
 
 
 class _bar:  # noqa: N801  (used like a function)

@@ -35,6 +35,7 @@ def chat(
       manta chat --endpoint grpcs://models.example:443   another server; $MANTA_ENDPOINT says the same
     """
     from manta_client import Client, MantaError, Unavailable
+    from manta_client.endpoint import DEFAULT
 
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     if prompt is None and not sys.stdin.isatty():
@@ -47,9 +48,18 @@ def chat(
             elif not conversation.ask(prompt):
                 raise typer.Exit(130)
     except Unavailable as error:
-        stop(f"{error}\nno server is ready there; `manta serve demo` starts one")
+        if error.reason is not None:  # told by a server
+            stop(str(error))
+        stop(
+            f"no server answers at {endpoint or DEFAULT}; `manta serve demo` starts one, --endpoint names another ({_cause(error.message)})"
+        )
     except MantaError as error:
         stop(str(error))
+
+
+def _cause(message: str) -> str:
+    """The end of gRPC's sentence, "...: ipv4:127.0.0.1:9000: Failed to connect to remote host: Connection refused"."""
+    return message.rpartition(": ")[2] or message
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,9 @@ def config(
     file: ConfigFile = None,
     assignments: Assignments = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a settings file instead, for editors.")] = False,
-    explain: Annotated[str | None, typer.Option("--explain", metavar="SECTION.FIELD", help="Explain one setting instead.")] = None,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="SECTION[.FIELD]", help="Explain one setting or section instead.")
+    ] = None,
     emit: Annotated[
         Literal["manta", "serve"], typer.Option("--emit", help="A settings file, or a Serve config file for `serve deploy`.")
     ] = "manta",

@@ -113,6 +113,13 @@ def run(config: "ServeConfig") -> None:
     _run_local(config) if address_of(config) == LOCAL else _run_joined(config)
 
 
+def _end_of_job() -> str:
+    """How what lives as long as this command is ended: nobody is at the terminal of a Ray job."""
+    from serve.ray_address import JOB_VARIABLE
+
+    return "`ray job stop` ends it." if JOB_VARIABLE in os.environ else "Ctrl-C ends it."
+
+
 def check_keys(config: "ServeConfig") -> None:
     """End the command where the file of keys cannot be used: before anything is started."""
     if config.auth.keys_file is not None:
@@ -150,7 +157,7 @@ def _run_joined(config: "ServeConfig") -> None:
         with ExitStack() as running:
             with progress_shown() as report:
                 server = running.enter_context(run_joined(models, config, keep=False, on_progress=report))
-            tell(server.records(), server.config, [model.name for model in models])
+            tell(server.records(), server.config, [model.name for model in models], last=_end_of_job())
             server.wait()
             typer.echo(ENDING)
     except StartError as error:
@@ -212,12 +219,20 @@ def _shape(config: "ServeConfig") -> str:
     topology = config.parallel.topology
     replicas = config.replicas
     number = f"{replicas.least} to {replicas.most}" if replicas.vary else str(replicas.initial)
-    return f"{number} x {topology.size} rank{'s' if topology.size > 1 else ''} ({topology})"
+    copies = f"{number} replica{'' if number == '1' else 's'} of "
+    return ("" if number == "1" and topology.size == 1 else copies) + (
+        f"{topology.size} ranks ({topology})" if topology.size > 1 else "one rank"
+    )
 
 
 def _python(program: str) -> str:
     """The interpreter that has the client, written as the program is: by name, relative, or absolute."""
-    return "python" if program == "manta" else shlex.quote(os.path.relpath(sys.executable))
+    return "python" if program == "manta" else shlex.quote(_near(sys.executable))
+
+
+def _near(path: str) -> str:
+    """Relative where that is shorter, as it is below this folder."""
+    return min(os.path.relpath(path), os.path.abspath(path), key=len)
 
 
 def _reachable(host: str) -> str:
@@ -231,4 +246,4 @@ def program() -> str:
     called = sys.argv[0]
     if os.path.basename(called) != "manta":
         return f"{shlex.quote(sys.executable)} -m serve"
-    return "manta" if shutil.which("manta") else shlex.quote(os.path.relpath(called))
+    return "manta" if shutil.which("manta") else shlex.quote(_near(called))

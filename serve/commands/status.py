@@ -102,6 +102,8 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
         with joined(address or "auto", namespace=config.ray.namespace):
             yield
     except CannotJoin as error:
+        if watched_address(config) is None and "Could not find any running Ray" in str(error):
+            stop("no `manta serve` of yours and no Ray cluster runs on this machine; --ray-address HOST:PORT names one elsewhere")
         stop(f"{error}\nno `manta serve` of yours runs on this machine either" if watched_address(config) is None else str(error))
 
 

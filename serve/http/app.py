@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from serve.auth import OpenDoor
 from serve.bypass import Ways
 from serve.caller import Caller
-from serve.errors import MethodNotAllowed, RouteNotFound, ServeError
+from serve.errors import MethodNotAllowed, RouteNotFound, ServeError, clipped
 from serve.http.authorise import Admits, Authorise
 from serve.http.boundary import RequestBoundary
 from serve.http.bypass import FrontBypass
@@ -25,6 +26,7 @@ from serve.http.models import model_routes
 from serve.http.openapi import describe_api
 from serve.http.responses import response_routes
 from serve.http.tokens import token_routes
+from serve.http.welcome import welcome_routes
 from serve.limits import Limits
 from serve.offers import Offers
 from serve.version import version
@@ -48,7 +50,8 @@ def create_app(
     """
     front = Front(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (chat_routes, completion_routes, embedding_routes, response_routes, model_routes, token_routes, health_routes):
+    apis = (chat_routes, completion_routes, embedding_routes, response_routes, model_routes, token_routes)
+    for routes in (*apis, health_routes, welcome_routes):
         app.include_router(routes(front))
     if metrics is not None:
         app.include_router(metrics_routes(metrics))
@@ -64,8 +67,10 @@ def create_app(
 async def _no_such_route(request: Request, error: Exception) -> Response:
     """Routing is the only one to raise this; its Allow header is kept."""
     assert isinstance(error, HTTPException)
+    method, path = clipped(request.method, 16), clipped(request.scope["path"], 64)
     if error.status_code == 405:
-        refusal: ServeError = MethodNotAllowed("this path does not take that method")
+        taken = Headers(error.headers).get("allow", "other methods")
+        refusal: ServeError = MethodNotAllowed(f"{path} does not take {method}, but {taken}")
     else:
-        refusal = RouteNotFound("there is no such path here")
+        refusal = RouteNotFound(f"there is no path {path!r} here; OpenAI's API is below /v1 once, and /openapi.json has every path")
     return error_response(refusal, headers=dict(error.headers or {}))

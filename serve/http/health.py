@@ -25,7 +25,7 @@ def health_routes(front: Front) -> APIRouter:
         """A request sent now would be computed: for some model, or for the one named by ``?model=``. The answer tells of each."""
         readiness = front.service().readiness()
         if model is not None and model not in readiness:
-            raise ModelNotFound(model)
+            raise ModelNotFound(model, list(readiness))
         if not (front.service().ready() if model is None else readiness[model]):
             raise NotReady("no replica of any model is ready" if model is None else "no replica of this model is ready")
         return json_response({"status": "ready", "models": {name: "ready" if ready else "not ready" for name, ready in readiness.items()}})

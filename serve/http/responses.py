@@ -36,6 +36,11 @@ ASKS_FOR_NOTHING: Mapping[str, tuple[Any, ...]] = {
     "text": (None, {}, {"format": {"type": "text"}}),
 }
 """Fields that are not offered, with the values that ask for nothing."""
+INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(("tools", "tool_choice"), "/v1/chat/completions takes function tools"),
+    **dict.fromkeys(("previous_response_id", "conversation"), "nothing is stored: send the conversation so far as input"),
+    "text": "/v1/chat/completions takes a response_format",
+}
 
 
 def _messages(given: Any) -> list[Message]:
@@ -94,7 +99,7 @@ class ResponsesBody(SharedBody):
     def request(self, request_id: str) -> ChatRequest:
         for name, neutral in ASKS_FOR_NOTHING.items():
             if getattr(self, name) not in neutral:
-                raise NotSupported(f"this server does not offer {name} with such a value; leave it out", param=name)
+                raise NotSupported(f"{name} is not offered here with such a value; {INSTEAD.get(name, 'leave it out')}", param=name)
         if self.n not in (None, 1):
             raise InvalidRequest("a response has one answer", param="n")
         first = () if self.instructions is None else (Message(role="system", content=self.instructions),)

@@ -1,6 +1,7 @@
 """The command `manta`, as a person calls it."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from typer.testing import CliRunner, Result
 
 from serve.cli import app
 from serve.commands.chat import Conversation, converse
+from serve.commands.other_names import HELPS
 from serve.commands.serve import greeting
 from serve.config import GrpcSettings, HttpSettings, ParallelSettings, ServeConfig
+from serve.config_sources import known_settings
 
 COMMANDS = ("serve", "chat", "config", "demo-model")
 ROOT = Path(__file__).parents[2]
@@ -97,7 +100,8 @@ def test_serve_of_a_model_that_is_nowhere_says_what_would_do() -> None:
 def test_the_greeting_has_lines_that_can_be_pasted(tmp_path: Path) -> None:
     config = ServeConfig(http=HttpSettings(host="0.0.0.0", port=8001), grpc=GrpcSettings(port=9001), parallel=ParallelSettings(tensor=2))
     told = greeting(config, ["it's"], program=".venv/bin/manta")
-    assert "1 x 2 ranks (tp 2)" in told
+    assert "1 replica of 2 ranks (tp 2)" in told
+    assert "Manta serves one: one rank\n" in greeting(ServeConfig(), ["one"], program="manta")
     assert '.venv/bin/manta chat --endpoint grpc://127.0.0.1:9001 "Why is the sky blue?"' in told
     (curl,) = (line for line in told.splitlines() if line.startswith("  curl"))
     shown = subprocess.run(["bash", "-c", f"curl() {{ printf '%s\\n' \"$@\"; }}; {curl}"], capture_output=True, text=True, check=True)
@@ -239,3 +243,37 @@ def test_ctrl_c_during_a_single_answer_ends_as_interrupted(client: ScriptedClien
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MANTA_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [
+        ("--port=80", "--http-port"),
+        ("--max-model-len", "--max-context-tokens"),
+        ("--tp", "--tensor-parallel"),
+        ("--tp-size", "--tensor-parallel"),
+    ],
+)
+def test_a_flag_of_other_servers_is_answered_with_ours(flag: str, ours: str) -> None:
+    done = manta("serve", "demo", flag, "2")
+    assert done.exit_code == 2
+    assert f"No such option: {flag.partition('=')[0]}; it is {ours}" in done.output
+
+
+def test_every_flag_and_setting_that_other_names_are_answered_with_exists() -> None:
+    shown = manta("serve", "--help").output
+    for help in HELPS.values():
+        for flag in re.findall(r"(?<!name )--[a-z-]+", help.replace("keys create --name", "")):
+            assert flag in shown, help
+        for setting in re.findall(r"--set ([a-z_]+\.[a-z_]+)=", help):
+            assert setting in known_settings(), help
+
+
+def test_help_is_a_command_too() -> None:
+    assert manta("help").output == manta("--help").output
+    assert manta("help", "plan").output == manta("plan", "--help").output
+
+
+def test_a_section_is_explained_by_the_first_sentence_of_each_of_its_settings() -> None:
+    lines = manta("config", "--explain", "http").output.splitlines()
+    assert {line.split()[0] for line in lines} == {name for name in known_settings() if name.startswith("http.")}

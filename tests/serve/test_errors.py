@@ -54,6 +54,11 @@ def test_a_clients_mistake_is_told_in_its_own_words() -> None:
     assert (body.http_status, body.grpc_code, body.retry_after_s) == (400, "INVALID_ARGUMENT", None)
 
 
+def test_a_model_that_is_not_here_is_answered_with_those_that_are() -> None:
+    assert "'gpt-4o' here; this server has 'small', 'large'" in str(ModelNotFound("gpt-4o", ["small", "large"]))
+    assert "list the models" in str(ModelNotFound("gpt-4o", [str(number) for number in range(5)]))
+
+
 def test_a_subclass_that_is_not_in_the_table_is_told_as_its_base() -> None:
     class Odd(ModelNotFound):
         pass

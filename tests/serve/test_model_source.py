@@ -72,7 +72,10 @@ def test_a_local_folder_wins_over_a_repository_of_the_same_name(
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("/nowhere/at/all", "there is no folder '/nowhere/at/all'"),
+        ("/nowhere/at/all", "there is no folder '/nowhere/at/all';"),
+        ("qwen2-7b-instruct", "did you mean Qwen/Qwen2-7B-Instruct?"),
+        ("dmeo", "did you mean demo?"),
+        (__file__, "is a file; give the folder"),
         ("qwen2", "a repository such as Qwen/Qwen2-0.5B-Instruct"),
         ("hf://Qwen", "write hf://owner/name"),
         ("modelscope://a/b/c", "write modelscope://owner/name"),

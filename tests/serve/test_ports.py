@@ -15,11 +15,11 @@ def test_a_port_that_somebody_listens_on_is_refused_even_if_they_would_share_it(
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(PortInUse, match=rf"127.0.0.1:{port} .* --set http.port=PORT"):
-            check_free("127.0.0.1", port, setting="http.port")
-    check_free("127.0.0.1", port, setting="http.port")
+        with pytest.raises(PortInUse, match=rf"127.0.0.1:{port} already.* --http-port"):
+            check_free("127.0.0.1", port, front="http")
+    check_free("127.0.0.1", port, front="http")
 
 
 def test_an_address_of_another_host_is_refused():
-    with pytest.raises(PortInUse, match=r"203\.0\.113\.7:8000"):
-        check_free("203.0.113.7", 8000, setting="http.port")
+    with pytest.raises(PortInUse, match=r"203\.0\.113\.7 is no address of this host.* --http-host"):
+        check_free("203.0.113.7", 8000, front="http")

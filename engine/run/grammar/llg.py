@@ -1,5 +1,6 @@
 """Grammars by llguidance; the only place that knows the library."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,12 +94,12 @@ class _Tokens:
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
-    """The library's first line; what follows shows its insides."""
+    """The library's first line without the place in a grammar that it made itself; what follows shows its insides."""
     text = matcher.get_error().strip()
     if text.startswith("panic"):
         return "the grammar cannot be followed"
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("<")]
-    return (lines[0] if lines else matcher.stop_reason())[:300]
+    return re.sub(r"^at \d+\(\d+\): ", "", lines[0] if lines else matcher.stop_reason()).rstrip(": ")[:300]
 
 
 def lark_of(kind: str, text: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
@@ -239,3 +240,13 @@ async def test_the_api_describes_itself(http: httpx.AsyncClient) -> None:
     assert schema["$ref"].removeprefix("#/components/schemas/") in api["components"]["schemas"]
     chat = api["components"]["schemas"]["ChatBody"]["properties"]
     assert {"messages", "max_completion_tokens", "logit_bias", "stream_options"} <= chat.keys()
+
+
+async def test_whoever_opens_the_servers_address_is_told_what_it_serves_and_where(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    (name,) = (model["id"] for model in (await http.get("/v1/models")).json()["data"])
+    assert name in answer.text.splitlines()[1]
+    for path in re.findall(r"^  (/\S+)", answer.text, re.MULTILINE):
+        assert path in ("/v1", "/metrics") or (await http.get(path)).status_code == 200, path

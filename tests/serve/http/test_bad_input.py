@@ -301,13 +301,18 @@ async def test_an_unknown_model_is_404_with_a_short_message(http: httpx.AsyncCli
 @pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("PUT", CHAT), ("POST", "/v1/models"), ("DELETE", "/livez")])
 async def test_the_wrong_method_is_405_and_says_the_right_one(http: httpx.AsyncClient, method: str, path: str) -> None:
     answer = await http.request(method, path)
-    assert refusal(answer, 405)["code"] == "method_not_allowed"
-    assert answer.headers["allow"]
+    error = refusal(answer, 405)
+    assert error["code"] == "method_not_allowed"
+    assert error["message"] == f"{path} does not take {method}, but {answer.headers['allow']}"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/docs", "/redoc", "/v1/images", "/../etc/passwd"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/chat", "/v1/chat/completions/", "/docs", "/redoc", "/v1/images", "/../etc/passwd"])
 async def test_an_unknown_path_is_404(http: httpx.AsyncClient, path: str) -> None:
-    assert refusal(await http.get(path), 404)["code"] == "not_found"
+    error = refusal(await http.get(path), 404)
+    assert error["code"] == "not_found"
+    assert "/v1" in error["message"]
+    long = refusal(await http.get("/" + "x" * 2000), 404)
+    assert len(long["message"]) < 200
 
 
 async def test_a_good_request_after_each_bad_one_is_answered(http: httpx.AsyncClient, chat_body: Any) -> None:

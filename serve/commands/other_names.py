@@ -1,0 +1,52 @@
+"""What vLLM, SGLang and others call things: whoever types one of their flags is told ours."""
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+HELPS = {
+    "--host": "it is --http-host here, and --grpc-host",
+    "--port": "it is --http-port here, and --grpc-port",
+    "--model": "the model stands by itself: manta serve MODEL",
+    "--served-model-name": "it is --name here",
+    "--tensor-parallel-size": "it is --tensor-parallel here, or -t",
+    "--pipeline-parallel-size": "it is --pipeline-parallel here",
+    "--data-parallel-size": "copies of the whole model are --replicas here, of the attention alone --data-parallel",
+    "--enable-expert-parallel": "it is --expert-parallel here, with the number of groups",
+    "--max-model-len": "it is --max-context-tokens here",
+    "--context-length": "it is --max-context-tokens here",
+    "--quantization": "it is --quantize here; what is stored quantised is served as it is without it",
+    "--kv-cache-dtype": "it is --kv-dtype here",
+    "--speculative-config": "it is --speculate here, with --draft-model",
+    "--max-num-seqs": "it is --set engine.max_running=N here",
+    "--max-num-batched-tokens": "it is --set engine.max_step_tokens=N here",
+    "--chunked-prefill-size": "it is --set engine.max_step_tokens=N here",
+    "--block-size": "it is --set engine.block_tokens=N here",
+    "--gpu-memory-utilization": "it is --set runner.kv_memory_fraction=F here",
+    "--mem-fraction-static": "it is --set runner.kv_memory_fraction=F here",
+    "--enable-prefix-caching": "leave it out: prefixes are cached unless --set engine.prefix_cache=false",
+    "--enable-auto-tool-choice": "leave it out: tools are always offered",
+    "--tool-call-parser": "it is --set tools.protocol=hermes or qwen_agent here; leave it out, and the model decides",
+    "--trust-remote-code": "leave it out: code of a model's repository is never run",
+    "--device": "it is --set runner.device=cpu here",
+    "--gpus": "by default every rank gets a GPU where there are any; --set resources.gpus=0.5 has two share one",
+    "--api-key": "keys are in a file here: manta keys create --name NAME, then --set auth.keys_file=manta-keys.json",
+    "--seed": "seeds are the requests' own",
+}
+for long, short in (("--tensor-parallel-size", "--tp"), ("--pipeline-parallel-size", "--pp"), ("--data-parallel-size", "--dp")):
+    HELPS[short] = HELPS[f"{short}-size"] = HELPS[long]
+HELPS["--model-path"] = HELPS["--model"]
+
+
+class KnowsOtherNames(TyperCommand):
+    """A command whose "No such option" says what to write instead."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # of click, or of typer's copy of it
+                told: Any = error
+                if (help := HELPS.get(told.option_name)) is not None:
+                    told.message, told.possibilities = f"{told.message.rstrip('.')}; {help}", None
+            raise
