@@ -36,6 +36,7 @@ HELPS = {
 for long, short in (("--tensor-parallel-size", "--tp"), ("--pipeline-parallel-size", "--pp"), ("--data-parallel-size", "--dp")):
     HELPS[short] = HELPS[f"{short}-size"] = HELPS[long]
 HELPS["--model-path"] = HELPS["--model"]
+ANY_SETTING = "what has no flag is said by --set SECTION.FIELD=VALUE, and `manta config` lists it"
 
 
 class KnowsOtherNames(TyperCommand):
@@ -47,6 +48,7 @@ class KnowsOtherNames(TyperCommand):
         except Exception as error:
             if type(error).__name__ == "NoSuchOption":  # of click, or of typer's copy of it
                 told: Any = error
-                if (help := HELPS.get(told.option_name)) is not None:
+                help = HELPS.get(told.option_name, "" if told.possibilities else ANY_SETTING)
+                if help:
                     told.message, told.possibilities = f"{told.message.rstrip('.')}; {help}", None
             raise

@@ -277,3 +277,9 @@ def test_help_is_a_command_too() -> None:
 def test_a_section_is_explained_by_the_first_sentence_of_each_of_its_settings() -> None:
     lines = manta("config", "--explain", "http").output.splitlines()
     assert {line.split()[0] for line in lines} == {name for name in known_settings() if name.startswith("http.")}
+
+
+def test_a_flag_that_nobody_has_is_answered_with_how_any_setting_is_said() -> None:
+    done = manta("up", "demo", "--zzz", "2")
+    assert "No such option: --zzz; what has no flag is said by --set" in done.output
+    assert "(Possible options: --replicas)" in manta("up", "demo", "--replica", "2").output
