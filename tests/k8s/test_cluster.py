@@ -80,10 +80,10 @@ def test_pods_drain_longer_than_the_longest_stream(name: str) -> None:
     longest = rendered.serve_config["applications"][0]["args"]["replica"]["drain_timeout_s"]
     assert rendered.one("RayService")["spec"]["rayClusterDeletionDelaySeconds"] > longest
     for group, template in rendered.pods().items():
-        if group != "head":
-            assert template["spec"]["terminationGracePeriodSeconds"] > longest
-            command = container(template)["lifecycle"]["preStop"]["exec"]["command"]
-            assert command == ["/opt/manta/k8s/images/drain", str(longest), *([] if group == "front" else ["--leave"])]
+        assert template["spec"]["terminationGracePeriodSeconds"] > longest
+        command = container(template)["lifecycle"]["preStop"]["exec"]["command"]
+        how = {"head": ["--last"], "front": []}.get(group, ["--leave"])
+        assert command == ["/opt/manta/k8s/images/drain", str(longest), *how]
 
 
 def test_gcs_outlives_the_head_in_redis_with_the_password_from_a_secret() -> None:

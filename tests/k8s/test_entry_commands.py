@@ -12,7 +12,7 @@ import pytest
 
 from serve.demo_model import ensure_demo_model
 from tests.k8s.chart import ROOT, Rendered, container, ready
-from tests.k8s.pods import Node, Pod, can_start_pods
+from tests.k8s.pods import Node, Pod, can_start_pods, end
 from tests.system.server import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(1500)]
@@ -134,22 +134,28 @@ def test_a_pod_drains_at_once_when_nobody_is_connected(cluster: Cluster) -> None
     assert done.returncode == 0, done.stderr
 
 
-def test_a_host_of_replicas_is_left_when_their_streams_have_ended(cluster: Cluster) -> None:
-    """The last test: no replica is left."""
+def test_a_host_of_replicas_is_left_when_their_streams_have_ended_and_the_head_when_nobody_is(cluster: Cluster) -> None:
+    """The last test, as every pod's end: no replica is left, and no other pod."""
+    drain = str(ROOT / "k8s" / "images" / "drain")
     body = {"model": "demo", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
     request = urllib.request.Request(
         f"http://{cluster.service('http')}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as answer, ThreadPoolExecutor() as beside:
         first = answer.readline()
-        drain = beside.submit(cluster.pods["cpu"].run, str(ROOT / "k8s" / "images" / "drain"), "240", "--leave", timeout_s=280)
+        last = beside.submit(cluster.pods["head"].run, drain, "3600", "--last", timeout_s=400)
+        left = beside.submit(cluster.pods["cpu"].run, drain, "240", "--leave", timeout_s=280)
         lines = [first, *answer]
-        done = drain.result()
+        done = left.result()
+        details = cluster.dashboard("/api/serve/applications/")["applications"]["manta"]["deployments"]
+        assert not last.done(), "the front is still there"
+        for name in ("cpu", "front"):
+            end(cluster.pods[name].process)
+        assert last.result().returncode == 0
     assert done.returncode == 0, done.stderr
     chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: {")]
     assert not any("error" in chunk for chunk in chunks), chunks[-1]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert lines[-2] == b"data: [DONE]\n"
-    details = cluster.dashboard("/api/serve/applications/")["applications"]["manta"]["deployments"]
     replicas = [replica for deployment in details.values() for replica in deployment["replicas"]]
     assert cluster.pods["cpu"].ip not in [replica.get("node_ip") for replica in replicas], "one that is still to be placed is nowhere"

@@ -97,7 +97,7 @@ template:
     serviceAccountName: {{ include "manta.serviceAccount" . }}
     automountServiceAccountToken: false
     {{- end }}
-    terminationGracePeriodSeconds: 60
+    terminationGracePeriodSeconds: {{ include "manta.gracePeriod" . }}
     securityContext:
       {{- include "manta.podSecurity" . | nindent 6 }}
     {{- with include "manta.placement" (dict "root" . "place" .Values.head) }}
@@ -119,6 +119,8 @@ template:
           {{- include "manta.env" . | nindent 10 }}
         resources:
           {{- toYaml .Values.head.resources | nindent 10 }}
+        lifecycle:
+          {{- include "manta.drain" (dict "root" . "how" "--last") | nindent 10 }}
         volumeMounts:
           {{- include "manta.mounts" . | nindent 10 }}
           {{- if .Values.batch.claim }}
@@ -265,7 +267,7 @@ template:
           periodSeconds: 5
           failureThreshold: 120
         lifecycle:
-          {{- include "manta.drain" (dict "root" .root "leave" true) | nindent 10 }}
+          {{- include "manta.drain" (dict "root" .root "how" "--leave") | nindent 10 }}
         volumeMounts:
           {{- include "manta.mounts" .root | nindent 10 }}
     volumes:

@@ -131,11 +131,11 @@ imagePullSecrets:
 {{- add .Values.longestStreamSeconds 60 -}}
 {{- end -}}
 
-{{/* Before SIGTERM reaches Ray: let clients go elsewhere and streams end. .leave: of replicas here, too. */}}
+{{/* Before SIGTERM reaches Ray: let clients go elsewhere and streams end. .how: what k8s/images/drain is told of the pod. */}}
 {{- define "manta.drain" -}}
 preStop:
   exec:
-    command: [/opt/manta/k8s/images/drain, {{ .root.Values.longestStreamSeconds | quote }}{{ if .leave }}, --leave{{ end }}]
+    command: [/opt/manta/k8s/images/drain, {{ .root.Values.longestStreamSeconds | quote }}{{ with .how }}, {{ . }}{{ end }}]
 {{- end -}}
 
 {{/* Fetch what the settings in .file name (manta.yaml: everything; a group's: what is served from its hosts), and look it over. */}}
