@@ -125,6 +125,9 @@ class HttpSettings(Section):
     """TCP port."""
     strict: bool = False
     """Refuse a request with a field that this server does not know; otherwise a header of the answer names it."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages whose scripts may ask this server (CORS), as ["https://chat.example.org"], or ["*"] for all. By default no
+    page's: any that somebody opens on this machine could otherwise use the model."""
     slow_client_timeout_s: float = Field(default=60.0, ge=0.1, le=86_400)
     """A client that reads nothing for so long of what waits for it is left, and its request ends. Over gRPC of a stream only, once the
     connection's windows are full."""

@@ -64,6 +64,8 @@ def _in_words(hint: Any) -> str:
         return "null"
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(json.dumps(value) for value in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_in_words(typing.get_args(hint)[0])}"
     if members := typing.get_args(hint):
         return " or ".join(_in_words(member) for member in members)
     return str({str: "text", bool: "true or false"}.get(hint, hint.__name__))

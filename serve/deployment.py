@@ -212,6 +212,7 @@ class _Front:
             door=lambda: self._door,
             quota_headers=lambda caller: self._quotas.headers(caller),
             strict=self._config.http.strict,
+            allowed_origins=self._config.http.allowed_origins,
             behind_ray=True,
             ways=self._ways,
         )

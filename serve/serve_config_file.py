@@ -9,7 +9,8 @@ from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
 
 IMPORT_PATH = "serve.app:app"
-OF_THE_CLUSTER = frozenset(path for path in known_settings() if path.startswith(("http.", "grpc.", "ray.")))
+OF_THE_FRONTS = frozenset({"http.strict", "http.allowed_origins"})
+OF_THE_CLUSTER = frozenset(path for path in known_settings() if path.startswith(("http.", "grpc.", "ray."))) - OF_THE_FRONTS
 """Settings of what is there before an application is: they stand elsewhere in a Serve config file, or are nothing of its."""
 
 HEAD = """\

@@ -1,10 +1,11 @@
 """The HTTP front as one ASGI app."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -40,6 +41,7 @@ def create_app(
     door: Callable[[], Admits] = OpenDoor,
     quota_headers: Callable[[Caller], Mapping[str, str]] = lambda caller: {},
     strict: bool = False,
+    allowed_origins: Sequence[str] = (),
     behind_ray: bool = False,
     ways: Ways | None = None,
 ) -> FastAPI:
@@ -58,6 +60,8 @@ def create_app(
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(Authorise, door=door, quota_headers=quota_headers)
     app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
+    if allowed_origins:  # outside of the two: browsers ask without a key first, and scripts may read refusals too
+        app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     if ways is not None:
         app.add_middleware(FrontBypass, ways=ways)
     describe_api(app)
