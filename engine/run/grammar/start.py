@@ -14,8 +14,10 @@ from engine.run.grammar.guides import Guides
 from engine.run.settings import RunnerConfig
 from model.vocabulary import Vocabulary
 
-LATER_S = 2.0
-"""By then the rank is ready; sooner it would be half a second later for it."""
+AT_REST_S = 1.0
+"""A rank that is being loaded or computes steps is not at rest for so long: half a second that Python's lock is held would be theirs."""
+REST = 0.3
+"""Part of a core that a process takes at most which is said to be at rest."""
 
 log = logging.getLogger(__name__)
 
@@ -31,27 +33,30 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
         return Guides(None, vocab_size=vocab_size)
     from engine.run.grammar.llg import LlCompiler  # llguidance, which machines that only measure models need not have
 
-    compiler = MadeLater(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), LATER_S)
+    compiler = MadeLater(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), AT_REST_S)
     return Guides(compiler, vocab_size=vocab_size, special_ids=sorted(vocabulary.special_ids))
 
 
 class MadeLater:
-    """A `GrammarCompiler` that is made after a while, or for the first grammar if that comes sooner. Where it cannot be made every
-    grammar is refused, and nothing else."""
+    """A `GrammarCompiler` that is made when this process has been at rest for a while, or for the first grammar if that comes sooner. Where
+    it cannot be made every grammar is refused, and nothing else."""
 
-    def __init__(self, make: Callable[[], GrammarCompiler], after_s: float) -> None:
+    def __init__(self, make: Callable[[], GrammarCompiler], at_rest_s: float) -> None:
         self._make = make
         self._made: GrammarCompiler | None = None
         self._making = threading.Lock()
         self._fault: str | None = None
-        timer = threading.Timer(after_s, self._make_early)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=self._make_early, args=(at_rest_s,), name="grammar compiler", daemon=True).start()
 
     def compile(self, source: str) -> Grammar:
         return self._compiler().compile(source)
 
-    def _make_early(self) -> None:
+    def _make_early(self, at_rest_s: float) -> None:
+        took_s = at_rest_s
+        while took_s > REST * at_rest_s:
+            before_s = time.process_time()
+            time.sleep(at_rest_s)
+            took_s = time.process_time() - before_s
         with suppress(GrammarFailed):  # it is told to whoever brings a grammar
             self._compiler()
 

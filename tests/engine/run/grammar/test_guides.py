@@ -10,6 +10,7 @@ from engine.errors import GrammarFailed
 from engine.plan import Opening, Work
 from engine.request import SamplingParams
 from engine.run.grammar import guides as module
+from engine.run.grammar import start as starting
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.grammar.llg import LlCompiler
 from engine.run.grammar.start import MadeLater
@@ -143,7 +144,7 @@ def test_sequences_without_a_grammar_cost_nothing():
     assert guides.begin([7]) is None
 
 
-def test_a_compiler_is_made_once_for_the_first_grammar_or_after_a_while() -> None:
+def test_a_compiler_is_made_once_for_the_first_grammar_or_at_rest() -> None:
     makers: list[threading.Thread] = []
     twice = threading.Event()
 
@@ -159,9 +160,23 @@ def test_a_compiler_is_made_once_for_the_first_grammar_or_after_a_while() -> Non
         opened(guides, "start: /abc?/")
         assert texts(look_up(guides)) == {b"a", b"ab", b"abc"}
     assert len(makers) == 1
-    MadeLater(make, 0.0)
+    MadeLater(make, 0.02)
     assert twice.wait(60)
     assert makers[1] is not threading.current_thread()
+
+
+def test_no_compiler_is_made_while_the_process_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed_s = iter((0.0, 1.0, 1.0, 2.0, 2.0, 2.0))
+    monkeypatch.setattr(starting.time, "process_time", lambda: next(computed_s))
+    made = threading.Event()
+
+    def make() -> LlCompiler:
+        made.set()
+        return COMPILER
+
+    MadeLater(make, 0.02)
+    assert made.wait(60)
+    assert next(computed_s, None) is None, "two spells in which it computed, and one at rest"
 
 
 class Panic(BaseException):
