@@ -20,6 +20,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
+from model import native_layers
 from model.qwen2 import Qwen2
 from parallel.native import experts, halves
 from parallel.native.library import native
@@ -32,6 +33,7 @@ SINGLE = {
     "add_norm": "norms",
     "gate": "gate",
     "rotate": "rotation",
+    "layers": "all layers at once",
     "attention_half": "norm and attention at once",
     "mlp_half": "norm and MLP at once",
     "moe_half": "norm and experts at once",
@@ -137,11 +139,14 @@ def main() -> None:
     parser.add_argument("--streams", type=int, action="append", help="may be repeated; 1, 8 and 32 without it")
     parser.add_argument("--tokens-in", type=int, default=128)
     parser.add_argument("--tokens-out", type=int, default=24)
+    parser.add_argument("--half-after-half", action="store_true", help="call each half of a layer by itself")
     parser.add_argument("--kernel-after-kernel", action="store_true", help="call each kernel by itself, so that all of them are seen")
     options = parser.parse_args()
     runner_config = RunnerConfig(quantize=options.quantize, kv_cache_bytes=300_000_000)
     clock = Clock()
     with watched(clock):  # from the start: layers keep what they call
+        if options.half_after_half:
+            native_layers.FEW_TOKENS = 0
         if options.kernel_after_kernel:
             Qwen2.layers_at_once = lambda *_: None
         executor = LocalExecutor.open(options.checkpoint, runner_config=runner_config, engine_config=EngineConfig())

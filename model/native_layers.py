@@ -1,6 +1,8 @@
-"""Decoder layers by our own CPU kernels, each half of one in a call: to the bits of `model.qwen2.DecoderLayer`, with no Python between its
-kernels. T tokens, D model width; R tokens that are asked for more than keys and values.
+"""Decoder layers by our own CPU kernels, each half of one in a call, and of few tokens all layers: to the bits of
+`model.qwen2.DecoderLayer`, with no Python between kernels. T tokens, D model width; R tokens that are asked for more than keys and values.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,15 @@ from model.attention.backend import AttentionBackend
 from model.attention.native import NativeAttention
 from model.layers import Mlp, RmsNorm
 from model.moe import SparseMlp
+from parallel.groups import Group
 from parallel.linear import Linear
 from parallel.native.halves import AttentionHalf, BatchOfStep, GatedMlp, MlpHalf, MoeHalf, Product
+from parallel.native.layers import AllLayers
 from parallel.native.library import Native, native
 from parallel.packed_format import FEW_ROWS, PackedFormat
+
+FEW_TOKENS = 64
+"""With more, Python between halves is a hundredth of a step, and a process that is told to end should hear it before the step is over."""
 
 
 class NativeLayer:
@@ -25,9 +32,9 @@ class NativeLayer:
         self._mlp_half, self._mlp_norm, self._mlp = mlp_half, mlp_norm, mlp
 
     @property
-    def is_whole(self) -> bool:
-        """Whether no part is left to a module."""
-        return self._mlp_half is not None
+    def halves(self) -> tuple[AttentionHalf, MlpHalf | MoeHalf] | None:
+        """None where a part is left to a module."""
+        return None if self._mlp_half is None else (self._attention, self._mlp_half)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: BatchOfStep, kept_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `DecoderLayer.forward`; ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is written over."""
@@ -39,6 +46,33 @@ class NativeLayer:
             return x_TD, self._mlp.down.summed(result_TD) if isinstance(self._mlp, Mlp) else result_TD
         x_TD, normed_TD = self._mlp_norm.add(x_TD, delta_TD)
         return x_TD, self._mlp(normed_TD)
+
+
+class NativeLayers:
+    """All layers of a stage."""
+
+    def __init__(self, layers: Sequence[NativeLayer], tp: Group) -> None:
+        """``tp``: the ranks that have the other parts of each layer."""
+        self.layers = tuple(layers)
+        self.at_once = _at_once(self.layers, tp)
+        """None where a part is left to a module, or ranks do not talk through memory that they share."""
+
+    def __call__(self, x_TD: Tensor, batch: BatchOfStep, kept_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The stream, which is written over, and what is still to be added to it; ``kept_R`` as of `DecoderLayer.forward`, for the last."""
+        if self.at_once is not None and kept_R is None and 0 < len(x_TD) <= FEW_TOKENS:
+            return x_TD, self.at_once(batch, x_TD)
+        delta_TD = None
+        for layer in self.layers:
+            x_TD, delta_TD = layer(x_TD, delta_TD, batch, kept_R if layer is self.layers[-1] else None)
+        return x_TD, delta_TD
+
+
+def _at_once(layers: Sequence[NativeLayer], tp: Group) -> AllLayers | None:
+    library, halves = native(), [layer.halves for layer in layers if layer.halves is not None]
+    exchange = tp.transport.shared_memory if tp.transport is not None else None
+    if library is None or not halves or len(halves) < len(layers) or (exchange is None and tp.size > 1):
+        return None
+    return AllLayers(library, halves, exchange, tp.axis)
 
 
 def native_layer(

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.kv_cache import KvCache, KvLayout
 from model.layers import Mlp, RmsNorm
 from model.names import Binding, Names, bind
-from model.native_layers import NativeLayer, native_layer
+from model.native_layers import NativeLayer, NativeLayers, native_layer
 from model.rope import Rope, Rotation
 from parallel.axes import HeadShare, head_share, whole
 from parallel.dispatch import DispatchName
@@ -192,7 +192,7 @@ class Qwen2(nn.Module):
         self.embedding = self._embedding() if self.is_first else None
         self.layers = nn.ModuleList(self._layer(index, place, heads) for place, index in enumerate(self.layer_indices))
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if self.is_last else None
-        self._at_once: tuple[KvCache, list[NativeLayer] | None] | None = None
+        self._at_once: tuple[KvCache, NativeLayers | None] | None = None
         self.head = self._head() if self.is_last else None
 
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
@@ -214,14 +214,12 @@ class Qwen2(nn.Module):
         x_TD = self._enter(batch)
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
         self.backend.prepare(batch)
-        delta_TD = None
-        kept_by_layer = [None] * (len(self.layers) - 1) + [kept_R if self.is_last else None]
+        kept_R = kept_R if self.is_last else None
         if isinstance(self.backend, NativeAttention) and (at_once := self.layers_at_once(cache)) is not None:
-            x_TD, step = x_TD.contiguous(), self.backend.of_step(rotation, batch)
-            for native, kept in zip(at_once, kept_by_layer, strict=True):
-                x_TD, delta_TD = native(x_TD, delta_TD, step, kept)
+            x_TD, delta_TD = at_once(x_TD.contiguous(), self.backend.of_step(rotation, batch), kept_R)
         else:
-            for layer, kept in zip(self.layers, kept_by_layer, strict=True):
+            delta_TD = None
+            for layer, kept in zip(self.layers, [None] * (len(self.layers) - 1) + [kept_R], strict=True):
                 x_TD, delta_TD = layer(x_TD, delta_TD, rotation, batch, cache, kept)
         x_TD = x_TD if delta_TD is None else x_TD + delta_TD
         if self.is_last:
@@ -241,12 +239,12 @@ class Qwen2(nn.Module):
         logits_RV: Tensor = self.head(self.normed(hidden_RD))
         return logits_RV
 
-    def layers_at_once(self, cache: KvCache) -> list[NativeLayer] | None:
-        """They know the addresses of weights and cache, which stay where they are."""
+    def layers_at_once(self, cache: KvCache) -> NativeLayers | None:
+        """They know the addresses of weights and cache, which stay where they are. None where not all layers are computed so."""
         if self._at_once is None or self._at_once[0] is not cache:
             found = [layer.native(cache) for layer in self.layers if isinstance(layer, DecoderLayer)]
             whole = [layer for layer in found if layer is not None]
-            self._at_once = (cache, whole if len(whole) == len(self.layers) else None)
+            self._at_once = (cache, NativeLayers(whole, self.groups.tp) if len(whole) == len(self.layers) else None)
         return self._at_once[1]
 
     @property

@@ -10,6 +10,7 @@ from parallel.axes import split
 from parallel.collectives import all_gather, all_reduce
 from parallel.groups import Group
 from parallel.linear import ShapeMismatch, Slot
+from parallel.packed_format import PackedFormat
 from parallel.weight_format import Dense, StoredTensor, TakesPieces, WeightFormat, copy_part, pass_pieces
 
 
@@ -58,6 +59,10 @@ class VocabEmbedding(nn.Module):
         if self.group.size == 1:
             return self._rows(tokens_T)
         (span,) = self.share.spans
+        if isinstance(self.format, PackedFormat) and len(span):
+            found = self.format.held_rows(tokens_T, self.tensors, self.hidden_size, span.start)
+            if found is not None:
+                return all_reduce(found.to(self.dtype), self.group)
         local = tokens_T - span.start
         held = (local >= 0) & (local < len(span))
         if len(span) == 0:  # more ranks than rows: no row to look up in place of one held elsewhere

@@ -4,6 +4,7 @@ A rank maps the page with `keep_at`; without one nothing is kept. Each collectiv
 of a captured step are nobody's to note when it is replayed: of those the page has the step.
 """
 
+import ctypes
 import mmap
 import time
 from dataclasses import dataclass
@@ -69,6 +70,16 @@ def note(kind: Kind, axis: TopologyAxis, elements: int) -> None:
         _page[1], _page[2], _page[3] = _KIND_NUMBERS[kind], _AXIS_NUMBERS[axis], elements
         _page[4] = time.monotonic_ns()
         _page[0] += 1
+
+
+def kind_and_axis(kind: Kind, axis: TopologyAxis) -> tuple[int, int]:
+    """As they stand in the page."""
+    return _KIND_NUMBERS[kind], _AXIS_NUMBERS[axis]
+
+
+def page_address() -> int | None:
+    """Of this process's page, for a kernel that notes its collectives itself (csrc/halves.cpp)."""
+    return None if _page is None else ctypes.addressof(ctypes.c_char.from_buffer(_page))
 
 
 def note_replay(step: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import Kind, Packed, look_up, moved, multiply, put, room_for, rounded, rows, unpack, with_lanes
+from parallel.native.linear import Kind, Packed, look_up, look_up_held, moved, multiply, put, room_for, rounded, rows, unpack, with_lanes
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
@@ -111,6 +111,13 @@ class PackedFormat:
         else:
             found = rows(packed, outputs.flatten())
         return found[:, :width].view(*outputs.shape, width)
+
+    def held_rows(self, outputs_T: Tensor, tensors: Mapping[str, Tensor], width: int, first: int) -> Tensor | None:
+        """`rows` of a table that holds the outputs from ``first`` on, and zeros for those held elsewhere; None where no kernel does it."""
+        packed, library = self.packed(tensors), native()
+        if library is None or self.kind not in library.kinds or packed.lanes != library.lanes or outputs_T.dim() != 1:
+            return None
+        return look_up_held(library, packed, outputs_T, first)[0][:, :width]
 
     def packed(self, tensors: Mapping[str, Tensor]) -> Packed:
         return Packed(self.kind, tensors["numbers"], tensors.get("scales"), tensors["outputs"].shape[0])

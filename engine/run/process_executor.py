@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.connection
+import pickle
 import socket
 import traceback
 from dataclasses import dataclass, replace
@@ -116,9 +117,10 @@ class ProcessExecutor:
         return [process.pid for process in self._processes if process.pid is not None]
 
     def submit(self, plan: StepPlan) -> "_Pending":
+        raw = pickle.dumps(plan)  # once for all
         for rank, connection in enumerate(self._connections):
             try:
-                connection.send(plan)
+                connection.send_bytes(raw)
             except OSError as error:
                 raise WorkersLost(f"rank {rank} is gone ({error})", rank=rank, host=socket.gethostname()) from error
         return _Pending(self, plan.step)

@@ -109,13 +109,13 @@ class AttentionHalf:
             *(num_heads, num_kv_heads, head_dim, block_tokens),
             *(keys_NBGK.data_ptr(), values_NBGK.data_ptr(), *map(address_of, functions)),
         )
-        self._at, self._call = ctypes.addressof(self._struct), library.attention_half
+        self.address, self._call = ctypes.addressof(self._struct), library.attention_half
 
     def __call__(self, batch: BatchOfStep, x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
         """``x_TD += delta_TD`` in place, and what attention gives of its norm, with no sum over ranks yet. Both are contiguous."""
         out_TD = torch.empty_like(x_TD)
         delta = None if delta_TD is None else delta_TD.data_ptr()
-        self._call(self._at, batch.address, x_TD.data_ptr(), delta, out_TD.data_ptr(), num_threads())
+        self._call(self.address, batch.address, x_TD.data_ptr(), delta, out_TD.data_ptr(), num_threads())
         return out_TD
 
 
@@ -133,7 +133,7 @@ class _SecondHalf:
 
     def __init__(self, struct: ctypes.Structure, call: "ctypes._NamedFuncPointer", held: object) -> None:
         self._struct, self._call, self._held = struct, call, held
-        self._at = ctypes.addressof(struct)
+        self.address = ctypes.addressof(struct)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor) -> Tensor:
         """As of `AttentionHalf`.
@@ -142,7 +142,7 @@ class _SecondHalf:
             KeyError: a row chose an expert that is not here.
         """
         out_TD = torch.empty_like(x_TD)
-        missing = self._call(self._at, x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], num_threads())
+        missing = self._call(self.address, x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], num_threads())
         if missing is not None:  # of an MLP that has experts
             require_held(missing)
         return out_TD

@@ -51,8 +51,8 @@ class Native:
         size, address, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
         threads = ctypes.c_int
         self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in self.kinds}
-        rows = [*[address] * 4, size, size, size, threads]
-        self.rows = {kind: self._function(f"rows_{kind}", rows) for kind in self.kinds}
+        rows = [*[address] * 4, *[size] * 5, threads]
+        self.rows = {kind: self._function(f"rows_{kind}", rows, size) for kind in self.kinds}
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
         self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
         self.turn = self._function("turn", [address, size, threads, threads]) if "int8_dot" in self.kinds else None
@@ -68,6 +68,7 @@ class Native:
         self.attention_half = self._function("attention_half", [address] * 5 + [threads])
         self.mlp_half = self._function("mlp_half", [*[address] * 4, size, threads])
         self.moe_half = self._function("moe_half", [*[address] * 4, size, threads], size)
+        self.layers = self._function("layers", [address, size, *[address] * 4, size, threads], size)
         self.weighted_experts = self._function("weighted_experts", [*[address] * 5, size, size, threads], size)
         sums = {dtype: f"all_reduce_{str(dtype).removeprefix('torch.')}" for dtype in (torch.float32, torch.bfloat16, torch.float16)}
         self.all_reduce = {dtype: self._function(name, [address, address, size], threads) for dtype, name in sums.items()}

@@ -168,18 +168,24 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
 
 def look_up(library: Native, packed: Packed, outputs_T: Tensor) -> Tensor:
     """`rows` by a kernel, to the same bits."""
-    outputs_T = outputs_T.contiguous()
-    if outputs_T.numel() and not 0 <= int(outputs_T.min()) <= int(outputs_T.max()) < packed.num_outputs:
+    rows_TK, num_found = look_up_held(library, packed, outputs_T, 0)
+    if num_found < len(rows_TK):
         raise IndexError(f"an output of {outputs_T.tolist()} is not one of {packed.num_outputs}")
+    return rows_TK
+
+
+def look_up_held(library: Native, packed: Packed, outputs_T: Tensor, first: int) -> tuple[Tensor, int]:
+    """The same of a matrix whose outputs are numbered from ``first``: zeros for those that it has not, and how many it has."""
+    outputs_T = outputs_T.contiguous()
     rows_TK = torch.empty(outputs_T.shape[0], packed.padded)
-    library.rows[packed.kind](
+    num_found: int = library.rows[packed.kind](
         packed.numbers.data_ptr(),
         None if packed.scales is None else packed.scales.data_ptr(),
         outputs_T.data_ptr(),
         rows_TK.data_ptr(),
-        *(outputs_T.shape[0], packed.padded, packed.group, num_threads()),
+        *(outputs_T.shape[0], packed.padded, packed.group, first, packed.num_outputs, num_threads()),
     )
-    return rows_TK
+    return rows_TK, num_found
 
 
 def rounded(kind: Kind, x_TK: Tensor) -> Tensor:

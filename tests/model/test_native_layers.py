@@ -1,18 +1,24 @@
-"""Half a layer in one call against its kernels one after the other."""
+"""Half a layer, and all layers, in one call against their kernels one after the other."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from model.config import ModelConfig
 from parallel.experts import RoutedExperts
-from parallel.groups import single_rank_groups
+from parallel.groups import ParallelGroups, single_rank_groups
+from parallel.last_collective import LastCollective, keep_at, read
+from parallel.native.exchange import ExchangeFailed
 from parallel.native.library import multiplies
 from parallel.packed_format import PackedFormat
+from parallel.topology import Topology
 from tests.engine.run.tiny_models import write_dense, write_moe
-from tests.model.driver import Driver, seeded_prompts
+from tests.model.driver import Driver, build_batch, seeded_prompts
 from tests.model.test_same_bits import FORMATS
+from tests.ranks import run_ranks
 
 ROUNDED_AGAIN = 0.02
 """Of logits: a last bit of difference may round a row's number the other way in the next product."""
@@ -29,8 +35,8 @@ def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
     prompts = seeded_prompts(driver.model.config.vocab_size, [70, 33, 5, 1])
     at_once = driver.mixed(prompts, 20)  # prompts of one token and of many, decodes, and both in one step
     layers = driver.model.layers_at_once(driver.cache)
-    assert layers
-    assert all(layer.is_whole for layer in layers)
+    assert layers is not None
+    assert layers.at_once is not None
     monkeypatch.setattr(driver.model, "layers_at_once", lambda _cache: None)
     for experts in (module for module in driver.model.modules() if isinstance(module, RoutedExperts)):
         monkeypatch.setattr(experts, "on_cpu", lambda: None)
@@ -40,3 +46,58 @@ def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
             assert torch.equal(found, wanted)
         else:  # the softmax of the router and the sum of a token's experts are torch's in one and ours in the other
             torch.testing.assert_close(found, wanted, atol=1e-4 if format.kind in ("fp32", "bf16") else ROUNDED_AGAIN, rtol=0)
+
+
+def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], format: PackedFormat, at_once: bool) -> list[Tensor]:
+    driver = Driver(folder, groups, format=format, rounds_kv=format.rounds_rows)
+    layers = driver.model.layers_at_once(driver.cache)
+    assert layers is not None
+    assert (layers.at_once is not None) == at_once, "sums over ranks are within the call exactly where they go through memory"
+    return driver.mixed(prompts, 20)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16, rounded activations"])
+def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp_path: Path, kind: str) -> None:
+    format = FORMATS[kind]
+    if not multiplies(format.kind):
+        pytest.skip("this processor has no such kernel")
+    folder, prompts = write_dense(tmp_path), seeded_prompts(100, [70, 9, 1])
+    wanted = run_ranks(Topology(tp=2), by_ranks, folder, prompts, format, False, transport="gloo")
+    found = run_ranks(Topology(tp=2), by_ranks, folder, prompts, format, True, transport="auto")
+    for by_gloo, by_memory in zip(wanted, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(by_gloo, by_memory, strict=True))
+
+
+def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastCollective:
+    """Computes one token, and then again with a peer that has left."""
+    driver = Driver(folder, groups, format=FORMATS["float32"])
+    keep_at(page / str(groups.rank))
+    begun = read(page / str(groups.rank))
+    assert begun is None
+    batch = build_batch([(driver.start([1]), 1)])
+    assert driver.model.hidden(batch, driver.cache) is not None
+    last = read(page / str(groups.rank))
+    assert isinstance(last, LastCollective)
+    assert groups.tp.transport is not None
+    assert groups.tp.transport.shared_memory is not None
+    if groups.rank == 1:
+        groups.tp.transport.shared_memory.close()
+        return last
+    layers = driver.model.layers_at_once(driver.cache)
+    assert layers is not None
+    assert layers.at_once is not None
+    step = driver.model.backend.of_step(driver.model.rope.rotation(batch.positions_T, torch.float32), batch)
+    for _ in range(2):  # and so is every later one, at once
+        with pytest.raises(ExchangeFailed, match="rank 1 of the group has left it"):
+            layers.at_once(step, torch.ones(1, driver.model.config.hidden_size))
+    return last
+
+
+def test_sums_within_the_call_are_noted_and_fail_as_all_sums(tmp_path: Path) -> None:
+    folder, page = write_dense(tmp_path), tmp_path / "pages"
+    page.mkdir()
+    for last in run_ranks(Topology(tp=2), last_of_layers, folder, page, transport="auto"):
+        config = ModelConfig.from_checkpoint(folder)
+        assert (last.kind, last.axis) == ("all_reduce", "tp")
+        assert (last.number, last.elements) == (1 + 2 * config.num_layers, config.hidden_size)  # the embedding's is the first
+        assert 0 <= last.ago_s < 60

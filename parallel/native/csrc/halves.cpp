@@ -1,5 +1,6 @@
-// Half a decoder layer in one call: a norm and attention, or a norm and an MLP. They call what Python calls one after the other, with the same
-// numbers, so their bits are those; with few tokens Python between the kernels took longer than the kernels.
+// Half a decoder layer in one call, a norm and attention or a norm and an MLP, and all layers in one. They call what Python calls one after the
+// other, with the same numbers, so their bits are those; with few tokens Python between the kernels took longer than the kernels.
+#include <time.h>
 #include "linear.h"
 
 extern "C" {
@@ -92,6 +93,31 @@ struct Batch {
     const int32_t* tables;     // (S, M)
     const int64_t *starts, *lengths;  // (S + 1), (S)
     long T, S, decodes, M;
+};
+
+struct Layer {
+    const AttentionHalf* attention;
+    const void* second;  // an MlpHalf or a MoeHalf
+    long is_sparse;
+};
+
+// How what the ranks of a group have each in part becomes whole; a rank alone (`exchange` is null) has it so.
+struct Sums {
+    int (*all_reduce)(void*, float*, long);
+    void* exchange;
+    int64_t* page;  // of parallel/last_collective.py, which says what is in it; null: nobody keeps one
+    int64_t kind, axis;
+
+    int add_up(float* x, long count) const {
+        if (!exchange) return 0;
+        if (page) {
+            timespec now;
+            clock_gettime(CLOCK_MONOTONIC, &now);
+            page[1] = kind; page[2] = axis; page[3] = count; page[4] = now.tv_sec * 1'000'000'000 + now.tv_nsec;
+            ++page[0];
+        }
+        return all_reduce(exchange, x, count);
+    }
 };
 }  // namespace
 
@@ -202,5 +228,24 @@ long manta_moe_half(const MoeHalf* half, float* x, const float* delta, float* ou
         for (long i = 0; i < D; ++i) out[t * D + i] += gate * all[t * D + i];
     });
     return -1;
+}
+
+// x (T, D) through all layers; delta (T, D) is what is still to be added to it then. Returns 0; above it how a sum over ranks failed (exchange.cpp),
+// below it -1 - the id of an expert that is not here.
+long manta_layers(const Layer* layers, long count, const Sums* sums, const Batch* batch, float* x, float* delta, long D, int threads) {
+    const long T = batch->T;
+    for (long l = 0; l < count; ++l) {
+        const auto& [attention, second, is_sparse] = layers[l];
+        manta_attention_half(attention, batch, x, l ? delta : nullptr, delta, threads);  // a half reads its delta before it writes
+        if (const int outcome = sums->add_up(delta, T * D)) return outcome;
+        if (is_sparse) {  // and whole on this rank
+            const long missing = manta_moe_half((const MoeHalf*)second, x, delta, delta, T, threads);
+            if (missing >= 0) return -1 - missing;
+            continue;
+        }
+        manta_mlp_half((const MlpHalf*)second, x, delta, delta, T, threads);
+        if (const int outcome = sums->add_up(delta, T * D)) return outcome;
+    }
+    return 0;
 }
 }

@@ -132,13 +132,20 @@ static inline float number_of(const Int4Dot& w, long panel, long place, long k) 
 }
 #endif
 
-// rows (T, padded K) of the matrix: those of `outputs`.
+// rows (T, padded K) of the matrix: those of `outputs`, counted from `first`. Of one that is none of its N outputs it is zero. Returns how many are.
 template <class W>
-static void look_up(const void* weights, const void* scales, const int64_t* outputs, float* rows, long T, long padded, long group, int threads) {
+static long look_up(const void* weights, const void* scales, const int64_t* outputs, float* rows, long T, long padded, long group, long first, long N,
+                    int threads) {
     const W w = Weights<W>::make(weights, scales, padded, group);
+    std::atomic<long> found{0};
     share_out(T, T * padded > SERIAL_NUMBERS ? threads : 1, [&](long t) {
-        const long panel = outputs[t] / PANEL, place = outputs[t] % PANEL;
+        const long output = outputs[t] - first, panel = output / PANEL, place = output % PANEL;
         float* row = rows + t * padded;
+        if (output < 0 || output >= N) {
+            memset(row, 0, sizeof(float) * padded);
+            return;
+        }
+        found.fetch_add(1, std::memory_order_relaxed);
         for (long k = 0; k < padded; ++k) row[k] = number_of(w, panel, place, k);
         if (!scales) return;
         for (long g = 0; g < padded / group; ++g) {
@@ -150,6 +157,7 @@ static void look_up(const void* weights, const void* scales, const int64_t* outp
         if constexpr (std::is_same_v<W, Int8Dot>) turn_groups(row, padded / group, true);
 #endif
     });
+    return found;
 }
 
 #define KIND(name, W)                                                                                                                              \
@@ -157,9 +165,9 @@ static void look_up(const void* weights, const void* scales, const int64_t* outp
                              long group, long N, int threads) {                                                                                    \
         multiply<W>(x, weights, scales, bias, y, T, K, padded, group, N, threads);                                                                 \
     }                                                                                                                                              \
-    void manta_rows_##name(const void* weights, const void* scales, const int64_t* outputs, float* rows, long T, long padded, long group,          \
-                           int threads) {                                                                                                          \
-        look_up<W>(weights, scales, outputs, rows, T, padded, group, threads);                                                                     \
+    long manta_rows_##name(const void* weights, const void* scales, const int64_t* outputs, float* rows, long T, long padded, long group,          \
+                           long first, long N, int threads) {                                                                                      \
+        return look_up<W>(weights, scales, outputs, rows, T, padded, group, first, N, threads);                                                    \
     }                                                                                                                                              \
     void manta_experts_##name(const float* x, long num_rows, const int64_t* rows, const int64_t* counts, long num_experts,                         \
                               const void* const* up, const void* const* up_scales, const void* const* down, const void* const* down_scales,        \

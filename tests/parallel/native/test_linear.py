@@ -15,6 +15,7 @@ from parallel.native.linear import (
     Kind,
     Packed,
     look_up,
+    look_up_held,
     multiply,
     pack,
     put,
@@ -246,3 +247,7 @@ def test_a_kernel_looks_rows_up_to_the_same_bits(library: Native, kind: Kind, sh
     for missing in (-1, shape[0]):
         with pytest.raises(IndexError, match="is not one of"):
             look_up(library, packed, torch.tensor([missing]))
+    found, num_found = look_up_held(library, packed, torch.cat((wanted, torch.tensor([-1, shape[0]]))) + 7, 7)
+    assert num_found == len(wanted), "those of a table that begins with output 7"
+    assert torch.equal(found[:-2], rows(packed, wanted))
+    assert not found[-2:].any()

@@ -1,0 +1,67 @@
+"""All decoder layers in one call, with the sums over ranks between their halves.
+
+Python takes long between two halves of a single token: its own memory is no longer near when weights have
+passed. See csrc/halves.cpp.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parallel.last_collective import kind_and_axis, page_address
+from parallel.native.exchange import Exchange
+from parallel.native.experts import require_held
+from parallel.native.halves import AttentionHalf, BatchOfStep, MlpHalf, MoeHalf
+from parallel.native.library import Native, address_of, num_threads
+from parallel.topology import TopologyAxis
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (("attention", ctypes.c_void_p), ("second", ctypes.c_void_p), ("is_sparse", ctypes.c_long))
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("all_reduce", "exchange", "page")),
+        *((name, ctypes.c_int64) for name in ("kind", "axis")),
+    )
+
+
+class AllLayers:
+    """Layers one after the other. Of a group of ranks each has a part of every half, and they are summed; sparse layers are whole here."""
+
+    def __init__(
+        self,
+        library: Native,
+        layers: Sequence[tuple[AttentionHalf, MlpHalf | MoeHalf]],
+        exchange: Exchange | None = None,
+        axis: TopologyAxis = "tp",
+    ) -> None:
+        """``exchange``: of the group of ranks along ``axis``; None without others."""
+        assert exchange is None or all(isinstance(second, MlpHalf) for _, second in layers)
+        self._call, self._held, self._exchange = library.layers, layers, exchange
+        rows = ((attention.address, second.address, isinstance(second, MoeHalf)) for attention, second in layers)
+        self._layers = (_Layer * len(layers))(*(_Layer(*row) for row in rows))
+        self._sums = _Sums(address_of(library.all_reduce[torch.float32]), None, None, *kind_and_axis("all_reduce", axis))
+
+    def __call__(self, batch: BatchOfStep, x_TD: Tensor) -> Tensor:
+        """What is still to be added to ``x_TD``, which is contiguous and written over.
+
+        Raises:
+            KeyError: a row chose an expert that is not here.
+            ExchangeFailed: as any sum.
+        """
+        if self._exchange is not None:
+            self._sums.exchange, self._sums.page = self._exchange.begin(), page_address()
+        delta_TD = torch.empty_like(x_TD)
+        outcome = self._call(
+            *(self._layers, len(self._layers), ctypes.addressof(self._sums), batch.address),
+            *(x_TD.data_ptr(), delta_TD.data_ptr(), x_TD.shape[1], num_threads()),
+        )
+        if outcome < 0:
+            require_held(-1 - outcome)
+        elif self._exchange is not None:
+            self._exchange.conclude(outcome)
+        return delta_TD
