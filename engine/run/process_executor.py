@@ -1,8 +1,8 @@
 """Ranks as child processes of this one, plans over pipes: an `Executor` for benchmarks, tests and machines without Ray."""
 
 import multiprocessing
-import multiprocessing.connection
 import pickle
+import select
 import socket
 import traceback
 from dataclasses import dataclass, replace
@@ -101,11 +101,15 @@ class ProcessExecutor:
             self._connections.append(here)
             self._processes.append(process)
         try:
-            capacities = [self._receive(connection, START_TIMEOUT_S) for connection in self._connections]
+            capacities = [self._receive(rank, START_TIMEOUT_S) for rank in range(topology.size)]
         except WorkersLost:
             self.close()
             raise
         self._capacity: Capacity = capacities[0]
+        self._poll = select.poll()
+        self._ranks = {connection.fileno(): rank for rank, connection in enumerate(self._connections)}
+        for file in self._ranks:
+            self._poll.register(file, select.POLLIN)
         self._answers = StepAnswers(topology.dp)
 
     @property
@@ -143,23 +147,26 @@ class ProcessExecutor:
         return result
 
     def _receive_any(self, timeout_s: float) -> Any:
-        ready = multiprocessing.connection.wait(self._connections, timeout=timeout_s)
+        ready = self._poll.poll(1000 * timeout_s)
         if not ready:
             raise WorkersLost(f"no rank answered within {timeout_s:g} s", host=socket.gethostname())
-        first = ready[0]
-        assert isinstance(first, Connection)
-        return self._receive(first, timeout_s)
+        return self._take(self._ranks[ready[0][0]])
 
-    def _receive(self, connection: Connection, timeout_s: float) -> Any:
-        rank = self._connections.index(connection)
-        host = socket.gethostname()
-        if not connection.poll(timeout_s):
+    def _receive(self, rank: int, timeout_s: float) -> Any:
+        if not self._connections[rank].poll(timeout_s):
+            host = socket.gethostname()
             raise WorkersLost(f"rank {rank} on {host} did not answer within {timeout_s:g} s", rank=rank, host=host)
+        return self._take(rank)
+
+    def _take(self, rank: int) -> Any:
+        """What it has sent, or that it is gone."""
         try:
-            message = connection.recv()
+            message = self._connections[rank].recv()
         except (EOFError, OSError) as error:
+            host = socket.gethostname()
             raise WorkersLost(f"rank {rank} on {host} ended", rank=rank, host=host) from error
         if isinstance(message, _Failed):
+            host = socket.gethostname()
             raise WorkersLost(f"rank {message.rank} on {host} raised", rank=message.rank, host=host, rank_traceback=message.text)
         return message
 

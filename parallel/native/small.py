@@ -38,3 +38,13 @@ class NativeSmall:
             *(num_tokens, num_heads, width, num_threads()),
         )
         return out_TXK
+
+
+def highest(library: Native, x_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest of each contiguous row of float32 numbers and its place, of equal ones the first; NaN, and any place, where a row holds a
+    NaN. N is at least 1."""
+    assert x_RN.stride(1) == 1
+    assert x_RN.shape[1]
+    values_R, places_R = x_RN.new_empty(len(x_RN)), torch.empty(len(x_RN), dtype=torch.int64)
+    library.highest(x_RN.data_ptr(), x_RN.stride(0), values_R.data_ptr(), places_R.data_ptr(), *x_RN.shape, num_threads())
+    return values_R, places_R

@@ -52,6 +52,7 @@ static inline float sum_of(Floats x) {  // always in the same order
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 static inline float highest_of(Floats x) { return _mm512_reduce_max_ps(x); }
+static inline unsigned not_a_number(Floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }  // 0: all are numbers
 // Numbers k .. k + 3 of rows 0, 4, 8, 12 of `rows`, one after the other.
 static inline Floats fours(const float* const* rows, long k) {
     Floats x = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + k));
@@ -98,6 +99,7 @@ static inline float sum_of(Floats x) {  // always in the same order
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+static inline unsigned not_a_number(Floats x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 static inline float highest_of(Floats x) {
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));

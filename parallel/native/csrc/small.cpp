@@ -31,4 +31,9 @@ void manta_rotate(const float* x, long stride, const float* cos, const float* si
         }
     });
 }
+
+// Of each of R rows of N numbers, `stride` apart, the highest and its place.
+void manta_highest(const float* x, long stride, float* values, int64_t* places, long R, long N, int threads) {
+    share_out(R, threads, [&](long r) { values[r] = highest_at(x + r * stride, N, places + r); });
+}
 }

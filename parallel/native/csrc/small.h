@@ -1,5 +1,6 @@
 // The small operations between matrices, each in one pass over its rows.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include "simd.h"
 #include "tasks.h"
@@ -25,4 +26,32 @@ static inline void norm(const float* x, const float* weight, float* out, long D,
     const float scale = 1 / std::sqrt(sum / D + eps);
     for (i = 0; i + LANES <= D; i += LANES) store(out + i, multiply(load(weight + i), multiply(load(x + i), all(scale))));
     for (; i < D; ++i) out[i] = weight[i] * (x[i] * scale);
+}
+
+// The highest of N numbers and the first place where it stands; NaN where one of them is, and then any place.
+static inline float highest_at(const float* x, long N, int64_t* place) {
+    constexpr long STRETCH = 64 * LANES;
+    float best = x[0];
+    long stretch = 0;
+    for (long start = 0; start < N; start += STRETCH) {
+        const long stop = std::min(N, start + STRETCH);
+        Floats most[4] = {all(x[start]), all(x[start]), all(x[start]), all(x[start])};
+        unsigned not_numbers = 0;
+        long i = start;
+        for (; i + 4 * LANES <= stop; i += 4 * LANES)
+            each<4>([&](auto n) INLINED {
+                const Floats some = load(x + i + n * LANES);
+                most[n] = highest(most[n], some);
+                not_numbers |= not_a_number(some);
+            });
+        float found = highest_of(highest(highest(most[0], most[1]), highest(most[2], most[3])));
+        for (; i < stop; ++i) found = std::max(found, x[i]), not_numbers |= x[i] != x[i];
+        if (not_numbers) {
+            *place = start;
+            return NAN;
+        }
+        if (found > best) best = found, stretch = start;
+    }
+    for (*place = stretch; x[*place] != best;) ++*place;
+    return best;
 }

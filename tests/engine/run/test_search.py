@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.run.sampling.search import candidates, highest, num_certain
+from engine.run.sampling.search import candidates, highest, highest_of_stretches, num_certain
 
 
 @st.composite
@@ -22,9 +22,9 @@ def rows_of_logits(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(logits=rows_of_logits())
-def test_the_highest_is_the_first_of_the_highest(logits):
-    values, ids = highest(logits)
+@given(logits=rows_of_logits(), find=st.sampled_from([highest, highest_of_stretches]))
+def test_the_highest_is_the_first_of_the_highest(logits, find):
+    values, ids = find(logits)
     assert torch.equal(values, logits.amax(-1))
     for row in range(len(logits)):
         if values[row] > -torch.inf:
@@ -45,8 +45,13 @@ def test_candidates_are_the_highest_and_what_is_called_certain_is(logits, count)
         assert torch.equal(ids[row][order[row]][:finite], expected.indices[row][:finite])
 
 
-@pytest.mark.parametrize("vocab_size", [10, 700])
-def test_a_nan_is_the_highest(vocab_size):
-    logits = torch.zeros(3, vocab_size)
-    logits[1, vocab_size - 1] = torch.nan
-    assert highest(logits)[0].isnan().tolist() == [False, True, False]
+@pytest.mark.parametrize("find", [highest, highest_of_stretches])
+@pytest.mark.parametrize("vocab_size", [10, 700, 5000])
+def test_a_nan_is_the_highest(vocab_size, find):
+    logits = torch.zeros(4, vocab_size)
+    logits[1, vocab_size - 1] = logits[3, 0] = torch.nan
+    logits[2, vocab_size // 2] = torch.inf
+    values, ids = find(logits)
+    assert values.isnan().tolist() == [False, True, False, True]
+    assert values[2] == torch.inf
+    assert ids[2] == vocab_size // 2
