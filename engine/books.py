@@ -18,8 +18,6 @@ class Books:
         self.closed: list[int] = []
         """Numbers that the ranks must still be told to forget."""
         self.num_preemptions = 0
-        self.num_arrived = 0
-        """Requests taken in so far: the arrival number of the next."""
         self._num_opened = 0
         self._counted_before = (0, 0)
         """Prefix tokens queried and found in caches that were lost."""
@@ -36,7 +34,6 @@ class Books:
 
     @property
     def num_running(self) -> int:
-        """Sequences that are open."""
         return sum(len(shard.open) for shard in self.shards)
 
     @property

@@ -16,13 +16,12 @@ class EngineConfig:
     """While sequences decode, prompts are cut so that they take at least this part of a step's time, by what steps have taken so far: with
     0.5 a running stream waits about twice as long for its next token as without them. 1 = only `max_step_tokens` says how a prompt is
     cut."""
+    prompt_wait_steps: float = 15.0
+    """Where so many prompts wait that at `prompt_share` they would take longer than so many steps without prompts, their share grows, up to
+    two thirds, and up to nine tenths while a step takes no longer than `prompt_step_s`."""
     prompt_step_s: float = 0.4
-    """Where so many prompts wait that at `prompt_share` they would take longer than 15 steps without prompts, their share grows, up to two
-    thirds, and up to nine tenths while a step takes no longer than about this: on GPUs steps stay below it, on a CPU streams would stand
-    still for most of a second. Where nobody decodes a step that takes twice as long is joined by no further prompt."""
-    first_round_s: float = 20.0
-    """Who comes before any answer has begun (a burst at an idle server) has a first token before anybody has a second one, if all their
-    prompts take no longer than this, by what steps have taken so far, nor than 150 steps without prompts. 0 = who has begun goes on."""
+    """About so long a step may take by what waits, beyond two thirds for prompts: on GPUs steps stay below it, on a CPU streams would
+    stand still for most of a second."""
     max_step_s: float | None = None
     """While sequences decode, prompts are cut so that a step takes about no longer than this whatever waits, by what steps have taken so
     far: the most that a running stream waits for its next token. None = no such limit."""
@@ -59,10 +58,10 @@ class EngineConfig:
             raise ValueError(f"rebalance_every_steps must be at least 1, got {self.rebalance_every_steps}")
         if not 0 < self.prompt_share <= 1:
             raise ValueError(f"prompt_share must be above 0 and at most 1, got {self.prompt_share}")
+        if not self.prompt_wait_steps > 0:
+            raise ValueError(f"prompt_wait_steps must be above 0, got {self.prompt_wait_steps}")
         if not self.prompt_step_s > 0:
             raise ValueError(f"prompt_step_s must be above 0, got {self.prompt_step_s}")
-        if not self.first_round_s >= 0:
-            raise ValueError(f"first_round_s must be 0 or more, got {self.first_round_s}")
         if self.max_step_s is not None and not self.max_step_s > 0:
             raise ValueError(f"max_step_s must be above 0, got {self.max_step_s}")
         if not self.rebalance_threshold >= 1:

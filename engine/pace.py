@@ -2,7 +2,7 @@
 
 A step takes as long for those that decode as for the prompts beside them. What steps cost is measured (`engine.step_cost`), so the
 tokens that fit into a part of a step, or into a step of a given time, are known; a prompt is then cut into as many parts as that makes.
-Where nobody decodes, and while those who do wait for others' first tokens (`engine.first_round`), prompts are computed at the full rate.
+Where nobody decodes prompts are computed at the full rate.
 """
 
 from collections.abc import Callable
@@ -18,24 +18,15 @@ FIRST_TOKENS = 128
 MOST_SHARE = 0.9
 """However much waits and however short steps are: prompts then go at nine tenths of the full rate, and streams have a token in ten times
 their usual time."""
-WAIT_STEPS = 15
-"""Prompts that would take longer than so many steps without prompts have a larger share. Beside chats that come all the time streams have
-longer gaps with 10, and first tokens come later with 30 (simulated)."""
 GROWN_SHARE = 2 / 3
 """However long a step then takes: streams have a token in three times their usual time."""
-MOST_HELD_STEPS = 150
-"""Nobody who has begun waits for others' first tokens for longer than so many steps of all of them would take: on GPUs that is less than
-`EngineConfig.first_round_s`, and prompts hardly come later there for being computed beside streams."""
-ALONE_TIMES = 2
-"""A step of prompts alone is so many times `EngineConfig.prompt_step_s` before nothing more joins it: those in it wait for each other.
-On two CPU cores steps of three prompts of 150 tokens are as fast as larger ones, of one 5 % slower."""
 RECOVERY = 1.1
 """Steps that stay below the limit are trusted with so much more each time, up to what the line says."""
 
 
 class Pace:
-    """Keeps steps with decoding sequences near what they take without prompts, by `EngineConfig.prompt_share`, `prompt_step_s` and
-    `max_step_s`.
+    """Keeps steps with decoding sequences near what they take without prompts, by `EngineConfig.prompt_share`, `prompt_wait_steps`,
+    `prompt_step_s` and `max_step_s`.
 
     The line through past steps is only a guide (attention over a long context costs more than it says): a step that took longer than
     `max_step_s` makes the next one smaller at once.
@@ -51,19 +42,6 @@ class Pace:
         """Beside so many sequences with a token each, of which there is at least one, of so many prompt tokens that wait."""
         return max(LEAST_TOKENS, min(self._shared(num_decoding, num_waiting), self._within_limit(num_decoding)))
 
-    def enough_tokens(self) -> int:
-        """Where nobody decodes: so many in a step, and no other prompt joins those in it, whose first tokens wait for all of it."""
-        _, token_s = self._step_line()
-        return self._most if token_s <= 0 else max(LEAST_TOKENS, int(ALONE_TIMES * self._config.prompt_step_s / token_s))
-
-    def may_wait_for_others(self, num_together: int, num_waiting: int) -> bool:
-        """Whether those of so many sequences who have begun may wait until so many prompt tokens of the others are computed."""
-        base_s, token_s = self._step_line()
-        if token_s <= 0:
-            return False
-        most_s = min(self._config.first_round_s, MOST_HELD_STEPS * (base_s + num_together * token_s))
-        return num_waiting * token_s <= most_s
-
     def note(self, plan: StepPlan, elapsed_s: float) -> None:
         """A step took so long."""
         if self._max_step_s is None:
@@ -77,13 +55,13 @@ class Pace:
             self._trust = min(1.0, self._trust * RECOVERY)
 
     def _shared(self, num_decoding: int, num_waiting: int) -> int:
-        """As many as take their share of a step: so large that what waits is done after the time of `WAIT_STEPS` without prompts, as far
-        as a step may take."""
+        """As many as take their share of a step: so large that what waits is done after the time of `prompt_wait_steps` without prompts,
+        as far as a step may take."""
         base_s, token_s = self._step_line()
         if self._config.prompt_share >= 1 or token_s <= 0:
             return self._most
         others = base_s / token_s + num_decoding  # tokens that take as long
-        wanted = num_waiting / (WAIT_STEPS * others)
+        wanted = num_waiting / (self._config.prompt_wait_steps * others)
         in_time = 1 - others * token_s / self._config.prompt_step_s
         share = max(self._config.prompt_share, min(wanted, MOST_SHARE, max(in_time, GROWN_SHARE)))
         return int(others * share / (1 - share))

@@ -11,12 +11,11 @@ from engine.cohort import Planned
 from engine.config import EngineConfig
 from engine.draft.drafting import draft_for, guesses_to_ask
 from engine.draft.speculator import Speculator
-from engine.first_round import FirstRound
 from engine.pace import Pace
 from engine.places import is_asked_for, mark
 from engine.plan import NO_DECODES, Decodes, Opening, StepPlan, Work
 from engine.policy import Policy, Rank
-from engine.portion import NEVER_ENOUGH, Portion, num_decoding, portion_of
+from engine.portion import Portion, num_decoding, portion_of
 from engine.sequence import Sequence
 from engine.shard import Shard
 
@@ -53,7 +52,6 @@ class Planner:
         self, config: EngineConfig, books: Books, policy: Policy, *, speculator: Speculator | None = None, pace: Pace | None = None
     ) -> None:
         self._config, self._books, self._policy, self._speculator, self._pace = config, books, policy, speculator, pace
-        self._first_round = None if pace is None else FirstRound(books, pace)
         self._num_steps = 0
         self._together: dict[int, list[tuple[Shard, Planned]]] = {}
 
@@ -76,17 +74,8 @@ class Planner:
         With ``only_ahead`` also None where not everybody who decodes can go on behind the step under way: whoever could not would miss
         this step, as it leaves before he is answered.
         """
-        if may_run is anyone and self._first_round is not None and self._first_round.is_on():
-            if only_ahead:
-                return None
-            if (plan := self._plan(self._first_round.due, only_ahead=False)) is not None:
-                return plan
-            self._first_round.end()
         if may_run is anyone and (plan := self._plan_cohorts_alone()) is not None:
             return plan
-        return self._plan(may_run, only_ahead=only_ahead)
-
-    def _plan(self, may_run: MayRun, *, only_ahead: bool) -> StepPlan | None:
         building = PlanBuilder(may_run, ahead=self._may_run_ahead())
         if only_ahead and not building.ahead:
             return None
@@ -95,7 +84,8 @@ class Planner:
             if not self._speculator.is_resting:
                 for shard in self._books.shards:
                     shard.loosen_all()
-        portions = self._portions(may_run)
+        budgets = [self._config.max_step_tokens] * len(self._books.shards) if self._pace is None else self._paced(self._pace)
+        portions = [self._portion(shard, budget) for shard, budget in zip(self._books.shards, budgets, strict=True)]
         if only_ahead and not all(self._has_room_ahead(portion) for portion in portions if len(portion.shard.cohort)):
             return None
         for portion in portions:
@@ -144,23 +134,18 @@ class Planner:
             return False
         return not any(s.num_pending < 1 and not s.ended for shard in self._books.shards for s in shard.loose.values())
 
-    def _portions(self, may_run: MayRun) -> list[Portion]:
-        """Where some sequences decode they wait for the prompts of all shards; where none do, those in a step for what else is in it."""
-        shards, most, pace = self._books.shards, self._config.max_step_tokens, self._pace
-        decoding = [num_decoding(shard, None if may_run is anyone else may_run) for shard in shards]
-        if pace is None:
-            return [self._portion(shard, most) for shard in shards]
+    def _paced(self, pace: Pace) -> list[int]:
+        """Tokens for each shard, where some sequences decode: they wait for the prompts of all shards."""
+        decoding, most = [num_decoding(shard) for shard in self._books.shards], self._config.max_step_tokens
         if not any(decoding):
-            enough = max(1, pace.enough_tokens() // len(shards))
-            return [self._portion(shard, most, enough) for shard in shards]
-        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding), self._books.prefill_tokens) // len(shards))
-        return [self._portion(shard, min(most, number + prompt_tokens)) for shard, number in zip(shards, decoding, strict=True)]
+            return [most for _ in decoding]
+        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding), self._books.prefill_tokens) // len(decoding))
+        return [min(most, number + prompt_tokens) for number in decoding]
 
-    def _portion(self, shard: Shard, budget: int, enough: int = NEVER_ENOUGH) -> Portion:
+    def _portion(self, shard: Shard, budget: int) -> Portion:
         return portion_of(
             shard,
             budget=budget,
-            enough=enough,
             max_tokens=self._config.max_step_tokens,
             max_running=self._config.max_running,
             num_stages=self._books.capacity.num_stages,

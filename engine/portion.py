@@ -1,6 +1,5 @@
 """A shard's part of a step in the making: how much it may still take."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.sequence import Sequence
@@ -9,7 +8,6 @@ from engine.shard import Shard
 MICRO_STEP_TOKENS = 128
 """With pipeline stages prompts are cut so that every stage has a part; smaller parts than this would take hardly less time,
 as every step reads all weights."""
-NEVER_ENOUGH = 1 << 40
 
 
 @dataclass
@@ -26,8 +24,6 @@ class Portion:
     max_drafted: int = 0
     """Guessed tokens that it may still take into this step."""
     has_preempted: bool = False
-    enough: int = NEVER_ENOUGH
-    """Tokens after which nothing more joins this step, though there is room: what is in it is answered the sooner."""
     uncut_budget: int = 0
     """What a step could hold beyond what is planned, for prompts that cannot be cut: `budget` is less where stages want equal parts, or
     streams go on beside them."""
@@ -37,25 +33,22 @@ class Portion:
         return self.budget > 0 and (not sequence.is_whole or len(sequence.tokens) <= self.uncut_budget)
 
     def take(self, num_tokens: int) -> None:
-        self.enough -= num_tokens
-        self.budget = max(self.budget - num_tokens, 0) if self.enough > 0 else 0
+        self.budget = max(self.budget - num_tokens, 0)
         self.uncut_budget -= num_tokens
 
 
-def num_decoding(shard: Shard, may_run: Callable[[Sequence], bool] | None = None) -> int:
-    """Sequences whose next step computes one token, or whose last one does now. With ``may_run`` only those who have begun, and may."""
-    if may_run is not None:
-        return sum(s.has_begun and s.num_pending <= 1 and not s.ended and may_run(s) for s in shard.open.values())
+def num_decoding(shard: Shard) -> int:
+    """Sequences whose next step computes one token, or whose last one does now."""
     return len(shard.cohort) + sum(sequence.num_pending <= 1 and not sequence.ended for sequence in shard.loose.values())
 
 
 def portion_of(
-    shard: Shard, *, budget: int, enough: int, max_tokens: int, max_running: int, num_stages: int, num_shards: int, waiting_tokens: int
+    shard: Shard, *, budget: int, max_tokens: int, max_running: int, num_stages: int, num_shards: int, waiting_tokens: int
 ) -> Portion:
     """As many steps as there are stages shall have about equal parts of what is to do.
 
     ``max_tokens`` and ``max_running`` are what a step and a replica may hold at most, ``budget`` what the step should hold of prompts
-    that can be cut, ``enough`` as there, ``waiting_tokens`` what will come to this shard.
+    that can be cut, ``waiting_tokens`` what will come to this shard.
     """
     alive, together = [sequence for sequence in shard.loose.values() if not sequence.ended], len(shard.cohort)
     if num_stages > 1:
@@ -69,6 +62,5 @@ def portion_of(
         max_decodes=-(-decoding // num_stages),
         load_tokens=load_tokens,
         max_drafted=max_running - together - len(alive),
-        enough=enough,
         uncut_budget=max_tokens,
     )

@@ -70,6 +70,7 @@ class Scheduler:
         self._deadlines = Deadlines()
         self._suspects: list[Sequence] = []
         """Whoever may have something left to be tried."""
+        self._num_arrived = 0
 
     # --- arriving and leaving
 
@@ -86,13 +87,13 @@ class Scheduler:
         # one that was accepted before is not refused now
         if not (request.attempt or self._policy.may_wait(request, self._books.admission.waiting, self._config.max_waiting)):
             raise QueueFull(limit=self._config.max_waiting)
-        sequence = Sequence(request, self._books.num_arrived)
+        sequence = Sequence(request, self._num_arrived)
         reason, stop_token = self._ending(sequence)
         if request.committed and reason is not None:
             return [sequence.event(finish_reason=reason, stop_token=stop_token)]
         self._check_length(request)
         array("i", sequence.tokens)  # what is no token id must raise here, at its own door, and not in the midst of a step
-        self._books.num_arrived += 1
+        self._num_arrived += 1
         self._by_key[request.key] = sequence
         self._books.admission.arrive(sequence)
         self._deadlines.add(sequence)

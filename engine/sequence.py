@@ -50,11 +50,6 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def has_begun(self) -> bool:
-        """Whether this engine has told a token of its answer."""
-        return self.num_output > len(self.request.committed)
-
-    @property
     def num_pending(self) -> int:
         """Known tokens that no step computes yet. None are left once the last one's step is in flight, until that gives the next; -1 if
         a step of that next one is in flight already."""

@@ -58,8 +58,7 @@ def wrong_beside_prompts(results: Results, name: str, served: Served, *, kinds: 
     wrong, runner = [], served.runner
     prompts_ahead = PromptsAhead(runner.replayed_steps, runner.forward) if runner.replayed_steps is not None else None
     for run_ahead in (False, True):
-        paced = {"prompt_share": 1.0, "prompt_step_s": 1e6, "first_round_s": 0.0}  # the same plans, however long steps take
-        config = replace(served.config, run_ahead=run_ahead, **paced)
+        config = replace(served.config, run_ahead=run_ahead, prompt_share=1.0)  # the same plans, however long steps take
         wanted = _answers(served, config, requests, at_once=False)
         with patch.object(runner, "prompts_ahead", prompts_ahead):
             found = _answers(served, config, requests, at_once=False)

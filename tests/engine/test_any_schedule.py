@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass, replace
-from unittest import mock
 
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -12,7 +11,6 @@ from engine.draft.speculator import Speculator
 from engine.draft.told_by_ranks import ToldByRanks
 from engine.engine import Engine
 from engine.fair_share import FairShare
-from engine.first_round import FirstRound
 from engine.request import Pooling, Request, SamplingParams
 from engine.sequence import Sequence
 from tests.fakes.executor import FakeExecutor, Recorder, next_token, told_logprobs, undisturbed
@@ -50,8 +48,6 @@ class Happened:
     """Those of which it did not come."""
     uncut: int = 0
     """Embeddings whose prompt had to be whole in one step, and was."""
-    waited: int = 0
-    """Steps in which who had begun waited for others' first tokens."""
 
 
 class Guesser:
@@ -82,7 +78,6 @@ def disturbed(seed: int, happened: Happened) -> None:
     speculator = random_speculator(random.Random(f"guesses {seed}"))
     num_shards, num_stages = draw.choice([1, 2, 2, 3]), draw.choice([1, 1, 2, 3])
 
-    paced = random.Random(f"paced {seed}")
     runs_ahead = num_stages == 1 and random.Random(f"ahead {seed}").random() < 0.6
 
     def new_executor(loss: object = None) -> FakeExecutor:
@@ -93,7 +88,6 @@ def disturbed(seed: int, happened: Happened) -> None:
             executor.draft_model = random.Random(f"draft model {seed} {len(executors)}")
         if reluctance.random() < 0.2:
             executor.reluctant = {step for step in range(60) if reluctance.random() < 0.3}
-        executor.token_s = paced.choice([0.0, 0.0005])
         executors.append(executor)
         return executor
 
@@ -105,8 +99,6 @@ def disturbed(seed: int, happened: Happened) -> None:
         prefix_cache=draw.random() < 0.8,
         max_step_s=random.Random(f"pace {seed}").choice([None, None, 0.0005, 0.01]),
         prompt_share=random.Random(f"share {seed}").choice([0.1, 0.5, 1.0]),
-        prompt_step_s=paced.choice([0.002, 0.4]),
-        first_round_s=paced.choice([0.0, 20.0, 20.0]),
     )
     tenants = random.Random(seed + 1)
     policy = FairShare() if tenants.random() < 0.5 else None
@@ -239,13 +231,6 @@ def test_the_answer_does_not_depend_on_the_schedule(seed):
 
 def test_a_fixed_sweep_disturbs_in_every_way_and_answers_the_same():
     happened = Happened()
-    is_on = FirstRound.is_on
-
-    def counted(first_round: FirstRound) -> bool:
-        happened.waited += (on := is_on(first_round))
-        return on
-
-    with mock.patch.object(FirstRound, "is_on", counted):
-        for seed in range(300):
-            disturbed(seed, happened)
+    for seed in range(300):
+        disturbed(seed, happened)
     assert all(vars(happened).values()), happened

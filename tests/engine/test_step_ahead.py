@@ -118,7 +118,7 @@ def test_nobody_who_decodes_misses_a_step_when_prompts_come(
 ) -> None:
     """Long ones that are cut, and short ones in close order, beside streams in the cohort and one outside of it."""
     executor = FakeExecutor(num_blocks=600, num_shards=num_shards, runs_ahead=runs_ahead)
-    engine, recorder = Engine(executor, EngineConfig(block_tokens=4, max_step_tokens=24, first_round_s=0.0)), Recorder()
+    engine, recorder = Engine(executor, EngineConfig(block_tokens=4, max_step_tokens=24)), Recorder()
     requests = [Request(id=f"stream {n}", prompt=(n, 2), sampling=SamplingParams(max_tokens=40, seed=n)) for n in range(3)]
     requests.append(Request(id="beside", prompt=(7, 7), sampling=SamplingParams(max_tokens=33, **beside)))
     requests += [Request(id=f"late {n}", prompt=(n,) * length, sampling=SamplingParams(max_tokens=2 + n % 4)) for n in range(8)]

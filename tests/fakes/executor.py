@@ -57,8 +57,6 @@ class FakeExecutor:
         )
         self._said: dict[int, int] = {}
         """Of each sequence what was sampled last, and has not been asked for since."""
-        self.token_s = 0.0
-        """What a token seems to take beside a step's own millisecond."""
         self.num_promised = 0
         """Works on a token that was not known when they were planned."""
         self.num_broken = 0
@@ -122,7 +120,7 @@ class FakeExecutor:
         tokens, sampled = packed(plan.decodes, [answer for answer in answers if answer is not None])
         scored = tuple(self._score(work) for work in plan.singly if work.targets)
         pooled = tuple(self._pool(work) for work in plan.singly if work.pools)
-        return StepResult(plan.step, sampled, elapsed_s=0.001 + self.token_s * plan.num_tokens, tokens=tokens, scored=scored, pooled=pooled)
+        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens, scored=scored, pooled=pooled)
 
     def _compute(self, work: Work) -> Sampled | None:
         opening, table = self._opened[work.sequence], self._tables[work.sequence]

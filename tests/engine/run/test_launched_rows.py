@@ -21,8 +21,7 @@ from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
 from tests.engine.run.test_step_ahead import Ahead
 from tests.engine.run.tiny_models import engine_config
 
-CONFIG = engine_config(max_running=6, max_step_tokens=24, prompt_share=1.0, first_round_s=0.0)
-"""Prompts are cut, and their parts come beside those who decode."""
+CONFIG = engine_config(max_running=6, max_step_tokens=24, prompt_share=1.0)  # prompts are cut, and their parts come beside those who decode
 KINDS = [kind for kind in [*PLAIN, *SAMPLING] if kind.logprobs is None]
 
 
