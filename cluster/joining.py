@@ -41,9 +41,9 @@ def joined(address: str, *, namespace: str, runtime_env: Mapping[str, Any] | Non
         ray.shutdown()
 
 
-def num_gpus() -> float:
-    """Of all hosts of the Ray that was started or joined, in use or not."""
-    return float(ray.cluster_resources().get("GPU", 0))
+def hosts() -> list[Mapping[str, float]]:
+    """Ray's resources of each living host of the Ray that was started or joined, in use or not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _must_listen(address: str) -> None:

@@ -17,7 +17,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.autoscaler import serve_autoscaling
 from cluster.board import Board
 from cluster.directory import DEMAND, Reader
-from cluster.joining import num_gpus
+from cluster.joining import hosts as hosts_of_ray
 from cluster.link import ReplicaLink
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
 from cluster.replica import Replica
@@ -102,7 +102,7 @@ class _Engine:
         folder = await asyncio.to_thread(_small_files, model.place)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
-        hosts = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+        hosts = await asyncio.to_thread(hosts_of_ray)
         self._replica = Replica(
             id=ray_serve.get_replica_context().replica_id.unique_id,
             app=ray_serve.get_replica_context().app_name,
@@ -291,7 +291,7 @@ def build_app(models: Sequence[Model], config: ServeConfig, *, version: str = ""
         DeviceMisfit: see `serve.devices.with_devices`.
     """
     if ray.is_initialized():  # `serve build` writes a file for some other cluster
-        decided = with_devices([model.config for model in models], num_gpus())
+        decided = with_devices([model.config for model in models], hosts_of_ray())
         models = [dataclasses.replace(model, config=one) for model, one in zip(models, decided, strict=True)]
     deployed = Deployed(version=version, configs=tuple(model.config for model in models))
     fronts: Any = ray_serve.deployment(

@@ -1,33 +1,42 @@
-"""What ranks compute on where nobody says it: a GPU each where the Ray that serves has any, else CPUs."""
+"""What ranks compute on where nobody says it: a GPU each where the hosts that may take them have any, else CPUs."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from serve.config import ServeConfig
 from serve.model_source import DEMO
+
+logger = logging.getLogger(__name__)
+
+SAY_SO = "--set resources.gpus=1"
+"""For hosts that come only when they are asked for."""
 
 
 class DeviceMisfit(ValueError):
     """The ranks cannot have the devices that they are to have, or these do not compute what is asked for."""
 
 
-def with_devices(configs: Sequence[ServeConfig], num_gpus: float) -> list[ServeConfig]:
+def with_devices(configs: Sequence[ServeConfig], hosts: Sequence[Mapping[str, float]]) -> list[ServeConfig]:
     """The settings of the models of one server, with ``resources.gpus`` decided where it was open, and ``runner.device`` with it.
 
-    ``num_gpus``: of the Ray that serves, in use or not. The demo model computes on CPUs unless ``runner.device`` says otherwise.
+    ``hosts``: Ray's resources of each host that serves, in use or not. The demo model computes on CPUs unless ``runner.device`` says
+    otherwise.
 
     Raises:
         DeviceMisfit: the ranks want more GPUs than there are (they are not put on CPUs instead, where a large model would take minutes
             for what its GPUs do in a second), or a CPU is to compute in fp8.
     """
-    undecided = [config for config in configs if config.resources.gpus is None and _wants_gpus(config)]
-    wanted = sum(_ranks(config) * (1 if config in undecided else config.resources.gpus or 0) for config in configs)
-    if undecided and 0 < num_gpus < wanted:
-        raise DeviceMisfit(
-            f"with a GPU for each rank the server wants {wanted:g} GPUs, and there {'are' if num_gpus > 1 else 'is'} {num_gpus:g}: "
-            "use fewer ranks (--tensor-parallel, --replicas), or compute on the CPU (--set runner.device=cpu)"
-        )
-    decided = [_decided(config, on_gpu=num_gpus > 0 and config in undecided) for config in configs]
+    decided = []
+    for config in configs:
+        kind = config.resources.host_resource
+        num_gpus = sum(host.get("GPU", 0) for host in hosts if kind is None or kind in host)
+        is_open = config.resources.gpus is None and _wants_gpus(config)
+        if is_open and num_gpus:
+            _check_room([each for each in configs if each.resources.host_resource == kind], num_gpus)
+        elif is_open:
+            _say_that_there_are_none(config)
+        decided.append(_decided(config, on_gpu=is_open and num_gpus > 0))
     for config in decided:
         _check_fp8(config)
     return decided
@@ -38,16 +47,32 @@ def _wants_gpus(config: ServeConfig) -> bool:
     return config.runner.device == "cuda" or (config.runner.device == "auto" and config.model.source != DEMO)
 
 
-def _ranks(config: ServeConfig) -> int:
-    return config.parallel.topology.size * config.replicas.most
+def _check_room(configs: Sequence[ServeConfig], num_gpus: float) -> None:
+    """For as many replicas as there always are: for more, hosts may come."""
+    wanted = sum(_gpus_of_a_rank(config) * config.parallel.topology.size * max(config.replicas.least, 1) for config in configs)
+    if wanted > num_gpus:
+        raise DeviceMisfit(
+            f"with a GPU for each rank the server wants {wanted:g} GPUs, and there {'are' if num_gpus > 1 else 'is'} {num_gpus:g}: "
+            "use fewer ranks (--tensor-parallel, --replicas), compute on the CPU (--set runner.device=cpu), or, where hosts come when they "
+            f"are asked for, {SAY_SO}"
+        )
+
+
+def _gpus_of_a_rank(config: ServeConfig) -> float:
+    return float(_wants_gpus(config)) if config.resources.gpus is None else config.resources.gpus
+
+
+def _say_that_there_are_none(config: ServeConfig) -> None:
+    if config.runner.device == "cuda":
+        raise DeviceMisfit(f"runner.device is cuda, and no host has a GPU; where they come when they are asked for, {SAY_SO}")
+    logger.warning("no host has a GPU: %s is computed on CPUs (where hosts come when they are asked for: %s)", config.model.source, SAY_SO)
 
 
 def _decided(config: ServeConfig, *, on_gpu: bool) -> ServeConfig:
     """A rank to which Ray gives no GPU sees all of them, and every one would take the first."""
-    if config.resources.gpus is not None:
-        return config
-    device = "cpu" if config.runner.device == "auto" and not on_gpu else config.runner.device
-    resources, runner = replace(config.resources, gpus=1.0 if on_gpu else 0.0), replace(config.runner, device=device)
+    gpus = config.resources.gpus if config.resources.gpus is not None else float(on_gpu)
+    device = "cpu" if config.runner.device == "auto" and not gpus else config.runner.device
+    resources, runner = replace(config.resources, gpus=gpus), replace(config.runner, device=device)
     return config.model_copy(update={"resources": resources, "runner": runner})
 
 

@@ -83,8 +83,14 @@ def _measured(survey: Survey, actors: Sequence[Any], topology: Topology, need: N
             measured = ray.get(call, timeout=MEASURE_S)
             told.extend(measured if each.rank == 0 else ())
         except Exception as error:  # of Ray, or what the rank raised
-            told.append(cannot_talk(each.host, each.rank, error))
+            told.append(cannot_talk(each.host, each.rank, raised_there(error)))
     return survey.told(told)
+
+
+def raised_there(error: Exception) -> Exception:
+    """What an actor raised, without what Ray puts around it: an address, colours and a traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, Exception) else error
 
 
 def _no_room(topology: Topology, resources: RankResources) -> Finding:

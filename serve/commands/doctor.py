@@ -108,15 +108,15 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
         if address is None:
             from cluster.doctor.survey import survey_this_machine
 
-            (config,) = with_devices([config], len(gpus_here()))
+            (config,) = with_devices([config], [{"GPU": len(gpus_here())}])
             return survey_this_machine(topology, need_of(folder, config), cache_folder=cache_folder(), look=None)
         from cluster.doctor.in_cluster import survey_cluster
-        from cluster.joining import CannotJoin, joined, num_gpus
+        from cluster.joining import CannotJoin, hosts, joined
         from cluster.worker import ModelRanks
 
         try:
             with redirect_stdout(sys.stderr), joined(address, namespace=config.ray.namespace):  # Ray tells of lost hosts on stdout
-                (config,) = with_devices([config], num_gpus())
+                (config,) = with_devices([config], hosts())
                 need = need_of(folder, config)
                 ranks = found and ModelRanks(
                     checkpoint_folder=found.place, topology=topology, runner_config=config.runner, engine_config=config.engine, need=need

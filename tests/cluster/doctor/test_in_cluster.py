@@ -1,12 +1,14 @@
 """The examination where a replica would come to stand: actors of a real Ray."""
 
 import pytest
+import ray.exceptions
 
 from cluster.config import RankResources
 from cluster.doctor import in_cluster
 from cluster.doctor.facts import Need
 from cluster.doctor.findings import Severity
-from cluster.doctor.in_cluster import survey_cluster
+from cluster.doctor.in_cluster import raised_there, survey_cluster
+from cluster.doctor.survey import cannot_talk
 from parallel.topology import Topology
 
 pytestmark = pytest.mark.usefixtures("own_ray")
@@ -37,3 +39,13 @@ def test_a_cluster_without_room_says_what_it_has(monkeypatch: pytest.MonkeyPatch
     (finding,) = survey.findings
     assert (finding.severity, finding.check) == (Severity.FATAL, "placement")
     assert "2 ranks of 64 CPU" in finding.found
+
+
+def test_what_a_rank_raised_is_told_without_what_ray_puts_around_it() -> None:
+    raised = ray.exceptions.RayTaskError("measure", "ray::Examiner.measure() (pid=1, ip=10.0.0.1)\n", AssertionError("no CUDA here"))
+    for error in (raised, raised.as_instanceof_cause()):
+        assert (
+            cannot_talk("gpu-1", 0, raised_there(error)).found == "rank 0 cannot take part in an all-reduce (AssertionError: no CUDA here)"
+        )
+    lost = ray.exceptions.RayActorError()
+    assert raised_there(lost) is lost
