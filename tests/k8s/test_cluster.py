@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.k8s.chart import READY, ROOT, container, environment, ready, with_values
+from tests.k8s.chart import READY, ROOT, Refused, container, environment, ready, with_values
 
 GPU = "nvidia.com/gpu"
 
@@ -54,6 +54,16 @@ def test_rays_object_store_leaves_shared_memory_to_nccl(name: str) -> None:
         assert int(group["rayStartParams"]["object-store-memory"]) == 256 << 20
         (size,) = (volume["emptyDir"]["sizeLimit"] for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm")
         assert int(size.removesuffix("Gi")) >= 1
+
+
+def test_models_may_share_a_gpu_or_take_none() -> None:
+    group = {"name": "gpu", "gpusPerHost": 1, "min": 1, "max": 1}
+    half = {"source": "demo", "workerGroup": "gpu", "settings": {"resources": {"gpus": 0.5}}}
+    none = {"source": "demo", "workerGroup": "gpu", "replicas": {"min": 3, "max": 3}, "settings": {"runner": {"device": "cpu"}}}
+    models = [{"name": "a", **half}, {"name": "b", **half}, {"name": "c", **none}]
+    assert with_values({"workerGroups": [group], "models": models}).group("gpu")["maxReplicas"] == 1
+    with pytest.raises(Refused, match=r"need 1\.5 GPUs for their replicas\.min together"):
+        with_values({"workerGroups": [group], "models": [*models, {"name": "d", **half}]})
 
 
 def test_hosts_are_given_back_after_their_groups_own_time() -> None:

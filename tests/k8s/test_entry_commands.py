@@ -146,9 +146,9 @@ def test_a_host_of_replicas_is_left_when_their_streams_have_ended_and_the_head_w
         last = beside.submit(cluster.pods["head"].run, drain, "3600", "--last", timeout_s=400)
         left = beside.submit(cluster.pods["cpu"].run, drain, "240", "--leave", timeout_s=280)
         lines = [first, *answer]
+        assert not last.done(), "the others are still there"
         done = left.result()
         details = cluster.dashboard("/api/serve/applications/")["applications"]["manta"]["deployments"]
-        assert not last.done(), "the front is still there"
         for name in ("cpu", "front"):
             end(cluster.pods[name].process)
         assert last.result().returncode == 0

@@ -37,35 +37,44 @@
   {{- if not $group -}}
     {{- fail (printf "model %q is to run on worker group %q, and there is %s: set models[].workerGroup to one of them or add it to workerGroups" .name .workerGroup (ternary (printf "only %s" (keys $groups | sortAlpha | join ", ")) "none" (gt (len $groups) 0))) -}}
   {{- end -}}
-  {{- include "manta.checkLayout" (dict "model" . "group" $group) -}}
+  {{- include "manta.checkLayout" (dict "root" $ "model" . "group" $group) -}}
   {{- if and (hasPrefix "pvc://" .source) (not (regexMatch "^pvc://[a-z0-9][-a-z0-9.]*(/[^/]+)*$" .source)) -}}
     {{- fail (printf "model %q: %q is no claim and folder; write pvc://CLAIM/FOLDER" .name .source) -}}
   {{- end -}}
-  {{- $layout := .parallel | default dict -}}
-  {{- $replicas := .replicas | default dict -}}
-  {{- $ranks := mul ($layout.tensor | default 1) ($layout.pipeline | default 1) ($layout.data | default 1) (ternary ($replicas.min | int) 1 (hasKey $replicas "min")) | int -}}
-  {{- $_ := set $needed .workerGroup (add (get $needed .workerGroup | default 0 | int) $ranks) -}}
+  {{- $sizes := include "manta.sizes" (dict "root" $ "model" .) | fromYaml -}}
+  {{- $_ := set $needed .workerGroup (addf (get $needed .workerGroup | default 0.0) (mulf $sizes.gpus $sizes.least)) -}}
 {{- end -}}
-{{- range $name, $ranks := $needed -}}
+{{- range $name, $gpus := $needed -}}
   {{- $group := get $groups $name -}}
   {{- $there := mul ($group.max | default 0) ($group.gpusPerHost | default 0) ($group.hostsPerReplica | default 1) | int -}}
-  {{- if and ($group.gpusPerHost | default 0) (gt (int $ranks) $there) -}}
-    {{- fail (printf "the models of worker group %q need %d GPUs for their replicas.min together, and it grows to %d: raise workerGroups[].max, lower replicas.min or give a model a group of its own" $name $ranks $there) -}}
+  {{- if and ($group.gpusPerHost | default 0) (gt $gpus (float64 $there)) -}}
+    {{- fail (printf "the models of worker group %q need %v GPUs for their replicas.min together, and it grows to %d: raise workerGroups[].max, lower replicas.min or give a model a group of its own" $name $gpus $there) -}}
   {{- end -}}
 {{- end -}}
 {{- end -}}
 
+{{/* Of a model, as its entry in ServeConfig has it, what settings say over what the chart derives included: tensor; gpus of a replica, which may
+be parts; least replicas. */}}
+{{- define "manta.sizes" -}}
+{{- $entry := include "manta.modelEntry" . | fromYaml -}}
+{{- $parallel := $entry.parallel | default dict -}}
+{{- $ranks := mul ($parallel.tensor | default 1) ($parallel.pipeline | default 1) ($parallel.data | default 1) -}}
+{{- $device := dig "runner" "device" (dig "runner" "device" "auto" .root.Values.config) $entry -}}
+tensor: {{ $parallel.tensor | default 1 | int }}
+gpus: {{ ternary 0.0 (mulf $ranks $entry.resources.gpus) (eq $device "cpu") }}
+least: {{ ternary (int $entry.replicas.min) 1 (hasKey $entry.replicas "min") }}
+{{- end -}}
+
 {{/* Does a replica fit on the hosts of its group? */}}
 {{- define "manta.checkLayout" -}}
-{{- $parallel := .model.parallel | default dict -}}
-{{- $tensor := $parallel.tensor | default 1 | int -}}
-{{- $ranks := mul $tensor ($parallel.pipeline | default 1) ($parallel.data | default 1) | int -}}
+{{- $sizes := include "manta.sizes" . | fromYaml -}}
+{{- $tensor := int $sizes.tensor -}}
 {{- $gpus := .group.gpusPerHost | default 0 | int -}}
 {{- $hosts := .group.hostsPerReplica | default 1 | int -}}
-{{- if and (gt $gpus 0) (gt $ranks (mul $gpus $hosts | int)) -}}
-{{- fail (printf "model %q needs %d GPUs (tensor x pipeline x data), and a replica of worker group %q has %d (gpusPerHost %d x hostsPerReplica %d): raise hostsPerReplica or choose another layout with `manta plan`" .model.name $ranks .group.name (mul $gpus $hosts) $gpus $hosts) -}}
+{{- if and (gt $gpus 0) (gt (float64 $sizes.gpus) (float64 (mul $gpus $hosts))) -}}
+{{- fail (printf "model %q needs %v GPUs (tensor x pipeline x data), and a replica of worker group %q has %d (gpusPerHost %d x hostsPerReplica %d): raise hostsPerReplica or choose another layout with `manta plan`" .model.name $sizes.gpus .group.name (mul $gpus $hosts) $gpus $hosts) -}}
 {{- end -}}
-{{- if and (gt $hosts 1) (gt $gpus 0) (gt $tensor $gpus) -}}
+{{- if and (gt $hosts 1) (gt $gpus 0) (gt $tensor $gpus) (gt (float64 $sizes.gpus) 0.0) -}}
 {{- fail (printf "model %q: tensor parallelism of %d leaves the host, which has %d GPUs: set parallel.tensor to %d at most and use parallel.pipeline across hosts" .model.name $tensor $gpus $gpus) -}}
 {{- end -}}
 {{- $replicas := .model.replicas | default dict -}}
@@ -79,12 +88,10 @@
 {{- fail (printf "model %q: replicas.initial is %d, which is not between min %d and max %d" .model.name (int $replicas.initial) $min $max) -}}
 {{- end -}}
 {{- end -}}
-{{- if gt $gpus 0 -}}
-{{- $needed := mul $min $ranks | int -}}
+{{- $needed := mulf $sizes.gpus $sizes.least -}}
 {{- $there := mul (.group.max | default (.group.min | default 0)) $gpus $hosts | int -}}
-{{- if gt $needed $there -}}
-{{- fail (printf "model %q needs %d GPUs for its %d replicas, and worker group %q grows to %d: raise workerGroups[].max or lower replicas.min" .model.name $needed $min .group.name $there) -}}
-{{- end -}}
+{{- if and (gt $gpus 0) (gt $needed (float64 $there)) -}}
+{{- fail (printf "model %q needs %v GPUs for its %d replicas, and worker group %q grows to %d: raise workerGroups[].max or lower replicas.min" .model.name $needed (int $sizes.least) .group.name $there) -}}
 {{- end -}}
 {{- end -}}
 
