@@ -21,6 +21,8 @@ ABOUT_PEERS = ("connection closed by peer", "connection reset", "broken pipe", "
 """In what a rank says that lost the connection to another, as gloo, NCCL and our own exchange report it."""
 PERHAPS_ABOUT_PEERS = ("nccl", "gloo")
 """Where an error of a rank's own may come to light as well."""
+ABORTED = "Aborted"
+"""In the first line of a note, where it was SIGABRT: by that a process ends itself, over its own mistake or a peer that is gone."""
 EXIT = re.compile(r"Worker exit type: (?P<kind>\w+) Worker exit detail: (?P<detail>.*)")
 """In what Ray says of an actor whose process has died."""
 
@@ -56,18 +58,22 @@ def the_loss(seats: Sequence[Seat], step: int | None, symptom: str | None) -> Wo
 
 def _blame(seats: Sequence[Seat]) -> Verdict | None:
     """A rank that ended without a word is the cause: whoever crashes or raises beside it may be its victim (NCCL aborts a process whose
-    peers are gone). Then one that crashed, fell silent, raised, or stands still. A rank on another host whose note could not be fetched
-    counts as ended from outside."""
+    peers are gone). Then one that crashed but by SIGABRT, fell silent, aborted, raised, or stands still. A rank on another host whose note
+    could not be fetched counts as ended from outside."""
     notes = [(seat, seat.note or crash_note.read(crash_note_beside(seat.ipc))) for seat in seats]
     for seat, note in notes:
         if seat.has_ended and not seat.failure and note is None:
             return Verdict(seat, seat.ended or "its process ended", from_outside=True)
-    for seat, note in notes:
-        if note is not None:
+    crashed = [(seat, note) for seat, note in notes if note is not None]
+    for seat, note in crashed:
+        if ABORTED not in note.splitlines()[0]:
             return Verdict(seat, f"it crashed ({note.splitlines()[0]})", note)
-    for seat in seats:
-        if seat.silent and not seat.failure and seat.place is not None and seat.place.address.tcp is not None:
+    for seat, note in notes:
+        if seat.silent and not seat.failure and note is None and seat.place is not None and seat.place.address.tcp is not None:
             return Verdict(seat, knock(seat.place.address.tcp, KNOCK_S).value, from_outside=True)
+    if crashed:
+        seat, note = crashed[0]
+        return Verdict(seat, f"it crashed ({note.splitlines()[0]})", note)
     raised = [(seat, seat.failure) for seat in seats if seat.failure is not None]
     for seat, failure in sorted(raised, key=lambda pair: _says(pair[1], ABOUT_PEERS + PERHAPS_ABOUT_PEERS)):
         from_outside = failure.was_told_to_end or _says(failure, ABOUT_PEERS)

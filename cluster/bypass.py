@@ -132,10 +132,11 @@ class Passage:
     _pieces: list[bytes] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _num_come: int = 0
+    _is_over: bool = False
     _total: int | None = None
 
     def put(self, answer: int, piece: bytes) -> None:
-        if answer == self._answer:
+        if answer == self._answer and not self._is_over:
             self._pieces.append(piece)
             self._num_come += 1
             self._news.set()
@@ -156,6 +157,7 @@ class Passage:
     def end_here(self) -> None:
         """No end will be told any more: what has come is all there is, unless the end is known."""
         if self._total is None:
+            self._is_over = True  # what comes late belongs to nobody, and is no sign that pieces are lost
             self.end_after(self._num_come)
 
     async def take(self, num_taken: int, late_s: float) -> list[bytes]:

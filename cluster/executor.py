@@ -14,7 +14,7 @@ from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.ending import END_S, end_ranks
 from cluster.errors import ChannelError, StartFailed
-from cluster.far_notes import fetch_notes
+from cluster.far_notes import ask_for_note, fetch_notes
 from cluster.frozen import FrozenWatch
 from cluster.ground import Ground
 from cluster.messages import RankFailed, RankProgress, RankReady, decode, encode
@@ -209,7 +209,9 @@ class RayExecutor:
             if self._closing.is_set():  # how one ended that was ended here nobody asks, and Ray takes seconds to say
                 return
             for life in ended:
-                living.pop(life).ended = how_it_ended(life)
+                seat = living.pop(life)
+                seat.ended = how_it_ended(life)
+                ask_for_note(seat)
             if ended and not self._closing.is_set():
                 self._ended.set()
                 self._on_loss()

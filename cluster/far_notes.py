@@ -13,28 +13,41 @@ from cluster.seats import Seat
 
 logger = logging.getLogger(__name__)
 
-FETCH_S = 5.0
+FETCH_S = 2.0
 """How long a loss may wait for the notes. Ray mostly has a process at hand there that reads them; else it starts one."""
 
 
-def fetch_notes(seats: Sequence[Seat]) -> None:
-    """Give the seats of other hosts that have ended without a word the notes that they left, and take those away there.
+def ask_for_note(seat: Seat) -> None:
+    """Have the note sent here of a rank of another host that has ended, if it left one. Raises nothing: a loss is told without it."""
+    if seat.asked is not None or seat.place is None or seat.place.crash_note is None:
+        return
+    there = NodeAffinitySchedulingStrategy(seat.place.node, soft=False)
+    try:
+        seat.asked = ray.remote(_take).options(num_cpus=0, scheduling_strategy=there).remote(seat.place.crash_note)
+    except Exception as error:  # whatever Ray is in no state to do
+        logger.warning("no note of %s could be asked for: %s", seat.name, error)
 
-    A host that Ray cannot reach has none to give; it is not waited for beyond `FETCH_S`.
+
+def fetch_notes(seats: Sequence[Seat]) -> None:
+    """Give the seats of other hosts that have ended without a word the notes that they left, which are taken away there.
+
+    A host that Ray cannot reach has none to give; it is not waited for beyond `FETCH_S`. Raises nothing.
     """
-    asked = {}
-    for seat in seats:
-        if seat.ended and not seat.failure and seat.place is not None and seat.place.crash_note is not None:
-            there = NodeAffinitySchedulingStrategy(seat.place.node, soft=False)
-            asked[ray.remote(_take).options(num_cpus=0, scheduling_strategy=there).remote(seat.place.crash_note)] = seat
-    told, silent = ray.wait(list(asked), num_returns=len(asked), timeout=FETCH_S) if asked else ([], [])
-    for note in told:
-        try:
+    ended = [seat for seat in seats if seat.ended and not seat.failure]
+    for seat in ended:
+        ask_for_note(seat)
+    asked = {seat.asked: seat for seat in ended if seat.asked is not None}
+    if not asked:
+        return
+    try:
+        told, silent = ray.wait(list(asked), num_returns=len(asked), timeout=FETCH_S)
+        for note in told:
             asked[note].note = ray.get(note)
-        except ray.exceptions.RayError as error:
-            logger.warning("no note of %s could be fetched: %s", asked[note].name, error)
-    for note in silent:
-        logger.warning("no note of %s came within %g s", asked[note].name, FETCH_S)
+    except Exception as error:  # a host that is gone, or Ray that is
+        logger.warning("a note could not be fetched: %s", error)
+    else:
+        for note in silent:
+            logger.warning("no note of %s came within %g s", asked[note].name, FETCH_S)
 
 
 def _take(file: str) -> str | None:

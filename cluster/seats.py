@@ -48,6 +48,8 @@ class Seat:
     silent: bool = False
     ended: str | None = None
     """How Ray says that it ended."""
+    asked: Any = None
+    """ObjectRef of its note, once that was asked for."""
     note: str | None = None
     """Of one on another host: what it left there when it crashed; see `cluster.far_notes`."""
     failure: RankFailed | None = None

@@ -255,6 +255,8 @@ class Worker:
     def _end(self) -> None:
         """The replica is gone, or its host is. What this rank would wait for in native code never comes, so it is not waited for."""
         print(f"rank {self.rank} ends: its replica cannot be heard any more", file=sys.stderr, flush=True)
+        if self._far_note is not None:
+            self._far_note.unlink(missing_ok=True)
         os._exit(1)
 
     def _send(self, message: StepResult | RankProgress | RankReady | RankFailed) -> None:

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from cluster.blame import _reason, the_loss
+from cluster.channel import Address
+from cluster.far_end import FarEnd
 from cluster.messages import RankFailed
 from cluster.seats import Seat
-from cluster.worker import crash_note_beside
+from cluster.worker import Place, crash_note_beside
 
 ABORTED = "Fatal Python error: Aborted"
 
@@ -26,6 +30,16 @@ def test_who_was_killed_is_the_cause_and_not_the_peer_that_aborts_over_it(tmp_pa
     killed.ended = "its process died"
     loss = the_loss((aborted, killed), 7, None)
     assert (loss.rank, loss.from_outside) == (1, True)
+
+
+def test_a_host_that_is_silent_is_the_cause_and_not_the_rank_that_aborts_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.blame.knock", lambda *_: FarEnd.HOST_GONE)
+    aborted, silent = seats(tmp_path)
+    aborted.ended, aborted.note, aborted.silent = "its process died", ABORTED, True
+    address = Address(node="n", tcp="tcp://192.0.2.1:5")
+    silent.silent, silent.place = True, Place(rank=1, node="n", host="far", ip="192.0.2.1", pid=1, started=1, address=address, free_port=1)
+    loss = the_loss((aborted, silent), 7, None)
+    assert (loss.rank, loss.host, loss.from_outside) == (1, "far", True)
 
 
 def test_who_crashed_is_the_cause_and_not_the_peer_that_complains_of_it(tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ async def test_pieces_of_other_answers_are_not_kept() -> None:
     assert not one._early
 
 
+async def test_a_piece_that_comes_after_no_end_was_to_be_waited_for_is_nobodys() -> None:
+    one = passage()
+    one.begin(1)
+    one.put(1, b"a")
+    one.end_here()
+    one.put(1, b"b")
+    assert await one.take(0, late_s=0) == [b"a"]
+    assert await one.take(1, late_s=0) == []
+
+
 def test_answers_to_one_request_have_numbers_of_their_own() -> None:
     answers = {new_answer(7) for _ in range(20)}
     assert len(answers) > 1
