@@ -36,7 +36,7 @@ from serve.local_servers import noted
 from serve.ports import PortInUse, check_free
 from serve.stop_signals import StopSignals
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"  # Ray 2.60 takes the host's address in its place; docs/keys.md says what that means
 LOOPBACKS = (LOOPBACK, "localhost", "::1")
 STOP_S = 6.0
 """For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
