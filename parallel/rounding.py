@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.chosen_scales import choose_scales
 from parallel.scale_groups import GROUP
 
 LEVELS = {"int8": 127, "int4": 7}
@@ -27,7 +28,8 @@ SHORTENED = GROUP["int8"] ** -0.5
 
 
 def round_to_groups(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """int8 numbers (..., C) and float16 scales (...). int4 uses -8 too: the scale's sign makes it the number furthest from zero.
+    """int8 numbers (..., C) and float16 scales (...). int4 uses -8 too: the scale's sign makes it the number furthest from zero, or nearly
+    so (`parallel.chosen_scales`).
 
     Weights that were stored in few bits are whole multiples of a float16 number already, group by group. Nothing is lost of them: that
     number is looked for where some of the groups have one.
@@ -43,15 +45,12 @@ def round_to_groups(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def _round_to_nearest(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    most = weight_xC.abs().amax(-1)
     if levels == LEVELS["int4"]:
-        furthest = weight_xC.gather(-1, weight_xC.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales, lowest = furthest / -8, -8
-    else:
-        scales, lowest = most / levels, -levels
-    scales = scales.half()
+        return choose_scales(weight_xC)
+    most = weight_xC.abs().amax(-1)
+    scales = (most / torch.full_like(most, levels)).half()  # by a number torch divides in another way on a GPU
     inverse = torch.where(scales == 0, 0, 1 / scales.float())
-    return (weight_xC * inverse.unsqueeze(-1)).round_().clamp_(lowest, levels).to(torch.int8), scales
+    return (weight_xC * inverse.unsqueeze(-1)).round_().clamp_(-levels, levels).to(torch.int8), scales
 
 
 def _as_multiples(weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

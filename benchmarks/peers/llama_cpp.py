@@ -32,9 +32,10 @@ EMBEDDING = "model.embed_tokens.weight"
 TOP = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 
 
-def converted(checkpoint: Path, form: str) -> Path:
-    """The checkpoint as a GGUF file without a vocabulary, written beside it once."""
-    target = checkpoint / f"{form}.gguf"
+def converted(checkpoint: Path, form: str, head: str | None = None, into: Path | None = None) -> Path:
+    """The checkpoint as a GGUF file without a vocabulary, written beside it (or ``into`` a folder) once. ``head``: the form of embedding and
+    head, if another."""
+    target = (into or checkpoint) / f"{form}.gguf"
     if target.exists():
         return target
     import json
@@ -59,7 +60,8 @@ def converted(checkpoint: Path, form: str) -> Path:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
-    kind = gguf.GGMLQuantizationType[FORMATS[form]]
+    kinds = {name: gguf.GGMLQuantizationType[FORMATS[head or form]] for name in (TOP[EMBEDDING], TOP["lm_head.weight"])}
+    of_layers = gguf.GGMLQuantizationType[FORMATS[form]]
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
         targets = _by_target(tensors.keys())
         if "num_experts" in config:  # its reader has no tied head for these, and holds the matrix twice
@@ -70,6 +72,7 @@ def converted(checkpoint: Path, form: str) -> Path:
             if array.ndim == 1 or any(part in name for part in PLAIN):
                 writer.add_tensor(name, array.reshape(-1) if "shexp" in name and len(array) == 1 else array)
             else:
+                kind = kinds.get(name, of_layers)
                 writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -56,6 +56,7 @@ class Native:
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
         self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
         self.turn = self._function("turn", [address, size, threads, threads]) if "int8_dot" in self.kinds else None
+        self.choose_scales = self._function("choose_scales", [*[address] * 3, size, threads])
         self.add_norm = self._function("add_norm", [*[address] * 4, size, size, number, threads])
         self.gate = self._function("gate", [address, address, size, size, threads])
         self.rotate = self._function("rotate", [address, size, *[address] * 3, *[size] * 3, threads])

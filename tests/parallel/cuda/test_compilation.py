@@ -12,7 +12,7 @@ HOPPER_SHARED_BYTES = 227 * 1024
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("options", "count"), [((), 79), pytest.param(("--all",), 149, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("options", "count"), [((), 80), pytest.param(("--all",), 150, marks=pytest.mark.slow)])
 def test_every_kernel_compiles_for_hopper_and_fits_it(options: tuple[str, ...], count: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
