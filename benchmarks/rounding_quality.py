@@ -2,11 +2,12 @@
 
     python -m benchmarks.rounding_quality [MODEL] [--smeared 2] [--only int4] [--llama-cpp PYTHON] [--text FILE ...] [--tokens 384]
 
-Prints mean KL divergence of the next token from that of float32, how often the likeliest token is the same, and perplexity. Nothing is timed.
+Prints mean KL divergence of the next token from that of float32, how often the likeliest token is the same, and
+perplexity. Nothing is timed.
 
 The demo model's layers were stored in 4 bits before (Q4_1): their weights lie on grids of sixteen numbers, which others' weights do not.
-``--smeared`` spreads every weight evenly over its step of the grid, by lots drawn anew each time: models that say nearly what the demo model
-says, of weights as training leaves them. Believe a rule if it does well on these too.
+``--smeared`` spreads every weight evenly over its step of the grid, by lots drawn anew each time: models that say nearly what the demo
+model says, of weights as training leaves them. Believe a rule if it does well on these too.
 """
 
 import argparse

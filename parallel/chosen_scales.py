@@ -1,8 +1,8 @@
 """The scale of a group of weights in 4 bits, chosen among some by how much of the group it leaves unsaid. C weights of a group.
 
 The furthest weight is made -8, or a little more or less; which of these says most of the group is tried, and the scale is then the one that
-fits the numbers best (as llama.cpp's `make_qx_quants` does). Squared errors count by the size of a weight and the mean of its group's sizes:
-large weights tend to be where activations are large. Whatever computes it comes to the same bits, kernels of CPUs and of GPUs and
+fits the numbers best (as llama.cpp's `make_qx_quants` does). Squared errors count by the size of a weight and the mean of its group's
+sizes: large weights tend to be where activations are large. Whatever computes it comes to the same bits, kernels of CPUs and of GPUs and
 plain torch: what decides is counted in whole numbers below 2^24, so that no order of sums and no fused operation can change it.
 """
 
@@ -27,7 +27,7 @@ def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
     """int8 numbers (..., C) from -8 to 7 and float16 scales (...) of weights in float32, by a kernel where there is one."""
     library = native()
     if weight_xC.device.type == "cuda" and has_triton():
-        from parallel.cuda.chosen_scales import choose_scales as choose_on_device  # triton: not to be imported where there is no such device
+        from parallel.cuda.chosen_scales import choose_scales as choose_on_device  # triton: not where there is no such device
 
         return choose_on_device(weight_xC)
     if weight_xC.device.type != "cpu" or library is None:

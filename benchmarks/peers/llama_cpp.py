@@ -33,8 +33,8 @@ TOP = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight"
 
 
 def converted(checkpoint: Path, form: str, head: str | None = None, into: Path | None = None) -> Path:
-    """The checkpoint as a GGUF file without a vocabulary, written beside it (or ``into`` a folder) once. ``head``: the form of embedding and
-    head, if another."""
+    """The checkpoint as a GGUF file without a vocabulary, written beside it (or ``into`` a folder) once. ``head``: the form of embedding
+    and head, if another."""
     target = (into or checkpoint) / f"{form}.gguf"
     if target.exists():
         return target
@@ -60,7 +60,7 @@ def converted(checkpoint: Path, form: str, head: str | None = None, into: Path |
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
-    kinds = {name: gguf.GGMLQuantizationType[FORMATS[head or form]] for name in (TOP[EMBEDDING], TOP["lm_head.weight"])}
+    kinds = dict.fromkeys((TOP[EMBEDDING], TOP["lm_head.weight"]), gguf.GGMLQuantizationType[FORMATS[head or form]])
     of_layers = gguf.GGMLQuantizationType[FORMATS[form]]
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
         targets = _by_target(tensors.keys())

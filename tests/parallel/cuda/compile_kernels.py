@@ -221,7 +221,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     ),
     (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 32}),
     (
-        chosen_scales._choose_kernel,
+        chosen_scales._choose_scales_kernel,
         {"weights": "*fp32", "numbers": "*i8", "scales": "*fp16", "num_groups": "i32"},
         chosen_scales.SIZES | {"GROUP": 32},
         {"num_warps": 4, "enable_fp_fusion": False},
