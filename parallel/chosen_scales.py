@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import native, num_threads
+from parallel.scale_groups import GROUP
 from parallel.weight_format import has_triton
 
 WHOLE = 511
@@ -25,6 +26,8 @@ FIRST_TRIED, LAST_TRIED, STEP_TRIED = 465, 577, 16
 
 def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
     """int8 numbers (..., C) from -8 to 7 and float16 scales (...) of weights in float32, by a kernel where there is one."""
+    assert weight_xC.dtype == torch.float32
+    assert weight_xC.shape[-1] == GROUP["int4"], "the CPU kernel relies on it"
     library = native()
     if weight_xC.device.type == "cuda" and has_triton():
         from parallel.cuda.chosen_scales import choose_scales as choose_on_device  # triton: not where there is no such device

@@ -8,6 +8,7 @@ from torch import Tensor
 from parallel.chosen_scales import COUNT_BITS, FIRST_TRIED, LAST_TRIED, LEAST, STEP_TRIED, WHOLE
 from parallel.cuda.sizes import cdiv
 
+BLOCK = 64
 SIZES = {
     "FIRST": FIRST_TRIED,
     "LAST": LAST_TRIED,
@@ -15,7 +16,7 @@ SIZES = {
     "WHOLE": WHOLE,
     "COUNT_BITS": COUNT_BITS,
     "LEAST": LEAST,
-    "BLOCK": 64,
+    "BLOCK": BLOCK,
 }
 ROUNDER = tl.constexpr(1.5 * 2**23)
 """Added to a float32 and taken away again it leaves the nearest whole number, of two the even one."""
@@ -65,7 +66,7 @@ def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
     numbers_xC = torch.empty_like(weight_xC, dtype=torch.int8)
     scales_x = weight_xC.new_empty(weight_xC.shape[:-1], dtype=torch.float16)
     if scales_x.numel():
-        _choose_scales_kernel[(cdiv(scales_x.numel(), SIZES["BLOCK"]),)](
+        _choose_scales_kernel[(cdiv(scales_x.numel(), BLOCK),)](
             weight_xC, numbers_xC, scales_x, scales_x.numel(), **SIZES, GROUP=weight_xC.shape[-1], num_warps=4, enable_fp_fusion=False
         )  # fmt: skip
     return numbers_xC, scales_x
