@@ -1,26 +1,38 @@
 """What whoever starts a server should know of who can reach it."""
 
 import ipaddress
+from collections.abc import Mapping
 
 from serve.config import ServeConfig
+
+EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  (compared, not bound)
 
 
 def exposure(config: ServeConfig) -> list[str]:
     """Sentences to be shown at the start; none where only this machine reaches the ports, or keys and TLS are set."""
-    open_to_others = [host for host in dict.fromkeys((config.http.host, config.grpc.host)) if not _is_loopback(host)]
-    if not open_to_others:
+    fronts = {front: host for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)) if not is_loopback(host)}
+    if not fronts:
         return []
     if config.auth.keys_file is None:
         return [
-            f"NOBODY IS ASKED FOR A KEY, and other machines reach {' and '.join(open_to_others)}: whoever does can use the models, and "
-            "over gRPC end the requests of others and drain the server. `manta keys create` makes keys; auth.keys_file names their file."
+            f"NOBODY IS ASKED FOR A KEY, and {_where(fronts)}: whoever reaches that can use the models"
+            f"{', and over gRPC end the requests of others and drain the server' if 'gRPC' in fronts else ''}. "
+            "`manta keys create` makes keys; auth.keys_file names their file."
         ]
-    if config.grpc.certificate is None and not _is_loopback(config.grpc.host):
+    if config.grpc.certificate is None and not is_loopback(config.grpc.host):
         return ["API keys come over gRPC in the clear: set grpc.certificate and grpc.key. (HTTP leaves TLS to what stands before it.)"]
     return []
 
 
-def _is_loopback(host: str) -> bool:
+def _where(fronts: Mapping[str, str]) -> str:
+    """``fronts``: the address of each."""
+    by_address: dict[str, list[str]] = {}
+    for front, host in fronts.items():
+        by_address.setdefault("every address of this machine" if host in EVERY_ADDRESS else host, []).append(front)
+    return " and ".join(f"{' and '.join(names)} listen{'s' * (len(names) == 1)} on {address}" for address, names in by_address.items())
+
+
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.serve as ray_serve
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
@@ -18,6 +20,7 @@ from cluster.joining import CannotJoin, joined
 from serve.config import ServeConfig
 from serve.deploying import ChangeLog, OnProgress, StartError, deploy, start_proxies, told_as_start_error
 from serve.deployment import Model
+from serve.exposure import EVERY_ADDRESS, is_loopback
 from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
 from serve.ray_address import address_of
@@ -25,6 +28,7 @@ from serve.stop_signals import StopSignals
 
 UNSENT = [".git", ".venv", "tests", "docs", "k8s", "benchmarks", "**/node_modules", "**/__pycache__"]
 DELETE_MARGIN_S = 30.0
+LOOK_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +123,20 @@ def _with_real_ports(config: ServeConfig) -> ServeConfig:
     http, grpc = details["http_options"], details["grpc_options"]
     if SERVICER_FUNCTIONS[0] not in (grpc or {}).get("grpc_servicer_functions", ()):
         logger.warning("Ray Serve was started without Manta's gRPC services: only HTTP answers (`manta config --emit serve` has them)")
-    sections: dict[str, Any] = {"http": config.http.model_copy(update={"host": http["host"], "port": http["port"]})}
+    host = http["host"] or EVERY_ADDRESS[0]
+    sections: dict[str, Any] = {"http": config.http.model_copy(update={"host": host, "port": http["port"]})}
     with contextlib.suppress(TypeError, KeyError):
-        sections["grpc"] = config.grpc.model_copy(update={"port": grpc["port"]})
+        open_to_all = _takes_connections(ray.util.get_node_ip_address(), grpc["port"])  # as proxies without our hook do, whatever is set
+        sections["grpc"] = config.grpc.model_copy(
+            update={"port": grpc["port"], **({"host": EVERY_ADDRESS[0]} if open_to_all and is_loopback(config.grpc.host) else {})}
+        )
     return config.model_copy(update=sections)
+
+
+def _takes_connections(host: str, port: int) -> bool:
+    """Whether somebody listens there, by an address that other hosts use too."""
+    if is_loopback(host):
+        return False
+    with contextlib.suppress(OSError), socket.create_connection((host, port), LOOK_S):
+        return True
+    return False

@@ -37,7 +37,6 @@ from serve.ports import PortInUse, check_free
 from serve.stop_signals import StopSignals
 
 LOOPBACK = "127.0.0.1"  # Ray 2.60 takes the host's address in its place; docs/keys.md says what that means
-LOOPBACKS = (LOOPBACK, "localhost", "::1")
 STOP_S = 6.0
 """For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
 STOP_MARGIN_S = 1.0
@@ -138,9 +137,6 @@ def _check_ports(config: ServeConfig) -> None:
         check_free(config.grpc.host, config.grpc.port, front="grpc")
     except PortInUse as error:
         raise StartError(str(error)) from error
-    for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)):
-        if host not in LOOPBACKS and config.auth.keys_file is None:
-            logger.warning("%s listens on %s and asks nobody for a key: whoever reaches it can use the model", front, host)
 
 
 def _check_tls(config: ServeConfig) -> None:
