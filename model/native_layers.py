@@ -19,7 +19,9 @@ from parallel.native.library import Native, native
 from parallel.packed_format import FEW_ROWS, PackedFormat
 
 FEW_TOKENS = 64
-"""With more, Python between halves is a hundredth of a step, and a process that is told to end should hear it before the step is over."""
+"""With more, Python between halves is a hundredth of a step."""
+FEW_PRODUCTS = 25 * 10**9
+"""Half a second of a slow processor: a process that is told to end hears it between two calls."""
 
 
 class NativeLayer:
@@ -33,8 +35,9 @@ class NativeLayer:
 
     @property
     def halves(self) -> tuple[AttentionHalf, MlpHalf | MoeHalf] | None:
-        """None where a part is left to a module."""
-        return None if self._mlp_half is None else (self._attention, self._mlp_half)
+        """None where a part is left to a module, or a bias is to be added behind a sum."""
+        summed = (self._output, self._mlp.down) if isinstance(self._mlp, Mlp) else (self._output,)
+        return None if self._mlp_half is None or any(linear.has_bias for linear in summed) else (self._attention, self._mlp_half)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: BatchOfStep, kept_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `DecoderLayer.forward`; ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is written over."""
@@ -55,11 +58,13 @@ class NativeLayers:
         """``tp``: the ranks that have the other parts of each layer."""
         self.layers = tuple(layers)
         self.at_once = _at_once(self.layers, tp)
-        """None where a part is left to a module, or ranks do not talk through memory that they share."""
+        """None where a layer has no `NativeLayer.halves`, or ranks do not talk through memory that they share."""
+        num_weights = self.at_once.num_weights if self.at_once is not None else 0
+        self._few_tokens = min(FEW_TOKENS, FEW_PRODUCTS // max(num_weights, 1))
 
     def __call__(self, x_TD: Tensor, batch: BatchOfStep, kept_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The stream, which is written over, and what is still to be added to it; ``kept_R`` as of `DecoderLayer.forward`, for the last."""
-        if self.at_once is not None and kept_R is None and 0 < len(x_TD) <= FEW_TOKENS:
+        if self.at_once is not None and kept_R is None and 0 < len(x_TD) <= self._few_tokens:
             return x_TD, self.at_once(batch, x_TD)
         delta_TD = None
         for layer in self.layers:

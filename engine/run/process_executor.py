@@ -147,6 +147,8 @@ class ProcessExecutor:
         return result
 
     def _receive_any(self, timeout_s: float) -> Any:
+        if not self._connections:
+            raise WorkersLost("the ranks have been ended", host=socket.gethostname())
         ready = self._poll.poll(1000 * timeout_s)
         if not ready:
             raise WorkersLost(f"no rank answered within {timeout_s:g} s", host=socket.gethostname())

@@ -66,6 +66,10 @@ class Product:
     bias: Tensor | None
     num_inputs: int
 
+    @property
+    def num_weights(self) -> int:
+        return self.packed.num_outputs * self.num_inputs
+
 
 class BatchOfStep:
     """What all layers of a step read. Contiguous tensors: cos, sin (T, K / 2) float32, slots (T), starts (S + 1) and lengths (S) int64,
@@ -99,6 +103,8 @@ class AttentionHalf:
     ) -> None:
         """``heads_G3``: for each KV head its first query head, how many it has, and its number."""
         self._held = (norm, qkv, output, heads_G3, keys_NBGK, values_NBGK)
+        self.num_weights = qkv.num_weights + output.num_weights
+        """That a token is multiplied by."""
         _, block_tokens, num_kv_heads, head_dim = keys_NBGK.shape
         functions = (table[keys_NBGK.dtype] for table in (library.write_kv, library.prefill, library.decode))
         self._struct = _AttentionHalf(
@@ -127,12 +133,17 @@ class GatedMlp:
     down: Product
     few_rows: int
 
+    @property
+    def num_weights(self) -> int:
+        return self.up.num_weights + self.down.num_weights
+
 
 class _SecondHalf:
     """Norm and MLP of one layer: what `MlpHalf` and `MoeHalf` have in common."""
 
-    def __init__(self, struct: ctypes.Structure, call: "ctypes._NamedFuncPointer", held: object) -> None:
-        self._struct, self._call, self._held = struct, call, held
+    def __init__(self, struct: ctypes.Structure, call: "ctypes._NamedFuncPointer", num_weights: int, held: object) -> None:
+        """``num_weights``: as of `AttentionHalf`."""
+        self._struct, self._call, self.num_weights, self._held = struct, call, num_weights, held
         self.address = ctypes.addressof(struct)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor) -> Tensor:
@@ -153,7 +164,7 @@ class MlpHalf(_SecondHalf):
 
     def __init__(self, library: Native, *, norm: Tensor, eps: float, mlp: GatedMlp) -> None:
         struct = _MlpHalf(_Norm(norm.data_ptr(), eps), _mlp(library, mlp))
-        super().__init__(struct, library.mlp_half, (norm, mlp))
+        super().__init__(struct, library.mlp_half, mlp.num_weights, (norm, mlp))
 
 
 class MoeHalf(_SecondHalf):
@@ -175,7 +186,9 @@ class MoeHalf(_SecondHalf):
     ) -> None:
         matrices = _matrix(library, router), _matrix(library, shared_gate)
         struct = _MoeHalf(_Norm(norm.data_ptr(), eps), *matrices, _mlp(library, shared), experts.struct, experts_per_token, renormalise)
-        super().__init__(struct, library.moe_half, (norm, router, shared_gate, shared, experts))
+        of_experts = 3 * experts.struct.width * experts.struct.inner_width * experts_per_token
+        num_weights = router.num_weights + shared_gate.num_weights + shared.num_weights + of_experts
+        super().__init__(struct, library.moe_half, num_weights, (norm, router, shared_gate, shared, experts))
 
 
 def _mlp(library: Native, mlp: GatedMlp) -> _Mlp:

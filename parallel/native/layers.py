@@ -42,6 +42,8 @@ class AllLayers:
         """``exchange``: of the group of ranks along ``axis``; None without others."""
         assert exchange is None or all(isinstance(second, MlpHalf) for _, second in layers)
         self._call, self._held, self._exchange = library.layers, layers, exchange
+        self.num_weights = sum(half.num_weights for halves in layers for half in halves)
+        """That a token is multiplied by."""
         rows = ((attention.address, second.address, isinstance(second, MoeHalf)) for attention, second in layers)
         self._layers = (_Layer * len(layers))(*(_Layer(*row) for row in rows))
         self._sums = _Sums(address_of(library.all_reduce[torch.float32]), None, None, *kind_and_axis("all_reduce", axis))

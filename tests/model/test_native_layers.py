@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import native_layers
 from model.config import ModelConfig
 from parallel.experts import RoutedExperts
 from parallel.groups import ParallelGroups, single_rank_groups
@@ -56,9 +57,8 @@ def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], for
     return driver.mixed(prompts, 20)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16, rounded activations"])
-def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp_path: Path, kind: str) -> None:
-    format = FORMATS[kind]
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp_path: Path, format: PackedFormat) -> None:
     if not multiplies(format.kind):
         pytest.skip("this processor has no such kernel")
     folder, prompts = write_dense(tmp_path), seeded_prompts(100, [70, 9, 1])
@@ -66,6 +66,29 @@ def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp
     found = run_ranks(Topology(tp=2), by_ranks, folder, prompts, format, True, transport="auto")
     for by_gloo, by_memory in zip(wanted, found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(by_gloo, by_memory, strict=True))
+
+
+def test_a_step_of_a_large_model_is_not_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not multiplies("fp32"):
+        pytest.skip("the kernels are not built here")
+    driver = Driver(write_dense(tmp_path), single_rank_groups(), format=FORMATS["float32"])
+    layers = driver.model.layers_at_once(driver.cache)
+    assert layers is not None
+    assert layers.at_once is not None
+    config, num_heads = driver.model.config, driver.model.config.num_heads + 2 * driver.model.config.num_kv_heads
+    of_layer = config.head_dim * config.hidden_size * (num_heads + config.num_heads) + 3 * config.hidden_size * config.intermediate_size
+    assert layers.at_once.num_weights == config.num_layers * of_layer
+
+    called: list[int] = []
+    monkeypatch.setattr(native_layers, "FEW_PRODUCTS", 3 * layers.at_once.num_weights)
+    limited = native_layers.NativeLayers(layers.layers, driver.model.groups.tp)
+    assert limited.at_once is not None
+    at_once = limited.at_once
+    monkeypatch.setattr(limited, "at_once", lambda batch, x_TD: called.append(len(x_TD)) or at_once(batch, x_TD))
+    monkeypatch.setattr(driver.model, "layers_at_once", lambda _cache: limited)
+    driver.mixed([[1, 2, 3, 4, 5, 6, 7, 8], [1]], 20)
+    driver.chunked([1, 2, 3], 3)
+    assert max(called) == 3
 
 
 def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastCollective:

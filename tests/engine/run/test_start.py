@@ -1,7 +1,9 @@
 """Starting a rank: what it measures, what it tells, what it refuses."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import InvalidLogits
+from engine.errors import InvalidLogits, WorkersLost
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.memory import NoRoomForKv, measure_capacity
@@ -222,8 +224,14 @@ def test_two_processes_answer_as_one(dense_folder, topology):
             result = executor.submit(StepPlan(step, (work,), (opening,) if step == 0 else ())).result()
             tokens = result.sampled[0].tokens
             answer += tokens
+        for pid in executor.pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkersLost, match=r"rank \d on .* ended"):
+            executor.wait_for(6)
     finally:
         executor.close()
+    with pytest.raises(WorkersLost, match="have been ended"):
+        executor.wait_for(6)
     assert tuple(answer) == greedy(oracle, prompt, 6)
 
 
