@@ -1,7 +1,8 @@
 """What kernels of attention over blocks of KV share: where a position lies, and whose heads are whose.
 
-G KV heads, L positions read at a time, in blocks of some tokens each. The query heads of a KV head are rows of one matrix product, so that
-its keys and values are read once for all of them. Softmax runs online, in base 2 (FlashAttention-2, arXiv 2307.08691).
+G KV heads, R rows of queries, L positions read at a time, in blocks of some tokens each. The query heads of a KV head are rows of one
+matrix product, so that its keys and values are read once for all of them. Softmax runs online, in base 2 (FlashAttention-2, arXiv
+2307.08691).
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,15 @@ def as_float16(q):
     """A sixteenth of queries, so that none is too large for float16, which has three digits more than bfloat16. Two numbers in FP8 become
     float16 by one instruction, and bfloat16 by five, of which two are slow (and Triton takes some for it that Ada has not)."""
     return (q.to(tl.float32) * 0.0625).to(tl.float16)
+
+
+@triton.jit
+def weigh(scores_RL, highest_R, scale_log2):
+    """Softmax goes on with more positions: the highest score of each row up to here, in base 2; what these positions weigh; and how much is
+    left of what was summed up before."""
+    higher_R = tl.maximum(highest_R, tl.max(scores_RL, axis=1) * scale_log2)
+    weights_RL = tl.exp2(scores_RL * scale_log2 - higher_R[:, None])
+    return higher_R, weights_RL, tl.exp2(highest_R - higher_R)
 
 
 def padded(size: int) -> int:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
-from parallel.cuda.paged import LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision
+from parallel.cuda.paged import LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
 from parallel.cuda.quick_launch import quick
 from parallel.rounding import FP8
 
@@ -104,10 +104,7 @@ def _decode_kernel(
         else:
             scores_PL = tl.dot(q_PW, keys_WL.to(q_PW.dtype), input_precision=PRECISION)
         scores_PL = tl.where(seen_L[None, :], scores_PL, NOTHING)
-        higher_P = tl.maximum(highest_P, tl.max(scores_PL, axis=1) * scale_log2)
-        weights_PL = tl.exp2(scores_PL * scale_log2 - higher_P[:, None])
-        fade_P = tl.exp2(highest_P - higher_P)
-        highest_P = higher_P
+        highest_P, weights_PL, fade_P = weigh(scores_PL, highest_P, scale_log2)
         sum_PL = sum_PL * fade_P[:, None] + weights_PL
         out_PW = out_PW * fade_P[:, None]
         if IN_PAIRS:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.paged import LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision
+from parallel.cuda.paged import LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
 from parallel.cuda.quick_launch import quick
 from parallel.rounding import FP8
 
@@ -31,10 +31,7 @@ def _attend_span(
         scores_RL = tl.dot(q_RK, tl.trans(keys_LK), input_precision=PRECISION)
         if not IS_WHOLE:
             scores_RL = tl.where((tile + tl.arange(0, TILE))[None, :] <= last_seen_R[:, None], scores_RL, NOTHING)
-        higher_R = tl.maximum(highest_R, tl.max(scores_RL, axis=1) * scale_log2)
-        weights_RL = tl.exp2(scores_RL * scale_log2 - higher_R[:, None])
-        fade_R = tl.exp2(highest_R - higher_R)
-        highest_R = higher_R
+        highest_R, weights_RL, fade_R = weigh(scores_RL, highest_R, scale_log2)
         sum_R = sum_R * fade_R + tl.sum(weights_RL, axis=1)
         out_RK = tl.dot(weights_RL.to(q_RK.dtype), values_LK, acc=out_RK * fade_R[:, None], input_precision=PRECISION)
         block_L = look_up(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
