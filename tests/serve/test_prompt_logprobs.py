@@ -11,6 +11,7 @@ import torch
 from manta_client import AsyncClient, BadRequest
 from transformers import Qwen2ForCausalLM
 
+from parallel.native.library import native
 from serve.text.tokenizer import Tokenizer
 from tests.serve.in_process import MODEL, Fronts
 
@@ -78,6 +79,7 @@ async def test_the_prompt_alone_can_be_asked_for(both: Fronts) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
 
 
+@pytest.mark.skipif(native() is None, reason="torch's products may differ in the last bits beside other sequences")
 async def test_of_several_choices_one_has_the_prompt_scored_and_all_tell_of_it(both: Fronts) -> None:
     asked: dict[str, Any] = {"prompt": [IDS, TEXT], "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0.9, "seed": 5}
     async with AsyncClient(both.grpc) as client:
