@@ -65,7 +65,7 @@ def test_a_submitted_job_serves_and_a_stopped_one_leaves_nothing(bare_head: RayH
     assert "Paris" in answer(http)
     with Client(f"grpc://127.0.0.1:{grpc}", timeout=120) as client:
         assert client.chat.create(**ASKED).text == answer(http)
-    eventually(lambda: "Manta serves demo: 1 x 2 ranks" in logs(), 60)
+    eventually(lambda: "Manta serves demo: 1 replica of 2 ranks" in logs(), 60)
     bare_head.run("ray", "job", "stop", "--address", bare_head.dashboard, job[0])
     eventually(lambda: not any("EngineDeployment" in process.name() or "Worker" in process.name() for process in bare_head.descendants), 60)
 
