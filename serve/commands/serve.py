@@ -31,7 +31,8 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="`demo`, a checkpoint folder, a repository of the Hugging Face hub, modelscope://owner/name, or s3://bucket/folder."
+            help="`demo` (the default), a checkpoint folder, a repository of the Hugging Face hub, modelscope://owner/name, "
+            "or s3://bucket/folder."
         ),
     ] = None,
     file: ConfigFile = None,
@@ -45,7 +46,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
     quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, or on GPUs fp8: round weights while loading.")] = None,
     kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="auto, or on GPUs fp8: twice as many tokens fit.")] = None,
-    max_context_tokens: Annotated[int | None, typer.Option("--max-context-tokens", help="Prompt and answer together.")] = None,
+    max_context_tokens: Annotated[
+        int | None, typer.Option("--max-context-tokens", help="Prompt and answer together: lowers the model's limit.")
+    ] = None,
     speculate: Annotated[
         str | None,
         typer.Option("--speculate", help="Speculative decoding, no answer changes: lookup (n-gram), or draft (--draft-model)."),
