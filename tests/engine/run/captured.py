@@ -85,7 +85,6 @@ def use_capturable_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.qwen2.choose_backend", lambda _device, config, *_: CapturableAttention(config))
     for module in ("model.layers", "model.rope"):
         monkeypatch.setattr(f"{module}.kernels_for", lambda _x: None)
-    monkeypatch.setattr("engine.run.sampling.search.native", lambda: None)
     monkeypatch.setattr(RoutedExperts, "_compute", lambda self, x, ids, weights: self._on_cuda()(x, ids, weights))
 
 
