@@ -10,7 +10,6 @@ from engine.errors import GrammarFailed
 from engine.plan import Opening, Work
 from engine.request import SamplingParams
 from engine.run.grammar import guides as module
-from engine.run.grammar import start as starting
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.grammar.llg import LlCompiler
 from engine.run.grammar.start import MadeLater
@@ -165,16 +164,15 @@ def test_a_compiler_is_made_once_for_the_first_grammar_or_at_rest() -> None:
     assert makers[1] is not threading.current_thread()
 
 
-def test_no_compiler_is_made_while_the_process_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_made_while_the_process_computes() -> None:
     computed_s = iter((0.0, 1.0, 1.0, 2.0, 2.0, 2.0))
-    monkeypatch.setattr(starting.time, "process_time", lambda: next(computed_s))
     made = threading.Event()
 
     def make() -> LlCompiler:
         made.set()
         return COMPILER
 
-    MadeLater(make, 0.02)
+    MadeLater(make, 0.02, computed_s=lambda: next(computed_s))
     assert made.wait(60)
     assert next(computed_s, None) is None, "two spells in which it computed, and one at rest"
 
