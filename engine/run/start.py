@@ -179,7 +179,7 @@ def ready_runner(
         runner.close()
         raise
     runner.rebalancer.forget()
-    log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, runner)
+    log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, repr(runner))  # a record that is kept keeps no weights
     return runner
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import signal
 import sys
 import weakref
@@ -169,8 +170,9 @@ def test_a_word_of_a_part_chooses_it() -> None:
     assert [name for name in names if parts.is_chosen(name, [])] == names
 
 
-def test_a_model_that_was_served_is_gone_before_the_next_one_comes() -> None:
-    """On a device it and its KV fill nearly all of the memory."""
+def test_a_model_that_was_served_is_gone_before_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
+    """On a device it and its KV fill nearly all of the memory. Whoever keeps what was logged keeps nothing of it."""
+    caplog.set_level(logging.DEBUG)
     served = Served(random_model("tiny", torch.device("cpu")), max_running=4, kv_cache_bytes=1 << 20)
     parts_of_it = [weakref.ref(one) for one in (served.model, served.runner, served.runner.cache, served.engine)]
     del served
