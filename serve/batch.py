@@ -65,28 +65,81 @@ def _item(line: str, where: str) -> Item:
     return Item(custom_id=fields["custom_id"], url=fields["url"], body=fields["body"])
 
 
-def finished_ids(output: Path) -> set[str]:
-    """Which requests have their line; a last line that was torn by a kill is cut off.
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A line of the output that holds no answer."""
+
+    line: int
+    """Its number in the output."""
+    custom_id: str
+    reason: str
+    """The status and what was said, or what happened to the connection."""
+
+
+def finished(output: Path) -> dict[str, bool]:
+    """By ``custom_id`` which requests have their line, and whether it holds an answer; a last line that was torn by a kill is cut off.
 
     Raises:
         BatchError: the file holds something else than answers of a batch.
     """
-    if not output.exists():
-        return set()
-    done: set[str] = set()
+    done: dict[str, bool] = {}
     whole_bytes = 0
-    with output.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                done.add(json.loads(line)["custom_id"])
-            except (ValueError, KeyError, TypeError):
-                raise BatchError(f"{output}:{number} is no answer of a batch; give another output file") from None
-            whole_bytes += len(line)
-    if whole_bytes < output.stat().st_size:
+    for _, text, line in _whole_lines(output):
+        done[line["custom_id"]] = _is_answered(line)
+        whole_bytes += len(text)
+    if output.exists() and whole_bytes < output.stat().st_size:
         os.truncate(output, whole_bytes)
     return done
+
+
+def failures(output: Path) -> Iterator[Failure]:
+    """The lines that hold no answer, in the order of the file."""
+    for number, _, line in _whole_lines(output):
+        if not _is_answered(line):
+            yield Failure(line=number, custom_id=line["custom_id"], reason=_reason(line))
+
+
+def forget_failures(output: Path) -> None:
+    """Leave only the answers in the file, so that what failed counts as not yet asked. Killed, it is as before, or done."""
+    if not any(failures(output)):
+        return
+    kept = output.with_name(f"{output.name}.kept")
+    with kept.open("wb") as file:
+        file.writelines(text for _, text, line in _whole_lines(output) if _is_answered(line))
+        file.flush()
+        os.fsync(file.fileno())
+    kept.replace(output)
+
+
+def _whole_lines(output: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """(number, as it stands there, what it says)"""
+    if not output.exists():
+        return
+    if not output.is_file():
+        raise BatchError(f"{output} is no file; a batch goes on by what its output holds already")
+    with output.open("rb") as texts:
+        for number, text in enumerate(texts, 1):
+            if not text.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(text)
+                line["custom_id"], line["response"], line["error"]
+            except (ValueError, KeyError, TypeError):
+                raise BatchError(f"{output}:{number} is no answer of a batch; give another output file") from None
+            yield number, text, line
+
+
+def _is_answered(line: dict[str, Any]) -> bool:
+    return line["error"] is None and 200 <= line["response"]["status_code"] < 300
+
+
+def _reason(line: dict[str, Any]) -> str:
+    if line["error"] is not None:
+        return str(line["error"]["message"])
+    body = line["response"]["body"]
+    error = body.get("error") if isinstance(body, dict) else None
+    said = error.get("message") if isinstance(error, dict) else None
+    return f"{line['response']['status_code']}: {said}" if said else str(line["response"]["status_code"])
 
 
 class Sender:
@@ -133,7 +186,7 @@ def _retry_after_s(response: httpx.Response, attempt: int) -> float:
 class Progress:
     done: int
     failed: int
-    """Of `done`, those whose status is no 2xx."""
+    """Of `done`, those whose line holds no answer: an earlier run's count as well."""
     total: int
 
 
@@ -152,10 +205,10 @@ def run_batch(
     for again by the next run.
     """
     stop = stop or threading.Event()
-    done = finished_ids(output)
+    done = finished(output)
     left = iter([item for item in items if item.custom_id not in done])
-    num_done, num_failed = sum(item.custom_id in done for item in items), 0
-    yield Progress(done=num_done, failed=0, total=len(items))
+    num_done, num_failed = sum(item.custom_id in done for item in items), sum(done.get(item.custom_id) is False for item in items)
+    yield Progress(done=num_done, failed=num_failed, total=len(items))
     sender = Sender(client, attempts=attempts, sleep=stop.wait)
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix="batch")
     running: set[Future[dict[str, Any]]] = set()
@@ -166,13 +219,13 @@ def run_batch(
                     running.add(pool.submit(sender.answer, item))
                 if not running:
                     break
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for answer in finished:
+                answered, running = wait(running, return_when=FIRST_COMPLETED)
+                for answer in answered:
                     line = answer.result()
                     file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                     file.flush()  # a kill leaves it whole, or torn at the very end
                     num_done += 1
-                    num_failed += line["error"] is not None or not 200 <= line["response"]["status_code"] < 300
+                    num_failed += not _is_answered(line)
                     yield Progress(done=num_done, failed=num_failed, total=len(items))
             os.fsync(file.fileno())
     finally:

@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
-from serve.commands.settings import stop
+from serve.commands.settings import WRONG_USAGE, stop
 
+SOME_FAILED = 3
+"""Leaves with it where every request has its line, and not every line an answer."""
 INTERRUPTED = 130
 REQUEST_TIMEOUT_S = 3600.0
 READY_TIMEOUT_S = 60.0
+MOST_NAMED = 8
+"""Lines of the output that are named after a run; the others are counted."""
 
 
 def batch(
@@ -20,29 +24,40 @@ def batch(
     url: Annotated[str, typer.Option("--url", help="A running server.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str | None, typer.Option("--api-key", help="Else $MANTA_API_KEY.")] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Requests at the same time.")] = 32,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
 ) -> None:
     """Answer a file of requests through a running server.
 
     Interrupted by Ctrl-C or killed, the same command goes on where it was: no line is lost or written twice.
 
+    Leaves with 0 where every request is answered; with 3 where some failed, which have the error in their line and are named at
+    the end; with 1 where the batch could not be run; with 130 where it was interrupted.
+
     \b
       manta serve demo
       manta batch in.jsonl -o out.jsonl
+      manta batch in.jsonl -o out.jsonl --retry-failed
     """
     import httpx
 
-    from serve.batch import BatchError, finished_ids, read_items, run_batch, wait_until_ready
+    from serve.batch import BatchError, finished, forget_failures, read_items, run_batch, wait_until_ready
 
+    if not url.startswith(("http://", "https://")):
+        stop(f"--url {url!r} is no URL of a server; it is like http://127.0.0.1:8000", code=WRONG_USAGE)
     key = api_key or os.environ.get("MANTA_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     stopped, shown = threading.Event(), None
     try:
         items = read_items(requests)
-        finished_ids(output)
+        finished(output)
         with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
-            if not wait_until_ready(client, timeout_s=READY_TIMEOUT_S):
-                stop(f"no server answers at {url}; start one with `manta serve`, or say --url")
+            if not wait_until_ready(client, timeout_s=0.0):
+                typer.echo(f"waiting up to {READY_TIMEOUT_S:g} s for a server at {url}", err=True)
+                if not wait_until_ready(client, timeout_s=READY_TIMEOUT_S):
+                    stop(f"no server answers at {url}; start one with `manta serve`, or say --url")
+            if retry_failed:
+                forget_failures(output)
             with _bar(len(items)) as bar:
                 for shown in run_batch(items, output, client, concurrency=concurrency, stop=stopped):
                     bar(shown.done, shown.failed)
@@ -53,8 +68,20 @@ def batch(
         typer.echo("\ninterrupted; the same command goes on where this one was", err=True)
         os._exit(INTERRUPTED)  # answers under way are not waited for
     assert shown is not None
-    refused = f"; {shown.failed} of this run with an error, see their status_code" if shown.failed else ""
-    typer.echo(f"{shown.done} of {shown.total} requests have their line in {output}{refused}", err=True)
+    typer.echo(f"{shown.done - shown.failed} of {shown.total} requests are answered in {output}", err=True)
+    if shown.failed:
+        stop(_failed(output, {item.custom_id for item in items}), code=SOME_FAILED)
+
+
+def _failed(output: Path, asked: set[str]) -> str:
+    """How many of the requests failed, in which lines of the output, and why the first did."""
+    from serve.batch import failures
+
+    failed = [failure for failure in failures(output) if failure.custom_id in asked]
+    named = ", ".join(str(failure.line) for failure in failed[:MOST_NAMED]) + (", ..." if len(failed) > MOST_NAMED else "")
+    which, (first, *others) = f"line{'s' if len(failed) > 1 else ''} {named} of {output}", failed
+    why = f"{'the first, ' if others else ''}{first.custom_id}, {first.reason}"
+    return f"{len(failed)} failed: {which} ({why}); --retry-failed asks again"
 
 
 class _bar:  # noqa: N801  (used like a function)

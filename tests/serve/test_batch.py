@@ -1,14 +1,19 @@
 """Batches: every request gets exactly one line, whatever interrupts."""
 
 import json
+import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner, Result
 
-from serve.batch import BatchError, Item, finished_ids, read_items, run_batch
+from serve.batch import BatchError, Item, failures, finished, forget_failures, read_items, run_batch
+from serve.cli import app
 
 CHAT = "/v1/chat/completions"
 
@@ -51,7 +56,7 @@ def test_a_run_that_is_left_early_is_gone_on_with(tmp_path: Path, after: int) ->
     for _ in range(after + 1):
         next(run)
     run.close()
-    assert len(finished_ids(output)) == after
+    assert len(finished(output)) == after
     list(run_batch(items(20), output, client(handler), concurrency=3))
     assert Counter(line["custom_id"] for line in lines(output)) == Counter(item.custom_id for item in items(20))
 
@@ -79,6 +84,24 @@ def test_a_refusal_is_an_answer_too(tmp_path: Path) -> None:
     last = list(run_batch(items(1), output, client(lambda request: httpx.Response(400, json=refusal)), concurrency=1))[-1]
     assert (last.done, last.failed) == (1, 1)
     assert lines(output)[0]["response"]["body"] == refusal
+    (failure,) = failures(output)
+    assert (failure.line, failure.custom_id, failure.reason) == (1, "r0", "400: no")
+    again = list(run_batch(items(1), output, client(), concurrency=1))[-1]
+    assert (again.done, again.failed) == (1, 1), "a failure of an earlier run is one still"
+
+
+def test_failures_that_are_forgotten_are_asked_again_and_no_answer_is_lost(tmp_path: Path) -> None:
+    def refuses_odd(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(404, json={}) if json.loads(request.content)["n"] % 2 else echo(request)
+
+    output = tmp_path / "out.jsonl"
+    list(run_batch(items(6), output, client(refuses_odd), concurrency=1))
+    answered = [line for line in lines(output) if line["response"]["status_code"] == 200]
+    forget_failures(output)
+    assert lines(output) == answered
+    last = list(run_batch(items(6), output, client(), concurrency=1))[-1]
+    assert (last.done, last.failed) == (6, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_a_server_that_is_gone_is_told_in_the_line(tmp_path: Path) -> None:
@@ -119,9 +142,80 @@ def test_an_input_that_makes_no_sense_is_refused_with_its_line(tmp_path: Path, t
         read_items(path)
 
 
-def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["my notes\n", json.dumps(GOOD) + "\n"], ids=["notes", "the input itself"])
+def test_a_file_of_something_else_is_not_written_to(tmp_path: Path, text: str) -> None:
     output = tmp_path / "notes.txt"
-    output.write_text("my notes\n")
+    output.write_text(text)
     with pytest.raises(BatchError, match="another output file"):
-        finished_ids(output)
-    assert output.read_text() == "my notes\n"
+        finished(output)
+    assert output.read_text() == text
+
+
+def test_an_output_that_cannot_be_read_again_is_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(BatchError, match="is no file"):
+        finished(pipe)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that is ready, and answers every request but those that say "bad"."""
+
+    def do_GET(self) -> None:
+        self._answer(200, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self._answer(*((400, {"error": {"message": "bad it is"}}) if body.get("bad") else (200, {})))
+
+    def _answer(self, status: int, body: dict) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def manta_batch(tmp_path: Path, url: str, bad: int, *more: str) -> Result:
+    """Of twelve requests, of which the first ``bad`` are refused."""
+    asked = [GOOD | {"custom_id": f"r{number}", "body": {"bad": number < bad}} for number in range(12)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    arguments = (str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--concurrency", "1", "--url", url)
+    return CliRunner().invoke(app, ["batch", *arguments, *more])
+
+
+def test_the_command_leaves_with_0_where_every_request_is_answered(tmp_path: Path, url: str) -> None:
+    done = manta_batch(tmp_path, url, 0)
+    assert done.exit_code == 0
+    assert done.output.splitlines()[-1] == f"12 of 12 requests are answered in {tmp_path}/out.jsonl"
+
+
+def test_the_command_leaves_with_3_where_some_failed_and_says_last_which_and_why(tmp_path: Path, url: str) -> None:
+    for run in ("the first", "one that finds every line there"):
+        done = manta_batch(tmp_path, url, 2)
+        assert done.exit_code == 3, run
+        said = f"manta: 2 failed: lines 1, 2 of {tmp_path}/out.jsonl (the first, r0, 400: bad it is); --retry-failed asks again"
+        assert done.output.splitlines()[-1] == said
+    assert manta_batch(tmp_path, url, 0, "--retry-failed").exit_code == 0
+    assert all(line["response"]["status_code"] == 200 for line in lines(tmp_path / "out.jsonl"))
+
+
+def test_of_many_failures_the_first_lines_are_named(tmp_path: Path, url: str) -> None:
+    assert "12 failed: lines 1, 2, 3, 4, 5, 6, 7, 8, ... of" in manta_batch(tmp_path, url, 12).output
+
+
+def test_what_is_no_url_is_not_waited_for(tmp_path: Path) -> None:
+    done = manta_batch(tmp_path, "localhost:8000", 0)
+    assert done.exit_code == 2
+    assert "it is like http://127.0.0.1:8000" in done.output
