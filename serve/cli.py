@@ -30,7 +30,7 @@ class _EngineByDefault(TyperGroup):
 benches = typer.Typer(
     cls=_EngineByDefault, help="Measure: the engine of this machine by itself, or any running server.", rich_markup_mode=None
 )
-benches.command("engine")(bench.bench)
+benches.command("engine", cls=KnowsOtherNames)(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)
 
 
@@ -61,7 +61,7 @@ app.command("batch")(batch.batch)
 app.command("config")(config.config)
 app.command("demo-model")(demo_model.demo_model)
 app.command("plan")(plan.plan)
-app.command("doctor")(doctor.doctor)
+app.command("doctor", cls=KnowsOtherNames)(doctor.doctor)
 app.add_typer(benches, name="bench")
 app.add_typer(keys.keys, name="keys")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from serve.commands.flags import DRAFTING, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
 
@@ -21,12 +22,11 @@ if TYPE_CHECKING:
     from serve.model_source import FoundModel
 
 
+@with_flags(model_flag(), REVISION, *LAYOUT, *WEIGHTS, *DRAFTING)
 def bench(
-    model: Annotated[str | None, typer.Argument(help="As for `manta serve`.")] = None,
+    *,
     file: ConfigFile = None,
-    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks, each a process of its own.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
-    quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, or on GPUs fp8: round weights while loading.")] = None,
+    given: Given,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each workload; medians are shown.")] = 3,
     warm_up: Annotated[bool, typer.Option("--warm-up/--no-warm-up", help="An unmeasured round of each workload first.")] = True,
     tokens_out: Annotated[int | None, typer.Option("--tokens-out", min=1, help="At most so many tokens out in every workload.")] = None,
@@ -45,13 +45,7 @@ def bench(
       manta bench ./checkpoint --quantize int8 --rounds 5
       manta bench serve --help                            a server instead
     """
-    flags: dict[str, tuple[str, object]] = {
-        "model.source": ("MODEL", model),
-        "parallel.tensor": ("--tensor-parallel", tensor),
-        "runner.dtype": ("--dtype", dtype),
-        "runner.quantize": ("--quantize", quantize),
-    }
-    config, *others = load_settings(file, assignments, flags).config.each_model()
+    config, *others = load_settings(file, assignments, given).config.each_model()
     if others:
         stop("the settings name several models, and one is measured at a time: name it, without the list")
     from rich.console import Console

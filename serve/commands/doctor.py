@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from serve.commands.flags import DRAFTING, KV_AND_CONTEXT, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
 from serve.commands.settings import FAILED, Assignments, ConfigFile, load_settings, stop
 
@@ -21,13 +22,21 @@ if TYPE_CHECKING:
 COLOURS = {"fatal": "bold red", "warning": "yellow", "note": "green"}
 
 
+EXAMINED = (
+    model_flag("As for `manta serve`; without one only the hosts are examined."),
+    REVISION,
+    *LAYOUT,
+    *WEIGHTS,
+    *KV_AND_CONTEXT,
+    *DRAFTING,
+)
+
+
+@with_flags(*EXAMINED)
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="As for `manta serve`; without one only the hosts are examined.")] = None,
+    *,
     file: ConfigFile = None,
-    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks that share heads, MLPs and vocabulary.")] = None,
-    expert: Annotated[int | None, typer.Option("--expert-parallel", help="Groups of ranks that share routed experts.")] = None,
-    pipeline: Annotated[int | None, typer.Option("--pipeline-parallel", help="Stages of layers.")] = None,
-    data: Annotated[int | None, typer.Option("--data-parallel", help="Copies of the attention within a replica.")] = None,
+    given: Given,
     address: Annotated[
         str | None,
         typer.Option("--ray-address", help="Examine the hosts of a running Ray cluster (auto, host:port), not this machine alone."),
@@ -49,15 +58,8 @@ def doctor(
       manta doctor /models/Qwen2-72B -t 8 --pipeline-parallel 2 --ray-address auto
       manta doctor -c manta.yaml --checkpoint-only           fetch every model beforehand, on a machine without GPUs
     """
-    flags: dict[str, tuple[str, object]] = {
-        "model.source": ("MODEL", model),
-        "parallel.tensor": ("--tensor-parallel", tensor),
-        "parallel.expert": ("--expert-parallel", expert),
-        "parallel.pipeline": ("--pipeline-parallel", pipeline),
-        "parallel.data": ("--data-parallel", data),
-    }
-    config = load_settings(file, assignments, flags).config
-    names_a_model = model is not None or file is not None
+    config = load_settings(file, assignments, given).config
+    names_a_model = given["model.source"][1] is not None or file is not None
     surveys = [_examine(one, names_a_model, address, checkpoint_only) for one in config.each_model()]
     if as_json:
         told = [dataclasses.asdict(survey) for survey in surveys]

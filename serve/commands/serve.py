@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
+from serve.commands.flags import SERVER, Given, with_flags
 from serve.commands.models import found_here, meant_on_every_host
 from serve.commands.progress import progress_shown
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
@@ -27,45 +28,11 @@ ENDING = "\nEnding what was started ..."
 ANSWER_TOKENS = 200
 
 
-def serve(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="`demo` (the default), a checkpoint folder, a repository of the Hugging Face hub, modelscope://owner/name, "
-            "or s3://bucket/folder."
-        ),
-    ] = None,
-    file: ConfigFile = None,
-    name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
-    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks that share heads, MLPs and vocabulary.")] = None,
-    expert: Annotated[int | None, typer.Option("--expert-parallel", help="Groups of ranks that share routed experts.")] = None,
-    pipeline: Annotated[int | None, typer.Option("--pipeline-parallel", help="Stages of layers.")] = None,
-    data: Annotated[int | None, typer.Option("--data-parallel", help="Copies of the attention within a replica.")] = None,
-    replicas: Annotated[int | None, typer.Option("--replicas", "-r", help="Copies of the whole model.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = None,
-    quantize: Annotated[str | None, typer.Option("--quantize", help="int8, int4, or on GPUs fp8: round weights while loading.")] = None,
-    kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="auto, or on GPUs fp8: twice as many tokens fit.")] = None,
-    max_context_tokens: Annotated[
-        int | None, typer.Option("--max-context-tokens", help="Prompt and answer together: lowers the model's limit.")
-    ] = None,
-    speculate: Annotated[
-        str | None,
-        typer.Option("--speculate", help="Speculative decoding, no answer changes: lookup (n-gram), or draft (--draft-model)."),
-    ] = None,
-    draft_model: Annotated[
-        str | None, typer.Option("--draft-model", help="Small model of the same vocabulary that guesses, named as MODEL is.")
-    ] = None,
-    http_host: Annotated[str | None, typer.Option("--http-host", help="Address of the HTTP front (127.0.0.1).")] = None,
-    http_port: Annotated[int | None, typer.Option("--http-port", help="Port of the HTTP front (8000).")] = None,
-    grpc_host: Annotated[str | None, typer.Option("--grpc-host", help="Address of the gRPC front (127.0.0.1).")] = None,
-    grpc_port: Annotated[int | None, typer.Option("--grpc-port", help="Port of the gRPC front (9000).")] = None,
-    log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
-    assignments: Assignments = None,
-) -> None:
+@with_flags(*SERVER)
+def serve(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
-    Starts a Ray of its own on this machine and ends it again; with ray.address, or as a Ray job, it serves on that cluster for
+    Starts a Ray of its own on this machine and ends it again; with --ray-address, or as a Ray job, it serves on that cluster for
     as long as the command runs (`manta up` leaves it there). The flags are the settings that people change most;
     `manta config` lists all of them.
 
@@ -79,28 +46,7 @@ def serve(
       ray job submit --working-dir . -- python -m serve serve Qwen/Qwen2-7B-Instruct
       manta serve -c manta.yaml --set engine.max_step_tokens=512
     """
-    flags: dict[str, tuple[str, object]] = {
-        "model.source": ("MODEL", model),
-        "model.name": ("--name", name),
-        "model.revision": ("--revision", revision),
-        "parallel.tensor": ("--tensor-parallel", tensor),
-        "parallel.expert": ("--expert-parallel", expert),
-        "parallel.pipeline": ("--pipeline-parallel", pipeline),
-        "parallel.data": ("--data-parallel", data),
-        "replicas.count": ("--replicas", replicas),
-        "runner.dtype": ("--dtype", dtype),
-        "runner.quantize": ("--quantize", quantize),
-        "runner.kv_dtype": ("--kv-dtype", kv_dtype),
-        "runner.max_context_tokens": ("--max-context-tokens", max_context_tokens),
-        "engine.speculate": ("--speculate", speculate),
-        "runner.draft_model": ("--draft-model", draft_model),
-        "http.host": ("--http-host", http_host),
-        "http.port": ("--http-port", http_port),
-        "grpc.host": ("--grpc-host", grpc_host),
-        "grpc.port": ("--grpc-port", grpc_port),
-        "logging.level": ("--log-level", log_level),
-    }
-    config = load_settings(file, assignments, flags).config
+    config = load_settings(file, assignments, given).config
     configure(config.logging.level, config.logging.format)
     try:
         run(config)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from serve.commands.flags import RAY_ADDRESS, Given, with_flags
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
-from serve.commands.up import Address
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 EVERY_S = 1.0
 
 
+@with_flags(RAY_ADDRESS)
 def status(
+    *,
     file: ConfigFile = None,
-    address: Address = None,
+    given: Given,
     assignments: Assignments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
 ) -> None:
@@ -33,7 +35,7 @@ def status(
     cluster that this host belongs to.
     What is lost or cut off is not waited for, but named. Leaves with 1 if something that should serve does not, or is missing.
     """
-    with redirect_stdout(sys.stderr), _watching(_config(file, assignments, address)):  # Ray tells of lost hosts on stdout
+    with redirect_stdout(sys.stderr), _watching(load_settings(file, assignments, given).config):  # Ray tells of lost hosts on stdout
         from serve.overview import look_around
 
         seen = look_around()
@@ -49,14 +51,16 @@ def status(
         raise typer.Exit(1)
 
 
+@with_flags(RAY_ADDRESS)
 def top(
+    *,
     file: ConfigFile = None,
-    address: Address = None,
+    given: Given,
     assignments: Assignments = None,
     every_s: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = EVERY_S,
 ) -> None:
     """The same as `manta status`, live: rates and waits are of the last ten seconds. Ctrl-C ends it."""
-    with _watching(_config(file, assignments, address)):
+    with _watching(load_settings(file, assignments, given).config):
         from rich.console import Console
         from rich.live import Live
 
@@ -73,10 +77,6 @@ def top(
                     time.sleep(every_s)
         except KeyboardInterrupt:
             return
-
-
-def _config(file: "ConfigFile", assignments: Assignments, address: str | None) -> "ServeConfig":
-    return load_settings(file, assignments, {"ray.address": ("--ray-address", address)}).config
 
 
 @contextmanager

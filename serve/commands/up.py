@@ -1,9 +1,10 @@
 """`manta up` and `manta down`: an application put on a Ray cluster that runs already, and taken away again."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
+from serve.commands.flags import APP, RAY_ADDRESS, SERVER, Given, with_flags
 from serve.commands.models import meant_on_every_host
 from serve.commands.progress import progress_shown
 from serve.commands.serve import program, tell
@@ -13,19 +14,9 @@ from serve.logs import configure
 if TYPE_CHECKING:
     from serve.config import ServeConfig
 
-Address = Annotated[str | None, typer.Option("--ray-address", help="auto (the Ray of this host) or host:port of the head.")]
-App = Annotated[str | None, typer.Option("--app", help="Name of the application (manta).")]
 
-
-def up(
-    model: Annotated[str | None, typer.Argument(help="As for `manta serve`.")] = None,
-    file: ConfigFile = None,
-    tensor: Annotated[int | None, typer.Option("--tensor-parallel", "-t", help="Ranks that share heads, MLPs and vocabulary.")] = None,
-    replicas: Annotated[int | None, typer.Option("--replicas", "-r", help="Copies of the whole model.")] = None,
-    address: Address = None,
-    app: App = None,
-    assignments: Assignments = None,
-) -> None:
+@with_flags(*SERVER, APP)
+def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
     """Serve on a Ray cluster that runs already, and leave it serving.
 
     Again, with other settings, it changes what is served in place: replica by replica, without a second set of GPUs. Where the
@@ -38,14 +29,7 @@ def up(
       manta status                                   what runs where
       manta down                                     end it
     """
-    flags: dict[str, tuple[str, object]] = {
-        "model.source": ("MODEL", model),
-        "parallel.tensor": ("--tensor-parallel", tensor),
-        "replicas.count": ("--replicas", replicas),
-        "ray.address": ("--ray-address", address),
-        "ray.app": ("--app", app),
-    }
-    config = on_a_cluster(load_settings(file, assignments, flags).config)
+    config = on_a_cluster(load_settings(file, assignments, given).config)
     configure(config.logging.level, config.logging.format)
     models = meant_on_every_host(config)
     from serve.deploying import StartError
@@ -59,10 +43,10 @@ def up(
     tell(records, served, [model.name for model in models], last=f"{program()} down ends it.")
 
 
-def down(file: ConfigFile = None, address: Address = None, app: App = None, assignments: Assignments = None) -> None:
+@with_flags(RAY_ADDRESS, APP)
+def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
     """End what `manta up` has put on a Ray cluster. Running requests may end first, for `replica.drain_timeout_s`."""
-    flags: dict[str, tuple[str, object]] = {"ray.address": ("--ray-address", address), "ray.app": ("--app", app)}
-    config = on_a_cluster(load_settings(file, assignments, flags).config)
+    config = on_a_cluster(load_settings(file, assignments, given).config)
     from cluster.joining import CannotJoin, joined
     from serve.joined_ray import DELETE_MARGIN_S, remove
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from serve.cli import app
 from serve.commands.chat import Conversation, converse
+from serve.commands.flags import APP, SERVER
 from serve.commands.other_names import HELPS
 from serve.commands.serve import greeting
 from serve.config import GrpcSettings, HttpSettings, ParallelSettings, ServeConfig
@@ -267,6 +268,27 @@ def test_every_flag_and_setting_that_other_names_are_answered_with_exists() -> N
             assert flag in shown, help
         for setting in re.findall(r"--set ([a-z_]+\.[a-z_]+)=", help):
             assert setting in known_settings(), help
+
+
+def options(command: str) -> set[str]:
+    return set(re.findall(r"--[a-z-]+", manta(command, "--help").output.partition("Options:")[2]))
+
+
+def test_what_serve_has_a_flag_for_up_has_as_well() -> None:
+    served, put_up = (options(command) for command in ("serve", "up"))
+    assert {"--http-port", "--quantize", "--draft-model"} < served
+    assert put_up - served == {"--app"}
+    assert served - put_up == set()
+
+
+def test_every_flag_of_the_table_is_about_a_setting() -> None:
+    assert {flag.setting for flag in (*SERVER, APP)} <= set(known_settings())
+
+
+def test_up_names_the_flag_that_is_wrong() -> None:
+    done = manta("up", "demo", "--http-port", "99999", "--ray-address", "head:6379")
+    assert done.exit_code == 2
+    assert "got 99999 (--http-port)" in done.output
 
 
 def test_help_is_a_command_too() -> None:
