@@ -29,6 +29,16 @@ class UnsupportedModel(ValueError):
     """A well-formed config.json of a model that this code does not compute. Says by name what it is."""
 
 
+class ContextTooLong(ValueError):
+    """Sequences shall become longer than the model can take them."""
+
+    def __init__(self, *, asked_tokens: int, limit_tokens: int) -> None:
+        super().__init__(
+            f"max_context_tokens={asked_tokens} is more than the {limit_tokens} tokens that this model takes; leave it out, or copy the "
+            "checkpoint and add rope_scaling (YaRN) to its config.json, where the model's card allows it"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
     """Rotary embedding stretched to longer contexts (YaRN, arXiv 2309.00071)."""
@@ -112,6 +122,16 @@ class ModelConfig:
             raise InvalidModelConfig(f"rotary embedding needs heads of even width, not {self.head_dim}")
         if self.moe is not None and self.moe.experts_per_token > self.moe.num_experts:
             raise InvalidModelConfig(f"num_experts_per_tok={self.moe.experts_per_token} of num_experts={self.moe.num_experts}")
+
+    def context_limit(self, lowered_to: int | None) -> int:
+        """Tokens of a sequence at most, prompt and answer together; ``lowered_to``, if any, in place of `max_context_tokens`.
+
+        Raises:
+            ContextTooLong: it would be raised.
+        """
+        if lowered_to is not None and lowered_to > self.max_context_tokens:
+            raise ContextTooLong(asked_tokens=lowered_to, limit_tokens=self.max_context_tokens)
+        return lowered_to or self.max_context_tokens
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> "ModelConfig":

@@ -20,9 +20,9 @@ class UnusableCheckpoint(ValueError):
     """What is wrong with a checkpoint; the message names the file, and the tensor where it is about one."""
 
 
-def check_model(place: Path | str, topology: Topology) -> None:
+def check_model(place: Path | str, topology: Topology, *, max_context_tokens: int | None = None) -> None:
     """Configuration, tokenizer, and the headers of all weights, each by itself and against the others, and whether the model
-    can be laid out so.
+    can be laid out so and takes sequences so long.
 
     Raises:
         UnusableCheckpoint: the model cannot be served.
@@ -31,10 +31,13 @@ def check_model(place: Path | str, topology: Topology) -> None:
         folder = small_files(place)
         config = ModelConfig.from_checkpoint(folder)
         check_fit(topology, config)
+        config.context_limit(max_context_tokens)
         with Checkpoint(place) as checkpoint:
             check_checkpoint(checkpoint, config)
         ModelFacts.from_checkpoint(folder, name="", tokenizer=Tokenizer.from_folder(folder))
-    except ValueError as error:  # LayoutMisfit, CheckpointError and -Mismatch, InvalidModelConfig, UnsupportedModel, InvalidTokenizer
+    except (
+        ValueError
+    ) as error:  # LayoutMisfit, ContextTooLong, CheckpointError and -Mismatch, InvalidModelConfig, UnsupportedModel, InvalidTokenizer
         raise UnusableCheckpoint(str(error)) from error
 
 

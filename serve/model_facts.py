@@ -52,11 +52,12 @@ class ModelFacts:
     ) -> "ModelFacts":
         """Read config.json and generation_config.json, and what there is of embeddings.
 
-        ``max_context_tokens`` lowers the model's own limit, never raises it. ``pooling`` makes any model one that gives embeddings,
+        ``max_context_tokens`` lowers the model's own limit. ``pooling`` makes any model one that gives embeddings,
         normalised; "auto" goes by its files.
 
         Raises:
             InvalidModelConfig, UnsupportedModel: see `ModelConfig.from_checkpoint`.
+            ContextTooLong: it would raise it.
             ValueError: the tokenizer has ids that the model has no rows for, so they do not belong together.
         """
         config = ModelConfig.from_checkpoint(folder)
@@ -65,7 +66,7 @@ class ModelFacts:
         return cls(
             name=name,
             folder=folder,
-            max_context_tokens=min(config.max_context_tokens, max_context_tokens or config.max_context_tokens),
+            max_context_tokens=config.context_limit(max_context_tokens),
             vocab_size=config.vocab_size,
             num_real_tokens=tokenizer.num_real_tokens,
             defaults=GenerationDefaults.from_checkpoint(folder, config),

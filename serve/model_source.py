@@ -180,10 +180,9 @@ def _local(folder: Path) -> Path:
 
 def _meant(name: str) -> str:
     """What was mistyped perhaps: the demo, or a repository of Qwen's without its owner."""
-    from serve.planning.released import SIZES
+    from serve.planning.released import released_names
 
-    released = [f"{shape.name}{kind}" for shape in SIZES.values() for kind in ("", "-Instruct")]
-    known = {DEMO: DEMO, **{each.lower(): f"Qwen/{each}" for each in released}}
+    known = {DEMO: DEMO, **{each.lower(): f"Qwen/{each}" for each in released_names()}}
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
     return f" (did you mean {known[near[0]]}?)" if near else ""
 

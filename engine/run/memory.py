@@ -75,7 +75,7 @@ def measure_capacity(
     num_blocks, least_bytes, block_bytes = min(all_gather(mine.unsqueeze(0), groups.world, dim=0).tolist())
     if num_blocks < 1:
         raise NoRoomForKv(budget_bytes=least_bytes, bytes_per_block=block_bytes)
-    limit = min(model.config.max_context_tokens, runner_config.max_context_tokens or model.config.max_context_tokens)
+    limit = model.config.context_limit(runner_config.max_context_tokens)
     num_blocks = min(num_blocks, engine_config.max_running * -(-limit // layout.block_tokens))  # all at their longest
     log.info("%d KV blocks of %d tokens: %.2f GiB on this rank", num_blocks, layout.block_tokens, num_blocks * bytes_per_block / 2**30)
     return Capacity(
@@ -111,11 +111,10 @@ def _cuda_bytes_beside_kv(
     layout, device = model.kv_layout, model.device
     num_blocks = -(-engine_config.max_step_tokens // layout.block_tokens)
     cache = KvCache(layout, num_blocks, device)
-    context_tokens = min(model.config.max_context_tokens, runner_config.max_context_tokens or model.config.max_context_tokens)
     capacity = Capacity(
         num_blocks=num_blocks,
         block_tokens=layout.block_tokens,
-        max_context_tokens=context_tokens,
+        max_context_tokens=model.config.context_limit(runner_config.max_context_tokens),
         runs_ahead=_run_ahead(model, engine_config),
     )
     drafter = open_drafter(draft_model, sampler, num_blocks)

@@ -39,7 +39,7 @@ class RunnerConfig:
     the fraction of the memory still free after loading that KV may fill, all ranks on the host together (None = 0.3, at most
     4 GiB). Each of the replicas that Ray may place there at once takes an equal part of it: they are counted by their CPUs."""
     max_context_tokens: int | None = None
-    """Caps what the model itself would take. None = the model's own limit."""
+    """Prompt and answer together: lowers what the model itself takes, and is refused above it. None = the model's own limit."""
     attention_backend: BackendName = "auto"
     """"auto" takes our own kernels for the device. "flashinfer", on CUDA where `flashinfer-python` is installed, computes prompts by
     FlashInfer; not with keys and values in FP8, nor where ranks share heads unevenly."""

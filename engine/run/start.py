@@ -88,6 +88,7 @@ def start_rank(
 
     Raises:
         InvalidModelConfig, UnsupportedModel: from config.json.
+        ContextTooLong: the settings' ``max_context_tokens`` is above the model's.
         CheckpointError, CheckpointMismatch: from the files of weights.
         LayoutMisfit: the model cannot be laid out on this topology.
         NoRoomForKv: no KV block fits beside the weights.
@@ -106,6 +107,7 @@ def start_rank(
         model_config = ModelConfig.from_checkpoint(small_files(checkpoint_folder))
         check_fit(topology, model_config)
         _check_tokens(model_config, runner_config)
+        model_config.context_limit(runner_config.max_context_tokens)
         with Checkpoint(checkpoint_folder) as checkpoint:  # before joining: what is damaged is refused without waiting for anyone
             if (draft_folder := draft_model_of(engine_config, runner_config)) is not None:
                 check_draft_model(checkpoint_folder, draft_folder)

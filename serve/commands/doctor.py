@@ -93,7 +93,7 @@ def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | No
     try:
         found = find_model(config.model, report)
         report("checking the checkpoint", 0.3)
-        check_model(found.place, config.parallel.topology)
+        check_model(found.place, config.parallel.topology, max_context_tokens=config.runner.max_context_tokens)
         with_draft_model_here(config, found.place, report)
     except (ModelSourceError, UnusableCheckpoint) as error:
         return None, [Finding(severity=Severity.FATAL, check="checkpoint", host=None, found=str(error))]

@@ -94,7 +94,7 @@ def _check(place: Path | str, config: "ServeConfig") -> None:
     from serve.model_check import UnusableCheckpoint, check_model  # torch: seconds that a wrong name need not cost
 
     try:
-        check_model(place, config.parallel.topology)
+        check_model(place, config.parallel.topology, max_context_tokens=config.runner.max_context_tokens)
     except UnusableCheckpoint as error:
         stop(str(error))
 

@@ -20,7 +20,7 @@ TIMES = {"": 1, "k": 1024, "m": 1024**2}
 
 def plan(
     model: Annotated[
-        str | None, typer.Argument(help="A released size (Qwen2-57B-A14B, Qwen2-7B-Instruct), a checkpoint folder, or its config.json.")
+        str | None, typer.Argument(help="A released size (Qwen2-57B-A14B, Qwen2.5-7B-Instruct), a checkpoint folder, or its config.json.")
     ] = None,
     gpus: Annotated[str, typer.Option("--gpus", help="Of each host: 8xH100-80G, or by memory alone, 4x24G.")] = "",
     hosts: Annotated[int, typer.Option("--hosts", min=1, max=64, help="Hosts with so many GPUs each.")] = 1,
@@ -59,6 +59,7 @@ def plan(
     \b
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --context 32k --concurrency 64
       manta plan Qwen2-72B-Instruct --gpus 4xA100-80G --dtype int4 --kv-dtype fp8
+      manta plan Qwen2.5-32B-Instruct --gpus 2xH100-80G
       manta plan ./checkpoint --gpus 8x24G --hosts 2 --json
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --hosts 2 --redundant-experts 1
       manta plan Qwen2-72B-Instruct --gpus 4xH100-80G --draft-model Qwen2-0.5B-Instruct

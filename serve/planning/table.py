@@ -1,4 +1,4 @@
-"""docs/layouts.md: five sizes on common numbers of common GPUs."""
+"""docs/layouts.md: the released sizes on common numbers of common GPUs."""
 
 import textwrap
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from serve.planning.formats import BF16, FP8, INT4, Format
 from serve.planning.hardware import Fleet, network, parse_gpus
 from serve.planning.memory import Workload
 from serve.planning.plan import Plan, Question, make_plan
-from serve.planning.released import SIZES
+from serve.planning.released import FAMILIES, SIZES
 from serve.planning.render import shortened
 from serve.planning.served import Limit
 from serve.planning.shape import ModelShape
@@ -33,15 +33,20 @@ ABOUT = (
 def layouts_page() -> str:
     """The whole page."""
     limits: dict[Limit, None] = {}
-    sections = [line for shape in SIZES.values() for line in _section(shape, limits)]
+    sections = [line for size, shape in SIZES.items() for line in _section(_title(size), shape, limits)]
     starred = [f"- {limit.sentence}." for limit in limits]
     about = [line for paragraph in ABOUT for line in ("", *textwrap.wrap(paragraph, 120))]
     served = ["", "A star: there is such a layout, and `manta serve` takes none yet:", "", *starred] if starred else []
-    return "\n".join(["# Which Qwen2 on which GPUs", *about, *served, *sections]) + "\n"
+    return "\n".join(["# Which Qwen2 or Qwen2.5 on which GPUs", *about, *served, *sections]) + "\n"
 
 
-def _section(shape: ModelShape, limits: dict[Limit, None]) -> Iterator[str]:
-    yield from ("", f"## {shape.name}", "")
+def _title(size: str) -> str:
+    """Every release that has this shape and takes so long a context."""
+    return ", ".join(f"{family}-{size}" for family, sizes in FAMILIES.items() if sizes.get(size, 0) >= WORKLOAD.context_tokens)
+
+
+def _section(title: str, shape: ModelShape, limits: dict[Limit, None]) -> Iterator[str]:
+    yield from ("", f"## {title}", "")
     yield f"| GPUs | | {' | '.join(f'{memory[:-1]} GB' for memory in MEMORIES)} |"
     yield f"|---|---|{'---|' * len(MEMORIES)}"
     for count in GPU_COUNTS:

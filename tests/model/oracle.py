@@ -53,7 +53,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     # The widths of the released sizes; layers and vocabulary cut short.
     "0.5B": _shape(14, 2, 896, 4864, 1000, num_hidden_layers=2, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
     "1.5B": _shape(12, 2, 1536, 8960, 1000, num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
+    "3B": _shape(16, 2, 2048, 11008, 1000, num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
     "7B": _shape(28, 4, 3584, 18944, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE),
+    "14B": _shape(40, 8, 5120, 13824, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE),
+    "32B": _shape(40, 8, 5120, 27648, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE),
     "57B-A14B": _shape(
         28, 4, 3584, 18944, 1000, num_hidden_layers=1, rope_parameters=LONG_ROPE, **_experts(64, 8, 2560, 20480, norm_topk_prob=False)
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model.config import InvalidModelConfig, ModelConfig, UnsupportedModel
+from model.config import ContextTooLong, InvalidModelConfig, ModelConfig, UnsupportedModel
 from model.generation_config import GenerationDefaults
 from tests.model.quantised import AWQ, GPTQ
 
@@ -82,6 +82,14 @@ def test_both_spellings_of_rope_mean_the_same(scaling: dict[str, Any] | None) ->
 
 def test_yarn_reaches_as_far_as_its_factor() -> None:
     assert ModelConfig.from_dict(QWEN2_7B | {"rope_scaling": YARN}).max_context_tokens == 131072
+
+
+def test_a_context_limit_can_be_lowered_and_not_raised() -> None:
+    config = ModelConfig.from_dict(QWEN2_7B)
+    assert (config.context_limit(None), config.context_limit(100), config.context_limit(32768)) == (32768, 100, 32768)
+    with pytest.raises(ContextTooLong, match="32769 is more than the 32768 tokens that this model takes"):
+        config.context_limit(32769)
+    assert ModelConfig.from_dict(QWEN2_7B | {"rope_scaling": YARN}).context_limit(32769) == 32769
 
 
 def test_both_spellings_of_the_dtype_mean_the_same() -> None:

@@ -1,4 +1,4 @@
-"""All five released widths against transformers, in every way of sharing them out. Layers and vocabulary are cut short."""
+"""All released widths of Qwen2 and Qwen2.5 against transformers, in every way of sharing them out. Layers and vocabulary are cut short."""
 
 import gc
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def sizes(*quick: str, slow: tuple[str, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [*quick, *marked], indirect=True)
 
 
-@sizes("0.5B", slow=("1.5B", "7B", "72B"))
+@sizes("0.5B", slow=("1.5B", "3B", "7B", "14B", "32B", "72B"))
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
 def test_tensor_parallel_ranks_of_any_number_answer_as_transformers(case: Case, ranks: int) -> None:
     check(case, Topology(tp=ranks))

@@ -28,6 +28,12 @@ def test_a_layout_that_the_model_cannot_have_is_refused_from_its_config_alone(tm
         check_model(tmp_path, topology)
 
 
+def test_a_context_that_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["0.5B"]))
+    with pytest.raises(UnusableCheckpoint, match="max_context_tokens=40000 is more than the 32768 tokens"):
+        check_model(tmp_path, Topology(), max_context_tokens=40_000)
+
+
 def test_a_draft_model_is_found_and_looked_over_as_the_model_is(tiny_folder: Path, tmp_path: Path) -> None:
     def speculating(source: Path | str) -> ServeConfig:
         return ServeConfig(engine={"speculate": "draft"}, runner={"draft_model": str(source)})

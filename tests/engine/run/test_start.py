@@ -19,6 +19,7 @@ from engine.run.process_executor import ProcessExecutor, on_its_device
 from engine.run.settings import RunnerConfig
 from engine.run.start import StartProgress, resolve_device, resolve_dtype, start_rank
 from engine.run.warm_up import full_step, run_and_forget, warm_up
+from model.config import ContextTooLong
 from model.kv_cache import KvLayout
 from parallel.fitting import LayoutMisfit
 from parallel.groups import ParallelGroups, single_rank_groups
@@ -62,6 +63,13 @@ def test_a_backend_that_cannot_hold_fp8_is_refused_before_anything_is_loaded(den
 def test_a_setting_caps_the_context(dense_folder):
     with start(dense_folder, float32_config(num_blocks=200, block_tokens=4, max_context_tokens=50)) as runner:
         assert runner.capacity.max_context_tokens == 50
+
+
+def test_a_setting_that_would_raise_the_models_context_is_refused_before_anything_is_loaded(dense_folder, monkeypatch):
+    monkeypatch.setattr("engine.run.start.Checkpoint", None)  # nothing is even opened
+    config = float32_config(num_blocks=8, block_tokens=4, max_context_tokens=257)
+    with pytest.raises(ContextTooLong, match="257 is more than the 256 tokens"), start(dense_folder, config):
+        pass
 
 
 def test_no_room_for_one_block_is_an_error_that_says_how_much_is_missing(dense_folder):
@@ -167,7 +175,7 @@ class FakeModel:
     def __init__(self, rank: int) -> None:
         self.device = torch.device("cpu")
         self.kv_layout = KvLayout(num_layers=1 + rank, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=torch.float32)
-        self.config = type("Config", (), {"max_context_tokens": 1000})()
+        self.config = SimpleNamespace(context_limit=lambda lowered_to: lowered_to or 1000)
 
 
 def _capacity(groups: ParallelGroups, budget: int):

@@ -10,7 +10,7 @@ from parallel.topology import Topology
 from serve.planning.errors import PlanError
 from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT8
 from serve.planning.memory import kv_bytes_per_token
-from serve.planning.released import PADDED_72B, SIZES, find_shape
+from serve.planning.released import PADDED_72B, SIZES, find_shape, released_names
 from serve.planning.shape import ModelShape, shape_of_config
 from serve.planning.weights import weights_of_rank
 from tests.model.quantised import AWQ, GPTQ
@@ -41,6 +41,9 @@ def test_config_json_means_the_same_to_the_planner_and_to_the_model(name: str) -
         ("0.5B", 0.49, 0.36, 12_288),
         ("1.5B", 1.54, 1.31, 28_672),
         ("7B", 7.62, 6.53, 57_344),
+        ("3B", 3.09, 2.77, 36_864),
+        ("14B", 14.77, 13.21, 196_608),  # its card and 32B's are rounded down, 14.7 and 32.5
+        ("32B", 32.76, 31.21, 262_144),
         ("57B-A14B", 57.41, 56.32, 57_344),
         ("72B", 72.71, 70.21, 327_680),
     ],
@@ -61,6 +64,11 @@ def test_the_sizes_have_the_parameters_of_their_model_cards(size: str, billions:
         ("Qwen2-0.5B-Instruct", "Qwen/Qwen2-0.5B-Instruct", 32_768),
         ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-7B-Instruct", 32_768),
         ("modelscope://Qwen/Qwen2-72B", "modelscope://Qwen/Qwen2-72B", 131_072),
+        ("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B", 32_768),
+        ("Qwen/Qwen2.5-14B", "Qwen/Qwen2.5-14B", 131_072),
+        ("Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-32B-Instruct", 32_768),
+        ("Qwen2.5-Coder-7B", "Qwen/Qwen2.5-Coder-7B", 32_768),
+        ("Qwen2.5-Math-72B-Instruct", "Qwen/Qwen2.5-Math-72B-Instruct", 4_096),
     ],
 )
 def test_a_release_is_found_by_its_name(written: str, name: str, context: int) -> None:
@@ -68,11 +76,24 @@ def test_a_release_is_found_by_its_name(written: str, name: str, context: int) -
     assert (shape.name, shape.max_context_tokens) == (name, context)
 
 
+@pytest.mark.parametrize(
+    "name", ["Qwen2-3B", "Qwen2-Coder-7B", "Qwen2.5-57B-A14B", "Qwen2.5-Math-3B", "Qwen2.5-7B-Instruct-1M", "Qwen3-8B"]
+)
+def test_what_was_not_released_so_is_answered_with_what_was(name: str) -> None:
+    with pytest.raises(PlanError, match=r"Qwen2\.5-Coder in 0\.5B, 1\.5B, 3B, 7B, 14B, 32B"):
+        find_shape(name)
+
+
+def test_every_released_name_has_a_shape() -> None:
+    assert {find_shape(name).name for name in released_names()} == {f"Qwen/{name}" for name in released_names()}
+
+
 def test_a_quantised_release_says_its_format() -> None:
     assert find_shape("Qwen2-7B-Instruct-GPTQ-Int8").format is STORED_INT8
     assert find_shape("Qwen2-7B-Instruct-AWQ").format is STORED_INT8, "its zeros want more than 4 bits"
-    padded = find_shape("Qwen2-72B-Instruct-GPTQ-Int4")
-    assert (padded.format, padded.intermediate_size) == (STORED_INT4, PADDED_72B)
+    for name in ("Qwen2-72B-Instruct-GPTQ-Int4", "Qwen2.5-72B-Instruct-GPTQ-Int4"):
+        padded = find_shape(name)
+        assert (padded.format, padded.intermediate_size) == (STORED_INT4, PADDED_72B)
 
 
 @pytest.mark.parametrize(
