@@ -53,6 +53,8 @@ def _gpus(facts: Facts, need: Need) -> Iterator[Finding]:
             todo="check that nvidia-smi works there, that the container is given GPUs, and resources.gpus",
         )  # fmt: skip
     for each, gpu in _once_per_gpu(facts):
+        if not gpu.total_bytes:  # nobody said
+            continue
         if gpu.used_bytes > GPU_BUSY_FRACTION * gpu.total_bytes:
             yield Finding(
                 severity=Severity.WARNING, check="gpu", host=each.host, ranks=(each.rank,),
@@ -66,6 +68,16 @@ def _gpus(facts: Facts, need: Need) -> Iterator[Finding]:
                 found=f"GPU {gpu.index} ({gpu.name}) has {_gib(free)} free and a rank's weights need {_gib(need.weights_bytes)}",
                 todo="use more ranks (`manta plan` lists layouts that fit) or free the GPU",
             )  # fmt: skip
+
+
+def _launcher(facts: Facts, need: Need) -> Iterator[Finding]:
+    """A rank would say so at its first kernel, when all weights are loaded."""
+    for each in _first_of_hosts([each for each in facts if each.launcher_obstacle and need.device == "cuda"]):
+        yield Finding(
+            severity=Severity.FATAL, check="compiler", host=each.host, ranks=(each.rank,),
+            found=f"Triton cannot build what it launches kernels by: {each.launcher_obstacle}",
+            todo="install a C compiler and Python's headers (Debian: gcc libc6-dev libpython3-dev), or take the image for cuda",
+        )  # fmt: skip
 
 
 def _interface(facts: Facts, need: Need) -> Iterator[Finding]:
@@ -178,7 +190,7 @@ def _checkpoint(facts: Facts, need: Need) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-CHECKS: tuple[Check, ...] = (_versions, _driver, _gpus, _interface, _shared_memory, _disk, _memory, _clock, _open_files, _checkpoint)
+CHECKS: tuple[Check, ...] = (_versions, _driver, _gpus, _launcher, _interface, _shared_memory, _disk, _memory, _clock, _open_files, _checkpoint)
 
 
 def _must_agree(facts: Facts, name: str, values: Sequence[str | None]) -> Iterator[Finding]:

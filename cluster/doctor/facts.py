@@ -10,6 +10,7 @@ class GpuFacts:
     index: int
     name: str
     total_bytes: int
+    """0: nvidia-smi does not say, as of a part of a GPU (MIG)."""
     used_bytes: int
     """By anyone, before this process took any."""
 
@@ -48,6 +49,8 @@ class HostFacts:
     compiler: str | None
     shared_memory_built: bool
     """Whether the CPU kernels, which bring the collectives through shared memory, were compiled on this host."""
+    launcher_obstacle: str | None = None
+    """Why Triton cannot build here what it launches kernels by, as it does once on a host of GPUs."""
     checkpoint_missing: str | None = None
     """Why the checkpoint cannot be opened from here."""
     clock_ahead_at_least_s: float = 0.0

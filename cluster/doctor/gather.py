@@ -6,7 +6,9 @@ import resource
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,6 +48,7 @@ def gather(*, rank: int, address: str | None, cache_folder: Path, open_checkpoin
         open_files_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         compiler=next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
         shared_memory_built=_shared_memory_built(),
+        launcher_obstacle=launcher_obstacle(os.environ),
         checkpoint_missing=_problem(open_checkpoint),
     )
 
@@ -87,15 +90,39 @@ def _nvidia() -> tuple[str | None, tuple[GpuFacts, ...]]:
 
 
 def parse_gpus(listing: str, visible: str | None) -> tuple[str | None, tuple[GpuFacts, ...]]:
-    """From nvidia-smi's CSV. ``visible``: indices or UUIDs (or their beginnings), in the CUDA library's syntax; None = all."""
+    """From nvidia-smi's CSV. ``visible``: indices or UUIDs (or their beginnings), in the CUDA library's syntax; None = all. Parts of GPUs
+    (MIG) have UUIDs that it does not list, and of a GPU that is in parts it may not say how much memory that has."""
     rows = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines() if line.count(",") == QUERY.count(",")]
     wanted = None if visible is None else [item.strip() for item in visible.split(",") if item.strip()]
-    gpus = tuple(
-        GpuFacts(index=int(index), name=name, total_bytes=int(total) * MIB, used_bytes=int(used) * MIB)
+    gpus = [
+        GpuFacts(index=int(index), name=name, total_bytes=_mib_in(total), used_bytes=_mib_in(used))
         for index, uuid, name, total, used, _ in rows
-        if total.isdigit() and used.isdigit() and (wanted is None or any(item == index or uuid.startswith(item) for item in wanted))
-    )
-    return (rows[0][5] if rows else None), gpus
+        if wanted is None or any(item == index or uuid.startswith(item) for item in wanted)
+    ]
+    parts = [item for item in wanted or () if item.startswith("MIG-")]
+    gpus += [GpuFacts(index=number, name=part, total_bytes=0, used_bytes=0) for number, part in enumerate(parts)]
+    return (rows[0][5] if rows else None), tuple(gpus)
+
+
+def _mib_in(cell: str) -> int:
+    """Bytes; 0 where there is no number."""
+    return int(cell) * MIB if cell.isdigit() else 0
+
+
+def launcher_obstacle(environment: Mapping[str, str], include: Path | None = None) -> str | None:
+    """What Triton lacks (read in 3.7.1, `triton.runtime.build`) to compile its launcher, unless it has one that it kept: every process on a
+    GPU does so before its first kernel. ``include``: where Python's headers would lie."""
+    if find_spec("triton") is None or any(_triton_cache(environment).glob("*/cuda_utils*.so")):
+        return None
+    if not environment.get("CC") and not any(shutil.which(name, path=environment.get("PATH", "")) for name in ("gcc", "clang")):
+        return "there is no C compiler"
+    include = include or Path(sysconfig.get_path("include", "posix_prefix"))
+    return None if (include / "Python.h").is_file() else f"there is no {include}/Python.h"
+
+
+def _triton_cache(environment: Mapping[str, str]) -> Path:
+    own, home = environment.get("TRITON_CACHE_DIR"), environment.get("TRITON_HOME")
+    return Path(own) if own else Path(home or Path.home()) / ".triton" / "cache"
 
 
 def _interface(address: str | None) -> InterfaceFacts | None:

@@ -66,6 +66,7 @@ def test_of_hosts_where_all_is_well_only_the_network_is_told(need: Need) -> None
         ({"python": "3.12.1"}, CPU, "fatal", "versions", "Python is 3.12 there and 3.11"),
         ({"driver": "570.1"}, CUDA, "warning", "driver", "570.1"),
         ({"gpus": ()}, CUDA, "fatal", "gpu", "is to have 1 GPU and sees 0"),
+        ({"launcher_obstacle": "there is no C compiler"}, CUDA, "fatal", "compiler", "there is no C compiler"),
         ({"gpus": (dataclasses.replace(H100, index=11, used_bytes=30 * GIB),)}, CUDA, "warning", "gpu", "30.0 GiB of 80.0 GiB taken"),
         ({"gpus": (dataclasses.replace(H100, index=11, total_bytes=16 * GIB),)}, CUDA, "fatal", "memory", "weights need 20.0 GiB"),
         ({"clock_ahead_at_least_s": 3.0}, CPU, "warning", "clock", "at least 3.0 s ahead"),
@@ -115,6 +116,15 @@ def test_what_is_wrong_with_a_host_is_said_once(changed: dict[str, Any], need: N
 def test_without_a_compiler_it_is_said_what_to_install() -> None:
     ranks = [facts(rank, "host-a", shared_memory_built=False, compiler=None) for rank in range(2)]
     assert "install a C++ compiler" in examine(ranks, CPU)[0].todo
+
+
+def test_of_a_gpu_whose_memory_nobody_tells_nothing_is_held_against_it() -> None:
+    part = GpuFacts(index=0, name="MIG-4e1d", total_bytes=0, used_bytes=0)
+    assert grave(examine([facts(0, "host-a", gpus=(part,))], CUDA)) == []
+
+
+def test_cpus_need_nothing_to_launch_kernels_by() -> None:
+    assert grave(examine([facts(0, "host-a", launcher_obstacle="there is no C compiler")], CPU)) == []
 
 
 def test_one_host_may_meet_over_loopback() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.doctor.facts import Need
-from cluster.doctor.gather import gather, parse_gpus
+from cluster.doctor.gather import gather, launcher_obstacle, parse_gpus
 from cluster.doctor.links import Links, findings_about, measure_links
 from cluster.doctor.survey import survey_this_machine
 from parallel.groups import ParallelGroups
@@ -47,6 +47,31 @@ def test_the_gpus_of_a_process_are_those_it_may_see(visible: str | None, seen: l
     driver, gpus = parse_gpus(LISTING, visible)
     assert driver == "580.10"
     assert [gpu.index for gpu in gpus] == seen
+
+
+@pytest.mark.parametrize("visible", ["MIG-4e1d-77", "MIG-4e1d-77,MIG-4e1d-78"])
+def test_parts_of_a_gpu_are_seen_though_nvidia_smi_does_not_list_them(visible: str) -> None:
+    _, gpus = parse_gpus(LISTING, visible)
+    assert [gpu.name for gpu in gpus] == visible.split(",")
+    assert {gpu.total_bytes for gpu in gpus} == {0}
+
+
+def test_a_gpu_that_is_in_parts_is_seen_without_its_memory() -> None:
+    _, (gpu,) = parse_gpus("0, GPU-aaaa, NVIDIA H100, [N/A], [N/A], 580.10", None)
+    assert (gpu.index, gpu.total_bytes, gpu.used_bytes) == (0, 0, 0)
+
+
+def test_triton_needs_a_compiler_and_headers_until_it_has_built_its_launcher(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    kept, empty = tmp_path / "cache", tmp_path / "nothing"
+    environment = {"TRITON_CACHE_DIR": str(kept), "PATH": str(empty)}
+    (tmp_path / "Python.h").touch()
+    assert launcher_obstacle(environment, tmp_path) == "there is no C compiler"
+    assert launcher_obstacle(environment | {"CC": "tcc"}, tmp_path) is None
+    assert "Python.h" in (launcher_obstacle(environment | {"CC": "tcc"}, empty) or "")
+    (kept / "AB12").mkdir(parents=True)
+    (kept / "AB12" / "cuda_utils.cpython-311-x86_64-linux-gnu.so").touch()
+    assert launcher_obstacle(environment, empty) is None
 
 
 def measured(groups: ParallelGroups) -> Links:
