@@ -47,8 +47,8 @@ def fill(
     filled: list[WeightedLayer] = []
     with (
         freed_at_once(),
-        _threads(max(reads_at_a_time, min(cores, MOST_THREADS)), 1, given_up) as alone,
-        _threads(reads_at_a_time, max(1, cores // reads_at_a_time), given_up) as together,
+        _threads(max(reads_at_a_time, min(cores, MOST_THREADS)), 1, given_up, device) as alone,
+        _threads(reads_at_a_time, max(1, cores // reads_at_a_time), given_up, device) as together,
     ):
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
@@ -113,8 +113,12 @@ class _Loading:
 
 
 @contextmanager
-def _threads(count: int, cores: int, given_up: Event) -> Iterator[ThreadPoolExecutor]:
-    """Threads of which each computes with so many of torch's. What they are at when the block ends by an error is ``given_up``.
+def _threads(count: int, cores: int, given_up: Event, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads of which each computes with so many of torch's, on ``device``. What they are at when the block ends by an error is
+    ``given_up``.
+
+    The current device is a thread's own, and of a new one the first: experts are rounded in these threads by kernels that Triton launches
+    there, whatever device their tensors are on.
 
     torch's setting is a thread's own, but one that has not met torch yet begins with what was set last, by whichever thread. So all of
     these are made at once, and what was set before is set again before anything is loaded: others may begin meanwhile.
@@ -125,6 +129,8 @@ def _threads(count: int, cores: int, given_up: Event) -> Iterator[ThreadPoolExec
         torch.get_num_threads()  # torch is met here: else it would be at the first tensor, after what is set now
         torch.set_num_threads(cores)
         made.wait()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
 
     threads = ThreadPoolExecutor(count, thread_name_prefix="load", initializer=begin)
     try:

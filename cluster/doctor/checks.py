@@ -190,7 +190,9 @@ def _checkpoint(facts: Facts, need: Need) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-CHECKS: tuple[Check, ...] = (_versions, _driver, _gpus, _launcher, _interface, _shared_memory, _disk, _memory, _clock, _open_files, _checkpoint)
+CHECKS: tuple[Check, ...] = (
+    _versions, _driver, _gpus, _launcher, _interface, _shared_memory, _disk, _memory, _clock, _open_files, _checkpoint,
+)  # fmt: skip
 
 
 def _must_agree(facts: Facts, name: str, values: Sequence[str | None]) -> Iterator[Finding]:

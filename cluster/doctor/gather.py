@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sysconfig
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, local
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig
-from model.filling import fill
+from model.filling import _threads, fill
 from model.load import CheckpointMismatch, LoadReport, load_model
 from model.names import Binding
 from model.qwen2 import Qwen2
@@ -119,6 +119,15 @@ def test_tensors_pass_in_a_thread_each_where_many_do_and_share_the_threads_where
     load(oracle("moe").folder, format=format)
     assert used[isinstance(format, PackedFormat)] == {1 if isinstance(format, PackedFormat) else 2}
     assert torch.get_num_threads() == 4
+
+
+def test_threads_that_load_launch_kernels_on_the_device_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's current device is a thread's own: of a new thread it is the first device, and Triton launches there."""
+    current = local()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    device = torch.device("cuda", 1)
+    with _threads(2, 1, Event(), device) as threads:
+        assert {threads.submit(getattr, current, "device", None).result() for _ in range(4)} == {device}
 
 
 def test_a_thread_that_begins_while_weights_are_loaded_computes_with_as_many_as_before(oracle: MakeOracle, four_threads: None) -> None:
