@@ -149,6 +149,7 @@ class Worker:
         self._guard: KeyGuard | None = None
         self._watchman: Watchman | None = None
         self._step: int | None = None
+        self._has_told = False
         self._far_note: Path | None = None
 
     def open(self, *, replica_node: str, ipc: str, replica_key: bytes, silence_s: float) -> Place:
@@ -191,11 +192,7 @@ class Worker:
             self._serve(ranks, rendezvous, ranks_on_host, deadlines)
         except BaseException as error:
             _die_after(0)
-            host = sockets.gethostname()
-            message = f"{type(error).__name__}: {error}"
-            told_to_end = isinstance(error, SystemExit | KeyboardInterrupt)  # SystemExit is how Ray hands on SIGTERM
-            with suppress(zmq.Again):  # nobody is connected
-                self._send(RankFailed(self.rank, host, self._step, message, traceback.format_exc(), told_to_end))
+            self._tell(error)
             raise
         finally:
             for helper in (self._watchman, self._guard):
@@ -213,7 +210,10 @@ class Worker:
         self._await_replica(deadlines.start_s)
         _die_after(deadlines.start_s)
         hit("rank.load")
-        with ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank:
+        with (
+            ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank,
+            self._telling(deadlines.step_s),
+        ):
             _die_after(0)
             self._send(RankReady(self.rank, rank.capacity))
             deadline_s, begun = deadlines.first_step_s, NOTHING
@@ -237,6 +237,27 @@ class Worker:
                 self._watchman.rest()
             _die_after(deadlines.step_s)
         _die_after(0)
+
+    @contextmanager
+    def _telling(self, leave_s: float) -> Iterator[None]:
+        """What is raised within is told before the rank is left: where its device is lost, graphs and groups may not let go of it, or only
+        with an error of their own."""
+        try:
+            yield
+        except BaseException as error:
+            self._tell(error)
+            _die_after(leave_s)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        """The replica learns of the first one."""
+        if self._has_told:
+            return
+        self._has_told = True
+        told_to_end = isinstance(error, SystemExit | KeyboardInterrupt)  # SystemExit is how Ray hands on SIGTERM
+        message = f"{type(error).__name__}: {error}"
+        with suppress(zmq.Again):  # nobody is connected
+            self._send(RankFailed(self.rank, sockets.gethostname(), self._step, message, traceback.format_exc(), told_to_end))
 
     def _await_replica(self, within_s: float) -> None:
         """`serve` comes by Ray, the connection by itself: until it is there nothing can be sent without waiting."""

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from cluster.errors import ChannelError
-from cluster.messages import RankReady, Stop, decode, encode
+from cluster.messages import RankFailed, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Worker
 from engine.begun import Begun, comes_first
 from engine.executor import Capacity
@@ -101,6 +101,47 @@ def test_a_step_is_answered_when_it_is_over_though_no_other_plan_comes(talking: 
 def test_who_has_nothing_under_way_is_told_at_once_that_nothing_comes_first() -> None:
     assert not comes_first(Begun(None), lambda: pytest.fail("nobody is asked"))
     assert comes_first(AtTheDevice(None), lambda: True)
+
+
+def test_what_a_step_raised_is_told_before_the_rank_lets_go_of_its_device_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is lost may not let go, or only with an error of its own."""
+    alarms: list[float] = []
+    monkeypatch.setattr("cluster.worker._die_after", alarms.append)
+    worker, told, here = Worker(0), threading.Event(), zmq.Context.instance().socket(zmq.PAIR)
+    here.connect(f"tcp://127.0.0.1:{worker._socket.bind_to_random_port('tcp://127.0.0.1')}")
+    here.rcvtimeo = int(1000 * LIMIT_S)
+    heard: list[object] = []
+
+    class LostRank(SlowRank):
+        def begin(self, plan: StepPlan) -> AtTheDevice:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    @contextmanager
+    def start(**_options: object) -> Iterator[SlowRank]:
+        try:
+            yield LostRank()
+        finally:
+            assert told.wait(LIMIT_S), "it is left while nobody knows"
+            assert alarms[-1] == DEADLINES.step_s, "leaving may never end"
+            raise ValueError("graphs cannot be destroyed")
+
+    def listen() -> None:
+        heard.append(decode(here.recv()))
+        here.send(encode(StepPlan(3, ())))
+        heard.append(decode(here.recv()))
+        told.set()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with pytest.raises(ValueError, match="graphs cannot be destroyed"):
+        worker.serve(ranks=SimpleNamespace(start=start), **CALL)
+    listener.join(LIMIT_S)
+    _, failed = heard
+    assert isinstance(failed, RankFailed)
+    assert "illegal memory access" in failed.message
+    assert failed.step == 3
+    assert not here.poll(0), "it was told once"
+    here.close(linger=0)
 
 
 def test_a_rank_that_is_called_before_its_replica_is_connected_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
