@@ -124,7 +124,7 @@ class HttpSettings(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port."""
     strict: bool = False
-    """Refuse a request with a field that this server does not know; otherwise a header of the answer names it."""
+    """Refuse a request with a field that has no effect here; otherwise a header of the answer names it."""
     allowed_origins: tuple[str, ...] = ()
     """Origins of web pages whose scripts may ask this server (CORS), as ["https://chat.example.org"], or ["*"] for all. By default no
     page's: any that somebody opens on this machine could otherwise use the model."""

@@ -9,7 +9,6 @@ has its answer gives that; one that knows nothing computes it, and its seed make
 import asyncio
 import dataclasses
 import hashlib
-import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
@@ -19,7 +18,7 @@ from engine.errors import EngineStopped
 from serve.caller import ANYONE
 from serve.collecting import collected
 from serve.errors import InvalidRequest, TakenOver
-from serve.limits import Limits
+from serve.limits import Limits, is_identifier
 from serve.offers import Offers, Passing
 from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, SoFar, TextEvent
 
@@ -44,7 +43,7 @@ def key_of(said: str | None, limits: Limits) -> str:
     """
     if said is None:
         return ""
-    if len(said) > limits.id_chars or not re.fullmatch(r"[A-Za-z0-9._:-]+", said):
+    if not is_identifier(said, limits):
         raise InvalidRequest(f"{KEY} must be 1 to {limits.id_chars} of A-Z a-z 0-9 . _ : -", param=KEY)
     return said
 

@@ -1,6 +1,7 @@
 """Step 2 of a request: how much a client may ask. Every number that bounds a request stands here and nowhere else."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -94,3 +95,7 @@ class Limits:
 
     def __str__(self) -> str:
         return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))
+
+
+def is_identifier(text: str, limits: Limits) -> bool:
+    return len(text) <= limits.id_chars and re.fullmatch(r"[A-Za-z0-9._:-]+", text) is not None

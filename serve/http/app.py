@@ -25,7 +25,7 @@ from serve.http.health import health_routes
 from serve.http.metrics import MetricsPage, metrics_routes
 from serve.http.models import model_routes
 from serve.http.openapi import describe_api
-from serve.http.responses import response_routes
+from serve.http.responses.routes import response_routes
 from serve.http.tokens import token_routes
 from serve.http.welcome import welcome_routes
 from serve.limits import Limits

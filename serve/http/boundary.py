@@ -1,7 +1,6 @@
 """The outermost layer of the HTTP front: request ids, header limits, and the last word on every error."""
 
 import logging
-import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -10,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.errors import HeadersTooLarge, InvalidRequest
 from serve.http.connection import ClientGone
 from serve.http.errors import error_response
-from serve.limits import Limits
+from serve.limits import Limits, is_identifier
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,3 @@ class RequestBoundary:
         if given is not None and not is_identifier(given, self._limits):
             raise InvalidRequest(f"{REQUEST_ID} must be 1 to {self._limits.id_chars} of A-Z a-z 0-9 . _ : -", param=REQUEST_ID)
         return given
-
-
-def is_identifier(text: str, limits: Limits) -> bool:
-    return len(text) <= limits.id_chars and re.fullmatch(r"[A-Za-z0-9._:-]+", text) is not None

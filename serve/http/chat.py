@@ -8,13 +8,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.places import mark
+from serve.errors import ErrorBody
 from serve.held import held_headers
 from serve.http.connection import unless_gone
 from serve.http.context import Front, Stamp, usage_object
-from serve.http.errors import json_response
+from serve.http.errors import error_object, json_response
 from serve.http.openapi import takes
 from serve.http.schema import ChatBody
 from serve.http.sse import open_stream
+from serve.http.token_objects import token_objects
 from serve.request import ChoiceResult, Result, TextEvent, TextToken, ToolCallDelta, Usage
 
 
@@ -23,7 +25,7 @@ def chat_routes(front: Front) -> APIRouter:
 
     @routes.post("/v1/chat/completions", openapi_extra=takes(ChatBody))
     async def create_chat_completion(request: Request) -> Response:
-        body, stamp, headers = await front.receive(request, ChatBody, id_prefix="chatcmpl")
+        body, stamp, headers = await front.receive(request, ChatBody, id_prefix="chatcmpl-")
         asked, service = stamp.sign(body.request(stamp.id)), front.service()
         if body.stream:
             answer: Response = await open_stream(
@@ -84,9 +86,9 @@ class ChatChunks:
         for choice in range(self._choices):
             yield self._chunk([self._part(choice, {"role": "assistant", "content": ""})])
 
-    def of(self, event: TextEvent) -> dict[str, Any] | None:
+    def of(self, event: TextEvent) -> tuple[dict[str, Any], ...]:
         if not (event.text or event.tool_calls or event.finish_reason or (self._logprobs and event.tokens)):
-            return None
+            return ()
         part = self._part(event.choice, {"content": event.text} if event.text else {})
         if event.tool_calls:
             part["delta"]["tool_calls"] = [_call_delta(call) for call in event.tool_calls]
@@ -95,11 +97,14 @@ class ChatChunks:
             part["stop_reason"] = event.stop_reason
         if self._logprobs and event.tokens:
             part["logprobs"] = _logprobs(event.tokens)
-        return self._chunk([part], event.usage_so_far if self._running_usage else None)
+        return (self._chunk([part], event.usage_so_far if self._running_usage else None),)
 
     def closing(self, usage: Usage) -> Iterator[dict[str, Any]]:
         if self._usage:
             yield self._chunk([], usage)
+
+    def failing(self, error: ErrorBody) -> tuple[dict[str, Any], ...]:
+        return (error_object(error),)
 
     def _part(self, choice: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -112,14 +117,4 @@ class ChatChunks:
 
 
 def _logprobs(tokens: tuple[TextToken, ...]) -> dict[str, Any]:
-    return {"content": [_token(token) for token in tokens if token.logprobs is not None], "refusal": None}
-
-
-def _token(token: TextToken) -> dict[str, Any]:
-    assert token.logprobs is not None
-    return {
-        "token": token.text,
-        "logprob": token.logprobs.logprob,
-        "bytes": list(token.raw),
-        "top_logprobs": [{"token": text, "logprob": logprob, "bytes": list(raw)} for _, text, raw, logprob in token.top],
-    }
+    return {"content": token_objects(tokens), "refusal": None}

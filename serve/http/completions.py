@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.places import mark
+from serve.errors import ErrorBody
 from serve.held import held_headers
 from serve.http.connection import unless_gone
 from serve.http.context import Front, Stamp, usage_object
-from serve.http.errors import json_response
+from serve.http.errors import error_object, json_response
 from serve.http.openapi import takes
 from serve.http.schema import CompletionBody
 from serve.http.sse import open_stream
@@ -23,7 +24,7 @@ def completion_routes(front: Front) -> APIRouter:
 
     @routes.post("/v1/completions", openapi_extra=takes(CompletionBody))
     async def create_completion(request: Request) -> Response:
-        body, stamp, headers = await front.receive(request, CompletionBody, id_prefix="cmpl")
+        body, stamp, headers = await front.receive(request, CompletionBody, id_prefix="cmpl-")
         asked, service = stamp.sign(body.request(stamp.id)), front.service()
         if body.stream:
             answer: Response = await open_stream(
@@ -67,10 +68,10 @@ class CompletionChunks:
     def opening(self) -> tuple[dict[str, Any], ...]:
         return ()
 
-    def of(self, event: TextEvent) -> dict[str, Any] | None:
+    def of(self, event: TextEvent) -> tuple[dict[str, Any], ...]:
         tokens = (*event.prompt_tokens, *event.tokens)
         if not (event.text or event.finish_reason or (self._logprobs and tokens)):
-            return None
+            return ()
         part: dict[str, Any] = {"index": event.choice, "text": event.text, "logprobs": None, "finish_reason": event.finish_reason}
         if event.finish_reason:
             part["stop_reason"] = event.stop_reason
@@ -78,11 +79,14 @@ class CompletionChunks:
             start = self._offsets.get(event.choice, 0)
             part["logprobs"] = _logprobs(tokens, start)
             self._offsets[event.choice] = start + sum(len(token.text) for token in tokens)
-        return self._chunk([part], event.usage_so_far if self._running_usage else None)
+        return (self._chunk([part], event.usage_so_far if self._running_usage else None),)
 
     def closing(self, usage: Usage) -> Iterator[dict[str, Any]]:
         if self._usage:
             yield self._chunk([], usage)
+
+    def failing(self, error: ErrorBody) -> tuple[dict[str, Any], ...]:
+        return (error_object(error),)
 
     def _chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
         chunk = self._stamp.piece("text_completion", choices=choices)

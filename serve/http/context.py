@@ -14,12 +14,11 @@ from serve.caller import Caller
 from serve.errors import InvalidRequest
 from serve.http.authorise import caller_of
 from serve.http.body import read_json_object
-from serve.http.boundary import is_identifier
 from serve.http.headers import deadline_ms, priority, wants_ledger
 from serve.http.schema import NamedBody, ignored_fields, parse
 from serve.idempotency import KEY, key_of
 from serve.ledger import Ledger
-from serve.limits import Limits
+from serve.limits import Limits, is_identifier
 from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, Usage
 from serve.session import SESSION, session_of
@@ -39,25 +38,25 @@ class Front:
     """Asked at each request: the service is made after the routes, in the process that serves."""
     limits: Limits
     strict: bool = False
-    """Refuse a field that this server does not know, instead of naming it in a header."""
+    """Refuse a field that has no effect here, instead of naming it in a header."""
 
     async def receive(self, request: Request, kind: type[B], *, id_prefix: str) -> tuple[B, "Stamp", dict[str, str]]:
-        """The body, its stamp, and headers for the answer.
+        """The body, its stamp, and headers for the answer. ``id_prefix``: what the request's id begins with.
 
         Raises:
             ServeError: see `read_json_object` and `parse`.
         """
-        arrived_s, request_id = time.monotonic(), f"{id_prefix}-{uuid.uuid4().hex}"
+        arrived_s, request_id = time.monotonic(), f"{id_prefix}{uuid.uuid4().hex}"
         mark(1, request_id)
         fields = await read_json_object(request, self.limits)
         body = parse(kind, fields, self.limits)
         if body.user is not None and not is_identifier(body.user, self.limits):
             raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
-        session = session_of(request.headers.get(SESSION), body.user, self.limits)
+        session = session_of(request.headers.get(SESSION), body.belongs_to, self.limits)
         mark(2, request_id)
-        ignored = ignored_fields(kind, fields)
+        ignored = ignored_fields(body, fields)
         if ignored and self.strict:
-            raise InvalidRequest(f"this server does not know these fields: {', '.join(ignored)}", param=ignored[0])
+            raise InvalidRequest(f"these fields have no effect here: {', '.join(ignored)}", param=ignored[0])
         said = priority(request.headers)
         wait_ms = deadline_ms(request.headers)
         stamp = Stamp(

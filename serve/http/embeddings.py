@@ -37,7 +37,7 @@ def embedding_routes(front: Front) -> APIRouter:
 
     @routes.post("/v1/embeddings", openapi_extra=takes(EmbeddingBody))
     async def create_embedding(request: Request) -> Response:
-        body, stamp, headers = await front.receive(request, EmbeddingBody, id_prefix="embd")
+        body, stamp, headers = await front.receive(request, EmbeddingBody, id_prefix="embd-")
         result = await unless_gone(request.receive, front.service().embed(stamp.sign(body.request(stamp.id))))
         answer = json_response(embeddings(stamp, body, result), headers=headers | held_headers(result.held_s))
         mark(14, stamp.id)

@@ -1,6 +1,7 @@
 """Step 1 of a request, over HTTP: OpenAI's and vLLM's fields for the form of an answer and for tools, each brought into one."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -49,8 +50,8 @@ class ToolCallBody(Strict):
         return ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
 
 
-def response_format(wanted: Any) -> ResponseFormat | None:
-    """OpenAI's ``response_format``.
+def response_format(wanted: Any, *, param: str = "response_format", nested: bool = True) -> ResponseFormat | None:
+    """OpenAI's ``response_format``. ``nested``: its schema stands in a ``json_schema`` of its own; else beside its type.
 
     Raises:
         InvalidRequest: it has no such shape.
@@ -61,13 +62,13 @@ def response_format(wanted: Any) -> ResponseFormat | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return ResponseFormat(kind="json_object")
+        return ResponseFormat(kind="json_object", param=param)
     if kind != "json_schema":
-        raise InvalidRequest('response_format.type must be "text", "json_object" or "json_schema"', param="response_format")
-    inner = wanted.get("json_schema")
+        raise InvalidRequest(f'{param}.type must be "text", "json_object" or "json_schema"', param=param)
+    inner, at = (wanted.get("json_schema"), f"{param}.json_schema") if nested else (wanted, param)
     if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict | bool):
-        raise InvalidRequest("response_format.json_schema must have a schema", param="response_format")
-    return ResponseFormat(kind="json_schema", text=as_text(inner["schema"]))
+        raise InvalidRequest(f"{at} must have a schema", param=param)
+    return ResponseFormat(kind="json_schema", text=as_text(inner["schema"]), param=param)
 
 
 def structured_outputs(wanted: Any) -> ResponseFormat | None:
@@ -84,50 +85,57 @@ def structured_outputs(wanted: Any) -> ResponseFormat | None:
     return _structured(*said.popitem(), param="structured_outputs")
 
 
-def form_of(fields: Mapping[str, Any]) -> ResponseFormat | None:
-    """The one form that any of the fields asks for.
+def form_of(fields: Mapping[str, Any], own: ResponseFormat | None = None) -> ResponseFormat | None:
+    """The one form that any of the fields asks for, or an API's ``own`` field.
 
     Raises:
         InvalidRequest: two of them do, or one does it badly.
     """
     guided = [_structured(GUIDED[name], fields[name], param=name) for name in GUIDED if fields.get(name) is not None]
-    found = [response_format(fields.get("response_format")), structured_outputs(fields.get("structured_outputs")), *guided]
+    found = [own, response_format(fields.get("response_format")), structured_outputs(fields.get("structured_outputs")), *guided]
     forms = [form for form in found if form is not None]
     if len(forms) > 1:
         raise InvalidRequest(f"{forms[1].param}: the form of the answer is said by {forms[0].param} already", param=forms[1].param)
     return forms[0] if forms else None
 
 
-def tool_choice(choice: Any) -> tuple[str, str | None]:
-    """A mode and, where it is "function", the function's name.
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """OpenAI's ``tool_choice``. Names are those of `ChatRequest`."""
 
-    Raises:
-        InvalidRequest: it has no such shape.
-    """
-    if choice is None:
-        return "auto", None
-    if isinstance(choice, str) and choice in ("auto", "none", "required"):
-        return choice, None
+    mode: str = "auto"
+    name: str | None = None
+    """Where the mode is "function"."""
+    allowed: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, choice: Any) -> "Choosing":
+        """
+        Raises:
+            InvalidRequest: it has no such shape.
+        """
+        if choice is None:
+            return cls()
+        if isinstance(choice, str) and choice in ("auto", "none", "required"):
+            return cls(mode=choice)
+        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+            return cls._some(choice.get("allowed_tools"))
+        return cls(mode="function", name=_function(choice))
+
+    @classmethod
+    def _some(cls, said: Any) -> "Choosing":
+        tools = said.get("tools") if isinstance(said, dict) else None
+        if not isinstance(said, dict) or said.get("mode") not in ("auto", "required") or not isinstance(tools, list):
+            raise InvalidRequest('tool_choice.allowed_tools must have a mode, "auto" or "required", and tools', param="tool_choice")
+        return cls(mode=said["mode"], allowed=frozenset(map(_function, tools)))
+
+
+def _function(choice: Any) -> str:
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise InvalidRequest('tool_choice must be "auto", "none", "required" or name a function', param="tool_choice")
-    return "function", name
-
-
-def allowed_tools(choice: Any) -> tuple[Any, frozenset[str]] | None:
-    """OpenAI's ``{"type": "allowed_tools", ...}``: a choice among some of the tools, and their names; None: it says nothing of the kind.
-
-    Raises:
-        InvalidRequest: it has no such shape.
-    """
-    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
-        return None
-    said = choice.get("allowed_tools")
-    tools = said.get("tools") if isinstance(said, dict) else None
-    if not isinstance(said, dict) or said.get("mode") not in ("auto", "required") or not isinstance(tools, list):
-        raise InvalidRequest('tool_choice.allowed_tools must have a mode, "auto" or "required", and tools', param="tool_choice")
-    return said["mode"], frozenset(tool_choice(tool)[1] or "" for tool in tools)
+    return name
 
 
 def as_text(value: Any) -> str:

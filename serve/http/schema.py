@@ -1,46 +1,67 @@
 """Step 1 of a request, over HTTP: OpenAI's fields, strictly typed. Whether values make sense is `serve.validation`'s to say.
 
-A field that this server does not know is ignored and named in a response header; one that it knows and does not offer
-yet is refused as soon as it asks for something.
+A field that this server does not know is ignored and named in a response header, as is one that only hints at how to answer; one that
+it knows and does not offer is refused as soon as it asks for something.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from serve.errors import InvalidRequest, NotSupported
-from serve.http.formats import GUIDED, ToolBody, ToolCallBody, allowed_tools, form_of, tool_choice
+from serve.http.formats import GUIDED, Choosing, ToolBody, ToolCallBody, form_of
 from serve.http.parts import bias_table, joined_text, list_or_none, prompt_list, stop_list
 from serve.limits import Limits
-from serve.request import ChatRequest, CompletionRequest, Message, Options
+from serve.request import ChatRequest, CompletionRequest, Message, Options, ResponseFormat
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 STRINGS = {"type": "array", "items": {"type": "string"}}
 PROMPTS: dict[str, Any] = {"anyOf": [{"type": "string"}, STRINGS, {"type": "array", "items": {"type": "integer"}}, {"type": "array"}]}
 TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}, "required": ["type", "text"]}
 
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "prompt_logprobs": (None,),
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    "use_beam_search": (None, False),
+
+@dataclass(frozen=True)
+class Absent:
+    """A field that is not offered."""
+
+    instead: str
+    """What would do."""
+    nothing: tuple[Any, ...] = (None,)
+    """Values that ask for nothing."""
+
+
+NOT_OFFERED: Mapping[str, Absent] = {
+    "functions": Absent("send tools", (None, [])),
+    "function_call": Absent("send tool_choice", (None, "none", "auto")),
+    "modalities": Absent("this model writes text", (None, ["text"])),
+    "audio": Absent("this model writes text"),
+    "web_search_options": Absent("nothing is searched here; a function of your own among the tools can do it"),
+    "moderation": Absent("nothing is moderated here; leave it out"),
+    "chat_template": Absent("the model's own is used; leave it out"),
+    "chat_template_kwargs": Absent("the model's template takes none; leave it out", (None, {}, {"enable_thinking": False})),
+    "add_generation_prompt": Absent("leave it out", (None, True)),
+    "continue_final_message": Absent("leave it out", (None, False)),
+    "prompt_logprobs": Absent("/v1/completions has echo with logprobs"),
+    "best_of": Absent("n gives several answers", (None, 1)),
+    "suffix": Absent("this model goes on with a text, and fills no gaps", (None, "")),
+    "use_beam_search": Absent("leave it out", (None, False)),
 }
-"""Fields that are not offered, with the values that ask for nothing."""
-WITHOUT_EFFECT = frozenset({"user"})
-"""Taken and rightly without effect, so not named as ignored."""
+HINTS: Mapping[str, tuple[Any, ...]] = {
+    "store": (None, False),
+    "metadata": (None, {}),
+    "service_tier": (None, "auto", "default"),
+    "reasoning_effort": (None, "none"),
+    "verbosity": (None, "medium"),
+    "prediction": (None,),
+    "prompt_cache_options": (None, {}),
+    "prompt_cache_retention": (None,),
+}
+"""Fields that have no effect, and without which an answer is as good; with the values that ask for nothing."""
 
 
 FORMS = ("response_format", "structured_outputs", *GUIDED)
@@ -52,19 +73,41 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
+def _unpadded(wanted: bool | None) -> bool | None:
+    if wanted:
+        raise PydanticCustomError("not_supported", "events are not padded here; leave it out")
+    return wanted
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     """A last chunk with `usage` and no choices."""
     continuous_usage_stats: bool | None = None
     """`usage` in every chunk (vLLM)."""
+    include_obfuscation: Annotated[bool | None, AfterValidator(_unpadded)] = None
+    """Lengths of pieces hidden from those who only see them pass (OpenAI)."""
 
 
 class NamedBody(Body):
     """What every API takes."""
 
+    not_offered: ClassVar[Mapping[str, Absent]] = NOT_OFFERED
+    hints: ClassVar[Mapping[str, tuple[Any, ...]]] = HINTS
+    counted: ClassVar[Mapping[str, str]] = {}
+    """Fields whose entries `Limits` counts under another name."""
+
     model: str
     user: str | None = None
     priority: int | None = None
+
+    @property
+    def belongs_to(self) -> str | None:
+        """See `serve.session`."""
+        return self.user
+
+    def without_effect(self) -> Iterable[str]:
+        """Names of what has no effect within fields that have one."""
+        return ()
 
 
 class SharedBody(NamedBody):
@@ -81,14 +124,14 @@ class SharedBody(NamedBody):
         list[tuple[int, float]], BeforeValidator(bias_table), WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})
     ] = []
     seed: int | None = None
-    n: int | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
     stop: Annotated[list[str], BeforeValidator(stop_list), WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS]})] = []
     stop_token_ids: Annotated[list[int], FailFast(), BeforeValidator(list_or_none)] = []  # FailFast: one error, not a million
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -107,18 +150,29 @@ class SharedBody(NamedBody):
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple(self.logit_bias),
             seed=self.seed,
-            n=self.n,
+            n=self.num_choices(),
             max_tokens=self.length(),
             min_tokens=self.min_tokens,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=bool(self.ignore_eos),
             logprobs=self.alternatives(),
-            format=form_of({name: getattr(self, name) for name in FORMS}),
+            format=form_of({name: getattr(self, name) for name in FORMS}, self.own_form()),
         )
 
+    @property
+    def belongs_to(self) -> str | None:
+        return self.prompt_cache_key or self.user or self.safety_identifier
+
+    def own_form(self) -> ResponseFormat | None:
+        """What a field asks for that only one API has."""
+        return None
+
+    def num_choices(self) -> int | None:
+        return None
+
     def length(self) -> int | None:
-        return self.max_tokens
+        raise NotImplementedError
 
     def alternatives(self) -> int | None:
         raise NotImplementedError
@@ -161,12 +215,17 @@ class ChatBody(SharedBody):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[MessageBody], FailFast()]
+    max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    n: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: Annotated[list[ToolBody] | None, FailFast()] = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+
+    def num_choices(self) -> int | None:
+        return self.n
 
     def length(self) -> int | None:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -179,17 +238,16 @@ class ChatBody(SharedBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def request(self, request_id: str) -> ChatRequest:
-        allowed = allowed_tools(self.tool_choice)
-        choice, name = tool_choice(self.tool_choice) if allowed is None else (allowed[0], None)
+        choosing = Choosing.of(self.tool_choice)
         return ChatRequest(
             request_id=request_id,
             model=self.model,
             messages=tuple(message.message(at) for at, message in enumerate(self.messages)),
             options=self.options(),
             tools=tuple(tool.tool() for tool in self.tools or ()),
-            tool_choice=choice,
-            tool_name=name,
-            allowed_tools=None if allowed is None else allowed[1],
+            tool_choice=choosing.mode,
+            tool_name=choosing.name,
+            allowed_tools=choosing.allowed,
             parallel_tool_calls=self.parallel_tool_calls is not False,
         )
 
@@ -202,8 +260,16 @@ class CompletionBody(SharedBody):
         BeforeValidator(prompt_list),
         WithJsonSchema(PROMPTS),
     ]
+    max_tokens: int | None = None
+    n: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
+
+    def num_choices(self) -> int | None:
+        return self.n
+
+    def length(self) -> int | None:
+        return self.max_tokens
 
     def alternatives(self) -> int | None:
         return self.logprobs
@@ -221,11 +287,11 @@ def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
     """
     Raises:
         InvalidRequest: the first thing that is of a wrong type or far too long, by its name.
-        NotSupported: a field asks for what is not offered yet.
+        NotSupported: a field asks for what is not offered.
     """
-    for name in NEUTRAL.keys() & fields.keys():
-        if fields[name] not in NEUTRAL[name]:
-            raise NotSupported(f"this server does not offer {name} yet; leave it out", param=name)
+    for name in kind.not_offered.keys() & fields.keys():
+        if fields[name] not in kind.not_offered[name].nothing:
+            raise NotSupported(f"{name} is not offered here: {kind.not_offered[name].instead}", param=name)
     body = validated(kind, fields, limits)
     if isinstance(body, SharedBody) and body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
@@ -237,18 +303,20 @@ def validated(kind: type[AnyBody], fields: Mapping[str, Any], limits: Limits) ->
     Raises:
         InvalidRequest: the first thing that is of a wrong type or far too long, by its name.
     """
-    _check_counts({name: fields[name] for name in fields.keys() & kind.model_fields.keys()}, limits)
+    _check_counts(kind, fields, limits)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _first_problem(error) from None
 
 
-def _check_counts(fields: Mapping[str, Any], limits: Limits) -> None:
+def _check_counts(kind: type[Body], fields: Mapping[str, Any], limits: Limits) -> None:
     """See `Limits.entries`."""
-    for name, limit in limits.entries.items():
-        value = fields.get(name)
-        if isinstance(value, list | dict) and len(value) > limit:
+    names: Mapping[str, str] = kind.counted if issubclass(kind, NamedBody) else {}
+    entries = limits.entries
+    for name in fields.keys() & kind.model_fields.keys():
+        limit, value = entries.get(names.get(name, name)), fields[name]
+        if limit is not None and isinstance(value, list | dict) and len(value) > limit:
             raise InvalidRequest(f"{name} has {len(value)} entries, and at most {limit} are taken", param=name)
 
 
@@ -261,8 +329,9 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
     return kind(f"{param}: {problem['msg'].removeprefix('Input ')}", param=param)
 
 
-def ignored_fields(kind: type[NamedBody], fields: Mapping[str, Any]) -> list[str]:
+def ignored_fields(body: NamedBody, fields: Mapping[str, Any]) -> list[str]:
     """Names that had no effect, for a header: at most 16, and only such as a header can carry."""
-    known = kind.model_fields.keys() | NEUTRAL.keys() | WITHOUT_EFFECT
-    names = sorted(islice((name for name in fields if name not in known and HEADER_NAME.fullmatch(name)), 16))
-    return names or (["(unprintable)"] if fields.keys() - known else [])
+    unknown = fields.keys() - type(body).model_fields.keys() - body.not_offered.keys()
+    said = [name for name in unknown if name not in body.hints or fields[name] not in body.hints[name]]
+    names = sorted(islice((name for name in (*said, *body.without_effect()) if HEADER_NAME.fullmatch(name)), 16))
+    return names or (["(unprintable)"] if said else [])

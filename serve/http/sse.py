@@ -9,11 +9,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.bypass import Way
-from serve.errors import describe
+from serve.errors import ErrorBody, describe
 from serve.held import held_headers
 from serve.http.bypass import PASSED, WAY
 from serve.http.connection import unless_gone
-from serve.http.errors import error_object
 from serve.request import TextEvent, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -28,12 +27,16 @@ class Chunks(Protocol):
         """What comes before the first event."""
         ...
 
-    def of(self, event: TextEvent) -> dict[str, Any] | None:
-        """The chunk for an event, if it has anything to say."""
+    def of(self, event: TextEvent) -> Iterable[dict[str, Any]]:
+        """The chunks for an event: none where there is nothing to say of it."""
         ...
 
     def closing(self, usage: Usage) -> Iterable[dict[str, Any]]:
         """What comes after the last event."""
+        ...
+
+    def failing(self, error: ErrorBody) -> Iterable[dict[str, Any]]:
+        """What comes where no more events do."""
         ...
 
 
@@ -105,23 +108,23 @@ async def frames(
     ``tell_ledger``: before [DONE], in a comment, which every reader of server-sent events passes over.
     """
     timing = b""
-    usage, opening = None, b"".join(frame(chunk) for chunk in chunks.opening())
+    usage, opening = None, b"".join(map(frame, chunks.opening()))
     try:
         event: TextEvent | None = first
         while event is not None:
-            usage, chunk = event.usage or usage, chunks.of(event)
+            usage, written = event.usage or usage, opening + b"".join(map(frame, chunks.of(event)))
             if tell_ledger and event.ledger is not None:
                 timing = f": server-timing {event.ledger.server_timing()}\n\n".encode()
-            if opening or chunk is not None:
-                yield opening + (frame(chunk) if chunk is not None else b"")
+            if written:
+                yield written
                 opening = b""
             event = await anext(rest, None)
         if usage is None:
             raise RuntimeError("the service ended a stream without its last event")
     except Exception as error:
-        yield opening + frame(error_object(describe(error)))
+        yield opening + b"".join(map(frame, chunks.failing(describe(error))))
         return
-    yield b"".join(frame(chunk) for chunk in chunks.closing(usage)) + timing + DONE
+    yield b"".join(map(frame, chunks.closing(usage))) + timing + DONE
 
 
 def frame(chunk: dict[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 PYTHON_CLIENTS: dict[str, tuple[str, ...]] = {
     "openai2": ("openai>=2,<3",),
     "openai3": ("openai>=3,<4",),
+    "openai_agents": ("openai-agents",),
     "langchain": ("langchain-openai",),
     "litellm": ("litellm",),
     "pydantic_ai": ("pydantic-ai-slim[openai]",),

@@ -65,6 +65,7 @@ def test_openai_python(server: Server, name: str, major: str) -> None:
     assert told.pop("completion").startswith(" Paris")
     assert told == {
         "text": PARIS,
+        "response": PARIS,
         "streamed": PARIS,
         "usage": [45, 45],
         "logprobs": [8, 2],
@@ -116,6 +117,32 @@ def test_langchain_with_tools_and_objects(server: Server) -> None:
         "any": True,
         "after the result": True,
         "places": {"json_schema": "Place", "function_calling": "Place"},
+    }
+
+
+def test_langchain_over_responses(server: Server) -> None:
+    assert script("langchain", server, "langchain_responses.py") == {
+        "text": PARIS,
+        "streamed text": True,
+        "usage": 45,
+        "called": ["get_weather", True],
+        "streamed": True,
+        "after the result": True,
+        "place": "Place",
+    }
+
+
+def test_openai_agents(server: Server) -> None:
+    called = ["tool_call_item", "tool_call_output_item", "message_output_item"]
+    assert script("openai_agents", server) == {
+        "asked": 2,
+        "kinds": called,
+        "answered": True,
+        "streamed": True,
+        "typed": "Place",
+        "handed": ["Clerk", ["handoff_call_item", "handoff_output_item", "message_output_item"]],
+        "session": [True, 4],
+        "usage": 2,
     }
 
 
@@ -175,7 +202,10 @@ def test_qwen_agents_own_example_of_function_calling(server: Server) -> None:
 
 def examples() -> list[Any]:
     """Whole programs in pages that speak of the demo server, and those of the client's own page, which else talk to a scripted one."""
-    pages = [ROOT / name for name in ("README.md", "docs/tools.md", "docs/structured-output.md", "docs/embeddings.md", "client/README.md")]
+    pages = [
+        ROOT / name
+        for name in ("README.md", "docs/http.md", "docs/tools.md", "docs/structured-output.md", "docs/embeddings.md", "client/README.md")
+    ]
     found = [(page, number, code) for page in pages for number, code in enumerate(EXAMPLE.findall(page.read_text()))]
     return [
         pytest.param(code, id=f"{page.relative_to(ROOT).with_suffix('')} {number}")

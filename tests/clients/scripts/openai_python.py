@@ -43,6 +43,25 @@ conversation = [
     {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
 ]
 after = client.chat.completions.create(**{**tools, "messages": conversation, "tool_choice": "none", "max_tokens": 8})
+tool = {"type": "function", **WEATHER["function"]}
+asked_with_tool = {
+    "model": MODEL,
+    "temperature": 0,
+    "max_output_tokens": 64,
+    "tools": [tool],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+}
+response = client.responses.create(input=MESSAGES, **asked_with_tool)
+(item,) = response.output
+assert (item.name, item.arguments) == (call.function.name, call.function.arguments)
+with client.responses.stream(input=MESSAGES, **asked_with_tool) as stream:
+    assert stream.get_final_response().output[0].arguments == item.arguments
+result = {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"}
+after_the_result = client.responses.create(
+    input=[*MESSAGES, *response.output, result], **{**asked_with_tool, "tool_choice": "none", "max_output_tokens": 8}
+)
+assert after_the_result.output_text == after.choices[0].message.content
 try:
     client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=3)
     refused = None
@@ -53,6 +72,7 @@ print(
         {
             "version": openai.__version__,
             "text": whole.choices[0].message.content,
+            "response": client.responses.create(model=MODEL, input=MESSAGES, temperature=0, max_output_tokens=16).output_text,
             "streamed": streamed,
             "usage": [whole.usage.total_tokens, usage.total_tokens],
             "logprobs": [len(logprobs), len(logprobs[0].top_logprobs)],

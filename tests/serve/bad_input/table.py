@@ -17,6 +17,7 @@ PATHS = {
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
     "embedding": "/v1/embeddings",
+    "response": "/v1/responses",
     "tokenize": "/tokenize",
     "detokenize": "/detokenize",
 }
@@ -24,6 +25,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "chat": {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]},
     "completion": {"model": MODEL, "prompt": "Once upon"},
     "embedding": {"model": MODEL, "input": "Once upon"},
+    "response": {"model": MODEL, "input": "Once upon"},
     "tokenize": {"model": MODEL},
     "detokenize": {"model": MODEL},
 }

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from engine.plan import TokenLogprobs
+from model.generation_config import GenerationDefaults
 from serve.errors import ModelNotFound
 from serve.http.app import create_app
 from serve.ledger import Ledger
@@ -107,7 +108,7 @@ class ScriptedService:
         )
 
     def models(self) -> Any:
-        return (SimpleNamespace(name=MODEL, created=1_700_000_000, max_context_tokens=2048),)
+        return (SimpleNamespace(name=MODEL, created=1_700_000_000, max_context_tokens=2048, defaults=GenerationDefaults(top_p=0.8)),)
 
     def model(self, name: str) -> Any:
         self._check_model(name)

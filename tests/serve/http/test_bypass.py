@@ -19,6 +19,7 @@ import serve.bypass
 import serve.http.bypass
 from cluster.bypass import PiecesLost, Receiver, Sender, is_here, new_answer
 from serve.bypass import Passages, Ways
+from serve.errors import ErrorBody
 from serve.http.bypass import FrontBypass, ProxyBypass
 from serve.http.sse import EventStream
 from serve.request import TextEvent, Usage
@@ -37,11 +38,14 @@ class Chunks:
     def opening(self) -> Iterator[dict[str, Any]]:
         return iter(())
 
-    def of(self, event: TextEvent) -> dict[str, Any] | None:
-        return {"text": event.text}
+    def of(self, event: TextEvent) -> Iterator[dict[str, Any]]:
+        yield {"text": event.text}
 
     def closing(self, usage: Usage) -> Iterator[dict[str, Any]]:
         return iter(())
+
+    def failing(self, error: ErrorBody) -> Iterator[dict[str, Any]]:
+        raise AssertionError(error)
 
 
 class Between:

@@ -1,0 +1,109 @@
+"""Step 14 of a request to /v1/responses: the items of an answer, as they are made, and the events that tell of it."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from serve.http.token_objects import token_objects
+from serve.request import TextToken, ToolCallDelta
+
+Event = tuple[str, dict[str, Any]]
+"""Its type, and its fields beside the two numbers that every event has."""
+
+
+class Item(Protocol):
+    """One that is being made."""
+
+    def begin(self) -> Iterator[Event]: ...
+    def end(self, status: str) -> Iterator[Event]: ...
+    def object(self, status: str) -> dict[str, Any]:
+        """As far as it is made."""
+        ...
+
+
+class MessageItem:
+    """What is said, in one part."""
+
+    def __init__(self, item_id: str, index: int, *, with_logprobs: bool) -> None:
+        self._id, self._with_logprobs = item_id, with_logprobs
+        self._at = {"output_index": index, "item_id": item_id, "content_index": 0}
+        self._text: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
+        self._tokens = TokensOfText()
+
+    def begin(self) -> Iterator[Event]:
+        yield "response.output_item.added", {"output_index": self._at["output_index"], "item": self._object("in_progress", [])}
+        yield "response.content_part.added", self._at | {"part": self._part()}
+
+    def say(self, text: str, tokens: Iterable[TextToken]) -> Iterator[Event]:
+        self._text.append(text)
+        told = token_objects(self._tokens.take(text, tokens)) if self._with_logprobs else []
+        self._logprobs += told
+        yield "response.output_text.delta", self._at | {"delta": text, "logprobs": told}
+
+    def end(self, status: str) -> Iterator[Event]:
+        part = self._part()
+        yield "response.output_text.done", self._at | {"text": part["text"], "logprobs": self._logprobs}
+        yield "response.content_part.done", self._at | {"part": part}
+        yield "response.output_item.done", {"output_index": self._at["output_index"], "item": self._object(status, [part])}
+
+    def object(self, status: str) -> dict[str, Any]:
+        return self._object(status, [self._part()])
+
+    def _part(self) -> dict[str, Any]:
+        return {"type": "output_text", "text": "".join(self._text), "annotations": [], "logprobs": self._logprobs}
+
+    def _object(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+
+class CallItem:
+    """A function that the client is asked to call."""
+
+    def __init__(self, item_id: str, index: int, call: ToolCallDelta) -> None:
+        self._id, self._call_id, self._name = item_id, call.id, call.name
+        self._at = {"output_index": index, "item_id": item_id}
+        self._arguments: list[str] = []
+
+    def begin(self) -> Iterator[Event]:
+        yield "response.output_item.added", {"output_index": self._at["output_index"], "item": self.object("in_progress")}
+
+    def more(self, arguments: str) -> Iterator[Event]:
+        if arguments:
+            self._arguments.append(arguments)
+            yield "response.function_call_arguments.delta", self._at | {"delta": arguments}
+
+    def end(self, status: str) -> Iterator[Event]:
+        item = self.object(status)
+        yield "response.function_call_arguments.done", self._at | {"name": self._name, "arguments": item["arguments"]}
+        yield "response.output_item.done", {"output_index": self._at["output_index"], "item": item}
+
+    def object(self, status: str) -> dict[str, Any]:
+        arguments = "".join(self._arguments)
+        return {
+            "id": self._id,
+            "type": "function_call",
+            "status": status,
+            "call_id": self._call_id,
+            "name": self._name,
+            "arguments": arguments,
+        }
+
+
+class TokensOfText:
+    """Tells the tokens that make up a text from those behind it: the end of sequence, a stop string, the mark of a call."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[TextToken] = deque()
+        self._missing_bytes = 0
+        """Of the text, less those of its tokens."""
+
+    def take(self, text: str, tokens: Iterable[TextToken]) -> list[TextToken]:
+        """More of both, a text never before its tokens."""
+        self._waiting.extend(tokens)
+        self._missing_bytes += len(text.encode())
+        told: list[TextToken] = []
+        while self._waiting and self._missing_bytes > 0:
+            told.append(self._waiting.popleft())
+            self._missing_bytes -= len(told[-1].raw)
+        return told

@@ -1,0 +1,45 @@
+"""Steps 1 and 14 of a request, over HTTP: /v1/responses."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.places import mark
+from serve.errors import RouteNotFound
+from serve.held import held_headers
+from serve.http.connection import unless_gone
+from serve.http.context import Front
+from serve.http.errors import json_response
+from serve.http.openapi import takes
+from serve.http.responses.events import ResponseEvents
+from serve.http.responses.schema import ResponsesBody
+from serve.http.responses.spelling import spelled_for
+from serve.http.sse import open_stream
+
+ID_PREFIX = "resp_"
+
+
+def response_routes(front: Front) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/responses", openapi_extra=takes(ResponsesBody))
+    async def create_response(request: Request) -> Response:
+        body, stamp, headers = await front.receive(request, ResponsesBody, id_prefix=ID_PREFIX)
+        service, conversation = front.service(), body.conversation()
+        asked = stamp.sign(body.request(stamp.id, conversation.messages))
+        writer = ResponseEvents(stamp, body, service.model(body.model).defaults)
+        with spelled_for(conversation.places):
+            if body.stream:
+                answer: Response = await open_stream(request.receive, service.chat(asked), writer, headers, tell_ledger=stamp.wants_ledger)
+            else:
+                result = await unless_gone(request.receive, service.collect(asked))
+                headers |= held_headers(result.held_s) | stamp.timing(result.ledger)
+                answer = json_response(writer.whole(result), headers=headers)
+        mark(14, stamp.id)
+        return answer
+
+    @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    async def nothing_is_stored(rest: str) -> Response:
+        raise RouteNotFound("no response is stored here: an answer is told once, to the request that asked for it")
+
+    return routes
