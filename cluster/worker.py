@@ -30,6 +30,7 @@ from engine.garbage import settle
 from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
 from engine.weights_read import WeightsRead
+from model.adapter_config import CONFIG_FILE
 from parallel.last_collective import keep_at
 from parallel.topology import Topology
 
@@ -83,6 +84,8 @@ class ModelRanks:
     topology: Topology
     runner_config: RunnerConfig
     engine_config: EngineConfig
+    adapter: Path | str | None = None
+    """Added to its weights; lies as a checkpoint does."""
     need: Need = field(default_factory=Need)
     replicas_on_host: int = 1
     """That share a host's memory, this one included."""
@@ -91,6 +94,8 @@ class ModelRanks:
         """A folder must be there on every host. What lies in a store is seen when it is opened."""
         if "://" not in str(self.checkpoint_folder) and not (Path(self.checkpoint_folder) / "config.json").is_file():
             raise FileNotFoundError(f"there is no {self.checkpoint_folder}/config.json")
+        if self.adapter is not None and "://" not in str(self.adapter) and not (Path(self.adapter) / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"there is no {self.adapter}/{CONFIG_FILE}")
 
     @contextmanager
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> Iterator[Rank]:
@@ -103,6 +108,7 @@ class ModelRanks:
             rendezvous=rendezvous,
             runner_config=self.runner_config,
             engine_config=self.engine_config,
+            adapter=self.adapter,
             on_progress=on_progress,
             ranks_on_host=ranks_on_host,
             replicas_on_host=self.replicas_on_host,

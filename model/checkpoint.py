@@ -114,19 +114,20 @@ class FileTensor:
 class Checkpoint:
     """The tensors of a folder, by name. Opening it reads and checks every header, and no weight.
 
-    ``place`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`).
+    ``place`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`). ``single_file`` is the one that holds all where
+    there is no index; another than a model's own has none.
 
     Raises:
         CheckpointError: no checkpoint is here, an index that names files that are not here, outside the folder or without the
             tensor, a header that is damaged, or a file that is shorter or longer than its header says.
     """
 
-    def __init__(self, place: Path | str) -> None:
+    def __init__(self, place: Path | str, *, single_file: str = SINGLE_FILE) -> None:
         self.place = place
         self._folder = open_folder(place)
         self._files: list[ByteSource] = []
         self._tensors: dict[str, FileTensor] = {}
-        shards = _shards(self._folder)
+        shards = _shards(self._folder, single_file)
         try:
             with ThreadPoolExecutor(HEADERS_AT_A_TIME) as threads:
                 for opened in threads.map(self._open, shards, shards.values()):
@@ -207,13 +208,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _shards(folder: CheckpointFolder) -> dict[str, set[str] | None]:
+def _shards(folder: CheckpointFolder, single_file: str) -> dict[str, set[str] | None]:
     """The files of a checkpoint, with the tensors that the index expects in each (None: there is no index)."""
     there = folder.names()
-    if INDEX_FILE not in there:
-        if SINGLE_FILE not in there:
-            raise CheckpointError(_why_none(folder, there), file=folder.file(""))
-        return {SINGLE_FILE: None}
+    if INDEX_FILE not in there or single_file != SINGLE_FILE:
+        if single_file not in there:
+            raise CheckpointError(_why_none(folder, there, single_file), file=folder.file(""))
+        return {single_file: None}
     index = folder.file(INDEX_FILE)
     shards: dict[str, set[str] | None] = {}
     for name, file_name in _weight_map(folder).items():
@@ -231,12 +232,14 @@ def _shards(folder: CheckpointFolder) -> dict[str, set[str] | None]:
     return shards
 
 
-def _why_none(folder: CheckpointFolder, there: frozenset[str]) -> str:
+def _why_none(folder: CheckpointFolder, there: frozenset[str], single_file: str) -> str:
     """What is said of a folder without a checkpoint, by what it has instead."""
-    said = f"{folder.file('').rstrip('/')} holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE}" if single_file == SINGLE_FILE else f"no {single_file}"
+    said = f"{folder.file('').rstrip('/')} holds {wanted}"
     if pickles := sorted(name for name in there if name.endswith((".bin", ".pt", ".pth"))):
         return f"{said}; {pickles[0]} is a pickle, which can run any code when it is read, and is refused: convert it to safetensors"
-    if shards := sorted(name for name in there if name.endswith(".safetensors")):
+    shards = sorted(name for name in there if name.endswith(".safetensors"))
+    if shards and single_file == SINGLE_FILE:
         return f"{said}, though there is {shards[0]}: its index is missing"
     return said
 

@@ -1,12 +1,14 @@
 """From a checkpoint to one rank's model: check everything, then allocate, then read this rank's share and nothing else."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from model.adapter import Adapter
+from model.adapter_config import AdapterError
 from model.attention.choose import BackendName
 from model.checkpoint import Checkpoint
 from model.checkpoint_header import some
@@ -18,7 +20,7 @@ from model.qwen2_moe import Qwen2Moe
 from model.stored_quantised import as_plain
 from parallel.dispatch import DispatchName
 from parallel.groups import ParallelGroups, single_rank_groups
-from parallel.weight_format import Dense, WeightFormat
+from parallel.weight_format import Dense, StoredTensor, WeightFormat
 
 
 class CheckpointMismatch(ValueError):
@@ -82,6 +84,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     block_tokens: int,
+    adapter: Adapter | None = None,
     backend: BackendName = "auto",
     dispatch: DispatchName = "local",
     redundant_experts: int = 0,
@@ -92,19 +95,21 @@ def load_model(
     on_progress: OnProgress | None = None,
 ) -> tuple[Qwen2, LoadReport]:
     """This rank's part of the model, ready to compute. ``format`` holds the large matrices of the layers, ``table_format``
-    embedding and head; None: plainly, in ``dtype``. ``kv_dtype``, ``rounds_kv``: see `Qwen2`.
+    embedding and head; None: plainly, in ``dtype``. ``kv_dtype``, ``rounds_kv``: see `Qwen2`. ``adapter``: added to the weights as they
+    are read, before they take whatever form.
 
     ``redundant_experts`` is how many routed experts of a layer each ep position holds beyond its even share.
 
     Raises:
         CheckpointMismatch: seen from names and shapes alone, on every rank, before anything is allocated.
         CheckpointError: a file could not be read, or what is stored quantised in it makes no sense.
+        AdapterError: the adapter is of another model.
         ValueError: more ranks than can share the model's heads.
     """
     started = time.monotonic()
-    ignored = check_checkpoint(checkpoint, config, format)
+    ignored = check_checkpoint(checkpoint, config, format, adapter)
     model = _make(
-        config,
+        _adapted(config, adapter),
         groups,
         device=device,
         dtype=dtype,
@@ -118,11 +123,11 @@ def load_model(
         rounds_kv=rounds_kv,
     )
     bindings = list(model.bindings())
-    tensors = as_plain(checkpoint.tensors, config.quantisation, {binding.name for binding in bindings})
+    tensors = _tensors(checkpoint, config, adapter, {binding.name for binding in bindings})
     bytes_read = fill(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
     return model.eval().requires_grad_(False), LoadReport(
         bytes_read=bytes_read,
-        bytes_fetched=checkpoint.bytes_fetched,
+        bytes_fetched=checkpoint.bytes_fetched + (adapter.bytes_fetched if adapter else 0),
         bytes_of_checkpoint=checkpoint.num_bytes,
         seconds=time.monotonic() - started,
         ignored=ignored,
@@ -162,7 +167,27 @@ def _make(
     )
 
 
-def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: WeightFormat | None = None) -> tuple[str, ...]:
+def _adapted(config: ModelConfig, adapter: Adapter | None) -> ModelConfig:
+    unties = adapter is not None and adapter.unties_head and not config.is_bare
+    return replace(config, tied_embeddings=False) if unties else config
+
+
+def _tensors(checkpoint: Checkpoint, config: ModelConfig, adapter: Adapter | None, wanted: Collection[str]) -> Mapping[str, StoredTensor]:
+    """By the names of a plain model; ``config`` is the base's. ``wanted``: what the model has."""
+    if adapter is not None and config.quantisation is not None:
+        raise AdapterError(
+            f"{checkpoint.place} is stored by {config.quantisation.method.upper()}, and what an adapter adds would be rounded to its "
+            f"{config.quantisation.bits} bits: serve the adapter with the plain base, and add --quantize int8 or int4 if memory is short"
+        )
+    plain = as_plain(checkpoint.tensors, config.quantisation, wanted)
+    if adapter is None:
+        return plain
+    return adapter.applied(plain, head_was_tied=config.tied_embeddings and not config.is_bare)
+
+
+def check_checkpoint(
+    checkpoint: Checkpoint, config: ModelConfig, format: WeightFormat | None = None, adapter: Adapter | None = None
+) -> tuple[str, ...]:
     """Hold the headers against the whole model, so that every rank of every stage comes to the same end. Allocates nothing.
 
     Where config.json ties the head to the embedding, a `lm_head.weight` that is stored nevertheless is not read, whatever
@@ -171,12 +196,14 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig, format: Weight
     Raises:
         CheckpointMismatch: missing, superfluous, misshapen tensors, and for a plain model those of integers.
         CheckpointError: a matrix that is stored quantised lacks a part, or its parts do not fit each other.
+        AdapterError: the adapter is of another model.
     """
     dtype, device = DTYPES[config.dtype], torch.device("cpu")
-    whole = _make(config, single_rank_groups(), device=device, dtype=dtype, block_tokens=1, backend="reference", format=format)
+    adapted = _adapted(config, adapter)
+    whole = _make(adapted, single_rank_groups(), device=device, dtype=dtype, block_tokens=1, backend="reference", format=format)
     plain = format is None or set(format.specs()) == {"weight"}
     wanted = {binding.name: binding.slot.shape for binding in whole.bindings()}
-    tensors = as_plain(checkpoint.tensors, config.quantisation, wanted)
+    tensors = _tensors(checkpoint, config, adapter, wanted)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     ignored = {f"{HEAD}.weight"} & found.keys() if whole.config.tied_embeddings else set()
     missing, unused = wanted.keys() - found.keys(), found.keys() - wanted.keys() - ignored

@@ -15,7 +15,7 @@ import ray.serve as ray_serve
 from serve.config import ServeConfig
 from serve.config_sources import checked, from_tree, load
 from serve.deployment import Model, build_app
-from serve.model_source import called, must_have_own_names, place_on_any_host
+from serve.model_source import adapter_on_any_host, called, must_have_own_names, place_on_any_host
 from serve.serve_config_file import OF_THE_CLUSTER
 
 FILE_VARIABLE = "MANTA_CONFIG"
@@ -38,7 +38,10 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
 
 def application(config: ServeConfig) -> ray_serve.Application:
     """What runs on a cluster; every host finds the models for itself."""
-    models = [Model(place=place_on_any_host(each.model), name=called(each.model), config=each) for each in config.each_model()]
+    models = [
+        Model(place=place_on_any_host(one.model), adapter=adapter_on_any_host(one.model), name=called(one.model), config=one)
+        for one in config.each_model()
+    ]
     must_have_own_names([model.name for model in models])
     return build_app(models, config)
 

@@ -35,12 +35,23 @@ class ModelSettings(Section):
     """A folder, "demo", a repository id of the Hugging Face hub (also as hf://owner/name), modelscope://owner/name, or the URL
     of a folder in a store: s3://bucket/folder, gs://bucket/folder, or another that fsspec knows."""
     name: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/-]+$")
-    """What clients call it. None = the repository id, or the folder's name."""
+    """What clients call it. None = the repository id, or the folder's name, of the adapter if there is one."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit on the hub. None = the hub's default."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """A LoRA adapter (as PEFT stores it) that is added to the weights while they are loaded: a folder, a repository or a URL, as
+    `source` takes them. The model is then called as the adapter is, unless `name` says otherwise. None = the model as it is."""
+    adapter_revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of the adapter on the hub. None = the hub's default."""
     pooling: Literal["auto", "last", "mean", "first"] = "auto"
     """How it makes embeddings: as its files say (modules.json of sentence-transformers), or of the last token's hidden state, the
     mean of all, or the first one's, normalised."""
+
+    @model_validator(mode="after")
+    def _revisions_have_something(self) -> "ModelSettings":
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision is set, and there is no adapter")
+        return self
 
 
 class ParallelSettings(Section):
@@ -295,7 +306,7 @@ class ServeConfig(Section):
     def _models_can_be_told_apart(self) -> "ServeConfig":
         if self.models and self.model != ModelSettings():
             raise ValueError("with a list of models each entry has its own section model; leave out the one beside the list")
-        labels = [entry.model.name or entry.model.source for entry in self.models]
+        labels = [entry.model.name or entry.model.adapter or entry.model.source for entry in self.models]
         for label in sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"two models are called {label!r}; give each its own model.name")
         return self

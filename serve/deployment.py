@@ -26,6 +26,7 @@ from cluster.routing import policy_of
 from cluster.waiting_room import WaitingRoom
 from cluster.worker import ModelRanks
 from engine.garbage import settle
+from model.adapted_files import adapted_files
 from model.checkpoint_folder import small_files
 from serve.auth import Doorkeeper, OpenDoor
 from serve.bypass import Ways
@@ -45,7 +46,7 @@ from serve.measuring import Measuring
 from serve.metrics import Instruments, Snapshot
 from serve.metrics_page import METRICS_BOARD, MetricsPage
 from serve.model_facts import ModelFacts
-from serve.model_source import brought_here
+from serve.model_source import brought_here, own_name
 from serve.need import need_of
 from serve.observing import Observer
 from serve.quotas import Quotas
@@ -73,6 +74,8 @@ class Model:
 
     place: Path | str
     """A folder that is there on every host, the URL of one in a store, or what a host fetches (`serve.model_source.brought_here`)."""
+    adapter: Path | str | None = None
+    """Added to its weights; lies as it does."""
     name: str
     config: ServeConfig
     """As if the server had this model only; see `ServeConfig.each_model`."""
@@ -88,9 +91,11 @@ class Deployed:
     """Of each of its models: replicas of several may share a host."""
 
 
-def _small_files(place: Path | str) -> Path:
+def _small_files(model: Model) -> Path:
     """Configuration and tokenizer, on this host."""
-    return small_files(brought_here(place, weights=False))
+    base = small_files(brought_here(model.place, weights=False))
+    adapter = None if model.adapter is None else small_files(brought_here(model.adapter, weights=False))
+    return adapted_files(base, adapter)
 
 
 class _Engine:
@@ -99,7 +104,7 @@ class _Engine:
     async def __init__(self, model: Model, deployed: Deployed) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         config = model.config
         configure(config.logging.level, config.logging.format)
-        folder = await asyncio.to_thread(_small_files, model.place)
+        folder = await asyncio.to_thread(_small_files, model)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
         hosts = await asyncio.to_thread(hosts_of_ray)
@@ -110,6 +115,7 @@ class _Engine:
             ranks=FetchedRanks(
                 ranks=ModelRanks(
                     checkpoint_folder=model.place,
+                    adapter=model.adapter,
                     topology=config.parallel.topology,
                     runner_config=runner,
                     engine_config=config.engine,
@@ -180,7 +186,7 @@ class _Front:
         )
         self._routers.append(router)
         await router.open()
-        folder = await asyncio.to_thread(_small_files, model.place)
+        folder = await asyncio.to_thread(_small_files, model)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         facts = ModelFacts.from_checkpoint(
             folder,
@@ -188,6 +194,8 @@ class _Front:
             tokenizer=tokenizer,
             max_context_tokens=model.config.runner.max_context_tokens,
             pooling=model.config.model.pooling,
+            base=own_name(model.config.model.source),
+            adapter=model.config.model.adapter and own_name(model.config.model.adapter),
         )
         return Service(
             model=facts,

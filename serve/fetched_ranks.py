@@ -27,7 +27,7 @@ class Fetching:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchedRanks:
-    """``ranks.checkpoint_folder`` may be what `serve.model_source.brought_here` takes."""
+    """``ranks.checkpoint_folder`` and ``ranks.adapter`` may be what `serve.model_source.brought_here` takes."""
 
     ranks: ModelRanks
 
@@ -40,11 +40,12 @@ class FetchedRanks:
         return self.ranks.need
 
     def look(self) -> None:
-        if not is_fetched(self.ranks.checkpoint_folder):
-            self.ranks.look()
+        self.ranks.look()
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
         ranks = replace(self.ranks, checkpoint_folder=_brought_here(self.ranks.checkpoint_folder, on_progress))
+        if ranks.adapter is not None:
+            ranks = replace(ranks, adapter=_brought_here(ranks.adapter, on_progress))
         if (draft := ranks.runner_config.draft_model) is not None:
             runner_config = replace(ranks.runner_config, draft_model=str(_brought_here(draft, on_progress)))
             ranks = replace(ranks, runner_config=runner_config)

@@ -1,18 +1,22 @@
 """Everything of a checkpoint that can be found wrong without reading a weight: seconds, before Ray is even started."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from engine.run.draft_fit import check_draft_model
+from model.adapted_files import adapted_files
+from model.adapter import Adapter
+from model.adapter_config import AdapterConfig
 from model.checkpoint import Checkpoint
-from model.checkpoint_folder import small_files
+from model.checkpoint_folder import is_remote, small_files
 from model.config import ModelConfig
 from model.load import check_checkpoint
 from parallel.fitting import check_fit
 from parallel.topology import Topology
 from serve.config import ModelSettings, ServeConfig
 from serve.model_facts import ModelFacts
-from serve.model_source import ModelSourceError, Report, find_model
+from serve.model_source import DEMO, ModelSourceError, Report, find_model
 from serve.text.tokenizer import Tokenizer
 
 
@@ -20,25 +24,33 @@ class UnusableCheckpoint(ValueError):
     """What is wrong with a checkpoint; the message names the file, and the tensor where it is about one."""
 
 
-def check_model(place: Path | str, topology: Topology, *, max_context_tokens: int | None = None) -> None:
+def check_model(place: Path | str, topology: Topology, adapter: Path | str | None = None, *, max_context_tokens: int | None = None) -> None:
     """Configuration, tokenizer, and the headers of all weights, each by itself and against the others, and whether the model
-    can be laid out so and takes sequences so long.
+    can be laid out so and takes sequences so long. Of an adapter on this host also every number.
 
     Raises:
         UnusableCheckpoint: the model cannot be served.
     """
     try:
-        folder = small_files(place)
+        folder = adapted_files(small_files(place), None if adapter is None else small_files(adapter))
         config = ModelConfig.from_checkpoint(folder)
         check_fit(topology, config)
         config.context_limit(max_context_tokens)
-        with Checkpoint(place) as checkpoint:
-            check_checkpoint(checkpoint, config)
+        with Checkpoint(place) as checkpoint, nullcontext() if adapter is None else Adapter(adapter) as opened:
+            check_checkpoint(checkpoint, config, adapter=opened)
+            if opened is not None and not is_remote(opened.place):
+                opened.check_numbers()
         ModelFacts.from_checkpoint(folder, name="", tokenizer=Tokenizer.from_folder(folder))
-    except (
-        ValueError
-    ) as error:  # LayoutMisfit, ContextTooLong, CheckpointError and -Mismatch, InvalidModelConfig, UnsupportedModel, InvalidTokenizer
+    except ValueError as error:  # LayoutMisfit, ContextTooLong, CheckpointError and -Mismatch, AdapterError, InvalidModelConfig, ...
         raise UnusableCheckpoint(str(error)) from error
+
+
+def doubt_about(adapter: Path | str, base: str) -> str | None:
+    """What is to be said of an adapter whose files call what it was trained on otherwise than ``base`` is called; None: nothing."""
+    config = AdapterConfig.from_folder(small_files(adapter))
+    if base == DEMO or config.is_of(base) is not False:
+        return None
+    return f"the adapter {adapter} says that it was trained on {config.base}, and is added to {base}"
 
 
 def with_draft_model_here(config: ServeConfig, place: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:

@@ -30,6 +30,10 @@ class ModelFacts:
     """Used where a client says nothing."""
     created: int
     """Unix time at which this server began to offer it."""
+    base: str | None = None
+    """The checkpoint's own name, whatever clients call it."""
+    adapter: str | None = None
+    """That of the adapter that is added to it; None: there is none."""
     width: int = 0
     """Numbers of an embedding."""
     pooling: PoolingConfig | None = None
@@ -49,11 +53,13 @@ class ModelFacts:
         tokenizer: Tokenizer,
         max_context_tokens: int | None = None,
         pooling: PoolingKind | Literal["auto"] = "auto",
+        base: str | None = None,
+        adapter: str | None = None,
     ) -> "ModelFacts":
         """Read config.json and generation_config.json, and what there is of embeddings.
 
         ``max_context_tokens`` lowers the model's own limit. ``pooling`` makes any model one that gives embeddings,
-        normalised; "auto" goes by its files.
+        normalised; "auto" goes by its files. ``base`` and ``adapter`` are told to whoever asks for the models.
 
         Raises:
             InvalidModelConfig, UnsupportedModel: see `ModelConfig.from_checkpoint`.
@@ -71,6 +77,8 @@ class ModelFacts:
             num_real_tokens=tokenizer.num_real_tokens,
             defaults=GenerationDefaults.from_checkpoint(folder, config),
             created=int(time.time()),
+            base=base,
+            adapter=adapter,
             width=config.hidden_size,
             pooling=PoolingConfig.from_checkpoint(folder) if pooling == "auto" else PoolingConfig(kind=pooling, normalise=True),
             is_causal=config.is_causal,

@@ -7,9 +7,11 @@ import difflib
 import errno
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from model.adapter_config import AdapterConfig, AdapterError
 from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import small_files
 from serve.config import ModelSettings
@@ -44,6 +46,8 @@ class FoundModel:
     name: str
     store: str | None = None
     """URL that each rank reads its share of the weights from; None: they are in the folder."""
+    adapter: Path | str | None = None
+    """Where the adapter is that is added to them; None: there is none."""
 
     @property
     def place(self) -> Path | str:
@@ -56,18 +60,14 @@ def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: N
     Raises:
         ModelSourceError: no such folder or repository, or it cannot be reached.
     """
-    source, folder = settings.source, Path(settings.source).expanduser()
-    if source == DEMO:
-        return _here(_demo(report), settings.name or DEMO)
-    if source.startswith(MODELSCOPE_SCHEME):
-        repository = _repository(source, MODELSCOPE_SCHEME)
-        return _here(_from_modelscope(repository, settings.revision), settings.name or repository)
-    if source.startswith(HUB_SCHEME) or (REPOSITORY.fullmatch(source) and not folder.exists()):
-        repository = _repository(source, HUB_SCHEME)
-        return _here(_from_hub(repository, settings.revision), settings.name or repository)
-    if "://" in source:
-        return _in_store(source, settings.name)
-    return _here(_local(folder), settings.name or folder.resolve().name)
+    base = _found(settings.source, settings.revision, MODEL, report)
+    if settings.adapter is None:
+        return replace(base, name=settings.name or base.name)
+    try:
+        adapter = _found(settings.adapter, settings.adapter_revision, ADAPTER, report)
+    except ModelSourceError as error:
+        raise ModelSourceError(f"adapter: {error}") from error
+    return replace(base, name=settings.name or adapter.name, adapter=adapter.place)
 
 
 def called(settings: ModelSettings) -> str:
@@ -78,10 +78,18 @@ def called(settings: ModelSettings) -> str:
     """
     if settings.name:
         return settings.name
-    place = place_on_any_host(settings)
+    place = adapter_on_any_host(settings) or place_on_any_host(settings)
     if is_fetched(place):
         return str(place).partition("://")[2].partition("@")[0] or DEMO
     return str(place).rstrip("/").rsplit("/", 1)[-1]
+
+
+def own_name(source: str) -> str:
+    """Of what a source names, whatever clients call it: a repository, or the last part of a path."""
+    bare = source.removeprefix(HUB_SCHEME).removeprefix(MODELSCOPE_SCHEME)
+    if bare != source or (REPOSITORY.fullmatch(source) and not Path(source).exists()):
+        return bare
+    return source.rstrip("/").rsplit("/", 1)[-1] or source
 
 
 def must_have_own_names(names: Sequence[str]) -> None:
@@ -115,6 +123,17 @@ def place_on_any_host(settings: ModelSettings) -> Path | str:
     raise ModelSourceError(f"{source!r} is neither a repository nor an absolute path, and a relative path is another one on every host")
 
 
+def adapter_on_any_host(settings: ModelSettings) -> Path | str | None:
+    """The same of the model's adapter; None: it has none.
+
+    Raises:
+        ModelSourceError: as `place_on_any_host`.
+    """
+    if settings.adapter is None:
+        return None
+    return place_on_any_host(ModelSettings(source=settings.adapter, revision=settings.adapter_revision))
+
+
 def absolute_if_here(source: str) -> str:
     """A folder of this host by its absolute path; anything else as it is."""
     return str(Path(source).resolve()) if "://" not in source and source != DEMO and Path(source).is_dir() else source
@@ -143,19 +162,31 @@ def brought_here(place: Path | str, *, weights: bool = True, report: Report = la
     return fetch(repository, revision or None, wanted)
 
 
-def _here(folder: Path, name: str) -> FoundModel:
-    return FoundModel(folder=folder, name=name)
+def _found(source: str, revision: str | None, kind: "Kind", report: Report) -> FoundModel:
+    """Under its own name."""
+    folder = Path(source).expanduser()
+    if source == DEMO and kind is MODEL:
+        return FoundModel(folder=_demo(report), name=DEMO)
+    if source.startswith(MODELSCOPE_SCHEME):
+        repository = _repository(source, MODELSCOPE_SCHEME)
+        return FoundModel(folder=_from_modelscope(repository, revision), name=repository)
+    if source.startswith(HUB_SCHEME) or (REPOSITORY.fullmatch(source) and not folder.exists()):
+        repository = _repository(source, HUB_SCHEME)
+        return FoundModel(folder=_from_hub(repository, revision), name=repository)
+    if "://" in source:
+        return _in_store(source, kind)
+    return FoundModel(folder=_local(folder, kind), name=folder.resolve().name)
 
 
-def _in_store(url: str, name: str | None) -> FoundModel:
+def _in_store(url: str, kind: "Kind") -> FoundModel:
     """Only the small files are copied; the weights are read from the store by the ranks, each its own."""
     try:
         folder = small_files(url)
     except CheckpointError as error:
         raise ModelSourceError(str(error)) from error
-    if not (folder / "config.json").is_file():
-        raise ModelSourceError(f"{url} is no checkpoint folder: it has no config.json")
-    return FoundModel(folder=folder, name=name or url.rstrip("/").rsplit("/", 1)[-1], store=url)
+    if not (folder / kind.file).is_file():
+        raise ModelSourceError(f"{url} is no {kind.called} folder: it has no {kind.file}")
+    return FoundModel(folder=folder, name=url.rstrip("/").rsplit("/", 1)[-1], store=url)
 
 
 def _repository(source: str, scheme: str) -> str:
@@ -165,17 +196,55 @@ def _repository(source: str, scheme: str) -> str:
     return repository
 
 
-def _local(folder: Path) -> Path:
+def _local(folder: Path, kind: "Kind") -> Path:
     if folder.is_file():
-        raise ModelSourceError(f"{str(folder)!r} is a file; give the folder that has config.json and the *.safetensors (GGUF is not read)")
+        raise ModelSourceError(f"{str(folder)!r} is a file; give the folder that has {kind.file} and the *.safetensors (GGUF is not read)")
     if not folder.is_dir():
-        raise ModelSourceError(
-            f"there is no folder {str(folder)!r}{_meant(str(folder))}; give a checkpoint folder, `{DEMO}`, a repository such as "
-            f"Qwen/Qwen2-0.5B-Instruct, {MODELSCOPE_SCHEME}owner/name, or the URL of a folder in a store such as s3://bucket/folder"
-        )
-    if not (folder / "config.json").is_file():
-        raise ModelSourceError(f"{str(folder)!r} is no checkpoint folder: it has no config.json")
+        raise ModelSourceError(f"there is no folder {str(folder)!r}{kind.instead(str(folder))}")
+    if not (folder / kind.file).is_file():
+        raise ModelSourceError(f"{str(folder)!r} is no {kind.called} folder: it has no {kind.file}{kind.other(folder)}")
     return folder.resolve()
+
+
+def _model_instead(source: str) -> str:
+    return (
+        f"{_meant(source)}; give a checkpoint folder, `{DEMO}`, a repository such as "
+        f"Qwen/Qwen2-0.5B-Instruct, {MODELSCOPE_SCHEME}owner/name, or the URL of a folder in a store such as s3://bucket/folder"
+    )
+
+
+def _adapter_instead(source: str) -> str:
+    name, is_named, path = source.partition("=")
+    if is_named and path:  # as vLLM's --lora-modules has it
+        return f"; the name is a setting of its own: --name {name} --adapter {path}"
+    return f"; give the folder that PEFT saved, a repository, {MODELSCOPE_SCHEME}owner/name, or the URL of a folder in a store"
+
+
+def _is_adapter(folder: Path) -> str:
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return ""
+    try:
+        base = AdapterConfig.from_folder(folder).base
+    except AdapterError:
+        base = None
+    return f", but it is a LoRA adapter; serve it with its base: manta serve {base or 'BASE'} --adapter {folder}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is looked for at a source."""
+
+    called: str
+    file: str
+    """Without which a folder is none."""
+    instead: Callable[[str], str]
+    """What would do, where there is no such folder."""
+    other: Callable[[Path], str]
+    """What a folder is that is none."""
+
+
+MODEL = Kind(called="checkpoint", file="config.json", instead=_model_instead, other=_is_adapter)
+ADAPTER = Kind(called="adapter", file=ADAPTER_CONFIG_FILE, instead=_adapter_instead, other=lambda _folder: "")
 
 
 def _meant(name: str) -> str:

@@ -48,6 +48,7 @@ class LocalExecutor:
         *,
         runner_config: RunnerConfig | None = None,
         engine_config: EngineConfig | None = None,
+        adapter: Path | str | None = None,
         on_progress: OnProgress | None = None,
     ) -> "LocalExecutor":
         """Load a checkpoint into this process. Raises what `start_rank` raises."""
@@ -60,6 +61,7 @@ class LocalExecutor:
                     rendezvous=None,
                     runner_config=runner_config or RunnerConfig(),
                     engine_config=engine_config or EngineConfig(),
+                    adapter=adapter,
                     on_progress=on_progress,
                 )
             )

@@ -79,6 +79,7 @@ class ProcessExecutor:
         topology: Topology,
         runner_config: RunnerConfig,
         engine_config: EngineConfig,
+        adapter: Path | str | None = None,
         step_timeout_s: float = 120.0,
         on_progress: OnProgress | None = None,
     ) -> None:
@@ -90,6 +91,7 @@ class ProcessExecutor:
             "rendezvous": f"tcp://{LOOPBACK}:{_free_port()}",
             "runner_config": runner_config,
             "engine_config": engine_config,
+            "adapter": adapter,
         }
         self._connections: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []

@@ -3,7 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig, draft_model_of
 from engine.run.warm_up import capture, tune, warm_up
 from engine.weights_read import WeightsRead
+from model.adapted_files import adapted_files
+from model.adapter import Adapter
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
 from model.config import ModelConfig
@@ -74,13 +76,15 @@ def start_rank(
     rendezvous: str | None,
     runner_config: RunnerConfig,
     engine_config: EngineConfig,
+    adapter: Path | str | None = None,
     on_progress: OnProgress | None = None,
     ranks_on_host: int | None = None,
     replicas_on_host: int = 1,
 ) -> Iterator[Runner]:
     """One rank, ready to `run` plans; on leaving, its groups are closed.
 
-    ``checkpoint_folder`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`).
+    ``checkpoint_folder`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`), and so is ``adapter``, which is added
+    to its weights.
     ``rendezvous`` is where the ranks find each other (``tcp://address:port``); a topology of one rank needs none.
     ``ranks_on_host`` is how many ranks share this host's cores and memory (None = all of the topology), ``replicas_on_host`` how many
     replicas, each with as many ranks, share its memory.
@@ -90,6 +94,7 @@ def start_rank(
         InvalidModelConfig, UnsupportedModel: from config.json.
         ContextTooLong: the settings' ``max_context_tokens`` is above the model's.
         CheckpointError, CheckpointMismatch: from the files of weights.
+        AdapterError: the adapter is of a kind that is not served, or of another model.
         LayoutMisfit: the model cannot be laid out on this topology.
         NoRoomForKv: no KV block fits beside the weights.
         InvalidLogits: the model computes no numbers.
@@ -108,12 +113,16 @@ def start_rank(
         check_fit(topology, model_config)
         _check_tokens(model_config, runner_config)
         model_config.context_limit(runner_config.max_context_tokens)
-        with Checkpoint(checkpoint_folder) as checkpoint:  # before joining: what is damaged is refused without waiting for anyone
+        small = adapted_files(small_files(checkpoint_folder), None if adapter is None else small_files(adapter))
+        with (  # before joining: what is damaged is refused without waiting for anyone
+            Checkpoint(checkpoint_folder) as checkpoint,
+            nullcontext() if adapter is None else Adapter(adapter) as opened_adapter,
+        ):
             if (draft_folder := draft_model_of(engine_config, runner_config)) is not None:
                 check_draft_model(checkpoint_folder, draft_folder)
             groups = stack.enter_context(_joined(topology, rank, rendezvous, runner_config, device, tell))
             stack.push(_forget_frames)
-            model = _load(checkpoint, model_config, groups, runner_config, engine_config, device, tell)
+            model = _load(checkpoint, opened_adapter, model_config, groups, runner_config, engine_config, device, tell)
         sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
         draft_model = _load_draft_model(draft_folder, model, runner_config, engine_config, device) if draft_folder and sampler else None
         runner = ready_runner(
@@ -123,7 +132,7 @@ def start_rank(
             engine_config=engine_config,
             sharers_of_memory=on_host * replicas_on_host,
             draft_model=draft_model,
-            guides=open_guides(small_files(checkpoint_folder), sampler.vocab_size, runner_config) if sampler else None,
+            guides=open_guides(small, sampler.vocab_size, runner_config) if sampler else None,
             tell=tell,
         )
         stack.callback(runner.close)  # before the groups are left
@@ -279,6 +288,7 @@ def _parse_rendezvous(text: str | None) -> Rendezvous:
 
 def _load(
     checkpoint: Checkpoint,
+    adapter: Adapter | None,
     model_config: ModelConfig,
     groups: ParallelGroups,
     config: RunnerConfig,
@@ -304,6 +314,7 @@ def _load(
         device=device,
         dtype=dtype,
         block_tokens=engine_config.block_tokens,
+        adapter=adapter,
         backend=config.attention_backend,
         dispatch=choose_dispatch(groups, device) if config.dispatch == "auto" else config.dispatch,
         redundant_experts=config.redundant_experts,
@@ -318,6 +329,8 @@ def _load(
         groups.rank, report.bytes_read, report.bytes_of_checkpoint, report.seconds, report.bytes_fetched,
         model.dtype, formats.matrices, device, torch.get_num_threads(),
     )  # fmt: skip
+    if adapter is not None:
+        log.info("rank %d added %r", groups.rank, adapter)
     read = WeightsRead(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
     tell(StartProgress("weights", told, told, read))
     return model

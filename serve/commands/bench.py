@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve.commands.flags import DRAFTING, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
+from serve.commands.flags import ADAPTER, DRAFTING, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
 from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from serve.model_source import FoundModel
 
 
-@with_flags(model_flag(), REVISION, *LAYOUT, *WEIGHTS, *DRAFTING)
+@with_flags(model_flag(), REVISION, ADAPTER, *LAYOUT, *WEIGHTS, *DRAFTING)
 def bench(
     *,
     file: ConfigFile = None,
@@ -151,5 +151,13 @@ def _executor(config: "ServeConfig", found: "FoundModel", report: Report) -> "Ex
 
     topology = config.parallel.topology
     if topology.size == 1:
-        return LocalExecutor.open(found.place, runner_config=config.runner, engine_config=config.engine, on_progress=tell)
-    return ProcessExecutor(checkpoint_folder=found.place, topology=topology, runner_config=config.runner, engine_config=config.engine)
+        return LocalExecutor.open(
+            found.place, runner_config=config.runner, engine_config=config.engine, adapter=found.adapter, on_progress=tell
+        )
+    return ProcessExecutor(
+        checkpoint_folder=found.place,
+        topology=topology,
+        runner_config=config.runner,
+        engine_config=config.engine,
+        adapter=found.adapter,
+    )

@@ -51,12 +51,13 @@ def config(
 
 
 def _emit_serve(loaded: "Loaded", name: str) -> None:
-    from serve.model_source import ModelSourceError, place_on_any_host
+    from serve.model_source import ModelSourceError, adapter_on_any_host, place_on_any_host
     from serve.serve_config_file import serve_config_file
 
     try:
         for each in loaded.config.each_model():
             place_on_any_host(each.model)
+            adapter_on_any_host(each.model)
     except ModelSourceError as error:
         stop(str(error), code=WRONG_USAGE)
     typer.echo(serve_config_file(loaded, name=name), nl=False)

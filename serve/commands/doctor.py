@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve.commands.flags import DRAFTING, KV_AND_CONTEXT, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
+from serve.commands.flags import ADAPTER, DRAFTING, KV_AND_CONTEXT, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
 from serve.commands.settings import FAILED, Assignments, ConfigFile, load_settings, stop
 
@@ -25,6 +25,7 @@ COLOURS = {"fatal": "bold red", "warning": "yellow", "note": "green"}
 EXAMINED = (
     model_flag("As for `manta serve`; without one only the hosts are examined."),
     REVISION,
+    ADAPTER,
     *LAYOUT,
     *WEIGHTS,
     *KV_AND_CONTEXT,
@@ -87,17 +88,22 @@ def _examine(config: "ServeConfig", names_a_model: bool, address: str | None, ch
 
 def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | None, list[Finding]]":
     from cluster.doctor.findings import Finding, Severity
-    from serve.model_check import UnusableCheckpoint, check_model, with_draft_model_here
+    from serve.model_check import UnusableCheckpoint, check_model, doubt_about, with_draft_model_here
     from serve.model_source import ModelSourceError, find_model
 
     try:
         found = find_model(config.model, report)
         report("checking the checkpoint", 0.3)
-        check_model(found.place, config.parallel.topology, max_context_tokens=config.runner.max_context_tokens)
+        check_model(found.place, config.parallel.topology, found.adapter, max_context_tokens=config.runner.max_context_tokens)
         with_draft_model_here(config, found.place, report)
     except (ModelSourceError, UnusableCheckpoint) as error:
         return None, [Finding(severity=Severity.FATAL, check="checkpoint", host=None, found=str(error))]
-    return found, [Finding(severity=Severity.NOTE, check="checkpoint", host=None, found=f"{found.place} is whole and fits its config.json")]
+    findings = [Finding(severity=Severity.NOTE, check="checkpoint", host=None, found=f"{found.place} is whole and fits its config.json")]
+    if found.adapter is not None:
+        fits = Finding(severity=Severity.NOTE, check="adapter", host=None, found=f"{found.adapter} is whole and fits the checkpoint")
+        doubt = doubt_about(found.adapter, config.model.source)
+        findings.append(Finding(severity=Severity.WARNING, check="adapter", host=None, found=doubt) if doubt else fits)
+    return found, findings
 
 
 def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | None) -> "Survey":
@@ -121,7 +127,12 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
                 (config,) = with_devices([config], hosts())
                 need = need_of(folder, config)
                 ranks = found and ModelRanks(
-                    checkpoint_folder=found.place, topology=topology, runner_config=config.runner, engine_config=config.engine, need=need
+                    checkpoint_folder=found.place,
+                    topology=topology,
+                    runner_config=config.runner,
+                    engine_config=config.engine,
+                    adapter=found.adapter,
+                    need=need,
                 )
                 return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
         except CannotJoin as error:

@@ -46,6 +46,7 @@ LAYOUT = (
     Flag("parallel.data", ("--data-parallel",), int, "Copies of the attention within a replica."),
 )
 REVISION = Flag("model.revision", ("--revision",), str, "Branch, tag or commit on the hub.")
+ADAPTER = Flag("model.adapter", ("--adapter",), str, "LoRA adapter to add to the weights: a folder, or named as MODEL is.")
 WEIGHTS = (
     Flag("runner.dtype", ("--dtype",), str, "auto, bfloat16, float16 or float32."),
     Flag("runner.quantize", ("--quantize",), str, "int8, int4, or on GPUs fp8: round weights while loading."),
@@ -70,6 +71,7 @@ SERVER = (
     model_flag(),
     Flag("model.name", ("--name",), str, "What clients call the model."),
     REVISION,
+    ADAPTER,
     *LAYOUT,
     Flag("replicas.count", ("--replicas", "-r"), int, "Copies of the whole model."),
     *WEIGHTS,

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from serve.commands.progress import progress_shown
 from serve.commands.settings import stop
 
@@ -24,7 +26,7 @@ def found_here(config: "ServeConfig") -> "list[Model]":
             except ModelSourceError as error:
                 stop(str(error))
             report("checking the checkpoint", 0.0)
-            _check(found.place, one)
+            _check(found.place, found.adapter, one)
             return found
 
     def with_draft_model(place: Path | str, one: "ServeConfig") -> "ServeConfig":
@@ -39,24 +41,24 @@ def found_here(config: "ServeConfig") -> "list[Model]":
     each = config.each_model()
     found = [find(one) for one in each]
     each = tuple(with_draft_model(model.place, one) for model, one in zip(found, each, strict=True))
-    return _models([(model.place, model.name) for model in found], each)
+    return _models([(model.place, model.adapter, model.name) for model in found], each)
 
 
 def meant_on_every_host(config: "ServeConfig") -> "list[Model]":
     """In a form that every host of a cluster understands; a hub's are fetched there, and not here."""
-    from serve.model_source import ModelSourceError, called, place_on_any_host
+    from serve.model_source import ModelSourceError, adapter_on_any_host, called, place_on_any_host
 
     each = [_absolute(one) for one in config.each_model()]
     try:
-        found = [(place_on_any_host(one.model), called(one.model)) for one in each]
+        found = [(place_on_any_host(one.model), adapter_on_any_host(one.model), called(one.model)) for one in each]
         drafts = [_draft_on_any_host(one) for one in each]
     except ModelSourceError as error:
         stop(str(error))
     with progress_shown() as report:
-        for (place, _), draft, one in zip(found, drafts, each, strict=True):
+        for (place, adapter, _), draft, one in zip(found, drafts, each, strict=True):
             if _is_seen_from_here(place):
                 report("checking the checkpoint", 0.0)
-                _check(place, one)
+                _check(place, adapter if adapter is not None and _is_seen_from_here(adapter) else None, one)
                 if draft is not None and _is_seen_from_here(draft):
                     _check_draft(place, draft)
     return _models(found, [_with_draft_model(one, draft) for draft, one in zip(drafts, each, strict=True)])
@@ -87,14 +89,17 @@ def _absolute(config: "ServeConfig") -> "ServeConfig":
     """A relative folder that is there is meant as seen from here."""
     from serve.model_source import absolute_if_here
 
-    return config.model_copy(update={"model": config.model.model_copy(update={"source": absolute_if_here(config.model.source)})})
+    here = {"source": absolute_if_here(config.model.source), "adapter": config.model.adapter and absolute_if_here(config.model.adapter)}
+    return config.model_copy(update={"model": config.model.model_copy(update=here)})
 
 
-def _check(place: Path | str, config: "ServeConfig") -> None:
-    from serve.model_check import UnusableCheckpoint, check_model  # torch: seconds that a wrong name need not cost
+def _check(place: Path | str, adapter: Path | str | None, config: "ServeConfig") -> None:
+    from serve.model_check import UnusableCheckpoint, check_model, doubt_about  # torch: seconds that a wrong name need not cost
 
     try:
-        check_model(place, config.parallel.topology, max_context_tokens=config.runner.max_context_tokens)
+        check_model(place, config.parallel.topology, adapter, max_context_tokens=config.runner.max_context_tokens)
+        if adapter is not None and (doubt := doubt_about(adapter, config.model.source)):
+            typer.echo(f"manta: {doubt}", err=True)
     except UnusableCheckpoint as error:
         stop(str(error))
 
@@ -108,13 +113,13 @@ def _check_draft(place: Path | str, draft: Path | str) -> None:
         stop(f"runner.draft_model: {error}")
 
 
-def _models(found: "Sequence[tuple[Path | str, str]]", each: "Sequence[ServeConfig]") -> "list[Model]":
+def _models(found: "Sequence[tuple[Path | str, Path | str | None, str]]", each: "Sequence[ServeConfig]") -> "list[Model]":
     from serve.model_source import ModelSourceError, must_have_own_names
 
     try:
-        must_have_own_names([name for _, name in found])
+        must_have_own_names([name for _, _, name in found])
     except ModelSourceError as error:
         stop(str(error))
     from serve.deployment import Model  # ray
 
-    return [Model(place=place, name=name, config=one) for (place, name), one in zip(found, each, strict=True)]
+    return [Model(place=place, adapter=adapter, name=name, config=one) for (place, adapter, name), one in zip(found, each, strict=True)]

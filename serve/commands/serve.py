@@ -41,6 +41,7 @@ def serve(*, file: ConfigFile = None, given: Given, assignments: Assignments = N
       manta serve Qwen/Qwen2-0.5B-Instruct                   from the Hugging Face hub
       manta serve modelscope://Qwen/Qwen2-0.5B-Instruct      from ModelScope
       manta serve s3://bucket/Qwen2-7B-Instruct -t 4         each rank reads its own share, nothing is copied here
+      manta serve Qwen/Qwen2-7B-Instruct --adapter ./my-lora --name my-model
       manta serve Qwen/Qwen2-7B-Instruct --speculate draft --draft-model Qwen/Qwen2-0.5B-Instruct
       manta serve ./checkpoint --http-port 8080 --dtype float32
       ray job submit --working-dir . -- python -m serve serve Qwen/Qwen2-7B-Instruct

@@ -29,6 +29,16 @@ def test_the_config_map_is_a_settings_file(name: str, tmp_path: Path) -> None:
     assert config.replica.other_hosts, "fronts are on other hosts than replicas"
 
 
+def test_an_adapter_is_found_on_its_claim(tmp_path: Path) -> None:
+    (entry,) = settings("everything", tmp_path).models
+    assert (entry.model.source, entry.model.adapter) == ("/claims/weights/Qwen2-7B-Instruct", "/claims/adapters/my-lora")
+    for template in ready("everything").pods().values():
+        mounted = {
+            volume["persistentVolumeClaim"]["claimName"] for volume in template["spec"]["volumes"] if "persistentVolumeClaim" in volume
+        }
+        assert {"weights", "adapters"} <= mounted
+
+
 @pytest.mark.parametrize("name", [*READY, *KINDS])
 def test_ray_serve_takes_the_serve_config(name: str) -> None:
     schema = ServeDeploySchema.model_validate(ready(name).serve_config)

@@ -4,12 +4,14 @@ Runs in the ranks' processes: imports no transformers, which takes seconds.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.adapter import Adapter
 from model.attention.choose import BackendName
 from model.batch import ForwardBatch
 from model.checkpoint import Checkpoint
@@ -56,9 +58,10 @@ class Driver:
         format: WeightFormat | None = None,
         table_format: WeightFormat | None = None,
         rounds_kv: bool = False,
+        adapter: Path | None = None,
     ) -> None:
         config = ModelConfig.from_checkpoint(folder)
-        with Checkpoint(folder) as checkpoint:
+        with Checkpoint(folder) as checkpoint, nullcontext() if adapter is None else Adapter(adapter) as opened:
             self.model, self.report = load_model(
                 checkpoint,
                 config,
@@ -72,6 +75,7 @@ class Driver:
                 format=format,
                 table_format=table_format,
                 rounds_kv=rounds_kv,
+                adapter=opened,
             )
         self.cache = KvCache(self.model.kv_layout, num_blocks, CPU)
         self.free = list(range(num_blocks))

@@ -38,9 +38,13 @@
     {{- fail (printf "model %q is to run on worker group %q, and there is %s: set models[].workerGroup to one of them or add it to workerGroups" .name .workerGroup (ternary (printf "only %s" (keys $groups | sortAlpha | join ", ")) "none" (gt (len $groups) 0))) -}}
   {{- end -}}
   {{- include "manta.checkLayout" (dict "root" $ "model" . "group" $group) -}}
-  {{- if and (hasPrefix "pvc://" .source) (not (regexMatch "^pvc://[a-z0-9][-a-z0-9.]*(/[^/]+)*$" .source)) -}}
-    {{- fail (printf "model %q: %q is no claim and folder; write pvc://CLAIM/FOLDER" .name .source) -}}
+  {{- $name := .name -}}
+  {{- range compact (list .source .adapter) -}}
+    {{- if and (hasPrefix "pvc://" .) (not (regexMatch "^pvc://[a-z0-9][-a-z0-9.]*(/[^/]+)*$" .)) -}}
+      {{- fail (printf "model %q: %q is no claim and folder; write pvc://CLAIM/FOLDER" $name .) -}}
+    {{- end -}}
   {{- end -}}
+  {{- if and .adapterRevision (not .adapter) -}}{{- fail (printf "model %q: adapterRevision is set, and there is no adapter" .name) -}}{{- end -}}
   {{- $sizes := include "manta.sizes" (dict "root" $ "model" .) | fromYaml -}}
   {{- $_ := set $needed .workerGroup (addf (get $needed .workerGroup | default 0.0) (mulf $sizes.gpus $sizes.least)) -}}
 {{- end -}}

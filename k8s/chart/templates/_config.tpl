@@ -1,5 +1,10 @@
 {{/* The settings of the server: `config`, what `models` say, and what follows from being on Kubernetes. */}}
 
+{{/* Where a pod finds what a source names. */}}
+{{- define "manta.place" -}}
+{{- if hasPrefix "pvc://" . -}}{{- printf "/claims/%s" (trimPrefix "pvc://" .) -}}{{- else -}}{{- . -}}{{- end -}}
+{{- end -}}
+
 {{/* One entry of ServeConfig.models. */}}
 {{- define "manta.modelEntry" -}}
 {{- $model := .model -}}
@@ -8,10 +13,10 @@
   {{- if eq .name $model.workerGroup -}}{{- $group = . -}}{{- end -}}
 {{- end -}}
 {{- $gpus := $group.gpusPerHost | default 0 | int -}}
-{{- $source := $model.source -}}
-{{- if hasPrefix "pvc://" $source -}}{{- $source = printf "/claims/%s" (trimPrefix "pvc://" $source) -}}{{- end -}}
-{{- $entry := dict "model" (dict "name" $model.name "source" $source) -}}
+{{- $entry := dict "model" (dict "name" $model.name "source" (include "manta.place" $model.source)) -}}
 {{- with $model.revision -}}{{- $_ := set $entry.model "revision" . -}}{{- end -}}
+{{- with $model.adapter -}}{{- $_ := set $entry.model "adapter" (include "manta.place" .) -}}{{- end -}}
+{{- with $model.adapterRevision -}}{{- $_ := set $entry.model "adapter_revision" . -}}{{- end -}}
 {{- with $model.parallel -}}{{- $_ := set $entry "parallel" . -}}{{- end -}}
 {{- $_ := set $entry "resources" (dict "gpus" (ternary 1.0 0.0 (gt $gpus 0)) "one_host" (eq (int ($group.hostsPerReplica | default 1)) 1) "host_resource" (printf "manta-%s" $model.workerGroup)) -}}
 {{- $_ := set $entry "replicas" (include "manta.replicas" $model | fromYaml) -}}

@@ -94,11 +94,13 @@ capabilities:
 {{- end }}
 {{- end -}}
 
-{{/* Claims that hold models: the hosts of pvc:// sources. */}}
+{{/* Claims that hold models and adapters: the hosts of pvc:// sources. */}}
 {{- define "manta.modelClaims" -}}
 {{- $claims := list -}}
 {{- range .Values.models -}}
-  {{- if hasPrefix "pvc://" .source -}}{{- $claims = append $claims (index (splitList "/" (trimPrefix "pvc://" .source)) 0) -}}{{- end -}}
+  {{- range compact (list .source .adapter) -}}
+    {{- if hasPrefix "pvc://" . -}}{{- $claims = append $claims (index (splitList "/" (trimPrefix "pvc://" .)) 0) -}}{{- end -}}
+  {{- end -}}
 {{- end -}}
 {{- uniq $claims | toYaml -}}
 {{- end -}}

@@ -218,7 +218,15 @@ async def test_one_client_id_for_two_requests_does_not_make_them_one(
 async def test_models_are_listed_and_retrieved_by_names_with_slashes(http: httpx.AsyncClient) -> None:
     (listed,) = (await http.get("/v1/models")).json()["data"]
     assert listed == (await http.get(f"/v1/models/{MODEL}")).json()
-    assert listed == {"id": MODEL, "object": "model", "created": 1_700_000_000, "owned_by": "manta", "max_model_len": 2048}
+    assert listed == {
+        "id": MODEL,
+        "object": "model",
+        "created": 1_700_000_000,
+        "owned_by": "manta",
+        "root": MODEL,
+        "parent": None,
+        "max_model_len": 2048,
+    }
     assert (await http.get("/v1/models/other")).json()["error"]["code"] == "model_not_found"
 
 

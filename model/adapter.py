@@ -1,0 +1,357 @@
+"""A model with a LoRA adapter (arXiv 2106.09685, as PEFT stores it), as a plain checkpoint: what is read of a matrix has its part of B A
+added. N outputs, K input features, R ranks of the adapter.
+
+Names in adapter_model.safetensors, each behind ``base_model.model.`` and the module's name in the model:
+
+    lora_A.weight (R, K), lora_B.weight (N, R)             a matrix: W + scale B A
+    lora_embedding_A (R, V), lora_embedding_B (D, R)       an embedding (V, D): W + scale (B A)^T
+    lora_magnitude_vector (N)                              DoRA (arXiv 2402.09353): each row of the sum then gets this length
+    base_layer.weight, base_layer.bias, weight, bias       what stands in place of the base's own
+
+Of transformers 5 the experts of a layer lie in one tensor, and so do their adapters, the second wrapped around the first:
+
+    mlp.experts.base_layer.lora_A.weight (E R, D), lora_B.weight (2 I, R E)    gate and up; rank r of expert e is column r E + e of B
+    mlp.experts.lora_A.weight (E R, I), lora_B.weight (D, R E)                 down
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from model.adapter_config import AdapterConfig, AdapterError
+from model.checkpoint import Checkpoint, FileTensor
+from model.checkpoint_error import CheckpointError
+from model.checkpoint_folder import small_files
+from model.checkpoint_header import some
+from model.dtypes import DTYPES
+from parallel.weight_format import StoredTensor
+
+ADAPTER_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+DECODER = "model."
+"""Before the names of a decoder's tensors in a model with a head; an adapter that was trained on the bare decoder lacks it."""
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)))})")
+EXPERTS = re.compile(r"(.+\.experts)(?:\.base_layer)?")
+KEPT_READS = 32
+"""Shares of A and B that are kept for the next piece of their matrix: at least those of all matrices that are read at a time."""
+
+
+class LastRead:
+    """Parts of the adapter that were read last: a matrix comes in pieces, and each wants all of A or all of B. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, int, int, int, int], Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, stored: FileTensor, rows: slice, columns: slice) -> Tensor:
+        """In float32.
+
+        Raises:
+            CheckpointError: it cannot be read, or is no numbers.
+        """
+        key = (stored.name, rows.start, rows.stop, columns.start, columns.stop)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        read = stored.read(rows, columns).float()
+        if not torch.isfinite(read).all():
+            raise _no_numbers(stored)
+        with self._lock:
+            self._kept[key] = read
+            while len(self._kept) > KEPT_READS:
+                self._kept.popitem(last=False)
+        return read
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One side of a product B A, or that of one of several experts which lie in a tensor together."""
+
+    stored: FileTensor
+    rank_dim: int
+    """Which of its dims is the ranks; the other is the outputs, or the input features."""
+    ranks: slice
+    first: int = 0
+    """Of the other dim, where it begins."""
+
+    def read(self, span: slice, kept: LastRead) -> Tensor:
+        """(R, len(span)) in float32."""
+        wanted = slice(self.first + span.start, self.first + span.stop)
+        if self.rank_dim == 0:
+            return kept.read(self.stored, self.ranks, wanted)
+        return kept.read(self.stored, wanted, slice(0, self.stored.shape[1]))[:, self.ranks].T
+
+
+@dataclass(frozen=True)
+class Product:
+    """scale * B A."""
+
+    outputs: Factor
+    inputs: Factor
+    scale: float
+    kept: LastRead
+
+    def added_to(self, part_NK: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """``part_NK`` in float32 and this part of the product together."""
+        return torch.addmm(part_NK, self.outputs.read(outputs, self.kept).T, self.inputs.read(inputs, self.kept), alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class AdaptedTensor:
+    """A `parallel.weight_format.ReadsInto`: one tensor of the model as the adapter has it, in the dtype in which the base has it. Each
+    part is added up in float32 and rounded once."""
+
+    name: str
+    stored: StoredTensor
+    """The base's, or what the adapter brings in its place."""
+    dtype: torch.dtype
+    product: Product | None = None
+    magnitude_N: FileTensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stored.num_bytes
+
+    @property
+    def piece_dim(self) -> int:
+        return self.stored.piece_dim
+
+    @property
+    def piece_bytes(self) -> int:
+        return self.stored.piece_bytes
+
+    def read(self, *slices: slice) -> Tensor:
+        """The given part as a CPU tensor.
+
+        Raises:
+            CheckpointError: a file cannot be read, or the sum is no numbers.
+        """
+        spans = [slice(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
+        part = self.stored.read(*spans) if self.product is None else self._sum(self.product, *spans)
+        rounded = part.to(self.dtype)
+        if not torch.isfinite(rounded).all():
+            raise CheckpointError(f"{self.name} with its adapter is not finite in {self.dtype}", file=self.stored.name, tensor=self.name)
+        return rounded
+
+    def read_into(self, place: Tensor, *slices: slice) -> None:
+        """As `read`, into a contiguous CPU tensor of that shape and dtype."""
+        place.copy_(self.read(*slices))
+
+    def _sum(self, product: Product, outputs: slice, inputs: slice) -> Tensor:
+        part_NK = product.added_to(self.stored.read(outputs, inputs).float(), outputs, inputs)
+        if self.magnitude_N is None:
+            return part_NK
+        every = slice(0, self.shape[1])
+        whole_NK = part_NK if inputs.stop - inputs.start == every.stop else self._whole(product, outputs, every)
+        lengths_N = torch.linalg.vector_norm(whole_NK, dim=1)
+        scale_N: Tensor = self.magnitude_N.read(outputs).float() / lengths_N
+        return part_NK * scale_N.unsqueeze(1)
+
+    def _whole(self, product: Product, outputs: slice, every: slice) -> Tensor:
+        return product.added_to(self.stored.read(outputs, every).float(), outputs, every)
+
+
+class Adapter:
+    """A LoRA adapter's files. Opening it reads and checks its configuration and its header, and no weight.
+
+    ``place`` is a path, or the URL of a folder elsewhere, as a checkpoint's is.
+
+    Raises:
+        AdapterError: it is of a kind that is not served, or not whole.
+        CheckpointError: its files are missing or damaged.
+    """
+
+    def __init__(self, place: Path | str) -> None:
+        self.place = place
+        self.config = AdapterConfig.from_folder(small_files(place))
+        self._file = Checkpoint(place, single_file=ADAPTER_FILE)
+        self._kept = LastRead()
+        try:
+            self._parts, self._brought = self._sorted()
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Adapter {self.place} [{len(self._parts)} modules | {len(self._brought)} tensors in place of the base's]>"
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def __enter__(self) -> "Adapter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def bytes_fetched(self) -> int:
+        return self._file.bytes_fetched
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether a head that is the embedding cannot be any more: what is trained of the one leaves the other as it was."""
+        changed = {*self._brought, *(f"{module}.weight" for module in self._parts)}
+        embedding = not changed.isdisjoint({EMBEDDING, DECODER + EMBEDDING})
+        return (embedding or HEAD in changed) and not (embedding and self.config.keeps_head_tied)
+
+    def check_numbers(self) -> None:
+        """Read all of it.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds what is no number.
+        """
+        for tensor in self._file.tensors.values():
+            if not torch.isfinite(tensor.read()).all():
+                raise _no_numbers(tensor)
+
+    def applied(self, tensors: Mapping[str, StoredTensor], *, head_was_tied: bool = False) -> Mapping[str, StoredTensor]:
+        """The tensors of a model, by name, as the adapter has them.
+
+        ``head_was_tied``: the base's head is its embedding; where it cannot be any more (`unties_head`) it is a tensor of its own now.
+
+        Raises:
+            AdapterError: a tensor of the adapter has no place in this model, or another shape than its place.
+        """
+        adapted: dict[str, StoredTensor] = dict(tensors)
+        brought_of, parts_of = self._brought, self._parts
+        if head_was_tied and self.unties_head and DECODER + EMBEDDING in tensors:
+            adapted[HEAD] = adapted[DECODER + EMBEDDING]
+        elif head_was_tied:  # what there is of the head is the embedding's once more
+            brought_of = {name: brought for name, brought in brought_of.items() if name != HEAD}
+            parts_of = {module: parts for module, parts in parts_of.items() if f"{module}.weight" != HEAD}
+        homeless: list[str] = []
+        for name, brought in brought_of.items():
+            if (place := _found(name, adapted)) is None:
+                homeless.append(brought.name)
+            else:
+                self._check_shape(brought, adapted[place].shape, place)
+                adapted[place] = AdaptedTensor(place, brought, adapted[place].dtype)
+        for module, parts in parts_of.items():
+            if changed := list(self._changed(module, parts, adapted)):
+                adapted |= {tensor.name: tensor for tensor in changed}
+            else:
+                homeless += [part.name for part in parts.values()]
+        if homeless:
+            readable = [name.encode("unicode_escape").decode() for name in homeless]  # they are somebody else's, and go to a terminal
+            self._refuse(f"{len(homeless)} of its tensors have no place there: {some(readable)}")
+        return adapted
+
+    def _sorted(self) -> tuple[dict[str, dict[str, FileTensor]], dict[str, FileTensor]]:
+        """Its tensors: parts of products by module, and those in place of the base's by the names of these."""
+        parts: dict[str, dict[str, FileTensor]] = {}
+        brought: dict[str, FileTensor] = {}
+        for stored_name, tensor in self._file.tensors.items():
+            if tensor.dtype not in DTYPES.values():
+                raise _wrong(tensor, f"has the dtype {tensor.dtype}, expected {' or '.join(map(str, DTYPES.values()))}")
+            name = stored_name.removeprefix(PREFIX)
+            if found := PART.fullmatch(name):
+                parts.setdefault(found[1], {})[found[2]] = tensor
+            else:
+                brought[name.replace(".base_layer.", ".")] = tensor
+        if not parts and not brought:
+            raise AdapterError(f"the adapter {self.place} holds no tensors")
+        for module, held in parts.items():
+            self._check_whole(module, held)
+        if not self.config.brings_biases and (biases := [name for name in brought if name.endswith(".bias")]):
+            raise AdapterError(f"the adapter {self.place} has biases, though bias is none in its configuration: {some(biases)}")
+        return parts, brought
+
+    def _check_whole(self, module: str, held: Mapping[str, FileTensor]) -> None:
+        lengths = {MAGNITUDE} if self.config.has_magnitudes else set()
+        if held.keys() not in ({A, B} | lengths, {EMBEDDING_A, EMBEDDING_B}):
+            raise AdapterError(
+                f"the adapter {self.place} is not whole: of {module} there is {', '.join(sorted(held))}, "
+                f"expected {', '.join(sorted({A, B} | lengths))}"
+            )
+
+    def _changed(self, module: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
+        """The matrices of the model that a module's parts change; none where it is not of this model."""
+        if (place := _found(f"{module}.weight", tensors)) is not None:
+            yield self._matrix(place, parts, tensors[place])
+        elif found := EXPERTS.fullmatch(module):
+            yield from self._experts(found[1], parts, tensors)
+
+    def _matrix(self, place: str, parts: Mapping[str, FileTensor], base: StoredTensor) -> AdaptedTensor:
+        outputs, inputs = (parts[EMBEDDING_A], parts[EMBEDDING_B]) if EMBEDDING_A in parts else (parts[B], parts[A])
+        of_outputs, of_inputs = (0, 1) if EMBEDDING_A in parts else (1, 0)
+        module = place.removesuffix(".weight")
+        rank = self.config.rank_of(module)
+        for part, rank_dim, size in ((outputs, of_outputs, base.shape[0]), (inputs, of_inputs, base.shape[-1])):
+            self._check_shape(part, (size, rank) if rank_dim else (rank, size), place)
+        if MAGNITUDE in parts:
+            self._check_shape(parts[MAGNITUDE], base.shape[:1], place)
+        every, scale = slice(0, rank), self.config.scale_of(module)
+        product = Product(Factor(outputs, of_outputs, every), Factor(inputs, of_inputs, every), scale, self._kept)
+        return _with_product(place, base, product, parts.get(MAGNITUDE))
+
+    def _experts(self, experts: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
+        """Of all experts of a layer, with one tensor for A and one for B: of which of their matrices, the shapes say."""
+        for fused, names in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            places = list(_of_experts(experts, names, tensors))
+            if not places:
+                continue
+            (height, width), num_experts = tensors[places[0]].shape, len(places) // len(names)
+            rank, scale = self.config.rank_of(f"{experts}.{fused}"), self.config.scale_of(f"{experts}.{fused}")
+            if parts[A].shape != (num_experts * rank, width) or parts[B].shape != (len(names) * height, rank * num_experts):
+                continue
+            for number, place in enumerate(places):
+                expert, which = divmod(number, len(names))
+                outputs = Factor(parts[B], 1, slice(expert, None, num_experts), first=which * height)
+                inputs = Factor(parts[A], 0, slice(expert * rank, (expert + 1) * rank))
+                yield _with_product(place, tensors[place], Product(outputs, inputs, scale, self._kept))
+            return
+
+    def _check_shape(self, found: FileTensor, wanted: tuple[int, ...], place: str) -> None:
+        if found.shape == wanted:
+            return
+        shapes = f"{found.name} has the shape {list(found.shape)}, expected {list(wanted)} for {place}"
+        if place.endswith((EMBEDDING, HEAD)) and found.shape[:1] != wanted[:1] and found.shape[1:] == wanted[1:]:
+            shapes += "; the vocabulary was resized in training: merge it by PEFT (merge_and_unload), save the model, and serve that folder"
+        self._refuse(shapes)
+
+    def _refuse(self, what: str) -> None:
+        trained_on = f", and says that it was trained on {self.config.base}" if self.config.base else ""
+        raise AdapterError(f"the adapter {self.place} does not fit this model{trained_on}: {what}")
+
+
+def _with_product(place: str, base: StoredTensor, product: Product, magnitude_N: FileTensor | None = None) -> AdaptedTensor:
+    stored = base.stored if isinstance(base, AdaptedTensor) else base  # brought by the adapter: rounded once, with what is added
+    return AdaptedTensor(place, stored, base.dtype, product, magnitude_N)
+
+
+def _of_experts(experts: str, names: tuple[str, ...], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """The names of their matrices, expert after expert."""
+    number = 0
+    while (first := _found(f"{experts}.{number}.{names[0]}.weight", tensors)) is not None:
+        yield from (first.replace(f".{names[0]}.", f".{name}.") for name in names)
+        number += 1
+
+
+def _found(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """What a tensor is called in this model, which may have a head where the adapter's had none, or the reverse."""
+    return next((each for each in (name, DECODER + name, name.removeprefix(DECODER)) if each in tensors), None)
+
+
+def _no_numbers(tensor: FileTensor) -> CheckpointError:
+    return _wrong(tensor, "holds what is no number, or infinite")
+
+
+def _wrong(tensor: FileTensor, what: str) -> CheckpointError:
+    return CheckpointError(f"{tensor.source.name}: {tensor.name} {what}", file=tensor.source.name, tensor=tensor.name)
