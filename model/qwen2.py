@@ -24,6 +24,7 @@ from parallel.dispatch import DispatchName
 from parallel.embedding import VocabEmbedding, VocabHead
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear
+from parallel.native.screened import Sought
 from parallel.pipeline import HiddenSender, is_first_stage, is_last_stage, receive_hidden, stage_layers
 from parallel.weight_format import WeightFormat
 
@@ -233,11 +234,18 @@ class Qwen2(nn.Module):
         normed_RD: Tensor = self.norm(hidden_RD)
         return normed_RD
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        """(R, V) of some of the rows that `hidden` gave; all ranks of the last stage must call this with the same."""
+    def logits(self, hidden_RD: Tensor, sought: Sought | None = None) -> Tensor:
+        """(R, V) of some of the rows that `hidden` gave; all ranks of the last stage must call this with the same rows.
+
+        Where ``sought`` says what decides each row, those logits may be exact alone, and all others lower."""
         assert self.head is not None
-        logits_RV: Tensor = self.head(self.normed(hidden_RD))
+        logits_RV: Tensor = self.head(self.normed(hidden_RD), sought)
         return logits_RV
+
+    @property
+    def screens(self) -> bool:
+        """Whether `logits` has a use for what is sought."""
+        return self.head is not None and self.head.screened is not None
 
     def layers_at_once(self, cache: KvCache) -> NativeLayers | None:
         """They know the addresses of weights and cache, which stay where they are. None where not all layers are computed so."""

@@ -10,7 +10,9 @@ from parallel.axes import split
 from parallel.collectives import all_gather, all_reduce
 from parallel.groups import Group
 from parallel.linear import ShapeMismatch, Slot
+from parallel.native.screened import Sought
 from parallel.packed_format import PackedFormat
+from parallel.screened_head import ScreenedHead, screened_head
 from parallel.weight_format import Dense, StoredTensor, TakesPieces, WeightFormat, copy_part, pass_pieces
 
 
@@ -98,6 +100,15 @@ class VocabHead(nn.Module):
         self.is_tied = tied is not None
         self.group = group
         self.sizes = [len(split(vocab_size, rank, group.size)) for rank in range(group.size)]
+        self.screened: ScreenedHead | None = None
+        """Where it is not None, rows that look at few logits are given these exactly and no others."""
 
-    def forward(self, x_RD: Tensor) -> Tensor:
-        return all_gather(self.rows.multiply(x_RD), self.group, dim=-1, sizes=self.sizes)
+    def screen(self) -> None:
+        """Have a `ScreenedHead`, where the loaded matrix can have one."""
+        (span,) = self.rows.share.spans
+        self.screened = screened_head(self.rows.format, self.rows.tensors, span.start)
+
+    def forward(self, x_RD: Tensor, sought: Sought | None = None) -> Tensor:
+        """With ``sought``, perhaps no others than these exactly: each rank of the group may decide that for itself."""
+        some = self.screened.multiply(x_RD, sought) if self.screened is not None and sought is not None else None
+        return all_gather(self.rows.multiply(x_RD) if some is None else some, self.group, dim=-1, sizes=self.sizes)

@@ -11,8 +11,10 @@ from engine.run.batch_builder import BuiltBatch, build_batch
 from engine.run.drafter import Drafter
 from engine.run.forward import Forward
 from engine.run.open_sequences import OpenSequences
+from engine.run.sampling.sought import sought
 from engine.run.scoring import Scorer
 from engine.run.tokens_said import hand_on, num_with_unknown_tokens, with_known_tokens
+from parallel.native.screened import Sought
 
 
 class ComputedSteps:
@@ -65,7 +67,7 @@ class ComputedSteps:
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
         assert hidden_TD is not None  # sampling ranks are of the last stage
         scored = self._scorer.score(hidden_TD, built, sequences.states)
-        logits_RV = model.logits(built.that_sample(hidden_TD, kept_R))
+        logits_RV = model.logits(built.that_sample(hidden_TD, kept_R), self._sought(built) if model.screens else None)
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
         sequences.mark(11, built.sampling_works)
@@ -75,6 +77,11 @@ class ComputedSteps:
         if self._drafter is not None:
             sampled, guessing_s = self._drafter.follow(works, sampled, sequences.tables, sequences.states)
         return Given(sampled, scored, pooled, guessing_s)
+
+    def _sought(self, built: BuiltBatch) -> Sought | None:
+        assert self._answering.sampler is not None
+        rows = [row for work in built.sampling_works for row in self._sequences.rows(work)]
+        return sought(rows, self._answering.sampler.vocab_size)
 
     def _kept(self, built: BuiltBatch) -> torch.Tensor | None:
         """See `Qwen2.hidden`. Every rank finds the same, as they sum over these rows."""

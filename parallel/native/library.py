@@ -56,6 +56,9 @@ class Native:
         experts = [address, size, address, address, size, *[address] * 5, *[size] * 5, threads]
         self.experts = {kind: self._function(f"experts_{kind}", experts) for kind in self.kinds}
         self.turn = self._function("turn", [address, size, threads, threads]) if "int8_dot" in self.kinds else None
+        screens = {"bf16_dot", "int8_dot"} <= set(self.kinds)
+        self.screen_of = self._function("screen_of", [*[address] * 4, *[size] * 3, threads]) if screens else None
+        self.screened = self._function("screened", [*[address] * 9, *[size] * 9, threads], size) if screens else None
         self.choose_scales = self._function("choose_scales", [*[address] * 3, size, threads])
         self.add_norm = self._function("add_norm", [*[address] * 4, size, size, number, threads])
         self.gate = self._function("gate", [address, address, size, size, threads])

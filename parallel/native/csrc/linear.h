@@ -299,11 +299,17 @@ template <class W> struct Job {
     }
     long tasks() const { return chunks() * blocks(); }
 
-    void run(long task) const {
+    struct Part {
+        long first, last, panel, panels;  // rows first .. last - 1, and so many panels
+    };
+    Part part(long task) const {
         // Neighbouring tasks have the same panels: the rows are smaller than the weights.
-        const long c = task / blocks(), b = task % blocks();
-        const long panel = c * panels() / chunks(), some = (c + 1) * panels() / chunks() - panel;
-        const long first = b * count / blocks(), last = (b + 1) * count / blocks();
+        const long c = task / blocks(), b = task % blocks(), panel = c * panels() / chunks();
+        return {b * count / blocks(), (b + 1) * count / blocks(), panel, (c + 1) * panels() / chunks() - panel};
+    }
+
+    void run(long task) const {
+        const auto [first, last, panel, some] = part(task);
         const long column = panel * PANEL, width = std::min(some * PANEL, N - column);
         const long whole = width / PANEL;  // panels that are summed up where they are wanted
         if (whole) block(w, rows + first, last - first, panel, whole, bias ? bias + column : nullptr, y + first * N + column, N);
