@@ -13,7 +13,7 @@ MOST_PAUSE = 64
 
 
 class ScreenedHead:
-    """Beside a head whose matrix is held in bfloat16. What it gives it gives to the bit; it only stops trying for a while where it did not pay."""
+    """Beside a head whose matrix is held in bfloat16. What it gives is exact; where it does not pay, it stops trying for a while."""
 
     def __init__(self, screen: Screen, first: int) -> None:
         """``first``: the id of the matrix's first output."""

@@ -1,11 +1,11 @@
 """The highest logits of a row, exactly, at little more than half of what all of them cost.
 
-T rows, K input features, N outputs in panels. A row that is decided by its few highest outputs (the highest, or the first of a top-k) does
-not need the others exactly. So all rows meet the matrix as it would be held with int8: half the bytes to read and, where
-the processor has it, half the operations. How far such an output is from the exact one is bounded (Cauchy and Schwarz): by
-``|x - x'| |w'| + |x| |w - w'|``, where x' and w' are what rounding makes of a row and of an output's weights. A panel whose highest output
-lies lower than the sought ones by more than that cannot hold one of them; those that can, few of some thousands, are multiplied as they are, by the
-kernel that multiplies all of them otherwise: to the same bits.
+T rows, K input features, N outputs in panels. A row that is decided by its few highest outputs (the highest, or the first of a top-k)
+does not need the others exactly. So all rows meet the matrix as it would be held with int8: half the bytes to read and half the
+operations. How far such an output is from the exact one is bounded (Cauchy and Schwarz): by ``|x - x'| |w'| + |x| |w - w'|``, where x'
+and w' are what rounding makes of a row and of an output's weights. A panel whose highest output lies lower than the sought ones by more
+than that cannot hold one of them. Those that can, few of some thousands, are multiplied as they are, by the kernel that multiplies all of
+them otherwise: to the same bits.
 """
 
 from collections.abc import Sequence
@@ -80,8 +80,8 @@ class Screen:
 
 
 def _worth_it(num_panels: int, num_rows: int) -> tuple[int, int]:
-    """How many panels of single rows may be multiplied twice, and how many different ones: beyond, it costs as much as is saved. (Measured; what
-    is saved grows with the rows.)"""
+    """How many panels of single rows may be multiplied twice, and how many different ones: beyond, it costs as much as is saved. (Measured;
+    what is saved grows with the rows.)"""
     panels_of_rows = num_panels * max(num_rows, _MANY_ROWS // 8) // 16
     return panels_of_rows, min(num_panels * max(num_rows, _MANY_ROWS // 3) // _MANY_ROWS, 3 * num_panels // 4)
 

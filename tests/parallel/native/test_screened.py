@@ -65,7 +65,9 @@ def anyhow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel.native.screened._worth_it", lambda panels, rows: (panels * rows, panels))
 
 
-def check(library: Native, screen: Screen, x: Tensor, highest: int, lowered: list[np.ndarray] | None = None, limit: int | None = None) -> None:
+def check(
+    library: Native, screen: Screen, x: Tensor, highest: int, lowered: list[np.ndarray] | None = None, limit: int | None = None
+) -> None:
     limit = screen.exact.num_outputs if limit is None else limit
     lowered = lowered or [NOTHING] * len(x)
     found = screen.multiply(library, x, Sought([highest] * len(x), lowered, limit))
