@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 import zmq
-import zmq.asyncio
 
-from cluster.channel import PrivateFolder
+from cluster.channel import PrivateFolder, sockets
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +55,9 @@ class Sender:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()  # whoever drops one of its own waits until its sockets are closed
         with contextlib.ExitStack() as undone:
             try:
-                self._socket = undone.enter_context(context.socket(zmq.PUSH))
+                self._socket: zmq.Socket[bytes] = undone.enter_context(zmq.Socket(sockets(), zmq.PUSH))
                 self._socket.linger = 1000
                 self._socket.sndhwm = MAX_QUEUED_BYTES // MESSAGE_BYTES
                 self._socket.immediate = True  # else messages wait for a connection that may never be
@@ -191,7 +189,7 @@ class Receiver:
                 self._folder = PrivateFolder()
                 undone.callback(self._folder.close)
                 self.address = self._folder.socket("bypass")
-                self._socket = undone.enter_context(zmq.asyncio.Context.instance().socket(zmq.PULL))
+                self._socket = undone.enter_context(sockets().socket(zmq.PULL))
                 self._socket.bind(self.address)
             except (OSError, ValueError, zmq.ZMQError) as error:
                 raise NoSocket(str(error)) from error

@@ -14,9 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+import zmq.asyncio
 from zmq.auth.thread import ThreadAuthenticator
 
 from cluster.errors import ChannelError
+
+MAX_SOCKETS = 16_384
+"""Of a process's `sockets`; libzmq's own limit is 1,023, and each replica takes a front three."""
+
+
+def sockets() -> zmq.asyncio.Context:
+    """Where a front or a proxy has all its sockets, and their threads. To be called at its start: where a thread of libzmq finds no file
+    descriptor the whole process is ended, by `abort`, and where a socket finds none it only fails."""
+    context = zmq.asyncio.Context.instance()
+    if context.get(zmq.MAX_SOCKETS) != MAX_SOCKETS:
+        context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        zmq.Socket(context, zmq.PUSH).close()  # threads begin with the first
+    return context
 
 
 @dataclass(frozen=True, slots=True)

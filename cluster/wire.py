@@ -1,13 +1,16 @@
 """Step 4 of a request, the lowest layer: bytes between a front and one replica."""
 
+import contextlib
+import itertools
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
 import zmq
-import zmq.asyncio
 
-from cluster.channel import reach
+from cluster.channel import reach, sockets
 from cluster.directory import ReplicaRecord
+
+_numbers = itertools.count()
 
 
 class WireBroken(Exception):
@@ -39,14 +42,12 @@ class ZmqWire:
     """
 
     def __init__(self, record: ReplicaRecord, *, node: str) -> None:
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        try:
+        with contextlib.ExitStack() as undone:
+            self._socket = undone.enter_context(sockets().socket(zmq.DEALER))
+            self._socket.linger = 200
+            self._monitor = undone.enter_context(self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, f"inproc://wire-{next(_numbers)}"))
             reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
-        except BaseException:
-            self.close()
-            raise
+            undone.pop_all()
 
     def send(self, raw: bytes) -> None:
         """Hand to zmq, which queues; its future is done at once or fails."""
@@ -65,4 +66,5 @@ class ZmqWire:
 
     def close(self) -> None:
         self._socket.disable_monitor()
-        self._context.destroy(linger=200)
+        self._monitor.close(linger=0)
+        self._socket.close()

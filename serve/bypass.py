@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 
 from cluster.bypass import NoSocket, Passage, Receiver, Sender, is_here, new_answer
+from cluster.channel import sockets
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Passages:
         """``node`` is Ray's name of the proxy's host."""
         self._node = node
         self._receiver: Receiver | None = None
+        sockets()
         self._paused_until = float("-inf")
 
     def open(self) -> Passage | None:

@@ -16,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaler import serve_autoscaling
 from cluster.board import Board
+from cluster.channel import sockets
 from cluster.directory import DEMAND, Reader
 from cluster.joining import hosts as hosts_of_ray
 from cluster.link import ReplicaLink
@@ -146,6 +147,7 @@ class _Front:
     async def __init__(self, models: Sequence[Model], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
         """``engines`` are bound only so that Ray Serve deploys them."""
         configure(config.logging.level, config.logging.format)
+        sockets()
         self._config = config
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id

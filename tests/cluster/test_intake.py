@@ -12,7 +12,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from cluster.channel import PrivateFolder, reach
+from cluster.channel import PrivateFolder, reach, sockets
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, SlowReader
@@ -311,20 +311,21 @@ async def test_nonsense_from_a_front_is_dropped_and_the_next_message_is_heard(en
         assert len(await running) == 2
 
 
-async def test_a_link_that_cannot_be_made_leaves_nothing_open(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[zmq.asyncio.Context] = []
-    new = zmq.asyncio.Context
-
-    def new_context() -> zmq.asyncio.Context:
-        made.append(new())
-        return made[-1]
-
-    monkeypatch.setattr("cluster.wire.zmq.asyncio.Context", new_context)
-    tasks = asyncio.all_tasks()
+async def test_a_link_that_cannot_be_made_leaves_nothing_open(intake: Intake) -> None:
+    held, tasks = sockets()._sockets, asyncio.all_tasks()
+    before = len(held)
     with pytest.raises(ChannelError, match="cannot be reached"):
         ReplicaLink(ReplicaRecord(id="a", model="m", state=State.READY, address=intake.address), node="there", config=CONFIG)
-    assert [each.closed for each in made] == [True]
+    assert len(held) == before
     assert asyncio.all_tasks() == tasks
+
+
+async def test_a_link_that_is_closed_holds_no_socket(intake: Intake) -> None:
+    held = sockets()._sockets
+    before = len(held)
+    async with linked(intake):
+        assert len(held) == before + 2
+    assert len(held) == before
 
 
 async def _read_all(events: AsyncIterator[TokenEvent]) -> None:
