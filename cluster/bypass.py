@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,9 +23,13 @@ from cluster.channel import PrivateFolder, sockets
 logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 64 << 10
-"""A message that has grown to this goes at once, so no message is longer by more than a piece."""
-MAX_QUEUED_BYTES = 256 << 20
-"""To one proxy; one behind which more would wait is given up."""
+"""A message that has grown to this goes at once, so none is longer by more than a piece, but where a proxy stood still."""
+MAX_QUEUED_BYTES = 64 << 20
+"""To one proxy, as messages of that size. What comes after that waits until there is room, and goes together."""
+MAX_WAITING_BYTES = 192 << 20
+"""A proxy behind which more would wait is given up."""
+LOOK_S = 0.1
+"""How often it is looked whether there is room again, or nobody any more."""
 CONNECT_S = 5.0
 """A connection within a host takes milliseconds; one that did not come about in this time is tried anew."""
 NONCE_BITS = 24
@@ -70,7 +75,8 @@ class Sender:
         self._answers: list[int] = []
         self._pieces: list[bytes] = []
         self._num_bytes = 0
-        self._is_broken = False
+        self._go_at_bytes = MESSAGE_BYTES
+        self._is_broken = self._was_connected = False
 
     @property
     def is_connected(self) -> bool:
@@ -80,7 +86,12 @@ class Sender:
     @property
     def is_lost(self) -> bool:
         """Whether nothing will come of it any more."""
-        return self._is_broken or not is_here(self._address) or (time.monotonic() > self._patient_until and not self.is_connected)
+        if self._is_broken or not is_here(self._address):
+            return True
+        if self.is_connected:
+            self._was_connected = True
+            return False
+        return not is_heard(self._address) if self._was_connected else time.monotonic() > self._patient_until
 
     def put(self, answer: int, piece: bytes) -> None:
         """Goes with all that is put until the loop has come round, or until there is much of it.
@@ -95,18 +106,23 @@ class Sender:
         self._answers.append(answer)
         self._pieces.append(piece)
         self._num_bytes += len(piece)
-        if self._num_bytes >= MESSAGE_BYTES:
+        if self._num_bytes >= self._go_at_bytes:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._answers:  # it went because there was much of it
+        """A proxy that stands still is waited for: it takes as many messages as there were steps, whatever they hold."""
+        if not self._answers or self._is_broken:  # it went because there was much of it
+            return
+        if not self.is_connected and self._num_bytes < MAX_WAITING_BYTES and is_heard(self._address):
+            self._was_connected, self._go_at_bytes = True, MAX_WAITING_BYTES
+            asyncio.get_running_loop().call_later(LOOK_S, self._flush)
             return
         answers, self._answers = self._answers, []
         pieces, self._pieces = self._pieces, []
-        self._num_bytes = 0
+        self._num_bytes, self._go_at_bytes = 0, MESSAGE_BYTES
         try:
             self._socket.send(_encode((answers, pieces)), zmq.NOBLOCK)
-        except zmq.ZMQError:  # nobody is there any more, or stands still behind a full queue
+        except zmq.ZMQError:  # nobody is there any more, or it has stood still for too long
             self._is_broken = True
 
     def close(self) -> None:
@@ -117,6 +133,23 @@ class Sender:
 def is_here(address: str) -> bool:
     """Whether a socket is in this process's file system: a front in a container of its own may not see that of a proxy of its host."""
     return address.startswith("ipc://") and os.path.exists(address.removeprefix("ipc://"))
+
+
+def is_heard(address: str) -> bool:
+    """Whether somebody listens at a socket of this host, even if he stands still: the kernel refuses for a process that is gone."""
+    try:
+        knock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:  # without a file descriptor nobody can be asked
+        return True
+    with knock:
+        knock.setblocking(False)
+        try:
+            knock.connect(address.removeprefix("ipc://"))
+        except BlockingIOError:  # more have knocked than he has let in
+            return True
+        except OSError:
+            return False
+        return True
 
 
 @dataclass

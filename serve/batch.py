@@ -41,7 +41,7 @@ def read_items(path: Path) -> list[Item]:
         BatchError: a line is no request, or two have the same ``custom_id``. Said before anything is sent.
     """
     items: dict[str, Item] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 item = _item(line, f"{path}:{number}")
@@ -51,10 +51,11 @@ def read_items(path: Path) -> list[Item]:
     return list(items.values())
 
 
-def _item(line: str, where: str) -> Item:
+def _item(line: bytes, where: str) -> Item:
     try:
-        fields = json.loads(line)
-    except ValueError as error:
+        fields = json.loads(line.decode())
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # Python reads NaN and half characters, and cannot send them
+    except (ValueError, RecursionError) as error:
         raise BatchError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("custom_id"), str) or not isinstance(fields.get("body"), dict):
         raise BatchError(f"{where}: a line needs a custom_id, a url and a body")

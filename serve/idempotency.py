@@ -58,6 +58,7 @@ class OncePerKey(Passing):
         """Under way, or kept."""
         self._kept: OrderedDict[Name, float] = OrderedDict()
         """Those that ended, oldest first, and when they did."""
+        self._kept_tokens = 0
 
     def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         return self._text(request) if request.idempotency_key else self._inside.chat(request)
@@ -141,6 +142,7 @@ class OncePerKey(Passing):
         if run.over and run.failure is None and not run.too_long:
             if mine and name not in self._kept:
                 self._kept[name] = self._clock()
+                self._kept_tokens += run.num_tokens
                 self._forget_old()
             return
         if mine:
@@ -149,17 +151,16 @@ class OncePerKey(Passing):
 
     def _forget_old(self) -> None:
         since, room = self._clock() - self.limits.remembered_s, self.limits.remembered_tokens
-        total = sum(self._runs[name].num_tokens for name in self._kept)
         while self._kept:
             name, ended = next(iter(self._kept.items()))
-            if ended >= since and total <= room:
+            if ended >= since and self._kept_tokens <= room:
                 break
-            total -= self._runs[name].num_tokens
             self._forget(name)
 
     def _forget(self, name: Name) -> None:
-        self._runs.pop(name, None)
-        self._kept.pop(name, None)
+        run = self._runs.pop(name, None)
+        if self._kept.pop(name, None) is not None and run is not None:
+            self._kept_tokens -= run.num_tokens
 
 
 class _Reader:

@@ -1,13 +1,17 @@
 """The two ends of the bypass by themselves: what tests/serve/http/test_bypass.py, which looks at whole answers, would not notice."""
 
 import asyncio
+import contextlib
+import errno
+import os
+import socket
 from collections.abc import Callable
 
 import pytest
 import zmq
 
 import cluster.bypass
-from cluster.bypass import NONCE_BITS, Passage, PiecesLost, Receiver, Sender, new_answer
+from cluster.bypass import NONCE_BITS, Passage, PiecesLost, Receiver, Sender, is_heard, new_answer
 from cluster.channel import PrivateFolder
 
 
@@ -93,9 +97,79 @@ async def test_after_much_at_once_what_is_ready_still_goes_together(monkeypatch:
     await receiver.close()
 
 
+async def test_a_proxy_that_stands_still_for_a_while_loses_nothing_however_many_steps_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", cluster.bypass.MESSAGE_BYTES)
+    monkeypatch.setattr(cluster.bypass, "LOOK_S", 0.01)
+    folder, pieces, num_steps, come = PrivateFolder(), list[bytes](), 400, list[list[bytes]]()
+    with zmq.Context.instance().socket(zmq.PULL) as still:
+        still.rcvhwm, still.linger = 1, 0
+        still.bind(folder.socket("still"))
+        sender = Sender(folder.socket("still"))
+        await come_true(lambda: sender.is_connected)
+        had_no_place = False
+        for step in range(num_steps):
+            pieces.append(str(step).encode() + bytes(4 << 10))
+            sender.put(1, pieces[-1])
+            await asyncio.sleep(0)
+            had_no_place |= not sender.is_connected
+            assert not sender.is_lost
+        assert had_no_place
+
+        def has_come() -> bool:
+            while still.poll(0):
+                come.append(cluster.bypass._decode(still.recv())[1])
+            return sum(map(len, come)) == num_steps
+
+        await come_true(has_come)
+        assert [piece for message in come for piece in message] == pieces
+        assert len(come) < num_steps
+        sender.put(1, b"a")
+        await come_true(lambda: bool(still.poll(0)))
+        sender.close()
+    folder.close()
+
+
+async def test_behind_a_proxy_that_is_gone_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket is still in the folder, as after a kill."""
+    folder = PrivateFolder()
+    with zmq.Context.instance().socket(zmq.PULL) as still, socket.socket(socket.AF_UNIX) as left:
+        still.rcvhwm, still.linger = 1, 0
+        still.bind(folder.socket("still"))
+        sender = Sender(folder.socket("still"))
+        await come_true(lambda: sender.is_connected)
+        still.close()
+        await come_true(lambda: not sender.is_connected)
+        path = folder.socket("still").removeprefix("ipc://")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        left.bind(path)
+        left.listen()
+        sender.put(1, b"a")
+        await asyncio.sleep(0)
+        assert not sender._is_broken
+        assert not sender.is_lost
+        left.close()
+        assert sender.is_lost
+        sender._flush()
+        with pytest.raises(PiecesLost):
+            sender.put(1, b"b")
+        sender.close()
+    os.unlink(path)
+    folder.close()
+
+
+def test_without_a_file_descriptor_nobody_is_thought_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*kind: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(cluster.bypass.socket, "socket", none_left)
+    assert is_heard("ipc:///tmp/nobody")
+
+
 async def test_who_was_given_up_is_given_up_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """Something was lost on the way; that there is room again makes no difference."""
-    monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", 1 << 20)
+    monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", 1 << 19)
+    monkeypatch.setattr(cluster.bypass, "MAX_WAITING_BYTES", 1 << 19)
     folder = PrivateFolder()
     with zmq.Context.instance().socket(zmq.PULL) as still:
         still.rcvhwm, still.linger = 1, 0

@@ -15,6 +15,7 @@ from tests.faults.sweep import SWEPT
 pytestmark = pytest.mark.timeout(900)
 
 HERE = Path(__file__).parent
+MOST_RUNS = 12
 FEW = ("rank_killed", "replica_killed", "messages_lost", "front_killed")
 """One for each way of recovery: the replica's own, another replica, fencing, and the end of a front."""
 
@@ -38,13 +39,14 @@ async def learned(victims: Victims) -> Goldens:
 
 
 def one_that_struck(victims: Victims, fault: Fault, goldens: Goldens) -> Run:
-    """Chance may have everybody away from where the fault strikes: such a run shows nothing, and another one is made."""
-    for seed in range(1, 6):
+    """Chance may have everybody away from where the fault strikes: such a run shows nothing, and another one is made. On a fast machine a
+    stream is over in a tenth of a second, and a replica that is killed had none at the time in half of the runs and more."""
+    for seed in range(1, MOST_RUNS + 1):
         run = asyncio.run(one_run(victims, fault, seed, goldens))
         assert not run.wrong
         if run.fired:
             return run
-    pytest.fail("the fault struck nobody in five runs")
+    pytest.fail(f"the fault struck nobody in {MOST_RUNS} runs")
 
 
 @pytest.mark.system

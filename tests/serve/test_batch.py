@@ -133,12 +133,23 @@ GOOD = {"custom_id": "a", "method": "POST", "url": CHAT, "body": {}}
         json.dumps({**GOOD, "method": "GET"}),
         json.dumps({**GOOD, "body": {"stream": True}}),
         json.dumps(GOOD) + "\n" + json.dumps(GOOD),
+        json.dumps({**GOOD, "body": {"temperature": float("nan")}}),
+        json.dumps({**GOOD, "body": {"prompt": "\ud800"}}),
+        json.dumps({**GOOD, "custom_id": "\udfff"}),
+        '{"custom_id": ' + 100_000 * "[",
     ],
 )
 def test_an_input_that_makes_no_sense_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(text)
     with pytest.raises(BatchError, match=r"in\.jsonl:[12]"):
+        read_items(path)
+
+
+def test_an_input_that_is_no_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"custom_id": "\xff"}')
+    with pytest.raises(BatchError, match=r"in\.jsonl:2"):
         read_items(path)
 
 

@@ -196,6 +196,9 @@ async def test_only_so_many_tokens_are_kept_the_oldest_make_room() -> None:
     assert len(inside.asked) == LARGEST_PART + 1
     await offers.collect(asked(key="k0"))
     assert len(inside.asked) == LARGEST_PART + 2
+    for number in range(LARGEST_PART, 3 * LARGEST_PART):
+        await offers.collect(asked(key=f"k{number}"))
+    assert offers.num_kept == LARGEST_PART
 
 
 async def test_an_answer_too_long_to_keep_is_read_to_its_end_and_then_forgotten() -> None:

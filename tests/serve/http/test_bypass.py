@@ -428,7 +428,8 @@ async def test_a_front_that_can_make_no_socket_or_is_told_nonsense_answers_by_ra
 
 
 async def test_what_may_wait_for_a_proxy_that_stands_still_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", 1 << 20)
+    monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", 1 << 19)
+    monkeypatch.setattr(cluster.bypass, "MAX_WAITING_BYTES", 1 << 19)
     folder = cluster.bypass.PrivateFolder()
     with zmq.Context.instance().socket(zmq.PULL) as still:
         still.rcvhwm, still.linger = 1, 0
