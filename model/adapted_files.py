@@ -42,10 +42,10 @@ def _texts(base: Path, adapter: Path) -> dict[str, bytes]:
     if not (adapter / TOKENIZER).is_file():
         return {TEMPLATE: (adapter / TEMPLATE).read_bytes()}
     own = {name: (adapter / name).read_bytes() for name in TEXT_FILES if (adapter / name).is_file()}
-    settings = _object(adapter / TOKENIZER_CONFIG)
+    settings, of_base = _object(adapter / TOKENIZER_CONFIG), _object(base / TOKENIZER_CONFIG)
     if TEMPLATE not in own and not settings.get("chat_template"):
-        if template := _object(base / TOKENIZER_CONFIG).get("chat_template"):
-            own[TOKENIZER_CONFIG] = _json(settings | {"chat_template": template})
+        settings = (settings or of_base) | {"chat_template": of_base.get("chat_template")}
+        own[TOKENIZER_CONFIG] = _json(settings)
         if (base / TEMPLATE).is_file():
             own[TEMPLATE] = (base / TEMPLATE).read_bytes()
     return own | _ends(base, _end_of(settings, _object(adapter / TOKENIZER)))

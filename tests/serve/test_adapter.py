@@ -159,4 +159,9 @@ class TestTexts:
         defaults = GenerationDefaults.from_checkpoint(folder, ModelConfig.from_checkpoint(folder))
         assert (defaults.eos_token_ids, defaults.temperature) == ((0, end), 0.5)
         (trained / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}!"}))
+        (base / "chat_template.jinja").write_text("{{ messages }}?")
         assert stored_source(adapted_files(base, trained)) == "{{ messages }}!"
+        (trained / "tokenizer_config.json").unlink()
+        folder = adapted_files(base, trained)
+        assert stored_source(folder) == "{{ messages }}?"
+        assert Tokenizer.from_folder(folder).named == Tokenizer.from_folder(base).named
