@@ -6,6 +6,7 @@ Names in adapter_model.safetensors, each behind ``base_model.model.`` and the mo
     lora_A.weight (R, K), lora_B.weight (N, R)             a matrix: W + scale B A
     lora_embedding_A (R, V), lora_embedding_B (D, R)       an embedding (V, D): W + scale (B A)^T
     lora_magnitude_vector (N)                              DoRA (arXiv 2402.09353): each row of the sum then gets this length
+    token_adapter.trainable_tokens_delta (rows, D)         rows of an embedding, whole, of the tokens that its configuration names
     base_layer.weight, base_layer.bias, weight, bias       what stands in place of the base's own
 
 Of transformers 5 the experts of a layer lie in one tensor, and so do their adapters, the second wrapped around the first:
@@ -40,6 +41,7 @@ DECODER = "model."
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+ROWS = ".token_adapter.trainable_tokens_delta"
 PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)))})")
 EXPERTS = re.compile(r"(.+\.experts)(?:\.base_layer)?")
 KEPT_READS = 32
@@ -108,6 +110,22 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Single rows of a matrix, whole."""
+
+    numbers: tuple[int, ...]
+    stored: FileTensor
+    kept: LastRead
+
+    def put_into(self, part: Tensor, outputs: slice, inputs: slice) -> None:
+        """Those that are of this part of the matrix."""
+        here = [place for place, number in enumerate(self.numbers) if outputs.start <= number < outputs.stop]
+        if here:
+            rows = self.kept.read(self.stored, slice(0, self.stored.shape[0]), inputs)
+            part[[self.numbers[place] - outputs.start for place in here]] = rows[here].to(part.dtype)
+
+
+@dataclass(frozen=True)
 class AdaptedTensor:
     """A `parallel.weight_format.ReadsInto`: one tensor of the model as the adapter has it, in the dtype in which the base has it. Each
     part is added up in float32 and rounded once."""
@@ -118,6 +136,7 @@ class AdaptedTensor:
     dtype: torch.dtype
     product: Product | None = None
     magnitude_N: FileTensor | None = None
+    rows: Rows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -144,6 +163,8 @@ class AdaptedTensor:
         spans = [slice(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
         part = self.stored.read(*spans) if self.product is None else self._sum(self.product, *spans)
         rounded = part.to(self.dtype)
+        if self.rows is not None:
+            self.rows.put_into(rounded, *spans)
         if not torch.isfinite(rounded).all():
             raise CheckpointError(f"{self.name} with its adapter is not finite in {self.dtype}", file=self.stored.name, tensor=self.name)
         return rounded
@@ -182,7 +203,7 @@ class Adapter:
         self._file = Checkpoint(place, single_file=ADAPTER_FILE)
         self._kept = LastRead()
         try:
-            self._parts, self._brought = self._sorted()
+            self._parts, self._brought, self._rows = self._sorted()
         except BaseException:
             self.close()
             raise
@@ -248,30 +269,40 @@ class Adapter:
                 adapted |= {tensor.name: tensor for tensor in changed}
             else:
                 homeless += [part.name for part in parts.values()]
+        for module, rows in self._rows.items():
+            if (place := _found(f"{module}.weight", adapted)) is None:
+                homeless.append(rows.name)
+            else:
+                adapted[place] = self._with_rows(place, module, rows, adapted[place])
         if homeless:
             readable = [name.encode("unicode_escape").decode() for name in homeless]  # they are somebody else's, and go to a terminal
             self._refuse(f"{len(homeless)} of its tensors have no place there: {some(readable)}")
         return adapted
 
-    def _sorted(self) -> tuple[dict[str, dict[str, FileTensor]], dict[str, FileTensor]]:
-        """Its tensors: parts of products by module, and those in place of the base's by the names of these."""
+    def _sorted(self) -> tuple[dict[str, dict[str, FileTensor]], dict[str, FileTensor], dict[str, FileTensor]]:
+        """Its tensors: parts of products by module, those in place of the base's by the names of these, and single rows by module."""
         parts: dict[str, dict[str, FileTensor]] = {}
         brought: dict[str, FileTensor] = {}
+        rows: dict[str, FileTensor] = {}
         for stored_name, tensor in self._file.tensors.items():
             if tensor.dtype not in DTYPES.values():
                 raise _wrong(tensor, f"has the dtype {tensor.dtype}, expected {' or '.join(map(str, DTYPES.values()))}")
             name = stored_name.removeprefix(PREFIX)
             if found := PART.fullmatch(name):
                 parts.setdefault(found[1], {})[found[2]] = tensor
+            elif name.endswith(ROWS):
+                rows[name.removesuffix(ROWS)] = tensor
             else:
                 brought[name.replace(".base_layer.", ".")] = tensor
-        if not parts and not brought:
+        if not parts and not brought and not rows:
             raise AdapterError(f"the adapter {self.place} holds no tensors")
         for module, held in parts.items():
             self._check_whole(module, held)
         if not self.config.brings_biases and (biases := [name for name in brought if name.endswith(".bias")]):
             raise AdapterError(f"the adapter {self.place} has biases, though bias is none in its configuration: {some(biases)}")
-        return parts, brought
+        if twice := parts.keys() & rows.keys():
+            raise AdapterError(f"the adapter {self.place} changes {some(sorted(twice))} as a whole and row by row")
+        return parts, brought, rows
 
     def _check_whole(self, module: str, held: Mapping[str, FileTensor]) -> None:
         lengths = {MAGNITUDE} if self.config.has_magnitudes else set()
@@ -300,6 +331,14 @@ class Adapter:
         every, scale = slice(0, rank), self.config.scale_of(module)
         product = Product(Factor(outputs, of_outputs, every), Factor(inputs, of_inputs, every), scale, self._kept)
         return _with_product(place, base, product, parts.get(MAGNITUDE))
+
+    def _with_rows(self, place: str, module: str, rows: FileTensor, base: StoredTensor) -> AdaptedTensor:
+        numbers = dict(self.config.token_rows).get(module.rsplit(".", 1)[-1], ())
+        self._check_shape(rows, (len(numbers), base.shape[-1]), place)
+        if numbers and max(numbers) >= base.shape[0]:
+            self._refuse(f"it has a row for token {max(numbers)}, and {place} has {base.shape[0]} rows")
+        stored = base.stored if isinstance(base, AdaptedTensor) else base
+        return AdaptedTensor(place, stored, base.dtype, rows=Rows(numbers, rows, self._kept))
 
     def _experts(self, experts: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
         """Of all experts of a layer, with one tensor for A and one for B: of which of their matrices, the shapes say."""

@@ -21,7 +21,7 @@ MEAN_NOTHING = frozenset({
 stores its weights as Qwen2 does."""
 READ = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init_lora_weights",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "trainable_token_indices",
 })  # fmt: skip
 REFUSED = {
     "alora_invocation_tokens": "works on some tokens only (activated LoRA), and cannot be added to the weights",
@@ -30,7 +30,6 @@ REFUSED = {
     "layer_replication": "repeats layers of the model",
     "lora_bias": "has biases of its own beside B",
     "monteclora_config": "samples its weights (MonteCLoRA)",
-    "trainable_token_indices": "holds single rows of the embedding",
     "use_bdlora": "has block-diagonal matrices (BD-LoRA)",
     "use_qalora": "was trained on groups of inputs (QA-LoRA)",
 }
@@ -65,6 +64,8 @@ class AdapterConfig:
     """`bias`: all of the model's, or of the matrices that it changes (lora_only), in place of the base's."""
     keeps_head_tied: bool
     """`ensure_weight_tying`: where the base's head is its embedding, what changes the one changes the other."""
+    token_rows: tuple[tuple[str, tuple[int, ...]], ...]
+    """`trainable_token_indices`: by the last part of a module's name, rows of its matrix that were trained by themselves."""
     base: str | None
     """What it was trained on, as its author's machine called it."""
     rank_pattern: tuple[tuple[str, int], ...] = field(default=())
@@ -103,6 +104,7 @@ class AdapterConfig:
             has_magnitudes=_flag(raw, "use_dora"),
             brings_biases=biases != "none",
             keeps_head_tied=_flag(raw, "ensure_weight_tying"),
+            token_rows=_token_rows(raw.get("trainable_token_indices")),
             base=base if isinstance(base, str) and base else None,
             rank_pattern=tuple((pattern, _rank(rank, "rank_pattern")) for pattern, rank in _pattern(raw, "rank_pattern").items()),
             alpha_pattern=tuple((pattern, _alpha(alpha, "alpha_pattern")) for pattern, alpha in _pattern(raw, "alpha_pattern").items()),
@@ -142,6 +144,15 @@ def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
             f"{', '.join(map(repr, unknown[:5]))} is not known here, and might change weights: a newer PEFT wrote it, perhaps. {_MERGE}, "
             "or take the field out if it means nothing for the weights"
         )
+
+
+def _token_rows(raw: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """A list is the embedding's."""
+    by_module = raw if isinstance(raw, dict) else {"embed_tokens": raw} if raw else {}
+    for rows in by_module.values():
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows) or len(set(rows)) < len(rows):
+            raise AdapterError(f"trainable_token_indices holds {rows!r:.80}, expected different token ids")
+    return tuple((module, tuple(rows)) for module, rows in by_module.items())
 
 
 def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:

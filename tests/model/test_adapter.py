@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeForCausalLM
 
-from model.adapter import ADAPTER_FILE, A, Adapter, B
+from model.adapter import ADAPTER_FILE, ROWS, A, Adapter, B
 from model.adapter_config import CONFIG_FILE, MEAN_NOTHING, READ, REFUSED, AdapterConfig, AdapterError
 from model.checkpoint import SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
@@ -34,6 +34,7 @@ TOLERANCE = 1e-4
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 NUM_GREEDY = 8
+UP = "model.layers.0.mlp.up_proj"
 
 
 def answered(groups: ParallelGroups, folder: Path, adapter: Path, prompt: list[int]) -> tuple[torch.Tensor, list[int]]:
@@ -56,6 +57,7 @@ def check(shape: str, folder: Path, topologies: tuple[Topology, ...], **settings
 ALONE, SHARED, SPREAD = Topology(), Topology(tp=2), Topology(tp=2, ep=2)
 STABILISED = {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.up_proj": 2}}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TOKENS = list(range(20, 96, 3))
 ROUTER = "mlp.gate.weight"
 NONE: dict[str, Any] = {"target_modules": []}
 
@@ -74,6 +76,8 @@ NONE: dict[str, Any] = {"target_modules": []}
         ("14_heads_tied", (ALONE,), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
         ("14_heads_tied", (ALONE,), {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
         ("14_heads_tied", (ALONE,), {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+        ("9_heads", (SHARED,), {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS}),
+        ("14_heads_tied", (ALONE,), {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS}),
         ("moe", (ALONE, SPREAD), {"target_modules": [*ATTENTION, "shared_expert_gate"], "target_parameters": [*EXPERTS, ROUTER]}),
         pytest.param("28_heads", (Topology(tp=3), Topology(tp=2, pp=2)), {"target_modules": EVERY}, marks=pytest.mark.slow),
         pytest.param("moe_renormalised", (Topology(tp=4, ep=2),), {"target_parameters": EXPERTS} | NONE, marks=pytest.mark.slow),
@@ -134,6 +138,13 @@ def test_weights_in_half_precision_are_added_to_in_float32_and_rounded_once(tmp_
         assert adapter.applied(checkpoint.tensors)[untouched] is checkpoint.tensors[untouched]
 
 
+def test_an_adapter_of_the_bare_decoder_has_its_place_in_a_model_with_a_head(oracle: Callable[[str], Oracle], tmp_path: Path) -> None:
+    write_adapter(tmp_path, low_rank(UP.removeprefix("model."), 50, 72))
+    with Checkpoint(oracle("9_heads").folder) as checkpoint, Adapter(tmp_path) as adapter:
+        changed = [name for name, tensor in adapter.applied(checkpoint.tensors).items() if tensor is not checkpoint.tensors[name]]
+    assert changed == [f"{UP}.weight"]
+
+
 def rounded(groups: ParallelGroups, folder: Path, adapter: Path | None, prompt: list[int]) -> torch.Tensor:
     return Driver(folder, groups, adapter=adapter, format=PackedFormat("int8", torch.float32)).whole(prompt)
 
@@ -146,9 +157,6 @@ def test_what_is_rounded_is_the_adapted_weight(tmp_path: Path) -> None:
     adapted = run_ranks(SHARED, rounded, oracle.folder, tmp_path / "adapter", prompt)[-1]
     merged = run_ranks(SHARED, rounded, tmp_path / "merged", None, prompt)[-1]
     assert (adapted - merged).abs().max() < 0.1 * (merged - wanted).abs().max()
-
-
-UP = "model.layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -165,6 +173,7 @@ UP = "model.layers.0.mlp.up_proj"
         ({f"{UP}.{A}": torch.ones(4, 72)}, {}, f"of {UP} there is lora_A.weight, expected lora_A.weight, lora_B.weight"),
         (low_rank(UP, 50, 72), {"use_dora": True}, "lora_magnitude_vector"),
         ({"model.layers.0.self_attn.q_proj.base_layer.bias": torch.ones(72)}, {}, "has biases, though bias is none"),
+        ({f"model.embed_tokens{ROWS}": torch.ones(1, 72)}, {"trainable_token_indices": [101]}, "a row for token 101, .* has 101 rows"),
         ({"lm_head.weight": torch.ones(103, 72)}, {}, "the vocabulary was resized in training: merge it by PEFT"),
         ({f"{UP}.{A}": torch.ones(4, 72), f"{UP}.{B}": torch.ones(50, 4, dtype=torch.int8)}, {}, "has the dtype torch.int8"),
     ],
@@ -230,7 +239,7 @@ PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
         ({"use_rslora": 1}, "use_rslora is 1, expected true or false"),
         ({"init_lora_weights": "pissa_niter_16"}, "the base's weights were changed before training"),
         ({"lora_bias": True}, "lora_bias is set"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices holds [1, 1], expected different token ids"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is a list"),
         ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern is '8'"),
         ({"rank_pattern": {"(a+)+b": 8}}, "too intricate"),
