@@ -169,10 +169,10 @@ def _found(source: str, revision: str | None, kind: "Kind", report: Report) -> F
         return FoundModel(folder=_demo(report), name=DEMO)
     if source.startswith(MODELSCOPE_SCHEME):
         repository = _repository(source, MODELSCOPE_SCHEME)
-        return FoundModel(folder=_from_modelscope(repository, revision), name=repository)
+        return FoundModel(folder=_checked(_from_modelscope(repository, revision), kind, source), name=repository)
     if source.startswith(HUB_SCHEME) or (REPOSITORY.fullmatch(source) and not folder.exists()):
         repository = _repository(source, HUB_SCHEME)
-        return FoundModel(folder=_from_hub(repository, revision), name=repository)
+        return FoundModel(folder=_checked(_from_hub(repository, revision), kind, source), name=repository)
     if "://" in source:
         return _in_store(source, kind)
     return FoundModel(folder=_local(folder, kind), name=folder.resolve().name)
@@ -184,8 +184,7 @@ def _in_store(url: str, kind: "Kind") -> FoundModel:
         folder = small_files(url)
     except CheckpointError as error:
         raise ModelSourceError(str(error)) from error
-    if not (folder / kind.file).is_file():
-        raise ModelSourceError(f"{url} is no {kind.called} folder: it has no {kind.file}")
+    _checked(folder, kind, url)
     return FoundModel(folder=folder, name=url.rstrip("/").rsplit("/", 1)[-1], store=url)
 
 
@@ -201,9 +200,13 @@ def _local(folder: Path, kind: "Kind") -> Path:
         raise ModelSourceError(f"{str(folder)!r} is a file; give the folder that has {kind.file} and the *.safetensors (GGUF is not read)")
     if not folder.is_dir():
         raise ModelSourceError(f"there is no folder {str(folder)!r}{kind.instead(str(folder))}")
+    return _checked(folder, kind, str(folder)).resolve()
+
+
+def _checked(folder: Path, kind: "Kind", source: str) -> Path:
     if not (folder / kind.file).is_file():
-        raise ModelSourceError(f"{str(folder)!r} is no {kind.called} folder: it has no {kind.file}{kind.other(folder)}")
-    return folder.resolve()
+        raise ModelSourceError(f"{source!r} is no {kind.called} folder: it has no {kind.file}{kind.other(folder, source)}")
+    return folder
 
 
 def _model_instead(source: str) -> str:
@@ -220,14 +223,14 @@ def _adapter_instead(source: str) -> str:
     return f"; give the folder that PEFT saved, a repository, {MODELSCOPE_SCHEME}owner/name, or the URL of a folder in a store"
 
 
-def _is_adapter(folder: Path) -> str:
+def _is_adapter(folder: Path, source: str) -> str:
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return ""
     try:
         base = AdapterConfig.from_folder(folder).base
     except AdapterError:
         base = None
-    return f", but it is a LoRA adapter; serve it with its base: manta serve {base or 'BASE'} --adapter {folder}"
+    return f", but it is a LoRA adapter; serve it with its base: manta serve {base or 'BASE'} --adapter {source}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +242,12 @@ class Kind:
     """Without which a folder is none."""
     instead: Callable[[str], str]
     """What would do, where there is no such folder."""
-    other: Callable[[Path], str]
-    """What a folder is that is none."""
+    other: Callable[[Path, str], str]
+    """What a folder is that is none; with what names it."""
 
 
 MODEL = Kind(called="checkpoint", file="config.json", instead=_model_instead, other=_is_adapter)
-ADAPTER = Kind(called="adapter", file=ADAPTER_CONFIG_FILE, instead=_adapter_instead, other=lambda _folder: "")
+ADAPTER = Kind(called="adapter", file=ADAPTER_CONFIG_FILE, instead=_adapter_instead, other=lambda _folder, _source: "")
 
 
 def _meant(name: str) -> str:

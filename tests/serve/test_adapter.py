@@ -55,6 +55,8 @@ def test_an_adapter_is_fetched_from_a_hub_as_a_model_is(tiny_folder: Path, adapt
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     found = find_model(ModelSettings(source=str(tiny_folder), adapter="me/my-lora", adapter_revision="v2"))
     assert (found.adapter, found.name, asked) == (adapter, "me/my-lora", [("me/my-lora", "v2")])
+    with pytest.raises(ModelSourceError, match=f"it is a LoRA adapter; serve it with its base: manta serve {BASE} --adapter me/my-lora"):
+        find_model(ModelSettings(source="me/my-lora"))
 
 
 @pytest.mark.parametrize(
