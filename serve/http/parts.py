@@ -22,11 +22,12 @@ def joined_text(content: Any) -> str | None:
 
 
 def _text_of(part: Any) -> str:
-    if isinstance(part, dict) and part.get("type") not in ("text", None):
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and kind not in ("text", "refusal", None):
         raise PydanticCustomError("not_supported", "only text parts are offered: this model sees no images and hears no audio")
-    if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+    text = None if kind is None else part.get(kind)  # either has its text under the name of its type
+    if not isinstance(text, str):
         raise wrong('a text part should be {"type": "text", "text": "..."}')
-    text: str = part["text"]
     return text
 
 

@@ -17,6 +17,11 @@ from serve.http.responses.spelling import spelled_for
 from serve.http.sse import open_stream
 
 ID_PREFIX = "resp_"
+ELSEWHERE = {
+    "compact": "conversations are not taken together here; leave out of the input what the model need not read",
+    "input_tokens": "tokens of an input are not counted here before it is answered; /tokenize counts those of messages",
+}
+"""What OpenAI has below this path beside stored responses."""
 
 
 def response_routes(front: Front) -> APIRouter:
@@ -40,6 +45,6 @@ def response_routes(front: Front) -> APIRouter:
 
     @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
     async def nothing_is_stored(rest: str) -> Response:
-        raise RouteNotFound("no response is stored here: an answer is told once, to the request that asked for it")
+        raise RouteNotFound(ELSEWHERE.get(rest, "no response is stored here: an answer is told once, to the request that asked for it"))
 
     return routes
