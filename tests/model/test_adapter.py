@@ -145,6 +145,22 @@ def test_an_adapter_of_the_bare_decoder_has_its_place_in_a_model_with_a_head(ora
     assert changed == [f"{UP}.weight"]
 
 
+def test_an_adapter_in_a_store_is_read_by_ranges_as_one_on_this_host_is(
+    oracle: Callable[[str], Oracle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    write_adapter(tmp_path / "adapter", low_rank(UP, 50, 72))
+    with (
+        Checkpoint(oracle("9_heads").folder) as checkpoint,
+        Adapter(tmp_path / "adapter") as here,
+        Adapter(f"file://{tmp_path}/adapter") as there,
+    ):
+        ours, theirs = (adapter.applied(checkpoint.tensors)[f"{UP}.weight"] for adapter in (here, there))
+        assert torch.equal(ours.read(slice(0, 50), slice(9, 72)), theirs.read(slice(0, 50), slice(9, 72)))
+        assert there.bytes_fetched > 0
+
+
 def rounded(groups: ParallelGroups, folder: Path, adapter: Path | None, prompt: list[int]) -> torch.Tensor:
     return Driver(folder, groups, adapter=adapter, format=PackedFormat("int8", torch.float32)).whole(prompt)
 

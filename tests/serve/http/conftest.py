@@ -108,7 +108,9 @@ class ScriptedService:
         )
 
     def models(self) -> Any:
-        return (SimpleNamespace(name=MODEL, created=1_700_000_000, max_context_tokens=2048, defaults=GenerationDefaults(top_p=0.8)),)
+        made_of = {"base": MODEL, "adapter": None}
+        defaults = GenerationDefaults(top_p=0.8)
+        return (SimpleNamespace(name=MODEL, created=1_700_000_000, max_context_tokens=2048, defaults=defaults, **made_of),)
 
     def model(self, name: str) -> Any:
         self._check_model(name)
