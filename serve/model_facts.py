@@ -44,6 +44,16 @@ class ModelFacts:
     tokenizer_info: Mapping[str, Any] = field(default_factory=dict)
     """Of tokenizer_config.json what tools want to know, with the chat template."""
 
+    @property
+    def root(self) -> str:
+        """What it is made of by its own name, as vLLM tells it: the adapter if there is one, else the checkpoint."""
+        return self.adapter or self.base or self.name
+
+    @property
+    def parent(self) -> str | None:
+        """The checkpoint that the adapter is added to."""
+        return self.base if self.adapter else None
+
     @classmethod
     def from_checkpoint(
         cls,

@@ -49,7 +49,14 @@ def embed_response(result: EmbeddingResult, *, model: str, created: int) -> serv
 
 
 def model_message(facts: ModelFacts) -> messages_pb2.Model:
-    return messages_pb2.Model(id=facts.name, created=facts.created, owned_by=OWNER, max_model_len=facts.max_context_tokens)
+    return messages_pb2.Model(
+        id=facts.name,
+        created=facts.created,
+        owned_by=OWNER,
+        max_model_len=facts.max_context_tokens,
+        root=facts.root,
+        parent=facts.parent or "",
+    )
 
 
 class StreamWriter:

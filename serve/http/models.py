@@ -32,7 +32,7 @@ def model_object(facts: ModelFacts) -> dict[str, Any]:
         "object": "model",
         "created": facts.created,
         "owned_by": "manta",
-        "root": facts.adapter or facts.base or facts.name,
-        "parent": facts.base if facts.adapter else None,
+        "root": facts.root,
+        "parent": facts.parent,
         "max_model_len": facts.max_context_tokens,
     }

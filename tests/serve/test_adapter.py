@@ -18,6 +18,7 @@ from serve.app import adapter_on_any_host
 from serve.cli import app
 from serve.commands.models import meant_on_every_host
 from serve.config import ModelEntry, ModelSettings, ServeConfig
+from serve.grpc.convert import model_message
 from serve.http.models import model_object
 from serve.model_check import UnusableCheckpoint, check_model
 from serve.model_facts import ModelFacts
@@ -119,6 +120,8 @@ def test_models_are_listed_with_what_they_are_made_of(tiny_folder: Path) -> None
     )
     told = model_object(facts)
     assert (told["id"], told["root"], told["parent"]) == ("support", "my-lora", "Qwen/Qwen2-7B")
+    message = model_message(facts)
+    assert (message.id, message.root, message.parent) == ("support", "my-lora", "Qwen/Qwen2-7B")
 
 
 class TestTexts:

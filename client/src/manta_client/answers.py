@@ -174,4 +174,8 @@ class Model:
     owned_by: str
     max_model_len: int
     """Prompt and output tokens together, at most."""
+    root: str = ""
+    """What it is made of by its own name: the adapter if there is one, else the checkpoint."""
+    parent: str | None = None
+    """The checkpoint that the adapter is added to; None without an adapter."""
     raw: messages_pb2.Model = field(repr=False, compare=False)

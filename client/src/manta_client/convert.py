@@ -82,6 +82,8 @@ def model(message: messages_pb2.Model) -> Model:
         created=message.created,
         owned_by=message.owned_by,
         max_model_len=message.max_model_len,
+        root=message.root,
+        parent=message.parent or None,
         raw=message,
     )
 

@@ -69,7 +69,7 @@ async def test_log_probabilities_come_with_bytes_and_alternatives(stub) -> None:
 
 async def test_models_are_listed_and_found(stub) -> None:
     (model,) = (await stub.ListModels(service_pb2.ListModelsRequest())).models
-    assert (model.id, model.max_model_len, model.created) == ("tiny", 64, 1_700_000_000)
+    assert (model.id, model.max_model_len, model.created, model.root, model.parent) == ("tiny", 64, 1_700_000_000, "tiny", "")
     assert (await stub.GetModel(service_pb2.GetModelRequest(model="tiny"))).model == model
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.GetModel(service_pb2.GetModelRequest(model="../../etc/passwd"))

@@ -108,7 +108,7 @@ class ScriptedService:
         )
 
     def models(self) -> Any:
-        made_of = {"base": MODEL, "adapter": None}
+        made_of = {"root": MODEL, "parent": None}
         defaults = GenerationDefaults(top_p=0.8)
         return (SimpleNamespace(name=MODEL, created=1_700_000_000, max_context_tokens=2048, defaults=defaults, **made_of),)
 

@@ -279,4 +279,4 @@ def _message(answer: Answer, limit: int | None) -> messages_pb2.Message:
 
 
 def _model(name: str, max_model_len: int) -> messages_pb2.Model:
-    return messages_pb2.Model(id=name, owned_by="fake", max_model_len=max_model_len)
+    return messages_pb2.Model(id=name, owned_by="fake", max_model_len=max_model_len, root=name)

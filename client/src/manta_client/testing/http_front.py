@@ -40,7 +40,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if failure := self.server.gate.refusal(self._headers()):
             return self._refuse(failure)
-        known = [{"id": name, "object": "model", "owned_by": "fake", "max_model_len": size} for name, size in self.server.models.items()]
+        known = [
+            {"id": name, "object": "model", "owned_by": "fake", "root": name, "parent": None, "max_model_len": size}
+            for name, size in self.server.models.items()
+        ]
         if self.path == "/v1/models":
             return self._send(200, {"object": "list", "data": known})
         one = [model for model in known if self.path == f"/v1/models/{model['id']}"]
