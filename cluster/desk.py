@@ -64,9 +64,10 @@ class Desk:
         front_silence_s: float,
         journal: BlockJournal | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
     ) -> None:
         self._post, self._submit, self._cancel, self._pong = post, submit, cancel, pong
-        self._front_silence_s, self._clock = front_silence_s, clock
+        self._front_silence_s, self._clock, self._unix_clock = front_silence_s, clock, unix_clock
         self._owners: dict[Key, _Owner] = {}
         self._streams = StreamTable()
         self._seen: dict[Front, float] = {}
@@ -138,8 +139,8 @@ class Desk:
 
     def _take(self, front: Front, message: object) -> None:
         match message:
-            case Submit(request):
-                self._accept(front, request)
+            case Submit(request, left_s):
+                self._accept(front, request if left_s is None else replace(request, deadline_s=self._unix_clock() + left_s))
             case Cancel(request_id, choice, attempt):
                 owner = self._owners.get((request_id, choice))
                 if owner is not None and (owner.front, owner.attempt) == (front, attempt):

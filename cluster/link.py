@@ -99,11 +99,12 @@ class ReplicaLink:
         node: str,
         config: RouterConfig,
         clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
         wire: Wire | None = None,
     ) -> None:
         self.record = record
         self._node = node
-        self._config, self._clock = config, clock
+        self._config, self._clock, self._unix_clock = config, clock, unix_clock
         self._streams: dict[tuple[str, int, int], StreamBuffer] = {}
         self._by_number: dict[int, StreamBuffer] = {}
         """The same, by the numbers that the replica was told to speak of them."""
@@ -185,7 +186,8 @@ class ReplicaLink:
         ended = False
         try:
             self._submitted += 1
-            self._send(Submit(replace(request, tag=number)))
+            left_s = None if request.deadline_s is None else request.deadline_s - self._unix_clock()
+            self._send(Submit(replace(request, tag=number), left_s))
             while not ended:
                 event = await buffer.get()
                 ended = event.finish_reason is not None

@@ -55,6 +55,8 @@ class Stop:
 @dataclass(frozen=True, slots=True)
 class Submit:
     request: Request
+    left_s: float | None = None
+    """Until its deadline, when it was sent: hosts' clocks differ."""
 
 
 @dataclass(frozen=True, slots=True)

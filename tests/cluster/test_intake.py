@@ -214,6 +214,29 @@ def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
         intake.close()
 
 
+async def test_a_deadline_is_as_far_away_on_a_host_whose_clock_is_wrong(engine: Engine, intake: Intake) -> None:
+    """Else whoever is ahead by more than what is left refuses everything."""
+    intake.desk._unix_clock = lambda: 5_000.0
+    async with linked(intake) as link:
+        link._unix_clock = lambda: 1_000.0
+        running = [
+            asyncio.create_task(collect(link, Request(id=f"{deadline_s}", prompt=(1,), deadline_s=deadline_s)))
+            for deadline_s in (1_007.0, 999.0, None)
+        ]
+        await eventually(lambda: len(engine.submitted) == 3)
+        assert [each.deadline_s for each in engine.submitted] == [5_007.0, 4_999.0, None]
+        for request in engine.submitted:
+            intake.deliver(events_for(request, end=True))
+        await asyncio.gather(*running)
+
+
+async def test_a_deadline_told_by_a_front_of_an_older_version_counts_as_it_is(engine: Engine, intake: Intake) -> None:
+    async with linked(intake) as link:
+        link._send(Submit(Request(id="r", prompt=(1,), deadline_s=7.0)))
+        await eventually(lambda: len(engine.submitted) == 1)
+    assert engine.submitted[0].deadline_s == 7.0
+
+
 async def test_the_same_attempt_once_more_leaves_the_owners_stream_alone(engine: Engine, intake: Intake) -> None:
     request = Request(id="r", prompt=(1,), attempt=1)
     async with linked(intake) as owner, linked(intake) as other:

@@ -40,7 +40,7 @@ EXAMPLES = [
     RankReady(rank=0, capacity=Capacity(num_blocks=8, block_tokens=16, max_context_tokens=128)),
     RankFailed(rank=1, host="a", step=None, message="ValueError: ü", traceback="Traceback\n"),
     Stop(),
-    Submit(Request(id="r", choice=1, attempt=2, prompt=(1, 2, 3), committed=(4,), sampling=SAMPLING, salt="s", deadline_s=1.5)),
+    Submit(Request(id="r", choice=1, attempt=2, prompt=(1, 2, 3), committed=(4,), sampling=SAMPLING, salt="s", deadline_s=1.5), 0.5),
     Cancel("r", 1, 2),
     Ping(),
     BeginAnew(),

@@ -71,8 +71,9 @@ class SimReplica:
     def __post_init__(self) -> None:
         clock = asyncio.get_running_loop().time
         self.desk = Desk(
-            post=self.post, submit=self._submit, cancel=self._cancel, pong=self._pong, front_silence_s=self.front_silence_s, clock=clock
-        )
+            post=self.post, submit=self._submit, cancel=self._cancel, pong=self._pong, front_silence_s=self.front_silence_s,
+            clock=clock, unix_clock=clock,
+        )  # fmt: skip
         self._clock = clock
         self.task = asyncio.create_task(self._live())
 

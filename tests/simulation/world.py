@@ -137,7 +137,7 @@ class World:
 
     def _connect(self, record: ReplicaRecord) -> ReplicaLink:
         clock = asyncio.get_running_loop().time
-        return ReplicaLink(record, node="n", config=CONFIG, clock=clock, wire=self.network.connect(record.id))
+        return ReplicaLink(record, node="n", config=CONFIG, clock=clock, unix_clock=clock, wire=self.network.connect(record.id))
 
     def _policy(self) -> RoutingPolicy:
         return self.chance.choice((LeastLoaded, RoundRobin))()

@@ -34,7 +34,7 @@ from tests.fakes.graphs import Gone, NotCapturable, RecordedGraphs
 from tests.ranks import run_ranks
 
 Pair = tuple[LocalExecutor, LocalExecutor, RecordedGraphs]
-CONFIG = engine_config(max_running=6)
+CONFIG = engine_config(max_running=6, prompt_share=1.0)
 CPU = torch.device("cpu")
 PLAIN = [
     SamplingParams(temperature=0.0, max_tokens=14),
