@@ -16,19 +16,15 @@ Of transformers 5 the experts of a layer lie in one tensor, and so do their adap
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 
 import torch
-from torch import Tensor
 
+from model.adapted_tensor import AdaptedTensor, Factor, LastRead, Product, Rows, no_numbers, wrong
 from model.adapter_config import AdapterConfig, AdapterError
 from model.checkpoint import Checkpoint, FileTensor
-from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import small_files
 from model.checkpoint_header import some
 from model.dtypes import DTYPES
@@ -44,147 +40,6 @@ EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 ROWS = ".token_adapter.trainable_tokens_delta"
 PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)))})")
 EXPERTS = re.compile(r"(.+\.experts)(?:\.base_layer)?")
-KEPT_READS = 32
-"""Shares of A and B that are kept for the next piece of their matrix: at least those of all matrices that are read at a time."""
-
-
-class LastRead:
-    """Parts of the adapter that were read last: a matrix comes in pieces, and each wants all of A or all of B. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, int, int, int, int], Tensor] = OrderedDict()
-        self._lock = Lock()
-
-    def read(self, stored: FileTensor, rows: slice, columns: slice) -> Tensor:
-        """In float32.
-
-        Raises:
-            CheckpointError: it cannot be read, or is no numbers.
-        """
-        key = (stored.name, rows.start, rows.stop, columns.start, columns.stop)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        read = stored.read(rows, columns).float()
-        if not torch.isfinite(read).all():
-            raise _no_numbers(stored)
-        with self._lock:
-            self._kept[key] = read
-            while len(self._kept) > KEPT_READS:
-                self._kept.popitem(last=False)
-        return read
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One side of a product B A, or that of one of several experts which lie in a tensor together."""
-
-    stored: FileTensor
-    rank_dim: int
-    """Which of its dims is the ranks; the other is the outputs, or the input features."""
-    ranks: slice
-    first: int = 0
-    """Of the other dim, where it begins."""
-
-    def read(self, span: slice, kept: LastRead) -> Tensor:
-        """(R, len(span)) in float32."""
-        wanted = slice(self.first + span.start, self.first + span.stop)
-        if self.rank_dim == 0:
-            return kept.read(self.stored, self.ranks, wanted)
-        return kept.read(self.stored, wanted, slice(0, self.stored.shape[1]))[:, self.ranks].T
-
-
-@dataclass(frozen=True)
-class Product:
-    """scale * B A."""
-
-    outputs: Factor
-    inputs: Factor
-    scale: float
-    kept: LastRead
-
-    def added_to(self, part_NK: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """``part_NK`` in float32 and this part of the product together."""
-        return torch.addmm(part_NK, self.outputs.read(outputs, self.kept).T, self.inputs.read(inputs, self.kept), alpha=self.scale)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Single rows of a matrix, whole."""
-
-    numbers: tuple[int, ...]
-    stored: FileTensor
-    kept: LastRead
-
-    def put_into(self, part: Tensor, outputs: slice, inputs: slice) -> None:
-        """Those that are of this part of the matrix."""
-        here = [place for place, number in enumerate(self.numbers) if outputs.start <= number < outputs.stop]
-        if here:
-            rows = self.kept.read(self.stored, slice(0, self.stored.shape[0]), inputs)
-            part[[self.numbers[place] - outputs.start for place in here]] = rows[here].to(part.dtype)
-
-
-@dataclass(frozen=True)
-class AdaptedTensor:
-    """A `parallel.weight_format.ReadsInto`: one tensor of the model as the adapter has it, in the dtype in which the base has it. Each
-    part is added up in float32 and rounded once."""
-
-    name: str
-    stored: StoredTensor
-    """The base's, or what the adapter brings in its place."""
-    dtype: torch.dtype
-    product: Product | None = None
-    magnitude_N: FileTensor | None = None
-    rows: Rows | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def num_bytes(self) -> int:
-        return self.stored.num_bytes
-
-    @property
-    def piece_dim(self) -> int:
-        return self.stored.piece_dim
-
-    @property
-    def piece_bytes(self) -> int:
-        return self.stored.piece_bytes
-
-    def read(self, *slices: slice) -> Tensor:
-        """The given part as a CPU tensor.
-
-        Raises:
-            CheckpointError: a file cannot be read, or the sum is no numbers.
-        """
-        spans = [slice(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
-        part = self.stored.read(*spans) if self.product is None else self._sum(self.product, *spans)
-        rounded = part.to(self.dtype)
-        if self.rows is not None:
-            self.rows.put_into(rounded, *spans)
-        if not torch.isfinite(rounded).all():
-            raise CheckpointError(f"{self.name} with its adapter is not finite in {self.dtype}", file=self.stored.name, tensor=self.name)
-        return rounded
-
-    def read_into(self, place: Tensor, *slices: slice) -> None:
-        """As `read`, into a contiguous CPU tensor of that shape and dtype."""
-        place.copy_(self.read(*slices))
-
-    def _sum(self, product: Product, outputs: slice, inputs: slice) -> Tensor:
-        part_NK = product.added_to(self.stored.read(outputs, inputs).float(), outputs, inputs)
-        if self.magnitude_N is None:
-            return part_NK
-        every = slice(0, self.shape[1])
-        whole_NK = part_NK if inputs.stop - inputs.start == every.stop else self._whole(product, outputs, every)
-        lengths_N = torch.linalg.vector_norm(whole_NK, dim=1)
-        scale_N: Tensor = self.magnitude_N.read(outputs).float() / lengths_N
-        return part_NK * scale_N.unsqueeze(1)
-
-    def _whole(self, product: Product, outputs: slice, every: slice) -> Tensor:
-        return product.added_to(self.stored.read(outputs, every).float(), outputs, every)
 
 
 class Adapter:
@@ -240,7 +95,7 @@ class Adapter:
         """
         for tensor in self._file.tensors.values():
             if not torch.isfinite(tensor.read()).all():
-                raise _no_numbers(tensor)
+                raise no_numbers(tensor)
 
     def applied(self, tensors: Mapping[str, StoredTensor], *, head_was_tied: bool = False) -> Mapping[str, StoredTensor]:
         """The tensors of a model, by name, as the adapter has them.
@@ -286,7 +141,7 @@ class Adapter:
         rows: dict[str, FileTensor] = {}
         for stored_name, tensor in self._file.tensors.items():
             if tensor.dtype not in DTYPES.values():
-                raise _wrong(tensor, f"has the dtype {tensor.dtype}, expected {' or '.join(map(str, DTYPES.values()))}")
+                raise wrong(tensor, f"has the dtype {tensor.dtype}, expected {' or '.join(map(str, DTYPES.values()))}")
             name = stored_name.removeprefix(PREFIX)
             if found := PART.fullmatch(name):
                 parts.setdefault(found[1], {})[found[2]] = tensor
@@ -316,10 +171,11 @@ class Adapter:
         """The matrices of the model that a module's parts change; none where it is not of this model."""
         if (place := _found(f"{module}.weight", tensors)) is not None:
             yield self._matrix(place, parts, tensors[place])
-        elif found := EXPERTS.fullmatch(module):
+        elif (found := EXPERTS.fullmatch(module)) and parts.keys() == {A, B}:
             yield from self._experts(found[1], parts, tensors)
 
     def _matrix(self, place: str, parts: Mapping[str, FileTensor], base: StoredTensor) -> AdaptedTensor:
+        self._check_matrix(place, base)
         outputs, inputs = (parts[EMBEDDING_A], parts[EMBEDDING_B]) if EMBEDDING_A in parts else (parts[B], parts[A])
         of_outputs, of_inputs = (0, 1) if EMBEDDING_A in parts else (1, 0)
         module = place.removesuffix(".weight")
@@ -333,6 +189,7 @@ class Adapter:
         return _with_product(place, base, product, parts.get(MAGNITUDE))
 
     def _with_rows(self, place: str, module: str, rows: FileTensor, base: StoredTensor) -> AdaptedTensor:
+        self._check_matrix(place, base)
         numbers = dict(self.config.token_rows).get(module.rsplit(".", 1)[-1], ())
         self._check_shape(rows, (len(numbers), base.shape[-1]), place)
         if numbers and max(numbers) >= base.shape[0]:
@@ -356,6 +213,10 @@ class Adapter:
                 inputs = Factor(parts[A], 0, slice(expert * rank, (expert + 1) * rank))
                 yield _with_product(place, tensors[place], Product(outputs, inputs, scale, self._kept))
             return
+
+    def _check_matrix(self, place: str, base: StoredTensor) -> None:
+        if len(base.shape) != 2:
+            self._refuse(f"{place} is no matrix")
 
     def _check_shape(self, found: FileTensor, wanted: tuple[int, ...], place: str) -> None:
         if found.shape == wanted:
@@ -386,11 +247,3 @@ def _of_experts(experts: str, names: tuple[str, ...], tensors: Mapping[str, Stor
 def _found(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
     """What a tensor is called in this model, which may have a head where the adapter's had none, or the reverse."""
     return next((each for each in (name, DECODER + name, name.removeprefix(DECODER)) if each in tensors), None)
-
-
-def _no_numbers(tensor: FileTensor) -> CheckpointError:
-    return _wrong(tensor, "holds what is no number, or infinite")
-
-
-def _wrong(tensor: FileTensor, what: str) -> CheckpointError:
-    return CheckpointError(f"{tensor.source.name}: {tensor.name} {what}", file=tensor.source.name, tensor=tensor.name)

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeForCausalLM
 
-from model.adapter import ADAPTER_FILE, ROWS, A, Adapter, B
+from model.adapter import ADAPTER_FILE, EMBEDDING_A, EMBEDDING_B, ROWS, A, Adapter, B
 from model.adapter_config import CONFIG_FILE, MEAN_NOTHING, READ, REFUSED, AdapterConfig, AdapterError
 from model.checkpoint import SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
@@ -190,6 +190,9 @@ def test_what_is_rounded_is_the_adapted_weight(tmp_path: Path) -> None:
         (low_rank(UP, 50, 72), {"use_dora": True}, "lora_magnitude_vector"),
         ({"model.layers.0.self_attn.q_proj.base_layer.bias": torch.ones(72)}, {}, "has biases, though bias is none"),
         ({f"model.embed_tokens{ROWS}": torch.ones(1, 72)}, {"trainable_token_indices": [101]}, "a row for token 101, .* has 101 rows"),
+        (low_rank("model.norm", 72, 72), {}, r"model\.norm\.weight is no matrix"),
+        ({f"model.norm{ROWS}": torch.ones(1, 72)}, {"trainable_token_indices": {"norm": [3]}}, r"model\.norm\.weight is no matrix"),
+        ({f"model.layers.0.mlp.experts.{part}": torch.ones(4, 4) for part in (EMBEDDING_A, EMBEDDING_B)}, {}, "2 of its tensors have no"),
         ({"lm_head.weight": torch.ones(103, 72)}, {}, "the vocabulary was resized in training: merge it by PEFT"),
         ({f"{UP}.{A}": torch.ones(4, 72), f"{UP}.{B}": torch.ones(50, 4, dtype=torch.int8)}, {}, "has the dtype torch.int8"),
     ],

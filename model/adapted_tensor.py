@@ -1,0 +1,162 @@
+"""One tensor of a model with an adapter, of which nothing has been read yet. N outputs, K input features, R ranks of the adapter."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import FileTensor
+from model.checkpoint_error import CheckpointError
+from parallel.weight_format import StoredTensor
+
+KEPT_READS = 32
+"""Shares of A and B that are kept for the next piece of their matrix: at least those of all matrices that are read at a time."""
+
+
+class LastRead:
+    """Parts of the adapter that were read last: a matrix comes in pieces, and each wants all of A or all of B. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, int, int, int, int], Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, stored: FileTensor, rows: slice, columns: slice) -> Tensor:
+        """In float32.
+
+        Raises:
+            CheckpointError: it cannot be read, or is no numbers.
+        """
+        key = (stored.name, rows.start, rows.stop, columns.start, columns.stop)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        read = stored.read(rows, columns).float()
+        if not torch.isfinite(read).all():
+            raise no_numbers(stored)
+        with self._lock:
+            self._kept[key] = read
+            while len(self._kept) > KEPT_READS:
+                self._kept.popitem(last=False)
+        return read
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One side of a product B A, or that of one of several experts which lie in a tensor together."""
+
+    stored: FileTensor
+    rank_dim: int
+    """Which of its dims is the ranks; the other is the outputs, or the input features."""
+    ranks: slice
+    first: int = 0
+    """Of the other dim, where it begins."""
+
+    def read(self, span: slice, kept: LastRead) -> Tensor:
+        """(R, len(span)) in float32."""
+        wanted = slice(self.first + span.start, self.first + span.stop)
+        if self.rank_dim == 0:
+            return kept.read(self.stored, self.ranks, wanted)
+        return kept.read(self.stored, wanted, slice(0, self.stored.shape[1]))[:, self.ranks].T
+
+
+@dataclass(frozen=True)
+class Product:
+    """scale * B A."""
+
+    outputs: Factor
+    inputs: Factor
+    scale: float
+    kept: LastRead
+
+    def added_to(self, part_NK: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """``part_NK`` in float32 and this part of the product together."""
+        return torch.addmm(part_NK, self.outputs.read(outputs, self.kept).T, self.inputs.read(inputs, self.kept), alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Single rows of a matrix, whole."""
+
+    numbers: tuple[int, ...]
+    stored: FileTensor
+    kept: LastRead
+
+    def put_into(self, part: Tensor, outputs: slice, inputs: slice) -> None:
+        """Those that are of this part of the matrix."""
+        here = [place for place, number in enumerate(self.numbers) if outputs.start <= number < outputs.stop]
+        if here:
+            rows = self.kept.read(self.stored, slice(0, self.stored.shape[0]), inputs)
+            part[[self.numbers[place] - outputs.start for place in here]] = rows[here].to(part.dtype)
+
+
+@dataclass(frozen=True)
+class AdaptedTensor:
+    """A `parallel.weight_format.ReadsInto`: one tensor of the model as the adapter has it, in the dtype in which the base has it. Each
+    part is added up in float32 and rounded once."""
+
+    name: str
+    stored: StoredTensor
+    """The base's, or what the adapter brings in its place."""
+    dtype: torch.dtype
+    product: Product | None = None
+    magnitude_N: FileTensor | None = None
+    rows: Rows | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stored.num_bytes
+
+    @property
+    def piece_dim(self) -> int:
+        return self.stored.piece_dim
+
+    @property
+    def piece_bytes(self) -> int:
+        return self.stored.piece_bytes
+
+    def read(self, *slices: slice) -> Tensor:
+        """The given part as a CPU tensor.
+
+        Raises:
+            CheckpointError: a file cannot be read, or the sum is no numbers.
+        """
+        spans = [slice(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
+        part = self.stored.read(*spans) if self.product is None else self._sum(self.product, *spans)
+        rounded = part.to(self.dtype)
+        if self.rows is not None:
+            self.rows.put_into(rounded, *spans)
+        if not torch.isfinite(rounded).all():
+            raise CheckpointError(f"{self.name} with its adapter is not finite in {self.dtype}", file=self.stored.name, tensor=self.name)
+        return rounded
+
+    def read_into(self, place: Tensor, *slices: slice) -> None:
+        """As `read`, into a contiguous CPU tensor of that shape and dtype."""
+        place.copy_(self.read(*slices))
+
+    def _sum(self, product: Product, outputs: slice, inputs: slice) -> Tensor:
+        part_NK = product.added_to(self.stored.read(outputs, inputs).float(), outputs, inputs)
+        if self.magnitude_N is None:
+            return part_NK
+        every = slice(0, self.shape[1])
+        whole_NK = part_NK if inputs.stop - inputs.start == every.stop else self._whole(product, outputs, every)
+        lengths_N = torch.linalg.vector_norm(whole_NK, dim=1)
+        scale_N: Tensor = self.magnitude_N.read(outputs).float() / lengths_N
+        return part_NK * scale_N.unsqueeze(1)
+
+    def _whole(self, product: Product, outputs: slice, every: slice) -> Tensor:
+        return product.added_to(self.stored.read(outputs, every).float(), outputs, every)
+
+
+def no_numbers(tensor: FileTensor) -> CheckpointError:
+    return wrong(tensor, "holds what is no number, or infinite")
+
+
+def wrong(tensor: FileTensor, what: str) -> CheckpointError:
+    return CheckpointError(f"{tensor.source.name}: {tensor.name} {what}", file=tensor.source.name, tensor=tensor.name)
