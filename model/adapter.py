@@ -113,26 +113,36 @@ class Adapter:
             brought_of = {name: brought for name, brought in brought_of.items() if name != HEAD}
             parts_of = {module: parts for module, parts in parts_of.items() if f"{module}.weight" != HEAD}
         homeless: list[str] = []
+        brought_to: dict[str, StoredTensor] = {}
+        changed_in: dict[str, StoredTensor] = {}
         for name, brought in brought_of.items():
             if (place := _found(name, adapted)) is None:
                 homeless.append(brought.name)
             else:
                 self._check_shape(brought, adapted[place].shape, place)
-                adapted[place] = AdaptedTensor(place, brought, adapted[place].dtype)
+                self._put(brought_to, AdaptedTensor(place, brought, adapted[place].dtype))
+        adapted |= brought_to
         for module, parts in parts_of.items():
             if changed := list(self._changed(module, parts, adapted)):
-                adapted |= {tensor.name: tensor for tensor in changed}
+                for tensor in changed:
+                    self._put(changed_in, tensor)
             else:
                 homeless += [part.name for part in parts.values()]
         for module, rows in self._rows.items():
             if (place := _found(f"{module}.weight", adapted)) is None:
                 homeless.append(rows.name)
             else:
-                adapted[place] = self._with_rows(place, module, rows, adapted[place])
+                self._put(changed_in, self._with_rows(place, module, rows, adapted[place]))
         if homeless:
             readable = [name.encode("unicode_escape").decode() for name in homeless]  # they are somebody else's, and go to a terminal
             self._refuse(f"{len(homeless)} of its tensors have no place there: {some(readable)}")
-        return adapted
+        return adapted | changed_in
+
+    def _put(self, tensors: dict[str, StoredTensor], tensor: AdaptedTensor) -> None:
+        """By its name; two names of the adapter's may mean the same tensor (see `DECODER`)."""
+        if tensor.name in tensors:
+            self._refuse(f"it changes {tensor.name} twice")
+        tensors[tensor.name] = tensor
 
     def _sorted(self) -> tuple[dict[str, dict[str, FileTensor]], dict[str, FileTensor], dict[str, FileTensor]]:
         """Its tensors: parts of products by module, those in place of the base's by the names of these, and single rows by module."""
@@ -155,8 +165,6 @@ class Adapter:
             self._check_whole(module, held)
         if not self.config.brings_biases and (biases := [name for name in brought if name.endswith(".bias")]):
             raise AdapterError(f"the adapter {self.place} has biases, though bias is none in its configuration: {some(biases)}")
-        if twice := parts.keys() & rows.keys():
-            raise AdapterError(f"the adapter {self.place} changes {some(sorted(twice))} as a whole and row by row")
         return parts, brought, rows
 
     def _check_whole(self, module: str, held: Mapping[str, FileTensor]) -> None:

@@ -190,6 +190,7 @@ def test_what_is_rounded_is_the_adapted_weight(tmp_path: Path) -> None:
         (low_rank(UP, 50, 72), {"use_dora": True}, "lora_magnitude_vector"),
         ({"model.layers.0.self_attn.q_proj.base_layer.bias": torch.ones(72)}, {}, "has biases, though bias is none"),
         ({f"model.embed_tokens{ROWS}": torch.ones(1, 72)}, {"trainable_token_indices": [101]}, "a row for token 101, .* has 101 rows"),
+        (low_rank(UP, 50, 72) | low_rank(UP.removeprefix("model."), 50, 72), {}, f"it changes {UP}.weight twice"),
         (low_rank("model.norm", 72, 72), {}, r"model\.norm\.weight is no matrix"),
         ({f"model.norm{ROWS}": torch.ones(1, 72)}, {"trainable_token_indices": {"norm": [3]}}, r"model\.norm\.weight is no matrix"),
         ({f"model.layers.0.mlp.experts.{part}": torch.ones(4, 4) for part in (EMBEDDING_A, EMBEDDING_B)}, {}, "2 of its tensors have no"),
