@@ -20,8 +20,12 @@ ROWS = 128
 """Rows whose tokens one program counts."""
 
 
+_PER_ROW = ["entries", "tokens", "starts", "stops_now", "word_rows"]
+"""Arguments that begin anywhere: an odd number of rows would wait for a compiler."""
+
+
 @quick
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=_PER_ROW[:3])
 def _learn_kernel(entries, tokens, starts, counts, known, num_rows, width, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entry = tl.load(entries + rows, mask=rows < num_rows, other=-1)
@@ -35,7 +39,7 @@ def _learn_kernel(entries, tokens, starts, counts, known, num_rows, width, ROWS:
 
 
 @quick
-@triton.jit(do_not_specialize=["num_words"])
+@triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=_PER_ROW[:1] + _PER_ROW[3:])
 def _edit_kernel(
     logits, out, raw_highest, entries, counts, penalties, stop_ids, num_stop_ids, stops_now, words, word_rows,
     width, readable, row_stride, out_stride, num_words, most_stop_ids, BLOCK: tl.constexpr,
@@ -69,7 +73,7 @@ def _edit_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PER_ROW[:1])
 def _bias_kernel(out, entries, bias_ids, biases, num_biases, out_stride, most_biases, BLOCK: tl.constexpr):
     """One row. What may not be sampled stays at minus infinity."""
     row = tl.program_id(0).to(tl.int64)

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.run.sampling.edit_table import EditTable, bits, edited_where_it_lies
 from engine.run.sampling.state import Row
 from engine.run.transfer import upload
+from parallel.aligned_rows import empty_rows
 
 
 def edited(logits_RV: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> Tensor:
@@ -26,7 +27,7 @@ def edited(logits_RV: Tensor, rows: Sequence[Row], table: EditTable | None = Non
         assert table is not None
         logits_RV = edited_where_it_lies(table, logits_RV, rows)
     elif penalised or biased or unfinished or guided:
-        logits_RV = logits_RV.to(torch.float32, copy=True)
+        logits_RV = empty_rows(*logits_RV.shape, dtype=torch.float32, device=logits_RV.device).copy_(logits_RV)
     if penalised:
         _penalise(logits_RV, penalised)
     if biased:

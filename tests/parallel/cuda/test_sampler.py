@@ -14,9 +14,11 @@ from engine.request import SamplingParams
 from engine.run.cuda_graphs import CudaGraphs
 from engine.run.sampling.columns import SamplingColumns
 from engine.run.sampling.edit_table import EditTable
+from engine.run.sampling.edits import edited
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
+from parallel.aligned_rows import UNIT, readable_columns
 from tests.fakes.graphs import RecordedGraphs
 
 VOCAB_SIZE = 1500
@@ -36,7 +38,7 @@ def by_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """Also where an interpreter stands in for a GPU."""
     from parallel.cuda import draws, edits
 
-    def edited(table, logits_RV, entries_R, stops_R, word_rows_R=None, words_GW=None, *, raw_highest_RN=None):
+    def edited_by_kernel(table, logits_RV, entries_R, stops_R, word_rows_R=None, words_GW=None, *, raw_highest_RN=None):
         if word_rows_R is None:
             word_rows_R, words_GW = torch.full_like(entries_R, -1), torch.zeros(1, 1, dtype=torch.int32)
         given = {"entries_R": entries_R, "stops_now_R": stops_R, "word_rows_R": word_rows_R, "words_GW": words_GW}
@@ -46,7 +48,7 @@ def by_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterato
         if device.type == "cpu":
             for module in ("sampler", "sampler_graphs"):
                 patch.setattr(f"engine.run.sampling.{module}.kernels_for", lambda _logits: draws)
-            patch.setattr(EditTable, "edited", edited)
+            patch.setattr(EditTable, "edited", edited_by_kernel)
             patch.setattr(EditTable, "learn", lambda table, *rows: edits.learn(*rows, table._counts_NV, table._known_N))
         yield
 
@@ -82,6 +84,18 @@ def test_a_launched_step_draws_what_plain_torch_does(
         found = Sampler(vocab_size=VOCAB_SIZE, device=device).sample(logits_RV.to(device), rows)
     assert found == wanted
     assert [one.fault is None for one in found] == [True, True, False, False, False, True, True]
+
+
+def test_logits_that_the_host_edits_lie_as_those_that_the_device_edits() -> None:
+    """Else all that draws is compiled a second time for them, and takes one number at a time."""
+    draw = random.Random(1)
+    _, rows = opened([SamplingParams(repetition_penalty=1.1)] * 3, draw, None)
+    raw_RV = torch.randn(3, VOCAB_SIZE + 4)[:, :VOCAB_SIZE]
+    found = edited(raw_RV, rows)
+    assert found.stride(0) % UNIT == 0
+    assert readable_columns(found) % UNIT == 0
+    assert found.dtype == torch.float32
+    assert found is not raw_RV
 
 
 def test_a_replay_draws_what_the_sampler_does_whoever_was_in_the_step_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
