@@ -17,6 +17,8 @@ from parallel.last_collective import note
 from parallel.native.exchange import DTYPES, Exchange
 from parallel.transport import Transport
 
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""By the name that it has had since torch 2.13; GPU machines that are lent for `benchmarks.gpu` may have an older one."""
 GATHER_BELOW_BYTES = 64 * 1024
 """An all-reduce of three or more ranks over gloo takes one exchange up to this size, two of less volume above."""
 
@@ -61,7 +63,7 @@ def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = 
     if flat.numel() < longest:  # torch gathers equal lengths only
         flat = torch.cat((flat, flat.new_zeros(longest - flat.numel())))
     gathered = x.new_empty(group.size, longest)
-    dist.all_gather_single(gathered.view(-1), flat, group=group.transport.process_group)
+    _gather_into(gathered.view(-1), flat, group=group.transport.process_group)
     if dim == 0 and len(set(sizes)) == 1:
         return gathered.view(sum(sizes), *x.shape[1:])
     pieces = [row[:count].view(shape) for row, count, shape in zip(gathered, counts, shapes, strict=True)]
@@ -172,14 +174,14 @@ def _sum_over_gloo(x: Tensor, transport: Transport, size: int) -> Tensor:
     flat = x.view(-1)
     if flat.numel() * flat.element_size() <= GATHER_BELOW_BYTES:
         everyones = flat.new_empty(size, flat.numel())
-        dist.all_gather_single(everyones.view(-1), flat, group=transport.process_group)
+        _gather_into(everyones.view(-1), flat, group=transport.process_group)
         return _sum_in_rank_order(everyones).view(x.shape)
     part = -(-flat.numel() // size)
     padded = torch.cat((flat, flat.new_zeros(part * size - flat.numel()))) if flat.numel() % size else flat
     mine = torch.empty_like(padded)
     dist.all_to_all_single(mine, padded, group=transport.process_group)
     summed = padded.new_empty(part * size)
-    dist.all_gather_single(summed, _sum_in_rank_order(mine.view(size, part)), group=transport.process_group)
+    _gather_into(summed, _sum_in_rank_order(mine.view(size, part)), group=transport.process_group)
     return summed[: flat.numel()].view(x.shape)
 
 

@@ -29,10 +29,21 @@ def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
         RuntimeError: a rank was lost, or they took too long.
     """
     ranks = min(torch.cuda.device_count(), 8) if device.type == "cuda" else 2
+    for name, value, unit in figures_of(_rank, ranks, device.type, SIZES[:1] if tiny else SIZES):
+        results.add("collectives", f"{name}, {ranks} ranks", value, unit)
+
+
+def figures_of(rank_main: Callable[..., None], ranks: int, *arguments: object) -> list[Figure]:
+    """What rank 0 of so many tells, each a process that is given its number, how many there are, where they meet, the first argument, where
+    to tell figures, and the other arguments.
+
+    Raises:
+        RuntimeError: a rank was lost, or they took too long.
+    """
     context = multiprocessing.get_context("spawn")
     told: Queue[list[Figure]] = context.Queue()
-    arguments = (ranks, free_rendezvous(), device.type, SIZES[:1] if tiny else SIZES, told)
-    processes = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
+    given = (ranks, free_rendezvous(), arguments[0], told, *arguments[1:])
+    processes = [context.Process(target=rank_main, args=(rank, *given), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
     try:
@@ -42,8 +53,7 @@ def measure(results: Results, device: torch.device, *, tiny: bool) -> None:
     finally:
         for process in processes:
             process.kill()
-    for name, value, unit in figures:
-        results.add("collectives", f"{name}, {ranks} ranks", value, unit)
+    return figures
 
 
 def _figures(told: "Queue[list[Figure]] | queue.Queue[list[Figure]]", processes: Sequence[BaseProcess]) -> list[Figure]:
@@ -59,7 +69,7 @@ def _figures(told: "Queue[list[Figure]] | queue.Queue[list[Figure]]", processes:
                 raise RuntimeError(f"no figures of {len(processes)} ranks within {START_S:g} s") from None
 
 
-def _rank(rank: int, ranks: int, rendezvous: Rendezvous, kind: str, sizes: tuple[int, ...], told: "Queue[list[Figure]]") -> None:
+def _rank(rank: int, ranks: int, rendezvous: Rendezvous, kind: str, told: "Queue[list[Figure]]", sizes: tuple[int, ...]) -> None:
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cpu":
         torch.set_num_threads(1)

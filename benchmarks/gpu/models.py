@@ -19,7 +19,7 @@ from model.formats import choose_formats
 from model.load import load_model
 from model.qwen2 import Qwen2
 from model.qwen2_moe import Qwen2Moe
-from parallel.groups import single_rank_groups
+from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.weight_format import Dense
 
 COMMON: dict[str, Any] = {
@@ -113,14 +113,15 @@ def random_model(
     quantize: QuantizeName | None = None,
     layers: int | None = None,
     checkpoint: RandomCheckpoint | None = None,
+    groups: ParallelGroups | None = None,
 ) -> Qwen2:
-    """``checkpoint``: weights that others read too; None: of its own."""
+    """``checkpoint``: weights that others read too; None: of its own. ``groups``: where this is one rank's part of it."""
     config = ModelConfig.from_dict(config_of(shape, layers))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     formats = choose_formats(device, dtype, [torch.bfloat16], quantize)
     weights = cast(Checkpoint, checkpoint or RandomCheckpoint(config, device))
     model, _ = load_model(
-        weights, config, single_rank_groups(), device=device, dtype=dtype, block_tokens=16,
+        weights, config, groups or single_rank_groups(), device=device, dtype=dtype, block_tokens=16,
         format=formats.matrices, table_format=formats.table,
     )  # fmt: skip
     return model

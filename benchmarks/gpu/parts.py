@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ceilings, collectives, early, peer, prompts, replays, whole, workloads
+from benchmarks.gpu import ceilings, collectives, early, peer, prompts, replays, several, whole, workloads
 from benchmarks.gpu.ceilings import GUESSED, Ceilings
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.kernels.checks import TINY as TINY_SIZES
@@ -84,6 +84,9 @@ class Bench:
 
     def measure_collectives(self) -> None:
         collectives.measure(self.results, self.device, tiny=self.tiny)
+
+    def check_several(self) -> None:
+        several.check(self.results, self.device, tiny=self.tiny)
 
     def measure_model(self, part: ModelPart) -> None:
         context = 40 if self.tiny else 1024
@@ -224,6 +227,7 @@ def parts(bench: Bench) -> list[tuple[str, float, Callable[[], None]]]:
         found += [(name, 0.5, partial(bench.compare_early, part)) for name, part in EARLY.items()]
         found += [(name, 0.4, partial(bench.compare_prompts, part)) for name, part in PROMPTS.items()]
     if bench.tiny or torch.cuda.device_count() > 1:
+        found.append(("several ranks of small models", 1.5, bench.check_several))
         found.append(("collectives", 0.7, bench.measure_collectives))
     for part in TINY_MODELS if bench.tiny else MODELS:
         found.append((part.name, part.minutes, partial(bench.measure_model, part)))

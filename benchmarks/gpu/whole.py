@@ -26,8 +26,14 @@ from parallel.scaled_format import ScaledFormat
 from parallel.weight_format import Dense
 
 BLOCK_TOKENS, NUM_BLOCKS = 16, 16
-STEPS = (((0, 37), (0, 64), (0, 1)), ((37, 38), (64, 130), (1, 2)), ((38, 39), (130, 131), (2, 3)))
-"""By steps the tokens (from, to) of each of three sequences: prompts, a prompt's rest beside those that decode, and decoding alone."""
+STEPS = (
+    ((0, 37), (0, 64), (0, 1)),
+    ((37, 38), (64, 130), (1, 2)),
+    ((38, 41), (130, 131), (2, 7)),
+    ((41, 42), (131, 132), (7, 8)),
+)
+"""By steps the tokens (from, to) of each of three sequences: prompts, a prompt's rest beside those that decode, a few tokens as where some
+were guessed, and decoding alone."""
 MOST: dict[QuantizeName | None, float] = {None: 3e-2, "int8": 3e-2, "int4": 3e-2, "fp8": 2e-1}
 """Of relative error in the median row: experts that are nearly as likely as others change with a rounding, and so do the rows of their
 tokens. In bfloat16 on a CPU it was 0.9 %. Weights are rounded alike on both sides; of activations in FP8 some are rounded by a step more,
@@ -70,14 +76,14 @@ def _error(shape: str, kind: QuantizeName | None, device: torch.device) -> float
     config = ModelConfig.from_dict(config_of(shape))
     with torch.inference_mode(mode=False):  # weights are filled in by another thread
         checkpoint = RandomCheckpoint(config, device, KeptTensor)
-        model, twin = random_model(shape, device, quantize=kind, checkpoint=checkpoint), _twin(checkpoint, config, kind)
+        model, twin = random_model(shape, device, quantize=kind, checkpoint=checkpoint), twin_of(checkpoint, config, kind)
     tokens = torch.randint(config.vocab_size, (3, STEPS[-1][1][1])).tolist()
-    found, wanted = (_logits(one, tokens) for one in (model, twin))
+    found, wanted = (logits_of_steps(one, tokens) for one in (model, twin))
     differences_T = (found.double().cpu() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
     return float(differences_T.median())
 
 
-def _twin(checkpoint: RandomCheckpoint, config: ModelConfig, kind: QuantizeName | None) -> Qwen2:
+def twin_of(checkpoint: RandomCheckpoint, config: ModelConfig, kind: QuantizeName | None) -> Qwen2:
     """Rounded as `model.formats.choose_formats` has it for a device, and unpacked at every product."""
     plain = Dense(torch.float32)
     model, _ = load_model(
@@ -88,7 +94,7 @@ def _twin(checkpoint: RandomCheckpoint, config: ModelConfig, kind: QuantizeName 
     return model
 
 
-def _logits(model: Qwen2, tokens: list[list[int]]) -> Tensor:
+def logits_of_steps(model: Qwen2, tokens: list[list[int]]) -> Tensor:
     """(T of all steps, V): behind every token."""
     cache, tables, found = KvCache(model.kv_layout, NUM_BLOCKS, model.device), BlockTables(), []
     for sequence in range(3):

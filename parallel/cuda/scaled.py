@@ -151,7 +151,7 @@ def _takes_rowwise_fp8(device: torch.device) -> bool:
     numbers, scales = torch.zeros(256, 256, device=device).to(FP8), torch.ones(256, 1, device=device)
     try:
         torch._scaled_mm(numbers, numbers.T, scale_a=scales, scale_b=scales.T, out_dtype=torch.bfloat16)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         log.warning("FP8 is multiplied by our own kernel however many rows there are, as torch's refuses it: %s", error)
         return False
     return True

@@ -212,13 +212,13 @@ def test_a_model_that_computes_something_else_is_seen(monkeypatch: pytest.Monkey
     results, cpu = Results(None, 1.0), torch.device("cpu")
     whole.check(results, cpu, tiny=True)
     assert all(figure.value < 1e-5 for figure in results.figures)
-    right, calls = whole._logits, count()
+    right, calls = whole.logits_of_steps, count()
 
     def other(model: Qwen2, tokens: list[list[int]]) -> Tensor:
         """The two read other first tokens."""
         return right(model, [[next(calls) % 2, *of_one[1:]] for of_one in tokens])
 
-    monkeypatch.setattr(whole, "_logits", other)
+    monkeypatch.setattr(whole, "logits_of_steps", other)
     with pytest.raises(AssertionError, match=r"tiny: logits are off by .*tiny-moe: logits are off by"):
         whole.check(results, cpu, tiny=True)
 

@@ -1,6 +1,7 @@
 """Findings from made-up facts of many hosts."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,14 @@ def test_without_a_compiler_it_is_said_what_to_install() -> None:
 def test_of_a_gpu_whose_memory_nobody_tells_nothing_is_held_against_it() -> None:
     part = GpuFacts(index=0, name="MIG-4e1d", total_bytes=0, used_bytes=0)
     assert grave(examine([facts(0, "host-a", gpus=(part,))], CUDA)) == []
+
+
+def test_the_image_for_gpus_brings_what_is_asked_for_where_no_compiler_is() -> None:
+    (finding,) = (one for one in examine([facts(0, "a", launcher_obstacle="there is no C compiler")], CUDA) if one.check == "compiler")
+    packages = finding.todo.partition("Debian: ")[2].partition(")")[0].split()
+    stage = (Path(__file__).parents[3] / "k8s" / "images" / "Dockerfile").read_text().partition("FROM manta AS cuda\n")[2]
+    assert len(packages) == 3
+    assert all(package in stage.split() for package in packages)
 
 
 def test_cpus_need_nothing_to_launch_kernels_by() -> None:
