@@ -22,6 +22,8 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("kernels", "decode of 1 behind 30000, KV in torch.bfloat16"): "2-3",
     ("kernels", "decode of 32 behind 1024, KV in torch.bfloat16"): "2-3.5",
     ("kernels", "decode of 128 behind 1024, KV in torch.bfloat16"): "2.5-4",
+    ("kernels", "5 tokens of 1 behind 30000, KV in torch.bfloat16"): "1.5-3: as decoding; in one program for each KV head 0.1",
+    ("kernels", "5 tokens of 32 behind 1024, KV in torch.bfloat16"): "1.5-3",
     ("kernels", "prompt of 8192 behind 0, KV in torch.bfloat16"): "380-430",
     ("kernels", "prompt of 2048 behind 0, KV in torch.bfloat16"): "300-340",
     ("kernels", "prompt of 512 behind 8000, KV in torch.bfloat16"): "330-370",

@@ -42,7 +42,7 @@ def full_step(
 
 
 def warm_up(runner: Runner) -> None:
-    """A short prompt and one token behind it, as every request has them, on this rank's shard while the others have their own.
+    """A short prompt, a few tokens and one, as every request has them or may have, on this rank's shard while the others have their own.
 
     Raises:
         InvalidLogits: the model gives NaN or infinity, so its weights are broken.
@@ -51,7 +51,7 @@ def warm_up(runner: Runner) -> None:
     blocks = tuple(range(-(-(len(prompt) + 1) // runner.capacity.block_tokens)))
     blocks = blocks[: runner.capacity.num_blocks]
     opening = Opening(FIRST_SEQUENCE, 0, len(prompt), SamplingParams(top_k=20), shard=runner.shard)
-    for tokens in (prompt, prompt[:1]):
+    for tokens in (prompt, prompt[:2], prompt[:1]):
         work = Work(FIRST_SEQUENCE, 0, tokens, blocks, samples=True, shard=runner.shard)
         run_and_forget(runner, StepPlan(0, (work,), (opening,)))
 

@@ -1,11 +1,12 @@
 """Attention on CUDA devices: our own kernels over blocks of KV where they lie.
 
-Sequences that compute one token go through the decode kernel, all in one launch; the others through the prefill kernel,
-cut into tiles of tokens, all in another.
+Sequences that compute one token go through the decode kernel, all in one launch; those that compute a few (guessed tokens, the end of a
+prompt of which the rest is known) through the same with rows for each of them, so that long contexts are cut into parts; the others through
+the prefill kernel, cut into tiles of tokens.
 """
 
 from functools import partial
-from itertools import chain
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,15 +15,17 @@ from model.attention.backend import AttentionConfig, Cut
 from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.cuda.elementwise import rotate_and_write
-from parallel.cuda.paged import Heads
-from parallel.cuda.paged_decode import decode
-from parallel.cuda.paged_prefill import PrefillTiles, prefill, tokens_per_tile
+from parallel.cuda.paged import HOPPER_SHARED_BYTES, Heads
+from parallel.cuda.paged_decode import decode, decode_few, decode_tile, few_tile, few_tokens
+from parallel.cuda.paged_prefill import PrefillTiles, prefill, prefill_tile
 from parallel.rounding import FP8, FP8_CAPABILITY
 
 PROGRAMS_PER_PROCESSOR = 2
 """Decode programs that every multiprocessor of the device should have to do, ..."""
 MAX_PARTS = 128
 """... as far as cutting contexts into so many parts gives them."""
+FEW_PARTS = (1, 4, 16, 64)
+"""Into how many where sequences compute a few tokens."""
 SIMULATED_PROCESSORS = 8
 """Where Triton's interpreter stands in for a device."""
 
@@ -33,6 +36,10 @@ class CudaAttention:
     kv_dtypes: tuple[torch.dtype, ...] = (FP8,)
     can_be_captured = can_be_cut = True
     cut: Cut | None = None
+    _sequence_F: Tensor | None = None
+    """int32: the sequences of the step that compute a few tokens; None: there are none."""
+    _is_sorted = True
+    """Whether it is known how the step's sequences are computed: tiles depend on the dtype, which the first layer tells."""
 
     def __init__(self, config: AttentionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -42,12 +49,13 @@ class CudaAttention:
         on_device = device.type == "cuda"
         if on_device and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
             self.kv_dtypes = ()
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if on_device else SIMULATED_PROCESSORS
+        properties = torch.cuda.get_device_properties(device) if on_device else None
+        self._processors = properties.multi_processor_count if properties else SIMULATED_PROCESSORS
+        self._shared_bytes = properties.shared_memory_per_block_optin if properties else HOPPER_SHARED_BYTES
+        """Of a program."""
 
     def prepare(self, batch: ForwardBatch) -> None:
-        if batch.num_decodes < batch.num_sequences:
-            self._query_starts = self._upload(batch.query_starts)
-            self._tiles = self._cut(batch)
+        self._is_sorted = batch.num_decodes == batch.num_sequences
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
         cut = self.cut
@@ -65,19 +73,29 @@ class CudaAttention:
     def _attend(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, out_THK: Tensor, batch: ForwardBatch) -> None:
         """Keys and values of the new tokens are in the cache already."""
         if batch.num_decodes:
-            some = slice(0, batch.num_decodes)
+            some, parts = slice(0, batch.num_decodes), self.parts(batch.num_decodes)
             decode(
                 q_THK[some], keys_NBGK, values_NBGK, batch.block_tables_SM[some], batch.lengths_S[some], self._heads, out_THK[some],
-                parts=self.parts(batch.num_decodes),
+                parts=parts, tile=decode_tile(self.config.head_dim, keys_NBGK.dtype, parts, self._shared_bytes),
             )  # fmt: skip
-        if batch.num_decodes < batch.num_sequences:
+        if batch.num_decodes == batch.num_sequences:
+            return
+        if not self._is_sorted:
+            self._sort(batch, q_THK.dtype)
+        num_few = 0 if self._sequence_F is None else len(self._sequence_F)
+        if self._sequence_F is not None:
+            decode_few(
+                q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, batch.lengths_S, self._sequence_F, self._query_starts, self._heads,
+                out_THK, parts=self.parts_of_few(num_few), tile=few_tile(self.config.head_dim, keys_NBGK.dtype, self._shared_bytes),
+            )  # fmt: skip
+        if batch.num_decodes + num_few < batch.num_sequences:
             self.prefill(q_THK, keys_NBGK, values_NBGK, batch, out_THK)
 
     def prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
         """Write to ``out_THK`` what sequences with several new tokens give; their K and V are in the cache already."""
         prefill(
             q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, batch.lengths_S, self._query_starts, self._tiles, self._heads,
-            out_THK, is_causal=self.config.is_causal,
+            out_THK, is_causal=self.config.is_causal, tile=self._tile,
         )  # fmt: skip
 
     def parts(self, num_decodes: int) -> int:
@@ -85,14 +103,29 @@ class CudaAttention:
         wanted = PROGRAMS_PER_PROCESSOR * self._processors // (num_decodes * self.config.num_kv_heads)
         return 1 << min(max(wanted, 1), MAX_PARTS).bit_length() - 1
 
-    def _cut(self, batch: ForwardBatch) -> PrefillTiles:
-        step = tokens_per_tile(self._heads, self.config.head_dim)
-        cuts = []
-        for sequence in range(batch.num_decodes, batch.num_sequences):
-            num_new = batch.query_starts[sequence + 1] - batch.query_starts[sequence]
-            cuts.append([(sequence, token) for token in range(0, num_new, step)])
-        tiles = self._upload([*chain.from_iterable(zip(*chain.from_iterable(cuts), strict=True))]).view(2, -1)
-        return PrefillTiles(sequence_X=tiles[0], token_X=tiles[1])
+    def parts_of_few(self, num_sequences: int) -> int:
+        """The same where sequences compute a few tokens: half as many at least, and one of few numbers, as not all are compiled ahead."""
+        return max(parts for parts in FEW_PARTS if parts <= self.parts(num_sequences))
+
+    def _sort(self, batch: ForwardBatch, dtype: torch.dtype) -> None:
+        """Which sequences compute a few tokens, and the tiles of the others; all of it brought to the device by one copy."""
+        most = few_tokens(self._heads) if self.config.is_causal else 1
+        self._tile = prefill_tile(self.config.head_dim, dtype, self._shared_bytes)
+        step = self._tile.rows // self._heads.largest_group
+        few, tiles = [], []
+        for sequence, (start, stop) in enumerate(pairwise(batch.query_starts)):
+            if sequence < batch.num_decodes:
+                continue
+            if stop - start <= most:
+                few.append(sequence)
+            else:
+                tiles += [(sequence, token) for token in range(0, stop - start, step)]
+        pieces = (batch.query_starts, few, [sequence for sequence, _ in tiles], [token for _, token in tiles])
+        numbers = self._upload([number for piece in pieces for number in piece])
+        ends = list(accumulate(map(len, pieces)))
+        self._query_starts, sequence_F, sequence_X, token_X = numbers.tensor_split(ends[:-1])
+        self._sequence_F, self._is_sorted = sequence_F if few else None, True
+        self._tiles = PrefillTiles(sequence_X=sequence_X, token_X=token_X)
 
     def _upload(self, numbers: list[int] | tuple[int, ...]) -> Tensor:
         """int32 on the device, without waiting for it."""

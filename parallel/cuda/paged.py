@@ -19,6 +19,8 @@ NOTHING = tl.constexpr(-1.0e30)
 """Below every score: where nothing is visible. Finite, so that a difference of two is a number."""
 SMALLEST_DOT = 16
 """The least rows and columns that a matrix unit takes."""
+HOPPER_SHARED_BYTES = 227 * 1024
+"""Shared memory that a program may have there. On an A100 it is 163 KiB, on Ada and on GeForce and RTX of Blackwell 99, on Turing 64."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Attention of one new token of each sequence over blocks of KV, where they lie. Its twin is `model.attention.reference`.
+"""Attention of one new token of each sequence, or of few, over blocks of KV, where they lie. Its twin is `model.attention.reference`.
 
-S sequences, H query heads, G KV heads, P query heads of one KV head (padded to a power of two), K head width, N blocks, B tokens per block,
-M most blocks of a sequence, C parts of a context, L positions read at a time.
+S sequences, F of them that have a few new tokens, T tokens, H query heads, G KV heads, P rows: query heads of one KV head (padded to a
+power of two), of each new token; K head width, N blocks, B tokens per block, M most blocks of a sequence, C parts of a context, L positions
+read at a time.
 
-Long contexts of few sequences are cut into parts that are computed side by side and merged (Flash-Decoding).
+Long contexts of few sequences are cut into parts that are computed side by side and merged (Flash-Decoding). A guessed token costs next to
+nothing so, as what is read is read once for all new tokens of a sequence.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
-from parallel.cuda.paged import LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
+from parallel.cuda.paged import HOPPER_SHARED_BYTES, LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
 from parallel.cuda.quick_launch import quick
 from parallel.rounding import FP8
 
@@ -48,21 +50,28 @@ def _of_pairs(pairs, IN_ASSEMBLY: tl.constexpr):
 
 
 @quick
-@triton.jit(do_not_specialize=["table_stride", "parts"], do_not_specialize_on_alignment=["lengths"])  # else other steps wait for a compiler
+@triton.jit(
+    do_not_specialize=["table_stride", "parts"], do_not_specialize_on_alignment=["lengths", "sequences", "query_starts"]
+)  # else other steps wait for a compiler
 def _decode_kernel(
-    q, keys, values, out, part_out, part_lse, tables, lengths, first_head, num_heads_of,
+    q, keys, values, out, part_out, part_lse, tables, lengths, first_head, num_heads_of, sequences, query_starts,
     scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads, parts,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IN_PAIRS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
-    EARLY: tl.constexpr,
+    TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One sequence's newest token, one KV head, one part of the context. Those whose part would begin past its end have nothing to do.
 
     IN_PAIRS: keys and values are FP8, read as 16 bits of two neighbours, as matrix units want them, and multiplied in float16.
+
+    TOKENS above 1: the new tokens, at most so many, of one of the ``sequences``: row r is token r // n, head r % n, as a prefill has them.
     """
     let_the_next_begin(EARLY)
     wait_for_the_last(EARLY)
-    sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = number
+    if TOKENS > 1:
+        sequence = tl.load(sequences + number)
     length = tl.load(lengths + sequence)
     tiles_per_part = tl.cdiv(tl.cdiv(length, TILE), parts)
     start = part * tiles_per_part * TILE
@@ -72,29 +81,38 @@ def _decode_kernel(
     first, count = tl.load(first_head + kv_head), tl.load(num_heads_of + kv_head)
     WIDTH: tl.constexpr = HEAD_DIM // 2 if IN_PAIRS else HEAD_DIM
     PADDED_WIDTH: tl.constexpr = PADDED_DIM // 2 if IN_PAIRS else PADDED_DIM
-    rows_P, dims_W, dims_K = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_WIDTH), tl.arange(0, PADDED_DIM)
-    mask_PK = (rows_P < count)[:, None] & (dims_K < HEAD_DIM)[None, :]
-    mask_PW = (rows_P < count)[:, None] & (dims_W < WIDTH)[None, :]
-    head_P = first + rows_P
-    q += sequence.to(tl.int64) * q_token_stride
+    rows_P, dims_W, dims_K = tl.arange(0, PADDED_ROWS), tl.arange(0, PADDED_WIDTH), tl.arange(0, PADDED_DIM)
+    if TOKENS > 1:
+        query_start = tl.load(query_starts + sequence)
+        num_new = tl.load(query_starts + sequence + 1) - query_start
+        token_P, head_P = rows_P // count, first + rows_P % count
+        there_P, last_seen_P = token_P < num_new, length - num_new + token_P
+        place_P = (query_start + token_P).to(tl.int64)
+        q_P = q + place_P * q_token_stride + head_P * HEAD_DIM
+        row_P, part_row_P = place_P * num_heads + head_P, (number.to(tl.int64) * TOKENS + token_P) * num_heads + head_P
+    else:
+        there_P, head_P = rows_P < count, first + rows_P
+        q_P = q + sequence.to(tl.int64) * q_token_stride + head_P * HEAD_DIM
+        row_P = sequence.to(tl.int64) * num_heads + head_P
+        part_row_P = row_P
+    mask_PK = there_P[:, None] & (dims_K < HEAD_DIM)[None, :]
+    mask_PW = there_P[:, None] & (dims_W < WIDTH)[None, :]
     if IN_PAIRS:
-        place_PW = head_P[:, None] * HEAD_DIM + 2 * dims_W[None, :]
-        q_PW = as_float16(tl.load(q + place_PW, mask=mask_PW, other=0.0))
-        odd_q_PW = as_float16(tl.load(q + place_PW + 1, mask=mask_PW, other=0.0))
+        q_PW = as_float16(tl.load(q_P[:, None] + 2 * dims_W[None, :], mask=mask_PW, other=0.0))
+        odd_q_PW = as_float16(tl.load(q_P[:, None] + 2 * dims_W[None, :] + 1, mask=mask_PW, other=0.0))
         scale_log2 *= 16.0
     else:
-        q_PW = tl.load(q + head_P[:, None] * HEAD_DIM + dims_W[None, :], mask=mask_PW, other=0.0)
+        q_PW = tl.load(q_P[:, None] + dims_W[None, :], mask=mask_PW, other=0.0)
     table = tables + sequence.to(tl.int64) * table_stride
-    highest_P = tl.full([PADDED_GROUP], NOTHING, tl.float32)
-    sum_PL = tl.zeros([PADDED_GROUP, TILE], tl.float32)
-    out_PW = tl.zeros([PADDED_GROUP, PADDED_WIDTH], tl.float32)
-    odd_out_PW = tl.zeros([PADDED_GROUP, PADDED_WIDTH], tl.float32)
+    highest_P = tl.full([PADDED_ROWS], NOTHING, tl.float32)
+    sum_PL = tl.zeros([PADDED_ROWS, TILE], tl.float32)
+    out_PW = tl.zeros([PADDED_ROWS, PADDED_WIDTH], tl.float32)
+    odd_out_PW = tl.zeros([PADDED_ROWS, PADDED_WIDTH], tl.float32)
     keys += kv_head * head_stride
     values += kv_head * head_stride
     # Blocks are looked up a tile ahead: Triton reads ahead by half of its stages where an address waits for a load in the same turn.
     block_L = look_up(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
-        seen_L = tile + tl.arange(0, TILE) < stop
         place_L = places(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
         keys_WL = tl.trans(tl.load(keys + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :]))
         values_LW = tl.load(values + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :])
@@ -103,7 +121,11 @@ def _decode_kernel(
             scores_PL = tl.dot(odd_q_PW, odd_WL, acc=tl.dot(q_PW, even_WL))
         else:
             scores_PL = tl.dot(q_PW, keys_WL.to(q_PW.dtype), input_precision=PRECISION)
-        scores_PL = tl.where(seen_L[None, :], scores_PL, NOTHING)
+        at_L = tile + tl.arange(0, TILE)
+        if TOKENS > 1:  # a row that sees nothing of a part gets a sum there that weighs nothing beside the others'
+            scores_PL = tl.where(at_L[None, :] <= last_seen_P[:, None], scores_PL, NOTHING)
+        else:
+            scores_PL = tl.where((at_L < stop)[None, :], scores_PL, NOTHING)
         highest_P, weights_PL, fade_P = weigh(scores_PL, highest_P, scale_log2)
         sum_PL = sum_PL * fade_P[:, None] + weights_PL
         out_PW = out_PW * fade_P[:, None]
@@ -118,29 +140,36 @@ def _decode_kernel(
     divisor_P = tl.where(sum_P > 0, sum_P, 1.0)
     out_PK = tl.interleave(out_PW, odd_out_PW) if IN_PAIRS else out_PW
     out_PK = out_PK / divisor_P[:, None]
-    row_P = sequence.to(tl.int64) * num_heads + head_P
     used = tl.cdiv(length, tl.maximum(tiles_per_part, 1) * TILE)
     if used <= 1:
         tl.store(out + row_P[:, None] * HEAD_DIM + dims_K[None, :], out_PK.to(out.dtype.element_ty), mask=mask_PK)
     else:
-        place_P = row_P * parts + part
-        tl.store(part_out + place_P[:, None] * HEAD_DIM + dims_K[None, :], out_PK, mask=mask_PK)
-        tl.store(part_lse + place_P, highest_P + tl.log2(divisor_P), mask=rows_P < count)
+        at_P = part_row_P * parts + part
+        tl.store(part_out + at_P[:, None] * HEAD_DIM + dims_K[None, :], out_PK, mask=mask_PK)
+        tl.store(part_lse + at_P, highest_P + tl.log2(divisor_P), mask=there_P)
 
 
 @quick
-@triton.jit(do_not_specialize_on_alignment=["lengths"])
+@triton.jit(do_not_specialize_on_alignment=["lengths", "sequences", "query_starts"])
 def _merge_kernel(
-    part_out, part_lse, out, lengths, num_heads,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
+    part_out, part_lse, out, lengths, sequences, query_starts, num_heads,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one query head of one sequence, where there are several, each weighed by how much of the softmax's sum it had.
+    """The parts of one query head of one new token, where there are several, each weighed by how much of the softmax's sum it had.
 
     What no program has written is read as well, and left out: so nothing is waited for before it is asked for."""
     let_the_next_begin(EARLY)
     wait_for_the_last(EARLY)
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    row = sequence.to(tl.int64) * num_heads + head
+    number, head = tl.program_id(0), tl.program_id(1)
+    sequence = number
+    row = number.to(tl.int64) * num_heads + head
+    out_row = row
+    if TOKENS > 1:
+        sequence = tl.load(sequences + number // TOKENS)
+        place = tl.load(query_starts + sequence) + number % TOKENS
+        if place >= tl.load(query_starts + sequence + 1):
+            return
+        out_row = place.to(tl.int64) * num_heads + head
     parts_C, dims_K = tl.arange(0, PARTS), tl.arange(0, PADDED_DIM)
     length = tl.load(lengths + sequence)
     lse_C = tl.load(part_lse + row * PARTS + parts_C)
@@ -152,7 +181,7 @@ def _merge_kernel(
     weight_C = tl.exp2(lse_C - tl.max(lse_C, axis=0))
     out_CK = tl.where(is_used_C[:, None], out_CK, 0.0)
     out_K = tl.sum(out_CK * weight_C[:, None], axis=0) / tl.sum(weight_C, axis=0)
-    tl.store(out + row * HEAD_DIM + dims_K, out_K.to(out.dtype.element_ty), mask=(dims_K < HEAD_DIM) & (used > 1))
+    tl.store(out + out_row * HEAD_DIM + dims_K, out_K.to(out.dtype.element_ty), mask=(dims_K < HEAD_DIM) & (used > 1))
 
 
 @dataclass(frozen=True)
@@ -181,35 +210,96 @@ def decode(
 
     At most ``parts`` (C, a power of two) programs share a context. The launch depends on no length, so that it can be captured.
     """
-    num_sequences, num_heads, head_dim = q_SHK.shape
-    in_pairs = keys_NBGK.dtype == FP8 and q_SHK.dtype != torch.float32 and head_dim % 2 == 0
-    tile = tile or decode_tile(head_dim, keys_NBGK.dtype, parts)
+    tile = tile or decode_tile(q_SHK.shape[2], keys_NBGK.dtype, parts)
+    _launch(
+        q_SHK, keys_NBGK, values_NBGK, tables_SM, lengths_S, heads, out_SHK, lengths_S, lengths_S,
+        num_sequences=q_SHK.shape[0], tokens=1, rows=padded(heads.largest_group), parts=parts, tile=tile,
+    )  # fmt: skip
+
+
+def decode_few(
+    q_THK: Tensor,
+    keys_NBGK: Tensor,
+    values_NBGK: Tensor,
+    tables_SM: Tensor,
+    lengths_S: Tensor,
+    sequence_F: Tensor,
+    query_starts: Tensor,
+    heads: Heads,
+    out_THK: Tensor,
+    *,
+    parts: int,
+    tile: DecodeTile | None = None,
+) -> None:
+    """The same of the new tokens, at most `few_tokens` each, of the sequences ``sequence_F`` (int32): the last of their contexts, and a
+    token sees none behind it. ``query_starts`` (int32, S + 1) are offsets into T."""
+    _launch(
+        q_THK, keys_NBGK, values_NBGK, tables_SM, lengths_S, heads, out_THK, sequence_F, query_starts,
+        num_sequences=sequence_F.shape[0], tokens=few_tokens(heads), rows=FEW_ROWS, parts=parts,
+        tile=tile or few_tile(q_THK.shape[2], keys_NBGK.dtype),
+    )  # fmt: skip
+
+
+FEW_ROWS = 64
+"""Of a program for few new tokens: as many as Hopper's matrix units multiply at least."""
+
+
+def few_tokens(heads: Heads) -> int:
+    """New tokens of a sequence that `decode_few` takes at most; of 1 none are few."""
+    return min(FEW_ROWS // heads.largest_group, MOST_FEW_TOKENS)
+
+
+MOST_FEW_TOKENS = 16
+
+
+def _launch(
+    q_THK: Tensor,
+    keys_NBGK: Tensor,
+    values_NBGK: Tensor,
+    tables_SM: Tensor,
+    lengths_S: Tensor,
+    heads: Heads,
+    out_THK: Tensor,
+    sequences: Tensor,
+    query_starts: Tensor,
+    *,
+    num_sequences: int,
+    tokens: int,
+    rows: int,
+    parts: int,
+    tile: DecodeTile,
+) -> None:
+    num_heads, head_dim = q_THK.shape[1:]
+    in_pairs = keys_NBGK.dtype == FP8 and q_THK.dtype != torch.float32 and head_dim % 2 == 0
     if in_pairs:
         keys_NBGK, values_NBGK = keys_NBGK.view(torch.uint16), values_NBGK.view(torch.uint16)
-    part_out, part_lse = out_SHK, out_SHK
+    part_out, part_lse = out_THK, out_THK
     if parts > 1:
-        part_out = q_SHK.new_empty((num_sequences, num_heads, parts, head_dim), dtype=torch.float32)
-        part_lse = q_SHK.new_empty((num_sequences, num_heads, parts), dtype=torch.float32)
+        part_out = q_THK.new_empty((num_sequences * tokens, num_heads, parts, head_dim), dtype=torch.float32)
+        part_lse = q_THK.new_empty((num_sequences * tokens, num_heads, parts), dtype=torch.float32)
     padded_dim = 2 * padded(head_dim // 2) if in_pairs else padded(head_dim)
+    begins = early(num_sequences * tokens, q_THK)
     _decode_kernel[(num_sequences, keys_NBGK.shape[2], parts)](
-        q_SHK, keys_NBGK, values_NBGK, out_SHK, part_out, part_lse, tables_SM, lengths_S, heads.first_G, heads.count_G,
-        head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_SHK.stride(0), *keys_NBGK.stride()[:3], num_heads, parts,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PADDED_GROUP=padded(heads.largest_group),
-        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_SHK.dtype),
-        IN_PAIRS=in_pairs, IN_ASSEMBLY=q_SHK.is_cuda, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **early(num_sequences, q_SHK),
+        q_THK, keys_NBGK, values_NBGK, out_THK, part_out, part_lse, tables_SM, lengths_S, heads.first_G, heads.count_G,
+        sequences, query_starts, head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_THK.stride(0), *keys_NBGK.stride()[:3], num_heads, parts,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PADDED_ROWS=rows,
+        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_THK.dtype),
+        IN_PAIRS=in_pairs, IN_ASSEMBLY=q_THK.is_cuda, TOKENS=tokens, num_warps=tile.num_warps, num_stages=tile.num_stages, **begins,
     )  # fmt: skip
     if parts > 1:
-        _merge_kernel[(num_sequences, num_heads)](
-            part_out, part_lse, out_SHK, lengths_S, num_heads,
-            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PARTS=parts, TILE=tile.positions, num_warps=merge_warps(parts * padded_dim),
-            **early(num_sequences, q_SHK),
+        _merge_kernel[(num_sequences * tokens, num_heads)](
+            part_out, part_lse, out_THK, lengths_S, sequences, query_starts, num_heads,
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PARTS=parts, TILE=tile.positions, TOKENS=tokens,
+            num_warps=merge_warps(parts * padded_dim), **begins,
         )  # fmt: skip
 
 
-def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int) -> DecodeTile:
-    """What was fastest on an H200. Where contexts are not cut there are programs enough: then those win that take less shared memory."""
+def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> DecodeTile:
+    """What was fastest on an H200. Where contexts are not cut there are programs enough: then those win that take less shared memory. Where
+    a program has no more than 64 KiB of that, Triton reads nothing ahead anyway."""
     num_bytes = head_dim * kv_dtype.itemsize
+    if num_bytes > 256 and shared_bytes < 80 * 1024:
+        return DecodeTile(positions=32, num_warps=4, num_stages=1)
     if num_bytes <= 128:
         return DecodeTile(positions=64, num_warps=4, num_stages=3)
     if num_bytes > 256 or parts == 1:
@@ -217,6 +307,14 @@ def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int) -> DecodeTile:
     if 2 < parts <= 16:
         return DecodeTile(positions=32, num_warps=2, num_stages=4)
     return DecodeTile(positions=64, num_warps=4, num_stages=3)
+
+
+def few_tile(head_dim: int, kv_dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> DecodeTile:
+    """Where programs have rows for several tokens; not measured."""
+    num_bytes = head_dim * kv_dtype.itemsize
+    if num_bytes > 256:
+        return DecodeTile(positions=32, num_warps=4, num_stages=2 if shared_bytes >= 80 * 1024 else 1)
+    return DecodeTile(positions=64, num_warps=4, num_stages=3 if num_bytes <= 128 else 2)
 
 
 def merge_warps(size: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.paged import LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
+from parallel.cuda.paged import HOPPER_SHARED_BYTES, LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
 from parallel.cuda.quick_launch import quick
 from parallel.rounding import FP8
 
@@ -140,15 +140,21 @@ def prefill(
     )  # fmt: skip
 
 
-def prefill_tile(head_dim: int, dtype: torch.dtype) -> PrefillTile:
-    """What was fastest on an H200 with chunks of 2,048 tokens in half precision; in float32 what fits an A100."""
-    if head_dim > 64:
-        return PrefillTile(rows=128, positions=64, num_warps=8, num_stages=2 if dtype == torch.float32 else 3)
-    if dtype == torch.float32:
-        return PrefillTile(rows=64, positions=64, num_warps=4, num_stages=2)
-    return PrefillTile(rows=64, positions=128, num_warps=4, num_stages=3)
+TILES = {
+    (True, False): ((98_304, PrefillTile(rows=128, positions=64, num_warps=8, num_stages=3)), (65_536, PrefillTile(64, 64, 4, 2))),
+    (False, False): ((74_752, PrefillTile(rows=64, positions=128, num_warps=4, num_stages=3)),),
+    (True, True): (
+        (164_352, PrefillTile(rows=128, positions=64, num_warps=8, num_stages=2)),
+        (73_984, PrefillTile(64, 32, 4, 2)),
+        (49_152, PrefillTile(32, 32, 4, 1)),
+    ),
+    (False, True): ((65_536, PrefillTile(rows=64, positions=64, num_warps=4, num_stages=2)),),
+}
+"""By whether heads are above 64, and in float32: tiles with the shared memory that they take as compiled for devices that have little
+(tests/parallel/cuda/test_compilation.py), largest first. Those were fastest on an H200 with chunks of 2,048 tokens in half precision."""
 
 
-def tokens_per_tile(heads: Heads, head_dim: int) -> int:
-    """How many new tokens of a sequence one program of a prefill takes."""
-    return prefill_tile(head_dim, torch.bfloat16).rows // heads.largest_group
+def prefill_tile(head_dim: int, dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> PrefillTile:
+    """The first that a program with so much shared memory can have."""
+    tiles = TILES[head_dim > 64, dtype == torch.float32]
+    return next((tile for wanted, tile in tiles if wanted <= shared_bytes), tiles[-1][1])

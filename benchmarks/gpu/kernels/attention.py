@@ -34,6 +34,20 @@ def decode(checks: Checks) -> None:
             checks.timed(f"decode of {sequences} behind {context}, KV in {kv_dtype}", run, num_bytes)
 
 
+def few(checks: Checks) -> None:
+    """A few new tokens behind long contexts, as guessed ones are: read once for all of them, and cut into parts."""
+    for heads in checks.sizes.heads:
+        for kv_dtype in _kv_dtypes(checks):
+            attend(checks, list(checks.sizes.few), heads, kv_dtype)
+    heads = checks.sizes.heads[0]
+    for sequences, context in checks.sizes.timed:
+        for kv_dtype in _kv_dtypes(checks):
+            checks.results.go_on()
+            run = attending(checks, [(context - 5, 5)] * sequences, heads, kv_dtype).run
+            num_bytes = 2 * sequences * context * heads[1] * heads[2] * kv_dtype.itemsize
+            checks.timed(f"5 tokens of {sequences} behind {context}, KV in {kv_dtype}", run, num_bytes)
+
+
 def prefill(checks: Checks) -> None:
     for heads in checks.sizes.heads:
         for kv_dtype in _kv_dtypes(checks):
@@ -82,7 +96,7 @@ def attend(
     with poisoned():
         found = one.run()
     by = f" by {kind.__name__}" if kind else ""
-    name = f"{'decode' if all(new == 1 for _, new in works) else 'prefill'}{by} of {heads}, KV in {kv_dtype}"
+    name = f"{_kind_of(works)}{by} of {heads}, KV in {kv_dtype}"
     checks.judge(f"{name}: keys", one.keys.flatten(0, 1)[one.slots], k_TGK)
     checks.judge(f"{name}: values", one.values.flatten(0, 1)[one.slots], v_TGK)
     parts = [slice(start, stop) for start, stop in pairwise(one.starts)]
@@ -92,6 +106,11 @@ def attend(
     behind, new = works[worst]
     # Of one norm over all of them a short context, whose numbers are the largest, would hide what is wrong with a long one.
     checks.judge(f"{name}, worst of {len(works)} contexts", found[parts[worst]], wanted[parts[worst]], where=f" at {new} behind {behind}")
+
+
+def _kind_of(works: list[tuple[int, int]]) -> str:
+    most = max(new for _, new in works)
+    return "decode" if most == 1 else "few" if most < 10 else "prefill"
 
 
 def _attended(q_PHK: Tensor, k_LGK: Tensor, v_LGK: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class Sizes:
     contexts: Sequence[int] = (1, 15, 16, 17, 640, 5000)
     prompts: Sequence[tuple[int, int]] = ((0, 700), (513, 130), (0, 33))
     """(behind, new)"""
+    few: Sequence[tuple[int, int]] = ((5000, 5), (640, 2), (17, 8), (0, 3), (31, 2))
+    """(behind, new)"""
     timed_prompts: Sequence[tuple[int, int]] = ((0, 8192), (0, 2048), (2048, 2048), (8000, 512))
     """(behind, new)"""
     timed: Sequence[tuple[int, int]] = ((1, 1024), (1, 30000), (32, 1024), (128, 1024))
@@ -38,8 +40,8 @@ class Sizes:
 
 
 TINY = Sizes(
-    heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 5),), timed_prompts=((3, 5),), timed=((1, 20),), width=64, inner=96, rows=(1, 5),
-    experts=(4, 2, 32), vocab_size=300, undecided=2,
+    heads=((4, 2, 16),), contexts=(1, 17), prompts=((3, 20),), few=((3, 5), (20, 2)), timed_prompts=((3, 20),), timed=((1, 20),),
+    width=64, inner=96, rows=(1, 5), experts=(4, 2, 32), vocab_size=300, undecided=2,
 )  # fmt: skip
 
 

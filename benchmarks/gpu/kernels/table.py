@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.gpu.kernels.attention import decode, flashinfer, prefill
+from benchmarks.gpu.kernels.attention import decode, few, flashinfer, prefill
 from benchmarks.gpu.kernels.checks import Checks
 from benchmarks.gpu.kernels.elementwise import small
 from benchmarks.gpu.kernels.experts import experts, routing
@@ -14,6 +14,7 @@ CHECKS: dict[str, tuple[float, Callable[[Checks], None]]] = {
     "noise": (0.3, noise),
     "small": (0.3, small),
     "decode": (0.6, decode),
+    "few": (0.5, few),
     "prefill": (0.4, prefill),
     "flashinfer": (0.4, flashinfer),
     "rounded": (0.7, rounded),

@@ -1,4 +1,7 @@
-"""Compiles every kernel for a GPU that need not be there: `python -m tests.parallel.cuda.compile_kernels`.
+"""Compiles every kernel for a GPU that need not be there: `python -m tests.parallel.cuda.compile_kernels [--all] [CAPABILITY]`.
+
+CAPABILITY is 90 (Hopper) if nothing is said, or that of another: 75 (Turing, in float16), 80 (A100), 86, 89 (Ada), 100, 120. What a kind of
+device does not multiply is left out: FP8 before Ada.
 
 Prints a line per kernel: name, bytes of its binary, shared memory it takes, in how many places it loads one byte, and in how many it reads
 or writes before it has waited for the last launch (see `parallel.cuda.early`).
@@ -7,6 +10,7 @@ or writes before it has waited for the last launch (see `parallel.cuda.early`).
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from parallel.cuda import (
     keys,
     noise,
     nuclei,
+    paged,
     paged_decode,
     paged_prefill,
     products,
@@ -37,18 +42,25 @@ from parallel.cuda import (
 )
 from parallel.rounding import FP8, FP8_MOST
 
-HOPPER = GPUTarget("cuda", 90, 32)
+CAPABILITY = next((int(word) for word in sys.argv[1:] if word.isdigit()), 90)
+TARGET = GPUTarget("cuda", CAPABILITY, 32)
+HAS_BFLOAT16, HAS_FP8, IS_EARLY = CAPABILITY >= 80, CAPABILITY >= 89, CAPABILITY >= 90
+SHARED_BYTES = 1024 * {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[CAPABILITY]
+"""That a program may have (CUDA programming guide, "compute capabilities")."""
 CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}
 STRIDES = dict.fromkeys(("table_stride", "q_token_stride", "block_stride", "token_stride", "head_stride", "num_heads", "parts"), "i32")
 ATTENTION = {"q": "*bf16", "out": "*bf16", **CACHE, "scale_log2": "fp32", **STRIDES}
 PLACES = {"tile_sequence": "*i32", "tile_token": "*i32", "query_starts": "*i32"}
+SEQUENCES = {"sequences": "*i32", "query_starts": "*i32"}
 SIZES = {"HEAD_DIM": 128, "PADDED_DIM": 128, "BLOCK_TOKENS": 16, "PRECISION": "tf32"}
 PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
-DECODE_TILE = paged_decode.decode_tile(128, torch.bfloat16, 64)
-FP8_DECODE_TILE = paged_decode.decode_tile(128, FP8, 64)
-DECODE = {"PADDED_GROUP": 16, "IN_ASSEMBLY": True}
+DECODE_TILE = paged_decode.decode_tile(128, torch.bfloat16, 64, SHARED_BYTES)
+FP8_DECODE_TILE = paged_decode.decode_tile(128, FP8, 64, SHARED_BYTES)
+DECODE = {"PADDED_ROWS": 16, "IN_ASSEMBLY": True, "TOKENS": 1}
+FEW_TILE = paged_decode.few_tile(128, torch.bfloat16, SHARED_BYTES)
+FEW = {"PADDED_ROWS": paged_decode.FEW_ROWS, "IN_ASSEMBLY": True, "TOKENS": paged_decode.FEW_ROWS // 7, "TILE": FEW_TILE.positions}
 DECODE_OPTIONS = {"num_warps": DECODE_TILE.num_warps, "num_stages": DECODE_TILE.num_stages}
-PREFILL_TILE = paged_prefill.prefill_tile(128, torch.bfloat16)
+PREFILL_TILE = paged_prefill.prefill_tile(128, torch.bfloat16, SHARED_BYTES)
 PREFILL = {"TOKENS": PREFILL_TILE.rows // 7, "TILE": PREFILL_TILE.positions, "ROWS": PREFILL_TILE.rows}
 PREFILL_OPTIONS = {"num_warps": PREFILL_TILE.num_warps, "num_stages": PREFILL_TILE.num_stages}
 NUMBERS = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
@@ -68,6 +80,8 @@ DRAWING = (
 
 ALL_TILES = "--all" in sys.argv
 """Else only those that are taken unmeasured."""
+IS_WIDE = ALL_TILES or CAPABILITY != 90
+"""Whether attention is compiled for heads of 64 and in float32 as well."""
 
 
 def _sizes(tile: tiles.Tile) -> dict[str, Any]:
@@ -78,19 +92,64 @@ def _wanted(*choices: Sequence[tiles.Tile]) -> list[tiles.Tile]:
     return [tile for some in choices for tile in (some if ALL_TILES else some[:1])]
 
 
+Kernel = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+OTHER_ATTENTION = ((64, torch.bfloat16), (64, torch.float32), (128, torch.float32))
+
+
+def _of_dtype(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, str], dict[str, Any]]:
+    name = "*fp32" if dtype == torch.float32 else "*bf16"
+    sizes = SIZES | {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "PRECISION": paged.precision(dtype)}
+    return ATTENTION | dict.fromkeys(("q", "out", "keys", "values"), name), sizes
+
+
+def _prefilling(head_dim: int, dtype: torch.dtype) -> Kernel:
+    types, sizes = _of_dtype(head_dim, dtype)
+    tile = paged_prefill.prefill_tile(head_dim, dtype, SHARED_BYTES)
+    constants = {"TOKENS": tile.rows // 7, "TILE": tile.positions, "ROWS": tile.rows, "CAUSAL": True, "IN_FLOAT16": False}
+    return paged_prefill._prefill_kernel, types | PLACES, sizes | constants, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def _decoding(head_dim: int, dtype: torch.dtype, parts: int) -> Kernel:
+    types, sizes = _of_dtype(head_dim, dtype)
+    tile = paged_decode.decode_tile(head_dim, dtype, parts, SHARED_BYTES)
+    constants = DECODE | {"IN_PAIRS": False, "TILE": tile.positions}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return paged_decode._decode_kernel, types | PARTS | SEQUENCES, sizes | constants, options
+
+
+def _decoding_few(head_dim: int, dtype: torch.dtype) -> Kernel:
+    types, sizes = _of_dtype(head_dim, dtype)
+    tile = paged_decode.few_tile(head_dim, dtype, SHARED_BYTES)
+    constants = FEW | {"IN_PAIRS": False, "TILE": tile.positions}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return paged_decode._decode_kernel, types | PARTS | SEQUENCES, sizes | constants, options
+
+
+ATTENTIONS = (_prefilling, *(partial(_decoding, parts=parts) for parts in (1, 8, 64)), _decoding_few)
+
 KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     (
         paged_decode._decode_kernel,
-        ATTENTION | PARTS,
+        ATTENTION | PARTS | SEQUENCES,
         SIZES | DECODE | {"IN_PAIRS": False, "TILE": DECODE_TILE.positions},
         DECODE_OPTIONS,
     ),
     (
         paged_decode._decode_kernel,
-        ATTENTION | PARTS | {"keys": "*u16", "values": "*u16"},
+        ATTENTION | PARTS | SEQUENCES | {"keys": "*u16", "values": "*u16"},
         SIZES | DECODE | {"IN_PAIRS": True, "TILE": FP8_DECODE_TILE.positions},
         {"num_warps": FP8_DECODE_TILE.num_warps, "num_stages": FP8_DECODE_TILE.num_stages},
     ),
+    *(
+        (
+            paged_decode._decode_kernel,
+            ATTENTION | PARTS | SEQUENCES | {"keys": kv, "values": kv},
+            SIZES | FEW | {"IN_PAIRS": kv == "*u16"},
+            {"num_warps": FEW_TILE.num_warps, "num_stages": FEW_TILE.num_stages},
+        )
+        for kv in (("*bf16", "*u16") if IS_WIDE else ("*bf16",))
+    ),
+    *(_attention(head_dim, dtype) for head_dim, dtype in OTHER_ATTENTION for _attention in ATTENTIONS if IS_WIDE),
     *(
         (paged_prefill._prefill_kernel, ATTENTION | PLACES, SIZES | PREFILL | {"CAUSAL": causal, "IN_FLOAT16": False}, PREFILL_OPTIONS)
         for causal in (True, False)
@@ -101,11 +160,14 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         SIZES | PREFILL | {"CAUSAL": True, "IN_FLOAT16": True},
         PREFILL_OPTIONS,
     ),
-    (
-        paged_decode._merge_kernel,
-        PARTS | {"out": "*bf16", "lengths": "*i32", "num_heads": "i32"},
-        {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": DECODE_TILE.positions, "PARTS": 64},
-        {"num_warps": paged_decode.merge_warps(64 * 128)},
+    *(
+        (
+            paged_decode._merge_kernel,
+            PARTS | SEQUENCES | {"out": "*bf16", "lengths": "*i32", "num_heads": "i32"},
+            {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": DECODE_TILE.positions, "PARTS": 64, "TOKENS": tokens},
+            {"num_warps": paged_decode.merge_warps(64 * 128)},
+        )
+        for tokens in ((1, 9) if IS_WIDE else (1,))
     ),
     (
         routing._choose_kernel,
@@ -263,6 +325,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         )
         for kind in NUMBERS
         for most in tiles.STAGES[kind]
+        if CAPABILITY == 90 or most <= tiles.MOST_FINE  # with more rows nothing but cuBLAS is taken unmeasured
         for tile in _wanted(tiles.swapped_for(kind, most)[:2])  # more parts are the same to a compiler
     ),
     (
@@ -327,8 +390,12 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
 
 
 def main() -> int:
-    for kernel, types, some_constants, options in KERNELS:
-        constants = some_constants | ({"EARLY": True} if "EARLY" in kernel.arg_names else {})
+    for kernel, some_types, some_constants, options in KERNELS:
+        if not HAS_FP8 and ("*fp8e4nv" in some_types.values() or some_constants.get("IN_PAIRS")):
+            continue
+        types = {name: kind if HAS_BFLOAT16 else kind.replace("bf16", "fp16") for name, kind in some_types.items()}
+        constants = some_constants | ({"EARLY": IS_EARLY} if "EARLY" in kernel.arg_names else {})
+        constants |= {"FAST": constants["FAST"] and HAS_BFLOAT16} if "FAST" in constants else {}
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         missing = [name for name, kind in signature.items() if kind == "constexpr" and name not in constants]
         assert not missing, f"{kernel.__name__}: nobody says what {missing} are"
@@ -340,9 +407,9 @@ def main() -> int:
         }
         wanted = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
         source = ASTSource(fn=kernel, signature=signature, constexprs=wanted, attrs=whole)
-        compiled = triton.compile(source, target=HOPPER, options=options)
+        compiled = triton.compile(source, target=TARGET, options=options)
         single = len(re.findall(r"ld\.global\S*\.b8\b", compiled.asm["ptx"]))
-        before, _, _ = compiled.asm["ptx"].partition("griddepcontrol.wait") if "EARLY" in constants else ("", "", "")
+        before, _, _ = compiled.asm["ptx"].partition("griddepcontrol.wait") if constants.get("EARLY") else ("", "", "")
         reads, writes = len(re.findall(r"\bld\.global", before)), len(re.findall(r"\b(?:st|atom|red)\.", before))
         print(
             f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes shared, {single} of a byte, "

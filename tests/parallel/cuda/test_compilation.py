@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper, also where there is no GPU."""
+"""Every kernel compiles for every kind of GPU, also where there is none, and takes no more of it than there is."""
 
 import os
 import subprocess
@@ -11,9 +11,8 @@ HOPPER_SHARED_BYTES = 227 * 1024
 """What one program may have there."""
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("options", "count"), [((), 80), pytest.param(("--all",), 150, marks=pytest.mark.slow)])
-def test_every_kernel_compiles_for_hopper_and_fits_it(options: tuple[str, ...], count: int, tmp_path: Path) -> None:
+def compiled(options: tuple[str, ...], folder: Path) -> list[str]:
+    """What `tests.parallel.cuda.compile_kernels` says, a line for each kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.cuda.compile_kernels", *options],
@@ -21,10 +20,26 @@ def test_every_kernel_compiles_for_hopper_and_fits_it(options: tuple[str, ...], 
         text=True,
         check=False,
         cwd=Path(__file__).parents[3],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment | {"TRITON_CACHE_DIR": str(folder)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("capability", "count", "kib"), [(75, 82, 64), (80, 82, 163), (89, 96, 99), (100, 96, 227), (120, 96, 99)])
+def test_what_is_taken_unmeasured_fits_every_kind_of_device(capability: int, count: int, kib: int, tmp_path: Path) -> None:
+    """Turing in float16, Ampere, Ada, Blackwell and what it has in graphics cards; attention in float32 as well."""
+    lines = compiled((str(capability),), tmp_path)
+    assert len(lines) == count
+    assert not [line for line in lines if int(line.split()[3]) > kib * 1024]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("options", "count"), [((), 81), pytest.param(("--all",), 168, marks=pytest.mark.slow)])
+def test_every_kernel_compiles_for_hopper_and_fits_it(options: tuple[str, ...], count: int, tmp_path: Path) -> None:
+    lines = compiled(options, tmp_path)
     assert len(lines) == count
     assert all(int(line.split()[3]) <= HOPPER_SHARED_BYTES for line in lines)
     of_bytes = [line for line in lines if line.startswith(("_expert", "_linear")) and int(line.split()[6]) > 0]

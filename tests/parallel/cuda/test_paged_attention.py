@@ -83,6 +83,21 @@ def test_it_does_not_matter_into_how_many_parts_a_context_is_cut(parts: int, dev
     torch.testing.assert_close(fast[0], reference[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("parts", [1, 16])
+def test_a_few_tokens_behind_a_long_context_are_cut_into_parts_and_a_token_sees_none_behind_it(
+    parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As guessed ones are; they are no prompt's, which one program would read from end to end."""
+    from model.attention.cuda import CudaAttention
+
+    monkeypatch.setattr(CudaAttention, "parts_of_few", lambda _self, _num_sequences: parts)
+    monkeypatch.setattr("model.attention.cuda.prefill", lambda *_arguments, **_options: pytest.fail("that is for prompts"))
+    config, works = HEADS["28/4 heads, rank 5 of 8"], [(70, 1), (300, 2), (0, 5), (59, 9), (127, 2)]
+    fast = Paged(config, works, torch.float32).to(device).attend(CudaAttention(config, device))[0]
+    exact = Paged(config, works, torch.float64).attend(ReferenceAttention(config))[0]
+    torch.testing.assert_close(fast.cpu().double(), exact, atol=2e-6, rtol=0)
+
+
 def test_parts_are_a_power_of_two_and_fewer_where_there_are_more_sequences(device: torch.device) -> None:
     from model.attention.cuda import CudaAttention
 
@@ -91,6 +106,7 @@ def test_parts_are_a_power_of_two_and_fewer_where_there_are_more_sequences(devic
     assert all(count.bit_count() == 1 for count in parts)
     assert sorted(parts, reverse=True) == parts
     assert parts[-1] == 1
+    assert all(backend.parts_of_few(count) <= backend.parts(count) < 4 * backend.parts_of_few(count) for count in (1, 2, 3, 64, 512))
 
 
 def test_a_sequence_without_tokens_gets_zeros(device: torch.device) -> None:
