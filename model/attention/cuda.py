@@ -51,8 +51,8 @@ class CudaAttention:
             self.kv_dtypes = ()
         properties = torch.cuda.get_device_properties(device) if on_device else None
         self._processors = properties.multi_processor_count if properties else SIMULATED_PROCESSORS
-        self._shared_bytes = properties.shared_memory_per_block_optin if properties else HOPPER_SHARED_BYTES
-        """Of a program."""
+        self._shared_bytes: int = getattr(properties, "shared_memory_per_block_optin", HOPPER_SHARED_BYTES)
+        """That a program may have. (torch's stubs do not know it.)"""
 
     def prepare(self, batch: ForwardBatch) -> None:
         self._is_sorted = batch.num_decodes == batch.num_sequences
