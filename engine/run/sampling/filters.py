@@ -111,7 +111,7 @@ def _whole_weights(logits_RV: Tensor, params: DrawParams) -> Iterator[tuple[Tens
 
 def _weights(logits_RC: Tensor, highest_R: Tensor, temperature_R: Tensor) -> Tensor:
     """int64 (R, C): exp(logit / temperature) in units that give the highest logit 2^WEIGHT_BITS."""
-    below_RC = logits_RC - highest_R.to(torch.float64).unsqueeze(-1)
+    below_RC = logits_RC.to(torch.float64, copy=True).sub_(highest_R.to(torch.float64).unsqueeze(-1))  # as one, torch makes a third
     # 2^(x log2(e) / temperature + WEIGHT_BITS): one pass over the vocabulary less than by exp and a product.
     bits = torch.full((), WEIGHT_BITS, dtype=torch.float64, device=logits_RC.device)
     scale_R = _LOG2_E / temperature_R.clamp(min=1e-300)  # finite: infinity times the highest logit's 0 would be NaN

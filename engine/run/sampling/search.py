@@ -1,5 +1,5 @@
-"""The highest logits of a row, found by way of the highest of each stretch: several times faster than torch on a CPU. For one there
-is a kernel.
+"""The highest logits of a row, found by way of the highest of each stretch: several times faster than torch on a CPU, by kernels where
+there are some.
 
 R rows, V ids that can be sampled, C candidates, N stretches.
 """
@@ -7,7 +7,8 @@ R rows, V ids that can be sampled, C candidates, N stretches.
 import torch
 from torch import Tensor
 
-from parallel.native.library import native
+from parallel.native.library import Native, native
+from parallel.native.small import candidates as candidates_by
 from parallel.native.small import highest as highest_by
 
 _STRETCH = 64
@@ -22,10 +23,8 @@ _LONG_STRETCH = 512
 
 def highest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     """The highest logit of each row and its id, of equal ones the lowest; NaN, and any id, where a row holds a NaN."""
-    library = native() if logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32 else None
-    if library is not None and logits_RV.stride(1) == 1:
-        return highest_by(library, logits_RV)
-    return highest_of_stretches(logits_RV)
+    library = _kernels(logits_RV)
+    return highest_of_stretches(logits_RV) if library is None else highest_by(library, logits_RV)
 
 
 def highest_of_stretches(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +45,13 @@ def candidates(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     vocab_size = logits_RV.shape[1]
     if count >= vocab_size:
         return logits_RV, torch.arange(vocab_size, device=logits_RV.device).expand(logits_RV.shape)
-    length = _STRETCH if count < _MANY else _STRETCH // 2
+    library = _kernels(logits_RV)
+    return candidates_of_stretches(logits_RV, count) if library is None else candidates_by(library, logits_RV, count, _stretch(count))
+
+
+def candidates_of_stretches(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`candidates`, fewer than all ids, without a kernel."""
+    vocab_size, length = logits_RV.shape[1], _stretch(count)
     if count * length * 2 > vocab_size:
         values_RC, ids_RC = logits_RV.topk(count, dim=-1, sorted=False)
         return _by_id(values_RC, ids_RC)
@@ -56,6 +61,15 @@ def candidates(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values_RX.masked_fill_(searched_RX >= vocab_size, -torch.inf)  # else the last id would be found twice
     values_RC, places_RC = values_RX.topk(count, dim=-1, sorted=False)
     return _by_id(values_RC, searched_RX.gather(-1, places_RC))
+
+
+def _stretch(count: int) -> int:
+    return _STRETCH if count < _MANY else _STRETCH // 2
+
+
+def _kernels(logits_RV: Tensor) -> Native | None:
+    takes = logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32 and logits_RV.stride(1) == 1
+    return native() if takes else None
 
 
 def num_certain(ordered_RC: Tensor, vocab_size: int) -> Tensor:

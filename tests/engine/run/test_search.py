@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.run.sampling.search import candidates, highest, highest_of_stretches, num_certain
+from engine.run.sampling.search import candidates, candidates_of_stretches, highest, highest_of_stretches, num_certain
 
 
 @st.composite
@@ -32,10 +32,11 @@ def test_the_highest_is_the_first_of_the_highest(logits, find):
 
 
 @settings(max_examples=150, deadline=None)
-@given(logits=rows_of_logits(), count=st.sampled_from([1, 5, 84, 300, 1024]))
-def test_candidates_are_the_highest_and_what_is_called_certain_is(logits, count):
+@given(logits=rows_of_logits(), count=st.sampled_from([1, 5, 84, 300, 1024]), find=st.sampled_from([candidates, candidates_of_stretches]))
+def test_candidates_are_the_highest_and_what_is_called_certain_is(logits, count, find):
     vocab_size = logits.shape[1]
-    values, ids = candidates(logits, count)
+    values, ids = find(logits, count) if count < vocab_size else candidates(logits, count)
+    assert (ids.diff(dim=-1) > 0).all()
     assert values.shape == ids.shape == (len(logits), min(count, vocab_size))
     ordered, order = values.sort(dim=-1, descending=True, stable=True)
     expected = logits.sort(dim=-1, descending=True, stable=True)
@@ -55,3 +56,15 @@ def test_a_nan_is_the_highest(vocab_size, find):
     assert values.isnan().tolist() == [False, True, False, True]
     assert values[2] == torch.inf
     assert ids[2] == vocab_size // 2
+
+
+@pytest.mark.parametrize("count", [1, 84, 1024])
+def test_of_a_row_with_nan_candidates_are_ids_and_other_rows_are_not_touched(count):
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = logits[3, 4999] = torch.nan
+    logits[2] = torch.nan
+    values, ids = candidates(logits, count)
+    assert ((ids >= 0) & (ids < 5000)).all()
+    alone, alone_ids = candidates(logits[:1], count)
+    assert torch.equal(values[:1], alone)
+    assert torch.equal(ids[:1], alone_ids)
