@@ -105,8 +105,8 @@ class NamedBody(Body):
         """See `serve.session`."""
         return self.user
 
-    def without_effect(self) -> Iterable[str]:
-        """Names of what has no effect within fields that have one."""
+    def without_effect(self, fields: Mapping[str, Any]) -> Iterable[str]:
+        """Names of what has no effect within fields that have one. ``fields``: as they were sent."""
         return ()
 
 
@@ -333,5 +333,5 @@ def ignored_fields(body: NamedBody, fields: Mapping[str, Any]) -> list[str]:
     """Names that had no effect, for a header: at most 16, and only such as a header can carry."""
     unknown = fields.keys() - type(body).model_fields.keys() - body.not_offered.keys()
     said = [name for name in unknown if name not in body.hints or fields[name] not in body.hints[name]]
-    names = sorted(islice((name for name in (*said, *body.without_effect()) if HEADER_NAME.fullmatch(name)), 16))
+    names = sorted(islice((name for name in (*said, *body.without_effect(fields)) if HEADER_NAME.fullmatch(name)), 16))
     return names or (["(unprintable)"] if said else [])

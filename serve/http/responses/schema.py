@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
 from serve.errors import InvalidRequest
 from serve.http.formats import Choosing, as_text, response_format
@@ -40,13 +39,16 @@ ITEMS = [
 INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": ITEMS}}]}
 
 
-def _a_function(tool: Any) -> Any:
-    if isinstance(tool, dict) and tool.get("type", "function") != "function":
-        raise PydanticCustomError(
-            "not_supported",
-            "only functions of your own are offered: this server has no tools (web_search, file_search, code_interpreter, mcp and such), "
-            "and no custom ones; leave it out",
-        )
+def _functions(tools: Any) -> Any:
+    """Without those that OpenAI would run: they are offered to the model, not asked for, and command-line agents always offer some."""
+    return [tool for tool in tools if not _is_run_elsewhere(tool)] if isinstance(tools, list) else tools
+
+
+def _is_run_elsewhere(tool: Any) -> bool:
+    return isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function"
+
+
+def _flat(tool: Any) -> Any:
     if isinstance(tool, dict) and "name" not in tool and "function" in tool:
         raise wrong("should have name, description and parameters beside its type; within function they belong to /v1/chat/completions")
     return tool
@@ -101,7 +103,7 @@ class ResponsesBody(SharedBody):
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
-    tools: Annotated[list[Annotated[FunctionTool, BeforeValidator(_a_function)]] | None, FailFast()] = None
+    tools: Annotated[list[Annotated[FunctionTool, BeforeValidator(_flat)]] | None, FailFast(), BeforeValidator(_functions)] = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
@@ -138,10 +140,11 @@ class ResponsesBody(SharedBody):
     def own_form(self) -> ResponseFormat | None:
         return response_format(self.text and self.text.format, param="text.format", nested=False)
 
-    def without_effect(self) -> Iterable[str]:
+    def without_effect(self, fields: Mapping[str, Any]) -> Iterable[str]:
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             yield "text.verbosity"
         yield from (f"input.{kind}" for kind in passed_over(self.input))
+        yield from {f"tools.{tool['type']}" for tool in fields.get("tools") or () if _is_run_elsewhere(tool)}
 
     def conversation(self) -> Conversation:
         """

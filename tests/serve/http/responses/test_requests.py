@@ -95,6 +95,7 @@ async def test_logprobs_are_those_of_the_text(client: openai.AsyncOpenAI) -> Non
         ({"store": True, "reasoning": {"effort": "low"}, "text": {"verbosity": "low"}}, "reasoning, store, text.verbosity"),
         ({"truncation": "auto", "service_tier": "flex", "max_tool_calls": 3}, "max_tool_calls, service_tier, truncation"),
         ({"input": [{"role": "user", "content": "Hi"}, {"type": "reasoning", "summary": []}]}, "input.reasoning"),
+        ({"tools": [{"type": "web_search"}, {"type": "namespace", "tools": []}]}, "tools.namespace, tools.web_search"),
         ({"of_tomorrow": 1}, "of_tomorrow"),
     ],
 )
@@ -117,7 +118,7 @@ async def test_what_has_no_effect_is_named_where_it_says_something(
         ("conversation", "conv_1", "conversation"),
         ("prompt", {"id": "pmpt_1"}, "prompt"),
         ("background", True, "background"),
-        ("tools", [{"type": "function", "name": "a"}, {"type": "web_search"}], "tools[1]"),
+        ("tools", [{"type": "function", "name": "a"}, {"type": ["web_search"]}], "tools[1].type"),
         ("tools", [{"type": "function", "function": {"name": "a"}}], "tools[0]"),
         ("tools", [{"type": "function"}], "tools[0].name"),
         ("tool_choice", {"type": "file_search"}, "tool_choice"),
