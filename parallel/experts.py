@@ -88,6 +88,7 @@ class RoutedExperts(nn.Module):
         for expert in self._experts():
             expert.up.allocate(device)
             expert.down.allocate(device)
+        self._grouped = self._at_once = None  # they hold the tensors of before
         num_slots = sum(1 for _ in self._shape_of_all.slots())
         self._awaited = {int(number): num_slots for number in self.held}
         if self.ep.size > 1:

@@ -44,8 +44,6 @@ class History:
 
     name: str
     choices: dict[int, SeenChoice] = field(default_factory=dict)
-    accepted: bool = False
-    """Whether the answer began (headers were sent)."""
     counted: int | None = None
     """Completion tokens according to `usage`."""
     prompt_tokens: int | None = None
@@ -54,7 +52,6 @@ class History:
 
     def token(self, choice: int, offset: int, ids: Sequence[int], logprobs: Sequence[float] = (), text: str = "") -> None:
         """Output tokens from place ``offset`` on."""
-        self.accepted = True
         seen = self._open(choice, "tokens")
         if offset != len(seen.tokens):
             self.wrong.append(f"choice {choice}: offset {offset} after {len(seen.tokens)} tokens (a gap or a repeat)")
@@ -63,7 +60,6 @@ class History:
         seen.text += text
 
     def finish(self, choice: int, reason: str) -> None:
-        self.accepted = True
         self._open(choice, "a second end").finish_reason = reason
 
     def usage(self, completion_tokens: int, prompt_tokens: int | None = None) -> None:

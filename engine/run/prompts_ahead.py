@@ -40,7 +40,8 @@ class PromptsAhead:
         counts = self._sampler_graphs.edits and may_be_edited(columns)
         launch = partial(launched.launch, tables, self._decode_graphs, self._forward, num_said=num_said, counts=counts)
         size = self._decode_graphs.size_for(len(rows))
-        return self._under_way.begin(plan, rows, table_rows_S, columns, launch, self._sampler_graphs, size)
+        step = Replayed(None, plan, rows, table_rows_S, columns, size, self._under_way.settle)
+        return self._under_way.begin(step, launch, self._sampler_graphs)
 
     def _takes(self, launched: LaunchedRows) -> bool:
         sequences = self._sequences

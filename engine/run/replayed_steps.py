@@ -13,6 +13,7 @@ from engine.run.answering import Answering, Given
 from engine.run.decode_graphs import DecodeGraphs
 from engine.run.decode_rows import DecodeRows, decode_rows
 from engine.run.open_sequences import OpenSequences
+from engine.run.replayed import Replayed
 from engine.run.sampling.columns import LEARNS, NEEDS, are_edited_by_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 from engine.run.under_way import UnderWay
@@ -48,7 +49,8 @@ class ReplayedSteps:
         if columns is not None and self.sampler_graphs is not None and self.runs_ahead and self.under_way.takes(columns, rows):
             launch = partial(self.decode_graphs.run, rows, table_rows_S, self.sequences.tables)
             size = self.decode_graphs.size_for(len(rows))
-            return self.under_way.begin(plan, rows, table_rows_S, columns, launch, self.sampler_graphs, size)
+            step = Replayed(None, plan, rows, table_rows_S, columns, size, self.under_way.settle)
+            return self.under_way.begin(step, launch, self.sampler_graphs)
         self.under_way.settle_all()
         rows.learn(self.sequences.said)
         return Begun(self._answering.result(plan, self._run(rows, table_rows_S, columns), began))

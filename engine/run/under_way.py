@@ -11,7 +11,6 @@ from torch import Tensor
 
 from engine.failpoints import hit
 from engine.places import is_asked_for
-from engine.plan import StepPlan
 from engine.run.answering import Answering, Given
 from engine.run.decode_graphs import MOST_ROWS
 from engine.run.decode_rows import DecodeRows
@@ -49,18 +48,9 @@ class UnderWay:
         self._left_alone = columns
         return True
 
-    def begin(
-        self,
-        plan: StepPlan,
-        rows: DecodeRows,
-        table_rows_S: np.ndarray,
-        columns: np.ndarray,
-        launch: Launch,
-        sampler_graphs: SamplerGraphs,
-        size: int,
-    ) -> Replayed:
-        """Have the device do a step that it takes. ``columns`` as `SamplingColumns.of` gave them; ``size``: rows of the captured step."""
-        step = Replayed(None, plan, rows, table_rows_S, columns, size, self._settle)
+    def begin(self, step: Replayed, launch: Launch, sampler_graphs: SamplerGraphs) -> Replayed:
+        """Have the device do a step that it takes."""
+        rows = step.rows
         marked = rows.works() if is_asked_for() else []
         self._sequences.mark(9, marked)
         tokens_S = self._tokens_of(step)
@@ -70,19 +60,19 @@ class UnderWay:
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
         self._sequences.mark(11, marked)
-        step.logits_SV, step.report = logits_SV, sampler_graphs.launch(columns, rows.starts + 1, size)
+        step.logits_SV, step.report = logits_SV, sampler_graphs.launch(step.columns, rows.starts + 1, step.size)
         self._steps.append(step)
         return step
 
     def make_room(self) -> None:
         """For one more."""
         if len(self._steps) > 1:
-            self._settle(self._steps[0])
+            self.settle(self._steps[0])
 
     def settle_all(self) -> None:
         """Read whatever was begun."""
         while self._steps:
-            self._settle(self._steps[0])
+            self.settle(self._steps[0])
 
     def _tokens_of(self, step: Replayed) -> np.ndarray:
         """Those that are not known stand in what the step before gives; if not all of them do, the host waits and reads them."""
@@ -100,7 +90,7 @@ class UnderWay:
         tokens_S[unknown] = -1 - places
         return tokens_S
 
-    def _settle(self, step: Replayed) -> None:
+    def settle(self, step: Replayed) -> None:
         """Read what a step gave, if nobody has, and tell the one behind it."""
         if step.outcome is not None:
             return

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import textwrap
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from serve.config import ServeConfig
     from serve.model_source import FoundModel
 
+INDENT, LEAST_WIDTH = 9, 24
 COLOURS = {"fatal": "bold red", "warning": "yellow", "note": "green"}
 
 
@@ -143,21 +145,32 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
 
 def _show(survey: "Survey") -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
-    for column in ("", "check", "host", "found", "what to do"):
-        table.add_column(column, overflow="fold")
-    for finding in survey.findings:
-        cells = (finding.severity, finding.check, finding.host or "", finding.found, finding.todo)
-        table.add_row(*(Text(str(cell), style=COLOURS[finding.severity] if place == 0 else "") for place, cell in enumerate(cells)))
-    console = Console()
+    console = Console(highlight=False)
+    width = console.width if console.is_terminal else None
     for each in survey.facts:
-        console.print(Text(_line(each)))
-    console.print(table)
+        console.print(Text("\n".join(_wrapped(_line(each), width))), soft_wrap=True)
+    for finding in survey.findings:
+        text = Text("\n".join(paragraph(finding, width)))
+        text.stylize(COLOURS[finding.severity], 0, len(finding.severity))
+        console.print(text, soft_wrap=True)
     if all(finding.severity == "note" for finding in survey.findings):
         console.print("nothing is in the way")
+
+
+def paragraph(finding: "Finding", width: int | None) -> list[str]:
+    """How grave it is, and beside it what was found and below what to do about it, in lines of ``width``; None: as long as they get."""
+    where = f" on {finding.host}" if finding.host else ""
+    said = [f"{finding.check}{where}: {finding.found}", *([f"-> {finding.todo}"] if finding.todo else [])]
+    lines = [line for sentence in said for line in _wrapped(sentence, width and max(width - INDENT, LEAST_WIDTH))]
+    margins = [finding.severity, *[""] * (len(lines) - 1)]
+    return [f"{margin:<{INDENT}}{line}" for margin, line in zip(margins, lines, strict=True)]
+
+
+def _wrapped(sentence: str, width: int | None) -> list[str]:
+    """Paths and commands are not broken at their hyphens: they are to be copied."""
+    return textwrap.wrap(sentence, width or 10**9, break_on_hyphens=False, subsequent_indent="   " if sentence.startswith("-> ") else "")
 
 
 def _line(facts: "HostFacts") -> str:

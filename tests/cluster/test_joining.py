@@ -1,8 +1,13 @@
 """A head that is not there is told at once."""
 
 import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import grpc
 import pytest
+from ray._private.services import canonicalize_bootstrap_address
 
 from cluster.joining import CannotJoin, joined
 
@@ -16,3 +21,29 @@ def test_a_head_that_takes_no_connection_is_not_waited_for() -> None:
             joined(address, namespace="manta"),
         ):
             pass
+
+
+class WantsAToken(grpc.GenericRpcHandler):
+    """Answers every call as the head of a cluster that has another token."""
+
+    def service(self, _call: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(
+            lambda _request, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken: missing or incorrect")
+        )
+
+
+@pytest.fixture
+def head_of_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    server = grpc.server(ThreadPoolExecutor(1), handlers=(WantsAToken(),))
+    host = str(canonicalize_bootstrap_address("127.0.0.1:1")).rpartition(":")[0]  # Ray means the network by it
+    port = server.add_insecure_port(f"{host}:0")
+    server.start()
+    yield f"{host}:{port}"
+    server.stop(None)
+
+
+def test_a_head_that_wants_another_token_is_asked_once(head_of_others: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.joining.ray.init", None)  # Ray itself is not troubled
+    with pytest.raises(CannotJoin, match="wants another token than this process has"), joined(head_of_others, namespace="manta"):
+        pass

@@ -97,13 +97,18 @@ def build(
         placement=placement,
         dispatch=make_dispatch(name, groups, placement),
     )
+    fill(layer, dtype)
+    return layer
+
+
+def fill(layer: RoutedExperts, dtype: torch.dtype, times: float = 1.0) -> None:
+    """With the weights of these tests, multiplied by ``times``."""
     layer.allocate(torch.device("cpu"))
     w = weights(dtype)
     for slot in layer.slots():
         number, part = slot.part.split(".")
-        layer.load(slot.part, slot.tensor, MemoryTensor(slot.part, getattr(w, part)[int(number)]))
+        layer.load(slot.part, slot.tensor, MemoryTensor(slot.part, times * getattr(w, part)[int(number)]))
     layer.finish()
-    return layer
 
 
 def run_experts(
@@ -264,6 +269,20 @@ def test_an_expert_from_a_host_with_another_processor_is_one_of_all(kind: Kind) 
     came.adopt(sent.tensors)
     assert ours.on_cpu() is not None
     assert torch.equal(ours(*tokens(9, 0, torch.float32)), wanted(*tokens(9, 0, torch.float32)))
+
+
+@pytest.mark.parametrize("kind", [None, "fp32"], ids=["one after the other", "all at once"])
+def test_a_layer_that_is_loaded_again_computes_with_what_was_loaded_last(kind: Kind | None) -> None:
+    library = native()
+    if kind is not None and (library is None or kind not in library.kinds):
+        pytest.skip("this processor has no such kernel")
+    format = PackedFormat(kind, torch.float32) if kind else None
+    layer, wanted = (build(single_rank_groups(), torch.float32, format=format) for _ in range(2))
+    before = layer(*tokens(9, 0, torch.float32))
+    fill(layer, torch.float32, times=2.0)
+    assert not torch.equal(layer(*tokens(9, 0, torch.float32)), before)
+    fill(layer, torch.float32)
+    assert torch.equal(layer(*tokens(9, 0, torch.float32)), wanted(*tokens(9, 0, torch.float32)))
 
 
 @pytest.mark.parametrize("lanes", [8, 16])

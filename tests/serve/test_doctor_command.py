@@ -8,10 +8,12 @@ from typer.testing import CliRunner
 
 from cluster.directory import RankPlace, ReplicaRecord
 from cluster.doctor.facts import Need
+from cluster.doctor.findings import Finding, Severity
 from cluster.health import State
 from engine.run.settings import QuantizeName, RunnerConfig
 from engine.weights_read import WeightsRead
 from serve.cli import app
+from serve.commands.doctor import paragraph
 from serve.commands.serve import loading_lines
 from serve.config import ModelSettings, ParallelSettings, ServeConfig
 from serve.need import need_of
@@ -34,6 +36,32 @@ def test_a_damaged_checkpoint_is_fatal(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "fatal" in done.stdout
     assert "architectures" in done.stdout
+
+
+FINDING = Finding(
+    severity=Severity.WARNING,
+    check="shared memory",
+    host="gpu-1",
+    found="/dev/shm has 64 MiB and the collectives of 4 ranks want 130 MiB",
+    todo="give the container more: --shm-size=1g",
+)
+
+
+def test_findings_are_wrapped_to_the_terminal_beside_how_grave_they_are() -> None:
+    for width in (100, 60, 44):
+        lines = paragraph(FINDING, width)
+        assert max(map(len, lines)) <= width
+        assert lines[0].startswith("warning  shared memory on gpu-1: /dev/shm")
+        assert all(line.startswith(" " * 9) for line in lines[1:])
+        assert " ".join(" ".join(lines).split()) == f"warning shared memory on gpu-1: {FINDING.found} -> {FINDING.todo}"
+    assert any("--shm-size=1g" in line for line in paragraph(FINDING, 44)), "what is to be copied stays whole"
+
+
+def test_a_finding_that_is_piped_has_a_line_for_what_was_found_and_one_for_what_to_do() -> None:
+    assert paragraph(FINDING, None) == [
+        f"warning  shared memory on gpu-1: {FINDING.found}",
+        f"         -> {FINDING.todo}",
+    ]
 
 
 def test_only_the_checkpoint_is_looked_at_where_that_is_asked_for(tiny_folder: Path) -> None:

@@ -117,3 +117,12 @@ def test_goodput_counts_those_that_kept_both_promises() -> None:
     assert (summary.good, summary.goodput_per_s) == (1, 0.25)
     assert summary.itl_s["p99"] == pytest.approx(2.5, abs=0.1)
     assert as_json(summary, [good])["summary"]["output_tokens"] == 8  # type: ignore[index]
+
+
+def test_one_pause_in_each_stream_shows_although_most_gaps_are_short() -> None:
+    streams = [answer(*(index * 0.01 for index in range(200)), 2.0 + pause) for pause in (0.5, 0.6, 0.9)]
+    summary = summarise(streams, Promise(ttft_s=1.0, itl_s=0.2))
+    assert summary.itl_s["p99"] == pytest.approx(0.01)
+    assert summary.pause_s["p50"] == pytest.approx(0.61)
+    assert summary.pause_s["p100"] == pytest.approx(0.91)
+    assert summarise([answer(0.5)], Promise(ttft_s=1.0, itl_s=0.2)).pause_s == {}, "one token has no gap"
