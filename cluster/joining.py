@@ -10,11 +10,12 @@ import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.gcs_utils import create_gcs_channel
 from ray._private.services import canonicalize_bootstrap_address
-from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
-from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 LISTENS_S = 3.0
 """How long a head may take to take a connection. Ray tries for minutes."""
+
+FIRST_QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""What whoever joins asks the head first; it has no fields."""
 
 
 class CannotJoin(RuntimeError):
@@ -78,7 +79,7 @@ def _must_let_in(address: str, head: str) -> None:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` is about to
     with create_gcs_channel(head) as channel:
         try:
-            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=LISTENS_S)
+            channel.unary_unary(FIRST_QUESTION)(b"", timeout=LISTENS_S)
         except Exception as error:  # of gRPC; whatever else it is Ray shall find and say
             if getattr(getattr(error, "code", lambda: None)(), "name", "") == "UNAUTHENTICATED":
                 raise CannotJoin(
