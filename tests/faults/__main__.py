@@ -1,4 +1,5 @@
-"""The fault suite: `python -m tests.faults [--faults a,b | --sweep | --hosts] [--runs 20 | --missing 20 --seconds 450] [--results FILE]`.
+"""The fault suite: `python -m tests.faults [--faults a,b | --sweep | --pairs | --hosts] [--runs 20 | --missing 20 --seconds 450]
+[--results FILE]`.
 
 One server is up for all runs: that it is whole again after each is a part of what is shown. Every run is a line of the results;
 `python -m tests.faults.report FILE... > docs/faults.md` makes the table of them. With ``--missing`` the results say which fault has
@@ -20,6 +21,7 @@ from pathlib import Path
 from tests.faults.catalogue import FAULTS
 from tests.faults.host_faults import HOST_FAULTS
 from tests.faults.host_server import hosts_under_test
+from tests.faults.pairs import PAIRS
 from tests.faults.run import Goldens, one_run
 from tests.faults.server import Victims, server_under_test
 from tests.faults.sweep import SWEPT
@@ -36,7 +38,7 @@ async def run_all(victims: Victims, turns: Iterator[tuple[str, int]], results: P
     for name, seed in turns:
         if (begun := time.monotonic()) > ends_at:
             break
-        run = await one_run(victims, (FAULTS | SWEPT | HOST_FAULTS)[name], seed, goldens)
+        run = await one_run(victims, (FAULTS | PAIRS | SWEPT | HOST_FAULTS)[name], seed, goldens)
         if run.fired:
             with results.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(run)) + "\n")
@@ -78,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", help="by name, with commas between; all of them unless told")
     parser.add_argument("--sweep", action="store_true", help="every failpoint instead")
+    parser.add_argument("--pairs", action="store_true", help="two faults of different kinds at once instead")
     parser.add_argument("--hosts", action="store_true", help="faults of hosts instead, on three of them (root, iproute2 and redis-server)")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=1)
@@ -87,7 +90,8 @@ def main() -> None:
     parser.add_argument("--keep-logs", type=Path, help="a folder for Ray's logs of the server")
     given = parser.parse_args()
     ends_at = time.monotonic() + given.seconds
-    known, under_test = (HOST_FAULTS, hosts_under_test) if given.hosts else (SWEPT if given.sweep else FAULTS, server_under_test)
+    on_one_host = SWEPT if given.sweep else PAIRS if given.pairs else FAULTS
+    known, under_test = (HOST_FAULTS, hosts_under_test) if given.hosts else (on_one_host, server_under_test)
     names = given.faults.split(",") if given.faults else list(known)
     seeds = range(given.first_seed, given.first_seed + given.runs)
     turns = in_rounds(names, seeds) if given.missing is None else the_rarest(names, given.missing, given.results)

@@ -68,7 +68,7 @@ def kill(processes: Iterable[psutil.Process]) -> frozenset[int]:
     return frozenset(pids)
 
 
-def _one_of(processes: list[psutil.Process], chance: random.Random) -> psutil.Process:
+def one_of(processes: list[psutil.Process], chance: random.Random) -> psutil.Process:
     if not processes:
         raise AssertionError("there is nobody to hurt")
     return chance.choice(processes)
@@ -76,19 +76,19 @@ def _one_of(processes: list[psutil.Process], chance: random.Random) -> psutil.Pr
 
 def _killing(find: Callable[[Victims], list[psutil.Process]]) -> Inject:
     async def inject(victims: Victims, chance: random.Random) -> Harm:
-        return Harm(gone=kill([_one_of(find(victims), chance)]))
+        return Harm(gone=kill([one_of(find(victims), chance)]))
 
     return inject
 
 
 async def _rank_frozen(victims: Victims, chance: random.Random) -> Harm:
-    victim = _one_of(victims.ranks(), chance)
+    victim = one_of(victims.ranks(), chance)
     victim.suspend()
     return Harm(gone=frozenset({victim.pid}))
 
 
 async def _replica_frozen(victims: Victims, chance: random.Random) -> Harm:
-    victim = _one_of(victims.replicas(), chance)
+    victim = one_of(victims.replicas(), chance)
     victim.suspend()
 
     async def thaw() -> None:
@@ -101,7 +101,7 @@ async def _replica_frozen(victims: Victims, chance: random.Random) -> Harm:
 
 async def _rank_slow(victims: Victims, chance: random.Random) -> Harm:
     """It has a tenth of the time that it would have, for a while."""
-    victim = _one_of(victims.ranks(), chance)
+    victim = one_of(victims.ranks(), chance)
 
     async def slow_down() -> None:
         loop = asyncio.get_running_loop()
@@ -118,7 +118,7 @@ async def _rank_slow(victims: Victims, chance: random.Random) -> Harm:
 
 async def _two_faults(victims: Victims, chance: random.Random) -> Harm:
     """A rank is killed, and within two seconds whatever else computes: a rank of either replica, or a replica."""
-    first = kill([_one_of(victims.ranks(), chance)])
+    first = kill([one_of(victims.ranks(), chance)])
     await asyncio.sleep(chance.uniform(0.05, 2.0))
     others = [process for process in victims.ranks() + victims.replicas() if process.pid not in first]
     return Harm(gone=first | (kill([chance.choice(others)]) if others else frozenset()))
@@ -129,7 +129,7 @@ async def _all_ranks(victims: Victims, chance: random.Random) -> Harm:
 
 
 async def _replica_and_front(victims: Victims, chance: random.Random) -> Harm:
-    return Harm(gone=kill([_one_of(victims.replicas(), chance), _one_of(victims.fronts(), chance)]))
+    return Harm(gone=kill([one_of(victims.replicas(), chance), one_of(victims.fronts(), chance)]))
 
 
 async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
@@ -152,7 +152,7 @@ async def _disk_full(victims: Victims, chance: random.Random) -> Harm:
 async def _no_descriptors(victims: Victims, chance: random.Random) -> Harm:
     """A front or the proxy can open nothing more, for a while. The proxy's event loop (libuv) then takes connections only to close them, so
     that who comes at that moment is cut off before an answer began; what is under way goes on."""
-    victim = _one_of(victims.fronts() + victims.proxies(), chance)
+    victim = one_of(victims.fronts() + victims.proxies(), chance)
     soft, hard = resource.prlimit(victim.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(victim.pid, resource.RLIMIT_NOFILE, (victim.num_fds(), hard))
 
@@ -166,7 +166,7 @@ async def _no_descriptors(victims: Victims, chance: random.Random) -> Harm:
 
 def _frozen_awhile(find: Callable[[Victims], list[psutil.Process]]) -> Inject:
     async def inject(victims: Victims, chance: random.Random) -> Harm:
-        victim = _one_of(find(victims), chance)
+        victim = one_of(find(victims), chance)
         victim.send_signal(signal.SIGSTOP)
 
         async def thaw() -> None:
@@ -209,7 +209,7 @@ def _cut(*points: str) -> Inject:
     """A replica is heard no more, or hears no more, for some seconds; the other way nothing is lost."""
 
     async def inject(victims: Victims, chance: random.Random) -> Harm:
-        point, victim, lost = chance.choice(points), _one_of(victims.replicas(), chance), list[str]()
+        point, victim, lost = chance.choice(points), one_of(victims.replicas(), chance), list[str]()
         arm(victims.failpoints, point, Failure(action="drop", pid=victim.pid))
 
         async def mend() -> None:

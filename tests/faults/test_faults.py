@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.catalogue import FAULTS, Fault
+from tests.faults.pairs import PAIRS
 from tests.faults.report import table
 from tests.faults.run import Goldens, Run, one_run
 from tests.faults.server import Victims, server_under_test
@@ -54,6 +55,14 @@ def one_that_struck(victims: Victims, fault: Fault, goldens: Goldens) -> Run:
 def test_no_promise_is_broken_and_the_server_is_whole_again(victims: Victims, goldens: Goldens, name: str) -> None:
     run = one_that_struck(victims, FAULTS[name], goldens)
     assert run.lost == 0 or FAULTS[name].tier > 1
+
+
+@pytest.mark.system
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_faults_at_once_break_no_promise(victims: Victims, goldens: Goldens, name: str) -> None:
+    run = one_that_struck(victims, PAIRS[name], goldens)
+    assert run.lost == 0 or PAIRS[name].tier > 1
 
 
 @pytest.mark.system
