@@ -1,7 +1,7 @@
 """Step 1 of a request to /v1/responses: the items of its input become the messages that a chat would have."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve.errors import InvalidRequest, NotSupported
@@ -17,33 +17,51 @@ OTHERS = "messages, function_call and function_call_output are taken here (reaso
 
 
 @dataclass(kw_only=True)
+class Turn:
+    """A message to which items may still add. What they say is put together once, at the end: there may be megabytes of it."""
+
+    place: str
+    """Where the client began it."""
+    role: str
+    said: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    answers: str | None = None
+    """The id of the call of which it tells the result."""
+
+    def message(self) -> Message:
+        content = "\n".join(filter(None, self.said))
+        return Message(role=self.role, content=content, tool_calls=tuple(self.calls), tool_call_id=self.answers)
+
+
+@dataclass(kw_only=True)
 class Conversation:
-    """Messages, and where the client said each."""
+    """What was said, by whom, and where the client said it."""
 
-    messages: list[Message] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
 
-    def add(self, place: str, message: Message) -> None:
-        self.messages.append(message)
-        self.places.append(place)
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return tuple(turn.message() for turn in self.turns)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(turn.place for turn in self.turns)
 
     def say(self, place: str, role: str, text: str) -> None:
         """What is said beside calls that have no result yet is of one turn with them."""
-        if role == "assistant" and self._has_open_calls():
-            last = self.messages[-1]
-            self.messages[-1] = replace(last, content="\n".join(filter(None, (last.content, text))))
+        if role == "assistant" and self.turns and self.turns[-1].calls:
+            self.turns[-1].said.append(text)
         else:
-            self.add(place, Message(role=role, content=text))
+            self.turns.append(Turn(place=place, role=role, said=[text]))
 
     def call(self, place: str, call: ToolCall) -> None:
         """A call is of one turn with what was said before it, and with calls before it."""
-        if not self.messages or self.messages[-1].role != "assistant":
-            self.add(place, Message(role="assistant", content=""))
-        last = self.messages[-1]
-        self.messages[-1] = replace(last, tool_calls=(*last.tool_calls, call))
+        if not self.turns or self.turns[-1].role != "assistant":
+            self.turns.append(Turn(place=place, role="assistant"))
+        self.turns[-1].calls.append(call)
 
-    def _has_open_calls(self) -> bool:
-        return bool(self.messages and self.messages[-1].tool_calls)
+    def answer(self, place: str, call_id: str, text: str) -> None:
+        self.turns.append(Turn(place=place, role="tool", said=[text], answers=call_id))
 
 
 def conversation_of(instructions: str | None, given: Any) -> Conversation:
@@ -54,9 +72,9 @@ def conversation_of(instructions: str | None, given: Any) -> Conversation:
     """
     conversation = Conversation()
     if instructions is not None:
-        conversation.add("instructions", Message(role="system", content=instructions))
+        conversation.say("instructions", "system", instructions)
     if isinstance(given, str):
-        conversation.add("input", Message(role="user", content=given))
+        conversation.say("input", "user", given)
     elif isinstance(given, list):
         for at, item in enumerate(given):
             _take(item, f"input[{at}]", conversation)
@@ -82,7 +100,7 @@ def _take(item: Any, place: str, conversation: Conversation) -> None:
         conversation.call(place, ToolCall(id=call_id, name=name, arguments=arguments))
     elif kind == "function_call_output":
         text = _text(item.get("output"), f"{place}.output")
-        conversation.add(place, Message(role="tool", content=text, tool_call_id=_string(item, "call_id", place)))
+        conversation.answer(place, _string(item, "call_id", place), text)
     elif kind in STORED:
         raise NotSupported(f"{place}: nothing is stored here that it could stand for; send the items themselves", param=place)
     elif kind not in PASSED_OVER:

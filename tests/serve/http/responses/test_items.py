@@ -59,15 +59,25 @@ CONVERSATIONS: list[tuple[str | None, Any, list[dict[str, Any]]]] = [
 def test_items_are_the_messages_of_the_same_chat(instructions: str | None, given: Any, as_a_chat: list[dict[str, Any]]) -> None:
     chat = ChatBody.model_validate({"model": "m", "messages": as_a_chat}).request("id")
     conversation = conversation_of(instructions, given)
-    assert tuple(conversation.messages) == chat.messages
+    assert conversation.messages == chat.messages
     assert len(conversation.places) == len(chat.messages)
 
 
 def test_a_message_knows_the_item_that_it_came_from() -> None:
-    assert conversation_of("Be kind.", [USER, {"type": "reasoning"}, CALL, CALL, RESULT]).places == [
-        *("instructions", "input[0]", "input[2]", "input[4]")
-    ]
-    assert conversation_of(None, "Hi").places == ["input"]
+    assert conversation_of("Be kind.", [USER, {"type": "reasoning"}, CALL, CALL, RESULT]).places == (
+        *("instructions", "input[0]", "input[2]", "input[4]"),
+    )
+    assert conversation_of(None, "Hi").places == ("input",)
+
+
+def test_items_add_to_a_turn_without_copying_what_it_says_already() -> None:
+    """Megabytes that each of two thousand items copied anew would hold up every stream of the front for seconds."""
+    long = "a" * 1_000_000
+    conversation = conversation_of(None, [USER, CALL, SAID | {"content": long}, *[SAID | {"content": "b"}] * 500])
+    said = conversation.turns[-1].said
+    assert said[0] is long
+    assert len(said) == 501
+    assert conversation.messages[-1].content == "\n".join([long, *["b"] * 500])
 
 
 @pytest.mark.parametrize(
