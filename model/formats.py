@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from model.quantisation import HeldAs
 from parallel.native.library import kinds_here
 from parallel.native.linear import Kind
 from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
@@ -37,17 +38,17 @@ def choose_formats(
     device: torch.device,
     dtype: torch.dtype,
     stored: Iterable[torch.dtype],
-    quantize: QuantizeName | None = None,
+    quantize: QuantizeName | HeldAs | None = None,
     *,
     rounds_activations: bool = False,
     shared_kinds: frozenset[str] | None = None,
 ) -> Formats:
-    """The fastest formats that lose nothing, or with ``quantize`` those that are asked for.
+    """The fastest formats that lose nothing, or with ``quantize`` those that are asked for, or in which matrices were stored.
 
     ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` a product on a CPU may round its other side as
     well, where the processor multiplies that natively: to bfloat16 beside matrices stored so, to 8 bits beside quantised ones. Where
     experts travel from rank to rank, ``shared_kinds`` are the kinds of weights that all of these ranks have kernels for
-    (`parallel.shared_kinds`), and all come to the same formats. With int4, embedding and head are held in int8, with fp8 plainly: what a
+    (`parallel.shared_kinds`), and all come to the same formats. In 4 bits, embedding and head are held in int8, with fp8 plainly: what a
     token is and which one comes next suffers most from rounding.
 
     Raises:
@@ -77,12 +78,12 @@ def choose_formats(
     return Formats(Dense(dtype), Dense(dtype))
 
 
-def _rounded(quantize: Literal["int8", "int4"], stored: torch.dtype, rounds_activations: bool, kinds: frozenset[str]) -> PackedFormat:
-    dots: dict[Literal["int8", "int4"], Kind] = {"int8": "int8_dot", "int4": "int4_dot"}
+def _rounded(quantize: HeldAs, stored: torch.dtype, rounds_activations: bool, kinds: frozenset[str]) -> PackedFormat:
+    dots: dict[HeldAs, Kind] = {"int8": "int8_dot", "int4": "int4_dot", "int4_zeros": "int4_zeros_dot"}
     return PackedFormat(dots[quantize] if rounds_activations and dots[quantize] in kinds else quantize, stored)
 
 
-def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | None) -> Formats:
+def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | HeldAs | None) -> Formats:
     if quantize is None:
         return Formats(Dense(dtype), Dense(dtype))
     if quantize == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:

@@ -8,6 +8,8 @@ from parallel.scale_groups import GROUP
 
 WORD_BITS = 32
 """Numbers are stored side by side in words of so many."""
+HeldAs = Literal["int8", "int4", "int4_zeros"]
+"""`parallel.packed_format` and `parallel.scaled_format` have these kinds."""
 SUPPORTED = "GPTQ in 4 or 8 bits and AWQ in 4 are"
 
 
@@ -60,12 +62,19 @@ class Quantisation:
         """Of all groups, where it is symmetric."""
         return 1 << (self.bits - 1)
 
-    @property
-    def held_as(self) -> Literal["int8", "int4"]:
-        """In what a rank holds such matrices, as `--quantize` calls it, if nothing else is asked for: int4 where that loses nothing as long
-        as ranks cut between groups. Numbers less their zero have 4 bits only where that is their middle."""
-        whole = self.group_size is None or self.group_size % GROUP["int4"] == 0
-        return "int4" if self.bits == 4 and self.symmetric and self.in_order and whole else "int8"
+    def held_as(self, unit: int = 0) -> HeldAs:
+        """In what a rank holds such matrices if nothing else is asked for: in 4 bits where that loses nothing. Numbers less their zero have
+        4 bits only where that is their middle; else groups keep a zero each, as long as none of ours crosses two of theirs. Of ``unit``
+        input features a rank's share is a multiple (`model.cuts`)."""
+
+        def divides(group: int) -> bool:
+            return self.group_size is None or (self.group_size % group == 0 and unit % group == 0)
+
+        if self.bits != 4 or not self.in_order:
+            return "int8"
+        if self.symmetric:
+            return "int4" if self.group_size is None or self.group_size % GROUP["int4"] == 0 else "int8"
+        return "int4_zeros" if divides(GROUP["int4_zeros"]) else "int8"
 
 
 def _gptq(raw: Mapping[str, Any], bits: Any, group_size: int | None) -> Quantisation:

@@ -14,9 +14,12 @@ from parallel.native.linear import Kind, Packed, look_up, look_up_held, moved, m
 from parallel.scale_groups import GROUP
 from parallel.weight_format import TensorSpec
 
-_INT8, _INT4 = 1 + 2 / GROUP["int8"], 1 / 2 + 2 / GROUP["int4"]
-BYTES: dict[Kind, float] = {"bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": _INT8, "int8_dot": _INT8, "int4": _INT4, "int4_dot": _INT4}
-"""Of a weight, with its part of a float16 scale."""
+_INT8, _INT4, _INT4_ZEROS = 1 + 2 / GROUP["int8"], 1 / 2 + 2 / GROUP["int4"], 1 / 2 + 4 / GROUP["int4_zeros"]
+BYTES: dict[Kind, float] = {
+    "bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": _INT8, "int8_dot": _INT8, "int4": _INT4, "int4_dot": _INT4,
+    "int4_zeros": _INT4_ZEROS, "int4_zeros_dot": _INT4_ZEROS,
+}  # fmt: skip
+"""Of a weight, with its part of a float16 scale and of a zero."""
 ANY_LANES = 8
 """Of a panel where no kernel reads it."""
 FEW_ROWS = 12
@@ -30,9 +33,9 @@ class PackedFormat:
     ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``bf16_dot``
     rounds ``x`` to bfloat16 as well, for processors that multiply it natively, and sums in float32. ``fp32`` only puts them in the
     order in which they are read. ``int8`` and ``int4`` round each group of 128 or 32 input features to multiples of a scale of its
-    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature. ``int8_dot`` and ``int4_dot`` round
-    groups of 128 of each row of ``x`` to 8 bits as well, for processors that multiply those natively; ``int8_dot`` turns both sides before
-    (`parallel.rounding.turned`), by which they lose less.
+    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature. ``int4_zeros`` is int4 with a zero to each group
+    of 128: for what was stored so (`parallel.zeros`). With ``_dot`` groups of 128 of each row of ``x`` are rounded to 8 bits as well, for
+    processors that multiply those natively; ``int8_dot`` turns both sides before (`parallel.rounding.turned`), by which they lose less.
     """
 
     kind: Kind
@@ -46,7 +49,7 @@ class PackedFormat:
     @property
     def rounds_rows(self) -> bool:
         """Whether a product rounds ``x`` to fewer bits than float32 has."""
-        return self.kind in ("bf16_dot", "int8_dot", "int4_dot")
+        return self.kind in ("bf16_dot", "int8_dot", "int4_dot", "int4_zeros_dot")
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return {"weight": TensorSpec((OUT, IN), self.stored)}

@@ -35,13 +35,18 @@ def round_to_groups(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     number is looked for where some of the groups have one.
     """
     groups_XC = weight_xC.reshape(-1, weight_xC.shape[-1])
-    sample_XC = groups_XC[:: len(groups_XC) // SAMPLED_GROUPS + 1]
+    sample_XC = sample_of(groups_XC)
     if not _in_multiples_of(_nearest_to_zero(sample_XC), sample_XC, levels)[-1].any():
         return _round_to_nearest(weight_xC, levels)
-    numbers_XC, scales_X, holds_X = _as_multiples(groups_XC, levels)
+    numbers_XC, scales_X, holds_X = as_multiples(groups_XC, levels)
     if not holds_X.all():
         numbers_XC[~holds_X], scales_X[~holds_X] = _round_to_nearest(groups_XC[~holds_X], levels)
     return numbers_XC.view(weight_xC.shape), scales_X.view(weight_xC.shape[:-1])
+
+
+def sample_of(groups_XC: Tensor) -> Tensor:
+    """Up to `SAMPLED_GROUPS` of them, evenly."""
+    return groups_XC[:: len(groups_XC) // SAMPLED_GROUPS + 1]
 
 
 def _round_to_nearest(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +58,7 @@ def _round_to_nearest(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return (weight_xC * inverse.unsqueeze(-1)).round_().clamp_(-levels, levels).to(torch.int8), scales
 
 
-def _as_multiples(weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+def as_multiples(weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """int8 numbers (X, C) and float16 scales (X) of which nothing is lost, and of which groups (X, bool) that is true.
 
     Of 32 or more multiples one is nearly always a small one, so a scale is a small part of the number nearest to zero.
@@ -74,7 +79,7 @@ def _nearest_to_zero(weight_XC: Tensor) -> Tensor:
 
 
 def _in_multiples_of(scales_X: Tensor, weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `_as_multiples`. -8 and -128 are numbers too, 8 and 128 are not: a negative scale may make them so."""
+    """See `as_multiples`. -8 and -128 are numbers too, 8 and 128 are not: a negative scale may make them so."""
     halves_X = scales_X.half()
     scales_X1 = halves_X.float().unsqueeze(-1)
     numbers_XC = (weight_XC / scales_X1).round_()

@@ -8,15 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel import zeros
 from parallel.axes import IN, OUT
-from parallel.rounding import FP8, LEVELS, round_to_fp8, round_to_groups
+from parallel.rounding import LEVELS, round_to_fp8, round_to_groups
 from parallel.scale_groups import FILLED_TO, GROUP
 from parallel.weight_format import TensorSpec
 from parallel.weight_format import has_triton as has_triton
 
-Kind = Literal["int8", "int4", "fp8"]
-BYTES: dict[Kind, float] = {"int8": 1 + 2 / GROUP["int8"], "int4": 1 / 2 + 2 / GROUP["int4"], "fp8": 1}
-"""Of a weight, with its part of a scale; FP8's scales, four bytes to an output, are too few to count."""
+Kind = Literal["int8", "int4", "int4_zeros", "fp8"]
+BYTES: dict[Kind, float] = {
+    "int8": 1 + 2 / GROUP["int8"],
+    "int4": 1 / 2 + 2 / GROUP["int4"],
+    "int4_zeros": 1 / 2 + 4 / GROUP["int4_zeros"],
+    "fp8": 1,
+}
+"""Of a weight, with its part of a scale and of a zero; FP8's scales, four bytes to an output, are too few to count."""
+IN_PAIRS = 32
+"""Neighbouring features of 4 bits that lie in the lower halves of as many bytes; the next ones lie in their upper halves."""
 PIECE_OUTPUTS = 4096
 """Rounded at once, so that a large matrix does not lie there again as float32."""
 
@@ -26,7 +34,8 @@ class ScaledFormat:
     """Stored in a checkpoint as a plain matrix, held as ``numbers`` and ``scales``.
 
     ``int8`` and ``int4`` are rounded as `PackedFormat` does it on CPUs, a float16 scale to 128 or 32 input features, and multiply
-    activations as they are. ``fp8`` has one scale to an output, and activations are rounded to FP8 too, with a scale to a row, so
+    activations as they are; so does ``int4_zeros``, whose groups of 128 have a zero each (`parallel.zeros`). ``fp8`` has one scale
+    to an output, and activations are rounded to FP8 too, with a scale to a row, so
     that the matrix units multiply FP8 (the W8A8 of arXiv 2209.05433). Sums are in float32.
     """
 
@@ -42,7 +51,7 @@ class ScaledFormat:
         return {"weight": TensorSpec((OUT, IN), self.stored)}
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``numbers`` (N, filled K; int4: half as many bytes) and ``scales`` (N, groups), for fp8 (N)."""
+        """``numbers`` (N, filled K; of 4 bits: half as many bytes) and ``scales`` (N, groups), for fp8 (N)."""
         pieces = [_rounded(self.kind, piece) for piece in tensors.pop("weight").split(PIECE_OUTPUTS)]
         numbers, scales = zip(*pieces, strict=True)
         return {"numbers": torch.cat(numbers), "scales": torch.cat(scales)}
@@ -63,22 +72,27 @@ class ScaledFormat:
 
 
 def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
-    """Of `ScaledFormat`'s tensors: the dtype of the numbers tells."""
-    kinds: dict[torch.dtype, Kind] = {torch.int8: "int8", torch.uint8: "int4", FP8: "fp8"}
-    return kinds[tensors["numbers"].dtype]
+    """Of `ScaledFormat`'s tensors: the dtypes tell."""
+    if tensors["numbers"].dtype == torch.uint8:
+        return "int4_zeros" if tensors["scales"].dtype == torch.int32 else "int4"
+    return "int8" if tensors["numbers"].dtype == torch.int8 else "fp8"
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
     """The matrix (N, filled K) in float32."""
-    kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"].float()
+    kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"]
     if kind == "fp8":
         return numbers.float() * scales.unsqueeze(-1)
-    if kind == "int4":
-        # A byte has a feature of one group in its lower half and that of the next group in its upper one: see `_rounded`.
-        pairs_NPC = numbers.unflatten(-1, (-1, GROUP["int4"]))
-        numbers = torch.stack((pairs_NPC & 15, pairs_NPC >> 4), dim=2).flatten(1).to(torch.int8) - 8
-    grouped_NGC = numbers.float().unflatten(-1, (scales.shape[-1], -1))
-    matrix_NK: Tensor = (grouped_NGC * scales.unsqueeze(-1)).flatten(1)
+    if numbers.dtype == torch.uint8:
+        pairs_NPC = numbers.unflatten(-1, (-1, IN_PAIRS))
+        numbers = torch.stack((pairs_NPC & 15, pairs_NPC >> 4), dim=2).flatten(1).to(torch.int8)
+    grouped_NGC = numbers.unflatten(-1, (scales.shape[-1], -1))
+    if kind == "int4_zeros":
+        scales, zeros_NG = zeros.scales_and_zeros(scales)
+        grouped_NGC = grouped_NGC - zeros_NG.unsqueeze(-1)
+    elif kind == "int4":
+        grouped_NGC = grouped_NGC - 8
+    matrix_NK: Tensor = (grouped_NGC.float() * scales.float().unsqueeze(-1)).flatten(1)
     return matrix_NK
 
 
@@ -95,8 +109,13 @@ def _rounded(kind: Kind, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     if kind == "fp8":
         return round_to_fp8(weight_NK)
     filled_NK = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % FILLED_TO[kind]))
-    numbers_NGC, scales_NG = round_to_groups(filled_NK.unflatten(-1, (-1, GROUP[kind])), LEVELS[kind])
+    grouped_NGC = filled_NK.unflatten(-1, (-1, GROUP[kind]))
+    if kind == "int4_zeros":
+        numbers_NGC, scales_NG = zeros.round_to_groups(grouped_NGC)
+    else:
+        numbers_NGC, scales_NG = round_to_groups(grouped_NGC, LEVELS[kind])
     if kind == "int8":
         return numbers_NGC.flatten(1), scales_NG
-    low_NPC, high_NPC = (numbers_NGC + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    numbers_NGC = numbers_NGC if kind == "int4_zeros" else (numbers_NGC + 8).to(torch.uint8)
+    low_NPC, high_NPC = numbers_NGC.flatten(1).unflatten(1, (-1, 2, IN_PAIRS)).unbind(2)
     return (low_NPC | high_NPC << 4).flatten(1), scales_NG

@@ -31,6 +31,7 @@ from model.adapter import Adapter
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
 from model.config import ModelConfig
+from model.cuts import unit_of_cuts
 from model.dtypes import DTYPES
 from model.formats import Formats, choose_formats
 from model.kv_cache import KvCache
@@ -246,9 +247,11 @@ def formats_of(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    topology: Topology | None = None,
     kinds: frozenset[str] | None = None,
 ) -> Formats:
-    """In what form a rank holds this checkpoint's weights. Opening it has read the headers, which is enough.
+    """In what form the ranks of a topology (None: of one rank) hold this checkpoint's weights. Opening it has read the headers, which is
+    enough.
 
     Matrices that are stored quantised are held so without being asked; embedding and head, which are not, as those of any checkpoint.
     """
@@ -258,7 +261,11 @@ def formats_of(
     formats = choose([tensor.dtype for tensor in stored if not isinstance(tensor, QuantisedTensor)], config.quantize)
     if quantisation is None:
         return formats
-    held_as = config.quantize or quantisation.held_as
+    held_as = config.quantize or quantisation.held_as(unit_of_cuts(model_config, topology or Topology()))
+    if held_as == "int4_zeros" and any(
+        tensor.name.endswith("_proj.weight") for tensor in stored if not isinstance(tensor, QuantisedTensor)
+    ):
+        held_as = "int8"  # of a layer's matrix that is stored plainly, 4 bits would lose much
     log.info("matrices are stored by %s in %d bits, and held in %s", quantisation.method.upper(), quantisation.bits, held_as)
     return Formats(choose([QuantisedTensor.dtype], held_as).matrices, formats.table)
 
@@ -306,7 +313,7 @@ def _load(
 
     dtype = resolve_dtype(config.dtype, device)
     kinds = shared_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None  # experts travel, and are read there
-    formats = formats_of(checkpoint, model_config, config, dtype, device, kinds=kinds)
+    formats = formats_of(checkpoint, model_config, config, dtype, device, topology=groups.topology, kinds=kinds)
     model, report = load_model(
         checkpoint,
         model_config,

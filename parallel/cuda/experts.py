@@ -36,7 +36,7 @@ TILES = {
 class Matrices:
     """One matrix of each expert, all alike in shape and dtype. They must stay alive: the kernel knows addresses only."""
 
-    kind: Literal["plain", "int8", "int4", "fp8"]
+    kind: Literal["plain", "int8", "int4", "int4_zeros", "fp8"]
     numbers_E: Tensor
     """int64: where each expert's begin"""
     scales_E: Tensor
@@ -77,13 +77,16 @@ def _expert_kernel(
     if expert >= 0:
         numbers = tl.load(numbers_of + expert)
         scales = tl.load(scales_of + expert)
-        if KIND == "int4":
+        if KIND == "int4" or KIND == "int4_zeros":
             numbers = numbers.to(tl.pointer_type(tl.uint8))
         elif KIND == "int8":
             numbers = numbers.to(tl.pointer_type(tl.int8))
         else:
             numbers = numbers.to(tl.pointer_type(x.dtype.element_ty))
-        scales = scales.to(tl.pointer_type(tl.float32)) if KIND == "fp8" else scales.to(tl.pointer_type(tl.float16))
+        if KIND == "int4_zeros":
+            scales = scales.to(tl.pointer_type(tl.int32))
+        else:
+            scales = scales.to(tl.pointer_type(tl.float32)) if KIND == "fp8" else scales.to(tl.pointer_type(tl.float16))
         # Of an address out of a table Triton knows nothing: it would load one number at a time, and none ahead of its use.
         numbers, scales = tl.multiple_of(numbers, 16), tl.multiple_of(scales, 16)
         assignment_R = tl.load(assignments + tile * ROWS + tl.arange(0, ROWS))

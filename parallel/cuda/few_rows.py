@@ -14,6 +14,7 @@ from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv
 from parallel.cuda.tiles import LIBRARY, Tile, tiles_of
+from parallel.cuda.zeros import scale_of, zero_of
 from parallel.scaled_format import kind_of
 
 FEWEST_ROWS = (1, 2)
@@ -31,6 +32,12 @@ IN_LANE = tl.constexpr(8)
 def _half(pairs, half: tl.constexpr):
     """int4 numbers of the lower or the upper halves of bytes."""
     return (((pairs >> 4 * half) & 15).to(tl.int8) - 8).to(tl.float32)
+
+
+@triton.jit
+def _half_less(pairs, half: tl.constexpr, zero):
+    """The same, each less a zero of its own."""
+    return (((pairs >> 4 * half) & 15).to(tl.int8) - zero.to(tl.int8)).to(tl.float32)
 
 
 @quick
@@ -52,6 +59,9 @@ def _few_rows_kernel(
     if KIND == "int8":
         scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 128)
         scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 128, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
+    elif KIND == "int4_zeros":
+        scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 64)
+        scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 64, mask=is_output_11C1 & (lane_V111 < stride), other=0)
     elif KIND == "int4":
         scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 16)
         scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
@@ -74,6 +84,16 @@ def _few_rows_kernel(
             dim_V11I += 32
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
             sum_VRC1 += tl.sum(_half(now_V1CI, 1) * x_VR1I, axis=3, keep_dims=True) * upper_V1C1.to(tl.float32)
+        elif KIND == "int4_zeros":
+            word_V1C1, then_V111 = scale_ahead_V1C1, then + lane_V111
+            scale_ahead_V1C1 = tl.load(scales_11C1 + then_V111 // 64, mask=is_output_11C1 & (then_V111 < stride), other=0)
+            zero_V1C1, dim_V11I = zero_of(word_V1C1), (start + place_V11I) // 32 * 64 + (start + place_V11I) % 32
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
+            here_VRC1 = tl.sum(_half_less(now_V1CI, 0, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
+            dim_V11I += 32
+            x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
+            here_VRC1 += tl.sum(_half_less(now_V1CI, 1, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
+            sum_VRC1 += here_VRC1 * scale_of(word_V1C1)
         else:
             dim_V11I = start + place_V11I
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)

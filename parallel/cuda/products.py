@@ -6,10 +6,12 @@ R rows of a tile, O outputs of it, D input features at a time, B bytes of int4 n
 import triton
 import triton.language as tl
 
+from parallel.cuda.zeros import ZEROS_GROUP, scale_of, zero_of
+
 INT4_GROUP = tl.constexpr(32)
-"""Input features that share a scale; see `parallel.scale_groups.GROUP`."""
-DEPTH = {"plain": 64, "int8": 128, "int4": 64, "fp8": 128}
-"""Input features that a program multiplies at a time. int8: those of one scale; int4: of two."""
+"""Input features that share a scale; see `parallel.scale_groups.GROUP`. With zeros, as many lie in the lower halves of as many bytes."""
+DEPTH = {"plain": 64, "int8": 128, "int4": 64, "int4_zeros": 64, "fp8": 128}
+"""Input features that a program multiplies at a time. int8: those of one scale; int4: of two; with zeros: half of one."""
 FP8_SUMMED = tl.constexpr(128)
 """Products that Hopper's matrix units may add up by themselves, which they do in 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 Left to itself Triton has them add up all: of 30,000 input features, some hundredths of the result are lost."""
@@ -49,6 +51,18 @@ def product_tile(
                 number_BO = ((pairs_BO >> 4 * half) & 15) - 8
                 scale_O = tl.load(scales_O + start // INT4_GROUP + half, mask=mask_O, other=0.0).to(tl.float32)
                 sum_RO += tl.dot(x_RB, number_BO.to(x_RB.dtype), input_precision=PRECISION) * scale_O[None, :]
+    elif KIND == "int4_zeros":
+        bytes_B = tl.arange(0, INT4_GROUP)
+        numbers_O = numbers + column_O * (filled_size // 2)
+        words_O = scales + column_O * (filled_size // ZEROS_GROUP)
+        for start in range(0, filled_size, 2 * INT4_GROUP):
+            word_O = tl.load(words_O + start // ZEROS_GROUP, mask=mask_O, other=0)
+            pairs_BO = tl.load(numbers_O[None, :] + start // 2 + bytes_B[:, None], mask=mask_O[None, :], other=0).to(tl.int32)
+            for half in tl.static_range(2):
+                dims_B = start + half * INT4_GROUP + bytes_B
+                x_RB = tl.load(x_R[:, None] + dims_B[None, :], mask=real_R[:, None] & (dims_B < in_size)[None, :], other=0.0)
+                number_BO = ((pairs_BO >> 4 * half) & 15) - zero_of(word_O)[None, :]
+                sum_RO += tl.dot(x_RB, number_BO.to(x_RB.dtype), input_precision=PRECISION) * scale_of(word_O)[None, :]
     else:
         numbers_O = numbers + column_O * filled_size
         for start in range(0, filled_size, DEPTH):

@@ -15,6 +15,7 @@ from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
 from parallel.cuda.swapped import INT8_GROUP, SWAPPED_DEPTH, sum_kernel, swapped_kernel
 from parallel.cuda.tiles import Tile, candidates_for, rows_cut_alike, rows_in_words, tiles_of
+from parallel.cuda.zeros import ZEROS_GROUP, scale_of, zero_of
 from parallel.rounding import FP8, FP8_MOST
 from parallel.scaled_format import Kind, kind_of
 from parallel.weight_format import MOST_FEW_ROWS
@@ -99,6 +100,13 @@ def _unpack_kernel(numbers, scales, out, first, in_size, row_size, num_groups, K
         number_B = number_B.to(tl.int32)
         low_B = ((number_B & 15) - 8).to(tl.float32) * tl.load(scales + group_B, mask=mask_B, other=0.0).to(tl.float32)
         high_B = ((number_B >> 4) - 8).to(tl.float32) * tl.load(scales + group_B + 1, mask=mask_B, other=0.0).to(tl.float32)
+        tl.store(out + dims_B, low_B.to(out.dtype.element_ty), mask=dims_B < in_size)
+        tl.store(out + dims_B + INT4_GROUP, high_B.to(out.dtype.element_ty), mask=dims_B + INT4_GROUP < in_size)
+    elif KIND == "int4_zeros":
+        dims_B = places_B // INT4_GROUP * (2 * INT4_GROUP) + places_B % INT4_GROUP
+        word_B, number_B = tl.load(scales + dims_B // ZEROS_GROUP, mask=mask_B, other=0), number_B.to(tl.int32)
+        low_B = ((number_B & 15) - zero_of(word_B)).to(tl.float32) * scale_of(word_B)
+        high_B = ((number_B >> 4) - zero_of(word_B)).to(tl.float32) * scale_of(word_B)
         tl.store(out + dims_B, low_B.to(out.dtype.element_ty), mask=dims_B < in_size)
         tl.store(out + dims_B + INT4_GROUP, high_B.to(out.dtype.element_ty), mask=dims_B + INT4_GROUP < in_size)
     else:
@@ -233,4 +241,4 @@ def unpack_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> Tenso
 def filled_size(tensors: Mapping[str, Tensor]) -> int:
     """Input features of the matrix with the zeros at their end."""
     width = tensors["numbers"].shape[1]
-    return 2 * width if kind_of(tensors) == "int4" else width
+    return 2 * width if tensors["numbers"].dtype == torch.uint8 else width

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from parallel.cuda.products import FP8_SUMMED, INT4_GROUP, tile_of
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.zeros import scale_of, zero_of
 
 INT8_GROUP = tl.constexpr(128)
 SWAPPED_DEPTH = 128
@@ -69,6 +70,34 @@ def _of_int4(pairs_OB, FAST: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def _of_int4_with_zeros(pairs_OB, word_O, FAST: tl.constexpr, dtype: tl.constexpr):
+    """As `_of_int4`, but less the zero of its output: -128 less a zero is the sum of 0xC300 and the zero."""
+    if FAST:
+        less_OB = tl.broadcast_to(((0xC300 + zero_of(word_O)) * 0x00010001)[:, None], pairs_OB.shape)
+        low0_OB, low1_OB, high0_OB, high1_OB = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, one;
+            cvt.u32.u16 low, $4;
+            mov.b32 one, 0x3F803F80;
+            prmt.b32 low, low, 0, 0x4140;
+            shr.u32 high, low, 4;
+            lop3.b32 low, low, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 high, high, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 low, low, one, $5;
+            fma.rn.bf16x2 high, high, one, $5;
+            mov.b32 {$0, $1}, low;
+            mov.b32 {$2, $3}, high;
+            }""",
+            "=h,=h,=h,=h,h,r", [pairs_OB, less_OB], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        wide_OB, zero_O1 = pairs_OB.to(tl.int32), zero_of(word_O)[:, None]
+        low0_OB, high0_OB = ((wide_OB & 15) - zero_O1).to(dtype), ((wide_OB >> 4 & 15) - zero_O1).to(dtype)
+        low1_OB, high1_OB = ((wide_OB >> 8 & 15) - zero_O1).to(dtype), ((wide_OB >> 12 & 15) - zero_O1).to(dtype)
+    return _side_by_side(low0_OB, low1_OB), _side_by_side(high0_OB, high1_OB)
+
+
+@triton.jit
 def _side_by_side(first_OB, second_OB):
     """(O, 2 B): a thread has both, and nothing moves."""
     return tl.reshape(tl.join(first_OB, second_OB), (first_OB.shape[0], 2 * first_OB.shape[1]))
@@ -85,6 +114,34 @@ def _scales_at(scales_O, mask_O, group, num_groups):
     return tl.load(scales_O + group, mask=mask_O & (group < num_groups), other=0.0)
 
 
+@triton.jit
+def _sum_with_zeros(
+    x_R, numbers_O, words_O, real_R, mask_O, in_size, num_groups, part, num_parts,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(O, R) in float32 of a part of the groups of 128, each of which has a zero."""
+    sum_OR = tl.zeros([COLUMNS, ROWS], tl.float32)
+    places_B, dims_B = tl.arange(0, INT4_GROUP // 2), tl.arange(0, INT4_GROUP)
+    per_part = tl.cdiv(num_groups, num_parts)
+    first = part * per_part
+    for group in range(first, tl.minimum(first + per_part, num_groups)):
+        word_O = tl.load(words_O + group, mask=mask_O, other=0)  # four bytes: a pipeline takes them ahead
+        pairs0_OB = tl.load(numbers_O[:, None] + (group * 32 + places_B)[None, :], mask=mask_O[:, None], other=0)
+        pairs1_OB = tl.load(numbers_O[:, None] + (group * 32 + 16 + places_B)[None, :], mask=mask_O[:, None], other=0)
+        x0_BR = _rows_at(x_R, real_R, group * 128 + dims_B, in_size)
+        x1_BR = _rows_at(x_R, real_R, group * 128 + 32 + dims_B, in_size)
+        x2_BR = _rows_at(x_R, real_R, group * 128 + 64 + dims_B, in_size)
+        x3_BR = _rows_at(x_R, real_R, group * 128 + 96 + dims_B, in_size)
+        number0_OB, number1_OB = _of_int4_with_zeros(pairs0_OB, word_O, FAST, x_R.dtype.element_ty)
+        number2_OB, number3_OB = _of_int4_with_zeros(pairs1_OB, word_O, FAST, x_R.dtype.element_ty)
+        product_OR = tl.dot(number0_OB, x0_BR, input_precision=PRECISION)
+        product_OR = tl.dot(number1_OB, x1_BR, acc=product_OR, input_precision=PRECISION)
+        product_OR = tl.dot(number2_OB, x2_BR, acc=product_OR, input_precision=PRECISION)
+        product_OR = tl.dot(number3_OB, x3_BR, acc=product_OR, input_precision=PRECISION)
+        sum_OR += product_OR * scale_of(word_O)[:, None]
+    return sum_OR
+
+
 @quick
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "has_bias", "num_parts"])  # else a step of other rows may wait for a compiler
 def swapped_kernel(
@@ -99,7 +156,12 @@ def swapped_kernel(
     real_R, mask_O = row_R < num_rows, columns_O < out_size
     x_R, numbers_O = x + row_R * in_size, numbers + columns_O.to(tl.int64) * row_size
     sum_OR = tl.zeros([COLUMNS, ROWS], tl.float32)
-    if KIND == "int4":
+    if KIND == "int4_zeros":
+        words_O = scales + columns_O.to(tl.int64) * num_groups
+        sum_OR = _sum_with_zeros(
+            x_R, numbers_O, words_O, real_R, mask_O, in_size, num_groups, part, num_parts, ROWS, COLUMNS, FAST, PRECISION
+        )
+    elif KIND == "int4":
         words_B, bytes_B = tl.arange(0, INT4_GROUP // 2), tl.arange(0, INT4_GROUP)
         scales_O = scales + columns_O.to(tl.int64) * num_groups
         num_steps = tl.cdiv(row_size, INT4_PAIRS * INT4_GROUP // 2)

@@ -41,9 +41,15 @@ class Tile:
 
 
 LIBRARY = Tile(0, 0, way="library")
-STAGES = {"int8": {16: 3, 32: 4, 64: 3, 128: 4}, "int4": {16: 3, 32: 4, 64: 3}, "fp8": {16: 6, 32: 4, 64: 4, 128: 4}}
+_INT4_STAGES = {16: 3, 32: 4, 64: 3}
+STAGES = {
+    "int8": {16: 3, 32: 4, 64: 3, 128: 4},
+    "int4": _INT4_STAGES,
+    "int4_zeros": _INT4_STAGES,
+    "fp8": {16: 6, 32: 4, 64: 4, 128: 4},
+}
 """Of `parallel.cuda.swapped` with so many rows: what won on an H200, always with 64 outputs and four warps, of two to six cuts each. With
-more rows than those cuBLAS won."""
+more rows than those cuBLAS won. With zeros none was measured yet: as without."""
 PARTS = (2, 1, 4, 8)
 BESIDE = {16: Tile(16, 64), 32: Tile(16, 64), 64: Tile(64, 64), 128: Tile(64, 64)}
 """By `parallel.cuda.products`, for devices that are no H200: there they won nowhere."""

@@ -28,7 +28,7 @@ HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-KINDS = ("bf16", "fp32", "int8", "int4")
+KINDS = ("bf16", "fp32", "int8", "int4", "int4_zeros")
 VARIANTS = {
     "avx512_bf16": (*AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512_vnni": (*AVX512, "-mavx512vnni"),
@@ -36,7 +36,8 @@ VARIANTS = {
     "avx2": AVX2,
 }
 """Best first, with what tells the compiler."""
-DOTS = {"avx512_bf16": ("bf16_dot", "int8_dot", "int4_dot"), "avx512_vnni": ("int8_dot", "int4_dot")}
+_INTEGER_DOTS = ("int8_dot", "int4_dot", "int4_zeros_dot")
+DOTS = {"avx512_bf16": ("bf16_dot", *_INTEGER_DOTS), "avx512_vnni": _INTEGER_DOTS}
 """Further kinds of variants: rows are rounded as well, as the processor multiplies two or four such numbers at a time."""
 
 

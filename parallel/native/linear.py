@@ -10,26 +10,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from parallel import zeros
 from parallel.arena import Arena
 from parallel.native.library import Native, native, num_threads
 from parallel.rounding import LEVELS, round_rows, round_to_groups, turned, turned_back
 from parallel.scale_groups import GROUP, ROW_GROUP
 
-Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"]
+Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros", "int4_zeros_dot"]
 """``bf16`` is multiplied in float32, ``int8`` and ``int4`` by rows as 16-bit integers with a scale to a group as the weights, which is as
 exact. With ``_dot`` rows are rounded to bfloat16, or to 8-bit integers with a scale to `ROW_GROUP` features, where the processor has such a
-product. ``int8_dot`` holds groups turned (`parallel.rounding.turned`)."""
-SHIFTS = {"int4": [4 * (k // 2) + 16 * (k % 2) for k in range(8)], "int4_dot": [8 * (k % 4) + 4 * (k // 4) for k in range(8)]}
+product. ``int8_dot`` holds groups turned (`parallel.rounding.turned`). Groups of ``int4_zeros`` have a zero each (`parallel.zeros`)."""
+ZEROS: tuple[Kind, ...] = ("int4_zeros", "int4_zeros_dot")
+_SHIFTS = [4 * (k // 2) + 16 * (k % 2) for k in range(8)]
+_DOT_SHIFTS = [8 * (k % 4) + 4 * (k // 4) for k in range(8)]
+SHIFTS: dict[Kind, list[int]] = {"int4": _SHIFTS, "int4_dot": _DOT_SHIFTS, "int4_zeros": _SHIFTS, "int4_zeros_dot": _DOT_SHIFTS}
 """Where in 32 bits eight neighbouring input features lie."""
 _HELD: dict[Kind, tuple[torch.dtype, int]] = {
     "bf16": (torch.bfloat16, 1), "bf16_dot": (torch.bfloat16, 2), "fp32": (torch.float32, 1), "int8": (torch.int8, 2),
-    "int8_dot": (torch.uint8, 4), "int4": (torch.int32, 8), "int4_dot": (torch.int32, 8),
+    "int8_dot": (torch.uint8, 4), **dict.fromkeys(SHIFTS, (torch.int32, 8)),
 }  # fmt: skip
 """What `Packed.numbers` are, and how many input features lie together in an output's place."""
 _ARENA = Arena()
 PIECE_BYTES = 8 * 2**20
 """Packed at once, of a matrix in float32, or one panel if that is more: rounding holds some five times as much beside it."""
-assert GROUP == {"int8": ROW_GROUP, "int4": ROW_GROUP // 4}, "the kernels of int8_dot and int4_dot rely on it, see csrc/integers.h"
+assert GROUP == {"int8": ROW_GROUP, "int4": ROW_GROUP // 4, "int4_zeros": ROW_GROUP}, "kernels rely on it, see csrc/integers.h"
 
 MakeRoom = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Where a matrix comes to lie: see `parallel.arena.Arena.room`."""
@@ -42,9 +46,9 @@ class Packed:
     kind: Kind
     numbers: Tensor
     """bf16, fp32: (panels, K, panel); bf16_dot and int8: (panels, padded K / 2, panel, 2); int8_dot: (panels, padded K / 4, panel, 4)
-    uint8; int4, int4_dot: (panels, padded K / 8, panel) int32"""
+    uint8; int4 and the like: (panels, padded K / 8, panel) int32"""
     scales: Tensor | None
-    """(panels, groups, panel) float16"""
+    """(panels, groups, panel) float16; with zeros int32, see `parallel.zeros`"""
     num_outputs: int
 
     @property
@@ -76,7 +80,10 @@ def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, room: Ma
     scales = None
     if bits is not None:
         num_groups = -(-num_inputs // GROUP[bits])
-        num_inputs, scales = num_groups * GROUP[bits], room((num_panels, num_groups, panel), torch.float16)
+        num_inputs, scales = (
+            num_groups * GROUP[bits],
+            room((num_panels, num_groups, panel), torch.int32 if kind in ZEROS else torch.float16),
+        )
     many = (together,) if together > 1 and kind not in SHIFTS else ()
     numbers = room((num_panels, -(-num_inputs // together), panel, *many), dtype)
     if num_outputs % panel:
@@ -160,9 +167,14 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
     if packed.kind == "int8_dot":
         numbers_TX = numbers_TX.int() - 128
     if packed.kind in SHIFTS:
-        numbers_TX = (numbers_TX.unsqueeze(-1) >> torch.tensor(SHIFTS[packed.kind], dtype=torch.int32) & 15) - 8
-    numbers = numbers_TX.flatten(1).float().unflatten(1, (-1, packed.group))
-    rows_TGC: Tensor = numbers * packed.scales[panels_T, :, places_T].float().unsqueeze(-1)
+        numbers_TX = numbers_TX.unsqueeze(-1) >> torch.tensor(SHIFTS[packed.kind], dtype=torch.int32) & 15
+    numbers_TGC, scales_TG = numbers_TX.flatten(1).unflatten(1, (-1, packed.group)), packed.scales[panels_T, :, places_T]
+    if packed.kind in ZEROS:
+        scales_TG, zeros_TG = zeros.scales_and_zeros(scales_TG)
+        numbers_TGC = numbers_TGC - zeros_TG.unsqueeze(-1)
+    elif packed.kind in SHIFTS:
+        numbers_TGC = numbers_TGC - 8
+    rows_TGC: Tensor = numbers_TGC.float() * scales_TG.float().unsqueeze(-1)
     return (turn(rows_TGC, back=True) if packed.kind == "int8_dot" else rows_TGC).flatten(1)
 
 
@@ -196,7 +208,7 @@ def rounded(kind: Kind, x_TK: Tensor) -> Tensor:
             return x_TK.bfloat16().float()
         case "int8_dot":
             return round_rows(x_TK, ROW_GROUP, turn=True)
-        case "int4_dot":
+        case "int4_dot" | "int4_zeros_dot":
             return round_rows(x_TK, ROW_GROUP, turn=False)
     return x_TK.float()
 
@@ -228,8 +240,10 @@ def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | Non
     return y_TN
 
 
-def _bits(kind: Kind) -> Literal["int8", "int4"] | None:
+def _bits(kind: Kind) -> Literal["int8", "int4", "int4_zeros"] | None:
     """To what a kind rounds weights."""
+    if kind in ZEROS:
+        return "int4_zeros"
     return "int8" if kind in ("int8", "int8_dot") else "int4" if kind in SHIFTS else None
 
 
@@ -293,11 +307,16 @@ def _round_into(packed: Packed, panels: Tensor) -> None:
     assert bits is not None
     assert packed.scales is not None
     grouped = panels.unflatten(2, (-1, packed.group))
-    numbers, scales = round_to_groups(turn(grouped) if packed.kind == "int8_dot" else grouped, LEVELS[bits])
+    if bits == "int4_zeros":
+        numbers, scales = zeros.round_to_groups(grouped)
+    else:
+        numbers, scales = round_to_groups(turn(grouped) if packed.kind == "int8_dot" else grouped, LEVELS[bits])
     numbers = numbers.flatten(2).unflatten(2, (-1, _HELD[packed.kind][1])).transpose(1, 2)
     if packed.kind == "int8_dot":
         numbers = numbers.to(torch.int16) + 128
     if packed.kind in SHIFTS:
-        numbers = ((numbers.int() + 8) << torch.tensor(SHIFTS[packed.kind], dtype=torch.int32)).sum(-1, dtype=torch.int32)
+        numbers = ((numbers.int() + (0 if packed.kind in ZEROS else 8)) << torch.tensor(SHIFTS[packed.kind], dtype=torch.int32)).sum(
+            -1, dtype=torch.int32
+        )
     packed.numbers.copy_(numbers)
     packed.scales.copy_(scales.transpose(1, 2))

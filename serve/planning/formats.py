@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engine.run.settings import QuantizeName
+from model.quantisation import HeldAs
 from parallel.axes import Share
 from parallel.scale_groups import FILLED_TO, GROUP
 
@@ -27,6 +28,8 @@ class Format:
     """Such numbers: a rank counts groups from its own first feature, and fills its features up with zeros to a multiple of so many."""
     table: "Format | None" = None
     """Of embedding and head. None: bfloat16."""
+    where_cut: "Format | None" = None
+    """In what ranks hold it that cut within its groups. None: in this too."""
     multiplies_fp8: bool = False
     """Whether the matrix units multiply in fp8; else weights are widened to bfloat16 first."""
 
@@ -60,6 +63,15 @@ INT4 = Format(name="int4", bits=4, group=GROUP["int4"], scale_bits=16, quantize=
 STORED_FP8 = Format(name="fp8 as stored", bits=8, scale_bits=32, multiplies_fp8=True)
 STORED_INT8 = dataclasses.replace(_INT8_MATRIX, name="int8 of a quantised checkpoint", quantize=None)
 STORED_INT4 = dataclasses.replace(INT4, name="int4 of a quantised checkpoint", quantize=None, table=None)
+STORED_INT4_ZEROS = Format(
+    name="int4 with zeros of a quantised checkpoint",
+    bits=4,
+    group=GROUP["int4_zeros"],
+    scale_bits=32,
+    filled_to=FILLED_TO["int4_zeros"],
+    where_cut=STORED_INT8,
+)
+STORED_QUANTISED: dict[HeldAs, Format] = {"int8": STORED_INT8, "int4": STORED_INT4, "int4_zeros": STORED_INT4_ZEROS}
 """How matrices that GPTQ or AWQ stored are held, see `model.quantisation.Quantisation.held_as`. Embedding and head are stored plainly."""
 
 FORMATS = {format.name: format for format in (BF16, FP8, INT8, INT4)}

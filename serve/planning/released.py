@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16, STORED_INT4, STORED_INT8, Format
+from serve.planning.formats import BF16, STORED_INT4, STORED_INT4_ZEROS, STORED_INT8, Format
 from serve.planning.shape import ModelShape, MoeShape, shape_of_checkpoint
 
 BASE_CONTEXT, INSTRUCT_CONTEXT, MATH_CONTEXT = 131_072, 32_768, 4_096
@@ -67,7 +67,7 @@ NAME = re.compile(
     r"(?:hf://|modelscope://)?(?:Qwen/)?(?P<family>Qwen2(?:\.5(?:-Coder|-Math)?)?)-"
     r"(?P<size>[\w.-]+?)(?P<instruct>-Instruct)?(?P<format>-GPTQ-Int4|-GPTQ-Int8|-AWQ)?"
 )
-STORED: dict[str | None, Format] = {None: BF16, "-GPTQ-Int4": STORED_INT4, "-AWQ": STORED_INT8, "-GPTQ-Int8": STORED_INT8}
+STORED: dict[str | None, Format] = {None: BF16, "-GPTQ-Int4": STORED_INT4, "-AWQ": STORED_INT4_ZEROS, "-GPTQ-Int8": STORED_INT8}
 
 
 def released_names() -> Iterator[str]:

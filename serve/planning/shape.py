@@ -11,7 +11,7 @@ from typing import Any
 
 from model.quantisation import InvalidQuantisation, Quantisation, UnsupportedQuantisation
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT8, Format
+from serve.planning.formats import BF16, STORED_FP8, STORED_QUANTISED, Format
 
 DENSE, MOE = "Qwen2ForCausalLM", "Qwen2MoeForCausalLM"
 
@@ -145,10 +145,10 @@ def _format(raw: Mapping[str, Any]) -> Format:
     if described.get("quant_method") == "fp8":
         return STORED_FP8
     try:
-        held_as = Quantisation.from_dict(described).held_as
+        quantisation = Quantisation.from_dict(described)
     except (InvalidQuantisation, UnsupportedQuantisation) as error:
         raise PlanError(f"quantization_config: {error}; plan from the plain checkpoint, with --dtype") from error
-    return STORED_INT4 if held_as == "int4" else STORED_INT8
+    return STORED_QUANTISED[quantisation.held_as()]
 
 
 def _positive(raw: Mapping[str, Any], field: str) -> int:

@@ -51,10 +51,12 @@ def test_int4_leaves_embedding_and_head_in_int8() -> None:
 
 
 def test_beside_quantised_weights_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("int8", "int4", "int8_dot", "int4_dot")))
+    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("int8", "int4", "int8_dot", "int4_dot", "int4_zeros_dot")))
     int8, int4 = PackedFormat("int8_dot", FLOAT), PackedFormat("int4_dot", FLOAT)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True) == Formats(int8, int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True) == Formats(int4, int8)
+    zeros = choose_formats(CPU, FLOAT, [FLOAT], "int4_zeros", rounds_activations=True)
+    assert zeros == Formats(PackedFormat("int4_zeros_dot", FLOAT), int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8").matrices == PackedFormat("int8", FLOAT)
     monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("int8", "int4")))
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True).matrices == PackedFormat("int8", FLOAT)
@@ -87,8 +89,8 @@ def test_fp8_is_for_devices_that_multiply_it(monkeypatch: pytest.MonkeyPatch) ->
         choose_formats(CPU, BF16, [BF16], "fp8")
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_gpu_rounds_as_a_cpu_does(kind: Literal["int8", "int4"]) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4_zeros"])
+def test_a_gpu_rounds_as_a_cpu_does(kind: Literal["int8", "int4", "int4_zeros"]) -> None:
     weight = torch.randn(70, 200, generator=torch.Generator().manual_seed(2))
     everything = torch.arange(70)
     on_gpu, on_cpu = ScaledFormat(kind, FLOAT), PackedFormat(kind, FLOAT)
@@ -102,8 +104,8 @@ def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.
 
 
 FORMATS: list[WeightFormat] = [
-    *(PackedFormat(kind, FLOAT) for kind in ("bf16", "bf16_dot", "int8", "int8_dot", "int4", "int4_dot")),
-    *(ScaledFormat(kind, FLOAT) for kind in ("int8", "int4")),
+    *(PackedFormat(kind, FLOAT) for kind in ("bf16", "bf16_dot", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros", "int4_zeros_dot")),
+    *(ScaledFormat(kind, FLOAT) for kind in ("int8", "int4", "int4_zeros")),
     OneDnnFormat(FLOAT),
 ]
 

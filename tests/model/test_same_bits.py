@@ -22,7 +22,10 @@ FORMATS = {
     "int8, rounded activations": PackedFormat("int8_dot", torch.float32),
     "int4": PackedFormat("int4", torch.float32),
     "int4, rounded activations": PackedFormat("int4_dot", torch.float32),
+    "int4 with zeros": PackedFormat("int4_zeros", torch.float32),
+    "int4 with zeros, rounded activations": PackedFormat("int4_zeros_dot", torch.float32),
 }
+CASES = [pytest.param(format, id=name, marks=pytest.mark.slow if "zeros" in name else ()) for name, format in FORMATS.items()]
 
 
 def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | None = None) -> Tensor:
@@ -35,7 +38,7 @@ def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | 
     return torch.cat(sequence.logits)
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("format", CASES)
 @pytest.mark.parametrize("write", [write_dense, write_moe])
 def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
     tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat
@@ -51,7 +54,7 @@ def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
     assert torch.equal(decoded(driver, tokens, 10, company), undisturbed)
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("format", CASES)
 @pytest.mark.parametrize("write", [write_dense, write_moe])
 @pytest.mark.parametrize("at_once", [True, False])
 @torch.no_grad()

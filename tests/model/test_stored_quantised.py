@@ -32,6 +32,7 @@ from tests.ranks import run_ranks
 BY_OTHERS = Path(__file__).with_name("quantised_by_others.safetensors")
 FLOAT = torch.float32
 ACT_ORDER = GPTQ | {"desc_act": True, "sym": False}
+ASYMMETRIC = GPTQ | {"sym": False, "group_size": 128}
 V2 = GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}
 
 
@@ -113,11 +114,13 @@ def test_a_plain_model_of_it_answers_as_that_of_the_decoded_weights(
         ("grouped", GPTQ | {"group_size": -1}, PackedFormat("int8", FLOAT), Topology()),
         ("grouped", GPTQ_INT8, PackedFormat("int8", FLOAT), Topology(tp=3)),
         ("grouped", GPTQ_INT8, ScaledFormat("int8", FLOAT), Topology()),
-        ("grouped", AWQ, PackedFormat("int8", FLOAT), Topology(tp=2)),
-        ("grouped", AWQ, ScaledFormat("int8", FLOAT), Topology(tp=2)),
+        ("grouped", AWQ, PackedFormat("int8", FLOAT), Topology()),
+        ("grouped", AWQ, PackedFormat("int4_zeros", FLOAT), Topology(tp=2)),
+        ("grouped", AWQ, ScaledFormat("int4_zeros", FLOAT), Topology(tp=2)),
+        ("grouped", ASYMMETRIC, PackedFormat("int4_zeros", FLOAT), Topology()),
         ("grouped_moe", GPTQ, PackedFormat("int4", FLOAT), Topology()),
         ("grouped_moe", GPTQ, PackedFormat("int4", FLOAT), Topology(tp=2, ep=2)),
-        ("grouped_moe", AWQ, PackedFormat("int8", FLOAT), Topology(tp=2, ep=2)),
+        ("grouped_moe", AWQ, PackedFormat("int4_zeros", FLOAT), Topology(tp=2, ep=2)),
     ],
     ids=str,
 )
@@ -132,7 +135,17 @@ def test_held_in_few_bits_nothing_is_lost(
     assert torch.allclose(found, wanted, rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize(("config", "kind"), [(GPTQ, "int4"), (GPTQ | {"group_size": 128}, "int4"), (GPTQ_INT8, "int8"), (AWQ, "int8")])
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (GPTQ, "int4"),
+        (GPTQ | {"group_size": 128}, "int4"),
+        (GPTQ_INT8, "int8"),
+        (AWQ, "int8"),
+        (AWQ, "int4_zeros"),
+        (ASYMMETRIC, "int4_zeros"),
+    ],
+)
 def test_every_weight_is_held_as_it_was_stored(config: dict[str, Any], kind: Any) -> None:
     torch.manual_seed(1)
     _, decoded = quantise(torch.randn(200, 384) * 0.05, config)
@@ -159,10 +172,14 @@ def test_groups_that_cross_each_other_lose_a_little(folders: Callable[..., tuple
         (GPTQ | {"group_size": -1}, None, "int4"),
         (GPTQ | {"group_size": 48}, None, "int8"),
         (GPTQ | {"sym": False}, None, "int8"),
+        (ASYMMETRIC, None, "int4_zeros"),
         (GPTQ | {"desc_act": True}, None, "int8"),
         (GPTQ_INT8, None, "int8"),
-        (AWQ, None, "int8"),
+        (AWQ, None, "int4_zeros"),
+        (AWQ | {"group_size": 128}, None, "int4_zeros"),
+        (AWQ | {"group_size": 64}, None, "int8"),
         (AWQ, "int4", "int4"),
+        (AWQ, "int8", "int8"),
         (GPTQ, "int8", "int8"),
     ],
 )
@@ -177,6 +194,28 @@ def test_they_are_held_in_the_fewest_bits_that_lose_nothing_unless_told_otherwis
         of_plain = formats_of(checkpoint, ModelConfig.from_checkpoint(plain), runner_config, FLOAT, CPU)
     assert formats.matrices == PackedFormat(kind, FLOAT)
     assert formats.table == of_plain.table
+
+
+def test_with_zeros_they_are_held_in_four_bits_only_where_ranks_cut_between_groups(folders: Callable[..., tuple[Path, Path]]) -> None:
+    stored, _ = folders("grouped", AWQ | {"group_size": 128})
+    model_config = ModelConfig.from_checkpoint(stored)
+    with Checkpoint(stored) as checkpoint:
+        for topology, kind in ((Topology(pp=2), "int4_zeros"), (Topology(tp=2), "int8")):  # 192 features in two
+            formats = formats_of(checkpoint, model_config, RunnerConfig(dtype="float32"), FLOAT, CPU, topology=topology)
+            assert isinstance(formats.matrices, PackedFormat)
+            assert formats.matrices.kind == kind
+
+
+def test_beside_a_plain_matrix_of_a_layer_none_is_held_in_four_bits(folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    stored, plain = folders("grouped", AWQ)
+    tensors, name = load_file(stored / SINGLE_FILE), "model.layers.1.mlp.down_proj"
+    for part in ("qweight", "qzeros", "scales"):
+        del tensors[f"{name}.{part}"]
+    tensors[f"{name}.weight"] = load_file(plain / SINGLE_FILE)[f"{name}.weight"]
+    write_checkpoint(tmp_path, tensors, json.loads((stored / "config.json").read_text()))
+    with Checkpoint(tmp_path) as checkpoint:
+        formats = formats_of(checkpoint, ModelConfig.from_checkpoint(tmp_path), RunnerConfig(dtype="float32"), FLOAT, CPU)
+    assert formats.matrices == PackedFormat("int8", FLOAT)
 
 
 @pytest.mark.parametrize("config", [GPTQ, AWQ], ids=lambda config: str(config["quant_method"]))

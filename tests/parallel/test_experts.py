@@ -254,7 +254,7 @@ def test_in_half_precision_all_experts_are_one_call_too_and_only_their_sum_is_ro
     assert not torch.equal(found, layer.one_after_the_other(x, ids, chosen)), "which rounds between up, gate and down"
 
 
-@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros_dot"])
 def test_an_expert_from_a_host_with_another_processor_is_one_of_all(kind: Kind) -> None:
     library = native()
     if library is None or kind not in library.kinds:

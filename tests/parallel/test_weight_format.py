@@ -62,7 +62,7 @@ def test_nothing_is_passed_where_a_rank_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("stored", [MemoryTensor, ByInputs])
-@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros_dot"])
 def test_parts_fused_in_one_layer_come_piece_by_piece_as_at_once(kind: Kind, stored: type[MemoryTensor]) -> None:
     """One that ends within a panel of the packed matrix, one that begins there, and a part of the input features."""
     format, inputs = PackedFormat(kind, torch.bfloat16), Share(700, (range(128, 700),))

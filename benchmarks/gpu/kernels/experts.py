@@ -13,7 +13,7 @@ FP8_EXPERTS_MOST = 5e-2
 
 
 def experts(checks: Checks) -> None:
-    kinds: tuple[Kind | None, ...] = (None, "int8", "fp8") if checks.device.type == "cuda" else (None, "int8")
+    kinds: tuple[Kind | None, ...] = (None, "int8", "int4_zeros", "fp8") if checks.device.type == "cuda" else (None, "int8")
     for kind in kinds:
         _experts_of(checks, kind)
 

@@ -16,7 +16,7 @@ ROTATED_BYTES = 256 << 20
 def rounded(checks: Checks) -> None:
     from parallel.cuda.scaled import multiply
 
-    kinds: tuple[Kind, ...] = ("int8", "int4", "fp8") if checks.device.type == "cuda" else ("int8", "int4")
+    kinds: tuple[Kind, ...] = ("int8", "int4", "int4_zeros", "fp8") if checks.device.type == "cuda" else ("int8", "int4")
     for kind in kinds:  # (Triton's interpreter loses a carry in FP8)
         tensors = ScaledFormat(kind, torch.float32).prepare({"weight": checks.random(checks.sizes.inner, checks.sizes.width).float()})
         matrix = whole(tensors, checks.sizes.width)

@@ -14,20 +14,51 @@ template <class Number> struct QuantisedRow {
     const int32_t* starts;  // what the sum over each group of weights begins with: what is added to them while they are held, taken away again
 };
 
+// What is the same for a group's numbers of an output, of LANES outputs: a scale. What was added to the numbers while they are held is taken
+// away where a sum begins ...
+struct Scales {
+    using Stored = uint16_t;  // half precision
+    static constexpr int32_t OF_INT4 = 8;
+    Floats scale;
+
+    INLINED explicit Scales(const Stored* at) : scale(from_halves(at)) {}
+    static INLINE Words begin(int32_t start) { return all_words(start); }
+    INLINE Floats whole(Words sum, int32_t) const { return to_floats(sum); }
+    INLINE Floats taken_away(int32_t offset) const { return to_floats(all_words(offset)); }
+};
+
+// ... or is a zero of the group's own, and is taken away at its end. Both together lie in 32 bits, see parallel/zeros.py.
+struct ScalesAndZeros {
+    using Stored = uint32_t;
+    static constexpr int32_t OF_INT4 = 1;  // to be multiplied by the zero
+    Floats scale;
+    Words zero;
+
+    INLINED explicit ScalesAndZeros(const Stored* at) {
+        const Words word = load_words(at);
+        scale = from_low_halves(word);
+        zero = right<16>(word);
+    }
+    static INLINE Words begin(int32_t) { return no_words(); }
+    INLINE Floats whole(Words sum, int32_t start) const { return to_floats(add_words(sum, multiply_words(zero, all_words(start)))); }
+    INLINE Floats taken_away(int32_t) const { return to_floats(zero); }
+};
+
 // sums = begin + rows * weights in whole numbers, group by group; `products` adds those of one group to its sums.
-template <int R, int P, class Row, class Products>
-static INLINE void group_by_group(const Row* rows, const uint16_t* scales, long panel, long groups, long first, long last, Begin begin, float* sums,
+template <class Scales, int R, int P, class Row, class Products>
+static INLINE void group_by_group(const Row* rows, const typename Scales::Stored* scales, long panel, long groups, long first, long last, Begin begin, float* sums,
                                   long stride, Products products) {
     for (long g = first; g < last; ++g) {
         Words sum[R][P][2];
-        each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
+        each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = Scales::begin(rows[r].starts[g]); }); });
         products(g, sum);
         each<P>([&](auto p) INLINED {
             each<2>([&](auto h) INLINED {
-                Floats scale = from_halves(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
+                const Scales held(scales + ((panel + p) * groups + g) * PANEL + h * LANES);
                 each<R>([&](auto r) INLINED {
                     float* at = sums + r * stride + p * PANEL + h * LANES;
-                    store(at, multiply_add(to_floats(sum[r][p][h]), multiply(all(rows[r].scales[g]), scale), begin.load(r, p, h)));
+                    const Floats whole = held.whole(sum[r][p][h], rows[r].starts[g]);
+                    store(at, multiply_add(whole, multiply(all(rows[r].scales[g]), held.scale), begin.load(r, p, h)));
                 });
             });
         });
@@ -52,6 +83,7 @@ struct Int8 {
     const int8_t* weights;    // [panel][k / 2][output][2]
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
+    using Held = Scales;
     static constexpr long PARTS_BY_PANEL = 0;
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
@@ -60,7 +92,7 @@ struct Int8 {
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
-        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
+        group_by_group<Held, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 2)
                 each<P>([&](auto p) INLINED {
                     const int8_t* at = weights + ((panel + p) * K + k) * PANEL;
@@ -71,20 +103,21 @@ struct Int8 {
     }
 };
 
-struct Int4 {
-    const uint8_t* weights;  // [panel][k / 8][output] 32 bits: eight numbers + 8; bits 4s: k = 2s, bits 16 + 4s: k = 2s + 1
-    const uint16_t* scales;  // half precision, [panel][group][output]
+template <class Scales> struct Int4Of {
+    const uint8_t* weights;  // [panel][k / 8][output] 32 bits: eight numbers from 0 to 15; bits 4s: k = 2s, bits 16 + 4s: k = 2s + 1
+    const typename Scales::Stored* scales;  // [panel][group][output]
     long K, group;
+    using Held = Scales;
     static constexpr long PARTS_BY_PANEL = 0;
     using Number = int16_t;
     using Row = QuantisedRow<Number>;
-    static constexpr int32_t OFFSET = 8;
+    static constexpr int32_t OFFSET = Scales::OF_INT4;
     static constexpr int MOST = MOST_ROWS, OF_MANY = MOST;
     static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : 1; }
 
     template <int R, int P> void tile(const Row* rows, long panel, long k0, long k1, Begin begin, float* sums, long stride, long) const {
         const Words mask = all_words(0x000f000f);
-        group_by_group<R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
+        group_by_group<Held, R, P>(rows, scales, panel, K / group, k0 / group, k1 / group, begin, sums, stride, [&](long g, auto& sum) INLINED {
             for (long k = g * group; k < (g + 1) * group; k += 8)
                 each<P>([&](auto p) INLINED {
                     const uint8_t* at = weights + ((panel + p) * K + k) * (PANEL / 2);
@@ -98,6 +131,9 @@ struct Int4 {
         });
     }
 };
+
+using Int4 = Int4Of<Scales>;
+using Int4Zeros = Int4Of<ScalesAndZeros>;
 
 #if defined(__AVX512VNNI__)
 constexpr long ROW_GROUP = 128;  // numbers of a row that share a scale where they have 8 bits
@@ -117,6 +153,7 @@ struct Int8Dot {
     const uint8_t* weights;   // [panel][k / 4][output][4], each + 128
     const uint16_t* scales;   // half precision, [panel][group][output]
     long K, group;
+    using Held = Scales;
     static constexpr long PARTS_BY_PANEL = 12;
     using Number = int8_t;
     using Row = QuantisedRow<Number>;
@@ -144,7 +181,7 @@ struct Int8Dot {
         if constexpr (R > 1 && R * P <= OF_MANY)  // one row waits for memory, and was slower so
             group_by_group_held<R, P>(rows, panel, k0 / ROW_GROUP, k1 / ROW_GROUP, begin, sums, stride, products);
         else
-            group_by_group<R, P>(rows, scales, panel, K / ROW_GROUP, k0 / ROW_GROUP, k1 / ROW_GROUP, begin, sums, stride, products);
+            group_by_group<Held, R, P>(rows, scales, panel, K / ROW_GROUP, k0 / ROW_GROUP, k1 / ROW_GROUP, begin, sums, stride, products);
     }
 
 private:
@@ -173,14 +210,15 @@ private:
     }
 };
 
-struct Int4Dot {
-    const uint8_t* weights;  // [panel][k / 8][output] four bytes: numbers k + i + 8 in the lower halves, k + 4 + i + 8 in the upper ones
-    const uint16_t* scales;  // half precision, [panel][group][output]
-    long K, group;
+template <class Scales, long GROUP> struct Int4DotOf {
+    const uint8_t* weights;  // [panel][k / 8][output] four bytes: numbers k + i, from 0 to 15, in the lower halves, k + 4 + i in the upper ones
+    const typename Scales::Stored* scales;  // [panel][group][output]
+    long K, group;  // GROUP: asserted where weights are packed
+    using Held = Scales;
     static constexpr long PARTS_BY_PANEL = 12;
     using Number = int8_t;
     using Row = QuantisedRow<Number>;  // with a scale for ROW_GROUP numbers
-    static constexpr int32_t OFFSET = 8;
+    static constexpr int32_t OFFSET = Scales::OF_INT4;
     static constexpr int MOST = 8, OF_MANY = MOST;  // rows, by registers: two of whole numbers and two of their scaled sums for each
     static constexpr int panels_at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
@@ -192,7 +230,7 @@ struct Int4Dot {
         Floats total[R][P][2];
         const auto add_group = [&](long g, auto is_first) INLINED {
             Words sum[R][P][2];
-            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = all_words(rows[r].starts[g]); }); });
+            each<R>([&](auto r) INLINED { each<P>([&](auto p) INLINED { sum[r][p][0] = sum[r][p][1] = Scales::begin(rows[r].starts[g]); }); });
             for (long k = g * group; k < (g + 1) * group; k += 8)
                 each<2>([&](auto s) INLINED {
                     each<P>([&](auto p) INLINED {
@@ -205,10 +243,10 @@ struct Int4Dot {
                 });
             each<P>([&](auto p) INLINED {
                 each<2>([&](auto h) INLINED {
-                    const Floats scale = from_halves(scales + ((panel + p) * (K / group) + g) * PANEL + h * LANES);
+                    const Scales held(scales + ((panel + p) * (K / group) + g) * PANEL + h * LANES);
                     each<R>([&](auto r) INLINED {
-                        const Floats found = to_floats(sum[r][p][h]);
-                        total[r][p][h] = is_first ? multiply(found, scale) : multiply_add(found, scale, total[r][p][h]);
+                        const Floats found = held.whole(sum[r][p][h], rows[r].starts[g]);
+                        total[r][p][h] = is_first ? multiply(found, held.scale) : multiply_add(found, held.scale, total[r][p][h]);
                     });
                 });
             });
@@ -230,6 +268,9 @@ struct Int4Dot {
         }
     }
 };
+
+using Int4Dot = Int4DotOf<Scales, ROW_GROUP / 4>;
+using Int4ZerosDot = Int4DotOf<ScalesAndZeros, ROW_GROUP>;
 #endif
 
 constexpr long MOST_GROUP = PIECE;
@@ -365,9 +406,9 @@ public:
 };
 
 #if defined(__AVX512VNNI__)
-// Rows (count, K), rounded as they are: a scale for ROW_GROUP numbers, a start for each of the groups of 4-bit weights within them.
-class RowsByFours {
-    static constexpr long GROUP = ROW_GROUP / 4;
+// Rows (count, K), rounded as they are: a scale for ROW_GROUP numbers, a start for each group of 4-bit weights within them.
+template <long GROUP, int32_t OFFSET> class RowsOfInt4 {
+    static constexpr long GROUPS = ROW_GROUP / GROUP;
     Room<int8_t> numbers;
     Room<float> scales;
     Room<int32_t> starts;
@@ -376,10 +417,10 @@ class RowsByFours {
 public:
     std::vector<QuantisedRow<int8_t>> rows;
 
-    RowsByFours(long count, long, long padded, long)  // the group is GROUP: asserted where weights are packed
+    RowsOfInt4(long count, long, long padded, long)
         : numbers(count * filled(padded)), scales(count * (filled(padded) / ROW_GROUP)), starts(count * (filled(padded) / GROUP)),
           groups(filled(padded) / ROW_GROUP), rows(count) {
-        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * groups * ROW_GROUP], &scales[r * groups], &starts[r * groups * 4]};
+        for (long r = 0; r < count; ++r) rows[r] = {&numbers[r * groups * ROW_GROUP], &scales[r * groups], &starts[r * groups * GROUPS]};
     }
 
     void fill(long r, long first, const float* x, long width) {
@@ -389,7 +430,7 @@ public:
             group[i] = _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), x + i * LANES);
         });
         const long g = r * groups + first / ROW_GROUP;
-        quantise_registers<GROUP / LANES>(group, 1, Int4Dot::OFFSET, &numbers[g * ROW_GROUP], &scales[g], &starts[g * 4]);
+        quantise_registers<GROUP / LANES>(group, 1, OFFSET, &numbers[g * ROW_GROUP], &scales[g], &starts[g * GROUPS]);
     }
 
 private:

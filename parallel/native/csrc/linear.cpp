@@ -5,7 +5,9 @@
 
 // How a kind of weights is named from outside: two addresses and its sizes.
 template <class W> struct Weights {
-    static W make(const void* weights, const void* scales, long K, long group) { return {(const uint8_t*)weights, (const uint16_t*)scales, K, group}; }
+    static W make(const void* weights, const void* scales, long K, long group) {
+        return {(const uint8_t*)weights, (const typename W::Held::Stored*)scales, K, group};
+    }
 };
 template <> struct Weights<Bf16> {
     static Bf16 make(const void* weights, const void*, long K, long) { return {(const uint16_t*)weights, K}; }
@@ -36,8 +38,8 @@ template <> struct Rows<Bf16Dot> : Bf16Rows {
 #endif
 
 #if defined(__AVX512VNNI__)
-template <> struct Rows<Int4Dot> : RowsByFours {
-    using RowsByFours::RowsByFours;
+template <class Scales, long GROUP> struct Rows<Int4DotOf<Scales, GROUP>> : RowsOfInt4<GROUP, Scales::OF_INT4> {
+    using RowsOfInt4<GROUP, Scales::OF_INT4>::RowsOfInt4;
 };
 #endif
 
@@ -98,7 +100,7 @@ static void experts(const float* x, long num_rows, const int64_t* rows_of_x, con
     run_jobs(downs, threads);
 }
 
-// Number k of output `place` of a panel (weights of K padded inputs), before its scale.
+// Number k of output `place` of a panel (weights of K padded inputs) as it is held.
 static inline float number_of(const Bf16& w, long panel, long place, long k) {
     const uint32_t bits = uint32_t(w.weights[(panel * w.K + k) * PANEL + place % LANES * 2 + place / LANES]) << 16;
     float number;
@@ -118,19 +120,31 @@ static inline float number_of(const Int8& w, long panel, long place, long k) { r
 static inline int of_eight(const uint8_t* weights, long at, int bit) {
     uint32_t eight;
     memcpy(&eight, weights + at * 4, 4);
-    return int(eight >> bit & 15) - 8;
+    return int(eight >> bit & 15);
 }
-static inline float number_of(const Int4& w, long panel, long place, long k) {
+template <class Scales> static inline float number_of(const Int4Of<Scales>& w, long panel, long place, long k) {
     return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + place, k % 8 / 2 * 4 + k % 2 * 16);
 }
 #if defined(__AVX512VNNI__)
 static inline float number_of(const Int8Dot& w, long panel, long place, long k) {
-    return int(w.weights[(panel * w.K + k / 4 * 4) * PANEL + place * 4 + k % 4]) - 128;
+    return w.weights[(panel * w.K + k / 4 * 4) * PANEL + place * 4 + k % 4];
 }
-static inline float number_of(const Int4Dot& w, long panel, long place, long k) {
+template <class Scales, long GROUP> static inline float number_of(const Int4DotOf<Scales, GROUP>& w, long panel, long place, long k) {
     return of_eight(w.weights, (panel * w.K + k / 8 * 8) / 8 * PANEL + place, k % 4 * 8 + k % 8 / 4 * 4);
 }
 #endif
+
+// What numbers of such a row stand for.
+template <class W> static auto scale(const W& w, long panel, long place, float* row, int) -> decltype(w.scales, void()) {
+    for (long g = 0; g < w.K / w.group; ++g) {
+        const typename W::Held held(w.scales + (panel * (w.K / w.group) + g) * PANEL + place / LANES * LANES);
+        alignas(64) float scales[LANES], zeros[LANES];
+        store(scales, held.scale);
+        store(zeros, held.taken_away(W::OFFSET));
+        for (long k = g * w.group; k < (g + 1) * w.group; ++k) row[k] = (row[k] - zeros[place % LANES]) * scales[place % LANES];
+    }
+}
+template <class W> static void scale(const W&, long, long, float*, long) {}  // of kinds without scales
 
 // rows (T, padded K) of the matrix: those of `outputs`, counted from `first`. Of one that is none of its N outputs it is zero. Returns how many are.
 template <class W>
@@ -147,12 +161,7 @@ static long look_up(const void* weights, const void* scales, const int64_t* outp
         }
         found.fetch_add(1, std::memory_order_relaxed);
         for (long k = 0; k < padded; ++k) row[k] = number_of(w, panel, place, k);
-        if (!scales) return;
-        for (long g = 0; g < padded / group; ++g) {
-            alignas(64) float those[LANES];
-            store(those, from_halves((const uint16_t*)scales + (panel * (padded / group) + g) * PANEL + place / LANES * LANES));
-            for (long k = g * group; k < (g + 1) * group; ++k) row[k] *= those[place % LANES];
-        }
+        scale(w, panel, place, row, 0);
 #if defined(__AVX512VNNI__)
         if constexpr (std::is_same_v<W, Int8Dot>) turn_groups(row, padded / group, true);
 #endif
@@ -184,9 +193,11 @@ KIND(bf16_dot, Bf16Dot)
 KIND(fp32, Fp32)
 KIND(int8, Int8)
 KIND(int4, Int4)
+KIND(int4_zeros, Int4Zeros)
 #if defined(__AVX512VNNI__)
 KIND(int8_dot, Int8Dot)
 KIND(int4_dot, Int4Dot)
+KIND(int4_zeros_dot, Int4ZerosDot)
 // x (groups, 128) in place: see turn_groups.
 void manta_turn(float* x, long groups, int back, int threads) {
     const long parts = (groups + 511) / 512;

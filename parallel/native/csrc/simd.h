@@ -36,6 +36,8 @@ static inline Floats as_floats(Words x) { return _mm512_castsi512_ps(x); }
 template <int N> static inline Words left(Words x) { return _mm512_slli_epi32(x, N); }
 template <int N> static inline Words right(Words x) { return _mm512_srli_epi32(x, N); }
 static inline Words both(Words a, Words b) { return _mm512_and_si512(a, b); }
+static inline Words multiply_words(Words a, Words b) { return _mm512_mullo_epi32(a, b); }
+static inline Floats from_low_halves(Words x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 static inline Floats from_halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline Words from_bytes(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 static inline Words add_pairs(Words sum, Words a, Words b) {  // sum + a.low * b.low + a.high * b.high, 16-bit numbers in 32-bit lanes
@@ -89,6 +91,11 @@ static inline Floats as_floats(Words x) { return _mm256_castsi256_ps(x); }
 template <int N> static inline Words left(Words x) { return _mm256_slli_epi32(x, N); }
 template <int N> static inline Words right(Words x) { return _mm256_srli_epi32(x, N); }
 static inline Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
+static inline Words multiply_words(Words a, Words b) { return _mm256_mullo_epi32(a, b); }
+static inline Floats from_low_halves(Words x) {
+    const Words low = both(x, all_words(0xffff));
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08)));
+}
 static inline Floats from_halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline Words from_bytes(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 static inline Words add_pairs(Words sum, Words a, Words b) {  // sum + a.low * b.low + a.high * b.high, 16-bit numbers in 32-bit lanes

@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.run.process_executor import ProcessExecutor
 from engine.run.settings import RunnerConfig
 from parallel.topology import Topology
-from serve.planning.formats import BF16, INT4, INT8, STORED_INT8, Format
+from serve.planning.formats import BF16, INT4, INT8, STORED_INT4_ZEROS, Format
 from serve.planning.shape import shape_of_checkpoint
 from serve.planning.weights import weights_of_rank
 from tests.hollow_model import SIZE_7B, SIZE_57B_A14B, write_hollow
@@ -32,7 +32,7 @@ FORMATS: dict[str, tuple[Format, dict[str, str]]] = {
     "int8": (INT8, {"dtype": "float32", "quantize": "int8"}),
     "int8, rounded activations": (INT8, {"quantize": "int8"}),
     "int4": (INT4, {"dtype": "float32", "quantize": "int4"}),
-    "AWQ": (STORED_INT8, {"dtype": "float32"}),
+    "AWQ": (STORED_INT4_ZEROS, {"dtype": "float32"}),
 }
 """What the planner counts, and the settings; stored in bfloat16, weights are held so for sums in float32 too."""
 
@@ -47,7 +47,7 @@ def peak_bytes(pid: int) -> int:
 @pytest.mark.parametrize(("model", "topology"), [("7B", Topology(tp=2)), ("57B-A14B", Topology(tp=2, ep=2))], ids=str)
 def test_a_rank_needs_less_than_a_gib_beside_its_share(model: str, topology: Topology, format: str, tmp_path: Path) -> None:
     planned, settings = FORMATS[format]
-    stored = {"quantization_config": AWQ | {"group_size": 128}} if planned is STORED_INT8 else {}
+    stored = {"quantization_config": AWQ | {"group_size": 128}} if planned is STORED_INT4_ZEROS else {}
     folder = write_hollow(tmp_path, **MODELS[model], **stored)
     shape = shape_of_checkpoint(folder, name=model)
     executor = ProcessExecutor(

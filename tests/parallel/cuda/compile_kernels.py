@@ -9,7 +9,7 @@ or writes before it has waited for the last launch (see `parallel.cuda.early`).
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,8 @@ DECODE_OPTIONS = {"num_warps": DECODE_TILE.num_warps, "num_stages": DECODE_TILE.
 PREFILL_TILE = paged_prefill.prefill_tile(128, torch.bfloat16, SHARED_BYTES)
 PREFILL = {"TOKENS": PREFILL_TILE.rows // 7, "TILE": PREFILL_TILE.positions, "ROWS": PREFILL_TILE.rows}
 PREFILL_OPTIONS = {"num_warps": PREFILL_TILE.num_warps, "num_stages": PREFILL_TILE.num_stages}
-NUMBERS = {"int8": "*i8", "int4": "*u8", "fp8": "*fp8e4nv"}
-SCALES = {"int8": "*fp16", "int4": "*fp16", "fp8": "*fp32"}
+NUMBERS = {"int8": "*i8", "int4": "*u8", "int4_zeros": "*u8", "fp8": "*fp8e4nv"}
+SCALES = {"int8": "*fp16", "int4": "*fp16", "int4_zeros": "*i32", "fp8": "*fp32"}
 ROUNDING = {"MOST": FP8_MOST, "BLOCK": scaled.FP8_BLOCK}
 
 PARTED = {"PARTS": 64, "PART": keys.PART}
@@ -337,12 +337,12 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     *(
         (
             scaled._unpack_kernel,
-            {"numbers": NUMBERS[kind], "scales": "*fp16", "out": "*bf16"}
+            {"numbers": NUMBERS[kind], "scales": SCALES[kind], "out": "*bf16"}
             | dict.fromkeys(("first", "in_size", "row_size", "num_groups"), "i32"),
             {"KIND": kind, "BLOCK": scaled.UNPACK_BLOCK},
             {"num_warps": 4},
         )
-        for kind in ("int8", "int4")
+        for kind in ("int8", "int4", "int4_zeros")
     ),
     *(
         (
@@ -371,7 +371,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             {"KIND": kind, "ROWS": tile.rows, "COLUMNS": tile.columns, "LANES": few_rows.lanes(tile)},
             {"num_warps": tile.num_warps},
         )
-        for kind in ("plain", "int8", "int4")
+        for kind in ("plain", "int8", "int4", "int4_zeros")
         for tile in _wanted(*few_rows.CANDIDATES.values())
     ),
     (
@@ -389,8 +389,18 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
 ]
 
 
+def _asked_for() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """All, or of int4 with zeros, which differs from int4 by little, one of each kernel."""
+    seen = set()
+    for kernel, types, constants, options in KERNELS:
+        if ALL_TILES or constants.get("KIND") != "int4_zeros" or kernel.__name__ not in seen:
+            yield kernel, types, constants, options
+        if constants.get("KIND") == "int4_zeros":
+            seen.add(kernel.__name__)
+
+
 def main() -> int:
-    for kernel, some_types, some_constants, options in KERNELS:
+    for kernel, some_types, some_constants, options in _asked_for():
         if not HAS_FP8 and ("*fp8e4nv" in some_types.values() or some_constants.get("IN_PAIRS")):
             continue
         types = {name: kind if HAS_BFLOAT16 else kind.replace("bf16", "fp16") for name, kind in some_types.items()}

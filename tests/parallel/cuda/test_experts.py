@@ -82,7 +82,11 @@ def test_what_is_computed_elsewhere_adds_nothing(num_rows: int, width: int, devi
     torch.testing.assert_close(sum_of_rows(y.view(num_rows * 3, width), ids), wanted)
 
 
-FORMATS: list[WeightFormat] = [Dense(torch.float32), *(ScaledFormat(kind, torch.float32) for kind in ("int8", "int4", "fp8"))]
+FORMATS = [
+    Dense(torch.float32),
+    *(ScaledFormat(kind, torch.float32) for kind in ("int8", "int4", "fp8")),
+    pytest.param(ScaledFormat("int4_zeros", torch.float32), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.usefixtures("exact_fp8")

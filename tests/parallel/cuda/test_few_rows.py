@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from parallel.scaled_format import ScaledFormat, multiply_slowly
 
-KindOrPlain = Literal["plain", "int8", "int4"]
-KINDS: list[KindOrPlain] = ["plain", "int8", "int4"]
+KindOrPlain = Literal["plain", "int8", "int4", "int4_zeros"]
+KINDS = ["plain", "int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow)]
 
 
 def never() -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from parallel.rounding import round_to_fp8
 from parallel.scaled_format import Kind, ScaledFormat, multiply_slowly, unpack
 
-KINDS: list[Kind] = ["int8", "int4", "fp8"]
+KINDS = ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow), "fp8"]
+"""Of the third see also test_zeros.py."""
 
 
 @pytest.mark.usefixtures("exact_fp8")
@@ -56,7 +57,7 @@ def test_each_way_gives_what_the_twin_gives(
             torch.testing.assert_close(found, multiply_slowly(x, tensors, some_bias), atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_unpacked_is_rounded_once(kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.scaled import unpack_rows

@@ -36,7 +36,7 @@ def answers(folder: Path, graphs: RecordedGraphs | None = None) -> list[tuple[in
 
 
 @pytest.mark.usefixtures("exact_fp8")
-@pytest.mark.parametrize("kind", [None, "int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", [None, "int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow), "fp8"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, and the model of this test on the CPU")
 def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.attention.cuda import CudaAttention

@@ -9,11 +9,15 @@ from parallel.native.linear import Kind, multiply, pack
 from parallel.native.small import NativeSmall
 from parallel.packed_format import PackedFormat
 
+KINDS = (
+    *("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int4_zeros", "int4_zeros_dot")),
+)
 COUNTS = {"one token each": [1, 1, 1], "few": [3, 1, 7], "one crowded": [1, 150, 2], "a single expert": [5]}
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts: list[int]) -> None:
     library = native()
     if library is None:
@@ -33,7 +37,7 @@ def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts
 
 @pytest.mark.parametrize("num_rows", [13, 40, 200])
 @pytest.mark.parametrize("inner", [72, 256, 300])
-@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_gated_mlp_at_once_gives_the_bits_of_one_product_after_the_other(kind: Kind, inner: int, num_rows: int) -> None:
     library = native()
     if library is None:
@@ -52,7 +56,7 @@ def test_a_gated_mlp_at_once_gives_the_bits_of_one_product_after_the_other(kind:
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 70])
-@pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_experts_of_a_rank_give_each_row_the_sum_of_its_own(kind: Kind, num_rows: int) -> None:
     library = native()
     if library is None:

@@ -29,10 +29,15 @@ from parallel.native.linear import (
 from parallel.rounding import turned, turned_back
 from parallel.weight_format import PIECES_OF
 
-KINDS: tuple[Kind, ...] = ("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot")
+KINDS = (
+    *("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int4_zeros", "int4_zeros_dot")),
+)
+"""Of the last see also test_zeros.py."""
 SHAPES = {"even": (256, 128), "narrow": (1, 64), "ragged": (307, 200), "deep": (72, 1500), "wide": (4500, 40)}
 MOST_ROUNDING: dict[Kind, float] = {
-    "bf16": 2.0**-8, "bf16_dot": 2.0**-8, "fp32": 0.0, "int8": 1 / 253, "int8_dot": 3 / 253, "int4": 0.126, "int4_dot": 0.126
+    "bf16": 2.0**-8, "bf16_dot": 2.0**-8, "fp32": 0.0, "int8": 1 / 253, "int8_dot": 3 / 253, "int4": 0.126, "int4_dot": 0.126,
+    "int4_zeros": 0.134, "int4_zeros_dot": 0.134,
 }  # fmt: skip
 """Of the largest number of a group, by which a weight may be off. Where groups are turned, the errors of all numbers add up in each."""
 

@@ -18,7 +18,7 @@ from parallel.axes import whole
 from parallel.scaled_format import ScaledFormat
 from parallel.topology import Topology
 from parallel.weight_format import Dense
-from serve.planning.formats import BF16, FORMATS, STORED_INT4, STORED_INT8, Format
+from serve.planning.formats import BF16, FORMATS, STORED_INT4, STORED_INT4_ZEROS, STORED_INT8, STORED_QUANTISED, Format
 from serve.planning.memory import USABLE_FRACTION, kv_bytes_per_token
 from serve.planning.released import SIZES
 from serve.planning.shape import ModelShape, shape_of_checkpoint, shape_of_config
@@ -158,19 +158,31 @@ def test_a_format_takes_its_bits_and_a_little_for_scales(name: str, bits: int) -
     assert weights * bits / 8 <= held <= weights * bits / 8 * 1.05
 
 
-@pytest.mark.parametrize(("config", "format"), [(GPTQ, STORED_INT4), (AWQ, STORED_INT8)], ids=["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("config", "format", "tp"),
+    [(GPTQ, STORED_INT4, 2), (AWQ, STORED_INT4_ZEROS, 1), (AWQ | {"group_size": 64}, STORED_INT8, 2)],
+    ids=["gptq", "awq", "awq 64"],
+)
 @pytest.mark.parametrize("name", ["grouped", "grouped_moe"])
 def test_planned_weights_of_a_quantised_checkpoint_are_those_that_a_rank_of_a_gpu_holds(
-    name: str, config: dict[str, Any], format: Format, tmp_path: Path
+    name: str, config: dict[str, Any], format: Format, tp: int, tmp_path: Path
 ) -> None:
     source = make_oracle(name, tmp_path / "source", dtype=torch.bfloat16).folder
     store_quantised(source, tmp_path / "stored", tmp_path / "plain", config)
-    shape, kind = shape_of_checkpoint(tmp_path / "stored", name=name), format.name[:4]
+    shape = shape_of_checkpoint(tmp_path / "stored", name=name)
     assert shape.format is format
-    formats = Formats(ScaledFormat("int4" if kind == "int4" else "int8", torch.float32), Dense(torch.bfloat16))
-    for rank in range(2):
-        loaded = tensor_bytes(load(tmp_path / "stored", Topology(tp=2), rank, formats))
-        assert planned_bytes(shape, Topology(tp=2), rank, format) == pytest.approx(loaded, rel=TOLERANCE)
+    (kind,) = (kind for kind, known in STORED_QUANTISED.items() if known is format)
+    formats = Formats(ScaledFormat(kind, torch.float32), Dense(torch.bfloat16))
+    for rank in range(tp):
+        loaded = tensor_bytes(load(tmp_path / "stored", Topology(tp=tp), rank, formats))
+        assert planned_bytes(shape, Topology(tp=tp), rank, format) == pytest.approx(loaded, rel=TOLERANCE)
+
+
+def test_where_ranks_cut_within_its_groups_a_quantised_checkpoint_is_planned_in_eight_bits() -> None:
+    shape = SIZES["7B"]
+    for topology, held in ((Topology(tp=4), STORED_INT4_ZEROS), (Topology(tp=8), STORED_INT8)):
+        assert planned_bytes(shape, topology, 1, STORED_INT4_ZEROS) == planned_bytes(shape, topology, 1, held)
+    assert planned_bytes(shape, Topology(tp=4), 1, STORED_INT4_ZEROS) < 0.65 * planned_bytes(shape, Topology(tp=4), 1, STORED_INT8)
 
 
 def as_config(shape: ModelShape) -> dict[str, object]:

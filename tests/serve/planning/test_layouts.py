@@ -7,7 +7,7 @@ import pytest
 
 from parallel.topology import Topology
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16, FORMATS, STORED_FP8, STORED_INT4, STORED_INT8
+from serve.planning.formats import BF16, FORMATS, STORED_FP8, STORED_QUANTISED
 from serve.planning.hardware import GPUS, parse_gpus
 from serve.planning.hosting import hosting
 from serve.planning.plan import Plan, axis_sizes, make_plan
@@ -138,7 +138,7 @@ def test_a_replica_takes_whole_hosts_alike(topology: Topology, hosts: int, expec
 
 
 def test_what_is_served_today_is_asked_in_one_place() -> None:
-    assert not any(limits_today(format) for format in (*FORMATS.values(), STORED_INT4, STORED_INT8))
+    assert not any(limits_today(format) for format in (*FORMATS.values(), *STORED_QUANTISED.values()))
     for limit in limits_today(STORED_FP8):
         assert len(limit.sentence.split()) > 6
     made = make_plan(ask("Qwen2-57B-A14B", "8xH100-80G"))

@@ -8,7 +8,7 @@ import pytest
 from model.config import ModelConfig
 from parallel.topology import Topology
 from serve.planning.errors import PlanError
-from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT8
+from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT4_ZEROS, STORED_INT8
 from serve.planning.memory import kv_bytes_per_token
 from serve.planning.released import PADDED_72B, SIZES, find_shape, released_names
 from serve.planning.shape import ModelShape, shape_of_config
@@ -90,7 +90,7 @@ def test_every_released_name_has_a_shape() -> None:
 
 def test_a_quantised_release_says_its_format() -> None:
     assert find_shape("Qwen2-7B-Instruct-GPTQ-Int8").format is STORED_INT8
-    assert find_shape("Qwen2-7B-Instruct-AWQ").format is STORED_INT8, "its zeros want more than 4 bits"
+    assert find_shape("Qwen2-7B-Instruct-AWQ").format is STORED_INT4_ZEROS
     for name in ("Qwen2-72B-Instruct-GPTQ-Int4", "Qwen2.5-72B-Instruct-GPTQ-Int4"):
         padded = find_shape(name)
         assert (padded.format, padded.intermediate_size) == (STORED_INT4, PADDED_72B)
@@ -102,7 +102,8 @@ def test_a_quantised_release_says_its_format() -> None:
         (GPTQ, STORED_INT4),
         (GPTQ | {"bits": 8}, STORED_INT8),
         (GPTQ | {"desc_act": True}, STORED_INT8),
-        (AWQ, STORED_INT8),
+        (AWQ, STORED_INT4_ZEROS),
+        (AWQ | {"group_size": 64}, STORED_INT8),
         ({"quant_method": "fp8"}, STORED_FP8),
     ],
 )

@@ -1,0 +1,43 @@
+"""Where ranks cut the input features of a model's large matrices. No torch: planning asks here too."""
+
+from math import gcd
+from typing import Protocol
+
+from parallel.axes import head_share, split
+from parallel.topology import Topology
+
+
+class ExpertWidths(Protocol):
+    @property
+    def expert_intermediate_size(self) -> int: ...
+    @property
+    def shared_intermediate_size(self) -> int: ...
+
+
+class Widths(Protocol):
+    """Fields as in `model.config.ModelConfig`."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def moe(self) -> ExpertWidths | None: ...
+
+
+def unit_of_cuts(model: Widths, topology: Topology) -> int:
+    """The most input features of which every share begins at a whole multiple; 0 where nothing is cut.
+
+    18,944 inner features, heads of 128:   tp 4: 4,736 = 37 x 128 each -> 128     tp 8: 2,368 = 18.5 x 128 -> 64
+    """
+    heads = (head_share(model.num_heads, model.num_kv_heads, rank, topology.tp).query for rank in range(topology.tp))
+    shares = [share.scaled(model.head_dim) for share in heads]
+    widths = [(model.intermediate_size, topology.tp)]
+    if model.moe is not None:
+        widths += [(model.moe.shared_intermediate_size, topology.tp), (model.moe.expert_intermediate_size, topology.expert_tp)]
+    shares += [split(width, rank, ranks) for width, ranks in widths for rank in range(ranks)]
+    return gcd(*(span.start for share in shares for span in share.spans if span.start < share.size))

@@ -1,0 +1,17 @@
+"""What kernels read beside matrices of 4 bits with a zero to each group: see `parallel.zeros`."""
+
+import triton
+import triton.language as tl
+
+ZEROS_GROUP = tl.constexpr(128)
+"""Input features that share a scale and a zero; see `parallel.scale_groups.GROUP`."""
+
+
+@triton.jit
+def scale_of(words):
+    return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def zero_of(words):
+    return words >> 16

@@ -1,0 +1,58 @@
+"""Weights of 4 bits with a zero to each group, as AWQ stores them: a weight is ``scale * (number - zero)``. C weights of a group, X groups.
+
+A group's scale and zero lie in a word of 32 bits, the float16 of the scale in its lower half, so that they are read at once.
+"""
+
+import torch
+from torch import Tensor
+
+from parallel.rounding import as_multiples, sample_of
+
+LEVELS = 15
+"""The largest number, and the largest zero."""
+
+
+def in_words(scales_x: Tensor, zeros_x: Tensor) -> Tensor:
+    """int32 words of scales of any floating dtype, which become float16, and of whole zeros."""
+    return scales_x.half().view(torch.int16).int() & 0xFFFF | zeros_x.int() << 16
+
+
+def scales_and_zeros(words_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of words the scales in float32 and the zeros in int32."""
+    return words_x.to(torch.int16).view(torch.float16).float(), words_x >> 16
+
+
+def round_to_groups(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 numbers (..., C) from 0 to 15 and words (...) of groups in float32.
+
+    Nothing is lost of weights that were stored so. Which scale and zero that was needs not be known: those of their whole multiples
+    are found that say the same. Other groups are cut into fifteen steps from their least weight to their largest.
+    """
+    groups_XC = weight_xC.reshape(-1, weight_xC.shape[-1])
+    sample_XC = sample_of(groups_XC)
+    if as_multiples(sample_XC, LEVELS)[-1].any() or not sample_XC.any():
+        numbers_XC, scales_X, zeros_X = _as_stored(groups_XC)
+    else:
+        numbers_XC, scales_X, zeros_X = _in_steps(groups_XC)
+    return numbers_XC.to(torch.uint8).view(weight_xC.shape), in_words(scales_X, zeros_X).view(weight_xC.shape[:-1])
+
+
+def _as_stored(groups_XC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_in_steps`, but of all groups that can be held so nothing is lost."""
+    multiples_XC, scales_X, holds_X = as_multiples(groups_XC, LEVELS)
+    zeros_X = -multiples_XC.amin(-1).clamp_(max=0)
+    numbers_XC = multiples_XC.add_(zeros_X.unsqueeze(-1))
+    holds_X &= (zeros_X <= LEVELS) & (numbers_XC.amax(-1) <= LEVELS)
+    if not holds_X.all():
+        numbers_XC[~holds_X], scales_X[~holds_X], zeros_X[~holds_X] = _in_steps(groups_XC[~holds_X])
+    return numbers_XC, scales_X, zeros_X
+
+
+def _in_steps(weight_XC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 numbers (X, C), float16 scales and int8 zeros (X). Zero stays zero: what groups are filled up with is nothing."""
+    least_X, most_X = weight_XC.amin(-1).clamp_(max=0), weight_XC.amax(-1).clamp_(min=0)
+    scales_X = ((most_X - least_X) / torch.full_like(most_X, LEVELS)).half()  # by a number torch divides in another way on a GPU
+    inverse_X = torch.where(scales_X == 0, 0, 1 / scales_X.float())
+    zeros_X = (-least_X * inverse_X).round_().nan_to_num_(0).clamp_(0, LEVELS)
+    numbers_XC = (weight_XC * inverse_X.unsqueeze(-1)).round_().add_(zeros_X.unsqueeze(-1)).nan_to_num_(0).clamp_(0, LEVELS)
+    return numbers_XC.to(torch.int8), scales_X, zeros_X.to(torch.int8)

@@ -1,0 +1,33 @@
+"""Products with matrices of 4 bits that have a zero to each group, each kernel once; more shapes are slow tests beside those of int4."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.scaled_format import ScaledFormat, multiply_slowly, unpack
+
+
+def stored(num_outputs: int, num_inputs: int, device: torch.device) -> Tensor:
+    """As AWQ stores it: numbers from 0 to 15 less a zero, times a scale, for each 128 inputs."""
+    groups = (num_outputs, -(-num_inputs // 128), 1)
+    scales, zeros = (torch.rand(groups) * 0.1 + 0.01).half().float(), torch.randint(0, 16, groups)
+    numbers = torch.randint(0, 16, (*groups[:2], 128)) - zeros
+    return (numbers * scales).flatten(1)[:, :num_inputs].contiguous().to(device)
+
+
+@pytest.mark.parametrize("num_rows", [2, 5])
+def test_each_way_gives_what_the_twin_gives(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallel.cuda import few_rows, scaled
+    from parallel.cuda.tiles import LIBRARY, Tile
+
+    torch.manual_seed(0)
+    weight, x, bias = stored(70, 200, device), torch.randn(num_rows, 200, device=device), torch.randn(70, device=device)
+    tensors = ScaledFormat("int4_zeros", torch.float32).prepare({"weight": weight.clone()})
+    assert torch.equal(unpack(tensors)[:, :200], weight), "nothing is lost"
+    wanted = multiply_slowly(x, tensors, bias)
+    for way in (Tile(16, 64), Tile(16, 64, 4, 3, "swapped"), Tile(16, 64, 4, 3, "swapped", 2), LIBRARY):
+        monkeypatch.setattr(scaled, "_choice", lambda *_product, way=way: ("", (way,)))
+        torch.testing.assert_close(scaled.multiply_by_units(x, tensors, bias), wanted, atol=1e-3, rtol=1e-4)
+    if num_rows == 2:
+        monkeypatch.setattr(few_rows, "tiles_of", lambda _device: type("Two", (), {"best": lambda *_: Tile(2, 2, 2, 1)})())
+        torch.testing.assert_close(few_rows.multiply(x, tensors, bias, pytest.fail), wanted, atol=1e-3, rtol=1e-4)
