@@ -4,6 +4,7 @@ import os
 import threading
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -14,6 +15,7 @@ SOME_FAILED = 3
 INTERRUPTED = 130
 REQUEST_TIMEOUT_S = 3600.0
 READY_TIMEOUT_S = 60.0
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 MOST_NAMED = 8
 """Lines of the output that are named after a run; the others are counted."""
 
@@ -51,7 +53,8 @@ def batch(
     try:
         items = read_items(requests)
         finished(output)
-        with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
+        elsewhere = urlsplit(url).hostname not in LOOPBACK  # no proxy reaches this machine
+        with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, limits=limits, trust_env=elsewhere) as client:
             if not wait_until_ready(client, timeout_s=0.0):
                 typer.echo(f"waiting up to {READY_TIMEOUT_S:g} s for a server at {url}", err=True)
                 if not wait_until_ready(client, timeout_s=READY_TIMEOUT_S):
@@ -61,7 +64,9 @@ def batch(
             with _bar(len(items)) as bar:
                 for shown in run_batch(items, output, client, concurrency=concurrency, stop=stopped):
                     bar(shown.done, shown.failed)
-    except (BatchError, OSError) as error:
+    except OSError as error:
+        stop(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except BatchError as error:
         stop(str(error))
     except KeyboardInterrupt:
         stopped.set()

@@ -222,6 +222,16 @@ def test_the_command_leaves_with_3_where_some_failed_and_says_last_which_and_why
     assert all(line["response"]["status_code"] == 200 for line in lines(tmp_path / "out.jsonl"))
 
 
+def test_a_server_on_this_machine_is_not_asked_through_a_proxy(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert manta_batch(tmp_path, url, 0).exit_code == 0
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["batch", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out.jsonl")])
+    assert (done.exit_code, done.output) == (1, f"manta: {tmp_path}/none.jsonl: No such file or directory\n")
+
+
 def test_of_many_failures_the_first_lines_are_named(tmp_path: Path, url: str) -> None:
     assert "12 failed: lines 1, 2, 3, 4, 5, 6, 7, 8, ... of" in manta_batch(tmp_path, url, 12).output
 
