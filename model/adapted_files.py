@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint_folder import SMALL_FILES, cache_folder
+from model.adapter_config import AdapterError
+from model.checkpoint_folder import MODULE_FOLDERS, SMALL_FILES, cache_folder
 from model.config import read_json_object
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
@@ -18,7 +19,9 @@ TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
     "chat_template.jinja",
     "generation_config.json",
 )
-TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+ADDED, VOCABULARY = "added_tokens.json", "vocab.json"
+"""Of a slow tokenizer: its tokens by their texts."""
+TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", ADDED, VOCABULARY, "merges.txt")
 
 
 def adapted_files(base: Path, adapter: Path | None) -> Path:
@@ -26,22 +29,28 @@ def adapted_files(base: Path, adapter: Path | None) -> Path:
     beside it. The base's own folder where it has neither.
 
     An adapter without a chat template has the base's. Where its tokenizer ends texts by another token than the base does, as when a base
-    model learned to chat, that token ends answers too.
+    model learned to chat, that token ends answers too. A tokenizer without tokenizer.json, as slow ones are stored, must be the base's own:
+    then its template and its end count.
 
     Raises:
         InvalidModelConfig: a file of either is damaged.
+        AdapterError: the adapter has another tokenizer than the base, and no tokenizer.json of it.
     """
-    if adapter is None or not any((adapter / name).is_file() for name in (TOKENIZER, TEMPLATE)):
+    if adapter is None or not any((adapter / name).is_file() for name in TEXT_FILES):
         return base
-    texts = _texts(base, adapter)
-    replaced = TEXT_FILES if TOKENIZER in texts else ()
-    return _kept({name: content for name, content in _files(base).items() if name not in replaced} | texts)
+    replaced: tuple[str, ...] = ()
+    if (adapter / TOKENIZER).is_file():
+        replaced, texts = TEXT_FILES, _with_own_tokenizer(base, adapter)
+    else:
+        texts = _with_tokenizer_of_base(base, adapter)
+    if not texts:
+        return base
+    kept = {name: content for name, content in _files(base).items() if name not in replaced}
+    return _kept({name: content for name, content in (kept | texts).items() if content is not None})
 
 
-def _texts(base: Path, adapter: Path) -> dict[str, bytes]:
-    if not (adapter / TOKENIZER).is_file():
-        return {TEMPLATE: (adapter / TEMPLATE).read_bytes()}
-    own = {name: (adapter / name).read_bytes() for name in TEXT_FILES if (adapter / name).is_file()}
+def _with_own_tokenizer(base: Path, adapter: Path) -> dict[str, bytes | None]:
+    own: dict[str, bytes | None] = {name: (adapter / name).read_bytes() for name in TEXT_FILES if (adapter / name).is_file()}
     settings, of_base = _object(adapter / TOKENIZER_CONFIG), _object(base / TOKENIZER_CONFIG)
     if TEMPLATE not in own and not settings.get("chat_template"):
         settings = (settings or of_base) | {"chat_template": of_base.get("chat_template")}
@@ -49,6 +58,47 @@ def _texts(base: Path, adapter: Path) -> dict[str, bytes]:
         if (base / TEMPLATE).is_file():
             own[TEMPLATE] = (base / TEMPLATE).read_bytes()
     return own | _ends(base, _end_of(settings, _object(adapter / TOKENIZER)))
+
+
+def _with_tokenizer_of_base(base: Path, adapter: Path) -> dict[str, bytes | None]:
+    """Template and end of the adapter's for the base's tokenizer; None: a file of the base's that is not taken."""
+    settings, of_base = _object(adapter / TOKENIZER_CONFIG), _object(base / TOKENIZER_CONFIG)
+    _refuse_other_tokens(base, adapter, settings)
+    own: dict[str, bytes | None] = {}
+    if (adapter / TEMPLATE).is_file():
+        own[TEMPLATE] = (adapter / TEMPLATE).read_bytes()
+    elif settings.get("chat_template") and (base / TEMPLATE).is_file():  # it would have precedence over the adapter's
+        own[TEMPLATE] = None
+    taken = {name: settings[name] for name in ("chat_template", "eos_token") if settings.get(name)}
+    if any(of_base.get(name) != value for name, value in taken.items()):
+        own[TOKENIZER_CONFIG] = _json(of_base | taken)
+    return own | _ends(base, _end_of(settings, _object(base / TOKENIZER)))
+
+
+def _refuse_other_tokens(base: Path, adapter: Path, settings: Mapping[str, Any]) -> None:
+    """Where a slow tokenizer, or what its configuration says was added to it, has tokens that the base's has not, or elsewhere."""
+    decoder = settings.get("added_tokens_decoder")
+    listed = [(number, token) for number, token in (decoder if isinstance(decoder, dict) else {}).items() if isinstance(token, dict)]
+    of_decoder = [(token.get("content"), int(number) if number.isdecimal() else number) for number, token in listed]
+    wanted = [*of_decoder, *_object(adapter / ADDED).items(), *_object(adapter / VOCABULARY).items()]
+    end = _end_text(settings)
+    if not wanted and end is None:
+        return
+    known = _ids(read_json_object(base / TOKENIZER))
+    others = (text for text, number in wanted if not isinstance(text, str) or known.get(text) != number)
+    other = next(others, end if end is not None and end not in known else None)
+    if other is not None:
+        raise AdapterError(
+            f"the adapter {adapter} has a tokenizer of its own, whose token {other!r:.80} the base's lacks or counts otherwise, and no "
+            f"{TOKENIZER} of it; store it as a fast one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+
+
+def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """By text, of what tokenizer.json holds."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    return (dict(vocabulary) if isinstance(vocabulary, dict) else {}) | {token["content"]: token["id"] for token in _added(tokenizer)}
 
 
 def _ends(base: Path, end: int | None) -> dict[str, bytes]:
@@ -61,16 +111,29 @@ def _ends(base: Path, end: int | None) -> dict[str, bytes]:
 
 
 def _end_of(settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> int | None:
+    text = _end_text(settings)
+    return next((token["id"] for token in _added(tokenizer) if token["content"] == text), None)
+
+
+def _end_text(settings: Mapping[str, Any]) -> str | None:
     named = settings.get("eos_token")
     text = named.get("content") if isinstance(named, dict) else named
+    return text if isinstance(text, str) else None
+
+
+def _added(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of tokenizer.json that have a text and an id."""
     added = tokenizer.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return next((token["id"] for token in tokens if token.get("content") == text and type(token.get("id")) is int), None)
+    return [token for token in tokens if isinstance(token.get("content"), str) and type(token.get("id")) is int]
 
 
 def _files(base: Path) -> dict[str, bytes]:
-    names = [path.name for path in base.iterdir() if path.is_file() and any(fnmatch.fnmatch(path.name, each) for each in SMALL_FILES)]
-    return {name: (base / name).read_bytes() for name in names}
+    """The small ones, those of sentence-transformers' subfolders too, by a name such as ``1_Pooling/config.json``."""
+    folders = [base, *(path for path in base.iterdir() if path.is_dir() and fnmatch.fnmatch(path.name, MODULE_FOLDERS))]
+    paths = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    small = [path for path in paths if any(fnmatch.fnmatch(path.name, each) for each in SMALL_FILES)]
+    return {path.relative_to(base).as_posix(): path.read_bytes() for path in small}
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -93,6 +156,7 @@ def _kept(files: Mapping[str, bytes]) -> Path:
     made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         for name, content in files.items():
+            (made / name).parent.mkdir(exist_ok=True)
             (made / name).write_bytes(content)
         made.chmod(0o755)
         made.rename(folder)

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from model.adapted_files import adapted_files
+from model.adapter_config import AdapterError
 from model.config import ModelConfig
 from model.generation_config import GenerationDefaults
+from model.pooling import PoolingConfig
 from parallel.topology import Topology
 from serve.app import adapter_on_any_host
 from serve.cli import app
@@ -170,3 +172,78 @@ class TestTexts:
         folder = adapted_files(base, trained)
         assert stored_source(folder) == "{{ messages }}?"
         assert Tokenizer.from_folder(folder).named == Tokenizer.from_folder(base).named
+
+    def test_an_embedding_models_own_parts_stay_beside_the_adapters_tokenizer(
+        self, smol_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
+        base = Path(shutil.copytree(smol_folder, tmp_path / "base"))
+        (base / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]))
+        for folder in ("1_Pooling", "onnx"):
+            (base / folder).mkdir()
+            (base / folder / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+        trained = tmp_path / "trained"
+        trained.mkdir()
+        shutil.copy(base / "tokenizer.json", trained)
+        adapted = adapted_files(base, trained)
+        assert adapted != base
+        assert PoolingConfig.from_checkpoint(adapted) == PoolingConfig(kind="last", normalise=False)
+        assert not (adapted / "onnx").exists()
+
+
+class TestSlowTokenizer:
+    """An adapter's tokenizer without tokenizer.json."""
+
+    @pytest.fixture
+    def base(self, smol_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
+        base = Path(shutil.copytree(smol_folder, tmp_path / "base"))
+        (base / "chat_template.jinja").write_text("{{ messages }}.")
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+        return base
+
+    @pytest.fixture
+    def end(self, base: Path) -> tuple[str, int]:
+        """An added token that does not end the base's answers."""
+        added = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+        return max(((token["content"], token["id"]) for token in added), key=lambda token: token[1])
+
+    @pytest.fixture
+    def trained(self, base: Path, end: tuple[str, int], tmp_path: Path) -> Path:
+        folder = tmp_path / "trained"
+        folder.mkdir()
+        settings = {"eos_token": end[0], "chat_template": "{{ messages }}!", "added_tokens_decoder": {str(end[1]): {"content": end[0]}}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "vocab.json").write_text(json.dumps(json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]))
+        (folder / "merges.txt").write_text("")
+        return folder
+
+    def test_that_is_the_bases_has_its_own_template_and_end(self, base: Path, trained: Path, end: tuple[str, int]) -> None:
+        folder = adapted_files(base, trained)
+        assert stored_source(folder) == "{{ messages }}!", "the base's chat_template.jinja must not hide it"
+        assert Tokenizer.from_folder(folder).eos_id == end[1]
+        assert GenerationDefaults.from_checkpoint(folder, ModelConfig.from_checkpoint(folder)).eos_token_ids == (0, end[1])
+        assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+    def test_that_says_nothing_new_leaves_the_bases(self, base: Path, trained: Path) -> None:
+        (trained / "tokenizer_config.json").write_text("{}")
+        assert adapted_files(base, trained) == base
+
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("added_tokens.json", {"<tool>": 7}),
+            ("vocab.json", {"a token that no tokenizer has": 7}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<tool>"}}}),
+            ("tokenizer_config.json", {"eos_token": {"content": "<end>"}}),
+        ],
+    )
+    def test_with_other_tokens_is_refused_with_what_would_do(self, file: str, content: Any, base: Path, trained: Path) -> None:
+        (trained / file).write_text(json.dumps(content))
+        with pytest.raises(AdapterError, match=r"the base's lacks or counts otherwise, and no tokenizer\.json of it; store it as"):
+            adapted_files(base, trained)
+
+    def test_whose_token_is_elsewhere_is_refused(self, base: Path, trained: Path, end: tuple[str, int]) -> None:
+        (trained / "added_tokens.json").write_text(json.dumps({end[0]: end[1] - 1}))
+        with pytest.raises(AdapterError, match="counts otherwise"):
+            adapted_files(base, trained)
