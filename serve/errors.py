@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 1_000
 """Longer messages are cut: an answer never echoes more of a request than this."""
+MAX_PARAM_CHARS = 256
+"""Likewise of a field's name, in which a client's own keys may stand."""
 
 
 class ServeError(Exception):
@@ -250,7 +252,7 @@ def describe(error: BaseException) -> ErrorBody:
     return ErrorBody(
         message=_neutral(error) if wire is INTERNAL else clipped(wire.says or str(error) or wire.code, MAX_MESSAGE_CHARS),
         type=wire.type,
-        param=getattr(error, "param", None) if isinstance(error, ServeError) else None,
+        param=clipped(error.param, MAX_PARAM_CHARS) if isinstance(error, ServeError) and error.param is not None else None,
         code=wire.code,
         http_status=wire.http,
         grpc_code=wire.grpc,

@@ -54,6 +54,11 @@ class Limits:
     template_chars: int = 8 * 1024 * 1024
     """Characters a chat template may write."""
 
+    metadata: int = 16
+    """Entries (OpenAI's own limit)."""
+    include: int = 16
+    """What an answer is to tell beside itself, by name."""
+
     schema_bytes: int = 64 * 1024
     """A JSON schema, a regular expression or a grammar."""
     schema_depth: int = 32
@@ -86,6 +91,8 @@ class Limits:
             "stop_token_ids": self.stop_token_ids,
             "guided_choice": self.guided_choices,
             "texts": self.guided_choices,
+            "metadata": self.metadata,
+            "include": self.include,
         }
 
     def __post_init__(self) -> None:

@@ -13,12 +13,14 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from serve.errors import InvalidRequest, NotSupported
+from serve.errors import InvalidRequest, NotSupported, clipped
 from serve.http.formats import GUIDED, Choosing, ToolBody, ToolCallBody, form_of
 from serve.http.parts import bias_table, joined_text, list_or_none, prompt_list, stop_list
 from serve.limits import Limits
 from serve.request import ChatRequest, CompletionRequest, Message, Options, ResponseFormat
 
+MOST_KEY_CHARS = 64
+"""Of a name that stands in an error: keys of tables are the client's, and may be megabytes long."""
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 STRINGS = {"type": "array", "items": {"type": "string"}}
 PROMPTS: dict[str, Any] = {"anyOf": [{"type": "string"}, STRINGS, {"type": "array", "items": {"type": "integer"}}, {"type": "array"}]}
@@ -136,7 +138,7 @@ class SharedBody(NamedBody):
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str] | None, FailFast()] = None
     guided_grammar: str | None = None
 
     def options(self) -> Options:
@@ -192,7 +194,7 @@ class MessageBody(Body):
         str | None, BeforeValidator(joined_text), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]})
     ] = None
     name: str | None = None
-    tool_calls: list[ToolCallBody] | None = None
+    tool_calls: Annotated[list[ToolCallBody] | None, FailFast()] = None
     tool_call_id: str | None = None
     id: Any = None
     """Of a tool's message without `tool_call_id`: the same. Qwen-Agent says it so where it leaves tools to the server."""
@@ -318,11 +320,20 @@ def _check_counts(kind: type[Body], fields: Mapping[str, Any], limits: Limits) -
         limit, value = entries.get(names.get(name, name)), fields[name]
         if limit is not None and isinstance(value, list | dict) and len(value) > limit:
             raise InvalidRequest(f"{name} has {len(value)} entries, and at most {limit} are taken", param=name)
+    _check_calls(fields.get("messages"), limits)
+
+
+def _check_calls(messages: Any, limits: Limits) -> None:
+    for at, message in enumerate(messages if isinstance(messages, list) else ()):
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        if isinstance(calls, list) and len(calls) > limits.tool_calls:
+            raise InvalidRequest(f"at most {limits.tool_calls} calls are taken", param=f"messages[{at}].tool_calls")
 
 
 def _first_problem(error: ValidationError) -> InvalidRequest:
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).removeprefix(".")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{clipped(part, MOST_KEY_CHARS)}" for part in problem["loc"])
+    param = param.removeprefix(".")
     if problem["type"] == "missing":
         return InvalidRequest(f"{param} is required", param=param)
     kind = NotSupported if problem["type"] == "not_supported" else InvalidRequest

@@ -10,6 +10,7 @@ from serve.http.formats import Choosing, as_text, response_format
 from serve.http.parts import wrong
 from serve.http.responses.items import ROLES, Conversation, conversation_of, passed_over
 from serve.http.schema import HINTS, NOT_OFFERED, Absent, Body, SharedBody
+from serve.limits import Limits
 from serve.request import NO_PARAMETERS, ChatRequest, Message, ResponseFormat, Tool
 
 LOGPROBS = "message.output_text.logprobs"
@@ -102,12 +103,14 @@ class ResponsesBody(SharedBody):
     input: Annotated[Any, WithJsonSchema(INPUT)]
     instructions: str | None = None
     max_output_tokens: int | None = None
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=Limits.metadata
+    )
     tools: Annotated[list[Annotated[FunctionTool, BeforeValidator(_flat)]] | None, FailFast(), BeforeValidator(_functions)] = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
-    include: (
+    include: Annotated[
         list[
             Literal[
                 "message.output_text.logprobs",
@@ -120,8 +123,9 @@ class ResponsesBody(SharedBody):
                 "code_interpreter_call.outputs",
             ]
         ]
-        | None
-    ) = None
+        | None,
+        FailFast(),
+    ] = None
     """All but the first are of items that no answer has here, so that there is nothing to include."""
     top_logprobs: int | None = None
 

@@ -141,6 +141,9 @@ def expanded(value: Any) -> Any:
             return [{"type": "function", "function": {"name": f"f{number}"}} for number in range(said)]
         if form == "wrapped":
             return "".join(expanded(said))
+        if form == "keyed":
+            key, what = expanded(said)
+            return {key: what}
     return {key: expanded(one) for key, one in value.items()}
 
 

@@ -124,8 +124,9 @@ async def test_json_nested_beyond_all_reason_is_refused_without_a_crash(http: ht
         {"messages": [USER], "stop_token_ids": ["x"] * 700_000},
         {"messages": [USER], "logit_bias": {str(n): "x" for n in range(200_000)}},
         {"messages": [USER], "stop": [1] * 1_000_000},
+        {"messages": [{"role": "assistant", "tool_calls": [1] * 1_000_000}]},
     ],
-    ids=["messages", "stop_token_ids", "logit_bias", "stop"],
+    ids=["messages", "stop_token_ids", "logit_bias", "stop", "tool_calls"],
 )
 async def test_a_hostile_list_costs_one_short_error(http: httpx.AsyncClient, body: dict[str, Any]) -> None:
     raw = json.dumps(body | {"model": "Qwen/tiny"}, separators=(",", ":")).encode()
