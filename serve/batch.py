@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 TRY_AGAIN = frozenset({408, 429, 502, 503, 504})
 MAX_WAIT_S = 60.0
 
@@ -100,13 +100,14 @@ def failures(output: Path) -> Iterator[Failure]:
             yield Failure(line=number, custom_id=line["custom_id"], reason=_reason(line))
 
 
-def forget_failures(output: Path) -> None:
-    """Leave only the answers in the file, so that what failed counts as not yet asked. Killed, it is as before, or done."""
-    if not any(failures(output)):
+def forget_failures(output: Path, asked: Collection[str]) -> None:
+    """Take the failures of the requests ``asked`` (by their ``custom_id``) out of the file, so that they count as not yet asked. Other
+    requests' stay, as their answers do: nobody is about to ask them. Killed, the file is as before, or done."""
+    if not any(failure.custom_id in asked for failure in failures(output)):
         return
     kept = output.with_name(f"{output.name}.kept")
     with kept.open("wb") as file:
-        file.writelines(text for _, text, line in _whole_lines(output) if _is_answered(line))
+        file.writelines(text for _, text, line in _whole_lines(output) if _is_answered(line) or line["custom_id"] not in asked)
         file.flush()
         os.fsync(file.fileno())
     kept.replace(output)
@@ -124,23 +125,35 @@ def _whole_lines(output: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
                 return
             try:
                 line = json.loads(text)
-                line["custom_id"], line["response"], line["error"]
-            except (ValueError, KeyError, TypeError):
-                raise BatchError(f"{output}:{number} is no answer of a batch; give another output file") from None
+                is_answer = isinstance(line["custom_id"], str) and {"response", "error"} <= line.keys()
+            except (ValueError, KeyError, TypeError, RecursionError):
+                is_answer = False
+            if not is_answer:
+                raise BatchError(f"{output}:{number} is no answer of a batch; give another output file")
             yield number, text, line
 
 
 def _is_answered(line: dict[str, Any]) -> bool:
-    return line["error"] is None and 200 <= line["response"]["status_code"] < 300
+    status = _status(line)
+    return line["error"] is None and status is not None and 200 <= status < 300
+
+
+def _status(line: dict[str, Any]) -> int | None:
+    response = line["response"]
+    status = response.get("status_code") if isinstance(response, dict) else None
+    return status if isinstance(status, int) else None
 
 
 def _reason(line: dict[str, Any]) -> str:
-    if line["error"] is not None:
-        return str(line["error"]["message"])
-    body = line["response"]["body"]
-    error = body.get("error") if isinstance(body, dict) else None
-    said = error.get("message") if isinstance(error, dict) else None
-    return f"{line['response']['status_code']}: {said}" if said else str(line["response"]["status_code"])
+    error, status = line["error"], _status(line)
+    if error is not None:
+        return str(error.get("message") or error) if isinstance(error, dict) else str(error)
+    if status is None:
+        return "neither an answer nor an error"
+    body = line["response"].get("body")
+    told = body.get("error") if isinstance(body, dict) else None
+    said = told.get("message") if isinstance(told, dict) else None
+    return f"{status}: {said}" if said else str(status)
 
 
 class Sender:

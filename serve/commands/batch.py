@@ -60,7 +60,7 @@ def batch(
                 if not wait_until_ready(client, timeout_s=READY_TIMEOUT_S):
                     stop(f"no server answers at {url}; start one with `manta serve`, or say --url")
             if retry_failed:
-                forget_failures(output)
+                forget_failures(output, {item.custom_id for item in items})
             with _bar(len(items)) as bar:
                 for shown in run_batch(items, output, client, concurrency=concurrency, stop=stopped):
                     bar(shown.done, shown.failed)

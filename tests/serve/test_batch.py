@@ -44,6 +44,14 @@ def test_every_request_gets_its_answer(tmp_path: Path) -> None:
     assert answers["r7"]["error"] is None
 
 
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"])
+def test_every_url_that_openai_takes_is_asked_where_the_line_says(tmp_path: Path, url: str) -> None:
+    requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text(json.dumps(GOOD | {"url": url}))
+    list(run_batch(read_items(requests), output, client(lambda request: httpx.Response(200, json=request.url.path)), concurrency=1))
+    assert lines(output)[0]["response"]["body"] == url
+
+
 @pytest.mark.parametrize("after", [0, 1, 5, 19])
 def test_a_run_that_is_left_early_is_gone_on_with(tmp_path: Path, after: int) -> None:
     output, sent = tmp_path / "out.jsonl", Counter[int]()
@@ -97,11 +105,43 @@ def test_failures_that_are_forgotten_are_asked_again_and_no_answer_is_lost(tmp_p
     output = tmp_path / "out.jsonl"
     list(run_batch(items(6), output, client(refuses_odd), concurrency=1))
     answered = [line for line in lines(output) if line["response"]["status_code"] == 200]
-    forget_failures(output)
+    forget_failures(output, {item.custom_id for item in items(6)})
     assert lines(output) == answered
     last = list(run_batch(items(6), output, client(), concurrency=1))[-1]
     assert (last.done, last.failed) == (6, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_failures_of_requests_that_nobody_asks_again_stay(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    list(run_batch(items(4), output, client(lambda _: httpx.Response(404, json={})), concurrency=1))
+    forget_failures(output, {"r1", "another batch's"})
+    assert [failure.custom_id for failure in failures(output)] == ["r0", "r2", "r3"]
+    before = output.read_bytes()
+    forget_failures(output, {"r1"})
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("response", "error", "reason"),
+    [
+        (None, None, "neither an answer nor an error"),
+        ({}, None, "neither an answer nor an error"),
+        ("yes", None, "neither an answer nor an error"),
+        ({"status_code": "200"}, None, "neither an answer nor an error"),
+        ({"status_code": 500}, None, "500"),
+        (None, {"code": "batch_expired", "message": "too late"}, "too late"),
+        (None, {"code": "batch_expired"}, "{'code': 'batch_expired'}"),
+        (None, "too late", "too late"),
+    ],
+)
+def test_a_line_without_an_answer_is_a_failure_whoever_wrote_it(tmp_path: Path, response: object, error: object, reason: str) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text(json.dumps({"custom_id": "r0", "response": response, "error": error}) + "\n")
+    assert [failure.reason for failure in failures(output)] == [reason]
+    assert finished(output) == {"r0": False}
+    forget_failures(output, {"r0"})
+    assert output.read_text() == ""
 
 
 def test_a_server_that_is_gone_is_told_in_the_line(tmp_path: Path) -> None:
@@ -153,7 +193,14 @@ def test_an_input_that_is_no_utf8_is_refused_with_its_line(tmp_path: Path) -> No
         read_items(path)
 
 
-@pytest.mark.parametrize("text", ["my notes\n", json.dumps(GOOD) + "\n"], ids=["notes", "the input itself"])
+UNNAMED = json.dumps({"custom_id": ["r0"], "response": None, "error": None})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["my notes\n", json.dumps(GOOD) + "\n", "[]\n", UNNAMED + "\n"],
+    ids=["notes", "the input itself", "a list", "a list as its name"],
+)
 def test_a_file_of_something_else_is_not_written_to(tmp_path: Path, text: str) -> None:
     output = tmp_path / "notes.txt"
     output.write_text(text)
