@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.checkpoint import FileTensor
 from model.checkpoint_error import CheckpointError
+from model.readable import readable
 from parallel.weight_format import StoredTensor
 
 KEPT_READS = 32
@@ -159,4 +160,4 @@ def no_numbers(tensor: FileTensor) -> CheckpointError:
 
 
 def wrong(tensor: FileTensor, what: str) -> CheckpointError:
-    return CheckpointError(f"{tensor.source.name}: {tensor.name} {what}", file=tensor.source.name, tensor=tensor.name)
+    return CheckpointError(f"{tensor.source.name}: {readable(tensor.name)} {what}", file=tensor.source.name, tensor=tensor.name)

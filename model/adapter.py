@@ -28,6 +28,7 @@ from model.checkpoint import Checkpoint, FileTensor
 from model.checkpoint_folder import small_files
 from model.checkpoint_header import some
 from model.dtypes import DTYPES
+from model.readable import readable
 from parallel.weight_format import StoredTensor
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -134,8 +135,7 @@ class Adapter:
             else:
                 self._put(changed_in, self._with_rows(place, module, rows, adapted[place]))
         if homeless:
-            readable = [name.encode("unicode_escape").decode() for name in homeless]  # they are somebody else's, and go to a terminal
-            self._refuse(f"{len(homeless)} of its tensors have no place there: {some(readable)}")
+            self._refuse(f"{len(homeless)} of its tensors have no place there: {some([readable(name) for name in homeless])}")
         return adapted | changed_in
 
     def _put(self, tensors: dict[str, StoredTensor], tensor: AdaptedTensor) -> None:
@@ -164,14 +164,16 @@ class Adapter:
         for module, held in parts.items():
             self._check_whole(module, held)
         if not self.config.brings_biases and (biases := [name for name in brought if name.endswith(".bias")]):
-            raise AdapterError(f"the adapter {self.place} has biases, though bias is none in its configuration: {some(biases)}")
+            raise AdapterError(
+                f"the adapter {self.place} has biases, though bias is none in its configuration: {some(list(map(readable, biases)))}"
+            )
         return parts, brought, rows
 
     def _check_whole(self, module: str, held: Mapping[str, FileTensor]) -> None:
         lengths = {MAGNITUDE} if self.config.has_magnitudes else set()
         if held.keys() not in ({A, B} | lengths, {EMBEDDING_A, EMBEDDING_B}):
             raise AdapterError(
-                f"the adapter {self.place} is not whole: of {module} there is {', '.join(sorted(held))}, "
+                f"the adapter {self.place} is not whole: of {readable(module)} there is {', '.join(sorted(held))}, "
                 f"expected {', '.join(sorted({A, B} | lengths))}"
             )
 
@@ -235,7 +237,7 @@ class Adapter:
         self._refuse(shapes)
 
     def _refuse(self, what: str) -> None:
-        trained_on = f", and says that it was trained on {self.config.base}" if self.config.base else ""
+        trained_on = f", and says that it was trained on {readable(self.config.base)}" if self.config.base else ""
         raise AdapterError(f"the adapter {self.place} does not fit this model{trained_on}: {what}")
 
 

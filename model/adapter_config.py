@@ -91,11 +91,11 @@ class AdapterConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "AdapterConfig":
         """The same from the parsed JSON."""
         if raw.get("peft_type") != "LORA":
-            raise AdapterError(f"peft_type is {raw.get('peft_type')!r}, and only LORA is served; {_MERGE}")
+            raise AdapterError(f"peft_type is {raw.get('peft_type')!r:.80}, and only LORA is served; {_MERGE}")
         _refuse_what_is_not_computed(raw)
         biases = raw.get("bias") or "none"
         if biases not in BIASES:
-            raise AdapterError(f"bias is {biases!r}, expected {', '.join(BIASES)}")
+            raise AdapterError(f"bias is {biases!r:.80}, expected {', '.join(BIASES)}")
         base = raw.get("base_model_name_or_path")
         return cls(
             rank=_rank(raw.get("r"), "r"),
@@ -135,13 +135,14 @@ def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
     first = raw.get("init_lora_weights")
     if isinstance(first, str) and first.lower().startswith(BASE_IS_CHANGED):
         raise AdapterError(
-            f"init_lora_weights is {first!r}: the base's weights were changed before training, and the adapter counts from those; "
+            f"init_lora_weights is {first!r:.80}: the base's weights were changed before training, and the adapter counts from those; "
             "let PEFT convert it to a plain one (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE
         )
     unknown = sorted(name for name, value in raw.items() if name not in MEAN_NOTHING | READ | REFUSED.keys() and value)
     if unknown:
+        named = ", ".join(f"{name!r:.80}" for name in unknown[:5])
         raise AdapterError(
-            f"{', '.join(map(repr, unknown[:5]))} is not known here, and might change weights: a newer PEFT wrote it, perhaps. {_MERGE}, "
+            f"{named} is not known here, and might change weights: a newer PEFT wrote it, perhaps. {_MERGE}, "
             "or take the field out if it means nothing for the weights"
         )
 
@@ -165,7 +166,7 @@ def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise AdapterError(f"{name}: {pattern!r} is no regular expression ({error})") from error
+            raise AdapterError(f"{name}: {pattern!r:.80} is no regular expression ({error})") from error
     return patterns
 
 
@@ -176,20 +177,20 @@ def _matches(pattern: str, module: str) -> bool:
 
 def _rank(value: Any, name: str) -> int:
     if type(value) is not int or value < 1:
-        raise AdapterError(f"{name} is {value!r}, expected a whole number of at least 1")
+        raise AdapterError(f"{name} is {value!r:.80}, expected a whole number of at least 1")
     return value
 
 
 def _alpha(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"{name} is {value!r}, expected a number")
+        raise AdapterError(f"{name} is {value!r:.80}, expected a number")
     return float(value)
 
 
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
     value = raw.get(name) or False
     if not isinstance(value, bool):
-        raise AdapterError(f"{name} is {value!r}, expected true or false")
+        raise AdapterError(f"{name} is {value!r:.80}, expected true or false")
     return value
 
 

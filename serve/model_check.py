@@ -12,6 +12,7 @@ from model.checkpoint import Checkpoint
 from model.checkpoint_folder import is_remote, small_files
 from model.config import ModelConfig
 from model.load import check_checkpoint
+from model.readable import readable
 from parallel.fitting import check_fit
 from parallel.topology import Topology
 from serve.config import ModelSettings, ServeConfig
@@ -48,9 +49,9 @@ def check_model(place: Path | str, topology: Topology, adapter: Path | str | Non
 def doubt_about(adapter: Path | str, base: str) -> str | None:
     """What is to be said of an adapter whose files call what it was trained on otherwise than ``base`` is called; None: nothing."""
     config = AdapterConfig.from_folder(small_files(adapter))
-    if base == DEMO or config.is_of(base) is not False:
+    if base == DEMO or config.base is None or config.is_of(base):
         return None
-    return f"the adapter {adapter} says that it was trained on {config.base}, and is added to {base}"
+    return f"the adapter {adapter} says that it was trained on {readable(config.base)}, and is added to {base}"
 
 
 def with_draft_model_here(config: ServeConfig, place: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:

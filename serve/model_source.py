@@ -14,6 +14,7 @@ from model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from model.adapter_config import AdapterConfig, AdapterError
 from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import small_files
+from model.readable import readable
 from serve.config import ModelSettings
 
 DEMO = "demo"
@@ -230,7 +231,9 @@ def _is_adapter(folder: Path, source: str) -> str:
         base = AdapterConfig.from_folder(folder).base
     except AdapterError:
         base = None
-    return f", but it is a LoRA adapter; serve it with its base: manta serve {base or 'BASE'} --adapter {source}"
+    named = base is not None and REPOSITORY.fullmatch(base) is not None  # anything else is no word for a command that is copied
+    said = "" if named or base is None else f" (called {readable(base)} where it was trained)"
+    return f", but it is a LoRA adapter; serve it with its base{said}: manta serve {base if named else 'BASE'} --adapter {source}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from serve.commands.models import meant_on_every_host
 from serve.config import ModelEntry, ModelSettings, ServeConfig
 from serve.grpc.convert import model_message
 from serve.http.models import model_object
-from serve.model_check import UnusableCheckpoint, check_model
+from serve.model_check import UnusableCheckpoint, check_model, doubt_about
 from serve.model_facts import ModelFacts
 from serve.model_source import ModelSourceError, called, find_model, own_name
 from serve.text.chat_template import stored_source
@@ -106,6 +106,23 @@ def test_doctor_tells_of_an_adapter_of_another_base_and_serving_on_a_cluster_men
     (model,) = meant_on_every_host(ServeConfig(model=ModelSettings(source=str(tiny_folder), adapter=str(adapter))))
     assert (model.place, model.adapter, model.name) == (tiny_folder, adapter, "my-lora")
     assert f"says that it was trained on {BASE}" in capsys.readouterr().err
+
+
+STEERS = "me/base; \x1b[2Jrm -rf ~ #" + "a" * 500
+
+
+def test_what_an_adapter_calls_its_base_steers_no_terminal_and_is_no_part_of_a_command(tiny_folder: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "lora", low_rank("model.layers.77.mlp.up_proj", 8, 8), base_model_name_or_path=STEERS)
+    with pytest.raises(UnusableCheckpoint, match="says that it was trained on me/base") as misfit:
+        check_model(tiny_folder, Topology(), other)
+    with pytest.raises(ModelSourceError, match="manta serve BASE --adapter") as no_model:
+        find_model(ModelSettings(source=str(other)))
+    doubt = doubt_about(other, BASE)
+    assert doubt is not None
+    for said in (str(misfit.value), str(no_model.value), doubt):
+        assert said.isprintable()
+        assert "a" * 200 not in said
+    assert "manta serve me/base" not in str(no_model.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,20 @@
+"""Words out of somebody else's files on a terminal."""
+
+import pytest
+
+from model.readable import MOST_CHARACTERS, readable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Qwen/Qwen2-7B", "Qwen/Qwen2-7B"),
+        ("/模型/Qwen2", "/模型/Qwen2"),
+        ("\x1b[2Ja\nb", "\\x1b[2Ja\\nb"),
+        ("\u202eB7", "\\u202eB7"),
+        ("\ud800", "\\ud800"),
+        ("a" * 10**6, "a" * MOST_CHARACTERS + "..."),
+    ],
+)
+def test_what_steers_a_terminal_is_spelled_out_and_what_is_long_is_cut(text: str, shown: str) -> None:
+    assert readable(text) == shown
