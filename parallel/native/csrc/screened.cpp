@@ -146,17 +146,18 @@ void manta_screen_of(const uint16_t* weights, uint8_t* numbers, uint16_t* scales
                 round_group(&rows[output * rough_padded + g * ROW_GROUP], numbers + (panel * rough_padded + g * ROW_GROUP) * PANEL + output * 4,
                             scales + (panel * groups + g) * PANEL + output, kept, lost, whole);
             const float rounded = std::sqrt(sum_of(kept)) * MORE, away = std::sqrt(sum_of(lost)) * MORE + std::sqrt(sum_of(whole)) * SPARE;
-            found.rounded = rounded <= found.rounded ? found.rounded : rounded;  // of what is no number, that
-            found.lost = away <= found.lost ? found.lost : away;
+            found.rounded = found.rounded >= rounded || found.rounded != found.rounded ? found.rounded : rounded;  // what is no number stays
+            found.lost = found.lost >= away || found.lost != found.lost ? found.lost : away;
         }
         lengths[panel] = found.rounded, lengths[panels + panel] = found.lost;
     });
 }
 
-// The first T rows of y (`rough_rows`, N): of row t the `sought[t]` highest of the first `limit` outputs to the bits of linear_bf16_dot, whatever of the outputs
-// lowered[ends[t - 1]..ends[t]] are lowered afterwards, and what ties with them; every other is lower than these, and as near as 8 bits come. Returns how many panels of a row were
-// multiplied as they are, or -1 where that would be more than `most`, or of more than `most_panels`: then y means nothing.
-// With twice as many `rough_rows` what 8 bits leave of a row is rounded to 8 bits as well: for few rows, whose product is nothing but reading.
+// The first T rows of y (`rough_rows`, N): of row t the `sought[t]` highest of the first `limit` outputs to the bits of linear_bf16_dot, and
+// what ties with them, whatever of the outputs lowered[ends[t - 1]..ends[t]] are lowered afterwards; every other is lower than these, and as
+// near as 8 bits come. Returns how many panels of a row were multiplied as they are, or -1 where that would be more than `most`, or of more
+// than `most_panels`: then y means nothing. With twice as many `rough_rows` what 8 bits leave of a row is rounded to 8 bits as well: for few
+// rows, whose product is nothing but reading.
 long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scales, const uint16_t* weights, const float* lengths, const int32_t* sought,
                     const int64_t* lowered, const int64_t* ends, float* y, long T, long rough_rows, long K, long padded, long rough_padded, long N, long limit, long most,
                     long most_panels, int threads) {
