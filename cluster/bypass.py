@@ -30,6 +30,8 @@ MAX_WAITING_BYTES = 192 << 20
 """A proxy behind which more would wait is given up."""
 LOOK_S = 0.1
 """How often it is looked whether there is room again, or nobody any more."""
+MAX_STILL_S = 60.0
+"""Somebody who listens and takes nothing stands still, for no longer than this: a connection that was lost is not made again."""
 CONNECT_S = 5.0
 """A connection within a host takes milliseconds; one that did not come about in this time is tried anew."""
 NONCE_BITS = 24
@@ -77,6 +79,7 @@ class Sender:
         self._num_bytes = 0
         self._go_at_bytes = MESSAGE_BYTES
         self._is_broken = self._was_connected = False
+        self._still_since: float | None = None
 
     @property
     def is_connected(self) -> bool:
@@ -89,9 +92,9 @@ class Sender:
         if self._is_broken or not is_here(self._address):
             return True
         if self.is_connected:
-            self._was_connected = True
+            self._was_connected, self._still_since = True, None
             return False
-        return not is_heard(self._address) if self._was_connected else time.monotonic() > self._patient_until
+        return not self._may_stand_still() if self._was_connected else time.monotonic() > self._patient_until
 
     def put(self, answer: int, piece: bytes) -> None:
         """Goes with all that is put until the loop has come round, or until there is much of it.
@@ -113,10 +116,11 @@ class Sender:
         """A proxy that stands still is waited for: it takes as many messages as there were steps, whatever they hold."""
         if not self._answers or self._is_broken:  # it went because there was much of it
             return
-        if not self.is_connected and self._num_bytes < MAX_WAITING_BYTES and is_heard(self._address):
+        if not self.is_connected and self._num_bytes < MAX_WAITING_BYTES and self._may_stand_still():
             self._was_connected, self._go_at_bytes = True, MAX_WAITING_BYTES
             asyncio.get_running_loop().call_later(LOOK_S, self._flush)
             return
+        self._still_since = None
         answers, self._answers = self._answers, []
         pieces, self._pieces = self._pieces, []
         self._num_bytes, self._go_at_bytes = 0, MESSAGE_BYTES
@@ -124,6 +128,11 @@ class Sender:
             self._socket.send(_encode((answers, pieces)), zmq.NOBLOCK)
         except zmq.ZMQError:  # nobody is there any more, or it has stood still for too long
             self._is_broken = True
+
+    def _may_stand_still(self) -> bool:
+        """Whether somebody who takes nothing now may take it later."""
+        self._still_since = self._still_since or time.monotonic()
+        return time.monotonic() - self._still_since < MAX_STILL_S and is_heard(self._address)
 
     def close(self) -> None:
         self._is_broken = True

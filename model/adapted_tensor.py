@@ -43,6 +43,10 @@ class LastRead:
                 self._kept.popitem(last=False)
         return read
 
+    def forget(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
 
 @dataclass(frozen=True)
 class Factor:

@@ -68,8 +68,9 @@ class Adapter:
         return f"<Adapter {self.place} [{len(self._parts)} modules | {len(self._brought)} tensors in place of the base's]>"
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, and of what was read of it."""
         self._file.close()
+        self._kept.forget()
 
     def __enter__(self) -> "Adapter":
         return self

@@ -242,10 +242,9 @@ class Qwen2(nn.Module):
         logits_RV: Tensor = self.head(self.normed(hidden_RD), sought)
         return logits_RV
 
-    @property
     def screens(self) -> bool:
-        """Whether `logits` has a use for what is sought."""
-        return self.head is not None and self.head.screened is not None
+        """Asked once before `logits`: whether it has a use for what is sought."""
+        return self.head is not None and self.head.screened is not None and self.head.screened.tries()
 
     def layers_at_once(self, cache: KvCache) -> NativeLayers | None:
         """They know the addresses of weights and cache, which stay where they are. None where not all layers are computed so."""

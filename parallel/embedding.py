@@ -104,11 +104,12 @@ class VocabHead(nn.Module):
         """Where it is not None, rows that look at few logits are given these exactly and no others."""
 
     def screen(self) -> None:
-        """Have a `ScreenedHead`, where the loaded matrix can have one."""
-        (span,) = self.rows.share.spans
-        self.screened = screened_head(self.rows.format, self.rows.tensors, span.start)
+        """Have a `ScreenedHead`, where the loaded matrix can have one. Logits of fewer bits than float32 might tie with what is sought; and
+        of several ranks only one knows what that is."""
+        if self.group.size == 1 and self.rows.dtype == torch.float32:
+            self.screened = screened_head(self.rows.format, self.rows.tensors)
 
     def forward(self, x_RD: Tensor, sought: Sought | None = None) -> Tensor:
-        """With ``sought``, perhaps no others than these exactly: each rank of the group may decide that for itself."""
+        """With ``sought``, perhaps no others than these exactly."""
         some = self.screened.multiply(x_RD, sought) if self.screened is not None and sought is not None else None
         return all_gather(self.rows.multiply(x_RD) if some is None else some, self.group, dim=-1, sizes=self.sizes)

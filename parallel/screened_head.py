@@ -1,6 +1,5 @@
 """A head that computes the logits which decide, where a step's rows look at few of them: `parallel.native.screened` says how."""
 
-import torch
 from torch import Tensor
 
 from parallel.native.library import native
@@ -15,35 +14,37 @@ MOST_PAUSE = 64
 class ScreenedHead:
     """Beside a head whose matrix is held in bfloat16. What it gives is exact; where it does not pay, it stops trying for a while."""
 
-    def __init__(self, screen: Screen, first: int) -> None:
-        """``first``: the id of the matrix's first output."""
-        self._screen, self._first = screen, first
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
         self._pause = self._left = 0
 
-    def multiply(self, x_RD: Tensor, sought: Sought) -> Tensor | None:
-        """(R, this rank's share of V): of each row the sought logits, and all others lower. None: multiply by all of the matrix."""
-        library = native()
-        if library is None or x_RD.dtype != torch.float32 or len(x_RD) == 0:  # in fewer bits others might tie with what is sought
-            return None
+    def tries(self) -> bool:
+        """Asked once for each step: whether it has a use for what is sought."""
         if self._left:
             self._left -= 1
+            return False
+        return True
+
+    def multiply(self, x_RD: Tensor, sought: Sought) -> Tensor | None:
+        """(R, V): of each row the sought logits, and all others lower. None: multiply by all of the matrix."""
+        library = native()
+        if library is None or len(x_RD) == 0:
             return None
-        logits_RV = self._screen.multiply(library, x_RD, self._mine(sought))
+        logits_RV = self._screen.multiply(library, x_RD, _known(sought, self._screen.exact.num_outputs))
         self._pause = 0 if logits_RV is not None else min(max(2 * self._pause, 1), MOST_PAUSE)
         self._left = self._pause
         return logits_RV
 
-    def _mine(self, sought: Sought) -> Sought:
-        """Ids as the numbers of this rank's outputs."""
-        last = self._first + self._screen.exact.num_outputs
-        lowered = [ids[(ids >= self._first) & (ids < last)] - self._first for ids in sought.lowered]
-        return Sought(sought.highest, lowered, sought.limit - self._first)
+
+def _known(sought: Sought, num_ids: int) -> Sought:
+    """Of a model that guesses for one with a larger vocabulary: without ids that it does not have."""
+    return Sought(sought.highest, [ids[ids < num_ids] for ids in sought.lowered], min(sought.limit, num_ids))
 
 
-def screened_head(format: WeightFormat, tensors: dict[str, Tensor], first: int) -> ScreenedHead | None:
+def screened_head(format: WeightFormat, tensors: dict[str, Tensor]) -> ScreenedHead | None:
     """None where the matrix is not held so, or no kernel does it here."""
     library = native()
     if library is None or not isinstance(format, PackedFormat):
         return None
     screen = screen_of(library, format.packed(tensors))
-    return None if screen is None else ScreenedHead(screen, first)
+    return None if screen is None else ScreenedHead(screen)

@@ -148,6 +148,12 @@ async def test_behind_a_proxy_that_is_gone_nothing_waits(monkeypatch: pytest.Mon
         await asyncio.sleep(0)
         assert not sender._is_broken
         assert not sender.is_lost
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                cluster.bypass, "MAX_STILL_S", 0.0
+            )  # a lost connection looks like that, and never comes again
+            assert sender.is_lost
+        assert not sender.is_lost
         left.close()
         assert sender.is_lost
         sender._flush()

@@ -25,6 +25,8 @@ def _num_sought(row: Row) -> int:
     A top-k is decided by its k, with what ties with the last of them: the filters behind it see no more.
     """
     sampling = row.state.sampling
+    if row.state.entry >= 0 and sampling.penalises:  # what it has seen is counted elsewhere
+        return 0
     if row.allowed is not None or sampling.grammar is not None or sampling.logprobs is not None or len(row.state.bias_ids):
         return 0
     if sampling.repetition_penalty < 1 or sampling.presence_penalty < 0 or sampling.frequency_penalty < 0:
@@ -36,5 +38,6 @@ def _num_sought(row: Row) -> int:
 
 def _lowered(row: Row) -> np.ndarray:
     """Ids (int64) whose logits are made lower, or impossible, before the highest is looked for."""
-    seen = row.history.ids if row.history is not None else _NONE
+    history = row.history
+    seen = history.ids if history is not None else _NONE
     return np.concatenate([seen, row.state.stop_ids]) if row.is_too_early_to_stop else seen

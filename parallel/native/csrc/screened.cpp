@@ -6,8 +6,10 @@
 #include "integers.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-constexpr float SPARE = 1e-4f;  // of |x| |w|: what products and sums in float32 round, several times over
-constexpr float MORE = 1.001f;  // times lengths that are found in float32
+// Of |x| |w|, what the exact product of K features may round, which rounds each sum, and then what the turn and the rough product do.
+static inline float spare(long K) { return 1e-4f + K * 0x1p-23f; }
+constexpr float MORE = 1.001f;    // times lengths that are found in float32
+constexpr float LEAST = 1e-15f;  // of a row's length: below, the squares of its parts may vanish
 
 using RoughRows = QuantisedRows<int8_t, Int8Dot::OFFSET>;
 
@@ -145,7 +147,7 @@ void manta_screen_of(const uint16_t* weights, uint8_t* numbers, uint16_t* scales
             for (long g = 0; g < groups; ++g)
                 round_group(&rows[output * rough_padded + g * ROW_GROUP], numbers + (panel * rough_padded + g * ROW_GROUP) * PANEL + output * 4,
                             scales + (panel * groups + g) * PANEL + output, kept, lost, whole);
-            const float rounded = std::sqrt(sum_of(kept)) * MORE, away = std::sqrt(sum_of(lost)) * MORE + std::sqrt(sum_of(whole)) * SPARE;
+            const float rounded = std::sqrt(sum_of(kept)) * MORE, away = std::sqrt(sum_of(lost)) * MORE + std::sqrt(sum_of(whole)) * spare(padded);
             found.rounded = found.rounded >= rounded || found.rounded != found.rounded ? found.rounded : rounded;  // what is no number stays
             found.lost = found.lost >= away || found.lost != found.lost ? found.lost : away;
         }
@@ -173,7 +175,8 @@ long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scal
             for (long k = 0; k < rough_padded; k += ROW_GROUP) rough.fill(r, k, from + k, ROW_GROUP);
             rest_of(rough.rows[r], from, groups, left);
         };
-        row[t].length = length_of(&as_multiplied[0], rough_padded);
+        const float length = length_of(&as_multiplied[0], rough_padded);
+        row[t].length = length > LEAST ? length : NAN;  // then all are in doubt
         round(t, &as_multiplied[0], &rest[0]);
         if (rough_rows > T) round(T + t, &rest[0], &as_multiplied[0]);
         row[t].lost = length_of(rough_rows > T ? &as_multiplied[0] : &rest[0], rough_padded);
