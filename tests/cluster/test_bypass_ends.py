@@ -149,9 +149,7 @@ async def test_behind_a_proxy_that_is_gone_nothing_waits(monkeypatch: pytest.Mon
         assert not sender._is_broken
         assert not sender.is_lost
         with monkeypatch.context() as patch:
-            patch.setattr(
-                cluster.bypass, "MAX_STILL_S", 0.0
-            )  # a lost connection looks like that, and never comes again
+            patch.setattr(cluster.bypass, "MAX_STILL_S", 0.0)  # a lost connection looks like that, and never comes again
             assert sender.is_lost
         assert not sender.is_lost
         left.close()
