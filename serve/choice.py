@@ -80,8 +80,8 @@ class Choice:
         shown = ""
         for position, token in enumerate(event.tokens):
             self.num_tokens += 1
-            self._untold.append(self._text_token(token, event.logprobs[position] if event.logprobs else None))
             is_stop = event.stop_token is not None and position == len(event.tokens) - 1
+            self._untold.append(self._text_token(token, event.logprobs[position] if event.logprobs else None, is_stop=is_stop))
             text, matched = self._watch("" if is_stop else self._detokenizer.push(token))
             shown += text
             if matched is not None:
@@ -108,10 +108,11 @@ class Choice:
         pairs = zip(self.plan.prompt, (None, *event.prompt_logprobs), strict=True)
         self._prompt_tokens = tuple(self._text_token(token, one) for token, one in pairs)
 
-    def _text_token(self, token: int, logprobs: TokenLogprobs | None) -> TextToken:
+    def _text_token(self, token: int, logprobs: TokenLogprobs | None, *, is_stop: bool = False) -> TextToken:
         raw = self.tokenizer.token_bytes(token)
         top = tuple((other, *self._text_and_bytes(other), logprob) for other, logprob in logprobs.top) if logprobs else ()
-        return TextToken(id=token, text=raw.decode("utf-8", "replace"), raw=raw, logprobs=logprobs, top=top)
+        of_text = not is_stop and token not in self.tokenizer.special_ids
+        return TextToken(id=token, text=raw.decode("utf-8", "replace"), raw=raw, logprobs=logprobs, top=top, of_text=of_text)
 
     def _text_and_bytes(self, token: int) -> tuple[str, bytes]:
         raw = self.tokenizer.token_bytes(token)

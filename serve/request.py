@@ -208,6 +208,8 @@ class TextToken:
     logprobs: TokenLogprobs | None = None
     top: tuple[tuple[int, str, bytes, float], ...] = ()
     """(id, text, raw bytes, log-probability) of the alternatives."""
+    of_text: bool = True
+    """Its bytes are part of the text: it is no control token, and not the one that ended the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)

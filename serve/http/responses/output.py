@@ -1,5 +1,6 @@
 """Step 14 of a request to /v1/responses: the items of an answer, as they are made, and the events that tell of it."""
 
+import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -91,19 +92,21 @@ class CallItem:
 
 
 class TokensOfText:
-    """Tells the tokens that make up a text from those behind it: the end of sequence, a stop string, the mark of a call."""
+    """Tells the tokens that make up a text from others: control tokens, the end of sequence, a stop string, the mark of a call."""
 
     def __init__(self) -> None:
         self._waiting: deque[TextToken] = deque()
-        self._missing_bytes = 0
-        """Of the text, less those of its tokens."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        """As the text itself was made: bytes that are no character count as the U+FFFD that stands for them."""
+        self._missing_chars = 0
+        """Of the text, less those that its tokens complete."""
 
     def take(self, text: str, tokens: Iterable[TextToken]) -> list[TextToken]:
         """More of both, a text never before its tokens."""
-        self._waiting.extend(tokens)
-        self._missing_bytes += len(text.encode())
+        self._waiting.extend(token for token in tokens if token.of_text)
+        self._missing_chars += len(text)
         told: list[TextToken] = []
-        while self._waiting and self._missing_bytes > 0:
+        while self._waiting and self._missing_chars > 0:
             told.append(self._waiting.popleft())
-            self._missing_bytes -= len(told[-1].raw)
+            self._missing_chars -= len(self._decoder.decode(told[-1].raw))
         return told

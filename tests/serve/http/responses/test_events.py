@@ -1,27 +1,32 @@
 """Events of a stream: OpenAI's own types read them, they nest, and what they tell is the whole answer, however it came in pieces."""
 
-from typing import Any
+import codecs
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from engine.plan import TokenLogprobs
+from engine.plan import TokenEvent, TokenLogprobs
 from model.generation_config import GenerationDefaults
 from serve.caller import ANYONE
+from serve.choice import Choice, ChoicePlan
 from serve.errors import describe
 from serve.http.context import Stamp
 from serve.http.responses.events import ResponseEvents
 from serve.http.responses.schema import ResponsesBody
 from serve.request import ChoiceResult, Result, TextEvent, TextToken, ToolCall, ToolCallDelta, Usage
+from serve.text.tokenizer import Tokenizer
 
 STAMP = Stamp(
     id="resp_ab", created=5, model="m", arrived_s=0.0, session="", idempotency_key="", caller=ANYONE, priority=None, deadline_s=None
 )
 USAGE = Usage(prompt_tokens=5, completion_tokens=9, cached_tokens=2)
 WITH_LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+Decoder = codecs.getincrementaldecoder("utf-8")
 READER: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
@@ -31,6 +36,33 @@ def writer(**fields: Any) -> ResponseEvents:
 
 def token(text: str) -> TextToken:
     return TextToken(id=1, text=text, raw=text.encode(), logprobs=TokenLogprobs(logprob=-0.5), top=((2, "x", b"x", -1.0),))
+
+
+BYTES = (b"a", b" b", "ü".encode(), "🙂".encode(), *(bytes([byte]) for byte in "🙂é".encode()), b"\xff", b"a\xe2", b"", b"ab.c")
+CONTROL, END = len(BYTES), len(BYTES) + 1
+
+
+class EveryBytes:
+    """A tokenizer of few tokens: whole characters, halves, broken ones, control tokens."""
+
+    special_ids = frozenset({CONTROL, END})
+
+    def token_bytes(self, token: int) -> bytes:
+        return (*BYTES, b"<|control|>", b"<|end|>")[token]
+
+
+def events_of(tokens: list[int], stop: str) -> list[TextEvent]:
+    """What a choice makes of tokens that come one by one, up to a stop string, or the end of sequence behind them."""
+    choice = Choice(plan=ChoicePlan(index=0, prompt_index=0, stop=(stop,)), tokenizer=cast(Tokenizer, EveryBytes()))
+    events = []
+    for offset, token in enumerate([*tokens, END]):
+        ended = {"finish_reason": "stop", "stop_token": END} if token == END else {}
+        score = (TokenLogprobs(logprob=-float(offset)),)
+        event = choice.apply(TokenEvent(request_id="a", choice=0, attempt=0, offset=offset, tokens=(token,), logprobs=score, **ended))
+        events += [event] * (event is not None)
+        if choice.finished:
+            break
+    return events
 
 
 def told(events: list[TextEvent], **fields: Any) -> list[dict[str, Any]]:
@@ -58,7 +90,7 @@ def answers(draw: st.DrawFn) -> tuple[ChoiceResult, list[TextEvent]]:
         events.append(TextEvent(choice=0, tool_calls=(ToolCallDelta(index=at, id=call.id, name=call.name, arguments=first),)))
         events += [TextEvent(choice=0, tool_calls=(ToolCallDelta(index=at, arguments=rest),))] * bool(rest)
     reason = draw(st.sampled_from(["length", "tool_calls" if calls else "stop"]))
-    events.append(TextEvent(choice=0, tokens=(token("<|im_end|>"),), finish_reason=reason))
+    events.append(TextEvent(choice=0, tokens=(replace(token("<|im_end|>"), of_text=False),), finish_reason=reason))
     tokens = tuple(one for event in events for one in event.tokens)
     return ChoiceResult(
         choice=0, text="".join(words), tokens=tokens, finish_reason=reason, stop_reason=None, tool_calls=tuple(calls)
@@ -84,6 +116,26 @@ def test_the_pieces_of_a_stream_are_the_whole_answer(made: tuple[ChoiceResult, l
     assert [(item["call_id"], item["name"], item["arguments"]) for item in calls] == [
         (call.id, call.name, call.arguments) for call in choice.tool_calls
     ]
+
+
+@given(st.lists(st.integers(0, CONTROL), max_size=12), st.sampled_from([".c", "b.", "zork"]))
+@example([CONTROL, 0, CONTROL, 1], "zork")
+@example([BYTES.index(b"\xff"), 0, 1], "zork")
+@example([0, BYTES.index(b"\xf0")], "zork")
+def test_scores_are_those_of_the_texts_tokens_however_broken_and_the_same_in_a_stream(tokens: list[int], stop: str) -> None:
+    events = events_of(tokens, stop)
+    text = "".join(event.text for event in events)
+    everything = tuple(one for event in events for one in event.tokens)
+    choice = ChoiceResult(choice=0, text=text, tokens=everything, finish_reason="stop", stop_reason=None)
+    whole = writer(**WITH_LOGPROBS).whole(Result(request_id="resp_ab", choices=(choice,), usage=USAGE))
+    assert told(events, **WITH_LOGPROBS)[-1]["response"]["output"] == whole["output"]
+    (part,) = whole["output"][0]["content"]
+    raw = b"".join(bytes(one["bytes"]) for one in part["logprobs"])
+    assert raw.decode("utf-8", "replace").startswith(text)
+    at = [int(-one["logprob"]) for one in part["logprobs"]]
+    assert [[*tokens, END][one] for one in at] == [token for token in tokens if token < CONTROL][: len(at)]
+    before_last = b"".join(bytes(one["bytes"]) for one in part["logprobs"][:-1])
+    assert not at or len(Decoder("replace").decode(before_last)) < len(text)
 
 
 @settings(max_examples=60)
