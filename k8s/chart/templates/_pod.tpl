@@ -40,6 +40,8 @@ capabilities:
 - {name: HF_HOME, value: /models/huggingface}
 - {name: MODELSCOPE_CACHE, value: /models/modelscope}
 - {name: MANTA_CACHE, value: /models/manta}
+- {name: XDG_CACHE_HOME, value: /models/cache}
+- {name: TRITON_CACHE_DIR, value: /models/triton}
 {{- if .Values.huggingface.token }}
 - name: HF_TOKEN
   valueFrom:
