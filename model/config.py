@@ -32,10 +32,12 @@ class UnsupportedModel(ValueError):
 class ContextTooLong(ValueError):
     """Sequences shall become longer than the model can take them."""
 
-    def __init__(self, *, asked_tokens: int, limit_tokens: int) -> None:
+    def __init__(self, *, asked_tokens: int, limit_tokens: int, cut_from_tokens: int | None = None) -> None:
+        """``cut_from_tokens``: as `ModelConfig.cut_from_tokens`."""
+        cut = f" (of {cut_from_tokens}: beyond them it needs dual chunk attention, which is not computed here)" if cut_from_tokens else ""
         super().__init__(
-            f"max_context_tokens={asked_tokens} is more than the {limit_tokens} tokens that this model takes; leave it out, or copy the "
-            "checkpoint and add rope_scaling (YaRN) to its config.json, where the model's card allows it"
+            f"max_context_tokens={asked_tokens} is more than the {limit_tokens} tokens that this model takes{cut}; leave it out, or copy "
+            "the checkpoint and add rope_scaling (YaRN) to its config.json, where the model's card allows it"
         )
 
 
@@ -98,7 +100,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_context_tokens: int
-    """`max_position_embeddings`, or what YaRN stretches it to."""
+    """`max_position_embeddings`, or what YaRN stretches it to; no more than `cut_from_tokens` tells."""
     rms_norm_eps: float
     rope: RopeConfig
     qkv_bias: bool
@@ -114,6 +116,9 @@ class ModelConfig:
     """Stored as the decoder alone: no head, and names without the prefix ``model.``. Its logits, by the embedding, mean nothing."""
     quantisation: Quantisation | None = None
     """`quantization_config`: how the layers' matrices are stored, if not plainly."""
+    cut_from_tokens: int | None = None
+    """`max_position_embeddings` where `max_context_tokens` is less, since the rest is reached by dual chunk attention only (arXiv
+    2402.17463, `dual_chunk_attention_config`: Qwen2.5-1M). Up to the context of training that is attention as of any Qwen2."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -130,7 +135,7 @@ class ModelConfig:
             ContextTooLong: it would be raised.
         """
         if lowered_to is not None and lowered_to > self.max_context_tokens:
-            raise ContextTooLong(asked_tokens=lowered_to, limit_tokens=self.max_context_tokens)
+            raise ContextTooLong(asked_tokens=lowered_to, limit_tokens=self.max_context_tokens, cut_from_tokens=self.cut_from_tokens)
         return lowered_to or self.max_context_tokens
 
     @classmethod
@@ -154,6 +159,8 @@ class ModelConfig:
         num_heads = _positive(raw, "num_attention_heads")
         hidden_size = _positive(raw, "hidden_size")
         rope = _rope(raw)
+        max_positions = _positive(raw, "max_position_embeddings")
+        max_context_tokens = _max_context_tokens(_plain_positions(raw, max_positions), rope)
         return cls(
             architecture=architecture,
             vocab_size=_positive(raw, "vocab_size"),
@@ -163,7 +170,7 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_positive(raw, "num_key_value_heads"),
             head_dim=_head_dim(raw, hidden_size, num_heads),
-            max_context_tokens=_max_context_tokens(_positive(raw, "max_position_embeddings"), rope),
+            max_context_tokens=max_context_tokens,
             rms_norm_eps=_number(raw, "rms_norm_eps"),
             rope=rope,
             qkv_bias=_optional(raw, "qkv_bias", bool, True),  # Qwen2 has it without saying so; Qwen2-MoE may say
@@ -174,6 +181,7 @@ class ModelConfig:
             moe=_moe(raw) if architecture == MOE else None,
             eos_token_ids=token_ids(raw.get("eos_token_id"), "eos_token_id"),
             quantisation=_quantisation(raw),
+            cut_from_tokens=max_positions if max_context_tokens < max_positions else None,
         )
 
 
@@ -296,6 +304,12 @@ def _yarn(settings: Mapping[str, Any]) -> YarnConfig:
         beta_fast=_number({"beta_fast": 32.0, **settings}, "beta_fast"),  # the paper's own values, section 3.2
         beta_slow=_number({"beta_slow": 1.0, **settings}, "beta_slow"),
     )
+
+
+def _plain_positions(raw: Mapping[str, Any], max_positions: int) -> int:
+    """How far plain attention reaches: `max_position_embeddings`, or the context of training where dual chunks count on from there."""
+    chunks = _optional(raw, "dual_chunk_attention_config", dict, {})
+    return min(max_positions, _positive(chunks, "original_max_position_embeddings")) if chunks else max_positions
 
 
 def _max_context_tokens(max_positions: int, rope: RopeConfig) -> int:

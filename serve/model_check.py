@@ -46,6 +46,17 @@ def check_model(place: Path | str, topology: Topology, adapter: Path | str | Non
         raise UnusableCheckpoint(str(error)) from error
 
 
+def cut_of(place: Path | str) -> str | None:
+    """What is to be said of a model that is served with less context than its files name; None: it is not."""
+    config = ModelConfig.from_checkpoint(small_files(place))
+    if config.cut_from_tokens is None:
+        return None
+    return (
+        f"{place} takes {config.max_context_tokens} tokens here, not {config.cut_from_tokens}: beyond those that it was trained with it "
+        "needs dual chunk attention, which is not computed"
+    )
+
+
 def doubt_about(adapter: Path | str, base: str) -> str | None:
     """What is to be said of an adapter whose files call what it was trained on otherwise than ``base`` is called; None: nothing."""
     config = AdapterConfig.from_folder(small_files(adapter))

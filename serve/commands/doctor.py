@@ -90,7 +90,7 @@ def _examine(config: "ServeConfig", names_a_model: bool, address: str | None, ch
 
 def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | None, list[Finding]]":
     from cluster.doctor.findings import Finding, Severity
-    from serve.model_check import UnusableCheckpoint, check_model, doubt_about, with_draft_model_here
+    from serve.model_check import UnusableCheckpoint, check_model, cut_of, doubt_about, with_draft_model_here
     from serve.model_source import ModelSourceError, find_model
 
     try:
@@ -101,6 +101,8 @@ def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | No
     except (ModelSourceError, UnusableCheckpoint) as error:
         return None, [Finding(severity=Severity.FATAL, check="checkpoint", host=None, found=str(error))]
     findings = [Finding(severity=Severity.NOTE, check="checkpoint", host=None, found=f"{found.place} is whole and fits its config.json")]
+    if cut := cut_of(found.place):
+        findings.append(Finding(severity=Severity.WARNING, check="context", host=None, found=cut))
     if found.adapter is not None:
         fits = Finding(severity=Severity.NOTE, check="adapter", host=None, found=f"{found.adapter} is whole and fits the checkpoint")
         doubt = doubt_about(found.adapter, config.model.source)

@@ -94,10 +94,12 @@ def _absolute(config: "ServeConfig") -> "ServeConfig":
 
 
 def _check(place: Path | str, adapter: Path | str | None, config: "ServeConfig") -> None:
-    from serve.model_check import UnusableCheckpoint, check_model, doubt_about  # torch: seconds that a wrong name need not cost
+    from serve.model_check import UnusableCheckpoint, check_model, cut_of, doubt_about  # torch: seconds that a wrong name need not cost
 
     try:
         check_model(place, config.parallel.topology, adapter, max_context_tokens=config.runner.max_context_tokens)
+        if cut := cut_of(place):
+            typer.echo(f"manta: {cut}", err=True)
         if adapter is not None and (doubt := doubt_about(adapter, config.model.source)):
             typer.echo(f"manta: {doubt}", err=True)
     except UnusableCheckpoint as error:

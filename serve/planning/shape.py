@@ -124,8 +124,12 @@ def _moe(raw: Mapping[str, Any]) -> MoeShape:
 
 
 def _max_context_tokens(raw: Mapping[str, Any]) -> int:
-    """YaRN's own reach where it is set, as `model.config` has it."""
-    trained = _positive(raw, "max_position_embeddings")
+    """YaRN's own reach where it is set, and not what dual chunk attention would reach, as `model.config` has it."""
+    trained, chunks = _positive(raw, "max_position_embeddings"), raw.get("dual_chunk_attention_config")
+    if chunks:
+        if not isinstance(chunks, dict):
+            raise PlanError(f"dual_chunk_attention_config is {chunks!r}, expected an object")
+        trained = min(trained, _positive(chunks, "original_max_position_embeddings"))
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict) or "yarn" not in (scaling.get("rope_type"), scaling.get("type")):
         return trained

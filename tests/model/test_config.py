@@ -92,6 +92,27 @@ def test_a_context_limit_can_be_lowered_and_not_raised() -> None:
     assert ModelConfig.from_dict(QWEN2_7B | {"rope_scaling": YARN}).context_limit(32769) == 32769
 
 
+DUAL_CHUNKS = {
+    "max_position_embeddings": 1_010_000,
+    "dual_chunk_attention_config": {"chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144},
+}
+"""As Qwen2.5-7B-Instruct-1M has it."""
+
+
+def test_what_only_dual_chunk_attention_reaches_is_cut_off_and_said() -> None:
+    config = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS)
+    assert (config.max_context_tokens, config.cut_from_tokens) == (262_144, 1_010_000)
+    with pytest.raises(
+        ContextTooLong, match=r"262144 tokens that this model takes \(of 1010000: beyond them it needs dual chunk attention"
+    ):
+        config.context_limit(262_145)
+    short = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS | {"max_position_embeddings": 131_072})
+    assert (short.max_context_tokens, short.cut_from_tokens) == (131_072, None)
+    stretched = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS | {"rope_scaling": YARN | {"original_max_position_embeddings": 262_144}})
+    assert (stretched.max_context_tokens, stretched.cut_from_tokens) == (1_048_576, None)
+    assert ModelConfig.from_dict(QWEN2_7B).cut_from_tokens is None
+
+
 def test_both_spellings_of_the_dtype_mean_the_same() -> None:
     new = {key: value for key, value in QWEN2_7B.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
     assert ModelConfig.from_dict(new) == ModelConfig.from_dict(QWEN2_7B)
@@ -128,6 +149,8 @@ def test_a_missing_field_is_named_not_guessed(whole: dict[str, Any], field: str)
         ({"head_dim": 7}, "even width"),
         ({"eos_token_id": ["<|im_end|>"]}, "eos_token_id"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+        ({"dual_chunk_attention_config": 262_144}, "dual_chunk_attention_config"),
+        ({"dual_chunk_attention_config": {"chunk_size": 262_144}}, "original_max_position_embeddings"),
         ({"quantization_config": "int4"}, "quantization_config"),
         ({"quantization_config": {}}, "quantization_config: quant_method is missing"),
         ({"quantization_config": GPTQ | {"bits": "4"}}, "bits is '4'"),
@@ -181,7 +204,11 @@ def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], what
 
 
 @pytest.mark.parametrize(
-    "field", sorted(QWEN2_57B | {"rope_scaling": 0, "rope_parameters": 0, "layer_types": 0, "mlp_only_layers": 0, "head_dim": 0})
+    "field",
+    sorted(
+        QWEN2_57B
+        | {"rope_scaling": 0, "rope_parameters": 0, "layer_types": 0, "mlp_only_layers": 0, "head_dim": 0, "dual_chunk_attention_config": 0}
+    ),
 )
 def test_whatever_a_field_holds_the_error_is_one_of_two(field: str) -> None:
     for junk in (

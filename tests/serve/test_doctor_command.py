@@ -1,6 +1,7 @@
 """`manta doctor` as an operator calls it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from engine.run.settings import QuantizeName, RunnerConfig
 from engine.weights_read import WeightsRead
 from serve.cli import app
 from serve.commands.doctor import paragraph
+from serve.commands.models import found_here
 from serve.commands.serve import loading_lines
 from serve.config import ModelSettings, ParallelSettings, ServeConfig
 from serve.need import need_of
@@ -70,6 +72,19 @@ def test_only_the_checkpoint_is_looked_at_where_that_is_asked_for(tiny_folder: P
     assert done.exit_code == 0, "GPUs that this host lacks are of no interest"
     assert told["facts"] == []
     assert [finding["check"] for finding in told["findings"]] == ["checkpoint"]
+
+
+def test_a_context_that_is_cut_is_told_of_by_the_doctor_and_by_whoever_serves(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "1M"))
+    chunks = {"max_position_embeddings": 1024, "dual_chunk_attention_config": {"original_max_position_embeddings": 256}}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | chunks))
+    done = CliRunner().invoke(app, ["doctor", str(folder), "--checkpoint-only", "--json"])
+    said = "takes 256 tokens here, not 1024"
+    assert [each["check"] for each in json.loads(done.stdout)["findings"] if said in each["found"]] == ["context"]
+    found_here(ServeConfig(model=ModelSettings(source=str(folder))))
+    assert said in capsys.readouterr().err
 
 
 def test_a_cluster_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from serve.planning.released import PADDED_72B, SIZES, find_shape, released_name
 from serve.planning.shape import ModelShape, shape_of_config
 from serve.planning.weights import weights_of_rank
 from tests.model.quantised import AWQ, GPTQ
+from tests.model.test_config import DUAL_CHUNKS
 from tests.serve.planning.questions import CONFIGS, config
 
 ALONE = Topology().coordinates(0)
@@ -33,6 +34,11 @@ def test_config_json_means_the_same_to_the_planner_and_to_the_model(name: str) -
         assert [getattr(shape.moe, field) for field in SAME_OF_MOE] == [getattr(config.moe, field) for field in SAME_OF_MOE]
         layers = range(shape.num_layers)
         assert [shape.is_sparse(layer) for layer in layers] == [config.moe.is_sparse(layer) for layer in layers]
+
+
+def test_the_planner_and_the_model_cut_the_context_of_dual_chunks_alike() -> None:
+    raw = CONFIGS["7B"] | DUAL_CHUNKS
+    assert shape_of_config(raw, name="1M").max_context_tokens == ModelConfig.from_dict(raw).max_context_tokens == 262_144
 
 
 @pytest.mark.parametrize(
@@ -132,6 +138,8 @@ def test_a_folder_or_its_config_json_will_do(tmp_path: Path) -> None:
         ({"quantization_config": "int4"}, "quantization_config"),
         ({"rope_scaling": {"type": "yarn", "factor": "long"}}, "factor"),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "num_experts"),
+        ({"dual_chunk_attention_config": 262_144}, "dual_chunk_attention_config"),
+        ({"dual_chunk_attention_config": {"chunk_size": 262_144}}, "original_max_position_embeddings"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused_by_field(change: dict[str, object], named: str) -> None:
