@@ -68,6 +68,9 @@ def response_format(wanted: Any, *, param: str = "response_format", nested: bool
     inner, at = (wanted.get("json_schema"), f"{param}.json_schema") if nested else (wanted, param)
     if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict | bool):
         raise InvalidRequest(f"{at} must have a schema", param=param)
+    for key, kind, what in (("name", str, "text"), ("description", str, "text"), ("strict", bool, "true or false")):
+        if not isinstance(inner.get(key), kind | None):
+            raise InvalidRequest(f"{at}.{key} must be {what}", param=param)
     return ResponseFormat(kind="json_schema", text=as_text(inner["schema"]), param=param)
 
 

@@ -281,6 +281,15 @@ class CompletionBody(SharedBody):
         return CompletionRequest(request_id=request_id, model=self.model, prompts=prompts, options=self.options(), echo=bool(self.echo))
 
 
+def same(value: Any, one: Any) -> bool:
+    """Of JSON: true is not 1, 1.0 is not 1, at any depth."""
+    if type(value) is not type(one) or value != one:
+        return False
+    if isinstance(one, dict):
+        return all(same(value[key], one[key]) for key in one)
+    return not isinstance(one, list) or all(map(same, value, one))
+
+
 B = TypeVar("B", bound=NamedBody)
 AnyBody = TypeVar("AnyBody", bound=Body)
 
@@ -292,7 +301,7 @@ def parse(kind: type[B], fields: Mapping[str, Any], limits: Limits) -> B:
         NotSupported: a field asks for what is not offered.
     """
     for name in kind.not_offered.keys() & fields.keys():
-        if fields[name] not in kind.not_offered[name].nothing:
+        if not any(same(fields[name], one) for one in kind.not_offered[name].nothing):
             raise NotSupported(f"{name} is not offered here: {kind.not_offered[name].instead}", param=name)
     body = validated(kind, fields, limits)
     if isinstance(body, SharedBody) and body.stream_options is not None and not body.stream:
@@ -343,6 +352,6 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
 def ignored_fields(body: NamedBody, fields: Mapping[str, Any]) -> list[str]:
     """Names that had no effect, for a header: at most 16, and only such as a header can carry."""
     unknown = fields.keys() - type(body).model_fields.keys() - body.not_offered.keys()
-    said = [name for name in unknown if name not in body.hints or fields[name] not in body.hints[name]]
+    said = [name for name in unknown if not any(same(fields[name], one) for one in body.hints.get(name, ()))]
     names = sorted(islice((name for name in (*said, *body.without_effect(fields)) if HEADER_NAME.fullmatch(name)), 16))
     return names or (["(unprintable)"] if said else [])

@@ -169,6 +169,10 @@ BOTH = [
     ({"user": "a b"}, "user"),
     ({"user": 5}, "user"),
     ({"best_of": 4}, "best_of"),
+    ({"best_of": True}, "best_of"),
+    ({"best_of": 1.0}, "best_of"),
+    ({"use_beam_search": 0}, "use_beam_search"),
+    ({"chat_template_kwargs": {"enable_thinking": 0}}, "chat_template_kwargs"),
 ]
 OF_CHAT = [
     ({"messages": None}, "messages"),
@@ -197,6 +201,8 @@ OF_CHAT = [
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": "s"}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "strict": "false", "schema": {}}}}, "response_format"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
     ({"structured_outputs": {"regex": 1}}, "structured_outputs"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a+"}, "guided_regex"),

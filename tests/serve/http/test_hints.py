@@ -29,6 +29,7 @@ CHAT = "/v1/chat/completions"
         ({"prompt_cache_key": "k", "safety_identifier": "s", "user": "u", "chat_template_kwargs": {"enable_thinking": False}}, None),
         ({"max_tokens": 5, "max_completion_tokens": 5, "parallel_tool_calls": True, "logprobs": False}, None),
         ({"store": True, "metadata": {"a": "b"}}, "metadata, store"),
+        ({"store": 0}, "store"),
         ({"reasoning_effort": "low", "verbosity": "low", "service_tier": "priority"}, "reasoning_effort, service_tier, verbosity"),
         ({"prediction": {"type": "content", "content": "Hello"}, "prompt_cache_retention": "24h"}, "prediction, prompt_cache_retention"),
     ],
