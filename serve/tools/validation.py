@@ -86,14 +86,16 @@ def _calls_of(message: Message, param: str, limits: Limits) -> set[str]:
     if message.role != "assistant":
         raise InvalidRequest(f"{param} belongs to messages of role assistant", param=param)
     if len(message.tool_calls) > limits.tool_calls:
-        raise InvalidRequest(f"{param} has more than {limits.tool_calls} entries", param=param)
-    ids = {call.id for call in message.tool_calls}
-    if len(ids) < len(message.tool_calls) or not all(1 <= len(one) <= limits.id_chars for one in ids):
-        raise InvalidRequest(f"{param}: every call needs an id of its own, of 1 to {limits.id_chars} characters", param=param)
-    for call in message.tool_calls:
+        raise InvalidRequest(f"{param}: at most {limits.tool_calls} calls are taken", param=param)
+    ids: set[str] = set()
+    for at, call in enumerate(message.tool_calls):
+        place = f"{param}[{at}]"
+        if call.id in ids or not 1 <= len(call.id) <= limits.id_chars:
+            raise InvalidRequest(f"{place}: every call needs an id of its own, of 1 to {limits.id_chars} characters", param=place)
+        ids.add(call.id)
         if not NAME.fullmatch(call.name):
-            raise InvalidRequest(f"{param}: a function's name is 1 to 64 of the characters A-Z a-z 0-9 _ -", param=param)
-        _check_text(call.arguments, param)
+            raise InvalidRequest(f"{place}: a function's name is 1 to 64 of the characters A-Z a-z 0-9 _ -", param=place)
+        _check_text(call.arguments, place)
     return ids
 
 

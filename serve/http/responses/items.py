@@ -25,6 +25,8 @@ class Turn:
     role: str
     said: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    called_at: list[str] = field(default_factory=list)
+    """Where the client said each call."""
     answers: str | None = None
     """The id of the call of which it tells the result."""
 
@@ -44,8 +46,15 @@ class Conversation:
         return tuple(turn.message() for turn in self.turns)
 
     @property
-    def places(self) -> tuple[str, ...]:
-        return tuple(turn.place for turn in self.turns)
+    def places(self) -> dict[str, str]:
+        """Where the client said what a chat calls so.
+
+        {"messages[0]": "instructions", "messages[1]": "input[0]", "messages[1].tool_calls[0]": "input[1]"}
+        """
+        places = {f"messages[{at}]": turn.place for at, turn in enumerate(self.turns)}
+        for at, turn in enumerate(self.turns):
+            places |= {f"messages[{at}].tool_calls[{number}]": place for number, place in enumerate(turn.called_at)}
+        return places
 
     def say(self, place: str, role: str, text: str) -> None:
         """What is said beside calls that have no result yet is of one turn with them."""
@@ -59,6 +68,7 @@ class Conversation:
         if not self.turns or self.turns[-1].role != "assistant":
             self.turns.append(Turn(place=place, role="assistant"))
         self.turns[-1].calls.append(call)
+        self.turns[-1].called_at.append(place)
 
     def answer(self, place: str, call_id: str, text: str) -> None:
         self.turns.append(Turn(place=place, role="tool", said=[text], answers=call_id))

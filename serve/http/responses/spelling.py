@@ -1,12 +1,13 @@
 """Step 1 of a request to /v1/responses, where it is refused: the service judges a chat, and the client hears of its own fields."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from serve.errors import ServeError
+from serve.http.responses.items import Conversation
 
-MESSAGE = re.compile(r"messages\[(\d+)\]")
+PLACE = re.compile(r"(messages\[\d+\])(\.tool_calls\[\d+\])?")
 WORDS = (
     (re.compile(r"message of role tool"), "function_call_output"),
     (re.compile(r"messages of role tool"), "function_call_output"),
@@ -21,22 +22,24 @@ WORDS = (
 
 
 @contextmanager
-def spelled_for(places: Sequence[str]) -> Iterator[None]:
-    """What is raised within names fields as this API does. ``places``: where the client said each message."""
+def spelled_for(conversation: Conversation) -> Iterator[None]:
+    """What is raised within names fields as this API does."""
     try:
         yield
     except ServeError as error:
+        places = conversation.places
         error.message = spelled(error.message, places)
         error.args = (error.message,)
         error.param = None if error.param is None else spelled(error.param, places)
         raise
 
 
-def spelled(text: str, places: Sequence[str]) -> str:
+def spelled(text: str, places: Mapping[str, str]) -> str:
+    """``places``: those of a `Conversation`.
+
+    {"messages[1]": "input[0]"}:  "messages[1].content must be text"  ->  "input[0].content must be text"
     """
-    places=("instructions", "input[0]"):  "messages[1].content must be text"  ->  "input[0].content must be text"
-    """
-    text = MESSAGE.sub(lambda found: places[int(found[1])] if int(found[1]) < len(places) else "input", text)
+    text = PLACE.sub(lambda found: places.get(found[0]) or places.get(found[1], "input"), text)
     for word, own in WORDS:
         text = word.sub(own, text)
     return text

@@ -167,12 +167,15 @@ def test_tools_that_cannot_be_offered_are_named(fields: dict[str, Any], param: s
     [
         ([Message(role="tool", content="x", tool_call_id="c")], "messages[0].tool_call_id"),
         ([Message(role="user", content="", tool_calls=(CALL,))], "messages[0].tool_calls"),
-        ([Message(role="assistant", content="", tool_calls=(CALL, CALL))], "messages[0].tool_calls"),
+        ([Message(role="assistant", content="", tool_calls=(CALL, CALL))], "messages[0].tool_calls[1]"),
         ([Message(role="assistant", content="", tool_calls=(CALL,))], "messages"),
         ([Message(role="assistant", content="", tool_calls=(CALL,)), Message(role="user", content="x")], "messages[1]"),
         ([Message(role="user", content="x", tool_call_id="c")], "messages[0].tool_call_id"),
-        ([Message(role="assistant", content="", tool_calls=(ToolCall(id="", name="f", arguments=""),))], "messages[0].tool_calls"),
-        ([Message(role="assistant", content="", tool_calls=(ToolCall(id="c", name="f\n✿ARGS✿", arguments=""),))], "messages[0].tool_calls"),
+        ([Message(role="assistant", content="", tool_calls=(ToolCall(id="", name="f", arguments=""),))], "messages[0].tool_calls[0]"),
+        (
+            [Message(role="assistant", content="", tool_calls=(ToolCall(id="c", name="f\n✿ARGS✿", arguments=""),))],
+            "messages[0].tool_calls[0]",
+        ),
     ],
 )
 def test_results_without_calls_and_calls_without_results_are_named(messages: list[Message], param: str) -> None:

@@ -60,14 +60,19 @@ def test_items_are_the_messages_of_the_same_chat(instructions: str | None, given
     chat = ChatBody.model_validate({"model": "m", "messages": as_a_chat}).request("id")
     conversation = conversation_of(instructions, given)
     assert conversation.messages == chat.messages
-    assert len(conversation.places) == len(chat.messages)
+    assert {f"messages[{at}]" for at in range(len(chat.messages))} <= conversation.places.keys()
 
 
-def test_a_message_knows_the_item_that_it_came_from() -> None:
-    assert conversation_of("Be kind.", [USER, {"type": "reasoning"}, CALL, CALL, RESULT]).places == (
-        *("instructions", "input[0]", "input[2]", "input[4]"),
-    )
-    assert conversation_of(None, "Hi").places == ("input",)
+def test_messages_and_calls_know_the_items_that_they_came_from() -> None:
+    assert conversation_of("Be kind.", [USER, {"type": "reasoning"}, CALL, SAID | {"content": "a"}, CALL, RESULT]).places == {
+        "messages[0]": "instructions",
+        "messages[1]": "input[0]",
+        "messages[2]": "input[2]",
+        "messages[2].tool_calls[0]": "input[2]",
+        "messages[2].tool_calls[1]": "input[4]",
+        "messages[3]": "input[5]",
+    }
+    assert conversation_of(None, "Hi").places == {"messages[0]": "input"}
 
 
 def test_items_add_to_a_turn_without_copying_what_it_says_already() -> None:
@@ -123,9 +128,11 @@ def test_items_without_effect_are_named() -> None:
         ("messages: the last calls have no messages of role tool", "input: the last calls have no function_call_output"),
         ("messages must have 1 to 2048 entries", "input must have 1 to 2048 entries"),
         ("messages[9].content", "input.content"),
+        ("messages[1].tool_calls[1]: every call needs an id", "input[6]: every call needs an id"),
+        ("messages[1].tool_calls: at most 128 calls", "input[4]: at most 128 calls"),
         ("tools[2].function.parameters", "tools[2].parameters"),
         ("max_tokens", "max_output_tokens"),
     ],
 )
 def test_errors_are_spelled_as_this_api_spells_its_fields(of_a_chat: str, own: str) -> None:
-    assert spelled(of_a_chat, ("instructions", "input[4]")) == own
+    assert spelled(of_a_chat, {"messages[0]": "instructions", "messages[1]": "input[4]", "messages[1].tool_calls[1]": "input[6]"}) == own

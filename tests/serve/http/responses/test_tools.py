@@ -108,6 +108,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [*ASK, {"type": "function_call", "call_id": "a", "name": "one", "arguments": "{}"}]}, "input"),
     ({"input": [*ASK, {"type": "function_call", "call_id": "a", "name": "one", "arguments": "{}"}, *ASK]}, "input[2]"),
     ({"input": [*ASK, {"type": "function_call_output", "call_id": "a", "output": "x"}]}, "input[1].call_id"),
+    (
+        {
+            "input": [
+                {"role": "assistant", "content": "Let me see."},
+                {"type": "function_call", "call_id": "a", "name": "one", "arguments": "{}"},
+                {"type": "function_call", "call_id": "b", "name": "of spaces", "arguments": "{}"},
+            ]
+        },
+        "input[2]",
+    ),
     ({"temperature": 3}, "temperature"),
     ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
 ]
