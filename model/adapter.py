@@ -24,6 +24,21 @@ import torch
 
 from model.adapted_tensor import AdaptedTensor, Factor, LastRead, Product, Rows, no_numbers, wrong
 from model.adapter_config import AdapterConfig, AdapterError
+from model.adapter_names import (
+    ADAPTER_FILE,
+    DECODER,
+    EMBEDDING,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    HEAD,
+    MAGNITUDE,
+    PART,
+    PREFIX,
+    ROWS,
+    A,
+    B,
+    unties_head,
+)
 from model.checkpoint import Checkpoint, FileTensor
 from model.checkpoint_folder import small_files
 from model.checkpoint_header import some
@@ -31,15 +46,6 @@ from model.dtypes import DTYPES
 from model.readable import readable
 from parallel.weight_format import StoredTensor
 
-ADAPTER_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-DECODER = "model."
-"""Before the names of a decoder's tensors in a model with a head; an adapter that was trained on the bare decoder lacks it."""
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
-ROWS = ".token_adapter.trainable_tokens_delta"
-PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)))})")
 EXPERTS = re.compile(r"(.+\.experts)(?:\.base_layer)?")
 
 
@@ -84,10 +90,8 @@ class Adapter:
 
     @property
     def unties_head(self) -> bool:
-        """Whether a head that is the embedding cannot be any more: what is trained of the one leaves the other as it was."""
-        changed = {*self._brought, *(f"{module}.weight" for module in self._parts)}
-        embedding = not changed.isdisjoint({EMBEDDING, DECODER + EMBEDDING})
-        return (embedding or HEAD in changed) and not (embedding and self.config.keeps_head_tied)
+        """See `model.adapter_names.unties_head`."""
+        return unties_head(self._file.tensors, self.config)
 
     def check_numbers(self) -> None:
         """Read all of it.

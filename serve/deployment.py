@@ -47,7 +47,7 @@ from serve.measuring import Measuring
 from serve.metrics import Instruments, Snapshot
 from serve.metrics_page import METRICS_BOARD, MetricsPage
 from serve.model_facts import ModelFacts
-from serve.model_source import brought_here, own_name
+from serve.model_source import brought_here, is_fetched, own_name
 from serve.need import need_of
 from serve.observing import Observer
 from serve.quotas import Quotas
@@ -108,6 +108,8 @@ class _Engine:
         folder = await asyncio.to_thread(_small_files, model)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
+        adapter = None if model.adapter is None or is_fetched(model.adapter) else model.adapter
+        need = await asyncio.to_thread(need_of, folder, config, adapter)
         hosts = await asyncio.to_thread(hosts_of_ray)
         self._replica = Replica(
             id=ray_serve.get_replica_context().replica_id.unique_id,
@@ -120,7 +122,7 @@ class _Engine:
                     topology=config.parallel.topology,
                     runner_config=runner,
                     engine_config=config.engine,
-                    need=need_of(folder, config),
+                    need=need,
                     replicas_on_host=replicas_on_a_host(config, deployed.configs, hosts),
                 )
             ),

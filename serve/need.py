@@ -1,9 +1,13 @@
 """What the ranks are going to want of their hosts, from config.json and the settings: for the doctor."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.doctor.facts import Need
 from engine.run.settings import RunnerConfig
+from model.adapter_config import AdapterConfig
+from model.adapter_names import stored_names, unties_head
+from model.checkpoint_folder import small_files
 from parallel.topology import Topology
 from serve.config import ServeConfig
 from serve.planning.errors import PlanError
@@ -12,17 +16,21 @@ from serve.planning.shape import shape_of_checkpoint
 from serve.planning.weights import weights_of_rank
 
 
-def need_of(folder: Path | None, config: ServeConfig) -> Need:
-    """``folder`` holds config.json; None: no model was named. A model that cannot be planned is refused elsewhere."""
+def need_of(folder: Path | None, config: ServeConfig, adapter: Path | str | None = None) -> Need:
+    """``folder`` holds config.json; None: no model was named. A model that cannot be planned is refused elsewhere.
+
+    ``adapter``: where the model's can be read from here; None: there is none, or it is fetched where the ranks are.
+    """
     device = "cuda" if config.resources.gpus or config.runner.device.startswith("cuda") else "cpu"
-    return Need(device=device, gpus_per_rank=config.resources.gpus or 0.0, weights_bytes=_weights(folder, config) if folder else 0)
+    weights = _weights(folder, config, adapter) if folder else 0
+    return Need(device=device, gpus_per_rank=config.resources.gpus or 0.0, weights_bytes=weights)
 
 
-def _weights(folder: Path, config: ServeConfig) -> int:
+def _weights(folder: Path, config: ServeConfig, adapter: Path | str | None) -> int:
     """Of the fullest rank, at least: a dtype that a rank chooses by itself may take twice as much on a CPU."""
     topology = config.parallel.topology
     try:
-        return _fullest_rank(folder, topology, config.runner) + _draft_weights(config.runner)
+        return _fullest_rank(folder, topology, config.runner, adapter) + _draft_weights(config.runner)
     except (PlanError, ValueError):
         return 0
 
@@ -33,8 +41,18 @@ def _draft_weights(runner: RunnerConfig) -> int:
     return _fullest_rank(Path(place), Topology(), runner) if place is not None and Path(place).is_dir() else 0
 
 
-def _fullest_rank(folder: Path, topology: Topology, runner: RunnerConfig) -> int:
+def _fullest_rank(folder: Path, topology: Topology, runner: RunnerConfig, adapter: Path | str | None = None) -> int:
     shape = shape_of_checkpoint(folder, name=str(folder))
+    if adapter is not None and shape.tied_embeddings and _unties_head(adapter):
+        shape = replace(shape, tied_embeddings=False)
     format = FORMATS[runner.quantize] if runner.quantize else shape.format
     most = max(weights_of_rank(shape, topology, topology.coordinates(rank), format).num_bytes for rank in range(topology.size))
     return most * (2 if format is BF16 and runner.dtype == "float32" else 1)
+
+
+def _unties_head(adapter: Path | str) -> bool:
+    """Whether embedding and head become two matrices. False where it cannot be read: that is said by whoever needs it."""
+    try:
+        return unties_head(stored_names(adapter), AdapterConfig.from_folder(small_files(adapter)))
+    except Exception:  # each store's library has its own
+        return False

@@ -115,13 +115,13 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
     from serve.devices import DeviceMisfit, with_devices
     from serve.need import need_of
 
-    folder, topology = found.folder if found else None, config.parallel.topology
+    folder, adapter, topology = found.folder if found else None, found.adapter if found else None, config.parallel.topology
     try:
         if address is None:
             from cluster.doctor.survey import survey_this_machine
 
             (config,) = with_devices([config], [{"GPU": len(gpus_here())}])
-            return survey_this_machine(topology, need_of(folder, config), cache_folder=cache_folder(), look=None)
+            return survey_this_machine(topology, need_of(folder, config, adapter), cache_folder=cache_folder(), look=None)
         from cluster.doctor.in_cluster import survey_cluster
         from cluster.joining import CannotJoin, hosts, joined
         from cluster.worker import ModelRanks
@@ -129,7 +129,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
         try:
             with redirect_stdout(sys.stderr), joined(address, namespace=config.ray.namespace):  # Ray tells of lost hosts on stdout
                 (config,) = with_devices([config], hosts())
-                need = need_of(folder, config)
+                need = need_of(folder, config, adapter)
                 ranks = found and ModelRanks(
                     checkpoint_folder=found.place,
                     topology=topology,

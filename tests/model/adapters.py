@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.adapter import ADAPTER_FILE, PREFIX, A, B
 from model.adapter_config import CONFIG_FILE
+from model.adapter_names import ADAPTER_FILE, PREFIX, A, B
 from tests.model.oracle import Oracle, make_oracle
 
 

@@ -13,8 +13,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeForCausalLM
 
-from model.adapter import ADAPTER_FILE, EMBEDDING_A, EMBEDDING_B, ROWS, A, Adapter, B
+from model.adapter import Adapter
 from model.adapter_config import CONFIG_FILE, MEAN_NOTHING, READ, REFUSED, AdapterConfig, AdapterError
+from model.adapter_names import ADAPTER_FILE, EMBEDDING_A, EMBEDDING_B, ROWS, A, B
 from model.checkpoint import SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cluster.directory import RankPlace, ReplicaRecord
@@ -13,6 +14,9 @@ from cluster.doctor.findings import Finding, Severity
 from cluster.health import State
 from engine.run.settings import QuantizeName, RunnerConfig
 from engine.weights_read import WeightsRead
+from model.adapter import Adapter
+from model.adapter_names import ADAPTER_FILE
+from model.config import ModelConfig
 from serve.cli import app
 from serve.commands.doctor import paragraph
 from serve.commands.models import found_here
@@ -20,6 +24,7 @@ from serve.commands.serve import loading_lines
 from serve.config import ModelSettings, ParallelSettings, ServeConfig
 from serve.need import need_of
 from tests.cluster.fakes import record
+from tests.model.adapters import write_adapter
 from tests.model.quantised import GPTQ
 from tests.serve.planning.questions import CONFIGS
 
@@ -100,6 +105,25 @@ def test_what_the_ranks_need_follows_from_the_configuration(smol_folder: Path) -
     assert alone.device == "cpu"
     assert 0.4 * alone.weights_bytes < half.weights_bytes < 0.7 * alone.weights_bytes
     assert need_of(None, ServeConfig()) == Need()
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "heads"),
+    [("embed_tokens", {}, 1), ("embed_tokens", {"ensure_weight_tying": True}, 0), ("lm_head", {}, 1), ("layers.0.mlp.up_proj", {}, 0)],
+)
+def test_a_rank_needs_room_for_a_head_that_an_adapter_unties(
+    module: str, settings: dict[str, object], heads: int, smol_folder: Path, tmp_path: Path
+) -> None:
+    config = ModelConfig.from_checkpoint(smol_folder)
+    assert config.tied_embeddings
+    name = f"{module}.weight" if module == "lm_head" else f"model.{module}.weight"
+    adapter = write_adapter(tmp_path / "lora", {name: torch.zeros(2, 2)}, **settings)
+    more = need_of(smol_folder, ServeConfig(), adapter).weights_bytes - need_of(smol_folder, ServeConfig()).weights_bytes
+    assert more == heads * config.vocab_size * config.hidden_size * 2
+    with Adapter(adapter) as opened:
+        assert opened.unties_head == bool(heads)
+    (adapter / ADAPTER_FILE).write_bytes(b"\xff" * 40)
+    assert need_of(smol_folder, ServeConfig(), adapter) == need_of(smol_folder, ServeConfig())
 
 
 def test_rounded_ranks_need_what_they_hold_rounded(tmp_path: Path) -> None:
