@@ -133,7 +133,7 @@ class ResponseEvents:
             "frequency_penalty": _first(body.frequency_penalty, None, 0.0),
             "text": {"format": _format(body), "verbosity": "medium"},
             "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
-            "tools": [tool.told() for tool in body.tools or ()],
+            "tools": [tool.told() for tool in body.functions.values()],
             "top_logprobs": body.top_logprobs or 0,
             "truncation": "disabled",
             "usage": usage and _usage(usage),

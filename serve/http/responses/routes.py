@@ -33,7 +33,7 @@ def response_routes(front: Front) -> APIRouter:
         service, conversation = front.service(), body.conversation()
         asked = stamp.sign(body.request(stamp.id, conversation.messages))
         writer = ResponseEvents(stamp, body, service.model(body.model).defaults)
-        with spelled_for(conversation):
+        with spelled_for(body, conversation):
             if body.stream:
                 answer: Response = await open_stream(request.receive, service.chat(asked), writer, headers, tell_ledger=stamp.wants_ledger)
             else:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
+from pydantic import FailFast, Field, ValidatorFunctionWrapHandler, WithJsonSchema, WrapValidator
 
 from serve.errors import InvalidRequest
 from serve.http.formats import Choosing, as_text, response_format
@@ -40,19 +40,8 @@ ITEMS = [
 INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": ITEMS}}]}
 
 
-def _functions(tools: Any) -> Any:
-    """Without those that OpenAI would run: they are offered to the model, not asked for, and command-line agents always offer some."""
-    return [tool for tool in tools if not _is_run_elsewhere(tool)] if isinstance(tools, list) else tools
-
-
 def _is_run_elsewhere(tool: Any) -> bool:
     return isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function"
-
-
-def _flat(tool: Any) -> Any:
-    if isinstance(tool, dict) and "name" not in tool and "function" in tool:
-        raise wrong("should have name, description and parameters beside its type; within function they belong to /v1/chat/completions")
-    return tool
 
 
 class FunctionTool(Body):
@@ -70,6 +59,19 @@ class FunctionTool(Body):
     def told(self) -> dict[str, Any]:
         """As an answer repeats it."""
         return self.model_dump() | {"strict": self.strict is not False}
+
+
+ELSEWHERE = FunctionTool.model_construct(type="function", name="")
+"""Stands where a client has a tool that OpenAI would run: offered to the model, not asked for; command-line agents always offer some."""
+
+
+def _function(tool: Any, read: ValidatorFunctionWrapHandler) -> FunctionTool:
+    if _is_run_elsewhere(tool):
+        return ELSEWHERE
+    if isinstance(tool, dict) and "name" not in tool and "function" in tool:
+        raise wrong("should have name, description and parameters beside its type; within function they belong to /v1/chat/completions")
+    function: FunctionTool = read(tool)
+    return function
 
 
 class TextSettings(Body):
@@ -106,7 +108,7 @@ class ResponsesBody(SharedBody):
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
         None, max_length=Limits.metadata
     )
-    tools: Annotated[list[Annotated[FunctionTool, BeforeValidator(_flat)]] | None, FailFast(), BeforeValidator(_functions)] = None
+    tools: Annotated[list[Annotated[FunctionTool, WrapValidator(_function)]] | None, FailFast()] = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
@@ -131,6 +133,11 @@ class ResponsesBody(SharedBody):
 
     def length(self) -> int | None:
         return self.max_output_tokens
+
+    @property
+    def functions(self) -> dict[int, FunctionTool]:
+        """By where they stand among the tools."""
+        return {at: tool for at, tool in enumerate(self.tools or ()) if tool is not ELSEWHERE}
 
     @property
     def wants_logprobs(self) -> bool:
@@ -165,7 +172,7 @@ class ResponsesBody(SharedBody):
             model=self.model,
             messages=tuple(messages),
             options=self.options(),
-            tools=tuple(tool.tool() for tool in self.tools or ()),
+            tools=tuple(tool.tool() for tool in self.functions.values()),
             tool_choice=choosing.mode,
             tool_name=choosing.name,
             allowed_tools=choosing.allowed,

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 
 from serve.errors import ServeError
 from serve.http.responses.items import Conversation
+from serve.http.responses.schema import ResponsesBody
 
-PLACE = re.compile(r"(messages\[\d+\])(\.tool_calls\[\d+\])?")
+PLACE = re.compile(r"((?:messages|tools)\[\d+\])(\.tool_calls\[\d+\])?")
 WORDS = (
     (re.compile(r"message of role tool"), "function_call_output"),
     (re.compile(r"messages of role tool"), "function_call_output"),
-    (re.compile(r"\bmessages\b"), "input"),
+    (re.compile(r"\bmessages\b(\[\d+\])?"), "input"),
     (re.compile(r"\.tool_call_id\b"), ".call_id"),
     (re.compile(r"\.tool_calls\b"), ""),
     (re.compile(r"(tools\[\d+\])\.function\b"), r"\1"),
@@ -22,12 +23,12 @@ WORDS = (
 
 
 @contextmanager
-def spelled_for(conversation: Conversation) -> Iterator[None]:
+def spelled_for(body: ResponsesBody, conversation: Conversation) -> Iterator[None]:
     """What is raised within names fields as this API does."""
     try:
         yield
     except ServeError as error:
-        places = conversation.places
+        places = conversation.places | {f"tools[{at}]": f"tools[{said}]" for at, said in enumerate(body.functions)}
         error.message = spelled(error.message, places)
         error.args = (error.message,)
         error.param = None if error.param is None else spelled(error.param, places)
@@ -35,11 +36,11 @@ def spelled_for(conversation: Conversation) -> Iterator[None]:
 
 
 def spelled(text: str, places: Mapping[str, str]) -> str:
-    """``places``: those of a `Conversation`.
+    """``places``: those of a `Conversation`, and of tools.
 
     {"messages[1]": "input[0]"}:  "messages[1].content must be text"  ->  "input[0].content must be text"
     """
-    text = PLACE.sub(lambda found: places.get(found[0]) or places.get(found[1], "input"), text)
+    text = PLACE.sub(lambda found: places.get(found[0]) or places.get(found[1], found[1]), text)
     for word, own in WORDS:
         text = word.sub(own, text)
     return text

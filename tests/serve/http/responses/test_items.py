@@ -130,9 +130,10 @@ def test_items_without_effect_are_named() -> None:
         ("messages[9].content", "input.content"),
         ("messages[1].tool_calls[1]: every call needs an id", "input[6]: every call needs an id"),
         ("messages[1].tool_calls: at most 128 calls", "input[4]: at most 128 calls"),
-        ("tools[2].function.parameters", "tools[2].parameters"),
+        ("tools[2].function.parameters", "tools[3].parameters"),
         ("max_tokens", "max_output_tokens"),
     ],
 )
 def test_errors_are_spelled_as_this_api_spells_its_fields(of_a_chat: str, own: str) -> None:
-    assert spelled(of_a_chat, {"messages[0]": "instructions", "messages[1]": "input[4]", "messages[1].tool_calls[1]": "input[6]"}) == own
+    places = {"messages[0]": "instructions", "messages[1]": "input[4]", "messages[1].tool_calls[1]": "input[6]", "tools[2]": "tools[3]"}
+    assert spelled(of_a_chat, places) == own

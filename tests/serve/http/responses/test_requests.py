@@ -121,6 +121,8 @@ async def test_what_has_no_effect_is_named_where_it_says_something(
         ("tools", [{"type": "function", "name": "a"}, {"type": ["web_search"]}], "tools[1].type"),
         ("tools", [{"type": "function", "function": {"name": "a"}}], "tools[0]"),
         ("tools", [{"type": "function"}], "tools[0].name"),
+        ("tools", [{"type": "web_search"}, {"type": "function"}], "tools[1].name"),
+        ("tools", [None], "tools[0]"),
         ("tool_choice", {"type": "file_search"}, "tool_choice"),
         ("tool_choice", {"type": "function"}, "tool_choice"),
         ("tool_choice", {"type": "allowed_tools", "mode": "auto"}, "tool_choice"),

@@ -101,6 +101,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "three"}}, "tool_choice"),
     ({"tools": [*TOOLS, TOOLS[0]]}, "tools[2].name"),
     ({"tools": [TOOLS[0] | {"parameters": {"type": "array"}}]}, "tools[0].parameters"),
+    ({"tools": [{"type": "web_search"}, TOOLS[0] | {"parameters": {"type": "array"}}]}, "tools[1].parameters"),
     ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}}, "text.format"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": 10**6}, "max_output_tokens"),
