@@ -329,7 +329,8 @@ def _check_counts(kind: type[Body], fields: Mapping[str, Any], limits: Limits) -
         limit, value = entries.get(names.get(name, name)), fields[name]
         if limit is not None and isinstance(value, list | dict) and len(value) > limit:
             raise InvalidRequest(f"{name} has {len(value)} entries, and at most {limit} are taken", param=name)
-    _check_calls(fields.get("messages"), limits)
+    if "messages" in kind.model_fields:
+        _check_calls(fields.get("messages"), limits)
 
 
 def _check_calls(messages: Any, limits: Limits) -> None:

@@ -278,6 +278,12 @@ async def test_unknown_fields_are_ignored_and_named_in_a_header(http: httpx.Asyn
     assert answer.headers["x-manta-ignored-fields"] == "abc, zork"
 
 
+async def test_messages_of_a_completion_are_no_field_and_are_not_judged(http: httpx.AsyncClient, completion_body: Any) -> None:
+    answer = await http.post(COMPLETIONS, json=completion_body | {"messages": [{"tool_calls": [1] * 1_000}]})
+    assert answer.status_code == 200
+    assert answer.headers["x-manta-ignored-fields"] == "messages"
+
+
 @pytest.mark.parametrize("so_far", [[{"index": 0, "token_ids": [1]}], [{"index": -1, "token_ids": [-1]}], "all of it"], ids=repr)
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_broken_stream_cannot_go_on_over_http_and_a_client_that_tries_is_told(
