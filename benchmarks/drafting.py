@@ -57,7 +57,7 @@ class Served:
     def __init__(self, name: str, folder: Path, draft: Path | None) -> None:
         self.name = name
         config = EngineConfig(speculate="draft" if draft else None, prefix_cache=False)
-        runner = RunnerConfig(device="cpu", draft_model=str(draft) if draft else None, max_context_tokens=1024, kv_cache_bytes=1 << 30)
+        runner = RunnerConfig(device="cpu", draft_model=str(draft) if draft else None, kv_cache_bytes=1 << 30)
         self._executor = LocalExecutor.open(folder, runner_config=runner, engine_config=config)
         self.engine = Engine(self._executor, config)
         self.answers: dict[int, list[tuple[int, ...]]] = {}

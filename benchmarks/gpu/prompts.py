@@ -13,6 +13,7 @@ from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.cuda_graphs import CudaGraphs
 from engine.run.prompt_graphs import SIZES, PromptGraphs
+from parallel.native.screened import Sought
 
 GREEDY = SamplingParams(temperature=0.0)
 MOST = 2e-2
@@ -59,8 +60,8 @@ class Prompts:
         model, found = self._runner.model, list[Tensor]()
         compute = model.logits
 
-        def watched(hidden_RD: Tensor) -> Tensor:
-            found.append(compute(hidden_RD).clone())
+        def watched(hidden_RD: Tensor, sought: Sought | None = None) -> Tensor:
+            found.append(compute(hidden_RD, sought).clone())
             return found[-1]
 
         model.logits = watched  # type: ignore[method-assign]

@@ -126,10 +126,10 @@ def test_nan_logits_of_a_prompt_fail_it_alone(pair: tuple[LocalExecutor, Watched
     ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
     logits, num_calls = runner.model.logits, 0
 
-    def poisoned(hidden_RD: object) -> object:
+    def poisoned(hidden_RD: object, sought: object = None) -> object:
         nonlocal num_calls
         num_calls += 1
-        found = logits(hidden_RD)  # type: ignore[arg-type]
+        found = logits(hidden_RD, sought)  # type: ignore[arg-type]
         if num_calls == 1:
             found[1] = float("nan")
         return found
