@@ -3,14 +3,12 @@
 import fnmatch
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from model.adapter_config import AdapterError
-from model.checkpoint_folder import MODULE_FOLDERS, SMALL_FILES, cache_folder
+from model.checkpoint_folder import MODULE_FOLDERS, SMALL_FILES, cache_folder, made_at_once
 from model.config import read_json_object
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
@@ -150,19 +148,4 @@ def _kept(files: Mapping[str, bytes]) -> Path:
     for name in sorted(files):
         state.update(f"{name} {len(files[name])}\n".encode() + files[name])
     folder = cache_folder() / "adapted" / state.hexdigest()[:24]
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        for name, content in files.items():
-            (made / name).parent.mkdir(exist_ok=True)
-            (made / name).write_bytes(content)
-        made.chmod(0o755)
-        made.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another rank may have been faster
-            raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return folder
+    return folder if folder.is_dir() else made_at_once(folder, files.items())

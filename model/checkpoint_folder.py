@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,23 +137,7 @@ class RemoteFolder:
         wanted = sorted(name for name in entries if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in SMALL_FILES))
         state = [self._url, *(str(sorted((key, str(value)) for key, value in entries[name].items())) for name in wanted)]
         folder = cache_folder() / "remote" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:24]
-        if folder.is_dir():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            for name in wanted:
-                (made / name).parent.mkdir(exist_ok=True)
-                (made / name).write_bytes(self._content(name, entries[name]))
-            made.chmod(0o755)
-            if not folder.is_dir():
-                made.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another rank may have been faster
-                raise
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        return folder
+        return folder if folder.is_dir() else made_at_once(folder, ((name, self._content(name, entries[name])) for name in wanted))
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
         content: bytes = self._system.cat_file(path, start=start, end=stop)  # by keyword: s3fs has a version before them
@@ -193,6 +177,24 @@ def _is_module(folder: str) -> bool:
 
 def _last(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def made_at_once(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
+    """The folder with these files (name below it, content): whoever looks sees all of them or no folder. Several may make it at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        for name, content in files:
+            (made / name).parent.mkdir(exist_ok=True)
+            (made / name).write_bytes(content)
+        made.chmod(0o755)
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # another rank may have been faster
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
 
 
 def cache_folder() -> Path:

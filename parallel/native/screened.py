@@ -46,12 +46,6 @@ class Screen:
     lengths: Tensor
     """(2, panels) float32: of a panel the longest output as it is rounded, and the most that rounding takes from one."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Of what is held beside the matrix."""
-        assert self.rough.scales is not None
-        return self.rough.numbers.nbytes + self.rough.scales.nbytes + self.lengths.nbytes
-
     def multiply(self, library: Native, x_TK: Tensor, sought: Sought) -> Tensor | None:
         """(T, N) in float32: of each row the sought outputs as `parallel.native.linear.multiply` gives them, to the bit, and all
         others lower than these. None where that would cost as much as all of them exactly."""
