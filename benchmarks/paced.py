@@ -126,7 +126,7 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
     from cluster.health import State
     from cluster.link import ReplicaLink
     from cluster.router import Router
-    from serve.doors import Doors
+    from serve.drain_gate import Doors
     from serve.http.app import create_app
     from serve.model_facts import ModelFacts
     from serve.service import Service

@@ -34,7 +34,7 @@ from serve.bypass import Ways
 from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.devices import with_devices
-from serve.doors import Doors
+from serve.drain_gate import Doors
 from serve.fetched_ranks import FetchedRanks
 from serve.grpc.admin import AdminServicer
 from serve.grpc.bypass import passed
@@ -51,8 +51,8 @@ from serve.model_source import brought_here, is_fetched, own_name
 from serve.need import need_of
 from serve.observing import Observer
 from serve.quotas import Quotas
+from serve.replicas_per_host import replicas_on_a_host
 from serve.service import Service
-from serve.sharing import replicas_on_a_host
 from serve.text.tokenizer import Tokenizer
 
 APP = "manta"

@@ -10,14 +10,14 @@ from engine.errors import EngineStopped
 from engine.places import mark
 from engine.request import Pooling, SamplingParams
 from model.pooling import PoolingConfig
-from serve.asking import TokenSource, engine_request, may_fit, must_be_in_time, next_event
 from serve.errors import from_event
-from serve.ledger import EngineTimes, Stopwatch
-from serve.merging import merged
+from serve.merge_streams import merged
 from serve.model_facts import ModelFacts
 from serve.request import EmbeddingRequest, EmbeddingResult, TextEvent, Usage
+from serve.request_timing import EngineTimes, Stopwatch
 from serve.text.threads import beside_the_loop
 from serve.text.tokenizer import Tokenizer
+from serve.token_source import TokenSource, engine_request, may_fit, must_be_in_time, next_event
 from serve.validation import Validator
 
 INPUTS_AT_ONCE = 128

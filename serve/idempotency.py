@@ -3,7 +3,7 @@
 A client whose connection broke cannot know whether its request arrived. It sends it again under the same key, to the same
 front or another. A front that has such a request under way lets the second call read along, from the first event; one that
 has its answer gives that; one that knows nothing computes it, and its seed makes it the same. A call that has `so_far`
-(see `serve.resuming`) takes its request over from an earlier call, which only waits for a connection that is gone.
+(see `serve.stream_resume`) takes its request over from an earlier call, which only waits for a connection that is gone.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ from contextlib import aclosing
 
 from engine.errors import EngineStopped
 from serve.caller import ANYONE
-from serve.collecting import collected
+from serve.collect import collected
 from serve.errors import InvalidRequest, TakenOver
 from serve.limits import Limits, is_identifier
-from serve.offers import Offers, Passing
 from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, SoFar, TextEvent
+from serve.service_api import Offers, Passing
 
 KEY = "idempotency-key"
 """Header of HTTP, metadata of gRPC."""

@@ -60,8 +60,8 @@ def before_listening() -> list[Any]:
 
     from serve.bypass import Passages
     from serve.grpc.bypass import past_ray
+    from serve.grpc.decode_errors import forgiving
     from serve.grpc.slow_clients import leaving_slow
-    from serve.grpc.unreadable import forgiving
     from serve.http.proxy_headers import proxy_middlewares
 
     proxy: Any = _proxy  # its own imports are no part of what it exports

@@ -10,7 +10,7 @@ from typing import Literal
 
 from engine.plan import Spent, TokenLogprobs
 from serve.caller import ANYONE, Caller
-from serve.ledger import Ledger
+from serve.request_timing import Ledger
 
 NO_PARAMETERS = '{"type": "object", "properties": {}, "additionalProperties": false}'
 
@@ -121,7 +121,7 @@ class ChatRequest:
     idempotency_key: str = ""
     """See `serve.idempotency`."""
     so_far: tuple[SoFar, ...] = ()
-    """See `serve.resuming`."""
+    """See `serve.stream_resume`."""
     priority: int = 0
     deadline_s: float | None = None
     """Unix time."""

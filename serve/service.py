@@ -14,18 +14,15 @@ from engine.errors import EngineStopped
 from engine.failpoints import hit
 from engine.places import mark
 from engine.plan import TokenEvent
-from serve.asking import TokenSource, engine_request, must_be_in_time, next_event
 from serve.choice import Choice, ChoicePlan
-from serve.collecting import collected
+from serve.collect import collected
 from serve.embedding import Embedder, together
 from serve.errors import ModelNotFound, from_event
-from serve.ledger import EngineTimes, Stopwatch
 from serve.limits import Limits
-from serve.merging import merged
+from serve.merge_streams import merged
 from serve.model_facts import ModelFacts
 from serve.observing import Observer, observed
-from serve.prompt_scores import PromptScores, scores_of
-from serve.prompts import Asked, Prompts
+from serve.prompt_logprobs import PromptScores, scores_of
 from serve.request import (
     ChatRequest,
     CompletionRequest,
@@ -36,12 +33,15 @@ from serve.request import (
     TokenizeRequest,
     Usage,
 )
-from serve.resuming import caught_up, had_of, unsaid
+from serve.request_preparer import Asked, Prompts
+from serve.request_timing import EngineTimes, Stopwatch
+from serve.stream_resume import caught_up, had_of, unsaid
 from serve.structured.compiler import Compiles, GrammarCompilers
 from serve.text.threads import beside_the_loop
 from serve.text.tokenizer import Tokenizer
+from serve.token_source import TokenSource, engine_request, must_be_in_time, next_event
 from serve.tools.protocol import ProtocolName
-from serve.tools.toolbox import Toolbox
+from serve.tools.request_tools import Toolbox
 from serve.validation import Validator
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serve.errors import code_of
-from serve.ledger import Ledger
 from serve.observing import Observer, Watch
 from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Options, TextEvent
+from serve.request_timing import Ledger
 from serve.version import version
 
 OPERATIONS = {ChatRequest: "chat", CompletionRequest: "text_completion", EmbeddingRequest: "embeddings"}

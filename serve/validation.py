@@ -14,7 +14,7 @@ from serve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, N
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Message, Options, SoFar, TokenizeRequest
-from serve.resuming import check_so_far
+from serve.stream_resume import check_so_far
 from serve.tools.validation import check_conversation, check_tools
 
 N = TypeVar("N", int, float)

@@ -10,12 +10,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from cluster.directory import ReplicaRecord
 from serve.auth import OpenDoor
 from serve.caller import Scope
-from serve.doors import Doors
+from serve.drain_gate import Doors
 from serve.errors import InvalidRequest
-from serve.grpc import convert
-from serve.grpc.authorise import Admits, caller_of
+from serve.grpc.auth import Admits, caller_of
 from serve.grpc.errors import CallContext
 from serve.grpc.generated import admin_pb2, admin_pb2_grpc
+from serve.grpc.responses import model_message
 from serve.grpc.servicer import answer_or_refuse
 from serve.version import version
 
@@ -43,7 +43,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             return admin_pb2.GetServerInfoResponse(
                 version=version(),
                 started=self._started,
-                models=[convert.model_message(facts) for facts in self._doors.models()],
+                models=[model_message(facts) for facts in self._doors.models()],
                 replicas=[_replica(record) for record in self._records()],
                 limits={name: float(value) for name, value in dataclasses.asdict(self._doors.limits).items()},
                 draining=self._doors.draining,

@@ -7,15 +7,15 @@ import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from serve.doors import Doors
+from serve.drain_gate import Doors
 from serve.grpc.admin import AdminServicer, Fleet
-from serve.grpc.authorise import Admits
+from serve.grpc.auth import Admits
+from serve.grpc.decode_errors import Forgiving
 from serve.grpc.generated import admin_pb2_grpc, service_pb2_grpc
 from serve.grpc.health import ADMIN, MANTA, HealthServicer
 from serve.grpc.servicer import MantaServicer
-from serve.grpc.unreadable import Forgiving
 from serve.limits import Limits
-from serve.offers import Offers
+from serve.service_api import Offers
 
 SERVICER_FUNCTIONS = (
     "serve.grpc.generated.service_pb2_grpc.add_MantaServiceServicer_to_server",

@@ -18,14 +18,15 @@ from engine.places import mark
 from serve.auth import OpenDoor
 from serve.caller import Caller, Scope
 from serve.errors import RequestTooLarge
-from serve.grpc import convert, read
-from serve.grpc.authorise import Admits, caller_of
+from serve.grpc.auth import Admits, caller_of
 from serve.grpc.errors import CallContext, refuse
 from serve.grpc.generated import service_pb2, service_pb2_grpc
-from serve.grpc.ledger import tell_ledger
+from serve.grpc.requests import chat_request, check_counts, completion_request, embedding_request, parse_so_far, tokenize_request
+from serve.grpc.responses import StreamWriter, chat_response, embed_response, generate_response, model_message
+from serve.grpc.timing import tell_ledger
 from serve.idempotency import KEY, key_of
-from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, SoFar, TextEvent
+from serve.service_api import Offers
 from serve.session import SESSION, session_of
 from serve.trace_context import trace_of
 
@@ -45,7 +46,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             result = await self._service.collect(asked)
             mark(14, request_id)
             tell_ledger(context, result.ledger, result.held_s)
-            return convert.chat_response(result, model=asked.model, created=int(self._clock()))
+            return chat_response(result, model=asked.model, created=int(self._clock()))
 
         return await answer_or_refuse(answer, service_pb2.ChatResponse, context, request_id)
 
@@ -71,7 +72,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             result = await self._service.collect(asked)
             mark(14, request_id)
             tell_ledger(context, result.ledger, result.held_s)
-            return convert.generate_response(result, model=asked.model, created=int(self._clock()))
+            return generate_response(result, model=asked.model, created=int(self._clock()))
 
         return await answer_or_refuse(answer, service_pb2.GenerateResponse, context, request_id)
 
@@ -97,21 +98,21 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             result = await self._service.embed(asked)
             mark(14, request_id)
             tell_ledger(context, result.ledger, result.held_s)
-            return convert.embed_response(result, model=asked.model, created=int(self._clock()))
+            return embed_response(result, model=asked.model, created=int(self._clock()))
 
         return await answer_or_refuse(answer, service_pb2.EmbedResponse, context, request_id)
 
     async def ListModels(self, request: service_pb2.ListModelsRequest, context: CallContext) -> service_pb2.ListModelsResponse:
         async def answer() -> service_pb2.ListModelsResponse:
             caller_of(context, self._door, Scope.INFER)
-            return service_pb2.ListModelsResponse(models=[convert.model_message(facts) for facts in self._service.models()])
+            return service_pb2.ListModelsResponse(models=[model_message(facts) for facts in self._service.models()])
 
         return await answer_or_refuse(answer, service_pb2.ListModelsResponse, context)
 
     async def GetModel(self, request: service_pb2.GetModelRequest, context: CallContext) -> service_pb2.GetModelResponse:
         async def answer() -> service_pb2.GetModelResponse:
             caller_of(context, self._door, Scope.INFER)
-            return service_pb2.GetModelResponse(model=convert.model_message(self._service.model(request.model)))
+            return service_pb2.GetModelResponse(model=model_message(self._service.model(request.model)))
 
         return await answer_or_refuse(answer, service_pb2.GetModelResponse, context)
 
@@ -119,7 +120,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         async def answer() -> service_pb2.TokenizeResponse:
             caller_of(context, self._door, Scope.INFER)
             self._fits(request)
-            ids = await self._service.tokenize(read.tokenize_request(request))
+            ids = await self._service.tokenize(tokenize_request(request))
             texts = self._service.token_texts(request.model, ids) if request.return_tokens else ()
             facts = self._service.model(request.model)
             return service_pb2.TokenizeResponse(token_ids=ids, tokens=texts, max_model_len=facts.max_context_tokens)
@@ -136,28 +137,28 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
 
     def _chat_request(self, message: service_pb2.ChatRequest, request_id: str, context: CallContext) -> ChatRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
-        request = read.chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
+        request = chat_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
         return dataclasses.replace(
             request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
         )
 
     def _completion_request(self, message: service_pb2.GenerateRequest, request_id: str, context: CallContext) -> CompletionRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
-        request = read.completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
+        request = completion_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
         return dataclasses.replace(
             request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
         )
 
     def _embedding_request(self, message: service_pb2.EmbedRequest, request_id: str, context: CallContext) -> EmbeddingRequest:
         caller, session = self._admit(message, request_id, context), self._session(context)
-        request = read.embedding_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
+        request = embedding_request(message, request_id=request_id, deadline_s=self._deadline_s(context), session=session)
         return dataclasses.replace(
             request, caller=caller, idempotency_key=self._key(context), trace=trace_of(context.invocation_metadata() or ())
         )
 
     def _so_far(self, message: service_pb2.ChatStreamRequest | service_pb2.GenerateStreamRequest) -> tuple[SoFar, ...]:
         self._fits(message)
-        return read.so_far(message.so_far)
+        return parse_so_far(message.so_far)
 
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""
@@ -171,7 +172,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         limits = self._service.limits
         if message.ByteSize() > limits.body_bytes:
             raise RequestTooLarge(limit_bytes=limits.body_bytes)
-        read.check_counts(message, limits)
+        check_counts(message, limits)
 
     def _session(self, context: CallContext) -> str:
         return session_of(_said(context, SESSION), None, self._service.limits)
@@ -218,7 +219,7 @@ async def _stream_or_refuse(
     told, held_s = False, 0.0
     try:
         stream, so_far = begin()
-        writer = convert.StreamWriter(so_far)
+        writer = StreamWriter(so_far)
         async with aclosing(stream) as events:
             async for event in events:
                 held_s = max(held_s, event.held_s)

@@ -13,7 +13,7 @@ from serve.auth import OpenDoor
 from serve.bypass import Ways
 from serve.caller import Caller
 from serve.errors import MethodNotAllowed, RouteNotFound, ServeError, clipped
-from serve.http.authorise import Admits, Authorise
+from serve.http.auth import Admits, Authorise
 from serve.http.boundary import RequestBoundary
 from serve.http.bypass import FrontBypass
 from serve.http.chat import chat_routes
@@ -29,7 +29,7 @@ from serve.http.responses.routes import response_routes
 from serve.http.tokens import token_routes
 from serve.http.welcome import welcome_routes
 from serve.limits import Limits
-from serve.offers import Offers
+from serve.service_api import Offers
 from serve.version import version
 
 

@@ -7,7 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import HeadersTooLarge, InvalidRequest
-from serve.http.connection import ClientGone
+from serve.http.disconnect import ClientGone
 from serve.http.errors import error_response
 from serve.limits import Limits, is_identifier
 

@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from engine.places import mark
 from serve.errors import ErrorBody
-from serve.held import held_headers
-from serve.http.connection import unless_gone
+from serve.hold_header import held_headers
 from serve.http.context import Front, Stamp, usage_object
+from serve.http.disconnect import unless_gone
 from serve.http.errors import error_object, json_response
 from serve.http.openapi import takes
 from serve.http.schema import ChatBody

@@ -12,15 +12,15 @@ from starlette.requests import Request
 from engine.places import mark
 from serve.caller import Caller
 from serve.errors import InvalidRequest
-from serve.http.authorise import caller_of
+from serve.http.auth import caller_of
 from serve.http.body import read_json_object
 from serve.http.headers import deadline_ms, priority, wants_ledger
 from serve.http.schema import NamedBody, ignored_fields, parse
 from serve.idempotency import KEY, key_of
-from serve.ledger import Ledger
 from serve.limits import Limits, is_identifier
-from serve.offers import Offers
 from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, Usage
+from serve.request_timing import Ledger
+from serve.service_api import Offers
 from serve.session import SESSION, session_of
 from serve.trace_context import trace_of
 

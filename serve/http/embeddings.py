@@ -10,12 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.places import mark
-from serve.held import held_headers
-from serve.http.connection import unless_gone
+from serve.hold_header import held_headers
 from serve.http.context import Front, Stamp
+from serve.http.disconnect import unless_gone
 from serve.http.errors import json_response
+from serve.http.field_parsers import prompt_list
 from serve.http.openapi import takes
-from serve.http.parts import prompt_list
 from serve.http.schema import PROMPTS, NamedBody
 from serve.request import EmbeddingRequest, EmbeddingResult
 

@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve.errors import WIRE
 from serve.http.schema import Body
-from serve.offers import Offers
+from serve.service_api import Offers
 
 REFERENCE = "#/components/schemas/{model}"
 BODIES: dict[type[Body], None] = {}

@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fai
 from pydantic_core import PydanticCustomError
 
 from serve.errors import InvalidRequest, NotSupported, clipped
+from serve.http.field_parsers import bias_table, joined_text, list_or_none, prompt_list, stop_list
 from serve.http.formats import GUIDED, Choosing, ToolBody, ToolCallBody, form_of
-from serve.http.parts import bias_table, joined_text, list_or_none, prompt_list, stop_list
 from serve.limits import Limits
 from serve.request import ChatRequest, CompletionRequest, Message, Options, ResponseFormat
 

@@ -10,9 +10,9 @@ from starlette.types import Receive, Scope, Send
 
 from serve.bypass import Way
 from serve.errors import ErrorBody, describe
-from serve.held import held_headers
+from serve.hold_header import held_headers
 from serve.http.bypass import PASSED, WAY
-from serve.http.connection import unless_gone
+from serve.http.disconnect import unless_gone
 from serve.request import TextEvent, Usage
 
 DONE = b"data: [DONE]\n\n"

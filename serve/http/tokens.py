@@ -11,8 +11,8 @@ from serve.errors import InvalidRequest
 from serve.http.body import read_json_object
 from serve.http.context import Front
 from serve.http.errors import json_response
+from serve.http.field_parsers import list_or_none
 from serve.http.openapi import takes
-from serve.http.parts import list_or_none
 from serve.http.schema import Body, MessageBody, validated
 from serve.request import TokenizeRequest
 from serve.version import version

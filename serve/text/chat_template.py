@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.text.disguise import ControlWords, Disguise, TooManyPrivateCharacters
+from serve.text.escaping import ControlWords, Disguise, TooManyPrivateCharacters
 from serve.text.sandbox import SandboxedTemplate, TemplateRefused
 from serve.text.tokenizer import InvalidTokenizer, SpecialToken, Tokenizer, read_settings
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.request import Message, Tool, ToolCall
-from serve.structured.drafts import literal
+from serve.structured.grammar_source import literal
+from serve.tools.call_parser import CallReader, Shape
 from serve.tools.protocol import ANY_TEXT, Calls, Marks, Reader, Rendered
-from serve.tools.reading import CallReader, Shape
 
 CALL, CALL_END, RESPONSE, RESPONSE_END = "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"
 NEXT, CLOSE = f"\n{CALL}", "}\n" + CALL_END

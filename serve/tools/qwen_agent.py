@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.request import Message, Tool
-from serve.structured.drafts import literal
+from serve.structured.grammar_source import literal
+from serve.tools.call_parser import CallReader, Shape
 from serve.tools.protocol import ANY_TEXT, Calls, Marks, Reader, Rendered
-from serve.tools.reading import CallReader, Shape
 
 FUNCTION, ARGS, RESULT, RETURN = "✿FUNCTION✿", "✿ARGS✿", "✿RESULT✿", "✿RETURN✿"
 MARKS = Marks((FUNCTION, ARGS, RESULT, RETURN))

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from serve.http.app import create_app
-from serve.offers import Offers
+from serve.service_api import Offers
 from tests.k8s.chart import container, ready, with_values
 
 Labels = dict[str, str]

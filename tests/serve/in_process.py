@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.run.local_executor import LocalExecutor
 from engine.run.settings import RunnerConfig
 from model.pooling import PoolingKind
-from serve.doors import Doors
+from serve.drain_gate import Doors
 from serve.grpc.server import start_server
 from serve.http.app import create_app
 from serve.idempotency import OncePerKey

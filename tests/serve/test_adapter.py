@@ -20,7 +20,7 @@ from serve.app import adapter_on_any_host
 from serve.cli import app
 from serve.commands.models import meant_on_every_host
 from serve.config import ModelEntry, ModelSettings, ServeConfig
-from serve.grpc.convert import model_message
+from serve.grpc.responses import model_message
 from serve.http.models import model_object
 from serve.model_check import UnusableCheckpoint, check_model, doubt_about
 from serve.model_facts import ModelFacts

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serve.catalog import Catalog
-from serve.doors import Doors
+from serve.drain_gate import Doors
 from serve.errors import ModelNotFound
 from serve.http.app import create_app
 from serve.model_facts import ModelFacts

@@ -27,7 +27,7 @@ from cluster.routing import policy_of
 from engine.engine import Engine
 from engine.fair_share import FairShare
 from parallel.topology import Topology
-from serve.doors import Doors
+from serve.drain_gate import Doors
 from serve.http.app import create_app
 from serve.idempotency import OncePerKey
 from serve.measuring import Measuring

@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
 from serve.errors import InvalidRequest
 from serve.grpc.generated import messages_pb2, service_pb2, service_pb2_grpc
-from serve.ledger import Ledger
 from serve.request import ChatRequest, Message, Options, TextEvent, TextToken, Usage
+from serve.request_timing import Ledger
 from serve.tracing import Tracing
 from tests.serve.in_process import MODEL, fronts
 

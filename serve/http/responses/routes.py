@@ -6,14 +6,14 @@ from starlette.responses import Response
 
 from engine.places import mark
 from serve.errors import RouteNotFound
-from serve.held import held_headers
-from serve.http.connection import unless_gone
+from serve.hold_header import held_headers
 from serve.http.context import Front
+from serve.http.disconnect import unless_gone
 from serve.http.errors import json_response
 from serve.http.openapi import takes
+from serve.http.responses.error_fields import spelled_for
 from serve.http.responses.events import ResponseEvents
 from serve.http.responses.schema import ResponsesBody
-from serve.http.responses.spelling import spelled_for
 from serve.http.sse import open_stream
 
 ID_PREFIX = "resp_"

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import FailFast, Field, ValidatorFunctionWrapHandler, WithJsonSchema, WrapValidator
 
 from serve.errors import InvalidRequest
+from serve.http.field_parsers import wrong
 from serve.http.formats import Choosing, as_text, response_format
-from serve.http.parts import wrong
 from serve.http.responses.items import ROLES, Conversation, conversation_of, passed_over
 from serve.http.schema import HINTS, NOT_OFFERED, Absent, Body, SharedBody
 from serve.limits import Limits

@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from serve.grpc.generated import service_pb2
-from serve.grpc.read import SAID_OR_NOT
+from serve.grpc.requests import SAID_OR_NOT
 
 MODEL = "tiny"
 PATHS = {

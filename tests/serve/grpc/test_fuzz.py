@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.grpc.generated import service_pb2
-from serve.grpc.ledger import WANTED
+from serve.grpc.timing import WANTED
 from serve.idempotency import KEY
 from serve.session import SESSION
 from tests.serve.in_process import MODEL, fronts

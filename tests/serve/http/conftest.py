@@ -13,9 +13,9 @@ from engine.plan import TokenLogprobs
 from model.generation_config import GenerationDefaults
 from serve.errors import ModelNotFound
 from serve.http.app import create_app
-from serve.ledger import Ledger
 from serve.limits import Limits
 from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Result, TextEvent, TextToken, Usage
+from serve.request_timing import Ledger
 
 MODEL = "Qwen/tiny"
 

@@ -11,7 +11,7 @@ from serve.limits import Limits
 from serve.request import ResponseFormat
 from serve.service import Service
 from serve.structured.compiler import CompilerBroken, GrammarCompilers
-from serve.structured.drafts import draft_of
+from serve.structured.grammar_source import draft_of
 from tests.serve.structured.test_answers import asked, json_form
 
 GOOD = ResponseFormat(kind="choice", choices=("fine",))

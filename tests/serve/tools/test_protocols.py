@@ -15,7 +15,7 @@ from serve.text.tokenizer import Tokenizer
 from serve.tools.hermes import Hermes
 from serve.tools.protocol import Piece, Reader
 from serve.tools.qwen_agent import QwenAgent
-from serve.tools.toolbox import Toolbox, protocol_of
+from serve.tools.request_tools import Toolbox, protocol_of
 from serve.tools.validation import check_conversation, check_tools
 from tests.serve.tools.scenarios_30 import ASK, CLOCK, SCENARIOS, TWICE, WEATHER
 

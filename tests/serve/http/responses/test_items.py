@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from serve.errors import InvalidRequest, NotSupported
+from serve.http.responses.error_fields import spelled
 from serve.http.responses.items import conversation_of, passed_over
-from serve.http.responses.spelling import spelled
 from serve.http.schema import ChatBody
 
 USER = {"role": "user", "content": "Hi"}

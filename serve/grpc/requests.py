@@ -66,7 +66,7 @@ def chat_request(message: service_pb2.ChatRequest, *, request_id: str, deadline_
         request_id=request_id,
         model=message.model,
         messages=tuple(_message(one) for one in message.messages),
-        options=options(message.options),
+        options=parse_options(message.options),
         tools=tuple(_tool(one) for one in message.tools),
         tool_choice=_tool_choice(message.tool_choice),
         tool_name=message.tool_choice.function if message.tool_choice.WhichOneof("choice") == "function" else None,
@@ -88,7 +88,7 @@ def completion_request(
         request_id=request_id,
         model=message.model,
         prompts=tuple(_prompt(number, one) for number, one in enumerate(message.prompts)),
-        options=options(message.options),
+        options=parse_options(message.options),
         echo=message.echo,
         session=session,
         priority=message.priority,
@@ -130,11 +130,11 @@ def tokenize_request(message: service_pb2.TokenizeRequest) -> TokenizeRequest:
     )
 
 
-def so_far(messages: Iterable[messages_pb2.SoFar]) -> tuple[SoFar, ...]:
+def parse_so_far(messages: Iterable[messages_pb2.SoFar]) -> tuple[SoFar, ...]:
     return tuple(SoFar(choice=one.index, tokens=tuple(one.token_ids), finished=one.finished) for one in messages)
 
 
-def options(message: messages_pb2.Options) -> Options:
+def parse_options(message: messages_pb2.Options) -> Options:
     said = {name: getattr(message, name) for name in SAID_OR_NOT if message.HasField(name)}
     return Options(
         **said,

@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.request import SamplingParams
-from serve.asking import may_fit
 from serve.errors import InvalidRequest, NotSupported
-from serve.ledger import Stopwatch
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, Message
+from serve.request_timing import Stopwatch
 from serve.structured.compiler import Compiles
-from serve.structured.drafts import Draft, compiled, draft_of
+from serve.structured.grammar_source import Draft, compiled, draft_of
 from serve.text.chat_template import ChatTemplate
 from serve.text.sandbox import TemplateRefused
 from serve.text.threads import beside_the_loop
 from serve.text.tokenizer import Tokenizer
+from serve.token_source import may_fit
 from serve.tools.protocol import ProtocolName, plainly_rendered
-from serve.tools.toolbox import Toolbox, protocol_of
+from serve.tools.request_tools import Toolbox, protocol_of
 from serve.validation import COMPLETION_MAX_TOKENS, Validator
 
 CHARS_PER_MESSAGE = 32

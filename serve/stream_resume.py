@@ -13,7 +13,7 @@ from engine.plan import TokenEvent
 from serve.choice import Choice
 from serve.errors import InvalidRequest
 from serve.request import ChatRequest, CompletionRequest, SoFar, TextEvent
-from serve.tools.toolbox import Reading
+from serve.tools.request_tools import Reading
 
 NOTHING = SoFar(choice=0, tokens=())
 

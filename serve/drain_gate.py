@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from serve.errors import Draining
-from serve.offers import Offers, Passing
 from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent
+from serve.service_api import Offers, Passing
 
 
 class Doors(Passing):

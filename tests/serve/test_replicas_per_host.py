@@ -3,7 +3,7 @@
 from typing import Any
 
 from serve.config import ServeConfig
-from serve.sharing import replicas_on_a_host
+from serve.replicas_per_host import replicas_on_a_host
 
 HOSTS = [{"CPU": 64.0, "kind": 1.0, "GPU": 8.0}, {"CPU": 4.0}]
 

@@ -1,8 +1,8 @@
 """Step 14 of a request, over gRPC: the trailer that tells where a request's time went, for who asks for it."""
 
 from serve.grpc.errors import CallContext
-from serve.held import held_headers
-from serve.ledger import Ledger
+from serve.hold_header import held_headers
+from serve.request_timing import Ledger
 
 WANTED = "x-manta-ledger"
 """Metadata of a call; "1" asks."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from serve.limits import Limits
 from serve.request import ChatRequest, TextEvent, TextToken, Tool, ToolCallDelta
-from serve.structured.drafts import Draft, json_text
+from serve.structured.grammar_source import Draft, json_text
 from serve.structured.schemas import read_schema, with_whitespace
 from serve.text.tokenizer import Tokenizer
 from serve.tools.hermes import CALL, Hermes

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import InvalidRequest
-from serve.grpc.unreadable import Unreadable
+from serve.grpc.decode_errors import Unreadable
 from tests.serve.bad_input.checks import details_of, says_little
 from tests.serve.grpc.test_fuzz import MINE
 from tests.serve.in_process import Fronts

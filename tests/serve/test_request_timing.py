@@ -1,7 +1,7 @@
 """The ledger of a request: every second is somewhere, once."""
 
 from engine.plan import Spent, TokenEvent
-from serve.ledger import EngineTimes, Stopwatch
+from serve.request_timing import EngineTimes, Stopwatch
 
 
 class Clock:
