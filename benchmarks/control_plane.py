@@ -26,11 +26,11 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from cluster.config import RouterConfig
-from cluster.desk import Desk
 from cluster.directory import ReplicaRecord
+from cluster.front_protocol import Desk
 from cluster.health import State
-from cluster.link import ReplicaLink, StreamBuffer
 from cluster.messages import Pong, Submit, decode, encode
+from cluster.replica_link import ReplicaLink, StreamBuffer
 from engine.answers import packed
 from engine.config import EngineConfig
 from engine.engine import Engine

@@ -124,7 +124,7 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
     from cluster.config import RouterConfig
     from cluster.directory import ReplicaRecord
     from cluster.health import State
-    from cluster.link import ReplicaLink
+    from cluster.replica_link import ReplicaLink
     from cluster.router import Router
     from serve.drain_gate import Doors
     from serve.http.app import create_app

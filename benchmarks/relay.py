@@ -30,8 +30,8 @@ from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.health import State
 from cluster.intake import Intake
-from cluster.link import ReplicaLink
 from cluster.messages import Pong
+from cluster.replica_link import ReplicaLink
 from cluster.router import Router
 from engine.garbage import settle
 from engine.plan import TokenEvent

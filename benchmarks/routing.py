@@ -87,7 +87,7 @@ class Replica:
 
     @property
     def outlook(self) -> Outlook:
-        """As `cluster.link.ReplicaLink` has it."""
+        """As `cluster.replica_link.ReplicaLink` has it."""
         done = (self.clock() - self.told_at) / self.told.step_token_s if self.told.step_token_s else 0.0
         return Outlook(
             num_requests=self.load,

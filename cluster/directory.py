@@ -24,7 +24,7 @@ Kept = TypeVar("Kept")
 
 NAMESPACE = "manta"
 DEMAND = "demand"
-"""The board on which fronts pin, for every model, what waits there; see `cluster.waiting_room.WaitingRoom.note`."""
+"""The board on which fronts pin, for every model, what waits there; see `cluster.admission_queue.WaitingRoom.note`."""
 REFUSALS = "refusals"
 """The board on which a replica pins a `Refusal`; see `refusals`."""
 EXPIRY_S = 10.0
@@ -112,7 +112,7 @@ class Register:
         return self._clock() - self._begun > self._expiry_s, tuple(record for _, record in self._records.values())
 
     def pin(self, board: str, key: str, note: Any) -> int:
-        """Hang a note on a board; it too vanishes unless it is repeated. How many there are now. See `cluster.board`."""
+        """Hang a note on a board; it too vanishes unless it is repeated. How many there are now. See `cluster.peer_notes`."""
         self._boards.setdefault(board, {})[key] = (self._clock(), note)
         return len(self.pinned(board))
 

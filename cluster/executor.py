@@ -9,17 +9,17 @@ from typing import Never
 import ray
 import zmq
 
-from cluster.blame import how_it_ended, the_loss
 from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
-from cluster.ending import END_S, end_ranks
 from cluster.errors import ChannelError, StartFailed
-from cluster.far_notes import ask_for_note, fetch_notes
-from cluster.frozen import FrozenWatch
-from cluster.ground import Ground
+from cluster.frozen_process import FrozenWatch
 from cluster.messages import RankFailed, RankProgress, RankReady, decode, encode
-from cluster.seats import Seat, examine_seats, open_seats, take_seats
+from cluster.placement_group import Ground
+from cluster.remote_crash_reports import ask_for_note, fetch_notes
+from cluster.root_cause import how_it_ended, the_loss
 from cluster.worker import Deadlines, Place, Ranks
+from cluster.worker_handles import Seat, examine_seats, open_seats, take_seats
+from cluster.worker_shutdown import END_S, end_ranks
 from engine.answers import StepAnswers
 from engine.errors import WorkersLost
 from engine.executor import Capacity

@@ -48,7 +48,7 @@ def expected_wait_s(outlook: Outlook, *, own_tokens: int, step_tokens: int) -> f
 
 
 class WaitingPlace(Protocol):
-    """A replica as this policy sees it; `cluster.link.ReplicaLink` is one."""
+    """A replica as this policy sees it; `cluster.replica_link.ReplicaLink` is one."""
 
     @property
     def id(self) -> str: ...

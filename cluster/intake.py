@@ -9,9 +9,9 @@ import zmq
 
 from cluster.block_journal import BlockJournal
 from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, new_keys
-from cluster.desk import Desk, FrontFull, FrontGone
+from cluster.front_protocol import Desk, FrontFull, FrontGone
 from cluster.messages import Pong
-from cluster.streams import Front
+from cluster.stream_table import Front
 from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -27,7 +27,7 @@ class Intake:
     """Reads fronts in a thread of its own; `deliver` and `wake` may be called from any other.
 
     ``submit`` and ``cancel`` hand on to the engine. ``failed`` is told why, if the thread ends by itself. What is answered to
-    whom is `cluster.desk`'s business.
+    whom is `cluster.front_protocol`'s business.
     """
 
     def __init__(

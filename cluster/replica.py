@@ -16,10 +16,10 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import Load, RankPlace, Refusal, ReplicaRecord, Reporter
 from cluster.errors import HostUnreachable, RecoveryGivenUp, StartFailed, UnfitHosts
 from cluster.executor import RayExecutor
-from cluster.ground import Ground
 from cluster.health import Health, StartProgressBoard, State, StepWatch
 from cluster.intake import Intake
 from cluster.messages import Pong, RankProgress
+from cluster.placement_group import Ground
 from cluster.recovery import Recovery
 from cluster.worker import Ranks
 from engine.config import EngineConfig

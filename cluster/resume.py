@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from cluster.config import RouterConfig
 from cluster.errors import ReplicaLost, ResumesExhausted
-from cluster.link import LinkLost
+from cluster.replica_link import LinkLost
 from engine.errors import EngineError, PoisonedRequest
 from engine.plan import TokenEvent
 from engine.request import Request

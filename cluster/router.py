@@ -15,14 +15,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
+from cluster.admission_queue import WaitingRoom
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import HostLost, NoReplicaReady, RequestAborted
 from cluster.expected_wait import WaitingPlace
 from cluster.health import State
-from cluster.link import LinkLost
+from cluster.replica_link import LinkLost
 from cluster.resume import History, Resumes
-from cluster.waiting_room import WaitingRoom
 from engine.failpoints import hit
 from engine.places import mark
 from engine.plan import TokenEvent
@@ -76,7 +76,7 @@ class RoundRobin:
 
 
 class Link(Candidate, Protocol):
-    """A connection to one replica; `cluster.link.ReplicaLink` is one."""
+    """A connection to one replica; `cluster.replica_link.ReplicaLink` is one."""
 
     @property
     def record(self) -> ReplicaRecord: ...

@@ -14,14 +14,14 @@ from typing import Protocol
 import ray
 import zmq
 
-from cluster import crash_note
+from cluster import crash_report
 from cluster.channel import Address, KeyGuard, listen, new_keys
 from cluster.doctor.facts import Need
 from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, examine_rank
 from cluster.errors import ChannelError
-from cluster.far_end import Watchman, keep_hearing
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
+from cluster.peer_liveness import Watchman, keep_hearing
 from engine.begun import NOTHING, Begun, comes_first
 from engine.config import EngineConfig
 from engine.executor import Capacity
@@ -168,14 +168,14 @@ class Worker:
         keys = new_keys()
         if node == replica_node:
             keep_at(page_beside(ipc))
-            crash_note.keep_at(crash_note_beside(ipc))
+            crash_report.keep_at(crash_report_path(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyGuard(self._context, {replica_key})
             self._watchman = Watchman(keep_hearing(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
-            self._far_note = crash_note.new_file(self.rank)
-            crash_note.keep_at(self._far_note)
+            self._far_note = crash_report.new_file(self.rank)
+            crash_report.keep_at(self._far_note)
         return Place(
             rank=self.rank,
             node=node,
@@ -295,7 +295,7 @@ def page_beside(ipc: str) -> Path:
     return Path(ipc.removeprefix("ipc://") + ".last")
 
 
-def crash_note_beside(ipc: str) -> Path:
+def crash_report_path(ipc: str) -> Path:
     """Where a rank of this host says how it crashed, if it does; ``ipc`` is the rank's endpoint."""
     return Path(ipc.removeprefix("ipc://") + ".crash")
 

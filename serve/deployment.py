@@ -14,17 +14,17 @@ import ray
 import ray.serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
+from cluster.admission_queue import WaitingRoom
 from cluster.autoscaler import serve_autoscaling
-from cluster.board import Board
 from cluster.channel import sockets
 from cluster.directory import DEMAND, Reader
-from cluster.joining import hosts as hosts_of_ray
-from cluster.link import ReplicaLink
+from cluster.peer_notes import Board
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
+from cluster.ray_cluster import hosts as hosts_of_ray
 from cluster.replica import Replica
+from cluster.replica_link import ReplicaLink
 from cluster.router import Router
-from cluster.routing import policy_of
-from cluster.waiting_room import WaitingRoom
+from cluster.routing_policies import policy_of
 from cluster.worker import ModelRanks
 from engine.garbage import settle
 from model.adapted_files import adapted_files

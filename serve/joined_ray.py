@@ -16,7 +16,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
 from cluster.directory import ReplicaRecord, current_records, end_directory, refusals
-from cluster.joining import CannotJoin, joined
+from cluster.ray_cluster import CannotJoin, joined
 from serve.config import ServeConfig
 from serve.deploying import ChangeLog, OnProgress, StartError, deploy, start_proxies, told_as_start_error
 from serve.deployment import Model

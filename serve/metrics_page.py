@@ -11,7 +11,7 @@ from serve.metric_names import Metric
 from serve.metrics import Instruments, Snapshot, render, replica_snapshot
 
 METRICS_BOARD = "metrics"
-"""Where fronts pin their snapshots; see `cluster.board`."""
+"""Where fronts pin their snapshots; see `cluster.peer_notes`."""
 RESUME_METRICS = {
     "resumes_total": names.RESUMES,
     "resume_refused_total": names.RESUMES_REFUSED,
@@ -20,7 +20,7 @@ RESUME_METRICS = {
 
 
 class OtherFronts(Protocol):
-    """`cluster.board.Board` is one."""
+    """`cluster.peer_notes.Board` is one."""
 
     async def others(self) -> Sequence[Snapshot]: ...
 

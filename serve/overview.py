@@ -10,7 +10,7 @@ import ray._private.state
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from cluster.directory import DirectoryAway, ReplicaRecord, apps_with_directories, glimpse
-from cluster.far_end import FarEnd, knock
+from cluster.peer_liveness import FarEnd, knock
 from serve import metric_names as names
 from serve.metrics import Snapshot
 from serve.metrics_page import METRICS_BOARD

@@ -122,8 +122,8 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
 
             (config,) = with_devices([config], [{"GPU": len(gpus_here())}])
             return survey_this_machine(topology, need_of(folder, config, adapter), cache_folder=cache_folder(), look=None)
-        from cluster.doctor.in_cluster import survey_cluster
-        from cluster.joining import CannotJoin, hosts, joined
+        from cluster.doctor.cluster_survey import survey_cluster
+        from cluster.ray_cluster import CannotJoin, hosts, joined
         from cluster.worker import ModelRanks
 
         try:

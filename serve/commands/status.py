@@ -96,7 +96,7 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
         elif address == "local":
             stop("no `manta serve` of yours runs on this machine")
         address = servers[0].address if servers else "auto"
-    from cluster.joining import CannotJoin, joined  # ray, which reads those variables when it is imported
+    from cluster.ray_cluster import CannotJoin, joined  # ray, which reads those variables when it is imported
 
     try:
         with joined(address or "auto", namespace=config.ray.namespace):

@@ -47,7 +47,7 @@ def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None
 def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
     """End what `manta up` has put on a Ray cluster. Running requests may end first, for `replica.drain_timeout_s`."""
     config = on_a_cluster(load_settings(file, assignments, given).config)
-    from cluster.joining import CannotJoin, joined
+    from cluster.ray_cluster import CannotJoin, joined
     from serve.joined_ray import DELETE_MARGIN_S, remove
 
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cluster.channel import Address
 from cluster.directory import ReplicaRecord
 from cluster.health import State
-from cluster.link import LinkLost
+from cluster.replica_link import LinkLost
 from engine.plan import TokenEvent
 from engine.request import Request
 

@@ -7,7 +7,7 @@ import ray
 
 from cluster.config import RouterConfig
 from cluster.directory import Reader
-from cluster.link import ReplicaLink
+from cluster.replica_link import ReplicaLink
 from cluster.router import Router
 from engine.request import Request
 from tests.cluster.fakes import eventually

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import zmq
 from cluster.bypass import NoSocket, Receiver, Sender
 from cluster.channel import Address, sockets
-from cluster.wire import ZmqWire
+from cluster.transport import ZmqWire
 
 record = SimpleNamespace(address=Address(node="here", ipc="ipc:///tmp/nobody"), guest_keys=None)
 

@@ -14,8 +14,8 @@ from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.errors import StartFailed
 from cluster.executor import RayExecutor
-from cluster.ground import Ground
 from cluster.messages import RankProgress, decode
+from cluster.placement_group import Ground
 from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work
 from parallel.topology import Topology

@@ -18,8 +18,8 @@ from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, SlowReader
 from cluster.health import State
 from cluster.intake import Intake
-from cluster.link import LinkLost, ReplicaLink
 from cluster.messages import BeginAnew, Events, Pong, Submit, decode, encode
+from cluster.replica_link import LinkLost, ReplicaLink
 from engine.errors import QueueFull
 from engine.plan import TokenEvent
 from engine.request import Request

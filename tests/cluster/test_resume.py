@@ -7,7 +7,7 @@ import pytest
 from cluster.config import RouterConfig
 from cluster.errors import HostLost, ReplicaLost, ResumesExhausted
 from cluster.health import StepWatch
-from cluster.link import LinkLost
+from cluster.replica_link import LinkLost
 from cluster.resume import MAX_QUARANTINED, Quarantine, ResumeBudget, Resumes
 from engine.errors import PoisonedRequest
 from engine.plan import TokenEvent

@@ -12,7 +12,7 @@ from cluster.errors import RecoveryGivenUp, StartFailed
 from cluster.health import Health, StartProgressBoard, State
 from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, most_on_a_host, on_hosts_with, strategy
 from cluster.recovery import Recovery, RestartBudget
-from cluster.seats import Seat, take_seats
+from cluster.worker_handles import Seat, take_seats
 from engine.errors import EngineStopped, WorkersLost
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -92,7 +92,7 @@ def test_ranks_that_were_started_are_known_where_a_later_one_cannot_be(monkeypat
         return name
 
     actors = SimpleNamespace(options=lambda **_options: SimpleNamespace(remote=lambda rank: f"actor {rank}"))
-    monkeypatch.setattr("cluster.seats.ray.remote", lambda _class: actors)
+    monkeypatch.setattr("cluster.worker_handles.ray.remote", lambda _class: actors)
     folder, context = SimpleNamespace(socket=socket), SimpleNamespace(socket=lambda _kind: None)
     ranks, ground = SimpleNamespace(topology=Topology(tp=2)), SimpleNamespace(group=None)
     with pytest.raises(OSError, match="no place"):

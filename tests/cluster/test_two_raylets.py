@@ -19,7 +19,7 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import directory_actor, end_directory
 from cluster.errors import StartFailed
 from cluster.executor import RayExecutor
-from cluster.ground import Ground
+from cluster.placement_group import Ground
 from cluster.replica import Replica
 from cluster.worker import ModelRanks, Ranks
 from engine.config import EngineConfig

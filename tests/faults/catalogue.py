@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import psutil
 
 from engine.failpoints import Failure, arm, disarm, has_fired
-from tests.faults import beside
-from tests.faults.beside import Beside
+from tests.faults import side_requests
 from tests.faults.server import Victims
+from tests.faults.side_requests import Beside
 
 MESSAGES = ("intake.send", "link.receive", "intake.read", "link.send")
 FRONT_LOST = frozenset({"503 unavailable"})
@@ -262,18 +262,18 @@ def catalogue() -> dict[str, Fault]:
     it.add("nan", "all logits of a step are NaN", _failing("rank.logits", Failure(action="drop"), Failure(action="drop", after=9)))
     it.add("disk_full", f"the disk with Ray's logs and sockets is full for {AWHILE_S:g} s", _disk_full)
     it.add("no_descriptors", f"a front or the proxy has no file descriptor left for {AWHILE_S:g} s", _no_descriptors, tier=2)
-    it.add("poison", "one more request kills every rank that computes it", _nothing, beside=beside.poison)
+    it.add("poison", "one more request kills every rank that computes it", _nothing, beside=side_requests.poison)
     it.add("clients_leave", "half of the clients leave in the middle", _nothing, clients_leave=True)
     it.add(
         "same_key",
         "ten requests beside have the same idempotency key, and a rank is killed",
         _killing(Victims.ranks),
-        beside=beside.same_key,
+        beside=side_requests.same_key,
     )
-    it.add("deaf_client", "a client beside reads nothing of its stream", _nothing, beside=beside.deaf)
-    it.add("kv_exhausted", "long answers beside take all blocks of both replicas, and more", _nothing, beside=beside.long_answers)
-    it.add("long_prompts", "prompts that fill the model's context come beside", _nothing, beside=beside.long_prompts)
-    it.add("many_connections", "1,000 more connections at once", _nothing, beside=beside.crowd)
+    it.add("deaf_client", "a client beside reads nothing of its stream", _nothing, beside=side_requests.deaf)
+    it.add("kv_exhausted", "long answers beside take all blocks of both replicas, and more", _nothing, beside=side_requests.long_answers)
+    it.add("long_prompts", "prompts that fill the model's context come beside", _nothing, beside=side_requests.long_prompts)
+    it.add("many_connections", "1,000 more connections at once", _nothing, beside=side_requests.crowd)
     return it.faults
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from engine.failpoints import DROPPABLE, POINTS, Action, Failure, arm, has_fired
-from tests.faults import beside
+from tests.faults import side_requests
 from tests.faults.catalogue import FRONT_LOST, Fault, Harm, Inject, kill
 from tests.faults.server import Victims
 
@@ -70,7 +70,7 @@ def _swept() -> Iterator[Fault]:
                         _bringing_there(point, Failure(action=action, after=after, seconds=DELAY_S)),
                         tier=_tier(point, action),
                         may_fail=(FRONT_LOST if action == "crash" else INTERNAL) if tells else frozenset(),
-                        beside=beside.newcomers(may_fail=int(tells)) if point in NEWCOMERS else None,
+                        beside=side_requests.newcomers(may_fail=int(tells)) if point in NEWCOMERS else None,
                     )
 
 

@@ -20,10 +20,10 @@ from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.health import State
 from cluster.intake import Intake
-from cluster.link import ReplicaLink
 from cluster.messages import Pong
+from cluster.replica_link import ReplicaLink
 from cluster.router import Router
-from cluster.routing import policy_of
+from cluster.routing_policies import policy_of
 from engine.engine import Engine
 from engine.fair_share import FairShare
 from parallel.topology import Topology

@@ -5,8 +5,8 @@ import random
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
-from cluster.desk import FrontGone
-from cluster.wire import WireBroken
+from cluster.front_protocol import FrontGone
+from cluster.transport import WireBroken
 from tests.simulation.replica import SimReplica
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.channel import Address
-from cluster.desk import Desk
 from cluster.directory import ReplicaRecord
+from cluster.front_protocol import Desk
 from cluster.health import State
 from cluster.messages import Pong
 from engine.engine import refusal

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
-from cluster.link import ReplicaLink
+from cluster.replica_link import ReplicaLink
 from cluster.router import LeastLoaded, RoundRobin, Router, RoutingPolicy
 from engine.errors import EngineError
 from engine.plan import TokenEvent

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.streams import StreamTable, untagged
+from cluster.stream_table import StreamTable, untagged
 from engine.plan import COLUMN
 from engine.request import Request
 from engine.sequence import Sequence

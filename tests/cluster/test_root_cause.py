@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.blame import _reason, the_loss
 from cluster.channel import Address
-from cluster.far_end import FarEnd
 from cluster.messages import RankFailed
-from cluster.seats import Seat
+from cluster.peer_liveness import FarEnd
+from cluster.root_cause import _reason, the_loss
 from cluster.worker import Place, crash_note_beside
+from cluster.worker_handles import Seat
 
 ABORTED = "Fatal Python error: Aborted"
 
@@ -33,7 +33,7 @@ def test_who_was_killed_is_the_cause_and_not_the_peer_that_aborts_over_it(tmp_pa
 
 
 def test_a_host_that_is_silent_is_the_cause_and_not_the_rank_that_aborts_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.blame.knock", lambda *_: FarEnd.HOST_GONE)
+    monkeypatch.setattr("cluster.root_cause.knock", lambda *_: FarEnd.HOST_GONE)
     aborted, silent = seats(tmp_path)
     aborted.ended, aborted.note, aborted.silent = "its process died", ABORTED, True
     address = Address(node="n", tcp="tcp://192.0.2.1:5")

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from ray._private.services import canonicalize_bootstrap_address
 
-from cluster.joining import CannotJoin, joined
+from cluster.ray_cluster import CannotJoin, joined
 
 
 def test_a_head_that_takes_no_connection_is_not_waited_for() -> None:
@@ -44,6 +44,6 @@ def head_of_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_head_that_wants_another_token_is_asked_once(head_of_others: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.joining.ray.init", None)  # Ray itself is not troubled
+    monkeypatch.setattr("cluster.ray_cluster.ray.init", None)  # Ray itself is not troubled
     with pytest.raises(CannotJoin, match="wants another token than this process has"), joined(head_of_others, namespace="manta"):
         pass

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cluster.block_journal import BlockJournal
 from cluster.errors import ChannelError
 from cluster.messages import BeginAnew, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
-from cluster.streams import Front, StreamTable, untagged
+from cluster.stream_table import Front, StreamTable, untagged
 from engine.engine import refusal
 from engine.errors import DuplicateRequest, EngineError
 from engine.places import mark
@@ -44,7 +44,7 @@ class _Owner(NamedTuple):
     front: Front
     attempt: int
     tag: int
-    """By which the engine is asked to speak of it; see `cluster.streams`."""
+    """By which the engine is asked to speak of it; see `cluster.stream_table`."""
 
 
 class Desk:

@@ -14,12 +14,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster import placement
 from cluster.channel import PrivateFolder, new_keys, reach
 from cluster.config import RankResources
+from cluster.doctor.cluster_survey import survey_actors
 from cluster.doctor.findings import Severity
-from cluster.doctor.in_cluster import survey_actors
 from cluster.errors import StartFailed, UnfitHosts
-from cluster.far_end import keep_hearing
-from cluster.ground import Ground
 from cluster.messages import RankFailed
+from cluster.peer_liveness import keep_hearing
+from cluster.placement_group import Ground
 from cluster.worker import Place, Ranks, Worker
 from engine.executor import Capacity
 
@@ -44,14 +44,14 @@ class Seat:
     process: int | None = None
     """pidfd of a rank on this host."""
     beats: "zmq.Socket[Any] | None" = None
-    """Of a rank on another host: readable once it is not heard any more; see `cluster.far_end`."""
+    """Of a rank on another host: readable once it is not heard any more; see `cluster.peer_liveness`."""
     silent: bool = False
     ended: str | None = None
     """How Ray says that it ended."""
     asked: Any = None
     """ObjectRef of its note, once that was asked for."""
     note: str | None = None
-    """Of one on another host: what it left there when it crashed; see `cluster.far_notes`."""
+    """Of one on another host: what it left there when it crashed; see `cluster.remote_crash_reports`."""
     failure: RankFailed | None = None
     """What it said itself."""
     capacity: Capacity | None = None

@@ -13,8 +13,8 @@ import zmq
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.messages import Stop, encode
-from cluster.seats import Seat
-from cluster.worker import crash_note_beside, end_process, page_beside
+from cluster.worker import crash_report_path, end_process, page_beside
+from cluster.worker_handles import Seat
 
 END_S = 5.0
 """How long ranks may take to end."""
@@ -34,7 +34,7 @@ def end_ranks(seats: Sequence[Seat], *, listening: bool, broken: bool) -> None:
         _force(seat)
     _await_ends(seats, END_S)
     for seat in seats:
-        for left in (Path(seat.ipc.removeprefix("ipc://")), page_beside(seat.ipc), crash_note_beside(seat.ipc)):
+        for left in (Path(seat.ipc.removeprefix("ipc://")), page_beside(seat.ipc), crash_report_path(seat.ipc)):
             left.unlink(missing_ok=True)
         if seat.process is not None:
             os.close(seat.process)

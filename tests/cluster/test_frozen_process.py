@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from cluster.frozen import FrozenWatch, is_stopped, stopped_at
+from cluster.frozen_process import FrozenWatch, is_stopped, stopped_at
 
 
 class World:

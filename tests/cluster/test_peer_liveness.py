@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from cluster.channel import KeyGuard, KeyPair, listen, new_keys, reach
-from cluster.far_end import FarEnd, Watchman, keep_hearing, knock
+from cluster.peer_liveness import FarEnd, Watchman, keep_hearing, knock
 from tests.cluster.fake_ranks import hang_in_native_code
 
 SILENCE_S = 1.5

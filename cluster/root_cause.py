@@ -7,13 +7,13 @@ from typing import Any
 
 import ray
 
-from cluster import crash_note
+from cluster import crash_report
 from cluster.errors import HostUnreachable
-from cluster.far_end import KNOCK_S, FarEnd, knock
-from cluster.frozen import is_stopped
+from cluster.frozen_process import is_stopped
 from cluster.messages import RankFailed
-from cluster.seats import Seat
-from cluster.worker import crash_note_beside, page_beside
+from cluster.peer_liveness import KNOCK_S, FarEnd, knock
+from cluster.worker import crash_report_path, page_beside
+from cluster.worker_handles import Seat
 from engine.errors import WorkersLost
 from parallel.last_collective import read as last_collective
 
@@ -60,7 +60,7 @@ def _blame(seats: Sequence[Seat]) -> Verdict | None:
     """A rank that ended without a word is the cause: whoever crashes or raises beside it may be its victim (NCCL aborts a process whose
     peers are gone). Then one that crashed but by SIGABRT, fell silent, aborted, raised, or stands still. A rank on another host whose note
     could not be fetched counts as ended from outside."""
-    notes = [(seat, seat.note or crash_note.read(crash_note_beside(seat.ipc))) for seat in seats]
+    notes = [(seat, seat.note or crash_report.read(crash_report_path(seat.ipc))) for seat in seats]
     for seat, note in notes:
         if seat.has_ended and not seat.failure and note is None:
             return Verdict(seat, seat.ended or "its process ended", from_outside=True)

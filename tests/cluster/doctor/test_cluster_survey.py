@@ -4,10 +4,10 @@ import pytest
 import ray.exceptions
 
 from cluster.config import RankResources
-from cluster.doctor import in_cluster
+from cluster.doctor import cluster_survey
+from cluster.doctor.cluster_survey import raised_there, survey_cluster
 from cluster.doctor.facts import Need
 from cluster.doctor.findings import Severity
-from cluster.doctor.in_cluster import raised_there, survey_cluster
 from cluster.doctor.survey import cannot_talk
 from parallel.topology import Topology
 
@@ -34,7 +34,7 @@ def test_what_is_not_there_names_its_host() -> None:
 
 
 def test_a_cluster_without_room_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_cluster, "PLACE_S", 1.0)
+    monkeypatch.setattr(cluster_survey, "PLACE_S", 1.0)
     survey = survey_cluster(Topology(tp=2), RankResources(cpus=64), Need(), look=None)
     (finding,) = survey.findings
     assert (finding.severity, finding.check) == (Severity.FATAL, "placement")

@@ -8,8 +8,8 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import crash_note
-from cluster.seats import Seat
+from cluster import crash_report
+from cluster.worker_handles import Seat
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def fetch_notes(seats: Sequence[Seat]) -> None:
 
 
 def _take(file: str) -> str | None:
-    note = crash_note.read(Path(file))
+    note = crash_report.read(Path(file))
     with suppress(OSError):
         Path(file).unlink()
     return note

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from cluster import crash_note
+from cluster import crash_report
 
 ROOT = Path(__file__).parents[2]
 
 
 def end(note: Path, how: str) -> None:
-    code = f"import os, signal\nfrom pathlib import Path\nfrom cluster import crash_note\ncrash_note.keep_at(Path({str(note)!r}))\n{how}"
+    code = f"import os, signal\nfrom pathlib import Path\nfrom cluster import crash_report\ncrash_note.keep_at(Path({str(note)!r}))\n{how}"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode < 0
 
 
 @pytest.mark.parametrize(("how", "told"), [("os.abort()", "Aborted"), ("os.kill(os.getpid(), signal.SIGSEGV)", "Segmentation fault")])
 def test_a_crash_is_told_with_where_it_was(tmp_path: Path, how: str, told: str) -> None:
     end(tmp_path / "note", how)
-    note = crash_note.read(tmp_path / "note")
+    note = crash_report.read(tmp_path / "note")
     assert note is not None
     assert told in note.splitlines()[0]
     assert "<module>" in note
@@ -27,5 +27,5 @@ def test_a_crash_is_told_with_where_it_was(tmp_path: Path, how: str, told: str) 
 
 def test_who_is_killed_leaves_no_word(tmp_path: Path) -> None:
     end(tmp_path / "note", "os.kill(os.getpid(), signal.SIGKILL)")
-    assert crash_note.read(tmp_path / "note") is None
-    assert crash_note.read(tmp_path / "nowhere") is None
+    assert crash_report.read(tmp_path / "note") is None
+    assert crash_report.read(tmp_path / "nowhere") is None

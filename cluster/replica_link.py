@@ -15,10 +15,10 @@ from cluster.config import STARVED, RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, RequestAborted, SlowReader
 from cluster.expected_wait import Outlook
-from cluster.far_end import KNOCK_S, FarEnd, knock
 from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
+from cluster.peer_liveness import KNOCK_S, FarEnd, knock
 from cluster.prefix_index import PrefixIndex
-from cluster.wire import Wire, WireBroken, ZmqWire
+from cluster.transport import Wire, WireBroken, ZmqWire
 from engine.failpoints import hit
 from engine.plan import COLUMN, TokenEvent
 from engine.request import Request

@@ -6,12 +6,12 @@ from contextlib import aclosing
 
 import pytest
 
+from cluster.admission_queue import WaitingRoom
 from cluster.autoscaling import demand_of
 from cluster.directory import DEMAND, Register
 from cluster.errors import NoReplicaReady
 from cluster.health import State
 from cluster.router import Router
-from cluster.waiting_room import WaitingRoom
 from engine.request import Request, SamplingParams
 from engine.stats import EngineStats
 from tests.cluster.fakes import FakeLink, FakeReplicas, answer, eventually, record
