@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from engine.run.draft_fit import check_draft_model
+from engine.run.draft_compatibility import check_draft_model
 from model.adapted_files import adapted_files
 from model.adapter import Adapter
 from model.adapter_config import AdapterConfig

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import StepPlan
 from engine.request import Request, SamplingParams
-from engine.run.prompts_ahead import PromptsAhead
+from engine.run.mixed_steps import MixedSteps
 
 TOKENS_IN, TOKENS_OUT = 40, 48
 
@@ -56,11 +56,11 @@ def wrong_beside_prompts(results: Results, name: str, served: Served, *, kinds: 
         for number in range(count)
     ]
     wrong, runner = [], served.runner
-    prompts_ahead = PromptsAhead(runner.replayed_steps, runner.forward) if runner.replayed_steps is not None else None
+    mixed_steps = MixedSteps(runner.graph_steps, runner.forward) if runner.graph_steps is not None else None
     for run_ahead in (False, True):
         config = replace(served.config, run_ahead=run_ahead, prompt_share=1.0)  # the same plans, however long steps take
         wanted = _answers(served, config, requests, at_once=False)
-        with patch.object(runner, "prompts_ahead", prompts_ahead):
+        with patch.object(runner, "mixed_steps", mixed_steps):
             found = _answers(served, config, requests, at_once=False)
         different = sum(found[key] != wanted[key] for key in wanted)
         when = "beside prompts, a step ahead" if run_ahead else "beside prompts, sampled by replays"

@@ -90,7 +90,7 @@ def replayed_logits(served: Served, graphs: DecodeGraphs, count: int, draw: rand
         tables.open(number)
     rows = decode_rows(StepPlan(0, tuple(works)), 0)
     assert rows is not None
-    logits_RV = graphs.run(rows, rows.enter(tables), tables)
+    logits_RV = graphs.run(rows, rows.append_blocks(tables), tables)
     assert logits_RV is not None
     return works, tables, logits_RV
 

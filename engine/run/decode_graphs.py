@@ -14,9 +14,9 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.run.block_tables import BlockTables
 from engine.run.cuda_graphs import Graphs, Replay
+from engine.run.decode_inputs import BLOCKS, POSITIONS, TOKENS, unpack_decode_inputs
 from engine.run.decode_rows import DecodeRows
-from engine.run.entering import BLOCKS, POSITIONS, TOKENS, enter
-from engine.run.tokens_said import hand_on
+from engine.run.last_tokens import broadcast_tokens
 from engine.run.transfer import Staging, refill
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
@@ -42,11 +42,11 @@ class DecodeGraphs:
         most_rows: int,
         most_blocks: int,
         vocab_size: int | None,
-        hands_on: bool = False,
+        broadcasts_tokens: bool = False,
     ) -> None:
         """``most_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, and keeps no logits.
-        ``hands_on``: the tokens of a step are those that the rank that samples has, whatever the others were told."""
-        self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, hands_on
+        ``broadcasts_tokens``: the tokens of a step are those that the rank that samples has, whatever the others were told."""
+        self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, broadcasts_tokens
         self.sizes = tuple(sizes_up_to(most_rows))
         device = model.device
         self._given = Staging(3, most_rows, device=device)
@@ -142,12 +142,12 @@ class DecodeGraphs:
 
     def _compute(self, size: int) -> None:
         batch = self._batches[size]
-        enter(
+        unpack_decode_inputs(
             self._given.there[:, :size], self.report, batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
             self._cache.layout.block_tokens,
         )  # fmt: skip
         if self._hands_on:
-            hand_on(batch.tokens_T, self._model.groups.tp)
+            broadcast_tokens(batch.tokens_T, self._model.groups.tp)
         hidden_TD = self._model.hidden(batch, self._cache)
         assert hidden_TD is not None  # it has no stages
         logits_RV = self._model.logits(hidden_TD)

@@ -62,7 +62,7 @@ class DecodeRows:
         sequence, start, token, block = self.columns[:, at].tolist()
         return Work(sequence, start, (token,), () if block == NO_BLOCK else (block,), samples=True)
 
-    def enter(self, tables: BlockTables) -> np.ndarray:
+    def append_blocks(self, tables: BlockTables) -> np.ndarray:
         """Bring the new blocks. The rows (S) of the sequences' tables."""
         rows_S = tables.rows_of(self.columns[0])
         tables.append_to(rows_S, self.columns[3])

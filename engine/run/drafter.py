@@ -16,8 +16,8 @@ from engine.plan import Sampled, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
 from engine.run.sampling.sampler import Sampler
-from engine.run.sampling.sought import sought
 from engine.run.sampling.state import Row, SamplingState
+from engine.run.sampling.top_logits import needed_top_logits
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 
@@ -69,7 +69,7 @@ class Drafter:
         if not built.sampling_works:
             return []
         rows = [self._row(asking[work.sequence], said[work.sequence], guesses[work.sequence], states) for work in built.sampling_works]
-        wanted = sought(rows, self._sampler.vocab_size) if self.model.screens() else None
+        wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.screens() else None
         logits_RV = self.model.logits(built.that_sample(hidden_RD, built.kept_rows), wanted)
         answers = self._sampler.sample(self._joined(logits_RV), rows)
         going = []

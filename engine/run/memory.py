@@ -10,7 +10,7 @@ from engine.errors import EngineError
 from engine.executor import Capacity
 from engine.run.cuda_graphs import CudaGraphs
 from engine.run.drafter import open_drafter
-from engine.run.host import available_memory_bytes
+from engine.run.host_resources import available_memory_bytes
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig

@@ -9,11 +9,11 @@ from engine.places import mark
 from engine.plan import StepPlan, Work
 from engine.run.block_tables import BlockTables
 from engine.run.grammar.guides import Allowed, Guides
-from engine.run.pooling import Pools
+from engine.run.last_tokens import LastTokens
+from engine.run.pooling import Pooler
 from engine.run.sampling.columns import SamplingColumns
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.state import Row, SamplingState
-from engine.run.tokens_said import TokensSaid
 from engine.run.transfer import upload
 from engine.run.verification import rows_of
 
@@ -21,14 +21,14 @@ from engine.run.verification import rows_of
 class OpenSequences:
     """Opened and closed by plans; in between, told of their works."""
 
-    def __init__(self, *, shard: int, vocab_size: int | None, guides: Guides, pools: Pools, device: torch.device) -> None:
+    def __init__(self, *, shard: int, vocab_size: int | None, guides: Guides, pools: Pooler, device: torch.device) -> None:
         """``vocab_size``: how many ids can be sampled; None on a rank that does not sample."""
         self.shard, self._vocab_size, self._device = shard, vocab_size, device
         self.tables = BlockTables()
         self.guides, self.pools = guides, pools
         self.states: dict[int, SamplingState] = {}
         """None on a rank that does not sample."""
-        self.said = TokensSaid()
+        self.last_tokens = LastTokens()
         """Where a plan may come that counts on it."""
         self.columns: SamplingColumns | None = None
         """Where sampling is replayed."""
@@ -66,7 +66,7 @@ class OpenSequences:
         state = self.states.pop(sequence, None)
         if state is not None and self.edit_table is not None:
             self.edit_table.close(state)
-        self.said.forget(sequence)
+        self.last_tokens.forget(sequence)
         self.guides.close(sequence)
         self.pools.close(sequence)
 

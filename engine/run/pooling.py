@@ -16,7 +16,7 @@ from model.qwen2 import Qwen2
 NOT_FINITE = "the model gave NaN or infinity"
 
 
-class Pools:
+class Pooler:
     """The embeddings that are being made: known to all ranks, and made on those that answer."""
 
     def __init__(self, model: Qwen2) -> None:

@@ -1,7 +1,7 @@
 """Step 9 of a request: one rank turns a StepPlan into a forward batch, and a sampling rank its logits into tokens.
 
-A step is replayed (`engine.run.replayed_steps`), begun ahead beside prompts (`engine.run.prompts_ahead`), or computed as it comes
-(`engine.run.computed_steps`).
+A step is replayed (`engine.run.graph_steps`), begun ahead beside prompts (`engine.run.mixed_steps`), or computed as it comes
+(`engine.run.eager_steps`).
 """
 
 import time
@@ -13,24 +13,24 @@ import torch
 from engine.begun import Begun
 from engine.executor import Capacity
 from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult
-from engine.run.answering import Answering
-from engine.run.computed_steps import ComputedSteps
+from engine.run.async_step_queue import AsyncStepQueue
 from engine.run.cuda_graphs import Captured, Graphs
 from engine.run.decode_graphs import MOST_ROWS, DecodeGraphs
 from engine.run.drafter import Drafter
+from engine.run.eager_steps import EagerSteps
 from engine.run.forward import Forward
 from engine.run.grammar.guides import Guides
+from engine.run.graph_steps import GraphSteps
+from engine.run.mixed_steps import MixedSteps
 from engine.run.open_sequences import OpenSequences
-from engine.run.pooling import Pools
+from engine.run.pooling import Pooler
 from engine.run.prompt_graphs import PromptGraphs
-from engine.run.prompts_ahead import PromptsAhead
+from engine.run.prompt_logprobs import PromptScorer
 from engine.run.rebalance import ExpertRebalancer
-from engine.run.replayed_steps import ReplayedSteps
+from engine.run.result_builder import ResultBuilder
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs
-from engine.run.scoring import Scorer
-from engine.run.under_way import UnderWay
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.topology import Topology
@@ -64,19 +64,19 @@ class Runner:
         self.rebalancer = ExpertRebalancer(model)
         vocab_size = sampler.vocab_size if sampler else None
         guides = guides or Guides(None, vocab_size=vocab_size or 0)
-        self.sequences = OpenSequences(shard=shard, vocab_size=vocab_size, guides=guides, pools=Pools(model), device=device)
-        self.answering = Answering(sampler, self.sequences, runs_ahead=capacity.runs_ahead)
+        self.sequences = OpenSequences(shard=shard, vocab_size=vocab_size, guides=guides, pools=Pooler(model), device=device)
+        self.result_builder = ResultBuilder(sampler, self.sequences, runs_ahead=capacity.runs_ahead)
         self.forward = Forward(model, cache)
-        self.under_way = UnderWay(self.sequences, self.answering)
-        self._computed_steps = ComputedSteps(
-            self.forward, self.sequences, self.answering, scorer=Scorer(model, vocab_size), drafter=drafter
+        self.async_steps = AsyncStepQueue(self.sequences, self.result_builder)
+        self._eager_steps = EagerSteps(
+            self.forward, self.sequences, self.result_builder, scorer=PromptScorer(model, vocab_size), drafter=drafter
         )
         self.decode_graphs: DecodeGraphs | None = None
         """What `capture` recorded."""
         self.sampler_graphs: SamplerGraphs | None = None
-        self.replayed_steps: ReplayedSteps | None = None
+        self.graph_steps: GraphSteps | None = None
         """What takes steps of those."""
-        self.prompts_ahead: PromptsAhead | None = None
+        self.mixed_steps: MixedSteps | None = None
 
     def __repr__(self) -> str:
         return f"<Runner [{'samples' if self.is_sampling else 'computes'} on {self.device} | {self.sequences} | {self.cache}]>"
@@ -84,7 +84,7 @@ class Runner:
     @property
     def is_sampling(self) -> bool:
         """Whether `run` returns results here: so on exactly one rank of each shard."""
-        return self.answering.sampler is not None
+        return self.result_builder.sampler is not None
 
     def capture(
         self,
@@ -107,27 +107,27 @@ class Runner:
             graphs,
             most_rows=min(most_rows, MOST_ROWS),
             most_blocks=self.capacity.blocks_for(self.capacity.max_context_tokens),
-            vocab_size=self.answering.sampler.vocab_size if self.answering.sampler else None,
-            hands_on=self.capacity.runs_ahead,
+            vocab_size=self.result_builder.sampler.vocab_size if self.result_builder.sampler else None,
+            broadcasts_tokens=self.capacity.runs_ahead,
         )
         captured: list[Captured] = [self.decode_graphs]
-        if self.answering.sampler is not None:
-            self.sampler_graphs = self._sampler_graphs(self.answering.sampler, self.decode_graphs, graphs, edits=edits)
+        if self.result_builder.sampler is not None:
+            self.sampler_graphs = self._sampler_graphs(self.result_builder.sampler, self.decode_graphs, graphs, edits=edits)
             captured.append(self.sampler_graphs)
-        self.replayed_steps = ReplayedSteps(
+        self.graph_steps = GraphSteps(
             self.decode_graphs,
             self.sampler_graphs,
             sequences=self.sequences,
-            answering=self.answering,
-            under_way=self.under_way,
+            result_builder=self.result_builder,
+            async_steps=self.async_steps,
             runs_ahead=self.capacity.runs_ahead,
         )
-        self.forward.prompt_graphs = self.prompts_ahead = None
+        self.forward.prompt_graphs = self.mixed_steps = None
         if most_prompt_tokens:
             self.forward.prompt_graphs = PromptGraphs(self.model, self.cache, graphs, most_tokens=most_prompt_tokens)
             captured.append(self.forward.prompt_graphs)
         if prompts_ahead and self.is_sampling and self.capacity.runs_ahead:
-            self.prompts_ahead = PromptsAhead(self.replayed_steps, self.forward)
+            self.mixed_steps = MixedSteps(self.graph_steps, self.forward)
         done, total = count(1), sum(one.num_graphs for one in captured)
         for one in captured:
             one.capture(lambda: on_progress(next(done), total))
@@ -154,7 +154,7 @@ class Runner:
             if graphs is not None:
                 graphs.forget()
         self.decode_graphs = self.sampler_graphs = self.forward.prompt_graphs = None
-        self.replayed_steps = self.prompts_ahead = None
+        self.graph_steps = self.mixed_steps = None
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Take one step together with all other ranks. Its shard's result on a sampling rank, None elsewhere."""
@@ -167,17 +167,17 @@ class Runner:
         Steps are asked for their results in the order in which they were begun; at most two are under way at the same time.
         """
         began = time.perf_counter()
-        self.under_way.make_room()
+        self.async_steps.make_room()
         rebalanced = self._rebalanced(plan.rebalance) if plan.rebalance else None
         self.sequences.open_and_close(plan)
-        for steps in (self.replayed_steps, self.prompts_ahead):
+        for steps in (self.graph_steps, self.mixed_steps):
             if steps is not None and (begun := steps.begin(plan, began)) is not None:
                 return begun
-        self.under_way.settle_all()
-        return Begun(self.answering.result(plan, self._computed_steps.run(plan), began, rebalanced))
+        self.async_steps.settle_all()
+        return Begun(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
 
     def _rebalanced(self, order: Rebalance) -> Rebalanced:
-        self.under_way.settle_all()
+        self.async_steps.settle_all()
         rebalanced = self.rebalancer.run(order)
         if rebalanced.num_moved and self.decode_graphs is not None:
             self.decode_graphs.capture()  # experts lie elsewhere now; steps with prompts of such a model are launched

@@ -15,11 +15,11 @@ import torch
 
 from engine.config import EngineConfig
 from engine.run.cuda_graphs import CudaGraphs
-from engine.run.draft_fit import check_draft_model
+from engine.run.draft_compatibility import check_draft_model
 from engine.run.drafter import open_drafter
 from engine.run.grammar.guides import Guides
-from engine.run.grammar.start import open_guides
-from engine.run.host import multiplies_bfloat16, usable_cores
+from engine.run.grammar.lazy_compiler import open_guides
+from engine.run.host_resources import multiplies_bfloat16, usable_cores
 from engine.run.memory import measure_capacity
 from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
@@ -99,7 +99,7 @@ def start_rank(
         LayoutMisfit: the model cannot be laid out on this topology.
         NoRoomForKv: no KV block fits beside the weights.
         InvalidLogits: the model computes no numbers.
-        DraftMisfit: the draft model cannot guess for this one.
+        IncompatibleDraftModel: the draft model cannot guess for this one.
         ValueError: a setting does not fit this model, device or topology.
     """
     tell = on_progress or (lambda _progress: None)

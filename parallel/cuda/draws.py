@@ -1,5 +1,5 @@
 """Next tokens of rows of logits, each by its own parameters, in three or four launches where plain torch takes forty. The twins are
-`engine.run.sampling.search.highest`, `engine.run.sampling.filters.draw_unfiltered` and `draw_filtered`; an answer is theirs to the bit.
+`engine.run.sampling.top_k.highest`, `engine.run.sampling.filters.draw_unfiltered` and `draw_filtered`; an answer is theirs to the bit.
 
 1. *Stretches*: the highest logit of every `STRETCH` ids, and of every part of `PART` ids. Many programs a row.
 2. *Weights* of the parts, where rows are drawn from the whole vocabulary, or by a top-p of it. Many programs a row.

@@ -1,4 +1,4 @@
-"""What a replayed step does first, in one launch. The twin is `engine.run.entering.enter_slowly`."""
+"""What a replayed step does first, in one launch. The twin is `engine.run.decode_inputs.unpack_decode_inputs_torch`."""
 
 import triton
 import triton.language as tl

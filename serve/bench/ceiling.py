@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.run.host import multiplies_bfloat16
+from engine.run.host_resources import multiplies_bfloat16
 from parallel.native.library import native
 from parallel.native.linear import Packed, multiply
 

@@ -96,7 +96,7 @@ def measure(
 
     from engine.engine import Engine
     from engine.garbage import settle
-    from engine.run.host import usable_cores
+    from engine.run.host_resources import usable_cores
     from engine.run.start import formats_of, resolve_device, resolve_dtype
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig

@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import NO_TOKEN, Decodes, Sampled, StepPlan
 from engine.request import Request, SamplingParams
-from engine.run.tokens_said import TokensSaid, with_known_tokens
+from engine.run.last_tokens import LastTokens, with_known_tokens
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
 
 
@@ -156,7 +156,7 @@ def test_nothing_is_planned_ahead_where_the_ranks_cannot_know() -> None:
 
 @pytest.mark.parametrize("tokens", [(7, 8, 9), (7, NO_TOKEN, 9)])
 def test_a_rank_fills_in_what_it_sampled_itself(tokens: tuple[int, ...]) -> None:
-    said = TokensSaid()
+    said = LastTokens()
     first = Decodes.of([[1, 2, 3], [5, 5, 5], [0, 0, 0], [-1, -1, -1], [0, 0, 0]])
     said.note(first, Decodes.of([list(tokens)]).packed, [Sampled(2, (30, 40))] if NO_TOKEN in tokens else [])
     plan = StepPlan(1, (), decodes=Decodes.of([[1, 2, 4], [6, 6, 6], [NO_TOKEN, NO_TOKEN, 11], [-1, -1, -1], [0, 0, 0]]))
@@ -165,7 +165,7 @@ def test_a_rank_fills_in_what_it_sampled_itself(tokens: tuple[int, ...]) -> None
 
 
 def test_of_a_token_that_was_said_twice_the_newer_is_known_and_of_what_is_closed_none() -> None:
-    said = TokensSaid()
+    said = LastTokens()
     both = Decodes.of([[1, 2], [5, 5], [0, 0], [-1, -1], [0, 0]])
     one = Decodes.of([[2], [6], [0], [-1], [0]])
     said.note(both, Decodes.of([[10, 20]]).packed, [])

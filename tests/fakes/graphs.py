@@ -187,7 +187,7 @@ def kernel(run: Callable[..., None]) -> Callable[..., None]:
 def _begin(modes: ExitStack) -> _Recording:
     """Until they are left. Our kernels for CPUs are none of torch's operations and would not be replayed; a device has none of them."""
     recording = _Recording()
-    modes.enter_context(patch("engine.run.sampling.search.native", lambda: None))
+    modes.enter_context(patch("engine.run.sampling.top_k.native", lambda: None))
     for mode in (_under_way(recording), _HostIsAway(), recording):
         modes.enter_context(mode)
     return recording

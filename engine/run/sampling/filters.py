@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from engine.run.sampling.search import candidates, num_certain
+from engine.run.sampling.top_k import candidates, num_certain
 
 WEIGHT_BITS = 44
 """The most probable id weighs 2^44, the others in proportion, rounded down: below 2^-44 of its probability is never drawn."""

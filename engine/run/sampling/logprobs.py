@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.plan import TokenLogprobs
-from engine.run.sampling.search import candidates, num_certain
+from engine.run.sampling.top_k import candidates, num_certain
 
 _MORE_CANDIDATES = 32
 """Ids looked at beyond the alternatives asked for, so that equal logits at the end rarely leave open which are meant."""

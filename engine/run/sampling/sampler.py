@@ -18,8 +18,8 @@ from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfi
 from engine.run.sampling.groups import DrawGroup, draw_params, group_rows, top_k_of
 from engine.run.sampling.kernels import kernels_for
 from engine.run.sampling.logprobs import token_logprobs
-from engine.run.sampling.search import highest
 from engine.run.sampling.state import Row
+from engine.run.sampling.top_k import highest
 from engine.run.transfer import upload
 
 NOT_FINITE = "the model gave NaN or no finite logits"

@@ -39,7 +39,7 @@ from engine.run.sampling.edit_table import NO_ENTRY, EditTable
 from engine.run.sampling.filters import DrawParams, draw_filtered, draw_undecided, draw_unfiltered
 from engine.run.sampling.groups import FEW_TOP_K, MAX_CANDIDATES, MORE_CANDIDATES
 from engine.run.sampling.kernels import kernels_for
-from engine.run.sampling.search import highest
+from engine.run.sampling.top_k import highest
 from engine.run.transfer import Place, Returns, Staging, refill
 
 NO_WORDS: Mapping[int, np.ndarray] = MappingProxyType({})

@@ -1,4 +1,4 @@
-// The highest numbers of a row, by way of the highest of each stretch: see engine/run/sampling/search.py.
+// The highest numbers of a row, by way of the highest of each stretch: see engine/run/sampling/top_k.py.
 #include <functional>
 #include <limits>
 #include <vector>

@@ -152,4 +152,4 @@ def record_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel.embedding.all_reduce", all_reduce)
     monkeypatch.setattr("parallel.dispatch.all_reduce", all_reduce)
     monkeypatch.setattr("parallel.embedding.all_gather", all_gather)
-    monkeypatch.setattr("engine.run.tokens_said.broadcast", broadcast)
+    monkeypatch.setattr("engine.run.last_tokens.broadcast", broadcast)

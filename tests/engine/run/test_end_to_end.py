@@ -167,7 +167,7 @@ def test_logprobs_come_with_every_token(folder, oracle):
 
 def test_nan_logits_fail_one_request_alone(folder, expected, monkeypatch):
     engine = open_engine(folder)
-    sampler = engine.executor._runner.answering.sampler
+    sampler = engine.executor._runner.result_builder.sampler
     sample = sampler.sample
 
     def poisoned(logits, rows, table):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engine.request import Request, SamplingParams
-from engine.run import scoring
+from engine.run import prompt_logprobs
 from tests.engine.run.test_end_to_end import PROMPTS, answer, open_engine, serve
 from tests.engine.run.tiny_models import NUM_REAL_TOKENS, assert_scored_as, greedy, oracle_logprobs
 
@@ -21,7 +21,7 @@ def expected(oracle):
 @pytest.mark.parametrize("max_step_tokens", [512, 5])
 @pytest.mark.parametrize("num_blocks", [400, 21])
 def test_they_are_those_of_transformers_at_every_place(folder, oracle, expected, max_step_tokens, num_blocks, monkeypatch):
-    monkeypatch.setattr(scoring, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(prompt_logprobs, "ROWS_AT_ONCE", 7)
     engine = open_engine(folder, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
     requests = [Request(id=str(i), prompt=prompt, sampling=ASKING) for i, prompt in enumerate(PROMPTS)]
     for _ in range(2):  # the second time with all prompts in the cache, whose logits are not

@@ -1,4 +1,4 @@
-"""Replayed sampling against the sampler, and the columns that it reads."""
+"""AsyncStep sampling against the sampler, and the columns that it reads."""
 
 import random
 from dataclasses import replace
@@ -205,7 +205,7 @@ def test_a_plan_that_only_decodes_is_known_by_its_columns() -> None:
     for number, blocks in ((7, (1, 2)), (9, (3,)), (4, ())):
         tables.open(number)
         tables.append(Work(number, 0, (), blocks, False))
-    found, held = tables.of(rows.enter(tables))
+    found, held = tables.of(rows.append_blocks(tables))
     assert found.tolist() == [[1, 2], [3, 13], [2, 5]]
     assert held.tolist() == [2, 2, 2]
     columns, singles = rows.told(np.array([100, 101, 102]))

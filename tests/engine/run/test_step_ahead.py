@@ -10,9 +10,9 @@ from engine.begun import Begun
 from engine.engine import Engine
 from engine.plan import NO_BLOCK, NO_TOKEN, Decodes, StepPlan
 from engine.request import Request, SamplingParams
+from engine.run.async_step import AsyncStep
 from engine.run.decode_rows import decode_rows
 from engine.run.local_executor import LocalExecutor, LocalStep
-from engine.run.replayed import Replayed
 from tests.engine.run.captured import have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, sampled_requests, serve
 from tests.engine.run.tiny_models import engine_config
@@ -89,14 +89,14 @@ def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple
     def watched(plan: StepPlan) -> Begun:
         nonlocal most
         begun = begin(plan)
-        most = max(most, len(runner.under_way))
+        most = max(most, len(runner.async_steps))
         return begun
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(runner, "begin", watched)
         serve(Engine(ahead, CONFIG), [Request(id="r", prompt=(1, 2), sampling=SamplingParams(temperature=0.0, max_tokens=9))])
     assert most == 2
-    assert not runner.under_way
+    assert not runner.async_steps
 
 
 @pytest.mark.parametrize("is_replayed", [False, True])
@@ -115,11 +115,11 @@ def test_answers_are_those_of_a_rank_that_is_told_every_token(executors: tuple[L
 def test_rows_are_found_where_they_stood_in_the_step_before() -> None:
     """Sequences may leave and come in between, and take the table rows of others."""
 
-    def step(sequences: list[int], table_rows: list[int]) -> Replayed:
+    def step(sequences: list[int], table_rows: list[int]) -> AsyncStep:
         columns = [sequences, [3] * len(sequences), [0] * len(sequences), [NO_BLOCK] * len(sequences), [0] * len(sequences)]
         rows = decode_rows(StepPlan(0, (), decodes=Decodes.of(np.array(columns))), 0)
         assert rows is not None
-        return Replayed(None, StepPlan(0, ()), rows, np.array(table_rows), np.zeros((11, 0), np.int64), 4, lambda _step: None)
+        return AsyncStep(None, StepPlan(0, ()), rows, np.array(table_rows), np.zeros((11, 0), np.int64), 4, lambda _step: None)
 
     before = step([5, 9, 7], [2, 0, 1])
     assert before.places_of(step([5, 9, 7], [2, 0, 1])).tolist() == [0, 1, 2]

@@ -11,7 +11,7 @@ from engine.run.noise import seed_bits, uniform
 from engine.run.sampling.columns import FEW, FILTERED, GREEDY, UNFILTERED
 from engine.run.sampling.filters import DrawParams, draw_filtered, draw_unfiltered, whole_weight
 from engine.run.sampling.groups import FEW_TOP_K, kind_of, top_k_of
-from engine.run.sampling.search import highest
+from engine.run.sampling.top_k import highest
 from tests.parallel.cuda.aligned import aligned
 
 KINDS = {

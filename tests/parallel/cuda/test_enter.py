@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engine.run.entering import enter_slowly
+from engine.run.decode_inputs import unpack_decode_inputs_torch
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 130])
@@ -28,6 +28,6 @@ def test_it_enters_what_the_twin_enters(num_rows: int, device: torch.device) -> 
         enter(given.to(device)[:, :num_rows], sampled.to(device), tokens, slots, lengths, written[:num_rows], block_tokens)
         return [tokens.cpu(), slots.cpu(), lengths.cpu(), written.cpu()]
 
-    found, wanted = entered(in_one_launch, device), entered(enter_slowly, torch.device("cpu"))
+    found, wanted = entered(in_one_launch, device), entered(unpack_decode_inputs_torch, torch.device("cpu"))
     assert all(map(torch.equal, found, wanted))
     assert (wanted[1] < 0).equal(given[2, :num_rows] < 0)

@@ -131,15 +131,15 @@ def test_what_grammars_allow_is_copied_into_steps_that_are_replayed(folder, monk
     wanted = {key: answer(events) for key, events in serve(open_engine(folder), some).items()}
     engine = open_engine(folder)
     graphs = have_replayed(engine.executor, engine_config(max_running=6))
-    answering, num_decoded = runner_of(engine.executor).answering, 0
-    sample = answering.sample
+    result_builder, num_decoded = runner_of(engine.executor).result_builder, 0
+    sample = result_builder.sample
 
     def watched(logits_RV, works, allowed):
         nonlocal num_decoded
         num_decoded += all(len(work.tokens) == 1 for work in works)
         return sample(logits_RV, works, allowed)
 
-    monkeypatch.setattr(answering, "sample", watched)
+    monkeypatch.setattr(result_builder, "sample", watched)
     assert {key: answer(events) for key, events in serve(engine, some).items()} == wanted
     assert graphs.num_replays > 20
     assert num_decoded == 0

@@ -11,8 +11,8 @@ from engine.plan import Opening, Work
 from engine.request import SamplingParams
 from engine.run.grammar import guides as module
 from engine.run.grammar.guides import Allowed, Guides
+from engine.run.grammar.lazy_compiler import LazyCompiler
 from engine.run.grammar.llg import LlCompiler
-from engine.run.grammar.start import MadeLater
 from tests.engine.run.grammar.words import END, TOKENS, VOCABULARY, ids
 
 COMPILER = LlCompiler(VOCABULARY, cache_bytes=1 << 20)
@@ -153,13 +153,13 @@ def test_a_compiler_is_made_once_for_the_first_grammar_or_at_rest() -> None:
             twice.set()
         return COMPILER
 
-    guides = make_guides(MadeLater(make, 3600))
+    guides = make_guides(LazyCompiler(make, 3600))
     assert not makers
     for _ in range(2):
         opened(guides, "start: /abc?/")
         assert texts(look_up(guides)) == {b"a", b"ab", b"abc"}
     assert len(makers) == 1
-    MadeLater(make, 0.02)
+    LazyCompiler(make, 0.02)
     assert twice.wait(60)
     assert makers[1] is not threading.current_thread()
 
@@ -172,7 +172,7 @@ def test_no_compiler_is_made_while_the_process_computes() -> None:
         made.set()
         return COMPILER
 
-    MadeLater(make, 0.02, computed_s=lambda: next(computed_s))
+    LazyCompiler(make, 0.02, computed_s=lambda: next(computed_s))
     assert made.wait(60)
     assert next(computed_s, None) is None, "two spells in which it computed, and one at rest"
 
@@ -188,7 +188,7 @@ def test_a_compiler_that_cannot_be_made_refuses_grammars_and_no_more() -> None:
         attempts.append(None)
         raise Panic("too many tokens")
 
-    guides = make_guides(MadeLater(make, 3600))
+    guides = make_guides(LazyCompiler(make, 3600))
     for _ in range(2):
         opened(guides, "start: /abc?/")
         assert "too many tokens" in (look_up(guides).fault or "")

@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.run.local_executor import LocalExecutor
 from engine.run.sampling.sampler import Sampler
-from engine.run.sampling.sought import sought
+from engine.run.sampling.top_logits import needed_top_logits
 from parallel.native.library import native
 from parallel.native.linear import multiply, pack
 from parallel.native.screened import screen_of
@@ -54,10 +54,10 @@ params_of_few = st.builds(
 def test_a_row_that_looks_at_more_gets_all_and_so_does_its_company(params: SamplingParams) -> None:
     few = row(SamplingParams(temperature=0.0), vocab_size=VOCAB_SIZE)
     other = row(params, vocab_size=VOCAB_SIZE, prompt=(1,), output=(2,))
-    assert sought([few, few], VOCAB_SIZE) is not None
-    assert sought([few, other], VOCAB_SIZE) is None
-    assert sought([few, few._replace(allowed=np.zeros(47, np.int32))], VOCAB_SIZE) is None
-    assert sought([], VOCAB_SIZE) is None
+    assert needed_top_logits([few, few], VOCAB_SIZE) is not None
+    assert needed_top_logits([few, other], VOCAB_SIZE) is None
+    assert needed_top_logits([few, few._replace(allowed=np.zeros(47, np.int32))], VOCAB_SIZE) is None
+    assert needed_top_logits([], VOCAB_SIZE) is None
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_tokens_are_those_of_all_logits(screen, rows) -> None:
     all_logits = multiply(library, x, screen.exact, None)
     seen = [logits[:VOCAB_SIZE].argsort(descending=True)[: seed % 50].tolist() for logits, (_, seed) in zip(all_logits, rows, strict=True)]
     made = [row(params, vocab_size=VOCAB_SIZE, prompt=ids[::2], output=ids[1::2]) for (params, _), ids in zip(rows, seen, strict=True)]
-    wanted = sought(made, VOCAB_SIZE)
+    wanted = needed_top_logits(made, VOCAB_SIZE)
     assert wanted is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("parallel.native.screened._worth_it", lambda panels, count: (panels * count, panels))

@@ -14,7 +14,7 @@ from engine.run.sampling.sampler_graphs import Report
 
 
 @dataclass(eq=False)
-class Replayed(Begun):
+class AsyncStep(Begun):
     """What `engine.run.runner.Runner.begin` gives, where the host has no say in the step."""
 
     plan: StepPlan
@@ -25,7 +25,7 @@ class Replayed(Begun):
     """As `SamplingColumns.of` gave them."""
     size: int
     """Rows of the captured step."""
-    settle: Callable[["Replayed"], None]
+    settle: Callable[["AsyncStep"], None]
     """Reads the report and sets `outcome`."""
     logits_SV: Tensor | None = None
     """Where the captured step left them."""
@@ -39,7 +39,7 @@ class Replayed(Begun):
         self.settle(self)
         return self.outcome
 
-    def places_of(self, other: "Replayed") -> np.ndarray:
+    def places_of(self, other: "AsyncStep") -> np.ndarray:
         """int64: where in this step the sequences of another one's rows are, -1 for those that are not."""
         here, there = self.rows.columns[0], other.rows.columns[0]
         if np.array_equal(here, there):

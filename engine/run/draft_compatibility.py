@@ -9,7 +9,7 @@ from model.vocabulary import Vocabulary
 TOKENIZER = "tokenizer.json"
 
 
-class DraftMisfit(ValueError):
+class IncompatibleDraftModel(ValueError):
     """The draft model is of no use to this model; the message says why."""
 
 
@@ -17,7 +17,7 @@ def check_draft_model(model_folder: Path | str, draft_folder: Path | str) -> Non
     """Ids beyond the smaller vocabulary are padding, or tokens that one of the two has been given later: they are never guessed.
 
     Raises:
-        DraftMisfit: an id that both have means one thing to one of them and another to the other.
+        IncompatibleDraftModel: an id that both have means one thing to one of them and another to the other.
         InvalidModelConfig, UnsupportedModel: from the draft model's files.
     """
     ModelConfig.from_checkpoint(small_files(draft_folder))
@@ -27,13 +27,13 @@ def check_draft_model(model_folder: Path | str, draft_folder: Path | str) -> Non
         return
     ours, theirs = (Vocabulary.from_checkpoint(folder) for folder in folders)
     if (ours is None) != (theirs is None):
-        raise DraftMisfit(f"only one of {model_folder} and the draft model {draft_folder} has a byte-level {TOKENIZER}")
+        raise IncompatibleDraftModel(f"only one of {model_folder} and the draft model {draft_folder} has a byte-level {TOKENIZER}")
     if ours is None or theirs is None:
         return  # nobody can tell
     differing = [at for at, (one, other) in enumerate(zip(ours.tokens, theirs.tokens, strict=False)) if one != other]
     if differing:
         first = differing[0]
-        raise DraftMisfit(
+        raise IncompatibleDraftModel(
             f"the draft model {draft_folder} has another vocabulary: {len(differing)} of {min(len(ours.tokens), len(theirs.tokens))} ids "
             f"mean something else, as {first}, which is {ours.tokens[first]!r} here and {theirs.tokens[first]!r} there; "
             "take one of the same family, such as Qwen2-0.5B for Qwen2-7B"

@@ -9,7 +9,7 @@ TOKENS, POSITIONS, BLOCKS = range(3)
 """Rows of what is told."""
 
 
-def enter(
+def unpack_decode_inputs(
     given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
 ) -> None:
     """Fill in what a step computes, its slots in the cache, lengths, and the newest block of each of its tables.
@@ -22,13 +22,13 @@ def enter(
 
         in_one_launch(given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, block_tokens)
     else:
-        enter_slowly(given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, block_tokens)
+        unpack_decode_inputs_torch(given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, block_tokens)
 
 
-def enter_slowly(
+def unpack_decode_inputs_torch(
     given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
 ) -> None:
-    """As `enter`, by plain torch: the kernel's twin."""
+    """As `unpack_decode_inputs`, by plain torch: the kernel's twin."""
     token_S, position_S, block_S = given_3S
     tokens_S.copy_(torch.where(token_S < 0, sampled_B[(-1 - token_S).clamp(min=0)], token_S))
     fills_S, block_S = block_S < 0, torch.where(block_S < 0, -1 - block_S, block_S)

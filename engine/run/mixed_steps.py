@@ -7,43 +7,43 @@ takes it up, such steps are computed as all others.
 from functools import partial
 
 from engine.plan import StepPlan
+from engine.run.async_step import AsyncStep
 from engine.run.forward import Forward
-from engine.run.launched_rows import LaunchedRows, launched_rows
-from engine.run.replayed import Replayed
-from engine.run.replayed_steps import ReplayedSteps
+from engine.run.graph_steps import GraphSteps
+from engine.run.last_tokens import num_decodes_to_broadcast
+from engine.run.mixed_batch import MixedBatch, mixed_batch
 from engine.run.sampling.columns import may_be_edited
-from engine.run.tokens_said import num_with_unknown_tokens
 
 
-class PromptsAhead:
+class MixedSteps:
     """Of a rank that samples and whose steps are begun ahead."""
 
-    def __init__(self, replayed: ReplayedSteps, forward: Forward) -> None:
+    def __init__(self, replayed: GraphSteps, forward: Forward) -> None:
         """``replayed``: the steps between which these come."""
         assert replayed.sampler_graphs is not None
         self._decode_graphs, self._sampler_graphs = replayed.decode_graphs, replayed.sampler_graphs
-        self._sequences, self._under_way, self._forward = replayed.sequences, replayed.under_way, forward
+        self._sequences, self._async_steps, self._forward = replayed.sequences, replayed.async_steps, forward
 
-    def begin(self, plan: StepPlan, _began: float) -> Replayed | None:
+    def begin(self, plan: StepPlan, _began: float) -> AsyncStep | None:
         """None where the host has a say in what the step gives, and nothing has been done."""
-        launched = launched_rows(plan, self._sequences.shard)
+        launched = mixed_batch(plan, self._sequences.shard)
         if launched is None or not self._takes(launched):
             return None
         rows, tables = launched.sampling, self._sequences.tables
         assert self._sequences.columns is not None
         table_rows_S = tables.rows_of(rows.columns[0])
         columns = self._sequences.columns.of(table_rows_S)
-        if not self._under_way.takes(columns, rows):
+        if not self._async_steps.takes(columns, rows):
             return None
-        launched.enter(tables)
-        num_said = num_with_unknown_tokens(plan, self._sequences.shard)
+        launched.append_blocks(tables)
+        num_to_broadcast = num_decodes_to_broadcast(plan, self._sequences.shard)
         counts = self._sampler_graphs.edits and may_be_edited(columns)
-        launch = partial(launched.launch, tables, self._decode_graphs, self._forward, num_said=num_said, counts=counts)
+        launch = partial(launched.launch, tables, self._decode_graphs, self._forward, num_to_broadcast=num_to_broadcast, counts=counts)
         size = self._decode_graphs.size_for(len(rows))
-        step = Replayed(None, plan, rows, table_rows_S, columns, size, self._under_way.settle)
-        return self._under_way.begin(step, launch, self._sampler_graphs)
+        step = AsyncStep(None, plan, rows, table_rows_S, columns, size, self._async_steps.settle)
+        return self._async_steps.begin(step, launch, self._sampler_graphs)
 
-    def _takes(self, launched: LaunchedRows) -> bool:
+    def _takes(self, launched: MixedBatch) -> bool:
         sequences = self._sequences
         return (
             self._decode_graphs.takes(len(launched.sampling))

@@ -11,9 +11,9 @@ import pytest
 from engine.engine import Engine
 from engine.plan import NO_TOKEN, Opening, StepPlan, Work
 from engine.request import Pooling, Request, SamplingParams
-from engine.run.launched_rows import launched_rows
+from engine.run.async_step import AsyncStep
 from engine.run.local_executor import LocalExecutor
-from engine.run.replayed import Replayed
+from engine.run.mixed_batch import mixed_batch
 from engine.run.settings import RunnerConfig
 from tests.engine.run.captured import engine_over, have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_decode_graphs import PLAIN
@@ -31,17 +31,17 @@ class Watched(Ahead):
     def __init__(self, executor: LocalExecutor) -> None:
         super().__init__(executor)
         self.num_launched = self.num_launched_ahead = 0
-        prompts_ahead = runner_of(executor).prompts_ahead
-        assert prompts_ahead is not None
-        begin = prompts_ahead.begin
+        mixed_steps = runner_of(executor).mixed_steps
+        assert mixed_steps is not None
+        begin = mixed_steps.begin
 
-        def watched(plan: StepPlan, began: float) -> Replayed | None:
+        def watched(plan: StepPlan, began: float) -> AsyncStep | None:
             begun, promised = begin(plan, began), bool((plan.decodes.columns[2] == NO_TOKEN).any())
             self.num_launched += begun is not None
             self.num_launched_ahead += begun is not None and promised
             return begun
 
-        prompts_ahead.begin = watched  # type: ignore[method-assign]
+        mixed_steps.begin = watched  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_steps_with_prompts_are_not_begun_ahead_unless_that_is_set(pair: tuple[L
     runner, before = runner_of(ahead._executor), ahead.num_launched
     assert not RunnerConfig().prompts_ahead
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(runner, "prompts_ahead", None)
+        monkeypatch.setattr(runner, "mixed_steps", None)
         ahead.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
         serve(Engine(ahead, CONFIG), [Request(id="r", prompt=PROMPTS[0][:9], sampling=SamplingParams(temperature=0.0, max_tokens=3))])
     assert ahead.num_launched == before
@@ -143,11 +143,11 @@ def test_nan_logits_of_a_prompt_fail_it_alone(pair: tuple[LocalExecutor, Watched
 def test_works_that_ask_for_more_than_tokens_are_no_rows() -> None:
     plain = Work(1, 0, (4, 5), (0,), samples=True)
     opened = (Opening(1, 0, 2, PLAIN[0]),)
-    rows = launched_rows(StepPlan(0, (plain, Work(2, 0, (4,), (1,), samples=False)), opened), 0)
+    rows = mixed_batch(StepPlan(0, (plain, Work(2, 0, (4,), (1,), samples=False)), opened), 0)
     assert rows is not None
     assert rows.sampling.columns.T.tolist() == [[1, 1, 5, -1]]
     assert rows.silent == [2]
     for special in (plain._replace(targets=(5,)), plain._replace(pools=True, samples=False), plain._replace(num_draft=1)):
-        assert launched_rows(StepPlan(0, (special,), opened), 0) is None
-    assert launched_rows(StepPlan(0, (plain._replace(samples=False),), opened), 0) is None
-    assert launched_rows(StepPlan(0, (plain._replace(shard=1),), opened), 0) is None
+        assert mixed_batch(StepPlan(0, (special,), opened), 0) is None
+    assert mixed_batch(StepPlan(0, (plain._replace(samples=False),), opened), 0) is None
+    assert mixed_batch(StepPlan(0, (plain._replace(shard=1),), opened), 0) is None

@@ -9,18 +9,18 @@ from engine.begun import Begun
 from engine.failpoints import hit
 from engine.places import is_asked_for
 from engine.plan import StepPlan
-from engine.run.answering import Answering, Given
+from engine.run.async_step import AsyncStep
+from engine.run.async_step_queue import AsyncStepQueue
 from engine.run.decode_graphs import DecodeGraphs
 from engine.run.decode_rows import DecodeRows, decode_rows
 from engine.run.open_sequences import OpenSequences
-from engine.run.replayed import Replayed
+from engine.run.result_builder import RankOutput, ResultBuilder
 from engine.run.sampling.columns import LEARNS, NEEDS, are_edited_by_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
-from engine.run.under_way import UnderWay
 from parallel.last_collective import note_replay
 
 
-class ReplayedSteps:
+class GraphSteps:
     """One rank's. ``sampler_graphs`` is None where it does not sample."""
 
     def __init__(
@@ -29,14 +29,14 @@ class ReplayedSteps:
         sampler_graphs: SamplerGraphs | None,
         *,
         sequences: OpenSequences,
-        answering: Answering,
-        under_way: UnderWay,
+        result_builder: ResultBuilder,
+        async_steps: AsyncStepQueue,
         runs_ahead: bool,
     ) -> None:
         """``runs_ahead``: a step may be begun before the one before it is read (`Capacity.runs_ahead`)."""
         self.decode_graphs, self.sampler_graphs = decode_graphs, sampler_graphs
-        self.sequences, self.under_way, self.runs_ahead = sequences, under_way, runs_ahead
-        self._answering = answering
+        self.sequences, self.async_steps, self.runs_ahead = sequences, async_steps, runs_ahead
+        self._result_builder = result_builder
 
     def begin(self, plan: StepPlan, began: float) -> Begun | None:
         """None where the plan has another step, and nothing has been done. ``began``: when the rank took it, by `time.perf_counter`."""
@@ -44,18 +44,18 @@ class ReplayedSteps:
         if rows is None or not self.decode_graphs.takes(len(rows)):
             return None
         note_replay(plan.step)
-        table_rows_S = rows.enter(self.sequences.tables)
+        table_rows_S = rows.append_blocks(self.sequences.tables)
         columns = self.sequences.columns.of(table_rows_S) if self.sequences.columns is not None else None
-        if columns is not None and self.sampler_graphs is not None and self.runs_ahead and self.under_way.takes(columns, rows):
+        if columns is not None and self.sampler_graphs is not None and self.runs_ahead and self.async_steps.takes(columns, rows):
             launch = partial(self.decode_graphs.run, rows, table_rows_S, self.sequences.tables)
             size = self.decode_graphs.size_for(len(rows))
-            step = Replayed(None, plan, rows, table_rows_S, columns, size, self.under_way.settle)
-            return self.under_way.begin(step, launch, self.sampler_graphs)
-        self.under_way.settle_all()
-        rows.learn(self.sequences.said)
-        return Begun(self._answering.result(plan, self._run(rows, table_rows_S, columns), began))
+            step = AsyncStep(None, plan, rows, table_rows_S, columns, size, self.async_steps.settle)
+            return self.async_steps.begin(step, launch, self.sampler_graphs)
+        self.async_steps.settle_all()
+        rows.learn(self.sequences.last_tokens)
+        return Begun(self._result_builder.build(plan, self._run(rows, table_rows_S, columns), began))
 
-    def _run(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None) -> Given:
+    def _run(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None) -> RankOutput:
         """A step that is over when this returns. ``columns`` are None on a rank that does not sample."""
         sequences, known_S = self.sequences, rows.starts + 1
         marked = rows.works() if is_asked_for() else []
@@ -63,7 +63,7 @@ class ReplayedSteps:
         sequences.mark(10, marked)
         logits_SV = self.decode_graphs.run(rows, table_rows_S, sequences.tables)  # the device has enough to do now
         if self.sampler_graphs is None or columns is None or logits_SV is None:
-            return Given()
+            return RankOutput()
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
         sequences.mark(11, marked)
@@ -74,7 +74,7 @@ class ReplayedSteps:
         if are_edited_by_host(columns, known_S) or (allowed and not self.sampler_graphs.edits):
             works = rows.works()
             sequences.count(works)
-            return Given(self._answering.sample(logits_SV, works, allowed))
+            return RankOutput(self._result_builder.sample(logits_SV, works, allowed))
         words = {at: one.words for at, number in enumerate(rows.sequences) if (one := allowed.get(number)) and one.words is not None}
         report = self.sampler_graphs.launch(columns, known_S, self.decode_graphs.size_for(len(rows)), words).read()
-        return Given(self._answering.drawn(rows, logits_SV, report, allowed))
+        return RankOutput(self._result_builder.from_report(rows, logits_SV, report, allowed))

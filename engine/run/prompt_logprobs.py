@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 64
 """Of logits: 40 MB in float32 with Qwen2's vocabulary."""
 
 
-class Scorer:
+class PromptScorer:
     """Takes the same rows on all ranks of the last stage. ``vocab_size`` is None on those that do not answer."""
 
     def __init__(self, model: Qwen2, vocab_size: int | None) -> None:

@@ -19,7 +19,7 @@ from engine.run.verification import verified
 
 
 @dataclass(frozen=True)
-class Given:
+class RankOutput:
     """What a step gave on this rank; nothing where it does not answer."""
 
     sampled: list[Sampled] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Given:
     """`StepResult.tokens`, where they are known as such already."""
 
 
-class Answering:
+class ResultBuilder:
     """Of one rank; on all but those that sample, there is nothing to say."""
 
     def __init__(self, sampler: Sampler | None, sequences: OpenSequences, *, runs_ahead: bool) -> None:
@@ -49,7 +49,7 @@ class Answering:
         answers = iter(self.sampler.sample(logits_RV, rows, self._sequences.edit_table))
         return [self._verified(work, list(islice(answers, work.num_draft + 1))) for work in speaking] + list(mute.values())
 
-    def drawn(
+    def from_report(
         self, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, Allowed] = NONE_ALLOWED
     ) -> list[Sampled]:
         """What a replay drew, row by row. Sequences whose grammar has no say yet get no token in this step."""
@@ -59,16 +59,16 @@ class Answering:
         mute = silent(allowed)
         return [mute.get(answer.sequence, answer) for answer in answers]
 
-    def result(self, plan: StepPlan, given: Given, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
+    def build(self, plan: StepPlan, output: RankOutput, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
         """The answer to a step that began then, by `time.perf_counter`."""
         if self.sampler is None:
             return None
-        tokens, rest = packed(plan.decodes, given.sampled) if given.tokens is None else (given.tokens, tuple(given.sampled))
+        tokens, rest = packed(plan.decodes, output.sampled) if output.tokens is None else (output.tokens, tuple(output.sampled))
         if self._runs_ahead:
-            self._sequences.said.note(plan.decodes, tokens, rest)
+            self._sequences.last_tokens.note(plan.decodes, tokens, rest)
         now, began = time.perf_counter(), max(began, self._answered_at)  # before that the device was at the step before
         self._answered_at = now
-        return StepResult(plan.step, rest, now - began, rebalanced, tokens, given.scored, given.pooled, given.guessing_s)
+        return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.scored, output.pooled, output.guessing_s)
 
     def _verified(self, work: Work, answers: list[Sampled]) -> Sampled:
         answer = verified(work, answers)

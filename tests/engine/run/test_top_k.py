@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.run.sampling.search import candidates, candidates_of_stretches, highest, highest_of_stretches, num_certain
+from engine.run.sampling.top_k import candidates, candidates_of_stretches, highest, highest_of_stretches, num_certain
 
 
 @st.composite

@@ -33,11 +33,11 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
         return Guides(None, vocab_size=vocab_size)
     from engine.run.grammar.llg import LlCompiler  # llguidance, which machines that only measure models need not have
 
-    compiler = MadeLater(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), AT_REST_S)
+    compiler = LazyCompiler(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), AT_REST_S)
     return Guides(compiler, vocab_size=vocab_size, special_ids=sorted(vocabulary.special_ids))
 
 
-class MadeLater:
+class LazyCompiler:
     """A `GrammarCompiler` that is made when this process has been at rest for a while, or for the first grammar if that comes sooner. Where
     it cannot be made every grammar is refused, and nothing else."""
 

@@ -11,15 +11,15 @@ from parallel.native.screened import Sought
 _NONE = np.empty(0, np.int64)
 
 
-def sought(rows: Sequence[Row], vocab_size: int) -> Sought | None:
+def needed_top_logits(rows: Sequence[Row], vocab_size: int) -> Sought | None:
     """None where some row looks at more than a few of its logits, or something may raise one of them. ``vocab_size`` ids can be sampled."""
-    counts = [_num_sought(row) for row in rows]
+    counts = [_num_needed(row) for row in rows]
     if not rows or not all(counts):
         return None
     return Sought(counts, [_lowered(row) for row in rows], vocab_size)
 
 
-def _num_sought(row: Row) -> int:
+def _num_needed(row: Row) -> int:
     """How many of the highest decide the row; 0: all do.
 
     A top-k is decided by its k, with what ties with the last of them: the filters behind it see no more.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from engine.failpoints import hit
 from engine.places import is_asked_for
-from engine.run.answering import Answering, Given
+from engine.run.async_step import AsyncStep
 from engine.run.decode_graphs import MOST_ROWS
 from engine.run.decode_rows import DecodeRows
 from engine.run.open_sequences import OpenSequences
-from engine.run.replayed import Replayed
+from engine.run.result_builder import RankOutput, ResultBuilder
 from engine.run.sampling.columns import host_has_a_say, host_may_have_a_say
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 
@@ -27,12 +27,12 @@ ALL_IN_PLACE = -1 - np.arange(MOST_ROWS)
 """Tokens of rows each of which stands where it stood in the step before."""
 
 
-class UnderWay:
+class AsyncStepQueue:
     """Steps of one rank that were begun and not read, in order; at most two."""
 
-    def __init__(self, sequences: OpenSequences, answering: Answering) -> None:
-        self._sequences, self._answering = sequences, answering
-        self._steps: list[Replayed] = []
+    def __init__(self, sequences: OpenSequences, result_builder: ResultBuilder) -> None:
+        self._sequences, self._result_builder = sequences, result_builder
+        self._steps: list[AsyncStep] = []
         self._left_alone: np.ndarray | None = None
         """Columns in which the host will never have a say: mostly they come again."""
 
@@ -48,7 +48,7 @@ class UnderWay:
         self._left_alone = columns
         return True
 
-    def begin(self, step: Replayed, launch: Launch, sampler_graphs: SamplerGraphs) -> Replayed:
+    def begin(self, step: AsyncStep, launch: Launch, sampler_graphs: SamplerGraphs) -> AsyncStep:
         """Have the device do a step that it takes."""
         rows = step.rows
         marked = rows.works() if is_asked_for() else []
@@ -74,7 +74,7 @@ class UnderWay:
         while self._steps:
             self.settle(self._steps[0])
 
-    def _tokens_of(self, step: Replayed) -> np.ndarray:
+    def _tokens_of(self, step: AsyncStep) -> np.ndarray:
         """Those that are not known stand in what the step before gives; if not all of them do, the host waits and reads them."""
         rows, unknown = step.rows, step.rows.unknown
         if not len(unknown):
@@ -84,13 +84,13 @@ class UnderWay:
         places = self._steps[-1].places_of(step)[unknown] if self._steps else unknown[:0]
         if not len(places) or places.min() < 0:
             self.settle_all()
-            rows.learn(self._sequences.said)
+            rows.learn(self._sequences.last_tokens)
             return rows.tokens
         tokens_S = rows.tokens.copy()
         tokens_S[unknown] = -1 - places
         return tokens_S
 
-    def settle(self, step: Replayed) -> None:
+    def settle(self, step: AsyncStep) -> None:
         """Read what a step gave, if nobody has, and tell the one behind it."""
         if step.outcome is not None:
             return
@@ -99,11 +99,11 @@ class UnderWay:
         report = step.report.read()
         if report[1:].all():  # sound
             tokens, sampled = step.rows.told(report[0])
-            given = Given(sampled, tokens=tokens)
+            output = RankOutput(sampled, tokens=tokens)
         else:
             assert step.logits_SV is not None  # by now perhaps those of the step behind; nobody's log-probabilities are wanted
-            step.rows.learn(self._sequences.said)
+            step.rows.learn(self._sequences.last_tokens)
             with torch.inference_mode():
-                given = Given(self._answering.drawn(step.rows, step.logits_SV, report))
-        step.outcome = self._answering.result(step.plan, given, step.began)
+                output = RankOutput(self._result_builder.from_report(step.rows, step.logits_SV, report))
+        step.outcome = self._result_builder.build(step.plan, output, step.began)
         self._steps.pop(0)

@@ -12,23 +12,23 @@ from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepPlan
 from parallel.collectives import broadcast
 from parallel.groups import Group
 
-SAMPLING_PLACE = 0
+SAMPLING_TP_RANK = 0
 """Of the rank that samples, in its tp group (`engine.run.runner.sampling_ranks`)."""
 
 
-def hand_on(tokens_T: Tensor, tp: Group) -> None:
+def broadcast_tokens(tokens_T: Tensor, tp: Group) -> None:
     """Write the tokens of the rank that samples over those of the ranks that compute with it; contiguous, on the device. Whether a step
     does so follows from its plan, so that all of them do."""
     assert tokens_T.is_contiguous()
-    broadcast(tokens_T, SAMPLING_PLACE, tp)
+    broadcast(tokens_T, SAMPLING_TP_RANK, tp)
 
 
-def fill_in(tokens_T: Tensor, report: Tensor) -> None:
+def fill_unknown_tokens(tokens_T: Tensor, report: Tensor) -> None:
     """Whatever is below 0 stands in the report of the step before: -1 - n at place n. All on the device, int64."""
     tokens_T.copy_(torch.where(tokens_T < 0, report[(-1 - tokens_T).clamp(min=0)], tokens_T))
 
 
-def num_with_unknown_tokens(plan: StepPlan, shard: int) -> int:
+def num_decodes_to_broadcast(plan: StepPlan, shard: int) -> int:
     """The decodes of a shard, where the token of one of them was not known when they were planned; else 0. They are the first of its works
     and of the tokens in its batch."""
     columns = plan.decodes.columns
@@ -47,7 +47,7 @@ def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
     return replace(plan, decodes=Decodes.of(known))
 
 
-class TokensSaid(Mapping[int, int]):
+class LastTokens(Mapping[int, int]):
     """Of each open sequence the token that was sampled last. Columns are kept as they came until somebody asks for a token: in most steps
     nobody does, as the next one takes it where it lies on the device."""
 

@@ -15,12 +15,12 @@ from engine.run.block_tables import BlockTables
 from engine.run.decode_graphs import DecodeGraphs
 from engine.run.decode_rows import DecodeRows
 from engine.run.forward import Forward
-from engine.run.tokens_said import fill_in, hand_on
+from engine.run.last_tokens import broadcast_tokens, fill_unknown_tokens
 from model.batch import ForwardBatch
 
 
 @dataclass(frozen=True, eq=False)
-class LaunchedRows:
+class MixedBatch:
     """A shard's part of such a step."""
 
     sampling: DecodeRows
@@ -35,7 +35,7 @@ class LaunchedRows:
         """Sequences that do not sample."""
         return [work.sequence for work in self.singly if not work.samples]
 
-    def enter(self, tables: BlockTables) -> None:
+    def append_blocks(self, tables: BlockTables) -> None:
         """Bring the new blocks."""
         decodes = self.sampling.columns[:, : self.num_decodes]
         tables.append_to(tables.rows(decodes[0].tolist()), decodes[3])
@@ -49,17 +49,17 @@ class LaunchedRows:
         forward: Forward,
         tokens_S: np.ndarray,
         *,
-        num_said: int,
+        num_to_broadcast: int,
         counts: bool,
     ) -> Tensor:
         """Begin the step, without waiting for it. Logits (S, V), where a captured step leaves them. ``tokens_S`` as `DecodeGraphs.run` has
-        them; the other ranks of the tp group do not know the first ``num_said``. ``counts``: sampling wants to count them."""
+        them; the other ranks of the tp group do not know the first ``num_to_broadcast``. ``counts``: sampling wants to count them."""
         model = forward.model
         batch = self._build(tables, tokens_S, forward.cache.layout.block_tokens, model.device)
         if (tokens_S[: self.num_decodes] < 0).any():
-            fill_in(batch.tokens_T[: self.num_decodes], graphs.report)
-        if num_said:
-            hand_on(batch.tokens_T[:num_said], model.groups.tp)
+            fill_unknown_tokens(batch.tokens_T[: self.num_decodes], graphs.report)
+        if num_to_broadcast:
+            broadcast_tokens(batch.tokens_T[:num_to_broadcast], model.groups.tp)
         built = BuiltBatch(batch, (), ())
         hidden_TD, kept_R = forward.hidden(batch, built.kept_rows)
         assert hidden_TD is not None  # it has no stages
@@ -91,7 +91,7 @@ class LaunchedRows:
         )
 
 
-def launched_rows(plan: StepPlan, shard: int) -> LaunchedRows | None:
+def mixed_batch(plan: StepPlan, shard: int) -> MixedBatch | None:
     """None where nothing samples, or something about a work asks for more than tokens."""
     singly = tuple(sorted((work for work in plan.singly if work.shard == shard), key=lambda work: len(work.tokens) > 1))
     if any(work.num_draft or work.targets or work.pools or work.num_guesses for work in singly):
@@ -101,4 +101,4 @@ def launched_rows(plan: StepPlan, shard: int) -> LaunchedRows | None:
     sampling = tuple(work for work in singly if work.samples)
     last = [(work.sequence, work.start + len(work.tokens) - 1, work.tokens[-1], NO_BLOCK) for work in sampling]
     rows = np.concatenate([columns[:4, places], np.array(last, np.int64).reshape(-1, 4).T], axis=1)
-    return LaunchedRows(DecodeRows(rows, places, columns.shape[1], sampling), len(places), singly) if rows.shape[1] else None
+    return MixedBatch(DecodeRows(rows, places, columns.shape[1], sampling), len(places), singly) if rows.shape[1] else None

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from engine.run.host import available_memory_bytes, multiplies_bfloat16, usable_cores
+from engine.run.host_resources import available_memory_bytes, multiplies_bfloat16, usable_cores
 
 
 def test_a_cpu_quota_bounds_the_cores(tmp_path):
