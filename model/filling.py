@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.names import Binding, WeightedLayer
 from parallel.embedding import VocabEmbedding
-from parallel.pages import freed_at_once
+from parallel.host_memory import return_freed_memory
 from parallel.weight_format import ReadsInto, StoredTensor
 
 OnProgress = Callable[[int, int], None]
@@ -46,7 +46,7 @@ def fill(
     on_device, cores, given_up = device.type == "cuda", torch.get_num_threads(), Event()
     filled: list[WeightedLayer] = []
     with (
-        freed_at_once(),
+        return_freed_memory(),
         _threads(max(reads_at_a_time, min(cores, MOST_THREADS)), 1, given_up, device) as alone,
         _threads(reads_at_a_time, max(1, cores // reads_at_a_time), given_up, device) as together,
     ):

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 from model.quantisation import HeldAs
-from parallel.native.library import kinds_here
+from parallel.native.library import available_kinds
 from parallel.native.linear import Kind
 from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
 from parallel.packed_format import PackedFormat
-from parallel.rounding import FP8_CAPABILITY
-from parallel.scaled_format import ScaledFormat, has_triton
+from parallel.quantisation import FP8_MIN_CAPABILITY
+from parallel.quantised_format import QuantisedFormat, has_triton
 from parallel.weight_format import Dense, WeightFormat
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,14 @@ def choose_formats(
     quantize: QuantizeName | HeldAs | None = None,
     *,
     rounds_activations: bool = False,
-    shared_kinds: frozenset[str] | None = None,
+    common_kinds: frozenset[str] | None = None,
 ) -> Formats:
     """The fastest formats that lose nothing, or with ``quantize`` those that are asked for, or in which matrices were stored.
 
     ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` a product on a CPU may round its other side as
     well, where the processor multiplies that natively: to bfloat16 beside matrices stored so, to 8 bits beside quantised ones. Where
-    experts travel from rank to rank, ``shared_kinds`` are the kinds of weights that all of these ranks have kernels for
-    (`parallel.shared_kinds`), and all come to the same formats. In 4 bits, embedding and head are held in int8, with fp8 plainly: what a
+    experts travel from rank to rank, ``common_kinds`` are the kinds of weights that all of these ranks have kernels for
+    (`parallel.common_kinds`), and all come to the same formats. In 4 bits, embedding and head are held in int8, with fp8 plainly: what a
     token is and which one comes next suffers most from rounding.
 
     Raises:
@@ -60,7 +60,7 @@ def choose_formats(
         return _on_cuda(device, dtype, raw, quantize)
     if quantize == "fp8":
         raise ValueError("CPUs do not multiply fp8: quantise to int8 or int4 here")
-    kinds = kinds_here() if shared_kinds is None else shared_kinds
+    kinds = available_kinds() if common_kinds is None else common_kinds
     if quantize is not None:
         if not kinds:
             log.warning("%s without the CPU kernels is slow: weights are unpacked at every step", quantize)
@@ -68,7 +68,7 @@ def choose_formats(
     in_bfloat16 = dtype == torch.bfloat16 or found == {torch.bfloat16}
     rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)
     packed = PackedFormat("bf16_dot" if rounds_activations and "bf16_dot" in kinds else "bf16", torch.bfloat16)
-    if rounds_activations and shared_kinds is None and (not kinds or has_amx()) and runs_here(torch.bfloat16):
+    if rounds_activations and common_kinds is None and (not kinds or has_amx()) and runs_here(torch.bfloat16):
         return Formats(OneDnnFormat(torch.bfloat16), packed if kinds else Dense(dtype))  # its packed matrices cannot be sent
     if kinds and in_bfloat16:
         return Formats(packed, packed)
@@ -86,9 +86,9 @@ def _rounded(quantize: HeldAs, stored: torch.dtype, rounds_activations: bool, ki
 def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | HeldAs | None) -> Formats:
     if quantize is None:
         return Formats(Dense(dtype), Dense(dtype))
-    if quantize == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+    if quantize == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_MIN_CAPABILITY:
         name, known = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         raise ValueError(f"{name} (compute capability {known}) does not multiply fp8, which takes 8.9: quantise to int8 or int4 here")
     if not has_triton():
         log.warning("%s without Triton is slow: weights are unpacked at every step", quantize)
-    return Formats(ScaledFormat(quantize, raw), Dense(dtype) if quantize == "fp8" else ScaledFormat("int8", raw))
+    return Formats(QuantisedFormat(quantize, raw), Dense(dtype) if quantize == "fp8" else QuantisedFormat("int8", raw))

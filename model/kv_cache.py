@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.pages import zeros_when_touched
+from parallel.host_memory import lazy_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class KvCache:
         def zeros() -> Tensor:
             """Not whatever was there: a backend may gather past a sequence's end, and NaN times a weight of zero is NaN."""
             if device.type == "cpu":
-                return zeros_when_touched(shape, layout.dtype)
+                return lazy_zeros(shape, layout.dtype)
             return torch.zeros(shape, dtype=layout.dtype, device=device)
 
         self.keys_NBGK: list[Tensor] = [zeros() for _ in range(layout.num_layers)]

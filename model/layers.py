@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.axes import split, whole
+from parallel.elementwise_kernels import elementwise_kernels_for
 from parallel.groups import Group
 from parallel.linear import Linear, ShapeMismatch, Slot
 from parallel.packed_format import PackedFormat
-from parallel.small_kernels import kernels_for
 from parallel.weight_format import StoredTensor, WeightFormat
 
 
@@ -43,7 +43,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         assert self.weight is not None
-        kernels = kernels_for(x_TD)
+        kernels = elementwise_kernels_for(x_TD)
         if kernels is not None:
             return kernels.add_norm(x_TD.contiguous(), None, self.weight, self.eps)
         x = x_TD.float()
@@ -54,7 +54,7 @@ class RmsNorm(nn.Module):
         """``x_TD + delta_TD`` (None: nothing), perhaps in place of ``x_TD``, and the norm of it."""
         if delta_TD is None:
             return x_TD, self(x_TD)
-        kernels = kernels_for(x_TD)
+        kernels = elementwise_kernels_for(x_TD)
         if kernels is None:
             x_TD = x_TD + delta_TD
             return x_TD, self(x_TD)
@@ -81,7 +81,7 @@ class Mlp(nn.Module):
 
 def gated(gate_up_TX: Tensor) -> Tensor:
     """``silu(gate) * up``, which lie side by side."""
-    kernels = kernels_for(gate_up_TX)
+    kernels = elementwise_kernels_for(gate_up_TX)
     if kernels is not None:
         return kernels.gate(gate_up_TX)
     gate_TI, up_TI = gate_up_TX.chunk(2, dim=-1)

@@ -8,6 +8,7 @@ from model.config import MoeConfig
 from model.layers import Mlp
 from parallel.axes import whole
 from parallel.dispatch import DispatchName, make_dispatch
+from parallel.elementwise_kernels import routing_kernels_for
 from parallel.expert_balance import even_room, place
 from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.experts import RoutedExperts
@@ -15,7 +16,6 @@ from parallel.groups import ParallelGroups
 from parallel.linear import Linear
 from parallel.native.library import native
 from parallel.packed_format import PackedFormat
-from parallel.small_kernels import routing_kernels_for
 from parallel.weight_format import Dense, WeightFormat
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from parallel.scale_groups import GROUP
+from parallel.scale_groups import GROUP_SIZE
 
 WORD_BITS = 32
 """Numbers are stored side by side in words of so many."""
 HeldAs = Literal["int8", "int4", "int4_zeros"]
-"""`parallel.packed_format` and `parallel.scaled_format` have these kinds."""
+"""`parallel.packed_format` and `parallel.quantised_format` have these kinds."""
 SUPPORTED = "GPTQ in 4 or 8 bits and AWQ in 4 are"
 
 
@@ -73,8 +73,8 @@ class Quantisation:
         if self.bits != 4 or not self.in_order:
             return "int8"
         if self.symmetric:
-            return "int4" if self.group_size is None or self.group_size % GROUP["int4"] == 0 else "int8"
-        return "int4_zeros" if divides(GROUP["int4_zeros"]) else "int8"
+            return "int4" if self.group_size is None or self.group_size % GROUP_SIZE["int4"] == 0 else "int8"
+        return "int4_zeros" if divides(GROUP_SIZE["int4_zeros"]) else "int8"
 
 
 def _gptq(raw: Mapping[str, Any], bits: Any, group_size: int | None) -> Quantisation:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import RopeConfig, YarnConfig
-from parallel.small_kernels import kernels_for
+from parallel.elementwise_kernels import elementwise_kernels_for
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Rotation:
     sin_T1F: Tensor
 
     def apply(self, x_TXK: Tensor) -> Tensor:
-        kernels = kernels_for(x_TXK)
+        kernels = elementwise_kernels_for(x_TXK)
         if kernels is not None:
             return kernels.rotate(x_TXK, self.cos_T1F, self.sin_T1F)
         first, second = x_TXK.chunk(2, dim=-1)

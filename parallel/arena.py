@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from parallel.pages import HUGE_PAGE_BYTES, MIB
+from parallel.host_memory import HUGE_PAGE_BYTES, MIB
 
 REGION_BYTES = 64 * MIB
 """Asked of the system at once, and taken from it as it is written to. What is larger than half of it is alone in a region."""

@@ -18,7 +18,7 @@ from parallel.linear import Linear, ShapeMismatch, Slot
 from parallel.native.experts import AllExperts
 from parallel.native.library import native
 from parallel.packed_format import PackedFormat
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 from parallel.weight_format import Dense, StoredTensor, WeightFormat
 
 if TYPE_CHECKING:
@@ -211,7 +211,12 @@ class RoutedExperts(nn.Module):
 
     def _on_cuda(self) -> "GroupedExperts | None":
         """All experts here in two launches, where there is Triton and the kernel knows their format."""
-        if self._grouped is None and self.held and find_spec("triton") and isinstance(self._shape_of_all.up.format, Dense | ScaledFormat):
+        if (
+            self._grouped is None
+            and self.held
+            and find_spec("triton")
+            and isinstance(self._shape_of_all.up.format, Dense | QuantisedFormat)
+        ):
             from parallel.cuda.grouped import GroupedExperts  # triton: not to be imported where there is no such device
 
             up, down = ({int(n): getattr(e, name).tensors for n, e in self.held.items()} for name in ("up", "down"))

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 TransportChoice = Literal["auto", "gloo"]
 """``auto``: NCCL on CUDA; on CPU shared memory where it can be had, gloo for the rest. ``gloo``: nothing but gloo."""
-ADDS_UP: tuple[TopologyAxis, ...] = ("tp", "ep", "expert_tp", "stage")
+REDUCE_AXES: tuple[TopologyAxis, ...] = ("tp", "ep", "expert_tp", "stage")
 """Along these the model sums; along the others it hands on and gathers."""
 
 
@@ -188,7 +188,7 @@ def _with_symmetric(
     """The same with symmetric memory for the sets that this rank adds up with and that can have it."""
     found = dict(transports)
     for ranks, each in transports.items():
-        axes = [axis for axis in ADDS_UP if topology.peers(rank, axis) == ranks]
+        axes = [axis for axis in REDUCE_AXES if topology.peers(rank, axis) == ranks]
         if axes:
             name = f"ranks {', '.join(map(str, ranks))} ({', '.join(axes)})"
             found[ranks] = replace(each, symmetric_memory=agree_on_symmetric(each.process_group, device, name=name, store=store))

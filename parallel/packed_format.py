@@ -11,10 +11,10 @@ from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
 from parallel.native.linear import Kind, Packed, look_up, look_up_held, moved, multiply, put, room_for, rounded, rows, unpack, with_lanes
-from parallel.scale_groups import GROUP
+from parallel.scale_groups import GROUP_SIZE
 from parallel.weight_format import TensorSpec
 
-_INT8, _INT4, _INT4_ZEROS = 1 + 2 / GROUP["int8"], 1 / 2 + 2 / GROUP["int4"], 1 / 2 + 4 / GROUP["int4_zeros"]
+_INT8, _INT4, _INT4_ZEROS = 1 + 2 / GROUP_SIZE["int8"], 1 / 2 + 2 / GROUP_SIZE["int4"], 1 / 2 + 4 / GROUP_SIZE["int4_zeros"]
 BYTES: dict[Kind, float] = {
     "bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": _INT8, "int8_dot": _INT8, "int4": _INT4, "int4_dot": _INT4,
     "int4_zeros": _INT4_ZEROS, "int4_zeros_dot": _INT4_ZEROS,
@@ -28,14 +28,17 @@ FEW_ROWS = 12
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """Stored in a checkpoint as a plain matrix, held and multiplied packed. Sums are in float32 whatever the dtype of ``x``.
+    """A plain matrix in the checkpoint, packed in memory. Products accumulate in float32 whatever the dtype of ``x``.
 
-    ``bf16`` loses nothing of weights that are stored in bfloat16: the result is that of float32 at half the memory. ``bf16_dot``
-    rounds ``x`` to bfloat16 as well, for processors that multiply it natively, and sums in float32. ``fp32`` only puts them in the
-    order in which they are read. ``int8`` and ``int4`` round each group of 128 or 32 input features to multiples of a scale of its
-    own (`parallel.scale_groups.GROUP`); groups are counted from this rank's first feature. ``int4_zeros`` is int4 with a zero to each group
-    of 128: for what was stored so (`parallel.zeros`). With ``_dot`` groups of 128 of each row of ``x`` are rounded to 8 bits as well, for
-    processors that multiply those natively; ``int8_dot`` turns both sides before (`parallel.rounding.turned`), by which they lose less.
+    - ``fp32``: only reordered, into the order in which the kernels read it.
+    - ``bf16``: exact for weights stored in bfloat16; gives the float32 result at half the memory.
+    - ``int8``, ``int4``: quantised in groups of 128 and 32 input features with one scale each (`parallel.scale_groups.GROUP_SIZE`). Groups
+      are counted from this rank's first feature.
+    - ``int4_zeros``: int4 in groups of 128 with a zero point each, for weights stored that way (`parallel.zero_points`).
+
+    The ``_dot`` kinds quantise ``x`` as well, for processors that multiply such numbers natively: ``bf16_dot`` rounds it to bfloat16, the
+    integer ones quantise groups of 128 of each row to 8 bits. ``int8_dot`` applies a Hadamard transform to both sides first
+    (`parallel.quantisation.hadamard`), which reduces the error.
     """
 
     kind: Kind

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from parallel.compiled import Unavailable
+from parallel.cpp_build import Unavailable
 from parallel.native.exchange import SPINS, Exchange, memory_bytes
 from parallel.native.library import HOW_TO_BUILD, native
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.axes import IN, OUT, Axis
-from parallel.pinned import staging_of
+from parallel.pinned_staging import staging_for
 
 MOST_FEW_ROWS = 2
 """Rows whose product is nothing but reading a matrix; see `parallel.cuda.few_rows`."""
@@ -77,7 +77,7 @@ def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> 
     dim = stored.piece_dim
     wanted = range(*slices[dim].indices(stored.shape[dim]))
     one_bytes = target.numel() // len(wanted) * stored.dtype.itemsize
-    staging = staging_of(target.device) if isinstance(stored, ReadsInto) else None
+    staging = staging_for(target.device) if isinstance(stored, ReadsInto) else None
     if staging is not None and one_bytes > staging.most_bytes:
         staging = None
     step = max(1, (staging.most_bytes if staging else PIECE_BYTES) // one_bytes)

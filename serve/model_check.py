@@ -13,7 +13,7 @@ from model.checkpoint_folder import is_remote, small_files
 from model.config import ModelConfig
 from model.load import check_checkpoint
 from model.readable import readable
-from parallel.fitting import check_fit
+from parallel.layout_check import check_layout
 from parallel.topology import Topology
 from serve.config import ModelSettings, ServeConfig
 from serve.model_facts import ModelFacts
@@ -35,14 +35,14 @@ def check_model(place: Path | str, topology: Topology, adapter: Path | str | Non
     try:
         folder = adapted_files(small_files(place), None if adapter is None else small_files(adapter))
         config = ModelConfig.from_checkpoint(folder)
-        check_fit(topology, config)
+        check_layout(topology, config)
         config.context_limit(max_context_tokens)
         with Checkpoint(place) as checkpoint, nullcontext() if adapter is None else Adapter(adapter) as opened:
             check_checkpoint(checkpoint, config, adapter=opened)
             if opened is not None and not is_remote(opened.place):
                 opened.check_numbers()
         ModelFacts.from_checkpoint(folder, name="", tokenizer=Tokenizer.from_folder(folder))
-    except ValueError as error:  # LayoutMisfit, ContextTooLong, CheckpointError and -Mismatch, AdapterError, InvalidModelConfig, ...
+    except ValueError as error:  # InvalidLayout, ContextTooLong, CheckpointError and -Mismatch, AdapterError, InvalidModelConfig, ...
         raise UnusableCheckpoint(str(error)) from error
 
 

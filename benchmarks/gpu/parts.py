@@ -24,7 +24,7 @@ from benchmarks.gpu.models import Served, random_model
 from benchmarks.gpu.results import HANG_S, Results, ended_after
 from engine.request import SamplingParams
 from engine.run.settings import QuantizeName
-from parallel.scaled_format import BYTES
+from parallel.quantised_format import BYTES
 
 GREEDY, FILTERED = SamplingParams(temperature=0.0), SamplingParams(top_k=20, top_p=0.8, temperature=0.7)
 PENALISED = replace(FILTERED, repetition_penalty=1.05)

@@ -18,7 +18,7 @@ from engine.run.decode_rows import decode_rows
 from engine.run.sampling.columns import SamplingColumns
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 
 KINDS = (
     SamplingParams(temperature=0.0),
@@ -43,7 +43,7 @@ def check(results: Results, name: str, served: Served) -> None:
     Raises:
         AssertionError: a replay differs by more than roundings. All are made before.
     """
-    in_fp8 = isinstance(served.model.format, ScaledFormat) and served.model.format.kind == "fp8"
+    in_fp8 = isinstance(served.model.format, QuantisedFormat) and served.model.format.kind == "fp8"
     most, wrong = MOST_IN_FP8 if in_fp8 else MOST if served.model.config.moe is None else MOST_WITH_EXPERTS, list[str]()
     graphs, sampler_graphs = served.runner.decode_graphs, served.runner.sampler_graphs
     assert graphs is not None, "nothing was captured; the log says why"

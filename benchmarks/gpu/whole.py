@@ -22,7 +22,7 @@ from model.kv_cache import KvCache
 from model.load import load_model
 from model.qwen2 import Qwen2
 from parallel.groups import single_rank_groups
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 from parallel.weight_format import Dense
 
 BLOCK_TOKENS, NUM_BLOCKS = 16, 16
@@ -88,8 +88,8 @@ def twin_of(checkpoint: RandomCheckpoint, config: ModelConfig, kind: QuantizeNam
     plain = Dense(torch.float32)
     model, _ = load_model(
         cast(Checkpoint, checkpoint), config, single_rank_groups(), device=torch.device("cpu"), dtype=torch.float32,
-        block_tokens=BLOCK_TOKENS, backend="reference", format=ScaledFormat(kind, torch.bfloat16) if kind else plain,
-        table_format=ScaledFormat("int8", torch.bfloat16) if kind in ("int8", "int4") else plain,
+        block_tokens=BLOCK_TOKENS, backend="reference", format=QuantisedFormat(kind, torch.bfloat16) if kind else plain,
+        table_format=QuantisedFormat("int8", torch.bfloat16) if kind in ("int8", "int4") else plain,
     )  # fmt: skip
     return model
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from parallel.scaled_format import has_triton
+from parallel.quantised_format import has_triton
 
 TOKENS, POSITIONS, BLOCKS = range(3)
 """Rows of what is told."""

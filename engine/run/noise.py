@@ -7,7 +7,7 @@ exists, so recomputing after preemption, loss or migration draws the same number
 import torch
 from torch import Tensor
 
-from parallel.scaled_format import has_triton
+from parallel.quantised_format import has_triton
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -38,13 +38,13 @@ from model.kv_cache import KvCache
 from model.load import load_model
 from model.qwen2 import Qwen2
 from model.stored_quantised import QuantisedTensor, as_plain
+from parallel.common_kinds import common_kinds
 from parallel.dispatch import choose_dispatch
-from parallel.fitting import check_fit
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
+from parallel.layout_check import check_layout
 from parallel.native.library import native
-from parallel.rounding import FP8
-from parallel.scaled_format import has_triton
-from parallel.shared_kinds import shared_kinds
+from parallel.quantisation import FP8
+from parallel.quantised_format import has_triton
 from parallel.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def start_rank(
         ContextTooLong: the settings' ``max_context_tokens`` is above the model's.
         CheckpointError, CheckpointMismatch: from the files of weights.
         AdapterError: the adapter is of a kind that is not served, or of another model.
-        LayoutMisfit: the model cannot be laid out on this topology.
+        InvalidLayout: the model cannot be laid out on this topology.
         NoRoomForKv: no KV block fits beside the weights.
         InvalidLogits: the model computes no numbers.
         IncompatibleDraftModel: the draft model cannot guess for this one.
@@ -111,7 +111,7 @@ def start_rank(
         torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
     with ExitStack() as stack:
         model_config = ModelConfig.from_checkpoint(small_files(checkpoint_folder))
-        check_fit(topology, model_config)
+        check_layout(topology, model_config)
         _check_tokens(model_config, runner_config)
         model_config.context_limit(runner_config.max_context_tokens)
         small = adapted_files(small_files(checkpoint_folder), None if adapter is None else small_files(adapter))
@@ -255,7 +255,7 @@ def formats_of(
 
     Matrices that are stored quantised are held so without being asked; embedding and head, which are not, as those of any checkpoint.
     """
-    choose = partial(choose_formats, device, dtype, rounds_activations=config.dtype == "auto", shared_kinds=kinds)
+    choose = partial(choose_formats, device, dtype, rounds_activations=config.dtype == "auto", common_kinds=kinds)
     quantisation = model_config.quantisation
     stored = [tensor for tensor in as_plain(checkpoint.tensors, quantisation).values() if len(tensor.shape) == 2]
     formats = choose([tensor.dtype for tensor in stored if not isinstance(tensor, QuantisedTensor)], config.quantize)
@@ -312,7 +312,7 @@ def _load(
             tell(StartProgress("weights", done, total))
 
     dtype = resolve_dtype(config.dtype, device)
-    kinds = shared_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None  # experts travel, and are read there
+    kinds = common_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None  # experts travel, and are read there
     formats = formats_of(checkpoint, model_config, config, dtype, device, topology=groups.topology, kinds=kinds)
     model, report = load_model(
         checkpoint,

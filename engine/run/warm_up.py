@@ -11,7 +11,7 @@ from engine.run.cuda_graphs import Graphs
 from engine.run.decode_graphs import capture_obstacle
 from engine.run.prompt_graphs import prompt_obstacle
 from engine.run.runner import Runner
-from parallel.scaled_format import has_triton
+from parallel.quantised_format import has_triton
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from parallel.cuda.elementwise import rotate_and_write
 from parallel.cuda.paged import HOPPER_SHARED_BYTES, Heads
 from parallel.cuda.paged_decode import decode, decode_few, decode_tile, few_tile, few_tokens
 from parallel.cuda.paged_prefill import PrefillTiles, prefill, prefill_tile
-from parallel.rounding import FP8, FP8_CAPABILITY
+from parallel.quantisation import FP8, FP8_MIN_CAPABILITY
 
 PROGRAMS_PER_PROCESSOR = 2
 """Decode programs that every multiprocessor of the device should have to do, ..."""
@@ -47,7 +47,7 @@ class CudaAttention:
         firsts = [config.kv_of_query.index(kv_head) for kv_head in range(config.num_kv_heads)]
         self._heads = Heads(first_G=self._upload(firsts), count_G=self._upload(groups), largest_group=max(groups))
         on_device = device.type == "cuda"
-        if on_device and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        if on_device and torch.cuda.get_device_capability(device) < FP8_MIN_CAPABILITY:
             self.kv_dtypes = ()
         properties = torch.cuda.get_device_properties(device) if on_device else None
         self._processors = properties.multi_processor_count if properties else SIMULATED_PROCESSORS

@@ -8,7 +8,7 @@ from model.attention.heads import turned
 from model.attention.write import write_kv
 from model.batch import ForwardBatch
 from model.rope import Rotation
-from parallel.rounding import FP8
+from parallel.quantisation import FP8
 
 
 class ReferenceAttention:

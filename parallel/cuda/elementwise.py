@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
-from parallel.rounding import FP8, FP8_MOST
+from parallel.quantisation import FP8, FP8_MAX
 
 
 @quick
@@ -145,7 +145,7 @@ def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
         _rotate_and_write_kernel[(num_tokens, num_heads)](
             x_TXK, cos_T1F, sin_T1F, cos_T1F, out_TXK, x_TXK, x_TXK, x_TXK.stride(0), num_heads, 0, 0, 0,
             HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2),
-            KV_IN_FP8=False, MOST=FP8_MOST, num_warps=1, **early(num_tokens, x_TXK),
+            KV_IN_FP8=False, MOST=FP8_MAX, num_warps=1, **early(num_tokens, x_TXK),
         )  # fmt: skip
     return out_TXK
 
@@ -174,6 +174,6 @@ def rotate_and_write(
             heads_TXK, cos_T1F, sin_T1F, slots_T, q_THK, keys_NBGK, values_NBGK,
             heads_TXK.stride(0), num_heads, num_kv_heads, keys_NBGK.stride(1), keys_NBGK.stride(2),
             HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2),
-            KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MOST, num_warps=1, **early(num_tokens, heads_TXK),
+            KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MAX, num_warps=1, **early(num_tokens, heads_TXK),
         )  # fmt: skip
     return q_THK

@@ -19,10 +19,10 @@ from torch import Tensor
 from parallel.cuda.by_expert import TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS, Sorted
 from parallel.cuda.products import DEPTH, product_tile, tile_of
 from parallel.cuda.quick_launch import quick
-from parallel.cuda.scaled import filled_size, round_rows
+from parallel.cuda.scaled import filled_size, quantise_rows
 from parallel.cuda.sizes import cdiv
 from parallel.cuda.tiles import Tile, tiles_of
-from parallel.scaled_format import kind_of
+from parallel.quantised_format import kind_of
 
 TILES = {
     TILE_ROWS: (Tile(16, 64), Tile(16, 32), Tile(16, 32, 2, 6), Tile(16, 64, 4, 6), Tile(16, 128), Tile(16, 128, 8, 3)),
@@ -43,11 +43,11 @@ class Matrices:
     """int64; of plain matrices nobody reads them"""
     out_size: int
     filled_size: int
-    """Input features with the zeros at their end; see `parallel.scaled_format`."""
+    """Input features with the zeros at their end; see `parallel.quantised_format`."""
 
 
 def matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.device) -> Matrices:
-    """Of a plain format's tensors (``weight``) or of `parallel.scaled_format.ScaledFormat`'s (``numbers``, ``scales``)."""
+    """Of a plain format's tensors (``weight``) or of `parallel.quantised_format.QuantisedFormat`'s (``numbers``, ``scales``)."""
     first = experts[0]
     if "weight" in first:
         places = addresses([expert["weight"] for expert in experts], device)
@@ -120,7 +120,7 @@ def expert_products(
     multiply the results.
     """
     out = x.new_empty((num_assigned, experts.out_size))
-    rows, row_scales = round_rows(x) if experts.kind == "fp8" else (x, out)
+    rows, row_scales = quantise_rows(x) if experts.kind == "fp8" else (x, out)
     num_tiles = by_expert.expert_X.shape[0]
 
     def launch(tile: Tile) -> None:

@@ -14,8 +14,8 @@ from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv
 from parallel.cuda.tiles import LIBRARY, Tile, tiles_of
-from parallel.cuda.zeros import scale_of, zero_of
-from parallel.scaled_format import kind_of
+from parallel.cuda.zero_points import scale_of, zero_of
+from parallel.quantised_format import kind_of
 
 FEWEST_ROWS = (1, 2)
 """Of a program. With more of them a product is no longer waiting for memory, and matrix units are faster."""
@@ -110,8 +110,8 @@ def _few_rows_kernel(
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, otherwise: Callable[[], Tensor]) -> Tensor:
     """(T, N) of at most `parallel.weight_format.MOST_FEW_ROWS` rows by a plain matrix ``weight`` or by ``numbers`` and ``scales`` of
-    `parallel.scaled_format`; what ``otherwise`` gives where that is faster. Its twins are `torch.nn.functional.linear` and
-    `parallel.scaled_format.multiply_slowly`."""
+    `parallel.quantised_format`; what ``otherwise`` gives where that is faster. Its twins are `torch.nn.functional.linear` and
+    `parallel.quantised_format.multiply_reference`."""
     is_plain = "weight" in tensors
     kind, numbers = ("plain", tensors["weight"]) if is_plain else (kind_of(tensors), tensors["numbers"])
     (num_rows, in_size), (num_outputs, stride) = x_TK.shape, numbers.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.cuda.paged import HOPPER_SHARED_BYTES, LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
 from parallel.cuda.quick_launch import quick
-from parallel.rounding import FP8
+from parallel.quantisation import FP8
 
 
 @triton.jit

@@ -6,7 +6,7 @@ R rows of a tile, O outputs of it, D input features at a time, B bytes of int4 n
 import triton
 import triton.language as tl
 
-from parallel.cuda.zeros import ZEROS_GROUP, scale_of, zero_of
+from parallel.cuda.zero_points import ZEROS_GROUP, scale_of, zero_of
 
 INT4_GROUP = tl.constexpr(32)
 """Input features that share a scale; see `parallel.scale_groups.GROUP`. With zeros, as many lie in the lower halves of as many bytes."""

@@ -59,7 +59,7 @@ ADD_BLOCK = 1024
 
 
 class CudaRouting:
-    """See `parallel.small_kernels.RoutingKernels`."""
+    """See `parallel.elementwise_kernels.RoutingKernels`."""
 
     def choose(self, logits_TE: Tensor, per_token: int, *, renormalise: bool) -> tuple[Tensor, Tensor]:
         num_tokens, num_experts = logits_TE.shape

@@ -1,4 +1,4 @@
-"""Products with matrices that were rounded to 8 or 4 bits (`parallel.scaled_format`). T rows, K input features, N outputs."""
+"""Products with matrices that were rounded to 8 or 4 bits (`parallel.quantised_format`). T rows, K input features, N outputs."""
 
 import logging
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
 from parallel.cuda.swapped import INT8_GROUP, SWAPPED_DEPTH, sum_kernel, swapped_kernel
 from parallel.cuda.tiles import Tile, candidates_for, rows_cut_alike, rows_in_words, tiles_of
-from parallel.cuda.zeros import ZEROS_GROUP, scale_of, zero_of
-from parallel.rounding import FP8, FP8_MOST
-from parallel.scaled_format import Kind, kind_of
+from parallel.cuda.zero_points import ZEROS_GROUP, scale_of, zero_of
+from parallel.quantisation import FP8, FP8_MAX
+from parallel.quantised_format import Kind, kind_of
 from parallel.weight_format import MOST_FEW_ROWS
 
 log = logging.getLogger(__name__)
@@ -72,15 +72,15 @@ def _linear_kernel(
     tl.store(out + place_RO, sum_RO.to(out.dtype.element_ty), mask=real_R[:, None] & mask_O[None, :])
 
 
-def round_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 numbers (T, K) and their scales (T, float32); the twin is `parallel.rounding.round_to_fp8`."""
+def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 numbers (T, K) and their scales (T, float32); the twin is `parallel.quantisation.quantise_fp8`."""
     x_TK = x_TK.contiguous()
     numbers_TK = torch.empty_like(x_TK, dtype=FP8)
     scales_T = x_TK.new_empty(x_TK.shape[0], dtype=torch.float32)
     if x_TK.shape[0]:
         block = min(next_power_of_2(x_TK.shape[1]), FP8_BLOCK)
         _round_kernel[(x_TK.shape[0],)](
-            x_TK, numbers_TK, scales_T, x_TK.shape[1], MOST=FP8_MOST, BLOCK=block, num_warps=max(4, block // PER_WARP)
+            x_TK, numbers_TK, scales_T, x_TK.shape[1], MOST=FP8_MAX, BLOCK=block, num_warps=max(4, block // PER_WARP)
         )
     return numbers_TK, scales_T
 
@@ -115,7 +115,7 @@ def _unpack_kernel(numbers, scales, out, first, in_size, row_size, num_groups, K
 
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
-    """(T, N) in the dtype of ``x``; the twin is `parallel.scaled_format.multiply_slowly`."""
+    """(T, N) in the dtype of ``x``; the twin is `parallel.quantised_format.multiply_reference`."""
     if 0 < x_TK.shape[0] <= MOST_FEW_ROWS and tensors["numbers"].shape[0]:
         return few_rows.multiply(x_TK, tensors, bias_N, lambda: multiply_by_units(x_TK, tensors, bias_N))
     return multiply_by_units(x_TK, tensors, bias_N)
@@ -127,7 +127,7 @@ def multiply_by_units(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tenso
     num_rows, in_size = x_TK.shape
     if num_rows * num_outputs == 0:
         return x_TK.new_empty((num_rows, num_outputs))
-    x, row_scales = round_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), tensors["scales"])
+    x, row_scales = quantise_rows(x_TK) if kind == "fp8" else (x_TK.contiguous(), tensors["scales"])
 
     def launch(tile: Tile) -> Tensor:
         return WAYS[tile.way](x, row_scales, tensors, bias_N, x_TK.dtype, tile)
@@ -230,7 +230,7 @@ WAYS = {"rows": _multiply_by_rows, "swapped": _multiply_swapped, "library": _mul
 
 
 def unpack_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> Tensor:
-    """``out`` (R, K) with the matrix's rows from ``first`` on; the twin is `parallel.scaled_format.unpack`."""
+    """``out`` (R, K) with the matrix's rows from ``first`` on; the twin is `parallel.quantised_format.unpack`."""
     numbers, scales = tensors["numbers"], tensors["scales"]
     _unpack_kernel[(out.shape[0], cdiv(numbers.shape[1], UNPACK_BLOCK))](
         numbers, scales, out, first, out.shape[1], numbers.shape[1], scales.shape[1], KIND=kind_of(tensors), BLOCK=UNPACK_BLOCK

@@ -1,11 +1,11 @@
-"""The small operations between matrices on a CUDA device; see `parallel.small_kernels.SmallKernels`."""
+"""The small operations between matrices on a CUDA device; see `parallel.elementwise_kernels.ElementwiseKernels`."""
 
 from torch import Tensor
 
 from parallel.cuda.elementwise import add_rms_norm, rms_norm, rotate, swiglu
 
 
-class CudaSmall:
+class CudaElementwise:
     """Kernels in Triton, for any floating dtype."""
 
     def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:

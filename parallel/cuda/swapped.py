@@ -11,7 +11,7 @@ import triton.language as tl
 
 from parallel.cuda.products import FP8_SUMMED, INT4_GROUP, tile_of
 from parallel.cuda.quick_launch import quick
-from parallel.cuda.zeros import scale_of, zero_of
+from parallel.cuda.zero_points import scale_of, zero_of
 
 INT8_GROUP = tl.constexpr(128)
 SWAPPED_DEPTH = 128

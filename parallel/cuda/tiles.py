@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.runtime.errors import PTXASError
 
-from parallel.compiled import cache_path
+from parallel.cpp_build import cache_path
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.compiled import Unavailable, cache_path, compile_to, version_of
+from parallel.cpp_build import Unavailable, cache_path, compile_to, version_of
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def address_of(function: "ctypes._NamedFuncPointer") -> int | None:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
-def kinds_here() -> frozenset[str]:
+def available_kinds() -> frozenset[str]:
     """The kinds of weights that there are kernels for; none without a library."""
     library = native()
     return frozenset(library.kinds if library else ())
@@ -119,7 +119,7 @@ def kinds_here() -> frozenset[str]:
 
 def multiplies(kind: str) -> bool:
     """Whether there are kernels here for weights of this kind."""
-    return kind in kinds_here()
+    return kind in available_kinds()
 
 
 def usable_variants() -> tuple[str, ...]:

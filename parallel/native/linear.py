@@ -10,16 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel import zeros
+from parallel import zero_points
 from parallel.arena import Arena
 from parallel.native.library import Native, native, num_threads
-from parallel.rounding import LEVELS, round_rows, round_to_groups, turned, turned_back
-from parallel.scale_groups import GROUP, ROW_GROUP
+from parallel.quantisation import LEVELS, hadamard, hadamard_inverse, quantise_groups, quantise_rows
+from parallel.scale_groups import ACTIVATION_GROUP_SIZE, GROUP_SIZE
 
 Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros", "int4_zeros_dot"]
-"""``bf16`` is multiplied in float32, ``int8`` and ``int4`` by rows as 16-bit integers with a scale to a group as the weights, which is as
-exact. With ``_dot`` rows are rounded to bfloat16, or to 8-bit integers with a scale to `ROW_GROUP` features, where the processor has such a
-product. ``int8_dot`` holds groups turned (`parallel.rounding.turned`). Groups of ``int4_zeros`` have a zero each (`parallel.zeros`)."""
+"""``bf16`` is multiplied in float32; ``int8`` and ``int4`` by rows quantised to 16-bit integers with one scale per weight group, which is as
+exact. The ``_dot`` kinds quantise rows to bfloat16, or to 8-bit integers with one scale per `ACTIVATION_GROUP_SIZE` features, for processors
+with such dot products. ``int8_dot`` stores groups after a Hadamard transform (`parallel.quantisation.hadamard`). Groups of ``int4_zeros``
+have a zero point each (`parallel.zero_points`)."""
 ZEROS: tuple[Kind, ...] = ("int4_zeros", "int4_zeros_dot")
 _SHIFTS = [4 * (k // 2) + 16 * (k % 2) for k in range(8)]
 _DOT_SHIFTS = [8 * (k % 4) + 4 * (k // 4) for k in range(8)]
@@ -33,7 +34,9 @@ _HELD: dict[Kind, tuple[torch.dtype, int]] = {
 _ARENA = Arena()
 PIECE_BYTES = 8 * 2**20
 """Packed at once, of a matrix in float32, or one panel if that is more: rounding holds some five times as much beside it."""
-assert GROUP == {"int8": ROW_GROUP, "int4": ROW_GROUP // 4, "int4_zeros": ROW_GROUP}, "kernels rely on it, see csrc/integers.h"
+assert GROUP_SIZE == {"int8": ACTIVATION_GROUP_SIZE, "int4": ACTIVATION_GROUP_SIZE // 4, "int4_zeros": ACTIVATION_GROUP_SIZE}, (
+    "kernels rely on it, see csrc/integers.h"
+)
 
 MakeRoom = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Where a matrix comes to lie: see `parallel.arena.Arena.room`."""
@@ -48,7 +51,7 @@ class Packed:
     """bf16, fp32: (panels, K, panel); bf16_dot and int8: (panels, padded K / 2, panel, 2); int8_dot: (panels, padded K / 4, panel, 4)
     uint8; int4 and the like: (panels, padded K / 8, panel) int32"""
     scales: Tensor | None
-    """(panels, groups, panel) float16; with zeros int32, see `parallel.zeros`"""
+    """(panels, groups, panel) float16; with zeros int32, see `parallel.zero_points`"""
     num_outputs: int
 
     @property
@@ -79,9 +82,9 @@ def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, room: Ma
     num_panels = -(-num_outputs // panel)
     scales = None
     if bits is not None:
-        num_groups = -(-num_inputs // GROUP[bits])
+        num_groups = -(-num_inputs // GROUP_SIZE[bits])
         num_inputs, scales = (
-            num_groups * GROUP[bits],
+            num_groups * GROUP_SIZE[bits],
             room((num_panels, num_groups, panel), torch.int32 if kind in ZEROS else torch.float16),
         )
     many = (together,) if together > 1 and kind not in SHIFTS else ()
@@ -170,12 +173,12 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
         numbers_TX = numbers_TX.unsqueeze(-1) >> torch.tensor(SHIFTS[packed.kind], dtype=torch.int32) & 15
     numbers_TGC, scales_TG = numbers_TX.flatten(1).unflatten(1, (-1, packed.group)), packed.scales[panels_T, :, places_T]
     if packed.kind in ZEROS:
-        scales_TG, zeros_TG = zeros.scales_and_zeros(scales_TG)
+        scales_TG, zeros_TG = zero_points.unpack_words(scales_TG)
         numbers_TGC = numbers_TGC - zeros_TG.unsqueeze(-1)
     elif packed.kind in SHIFTS:
         numbers_TGC = numbers_TGC - 8
     rows_TGC: Tensor = numbers_TGC.float() * scales_TG.float().unsqueeze(-1)
-    return (turn(rows_TGC, back=True) if packed.kind == "int8_dot" else rows_TGC).flatten(1)
+    return (hadamard_groups(rows_TGC, inverse=True) if packed.kind == "int8_dot" else rows_TGC).flatten(1)
 
 
 def look_up(library: Native, packed: Packed, outputs_T: Tensor) -> Tensor:
@@ -207,19 +210,19 @@ def rounded(kind: Kind, x_TK: Tensor) -> Tensor:
         case "bf16_dot":
             return x_TK.bfloat16().float()
         case "int8_dot":
-            return round_rows(x_TK, ROW_GROUP, turn=True)
+            return quantise_rows(x_TK, ACTIVATION_GROUP_SIZE, rotate=True)
         case "int4_dot" | "int4_zeros_dot":
-            return round_rows(x_TK, ROW_GROUP, turn=False)
+            return quantise_rows(x_TK, ACTIVATION_GROUP_SIZE, rotate=False)
     return x_TK.float()
 
 
-def turn(x_xC: Tensor, *, back: bool = False) -> Tensor:
-    """`parallel.rounding.turned` or `turned_back`, by a kernel where there is one."""
+def hadamard_groups(x_xC: Tensor, *, inverse: bool = False) -> Tensor:
+    """`parallel.quantisation.hadamard` or `hadamard_inverse`, by a kernel where there is one."""
     library = native()
     if library is None or library.turn is None:
-        return turned_back(x_xC) if back else turned(x_xC)
+        return hadamard_inverse(x_xC) if inverse else hadamard(x_xC)
     x_xC = x_xC.clone(memory_format=torch.contiguous_format)
-    library.turn(x_xC.data_ptr(), x_xC.numel() // GROUP["int8"], back, num_threads())
+    library.turn(x_xC.data_ptr(), x_xC.numel() // GROUP_SIZE["int8"], inverse, num_threads())
     return x_xC
 
 
@@ -308,9 +311,9 @@ def _round_into(packed: Packed, panels: Tensor) -> None:
     assert packed.scales is not None
     grouped = panels.unflatten(2, (-1, packed.group))
     if bits == "int4_zeros":
-        numbers, scales = zeros.round_to_groups(grouped)
+        numbers, scales = zero_points.quantise_groups(grouped)
     else:
-        numbers, scales = round_to_groups(turn(grouped) if packed.kind == "int8_dot" else grouped, LEVELS[bits])
+        numbers, scales = quantise_groups(hadamard_groups(grouped) if packed.kind == "int8_dot" else grouped, LEVELS[bits])
     numbers = numbers.flatten(2).unflatten(2, (-1, _HELD[packed.kind][1])).transpose(1, 2)
     if packed.kind == "int8_dot":
         numbers = numbers.to(torch.int16) + 128

@@ -6,8 +6,8 @@ from torch import Tensor
 from parallel.native.library import Native, num_threads
 
 
-class NativeSmall:
-    """See `parallel.small_kernels.SmallKernels`."""
+class NativeElementwise:
+    """See `parallel.elementwise_kernels.ElementwiseKernels`."""
 
     def __init__(self, library: Native) -> None:
         self._library = library

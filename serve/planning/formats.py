@@ -7,7 +7,7 @@ from functools import cached_property
 from engine.run.settings import QuantizeName
 from model.quantisation import HeldAs
 from parallel.axes import Share
-from parallel.scale_groups import FILLED_TO, GROUP
+from parallel.scale_groups import GROUP_SIZE, PADDED_TO
 
 ACTIVATION_BYTES = 2
 """Activations, norms, biases and routers are bfloat16 in every format, KV unless FP8 is asked for."""
@@ -55,10 +55,12 @@ class Format:
 
 BF16 = Format(name="bf16", bits=16)
 FP8 = Format(name="fp8", bits=8, scale_bits=32, quantize="fp8", multiplies_fp8=True)
-"""A float32 scale per output feature: `parallel.scaled_format`, as the next two."""
-_INT8_MATRIX = Format(name="int8", bits=8, group=GROUP["int8"], scale_bits=16, quantize="int8", filled_to=FILLED_TO["int8"])
+"""A float32 scale per output feature: `parallel.quantised_format`, as the next two."""
+_INT8_MATRIX = Format(name="int8", bits=8, group=GROUP_SIZE["int8"], scale_bits=16, quantize="int8", filled_to=PADDED_TO["int8"])
 INT8 = dataclasses.replace(_INT8_MATRIX, table=_INT8_MATRIX)
-INT4 = Format(name="int4", bits=4, group=GROUP["int4"], scale_bits=16, quantize="int4", filled_to=FILLED_TO["int4"], table=_INT8_MATRIX)
+INT4 = Format(
+    name="int4", bits=4, group=GROUP_SIZE["int4"], scale_bits=16, quantize="int4", filled_to=PADDED_TO["int4"], table=_INT8_MATRIX
+)
 
 STORED_FP8 = Format(name="fp8 as stored", bits=8, scale_bits=32, multiplies_fp8=True)
 STORED_INT8 = dataclasses.replace(_INT8_MATRIX, name="int8 of a quantised checkpoint", quantize=None)
@@ -66,9 +68,9 @@ STORED_INT4 = dataclasses.replace(INT4, name="int4 of a quantised checkpoint", q
 STORED_INT4_ZEROS = Format(
     name="int4 with zeros of a quantised checkpoint",
     bits=4,
-    group=GROUP["int4_zeros"],
+    group=GROUP_SIZE["int4_zeros"],
     scale_bits=32,
-    filled_to=FILLED_TO["int4_zeros"],
+    filled_to=PADDED_TO["int4_zeros"],
     where_cut=STORED_INT8,
 )
 STORED_QUANTISED: dict[HeldAs, Format] = {"int8": STORED_INT8, "int4": STORED_INT4, "int4_zeros": STORED_INT4_ZEROS}

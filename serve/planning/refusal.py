@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from parallel.fitting import misfits
+from parallel.layout_check import layout_problems
 from parallel.topology import InvalidTopology, Topology
 from serve.planning.hardware import Fleet
 from serve.planning.hosting import hosting
@@ -29,7 +29,7 @@ def refuse_axes(sizes: dict[str, int], shape: ModelShape, fleet: Fleet) -> Refus
 
 
 def _refuse_for_model(topology: Topology, shape: ModelShape) -> Refusal | None:
-    if found := misfits(topology, shape):
+    if found := layout_problems(topology, shape):
         return Refusal(found[0].reason, found[0].sentence)
     if shape.moe is None and topology.dp > 1:  # it can be served, but nobody should plan it
         return Refusal(

@@ -12,7 +12,7 @@ from parallel.native.library import native
 from parallel.native.linear import rounded
 from parallel.onednn_format import OneDnnFormat, runs_here
 from parallel.packed_format import ANY_LANES, PackedFormat
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 from parallel.weight_format import Dense, WeightFormat
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -31,7 +31,7 @@ def test_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch:
     """On processors with bfloat16 products: ours, but oneDNN's where there are tiles for them."""
     monkeypatch.setattr("model.formats.runs_here", lambda dtype: dtype == BF16)
     monkeypatch.setattr("model.formats.has_amx", lambda: False)
-    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("bf16", "fp32", "bf16_dot")))
+    monkeypatch.setattr("model.formats.available_kinds", lambda: frozenset(("bf16", "fp32", "bf16_dot")))
     dot = PackedFormat("bf16_dot", BF16)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(dot, dot)
     assert choose_formats(CPU, FLOAT, [BF16]).matrices == PackedFormat("bf16", BF16)
@@ -39,8 +39,8 @@ def test_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch:
     assert choose_formats(CPU, FLOAT, [FLOAT], rounds_activations=True).matrices == PackedFormat("fp32", FLOAT)
     monkeypatch.setattr("model.formats.has_amx", lambda: True)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True) == Formats(OneDnnFormat(BF16), dot)
-    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, shared_kinds=frozenset(("bf16", "bf16_dot"))) == Formats(dot, dot)
-    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("bf16", "fp32")))
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, common_kinds=frozenset(("bf16", "bf16_dot"))) == Formats(dot, dot)
+    monkeypatch.setattr("model.formats.available_kinds", lambda: frozenset(("bf16", "fp32")))
     monkeypatch.setattr("model.formats.runs_here", lambda dtype: False)
     assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True).matrices == PackedFormat("bf16", BF16)
 
@@ -51,14 +51,14 @@ def test_int4_leaves_embedding_and_head_in_int8() -> None:
 
 
 def test_beside_quantised_weights_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("int8", "int4", "int8_dot", "int4_dot", "int4_zeros_dot")))
+    monkeypatch.setattr("model.formats.available_kinds", lambda: frozenset(("int8", "int4", "int8_dot", "int4_dot", "int4_zeros_dot")))
     int8, int4 = PackedFormat("int8_dot", FLOAT), PackedFormat("int4_dot", FLOAT)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True) == Formats(int8, int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True) == Formats(int4, int8)
     zeros = choose_formats(CPU, FLOAT, [FLOAT], "int4_zeros", rounds_activations=True)
     assert zeros == Formats(PackedFormat("int4_zeros_dot", FLOAT), int8)
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8").matrices == PackedFormat("int8", FLOAT)
-    monkeypatch.setattr("model.formats.kinds_here", lambda: frozenset(("int8", "int4")))
+    monkeypatch.setattr("model.formats.available_kinds", lambda: frozenset(("int8", "int4")))
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True).matrices == PackedFormat("int8", FLOAT)
 
 
@@ -66,16 +66,16 @@ def test_where_experts_travel_all_ranks_hold_what_all_of_them_multiply() -> None
     """Whatever this processor has besides."""
     few, more = frozenset(("bf16", "fp32", "int8", "int4")), frozenset(("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"))
     for kinds, suffix in ((few, ""), (more, "_dot")):
-        found = choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True, shared_kinds=kinds)
+        found = choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True, common_kinds=kinds)
         assert found == Formats(PackedFormat(f"int4{suffix}", FLOAT), PackedFormat(f"int8{suffix}", FLOAT))
         plain = PackedFormat(f"bf16{suffix}", BF16)
-        assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, shared_kinds=kinds) == Formats(plain, plain)
-    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, shared_kinds=frozenset()) == Formats(Dense(FLOAT), Dense(FLOAT))
+        assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, common_kinds=kinds) == Formats(plain, plain)
+    assert choose_formats(CPU, FLOAT, [BF16], rounds_activations=True, common_kinds=frozenset()) == Formats(Dense(FLOAT), Dense(FLOAT))
 
 
 def test_a_gpu_has_plain_weights_or_rounded_ones() -> None:
     assert choose_formats(CUDA, BF16, [BF16]) == Formats(Dense(BF16), Dense(BF16))
-    assert choose_formats(CUDA, BF16, [BF16], "int4") == Formats(ScaledFormat("int4", BF16), ScaledFormat("int8", BF16))
+    assert choose_formats(CUDA, BF16, [BF16], "int4") == Formats(QuantisedFormat("int4", BF16), QuantisedFormat("int8", BF16))
 
 
 def test_fp8_is_for_devices_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_fp8_is_for_devices_that_multiply_it(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match=r"NVIDIA A100 \(compute capability 8\.0\) does not multiply fp8"):
         choose_formats(CUDA, BF16, [BF16], "fp8")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (9, 0))
-    assert choose_formats(CUDA, BF16, [BF16], "fp8") == Formats(ScaledFormat("fp8", BF16), Dense(BF16))
+    assert choose_formats(CUDA, BF16, [BF16], "fp8") == Formats(QuantisedFormat("fp8", BF16), Dense(BF16))
     with pytest.raises(ValueError, match="CPUs do not multiply fp8"):
         choose_formats(CPU, BF16, [BF16], "fp8")
 
@@ -93,19 +93,19 @@ def test_fp8_is_for_devices_that_multiply_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_gpu_rounds_as_a_cpu_does(kind: Literal["int8", "int4", "int4_zeros"]) -> None:
     weight = torch.randn(70, 200, generator=torch.Generator().manual_seed(2))
     everything = torch.arange(70)
-    on_gpu, on_cpu = ScaledFormat(kind, FLOAT), PackedFormat(kind, FLOAT)
+    on_gpu, on_cpu = QuantisedFormat(kind, FLOAT), PackedFormat(kind, FLOAT)
     found = on_gpu.rows(everything, on_gpu.prepare({"weight": weight.clone()}), 200)
     assert torch.equal(found, on_cpu.rows(everything, on_cpu.prepare({"weight": weight.clone()}), 200))
 
 
 def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.formats.kinds_here", frozenset)
+    monkeypatch.setattr("model.formats.available_kinds", frozenset)
     assert choose_formats(CPU, FLOAT, [BF16]).matrices == Dense(FLOAT)
 
 
 FORMATS: list[WeightFormat] = [
     *(PackedFormat(kind, FLOAT) for kind in ("bf16", "bf16_dot", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros", "int4_zeros_dot")),
-    *(ScaledFormat(kind, FLOAT) for kind in ("int8", "int4", "int4_zeros")),
+    *(QuantisedFormat(kind, FLOAT) for kind in ("int8", "int4", "int4_zeros")),
     OneDnnFormat(FLOAT),
 ]
 

@@ -22,7 +22,7 @@ from model.qwen2 import Qwen2
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.linear import Linear, Slot
 from parallel.packed_format import PackedFormat
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 from parallel.topology import Topology
 from parallel.weight_format import PIECES_OF, Dense, StoredTensor, WeightFormat, pass_pieces
 from tests.model.driver import CPU, logits_of, mismatch_of, read_report, seeded_prompts
@@ -103,7 +103,7 @@ def four_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "format", [PackedFormat("int8", torch.float32), ScaledFormat("int8", torch.float32)], ids=lambda one: type(one).__name__
+    "format", [PackedFormat("int8", torch.float32), QuantisedFormat("int8", torch.float32)], ids=lambda one: type(one).__name__
 )
 def test_tensors_pass_in_a_thread_each_where_many_do_and_share_the_threads_where_few_do(
     format: WeightFormat, oracle: MakeOracle, four_threads: None, monkeypatch: pytest.MonkeyPatch

@@ -20,8 +20,8 @@ from model.quantisation import Quantisation
 from model.stored_quantised import as_plain
 from parallel.native.linear import unpack
 from parallel.packed_format import PackedFormat
-from parallel.scaled_format import ScaledFormat
-from parallel.scaled_format import unpack as unpack_scaled
+from parallel.quantised_format import QuantisedFormat
+from parallel.quantised_format import unpack as unpack_scaled
 from parallel.topology import Topology
 from parallel.weight_format import WeightFormat
 from tests.model.driver import CPU, logits_of, read_report, seeded_prompts
@@ -110,13 +110,13 @@ def test_a_plain_model_of_it_answers_as_that_of_the_decoded_weights(
     ("shape", "config", "format", "topology"),
     [
         *(("grouped", GPTQ, PackedFormat("int4", FLOAT), topology) for topology in LAYOUTS),
-        ("grouped", GPTQ, ScaledFormat("int4", FLOAT), Topology(tp=2)),
+        ("grouped", GPTQ, QuantisedFormat("int4", FLOAT), Topology(tp=2)),
         ("grouped", GPTQ | {"group_size": -1}, PackedFormat("int8", FLOAT), Topology()),
         ("grouped", GPTQ_INT8, PackedFormat("int8", FLOAT), Topology(tp=3)),
-        ("grouped", GPTQ_INT8, ScaledFormat("int8", FLOAT), Topology()),
+        ("grouped", GPTQ_INT8, QuantisedFormat("int8", FLOAT), Topology()),
         ("grouped", AWQ, PackedFormat("int8", FLOAT), Topology()),
         ("grouped", AWQ, PackedFormat("int4_zeros", FLOAT), Topology(tp=2)),
-        ("grouped", AWQ, ScaledFormat("int4_zeros", FLOAT), Topology(tp=2)),
+        ("grouped", AWQ, QuantisedFormat("int4_zeros", FLOAT), Topology(tp=2)),
         ("grouped", ASYMMETRIC, PackedFormat("int4_zeros", FLOAT), Topology()),
         ("grouped_moe", GPTQ, PackedFormat("int4", FLOAT), Topology()),
         ("grouped_moe", GPTQ, PackedFormat("int4", FLOAT), Topology(tp=2, ep=2)),
@@ -152,7 +152,7 @@ def test_every_weight_is_held_as_it_was_stored(config: dict[str, Any], kind: Any
     held = PackedFormat(kind, FLOAT)
     packed = held.packed(held.prepare({"weight": decoded.clone()}))
     assert torch.equal(unpack(packed), decoded)
-    assert torch.equal(unpack_scaled(ScaledFormat(kind, FLOAT).prepare({"weight": decoded.clone()})), decoded)
+    assert torch.equal(unpack_scaled(QuantisedFormat(kind, FLOAT).prepare({"weight": decoded.clone()})), decoded)
 
 
 def test_groups_that_cross_each_other_lose_a_little(folders: Callable[..., tuple[Path, Path]]) -> None:

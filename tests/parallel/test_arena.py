@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from parallel.arena import LINE_BYTES, REGION_BYTES, Arena
-from parallel.pages import HUGE_PAGE_BYTES, MIB
+from parallel.host_memory import HUGE_PAGE_BYTES, MIB
 
 
 def held() -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel import shared_memory
 from parallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
-from parallel.compiled import Unavailable
+from parallel.cpp_build import Unavailable
 from parallel.groups import ParallelGroups
 from parallel.native.exchange import BUFFER_BYTES, Exchange, ExchangeFailed
 from parallel.native.library import native

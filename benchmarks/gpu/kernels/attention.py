@@ -15,7 +15,7 @@ from benchmarks.gpu.clock import median_s
 from benchmarks.gpu.kernels.attending import Heads, attending
 from benchmarks.gpu.kernels.checks import Checks, error_of, poisoned
 from model.rope import Rotation
-from parallel.rounding import FP8
+from parallel.quantisation import FP8
 
 if TYPE_CHECKING:
     from model.attention.cuda import CudaAttention  # triton

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.gpu.kernels.checks import Checks, poisoned
 from benchmarks.gpu.kernels.products import as_multiplied, whole
-from parallel.scaled_format import Kind, ScaledFormat
+from parallel.quantised_format import Kind, QuantisedFormat
 
 FP8_EXPERTS_MOST = 5e-2
 """Of relative error: where an activation in between is rounded to its neighbour in bfloat16, FP8 rounds some of them by a step more."""
@@ -47,7 +47,7 @@ def _experts_of(checks: Checks, kind: Kind | None) -> None:
 
 def _matrix(checks: Checks, kind: Kind | None, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
     weight = checks.random(num_outputs, num_inputs) * 0.02
-    return ScaledFormat(kind, torch.float32).prepare({"weight": weight.float()}) if kind else {"weight": weight}
+    return QuantisedFormat(kind, torch.float32).prepare({"weight": weight.float()}) if kind else {"weight": weight}
 
 
 def routing(checks: Checks) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.kernels.checks import Checks, poisoned
-from parallel.rounding import round_to_fp8
-from parallel.scaled_format import Kind, ScaledFormat, unpack
+from parallel.quantisation import quantise_fp8
+from parallel.quantised_format import Kind, QuantisedFormat, unpack
 
 ROTATED_BYTES = 256 << 20
 """Read in turn, so that no run finds in the cache what the one before read: four times an H200's."""
@@ -18,7 +18,7 @@ def rounded(checks: Checks) -> None:
 
     kinds: tuple[Kind, ...] = ("int8", "int4", "int4_zeros", "fp8") if checks.device.type == "cuda" else ("int8", "int4")
     for kind in kinds:  # (Triton's interpreter loses a carry in FP8)
-        tensors = ScaledFormat(kind, torch.float32).prepare({"weight": checks.random(checks.sizes.inner, checks.sizes.width).float()})
+        tensors = QuantisedFormat(kind, torch.float32).prepare({"weight": checks.random(checks.sizes.inner, checks.sizes.width).float()})
         matrix = whole(tensors, checks.sizes.width)
         for rows in checks.sizes.rows:
             x, bias = checks.random(rows, checks.sizes.width), checks.random(checks.sizes.inner)
@@ -48,5 +48,5 @@ def as_multiplied(kind: Kind | None, x_TK: Tensor) -> Tensor:
     """Rows in float64 as a product with such a matrix takes them."""
     if kind != "fp8":
         return x_TK.double()
-    numbers_TK, scales_T = round_to_fp8(x_TK)
+    numbers_TK, scales_T = quantise_fp8(x_TK)
     return numbers_TK.double() * scales_T.double().unsqueeze(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.run.sampling.state import Row, SamplingState
 from engine.run.transfer import upload
-from parallel.scaled_format import has_triton
+from parallel.quantised_format import has_triton
 
 MOST_BIASES = 1024
 MOST_STOP_IDS = 64

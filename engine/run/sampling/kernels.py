@@ -4,7 +4,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from parallel.scaled_format import has_triton
+from parallel.quantised_format import has_triton
 
 
 def kernels_for(logits_RV: Tensor) -> ModuleType | None:

@@ -21,8 +21,8 @@ from engine.run.start import StartProgress, resolve_device, resolve_dtype, start
 from engine.run.warm_up import full_step, run_and_forget, warm_up
 from model.config import ContextTooLong
 from model.kv_cache import KvLayout
-from parallel.fitting import LayoutMisfit
 from parallel.groups import ParallelGroups, single_rank_groups
+from parallel.layout_check import InvalidLayout
 from parallel.topology import Topology
 from tests.engine.run.tiny_models import FLOAT32_BLOCK_BYTES, engine_config, float32_config, greedy
 from tests.ranks import run_ranks
@@ -106,7 +106,7 @@ def test_weights_that_overflow_are_found_before_any_request(dense_folder, tmp_pa
 )
 def test_a_layout_that_cannot_be_is_refused_before_the_others_are_waited_for(dense_folder, topology, reason):
     config = float32_config(num_blocks=8, block_tokens=4)
-    with pytest.raises(LayoutMisfit, match=reason), start(dense_folder, config, topology=topology, rendezvous="tcp://127.0.0.1:1"):
+    with pytest.raises(InvalidLayout, match=reason), start(dense_folder, config, topology=topology, rendezvous="tcp://127.0.0.1:1"):
         pass
 
 

@@ -13,7 +13,7 @@ from engine.run.start import ready_runner
 from engine.run.warm_up import tune
 from model.formats import Formats
 from parallel.groups import single_rank_groups
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 from tests.engine.run.captured import engine_over, open_executor, runner_of
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
 from tests.engine.run.tiny_models import engine_config
@@ -26,9 +26,9 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
     from parallel.cuda import few_rows, scaled, tiles
     from parallel.cuda.scaled import multiply
 
-    formats = Formats(ScaledFormat("int8", torch.float32), ScaledFormat("int8", torch.float32))
+    formats = Formats(QuantisedFormat("int8", torch.float32), QuantisedFormat("int8", torch.float32))
     monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
-    monkeypatch.setattr("parallel.scaled_format.multiply_slowly", multiply)
+    monkeypatch.setattr("parallel.quantised_format.multiply_reference", multiply)
     found = tiles.Tiles(None)
     monkeypatch.setattr(tiles, "tiles_of", lambda _device: found)
     for module in (few_rows, scaled):

@@ -20,7 +20,6 @@ from triton.compiler import ASTSource
 
 from parallel.cuda import (
     by_expert,
-    chosen_scales,
     draws,
     edits,
     elementwise,
@@ -35,12 +34,13 @@ from parallel.cuda import (
     paged_prefill,
     products,
     routing,
+    scale_search,
     scaled,
     swapped,
     tiles,
     whole_rows,
 )
-from parallel.rounding import FP8, FP8_MOST
+from parallel.quantisation import FP8, FP8_MAX
 
 CAPABILITY = next((int(word) for word in sys.argv[1:] if word.isdigit()), 90)
 TARGET = GPUTarget("cuda", CAPABILITY, 32)
@@ -65,7 +65,7 @@ PREFILL = {"TOKENS": PREFILL_TILE.rows // 7, "TILE": PREFILL_TILE.positions, "RO
 PREFILL_OPTIONS = {"num_warps": PREFILL_TILE.num_warps, "num_stages": PREFILL_TILE.num_stages}
 NUMBERS = {"int8": "*i8", "int4": "*u8", "int4_zeros": "*u8", "fp8": "*fp8e4nv"}
 SCALES = {"int8": "*fp16", "int4": "*fp16", "int4_zeros": "*i32", "fp8": "*fp32"}
-ROUNDING = {"MOST": FP8_MOST, "BLOCK": scaled.FP8_BLOCK}
+ROUNDING = {"MOST": FP8_MAX, "BLOCK": scaled.FP8_BLOCK}
 
 PARTED = {"PARTS": 64, "PART": keys.PART}
 DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
@@ -198,7 +198,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             elementwise._rotate_and_write_kernel,
             {"heads": "*bf16", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "q_out": "*bf16", "keys": kv, "values": kv}
             | dict.fromkeys(("row_stride", "num_heads", "num_kv_heads", "token_stride", "head_stride"), "i32"),
-            {"HALF": 64, "PADDED_HALF": 64, "KV_IN_FP8": kv != "*bf16", "MOST": FP8_MOST},
+            {"HALF": 64, "PADDED_HALF": 64, "KV_IN_FP8": kv != "*bf16", "MOST": FP8_MAX},
             {"num_warps": 1},
         )
         for kv in ("*bf16", "*fp8e4nv")
@@ -283,9 +283,9 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     ),
     (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 32}),
     (
-        chosen_scales._choose_scales_kernel,
+        scale_search._choose_scales_kernel,
         {"weights": "*fp32", "numbers": "*i8", "scales": "*fp16", "num_groups": "i32"},
-        chosen_scales.SIZES | {"GROUP": 32},
+        scale_search.SIZES | {"GROUP": 32},
         {"num_warps": 4, "enable_fp_fusion": False},
     ),
     *(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.rounding import round_to_fp8
+from parallel.quantisation import quantise_fp8
 
 pytest.importorskip("triton")
 
@@ -18,4 +18,4 @@ def exact_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows rounded to FP8 by torch where kernels are interpreted: Triton 3.7.1's interpreter loses a carry (124.5 becomes 64, not 128)."""
     if not torch.cuda.is_available():
         for module in ("scaled", "experts"):
-            monkeypatch.setattr(f"parallel.cuda.{module}.round_rows", round_to_fp8)
+            monkeypatch.setattr(f"parallel.cuda.{module}.quantise_rows", quantise_fp8)

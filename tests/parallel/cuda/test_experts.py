@@ -6,7 +6,7 @@ from torch import Tensor
 
 from parallel.experts import RoutedExperts
 from parallel.groups import single_rank_groups
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 from parallel.weight_format import Dense, WeightFormat
 from tests.parallel.memory_tensor import MemoryTensor
 
@@ -84,8 +84,8 @@ def test_what_is_computed_elsewhere_adds_nothing(num_rows: int, width: int, devi
 
 FORMATS = [
     Dense(torch.float32),
-    *(ScaledFormat(kind, torch.float32) for kind in ("int8", "int4", "fp8")),
-    pytest.param(ScaledFormat("int4_zeros", torch.float32), marks=pytest.mark.slow),
+    *(QuantisedFormat(kind, torch.float32) for kind in ("int8", "int4", "fp8")),
+    pytest.param(QuantisedFormat("int4_zeros", torch.float32), marks=pytest.mark.slow),
 ]
 
 
@@ -112,5 +112,5 @@ def test_all_experts_of_a_rank_give_what_one_after_the_other_gives(num_rows: int
     wanted = experts._compute(x, ids, weights)
     found = GroupedExperts(6, up, down)(x.to(device), ids.to(device), weights.to(device))
     # What is rounded to FP8 between the products may fall to the other neighbour where sums differ in their last bit.
-    tolerance = 2e-2 * float(wanted.abs().max()) if isinstance(form, ScaledFormat) and form.kind == "fp8" and num_rows else 1e-4
+    tolerance = 2e-2 * float(wanted.abs().max()) if isinstance(form, QuantisedFormat) and form.kind == "fp8" and num_rows else 1e-4
     torch.testing.assert_close(found.cpu(), wanted, atol=tolerance, rtol=1e-4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.scaled_format import ScaledFormat, multiply_slowly
+from parallel.quantised_format import QuantisedFormat, multiply_reference
 
 KindOrPlain = Literal["plain", "int8", "int4", "int4_zeros"]
 KINDS = ["plain", "int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow)]
@@ -41,14 +41,14 @@ def test_a_product_is_that_of_its_twin(
     torch.manual_seed(num_rows)
     weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device).to(dtype)
     x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
-    tensors = {"weight": weight.to(dtype)} if kind == "plain" else ScaledFormat(kind, torch.float32).prepare({"weight": weight})
+    tensors = {"weight": weight.to(dtype)} if kind == "plain" else QuantisedFormat(kind, torch.float32).prepare({"weight": weight})
     tolerance = {"atol": 5e-2, "rtol": 5e-3} if dtype == torch.float16 else {"atol": 1e-3, "rtol": 1e-4}
     for tile in (Tile(2, 2, 2, 1), Tile(2, 4, 1, 2)):
         for some_bias in (None, bias):
             if kind == "plain":
                 wanted = F.linear(x.float(), tensors["weight"].float(), None if some_bias is None else some_bias.float()).to(dtype)
             else:
-                wanted = multiply_slowly(x, tensors, some_bias)
+                wanted = multiply_reference(x, tensors, some_bias)
             with only(tile):
                 found = multiply(x, tensors, some_bias, never)
             assert found.dtype == dtype

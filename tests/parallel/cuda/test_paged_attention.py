@@ -7,7 +7,7 @@ import torch
 
 from model.attention.backend import AttentionConfig
 from model.attention.reference import ReferenceAttention
-from parallel.rounding import FP8
+from parallel.quantisation import FP8
 from tests.model.paged import Paged, Work, heads
 
 HEADS = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from parallel.rounding import round_to_fp8
-from parallel.scaled_format import Kind, ScaledFormat, multiply_slowly, unpack
+from parallel.quantisation import quantise_fp8
+from parallel.quantised_format import Kind, QuantisedFormat, multiply_reference, unpack
 
 KINDS = ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow), "fp8"]
 """Of the third see also test_zeros.py."""
@@ -22,12 +22,12 @@ def test_a_product_is_that_of_its_twin(
     torch.manual_seed(num_rows)
     weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device).to(dtype)
     x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
-    tensors = ScaledFormat(kind, torch.float32).prepare({"weight": weight})
+    tensors = QuantisedFormat(kind, torch.float32).prepare({"weight": weight})
     tolerance = {"atol": 5e-2, "rtol": 5e-3} if dtype == torch.float16 else {"atol": 1e-3, "rtol": 1e-4}
     for some_bias in (None, bias):
         found = multiply(x, tensors, some_bias)
         assert found.dtype == dtype
-        torch.testing.assert_close(found, multiply_slowly(x, tensors, some_bias), **tolerance)
+        torch.testing.assert_close(found, multiply_reference(x, tensors, some_bias), **tolerance)
 
 
 SHAPES = [(1, 128, 32), (5, 200, 70), (33, 64, 40), (70, 330, 150)]
@@ -45,7 +45,7 @@ def test_each_way_gives_what_the_twin_gives(
     torch.manual_seed(num_rows)
     weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device)
     x = torch.randn(num_rows, num_inputs, device=device)
-    tensors = ScaledFormat(kind, torch.float32).prepare({"weight": weight})
+    tensors = QuantisedFormat(kind, torch.float32).prepare({"weight": weight})
     ways = [Tile(16, 64, 4, 3, "swapped"), Tile(32, 64, 4, 3, "swapped", 2), Tile(16, 128, 4, 3, "swapped", 4)]
     if kind != "fp8":
         monkeypatch.setattr(scaled, "UNPACKED_BYTES", 4 * num_inputs * 32)
@@ -54,7 +54,7 @@ def test_each_way_gives_what_the_twin_gives(
         monkeypatch.setattr(scaled, "_choice", lambda *_product, way=way: ("", (way,)))
         for some_bias in (None, bias):
             found = scaled.multiply(x, tensors, some_bias)
-            torch.testing.assert_close(found, multiply_slowly(x, tensors, some_bias), atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(found, multiply_reference(x, tensors, some_bias), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow)])
@@ -63,7 +63,7 @@ def test_what_is_unpacked_is_rounded_once(kind: Kind, dtype: torch.dtype, device
     from parallel.cuda.scaled import unpack_rows
 
     torch.manual_seed(0)
-    tensors = ScaledFormat(kind, torch.float32).prepare({"weight": torch.randn(50, 5000, device=device)})
+    tensors = QuantisedFormat(kind, torch.float32).prepare({"weight": torch.randn(50, 5000, device=device)})
     found = unpack_rows(tensors, 20, torch.full((25, 5000), torch.nan, dtype=dtype, device=device))
     assert torch.equal(found, unpack(tensors)[20:45, :5000].to(dtype))
 
@@ -71,13 +71,13 @@ def test_what_is_unpacked_is_rounded_once(kind: Kind, dtype: torch.dtype, device
 @pytest.mark.parametrize(("width", "block"), [(1, 32768), (100, 32768), (2048, 32768), (5000, 32768), (5000, 1024)])
 def test_rows_are_rounded_to_fp8_as_by_torch(width: int, block: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.cuda import scaled
-    from parallel.cuda.scaled import round_rows
+    from parallel.cuda.scaled import quantise_rows
 
     monkeypatch.setattr(scaled, "FP8_BLOCK", block)
     torch.manual_seed(width)
     x = torch.randn(4, width, device=device) * torch.tensor([1.0, 1e-3, 1e4, 0.0], device=device).unsqueeze(-1)
-    numbers, scales = round_rows(x)
-    wanted, wanted_scales = round_to_fp8(x)
+    numbers, scales = quantise_rows(x)
+    wanted, wanted_scales = quantise_fp8(x)
     assert torch.equal(scales, wanted_scales)
     carried = wanted.float().abs().log2().frac() == 0  # see `exact_fp8`
     same = (numbers.float() == wanted.float()) | (carried if device.type == "cpu" else False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 
 if TYPE_CHECKING:
     from parallel.cuda.tiles import Tile
@@ -137,7 +137,7 @@ def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, devic
 
     torch.manual_seed(1)
     x = torch.randn(num_rows, 256, device=device)
-    tensors = ScaledFormat("int8", torch.float32).prepare({"weight": torch.randn(90, 256, device=device)})
+    tensors = QuantisedFormat("int8", torch.float32).prepare({"weight": torch.randn(90, 256, device=device)})
     found = []
     cuts = ((16, 64), (16, 32), (16, 16, 2, 6)) if num_rows < 16 else ((64, 64), (64, 128), (128, 128, 8, 3))
     for tile in [Tile(*cut) for cut in cuts]:
@@ -155,7 +155,7 @@ def test_what_was_measured_with_one_dtype_is_not_taken_for_another(device: torch
     tiles = Tiles(None)
     for module in (experts, scaled):
         monkeypatch.setattr(module, "tiles_of", lambda _device: tiles)
-    tensors = ScaledFormat("int8", torch.float32).prepare({"weight": torch.randn(32, 128, device=device)})
+    tensors = QuantisedFormat("int8", torch.float32).prepare({"weight": torch.randn(32, 128, device=device)})
     table, by_expert = experts.matrices([tensors], device), sort_by_expert(torch.zeros(3, 1, dtype=torch.int64, device=device), 1)
     with tiles.measuring(lambda _run: 1.0):
         for dtype in (torch.float32, torch.float16):

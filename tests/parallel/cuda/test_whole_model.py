@@ -11,7 +11,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.warm_up import capture
 from model.attention.backend import AttentionBackend, AttentionConfig
 from model.formats import Formats
-from parallel.scaled_format import Kind, ScaledFormat
+from parallel.quantised_format import Kind, QuantisedFormat
 from parallel.weight_format import Dense, WeightFormat
 from tests.engine.run.captured import runner_of
 from tests.engine.run.test_end_to_end import answer, serve
@@ -41,11 +41,11 @@ def answers(folder: Path, graphs: RecordedGraphs | None = None) -> list[tuple[in
 def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.attention.cuda import CudaAttention
     from parallel.cuda.scaled import multiply
-    from parallel.cuda.small import CudaSmall
+    from parallel.cuda.small import CudaElementwise
 
     folder = write_dense(tmp_path)
     plain: WeightFormat = Dense(torch.float32)
-    formats = Formats(ScaledFormat(kind, torch.float32), ScaledFormat("int8", torch.float32)) if kind else Formats(plain, plain)
+    formats = Formats(QuantisedFormat(kind, torch.float32), QuantisedFormat("int8", torch.float32)) if kind else Formats(plain, plain)
     monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
     wanted = answers(folder)
 
@@ -54,8 +54,8 @@ def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("model.qwen2.choose_backend", cuda)
     for module in ("model.layers", "model.rope"):
-        monkeypatch.setattr(f"{module}.kernels_for", lambda _x: CudaSmall())
-    monkeypatch.setattr("parallel.scaled_format.multiply_slowly", multiply)
+        monkeypatch.setattr(f"{module}.elementwise_kernels_for", lambda _x: CudaElementwise())
+    monkeypatch.setattr("parallel.quantised_format.multiply_reference", multiply)
     assert answers(folder) == wanted
     if kind is None:
         graphs = RecordedGraphs()

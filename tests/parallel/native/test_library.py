@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.compiled import Unavailable
+from parallel.cpp_build import Unavailable
 from parallel.native import library
 
 

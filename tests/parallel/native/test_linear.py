@@ -14,6 +14,7 @@ from parallel.native.library import Native, native
 from parallel.native.linear import (
     Kind,
     Packed,
+    hadamard_groups,
     look_up,
     look_up_held,
     multiply,
@@ -22,11 +23,10 @@ from parallel.native.linear import (
     room_for,
     rounded,
     rows,
-    turn,
     unpack,
     with_lanes,
 )
-from parallel.rounding import turned, turned_back
+from parallel.quantisation import hadamard, hadamard_inverse
 from parallel.weight_format import PIECES_OF
 
 KINDS = (
@@ -166,9 +166,9 @@ def test_rows_are_rounded_to_the_nearest_bfloat16(library: Native, kind: Kind) -
 @pytest.mark.parametrize("kind", ["int8_dot"])
 def test_groups_are_turned_to_the_same_bits_with_the_kernel_and_without(library: Native, kind: Kind) -> None:
     groups = random(1300, 7, 128)
-    assert torch.equal(turn(groups), turned(groups))
-    assert torch.equal(turn(groups, back=True), turned_back(groups))
-    torch.testing.assert_close(turn(turn(groups), back=True), groups)
+    assert torch.equal(hadamard_groups(groups), hadamard(groups))
+    assert torch.equal(hadamard_groups(groups, inverse=True), hadamard_inverse(groups))
+    torch.testing.assert_close(hadamard_groups(hadamard_groups(groups), inverse=True), groups)
 
 
 @pytest.mark.parametrize("kind", ["int8_dot"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.native.library import Native, native
-from parallel.native.small import NativeSmall
+from parallel.native.small import NativeElementwise
 
 SHAPES = [(1, 896), (3, 50), (200, 1024), (0, 64)]
 
@@ -27,22 +27,22 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_a_sum_and_its_norm(library: Native, shape: tuple[int, int]) -> None:
     x, delta, weight = random(*shape), random(*shape, seed=1), random(shape[1], seed=2)
     total = x + delta
-    found = NativeSmall(library).add_norm(x, delta, weight, 1e-6)
+    found = NativeElementwise(library).add_norm(x, delta, weight, 1e-6)
     assert torch.equal(x, total)
     torch.testing.assert_close(found, F.rms_norm(total, (shape[1],), weight, 1e-6), rtol=1e-5, atol=1e-5)
-    assert torch.equal(NativeSmall(library).add_norm(total, None, weight, 1e-6), found)
+    assert torch.equal(NativeElementwise(library).add_norm(total, None, weight, 1e-6), found)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gate_of_an_mlp(library: Native, shape: tuple[int, int]) -> None:
     x = random(*shape)
     left, right = x.chunk(2, dim=-1)
-    torch.testing.assert_close(NativeSmall(library).gate(x), F.silu(left) * right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(NativeElementwise(library).gate(x), F.silu(left) * right, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gate_of_extreme_numbers(library: Native) -> None:
     left = torch.tensor([[0.0, -200.0, 200.0, 1e30, -1e30, torch.nan, torch.inf, 1.0] * 2])
-    found = NativeSmall(library).gate(torch.cat((left, torch.ones_like(left)), dim=-1))
+    found = NativeElementwise(library).gate(torch.cat((left, torch.ones_like(left)), dim=-1))
     wanted = F.silu(left)
     torch.testing.assert_close(found.nan_to_num(7.0, 1e38), wanted.nan_to_num(7.0, 1e38), rtol=1e-5, atol=1e-5)
 
@@ -54,4 +54,4 @@ def test_heads_are_turned(library: Native, num_tokens: int) -> None:
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     wanted = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    torch.testing.assert_close(NativeSmall(library).rotate(x, cos, sin), wanted)
+    torch.testing.assert_close(NativeElementwise(library).rotate(x, cos, sin), wanted)

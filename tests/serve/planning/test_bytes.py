@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.formats import Formats
 from model.kv_cache import KvCache
 from parallel.axes import whole
-from parallel.scaled_format import ScaledFormat
+from parallel.quantised_format import QuantisedFormat
 from parallel.topology import Topology
 from parallel.weight_format import Dense
 from serve.planning.formats import BF16, FORMATS, STORED_INT4, STORED_INT4_ZEROS, STORED_INT8, STORED_QUANTISED, Format
@@ -51,8 +51,8 @@ def test_planned_weights_are_those_that_a_rank_loads(name: str, tp: int, tmp_pat
 def test_planned_rounded_weights_are_those_that_a_rank_of_a_gpu_holds(name: str, format: Format, tmp_path: Path) -> None:
     folder, shape = write_checkpoint_of(tmp_path, CONFIGS[name]), shape_of_config(CONFIGS[name], name=name)
     assert format.quantize is not None
-    table = Dense(torch.bfloat16) if format.table is None else ScaledFormat("int8", torch.bfloat16)
-    formats = Formats(ScaledFormat(format.quantize, torch.bfloat16), table)
+    table = Dense(torch.bfloat16) if format.table is None else QuantisedFormat("int8", torch.bfloat16)
+    formats = Formats(QuantisedFormat(format.quantize, torch.bfloat16), table)
     for rank in range(2):
         loaded = tensor_bytes(load(folder, Topology(tp=2), rank, formats))
         assert planned_bytes(shape, Topology(tp=2), rank, format) == pytest.approx(loaded, rel=TOLERANCE)
@@ -172,7 +172,7 @@ def test_planned_weights_of_a_quantised_checkpoint_are_those_that_a_rank_of_a_gp
     shape = shape_of_checkpoint(tmp_path / "stored", name=name)
     assert shape.format is format
     (kind,) = (kind for kind, known in STORED_QUANTISED.items() if known is format)
-    formats = Formats(ScaledFormat(kind, torch.float32), Dense(torch.bfloat16))
+    formats = Formats(QuantisedFormat(kind, torch.float32), Dense(torch.bfloat16))
     for rank in range(tp):
         loaded = tensor_bytes(load(tmp_path / "stored", Topology(tp=tp), rank, formats))
         assert planned_bytes(shape, Topology(tp=tp), rank, format) == pytest.approx(loaded, rel=TOLERANCE)

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.zeros import LEVELS, in_words, round_to_groups, scales_and_zeros
+from parallel.zero_points import LEVELS, pack_words, quantise_groups, unpack_words
 
 
 def value(numbers_xC: Tensor, words_x: Tensor) -> Tensor:
-    scales_x, zeros_x = scales_and_zeros(words_x)
+    scales_x, zeros_x = unpack_words(words_x)
     return (numbers_xC.int() - zeros_x.unsqueeze(-1)).float() * scales_x.unsqueeze(-1)
 
 
@@ -26,7 +26,7 @@ def test_what_was_stored_with_any_scale_and_zero_is_held_as_it_was(seed: int, wi
     scales_X = ((1 + torch.rand(24, 5, generator=random)) * 2.0**exponent).half()
     scales_X[0, 0] = 0
     weight_XC = (numbers_XC - zeros_X.unsqueeze(-1)).float() * scales_X.float().unsqueeze(-1)
-    found_XC, words_X = round_to_groups(weight_XC)
+    found_XC, words_X = quantise_groups(weight_XC)
     assert found_XC.dtype == torch.uint8
     assert found_XC.max() <= LEVELS
     assert torch.equal(value(found_XC, words_X), weight_XC)
@@ -36,7 +36,7 @@ def test_other_groups_are_rounded_beside_those_that_were_stored_so() -> None:
     random = torch.Generator().manual_seed(0)
     any_XC = torch.randn(64, 128, generator=random) + torch.linspace(-3, 3, 64).unsqueeze(-1)
     stored_XC = torch.randint(-3, 13, (64, 128), generator=random) * 0.125
-    numbers_XC, words_X = round_to_groups(torch.cat((any_XC, stored_XC)))
+    numbers_XC, words_X = quantise_groups(torch.cat((any_XC, stored_XC)))
     found_XC = value(numbers_XC, words_X)
     assert torch.equal(found_XC[64:], stored_XC)
     step_X = (any_XC.amax(-1).clamp(min=0) - any_XC.amin(-1).clamp(max=0)) / LEVELS
@@ -45,13 +45,13 @@ def test_other_groups_are_rounded_beside_those_that_were_stored_so() -> None:
 
 
 def test_zeros_stay_zeros_and_what_is_no_number_is_seen() -> None:
-    numbers_XC, words_X = round_to_groups(torch.zeros(3, 2, 128))
+    numbers_XC, words_X = quantise_groups(torch.zeros(3, 2, 128))
     assert not value(numbers_XC, words_X).any()
     half_XC = torch.cat((torch.rand(5, 64) + 1, torch.zeros(5, 64)), -1)
-    assert not value(*round_to_groups(half_XC))[:, 64:].any()
+    assert not value(*quantise_groups(half_XC))[:, 64:].any()
     broken_XC = torch.rand(2, 128)
     broken_XC[1, 3] = torch.nan
-    found_XC = value(*round_to_groups(broken_XC))
+    found_XC = value(*quantise_groups(broken_XC))
     assert found_XC[0].isfinite().all()
     assert found_XC[1].isnan().all()
 
@@ -59,6 +59,6 @@ def test_zeros_stay_zeros_and_what_is_no_number_is_seen() -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.0, 1.5, -1.5, 6e-8, 65504.0])
 def test_a_word_holds_a_scale_and_a_zero(scale: float) -> None:
     zeros = torch.arange(LEVELS + 1)
-    scales, found = scales_and_zeros(in_words(torch.full((LEVELS + 1,), scale), zeros))
+    scales, found = unpack_words(pack_words(torch.full((LEVELS + 1,), scale), zeros))
     assert torch.equal(found, zeros.int())
     assert torch.equal(scales, torch.full_like(scales, scale).half().float())

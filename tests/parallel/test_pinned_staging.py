@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel import weight_format
-from parallel.pinned import PinnedPieces, staging_of
+from parallel.pinned_staging import PinnedStaging, staging_for
 from parallel.weight_format import ReadsInto, copy_part
 from tests.parallel.memory_tensor import MemoryTensor
 
@@ -35,7 +35,7 @@ class Fetched:
         self.late.clear()
 
 
-class LatePinnedPieces(PinnedPieces):
+class LatePinnedPieces(PinnedStaging):
     """Copies to the device are done as late as they may be: a piece that is written over too early arrives as its successor."""
 
     def __init__(self, staged_bytes: int) -> None:
@@ -56,7 +56,7 @@ def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices
     matrix = torch.randn(50, 6)
     stored, staging = IntoTensor("matrix", matrix), LatePinnedPieces(staged_bytes)
     assert isinstance(stored, ReadsInto)
-    monkeypatch.setattr(weight_format, "staging_of", lambda _device: staging)
+    monkeypatch.setattr(weight_format, "staging_for", lambda _device: staging)
     target = torch.full_like(matrix[slices], torch.nan)
     assert copy_part(stored, slices, target) == target.nbytes
     staging.finish()
@@ -65,11 +65,11 @@ def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices
 
 def test_a_row_larger_than_a_piece_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(5, 40)
-    monkeypatch.setattr(weight_format, "staging_of", lambda _device: LatePinnedPieces(24))
+    monkeypatch.setattr(weight_format, "staging_for", lambda _device: LatePinnedPieces(24))
     target = torch.empty_like(matrix)
     copy_part(IntoTensor("matrix", matrix), (slice(None), slice(None)), target)
     assert torch.equal(target, matrix)
 
 
 def test_nothing_is_staged_for_a_cpu() -> None:
-    assert staging_of(torch.device("cpu")) is None
+    assert staging_for(torch.device("cpu")) is None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import native
-from parallel.native.small import NativeSmall
+from parallel.native.small import NativeElementwise
 
 
-class SmallKernels(Protocol):
+class ElementwiseKernels(Protocol):
     """For one kind of device. Who has none of them computes the same with torch, in more passes."""
 
     def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
@@ -47,7 +47,7 @@ def routing_kernels_for(x: Tensor) -> RoutingKernels | None:
     return _routing_for_cuda() if x.device.type == "cuda" else None
 
 
-def kernels_for(x: Tensor) -> SmallKernels | None:
+def elementwise_kernels_for(x: Tensor) -> ElementwiseKernels | None:
     """The kernels, if there are some that take tensors such as ``x``."""
     if x.device.type == "cuda":
         return _for_cuda()
@@ -55,18 +55,18 @@ def kernels_for(x: Tensor) -> SmallKernels | None:
 
 
 @cache
-def _for_cpu() -> SmallKernels | None:
+def _for_cpu() -> ElementwiseKernels | None:
     library = native()
-    return None if library is None else NativeSmall(library)
+    return None if library is None else NativeElementwise(library)
 
 
 @cache
-def _for_cuda() -> SmallKernels | None:
+def _for_cuda() -> ElementwiseKernels | None:
     if find_spec("triton") is None:
         return None
-    from parallel.cuda.small import CudaSmall  # triton: not to be imported where there is no such device
+    from parallel.cuda.small import CudaElementwise  # triton: not to be imported where there is no such device
 
-    return CudaSmall()
+    return CudaElementwise()
 
 
 @cache

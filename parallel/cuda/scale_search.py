@@ -1,12 +1,12 @@
-"""`parallel.chosen_scales` in one launch: a program takes some groups of weights."""
+"""`parallel.scale_search` in one launch: a program takes some groups of weights."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.chosen_scales import COUNT_BITS, FIRST_TRIED, LAST_TRIED, LEAST, STEP_TRIED, WHOLE
 from parallel.cuda.sizes import cdiv
+from parallel.scale_search import COUNT_BITS, FIRST_TRIED, LAST_TRIED, LEAST, STEP_TRIED, WHOLE
 
 BLOCK = 64
 SIZES = {
@@ -61,7 +61,7 @@ def _choose_scales_kernel(
 
 
 def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
-    """See `parallel.chosen_scales.choose_scales`."""
+    """See `parallel.scale_search.choose_scales`."""
     weight_xC = weight_xC.contiguous()
     numbers_xC = torch.empty_like(weight_xC, dtype=torch.int8)
     scales_x = weight_xC.new_empty(weight_xC.shape[:-1], dtype=torch.float16)

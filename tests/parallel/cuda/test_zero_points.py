@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.scaled_format import ScaledFormat, multiply_slowly, unpack
+from parallel.quantised_format import QuantisedFormat, multiply_reference, unpack
 
 
 def stored(num_outputs: int, num_inputs: int, device: torch.device) -> Tensor:
@@ -22,9 +22,9 @@ def test_each_way_gives_what_the_twin_gives(num_rows: int, device: torch.device,
 
     torch.manual_seed(0)
     weight, x, bias = stored(70, 200, device), torch.randn(num_rows, 200, device=device), torch.randn(70, device=device)
-    tensors = ScaledFormat("int4_zeros", torch.float32).prepare({"weight": weight.clone()})
+    tensors = QuantisedFormat("int4_zeros", torch.float32).prepare({"weight": weight.clone()})
     assert torch.equal(unpack(tensors)[:, :200], weight), "nothing is lost"
-    wanted = multiply_slowly(x, tensors, bias)
+    wanted = multiply_reference(x, tensors, bias)
     for way in (Tile(16, 64), Tile(16, 64, 4, 3, "swapped"), Tile(16, 64, 4, 3, "swapped", 2), LIBRARY):
         monkeypatch.setattr(scaled, "_choice", lambda *_product, way=way: ("", (way,)))
         torch.testing.assert_close(scaled.multiply_by_units(x, tensors, bias), wanted, atol=1e-3, rtol=1e-4)

@@ -1,4 +1,4 @@
-// Rounding weights to 4 bits: `parallel.chosen_scales` says how, and comes to the same bits.
+// Rounding weights to 4 bits: `parallel.scale_search` says how, and comes to the same bits.
 #include <algorithm>
 #include <cmath>
 #include "simd.h"

@@ -9,21 +9,21 @@ from threading import local
 import torch
 from torch import Tensor
 
-STAGED_BYTES = 8 * 2**20
+STAGING_BYTES = 8 * 2**20
 """Of one piece. A thread has two, and what a process has pinned once it keeps."""
 
 
-class PinnedPieces:
+class PinnedStaging:
     """Two pieces of one thread, by turns."""
 
-    def __init__(self, device: torch.device, staged_bytes: int = STAGED_BYTES) -> None:
+    def __init__(self, device: torch.device, staged_bytes: int = STAGING_BYTES) -> None:
         on_device = device.type == "cuda"
         self._device, self._turn = device, 0
         self._pieces = [torch.empty(staged_bytes, dtype=torch.uint8, pin_memory=on_device) for _ in range(2)]
         self._fetched = [torch.cuda.Event() if on_device else None for _ in self._pieces]
 
     def __repr__(self) -> str:
-        return f"<PinnedPieces [{len(self._pieces)} x {self.most_bytes} bytes to {self._device}]>"
+        return f"<PinnedStaging [{len(self._pieces)} x {self.most_bytes} bytes to {self._device}]>"
 
     @property
     def most_bytes(self) -> int:
@@ -48,11 +48,11 @@ class PinnedPieces:
 _of_thread = local()
 
 
-def staging_of(device: torch.device) -> PinnedPieces | None:
+def staging_for(device: torch.device) -> PinnedStaging | None:
     """This thread's, which goes with the thread; None for a device that has the host's memory as its own."""
     if device.type != "cuda":
         return None
-    kept: dict[torch.device, PinnedPieces] = _of_thread.__dict__.setdefault("kept", {})
+    kept: dict[torch.device, PinnedStaging] = _of_thread.__dict__.setdefault("kept", {})
     if device not in kept:
-        kept[device] = PinnedPieces(device)
+        kept[device] = PinnedStaging(device)
     return kept[device]

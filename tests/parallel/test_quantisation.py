@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parallel.rounding import LEVELS, round_to_groups
-from parallel.scale_groups import GROUP
+from parallel.quantisation import LEVELS, quantise_groups
+from parallel.scale_groups import GROUP_SIZE
 
 BITS = ("int4", "int8")
 
@@ -22,19 +22,19 @@ def test_what_was_stored_in_few_bits_is_held_as_it_was(bits: str, seed: int, nar
     """Also with the lowest number, -8 or -128, which has no opposite, and with scales of any size."""
     random = torch.Generator().manual_seed(seed)
     most = 4 if narrow else LEVELS[bits]
-    numbers_XC = torch.randint(-most - (not narrow), most + 1, (24, 5, GROUP[bits]), generator=random).float()
+    numbers_XC = torch.randint(-most - (not narrow), most + 1, (24, 5, GROUP_SIZE[bits]), generator=random).float()
     scales_X = ((1 + torch.rand(24, 5, generator=random)) * 2.0**exponent).half()
     weight_XC = value(numbers_XC, -scales_X if negative else scales_X)
-    assert torch.equal(value(*round_to_groups(weight_XC, LEVELS[bits])), weight_XC)
+    assert torch.equal(value(*quantise_groups(weight_XC, LEVELS[bits])), weight_XC)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_groups_that_are_no_multiples_are_rounded_to_nearest_beside_those_that_are(bits: str) -> None:
     torch.manual_seed(0)
-    any_XC = torch.randn(64, GROUP[bits])
-    stored_XC = torch.randint(-7, 8, (64, GROUP[bits])) * 0.125
-    numbers, scales = round_to_groups(torch.cat((any_XC, stored_XC)), LEVELS[bits])
-    alone = round_to_groups(any_XC, LEVELS[bits])
+    any_XC = torch.randn(64, GROUP_SIZE[bits])
+    stored_XC = torch.randint(-7, 8, (64, GROUP_SIZE[bits])) * 0.125
+    numbers, scales = quantise_groups(torch.cat((any_XC, stored_XC)), LEVELS[bits])
+    alone = quantise_groups(any_XC, LEVELS[bits])
     assert torch.equal(numbers[:64], alone[0])
     assert torch.equal(scales[:64], alone[1])
     assert torch.equal(value(numbers, scales)[64:], stored_XC)
@@ -45,14 +45,14 @@ def test_groups_that_are_no_multiples_are_rounded_to_nearest_beside_those_that_a
 
 @pytest.mark.parametrize("bits", BITS)
 def test_of_zeros_and_of_nothing_zeros_and_nothing_are_made(bits: str) -> None:
-    numbers, scales = round_to_groups(torch.zeros(3, 2, GROUP[bits]), LEVELS[bits])
+    numbers, scales = quantise_groups(torch.zeros(3, 2, GROUP_SIZE[bits]), LEVELS[bits])
     assert not numbers.any()
     assert not scales.any()
-    numbers, scales = round_to_groups(torch.zeros(0, 2, GROUP[bits]), LEVELS[bits])
-    assert (numbers.shape, scales.shape) == ((0, 2, GROUP[bits]), (0, 2))
+    numbers, scales = quantise_groups(torch.zeros(0, 2, GROUP_SIZE[bits]), LEVELS[bits])
+    assert (numbers.shape, scales.shape) == ((0, 2, GROUP_SIZE[bits]), (0, 2))
 
 
 def test_a_group_with_no_multiple_near_zero_is_held_as_it_was_too() -> None:
     weight_XC = torch.tensor([5.0, -7.0]).repeat(40, 16) * torch.arange(1, 41).unsqueeze(-1) * 0.25
     weight_XC[0, 0] = 0.25
-    assert torch.equal(value(*round_to_groups(weight_XC, LEVELS["int4"])), weight_XC)
+    assert torch.equal(value(*quantise_groups(weight_XC, LEVELS["int4"])), weight_XC)

@@ -2,9 +2,9 @@
 
 from unittest.mock import patch
 
+from parallel.common_kinds import common_kinds
 from parallel.groups import ParallelGroups, single_rank_groups
-from parallel.native.library import kinds_here
-from parallel.shared_kinds import shared_kinds
+from parallel.native.library import available_kinds
 from parallel.topology import Topology
 from tests.ranks import run_ranks
 
@@ -12,8 +12,8 @@ HERE = [("bf16", "fp32", "int8", "int4", "bf16_dot", "int8_dot"), ("bf16", "fp32
 
 
 def agreed(groups: ParallelGroups, here: list[tuple[str, ...]]) -> frozenset[str]:
-    with patch("parallel.shared_kinds.kinds_here", lambda: frozenset(here[groups.rank])):
-        return shared_kinds(groups.stage)
+    with patch("parallel.common_kinds.available_kinds", lambda: frozenset(here[groups.rank])):
+        return common_kinds(groups.stage)
 
 
 def test_ranks_come_to_what_all_of_them_multiply() -> None:
@@ -25,4 +25,4 @@ def test_with_a_rank_that_has_no_kernels_there_are_none() -> None:
 
 
 def test_a_rank_alone_has_its_own() -> None:
-    assert shared_kinds(single_rank_groups().stage) == kinds_here()
+    assert common_kinds(single_rank_groups().stage) == available_kinds()

@@ -6,40 +6,40 @@ A group's scale and zero lie in a word of 32 bits, the float16 of the scale in i
 import torch
 from torch import Tensor
 
-from parallel.rounding import as_multiples, sample_of
+from parallel.quantisation import as_exact_multiples, sample_groups
 
 LEVELS = 15
 """The largest number, and the largest zero."""
 
 
-def in_words(scales_x: Tensor, zeros_x: Tensor) -> Tensor:
+def pack_words(scales_x: Tensor, zeros_x: Tensor) -> Tensor:
     """int32 words of scales of any floating dtype, which become float16, and of whole zeros."""
     return scales_x.half().view(torch.int16).int() & 0xFFFF | zeros_x.int() << 16
 
 
-def scales_and_zeros(words_x: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_words(words_x: Tensor) -> tuple[Tensor, Tensor]:
     """Of words the scales in float32 and the zeros in int32."""
     return words_x.to(torch.int16).view(torch.float16).float(), words_x >> 16
 
 
-def round_to_groups(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_groups(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 numbers (..., C) from 0 to 15 and words (...) of groups in float32.
 
     Nothing is lost of weights that were stored so. Which scale and zero that was needs not be known: those of their whole multiples
     are found that say the same. Other groups are cut into fifteen steps from their least weight to their largest.
     """
     groups_XC = weight_xC.reshape(-1, weight_xC.shape[-1])
-    sample_XC = sample_of(groups_XC)
-    if as_multiples(sample_XC, LEVELS)[-1].any() or not sample_XC.any():
+    sample_XC = sample_groups(groups_XC)
+    if as_exact_multiples(sample_XC, LEVELS)[-1].any() or not sample_XC.any():
         numbers_XC, scales_X, zeros_X = _as_stored(groups_XC)
     else:
         numbers_XC, scales_X, zeros_X = _in_steps(groups_XC)
-    return numbers_XC.to(torch.uint8).view(weight_xC.shape), in_words(scales_X, zeros_X).view(weight_xC.shape[:-1])
+    return numbers_XC.to(torch.uint8).view(weight_xC.shape), pack_words(scales_X, zeros_X).view(weight_xC.shape[:-1])
 
 
 def _as_stored(groups_XC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `_in_steps`, but of all groups that can be held so nothing is lost."""
-    multiples_XC, scales_X, holds_X = as_multiples(groups_XC, LEVELS)
+    multiples_XC, scales_X, holds_X = as_exact_multiples(groups_XC, LEVELS)
     zeros_X = -multiples_XC.amin(-1).clamp_(max=0)
     numbers_XC = multiples_XC.add_(zeros_X.unsqueeze(-1))
     holds_X &= (zeros_X <= LEVELS) & (numbers_XC.amax(-1) <= LEVELS)

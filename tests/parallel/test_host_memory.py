@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from parallel.pages import zeros_when_touched
+from parallel.host_memory import lazy_zeros
 
 MIB = 2**20
 
@@ -11,7 +11,7 @@ MIB = 2**20
 def test_zeros_take_memory_when_they_are_written_to() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    zeros = zeros_when_touched((64, MIB // 4), torch.float32)
+    zeros = lazy_zeros((64, MIB // 4), torch.float32)
     assert (zeros.shape, zeros.dtype) == ((64, MIB // 4), torch.float32)
     assert process.memory_info().rss - before < 8 * MIB
     zeros[8:16] = 1
@@ -22,4 +22,4 @@ def test_zeros_take_memory_when_they_are_written_to() -> None:
 
 
 def test_nothing_is_a_tensor_of_zeros_too() -> None:
-    assert zeros_when_touched((0, 4), torch.bfloat16).shape == (0, 4)
+    assert lazy_zeros((0, 4), torch.bfloat16).shape == (0, 4)

@@ -4,15 +4,15 @@ import torch
 
 from parallel.collectives import all_gather
 from parallel.groups import Group
-from parallel.native.library import DOTS, KINDS, kinds_here
+from parallel.native.library import DOTS, KINDS, available_kinds
 
 ALL = (*KINDS, *dict.fromkeys(kind for kinds in DOTS.values() for kind in kinds))
 """In an order that all ranks know."""
 
 
-def shared_kinds(group: Group) -> frozenset[str]:
+def common_kinds(group: Group) -> frozenset[str]:
     """The kinds of weights that every member of the group has kernels for. All of them must call this, and get the same."""
-    here = kinds_here()
+    here = available_kinds()
     bits = torch.tensor([[kind in here for kind in ALL]], dtype=torch.int64)
     held_by_all = all_gather(bits, group, dim=0).all(0).tolist()
     return frozenset(kind for kind, is_held in zip(ALL, held_by_all, strict=True) if is_held)

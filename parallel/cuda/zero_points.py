@@ -1,4 +1,4 @@
-"""What kernels read beside matrices of 4 bits with a zero to each group: see `parallel.zeros`."""
+"""What kernels read beside matrices of 4 bits with a zero to each group: see `parallel.zero_points`."""
 
 import triton
 import triton.language as tl

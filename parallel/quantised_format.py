@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel import zeros
+from parallel import zero_points
 from parallel.axes import IN, OUT
-from parallel.rounding import LEVELS, round_to_fp8, round_to_groups
-from parallel.scale_groups import FILLED_TO, GROUP
+from parallel.quantisation import LEVELS, quantise_fp8, quantise_groups
+from parallel.scale_groups import GROUP_SIZE, PADDED_TO
 from parallel.weight_format import TensorSpec
 from parallel.weight_format import has_triton as has_triton
 
 Kind = Literal["int8", "int4", "int4_zeros", "fp8"]
 BYTES: dict[Kind, float] = {
-    "int8": 1 + 2 / GROUP["int8"],
-    "int4": 1 / 2 + 2 / GROUP["int4"],
-    "int4_zeros": 1 / 2 + 4 / GROUP["int4_zeros"],
+    "int8": 1 + 2 / GROUP_SIZE["int8"],
+    "int4": 1 / 2 + 2 / GROUP_SIZE["int4"],
+    "int4_zeros": 1 / 2 + 4 / GROUP_SIZE["int4_zeros"],
     "fp8": 1,
 }
 """Of a weight, with its part of a scale and of a zero; FP8's scales, four bytes to an output, are too few to count."""
@@ -30,11 +30,11 @@ PIECE_OUTPUTS = 4096
 
 
 @dataclass(frozen=True)
-class ScaledFormat:
+class QuantisedFormat:
     """Stored in a checkpoint as a plain matrix, held as ``numbers`` and ``scales``.
 
     ``int8`` and ``int4`` are rounded as `PackedFormat` does it on CPUs, a float16 scale to 128 or 32 input features, and multiply
-    activations as they are; so does ``int4_zeros``, whose groups of 128 have a zero each (`parallel.zeros`). ``fp8`` has one scale
+    activations as they are; so does ``int4_zeros``, whose groups of 128 have a zero each (`parallel.zero_points`). ``fp8`` has one scale
     to an output, and activations are rounded to FP8 too, with a scale to a row, so
     that the matrix units multiply FP8 (the W8A8 of arXiv 2209.05433). Sums are in float32.
     """
@@ -63,7 +63,7 @@ class ScaledFormat:
 
             y = multiply(rows, tensors, bias)
         else:
-            y = multiply_slowly(rows, tensors, bias)
+            y = multiply_reference(rows, tensors, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
@@ -72,7 +72,7 @@ class ScaledFormat:
 
 
 def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
-    """Of `ScaledFormat`'s tensors: the dtypes tell."""
+    """Of `QuantisedFormat`'s tensors: the dtypes tell."""
     if tensors["numbers"].dtype == torch.uint8:
         return "int4_zeros" if tensors["scales"].dtype == torch.int32 else "int4"
     return "int8" if tensors["numbers"].dtype == torch.int8 else "fp8"
@@ -88,7 +88,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
         numbers = torch.stack((pairs_NPC & 15, pairs_NPC >> 4), dim=2).flatten(1).to(torch.int8)
     grouped_NGC = numbers.unflatten(-1, (scales.shape[-1], -1))
     if kind == "int4_zeros":
-        scales, zeros_NG = zeros.scales_and_zeros(scales)
+        scales, zeros_NG = zero_points.unpack_words(scales)
         grouped_NGC = grouped_NGC - zeros_NG.unsqueeze(-1)
     elif kind == "int4":
         grouped_NGC = grouped_NGC - 8
@@ -96,24 +96,24 @@ def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
     return matrix_NK
 
 
-def multiply_slowly(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
+def multiply_reference(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
     """The twin of `parallel.cuda.scaled.multiply` in plain torch, in float32 but for the result."""
     wide_TK = x_TK.float()
     if kind_of(tensors) == "fp8":
-        numbers_TK, scales_T = round_to_fp8(x_TK)
+        numbers_TK, scales_T = quantise_fp8(x_TK)
         wide_TK = numbers_TK.float() * scales_T.unsqueeze(-1)
     return F.linear(wide_TK, unpack(tensors)[:, : x_TK.shape[-1]], None if bias_N is None else bias_N.float()).to(x_TK.dtype)
 
 
 def _rounded(kind: Kind, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     if kind == "fp8":
-        return round_to_fp8(weight_NK)
-    filled_NK = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % FILLED_TO[kind]))
-    grouped_NGC = filled_NK.unflatten(-1, (-1, GROUP[kind]))
+        return quantise_fp8(weight_NK)
+    filled_NK = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % PADDED_TO[kind]))
+    grouped_NGC = filled_NK.unflatten(-1, (-1, GROUP_SIZE[kind]))
     if kind == "int4_zeros":
-        numbers_NGC, scales_NG = zeros.round_to_groups(grouped_NGC)
+        numbers_NGC, scales_NG = zero_points.quantise_groups(grouped_NGC)
     else:
-        numbers_NGC, scales_NG = round_to_groups(grouped_NGC, LEVELS[kind])
+        numbers_NGC, scales_NG = quantise_groups(grouped_NGC, LEVELS[kind])
     if kind == "int8":
         return numbers_NGC.flatten(1), scales_NG
     numbers_NGC = numbers_NGC if kind == "int4_zeros" else (numbers_NGC + 8).to(torch.uint8)

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from parallel.topology import Topology
 
-MisfitReason = Literal["heads", "layers", "dense", "experts"]
+ProblemReason = Literal["heads", "layers", "dense", "experts"]
 
 
 class Experts(Protocol):
@@ -26,39 +26,39 @@ class Shape(Protocol):
 
 
 @dataclass(frozen=True)
-class Misfit:
+class LayoutProblem:
     """One reason why it cannot be, in a sentence that says what to do instead."""
 
-    reason: MisfitReason
+    reason: ProblemReason
     sentence: str
 
 
-class LayoutMisfit(ValueError):
+class InvalidLayout(ValueError):
     """The model cannot be laid out so; the message holds every reason."""
 
 
-def misfits(topology: Topology, shape: Shape) -> tuple[Misfit, ...]:
+def layout_problems(topology: Topology, shape: Shape) -> tuple[LayoutProblem, ...]:
     """Every reason why a model of this shape cannot be laid out so; none if it can."""
     return tuple(_misfits(topology, shape))
 
 
-def check_fit(topology: Topology, shape: Shape) -> None:
+def check_layout(topology: Topology, shape: Shape) -> None:
     """
     Raises:
-        LayoutMisfit: there are `misfits`.
+        InvalidLayout: there are `layout_problems`.
     """
-    if found := misfits(topology, shape):
-        raise LayoutMisfit("; ".join(misfit.sentence for misfit in found))
+    if found := layout_problems(topology, shape):
+        raise InvalidLayout("; ".join(misfit.sentence for misfit in found))
 
 
-def _misfits(topology: Topology, shape: Shape) -> Iterator[Misfit]:
+def _misfits(topology: Topology, shape: Shape) -> Iterator[LayoutProblem]:
     heads, layers = shape.num_heads, shape.num_layers
     if topology.tp > heads:
-        yield Misfit("heads", f"{heads} query heads cannot be shared over tp={topology.tp} ranks; use at most {heads}")
+        yield LayoutProblem("heads", f"{heads} query heads cannot be shared over tp={topology.tp} ranks; use at most {heads}")
     if topology.pp > layers:
-        yield Misfit("layers", f"{layers} layers cannot fill {topology.pp} stages; use pp={layers} at most")
+        yield LayoutProblem("layers", f"{layers} layers cannot fill {topology.pp} stages; use pp={layers} at most")
     if shape.moe is None:
         if topology.ep > 1:
-            yield Misfit("dense", f"this model has no routed experts to spread over ep={topology.ep}; use ep=1")
+            yield LayoutProblem("dense", f"this model has no routed experts to spread over ep={topology.ep}; use ep=1")
     elif topology.ep > (most := shape.moe.num_experts):
-        yield Misfit("experts", f"{most} routed experts cannot be spread over ep={topology.ep} positions; use ep={most} at most")
+        yield LayoutProblem("experts", f"{most} routed experts cannot be spread over ep={topology.ep} positions; use ep={most} at most")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.chosen_scales import LEAST, choose_scales, choose_scales_slowly
 from parallel.native.library import native
+from parallel.scale_search import LEAST, choose_scales, choose_scales_reference
 from tests.parallel.groups_of_weights import GROUPS
 
 
@@ -14,7 +14,7 @@ def test_a_kernel_comes_to_the_bits_of_its_twin(groups: Tensor) -> None:
     if native() is None:
         pytest.skip("the kernels are not built here")
     for some in (groups, groups[:1], groups[:0], groups.unflatten(0, (-1, 5))[:, 2]):
-        found, wanted = choose_scales(some), choose_scales_slowly(some)
+        found, wanted = choose_scales(some), choose_scales_reference(some)
         assert torch.equal(found[0], wanted[0])
         assert torch.equal(found[1].isnan(), wanted[1].isnan())
         assert torch.equal(found[1].nan_to_num(), wanted[1].nan_to_num())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.native.library import native, num_threads
-from parallel.scale_groups import GROUP
+from parallel.scale_groups import GROUP_SIZE
 from parallel.weight_format import has_triton
 
 WHOLE = 511
@@ -27,14 +27,14 @@ FIRST_TRIED, LAST_TRIED, STEP_TRIED = 465, 577, 16
 def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
     """int8 numbers (..., C) from -8 to 7 and float16 scales (...) of weights in float32, by a kernel where there is one."""
     assert weight_xC.dtype == torch.float32
-    assert weight_xC.shape[-1] == GROUP["int4"], "the CPU kernel relies on it"
+    assert weight_xC.shape[-1] == GROUP_SIZE["int4"], "the CPU kernel relies on it"
     library = native()
     if weight_xC.device.type == "cuda" and has_triton():
-        from parallel.cuda.chosen_scales import choose_scales as choose_on_device  # triton: not where there is no such device
+        from parallel.cuda.scale_search import choose_scales as choose_on_device  # triton: not where there is no such device
 
         return choose_on_device(weight_xC)
     if weight_xC.device.type != "cpu" or library is None:
-        return choose_scales_slowly(weight_xC)
+        return choose_scales_reference(weight_xC)
     weight_xC = weight_xC.contiguous()
     numbers_xC = torch.empty_like(weight_xC, dtype=torch.int8)
     scales_x = weight_xC.new_empty(weight_xC.shape[:-1], dtype=torch.float16)
@@ -42,7 +42,7 @@ def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
     return numbers_xC, scales_x
 
 
-def choose_scales_slowly(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
+def choose_scales_reference(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
     """The twin of the kernels, to the same bits. Of a group with a weight that is no number the scale is none."""
     top_x1, bottom_x1 = weight_xC.amax(-1, keepdim=True), -weight_xC.amin(-1, keepdim=True)
     most_x1 = torch.maximum(top_x1, bottom_x1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from parallel.axes import head_share
-from parallel.fitting import LayoutMisfit, check_fit, misfits
+from parallel.layout_check import InvalidLayout, check_layout, layout_problems
 from parallel.pipeline import stage_layers
 from parallel.topology import Topology
 
@@ -24,8 +24,8 @@ class Shape:
 
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=4), Topology(pp=3), Topology(dp=5), Topology(tp=2, pp=2, dp=2)], ids=str)
 def test_what_fits_has_no_reason_against_it(topology: Topology) -> None:
-    assert misfits(topology, Shape()) == misfits(topology, Shape(moe=Moe())) == ()
-    check_fit(topology, Shape())
+    assert layout_problems(topology, Shape()) == layout_problems(topology, Shape(moe=Moe())) == ()
+    check_layout(topology, Shape())
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,16 @@ def test_what_fits_has_no_reason_against_it(topology: Topology) -> None:
     ids=str,
 )
 def test_what_cannot_be_is_told_with_every_reason(topology: Topology, shape: Shape, reasons: list[str]) -> None:
-    found = misfits(topology, shape)
+    found = layout_problems(topology, shape)
     assert [misfit.reason for misfit in found] == reasons
-    with pytest.raises(LayoutMisfit) as caught:
-        check_fit(topology, shape)
+    with pytest.raises(InvalidLayout) as caught:
+        check_layout(topology, shape)
     assert all(misfit.sentence in str(caught.value) and "; use" in misfit.sentence for misfit in found)
 
 
 def test_what_the_layers_themselves_would_refuse_is_refused_here() -> None:
     for ranks in range(1, 9):
-        refused = {misfit.reason for misfit in misfits(Topology(tp=ranks), Shape()) + misfits(Topology(pp=ranks), Shape())}
+        refused = {misfit.reason for misfit in layout_problems(Topology(tp=ranks), Shape()) + layout_problems(Topology(pp=ranks), Shape())}
         assert ("heads" in refused) == _raises(lambda ranks=ranks: head_share(4, 2, 0, ranks))
         assert ("layers" in refused) == _raises(lambda ranks=ranks: stage_layers(3, ranks, 0))
 
