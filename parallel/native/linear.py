@@ -17,10 +17,10 @@ from parallel.quantisation import LEVELS, hadamard, hadamard_inverse, quantise_g
 from parallel.scale_groups import ACTIVATION_GROUP_SIZE, GROUP_SIZE
 
 Kind = Literal["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros", "int4_zeros_dot"]
-"""``bf16`` is multiplied in float32; ``int8`` and ``int4`` by rows quantised to 16-bit integers with one scale per weight group, which is as
-exact. The ``_dot`` kinds quantise rows to bfloat16, or to 8-bit integers with one scale per `ACTIVATION_GROUP_SIZE` features, for processors
-with such dot products. ``int8_dot`` stores groups after a Hadamard transform (`parallel.quantisation.hadamard`). Groups of ``int4_zeros``
-have a zero point each (`parallel.zero_points`)."""
+"""``bf16`` is multiplied in float32; ``int8`` and ``int4`` by rows quantised to 16-bit integers with one scale per weight group,
+which is as exact. The ``_dot`` kinds quantise rows to bfloat16, or to 8-bit integers with one scale per `ACTIVATION_GROUP_SIZE`
+features, for processors with such dot products. ``int8_dot`` stores groups after a Hadamard transform
+(`parallel.quantisation.hadamard`). Groups of ``int4_zeros`` have a zero point each (`parallel.zero_points`)."""
 ZEROS: tuple[Kind, ...] = ("int4_zeros", "int4_zeros_dot")
 _SHIFTS = [4 * (k // 2) + 16 * (k % 2) for k in range(8)]
 _DOT_SHIFTS = [8 * (k % 4) + 4 * (k // 4) for k in range(8)]
