@@ -148,7 +148,7 @@ def main() -> None:
         if options.half_after_half:
             native_layers.FEW_TOKENS = 0
         if options.kernel_after_kernel:
-            Qwen2.layers_at_once = lambda *_: None
+            Qwen2.native_layers = lambda *_: None
         executor = LocalExecutor.open(options.checkpoint, runner_config=runner_config, engine_config=EngineConfig())
         engine = Engine(executor, EngineConfig())
         for streams in options.streams or [1, 8, 32]:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from model.checkpoint import FileTensor
 from model.checkpoint_error import CheckpointError
-from model.readable import readable
+from model.terminal_safe import terminal_safe
 from parallel.weight_format import StoredTensor
 
 KEPT_READS = 32
 """Shares of A and B that are kept for the next piece of their matrix: at least those of all matrices that are read at a time."""
 
 
-class LastRead:
+class ReadCache:
     """Parts of the adapter that were read last: a matrix comes in pieces, and each wants all of A or all of B. Thread-safe."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class LastRead:
                 return self._kept[key]
         read = stored.read(rows, columns).float()
         if not torch.isfinite(read).all():
-            raise no_numbers(stored)
+            raise non_finite(stored)
         with self._lock:
             self._kept[key] = read
             while len(self._kept) > KEPT_READS:
@@ -49,7 +49,7 @@ class LastRead:
 
 
 @dataclass(frozen=True)
-class Factor:
+class LowRankFactor:
     """One side of a product B A, or that of one of several experts which lie in a tensor together."""
 
     stored: FileTensor
@@ -59,7 +59,7 @@ class Factor:
     first: int = 0
     """Of the other dim, where it begins."""
 
-    def read(self, span: slice, kept: LastRead) -> Tensor:
+    def read(self, span: slice, kept: ReadCache) -> Tensor:
         """(R, len(span)) in float32."""
         wanted = slice(self.first + span.start, self.first + span.stop)
         if self.rank_dim == 0:
@@ -68,13 +68,13 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Product:
+class LowRankProduct:
     """scale * B A."""
 
-    outputs: Factor
-    inputs: Factor
+    outputs: LowRankFactor
+    inputs: LowRankFactor
     scale: float
-    kept: LastRead
+    kept: ReadCache
 
     def added_to(self, part_NK: Tensor, outputs: slice, inputs: slice) -> Tensor:
         """``part_NK`` in float32 and this part of the product together."""
@@ -82,12 +82,12 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ReplacedRows:
     """Single rows of a matrix, whole."""
 
     numbers: tuple[int, ...]
     stored: FileTensor
-    kept: LastRead
+    kept: ReadCache
 
     def put_into(self, part: Tensor, outputs: slice, inputs: slice) -> None:
         """Those that are of this part of the matrix."""
@@ -106,9 +106,9 @@ class AdaptedTensor:
     stored: StoredTensor
     """The base's, or what the adapter brings in its place."""
     dtype: torch.dtype
-    product: Product | None = None
+    product: LowRankProduct | None = None
     magnitude_N: FileTensor | None = None
-    rows: Rows | None = None
+    rows: ReplacedRows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,7 +145,7 @@ class AdaptedTensor:
         """As `read`, into a contiguous CPU tensor of that shape and dtype."""
         place.copy_(self.read(*slices))
 
-    def _sum(self, product: Product, outputs: slice, inputs: slice) -> Tensor:
+    def _sum(self, product: LowRankProduct, outputs: slice, inputs: slice) -> Tensor:
         part_NK = product.added_to(self.stored.read(outputs, inputs).float(), outputs, inputs)
         if self.magnitude_N is None:
             return part_NK
@@ -155,13 +155,13 @@ class AdaptedTensor:
         scale_N: Tensor = self.magnitude_N.read(outputs).float() / lengths_N
         return part_NK * scale_N.unsqueeze(1)
 
-    def _whole(self, product: Product, outputs: slice, every: slice) -> Tensor:
+    def _whole(self, product: LowRankProduct, outputs: slice, every: slice) -> Tensor:
         return product.added_to(self.stored.read(outputs, every).float(), outputs, every)
 
 
-def no_numbers(tensor: FileTensor) -> CheckpointError:
-    return wrong(tensor, "holds what is no number, or infinite")
+def non_finite(tensor: FileTensor) -> CheckpointError:
+    return tensor_error(tensor, "holds what is no number, or infinite")
 
 
-def wrong(tensor: FileTensor, what: str) -> CheckpointError:
-    return CheckpointError(f"{tensor.source.name}: {readable(tensor.name)} {what}", file=tensor.source.name, tensor=tensor.name)
+def tensor_error(tensor: FileTensor, what: str) -> CheckpointError:
+    return CheckpointError(f"{tensor.source.name}: {terminal_safe(tensor.name)} {what}", file=tensor.source.name, tensor=tensor.name)

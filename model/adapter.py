@@ -22,7 +22,7 @@ from types import TracebackType
 
 import torch
 
-from model.adapted_tensor import AdaptedTensor, Factor, LastRead, Product, Rows, no_numbers, wrong
+from model.adapted_tensor import AdaptedTensor, LowRankFactor, LowRankProduct, ReadCache, ReplacedRows, non_finite, tensor_error
 from model.adapter_config import AdapterConfig, AdapterError
 from model.adapter_names import (
     ADAPTER_FILE,
@@ -41,9 +41,9 @@ from model.adapter_names import (
 )
 from model.checkpoint import Checkpoint, FileTensor
 from model.checkpoint_folder import small_files
-from model.checkpoint_header import some
+from model.checkpoint_header import first_few
 from model.dtypes import DTYPES
-from model.readable import readable
+from model.terminal_safe import terminal_safe
 from parallel.weight_format import StoredTensor
 
 EXPERTS = re.compile(r"(.+\.experts)(?:\.base_layer)?")
@@ -63,7 +63,7 @@ class Adapter:
         self.place = place
         self.config = AdapterConfig.from_folder(small_files(place))
         self._file = Checkpoint(place, single_file=ADAPTER_FILE)
-        self._kept = LastRead()
+        self._kept = ReadCache()
         try:
             self._parts, self._brought, self._rows = self._sorted()
         except BaseException:
@@ -101,9 +101,9 @@ class Adapter:
         """
         for tensor in self._file.tensors.values():
             if not torch.isfinite(tensor.read()).all():
-                raise no_numbers(tensor)
+                raise non_finite(tensor)
 
-    def applied(self, tensors: Mapping[str, StoredTensor], *, head_was_tied: bool = False) -> Mapping[str, StoredTensor]:
+    def apply(self, tensors: Mapping[str, StoredTensor], *, head_was_tied: bool = False) -> Mapping[str, StoredTensor]:
         """The tensors of a model, by name, as the adapter has them.
 
         ``head_was_tied``: the base's head is its embedding; where it cannot be any more (`unties_head`) it is a tensor of its own now.
@@ -140,7 +140,7 @@ class Adapter:
             else:
                 self._put(changed_in, self._with_rows(place, module, rows, adapted[place]))
         if homeless:
-            self._refuse(f"{len(homeless)} of its tensors have no place there: {some([readable(name) for name in homeless])}")
+            self._refuse(f"{len(homeless)} of its tensors have no place there: {first_few([terminal_safe(name) for name in homeless])}")
         return adapted | changed_in
 
     def _put(self, tensors: dict[str, StoredTensor], tensor: AdaptedTensor) -> None:
@@ -156,7 +156,7 @@ class Adapter:
         rows: dict[str, FileTensor] = {}
         for stored_name, tensor in self._file.tensors.items():
             if tensor.dtype not in DTYPES.values():
-                raise wrong(tensor, f"has the dtype {tensor.dtype}, expected {' or '.join(map(str, DTYPES.values()))}")
+                raise tensor_error(tensor, f"has the dtype {tensor.dtype}, expected {' or '.join(map(str, DTYPES.values()))}")
             name = stored_name.removeprefix(PREFIX)
             if found := PART.fullmatch(name):
                 parts.setdefault(found[1], {})[found[2]] = tensor
@@ -170,7 +170,8 @@ class Adapter:
             self._check_whole(module, held)
         if not self.config.brings_biases and (biases := [name for name in brought if name.endswith(".bias")]):
             raise AdapterError(
-                f"the adapter {self.place} has biases, though bias is none in its configuration: {some(list(map(readable, biases)))}"
+                f"the adapter {self.place} has biases, though bias is none in its configuration: "
+                f"{first_few(list(map(terminal_safe, biases)))}"
             )
         return parts, brought, rows
 
@@ -178,7 +179,7 @@ class Adapter:
         lengths = {MAGNITUDE} if self.config.has_magnitudes else set()
         if held.keys() not in ({A, B} | lengths, {EMBEDDING_A, EMBEDDING_B}):
             raise AdapterError(
-                f"the adapter {self.place} is not whole: of {readable(module)} there is {', '.join(sorted(held))}, "
+                f"the adapter {self.place} is not whole: of {terminal_safe(module)} there is {', '.join(sorted(held))}, "
                 f"expected {', '.join(sorted({A, B} | lengths))}"
             )
 
@@ -200,7 +201,7 @@ class Adapter:
         if MAGNITUDE in parts:
             self._check_shape(parts[MAGNITUDE], base.shape[:1], place)
         every, scale = slice(0, rank), self.config.scale_of(module)
-        product = Product(Factor(outputs, of_outputs, every), Factor(inputs, of_inputs, every), scale, self._kept)
+        product = LowRankProduct(LowRankFactor(outputs, of_outputs, every), LowRankFactor(inputs, of_inputs, every), scale, self._kept)
         return _with_product(place, base, product, parts.get(MAGNITUDE))
 
     def _with_rows(self, place: str, module: str, rows: FileTensor, base: StoredTensor) -> AdaptedTensor:
@@ -210,7 +211,7 @@ class Adapter:
         if numbers and max(numbers) >= base.shape[0]:
             self._refuse(f"it has a row for token {max(numbers)}, and {place} has {base.shape[0]} rows")
         stored = base.stored if isinstance(base, AdaptedTensor) else base
-        return AdaptedTensor(place, stored, base.dtype, rows=Rows(numbers, rows, self._kept))
+        return AdaptedTensor(place, stored, base.dtype, rows=ReplacedRows(numbers, rows, self._kept))
 
     def _experts(self, experts: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
         """Of all experts of a layer, with one tensor for A and one for B: of which of their matrices, the shapes say."""
@@ -224,9 +225,9 @@ class Adapter:
                 continue
             for number, place in enumerate(places):
                 expert, which = divmod(number, len(names))
-                outputs = Factor(parts[B], 1, slice(expert, None, num_experts), first=which * height)
-                inputs = Factor(parts[A], 0, slice(expert * rank, (expert + 1) * rank))
-                yield _with_product(place, tensors[place], Product(outputs, inputs, scale, self._kept))
+                outputs = LowRankFactor(parts[B], 1, slice(expert, None, num_experts), first=which * height)
+                inputs = LowRankFactor(parts[A], 0, slice(expert * rank, (expert + 1) * rank))
+                yield _with_product(place, tensors[place], LowRankProduct(outputs, inputs, scale, self._kept))
             return
 
     def _check_matrix(self, place: str, base: StoredTensor) -> None:
@@ -242,11 +243,11 @@ class Adapter:
         self._refuse(shapes)
 
     def _refuse(self, what: str) -> None:
-        trained_on = f", and says that it was trained on {readable(self.config.base)}" if self.config.base else ""
+        trained_on = f", and says that it was trained on {terminal_safe(self.config.base)}" if self.config.base else ""
         raise AdapterError(f"the adapter {self.place} does not fit this model{trained_on}: {what}")
 
 
-def _with_product(place: str, base: StoredTensor, product: Product, magnitude_N: FileTensor | None = None) -> AdaptedTensor:
+def _with_product(place: str, base: StoredTensor, product: LowRankProduct, magnitude_N: FileTensor | None = None) -> AdaptedTensor:
     stored = base.stored if isinstance(base, AdaptedTensor) else base  # brought by the adapter: rounded once, with what is added
     return AdaptedTensor(place, stored, base.dtype, product, magnitude_N)
 

@@ -11,7 +11,7 @@ from model.config import InvalidModelConfig, read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 
-MEAN_NOTHING = frozenset({
+IGNORED_FIELDS = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
@@ -19,11 +19,11 @@ MEAN_NOTHING = frozenset({
 })  # fmt: skip
 """How it was trained and where, which its tensors say themselves or nothing asks any more. PEFT, too, ignores `fan_in_fan_out` beside what
 stores its weights as Qwen2 does."""
-READ = frozenset({
+READ_FIELDS = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init_lora_weights",
     "ensure_weight_tying", "trainable_token_indices",
 })  # fmt: skip
-REFUSED = {
+UNSUPPORTED_FIELDS = {
     "alora_invocation_tokens": "works on some tokens only (activated LoRA), and cannot be added to the weights",
     "arrow_config": "chooses among adapters for every token (Arrow)",
     "kasa_config": "was trained on weights of which a part was cut off (KaSA)",
@@ -33,7 +33,7 @@ REFUSED = {
     "use_bdlora": "has block-diagonal matrices (BD-LoRA)",
     "use_qalora": "was trained on groups of inputs (QA-LoRA)",
 }
-BASE_IS_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of an `init_lora_weights` that took something out of the base's own weights before training."""
 
 BIASES = ("none", "all", "lora_only")
@@ -41,7 +41,7 @@ BIASES = ("none", "all", "lora_only")
 MAX_PATTERN = 256
 QUANTIFIER = re.compile(r"(?<!\\)[*+?{]")
 GROUP_QUANTIFIED = re.compile(r"(?<!\\)\)[*+?{]")
-MOST_QUANTIFIERS = 2
+MAX_QUANTIFIERS = 2
 
 
 class AdapterError(ValueError):
@@ -129,16 +129,16 @@ _MERGE = "merge it by PEFT (merge_and_unload), save the model, and serve that fo
 
 
 def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
-    for name, why in REFUSED.items():
+    for name, why in UNSUPPORTED_FIELDS.items():
         if raw.get(name):
             raise AdapterError(f"{name} is set: the adapter {why}; where PEFT can merge it, {_MERGE}")
     first = raw.get("init_lora_weights")
-    if isinstance(first, str) and first.lower().startswith(BASE_IS_CHANGED):
+    if isinstance(first, str) and first.lower().startswith(BASE_CHANGING_INITS):
         raise AdapterError(
             f"init_lora_weights is {first!r:.80}: the base's weights were changed before training, and the adapter counts from those; "
             "let PEFT convert it to a plain one (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE
         )
-    unknown = sorted(name for name, value in raw.items() if name not in MEAN_NOTHING | READ | REFUSED.keys() and value)
+    unknown = sorted(name for name, value in raw.items() if name not in IGNORED_FIELDS | READ_FIELDS | UNSUPPORTED_FIELDS.keys() and value)
     if unknown:
         named = ", ".join(f"{name!r:.80}" for name in unknown[:5])
         raise AdapterError(
@@ -161,7 +161,7 @@ def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(patterns, dict):
         raise AdapterError(f"{name} is a {type(patterns).__name__}, expected an object")
     for pattern in patterns:
-        if len(pattern) > MAX_PATTERN or len(QUANTIFIER.findall(pattern)) > MOST_QUANTIFIERS or GROUP_QUANTIFIED.search(pattern):
+        if len(pattern) > MAX_PATTERN or len(QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS or GROUP_QUANTIFIED.search(pattern):
             raise AdapterError(f"{name}: {pattern[:80]!r} is too intricate for the name of a module")  # could take a matcher for ever
         try:
             re.compile(pattern)

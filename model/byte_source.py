@@ -131,7 +131,7 @@ class RemoteFile:
         self._threads.shutdown(cancel_futures=True)
 
     def _read_piece(self, start: int, place: memoryview) -> None:
-        place[:] = patiently(lambda: self._fetch_whole(start, len(place)), sleep=self._sleep)
+        place[:] = with_retries(lambda: self._fetch_whole(start, len(place)), sleep=self._sleep)
 
     def _fetch_whole(self, start: int, length: int) -> bytes:
         content = self._fetch(start, start + length)
@@ -141,7 +141,7 @@ class RemoteFile:
         return content
 
 
-def patiently(act: Callable[[], T], *, sleep: Callable[[float], None] = time.sleep) -> T:
+def with_retries(act: Callable[[], T], *, sleep: Callable[[float], None] = time.sleep) -> T:
     """What ``act`` returns, tried again after a while if it fails in a way that may pass."""
     for attempt in range(ATTEMPTS - 1):
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.byte_source import ByteSource
 from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import CheckpointFolder, open_folder
-from model.checkpoint_header import TensorHeader, read_header, some, without_repetition
+from model.checkpoint_header import TensorHeader, first_few, read_header, reject_duplicate_keys
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -178,7 +178,7 @@ class Checkpoint:
         self._files.append(source)
         headers, begin = read_header(source)
         if expected is not None and (wrong := sorted(expected.symmetric_difference(headers))):
-            raise CheckpointError(f"{INDEX_FILE} and {source.name} disagree on {some(wrong)}", file=source.name, tensor=wrong[0])
+            raise CheckpointError(f"{INDEX_FILE} and {source.name} disagree on {first_few(wrong)}", file=source.name, tensor=wrong[0])
         return {tensor: FileTensor(header, source, begin) for tensor, header in headers.items()}
 
 
@@ -251,7 +251,7 @@ def _weight_map(folder: CheckpointFolder) -> dict[str, Any]:
         content = bytearray(source.size)
         source.read([(0, memoryview(content))])
         source.close()
-        weight_map = json.loads(bytes(content), object_pairs_hook=without_repetition)["weight_map"]
+        weight_map = json.loads(bytes(content), object_pairs_hook=reject_duplicate_keys)["weight_map"]
     except OSError as error:
         raise CheckpointError(f"{index} cannot be read ({error})", file=index) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:

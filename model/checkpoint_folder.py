@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from model.byte_source import ByteSource, LocalFile, RemoteFile, patiently
+from model.byte_source import ByteSource, LocalFile, RemoteFile, with_retries
 from model.checkpoint_error import CheckpointError
 
 SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -103,7 +103,7 @@ class RemoteFolder:
         self._url = url.rstrip("/")
         self._system, path = _file_system(self._url)
         try:
-            entries = patiently(lambda: self._system.ls(path, detail=True))
+            entries = with_retries(lambda: self._system.ls(path, detail=True))
         except Exception as error:  # each store's library has its own
             raise CheckpointError(f"{self._url} cannot be listed ({_said(error)})", file=self._url) from error
         self._entries = _files(entries)
@@ -124,7 +124,7 @@ class RemoteFolder:
     def _opened(self, name: str, entry: Mapping[str, Any]) -> ByteSource:
         size = entry["size"]
         if size is None:  # some servers list names only
-            size = patiently(lambda: self._system.info(entry["name"])["size"])
+            size = with_retries(lambda: self._system.info(entry["name"])["size"])
         return RemoteFile(self.file(name), int(size), partial(self._range, entry["name"]))
 
     def cached(self) -> Path:
@@ -137,7 +137,7 @@ class RemoteFolder:
         wanted = sorted(name for name in entries if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in SMALL_FILES))
         state = [self._url, *(str(sorted((key, str(value)) for key, value in entries[name].items())) for name in wanted)]
         folder = cache_folder() / "remote" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:24]
-        return folder if folder.is_dir() else made_at_once(folder, ((name, self._content(name, entries[name])) for name in wanted))
+        return folder if folder.is_dir() else create_atomically(folder, ((name, self._content(name, entries[name])) for name in wanted))
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
         content: bytes = self._system.cat_file(path, start=start, end=stop)  # by keyword: s3fs has a version before them
@@ -146,7 +146,7 @@ class RemoteFolder:
     def _of_modules(self) -> dict[str, dict[str, Any]]:
         """The files of sentence-transformers' subfolders, by a name such as ``1_Pooling/config.json``."""
         try:
-            each = {folder: patiently(partial(self._system.ls, folder, detail=True)) for folder in self._module_folders}
+            each = {folder: with_retries(partial(self._system.ls, folder, detail=True)) for folder in self._module_folders}
         except Exception as error:
             raise CheckpointError(f"a subfolder of {self._url} cannot be listed ({_said(error)})", file=self._url) from error
         return {f"{_last(folder)}/{name}": entry for folder, entries in each.items() for name, entry in _files(entries).items()}
@@ -179,7 +179,7 @@ def _last(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def made_at_once(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
+def create_atomically(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
     """The folder with these files (name below it, content): whoever looks sees all of them or no folder. Several may make it at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent))

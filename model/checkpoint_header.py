@@ -57,7 +57,7 @@ def read_header(source: ByteSource) -> tuple[dict[str, TensorHeader], int]:
             f"{file} is truncated or no safetensors file: it has {source.size} bytes, and its header would have {header_bytes}", file=file
         )
     try:
-        raw = json.loads(_content(source, LENGTH_BYTES, header_bytes), object_pairs_hook=without_repetition)
+        raw = json.loads(_content(source, LENGTH_BYTES, header_bytes), object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error})", file=file) from error
     if not isinstance(raw, dict):
@@ -68,7 +68,7 @@ def read_header(source: ByteSource) -> tuple[dict[str, TensorHeader], int]:
     return headers, LENGTH_BYTES + header_bytes
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; a name that is there twice has two meanings, and is an error."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
@@ -124,7 +124,7 @@ def _check_layout(file: str, headers: dict[str, TensorHeader], weight_bytes: int
         raise CheckpointError(f"{file} has {weight_bytes - end} bytes more than its header says", file=file)
 
 
-def some(names: Sequence[str], limit: int = 5) -> str:
+def first_few(names: Sequence[str], limit: int = 5) -> str:
     """The first few of many names, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

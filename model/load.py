@@ -11,13 +11,13 @@ from model.adapter import Adapter
 from model.adapter_config import AdapterError
 from model.attention.choose import BackendName
 from model.checkpoint import Checkpoint
-from model.checkpoint_header import some
+from model.checkpoint_header import first_few
 from model.config import ModelConfig
 from model.dtypes import DTYPES
-from model.filling import OnProgress, fill
+from model.quantised_tensor import dequantised_tensors
 from model.qwen2 import HEAD, Qwen2
 from model.qwen2_moe import Qwen2Moe
-from model.stored_quantised import as_plain
+from model.weight_loading import OnProgress, load_layers
 from parallel.dispatch import DispatchName
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.weight_format import Dense, StoredTensor, WeightFormat
@@ -45,7 +45,7 @@ class CheckpointMismatch(ValueError):
             ("of the wrong shape", shapes),
             ("of a dtype that is no floating point", self.mistyped),
         )
-        found = "; ".join(f"{len(items)} {what}: {some(items)}" for what, items in parts if items)
+        found = "; ".join(f"{len(items)} {what}: {first_few(items)}" for what, items in parts if items)
         super().__init__(f"{place} does not fit its config.json: {found}")
 
     def __reduce__(self) -> tuple[partial["CheckpointMismatch"], tuple[()]]:
@@ -124,7 +124,7 @@ def load_model(
     )
     bindings = list(model.bindings())
     tensors = _tensors(checkpoint, config, adapter, {binding.name for binding in bindings})
-    bytes_read = fill(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
+    bytes_read = load_layers(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
     if model.head is not None:
         model.head.screen()
     return model.eval().requires_grad_(False), LoadReport(
@@ -181,10 +181,10 @@ def _tensors(checkpoint: Checkpoint, config: ModelConfig, adapter: Adapter | Non
             f"{checkpoint.place} is stored by {config.quantisation.method.upper()}, and what an adapter adds would be rounded to its "
             f"{config.quantisation.bits} bits: serve the adapter with the plain base, and add --quantize int8 or int4 if memory is short"
         )
-    plain = as_plain(checkpoint.tensors, config.quantisation, wanted)
+    plain = dequantised_tensors(checkpoint.tensors, config.quantisation, wanted)
     if adapter is None:
         return plain
-    return adapter.applied(plain, head_was_tied=config.tied_embeddings and not config.is_bare)
+    return adapter.apply(plain, head_was_tied=config.tied_embeddings and not config.is_bare)
 
 
 def check_checkpoint(

@@ -57,22 +57,22 @@ class NativeLayers:
     def __init__(self, layers: Sequence[NativeLayer], tp: Group) -> None:
         """``tp``: the ranks that have the other parts of each layer."""
         self.layers = tuple(layers)
-        self.at_once = _at_once(self.layers, tp)
+        self.fused = _fuse(self.layers, tp)
         """None where a layer has no `NativeLayer.halves`, or ranks do not talk through memory that they share."""
-        num_weights = self.at_once.num_weights if self.at_once is not None else 0
+        num_weights = self.fused.num_weights if self.fused is not None else 0
         self._few_tokens = min(FEW_TOKENS, FEW_PRODUCTS // max(num_weights, 1))
 
     def __call__(self, x_TD: Tensor, batch: BatchOfStep, kept_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The stream, which is written over, and what is still to be added to it; ``kept_R`` as of `DecoderLayer.forward`, for the last."""
-        if self.at_once is not None and kept_R is None and 0 < len(x_TD) <= self._few_tokens:
-            return x_TD, self.at_once(batch, x_TD)
+        if self.fused is not None and kept_R is None and 0 < len(x_TD) <= self._few_tokens:
+            return x_TD, self.fused(batch, x_TD)
         delta_TD = None
         for layer in self.layers:
             x_TD, delta_TD = layer(x_TD, delta_TD, batch, kept_R if layer is self.layers[-1] else None)
         return x_TD, delta_TD
 
 
-def _at_once(layers: Sequence[NativeLayer], tp: Group) -> AllLayers | None:
+def _fuse(layers: Sequence[NativeLayer], tp: Group) -> AllLayers | None:
     library, halves = native(), [layer.halves for layer in layers if layer.halves is not None]
     exchange = tp.transport.shared_memory if tp.transport is not None else None
     if library is None or not halves or len(halves) < len(layers) or (exchange is None and tp.size > 1):

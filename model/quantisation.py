@@ -65,7 +65,7 @@ class Quantisation:
     def held_as(self, unit: int = 0) -> HeldAs:
         """In what a rank holds such matrices if nothing else is asked for: in 4 bits where that loses nothing. Numbers less their zero have
         4 bits only where that is their middle; else groups keep a zero each, as long as none of ours crosses two of theirs. Of ``unit``
-        input features a rank's share is a multiple (`model.cuts`)."""
+        input features a rank's share is a multiple (`model.share_alignment`)."""
 
         def divides(group: int) -> bool:
             return self.group_size is None or (self.group_size % group == 0 and unit % group == 0)

@@ -16,9 +16,9 @@ from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.kv_cache import KvCache, KvLayout
 from model.layers import Mlp, RmsNorm
-from model.names import Binding, Names, bind
 from model.native_layers import NativeLayer, NativeLayers, native_layer
 from model.rope import Rope, Rotation
+from model.weight_names import Binding, WeightNames, bind_weights
 from parallel.axes import HeadShare, head_share, whole
 from parallel.dispatch import DispatchName
 from parallel.embedding import VocabEmbedding, VocabHead
@@ -28,7 +28,7 @@ from parallel.native.screened import Sought
 from parallel.pipeline import HiddenSender, is_first_stage, is_last_stage, receive_hidden, stage_layers
 from parallel.weight_format import WeightFormat
 
-ATTENTION_NAMES: Names = {
+ATTENTION_NAMES: WeightNames = {
     "input_layernorm": ("attention_norm", ""),
     "self_attn.q_proj": ("attention.qkv", "q"),
     "self_attn.k_proj": ("attention.qkv", "k"),
@@ -36,7 +36,7 @@ ATTENTION_NAMES: Names = {
     "self_attn.o_proj": ("attention.output", "o"),
     "post_attention_layernorm": ("mlp_norm", ""),
 }
-MLP_NAMES: Names = {
+MLP_NAMES: WeightNames = {
     "mlp.gate_proj": ("mlp.up", "gate"),
     "mlp.up_proj": ("mlp.up", "up"),
     "mlp.down_proj": ("mlp.down", "down"),
@@ -193,7 +193,7 @@ class Qwen2(nn.Module):
         self.embedding = self._embedding() if self.is_first else None
         self.layers = nn.ModuleList(self._layer(index, place, heads) for place, index in enumerate(self.layer_indices))
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if self.is_last else None
-        self._at_once: tuple[KvCache, NativeLayers | None] | None = None
+        self._native_layers: tuple[KvCache, NativeLayers | None] | None = None
         self.head = self._head() if self.is_last else None
 
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
@@ -212,12 +212,12 @@ class Qwen2(nn.Module):
 
         Otherwise as `forward`, which is this and then `logits`.
         """
-        x_TD = self._enter(batch)
+        x_TD = self._embed_or_receive(batch)
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
         self.backend.prepare(batch)
         kept_R = kept_R if self.is_last else None
-        if isinstance(self.backend, NativeAttention) and (at_once := self.layers_at_once(cache)) is not None:
-            x_TD, delta_TD = at_once(x_TD.contiguous(), self.backend.of_step(rotation, batch), kept_R)
+        if isinstance(self.backend, NativeAttention) and (at_once := self.native_layers(cache)) is not None:
+            x_TD, delta_TD = at_once(x_TD.contiguous(), self.backend.step_inputs(rotation, batch), kept_R)
         else:
             delta_TD = None
             for layer, kept in zip(self.layers, [None] * (len(self.layers) - 1) + [kept_R], strict=True):
@@ -228,7 +228,7 @@ class Qwen2(nn.Module):
         self.next_stage.send(x_TD)
         return None
 
-    def normed(self, hidden_RD: Tensor) -> Tensor:
+    def normalise(self, hidden_RD: Tensor) -> Tensor:
         """Behind the last norm: what the head multiplies, and what embeddings are made of. On the last stage only."""
         assert self.norm is not None
         normed_RD: Tensor = self.norm(hidden_RD)
@@ -239,25 +239,25 @@ class Qwen2(nn.Module):
 
         Where ``sought`` says what decides each row, those logits may be exact alone, and all others lower."""
         assert self.head is not None
-        logits_RV: Tensor = self.head(self.normed(hidden_RD), sought)
+        logits_RV: Tensor = self.head(self.normalise(hidden_RD), sought)
         return logits_RV
 
-    def screens(self) -> bool:
+    def uses_top_logits(self) -> bool:
         """Asked once before `logits`: whether it has a use for what is sought."""
         return self.head is not None and self.head.screened is not None and self.head.screened.tries()
 
-    def layers_at_once(self, cache: KvCache) -> NativeLayers | None:
+    def native_layers(self, cache: KvCache) -> NativeLayers | None:
         """They know the addresses of weights and cache, which stay where they are. None where not all layers are computed so."""
-        if self._at_once is None or self._at_once[0] is not cache:
+        if self._native_layers is None or self._native_layers[0] is not cache:
             found = [layer.native(cache) for layer in self.layers if isinstance(layer, DecoderLayer)]
             whole = [layer for layer in found if layer is not None]
-            self._at_once = (cache, NativeLayers(whole, self.groups.tp) if len(whole) == len(self.layers) else None)
-        return self._at_once[1]
+            self._native_layers = (cache, NativeLayers(whole, self.groups.tp) if len(whole) == len(self.layers) else None)
+        return self._native_layers[1]
 
     @property
     def capture_obstacle(self) -> str | None:
         """Why a step of sequences with one token each cannot be captured and replayed; None if it can."""
-        if not self.backend.can_be_captured:
+        if not self.backend.supports_capture:
             return f"attention by {type(self.backend).__name__} reads lengths on the host"
         if self.groups.pp.size > 1:
             return "stages hand hidden states on, and wait for that on the host"
@@ -271,15 +271,15 @@ class Qwen2(nn.Module):
         """Every checkpoint tensor of this rank's stage, with the place it fills."""
         prefix = "" if self.config.is_bare else DECODER
         if self.embedding is not None:
-            yield from bind(self, {EMBEDDING: ("embedding", "")}, prefix)
+            yield from bind_weights(self, {EMBEDDING: ("embedding", "")}, prefix)
         for index, layer in zip(self.layer_indices, self.layers, strict=True):
-            yield from bind(layer, self.names_of_layer(index), f"{prefix}layers.{index}.")
+            yield from bind_weights(layer, self.layer_weight_names(index), f"{prefix}layers.{index}.")
         if self.norm is not None and self.head is not None:
-            yield from bind(self, {NORM: ("norm", "")}, prefix)
+            yield from bind_weights(self, {NORM: ("norm", "")}, prefix)
             if not self.head.is_tied:
-                yield from bind(self, {prefix + EMBEDDING if self.config.tied_embeddings else HEAD: ("head.rows", "")})
+                yield from bind_weights(self, {prefix + EMBEDDING if self.config.tied_embeddings else HEAD: ("head.rows", "")})
 
-    def names_of_layer(self, index: int) -> Names:
+    def layer_weight_names(self, index: int) -> WeightNames:
         return ATTENTION_NAMES | MLP_NAMES
 
     def make_mlp(self, index: int) -> nn.Module:
@@ -291,7 +291,7 @@ class Qwen2(nn.Module):
             dtype=self.dtype,
         )
 
-    def _enter(self, batch: ForwardBatch) -> Tensor:
+    def _embed_or_receive(self, batch: ForwardBatch) -> Tensor:
         if self.embedding is None:
             return receive_hidden((batch.num_tokens, self.config.hidden_size), self.groups.pp, dtype=self.dtype, device=self.device)
         x_TD: Tensor = self.embedding(batch.tokens_T)

@@ -3,10 +3,10 @@
 from torch import nn
 
 from model.moe import SparseMlp
-from model.names import Names
 from model.qwen2 import ATTENTION_NAMES, Qwen2
+from model.weight_names import WeightNames
 
-SPARSE_MLP_NAMES: Names = {
+SPARSE_MLP_NAMES: WeightNames = {
     "mlp.gate": ("mlp.router.logits", "all"),
     "mlp.shared_expert.gate_proj": ("mlp.shared.up", "gate"),
     "mlp.shared_expert.up_proj": ("mlp.shared.up", "up"),
@@ -16,7 +16,7 @@ SPARSE_MLP_NAMES: Names = {
 EXPERT_PARTS = ("gate", "up", "down")
 
 
-def expert_names(num_experts: int) -> Names:
+def expert_names(num_experts: int) -> WeightNames:
     return {
         f"mlp.experts.{expert}.{part}_proj": ("mlp.experts", f"{expert}.{part}") for expert in range(num_experts) for part in EXPERT_PARTS
     }
@@ -25,10 +25,10 @@ def expert_names(num_experts: int) -> Names:
 class Qwen2Moe(Qwen2):
     """Layers are sparse or dense as `MoeConfig.is_sparse` says; all else is Qwen2."""
 
-    def names_of_layer(self, index: int) -> Names:
+    def layer_weight_names(self, index: int) -> WeightNames:
         moe = self.config.moe
         if moe is None or not moe.is_sparse(index):
-            return super().names_of_layer(index)
+            return super().layer_weight_names(index)
         return ATTENTION_NAMES | SPARSE_MLP_NAMES | expert_names(moe.num_experts)
 
     def make_mlp(self, index: int) -> nn.Module:

@@ -27,7 +27,7 @@ from cluster.router import Router
 from cluster.routing_policies import policy_of
 from cluster.worker import ModelRanks
 from engine.garbage import settle
-from model.adapted_files import adapted_files
+from model.adapter_files import files_with_adapter
 from model.checkpoint_folder import small_files
 from serve.auth import Doorkeeper, OpenDoor
 from serve.bypass import Ways
@@ -96,7 +96,7 @@ def _small_files(model: Model) -> Path:
     """Configuration and tokenizer, on this host."""
     base = small_files(brought_here(model.place, weights=False))
     adapter = None if model.adapter is None else small_files(brought_here(model.adapter, weights=False))
-    return adapted_files(base, adapter)
+    return files_with_adapter(base, adapter)
 
 
 class _Engine:

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.run.draft_compatibility import check_draft_model
-from model.adapted_files import adapted_files
 from model.adapter import Adapter
 from model.adapter_config import AdapterConfig
+from model.adapter_files import files_with_adapter
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import is_remote, small_files
 from model.config import ModelConfig
 from model.load import check_checkpoint
-from model.readable import readable
+from model.terminal_safe import terminal_safe
 from parallel.layout_check import check_layout
 from parallel.topology import Topology
 from serve.config import ModelSettings, ServeConfig
@@ -33,7 +33,7 @@ def check_model(place: Path | str, topology: Topology, adapter: Path | str | Non
         UnusableCheckpoint: the model cannot be served.
     """
     try:
-        folder = adapted_files(small_files(place), None if adapter is None else small_files(adapter))
+        folder = files_with_adapter(small_files(place), None if adapter is None else small_files(adapter))
         config = ModelConfig.from_checkpoint(folder)
         check_layout(topology, config)
         config.context_limit(max_context_tokens)
@@ -62,7 +62,7 @@ def doubt_about(adapter: Path | str, base: str) -> str | None:
     config = AdapterConfig.from_folder(small_files(adapter))
     if base == DEMO or config.base is None or config.is_of(base):
         return None
-    return f"the adapter {adapter} says that it was trained on {readable(config.base)}, and is added to {base}"
+    return f"the adapter {adapter} says that it was trained on {terminal_safe(config.base)}, and is added to {base}"
 
 
 def with_draft_model_here(config: ServeConfig, place: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:

@@ -14,7 +14,7 @@ from model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from model.adapter_config import AdapterConfig, AdapterError
 from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import small_files
-from model.readable import readable
+from model.terminal_safe import terminal_safe
 from serve.config import ModelSettings
 
 DEMO = "demo"
@@ -232,7 +232,7 @@ def _is_adapter(folder: Path, source: str) -> str:
     except AdapterError:
         base = None
     named = base is not None and REPOSITORY.fullmatch(base) is not None  # anything else is no word for a command that is copied
-    said = "" if named or base is None else f" (called {readable(base)} where it was trained)"
+    said = "" if named or base is None else f" (called {terminal_safe(base)} where it was trained)"
     return f", but it is a LoRA adapter; serve it with its base{said}: manta serve {base if named else 'BASE'} --adapter {source}"
 
 

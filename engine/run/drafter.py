@@ -69,7 +69,7 @@ class Drafter:
         if not built.sampling_works:
             return []
         rows = [self._row(asking[work.sequence], said[work.sequence], guesses[work.sequence], states) for work in built.sampling_works]
-        wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.screens() else None
+        wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.uses_top_logits() else None
         logits_RV = self.model.logits(built.that_sample(hidden_RD, built.kept_rows), wanted)
         answers = self._sampler.sample(self._joined(logits_RV), rows)
         going = []

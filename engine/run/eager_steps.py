@@ -73,7 +73,7 @@ class EagerSteps:
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
         assert hidden_TD is not None  # sampling ranks are of the last stage
         scored = self._scorer.score(hidden_TD, built, sequences.states)
-        logits_RV = model.logits(built.that_sample(hidden_TD, kept_R), self._needed_top_logits(built) if model.screens() else None)
+        logits_RV = model.logits(built.that_sample(hidden_TD, kept_R), self._needed_top_logits(built) if model.uses_top_logits() else None)
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
         sequences.mark(11, built.sampling_works)

@@ -45,7 +45,7 @@ class Pooler:
                 continue
             wanted = pool.wanted(work)
             if wanted:
-                pool.add(self._model.normed(hidden_TD[first + wanted.start : first + wanted.stop]))
+                pool.add(self._model.normalise(hidden_TD[first + wanted.start : first + wanted.stop]))
             if work.pools:
                 yield _pooled(work.sequence, pool.mean())
 

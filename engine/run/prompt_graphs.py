@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.run.cuda_graphs import Graphs, Piece
-from model.attention.backend import Attend, Cut
+from model.attention.backend import Attend, GraphBreak
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
@@ -82,11 +82,11 @@ class PromptGraphs:
 
     def _compute(self, size: int, cut: Callable[[Attend], None]) -> None:
         backend = self._model.backend
-        backend.cut = Cut(self._q_THK[:size], self._out_THK[:size], cut)
+        backend.graph_break = GraphBreak(self._q_THK[:size], self._out_THK[:size], cut)
         try:
             hidden_TD = self._model.hidden(self._batch(size), self._cache)
         finally:
-            backend.cut = None
+            backend.graph_break = None
         assert hidden_TD is not None  # it has no stages
         self._hidden_TD[:size].copy_(hidden_TD)
 
@@ -114,7 +114,7 @@ def sizes_up_to(most_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, ..
 
 def prompt_obstacle(model: Qwen2) -> str | None:
     """Why steps of this model, some of which can be captured, cannot be captured in pieces; None if they can. The same on all ranks."""
-    if not model.backend.can_be_cut:
+    if not model.backend.supports_graph_breaks:
         return f"attention by {type(model.backend).__name__} is not launched apart"
     if model.config.moe is not None and model.groups.ep.size > 1:
         return "what fills a step up would count as load of the experts"

@@ -26,18 +26,18 @@ from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig, draft_model_of
 from engine.run.warm_up import capture, tune, warm_up
 from engine.weights_read import WeightsRead
-from model.adapted_files import adapted_files
 from model.adapter import Adapter
+from model.adapter_files import files_with_adapter
 from model.checkpoint import Checkpoint
 from model.checkpoint_folder import small_files
 from model.config import ModelConfig
-from model.cuts import unit_of_cuts
 from model.dtypes import DTYPES
 from model.formats import Formats, choose_formats
 from model.kv_cache import KvCache
 from model.load import load_model
+from model.quantised_tensor import QuantisedTensor, dequantised_tensors
 from model.qwen2 import Qwen2
-from model.stored_quantised import QuantisedTensor, as_plain
+from model.share_alignment import share_alignment
 from parallel.common_kinds import common_kinds
 from parallel.dispatch import choose_dispatch
 from parallel.groups import ParallelGroups, Rendezvous, open_groups, single_rank_groups
@@ -114,7 +114,7 @@ def start_rank(
         check_layout(topology, model_config)
         _check_tokens(model_config, runner_config)
         model_config.context_limit(runner_config.max_context_tokens)
-        small = adapted_files(small_files(checkpoint_folder), None if adapter is None else small_files(adapter))
+        small = files_with_adapter(small_files(checkpoint_folder), None if adapter is None else small_files(adapter))
         with (  # before joining: what is damaged is refused without waiting for anyone
             Checkpoint(checkpoint_folder) as checkpoint,
             nullcontext() if adapter is None else Adapter(adapter) as opened_adapter,
@@ -257,11 +257,11 @@ def formats_of(
     """
     choose = partial(choose_formats, device, dtype, rounds_activations=config.dtype == "auto", common_kinds=kinds)
     quantisation = model_config.quantisation
-    stored = [tensor for tensor in as_plain(checkpoint.tensors, quantisation).values() if len(tensor.shape) == 2]
+    stored = [tensor for tensor in dequantised_tensors(checkpoint.tensors, quantisation).values() if len(tensor.shape) == 2]
     formats = choose([tensor.dtype for tensor in stored if not isinstance(tensor, QuantisedTensor)], config.quantize)
     if quantisation is None:
         return formats
-    held_as = config.quantize or quantisation.held_as(unit_of_cuts(model_config, topology or Topology()))
+    held_as = config.quantize or quantisation.held_as(share_alignment(model_config, topology or Topology()))
     if held_as == "int4_zeros" and any(
         tensor.name.endswith("_proj.weight") for tensor in stored if not isinstance(tensor, QuantisedTensor)
     ):

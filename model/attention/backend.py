@@ -35,14 +35,14 @@ Attend = Callable[[ForwardBatch], None]
 
 
 @dataclass(frozen=True)
-class Cut:
+class GraphBreak:
     """For a step that is recorded in pieces, from one attention to the next."""
 
     q_THK: Tensor
     """Where a piece leaves the turned queries, ..."""
     out_THK: Tensor
     """... and where the next finds what attention gave."""
-    here: Callable[[Attend], None]
+    split: Callable[[Attend], None]
     """Ends a piece, is told what attends from the one to the other for the sequences of a batch, and begins the next piece."""
 
 
@@ -54,13 +54,13 @@ class AttentionBackend(Protocol):
 
     kv_dtypes: tuple[torch.dtype, ...]
     """In which keys and values may be held, beside that in which they are computed."""
-    can_be_captured: bool
+    supports_capture: bool
     """Whether a step of sequences with one token each may be captured and replayed: what is launched then depends on their number alone,
     everything else is read on the device, and a token whose slot is below 0 is written nowhere."""
 
-    can_be_cut: bool
-    """Whether attention heeds `cut`, as a step that is captured in pieces wants it, with anything in it."""
-    cut: Cut | None
+    supports_graph_breaks: bool
+    """Whether attention heeds `graph_break`, as a step that is captured in pieces wants it, with anything in it."""
+    graph_break: GraphBreak | None
     """While it is captured."""
 
     def prepare(self, batch: ForwardBatch) -> None:

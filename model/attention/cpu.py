@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.backend import AttentionConfig, Cut
-from model.attention.heads import turned
-from model.attention.write import write_kv
+from model.attention.backend import AttentionConfig, GraphBreak
+from model.attention.rotate_heads import rotate_heads
+from model.attention.write_kv import write_kv
 from model.batch import ForwardBatch
 from model.rope import Rotation
 
@@ -47,8 +47,8 @@ class CpuAttention:
     of a decode are padded to the largest group at run time; weights and cache are not."""
 
     kv_dtypes: tuple[torch.dtype, ...] = ()
-    can_be_captured = can_be_cut = False
-    cut: Cut | None = None
+    supports_capture = supports_graph_breaks = False
+    graph_break: GraphBreak | None = None
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
@@ -65,7 +65,7 @@ class CpuAttention:
         ]
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
+        q_THK, k_TGK, v_TGK = rotate_heads(heads_TXK, rotation, self.config)
         write_kv(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
         out_THK = torch.empty_like(q_THK)
         for group in self._groups:

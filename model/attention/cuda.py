@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from model.attention.backend import AttentionConfig, Cut
+from model.attention.backend import AttentionConfig, GraphBreak
 from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.cuda.elementwise import rotate_and_write
@@ -34,8 +34,8 @@ class CudaAttention:
     """See the file's first lines."""
 
     kv_dtypes: tuple[torch.dtype, ...] = (FP8,)
-    can_be_captured = can_be_cut = True
-    cut: Cut | None = None
+    supports_capture = supports_graph_breaks = True
+    graph_break: GraphBreak | None = None
     _sequence_F: Tensor | None = None
     """int32: the sequences of the step that compute a few tokens; None: there are none."""
     _is_sorted = True
@@ -58,13 +58,13 @@ class CudaAttention:
         self._is_sorted = batch.num_decodes == batch.num_sequences
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        cut = self.cut
+        cut = self.graph_break
         q_THK = rotate_and_write(
             heads_TXK, rotation.cos_T1F, rotation.sin_T1F, batch.slots_T, keys_NBGK, values_NBGK, self.config.num_heads,
             None if cut is None else cut.q_THK,
         )  # fmt: skip
         if cut is not None:
-            cut.here(partial(self._attend, q_THK, keys_NBGK, values_NBGK, cut.out_THK))
+            cut.split(partial(self._attend, q_THK, keys_NBGK, values_NBGK, cut.out_THK))
             return cut.out_THK
         out_THK = torch.empty_like(q_THK)
         self._attend(q_THK, keys_NBGK, values_NBGK, out_THK, batch)

@@ -6,9 +6,9 @@ T tokens, S sequences, H query heads, G KV heads, K head width, N blocks, B toke
 import torch
 from torch import Tensor
 
-from model.attention.backend import AttentionConfig, Cut
+from model.attention.backend import AttentionConfig, GraphBreak
 from model.attention.cpu import CpuAttention
-from model.attention.heads import turned
+from model.attention.rotate_heads import rotate_heads
 from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.native.halves import BatchOfStep
@@ -22,8 +22,8 @@ class NativeAttention:
     softmax and sums are in float32.
     """
 
-    can_be_captured = can_be_cut = False
-    cut: Cut | None = None
+    supports_capture = supports_graph_breaks = False
+    graph_break: GraphBreak | None = None
 
     def __init__(self, config: AttentionConfig, library: Native) -> None:
         self.config, self._library = config, library
@@ -42,7 +42,7 @@ class NativeAttention:
         self._starts_S = torch.tensor(batch.query_starts, dtype=torch.int64)
         self._tables_SM = batch.block_tables_SM.contiguous()
 
-    def of_step(self, rotation: Rotation, batch: ForwardBatch) -> BatchOfStep:
+    def step_inputs(self, rotation: Rotation, batch: ForwardBatch) -> BatchOfStep:
         """What `prepare` and the caller found out, for a kernel that computes half a layer."""
         cos, sin = rotation.cos_T1F.contiguous(), rotation.sin_T1F.contiguous()
         return BatchOfStep(cos, sin, batch.slots_T.contiguous(), self._tables_SM, self._starts_S, self._lengths_S, batch.num_decodes)
@@ -51,7 +51,7 @@ class NativeAttention:
         if heads_TXK.dtype != torch.float32 or not self.config.is_causal:  # our kernels know the causal mask only
             self._torch.prepare(batch)
             return self._torch.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
-        q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
+        q_THK, k_TGK, v_TGK = rotate_heads(heads_TXK, rotation, self.config)
         self._write(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
         q_THK = q_THK.contiguous()
         out_THK = torch.empty_like(q_THK)

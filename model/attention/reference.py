@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from model.attention.backend import AttentionConfig, Cut
-from model.attention.heads import turned
-from model.attention.write import write_kv
+from model.attention.backend import AttentionConfig, GraphBreak
+from model.attention.rotate_heads import rotate_heads
+from model.attention.write_kv import write_kv
 from model.batch import ForwardBatch
 from model.rope import Rotation
 from parallel.quantisation import FP8
@@ -15,8 +15,8 @@ class ReferenceAttention:
     """Every other backend is tested against this one. Slow, and simple enough to be right."""
 
     kv_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, FP8)
-    can_be_captured = can_be_cut = False
-    cut: Cut | None = None
+    supports_capture = supports_graph_breaks = False
+    graph_break: GraphBreak | None = None
 
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
@@ -25,14 +25,14 @@ class ReferenceAttention:
         """Nothing is shared between layers."""
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
+        q_THK, k_TGK, v_TGK = rotate_heads(heads_TXK, rotation, self.config)
         write_kv(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
         out_THK = torch.empty_like(q_THK)
         self.attend_to_written(q_THK, keys_NBGK, values_NBGK, batch, out_THK)
         return out_THK
 
     def attend_to_written(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
-        """Attention of turned queries into ``out_THK``, once keys and values of their tokens are in the cache."""
+        """Attention of rotated queries into ``out_THK``, once keys and values of their tokens are in the cache."""
         for sequence, length in enumerate(batch.context_lengths):
             tokens = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
             blocks = batch.block_tables_SM[sequence, : -(-length // self.config.block_tokens)].long()

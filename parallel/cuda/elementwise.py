@@ -163,7 +163,7 @@ def rotate_and_write(
     """The turned queries (T, H, K) of fused heads (query, key, value), in ``q_THK`` if it is given; turned keys and values go to their
     slots of the cache.
 
-    A slot below 0 is nowhere. The twins are `model.rope.Rotation.apply` and `model.attention.write.write_kv`.
+    A slot below 0 is nowhere. The twins are `model.rope.Rotation.apply` and `model.attention.write_kv.write_kv`.
     """
     num_tokens, num_all, head_dim = heads_TXK.shape
     num_kv_heads = keys_NBGK.shape[2]

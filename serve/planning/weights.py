@@ -6,7 +6,7 @@ D model width, V vocabulary, E experts. A test holds these sums against tensors 
 from dataclasses import dataclass
 from functools import cache
 
-from model.cuts import unit_of_cuts
+from model.share_alignment import share_alignment
 from parallel.axes import HeadShare, Share, head_share, split, whole
 from parallel.topology import Coordinates, Topology
 from serve.planning.formats import ACTIVATION_BYTES, Format
@@ -48,7 +48,7 @@ class RankWeights:
 
 
 _head_share = cache(head_share)  # the same few shares are wanted in thousands of layouts; so are those of the functions below
-_unit_of_cuts = cache(unit_of_cuts)
+_share_alignment = cache(share_alignment)
 
 
 def heads_of(shape: ModelShape, topology: Topology, at: Coordinates) -> HeadShare:
@@ -68,7 +68,7 @@ def count_sparse(shape: ModelShape, layers: range) -> int:
 
 def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, format: Format, *, redundant_experts: int = 0) -> RankWeights:
     """What the rank at these coordinates holds. ``redundant_experts``: of a layer on each ep position, beyond its even share."""
-    if format.where_cut is not None and format.group is not None and _unit_of_cuts(shape, topology) % format.group:
+    if format.where_cut is not None and format.group is not None and _share_alignment(shape, topology) % format.group:
         format = format.where_cut
     layers = layers_of(shape, topology, at)
     num_sparse = count_sparse(shape, layers)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeForCausalLM
 
 from model.adapter import Adapter
-from model.adapter_config import CONFIG_FILE, MEAN_NOTHING, READ, REFUSED, AdapterConfig, AdapterError
+from model.adapter_config import CONFIG_FILE, IGNORED_FIELDS, READ_FIELDS, UNSUPPORTED_FIELDS, AdapterConfig, AdapterError
 from model.adapter_names import ADAPTER_FILE, EMBEDDING_A, EMBEDDING_B, ROWS, A, B
 from model.checkpoint import SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
@@ -126,7 +126,7 @@ def test_weights_in_half_precision_are_added_to_in_float32_and_rounded_once(tmp_
     module = "model.layers.0.mlp.up_proj"
     parts = low_rank(module, 50, 72)
     with Checkpoint(oracle.folder) as checkpoint, Adapter(write_adapter(tmp_path / "adapter", parts)) as adapter:
-        base, adapted = checkpoint.tensors[f"{module}.weight"], adapter.applied(checkpoint.tensors)[f"{module}.weight"]
+        base, adapted = checkpoint.tensors[f"{module}.weight"], adapter.apply(checkpoint.tensors)[f"{module}.weight"]
         assert (adapted.name, adapted.shape, adapted.dtype, adapted.num_bytes) == (base.name, base.shape, torch.bfloat16, base.num_bytes)
         exact = base.read().double() + 1.5 * parts[f"{module}.{B}"].double() @ parts[f"{module}.{A}"].double()
         assert_rounded(adapted.read(slice(0, 50), slice(0, 72)), exact)
@@ -136,13 +136,13 @@ def test_weights_in_half_precision_are_added_to_in_float32_and_rounded_once(tmp_
         adapted.read_into(into, slice(40, 50), slice(0, 72))
         assert_rounded(into, exact[40:])
         untouched = "model.layers.1.mlp.up_proj.weight"
-        assert adapter.applied(checkpoint.tensors)[untouched] is checkpoint.tensors[untouched]
+        assert adapter.apply(checkpoint.tensors)[untouched] is checkpoint.tensors[untouched]
 
 
 def test_an_adapter_of_the_bare_decoder_has_its_place_in_a_model_with_a_head(oracle: Callable[[str], Oracle], tmp_path: Path) -> None:
     write_adapter(tmp_path, low_rank(UP.removeprefix("model."), 50, 72))
     with Checkpoint(oracle("9_heads").folder) as checkpoint, Adapter(tmp_path) as adapter:
-        changed = [name for name, tensor in adapter.applied(checkpoint.tensors).items() if tensor is not checkpoint.tensors[name]]
+        changed = [name for name, tensor in adapter.apply(checkpoint.tensors).items() if tensor is not checkpoint.tensors[name]]
     assert changed == [f"{UP}.weight"]
 
 
@@ -157,7 +157,7 @@ def test_an_adapter_in_a_store_is_read_by_ranges_as_one_on_this_host_is(
         Adapter(tmp_path / "adapter") as here,
         Adapter(f"file://{tmp_path}/adapter") as there,
     ):
-        ours, theirs = (adapter.applied(checkpoint.tensors)[f"{UP}.weight"] for adapter in (here, there))
+        ours, theirs = (adapter.apply(checkpoint.tensors)[f"{UP}.weight"] for adapter in (here, there))
         assert torch.equal(ours.read(slice(0, 50), slice(9, 72)), theirs.read(slice(0, 50), slice(9, 72)))
         assert there.bytes_fetched > 0
 
@@ -283,7 +283,7 @@ def test_fields_that_say_nothing_of_the_weights_and_unknown_ones_that_are_empty_
 
 
 def test_every_field_that_peft_writes_is_known() -> None:
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= MEAN_NOTHING | READ | REFUSED.keys()
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= IGNORED_FIELDS | READ_FIELDS | UNSUPPORTED_FIELDS.keys()
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_prompts_are_asked_of_it_and_steps_that_decode_are_not(is_causal: bool) 
             again = torch.cat((paged.q, paged.k, paged.v), 1)
             backend.attend(again, unturned(again), paged.keys, paged.values, paged.batch)
             assert Wrapper.num_plans == 1, "one plan serves all layers"
-    assert backend.can_be_captured
+    assert backend.supports_capture
 
 
 @pytest.mark.usefixtures("flashinfer")

@@ -15,10 +15,10 @@ from torch import Tensor
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig
-from model.filling import _threads, fill
 from model.load import CheckpointMismatch, LoadReport, load_model
-from model.names import Binding
 from model.qwen2 import Qwen2
+from model.weight_loading import _threads, load_layers
+from model.weight_names import Binding
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.linear import Linear, Slot
 from parallel.packed_format import PackedFormat
@@ -163,11 +163,11 @@ class Layer:
 
 
 def test_what_is_under_way_is_not_read_to_its_end_once_a_tensor_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, given_up, taken = Event(), Event(), []
+    begun, cancelled, taken = Event(), Event(), []
 
     class Threads(ThreadPoolExecutor):
         def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-            given_up.set()
+            cancelled.set()
             super().shutdown(wait, cancel_futures=cancel_futures)
 
     def fail(_: int) -> None:
@@ -177,13 +177,13 @@ def test_what_is_under_way_is_not_read_to_its_end_once_a_tensor_has_failed(monke
     def take(first: int) -> None:
         taken.append(first)
         begun.set()
-        assert given_up.wait(60)
+        assert cancelled.wait(60)
 
-    monkeypatch.setattr("model.filling.ThreadPoolExecutor", Threads)
+    monkeypatch.setattr("model.weight_loading.ThreadPoolExecutor", Threads)
     bindings = [Binding(name, layer, next(layer.slots())) for name, layer in (("a", Layer(fail)), ("b", Layer(take)))]
     tensors = {binding.name: MemoryTensor(binding.name, torch.zeros(binding.slot.shape)) for binding in bindings}
     with pytest.raises(CheckpointError, match="damaged"):
-        fill(bindings, tensors, 2, CPU, lambda _done, _total: None)
+        load_layers(bindings, tensors, 2, CPU, lambda _done, _total: None)
     assert taken == [0]
 
 
@@ -193,7 +193,7 @@ def test_an_expert_of_which_a_tensor_never_came_is_not_taken_for_whole(format: W
     model, _ = load(folder, format=format)
     bindings = [binding for binding in model.bindings() if binding.name != "model.layers.0.mlp.experts.3.up_proj.weight"]
     with Checkpoint(folder) as checkpoint, pytest.raises(AssertionError, match=r"never came, by expert: \{3: 1\}"):
-        fill(bindings, checkpoint.tensors, checkpoint.reads_at_a_time, CPU, lambda _done, _total: None)
+        load_layers(bindings, checkpoint.tensors, checkpoint.reads_at_a_time, CPU, lambda _done, _total: None)
 
 
 @pytest.mark.parametrize(("name", "shard_size"), [("9_heads", "40KB"), ("moe", "60KB"), ("14_heads_tied", "40KB")])

@@ -35,10 +35,10 @@ def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
     driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
     prompts = seeded_prompts(driver.model.config.vocab_size, [70, 33, 5, 1])
     at_once = driver.mixed(prompts, 20)  # prompts of one token and of many, decodes, and both in one step
-    layers = driver.model.layers_at_once(driver.cache)
+    layers = driver.model.native_layers(driver.cache)
     assert layers is not None
     assert layers.at_once is not None
-    monkeypatch.setattr(driver.model, "layers_at_once", lambda _cache: None)
+    monkeypatch.setattr(driver.model, "native_layers", lambda _cache: None)
     for experts in (module for module in driver.model.modules() if isinstance(module, RoutedExperts)):
         monkeypatch.setattr(experts, "on_cpu", lambda: None)
     kernel_after_kernel = driver.mixed(prompts, 20)
@@ -51,7 +51,7 @@ def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
 
 def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], format: PackedFormat, at_once: bool) -> list[Tensor]:
     driver = Driver(folder, groups, format=format, rounds_kv=format.rounds_rows)
-    layers = driver.model.layers_at_once(driver.cache)
+    layers = driver.model.native_layers(driver.cache)
     assert layers is not None
     assert (layers.at_once is not None) == at_once, "sums over ranks are within the call exactly where they go through memory"
     return driver.mixed(prompts, 20)
@@ -72,7 +72,7 @@ def test_a_step_of_a_large_model_is_not_one_call(tmp_path: Path, monkeypatch: py
     if not multiplies("fp32"):
         pytest.skip("the kernels are not built here")
     driver = Driver(write_dense(tmp_path), single_rank_groups(), format=FORMATS["float32"])
-    layers = driver.model.layers_at_once(driver.cache)
+    layers = driver.model.native_layers(driver.cache)
     assert layers is not None
     assert layers.at_once is not None
     config, num_heads = driver.model.config, driver.model.config.num_heads + 2 * driver.model.config.num_kv_heads
@@ -85,7 +85,7 @@ def test_a_step_of_a_large_model_is_not_one_call(tmp_path: Path, monkeypatch: py
     assert limited.at_once is not None
     at_once = limited.at_once
     monkeypatch.setattr(limited, "at_once", lambda batch, x_TD: called.append(len(x_TD)) or at_once(batch, x_TD))
-    monkeypatch.setattr(driver.model, "layers_at_once", lambda _cache: limited)
+    monkeypatch.setattr(driver.model, "native_layers", lambda _cache: limited)
     driver.mixed([[1, 2, 3, 4, 5, 6, 7, 8], [1]], 20)
     driver.chunked([1, 2, 3], 3)
     assert max(called) == 3
@@ -106,7 +106,7 @@ def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastColl
     if groups.rank == 1:
         groups.tp.transport.shared_memory.close()
         return last
-    layers = driver.model.layers_at_once(driver.cache)
+    layers = driver.model.native_layers(driver.cache)
     assert layers is not None
     assert layers.at_once is not None
     step = driver.model.backend.of_step(driver.model.rope.rotation(batch.positions_T, torch.float32), batch)

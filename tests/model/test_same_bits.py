@@ -65,7 +65,7 @@ def test_hidden_states_of_kept_tokens_are_those_of_all(
         pytest.skip("this processor has no such kernel")
     driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
     if not at_once:
-        monkeypatch.setattr(driver.model, "layers_at_once", lambda _cache: None)
+        monkeypatch.setattr(driver.model, "native_layers", lambda _cache: None)
     batch = build_batch([(driver.start(prompt), len(prompt)) for prompt in seeded_prompts(driver.model.config.vocab_size, [1, 40, 33])])
     whole_TD = driver.model.hidden(batch, driver.cache)
     kept_R = torch.tensor([0, 40, 73])

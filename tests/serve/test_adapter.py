@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from model.adapted_files import adapted_files
 from model.adapter_config import AdapterError
+from model.adapter_files import files_with_adapter
 from model.config import ModelConfig
 from model.generation_config import GenerationDefaults
 from model.pooling import PoolingConfig
@@ -147,18 +147,18 @@ class TestTexts:
     """Tokenizer, template and ends of a model with an adapter."""
 
     def test_an_adapter_that_brings_none_leaves_the_bases(self, smol_folder: Path, adapter: Path) -> None:
-        assert adapted_files(smol_folder, None) == adapted_files(smol_folder, adapter) == smol_folder
+        assert files_with_adapter(smol_folder, None) == files_with_adapter(smol_folder, adapter) == smol_folder
 
     def test_a_template_alone_is_taken(self, smol_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
         (tmp_path / "chat_template.jinja").write_text("{{ messages }}!")
-        folder = adapted_files(smol_folder, tmp_path)
+        folder = files_with_adapter(smol_folder, tmp_path)
         assert stored_source(folder) == "{{ messages }}!"
         assert (folder / "tokenizer.json").read_bytes() == (smol_folder / "tokenizer.json").read_bytes()
         assert (folder / "config.json").read_bytes() == (smol_folder / "config.json").read_bytes()
-        assert adapted_files(smol_folder, tmp_path) == folder
+        assert files_with_adapter(smol_folder, tmp_path) == folder
         (tmp_path / "chat_template.jinja").write_text("{{ messages }}?")
-        assert stored_source(adapted_files(smol_folder, tmp_path)) == "{{ messages }}?"
+        assert stored_source(files_with_adapter(smol_folder, tmp_path)) == "{{ messages }}?"
 
     def test_a_tokenizer_is_taken_whole_with_the_bases_template_and_its_own_end(
         self, smol_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,16 +177,16 @@ class TestTexts:
         shutil.copy(base / "tokenizer.json", trained)
         without = {name: value for name, value in settings.items() if name != "chat_template"}
         (trained / "tokenizer_config.json").write_text(json.dumps(without | {"eos_token": {"content": text}}))
-        folder = adapted_files(base, trained)
+        folder = files_with_adapter(base, trained)
         assert stored_source(folder) == "{{ messages }}."
         assert Tokenizer.from_folder(folder).eos_id == end
         defaults = GenerationDefaults.from_checkpoint(folder, ModelConfig.from_checkpoint(folder))
         assert (defaults.eos_token_ids, defaults.temperature) == ((0, end), 0.5)
         (trained / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}!"}))
         (base / "chat_template.jinja").write_text("{{ messages }}?")
-        assert stored_source(adapted_files(base, trained)) == "{{ messages }}!"
+        assert stored_source(files_with_adapter(base, trained)) == "{{ messages }}!"
         (trained / "tokenizer_config.json").unlink()
-        folder = adapted_files(base, trained)
+        folder = files_with_adapter(base, trained)
         assert stored_source(folder) == "{{ messages }}?"
         assert Tokenizer.from_folder(folder).named == Tokenizer.from_folder(base).named
 
@@ -202,7 +202,7 @@ class TestTexts:
         trained = tmp_path / "trained"
         trained.mkdir()
         shutil.copy(base / "tokenizer.json", trained)
-        adapted = adapted_files(base, trained)
+        adapted = files_with_adapter(base, trained)
         assert adapted != base
         assert PoolingConfig.from_checkpoint(adapted) == PoolingConfig(kind="last", normalise=False)
         assert not (adapted / "onnx").exists()
@@ -236,7 +236,7 @@ class TestSlowTokenizer:
         return folder
 
     def test_that_is_the_bases_has_its_own_template_and_end(self, base: Path, trained: Path, end: tuple[str, int]) -> None:
-        folder = adapted_files(base, trained)
+        folder = files_with_adapter(base, trained)
         assert stored_source(folder) == "{{ messages }}!", "the base's chat_template.jinja must not hide it"
         assert Tokenizer.from_folder(folder).eos_id == end[1]
         assert GenerationDefaults.from_checkpoint(folder, ModelConfig.from_checkpoint(folder)).eos_token_ids == (0, end[1])
@@ -244,7 +244,7 @@ class TestSlowTokenizer:
 
     def test_that_says_nothing_new_leaves_the_bases(self, base: Path, trained: Path) -> None:
         (trained / "tokenizer_config.json").write_text("{}")
-        assert adapted_files(base, trained) == base
+        assert files_with_adapter(base, trained) == base
 
     @pytest.mark.parametrize(
         ("file", "content"),
@@ -258,9 +258,9 @@ class TestSlowTokenizer:
     def test_with_other_tokens_is_refused_with_what_would_do(self, file: str, content: Any, base: Path, trained: Path) -> None:
         (trained / file).write_text(json.dumps(content))
         with pytest.raises(AdapterError, match=r"the base's lacks or counts otherwise, and no tokenizer\.json of it; store it as"):
-            adapted_files(base, trained)
+            files_with_adapter(base, trained)
 
     def test_whose_token_is_elsewhere_is_refused(self, base: Path, trained: Path, end: tuple[str, int]) -> None:
         (trained / "added_tokens.json").write_text(json.dumps({end[0]: end[1] - 1}))
         with pytest.raises(AdapterError, match="counts otherwise"):
-            adapted_files(base, trained)
+            files_with_adapter(base, trained)

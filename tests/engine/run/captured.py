@@ -15,10 +15,10 @@ from engine.plan import StepPlan
 from engine.run.local_executor import LocalExecutor
 from engine.run.runner import Runner
 from engine.run.warm_up import capture
-from model.attention.backend import AttentionConfig, Cut
-from model.attention.heads import turned
+from model.attention.backend import AttentionConfig, GraphBreak
 from model.attention.reference import ReferenceAttention, attend_one_head
-from model.attention.write import write_kv
+from model.attention.rotate_heads import rotate_heads
+from model.attention.write_kv import write_kv
 from model.batch import ForwardBatch
 from model.formats import Formats
 from model.rope import Rotation
@@ -33,29 +33,29 @@ from tests.fakes.graphs import RecordedGraphs, kernel
 class CapturableAttention(ReferenceAttention):
     """The reference, where a step only decodes as one kernel."""
 
-    can_be_captured = can_be_cut = True
+    supports_capture = supports_graph_breaks = True
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        if self.cut is not None:
-            q_THK, k_TGK, v_TGK = turned(heads_TXK, rotation, self.config)
-            self.cut.q_THK.copy_(q_THK)
+        if self.graph_break is not None:
+            q_THK, k_TGK, v_TGK = rotate_heads(heads_TXK, rotation, self.config)
+            self.graph_break.q_THK.copy_(q_THK)
             _write(k_TGK, v_TGK, keys_NBGK, values_NBGK, batch.slots_T)
-            self.cut.here(partial(self._between, self.cut, keys_NBGK, values_NBGK))
-            return self.cut.out_THK
+            self.graph_break.split(partial(self._between, self.graph_break, keys_NBGK, values_NBGK))
+            return self.graph_break.out_THK
         if batch.num_decodes < batch.num_sequences:
             return super().attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
-        q_SHK, k_SGK, v_SGK = turned(heads_TXK, rotation, self.config)
+        q_SHK, k_SGK, v_SGK = rotate_heads(heads_TXK, rotation, self.config)
         out_SHK = torch.empty_like(q_SHK)
         _decode(
             q_SHK, k_SGK, v_SGK, keys_NBGK, values_NBGK, batch.slots_T, batch.block_tables_SM, batch.lengths_S, out_SHK, config=self.config
         )  # fmt: skip
         return out_SHK
 
-    def _between(self, cut: Cut, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> None:
+    def _between(self, graph_break: GraphBreak, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> None:
         """What fills the step up reads numbers that were never computed."""
-        cut.q_THK[batch.num_tokens :] = torch.nan
-        cut.out_THK.fill_(torch.nan)
-        self.attend_to_written(cut.q_THK, keys_NBGK, values_NBGK, batch, cut.out_THK)
+        graph_break.q_THK[batch.num_tokens :] = torch.nan
+        graph_break.out_THK.fill_(torch.nan)
+        self.attend_to_written(graph_break.q_THK, keys_NBGK, values_NBGK, batch, graph_break.out_THK)
 
 
 @kernel

@@ -132,7 +132,7 @@ def test_attention_that_is_not_launched_apart_and_counted_experts_are_obstacles(
 ) -> None:
     model = runner_of(executor).model
     assert prompt_obstacle(model) is None
-    monkeypatch.setattr(model.backend, "can_be_cut", False, raising=False)
+    monkeypatch.setattr(model.backend, "supports_graph_breaks", False, raising=False)
     assert prompt_obstacle(model) == "attention by CapturableAttention is not launched apart"
 
 

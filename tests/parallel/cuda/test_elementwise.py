@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.attention.write import write_kv
+from model.attention.write_kv import write_kv
 from model.config import RopeConfig
 from model.layers import RmsNorm
 from model.rope import Rope

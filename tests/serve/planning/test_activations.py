@@ -11,7 +11,7 @@ from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.warm_up import full_step
 from model.attention.backend import AttentionConfig
-from model.attention.heads import turned
+from model.attention.rotate_heads import rotate_heads
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
 from model.rope import Rotation
@@ -32,7 +32,7 @@ class NoAttention:
     def prepare(self, batch: ForwardBatch) -> None: ...
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
-        q_THK, _, _ = turned(heads_TXK, rotation, self.config)
+        q_THK, _, _ = rotate_heads(heads_TXK, rotation, self.config)
         return torch.zeros_like(q_THK)
 
 

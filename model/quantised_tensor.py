@@ -145,7 +145,7 @@ class QuantisedTensor:
         )
 
 
-def as_plain(
+def dequantised_tensors(
     tensors: Mapping[str, FileTensor], quantisation: Quantisation | None, wanted: Collection[str] = ()
 ) -> Mapping[str, FileTensor | QuantisedTensor]:
     """The tensors of a checkpoint with its quantised matrices by the names of plain ones. ``wanted``: names of what the model has; the bias

@@ -6,7 +6,7 @@ from model.attention.backend import AttentionConfig
 from model.rope import Rotation
 
 
-def turned(heads_TXK: Tensor, rotation: Rotation, config: AttentionConfig) -> tuple[Tensor, Tensor, Tensor]:
+def rotate_heads(heads_TXK: Tensor, rotation: Rotation, config: AttentionConfig) -> tuple[Tensor, Tensor, Tensor]:
     """``heads_TXK`` are a token's query, key and value heads, in this order: q (T, H, K), k and v (T, G, K)."""
     num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
     qk_TXK, v_TGK = heads_TXK.split((num_heads + num_kv_heads, num_kv_heads), dim=1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.readable import MOST_CHARACTERS, readable
+from model.terminal_safe import MAX_CHARACTERS, terminal_safe
 
 
 @pytest.mark.parametrize(
@@ -13,8 +13,8 @@ from model.readable import MOST_CHARACTERS, readable
         ("\x1b[2Ja\nb", "\\x1b[2Ja\\nb"),
         ("\u202eB7", "\\u202eB7"),
         ("\ud800", "\\ud800"),
-        ("a" * 10**6, "a" * MOST_CHARACTERS + "..."),
+        ("a" * 10**6, "a" * MAX_CHARACTERS + "..."),
     ],
 )
 def test_what_steers_a_terminal_is_spelled_out_and_what_is_long_is_cut(text: str, shown: str) -> None:
-    assert readable(text) == shown
+    assert terminal_safe(text) == shown

@@ -29,7 +29,7 @@ class Widths(Protocol):
     def moe(self) -> ExpertWidths | None: ...
 
 
-def unit_of_cuts(model: Widths, topology: Topology) -> int:
+def share_alignment(model: Widths, topology: Topology) -> int:
     """The most input features of which every share begins at a whole multiple; 0 where nothing is cut.
 
     18,944 inner features, heads of 128:   tp 4: 4,736 = 37 x 128 each -> 128     tp 8: 2,368 = 18.5 x 128 -> 64

@@ -17,7 +17,7 @@ from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig
 from model.load import CheckpointMismatch, check_checkpoint
 from model.quantisation import Quantisation
-from model.stored_quantised import as_plain
+from model.quantised_tensor import dequantised_tensors
 from parallel.native.linear import unpack
 from parallel.packed_format import PackedFormat
 from parallel.quantised_format import QuantisedFormat
@@ -69,7 +69,7 @@ def test_matrices_are_decoded_as_their_own_packages_do(name: str, config: dict[s
     decoded = tensors.pop(f"{name}.decoded")
     write_checkpoint(tmp_path, tensors, {})
     with Checkpoint(tmp_path) as checkpoint:
-        (matrix,) = as_plain(checkpoint.tensors, Quantisation.from_dict(config | {"group_size": 16})).values()
+        (matrix,) = dequantised_tensors(checkpoint.tensors, Quantisation.from_dict(config | {"group_size": 16})).values()
         assert (matrix.name, matrix.shape, matrix.dtype) == (f"{name}.weight", tuple(decoded.shape), FLOAT)
         assert matrix.num_bytes == checkpoint.num_bytes
         assert torch.equal(matrix.read(), decoded)
@@ -87,7 +87,7 @@ def test_the_second_format_of_gptq_and_all_others_say_what_was_stored(config: di
     parts, decoded = quantise(torch.randn(48, 192), config)
     write_checkpoint(tmp_path, {f"x.{part}": tensor for part, tensor in parts.items()}, {})
     with Checkpoint(tmp_path) as checkpoint:
-        (matrix,) = as_plain(checkpoint.tensors, Quantisation.from_dict(config)).values()
+        (matrix,) = dequantised_tensors(checkpoint.tensors, Quantisation.from_dict(config)).values()
         assert torch.equal(matrix.read(), decoded)
         assert torch.equal(matrix.read(slice(3, 40), slice(50, 133)), decoded[3:40, 50:133])
 

@@ -11,7 +11,7 @@ from parallel.experts import RoutedExperts
 from parallel.linear import Slot
 from parallel.weight_format import StoredTensor
 
-Names = dict[str, tuple[str, str]]
+WeightNames = dict[str, tuple[str, str]]
 """Checkpoint module -> (module here, which of the parts that lie fused in it): ``"self_attn.q_proj": ("attention.qkv", "q")``."""
 
 
@@ -43,7 +43,7 @@ class Binding:
         return not isinstance(self.layer, RoutedExperts) or self.layer.wants(self.slot.part)
 
 
-def bind(parent: nn.Module, names: Mapping[str, tuple[str, str]], prefix: str = "") -> Iterator[Binding]:
+def bind_weights(parent: nn.Module, names: Mapping[str, tuple[str, str]], prefix: str = "") -> Iterator[Binding]:
     """The bindings of ``parent``'s layers, checkpoint names starting with ``prefix``. Every slot must be in the table."""
     name_of = {place: name for name, place in names.items()}
     for path in dict.fromkeys(path for path, _ in names.values()):

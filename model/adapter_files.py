@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.adapter_config import AdapterError
-from model.checkpoint_folder import MODULE_FOLDERS, SMALL_FILES, cache_folder, made_at_once
+from model.checkpoint_folder import MODULE_FOLDERS, SMALL_FILES, cache_folder, create_atomically
 from model.config import read_json_object
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
@@ -22,7 +22,7 @@ ADDED, VOCABULARY = "added_tokens.json", "vocab.json"
 TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", ADDED, VOCABULARY, "merges.txt")
 
 
-def adapted_files(base: Path, adapter: Path | None) -> Path:
+def files_with_adapter(base: Path, adapter: Path | None) -> Path:
     """A folder with the base's configuration, and with tokenizer and chat template of the adapter where it has them: trainers store them
     beside it. The base's own folder where it has neither.
 
@@ -148,4 +148,4 @@ def _kept(files: Mapping[str, bytes]) -> Path:
     for name in sorted(files):
         state.update(f"{name} {len(files[name])}\n".encode() + files[name])
     folder = cache_folder() / "adapted" / state.hexdigest()[:24]
-    return folder if folder.is_dir() else made_at_once(folder, files.items())
+    return folder if folder.is_dir() else create_atomically(folder, files.items())

@@ -12,7 +12,7 @@ from threading import Barrier, Event
 import torch
 from torch import Tensor
 
-from model.names import Binding, WeightedLayer
+from model.weight_names import Binding, WeightedLayer
 from parallel.embedding import VocabEmbedding
 from parallel.host_memory import return_freed_memory
 from parallel.weight_format import ReadsInto, StoredTensor
@@ -20,7 +20,7 @@ from parallel.weight_format import ReadsInto, StoredTensor
 OnProgress = Callable[[int, int], None]
 """Told (done, total): bytes of the checkpoint tensors that this rank takes a share of, in whole tensors."""
 
-MOST_THREADS = 8
+MAX_THREADS = 8
 """That read and pack at a time: each holds some MB."""
 AHEAD_BYTES = 2 * 2**30
 """Of tensors as they are stored, on their way to a CUDA device at a time."""
@@ -28,7 +28,7 @@ FAR_AHEAD = 64
 """So many tensors are asked for before the first has come, and no more: all after it are done in vain if it cannot be read."""
 
 
-def fill(
+def load_layers(
     bindings: list[Binding], tensors: Mapping[str, StoredTensor], reads_at_a_time: int, device: torch.device, on_progress: OnProgress
 ) -> int:
     """Load layer after layer, some tensors at a time. A layer that holds its weights as they are stored until all are there takes its
@@ -42,19 +42,19 @@ def fill(
     Returns the bytes read.
     """
     bindings = sorted(bindings, key=lambda binding: not isinstance(binding.layer, VocabEmbedding))
-    loading = _Loading(sum(tensors[binding.name].num_bytes for binding in bindings if binding.is_wanted), on_progress)
-    on_device, cores, given_up = device.type == "cuda", torch.get_num_threads(), Event()
+    loading = _PendingReads(sum(tensors[binding.name].num_bytes for binding in bindings if binding.is_wanted), on_progress)
+    on_device, cores, cancelled = device.type == "cuda", torch.get_num_threads(), Event()
     filled: list[WeightedLayer] = []
     with (
         return_freed_memory(),
-        _threads(max(reads_at_a_time, min(cores, MOST_THREADS)), 1, given_up, device) as alone,
-        _threads(reads_at_a_time, max(1, cores // reads_at_a_time), given_up, device) as together,
+        _threads(max(reads_at_a_time, min(cores, MAX_THREADS)), 1, cancelled, device) as alone,
+        _threads(reads_at_a_time, max(1, cores // reads_at_a_time), cancelled, device) as together,
     ):
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
             threads = alone if layer.takes_pieces or on_device else together
             for slot, stored in ((binding.slot, tensors[binding.name]) for binding in of_layer if binding.is_wanted):
-                wanted = _WantedInto(stored, given_up) if isinstance(stored, ReadsInto) else _Wanted(stored, given_up)
+                wanted = _CancellableInto(stored, cancelled) if isinstance(stored, ReadsInto) else _Cancellable(stored, cancelled)
                 loading.begin(threads.submit(layer.load, slot.part, slot.tensor, wanted), stored.num_bytes)
                 if layer.takes_pieces:
                     loading.settle(FAR_AHEAD)
@@ -73,7 +73,7 @@ def fill(
     return loading.bytes_read
 
 
-class _Loading:
+class _PendingReads:
     """Tensors that were asked for, in order, and layers that wait for theirs."""
 
     def __init__(self, total_bytes: int, on_progress: OnProgress) -> None:
@@ -113,9 +113,9 @@ class _Loading:
 
 
 @contextmanager
-def _threads(count: int, cores: int, given_up: Event, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+def _threads(count: int, cores: int, cancelled: Event, device: torch.device) -> Iterator[ThreadPoolExecutor]:
     """Threads of which each computes with so many of torch's, on ``device``. What they are at when the block ends by an error is
-    ``given_up``.
+    ``cancelled``.
 
     The current device is a thread's own, and of a new one the first: experts are rounded in these threads by kernels that Triton launches
     there, whatever device their tensors are on.
@@ -145,21 +145,21 @@ def _threads(count: int, cores: int, given_up: Event, device: torch.device) -> I
     try:
         yield threads
     finally:
-        given_up.set()
+        cancelled.set()
         threads.shutdown(cancel_futures=True)
 
 
-class _GivenUp(Exception):
+class _Cancelled(Exception):
     """Nobody waits for it any more."""
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """A `StoredTensor` that can be read until it is ``given_up``: an error, or the end of the process, then waits for the pieces that are
+class _Cancellable:
+    """A `StoredTensor` that can be read until it is ``cancelled``: an error, or the end of the process, then waits for the pieces that are
     under way and not for whole tensors."""
 
     stored: StoredTensor
-    given_up: Event
+    cancelled: Event
 
     @property
     def name(self) -> str:
@@ -186,18 +186,18 @@ class _Wanted:
         return self.stored.piece_bytes
 
     def read(self, *slices: slice) -> Tensor:
-        if self.given_up.is_set():
-            raise _GivenUp
+        if self.cancelled.is_set():
+            raise _Cancelled
         return self.stored.read(*slices)
 
 
 @dataclass(frozen=True)
-class _WantedInto(_Wanted):
+class _CancellableInto(_Cancellable):
     """The same of one whose bytes need nothing in between."""
 
     stored: ReadsInto
 
     def read_into(self, place: Tensor, *slices: slice) -> None:
-        if self.given_up.is_set():
-            raise _GivenUp
+        if self.cancelled.is_set():
+            raise _Cancelled
         self.stored.read_into(place, *slices)
