@@ -245,7 +245,7 @@ def test_nothing_is_allocated_for_a_checkpoint_that_does_not_fit(copied: MakeCop
         del tensors["model.norm.weight"]
 
     folder = edit(copied("9_heads"), change)
-    monkeypatch.setattr("model.load.fill", lambda *_: pytest.fail("began to load"))
+    monkeypatch.setattr("model.load.load_layers", lambda *_: pytest.fail("began to load"))
     with pytest.raises(CheckpointMismatch):
         load(folder)
 
