@@ -31,7 +31,6 @@ from cluster.front_protocol import Desk
 from cluster.health import State
 from cluster.messages import Pong, Submit, decode, encode
 from cluster.replica_link import ReplicaLink, StreamBuffer
-from engine.answers import packed
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
@@ -40,6 +39,7 @@ from engine.plan import Sampled, StepPlan, StepResult, TokenEvent
 from engine.request import Request, SamplingParams
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
+from engine.shard_results import pack_tokens
 
 PROMPT_TOKENS = 128
 BLOCK_TOKENS = 16
@@ -80,7 +80,7 @@ class Ranks:
 
     def _answered(self, plan: StepPlan) -> bytes:
         sampled = [Sampled(work.sequence, (1000 + work.start,)) for work in plan.works if work.samples]
-        tokens, rest = packed(plan.decodes, sampled)
+        tokens, rest = pack_tokens(plan.decodes, sampled)
         return encode(StepResult(plan.step, rest, 0.005 + 0.0002 * plan.num_tokens, tokens=tokens))
 
     def _build(self, plan: StepPlan) -> None:

@@ -33,10 +33,10 @@ from cluster.intake import Intake
 from cluster.messages import Pong
 from cluster.replica_link import ReplicaLink
 from cluster.router import Router
-from engine.garbage import settle
+from engine.gc_tuning import tune_gc
+from engine.output import EngineOutput, TokenBatch
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
-from engine.told import Said, Told
 from serve.caller import ANYONE
 from serve.http.chat import ChatChunks
 from serve.http.context import Stamp
@@ -93,8 +93,10 @@ def replica(tell: Any, taken: Any, num_streams: int, vocabulary: list[int]) -> N
             if all_of_them and sent - taken.value < IN_FLIGHT * len(all_of_them):
                 token = vocabulary[sent // len(all_of_them) % len(vocabulary)]
                 begun = [stream for stream in all_of_them if stream.offset]
-                told = Told(events=[stream.first(token) for stream in all_of_them if not stream.offset], said=_said(begun, token))
-                intake.deliver(told)
+                output = EngineOutput(
+                    events=[stream.first(token) for stream in all_of_them if not stream.offset], token_batches=_token_batches(begun, token)
+                )
+                intake.deliver(output)
                 sent += len(all_of_them)
             elif all_of_them:
                 time.sleep(0.0002)
@@ -103,13 +105,13 @@ def replica(tell: Any, taken: Any, num_streams: int, vocabulary: list[int]) -> N
         folder.close()
 
 
-def _said(streams: list[Stream], token: int) -> list[Said]:
+def _token_batches(streams: list[Stream], token: int) -> list[TokenBatch]:
     if not streams:
         return []
     columns = np.array([(stream.request.tag, stream.offset, token) for stream in streams], dtype=np.int64)
     for stream in streams:
         stream.offset += 1
-    return [Said(columns[:, 0], columns[:, 1], columns[:, 2], [None] * len(streams))]  # type: ignore[list-item]
+    return [TokenBatch(columns[:, 0], columns[:, 1], columns[:, 2], [None] * len(streams))]  # type: ignore[list-item]
 
 
 @dataclass
@@ -251,7 +253,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--model", type=Path, default=None, help="a folder with config.json and tokenizer; a tiny one is made otherwise")
     arguments = parser.parse_args()
-    settle()  # as a front does
+    tune_gc()  # as a front does
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.model or _tiny(Path(made))
         figures = asyncio.run(run(arguments.streams, arguments.seconds, folder))

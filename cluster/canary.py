@@ -11,9 +11,9 @@ from collections.abc import Callable
 from cluster.health import Health
 from engine.errors import EngineStopped, InvalidLogits, QueueFull
 from engine.failpoints import hit
+from engine.output import EngineOutput
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
-from engine.told import Told
 
 PREFIX = "/canary/"
 """Of the request ids of canaries. No id of a client has a slash."""
@@ -54,17 +54,17 @@ class Canary:
         under_way = self._under_way
         return self._clock() - under_way[2] if under_way else 0.0
 
-    def take(self, told: Told) -> Told:
+    def take(self, output: EngineOutput) -> EngineOutput:
         """Keep the canary's own events and give the rest back. A client's token proves as much as a canary's."""
-        if told.said:  # a canary is never in there: its first token is its last
+        if output.token_batches:  # a canary is never in there: its first token is its last
             self._health.canary_passed(self._ranks_generation)
-        for event in told.events:
+        for event in output.events:
             if not event.request_id.startswith(PREFIX):
                 if event.tokens:
                     self._health.canary_passed(self._ranks_generation)
             elif event.finish_reason is not None:
                 self._ended(event)
-        return Told([event for event in told.events if not event.request_id.startswith(PREFIX)], told.said)
+        return EngineOutput([event for event in output.events if not event.request_id.startswith(PREFIX)], output.token_batches)
 
     def _ended(self, event: TokenEvent) -> None:
         with self._lock:

@@ -15,8 +15,8 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from cluster.channel import Address, KeyPair
 from cluster.health import Loading, State
 from engine.executor import Capacity
+from engine.load_stats import LoadStats
 from engine.stats import EngineStats
-from engine.weights_read import WeightsRead
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class RankPlace:
     rank: int
     host: str
     pid: int
-    read: WeightsRead | None = None
+    read: LoadStats | None = None
     """Once its weights are there."""
 
 

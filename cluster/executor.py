@@ -20,12 +20,12 @@ from cluster.root_cause import how_it_ended, the_loss
 from cluster.worker import Deadlines, Place, Ranks
 from cluster.worker_handles import Seat, examine_seats, open_seats, take_seats
 from cluster.worker_shutdown import END_S, end_ranks
-from engine.answers import StepAnswers
 from engine.errors import WorkersLost
 from engine.executor import Capacity
 from engine.failpoints import hit
-from engine.places import mark
 from engine.plan import StepPlan, StepResult
+from engine.request_trace import trace_place
+from engine.shard_results import ShardResults
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RayExecutor:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._seats: list[Seat] = []
-        self._answers = StepAnswers(ranks.topology.dp)
+        self._answers = ShardResults(ranks.topology.dp)
         self._last_step: int | None = None
         self._deadline_s = config.first_step_timeout_s
         self._broken = False
@@ -87,7 +87,7 @@ class RayExecutor:
         return tuple(seat.place for seat in self._seats if seat.place is not None)
 
     def submit(self, plan: StepPlan) -> "PendingRayStep":
-        mark(8, f"step-{plan.step}")
+        trace_place(8, f"step-{plan.step}")
         hit("executor.submit")
         raw = encode(plan)
         self._last_step = plan.step

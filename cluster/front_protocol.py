@@ -16,10 +16,10 @@ from cluster.messages import BeginAnew, Cancel, Events, Follow, Message, Ping, P
 from cluster.stream_table import Front, StreamTable, untagged
 from engine.engine import refusal
 from engine.errors import DuplicateRequest, EngineError
-from engine.places import mark
+from engine.output import EngineOutput
 from engine.plan import TokenEvent
 from engine.request import Request
-from engine.told import Told
+from engine.request_trace import trace_place
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +78,14 @@ class Desk:
         self._followers: set[Front] = set()
         """Fronts that have been told the whole of the journal."""
         self._news_due = 0.0
-        self._outbox: deque[Told | Sequence[TokenEvent]] = deque()
+        self._outbox: deque[EngineOutput | Sequence[TokenEvent]] = deque()
 
     @property
     def num_owned(self) -> int:
         """Choices that a front waits for."""
         return len(self._owners)
 
-    def put(self, events: Told | Sequence[TokenEvent]) -> None:
+    def put(self, events: EngineOutput | Sequence[TokenEvent]) -> None:
         """A step's events, to be sent in the next turn."""
         self._outbox.append(events)
 
@@ -110,16 +110,16 @@ class Desk:
     def send_all(self) -> None:
         """Send the events, those of one step to one front as one message."""
         while self._outbox:
-            told = self._outbox.popleft()
-            if isinstance(told, Told):
-                for said in told.said:
-                    for front, columns in self._streams.sorted(said):
+            output = self._outbox.popleft()
+            if isinstance(output, EngineOutput):
+                for batch in output.token_batches:
+                    for front, columns in self._streams.sorted(batch):
                         self._send(front, Events((), columns.streams, columns.offsets, columns.tokens))
-                    if rows := untagged(said):
-                        self._send_events(said.events(rows))
-                self._send_events(told.events)
+                    if rows := untagged(batch):
+                        self._send_events(batch.events(rows))
+                self._send_events(output.events)
             else:
-                self._send_events(told)
+                self._send_events(output)
 
     def _send_events(self, events: Iterable[TokenEvent]) -> None:
         by_front: defaultdict[Front, list[TokenEvent]] = defaultdict(list)
@@ -155,7 +155,7 @@ class Desk:
 
     def _accept(self, front: Front, request: Request) -> None:
         """A front that comes back with a later attempt takes its request over from its own past."""
-        mark(5, request.id)
+        trace_place(5, request.id)
         earlier = self._owners.get(request.key)
         if earlier is not None and earlier.attempt >= request.attempt:
             if (earlier.front, earlier.attempt) != (front, request.attempt):  # to the owner it would look like the end of its own stream

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.config import SLOW_STEPS
-from engine.weights_read import WeightsRead
+from engine.load_stats import LoadStats
 
 PHASE_SPANS = {"groups": (0.0, 0.05), "weights": (0.05, 0.9), "memory": (0.9, 0.92), "warm_up": (0.92, 0.94), "capture": (0.94, 1.0)}
 """Which part of a rank's start each phase of `engine.run.start` stands for, in a progress bar from 0 to 1."""
@@ -34,16 +34,16 @@ class StartProgressBoard:
 
     def __init__(self, num_ranks: int) -> None:
         self._done = dict.fromkeys(range(num_ranks), (0.0, "starting worker processes"))
-        self._read: dict[int, WeightsRead] = {}
+        self._read: dict[int, LoadStats] = {}
 
-    def note(self, rank: int, phase: str, done: int, total: int, read: WeightsRead | None = None) -> None:
+    def note(self, rank: int, phase: str, done: int, total: int, read: LoadStats | None = None) -> None:
         if read is not None:
             self._read[rank] = read
         start, stop = PHASE_SPANS.get(phase, (0.0, 0.0))
         share = done / total if total else 0.0
         self._done[rank] = (start + (stop - start) * min(share, 1.0), phase)
 
-    def read_by(self, rank: int) -> WeightsRead | None:
+    def read_by(self, rank: int) -> LoadStats | None:
         """What a rank read, once its weights are there."""
         return self._read.get(rank)
 

@@ -13,9 +13,9 @@ from cluster.front_protocol import Desk, FrontFull, FrontGone
 from cluster.messages import Pong
 from cluster.stream_table import Front
 from engine.failpoints import hit
+from engine.output import EngineOutput
 from engine.plan import TokenEvent
 from engine.request import Request
-from engine.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Intake:
     def start(self) -> None:
         self._thread.start()
 
-    def deliver(self, events: Told | Sequence[TokenEvent]) -> None:
+    def deliver(self, events: EngineOutput | Sequence[TokenEvent]) -> None:
         """Send a step's events on, each to the front that owns its request."""
         if events:
             self.desk.put(events)

@@ -10,9 +10,9 @@ import msgspec
 
 from cluster.errors import ChannelError
 from engine.executor import Capacity
+from engine.load_stats import LoadStats
 from engine.plan import StepPlan, StepResult, TokenEvent
 from engine.request import Request
-from engine.weights_read import WeightsRead
 
 VERSION = 1
 
@@ -25,7 +25,7 @@ class RankProgress:
     phase: str
     done: int
     total: int
-    read: WeightsRead | None = None
+    read: LoadStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from engine.errors import EngineStopped, WorkersLost
 from engine.executor import Executor
 from engine.failpoints import hit
 from engine.fair_share import FairShare
+from engine.output import EngineOutput
 from engine.stats import EngineStats
-from engine.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -208,11 +208,13 @@ class Replica:
             self.health.failed(str(error))
             self._intake.wake()
 
-    def _deliver(self, told: Told) -> None:
-        if told.said or any(event.tokens for event in told.events):  # errors prove nothing: a device may have no numbers any more
+    def _deliver(self, output: EngineOutput) -> None:
+        if output.token_batches or any(
+            event.tokens for event in output.events
+        ):  # errors prove nothing: a device may have no numbers any more
             self.health.token_made()
         was_ready = self.health.ready
-        self._intake.deliver(self._canary.take(told))
+        self._intake.deliver(self._canary.take(output))
         if self.health.ready != was_ready:
             self._intake.wake()
 

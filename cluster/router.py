@@ -24,9 +24,9 @@ from cluster.health import State
 from cluster.replica_link import LinkLost
 from cluster.resume import History, Resumes
 from engine.failpoints import hit
-from engine.places import mark
 from engine.plan import TokenEvent
 from engine.request import Request
+from engine.request_trace import trace_place
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Router:
             link = await self._choose(request, history)
             sent = self._clock()
             held_s += sent - before
-            mark(4, request.id)
+            trace_place(4, request.id)
             current = dataclasses.replace(request, attempt=attempt, committed=tuple(committed), losses=history.losses)
             try:
                 async with aclosing(link.stream(current)) as events:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.told import NO_TAG, Said
+from engine.output import NO_TAG, TokenBatch
 
 Front = bytes
 PLACE_BITS = 32
@@ -63,13 +63,13 @@ class StreamTable:
             self._front_at[number] = b""
             self._unused.append(number)
 
-    def sorted(self, said: Said) -> Iterator[tuple[Front, ForFront]]:
+    def sorted(self, batch: TokenBatch) -> Iterator[tuple[Front, ForFront]]:
         """What each front's streams have been told."""
-        places = said.tags & ((1 << PLACE_BITS) - 1)
-        known = said.tags != NO_TAG
+        places = batch.tags & ((1 << PLACE_BITS) - 1)
+        known = batch.tags != NO_TAG
         places[~known] = 0
-        known &= self._tags[places] == said.tags
-        columns = (self._streams[places], said.offsets, said.tokens)
+        known &= self._tags[places] == batch.tags
+        columns = (self._streams[places], batch.offsets, batch.tokens)
         fronts = self._fronts[places]
         if known.all() and (fronts == fronts[0]).all():  # mostly there is one front
             yield self._front_at[int(fronts[0])], ForFront(*(column.tobytes() for column in columns))
@@ -95,6 +95,6 @@ class StreamTable:
         self._streams = np.concatenate([self._streams, np.zeros(size, np.int64)])
 
 
-def untagged(said: Said) -> Sequence[int]:
+def untagged(batch: TokenBatch) -> Sequence[int]:
     """Rows of requests whose front gave them no number."""
-    return np.flatnonzero(said.tags == NO_TAG).tolist()
+    return np.flatnonzero(batch.tags == NO_TAG).tolist()

@@ -22,14 +22,14 @@ from cluster.doctor.survey import Examined, examine_rank
 from cluster.errors import ChannelError
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
 from cluster.peer_liveness import Watchman, keep_hearing
-from engine.begun import NOTHING, Begun, comes_first
 from engine.config import EngineConfig
 from engine.executor import Capacity
 from engine.failpoints import hit
-from engine.garbage import settle
+from engine.gc_tuning import tune_gc
+from engine.load_stats import LoadStats
 from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
-from engine.weights_read import WeightsRead
+from engine.step_handle import NO_RESULT, StepHandle, message_comes_first
 from model.adapter_config import CONFIG_FILE
 from parallel.last_collective import keep_at
 from parallel.topology import Topology
@@ -45,7 +45,7 @@ class Progress(Protocol):
     @property
     def total(self) -> int: ...
     @property
-    def read(self) -> WeightsRead | None: ...
+    def read(self) -> LoadStats | None: ...
 
 
 OnProgress = Callable[[Progress], None]
@@ -57,7 +57,7 @@ class Rank(Protocol):
     @property
     def capacity(self) -> Capacity: ...
 
-    def begin(self, plan: StepPlan) -> Begun: ...
+    def begin(self, plan: StepPlan) -> StepHandle: ...
 
 
 class Ranks(Protocol):
@@ -113,7 +113,7 @@ class ModelRanks:
             ranks_on_host=ranks_on_host,
             replicas_on_host=self.replicas_on_host,
         ) as started:
-            settle()
+            tune_gc()
             yield started
 
 
@@ -222,12 +222,12 @@ class Worker:
         ):
             _die_after(0)
             self._send(RankReady(self.rank, rank.capacity))
-            deadline_s, begun = deadlines.first_step_s, NOTHING
+            deadline_s, begun = deadlines.first_step_s, NO_RESULT
             while True:
-                if not comes_first(begun, self._has_message):
-                    deadline_s = deadlines.step_s if begun is not NOTHING else deadline_s
+                if not message_comes_first(begun, self._has_message):
+                    deadline_s = deadlines.step_s if begun is not NO_RESULT else deadline_s
                     self._answer(begun)
-                    begun = NOTHING
+                    begun = NO_RESULT
                 if isinstance(plan := decode(self._socket.recv()), Stop):
                     break
                 assert isinstance(plan, StepPlan)
@@ -235,7 +235,7 @@ class Worker:
                 _die_after(deadline_s)
                 hit("rank.step", lambda plan=plan: (token for work in plan.works for token in work.tokens))
                 following = rank.begin(plan)
-                deadline_s = deadlines.step_s if begun is not NOTHING else deadline_s
+                deadline_s = deadlines.step_s if begun is not NO_RESULT else deadline_s
                 self._answer(begun)
                 begun = following
                 _die_after(deadline_s)
@@ -270,7 +270,7 @@ class Worker:
         if not self._socket.poll(int(1000 * within_s), zmq.POLLOUT):
             raise ChannelError(f"the replica did not connect within {within_s:g} s")
 
-    def _answer(self, begun: Begun) -> None:
+    def _answer(self, begun: StepHandle) -> None:
         result = begun.result()
         _die_after(0)
         if result is not None and not hit("rank.answer"):

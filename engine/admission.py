@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from engine.executor import Capacity
 from engine.policy import Policy, Rank
-from engine.portion import Portion
 from engine.sequence import Sequence
+from engine.shard_budget import ShardBudget
 
 PREFIX_WORTH = 2
 """A sequence goes where its prefix is cached while that shard is busier than the least busy one by at most so many times the
@@ -29,7 +29,7 @@ class Places:
 class Choice:
     """A shard that a waiting sequence could go to, and the blocks of its prefix that are there."""
 
-    portion: Portion
+    portion: ShardBudget
     found: list[int]
 
     def has_room(self, sequence: Sequence, capacity: Capacity, *, gives_way: bool = False) -> bool:
@@ -40,7 +40,7 @@ class Choice:
         return missing <= pool.num_available - pool.num_cached_of(self.found) - kept
 
 
-def choices(sequence: Sequence, portions: Iterable[Portion], block_tokens: int) -> list[Choice]:
+def choices(sequence: Sequence, portions: Iterable[ShardBudget], block_tokens: int) -> list[Choice]:
     """Best first: the longest cached prefix among the shards that are not too busy for it, then the least busy."""
     found = [Choice(portion, portion.shard.cache.find(sequence)) for portion in portions]
     least = min((choice.portion.load_tokens for choice in found), default=0)
@@ -77,7 +77,7 @@ class Admission:
 
     def admit(
         self,
-        portions: list[Portion],
+        portions: list[ShardBudget],
         capacity: Capacity,
         may_run: Callable[[Sequence], bool],
         places: Callable[[], Places],

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.kv.block_pool import BlockPool
+from engine.output import TokenBatch
 from engine.plan import NO_BLOCK, NO_TOKEN, Decodes, Work
 from engine.request import Request
 from engine.sequence import Sequence
-from engine.told import Said
 
 NUMBER, LENGTH, HELD, TOKEN, END, STOPS_FROM, FIRST, TAG, PAYER, UNDER_WAY = range(10)
 """Columns: the ranks' number; known tokens; tokens that its blocks hold; the last known token; the length at which the answer is over;
@@ -57,7 +57,7 @@ class Recorded:
 
     rest: list[int]
     """Works, by their places among the planned, that are to be recorded one by one."""
-    said: Said
+    token_batch: TokenBatch
     full: list[Sequence]
     """Sequences whose last block has become full."""
     charges: list[tuple[Request, int]]
@@ -159,13 +159,13 @@ class Cohort:
         """
         due = self.due(ahead)
         rows, columns, length, short = due.rows, due.columns, due.length, due.short
-        told = np.empty((5, len(rows)), np.int64)
-        told[0], told[1], told[3], told[4] = columns[NUMBER], length - 1, NO_BLOCK, self._shard
-        told[2] = np.where(columns[UNDER_WAY] == 0, columns[TOKEN], NO_TOKEN)
+        decodes = np.empty((5, len(rows)), np.int64)
+        decodes[0], decodes[1], decodes[3], decodes[4] = columns[NUMBER], length - 1, NO_BLOCK, self._shard
+        decodes[2] = np.where(columns[UNDER_WAY] == 0, columns[TOKEN], NO_TOKEN)
         sequences: list[Sequence] = self._sequences[rows].tolist()
         if len(short):
             blocks = pool.allocate(len(short))
-            told[3, short] = blocks
+            decodes[3, short] = blocks
             for place, block in zip(short.tolist(), blocks, strict=True):
                 sequences[place].add_sent_block(block)
             self._columns[HELD, rows[short]] += self._block_tokens
@@ -173,7 +173,7 @@ class Cohort:
             sequence.num_planned += 1
         self._columns[UNDER_WAY, rows] += 1
         self._due.clear()
-        return Planned(rows, told)
+        return Planned(rows, decodes)
 
     def record(self, planned: Planned, tokens: np.ndarray) -> Recorded:
         """``tokens`` (S), or `NO_TOKEN`, came of the planned works. What ends an answer, or has left since, is not recorded here."""
@@ -196,7 +196,7 @@ class Cohort:
         full = ((length - 1) % self._block_tokens == 0).nonzero()[0].tolist()
         return Recorded(
             rest=rest,
-            said=Said(columns[TAG], length - 1 - columns[FIRST], tokens, sequences),
+            token_batch=TokenBatch(columns[TAG], length - 1 - columns[FIRST], tokens, sequences),
             full=[sequences[place] for place in full],
             charges=[(self._payers.request(payer), count) for payer, count in enumerate(np.bincount(columns[PAYER]).tolist()) if count],
         )

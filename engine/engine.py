@@ -9,25 +9,25 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 
-from engine.balancing import Balancing
 from engine.config import EngineConfig
-from engine.door import Door
-from engine.draft.choose import choose_speculator
+from engine.draft.factory import make_speculator
 from engine.draft.speculator import Speculator
 from engine.errors import EngineError, EngineStopped, WorkersLost
 from engine.executor import Executor, PendingStep
+from engine.expert_balancer import ExpertBalancer
 from engine.failpoints import hit
+from engine.inbox import Inbox
 from engine.kv.block_pool import BlockListener
-from engine.pace import Pace
-from engine.places import mark
+from engine.output import EngineOutput
 from engine.plan import COLUMN, Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
 from engine.policy import FirstCome, Policy
+from engine.prefill_budget import PrefillBudget
 from engine.request import Request
+from engine.request_timer import RequestTimer
+from engine.request_trace import trace_place
 from engine.scheduler import Scheduler
 from engine.stats import EngineStats
 from engine.step_cost import StepCost
-from engine.timekeeper import Timekeeper
-from engine.told import Told
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +58,24 @@ class Engine:
     ) -> None:
         self.executor = executor
         self._step_cost = StepCost()
-        self._speculator = speculator = speculator or choose_speculator(config, lambda: self._step_cost.line)
+        self._speculator = speculator = speculator or make_speculator(config, lambda: self._step_cost.line)
         self._policy: Policy = policy or FirstCome()
-        self._pace = Pace(config, lambda: self._step_cost.line)
+        self._pace = PrefillBudget(config, lambda: self._step_cost.line)
         self.scheduler = Scheduler(
             config, executor.capacity, policy=self._policy, listener=listener, speculator=speculator, pace=self._pace
         )
         self._config = config
-        self._balancing = Balancing(config)
-        self._timekeeper = Timekeeper()
+        self._expert_balancer = ExpertBalancer(config)
+        self._timer = RequestTimer()
         self._recover, self._clock = recover, clock
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
-        self._door = Door(max_waiting=config.max_waiting, policy=self._policy)
+        self._inbox = Inbox(max_waiting=config.max_waiting, policy=self._policy)
         self._num_taken = 0
         """Requests, of those that the door let in."""
         self._recovery: Future[Executor] | None = None
         self._end: EngineError | None = None
         """Why no further step will be taken."""
-        self._outbox = Told()
+        self._outbox = EngineOutput()
         self._num_steps = 0
         self._step_s = 0.0
         self._note_stats()
@@ -91,11 +91,11 @@ class Engine:
             EngineStopped: the engine takes nothing any more.
             QueueFull: nobody like this may wait now.
         """
-        self._door.submit(request)
+        self._inbox.submit(request)
 
     def cancel(self, request_id: str, choice: int = 0) -> None:
         """End a request; it is no error if it has ended already."""
-        self._door.cancel((request_id, choice))
+        self._inbox.cancel((request_id, choice))
 
     def rebalance_experts(self, threshold: float = 1.0) -> Future[Rebalanced]:
         """Have the ranks even out what their routed experts have to do, between two steps; see `Rebalance.threshold`.
@@ -105,19 +105,19 @@ class Engine:
         Raises:
             EngineStopped: the engine takes nothing any more.
         """
-        with self._door.held_open():
-            return self._balancing.ask(threshold)
+        with self._inbox.held_open():
+            return self._expert_balancer.request(threshold)
 
     def stop(self) -> None:
         """Have `run_forever` end all requests with `EngineStopped`, and return."""
-        self._door.close()
+        self._inbox.close()
 
     @property
     def stats(self) -> EngineStats:
         """As of the last turn, and with what was submitted since: a request is at no moment in neither."""
         noted, num_taken = self._noted
         stats = noted()
-        return replace(stats, num_waiting=stats.num_waiting + self._door.num_submitted - num_taken)
+        return replace(stats, num_waiting=stats.num_waiting + self._inbox.num_submitted - num_taken)
 
     @property
     def max_in_flight(self) -> int:
@@ -138,25 +138,25 @@ class Engine:
 
     # --- the engine's thread
 
-    def run_forever(self, deliver: Callable[[Told], None]) -> None:
+    def run_forever(self, deliver: Callable[[EngineOutput], None]) -> None:
         """Turn until `stop`, sleeping while there is nothing to do. ``deliver`` gets each turn's events, never none.
 
         Raises:
             EngineError: the workers were lost for good; every request has been told.
         """
         try:
-            while not self._door.is_closed:
+            while not self._inbox.is_closed:
                 events = self.turn()
                 if events:
                     deliver(events)
                 if self._is_idle():
-                    self._door.wait()
+                    self._inbox.wait()
         except Exception as error:
             self._close(deliver, error if isinstance(error, EngineError) else EngineStopped("the engine failed"))
             raise
         self._close(deliver, EngineStopped("this engine has been stopped"))
 
-    def turn(self) -> Told:
+    def turn(self) -> EngineOutput:
         """Take arrivals, keep the workers busy, and record the oldest step that is under way.
 
         Raises:
@@ -174,27 +174,27 @@ class Engine:
                 self._step()
         except WorkersLost as loss:
             self._lose_workers(loss)
-        self._door.show(self.scheduler.queue())
+        self._inbox.show(self.scheduler.queue())
         self._note_stats()
         return self._take_outbox()
 
     def _step(self) -> None:
-        order = self._balancing.order(self._num_steps)
-        while order is None and (plan := self._plan_next()):
-            self._timekeeper.planned(plan)
+        rebalance = self._expert_balancer.next_rebalance(self._num_steps)
+        while rebalance is None and (plan := self._plan_next()):
+            self._timer.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
-        self._door.show(self.scheduler.queue())
+        self._inbox.show(self.scheduler.queue())
         if self._in_flight:
             plan, pending = self._in_flight[0]
             result = _answer(plan, pending)
             self._in_flight.popleft()
             self._note_step(plan, result)
             hit("engine.apply")
-            told = self.scheduler.apply(plan, result)
-            self._tell(told.events)
-            self._outbox.said += told.said  # who is in there has had its first token, and not its last
-        elif order is not None:
-            self._rebalance(order)
+            output = self.scheduler.apply(plan, result)
+            self._tell(output.events)
+            self._outbox.token_batches += output.token_batches  # who is in there has had its first token, and not its last
+        elif rebalance is not None:
+            self._rebalance(rebalance)
 
     def _plan_next(self) -> StepPlan | None:
         """None where as many steps are under way as may be."""
@@ -202,27 +202,27 @@ class Engine:
             return None
         return self.scheduler.schedule(only_ahead=len(self._in_flight) >= self._num_of_anything)
 
-    def _rebalance(self, order: Rebalance) -> None:
+    def _rebalance(self, rebalance: Rebalance) -> None:
         """Experts change places while no step is under way."""
-        plan = StepPlan(self.scheduler.number_step(), (), rebalance=order)
+        plan = StepPlan(self.scheduler.number_step(), (), rebalance=rebalance)
         result = _answer(plan, self.executor.submit(plan))
-        self._balancing.answered(order, result.rebalanced, self._num_steps)
+        self._expert_balancer.finish(rebalance, result.rebalanced, self._num_steps)
 
     def _take_arrivals(self) -> None:
-        for arrival in self._door.take():
+        for arrival in self._inbox.take():
             if isinstance(arrival, Request):
                 self._admit(arrival)
             else:
                 self._tell(self.scheduler.cancel(arrival))
 
     def _admit(self, request: Request) -> None:
-        mark(6, request.id)
+        trace_place(6, request.id)
         self._num_taken += 1
         try:
             whole_already = self.scheduler.add(request)
             self._outbox.events += whole_already
             if not whole_already:
-                self._timekeeper.admitted(request)
+                self._timer.admitted(request)
         except EngineError as error:
             self._outbox.events.append(refusal(request, error))
         except Exception:  # a request can fail only itself
@@ -233,7 +233,7 @@ class Engine:
         """Rewind everything and have new workers started beside this thread, so that cancels and deadlines are still heard."""
         logger.error("the workers are lost: %s", loss)
         self._in_flight.clear()
-        self._balancing.failed(loss)
+        self._expert_balancer.fail_all(loss)
         if self._recover is None:
             self._end = loss
             return
@@ -253,22 +253,22 @@ class Engine:
             self._end = error if isinstance(error, EngineError) else EngineStopped("no new workers could be started")
 
     def _tell(self, events: list[TokenEvent]) -> None:
-        self._outbox.events += self._timekeeper.told(events)
+        self._outbox.events += self._timer.add_times(events)
 
-    def _take_outbox(self) -> Told:
-        told, self._outbox = self._outbox, Told()
-        return told
+    def _take_outbox(self) -> EngineOutput:
+        output, self._outbox = self._outbox, EngineOutput()
+        return output
 
     def _is_idle(self) -> bool:
-        is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._balancing.is_asked
-        return not is_busy and self._door.is_empty()
+        is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._expert_balancer.has_requests
+        return not is_busy and self._inbox.is_empty()
 
-    def _close(self, deliver: Callable[[Told], None], error: EngineError) -> None:
+    def _close(self, deliver: Callable[[EngineOutput], None], error: EngineError) -> None:
         """Nothing more is taken; what was taken is told."""
         self.stop()
         self._in_flight.clear()
         self._take_arrivals()
-        self._balancing.failed(error)
+        self._expert_balancer.fail_all(error)
         self._tell(self.scheduler.fail_all(error))
         self._note_stats()
         try:
@@ -308,8 +308,8 @@ class Engine:
             prefix_found_tokens=scheduler.prefix_found_tokens,
             drafted_tokens=scheduler.drafted_tokens,
             held_tokens=scheduler.held_tokens,
-            expert_moves=self._balancing.num_moved,
-            expert_imbalance=self._balancing.imbalance,
+            expert_moves=self._expert_balancer.num_moved,
+            expert_imbalance=self._expert_balancer.imbalance,
             step_base_s=step_base_s,
             step_token_s=step_token_s,
             step_s=self._step_s,

@@ -61,7 +61,7 @@ class GrammarFailed(EngineError):
 
 
 class PoisonedRequest(EngineError):
-    """The request was running at so many losses of the workers that it is not tried again; see `engine.trial`."""
+    """The request was running at so many losses of the workers that it is not tried again; see `engine.isolation`."""
 
 
 class EngineStopped(EngineError):

@@ -210,7 +210,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class PhaseTimes:
     """Seconds of one choice in one engine. Preemption, and the loss of workers, count in the phase they fell into."""
 
     queue_s: float
@@ -242,7 +242,7 @@ class TokenEvent:
     error_message: str | None = None
     held_s: float = 0.0
     """How long it waited at its front for a replica; added there, to the first event."""
-    spent: Spent | None = None
+    phase_times: PhaseTimes | None = None
     """In the first event with tokens, and in the last one."""
     losses: int = 0
     """How often workers were lost while they computed it, so far."""

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.admission import Places
-from engine.books import Books
 from engine.cohort import Planned
 from engine.config import EngineConfig
-from engine.draft.drafting import draft_for, guesses_to_ask
+from engine.draft.planning import plan_draft, plan_next_draft
 from engine.draft.speculator import Speculator
-from engine.pace import Pace
-from engine.places import is_asked_for, mark
 from engine.plan import NO_DECODES, Decodes, Opening, StepPlan, Work
 from engine.policy import Policy, Rank
-from engine.portion import Portion, num_decoding, portion_of
+from engine.prefill_budget import PrefillBudget
+from engine.request_trace import is_tracing, trace_place
 from engine.sequence import Sequence
+from engine.sequence_table import SequenceTable
 from engine.shard import Shard
+from engine.shard_budget import ShardBudget, num_decoding, shard_budget
 
 MayRun = Callable[[Sequence], bool]
 
@@ -49,9 +49,15 @@ class Planner:
     """On each shard sequences that decode come first, then prompts, begun and new, each in rank order."""
 
     def __init__(
-        self, config: EngineConfig, books: Books, policy: Policy, *, speculator: Speculator | None = None, pace: Pace | None = None
+        self,
+        config: EngineConfig,
+        table: SequenceTable,
+        policy: Policy,
+        *,
+        speculator: Speculator | None = None,
+        pace: PrefillBudget | None = None,
     ) -> None:
-        self._config, self._books, self._policy, self._speculator, self._pace = config, books, policy, speculator, pace
+        self._config, self._table, self._policy, self._speculator, self._pace = config, table, policy, speculator, pace
         self._num_steps = 0
         self._together: dict[int, list[tuple[Shard, Planned]]] = {}
 
@@ -80,12 +86,12 @@ class Planner:
         if only_ahead and not building.ahead:
             return None
         if self._speculator is not None:
-            self._speculator.rest_or_wake(self._books.num_running // len(self._books.shards))
+            self._speculator.rest_or_wake(self._table.num_running // len(self._table.shards))
             if not self._speculator.is_resting:
-                for shard in self._books.shards:
+                for shard in self._table.shards:
                     shard.loosen_all()
-        budgets = [self._config.max_step_tokens] * len(self._books.shards) if self._pace is None else self._paced(self._pace)
-        portions = [self._portion(shard, budget) for shard, budget in zip(self._books.shards, budgets, strict=True)]
+        budgets = [self._config.max_step_tokens] * len(self._table.shards) if self._pace is None else self._paced(self._pace)
+        portions = [self._portion(shard, budget) for shard, budget in zip(self._table.shards, budgets, strict=True)]
         if only_ahead and not all(self._has_room_ahead(portion) for portion in portions if len(portion.shard.cohort)):
             return None
         for portion in portions:
@@ -97,19 +103,19 @@ class Planner:
 
     def _planned(self, building: PlanBuilder) -> StepPlan:
         plan = StepPlan(
-            self.number_step(), tuple(building.works), tuple(building.opened), tuple(self._books.closed), decodes=building.decodes()
+            self.number_step(), tuple(building.works), tuple(building.opened), tuple(self._table.closed), decodes=building.decodes()
         )
         if building.together:
             self._together[plan.step] = building.together
-        self._books.closed.clear()
+        self._table.closed.clear()
         return plan
 
     def _plan_cohorts_alone(self) -> StepPlan | None:
         """As `plan` does it, in a third of the time, where nobody waits or is loose, and all of every cohort can go on; else None."""
-        books, config, shards = self._books, self._config, self._books.shards
-        if books.admission.waiting or books.capacity.num_stages > 1 or self._speculator is not None:
+        table, config, shards = self._table, self._config, self._table.shards
+        if table.admission.waiting or table.capacity.num_stages > 1 or self._speculator is not None:
             return None
-        ahead = config.run_ahead and books.capacity.runs_ahead
+        ahead = config.run_ahead and table.capacity.runs_ahead
         for shard in shards:
             if shard.loose or len(shard.cohort) > config.max_step_tokens:
                 return None
@@ -119,41 +125,41 @@ class Planner:
         building = PlanBuilder(anyone, together=[(shard, shard.cohort.plan(shard.pool, ahead)) for shard in shards if len(shard.cohort)])
         if not building.together:
             return None
-        if is_asked_for():
+        if is_tracing():
             self._mark(building)
         return self._planned(building)
 
     def _mark(self, building: PlanBuilder) -> None:
         for shard, planned in building.together:
             for sequence in shard.cohort.sequences(planned):
-                mark(7, sequence.request.id)
+                trace_place(7, sequence.request.id)
 
     def _may_run_ahead(self) -> bool:
         """Where ranks can, and everybody who waits for a next token would be in that step: who has to be answered first would miss it."""
-        if not (self._config.run_ahead and self._books.capacity.runs_ahead) or self._speculator is not None:
+        if not (self._config.run_ahead and self._table.capacity.runs_ahead) or self._speculator is not None:
             return False
-        return not any(s.num_pending < 1 and not s.ended for shard in self._books.shards for s in shard.loose.values())
+        return not any(s.num_pending < 1 and not s.ended for shard in self._table.shards for s in shard.loose.values())
 
-    def _paced(self, pace: Pace) -> list[int]:
+    def _paced(self, pace: PrefillBudget) -> list[int]:
         """Tokens for each shard, where some sequences decode: they wait for the prompts of all shards."""
-        decoding, most = [num_decoding(shard) for shard in self._books.shards], self._config.max_step_tokens
+        decoding, most = [num_decoding(shard) for shard in self._table.shards], self._config.max_step_tokens
         if not any(decoding):
             return [most for _ in decoding]
-        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding), self._books.prefill_tokens) // len(decoding))
+        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding), self._table.prefill_tokens) // len(decoding))
         return [min(most, number + prompt_tokens) for number in decoding]
 
-    def _portion(self, shard: Shard, budget: int) -> Portion:
-        return portion_of(
+    def _portion(self, shard: Shard, budget: int) -> ShardBudget:
+        return shard_budget(
             shard,
             budget=budget,
             max_tokens=self._config.max_step_tokens,
             max_running=self._config.max_running,
-            num_stages=self._books.capacity.num_stages,
-            num_shards=len(self._books.shards),
-            waiting_tokens=self._books.admission.num_tokens // len(self._books.shards),
+            num_stages=self._table.capacity.num_stages,
+            num_shards=len(self._table.shards),
+            waiting_tokens=self._table.admission.num_tokens // len(self._table.shards),
         )
 
-    def _continue_decoding(self, portion: Portion, building: PlanBuilder) -> None:
+    def _continue_decoding(self, portion: ShardBudget, building: PlanBuilder) -> None:
         together = self._decode_together(portion, building)
         candidates = portion.shard.loose if together else portion.shard.open
         runnable = [s for s in candidates.values() if s.num_pending == 1 and not s.ended and building.may_run(s)]
@@ -166,7 +172,7 @@ class Planner:
             if self._make_room(sequence, portion):
                 self._plan_work(sequence, portion, building)
 
-    def _decode_together(self, portion: Portion, building: PlanBuilder) -> bool:
+    def _decode_together(self, portion: ShardBudget, building: PlanBuilder) -> bool:
         """Plan all of the shard's cohort, if all that decode here find room: then it does not matter in what order."""
         if building.may_run is not anyone:
             return False
@@ -182,12 +188,12 @@ class Planner:
             building.together.append((shard, planned))
             portion.take(count)
             portion.max_decodes -= count
-            if is_asked_for():
+            if is_tracing():
                 for sequence in cohort.sequences(planned):
-                    mark(7, sequence.request.id)
+                    trace_place(7, sequence.request.id)
         return True
 
-    def _has_room_ahead(self, portion: Portion) -> bool:
+    def _has_room_ahead(self, portion: ShardBudget) -> bool:
         """Whether all of the cohort can go on behind the step under way. If not for want of blocks, nobody new may have what they lack:
         they take it, or give way, when they have been answered."""
         cohort, others = portion.shard.cohort, _num_others(portion)
@@ -198,7 +204,7 @@ class Planner:
             return False
         return len(due) + others <= min(portion.budget, portion.max_decodes)
 
-    def _take_prompts(self, portions: list[Portion], building: PlanBuilder) -> None:
+    def _take_prompts(self, portions: list[ShardBudget], building: PlanBuilder) -> None:
         """Begun ones have their blocks; beside them a new one of a lower rank goes first, or a tenant's long prompt kept others waiting."""
         begun = [
             (sequence, portion)
@@ -215,25 +221,25 @@ class Planner:
                     self._plan_work(sequence, portion, building)
 
         free = [portion for portion in portions if not portion.has_preempted]
-        for sequence, choice in self._books.admission.admit(free, self._books.capacity, building.may_run, self._places, continue_before):
-            self._books.open(sequence, choice)
+        for sequence, choice in self._table.admission.admit(free, self._table.capacity, building.may_run, self._places, continue_before):
+            self._table.open(sequence, choice)
             building.opened.append(sequence.opening())
             self._plan_work(sequence, choice.portion, building)
         continue_before(None)
 
     def _places(self) -> Places:
-        return Places(total=self._config.max_running, taken=self._books.num_running)
+        return Places(total=self._config.max_running, taken=self._table.num_running)
 
-    def _plan_work(self, sequence: Sequence, portion: Portion, building: PlanBuilder) -> None:
+    def _plan_work(self, sequence: Sequence, portion: ShardBudget, building: PlanBuilder) -> None:
         assert sequence.number is not None
         portion.shard.loosen(sequence)
         count = sequence.num_pending if sequence.is_whole else min(sequence.num_pending, portion.budget)
         is_last, pools = count == sequence.num_pending, sequence.request.pooling is not None
         start = sequence.num_planned
         wants_draft = self._speculator is not None and sequence.num_pending == 1
-        draft = draft_for(sequence, portion, self._books.capacity, self._speculator) if self._speculator and wants_draft else ()
+        draft = plan_draft(sequence, portion, self._table.capacity, self._speculator) if self._speculator and wants_draft else ()
         asks = self._speculator is not None and is_last and not pools
-        guesses = guesses_to_ask(sequence, len(draft), portion, self._books.capacity, self._speculator) if self._speculator and asks else 0
+        guesses = plan_next_draft(sequence, len(draft), portion, self._table.capacity, self._speculator) if self._speculator and asks else 0
         work = Work(
             sequence=sequence.number,
             start=start,
@@ -250,18 +256,18 @@ class Planner:
         sequence.num_planned += count
         building.works.append(work)
         portion.take(len(work.tokens))
-        mark(7, sequence.request.id)
+        trace_place(7, sequence.request.id)
 
-    def _make_room(self, sequence: Sequence, portion: Portion) -> bool:
+    def _make_room(self, sequence: Sequence, portion: ShardBudget) -> bool:
         """Give an open sequence the blocks for its next tokens, preempting from the last in rank. False if it must sit this step out."""
         pool = portion.shard.pool
         count = min(sequence.num_pending, portion.budget)
-        missing = self._books.capacity.blocks_for(sequence.num_planned + count) - len(sequence.blocks)
+        missing = self._table.capacity.blocks_for(sequence.num_planned + count) - len(sequence.blocks)
         while missing > pool.num_available:
             # One in flight has had room for all its known tokens since it was opened: whoever comes here is movable itself.
             movable = [s for s in portion.shard.open.values() if not s.in_flight]
             last = max(movable, key=self._policy.rank)
-            self._books.preempt(last)
+            self._table.preempt(last)
             portion.has_preempted = True
             if last is sequence:
                 return False
@@ -270,6 +276,6 @@ class Planner:
         return True
 
 
-def _num_others(portion: Portion) -> int:
+def _num_others(portion: ShardBudget) -> int:
     """Of a shard's sequences those that decode beside the cohort."""
     return sum(sequence.num_pending == 1 for sequence in portion.shard.loose.values())

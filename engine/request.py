@@ -80,7 +80,7 @@ class Request:
     committed: tuple[int, ...] = ()
     """Output tokens that a lost replica delivered already; the engine goes on behind them."""
     losses: int = 0
-    """How often workers were lost while they computed it, on other replicas; see `engine.trial`."""
+    """How often workers were lost while they computed it, on other replicas; see `engine.isolation`."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     pooling: Pooling | None = None
     """None = an answer is wanted. Else `sampling` has no say."""
@@ -96,7 +96,7 @@ class Request:
     deadline_s: float | None = None
     """Unix time after which the request is ended with `DeadlineExceeded`."""
     tag: int = field(default=-1, compare=False)
-    """A number by which whoever submitted it wants to hear of its tokens (`engine.told.Said`); the engine does not look at it."""
+    """A number by which whoever submitted it wants to hear of its tokens (`engine.output.TokenBatch`); the engine does not look at it."""
 
     @property
     def key(self) -> tuple[str, int]:

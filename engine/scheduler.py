@@ -4,7 +4,6 @@ from array import array
 
 import numpy as np
 
-from engine.books import Books
 from engine.config import EngineConfig
 from engine.deadlines import Deadlines
 from engine.draft.speculator import Speculator
@@ -22,17 +21,18 @@ from engine.errors import (
     QueueFull,
 )
 from engine.executor import Capacity
+from engine.isolation import next_suspect, record_loss
 from engine.kv.block_pool import BlockListener
-from engine.pace import Pace
-from engine.places import is_asked_for, mark
+from engine.output import EngineOutput
 from engine.plan import COLUMN, NO_TOKEN, FinishReason, Pooled, Sampled, StepPlan, StepResult, TokenEvent, Work
 from engine.planner import Planner
 from engine.policy import FirstCome, Policy, Waits
+from engine.prefill_budget import PrefillBudget
 from engine.request import Request
+from engine.request_trace import is_tracing, trace_place
 from engine.sequence import Sequence
+from engine.sequence_table import SequenceTable
 from engine.shard import Shard
-from engine.told import Told
-from engine.trial import accuse, next_trial
 
 Key = tuple[str, int]
 
@@ -57,13 +57,13 @@ class Scheduler:
         policy: Policy | None = None,
         listener: BlockListener | None = None,
         speculator: Speculator | None = None,
-        pace: Pace | None = None,
+        pace: PrefillBudget | None = None,
     ) -> None:
         self._config = config
         self._speculator = speculator
         self._policy = policy or FirstCome()
-        self._books = Books(config, capacity, self._policy, listener)
-        self._planner = Planner(config, self._books, self._policy, speculator=speculator, pace=pace)
+        self._table = SequenceTable(config, capacity, self._policy, listener)
+        self._planner = Planner(config, self._table, self._policy, speculator=speculator, pace=pace)
         self.num_finished = self.num_losses = 0
         self.computed_tokens = self.sampled_tokens = 0
         self._by_key: dict[Key, Sequence] = {}
@@ -85,7 +85,7 @@ class Scheduler:
         if not request.prompt:
             raise EmptyPrompt
         # one that was accepted before is not refused now
-        if not (request.attempt or self._policy.may_wait(request, self._books.admission.waiting, self._config.max_waiting)):
+        if not (request.attempt or self._policy.may_wait(request, self._table.admission.waiting, self._config.max_waiting)):
             raise QueueFull(limit=self._config.max_waiting)
         sequence = Sequence(request, self._num_arrived)
         reason, stop_token = self._ending(sequence)
@@ -95,9 +95,9 @@ class Scheduler:
         array("i", sequence.tokens)  # what is no token id must raise here, at its own door, and not in the midst of a step
         self._num_arrived += 1
         self._by_key[request.key] = sequence
-        self._books.admission.arrive(sequence)
+        self._table.admission.arrive(sequence)
         self._deadlines.add(sequence)
-        if sequence.trial_left:
+        if sequence.isolation_tokens_left:
             self._suspects.append(sequence)
         return []
 
@@ -122,29 +122,29 @@ class Scheduler:
 
         A suspect of a loss is planned alone, once nothing else is in flight, or has to wait until there is room for it.
         """
-        self._suspects = [sequence for sequence in self._suspects if sequence.trial_left and not sequence.ended]
-        trial = next_trial(self._suspects, self._policy)
+        self._suspects = [sequence for sequence in self._suspects if sequence.isolation_tokens_left and not sequence.ended]
+        trial = next_suspect(self._suspects, self._policy)
         if trial is None:
             return self._planner.plan(only_ahead=only_ahead)
-        if only_ahead or any(sequence.in_flight and sequence is not trial for sequence in self._books.all_open()):
+        if only_ahead or any(sequence.in_flight and sequence is not trial for sequence in self._table.all_open()):
             return None
         plan = self._planner.plan(lambda sequence: sequence is trial)
         if plan is not None or trial.in_flight:  # while its answer is out nobody else is begun either: a loss would be blamed on both
             return plan
-        return self._planner.plan(lambda sequence: not sequence.trial_left)
+        return self._planner.plan(lambda sequence: not sequence.isolation_tokens_left)
 
-    def apply(self, plan: StepPlan, result: StepResult) -> Told:
+    def apply(self, plan: StepPlan, result: StepResult) -> EngineOutput:
         """Record what a step gave. Sequences that were closed since it was planned are passed over."""
         sampled = {answer.sequence: answer for answer in result.sampled}
-        told = Told()
-        for work, token in self._apply_together(plan, result, told):
+        output = EngineOutput()
+        for work, token in self._apply_together(plan, result, output):
             answer = sampled.get(work.sequence) if token == NO_TOKEN else Sampled(work.sequence, (token,))
-            told.events += self._apply_work(work, answer)
+            output.events += self._apply_work(work, answer)
         self._score(plan, result)
         pooled = {answer.sequence: answer for answer in result.pooled}
         for work in plan.singly:
-            told.events += self._apply_work(work, sampled.get(work.sequence), pooled.get(work.sequence))
-        return told
+            output.events += self._apply_work(work, sampled.get(work.sequence), pooled.get(work.sequence))
+        return output
 
     def _score(self, plan: StepPlan, result: StepResult) -> None:
         """Note log-probabilities of prompts, before their sequences may end."""
@@ -154,7 +154,7 @@ class Scheduler:
             if (sequence := shard.open.get(scored.sequence)) is not None:
                 sequence.score(start, scored.logprobs)
 
-    def _apply_together(self, plan: StepPlan, result: StepResult, told: Told) -> list[tuple[Work, int]]:
+    def _apply_together(self, plan: StepPlan, result: StepResult, output: EngineOutput) -> list[tuple[Work, int]]:
         """Record the tokens of cohorts. The works of which more than a next token is to be recorded, and their tokens."""
         rest: list[tuple[Work, int]] = []
         tokens = np.frombuffer(result.tokens, COLUMN) if result.tokens else np.full(len(plan.decodes), NO_TOKEN, COLUMN)
@@ -167,13 +167,13 @@ class Scheduler:
                 shard.cache.publish(sequence, since=sequence.num_computed - 1)
             for request, count in recorded.charges:
                 self._policy.sampled(request, count)
-            self.computed_tokens += len(recorded.said)
-            self.sampled_tokens += len(recorded.said)
-            if is_asked_for():
-                for sequence in recorded.said.sequences:
-                    mark(12, sequence.request.id)
-            if len(recorded.said):
-                told.said.append(recorded.said)
+            self.computed_tokens += len(recorded.token_batch)
+            self.sampled_tokens += len(recorded.token_batch)
+            if is_tracing():
+                for sequence in recorded.token_batch.sequences:
+                    trace_place(12, sequence.request.id)
+            if len(recorded.token_batch):
+                output.token_batches.append(recorded.token_batch)
             rest += zip(planned.works(recorded.rest), of_shard[recorded.rest].tolist(), strict=True)
         return rest
 
@@ -190,7 +190,7 @@ class Scheduler:
         sequence.num_computed = work.start + len(work.tokens) - work.num_draft
         if sequence.ended:
             if not sequence.in_flight:
-                self._books.close(sequence)
+                self._table.close(sequence)
             return []
         if work.pools:
             return [self._take_embedding(sequence, work, pooled or Pooled(work.sequence, b"", fault="the ranks gave no embedding"))]
@@ -213,16 +213,16 @@ class Scheduler:
         if pooled.fault is not None:
             cache.disown(sequence)
             return self._fail(sequence, InvalidLogits(pooled.fault))
-        mark(12, sequence.request.id)
+        trace_place(12, sequence.request.id)
         cache.publish(sequence, since=work.start)
         return self._end(sequence, sequence.event(finish_reason="stop", embedding=pooled.vector))
 
     def _take(self, sequence: Sequence, work: Work, answer: Sampled) -> TokenEvent:
         """Append what was sampled, up to what ends the answer. All of it but the last was guessed, and so is computed already."""
-        mark(12, sequence.request.id)
+        trace_place(12, sequence.request.id)
         taken, stop_token = 0, None
         reason: FinishReason | None = None if sequence.request.sampling.max_tokens else "length"
-        sequence.trial_left = max(0, sequence.trial_left - 1)
+        sequence.isolation_tokens_left = max(0, sequence.isolation_tokens_left - 1)
         while reason is None and taken < len(answer.tokens):
             sequence.tokens.append(answer.tokens[taken])
             taken += 1
@@ -241,7 +241,7 @@ class Scheduler:
         if self._speculator is not None and answer.guesses:
             self._speculator.told(sequence, answer.guesses)
         if self._speculator is None or self._speculator.is_resting:
-            self._books.let_join(sequence)
+            self._table.try_join_cohort(sequence)
         return event
 
     def _ending(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
@@ -250,7 +250,7 @@ class Scheduler:
         may_stop = sequence.num_output > sampling.min_tokens or sampling.grammar is not None  # a whole text ends, however short
         if may_stop and sequence.tokens[-1] in sampling.stop_token_ids:
             return "stop", sequence.tokens[-1]
-        if sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= self._books.capacity.max_context_tokens:
+        if sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= self._table.capacity.max_context_tokens:
             return "length", None
         return None, None
 
@@ -259,26 +259,26 @@ class Scheduler:
     def lose_workers(self, *, from_outside: bool = False) -> list[TokenEvent]:
         """All KV is lost, and every step in flight with it: whatever was open waits again, at its old rank.
 
-        Of each sequence of which a step was in flight it is told that it may be what ended the workers; see `engine.trial`.
+        Of each sequence of which a step was in flight it is told that it may be what ended the workers; see `engine.isolation`.
         """
         self.num_losses += 1
         events = []
-        poisoned = accuse(self._books.all_open(), from_outside=from_outside)
-        for sequence in self._books.all_open():
+        poisoned = record_loss(self._table.all_open(), from_outside=from_outside)
+        for sequence in self._table.all_open():
             is_suspect = sequence.in_flight
-            self._books.close(sequence)
+            self._table.close(sequence)
             if sequence.ended:
                 continue
-            self._books.admission.put(sequence)
+            self._table.admission.put(sequence)
             if is_suspect and sequence not in poisoned:
                 events.append(sequence.event())
             if sequence in poisoned:
                 events.append(
                     self._fail(sequence, PoisonedRequest(f"the workers were lost {sequence.losses} times while computing this request"))
                 )
-        self._suspects = [sequence for sequence in self._by_key.values() if sequence.trial_left]
+        self._suspects = [sequence for sequence in self._by_key.values() if sequence.isolation_tokens_left]
         self._planner.forget_steps()
-        self._books.closed.clear()
+        self._table.closed.clear()
         for shard in self.shards:
             shard.pool.clear()
         return events
@@ -289,10 +289,10 @@ class Scheduler:
         A request that was promised more room than there is now ends with an error rather than with a shorter answer.
         """
         assert not self.num_running
-        promised = self._books.capacity.max_context_tokens
-        self._books.set_capacity(capacity)
+        promised = self._table.capacity.max_context_tokens
+        self._table.set_capacity(capacity)
         events = []
-        for sequence in list(self._books.admission.waiting):
+        for sequence in list(self._table.admission.waiting):
             most = min(sequence.num_prompt + sequence.request.sampling.max_tokens, promised)
             if most > capacity.max_context_tokens:
                 events.append(self._fail(sequence, KvCacheTooSmall(num_tokens=most, limit_tokens=capacity.max_context_tokens)))
@@ -302,25 +302,25 @@ class Scheduler:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        return self._books.shards
+        return self._table.shards
 
     @property
     def num_running(self) -> int:
-        return self._books.num_running
+        return self._table.num_running
 
     @property
     def num_preemptions(self) -> int:
-        return self._books.num_preemptions
+        return self._table.num_preemptions
 
     @property
     def prefix_queried_tokens(self) -> int:
         """Tokens looked up in prefix caches at admissions."""
-        return self._books.prefix_queried_tokens
+        return self._table.prefix_queried_tokens
 
     @property
     def prefix_found_tokens(self) -> int:
         """How many of `prefix_queried_tokens` were found."""
-        return self._books.prefix_found_tokens
+        return self._table.prefix_found_tokens
 
     def number_step(self) -> int:
         """A number for the next step, also for one that this scheduler does not plan."""
@@ -328,16 +328,16 @@ class Scheduler:
 
     def queue(self) -> list[Waits]:
         """Who waits, now: a list of its own."""
-        return list(self._books.admission.waiting)
+        return list(self._table.admission.waiting)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._books.admission.waiting)
+        return len(self._table.admission.waiting)
 
     @property
     def prefill_tokens(self) -> int:
         """Known tokens that no step has been planned for, but for those of sequences that decode."""
-        return self._books.prefill_tokens
+        return self._table.prefill_tokens
 
     @property
     def num_requests(self) -> int:
@@ -355,13 +355,13 @@ class Scheduler:
     def _check_length(self, request: Request) -> None:
         """At least one more token must fit into the context, and the KV of all tokens but the last into the pool."""
         known = len(request.prompt) + len(request.committed)
-        limit = self._books.capacity.max_context_tokens
+        limit = self._table.capacity.max_context_tokens
         if known + (request.pooling is None) > limit:
             raise PromptTooLong(num_tokens=known, limit_tokens=limit)
         if request.pooling is not None and not request.pooling.is_causal and known > self._config.max_step_tokens:
             raise PromptCannotBeCut(num_tokens=known, limit_tokens=self._config.max_step_tokens)
         most = min(len(request.prompt) + request.sampling.max_tokens, limit) if request.pooling is None else known + 1
-        room = self._books.capacity.num_blocks * self._books.capacity.block_tokens + 1
+        room = self._table.capacity.num_blocks * self._table.capacity.block_tokens + 1
         if most > room:
             raise KvCacheTooSmall(num_tokens=most, limit_tokens=room)
 
@@ -374,11 +374,11 @@ class Scheduler:
         self.num_finished += 1
         del self._by_key[sequence.request.key]
         if sequence.number is None:
-            self._books.admission.remove(sequence)
+            self._table.admission.remove(sequence)
         elif sequence.in_flight:
             self.shards[sequence.shard].loosen(sequence)
         else:
-            self._books.close(sequence)
+            self._table.close(sequence)
         return event
 
     def __repr__(self) -> str:

@@ -4,8 +4,8 @@ from engine.kv.keys import BlockKey, block_key, root_key
 from engine.plan import FinishReason, Opening, TokenEvent, TokenLogprobs
 from engine.request import Request
 
-TRIAL_TOKENS = 2
-"""Tokens that a suspect computes alone (see `engine.trial`): one from all that it had, one as decoding goes on."""
+ISOLATION_TOKENS = 2
+"""Tokens that a suspect computes alone (see `engine.isolation`): one from all that it had, one as decoding goes on."""
 
 
 class Sequence:
@@ -33,8 +33,8 @@ class Sequence:
         self.ended = False
         self.losses = request.losses
         """How often workers were lost while they computed it."""
-        self.trial_left = TRIAL_TOKENS if request.losses else 0
-        """Tokens it must still compute alone; see `engine.trial`."""
+        self.isolation_tokens_left = ISOLATION_TOKENS if request.losses else 0
+        """Tokens it must still compute alone; see `engine.isolation`."""
         self.num_cached_prompt: int | None = None
         """Prompt tokens found in the prefix cache at the first admission."""
         self.prompt_logprobs: list[TokenLogprobs] = []

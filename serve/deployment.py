@@ -26,7 +26,7 @@ from cluster.replica_link import ReplicaLink
 from cluster.router import Router
 from cluster.routing_policies import policy_of
 from cluster.worker import ModelRanks
-from engine.garbage import settle
+from engine.gc_tuning import tune_gc
 from model.adapter_files import files_with_adapter
 from model.checkpoint_folder import small_files
 from serve.auth import Doorkeeper, OpenDoor
@@ -132,7 +132,7 @@ class _Engine:
             version=deployed.version,
         )
         await asyncio.to_thread(self._replica.start)
-        settle()
+        tune_gc()
 
     async def check_health(self) -> None:
         self._replica.check()
@@ -174,7 +174,7 @@ class _Front:
         self._demand = Board[dict[str, Any]](app, DEMAND, front)
         if any(model.config.replicas.vary for model in models):  # else nobody asks
             self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
-        settle()
+        tune_gc()
 
     async def _offer(self, app: str, model: Model, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
         """A model's replicas, and the service over them. ``names``: of all models."""

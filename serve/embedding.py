@@ -7,8 +7,8 @@ from contextlib import aclosing
 import numpy as np
 
 from engine.errors import EngineStopped
-from engine.places import mark
 from engine.request import Pooling, SamplingParams
+from engine.request_trace import trace_place
 from model.pooling import PoolingConfig
 from serve.errors import from_event
 from serve.merge_streams import merged
@@ -48,7 +48,7 @@ class Embedder:
         assert self._model.pooling is not None
         inputs = [await self._ids(one) for one in request.inputs]
         must_be_in_time(request.deadline_s, self._clock)
-        mark(3, request.request_id)
+        trace_place(3, request.request_id)
         stopwatch.submitted()
         usage, done = Usage(prompt_tokens=0, completion_tokens=0), 0
         for begin in range(0, len(inputs), INPUTS_AT_ONCE):
@@ -91,8 +91,8 @@ class Embedder:
                     since_s = stopwatch.now()
                     vector = finished(event.embedding, pooling, request.dimensions)
                     stopwatch.detokenised(since_s)
-                    mark(13, request.request_id)
-                    told = TextEvent(choice=index, embedding=vector, finish_reason="stop", held_s=held_s, spent=times.at_end(event))
+                    trace_place(13, request.request_id)
+                    told = TextEvent(choice=index, embedding=vector, finish_reason="stop", held_s=held_s, phase_times=times.at_end(event))
                     yield told, event.num_cached
                     return
         raise EngineStopped("an input has got no embedding")
@@ -128,5 +128,5 @@ def finished(vector: bytes, pooling: PoolingConfig, dimensions: int | None) -> b
 
 
 def _last(event: TextEvent, usage: Usage, stopwatch: Stopwatch) -> TextEvent:
-    ledger = None if event.spent is None else stopwatch.ledger(event.spent)
+    ledger = None if event.phase_times is None else stopwatch.ledger(event.phase_times)
     return dataclasses.replace(event, usage=usage, ledger=ledger)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.doctor.facts import Need
 from cluster.worker import ModelRanks, OnProgress, Rank
-from engine.weights_read import WeightsRead
+from engine.load_stats import LoadStats
 from parallel.topology import Topology
 from serve.model_source import brought_here, is_fetched
 
@@ -22,7 +22,7 @@ class Fetching:
     phase: str = "fetching the checkpoint"
     done: int = 0
     total: int = 1
-    read: WeightsRead | None = None
+    read: LoadStats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

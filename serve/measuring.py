@@ -52,11 +52,11 @@ class _RequestTimes:
         self._observe(names.REQUEST_GENERATION_TOKENS, self._usage.completion_tokens)
         if self._first_s is not None and self._usage.completion_tokens > 1:
             self._observe(names.TIME_PER_TOKEN, (now_s - self._first_s) / (self._usage.completion_tokens - 1))
-        if self._end is not None and (spent := self._end.spent) is not None:
-            self._observe(names.QUEUE_SECONDS, spent.queue_s)
-            self._observe(names.PREFILL_SECONDS, spent.prefill_s)
-            self._observe(names.DECODE_SECONDS, spent.decode_s)
-            self._observe(names.INFERENCE_SECONDS, spent.prefill_s + spent.decode_s)
+        if self._end is not None and (phase_times := self._end.phase_times) is not None:
+            self._observe(names.QUEUE_SECONDS, phase_times.queue_s)
+            self._observe(names.PREFILL_SECONDS, phase_times.prefill_s)
+            self._observe(names.DECODE_SECONDS, phase_times.decode_s)
+            self._observe(names.INFERENCE_SECONDS, phase_times.prefill_s + phase_times.decode_s)
         self._close()
 
     def failed(self, error: BaseException) -> None:

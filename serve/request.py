@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from engine.plan import Spent, TokenLogprobs
+from engine.plan import PhaseTimes, TokenLogprobs
 from serve.caller import ANYONE, Caller
 from serve.request_timing import Ledger
 
@@ -235,7 +235,7 @@ class TextEvent:
     usage_so_far: Usage | None = None
     held_s: float = 0.0
     """How long the choice waited for a replica to start, in its first event only."""
-    spent: Spent | None = None
+    phase_times: PhaseTimes | None = None
     """With a choice's end: its time in the engine that ended it."""
     ledger: Ledger | None = None
     """Of the whole request, in the very last event of the stream only."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from engine.plan import Spent, TokenEvent
+from engine.plan import PhaseTimes, TokenEvent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +50,16 @@ class Stopwatch:
         """``since_s``: what `now` said before. (Two calls, as this is done for every token: a context manager takes four times as long.)"""
         self._detokenise_s += self._clock() - since_s
 
-    def ledger(self, spent: Spent) -> Ledger:
-        """``spent``: of the choice that ended last."""
+    def ledger(self, phase_times: PhaseTimes) -> Ledger:
+        """``phase_times``: of the choice that ended last."""
         now_s = self._clock()
         submitted_s = now_s if self._submitted_s is None else self._submitted_s
-        known_s = spent.queue_s + spent.prefill_s + spent.decode_s + self._detokenise_s
+        known_s = phase_times.queue_s + phase_times.prefill_s + phase_times.decode_s + self._detokenise_s
         return Ledger(
             front_s=submitted_s - self._begun_s,
-            queue_s=spent.queue_s,
-            prefill_s=spent.prefill_s,
-            decode_s=spent.decode_s,
+            queue_s=phase_times.queue_s,
+            prefill_s=phase_times.prefill_s,
+            decode_s=phase_times.decode_s,
             network_s=max(now_s - submitted_s - known_s, 0.0),
             detokenise_s=self._detokenise_s,
         )
@@ -70,15 +70,15 @@ class EngineTimes:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._told: Spent | None = None
+        self._told: PhaseTimes | None = None
         self._first_s = 0.0
 
     def take(self, event: TokenEvent) -> None:
-        if event.spent is not None:
+        if event.phase_times is not None:
             self._first_s = self._first_s or self._clock()
-            self._told = event.spent
+            self._told = event.phase_times
 
-    def at_end(self, event: TokenEvent) -> Spent | None:
+    def at_end(self, event: TokenEvent) -> PhaseTimes | None:
         """With the event that ended the choice. Where that is not the engine's end (a stop string), decoding ends here."""
         if self._told is None or event.finish_reason is not None:
             return self._told

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from engine.errors import EngineStopped
 from engine.failpoints import hit
-from engine.places import mark
 from engine.plan import TokenEvent
+from engine.request_trace import trace_place
 from serve.choice import Choice, ChoicePlan
 from serve.collect import collected
 from serve.embedding import Embedder, together
@@ -203,7 +203,7 @@ class Service:
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[TextEvent, None]:
         must_be_in_time(asked.request.deadline_s, self._clock)
-        mark(3, asked.request.request_id)
+        trace_place(3, asked.request.request_id)
         asked.stopwatch.submitted()
         choices = self._choices(asked)
         told = False
@@ -219,7 +219,7 @@ class Service:
             async for event, so_far in events:
                 if not told:
                     told = True
-                    mark(13, asked.request.request_id)
+                    trace_place(13, asked.request.request_id)
                 yielded[event.choice] = so_far
                 usage = _usage(asked, yielded)
                 last = all(choice.finished for choice in yielded)
@@ -279,7 +279,7 @@ class Service:
                 if text is not None:
                     if held_s:
                         text, held_s = dataclasses.replace(text, held_s=held_s), 0.0
-                    text = dataclasses.replace(text, spent=times.at_end(event)) if choice.finished else text
+                    text = dataclasses.replace(text, phase_times=times.at_end(event)) if choice.finished else text
                     yield text, _Yielded(num_tokens=choice.num_tokens, num_cached=choice.num_cached, finished=choice.finished)
                 if choice.finished:
                     return
@@ -291,7 +291,7 @@ def _scored(stream: AsyncGenerator[TokenEvent, None], choice: Choice, scores: Pr
 
 
 def _last(asked: Asked, event: TextEvent, usage: Usage) -> TextEvent:
-    ledger = None if event.spent is None else asked.stopwatch.ledger(event.spent)
+    ledger = None if event.phase_times is None else asked.stopwatch.ledger(event.phase_times)
     return dataclasses.replace(event, usage=usage, ledger=ledger)
 
 

@@ -89,10 +89,10 @@ def closed_loop(results: Results, served: Served, requests: Sequence[tuple[int, 
     first_s, last_s = (np.full(len(requests), np.nan) for _ in range(2))
     gaps_s: list[np.ndarray] = []
     while number_of:
-        told = served.engine.turn()
+        output = served.engine.turn()
         now_s = time.perf_counter() - began
-        numbers = [said.tags for said in told.said]
-        for event in told.events:
+        numbers = [batch.tags for batch in output.token_batches]
+        for event in output.events:
             if event.finish_reason == "error":
                 raise RuntimeError(f"{event.request_id}: {event.error_message}")
             if event.tokens:

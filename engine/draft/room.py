@@ -1,11 +1,11 @@
 """How many guessed tokens there is room for without taking any from somebody."""
 
 from engine.executor import Capacity
-from engine.portion import Portion
 from engine.sequence import Sequence
+from engine.shard_budget import ShardBudget
 
 
-def room_for_draft(sequence: Sequence, portion: Portion, capacity: Capacity) -> int:
+def room_for_draft(sequence: Sequence, portion: ShardBudget, capacity: Capacity) -> int:
     """Behind the sequence's last known token, which is about to be computed alone.
 
     Within the answer's and the context's length, what the step may still compute when every decoding sequence has had its token, the
@@ -20,7 +20,7 @@ def room_for_draft(sequence: Sequence, portion: Portion, capacity: Capacity) -> 
     )
 
 
-def room_for_guesses(sequence: Sequence, num_draft: int, portion: Portion, capacity: Capacity) -> int:
+def room_for_guesses(sequence: Sequence, num_draft: int, portion: ShardBudget, capacity: Capacity) -> int:
     """Behind the token that comes next at least: what a draft of the next step could hold, as far as that is known now."""
     return min(
         sequence.request.sampling.max_tokens - sequence.num_output - 2,
@@ -29,7 +29,7 @@ def room_for_guesses(sequence: Sequence, num_draft: int, portion: Portion, capac
     )
 
 
-def _room_in_blocks(sequence: Sequence, portion: Portion, capacity: Capacity) -> int:
+def _room_in_blocks(sequence: Sequence, portion: ShardBudget, capacity: Capacity) -> int:
     """Behind its known tokens, in blocks that it has and in those beyond one for each open sequence."""
     pool = portion.shard.pool
     held = len(sequence.blocks) * capacity.block_tokens - len(sequence.tokens)

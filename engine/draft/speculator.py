@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from engine.draft.draft_model import DraftModelProposer
 from engine.draft.proposer import Proposer
-from engine.draft.told_by_ranks import ToldByRanks
 from engine.sequence import Sequence
 
 PRIOR_HELD = 1.0
@@ -48,12 +48,12 @@ class Speculator:
     A step that computes d guessed tokens of a sequence costs d tokens more and yields, if each holds with chance p, p + p^2 + .. + p^d
     tokens more. The length that yields most per second is taken, which is none where a step is busy with many sequences already.
 
-    Where the ranks have a draft model (`ToldByRanks`) they are asked for guesses a step ahead, and each of them costs a pass of it.
+    Where the ranks have a draft model (`DraftModelProposer`) they are asked for guesses a step ahead, and each of them costs a pass of it.
     """
 
     def __init__(self, proposer: Proposer, *, max_tokens: int, step_line: StepLine) -> None:
         self._proposer, self._max_tokens, self._step_line = proposer, max_tokens, step_line
-        self._told_by_ranks = proposer if isinstance(proposer, ToldByRanks) else None
+        self._told_by_ranks = proposer if isinstance(proposer, DraftModelProposer) else None
         self._pass_s = 0.0
         self.is_resting = False
         """Whether nobody is guessed for, as steps are busy enough."""

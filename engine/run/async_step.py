@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from engine.begun import Begun
 from engine.plan import StepPlan, StepResult
 from engine.run.decode_rows import DecodeRows
 from engine.run.sampling.sampler_graphs import Report
+from engine.step_handle import StepHandle
 
 
 @dataclass(eq=False)
-class AsyncStep(Begun):
+class AsyncStep(StepHandle):
     """What `engine.run.runner.Runner.begin` gives, where the host has no say in the step."""
 
     plan: StepPlan

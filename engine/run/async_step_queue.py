@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.failpoints import hit
-from engine.places import is_asked_for
+from engine.request_trace import is_tracing
 from engine.run.async_step import AsyncStep
 from engine.run.decode_graphs import MOST_ROWS
 from engine.run.decode_rows import DecodeRows
@@ -51,7 +51,7 @@ class AsyncStepQueue:
     def begin(self, step: AsyncStep, launch: Launch, sampler_graphs: SamplerGraphs) -> AsyncStep:
         """Have the device do a step that it takes."""
         rows = step.rows
-        marked = rows.works() if is_asked_for() else []
+        marked = rows.works() if is_tracing() else []
         self._sequences.mark(9, marked)
         tokens_S = self._tokens_of(step)
         self._sequences.mark(10, marked)

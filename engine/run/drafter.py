@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from engine.draft.following import unread
+from engine.draft.catch_up import tokens_to_catch_up
 from engine.plan import Sampled, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
@@ -48,7 +48,7 @@ class Drafter:
         return [answer._replace(guesses=guesses.get(answer.sequence, ())) for answer in sampled], time.perf_counter() - began
 
     def _reading(self, work: Work, said: tuple[int, ...], asks: bool) -> Work:
-        start, tokens = unread(work, said)
+        start, tokens = tokens_to_catch_up(work, said)
         return Work(work.sequence, start, self._known(tokens), (), samples=asks, shard=work.shard)
 
     def _step(

@@ -5,10 +5,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.begun import Begun
 from engine.failpoints import hit
-from engine.places import is_asked_for
 from engine.plan import StepPlan
+from engine.request_trace import is_tracing
 from engine.run.async_step import AsyncStep
 from engine.run.async_step_queue import AsyncStepQueue
 from engine.run.decode_graphs import DecodeGraphs
@@ -17,6 +16,7 @@ from engine.run.open_sequences import OpenSequences
 from engine.run.result_builder import RankOutput, ResultBuilder
 from engine.run.sampling.columns import LEARNS, NEEDS, are_edited_by_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
+from engine.step_handle import StepHandle
 from parallel.last_collective import note_replay
 
 
@@ -38,7 +38,7 @@ class GraphSteps:
         self.sequences, self.async_steps, self.runs_ahead = sequences, async_steps, runs_ahead
         self._result_builder = result_builder
 
-    def begin(self, plan: StepPlan, began: float) -> Begun | None:
+    def begin(self, plan: StepPlan, began: float) -> StepHandle | None:
         """None where the plan has another step, and nothing has been done. ``began``: when the rank took it, by `time.perf_counter`."""
         rows = decode_rows(plan, self.sequences.shard)
         if rows is None or not self.decode_graphs.takes(len(rows)):
@@ -53,12 +53,12 @@ class GraphSteps:
             return self.async_steps.begin(step, launch, self.sampler_graphs)
         self.async_steps.settle_all()
         rows.learn(self.sequences.last_tokens)
-        return Begun(self._result_builder.build(plan, self._run(rows, table_rows_S, columns), began))
+        return StepHandle(self._result_builder.build(plan, self._run(rows, table_rows_S, columns), began))
 
     def _run(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None) -> RankOutput:
         """A step that is over when this returns. ``columns`` are None on a rank that does not sample."""
         sequences, known_S = self.sequences, rows.starts + 1
-        marked = rows.works() if is_asked_for() else []
+        marked = rows.works() if is_tracing() else []
         sequences.mark(9, marked)
         sequences.mark(10, marked)
         logits_SV = self.decode_graphs.run(rows, table_rows_S, sequences.tables)  # the device has enough to do now

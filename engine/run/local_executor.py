@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine.begun import Begun
 from engine.config import EngineConfig
 from engine.errors import WorkersLost
 from engine.executor import Capacity
@@ -13,13 +12,14 @@ from engine.plan import StepPlan, StepResult
 from engine.run.runner import Runner
 from engine.run.settings import RunnerConfig
 from engine.run.start import OnProgress, start_rank
+from engine.step_handle import StepHandle
 from parallel.topology import Topology
 
 
 class LocalStep:
     """A step that the rank has begun, or how the rank was lost in it."""
 
-    def __init__(self, executor: "LocalExecutor", step: int, begun: Begun | WorkersLost) -> None:
+    def __init__(self, executor: "LocalExecutor", step: int, begun: StepHandle | WorkersLost) -> None:
         self._executor, self._step, self._begun = executor, step, begun
 
     def result(self) -> StepResult:

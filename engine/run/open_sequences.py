@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.places import mark
 from engine.plan import StepPlan, Work
+from engine.request_trace import trace_place
 from engine.run.block_tables import BlockTables
 from engine.run.grammar.guides import Allowed, Guides
 from engine.run.last_tokens import LastTokens
@@ -94,4 +94,4 @@ class OpenSequences:
         """Note the place of each of the requests, by one rank for each shard."""
         if self._vocab_size is not None:
             for work in works:
-                mark(place, self.states[work.sequence].request_id)
+                trace_place(place, self.states[work.sequence].request_id)

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from engine.answers import StepAnswers
-from engine.begun import NOTHING, Begun, comes_first
 from engine.config import EngineConfig
 from engine.errors import WorkersLost
 from engine.executor import Capacity
-from engine.garbage import settle
+from engine.gc_tuning import tune_gc
 from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
 from engine.run.start import OnProgress, start_rank
+from engine.shard_results import ShardResults
+from engine.step_handle import NO_RESULT, StepHandle, message_comes_first
 from parallel.topology import Topology
 
 START_TIMEOUT_S = 600.0
@@ -40,13 +40,13 @@ def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> N
     try:
         settings["runner_config"] = on_its_device(settings["runner_config"], rank)
         with start_rank(rank=rank, **settings) as runner:
-            settle()
+            tune_gc()
             connection.send(runner.capacity)
-            begun = NOTHING
+            begun = NO_RESULT
             while True:
-                if not comes_first(begun, connection.poll):
+                if not message_comes_first(begun, connection.poll):
                     _answer(connection, begun)
-                    begun = NOTHING
+                    begun = NO_RESULT
                 try:
                     plan = connection.recv()
                 except EOFError:
@@ -64,7 +64,7 @@ def on_its_device(config: RunnerConfig, rank: int) -> RunnerConfig:
     return replace(config, device=f"cuda:{rank % count}") if count > 1 else config
 
 
-def _answer(connection: Connection, begun: Begun) -> None:
+def _answer(connection: Connection, begun: StepHandle) -> None:
     if (result := begun.result()) is not None:
         connection.send(result)
 
@@ -112,7 +112,7 @@ class ProcessExecutor:
         self._ranks = {connection.fileno(): rank for rank, connection in enumerate(self._connections)}
         for file in self._ranks:
             self._poll.register(file, select.POLLIN)
-        self._answers = StepAnswers(topology.dp)
+        self._answers = ShardResults(topology.dp)
 
     @property
     def capacity(self) -> Capacity:

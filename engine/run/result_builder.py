@@ -8,7 +8,6 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
-from engine.answers import packed
 from engine.plan import Pooled, Rebalanced, Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.decode_rows import DecodeRows
 from engine.run.grammar.guides import NONE_ALLOWED, Allowed, silent
@@ -16,6 +15,7 @@ from engine.run.open_sequences import OpenSequences
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import as_decided
 from engine.run.verification import verified
+from engine.shard_results import pack_tokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ResultBuilder:
         """The answer to a step that began then, by `time.perf_counter`."""
         if self.sampler is None:
             return None
-        tokens, rest = packed(plan.decodes, output.sampled) if output.tokens is None else (output.tokens, tuple(output.sampled))
+        tokens, rest = pack_tokens(plan.decodes, output.sampled) if output.tokens is None else (output.tokens, tuple(output.sampled))
         if self._runs_ahead:
             self._sequences.last_tokens.note(plan.decodes, tokens, rest)
         now, began = time.perf_counter(), max(began, self._answered_at)  # before that the device was at the step before

@@ -10,7 +10,6 @@ from itertools import count
 
 import torch
 
-from engine.begun import Begun
 from engine.executor import Capacity
 from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult
 from engine.run.async_step_queue import AsyncStepQueue
@@ -31,6 +30,7 @@ from engine.run.result_builder import ResultBuilder
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs
+from engine.step_handle import StepHandle
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.topology import Topology
@@ -161,7 +161,7 @@ class Runner:
         return self.begin(plan).result()
 
     @torch.inference_mode()
-    def begin(self, plan: StepPlan) -> Begun:
+    def begin(self, plan: StepPlan) -> StepHandle:
         """As `run`, but where ranks run ahead and the host has no say in what the step gives, it may go on while the next one is begun.
 
         Steps are asked for their results in the order in which they were begun; at most two are under way at the same time.
@@ -174,7 +174,7 @@ class Runner:
             if steps is not None and (begun := steps.begin(plan, began)) is not None:
                 return begun
         self.async_steps.settle_all()
-        return Begun(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
+        return StepHandle(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
 
     def _rebalanced(self, order: Rebalance) -> Rebalanced:
         self.async_steps.settle_all()

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import torch
 
 from engine.config import EngineConfig
+from engine.load_stats import LoadStats
 from engine.run.cuda_graphs import CudaGraphs
 from engine.run.draft_compatibility import check_draft_model
 from engine.run.drafter import open_drafter
@@ -25,7 +26,6 @@ from engine.run.runner import Runner, sampling_ranks
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig, draft_model_of
 from engine.run.warm_up import capture, tune, warm_up
-from engine.weights_read import WeightsRead
 from model.adapter import Adapter
 from model.adapter_files import files_with_adapter
 from model.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ class StartProgress:
     total: int
     """Of "weights": bytes of checkpoint tensors that this rank takes a share of; of "capture": CUDA graphs; of the other phases: 0 and
     then 1, of 1."""
-    read: WeightsRead | None = None
+    read: LoadStats | None = None
     """Said once, when the weights are there."""
 
 
@@ -338,7 +338,7 @@ def _load(
     )  # fmt: skip
     if adapter is not None:
         log.info("rank %d added %r", groups.rank, adapter)
-    read = WeightsRead(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
+    read = LoadStats(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
     tell(StartProgress("weights", told, told, read))
     return model
 

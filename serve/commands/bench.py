@@ -95,7 +95,7 @@ def measure(
     import torch
 
     from engine.engine import Engine
-    from engine.garbage import settle
+    from engine.gc_tuning import tune_gc
     from engine.run.host_resources import usable_cores
     from engine.run.start import formats_of, resolve_device, resolve_dtype
     from model.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def measure(
         executor = _executor(config, found, report)
         running.callback(executor.close)
         engine = Engine(executor, config.engine)
-        settle()  # as a rank and a replica do
+        tune_gc()  # as a rank and a replica do
         done = 0
         for cell in cells:
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from engine.places import mark
+from engine.request_trace import trace_place
 from serve.auth import OpenDoor
 from serve.caller import Caller, Scope
 from serve.errors import RequestTooLarge
@@ -44,7 +44,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         async def answer() -> service_pb2.ChatResponse:
             asked = self._chat_request(request, request_id, context)
             result = await self._service.collect(asked)
-            mark(14, request_id)
+            trace_place(14, request_id)
             tell_ledger(context, result.ledger, result.held_s)
             return chat_response(result, model=asked.model, created=int(self._clock()))
 
@@ -70,7 +70,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         async def answer() -> service_pb2.GenerateResponse:
             asked = self._completion_request(request, request_id, context)
             result = await self._service.collect(asked)
-            mark(14, request_id)
+            trace_place(14, request_id)
             tell_ledger(context, result.ledger, result.held_s)
             return generate_response(result, model=asked.model, created=int(self._clock()))
 
@@ -96,7 +96,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
         async def answer() -> service_pb2.EmbedResponse:
             asked = self._embedding_request(request, request_id, context)
             result = await self._service.embed(asked)
-            mark(14, request_id)
+            trace_place(14, request_id)
             tell_ledger(context, result.ledger, result.held_s)
             return embed_response(result, model=asked.model, created=int(self._clock()))
 
@@ -163,7 +163,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
     def _admit(self, message: Message, request_id: str, context: CallContext) -> Caller:
         """Step 2."""
         caller = caller_of(context, self._door, Scope.INFER)
-        mark(2, request_id)
+        trace_place(2, request_id)
         self._fits(message)
         return caller
 
@@ -195,7 +195,7 @@ def _said(context: CallContext, name: str) -> str | None:
 def _take(kind: str) -> str:
     """A new request's id."""
     request_id = f"{kind}-{uuid.uuid4().hex}"
-    mark(1, request_id)
+    trace_place(1, request_id)
     return request_id
 
 
@@ -227,7 +227,7 @@ async def _stream_or_refuse(
                 for fields in writer.events(event):
                     if not told:
                         told = True
-                        mark(14, request_id)
+                        trace_place(14, request_id)
                     yield response(id=request_id, **fields)  # type: ignore[arg-type]
     except Exception as error:
         yield response(id=request_id, error=refuse(context, error, request_id))

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.places import mark
+from engine.request_trace import trace_place
 from serve.errors import ErrorBody
 from serve.hold_header import held_headers
 from serve.http.context import Front, Stamp, usage_object
@@ -37,7 +37,7 @@ def chat_routes(front: Front) -> APIRouter:
             answer = json_response(
                 chat_completion(stamp, result, with_logprobs=bool(body.logprobs)), headers=headers | stamp.timing(result.ledger)
             )
-        mark(14, stamp.id)
+        trace_place(14, stamp.id)
         return answer
 
     return routes

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from engine.places import mark
+from engine.request_trace import trace_place
 from serve.caller import Caller
 from serve.errors import InvalidRequest
 from serve.http.auth import caller_of
@@ -47,13 +47,13 @@ class Front:
             ServeError: see `read_json_object` and `parse`.
         """
         arrived_s, request_id = time.monotonic(), f"{id_prefix}{uuid.uuid4().hex}"
-        mark(1, request_id)
+        trace_place(1, request_id)
         fields = await read_json_object(request, self.limits)
         body = parse(kind, fields, self.limits)
         if body.user is not None and not is_identifier(body.user, self.limits):
             raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
         session = session_of(request.headers.get(SESSION), body.belongs_to, self.limits)
-        mark(2, request_id)
+        trace_place(2, request_id)
         ignored = ignored_fields(body, fields)
         if ignored and self.strict:
             raise InvalidRequest(f"these fields have no effect here: {', '.join(ignored)}", param=ignored[0])

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.places import mark
+from engine.request_trace import trace_place
 from serve.hold_header import held_headers
 from serve.http.context import Front, Stamp
 from serve.http.disconnect import unless_gone
@@ -40,7 +40,7 @@ def embedding_routes(front: Front) -> APIRouter:
         body, stamp, headers = await front.receive(request, EmbeddingBody, id_prefix="embd-")
         result = await unless_gone(request.receive, front.service().embed(stamp.sign(body.request(stamp.id))))
         answer = json_response(embeddings(stamp, body, result), headers=headers | held_headers(result.held_s))
-        mark(14, stamp.id)
+        trace_place(14, stamp.id)
         return answer
 
     return routes

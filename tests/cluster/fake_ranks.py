@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from cluster.doctor.facts import Need
 from cluster.worker import OnProgress
-from engine.begun import Begun
 from engine.executor import Capacity
+from engine.load_stats import LoadStats
 from engine.plan import Sampled, StepPlan, StepResult
-from engine.weights_read import WeightsRead
+from engine.step_handle import StepHandle
 from parallel.topology import Topology
 
 RAISE, SPIN, SLEEP, CRASH, CRASH_AND_RAISE = 666, 667, 668, 669, 670
@@ -30,7 +30,7 @@ class Progress:
     phase: str
     done: int
     total: int
-    read: WeightsRead | None = None
+    read: LoadStats | None = None
 
 
 @dataclass
@@ -39,8 +39,8 @@ class FakeRank:
     capacity: Capacity
     topology: Topology
 
-    def begin(self, plan: StepPlan) -> Begun:
-        return Begun(self.run(plan))
+    def begin(self, plan: StepPlan) -> StepHandle:
+        return StepHandle(self.run(plan))
 
     def run(self, plan: StepPlan) -> StepResult | None:
         tokens = [token for work in plan.works for token in work.tokens]

@@ -85,7 +85,7 @@ def test_quarantine_is_bounded() -> None:
 
 
 def test_a_request_that_only_waited_where_ranks_were_lost_is_not_blamed() -> None:
-    """Those that were tried there alone, one by one, are told; see `engine.trial`."""
+    """Those that were tried there alone, one by one, are told; see `engine.isolation`."""
     resumes, _ = resumes_of(max_attempts=9)
     history = resumes.admit(REQUEST)
     for replica_id in "ababab":

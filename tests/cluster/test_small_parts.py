@@ -14,9 +14,9 @@ from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_need
 from cluster.recovery import Recovery, RestartBudget
 from cluster.worker_handles import Seat, take_seats
 from engine.errors import EngineStopped, WorkersLost
+from engine.output import EngineOutput
 from engine.plan import TokenEvent
 from engine.request import Request
-from engine.told import Told
 from parallel.topology import Topology
 
 
@@ -192,9 +192,9 @@ def test_the_canary_is_asked_once_per_generation_and_keeps_its_events_to_itself(
     canary.send()
     assert len(sent) == 2
     stale = TokenEvent(sent[0].id, 0, 0, 0, (1,), finish_reason="length")
-    assert canary.take(Told([stale, TokenEvent("client", 0, 0, 0, (5,))])) == [TokenEvent("client", 0, 0, 0, (5,))]
+    assert canary.take(EngineOutput([stale, TokenEvent("client", 0, 0, 0, (5,))])) == [TokenEvent("client", 0, 0, 0, (5,))]
     assert not health.ready
-    canary.take(Told([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")]))
+    canary.take(EngineOutput([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")]))
     assert health.ready
     assert canary.overdue_s == 0.0
 
@@ -203,7 +203,7 @@ def test_a_canary_that_failed_is_no_proof() -> None:
     health, sent = Health(), list[Request]()
     canary = Canary(health, sent.append)
     canary.send()
-    canary.take(Told([TokenEvent(sent[0].id, 0, 0, 0, finish_reason="error", error_kind="PoisonedRequest")]))
+    canary.take(EngineOutput([TokenEvent(sent[0].id, 0, 0, 0, finish_reason="error", error_kind="PoisonedRequest")]))
     assert not health.ready
     canary.send()
     assert len(sent) == 2
@@ -214,11 +214,11 @@ def test_a_replica_whose_ranks_have_no_numbers_for_a_canary_is_not_ready_until_t
     canary = Canary(health, sent.append)
     assert health.canary_passed(health.generation)
     canary.send()
-    canary.take(Told([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="InvalidLogits")]))
+    canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="InvalidLogits")]))
     assert not health.ready
     assert "no numbers" in health.reason
     canary.send()
-    canary.take(Told([TokenEvent(sent[-1].id, 0, 0, 0, (1,), finish_reason="length")]))
+    canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, (1,), finish_reason="length")]))
     assert health.ready
 
 
@@ -227,7 +227,7 @@ def test_a_canary_that_found_the_queue_full_makes_nobody_doubt() -> None:
     canary = Canary(health, sent.append)
     assert health.canary_passed(health.generation)
     canary.send()
-    canary.take(Told([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")]))
+    canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")]))
     assert health.ready
 
 
@@ -241,15 +241,15 @@ def test_with_a_full_queue_a_clients_token_is_the_proof_that_a_refused_canary_co
     health.lost("rank 0 died")
     canary.send()
     old = TokenEvent("client", 0, 0, 0, (5,))
-    canary.take(Told([refusal(sent[0]), old]))
+    canary.take(EngineOutput([refusal(sent[0]), old]))
     assert not health.ready, "a token of the ranks that were lost proves nothing"
     canary.ranks_start()
-    canary.take(Told([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")]))
+    canary.take(EngineOutput([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")]))
     assert not health.ready, "an end without a token proves nothing"
-    canary.take(Told([TokenEvent("client", 0, 0, 1, (6,))]))
+    canary.take(EngineOutput([TokenEvent("client", 0, 0, 1, (6,))]))
     assert health.ready
     health.lost("rank 1 died")
-    canary.take(Told([TokenEvent("client", 0, 0, 2, (7,))]))
+    canary.take(EngineOutput([TokenEvent("client", 0, 0, 2, (7,))]))
     assert not health.ready
 
 

@@ -7,17 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.stream_table import StreamTable, untagged
+from engine.output import NO_TAG, TokenBatch
 from engine.plan import COLUMN
 from engine.request import Request
 from engine.sequence import Sequence
-from engine.told import NO_TAG, Said
 
 SEQUENCE = Sequence(Request(id="r", prompt=(1,)), 0)
 
 
-def said(tags: list[int]) -> Said:
+def said(tags: list[int]) -> TokenBatch:
     column = np.arange(len(tags), dtype=np.int64)
-    return Said(np.array(tags, np.int64), column + 5, column + 100, [SEQUENCE] * len(tags))
+    return TokenBatch(np.array(tags, np.int64), column + 5, column + 100, [SEQUENCE] * len(tags))
 
 
 @settings(max_examples=200, deadline=None)

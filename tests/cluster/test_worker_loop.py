@@ -12,15 +12,15 @@ import zmq
 from cluster.errors import ChannelError
 from cluster.messages import RankFailed, RankReady, Stop, decode, encode
 from cluster.worker import Deadlines, Worker
-from engine.begun import Begun, comes_first
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult
+from engine.step_handle import StepHandle, message_comes_first
 
 LIMIT_S = 60.0
 
 
 @dataclass(eq=False)
-class AtTheDevice(Begun):
+class AtTheDevice(StepHandle):
     done: threading.Event = field(default_factory=threading.Event)
 
     def is_done(self) -> bool:
@@ -99,8 +99,8 @@ def test_a_step_is_answered_when_it_is_over_though_no_other_plan_comes(talking: 
 
 
 def test_who_has_nothing_under_way_is_told_at_once_that_nothing_comes_first() -> None:
-    assert not comes_first(Begun(None), lambda: pytest.fail("nobody is asked"))
-    assert comes_first(AtTheDevice(None), lambda: True)
+    assert not message_comes_first(StepHandle(None), lambda: pytest.fail("nobody is asked"))
+    assert message_comes_first(AtTheDevice(None), lambda: True)
 
 
 def test_what_a_step_raised_is_told_before_the_rank_lets_go_of_its_device_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

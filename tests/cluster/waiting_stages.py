@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cluster.doctor.facts import Need
 from cluster.worker import ModelRanks, OnProgress, Rank
-from engine.begun import Begun
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult
+from engine.step_handle import StepHandle
 from parallel.topology import Topology
 
 PART = 128
@@ -33,8 +33,8 @@ class WaitsForTheOthers:
     def capacity(self) -> Capacity:
         return self.rank.capacity
 
-    def begin(self, plan: StepPlan) -> Begun:
-        return Begun(self.run(plan))
+    def begin(self, plan: StepPlan) -> StepHandle:
+        return StepHandle(self.run(plan))
 
     def run(self, plan: StepPlan) -> StepResult | None:
         for part in [work.start // PART for work in plan.works if len(work.tokens) == PART]:

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from engine.config import EngineConfig
+from engine.draft.draft_model import DraftModelProposer
 from engine.draft.speculator import Speculator
-from engine.draft.told_by_ranks import ToldByRanks
 from engine.engine import Engine
 from engine.fair_share import FairShare
 from engine.request import Pooling, Request, SamplingParams
@@ -67,7 +67,7 @@ class Guesser:
 def random_speculator(draw: random.Random) -> Speculator | None:
     if draw.random() < 0.4:
         return None
-    proposer = Guesser(draw) if draw.random() < 0.5 else ToldByRanks()
+    proposer = Guesser(draw) if draw.random() < 0.5 else DraftModelProposer()
     return Speculator(proposer, max_tokens=draw.randint(1, 6), step_line=lambda: (draw.random(), draw.random()))
 
 

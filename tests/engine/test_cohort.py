@@ -6,16 +6,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.books import Books
 from engine.cohort import Cohort
 from engine.config import EngineConfig
+from engine.draft.draft_model import DraftModelProposer
 from engine.draft.lookup import PromptLookup
 from engine.draft.speculator import Speculator
-from engine.draft.told_by_ranks import ToldByRanks
 from engine.engine import Engine
 from engine.fair_share import FairShare
+from engine.output import EngineOutput
 from engine.request import Request, SamplingParams
-from engine.told import Told
+from engine.sequence_table import SequenceTable
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
 
 
@@ -39,16 +39,16 @@ def life(seed: int) -> tuple[list[list[tuple[int, int, tuple[int, ...], tuple[in
         recorder.begin(request.key)
         engine.submit(request)
         for _ in range(draw.randint(0, 3)):
-            told = engine.turn()
-            by_cohort += sum(map(len, told.said))
-            recorder.take(told)
+            output = engine.turn()
+            by_cohort += sum(map(len, output.token_batches))
+            recorder.take(output)
     victim = str(draw.randrange(9))
     if draw.random() < 0.3:
         engine.cancel(victim)
     while len(recorder.ends) < len(recorder.tokens):
-        told = engine.turn()
-        by_cohort += sum(map(len, told.said))
-        recorder.take(told)
+        output = engine.turn()
+        by_cohort += sum(map(len, output.token_batches))
+        recorder.take(output)
     steps = [
         sorted((work.sequence, work.start, work.tokens, work.new_blocks and (len(work.new_blocks),)) for work in plan.works)
         for plan in executor.plans
@@ -62,7 +62,7 @@ def life(seed: int) -> tuple[list[list[tuple[int, int, tuple[int, ...], tuple[in
 def test_steps_and_answers_are_those_of_sequences_planned_one_by_one(seed: int) -> None:
     together = life(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Books, "let_join", lambda _books, _sequence: None)
+        patch.setattr(SequenceTable, "try_join_cohort", lambda _table, _sequence: None)
         singly = life(seed)
     assert singly[3] == 0
     assert together[:2] == singly[:2]
@@ -76,11 +76,11 @@ def test_most_tokens_of_undisturbed_sequences_go_by_the_cohort() -> None:
     for request in requests:
         recorder.begin(request.key)
         engine.submit(request)
-    told: list[Told] = []
+    outputs: list[EngineOutput] = []
     while len(recorder.ends) < len(requests):
-        told.append(engine.turn())
-        recorder.take(told[-1])
-    assert sum(len(said) for each in told for said in each.said) == 8 * 10, "all but the first and the last of each"
+        outputs.append(engine.turn())
+        recorder.take(outputs[-1])
+    assert sum(len(batch) for output in outputs for batch in output.token_batches) == 8 * 10, "all but the first and the last of each"
     assert all(not plan.singly for plan in executor.plans[1:])
     assert all(recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, 12)) for request in requests)
 
@@ -100,7 +100,7 @@ def test_where_guessing_does_not_pay_for_anybody_sequences_are_in_the_cohort_unt
     line = [(0.0, 0.01)]
     executor = FakeExecutor(num_blocks=256)
     executor.draft_model = random.Random(1) if by_ranks else None
-    speculator = Speculator(ToldByRanks() if by_ranks else PromptLookup(), max_tokens=4, step_line=lambda: line[0])
+    speculator = Speculator(DraftModelProposer() if by_ranks else PromptLookup(), max_tokens=4, step_line=lambda: line[0])
     engine, recorder = Engine(executor, EngineConfig(block_tokens=4), speculator=speculator), Recorder()
     requests = [Request(id=str(n), prompt=(n, 2, 3, 2, 3), sampling=SamplingParams(max_tokens=40)) for n in range(3)]
     for request in requests:

@@ -55,7 +55,7 @@ def test_tenants_that_always_want_more_are_served_in_proportion_to_their_shares(
     most = 0.0
     for _ in range(300):
         for tenant, share in shares.items():
-            while sum(one.request.tenant == tenant for one in scheduler._books.admission.waiting) < 10:
+            while sum(one.request.tenant == tenant for one in scheduler._table.admission.waiting) < 10:
                 made += 1
                 prompt, output = draw.randint(1, 40), draw.randint(1, 20)
                 most = max(most, (prompt + OUTPUT_COST * output) / share)

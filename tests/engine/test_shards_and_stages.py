@@ -2,12 +2,12 @@
 
 import pytest
 
-from engine.answers import StepAnswers
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import Sampled, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
+from engine.shard_results import ShardResults
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
 
 
@@ -166,7 +166,7 @@ def test_a_loss_with_several_steps_in_flight_counts_once():
 
 
 def test_a_step_is_answered_when_all_its_shards_have():
-    answers = StepAnswers(2)
+    answers = ShardResults(2)
     for part in (StepResult(1, (Sampled(5, (50,)),), 0.5), StepResult(2, (), 0.1), StepResult(2, (Sampled(7, (70,)),), 0.2)):
         assert answers.take(1) is None
         answers.put(part)

@@ -4,11 +4,11 @@ import hashlib
 import random
 from collections.abc import Iterable
 
-from engine.answers import packed
-from engine.draft.following import unread
+from engine.draft.catch_up import tokens_to_catch_up
 from engine.errors import WorkersLost
 from engine.executor import Capacity
 from engine.plan import NO_TOKEN, Opening, Pooled, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
+from engine.shard_results import pack_tokens
 
 VOCAB = 1_000
 
@@ -117,7 +117,7 @@ class FakeExecutor:
         self._said |= {answer.sequence: answer.tokens[-1] for answer in answers if answer is not None and answer.tokens}
         assert index == self._num_answered, "steps are answered in order"
         self._num_answered += 1
-        tokens, sampled = packed(plan.decodes, [answer for answer in answers if answer is not None])
+        tokens, sampled = pack_tokens(plan.decodes, [answer for answer in answers if answer is not None])
         scored = tuple(self._score(work) for work in plan.singly if work.targets)
         pooled = tuple(self._pool(work) for work in plan.singly if work.pools)
         return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens, scored=scored, pooled=pooled)
@@ -163,7 +163,7 @@ class FakeExecutor:
         """What the draft model guesses behind all known tokens, when it has seen all that it has not. Nothing it reads may be amiss."""
         assert self.draft_model is not None
         opening, table = self._opened[work.sequence], self._tables[work.sequence]
-        start, tokens = unread(work, said)
+        start, tokens = tokens_to_catch_up(work, said)
         guesses: tuple[int, ...] = ()
         while True:
             stop = start + len(tokens)

@@ -12,8 +12,8 @@ from cluster.directory import RankPlace, ReplicaRecord
 from cluster.doctor.facts import Need
 from cluster.doctor.findings import Finding, Severity
 from cluster.health import State
+from engine.load_stats import LoadStats
 from engine.run.settings import QuantizeName, RunnerConfig
-from engine.weights_read import WeightsRead
 from model.adapter import Adapter
 from model.adapter_names import ADAPTER_FILE
 from model.config import ModelConfig
@@ -137,8 +137,8 @@ def test_rounded_ranks_need_what_they_hold_rounded(tmp_path: Path) -> None:
 
 
 def test_what_each_rank_read_is_told_and_what_was_read_along() -> None:
-    read = WeightsRead(kept_bytes=3 * 2**30, fetched_bytes=5 * 2**30, seconds=12.34)
-    exact = WeightsRead(kept_bytes=2**20, fetched_bytes=2**20, seconds=0.5)
+    read = LoadStats(kept_bytes=3 * 2**30, fetched_bytes=5 * 2**30, seconds=12.34)
+    exact = LoadStats(kept_bytes=2**20, fetched_bytes=2**20, seconds=0.5)
     places = (
         RankPlace(rank=0, host="a", pid=1, read=read),
         RankPlace(rank=1, host="b", pid=2, read=exact),

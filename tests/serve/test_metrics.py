@@ -12,7 +12,7 @@ from cluster.directory import ReplicaRecord
 from cluster.health import State
 from cluster.resume import Resumes
 from engine.executor import Capacity
-from engine.plan import Spent
+from engine.plan import PhaseTimes
 from engine.stats import EngineStats
 from serve import metric_names as names
 from serve.errors import InvalidRequest
@@ -76,9 +76,9 @@ def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
     watch.event(TextEvent(choice=0, text="x", tokens=tokens(1)))
     clock.now_s += 0.25
     watch.event(TextEvent(choice=0, text="xx", tokens=tokens(2)))
-    spent = Spent(queue_s=0.1, prefill_s=0.3, decode_s=0.25)
+    phase_times = PhaseTimes(queue_s=0.1, prefill_s=0.3, decode_s=0.25)
     usage = Usage(prompt_tokens=5, completion_tokens=3, cached_tokens=2)
-    watch.event(TextEvent(choice=0, finish_reason="stop", usage=usage, spent=spent))
+    watch.event(TextEvent(choice=0, finish_reason="stop", usage=usage, phase_times=phase_times))
     watch.ended()
     said = values(render([instruments.snapshot()])[0])
     assert said["manta_requests_total", "stop", "f1", "m"] == 1

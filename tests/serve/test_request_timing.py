@@ -1,6 +1,6 @@
 """The ledger of a request: every second is somewhere, once."""
 
-from engine.plan import Spent, TokenEvent
+from engine.plan import PhaseTimes, TokenEvent
 from serve.request_timing import EngineTimes, Stopwatch
 
 
@@ -11,8 +11,10 @@ class Clock:
         return self.now_s
 
 
-def event(*, spent: Spent | None = None, end: bool = False) -> TokenEvent:
-    return TokenEvent(request_id="r", choice=0, attempt=0, offset=0, tokens=(1,), spent=spent, finish_reason="stop" if end else None)
+def event(*, phase_times: PhaseTimes | None = None, end: bool = False) -> TokenEvent:
+    return TokenEvent(
+        request_id="r", choice=0, attempt=0, offset=0, tokens=(1,), phase_times=phase_times, finish_reason="stop" if end else None
+    )
 
 
 def test_its_entries_add_up_to_the_whole_time() -> None:
@@ -23,7 +25,7 @@ def test_its_entries_add_up_to_the_whole_time() -> None:
     since_s = stopwatch.now()
     clock.now_s += 0.5
     stopwatch.detokenised(since_s)
-    ledger = stopwatch.ledger(Spent(queue_s=0.5, prefill_s=1.0, decode_s=2.0))
+    ledger = stopwatch.ledger(PhaseTimes(queue_s=0.5, prefill_s=1.0, decode_s=2.0))
     assert (ledger.front_s, ledger.detokenise_s, ledger.network_s) == (1.0, 0.5, 0.5)
     assert ledger.total_s == clock.now_s - 49.0
 
@@ -33,7 +35,7 @@ def test_it_is_written_as_a_server_timing_header() -> None:
     stopwatch = Stopwatch(clock=clock)
     stopwatch.submitted()
     clock.now_s += 0.25
-    said = stopwatch.ledger(Spent(queue_s=0.0, prefill_s=0.125, decode_s=0.0)).server_timing()
+    said = stopwatch.ledger(PhaseTimes(queue_s=0.0, prefill_s=0.125, decode_s=0.0)).server_timing()
     assert said.startswith("front;dur=0.000, queue;dur=0.000, prefill;dur=125.000, ")
     assert said.endswith("total;dur=250.000")
 
@@ -41,16 +43,16 @@ def test_it_is_written_as_a_server_timing_header() -> None:
 def test_a_choice_that_a_stop_string_ended_was_decoded_until_then() -> None:
     clock = Clock()
     times = EngineTimes(clock=clock)
-    times.take(event(spent=Spent(queue_s=1.0, prefill_s=2.0, decode_s=0.0)))
+    times.take(event(phase_times=PhaseTimes(queue_s=1.0, prefill_s=2.0, decode_s=0.0)))
     clock.now_s += 3
     stopped = event()
     times.take(stopped)
-    assert times.at_end(stopped) == Spent(queue_s=1.0, prefill_s=2.0, decode_s=3.0)
+    assert times.at_end(stopped) == PhaseTimes(queue_s=1.0, prefill_s=2.0, decode_s=3.0)
 
 
 def test_an_engine_that_ended_the_choice_itself_is_believed() -> None:
     times = EngineTimes(clock=Clock())
-    told = Spent(queue_s=1.0, prefill_s=2.0, decode_s=9.0)
-    last = event(spent=told, end=True)
+    told = PhaseTimes(queue_s=1.0, prefill_s=2.0, decode_s=9.0)
+    last = event(phase_times=told, end=True)
     times.take(last)
     assert times.at_end(last) == told

@@ -147,7 +147,7 @@ class SimReplica:
         return Pong(ready=self.ready, num_running=running, num_waiting=len(self.runs) - running, ranks_lost=self.ranks_lost)
 
     def _running(self) -> list[_Run]:
-        """Suspects alone, as `engine.trial` has it."""
+        """Suspects alone, as `engine.isolation` has it."""
         suspects = [run for run in self.runs.values() if run.losses and POISON in run.request.prompt]
         return suspects[:1] or list(self.runs.values())[: self.max_running]
 

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.places import mark
+from engine.request_trace import trace_place
 from serve.errors import RouteNotFound
 from serve.hold_header import held_headers
 from serve.http.context import Front
@@ -40,7 +40,7 @@ def response_routes(front: Front) -> APIRouter:
                 result = await unless_gone(request.receive, service.collect(asked))
                 headers |= held_headers(result.held_s) | stamp.timing(result.ledger)
                 answer = json_response(writer.whole(result), headers=headers)
-        mark(14, stamp.id)
+        trace_place(14, stamp.id)
         return answer
 
     @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)

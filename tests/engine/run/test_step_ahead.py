@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.begun import Begun
 from engine.engine import Engine
 from engine.plan import NO_BLOCK, NO_TOKEN, Decodes, StepPlan
 from engine.request import Request, SamplingParams
 from engine.run.async_step import AsyncStep
 from engine.run.decode_rows import decode_rows
 from engine.run.local_executor import LocalExecutor, LocalStep
+from engine.step_handle import StepHandle
 from tests.engine.run.captured import have_replayed, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, sampled_requests, serve
 from tests.engine.run.tiny_models import engine_config
@@ -62,7 +62,7 @@ def test_a_row_that_few_candidates_do_not_decide_is_decided_on_the_device_as_the
     assert runner.decode_graphs is not None
     begin, run = runner.begin, runner.decode_graphs.run
 
-    def watched_begin(plan: StepPlan) -> Begun:
+    def watched_begin(plan: StepPlan) -> StepHandle:
         nonlocal num_steps
         num_steps += decode_rows(plan, 0) is not None
         return begin(plan)
@@ -86,7 +86,7 @@ def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple
     runner, most = runner_of(executors[1]), 0
     begin = runner.begin
 
-    def watched(plan: StepPlan) -> Begun:
+    def watched(plan: StepPlan) -> StepHandle:
         nonlocal most
         begun = begin(plan)
         most = max(most, len(runner.async_steps))

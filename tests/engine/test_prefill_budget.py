@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
-from engine.pace import LEAST_TOKENS
 from engine.plan import Sampled, StepPlan, StepResult
+from engine.prefill_budget import LEAST_TOKENS
 from engine.request import Request, SamplingParams
 
 SETTLING = 30

@@ -7,7 +7,7 @@ from engine.plan import StepResult
 
 
 @dataclass(eq=False)
-class Begun:
+class StepHandle:
     """A step that a rank has begun; this one is over."""
 
     outcome: StepResult | None
@@ -22,10 +22,10 @@ class Begun:
         return self.outcome
 
 
-NOTHING = Begun(None)
+NO_RESULT = StepHandle(None)
 
 
-def comes_first(begun: Begun, has_message: Callable[[], bool]) -> bool:
+def message_comes_first(begun: StepHandle, has_message: Callable[[], bool]) -> bool:
     """Wait until a step is done or a message is there. Whether it is the message. The processor is kept busy while a device is at the step:
     a step of a small model is shorter than the least time that a sleep takes."""
     while not begun.is_done():

@@ -1,12 +1,12 @@
 """Who guesses, as the settings say: chosen once, at the door."""
 
 from engine.config import EngineConfig
+from engine.draft.draft_model import DraftModelProposer
 from engine.draft.lookup import PromptLookup
 from engine.draft.speculator import Speculator, StepLine
-from engine.draft.told_by_ranks import ToldByRanks
 
 
-def choose_speculator(config: EngineConfig, step_line: StepLine) -> Speculator | None:
+def make_speculator(config: EngineConfig, step_line: StepLine) -> Speculator | None:
     """None: every step computes what is known, and no more."""
     match config.speculate:
         case None:
@@ -14,4 +14,4 @@ def choose_speculator(config: EngineConfig, step_line: StepLine) -> Speculator |
         case "lookup":
             return Speculator(PromptLookup(), max_tokens=config.max_draft_tokens, step_line=step_line)
         case "draft":
-            return Speculator(ToldByRanks(), max_tokens=config.max_draft_tokens, step_line=step_line)
+            return Speculator(DraftModelProposer(), max_tokens=config.max_draft_tokens, step_line=step_line)

@@ -3,7 +3,7 @@
 from engine.plan import Work
 
 
-def unread(work: Work, said: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+def tokens_to_catch_up(work: Work, said: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """Where a work's tokens begin that the draft model has not computed when the work is done, and those tokens; perhaps none.
 
     ``said`` is what the work sampled. With it computed, the draft model has the KV of all that the model has: of the known tokens, and

@@ -7,7 +7,7 @@ import numpy as np
 from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepResult
 
 
-def packed(decodes: Decodes, sampled: Iterable[Sampled]) -> tuple[bytes, tuple[Sampled, ...]]:
+def pack_tokens(decodes: Decodes, sampled: Iterable[Sampled]) -> tuple[bytes, tuple[Sampled, ...]]:
     """`StepResult.tokens`, and what cannot be said by a token alone."""
     row_of = {sequence: row for row, sequence in enumerate(decodes.columns[0].tolist())} if len(decodes) else {}
     tokens, rest = np.full(len(decodes), NO_TOKEN, COLUMN), []
@@ -20,7 +20,7 @@ def packed(decodes: Decodes, sampled: Iterable[Sampled]) -> tuple[bytes, tuple[S
     return tokens.tobytes(), tuple(rest)
 
 
-class StepAnswers:
+class ShardResults:
     """Parts of results as they come, in any order, until all shards of a step have answered."""
 
     def __init__(self, num_shards: int) -> None:

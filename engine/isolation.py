@@ -6,7 +6,7 @@ What ends the workers is mostly one request; tried alone it can end them only on
 from collections.abc import Iterable
 
 from engine.policy import Policy
-from engine.sequence import TRIAL_TOKENS, Sequence
+from engine.sequence import ISOLATION_TOKENS, Sequence
 
 MAX_LOSSES_ALONE = 2
 """A request that was in the lost steps of so many losses, alone in the last of them, is what ended the workers: where a process was killed
@@ -15,17 +15,17 @@ MAX_LOSSES = 3
 """A request in so many lost steps is not tried again, alone or not."""
 
 
-def next_trial(sequences: Iterable[Sequence], policy: Policy) -> Sequence | None:
+def next_suspect(sequences: Iterable[Sequence], policy: Policy) -> Sequence | None:
     """The suspect to be tried now: one that was begun, else the first in rank."""
-    suspects = [sequence for sequence in sequences if sequence.trial_left]
+    suspects = [sequence for sequence in sequences if sequence.isolation_tokens_left]
     return min(suspects, key=lambda suspect: (suspect.number is None, policy.rank(suspect)), default=None)
 
 
-def accuse(sequences: Iterable[Sequence], *, from_outside: bool) -> list[Sequence]:
+def record_loss(sequences: Iterable[Sequence], *, from_outside: bool) -> list[Sequence]:
     """Note a loss with all that were in the lost step; those that are not to be tried again. ``from_outside``: see `WorkersLost`."""
     accused = [sequence for sequence in sequences if sequence.in_flight]
     for sequence in accused:
         sequence.losses += 1
-        sequence.trial_left = TRIAL_TOKENS
+        sequence.isolation_tokens_left = ISOLATION_TOKENS
     limit = MAX_LOSSES_ALONE if len(accused) == 1 and not from_outside else MAX_LOSSES
     return [sequence for sequence in accused if sequence.losses >= limit]

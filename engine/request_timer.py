@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from engine.plan import Spent, StepPlan, TokenEvent
+from engine.plan import PhaseTimes, StepPlan, TokenEvent
 from engine.request import Request
 
 Key = tuple[str, int]
@@ -16,13 +16,15 @@ class _Times:
     planned_s: float | None = None
     first_token_s: float | None = None
 
-    def spent(self, now_s: float) -> Spent:
+    def phase_times(self, now_s: float) -> PhaseTimes:
         planned_s = now_s if self.planned_s is None else self.planned_s
         first_token_s = now_s if self.first_token_s is None else self.first_token_s
-        return Spent(queue_s=planned_s - self.admitted_s, prefill_s=max(first_token_s - planned_s, 0.0), decode_s=now_s - first_token_s)
+        return PhaseTimes(
+            queue_s=planned_s - self.admitted_s, prefill_s=max(first_token_s - planned_s, 0.0), decode_s=now_s - first_token_s
+        )
 
 
-class Timekeeper:
+class RequestTimer:
     """Watches the engine's turns from its thread. ``clock`` is monotonic, in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,11 +41,11 @@ class Timekeeper:
             if times is not None and times.planned_s is None:
                 times.planned_s = self._clock()
 
-    def told(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
+    def add_times(self, events: Sequence[TokenEvent]) -> list[TokenEvent]:
         """The same events; the first one with tokens and the last one of a choice say what was spent until then."""
-        return [self._told(event) for event in events]
+        return [self._with_times(event) for event in events]
 
-    def _told(self, event: TokenEvent) -> TokenEvent:
+    def _with_times(self, event: TokenEvent) -> TokenEvent:
         key = (event.request_id, event.choice)
         times = self._times.get(key)
         if times is None:
@@ -56,4 +58,4 @@ class Timekeeper:
             times.first_token_s = now_s
         if event.finish_reason is not None:
             del self._times[key]
-        return replace(event, spent=times.spent(now_s))
+        return replace(event, phase_times=times.phase_times(now_s))

@@ -24,7 +24,7 @@ RECOVERY = 1.1
 """Steps that stay below the limit are trusted with so much more each time, up to what the line says."""
 
 
-class Pace:
+class PrefillBudget:
     """Keeps steps with decoding sequences near what they take without prompts, by `EngineConfig.prompt_share`, `prompt_wait_steps`,
     `prompt_step_s` and `max_step_s`.
 

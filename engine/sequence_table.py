@@ -9,7 +9,7 @@ from engine.sequence import Sequence
 from engine.shard import Shard
 
 
-class Books:
+class SequenceTable:
     """Opening, closing and preempting, and what is counted of it."""
 
     def __init__(self, config: EngineConfig, capacity: Capacity, policy: Policy, listener: BlockListener | None) -> None:
@@ -86,9 +86,9 @@ class Books:
         self.close(sequence)
         self.admission.put(sequence)
 
-    def let_join(self, sequence: Sequence) -> None:
+    def try_join_cohort(self, sequence: Sequence) -> None:
         """It has its first or next token. If that is all there is about it, it goes on with its shard's cohort."""
         sampling = sequence.request.sampling
-        if sampling.grammar is None and sampling.logprobs is None and not sequence.trial_left and not sequence.in_flight:
+        if sampling.grammar is None and sampling.logprobs is None and not sequence.isolation_tokens_left and not sequence.in_flight:
             end = min(sequence.num_prompt + sampling.max_tokens, self.capacity.max_context_tokens)
             self.shards[sequence.shard].join(sequence, end=end)

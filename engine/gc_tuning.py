@@ -6,7 +6,7 @@ YOUNG_OBJECTS = 50_000
 """Made since the last look before there is another; Python's own 700 means a look every few dozen tokens."""
 
 
-def settle() -> None:
+def tune_gc() -> None:
     """What is there now (modules, the tokenizer, the model) stays and is not looked at again; the rest is looked at more rarely. Once in a
     process, when it has started."""
     gc.collect()

@@ -14,7 +14,7 @@ NO_TAG = -1
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class TokenBatch:
     """One more token each of many requests, none of which ended by it."""
 
     tags: np.ndarray
@@ -35,23 +35,23 @@ class Said:
 
 
 @dataclass(eq=False)
-class Told:
-    """Iterates over all as events; who has many streams takes `said` as it is. A request is at most once in a step."""
+class EngineOutput:
+    """Iterates over all as events; who has many streams takes `token_batches` as it is. A request is at most once in a step."""
 
     events: list[TokenEvent] = field(default_factory=list)
-    said: list[Said] = field(default_factory=list)
+    token_batches: list[TokenBatch] = field(default_factory=list)
 
-    def add(self, more: "Told") -> None:
+    def add(self, more: "EngineOutput") -> None:
         self.events += more.events
-        self.said += more.said
+        self.token_batches += more.token_batches
 
     def __iter__(self) -> Iterator[TokenEvent]:
         yield from self.events
-        for said in self.said:
-            yield from said.events()
+        for batch in self.token_batches:
+            yield from batch.events()
 
     def __len__(self) -> int:
-        return len(self.events) + sum(map(len, self.said))
+        return len(self.events) + sum(map(len, self.token_batches))
 
     def __eq__(self, other: Any) -> bool:
         return list(self) == list(other)

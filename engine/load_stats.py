@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsRead:
+class LoadStats:
     """Bytes of a checkpoint that one rank read, and how long that took."""
 
     kept_bytes: int

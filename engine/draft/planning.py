@@ -3,11 +3,11 @@
 from engine.draft.room import room_for_draft, room_for_guesses
 from engine.draft.speculator import Speculator
 from engine.executor import Capacity
-from engine.portion import Portion
 from engine.sequence import Sequence
+from engine.shard_budget import ShardBudget
 
 
-def draft_for(sequence: Sequence, portion: Portion, capacity: Capacity, speculator: Speculator) -> tuple[int, ...]:
+def plan_draft(sequence: Sequence, portion: ShardBudget, capacity: Capacity, speculator: Speculator) -> tuple[int, ...]:
     """Guesses behind its last known token, and blocks for them. (A grammar's state knows no guesses yet.)"""
     if sequence.request.sampling.grammar is not None or sequence.request.pooling is not None:
         return ()
@@ -20,7 +20,7 @@ def draft_for(sequence: Sequence, portion: Portion, capacity: Capacity, speculat
     return draft
 
 
-def guesses_to_ask(sequence: Sequence, num_draft: int, portion: Portion, capacity: Capacity, speculator: Speculator) -> int:
+def plan_next_draft(sequence: Sequence, num_draft: int, portion: ShardBudget, capacity: Capacity, speculator: Speculator) -> int:
     """How many guesses the ranks' draft model is asked for, behind what the sequence's last known token and its draft give, and blocks
     for them: its keys and values lie in the same."""
     if not speculator.asks_ranks or sequence.request.sampling.grammar is not None or sequence.request.pooling is not None:

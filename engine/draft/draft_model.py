@@ -12,7 +12,7 @@ class _Kept(NamedTuple):
     guesses: tuple[int, ...]
 
 
-class ToldByRanks:
+class DraftModelProposer:
     """Keeps for each sequence what was guessed to come behind its known tokens."""
 
     def __init__(self) -> None:

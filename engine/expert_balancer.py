@@ -12,39 +12,39 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    order: Rebalance
-    answer: "Future[Rebalanced]" = field(default_factory=Future)
+class _RebalanceRequest:
+    rebalance: Rebalance
+    result: "Future[Rebalanced]" = field(default_factory=Future)
 
 
-class Balancing:
+class ExpertBalancer:
     """`ask` belongs to any thread, all else to the engine's."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._every_steps, self._threshold = config.rebalance_every_steps, config.rebalance_threshold
         self._next_step = self._every_steps or 0
-        self._asked: deque[_Asked] = deque()
+        self._requests: deque[_RebalanceRequest] = deque()
         self.num_moved = 0
         self.imbalance = 1.0
 
-    def ask(self, threshold: float) -> "Future[Rebalanced]":
-        asked = _Asked(Rebalance(threshold))
-        self._asked.append(asked)
-        return asked.answer
+    def request(self, threshold: float) -> "Future[Rebalanced]":
+        request = _RebalanceRequest(Rebalance(threshold))
+        self._requests.append(request)
+        return request.result
 
     @property
-    def is_asked(self) -> bool:
-        return bool(self._asked)
+    def has_requests(self) -> bool:
+        return bool(self._requests)
 
-    def order(self, num_steps: int) -> Rebalance | None:
+    def next_rebalance(self, num_steps: int) -> Rebalance | None:
         """What the ranks are to do before another step is planned, ``num_steps`` having been taken."""
-        if self._asked:
-            return self._asked[0].order
+        if self._requests:
+            return self._requests[0].rebalance
         if self._every_steps is not None and num_steps >= self._next_step:
             return Rebalance(self._threshold)
         return None
 
-    def answered(self, order: Rebalance, found: Rebalanced | None, num_steps: int) -> None:
+    def finish(self, rebalance: Rebalance, found: Rebalanced | None, num_steps: int) -> None:
         """None: these ranks know nothing of experts."""
         found = found or Rebalanced()
         self.imbalance = found.imbalance_after
@@ -55,10 +55,10 @@ class Balancing:
             self._next_step = num_steps + self._every_steps
         if found.num_moved:
             logger.info("%d experts moved: imbalance %.2f -> %.2f", found.num_moved, found.imbalance_before, found.imbalance_after)
-        if self._asked and self._asked[0].order is order:
-            self._asked.popleft().answer.set_result(found)
+        if self._requests and self._requests[0].rebalance is rebalance:
+            self._requests.popleft().result.set_result(found)
 
-    def failed(self, error: Exception) -> None:
+    def fail_all(self, error: Exception) -> None:
         """The ranks are lost, or the engine ends."""
-        while self._asked:
-            self._asked.popleft().answer.set_exception(error)
+        while self._requests:
+            self._requests.popleft().result.set_exception(error)

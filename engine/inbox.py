@@ -12,7 +12,7 @@ from engine.request import Request
 from engine.scheduler import Key
 
 
-class Door:
+class Inbox:
     """Looks at the queue as it was shown, never into the scheduler."""
 
     def __init__(self, *, max_waiting: int, policy: Policy) -> None:

@@ -15,12 +15,12 @@ if ASKED_FOR:
     logger.propagate = False
 
 
-def is_asked_for() -> bool:
-    """Whether `mark` does anything: to be asked once before it is called for hundreds."""
+def is_tracing() -> bool:
+    """Whether `trace_place` does anything: to be asked once before it is called for hundreds."""
     return logger.isEnabledFor(logging.DEBUG)
 
 
-def mark(place: int, request_id: str) -> None:
+def trace_place(place: int, request_id: str) -> None:
     """Say that a request has come to a place. ``at`` orders the lines of all processes of one host."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("place=%d request=%s at=%d", place, request_id, time.monotonic_ns())

@@ -11,7 +11,7 @@ as every step reads all weights."""
 
 
 @dataclass
-class Portion:
+class ShardBudget:
     """What is left for a shard in the step that is being planned."""
 
     shard: Shard
@@ -42,9 +42,9 @@ def num_decoding(shard: Shard) -> int:
     return len(shard.cohort) + sum(sequence.num_pending <= 1 and not sequence.ended for sequence in shard.loose.values())
 
 
-def portion_of(
+def shard_budget(
     shard: Shard, *, budget: int, max_tokens: int, max_running: int, num_stages: int, num_shards: int, waiting_tokens: int
-) -> Portion:
+) -> ShardBudget:
     """As many steps as there are stages shall have about equal parts of what is to do.
 
     ``max_tokens`` and ``max_running`` are what a step and a replica may hold at most, ``budget`` what the step should hold of prompts
@@ -56,7 +56,7 @@ def portion_of(
         budget = min(budget, max(MICRO_STEP_TOKENS, -(-(unanswered + waiting_tokens) // num_stages)))
     load_tokens = shard.cohort.num_tokens + sum(len(sequence.tokens) for sequence in alive) if num_shards > 1 else 0
     decoding = together + sum(sequence.num_pending <= 1 for sequence in alive)
-    return Portion(
+    return ShardBudget(
         shard,
         budget=budget,
         max_decodes=-(-decoding // num_stages),
