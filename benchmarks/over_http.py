@@ -35,7 +35,7 @@ from benchmarks.peers.vllm_cpu import SETTINGS as VLLM_SETTINGS
 from benchmarks.processes import CpuSeconds
 from benchmarks.run import ROOT, TCMALLOC
 from serve.load.client import Answer, Target, find_model, run
-from serve.load.report import Promise, Summary, summarise
+from serve.load.report import Objective, Summary, summarise
 from serve.load.workloads import Conversation, Turn, text
 
 TOKENS_IN, TOKENS_OUT = 128, 128
@@ -170,7 +170,7 @@ def measured(url: str, seed: str, pid: int, tokens_out: int) -> dict[int, Cell]:
         before, clients, began = CpuSeconds.of(pid), time.process_time(), time.monotonic()
         answers = ask(asked)
         wall_s, clients = time.monotonic() - began, time.process_time() - clients
-        summary = summarise(answers, Promise(ttft_s=1.0, itl_s=0.1))
+        summary = summarise(answers, Objective(ttft_s=1.0, itl_s=0.1))
         if summary.done != count or summary.output_tokens != count * tokens_out:
             raise RuntimeError(f"{summary.done} of {count} answers are whole, {summary.output_tokens} tokens: {summary.errors}")
         found[count] = Cell(summary, wall_s, CpuSeconds.of(pid).since(before) | {"these clients": clients})

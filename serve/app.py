@@ -13,10 +13,10 @@ from typing import Any
 import ray.serve as ray_serve
 
 from serve.config import ServeConfig
-from serve.config_sources import checked, from_tree, load
-from serve.deployment import Model, build_app
-from serve.model_source import adapter_on_any_host, called, must_have_own_names, place_on_any_host
-from serve.serve_config_file import OF_THE_CLUSTER
+from serve.config_sources import from_tree, load, merge_entries
+from serve.deployment import ServedModel, build_app
+from serve.model_source import check_unique_names, portable_adapter, portable_source, served_name
+from serve.ray_serve_config import CLUSTER_SETTINGS
 
 FILE_VARIABLE = "MANTA_CONFIG"
 """Names the settings file of `from_environment`."""
@@ -30,8 +30,8 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
     Raises:
         ConfigError: as `manta serve` would say it.
     """
-    loaded = checked(from_tree(args, "args"))
-    for path in sorted(OF_THE_CLUSTER & loaded.origins.keys()):
+    loaded = merge_entries(from_tree(args, "args"))
+    for path in sorted(CLUSTER_SETTINGS & loaded.origins.keys()):
         logger.warning("%s has no effect here: proxies are set up by the Serve config file, Ray by whoever started it", path)
     return application(loaded.config)
 
@@ -39,10 +39,10 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
 def application(config: ServeConfig) -> ray_serve.Application:
     """What runs on a cluster; every host finds the models for itself."""
     models = [
-        Model(place=place_on_any_host(one.model), adapter=adapter_on_any_host(one.model), name=called(one.model), config=one)
+        ServedModel(location=portable_source(one.model), adapter=portable_adapter(one.model), name=served_name(one.model), config=one)
         for one in config.each_model()
     ]
-    must_have_own_names([model.name for model in models])
+    check_unique_names([model.name for model in models])
     return build_app(models, config)
 
 

@@ -6,7 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from serve.commands import batch, bench, bench_serve, chat, config, demo_model, doctor, keys, plan, serve, status, up
-from serve.commands.other_names import KnowsOtherNames
+from serve.commands.flag_hints import CommandWithFlagHints
 
 HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
 
@@ -30,7 +30,7 @@ class _EngineByDefault(TyperGroup):
 benches = typer.Typer(
     cls=_EngineByDefault, help="Measure: the engine of this machine by itself, or any running server.", rich_markup_mode=None
 )
-benches.command("engine", cls=KnowsOtherNames)(bench.bench)
+benches.command("engine", cls=CommandWithFlagHints)(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)
 
 
@@ -51,8 +51,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command("serve", cls=KnowsOtherNames)(serve.serve)
-app.command("up", cls=KnowsOtherNames)(up.up)
+app.command("serve", cls=CommandWithFlagHints)(serve.serve)
+app.command("up", cls=CommandWithFlagHints)(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("top")(status.top)
@@ -61,7 +61,7 @@ app.command("batch")(batch.batch)
 app.command("config")(config.config)
 app.command("demo-model")(demo_model.demo_model)
 app.command("plan")(plan.plan)
-app.command("doctor", cls=KnowsOtherNames)(doctor.doctor)
+app.command("doctor", cls=CommandWithFlagHints)(doctor.doctor)
 app.add_typer(benches, name="bench")
 app.add_typer(keys.keys, name="keys")
 

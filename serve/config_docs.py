@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from serve.config import DERIVED, ServeConfig
-from serve.config_sources import LIST, PREFIX, SEPARATOR, ConfigError, Entry, Loaded, known_settings, unknown
+from serve.config_sources import LIST, PREFIX, SEPARATOR, ConfigError, Entry, LoadedConfig, known_settings, unknown_setting_error
 
 WIDTH = 110
 
@@ -71,12 +71,12 @@ def _in_words(hint: Any) -> str:
     return str({str: "text", bool: "true or false"}.get(hint, hint.__name__))
 
 
-def as_yaml(loaded: Loaded) -> str:
+def as_yaml(loaded: LoadedConfig) -> str:
     """The settings in effect as a file that could be given to `-c`: documentation above each, its origin behind it."""
     return "\n".join(_yaml_lines(loaded)) + "\n"
 
 
-def _yaml_lines(loaded: Loaded) -> Iterator[str]:
+def _yaml_lines(loaded: LoadedConfig) -> Iterator[str]:
     schema = json_schema()
     values = loaded.config.model_dump(mode="json")
     for section, fields in values.items():
@@ -93,7 +93,7 @@ def _yaml_lines(loaded: Loaded) -> Iterator[str]:
             yield f"  {name}: {json.dumps(value)}{f'  # from {origin}' if origin else ''}"
 
 
-def _model_lines(values: Mapping[str, Any], loaded: Loaded) -> Iterator[str]:
+def _model_lines(values: Mapping[str, Any], loaded: LoadedConfig) -> Iterator[str]:
     """The list of models: of each entry what differs from the sections beside the list."""
     doc = json_schema()["properties"][LIST]["description"]
     yield from ("", *_comment(doc, indent=""), f"{LIST}:{'' if values[LIST] else ' []'}")
@@ -114,7 +114,7 @@ def _comment(text: str, *, indent: str) -> list[str]:
     return textwrap.wrap(_plain(text), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
-def explain(path: str, loaded: Loaded) -> str:
+def explain(path: str, loaded: LoadedConfig) -> str:
     """One setting: what it is, what it may be, what it is now and why; of a section, the first sentence of each of its settings.
 
     Raises:
@@ -123,7 +123,7 @@ def explain(path: str, loaded: Loaded) -> str:
     if within := [name for name in setting_docs() if name.startswith(f"{path}.")]:
         return "\n".join(f"{name:<{max(map(len, within))}}  {_first_sentence(setting_docs()[name].doc)}" for name in within)
     if path not in setting_docs():
-        raise ConfigError([unknown(Entry(path, None, "--explain"))])
+        raise ConfigError([unknown_setting_error(Entry(path, None, "--explain"))])
     doc = setting_docs()[path]
     section, name = path.split(".")
     value = json.dumps(loaded.config.model_dump(mode="json")[section][name])

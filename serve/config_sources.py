@@ -46,29 +46,29 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedConfig:
     config: ServeConfig
     origins: Mapping[str, str]
     """Path to the place that decided it; the rest are defaults."""
 
 
-def load(*, file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Iterable[Entry] = ()) -> Loaded:
+def load(*, file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Iterable[Entry] = ()) -> LoadedConfig:
     """Put the sources on top of each other and check the whole.
 
     Raises:
         ConfigError: a source cannot be read, settings are unknown, or values are wrong.
     """
-    return checked([*(from_file(file) if file else ()), *from_environment(environment or {}), *flags])
+    return merge_entries([*(from_file(file) if file else ()), *from_environment(environment or {}), *flags])
 
 
-def checked(entries: Iterable[Entry]) -> Loaded:
+def merge_entries(entries: Iterable[Entry]) -> LoadedConfig:
     """The settings that ``entries`` give, later ones winning.
 
     Raises:
         ConfigError: see `load`.
     """
     entries = list(entries)
-    problems = [unknown(entry) for entry in entries if setting_at(entry.path) is None]
+    problems = [unknown_setting_error(entry) for entry in entries if setting_at(entry.path) is None]
     chosen = {entry.path: entry for entry in entries if setting_at(entry.path) is not None}
     problems += _gaps(entries)
     try:
@@ -77,7 +77,7 @@ def checked(entries: Iterable[Entry]) -> Loaded:
         raise ConfigError([*problems, *_wrong_values(error, chosen)]) from None
     if problems:
         raise ConfigError(problems)
-    return Loaded(config=config, origins={path: entry.origin for path, entry in chosen.items()})
+    return LoadedConfig(config=config, origins={path: entry.origin for path, entry in chosen.items()})
 
 
 def _tree(chosen: Mapping[str, Entry]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _fields(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
 
-def unknown(entry: Entry) -> str:
+def unknown_setting_error(entry: Entry) -> str:
     """The sentence for a setting that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(entry.path, known_settings(), n=1, cutoff=0.6) or _same_words(entry.path)
     advice = f"; did you mean {near[0]}?" if near else "; `manta config` lists them all"

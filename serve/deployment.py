@@ -33,25 +33,25 @@ from serve.auth import Doorkeeper, OpenDoor
 from serve.bypass import Ways
 from serve.catalog import Catalog
 from serve.config import ServeConfig
-from serve.devices import with_devices
+from serve.devices import assign_devices
 from serve.drain_gate import Doors
-from serve.fetched_ranks import FetchedRanks
 from serve.grpc.admin import AdminServicer
 from serve.grpc.bypass import passed
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
+from serve.host_requirements import host_requirements
 from serve.http.app import create_app
 from serve.idempotency import OncePerKey
 from serve.logs import configure
-from serve.measuring import Measuring
 from serve.metrics import Instruments, Snapshot
 from serve.metrics_page import METRICS_BOARD, MetricsPage
 from serve.model_facts import ModelFacts
-from serve.model_source import brought_here, is_fetched, own_name
-from serve.need import need_of
-from serve.observing import Observer
+from serve.model_source import download_if_needed, needs_download, source_name
 from serve.quotas import Quotas
+from serve.rank_download import DownloadingRanks
 from serve.replicas_per_host import replicas_on_a_host
+from serve.request_metrics import RequestMetrics
+from serve.request_observer import Observer
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 
@@ -70,11 +70,11 @@ SHUTDOWN_MARGIN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ServedModel:
     """A checkpoint, its name for clients, and how it is served."""
 
-    place: Path | str
-    """A folder that is there on every host, the URL of one in a store, or what a host fetches (`serve.model_source.brought_here`)."""
+    location: Path | str
+    """A folder that is there on every host, the URL of one in a store, or what a host fetches (`serve.model_source.download_if_needed`)."""
     adapter: Path | str | None = None
     """Added to its weights; lies as it does."""
     name: str
@@ -83,41 +83,41 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployed:
+class ApplicationInfo:
     """What a replica is told of the application that it is a part of."""
 
     version: str
-    """No other deployment of it has the same, where somebody waits for it; see `serve.deploying.deploy`."""
+    """No other deployment of it has the same, where somebody waits for it; see `serve.rollout.deploy`."""
     configs: tuple[ServeConfig, ...]
     """Of each of its models: replicas of several may share a host."""
 
 
-def _small_files(model: Model) -> Path:
+def _small_files(model: ServedModel) -> Path:
     """Configuration and tokenizer, on this host."""
-    base = small_files(brought_here(model.place, weights=False))
-    adapter = None if model.adapter is None else small_files(brought_here(model.adapter, weights=False))
+    base = small_files(download_if_needed(model.location, weights=False))
+    adapter = None if model.adapter is None else small_files(download_if_needed(model.adapter, weights=False))
     return files_with_adapter(base, adapter)
 
 
 class _Engine:
     """One replica of a model. Fronts reach it by its own socket; Ray Serve starts it, checks it and replaces it."""
 
-    async def __init__(self, model: Model, deployed: Deployed) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, model: ServedModel, deployed: ApplicationInfo) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         config = model.config
         configure(config.logging.level, config.logging.format)
         folder = await asyncio.to_thread(_small_files, model)
         tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
-        adapter = None if model.adapter is None or is_fetched(model.adapter) else model.adapter
-        need = await asyncio.to_thread(need_of, folder, config, adapter)
+        adapter = None if model.adapter is None or needs_download(model.adapter) else model.adapter
+        need = await asyncio.to_thread(host_requirements, folder, config, adapter)
         hosts = await asyncio.to_thread(hosts_of_ray)
         self._replica = Replica(
             id=ray_serve.get_replica_context().replica_id.unique_id,
             app=ray_serve.get_replica_context().app_name,
             model=model.name,
-            ranks=FetchedRanks(
+            ranks=DownloadingRanks(
                 ranks=ModelRanks(
-                    checkpoint_folder=model.place,
+                    checkpoint_folder=model.location,
                     adapter=model.adapter,
                     topology=config.parallel.topology,
                     runner_config=runner,
@@ -146,7 +146,7 @@ class _Engine:
 class _Front:
     """HTTP and gRPC over one service. Ray Serve's proxies call the ASGI app, and the methods by their gRPC names."""
 
-    async def __init__(self, models: Sequence[Model], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
+    async def __init__(self, models: Sequence[ServedModel], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
         """``engines`` are bound only so that Ray Serve deploys them."""
         configure(config.logging.level, config.logging.format)
         sockets()
@@ -157,7 +157,7 @@ class _Front:
         self._door = OpenDoor() if config.auth.keys_file is None else Doorkeeper(Path(config.auth.keys_file))
         self._quotas = Quotas(num_fronts=lambda: self._board.num_others + 1)
         names = [model.name for model in models]
-        observers: list[Observer] = [Measuring(instruments, names), self._quotas]
+        observers: list[Observer] = [RequestMetrics(instruments, names), self._quotas]
         if config.tracing.otlp_endpoint is not None:
             from serve.tracing import tracing_to  # opentelemetry: an extra
 
@@ -176,7 +176,7 @@ class _Front:
             self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
         tune_gc()
 
-    async def _offer(self, app: str, model: Model, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
+    async def _offer(self, app: str, model: ServedModel, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
         """A model's replicas, and the service over them. ``names``: of all models."""
         node = ray.get_runtime_context().get_node_id()
         replicas, scaling = model.config.replicas, model.config.autoscaling
@@ -198,8 +198,8 @@ class _Front:
             tokenizer=tokenizer,
             max_context_tokens=model.config.runner.max_context_tokens,
             pooling=model.config.model.pooling,
-            base=own_name(model.config.model.source),
-            adapter=model.config.model.adapter and own_name(model.config.model.adapter),
+            base=source_name(model.config.model.source),
+            adapter=model.config.model.adapter and source_name(model.config.model.adapter),
         )
         return Service(
             model=facts,
@@ -294,18 +294,18 @@ class _Front:
                 yield response
 
 
-def build_app(models: Sequence[Model], config: ServeConfig, *, version: str = "") -> ray_serve.Application:
+def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: str = "") -> ray_serve.Application:
     """The application: for every model a deployment of its own, whose replicas each have a placement group, and fronts for all.
 
-    ``version``: see `Deployed`. What ranks compute on is decided here, by what the Ray has that was joined.
+    ``version``: see `ApplicationInfo`. What ranks compute on is decided here, by what the Ray has that was joined.
 
     Raises:
-        DeviceMisfit: see `serve.devices.with_devices`.
+        DeviceError: see `serve.devices.assign_devices`.
     """
     if ray.is_initialized():  # `serve build` writes a file for some other cluster
-        decided = with_devices([model.config for model in models], hosts_of_ray())
+        decided = assign_devices([model.config for model in models], hosts_of_ray())
         models = [dataclasses.replace(model, config=one) for model, one in zip(models, decided, strict=True)]
-    deployed = Deployed(version=version, configs=tuple(model.config for model in models))
+    deployed = ApplicationInfo(version=version, configs=tuple(model.config for model in models))
     fronts: Any = ray_serve.deployment(
         _Front,
         name="FrontDeployment",
@@ -323,7 +323,7 @@ def build_app(models: Sequence[Model], config: ServeConfig, *, version: str = ""
     return app
 
 
-def _engines(model: Model, deployed: Deployed) -> Any:
+def _engines(model: ServedModel, deployed: ApplicationInfo) -> Any:
     config = model.config
     engines: Any = ray_serve.deployment(
         _Engine,
@@ -343,7 +343,7 @@ def _engines(model: Model, deployed: Deployed) -> Any:
     return engines.bind(model, deployed)
 
 
-def _number_of_replicas(model: Model) -> dict[str, Any]:
+def _number_of_replicas(model: ServedModel) -> dict[str, Any]:
     replicas, config = model.config.replicas, model.config
     if not replicas.vary:
         return {"num_replicas": replicas.initial}

@@ -9,22 +9,22 @@ from serve.model_source import DEMO
 
 logger = logging.getLogger(__name__)
 
-SAY_SO = "--set resources.gpus=1"
+GPU_ON_DEMAND_HINT = "--set resources.gpus=1"
 """For hosts that come only when they are asked for."""
 
 
-class DeviceMisfit(ValueError):
+class DeviceError(ValueError):
     """The ranks cannot have the devices that they are to have, or these do not compute what is asked for."""
 
 
-def with_devices(configs: Sequence[ServeConfig], hosts: Sequence[Mapping[str, float]]) -> list[ServeConfig]:
+def assign_devices(configs: Sequence[ServeConfig], hosts: Sequence[Mapping[str, float]]) -> list[ServeConfig]:
     """The settings of the models of one server, with ``resources.gpus`` decided where it was open, and ``runner.device`` with it.
 
     ``hosts``: Ray's resources of each host that serves, in use or not. The demo model computes on CPUs unless ``runner.device`` says
     otherwise.
 
     Raises:
-        DeviceMisfit: the ranks want more GPUs than there are (they are not put on CPUs instead, where a large model would take minutes
+        DeviceError: the ranks want more GPUs than there are (they are not put on CPUs instead, where a large model would take minutes
             for what its GPUs do in a second), or a CPU is to compute in fp8.
     """
     decided = []
@@ -51,10 +51,10 @@ def _check_room(configs: Sequence[ServeConfig], num_gpus: float) -> None:
     """For as many replicas as there always are: for more, hosts may come."""
     wanted = sum(_gpus_of_a_rank(config) * config.parallel.topology.size * max(config.replicas.least, 1) for config in configs)
     if wanted > num_gpus:
-        raise DeviceMisfit(
+        raise DeviceError(
             f"with a GPU for each rank the server wants {wanted:g} GPUs, and there {'are' if num_gpus > 1 else 'is'} {num_gpus:g}: "
             "use fewer ranks (--tensor-parallel, --replicas), compute on the CPU (--set runner.device=cpu), or, where hosts come when they "
-            f"are asked for, {SAY_SO}"
+            f"are asked for, {GPU_ON_DEMAND_HINT}"
         )
 
 
@@ -64,8 +64,10 @@ def _gpus_of_a_rank(config: ServeConfig) -> float:
 
 def _say_that_there_are_none(config: ServeConfig) -> None:
     if config.runner.device == "cuda":
-        raise DeviceMisfit(f"runner.device is cuda, and no host has a GPU; where they come when they are asked for, {SAY_SO}")
-    logger.warning("no host has a GPU: %s is computed on CPUs (where hosts come when they are asked for: %s)", config.model.source, SAY_SO)
+        raise DeviceError(f"runner.device is cuda, and no host has a GPU; where they come when they are asked for, {GPU_ON_DEMAND_HINT}")
+    logger.warning(
+        "no host has a GPU: %s is computed on CPUs (where hosts come when they are asked for: %s)", config.model.source, GPU_ON_DEMAND_HINT
+    )
 
 
 def _decided(config: ServeConfig, *, on_gpu: bool) -> ServeConfig:
@@ -81,6 +83,6 @@ def _check_fp8(config: ServeConfig) -> None:
     if config.runner.device != "cpu":
         return
     if config.runner.quantize == "fp8":
-        raise DeviceMisfit("CPUs do not multiply fp8: use --quantize int8 or int4, or GPUs")
+        raise DeviceError("CPUs do not multiply fp8: use --quantize int8 or int4, or GPUs")
     if config.runner.kv_dtype == "fp8":
-        raise DeviceMisfit("CPUs do not hold keys and values in fp8: leave out --kv-dtype, or use GPUs")
+        raise DeviceError("CPUs do not hold keys and values in fp8: leave out --kv-dtype, or use GPUs")

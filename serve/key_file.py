@@ -82,7 +82,7 @@ def new_key(**fields: object) -> tuple[str, Key]:
     return shown, _checked(key)
 
 
-def rotated(key: Key, *, grace_s: float) -> tuple[str, Key]:
+def rotate_key(key: Key, *, grace_s: float) -> tuple[str, Key]:
     """A new secret for the same client; the old ones are taken for ``grace_s`` longer at most."""
     shown, digest = new_secret()
     end = time.time() + grace_s
@@ -130,7 +130,7 @@ def _checked(key: Key) -> Key:
 
 
 @contextmanager
-def changing(path: Path) -> Iterator[Callable[[tuple[Key, ...]], None]]:
+def locked_key_file(path: Path) -> Iterator[Callable[[tuple[Key, ...]], None]]:
     """Nobody else changes the file meanwhile. Call what is given with the keys to be written; readers see the old file or the new one.
 
     The file is only for its owner (0600), unless it was there with other permissions.

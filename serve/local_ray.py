@@ -29,11 +29,11 @@ from cluster.directory import ReplicaRecord, current_records, refusals
 from cluster.placement import cpus_needed
 from serve import proxy_hook
 from serve.config import ServeConfig
-from serve.deploying import ChangeLog, OnProgress, StartError, deploy, start_proxies, told_as_start_error
-from serve.deployment import APP, Model
+from serve.deployment import APP, ServedModel
 from serve.grpc.tls import TlsFiles
-from serve.local_servers import noted
+from serve.local_servers import registered
 from serve.ports import PortInUse, check_free
+from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
 from serve.stop_signals import StopSignals
 
 LOOPBACK = "127.0.0.1"  # Ray 2.60 takes the host's address in its place; docs/keys.md says what that means
@@ -76,16 +76,18 @@ class LocalServer:
         Raises:
             StartError: one of Ray's own processes died.
         """
-        changes = ChangeLog()
+        changes = ReplicaChangeLog()
         while not self.stopped.wait(1.0):
             for process in self.ray_processes:
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                     raise StartError(f"a process of Ray (pid {process.pid}) has ended")
-            changes.tell(current_records(APP), refusals(APP))
+            changes.update(current_records(APP), refusals(APP))
 
 
 @contextmanager
-def run_local(models: Sequence[Model], config: ServeConfig, on_progress: OnProgress = lambda _doing, _done: None) -> Iterator[LocalServer]:
+def run_local(
+    models: Sequence[ServedModel], config: ServeConfig, on_progress: OnProgress = lambda _doing, _done: None
+) -> Iterator[LocalServer]:
     """Start Ray, the replicas and the fronts; on leaving, end all of it within ten seconds.
 
     To be used in the main thread. SIGINT and SIGTERM interrupt the start; afterwards they set `LocalServer.stopped`.
@@ -107,16 +109,16 @@ def run_local(models: Sequence[Model], config: ServeConfig, on_progress: OnProgr
         stack.enter_context(_environment(variables))
         try:
             on_progress("starting Ray", 0.0)
-            with told_as_start_error("starting Ray"):
+            with as_start_error("starting Ray"):
                 _start_ray(models, config, folder)
             stop.install()  # Ray has installed its own
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)
-            with told_as_start_error("starting Ray Serve"):
+            with as_start_error("starting Ray Serve"):
                 start_proxies(config, ProxyLocation.HeadOnly)
             deploy(models, config, app=APP, on_progress=on_progress)
             _await_answer(config)
-            stack.enter_context(noted(ray.get_runtime_context().gcs_address, variables[MARK]))
+            stack.enter_context(registered(ray.get_runtime_context().gcs_address, variables[MARK]))
             stop.starting = False
             on_progress("ready", 1.0)
             yield LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
@@ -149,7 +151,7 @@ def _check_tls(config: ServeConfig) -> None:
         raise StartError(f"the files for TLS (grpc.certificate, grpc.key, grpc.client_ca) cannot be used: {error}") from error
 
 
-def _start_ray(models: Sequence[Model], config: ServeConfig, folder: Path) -> None:
+def _start_ray(models: Sequence[ServedModel], config: ServeConfig, folder: Path) -> None:
     needed = sum(model.config.replicas.most * cpus_needed(model.config.parallel.topology, model.config.resources) for model in models)
     ray.init(
         address="local",
@@ -212,7 +214,7 @@ def _end_serve() -> None:
 @contextmanager
 def _no_process_left(variables: Mapping[str, str], folder: Path | None) -> Iterator[None]:
     """Have a process of its own end whatever was started in between, also if this one is killed."""
-    command = [sys.executable, "-m", "serve.undertaker", f"{MARK}={variables[MARK]}", *([str(folder)] if folder else [])]
+    command = [sys.executable, "-m", "serve.process_reaper", f"{MARK}={variables[MARK]}", *([str(folder)] if folder else [])]
     root = Path(__file__).parent.parent
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=root, start_new_session=True):  # noqa: S603  (our own module)
         yield  # leaving closes the pipe and waits

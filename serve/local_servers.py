@@ -11,7 +11,7 @@ from cluster.doctor.gather import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalServerNote:
+class LocalServerRecord:
     pid: int
     address: str
     """host:port of its Ray."""
@@ -20,9 +20,9 @@ class LocalServerNote:
 
 
 @contextmanager
-def noted(address: str, token: str) -> Iterator[None]:
+def registered(address: str, token: str) -> Iterator[None]:
     """For as long as this process serves."""
-    note = LocalServerNote(pid=os.getpid(), address=address, token=token)
+    note = LocalServerRecord(pid=os.getpid(), address=address, token=token)
     file = _folder() / f"{note.pid}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -35,12 +35,12 @@ def noted(address: str, token: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-def running_servers() -> list[LocalServerNote]:
+def running_servers() -> list[LocalServerRecord]:
     """Notes of servers that were killed are swept."""
     notes = []
     for file in sorted(_folder().glob("*.json")):
         try:
-            note = LocalServerNote(**json.loads(file.read_text()))
+            note = LocalServerRecord(**json.loads(file.read_text()))
             if Path(f"/proc/{note.pid}").exists() and Path(note.token).exists():
                 notes.append(note)
                 continue

@@ -25,7 +25,9 @@ class UnusableCheckpoint(ValueError):
     """What is wrong with a checkpoint; the message names the file, and the tensor where it is about one."""
 
 
-def check_model(place: Path | str, topology: Topology, adapter: Path | str | None = None, *, max_context_tokens: int | None = None) -> None:
+def check_model(
+    location: Path | str, topology: Topology, adapter: Path | str | None = None, *, max_context_tokens: int | None = None
+) -> None:
     """Configuration, tokenizer, and the headers of all weights, each by itself and against the others, and whether the model
     can be laid out so and takes sequences so long. Of an adapter on this host also every number.
 
@@ -33,11 +35,11 @@ def check_model(place: Path | str, topology: Topology, adapter: Path | str | Non
         UnusableCheckpoint: the model cannot be served.
     """
     try:
-        folder = files_with_adapter(small_files(place), None if adapter is None else small_files(adapter))
+        folder = files_with_adapter(small_files(location), None if adapter is None else small_files(adapter))
         config = ModelConfig.from_checkpoint(folder)
         check_layout(topology, config)
         config.context_limit(max_context_tokens)
-        with Checkpoint(place) as checkpoint, nullcontext() if adapter is None else Adapter(adapter) as opened:
+        with Checkpoint(location) as checkpoint, nullcontext() if adapter is None else Adapter(adapter) as opened:
             check_checkpoint(checkpoint, config, adapter=opened)
             if opened is not None and not is_remote(opened.place):
                 opened.check_numbers()
@@ -46,18 +48,18 @@ def check_model(place: Path | str, topology: Topology, adapter: Path | str | Non
         raise UnusableCheckpoint(str(error)) from error
 
 
-def cut_of(place: Path | str) -> str | None:
+def context_warning(location: Path | str) -> str | None:
     """What is to be said of a model that is served with less context than its files name; None: it is not."""
-    config = ModelConfig.from_checkpoint(small_files(place))
+    config = ModelConfig.from_checkpoint(small_files(location))
     if config.cut_from_tokens is None:
         return None
     return (
-        f"{place} takes {config.max_context_tokens} tokens here, not {config.cut_from_tokens}: beyond those that it was trained with it "
+        f"{location} takes {config.max_context_tokens} tokens here, not {config.cut_from_tokens}: beyond those that it was trained with it "
         "needs dual chunk attention, which is not computed"
     )
 
 
-def doubt_about(adapter: Path | str, base: str) -> str | None:
+def adapter_base_warning(adapter: Path | str, base: str) -> str | None:
     """What is to be said of an adapter whose files call what it was trained on otherwise than ``base`` is called; None: nothing."""
     config = AdapterConfig.from_folder(small_files(adapter))
     if base == DEMO or config.base is None or config.is_of(base):
@@ -65,8 +67,8 @@ def doubt_about(adapter: Path | str, base: str) -> str | None:
     return f"the adapter {adapter} says that it was trained on {terminal_safe(config.base)}, and is added to {base}"
 
 
-def with_draft_model_here(config: ServeConfig, place: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:
-    """The settings with their draft model, if they name one, found on this machine and looked over beside the model at ``place``.
+def with_local_draft_model(config: ServeConfig, location: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:
+    """The settings with their draft model, if they name one, found on this machine and looked over beside the model at ``location``.
 
     Raises:
         UnusableCheckpoint: it is not to be found, or of no use.
@@ -76,15 +78,15 @@ def with_draft_model_here(config: ServeConfig, place: Path | str, report: Report
         return config
     report("checking the draft model", 0.5)
     try:
-        draft = find_model(ModelSettings(source=source), report).place
-        check_draft(place, draft)
+        draft = find_model(ModelSettings(source=source), report).location
+        check_draft(location, draft)
     except (ModelSourceError, UnusableCheckpoint) as error:
         raise UnusableCheckpoint(f"runner.draft_model: {error}") from error
     return config.model_copy(update={"runner": replace(config.runner, draft_model=str(draft))})
 
 
-def check_draft(place: Path | str, draft: Path | str) -> None:
-    """Whether the model at ``draft`` can be read, and guess for the one at ``place``.
+def check_draft(location: Path | str, draft: Path | str) -> None:
+    """Whether the model at ``draft`` can be read, and guess for the one at ``location``.
 
     Raises:
         UnusableCheckpoint: it cannot.
@@ -93,6 +95,6 @@ def check_draft(place: Path | str, draft: Path | str) -> None:
         config = ModelConfig.from_checkpoint(small_files(draft))
         with Checkpoint(draft) as checkpoint:
             check_checkpoint(checkpoint, config)
-        check_draft_model(place, draft)
+        check_draft_model(location, draft)
     except ValueError as error:
         raise UnusableCheckpoint(str(error)) from error

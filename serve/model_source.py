@@ -51,7 +51,7 @@ class FoundModel:
     """Where the adapter is that is added to them; None: there is none."""
 
     @property
-    def place(self) -> Path | str:
+    def location(self) -> Path | str:
         """Where the weights are."""
         return self.store or self.folder
 
@@ -68,10 +68,10 @@ def find_model(settings: ModelSettings, report: Report = lambda _doing, _done: N
         adapter = _found(settings.adapter, settings.adapter_revision, ADAPTER, report)
     except ModelSourceError as error:
         raise ModelSourceError(f"adapter: {error}") from error
-    return replace(base, name=settings.name or adapter.name, adapter=adapter.place)
+    return replace(base, name=settings.name or adapter.name, adapter=adapter.location)
 
 
-def called(settings: ModelSettings) -> str:
+def served_name(settings: ModelSettings) -> str:
     """What clients call the model; nothing is looked at for that.
 
     Raises:
@@ -79,13 +79,13 @@ def called(settings: ModelSettings) -> str:
     """
     if settings.name:
         return settings.name
-    place = adapter_on_any_host(settings) or place_on_any_host(settings)
-    if is_fetched(place):
-        return str(place).partition("://")[2].partition("@")[0] or DEMO
-    return str(place).rstrip("/").rsplit("/", 1)[-1]
+    location = portable_adapter(settings) or portable_source(settings)
+    if needs_download(location):
+        return str(location).partition("://")[2].partition("@")[0] or DEMO
+    return str(location).rstrip("/").rsplit("/", 1)[-1]
 
 
-def own_name(source: str) -> str:
+def source_name(source: str) -> str:
     """Of what a source names, whatever clients call it: a repository, or the last part of a path."""
     bare = source.removeprefix(HUB_SCHEME).removeprefix(MODELSCOPE_SCHEME)
     if bare != source or (REPOSITORY.fullmatch(source) and not Path(source).exists()):
@@ -93,7 +93,7 @@ def own_name(source: str) -> str:
     return source.rstrip("/").rsplit("/", 1)[-1] or source
 
 
-def must_have_own_names(names: Sequence[str]) -> None:
+def check_unique_names(names: Sequence[str]) -> None:
     """
     Raises:
         ModelSourceError: two models would be called the same.
@@ -102,8 +102,8 @@ def must_have_own_names(names: Sequence[str]) -> None:
         raise ModelSourceError(f"two models are called {name!r}; give each its own model.name")
 
 
-def place_on_any_host(settings: ModelSettings) -> Path | str:
-    """The source in a form that means the same on every host of a cluster, for `brought_here` there: an absolute folder, the URL of
+def portable_source(settings: ModelSettings) -> Path | str:
+    """The source in a form that means the same on every host of a cluster, for `download_if_needed` there: an absolute folder, the URL of
     one in a store, or ``hf://owner/name@revision`` and the like.
 
     Raises:
@@ -124,37 +124,37 @@ def place_on_any_host(settings: ModelSettings) -> Path | str:
     raise ModelSourceError(f"{source!r} is neither a repository nor an absolute path, and a relative path is another one on every host")
 
 
-def adapter_on_any_host(settings: ModelSettings) -> Path | str | None:
+def portable_adapter(settings: ModelSettings) -> Path | str | None:
     """The same of the model's adapter; None: it has none.
 
     Raises:
-        ModelSourceError: as `place_on_any_host`.
+        ModelSourceError: as `portable_source`.
     """
     if settings.adapter is None:
         return None
-    return place_on_any_host(ModelSettings(source=settings.adapter, revision=settings.adapter_revision))
+    return portable_source(ModelSettings(source=settings.adapter, revision=settings.adapter_revision))
 
 
-def absolute_if_here(source: str) -> str:
+def absolute_if_local(source: str) -> str:
     """A folder of this host by its absolute path; anything else as it is."""
     return str(Path(source).resolve()) if "://" not in source and source != DEMO and Path(source).is_dir() else source
 
 
-def is_fetched(place: Path | str) -> bool:
+def needs_download(location: Path | str) -> bool:
     """Whether a host must fetch the checkpoint whole before it can be read."""
-    return str(place).startswith((DEMO_PLACE, HUB_SCHEME, MODELSCOPE_SCHEME))
+    return str(location).startswith((DEMO_PLACE, HUB_SCHEME, MODELSCOPE_SCHEME))
 
 
-def brought_here(place: Path | str, *, weights: bool = True, report: Report = lambda _doing, _done: None) -> Path | str:
-    """What `model.checkpoint_folder` can open on this host: a place that `is_fetched` is fetched into this host's cache (without
+def download_if_needed(location: Path | str, *, weights: bool = True, report: Report = lambda _doing, _done: None) -> Path | str:
+    """What `model.checkpoint_folder` can open on this host: a location that `needs_download` is fetched into this host's cache (without
     ``weights`` only what is small), others stay what they are.
 
     Raises:
         ModelSourceError: it cannot be fetched.
     """
-    if not is_fetched(place):
-        return place
-    scheme, _, name = str(place).partition("://")
+    if not needs_download(location):
+        return location
+    scheme, _, name = str(location).partition("://")
     repository, _, revision = name.partition("@")
     wanted = WANTED if weights else tuple(pattern for pattern in WANTED if not pattern.endswith(".safetensors"))
     if f"{scheme}://" == DEMO_PLACE:
@@ -255,7 +255,7 @@ ADAPTER = Kind(called="adapter", file=ADAPTER_CONFIG_FILE, instead=_adapter_inst
 
 def _meant(name: str) -> str:
     """What was mistyped perhaps: the demo, or a repository of Qwen's without its owner."""
-    from serve.planning.released import released_names
+    from serve.planning.released_models import released_names
 
     known = {DEMO: DEMO, **{each.lower(): f"Qwen/{each}" for each in released_names()}}
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
@@ -313,7 +313,7 @@ def _not_kept(repository: str, variable: str, error: BaseException | None) -> st
     while error is not None:
         if isinstance(error, OSError) and (error.errno in FULL or (error.errno in CLOSED and error.filename)):
             said = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-            return f"{repository} cannot be kept in this machine's cache: {said}. Make room, or name another place by {variable}"
+            return f"{repository} cannot be kept in this machine's cache: {said}. Make room, or name another location by {variable}"
         error = error.__cause__ or error.__context__
     return None
 

@@ -42,7 +42,7 @@ class AppView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waits:
+class LatencyCounts:
     """How long clients of a model waited, all fronts together, since these began."""
 
     first_token: Counts
@@ -55,7 +55,7 @@ class Overview:
     apps: tuple[AppView, ...]
     replicas: tuple[tuple[str, ReplicaRecord], ...]
     """(application, what a replica says of itself)"""
-    waits: Mapping[tuple[str, str], Waits]
+    waits: Mapping[tuple[str, str], LatencyCounts]
     """By application and model."""
     http: str | None = None
     """host:port of Ray Serve's proxies; None where it does not run."""
@@ -63,7 +63,7 @@ class Overview:
     """What should be there, or should have told something, and does not; in words."""
 
 
-def look_around() -> Overview:
+def collect_overview() -> Overview:
     """Of the cluster that this process has joined. Changes nothing there, and waits for nobody long: what is silent is told as such."""
     missing: list[str] = []
     try:
@@ -77,7 +77,7 @@ def look_around() -> Overview:
         for name, told in details.get("applications", {}).items()
     )
     replicas: list[tuple[str, ReplicaRecord]] = []
-    waits: dict[tuple[str, str], Waits] = {}
+    waits: dict[tuple[str, str], LatencyCounts] = {}
     for app in [app.name for app in apps] or (apps_with_directories() if missing else ()):
         try:
             records, notes = glimpse(app, METRICS_BOARD)
@@ -87,7 +87,7 @@ def look_around() -> Overview:
         replicas += [(app, record) for record in sorted(records, key=lambda record: (record.model, record.id))]
         missing += _unheard(details.get("applications", {}).get(app, {}), {record.id for record in records}, hosts)
         for model in {record.model for record in records}:
-            waits[app, model] = Waits(
+            waits[app, model] = LatencyCounts(
                 first_token=counts_of(_samples(notes, names.TIME_TO_FIRST_TOKEN.name, model)),
                 next_token=counts_of(_samples(notes, names.INTER_TOKEN.name, model)),
             )

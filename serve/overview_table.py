@@ -34,7 +34,7 @@ class Window:
             return None
         return max(0, record.stats.sampled_tokens - earlier.stats.sampled_tokens) / (now_s - began_s)
 
-    def lately(self, key: tuple[str, str], first_token: Counts, next_token: Counts) -> tuple[Counts, Counts]:
+    def recent_latency(self, key: tuple[str, str], first_token: Counts, next_token: Counts) -> tuple[Counts, Counts]:
         before = self._looks[0][1].waits.get(key)
         if before is None or len(self._looks) < 2:
             return first_token, next_token
@@ -129,7 +129,7 @@ def _waits(seen: Overview, window: Window | None) -> Table:
     table = _table("model", "first token p50", "first token p95", "next token p50", "next token p95")
     for key, waits in seen.waits.items():
         both = (waits.first_token, waits.next_token)
-        figures = wait_figures(*(window.lately(key, *both) if window else both))
+        figures = wait_figures(*(window.recent_latency(key, *both) if window else both))
         table.add_row(key[1], *("" if value is None else f"{value * 1e3:.0f} ms" for value in figures.values()))
     return table
 

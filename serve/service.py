@@ -21,7 +21,6 @@ from serve.errors import ModelNotFound, from_event
 from serve.limits import Limits
 from serve.merge_streams import merged
 from serve.model_facts import ModelFacts
-from serve.observing import Observer, observed
 from serve.prompt_logprobs import PromptScores, scores_of
 from serve.request import (
     ChatRequest,
@@ -33,6 +32,7 @@ from serve.request import (
     TokenizeRequest,
     Usage,
 )
+from serve.request_observer import Observer, observe_events
 from serve.request_preparer import Asked, Prompts
 from serve.request_timing import EngineTimes, Stopwatch
 from serve.stream_resume import caught_up, had_of, unsaid
@@ -138,13 +138,13 @@ class Service:
         Raises:
             ServeError, EngineError: see `serve.errors.WIRE`.
         """
-        async with aclosing(observed(request, self._chat(request), self._observers)) as events:
+        async with aclosing(observe_events(request, self._chat(request), self._observers)) as events:
             async for event in events:
                 yield event
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
         """As `chat`, for prompts without a template. Choice index = prompt index * n + choice."""
-        async with aclosing(observed(request, self._complete(request), self._observers)) as events:
+        async with aclosing(observe_events(request, self._complete(request), self._observers)) as events:
             async for event in events:
                 yield event
 
@@ -155,7 +155,7 @@ class Service:
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
         """A vector for each input. Raises as `chat`."""
-        async with aclosing(observed(request, self._embedder.vectors(request), self._observers)) as events:
+        async with aclosing(observe_events(request, self._embedder.vectors(request), self._observers)) as events:
             return await together(request.request_id, events)
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serve.errors import code_of
-from serve.observing import Observer, Watch
 from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Options, TextEvent
+from serve.request_observer import Observer, RequestWatch
 from serve.request_timing import Ledger
 from serve.version import version
 
@@ -35,7 +35,7 @@ class Tracing:
         self._provider, self._models, self._clock = provider, models, clock
         self._tracer = provider.get_tracer("manta", version())
 
-    def begin(self, request: AnyRequest) -> Watch:
+    def begin(self, request: AnyRequest) -> RequestWatch:
         operation = OPERATIONS[type(request)]
         since_s = 0.0 if request.arrived_s is None else self._clock() - request.arrived_s
         model = request.model if request.model in self._models else "unknown"  # never what a client wrote

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from serve.bench.ceiling import Ceiling
-from serve.bench.workload import Cell, Round
+from serve.bench.workload import Round, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,11 @@ class WeightBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One cell's result: medians over the rounds."""
+    """One workload's result: medians over the rounds."""
 
-    cell: Cell
+    workload: Workload
     tokens_per_s: float
-    """Of the prompt for a cell with one token out, else of the output, prefill included."""
+    """Of the prompt for a workload with one token out, else of the output, prefill included."""
     spread: float
     """(fastest - slowest) / median, over the rounds."""
     ttft_s: float
@@ -39,27 +39,27 @@ class Figure:
         return self.floor_s / self.elapsed_s
 
 
-def summarise(cell: Cell, rounds: Sequence[Round], weights: WeightBytes, ceiling: Ceiling) -> Figure:
-    rates = [(r.prompt_tokens if cell.tokens_out == 1 else r.output_tokens) / r.elapsed_s for r in rounds]
+def summarise(workload: Workload, rounds: Sequence[Round], weights: WeightBytes, ceiling: Ceiling) -> Figure:
+    rates = [(r.prompt_tokens if workload.tokens_out == 1 else r.output_tokens) / r.elapsed_s for r in rounds]
     rate = statistics.median(rates)
     return Figure(
-        cell=cell,
+        workload=workload,
         tokens_per_s=rate,
         spread=(max(rates) - min(rates)) / rate,
         ttft_s=statistics.median(r.ttft_s for r in rounds),
         itl_s=statistics.median(r.itl_s for r in rounds),
-        floor_s=floor_s(cell, weights, ceiling),
+        floor_s=floor_s(workload, weights, ceiling),
         elapsed_s=statistics.median(r.elapsed_s for r in rounds),
     )
 
 
-def floor_s(cell: Cell, weights: WeightBytes, ceiling: Ceiling) -> float:
+def floor_s(workload: Workload, weights: WeightBytes, ceiling: Ceiling) -> float:
     """Seconds below which this machine cannot go: every step reads the weights or multiplies for all its tokens, whichever
     takes longer. Attention, KV and everything between are not counted, so it is a floor and no forecast."""
-    prompt_tokens = cell.shared_prefix + cell.streams * cell.tokens_in
+    prompt_tokens = workload.shared_prefix + workload.streams * workload.tokens_in
     prefill = max(weights.per_step / ceiling.read_bytes_per_s, _multiply_s(prompt_tokens, weights, ceiling))
-    step = max(weights.per_step / ceiling.read_bytes_per_s, _multiply_s(cell.streams, weights, ceiling))
-    return prefill + (cell.tokens_out - 1) * step
+    step = max(weights.per_step / ceiling.read_bytes_per_s, _multiply_s(workload.streams, weights, ceiling))
+    return prefill + (workload.tokens_out - 1) * step
 
 
 def _multiply_s(tokens: int, weights: WeightBytes, ceiling: Ceiling) -> float:
@@ -67,10 +67,10 @@ def _multiply_s(tokens: int, weights: WeightBytes, ceiling: Ceiling) -> float:
 
 
 def as_json(figures: Sequence[Figure]) -> list[dict[str, object]]:
-    """One object per cell, for programs."""
+    """One object per workload, for programs."""
     return [
         {
-            "name": figure.cell.name,
+            "name": figure.workload.name,
             "tokens_per_s": figure.tokens_per_s,
             "spread": figure.spread,
             "ttft_s": figure.ttft_s,
@@ -89,7 +89,7 @@ def table_of(figures: Sequence[Figure]) -> Table:
         table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
     for figure in figures:
         table.add_row(
-            figure.cell.name,
+            figure.workload.name,
             f"{figure.tokens_per_s:,.1f}",
             f"{figure.spread:.0%}",
             f"{figure.ttft_s * 1000:,.0f}",

@@ -1,4 +1,4 @@
-"""What is measured: closed-loop cells of equal requests, token ids in, no stop but the length."""
+"""What is measured: closed-loop workloads of equal requests, token ids in, no stop but the length."""
 
 import random
 import statistics
@@ -13,7 +13,7 @@ from engine.request import Request, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Workload:
     """One workload: `streams` requests at once, each `tokens_in` random ids and exactly `tokens_out` tokens out."""
 
     name: str
@@ -23,8 +23,8 @@ class Cell:
     shared_prefix: int = 0
     """Ids that all requests begin with, fresh in every round."""
 
-    def shortened(self, tokens_out: int) -> "Cell":
-        """The same cell with at most so many tokens out, and that in its name."""
+    def shortened(self, tokens_out: int) -> "Workload":
+        """The same workload with at most so many tokens out, and that in its name."""
         if self.tokens_out <= tokens_out:
             return self
         name = self.name.replace(f"/{self.tokens_out}", f"/{tokens_out}")
@@ -37,19 +37,19 @@ class Cell:
         return [prefix + tuple(draw.randrange(vocab_size) for _ in range(self.tokens_in)) for _ in range(self.streams)]
 
 
-CELLS = (
-    Cell(name="prefill 1,024", streams=1, tokens_in=1024, tokens_out=1),
-    Cell(name="1 stream 128/128", streams=1, tokens_in=128, tokens_out=128),
-    Cell(name="8 streams 128/128", streams=8, tokens_in=128, tokens_out=128),
-    Cell(name="16 streams 128/128", streams=16, tokens_in=128, tokens_out=128),
-    Cell(name="32 streams 128/128", streams=32, tokens_in=128, tokens_out=128),
-    Cell(name="16 on one 1,024 prefix", streams=16, tokens_in=32, tokens_out=32, shared_prefix=1024),
+WORKLOADS = (
+    Workload(name="prefill 1,024", streams=1, tokens_in=1024, tokens_out=1),
+    Workload(name="1 stream 128/128", streams=1, tokens_in=128, tokens_out=128),
+    Workload(name="8 streams 128/128", streams=8, tokens_in=128, tokens_out=128),
+    Workload(name="16 streams 128/128", streams=16, tokens_in=128, tokens_out=128),
+    Workload(name="32 streams 128/128", streams=32, tokens_in=128, tokens_out=128),
+    Workload(name="16 on one 1,024 prefix", streams=16, tokens_in=32, tokens_out=32, shared_prefix=1024),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One run of a cell."""
+    """One run of a workload."""
 
     elapsed_s: float
     ttft_s: float
@@ -61,10 +61,10 @@ class Round:
     steps: int
 
 
-def run_cell(engine: Engine, cell: Cell, *, vocab_size: int, seed: int, ids: Iterator[int] = count()) -> Round:  # noqa: B008  (one sequence of ids for the process)
-    """Submit all requests of a cell at once and turn the engine until the last has ended."""
-    prompts = cell.prompts(vocab_size, seed)
-    sampling = SamplingParams(temperature=0.0, max_tokens=cell.tokens_out)
+def run_workload(engine: Engine, workload: Workload, *, vocab_size: int, seed: int, ids: Iterator[int] = count()) -> Round:  # noqa: B008  (one sequence of ids for the process)
+    """Submit all requests of a workload at once and turn the engine until the last has ended."""
+    prompts = workload.prompts(vocab_size, seed)
+    sampling = SamplingParams(temperature=0.0, max_tokens=workload.tokens_out)
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     gaps: list[float] = []
@@ -94,18 +94,18 @@ def run_cell(engine: Engine, cell: Cell, *, vocab_size: int, seed: int, ids: Ite
         ttft_s=statistics.median(first.values()) - started,
         itl_s=statistics.median(gaps) if gaps else 0.0,
         prompt_tokens=sum(len(prompt) for prompt in prompts),
-        output_tokens=cell.streams * cell.tokens_out,
+        output_tokens=workload.streams * workload.tokens_out,
         steps=steps,
     )
 
 
 def run_rounds(
-    engine: Engine, cell: Cell, *, vocab_size: int, rounds: int, after_round: Callable[[], None], warm_up: bool = True
+    engine: Engine, workload: Workload, *, vocab_size: int, rounds: int, after_round: Callable[[], None], warm_up: bool = True
 ) -> list[Round]:
     """`rounds` measured rounds, with `warm_up` one unmeasured before."""
     measured = []
     for index in range(0 if warm_up else 1, rounds + 1):
-        result = run_cell(engine, cell, vocab_size=vocab_size, seed=zlib.crc32(f"{cell.name} {index}".encode()))
+        result = run_workload(engine, workload, vocab_size=vocab_size, seed=zlib.crc32(f"{workload.name} {index}".encode()))
         if index:
             measured.append(result)
         after_round()

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from serve.commands.settings import WRONG_USAGE, stop
+from serve.commands.settings import WRONG_USAGE, exit_with_error
 
 SOME_FAILED = 3
 """Leaves with it where every request has its line, and not every line an answer."""
@@ -45,7 +45,7 @@ def batch(
     from serve.batch import BatchError, finished, forget_failures, read_items, run_batch, wait_until_ready
 
     if not url.startswith(("http://", "https://")):
-        stop(f"--url {url!r} is no URL of a server; it is like http://127.0.0.1:8000", code=WRONG_USAGE)
+        exit_with_error(f"--url {url!r} is no URL of a server; it is like http://127.0.0.1:8000", code=WRONG_USAGE)
     key = api_key or os.environ.get("MANTA_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
@@ -58,16 +58,16 @@ def batch(
             if not wait_until_ready(client, timeout_s=0.0):
                 typer.echo(f"waiting up to {READY_TIMEOUT_S:g} s for a server at {url}", err=True)
                 if not wait_until_ready(client, timeout_s=READY_TIMEOUT_S):
-                    stop(f"no server answers at {url}; start one with `manta serve`, or say --url")
+                    exit_with_error(f"no server answers at {url}; start one with `manta serve`, or say --url")
             if retry_failed:
                 forget_failures(output, {item.custom_id for item in items})
             with _bar(len(items)) as bar:
                 for shown in run_batch(items, output, client, concurrency=concurrency, stop=stopped):
                     bar(shown.done, shown.failed)
     except OSError as error:
-        stop(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        exit_with_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except BatchError as error:
-        stop(str(error))
+        exit_with_error(str(error))
     except KeyboardInterrupt:
         stopped.set()
         typer.echo("\ninterrupted; the same command goes on where this one was", err=True)
@@ -75,7 +75,7 @@ def batch(
     assert shown is not None
     typer.echo(f"{shown.done - shown.failed} of {shown.total} requests are answered in {output}", err=True)
     if shown.failed:
-        stop(_failed(output, {item.custom_id for item in items}), code=SOME_FAILED)
+        exit_with_error(_failed(output, {item.custom_id for item in items}), code=SOME_FAILED)
 
 
 def _failed(output: Path, asked: set[str]) -> str:

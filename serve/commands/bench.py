@@ -11,13 +11,13 @@ import typer
 
 from serve.commands.flags import ADAPTER, DRAFTING, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
-from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+from serve.commands.settings import Assignments, ConfigFile, exit_with_error, load_settings
 
 if TYPE_CHECKING:
     from engine.executor import Executor
     from engine.run.start import StartProgress
     from serve.bench.report import Figure
-    from serve.bench.workload import Cell
+    from serve.bench.workload import Workload
     from serve.config import ServeConfig
     from serve.model_source import FoundModel
 
@@ -47,21 +47,21 @@ def bench(
     """
     config, *others = load_settings(file, assignments, given).config.each_model()
     if others:
-        stop("the settings name several models, and one is measured at a time: name it, without the list")
+        exit_with_error("the settings name several models, and one is measured at a time: name it, without the list")
     from rich.console import Console
 
     from serve.bench.report import as_json, table_of
-    from serve.model_check import with_draft_model_here
+    from serve.model_check import with_local_draft_model
     from serve.model_source import ModelSourceError, find_model
 
     try:
         with progress_shown() as report:
             found = find_model(config.model, report)
-            cells = chosen_cells(only, tokens_out)
-            config = with_draft_model_here(config, found.place, report)
-            lines, figures = measure(config, found, rounds, cells, report, warm_up=warm_up)
+            workloads = chosen_workloads(only, tokens_out)
+            config = with_local_draft_model(config, found.location, report)
+            lines, figures = measure(config, found, rounds, workloads, report, warm_up=warm_up)
     except (ModelSourceError, ValueError) as error:
-        stop(str(error))
+        exit_with_error(str(error))
     console = Console()
     for line in lines:
         console.print(line, highlight=False)
@@ -70,22 +70,24 @@ def bench(
         json_file.write_text(json.dumps({"lines": lines, "cells": as_json(figures)}, indent=2) + "\n")
 
 
-def chosen_cells(only: Sequence[str] | None, tokens_out: int | None) -> list["Cell"]:
+def chosen_workloads(only: Sequence[str] | None, tokens_out: int | None) -> list["Workload"]:
     """The workloads whose name contains one of `only`; all without it.
 
     Raises:
         ValueError: there are none.
     """
-    from serve.bench.workload import CELLS
+    from serve.bench.workload import WORKLOADS
 
-    cells = [cell for cell in CELLS if not only or any(part in cell.name for part in only)]
-    if not cells:
-        raise ValueError(f"no workload is called {' or '.join(only or ())}; there are: {', '.join(cell.name for cell in CELLS)}")
-    return cells if tokens_out is None else [cell.shortened(tokens_out) for cell in cells]
+    workloads = [workload for workload in WORKLOADS if not only or any(part in workload.name for part in only)]
+    if not workloads:
+        raise ValueError(
+            f"no workload is called {' or '.join(only or ())}; there are: {', '.join(workload.name for workload in WORKLOADS)}"
+        )
+    return workloads if tokens_out is None else [workload.shortened(tokens_out) for workload in workloads]
 
 
 def measure(
-    config: "ServeConfig", found: "FoundModel", rounds: int, cells: Sequence["Cell"], report: Report, *, warm_up: bool = True
+    config: "ServeConfig", found: "FoundModel", rounds: int, workloads: Sequence["Workload"], report: Report, *, warm_up: bool = True
 ) -> tuple[list[str], list["Figure"]]:
     """What was measured on, in words, and the figures.
 
@@ -111,7 +113,7 @@ def measure(
     dtype = resolve_dtype(config.runner.dtype, device)
     report("measuring the machine", 0.0)
     ceiling = measure_ceiling(dtype, device, usable_cores())
-    with Checkpoint(found.place) as checkpoint:
+    with Checkpoint(found.location) as checkpoint:
         formats = formats_of(checkpoint, model_config, config.runner, dtype, device)
     weights = weight_bytes(model_config, formats)
     figures = []
@@ -121,15 +123,17 @@ def measure(
         engine = Engine(executor, config.engine)
         tune_gc()  # as a rank and a replica do
         done = 0
-        for cell in cells:
+        for workload in workloads:
 
-            def count_round(name: str = cell.name) -> None:
+            def count_round(name: str = workload.name) -> None:
                 nonlocal done
                 done += 1
-                report(name, 0.1 + 0.9 * done / (len(cells) * (rounds + warm_up)))
+                report(name, 0.1 + 0.9 * done / (len(workloads) * (rounds + warm_up)))
 
-            results = run_rounds(engine, cell, vocab_size=model_config.vocab_size, rounds=rounds, after_round=count_round, warm_up=warm_up)
-            figures.append(summarise(cell, results, weights, ceiling))
+            results = run_rounds(
+                engine, workload, vocab_size=model_config.vocab_size, rounds=rounds, after_round=count_round, warm_up=warm_up
+            )
+            figures.append(summarise(workload, results, weights, ceiling))
     lines = [
         f"{found.name}: {config.parallel.topology}, {str(dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}",
         f"weights: {formats.matrices}, embedding and head: {formats.table}",
@@ -152,10 +156,10 @@ def _executor(config: "ServeConfig", found: "FoundModel", report: Report) -> "Ex
     topology = config.parallel.topology
     if topology.size == 1:
         return LocalExecutor.open(
-            found.place, runner_config=config.runner, engine_config=config.engine, adapter=found.adapter, on_progress=tell
+            found.location, runner_config=config.runner, engine_config=config.engine, adapter=found.adapter, on_progress=tell
         )
     return ProcessExecutor(
-        checkpoint_folder=found.place,
+        checkpoint_folder=found.location,
         topology=topology,
         runner_config=config.runner,
         engine_config=config.engine,

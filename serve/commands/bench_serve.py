@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from serve.commands.progress import progress_shown
-from serve.commands.settings import stop
+from serve.commands.settings import exit_with_error
 
 if TYPE_CHECKING:
     from serve.load.client import Answer, Api, Target
@@ -52,15 +52,15 @@ def bench_serve(
     from serve.load.workloads import WORKLOADS, Shape
 
     if workload.upper() not in WORKLOADS:
-        stop(f"no workload is called {workload!r}; there are: {', '.join(WORKLOADS)}")
+        exit_with_error(f"no workload is called {workload!r}; there are: {', '.join(WORKLOADS)}")
     if api not in ("chat", "completions"):
-        stop(f"--api is {api!r}; it is chat or completions")
+        exit_with_error(f"--api is {api!r}; it is chat or completions")
     if rate <= 0 or scale <= 0:
-        stop(f"--rate and --scale must be above 0, got {rate:g} and {scale:g}")
+        exit_with_error(f"--rate and --scale must be above 0, got {rate:g} and {scale:g}")
     from rich.console import Console
 
     from serve.load.client import Target, find_model
-    from serve.load.report import Promise, as_json, lines_of, summarise, table_of
+    from serve.load.report import Objective, as_json, lines_of, summarise, table_of
 
     chosen = WORKLOADS[workload.upper()]
     conversations = chosen.conversations(Shape(requests=requests, rate=rate, scale=scale, seed=seed))
@@ -69,11 +69,11 @@ def bench_serve(
         url = url.rstrip("/")
         name = model or asyncio.run(find_model(url, key))
         answers = _run(Target(url=url, model=name, api=_api(api), key=key, extra=more), conversations)
-        promise = Promise(ttft_s=ttft, itl_s=itl)
-        summary = summarise(answers, promise)
+        objective = Objective(ttft_s=ttft, itl_s=itl)
+        summary = summarise(answers, objective)
         title = f"{chosen.name}: {chosen.about} | {name} at {url}, {rate:g}/s, seed {seed}"
         console = Console()
-        for line in lines_of(summary, promise):
+        for line in lines_of(summary, objective):
             console.print(line, highlight=False, markup=False)
         console.print(table_of(title, summary))
         if json_file is not None:
@@ -83,7 +83,7 @@ def bench_serve(
 
             draw(answers, title, plot)
     except ValueError as error:
-        stop(str(error))
+        exit_with_error(str(error))
     if summary.done == 0:
         raise typer.Exit(1)
 

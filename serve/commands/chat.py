@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.commands.settings import stop
+from serve.commands.settings import exit_with_error
 
 if TYPE_CHECKING:
     from manta_client import Client
@@ -39,7 +39,7 @@ def chat(
 
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip() or stop("nothing was piped in, and no prompt was given")
+        prompt = sys.stdin.read().strip() or exit_with_error("nothing was piped in, and no prompt was given")
     try:
         with Client(endpoint) as client:
             conversation = Conversation(client=client, model=model, system=system, options=options)
@@ -49,12 +49,12 @@ def chat(
                 raise typer.Exit(130)
     except Unavailable as error:
         if error.reason is not None:  # told by a server
-            stop(str(error))
-        stop(
+            exit_with_error(str(error))
+        exit_with_error(
             f"no server answers at {endpoint or DEFAULT}; `manta serve demo` starts one, --endpoint names another ({_cause(error.message)})"
         )
     except MantaError as error:
-        stop(str(error))
+        exit_with_error(str(error))
 
 
 def _cause(message: str) -> str:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from serve.commands.settings import WRONG_USAGE, Assignments, ConfigFile, load_settings, stop
+from serve.commands.settings import WRONG_USAGE, Assignments, ConfigFile, exit_with_error, load_settings
 
 if TYPE_CHECKING:
-    from serve.config_sources import Loaded
+    from serve.config_sources import LoadedConfig
 
 
 def config(
@@ -47,17 +47,17 @@ def config(
     try:
         typer.echo(config_docs.explain(explain, loaded))
     except ConfigError as error:
-        stop(str(error), code=WRONG_USAGE)
+        exit_with_error(str(error), code=WRONG_USAGE)
 
 
-def _emit_serve(loaded: "Loaded", name: str) -> None:
-    from serve.model_source import ModelSourceError, adapter_on_any_host, place_on_any_host
-    from serve.serve_config_file import serve_config_file
+def _emit_serve(loaded: "LoadedConfig", name: str) -> None:
+    from serve.model_source import ModelSourceError, portable_adapter, portable_source
+    from serve.ray_serve_config import ray_serve_config_yaml
 
     try:
         for each in loaded.config.each_model():
-            place_on_any_host(each.model)
-            adapter_on_any_host(each.model)
+            portable_source(each.model)
+            portable_adapter(each.model)
     except ModelSourceError as error:
-        stop(str(error), code=WRONG_USAGE)
-    typer.echo(serve_config_file(loaded, name=name), nl=False)
+        exit_with_error(str(error), code=WRONG_USAGE)
+    typer.echo(ray_serve_config_yaml(loaded, name=name), nl=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from serve.commands.progress import progress_shown
-from serve.commands.settings import stop
+from serve.commands.settings import exit_with_error
 
 
 def demo_model(
@@ -26,5 +26,5 @@ def demo_model(
         with progress_shown() as report:
             made = ensure_demo_model(folder, report)
     except DemoModelError as error:
-        stop(str(error))
+        exit_with_error(str(error))
     typer.echo(made)

@@ -11,7 +11,7 @@ import typer
 
 from serve.commands.flags import ADAPTER, DRAFTING, KV_AND_CONTEXT, LAYOUT, REVISION, WEIGHTS, Given, model_flag, with_flags
 from serve.commands.progress import Report, progress_shown
-from serve.commands.settings import FAILED, Assignments, ConfigFile, load_settings, stop
+from serve.commands.settings import FAILED, Assignments, ConfigFile, exit_with_error, load_settings
 
 if TYPE_CHECKING:
     from cluster.doctor.facts import HostFacts
@@ -90,48 +90,48 @@ def _examine(config: "ServeConfig", names_a_model: bool, address: str | None, ch
 
 def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | None, list[Finding]]":
     from cluster.doctor.findings import Finding, Severity
-    from serve.model_check import UnusableCheckpoint, check_model, cut_of, doubt_about, with_draft_model_here
+    from serve.model_check import UnusableCheckpoint, adapter_base_warning, check_model, context_warning, with_local_draft_model
     from serve.model_source import ModelSourceError, find_model
 
     try:
         found = find_model(config.model, report)
         report("checking the checkpoint", 0.3)
-        check_model(found.place, config.parallel.topology, found.adapter, max_context_tokens=config.runner.max_context_tokens)
-        with_draft_model_here(config, found.place, report)
+        check_model(found.location, config.parallel.topology, found.adapter, max_context_tokens=config.runner.max_context_tokens)
+        with_local_draft_model(config, found.location, report)
     except (ModelSourceError, UnusableCheckpoint) as error:
         return None, [Finding(severity=Severity.FATAL, check="checkpoint", host=None, found=str(error))]
-    findings = [Finding(severity=Severity.NOTE, check="checkpoint", host=None, found=f"{found.place} is whole and fits its config.json")]
-    if cut := cut_of(found.place):
+    findings = [Finding(severity=Severity.NOTE, check="checkpoint", host=None, found=f"{found.location} is whole and fits its config.json")]
+    if cut := context_warning(found.location):
         findings.append(Finding(severity=Severity.WARNING, check="context", host=None, found=cut))
     if found.adapter is not None:
         fits = Finding(severity=Severity.NOTE, check="adapter", host=None, found=f"{found.adapter} is whole and fits the checkpoint")
-        doubt = doubt_about(found.adapter, config.model.source)
+        doubt = adapter_base_warning(found.adapter, config.model.source)
         findings.append(Finding(severity=Severity.WARNING, check="adapter", host=None, found=doubt) if doubt else fits)
     return found, findings
 
 
 def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | None) -> "Survey":
     from cluster.doctor.gather import cache_folder, gpus_here
-    from serve.devices import DeviceMisfit, with_devices
-    from serve.need import need_of
+    from serve.devices import DeviceError, assign_devices
+    from serve.host_requirements import host_requirements
 
     folder, adapter, topology = found.folder if found else None, found.adapter if found else None, config.parallel.topology
     try:
         if address is None:
             from cluster.doctor.survey import survey_this_machine
 
-            (config,) = with_devices([config], [{"GPU": len(gpus_here())}])
-            return survey_this_machine(topology, need_of(folder, config, adapter), cache_folder=cache_folder(), look=None)
+            (config,) = assign_devices([config], [{"GPU": len(gpus_here())}])
+            return survey_this_machine(topology, host_requirements(folder, config, adapter), cache_folder=cache_folder(), look=None)
         from cluster.doctor.cluster_survey import survey_cluster
         from cluster.ray_cluster import CannotJoin, hosts, joined
         from cluster.worker import ModelRanks
 
         try:
             with redirect_stdout(sys.stderr), joined(address, namespace=config.ray.namespace):  # Ray tells of lost hosts on stdout
-                (config,) = with_devices([config], hosts())
-                need = need_of(folder, config, adapter)
+                (config,) = assign_devices([config], hosts())
+                need = host_requirements(folder, config, adapter)
                 ranks = found and ModelRanks(
-                    checkpoint_folder=found.place,
+                    checkpoint_folder=found.location,
                     topology=topology,
                     runner_config=config.runner,
                     engine_config=config.engine,
@@ -140,9 +140,9 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
                 )
                 return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
         except CannotJoin as error:
-            stop(str(error))
-    except DeviceMisfit as error:
-        stop(str(error))
+            exit_with_error(str(error))
+    except DeviceError as error:
+        exit_with_error(str(error))
 
 
 def _show(survey: "Survey") -> None:

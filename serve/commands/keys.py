@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve.commands.settings import stop
+from serve.commands.settings import exit_with_error
 
 if TYPE_CHECKING:
     from serve.key_file import Key
@@ -49,11 +49,11 @@ def create(
     share: Annotated[float, typer.Option(help="Of the engine, relative to other keys, when it cannot serve all at once.")] = 1.0,
 ) -> None:
     """Make a key and print it. It is shown this once and kept nowhere."""
-    from serve.key_file import KeyFileError, changing, new_key
+    from serve.key_file import KeyFileError, locked_key_file, new_key
 
     path = _path(file)
     try:
-        with changing(path) as write:
+        with locked_key_file(path) as write:
             present = _present(path)
             shown, key = new_key(
                 name=name,
@@ -65,7 +65,7 @@ def create(
             )
             write((*present, key))
     except (KeyFileError, OSError) as error:
-        stop(str(error))
+        exit_with_error(str(error))
     typer.echo(f"key {key.id} is in {path}; this is shown once:", err=True)
     typer.echo(shown)
 
@@ -78,7 +78,7 @@ def list_keys(file: File = None) -> None:
     try:
         present = read_keys(_path(file))
     except KeyFileError as error:
-        stop(str(error))
+        exit_with_error(str(error))
     for key in present:
         typer.echo(described(key))
 
@@ -86,16 +86,16 @@ def list_keys(file: File = None) -> None:
 @keys.command()
 def revoke(id: Id, file: File = None) -> None:
     """Take a key away."""
-    from serve.key_file import KeyFileError, changing
+    from serve.key_file import KeyFileError, locked_key_file
 
     path = _path(file)
     try:
-        with changing(path) as write:
+        with locked_key_file(path) as write:
             present = _present(path)
             _find(present, id)
             write(tuple(key for key in present if key.id != id))
     except (KeyFileError, OSError) as error:
-        stop(str(error))
+        exit_with_error(str(error))
     typer.echo(f"key {id} is revoked", err=True)
 
 
@@ -106,16 +106,16 @@ def rotate(
     grace: Annotated[str, typer.Option(help="How long the old one is still taken: 30s, 15m, 24h, 7d, or 0.")] = "24h",
 ) -> None:
     """Give the owner of a key a new one. Scopes, quotas and cached prefixes stay."""
-    from serve.key_file import KeyFileError, changing, rotated
+    from serve.key_file import KeyFileError, locked_key_file, rotate_key
 
     path, grace_s = _path(file), _seconds(grace)
     try:
-        with changing(path) as write:
+        with locked_key_file(path) as write:
             present = _present(path)
-            shown, key = rotated(_find(present, id), grace_s=grace_s)
+            shown, key = rotate_key(_find(present, id), grace_s=grace_s)
             write(tuple(key if old.id == id else old for old in present))
     except (KeyFileError, OSError) as error:
-        stop(str(error))
+        exit_with_error(str(error))
     typer.echo(f"key {id} has a new secret; the old one is taken for {grace}; this is shown once:", err=True)
     typer.echo(shown)
 
@@ -144,7 +144,7 @@ def _present(path: Path) -> "tuple[Key, ...]":
 def _find(present: "tuple[Key, ...]", id: str) -> "Key":
     found = next((key for key in present if key.id == id), None)
     if found is None:
-        stop(f"there is no key {id}; `manta keys list` shows those that are there")
+        exit_with_error(f"there is no key {id}; `manta keys list` shows those that are there")
     return found
 
 
@@ -152,5 +152,5 @@ def _seconds(text: str) -> float:
     number, unit = text.rstrip("smhd"), text[len(text.rstrip("smhd")) :]
     units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
     if not number.isdecimal() or unit not in units:
-        stop(f"a time is written like 30s, 15m, 24h or 7d, not {text!r}")
+        exit_with_error(f"a time is written like 30s, 15m, 24h or 7d, not {text!r}")
     return int(number) * units[unit]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from serve.commands.settings import WRONG_USAGE, stop
+from serve.commands.settings import WRONG_USAGE, exit_with_error
 
 if TYPE_CHECKING:
-    from serve.planning.plan import Layout, Plan, Question
+    from serve.planning.plan import Layout, Plan, PlanInputs
     from serve.planning.shape import ModelShape
 
 DEFAULT_CONTEXT = 32 * 1024
@@ -68,16 +68,16 @@ def plan(
     from serve.planning.errors import PlanError
 
     if table:
-        from serve.planning.table import layouts_page
+        from serve.planning.layouts_page import layouts_page
 
         return typer.echo(layouts_page(), nl=False)
     if model is None or not gpus:
-        stop("say which model and which GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
+        exit_with_error("say which model and which GPUs: manta plan Qwen2-7B --gpus 2xA100-40G", code=WRONG_USAGE)
     try:
-        question = _question(model, gpus, hosts, context, concurrency, dtype, kv_dtype, max_step_tokens, network)
-        made = _plan(replace(question, redundant_experts=redundant_experts, draft=_shape(draft_model)))
+        inputs = _inputs(model, gpus, hosts, context, concurrency, dtype, kv_dtype, max_step_tokens, network)
+        made = _plan(replace(inputs, redundant_experts=redundant_experts, draft=_shape(draft_model)))
     except PlanError as error:
-        stop(str(error), code=WRONG_USAGE)
+        exit_with_error(str(error), code=WRONG_USAGE)
     if emit is not None:
         return _emit(made, emit, layout)
     _show(made, as_json, everything)
@@ -85,7 +85,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def _question(
+def _inputs(
     model: str,
     gpus: str,
     hosts: int,
@@ -95,13 +95,13 @@ def _question(
     kv_dtype: str,
     max_step_tokens: int | None,
     network_gbit: float,
-) -> "Question":
+) -> "PlanInputs":
     from engine.config import EngineConfig
     from serve.planning.formats import ACTIVATION_BYTES, FORMATS
     from serve.planning.hardware import Fleet, network, parse_gpus
     from serve.planning.memory import Workload
-    from serve.planning.plan import Question
-    from serve.planning.released import find_shape
+    from serve.planning.plan import PlanInputs
+    from serve.planning.released_models import find_shape
 
     shape, defaults = find_shape(model), EngineConfig()
     count, gpu = parse_gpus(gpus)
@@ -113,19 +113,19 @@ def _question(
         kv_element_bytes=1 if kv_dtype == "fp8" else ACTIVATION_BYTES,
     )
     fleet = Fleet(gpu=gpu, gpus_per_host=count, hosts=hosts, network=network(network_gbit))
-    return Question(shape=shape, fleet=fleet, format=FORMATS[dtype] if dtype else shape.format, workload=workload)
+    return PlanInputs(shape=shape, fleet=fleet, format=FORMATS[dtype] if dtype else shape.format, workload=workload)
 
 
 def _shape(draft_model: str | None) -> "ModelShape | None":
-    from serve.planning.released import find_shape
+    from serve.planning.released_models import find_shape
 
     return None if draft_model is None else find_shape(draft_model)
 
 
-def _plan(question: "Question") -> "Plan":
+def _plan(inputs: "PlanInputs") -> "Plan":
     from serve.planning.plan import make_plan
 
-    return make_plan(question)
+    return make_plan(inputs)
 
 
 def parse_tokens(text: str) -> int:
@@ -156,18 +156,22 @@ def _emit(plan: "Plan", what: Literal["config", "helm"], number: int | None) -> 
     from serve.planning.emit import config_yaml, helm_yaml
 
     write = config_yaml if what == "config" else helm_yaml
-    typer.echo(write(_chosen(plan, number), plan.question), nl=False)
+    typer.echo(write(_chosen(plan, number), plan.inputs), nl=False)
 
 
 def _chosen(plan: "Plan", number: int | None) -> "Layout":
     """Leaves the program where there is no such layout."""
     if number is not None:
         if number > len(plan.layouts):
-            stop(f"there are {len(plan.layouts)} layouts and no number {number}; run without --emit to see them", code=WRONG_USAGE)
+            exit_with_error(
+                f"there are {len(plan.layouts)} layouts and no number {number}; run without --emit to see them", code=WRONG_USAGE
+            )
         return plan.layouts[number - 1]
     if first := plan.first_served():
         return first
     if not plan.layouts:
-        stop("no layout is valid; run without --emit to see why")
+        exit_with_error("no layout is valid; run without --emit to see why")
     reasons = "; ".join(dict.fromkeys(limit.sentence for limit in plan.layouts[0].limits))
-    stop(f"none of the {len(plan.layouts)} valid layouts is served today: {reasons}\n--layout 1 writes the best of them nevertheless")
+    exit_with_error(
+        f"none of the {len(plan.layouts)} valid layouts is served today: {reasons}\n--layout 1 writes the best of them nevertheless"
+    )

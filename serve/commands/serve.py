@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from serve.commands.flags import SERVER, Given, with_flags
-from serve.commands.models import found_here, meant_on_every_host
 from serve.commands.progress import progress_shown
-from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+from serve.commands.resolve_models import find_local_models, models_for_cluster
+from serve.commands.settings import Assignments, ConfigFile, exit_with_error, load_settings
 from serve.logs import configure
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run(config: "ServeConfig") -> None:
     from serve.ray_address import LOCAL, address_of
 
     check_keys(config)
-    _run_local(config) if address_of(config) == LOCAL else _run_joined(config)
+    _run_local(config) if address_of(config) == LOCAL else _run_on_existing_ray(config)
 
 
 def _end_of_job() -> str:
@@ -78,43 +78,45 @@ def check_keys(config: "ServeConfig") -> None:
         try:
             read_keys(Path(config.auth.keys_file))
         except KeyFileError as error:
-            stop(f"auth.keys_file: {error}")
+            exit_with_error(f"auth.keys_file: {error}")
 
 
 def _run_local(config: "ServeConfig") -> None:
-    found = found_here(config)
-    from serve.deploying import StartError
+    found = find_local_models(config)
     from serve.local_ray import run_local  # ray: seconds that are not spent before the models are found
+    from serve.rollout import StartError
 
     try:
         with ExitStack() as running:
             with progress_shown() as report:
                 server = running.enter_context(run_local(found, config, report))
-            tell(server.records(), config, [model.name for model in found])
+            print_greeting(server.records(), config, [model.name for model in found])
             server.wait()
             typer.echo(ENDING)
     except StartError as error:
-        stop(str(error))
+        exit_with_error(str(error))
 
 
-def _run_joined(config: "ServeConfig") -> None:
+def _run_on_existing_ray(config: "ServeConfig") -> None:
     """On a cluster the application lives as long as this command; `manta up` leaves it there."""
-    models = meant_on_every_host(config)
-    from serve.deploying import StartError
-    from serve.joined_ray import run_joined
+    models = models_for_cluster(config)
+    from serve.existing_ray import run_on_existing_ray
+    from serve.rollout import StartError
 
     try:
         with ExitStack() as running:
             with progress_shown() as report:
-                server = running.enter_context(run_joined(models, config, keep=False, on_progress=report))
-            tell(server.records(), server.config, [model.name for model in models], last=_end_of_job())
+                server = running.enter_context(run_on_existing_ray(models, config, keep=False, on_progress=report))
+            print_greeting(server.records(), server.config, [model.name for model in models], last=_end_of_job())
             server.wait()
             typer.echo(ENDING)
     except StartError as error:
-        stop(str(error))
+        exit_with_error(str(error))
 
 
-def tell(records: "Sequence[ReplicaRecord]", config: "ServeConfig", names: "Sequence[str]", *, last: str = "Ctrl-C ends it.") -> None:
+def print_greeting(
+    records: "Sequence[ReplicaRecord]", config: "ServeConfig", names: "Sequence[str]", *, last: str = "Ctrl-C ends it."
+) -> None:
     from serve.exposure import exposure
 
     for line in (*loading_lines(records), *exposure(config)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from serve.config_sources import Loaded
+    from serve.config_sources import LoadedConfig
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings; `manta config` prints one.")]
 Assignments = Annotated[
@@ -20,7 +20,7 @@ WRONG_USAGE = 2
 FAILED = 1
 
 
-def load_settings(file: Path | None, assignments: list[str] | None, flags: Mapping[str, tuple[str, object]]) -> "Loaded":
+def load_settings(file: Path | None, assignments: list[str] | None, flags: Mapping[str, tuple[str, object]]) -> "LoadedConfig":
     """File, environment, then flags. ``flags``: path of the setting to (flag as written, value or None for not given).
 
     Leaves the program with a line per problem if settings are wrong.
@@ -31,10 +31,10 @@ def load_settings(file: Path | None, assignments: list[str] | None, flags: Mappi
     try:
         return load(file=file, environment=os.environ, flags=[*(from_assignment(text) for text in assignments or ()), *given])
     except ConfigError as error:
-        stop(str(error), code=WRONG_USAGE)
+        exit_with_error(str(error), code=WRONG_USAGE)
 
 
-def stop(message: str, *, code: int = FAILED) -> NoReturn:
+def exit_with_error(message: str, *, code: int = FAILED) -> NoReturn:
     """Say why on stderr and leave."""
     for line in message.splitlines():
         typer.echo(f"manta: {line}", err=True)

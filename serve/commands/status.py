@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from serve.commands.flags import RAY_ADDRESS, Given, with_flags
-from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+from serve.commands.settings import Assignments, ConfigFile, exit_with_error, load_settings
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
@@ -36,9 +36,9 @@ def status(
     What is lost or cut off is not waited for, but named. Leaves with 1 if something that should serve does not, or is missing.
     """
     with redirect_stdout(sys.stderr), _watching(load_settings(file, assignments, given).config):  # Ray tells of lost hosts on stdout
-        from serve.overview import look_around
+        from serve.overview import collect_overview
 
-        seen = look_around()
+        seen = collect_overview()
     if as_json:
         typer.echo(json.dumps(_tree(seen), indent=2, default=str))
     else:
@@ -64,14 +64,14 @@ def top(
         from rich.console import Console
         from rich.live import Live
 
-        from serve.overview import look_around
+        from serve.overview import collect_overview
         from serve.overview_table import Window, tables
 
         window, console = Window(), Console()
         try:
             with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
                 while True:
-                    seen = look_around()
+                    seen = collect_overview()
                     window.add(time.monotonic(), seen)
                     live.update(tables(seen, window), refresh=True)
                     time.sleep(every_s)
@@ -90,11 +90,11 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
         servers = running_servers()
         if len(servers) > 1:
             listed = "\n".join(f"  RAY_AUTH_TOKEN_PATH={each.token} manta status --ray-address {each.address}" for each in servers)
-            stop(f"{len(servers)} servers run here; say which:\n{listed}")
+            exit_with_error(f"{len(servers)} servers run here; say which:\n{listed}")
         if servers:
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": servers[0].token}
         elif address == "local":
-            stop("no `manta serve` of yours runs on this machine")
+            exit_with_error("no `manta serve` of yours runs on this machine")
         address = servers[0].address if servers else "auto"
     from cluster.ray_cluster import CannotJoin, joined  # ray, which reads those variables when it is imported
 
@@ -103,8 +103,12 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
             yield
     except CannotJoin as error:
         if watched_address(config) is None and "Could not find any running Ray" in str(error):
-            stop("no `manta serve` of yours and no Ray cluster runs on this machine; --ray-address HOST:PORT names one elsewhere")
-        stop(f"{error}\nno `manta serve` of yours runs on this machine either" if watched_address(config) is None else str(error))
+            exit_with_error(
+                "no `manta serve` of yours and no Ray cluster runs on this machine; --ray-address HOST:PORT names one elsewhere"
+            )
+        exit_with_error(
+            f"{error}\nno `manta serve` of yours runs on this machine either" if watched_address(config) is None else str(error)
+        )
 
 
 def _tree(seen: "Overview") -> dict[str, object]:

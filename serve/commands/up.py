@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from serve.commands.flags import APP, RAY_ADDRESS, SERVER, Given, with_flags
-from serve.commands.models import meant_on_every_host
 from serve.commands.progress import progress_shown
-from serve.commands.serve import program, tell
-from serve.commands.settings import Assignments, ConfigFile, load_settings, stop
+from serve.commands.resolve_models import models_for_cluster
+from serve.commands.serve import print_greeting, program
+from serve.commands.settings import Assignments, ConfigFile, exit_with_error, load_settings
 from serve.logs import configure
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None
     """
     config = on_a_cluster(load_settings(file, assignments, given).config)
     configure(config.logging.level, config.logging.format)
-    models = meant_on_every_host(config)
-    from serve.deploying import StartError
-    from serve.joined_ray import run_joined
+    models = models_for_cluster(config)
+    from serve.existing_ray import run_on_existing_ray
+    from serve.rollout import StartError
 
     try:
-        with progress_shown() as report, run_joined(models, config, keep=True, on_progress=report) as server:
+        with progress_shown() as report, run_on_existing_ray(models, config, keep=True, on_progress=report) as server:
             records, served = server.records(), server.config
     except StartError as error:
-        stop(str(error))
-    tell(records, served, [model.name for model in models], last=f"{program()} down ends it.")
+        exit_with_error(str(error))
+    print_greeting(records, served, [model.name for model in models], last=f"{program()} down ends it.")
 
 
 @with_flags(RAY_ADDRESS, APP)
@@ -48,20 +48,20 @@ def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = No
     """End what `manta up` has put on a Ray cluster. Running requests may end first, for `replica.drain_timeout_s`."""
     config = on_a_cluster(load_settings(file, assignments, given).config)
     from cluster.ray_cluster import CannotJoin, joined
-    from serve.joined_ray import DELETE_MARGIN_S, remove
+    from serve.existing_ray import DELETE_MARGIN_S, remove
 
     try:
         with joined(str(config.ray.address), namespace=config.ray.namespace):
             removed = remove(config.ray.app, wait_s=config.replica.drain_timeout_s + DELETE_MARGIN_S)
     except CannotJoin as error:
-        stop(str(error))
+        exit_with_error(str(error))
     if not removed:
-        stop(f"the cluster has no application {config.ray.app!r}; `{program()} status` lists them")
+        exit_with_error(f"the cluster has no application {config.ray.app!r}; `{program()} status` lists them")
     typer.echo(f"{config.ray.app} has ended")
 
 
 def on_a_cluster(config: "ServeConfig") -> "ServeConfig":
     """These commands are about a cluster that runs: without an address that of this host."""
     if config.ray.address == "local":
-        stop('ray.address is "local": say auto or host:port, or use `manta serve`')
+        exit_with_error('ray.address is "local": say auto or host:port, or use `manta serve`')
     return config.model_copy(update={"ray": config.ray.model_copy(update={"address": config.ray.address or "auto"})})

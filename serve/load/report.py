@@ -14,14 +14,14 @@ PERCENTILES = (50, 90, 99, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Promise:
+class Objective:
     """What a request must keep to count as good (service level objective)."""
 
     ttft_s: float
     itl_s: float
     """Its mean gap."""
 
-    def kept_by(self, answer: Answer) -> bool:
+    def met_by(self, answer: Answer) -> bool:
         if answer.ending != "done" or not answer.token_s:
             return False
         gaps = _gaps(answer)
@@ -43,7 +43,7 @@ class Summary:
     requests_per_s: float
     good: int
     goodput_per_s: float
-    """Requests per second that kept the promise."""
+    """Requests per second that kept the objective."""
     late_s: float
     """The most that this generator was behind its own plan: above some milliseconds it measured itself."""
     ttft_s: dict[str, float]
@@ -64,12 +64,12 @@ def _gaps(answer: Answer) -> list[float]:
     return [later - earlier for earlier, later in pairwise(answer.token_s)]
 
 
-def summarise(answers: Sequence[Answer], promise: Promise) -> Summary:
+def summarise(answers: Sequence[Answer], objective: Objective) -> Summary:
     done = [answer for answer in answers if answer.ending == "done"]
     begun = [answer for answer in answers if answer.token_s]
     elapsed_s = max((answer.end_s for answer in answers), default=0.0) or 1e-9
     output = sum(answer.output_tokens if answer.output_tokens is not None else len(answer.token_s) for answer in answers)
-    good = sum(promise.kept_by(answer) for answer in answers)
+    good = sum(objective.met_by(answer) for answer in answers)
     errors: dict[str, int] = {}
     for answer in answers:
         if answer.ending == "failed":
@@ -117,13 +117,13 @@ def table_of(title: str, summary: Summary) -> Table:
     return table
 
 
-def lines_of(summary: Summary, promise: Promise) -> list[str]:
+def lines_of(summary: Summary, objective: Objective) -> list[str]:
     lines = [
         f"{summary.requests} requests in {summary.elapsed_s:.1f} s: "
         f"{summary.done} done, {summary.cancelled} cancelled, {summary.failed} failed",
         f"{summary.output_tokens_per_s:,.1f} tokens/s out, {summary.requests_per_s:.2f} requests/s",
-        f"goodput {summary.goodput_per_s:.2f} requests/s: {summary.good} kept {promise.ttft_s:g} s to the first token "
-        f"and {promise.itl_s:g} s between tokens",
+        f"goodput {summary.goodput_per_s:.2f} requests/s: {summary.good} kept {objective.ttft_s:g} s to the first token "
+        f"and {objective.itl_s:g} s between tokens",
     ]
     if summary.late_s > 0.05:
         lines.append(f"this generator was up to {summary.late_s:.2f} s behind its own plan (counted as waiting): it has too little CPU")

@@ -7,35 +7,35 @@ from serve.planning.plan import Layout, Plan
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """All of it: every rank of every layout, every refusal. Sizes in bytes, times in seconds; floors are null without a known speed."""
-    question = plan.question
-    work, fleet = question.workload, question.fleet
+    inputs = plan.inputs
+    work, fleet = inputs.workload, inputs.fleet
     return {
-        "model": question.shape.name,
-        "dtype": question.format.name,
+        "model": inputs.shape.name,
+        "dtype": inputs.format.name,
         "gpu": {"name": fleet.gpu.name, "memory_bytes": fleet.gpu.memory_bytes},
         "gpus_per_host": fleet.gpus_per_host,
         "hosts": fleet.hosts,
         "context_tokens": work.context_tokens,
         "concurrency": work.concurrency,
         "max_step_tokens": work.step_tokens,
-        "redundant_experts": question.redundant_experts,
-        "draft_model": question.draft.name if question.draft else None,
+        "redundant_experts": inputs.redundant_experts,
+        "draft_model": inputs.draft.name if inputs.draft else None,
         "layouts": [_layout(layout, plan.has_floors) for layout in plan.layouts],
         "invalid": [{**one.sizes, "reason": one.refusal.reason, "sentence": one.refusal.sentence} for one in plan.refused],
     }
 
 
 def _layout(layout: Layout, with_floors: bool) -> dict[str, Any]:
-    topology, hosting = layout.topology, layout.hosting
+    topology, placement = layout.topology, layout.placement
     return {
         "tp": topology.tp,
         "pp": topology.pp,
         "dp": topology.dp,
         "ep": topology.ep,
-        "replicas": hosting.replicas,
-        "hosts_per_replica": hosting.hosts_per_replica,
+        "replicas": placement.replicas,
+        "hosts_per_replica": placement.hosts_per_replica,
         "kv_tokens": layout.total_kv_tokens,
-        "sequences_at_full_context": layout.at_full_context * hosting.replicas,
+        "sequences_at_full_context": layout.at_full_context * placement.replicas,
         "floors": _floors(layout) if with_floors else None,
         "served_today": layout.is_served_today,
         "limits_today": [limit.sentence for limit in layout.limits],

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from serve.planning.formats import BF16
-from serve.planning.plan import Layout, Question
-from serve.planning.released import NAME
+from serve.planning.plan import Layout, PlanInputs
+from serve.planning.released_models import NAME
 
 CLUSTER = """\
 # On a Ray cluster of these hosts: `ray start --head --block` on one, `ray start --block --address=HEAD:6379` on the others, on all of
@@ -15,38 +15,38 @@ CLUSTER = """\
 """
 
 
-def config_yaml(layout: Layout, question: Question) -> str:
+def config_yaml(layout: Layout, inputs: PlanInputs) -> str:
     """Settings of `manta serve` (sections as in `serve.config.ServeConfig`)."""
     tree = {
-        "model": {"source": question.shape.name},
+        "model": {"source": inputs.shape.name},
         "parallel": _parallel(layout),
-        "replicas": {"count": layout.hosting.replicas},
-        **_settings(layout, question),
+        "replicas": {"count": layout.placement.replicas},
+        **_settings(layout, inputs),
     }
-    if question.fleet.hosts == 1:
-        return _comment(layout, question) + _yaml(tree)
-    return _comment(layout, question) + CLUSTER + _yaml({**tree, "ray": {"address": "auto"}})
+    if inputs.fleet.hosts == 1:
+        return _comment(layout, inputs) + _yaml(tree)
+    return _comment(layout, inputs) + CLUSTER + _yaml({**tree, "ray": {"address": "auto"}})
 
 
-def helm_yaml(layout: Layout, question: Question) -> str:
+def helm_yaml(layout: Layout, inputs: PlanInputs) -> str:
     """Values of the chart: the model, and the worker group with its GPUs."""
-    replicas, group = layout.hosting.replicas, _label(question.fleet.gpu.name, "gpu")
+    replicas, group = layout.placement.replicas, _label(inputs.fleet.gpu.name, "gpu")
     model = {
-        "name": _label(question.shape.name.rstrip("/").rsplit("/", 1)[-1], "model"),
-        "source": _source(question.shape.name),
+        "name": _label(inputs.shape.name.rstrip("/").rsplit("/", 1)[-1], "model"),
+        "source": _source(inputs.shape.name),
         "parallel": _parallel(layout),
         "replicas": {"min": replicas, "max": replicas, "initial": replicas},
-        "settings": _settings(layout, question),
+        "settings": _settings(layout, inputs),
         "workerGroup": group,
     }
     worker_group = {
         "name": group,
-        "gpusPerHost": layout.hosting.gpus_per_host,
-        "hostsPerReplica": layout.hosting.hosts_per_replica,
+        "gpusPerHost": layout.placement.gpus_per_host,
+        "hostsPerReplica": layout.placement.hosts_per_replica,
         "min": replicas,
         "max": replicas,
     }
-    return _comment(layout, question) + _yaml({"models": [model], "workerGroups": [worker_group]})
+    return _comment(layout, inputs) + _yaml({"models": [model], "workerGroups": [worker_group]})
 
 
 def _parallel(layout: Layout) -> dict[str, int]:
@@ -54,22 +54,22 @@ def _parallel(layout: Layout) -> dict[str, int]:
     return {"tensor": topology.tp, "expert": topology.ep, "pipeline": topology.pp, "data": topology.dp}
 
 
-def _settings(layout: Layout, question: Question) -> dict[str, Any]:
+def _settings(layout: Layout, inputs: PlanInputs) -> dict[str, Any]:
     """What the memory was planned with. A quantised checkpoint says itself what it is stored in."""
-    quantize = question.format.quantize
+    quantize = inputs.format.quantize
     return {
         "engine": {
-            "max_step_tokens": question.workload.step_tokens,
+            "max_step_tokens": inputs.workload.step_tokens,
             "max_running": layout.running,
-            **({"speculate": "draft"} if question.draft else {}),
+            **({"speculate": "draft"} if inputs.draft else {}),
         },
         "runner": {
-            "dtype": "bfloat16" if question.format is BF16 or quantize else "auto",
+            "dtype": "bfloat16" if inputs.format is BF16 or quantize else "auto",
             **({"quantize": quantize} if quantize else {}),
-            **({"kv_dtype": "fp8"} if question.workload.kv_element_bytes == 1 else {}),
-            "max_context_tokens": question.workload.context_tokens,
-            **({"redundant_experts": question.redundant_experts} if question.redundant_experts else {}),
-            **({"draft_model": question.draft.name} if question.draft else {}),
+            **({"kv_dtype": "fp8"} if inputs.workload.kv_element_bytes == 1 else {}),
+            "max_context_tokens": inputs.workload.context_tokens,
+            **({"redundant_experts": inputs.redundant_experts} if inputs.redundant_experts else {}),
+            **({"draft_model": inputs.draft.name} if inputs.draft else {}),
         },
         "resources": {"gpus": 1.0, **_hosts(layout)},
     }
@@ -77,15 +77,15 @@ def _settings(layout: Layout, question: Question) -> dict[str, Any]:
 
 def _hosts(layout: Layout) -> dict[str, Any]:
     """The ranks of a replica on as many hosts as planned, so many on each."""
-    if layout.hosting.hosts_per_replica == 1:
+    if layout.placement.hosts_per_replica == 1:
         return {"one_host": True}
-    return {"one_host": False, "ranks_per_host": layout.hosting.gpus_per_host}
+    return {"one_host": False, "ranks_per_host": layout.placement.gpus_per_host}
 
 
-def _comment(layout: Layout, question: Question) -> str:
+def _comment(layout: Layout, inputs: PlanInputs) -> str:
     lines = [
-        f"{question.shape.name} in {question.format.name} on {question.fleet}, as `manta plan` laid it out:",
-        f"{layout.hosting.replicas} x {layout.topology}, room for {layout.total_kv_tokens:,} tokens of KV",
+        f"{inputs.shape.name} in {inputs.format.name} on {inputs.fleet}, as `manta plan` laid it out:",
+        f"{layout.placement.replicas} x {layout.topology}, room for {layout.total_kv_tokens:,} tokens of KV",
         *(f"NOT SERVED TODAY: {limit.sentence}" for limit in layout.limits),
     ]
     return "".join(f"# {line}\n" for line in lines)

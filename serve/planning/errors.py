@@ -2,4 +2,4 @@
 
 
 class PlanError(ValueError):
-    """The question cannot be answered; the message says what to ask instead."""
+    """Nothing can be planned from these inputs; the message says what to change."""

@@ -8,10 +8,10 @@ from serve.planning.errors import PlanError
 from serve.planning.floors import Floors, Replica, floors
 from serve.planning.formats import Format
 from serve.planning.hardware import TYPICAL_SPEED, Fleet, Speed
-from serve.planning.hosting import Hosting, hosting
 from serve.planning.memory import RankMemory, Workload, memory_of_rank
+from serve.planning.placement import Placement, place_replica
 from serve.planning.refusal import Refusal, refuse_axes, refuse_memory
-from serve.planning.served import Limit, limits_today
+from serve.planning.serving_limits import ServingLimit, serving_limits
 from serve.planning.shape import ModelShape
 
 ORDER = (
@@ -22,7 +22,7 @@ ORDER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class PlanInputs:
     """What is to be planned."""
 
     shape: ModelShape
@@ -40,7 +40,7 @@ class Layout:
     """One way to lay the model on the fleet."""
 
     topology: Topology
-    hosting: Hosting
+    placement: Placement
     ranks: tuple[RankMemory, ...]
     kv_tokens: int
     """That one replica holds."""
@@ -49,7 +49,7 @@ class Layout:
     at_full_context: int
     """Sequences that one replica holds at full context at the same time, if so many are asked for."""
     floors: Floors
-    limits: tuple[Limit, ...]
+    limits: tuple[ServingLimit, ...]
     """Why `manta serve` does not take it today."""
 
     @property
@@ -59,11 +59,11 @@ class Layout:
 
     @property
     def total_kv_tokens(self) -> int:
-        return self.kv_tokens * self.hosting.replicas
+        return self.kv_tokens * self.placement.replicas
 
     @property
     def total_tokens_per_s(self) -> float:
-        return self.floors.tokens_per_s * self.hosting.replicas
+        return self.floors.tokens_per_s * self.placement.replicas
 
     @property
     def is_served_today(self) -> bool:
@@ -75,50 +75,50 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
+class RefusedLayout:
     sizes: dict[str, int]
     refusal: Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    question: Question
+    inputs: PlanInputs
     layouts: tuple[Layout, ...]
     """Best first, in the order that `ORDER` tells."""
-    refused: tuple[Refused, ...]
+    refused: tuple[RefusedLayout, ...]
 
     @property
     def has_floors(self) -> bool:
         """Whether the fleet's speed is known. Else floors are those of a typical GPU: good for the order, not to be told."""
-        return self.question.fleet.gpu.speed is not None
+        return self.inputs.fleet.gpu.speed is not None
 
     def first_served(self) -> Layout | None:
         """The best of what `manta serve` takes today."""
         return next((layout for layout in self.layouts if layout.is_served_today), None)
 
 
-def make_plan(question: Question) -> Plan:
+def make_plan(inputs: PlanInputs) -> Plan:
     """
     Raises:
         PlanError: the model does not take so long a context, or has no experts to hold twice.
     """
-    if question.redundant_experts and question.shape.moe is None:
-        raise PlanError(f"{question.shape.name} has no experts to be held more than once; leave out --redundant-experts")
-    limit = question.shape.max_context_tokens
-    if question.workload.context_tokens > limit:
+    if inputs.redundant_experts and inputs.shape.moe is None:
+        raise PlanError(f"{inputs.shape.name} has no experts to be held more than once; leave out --redundant-experts")
+    limit = inputs.shape.max_context_tokens
+    if inputs.workload.context_tokens > limit:
         raise PlanError(
-            f"{question.shape.name} takes {limit} tokens at most, not {question.workload.context_tokens}; give --context {limit}, "
+            f"{inputs.shape.name} takes {limit} tokens at most, not {inputs.workload.context_tokens}; give --context {limit}, "
             "or add rope_scaling (YaRN) to its config.json and plan from that folder"
         )
     layouts: list[Layout] = []
-    refused: list[Refused] = []
-    for sizes in axis_sizes(question.fleet.num_gpus, has_experts=question.shape.moe is not None):
-        found = _lay_out(sizes, question)
+    refused: list[RefusedLayout] = []
+    for sizes in axis_sizes(inputs.fleet.num_gpus, has_experts=inputs.shape.moe is not None):
+        found = _lay_out(sizes, inputs)
         if isinstance(found, Layout):
             layouts.append(found)
         else:
-            refused.append(Refused(sizes=sizes, refusal=found))
-    return Plan(question=question, layouts=tuple(sorted(layouts, key=_order)), refused=tuple(refused))
+            refused.append(RefusedLayout(sizes=sizes, refusal=found))
+    return Plan(inputs=inputs, layouts=tuple(sorted(layouts, key=_order)), refused=tuple(refused))
 
 
 def axis_sizes(num_gpus: int, *, has_experts: bool) -> Iterator[dict[str, int]]:
@@ -142,12 +142,12 @@ def _ep_sizes(ranks_per_stage: int, has_experts: bool) -> Iterator[int]:
     yield from [ep for ep in range(2, ranks_per_stage) if ranks_per_stage % ep][:1]
 
 
-def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
-    shape, fleet, workload = question.shape, question.fleet, question.workload
+def _lay_out(sizes: dict[str, int], inputs: PlanInputs) -> Layout | Refusal:
+    shape, fleet, workload = inputs.shape, inputs.fleet, inputs.workload
     if refusal := refuse_axes(sizes, shape, fleet):
         return refusal
     topology = Topology(**sizes)
-    hosts = hosting(topology, fleet)
+    hosts = place_replica(topology, fleet)
     assert hosts is not None  # refused above
     running = -(-workload.concurrency // hosts.replicas)
     ranks = [
@@ -155,12 +155,12 @@ def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
             shape,
             topology,
             rank,
-            format=question.format,
+            format=inputs.format,
             gpu_bytes=fleet.gpu.memory_bytes,
             workload=workload,
             running=running,
-            redundant_experts=question.redundant_experts,
-            draft=question.draft,
+            redundant_experts=inputs.redundant_experts,
+            draft=inputs.draft,
         )
         for rank in range(topology.size)
     ]
@@ -172,21 +172,21 @@ def _lay_out(sizes: dict[str, int], question: Question) -> Layout | Refusal:
     speed = fleet.gpu.speed or TYPICAL_SPEED
     return Layout(
         topology=topology,
-        hosting=hosts,
+        placement=hosts,
         ranks=tuple(ranks),
         kv_tokens=kv_tokens * topology.dp,
         running=running,
         at_full_context=at_full_context,
-        floors=floors(_replica(question, topology, hosts, ranks, speed), workload, at_full_context),
-        limits=limits_today(question.format),
+        floors=floors(_replica(inputs, topology, hosts, ranks, speed), workload, at_full_context),
+        limits=serving_limits(inputs.format),
     )
 
 
-def _replica(question: Question, topology: Topology, hosts: Hosting, ranks: list[RankMemory], speed: Speed) -> Replica:
-    network = question.fleet.network
+def _replica(inputs: PlanInputs, topology: Topology, hosts: Placement, ranks: list[RankMemory], speed: Speed) -> Replica:
+    network = inputs.fleet.network
     return Replica(
-        shape=question.shape,
-        format=question.format,
+        shape=inputs.shape,
+        format=inputs.format,
         topology=topology,
         ranks=ranks,
         speed=speed,

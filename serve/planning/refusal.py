@@ -6,8 +6,8 @@ from typing import Literal
 from parallel.layout_check import layout_problems
 from parallel.topology import InvalidTopology, Topology
 from serve.planning.hardware import Fleet
-from serve.planning.hosting import hosting
 from serve.planning.memory import GIB, RankMemory, Workload
+from serve.planning.placement import place_replica
 from serve.planning.shape import ModelShape
 
 Reason = Literal["axes", "heads", "layers", "experts", "dense", "host", "weights", "context"]
@@ -39,7 +39,7 @@ def _refuse_for_model(topology: Topology, shape: ModelShape) -> Refusal | None:
 
 
 def _refuse_for_hosts(topology: Topology, fleet: Fleet) -> Refusal | None:
-    if hosting(topology, fleet) is not None:
+    if place_replica(topology, fleet) is not None:
         return None
     if topology.tp > fleet.gpus_per_host:
         return Refusal(

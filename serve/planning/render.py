@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from serve.planning.memory import GIB
-from serve.planning.plan import ORDER, Layout, Plan, Refused
-from serve.planning.served import Limit
+from serve.planning.plan import ORDER, Layout, Plan, RefusedLayout
+from serve.planning.serving_limits import ServingLimit
 
 SHOWN = 8
 WIDTH = 150
@@ -53,14 +53,14 @@ def _most_telling(plan: Plan) -> list[Layout]:
 
 
 def _asked(plan: Plan) -> str:
-    question = plan.question
-    work = question.workload
+    inputs = plan.inputs
+    work = inputs.workload
     return (
-        f"{question.shape.name} in {question.format.name} on {question.fleet}: "
+        f"{inputs.shape.name} in {inputs.format.name} on {inputs.fleet}: "
         f"{work.concurrency} sequences of {work.context_tokens:,} tokens, steps of {work.step_tokens:,} tokens"
         f"{', KV in fp8' if work.kv_element_bytes == 1 else ''}"
-        f"{f', {question.redundant_experts} experts more on each ep position' if question.redundant_experts else ''}"
-        f"{f', {question.draft.name} as its draft model' if question.draft else ''}"
+        f"{f', {inputs.redundant_experts} experts more on each ep position' if inputs.redundant_experts else ''}"
+        f"{f', {inputs.draft.name} as its draft model' if inputs.draft else ''}"
     )
 
 
@@ -84,7 +84,7 @@ def _table(plan: Plan, layouts: Iterable[Layout]) -> Table:
 def _cells(layout: Layout, with_floors: bool) -> list[str]:
     fullest = layout.fullest
     parts = (fullest.held_weights_bytes, fullest.activation_bytes, fullest.reserve_bytes, fullest.kv_budget_bytes)
-    replicas = layout.hosting.replicas
+    replicas = layout.placement.replicas
     cells = [str(replicas), str(layout.topology), *(f"{part / GIB:.1f}" for part in parts), shortened(layout.total_kv_tokens)]
     cells.append(f"{layout.at_full_context * replicas} of {layout.running * replicas}")
     if with_floors:
@@ -108,24 +108,24 @@ def _notes(plan: Plan, shown: Iterable[Layout]) -> str:
     first = plan.first_served()
     if first is not None and first is not plan.layouts[0]:
         number = plan.layouts.index(first) + 1
-        lines.append(f"The best that `manta serve` takes today is number {number}: {first.hosting.replicas} x {first.topology}.")
+        lines.append(f"The best that `manta serve` takes today is number {number}: {first.placement.replicas} x {first.topology}.")
     elif first is None:
         lines.append("None of them is taken by `manta serve` today.")
     return "\n".join(lines)
 
 
-def _distinct(layouts: Iterable[Layout]) -> list[Limit]:
+def _distinct(layouts: Iterable[Layout]) -> list[ServingLimit]:
     return list(dict.fromkeys(limit for layout in layouts for limit in layout.limits))
 
 
-def _refusals(refused: tuple[Refused, ...], everything: bool) -> Iterable[str]:
+def _refusals(refused: tuple[RefusedLayout, ...], everything: bool) -> Iterable[str]:
     if not refused:
         return
     yield f"\n{counted(len(refused), 'layout')} invalid{'' if everything else ', for example (--all lists each)'}:"
     if everything:
         yield from (f"  {written(one.sizes)}: {one.refusal.sentence}" for one in refused)
         return
-    alike: dict[str, list[Refused]] = {}
+    alike: dict[str, list[RefusedLayout]] = {}
     for one in refused:
         alike.setdefault(one.refusal.reason, []).append(one)
     for ones in alike.values():

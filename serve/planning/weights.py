@@ -14,32 +14,32 @@ from serve.planning.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Held:
+class WeightSize:
     """Some weights: how many there are, and their bytes."""
 
     weights: int = 0
     num_bytes: int = 0
 
-    def __add__(self, other: "Held") -> "Held":
-        return Held(self.weights + other.weights, self.num_bytes + other.num_bytes)
+    def __add__(self, other: "WeightSize") -> "WeightSize":
+        return WeightSize(self.weights + other.weights, self.num_bytes + other.num_bytes)
 
-    def __mul__(self, times: int) -> "Held":
-        return Held(self.weights * times, self.num_bytes * times)
+    def __mul__(self, times: int) -> "WeightSize":
+        return WeightSize(self.weights * times, self.num_bytes * times)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankWeights:
     """One rank's weights, told apart by how often a step reads them."""
 
-    every_token: Held
+    every_token: WeightSize
     """Matrices that every token passes: attention, dense MLPs, shared experts, routers; norms and biases with them."""
-    routed: Held
+    routed: WeightSize
     """Routed experts, each once: a step reads those that its tokens chose."""
-    redundant: Held
+    redundant: WeightSize
     """Room for routed experts that are held once more. They take over tokens of their like, so a step reads no more for them."""
-    head: Held
+    head: WeightSize
     """Rows of the vocabulary that logits are computed with; zero but on the last stage."""
-    embedding: Held
+    embedding: WeightSize
     """Rows that are looked up, and not read as a whole; zero where they are the head's own (tied embeddings)."""
 
     @property
@@ -76,7 +76,7 @@ def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, form
     every_token = _attention(shape, heads_of(shape, topology, at), format) * len(layers)
     if num_dense:
         every_token += _mlp(shape.hidden_size, shape.intermediate_size, at.tp, topology.tp, format) * num_dense
-    routed, redundant = Held(), Held()
+    routed, redundant = WeightSize(), WeightSize()
     if shape.moe is not None and num_sparse:
         shared = _mlp(shape.hidden_size, shape.moe.shared_intermediate_size, at.tp, topology.tp, format)
         every_token += (shared + _plain((shape.moe.num_experts + 1) * shape.hidden_size)) * num_sparse  # router, shared expert's gate
@@ -85,7 +85,7 @@ def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, form
         room = min(shape.moe.num_experts, share + redundant_experts)  # as `parallel.expert_balance.even_room`, which needs torch
         routed, redundant = expert * (share * num_sparse), expert * ((room - share) * num_sparse)
     num_rows = len(split(shape.vocab_size, at.tp, topology.tp))
-    rows = Held(num_rows * shape.hidden_size, format.table_bytes(num_rows, whole(shape.hidden_size)))
+    rows = WeightSize(num_rows * shape.hidden_size, format.table_bytes(num_rows, whole(shape.hidden_size)))
     is_first, is_last = at.pp == 0, at.pp == topology.pp - 1
     if is_last:
         every_token += _plain(shape.hidden_size)  # the last norm
@@ -93,13 +93,13 @@ def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, form
         every_token=every_token,
         routed=routed,
         redundant=redundant,
-        head=rows if is_last else Held(),
-        embedding=rows if is_first and not (is_last and shape.tied_embeddings) else Held(),
+        head=rows if is_last else WeightSize(),
+        embedding=rows if is_first and not (is_last and shape.tied_embeddings) else WeightSize(),
     )
 
 
 @cache
-def _attention(shape: ModelShape, heads: HeadShare, format: Format) -> Held:
+def _attention(shape: ModelShape, heads: HeadShare, format: Format) -> WeightSize:
     """Of one layer, with both its norms."""
     query, kv = heads.query.scaled(shape.head_dim), heads.kv.scaled(shape.head_dim)
     fused = len(query) + 2 * len(kv)
@@ -109,15 +109,15 @@ def _attention(shape: ModelShape, heads: HeadShare, format: Format) -> Held:
 
 
 @cache
-def _mlp(hidden_size: int, inner_size: int, rank: int, ranks: int, format: Format) -> Held:
+def _mlp(hidden_size: int, inner_size: int, rank: int, ranks: int, format: Format) -> WeightSize:
     """Gate, up and down of one gated MLP."""
     inner = split(inner_size, rank, ranks)
     return _matrix(2 * len(inner), whole(hidden_size), format) + _matrix(hidden_size, inner, format)
 
 
-def _matrix(out_features: int, in_share: Share, format: Format) -> Held:
-    return Held(out_features * len(in_share), format.matrix_bytes(out_features, in_share))
+def _matrix(out_features: int, in_share: Share, format: Format) -> WeightSize:
+    return WeightSize(out_features * len(in_share), format.matrix_bytes(out_features, in_share))
 
 
-def _plain(weights: int) -> Held:
-    return Held(weights, weights * ACTIVATION_BYTES)
+def _plain(weights: int) -> WeightSize:
+    return WeightSize(weights, weights * ACTIVATION_BYTES)

@@ -2,13 +2,13 @@
 
 from benchmarks.over_http import STREAMS, Cell, table
 from serve.load.client import Answer
-from serve.load.report import Promise, summarise
+from serve.load.report import Objective, summarise
 
 
 def cell(*pauses_s: float) -> Cell:
     """Streams of three pieces of text, the last after a pause."""
     answers = [Answer(due_s=0.0, token_s=[0.1, 0.11, 0.11 + pause], end_s=1.0, ending="done", output_tokens=3) for pause in pauses_s]
-    return Cell(summarise(answers, Promise(ttft_s=1.0, itl_s=0.1)), wall_s=1.0, cpu_s={})
+    return Cell(summarise(answers, Objective(ttft_s=1.0, itl_s=0.1)), wall_s=1.0, cpu_s={})
 
 
 def test_each_streams_longest_pause_is_told_for_us_and_for_peers() -> None:

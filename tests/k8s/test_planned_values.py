@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from cluster.placement import bundles
 from serve.cli import app
-from serve.config_sources import checked, from_tree
+from serve.config_sources import from_tree, merge_entries
 from tests.k8s.chart import container, from_file
 
 
@@ -32,7 +32,7 @@ def test_it_is_rendered_unchanged(model: str, flags: list[str], gpus: int, hosts
     (entry,) = rendered.serve_config["applications"][0]["args"]["models"]
     assert entry["model"]["source"] == f"hf://Qwen/{model}"
     assert entry["resources"]["host_resource"] == f"manta-{group['groupName']}"
-    (served,) = checked(from_tree(rendered.serve_config["applications"][0]["args"], "args")).config.each_model()
+    (served,) = merge_entries(from_tree(rendered.serve_config["applications"][0]["args"], "args")).config.each_model()
     asked = bundles(served.parallel.topology, served.resources)[1:]
     assert sum(bundle["GPU"] for bundle in asked) == gpus * hosts
     assert hosts == 1 or [bundle["GPU"] for bundle in asked] == [gpus] * hosts

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from model.share_alignment import share_alignment
 from parallel.axes import head_share, split
 from parallel.topology import Topology
-from serve.planning.released import SIZES
+from serve.planning.released_models import SIZES
 from serve.planning.shape import ModelShape
 
 

@@ -19,7 +19,7 @@ from serve.http.app import create_app
 from serve.idempotency import OncePerKey
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
-from serve.observing import Observer
+from serve.request_observer import Observer
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 from tests.fakes.engine_source import EngineSource

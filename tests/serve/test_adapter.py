@@ -16,15 +16,15 @@ from model.config import ModelConfig
 from model.generation_config import GenerationDefaults
 from model.pooling import PoolingConfig
 from parallel.topology import Topology
-from serve.app import adapter_on_any_host
+from serve.app import portable_adapter
 from serve.cli import app
-from serve.commands.models import meant_on_every_host
+from serve.commands.resolve_models import models_for_cluster
 from serve.config import ModelEntry, ModelSettings, ServeConfig
 from serve.grpc.responses import model_message
 from serve.http.models import model_object
-from serve.model_check import UnusableCheckpoint, check_model, doubt_about
+from serve.model_check import UnusableCheckpoint, adapter_base_warning, check_model
 from serve.model_facts import ModelFacts
-from serve.model_source import ModelSourceError, called, find_model, own_name
+from serve.model_source import ModelSourceError, find_model, served_name, source_name
 from serve.text.chat_template import stored_source
 from serve.text.tokenizer import Tokenizer
 from tests.model.adapters import low_rank, write_adapter
@@ -41,11 +41,11 @@ def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_model_is_called_as_its_adapter_is(tiny_folder: Path, adapter: Path) -> None:
     found = find_model(ModelSettings(source=str(tiny_folder), adapter=str(adapter)))
-    assert (found.place, found.adapter, found.name) == (tiny_folder, adapter, "my-lora")
+    assert (found.location, found.adapter, found.name) == (tiny_folder, adapter, "my-lora")
     assert find_model(ModelSettings(source=str(tiny_folder), adapter=str(adapter), name="support")).name == "support"
-    assert called(ModelSettings(source=BASE, adapter="me/my-lora")) == "me/my-lora"
-    assert called(ModelSettings(source=BASE, adapter=str(adapter))) == "my-lora"
-    assert adapter_on_any_host(ModelSettings(source=BASE, adapter="me/my-lora", adapter_revision="v2")) == "hf://me/my-lora@v2"
+    assert served_name(ModelSettings(source=BASE, adapter="me/my-lora")) == "me/my-lora"
+    assert served_name(ModelSettings(source=BASE, adapter=str(adapter))) == "my-lora"
+    assert portable_adapter(ModelSettings(source=BASE, adapter="me/my-lora", adapter_revision="v2")) == "hf://me/my-lora@v2"
 
 
 def test_an_adapter_is_fetched_from_a_hub_as_a_model_is(tiny_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +103,8 @@ def test_doctor_tells_of_an_adapter_of_another_base_and_serving_on_a_cluster_men
         ("note", "checkpoint"),
         ("warning", "adapter"),
     ]
-    (model,) = meant_on_every_host(ServeConfig(model=ModelSettings(source=str(tiny_folder), adapter=str(adapter))))
-    assert (model.place, model.adapter, model.name) == (tiny_folder, adapter, "my-lora")
+    (model,) = models_for_cluster(ServeConfig(model=ModelSettings(source=str(tiny_folder), adapter=str(adapter))))
+    assert (model.location, model.adapter, model.name) == (tiny_folder, adapter, "my-lora")
     assert f"says that it was trained on {BASE}" in capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_what_an_adapter_calls_its_base_steers_no_terminal_and_is_no_part_of_a_c
         check_model(tiny_folder, Topology(), other)
     with pytest.raises(ModelSourceError, match="manta serve BASE --adapter") as no_model:
         find_model(ModelSettings(source=str(other)))
-    doubt = doubt_about(other, BASE)
+    doubt = adapter_base_warning(other, BASE)
     assert doubt is not None
     for said in (str(misfit.value), str(no_model.value), doubt):
         assert said.isprintable()
@@ -130,7 +130,7 @@ def test_what_an_adapter_calls_its_base_steers_no_terminal_and_is_no_part_of_a_c
     [(BASE, BASE), ("hf://me/lora", "me/lora"), ("s3://bucket/a/lora/", "lora"), ("/a/b/lora", "lora"), ("./lora", "lora")],
 )
 def test_what_a_source_names_has_a_name_without_being_looked_at(source: str, name: str) -> None:
-    assert own_name(source) == name
+    assert source_name(source) == name
 
 
 def test_models_are_listed_with_what_they_are_made_of(tiny_folder: Path) -> None:

@@ -9,8 +9,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from serve.app import app
-from serve.config_sources import ConfigError, checked, from_assignment, from_tree, load
-from serve.serve_config_file import serve_config, serve_config_file
+from serve.config_sources import ConfigError, from_assignment, from_tree, load, merge_entries
+from serve.ray_serve_config import ray_serve_config, ray_serve_config_yaml
 
 
 def test_args_are_checked_as_the_settings_of_manta_serve_are() -> None:
@@ -36,9 +36,9 @@ def test_args_may_also_be_words_of_a_command_line() -> None:
 def test_the_written_file_is_one_of_ray_serves_and_its_args_give_the_same_settings() -> None:
     wanted = ("model.source=Qwen/Qwen2-7B-Instruct", "parallel.tensor=2", "http.port=8123", "grpc.port=9123", "ray.address=auto")
     loaded = load(flags=[from_assignment(text) for text in (*wanted, "runner.kv_cache_bytes=4096")])
-    tree = yaml.safe_load(serve_config_file(loaded, name="talker"))
+    tree = yaml.safe_load(ray_serve_config_yaml(loaded, name="talker"))
     ServeDeploySchema.model_validate(tree)
-    assert tree == serve_config(loaded, name="talker")
+    assert tree == ray_serve_config(loaded, name="talker")
     assert (tree["http_options"], tree["grpc_options"]["port"]) == ({"host": "127.0.0.1", "port": 8123}, 9123)
     (application,) = tree["applications"]
     assert application["args"] == {
@@ -55,12 +55,12 @@ def test_the_written_file_is_one_of_ray_serves_and_its_args_give_the_same_settin
 def test_several_models_are_written_and_read_as_a_list() -> None:
     flags = ("runner.dtype=float32", "models.0.model.source=demo", "models.1.model.source=a/b", "models.1.parallel.tensor=2")
     loaded = load(flags=[from_assignment(text) for text in flags])
-    args = serve_config(loaded, name="both")["applications"][0]["args"]
+    args = ray_serve_config(loaded, name="both")["applications"][0]["args"]
     assert args == {
         "runner": {"dtype": "float32"},
         "models": [{"model": {"source": "demo"}}, {"model": {"source": "a/b"}, "parallel": {"tensor": 2}}],
     }
-    assert checked(from_tree(args, "args")).config == loaded.config
+    assert merge_entries(from_tree(args, "args")).config == loaded.config
     with pytest.raises(ConfigError, match=r"unknown setting models.0.modle.source \(args.models.0.modle.source\)"):
         app({"models": [{"modle": {"source": "demo"}}]})
 

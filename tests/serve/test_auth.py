@@ -11,7 +11,7 @@ from serve import auth
 from serve.auth import Doorkeeper, OpenDoor
 from serve.caller import ANYONE, Scope
 from serve.errors import NotAllowed, NotAuthenticated
-from serve.key_file import KeyFileError, changing, new_key, read_keys, rotated
+from serve.key_file import KeyFileError, locked_key_file, new_key, read_keys, rotate_key
 
 
 class Clock:
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def write(path: Path, *keys) -> None:
-    with changing(path) as written:
+    with locked_key_file(path) as written:
         written(keys)
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_or_missing_file_leaves_the_keys_that_were_read_before(path: P
 def test_while_a_key_is_rotated_both_are_taken_and_then_only_the_new_one(path: Path) -> None:
     clock = Clock()
     old, key = new_key()
-    new, turned = rotated(key, grace_s=3600)
+    new, turned = rotate_key(key, grace_s=3600)
     write(path, turned)
     door = Doorkeeper(path, clock=clock)
     end = turned.secrets[1].until
@@ -119,12 +119,12 @@ def test_while_a_key_is_rotated_both_are_taken_and_then_only_the_new_one(path: P
 
 def test_rotating_without_grace_forgets_the_old_secret() -> None:
     _, key = new_key()
-    assert len(rotated(key, grace_s=0)[1].secrets) == 1
+    assert len(rotate_key(key, grace_s=0)[1].secrets) == 1
 
 
 def test_the_salt_of_cached_prefixes_outlives_a_rotation_and_differs_between_keys() -> None:
     (_, one), (_, two) = new_key(), new_key()
-    assert rotated(one, grace_s=0)[1].caller().salt == one.caller().salt
+    assert rotate_key(one, grace_s=0)[1].caller().salt == one.caller().salt
     assert one.caller().salt != two.caller().salt
     assert ANYONE.salt == ""
 

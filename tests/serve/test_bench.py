@@ -5,16 +5,16 @@ from engine.engine import Engine
 from serve.bench.ceiling import Ceiling
 from serve.bench.control_plane import control_plane_s
 from serve.bench.report import WeightBytes, floor_s, summarise
-from serve.bench.workload import Cell, run_cell
+from serve.bench.workload import Workload, run_workload
 from tests.fakes.executor import FakeExecutor
 
-CELL = Cell(name="tiny", streams=3, tokens_in=8, tokens_out=4, shared_prefix=4)
+CELL = Workload(name="tiny", streams=3, tokens_in=8, tokens_out=4, shared_prefix=4)
 WEIGHTS = WeightBytes(per_step=100, multiply_adds_per_token=50)
 
 
 def test_a_round_counts_every_token_of_every_request():
     engine = Engine(FakeExecutor(num_blocks=64), EngineConfig(block_tokens=4))
-    result = run_cell(engine, CELL, vocab_size=1000, seed=1)
+    result = run_workload(engine, CELL, vocab_size=1000, seed=1)
     assert result.prompt_tokens == 3 * (4 + 8)
     assert result.output_tokens == 3 * 4
     assert result.elapsed_s >= result.ttft_s > 0
@@ -36,7 +36,7 @@ def test_the_floor_is_reading_the_weights_or_multiplying_whichever_takes_longer(
 
 def test_a_figure_is_the_median_of_its_rounds():
     engine = Engine(FakeExecutor(num_blocks=64), EngineConfig(block_tokens=4))
-    rounds = [run_cell(engine, CELL, vocab_size=1000, seed=seed) for seed in range(3)]
+    rounds = [run_workload(engine, CELL, vocab_size=1000, seed=seed) for seed in range(3)]
     figure = summarise(CELL, rounds, WEIGHTS, Ceiling(read_bytes_per_s=1e9, flop_per_s=1e9))
     assert figure.tokens_per_s == sorted(12 / each.elapsed_s for each in rounds)[1]
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from serve.cli import app
 from serve.commands.chat import Conversation, converse
+from serve.commands.flag_hints import HINTS
 from serve.commands.flags import APP, SERVER
-from serve.commands.other_names import HELPS
 from serve.commands.serve import greeting
 from serve.config import GrpcSettings, HttpSettings, ParallelSettings, ServeConfig
 from serve.config_sources import known_settings
@@ -263,7 +263,7 @@ def test_a_flag_of_other_servers_is_answered_with_ours(flag: str, ours: str) -> 
 
 def test_every_flag_and_setting_that_other_names_are_answered_with_exists() -> None:
     shown = manta("serve", "--help").output
-    for help in HELPS.values():
+    for help in HINTS.values():
         for flag in re.findall(r"(?<!name )--[a-z-]+", help.replace("keys create --name", "")):
             assert flag in shown, help
         for setting in re.findall(r"--set ([a-z_]+\.[a-z_]+)=", help):

@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from parallel.topology import Topology
 from serve.config import ReplicasSettings, ServeConfig
 from serve.config_docs import as_yaml, explain, json_schema, setting_docs
-from serve.config_sources import ConfigError, Entry, Loaded, from_assignment, known_settings, load
+from serve.config_sources import ConfigError, Entry, LoadedConfig, from_assignment, known_settings, load
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_every_setting_is_printed_and_most_are_explained() -> None:
 
 
 def test_one_setting_is_explained_with_every_way_to_set_it() -> None:
-    text = explain("engine.max_step_tokens", Loaded(config=ServeConfig(), origins={}))
+    text = explain("engine.max_step_tokens", LoadedConfig(config=ServeConfig(), origins={}))
     assert "Tokens computed in one step at most" in text
     for way in ("MANTA_ENGINE__MAX_STEP_TOKENS=2048", "--set engine.max_step_tokens=2048", "engine: {max_step_tokens: 2048}", "(default)"):
         assert way in text

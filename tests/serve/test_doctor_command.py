@@ -19,14 +19,14 @@ from model.adapter_names import ADAPTER_FILE
 from model.config import ModelConfig
 from serve.cli import app
 from serve.commands.doctor import paragraph
-from serve.commands.models import found_here
+from serve.commands.resolve_models import find_local_models
 from serve.commands.serve import loading_lines
 from serve.config import ModelSettings, ParallelSettings, ServeConfig
-from serve.need import need_of
+from serve.host_requirements import host_requirements
 from tests.cluster.fakes import record
 from tests.model.adapters import write_adapter
 from tests.model.quantised import GPTQ
-from tests.serve.planning.questions import CONFIGS
+from tests.serve.planning.plan_inputs import CONFIGS
 
 
 def test_this_machine_is_told_of_in_json() -> None:
@@ -88,7 +88,7 @@ def test_a_context_that_is_cut_is_told_of_by_the_doctor_and_by_whoever_serves(
     done = CliRunner().invoke(app, ["doctor", str(folder), "--checkpoint-only", "--json"])
     said = "takes 256 tokens here, not 1024"
     assert [each["check"] for each in json.loads(done.stdout)["findings"] if said in each["found"]] == ["context"]
-    found_here(ServeConfig(model=ModelSettings(source=str(folder))))
+    find_local_models(ServeConfig(model=ModelSettings(source=str(folder))))
     assert said in capsys.readouterr().err
 
 
@@ -100,11 +100,11 @@ def test_a_cluster_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_the_ranks_need_follows_from_the_configuration(smol_folder: Path) -> None:
-    alone = need_of(smol_folder, ServeConfig(model=ModelSettings(source=str(smol_folder))))
-    half = need_of(smol_folder, ServeConfig(parallel=ParallelSettings(tensor=2)))
+    alone = host_requirements(smol_folder, ServeConfig(model=ModelSettings(source=str(smol_folder))))
+    half = host_requirements(smol_folder, ServeConfig(parallel=ParallelSettings(tensor=2)))
     assert alone.device == "cpu"
     assert 0.4 * alone.weights_bytes < half.weights_bytes < 0.7 * alone.weights_bytes
-    assert need_of(None, ServeConfig()) == Need()
+    assert host_requirements(None, ServeConfig()) == Need()
 
 
 @pytest.mark.parametrize(
@@ -118,18 +118,20 @@ def test_a_rank_needs_room_for_a_head_that_an_adapter_unties(
     assert config.tied_embeddings
     name = f"{module}.weight" if module == "lm_head" else f"model.{module}.weight"
     adapter = write_adapter(tmp_path / "lora", {name: torch.zeros(2, 2)}, **settings)
-    more = need_of(smol_folder, ServeConfig(), adapter).weights_bytes - need_of(smol_folder, ServeConfig()).weights_bytes
+    more = (
+        host_requirements(smol_folder, ServeConfig(), adapter).weights_bytes - host_requirements(smol_folder, ServeConfig()).weights_bytes
+    )
     assert more == heads * config.vocab_size * config.hidden_size * 2
     with Adapter(adapter) as opened:
         assert opened.unties_head == bool(heads)
     (adapter / ADAPTER_FILE).write_bytes(b"\xff" * 40)
-    assert need_of(smol_folder, ServeConfig(), adapter) == need_of(smol_folder, ServeConfig())
+    assert host_requirements(smol_folder, ServeConfig(), adapter) == host_requirements(smol_folder, ServeConfig())
 
 
 def test_rounded_ranks_need_what_they_hold_rounded(tmp_path: Path) -> None:
     def need_in_gib(quantize: QuantizeName | None, **stored: object) -> float:
         (tmp_path / "config.json").write_text(json.dumps(CONFIGS["7B"] | {"num_hidden_layers": 28, "vocab_size": 152_064} | stored))
-        return need_of(tmp_path, ServeConfig(runner=RunnerConfig(quantize=quantize))).weights_bytes / 2**30
+        return host_requirements(tmp_path, ServeConfig(runner=RunnerConfig(quantize=quantize))).weights_bytes / 2**30
 
     assert 14 < need_in_gib(None) < 15
     assert 3.9 < need_in_gib("int4") < 4.7

@@ -9,7 +9,7 @@ import pytest
 
 from model.checkpoint import Checkpoint
 from serve.config import ModelSettings
-from serve.model_source import HUB_SCHEME, MODELSCOPE_SCHEME, ModelSourceError, brought_here, find_model
+from serve.model_source import HUB_SCHEME, MODELSCOPE_SCHEME, ModelSourceError, download_if_needed, find_model
 from tests.hubs import COMMIT, Hub, hugging_face, model_scope
 
 REPOSITORY, GATED = "Qwen/Tiny", "Qwen/Gated"
@@ -61,7 +61,7 @@ def test_what_is_served_is_fetched_whole_and_nothing_else(hub: Hub, folder: Path
 
 
 def test_a_host_that_only_fronts_fetches_no_weights(hub: Hub, folder: Path) -> None:
-    brought = brought_here(f"{HUB_SCHEME}{REPOSITORY}@{COMMIT}", weights=False)
+    brought = download_if_needed(f"{HUB_SCHEME}{REPOSITORY}@{COMMIT}", weights=False)
     assert isinstance(brought, Path)
     assert files_in(brought) == {
         name: content for name, content in files_in(folder).items() if name not in UNWANTED and not name.endswith(".safetensors")
@@ -126,7 +126,7 @@ def test_modelscope_gives_the_same_files(scope: Hub, folder: Path, revision: str
 
 
 def test_a_front_fetches_no_weights_from_modelscope(scope: Hub) -> None:
-    brought = brought_here(f"{MODELSCOPE_SCHEME}{REPOSITORY}@v2", weights=False)
+    brought = download_if_needed(f"{MODELSCOPE_SCHEME}{REPOSITORY}@v2", weights=False)
     assert isinstance(brought, Path)
     assert (brought / MODULE).exists()
     assert not list(brought.rglob("*.safetensors"))

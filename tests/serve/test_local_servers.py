@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.local_servers import noted, running_servers
+from serve.local_servers import registered, running_servers
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_server_is_known_for_as_long_as_it_runs(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.touch()
-    with noted("127.0.0.1:1234", str(token)):
+    with registered("127.0.0.1:1234", str(token)):
         (note,) = running_servers()
         assert (note.address, note.token) == ("127.0.0.1:1234", str(token))
     assert running_servers() == []

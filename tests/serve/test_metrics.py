@@ -16,11 +16,11 @@ from engine.plan import PhaseTimes
 from engine.stats import EngineStats
 from serve import metric_names as names
 from serve.errors import InvalidRequest
-from serve.measuring import Measuring
 from serve.metric_names import METRICS, page
 from serve.metrics import Instruments, render, replica_snapshot
 from serve.metrics_page import MetricsPage
 from serve.request import ChatRequest, Message, TextEvent, TextToken, Usage
+from serve.request_metrics import RequestMetrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -71,7 +71,7 @@ def test_no_two_metrics_have_one_name() -> None:
 
 def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
     clock, instruments = Clock(), Instruments("f1")
-    watch = Measuring(instruments, ["m"], clock=clock).begin(asked())
+    watch = RequestMetrics(instruments, ["m"], clock=clock).begin(asked())
     clock.now_s += 0.5
     watch.event(TextEvent(choice=0, text="x", tokens=tokens(1)))
     clock.now_s += 0.25
@@ -96,7 +96,7 @@ def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
 
 def test_every_alias_says_what_its_metric_says() -> None:
     clock, instruments = Clock(), Instruments("f1")
-    watch = Measuring(instruments, ["m"], clock=clock).begin(asked())
+    watch = RequestMetrics(instruments, ["m"], clock=clock).begin(asked())
     watch.event(TextEvent(choice=0, text="x", tokens=tokens(1), finish_reason="length", usage=Usage(prompt_tokens=1, completion_tokens=1)))
     watch.ended()
     said = values(render([instruments.snapshot(), replica_snapshot(record("r1", num_running=3, blocks_used=4, blocks_free=6))])[0])
@@ -117,7 +117,7 @@ def test_every_alias_says_what_its_metric_says() -> None:
 
 def test_a_failure_is_told_by_its_code_and_an_unknown_model_without_its_name() -> None:
     instruments = Instruments("f1")
-    measuring = Measuring(instruments, ["m"])
+    measuring = RequestMetrics(instruments, ["m"])
     measuring.begin(asked()).failed(InvalidRequest("no"))
     measuring.begin(asked()).failed(asyncio.CancelledError())
     measuring.begin(asked("what a client wrote")).failed(InvalidRequest("no"))

@@ -8,8 +8,8 @@ import pytest
 
 from parallel.topology import Topology
 from serve.config import ServeConfig
-from serve.model_check import UnusableCheckpoint, check_model, with_draft_model_here
-from tests.serve.planning.questions import CONFIGS
+from serve.model_check import UnusableCheckpoint, check_model, with_local_draft_model
+from tests.serve.planning.plan_inputs import CONFIGS
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_a_draft_model_is_found_and_looked_over_as_the_model_is(tiny_folder: Pat
     def speculating(source: Path | str) -> ServeConfig:
         return ServeConfig(engine={"speculate": "draft"}, runner={"draft_model": str(source)})
 
-    assert with_draft_model_here(ServeConfig(), tiny_folder) == ServeConfig()
-    assert with_draft_model_here(speculating(tiny_folder), tiny_folder).runner.draft_model == str(tiny_folder)
+    assert with_local_draft_model(ServeConfig(), tiny_folder) == ServeConfig()
+    assert with_local_draft_model(speculating(tiny_folder), tiny_folder).runner.draft_model == str(tiny_folder)
     with pytest.raises(UnusableCheckpoint, match=r"runner\.draft_model: there is no folder"):
-        with_draft_model_here(speculating(tmp_path / "nowhere"), tiny_folder)
+        with_local_draft_model(speculating(tmp_path / "nowhere"), tiny_folder)
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary, added = tokenizer["model"]["vocab"], {token["id"] for token in tokenizer["added_tokens"]}
@@ -49,4 +49,4 @@ def test_a_draft_model_is_found_and_looked_over_as_the_model_is(tiny_folder: Pat
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UnusableCheckpoint, match=r"runner\.draft_model: .* has another vocabulary: 2 of"):
-        with_draft_model_here(speculating(other), tiny_folder)
+        with_local_draft_model(speculating(other), tiny_folder)

@@ -126,7 +126,7 @@ def test_a_folder_in_a_store_keeps_its_weights_there(checkpoint: Path, tmp_path:
     monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     found = find_model(ModelSettings(source=f"file://{checkpoint}/"))
-    assert (found.name, found.place) == ("my-model", f"file://{checkpoint}/")
+    assert (found.name, found.location) == ("my-model", f"file://{checkpoint}/")
     assert [path.name for path in found.folder.iterdir()] == ["config.json"]
     assert found.folder.is_relative_to(tmp_path / "cache")
 

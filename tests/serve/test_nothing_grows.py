@@ -30,10 +30,10 @@ from parallel.topology import Topology
 from serve.drain_gate import Doors
 from serve.http.app import create_app
 from serve.idempotency import OncePerKey
-from serve.measuring import Measuring
 from serve.metrics import Instruments
 from serve.model_facts import ModelFacts
 from serve.quotas import Quotas
+from serve.request_metrics import RequestMetrics
 from serve.service import Service
 from serve.text.tokenizer import Tokenizer
 from tests.serve.vocabularies import write_smol
@@ -88,7 +88,7 @@ async def served(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
         model=ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer),
         tokenizer=tokenizer,
         source=router,
-        observers=[Measuring(Instruments("front"), [MODEL]), Quotas(num_fronts=lambda: 1)],
+        observers=[RequestMetrics(Instruments("front"), [MODEL]), Quotas(num_fronts=lambda: 1)],
         refusal=router.refusal,
     )
     doors = Doors(OncePerKey(service))

@@ -13,9 +13,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from serve.grpc.generated import service_pb2, service_pb2_grpc
 from serve.logs import JsonFormatter
-from serve.measuring import Measuring
 from serve.metrics import Instruments
 from serve.metrics_page import MetricsPage
+from serve.request_metrics import RequestMetrics
 from serve.tracing import Tracing
 from tests.serve.in_process import MODEL, fronts
 
@@ -51,7 +51,7 @@ async def test_what_is_said_stays_between_client_and_model(tiny_folder: Path, ca
     exporter, provider, instruments = InMemorySpanExporter(), TracerProvider(), Instruments("f")
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     caplog.set_level(logging.DEBUG)
-    async with fronts(tiny_folder, observers=[Measuring(instruments, [MODEL]), Tracing(provider, [MODEL])], pooling="last") as both:
+    async with fronts(tiny_folder, observers=[RequestMetrics(instruments, [MODEL]), Tracing(provider, [MODEL])], pooling="last") as both:
         async with httpx.AsyncClient(base_url=both.http, timeout=60) as http:
             statuses = {name: (await http.post("/v1/chat/completions", json={"model": MODEL} | body)) for name, body in BODIES.items()}
             assert ANSWER in statuses["a chat"].text

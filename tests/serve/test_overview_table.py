@@ -10,7 +10,7 @@ from cluster.channel import Address
 from cluster.directory import Load, RankPlace, ReplicaRecord
 from cluster.health import Loading, State
 from engine.stats import EngineStats
-from serve.overview import AppView, HostView, Overview, Waits
+from serve.overview import AppView, HostView, LatencyCounts, Overview
 from serve.overview_table import Window, ranks_in_words, tables, wait_figures
 from serve.quantiles import counts_of, quantile, since
 
@@ -24,7 +24,7 @@ READY = ReplicaRecord(
     ranks=tuple(RankPlace(rank=rank, host="gpu-1" if rank < 3 else "gpu-2", pid=rank) for rank in (0, 1, 2, 3, 5)),
 )
 HOST = HostView(name="gpu-1", ip="10.0.0.1", alive=True, resources={"CPU": 8.0, "GPU": 4.0}, free={"CPU": 6.0, "GPU": 1.0})
-WAITS = Waits(
+WAITS = LatencyCounts(
     first_token=counts_of([(0.1, 0.0), (0.2, 10.0), (float("inf"), 10.0)]), next_token=counts_of([(0.01, 4.0), (float("inf"), 4.0)])
 )
 SEEN = Overview(
@@ -77,7 +77,9 @@ def test_rates_and_waits_of_a_live_view_are_of_late() -> None:
         SEEN,
         replicas=(("manta", replace(READY, stats=EngineStats(sampled_tokens=150))),),
         waits={
-            ("manta", "demo"): Waits(first_token=counts_of([(0.1, 5.0), (0.2, 15.0), (float("inf"), 15.0)]), next_token=WAITS.next_token)
+            ("manta", "demo"): LatencyCounts(
+                first_token=counts_of([(0.1, 5.0), (0.2, 15.0), (float("inf"), 15.0)]), next_token=WAITS.next_token
+            )
         },
     )
     window.add(5.0, later)

@@ -14,7 +14,7 @@ from serve.cli import app
 from serve.commands.plan import parse_tokens
 from serve.config_sources import load
 from serve.planning.errors import PlanError
-from tests.serve.planning.questions import CONFIGS
+from tests.serve.planning.plan_inputs import CONFIGS
 
 HEAVY = ("torch", "ray", "fastapi", "grpc", "tokenizers", "transformers")
 """Not pydantic: typer imports it by itself."""

@@ -17,10 +17,10 @@ from ray.serve.config import ProxyLocation
 
 from cluster.directory import ReplicaRecord, current_records
 from serve import proxy_hook
-from serve.commands.models import meant_on_every_host
+from serve.commands.resolve_models import models_for_cluster
 from serve.commands.settings import load_settings
-from serve.deploying import deploy, start_proxies
-from serve.joined_ray import remove
+from serve.existing_ray import remove
+from serve.rollout import deploy, start_proxies
 from tests.system.ray_host import ROOT
 from tests.system.server import eventually, free_ports
 from tests.system.streaming import WAIT_S, Streams, stream
@@ -54,7 +54,7 @@ class Hosts:
         """Serve so instead of as before."""
         config = load_settings(self.settings, list(settings), {}).config
         start_proxies(config, ProxyLocation.HeadOnly)
-        deploy(meant_on_every_host(config), config, app=config.ray.app, on_progress=lambda _doing, _done: None)
+        deploy(models_for_cluster(config), config, app=config.ray.app, on_progress=lambda _doing, _done: None)
 
     def replicas(self) -> list[ReplicaRecord]:
         return [record for record in current_records("manta") if record.ready]

@@ -9,7 +9,7 @@ import pytest
 from serve.config_sources import from_assignment, load
 from serve.errors import NotAuthenticated
 from serve.http.app import create_app
-from serve.serve_config_file import serve_config_file
+from serve.ray_serve_config import ray_serve_config_yaml
 from tests.serve.http.conftest import ScriptedService
 
 PAGE, OTHER = "https://chat.example.org", "https://evil.example.org"
@@ -66,5 +66,5 @@ async def test_the_question_before_needs_no_key_and_the_request_does(service: Sc
 def test_the_setting_is_a_fronts_own_also_in_a_serve_config_file() -> None:
     loaded = load(flags=[from_assignment(f'http.allowed_origins=["{PAGE}"]'), from_assignment("http.port=8123")])
     assert loaded.config.http.allowed_origins == (PAGE,)
-    assert f"allowed_origins:\n      - {PAGE}" in serve_config_file(loaded, name="manta")
-    assert "args" in serve_config_file(loaded, name="manta")
+    assert f"allowed_origins:\n      - {PAGE}" in ray_serve_config_yaml(loaded, name="manta")
+    assert "args" in ray_serve_config_yaml(loaded, name="manta")

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from serve.load.client import Answer, Target, find_model, run
-from serve.load.report import Promise, as_json, lines_of, summarise
+from serve.load.report import Objective, as_json, lines_of, summarise
 from serve.load.workloads import Conversation, Turn
 
 
@@ -87,10 +87,10 @@ async def test_a_refusal_is_quoted_and_breaks_no_other_request(server: tuple[Ser
     server[0].fail = 429
     answers = await answers_of(server[1], [ask("a"), ask("b", "c")])
     assert [answer.ending for answer in answers] == ["failed", "failed"]
-    summary = summarise(answers, Promise(ttft_s=1, itl_s=1))
+    summary = summarise(answers, Objective(ttft_s=1, itl_s=1))
     assert summary.failed == 2
     assert "429" in next(iter(summary.errors))
-    assert any("2 failed: 429" in line for line in lines_of(summary, Promise(ttft_s=1, itl_s=1)))
+    assert any("2 failed: 429" in line for line in lines_of(summary, Objective(ttft_s=1, itl_s=1)))
 
 
 async def test_a_server_that_is_not_there_is_named(server: tuple[Server, str]) -> None:
@@ -106,14 +106,14 @@ def answer(*token_s: float, due_s: float = 0.0) -> Answer:
 def test_waiting_is_counted_from_when_a_request_was_due() -> None:
     late = answer(3.0, 3.5, due_s=1.0)
     late.sent_s = 2.5
-    summary = summarise([late], Promise(ttft_s=1.0, itl_s=1.0))
+    summary = summarise([late], Objective(ttft_s=1.0, itl_s=1.0))
     assert summary.ttft_s["p50"] == 2.0
     assert (summary.late_s, summary.good) == (1.5, 0)
 
 
 def test_goodput_counts_those_that_kept_both_promises() -> None:
     good, slow_start, slow_gaps = answer(0.5, 0.6, 0.7), answer(2.0, 2.1), answer(0.5, 1.5, 4.0)
-    summary = summarise([good, slow_start, slow_gaps], Promise(ttft_s=1.0, itl_s=0.2))
+    summary = summarise([good, slow_start, slow_gaps], Objective(ttft_s=1.0, itl_s=0.2))
     assert (summary.good, summary.goodput_per_s) == (1, 0.25)
     assert summary.itl_s["p99"] == pytest.approx(2.5, abs=0.1)
     assert as_json(summary, [good])["summary"]["output_tokens"] == 8  # type: ignore[index]
@@ -121,8 +121,8 @@ def test_goodput_counts_those_that_kept_both_promises() -> None:
 
 def test_one_pause_in_each_stream_shows_although_most_gaps_are_short() -> None:
     streams = [answer(*(index * 0.01 for index in range(200)), 2.0 + pause) for pause in (0.5, 0.6, 0.9)]
-    summary = summarise(streams, Promise(ttft_s=1.0, itl_s=0.2))
+    summary = summarise(streams, Objective(ttft_s=1.0, itl_s=0.2))
     assert summary.itl_s["p99"] == pytest.approx(0.01)
     assert summary.pause_s["p50"] == pytest.approx(0.61)
     assert summary.pause_s["p100"] == pytest.approx(0.91)
-    assert summarise([answer(0.5)], Promise(ttft_s=1.0, itl_s=0.2)).pause_s == {}, "one token has no gap"
+    assert summarise([answer(0.5)], Objective(ttft_s=1.0, itl_s=0.2)).pause_s == {}, "one token has no gap"

@@ -20,7 +20,7 @@ from serve.planning.memory import activation_bytes
 from serve.planning.shape import shape_of_config
 from tests.serve.planning.allocated import BLOCK_TOKENS, load, write_checkpoint_of
 from tests.serve.planning.live_bytes import LiveBytes, tensors_of
-from tests.serve.planning.questions import config, moe
+from tests.serve.planning.plan_inputs import config, moe
 
 
 class NoAttention:

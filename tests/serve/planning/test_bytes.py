@@ -20,13 +20,13 @@ from parallel.topology import Topology
 from parallel.weight_format import Dense
 from serve.planning.formats import BF16, FORMATS, STORED_INT4, STORED_INT4_ZEROS, STORED_INT8, STORED_QUANTISED, Format
 from serve.planning.memory import USABLE_FRACTION, kv_bytes_per_token
-from serve.planning.released import SIZES
+from serve.planning.released_models import SIZES
 from serve.planning.shape import ModelShape, shape_of_checkpoint, shape_of_config
 from serve.planning.weights import weights_of_rank
 from tests.model.oracle import make_oracle
 from tests.model.quantised import AWQ, GPTQ, store_quantised
 from tests.serve.planning.allocated import BLOCK_TOKENS, allocate, load, tensor_bytes, write_checkpoint_of
-from tests.serve.planning.questions import CONFIGS, config, moe
+from tests.serve.planning.plan_inputs import CONFIGS, config, moe
 
 TOLERANCE = 0.02
 COUNTERS = 1e-5

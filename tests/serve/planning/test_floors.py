@@ -9,7 +9,7 @@ from serve.planning.floors import Floors, Replica, floors
 from serve.planning.formats import BF16, FP8, Format
 from serve.planning.hardware import GPUS
 from serve.planning.memory import Workload, memory_of_rank
-from serve.planning.released import SIZES
+from serve.planning.released_models import SIZES
 
 H200 = GPUS["H200-141G"]
 WORK = Workload(context_tokens=1000, concurrency=1, step_tokens=2048)

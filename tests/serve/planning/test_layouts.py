@@ -9,10 +9,10 @@ from parallel.topology import Topology
 from serve.planning.errors import PlanError
 from serve.planning.formats import BF16, FORMATS, STORED_FP8, STORED_QUANTISED
 from serve.planning.hardware import GPUS, parse_gpus
-from serve.planning.hosting import hosting
+from serve.planning.placement import place_replica
 from serve.planning.plan import Plan, axis_sizes, make_plan
-from serve.planning.served import limits_today
-from tests.serve.planning.questions import ask
+from serve.planning.serving_limits import serving_limits
+from tests.serve.planning.plan_inputs import ask
 
 ADVICE = re.compile(r"\b(use|choose|give)\b")
 FLEETS = [("0.5B", "16x24G", 1), ("57B-A14B", "8xH100-80G", 1), ("57B-A14B", "4xA100-80G", 3), ("72B", "8xA100-40G", 2), ("7B", "1x24G", 1)]
@@ -33,7 +33,7 @@ def test_every_valid_layout_is_a_topology_with_all_its_ranks(plan: Plan) -> None
 
 
 def test_every_valid_layout_holds_its_weights_and_a_context_on_every_rank(plan: Plan) -> None:
-    work, gpu = plan.question.workload, plan.question.fleet.gpu
+    work, gpu = plan.inputs.workload, plan.inputs.fleet.gpu
     for layout in plan.layouts:
         one_group = layout.kv_tokens // layout.topology.dp
         assert one_group >= work.context_tokens
@@ -43,11 +43,11 @@ def test_every_valid_layout_holds_its_weights_and_a_context_on_every_rank(plan: 
 
 
 def test_replicas_fill_no_more_gpus_than_there_are(plan: Plan) -> None:
-    fleet = plan.question.fleet
+    fleet = plan.inputs.fleet
     for layout in plan.layouts:
-        assert layout.topology.size * layout.hosting.replicas <= fleet.num_gpus
-        assert layout.hosting.gpus_per_host * layout.hosting.hosts_per_replica == layout.topology.size
-        assert layout.hosting.gpus_per_host <= fleet.gpus_per_host
+        assert layout.topology.size * layout.placement.replicas <= fleet.num_gpus
+        assert layout.placement.gpus_per_host * layout.placement.hosts_per_replica == layout.topology.size
+        assert layout.placement.gpus_per_host <= fleet.gpus_per_host
         assert layout.topology.tp <= fleet.gpus_per_host
 
 
@@ -58,7 +58,7 @@ def test_every_reason_is_a_sentence_that_says_what_to_do(plan: Plan) -> None:
 
 
 def test_each_combination_of_axes_has_its_answer_once(plan: Plan) -> None:
-    asked = list(axis_sizes(plan.question.fleet.num_gpus, has_experts=plan.question.shape.moe is not None))
+    asked = list(axis_sizes(plan.inputs.fleet.num_gpus, has_experts=plan.inputs.shape.moe is not None))
     assert len(plan.layouts) + len(plan.refused) == len(asked) == len({tuple(sizes.values()) for sizes in asked})
 
 
@@ -133,19 +133,19 @@ def test_a_context_beyond_the_model_is_refused_with_the_way_out() -> None:
     ids=str,
 )
 def test_a_replica_takes_whole_hosts_alike(topology: Topology, hosts: int, expected: tuple[int, int, int] | None) -> None:
-    found = hosting(topology, ask("Qwen2-72B", "8x80G", hosts=hosts).fleet)
+    found = place_replica(topology, ask("Qwen2-72B", "8x80G", hosts=hosts).fleet)
     assert (found and (found.hosts_per_replica, found.gpus_per_host, found.replicas)) == expected
 
 
 def test_what_is_served_today_is_asked_in_one_place() -> None:
-    assert not any(limits_today(format) for format in (*FORMATS.values(), *STORED_QUANTISED.values()))
-    for limit in limits_today(STORED_FP8):
+    assert not any(serving_limits(format) for format in (*FORMATS.values(), *STORED_QUANTISED.values()))
+    for limit in serving_limits(STORED_FP8):
         assert len(limit.sentence.split()) > 6
     made = make_plan(ask("Qwen2-57B-A14B", "8xH100-80G"))
     served = made.first_served()
     assert served is not None
     assert all(layout.limits for layout in made.layouts[: made.layouts.index(served)])
-    assert all(layout.limits == limits_today(BF16) for layout in made.layouts)
+    assert all(layout.limits == serving_limits(BF16) for layout in made.layouts)
 
 
 def test_experts_held_twice_take_room_from_kv_and_no_time() -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from serve.planning.table import COMMAND, layouts_page
+from serve.planning.layouts_page import COMMAND, layouts_page
 
 PAGE = Path(__file__).parents[3] / "docs" / "layouts.md"
 

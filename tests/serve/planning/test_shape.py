@@ -10,12 +10,12 @@ from parallel.topology import Topology
 from serve.planning.errors import PlanError
 from serve.planning.formats import BF16, STORED_FP8, STORED_INT4, STORED_INT4_ZEROS, STORED_INT8
 from serve.planning.memory import kv_bytes_per_token
-from serve.planning.released import PADDED_72B, SIZES, find_shape, released_names
+from serve.planning.released_models import PADDED_72B, SIZES, find_shape, released_names
 from serve.planning.shape import ModelShape, shape_of_config
 from serve.planning.weights import weights_of_rank
 from tests.model.quantised import AWQ, GPTQ
 from tests.model.test_config import DUAL_CHUNKS
-from tests.serve.planning.questions import CONFIGS, config
+from tests.serve.planning.plan_inputs import CONFIGS, config
 
 ALONE = Topology().coordinates(0)
 SAME = (

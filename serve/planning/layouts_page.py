@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from serve.planning.formats import BF16, FP8, INT4, Format
 from serve.planning.hardware import Fleet, network, parse_gpus
 from serve.planning.memory import Workload
-from serve.planning.plan import Plan, Question, make_plan
-from serve.planning.released import FAMILIES, SIZES
+from serve.planning.plan import Plan, PlanInputs, make_plan
+from serve.planning.released_models import FAMILIES, SIZES
 from serve.planning.render import shortened
-from serve.planning.served import Limit
+from serve.planning.serving_limits import ServingLimit
 from serve.planning.shape import ModelShape
 
 GPU_COUNTS = (1, 2, 4, 8, 16)
@@ -32,7 +32,7 @@ ABOUT = (
 
 def layouts_page() -> str:
     """The whole page."""
-    limits: dict[Limit, None] = {}
+    limits: dict[ServingLimit, None] = {}
     sections = [line for size, shape in SIZES.items() for line in _section(_title(size), shape, limits)]
     starred = [f"- {limit.sentence}." for limit in limits]
     about = [line for paragraph in ABOUT for line in ("", *textwrap.wrap(paragraph, 120))]
@@ -45,7 +45,7 @@ def _title(size: str) -> str:
     return ", ".join(f"{family}-{size}" for family, sizes in FAMILIES.items() if sizes.get(size, 0) >= WORKLOAD.context_tokens)
 
 
-def _section(title: str, shape: ModelShape, limits: dict[Limit, None]) -> Iterator[str]:
+def _section(title: str, shape: ModelShape, limits: dict[ServingLimit, None]) -> Iterator[str]:
     yield from ("", f"## {title}", "")
     yield f"| GPUs | | {' | '.join(f'{memory[:-1]} GB' for memory in MEMORIES)} |"
     yield f"|---|---|{'---|' * len(MEMORIES)}"
@@ -59,13 +59,13 @@ def _plan(shape: ModelShape, count: int, memory: str, format: Format) -> Plan:
     per_host = min(count, GPUS_OF_A_HOST)
     _, gpu = parse_gpus(memory)
     fleet = Fleet(gpu=gpu, gpus_per_host=per_host, hosts=count // per_host, network=network(NETWORK_GBIT))
-    return make_plan(Question(shape=shape, fleet=fleet, format=format, workload=WORKLOAD))
+    return make_plan(PlanInputs(shape=shape, fleet=fleet, format=format, workload=WORKLOAD))
 
 
-def _cell(plan: Plan, limits: dict[Limit, None]) -> str:
+def _cell(plan: Plan, limits: dict[ServingLimit, None]) -> str:
     if not plan.layouts:
         return "no"
     best = plan.first_served() or plan.layouts[0]
     limits.update(dict.fromkeys(best.limits))
-    replicas = f"{best.hosting.replicas} x " if best.hosting.replicas > 1 else ""
+    replicas = f"{best.placement.replicas} x " if best.placement.replicas > 1 else ""
     return f"{replicas}{best.topology}: {shortened(best.total_kv_tokens)}{'' if best.is_served_today else ' *'}"

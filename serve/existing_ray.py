@@ -18,12 +18,12 @@ from ray.serve.context import _get_global_client
 from cluster.directory import ReplicaRecord, current_records, end_directory, refusals
 from cluster.ray_cluster import CannotJoin, joined
 from serve.config import ServeConfig
-from serve.deploying import ChangeLog, OnProgress, StartError, deploy, start_proxies, told_as_start_error
-from serve.deployment import Model
+from serve.deployment import ServedModel
 from serve.exposure import EVERY_ADDRESS, is_loopback
 from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
 from serve.ray_address import address_of
+from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
 from serve.stop_signals import StopSignals
 
 UNSENT = [".git", ".venv", "tests", "docs", "k8s", "benchmarks", "**/node_modules", "**/__pycache__"]
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JoinedServer:
+class ExistingRayServer:
     """An application that runs."""
 
     app: str
@@ -47,13 +47,15 @@ class JoinedServer:
 
     def wait(self) -> None:
         """Until somebody stops it (SIGINT, SIGTERM)."""
-        changes = ChangeLog()
+        changes = ReplicaChangeLog()
         while not self.stop.stopped.wait(1.0):
-            changes.tell(self.records(), refusals(self.app))
+            changes.update(self.records(), refusals(self.app))
 
 
 @contextmanager
-def run_joined(models: Sequence[Model], config: ServeConfig, *, keep: bool, on_progress: OnProgress) -> Iterator[JoinedServer]:
+def run_on_existing_ray(
+    models: Sequence[ServedModel], config: ServeConfig, *, keep: bool, on_progress: OnProgress
+) -> Iterator[ExistingRayServer]:
     """Deploy, or bring up to date what is deployed. On leaving the application is taken away, unless ``keep``.
 
     To be used in the main thread; signals as in `serve.local_ray.run_local`.
@@ -73,13 +75,13 @@ def run_joined(models: Sequence[Model], config: ServeConfig, *, keep: bool, on_p
         stop.install()  # Ray has installed its own
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         on_progress("starting Ray Serve", 0.05)
-        with told_as_start_error("starting Ray Serve"):
+        with as_start_error("starting Ray Serve"):
             start_proxies(config, ProxyLocation.EveryNode)
         try:
             deploy(models, config, app=app, on_progress=on_progress)
             stop.starting = False
             on_progress("ready", 1.0)
-            yield JoinedServer(app=app, config=_with_real_ports(config), stop=stop)
+            yield ExistingRayServer(app=app, config=_with_real_ports(config), stop=stop)
         finally:
             stop.starting = False
             if not keep:

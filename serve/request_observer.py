@@ -8,7 +8,7 @@ from typing import Protocol
 from serve.request import AnyRequest, TextEvent
 
 
-class Watch(Protocol):
+class RequestWatch(Protocol):
     """Follows one request. Exactly one of `ended` and `failed` is called, last."""
 
     def event(self, event: TextEvent) -> None: ...
@@ -23,16 +23,16 @@ class Watch(Protocol):
 
 
 class Observer(Protocol):
-    def begin(self, request: AnyRequest) -> Watch:
+    def begin(self, request: AnyRequest) -> RequestWatch:
         """May raise to refuse the request; earlier observers are told that it failed."""
         ...
 
 
-async def observed(
+async def observe_events(
     request: AnyRequest, events: AsyncGenerator[TextEvent, None], observers: Sequence[Observer]
 ) -> AsyncGenerator[TextEvent, None]:
     """``events``, seen by all ``observers`` as they pass."""
-    watches: list[Watch] = []
+    watches: list[RequestWatch] = []
     complete = False
     try:
         for observer in observers:
@@ -54,7 +54,7 @@ def _is_leaving(error: BaseException) -> bool:
     return isinstance(error, GeneratorExit | asyncio.CancelledError)
 
 
-def _close(watches: Sequence[Watch], error: BaseException | None) -> None:
+def _close(watches: Sequence[RequestWatch], error: BaseException | None) -> None:
     for watch in watches:
         if error is None:
             watch.ended()

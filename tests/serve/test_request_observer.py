@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 import pytest
 
-from serve.observing import observed
 from serve.request import ChatRequest, Message, TextEvent, Usage
+from serve.request_observer import observe_events
 
 REQUEST = ChatRequest(request_id="r", model="m", messages=(Message(role="user", content="hi"),))
 LAST = TextEvent(choice=0, finish_reason="stop", usage=Usage(prompt_tokens=1, completion_tokens=1))
@@ -43,27 +43,27 @@ async def events(*script: TextEvent | Exception) -> AsyncGenerator[TextEvent, No
 
 async def test_a_whole_answer() -> None:
     recorder = Recorder()
-    assert [event async for event in observed(REQUEST, events(TextEvent(choice=0), LAST), [recorder])] == [TextEvent(choice=0), LAST]
+    assert [event async for event in observe_events(REQUEST, events(TextEvent(choice=0), LAST), [recorder])] == [TextEvent(choice=0), LAST]
     assert recorder.seen == ["begin", "event", "event", "ended"]
 
 
 async def test_a_failure() -> None:
     recorder = Recorder()
     with pytest.raises(ValueError):
-        [event async for event in observed(REQUEST, events(TextEvent(choice=0), ValueError()), [recorder])]
+        [event async for event in observe_events(REQUEST, events(TextEvent(choice=0), ValueError()), [recorder])]
     assert recorder.seen == ["begin", "event", ValueError]
 
 
 async def test_a_reader_that_leaves_in_the_midst() -> None:
     recorder = Recorder()
-    async with aclosing(observed(REQUEST, events(TextEvent(choice=0), LAST), [recorder])) as stream:
+    async with aclosing(observe_events(REQUEST, events(TextEvent(choice=0), LAST), [recorder])) as stream:
         await anext(stream)
     assert recorder.seen == ["begin", "event", GeneratorExit]
 
 
 async def test_a_reader_that_leaves_after_the_last_event_has_had_it_all() -> None:
     recorder = Recorder()
-    async with aclosing(observed(REQUEST, events(LAST), [recorder])) as stream:
+    async with aclosing(observe_events(REQUEST, events(LAST), [recorder])) as stream:
         await anext(stream)
     assert recorder.seen == ["begin", "event", "ended"]
 
@@ -74,7 +74,7 @@ async def test_one_that_is_cancelled_while_it_waits() -> None:
         yield LAST
 
     recorder = Recorder()
-    task = asyncio.ensure_future(anext(observed(REQUEST, never(), [recorder])))
+    task = asyncio.ensure_future(anext(observe_events(REQUEST, never(), [recorder])))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -85,6 +85,6 @@ async def test_one_that_is_cancelled_while_it_waits() -> None:
 async def test_an_observer_that_refuses_lets_nothing_be_computed() -> None:
     before, after, source = Recorder(), Recorder(), events(LAST)
     with pytest.raises(KeyError):
-        await anext(observed(REQUEST, source, [before, Recorder(KeyError()), after]))
+        await anext(observe_events(REQUEST, source, [before, Recorder(KeyError()), after]))
     assert before.seen == ["begin", KeyError]
     assert after.seen == []

@@ -16,7 +16,7 @@ from serve.planning.shape import shape_of_checkpoint
 from serve.planning.weights import weights_of_rank
 
 
-def need_of(folder: Path | None, config: ServeConfig, adapter: Path | str | None = None) -> Need:
+def host_requirements(folder: Path | None, config: ServeConfig, adapter: Path | str | None = None) -> Need:
     """``folder`` holds config.json; None: no model was named. A model that cannot be planned is refused elsewhere.
 
     ``adapter``: where the model's can be read from here; None: there is none, or it is fetched where the ranks are.

@@ -10,7 +10,7 @@ from serve.planning.hardware import Fleet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hosting:
+class Placement:
     """How one replica lies on hosts, and how many replicas the fleet then has."""
 
     hosts_per_replica: int
@@ -21,12 +21,12 @@ class Hosting:
     """Ranks of one stage stand on several hosts: experts then exchange tokens over the network."""
 
 
-def hosting(topology: Topology, fleet: Fleet) -> Hosting | None:
+def place_replica(topology: Topology, fleet: Fleet) -> Placement | None:
     """None where a tp group is larger than a host, a replica larger than the fleet, or hosts would be filled unevenly."""
     per_host = fleet.gpus_per_host
     if topology.size <= per_host:
         replicas = per_host // topology.size * fleet.hosts
-        return Hosting(hosts_per_replica=1, gpus_per_host=topology.size, replicas=replicas, stage_spans_hosts=False)
+        return Placement(hosts_per_replica=1, gpus_per_host=topology.size, replicas=replicas, stage_spans_hosts=False)
     if topology.tp > per_host:
         return None
     stages, groups = _per_host(topology, per_host)
@@ -35,7 +35,7 @@ def hosting(topology: Topology, fleet: Fleet) -> Hosting | None:
     hosts = -(-topology.pp // stages) * -(-topology.dp // groups)
     if hosts > fleet.hosts:
         return None
-    return Hosting(
+    return Placement(
         hosts_per_replica=hosts,
         gpus_per_host=stages * groups * topology.tp,
         replicas=fleet.hosts // hosts,

@@ -1,4 +1,4 @@
-"""Ends what a server has started, also when the server was killed and could not: ``python -m serve.undertaker MARK [FOLDER]``.
+"""Ends what a server has started, also when the server was killed and could not: ``python -m serve.process_reaper MARK [FOLDER]``.
 
 A process of its own that reads a pipe from the server, its parent; the pipe's end is the server's end, in whatever way.
 What the server started is known by descent, noted while it lives (orphans have none), and for the latest arrivals by MARK:
@@ -19,7 +19,7 @@ LOOK_S = 1.0
 PATIENCE_S = 8.0
 
 
-def marked(mark: str) -> Iterator[psutil.Process]:
+def processes_with_mark(mark: str) -> Iterator[psutil.Process]:
     """This user's processes that were started with ``mark`` in their environment."""
     name, _, value = mark.partition("=")
     for process in psutil.process_iter():
@@ -48,7 +48,7 @@ def end(seen: set[psutil.Process], mark: str) -> None:
     """Kill until there are none: one that is being started may appear after a first look."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        living = [process for process in seen | set(marked(mark)) if _lives(process)]
+        living = [process for process in seen | set(processes_with_mark(mark)) if _lives(process)]
         if not living:
             return
         for process in living:

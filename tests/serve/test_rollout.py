@@ -9,8 +9,8 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.directory import Refusal
 from cluster.health import Loading
-from serve import deploying
-from serve.deploying import StartError, deploy
+from serve import rollout
+from serve.rollout import StartError, deploy
 
 FOUND = "gpu-1: 1.0 GiB of memory are free, and the weights of its 2 rank(s) need 9.0 GiB; use more hosts"
 
@@ -50,16 +50,16 @@ class Script:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
-    monkeypatch.setattr(deploying, "POLL_S", 0)
-    monkeypatch.setattr(deploying, "build_app", lambda _models, _config, version: SimpleNamespace(version=version))
-    monkeypatch.setattr(deploying, "current_records", lambda _app: [SimpleNamespace(loading=Loading(doing="weights", done=0.5))])
+    monkeypatch.setattr(rollout, "POLL_S", 0)
+    monkeypatch.setattr(rollout, "build_app", lambda _models, _config, version: SimpleNamespace(version=version))
+    monkeypatch.setattr(rollout, "current_records", lambda _app: [SimpleNamespace(loading=Loading(doing="weights", done=0.5))])
     return []
 
 
 def run(script: Script, monkeypatch: pytest.MonkeyPatch, told: list[tuple[str, float]]) -> None:
     fake = SimpleNamespace(run_many=script.run_many, status=script.status, RunTarget=Target)
-    monkeypatch.setattr(deploying, "ray_serve", fake)
-    monkeypatch.setattr(deploying, "refusals", script.refusals)
+    monkeypatch.setattr(rollout, "ray_serve", fake)
+    monkeypatch.setattr(rollout, "refusals", script.refusals)
     deploy([], None, app="manta", on_progress=lambda doing, done: told.append((doing, done)))  # type: ignore[arg-type]
     assert [target.name for target in script.deployed] == ["manta"]
 

@@ -5,16 +5,16 @@ import dataclasses
 from serve.planning.formats import BF16, Format
 from serve.planning.hardware import Fleet, network, parse_gpus
 from serve.planning.memory import Workload
-from serve.planning.plan import Question
-from serve.planning.released import find_shape
+from serve.planning.plan import PlanInputs
+from serve.planning.released_models import find_shape
 from serve.planning.shape import ModelShape
 
 WORKLOAD = Workload(context_tokens=4096, concurrency=16, step_tokens=2048)
 
 
-def ask(model: str | ModelShape, gpus: str, *, hosts: int = 1, format: Format = BF16, **work: int) -> Question:
+def ask(model: str | ModelShape, gpus: str, *, hosts: int = 1, format: Format = BF16, **work: int) -> PlanInputs:
     count, gpu = parse_gpus(gpus)
-    return Question(
+    return PlanInputs(
         shape=find_shape(model) if isinstance(model, str) else model,
         fleet=Fleet(gpu=gpu, gpus_per_host=count, hosts=hosts, network=network(100)),
         format=format,

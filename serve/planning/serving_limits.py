@@ -6,17 +6,19 @@ from serve.planning.formats import STORED_FP8, Format
 
 
 @dataclass(frozen=True)
-class Limit:
+class ServingLimit:
     """Something that can be planned and not yet be served."""
 
     code: str
     sentence: str
 
 
-FP8_CHECKPOINT = Limit("fp8", "checkpoints that are stored in FP8 are planned only: `manta serve` takes a plain one with `--quantize fp8`")
+FP8_CHECKPOINT = ServingLimit(
+    "fp8", "checkpoints that are stored in FP8 are planned only: `manta serve` takes a plain one with `--quantize fp8`"
+)
 
 
-def limits_today(format: Format) -> tuple[Limit, ...]:
+def serving_limits(format: Format) -> tuple[ServingLimit, ...]:
     """Why `manta serve` does not take this layout today; none if it does."""
     limits = ((FP8_CHECKPOINT, format is STORED_FP8),)
     return tuple(limit for limit, applies in limits if applies)

@@ -4,13 +4,13 @@ from typing import Any
 
 import yaml
 
-from serve.config_sources import Loaded, known_settings
+from serve.config_sources import LoadedConfig, known_settings
 from serve.grpc.server import SERVICER_FUNCTIONS
 from serve.proxy_hook import variables
 
 IMPORT_PATH = "serve.app:app"
-OF_THE_FRONTS = frozenset({"http.strict", "http.allowed_origins"})
-OF_THE_CLUSTER = frozenset(path for path in known_settings() if path.startswith(("http.", "grpc.", "ray."))) - OF_THE_FRONTS
+FRONT_SETTINGS = frozenset({"http.strict", "http.allowed_origins"})
+CLUSTER_SETTINGS = frozenset(path for path in known_settings() if path.startswith(("http.", "grpc.", "ray."))) - FRONT_SETTINGS
 """Settings of what is there before an application is: they stand elsewhere in a Serve config file, or are nothing of its."""
 
 HEAD = """\
@@ -20,15 +20,15 @@ HEAD = """\
 """
 
 
-def serve_config_file(loaded: Loaded, *, name: str) -> str:
+def ray_serve_config_yaml(loaded: LoadedConfig, *, name: str) -> str:
     """``name``: of the application. Only what somebody has set, and the model, becomes args."""
     grpc = loaded.config.grpc
     wanted = variables(grpc_host=grpc.host, tls=grpc.tls, slow_client_timeout_s=loaded.config.http.slow_client_timeout_s)
     environment = "".join(f"#   {key}={value}\n" for key, value in wanted.items())
-    return HEAD + environment + yaml.safe_dump(serve_config(loaded, name=name), sort_keys=False, width=110)
+    return HEAD + environment + yaml.safe_dump(ray_serve_config(loaded, name=name), sort_keys=False, width=110)
 
 
-def serve_config(loaded: Loaded, *, name: str) -> dict[str, Any]:
+def ray_serve_config(loaded: LoadedConfig, *, name: str) -> dict[str, Any]:
     """The same as a tree (`ray.serve.schema.ServeDeploySchema`)."""
     config = loaded.config
     return {
@@ -44,11 +44,13 @@ def serve_config(loaded: Loaded, *, name: str) -> dict[str, Any]:
     }
 
 
-def _args(loaded: Loaded) -> dict[str, Any]:
+def _args(loaded: LoadedConfig) -> dict[str, Any]:
     values = loaded.config.model_dump(mode="json")
     args: dict[str, Any] = {}
     models: list[dict[str, Any]] = [{} for _ in loaded.config.models]
-    for path in sorted(loaded.origins.keys() - OF_THE_CLUSTER) if models else sorted({"model.source", *loaded.origins} - OF_THE_CLUSTER):
+    for path in (
+        sorted(loaded.origins.keys() - CLUSTER_SETTINGS) if models else sorted({"model.source", *loaded.origins} - CLUSTER_SETTINGS)
+    ):
         *place, section, field = path.split(".")
         source, target = (values["models"][int(place[1])], models[int(place[1])]) if place else (values, args)
         target.setdefault(section, {})[field] = source[section][field]

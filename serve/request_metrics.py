@@ -12,7 +12,7 @@ from serve.request import AnyRequest, TextEvent, Usage
 CLIENT_LEFT = "client_left"
 
 
-class Measuring:
+class RequestMetrics:
     """``models``: names that may stand in a label; of a request for any other model only the failure is told, without a name."""
 
     def __init__(self, instruments: Instruments, models: Collection[str], *, clock: Callable[[], float] = time.monotonic) -> None:

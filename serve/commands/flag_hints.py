@@ -4,7 +4,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-HELPS = {
+HINTS = {
     "--host": "it is --http-host here, and --grpc-host",
     "--port": "it is --http-port here, and --grpc-port",
     "--model": "the model stands by itself: manta serve MODEL",
@@ -38,12 +38,12 @@ HELPS = {
     "--seed": "seeds are the requests' own",
 }
 for long, short in (("--tensor-parallel-size", "--tp"), ("--pipeline-parallel-size", "--pp"), ("--data-parallel-size", "--dp")):
-    HELPS[short] = HELPS[f"{short}-size"] = HELPS[long]
-HELPS["--model-path"] = HELPS["--model"]
+    HINTS[short] = HINTS[f"{short}-size"] = HINTS[long]
+HINTS["--model-path"] = HINTS["--model"]
 ANY_SETTING = "what has no flag is said by --set SECTION.FIELD=VALUE, and `manta config` lists it"
 
 
-class KnowsOtherNames(TyperCommand):
+class CommandWithFlagHints(TyperCommand):
     """A command whose "No such option" says what to write instead."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -52,7 +52,7 @@ class KnowsOtherNames(TyperCommand):
         except Exception as error:
             if type(error).__name__ == "NoSuchOption":  # of click, or of typer's copy of it
                 told: Any = error
-                help = HELPS.get(told.option_name, "" if told.possibilities else ANY_SETTING)
+                help = HINTS.get(told.option_name, "" if told.possibilities else ANY_SETTING)
                 if help:
                     told.message, told.possibilities = f"{told.message.rstrip('.')}; {help}", None
             raise

@@ -1,6 +1,6 @@
 """An application brought up on a Ray that runs: Ray Serve's proxies, the deployments, how far they are, and what befalls them later.
 
-Whose Ray it is does not matter here; see `serve.local_ray` and `serve.joined_ray`.
+Whose Ray it is does not matter here; see `serve.local_ray` and `serve.existing_ray`.
 """
 
 import logging
@@ -15,8 +15,8 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.directory import Refusal, ReplicaRecord, current_records, refusals
 from serve.config import ServeConfig
-from serve.deployment import Model, build_app
-from serve.devices import DeviceMisfit
+from serve.deployment import ServedModel, build_app
+from serve.devices import DeviceError
 from serve.grpc.server import SERVICER_FUNCTIONS
 
 LOADING_SPAN = (0.15, 0.95)
@@ -34,7 +34,7 @@ class StartError(RuntimeError):
 
 
 @contextmanager
-def told_as_start_error(doing: str) -> Iterator[None]:
+def as_start_error(doing: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, ValueError, TimeoutError) as error:
@@ -54,7 +54,7 @@ def start_proxies(config: ServeConfig, location: ProxyLocation) -> None:
     )
 
 
-def deploy(models: Sequence[Model], config: ServeConfig, *, app: str, on_progress: OnProgress) -> None:
+def deploy(models: Sequence[ServedModel], config: ServeConfig, *, app: str, on_progress: OnProgress) -> None:
     """Deploy, or bring what is deployed up to date, and wait until it runs, telling how far the slowest replica is.
 
     Raises:
@@ -66,7 +66,7 @@ def deploy(models: Sequence[Model], config: ServeConfig, *, app: str, on_progres
     try:
         target = ray_serve.RunTarget(build_app(models, config, version=version), name=app, route_prefix="/")
         ray_serve.run_many([target], wait_for_applications_running=False)
-    except DeviceMisfit as error:
+    except DeviceError as error:
         raise StartError(str(error)) from error
     except RuntimeError as error:
         raise StartError(_why(app, str(error))) from error
@@ -110,14 +110,14 @@ def _slowest(app: str) -> tuple[str, float] | None:
     return None if least is None else (least.doing, begin + (end - begin) * least.done)
 
 
-class ChangeLog:
+class ReplicaChangeLog:
     """Logs what befalls replicas, each thing once."""
 
     def __init__(self) -> None:
         self._told: dict[str, tuple[str | None, bool]] = {}
         self._refused: set[str] = set()
 
-    def tell(self, records: Sequence[ReplicaRecord], refused: Mapping[str, Refusal]) -> None:
+    def update(self, records: Sequence[ReplicaRecord], refused: Mapping[str, Refusal]) -> None:
         """``refused``: see `cluster.directory.refusals`."""
         for replica, refusal in refused.items():
             if refusal.why not in self._refused:

@@ -10,13 +10,13 @@ from cluster.doctor.facts import Need
 from cluster.worker import ModelRanks, OnProgress, Rank
 from engine.load_stats import LoadStats
 from parallel.topology import Topology
-from serve.model_source import brought_here, is_fetched
+from serve.model_source import download_if_needed, needs_download
 
 TELL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Fetching:
+class DownloadProgress:
     """A sign of life: hubs do not say how far they are."""
 
     phase: str = "fetching the checkpoint"
@@ -26,8 +26,8 @@ class Fetching:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchedRanks:
-    """``ranks.checkpoint_folder`` and ``ranks.adapter`` may be what `serve.model_source.brought_here` takes."""
+class DownloadingRanks:
+    """``ranks.checkpoint_folder`` and ``ranks.adapter`` may be what `serve.model_source.download_if_needed` takes."""
 
     ranks: ModelRanks
 
@@ -43,23 +43,23 @@ class FetchedRanks:
         self.ranks.look()
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
-        ranks = replace(self.ranks, checkpoint_folder=_brought_here(self.ranks.checkpoint_folder, on_progress))
+        ranks = replace(self.ranks, checkpoint_folder=_download(self.ranks.checkpoint_folder, on_progress))
         if ranks.adapter is not None:
-            ranks = replace(ranks, adapter=_brought_here(ranks.adapter, on_progress))
+            ranks = replace(ranks, adapter=_download(ranks.adapter, on_progress))
         if (draft := ranks.runner_config.draft_model) is not None:
-            runner_config = replace(ranks.runner_config, draft_model=str(_brought_here(draft, on_progress)))
+            runner_config = replace(ranks.runner_config, draft_model=str(_download(draft, on_progress)))
             ranks = replace(ranks, runner_config=runner_config)
         return ranks.start(rank=rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress)
 
 
-def _brought_here(place: Path | str, on_progress: OnProgress) -> Path | str:
+def _download(location: Path | str, on_progress: OnProgress) -> Path | str:
     """Ranks of one host fetch at the same time; the hubs' caches see to it that a file comes once."""
-    if not is_fetched(place):
-        return place
+    if not needs_download(location):
+        return location
     with ThreadPoolExecutor(1) as thread:
-        fetching = thread.submit(brought_here, place)
+        fetching = thread.submit(download_if_needed, location)
         while True:
-            on_progress(Fetching())
+            on_progress(DownloadProgress())
             try:
                 return fetching.result(TELL_S)
             except NotYet:
