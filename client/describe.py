@@ -20,13 +20,14 @@ SERVICE, MESSAGE, ENUM, FIELD, VALUE, METHOD, ONEOF = (6,), (4,), (5,), (2,), (2
 HEAD = """<!-- Written by `python client/generate.py` from client/proto. Do not edit. -->
 # gRPC API
 
-Package `manta.v1`. The `.proto` files are in `client/proto/manta/v1`; reflection (`grpcurl HOST:PORT list`) and
-`grpc.health.v1.Health` are served beside it, and `client/README.md` shows the Python library.
+Package `manta.v1`. The `.proto` files are in `client/proto/manta/v1`. The server also supports reflection (`grpcurl HOST:PORT list`) and
+`grpc.health.v1.Health`. The Python client library is described in [client/README.md](../client/README.md).
 
-A call that fails has a canonical status, and in the trailer `grpc-status-details-bin` a `google.rpc.Status` with an
-`ErrorInfo` (domain `manta`, a `reason` in capitals), a `BadRequest` that names the wrong field, a `RetryInfo` where trying
-again makes sense, a `QuotaFailure` where a quota is used up, and a `RequestInfo`. A stream says the same as its last event
-too. A field marked *optional* that is not set means "not said": the server then takes the model's own default.
+A failed call has a canonical status. The trailer `grpc-status-details-bin` holds a `google.rpc.Status` with an `ErrorInfo` (domain `manta`, a `reason` in
+capitals), a `BadRequest` that names the invalid field, a `RetryInfo` if a retry makes sense, a `QuotaFailure` if a quota is used up, and a
+`RequestInfo`. A stream also reports the error as its last event. The codes are listed with [HTTP's](http.md#errors).
+
+If a field marked *optional* is not set, the server uses the model's own default.
 """
 
 
@@ -65,7 +66,7 @@ class Described:
     def services(self) -> Iterator[str]:
         for number, service in enumerate(self._file.service):
             at = (*SERVICE, number)
-            yield f"## {service.name}\n\n{self._says(at)}\n\n| Call | Takes | Gives | |\n|---|---|---|---|"
+            yield f"## {service.name}\n\n{self._says(at)}\n\n| Call | Request | Response | Description |\n|---|---|---|---|"
             for place, method in enumerate(service.method):
                 gives = f"{'stream of ' if method.server_streaming else ''}{_link(method.output_type)}"
                 yield f"| `{method.name}` | {_link(method.input_type)} | {gives} | {self._says((*at, *METHOD, place))} |"
@@ -76,7 +77,7 @@ class Described:
             at = (*MESSAGE, number)
             yield f"### {message.name}\n\n{self._says(at)}\n"
             if message.field:
-                yield "| | Field | Type | |\n|---|---|---|---|"
+                yield "| | Field | Type | Description |\n|---|---|---|---|"
             for place, field in enumerate(message.field):
                 yield f"| {field.number} | `{field.name}` | {_type(message, field)} | {self._says((*at, *FIELD, place))} |"
             yield ""
@@ -84,7 +85,7 @@ class Described:
     def enums(self) -> Iterator[str]:
         for number, enum in enumerate(self._file.enum_type):
             at = (*ENUM, number)
-            yield f"### {enum.name}\n\n{self._says(at)}\n\n| | Value | |\n|---|---|---|"
+            yield f"### {enum.name}\n\n{self._says(at)}\n\n| | Value | Description |\n|---|---|---|"
             for place, value in enumerate(enum.value):
                 yield f"| {value.number} | `{value.name}` | {self._says((*at, *VALUE, place))} |"
             yield ""

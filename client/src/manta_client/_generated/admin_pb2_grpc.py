@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Looks after a server.
+    """Administers a server.
     """
 
     def __init__(self, channel):
@@ -58,32 +58,32 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """Looks after a server.
+    """Administers a server.
     """
 
     def GetServerInfo(self, request, context):
-        """What this server is: its version, models, limits, and the replicas behind it.
+        """Describes the server: version, models, limits and replicas.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLoad(self, request, context):
-        """What runs and waits at this moment, and how full the KV caches are.
+        """Returns the current load: running and waiting requests, and KV cache usage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a request, whoever sent it and over whichever protocol; its client is told so by a typed error.
+        """Aborts a request of any client, over any protocol. Its client gets a typed error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Has the front take no new requests, or take them again. Readiness follows; what runs goes on to its end.
+        """Makes the front refuse new requests, or accept them again. Readiness follows; running requests are completed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +121,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Looks after a server.
+    """Administers a server.
     """
 
     @staticmethod

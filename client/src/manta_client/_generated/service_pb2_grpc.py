@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class MantaServiceStub(object):
-    """Text from a language model.
+    """Text generation and embeddings.
     """
 
     def __init__(self, channel):
@@ -83,67 +83,67 @@ class MantaServiceStub(object):
 
 
 class MantaServiceServicer(object):
-    """Text from a language model.
+    """Text generation and embeddings.
     """
 
     def Chat(self, request, context):
-        """Answers a conversation, in one piece.
+        """Answers a conversation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ChatStream(self, request, context):
-        """Answers a conversation, token by token.
+        """Answers a conversation as a stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Goes on with prompts, in one piece. No chat template is applied.
+        """Continues prompts. No chat template is applied.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Goes on with prompts, token by token.
+        """Continues prompts as a stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Embed(self, request, context):
-        """Makes a vector of each text.
+        """Returns one vector per input.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """The models this server answers for.
+        """Lists the models that this server serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One of them.
+        """Returns one of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """The token ids of a text or a conversation.
+        """Returns the token ids of a text or a conversation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """The text of token ids.
+        """Returns the text of token ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,7 +206,7 @@ def add_MantaServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MantaService(object):
-    """Text from a language model.
+    """Text generation and embeddings.
     """
 
     @staticmethod
