@@ -20,12 +20,14 @@ SERVICE, MESSAGE, ENUM, FIELD, VALUE, METHOD, ONEOF = (6,), (4,), (5,), (2,), (2
 HEAD = """<!-- Written by `python client/generate.py` from client/proto. Do not edit. -->
 # gRPC API
 
-Package `manta.v1`. The `.proto` files are in `client/proto/manta/v1`. The server also supports reflection (`grpcurl HOST:PORT list`) and
-`grpc.health.v1.Health`. The Python client library is described in [client/README.md](../client/README.md).
+Package `manta.v1`. The `.proto` files are in `client/proto/manta/v1`. The server also supports reflection (`grpcurl
+HOST:PORT list`) and `grpc.health.v1.Health`. The Python client library is described in
+[client/README.md](../client/README.md).
 
-A failed call has a canonical status. The trailer `grpc-status-details-bin` holds a `google.rpc.Status` with an `ErrorInfo` (domain `manta`, a `reason` in
-capitals), a `BadRequest` that names the invalid field, a `RetryInfo` if a retry makes sense, a `QuotaFailure` if a quota is used up, and a
-`RequestInfo`. A stream also reports the error as its last event. The codes are listed with [HTTP's](http.md#errors).
+A failed call has a canonical status. The trailer `grpc-status-details-bin` holds a `google.rpc.Status` with an
+`ErrorInfo` (domain `manta`, a `reason` in capitals), a `BadRequest` that names the invalid field, a `RetryInfo` if a
+retry makes sense, a `QuotaFailure` if a quota is used up, and a `RequestInfo`. A stream also reports the error as its
+last event. The codes are listed with [HTTP's](http.md#errors).
 
 If a field marked *optional* is not set, the server uses the model's own default.
 """
