@@ -106,7 +106,7 @@ class Answer:
         return result
 
 
-class NoWire:
+class NullSocket:
     """The link's messages are handed to it."""
 
     def send(self, raw: bytes) -> None:
@@ -151,7 +151,7 @@ async def one_round(
         front_silence_s=1e9,
     )
     record = ReplicaRecord(id="r", model="m", state=State.READY, address=None)
-    link = ReplicaLink(record, node="n", config=RouterConfig(max_buffered_tokens=10**9), wire=NoWire())
+    link = ReplicaLink(record, node="n", config=RouterConfig(max_buffered_tokens=10**9), wire=NullSocket())
     made, tokens = 0, 0
 
     def submit_one(max_tokens: int) -> None:

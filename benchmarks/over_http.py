@@ -32,7 +32,7 @@ from manta_client import AsyncClient, MantaError
 
 from benchmarks.checkpoints import checkpoint
 from benchmarks.peers.vllm_cpu import SETTINGS as VLLM_SETTINGS
-from benchmarks.processes import CpuSeconds
+from benchmarks.process_cpu import CpuSeconds
 from benchmarks.run import ROOT, TCMALLOC
 from serve.load.client import Answer, Target, find_model, run
 from serve.load.report import Objective, Summary, summarise
@@ -139,7 +139,7 @@ async def run_over_grpc(endpoint: str, conversations: Sequence[Conversation]) ->
 
 
 @dataclass(frozen=True)
-class Cell:
+class RoundFigures:
     """What so many chats at once were like."""
 
     chats: Summary
@@ -147,12 +147,12 @@ class Cell:
     cpu_s: dict[str, float]
     """What each of the server's processes took, and the clients."""
 
-    def told(self) -> str:
+    def summary_line(self) -> str:
         cpu = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.cpu_s.items() if seconds >= 0.05)
         return f"{self.chats.output_tokens_per_s:.1f} tokens/s; of {self.wall_s:.1f} s CPU seconds: {cpu}"
 
 
-def measured(url: str, seed: str, pid: int, tokens_out: int) -> dict[int, Cell]:
+def measure(url: str, seed: str, pid: int, tokens_out: int) -> dict[int, RoundFigures]:
     """By the number of streams, of the server at ``url``, one of HTTP or of gRPC, whose first process is ``pid``.
 
     Raises:
@@ -173,11 +173,11 @@ def measured(url: str, seed: str, pid: int, tokens_out: int) -> dict[int, Cell]:
         summary = summarise(answers, Objective(ttft_s=1.0, itl_s=0.1))
         if summary.done != count or summary.output_tokens != count * tokens_out:
             raise RuntimeError(f"{summary.done} of {count} answers are whole, {summary.output_tokens} tokens: {summary.errors}")
-        found[count] = Cell(summary, wall_s, CpuSeconds.of(pid).since(before) | {"these clients": clients})
+        found[count] = RoundFigures(summary, wall_s, CpuSeconds.of(pid).since(before) | {"these clients": clients})
     return found
 
 
-def table(rounds: dict[str, list[dict[int, Cell]]]) -> str:
+def table(rounds: dict[str, list[dict[int, RoundFigures]]]) -> str:
     lines = [
         "| | tokens/s | TTFT p50 | p99 | between tokens p50 | p99 | a stream's longest pause, median | longest |",
         "|---|" + "---|" * 7,
@@ -205,16 +205,16 @@ def main() -> None:
     if given.grpc and given.vllm:
         parser.error("vLLM is asked over HTTP only")
     place = with_vocabulary(given.checkpoints)
-    rounds: dict[str, list[dict[int, Cell]]] = {"Manta": []} | ({"vLLM": []} if given.vllm else {})
+    rounds: dict[str, list[dict[int, RoundFigures]]] = {"Manta": []} | ({"vLLM": []} if given.vllm else {})
     for number in range(given.rounds):
         for name, results in rounds.items():
             port, grpc_port = free_port(), free_port()
             command, settings = manta_command(place, port, grpc_port) if name == "Manta" else vllm_command(given.vllm, place, port)
             url = f"http://127.0.0.1:{port}/v1"
             with server(command, settings, url) as pid:
-                results.append(measured(f"grpc://127.0.0.1:{grpc_port}" if given.grpc else url, str(number), pid, given.tokens_out))
-            for count, cell in results[-1].items():
-                print(f"round {number + 1}, {name}, {count} at once: {cell.told()}", flush=True)
+                results.append(measure(f"grpc://127.0.0.1:{grpc_port}" if given.grpc else url, str(number), pid, given.tokens_out))
+            for count, figures in results[-1].items():
+                print(f"round {number + 1}, {name}, {count} at once: {figures.summary_line()}", flush=True)
     print(table(rounds))
     if given.json:
         found = {name: [{count: asdict(one) for count, one in result.items()} for result in results] for name, results in rounds.items()}

@@ -1,11 +1,14 @@
-"""Ten times as much as a server can do, for a minute: what the accepted get, how soon the others are refused, and when it is calm again.
+"""Overload: goodput, refusals and recovery when ten times the peak load arrives for a minute.
 
     python -m benchmarks.overload [--times 10] [--seconds 60]
 
-A server whose model is a clock (`benchmarks.paced`); everything else is the server's own, over HTTP. First as many clients as it has
-seats, one request after the other: the peak. Then requests at ``--times`` the peak's rate, without mercy. Then half the peak: calm
-begins where no later answer's first token takes more than twice what it took at the peak. Targets: goodput at least 90 % of the peak,
-refusals' p99 below 100 ms, calm within 5 s.
+The server's model is simulated (`benchmarks.simulated_server`): a step takes a fixed time. Everything else is the real server, over HTTP.
+
+1. Closed loop with as many clients as the server runs sequences at once: this gives the peak rate.
+2. Open loop at ``--times`` the peak rate.
+3. Open loop at half the peak rate. The server has recovered once no later request's time to first token exceeds twice that of the peak.
+
+Targets: goodput at least 90 % of the peak, p99 of refusals below 100 ms, recovery within 5 s.
 """
 
 import argparse
@@ -18,14 +21,14 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from benchmarks.paced import MODEL, Pace, paced_server
+from benchmarks.simulated_server import MODEL, StepCost, simulated_server
 
 LENGTH = 32
 PROMPT_WORDS = 24
 
 
 @dataclass
-class Asked:
+class RequestRecord:
     """One request, in seconds of `time.monotonic`."""
 
     sent: float
@@ -48,10 +51,10 @@ class Asked:
         return self.first - self.sent
 
 
-async def ask(session: aiohttp.ClientSession, url: str, number: int) -> Asked:
+async def ask(session: aiohttp.ClientSession, url: str, number: int) -> RequestRecord:
     prompt = " ".join(str((number * 7919 + at) % 100) for at in range(PROMPT_WORDS))
     body = {"model": MODEL, "prompt": prompt, "max_tokens": LENGTH, "ignore_eos": True, "stream": True}
-    asked = Asked(sent=time.monotonic())
+    asked = RequestRecord(sent=time.monotonic())
     try:
         async with session.post(f"{url}/v1/completions", json=body | {"stream_options": {"include_usage": True}}) as answer:
             asked.status = answer.status
@@ -78,11 +81,11 @@ async def ask(session: aiohttp.ClientSession, url: str, number: int) -> Asked:
     return asked
 
 
-async def closed(session: aiohttp.ClientSession, url: str, clients: int, seconds: float) -> list[Asked]:
+async def closed_loop(session: aiohttp.ClientSession, url: str, clients: int, seconds: float) -> list[RequestRecord]:
     """Each of so many clients asks again as soon as it has its answer."""
     until = time.monotonic() + seconds
 
-    async def client(number: int) -> list[Asked]:
+    async def client(number: int) -> list[RequestRecord]:
         answers = []
         while time.monotonic() < until:
             answers.append(await ask(session, url, number + clients * len(answers)))
@@ -91,7 +94,7 @@ async def closed(session: aiohttp.ClientSession, url: str, clients: int, seconds
     return [answer for answers in await asyncio.gather(*map(client, range(clients))) for answer in answers]
 
 
-async def opened(session: aiohttp.ClientSession, url: str, per_s: float, seconds: float, seed: int) -> list[Asked]:
+async def open_loop(session: aiohttp.ClientSession, url: str, per_s: float, seconds: float, seed: int) -> list[RequestRecord]:
     """Requests come at their own times, whatever became of those before."""
     tasks = [asyncio.create_task(ask(session, url, number)) async for number in _arrivals(per_s, seconds, random.Random(seed))]
     return list(await asyncio.gather(*tasks))
@@ -110,26 +113,26 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[int(share * (len(ordered) - 1))] if ordered else 0.0
 
 
-def goodput(answers: list[Asked], begun: float, seconds: float) -> float:
+def goodput(answers: list[RequestRecord], begun: float, seconds: float) -> float:
     """Tokens a second of whole answers that ended within a span."""
     return sum(answer.tokens for answer in answers if answer.is_whole and begun <= answer.end <= begun + seconds) / seconds
 
 
-async def run(url: str, pace: Pace, times: float, seconds: float, stats: Callable[[], Awaitable[object]]) -> None:
+async def run(url: str, cost: StepCost, times: float, seconds: float, stats: Callable[[], Awaitable[object]]) -> None:
     limits = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0)) as session:
-        await closed(session, url, pace.max_running, 5.0)
+        await closed_loop(session, url, cost.max_running, 5.0)
         begun = time.monotonic()
-        answers = await closed(session, url, pace.max_running, 20.0)
+        answers = await closed_loop(session, url, cost.max_running, 20.0)
         peak = goodput(answers, begun, 20.0)
         ttft_s = quantile([answer.ttft_s for answer in answers], 0.9)
         print(f"peak: {peak:.0f} tokens/s, {peak / LENGTH:.1f} answers/s, p90 of the first token {ttft_s * 1000:.0f} ms")
 
         begun = time.monotonic()
-        storm = asyncio.create_task(opened(session, url, times * peak / LENGTH, seconds, seed=1))
+        storm = asyncio.create_task(open_loop(session, url, times * peak / LENGTH, seconds, seed=1))
         await asyncio.sleep(seconds)
         calm_from = time.monotonic()
-        after = await opened(session, url, 0.5 * peak / LENGTH, 20.0, seed=2)
+        after = await open_loop(session, url, 0.5 * peak / LENGTH, 20.0, seed=2)
         answers = await storm
         print("the replica afterwards:", await stats())
     print(f"{times:g} times that for {seconds:g} s:")
@@ -139,7 +142,7 @@ async def run(url: str, pace: Pace, times: float, seconds: float, stats: Callabl
     print(f"calm after {max(restless, default=0.0):.1f} s ({len(after)} requests at half the peak, {left} of them not whole)")
 
 
-def _tell(answers: list[Asked], peak: float, good: float) -> None:
+def _tell(answers: list[RequestRecord], peak: float, good: float) -> None:
     refused = [answer for answer in answers if answer.status in (429, 503) and not answer.error]
     whole = [answer for answer in answers if answer.is_whole]
     others = [answer for answer in answers if not answer.is_whole and answer not in refused]
@@ -158,13 +161,13 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=60.0)
     given = parser.parse_args()
-    pace = Pace()
-    with paced_server(pace) as server:
+    cost = StepCost()
+    with simulated_server(cost) as server:
 
         async def stats() -> object:
             return await asyncio.to_thread(server.stats)
 
-        asyncio.run(run(server.url, pace, given.times, given.seconds, stats))
+        asyncio.run(run(server.url, cost, given.times, given.seconds, stats))
 
 
 if __name__ == "__main__":

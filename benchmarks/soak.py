@@ -1,12 +1,13 @@
-"""Twenty minutes at 70 % of what a server can do: does anything grow?
+"""Soak test: twenty minutes at 70 % of the server's peak load, to find anything that grows.
 
     python -m benchmarks.soak [--minutes 20] [--share 0.7] [--warm-up-minutes 4]
 
-A server whose model is a clock (`benchmarks.paced`), everything else its own. Requests arrive by chance; one in ten clients leaves in
-the middle. Every ten seconds: memory, open files and threads of the front's and the replica's process. After the warm-up: a straight
-line through the memory, files and threads at the end against those at the warm-up's end, KV blocks still held once all is over, and the
-p99 of the time per token of the last quarter against that of the first.
-Targets: 5 MB an hour and process, no more files, threads or blocks, p99 within 10 %.
+The server's model is simulated (`benchmarks.simulated_server`); everything else is real. Arrivals are Poisson, and one client in ten
+disconnects during its answer. Memory, open files and threads of the front and replica processes are sampled every ten seconds. Reported
+after the warm-up: the slope of a line fitted to the memory, files and threads at the end against those at the end of the warm-up,
+KV blocks still held once all requests have ended, and p99 of the time per token in the last quarter against the first.
+
+Targets: 5 MB per hour and process; no more files, threads or blocks; p99 within 10 %.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from dataclasses import dataclass, field
 import aiohttp
 import psutil
 
-from benchmarks.overload import LENGTH, Asked, ask, opened, quantile
-from benchmarks.paced import Pace, PacedServer, paced_server
+from benchmarks.overload import LENGTH, RequestRecord, ask, open_loop, quantile
+from benchmarks.simulated_server import SimulatedServer, StepCost, simulated_server
 
 SAMPLE_S = 10.0
 LEAVES = 0.1
@@ -66,8 +67,8 @@ async def leaving(session: aiohttp.ClientSession, url: str, per_s: float, second
     return number
 
 
-async def run(server: PacedServer, pace: Pace, seconds: float, share: float, warm_up_s: float) -> None:
-    per_s = share * pace.max_running / (LENGTH * (pace.base_s + pace.token_s * pace.max_running))
+async def run(server: SimulatedServer, cost: StepCost, seconds: float, share: float, warm_up_s: float) -> None:
+    per_s = share * cost.max_running / (LENGTH * (cost.base_s + cost.token_s * cost.max_running))
     samples = {"front": Samples(), "replica": Samples()}
     begun = time.monotonic()
 
@@ -81,7 +82,7 @@ async def run(server: PacedServer, pace: Pace, seconds: float, share: float, war
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120), connector=connector) as session:
         watching = asyncio.create_task(watch())
         answers, num_left = await asyncio.gather(
-            opened(session, server.url, per_s * (1 - LEAVES), seconds, seed=4), leaving(session, server.url, per_s * LEAVES, seconds)
+            open_loop(session, server.url, per_s * (1 - LEAVES), seconds, seed=4), leaving(session, server.url, per_s * LEAVES, seconds)
         )
         await asyncio.sleep(5.0)
         watching.cancel()
@@ -95,7 +96,7 @@ async def run(server: PacedServer, pace: Pace, seconds: float, share: float, war
     print(f"blocks held after all is over: {stats.blocks_used}; running {stats.num_running}, waiting {stats.num_waiting}")
 
 
-def _tell_drift(answers: list[Asked]) -> None:
+def _tell_drift(answers: list[RequestRecord]) -> None:
     quarter = len(answers) // 4
     p99 = [
         quantile([(one.end - one.first) / (one.tokens - 1) * 1000 for one in part], 0.99)
@@ -110,9 +111,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.7)
     parser.add_argument("--warm-up-minutes", type=float, default=4.0)
     given = parser.parse_args()
-    pace = Pace(max_waiting=64)
-    with paced_server(pace) as server:
-        asyncio.run(run(server, pace, given.minutes * 60, given.share, given.warm_up_minutes * 60))
+    cost = StepCost(max_waiting=64)
+    with simulated_server(cost) as server:
+        asyncio.run(run(server, cost, given.minutes * 60, given.share, given.warm_up_minutes * 60))
 
 
 if __name__ == "__main__":

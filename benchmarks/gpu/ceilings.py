@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.clock import median_s, replayed_s
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.timing import median_s, replayed_s
 
 
 @dataclass(frozen=True)

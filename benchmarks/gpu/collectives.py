@@ -11,8 +11,8 @@ from multiprocessing.queues import Queue
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import replayed_s
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.timing import replayed_s
 from parallel.collectives import all_reduce, broadcast
 from parallel.groups import Group, Rendezvous, free_rendezvous, open_groups
 from parallel.topology import Topology

@@ -127,7 +127,7 @@ def random_model(
     return model
 
 
-class Served:
+class ServedModel:
     """A model behind an engine in this process."""
 
     def __init__(

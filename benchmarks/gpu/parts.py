@@ -14,13 +14,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ceilings, collectives, early, peer, prompts, replays, several, whole, workloads
+from benchmarks.gpu import (
+    ceilings,
+    collectives,
+    early_launches,
+    graph_replays,
+    multi_gpu,
+    peer_transformers,
+    prefill_launches,
+    whole_model,
+    workloads,
+)
 from benchmarks.gpu.ceilings import GUESSED, Ceilings
 from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.kernels.checks import TINY as TINY_SIZES
 from benchmarks.gpu.kernels.checks import Checks, Sizes
-from benchmarks.gpu.kernels.table import CHECKS, run
-from benchmarks.gpu.models import Served, random_model
+from benchmarks.gpu.kernels.registry import CHECKS, run
+from benchmarks.gpu.models import ServedModel, random_model
 from benchmarks.gpu.results import HANG_S, Results, ended_after
 from engine.request import SamplingParams
 from engine.run.settings import QuantizeName
@@ -71,22 +81,22 @@ class Bench:
         run(check, Checks(self.results, self.device, self.ceilings, TINY_SIZES if self.tiny else Sizes()))
 
     def check_whole(self) -> None:
-        whole.check(self.results, self.device, tiny=self.tiny)
+        whole_model.check(self.results, self.device, tiny=self.tiny)
 
     def check_replays(self, part: ModelPart) -> None:
-        replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, most_rows=64))  # a third less to capture
+        graph_replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, most_rows=64))  # a third less to capture
 
     def compare_early(self, part: ModelPart) -> None:
-        early.compare(self.results, part.name, random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers))
+        early_launches.compare(self.results, part.name, random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers))
 
     def compare_prompts(self, part: ModelPart) -> None:
-        prompts.compare(self.results, part.name, self._serve(part, cuda_graphs=False))
+        prefill_launches.compare(self.results, part.name, self._serve(part, cuda_graphs=False))
 
     def measure_collectives(self) -> None:
         collectives.measure(self.results, self.device, tiny=self.tiny)
 
     def check_several(self) -> None:
-        several.check(self.results, self.device, tiny=self.tiny)
+        multi_gpu.check(self.results, self.device, tiny=self.tiny)
 
     def measure_model(self, part: ModelPart) -> None:
         context = 40 if self.tiny else 1024
@@ -109,16 +119,16 @@ class Bench:
         workloads.steps(self.results, name, served, floors, rows=part.rows, context=40 if self.tiny else 1024, kind=GREEDY)
 
     def measure_peer(self, part: ModelPart) -> None:
-        peer.measure(self.results, part.name, part.shape, self.device, layers=part.layers, cells=list(part.beside))
+        peer_transformers.measure(self.results, part.name, part.shape, self.device, layers=part.layers, cells=list(part.beside))
 
-    def _serve(self, part: ModelPart, *, cuda_graphs: bool, most_rows: int = 256) -> Served:
+    def _serve(self, part: ModelPart, *, cuda_graphs: bool, most_rows: int = 256) -> ServedModel:
         model = random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers)
         kv_cache_bytes = 1 << 22 if self.device.type == "cpu" else None
-        served = Served(model, max_running=8 if self.tiny else most_rows, cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes)
+        served = ServedModel(model, max_running=8 if self.tiny else most_rows, cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes)
         print(f"{part.name}: {served.runner}", flush=True)
         return served
 
-    def _floors(self, part: ModelPart, served: Served) -> Floors:
+    def _floors(self, part: ModelPart, served: ServedModel) -> Floors:
         model = served.model
         rate = self.ceilings.fp8_flop_per_s if part.quantize == "fp8" else self.ceilings.flop_per_s
         weight_bytes = BYTES[part.quantize] if part.quantize else model.dtype.itemsize
@@ -126,7 +136,7 @@ class Bench:
             model.config, self.ceilings, weight_bytes=weight_bytes, kv_element_bytes=model.kv_layout.dtype.itemsize, rate=rate
         )  # fmt: skip
 
-    def _profile(self, part: ModelPart, served: Served, context: int) -> None:
+    def _profile(self, part: ModelPart, served: ServedModel, context: int) -> None:
         if self.device.type != "cuda":
             return
         for rows in (part.rows[0], part.rows[-1]):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.gpu.expected import EXPECTED
+from benchmarks.gpu.expectations import EXPECTED
 
 HANG_S = 60.0
 """After so many seconds beyond its time a part's process is ended. Between two figures kernels are compiled, and a model is made."""

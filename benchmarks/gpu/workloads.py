@@ -9,10 +9,10 @@ from itertools import count
 import numpy as np
 import torch
 
-from benchmarks.gpu.clock import median_s
 from benchmarks.gpu.floors import Floors
-from benchmarks.gpu.models import Served
+from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.timing import median_s
 from engine.plan import NO_BLOCK, Decodes, Opening, StepPlan, Work
 from engine.request import Request, SamplingParams
 
@@ -22,7 +22,9 @@ GRID = ((128, 128), (128, 2048), (1000, 1000), (2048, 128), (5000, 500))
 
 
 @torch.inference_mode()
-def steps(results: Results, part: str, served: Served, floors: Floors, *, rows: Sequence[int], context: int, kind: SamplingParams) -> None:
+def steps(
+    results: Results, part: str, served: ServedModel, floors: Floors, *, rows: Sequence[int], context: int, kind: SamplingParams
+) -> None:
     """A step of so many sequences behind contexts of so many tokens: as the engine takes it, and the model's launches alone.
 
     Keys and values are whatever lies in the cache, and no prompt is computed.
@@ -45,7 +47,7 @@ def steps(results: Results, part: str, served: Served, floors: Floors, *, rows: 
         served.runner.run(StepPlan(0, (), closed=tuple(range(number_of_rows))))
 
 
-def _decoding(served: Served, rows: int, context: int, kind: SamplingParams, num_steps: int = 23) -> list[StepPlan]:
+def _decoding(served: ServedModel, rows: int, context: int, kind: SamplingParams, num_steps: int = 23) -> list[StepPlan]:
     """Plans by which so many sequences go on, behind contexts that nobody computed. Blocks are shared where there are too few."""
     blocks_each = served.runner.capacity.blocks_for(context + num_steps)
     total = served.runner.capacity.num_blocks
@@ -74,7 +76,7 @@ def mixed(sequences: int, least: int, most: int) -> list[tuple[int, int]]:
     return [(draw.randint(least, most), draw.randint(least, most)) for _ in range(sequences)]
 
 
-def closed_loop(results: Results, served: Served, requests: Sequence[tuple[int, int]], seed: int) -> tuple[float, float, float]:
+def closed_loop(results: Results, served: ServedModel, requests: Sequence[tuple[int, int]], seed: int) -> tuple[float, float, float]:
     """All at once. Seconds, the median time to a first token, and the median gap between tokens of one request.
 
     Tokens of requests that only go on are looked at as columns, as a replica's desk does (`cluster.front_protocol`).
@@ -108,7 +110,7 @@ def closed_loop(results: Results, served: Served, requests: Sequence[tuple[int, 
     return seconds, float(np.median(first_s)), float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else 0.0
 
 
-def single_stream(results: Results, part: str, served: Served, floors: Floors, contexts: Sequence[int], tokens_out: int) -> None:
+def single_stream(results: Results, part: str, served: ServedModel, floors: Floors, contexts: Sequence[int], tokens_out: int) -> None:
     """W1."""
     for context in contexts:
         rounds = [closed_loop(results, served, [(context, tokens_out)], seed) for seed in range(3)][1:]
@@ -118,7 +120,7 @@ def single_stream(results: Results, part: str, served: Served, floors: Floors, c
         results.add(part, f"W1 one stream behind {context}", 1 / gap_s, "tokens/s", 1 / floor_s)
 
 
-def many(results: Results, part: str, served: Served, floors: Floors, *, sequences: int, most: int, least: int) -> None:
+def many(results: Results, part: str, served: ServedModel, floors: Floors, *, sequences: int, most: int, least: int) -> None:
     """W2."""
     requests = mixed(sequences, least, most)
     seconds, _, gap_s = closed_loop(results, served, requests, seed=1)
@@ -127,7 +129,9 @@ def many(results: Results, part: str, served: Served, floors: Floors, *, sequenc
     results.add(part, "W2 gap between tokens", gap_s * 1000, "ms")
 
 
-def grid(results: Results, part: str, served: Served, floors: Floors, *, sequences: int, cells: Sequence[tuple[int, int]] = GRID) -> None:
+def grid(
+    results: Results, part: str, served: ServedModel, floors: Floors, *, sequences: int, cells: Sequence[tuple[int, int]] = GRID
+) -> None:
     """W4."""
     for tokens_in, tokens_out in cells:
         requests = [(tokens_in, tokens_out)] * sequences
@@ -137,7 +141,7 @@ def grid(results: Results, part: str, served: Served, floors: Floors, *, sequenc
         results.add(part, f"  {name}, gap", gap_s * 1000, "ms")
 
 
-def profile(results: Results, part: str, served: Served, *, rows: int, context: int) -> list[tuple[str, float, int]]:
+def profile(results: Results, part: str, served: ServedModel, *, rows: int, context: int) -> list[tuple[str, float, int]]:
     """Where a step's time goes: (kernel, microseconds a step, launches a step), the longest first."""
     plans = _decoding(served, rows, context, SamplingParams(temperature=0.0))
     for plan in plans[:3]:

@@ -1,4 +1,4 @@
-"""llama.cpp by its Python binding's C functions, with all sequences of a cell in one batch. `converted` wants torch, the rest does not."""
+"""llama.cpp through its Python binding's C functions; all sequences of a workload form one batch. Only `converted` needs torch."""
 
 import sys
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cells import cells, measure
+from benchmarks.workloads import measure, workloads
 
 FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 NAMES = {
@@ -144,7 +144,7 @@ def main() -> None:
     checkpoint, form, tokens_out, *only = sys.argv[1:]
     path = converted(Path(checkpoint), form)
     engine = LlamaCpp(path, threads=2)
-    measure(engine.generate, [cell for cell in cells(int(tokens_out)) if not only or any(part in cell.name for part in only)])
+    measure(engine.generate, workloads(int(tokens_out), only))
 
 
 if __name__ == "__main__":

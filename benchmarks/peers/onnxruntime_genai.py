@@ -1,4 +1,4 @@
-"""ONNX Runtime's generator (PyPI: onnxruntime-genai), all sequences of a cell as one batch; its own builder makes the model.
+"""ONNX Runtime's generator (PyPI: onnxruntime-genai), all sequences of a workload as one batch; its own builder makes the model.
 
 Without TOKENS_OUT it only makes its files. In 0.18 a batch of several takes its prompts all at once ("AppendTokens can only be called
 once for batch_size > 1"), and its engine of many requests is for CUDA; so a shared prefix is computed for every sequence.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cells import VOCAB_SIZE, cells, measure
+from benchmarks.workloads import VOCAB_SIZE, measure, workloads
 
 FORMATS = ("int8", "int4")
 SETTINGS = ("accuracy_level=4", "block_size=32", "prune_lm_head=true", "shared_embeddings=true", "hf_token=false")
@@ -74,7 +74,7 @@ def main() -> None:
         return
     tokens_out, *only = rest
     engine = OnnxRuntime(place, threads=2)
-    measure(engine.generate, [cell for cell in cells(int(tokens_out)) if not only or any(part in cell.name for part in only)])
+    measure(engine.generate, workloads(int(tokens_out), only))
 
 
 if __name__ == "__main__":

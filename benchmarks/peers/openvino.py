@@ -1,4 +1,4 @@
-"""OpenVINO: GenAI's reader makes its model of a GGUF file, the runtime generates, with all sequences of a cell in one batch.
+"""OpenVINO: GenAI's reader makes its model of a GGUF file, the runtime generates, with all sequences of a workload in one batch.
 
 Without TOKENS_OUT it only makes its files.
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cells import cells, measure
 from benchmarks.peers.llama_cpp import converted as gguf_of
+from benchmarks.workloads import measure, workloads
 
 FILE_TYPES = {"bf16": 1, "int8": 7, "int4": 2}
 """`general.file_type`: mostly F16 (it reads no bfloat16), Q8_0, Q4_0."""
@@ -135,7 +135,7 @@ def main() -> None:
         return
     tokens_out, *only = rest
     engine = OpenVino(place, threads=2)
-    measure(engine.generate, [cell for cell in cells(int(tokens_out)) if not only or any(part in cell.name for part in only)])
+    measure(engine.generate, workloads(int(tokens_out), only))
 
 
 if __name__ == "__main__":

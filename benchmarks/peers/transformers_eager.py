@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from benchmarks.cells import cells, measure
+from benchmarks.workloads import measure, workloads
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         )
 
     assert form == "bf16", "transformers is measured with plain weights only"
-    measure(generate, [cell for cell in cells(int(tokens_out)) if not only or any(part in cell.name for part in only)])
+    measure(generate, workloads(int(tokens_out), only))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.cells import cells, measure
+from benchmarks.workloads import measure, workloads
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -80,7 +80,7 @@ def main() -> None:
         wanted = SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
         engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False)
 
-    measure(generate, [cell for cell in cells(int(tokens_out)) if not only or any(part in cell.name for part in only)])
+    measure(generate, workloads(int(tokens_out), only))
 
 
 if __name__ == "__main__":

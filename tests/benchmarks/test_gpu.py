@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import ahead, collectives, early, parts, whole
-from benchmarks.gpu.ahead import wrong_ahead, wrong_beside_prompts
+from benchmarks.gpu import collectives, early_launches, parts, run_ahead, whole_model
 from benchmarks.gpu.ceilings import GUESSED, Ceilings, found_in
 from benchmarks.gpu.floors import Floors
-from benchmarks.gpu.models import Served, config_of, random_model
+from benchmarks.gpu.models import ServedModel, config_of, random_model
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.run_ahead import wrong_ahead, wrong_beside_prompts
 from engine.request import SamplingParams
 from engine.run.warm_up import capture
 from model.config import ModelConfig
@@ -173,7 +173,7 @@ def test_a_word_of_a_part_chooses_it() -> None:
 def test_a_model_that_was_served_is_gone_before_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
     """On a device it and its KV fill nearly all of the memory. Whoever keeps what was logged keeps nothing of it."""
     caplog.set_level(logging.DEBUG)
-    served = Served(random_model("tiny", torch.device("cpu")), max_running=4, kv_cache_bytes=1 << 20)
+    served = ServedModel(random_model("tiny", torch.device("cpu")), max_running=4, kv_cache_bytes=1 << 20)
     parts_of_it = [weakref.ref(one) for one in (served.model, served.runner, served.runner.cache, served.engine)]
     del served
     gc.collect()
@@ -197,7 +197,7 @@ def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor
     pytest.importorskip("triton")
     from benchmarks.gpu.kernels.attention import attend
     from benchmarks.gpu.kernels.checks import TINY, Checks
-    from benchmarks.gpu.kernels.table import CHECKS, run
+    from benchmarks.gpu.kernels.registry import CHECKS, run
 
     checks = Checks(Results(None, 1.0), torch.device("cpu"), GUESSED, TINY)
     attend(checks, [(4, 1), (17, 1)], (4, 2, 16), torch.float32)
@@ -210,50 +210,50 @@ def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor
 
 def test_a_model_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     results, cpu = Results(None, 1.0), torch.device("cpu")
-    whole.check(results, cpu, tiny=True)
+    whole_model.check(results, cpu, tiny=True)
     assert all(figure.value < 1e-5 for figure in results.figures)
-    right, calls = whole.logits_of_steps, count()
+    right, calls = whole_model.logits_of_steps, count()
 
     def other(model: Qwen2, tokens: list[list[int]]) -> Tensor:
         """The two read other first tokens."""
         return right(model, [[next(calls) % 2, *of_one[1:]] for of_one in tokens])
 
-    monkeypatch.setattr(whole, "logits_of_steps", other)
+    monkeypatch.setattr(whole_model, "logits_of_steps", other)
     with pytest.raises(AssertionError, match=r"tiny: logits are off by .*tiny-moe: logits are off by"):
-        whole.check(results, cpu, tiny=True)
+        whole_model.check(results, cpu, tiny=True)
 
 
 def test_answers_that_differ_a_step_ahead_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = Served(random_model("tiny", torch.device("cpu")), max_running=8, kv_cache_bytes=1 << 20)
+    served = ServedModel(random_model("tiny", torch.device("cpu")), max_running=8, kv_cache_bytes=1 << 20)
     kinds = [SamplingParams(temperature=0.0), SamplingParams(top_k=20, repetition_penalty=1.1), SamplingParams()]
     results = Results(None, 1.0)
-    monkeypatch.setattr(ahead, "TOKENS_OUT", 4)
+    monkeypatch.setattr(run_ahead, "TOKENS_OUT", 4)
     assert wrong_ahead(results, "tiny", served, kinds=kinds, count=5) == []
     assert [figure.value for figure in results.figures] == [0.0, 0.0]
-    answers, calls = ahead._answers, count(1)
+    answers, calls = run_ahead._answers, count(1)
 
     def other(*arguments: Any) -> dict[str, list[int]]:
         found = answers(*arguments)
         return found | {"ahead-2": []} if next(calls) == 3 else found
 
-    monkeypatch.setattr(ahead, "_answers", other)
+    monkeypatch.setattr(run_ahead, "_answers", other)
     assert wrong_ahead(results, "tiny", served, kinds=kinds, count=5) == ["tiny: 1 of 5 answers differ a step ahead"]
 
 
 def test_answers_that_differ_beside_prompts_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = Served(random_model("tiny", torch.device("cpu")), max_running=8, kv_cache_bytes=1 << 20)
+    served = ServedModel(random_model("tiny", torch.device("cpu")), max_running=8, kv_cache_bytes=1 << 20)
     results, kinds = Results(None, 1.0), [SamplingParams(temperature=0.0), SamplingParams(top_k=20, repetition_penalty=1.1)]
-    monkeypatch.setattr(ahead, "TOKENS_OUT", 6)
+    monkeypatch.setattr(run_ahead, "TOKENS_OUT", 6)
     assert wrong_beside_prompts(results, "tiny", served, kinds=kinds, count=5) == []
     assert [figure.value for figure in results.figures] == [0.0, 0.0]
-    assert served.runner.prompts_ahead is None
-    answers, calls = ahead._answers, count(1)
+    assert served.runner.mixed_steps is None
+    answers, calls = run_ahead._answers, count(1)
 
     def other(*arguments: Any, **named: Any) -> dict[str, list[int]]:
         found = answers(*arguments, **named)
         return found | {"beside-2": []} if next(calls) == 2 else found
 
-    monkeypatch.setattr(ahead, "_answers", other)
+    monkeypatch.setattr(run_ahead, "_answers", other)
     (wrong,) = wrong_beside_prompts(results, "tiny", served, kinds=kinds, count=5)
     assert wrong.startswith("tiny: 1 of 5 answers differ")
 
@@ -271,11 +271,11 @@ def test_steps_whose_launches_begin_early_are_held_against_the_others(
 ) -> None:
     use_capturable_parts(monkeypatch)
     monkeypatch.setattr("benchmarks.gpu.models.choose_formats", lambda *_args: Formats(Dense(torch.float32), Dense(torch.float32)))
-    monkeypatch.setattr(early, "ROWS", (1, 3))
-    monkeypatch.setattr(early, "KV_CACHE_BYTES", 1 << 20)
+    monkeypatch.setattr(early_launches, "ROWS", (1, 3))
+    monkeypatch.setattr(early_launches, "KV_CACHE_BYTES", 1 << 20)
 
-    def served(model: Qwen2, *, early_launches: bool, **options: Any) -> Served:
-        found = Served(model, early_launches=early_launches, **options)
+    def served(model: Qwen2, *, early_launches: bool, **options: Any) -> ServedModel:
+        found = ServedModel(model, early_launches=early_launches, **options)
         capture(found.runner, RecordedGraphs(), found.config)
         if changes and early_launches:
             assert found.model.norm is not None
@@ -283,9 +283,9 @@ def test_steps_whose_launches_begin_early_are_held_against_the_others(
             found.model.norm.weight.mul_(1.5)
         return found
 
-    monkeypatch.setattr(early, "Served", served)
+    monkeypatch.setattr(early_launches, "ServedModel", served)
     results = Results(tmp_path, 1.0)
     with pytest.raises(AssertionError, match=r"tiny: launches that begin early change logits of 1; .* of 3") if changes else nullcontext():
-        early.compare(results, "tiny", random_model("tiny", torch.device("cpu")))
+        early_launches.compare(results, "tiny", random_model("tiny", torch.device("cpu")))
     names = [f"tiny: step of {rows}, {way}" for way in ("as ever", "early") for rows in (1, 3)]
     assert [figure.name for figure in results.figures] == names

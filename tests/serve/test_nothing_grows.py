@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.paced import MODEL, Pace, PacedExecutor
+from benchmarks.simulated_server import MODEL, SimulatedExecutor, StepCost
 from cluster.block_journal import BlockJournal
 from cluster.channel import PrivateFolder
 from cluster.config import RouterConfig
@@ -39,7 +39,7 @@ from serve.text.tokenizer import Tokenizer
 from tests.serve.vocabularies import write_smol
 
 ROOT = Path(__file__).parents[2]
-PACE = Pace(base_s=0.0, token_s=0.0, num_blocks=300, max_running=16, max_waiting=64)
+COST = StepCost(base_s=0.0, token_s=0.0, num_blocks=300, max_running=16, max_waiting=64)
 ROUND = 400
 """Requests between two looks."""
 PER_REQUEST = 0.25
@@ -58,7 +58,7 @@ class Only:
 async def served(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     """The whole way but Ray, uvicorn and a model."""
     journal = BlockJournal()
-    engine = Engine(PacedExecutor(PACE), PACE.engine, policy=FairShare(), listener=journal)
+    engine = Engine(SimulatedExecutor(COST), COST.engine, policy=FairShare(), listener=journal)
     private = PrivateFolder()
     intake = Intake(
         folder=private,
@@ -79,7 +79,7 @@ async def served(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     router = Router(
         replicas=Only(ReplicaRecord(id="r", model=MODEL, state=State.READY, address=intake.address)),
         connect=lambda one: ReplicaLink(one, node="n", config=config),
-        policy=policy_of(config, PACE.engine, Topology()),
+        policy=policy_of(config, COST.engine, Topology()),
         config=config,
     )
     await router.open()

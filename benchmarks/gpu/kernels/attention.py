@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import median_s
-from benchmarks.gpu.kernels.attending import Heads, attending
+from benchmarks.gpu.kernels.attention_inputs import Heads, attention_case
 from benchmarks.gpu.kernels.checks import Checks, error_of, poisoned
+from benchmarks.gpu.timing import median_s
 from model.rope import Rotation
 from parallel.quantisation import FP8
 
@@ -29,7 +29,7 @@ def decode(checks: Checks) -> None:
     for sequences, context in checks.sizes.timed:
         for kv_dtype in _kv_dtypes(checks):
             checks.results.go_on()
-            run = attending(checks, [(context - 1, 1)] * sequences, heads, kv_dtype).run
+            run = attention_case(checks, [(context - 1, 1)] * sequences, heads, kv_dtype).run
             num_bytes = 2 * sequences * context * heads[1] * heads[2] * kv_dtype.itemsize
             checks.timed(f"decode of {sequences} behind {context}, KV in {kv_dtype}", run, num_bytes)
 
@@ -43,7 +43,7 @@ def few(checks: Checks) -> None:
     for sequences, context in checks.sizes.timed:
         for kv_dtype in _kv_dtypes(checks):
             checks.results.go_on()
-            run = attending(checks, [(context - 5, 5)] * sequences, heads, kv_dtype).run
+            run = attention_case(checks, [(context - 5, 5)] * sequences, heads, kv_dtype).run
             num_bytes = 2 * sequences * context * heads[1] * heads[2] * kv_dtype.itemsize
             checks.timed(f"5 tokens of {sequences} behind {context}, KV in {kv_dtype}", run, num_bytes)
 
@@ -56,7 +56,7 @@ def prefill(checks: Checks) -> None:
     for behind, new in checks.sizes.timed_prompts:
         for kv_dtype in _kv_dtypes(checks):
             checks.results.go_on()
-            run = attending(checks, [(behind, new)], heads, kv_dtype).run
+            run = attention_case(checks, [(behind, new)], heads, kv_dtype).run
             rate = 4 * heads[0] * heads[2] * new * (behind + new / 2) / median_s(run, checks.device)
             name = f"prompt of {new} behind {behind}, KV in {kv_dtype}"
             checks.results.add("kernels", name, rate / 1e12, "TFLOP/s", checks.ceilings.flop_per_s / 1e12)
@@ -73,7 +73,7 @@ def flashinfer(checks: Checks) -> None:
         attend(checks, list(checks.sizes.prompts), heads, checks.dtype, FlashInferAttention)
     heads, tokens = checks.sizes.heads[0], 8192
     for name, kind in (("ours", CudaAttention), ("flashinfer", FlashInferAttention)):
-        run = attending(checks, [(0, tokens)], heads, checks.dtype, kind).run
+        run = attention_case(checks, [(0, tokens)], heads, checks.dtype, kind).run
         rate = 2 * heads[0] * heads[2] * tokens**2 / median_s(run, checks.device)
         checks.results.add("kernels", f"prompt of {tokens}, {name}", rate / 1e12, "TFLOP/s", checks.ceilings.flop_per_s / 1e12)
 
@@ -83,7 +83,7 @@ def attend(
 ) -> None:
     """What the kernels wrote for works (behind, new) is judged by what they were given; nothing that is wanted is read from where they
     write. ``kind`` of backend: None is our own."""
-    one = attending(checks, works, heads, kv_dtype, kind)
+    one = attention_case(checks, works, heads, kv_dtype, kind)
     num_heads, num_kv_heads, _ = heads
     turned = _turned(one.fused[:, : num_heads + num_kv_heads].double(), one.rotation)
     q_THK, k_TGK = turned[:, :num_heads], turned[:, num_heads:]

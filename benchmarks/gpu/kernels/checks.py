@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.ceilings import Ceilings
-from benchmarks.gpu.clock import replayed_s
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.timing import replayed_s
 
 
 @dataclass(frozen=True)

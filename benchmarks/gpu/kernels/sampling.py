@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from benchmarks.gpu.clock import median_s, replayed_s
 from benchmarks.gpu.kernels.checks import Checks
+from benchmarks.gpu.timing import median_s, replayed_s
 from engine.plan import Opening
 from engine.request import SamplingParams
 from engine.run.noise import uniform

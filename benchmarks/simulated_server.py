@@ -27,7 +27,7 @@ MODEL = "paced"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class StepCost:
     """What a step takes, and what fits."""
 
     base_s: float = 0.050
@@ -42,24 +42,24 @@ class Pace:
         return EngineConfig(max_running=self.max_running, max_waiting=self.max_waiting, max_step_tokens=512)
 
 
-class PacedExecutor:
+class SimulatedExecutor:
     """Answers a step when its time is over."""
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
-        self.capacity = Capacity(num_blocks=pace.num_blocks, block_tokens=16, max_context_tokens=4096)
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self.capacity = Capacity(num_blocks=cost.num_blocks, block_tokens=16, max_context_tokens=4096)
         self._free_at = 0.0
 
-    def submit(self, plan: StepPlan) -> "PacedStep":
-        elapsed_s = self._pace.base_s + self._pace.token_s * plan.num_tokens
+    def submit(self, plan: StepPlan) -> "SimulatedStep":
+        elapsed_s = self._cost.base_s + self._cost.token_s * plan.num_tokens
         self._free_at = max(self._free_at, time.monotonic()) + elapsed_s
-        return PacedStep(plan, elapsed_s, self._free_at)
+        return SimulatedStep(plan, elapsed_s, self._free_at)
 
     def close(self) -> None:
         pass
 
 
-class PacedStep:
+class SimulatedStep:
     def __init__(self, plan: StepPlan, elapsed_s: float, done_at: float) -> None:
         self._plan, self._elapsed_s, self._done_at = plan, elapsed_s, done_at
 
@@ -69,7 +69,7 @@ class PacedStep:
         return StepResult(self._plan.step, sampled, elapsed_s=self._elapsed_s)
 
 
-def _replica(tell: Any, pace: Pace) -> None:
+def _replica(tell: Any, cost: StepCost) -> None:
     """Told anything, it answers with its engine's statistics; told "end", it ends."""
     from cluster.channel import PrivateFolder
     from cluster.intake import Intake
@@ -77,7 +77,7 @@ def _replica(tell: Any, pace: Pace) -> None:
     from engine.engine import Engine
     from engine.fair_share import FairShare
 
-    engine = Engine(PacedExecutor(pace), pace.engine, policy=FairShare())
+    engine = Engine(SimulatedExecutor(cost), cost.engine, policy=FairShare())
     folder = PrivateFolder()
 
     def pong() -> Pong:
@@ -159,7 +159,7 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
 
 
 @dataclass
-class PacedServer:
+class SimulatedServer:
     """Both processes, and the way to the replica's statistics."""
 
     url: str
@@ -173,7 +173,7 @@ class PacedServer:
 
 
 @contextlib.contextmanager
-def paced_server(pace: Pace) -> Iterator[PacedServer]:
+def simulated_server(cost: StepCost) -> Iterator[SimulatedServer]:
     from tests.serve.vocabularies import write_smol
 
     spawn = multiprocessing.get_context("spawn")
@@ -182,7 +182,7 @@ def paced_server(pace: Pace) -> Iterator[PacedServer]:
         folder = write_smol(Path(made))
         sizes = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 4096}))
-        replica = spawn.Process(target=_replica, args=(there, pace))
+        replica = spawn.Process(target=_replica, args=(there, cost))
         replica.start()
         port = _free_port()
         front = spawn.Process(target=_front, args=(here.recv(), port, folder))
@@ -191,7 +191,7 @@ def paced_server(pace: Pace) -> Iterator[PacedServer]:
             _await_ready(port)
             assert front.pid is not None
             assert replica.pid is not None
-            yield PacedServer(f"http://127.0.0.1:{port}", psutil.Process(front.pid), psutil.Process(replica.pid), here)
+            yield SimulatedServer(f"http://127.0.0.1:{port}", psutil.Process(front.pid), psutil.Process(replica.pid), here)
         finally:
             front.terminate()
             front.join(10)

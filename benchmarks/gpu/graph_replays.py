@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.ahead import wrong_ahead, wrong_beside_prompts
-from benchmarks.gpu.models import Served
+from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.run_ahead import wrong_ahead, wrong_beside_prompts
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.batch_builder import build_batch
@@ -38,7 +38,7 @@ that is a rounding off is 6 % off."""
 
 
 @torch.inference_mode()
-def check(results: Results, name: str, served: Served) -> None:
+def check(results: Results, name: str, served: ServedModel) -> None:
     """
     Raises:
         AssertionError: a replay differs by more than roundings. All are made before.
@@ -68,7 +68,7 @@ def check(results: Results, name: str, served: Served) -> None:
     assert not wrong, "; ".join(wrong)
 
 
-def _error_of_logits(served: Served, graphs: DecodeGraphs, count: int) -> float:
+def _error_of_logits(served: ServedModel, graphs: DecodeGraphs, count: int) -> float:
     works, tables, replayed_RV = replayed_logits(served, graphs, count, random.Random())
     found = replayed_RV.double()
     built = build_batch(works, tables, served.runner.capacity.block_tokens, served.model.device)
@@ -78,7 +78,7 @@ def _error_of_logits(served: Served, graphs: DecodeGraphs, count: int) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def replayed_logits(served: Served, graphs: DecodeGraphs, count: int, draw: random.Random) -> tuple[list[Work], BlockTables, Tensor]:
+def replayed_logits(served: ServedModel, graphs: DecodeGraphs, count: int, draw: random.Random) -> tuple[list[Work], BlockTables, Tensor]:
     """A step of so many sequences, behind contexts of up to 300 tokens in blocks of their own, and its logits (R, V), which last until the
     next one."""
     tables, works = BlockTables(), []
@@ -95,7 +95,7 @@ def replayed_logits(served: Served, graphs: DecodeGraphs, count: int, draw: rand
     return works, tables, logits_RV
 
 
-def _different_tokens(served: Served, graphs: SamplerGraphs, count: int, size: int) -> int:
+def _different_tokens(served: ServedModel, graphs: SamplerGraphs, count: int, size: int) -> int:
     """Of the logits that the model left, drawn with every kind of parameters; what was seen is counted on the device, and by the host."""
     draw, columns, rows, states = random.Random(), SamplingColumns(), [], []
     vocab_size = served.sampler.vocab_size

@@ -1,6 +1,6 @@
 """What a draft model gives: the same answers with none, with one that is always right, and with one that rarely is.
 
-    python -m benchmarks.drafting [--idle-layers 60] [--few-layers 6] [--streams 1 4] [--tokens 96] [--rounds 3]
+    python -m benchmarks.speculative_decoding [--idle-layers 60] [--few-layers 6] [--streams 1 4] [--tokens 96] [--rounds 3]
 
 The model is the demo model with layers behind it that add nothing (their outputs are multiplied by 0): it says what the demo model says,
 and costs as much more as it has layers more. The demo model is then its perfect draft, and the demo model's first few layers a bad one.
@@ -51,7 +51,7 @@ def with_layers(source: Path, place: Path, count: int) -> Path:
     return place
 
 
-class Served:
+class ServedModel:
     """An engine with or without a draft model."""
 
     def __init__(self, name: str, folder: Path, draft: Path | None) -> None:
@@ -98,14 +98,14 @@ def main() -> None:
         deep = with_layers(demo, Path(folder) / "deep", layers + arguments.idle_layers)
         few = with_layers(demo, Path(folder) / "few", arguments.few_layers)
         drafts = {"none": None, "always right": demo, "rarely right": few}
-        served = [stack.enter_context(closing(Served(name, deep, draft))) for name, draft in drafts.items()]
+        served = [stack.enter_context(closing(ServedModel(name, deep, draft))) for name, draft in drafts.items()]
         print(f"{layers + arguments.idle_layers} layers; drafts of {layers} and {arguments.few_layers}; {torch.get_num_threads()} threads")
         print(f"{'streams':>8}  {'draft model':<14}{'tokens/s':>10}{'of none':>9}{'held':>7}{'tokens/step':>13}  answers")
         for streams in arguments.streams:
             compare(served, streams, arguments.tokens, arguments.rounds)
 
 
-def compare(served: list[Served], streams: int, tokens: int, rounds: int) -> None:
+def compare(served: list[ServedModel], streams: int, tokens: int, rounds: int) -> None:
     """Interleaved; the first round of each is not counted."""
     rates: dict[str, list[float]] = {one.name: [] for one in served}
     before = [one.engine.stats for one in served]

@@ -5,10 +5,10 @@ import random
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import median_s
-from benchmarks.gpu.models import Served
-from benchmarks.gpu.replays import replayed_logits
+from benchmarks.gpu.graph_replays import replayed_logits
+from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.timing import median_s
 from model.qwen2 import Qwen2
 
 ROWS = (1, 2, 4, 8, 32, 64)
@@ -25,7 +25,7 @@ def compare(results: Results, name: str, model: Qwen2) -> None:
     """
     wrong, logits = list[str](), dict[int, Tensor]()
     for begins_early in (False, True):
-        served = Served(model, max_running=ROWS[-1], kv_cache_bytes=KV_CACHE_BYTES, early_launches=begins_early)
+        served = ServedModel(model, max_running=ROWS[-1], kv_cache_bytes=KV_CACHE_BYTES, early_launches=begins_early)
         graphs = served.runner.decode_graphs
         assert graphs is not None, "nothing was captured; the log says why"
         torch.manual_seed(0)

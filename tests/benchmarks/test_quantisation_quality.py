@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.rounding_quality import FORMATS, compared, log_probs, smeared
+from benchmarks.quantisation_quality import FORMATS, compared, log_probs, smeared
 from tests.engine.run.tiny_models import write_dense
 
 

@@ -26,7 +26,7 @@ Heads = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attending:
+class AttentionCase:
     """Attention over a batch, and all that it is given."""
 
     run: Callable[[], Tensor]
@@ -42,9 +42,9 @@ class Attending:
     """Where each work's tokens begin."""
 
 
-def attending(
+def attention_case(
     checks: Checks, works: list[tuple[int, int]], heads: Heads, kv_dtype: torch.dtype, kind: "type[CudaAttention] | None" = None
-) -> Attending:
+) -> AttentionCase:
     """Works (behind, new) by a ``kind`` of backend, None being our own. Blocks lie in random order; nobody's hold NaN, and so do the new
     tokens' slots."""
     from model.attention.cuda import CudaAttention
@@ -67,7 +67,7 @@ def attending(
     )  # fmt: skip
     backend = (kind or CudaAttention)(config, checks.device)
     backend.prepare(batch)
-    return Attending(
+    return AttentionCase(
         run=lambda: backend.attend(fused, rotation, keys, values, batch),
         fused=fused,
         rotation=rotation,

@@ -1,6 +1,6 @@
 """How many tokens a second one front process relays: 512 streams from a replica that always has the next token.
 
-    python -m benchmarks.relay [--streams 512] [--seconds 10]
+    python -m benchmarks.front_throughput [--streams 512] [--seconds 10]
 
 The replica is a process of its own with a real intake: one message per step, a token for every stream, in columns, sent as soon
 as the front has taken what came before. The front is this process, with what a front has: link, router, service and the frames of

@@ -12,7 +12,7 @@ from multiprocessing.queues import Queue
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import whole
+from benchmarks.gpu import whole_model
 from benchmarks.gpu.collectives import START_S, Figure, figures_of
 from benchmarks.gpu.models import RandomCheckpoint, RandomTensor, config_of, random_model
 from benchmarks.gpu.results import Results
@@ -60,7 +60,7 @@ def check(results: Results, device: torch.device, *, tiny: bool) -> None:
         results.go_on()
         for name, value, unit in figures_of(_rank, ranks, device.type, shape):
             results.add("several GPUs", f"{shape}: {name}, {ranks} ranks", value, unit)
-            most = 0.0 if name == TOKENS else whole.MOST[None] if device.type == "cuda" else whole.MOST_IN_FLOAT32
+            most = 0.0 if name == TOKENS else whole_model.MOST[None] if device.type == "cuda" else whole_model.MOST_IN_FLOAT32
             if not value <= most:  # as NaN is
                 wrong.append(f"{shape}: {name} is {value:.2g} over {ranks} ranks")
     assert not wrong, "; ".join(wrong)
@@ -77,12 +77,12 @@ def _rank(rank: int, ranks: int, rendezvous: Rendezvous, kind: str, told: "Queue
         checkpoint = RandomCheckpoint(config, torch.device("cpu"), SeededTensor)
         model = random_model(shape, device, checkpoint=checkpoint, groups=groups)
         with torch.inference_mode():
-            found = whole.logits_of_steps(model, tokens).double().cpu()
+            found = whole_model.logits_of_steps(model, tokens).double().cpu()
         said = [_said(model, rank, tokens, cuda_graphs=cuda_graphs) for cuda_graphs in (True, False)]
     if rank == 0:
-        twin = whole.twin_of(checkpoint, config, None)
+        twin = whole_model.twin_of(checkpoint, config, None)
         with torch.inference_mode():
-            wanted = whole.logits_of_steps(twin, tokens).double()
+            wanted = whole_model.logits_of_steps(twin, tokens).double()
         errors_T = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
         different = sum(one != other for one, other in zip(*said, strict=True))
         told.put([(LOGITS, float(errors_T.median()), "relative"), (TOKENS, float(different), "tokens")])

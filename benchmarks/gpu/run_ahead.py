@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from unittest.mock import patch
 
-from benchmarks.gpu.models import Served
+from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -19,7 +19,7 @@ from engine.run.mixed_steps import MixedSteps
 TOKENS_IN, TOKENS_OUT = 40, 48
 
 
-def wrong_ahead(results: Results, name: str, served: Served, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
+def wrong_ahead(results: Results, name: str, served: ServedModel, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
     """What is wrong with answers to so many requests at once, all of one length, so that every step has the same rows."""
     draw, vocab_size = random.Random(), served.model.config.vocab_size
     requests = [
@@ -42,7 +42,7 @@ def wrong_ahead(results: Results, name: str, served: Served, *, kinds: Sequence[
     ]
 
 
-def wrong_beside_prompts(results: Results, name: str, served: Served, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
+def wrong_beside_prompts(results: Results, name: str, served: ServedModel, *, kinds: Sequence[SamplingParams], count: int) -> list[str]:
     """What is wrong with answers to requests that come one after the other, so that prompts come beside those that decode. With
     `RunnerConfig.prompts_ahead` and without the same steps, of the same rows, are launched: what they sample is replayed or drawn row by
     row, and where steps are planned ahead, begun before the step before is read or behind it."""
@@ -69,7 +69,7 @@ def wrong_beside_prompts(results: Results, name: str, served: Served, *, kinds: 
     return wrong
 
 
-def _answers(served: Served, config: EngineConfig, requests: Sequence[Request], *, at_once: bool = True) -> dict[str, list[int]]:
+def _answers(served: ServedModel, config: EngineConfig, requests: Sequence[Request], *, at_once: bool = True) -> dict[str, list[int]]:
     """To all at once, or each a step after the one before.
 
     Raises:

@@ -1,6 +1,6 @@
 """What rounded weights cost: the same text told by the model unrounded, by each of Manta's formats, and by llama.cpp's.
 
-    python -m benchmarks.rounding_quality [MODEL] [--smeared 2] [--only int4] [--llama-cpp PYTHON] [--text FILE ...] [--tokens 384]
+    python -m benchmarks.quantisation_quality [MODEL] [--smeared 2] [--only int4] [--llama-cpp PYTHON] [--text FILE ...] [--tokens 384]
 
 Prints mean KL divergence of the next token from that of float32, how often the likeliest token is the same, and
 perplexity. Nothing is timed.

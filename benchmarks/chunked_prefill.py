@@ -1,7 +1,7 @@
 """Long prompts beside running streams under a virtual clock: how late tokens come, and how fast prompts go, by `engine.prompt_share`,
 `prompt_wait_steps`, `prompt_step_s` and `max_step_s`; with ``--chats`` chats of 150 tokens in and 128 out at once instead.
 
-    python -m benchmarks.pacing [--machine gpu] [--streams 32] [--prompts 40] [--seed 1] [--chats 32]
+    python -m benchmarks.chunked_prefill [--machine gpu] [--streams 32] [--prompts 40] [--seed 1] [--chats 32]
 
 Simulated, and no more than this: what a step takes (base + per token + per token and context, of about a 7B model on one accelerator, or
 a 0.5B model on two CPU cores). Engine, scheduler, blocks and what is learnt of the steps' times are the server's own.

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.models import Served
+from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
@@ -17,7 +17,7 @@ from parallel.native.screened import Sought
 
 GREEDY = SamplingParams(temperature=0.0)
 MOST = 2e-2
-"""Of relative error of pieces; see `benchmarks.gpu.replays`."""
+"""Of relative error of pieces; see `benchmarks.gpu.graph_replays`."""
 STEPS = {"16": (0, (16,)), "64": (0, (64,)), "512": (0, (512,)), "300 of three": (0, (100, 150, 50)), "512 beside 200": (200, (512,))}
 """Sequences that decode, and tokens of each prompt."""
 CONTEXT, FIRST_DECODING, FIRST_PROMPT_BLOCK, REPEATS = 40, 1 << 20, 1000, 7
@@ -26,7 +26,7 @@ CONTEXT, FIRST_DECODING, FIRST_PROMPT_BLOCK, REPEATS = 40, 1 << 20, 1000, 7
 class Prompts:
     """Steps of a runner that knows nothing of decoding graphs: they would sample in another way."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self._runner, self._vocab_size, self._number = served.runner, served.model.config.vocab_size, 0
         self._block_tokens = served.runner.capacity.block_tokens
 
@@ -75,7 +75,7 @@ class Prompts:
         return tuple((at * 7919 + seed * 31 + 13) % self._vocab_size for at in range(count))
 
 
-def compare(results: Results, name: str, served: Served) -> None:
+def compare(results: Results, name: str, served: ServedModel) -> None:
     """``served`` has captured nothing.
 
     Raises:
