@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.peers.llama_cpp import EMBEDDING, converted
 from engine.run.settings import RunnerConfig
-from engine.run.start import formats_of, resolve_dtype
+from engine.run.start import choose_weight_formats, resolve_dtype
 from model.batch import ForwardBatch
 from model.checkpoint import Checkpoint, write_checkpoint
 from model.config import ModelConfig
@@ -65,7 +65,7 @@ def log_probs(folder: Path, config: RunnerConfig, texts: Sequence[Tensor]) -> It
     """Of each text (T int64) those of the next token at every place (T, V), by the model as a rank holds it."""
     model_config, dtype = ModelConfig.from_checkpoint(folder), resolve_dtype(config.dtype, CPU)
     with Checkpoint(folder) as checkpoint:
-        formats = formats_of(checkpoint, model_config, config, dtype, CPU)
+        formats = choose_weight_formats(checkpoint, model_config, config, dtype, CPU)
         model, _ = load_model(
             checkpoint,
             model_config,

@@ -114,7 +114,7 @@ def _different_tokens(served: ServedModel, graphs: SamplerGraphs, count: int, si
     decode_graphs.positions_B.zero_()  # the tokens that lie there are counted already
     logits_RV = decode_graphs.logits[:count]
     report = graphs.launch(columns.of(np.arange(count)), np.array([row.position for row in rows]), size).read()
-    found = served.sampler.answers(logits_RV, logits_RV, rows, as_decided(report))
+    found = served.sampler.results(logits_RV, logits_RV, rows, as_decided(report))
     wanted = served.sampler.sample(logits_RV, rows)
     for state in states:
         if graphs.table is not None:

@@ -12,7 +12,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import QuantizeName, RunnerConfig
-from engine.run.start import ready_runner
+from engine.run.start import make_runner
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.formats import choose_formats
@@ -146,5 +146,5 @@ class ServedModel:
             device=str(model.device), cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes, early_launches=early_launches
         )
         self.sampler = Sampler(vocab_size=model.config.vocab_size, device=model.device)
-        self.runner: Runner = ready_runner(model, self.sampler, runner_config=runner_config, engine_config=self.config)
+        self.runner: Runner = make_runner(model, self.sampler, runner_config=runner_config, engine_config=self.config)
         self.engine = Engine(LocalExecutor(self.runner), self.config)

@@ -21,7 +21,7 @@ from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
-from engine.run.start import ready_runner
+from engine.run.start import make_runner
 from model.config import ModelConfig
 from model.qwen2 import Qwen2
 from parallel.groups import Rendezvous, open_groups
@@ -93,7 +93,7 @@ def _said(model: Qwen2, rank: int, tokens: list[list[int]], *, cuda_graphs: bool
     sampler = Sampler(vocab_size=model.config.vocab_size, device=model.device) if rank == 0 else None
     engine_config = EngineConfig(max_running=len(PROMPTS), max_step_tokens=256, prefix_cache=False)
     runner_config = RunnerConfig(device=str(model.device), cuda_graphs=cuda_graphs, kv_cache_bytes=1 << 24, tune_tiles=False)
-    runner = ready_runner(model, sampler, runner_config=runner_config, engine_config=engine_config)
+    runner = make_runner(model, sampler, runner_config=runner_config, engine_config=engine_config)
     greedy, said = SamplingParams(temperature=0.0), []
     try:
         for step in range(STEPS):

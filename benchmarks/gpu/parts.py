@@ -84,7 +84,7 @@ class Bench:
         whole_model.check(self.results, self.device, tiny=self.tiny)
 
     def check_replays(self, part: ModelPart) -> None:
-        graph_replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, most_rows=64))  # a third less to capture
+        graph_replays.check(self.results, part.name, self._serve(part, cuda_graphs=True, max_rows=64))  # a third less to capture
 
     def compare_early(self, part: ModelPart) -> None:
         early_launches.compare(self.results, part.name, random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers))
@@ -121,10 +121,10 @@ class Bench:
     def measure_peer(self, part: ModelPart) -> None:
         peer_transformers.measure(self.results, part.name, part.shape, self.device, layers=part.layers, cells=list(part.beside))
 
-    def _serve(self, part: ModelPart, *, cuda_graphs: bool, most_rows: int = 256) -> ServedModel:
+    def _serve(self, part: ModelPart, *, cuda_graphs: bool, max_rows: int = 256) -> ServedModel:
         model = random_model(part.shape, self.device, quantize=part.quantize, layers=part.layers)
         kv_cache_bytes = 1 << 22 if self.device.type == "cpu" else None
-        served = ServedModel(model, max_running=8 if self.tiny else most_rows, cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes)
+        served = ServedModel(model, max_running=8 if self.tiny else max_rows, cuda_graphs=cuda_graphs, kv_cache_bytes=kv_cache_bytes)
         print(f"{part.name}: {served.runner}", flush=True)
         return served
 

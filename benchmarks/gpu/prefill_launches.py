@@ -11,7 +11,7 @@ from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
-from engine.run.cuda_graphs import CudaGraphs
+from engine.run.cuda_graphs import CudaGraphRecorder
 from engine.run.prompt_graphs import SIZES, PromptGraphs
 from parallel.native.screened import Sought
 
@@ -86,7 +86,7 @@ def compare(results: Results, name: str, served: ServedModel) -> None:
     prompts, runner, wrong = Prompts(served), served.runner, list[str]()
     prompts.open_decoding(max(decodes for decodes, _ in STEPS.values()))
     began = time.perf_counter()
-    pieces = PromptGraphs(served.model, runner.cache, CudaGraphs(runner.device), sizes=SIZES)
+    pieces = PromptGraphs(served.model, runner.cache, CudaGraphRecorder(runner.device), sizes=SIZES)
     pieces.capture()
     results.add("prompts", f"{name}: {len(SIZES)} numbers of tokens captured", time.perf_counter() - began, "s")
     ways = {"Triton's launches": (False, None), "quick launches": (True, None), "in pieces": (True, pieces)}
@@ -110,5 +110,5 @@ def compare(results: Results, name: str, served: ServedModel) -> None:
     finally:
         quick_launch.allow(False)
         runner.forward.prompt_graphs = None
-        pieces.forget()
+        pieces.release()
     assert not wrong, "; ".join(wrong)

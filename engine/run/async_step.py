@@ -25,7 +25,7 @@ class AsyncStep(StepHandle):
     """As `SamplingColumns.of` gave them."""
     size: int
     """Rows of the captured step."""
-    settle: Callable[["AsyncStep"], None]
+    finish: Callable[["AsyncStep"], None]
     """Reads the report and sets `outcome`."""
     logits_SV: Tensor | None = None
     """Where the captured step left them."""
@@ -33,13 +33,13 @@ class AsyncStep(StepHandle):
     began: float = field(default_factory=time.perf_counter)
 
     def is_done(self) -> bool:
-        return self.outcome is not None or (self.report is not None and self.report.is_there())
+        return self.outcome is not None or (self.report is not None and self.report.is_ready())
 
     def result(self) -> StepResult | None:
-        self.settle(self)
+        self.finish(self)
         return self.outcome
 
-    def places_of(self, other: "AsyncStep") -> np.ndarray:
+    def row_positions(self, other: "AsyncStep") -> np.ndarray:
         """int64: where in this step the sequences of another one's rows are, -1 for those that are not."""
         here, there = self.rows.columns[0], other.rows.columns[0]
         if np.array_equal(here, there):

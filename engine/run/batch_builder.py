@@ -33,7 +33,7 @@ class BuiltBatch:
             return None
         return rows_R if len(rows_R) else rows_R.new_zeros(1)
 
-    def that_sample(self, hidden_XD: Tensor, kept_R: Tensor | None) -> Tensor:
+    def sampled_rows(self, hidden_XD: Tensor, kept_R: Tensor | None) -> Tensor:
         """Hidden states (R, D) for the head, of what `Qwen2.hidden` gave with ``kept_R``."""
         rows_R = self.forward.logit_rows_R
         return hidden_XD[rows_R] if kept_R is None else hidden_XD[: len(rows_R)]

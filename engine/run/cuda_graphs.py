@@ -7,12 +7,12 @@ import torch
 
 Compute = Callable[[], None]
 Replay = Callable[[], None]
-Between = TypeVar("Between")
-Piece = tuple[Replay, Between | None]
+EagerCall = TypeVar("EagerCall")
+Piece = tuple[Replay, EagerCall | None]
 """A replay, and what is to be done behind it; nothing behind the last."""
 
 
-class Graphs(Protocol):
+class GraphRecorder(Protocol):
     """Records what a function launches. While it does, the function may ask nothing of the device and bring nothing from the host.
 
     A replay does the same on the same memory, whatever lies there now. All replays share what memory they need on the way, so none
@@ -23,12 +23,12 @@ class Graphs(Protocol):
         """Do it, then record it. On all ranks with which it talks at the same time."""
         ...
 
-    def capture_pieces(self, compute: Callable[[Callable[[Between], None]], None]) -> list[Piece[Between]]:
+    def capture_piecewise(self, compute: Callable[[Callable[[EagerCall], None]], None]) -> list[Piece[EagerCall]]:
         """As `capture`, of a function that says where a piece ends and what, unrecorded, comes before the next."""
         ...
 
 
-class Captured(Protocol):
+class CapturedGraphs(Protocol):
     """Launches of some kind, recorded for some numbers of rows or tokens."""
 
     @property
@@ -41,12 +41,12 @@ class Captured(Protocol):
         same time."""
         ...
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of what was captured, whoever else still knows of this."""
         ...
 
 
-class CudaGraphs:
+class CudaGraphRecorder:
     """CUDA graphs of one device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -66,20 +66,20 @@ class CudaGraphs:
             compute()
         return graph.replay
 
-    def capture_pieces(self, compute: Callable[[Callable[[Between], None]], None]) -> list[Piece[Between]]:
+    def capture_piecewise(self, compute: Callable[[Callable[[EagerCall], None]], None]) -> list[Piece[EagerCall]]:
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        pieces: list[Piece[Between]] = []
+        pieces: list[Piece[EagerCall]] = []
         with torch.cuda.stream(self._stream):
             compute(lambda _between: None)
             torch.cuda.synchronize(self._device)
-            graph = self._begun()
+            graph = self._begin_capture()
 
-            def cut(between: Between) -> None:
+            def cut(between: EagerCall) -> None:
                 nonlocal graph
                 graph.capture_end()
                 pieces.append((graph.replay, between))
-                graph = self._begun()
+                graph = self._begin_capture()
 
             try:
                 compute(cut)
@@ -89,7 +89,7 @@ class CudaGraphs:
         here.wait_stream(self._stream)
         return pieces
 
-    def _begun(self) -> torch.cuda.CUDAGraph:
+    def _begin_capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         return graph

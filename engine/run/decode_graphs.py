@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.run.block_tables import BlockTables
-from engine.run.cuda_graphs import Graphs, Replay
+from engine.run.cuda_graphs import GraphRecorder, Replay
 from engine.run.decode_inputs import BLOCKS, POSITIONS, TOKENS, unpack_decode_inputs
 from engine.run.decode_rows import DecodeRows
 from engine.run.last_tokens import broadcast_tokens
@@ -25,46 +25,46 @@ from parallel.aligned_rows import empty_rows
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS = 512
+MAX_ROWS = 512
 """With more of them a step takes longer than its launches by far."""
 
 
 class DecodeGraphs:
-    """One rank's, `Captured`. The rows that fill a step up repeat its shortest sequence and write nowhere: they read what is read anyway,
-    and choose the same experts (where those are counted, they count)."""
+    """One rank's `CapturedGraphs`. The rows that fill a step up repeat its shortest sequence and write nowhere: they read what is
+    read anyway, and choose the same experts (where those are counted, they count)."""
 
     def __init__(
         self,
         model: Qwen2,
         cache: KvCache,
-        graphs: Graphs,
+        graphs: GraphRecorder,
         *,
-        most_rows: int,
-        most_blocks: int,
+        max_rows: int,
+        max_blocks: int,
         vocab_size: int | None,
         broadcasts_tokens: bool = False,
     ) -> None:
-        """``most_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, and keeps no logits.
+        """``max_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, and keeps no logits.
         ``broadcasts_tokens``: the tokens of a step are those that the rank that samples has, whatever the others were told."""
         self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, broadcasts_tokens
-        self.sizes = tuple(sizes_up_to(most_rows))
+        self.sizes = tuple(capture_sizes(max_rows))
         device = model.device
-        self._given = Staging(3, most_rows, device=device)
-        self.tokens_B, self._slots_B = (torch.zeros(most_rows, dtype=torch.int64, device=device) for _ in range(2))
+        self._given = Staging(3, max_rows, device=device)
+        self.tokens_B, self._slots_B = (torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(2))
         """int64: what the rows of the last step compute, those that fill it up as well, and where its keys and values go."""
-        self.positions_B = self._given.there[POSITIONS]
+        self.positions_B = self._given.on_device[POSITIONS]
         """int64: where the tokens stand in their sequences."""
-        self._lengths_B = torch.zeros(most_rows, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(most_rows, most_blocks, dtype=torch.int32, device=device)
+        self._lengths_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
         self._latest: tuple[int, np.ndarray, np.ndarray] | None = None
         """Whose blocks lie in there: how many rows, whose they are (the very array), and where the last step's tokens stood."""
-        self.report = torch.zeros(3 * most_rows, dtype=torch.int64, device=device)
+        self.report = torch.zeros(3 * max_rows, dtype=torch.int64, device=device)
         """What the sampler leaves of the last step, its tokens first (`engine.run.sampling.sampler_graphs`)."""
         self._batches = {size: self._batch(size) for size in self.sizes}
         self.logits: Tensor | None = None
         """(B, V): those of the last step. The next one overwrites them."""
         if vocab_size is not None:
-            self.logits = empty_rows(most_rows, vocab_size, dtype=model.dtype, device=device).zero_()
+            self.logits = empty_rows(max_rows, vocab_size, dtype=model.dtype, device=device).zero_()
         self.replays: dict[int, Replay] = {}
         """By their numbers of rows: the model's launches, on whatever was brought last."""
 
@@ -78,17 +78,17 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         self.replays.clear()
-        self._given.there.zero_()
-        self._given.there[BLOCKS] = -1  # nothing is written
+        self._given.on_device.zero_()
+        self._given.on_device[BLOCKS] = -1  # nothing is written
         self._latest = None
         for size in reversed(self.sizes):
             self.replays[size] = self._graphs.capture(partial(self._compute, size))
             after_each()
 
-    def forget(self) -> None:
+    def release(self) -> None:
         self.replays.clear()
 
-    def takes(self, num_rows: int) -> bool:
+    def accepts(self, num_rows: int) -> bool:
         """Whether a step of so many rows can be replayed: the same answer on every rank that computes this shard."""
         return num_rows <= self.sizes[-1]
 
@@ -104,13 +104,13 @@ class DecodeGraphs:
         blocks_S, held_S = tables.at(table_rows_S, starts_S, self._cache.layout.block_tokens)
         _check_blocks(rows, held_S)
         shortest = int(starts_S.argmin()) if size > count else 0
-        given = self._given.take()
+        given = self._given.next_host_array()
         for row, told_S in ((TOKENS, rows.tokens if tokens_S is None else tokens_S), (POSITIONS, starts_S), (BLOCKS, blocks_S)):
             given[row, :count] = told_S
             if size > count:
                 given[row, count:size] = told_S[shortest] if row != BLOCKS else -1 - told_S[shortest]
-        self._given.bring()
-        if not self._goes_on(size, table_rows_S, starts_S):
+        self._given.upload()
+        if not self._tables_unchanged(size, table_rows_S, starts_S):
             blocks_SM, _ = tables.of(table_rows_S)
             if size > count:
                 blocks_SM = np.concatenate([blocks_SM, blocks_SM[[shortest] * (size - count)]])
@@ -119,7 +119,7 @@ class DecodeGraphs:
         self.replays[size]()
         return None if self.logits is None else self.logits[:count]
 
-    def _goes_on(self, size: int, table_rows_S: np.ndarray, starts_S: np.ndarray) -> bool:
+    def _tables_unchanged(self, size: int, table_rows_S: np.ndarray, starts_S: np.ndarray) -> bool:
         """Whether the tables of the last step are this one's, but for the blocks in which its tokens are. The rows are another array where
         one of their sequences was closed, and none was in a step between that was launched."""
         if self._latest is None:
@@ -143,7 +143,7 @@ class DecodeGraphs:
     def _compute(self, size: int) -> None:
         batch = self._batches[size]
         unpack_decode_inputs(
-            self._given.there[:, :size], self.report, batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
+            self._given.on_device[:, :size], self.report, batch.tokens_T, batch.slots_T, batch.lengths_S, batch.block_tables_SM,
             self._cache.layout.block_tokens,
         )  # fmt: skip
         if self._hands_on:
@@ -162,16 +162,16 @@ def capture_obstacle(model: Qwen2, engine_config: EngineConfig) -> str | None:
     return model.capture_obstacle
 
 
-def sizes_up_to(most_rows: int) -> Iterator[int]:
+def capture_sizes(max_rows: int) -> Iterator[int]:
     """For how many rows steps are captured: at most a fifth of a step's rows are there to fill it up.
 
-    1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32 40 48 56 64 80 ... most_rows
+    1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32 40 48 56 64 80 ... max_rows
     """
     size = 1
-    while size < most_rows:
+    while size < max_rows:
         yield size
         size += max(1, 1 << size.bit_length() >> 3)
-    yield most_rows
+    yield max_rows
 
 
 def _check_blocks(rows: DecodeRows, held_tokens_S: np.ndarray) -> None:

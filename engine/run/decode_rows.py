@@ -17,7 +17,7 @@ class DecodeRows:
     """int64 (4, S): sequence, start, token, new block or `NO_BLOCK`."""
     places: np.ndarray
     """Where those told as columns stand among all that are in the plan (`StepResult.tokens`)."""
-    num_told: int
+    num_columns: int
     """How many are there, of all shards."""
     singly: tuple[Work, ...]
 
@@ -46,7 +46,7 @@ class DecodeRows:
         unknown: np.ndarray = (self.columns[2] == NO_TOKEN).nonzero()[0]
         return unknown
 
-    def learn(self, said: Mapping[int, int]) -> None:
+    def fill_unknown(self, said: Mapping[int, int]) -> None:
         """The unknown tokens. A sequence that got none in the step before gets any: nobody will ask for more."""
         unknown = self.unknown
         self.columns[2, unknown] = [said.get(sequence, 0) for sequence in self.columns[0, unknown].tolist()]
@@ -70,11 +70,11 @@ class DecodeRows:
             tables.append(work)
         return rows_S
 
-    def told(self, tokens_S: np.ndarray) -> tuple[bytes, list[Sampled]]:
+    def results(self, tokens_S: np.ndarray) -> tuple[bytes, list[Sampled]]:
         """The answer to all of them, where there is nothing to say but a token: `StepResult.tokens`, and those told one by one."""
-        if not self.singly and len(tokens_S) == self.num_told:
+        if not self.singly and len(tokens_S) == self.num_columns:
             return tokens_S.tobytes(), []
-        columns = np.full(self.num_told, NO_TOKEN, np.int64)
+        columns = np.full(self.num_columns, NO_TOKEN, np.int64)
         columns[self.places] = tokens_S[: len(self.places)]
         singles = tokens_S[len(self.places) :].tolist()
         return columns.tobytes(), [Sampled(work.sequence, (token,)) for work, token in zip(self.singly, singles, strict=True)]

@@ -33,7 +33,7 @@ class Drafter:
     def __repr__(self) -> str:
         return f"<Drafter [{self.model.config.num_layers} layers | {self.cache}]>"
 
-    def follow(
+    def propose(
         self, works: Sequence[Work], sampled: Sequence[Sampled], tables: BlockTables, states: Mapping[int, SamplingState]
     ) -> tuple[list[Sampled], float]:
         """The answers with guesses where they were asked for, and the seconds that all but the first of each sequence took."""
@@ -70,7 +70,7 @@ class Drafter:
             return []
         rows = [self._row(asking[work.sequence], said[work.sequence], guesses[work.sequence], states) for work in built.sampling_works]
         wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.uses_top_logits() else None
-        logits_RV = self.model.logits(built.that_sample(hidden_RD, built.kept_rows), wanted)
+        logits_RV = self.model.logits(built.sampled_rows(hidden_RD, built.kept_rows), wanted)
         answers = self._sampler.sample(self._joined(logits_RV), rows)
         going = []
         for work, answer in zip(built.sampling_works, answers, strict=True):

@@ -42,7 +42,7 @@ class EagerSteps:
             return RankOutput()
         mine = [work for work in works if work.shard == shard]
         built = self._build(mine, num_to_broadcast)
-        return self._help(built) if self._result_builder.sampler is None else self._answer(mine, built)
+        return self._compute(built) if self._result_builder.sampler is None else self._compute_and_sample(mine, built)
 
     def _build(self, works: Sequence[Work], num_to_broadcast: int) -> BuiltBatch:
         """The tokens of the first ``num_to_broadcast`` works are known to the rank that samples, and to no other."""
@@ -56,32 +56,32 @@ class EagerSteps:
         self._sequences.mark(10, works)
         return built
 
-    def _help(self, built: BuiltBatch) -> RankOutput:
+    def _compute(self, built: BuiltBatch) -> RankOutput:
         """Those that answer need this rank's part of the model."""
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
         if hidden_TD is not None:  # this rank has a share of the vocabulary
             self._scorer.score(hidden_TD, built, {})
-            self._forward.model.logits(built.that_sample(hidden_TD, kept_R))
+            self._forward.model.logits(built.sampled_rows(hidden_TD, kept_R))
         return RankOutput()
 
-    def _answer(self, works: Sequence[Work], built: BuiltBatch) -> RankOutput:
+    def _compute_and_sample(self, works: Sequence[Work], built: BuiltBatch) -> RankOutput:
         sequences, model = self._sequences, self._forward.model
         for work in works:
-            sequences.take(work)
-        sequences.count(works)
+            sequences.add_tokens(work)
+        sequences.count_on_device(works)
         allowed = sequences.guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
         assert hidden_TD is not None  # sampling ranks are of the last stage
         scored = self._scorer.score(hidden_TD, built, sequences.states)
-        logits_RV = model.logits(built.that_sample(hidden_TD, kept_R), self._needed_top_logits(built) if model.uses_top_logits() else None)
+        logits_RV = model.logits(built.sampled_rows(hidden_TD, kept_R), self._needed_top_logits(built) if model.uses_top_logits() else None)
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
         sequences.mark(11, built.sampling_works)
         sampled = self._result_builder.sample(logits_RV, built.sampling_works, allowed.result() if allowed else {})
         del logits_RV  # as large as the draft model's, which come next
-        pooled, guessing_s = sequences.pools.take(hidden_TD, built), 0.0
+        pooled, guessing_s = sequences.pooler.pool(hidden_TD, built), 0.0
         if self._drafter is not None:
-            sampled, guessing_s = self._drafter.follow(works, sampled, sequences.tables, sequences.states)
+            sampled, guessing_s = self._drafter.propose(works, sampled, sequences.tables, sequences.states)
         return RankOutput(sampled, scored, pooled, guessing_s)
 
     def _needed_top_logits(self, built: BuiltBatch) -> Sought | None:
@@ -91,5 +91,5 @@ class EagerSteps:
 
     def _kept(self, built: BuiltBatch) -> torch.Tensor | None:
         """See `Qwen2.hidden`. Every rank finds the same, as they sum over these rows."""
-        wants_all = any(work.targets for work in built.works) or self._sequences.pools.want(built.works)
+        wants_all = any(work.targets for work in built.works) or self._sequences.pooler.needs_all_tokens(built.works)
         return None if wants_all else built.kept_rows

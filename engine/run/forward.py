@@ -21,6 +21,6 @@ class Forward:
 
     def hidden(self, batch: ForwardBatch, kept_R: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What `Qwen2.hidden` gives with ``kept_R``; in pieces, of all tokens (T, D). And of which tokens that is, None of all."""
-        if self.prompt_graphs is not None and self.prompt_graphs.takes(batch.num_tokens):
+        if self.prompt_graphs is not None and self.prompt_graphs.accepts(batch.num_tokens):
             return self.prompt_graphs.hidden(batch), None
         return self.model.hidden(batch, self.cache, kept_R), kept_R

@@ -41,18 +41,18 @@ class GraphSteps:
     def begin(self, plan: StepPlan, began: float) -> StepHandle | None:
         """None where the plan has another step, and nothing has been done. ``began``: when the rank took it, by `time.perf_counter`."""
         rows = decode_rows(plan, self.sequences.shard)
-        if rows is None or not self.decode_graphs.takes(len(rows)):
+        if rows is None or not self.decode_graphs.accepts(len(rows)):
             return None
         note_replay(plan.step)
         table_rows_S = rows.append_blocks(self.sequences.tables)
         columns = self.sequences.columns.of(table_rows_S) if self.sequences.columns is not None else None
-        if columns is not None and self.sampler_graphs is not None and self.runs_ahead and self.async_steps.takes(columns, rows):
+        if columns is not None and self.sampler_graphs is not None and self.runs_ahead and self.async_steps.accepts(columns, rows):
             launch = partial(self.decode_graphs.run, rows, table_rows_S, self.sequences.tables)
             size = self.decode_graphs.size_for(len(rows))
-            step = AsyncStep(None, plan, rows, table_rows_S, columns, size, self.async_steps.settle)
+            step = AsyncStep(None, plan, rows, table_rows_S, columns, size, self.async_steps.finish)
             return self.async_steps.begin(step, launch, self.sampler_graphs)
-        self.async_steps.settle_all()
-        rows.learn(self.sequences.last_tokens)
+        self.async_steps.finish_all()
+        rows.fill_unknown(self.sequences.last_tokens)
         return StepHandle(self._result_builder.build(plan, self._run(rows, table_rows_S, columns), began))
 
     def _run(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None) -> RankOutput:
@@ -68,12 +68,12 @@ class GraphSteps:
             logits_SV.fill_(torch.nan)
         sequences.mark(11, marked)
         for at in np.flatnonzero(columns[NEEDS] & LEARNS).tolist():
-            sequences.take(rows.work(at))
+            sequences.add_tokens(rows.work(at))
         looked_up = sequences.guides.begin(rows.sequences)
         allowed = looked_up.result() if looked_up else {}
         if are_edited_by_host(columns, known_S) or (allowed and not self.sampler_graphs.edits):
             works = rows.works()
-            sequences.count(works)
+            sequences.count_on_device(works)
             return RankOutput(self._result_builder.sample(logits_SV, works, allowed))
         words = {at: one.words for at, number in enumerate(rows.sequences) if (one := allowed.get(number)) and one.words is not None}
         report = self.sampler_graphs.launch(columns, known_S, self.decode_graphs.size_for(len(rows)), words).read()

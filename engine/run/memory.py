@@ -8,13 +8,13 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.executor import Capacity
-from engine.run.cuda_graphs import CudaGraphs
+from engine.run.cuda_graphs import CudaGraphRecorder
 from engine.run.drafter import open_drafter
 from engine.run.host_resources import available_memory_bytes
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
-from engine.run.warm_up import capture, full_step, run_and_forget, tune
+from engine.run.warm_up import capture, full_step, run_once, tune
 from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 from parallel.collectives import all_gather, barrier
@@ -144,7 +144,7 @@ def _bytes_of_heaviest_step(runner: Runner, engine_config: EngineConfig, groups:
         num_guesses=int(engine_config.speculate == "draft"),
     )
     for _ in range(min(groups.topology.pp, 2)):  # with stages the hidden states of the step before may still be on their way
-        run_and_forget(runner, step)
+        run_once(runner, step)
     torch.cuda.synchronize(device)
     hidden_states = engine_config.max_step_tokens * runner.model.config.hidden_size * runner.model.dtype.itemsize
     return torch.cuda.max_memory_allocated(device) - before + hidden_states  # of all tokens, where a prompt is scored or pooled
@@ -155,7 +155,7 @@ def _bytes_of_graphs(runner: Runner, engine_config: EngineConfig, prompts: bool)
     device = runner.device
     torch.cuda.empty_cache()
     free_before, _ = torch.cuda.mem_get_info(device)
-    capture(runner, CudaGraphs(device), engine_config, prompts=prompts)
+    capture(runner, CudaGraphRecorder(device), engine_config, prompts=prompts)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     free_after, _ = torch.cuda.mem_get_info(device)

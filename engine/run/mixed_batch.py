@@ -31,7 +31,7 @@ class MixedBatch:
     """All works told one by one, those with one token first; some do not sample."""
 
     @property
-    def silent(self) -> list[int]:
+    def non_sampling(self) -> list[int]:
         """Sequences that do not sample."""
         return [work.sequence for work in self.singly if not work.samples]
 
@@ -66,7 +66,7 @@ class MixedBatch:
         assert graphs.logits is not None
         count = len(self.sampling)
         logits_SV = graphs.logits[:count]
-        logits_SV.copy_(model.logits(built.that_sample(hidden_TD, kept_R))[:, : logits_SV.shape[1]])
+        logits_SV.copy_(model.logits(built.sampled_rows(hidden_TD, kept_R))[:, : logits_SV.shape[1]])
         if counts:
             graphs.tokens_B[:count].copy_(batch.tokens_T[batch.logit_rows_R])
             graphs.positions_B[:count].copy_(batch.positions_T[batch.logit_rows_R])

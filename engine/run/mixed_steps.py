@@ -27,26 +27,26 @@ class MixedSteps:
     def begin(self, plan: StepPlan, _began: float) -> AsyncStep | None:
         """None where the host has a say in what the step gives, and nothing has been done."""
         launched = mixed_batch(plan, self._sequences.shard)
-        if launched is None or not self._takes(launched):
+        if launched is None or not self._accepts(launched):
             return None
         rows, tables = launched.sampling, self._sequences.tables
         assert self._sequences.columns is not None
         table_rows_S = tables.rows_of(rows.columns[0])
         columns = self._sequences.columns.of(table_rows_S)
-        if not self._async_steps.takes(columns, rows):
+        if not self._async_steps.accepts(columns, rows):
             return None
         launched.append_blocks(tables)
         num_to_broadcast = num_decodes_to_broadcast(plan, self._sequences.shard)
         counts = self._sampler_graphs.edits and may_be_edited(columns)
         launch = partial(launched.launch, tables, self._decode_graphs, self._forward, num_to_broadcast=num_to_broadcast, counts=counts)
         size = self._decode_graphs.size_for(len(rows))
-        step = AsyncStep(None, plan, rows, table_rows_S, columns, size, self._async_steps.settle)
+        step = AsyncStep(None, plan, rows, table_rows_S, columns, size, self._async_steps.finish)
         return self._async_steps.begin(step, launch, self._sampler_graphs)
 
-    def _takes(self, launched: MixedBatch) -> bool:
+    def _accepts(self, launched: MixedBatch) -> bool:
         sequences = self._sequences
         return (
-            self._decode_graphs.takes(len(launched.sampling))
-            and not sequences.pools.want(launched.singly)
-            and not any(sequences.states[sequence].sampling.grammar for sequence in launched.silent)
+            self._decode_graphs.accepts(len(launched.sampling))
+            and not sequences.pooler.needs_all_tokens(launched.singly)
+            and not any(sequences.states[sequence].sampling.grammar for sequence in launched.non_sampling)
         )

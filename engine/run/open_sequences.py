@@ -8,24 +8,24 @@ import torch
 from engine.plan import StepPlan, Work
 from engine.request_trace import trace_place
 from engine.run.block_tables import BlockTables
-from engine.run.grammar.guides import Allowed, Guides
+from engine.run.grammar.guides import AllowedTokens, Guides
 from engine.run.last_tokens import LastTokens
 from engine.run.pooling import Pooler
 from engine.run.sampling.columns import SamplingColumns
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.state import Row, SamplingState
 from engine.run.transfer import upload
-from engine.run.verification import rows_of
+from engine.run.verification import sampling_rows
 
 
 class OpenSequences:
     """Opened and closed by plans; in between, told of their works."""
 
-    def __init__(self, *, shard: int, vocab_size: int | None, guides: Guides, pools: Pooler, device: torch.device) -> None:
+    def __init__(self, *, shard: int, vocab_size: int | None, guides: Guides, pooler: Pooler, device: torch.device) -> None:
         """``vocab_size``: how many ids can be sampled; None on a rank that does not sample."""
         self.shard, self._vocab_size, self._device = shard, vocab_size, device
         self.tables = BlockTables()
-        self.guides, self.pools = guides, pools
+        self.guides, self.pooler = guides, pooler
         self.states: dict[int, SamplingState] = {}
         """None on a rank that does not sample."""
         self.last_tokens = LastTokens()
@@ -38,7 +38,7 @@ class OpenSequences:
     def __repr__(self) -> str:
         return repr(self.tables)
 
-    def have_sampling_replayed(self, edit_table: EditTable | None) -> None:
+    def enable_sampler_graphs(self, edit_table: EditTable | None) -> None:
         """From now on; when no sequence is open. ``edit_table``: see the field."""
         assert not self.states
         self.columns, self.edit_table = SamplingColumns(), edit_table
@@ -51,7 +51,7 @@ class OpenSequences:
             if opening.shard != self.shard:
                 continue
             row = self.tables.open(opening.sequence)
-            self.pools.open(opening)
+            self.pooler.open(opening)
             if self._vocab_size is None:
                 continue
             state = self.states[opening.sequence] = SamplingState(opening, vocab_size=self._vocab_size)
@@ -68,14 +68,14 @@ class OpenSequences:
             self.edit_table.close(state)
         self.last_tokens.forget(sequence)
         self.guides.close(sequence)
-        self.pools.close(sequence)
+        self.pooler.close(sequence)
 
-    def take(self, work: Work) -> None:
+    def add_tokens(self, work: Work) -> None:
         """Learn the tokens that a work brings, where something looks at them on the host."""
-        self.states[work.sequence].take(work)
-        self.guides.take(work)
+        self.states[work.sequence].add_tokens(work)
+        self.guides.add_tokens(work)
 
-    def count(self, works: Sequence[Work]) -> None:
+    def count_on_device(self, works: Sequence[Work]) -> None:
         """On the device, the newest token of each work whose sequence has an entry there, if it is not counted yet: of a step that is
         launched, or whose logits the host edits."""
         if self.edit_table is None:
@@ -84,11 +84,11 @@ class OpenSequences:
         counted = [one for one in newest if one[0] >= 0]
         if counted:
             entries_R, tokens_R, starts_R = upload(np.array(counted, np.int64).T.copy(), self._device)
-            self.edit_table.learn(entries_R, tokens_R, starts_R)
+            self.edit_table.count_tokens(entries_R, tokens_R, starts_R)
 
-    def rows(self, work: Work, allowed: Allowed | None = None) -> list[Row]:
+    def rows(self, work: Work, allowed: AllowedTokens | None = None) -> list[Row]:
         """What is to be sampled behind a work."""
-        return rows_of(work, self.states[work.sequence], allowed.words if allowed else None)
+        return sampling_rows(work, self.states[work.sequence], allowed.words if allowed else None)
 
     def mark(self, place: int, works: Sequence[Work]) -> None:
         """Note the place of each of the requests, by one rank for each shard."""

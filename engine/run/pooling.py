@@ -21,24 +21,24 @@ class Pooler:
 
     def __init__(self, model: Qwen2) -> None:
         self._model = model
-        self._open: dict[int, _Pool] = {}
+        self._open: dict[int, _PoolingState] = {}
 
     def open(self, opening: Opening) -> None:
         if opening.pooling is not None:
-            self._open[opening.sequence] = _Pool(opening.pooling)
+            self._open[opening.sequence] = _PoolingState(opening.pooling)
 
     def close(self, sequence: int) -> None:
         self._open.pop(sequence, None)
 
-    def want(self, works: Sequence[Work]) -> bool:
+    def needs_all_tokens(self, works: Sequence[Work]) -> bool:
         """Whether any of these needs the hidden states of more than the tokens that sample."""
         return bool(self._open) and any(work.sequence in self._open for work in works)
 
-    def take(self, hidden_TD: Tensor, built: BuiltBatch) -> tuple[Pooled, ...]:
+    def pool(self, hidden_TD: Tensor, built: BuiltBatch) -> tuple[Pooled, ...]:
         """The embeddings that the step completes. ``hidden_TD`` is what `Qwen2.hidden` gave."""
-        return tuple(self._taken(hidden_TD, built)) if self._open else ()
+        return tuple(self._pool(hidden_TD, built)) if self._open else ()
 
-    def _taken(self, hidden_TD: Tensor, built: BuiltBatch) -> Iterator[Pooled]:
+    def _pool(self, hidden_TD: Tensor, built: BuiltBatch) -> Iterator[Pooled]:
         for work, first in zip(built.works, built.forward.query_starts, strict=False):
             pool = self._open.get(work.sequence)
             if pool is None:
@@ -50,7 +50,7 @@ class Pooler:
                 yield _pooled(work.sequence, pool.mean())
 
 
-class _Pool:
+class _PoolingState:
     """One sequence's, over all its works."""
 
     def __init__(self, pooling: Pooling) -> None:

@@ -38,7 +38,7 @@ class _Failed:
 def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> None:
     """The life of one child: start the rank, then answer plans until the parent closes the pipe."""
     try:
-        settings["runner_config"] = on_its_device(settings["runner_config"], rank)
+        settings["runner_config"] = assign_device(settings["runner_config"], rank)
         with start_rank(rank=rank, **settings) as runner:
             tune_gc()
             connection.send(runner.capacity)
@@ -58,7 +58,7 @@ def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> N
         connection.send(_Failed(rank, traceback.format_exc()))
 
 
-def on_its_device(config: RunnerConfig, rank: int) -> RunnerConfig:
+def assign_device(config: RunnerConfig, rank: int) -> RunnerConfig:
     """Where several devices are seen ranks take them in turn; nobody shows each its own, as Ray does, and all would take the first."""
     count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     return replace(config, device=f"cuda:{rank % count}") if count > 1 else config

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.run.cuda_graphs import Graphs, Piece
+from engine.run.cuda_graphs import GraphRecorder, Piece
 from model.attention.backend import Attend, GraphBreak
 from model.batch import ForwardBatch
 from model.kv_cache import KvCache
@@ -28,12 +28,14 @@ NOWHERE = -1
 
 
 class PromptGraphs:
-    """One rank's, `Captured`. What fills a step up is token 0 at position 0, or of a step before, and is written nowhere."""
+    """One rank's, `CapturedGraphs`. What fills a step up is token 0 at position 0, or of a step before, and is written nowhere."""
 
-    def __init__(self, model: Qwen2, cache: KvCache, graphs: Graphs, *, most_tokens: int = SIZES[-1], sizes: Sequence[int] = SIZES) -> None:
-        """There must be no `prompt_obstacle`. No step has more than ``most_tokens``."""
+    def __init__(
+        self, model: Qwen2, cache: KvCache, graphs: GraphRecorder, *, max_tokens: int = SIZES[-1], sizes: Sequence[int] = SIZES
+    ) -> None:
+        """There must be no `prompt_obstacle`. No step has more than ``max_tokens``."""
         self._model, self._cache, self._graphs = model, cache, graphs
-        self.sizes = sizes_up_to(most_tokens, sizes)
+        self.sizes = capture_sizes(max_tokens, sizes)
         most, device, heads = self.sizes[-1], model.device, model.attention_config
         self._numbers = torch.zeros(3, most, dtype=torch.int64, device=device)
         self._q_THK = torch.zeros(most, heads.num_heads, heads.head_dim, dtype=model.dtype, device=device)
@@ -55,13 +57,13 @@ class PromptGraphs:
         self._numbers.zero_()
         self._numbers[SLOTS] = NOWHERE
         for size in reversed(self.sizes):
-            self._pieces[size] = self._graphs.capture_pieces(partial(self._compute, size))
+            self._pieces[size] = self._graphs.capture_piecewise(partial(self._compute, size))
             after_each()
 
-    def forget(self) -> None:
+    def release(self) -> None:
         self._pieces.clear()
 
-    def takes(self, num_tokens: int) -> bool:
+    def accepts(self, num_tokens: int) -> bool:
         """Whether a step of so many is replayed: the same answer on every rank that computes this shard."""
         return 0 < num_tokens <= self.sizes[-1]
 
@@ -106,10 +108,10 @@ class PromptGraphs:
         )
 
 
-def sizes_up_to(most_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, ...]:
-    """The last one takes a step of ``most_tokens``, if any does."""
-    below = tuple(size for size in sizes if size < most_tokens)
-    return below if len(below) == len(sizes) else (*below, most_tokens)
+def capture_sizes(max_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, ...]:
+    """The last one takes a step of ``max_tokens``, if any does."""
+    below = tuple(size for size in sizes if size < max_tokens)
+    return below if len(below) == len(sizes) else (*below, max_tokens)
 
 
 def prompt_obstacle(model: Qwen2) -> str | None:

@@ -24,14 +24,14 @@ class ExpertRebalancer:
         moe = model.config.moe if model.groups.ep.size > 1 else None
         self._num_experts = moe.num_experts if moe else 0
         self._layers = [module for module in model.modules() if isinstance(module, RoutedExperts)] if moe else []
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """What was computed so far was nobody's: a warm-up."""
-        self.forget_latest()
+        self.discard_counts()
         self._loads_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.float64)
 
-    def forget_latest(self) -> None:
+    def discard_counts(self) -> None:
         """What was computed since the last measurement was nobody's: a capture. What was measured before still counts."""
         for layer in self._layers:
             layer.forget_load()

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from engine.plan import Pooled, Rebalanced, Sampled, Scored, StepPlan, StepResult, Work
 from engine.run.decode_rows import DecodeRows
-from engine.run.grammar.guides import NONE_ALLOWED, Allowed, silent
+from engine.run.grammar.guides import NO_CONSTRAINTS, AllowedTokens, blocked_results
 from engine.run.open_sequences import OpenSequences
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import as_decided
-from engine.run.verification import verified
+from engine.run.verification import verify_draft
 from engine.shard_results import pack_tokens
 
 
@@ -38,25 +38,25 @@ class ResultBuilder:
         self.sampler, self._sequences, self._runs_ahead = sampler, sequences, runs_ahead
         self._answered_at = 0.0
 
-    def sample(self, logits_RV: Tensor, works: Sequence[Work], allowed: Mapping[int, Allowed]) -> list[Sampled]:
+    def sample(self, logits_RV: Tensor, works: Sequence[Work], allowed: Mapping[int, AllowedTokens]) -> list[Sampled]:
         """Draw behind each of the works, row by row. Sequences whose grammar has no say yet get no token in this step."""
         assert self.sampler is not None
-        mute = silent(allowed)
+        mute = blocked_results(allowed)
         speaking = [work for work in works if work.sequence not in mute]
         if mute:
             logits_RV = logits_RV[[at for at, work in enumerate(_owners(works)) if work.sequence not in mute]]
         rows = [row for work in speaking for row in self._sequences.rows(work, allowed.get(work.sequence))]
         answers = iter(self.sampler.sample(logits_RV, rows, self._sequences.edit_table))
-        return [self._verified(work, list(islice(answers, work.num_draft + 1))) for work in speaking] + list(mute.values())
+        return [self._verify_draft(work, list(islice(answers, work.num_draft + 1))) for work in speaking] + list(mute.values())
 
     def from_report(
-        self, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, Allowed] = NONE_ALLOWED
+        self, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, AllowedTokens] = NO_CONSTRAINTS
     ) -> list[Sampled]:
         """What a replay drew, row by row. Sequences whose grammar has no say yet get no token in this step."""
         assert self.sampler is not None
         each = [row for work in rows.works() for row in self._sequences.rows(work)]
-        answers = self.sampler.answers(logits_SV, logits_SV, each, as_decided(report_3S))
-        mute = silent(allowed)
+        answers = self.sampler.results(logits_SV, logits_SV, each, as_decided(report_3S))
+        mute = blocked_results(allowed)
         return [mute.get(answer.sequence, answer) for answer in answers]
 
     def build(self, plan: StepPlan, output: RankOutput, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
@@ -70,9 +70,9 @@ class ResultBuilder:
         self._answered_at = now
         return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.scored, output.pooled, output.guessing_s)
 
-    def _verified(self, work: Work, answers: list[Sampled]) -> Sampled:
-        answer = verified(work, answers)
-        self._sequences.states[work.sequence].hold(answer.tokens[:-1])
+    def _verify_draft(self, work: Work, answers: list[Sampled]) -> Sampled:
+        answer = verify_draft(work, answers)
+        self._sequences.states[work.sequence].accept_draft(answer.tokens[:-1])
         return answer
 
 

@@ -13,8 +13,8 @@ import torch
 from engine.executor import Capacity
 from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult
 from engine.run.async_step_queue import AsyncStepQueue
-from engine.run.cuda_graphs import Captured, Graphs
-from engine.run.decode_graphs import MOST_ROWS, DecodeGraphs
+from engine.run.cuda_graphs import CapturedGraphs, GraphRecorder
+from engine.run.decode_graphs import MAX_ROWS, DecodeGraphs
 from engine.run.drafter import Drafter
 from engine.run.eager_steps import EagerSteps
 from engine.run.forward import Forward
@@ -64,7 +64,7 @@ class Runner:
         self.rebalancer = ExpertRebalancer(model)
         vocab_size = sampler.vocab_size if sampler else None
         guides = guides or Guides(None, vocab_size=vocab_size or 0)
-        self.sequences = OpenSequences(shard=shard, vocab_size=vocab_size, guides=guides, pools=Pooler(model), device=device)
+        self.sequences = OpenSequences(shard=shard, vocab_size=vocab_size, guides=guides, pooler=Pooler(model), device=device)
         self.result_builder = ResultBuilder(sampler, self.sequences, runs_ahead=capacity.runs_ahead)
         self.forward = Forward(model, cache)
         self.async_steps = AsyncStepQueue(self.sequences, self.result_builder)
@@ -88,29 +88,29 @@ class Runner:
 
     def capture(
         self,
-        graphs: Graphs,
+        graphs: GraphRecorder,
         *,
-        most_rows: int,
+        max_rows: int,
         edits: bool = False,
-        most_prompt_tokens: int = 0,
+        max_prompt_tokens: int = 0,
         prompts_ahead: bool = False,
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
         """Record steps that only decode, so that `run` replays them from now on. All ranks of the replica must call this at the same time,
         when no sequence is open, and there must be no `engine.run.decode_graphs.capture_obstacle`. ``edits``: what sequences have seen is
         counted on the device from now on, so that their penalties are replayed too; not where anything is guessed. Other steps, as far as
-        they are worth it and have no more than ``most_prompt_tokens``, are replayed in pieces. ``prompts_ahead``: see `RunnerConfig`.
+        they are worth it and have no more than ``max_prompt_tokens``, are replayed in pieces. ``prompts_ahead``: see `RunnerConfig`.
         ``on_progress`` is told (done, total)."""
         self.decode_graphs = DecodeGraphs(
             self.model,
             self.cache,
             graphs,
-            most_rows=min(most_rows, MOST_ROWS),
-            most_blocks=self.capacity.blocks_for(self.capacity.max_context_tokens),
+            max_rows=min(max_rows, MAX_ROWS),
+            max_blocks=self.capacity.blocks_for(self.capacity.max_context_tokens),
             vocab_size=self.result_builder.sampler.vocab_size if self.result_builder.sampler else None,
             broadcasts_tokens=self.capacity.runs_ahead,
         )
-        captured: list[Captured] = [self.decode_graphs]
+        captured: list[CapturedGraphs] = [self.decode_graphs]
         if self.result_builder.sampler is not None:
             self.sampler_graphs = self._sampler_graphs(self.result_builder.sampler, self.decode_graphs, graphs, edits=edits)
             captured.append(self.sampler_graphs)
@@ -123,8 +123,8 @@ class Runner:
             runs_ahead=self.capacity.runs_ahead,
         )
         self.forward.prompt_graphs = self.mixed_steps = None
-        if most_prompt_tokens:
-            self.forward.prompt_graphs = PromptGraphs(self.model, self.cache, graphs, most_tokens=most_prompt_tokens)
+        if max_prompt_tokens:
+            self.forward.prompt_graphs = PromptGraphs(self.model, self.cache, graphs, max_tokens=max_prompt_tokens)
             captured.append(self.forward.prompt_graphs)
         if prompts_ahead and self.is_sampling and self.capacity.runs_ahead:
             self.mixed_steps = MixedSteps(self.graph_steps, self.forward)
@@ -132,11 +132,11 @@ class Runner:
         for one in captured:
             one.capture(lambda: on_progress(next(done), total))
 
-    def _sampler_graphs(self, sampler: Sampler, decode_graphs: DecodeGraphs, graphs: Graphs, *, edits: bool) -> SamplerGraphs:
+    def _sampler_graphs(self, sampler: Sampler, decode_graphs: DecodeGraphs, graphs: GraphRecorder, *, edits: bool) -> SamplerGraphs:
         assert decode_graphs.logits is not None
         sizes = decode_graphs.sizes
         table = EditTable(num_entries=sizes[-1], vocab_size=sampler.vocab_size, device=self.device) if edits else None
-        self.sequences.have_sampling_replayed(table)
+        self.sequences.enable_sampler_graphs(table)
         return SamplerGraphs(
             decode_graphs.logits,
             sizes,
@@ -152,7 +152,7 @@ class Runner:
         waits for that without end."""
         for graphs in (self.decode_graphs, self.sampler_graphs, self.forward.prompt_graphs):
             if graphs is not None:
-                graphs.forget()
+                graphs.release()
         self.decode_graphs = self.sampler_graphs = self.forward.prompt_graphs = None
         self.graph_steps = self.mixed_steps = None
 
@@ -173,13 +173,13 @@ class Runner:
         for steps in (self.graph_steps, self.mixed_steps):
             if steps is not None and (begun := steps.begin(plan, began)) is not None:
                 return begun
-        self.async_steps.settle_all()
+        self.async_steps.finish_all()
         return StepHandle(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
 
     def _rebalanced(self, order: Rebalance) -> Rebalanced:
-        self.async_steps.settle_all()
+        self.async_steps.finish_all()
         rebalanced = self.rebalancer.run(order)
         if rebalanced.num_moved and self.decode_graphs is not None:
             self.decode_graphs.capture()  # experts lie elsewhere now; steps with prompts of such a model are launched
-            self.rebalancer.forget_latest()
+            self.rebalancer.discard_counts()
         return rebalanced

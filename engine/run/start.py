@@ -15,7 +15,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.load_stats import LoadStats
-from engine.run.cuda_graphs import CudaGraphs
+from engine.run.cuda_graphs import CudaGraphRecorder
 from engine.run.draft_compatibility import check_draft_model
 from engine.run.drafter import open_drafter
 from engine.run.grammar.guides import Guides
@@ -121,12 +121,12 @@ def start_rank(
         ):
             if (draft_folder := draft_model_of(engine_config, runner_config)) is not None:
                 check_draft_model(checkpoint_folder, draft_folder)
-            groups = stack.enter_context(_joined(topology, rank, rendezvous, runner_config, device, tell))
-            stack.push(_forget_frames)
+            groups = stack.enter_context(_join_groups(topology, rank, rendezvous, runner_config, device, tell))
+            stack.push(_clear_frames)
             model = _load(checkpoint, opened_adapter, model_config, groups, runner_config, engine_config, device, tell)
         sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
         draft_model = _load_draft_model(draft_folder, model, runner_config, engine_config, device) if draft_folder and sampler else None
-        runner = ready_runner(
+        runner = make_runner(
             model,
             sampler,
             runner_config=runner_config,
@@ -140,13 +140,13 @@ def start_rank(
         yield runner
 
 
-def _forget_frames(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+def _clear_frames(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
     """Where a step or a capture failed, its functions' variables would keep graphs alive while the groups are left; see `Runner.close`."""
     if error is not None:
         traceback.clear_frames(error.__traceback__)
 
 
-def ready_runner(
+def make_runner(
     model: Qwen2,
     sampler: Sampler | None,
     *,
@@ -190,7 +190,7 @@ def ready_runner(
     except BaseException:
         runner.close()
         raise
-    runner.rebalancer.forget()
+    runner.rebalancer.reset()
     log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, repr(runner))  # a record that is kept keeps no weights
     return runner
 
@@ -204,7 +204,7 @@ def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: Engi
     if runner_config.cuda_graphs and on_device:
         capture(
             runner,
-            CudaGraphs(runner.device),
+            CudaGraphRecorder(runner.device),
             engine_config,
             lambda done, total: tell(StartProgress("capture", done, total)),
             prompts=runner_config.prompt_graphs,
@@ -240,7 +240,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native() is None and multiplies_bfloat16(device) else torch.float32  # our own kernels are of float32
 
 
-def formats_of(
+def choose_weight_formats(
     checkpoint: Checkpoint,
     model_config: ModelConfig,
     config: RunnerConfig,
@@ -271,7 +271,7 @@ def formats_of(
 
 
 @contextmanager
-def _joined(
+def _join_groups(
     topology: Topology, rank: int, rendezvous: str | None, config: RunnerConfig, device: torch.device, tell: OnProgress
 ) -> Iterator[ParallelGroups]:
     if topology.size == 1:
@@ -313,7 +313,7 @@ def _load(
 
     dtype = resolve_dtype(config.dtype, device)
     kinds = common_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None  # experts travel, and are read there
-    formats = formats_of(checkpoint, model_config, config, dtype, device, topology=groups.topology, kinds=kinds)
+    formats = choose_weight_formats(checkpoint, model_config, config, dtype, device, topology=groups.topology, kinds=kinds)
     model, report = load_model(
         checkpoint,
         model_config,
@@ -347,7 +347,7 @@ def _load_draft_model(folder: str, model: Qwen2, config: RunnerConfig, engine_co
     """Whole, on this rank alone."""
     with Checkpoint(folder) as checkpoint:
         model_config = ModelConfig.from_checkpoint(small_files(folder))
-        formats = formats_of(checkpoint, model_config, config, model.dtype, device)
+        formats = choose_weight_formats(checkpoint, model_config, config, model.dtype, device)
         draft_model, report = load_model(
             checkpoint,
             model_config,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PLACES = 4
+NUM_BUFFERS = 4
 """In turn: of steps two are under way at most, so that nobody waits for a place."""
 
 
@@ -32,37 +32,37 @@ class Staging:
     """Numbers that every step brings, int64: gathered in pinned memory that is there already, and brought by one copy."""
 
     def __init__(self, *shape: int, device: torch.device) -> None:
-        self.there = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.on_device = torch.zeros(shape, dtype=torch.int64, device=device)
         """On the device, where a captured step reads them."""
-        self._places = _Places(shape, device)
+        self._buffers = _BufferRing(shape, device)
 
-    def take(self) -> np.ndarray:
+    def next_host_array(self) -> np.ndarray:
         """Where to gather the next ones; what lies there is of some step before."""
-        return self._places.next().array
+        return self._buffers.next().array
 
-    def bring(self) -> None:
+    def upload(self) -> None:
         """What was gathered since, without waiting for the copy."""
-        place = self._places.latest
-        self.there.copy_(place.tensor, non_blocking=True)
-        place.record()
+        buffer = self._buffers.latest
+        self.on_device.copy_(buffer.tensor, non_blocking=True)
+        buffer.record()
 
 
-class Returns:
+class Readback:
     """What every step gives, int64, on its way to the host."""
 
-    def __init__(self, of_step: Tensor) -> None:
-        self._of_step = of_step
-        self._places = _Places(tuple(of_step.shape), of_step.device)
+    def __init__(self, source: Tensor) -> None:
+        self._source = source
+        self._buffers = _BufferRing(tuple(source.shape), source.device)
 
-    def send(self) -> "Place":
-        """Begin to copy what the step gives that was begun last. It is there until so many others were sent (`PLACES`)."""
-        place = self._places.next()
-        place.tensor.copy_(self._of_step, non_blocking=True)
-        place.record()
-        return place
+    def start_copy(self) -> "PinnedBuffer":
+        """Begin to copy what the step gives that was begun last. It is there until so many others were sent (`NUM_BUFFERS`)."""
+        buffer = self._buffers.next()
+        buffer.tensor.copy_(self._source, non_blocking=True)
+        buffer.record()
+        return buffer
 
 
-class Place:
+class PinnedBuffer:
     """Pinned memory, and whether the device is at it."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
@@ -84,16 +84,16 @@ class Place:
             self._event.synchronize()
 
 
-class _Places:
+class _BufferRing:
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self._all = [Place(shape, device) for _ in range(PLACES)]
+        self._all = [PinnedBuffer(shape, device) for _ in range(NUM_BUFFERS)]
         self._at = 0
 
     @property
-    def latest(self) -> Place:
+    def latest(self) -> PinnedBuffer:
         return self._all[self._at]
 
-    def next(self) -> Place:
-        self._at = (self._at + 1) % PLACES
+    def next(self) -> PinnedBuffer:
+        self._at = (self._at + 1) % NUM_BUFFERS
         self.latest.wait()
         return self.latest

@@ -12,15 +12,15 @@ from engine.plan import Sampled, Work
 from engine.run.sampling.state import Row, SamplingState
 
 
-def rows_of(work: Work, state: SamplingState, allowed: np.ndarray | None) -> list[Row]:
+def sampling_rows(work: Work, state: SamplingState, allowed: np.ndarray | None) -> list[Row]:
     """The row behind the last known token, and one behind each guess, which has seen the guesses up to it."""
     first = state.next_position(work)
     guesses = work.tokens[len(work.tokens) - work.num_draft :]
     return [Row(state, first + count, allowed, guesses[:count]) for count in range(work.num_draft + 1)]
 
 
-def verified(work: Work, answers: Sequence[Sampled]) -> Sampled:
-    """Of the answers to `rows_of`: the tokens up to and with the first that is not what was guessed, or that no token follows."""
+def verify_draft(work: Work, answers: Sequence[Sampled]) -> Sampled:
+    """Of the answers to `sampling_rows`: the tokens up to and with the first that is not what was guessed, or that no token follows."""
     guesses = work.tokens[len(work.tokens) - work.num_draft :]
     tokens, logprobs = answers[0].tokens, answers[0].logprobs
     for guess, answer in zip(guesses, answers[1:], strict=True):

@@ -7,7 +7,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidLogits
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
-from engine.run.cuda_graphs import Graphs
+from engine.run.cuda_graphs import GraphRecorder
 from engine.run.decode_graphs import capture_obstacle
 from engine.run.prompt_graphs import prompt_obstacle
 from engine.run.runner import Runner
@@ -53,7 +53,7 @@ def warm_up(runner: Runner) -> None:
     opening = Opening(FIRST_SEQUENCE, 0, len(prompt), SamplingParams(top_k=20), shard=runner.shard)
     for tokens in (prompt, prompt[:2], prompt[:1]):
         work = Work(FIRST_SEQUENCE, 0, tokens, blocks, samples=True, shard=runner.shard)
-        run_and_forget(runner, StepPlan(0, (work,), (opening,)))
+        run_once(runner, StepPlan(0, (work,), (opening,)))
 
 
 def tune(runner: Runner, engine_config: EngineConfig) -> None:
@@ -63,12 +63,12 @@ def tune(runner: Runner, engine_config: EngineConfig) -> None:
     from parallel.cuda.few_rows import FEWEST_ROWS  # triton: not to be imported where there is no such device
     from parallel.cuda.tiles import MEASURED_ROWS, seconds_of, tiles_of
 
-    most_tokens, most_running = engine_config.max_step_tokens, engine_config.max_running
+    max_tokens, most_running = engine_config.max_step_tokens, engine_config.max_running
     tiles = tiles_of(runner.device)
     with tiles.measuring(seconds_of):
-        up_to = sorted({most_tokens, *(min(most, most_tokens) for most in MEASURED_ROWS)})
+        up_to = sorted({max_tokens, *(min(most, max_tokens) for most in MEASURED_ROWS)})
         for tokens in (*up_to, *FEWEST_ROWS):  # the fewest last: products of up to 16 are to be cut for 16
-            run_and_forget(
+            run_once(
                 runner,
                 full_step(
                     max_step_tokens=tokens,
@@ -83,7 +83,7 @@ def tune(runner: Runner, engine_config: EngineConfig) -> None:
 
 def capture(
     runner: Runner,
-    graphs: Graphs,
+    graphs: GraphRecorder,
     engine_config: EngineConfig,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     *,
@@ -99,16 +99,16 @@ def capture(
         log.info("steps that do not only decode are launched anew: %s", obstacle)
     runner.capture(
         graphs,
-        most_rows=min(engine_config.max_running, engine_config.max_step_tokens),
+        max_rows=min(engine_config.max_running, engine_config.max_step_tokens),
         edits=engine_config.speculate is None,  # guesses are looked at behind what is counted
-        most_prompt_tokens=engine_config.max_step_tokens if prompts and obstacle is None else 0,
+        max_prompt_tokens=engine_config.max_step_tokens if prompts and obstacle is None else 0,
         prompts_ahead=prompts_ahead,
         on_progress=on_progress,
     )
     warm_up(runner)
 
 
-def run_and_forget(runner: Runner, plan: StepPlan) -> None:
+def run_once(runner: Runner, plan: StepPlan) -> None:
     """Run a plan that opens all its sequences, and close them."""
     result = runner.run(plan)
     runner.run(StepPlan(plan.step, (), closed=tuple(opening.sequence for opening in plan.opened)))

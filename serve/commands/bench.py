@@ -99,7 +99,7 @@ def measure(
     from engine.engine import Engine
     from engine.gc_tuning import tune_gc
     from engine.run.host_resources import usable_cores
-    from engine.run.start import formats_of, resolve_device, resolve_dtype
+    from engine.run.start import choose_weight_formats, resolve_device, resolve_dtype
     from model.checkpoint import Checkpoint
     from model.config import ModelConfig
     from serve.bench.ceiling import measure_ceiling
@@ -114,7 +114,7 @@ def measure(
     report("measuring the machine", 0.0)
     ceiling = measure_ceiling(dtype, device, usable_cores())
     with Checkpoint(found.location) as checkpoint:
-        formats = formats_of(checkpoint, model_config, config.runner, dtype, device)
+        formats = choose_weight_formats(checkpoint, model_config, config.runner, dtype, device)
     weights = weight_bytes(model_config, formats)
     figures = []
     with ExitStack() as running:

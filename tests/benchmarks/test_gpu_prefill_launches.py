@@ -21,7 +21,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> ServedModel:
     plain = Formats(Dense(torch.float32), Dense(torch.float32))
     monkeypatch.setattr("benchmarks.gpu.models.choose_formats", lambda *_: plain)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(prefill_launches, "CudaGraphs", lambda _device: RecordedGraphs())
+    monkeypatch.setattr(prefill_launches, "CudaGraphRecorder", lambda _device: RecordedGraphs())
     monkeypatch.setattr(prefill_launches, "SIZES", (8, 16))
     monkeypatch.setattr(prefill_launches, "STEPS", {"5 beside 3": (3, (5,)), "two": (0, (9, 4))})
     monkeypatch.setattr(prefill_launches, "REPEATS", 1)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from engine.run.cuda_graphs import Between, Compute, Piece, Replay
+from engine.run.cuda_graphs import Compute, EagerCall, Piece, Replay
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2", "unique_consecutive"}
 """Operations of torch whose answer, or its size, the host must know."""
@@ -36,7 +36,7 @@ class Gone(Exception):
 
 
 class RecordedGraphs:
-    """An `engine.run.cuda_graphs.Graphs`."""
+    """An `engine.run.cuda_graphs.GraphRecorder`."""
 
     def __init__(self) -> None:
         self.num_replays = 0
@@ -49,13 +49,13 @@ class RecordedGraphs:
 
         return self._replay_of(recording)
 
-    def capture_pieces(self, compute: Callable[[Callable[[Between], None]], None]) -> list[Piece[Between]]:
+    def capture_piecewise(self, compute: Callable[[Callable[[EagerCall], None]], None]) -> list[Piece[EagerCall]]:
         compute(lambda _between: None)
-        pieces: list[Piece[Between]] = []
+        pieces: list[Piece[EagerCall]] = []
         with ExitStack() as modes:
             recording = _begin(modes)
 
-            def cut(between: Between) -> None:
+            def cut(between: EagerCall) -> None:
                 nonlocal recording
                 modes.close()
                 pieces.append((self._replay_of(recording), between))

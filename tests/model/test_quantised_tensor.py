@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.run.settings import RunnerConfig
-from engine.run.start import formats_of
+from engine.run.start import choose_weight_formats
 from model.checkpoint import SINGLE_FILE, Checkpoint, write_checkpoint
 from model.checkpoint_error import CheckpointError
 from model.config import ModelConfig
@@ -189,9 +189,9 @@ def test_they_are_held_in_the_fewest_bits_that_lose_nothing_unless_told_otherwis
     stored, plain = folders("grouped", config)
     runner_config = RunnerConfig(dtype="float32", quantize=quantize)
     with Checkpoint(stored) as checkpoint:
-        formats = formats_of(checkpoint, ModelConfig.from_checkpoint(stored), runner_config, FLOAT, CPU)
+        formats = choose_weight_formats(checkpoint, ModelConfig.from_checkpoint(stored), runner_config, FLOAT, CPU)
     with Checkpoint(plain) as checkpoint:
-        of_plain = formats_of(checkpoint, ModelConfig.from_checkpoint(plain), runner_config, FLOAT, CPU)
+        of_plain = choose_weight_formats(checkpoint, ModelConfig.from_checkpoint(plain), runner_config, FLOAT, CPU)
     assert formats.matrices == PackedFormat(kind, FLOAT)
     assert formats.table == of_plain.table
 
@@ -201,7 +201,7 @@ def test_with_zeros_they_are_held_in_four_bits_only_where_ranks_cut_between_grou
     model_config = ModelConfig.from_checkpoint(stored)
     with Checkpoint(stored) as checkpoint:
         for topology, kind in ((Topology(pp=2), "int4_zeros"), (Topology(tp=2), "int8")):  # 192 features in two
-            formats = formats_of(checkpoint, model_config, RunnerConfig(dtype="float32"), FLOAT, CPU, topology=topology)
+            formats = choose_weight_formats(checkpoint, model_config, RunnerConfig(dtype="float32"), FLOAT, CPU, topology=topology)
             assert isinstance(formats.matrices, PackedFormat)
             assert formats.matrices.kind == kind
 
@@ -214,7 +214,7 @@ def test_beside_a_plain_matrix_of_a_layer_none_is_held_in_four_bits(folders: Cal
     tensors[f"{name}.weight"] = load_file(plain / SINGLE_FILE)[f"{name}.weight"]
     write_checkpoint(tmp_path, tensors, json.loads((stored / "config.json").read_text()))
     with Checkpoint(tmp_path) as checkpoint:
-        formats = formats_of(checkpoint, ModelConfig.from_checkpoint(tmp_path), RunnerConfig(dtype="float32"), FLOAT, CPU)
+        formats = choose_weight_formats(checkpoint, ModelConfig.from_checkpoint(tmp_path), RunnerConfig(dtype="float32"), FLOAT, CPU)
     assert formats.matrices == PackedFormat("int8", FLOAT)
 
 

@@ -11,9 +11,9 @@ from benchmarks.gpu.timing import median_s, replayed_s
 from engine.plan import Opening
 from engine.request import SamplingParams
 from engine.run.noise import uniform
-from engine.run.sampling.columns import CHOICE, KIND, SEED, TEMPERATURE, TOP_K, SamplingColumns, hardest_of
+from engine.run.sampling.columns import CHOICE, KIND, SEED, TEMPERATURE, TOP_K, SamplingColumns, graph_kind
 from engine.run.sampling.edit_table import EditTable
-from engine.run.sampling.filters import DrawParams, draw_filtered, whole_weight
+from engine.run.sampling.filters import DrawParams, draw_filtered, total_weight
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.state import Row, SamplingState
 from parallel.aligned_rows import empty_rows
@@ -65,7 +65,7 @@ def undecided(checks: Checks) -> None:
     rows = [(draw.choice([0.7, 1.0, 2.5]), draw.choice([width, width // 2]), draw.choice([0.9, 0.97, 1.0]), 0.0) for _ in range(count)]
     numbers = torch.tensor(rows, dtype=torch.float64).T
     params = DrawParams(numbers[0], numbers[1].long(), numbers[2], numbers[3], uniform_R)
-    wanted, _ = draw_filtered(logits, params, width, whole_weight(logits, params))
+    wanted, _ = draw_filtered(logits, params, width, total_weight(logits, params))
     none = torch.zeros(count, dtype=torch.int64)
     given = [
         x.contiguous().to(checks.device)
@@ -96,15 +96,15 @@ def edits(checks: Checks) -> None:
         words_GW = torch.randint(-(2**31), 2**31, (1, -(-width // 32)), generator=generator).to(torch.int32)
         given = (entries_R, none_R, none_R - (entries_R % 2), words_GW)
         for table in tables:
-            table.learn(*(x.to(table.device) for x in (entries_R, entries_R * 3, none_R + 500)))
-        wanted = tables[1].edited_slowly(logits, *given)
+            table.count_tokens(*(x.to(table.device) for x in (entries_R, entries_R * 3, none_R + 500)))
+        wanted = tables[1].edit_torch(logits, *given)
         on_device = [x.to(checks.device) for x in (logits, *given)]
-        found = tables[0].edited(*on_device).cpu()
+        found = tables[0].edit(*on_device).cpu()
         different = int((found != wanted).sum())
         checks.results.add("kernels", f"edited logits of {count} that differ", float(different), "numbers")
         checks.expect(not different, f"{different} edited logits of {count} rows differ")
         num_bytes = count * width * (logits.itemsize + 4 + 4)
-        checks.timed(f"edits of {count}", lambda on_device=on_device, table=tables[0]: table.edited(*on_device), num_bytes)
+        checks.timed(f"edits of {count}", lambda on_device=on_device, table=tables[0]: table.edit(*on_device), num_bytes)
 
 
 def _time_drawing(checks: Checks, name: str, params: SamplingParams, count: int) -> None:
@@ -126,7 +126,7 @@ def _time_drawing(checks: Checks, name: str, params: SamplingParams, count: int)
         "kind_R": told[KIND],
     }
     given |= {"temperature_R": floats[0], "top_p_R": floats[1], "min_p_R": floats[2]}
-    most = hardest_of(int(told[KIND].max()))
+    most = graph_kind(int(told[KIND].max()))
     seconds = replayed_s(lambda: draw(logits_RV, report_3R, most=most, **given), checks.device, launches=5)
     checks.results.add("kernels", f"drawing {count}, {name}", seconds * 1e6, "us")
 

@@ -16,15 +16,15 @@ from engine.errors import GrammarFailed
 from engine.grammar import Grammar, GrammarCompiler
 from engine.plan import Opening, Sampled, Work
 
-GRACE_S = 0.05
+COMPILE_WAIT_S = 0.05
 """How long a step waits for grammars that are still being compiled."""
-PATIENCE_S = 20.0
+COMPILE_TIMEOUT_S = 20.0
 """A grammar that took longer fails its request. The fronts let none through that takes more than some seconds."""
 NO_COMPILER = "this model has no byte-level tokenizer.json, so its answers cannot follow a grammar"
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
+class AllowedTokens:
     """What a sequence may go on with."""
 
     words: np.ndarray | None = None
@@ -32,10 +32,10 @@ class Allowed:
     fault: str | None = None
 
 
-NONE_ALLOWED: Mapping[int, Allowed] = MappingProxyType({})
+NO_CONSTRAINTS: Mapping[int, AllowedTokens] = MappingProxyType({})
 
 
-def silent(allowed: Mapping[int, Allowed]) -> dict[int, Sampled]:
+def blocked_results(allowed: Mapping[int, AllowedTokens]) -> dict[int, Sampled]:
     """The answers of sequences whose grammar has no say yet, or will never have one: no token in this step."""
     return {
         number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
@@ -54,25 +54,25 @@ class Guide:
         self._num_known = len(opening.history)
         self._unseen = list(opening.history[opening.num_prompt :])
 
-    def take(self, work: Work) -> None:
+    def add_tokens(self, work: Work) -> None:
         """Learn the tokens of a work beyond those known; those of the prompt say nothing."""
         first = max(self._num_known, self._num_prompt) - work.start
         self._unseen += work.tokens[max(first, 0) :]
         self._num_known = max(self._num_known, work.start + len(work.tokens))
 
-    def allowed(self, ordinary: np.ndarray) -> Allowed:
+    def allowed(self, ordinary: np.ndarray) -> AllowedTokens:
         """For the token behind all known ones. ``ordinary``: bits of the ids that are no control tokens."""
         if not self.grammar.done():
-            late = time.monotonic() - self._began > PATIENCE_S
-            return Allowed(fault="the grammar takes too long to compile") if late else Allowed()
+            late = time.monotonic() - self._began > COMPILE_TIMEOUT_S
+            return AllowedTokens(fault="the grammar takes too long to compile") if late else AllowedTokens()
         try:
             grammar = self.grammar.result()
             if grammar.accept(self._unseen) < len(self._unseen):
-                return Allowed(fault="the tokens so far do not follow the grammar")
+                return AllowedTokens(fault="the tokens so far do not follow the grammar")
             self._unseen.clear()
-            return Allowed(words=self._words(grammar, ordinary))
+            return AllowedTokens(words=self._words(grammar, ordinary))
         except GrammarFailed as error:
-            return Allowed(fault=str(error))
+            return AllowedTokens(fault=str(error))
 
     def _words(self, grammar: Grammar, ordinary: np.ndarray) -> np.ndarray:
         """Where the text may go on *and* may end, `min_tokens` decides; where it can only end, it ends."""
@@ -104,21 +104,21 @@ class Guides:
     def close(self, sequence: int) -> None:
         self._open.pop(sequence, None)
 
-    def take(self, work: Work) -> None:
+    def add_tokens(self, work: Work) -> None:
         """Tokens that a step computes."""
         if guide := self._open.get(work.sequence):
-            guide.take(work)
+            guide.add_tokens(work)
 
-    def begin(self, sequences: Sequence[int]) -> "Future[dict[int, Allowed]] | None":
+    def begin(self, sequences: Sequence[int]) -> "Future[dict[int, AllowedTokens]] | None":
         """Look up in another thread what those of ``sequences`` that have a grammar may go on with. None if none has."""
         guided = [number for number in sequences if number in self._open]
         return self._masking.submit(self._look_up, guided) if guided else None
 
-    def _look_up(self, numbers: list[int]) -> dict[int, Allowed]:
+    def _look_up(self, numbers: list[int]) -> dict[int, AllowedTokens]:
         guides = {number: self._open[number] for number in numbers}
         compiling = [guide.grammar for guide in guides.values() if not guide.grammar.done()]
         if compiling:
-            wait(compiling, timeout=GRACE_S)
+            wait(compiling, timeout=COMPILE_WAIT_S)
         return {number: guide.allowed(self._ordinary) for number, guide in guides.items()}
 
     def _compile(self, source: str) -> Grammar:

@@ -12,7 +12,7 @@ MAY_STOP_FROM: known tokens from which its stop ids are allowed."""
 GREEDY, FEW, FILTERED, UNFILTERED = range(4)
 """`KIND`: drawn not at all; among the few of a small top-k; by whatever filters; from the whole vocabulary."""
 
-MOST_KINDS = (GREEDY, FEW, UNFILTERED)
+GRAPH_KINDS = (GREEDY, FEW, UNFILTERED)
 """The hardest kind of row that each of the ways to draw a whole step takes."""
 
 EDITED, LEARNS, TELLS, GUIDED = 1, 2, 4, 8
@@ -41,7 +41,7 @@ class SamplingColumns:
             state.choice,
             state.num_prompt,
             top_k_of(sampling, state.vocab_size),
-            drawn_as(state),
+            draw_code(state),
             state.entry,
             state.num_prompt + sampling.min_tokens if len(state.stop_ids) else 0,
             EDITED * changes | LEARNS * (guided or state.history is not None) | TELLS * (sampling.logprobs is not None) | GUIDED * guided,
@@ -55,7 +55,7 @@ class SamplingColumns:
         return self._latest[1]
 
 
-def stops_now(columns: np.ndarray, known_S: np.ndarray) -> np.ndarray:
+def stop_ids_forbidden(columns: np.ndarray, known_S: np.ndarray) -> np.ndarray:
     """bool (S): whether stop ids are forbidden to sequences with so many known tokens, by no grammar."""
     forbidden: np.ndarray = (known_S < columns[MAY_STOP_FROM]) & ((columns[NEEDS] & GUIDED) == 0)
     return forbidden
@@ -63,7 +63,7 @@ def stops_now(columns: np.ndarray, known_S: np.ndarray) -> np.ndarray:
 
 def are_edited(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether any of the sequences, which have so many known tokens, has its logits changed."""
-    return bool((columns[NEEDS] & (EDITED | GUIDED)).any() or stops_now(columns, known_S).any())
+    return bool((columns[NEEDS] & (EDITED | GUIDED)).any() or stop_ids_forbidden(columns, known_S).any())
 
 
 def may_be_edited(columns: np.ndarray) -> bool:
@@ -73,27 +73,27 @@ def may_be_edited(columns: np.ndarray) -> bool:
 
 def are_edited_by_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether the host must change the logits of any of them, as it has no entry. What a grammar says the device can be told."""
-    changed_S = (columns[NEEDS] & EDITED > 0) | stops_now(columns, known_S)
+    changed_S = (columns[NEEDS] & EDITED > 0) | stop_ids_forbidden(columns, known_S)
     return bool((changed_S & (columns[ENTRY] < 0)).any())
 
 
-def host_has_a_say(columns: np.ndarray, known_S: np.ndarray) -> bool:
+def needs_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether in what a step gives any of them: then the host must have read the step before, or waits for this one."""
     return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any()) or are_edited_by_host(columns, known_S)
 
 
-def host_may_have_a_say(columns: np.ndarray) -> bool:
+def may_need_host(columns: np.ndarray) -> bool:
     """Whether it has one, or may have one some time, however many tokens are known."""
     may_be_edited_S = (columns[NEEDS] & EDITED > 0) | (columns[MAY_STOP_FROM] > 0)
     return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any() or (may_be_edited_S & (columns[ENTRY] < 0)).any())
 
 
-def hardest_of(kind: int) -> int:
-    """The first of `MOST_KINDS` that takes such a row."""
-    return next(most for most in MOST_KINDS if most >= kind)
+def graph_kind(kind: int) -> int:
+    """The first of `GRAPH_KINDS` that takes such a row."""
+    return next(most for most in GRAPH_KINDS if most >= kind)
 
 
-def drawn_as(state: SamplingState) -> int:
+def draw_code(state: SamplingState) -> int:
     """Its `KIND`."""
     match kind_of(state.sampling, state.vocab_size):
         case "greedy":

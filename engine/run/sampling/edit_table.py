@@ -15,8 +15,8 @@ from engine.run.sampling.state import Row, SamplingState
 from engine.run.transfer import upload
 from parallel.quantised_format import has_triton
 
-MOST_BIASES = 1024
-MOST_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_STOP_IDS = 64
 """Whoever has more gets no entry."""
 NO_ENTRY = -1
 
@@ -37,8 +37,8 @@ class EditTable:
         """How many tokens are counted."""
         self._penalties_N3 = zeros(3, dtype=torch.float32)
         """Repetition, presence, frequency."""
-        self._bias_ids, self._biases = zeros(MOST_BIASES, dtype=torch.int64), zeros(MOST_BIASES, dtype=torch.float32)
-        self._stop_ids = zeros(MOST_STOP_IDS, dtype=torch.int64)
+        self._bias_ids, self._biases = zeros(MAX_BIASES, dtype=torch.int64), zeros(MAX_BIASES, dtype=torch.float32)
+        self._stop_ids = zeros(MAX_STOP_IDS, dtype=torch.int64)
         self._num_biases_N, self._num_stop_ids_N = zeros(dtype=torch.int64), zeros(dtype=torch.int64)
 
     def __repr__(self) -> str:
@@ -48,7 +48,7 @@ class EditTable:
         """Give a sequence its entry (`SamplingState.entry`), if it wants one, fits into it, and there is one."""
         unfinished = len(state.stop_ids) if state.sampling.min_tokens else 0
         wanted = state.history is not None or len(state.bias_ids) or unfinished
-        if not wanted or not self._free or len(state.bias_ids) > MOST_BIASES or unfinished > MOST_STOP_IDS:
+        if not wanted or not self._free or len(state.bias_ids) > MAX_BIASES or unfinished > MAX_STOP_IDS:
             return
         entry = state.entry = self._free.pop()
         if state.history is not None:
@@ -74,7 +74,7 @@ class EditTable:
             self._free.append(state.entry)
             state.entry = NO_ENTRY
 
-    def learn(self, entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor) -> None:
+    def count_tokens(self, entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor) -> None:
         """Count each row's token, which stands at a place in its sequence, if it has not been counted; int64, an entry in one row at most.
 
         Rows without an entry count nothing.
@@ -84,17 +84,17 @@ class EditTable:
 
             in_one_launch(entries_R, tokens_R, starts_R, self._counts_NV, self._known_N)
         else:
-            self.learn_slowly(entries_R, tokens_R, starts_R)
+            self.count_tokens_torch(entries_R, tokens_R, starts_R)
 
-    def learn_slowly(self, entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor) -> None:
-        """As `learn`, by plain torch: the kernel's twin."""
+    def count_tokens_torch(self, entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor) -> None:
+        """As `count_tokens`, by plain torch: the kernel's twin."""
         has_entry_R, entries_R = entries_R >= 0, entries_R.clamp(min=0)
         is_new_R = has_entry_R & (starts_R >= self._known_N[entries_R]) & (tokens_R < self.vocab_size)
         places_R = entries_R * self.vocab_size + tokens_R.clamp(max=self.vocab_size - 1)
         self._counts_NV.view(-1).scatter_add_(0, places_R, 2 * is_new_R.to(torch.int32))
         self._known_N.scatter_reduce_(0, entries_R, torch.where(has_entry_R, starts_R + 1, 0), "amax")
 
-    def edited(
+    def edit(
         self,
         logits_RV: Tensor,
         entries_R: Tensor,
@@ -115,7 +115,7 @@ class EditTable:
                 logits_RV, entries_R=entries_R, stops_now_R=stops_now_R, word_rows_R=word_rows_R, words_GW=words_GW,
                 raw_highest_RN=raw_highest_RN, **self.columns,
             )  # fmt: skip
-        return self.edited_slowly(logits_RV, entries_R, stops_now_R, word_rows_R, words_GW)
+        return self.edit_torch(logits_RV, entries_R, stops_now_R, word_rows_R, words_GW)
 
     @property
     def columns(self) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class EditTable:
             "num_stop_ids_N": self._num_stop_ids_N,
         }
 
-    def edited_slowly(
+    def edit_torch(
         self,
         logits_RV: Tensor,
         entries_R: Tensor,
@@ -138,7 +138,7 @@ class EditTable:
         word_rows_R: Tensor | None = None,
         words_GW: Tensor | None = None,
     ) -> Tensor:
-        """As `edited`, by plain torch: the kernels' twin."""
+        """As `edit`, by plain torch: the kernels' twin."""
         has_entry_R, entries_R = entries_R >= 0, entries_R.clamp(min=0)
         x_RV = logits_RV.to(torch.float32, copy=True)
         counts_RV = self._counts_NV[entries_R] * has_entry_R.unsqueeze(-1)
@@ -148,7 +148,7 @@ class EditTable:
         penalised_RV = penalised_RV - presence_R1 * (times_RV > 0) - frequency_R1 * times_RV
         x_RV = torch.where(counts_RV > 0, penalised_RV, x_RV)
         self._add_at(x_RV, self._bias_ids, self._biases, self._num_biases_N, entries_R, has_entry_R)
-        never = torch.full_like(self._biases[:, :MOST_STOP_IDS], -torch.inf)
+        never = torch.full_like(self._biases[:, :MAX_STOP_IDS], -torch.inf)
         self._add_at(x_RV, self._stop_ids, never, self._num_stop_ids_N, entries_R, has_entry_R & (stops_now_R > 0))
         if word_rows_R is None or words_GW is None:
             return x_RV
@@ -163,11 +163,11 @@ class EditTable:
         x_RV.scatter_add_(1, ids[entries_R] * applies_RE, torch.where(applies_RE, values[entries_R], 0.0))
 
 
-def edited_where_it_lies(table: EditTable, logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+def edit_on_device(table: EditTable, logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     """float32 (R, V), for the rows that have entries; of a step that is launched."""
     stops_now = [row.allowed is None and row.is_too_early_to_stop for row in rows]
     numbers = upload(np.array([[row.state.entry for row in rows], stops_now], np.int64), logits_RV.device)
-    return table.edited(logits_RV, numbers[0], numbers[1])
+    return table.edit(logits_RV, numbers[0], numbers[1])
 
 
 def bits(words_RW: Tensor, size: int) -> Tensor:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.run.sampling.edit_table import EditTable, bits, edited_where_it_lies
+from engine.run.sampling.edit_table import EditTable, bits, edit_on_device
 from engine.run.sampling.state import Row
 from engine.run.transfer import upload
 from parallel.aligned_rows import empty_rows
 
 
-def edited(logits_RV: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> Tensor:
+def edit_logits(logits_RV: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> Tensor:
     """The logits as each row's parameters change them, in float32; the very same tensor where none changes anything."""
     here = [(at, row) for at, row in enumerate(rows) if row.state.entry < 0]
     penalised = [(at, row) for at, row in here if row.state.history is not None]
@@ -25,7 +25,7 @@ def edited(logits_RV: Tensor, rows: Sequence[Row], table: EditTable | None = Non
     guided = [at for at, row in enumerate(rows) if row.allowed is not None]
     if len(here) < len(rows):
         assert table is not None
-        logits_RV = edited_where_it_lies(table, logits_RV, rows)
+        logits_RV = edit_on_device(table, logits_RV, rows)
     elif penalised or biased or unfinished or guided:
         logits_RV = empty_rows(*logits_RV.shape, dtype=torch.float32, device=logits_RV.device).copy_(logits_RV)
     if penalised:

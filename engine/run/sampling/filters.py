@@ -47,27 +47,27 @@ class DrawParams:
 
 def draw_unfiltered(logits_RV: Tensor, params: DrawParams) -> tuple[Tensor, Tensor]:
     """Ids (R) drawn from the whole vocabulary, only temperature applies; and the weight (R, int64) of all ids together."""
-    drawn = [_invert_cdf(weights_RV, uniform_R) for weights_RV, uniform_R in _whole_weights(logits_RV, params)]
+    drawn = [_invert_cdf(weights_RV, uniform_R) for weights_RV, uniform_R in _total_weights(logits_RV, params)]
     chosen, weights = zip(*drawn, strict=True)
     return torch.cat(chosen), torch.cat(weights)
 
 
-def whole_weight(logits_RV: Tensor, params: DrawParams) -> Tensor:
+def total_weight(logits_RV: Tensor, params: DrawParams) -> Tensor:
     """The weight (R, int64) of all ids together."""
-    return torch.cat([weights_RV.sum(-1) for weights_RV, _ in _whole_weights(logits_RV, params)])
+    return torch.cat([weights_RV.sum(-1) for weights_RV, _ in _total_weights(logits_RV, params)])
 
 
-def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, whole_weight_R: Tensor | None) -> tuple[Tensor, Tensor]:
+def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, total_weight_R: Tensor | None) -> tuple[Tensor, Tensor]:
     """Ids (R) drawn among those that the filters keep, and whether a row is decided (R, bool).
 
     Where a filter could keep more than is certain of the ``num_candidates`` highest logits, the row's id means nothing:
     draw again with ``num_candidates`` = V, which decides every row at the price of sorting it.
-    ``whole_weight_R`` is wanted where a row has top-p without top-k; None if no row has.
+    ``total_weight_R`` is wanted where a row has top-p without top-k; None if no row has.
     """
     values_RC, ids_RC = candidates(logits_RV, num_candidates)
     ordered_RC, order_RC = values_RC.sort(dim=-1, descending=True, stable=True)
     weights_RC = _weights(ordered_RC, ordered_RC[:, 0], params.temperature_R)
-    num_kept_R = _num_kept(weights_RC, params, logits_RV.shape[1], whole_weight_R)
+    num_kept_R = _num_kept(weights_RC, params, logits_RV.shape[1], total_weight_R)
     decided_R = num_kept_R <= num_certain(ordered_RC, logits_RV.shape[1])
     # Of a top-k beyond the candidates nobody knows the weight of which top-p is a share; a top-p of 1 keeps whatever has weight.
     decided_R &= (params.top_k_R <= num_candidates) | (params.top_k_R >= logits_RV.shape[1]) | (params.top_p_R >= 1)
@@ -81,17 +81,17 @@ def draw_filtered(logits_RV: Tensor, params: DrawParams, num_candidates: int, wh
 
 def draw_undecided(logits_RV: Tensor, params: DrawParams, chosen_R: Tensor, decided_R: Tensor) -> Tensor:
     """``chosen_R`` with what is drawn from the whole vocabulary wherever ``decided_R`` (int64) is 0; asks the host nothing."""
-    drawn_R, _ = draw_filtered(logits_RV, params, logits_RV.shape[1], whole_weight(logits_RV, params))
+    drawn_R, _ = draw_filtered(logits_RV, params, logits_RV.shape[1], total_weight(logits_RV, params))
     return torch.where(decided_R > 0, chosen_R, drawn_R)
 
 
-def _num_kept(weights_RC: Tensor, params: DrawParams, vocab_size: int, whole_weight_R: Tensor | None) -> Tensor:
+def _num_kept(weights_RC: Tensor, params: DrawParams, vocab_size: int, total_weight_R: Tensor | None) -> Tensor:
     """The length (R) of the beginning of the canonical order that top-k, top-p and min-p keep; at least 1."""
     count = weights_RC.shape[1]
     sums_RC = weights_RC.cumsum(-1)
     total_R = sums_RC.gather(-1, (params.top_k_R.clamp(max=count) - 1).unsqueeze(-1)).squeeze(-1)
-    if whole_weight_R is not None:
-        total_R = torch.where(params.top_k_R < vocab_size, total_R, whole_weight_R)
+    if total_weight_R is not None:
+        total_R = torch.where(params.top_k_R < vocab_size, total_R, total_weight_R)
     # An id is kept while what stands before it does not reach top_p. With top_p = 1 that is every id of any weight.
     before_RC = (sums_RC - weights_RC).to(torch.float64)
     by_top_p_R = (before_RC < (params.top_p_R * total_R).unsqueeze(-1)).sum(-1)
@@ -101,7 +101,7 @@ def _num_kept(weights_RC: Tensor, params: DrawParams, vocab_size: int, whole_wei
     return filters_KR.amin(0).clamp(min=1)
 
 
-def _whole_weights(logits_RV: Tensor, params: DrawParams) -> Iterator[tuple[Tensor, Tensor]]:
+def _total_weights(logits_RV: Tensor, params: DrawParams) -> Iterator[tuple[Tensor, Tensor]]:
     """Weights of all ids and the uniforms, some rows at a time: in float64 a whole batch could fill a device's free memory."""
     step = max(1, _WHOLE_ELEMENTS // logits_RV.shape[1])
     for start in range(0, logits_RV.shape[0], step):

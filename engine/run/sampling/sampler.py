@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.plan import Sampled, TokenLogprobs
-from engine.run.sampling.columns import drawn_as, hardest_of
+from engine.run.sampling.columns import draw_code, graph_kind
 from engine.run.sampling.edit_table import EditTable
-from engine.run.sampling.edits import edited
-from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, whole_weight
+from engine.run.sampling.edits import edit_logits
+from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, total_weight
 from engine.run.sampling.groups import DrawGroup, draw_params, group_rows, top_k_of
 from engine.run.sampling.kernels import kernels_for
 from engine.run.sampling.logprobs import token_logprobs
@@ -45,18 +45,18 @@ class Sampler:
         if not rows:
             return []
         raw_RV = logits[:, : self.vocab_size]
-        logits_RV = edited(raw_RV, rows, table)
+        logits_RV = edit_logits(raw_RV, rows, table)
         if kernels := kernels_for(logits_RV):
-            return self.answers(raw_RV, logits_RV, rows, self._drawn_by(kernels, raw_RV, logits_RV, rows))
+            return self.results(raw_RV, logits_RV, rows, self._draw_with_kernels(kernels, raw_RV, logits_RV, rows))
         highest_R, chosen_R = highest(logits_RV)  # all that greedy rows need
         decided_R = torch.ones_like(chosen_R)
         for group in group_rows(rows, self.vocab_size):
             self._draw(group, logits_RV, rows, chosen_R, decided_R)
         raw_highest_R = highest_R if logits_RV is raw_RV else raw_RV.amax(-1)
         report = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
-        return self.answers(raw_RV, logits_RV, rows, report.tolist())  # the host waits for the device here, once
+        return self.results(raw_RV, logits_RV, rows, report.tolist())  # the host waits for the device here, once
 
-    def answers(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[Sampled]:
+    def results(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[Sampled]:
         """One answer per row of ``report``: what was drawn, whether that is decided, whether the model's logits and the edited ones
         have a finite highest."""
         chosen, decided, raw_sound, sound = report
@@ -70,19 +70,19 @@ class Sampler:
             for i, (row, token, fault) in enumerate(zip(rows, chosen, faults, strict=True))
         ]
 
-    def _drawn_by(self, kernels: ModuleType, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> list[list[int]]:
-        """As `answers` wants it. Everything is decided."""
+    def _draw_with_kernels(self, kernels: ModuleType, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> list[list[int]]:
+        """As `results` wants it. Everything is decided."""
         states = [row.state for row in rows]
         numbers = np.array([(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in states], np.float64)
         words = [
-            (state.seed, state.choice, row.position, top_k_of(state.sampling, self.vocab_size), drawn_as(state))
+            (state.seed, state.choice, row.position, top_k_of(state.sampling, self.vocab_size), draw_code(state))
             for state, row in zip(states, rows, strict=True)
         ]
         given = upload(np.concatenate([np.array(words, np.int64), numbers.view(np.int64)], 1).T.copy(), self.device)
         temperature_R, top_p_R, min_p_R = given[5:].view(torch.float64)
         report_3R = torch.empty(3, len(rows), dtype=torch.int64, device=self.device)
         kernels.draw(
-            logits_RV, report_3R, most=hardest_of(max(kind for *_, kind in words)), seed_R=given[0], choice_R=given[1], position_R=given[2],
+            logits_RV, report_3R, most=graph_kind(max(kind for *_, kind in words)), seed_R=given[0], choice_R=given[1], position_R=given[2],
             top_k_R=given[3], kind_R=given[4], temperature_R=temperature_R, top_p_R=top_p_R, min_p_R=min_p_R,
             raw_highest_RN=None if logits_RV is raw_RV else kernels.highest_of_parts(raw_RV),
         )  # fmt: skip
@@ -98,15 +98,15 @@ class Sampler:
         if group.kind == "unfiltered":
             chosen_R[at], _ = draw_unfiltered(logits_GV, params)
             return
-        whole_weight_G = whole_weight(logits_GV, params) if group.kind == "open" else None
-        chosen_G, decided_G = draw_filtered(logits_GV, params, group.num_candidates, whole_weight_G)
+        total_weight_G = total_weight(logits_GV, params) if group.kind == "open" else None
+        chosen_G, decided_G = draw_filtered(logits_GV, params, group.num_candidates, total_weight_G)
         chosen_R[at] = chosen_G
         decided_R[at] = decided_G.long()
 
     def _draw_sorted(self, logits_1V: Tensor, row: Row) -> int:
         """The slow exact way, for a row whose filters keep more than the candidates."""
         params = draw_params([row], self.vocab_size, self.device)
-        chosen, _ = draw_filtered(logits_1V, params, self.vocab_size, whole_weight(logits_1V, params))
+        chosen, _ = draw_filtered(logits_1V, params, self.vocab_size, total_weight(logits_1V, params))
         return int(chosen)
 
     def _logprobs(

@@ -15,45 +15,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.run.cuda_graphs import Graphs, Replay
+from engine.run.cuda_graphs import GraphRecorder, Replay
 from engine.run.noise import uniform
 from engine.run.sampling.columns import (
     CHOICE,
     ENTRY,
     FEW,
     FIRST,
+    GRAPH_KINDS,
     GREEDY,
     KIND,
     MIN_P,
-    MOST_KINDS,
     SEED,
     TEMPERATURE,
     TOP_K,
     UNFILTERED,
     are_edited,
-    hardest_of,
+    graph_kind,
     may_be_edited,
-    stops_now,
+    stop_ids_forbidden,
 )
 from engine.run.sampling.edit_table import NO_ENTRY, EditTable
 from engine.run.sampling.filters import DrawParams, draw_filtered, draw_undecided, draw_unfiltered
 from engine.run.sampling.groups import FEW_TOP_K, MAX_CANDIDATES, MORE_CANDIDATES
 from engine.run.sampling.kernels import kernels_for
 from engine.run.sampling.top_k import highest
-from engine.run.transfer import Place, Returns, Staging, refill
+from engine.run.transfer import PinnedBuffer, Readback, Staging, refill
 
 NO_WORDS: Mapping[int, np.ndarray] = MappingProxyType({})
 IN_SEED, IN_CHOICE, IN_POSITION, IN_TOP_K, IN_KIND, IN_ENTRY, IN_STOPS, IN_WORDS, IN_TEMPERATURE, IN_TOP_P, IN_MIN_P = range(11)
 
 
 class SamplerGraphs:
-    """`Captured`: of the logits that `engine.run.decode_graphs.DecodeGraphs` leaves."""
+    """`CapturedGraphs`: of the logits that `engine.run.decode_graphs.DecodeGraphs` leaves."""
 
     def __init__(
         self,
         logits_BV: Tensor,
         sizes: tuple[int, ...],
-        graphs: Graphs,
+        graphs: GraphRecorder,
         *,
         table: EditTable | None = None,
         tokens_B: Tensor | None = None,
@@ -66,13 +66,13 @@ class SamplerGraphs:
         self.table, self._tokens_B, self._positions_B = table, tokens_B, positions_B
         device, num_rows = logits_BV.device, logits_BV.shape[0]
         self._staged = Staging(11, num_rows, device=device)
-        self._inputs = self._staged.there
+        self._inputs = self._staged.on_device
         self._inputs.copy_(torch.from_numpy(_greedy_inputs(num_rows)))
         self._words_BW = torch.zeros(num_rows, -(-logits_BV.shape[1] // 32), dtype=torch.int32, device=device)
         report = torch.zeros(3 * num_rows, dtype=torch.int64, device=device) if report is None else report
         self._reports = {size: report[: 3 * size].view(3, size) for size in sizes}
         """All begin at the same place: whoever takes a token from there need not know of how many rows the step was."""
-        self._returns = Returns(report)
+        self._readback = Readback(report)
         self._replays: dict[tuple[int, int, bool], Replay] = {}
         self._latest: tuple[np.ndarray | None, int, bool] = None, GREEDY, False
         """Columns, their hardest kind, and whether they may be edited some time: mostly the very same ones come again."""
@@ -87,18 +87,18 @@ class SamplerGraphs:
 
     @property
     def num_graphs(self) -> int:
-        return len(self._sizes) * len(MOST_KINDS) * (1 + self.edits)
+        return len(self._sizes) * len(GRAPH_KINDS) * (1 + self.edits)
 
     @torch.inference_mode()
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         self._replays.clear()
         for size in reversed(self._sizes):
-            for most in reversed(MOST_KINDS):
+            for most in reversed(GRAPH_KINDS):
                 for is_edited in (True, False) if self.edits else (False,):
                     self._replays[size, most, is_edited] = self._graphs.capture(partial(self._compute, size, most, is_edited))
                     after_each()
 
-    def forget(self) -> None:
+    def release(self) -> None:
         self._replays.clear()
 
     def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int, words: Mapping[int, np.ndarray] = NO_WORDS) -> "Report":
@@ -109,12 +109,12 @@ class SamplerGraphs:
         _, hardest, may_be = self._latest
         is_edited = may_be and are_edited(columns, known_S)
         if is_edited or hardest > GREEDY:  # else nothing of it is looked at
-            self._bring(columns, known_S, size, is_edited, words)
-        self._replays[size, hardest_of(hardest), is_edited]()
-        return Report(self._returns.send(), size, columns.shape[1])
+            self._upload_inputs(columns, known_S, size, is_edited, words)
+        self._replays[size, graph_kind(hardest), is_edited]()
+        return Report(self._readback.start_copy(), size, columns.shape[1])
 
-    def _bring(self, columns: np.ndarray, known_S: np.ndarray, size: int, is_edited: bool, words: Mapping[int, np.ndarray]) -> None:
-        count, inputs = columns.shape[1], self._staged.take()
+    def _upload_inputs(self, columns: np.ndarray, known_S: np.ndarray, size: int, is_edited: bool, words: Mapping[int, np.ndarray]) -> None:
+        count, inputs = columns.shape[1], self._staged.next_host_array()
         inputs[:, :size] = _greedy_inputs(size)  # what fills the step up is greedy, and nobody looks at it
         inputs[IN_SEED, :count], inputs[IN_CHOICE, :count], inputs[IN_POSITION, :count] = (
             columns[SEED],
@@ -124,11 +124,11 @@ class SamplerGraphs:
         inputs[IN_TOP_K, :count], inputs[IN_KIND, :count] = columns[TOP_K], columns[KIND]
         inputs[IN_TEMPERATURE:, :count] = columns[TEMPERATURE : MIN_P + 1]
         if is_edited:
-            inputs[IN_ENTRY, :count], inputs[IN_STOPS, :count] = columns[ENTRY], stops_now(columns, known_S)
+            inputs[IN_ENTRY, :count], inputs[IN_STOPS, :count] = columns[ENTRY], stop_ids_forbidden(columns, known_S)
             if words:
                 inputs[IN_WORDS, list(words)] = np.arange(len(words))
                 refill(self._words_BW[: len(words)], np.stack(list(words.values())))
-        self._staged.bring()
+        self._staged.upload()
 
     def _compute(self, size: int, most: int, is_edited: bool) -> None:
         raw_RV = logits_RV = self._logits_BV[:size]
@@ -138,9 +138,9 @@ class SamplerGraphs:
             assert self.table is not None
             assert self._tokens_B is not None
             assert self._positions_B is not None
-            self.table.learn(inputs[IN_ENTRY], self._tokens_B[:size], self._positions_B[:size])
+            self.table.count_tokens(inputs[IN_ENTRY], self._tokens_B[:size], self._positions_B[:size])
             raw_highest_RN = kernels.empty_parts(raw_RV) if kernels else None
-            logits_RV = self.table.edited(
+            logits_RV = self.table.edit(
                 raw_RV, inputs[IN_ENTRY], inputs[IN_STOPS], inputs[IN_WORDS], self._words_BW, raw_highest_RN=raw_highest_RN
             )
         if kernels:
@@ -166,8 +166,8 @@ class SamplerGraphs:
             drawn_R, decided_R = draw_filtered(logits_RV, params, FEW_TOP_K + MORE_CANDIDATES, None)
             others_R, is_other_R = greedy_R, kind_R == GREEDY
         else:
-            unfiltered_R, whole_weight_R = draw_unfiltered(logits_RV, params)
-            drawn_R, decided_R = draw_filtered(logits_RV, params, MAX_CANDIDATES, whole_weight_R)
+            unfiltered_R, total_weight_R = draw_unfiltered(logits_RV, params)
+            drawn_R, decided_R = draw_filtered(logits_RV, params, MAX_CANDIDATES, total_weight_R)
             others_R, is_other_R = torch.where(kind_R == GREEDY, greedy_R, unfiltered_R), (kind_R == GREEDY) | (kind_R == UNFILTERED)
         return draw_undecided(logits_RV, params, torch.where(is_other_R, others_R, drawn_R), (decided_R | is_other_R).long())
 
@@ -181,22 +181,22 @@ class SamplerGraphs:
 class Report:
     """What a replay drew, on its way to the host. The next step may begin before it is read."""
 
-    def __init__(self, place: Place, size: int, count: int) -> None:
-        self._place, self._size, self._count = place, size, count
+    def __init__(self, buffer: PinnedBuffer, size: int, count: int) -> None:
+        self._buffer, self._size, self._count = buffer, size, count
 
-    def is_there(self) -> bool:
-        return self._place.is_done()
+    def is_ready(self) -> bool:
+        return self._buffer.is_done()
 
     def read(self) -> np.ndarray:
         """int64 (3, S): what was drawn, whether the model's logits are sound, whether the edited ones are. Waits for the device. To be
         read before the step after the next is launched."""
-        self._place.wait()
-        report: np.ndarray = self._place.array[: 3 * self._size].reshape(3, self._size)[:, : self._count]
+        self._buffer.wait()
+        report: np.ndarray = self._buffer.array[: 3 * self._size].reshape(3, self._size)[:, : self._count]
         return report
 
 
 def as_decided(report_3S: np.ndarray) -> list[list[int]]:
-    """What `Report.read` gave as `Sampler.answers` takes it."""
+    """What `Report.read` gave as `Sampler.results` takes it."""
     chosen, raw_sound, sound = report_3S.tolist()
     return [chosen, [1] * len(chosen), raw_sound, sound]
 

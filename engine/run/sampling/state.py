@@ -81,13 +81,13 @@ class SamplingState:
             self.history = TokenHistory(num_prompt=opening.num_prompt, vocab_size=vocab_size)
             self.history.extend(opening.history)
 
-    def take(self, work: Work) -> None:
+    def add_tokens(self, work: Work) -> None:
         """Learn the tokens that the work brings beyond those known; its guesses are not."""
         if self.history is not None:
             known = max(self.history.num_tokens - work.start, 0)
             self.history.extend(work.tokens[known : len(work.tokens) - work.num_draft])
 
-    def hold(self, guesses: Iterable[int]) -> None:
+    def accept_draft(self, guesses: Iterable[int]) -> None:
         """These, behind all that is known, were right: no work brings them again."""
         if self.history is not None:
             self.history.extend(guesses)

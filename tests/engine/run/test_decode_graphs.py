@@ -15,7 +15,7 @@ from engine.executor import Capacity
 from engine.plan import Opening, Rebalance, Rebalanced, StepPlan, TokenEvent, Work
 from engine.request import Request, SamplingParams
 from engine.run.cuda_graphs import Compute, Replay
-from engine.run.decode_graphs import sizes_up_to
+from engine.run.decode_graphs import capture_sizes
 from engine.run.local_executor import LocalExecutor
 from engine.run.runner import Runner
 from engine.run.sampling.sampler import Sampler
@@ -105,12 +105,12 @@ def test_so_they_do_over_many_schedules(pair: Pair, seed: int) -> None:
     check_same(pair, seed)
 
 
-@pytest.mark.parametrize("most_rows", [1, 2, 3, 7, 9, 100, 256, 512])
-def test_a_step_is_filled_up_by_a_fifth_at_most(most_rows: int) -> None:
-    sizes = list(sizes_up_to(most_rows))
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 9, 100, 256, 512])
+def test_a_step_is_filled_up_by_a_fifth_at_most(max_rows: int) -> None:
+    sizes = list(capture_sizes(max_rows))
     assert sizes == sorted(set(sizes))
-    assert sizes[-1] == most_rows
-    for count in range(1, most_rows + 1):
+    assert sizes[-1] == max_rows
+    for count in range(1, max_rows + 1):
         size = next(size for size in sizes if size >= count)
         assert size - count <= size / 5
 
@@ -303,7 +303,7 @@ def _measured_twice(groups: ParallelGroups, folder: Path) -> list[Rebalanced | N
         runner = _runner_of_rank(groups, folder)
         capture(runner, RecordedGraphs(), replace(CONFIG, max_running=2))
         assert runner.decode_graphs is not None
-        runner.rebalancer.forget()
+        runner.rebalancer.reset()
         work, opening = Work(0, 0, PROMPTS[3][:7], (3, 4), True), Opening(0, 0, 7, PLAIN[0])
         runner.run(StepPlan(0, (work,), (opening,)))
         results = [runner.run(StepPlan(step, (), rebalance=Rebalance(threshold=1.0))) for step in (1, 2)]

@@ -146,7 +146,7 @@ def test_works_that_ask_for_more_than_tokens_are_no_rows() -> None:
     rows = mixed_batch(StepPlan(0, (plain, Work(2, 0, (4,), (1,), samples=False)), opened), 0)
     assert rows is not None
     assert rows.sampling.columns.T.tolist() == [[1, 1, 5, -1]]
-    assert rows.silent == [2]
+    assert rows.non_sampling == [2]
     for special in (plain._replace(targets=(5,)), plain._replace(pools=True, samples=False), plain._replace(num_draft=1)):
         assert mixed_batch(StepPlan(0, (special,), opened), 0) is None
     assert mixed_batch(StepPlan(0, (plain._replace(samples=False),), opened), 0) is None

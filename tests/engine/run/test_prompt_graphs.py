@@ -10,7 +10,7 @@ from engine.engine import Engine
 from engine.plan import Opening, StepPlan, Work
 from engine.request import Request, SamplingParams
 from engine.run.local_executor import LocalExecutor
-from engine.run.prompt_graphs import SIZES, PromptGraphs, prompt_obstacle, sizes_up_to
+from engine.run.prompt_graphs import SIZES, PromptGraphs, capture_sizes, prompt_obstacle
 from engine.run.runner import Runner
 from parallel.native.screened import Sought
 from tests.engine.run.captured import engine_over, have_replayed, open_executor, runner_of, use_capturable_parts
@@ -138,6 +138,6 @@ def test_attention_that_is_not_launched_apart_and_counted_experts_are_obstacles(
 
 @pytest.mark.parametrize("most_tokens", [1, 16, 64, 65, 512, 1000, 1024, 8192])
 def test_sizes_end_with_the_longest_step(most_tokens: int) -> None:
-    sizes = sizes_up_to(most_tokens)
+    sizes = capture_sizes(most_tokens)
     assert list(sizes) == sorted(set(sizes))
     assert sizes[-1] == min(most_tokens, SIZES[-1])

@@ -60,7 +60,7 @@ def test_a_replay_draws_what_the_sampler_draws(chosen: list[SamplingParams], tie
             columns.put(at, one.state)
         known = np.array([one.position for one in rows])
         report = graphs.launch(columns.of(np.arange(count)), known, 4 if count <= 4 else 16).read()
-        found = sampler.answers(logits_BV[:count], logits_BV[:count], rows, as_decided(report))
+        found = sampler.results(logits_BV[:count], logits_BV[:count], rows, as_decided(report))
         assert found == sampler.sample(logits_BV[:count].clone(), rows)
         assert report[2].all()
 
@@ -76,7 +76,7 @@ def test_few_candidates_that_do_not_decide_a_row_are_not_all_that_is_looked_at(m
         for at, one in enumerate(rows):
             columns.put(at, one.state)
         report = graphs.launch(columns.of(np.arange(8)), np.arange(8), 8).read()
-        assert sampler.answers(logits_BV, logits_BV, rows, as_decided(report)) == sampler.sample(logits_BV.clone(), rows)
+        assert sampler.results(logits_BV, logits_BV, rows, as_decided(report)) == sampler.sample(logits_BV.clone(), rows)
 
 
 RULES = [
@@ -117,7 +117,7 @@ def test_what_sequences_have_seen_is_counted_and_their_logits_edited_as_the_host
         columns, rows = SamplingColumns(), []
         for at, (state, twin, tokens) in enumerate(running):
             columns.put(at, state)
-            twin.take(Work(0, len(tokens) - 1, (tokens[-1],), (), True))
+            twin.add_tokens(Work(0, len(tokens) - 1, (tokens[-1],), (), True))
             numbers[0, at], numbers[1, at] = tokens[-1], len(tokens) - 1
             rows.append(Row(twin, len(tokens) - state.num_prompt, words.get(at)))
         of_step = columns.of(np.arange(len(running)))
@@ -125,7 +125,7 @@ def test_what_sequences_have_seen_is_counted_and_their_logits_edited_as_the_host
         known = np.array([len(tokens) for *_, tokens in running])
         for _ in range(draw.choice([1, 2])):
             report = graphs.launch(of_step, known, 8, words).read()
-        found = sampler.answers(logits_BV, logits_BV, rows, as_decided(report))
+        found = sampler.results(logits_BV, logits_BV, rows, as_decided(report))
         assert found == sampler.sample(logits_BV[: len(running)].clone(), rows)
         assert not are_edited_by_host(of_step, known)
         num_edited += are_edited(of_step, known)
@@ -208,7 +208,7 @@ def test_a_plan_that_only_decodes_is_known_by_its_columns() -> None:
     found, held = tables.of(rows.append_blocks(tables))
     assert found.tolist() == [[1, 2], [3, 13], [2, 5]]
     assert held.tolist() == [2, 2, 2]
-    columns, singles = rows.told(np.array([100, 101, 102]))
+    columns, singles = rows.results(np.array([100, 101, 102]))
     assert np.frombuffer(columns, np.int64).tolist() == [100, -1, 101]
     assert [(one.sequence, one.tokens) for one in singles] == [(4, (102,))]
     assert decode_rows(plan, 1) is None, "three tokens of a prompt"

@@ -15,10 +15,10 @@ from engine.errors import InvalidLogits, WorkersLost
 from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.memory import NoRoomForKv, measure_capacity
-from engine.run.process_executor import ProcessExecutor, on_its_device
+from engine.run.process_executor import ProcessExecutor, assign_device
 from engine.run.settings import RunnerConfig
 from engine.run.start import StartProgress, resolve_device, resolve_dtype, start_rank
-from engine.run.warm_up import full_step, run_and_forget, warm_up
+from engine.run.warm_up import full_step, run_once, warm_up
 from model.config import ContextTooLong
 from model.kv_cache import KvLayout
 from parallel.groups import ParallelGroups, single_rank_groups
@@ -132,7 +132,7 @@ def test_the_heaviest_step_fills_the_budget_and_leaves_nothing_open(dense_folder
     assert plan.num_tokens == 64
     assert len(plan.works) == 16
     with start(dense_folder, float32_config(num_blocks=8, block_tokens=4)) as runner:
-        run_and_forget(runner, plan)
+        run_once(runner, plan)
         assert "0 open" in repr(runner)
 
 
@@ -160,7 +160,7 @@ def test_auto_means_what_the_machine_has():
 )
 def test_processes_of_one_host_take_its_devices_in_turn(monkeypatch: pytest.MonkeyPatch, device: str, count: int, taken: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert on_its_device(RunnerConfig(device=device), 5).device == taken
+    assert assign_device(RunnerConfig(device=device), 5).device == taken
 
 
 @pytest.mark.parametrize("changes", [{"kv_cache_bytes": 0}, {"num_threads": 0}, {"kv_memory_fraction": 1.1}, {"collective_timeout_s": 0}])

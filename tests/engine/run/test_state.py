@@ -31,7 +31,7 @@ def state(params: SamplingParams, history: tuple[int, ...] = (), num_prompt: int
 def test_works_that_repeat_known_tokens_are_not_counted_again():
     sequence = state(SamplingParams(frequency_penalty=1.0), history=(5, 6, 7, 8))
     for start, computed in ((0, (5, 6)), (2, (7, 8)), (4, (8,)), (5, (9,))):
-        sequence.take(Work(1, start, computed, (), True))
+        sequence.add_tokens(Work(1, start, computed, (), True))
     assert dict(zip(sequence.history.ids.tolist(), sequence.history.output_counts.tolist(), strict=True)) == {5: 0, 6: 0, 7: 0, 8: 2, 9: 1}
 
 
@@ -43,7 +43,7 @@ def test_the_output_position_counts_from_the_end_of_the_prompt():
 
 def test_a_sequence_that_needs_no_history_keeps_none():
     sequence = state(SamplingParams(temperature=0.5))
-    sequence.take(Work(1, 0, (1, 2, 3), (), True))
+    sequence.add_tokens(Work(1, 0, (1, 2, 3), (), True))
     assert sequence.history is None
 
 

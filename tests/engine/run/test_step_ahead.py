@@ -122,6 +122,6 @@ def test_rows_are_found_where_they_stood_in_the_step_before() -> None:
         return AsyncStep(None, StepPlan(0, ()), rows, np.array(table_rows), np.zeros((11, 0), np.int64), 4, lambda _step: None)
 
     before = step([5, 9, 7], [2, 0, 1])
-    assert before.places_of(step([5, 9, 7], [2, 0, 1])).tolist() == [0, 1, 2]
-    assert before.places_of(step([7, 5], [1, 2])).tolist() == [2, 0]
-    assert before.places_of(step([9, 11, 12], [0, 2, 6])).tolist() == [1, -1, -1]
+    assert before.row_positions(step([5, 9, 7], [2, 0, 1])).tolist() == [0, 1, 2]
+    assert before.row_positions(step([7, 5], [1, 2])).tolist() == [2, 0]
+    assert before.row_positions(step([9, 11, 12], [0, 2, 6])).tolist() == [1, -1, -1]

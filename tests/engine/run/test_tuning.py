@@ -9,7 +9,7 @@ import torch
 
 from engine.request import Request, SamplingParams
 from engine.run.settings import RunnerConfig
-from engine.run.start import ready_runner
+from engine.run.start import make_runner
 from engine.run.warm_up import tune
 from model.formats import Formats
 from parallel.groups import single_rank_groups
@@ -52,7 +52,7 @@ def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, mon
 def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not set, that is done before memory is measured."""
     tuned: list[object] = []
-    runner = SimpleNamespace(device=torch.device("cuda", 0), rebalancer=SimpleNamespace(forget=lambda: None))
+    runner = SimpleNamespace(device=torch.device("cuda", 0), rebalancer=SimpleNamespace(reset=lambda: None))
     for name, stand_in in {
         "measure_capacity": lambda *_args, **_options: SimpleNamespace(num_blocks=4),
         "KvCache": lambda *_args: None,
@@ -64,7 +64,7 @@ def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, m
         monkeypatch.setattr(f"engine.run.start.{name}", stand_in)
     model = SimpleNamespace(groups=single_rank_groups(), device=torch.device("cuda", 0), kv_layout=None)
     config = RunnerConfig(kv_cache_bytes=1 << 20, tune_tiles=tune_tiles, cuda_graphs=False)
-    ready_runner(model, None, runner_config=config, engine_config=CONFIG)  # type: ignore[arg-type]
+    make_runner(model, None, runner_config=config, engine_config=CONFIG)  # type: ignore[arg-type]
     assert tuned == [runner] * tune_tiles
 
 
@@ -78,5 +78,5 @@ def test_launches_begin_early_where_the_setting_says_so(early_launches: bool, mo
     monkeypatch.setattr("engine.run.start.measure_capacity", lambda *_args, **_options: pytest.fail("said too late"))
     model = SimpleNamespace(groups=single_rank_groups(), device=torch.device("cuda", 0))
     with pytest.raises(pytest.fail.Exception, match="said too late"):
-        ready_runner(model, None, runner_config=RunnerConfig(early_launches=early_launches), engine_config=CONFIG)  # type: ignore[arg-type]
+        make_runner(model, None, runner_config=RunnerConfig(early_launches=early_launches), engine_config=CONFIG)  # type: ignore[arg-type]
     assert said == [early_launches]

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.request import SamplingParams
 from engine.run.noise import seed_bits, uniform
 from engine.run.sampling.columns import FEW, FILTERED, GREEDY, UNFILTERED
-from engine.run.sampling.filters import DrawParams, draw_filtered, draw_unfiltered, whole_weight
+from engine.run.sampling.filters import DrawParams, draw_filtered, draw_unfiltered, total_weight
 from engine.run.sampling.groups import FEW_TOP_K, kind_of, top_k_of
 from engine.run.sampling.top_k import highest
 from tests.parallel.cuda.aligned import aligned
@@ -73,7 +73,7 @@ def wanted_of(row: Tensor, sampling: SamplingParams, numbers: tuple[int, int, in
     params = DrawParams(one[0], torch.tensor([top_k_of(sampling, width)]), one[1], one[2], uniform_1)
     if kind == "unfiltered":
         return int(draw_unfiltered(row, params)[0])
-    return int(draw_filtered(row, params, width, whole_weight(row, params))[0])
+    return int(draw_filtered(row, params, width, total_weight(row, params))[0])
 
 
 def column_of(sampling: SamplingParams, width: int) -> int:

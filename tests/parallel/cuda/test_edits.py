@@ -32,7 +32,7 @@ def test_every_bit_is_that_of_the_twin(lies_at_whole_units: bool, dtype: torch.d
         table.open(states[-1])
     entries_R = torch.tensor([states[1].entry, -1, states[0].entry, states[2].entry, -1], device=device)
     for repeated in (7, 7, 2499):
-        table.learn(entries_R, torch.full_like(entries_R, repeated), torch.full_like(entries_R, 400 + repeated))
+        table.count_tokens(entries_R, torch.full_like(entries_R, repeated), torch.full_like(entries_R, 400 + repeated))
     stops_R, word_rows_R = torch.tensor([0, 0, 0, 1, 0], device=device), torch.tensor([-1, 1, 0, -1, -1], device=device)
     words_GW = torch.randint(-(2**31), 2**31, (2, -(-VOCAB_SIZE // 32)), generator=generator).to(torch.int32).to(device)
     logits_RV = (torch.randn(5, VOCAB_SIZE + 9, generator=generator) * 3).to(dtype).to(device)[:, :VOCAB_SIZE]
@@ -42,7 +42,7 @@ def test_every_bit_is_that_of_the_twin(lies_at_whole_units: bool, dtype: torch.d
         logits_RV, entries_R=entries_R, stops_now_R=stops_R, word_rows_R=word_rows_R, words_GW=words_GW, raw_highest_RN=raw_highest_RN,
         **table.columns,
     )  # fmt: skip
-    wanted = table.edited_slowly(logits_RV, entries_R, stops_R, word_rows_R, words_GW)
+    wanted = table.edit_torch(logits_RV, entries_R, stops_R, word_rows_R, words_GW)
     assert torch.equal(found, wanted)
     bits_RN = raw_highest_RN.cpu()
     highest_R = (bits_RN ^ ((bits_RN >> 31) & 0x7FFFFFFF)).view(torch.float32).amax(-1)
@@ -64,7 +64,7 @@ def test_a_token_is_counted_once_and_no_other_entry_is_touched(device: torch.dev
         entries_R[::7] = -1
         tokens_R = torch.randint(0, 53, (150,), generator=generator).to(device)  # some are beyond the vocabulary
         starts_R = torch.randint(0, 3, (150,), generator=generator).to(device) + step
-        twin.learn_slowly(entries_R, tokens_R, starts_R)
+        twin.count_tokens_torch(entries_R, tokens_R, starts_R)
         learn(entries_R, tokens_R, starts_R, ours._counts_NV, ours._known_N)
         assert torch.equal(ours._counts_NV, twin._counts_NV)
         assert torch.equal(ours._known_N, twin._known_N)

@@ -11,10 +11,10 @@ import torch
 
 from engine.plan import Opening
 from engine.request import SamplingParams
-from engine.run.cuda_graphs import CudaGraphs
+from engine.run.cuda_graphs import CudaGraphRecorder
 from engine.run.sampling.columns import SamplingColumns
 from engine.run.sampling.edit_table import EditTable
-from engine.run.sampling.edits import edited
+from engine.run.sampling.edits import edit_logits
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
@@ -48,8 +48,8 @@ def by_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterato
         if device.type == "cpu":
             for module in ("sampler", "sampler_graphs"):
                 patch.setattr(f"engine.run.sampling.{module}.elementwise_kernels_for", lambda _logits: draws)
-            patch.setattr(EditTable, "edited", edited_by_kernel)
-            patch.setattr(EditTable, "learn", lambda table, *rows: edits.learn(*rows, table._counts_NV, table._known_N))
+            patch.setattr(EditTable, "edit", edited_by_kernel)
+            patch.setattr(EditTable, "count_tokens", lambda table, *rows: edits.learn(*rows, table._counts_NV, table._known_N))
         yield
 
 
@@ -91,7 +91,7 @@ def test_logits_that_the_host_edits_lie_as_those_that_the_device_edits() -> None
     draw = random.Random(1)
     _, rows = opened([SamplingParams(repetition_penalty=1.1)] * 3, draw, None)
     raw_RV = torch.randn(3, VOCAB_SIZE + 4)[:, :VOCAB_SIZE]
-    found = edited(raw_RV, rows)
+    found = edit_logits(raw_RV, rows)
     assert found.stride(0) % UNIT == 0
     assert readable_columns(found) % UNIT == 0
     assert found.dtype == torch.float32
@@ -103,7 +103,7 @@ def test_a_replay_draws_what_the_sampler_does_whoever_was_in_the_step_before(dev
     logits_BV, told = torch.zeros(4, VOCAB_SIZE, device=device), torch.zeros(2, 4, dtype=torch.int64, device=device)
     table, sampler = EditTable(num_entries=4, vocab_size=VOCAB_SIZE, device=device), Sampler(vocab_size=VOCAB_SIZE, device=device)
     with by_kernels(device, monkeypatch):
-        recorded = CudaGraphs(device) if device.type == "cuda" else RecordedGraphs()
+        recorded = CudaGraphRecorder(device) if device.type == "cuda" else RecordedGraphs()
         graphs = SamplerGraphs(logits_BV, (4,), recorded, table=table, tokens_B=told[0], positions_B=told[1])
         graphs.capture()
         of_steps = [[PARAMS[at] for at in some] for some in ((2, 5, 3), (0, 0), (1, 0), (4, 3, 6, 1), (0,))]
@@ -115,7 +115,7 @@ def test_a_replay_draws_what_the_sampler_does_whoever_was_in_the_step_before(dev
             for at, state in enumerate(states):
                 columns.put(at, state)
             report = graphs.launch(columns.of(np.arange(len(rows))), np.full(len(rows), 30), 4).read()
-            answers = sampler.answers(logits_BV, logits_BV, rows, as_decided(report))
+            answers = sampler.results(logits_BV, logits_BV, rows, as_decided(report))
             with monkeypatch.context() as plain:
                 plain.setattr("engine.run.sampling.sampler.elementwise_kernels_for", lambda _logits: None)
                 assert answers == sampler.sample(logits_BV[: len(rows)].clone(), rows)

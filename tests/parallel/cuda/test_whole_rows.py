@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.run.sampling.filters import DrawParams, draw_filtered, whole_weight
+from engine.run.sampling.filters import DrawParams, draw_filtered, total_weight
 from tests.parallel.cuda.aligned import aligned
 
 VOCAB_SIZE = 2100
@@ -30,7 +30,7 @@ def test_what_is_drawn_is_what_sorting_gives(lies_at_whole_units: bool, ties: bo
     logits_RV[2, :700] = -torch.inf
     numbers = torch.tensor(ROWS, dtype=torch.float64).T
     params = DrawParams(numbers[0], numbers[1].long(), numbers[2], numbers[3], torch.rand(len(ROWS), generator=generator).double())
-    wanted, _ = draw_filtered(logits_RV, params, VOCAB_SIZE, whole_weight(logits_RV, params))
+    wanted, _ = draw_filtered(logits_RV, params, VOCAB_SIZE, total_weight(logits_RV, params))
     decided_R = torch.zeros(len(ROWS), dtype=torch.int64)
     decided_R[4] = 1
     per_row = (params.temperature_R, params.top_k_R, params.top_p_R, params.min_p_R, params.uniform_R)

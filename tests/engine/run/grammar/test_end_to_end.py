@@ -173,7 +173,7 @@ def test_answers_survive_the_loss_of_the_workers(folder, undisturbed):
 
 def test_a_slow_grammar_delays_its_own_request_alone_and_changes_no_answer(folder, undisturbed, monkeypatch):
     """Every compile waits until requests without a grammar are well under way."""
-    monkeypatch.setattr(guides, "GRACE_S", 0.0)
+    monkeypatch.setattr(guides, "COMPILE_WAIT_S", 0.0)
     engine = open_engine(folder)
     steps: list[int] = []
     compile_now = LlCompiler.compile

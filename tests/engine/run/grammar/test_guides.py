@@ -10,7 +10,7 @@ from engine.errors import GrammarFailed
 from engine.plan import Opening, Work
 from engine.request import SamplingParams
 from engine.run.grammar import guides as module
-from engine.run.grammar.guides import Allowed, Guides
+from engine.run.grammar.guides import AllowedTokens, Guides
 from engine.run.grammar.lazy_compiler import LazyCompiler
 from engine.run.grammar.llg import LlCompiler
 from tests.engine.run.grammar.words import END, TOKENS, VOCABULARY, ids
@@ -28,13 +28,13 @@ def opened(guides: Guides, grammar: str, output: str = "", **params: object) -> 
     guides.open(Opening(7, 0, len(PROMPT), sampling, history=PROMPT + tuple(ids(output))))
 
 
-def look_up(guides: Guides) -> Allowed:
+def look_up(guides: Guides) -> AllowedTokens:
     pending = guides.begin([7, 8])
     assert pending is not None
     return pending.result()[7]
 
 
-def texts(allowed: Allowed) -> set[bytes]:
+def texts(allowed: AllowedTokens) -> set[bytes]:
     assert allowed.fault is None
     assert allowed.words is not None
     bits = np.unpackbits(allowed.words.view(np.uint8), bitorder="little")[: len(TOKENS)]
@@ -45,13 +45,13 @@ def test_the_prompt_says_nothing_and_the_output_is_followed_whatever_works_repea
     guides = make_guides()
     opened(guides, "start: /abc?/")
     for start in (0, 2, 4):
-        guides.take(Work(7, start, PROMPT[start : start + 2], (), start == 4))
+        guides.add_tokens(Work(7, start, PROMPT[start : start + 2], (), start == 4))
     assert texts(look_up(guides)) == {b"a", b"ab", b"abc"}
-    guides.take(Work(7, len(PROMPT), tuple(ids("a")), (), True))
+    guides.add_tokens(Work(7, len(PROMPT), tuple(ids("a")), (), True))
     assert texts(look_up(guides)) == {b"b"}
     assert texts(look_up(guides)) == {b"b"}  # a step that is repeated
-    guides.take(Work(7, len(PROMPT), tuple(ids("a")), (), True))
-    guides.take(Work(7, len(PROMPT) + 1, tuple(ids("b")), (), True))
+    guides.add_tokens(Work(7, len(PROMPT), tuple(ids("a")), (), True))
+    guides.add_tokens(Work(7, len(PROMPT) + 1, tuple(ids("b")), (), True))
     assert texts(look_up(guides)) == {b"c", TOKENS[END]}
 
 
@@ -59,11 +59,11 @@ def test_the_prompt_says_nothing_and_the_output_is_followed_whatever_works_repea
 def test_a_sequence_that_comes_back_goes_on_where_it_was(output):
     fresh, back = make_guides(), make_guides()
     opened(fresh, "start: /abc*/")
-    fresh.take(Work(7, 0, PROMPT, (), True))
+    fresh.add_tokens(Work(7, 0, PROMPT, (), True))
     for at, token in enumerate(ids(output)):
-        fresh.take(Work(7, len(PROMPT) + at, (token,), (), True))
+        fresh.add_tokens(Work(7, len(PROMPT) + at, (token,), (), True))
     opened(back, "start: /abc*/", output)
-    back.take(Work(7, 0, (*PROMPT, *ids(output)), (), True))
+    back.add_tokens(Work(7, 0, (*PROMPT, *ids(output)), (), True))
     assert texts(back_allowed := look_up(back)) == texts(look_up(fresh))
     assert back_allowed.words is not None
 
@@ -123,23 +123,23 @@ class HeldCompiler:
 
 
 def test_a_grammar_that_is_still_compiled_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(module, "GRACE_S", 0.0)
+    monkeypatch.setattr(module, "COMPILE_WAIT_S", 0.0)
     compiler = HeldCompiler()
     guides = make_guides(compiler)
     opened(guides, "start: /a/")
     compiler.began.result(60)
-    assert look_up(guides) == Allowed()
-    monkeypatch.setattr(module, "PATIENCE_S", -1.0)
+    assert look_up(guides) == AllowedTokens()
+    monkeypatch.setattr(module, "COMPILE_TIMEOUT_S", -1.0)
     assert look_up(guides).fault == "the grammar takes too long to compile"
     compiler.go.set()
-    monkeypatch.setattr(module, "GRACE_S", 60.0)
+    monkeypatch.setattr(module, "COMPILE_WAIT_S", 60.0)
     assert texts(look_up(guides)) == {b"a"}
 
 
 def test_sequences_without_a_grammar_cost_nothing():
     guides = make_guides()
     guides.open(Opening(7, 0, 3, SamplingParams()))
-    guides.take(Work(7, 0, (1, 2, 3), (), True))
+    guides.add_tokens(Work(7, 0, (1, 2, 3), (), True))
     assert guides.begin([7]) is None
 
 
