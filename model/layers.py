@@ -1,4 +1,4 @@
-"""The small layers that every decoder layer is made of. T tokens, D model width, I width of the MLP (this rank's part)."""
+"""The norm and the dense MLP of a decoder layer. T tokens, D model width, I width of the MLP (this rank's part)."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from parallel.weight_format import StoredTensor, WeightFormat
 
 
 class RmsNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467), the same on every rank. The mean is taken in float32."""
+    """Root mean square norm (arXiv 1910.07467), replicated on every rank. The mean is computed in float32."""
 
     takes_pieces = True
 
@@ -48,10 +48,10 @@ class RmsNorm(nn.Module):
             return kernels.add_norm(x_TD.contiguous(), None, self.weight, self.eps)
         x = x_TD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(x_TD.dtype)  # rounded before the weight, as transformers does
+        return self.weight * x.to(x_TD.dtype)  # rounded before the weight is applied, as transformers does
 
     def add(self, x_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``x_TD + delta_TD`` (None: nothing), perhaps in place of ``x_TD``, and the norm of it."""
+        """The sum ``x_TD + delta_TD`` (None: zero), possibly written over ``x_TD``, and its norm."""
         if delta_TD is None:
             return x_TD, self(x_TD)
         kernels = elementwise_kernels_for(x_TD)
@@ -64,7 +64,7 @@ class RmsNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU (arXiv 2002.05202): the inner width is shared over the ranks of ``tp``."""
+    """SwiGLU (arXiv 2002.05202), with the inner width split over the ranks of ``tp``."""
 
     def __init__(self, *, hidden_size: int, inner_size: int, tp: Group, format: WeightFormat, dtype: torch.dtype) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class Mlp(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         format = self.up.format
-        at_once_TD = format.gated(x_TD, self.up.tensors, self.down.tensors) if isinstance(format, PackedFormat) else None
-        result: Tensor = self.down(gated(self.up(x_TD))) if at_once_TD is None else self.down.summed(at_once_TD)
+        fused_TD = format.gated(x_TD, self.up.tensors, self.down.tensors) if isinstance(format, PackedFormat) else None
+        result: Tensor = self.down(gated(self.up(x_TD))) if fused_TD is None else self.down.summed(fused_TD)
         return result
 
 
 def gated(gate_up_TX: Tensor) -> Tensor:
-    """``silu(gate) * up``, which lie side by side."""
+    """``silu(gate) * up``, where gate and up are the two halves of each row."""
     kernels = elementwise_kernels_for(gate_up_TX)
     if kernels is not None:
         return kernels.gate(gate_up_TX)

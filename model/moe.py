@@ -1,4 +1,4 @@
-"""The sparse MLP of Qwen2-MoE. T tokens, D model width, E routed experts, A of them per token."""
+"""The sparse MLP of Qwen2-MoE. T tokens, D model width, E routed experts, A active experts per token."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from parallel.weight_format import Dense, WeightFormat
 
 
 class Router(nn.Module):
-    """Which experts each token uses, and with what weight. The same on every rank, and never quantised."""
+    """Chooses each token's experts and their weights. Replicated on every rank and never quantised."""
 
     def __init__(self, config: MoeConfig, hidden_size: int, dtype: torch.dtype, format: WeightFormat) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids (T, A), int64, and weights (T, A) in the model's dtype.
 
-        The softmax is over all experts; with `norm_topk_prob` false (Qwen2's releases) a token's weights sum to less than one.
+        The softmax is over all experts. With `norm_topk_prob` false, as in Qwen2's releases, a token's weights sum to less than one.
         """
         logits_TE = self.logits(x_TD)
         if (kernels := routing_kernels_for(logits_TE)) is not None:
@@ -43,7 +43,7 @@ class Router(nn.Module):
 
 
 class SparseMlp(nn.Module):
-    """A few routed experts per token, plus one shared expert that every token uses to the degree its own gate says."""
+    """A few routed experts per token, plus one shared expert that every token uses, weighted by a gate of its own."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class SparseMlp(nn.Module):
         dispatch: DispatchName,
         redundant_experts: int = 0,
     ) -> None:
-        """``redundant_experts``: how many experts each ep position holds beyond its even share, so that busy ones are held twice."""
+        """``redundant_experts``: how many experts each ep position holds beyond its even share, so that busy experts have a second copy."""
         super().__init__()
         self.is_whole = groups.stage.size == 1
-        """Whether no other rank has a part of it or tokens for it."""
+        """Whether this rank holds all of it and no other rank sends tokens to it."""
         placement = _first_placement(config.num_experts, groups.ep.size, redundant_experts)
         self.router = Router(config, hidden_size, dtype, format)
         self.experts = RoutedExperts(
@@ -85,23 +85,28 @@ class SparseMlp(nn.Module):
 
 
 def _sigmoid(x_T1: Tensor) -> Tensor:
-    """On a CPU as a softmax over two: torch computes the last few of many sigmoids another way than the others, and a token's share must
-    not depend on how many tokens there are."""
+    """A sigmoid whose result for one token does not depend on how many tokens there are.
+
+    On CPUs torch computes the last few elements of a sigmoid differently from the rest, so there it is a softmax over two.
+    """
     if x_T1.device.type != "cpu":
         return F.sigmoid(x_T1)
     return torch.cat((x_T1, torch.zeros_like(x_T1)), dim=-1).softmax(-1)[:, :1]
 
 
 def _first_placement(num_experts: int, ranks: int, redundant: int) -> ExpertPlacement:
-    """While nothing has been measured, all experts are taken to be liked alike."""
+    """Before any load has been measured all experts are assumed to be equally busy."""
     if not redundant:
         return balanced_placement(num_experts, ranks)
     return place([1.0] * num_experts, even_room(num_experts, ranks, redundant))
 
 
 def _replicated(in_size: int, out_size: int, dtype: torch.dtype, format: WeightFormat) -> Linear:
-    """Never quantised. Beside packed experts packed as well: torch's sums depend on how many tokens there are, and a token that is taken
-    in again after a loss shall find the same experts."""
+    """A linear layer that every rank holds whole, never quantised.
+
+    Beside packed experts it is packed too: the rounding of torch's sums depends on the number of tokens, and a token that is recomputed
+    after a failure must be routed to the same experts.
+    """
     is_exact = isinstance(format, PackedFormat) and dtype == torch.float32 and native() is not None
     own: WeightFormat = PackedFormat("fp32", dtype) if is_exact else Dense(dtype, is_same_everywhere=True)
     return Linear(in_share=whole(in_size), out_parts={"all": whole(out_size)}, bias=False, format=own, bias_dtype=dtype)

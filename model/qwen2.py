@@ -1,7 +1,7 @@
-"""Step 10 of a request: the Qwen2 decoder (arXiv 2407.10671), one rank's part of it. Read it from the bottom up.
+"""The Qwen2 decoder (arXiv 2407.10671): one rank's part of it. Step 10 of a request. Read this file from the bottom up.
 
-T tokens in the batch, R rows whose logits are wanted, D model width, H query heads, G KV heads, K head width, V vocabulary.
-The letters name logical dims; where a layer is split, this rank computes its own heads or features of them.
+T tokens in the batch, R rows whose logits are needed, D model width, H query heads, G KV heads, K head width, V vocabulary. The letters
+name logical dims: where a layer is split, this rank computes only its own heads or features.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ MLP_NAMES: WeightNames = {
 }
 EMBEDDING, NORM, HEAD = "embed_tokens", "norm", "lm_head"
 DECODER = "model."
-"""Before all names but the head's, where a checkpoint has one."""
+"""Prefix of all tensor names except the head's. Checkpoints of a bare decoder lack it."""
 
 
 class Attention(nn.Module):
@@ -89,7 +89,8 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then MLP, each behind a norm. What one adds to the residual stream is added in the pass of the next norm."""
+    """Attention, then MLP, each preceded by a norm. The output of either is added to the residual stream in the same pass that computes
+    the next norm."""
 
     def __init__(self, config: ModelConfig, attention: Attention, mlp: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -107,8 +108,11 @@ class DecoderLayer(nn.Module):
         cache: KvCache,
         kept_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The stream and what is still to be added to it, of the layer before and then of this one; with ``kept_R`` of these tokens only,
-        as no other needs an MLP behind the last attention."""
+        """The residual stream, and the delta that is still to be added to it. Takes the same pair from the layer before.
+
+        With ``kept_R`` the MLP runs for these tokens only and only their rows are returned: after the last attention no other token is
+        needed.
+        """
         x_TD, normed_TD = self.attention_norm.add(x_TD, delta_TD)
         delta_TD = self.attention(normed_TD, rotation, batch, cache)
         if kept_R is not None:
@@ -117,7 +121,7 @@ class DecoderLayer(nn.Module):
         return x_TD, self.mlp(normed_TD)
 
     def native(self, cache: KvCache) -> NativeLayer | None:
-        """The same by our CPU kernels at once, where they can compute all of it."""
+        """This layer as fused CPU kernels, or None if they cannot compute all of it."""
         place = self.attention.index_in_stage
         return native_layer(
             backend=self.attention.backend,
@@ -133,9 +137,9 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """One rank's part of the model: its stage's layers, and of each layer its heads and features.
+    """One rank's part of the model: the layers of its stage, and of each layer its heads and features.
 
-    The first stage has the embedding, the last the norm and the head. Nothing is allocated until the weights are loaded
+    The first stage has the embedding, the last stage the final norm and the head. Nothing is allocated before the weights are loaded
     (`model.load.load_model`).
     """
 
@@ -155,12 +159,11 @@ class Qwen2(nn.Module):
         kv_dtype: torch.dtype | None = None,
         rounds_kv: bool = False,
     ) -> None:
-        """``format`` is that of the large matrices of the layers, ``table_format`` that of embedding and head (None: plain).
-        ``kv_dtype`` is that of keys and values where they are held (None: ``dtype``, or with ``rounds_kv`` bfloat16 where the attention
-        backend takes it).
+        """``format`` holds the large matrices of the layers, ``table_format`` the embedding and the head (None: not quantised).
+        ``kv_dtype`` is the dtype of the KV cache (None: ``dtype``, or bfloat16 with ``rounds_kv`` if the attention backend supports it).
 
         Raises:
-            ValueError: this attention backend holds them in no other dtype, or does not run here.
+            ValueError: the attention backend does not support this ``kv_dtype``, or does not run on this device.
         """
         super().__init__()
         self.config, self.groups, self.device, self.dtype = config, groups, device, dtype
@@ -180,7 +183,7 @@ class Qwen2(nn.Module):
         )
         self.backend = choose_backend(device, self.attention_config, backend, dtype)
         if kv_dtype not in (None, dtype, *self.backend.kv_dtypes):
-            raise ValueError(f"attention on {device} does not hold keys and values in {kv_dtype}, and {dtype} is what it computes in")
+            raise ValueError(f"attention on {device} does not support a KV cache in {kv_dtype}; it computes in {dtype}")
         rounded = torch.bfloat16 if rounds_kv and torch.bfloat16 in self.backend.kv_dtypes else dtype
         self.kv_layout = KvLayout(
             num_layers=len(self.layer_indices),
@@ -197,27 +200,27 @@ class Qwen2(nn.Module):
         self.head = self._head() if self.is_last else None
 
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor | None:
-        """Logits (R, V) in the model's dtype, on every rank of the last stage; None on the other stages.
+        """Logits (R, V) in the model's dtype on every rank of the last stage; None on the other stages.
 
-        Writes the batch's keys and values to ``cache``. All ranks of the replica must call this in the same step: those of one dp
-        position with the same batch, which may be empty where another position has one.
+        Writes the batch's keys and values to ``cache``. All ranks of the replica must call this in the same step. Ranks of one dp
+        position pass the same batch, which may be empty while another position has tokens.
         """
         hidden_TD = self.hidden(batch, cache)
         return None if hidden_TD is None else self.logits(hidden_TD[batch.logit_rows_R])
 
     def hidden(self, batch: ForwardBatch, cache: KvCache, kept_R: Tensor | None = None) -> Tensor | None:
-        """Hidden states (T, D) of all tokens behind the last layer, on every rank of the last stage; None on the other stages. With
-        ``kept_R`` (int64, at least one) those (R, D) of these tokens: of a prompt only the last is asked for more than its keys and
-        values, which saves most of the last layer.
+        """Hidden states (T, D) of all tokens after the last layer, on every rank of the last stage; None on the other stages.
 
-        Otherwise as `forward`, which is this and then `logits`.
+        With ``kept_R`` (int64, at least one token) only the hidden states (R, D) of these tokens: for a prompt only the last token needs
+        more than its keys and values, which saves most of the last layer. Otherwise the same rules as for `forward`, which is `hidden`
+        followed by `logits`.
         """
         x_TD = self._embed_or_receive(batch)
         rotation = self.rope.rotation(batch.positions_T, self.dtype)
         self.backend.prepare(batch)
         kept_R = kept_R if self.is_last else None
-        if isinstance(self.backend, NativeAttention) and (at_once := self.native_layers(cache)) is not None:
-            x_TD, delta_TD = at_once(x_TD.contiguous(), self.backend.step_inputs(rotation, batch), kept_R)
+        if isinstance(self.backend, NativeAttention) and (native_layers := self.native_layers(cache)) is not None:
+            x_TD, delta_TD = native_layers(x_TD.contiguous(), self.backend.step_inputs(rotation, batch), kept_R)
         else:
             delta_TD = None
             for layer, kept in zip(self.layers, [None] * (len(self.layers) - 1) + [kept_R], strict=True):
@@ -229,25 +232,29 @@ class Qwen2(nn.Module):
         return None
 
     def normalise(self, hidden_RD: Tensor) -> Tensor:
-        """Behind the last norm: what the head multiplies, and what embeddings are made of. On the last stage only."""
+        """Apply the final norm: the input of the head and of embeddings. Last stage only."""
         assert self.norm is not None
         normed_RD: Tensor = self.norm(hidden_RD)
         return normed_RD
 
     def logits(self, hidden_RD: Tensor, sought: Sought | None = None) -> Tensor:
-        """(R, V) of some of the rows that `hidden` gave; all ranks of the last stage must call this with the same rows.
+        """Logits (R, V) of some of the rows that `hidden` returned. All ranks of the last stage must call this with the same rows.
 
-        Where ``sought`` says what decides each row, those logits may be exact alone, and all others lower."""
+        With ``sought`` only the logits that decide each row need to be exact; all others may be lower than they are.
+        """
         assert self.head is not None
         logits_RV: Tensor = self.head(self.normalise(hidden_RD), sought)
         return logits_RV
 
     def uses_top_logits(self) -> bool:
-        """Asked once before `logits`: whether it has a use for what is sought."""
+        """Whether `logits` can save work if it is told which logits decide each row. Ask once before each call of `logits`."""
         return self.head is not None and self.head.screened is not None and self.head.screened.tries()
 
     def native_layers(self, cache: KvCache) -> NativeLayers | None:
-        """They know the addresses of weights and cache, which stay where they are. None where not all layers are computed so."""
+        """All layers of this stage as fused CPU kernels, or None if some layer cannot be computed that way.
+
+        They hold the addresses of the weights and the cache, which do not move.
+        """
         if self._native_layers is None or self._native_layers[0] is not cache:
             found = [layer.native(cache) for layer in self.layers if isinstance(layer, DecoderLayer)]
             whole = [layer for layer in found if layer is not None]
@@ -256,19 +263,19 @@ class Qwen2(nn.Module):
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Why a step of sequences with one token each cannot be captured and replayed; None if it can."""
+        """Why a step with one token per sequence cannot be captured as a CUDA graph; None if it can."""
         if not self.backend.supports_capture:
             return f"attention by {type(self.backend).__name__} reads lengths on the host"
         if self.groups.pp.size > 1:
-            return "stages hand hidden states on, and wait for that on the host"
+            return "pipeline stages wait for hidden states on the host"
         if self.config.moe is not None and self.groups.dp.size > 1:
-            return "shards tell each other how many tokens they have for the experts"
+            return "shards exchange the numbers of tokens for the experts on the host"
         if self.config.moe is not None and self.dispatch != "local":
-            return "tokens travel to experts, and how many go where is read on the host"
+            return "all-to-all dispatch reads on the host how many tokens go where"
         return None
 
     def bindings(self) -> Iterator[Binding]:
-        """Every checkpoint tensor of this rank's stage, with the place it fills."""
+        """Every checkpoint tensor of this rank's stage, with the slot it fills."""
         prefix = "" if self.config.is_bare else DECODER
         if self.embedding is not None:
             yield from bind_weights(self, {EMBEDDING: ("embedding", "")}, prefix)
@@ -319,7 +326,7 @@ class Qwen2(nn.Module):
         )
 
     def _head(self) -> VocabHead:
-        """Tied to the embedding where this stage has it; a last stage of several holds the same rows a second time."""
+        """Tied to the embedding if this stage has it. The last of several stages holds a second copy of the same rows."""
         return VocabHead(
             vocab_size=self.config.vocab_size,
             hidden_size=self.config.hidden_size,

@@ -23,7 +23,7 @@ def expert_names(num_experts: int) -> WeightNames:
 
 
 class Qwen2Moe(Qwen2):
-    """Layers are sparse or dense as `MoeConfig.is_sparse` says; all else is Qwen2."""
+    """`MoeConfig.is_sparse` says which layers are sparse. Everything else is Qwen2."""
 
     def layer_weight_names(self, index: int) -> WeightNames:
         moe = self.config.moe

@@ -1,4 +1,4 @@
-"""A replayed step that the device may still be at."""
+"""A step that was launched and may still be running on the device."""
 
 import time
 from collections.abc import Callable
@@ -15,20 +15,20 @@ from engine.step_handle import StepHandle
 
 @dataclass(eq=False)
 class AsyncStep(StepHandle):
-    """What `engine.run.runner.Runner.begin` gives, where the host has no say in the step."""
+    """Returned by `engine.run.runner.Runner.begin` for a step that needs nothing from the host."""
 
     plan: StepPlan
     rows: DecodeRows
-    """Their tokens are `NO_TOKEN` where they were not known when it was begun."""
+    """A token is `NO_TOKEN` if it was not known when the step was launched."""
     table_rows_S: np.ndarray
     columns: np.ndarray
-    """As `SamplingColumns.of` gave them."""
+    """From `SamplingColumns.of`."""
     size: int
-    """Rows of the captured step."""
+    """Rows of the captured step, padding included."""
     finish: Callable[["AsyncStep"], None]
     """Reads the report and sets `outcome`."""
     logits_SV: Tensor | None = None
-    """Where the captured step left them."""
+    """The buffer to which the captured step writes its logits."""
     report: Report | None = None
     began: float = field(default_factory=time.perf_counter)
 
@@ -40,12 +40,12 @@ class AsyncStep(StepHandle):
         return self.outcome
 
     def row_positions(self, other: "AsyncStep") -> np.ndarray:
-        """int64: where in this step the sequences of another one's rows are, -1 for those that are not."""
+        """int64: for each row of ``other`` the row of this step that has the same sequence, or -1."""
         here, there = self.rows.columns[0], other.rows.columns[0]
         if np.array_equal(here, there):
             return np.arange(len(here))
         place_of_row = np.full(max(self.table_rows_S.max(), other.table_rows_S.max()) + 1, -1)
         place_of_row[self.table_rows_S] = np.arange(len(here))
         places: np.ndarray = place_of_row[other.table_rows_S]
-        places[here[places] != there] = -1  # the row was another's
+        places[here[places] != there] = -1  # this row of the block tables belongs to another sequence now
         return places

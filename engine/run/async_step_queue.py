@@ -1,6 +1,7 @@
-"""Step 9 of a request, where the host has no say in what its step gives: the device is told to do it behind what it is at.
+"""Launches steps behind each other without reading their results in between. Step 9 of a request.
 
-What a step sampled is taken from where it lies on the device, and read when the next step is under way. S sequences, V vocabulary.
+A step's input tokens are taken from the output of the step before, on the device. The host reads a step's output while the next step is
+running. S sequences, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -20,27 +21,27 @@ from engine.run.sampling.columns import may_need_host, needs_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 
 Launch = Callable[[np.ndarray], Tensor | None]
-"""Begins to compute the logits (S, V) of a step. It is told the tokens (S) of its rows, -1 - n for one that stands at place n of what the
-step before gives."""
+"""Launches the computation of logits (S, V). Takes the input tokens (S) of its rows; -1 - n means the token at place n of the previous
+step's output."""
 
 SAME_ROWS = -1 - np.arange(MAX_ROWS)
-"""Tokens of rows each of which stands where it stood in the step before."""
+"""Input tokens when every row stands where it stood in the previous step."""
 
 
 class AsyncStepQueue:
-    """Steps of one rank that were begun and not read, in order; at most two."""
+    """The steps of one rank that were launched and not yet read, in order. At most two."""
 
     def __init__(self, sequences: OpenSequences, result_builder: ResultBuilder) -> None:
         self._sequences, self._result_builder = sequences, result_builder
         self._steps: list[AsyncStep] = []
         self._host_free_columns: np.ndarray | None = None
-        """Columns in which the host will never have a say: mostly they come again."""
+        """Columns that never need the host. Mostly the next step has the same array."""
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def accepts(self, columns: np.ndarray, rows: DecodeRows) -> bool:
-        """Whether the host has no say in what a step of these rows gives."""
+        """Whether a step of these rows needs nothing from the host."""
         if columns is self._host_free_columns:
             return True
         if may_need_host(columns):
@@ -49,7 +50,7 @@ class AsyncStepQueue:
         return True
 
     def begin(self, step: AsyncStep, launch: Launch, sampler_graphs: SamplerGraphs) -> AsyncStep:
-        """Have the device do a step that it takes."""
+        """Launch a step that `accepts` has accepted."""
         rows = step.rows
         marked = rows.works() if is_tracing() else []
         self._sequences.mark(9, marked)
@@ -65,17 +66,18 @@ class AsyncStepQueue:
         return step
 
     def make_room(self) -> None:
-        """For one more."""
+        """Read the oldest step if there are two."""
         if len(self._steps) > 1:
             self.finish(self._steps[0])
 
     def finish_all(self) -> None:
-        """Read whatever was begun."""
+        """Read all steps."""
         while self._steps:
             self.finish(self._steps[0])
 
     def _tokens_of(self, step: AsyncStep) -> np.ndarray:
-        """Those that are not known stand in what the step before gives; if not all of them do, the host waits and reads them."""
+        """The input tokens. Those that are not known are in the previous step's output; if one is not there, wait for that step and read
+        it."""
         rows, unknown = step.rows, step.rows.unknown
         if not len(unknown):
             return rows.tokens
@@ -91,17 +93,18 @@ class AsyncStepQueue:
         return tokens_S
 
     def finish(self, step: AsyncStep) -> None:
-        """Read what a step gave, if nobody has, and tell the one behind it."""
+        """Read the output of a step, if that has not been done. The next step in the queue learns the tokens from it."""
         if step.outcome is not None:
             return
         assert step is self._steps[0]
         assert step.report is not None
         report = step.report.read()
-        if report[1:].all():  # sound
+        if report[1:].all():  # no row has a fault
             tokens, sampled = step.rows.results(report[0])
             output = RankOutput(sampled, tokens=tokens)
         else:
-            assert step.logits_SV is not None  # by now perhaps those of the step behind; nobody's log-probabilities are wanted
+            # These may already be the next step's logits. That does not matter, as no row of such a step wants log-probabilities.
+            assert step.logits_SV is not None
             step.rows.fill_unknown(self._sequences.last_tokens)
             with torch.inference_mode():
                 output = RankOutput(self._result_builder.from_report(step.rows, step.logits_SV, report))

@@ -1,4 +1,4 @@
-"""Step 9 of a request, where its step is neither replayed nor begun ahead: any plan becomes a forward batch, and that logits."""
+"""Executes any step without CUDA graphs of the whole step. Step 9 of a request: the plan becomes a forward batch, and that logits."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from parallel.native.screened import Sought
 
 
 class EagerSteps:
-    """Steps of whatever works, over when they return."""
+    """Steps with any mix of works. A step is finished when `run` returns."""
 
     def __init__(
         self,
@@ -29,12 +29,13 @@ class EagerSteps:
         scorer: PromptScorer,
         drafter: Drafter | None = None,
     ) -> None:
-        """Without a ``drafter`` nothing is guessed here."""
+        """Without a ``drafter`` this rank guesses no tokens."""
         self._forward, self._sequences, self._result_builder = forward, sequences, result_builder
         self._scorer, self._drafter = scorer, drafter
 
     def run(self, plan: StepPlan) -> RankOutput:
-        """With all other ranks. One without works of its shard computes too, with no tokens: those of other shards may need its experts."""
+        """Execute the step together with all other ranks. A rank whose shard has no works computes an empty batch, because other shards
+        may need its experts."""
         shard = self._sequences.shard
         num_to_broadcast = num_decodes_to_broadcast(plan, shard)
         works = with_known_tokens(plan, self._sequences.last_tokens).works
@@ -45,7 +46,7 @@ class EagerSteps:
         return self._compute(built) if self._result_builder.sampler is None else self._compute_and_sample(mine, built)
 
     def _build(self, works: Sequence[Work], num_to_broadcast: int) -> BuiltBatch:
-        """The tokens of the first ``num_to_broadcast`` works are known to the rank that samples, and to no other."""
+        """Only the sampling rank knows the tokens of the first ``num_to_broadcast`` works, and broadcasts them."""
         for work in works:
             self._sequences.tables.append(work)
         self._sequences.mark(9, works)
@@ -57,9 +58,9 @@ class EagerSteps:
         return built
 
     def _compute(self, built: BuiltBatch) -> RankOutput:
-        """Those that answer need this rank's part of the model."""
+        """Compute this rank's part of the model for the ranks that sample."""
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
-        if hidden_TD is not None:  # this rank has a share of the vocabulary
+        if hidden_TD is not None:  # the last stage: this rank has a share of the vocabulary
             self._scorer.score(hidden_TD, built, {})
             self._forward.model.logits(built.sampled_rows(hidden_TD, kept_R))
         return RankOutput()
@@ -69,16 +70,16 @@ class EagerSteps:
         for work in works:
             sequences.add_tokens(work)
         sequences.count_on_device(works)
-        allowed = sequences.guides.begin([work.sequence for work in built.sampling_works])  # looked up while the model computes
+        allowed = sequences.guides.begin([work.sequence for work in built.sampling_works])  # runs in a thread while the model computes
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
-        assert hidden_TD is not None  # sampling ranks are of the last stage
+        assert hidden_TD is not None  # sampling ranks are in the last stage
         scored = self._scorer.score(hidden_TD, built, sequences.states)
         logits_RV = model.logits(built.sampled_rows(hidden_TD, kept_R), self._needed_top_logits(built) if model.uses_top_logits() else None)
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
         sequences.mark(11, built.sampling_works)
         sampled = self._result_builder.sample(logits_RV, built.sampling_works, allowed.result() if allowed else {})
-        del logits_RV  # as large as the draft model's, which come next
+        del logits_RV  # the draft model needs as much memory for its own logits
         pooled, guessing_s = sequences.pooler.pool(hidden_TD, built), 0.0
         if self._drafter is not None:
             sampled, guessing_s = self._drafter.propose(works, sampled, sequences.tables, sequences.states)
@@ -90,6 +91,6 @@ class EagerSteps:
         return needed_top_logits(rows, self._result_builder.sampler.vocab_size)
 
     def _kept(self, built: BuiltBatch) -> torch.Tensor | None:
-        """See `Qwen2.hidden`. Every rank finds the same, as they sum over these rows."""
+        """See `Qwen2.hidden`. All ranks of the tp group must agree, because they sum over these rows."""
         wants_all = any(work.targets for work in built.works) or self._sequences.pooler.needs_all_tokens(built.works)
         return None if wants_all else built.kept_rows

@@ -1,4 +1,4 @@
-"""Step 10 of a request, where a step is not replayed as a whole: hidden states of its tokens.
+"""Hidden states of a step that is not replayed as a whole. Step 10 of a request.
 
 T tokens in the batch, R rows with logits, D model width.
 """
@@ -12,15 +12,16 @@ from model.qwen2 import Qwen2
 
 
 class Forward:
-    """One rank's model over its cache."""
+    """One rank's model with its KV cache."""
 
     def __init__(self, model: Qwen2, cache: KvCache) -> None:
         self.model, self.cache = model, cache
         self.prompt_graphs: PromptGraphs | None = None
-        """Where it is not None, steps that it takes are replayed in pieces; all others are launched."""
+        """If set, the steps that it accepts are replayed piecewise; all others are launched."""
 
     def hidden(self, batch: ForwardBatch, kept_R: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What `Qwen2.hidden` gives with ``kept_R``; in pieces, of all tokens (T, D). And of which tokens that is, None of all."""
+        """The hidden states that `Qwen2.hidden` computes with ``kept_R``, and the tokens that they belong to (None: all). A piecewise
+        replay computes them for all tokens (T, D)."""
         if self.prompt_graphs is not None and self.prompt_graphs.accepts(batch.num_tokens):
             return self.prompt_graphs.hidden(batch), None
         return self.model.hidden(batch, self.cache, kept_R), kept_R

@@ -1,4 +1,4 @@
-"""Step 9 of a request, where its step computes one token of each sequence: it is replayed, and where the host has no say, begun ahead."""
+"""Executes decode-only steps by replaying CUDA graphs. Step 9 of a request. A step that needs nothing from the host is launched ahead."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ from parallel.last_collective import note_replay
 
 
 class GraphSteps:
-    """One rank's. ``sampler_graphs`` is None where it does not sample."""
+    """One rank's decode-only steps. ``sampler_graphs`` is None on a rank that does not sample."""
 
     def __init__(
         self,
@@ -33,13 +33,14 @@ class GraphSteps:
         async_steps: AsyncStepQueue,
         runs_ahead: bool,
     ) -> None:
-        """``runs_ahead``: a step may be begun before the one before it is read (`Capacity.runs_ahead`)."""
+        """``runs_ahead``: a step may be launched before the result of the step before it is read (`Capacity.runs_ahead`)."""
         self.decode_graphs, self.sampler_graphs = decode_graphs, sampler_graphs
         self.sequences, self.async_steps, self.runs_ahead = sequences, async_steps, runs_ahead
         self._result_builder = result_builder
 
     def begin(self, plan: StepPlan, began: float) -> StepHandle | None:
-        """None where the plan has another step, and nothing has been done. ``began``: when the rank took it, by `time.perf_counter`."""
+        """Launch the step, or return None without side effects if it is not a decode-only step that fits the graphs. ``began`` is when
+        the rank received the plan (`time.perf_counter`)."""
         rows = decode_rows(plan, self.sequences.shard)
         if rows is None or not self.decode_graphs.accepts(len(rows)):
             return None
@@ -56,12 +57,13 @@ class GraphSteps:
         return StepHandle(self._result_builder.build(plan, self._run(rows, table_rows_S, columns), began))
 
     def _run(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None) -> RankOutput:
-        """A step that is over when this returns. ``columns`` are None on a rank that does not sample."""
+        """Execute a step to its end. ``columns`` is None on a rank that does not sample."""
         sequences, known_S = self.sequences, rows.starts + 1
         marked = rows.works() if is_tracing() else []
         sequences.mark(9, marked)
         sequences.mark(10, marked)
-        logits_SV = self.decode_graphs.run(rows, table_rows_S, sequences.tables)  # the device has enough to do now
+        # the device is busy from here on, and the host can work meanwhile
+        logits_SV = self.decode_graphs.run(rows, table_rows_S, sequences.tables)
         if self.sampler_graphs is None or columns is None or logits_SV is None:
             return RankOutput()
         if hit("rank.logits"):

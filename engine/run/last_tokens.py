@@ -1,5 +1,7 @@
-"""Step 9 of a request, where a step was planned before the one before it was answered: the rank fills in what it sampled itself, and
-hands it on to those that compute with it."""
+"""Input tokens of steps that were planned before the previous step was answered. Step 9 of a request.
+
+The sampling rank fills in what it sampled itself, and broadcasts it to the ranks that compute with it.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -13,31 +15,32 @@ from parallel.collectives import broadcast
 from parallel.groups import Group
 
 SAMPLING_TP_RANK = 0
-"""Of the rank that samples, in its tp group (`engine.run.runner.sampling_ranks`)."""
+"""The sampling rank's position in its tp group (`engine.run.runner.sampling_ranks`)."""
 
 
 def broadcast_tokens(tokens_T: Tensor, tp: Group) -> None:
-    """Write the tokens of the rank that samples over those of the ranks that compute with it; contiguous, on the device. Whether a step
-    does so follows from its plan, so that all of them do."""
+    """Overwrite the tokens (contiguous, on the device) with those of the sampling rank. All ranks of the tp group decide from the plan
+    whether a step does this."""
     assert tokens_T.is_contiguous()
     broadcast(tokens_T, SAMPLING_TP_RANK, tp)
 
 
 def fill_unknown_tokens(tokens_T: Tensor, report: Tensor) -> None:
-    """Whatever is below 0 stands in the report of the step before: -1 - n at place n. All on the device, int64."""
+    """Replace each negative token -1 - n by the one at place n of the previous step's report. All on the device, int64."""
     tokens_T.copy_(torch.where(tokens_T < 0, report[(-1 - tokens_T).clamp(min=0)], tokens_T))
 
 
 def num_decodes_to_broadcast(plan: StepPlan, shard: int) -> int:
-    """The decodes of a shard, where the token of one of them was not known when they were planned; else 0. They are the first of its works
-    and of the tokens in its batch."""
+    """The number of a shard's decodes if the plan lacks the token of any of them, else 0. They are the first works and the first tokens
+    of the batch."""
     columns = plan.decodes.columns
     tokens = columns[2, columns[4] == shard]
     return len(tokens) if (tokens == NO_TOKEN).any() else 0
 
 
 def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
-    """The plan with a token wherever it has `NO_TOKEN`. A sequence that got none in the step before gets any: nobody will ask for more."""
+    """The plan with every `NO_TOKEN` replaced. A sequence that got no token in the previous step gets an arbitrary one: nobody will read
+    what follows."""
     columns = plan.decodes.columns if len(plan.decodes) else None
     if columns is None or not (columns[2] == NO_TOKEN).any():
         return plan
@@ -48,16 +51,19 @@ def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
 
 
 class LastTokens(Mapping[int, int]):
-    """Of each open sequence the token that was sampled last. Columns are kept as they came until somebody asks for a token: in most steps
-    nobody does, as the next one takes it where it lies on the device."""
+    """The last sampled token of each open sequence.
+
+    Columns are kept as they arrived until a token is asked for. In most steps nobody asks, because the next step takes its tokens from
+    the device.
+    """
 
     def __init__(self) -> None:
         self._tokens: dict[int, int] = {}
         self._news: tuple[np.ndarray, np.ndarray] | None = None
-        """Sequences, and their tokens, that are newer."""
+        """Sequences and their tokens, newer than `_tokens`."""
 
     def note(self, decodes: Decodes, tokens: bytes, rest: Iterable[Sampled]) -> None:
-        """What a step gave: ``tokens`` as `StepResult.tokens` has them, and the rest."""
+        """Record a step's output: ``tokens`` as in `StepResult.tokens`, and the rest."""
         if tokens:
             sequences, sampled = decodes.columns[0], np.frombuffer(tokens, COLUMN)
             if sampled.min() == NO_TOKEN:
@@ -71,7 +77,7 @@ class LastTokens(Mapping[int, int]):
             self._tokens.update((answer.sequence, answer.tokens[-1]) for answer in rest if answer.tokens)
 
     def forget(self, sequence: int) -> None:
-        """It is closed; one that nothing was sampled for is ignored."""
+        """Forget a closed sequence. Ignored if it never got a token."""
         self._read_news()
         self._tokens.pop(sequence, None)
 

@@ -1,5 +1,5 @@
-"""Step 9 of a request, where a step has prompts beside those that decode, and nothing is particular about any of them: what samples as
-columns, so that its sampling is replayed though the model's launches are not."""
+"""A step with prefill and decode in one batch. Step 9 of a request. Its sampling rows are columns, so that the sampler can be replayed
+although the model is launched."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ from model.batch import ForwardBatch
 
 @dataclass(frozen=True, eq=False)
 class MixedBatch:
-    """A shard's part of such a step."""
+    """A shard's part of a mixed step."""
 
     sampling: DecodeRows
-    """Of each sequence that samples its last token, in the order of the logits."""
+    """Each sequence that samples after its last token, in the order of the logits."""
     num_decodes: int
-    """Those told as columns, the first of them."""
+    """How many of ``sampling``, the first ones, are planned as columns."""
     singly: tuple[Work, ...]
-    """All works told one by one, those with one token first; some do not sample."""
+    """All other works, those with one token first. Some of them do not sample."""
 
     @property
     def non_sampling(self) -> list[int]:
-        """Sequences that do not sample."""
+        """Sequences that do not sample in this step."""
         return [work.sequence for work in self.singly if not work.samples]
 
     def append_blocks(self, tables: BlockTables) -> None:
-        """Bring the new blocks."""
+        """Append the plan's new blocks to the block tables."""
         decodes = self.sampling.columns[:, : self.num_decodes]
         tables.append_to(tables.rows(decodes[0].tolist()), decodes[3])
         for work in self.singly:
@@ -52,8 +52,11 @@ class MixedBatch:
         num_to_broadcast: int,
         counts: bool,
     ) -> Tensor:
-        """Begin the step, without waiting for it. Logits (S, V), where a captured step leaves them. ``tokens_S`` as `DecodeGraphs.run` has
-        them; the other ranks of the tp group do not know the first ``num_to_broadcast``. ``counts``: sampling wants to count them."""
+        """Launch the step without waiting for it. Returns logits (S, V) in the buffer of the captured steps.
+
+        ``tokens_S`` as in `DecodeGraphs.run`; the other ranks of the tp group do not know the first ``num_to_broadcast``. ``counts``:
+        leave the tokens where the replayed sampler counts them.
+        """
         model = forward.model
         batch = self._build(tables, tokens_S, forward.cache.layout.block_tokens, model.device)
         if (tokens_S[: self.num_decodes] < 0).any():
@@ -62,7 +65,7 @@ class MixedBatch:
             broadcast_tokens(batch.tokens_T[:num_to_broadcast], model.groups.tp)
         built = BuiltBatch(batch, (), ())
         hidden_TD, kept_R = forward.hidden(batch, built.kept_rows)
-        assert hidden_TD is not None  # it has no stages
+        assert hidden_TD is not None  # there is only one stage
         assert graphs.logits is not None
         count = len(self.sampling)
         logits_SV = graphs.logits[:count]
@@ -92,7 +95,7 @@ class MixedBatch:
 
 
 def mixed_batch(plan: StepPlan, shard: int) -> MixedBatch | None:
-    """None where nothing samples, or something about a work asks for more than tokens."""
+    """A shard's part of the plan as a mixed batch; None if nothing samples, or if a work needs more than tokens."""
     singly = tuple(sorted((work for work in plan.singly if work.shard == shard), key=lambda work: len(work.tokens) > 1))
     if any(work.num_draft or work.targets or work.pools or work.num_guesses for work in singly):
         return None

@@ -1,7 +1,8 @@
-"""Step 9 of a request, where prompts come beside those that decode: sampling is replayed, and begun before the step before is read.
+"""Executes steps that mix prefill and decode: the model is launched, only the sampler is replayed, and the step runs ahead. Step 9 of a
+request.
 
-`RunnerConfig.prompts_ahead`. Off until it has run on a device; without this file, and the line in `engine.run.runner.Runner.capture` that
-takes it up, such steps are computed as all others.
+Enabled by `RunnerConfig.prompts_ahead`, which is off because it has not been measured on a device yet. Without this module, and the line
+in `engine.run.runner.Runner.capture` that uses it, such steps are eager steps.
 """
 
 from functools import partial
@@ -16,16 +17,16 @@ from engine.run.sampling.columns import may_be_edited
 
 
 class MixedSteps:
-    """Of a rank that samples and whose steps are begun ahead."""
+    """For a sampling rank whose steps run ahead."""
 
     def __init__(self, replayed: GraphSteps, forward: Forward) -> None:
-        """``replayed``: the steps between which these come."""
+        """``replayed``: the decode-only steps, with which these share graphs and the queue."""
         assert replayed.sampler_graphs is not None
         self._decode_graphs, self._sampler_graphs = replayed.decode_graphs, replayed.sampler_graphs
         self._sequences, self._async_steps, self._forward = replayed.sequences, replayed.async_steps, forward
 
     def begin(self, plan: StepPlan, _began: float) -> AsyncStep | None:
-        """None where the host has a say in what the step gives, and nothing has been done."""
+        """Launch the step, or return None without side effects if the host is needed for its results."""
         launched = mixed_batch(plan, self._sequences.shard)
         if launched is None or not self._accepts(launched):
             return None

@@ -1,4 +1,5 @@
-"""Step 9 of a request: what a rank knows of the open sequences of its shard. Where it does not sample, no more than their blocks."""
+"""What a rank knows about the open sequences of its shard. Step 9 of a request. On a rank that does not sample this is only their block
+tables."""
 
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from engine.run.verification import sampling_rows
 
 
 class OpenSequences:
-    """Opened and closed by plans; in between, told of their works."""
+    """The open sequences of one rank: opened and closed by plans, and extended by their works."""
 
     def __init__(self, *, shard: int, vocab_size: int | None, guides: Guides, pooler: Pooler, device: torch.device) -> None:
         """``vocab_size``: how many ids can be sampled; None on a rank that does not sample."""
@@ -27,24 +28,24 @@ class OpenSequences:
         self.tables = BlockTables()
         self.guides, self.pooler = guides, pooler
         self.states: dict[int, SamplingState] = {}
-        """None on a rank that does not sample."""
+        """Empty on a rank that does not sample."""
         self.last_tokens = LastTokens()
-        """Where a plan may come that counts on it."""
+        """Filled only where plans may be made ahead of the results."""
         self.columns: SamplingColumns | None = None
-        """Where sampling is replayed."""
+        """Set when the sampler is replayed."""
         self.edit_table: EditTable | None = None
-        """Where what sequences have seen is counted on the device."""
+        """Set when the tokens that sequences have seen are counted on the device."""
 
     def __repr__(self) -> str:
         return repr(self.tables)
 
     def enable_sampler_graphs(self, edit_table: EditTable | None) -> None:
-        """From now on; when no sequence is open. ``edit_table``: see the field."""
+        """Prepare for a replayed sampler. No sequence may be open."""
         assert not self.states
         self.columns, self.edit_table = SamplingColumns(), edit_table
 
     def open_and_close(self, plan: StepPlan) -> None:
-        """As the plan says, of this shard."""
+        """Open and close the sequences of this shard as the plan says."""
         for sequence in plan.closed:
             self._close(sequence)
         for opening in plan.opened:
@@ -71,13 +72,13 @@ class OpenSequences:
         self.pooler.close(sequence)
 
     def add_tokens(self, work: Work) -> None:
-        """Learn the tokens that a work brings, where something looks at them on the host."""
+        """Record the tokens of a work, for the parameters that need them on the host."""
         self.states[work.sequence].add_tokens(work)
         self.guides.add_tokens(work)
 
     def count_on_device(self, works: Sequence[Work]) -> None:
-        """On the device, the newest token of each work whose sequence has an entry there, if it is not counted yet: of a step that is
-        launched, or whose logits the host edits."""
+        """Count the newest token of each work on the device, if the sequence has an entry there and the token is not counted yet. For
+        steps whose sampling is not replayed."""
         if self.edit_table is None:
             return
         newest = ((self.states[work.sequence].entry, work.tokens[-1], work.start + len(work.tokens) - 1) for work in works)
@@ -87,11 +88,11 @@ class OpenSequences:
             self.edit_table.count_tokens(entries_R, tokens_R, starts_R)
 
     def rows(self, work: Work, allowed: AllowedTokens | None = None) -> list[Row]:
-        """What is to be sampled behind a work."""
+        """The rows to be sampled after a work."""
         return sampling_rows(work, self.states[work.sequence], allowed.words if allowed else None)
 
     def mark(self, place: int, works: Sequence[Work]) -> None:
-        """Note the place of each of the requests, by one rank for each shard."""
+        """Log the place of each request; only one rank per shard does."""
         if self._vocab_size is not None:
             for work in works:
                 trace_place(place, self.states[work.sequence].request_id)

@@ -1,4 +1,4 @@
-"""Step 11 of a request: logits of a step become what the rank that samples answers. R rows with logits, S sequences, V vocabulary."""
+"""Turns the logits of a step into its StepResult. Step 11 of a request. R rows with logits, S sequences, V vocabulary."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,26 +20,26 @@ from engine.shard_results import pack_tokens
 
 @dataclass(frozen=True)
 class RankOutput:
-    """What a step gave on this rank; nothing where it does not answer."""
+    """The output of one step on this rank; empty on ranks that do not answer."""
 
     sampled: list[Sampled] = field(default_factory=list)
     scored: tuple[Scored, ...] = ()
     pooled: tuple[Pooled, ...] = ()
     guessing_s: float = 0.0
     tokens: bytes | None = None
-    """`StepResult.tokens`, where they are known as such already."""
+    """`StepResult.tokens`, if the tokens are already in that form."""
 
 
 class ResultBuilder:
-    """Of one rank; on all but those that sample, there is nothing to say."""
+    """Builds one rank's results; on a rank that does not sample they are None."""
 
     def __init__(self, sampler: Sampler | None, sequences: OpenSequences, *, runs_ahead: bool) -> None:
-        """``runs_ahead``: plans may count on what was said (`Capacity.runs_ahead`)."""
+        """``runs_ahead``: later plans may rely on tokens that only this rank knows (`Capacity.runs_ahead`)."""
         self.sampler, self._sequences, self._runs_ahead = sampler, sequences, runs_ahead
         self._answered_at = 0.0
 
     def sample(self, logits_RV: Tensor, works: Sequence[Work], allowed: Mapping[int, AllowedTokens]) -> list[Sampled]:
-        """Draw behind each of the works, row by row. Sequences whose grammar has no say yet get no token in this step."""
+        """Sample after each of the works. A sequence whose grammar is not ready gets no token in this step."""
         assert self.sampler is not None
         mute = blocked_results(allowed)
         speaking = [work for work in works if work.sequence not in mute]
@@ -52,7 +52,7 @@ class ResultBuilder:
     def from_report(
         self, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, AllowedTokens] = NO_CONSTRAINTS
     ) -> list[Sampled]:
-        """What a replay drew, row by row. Sequences whose grammar has no say yet get no token in this step."""
+        """The results of a replayed step, from its report. A sequence whose grammar is not ready gets no token in this step."""
         assert self.sampler is not None
         each = [row for work in rows.works() for row in self._sequences.rows(work)]
         answers = self.sampler.results(logits_SV, logits_SV, each, as_decided(report_3S))
@@ -60,13 +60,13 @@ class ResultBuilder:
         return [mute.get(answer.sequence, answer) for answer in answers]
 
     def build(self, plan: StepPlan, output: RankOutput, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
-        """The answer to a step that began then, by `time.perf_counter`."""
+        """The result of a step that began at ``began`` (`time.perf_counter`). None on a rank that does not sample."""
         if self.sampler is None:
             return None
         tokens, rest = pack_tokens(plan.decodes, output.sampled) if output.tokens is None else (output.tokens, tuple(output.sampled))
         if self._runs_ahead:
             self._sequences.last_tokens.note(plan.decodes, tokens, rest)
-        now, began = time.perf_counter(), max(began, self._answered_at)  # before that the device was at the step before
+        now, began = time.perf_counter(), max(began, self._answered_at)  # until then the device was busy with the step before
         self._answered_at = now
         return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.scored, output.pooled, output.guessing_s)
 
@@ -77,5 +77,5 @@ class ResultBuilder:
 
 
 def _owners(works: Sequence[Work]) -> Iterator[Work]:
-    """Whose each row of logits is."""
+    """The work that each row of logits belongs to."""
     return (work for work in works for _ in range(work.num_draft + 1))

@@ -1,7 +1,7 @@
-"""Step 9 of a request: one rank turns a StepPlan into a forward batch, and a sampling rank its logits into tokens.
+"""Executes steps on one rank: a StepPlan becomes tensors, and on a sampling rank logits become tokens. Step 9 of a request.
 
-A step is replayed (`engine.run.graph_steps`), begun ahead beside prompts (`engine.run.mixed_steps`), or computed as it comes
-(`engine.run.eager_steps`).
+There are three ways to compute a step: replay CUDA graphs (`engine.run.graph_steps`), launch the model and replay only the sampler
+(`engine.run.mixed_steps`), or launch everything (`engine.run.eager_steps`).
 """
 
 import time
@@ -37,13 +37,13 @@ from parallel.topology import Topology
 
 
 def sampling_ranks(topology: Topology) -> tuple[int, ...]:
-    """For each shard (dp position) the one rank that samples and answers: its first of the last stage, which has the logits."""
+    """The rank of each shard (dp position) that samples and answers: the first of the last stage, whose ranks have the logits."""
     return tuple(range(topology.size - topology.ranks_per_stage, topology.size, topology.tp))
 
 
 class Runner:
-    """One rank of a replica, ready to take steps. It knows the blocks of each open sequence of its shard, and no more than that
-    but where it samples."""
+    """One rank of a replica, ready to execute steps. It knows the block tables of its shard's open sequences; only a sampling rank knows
+    more about them."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class Runner:
         guides: Guides | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """``sampler`` is None on all ranks but those that answer, and so may ``guides`` be (without, grammars are refused) and ``drafter``
-        (without, nothing is guessed here)."""
+        """``sampler``, ``guides`` and ``drafter`` are given only on the ranks that sample. Without ``guides`` requests with a grammar
+        are refused; without a ``drafter`` this rank guesses no tokens."""
         self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device
         self.rebalancer = ExpertRebalancer(model)
@@ -72,10 +72,10 @@ class Runner:
             self.forward, self.sequences, self.result_builder, scorer=PromptScorer(model, vocab_size), drafter=drafter
         )
         self.decode_graphs: DecodeGraphs | None = None
-        """What `capture` recorded."""
+        """Set by `capture`, as are those below."""
         self.sampler_graphs: SamplerGraphs | None = None
         self.graph_steps: GraphSteps | None = None
-        """What takes steps of those."""
+        """Executes the steps that `decode_graphs` can replay."""
         self.mixed_steps: MixedSteps | None = None
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ class Runner:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether `run` returns results here: so on exactly one rank of each shard."""
+        """Whether `run` returns results here, which is so on exactly one rank of each shard."""
         return self.result_builder.sampler is not None
 
     def capture(
@@ -96,11 +96,15 @@ class Runner:
         prompts_ahead: bool = False,
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
-        """Record steps that only decode, so that `run` replays them from now on. All ranks of the replica must call this at the same time,
-        when no sequence is open, and there must be no `engine.run.decode_graphs.capture_obstacle`. ``edits``: what sequences have seen is
-        counted on the device from now on, so that their penalties are replayed too; not where anything is guessed. Other steps, as far as
-        they are worth it and have no more than ``max_prompt_tokens``, are replayed in pieces. ``prompts_ahead``: see `RunnerConfig`.
-        ``on_progress`` is told (done, total)."""
+        """Capture CUDA graphs of decode-only steps, which `run` replays from then on.
+
+        All ranks of the replica must call this at the same time, while no sequence is open, and `engine.run.decode_graphs.capture_obstacle`
+        must be None.
+
+        ``edits``: count the tokens that sequences have seen on the device, so that penalties are replayed too. Not to be combined with
+        speculative decoding. ``max_prompt_tokens``: replay other steps of up to so many tokens piecewise; 0 = never. ``prompts_ahead``:
+        see `RunnerConfig`. ``on_progress`` is called with (done, total).
+        """
         self.decode_graphs = DecodeGraphs(
             self.model,
             self.cache,
@@ -148,8 +152,8 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Let go of what was captured, before the groups are left: NCCL leaves none while a graph that has its collectives is alive, and
-        waits for that without end."""
+        """Release all CUDA graphs. Must precede leaving the process groups: NCCL waits forever to leave a group while a graph that
+        contains its collectives is alive."""
         for graphs in (self.decode_graphs, self.sampler_graphs, self.forward.prompt_graphs):
             if graphs is not None:
                 graphs.release()
@@ -157,14 +161,14 @@ class Runner:
         self.graph_steps = self.mixed_steps = None
 
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Take one step together with all other ranks. Its shard's result on a sampling rank, None elsewhere."""
+        """Execute one step together with all other ranks. Returns the shard's result on its sampling rank, None elsewhere."""
         return self.begin(plan).result()
 
     @torch.inference_mode()
     def begin(self, plan: StepPlan) -> StepHandle:
-        """As `run`, but where ranks run ahead and the host has no say in what the step gives, it may go on while the next one is begun.
+        """Like `run`, but a step that needs nothing from the host may still be running on the device when the next one is begun.
 
-        Steps are asked for their results in the order in which they were begun; at most two are under way at the same time.
+        Results must be asked for in the order in which the steps were begun. At most two steps are in flight.
         """
         began = time.perf_counter()
         self.async_steps.make_room()
@@ -180,6 +184,6 @@ class Runner:
         self.async_steps.finish_all()
         rebalanced = self.rebalancer.run(order)
         if rebalanced.num_moved and self.decode_graphs is not None:
-            self.decode_graphs.capture()  # experts lie elsewhere now; steps with prompts of such a model are launched
+            self.decode_graphs.capture()  # experts have moved in memory. Steps with prompts of such a model are never captured
             self.rebalancer.discard_counts()
         return rebalanced

@@ -1,6 +1,7 @@
-"""Step 11 of a request: choose the next token of every row of logits.
+"""Chooses the next token of every row of logits. Step 11 of a request.
 
-R rows, V ids that can be sampled. What a row gives depends on its logits, parameters, seed, choice and position alone.
+R rows, V ids that can be sampled. The token of a row depends only on its own logits, parameters, seed, choice and position, never on the
+other rows of the batch.
 """
 
 from collections.abc import Sequence
@@ -27,13 +28,13 @@ NOTHING_LEFT = "the request's own rules leave no token that could be sampled"
 
 
 class Sampler:
-    """Chooses tokens on one device."""
+    """Samples tokens on one device."""
 
     def __init__(self, *, vocab_size: int, device: torch.device) -> None:
-        """``vocab_size`` is the number of ids that can be sampled; columns of logits beyond it are padding.
+        """``vocab_size`` is the number of ids that can be sampled; further columns of the logits are padding.
 
         Raises:
-            ValueError: more ids than the exact sums of probabilities have room for.
+            ValueError: the vocabulary is too large for exact sums of its probabilities.
         """
         if vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f"a vocabulary of {vocab_size} ids cannot be sampled exactly; the limit is {MAX_VOCAB_SIZE}")
@@ -41,24 +42,27 @@ class Sampler:
         self.device = device
 
     def sample(self, logits: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> list[Sampled]:
-        """One answer per row of ``logits`` (R, at least V, any floating dtype). ``table`` has the entries of the rows."""
+        """One result per row of ``logits`` (R, at least V, any floating dtype). ``table`` holds the rows' entries, if they have any."""
         if not rows:
             return []
         raw_RV = logits[:, : self.vocab_size]
         logits_RV = edit_logits(raw_RV, rows, table)
         if kernels := kernels_for(logits_RV):
             return self.results(raw_RV, logits_RV, rows, self._draw_with_kernels(kernels, raw_RV, logits_RV, rows))
-        highest_R, chosen_R = highest(logits_RV)  # all that greedy rows need
+        highest_R, chosen_R = highest(logits_RV)  # greedy rows need nothing else
         decided_R = torch.ones_like(chosen_R)
         for group in group_rows(rows, self.vocab_size):
             self._draw(group, logits_RV, rows, chosen_R, decided_R)
         raw_highest_R = highest_R if logits_RV is raw_RV else raw_RV.amax(-1)
         report = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
-        return self.results(raw_RV, logits_RV, rows, report.tolist())  # the host waits for the device here, once
+        return self.results(raw_RV, logits_RV, rows, report.tolist())  # the only point at which the host waits for the device
 
     def results(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[Sampled]:
-        """One answer per row of ``report``: what was drawn, whether that is decided, whether the model's logits and the edited ones
-        have a finite highest."""
+        """One result per row of ``report``.
+
+        ``report`` has four lists: the drawn token, whether it is decided (see `draw_filtered`), and whether the highest logit is finite
+        before and after the edits.
+        """
         chosen, decided, raw_sound, sound = report
         faults = [None if a and b else NOTHING_LEFT if a else NOT_FINITE for a, b in zip(raw_sound, sound, strict=True)]
         for i, fault in enumerate(faults):
@@ -71,7 +75,7 @@ class Sampler:
         ]
 
     def _draw_with_kernels(self, kernels: ModuleType, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row]) -> list[list[int]]:
-        """As `results` wants it. Everything is decided."""
+        """The report for `results`, from one kernel. Every row is decided."""
         states = [row.state for row in rows]
         numbers = np.array([(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in states], np.float64)
         words = [
@@ -86,11 +90,11 @@ class Sampler:
             top_k_R=given[3], kind_R=given[4], temperature_R=temperature_R, top_p_R=top_p_R, min_p_R=min_p_R,
             raw_highest_RN=None if logits_RV is raw_RV else kernels.highest_of_parts(raw_RV),
         )  # fmt: skip
-        chosen, raw_sound, sound = report_3R.tolist()  # the host waits for the device here, once
+        chosen, raw_sound, sound = report_3R.tolist()  # the only point at which the host waits for the device
         return [chosen, [1] * len(rows), raw_sound, sound]
 
     def _draw(self, group: DrawGroup, logits_RV: Tensor, rows: Sequence[Row], chosen_R: Tensor, decided_R: Tensor) -> None:
-        """Write what the group's rows drew to their places in ``chosen_R`` and ``decided_R``."""
+        """Draw the rows of one group, and write the tokens to their places in ``chosen_R`` and ``decided_R``."""
         at = upload(np.array(group.at, np.int64), self.device)
         whole_step = len(group.at) == len(rows)
         logits_GV = logits_RV if whole_step else logits_RV[at]
@@ -104,7 +108,7 @@ class Sampler:
         decided_R[at] = decided_G.long()
 
     def _draw_sorted(self, logits_1V: Tensor, row: Row) -> int:
-        """The slow exact way, for a row whose filters keep more than the candidates."""
+        """Draw one row whose filters keep more ids than there were candidates: exact and slow, by sorting the whole vocabulary."""
         params = draw_params([row], self.vocab_size, self.device)
         chosen, _ = draw_filtered(logits_1V, params, self.vocab_size, total_weight(logits_1V, params))
         return int(chosen)
@@ -112,7 +116,7 @@ class Sampler:
     def _logprobs(
         self, raw_RV: Tensor, rows: Sequence[Row], chosen: list[int], faults: list[str | None]
     ) -> dict[int, tuple[TokenLogprobs, ...]]:
-        """For the rows that ask and have a token."""
+        """By row, for the rows that want log-probabilities and have a token."""
         asking = [i for i, row in enumerate(rows) if row.state.sampling.logprobs is not None and faults[i] is None]
         if not asking:
             return {}

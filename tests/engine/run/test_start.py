@@ -55,7 +55,7 @@ def test_keys_and_values_in_fp8_take_a_quarter_of_float32(dense_folder):
 
 
 def test_a_backend_that_cannot_hold_fp8_is_refused_before_anything_is_loaded(dense_folder):
-    wanted = "does not hold keys and values in torch.float8_e4m3fn, and torch.float32 is"
+    wanted = "does not support a KV cache in torch.float8_e4m3fn; it computes in torch.float32"
     with pytest.raises(ValueError, match=wanted), start(dense_folder, float32_config(num_blocks=8, block_tokens=4, kv_dtype="fp8")):
         pass
 
