@@ -1,4 +1,4 @@
-"""Step 9 of a request: the works of a step become the tensors of one forward pass."""
+"""Builds the tensors of one forward pass from the works of a step. Step 9 of a request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,31 +16,31 @@ from model.batch import ForwardBatch
 
 @dataclass(frozen=True)
 class BuiltBatch:
-    """A forward batch, and whose its logits are."""
+    """A forward batch, and the works that its sequences and logits belong to."""
 
     forward: ForwardBatch
     works: tuple[Work, ...]
     """In the order of the forward batch's sequences."""
     sampling_works: tuple[Work, ...]
-    """In the order of the logit rows, of which each has one, and one more for each guessed token."""
+    """In the order of the rows of logits: one row for each work, and one more for each of its guessed tokens."""
 
     @property
     def kept_rows(self) -> Tensor | None:
-        """For `Qwen2.hidden` where nobody asks for more than logits. The first token, if none samples: kernels and sums over ranks are not
-        asked for nothing."""
+        """``kept_R`` for `Qwen2.hidden` if only logits are needed. If no token samples this is the first token: kernels and sums over
+        ranks are never called with empty tensors."""
         rows_R = self.forward.logit_rows_R
         if len(rows_R) == self.forward.num_tokens:
             return None
         return rows_R if len(rows_R) else rows_R.new_zeros(1)
 
     def sampled_rows(self, hidden_XD: Tensor, kept_R: Tensor | None) -> Tensor:
-        """Hidden states (R, D) for the head, of what `Qwen2.hidden` gave with ``kept_R``."""
+        """The hidden states (R, D) for the head, from what `Qwen2.hidden` returned with ``kept_R``."""
         rows_R = self.forward.logit_rows_R
         return hidden_XD[rows_R] if kept_R is None else hidden_XD[: len(rows_R)]
 
 
 def build_batch(works: Sequence[Work], tables: BlockTables, block_tokens: int, device: torch.device) -> BuiltBatch:
-    """The works with one token each first, otherwise in the order of the plan. ``tables`` has their new blocks already."""
+    """Works with one token come first, otherwise the order is the plan's. ``tables`` must already hold their new blocks."""
     works = sorted(works, key=lambda work: len(work.tokens) > 1)
     counts = np.fromiter((len(work.tokens) for work in works), np.int64, len(works))
     forward = forward_batch(
@@ -67,8 +67,10 @@ def forward_batch(
     block_tokens: int,
     device: torch.device,
 ) -> ForwardBatch:
-    """Of each sequence its tokens, one after the other in ``tokens``, where they start in it, how many they are, and of how many, the last
-    of them, logits are wanted; all int64. Those with one token come first.
+    """The batch of these sequences; those with one token come first. All arrays are int64.
+
+    ``tokens`` holds the sequences' tokens one after another. ``starts``, ``counts``, ``num_rows``: for each sequence the position of its
+    first token, the number of its tokens, and for how many of them, the last ones, logits are needed.
 
     Raises:
         ValueError: tokens have no blocks.
@@ -81,7 +83,7 @@ def forward_batch(
     _check_blocks(sequences, ends, num_blocks * block_tokens)
     slots = table[sequence_of, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
     logit_rows = np.arange(num_rows.sum()) + np.repeat(query_starts[1:] - num_rows.cumsum(), num_rows)
-    # One copy for all that has the same dtype: a step's cost on a device is counted in copies, not in bytes.
+    # One copy for all arrays of the same dtype: on a device the number of copies counts, not their bytes.
     numbers = upload(np.concatenate([tokens, positions, slots, logit_rows]), device)
     tokens_T, positions_T, slots_T, logit_rows_R = numbers.split([num_tokens, num_tokens, num_tokens, len(logit_rows)])
     small = upload(np.concatenate([table.ravel(), ends.astype(np.int32)]), device)
@@ -100,7 +102,7 @@ def forward_batch(
 
 
 def _check_blocks(sequences: list[int], wanted_tokens: np.ndarray, held_tokens: np.ndarray) -> None:
-    """A plan that writes beyond its sequence's blocks would write into another sequence's."""
+    """Refuse a plan that writes beyond its sequence's blocks: it would overwrite another sequence's."""
     short = np.flatnonzero(wanted_tokens > held_tokens)
     if len(short):
         first = int(short[0])

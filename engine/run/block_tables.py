@@ -1,4 +1,4 @@
-"""The block tables of all open sequences of a rank, in one matrix, so that a step takes its rows by one operation."""
+"""The block tables of all open sequences of a rank, in one matrix from which a step takes its rows in one operation."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from engine.plan import NO_BLOCK, Work
 
 
 class BlockTables:
-    """Rows are handed out to sequences and taken back; the matrix grows as wanted and never shrinks."""
+    """Each open sequence has a row. The matrix grows when needed and never shrinks."""
 
     def __init__(self) -> None:
         self._blocks = np.zeros((16, 16), np.int32)
@@ -14,7 +14,7 @@ class BlockTables:
         self._row: dict[int, int] = {}
         self._free = list(range(16))
         self._latest: tuple[np.ndarray, np.ndarray] | None = None
-        """Sequences whose rows were asked for, and their rows: mostly it is the same ones again."""
+        """The last argument of `rows_of` and its result. Most steps ask for the same sequences again."""
 
     def __repr__(self) -> str:
         return f"<BlockTables [{len(self._row)} open | {len(self._free)} rows free]>"
@@ -23,7 +23,7 @@ class BlockTables:
         return sequence in self._row
 
     def open(self, sequence: int) -> int:
-        """An empty table for a sequence that has none. Its row, which is its alone until it is closed."""
+        """Assign an empty table to a new sequence. Returns its row, which belongs to it until it is closed."""
         if sequence in self._row:
             raise ValueError(f"sequence {sequence} is open already")
         if not self._free:
@@ -34,14 +34,14 @@ class BlockTables:
         return row
 
     def close(self, sequence: int) -> None:
-        """Forget a sequence; one that is not open is ignored."""
+        """Forget a sequence. Ignored if it is not open."""
         row = self._row.pop(sequence, None)
         if row is not None:
             self._free.append(row)
             self._latest = None
 
     def append(self, work: Work) -> None:
-        """The work's new blocks."""
+        """Append the work's new blocks."""
         if not work.new_blocks:
             return
         row = self._row[work.sequence]
@@ -53,7 +53,7 @@ class BlockTables:
         self._lengths[row] = stop
 
     def append_to(self, rows_S: np.ndarray, new_blocks_S: np.ndarray) -> None:
-        """One new block for each of these rows, or `NO_BLOCK`."""
+        """Append one new block to each of these rows, or none where it is `NO_BLOCK`."""
         longer = (new_blocks_S != NO_BLOCK).nonzero()[0]
         if not len(longer):
             return
@@ -69,22 +69,23 @@ class BlockTables:
         return np.fromiter((self._row[sequence] for sequence in sequences), np.int64, len(sequences))
 
     def rows_of(self, sequences_S: np.ndarray) -> np.ndarray:
-        """The same of many, which are not to be changed afterwards."""
+        """Like `rows`, for an array, which must not be changed afterwards. Returns the same array for the same sequences."""
         if self._latest is None or not np.array_equal(self._latest[0], sequences_S):
             self._latest = sequences_S, self.rows(sequences_S.tolist())
         return self._latest[1]
 
     def at(self, rows_S: np.ndarray, positions_S: np.ndarray, block_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """The block (S) in which each row has a token, anything where it has none there, and how many tokens each has room for (S)."""
+        """The block (S) that holds each row's position, arbitrary where the row has none for it, and for how many tokens each row has
+        blocks (S)."""
         columns_S = np.minimum(positions_S // block_tokens, self._blocks.shape[1] - 1)
         return self._blocks[rows_S, columns_S], self._lengths[rows_S] * block_tokens
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The blocks of these rows (S, M), int32, padded with 0, and how many each has (S)."""
+        """The blocks of these rows (S, M), int32, padded with 0, and the number of blocks of each (S)."""
         lengths = self._lengths[rows]
         most = int(lengths.max(initial=0))
         table = self._blocks[rows, :most]
-        table[np.arange(most) >= lengths[:, None]] = 0  # a row keeps what its last owner left
+        table[np.arange(most) >= lengths[:, None]] = 0  # a row keeps the blocks of its previous owner
         return table, lengths
 
     def _add_rows(self) -> None:

@@ -1,4 +1,4 @@
-"""Launches that are recorded once and replayed as one: a step of a small model is launches more than anything else."""
+"""Kernel launches captured once and replayed as one: in a step of a small model the host's launches dominate."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -9,27 +9,27 @@ Compute = Callable[[], None]
 Replay = Callable[[], None]
 EagerCall = TypeVar("EagerCall")
 Piece = tuple[Replay, EagerCall | None]
-"""A replay, and what is to be done behind it; nothing behind the last."""
+"""A replay, and what runs eagerly after it; None after the last piece."""
 
 
 class GraphRecorder(Protocol):
-    """Records what a function launches. While it does, the function may ask nothing of the device and bring nothing from the host.
+    """Captures what a function launches. Meanwhile the function must not read from the device nor copy from the host.
 
-    A replay does the same on the same memory, whatever lies there now. All replays share what memory they need on the way, so none
-    may begin while another runs, and results must be where they outlast it: in tensors that were there before.
+    A replay does the same on the same memory, whatever it holds by then. All replays share their temporary memory, so none may begin
+    while another runs, and results that must survive belong in tensors allocated beforehand.
     """
 
     def capture(self, compute: Compute) -> Replay:
-        """Do it, then record it. On all ranks with which it talks at the same time."""
+        """Run the function, then capture it. Ranks that communicate in it must call this at the same time."""
         ...
 
     def capture_piecewise(self, compute: Callable[[Callable[[EagerCall], None]], None]) -> list[Piece[EagerCall]]:
-        """As `capture`, of a function that says where a piece ends and what, unrecorded, comes before the next."""
+        """Like `capture`, for a function that ends a piece by passing to its argument what runs eagerly before the next piece."""
         ...
 
 
 class CapturedGraphs(Protocol):
-    """Launches of some kind, recorded for some numbers of rows or tokens."""
+    """Graphs of the same launches, one for each of several numbers of rows or tokens."""
 
     @property
     def num_graphs(self) -> int:
@@ -37,17 +37,17 @@ class CapturedGraphs(Protocol):
         ...
 
     def capture(self, after_each: Callable[[], None]) -> None:
-        """Record them, anew if it has been done: the largest first, whose memory is enough for all. On all ranks of the replica at the
-        same time."""
+        """Capture the graphs, or capture them again: largest first, as its memory suffices for all others. All ranks of the replica must
+        call this at the same time."""
         ...
 
     def release(self) -> None:
-        """Let go of what was captured, whoever else still knows of this."""
+        """Release the graphs, even if other references to this object remain."""
         ...
 
 
 class CudaGraphRecorder:
-    """CUDA graphs of one device."""
+    """Captures CUDA graphs on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -58,10 +58,10 @@ class CudaGraphRecorder:
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
-            compute()  # compiles kernels, makes libraries take their memory and connect: none of that may happen in a capture
+            compute()  # compiles kernels, allocates the libraries' workspaces and connects ranks: none of that may happen during a capture
         here.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog asks the device for events while this thread captures.
+        # thread_local, because NCCL's watchdog thread queries events of the device during a capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             compute()
         return graph.replay

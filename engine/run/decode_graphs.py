@@ -1,4 +1,4 @@
-"""Step 10 of a request, where a step computes one token of each sequence: the model's launches, replayed for a few numbers of rows.
+"""CUDA graphs of the model for steps that compute one token of each sequence, each for a fixed number of rows. Step 10 of a request.
 
 S sequences of a step, B rows of the largest captured step, M the most blocks of a sequence, V vocabulary.
 """
@@ -26,12 +26,15 @@ from parallel.aligned_rows import empty_rows
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 512
-"""With more of them a step takes longer than its launches by far."""
+"""In larger steps the device takes much longer than the host needs to launch them."""
 
 
 class DecodeGraphs:
-    """One rank's `CapturedGraphs`. The rows that fill a step up repeat its shortest sequence and write nowhere: they read what is
-    read anyway, and choose the same experts (where those are counted, they count)."""
+    """One rank's `CapturedGraphs`.
+
+    A step is padded to the next captured size with copies of its shortest sequence that write nowhere. They read memory that is read
+    anyway, and choose the same experts. (They do count where the load of experts is measured.)
+    """
 
     def __init__(
         self,
@@ -44,29 +47,30 @@ class DecodeGraphs:
         vocab_size: int | None,
         broadcasts_tokens: bool = False,
     ) -> None:
-        """``max_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, and keeps no logits.
-        ``broadcasts_tokens``: the tokens of a step are those that the rank that samples has, whatever the others were told."""
+        """``max_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, which keeps no logits.
+        ``broadcasts_tokens``: all ranks use the sampling rank's tokens, whatever the plan says."""
         self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, broadcasts_tokens
         self.sizes = tuple(capture_sizes(max_rows))
         device = model.device
         self._given = Staging(3, max_rows, device=device)
         self.tokens_B, self._slots_B = (torch.zeros(max_rows, dtype=torch.int64, device=device) for _ in range(2))
-        """int64: what the rows of the last step compute, those that fill it up as well, and where its keys and values go."""
+        """int64: the input tokens of the last step, padding included, and the slots of their keys and values."""
         self.positions_B = self._given.on_device[POSITIONS]
-        """int64: where the tokens stand in their sequences."""
+        """int64: the positions of these tokens in their sequences."""
         self._lengths_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
         self._latest: tuple[int, np.ndarray, np.ndarray] | None = None
-        """Whose blocks lie in there: how many rows, whose they are (the very array), and where the last step's tokens stood."""
+        """What `_tables` holds: the number of rows, the array of table rows (compared by identity), and the positions of the last step's
+        tokens."""
         self.report = torch.zeros(3 * max_rows, dtype=torch.int64, device=device)
-        """What the sampler leaves of the last step, its tokens first (`engine.run.sampling.sampler_graphs`)."""
+        """The sampler's output of the last step, tokens first (`engine.run.sampling.sampler_graphs`)."""
         self._batches = {size: self._batch(size) for size in self.sizes}
         self.logits: Tensor | None = None
-        """(B, V): those of the last step. The next one overwrites them."""
+        """(B, V): the last step's, overwritten by the next."""
         if vocab_size is not None:
             self.logits = empty_rows(max_rows, vocab_size, dtype=model.dtype, device=device).zero_()
         self.replays: dict[int, Replay] = {}
-        """By their numbers of rows: the model's launches, on whatever was brought last."""
+        """By number of rows: the model's launches, on the inputs that were uploaded last."""
 
     def __repr__(self) -> str:
         return f"<DecodeGraphs [{len(self.replays)} of {len(self.sizes)} captured | up to {self.sizes[-1]} rows]>"
@@ -79,7 +83,7 @@ class DecodeGraphs:
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         self.replays.clear()
         self._given.on_device.zero_()
-        self._given.on_device[BLOCKS] = -1  # nothing is written
+        self._given.on_device[BLOCKS] = -1  # no row writes to the cache
         self._latest = None
         for size in reversed(self.sizes):
             self.replays[size] = self._graphs.capture(partial(self._compute, size))
@@ -89,16 +93,16 @@ class DecodeGraphs:
         self.replays.clear()
 
     def accepts(self, num_rows: int) -> bool:
-        """Whether a step of so many rows can be replayed: the same answer on every rank that computes this shard."""
+        """Whether a step with so many rows can be replayed. All ranks that compute this shard agree."""
         return num_rows <= self.sizes[-1]
 
     def size_for(self, num_rows: int) -> int:
         return next(size for size in self.sizes if size >= num_rows)
 
     def run(self, rows: DecodeRows, table_rows_S: np.ndarray, tables: BlockTables, tokens_S: np.ndarray | None = None) -> Tensor | None:
-        """Begin the step, without waiting for it. Logits (S, V) on a rank that samples, which last until the next step.
+        """Launch the step without waiting for it. Returns logits (S, V) on a rank that samples, valid until the next step.
 
-        ``tokens_S``, if not those of ``rows``: one below 0 stands in the report of the last step, -1 - n at place n.
+        ``tokens_S`` replaces the tokens of ``rows``; a negative token -1 - n is the one at place n of the last step's report.
         """
         count, size, starts_S = len(rows), self.size_for(len(rows)), rows.starts
         blocks_S, held_S = tables.at(table_rows_S, starts_S, self._cache.layout.block_tokens)
@@ -120,8 +124,10 @@ class DecodeGraphs:
         return None if self.logits is None else self.logits[:count]
 
     def _tables_unchanged(self, size: int, table_rows_S: np.ndarray, starts_S: np.ndarray) -> bool:
-        """Whether the tables of the last step are this one's, but for the blocks in which its tokens are. The rows are another array where
-        one of their sequences was closed, and none was in a step between that was launched."""
+        """Whether the block tables are those of the last step, except for the blocks of its new tokens.
+
+        The array of rows is another one if any of its sequences was closed, or if another step was launched in between.
+        """
         if self._latest is None:
             return False
         latest_size, latest_rows_S, latest_starts_S = self._latest
@@ -149,7 +155,7 @@ class DecodeGraphs:
         if self._hands_on:
             broadcast_tokens(batch.tokens_T, self._model.groups.tp)
         hidden_TD = self._model.hidden(batch, self._cache)
-        assert hidden_TD is not None  # it has no stages
+        assert hidden_TD is not None  # there is only one stage
         logits_RV = self._model.logits(hidden_TD)
         if self.logits is not None:
             self.logits[:size].copy_(logits_RV[:, : self.logits.shape[1]])
@@ -163,7 +169,7 @@ def capture_obstacle(model: Qwen2, engine_config: EngineConfig) -> str | None:
 
 
 def capture_sizes(max_rows: int) -> Iterator[int]:
-    """For how many rows steps are captured: at most a fifth of a step's rows are there to fill it up.
+    """The numbers of rows for which steps are captured: at most a fifth of a step's rows is padding.
 
     1 2 3 4 5 6 7 8 10 12 14 16 20 24 28 32 40 48 56 64 80 ... max_rows
     """
@@ -175,7 +181,7 @@ def capture_sizes(max_rows: int) -> Iterator[int]:
 
 
 def _check_blocks(rows: DecodeRows, held_tokens_S: np.ndarray) -> None:
-    """As `engine.run.batch_builder` does."""
+    """See `engine.run.batch_builder`."""
     short = np.flatnonzero(rows.starts >= held_tokens_S)
     if len(short):
         at = int(short[0])

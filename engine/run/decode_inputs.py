@@ -1,4 +1,4 @@
-"""What a replayed step does first: what the host told of its rows becomes what the model reads. S rows, B rows of the largest step."""
+"""The first kernel of a captured step: derives the model's inputs from a few numbers per row. S rows, B rows of the largest step."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,20 @@ from torch import Tensor
 from parallel.quantised_format import has_triton
 
 TOKENS, POSITIONS, BLOCKS = range(3)
-"""Rows of what is told."""
+"""Rows of the numbers that the host uploads."""
 
 
 def unpack_decode_inputs(
     given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
 ) -> None:
-    """Fill in what a step computes, its slots in the cache, lengths, and the newest block of each of its tables.
+    """Write a step's tokens, slots, lengths, and the newest block of each block table.
 
-    ``given_3S``, int64: a token, or -1 - n, which is the one that stands at place n of ``sampled_B``; its place in its sequence; and the
-    block in which that is, or -1 - that of a row which fills the step up and writes nowhere. Lengths and tables are int32, the rest int64.
+    ``given_3S``, int64, has for each row: its token, or -1 - n for the token at place n of ``sampled_B``; the token's position in its
+    sequence; and the block of that position, or -1 - block for a padding row, which writes nowhere. Lengths and tables are int32, the
+    rest int64.
     """
     if given_3S.device.type == "cuda" and has_triton():
-        from parallel.cuda.enter import enter as in_one_launch  # triton: not to be imported where there is no such device
+        from parallel.cuda.enter import enter as in_one_launch  # imports triton, which exists only where there is a CUDA device
 
         in_one_launch(given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, block_tokens)
     else:
@@ -28,7 +29,7 @@ def unpack_decode_inputs(
 def unpack_decode_inputs_torch(
     given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
 ) -> None:
-    """As `unpack_decode_inputs`, by plain torch: the kernel's twin."""
+    """`unpack_decode_inputs` in plain torch: the reference for the kernel."""
     token_S, position_S, block_S = given_3S
     tokens_S.copy_(torch.where(token_S < 0, sampled_B[(-1 - token_S).clamp(min=0)], token_S))
     fills_S, block_S = block_S < 0, torch.where(block_S < 0, -1 - block_S, block_S)

@@ -1,4 +1,4 @@
-"""Step 9 of a request, where a step computes one token of each of its sequences and samples behind each: all of it as columns."""
+"""A shard's works as columns of numbers, in a step that computes and samples one token per sequence. Step 9 of a request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from engine.run.block_tables import BlockTables
 
 @dataclass(frozen=True, eq=False)
 class DecodeRows:
-    """A shard's works in such a step: those told as columns, then those told one by one."""
+    """The works that the plan has as columns, then those that it has one by one."""
 
     columns: np.ndarray
     """int64 (4, S): sequence, start, token, new block or `NO_BLOCK`."""
     places: np.ndarray
-    """Where those told as columns stand among all that are in the plan (`StepResult.tokens`)."""
+    """The positions of the former among all columns of the plan (`StepResult.tokens`)."""
     num_columns: int
-    """How many are there, of all shards."""
+    """How many columns the plan has, for all shards."""
     singly: tuple[Work, ...]
 
     def __len__(self) -> int:
@@ -26,7 +26,7 @@ class DecodeRows:
 
     @property
     def starts(self) -> np.ndarray:
-        """int64: the place of each token in its sequence."""
+        """int64: the position of each token in its sequence."""
         starts: np.ndarray = self.columns[1]
         return starts
 
@@ -42,17 +42,18 @@ class DecodeRows:
 
     @property
     def unknown(self) -> np.ndarray:
-        """Those whose token is not known here: places among the rows."""
+        """The rows whose token is not known here."""
         unknown: np.ndarray = (self.columns[2] == NO_TOKEN).nonzero()[0]
         return unknown
 
     def fill_unknown(self, said: Mapping[int, int]) -> None:
-        """The unknown tokens. A sequence that got none in the step before gets any: nobody will ask for more."""
+        """Fill in the unknown tokens. A sequence that got none in the previous step gets an arbitrary one: nobody will read what
+        follows."""
         unknown = self.unknown
         self.columns[2, unknown] = [said.get(sequence, 0) for sequence in self.columns[0, unknown].tolist()]
 
     def works(self) -> list[Work]:
-        """All of them, one by one."""
+        """All rows as works."""
         return [self.work(at) for at in range(len(self))]
 
     def work(self, at: int) -> Work:
@@ -63,7 +64,7 @@ class DecodeRows:
         return Work(sequence, start, (token,), () if block == NO_BLOCK else (block,), samples=True)
 
     def append_blocks(self, tables: BlockTables) -> np.ndarray:
-        """Bring the new blocks. The rows (S) of the sequences' tables."""
+        """Append the new blocks to the block tables. Returns the sequences' rows (S) there."""
         rows_S = tables.rows_of(self.columns[0])
         tables.append_to(rows_S, self.columns[3])
         for work in self.singly:
@@ -71,7 +72,7 @@ class DecodeRows:
         return rows_S
 
     def results(self, tokens_S: np.ndarray) -> tuple[bytes, list[Sampled]]:
-        """The answer to all of them, where there is nothing to say but a token: `StepResult.tokens`, and those told one by one."""
+        """The results if there are only tokens to report: `StepResult.tokens`, and those of the works that were planned one by one."""
         if not self.singly and len(tokens_S) == self.num_columns:
             return tokens_S.tobytes(), []
         columns = np.full(self.num_columns, NO_TOKEN, np.int64)
@@ -81,7 +82,7 @@ class DecodeRows:
 
 
 def decode_rows(plan: StepPlan, shard: int) -> DecodeRows | None:
-    """A shard's part of a plan; None where it has none, or some of it is more than one token behind which one is sampled."""
+    """A shard's part of a plan. None if it is empty, or if any work is more than one token that samples."""
     columns = plan.decodes.columns
     if not plan.singly and columns.size and (columns[4] == shard).all():
         return DecodeRows(columns[:4].copy(), np.arange(columns.shape[1]), columns.shape[1], ())

@@ -1,4 +1,4 @@
-"""Whether a draft model can guess for a model: both must mean the same by their token ids."""
+"""Checks that a draft model fits a model: token ids must mean the same to both."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ TOKENIZER = "tokenizer.json"
 
 
 class IncompatibleDraftModel(ValueError):
-    """The draft model is of no use to this model; the message says why."""
+    """The draft model cannot be used with this model; the message says why."""
 
 
 def check_draft_model(model_folder: Path | str, draft_folder: Path | str) -> None:
-    """Ids beyond the smaller vocabulary are padding, or tokens that one of the two has been given later: they are never guessed.
+    """Ids that only one of the vocabularies has are padding or tokens that were added later. They are never guessed.
 
     Raises:
-        IncompatibleDraftModel: an id that both have means one thing to one of them and another to the other.
+        IncompatibleDraftModel: an id that both have means different things.
         InvalidModelConfig, UnsupportedModel: from the draft model's files.
     """
     ModelConfig.from_checkpoint(small_files(draft_folder))
@@ -29,7 +29,7 @@ def check_draft_model(model_folder: Path | str, draft_folder: Path | str) -> Non
     if (ours is None) != (theirs is None):
         raise IncompatibleDraftModel(f"only one of {model_folder} and the draft model {draft_folder} has a byte-level {TOKENIZER}")
     if ours is None or theirs is None:
-        return  # nobody can tell
+        return  # neither can be checked
     differing = [at for at, (one, other) in enumerate(zip(ours.tokens, theirs.tokens, strict=False)) if one != other]
     if differing:
         first = differing[0]

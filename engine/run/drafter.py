@@ -1,7 +1,7 @@
-"""Step 11 of a request, where a draft model guesses: it reads what the step computed, and says what it thinks comes next.
+"""Runs a draft model: it reads what the step computed and guesses what comes next. Step 11 of a request.
 
-It lies whole on the rank that samples, under the same block numbers as the model's own KV: what is shared, cut, preempted or found in the
-prefix cache there is so here. What it says is only a guess (`engine.run.verification`), so nothing about it can make an answer wrong.
+The draft model is whole on the rank that samples. Its KV cache uses the same block numbers as the model's, so prefix caching, preemption
+and shared blocks apply to both. Its guesses are verified (`engine.run.verification`), so nothing in it can make an answer wrong.
 """
 
 import time
@@ -23,11 +23,11 @@ from model.qwen2 import Qwen2
 
 
 class Drafter:
-    """A draft model with its KV."""
+    """A draft model with its KV cache."""
 
     def __init__(self, *, model: Qwen2, cache: KvCache, sampler: Sampler) -> None:
-        """``sampler`` is the model's own: a guess is drawn with the noise of its place, so that it is what the model would say if both
-        thought the same."""
+        """``sampler`` is the model's own: a guess is drawn with the noise of its output position, so it is the token that the model
+        would sample if its logits were the same."""
         self.model, self.cache, self._sampler = model, cache, sampler
 
     def __repr__(self) -> str:
@@ -36,7 +36,7 @@ class Drafter:
     def propose(
         self, works: Sequence[Work], sampled: Sequence[Sampled], tables: BlockTables, states: Mapping[int, SamplingState]
     ) -> tuple[list[Sampled], float]:
-        """The answers with guesses where they were asked for, and the seconds that all but the first of each sequence took."""
+        """The results with guesses where they were asked for, and the seconds that all guesses but the first of each sequence took."""
         said = {answer.sequence: answer.tokens for answer in sampled}
         asking = {work.sequence: work for work in works if work.num_guesses and said.get(work.sequence)}
         reading = [self._reading(work, said.get(work.sequence, ()), work.sequence in asking) for work in works]
@@ -60,12 +60,12 @@ class Drafter:
         tables: BlockTables,
         states: Mapping[int, SamplingState],
     ) -> list[Work]:
-        """Compute the works and note what comes behind each that samples. The next step's works."""
+        """Compute the works and record the token that follows each that samples. Returns the works of the next step."""
         if not works:
             return []
         built = build_batch(works, tables, self.cache.layout.block_tokens, self.cache.device)
         hidden_RD = self.model.hidden(built.forward, self.cache, built.kept_rows)
-        assert hidden_RD is not None  # it has no stages
+        assert hidden_RD is not None  # there is only one stage
         if not built.sampling_works:
             return []
         rows = [self._row(asking[work.sequence], said[work.sequence], guesses[work.sequence], states) for work in built.sampling_works]
@@ -81,24 +81,24 @@ class Drafter:
         return going
 
     def _row(self, work: Work, said: tuple[int, ...], guesses: tuple[int, ...], states: Mapping[int, SamplingState]) -> Row:
-        """The state has seen all that was said but the last."""
+        """The state has seen all tokens but the last of ``said``."""
         state = states[work.sequence]
         return Row(state, state.next_position(work) + len(said) + len(guesses), None, (said[-1], *guesses))
 
     def _joined(self, logits_RV: Tensor) -> Tensor:
-        """As wide as the model's vocabulary: ids that the draft model does not know are never guessed."""
+        """Logits as wide as the model's vocabulary: ids that the draft model lacks are never guessed."""
         missing = self._sampler.vocab_size - logits_RV.shape[1]
         return pad(logits_RV, (0, missing), value=-torch.inf) if missing > 0 else logits_RV
 
     def _known(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """An id that the draft model does not know is read as its last one."""
+        """The draft model reads an id that it lacks as its last one."""
         last = self.model.config.vocab_size - 1
         return tokens if max(tokens, default=0) <= last else tuple(min(token, last) for token in tokens)
 
 
 def open_drafter(model: Qwen2 | None, sampler: Sampler | None, num_blocks: int) -> Drafter | None:
-    """With KV of as many blocks as the model beside it has; None where there is no draft model."""
+    """A drafter with as many KV blocks as the model has; None without a draft model."""
     if model is None:
         return None
-    assert sampler is not None  # it lies where tokens are sampled
+    assert sampler is not None  # it is loaded only on ranks that sample
     return Drafter(model=model, cache=KvCache(model.kv_layout, num_blocks, model.device), sampler=sampler)

@@ -1,4 +1,4 @@
-"""What this host gives a process: cores, memory, arithmetic."""
+"""The cores, memory and arithmetic that this process may use."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Version 2 of the Linux control groups, as containers see their own limits (kernel documentation, cgroup-v2)."""
+"""Version 2 of the Linux control groups, where a container sees its own limits (kernel documentation, cgroup-v2)."""
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """Physical cores that this process may keep busy: of the host, of its affinity, of its container's CPU quota."""
+    """Physical cores for this process, limited by the host, its affinity and its container's CPU quota."""
     cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
     quota = _read(cgroup / "cpu.max")
     if quota and quota[0] != "max":
@@ -20,7 +20,7 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def available_memory_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory that can be taken without swapping and without passing the container's limit."""
+    """Memory that can be allocated without swapping and without exceeding the container's limit."""
     available: int = psutil.virtual_memory().available
     limit, used = _read(cgroup / "memory.max"), _read(cgroup / "memory.current")
     if limit and used and limit[0] != "max":
@@ -29,7 +29,7 @@ def available_memory_bytes(cgroup: Path = CGROUP) -> int:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are native to the device, so that half the bytes are also half the time."""
+    """Whether the device multiplies bfloat16 natively, so that half the bytes also take half the time."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()

@@ -1,4 +1,4 @@
-"""Step 8 of a request without processes: an executor whose one rank lives here."""
+"""An executor whose only rank is in this process. Step 8 of a request without other processes."""
 
 import traceback
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from parallel.topology import Topology
 
 
 class LocalStep:
-    """A step that the rank has begun, or how the rank was lost in it."""
+    """A step that the rank has begun, or the error by which the rank was lost."""
 
     def __init__(self, executor: "LocalExecutor", step: int, begun: StepHandle | WorkersLost) -> None:
         self._executor, self._step, self._begun = executor, step, begun
@@ -34,7 +34,7 @@ class LocalStep:
 
 
 class LocalExecutor:
-    """One rank in this process; on a CPU a step is over when `submit` returns. An `engine.executor.Executor`."""
+    """One rank in this process. On a CPU a step is finished when `submit` returns. An `engine.executor.Executor`."""
 
     def __init__(self, runner: Runner, on_close: Callable[[], None] = lambda: None) -> None:
         self._runner: Runner | None = runner
@@ -83,7 +83,7 @@ class LocalExecutor:
             return LocalStep(self, plan.step, self.lost(plan.step, error))
 
     def lost(self, step: int, error: Exception) -> WorkersLost:
-        """End the rank, as with ranks elsewhere: what raised in a step cannot be trusted with another."""
+        """End the rank, as other executors do: after an exception its state cannot be trusted."""
         self.close()
         lost = WorkersLost(f"{type(error).__name__} in step {step}: {error}", rank=0, rank_traceback=traceback.format_exc())
         lost.__cause__ = error

@@ -1,4 +1,4 @@
-"""How many KV blocks a rank can hold beside its weights, and what all ranks can hold together."""
+"""How many KV blocks a rank can hold beside its weights, and how many every rank can hold."""
 
 import logging
 from contextlib import closing
@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 CPU_FRACTION = 0.3
 CPU_MOST_BYTES = 4 << 30
-"""Without a setting the ranks of a host take no more for KV than this together, those of other replicas among them: a prefix cache fills
-it in time."""
+"""Default limit of the memory for KV of all ranks on a host, of all replicas together: a prefix cache eventually fills what it gets."""
 CUDA_FRACTION = 0.9
 
 
@@ -50,21 +49,21 @@ def measure_capacity(
     sharers_of_memory: int,
     draft_model: Qwen2 | None = None,
 ) -> Capacity:
-    """What every rank of the replica can hold: the least of all. All ranks must call this at the same time.
+    """The capacity of the rank that has the least. All ranks must call this at the same time.
 
-    ``sharers_of_memory``: ranks on this host, those of other replicas among them. A CPU's memory for KV is taken as it is used: what is
-    promised to one rank still looks free to the next.
+    ``sharers_of_memory``: ranks on this host, those of other replicas included. A CPU allocates memory for KV only when it is used, so what
+    is promised to one rank still looks free to the next.
 
-    A block on a rank with a ``draft_model`` is one of its KV beside one of the model's.
+    With a ``draft_model`` a block on this rank is one of the model's KV and one of the draft model's.
 
     Raises:
-        NoRoomForKv: not one block, on the rank that has the least.
+        NoRoomForKv: some rank cannot hold one block.
     """
     layout = model.kv_layout
     bytes_per_block = layout.bytes_per_block + (draft_model.kv_layout.bytes_per_block if draft_model else 0)
     budget_bytes = runner_config.kv_cache_bytes
     if budget_bytes is None:
-        barrier(groups.world)  # all weights of this host lie in memory now, and nobody has taken any for KV
+        barrier(groups.world)  # by now all ranks of this host have loaded their weights, and none has allocated KV
         fraction = runner_config.kv_memory_fraction
         if model.device.type == "cuda":
             most_bytes = int(torch.cuda.mem_get_info(model.device)[1] * (fraction or CUDA_FRACTION))
@@ -76,7 +75,8 @@ def measure_capacity(
     if num_blocks < 1:
         raise NoRoomForKv(budget_bytes=least_bytes, bytes_per_block=block_bytes)
     limit = model.config.context_limit(runner_config.max_context_tokens)
-    num_blocks = min(num_blocks, engine_config.max_running * -(-limit // layout.block_tokens))  # all at their longest
+    # as many as all sequences at full length need
+    num_blocks = min(num_blocks, engine_config.max_running * -(-limit // layout.block_tokens))
     log.info("%d KV blocks of %d tokens: %.2f GiB on this rank", num_blocks, layout.block_tokens, num_blocks * bytes_per_block / 2**30)
     return Capacity(
         num_blocks=num_blocks,
@@ -89,7 +89,8 @@ def measure_capacity(
 
 
 def _run_ahead(model: Qwen2, engine_config: EngineConfig) -> bool:
-    """The same on all ranks, as those of a tp group hand tokens on where they do. With stages steps overlap anyway."""
+    """Whether steps run ahead. All ranks agree, because those of a tp group then broadcast tokens. With several stages steps overlap
+    anyway."""
     wanted = engine_config.run_ahead and engine_config.speculate is None
     return wanted and model.device.type == "cuda" and model.groups.pp.size == 1
 
@@ -107,7 +108,7 @@ def _cuda_bytes_beside_kv(
     groups: ParallelGroups,
     draft_model: Qwen2 | None,
 ) -> int:
-    """Bytes of the device that weights and others hold, that the heaviest step needs, and that captured steps keep."""
+    """Bytes of the device for everything but KV: weights and other processes, the heaviest step, and captured steps."""
     layout, device = model.kv_layout, model.device
     num_blocks = -(-engine_config.max_step_tokens // layout.block_tokens)
     cache = KvCache(layout, num_blocks, device)
@@ -143,15 +144,15 @@ def _bytes_of_heaviest_step(runner: Runner, engine_config: EngineConfig, groups:
         num_shards=groups.topology.dp,
         num_guesses=int(engine_config.speculate == "draft"),
     )
-    for _ in range(min(groups.topology.pp, 2)):  # with stages the hidden states of the step before may still be on their way
+    for _ in range(min(groups.topology.pp, 2)):  # with several stages the previous step's hidden states may still be in transit
         run_once(runner, step)
     torch.cuda.synchronize(device)
     hidden_states = engine_config.max_step_tokens * runner.model.config.hidden_size * runner.model.dtype.itemsize
-    return torch.cuda.max_memory_allocated(device) - before + hidden_states  # of all tokens, where a prompt is scored or pooled
+    return torch.cuda.max_memory_allocated(device) - before + hidden_states  # of all tokens, which a prompt that is scored or pooled needs
 
 
 def _bytes_of_graphs(runner: Runner, engine_config: EngineConfig, prompts: bool) -> int:
-    """Captured once to see what that takes, of memory that torch knows of and of the driver's own; with KV elsewhere it is done again."""
+    """Measured by capturing them once: torch's memory and the driver's own. They are captured again once the KV cache is allocated."""
     device = runner.device
     torch.cuda.empty_cache()
     free_before, _ = torch.cuda.mem_get_info(device)

@@ -1,7 +1,7 @@
-"""Randomness as a function: the noise of one output position depends on (seed, choice, position, stream) and on nothing else.
+"""Counter-based random numbers: the noise of an output position is a function of (seed, choice, position, stream) and nothing else.
 
-Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). No generator state
-exists, so recomputing after preemption, loss or migration draws the same numbers again.
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). There is no generator state, so
+recomputation after preemption, a failure or migration draws the same numbers again.
 """
 
 import torch
@@ -17,11 +17,11 @@ _MULTIPLIERS = (0xD251_1F53, 0xCD9E_8D57)
 _WEYL = (0x9E37_79B9, 0xBB67_AE85)
 
 UNIFORM_BITS = 52
-"""A uniform takes one of 2^52 values, evenly spaced."""
+"""A uniform is one of 2^52 evenly spaced values."""
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Four random words for each counter: all tensors int64 of one shape (or broadcast), each value a word in [0, 2^32)."""
+    """Four random words for each counter. All tensors are int64 of one shape (or broadcast), each value a word in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for round_ in range(_ROUNDS):
@@ -34,20 +34,19 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a 64-bit product. int64 wraps around as uint64 does, and the mask undoes the sign of the shift."""
+    """High and low word of a 64-bit product. int64 wraps around as uint64 does, and the mask removes the sign extension of the shift."""
     product = word * multiplier
     return (product >> 32) & _WORD, product & _WORD
 
 
 def uniform(seed: Tensor, choice: Tensor, position: Tensor, stream: int = 0) -> Tensor:
-    """float64 in (0, 1), exactly symmetric, `UNIFORM_BITS` bits each; int64 tensors of one shape in.
+    """float64 in (0, 1), exactly symmetric, with `UNIFORM_BITS` bits each. Takes int64 tensors of one shape.
 
-    ``seed`` holds the 64 bits of a seed as int64 (see `seed_bits`); ``choice``, ``position`` and ``stream`` are words
-    below 2^32. Each combination has a counter of its own, so no two share their noise by construction.
-    ``stream`` tells purposes apart: what draws a second number for the same position takes another stream.
+    ``seed`` holds the 64 bits of a seed as int64 (see `seed_bits`); ``choice``, ``position`` and ``stream`` are words below 2^32. Each
+    combination has its own counter, so no two share their noise. A second number for the same position needs another ``stream``.
     """
     if position.device.type == "cuda" and has_triton():
-        from parallel.cuda.noise import uniform as in_one_launch  # triton: not to be imported where there is no such device
+        from parallel.cuda.noise import uniform as in_one_launch  # imports triton, which exists only where there is a CUDA device
 
         return in_one_launch(seed, choice, position, stream)
     key = (seed & _WORD, (seed >> 32) & _WORD)

@@ -1,4 +1,4 @@
-"""Step 11 of a request for an embedding: hidden states become one vector. Everything that knows of it is named `pool`.
+"""Turns hidden states into embeddings. Step 11 of a request for one. Everything about embeddings is named `pool`.
 
 T tokens in the batch, R of one work, D model width.
 """
@@ -17,7 +17,7 @@ NOT_FINITE = "the model gave NaN or infinity"
 
 
 class Pooler:
-    """The embeddings that are being made: known to all ranks, and made on those that answer."""
+    """The embeddings in progress. All ranks know about them; those that answer compute them."""
 
     def __init__(self, model: Qwen2) -> None:
         self._model = model
@@ -31,11 +31,11 @@ class Pooler:
         self._open.pop(sequence, None)
 
     def needs_all_tokens(self, works: Sequence[Work]) -> bool:
-        """Whether any of these needs the hidden states of more than the tokens that sample."""
+        """Whether any of the works needs the hidden states of more tokens than those that sample."""
         return bool(self._open) and any(work.sequence in self._open for work in works)
 
     def pool(self, hidden_TD: Tensor, built: BuiltBatch) -> tuple[Pooled, ...]:
-        """The embeddings that the step completes. ``hidden_TD`` is what `Qwen2.hidden` gave."""
+        """The embeddings that this step completes. ``hidden_TD`` is what `Qwen2.hidden` returned."""
         return tuple(self._pool(hidden_TD, built)) if self._open else ()
 
     def _pool(self, hidden_TD: Tensor, built: BuiltBatch) -> Iterator[Pooled]:
@@ -51,7 +51,7 @@ class Pooler:
 
 
 class _PoolingState:
-    """One sequence's, over all its works."""
+    """The running mean of one sequence, over all its works."""
 
     def __init__(self, pooling: Pooling) -> None:
         self._kind = pooling.kind
@@ -59,7 +59,7 @@ class _PoolingState:
         self._count = 0
 
     def wanted(self, work: Work) -> range:
-        """Which of the work's tokens count."""
+        """The tokens of the work that count."""
         count = len(work.tokens)
         if self._kind == "mean":
             return range(count)

@@ -1,4 +1,4 @@
-"""Ranks as child processes of this one, plans over pipes: an `Executor` for benchmarks, tests and machines without Ray."""
+"""An `Executor` whose ranks are child processes, with plans sent over pipes: for benchmarks, tests and machines without Ray."""
 
 import multiprocessing
 import pickle
@@ -29,14 +29,14 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """What a rank sends instead of an answer."""
+    """Sent by a rank instead of a result."""
 
     rank: int
     text: str
 
 
 def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> None:
-    """The life of one child: start the rank, then answer plans until the parent closes the pipe."""
+    """The main function of a child: start the rank, then execute plans until the parent closes the pipe."""
     try:
         settings["runner_config"] = assign_device(settings["runner_config"], rank)
         with start_rank(rank=rank, **settings) as runner:
@@ -54,12 +54,13 @@ def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> N
                 following = runner.begin(plan)
                 _answer(connection, begun)
                 begun = following
-    except Exception:  # the parent must learn of whatever it was
+    except Exception:  # the parent must learn about any error
         connection.send(_Failed(rank, traceback.format_exc()))
 
 
 def assign_device(config: RunnerConfig, rank: int) -> RunnerConfig:
-    """Where several devices are seen ranks take them in turn; nobody shows each its own, as Ray does, and all would take the first."""
+    """Distribute ranks over the visible devices. Ray shows each rank its own device; here all ranks see all of them and would use the
+    first."""
     count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     return replace(config, device=f"cuda:{rank % count}") if count > 1 else config
 
@@ -70,7 +71,7 @@ def _answer(connection: Connection, begun: StepHandle) -> None:
 
 
 class ProcessExecutor:
-    """All ranks of a topology on this host, each a child process with a pipe of its own."""
+    """All ranks of a topology on this host, each a child process with its own pipe."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class ProcessExecutor:
         return [process.pid for process in self._processes if process.pid is not None]
 
     def submit(self, plan: StepPlan) -> "_Pending":
-        raw = pickle.dumps(plan)  # once for all
+        raw = pickle.dumps(plan)  # once for all ranks
         for rank, connection in enumerate(self._connections):
             try:
                 connection.send_bytes(raw)
@@ -132,7 +133,7 @@ class ProcessExecutor:
         return _Pending(self, plan.step)
 
     def close(self) -> None:
-        """Let the ranks end by themselves, then end those that do not."""
+        """Let the ranks exit by themselves, then kill those that do not."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
@@ -163,7 +164,7 @@ class ProcessExecutor:
         return self._take(rank)
 
     def _take(self, rank: int) -> Any:
-        """What it has sent, or that it is gone."""
+        """The next message of a rank, or an error if it is gone."""
         try:
             message = self._connections[rank].recv()
         except (EOFError, OSError) as error:

@@ -1,8 +1,8 @@
-"""Steps with prompts whose launches are recorded and replayed in pieces: all that looks at each token by itself, from one attention to
-the next. Between two pieces attention is launched, which alone asks what sequences a step has, and how long they are.
+"""Piecewise CUDA graphs for steps with prompts: what treats each token by itself is replayed, attention is launched in between.
 
-So a piece for so many tokens does for every step that has no more. `RunnerConfig.prompt_graphs`: off until it has run on a device; what
-takes it up is a line in `engine.run.runner.Runner.capture` and one in `engine.run.forward`.
+Only attention depends on a step's sequences and their lengths, so the pieces for some number of tokens suit every step with no more.
+`RunnerConfig.prompt_graphs`: off because it has not been measured on a device yet. It is used by one line in
+`engine.run.runner.Runner.capture` and one in `engine.run.forward`.
 
 T tokens of a step, D model width, H query heads, K head width.
 """
@@ -20,20 +20,20 @@ from model.kv_cache import KvCache
 from model.qwen2 import Qwen2
 
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Tokens of a step that is recorded; a step is filled up to the next, as a product of many rows may take longer than one of few.
-Beyond the last the device should be busier than the host (to be measured)."""
+"""Numbers of tokens that are captured. A step is padded to the next one, because a product of many rows may take longer than one of few.
+Beyond the last, the device should be busier than the host (not measured yet)."""
 TOKENS, POSITIONS, SLOTS = range(3)
 NOWHERE = -1
-"""The slot of a token that fills a step up."""
+"""The slot of a padding token."""
 
 
 class PromptGraphs:
-    """One rank's, `CapturedGraphs`. What fills a step up is token 0 at position 0, or of a step before, and is written nowhere."""
+    """One rank's `CapturedGraphs`. Padding is token 0 at position 0, or left from an earlier step, and is written nowhere."""
 
     def __init__(
         self, model: Qwen2, cache: KvCache, graphs: GraphRecorder, *, max_tokens: int = SIZES[-1], sizes: Sequence[int] = SIZES
     ) -> None:
-        """There must be no `prompt_obstacle`. No step has more than ``max_tokens``."""
+        """`prompt_obstacle` must be None. ``max_tokens``: the most tokens of any step."""
         self._model, self._cache, self._graphs = model, cache, graphs
         self.sizes = capture_sizes(max_tokens, sizes)
         most, device, heads = self.sizes[-1], model.device, model.attention_config
@@ -41,7 +41,7 @@ class PromptGraphs:
         self._q_THK = torch.zeros(most, heads.num_heads, heads.head_dim, dtype=model.dtype, device=device)
         self._out_THK = torch.zeros_like(self._q_THK)
         self._hidden_TD = torch.zeros(most, model.config.hidden_size, dtype=model.dtype, device=device)
-        """Here all sizes have what goes from one piece to another by way of a launch."""
+        """With the two above: buffers, shared by all sizes, for tensors that pass between a replayed piece and what is launched."""
         self._pieces: dict[int, list[Piece[Attend]]] = {}
 
     def __repr__(self) -> str:
@@ -64,11 +64,11 @@ class PromptGraphs:
         self._pieces.clear()
 
     def accepts(self, num_tokens: int) -> bool:
-        """Whether a step of so many is replayed: the same answer on every rank that computes this shard."""
+        """Whether a step of so many tokens is replayed. All ranks that compute this shard agree."""
         return 0 < num_tokens <= self.sizes[-1]
 
     def hidden(self, batch: ForwardBatch) -> Tensor:
-        """As `Qwen2.hidden`, of all tokens (T, D); it lasts until the next step."""
+        """Like `Qwen2.hidden`, of all tokens (T, D). Valid until the next step."""
         count = batch.num_tokens
         size = next(size for size in self.sizes if size >= count)
         for row, given in ((TOKENS, batch.tokens_T), (POSITIONS, batch.positions_T), (SLOTS, batch.slots_T)):
@@ -89,11 +89,11 @@ class PromptGraphs:
             hidden_TD = self._model.hidden(self._batch(size), self._cache)
         finally:
             backend.graph_break = None
-        assert hidden_TD is not None  # it has no stages
+        assert hidden_TD is not None  # there is only one stage
         self._hidden_TD[:size].copy_(hidden_TD)
 
     def _batch(self, size: int) -> ForwardBatch:
-        """As much of one as is looked at outside attention."""
+        """A batch with only the fields that are read outside attention."""
         nothing = self._numbers[0, :0].int()
         return ForwardBatch(
             tokens_T=self._numbers[TOKENS, :size],
@@ -109,13 +109,13 @@ class PromptGraphs:
 
 
 def capture_sizes(max_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, ...]:
-    """The last one takes a step of ``max_tokens``, if any does."""
+    """The last size fits a step of ``max_tokens``, if any does."""
     below = tuple(size for size in sizes if size < max_tokens)
     return below if len(below) == len(sizes) else (*below, max_tokens)
 
 
 def prompt_obstacle(model: Qwen2) -> str | None:
-    """Why steps of this model, some of which can be captured, cannot be captured in pieces; None if they can. The same on all ranks."""
+    """Why steps of a model that can be captured cannot be captured piecewise; None if they can. The same on all ranks."""
     if not model.backend.supports_graph_breaks:
         return f"attention by {type(model.backend).__name__} is not launched apart"
     if model.config.moe is not None and model.groups.ep.size > 1:

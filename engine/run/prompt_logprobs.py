@@ -1,8 +1,8 @@
-"""Step 11 of a request that wants log-probabilities of its prompt: what the model thought of tokens that are known.
+"""Log-probabilities of the tokens of a prompt. Step 11 of a request that asks for them.
 
-Logits of a long prompt would fill gigabytes, so some rows are taken at a time and only numbers are kept. Every rank of the last
-stage takes part, as each has a share of the vocabulary; one of them keeps what comes of it.
-T tokens in the batch, D model width, R rows taken at once, V vocabulary.
+The logits of a long prompt would fill gigabytes, so they are computed for some rows at a time and only the results are kept. Every rank of
+the last stage takes part, because each has a share of the vocabulary; one of them keeps the results.
+T tokens in the batch, D model width, R rows computed at once, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ from engine.run.transfer import upload
 from model.qwen2 import Qwen2
 
 ROWS_AT_ONCE = 64
-"""Of logits: 40 MB in float32 with Qwen2's vocabulary."""
+"""Rows of logits at a time: 40 MB in float32 with Qwen2's vocabulary."""
 
 
 class PromptScorer:
-    """Takes the same rows on all ranks of the last stage. ``vocab_size`` is None on those that do not answer."""
+    """Computes the same rows on all ranks of the last stage. ``vocab_size`` is None on those that do not answer."""
 
     def __init__(self, model: Qwen2, vocab_size: int | None) -> None:
         self._model, self._vocab_size = model, vocab_size
 
     def score(self, hidden_TD: Tensor, built: BuiltBatch, states: dict[int, SamplingState]) -> tuple[Scored, ...]:
-        """An answer for each work with targets, where this rank answers. ``hidden_TD`` is what `Qwen2.hidden` gave."""
+        """A result for each work with targets, if this rank answers. ``hidden_TD`` is what `Qwen2.hidden` returned."""
         works = [work for work in built.works if work.targets]
         logprobs = self._logprobs(hidden_TD, list(_rows(built, states)))
         return tuple(Scored(work.sequence, tuple(islice(logprobs, len(work.targets)))) for work in works) if self._answers else ()
@@ -52,7 +52,7 @@ class PromptScorer:
 
 class _Row(NamedTuple):
     at: int
-    """The token whose logits they are, as an index into T."""
+    """Index into T of the token whose logits are used."""
     target: int
     num_top: int
 
@@ -61,6 +61,6 @@ def _rows(built: BuiltBatch, states: dict[int, SamplingState]) -> Iterator[_Row]
     for work, first in zip(built.works, built.forward.query_starts, strict=False):
         if not work.targets:
             continue
-        state = states.get(work.sequence)  # ranks that do not answer have none
+        state = states.get(work.sequence)  # None on ranks that do not answer
         num_top = (state.sampling.prompt_logprobs or 0) if state else 0
         yield from (_Row(first + at, target, num_top) for at, target in enumerate(work.targets))

@@ -1,6 +1,6 @@
-"""What the ranks do between two steps when experts are to change places. L sparse layers of a stage, E experts.
+"""Moves experts between ranks, between two steps. L sparse layers of a stage, E experts.
 
-Every rank comes to the same placements by itself, as all have the same loads; so nothing but loads and experts travels.
+Every rank computes the same placement by itself, because all have the same loads. Only loads and experts are communicated.
 """
 
 import torch
@@ -13,11 +13,11 @@ from parallel.expert_balance import imbalance, place, renumbered
 from parallel.experts import RoutedExperts
 
 DECAY = 0.5
-"""How much of the loads up to one measurement still counts at the next."""
+"""The weight of all earlier loads when a new measurement is added."""
 
 
 class ExpertRebalancer:
-    """The sparse layers of one rank, and what their experts have had to do. All ranks of the replica make the same calls."""
+    """The sparse layers of one rank, and the load of their experts. All ranks of the replica must make the same calls."""
 
     def __init__(self, model: Qwen2) -> None:
         self._groups, self._device = model.groups, model.device
@@ -27,18 +27,18 @@ class ExpertRebalancer:
         self.reset()
 
     def reset(self) -> None:
-        """What was computed so far was nobody's: a warm-up."""
+        """Discard everything that was counted so far: it was a warm-up."""
         self.discard_counts()
         self._loads_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.float64)
 
     def discard_counts(self) -> None:
-        """What was computed since the last measurement was nobody's: a capture. What was measured before still counts."""
+        """Discard what was counted since the last measurement: it was a capture. Earlier measurements still count."""
         for layer in self._layers:
             layer.forget_load()
 
     @torch.inference_mode()
     def run(self, order: Rebalance) -> Rebalanced:
-        """Measure, and change places where it is worth it. The same answer on every rank."""
+        """Measure the loads, and move experts where it is worth it. Returns the same on every rank."""
         if not self._num_experts:
             return Rebalanced()
         self._loads_LE = self._loads_LE * DECAY + self._measure()
@@ -51,16 +51,16 @@ class ExpertRebalancer:
         return self._of_all_stages(before, after, num_moved)
 
     def _measure(self) -> Tensor:
-        """(L, E) on the CPU: tokens of the whole stage sent to each expert since the last time."""
+        """(L, E) on the CPU: tokens of the whole stage that were sent to each expert since the last measurement."""
         counted_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.int64, device=self._device)
         for counted_E, layer in zip(counted_LE, self._layers, strict=True):
-            if layer.load_E is not None and self._groups.tp.rank == 0:  # the ranks of a tp group have counted the same tokens
+            if layer.load_E is not None and self._groups.tp.rank == 0:  # all ranks of a tp group have counted the same tokens
                 counted_E.copy_(layer.load_E)
             layer.forget_load()
         return all_reduce(counted_LE, self._groups.stage).to("cpu", torch.float64)
 
     def _improve(self, layer: RoutedExperts, loads: list[float]) -> int:
-        """Move a layer's experts if that makes its busiest position less busy. Returns how many went."""
+        """Move a layer's experts if that lowers the load of its busiest position. Returns how many were moved."""
         target = renumbered(place(loads, layer.room), layer.placement, layer.room)
         if imbalance(target, loads) >= imbalance(layer.placement, loads):
             return 0

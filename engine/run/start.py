@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a rank that takes steps: join the groups, load, measure, warm up."""
+"""Starts a rank from a checkpoint: join the process groups, load the weights, measure memory, warm up, capture graphs."""
 
 import logging
 import traceback
@@ -54,15 +54,15 @@ StartPhase = Literal["groups", "weights", "memory", "warm_up", "capture"]
 
 @dataclass(frozen=True, slots=True)
 class StartProgress:
-    """How far a rank has come."""
+    """How far the start of a rank has come."""
 
     phase: StartPhase
     done: int
     total: int
-    """Of "weights": bytes of checkpoint tensors that this rank takes a share of; of "capture": CUDA graphs; of the other phases: 0 and
-    then 1, of 1."""
-    read: LoadStats | None = None
-    """Said once, when the weights are there."""
+    """For "weights" bytes of the checkpoint tensors that this rank needs a share of; for "capture" CUDA graphs; for other phases 1, with
+    ``done`` 0 or 1."""
+    read: WeightsRead | None = None
+    """Reported once, when the weights are loaded."""
 
 
 OnProgress = Callable[[StartProgress], None]
@@ -82,31 +82,29 @@ def start_rank(
     ranks_on_host: int | None = None,
     replicas_on_host: int = 1,
 ) -> Iterator[Runner]:
-    """One rank, ready to `run` plans; on leaving, its groups are closed.
+    """One rank, ready to `run` plans. Its process groups are closed on exit.
 
-    ``checkpoint_folder`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`), and so is ``adapter``, which is added
-    to its weights.
-    ``rendezvous`` is where the ranks find each other (``tcp://address:port``); a topology of one rank needs none.
-    ``ranks_on_host`` is how many ranks share this host's cores and memory (None = all of the topology), ``replicas_on_host`` how many
-    replicas, each with as many ranks, share its memory.
-    Every rank of the topology must call this at the same time: they wait for each other.
+    ``checkpoint_folder`` is a path or the URL of a remote folder (`model.checkpoint_folder`), and so is ``adapter``, which is merged into
+    its weights. ``rendezvous`` is where the ranks find each other (``tcp://address:port``); a single rank needs none. ``ranks_on_host``
+    ranks share this host's cores and memory (None = all of the topology), and ``replicas_on_host`` replicas with as many ranks each share
+    its memory. Every rank of the topology must call this at the same time: they wait for each other.
 
     Raises:
         InvalidModelConfig, UnsupportedModel: from config.json.
-        ContextTooLong: the settings' ``max_context_tokens`` is above the model's.
-        CheckpointError, CheckpointMismatch: from the files of weights.
-        AdapterError: the adapter is of a kind that is not served, or of another model.
-        InvalidLayout: the model cannot be laid out on this topology.
+        ContextTooLong: ``max_context_tokens`` in the settings exceeds the model's limit.
+        CheckpointError, CheckpointMismatch: from the weight files.
+        AdapterError: the adapter is of an unsupported kind, or of another model.
+        InvalidLayout: the model does not fit this topology.
         NoRoomForKv: no KV block fits beside the weights.
-        InvalidLogits: the model computes no numbers.
-        IncompatibleDraftModel: the draft model cannot guess for this one.
+        InvalidLogits: the model computes NaN or infinity.
+        IncompatibleDraftModel: the draft model does not fit this model.
         ValueError: a setting does not fit this model, device or topology.
     """
     tell = on_progress or (lambda _progress: None)
     on_host = ranks_on_host or topology.size
     device = resolve_device(runner_config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches there
+        torch.cuda.set_device(device)  # Triton launches on the current device
     if device.type == "cpu":
         torch.set_num_threads(runner_config.num_threads or max(1, usable_cores() // on_host))
     with ExitStack() as stack:
@@ -115,7 +113,7 @@ def start_rank(
         _check_tokens(model_config, runner_config)
         model_config.context_limit(runner_config.max_context_tokens)
         small = files_with_adapter(small_files(checkpoint_folder), None if adapter is None else small_files(adapter))
-        with (  # before joining: what is damaged is refused without waiting for anyone
+        with (  # before joining the groups, so that a damaged checkpoint is refused without waiting for other ranks
             Checkpoint(checkpoint_folder) as checkpoint,
             nullcontext() if adapter is None else Adapter(adapter) as opened_adapter,
         ):
@@ -136,12 +134,13 @@ def start_rank(
             guides=open_guides(small, sampler.vocab_size, runner_config) if sampler else None,
             tell=tell,
         )
-        stack.callback(runner.close)  # before the groups are left
+        stack.callback(runner.close)  # before the groups are closed
         yield runner
 
 
 def _clear_frames(_kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-    """Where a step or a capture failed, its functions' variables would keep graphs alive while the groups are left; see `Runner.close`."""
+    """After an error in a step or a capture, the local variables in its traceback would keep graphs alive while the groups are closed;
+    see `Runner.close`."""
     if error is not None:
         traceback.clear_frames(error.__traceback__)
 
@@ -157,7 +156,7 @@ def make_runner(
     guides: Guides | None = None,
     tell: OnProgress = lambda _progress: None,
 ) -> Runner:
-    """A rank around a loaded model: measured, warmed up, its steps captured. All ranks of the topology must call this at the same time.
+    """A rank around a loaded model: memory measured, warmed up, steps captured. All ranks of the topology must call this at the same time.
 
     Raises:
         NoRoomForKv, InvalidLogits: see `start_rank`.
@@ -191,7 +190,8 @@ def make_runner(
         runner.close()
         raise
     runner.rebalancer.reset()
-    log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, repr(runner))  # a record that is kept keeps no weights
+    # repr here, so that a kept log record does not keep the weights alive
+    log.info("rank %d of %d is ready: %s", groups.rank, groups.topology.size, repr(runner))
     return runner
 
 
@@ -200,7 +200,7 @@ def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: Engi
     with _phase("warm_up", tell):
         warm_up(runner)
         if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and on_device:
-            tune(runner, engine_config)  # else that was done before memory was measured
+            tune(runner, engine_config)  # otherwise that was done before memory was measured
     if runner_config.cuda_graphs and on_device:
         capture(
             runner,
@@ -213,17 +213,17 @@ def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: Engi
 
 
 def _allow_launches(runner_config: RunnerConfig, device: torch.device) -> None:
-    """In this process; before anything is captured."""
+    """Applies to this process. Must precede any capture."""
     if device.type != "cuda" or not has_triton():
         return
-    from parallel.cuda import early, quick_launch  # triton: not to be imported where there is no such device
+    from parallel.cuda import early, quick_launch  # imports triton, which exists only where there is a CUDA device
 
     early.allow(runner_config.early_launches)
     quick_launch.allow(runner_config.quick_launches)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a `RunnerConfig.device` names, with its index."""
+    """The device for a `RunnerConfig.device`, with its index."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -232,12 +232,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a `RunnerConfig.dtype` names on this device."""
+    """The dtype for a `RunnerConfig.dtype` on this device."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float16
-    return torch.bfloat16 if native() is None and multiplies_bfloat16(device) else torch.float32  # our own kernels are of float32
+    return torch.bfloat16 if native() is None and multiplies_bfloat16(device) else torch.float32  # our own CPU kernels compute in float32
 
 
 def choose_weight_formats(
@@ -250,10 +250,10 @@ def choose_weight_formats(
     topology: Topology | None = None,
     kinds: frozenset[str] | None = None,
 ) -> Formats:
-    """In what form the ranks of a topology (None: of one rank) hold this checkpoint's weights. Opening it has read the headers, which is
-    enough.
+    """The formats in which the ranks of a topology (None: a single rank) hold this checkpoint's weights. Only its headers are read.
 
-    Matrices that are stored quantised are held so without being asked; embedding and head, which are not, as those of any checkpoint.
+    Matrices that are stored quantised stay quantised by default. Embedding and head are not stored quantised, and are treated as those
+    of any checkpoint.
     """
     choose = partial(choose_formats, device, dtype, rounds_activations=config.dtype == "auto", common_kinds=kinds)
     quantisation = model_config.quantisation
@@ -265,7 +265,7 @@ def choose_weight_formats(
     if held_as == "int4_zeros" and any(
         tensor.name.endswith("_proj.weight") for tensor in stored if not isinstance(tensor, QuantisedTensor)
     ):
-        held_as = "int8"  # of a layer's matrix that is stored plainly, 4 bits would lose much
+        held_as = "int8"  # the layers have matrices that are not stored quantised, and 4 bits would lose much of their precision
     log.info("matrices are stored by %s in %d bits, and held in %s", quantisation.method.upper(), quantisation.bits, held_as)
     return Formats(choose([QuantisedTensor.dtype], held_as).matrices, formats.table)
 
@@ -312,7 +312,8 @@ def _load(
             tell(StartProgress("weights", done, total))
 
     dtype = resolve_dtype(config.dtype, device)
-    kinds = common_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None  # experts travel, and are read there
+    # experts move between ranks, which must all have kernels for them
+    kinds = common_kinds(groups.stage) if device.type == "cpu" and groups.ep.size > 1 else None
     formats = choose_weight_formats(checkpoint, model_config, config, dtype, device, topology=groups.topology, kinds=kinds)
     model, report = load_model(
         checkpoint,
@@ -344,7 +345,7 @@ def _load(
 
 
 def _load_draft_model(folder: str, model: Qwen2, config: RunnerConfig, engine_config: EngineConfig, device: torch.device) -> Qwen2:
-    """Whole, on this rank alone."""
+    """Load the whole draft model on this rank."""
     with Checkpoint(folder) as checkpoint:
         model_config = ModelConfig.from_checkpoint(small_files(folder))
         formats = choose_weight_formats(checkpoint, model_config, config, model.dtype, device)

@@ -1,15 +1,15 @@
-"""Small arrays from the host to a rank's device, and back."""
+"""Small arrays from the host to a rank's device and back."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NUM_BUFFERS = 4
-"""In turn: of steps two are under way at most, so that nobody waits for a place."""
+"""Used in turn. At most two steps are in flight, so nobody waits for a buffer."""
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on ``device``; the host does not wait for the copy, and on the CPU there is none.
+    """The array as a tensor on ``device``. The host does not wait for the copy; on the CPU there is none.
 
     The array must not be changed afterwards.
     """
@@ -20,7 +20,7 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def refill(buffer: Tensor, array: np.ndarray) -> None:
-    """Write the array over a tensor of the same shape and dtype, in whose place a captured step reads it; the host does not wait.
+    """Overwrite a tensor of the same shape and dtype, from which a captured step reads. The host does not wait for the copy.
 
     The array must not be changed afterwards.
     """
@@ -29,33 +29,33 @@ def refill(buffer: Tensor, array: np.ndarray) -> None:
 
 
 class Staging:
-    """Numbers that every step brings, int64: gathered in pinned memory that is there already, and brought by one copy."""
+    """The numbers (int64) that every step uploads: written to pinned memory that is allocated once, and uploaded by one copy."""
 
     def __init__(self, *shape: int, device: torch.device) -> None:
         self.on_device = torch.zeros(shape, dtype=torch.int64, device=device)
-        """On the device, where a captured step reads them."""
+        """Where a captured step reads them."""
         self._buffers = _BufferRing(shape, device)
 
     def next_host_array(self) -> np.ndarray:
-        """Where to gather the next ones; what lies there is of some step before."""
+        """The array to fill for the next upload. It still holds the numbers of an earlier step."""
         return self._buffers.next().array
 
     def upload(self) -> None:
-        """What was gathered since, without waiting for the copy."""
+        """Upload that array without waiting for the copy."""
         buffer = self._buffers.latest
         self.on_device.copy_(buffer.tensor, non_blocking=True)
         buffer.record()
 
 
 class Readback:
-    """What every step gives, int64, on its way to the host."""
+    """The numbers (int64) that every step gives to the host."""
 
     def __init__(self, source: Tensor) -> None:
         self._source = source
         self._buffers = _BufferRing(tuple(source.shape), source.device)
 
     def start_copy(self) -> "PinnedBuffer":
-        """Begin to copy what the step gives that was begun last. It is there until so many others were sent (`NUM_BUFFERS`)."""
+        """Start to copy the output of the step that was launched last. The result is valid until `NUM_BUFFERS` more copies were started."""
         buffer = self._buffers.next()
         buffer.tensor.copy_(self._source, non_blocking=True)
         buffer.record()
@@ -63,7 +63,7 @@ class Readback:
 
 
 class PinnedBuffer:
-    """Pinned memory, and whether the device is at it."""
+    """Pinned memory with an event that tells when the device is done with it."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         is_cuda = device.type == "cuda"
@@ -72,7 +72,7 @@ class PinnedBuffer:
         self._device, self._event = device, torch.cuda.Event() if is_cuda else None
 
     def record(self) -> None:
-        """All that the device was asked for until now is to be waited for: also by a thread to which another one is the current."""
+        """Record the event after all work launched so far, even from a thread whose current device is another one."""
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))
 

@@ -1,7 +1,7 @@
-"""Which of a sequence's guessed tokens are right: those that would have been sampled without the guess.
+"""Verifies a sequence's guessed tokens: those are accepted that would have been sampled without the guess.
 
-The noise of an output position is a function of (seed, choice, position), so what the model says there is one certain token. A
-guess is kept exactly if it is that token: speculation changes no answer, greedy or not.
+The noise of an output position is a function of (seed, choice, position), so the model's token there is determined. A guess is accepted
+exactly if it is that token: speculation changes no answer, greedy or not.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,15 @@ from engine.run.sampling.state import Row, SamplingState
 
 
 def sampling_rows(work: Work, state: SamplingState, allowed: np.ndarray | None) -> list[Row]:
-    """The row behind the last known token, and one behind each guess, which has seen the guesses up to it."""
+    """One row after the last known token, and one after each guess, whose history includes the guesses before it."""
     first = state.next_position(work)
     guesses = work.tokens[len(work.tokens) - work.num_draft :]
     return [Row(state, first + count, allowed, guesses[:count]) for count in range(work.num_draft + 1)]
 
 
 def verify_draft(work: Work, answers: Sequence[Sampled]) -> Sampled:
-    """Of the answers to `sampling_rows`: the tokens up to and with the first that is not what was guessed, or that no token follows."""
+    """From the results of `sampling_rows`: the tokens up to and including the first that differs from its guess, or that has no
+    successor."""
     guesses = work.tokens[len(work.tokens) - work.num_draft :]
     tokens, logprobs = answers[0].tokens, answers[0].logprobs
     for guess, answer in zip(guesses, answers[1:], strict=True):

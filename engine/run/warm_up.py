@@ -1,4 +1,4 @@
-"""Steps that no client asked for: they show that a rank works, touch what the first real step would wait for, and measure."""
+"""Steps that no client asked for: they check the rank, do the one-time work of first steps, and measure."""
 
 import logging
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from parallel.quantised_format import has_triton
 log = logging.getLogger(__name__)
 
 FIRST_SEQUENCE = -1
-"""Real sequences count up from 0, these down."""
+"""Sequences of real requests count up from 0, these count down."""
 
 
 def full_step(
     *, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int, num_shards: int = 1, num_guesses: int = 0
 ) -> StepPlan:
-    """The heaviest step that fits: on every shard as many tokens as a step may have, in as many sequences as can run, each sampling, and
-    with a draft model each asking it for ``num_guesses`` tokens.
+    """The heaviest possible step: on every shard the most tokens of a step, in as many sequences as can run, each sampling and, with a
+    draft model, each asking for ``num_guesses`` guesses.
 
-    All of a shard have the same first blocks; what is then in the cache means nothing, as no sequence keeps it.
+    All sequences of a shard use the same first blocks. What they leave in the cache is meaningless, but no sequence survives.
     """
     num_sequences = min(max_running, max_step_tokens)
     tokens = max(1, min(max_step_tokens // num_sequences, num_blocks * block_tokens - num_guesses))
     blocks = tuple(range(-(-(tokens + num_guesses) // block_tokens)))
-    sampling = SamplingParams(top_p=0.9, repetition_penalty=1.1)  # nothing costs more memory than this
+    sampling = SamplingParams(top_p=0.9, repetition_penalty=1.1)  # no other parameters need more memory
     sequences = [(FIRST_SEQUENCE - i, i % num_shards) for i in range(num_sequences * num_shards)]
     return StepPlan(
         step=0,
@@ -42,10 +42,10 @@ def full_step(
 
 
 def warm_up(runner: Runner) -> None:
-    """A short prompt, a few tokens and one, as every request has them or may have, on this rank's shard while the others have their own.
+    """Run the kinds of steps that every request has: a short prompt, a few tokens, and one token. Each rank runs its own shard's.
 
     Raises:
-        InvalidLogits: the model gives NaN or infinity, so its weights are broken.
+        InvalidLogits: the model computes NaN or infinity, so its weights are broken.
     """
     prompt = (0,) * max(1, min(16, runner.capacity.max_context_tokens - 1))
     blocks = tuple(range(-(-(len(prompt) + 1) // runner.capacity.block_tokens)))
@@ -57,17 +57,17 @@ def warm_up(runner: Runner) -> None:
 
 
 def tune(runner: Runner, engine_config: EngineConfig) -> None:
-    """Have the kernels find out how their products are best computed for few rows and for many, if that is not known of this device."""
+    """Let the kernels measure their best tile sizes for few and for many rows, unless they are known for this device."""
     if not has_triton():
         return
-    from parallel.cuda.few_rows import FEWEST_ROWS  # triton: not to be imported where there is no such device
+    from parallel.cuda.few_rows import FEWEST_ROWS  # imports triton, which exists only where there is a CUDA device
     from parallel.cuda.tiles import MEASURED_ROWS, seconds_of, tiles_of
 
     max_tokens, most_running = engine_config.max_step_tokens, engine_config.max_running
     tiles = tiles_of(runner.device)
     with tiles.measuring(seconds_of):
         up_to = sorted({max_tokens, *(min(most, max_tokens) for most in MEASURED_ROWS)})
-        for tokens in (*up_to, *FEWEST_ROWS):  # the fewest last: products of up to 16 are to be cut for 16
+        for tokens in (*up_to, *FEWEST_ROWS):  # the fewest last: products of up to 16 rows are to be measured with 16
             run_once(
                 runner,
                 full_step(
@@ -90,7 +90,7 @@ def capture(
     prompts: bool = False,
     prompts_ahead: bool = False,
 ) -> None:
-    """Have steps that only decode replayed from now on, and with ``prompts`` others too, if that can be; else the log says why not. Then
+    """Capture CUDA graphs of decode-only steps, and with ``prompts`` of other steps, where the model allows it; else log why not. Then
     warm up once more. ``prompts_ahead``: see `RunnerConfig`."""
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
         log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
@@ -100,7 +100,7 @@ def capture(
     runner.capture(
         graphs,
         max_rows=min(engine_config.max_running, engine_config.max_step_tokens),
-        edits=engine_config.speculate is None,  # guesses are looked at behind what is counted
+        edits=engine_config.speculate is None,  # guesses would have to be counted before they are verified
         max_prompt_tokens=engine_config.max_step_tokens if prompts and obstacle is None else 0,
         prompts_ahead=prompts_ahead,
         on_progress=on_progress,
@@ -109,7 +109,7 @@ def capture(
 
 
 def run_once(runner: Runner, plan: StepPlan) -> None:
-    """Run a plan that opens all its sequences, and close them."""
+    """Run a plan that opens all its sequences, then close them."""
     result = runner.run(plan)
     runner.run(StepPlan(plan.step, (), closed=tuple(opening.sequence for opening in plan.opened)))
     for sampled in result.sampled if result else ():
