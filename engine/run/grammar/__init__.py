@@ -1,1 +1,1 @@
-"""What answers must look like, on the rank that samples."""
+"""Structured output: constrains the tokens that may be sampled, on the rank that samples."""

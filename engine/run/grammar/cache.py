@@ -1,4 +1,4 @@
-"""Compiled grammars that are kept, least recently used first out, within so many bytes."""
+"""A cache of compiled grammars: least recently used first out, limited by bytes."""
 
 import threading
 from collections import OrderedDict
@@ -8,16 +8,16 @@ T = TypeVar("T")
 
 BASE_BYTES = 128 * 1024
 BYTES_PER_CHARACTER = 256
-"""What a compiled grammar is counted as; tests hold it against what a process really grows by."""
+"""Estimated size of a compiled grammar; tests compare it with how much a process really grows."""
 
 
 def counted_bytes(source: str) -> int:
-    """What a grammar of this source takes in the cache, once compiled."""
+    """The estimated size of a compiled grammar with this source."""
     return BASE_BYTES + BYTES_PER_CHARACTER * len(source)
 
 
 class GrammarCache(Generic[T]):
-    """By source. Used from several threads."""
+    """Compiled grammars by source. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

@@ -1,7 +1,7 @@
-"""Which ids each sequence with a grammar may go on with, worked out beside the forward pass.
+"""Computes which ids each sequence with a grammar may continue with, while the forward pass runs.
 
-The tokens that a step computes are known when it is planned, so what may follow them is too: a thread looks that up while
-the model computes. A grammar that is not compiled in time holds nobody up: its sequence yields no token in that step.
+The tokens that a step computes are known when it is planned, so a thread computes what may follow them while the model runs. A grammar
+that is not compiled in time delays nobody: its sequence gets no token in that step.
 """
 
 import time
@@ -19,16 +19,16 @@ from engine.plan import Opening, Sampled, Work
 COMPILE_WAIT_S = 0.05
 """How long a step waits for grammars that are still being compiled."""
 COMPILE_TIMEOUT_S = 20.0
-"""A grammar that took longer fails its request. The fronts let none through that takes more than some seconds."""
+"""A grammar that takes longer fails its request. The fronts refuse grammars that take more than some seconds."""
 NO_COMPILER = "this model has no byte-level tokenizer.json, so its answers cannot follow a grammar"
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedTokens:
-    """What a sequence may go on with."""
+    """The ids that a sequence may continue with."""
 
     words: np.ndarray | None = None
-    """int32 (W,), a bit for each id, lowest first. None: not known yet; the sequence is to be asked again."""
+    """int32 (W,), a bit for each id, lowest first. None: not known yet, or never if there is a ``fault``."""
     fault: str | None = None
 
 
@@ -36,7 +36,7 @@ NO_CONSTRAINTS: Mapping[int, AllowedTokens] = MappingProxyType({})
 
 
 def blocked_results(allowed: Mapping[int, AllowedTokens]) -> dict[int, Sampled]:
-    """The answers of sequences whose grammar has no say yet, or will never have one: no token in this step."""
+    """The results, without a token, of sequences whose grammar is not ready or has failed."""
     return {
         number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
         for number, one in allowed.items()
@@ -45,7 +45,7 @@ def blocked_results(allowed: Mapping[int, AllowedTokens]) -> dict[int, Sampled]:
 
 
 class Guide:
-    """One sequence's grammar, and which of its tokens that has seen."""
+    """One sequence's grammar, and how many of its tokens the grammar has consumed."""
 
     def __init__(self, opening: Opening, grammar: Future[Grammar]) -> None:
         self._sampling, self._num_prompt = opening.sampling, opening.num_prompt
@@ -55,13 +55,13 @@ class Guide:
         self._unseen = list(opening.history[opening.num_prompt :])
 
     def add_tokens(self, work: Work) -> None:
-        """Learn the tokens of a work beyond those known; those of the prompt say nothing."""
+        """Record the tokens of a work that are new; tokens of the prompt are not constrained."""
         first = max(self._num_known, self._num_prompt) - work.start
         self._unseen += work.tokens[max(first, 0) :]
         self._num_known = max(self._num_known, work.start + len(work.tokens))
 
     def allowed(self, ordinary: np.ndarray) -> AllowedTokens:
-        """For the token behind all known ones. ``ordinary``: bits of the ids that are no control tokens."""
+        """The ids that may follow all recorded tokens. ``ordinary``: bits of the ids that are not control tokens."""
         if not self.grammar.done():
             late = time.monotonic() - self._began > COMPILE_TIMEOUT_S
             return AllowedTokens(fault="the grammar takes too long to compile") if late else AllowedTokens()
@@ -75,7 +75,7 @@ class Guide:
             return AllowedTokens(fault=str(error))
 
     def _words(self, grammar: Grammar, ordinary: np.ndarray) -> np.ndarray:
-        """Where the text may go on *and* may end, `min_tokens` decides; where it can only end, it ends."""
+        """If the text may continue *and* may end, `min_tokens` decides; if it can only end, it ends."""
         words: np.ndarray = _padded(grammar.mask(), len(ordinary)) & ordinary
         stops = _bits_of(self._sampling.stop_token_ids, len(ordinary))
         if self._num_known - self._num_prompt < self._sampling.min_tokens and (words & ~stops).any():
@@ -86,7 +86,7 @@ class Guide:
 
 
 class Guides:
-    """Those of all sequences of one rank that have a grammar."""
+    """The guides of all sequences of one rank that have a grammar."""
 
     def __init__(self, compiler: GrammarCompiler | None, *, vocab_size: int, special_ids: Sequence[int] = ()) -> None:
         self._compiler = compiler
@@ -105,12 +105,12 @@ class Guides:
         self._open.pop(sequence, None)
 
     def add_tokens(self, work: Work) -> None:
-        """Tokens that a step computes."""
+        """Record the tokens of a work."""
         if guide := self._open.get(work.sequence):
             guide.add_tokens(work)
 
     def begin(self, sequences: Sequence[int]) -> "Future[dict[int, AllowedTokens]] | None":
-        """Look up in another thread what those of ``sequences`` that have a grammar may go on with. None if none has."""
+        """Compute in another thread what may follow in those of ``sequences`` that have a grammar. None if none has."""
         guided = [number for number in sequences if number in self._open]
         return self._masking.submit(self._look_up, guided) if guided else None
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's vocabulary to a rank that can follow grammars."""
+"""Creates the grammar compiler of a rank from a checkpoint's vocabulary, when the rank has time for it."""
 
 import logging
 import threading
@@ -15,15 +15,16 @@ from engine.run.settings import RunnerConfig
 from model.vocabulary import Vocabulary
 
 AT_REST_S = 1.0
-"""A rank that is being loaded or computes steps is not at rest for so long: half a second that Python's lock is held would be theirs."""
+"""The rank must be idle for this long. A rank that is loading or computing never is, and creating the compiler would hold Python's lock
+for half a second of its time."""
 REST = 0.3
-"""Part of a core that a process takes at most which is said to be at rest."""
+"""An idle process uses at most this fraction of a core."""
 
 log = logging.getLogger(__name__)
 
 
 def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
-    """``vocab_size`` ids can be sampled. Without a byte-level tokenizer.json grammars are refused, one by one.
+    """``vocab_size`` ids can be sampled. Without a byte-level tokenizer.json every request with a grammar is refused.
 
     Raises:
         InvalidModelConfig: tokenizer.json is damaged.
@@ -31,20 +32,20 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
     vocabulary = Vocabulary.from_checkpoint(folder)
     if vocabulary is None or not vocabulary.special_ids:
         return Guides(None, vocab_size=vocab_size)
-    from engine.run.grammar.llg import LlCompiler  # llguidance, which machines that only measure models need not have
+    from engine.run.grammar.llg import LlCompiler  # llguidance, which is optional on machines that only measure models
 
     compiler = LazyCompiler(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), AT_REST_S)
     return Guides(compiler, vocab_size=vocab_size, special_ids=sorted(vocabulary.special_ids))
 
 
 class LazyCompiler:
-    """A `GrammarCompiler` that is made when this process has been at rest for a while, or for the first grammar if that comes sooner. Where
-    it cannot be made every grammar is refused, and nothing else."""
+    """A `GrammarCompiler` that is created once this process has been idle for a while, or when the first grammar arrives. If it cannot
+    be created, requests with a grammar are refused and all others are served."""
 
     def __init__(
         self, make: Callable[[], GrammarCompiler], at_rest_s: float, *, computed_s: Callable[[], float] = time.process_time
     ) -> None:
-        """``computed_s`` tells how long this process has computed."""
+        """``computed_s`` returns the CPU time of this process so far."""
         self._make, self._computed_s = make, computed_s
         self._made: GrammarCompiler | None = None
         self._making = threading.Lock()
@@ -60,7 +61,7 @@ class LazyCompiler:
             before_s = self._computed_s()
             time.sleep(at_rest_s)
             took_s = self._computed_s() - before_s
-        with suppress(GrammarFailed):  # it is told to whoever brings a grammar
+        with suppress(GrammarFailed):  # reported to every request with a grammar
             self._compiler()
 
     def _compiler(self) -> GrammarCompiler:
@@ -69,7 +70,7 @@ class LazyCompiler:
                 began = time.monotonic()
                 try:
                     self._made = self._make()
-                except BaseException as error:  # a panic of llguidance's is no Exception
+                except BaseException as error:  # a panic in llguidance is not an Exception
                     log.exception("no grammar can be followed with this model's vocabulary")
                     self._fault = f"this model's vocabulary cannot be followed by a grammar: {error}"
                 else:

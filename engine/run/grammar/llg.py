@@ -1,4 +1,4 @@
-"""Grammars by llguidance; the only place that knows the library."""
+"""Grammars compiled by llguidance; the only module that uses the library."""
 
 import re
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from engine.run.grammar.cache import GrammarCache
 from model.vocabulary import Vocabulary
 
 HEADER = '%llguidance {"no_forcing": true}\n'
-"""Texts that are forced are forced character by character: in which tokens is for the model to choose, as it always is."""
+"""Forced text is also sampled: the model chooses its tokens, as it does everywhere else."""
 
 LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2_000,
-    initial_lexer_fuel=1_000_000,  # 20 ms or so
-    step_lexer_fuel=200_000,  # 15 ms or so
-    step_max_items=50_000,  # 3 ms or so
+    initial_lexer_fuel=1_000_000,  # about 20 ms
+    step_lexer_fuel=200_000,  # about 15 ms
+    step_max_items=50_000,  # about 3 ms
     max_lexer_states=50_000,  # 1 to 2 KB each
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""Work beyond these ends a grammar, not the rank."""
+"""Beyond these limits a grammar fails, so that it cannot stall the rank."""
 
 
 class LlGrammar:
@@ -55,13 +55,13 @@ class LlGrammar:
 
 
 class LlCompiler:
-    """An `engine.grammar.GrammarCompiler`. Making one takes a second or two for 150,000 ids, and some 80 MB."""
+    """An `engine.grammar.GrammarCompiler`. Creating one takes a second or two for 150,000 ids, and some 80 MB."""
 
     def __init__(self, vocabulary: Vocabulary, *, cache_bytes: int) -> None:
-        """``cache_bytes`` bounds the grammars that are kept for the next request that wants the same.
+        """``cache_bytes`` limits the compiled grammars that are kept for later requests.
 
         Raises:
-            ValueError: the vocabulary has no control token, so that nothing could stand for the end.
+            ValueError: the vocabulary has no control token that could mean the end.
         """
         if not vocabulary.special_ids:
             raise ValueError("a vocabulary without control tokens has no end of sequence")
@@ -82,7 +82,7 @@ class LlCompiler:
 
 
 class _Tokens:
-    """A vocabulary as the library wants it."""
+    """A vocabulary in the form that the library wants."""
 
     def __init__(self, vocabulary: Vocabulary, end_id: int) -> None:
         self.tokens = list(vocabulary.tokens)
@@ -94,7 +94,7 @@ class _Tokens:
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
-    """The library's first line without the place in a grammar that it made itself; what follows shows its insides."""
+    """The first line of the library's message, without the position in its own form of the grammar. Further lines show internals."""
     text = matcher.get_error().strip()
     if text.startswith("panic"):
         return "the grammar cannot be followed"
@@ -106,7 +106,7 @@ def lark_of(kind: str, text: str) -> str:
     """A grammar in the library's Lark from "lark", "ebnf" (Lark, or llama.cpp's GBNF) or "regex".
 
     Raises:
-        GrammarFailed: the text is of no such kind.
+        GrammarFailed: the text is not a grammar of this kind.
     """
     if kind == "lark":
         return text
@@ -116,5 +116,5 @@ def lark_of(kind: str, text: str) -> str:
         raise GrammarFailed("%llguidance is not taken")
     try:
         return any_to_lark(text)
-    except Exception as error:  # the converter raises what it likes
+    except Exception as error:  # the converter raises many kinds
         raise GrammarFailed(f"the grammar is neither Lark nor GBNF: {error}"[:300]) from error

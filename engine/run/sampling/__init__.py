@@ -1,1 +1,1 @@
-"""Step 11 of a request: logits to tokens, each row by its own parameters."""
+"""Samples tokens from logits, each row with its own parameters. Step 11 of a request."""

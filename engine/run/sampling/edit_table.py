@@ -1,8 +1,8 @@
-"""Penalties, biases and ids that may not end an answer yet, kept on the device, so that a captured step edits its logits itself.
+"""Penalties, logit biases and minimum lengths on the device, so that a captured step can edit its logits itself.
 
-A sequence that wants any of it has an *entry* from its opening to its close. What it has seen is counted where it was sampled: the host
-need not know a token before the step that counts it. The slow twin is `engine.run.sampling.edits`, which does the same with what the host
-knows, and does it for whoever has no entry. R rows, V ids that can be sampled, N entries, W = ceil(V / 32).
+A sequence that needs them has an *entry* from its opening to its close. Its tokens are counted where they are sampled, so the host need
+not know a token before the step that counts it. `engine.run.sampling.edits` does the same on the host: it is the reference, and serves
+sequences without an entry. R rows, V ids that can be sampled, N entries, W = ceil(V / 32).
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from parallel.quantised_format import has_triton
 
 MAX_BIASES = 1024
 MAX_STOP_IDS = 64
-"""Whoever has more gets no entry."""
+"""A sequence with more gets no entry."""
 NO_ENTRY = -1
 
 
 class EditTable:
-    """One rank's."""
+    """One rank's entries."""
 
     def __init__(self, *, num_entries: int, vocab_size: int, device: torch.device) -> None:
         self.device, self.vocab_size = device, vocab_size
@@ -32,7 +32,7 @@ class EditTable:
             return torch.zeros(num_entries, *shape, dtype=dtype, device=device)
 
         self._counts_NV = zeros(vocab_size, dtype=torch.int32)
-        """Twice the times that an id is in the output, and one more for ids that were seen before the opening; 0: not seen."""
+        """Twice the number of times that an id is in the output, plus one if it was seen before the opening; 0: never seen."""
         self._known_N = zeros(dtype=torch.int64)
         """How many tokens are counted."""
         self._penalties_N3 = zeros(3, dtype=torch.float32)
@@ -45,7 +45,7 @@ class EditTable:
         return f"<EditTable [{len(self._free)} of {len(self._known_N)} entries free]>"
 
     def open(self, state: SamplingState) -> None:
-        """Give a sequence its entry (`SamplingState.entry`), if it wants one, fits into it, and there is one."""
+        """Assign an entry to the sequence (`SamplingState.entry`) if it needs one, fits into it, and one is free."""
         unfinished = len(state.stop_ids) if state.sampling.min_tokens else 0
         wanted = state.history is not None or len(state.bias_ids) or unfinished
         if not wanted or not self._free or len(state.bias_ids) > MAX_BIASES or unfinished > MAX_STOP_IDS:
@@ -58,7 +58,7 @@ class EditTable:
             self._counts_NV[entry].zero_().index_copy_(0, seen[0], seen[1].to(torch.int32))
             self._known_N[entry : entry + 1].fill_(state.history.num_tokens)
             self._penalties_N3[entry].copy_(upload(np.array(penalties, np.float32), self.device))
-            state.history = None  # it is here now
+            state.history = None  # moved to the device
         else:
             self._counts_NV[entry].zero_()
             self._known_N[entry : entry + 1].fill_(torch.iinfo(torch.int64).max)  # nothing is counted
@@ -69,25 +69,25 @@ class EditTable:
         self._stop_ids[entry, :unfinished].copy_(upload(state.stop_ids[:unfinished], self.device))
 
     def close(self, state: SamplingState) -> None:
-        """What is under way on the device reads the entry before whoever has it next is written there."""
+        """Free the entry. Work in flight on the device reads it before its next owner is written there."""
         if state.entry != NO_ENTRY:
             self._free.append(state.entry)
             state.entry = NO_ENTRY
 
     def count_tokens(self, entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor) -> None:
-        """Count each row's token, which stands at a place in its sequence, if it has not been counted; int64, an entry in one row at most.
+        """Count each row's token, at its position in the sequence, if it is not counted yet. int64; each entry in at most one row.
 
         Rows without an entry count nothing.
         """
         if tokens_R.device.type == "cuda" and has_triton():
-            from parallel.cuda.edits import learn as in_one_launch  # triton: not to be imported where there is no such device
+            from parallel.cuda.edits import learn as in_one_launch  # imports triton, which exists only where there is a CUDA device
 
             in_one_launch(entries_R, tokens_R, starts_R, self._counts_NV, self._known_N)
         else:
             self.count_tokens_torch(entries_R, tokens_R, starts_R)
 
     def count_tokens_torch(self, entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor) -> None:
-        """As `count_tokens`, by plain torch: the kernel's twin."""
+        """`count_tokens` in plain torch: the reference for the kernel."""
         has_entry_R, entries_R = entries_R >= 0, entries_R.clamp(min=0)
         is_new_R = has_entry_R & (starts_R >= self._known_N[entries_R]) & (tokens_R < self.vocab_size)
         places_R = entries_R * self.vocab_size + tokens_R.clamp(max=self.vocab_size - 1)
@@ -103,11 +103,14 @@ class EditTable:
         words_GW: Tensor | None = None,
         raw_highest_RN: Tensor | None = None,
     ) -> Tensor:
-        """float32 (R, V). ``stops_now_R`` is above 0 where stop ids may not be sampled yet; ``word_rows_R`` says which of the words (a bit
-        for each id, lowest first) a row may choose from, below 0: from all. All int64 but the words, which are int32.
-        ``raw_highest_RN``: see `parallel.cuda.edits`; only where there are kernels."""
+        """The edited logits, float32 (R, V).
+
+        ``stops_now_R`` is positive where stop ids may not be sampled yet. ``word_rows_R`` says which row of the words (a bit for each
+        id, lowest first) restricts a row's ids; negative: none. All are int64 except the words, which are int32. ``raw_highest_RN``: see
+        `parallel.cuda.edits`; only used with the kernels.
+        """
         if logits_RV.device.type == "cuda" and has_triton():
-            from parallel.cuda.edits import edited as in_two_launches  # triton: not to be imported where there is no such device
+            from parallel.cuda.edits import edited as in_two_launches  # imports triton, which exists only where there is a CUDA device
 
             if word_rows_R is None or words_GW is None:
                 word_rows_R, words_GW = torch.full_like(entries_R, -1), logits_RV.new_zeros((1, 1), dtype=torch.int32)
@@ -119,7 +122,7 @@ class EditTable:
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """As the kernel wants them."""
+        """The arguments of the kernel."""
         return {
             "counts_NV": self._counts_NV,
             "penalties_N3": self._penalties_N3,
@@ -138,7 +141,7 @@ class EditTable:
         word_rows_R: Tensor | None = None,
         words_GW: Tensor | None = None,
     ) -> Tensor:
-        """As `edit`, by plain torch: the kernels' twin."""
+        """`edit` in plain torch: the reference for the kernels."""
         has_entry_R, entries_R = entries_R >= 0, entries_R.clamp(min=0)
         x_RV = logits_RV.to(torch.float32, copy=True)
         counts_RV = self._counts_NV[entries_R] * has_entry_R.unsqueeze(-1)
@@ -157,14 +160,14 @@ class EditTable:
 
     @staticmethod
     def _add_at(x_RV: Tensor, ids: Tensor, values: Tensor, counts_N: Tensor, entries_R: Tensor, applies_R: Tensor) -> None:
-        """The first so many values of each row's entry, at their ids."""
+        """Add the values of each row's entry at their ids."""
         places_E = torch.arange(ids.shape[1], device=ids.device)
         applies_RE = (places_E < counts_N[entries_R].unsqueeze(-1)) & applies_R.unsqueeze(-1)
         x_RV.scatter_add_(1, ids[entries_R] * applies_RE, torch.where(applies_RE, values[entries_R], 0.0))
 
 
 def edit_on_device(table: EditTable, logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """float32 (R, V), for the rows that have entries; of a step that is launched."""
+    """The edited logits, float32 (R, V), of rows with entries, in a step whose sampling is not replayed."""
     stops_now = [row.allowed is None and row.is_too_early_to_stop for row in rows]
     numbers = upload(np.array([[row.state.entry for row in rows], stops_now], np.int64), logits_RV.device)
     return table.edit(logits_RV, numbers[0], numbers[1])

@@ -1,5 +1,5 @@
-"""What is done to logits before temperature: penalties, biases, ids that may not be sampled now; of rows whose sequence has an entry in an
-`EditTable`, there.
+"""Edits logits before temperature: penalties, biases, and ids that may not be sampled now. Rows with an entry in an `EditTable` are edited
+there.
 
 R rows, V ids that can be sampled.
 """
@@ -17,7 +17,7 @@ from parallel.aligned_rows import empty_rows
 
 
 def edit_logits(logits_RV: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> Tensor:
-    """The logits as each row's parameters change them, in float32; the very same tensor where none changes anything."""
+    """The logits as each row's parameters change them, in float32. Returns the same tensor if no row changes anything."""
     here = [(at, row) for at, row in enumerate(rows) if row.state.entry < 0]
     penalised = [(at, row) for at, row in here if row.state.history is not None]
     biased = [(at, row) for at, row in here if len(row.state.bias_ids)]
@@ -67,17 +67,17 @@ def _add_bias(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
 def _forbid_stop_ids(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None:
     ids = [row.state.stop_ids for _, row in rows]
     at = _places(rows, [len(i) for i in ids], np.concatenate(ids), logits_RV.device)
-    # A tensor, not a number: indexing by a number would wait for the device.
+    # A tensor, not a number: assigning a number by index would wait for the device.
     logits_RV[at] = torch.full((), -torch.inf, device=logits_RV.device)
 
 
 def _forbid_unless_allowed(logits_RV: Tensor, at: list[int], allowed_GW: np.ndarray) -> None:
-    """``at``: the numbers of the G rows that the words belong to."""
+    """``at``: the indices of the G rows that the words belong to."""
     at_G, words_GW = upload(np.array(at, np.int64), logits_RV.device), upload(allowed_GW, logits_RV.device)
     logits_RV[at_G] = logits_RV[at_G].masked_fill(~bits(words_GW, logits_RV.shape[1]), -torch.inf)
 
 
 def _places(rows: Sequence[tuple[int, Row]], lengths: list[int], ids: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Index pairs (row, id) into the logits; no pair occurs twice but for equal stop ids, which do the same."""
+    """Index pairs (row, id) into the logits. Pairs are distinct, except for repeated stop ids, for which that does not matter."""
     numbers = np.repeat(np.array([at for at, _ in rows], np.int64), lengths)
     return upload(numbers, device), upload(ids, device)

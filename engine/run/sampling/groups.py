@@ -1,4 +1,4 @@
-"""Which rows of a step are drawn together, by how much of the vocabulary their filters may have to see."""
+"""Groups the rows of a step by how much of the vocabulary their filters may need to see."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ MAX_CANDIDATES = 1024
 """Rows whose filters keep more are sorted whole."""
 
 MORE_CANDIDATES = 64
-"""Beyond top-k, so that equal logits at its border are all in sight."""
+"""Candidates beyond top-k, so that all ids that tie with the last one are included."""
 
 FEW_TOP_K = 64
-"""Up to here a top-k is what most people ask for, and a captured step looks at few candidates."""
+"""Common values of top-k. Up to here a captured step looks at few candidates."""
 
 Kind = Literal["greedy", "unfiltered", "bounded", "open"]
 
@@ -31,12 +31,12 @@ class DrawGroup:
 
     kind: Kind
     at: tuple[int, ...]
-    """Their numbers in the step."""
+    """Indices of the rows in the step."""
     num_candidates: int
 
 
 def group_rows(rows: Sequence[Row], vocab_size: int) -> list[DrawGroup]:
-    """The rows that are drawn, by kind; greedy rows are in no group."""
+    """The groups of rows that are drawn; greedy rows are in none."""
     kinds = [kind_of(row.state.sampling, vocab_size) for row in rows]
     groups = []
     drawn: tuple[Kind, ...] = ("unfiltered", "bounded", "open")
@@ -70,7 +70,7 @@ def kind_of(sampling: SamplingParams, vocab_size: int) -> Kind:
 
 
 def top_k_of(sampling: SamplingParams, vocab_size: int) -> int:
-    """Top-k with "off" as the whole vocabulary."""
+    """Top-k, or the whole vocabulary if it is off."""
     return min(sampling.top_k, vocab_size) if sampling.top_k > 0 else vocab_size
 
 

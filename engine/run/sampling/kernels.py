@@ -1,4 +1,4 @@
-"""What a CUDA device with Triton samples with, in a few launches; elsewhere plain torch does the same in forty."""
+"""Selects Triton's sampling kernels on a CUDA device. Elsewhere plain torch does the same in some forty launches instead of a few."""
 
 from types import ModuleType
 
@@ -8,9 +8,9 @@ from parallel.quantised_format import has_triton
 
 
 def kernels_for(logits_RV: Tensor) -> ModuleType | None:
-    """`parallel.cuda.draws`, where it can be used."""
+    """`parallel.cuda.draws` if it can be used here, else None."""
     if logits_RV.device.type != "cuda" or not has_triton():
         return None
-    from parallel.cuda import draws  # triton: not to be imported where there is no such device
+    from parallel.cuda import draws  # imports triton, which exists only where there is a CUDA device
 
     return draws

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens and of their most probable alternatives. R rows, V ids that can be sampled."""
+"""Log-probabilities of the chosen tokens and of their most probable alternatives. R rows, V ids that can be sampled."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from engine.plan import TokenLogprobs
 from engine.run.sampling.top_k import candidates, num_certain
 
 _MORE_CANDIDATES = 32
-"""Ids looked at beyond the alternatives asked for, so that equal logits at the end rarely leave open which are meant."""
+"""Candidates beyond the alternatives asked for, so that ties at the end rarely leave the order undecided."""
 
 
 def token_logprobs(logits_RV: Tensor, chosen_R: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
-    """One per row, of the float32 log-softmax of the raw logits over the ids that can be sampled.
+    """One result per row, from the float32 log-softmax of the raw logits over the ids that can be sampled.
 
-    ``num_top`` says how many alternatives each row wants, most probable first, of equal ones the lowest id first; the
-    chosen token is among them if it belongs there.
+    ``num_top``: how many alternatives each row wants, most probable first and lowest id first among equal ones. The chosen token is
+    among them if it belongs there.
     """
     logprobs_RV = torch.log_softmax(logits_RV.to(torch.float32), dim=-1)
     of_chosen = logprobs_RV.gather(-1, chosen_R.unsqueeze(-1)).squeeze(-1).tolist()
@@ -30,7 +30,7 @@ def token_logprobs(logits_RV: Tensor, chosen_R: Tensor, num_top: list[int]) -> l
 
 
 def _leading(logits_RV: Tensor, count: int) -> Tensor:
-    """Ids (R, count) of the highest logits in canonical order, exactly."""
+    """Ids (R, count) of the highest logits, exactly, in canonical order."""
     values_RC, ids_RC = candidates(logits_RV, count + _MORE_CANDIDATES)
     ordered_RC, order_RC = values_RC.sort(dim=-1, descending=True, stable=True)
     if bool((num_certain(ordered_RC, logits_RV.shape[1]) < count).any()):

@@ -1,10 +1,10 @@
-"""Step 11 of a request, replayed: the next token of each row of a captured step.
+"""CUDA graphs of the sampler: the next token of each row of a captured step. Step 11 of a request.
 
-What the sampler launches depends on who is in a step. Here it is one of three sequences of launches, with what edits logits before it or
-without, and which filters a row has, and what is done to its logits, is read on the device. The answers are the sampler's: filters and
-draws are in whole numbers, so it does not matter among how many candidates a row is drawn. One that is not decided among them is drawn
-from all ids there and then: the step behind this one may have begun with what it gives before the host has read it. R rows, B rows of
-the largest captured step, V ids that can be sampled.
+The eager sampler's launches depend on the rows of a step. Here they are one of three fixed sequences, with or without edits of the
+logits, and each row's filters and edits are read on the device. The results equal the eager sampler's: filters and draws use integer
+arithmetic, so the number of candidates does not matter. A row that is undecided among its candidates is redrawn from all ids at once,
+because the next step may use the token before the host has read it. R rows, B rows of the largest captured step, V ids that can be
+sampled.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ IN_SEED, IN_CHOICE, IN_POSITION, IN_TOP_K, IN_KIND, IN_ENTRY, IN_STOPS, IN_WORDS
 
 
 class SamplerGraphs:
-    """`CapturedGraphs`: of the logits that `engine.run.decode_graphs.DecodeGraphs` leaves."""
+    """`CapturedGraphs` that sample from the logits of `engine.run.decode_graphs.DecodeGraphs`."""
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class SamplerGraphs:
         positions_B: Tensor | None = None,
         report: Tensor | None = None,
     ) -> None:
-        """With a ``table`` logits are edited as well, and the tokens of the step counted: those in ``tokens_B``, at their places in their
-        sequences. ``report`` (int64, three for each row) is where a replay leaves what it gives: tokens come first."""
+        """With a ``table`` logits are edited too, and the input tokens of the step, ``tokens_B`` at ``positions_B`` in their sequences,
+        are counted. A replay writes its output to ``report`` (int64, three numbers for each row), tokens first."""
         self._logits_BV, self._sizes, self._graphs = logits_BV, sizes, graphs
         self.table, self._tokens_B, self._positions_B = table, tokens_B, positions_B
         device, num_rows = logits_BV.device, logits_BV.shape[0]
@@ -71,18 +71,18 @@ class SamplerGraphs:
         self._words_BW = torch.zeros(num_rows, -(-logits_BV.shape[1] // 32), dtype=torch.int32, device=device)
         report = torch.zeros(3 * num_rows, dtype=torch.int64, device=device) if report is None else report
         self._reports = {size: report[: 3 * size].view(3, size) for size in sizes}
-        """All begin at the same place: whoever takes a token from there need not know of how many rows the step was."""
+        """All start at the same address: reading a token from there does not depend on the step's number of rows."""
         self._readback = Readback(report)
         self._replays: dict[tuple[int, int, bool], Replay] = {}
         self._latest: tuple[np.ndarray | None, int, bool] = None, GREEDY, False
-        """Columns, their hardest kind, and whether they may be edited some time: mostly the very same ones come again."""
+        """Columns, their hardest kind, and whether they can ever be edited. Most steps have the same array again."""
 
     def __repr__(self) -> str:
         return f"<SamplerGraphs [{len(self._replays)} captured]>"
 
     @property
     def edits(self) -> bool:
-        """Whether rows that have entries, or words, may be in a step."""
+        """Whether rows with entries or words are supported."""
         return self.table is not None
 
     @property
@@ -102,20 +102,23 @@ class SamplerGraphs:
         self._replays.clear()
 
     def launch(self, columns: np.ndarray, known_S: np.ndarray, size: int, words: Mapping[int, np.ndarray] = NO_WORDS) -> "Report":
-        """Begin to sample, without waiting for it. ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens.
-        ``words``: by their places in the step those who may choose from some ids only, int32 (W), a bit for each id, lowest first."""
+        """Launch the sampler without waiting for it.
+
+        ``columns`` are those of `SamplingColumns`, of sequences with so many known tokens. ``words`` has, by row of the step, the ids
+        that the row is restricted to: int32 (W), a bit for each id, lowest first.
+        """
         if words or columns is not self._latest[0]:
             self._latest = columns, int(columns[KIND].max()), self.edits and may_be_edited(columns)
         _, hardest, may_be = self._latest
         is_edited = may_be and are_edited(columns, known_S)
-        if is_edited or hardest > GREEDY:  # else nothing of it is looked at
+        if is_edited or hardest > GREEDY:  # otherwise no input is read
             self._upload_inputs(columns, known_S, size, is_edited, words)
         self._replays[size, graph_kind(hardest), is_edited]()
         return Report(self._readback.start_copy(), size, columns.shape[1])
 
     def _upload_inputs(self, columns: np.ndarray, known_S: np.ndarray, size: int, is_edited: bool, words: Mapping[int, np.ndarray]) -> None:
         count, inputs = columns.shape[1], self._staged.next_host_array()
-        inputs[:, :size] = _greedy_inputs(size)  # what fills the step up is greedy, and nobody looks at it
+        inputs[:, :size] = _greedy_inputs(size)  # padding rows are greedy, and nobody reads them
         inputs[IN_SEED, :count], inputs[IN_CHOICE, :count], inputs[IN_POSITION, :count] = (
             columns[SEED],
             columns[CHOICE],
@@ -154,7 +157,7 @@ class SamplerGraphs:
             self._draw_by_torch(size, most, raw_RV, logits_RV)
 
     def _draw_by_torch(self, size: int, most: int, raw_RV: Tensor, logits_RV: Tensor) -> None:
-        """The kernels' twin."""
+        """The reference for the kernels."""
         highest_R, chosen_R = highest(logits_RV)
         raw_highest_R = highest_R if raw_RV is logits_RV else highest(raw_RV)[0]
         if most > GREEDY:
@@ -179,7 +182,7 @@ class SamplerGraphs:
 
 
 class Report:
-    """What a replay drew, on its way to the host. The next step may begin before it is read."""
+    """The output of a replay, on its way to the host. The next step may start before it is read."""
 
     def __init__(self, buffer: PinnedBuffer, size: int, count: int) -> None:
         self._buffer, self._size, self._count = buffer, size, count
@@ -188,15 +191,15 @@ class Report:
         return self._buffer.is_done()
 
     def read(self) -> np.ndarray:
-        """int64 (3, S): what was drawn, whether the model's logits are sound, whether the edited ones are. Waits for the device. To be
-        read before the step after the next is launched."""
+        """int64 (3, S): the drawn token, and whether the model's and the edited logits are finite. Waits for the device. Must be called
+        before the step after the next is launched."""
         self._buffer.wait()
         report: np.ndarray = self._buffer.array[: 3 * self._size].reshape(3, self._size)[:, : self._count]
         return report
 
 
 def as_decided(report_3S: np.ndarray) -> list[list[int]]:
-    """What `Report.read` gave as `Sampler.results` takes it."""
+    """The output of `Report.read` in the form that `Sampler.results` takes."""
     chosen, raw_sound, sound = report_3S.tolist()
     return [chosen, [1] * len(chosen), raw_sound, sound]
 

@@ -1,4 +1,4 @@
-"""What the sampling rank remembers of a sequence between steps."""
+"""What the sampling rank knows about a sequence between steps."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from engine.run.noise import seed_bits
 
 
 class TokenHistory:
-    """The distinct tokens of a sequence and how often each occurs in its output, as arrays that grow."""
+    """The distinct tokens of a sequence and how often each occurs in its output, as growing arrays."""
 
     def __init__(self, *, num_prompt: int, vocab_size: int) -> None:
         self.num_tokens = 0
@@ -21,7 +21,7 @@ class TokenHistory:
         self._output_counts = np.zeros(64, np.int64)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Tokens from `num_tokens` on. Ids beyond the vocabulary have no logit that could be changed and are only counted."""
+        """Add the tokens from position `num_tokens` on. Ids beyond the vocabulary have no logit to change and only advance the position."""
         for token in tokens:
             is_output = self.num_tokens >= self._num_prompt
             self.num_tokens += 1
@@ -40,7 +40,7 @@ class TokenHistory:
         return self._output_counts[: len(self._place)]
 
     def and_then(self, tokens: Iterable[int]) -> "TokenHistory":
-        """As it would be after more tokens; this one stays as it is."""
+        """A copy with more tokens added."""
         after = TokenHistory(num_prompt=self._num_prompt, vocab_size=self._vocab_size)
         after.num_tokens, after._place = self.num_tokens, dict(self._place)
         after._ids, after._output_counts = self._ids.copy(), self._output_counts.copy()
@@ -57,10 +57,10 @@ class TokenHistory:
 
 
 class SamplingState:
-    """A sequence's parameters in the form that each step wants them, and its history where they look at it."""
+    """A sequence's sampling parameters in the form that steps need, and its history if they depend on it."""
 
     def __init__(self, opening: Opening, *, vocab_size: int) -> None:
-        """``vocab_size`` is the number of ids that can be sampled; rules about ids beyond it have no effect."""
+        """``vocab_size`` is the number of ids that can be sampled; rules about other ids have no effect."""
         self.sequence = opening.sequence
         self.request_id = opening.request_id
         self.sampling = opening.sampling
@@ -75,36 +75,36 @@ class SamplingState:
         self.bias_values = np.array(list(bias.values()), np.float32)
         self.num_prompt, self.vocab_size = opening.num_prompt, vocab_size
         self.entry = -1
-        """In `engine.run.sampling.edit_table.EditTable`, which then counts what `history` would; below 0: none."""
+        """Its entry in the `engine.run.sampling.edit_table.EditTable`, which then replaces `history`; negative: none."""
         self.history: TokenHistory | None = None
         if opening.sampling.penalises:
             self.history = TokenHistory(num_prompt=opening.num_prompt, vocab_size=vocab_size)
             self.history.extend(opening.history)
 
     def add_tokens(self, work: Work) -> None:
-        """Learn the tokens that the work brings beyond those known; its guesses are not."""
+        """Add the tokens of the work that are new, without its guesses."""
         if self.history is not None:
             known = max(self.history.num_tokens - work.start, 0)
             self.history.extend(work.tokens[known : len(work.tokens) - work.num_draft])
 
     def accept_draft(self, guesses: Iterable[int]) -> None:
-        """These, behind all that is known, were right: no work brings them again."""
+        """Add guesses that were accepted: no work will bring them again."""
         if self.history is not None:
             self.history.extend(guesses)
 
     def next_position(self, work: Work) -> int:
-        """The output position of the token behind the last known one of the work."""
+        """The output position of the token after the last known one of the work."""
         return work.start + len(work.tokens) - work.num_draft - self.num_prompt
 
 
 class Row(NamedTuple):
-    """One row of logits, and whose it is."""
+    """One row of logits, and the sequence that it belongs to."""
 
     state: SamplingState
     position: int
-    """Output position of the token to be chosen."""
+    """Output position of the token to be sampled."""
     allowed: np.ndarray | None = None
-    """int32 (W = ceil(V / 32)): a bit for each id, lowest first; 0 forbids it. It has `min_tokens` in it. None = no such rule."""
+    """int32 (W = ceil(V / 32)): a bit for each id, lowest first; 0 forbids it. Includes `min_tokens`. None = no restriction."""
     ahead: tuple[int, ...] = ()
     """Guessed tokens between the last known one and this position."""
 
@@ -114,6 +114,6 @@ class Row(NamedTuple):
 
     @property
     def history(self) -> TokenHistory | None:
-        """What the row has seen, if its parameters look at that."""
+        """The tokens that the row has seen, if its parameters depend on them."""
         history = self.state.history
         return history.and_then(self.ahead) if history is not None and self.ahead else history

@@ -1,4 +1,4 @@
-"""Which logits decide a step's rows, where they are few: then the head need not give all of them (`parallel.native.screened`)."""
+"""Which logits decide the rows of a step: if they are few, the head need not compute all of them (`parallel.native.screened`)."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ _NONE = np.empty(0, np.int64)
 
 
 def needed_top_logits(rows: Sequence[Row], vocab_size: int) -> Sought | None:
-    """None where some row looks at more than a few of its logits, or something may raise one of them. ``vocab_size`` ids can be sampled."""
+    """None if a row depends on more than a few logits, or if its parameters may raise one. ``vocab_size`` ids can be sampled."""
     counts = [_num_needed(row) for row in rows]
     if not rows or not all(counts):
         return None
@@ -20,12 +20,12 @@ def needed_top_logits(rows: Sequence[Row], vocab_size: int) -> Sought | None:
 
 
 def _num_needed(row: Row) -> int:
-    """How many of the highest decide the row; 0: all do.
+    """How many of the highest logits decide the row; 0: all of them.
 
-    A top-k is decided by its k, with what ties with the last of them: the filters behind it see no more.
+    A top-k is decided by its k highest, and those equal to the last: later filters see no others.
     """
     sampling = row.state.sampling
-    if row.state.entry >= 0 and sampling.penalises:  # what it has seen is counted elsewhere
+    if row.state.entry >= 0 and sampling.penalises:  # its history is on the device
         return 0
     if row.allowed is not None or sampling.grammar is not None or sampling.logprobs is not None or len(row.state.bias_ids):
         return 0
@@ -37,7 +37,7 @@ def _num_needed(row: Row) -> int:
 
 
 def _lowered(row: Row) -> np.ndarray:
-    """Ids (int64) whose logits are made lower, or impossible, before the highest is looked for."""
+    """Ids (int64) whose logits are lowered, or forbidden, before the highest is searched."""
     history = row.history
     seen = history.ids if history is not None else _NONE
     return np.concatenate([seen, row.state.stop_ids]) if row.is_too_early_to_stop else seen

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.run.sampling.top_k import candidates, candidates_of_stretches, highest, highest_of_stretches, num_certain
+from engine.run.sampling.top_k import candidates, candidates_torch, highest, highest_torch, num_certain
 
 
 @st.composite
@@ -22,7 +22,7 @@ def rows_of_logits(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(logits=rows_of_logits(), find=st.sampled_from([highest, highest_of_stretches]))
+@given(logits=rows_of_logits(), find=st.sampled_from([highest, highest_torch]))
 def test_the_highest_is_the_first_of_the_highest(logits, find):
     values, ids = find(logits)
     assert torch.equal(values, logits.amax(-1))
@@ -32,7 +32,7 @@ def test_the_highest_is_the_first_of_the_highest(logits, find):
 
 
 @settings(max_examples=150, deadline=None)
-@given(logits=rows_of_logits(), count=st.sampled_from([1, 5, 84, 300, 1024]), find=st.sampled_from([candidates, candidates_of_stretches]))
+@given(logits=rows_of_logits(), count=st.sampled_from([1, 5, 84, 300, 1024]), find=st.sampled_from([candidates, candidates_torch]))
 def test_candidates_are_the_highest_and_what_is_called_certain_is(logits, count, find):
     vocab_size = logits.shape[1]
     values, ids = find(logits, count) if count < vocab_size else candidates(logits, count)
@@ -46,7 +46,7 @@ def test_candidates_are_the_highest_and_what_is_called_certain_is(logits, count,
         assert torch.equal(ids[row][order[row]][:finite], expected.indices[row][:finite])
 
 
-@pytest.mark.parametrize("find", [highest, highest_of_stretches])
+@pytest.mark.parametrize("find", [highest, highest_torch])
 @pytest.mark.parametrize("vocab_size", [10, 700, 5000])
 def test_a_nan_is_the_highest(vocab_size, find):
     logits = torch.zeros(4, vocab_size)
