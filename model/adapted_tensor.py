@@ -1,4 +1,4 @@
-"""One tensor of a model with an adapter, of which nothing has been read yet. N outputs, K input features, R ranks of the adapter."""
+"""One tensor of a model with an adapter, read lazily. N outputs, K input features, R ranks of the adapter."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -13,21 +13,22 @@ from model.terminal_safe import terminal_safe
 from parallel.weight_format import StoredTensor
 
 KEPT_READS = 32
-"""Shares of A and B that are kept for the next piece of their matrix: at least those of all matrices that are read at a time."""
+"""Cached shares of A and B: at least those of all matrices that are read at the same time."""
 
 
 class ReadCache:
-    """Parts of the adapter that were read last: a matrix comes in pieces, and each wants all of A or all of B. Thread-safe."""
+    """A cache of the parts of the adapter that were read last. A matrix is read in pieces, and each piece needs all of A or all of B.
+    Thread-safe."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, int, int, int, int], Tensor] = OrderedDict()
         self._lock = Lock()
 
     def read(self, stored: FileTensor, rows: slice, columns: slice) -> Tensor:
-        """In float32.
+        """The part in float32.
 
         Raises:
-            CheckpointError: it cannot be read, or is no numbers.
+            CheckpointError: it cannot be read, or holds NaN or infinity.
         """
         key = (stored.name, rows.start, rows.stop, columns.start, columns.stop)
         with self._lock:
@@ -50,14 +51,14 @@ class ReadCache:
 
 @dataclass(frozen=True)
 class LowRankFactor:
-    """One side of a product B A, or that of one of several experts which lie in a tensor together."""
+    """One side of a product B A, possibly that of one expert in a tensor that holds several."""
 
     stored: FileTensor
     rank_dim: int
-    """Which of its dims is the ranks; the other is the outputs, or the input features."""
+    """Which of its dims is the rank; the other is the outputs, or the input features."""
     ranks: slice
     first: int = 0
-    """Of the other dim, where it begins."""
+    """Offset in the other dim."""
 
     def read(self, span: slice, kept: ReadCache) -> Tensor:
         """(R, len(span)) in float32."""
@@ -77,20 +78,20 @@ class LowRankProduct:
     kept: ReadCache
 
     def added_to(self, part_NK: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """``part_NK`` in float32 and this part of the product together."""
+        """The sum of ``part_NK`` and this part of the product, in float32."""
         return torch.addmm(part_NK, self.outputs.read(outputs, self.kept).T, self.inputs.read(inputs, self.kept), alpha=self.scale)
 
 
 @dataclass(frozen=True)
 class ReplacedRows:
-    """Single rows of a matrix, whole."""
+    """Single rows of a matrix that the adapter replaces."""
 
     numbers: tuple[int, ...]
     stored: FileTensor
     kept: ReadCache
 
     def put_into(self, part: Tensor, outputs: slice, inputs: slice) -> None:
-        """Those that are of this part of the matrix."""
+        """Write the rows that are in this part of the matrix."""
         here = [place for place, number in enumerate(self.numbers) if outputs.start <= number < outputs.stop]
         if here:
             rows = self.kept.read(self.stored, slice(0, self.stored.shape[0]), inputs)
@@ -99,12 +100,12 @@ class ReplacedRows:
 
 @dataclass(frozen=True)
 class AdaptedTensor:
-    """A `parallel.weight_format.ReadsInto`: one tensor of the model as the adapter has it, in the dtype in which the base has it. Each
-    part is added up in float32 and rounded once."""
+    """A `parallel.weight_format.ReadsInto`: one tensor of the model with the adapter merged, in the dtype of the base. Each part is
+    summed in float32 and rounded once."""
 
     name: str
     stored: StoredTensor
-    """The base's, or what the adapter brings in its place."""
+    """The base's tensor, or the adapter's replacement for it."""
     dtype: torch.dtype
     product: LowRankProduct | None = None
     magnitude_N: FileTensor | None = None
@@ -130,7 +131,7 @@ class AdaptedTensor:
         """The given part as a CPU tensor.
 
         Raises:
-            CheckpointError: a file cannot be read, or the sum is no numbers.
+            CheckpointError: a file cannot be read, or the sum is not finite.
         """
         spans = [slice(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
         part = self.stored.read(*spans) if self.product is None else self._sum(self.product, *spans)
@@ -142,7 +143,7 @@ class AdaptedTensor:
         return rounded
 
     def read_into(self, place: Tensor, *slices: slice) -> None:
-        """As `read`, into a contiguous CPU tensor of that shape and dtype."""
+        """Like `read`, into a contiguous CPU tensor of that shape and dtype."""
         place.copy_(self.read(*slices))
 
     def _sum(self, product: LowRankProduct, outputs: slice, inputs: slice) -> Tensor:

@@ -1,15 +1,15 @@
-"""A model with a LoRA adapter (arXiv 2106.09685, as PEFT stores it), as a plain checkpoint: what is read of a matrix has its part of B A
+"""Merges a LoRA adapter (arXiv 2106.09685, as PEFT stores it) into a checkpoint: each part of a matrix that is read has its part of B A
 added. N outputs, K input features, R ranks of the adapter.
 
-Names in adapter_model.safetensors, each behind ``base_model.model.`` and the module's name in the model:
+Names in adapter_model.safetensors, each prefixed by ``base_model.model.`` and the module's name in the model:
 
     lora_A.weight (R, K), lora_B.weight (N, R)             a matrix: W + scale B A
     lora_embedding_A (R, V), lora_embedding_B (D, R)       an embedding (V, D): W + scale (B A)^T
-    lora_magnitude_vector (N)                              DoRA (arXiv 2402.09353): each row of the sum then gets this length
-    token_adapter.trainable_tokens_delta (rows, D)         rows of an embedding, whole, of the tokens that its configuration names
-    base_layer.weight, base_layer.bias, weight, bias       what stands in place of the base's own
+    lora_magnitude_vector (N)                              DoRA (arXiv 2402.09353): the length to which each row of the sum is scaled
+    token_adapter.trainable_tokens_delta (rows, D)         whole rows of an embedding, for the tokens named in its configuration
+    base_layer.weight, base_layer.bias, weight, bias       replacements of the base's tensors
 
-Of transformers 5 the experts of a layer lie in one tensor, and so do their adapters, the second wrapped around the first:
+transformers 5 has the experts of a layer in one tensor, and so are their adapters, the second wrapped around the first:
 
     mlp.experts.base_layer.lora_A.weight (E R, D), lora_B.weight (2 I, R E)    gate and up; rank r of expert e is column r E + e of B
     mlp.experts.lora_A.weight (E R, I), lora_B.weight (D, R E)                 down
@@ -50,12 +50,12 @@ EXPERTS = re.compile(r"(.+\.experts)(?:\.base_layer)?")
 
 
 class Adapter:
-    """A LoRA adapter's files. Opening it reads and checks its configuration and its header, and no weight.
+    """A LoRA adapter's files. Opening it reads and checks its configuration and header, but no weights.
 
-    ``place`` is a path, or the URL of a folder elsewhere, as a checkpoint's is.
+    ``place`` is a path, or the URL of a remote folder, as for a checkpoint.
 
     Raises:
-        AdapterError: it is of a kind that is not served, or not whole.
+        AdapterError: it is of an unsupported kind, or incomplete.
         CheckpointError: its files are missing or damaged.
     """
 
@@ -74,7 +74,7 @@ class Adapter:
         return f"<Adapter {self.place} [{len(self._parts)} modules | {len(self._brought)} tensors in place of the base's]>"
 
     def close(self) -> None:
-        """Let go of the file, and of what was read of it."""
+        """Close the file and drop what was cached."""
         self._file.close()
         self._kept.forget()
 
@@ -94,28 +94,29 @@ class Adapter:
         return unties_head(self._file.tensors, self.config)
 
     def check_numbers(self) -> None:
-        """Read all of it.
+        """Read all weights.
 
         Raises:
-            CheckpointError: it cannot be read, or holds what is no number.
+            CheckpointError: they cannot be read, or hold NaN or infinity.
         """
         for tensor in self._file.tensors.values():
             if not torch.isfinite(tensor.read()).all():
                 raise non_finite(tensor)
 
     def apply(self, tensors: Mapping[str, StoredTensor], *, head_was_tied: bool = False) -> Mapping[str, StoredTensor]:
-        """The tensors of a model, by name, as the adapter has them.
+        """The tensors of a model, by name, with the adapter merged.
 
-        ``head_was_tied``: the base's head is its embedding; where it cannot be any more (`unties_head`) it is a tensor of its own now.
+        ``head_was_tied``: the base's head is its embedding. If the adapter changes only one of them (`unties_head`), the head becomes a
+        separate tensor.
 
         Raises:
-            AdapterError: a tensor of the adapter has no place in this model, or another shape than its place.
+            AdapterError: a tensor of the adapter does not exist in this model, or has another shape there.
         """
         adapted: dict[str, StoredTensor] = dict(tensors)
         brought_of, parts_of = self._brought, self._parts
         if head_was_tied and self.unties_head and DECODER + EMBEDDING in tensors:
             adapted[HEAD] = adapted[DECODER + EMBEDDING]
-        elif head_was_tied:  # what there is of the head is the embedding's once more
+        elif head_was_tied:  # the head stays tied, so the adapter's head is a copy of its embedding
             brought_of = {name: brought for name, brought in brought_of.items() if name != HEAD}
             parts_of = {module: parts for module, parts in parts_of.items() if f"{module}.weight" != HEAD}
         homeless: list[str] = []
@@ -144,13 +145,13 @@ class Adapter:
         return adapted | changed_in
 
     def _put(self, tensors: dict[str, StoredTensor], tensor: AdaptedTensor) -> None:
-        """By its name; two names of the adapter's may mean the same tensor (see `DECODER`)."""
+        """Add a tensor by its name. Two names in the adapter may mean the same tensor (see `DECODER`), which is an error."""
         if tensor.name in tensors:
             self._refuse(f"it changes {tensor.name} twice")
         tensors[tensor.name] = tensor
 
     def _sorted(self) -> tuple[dict[str, dict[str, FileTensor]], dict[str, FileTensor], dict[str, FileTensor]]:
-        """Its tensors: parts of products by module, those in place of the base's by the names of these, and single rows by module."""
+        """The adapter's tensors: parts of products by module, replacements by the base's names, and single rows by module."""
         parts: dict[str, dict[str, FileTensor]] = {}
         brought: dict[str, FileTensor] = {}
         rows: dict[str, FileTensor] = {}
@@ -184,7 +185,7 @@ class Adapter:
             )
 
     def _changed(self, module: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
-        """The matrices of the model that a module's parts change; none where it is not of this model."""
+        """The matrices of the model that a module's parts change; none if this model has no such module."""
         if (place := _found(f"{module}.weight", tensors)) is not None:
             yield self._matrix(place, parts, tensors[place])
         elif (found := EXPERTS.fullmatch(module)) and parts.keys() == {A, B}:
@@ -214,7 +215,7 @@ class Adapter:
         return AdaptedTensor(place, stored, base.dtype, rows=ReplacedRows(numbers, rows, self._kept))
 
     def _experts(self, experts: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
-        """Of all experts of a layer, with one tensor for A and one for B: of which of their matrices, the shapes say."""
+        """All experts of a layer, from one tensor for A and one for B. The shapes tell which of the experts' matrices they change."""
         for fused, names in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
             places = list(_of_experts(experts, names, tensors))
             if not places:
@@ -248,12 +249,12 @@ class Adapter:
 
 
 def _with_product(place: str, base: StoredTensor, product: LowRankProduct, magnitude_N: FileTensor | None = None) -> AdaptedTensor:
-    stored = base.stored if isinstance(base, AdaptedTensor) else base  # brought by the adapter: rounded once, with what is added
+    stored = base.stored if isinstance(base, AdaptedTensor) else base  # replaced by the adapter: the sum is rounded only once
     return AdaptedTensor(place, stored, base.dtype, product, magnitude_N)
 
 
 def _of_experts(experts: str, names: tuple[str, ...], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """The names of their matrices, expert after expert."""
+    """The names of the experts' matrices, expert by expert."""
     number = 0
     while (first := _found(f"{experts}.{number}.{names[0]}.weight", tensors)) is not None:
         yield from (first.replace(f".{names[0]}.", f".{name}.") for name in names)
@@ -261,5 +262,5 @@ def _of_experts(experts: str, names: tuple[str, ...], tensors: Mapping[str, Stor
 
 
 def _found(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
-    """What a tensor is called in this model, which may have a head where the adapter's had none, or the reverse."""
+    """The name of a tensor in this model, which may have a head where the adapter's had none, or the reverse."""
     return next((each for each in (name, DECODER + name, name.removeprefix(DECODER)) if each in tensors), None)

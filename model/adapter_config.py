@@ -1,4 +1,4 @@
-"""What an adapter's own adapter_config.json says (PEFT's `LoraConfig`): every field that could change a weight is known, or refused."""
+"""An adapter's adapter_config.json (PEFT's `LoraConfig`): every field that could change a weight is either read or refused."""
 
 import math
 import re
@@ -17,8 +17,8 @@ IGNORED_FIELDS = frozenset({
     "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
     "target_parameters", "task_type", "velora_config",
 })  # fmt: skip
-"""How it was trained and where, which its tensors say themselves or nothing asks any more. PEFT, too, ignores `fan_in_fan_out` beside what
-stores its weights as Qwen2 does."""
+"""How and where the adapter was trained: visible in its tensors, or irrelevant here. PEFT, too, ignores `fan_in_fan_out` for models that
+store weights as Qwen2 does."""
 READ_FIELDS = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "use_dora", "init_lora_weights",
     "ensure_weight_tying", "trainable_token_indices",
@@ -34,7 +34,7 @@ UNSUPPORTED_FIELDS = {
     "use_qalora": "was trained on groups of inputs (QA-LoRA)",
 }
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of an `init_lora_weights` that took something out of the base's own weights before training."""
+"""Values of `init_lora_weights` (prefixes) with which training started from changed weights of the base."""
 
 BIASES = ("none", "all", "lora_only")
 
@@ -45,31 +45,31 @@ MAX_QUANTIFIERS = 2
 
 
 class AdapterError(ValueError):
-    """An adapter is damaged, of a kind that is not served, or of another model; the message says which, and what would do."""
+    """An adapter is damaged, of an unsupported kind, or of another model. The message says which, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What of a LoRA adapter its tensors do not say themselves."""
+    """What the tensors of a LoRA adapter do not say themselves."""
 
     rank: int
-    """`r`: rows of A, where no pattern says otherwise."""
+    """`r`: rows of A, unless a pattern matches."""
     alpha: float
     """`lora_alpha`"""
     rank_stabilised: bool
-    """`use_rslora`: the product is scaled by alpha over the root of the rank, not over the rank."""
+    """`use_rslora`: the product is scaled by alpha / sqrt(rank) instead of alpha / rank."""
     has_magnitudes: bool
     """`use_dora`: every output has a length of its own (DoRA, arXiv 2402.09353)."""
     brings_biases: bool
-    """`bias`: all of the model's, or of the matrices that it changes (lora_only), in place of the base's."""
+    """`bias`: whether it replaces biases of the base, all of them or only those of the matrices that it changes (lora_only)."""
     keeps_head_tied: bool
-    """`ensure_weight_tying`: where the base's head is its embedding, what changes the one changes the other."""
+    """`ensure_weight_tying`: if the base's head is its embedding, a change of one is a change of both."""
     token_rows: tuple[tuple[str, tuple[int, ...]], ...]
-    """`trainable_token_indices`: by the last part of a module's name, rows of its matrix that were trained by themselves."""
+    """`trainable_token_indices`: rows that were trained individually, by the last part of their module's name."""
     base: str | None
-    """What it was trained on, as its author's machine called it."""
+    """The base, as its author's machine called it."""
     rank_pattern: tuple[tuple[str, int], ...] = field(default=())
-    """Regular expressions of module names, the first that matches counts."""
+    """Regular expressions of module names; the first that matches counts."""
     alpha_pattern: tuple[tuple[str, float], ...] = field(default=())
 
     @classmethod
@@ -89,7 +89,7 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "AdapterConfig":
-        """The same from the parsed JSON."""
+        """Like `from_folder`, from the parsed JSON."""
         if raw.get("peft_type") != "LORA":
             raise AdapterError(f"peft_type is {raw.get('peft_type')!r:.80}, and only LORA is served; {_MERGE}")
         _refuse_what_is_not_computed(raw)
@@ -111,17 +111,17 @@ class AdapterConfig:
         )
 
     def rank_of(self, module: str) -> int:
-        """Of a module by its name in the model, such as ``model.layers.0.self_attn.q_proj``."""
+        """The rank for a module by its name in the model, such as ``model.layers.0.self_attn.q_proj``."""
         return next((rank for pattern, rank in self.rank_pattern if _matches(pattern, module)), self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A."""
         rank = self.rank_of(module)
         alpha = next((alpha for pattern, alpha in self.alpha_pattern if _matches(pattern, module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def is_of(self, base: str) -> bool | None:
-        """Whether it says that it was trained on what is called ``base`` here, by the last part of the names; None: it says nothing."""
+        """Whether it was trained on ``base``, judged by the last part of both names. None: the configuration does not say."""
         return None if self.base is None else _plain_name(self.base) == _plain_name(base)
 
 
@@ -148,7 +148,7 @@ def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
 
 
 def _token_rows(raw: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """A list is the embedding's."""
+    """A plain list means the embedding."""
     by_module = raw if isinstance(raw, dict) else {"embed_tokens": raw} if raw else {}
     for rows in by_module.values():
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows) or len(set(rows)) < len(rows):
@@ -162,7 +162,8 @@ def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         raise AdapterError(f"{name} is a {type(patterns).__name__}, expected an object")
     for pattern in patterns:
         if len(pattern) > MAX_PATTERN or len(QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS or GROUP_QUANTIFIED.search(pattern):
-            raise AdapterError(f"{name}: {pattern[:80]!r} is too intricate for the name of a module")  # could take a matcher for ever
+            # a matcher could take exponential time
+            raise AdapterError(f"{name}: {pattern[:80]!r} is too intricate for the name of a module")
         try:
             re.compile(pattern)
         except re.error as error:
@@ -171,7 +172,7 @@ def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """As PEFT's `get_pattern_key`."""
+    """Like PEFT's `get_pattern_key`."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 

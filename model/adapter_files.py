@@ -1,4 +1,5 @@
-"""The small files of a model with an adapter: the base's, with the tokenizer that the adapter was trained with where it brings one."""
+"""The small files of a model with an adapter: the base's, with the adapter's tokenizer, chat template and end of sequence where it has
+them."""
 
 import fnmatch
 import hashlib
@@ -18,21 +19,21 @@ TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, GENERATION = (
     "generation_config.json",
 )
 ADDED, VOCABULARY = "added_tokens.json", "vocab.json"
-"""Of a slow tokenizer: its tokens by their texts."""
+"""Files of a slow tokenizer that map token texts to ids."""
 TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", ADDED, VOCABULARY, "merges.txt")
 
 
 def files_with_adapter(base: Path, adapter: Path | None) -> Path:
-    """A folder with the base's configuration, and with tokenizer and chat template of the adapter where it has them: trainers store them
-    beside it. The base's own folder where it has neither.
+    """A folder with the base's configuration, and the adapter's tokenizer and chat template, which trainers store beside it. Returns the
+    base's own folder if the adapter has neither.
 
-    An adapter without a chat template has the base's. Where its tokenizer ends texts by another token than the base does, as when a base
-    model learned to chat, that token ends answers too. A tokenizer without tokenizer.json, as slow ones are stored, must be the base's own:
-    then its template and its end count.
+    An adapter without a chat template uses the base's. If its tokenizer ends texts with another token than the base does, as when a base
+    model was trained to chat, that token also ends answers. A slow tokenizer (without tokenizer.json) must be equal to the base's; then
+    only its template and its end of sequence are used.
 
     Raises:
         InvalidModelConfig: a file of either is damaged.
-        AdapterError: the adapter has another tokenizer than the base, and no tokenizer.json of it.
+        AdapterError: the adapter has another tokenizer than the base, and no tokenizer.json for it.
     """
     if adapter is None or not any((adapter / name).is_file() for name in TEXT_FILES):
         return base
@@ -59,13 +60,13 @@ def _with_own_tokenizer(base: Path, adapter: Path) -> dict[str, bytes | None]:
 
 
 def _with_tokenizer_of_base(base: Path, adapter: Path) -> dict[str, bytes | None]:
-    """Template and end of the adapter's for the base's tokenizer; None: a file of the base's that is not taken."""
+    """The adapter's template and end of sequence, for the base's tokenizer. None: a file of the base that must be left out."""
     settings, of_base = _object(adapter / TOKENIZER_CONFIG), _object(base / TOKENIZER_CONFIG)
     _refuse_other_tokens(base, adapter, settings)
     own: dict[str, bytes | None] = {}
     if (adapter / TEMPLATE).is_file():
         own[TEMPLATE] = (adapter / TEMPLATE).read_bytes()
-    elif settings.get("chat_template") and (base / TEMPLATE).is_file():  # it would have precedence over the adapter's
+    elif settings.get("chat_template") and (base / TEMPLATE).is_file():  # otherwise it would take precedence over the adapter's template
         own[TEMPLATE] = None
     taken = {name: settings[name] for name in ("chat_template", "eos_token") if settings.get(name)}
     if any(of_base.get(name) != value for name, value in taken.items()):
@@ -74,7 +75,7 @@ def _with_tokenizer_of_base(base: Path, adapter: Path) -> dict[str, bytes | None
 
 
 def _refuse_other_tokens(base: Path, adapter: Path, settings: Mapping[str, Any]) -> None:
-    """Where a slow tokenizer, or what its configuration says was added to it, has tokens that the base's has not, or elsewhere."""
+    """Raise if a slow tokenizer, or the tokens that its configuration adds, has tokens that the base lacks or numbers differently."""
     decoder = settings.get("added_tokens_decoder")
     listed = [(number, token) for number, token in (decoder if isinstance(decoder, dict) else {}).items() if isinstance(token, dict)]
     of_decoder = [(token.get("content"), int(number) if number.isdecimal() else number) for number, token in listed]
@@ -93,14 +94,14 @@ def _refuse_other_tokens(base: Path, adapter: Path, settings: Mapping[str, Any])
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """By text, of what tokenizer.json holds."""
+    """Ids by text, from the content of tokenizer.json."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     return (dict(vocabulary) if isinstance(vocabulary, dict) else {}) | {token["content"]: token["id"] for token in _added(tokenizer)}
 
 
 def _ends(base: Path, end: int | None) -> dict[str, bytes]:
-    """generation_config.json with ``end`` among the ids that end an answer; nothing where it is."""
+    """generation_config.json with ``end`` added to the ids that end an answer; nothing if it is there already."""
     generation = _object(base / GENERATION)
     said = generation.get("eos_token_id")
     said = _object(base / "config.json").get("eos_token_id") if said is None else said
@@ -127,7 +128,7 @@ def _added(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _files(base: Path) -> dict[str, bytes]:
-    """The small ones, those of sentence-transformers' subfolders too, by a name such as ``1_Pooling/config.json``."""
+    """The small files, including those in sentence-transformers' subfolders, by names such as ``1_Pooling/config.json``."""
     folders = [base, *(path for path in base.iterdir() if path.is_dir() and fnmatch.fnmatch(path.name, MODULE_FOLDERS))]
     paths = [path for folder in folders for path in folder.iterdir() if path.is_file()]
     small = [path for path in paths if any(fnmatch.fnmatch(path.name, each) for each in SMALL_FILES)]
@@ -143,7 +144,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def _kept(files: Mapping[str, bytes]) -> Path:
-    """A folder of the cache that holds just these; the same for the same."""
+    """A cache folder with exactly these files, the same for the same content."""
     state = hashlib.sha256()
     for name in sorted(files):
         state.update(f"{name} {len(files[name])}\n".encode() + files[name])

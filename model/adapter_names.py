@@ -1,4 +1,5 @@
-"""What the tensors in an adapter's file are called (`model.adapter` says what they are), and what the names alone tell. Without torch."""
+"""Names of the tensors in an adapter's file, and what follows from them alone. See `model.adapter` for their meaning. Does not import
+torch."""
 
 import json
 import re
@@ -11,25 +12,25 @@ from model.checkpoint_folder import open_folder
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DECODER = "model."
-"""Before the names of a decoder's tensors in a model with a head; an adapter that was trained on the bare decoder lacks it."""
+"""Prefix of a decoder's tensors in a model with a head. Adapters that were trained on the bare decoder lack it."""
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 ROWS = ".token_adapter.trainable_tokens_delta"
 PART = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)))})")
 LENGTH_BYTES, MAX_HEADER_BYTES = 8, 16 * 2**20
-"""Of a safetensors file: its header's length in bytes stands before it; an adapter's has some thousand names."""
+"""A safetensors file starts with the length of its header in bytes. An adapter's header has some thousand names."""
 
 
 def unties_head(stored_names: Iterable[str], config: AdapterConfig) -> bool:
-    """Whether a head that is the embedding cannot be any more: what is trained of the one leaves the other as it was."""
+    """Whether the adapter changes only one of a tied embedding and head, so that they must become separate tensors."""
     changed = {matrix for name in stored_names if (matrix := _changed(name)) is not None}
     embedding = not changed.isdisjoint({EMBEDDING, DECODER + EMBEDDING})
     return (embedding or HEAD in changed) and not (embedding and config.keeps_head_tied)
 
 
 def _changed(stored_name: str) -> str | None:
-    """The tensor of the model that one of the adapter's is about; None: single rows of it only."""
+    """The tensor of the model that one of the adapter's changes; None if it only replaces single rows."""
     name = stored_name.removeprefix(PREFIX)
     if found := PART.fullmatch(name):
         return f"{found[1]}.weight"
@@ -37,10 +38,10 @@ def _changed(stored_name: str) -> str | None:
 
 
 def stored_names(place: Path | str) -> frozenset[str]:
-    """Of the adapter's tensors, unchecked (`model.adapter.Adapter` checks).
+    """The names of the adapter's tensors, unchecked (`model.adapter.Adapter` checks them).
 
     Raises:
-        Exception: they cannot be read; each store's library has its own.
+        Exception: they cannot be read; each store's library has its own errors.
     """
     source = open_folder(place).open(ADAPTER_FILE)
     try:

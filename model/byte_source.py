@@ -1,8 +1,7 @@
-"""Bytes of a file by range: of a file on this host, or of an object that is elsewhere.
+"""Reads byte ranges of a local file or a remote object.
 
-Weights are read, not mapped. Pages of a mapping count to the process that touched them, so that a rank would hold its
-share twice while it loads; and a mapped file that is cut short, or a disk that fails, ends the process without a word
-(SIGBUS) where a read raises.
+Weights are read, not mapped. Pages of a mapping count towards the process that touched them, so a rank would hold its share twice while
+loading. And if a mapped file is truncated or a disk fails, SIGBUS kills the process without a message, whereas a read raises.
 """
 
 import os
@@ -15,17 +14,17 @@ from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 Range = tuple[int, memoryview]
-"""Where in the file, and the place that its bytes go to (which says how many)."""
+"""Offset in the file, and the destination of the bytes, whose size says how many."""
 
 PIECE_BYTES = 8 * 2**20
-"""Of one request to remote storage: long enough that its round trip is little beside it."""
+"""Size of one request to remote storage: long enough that the round trip hardly matters."""
 RANGES_AT_A_TIME = 16
-"""Requests that one rank has open at a time."""
+"""Concurrent requests of one rank."""
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.2
-"""Before the second attempt; doubled for each further one, 6 s in all."""
+"""Before the second attempt; doubled for each further one, 6 s in total."""
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
-"""Errors that another attempt does not mend. The libraries of the stores have no common base for those that it does."""
+"""Errors that another attempt does not fix. The stores' libraries have no common base class for those that it may fix."""
 
 
 class ByteSource(Protocol):
@@ -41,21 +40,21 @@ class ByteSource(Protocol):
 
     @property
     def worthwhile_gap_bytes(self) -> int:
-        """Bytes between two wanted ranges that are better read along than skipped."""
+        """The largest gap between two ranges that is read along instead of skipped."""
         ...
 
     @property
     def bytes_fetched(self) -> int:
-        """So far, those read along and those of a repeated attempt included."""
+        """Bytes read so far, including gaps and repeated attempts."""
         ...
 
     @property
     def piece_bytes(self) -> int:
-        """About so many are best read at once by whoever needs no more at a time."""
+        """A good size for one read, if the caller needs no more at a time."""
         ...
 
     def read(self, ranges: Sequence[Range]) -> None:
-        """Fill every range's place.
+        """Fill the destination of every range.
 
         Raises:
             OSError: it cannot be read, or ends too early.
@@ -69,9 +68,9 @@ class LocalFile:
     """A file on this host."""
 
     worthwhile_gap_bytes = 32 * 2**10
-    """A call to the kernel costs about what copying so much does, and the kernel reads ahead anyway."""
+    """A system call costs about as much as copying so many bytes, and the kernel reads ahead anyway."""
     piece_bytes = 2**20
-    """What a processor's second cache holds."""
+    """The size of a processor's L2 cache."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -82,7 +81,7 @@ class LocalFile:
     def read(self, ranges: Sequence[Range]) -> None:
         for start, place in ranges:
             done = 0
-            while done < len(place):  # one call reads 2 GiB at most, see read(2)
+            while done < len(place):  # one call reads at most 2 GiB, see read(2)
                 got = os.preadv(self._file, [place[done:]], start + done)
                 if got == 0:
                     raise OSError(f"it ends at byte {start + done}")
@@ -96,7 +95,7 @@ class LocalFile:
 
 
 class RemoteFile:
-    """An object elsewhere, fetched by ranges, several at a time. ``fetch(start, stop)`` gets one of them."""
+    """A remote object, fetched by concurrent range requests. ``fetch(start, stop)`` gets one range."""
 
     worthwhile_gap_bytes = 2**20
     """A round trip takes as long as fetching some MB."""
@@ -114,7 +113,7 @@ class RemoteFile:
         self.name, self.size = name, size
         self.bytes_fetched = 0
         self._fetch, self._sleep, self._piece_bytes = fetch, sleep, piece_bytes
-        self._threads = ThreadPoolExecutor(RANGES_AT_A_TIME, thread_name_prefix="fetch")  # begun when there is something for them
+        self._threads = ThreadPoolExecutor(RANGES_AT_A_TIME, thread_name_prefix="fetch")  # threads start when they are needed
 
     def read(self, ranges: Sequence[Range]) -> None:
         pieces = [
@@ -142,7 +141,7 @@ class RemoteFile:
 
 
 def with_retries(act: Callable[[], T], *, sleep: Callable[[float], None] = time.sleep) -> T:
-    """What ``act`` returns, tried again after a while if it fails in a way that may pass."""
+    """The result of ``act``, which is retried with exponential backoff after errors that may be temporary."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return act()

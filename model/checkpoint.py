@@ -1,4 +1,4 @@
-"""The only door to safetensors: read a checkpoint lazily from wherever it lies, write one."""
+"""Reads a checkpoint lazily, and writes one. The only module that uses safetensors."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 4 * 10**9
 HEADERS_AT_A_TIME = 8
 ALONG_BYTES = 32 * 2**20
-"""Whole rows that are held at a time where only a part of each is wanted."""
+"""Most bytes of whole rows in memory, where only a part of each row is needed."""
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A `parallel.weight_format.StoredTensor`: one tensor of a safetensors file, nothing of it read yet."""
+    """A `parallel.weight_format.StoredTensor`: one tensor of a safetensors file, read lazily."""
 
     header: TensorHeader
     source: ByteSource
     begin: int
-    """Of the file's weights, in bytes."""
+    """Offset of the weights in the file, in bytes."""
 
     @property
     def name(self) -> str:
@@ -60,10 +60,10 @@ class FileTensor:
         return self.source.piece_bytes
 
     def read(self, *slices: slice) -> Tensor:
-        """The given part as a CPU tensor, one slice of step 1 per dim, or everything.
+        """The given part as a CPU tensor: one slice of step 1 per dim, or everything.
 
-        Rows are read as they lie. Of columns, what lies between them is read along where that is faster than to skip it
-        (`ByteSource.worthwhile_gap_bytes`); it is held for a moment, `ALONG_BYTES` at a time.
+        Adjacent rows are read directly. For a part of each row, the bytes in between are read along if that is faster than skipping them
+        (`ByteSource.worthwhile_gap_bytes`), at most `ALONG_BYTES` at a time.
 
         Raises:
             CheckpointError: the file cannot be read; it names file and tensor.
@@ -73,7 +73,7 @@ class FileTensor:
         return part
 
     def read_into(self, place: Tensor, *slices: slice) -> None:
-        """As `read`, into a contiguous CPU tensor of that shape and dtype."""
+        """Like `read`, into a contiguous CPU tensor of that shape and dtype."""
         wanted = self._wanted(slices)
         if place.numel() == 0:
             return
@@ -83,7 +83,7 @@ class FileTensor:
                 self.source.read([(self._byte(first), _bytes_of(place))])
             else:
                 self._read_columns(wanted, place)
-        except Exception as error:  # each store's library has its own
+        except Exception as error:  # each store's library has its own errors
             raise CheckpointError(
                 f"{self.source.name}: {self.name} cannot be read ({error})", file=self.source.name, tensor=self.name
             ) from error
@@ -92,7 +92,7 @@ class FileTensor:
         return [range(*part.indices(size)) for part, size in zip(slices or (slice(None),) * len(self.shape), self.shape, strict=True)]
 
     def _read_columns(self, wanted: Sequence[range], part: Tensor) -> None:
-        """Rows of a matrix, cut; a tensor of more dims has rows of all but its first."""
+        """Read a part of each row. A tensor with more dims is a matrix whose rows are all dims but the first."""
         rows, columns = wanted[0], wanted[1]
         row_size = prod(self.shape[1:])
         left_out = self.shape[1] - len(columns)
@@ -112,14 +112,14 @@ class FileTensor:
 
 
 class Checkpoint:
-    """The tensors of a folder, by name. Opening it reads and checks every header, and no weight.
+    """The tensors of a folder, by name. Opening it reads and checks every header, but no weights.
 
-    ``place`` is a path, or the URL of a folder elsewhere (`model.checkpoint_folder`). ``single_file`` is the one that holds all where
-    there is no index; another than a model's own has none.
+    ``place`` is a path, or the URL of a remote folder (`model.checkpoint_folder`). ``single_file`` is the file with all tensors if there is
+    no index; a name other than the default means that there is none.
 
     Raises:
-        CheckpointError: no checkpoint is here, an index that names files that are not here, outside the folder or without the
-            tensor, a header that is damaged, or a file that is shorter or longer than its header says.
+        CheckpointError: there is no checkpoint; the index names files that are missing, outside the folder or without the tensor; a
+            header is damaged; or a file is shorter or longer than its header says.
     """
 
     def __init__(self, place: Path | str, *, single_file: str = SINGLE_FILE) -> None:
@@ -145,21 +145,21 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights."""
+        """Size of all weights."""
         return sum(tensor.header.num_bytes for tensor in self._tensors.values())
 
     @property
     def bytes_fetched(self) -> int:
-        """From all files so far: headers, weights, and what was read along with them."""
+        """Read from all files so far: headers, weights, and gaps that were read along."""
         return sum(file.bytes_fetched for file in self._files)
 
     @property
     def reads_at_a_time(self) -> int:
-        """How many tensors are best read at the same time."""
+        """How many tensors should be read concurrently."""
         return self._folder.reads_at_a_time
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were read stay valid."""
+        """Close the files. Tensors that were read stay valid."""
         for file in self._files:
             file.close()
 
@@ -170,7 +170,7 @@ class Checkpoint:
         self.close()
 
     def _open(self, name: str, expected: set[str] | None) -> dict[str, FileTensor]:
-        """One file, with its header checked against what the index ``expected`` in it."""
+        """Open one file and check its header against the tensors that the index has ``expected`` in it."""
         try:
             source = self._folder.open(name)
         except Exception as error:
@@ -185,9 +185,9 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> None:
-    """Write ``tensors`` and config.json as Hugging Face does: one file, or shards of at most ``max_shard_bytes`` with an index.
+    """Write ``tensors`` and config.json as Hugging Face does: one file, or an index and shards of at most ``max_shard_bytes``.
 
-    A tensor that is larger than a shard gets one of its own.
+    A tensor larger than a shard gets its own.
     """
     shards = _packed(tensors, max_shard_bytes)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -204,7 +204,7 @@ def write_checkpoint(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor. numpy, which gives it out, does not know bfloat16."""
+    """The memory of a contiguous tensor. Viewed as bytes, because numpy does not know bfloat16."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
@@ -218,7 +218,7 @@ def _shards(folder: CheckpointFolder, single_file: str) -> dict[str, set[str] | 
     index = folder.file(INDEX_FILE)
     shards: dict[str, set[str] | None] = {}
     for name, file_name in _weight_map(folder).items():
-        # A path would let an index read any file of this machine. A link to elsewhere is the owner's doing: hub caches are made of them.
+        # With a path an index could read any file of this machine. A symbolic link is the owner's choice: hub caches consist of them.
         if not isinstance(file_name, str) or file_name in ("", "..", ".") or Path(file_name).name != file_name:
             raise CheckpointError(
                 f"{index}: {name} is said to be in {file_name!r}, which is no file of this folder", file=index, tensor=name
@@ -233,7 +233,7 @@ def _shards(folder: CheckpointFolder, single_file: str) -> dict[str, set[str] | 
 
 
 def _why_none(folder: CheckpointFolder, there: frozenset[str], single_file: str) -> str:
-    """What is said of a folder without a checkpoint, by what it has instead."""
+    """The error message for a folder without a checkpoint, depending on what it holds instead."""
     wanted = f"neither {SINGLE_FILE} nor {INDEX_FILE}" if single_file == SINGLE_FILE else f"no {single_file}"
     said = f"{folder.file('').rstrip('/')} holds {wanted}"
     if pickles := sorted(name for name in there if name.endswith((".bin", ".pt", ".pth"))):
@@ -262,7 +262,7 @@ def _weight_map(folder: CheckpointFolder) -> dict[str, Any]:
 
 
 def _packed(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
-    """Tensors in their order, a new shard whenever the next one would not fit."""
+    """Tensors in order, with a new shard whenever the next one would not fit."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -276,4 +276,4 @@ def _packed(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[st
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod((path.parent / "config.json").stat().st_mode)  # the library lets only the owner read; the umask shall decide
+    path.chmod((path.parent / "config.json").stat().st_mode)  # the library lets only the owner read; follow the umask instead

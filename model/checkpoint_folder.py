@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: a folder on this host, or one that an fsspec URL names (`s3://`, `gs://` and others).
+"""The folder of a checkpoint: on this host, or remote by an fsspec URL (`s3://`, `gs://` and others).
 
-The only door to fsspec. Of a folder elsewhere the small files (configuration, tokenizer, index) are copied to a cache; the weights
-never are: each rank fetches its ranges of them.
+The only module that uses fsspec. The small files of a remote folder (configuration, tokenizer, index) are copied to a cache. The weights
+never are: each rank fetches its own ranges.
 """
 
 import fnmatch
@@ -20,11 +20,11 @@ from model.checkpoint_error import CheckpointError
 SMALL_FILES = ("*.json", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Configuration, tokenizer, index. No code."""
 MODULE_FOLDERS = "[1-9]_*"
-"""Subfolders with small files of their own: those of sentence-transformers (`1_Pooling`). Others hold the weights in other formats."""
+"""Subfolders with small files: those of sentence-transformers (`1_Pooling`). Other subfolders hold the weights in other formats."""
 MAX_SMALL_BYTES = 64 * 2**20
-"""A larger one is none of them: the longest, the tokenizer of Qwen2, has 7 MB."""
+"""No small file is larger: the longest, Qwen2's tokenizer, has 7 MB."""
 LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-"""Scheme -> what to install for it (our extras `s3` and `gcs`)."""
+"""URL scheme -> package to install for it (our extras `s3` and `gcs`)."""
 
 
 class CheckpointFolder(Protocol):
@@ -45,7 +45,7 @@ class CheckpointFolder(Protocol):
 
     @property
     def reads_at_a_time(self) -> int:
-        """How many tensors are best read at the same time."""
+        """How many tensors should be read concurrently."""
         ...
 
 
@@ -59,12 +59,12 @@ def open_folder(place: Path | str) -> CheckpointFolder:
 
 
 def is_remote(place: Path | str) -> bool:
-    """Whether it is the URL of a folder."""
+    """Whether this is the URL of a remote folder."""
     return isinstance(place, str) and "://" in place
 
 
 def small_files(place: Path | str) -> Path:
-    """A folder on this host with all of a checkpoint but its weights: the folder itself, or the cached copies of one elsewhere.
+    """A folder on this host with all of a checkpoint except its weights: the folder itself, or the cached copies of a remote one.
 
     Raises:
         CheckpointError: see `open_folder`.
@@ -73,7 +73,7 @@ def small_files(place: Path | str) -> Path:
 
 
 class LocalFolder:
-    """A folder of this host."""
+    """A folder on this host."""
 
     reads_at_a_time = 2
     """One waits for the disk while the other converts."""
@@ -95,7 +95,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder that an fsspec URL names. Listed once; what changes afterwards is not seen."""
+    """A folder by an fsspec URL. Listed once; later changes are not noticed."""
 
     reads_at_a_time = 4
 
@@ -104,7 +104,7 @@ class RemoteFolder:
         self._system, path = _file_system(self._url)
         try:
             entries = with_retries(lambda: self._system.ls(path, detail=True))
-        except Exception as error:  # each store's library has its own
+        except Exception as error:  # each store's library has its own errors
             raise CheckpointError(f"{self._url} cannot be listed ({_said(error)})", file=self._url) from error
         self._entries = _files(entries)
         self._module_folders = [entry["name"] for entry in entries if entry["type"] == "directory" and _is_module(entry["name"])]
@@ -123,15 +123,15 @@ class RemoteFolder:
 
     def _opened(self, name: str, entry: Mapping[str, Any]) -> ByteSource:
         size = entry["size"]
-        if size is None:  # some servers list names only
+        if size is None:  # some servers list only names
             size = with_retries(lambda: self._system.info(entry["name"])["size"])
         return RemoteFile(self.file(name), int(size), partial(self._range, entry["name"]))
 
     def cached(self) -> Path:
-        """The small files, copied once for every state of the folder that a listing can tell apart.
+        """A cache folder with the small files. It is copied once for every state of the folder that a listing can distinguish.
 
         Raises:
-            CheckpointError: one cannot be fetched, or is too large to be what its name says.
+            CheckpointError: a file cannot be fetched, or is larger than a file of its name can be.
         """
         entries = self._entries | self._of_modules()
         wanted = sorted(name for name in entries if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in SMALL_FILES))
@@ -140,11 +140,11 @@ class RemoteFolder:
         return folder if folder.is_dir() else create_atomically(folder, ((name, self._content(name, entries[name])) for name in wanted))
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
-        content: bytes = self._system.cat_file(path, start=start, end=stop)  # by keyword: s3fs has a version before them
+        content: bytes = self._system.cat_file(path, start=start, end=stop)  # by keyword: in s3fs a version comes before them
         return content
 
     def _of_modules(self) -> dict[str, dict[str, Any]]:
-        """The files of sentence-transformers' subfolders, by a name such as ``1_Pooling/config.json``."""
+        """The files in sentence-transformers' subfolders, by names such as ``1_Pooling/config.json``."""
         try:
             each = {folder: with_retries(partial(self._system.ls, folder, detail=True)) for folder in self._module_folders}
         except Exception as error:
@@ -167,7 +167,7 @@ class RemoteFolder:
 
 
 def _files(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By name within their folder, of what a store lists."""
+    """The files in a store's listing, by their names in the folder."""
     return {_last(entry["name"]): dict(entry) for entry in entries if entry["type"] == "file"}
 
 
@@ -180,7 +180,8 @@ def _last(path: str) -> str:
 
 
 def create_atomically(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
-    """The folder with these files (name below it, content): whoever looks sees all of them or no folder. Several may make it at a time."""
+    """Create the folder with these files (name below it, content): readers see all of them or no folder. Several processes may do so at
+    the same time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
@@ -190,7 +191,7 @@ def create_atomically(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
         made.chmod(0o755)
         made.rename(folder)
     except OSError:
-        if not folder.is_dir():  # another rank may have been faster
+        if not folder.is_dir():  # another rank may have created it first
             raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -198,13 +199,13 @@ def create_atomically(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where Manta keeps what it fetched: ``$MANTA_CACHE``, by default under the user's cache folder."""
+    """Where Manta keeps what it fetched: ``$MANTA_CACHE``, by default below the user's cache folder."""
     own = os.environ.get("MANTA_CACHE")
     return Path(own or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta"))
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec  # only who reads from elsewhere pays for its import
+    import fsspec  # a slow import that only remote folders need
 
     scheme = url.split("://")[0]
     try:

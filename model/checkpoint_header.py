@@ -1,8 +1,7 @@
-"""The header of a safetensors file: which tensors lie where. Read apart from the weights, so that a damaged file is named
-tensor by tensor before anything is allocated.
+"""Reads and checks the header of a safetensors file, which says where each tensor is. Separate from the weights, so that damage is reported
+by tensor before anything is allocated.
 
-The format (safetensors README, "Format"): 8 bytes little-endian length of the header, the header as JSON, then the weights
-without gaps.
+The format (safetensors README, "Format"): 8 bytes little-endian length of the header, the header as JSON, then the weights without gaps.
 """
 
 import json
@@ -24,12 +23,12 @@ DTYPES = {
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit; a larger number is a damaged file."""
+"""The safetensors library's own limit; a larger number means a damaged file."""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a file: ``start`` and ``stop`` are bytes from the beginning of the weights."""
+    """One tensor of a file. ``start`` and ``stop`` are byte offsets from the beginning of the weights."""
 
     name: str
     dtype: torch.dtype
@@ -43,7 +42,7 @@ class TensorHeader:
 
 
 def read_header(source: ByteSource) -> tuple[dict[str, TensorHeader], int]:
-    """The tensors of a file by name, and the byte at which the weights begin.
+    """The tensors of a file by name, and the byte offset of the weights.
 
     Raises:
         CheckpointError: the header is damaged, or the file is shorter or longer than the header says.
@@ -69,7 +68,7 @@ def read_header(source: ByteSource) -> tuple[dict[str, TensorHeader], int]:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a name that is there twice has two meanings, and is an error."""
+    """A JSON object. Raises ValueError if a name occurs twice, as its meaning would be ambiguous."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
@@ -81,7 +80,7 @@ def _content(source: ByteSource, start: int, length: int) -> bytes:
     content = bytearray(length)
     try:
         source.read([(start, memoryview(content))])
-    except Exception as error:  # each store's library has its own
+    except Exception as error:  # each store's library has its own errors
         raise CheckpointError(f"{source.name} cannot be read ({error})", file=source.name) from error
     return bytes(content)
 
@@ -110,7 +109,7 @@ def _whole(number: Any) -> int:
 
 
 def _check_layout(file: str, headers: dict[str, TensorHeader], weight_bytes: int) -> None:
-    """The tensors must follow each other without gap or overlap and end where the file ends."""
+    """Check that the tensors follow each other without gap or overlap and end where the file ends."""
     end = 0
     for header in sorted(headers.values(), key=lambda header: (header.start, header.stop)):
         if header.start != end:
@@ -125,6 +124,6 @@ def _check_layout(file: str, headers: dict[str, TensorHeader], weight_bytes: int
 
 
 def first_few(names: Sequence[str], limit: int = 5) -> str:
-    """The first few of many names, for a message."""
+    """The first of many names, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""What a checkpoint's own config.json says about its model: every field named, none guessed."""
+"""A checkpoint's config.json: every field is read by name, and none is guessed. Does not import torch, because fronts read it."""
 
 import json
 from collections.abc import Mapping
@@ -15,25 +15,25 @@ BARE = "Qwen2Model"
 """A dense decoder without a head, as embedding models are stored."""
 
 DTYPES = ("bfloat16", "float16", "float32")
-"""What a model can be computed in, by the names that config.json and torch use. This module is without torch: fronts read it."""
+"""Dtypes in which a model can be computed, by the names that config.json and torch use."""
 
 T = TypeVar("T")
 D = TypeVar("D")
 
 
 class InvalidModelConfig(ValueError):
-    """config.json is missing, is no JSON object, lacks a field, or a field has a value that makes no sense."""
+    """config.json is missing or not a JSON object, or a field is missing or invalid."""
 
 
 class UnsupportedModel(ValueError):
-    """A well-formed config.json of a model that this code does not compute. Says by name what it is."""
+    """A well-formed config.json of a model that is not supported. The message names what is not."""
 
 
 class ContextTooLong(ValueError):
-    """Sequences shall become longer than the model can take them."""
+    """The configured context is longer than the model's limit."""
 
     def __init__(self, *, asked_tokens: int, limit_tokens: int, cut_from_tokens: int | None = None) -> None:
-        """``cut_from_tokens``: as `ModelConfig.cut_from_tokens`."""
+        """``cut_from_tokens``: see `ModelConfig.cut_from_tokens`."""
         cut = f" (of {cut_from_tokens}: beyond them it needs dual chunk attention, which is not computed here)" if cut_from_tokens else ""
         super().__init__(
             f"max_context_tokens={asked_tokens} is more than the {limit_tokens} tokens that this model takes{cut}; leave it out, or copy "
@@ -43,7 +43,7 @@ class ContextTooLong(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """Rotary embedding stretched to longer contexts (YaRN, arXiv 2309.00071)."""
+    """Rotary embedding extended to longer contexts (YaRN, arXiv 2309.00071)."""
 
     factor: float
     original_max_tokens: int
@@ -83,10 +83,10 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of one Qwen2 or Qwen2-MoE.
+    """The shape of a Qwen2 or Qwen2-MoE model.
 
-    How many of the ``vocab_size`` rows are real tokens is not in config.json: only the tokenizer knows. Whoever samples is
-    told apart from this config (`engine.run.settings.RunnerConfig.num_real_tokens`) and masks the padding rows.
+    config.json does not say how many of the ``vocab_size`` rows are real tokens; only the tokenizer knows. The sampler gets that number
+    separately (`engine.run.settings.RunnerConfig.num_real_tokens`) and masks the padding rows.
     """
 
     architecture: Architecture
@@ -100,25 +100,26 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_context_tokens: int
-    """`max_position_embeddings`, or what YaRN stretches it to; no more than `cut_from_tokens` tells."""
+    """`max_position_embeddings`, or the context to which YaRN extends it; see also `cut_from_tokens`."""
     rms_norm_eps: float
     rope: RopeConfig
     qkv_bias: bool
     tied_embeddings: bool
     dtype: str
-    """Of the weights as released: one of `DTYPES`."""
+    """Of the released weights: one of `DTYPES`."""
     moe: MoeConfig | None
     eos_token_ids: tuple[int, ...]
-    """`eos_token_id`; generation_config.json, where it names any, has precedence (`GenerationDefaults`)."""
+    """`eos_token_id`. Overridden by generation_config.json if that names any (`GenerationDefaults`)."""
     is_causal: bool = True
-    """Whether tokens see only what is before them. Not so in some models that give embeddings, which then can do nothing else."""
+    """Whether tokens attend only to earlier ones. False for some embedding models, which cannot generate."""
     is_bare: bool = False
-    """Stored as the decoder alone: no head, and names without the prefix ``model.``. Its logits, by the embedding, mean nothing."""
+    """Stored as the decoder alone: no head, and names without the prefix ``model.``. Logits, computed with the embedding, are
+    meaningless."""
     quantisation: Quantisation | None = None
-    """`quantization_config`: how the layers' matrices are stored, if not plainly."""
+    """`quantization_config`: how the layers' matrices are stored; None if they are not quantised."""
     cut_from_tokens: int | None = None
-    """`max_position_embeddings` where `max_context_tokens` is less, since the rest is reached by dual chunk attention only (arXiv
-    2402.17463, `dual_chunk_attention_config`: Qwen2.5-1M). Up to the context of training that is attention as of any Qwen2."""
+    """`max_position_embeddings` if `max_context_tokens` is lower because longer contexts need dual chunk attention (arXiv 2402.17463,
+    `dual_chunk_attention_config`: Qwen2.5-1M). Up to the training context that is ordinary attention."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -129,10 +130,10 @@ class ModelConfig:
             raise InvalidModelConfig(f"num_experts_per_tok={self.moe.experts_per_token} of num_experts={self.moe.num_experts}")
 
     def context_limit(self, lowered_to: int | None) -> int:
-        """Tokens of a sequence at most, prompt and answer together; ``lowered_to``, if any, in place of `max_context_tokens`.
+        """The most tokens of a sequence, prompt and answer together: ``lowered_to``, or else `max_context_tokens`.
 
         Raises:
-            ContextTooLong: it would be raised.
+            ContextTooLong: ``lowered_to`` exceeds the model's limit.
         """
         if lowered_to is not None and lowered_to > self.max_context_tokens:
             raise ContextTooLong(asked_tokens=lowered_to, limit_tokens=self.max_context_tokens, cut_from_tokens=self.cut_from_tokens)
@@ -153,7 +154,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """The same from the parsed JSON."""
+        """Like `from_checkpoint`, from the parsed JSON."""
         architecture, is_bare = _architecture(raw), raw.get("architectures") == [BARE]
         _refuse_what_is_not_computed(raw)
         num_heads = _positive(raw, "num_attention_heads")
@@ -173,7 +174,7 @@ class ModelConfig:
             max_context_tokens=max_context_tokens,
             rms_norm_eps=_number(raw, "rms_norm_eps"),
             rope=rope,
-            qkv_bias=_optional(raw, "qkv_bias", bool, True),  # Qwen2 has it without saying so; Qwen2-MoE may say
+            qkv_bias=_optional(raw, "qkv_bias", bool, True),  # Qwen2 always has it; Qwen2-MoE's files may say otherwise
             tied_embeddings=is_bare or _required(raw, "tie_word_embeddings", bool),
             is_causal=_is_causal(raw),
             is_bare=is_bare,
@@ -189,7 +190,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        InvalidModelConfig: there is no such file, or it holds something else.
+        InvalidModelConfig: the file is missing, or holds something else.
     """
     try:
         raw = json.loads(path.read_bytes())
@@ -223,7 +224,7 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
 
 
 def _is_causal(raw: Mapping[str, Any]) -> bool:
-    """`is_causal` where it is said. gte-Qwen2's files do not say it: their own `modeling_qwen.Qwen2Model` has no causal mask."""
+    """`is_causal` if it is present. gte-Qwen2's files omit it: its own `modeling_qwen.Qwen2Model` has no causal mask."""
     said = _optional(raw, "is_causal", bool, None)
     if said is not None:
         return said
@@ -232,7 +233,7 @@ def _is_causal(raw: Mapping[str, Any]) -> bool:
 
 
 def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
-    if raw.get("use_sliding_window"):  # where it is false, sliding_window is a leftover number and means nothing
+    if raw.get("use_sliding_window"):  # if it is false, sliding_window is a meaningless leftover
         raise UnsupportedModel("use_sliding_window is true, and sliding-window attention is not supported")
     if "sliding_attention" in _optional(raw, "layer_types", list, []):
         raise UnsupportedModel("layer_types asks for sliding-window attention, which is not supported")
@@ -273,7 +274,7 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Both spellings: `rope_theta` with an optional `rope_scaling`, and transformers 5's `rope_parameters` holding all."""
+    """Supports both spellings: `rope_theta` with an optional `rope_scaling`, and transformers 5's `rope_parameters` with everything."""
     if raw.get("rope_parameters") is not None:
         settings = _required(raw, "rope_parameters", dict)
         theta = _number(settings, "rope_theta")
@@ -301,19 +302,20 @@ def _yarn(settings: Mapping[str, Any]) -> YarnConfig:
         factor=_number(settings, "factor"),
         original_max_tokens=_positive(settings, "original_max_position_embeddings"),
         attention_factor=None if attention_factor is None else _number(settings, "attention_factor"),
-        beta_fast=_number({"beta_fast": 32.0, **settings}, "beta_fast"),  # the paper's own values, section 3.2
+        beta_fast=_number({"beta_fast": 32.0, **settings}, "beta_fast"),  # the paper's defaults, section 3.2
         beta_slow=_number({"beta_slow": 1.0, **settings}, "beta_slow"),
     )
 
 
 def _plain_positions(raw: Mapping[str, Any], max_positions: int) -> int:
-    """How far plain attention reaches: `max_position_embeddings`, or the context of training where dual chunks count on from there."""
+    """The positions that ordinary attention supports: `max_position_embeddings`, or the training context if dual chunk attention extends
+    it."""
     chunks = _optional(raw, "dual_chunk_attention_config", dict, {})
     return min(max_positions, _positive(chunks, "original_max_position_embeddings")) if chunks else max_positions
 
 
 def _max_context_tokens(max_positions: int, rope: RopeConfig) -> int:
-    """The model cards have one add `rope_scaling` and leave `max_position_embeddings` as it was, so YaRN's own reach counts."""
+    """The model cards say to add `rope_scaling` and leave `max_position_embeddings` unchanged, so YaRN's own range counts."""
     return max_positions if rope.yarn is None else max(max_positions, int(rope.yarn.original_max_tokens * rope.yarn.factor))
 
 
@@ -325,7 +327,7 @@ def _moe(raw: Mapping[str, Any]) -> MoeConfig:
         shared_intermediate_size=_positive(raw, "shared_expert_intermediate_size"),
         renormalise=_required(raw, "norm_topk_prob", bool),
         sparse_step=_positive(raw, "decoder_sparse_step"),
-        dense_layers=tuple(_optional(raw, "mlp_only_layers", list, [])),  # absent from the first releases, which have none
+        dense_layers=tuple(_optional(raw, "mlp_only_layers", list, [])),  # missing in the first releases, which have none
     )
 
 

@@ -1,4 +1,4 @@
-"""The dtypes that a model can be computed in."""
+"""The dtypes in which a model can be computed."""
 
 import torch
 
