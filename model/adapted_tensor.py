@@ -17,8 +17,10 @@ KEPT_READS = 32
 
 
 class ReadCache:
-    """A cache of the parts of the adapter that were read last. A matrix is read in pieces, and each piece needs all of A or all of B.
-    Thread-safe."""
+    """A cache of the parts of the adapter that were read last.
+
+    A matrix is read in pieces, and each piece needs all of A or all of B. Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, int, int, int, int], Tensor] = OrderedDict()
@@ -100,8 +102,10 @@ class ReplacedRows:
 
 @dataclass(frozen=True)
 class AdaptedTensor:
-    """A `parallel.weight_format.ReadsInto`: one tensor of the model with the adapter merged, in the dtype of the base. Each part is
-    summed in float32 and rounded once."""
+    """A `parallel.weight_format.ReadsInto`: one tensor of the model with the adapter merged, in the dtype of the base.
+
+    Each part is summed in float32 and rounded once.
+    """
 
     name: str
     stored: StoredTensor

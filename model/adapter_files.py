@@ -24,8 +24,9 @@ TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "special_tokens_map.json", 
 
 
 def files_with_adapter(base: Path, adapter: Path | None) -> Path:
-    """A folder with the base's configuration, and the adapter's tokenizer and chat template, which trainers store beside it. Returns the
-    base's own folder if the adapter has neither.
+    """A folder with the base's configuration, and the adapter's tokenizer and chat template, which trainers store beside it.
+
+    Returns the base's own folder if the adapter has neither.
 
     An adapter without a chat template uses the base's. If its tokenizer ends texts with another token than the base does, as when a base
     model was trained to chat, that token also ends answers. A slow tokenizer (without tokenizer.json) must be equal to the base's; then

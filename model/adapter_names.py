@@ -1,5 +1,7 @@
-"""Names of the tensors in an adapter's file, and what follows from them alone. See `model.adapter` for their meaning. Does not import
-torch."""
+"""Names of the tensors in an adapter's file, and what follows from them alone.
+
+See `model.adapter` for their meaning. Does not import torch.
+"""
 
 import json
 import re

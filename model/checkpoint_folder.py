@@ -180,8 +180,10 @@ def _last(path: str) -> str:
 
 
 def create_atomically(folder: Path, files: Iterable[tuple[str, bytes]]) -> Path:
-    """Create the folder with these files (name below it, content): readers see all of them or no folder. Several processes may do so at
-    the same time."""
+    """Create the folder with these files (name below it, content): readers see all of them or no folder.
+
+    Several processes may do so at the same time.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:

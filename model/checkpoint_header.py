@@ -1,5 +1,6 @@
-"""Reads and checks the header of a safetensors file, which says where each tensor is. Separate from the weights, so that damage is reported
-by tensor before anything is allocated.
+"""Reads and checks the header of a safetensors file, which says where each tensor is.
+
+Separate from the weights, so that damage is reported by tensor before anything is allocated.
 
 The format (safetensors README, "Format"): 8 bytes little-endian length of the header, the header as JSON, then the weights without gaps.
 """

@@ -1,4 +1,4 @@
-"""In what form a rank holds its weights: chosen once, at the door."""
+"""Chooses the formats in which a rank holds its weights."""
 
 import logging
 from collections.abc import Iterable
@@ -23,14 +23,14 @@ QuantizeName = Literal["int8", "int4", "fp8"]
 
 @dataclass(frozen=True)
 class Formats:
-    """Of the large matrices of the layers, and of embedding and head."""
+    """The format of the layers' large matrices, and that of embedding and head."""
 
     matrices: WeightFormat
     table: WeightFormat
 
     @property
     def round_rows(self) -> bool:
-        """Whether products on a CPU round activations: then so may attention."""
+        """Whether products on a CPU round activations; attention may then do so too."""
         return isinstance(self.matrices, PackedFormat) and self.matrices.rounds_rows
 
 
@@ -43,16 +43,16 @@ def choose_formats(
     rounds_activations: bool = False,
     common_kinds: frozenset[str] | None = None,
 ) -> Formats:
-    """The fastest formats that lose nothing, or with ``quantize`` those that are asked for, or in which matrices were stored.
+    """The fastest formats that lose nothing, or those for ``quantize``: as configured, or as the matrices are stored.
 
-    ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` a product on a CPU may round its other side as
-    well, where the processor multiplies that natively: to bfloat16 beside matrices stored so, to 8 bits beside quantised ones. Where
-    experts travel from rank to rank, ``common_kinds`` are the kinds of weights that all of these ranks have kernels for
-    (`parallel.common_kinds`), and all come to the same formats. In 4 bits, embedding and head are held in int8, with fp8 plainly: what a
-    token is and which one comes next suffers most from rounding.
+    ``stored`` are the dtypes of the checkpoint's matrices. With ``rounds_activations`` products on a CPU may also round activations if the
+    processor multiplies the rounded ones natively: to bfloat16 with matrices stored in bfloat16, to 8 bits with quantised ones. If experts
+    move between ranks, ``common_kinds`` are the kinds of weights for which all of these ranks have kernels (`parallel.common_kinds`), so
+    that all choose the same formats. With 4 bits, embedding and head are held in int8, with fp8 they are not quantised: they are the most
+    sensitive to rounding.
 
     Raises:
-        ValueError: this device has no such format.
+        ValueError: this device does not support the format.
     """
     found = set(stored)
     raw = next(iter(found)) if len(found) == 1 else torch.float32
@@ -69,7 +69,8 @@ def choose_formats(
     rounds_activations = in_bfloat16 and (rounds_activations or dtype == torch.bfloat16)
     packed = PackedFormat("bf16_dot" if rounds_activations and "bf16_dot" in kinds else "bf16", torch.bfloat16)
     if rounds_activations and common_kinds is None and (not kinds or has_amx()) and runs_here(torch.bfloat16):
-        return Formats(OneDnnFormat(torch.bfloat16), packed if kinds else Dense(dtype))  # its packed matrices cannot be sent
+        # oneDNN's packed matrices cannot be sent to another rank
+        return Formats(OneDnnFormat(torch.bfloat16), packed if kinds else Dense(dtype))
     if kinds and in_bfloat16:
         return Formats(packed, packed)
     if kinds and dtype == torch.float32:

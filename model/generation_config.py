@@ -1,4 +1,4 @@
-"""What the authors of a checkpoint recommend for sampling: its generation_config.json."""
+"""The sampling parameters that a checkpoint's authors recommend, from generation_config.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +9,22 @@ from model.config import InvalidModelConfig, ModelConfig, read_json_object, toke
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """Values to use where a client says nothing. None = the file says nothing either."""
+    """Defaults for parameters that a client omits. None = the file does not say."""
 
     eos_token_ids: tuple[int, ...] = ()
-    """Every id that ends an answer; config.json's where generation_config.json has none."""
+    """Every id that ends an answer; those of config.json if generation_config.json has none."""
     temperature: float | None = None
-    """0 where the file says ``do_sample: false``: the authors want greedy decoding."""
+    """0 if the file says ``do_sample: false``: the authors recommend greedy decoding."""
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
 
     @classmethod
     def from_checkpoint(cls, folder: Path, config: ModelConfig) -> "GenerationDefaults":
-        """Read ``folder / "generation_config.json"``; without the file only ``config``'s ends of sequence are known.
+        """Read ``folder / "generation_config.json"``. Without the file only the end-of-sequence ids of ``config`` are known.
 
         Raises:
-            InvalidModelConfig: the file is damaged or a value is none that could be sampled with.
+            InvalidModelConfig: the file is damaged, or a value cannot be used for sampling.
         """
         path = folder / "generation_config.json"
         if not path.exists():

@@ -1,4 +1,4 @@
-"""One rank's keys and values. L layers of this stage, N blocks, B tokens per block, G KV heads of this rank, K head width."""
+"""One rank's KV cache. L layers of this stage, N blocks, B tokens per block, G KV heads of this rank, K head width."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from parallel.host_memory import lazy_zeros
 
 @dataclass(frozen=True, kw_only=True)
 class KvLayout:
-    """What one block holds on one rank: the arithmetic by which the cache is sized."""
+    """The shape of one block on one rank, from which the cache is sized."""
 
     num_layers: int
     """Of this rank's stage."""
     num_kv_heads: int
-    """Of this rank; a head that two ranks hold counts on both."""
+    """Of this rank. A head that two ranks hold counts on both."""
     head_dim: int
     block_tokens: int
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class KvCache:
         shape = (num_blocks, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
 
         def zeros() -> Tensor:
-            """Not whatever was there: a backend may gather past a sequence's end, and NaN times a weight of zero is NaN."""
+            """Zeroed, because a backend may gather past a sequence's end, and NaN times a weight of zero is NaN."""
             if device.type == "cpu":
                 return lazy_zeros(shape, layout.dtype)
             return torch.zeros(shape, dtype=layout.dtype, device=device)

@@ -1,4 +1,4 @@
-"""From a checkpoint to one rank's model: check everything, then allocate, then read this rank's share and nothing else."""
+"""Loads one rank's part of a model: check the whole checkpoint, allocate, then read only this rank's share."""
 
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -24,7 +24,7 @@ from parallel.weight_format import Dense, StoredTensor, WeightFormat
 
 
 class CheckpointMismatch(ValueError):
-    """The tensors of a checkpoint are not exactly those of the model its config.json describes."""
+    """The tensors of a checkpoint are not exactly those of the model that its config.json describes."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class CheckpointMismatch(ValueError):
         mistyped: Iterable[str] = (),
         place: str = "the checkpoint",
     ) -> None:
-        """``misshapen``: (name, shape in the checkpoint, shape in the model). ``mistyped``: not of floating point."""
+        """``misshapen``: (name, shape in the checkpoint, shape in the model). ``mistyped``: tensors that are not floating point."""
         self.missing, self.unused, self.misshapen = tuple(sorted(missing)), tuple(sorted(unused)), tuple(sorted(misshapen))
         self.mistyped, self.place = tuple(sorted(mistyped)), place
         shapes = tuple(f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in self.misshapen)
@@ -49,7 +49,7 @@ class CheckpointMismatch(ValueError):
         super().__init__(f"{place} does not fit its config.json: {found}")
 
     def __reduce__(self) -> tuple[partial["CheckpointMismatch"], tuple[()]]:
-        """Pickled by its fields, so that a rank's error can reach another process."""
+        """Pickle the fields, so that a rank's error can reach another process."""
         again = partial(
             CheckpointMismatch,
             missing=self.missing,
@@ -63,17 +63,17 @@ class CheckpointMismatch(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What loading did on this rank."""
+    """What was loaded on this rank."""
 
     bytes_read: int
     """Of weights, as stored, that this rank keeps."""
     bytes_fetched: int
-    """That left the files or the store for it: headers, and what lies between the columns it keeps, included."""
+    """Read from files or a remote store, including headers and gaps that were read along."""
     bytes_of_checkpoint: int
-    """Of all weights in it, whoever reads them."""
+    """Of all weights in the checkpoint."""
     seconds: float
     ignored: tuple[str, ...]
-    """Tensors that were there and mean nothing: a copy of the head where config.json ties it to the embedding."""
+    """Tensors that were present but not used: a copy of the head if config.json ties it to the embedding."""
 
 
 def load_model(
@@ -94,17 +94,17 @@ def load_model(
     rounds_kv: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Qwen2, LoadReport]:
-    """This rank's part of the model, ready to compute. ``format`` holds the large matrices of the layers, ``table_format``
-    embedding and head; None: plainly, in ``dtype``. ``kv_dtype``, ``rounds_kv``: see `Qwen2`. ``adapter``: added to the weights as they
-    are read, before they take whatever form.
+    """This rank's part of the model, ready to compute.
 
-    ``redundant_experts`` is how many routed experts of a layer each ep position holds beyond its even share.
+    ``format`` holds the large matrices of the layers, ``table_format`` embedding and head (None: not quantised, in ``dtype``).
+    ``kv_dtype``, ``rounds_kv``: see `Qwen2`. ``adapter`` is merged into the weights as they are read, before they are converted to their
+    format. ``redundant_experts``: how many routed experts of a layer each ep position holds beyond its even share.
 
     Raises:
-        CheckpointMismatch: seen from names and shapes alone, on every rank, before anything is allocated.
-        CheckpointError: a file could not be read, or what is stored quantised in it makes no sense.
+        CheckpointMismatch: found from names and shapes alone, on every rank, before anything is allocated.
+        CheckpointError: a file could not be read, or quantised data in it is inconsistent.
         AdapterError: the adapter is of another model.
-        ValueError: more ranks than can share the model's heads.
+        ValueError: there are more ranks than can share the model's heads.
     """
     started = time.monotonic()
     ignored = check_checkpoint(checkpoint, config, format, adapter)
@@ -151,7 +151,7 @@ def _make(
     kv_dtype: torch.dtype | None = None,
     rounds_kv: bool = False,
 ) -> Qwen2:
-    """One rank's layers, nothing of them allocated."""
+    """One rank's layers, unallocated."""
     kind = Qwen2 if config.moe is None else Qwen2Moe
     return kind(
         config,
@@ -175,7 +175,10 @@ def _adapted(config: ModelConfig, adapter: Adapter | None) -> ModelConfig:
 
 
 def _tensors(checkpoint: Checkpoint, config: ModelConfig, adapter: Adapter | None, wanted: Collection[str]) -> Mapping[str, StoredTensor]:
-    """By the names of a plain model; ``config`` is the base's. ``wanted``: what the model has."""
+    """The tensors by the names of an unquantised model, with the adapter merged.
+
+    ``config`` is the base's; ``wanted``: the model's tensors.
+    """
     if adapter is not None and config.quantisation is not None:
         raise AdapterError(
             f"{checkpoint.place} is stored by {config.quantisation.method.upper()}, and what an adapter adds would be rounded to its "
@@ -190,14 +193,14 @@ def _tensors(checkpoint: Checkpoint, config: ModelConfig, adapter: Adapter | Non
 def check_checkpoint(
     checkpoint: Checkpoint, config: ModelConfig, format: WeightFormat | None = None, adapter: Adapter | None = None
 ) -> tuple[str, ...]:
-    """Hold the headers against the whole model, so that every rank of every stage comes to the same end. Allocates nothing.
+    """Check the headers against the whole model, so that every rank of every stage finds the same errors. Allocates nothing.
 
-    Where config.json ties the head to the embedding, a `lm_head.weight` that is stored nevertheless is not read, whatever
-    it holds: config.json decides, as it does for transformers. Returns such names.
+    If config.json ties the head to the embedding, a stored `lm_head.weight` is ignored whatever it holds, as in transformers. Returns such
+    names.
 
     Raises:
-        CheckpointMismatch: missing, superfluous, misshapen tensors, and for a plain model those of integers.
-        CheckpointError: a matrix that is stored quantised lacks a part, or its parts do not fit each other.
+        CheckpointMismatch: tensors are missing, superfluous or misshapen, or in an unquantised model of an integer dtype.
+        CheckpointError: a quantised matrix lacks a part, or its parts do not fit each other.
         AdapterError: the adapter is of another model.
     """
     dtype, device = DTYPES[config.dtype], torch.device("cpu")

@@ -1,5 +1,7 @@
-"""Decoder layers by our own CPU kernels, each half of one in a call, and of few tokens all layers: to the bits of
-`model.qwen2.DecoderLayer`, with no Python between kernels. T tokens, D model width; R tokens that are asked for more than keys and values.
+"""Decoder layers as fused CPU kernels: half a layer per call, or all layers if the batch is small.
+
+The results equal those of `model.qwen2.DecoderLayer` bit by bit, without Python between kernels. T tokens, D model width, R tokens that
+need more than keys and values.
 """
 
 from collections.abc import Sequence
@@ -19,13 +21,13 @@ from parallel.native.library import Native, native
 from parallel.packed_format import FEW_ROWS, PackedFormat
 
 FEW_TOKENS = 64
-"""With more, Python between halves is a hundredth of a step."""
+"""With more tokens, Python between the halves takes less than a hundredth of a step."""
 FEW_PRODUCTS = 25 * 10**9
-"""Half a second of a slow processor: a process that is told to end hears it between two calls."""
+"""Half a second on a slow processor: signals are only handled between calls."""
 
 
 class NativeLayer:
-    """One decoder layer with its keys and values. An MLP that is not whole here stays a module, behind the norm as one call."""
+    """One decoder layer with its KV cache. An MLP that other ranks share in remains a module, called after the norm."""
 
     def __init__(
         self, attention: AttentionHalf, output: Linear, mlp_half: MlpHalf | MoeHalf | None, mlp_norm: RmsNorm, mlp: nn.Module
@@ -35,12 +37,12 @@ class NativeLayer:
 
     @property
     def halves(self) -> tuple[AttentionHalf, MlpHalf | MoeHalf] | None:
-        """None where a part is left to a module, or a bias is to be added behind a sum."""
+        """None if a part is left to a module, or if a bias must be added after a sum over ranks."""
         summed = (self._output, self._mlp.down) if isinstance(self._mlp, Mlp) else (self._output,)
         return None if self._mlp_half is None or any(linear.has_bias for linear in summed) else (self._attention, self._mlp_half)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: BatchOfStep, kept_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `DecoderLayer.forward`; ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is written over."""
+        """Like `DecoderLayer.forward`. ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is overwritten."""
         delta_TD = self._output.summed(self._attention(batch, x_TD, delta_TD))
         if kept_R is not None:
             x_TD, delta_TD = x_TD[kept_R], delta_TD[kept_R]
@@ -55,15 +57,18 @@ class NativeLayers:
     """All layers of a stage."""
 
     def __init__(self, layers: Sequence[NativeLayer], tp: Group) -> None:
-        """``tp``: the ranks that have the other parts of each layer."""
+        """``tp``: the ranks that hold the other parts of each layer."""
         self.layers = tuple(layers)
         self.fused = _fuse(self.layers, tp)
-        """None where a layer has no `NativeLayer.halves`, or ranks do not talk through memory that they share."""
+        """None if a layer has no `NativeLayer.halves`, or if ranks do not communicate through shared memory."""
         num_weights = self.fused.num_weights if self.fused is not None else 0
         self._few_tokens = min(FEW_TOKENS, FEW_PRODUCTS // max(num_weights, 1))
 
     def __call__(self, x_TD: Tensor, batch: BatchOfStep, kept_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The stream, which is written over, and what is still to be added to it; ``kept_R`` as of `DecoderLayer.forward`, for the last."""
+        """The residual stream, which is overwritten, and the delta still to be added to it.
+
+        ``kept_R`` as in `DecoderLayer.forward`, for the last layer.
+        """
         if self.fused is not None and kept_R is None and 0 < len(x_TD) <= self._few_tokens:
             return x_TD, self.fused(batch, x_TD)
         delta_TD = None
@@ -92,7 +97,7 @@ def native_layer(
     keys_NBGK: Tensor,
     values_NBGK: Tensor,
 ) -> NativeLayer | None:
-    """None where a part of the layer is not computed by our kernels in float32: it is then to be computed part by part."""
+    """None if our kernels cannot compute some part of the layer in float32; the layer is then computed by its modules."""
     library = native()
     if library is None or not isinstance(backend, NativeAttention) or not backend.config.is_causal:
         return None
@@ -145,7 +150,7 @@ def _gated(library: Native, mlp: Mlp) -> GatedMlp | None:
 
 
 def _product(library: Native, layer: Linear) -> Product | None:
-    """What the kernel multiplies by; the bias of a layer whose results are summed over ranks comes after that sum."""
+    """The operands of the kernel. A bias is left out if the results are summed over ranks first."""
     if not isinstance(layer.format, PackedFormat) or layer.format.kind not in library.kinds:
         return None
     packed, bias = layer.format.packed(layer.tensors), layer.tensors.get("bias")

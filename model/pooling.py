@@ -1,7 +1,7 @@
-"""How a checkpoint makes one vector of a text: what its own files say, as sentence-transformers writes them.
+"""How a checkpoint pools hidden states into one embedding, from the files of sentence-transformers.
 
-`modules.json` lists the parts of a pipeline: the transformer, `1_Pooling/config.json` (which tokens' hidden states count), and
-whether the result is scaled to length 1. Whether tokens see those behind them is `model.config.ModelConfig.is_causal`.
+`modules.json` lists the parts of a pipeline: the transformer, `1_Pooling/config.json` (which tokens' hidden states count), and whether
+the result is scaled to length 1. `model.config.ModelConfig.is_causal` says whether tokens attend to later ones.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from model.config import BARE, InvalidModelConfig, UnsupportedModel, read_json_object
 
 PoolingKind = Literal["last", "mean", "first"]
-"""The hidden state of the last token, of the first one, or the mean of all."""
+"""The hidden state of the last token, the mean of all, or that of the first."""
 
 MODULES = "modules.json"
 KINDS: dict[str, PoolingKind] = {
@@ -20,15 +20,15 @@ KINDS: dict[str, PoolingKind] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
 }
-"""What `1_Pooling/config.json` calls them."""
+"""The names in `1_Pooling/config.json`."""
 NAMED: dict[str, PoolingKind] = {"lasttoken": "last", "mean": "mean", "cls": "first"}
-"""The same in newer files, under `pooling_mode`."""
+"""The names in newer files, under `pooling_mode`."""
 TRANSFORMER, POOLING, NORMALIZE = "Transformer", "Pooling", "Normalize"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingConfig:
-    """Of a model that gives embeddings."""
+    """How an embedding model pools."""
 
     kind: PoolingKind
     normalise: bool
@@ -36,13 +36,14 @@ class PoolingConfig:
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> "PoolingConfig | None":
-        """What the files in ``folder`` say; None where it is a model that answers, and says nothing of embeddings.
+        """Read the files in ``folder``. None for a generative model without settings for embeddings.
 
-        A decoder without a head (`Qwen2Model`) has no other use: without `modules.json` its last token's state, normalised, is it.
+        A decoder without a head (`Qwen2Model`) can only embed: without `modules.json` its embedding is the last token's state, scaled to
+        length 1.
 
         Raises:
-            InvalidModelConfig: a file is damaged, or missing though another names it.
-            UnsupportedModel: a pooling or a further part that is not computed here.
+            InvalidModelConfig: a file is damaged, or missing although another one names it.
+            UnsupportedModel: a kind of pooling, or another part of the pipeline, that is not supported.
         """
         if (folder / MODULES).exists():
             return _from_modules(folder)

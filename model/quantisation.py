@@ -1,4 +1,7 @@
-"""What a checkpoint that is stored quantised says of itself: `quantization_config` of its config.json. No torch: planning asks here too."""
+"""How a checkpoint's matrices are stored quantised: `quantization_config` in config.json.
+
+Does not import torch, because planning reads it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,35 +10,37 @@ from typing import Any, Literal
 from parallel.scale_groups import GROUP_SIZE
 
 WORD_BITS = 32
-"""Numbers are stored side by side in words of so many."""
+"""Several numbers are packed into a word of this size."""
 HeldAs = Literal["int8", "int4", "int4_zeros"]
-"""`parallel.packed_format` and `parallel.quantised_format` have these kinds."""
+"""Kinds of `parallel.packed_format` and `parallel.quantised_format`."""
 SUPPORTED = "GPTQ in 4 or 8 bits and AWQ in 4 are"
 
 
 class InvalidQuantisation(ValueError):
-    """A field is missing, or has a value that makes no sense. Names it."""
+    """A field is missing or invalid. The message names it."""
 
 
 class UnsupportedQuantisation(ValueError):
-    """Well-formed, and stored in a way that is not read. Names the field."""
+    """Well-formed, but stored in a way that is not supported. The message names the field."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
-    """How the matrices of the layers are stored, by GPTQ (arXiv 2210.17323) or AWQ (arXiv 2306.00978): whole numbers, of which a group of
-    input features has one scale and one zero to an output. The weight is ``scale * (number - zero)``."""
+    """How the matrices of the layers are stored, by GPTQ (arXiv 2210.17323) or AWQ (arXiv 2306.00978).
+
+    They hold integers. A group of input features has one scale and one zero for each output; the weight is ``scale * (number - zero)``.
+    """
 
     method: Literal["gptq", "awq"]
     bits: Literal[4, 8]
     group_size: int | None
-    """Input features that share a scale. None: all."""
+    """Input features that share a scale. None: all of them."""
     symmetric: bool
-    """Whether all zeros are the middle of the numbers."""
+    """Whether all zeros are the middle of the range."""
     in_order: bool
-    """Whether neighbouring features are in a group; else each says which is its own (`desc_act`)."""
+    """Whether groups consist of adjacent features; otherwise each feature names its group (`desc_act`)."""
     zeros_less_one: bool
-    """Whether zeros are stored less one."""
+    """Whether zeros are stored minus one."""
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Quantisation":
@@ -59,13 +64,16 @@ class Quantisation:
 
     @property
     def zero(self) -> int:
-        """Of all groups, where it is symmetric."""
+        """The zero of all groups, if it is symmetric."""
         return 1 << (self.bits - 1)
 
     def held_as(self, unit: int = 0) -> HeldAs:
-        """In what a rank holds such matrices if nothing else is asked for: in 4 bits where that loses nothing. Numbers less their zero have
-        4 bits only where that is their middle; else groups keep a zero each, as long as none of ours crosses two of theirs. Of ``unit``
-        input features a rank's share is a multiple (`model.share_alignment`)."""
+        """The format in which a rank holds such matrices by default: 4 bits if that loses nothing.
+
+        Number minus zero fits 4 bits only if the zero is the middle of the range. Otherwise each group keeps its zero, which requires
+        that none of our groups crosses two of theirs. ``unit``: every rank's share of the input features is a multiple of it
+        (`model.share_alignment`).
+        """
 
         def divides(group: int) -> bool:
             return self.group_size is None or (self.group_size % group == 0 and unit % group == 0)

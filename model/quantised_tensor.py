@@ -1,6 +1,8 @@
-"""Checkpoints that are stored quantised, as plain ones: what is read of a matrix is decoded. K input features, N outputs, G groups.
+"""Presents checkpoints that are stored quantised as ordinary ones: matrices are decoded as they are read.
 
-Several numbers lie in a word of 32 bits. As AutoGPTQ and AutoAWQ write them:
+K input features, N outputs, G groups.
+
+Several numbers are packed into a word of 32 bits, in the formats of AutoGPTQ and AutoAWQ:
 
     GPTQ   qweight (K / p, N), qzeros (G, N / p): p = 32 / bits numbers to a word, the first in its lowest bits; scales (G, N);
            g_idx (K), the group of each input feature
@@ -19,12 +21,12 @@ from model.quantisation import WORD_BITS, Quantisation
 
 WORDS, ZEROS, SCALES, GROUPS, BIAS = "qweight", "qzeros", "scales", "g_idx", "bias"
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-"""Where in a word eight neighbouring outputs lie."""
+"""Bit positions in a word of eight adjacent outputs."""
 
 
 @dataclass(frozen=True)
 class QuantisedTensor:
-    """A `parallel.weight_format.StoredTensor`: the matrix ``{module}.weight`` (N, K) in float32, by which nothing is lost."""
+    """A `parallel.weight_format.StoredTensor`: the matrix ``{module}.weight`` (N, K) in float32, which represents it exactly."""
 
     module: str
     quantisation: Quantisation
@@ -33,18 +35,19 @@ class QuantisedTensor:
     scales: FileTensor
     groups: FileTensor | None
     bias: FileTensor | None
-    """Stored beside a matrix that has none in the model, as AutoGPTQ does: zeros."""
+    """The zeros that AutoGPTQ stores as the bias of a matrix that has none in the model."""
 
     dtype = torch.float32
     piece_dim = 1
-    """The files' rows are input features."""
+    """The rows of the files are input features."""
     piece_bytes = 2**23
-    """Decoding holds some five times as much beside it."""
+    """Decoding needs about five times as much."""
 
     def __post_init__(self) -> None:
-        """
+        """Check that the parts fit each other.
+
         Raises:
-            CheckpointError: a part has not the shape or the dtype that it must have beside the others.
+            CheckpointError: a part does not have the shape or dtype that fits the others.
         """
         if len(self.words.shape) != 2:
             raise _wrong(self.words, f"has the shape {list(self.words.shape)}, expected two dims")
@@ -74,10 +77,10 @@ class QuantisedTensor:
         return sum(part.num_bytes for part in parts if part is not None)
 
     def read(self, *slices: slice) -> Tensor:
-        """The given part as a CPU tensor. Of words that the part cuts through, and of scales, what surrounds it is read along.
+        """The given part as a CPU tensor. Reads whole words and groups, even if the part needs only some of their numbers.
 
         Raises:
-            CheckpointError: a file cannot be read, or the numbers are not those that config.json promises.
+            CheckpointError: a file cannot be read, or its content contradicts config.json.
         """
         outputs, inputs = (range(*part.indices(size)) for part, size in zip(slices or (slice(None),) * 2, self.shape, strict=True))
         if not outputs or not inputs:
@@ -107,7 +110,7 @@ class QuantisedTensor:
         return -(-num_inputs // (self.quantisation.group_size or max(1, num_inputs)))
 
     def _groups_of(self, inputs: range) -> Tensor:
-        """(K) int64."""
+        """The group of each input feature, (K) int64."""
         in_order_K = torch.arange(inputs.start, inputs.stop) // (self.quantisation.group_size or self.shape[1])
         if self.groups is None:
             return in_order_K
@@ -120,7 +123,7 @@ class QuantisedTensor:
         return groups_K
 
     def _zeros_of(self, groups: range, outputs: range) -> Tensor:
-        """(G, N) int32."""
+        """The zeros of these groups, (G, N) int32."""
         zeros_GN = self._unpacked(self.zeros, groups, outputs, dim=1, add=self._one_each if self.quantisation.zeros_less_one else 0)
         if self.quantisation.symmetric and (zeros_GN != self.quantisation.zero).any():
             raise _wrong(self.zeros, f"has zeros that are not {self.quantisation.zero}, and sym is true in config.json")
@@ -128,11 +131,11 @@ class QuantisedTensor:
 
     @property
     def _one_each(self) -> int:
-        """A word in which every number is 1. Whole words were lessened by it: where a zero is 0 the next one gave it what it lacked."""
+        """A word in which every number is 1. Words of zeros are stored minus this; a zero of 0 borrowed from the number above it."""
         return sum(1 << shift for shift in range(0, WORD_BITS, self.quantisation.bits))
 
     def _unpacked(self, stored: FileTensor, rows: range, columns: range, *, dim: int, add: int = 0) -> Tensor:
-        """Numbers (rows, columns) in int32, of a matrix that holds several to a word along ``dim``; ``add`` to each word before."""
+        """Numbers (rows, columns), int32, of a matrix that packs several into a word along ``dim``. Adds ``add`` to each word first."""
         per_word, wanted = self._per_word, (rows, columns)[dim]
         words = range(wanted.start // per_word, -(-wanted.stop // per_word))
         read = stored.read(_slice(words), _slice(columns)) if dim == 0 else stored.read(_slice(rows), _slice(words))
@@ -148,11 +151,12 @@ class QuantisedTensor:
 def dequantised_tensors(
     tensors: Mapping[str, FileTensor], quantisation: Quantisation | None, wanted: Collection[str] = ()
 ) -> Mapping[str, FileTensor | QuantisedTensor]:
-    """The tensors of a checkpoint with its quantised matrices by the names of plain ones. ``wanted``: names of what the model has; the bias
-    that is stored beside a matrix without one is that matrix's affair.
+    """The tensors of a checkpoint, with quantised matrices under the names of ordinary ones.
+
+    ``wanted``: names of the model's tensors. A stored bias that the model lacks belongs to its matrix.
 
     Raises:
-        CheckpointError: a matrix lacks a part, has one of another shape, or is there plainly too; or none is quantised.
+        CheckpointError: a matrix lacks a part, has a part of another shape, or is present unquantised too; or no matrix is quantised.
     """
     if quantisation is None:
         return tensors

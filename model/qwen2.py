@@ -89,8 +89,10 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then MLP, each preceded by a norm. The output of either is added to the residual stream in the same pass that computes
-    the next norm."""
+    """Attention, then MLP, each preceded by a norm.
+
+    The output of either is added to the residual stream in the same pass that computes the next norm.
+    """
 
     def __init__(self, config: ModelConfig, attention: Attention, mlp: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -160,6 +162,7 @@ class Qwen2(nn.Module):
         rounds_kv: bool = False,
     ) -> None:
         """``format`` holds the large matrices of the layers, ``table_format`` the embedding and the head (None: not quantised).
+
         ``kv_dtype`` is the dtype of the KV cache (None: ``dtype``, or bfloat16 with ``rounds_kv`` if the attention backend supports it).
 
         Raises:

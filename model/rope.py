@@ -16,7 +16,7 @@ from parallel.elementwise_kernels import elementwise_kernels_for
 
 @dataclass(frozen=True)
 class Rotation:
-    """What one step's positions turn queries and keys by; the same for all layers."""
+    """The rotation of one step's queries and keys by their positions. The same for all layers."""
 
     cos_T1F: Tensor
     sin_T1F: Tensor
@@ -43,21 +43,22 @@ class Rope:
         self.frequency_F = frequency_F.to(device)
 
     def rotation(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
-        """Angles are computed in float32: bfloat16 cannot tell position 256 from 257."""
+        """Angles are computed in float32: bfloat16 cannot distinguish positions 256 and 257."""
         angles_TF = positions_T.float().unsqueeze(1) * self.frequency_F
         cos, sin = angles_TF.cos() * self.scale, angles_TF.sin() * self.scale
         return Rotation(cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1))
 
 
 def yarn_scale(yarn: YarnConfig) -> float:
-    """How much longer queries and keys get, which makes the softmax sharper (section 3.4: 0.1 ln(s) + 1)."""
+    """The factor by which queries and keys are lengthened, which makes the softmax sharper (section 3.4: 0.1 ln(s) + 1)."""
     if yarn.attention_factor is not None:
         return yarn.attention_factor
     return 1.0 if yarn.factor <= 1 else 0.1 * math.log(yarn.factor) + 1.0
 
 
 def _stretched(period_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
-    """What the paper calls NTK by parts (section 3.2): fast frequencies stay, slow ones are divided by the factor, a ramp in between.
+    """Interpolated frequencies, "NTK by parts" in the paper (section 3.2): fast ones are kept, slow ones divided by the factor, with a ramp
+    in between.
 
     The ramp runs between the frequencies that turn ``beta_fast`` and ``beta_slow`` times within the original context.
     """
@@ -70,5 +71,5 @@ def _stretched(period_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
     last = min(math.ceil(frequency_that_turns(yarn.beta_slow)), 2 * half - 1)
     width = last - first if last != first else 0.001
     fast_F = 1 - ((torch.arange(half, dtype=torch.float32) - first) / width).clamp(0, 1)
-    # In transformers' order of roundings: at position 100,000 one of them is a hundredth of an angle.
+    # In transformers' order of operations: at position 100,000 another rounding changes the angle by about 0.01 rad.
     return 1.0 / (yarn.factor * period_F) * (1 - fast_F) + 1.0 / period_F * fast_F

@@ -1,4 +1,4 @@
-"""Where ranks cut the input features of a model's large matrices. No torch: planning asks here too."""
+"""How the shares of ranks divide the input features of a model's large matrices. Does not import torch, because planning uses it."""
 
 from math import gcd
 from typing import Protocol
@@ -30,7 +30,7 @@ class Widths(Protocol):
 
 
 def share_alignment(model: Widths, topology: Topology) -> int:
-    """The most input features of which every share begins at a whole multiple; 0 where nothing is cut.
+    """The largest number of input features such that every share starts at a multiple of it; 0 if nothing is split.
 
     18,944 inner features, heads of 128:   tp 4: 4,736 = 37 x 128 each -> 128     tp 8: 2,368 = 18.5 x 128 -> 64
     """

@@ -1,4 +1,4 @@
-"""The bytes that each id of a checkpoint's vocabulary stands for, read from its tokenizer.json without a tokenizer."""
+"""The bytes that each id of a checkpoint's vocabulary stands for, read from tokenizer.json without a tokenizer."""
 
 import functools
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Any
 from model.config import InvalidModelConfig, read_json_object
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-"""Tokens that tokenizer_config.json names; they control the model, whatever tokenizer.json says of them."""
+"""Tokens that tokenizer_config.json names. They are control tokens, whatever tokenizer.json says."""
 
 
 @functools.cache
 def byte_of_character() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table), the other way round.
+    """The inverse of GPT-2's table, which has a printable character for each byte of a byte-level vocabulary.
 
-    Bytes that print as themselves in Latin-1 do so; the other 68 are moved up to U+0100 and on, in order.
+    Bytes that are printable in Latin-1 stand for themselves; the other 68 are moved to U+0100 and on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in set(printable)]
@@ -27,13 +27,13 @@ class Vocabulary:
     """Ids 0 to ``len(tokens) - 1``."""
 
     tokens: tuple[bytes, ...]
-    """Of an id that stands for nothing: empty."""
+    """Empty for an id that means nothing."""
     special_ids: frozenset[int]
-    """Control tokens: no part of anybody's text."""
+    """Control tokens, which are never part of a text."""
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> "Vocabulary | None":
-        """None without a tokenizer.json, or where it holds no byte-level vocabulary.
+        """None without a tokenizer.json, or if its vocabulary is not byte-level.
 
         Raises:
             InvalidModelConfig: the file is damaged.
@@ -57,7 +57,7 @@ def _from_definition(definition: dict[str, Any], named: frozenset[str]) -> Vocab
     for text, token in stored.items():
         try:
             tokens[token] = bytes(map(table.__getitem__, text))
-        except KeyError:  # a text as it is
+        except KeyError:  # a text that is not byte-encoded
             tokens[token] = text.encode()
     for token, entry in added.items():
         tokens[token] = entry["content"].encode()

@@ -1,4 +1,4 @@
-"""A rank's layers are filled from a checkpoint: what is read beside what, by how many threads, and how far ahead."""
+"""Fills a rank's layers from a checkpoint, with several threads and bounded read-ahead."""
 
 import math
 from collections import deque
@@ -18,28 +18,29 @@ from parallel.host_memory import return_freed_memory
 from parallel.weight_format import ReadsInto, StoredTensor
 
 OnProgress = Callable[[int, int], None]
-"""Told (done, total): bytes of the checkpoint tensors that this rank takes a share of, in whole tensors."""
+"""Called with (done, total): bytes of the checkpoint tensors that this rank needs a share of, counting whole tensors."""
 
 MAX_THREADS = 8
-"""That read and pack at a time: each holds some MB."""
+"""Threads that read and pack; each needs some MB."""
 AHEAD_BYTES = 2 * 2**30
-"""Of tensors as they are stored, on their way to a CUDA device at a time."""
+"""Bytes of tensors, as stored, that are on their way to a CUDA device at a time."""
 FAR_AHEAD = 64
-"""So many tensors are asked for before the first has come, and no more: all after it are done in vain if it cannot be read."""
+"""Tensors that are read ahead before the first has arrived. If that one cannot be read, the others were read in vain."""
 
 
 def load_layers(
     bindings: list[Binding], tensors: Mapping[str, StoredTensor], reads_at_a_time: int, device: torch.device, on_progress: OnProgress
 ) -> int:
-    """Load layer after layer, some tensors at a time. A layer that holds its weights as they are stored until all are there takes its
-    final form before the next is allocated, in threads that share out what they compute; those that take them piece by piece are filled
-    beside each other, each tensor by a thread of its own.
+    """Load layer by layer, several tensors at a time. Returns the bytes read.
 
-    To a CUDA device the next layers are on their way while a layer is brought into its form: some of what they hold as it is stored,
-    `AHEAD_BYTES`, lies there beside it.
+    A layer that holds its weights as stored until all of them have arrived is converted before the next layer is allocated, in threads that
+    share torch's cores. Layers that convert each piece on arrival are filled concurrently, one thread per tensor.
 
-    Embedding and head come first: they are the largest, and what rounding them takes beside them is gone when memory fills up.
-    Returns the bytes read.
+    On a CUDA device the next layers are read while a layer is converted: up to `AHEAD_BYTES` of their weights, as stored, are on the device
+    beside it.
+
+    Embedding and head come first: they are the largest, and the temporary memory for quantising them is free again before memory fills
+    up.
     """
     bindings = sorted(bindings, key=lambda binding: not isinstance(binding.layer, VocabEmbedding))
     loading = _PendingReads(sum(tensors[binding.name].num_bytes for binding in bindings if binding.is_wanted), on_progress)
@@ -74,7 +75,7 @@ def load_layers(
 
 
 class _PendingReads:
-    """Tensors that were asked for, in order, and layers that wait for theirs."""
+    """Tensors that are being read, in order, and layers that wait for theirs."""
 
     def __init__(self, total_bytes: int, on_progress: OnProgress) -> None:
         self.bytes_read = 0
@@ -82,22 +83,22 @@ class _PendingReads:
         self._under_way: deque[tuple[Future[int], int]] = deque()
         self._num_begun = self._num_come = self._bytes_come = self._bytes_under_way = 0
         self._waiting: deque[tuple[WeightedLayer, int]] = deque()
-        """Layers that are not brought into their form yet, and of how many tensors of all the last of theirs is."""
+        """Layers that are not converted yet, and the ordinal of their last tensor."""
         on_progress(0, total_bytes)
 
     def begin(self, read: Future[int], num_bytes: int) -> None:
-        """A tensor of so many bytes is being read; the future tells how many of them this rank keeps."""
+        """A tensor of so many bytes is being read. The future returns how many of them this rank keeps."""
         self._under_way.append((read, num_bytes))
         self._num_begun += 1
         self._bytes_under_way += num_bytes
 
     def finish_when_loaded(self, layer: WeightedLayer) -> None:
-        """Bring it into its form when all has come that was begun up to now."""
+        """Convert the layer once everything that was begun so far has arrived."""
         self._waiting.append((layer, self._num_begun))
 
     def settle(self, most: int, most_bytes: float = math.inf) -> None:
-        """Wait until no more than so many are under way, and bytes of them. Raises what reading raised."""
-        self._finish()  # also those of which this rank wants nothing
+        """Wait until no more than so many tensors and bytes are being read. Raises what reading raised."""
+        self._finish()  # also layers of which this rank needs nothing
         while len(self._under_way) > most or self._bytes_under_way > most_bytes:
             read, num_bytes = self._under_way.popleft()
             self.bytes_read += read.result()
@@ -114,19 +115,21 @@ class _PendingReads:
 
 @contextmanager
 def _threads(count: int, cores: int, cancelled: Event, device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Threads of which each computes with so many of torch's, on ``device``. What they are at when the block ends by an error is
-    ``cancelled``.
+    """Threads that each compute with ``cores`` of torch's threads, on ``device``.
 
-    The current device is a thread's own, and of a new one the first: experts are rounded in these threads by kernels that Triton launches
-    there, whatever device their tensors are on.
+    If the block ends with an error, their reads are ``cancelled``.
 
-    torch's setting is a thread's own, but one that has not met torch yet begins with what was set last, by whichever thread. So all of
-    these are made at once, and what was set before is set again before anything is loaded: others may begin meanwhile.
+    The current CUDA device is a property of the thread, and a new thread starts with the first one: in these threads Triton kernels
+    quantise experts, and are launched on the current device whatever their tensors are on.
+
+    torch's number of threads is a property of the thread too, but a thread that has not used torch yet takes the value that any thread
+    set last. So all threads are created at once, and the old value is restored before anything is loaded, because other threads may
+    start meanwhile.
     """
     before, made = torch.get_num_threads(), Barrier(count + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # torch is met here: else it would be at the first tensor, after what is set now
+        torch.get_num_threads()  # initialises torch in this thread, which would otherwise happen at the first tensor and undo the next line
         torch.set_num_threads(cores)
         made.wait()
         if device.type == "cuda":
@@ -135,9 +138,9 @@ def _threads(count: int, cores: int, cancelled: Event, device: torch.device) -> 
     threads = ThreadPoolExecutor(count, thread_name_prefix="load", initializer=begin)
     try:
         for _ in range(count):
-            threads.submit(int)  # nothing: a thread is made for each, as none has come to an end of its first
+            threads.submit(int)  # creates a thread each time, because none has finished its first task
         made.wait()
-    except BaseException:  # no further thread could be made, or this one was interrupted: let those go that wait for it
+    except BaseException:  # a thread could not be created, or this one was interrupted: release those that wait
         made.abort()
         raise
     finally:
@@ -150,13 +153,13 @@ def _threads(count: int, cores: int, cancelled: Event, device: torch.device) -> 
 
 
 class _Cancelled(Exception):
-    """Nobody waits for it any more."""
+    """The caller no longer waits for it."""
 
 
 @dataclass(frozen=True)
 class _Cancellable:
-    """A `StoredTensor` that can be read until it is ``cancelled``: an error, or the end of the process, then waits for the pieces that are
-    under way and not for whole tensors."""
+    """A `StoredTensor` whose reads fail once ``cancelled`` is set: after an error, or at the end of the process, only the pieces in
+    progress are waited for, not whole tensors."""
 
     stored: StoredTensor
     cancelled: Event
@@ -193,7 +196,7 @@ class _Cancellable:
 
 @dataclass(frozen=True)
 class _CancellableInto(_Cancellable):
-    """The same of one whose bytes need nothing in between."""
+    """The same for a tensor that can be read into its destination."""
 
     stored: ReadsInto
 

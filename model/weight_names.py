@@ -1,4 +1,4 @@
-"""From the names of a checkpoint to places in the model. The names are tables next to the layers they belong to."""
+"""Maps the tensor names of a checkpoint to layers of the model. The name tables are next to the layers that they belong to."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from parallel.linear import Slot
 from parallel.weight_format import StoredTensor
 
 WeightNames = dict[str, tuple[str, str]]
-"""Checkpoint module -> (module here, which of the parts that lie fused in it): ``"self_attn.q_proj": ("attention.qkv", "q")``."""
+"""Checkpoint module -> (module here, part of that module's fused tensor): ``"self_attn.q_proj": ("attention.qkv", "q")``."""
 
 
 class WeightedLayer(Protocol):
-    """A layer with weights: what loading needs of it. See `parallel.linear.Linear`."""
+    """What loading needs of a layer with weights. See `parallel.linear.Linear`."""
 
     @property
     def takes_pieces(self) -> bool:
-        """Whether what is loaded lies in its final form at once, so that there is nothing to `finish`."""
+        """Whether weights are converted to their final form piece by piece, so that `finish` has nothing to do."""
         ...
 
     def slots(self) -> Iterator[Slot]: ...
@@ -31,7 +31,7 @@ class WeightedLayer(Protocol):
 
 @dataclass(frozen=True)
 class Binding:
-    """One tensor of the checkpoint and the place it fills."""
+    """One tensor of the checkpoint, and the slot that it fills."""
 
     name: str
     layer: WeightedLayer
@@ -39,12 +39,12 @@ class Binding:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether this rank holds any of it; of routed experts it may hold none."""
+        """Whether this rank needs any of it. It may hold no part of a routed expert."""
         return not isinstance(self.layer, RoutedExperts) or self.layer.wants(self.slot.part)
 
 
 def bind_weights(parent: nn.Module, names: Mapping[str, tuple[str, str]], prefix: str = "") -> Iterator[Binding]:
-    """The bindings of ``parent``'s layers, checkpoint names starting with ``prefix``. Every slot must be in the table."""
+    """The bindings of ``parent``'s layers, with ``prefix`` before the checkpoint names. Every slot must be in the table."""
     name_of = {place: name for name, place in names.items()}
     for path in dict.fromkeys(path for path, _ in names.values()):
         layer: WeightedLayer = parent.get_submodule(path)  # type: ignore[assignment]

@@ -76,8 +76,10 @@ class AsyncStepQueue:
             self.finish(self._steps[0])
 
     def _tokens_of(self, step: AsyncStep) -> np.ndarray:
-        """The input tokens. Those that are not known are in the previous step's output; if one is not there, wait for that step and read
-        it."""
+        """The input tokens.
+
+        Those that are not known are in the previous step's output; if one is not there, wait for that step and read it.
+        """
         rows, unknown = step.rows, step.rows.unknown
         if not len(unknown):
             return rows.tokens

@@ -26,8 +26,10 @@ class BuiltBatch:
 
     @property
     def kept_rows(self) -> Tensor | None:
-        """``kept_R`` for `Qwen2.hidden` if only logits are needed. If no token samples this is the first token: kernels and sums over
-        ranks are never called with empty tensors."""
+        """``kept_R`` for `Qwen2.hidden` if only logits are needed.
+
+        If no token samples this is the first token: kernels and sums over ranks are never called with empty tensors.
+        """
         rows_R = self.forward.logit_rows_R
         if len(rows_R) == self.forward.num_tokens:
             return None

@@ -37,8 +37,10 @@ class CapturedGraphs(Protocol):
         ...
 
     def capture(self, after_each: Callable[[], None]) -> None:
-        """Capture the graphs, or capture them again: largest first, as its memory suffices for all others. All ranks of the replica must
-        call this at the same time."""
+        """Capture the graphs, or capture them again: largest first, as its memory suffices for all others.
+
+        All ranks of the replica must call this at the same time.
+        """
         ...
 
     def release(self) -> None:

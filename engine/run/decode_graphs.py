@@ -48,7 +48,9 @@ class DecodeGraphs:
         broadcasts_tokens: bool = False,
     ) -> None:
         """``max_blocks`` is M. ``vocab_size``: how many ids can be sampled; None on a rank that does not sample, which keeps no logits.
-        ``broadcasts_tokens``: all ranks use the sampling rank's tokens, whatever the plan says."""
+
+        ``broadcasts_tokens``: all ranks use the sampling rank's tokens, whatever the plan says.
+        """
         self._model, self._cache, self._graphs, self._hands_on = model, cache, graphs, broadcasts_tokens
         self.sizes = tuple(capture_sizes(max_rows))
         device = model.device

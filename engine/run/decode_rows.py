@@ -47,8 +47,10 @@ class DecodeRows:
         return unknown
 
     def fill_unknown(self, said: Mapping[int, int]) -> None:
-        """Fill in the unknown tokens. A sequence that got none in the previous step gets an arbitrary one: nobody will read what
-        follows."""
+        """Fill in the unknown tokens.
+
+        A sequence that got none in the previous step gets an arbitrary one: nobody will read what follows.
+        """
         unknown = self.unknown
         self.columns[2, unknown] = [said.get(sequence, 0) for sequence in self.columns[0, unknown].tolist()]
 

@@ -34,8 +34,10 @@ class EagerSteps:
         self._scorer, self._drafter = scorer, drafter
 
     def run(self, plan: StepPlan) -> RankOutput:
-        """Execute the step together with all other ranks. A rank whose shard has no works computes an empty batch, because other shards
-        may need its experts."""
+        """Execute the step together with all other ranks.
+
+        A rank whose shard has no works computes an empty batch, because other shards may need its experts.
+        """
         shard = self._sequences.shard
         num_to_broadcast = num_decodes_to_broadcast(plan, shard)
         works = with_known_tokens(plan, self._sequences.last_tokens).works

@@ -20,8 +20,10 @@ class Forward:
         """If set, the steps that it accepts are replayed piecewise; all others are launched."""
 
     def hidden(self, batch: ForwardBatch, kept_R: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The hidden states that `Qwen2.hidden` computes with ``kept_R``, and the tokens that they belong to (None: all). A piecewise
-        replay computes them for all tokens (T, D)."""
+        """The hidden states that `Qwen2.hidden` computes with ``kept_R``, and the tokens that they belong to (None: all).
+
+        A piecewise replay computes them for all tokens (T, D).
+        """
         if self.prompt_graphs is not None and self.prompt_graphs.accepts(batch.num_tokens):
             return self.prompt_graphs.hidden(batch), None
         return self.model.hidden(batch, self.cache, kept_R), kept_R

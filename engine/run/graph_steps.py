@@ -39,8 +39,10 @@ class GraphSteps:
         self._result_builder = result_builder
 
     def begin(self, plan: StepPlan, began: float) -> StepHandle | None:
-        """Launch the step, or return None without side effects if it is not a decode-only step that fits the graphs. ``began`` is when
-        the rank received the plan (`time.perf_counter`)."""
+        """Launch the step, or return None without side effects if it is not a decode-only step that fits the graphs.
+
+        ``began`` is when the rank received the plan (`time.perf_counter`).
+        """
         rows = decode_rows(plan, self.sequences.shard)
         if rows is None or not self.decode_graphs.accepts(len(rows)):
             return None

@@ -19,8 +19,10 @@ SAMPLING_TP_RANK = 0
 
 
 def broadcast_tokens(tokens_T: Tensor, tp: Group) -> None:
-    """Overwrite the tokens (contiguous, on the device) with those of the sampling rank. All ranks of the tp group decide from the plan
-    whether a step does this."""
+    """Overwrite the tokens (contiguous, on the device) with those of the sampling rank.
+
+    All ranks of the tp group decide from the plan whether a step does this.
+    """
     assert tokens_T.is_contiguous()
     broadcast(tokens_T, SAMPLING_TP_RANK, tp)
 
@@ -31,16 +33,20 @@ def fill_unknown_tokens(tokens_T: Tensor, report: Tensor) -> None:
 
 
 def num_decodes_to_broadcast(plan: StepPlan, shard: int) -> int:
-    """The number of a shard's decodes if the plan lacks the token of any of them, else 0. They are the first works and the first tokens
-    of the batch."""
+    """The number of a shard's decodes if the plan lacks the token of any of them, else 0.
+
+    They are the first works and the first tokens of the batch.
+    """
     columns = plan.decodes.columns
     tokens = columns[2, columns[4] == shard]
     return len(tokens) if (tokens == NO_TOKEN).any() else 0
 
 
 def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
-    """The plan with every `NO_TOKEN` replaced. A sequence that got no token in the previous step gets an arbitrary one: nobody will read
-    what follows."""
+    """The plan with every `NO_TOKEN` replaced.
+
+    A sequence that got no token in the previous step gets an arbitrary one: nobody will read what follows.
+    """
     columns = plan.decodes.columns if len(plan.decodes) else None
     if columns is None or not (columns[2] == NO_TOKEN).any():
         return plan

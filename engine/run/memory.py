@@ -89,8 +89,10 @@ def measure_capacity(
 
 
 def _run_ahead(model: Qwen2, engine_config: EngineConfig) -> bool:
-    """Whether steps run ahead. All ranks agree, because those of a tp group then broadcast tokens. With several stages steps overlap
-    anyway."""
+    """Whether steps run ahead.
+
+    All ranks agree, because those of a tp group then broadcast tokens. With several stages steps overlap anyway.
+    """
     wanted = engine_config.run_ahead and engine_config.speculate is None
     return wanted and model.device.type == "cuda" and model.groups.pp.size == 1
 

@@ -1,5 +1,7 @@
-"""A step with prefill and decode in one batch. Step 9 of a request. Its sampling rows are columns, so that the sampler can be replayed
-although the model is launched."""
+"""A step with prefill and decode in one batch.
+
+Step 9 of a request. Its sampling rows are columns, so that the sampler can be replayed although the model is launched.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

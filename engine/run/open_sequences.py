@@ -1,5 +1,7 @@
-"""What a rank knows about the open sequences of its shard. Step 9 of a request. On a rank that does not sample this is only their block
-tables."""
+"""What a rank knows about the open sequences of its shard.
+
+Step 9 of a request. On a rank that does not sample this is only their block tables.
+"""
 
 from collections.abc import Sequence
 
@@ -77,8 +79,10 @@ class OpenSequences:
         self.guides.add_tokens(work)
 
     def count_on_device(self, works: Sequence[Work]) -> None:
-        """Count the newest token of each work on the device, if the sequence has an entry there and the token is not counted yet. For
-        steps whose sampling is not replayed."""
+        """Count the newest token of each work on the device, if the sequence has an entry there and the token is not counted yet.
+
+        For steps whose sampling is not replayed.
+        """
         if self.edit_table is None:
             return
         newest = ((self.states[work.sequence].entry, work.tokens[-1], work.start + len(work.tokens) - 1) for work in works)

@@ -59,8 +59,10 @@ def _rank_main(connection: Connection, rank: int, settings: dict[str, Any]) -> N
 
 
 def assign_device(config: RunnerConfig, rank: int) -> RunnerConfig:
-    """Distribute ranks over the visible devices. Ray shows each rank its own device; here all ranks see all of them and would use the
-    first."""
+    """Distribute ranks over the visible devices.
+
+    Ray shows each rank its own device; here all ranks see all of them and would use the first.
+    """
     count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     return replace(config, device=f"cuda:{rank % count}") if count > 1 else config
 

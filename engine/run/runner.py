@@ -42,8 +42,10 @@ def sampling_ranks(topology: Topology) -> tuple[int, ...]:
 
 
 class Runner:
-    """One rank of a replica, ready to execute steps. It knows the block tables of its shard's open sequences; only a sampling rank knows
-    more about them."""
+    """One rank of a replica, ready to execute steps.
+
+    It knows the block tables of its shard's open sequences; only a sampling rank knows more about them.
+    """
 
     def __init__(
         self,
@@ -57,8 +59,10 @@ class Runner:
         guides: Guides | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """``sampler``, ``guides`` and ``drafter`` are given only on the ranks that sample. Without ``guides`` requests with a grammar
-        are refused; without a ``drafter`` this rank guesses no tokens."""
+        """``sampler``, ``guides`` and ``drafter`` are given only on the ranks that sample.
+
+        Without ``guides`` requests with a grammar are refused; without a ``drafter`` this rank guesses no tokens.
+        """
         self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device
         self.rebalancer = ExpertRebalancer(model)
@@ -152,8 +156,11 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Release all CUDA graphs. Must precede leaving the process groups: NCCL waits forever to leave a group while a graph that
-        contains its collectives is alive."""
+        """Release all CUDA graphs.
+
+        Must precede leaving the process groups: NCCL waits forever to leave a group while a graph that contains its collectives is
+        alive.
+        """
         for graphs in (self.decode_graphs, self.sampler_graphs, self.forward.prompt_graphs):
             if graphs is not None:
                 graphs.release()

@@ -90,8 +90,10 @@ def capture(
     prompts: bool = False,
     prompts_ahead: bool = False,
 ) -> None:
-    """Capture CUDA graphs of decode-only steps, and with ``prompts`` of other steps, where the model allows it; else log why not. Then
-    warm up once more. ``prompts_ahead``: see `RunnerConfig`."""
+    """Capture CUDA graphs of decode-only steps, and with ``prompts`` of other steps, where the model allows it; else log why not.
+
+    Then warm up once more. ``prompts_ahead``: see `RunnerConfig`.
+    """
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
         log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
         return

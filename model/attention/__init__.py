@@ -1,1 +1,1 @@
-"""Attention over paged KV: a protocol, an oracle, and fast backends, one file each."""
+"""Attention over a paged KV cache: a protocol, a reference, and fast backends, one module each."""

@@ -1,4 +1,4 @@
-"""What every attention backend does: write new K and V to their slots, attend over each sequence's blocks."""
+"""The interface of attention backends: write new K and V to their slots, then attend over each sequence's blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class AttentionConfig:
     num_kv_heads: int
     head_dim: int
     kv_of_query: tuple[int, ...]
-    """KV head (of this rank) of each query head; groups may differ in size where ranks share heads unevenly."""
+    """KV head (of this rank) of each query head. Groups may differ in size if ranks share heads unevenly."""
     block_tokens: int
     is_causal: bool = True
-    """False: every token sees all of its sequence. What is computed of it must then be all of it, in one step."""
+    """False: every token attends to its whole sequence, which must then be computed in one step."""
 
     @property
     def is_uniform(self) -> bool:
@@ -36,38 +36,40 @@ Attend = Callable[[ForwardBatch], None]
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """For a step that is recorded in pieces, from one attention to the next."""
+    """Splits a step that is captured piecewise at an attention call."""
 
     q_THK: Tensor
-    """Where a piece leaves the turned queries, ..."""
+    """Where a piece leaves the rotated queries."""
     out_THK: Tensor
-    """... and where the next finds what attention gave."""
+    """Where the next piece finds the output of attention."""
     split: Callable[[Attend], None]
-    """Ends a piece, is told what attends from the one to the other for the sequences of a batch, and begins the next piece."""
+    """Ends a piece and begins the next. Takes the function that computes attention between the two, for the sequences of a batch."""
 
 
 class AttentionBackend(Protocol):
-    """Attention with scale ``head_dim ** -0.5``, causal if its config does not say otherwise.
+    """Attention with scale ``head_dim ** -0.5``, causal unless its config says otherwise.
 
     T tokens, H query heads, G KV heads, K head width, N blocks, B block_tokens.
     """
 
     kv_dtypes: tuple[torch.dtype, ...]
-    """In which keys and values may be held, beside that in which they are computed."""
+    """Dtypes of the KV cache that are supported in addition to the dtype of the computation."""
     supports_capture: bool
-    """Whether a step of sequences with one token each may be captured and replayed: what is launched then depends on their number alone,
-    everything else is read on the device, and a token whose slot is below 0 is written nowhere."""
+    """Whether a step with one token per sequence may be captured and replayed: its launches then depend only on the number of sequences,
+    everything else is read on the device, and a token with a negative slot is not written."""
 
     supports_graph_breaks: bool
-    """Whether attention heeds `graph_break`, as a step that is captured in pieces wants it, with anything in it."""
+    """Whether `graph_break` is supported, so that any step may be captured piecewise."""
     graph_break: GraphBreak | None
-    """While it is captured."""
+    """Set during a piecewise capture."""
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""
+        """Called once per step, before the layers: build what all layers share (index tensors, masks, launch sizes)."""
         ...
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        """Of each token's query, key and value heads (X = H + 2 G, in this order) turn queries and keys, write keys and values to
-        ``batch.slots_T`` of the cache, then attend: (T, H, K)."""
+        """Attention output (T, H, K). ``heads_TXK`` has each token's query, key and value heads (X = H + 2 G, in this order).
+
+        Rotates queries and keys, and writes keys and values to ``batch.slots_T`` of the cache, before it attends.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Which attention backend a rank uses: chosen once, at the door."""
+"""Chooses the attention backend of a rank."""
 
 import logging
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ BackendName = Literal["auto", "reference", "cpu", "native", "cuda", "flashinfer"
 def choose_backend(
     device: torch.device, config: AttentionConfig, name: BackendName = "auto", dtype: torch.dtype = torch.bfloat16
 ) -> AttentionBackend:
-    """The backend called ``name``; "auto" takes the fastest that runs on ``device``. ``dtype`` is what is computed in.
+    """The backend called ``name``; "auto" chooses the fastest that runs on ``device``. ``dtype`` is the dtype of the computation.
 
     Raises:
         ValueError: that backend does not run on this device, or not in this dtype.
@@ -52,7 +52,7 @@ def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: Backen
         case "reference":
             return ReferenceAttention(config)
         case "auto" | "cuda":
-            from model.attention.cuda import CudaAttention  # triton: not to be imported where there is no such device
+            from model.attention.cuda import CudaAttention  # imports triton, which exists only where there is a CUDA device
 
             return CudaAttention(config, device)
         case "flashinfer":

@@ -1,8 +1,7 @@
-"""Attention for CPUs: torch's fused attention over gathered blocks.
+"""Attention for CPUs with torch's fused attention over gathered blocks.
 
-Sequences that compute one token are taken together, many at a time; the others one by one, in tiles of queries.
-T tokens, S sequences, H query heads, G KV heads, P query heads of one KV head, K head width, N blocks, B tokens per block,
-L positions of a context.
+Sequences that compute one token are batched; the others are computed one by one, in tiles of queries. T tokens, S sequences, H query
+heads, G KV heads, P query heads of one KV head, K head width, N blocks, B tokens per block, L positions of a context.
 """
 
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from model.batch import ForwardBatch
 from model.rope import Rotation
 
 MAX_PADDING = 1 / 4
-"""Decoding sequences are taken together while the shortest lacks at most this fraction of the longest ..."""
+"""Decoding sequences are batched while padding is at most this fraction of the longest ..."""
 FREE_PADDING_TOKENS = 64
-"""... or at most this many tokens: one call more costs about as much as that much padding."""
+"""... or at most so many tokens: another call costs about as much as that padding."""
 TILE_TOKENS = 512
-"""Queries taken at once where a mask is needed. Bounds the mask's memory, and what lies behind a tile is not computed."""
+"""Queries per call if a mask is needed. Limits the mask's memory, and keys after a tile are not computed."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,23 @@ class _DecodeGroup:
     """Decoding sequences of similar context length, padded to the longest."""
 
     rows: Tensor | slice
-    """Their indices among the batch's sequences, which are also their tokens'. A slice copies nothing."""
+    """Their indices among the batch's sequences, which are also the indices of their tokens. A slice avoids a copy."""
     num_sequences: int
     blocks: Tensor
-    """Their blocks, all sequences' one after another, as many for each as the longest has."""
+    """Their blocks, sequence by sequence, each with as many as the longest has."""
     longest: int
     padding: Tensor | None
-    """Positions behind a sequence's end, as indices into all the tokens of ``blocks``. None: there are none."""
+    """Positions after a sequence's end, as indices into all tokens of ``blocks``. None: there are none."""
     mask_S11L: Tensor | None
-    """True where a position is within its sequence."""
+    """True for positions within the sequence."""
 
 
 class CpuAttention:
-    """See the file's first lines. Where ranks share heads unevenly (`AttentionConfig.is_uniform` is false) the query heads
-    of a decode are padded to the largest group at run time; weights and cache are not."""
+    """See the module's docstring.
+
+    If ranks share heads unevenly (`AttentionConfig.is_uniform` is false), the query heads of a decode are padded to the largest group at
+    run time; weights and cache are not padded.
+    """
 
     kv_dtypes: tuple[torch.dtype, ...] = ()
     supports_capture = supports_graph_breaks = False
@@ -83,12 +85,12 @@ class CpuAttention:
         batch: ForwardBatch,
         out_THK: Tensor,
     ) -> None:
-        """Write to ``out_THK`` what sequences with several new tokens give; their K and V are in the cache already."""
+        """Compute the sequences with several new tokens, and write the result to ``out_THK``. Their K and V are already in the cache."""
         for sequence in range(batch.num_decodes, batch.num_sequences):
             tokens = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
             length = batch.context_lengths[sequence]
             q_PHK, keys_LGK, values_LGK = q_THK[tokens], k_TGK[tokens], v_TGK[tokens]
-            if length > q_PHK.shape[0]:  # else all there is to see was computed in this step
+            if length > q_PHK.shape[0]:  # otherwise its whole context was computed in this step
                 blocks = batch.block_tables_SM[sequence, : -(-length // self.config.block_tokens)]
                 keys_LGK, values_LGK = (cache.index_select(0, blocks).flatten(0, 1)[:length] for cache in (keys_NBGK, values_NBGK))
             self._prefill(q_PHK, keys_LGK, values_LGK, out_THK[tokens])
@@ -96,7 +98,7 @@ class CpuAttention:
     def _decode(self, q_SHK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, group: _DecodeGroup) -> Tensor:
         keys_SGLK = _gather(keys_NBGK, group)
         values_SGLK = _gather(values_NBGK, group)
-        # The query heads of one KV head stand where queries do: K and V are read once for all of them.
+        # The query heads of one KV head take the place of queries, so that K and V are read once for all of them.
         q_SGPK = self._by_kv_head(q_SHK)
         out_SGPK = F.scaled_dot_product_attention(q_SGPK, keys_SGLK, values_SGLK, attn_mask=group.mask_S11L)
         return self._by_query_head(out_SGPK)
@@ -115,7 +117,7 @@ class CpuAttention:
         return out if self.config.is_uniform else out.index_select(1, self._place_H)
 
     def _prefill(self, q_PHK: Tensor, keys_LGK: Tensor, values_LGK: Tensor, out_PHK: Tensor) -> None:
-        """One sequence's new tokens (P of them) against its whole context, KV head by KV head, so that nothing is repeated."""
+        """One sequence's new tokens (P of them) against its whole context, one KV head at a time, so that K and V need not be repeated."""
         for kv_head, heads in enumerate(self._heads_of_kv):
             head_slice = slice(heads.start, heads.stop)
             q_1hPK = q_PHK[:, head_slice].transpose(0, 1).unsqueeze(0)
@@ -129,7 +131,7 @@ class CpuAttention:
 
 
 def group_by_length(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Indices of ``lengths``, grouped so that padding every group to its longest wastes little.
+    """Indices of ``lengths``, grouped so that padding each group to its longest wastes little.
 
     lengths 1000, 900, 20, 4000, 60:   [3], [0, 1], [4, 2]
     """
@@ -145,7 +147,7 @@ def group_by_length(lengths: tuple[int, ...]) -> list[list[int]]:
 
 
 def _heads_of_kv(config: AttentionConfig) -> list[range]:
-    """The query heads of each KV head: neighbours, in order."""
+    """The query heads of each KV head, which are adjacent."""
     starts = [config.kv_of_query.index(kv_head) for kv_head in range(config.num_kv_heads)]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], config.num_heads], strict=True)]
 
@@ -165,8 +167,8 @@ def _decode_group(members: list[int], batch: ForwardBatch, block_tokens: int) ->
 
 
 def _gather(cache_NBGK: Tensor, group: _DecodeGroup) -> Tensor:
-    """(S, G, L, K), zero behind each sequence's end: another sequence's block may hold NaN there, and NaN times a weight of
-    zero would be NaN. One sequence's fault must stay its own."""
+    """(S, G, L, K), zeroed after each sequence's end: another sequence's block may hold NaN, and NaN times a weight of zero is NaN. A
+    fault must stay within its sequence."""
     gathered_SLGK = cache_NBGK.index_select(0, group.blocks).view(group.num_sequences, -1, *cache_NBGK.shape[2:])
     if group.padding is not None:
         gathered_SLGK.flatten(0, 1).index_fill_(0, group.padding, 0)

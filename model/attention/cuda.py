@@ -1,8 +1,8 @@
-"""Attention on CUDA devices: our own kernels over blocks of KV where they lie.
+"""Attention on CUDA devices with our own kernels over paged KV.
 
-Sequences that compute one token go through the decode kernel, all in one launch; those that compute a few (guessed tokens, the end of a
-prompt of which the rest is known) through the same with rows for each of them, so that long contexts are cut into parts; the others through
-the prefill kernel, cut into tiles of tokens.
+Sequences that compute one token use the decode kernel, all in one launch. Those that compute a few tokens (guesses, or the end of a
+prompt that is mostly cached) use it too, with a row for each token, so that long contexts are split into parts. The others use the
+prefill kernel, in tiles of tokens.
 """
 
 from functools import partial
@@ -21,17 +21,17 @@ from parallel.cuda.paged_prefill import PrefillTiles, prefill, prefill_tile
 from parallel.quantisation import FP8, FP8_MIN_CAPABILITY
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Decode programs that every multiprocessor of the device should have to do, ..."""
+"""Decode programs that each multiprocessor should get, ..."""
 MAX_PARTS = 128
-"""... as far as cutting contexts into so many parts gives them."""
+"""... by splitting contexts into at most so many parts."""
 FEW_PARTS = (1, 4, 16, 64)
-"""Into how many where sequences compute a few tokens."""
+"""Numbers of parts for sequences that compute a few tokens."""
 SIMULATED_PROCESSORS = 8
-"""Where Triton's interpreter stands in for a device."""
+"""Assumed by Triton's interpreter, which has no device."""
 
 
 class CudaAttention:
-    """See the file's first lines."""
+    """See the module's docstring."""
 
     kv_dtypes: tuple[torch.dtype, ...] = (FP8,)
     supports_capture = supports_graph_breaks = True
@@ -39,7 +39,7 @@ class CudaAttention:
     _sequence_F: Tensor | None = None
     """int32: the sequences of the step that compute a few tokens; None: there are none."""
     _is_sorted = True
-    """Whether it is known how the step's sequences are computed: tiles depend on the dtype, which the first layer tells."""
+    """Whether the sequences of the step are sorted by kernel. That happens in the first layer, because tiles depend on the dtype."""
 
     def __init__(self, config: AttentionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -52,7 +52,7 @@ class CudaAttention:
         properties = torch.cuda.get_device_properties(device) if on_device else None
         self._processors = properties.multi_processor_count if properties else SIMULATED_PROCESSORS
         self._shared_bytes: int = getattr(properties, "shared_memory_per_block_optin", HOPPER_SHARED_BYTES)
-        """That a program may have. (torch's stubs do not know it.)"""
+        """Shared memory of a program. (torch's stubs lack it.)"""
 
     def prepare(self, batch: ForwardBatch) -> None:
         self._is_sorted = batch.num_decodes == batch.num_sequences
@@ -71,7 +71,7 @@ class CudaAttention:
         return out_THK
 
     def _attend(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, out_THK: Tensor, batch: ForwardBatch) -> None:
-        """Keys and values of the new tokens are in the cache already."""
+        """Keys and values of the new tokens are already in the cache."""
         if batch.num_decodes:
             some, parts = slice(0, batch.num_decodes), self.parts(batch.num_decodes)
             decode(
@@ -92,23 +92,24 @@ class CudaAttention:
             self.prefill(q_THK, keys_NBGK, values_NBGK, batch, out_THK)
 
     def prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
-        """Write to ``out_THK`` what sequences with several new tokens give; their K and V are in the cache already."""
+        """Compute the sequences with several new tokens, and write the result to ``out_THK``. Their K and V are already in the cache."""
         prefill(
             q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, batch.lengths_S, self._query_starts, self._tiles, self._heads,
             out_THK, is_causal=self.config.is_causal, tile=self._tile,
         )  # fmt: skip
 
     def parts(self, num_decodes: int) -> int:
-        """Into how many parts contexts are cut. Not a question of their lengths, so that a captured step stays right as they grow."""
+        """Into how many parts contexts are split. Does not depend on their lengths, so a captured step stays valid as they grow."""
         wanted = PROGRAMS_PER_PROCESSOR * self._processors // (num_decodes * self.config.num_kv_heads)
         return 1 << min(max(wanted, 1), MAX_PARTS).bit_length() - 1
 
     def parts_of_few(self, num_sequences: int) -> int:
-        """The same where sequences compute a few tokens: half as many at least, and one of few numbers, as not all are compiled ahead."""
+        """The same for sequences that compute a few tokens: at least half as many, and one of few values, because the kernels for all
+        others are not compiled in advance."""
         return max(parts for parts in FEW_PARTS if parts <= self.parts(num_sequences))
 
     def _sort(self, batch: ForwardBatch, dtype: torch.dtype) -> None:
-        """Which sequences compute a few tokens, and the tiles of the others; all of it brought to the device by one copy."""
+        """Find the sequences that compute a few tokens, and the tiles of the others; uploaded in one copy."""
         most = few_tokens(self._heads) if self.config.is_causal else 1
         self._tile = prefill_tile(self.config.head_dim, dtype, self._shared_bytes)
         step = self._tile.rows // self._heads.largest_group
@@ -128,6 +129,6 @@ class CudaAttention:
         self._tiles = PrefillTiles(sequence_X=sequence_X, token_X=token_X)
 
     def _upload(self, numbers: list[int] | tuple[int, ...]) -> Tensor:
-        """int32 on the device, without waiting for it."""
+        """int32 on the device, without waiting for the copy."""
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)

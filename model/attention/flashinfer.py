@@ -1,12 +1,12 @@
-"""Attention on CUDA devices, with prompts computed by FlashInfer (https://flashinfer.ai), where that is installed.
+"""Attention on CUDA devices with FlashInfer (https://flashinfer.ai) for prefill, if it is installed.
 
-Only what is launched: sequences that compute several tokens. FlashInfer's `plan` works out a schedule on the host, so steps that only
-decode, which are captured and replayed, keep to our own kernel. Written to `flashinfer-python` 0.7.2, read in its source; its kernels are
-built, by nvcc, when they are first asked for.
+Only launched steps use it, for sequences that compute several tokens. FlashInfer's `plan` computes a schedule on the host, so decode-only
+steps, which are captured and replayed, use our own kernel. Written for `flashinfer-python` 0.7.2 after reading its source; its kernels are
+built, by nvcc, when they are first needed.
 
-`plan` writes the schedule to one page-locked buffer of the wrapper's and only queues the copy to the device. Nobody waits for the chunks
-of a long prompt that do not sample, so a plan could be written over one that a queued copy has still to read: before the next, that
-copy is waited for. The host is thus never more than one such step ahead.
+`plan` writes the schedule to a page-locked buffer of the wrapper and only queues the copy to the device. Nobody waits for the chunks of
+a long prompt that do not sample, so a plan could overwrite one that a queued copy has still to read. Therefore the previous copy is
+waited for before each plan, and the host is never more than one such step ahead.
 """
 
 from itertools import accumulate
@@ -20,13 +20,13 @@ from model.attention.cuda import CudaAttention
 from model.batch import ForwardBatch
 
 DTYPES = (torch.bfloat16, torch.float16)
-"""In which it computes."""
+"""Dtypes in which it computes."""
 WORKSPACE_BYTES = 128 * 2**20
-"""What FlashInfer recommends, for parts of long contexts on their way."""
+"""FlashInfer's recommendation, for partial results of long contexts."""
 
 
 class FlashInferAttention(CudaAttention):
-    """See the file's first lines. Keys and values are in the dtype that is computed in."""
+    """See the module's docstring. The KV cache must be in the dtype of the computation."""
 
     kv_dtypes: tuple[torch.dtype, ...] = ()
 
@@ -41,24 +41,24 @@ class FlashInferAttention(CudaAttention):
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         super().__init__(config, device)
-        # Zeroed, as some of its kernels count in it.
+        # Zeroed, because some of its kernels count in it.
         self._wrapper: Any = BatchPrefillWithPagedKVCacheWrapper(torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device), "NHD")
         self._planned: torch.dtype | None = None
-        """The dtype that the step at hand was planned for; None: it has to be planned."""
+        """The dtype for which the current step is planned; None: it is not planned yet."""
         self._copied = _event(device)
-        """Behind the copy of the last schedule: see the file's first lines."""
+        """Recorded after the copy of the last schedule; see the module's docstring."""
 
     def prepare(self, batch: ForwardBatch) -> None:
         self._planned = None
 
     def prefill(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
-        if self._planned != q_THK.dtype:  # in the first layer: only here the dtype is known
+        if self._planned != q_THK.dtype:  # in the first layer, where the dtype is known
             self._plan(batch, q_THK.dtype)
-        some = slice(batch.query_starts[batch.num_decodes], batch.num_tokens)  # a captured step is filled up
+        some = slice(batch.query_starts[batch.num_decodes], batch.num_tokens)  # a captured step is padded
         out_THK[some] = self._wrapper.run(q_THK[some], (keys_NBGK, values_NBGK))
 
     def _plan(self, batch: ForwardBatch, dtype: torch.dtype) -> None:
-        """Sequences that decode are left out; the numbers are the host's, so that nothing waits for the device."""
+        """Plan without the sequences that decode. Uses the host's numbers, so that nothing waits for the device."""
         first, block_tokens, most_blocks = batch.num_decodes, self.config.block_tokens, batch.block_tables_SM.shape[1]
         lengths, starts = batch.context_lengths[first:], batch.query_starts[first:]
         counts = [-(-length // block_tokens) for length in lengths]

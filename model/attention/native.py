@@ -1,4 +1,4 @@
-"""Attention for CPUs with our own kernels: blocks are read where they lie, for one new token of a sequence and for many.
+"""Attention for CPUs with our own kernels, for decode and prefill, which read blocks in place.
 
 T tokens, S sequences, H query heads, G KV heads, K head width, N blocks, B tokens per block, M most blocks of a sequence.
 """
@@ -16,10 +16,10 @@ from parallel.native.library import Native, num_threads
 
 
 class NativeAttention:
-    """A sequence's sums are in the order of its positions, whatever else is in the batch. Heads may be shared unevenly.
+    """A sequence is summed in the order of its positions, whatever else is in the batch. Ranks may share heads unevenly.
 
-    Where keys and values are held in bfloat16, queries and the weights of values are rounded to it as they enter a product; scores, the
-    softmax and sums are in float32.
+    With a KV cache in bfloat16, queries and attention weights are rounded to bfloat16 in products; scores, softmax and sums are in
+    float32.
     """
 
     supports_capture = supports_graph_breaks = False
@@ -32,7 +32,7 @@ class NativeAttention:
         starts = [config.kv_of_query.index(kv) for kv in range(config.num_kv_heads)]
         counts = [config.kv_of_query.count(kv) for kv in range(config.num_kv_heads)]
         self.heads_G3 = torch.tensor(list(zip(starts, counts, range(config.num_kv_heads), strict=True)))
-        """Of each KV head its first query head, how many it has, and its number."""
+        """For each KV head: its first query head, how many it has, and its own index."""
         self._lengths_S = torch.empty(0, dtype=torch.int64)
         self._starts_S = torch.empty(0, dtype=torch.int64)
         self._tables_SM = torch.empty(0, 0, dtype=torch.int32)
@@ -43,12 +43,12 @@ class NativeAttention:
         self._tables_SM = batch.block_tables_SM.contiguous()
 
     def step_inputs(self, rotation: Rotation, batch: ForwardBatch) -> BatchOfStep:
-        """What `prepare` and the caller found out, for a kernel that computes half a layer."""
+        """The inputs of a fused kernel: what `prepare` computed, and the rotation."""
         cos, sin = rotation.cos_T1F.contiguous(), rotation.sin_T1F.contiguous()
         return BatchOfStep(cos, sin, batch.slots_T.contiguous(), self._tables_SM, self._starts_S, self._lengths_S, batch.num_decodes)
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
-        if heads_TXK.dtype != torch.float32 or not self.config.is_causal:  # our kernels know the causal mask only
+        if heads_TXK.dtype != torch.float32 or not self.config.is_causal:  # our kernels support only the causal mask
             self._torch.prepare(batch)
             return self._torch.attend(heads_TXK, rotation, keys_NBGK, values_NBGK, batch)
         q_THK, k_TGK, v_TGK = rotate_heads(heads_TXK, rotation, self.config)
@@ -70,7 +70,7 @@ class NativeAttention:
         )
 
     def _decode(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, out_THK: Tensor, num_sequences: int) -> None:
-        """The first ``num_sequences`` tokens, each of a sequence of its own."""
+        """The first ``num_sequences`` tokens, each of a different sequence."""
         _, num_heads, width = q_THK.shape
         self._library.decode[keys_NBGK.dtype](
             *(q_THK.data_ptr(), keys_NBGK.data_ptr(), values_NBGK.data_ptr(), self._tables_SM.data_ptr(), self._lengths_S.data_ptr()),

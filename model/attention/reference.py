@@ -1,4 +1,4 @@
-"""The oracle: attention one sequence and one head at a time, as the formula reads, in float32."""
+"""The reference for all other backends: attention one sequence and one head at a time, straight from the formula, in float32."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from parallel.quantisation import FP8
 
 
 class ReferenceAttention:
-    """Every other backend is tested against this one. Slow, and simple enough to be right."""
+    """Slow, and simple enough to be correct. All other backends are tested against it."""
 
     kv_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, FP8)
     supports_capture = supports_graph_breaks = False
@@ -32,7 +32,7 @@ class ReferenceAttention:
         return out_THK
 
     def attend_to_written(self, q_THK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch, out_THK: Tensor) -> None:
-        """Attention of rotated queries into ``out_THK``, once keys and values of their tokens are in the cache."""
+        """Write attention of rotated queries to ``out_THK``. Keys and values of their tokens must be in the cache."""
         for sequence, length in enumerate(batch.context_lengths):
             tokens = slice(batch.query_starts[sequence], batch.query_starts[sequence + 1])
             blocks = batch.block_tables_SM[sequence, : -(-length // self.config.block_tokens)].long()
@@ -45,7 +45,7 @@ class ReferenceAttention:
 
 
 def attend_one_head(q_PK: Tensor, keys_LK: Tensor, values_LK: Tensor, *, is_causal: bool) -> Tensor:
-    """The P queries are the last P of the L positions; each sees itself and what lies before it, or everything."""
+    """The P queries are the last P of the L positions. Each attends to itself and what precedes it, or to everything."""
     num_queries, length = q_PK.shape[0], keys_LK.shape[0]
     scores_PL = q_PK @ keys_LK.T * q_PK.shape[1] ** -0.5
     positions_P = torch.arange(length - num_queries, length, device=q_PK.device)

@@ -1,4 +1,4 @@
-"""How new keys and values get into the cache."""
+"""Writes new keys and values to the cache."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from parallel.quantisation import FP8, FP8_MAX
 
 
 def write_kv(k_TGK: Tensor, v_TGK: Tensor, keys_NBGK: Tensor, values_NBGK: Tensor, slots_T: Tensor) -> None:
-    """Token t goes to slot ``slots_T[t]``, counted over all blocks of the cache, as the nearest number that it holds."""
+    """Write token t to slot ``slots_T[t]``, counted over all blocks, rounded to the dtype of the cache."""
     for new_TGK, cache_NBGK in ((k_TGK, keys_NBGK), (v_TGK, values_NBGK)):
         cache = cache_NBGK.flatten(0, 1)
         if cache.dtype == FP8:

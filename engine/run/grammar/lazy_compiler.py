@@ -39,8 +39,10 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
 
 
 class LazyCompiler:
-    """A `GrammarCompiler` that is created once this process has been idle for a while, or when the first grammar arrives. If it cannot
-    be created, requests with a grammar are refused and all others are served."""
+    """A `GrammarCompiler` that is created once this process has been idle for a while, or when the first grammar arrives.
+
+    If it cannot be created, requests with a grammar are refused and all others are served.
+    """
 
     def __init__(
         self, make: Callable[[], GrammarCompiler], at_rest_s: float, *, computed_s: Callable[[], float] = time.process_time

@@ -1,5 +1,6 @@
-"""Edits logits before temperature: penalties, biases, and ids that may not be sampled now. Rows with an entry in an `EditTable` are edited
-there.
+"""Edits logits before temperature: penalties, biases, and ids that may not be sampled now.
+
+Rows with an entry in an `EditTable` are edited there.
 
 R rows, V ids that can be sampled.
 """

@@ -191,8 +191,10 @@ class Report:
         return self._buffer.is_done()
 
     def read(self) -> np.ndarray:
-        """int64 (3, S): the drawn token, and whether the model's and the edited logits are finite. Waits for the device. Must be called
-        before the step after the next is launched."""
+        """int64 (3, S): the drawn token, and whether the model's and the edited logits are finite.
+
+        Waits for the device. Must be called before the step after the next is launched.
+        """
         self._buffer.wait()
         report: np.ndarray = self._buffer.array[: 3 * self._size].reshape(3, self._size)[:, : self._count]
         return report

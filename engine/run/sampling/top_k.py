@@ -38,8 +38,9 @@ def highest_torch(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def candidates(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest logits and their ids, both (R, count), by ascending id. Which ids are included among those equal to the lowest
-    is unspecified.
+    """The ``count`` highest logits and their ids, both (R, count), by ascending id.
+
+    Which ids are included among those equal to the lowest is unspecified.
 
     Only the ``count`` segments with the highest maxima are searched. An id outside of them is no higher than any of those maxima, so
     ``count`` ids at least as high have been found.
