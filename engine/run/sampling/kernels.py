@@ -7,7 +7,7 @@ from torch import Tensor
 from parallel.quantised_format import has_triton
 
 
-def kernels_for(logits_RV: Tensor) -> ModuleType | None:
+def sampling_kernels_for(logits_RV: Tensor) -> ModuleType | None:
     """`parallel.cuda.draws` if it can be used here, else None."""
     if logits_RV.device.type != "cuda" or not has_triton():
         return None

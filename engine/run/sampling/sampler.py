@@ -17,7 +17,7 @@ from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.edits import edit_logits
 from engine.run.sampling.filters import MAX_VOCAB_SIZE, draw_filtered, draw_unfiltered, total_weight
 from engine.run.sampling.groups import DrawGroup, draw_params, group_rows, top_k_of
-from engine.run.sampling.kernels import kernels_for
+from engine.run.sampling.kernels import sampling_kernels_for
 from engine.run.sampling.logprobs import token_logprobs
 from engine.run.sampling.state import Row
 from engine.run.sampling.top_k import highest
@@ -47,7 +47,7 @@ class Sampler:
             return []
         raw_RV = logits[:, : self.vocab_size]
         logits_RV = edit_logits(raw_RV, rows, table)
-        if kernels := kernels_for(logits_RV):
+        if kernels := sampling_kernels_for(logits_RV):
             return self.results(raw_RV, logits_RV, rows, self._draw_with_kernels(kernels, raw_RV, logits_RV, rows))
         highest_R, chosen_R = highest(logits_RV)  # greedy rows need nothing else
         decided_R = torch.ones_like(chosen_R)

@@ -38,7 +38,7 @@ from engine.run.sampling.columns import (
 from engine.run.sampling.edit_table import NO_ENTRY, EditTable
 from engine.run.sampling.filters import DrawParams, draw_filtered, draw_undecided, draw_unfiltered
 from engine.run.sampling.groups import FEW_TOP_K, MAX_CANDIDATES, MORE_CANDIDATES
-from engine.run.sampling.kernels import kernels_for
+from engine.run.sampling.kernels import sampling_kernels_for
 from engine.run.sampling.top_k import highest
 from engine.run.transfer import PinnedBuffer, Readback, Staging, refill
 
@@ -136,7 +136,7 @@ class SamplerGraphs:
     def _compute(self, size: int, most: int, is_edited: bool) -> None:
         raw_RV = logits_RV = self._logits_BV[:size]
         inputs, raw_highest_RN = self._inputs[:, :size], None
-        kernels = kernels_for(raw_RV)
+        kernels = sampling_kernels_for(raw_RV)
         if is_edited:
             assert self.table is not None
             assert self._tokens_B is not None

@@ -84,7 +84,7 @@ def use_capturable_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: plain)
     monkeypatch.setattr("model.qwen2.choose_backend", lambda _device, config, *_: CapturableAttention(config))
     for module in ("model.layers", "model.rope"):
-        monkeypatch.setattr(f"{module}.kernels_for", lambda _x: None)
+        monkeypatch.setattr(f"{module}.elementwise_kernels_for", lambda _x: None)
     monkeypatch.setattr(RoutedExperts, "_compute", lambda self, x, ids, weights: self._on_cuda()(x, ids, weights))
 
 

@@ -47,7 +47,7 @@ def by_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterato
     with monkeypatch.context() as patch:
         if device.type == "cpu":
             for module in ("sampler", "sampler_graphs"):
-                patch.setattr(f"engine.run.sampling.{module}.elementwise_kernels_for", lambda _logits: draws)
+                patch.setattr(f"engine.run.sampling.{module}.sampling_kernels_for", lambda _logits: draws)
             patch.setattr(EditTable, "edit", edited_by_kernel)
             patch.setattr(EditTable, "count_tokens", lambda table, *rows: edits.learn(*rows, table._counts_NV, table._known_N))
         yield
@@ -117,7 +117,7 @@ def test_a_replay_draws_what_the_sampler_does_whoever_was_in_the_step_before(dev
             report = graphs.launch(columns.of(np.arange(len(rows))), np.full(len(rows), 30), 4).read()
             answers = sampler.results(logits_BV, logits_BV, rows, as_decided(report))
             with monkeypatch.context() as plain:
-                plain.setattr("engine.run.sampling.sampler.elementwise_kernels_for", lambda _logits: None)
+                plain.setattr("engine.run.sampling.sampler.sampling_kernels_for", lambda _logits: None)
                 assert answers == sampler.sample(logits_BV[: len(rows)].clone(), rows)
             for state in states:
                 table.close(state)
