@@ -61,7 +61,7 @@ class StartProgress:
     total: int
     """For "weights" bytes of the checkpoint tensors that this rank needs a share of; for "capture" CUDA graphs; for other phases 1, with
     ``done`` 0 or 1."""
-    read: WeightsRead | None = None
+    read: LoadStats | None = None
     """Reported once, when the weights are loaded."""
 
 
