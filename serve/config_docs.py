@@ -16,6 +16,7 @@ from serve.config import DERIVED, ServeConfig
 from serve.config_sources import LIST, PREFIX, SEPARATOR, ConfigError, Entry, LoadedConfig, known_settings, unknown_setting_error
 
 WIDTH = 110
+"""Of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,32 +72,32 @@ def _in_words(hint: Any) -> str:
     return str({str: "text", bool: "true or false"}.get(hint, hint.__name__))
 
 
-def as_yaml(loaded: LoadedConfig) -> str:
+def as_yaml(loaded: LoadedConfig, *, width: int = WIDTH) -> str:
     """The settings in effect as a file that could be given to `-c`: documentation above each, its origin behind it."""
-    return "\n".join(_yaml_lines(loaded)) + "\n"
+    return "\n".join(_yaml_lines(loaded, width)) + "\n"
 
 
-def _yaml_lines(loaded: LoadedConfig) -> Iterator[str]:
+def _yaml_lines(loaded: LoadedConfig, width: int) -> Iterator[str]:
     schema = json_schema()
     values = loaded.config.model_dump(mode="json")
     for section, fields in values.items():
         if section == LIST:
-            yield from _model_lines(values, loaded)
+            yield from _model_lines(values, loaded, width)
             continue
-        yield from ("", *_comment(_section(schema, section).get("description", ""), indent=""), f"{section}:")
+        yield from ("", *_comment(_section(schema, section).get("description", ""), width, indent=""), f"{section}:")
         for name, value in fields.items():
             path = f"{section}.{name}"
             if path in DERIVED:
                 continue
             origin = loaded.origins.get(path)
-            yield from _comment(setting_docs()[path].doc, indent="  ")
+            yield from _comment(setting_docs()[path].doc, width, indent="  ")
             yield f"  {name}: {json.dumps(value)}{f'  # from {origin}' if origin else ''}"
 
 
-def _model_lines(values: Mapping[str, Any], loaded: LoadedConfig) -> Iterator[str]:
+def _model_lines(values: Mapping[str, Any], loaded: LoadedConfig, width: int) -> Iterator[str]:
     """The list of models: of each entry what differs from the sections beside the list."""
     doc = json_schema()["properties"][LIST]["description"]
-    yield from ("", *_comment(doc, indent=""), f"{LIST}:{'' if values[LIST] else ' []'}")
+    yield from ("", *_comment(doc, width, indent=""), f"{LIST}:{'' if values[LIST] else ' []'}")
     for index, entry in enumerate(values[LIST]):
         bullet = "- "
         for section, fields in entry.items():
@@ -110,18 +111,18 @@ def _model_lines(values: Mapping[str, Any], loaded: LoadedConfig) -> Iterator[st
                 yield f"      {name}: {json.dumps(value)}{f'  # from {origin}' if origin else ''}"
 
 
-def _comment(text: str, *, indent: str) -> list[str]:
-    return textwrap.wrap(_plain(text), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+def _comment(text: str, width: int, *, indent: str) -> list[str]:
+    return textwrap.wrap(_plain(text), width, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
-def explain(path: str, loaded: LoadedConfig) -> str:
+def explain(path: str, loaded: LoadedConfig, *, width: int = WIDTH) -> str:
     """One setting: what it is, what it may be, what it is now and why; of a section, the first sentence of each of its settings.
 
     Raises:
         ConfigError: there is no such setting; the nearest is named.
     """
     if within := [name for name in setting_docs() if name.startswith(f"{path}.")]:
-        return "\n".join(f"{name:<{max(map(len, within))}}  {_first_sentence(setting_docs()[name].doc)}" for name in within)
+        return "\n".join(line for name in within for line in _in_a_list(name, max(map(len, within)), width))
     if path not in setting_docs():
         raise ConfigError([unknown_setting_error(Entry(path, None, "--explain"))])
     doc = setting_docs()[path]
@@ -130,7 +131,7 @@ def explain(path: str, loaded: LoadedConfig) -> str:
     return "\n".join(
         (
             path,
-            *textwrap.wrap(doc.doc, WIDTH, initial_indent="  ", subsequent_indent="  "),
+            *textwrap.wrap(doc.doc, min(width, WIDTH), initial_indent="  ", subsequent_indent="  "),
             "",
             f"  type         {doc.kind}",
             f"  default      {json.dumps(doc.default)}",
@@ -140,6 +141,14 @@ def explain(path: str, loaded: LoadedConfig) -> str:
             f"  flag         --set {path}={value}",
         )
     )
+
+
+def _in_a_list(path: str, column: int, width: int) -> list[str]:
+    """Its first sentence, beside its name; below it where there is no room."""
+    sentence, indent = _first_sentence(setting_docs()[path].doc), column + 2
+    if width - indent < column:
+        return [path, *textwrap.wrap(sentence, width, initial_indent="    ", subsequent_indent="    ")]
+    return textwrap.wrap(sentence, width, initial_indent=f"{path:<{column}}  ", subsequent_indent=" " * indent)
 
 
 def _first_sentence(doc: str) -> str:

@@ -1,15 +1,15 @@
 """An `Overview` as tables for a terminal."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from cluster.directory import ReplicaRecord
 from serve.overview import HostView, Overview
 from serve.quantiles import Counts, quantile, since
+from serve.terminal import Column, ColumnTable
 
 WINDOW_S = 10.0
 COLOURS = {"ready": "green", "RUNNING": "green", "starting": "yellow", "recovering": "yellow", "DEPLOYING": "yellow", "draining": "cyan"}
@@ -45,7 +45,7 @@ def tables(seen: Overview, window: Window | None) -> Group:
     return Group(*_parts(seen, window))
 
 
-def _parts(seen: Overview, window: Window | None) -> Iterator[Table | Text]:
+def _parts(seen: Overview, window: Window | None) -> Iterator[ColumnTable | Text]:
     yield _hosts(seen)
     for words in seen.missing:
         yield Text(words, style="red")
@@ -62,23 +62,23 @@ def _parts(seen: Overview, window: Window | None) -> Iterator[Table | Text]:
         yield _waits(seen, window)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="left" if column in TEXTUAL else "right")
-    return table
-
-
 TEXTUAL = ("host", "address", "model", "state", "ranks", "last loss", "replica")
+KEYS = ("host", "model", "replica")
+LONG = ("state", "ranks", "last loss")
 
 
-def _hosts(seen: Overview) -> Table:
-    table = _table("host", "address", "state", "CPU used", "GPU used", "ranks")
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> ColumnTable:
+    made = [Column(heading=name, is_text=name in TEXTUAL, wraps=name in LONG, is_key=name in KEYS) for name in columns]
+    return ColumnTable(made, list(rows))
+
+
+def _hosts(seen: Overview) -> ColumnTable:
+    rows = []
     for host in seen.hosts:
         ranks = sum(place.host == host.name for _, record in seen.replicas for place in record.ranks)
         state = Text("alive", style="green") if host.alive else Text("dead", style="red")
-        table.add_row(host.name, host.ip, state, _used(host, "CPU"), _used(host, "GPU"), str(ranks))
-    return table
+        rows.append((host.name, host.ip, state, _used(host, "CPU"), _used(host, "GPU"), str(ranks)))
+    return _table(("host", "address", "state", "CPU used", "GPU used", "ranks"), rows)
 
 
 def _used(host: HostView, resource: str) -> str:
@@ -86,12 +86,12 @@ def _used(host: HostView, resource: str) -> str:
     return f"{total - host.free.get(resource, 0.0):g} / {total:g}" if total and host.alive else ""
 
 
-def _replicas(seen: Overview, window: Window | None) -> Table:
-    table = _table("model", "replica", "state", "ranks", "KV", "running", "waiting", "tokens/s", "restarts", "last loss")
+def _replicas(seen: Overview, window: Window | None) -> ColumnTable:
+    rows = []
     for _, record in seen.replicas:
         state = f"{record.state}: {record.loading.doing} {record.loading.done:.0%}" if record.loading else str(record.state)
         speed = window.tokens_per_s(record) if window else None
-        table.add_row(
+        row = (
             record.model,
             record.id.rsplit("#", 1)[-1][-8:],
             Text(state + (f" ({record.reason})" if record.reason else ""), style=COLOURS.get(record.state, "red")),
@@ -103,7 +103,8 @@ def _replicas(seen: Overview, window: Window | None) -> Table:
             str(record.num_restarts),
             record.last_loss or "",
         )
-    return table
+        rows.append(row)
+    return _table(("model", "replica", "state", "ranks", "KV", "running", "waiting", "tokens/s", "restarts", "last loss"), rows)
 
 
 def ranks_in_words(record: ReplicaRecord) -> str:
@@ -125,13 +126,13 @@ def _runs(ranks: list[int]) -> str:
     return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _waits(seen: Overview, window: Window | None) -> Table:
-    table = _table("model", "first token p50", "first token p95", "next token p50", "next token p95")
+def _waits(seen: Overview, window: Window | None) -> ColumnTable:
+    rows = []
     for key, waits in seen.waits.items():
         both = (waits.first_token, waits.next_token)
         figures = wait_figures(*(window.recent_latency(key, *both) if window else both))
-        table.add_row(key[1], *("" if value is None else f"{value * 1e3:.0f} ms" for value in figures.values()))
-    return table
+        rows.append((key[1], *("" if value is None else f"{value * 1e3:.0f} ms" for value in figures.values())))
+    return _table(("model", "first token p50", "first token p95", "next token p50", "next token p95"), rows)
 
 
 def wait_figures(first_token: Counts, next_token: Counts) -> Mapping[str, float | None]:

@@ -4,10 +4,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from serve.bench.ceiling import Ceiling
 from serve.bench.workload import Round, Workload
+from serve.terminal import Column, ColumnTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +82,14 @@ def as_json(figures: Sequence[Figure]) -> list[dict[str, object]]:
     ]
 
 
-def table_of(figures: Sequence[Figure]) -> Table:
-    table = Table(title="Engine in process: closed loop, token ids in, greedy", title_justify="left")
-    for heading in ("workload", "tokens/s", "spread", "TTFT ms", "ITL ms", "took s", "floor s", "of floor"):
-        table.add_column(heading, justify="left" if heading == "workload" else "right", no_wrap=True)
-    for figure in figures:
-        table.add_row(
+TITLE = "Engine in process: closed loop, token ids in, greedy"
+
+
+def table_of(figures: Sequence[Figure]) -> ColumnTable:
+    headings = ("workload", "tokens/s", "spread", "TTFT ms", "ITL ms", "took s", "floor s", "of floor")
+    columns = [Column(heading=heading, is_text=heading == "workload", is_key=heading == "workload") for heading in headings]
+    rows = [
+        (
             figure.workload.name,
             f"{figure.tokens_per_s:,.1f}",
             f"{figure.spread:.0%}",
@@ -98,4 +99,6 @@ def table_of(figures: Sequence[Figure]) -> Table:
             f"{figure.floor_s:,.2f}",
             f"{figure.of_floor:.0%}",
         )
-    return table
+        for figure in figures
+    ]
+    return ColumnTable(columns, rows)

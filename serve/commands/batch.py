@@ -2,6 +2,8 @@
 
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -61,7 +63,7 @@ def batch(
                     exit_with_error(f"no server answers at {url}; start one with `manta serve`, or say --url")
             if retry_failed:
                 forget_failures(output, {item.custom_id for item in items})
-            with _bar(len(items)) as bar:
+            with progress_of(len(items)) as bar:
                 for shown in run_batch(items, output, client, concurrency=concurrency, stop=stopped):
                     bar(shown.done, shown.failed)
     except OSError as error:
@@ -89,23 +91,30 @@ def _failed(output: Path, asked: set[str]) -> str:
     return f"{len(failed)} failed: {which} ({why}); --retry-failed asks again"
 
 
-class _bar:  # noqa: N801  (used like a function)
-    """A progress bar on stderr."""
+@contextmanager
+def progress_of(total: int) -> Iterator[Callable[[int, int], None]]:
+    """On stderr: a bar that is told how many are done and how many of them failed; without a terminal a line for each tenth."""
+    from serve.terminal import can_redraw
 
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    if not can_redraw():
+        yield _lines(total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("batch", total=total, failed=0)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("batch", total=total, failed=0)
+        yield lambda done, failed: progress.update(task, completed=done, failed=failed)
 
-    def __enter__(self) -> "_bar":
-        self._progress.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+def _lines(total: int) -> Callable[[int, int], None]:
+    said = 0
 
-    def __call__(self, done: int, failed: int) -> None:
-        self._progress.update(self._task, completed=done, failed=failed)
+    def report(done: int, failed: int) -> None:
+        nonlocal said
+        if total and 10 * done // total > said:
+            said = 10 * done // total
+            typer.echo(f"{done} of {total} done, {failed} failed", err=True)
+
+    return report

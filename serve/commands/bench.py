@@ -48,11 +48,10 @@ def bench(
     config, *others = load_settings(file, assignments, given).config.each_model()
     if others:
         exit_with_error("the settings name several models, and one is measured at a time: name it, without the list")
-    from rich.console import Console
-
-    from serve.bench.report import as_json, table_of
+    from serve.bench.report import TITLE, as_json, table_of
     from serve.model_check import with_local_draft_model
     from serve.model_source import ModelSourceError, find_model
+    from serve.terminal import results, wrapped
 
     try:
         with progress_shown() as report:
@@ -62,9 +61,9 @@ def bench(
             lines, figures = measure(config, found, rounds, workloads, report, warm_up=warm_up)
     except (ModelSourceError, ValueError) as error:
         exit_with_error(str(error))
-    console = Console()
-    for line in lines:
-        console.print(line, highlight=False)
+    console = results()
+    for line in (*lines, TITLE):
+        console.print("\n".join(wrapped(line, console.width, then="  ")), markup=False, soft_wrap=True)
     console.print(table_of(figures))
     if json_file is not None:
         json_file.write_text(json.dumps({"lines": lines, "cells": as_json(figures)}, indent=2) + "\n")

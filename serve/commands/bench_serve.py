@@ -57,10 +57,9 @@ def bench_serve(
         exit_with_error(f"--api is {api!r}; it is chat or completions")
     if rate <= 0 or scale <= 0:
         exit_with_error(f"--rate and --scale must be above 0, got {rate:g} and {scale:g}")
-    from rich.console import Console
-
     from serve.load.client import Target, find_model
     from serve.load.report import Objective, as_json, lines_of, summarise, table_of
+    from serve.terminal import results, wrapped
 
     chosen = WORKLOADS[workload.upper()]
     conversations = chosen.conversations(Shape(requests=requests, rate=rate, scale=scale, seed=seed))
@@ -72,10 +71,10 @@ def bench_serve(
         objective = Objective(ttft_s=ttft, itl_s=itl)
         summary = summarise(answers, objective)
         title = f"{chosen.name}: {chosen.about} | {name} at {url}, {rate:g}/s, seed {seed}"
-        console = Console()
-        for line in lines_of(summary, objective):
-            console.print(line, highlight=False, markup=False)
-        console.print(table_of(title, summary))
+        console = results()
+        for line in (*lines_of(summary, objective), title):
+            console.print("\n".join(wrapped(line, console.width, then="  ")), markup=False, soft_wrap=True)
+        console.print(table_of(summary))
         if json_file is not None:
             json_file.write_text(json.dumps({"title": title, **as_json(summary, answers)}, indent=1) + "\n")
         if plot is not None:

@@ -36,6 +36,7 @@ def config(
     """
     from serve import config_docs
     from serve.config_sources import ConfigError
+    from serve.terminal import results
 
     if schema:
         return typer.echo(json.dumps(config_docs.json_schema(), indent=2))
@@ -43,9 +44,9 @@ def config(
     if emit == "serve":
         return _emit_serve(loaded, name)
     if explain is None:
-        return typer.echo(config_docs.as_yaml(loaded), nl=False)
+        return typer.echo(config_docs.as_yaml(loaded, width=min(results().width, config_docs.WIDTH)), nl=False)
     try:
-        typer.echo(config_docs.explain(explain, loaded))
+        typer.echo(config_docs.explain(explain, loaded, width=results().width))
     except ConfigError as error:
         exit_with_error(str(error), code=WRONG_USAGE)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-import textwrap
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from serve.config import ServeConfig
     from serve.model_source import FoundModel
 
-INDENT, LEAST_WIDTH = 9, 24
+INDENT = 9
 COLOURS = {"fatal": "bold red", "warning": "yellow", "note": "green"}
 
 
@@ -146,33 +145,30 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
 
 
 def _show(survey: "Survey") -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
-    width = console.width if console.is_terminal else None
+    from serve.terminal import results, wrapped
+
+    console = results()
     for each in survey.facts:
-        console.print(Text("\n".join(_wrapped(_line(each), width))), soft_wrap=True)
+        console.print(Text("\n".join(wrapped(_line(each), console.width))), soft_wrap=True)
     for finding in survey.findings:
-        text = Text("\n".join(paragraph(finding, width)))
+        text = Text("\n".join(paragraph(finding, console.width)))
         text.stylize(COLOURS[finding.severity], 0, len(finding.severity))
         console.print(text, soft_wrap=True)
     if all(finding.severity == "note" for finding in survey.findings):
         console.print("nothing is in the way")
 
 
-def paragraph(finding: "Finding", width: int | None) -> list[str]:
-    """How grave it is, and beside it what was found and below what to do about it, in lines of ``width``; None: as long as they get."""
+def paragraph(finding: "Finding", width: int) -> list[str]:
+    """How grave it is, and beside it what was found and below what to do about it, in lines of ``width``."""
+    from serve.terminal import wrapped
+
     where = f" on {finding.host}" if finding.host else ""
     said = [f"{finding.check}{where}: {finding.found}", *([f"-> {finding.todo}"] if finding.todo else [])]
-    lines = [line for sentence in said for line in _wrapped(sentence, width and max(width - INDENT, LEAST_WIDTH))]
+    lines = [line for sentence in said for line in wrapped(sentence, width - INDENT, then="   " if sentence.startswith("-> ") else "")]
     margins = [finding.severity, *[""] * (len(lines) - 1)]
     return [f"{margin:<{INDENT}}{line}" for margin, line in zip(margins, lines, strict=True)]
-
-
-def _wrapped(sentence: str, width: int | None) -> list[str]:
-    """Paths and commands are not broken at their hyphens: they are to be copied."""
-    return textwrap.wrap(sentence, width or 10**9, break_on_hyphens=False, subsequent_indent="   " if sentence.startswith("-> ") else "")
 
 
 def _line(facts: "HostFacts") -> str:

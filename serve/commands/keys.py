@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = "manta-keys.json"
 VARIABLE = "MANTA_AUTH__KEYS_FILE"
+HEADINGS = ("id", "made", "name", "scopes", "share", "quotas")
 
 HELP = f"""API keys of a server: `manta serve --set auth.keys_file=FILE`.
 
@@ -79,8 +80,15 @@ def list_keys(file: File = None) -> None:
         present = read_keys(_path(file))
     except KeyFileError as error:
         exit_with_error(str(error))
-    for key in present:
-        typer.echo(described(key))
+    from serve.terminal import Column, ColumnTable, results
+
+    console = results()
+    if console.is_terminal:
+        columns = [Column(heading=name, is_text=True, is_key=name == "id", wraps=name in ("name", "quotas")) for name in HEADINGS]
+        console.print(ColumnTable(columns, [cells(key) for key in present]))
+    else:  # a line each, for programs
+        for key in present:
+            console.print("  ".join(cells(key)), markup=False)
 
 
 @keys.command()
@@ -120,15 +128,15 @@ def rotate(
     typer.echo(shown)
 
 
-def described(key: "Key") -> str:
-    """One line."""
+def cells(key: "Key") -> tuple[str, ...]:
+    """Of a row below `HEADINGS`."""
     quotas = {"requests/min": key.requests_per_minute, "tokens/min": key.tokens_per_minute, "at a time": key.concurrency}
     limits = ", ".join(f"{limit} {what}" for what, limit in quotas.items() if limit is not None) or "no quotas"
     now = time.time()
     old = sum(secret.until is not None and secret.until > now for secret in key.secrets)
     made = datetime.fromtimestamp(key.created, UTC).strftime("%Y-%m-%d")
     rotating = f"; {old} older secret still taken" if old else ""
-    return f"{key.id}  {made}  {key.name or '-'}  {','.join(key.scopes)}  share {key.share:g}  {limits}{rotating}"
+    return key.id, made, key.name or "-", ",".join(key.scopes), f"share {key.share:g}", f"{limits}{rotating}"
 
 
 def _path(file: Path | None) -> Path:

@@ -11,7 +11,9 @@ Report = Callable[[str, float], None]
 @contextmanager
 def progress_shown() -> Iterator[Report]:
     """Shows progress on stderr, so that stdout has results only."""
-    if not sys.stderr.isatty():
+    from serve.terminal import can_redraw
+
+    if not can_redraw():
         yield _lines()
         return
     from rich.console import Console

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,11 +42,10 @@ def status(
     if as_json:
         typer.echo(json.dumps(_tree(seen), indent=2, default=str))
     else:
-        from rich.console import Console
-
         from serve.overview_table import tables
+        from serve.terminal import results
 
-        Console().print(tables(seen, None))
+        results().print(tables(seen, None))
     if seen.missing or any(app.status != "RUNNING" for app in seen.apps) or any(not record.ready for _, record in seen.replicas):
         raise typer.Exit(1)
 
@@ -61,19 +60,24 @@ def top(
 ) -> None:
     """The same as `manta status`, live: rates and waits are of the last ten seconds. Ctrl-C ends it."""
     with _watching(load_settings(file, assignments, given).config):
-        from rich.console import Console
         from rich.live import Live
 
         from serve.overview import collect_overview
         from serve.overview_table import Window, tables
+        from serve.terminal import results
 
-        window, console = Window(), Console()
+        window, console = Window(), results()
+        redraws = console.is_terminal and not console.is_dumb_terminal
         try:
-            with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            with Live(console=console, screen=True, auto_refresh=False) if redraws else nullcontext() as live:
                 while True:
                     seen = collect_overview()
                     window.add(time.monotonic(), seen)
-                    live.update(tables(seen, window), refresh=True)
+                    if live is None:
+                        console.print(tables(seen, window), "")
+                        console.file.flush()
+                    else:
+                        live.update(tables(seen, window), refresh=True)
                     time.sleep(every_s)
         except KeyboardInterrupt:
             return

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
-from rich.table import Table
 
 from serve.load.client import Answer
+from serve.terminal import Column, ColumnTable
 
 PERCENTILES = (50, 90, 99, 100)
 """The last is the most that was seen."""
@@ -101,20 +101,18 @@ def as_json(summary: Summary, answers: Sequence[Answer]) -> dict[str, object]:
     return {"summary": asdict(summary), "requests": requests}
 
 
-def table_of(title: str, summary: Summary) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("seconds", no_wrap=True)
-    for percentile in PERCENTILES:
-        table.add_column("most" if percentile == 100 else f"p{percentile}", justify="right")
+def table_of(summary: Summary) -> ColumnTable:
+    columns = [Column(heading="seconds", is_text=True, is_key=True)]
+    columns += [Column(heading="most" if percentile == 100 else f"p{percentile}") for percentile in PERCENTILES]
     rows = {
         "to the first token": summary.ttft_s,
         "between tokens": summary.itl_s,
         "longest pause of a stream": summary.pause_s,
         "to the end": summary.e2e_s,
     }
-    for name, values in rows.items():
-        table.add_row(name, *(f"{values[f'p{p}']:.3f}" if values else "" for p in PERCENTILES))
-    return table
+    return ColumnTable(
+        columns, [(name, *(f"{values[f'p{p}']:.3f}" if values else "" for p in PERCENTILES)) for name, values in rows.items()]
+    )
 
 
 def lines_of(summary: Summary, objective: Objective) -> list[str]:

@@ -3,31 +3,33 @@
 import math
 from collections.abc import Iterable
 
-from rich.console import Console
-from rich.table import Table
-
 from serve.planning.memory import GIB
 from serve.planning.plan import ORDER, Layout, Plan, RefusedLayout
 from serve.planning.serving_limits import ServingLimit
+from serve.terminal import Column, ColumnTable, results, wrapped
 
 SHOWN = 8
-WIDTH = 150
-"""At least: a narrower terminal wraps lines, which loses less than columns cut short."""
+INDENT = "    "
+"""Of a refusal's second line and those after it."""
 
 
 def render(plan: Plan, *, everything: bool = False) -> None:
     """Print to stdout. ``everything``: each layout and each refusal, not the best and one of each kind."""
-    console = Console(highlight=False)
-    console.width = max(console.width, WIDTH)
-    console.print(_asked(plan))
+    console = results()
+
+    def say(sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            lines = wrapped(sentence, console.width, then=INDENT if sentence.startswith(" ") else "")
+            console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+    say([_asked(plan)])
     if plan.layouts:
         shown = list(plan.layouts) if everything else _most_telling(plan)
         console.print(_table(plan, shown))
-        console.print(_notes(plan, shown))
+        say(_notes(plan, shown))
     else:
-        console.print("\nNo layout is valid.")
-    for line in _refusals(plan.refused, everything):
-        console.print(line)
+        say(["", "No layout is valid."])
+    say(_refusals(plan.refused, everything))
 
 
 def counted(number: int, what: str) -> str:
@@ -64,21 +66,19 @@ def _asked(plan: Plan) -> str:
     )
 
 
-def _table(plan: Plan, layouts: Iterable[Layout]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("#", "rep-\nlicas", "layout of one"):
-        table.add_column(title, no_wrap=True, justify="left" if title.startswith("layout") else "right")
-    for title in ("weights", "activ.", "reserve", "KV"):
-        table.add_column(f"{title}\nGiB/rank", justify="right", no_wrap=True)
-    titles = ["tokens\nthat fit", "at full\ncontext"]
+def _table(plan: Plan, layouts: Iterable[Layout]) -> ColumnTable:
+    columns = [
+        Column(heading="#", is_key=True),
+        Column(heading="rep-\nlicas"),
+        Column(heading="layout of one", is_text=True),
+        *(Column(heading=f"{title}\nGiB/rank") for title in ("weights", "activ.", "reserve", "KV")),
+        Column(heading="tokens\nthat fit"),
+        Column(heading="at full\ncontext"),
+    ]
     if plan.has_floors:
-        titles += ["tokens/s\nat most", "each ms\nat least", "first s\nat least"]
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("served\ntoday", no_wrap=True)
-    for layout in layouts:
-        table.add_row(str(plan.layouts.index(layout) + 1), *_cells(layout, plan.has_floors))
-    return table
+        columns += [Column(heading=heading) for heading in ("tokens/s\nat most", "each ms\nat least", "first s\nat least")]
+    columns.append(Column(heading="served\ntoday", is_text=True))
+    return ColumnTable(columns, [(str(plan.layouts.index(layout) + 1), *_cells(layout, plan.has_floors)) for layout in layouts])
 
 
 def _cells(layout: Layout, with_floors: bool) -> list[str]:
@@ -95,7 +95,7 @@ def _cells(layout: Layout, with_floors: bool) -> list[str]:
     return cells
 
 
-def _notes(plan: Plan, shown: Iterable[Layout]) -> str:
+def _notes(plan: Plan, shown: Iterable[Layout]) -> list[str]:
     lines = ["", f"{counted(len(plan.layouts), 'layout')} valid{'; --all lists each' if len(plan.layouts) > 1 else ''}. {ORDER}"]
     if plan.has_floors:
         lines.append(
@@ -111,7 +111,7 @@ def _notes(plan: Plan, shown: Iterable[Layout]) -> str:
         lines.append(f"The best that `manta serve` takes today is number {number}: {first.placement.replicas} x {first.topology}.")
     elif first is None:
         lines.append("None of them is taken by `manta serve` today.")
-    return "\n".join(lines)
+    return lines
 
 
 def _distinct(layouts: Iterable[Layout]) -> list[ServingLimit]:
@@ -121,7 +121,8 @@ def _distinct(layouts: Iterable[Layout]) -> list[ServingLimit]:
 def _refusals(refused: tuple[RefusedLayout, ...], everything: bool) -> Iterable[str]:
     if not refused:
         return
-    yield f"\n{counted(len(refused), 'layout')} invalid{'' if everything else ', for example (--all lists each)'}:"
+    yield ""
+    yield f"{counted(len(refused), 'layout')} invalid{'' if everything else ', for example (--all lists each)'}:"
     if everything:
         yield from (f"  {written(one.sizes)}: {one.refusal.sentence}" for one in refused)
         return

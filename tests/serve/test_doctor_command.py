@@ -23,6 +23,7 @@ from serve.commands.resolve_models import find_local_models
 from serve.commands.serve import loading_lines
 from serve.config import ModelSettings, ParallelSettings, ServeConfig
 from serve.host_requirements import host_requirements
+from serve.terminal import UNLIMITED
 from tests.cluster.fakes import record
 from tests.model.adapters import write_adapter
 from tests.model.quantised import GPTQ
@@ -65,7 +66,7 @@ def test_findings_are_wrapped_to_the_terminal_beside_how_grave_they_are() -> Non
 
 
 def test_a_finding_that_is_piped_has_a_line_for_what_was_found_and_one_for_what_to_do() -> None:
-    assert paragraph(FINDING, None) == [
+    assert paragraph(FINDING, UNLIMITED) == [
         f"warning  shared memory on gpu-1: {FINDING.found}",
         f"         -> {FINDING.todo}",
     ]
