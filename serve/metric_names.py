@@ -81,85 +81,88 @@ def _count(name: str, says: str, alias: str | None = None) -> Metric:
 
 # --- measured by the fronts
 
-REQUESTS = _front(
-    "manta_requests", "Requests that were answered whole, by why they ended.", "finished_reason", alias="vllm:request_success"
-)
-FAILURES = _front("manta_request_failures", "Requests that ended otherwise, by the code their client was told.", "code")
-PROMPT_TOKENS = _front("manta_prompt_tokens", "Tokens of prompts, each prompt once.", alias="vllm:prompt_tokens")
-GENERATION_TOKENS = _front("manta_generation_tokens", "Tokens handed to clients.", alias="vllm:generation_tokens")
+REQUESTS = _front("manta_requests", "Completed requests, by finish reason.", "finished_reason", alias="vllm:request_success")
+FAILURES = _front("manta_request_failures", "Failed requests, by the error code that the client received.", "code")
+PROMPT_TOKENS = _front("manta_prompt_tokens", "Prompt tokens; each prompt is counted once.", alias="vllm:prompt_tokens")
+GENERATION_TOKENS = _front("manta_generation_tokens", "Generated tokens sent to clients.", alias="vllm:generation_tokens")
 CACHED_TOKENS = _front(
-    "manta_prompt_tokens_cached", "Tokens of prompts whose KV was found in a prefix cache.", alias="vllm:prompt_tokens_cached"
+    "manta_prompt_tokens_cached", "Prompt tokens whose KV was found in a prefix cache.", alias="vllm:prompt_tokens_cached"
 )
-IN_PROGRESS = Metric(
-    name="manta_requests_in_progress", kind=Kind.GAUGE, says="Requests that the front has taken in and not ended.", labels=FRONT
-)
+IN_PROGRESS = Metric(name="manta_requests_in_progress", kind=Kind.GAUGE, says="Requests that the front is processing.", labels=FRONT)
 TIME_TO_FIRST_TOKEN = _times(
-    "manta_time_to_first_token_seconds", "From a request's arrival to its first token.", "vllm:time_to_first_token_seconds"
+    "manta_time_to_first_token_seconds", "Time from a request's arrival to its first token.", "vllm:time_to_first_token_seconds"
 )
 INTER_TOKEN = _times(
     "manta_inter_token_latency_seconds",
-    "Between one token of a choice and the next; of several that come at once, each its part.",
+    "Time between two tokens of a choice; if several arrive at once, the time is divided by their number.",
     "vllm:inter_token_latency_seconds",
     TOKEN_SECONDS,
 )
 TIME_PER_TOKEN = _times(
     "manta_time_per_output_token_seconds",
-    "Of a request: from its first token to its end, over the tokens after the first.",
+    "Per request: time from the first token to the end, divided by the number of tokens after the first.",
     "vllm:request_time_per_output_token_seconds",
     TOKEN_SECONDS,
 )
-REQUEST_SECONDS = _times("manta_request_seconds", "From a request's arrival to its end.", "vllm:e2e_request_latency_seconds")
-QUEUE_SECONDS = _times("manta_request_queue_seconds", "What a request waited in an engine.", "vllm:request_queue_time_seconds")
+REQUEST_SECONDS = _times("manta_request_seconds", "Time from a request's arrival to its end.", "vllm:e2e_request_latency_seconds")
+QUEUE_SECONDS = _times("manta_request_queue_seconds", "Time that a request waited in an engine's queue.", "vllm:request_queue_time_seconds")
 PREFILL_SECONDS = _times(
-    "manta_request_prefill_seconds", "From its first step to its first token, in the engine.", "vllm:request_prefill_time_seconds"
+    "manta_request_prefill_seconds",
+    "Time in the engine from a request's first step to its first token.",
+    "vllm:request_prefill_time_seconds",
 )
 DECODE_SECONDS = _times(
-    "manta_request_decode_seconds", "From its first token to its last, in the engine.", "vllm:request_decode_time_seconds"
+    "manta_request_decode_seconds", "Time in the engine from a request's first token to its last.", "vllm:request_decode_time_seconds"
 )
-INFERENCE_SECONDS = _times("manta_request_inference_seconds", "Prefill and decode together.", "vllm:request_inference_time_seconds")
-REQUEST_PROMPT_TOKENS = _times("manta_request_prompt_tokens", "Prompt tokens of a request.", "vllm:request_prompt_tokens", TOKENS)
+INFERENCE_SECONDS = _times("manta_request_inference_seconds", "Prefill time plus decode time.", "vllm:request_inference_time_seconds")
+REQUEST_PROMPT_TOKENS = _times("manta_request_prompt_tokens", "Prompt tokens per request.", "vllm:request_prompt_tokens", TOKENS)
 REQUEST_GENERATION_TOKENS = _times(
-    "manta_request_generation_tokens", "Tokens generated for a request.", "vllm:request_generation_tokens", TOKENS
+    "manta_request_generation_tokens", "Generated tokens per request.", "vllm:request_generation_tokens", TOKENS
 )
-FRONT_READY = Metric(name="manta_front_ready", kind=Kind.GAUGE, says="1 while the front would have a request computed.", labels=("front",))
+FRONT_READY = Metric(name="manta_front_ready", kind=Kind.GAUGE, says="1 while the front can have a request computed.", labels=("front",))
 RESUMES = Metric(
     name="manta_resumes",
     kind=Kind.COUNTER,
-    says="Choices continued on another replica, or on the same one again, by what became of the first.",
+    says="Choices resumed on another replica, or on the same one again, by the reason of the loss.",
     labels=("front", "reason"),
 )
 RESUMES_REFUSED = Metric(
     name="manta_resume_refused",
     kind=Kind.COUNTER,
-    says="Choices that ended with an error instead: poisoned, quarantined, or no attempt or budget left.",
+    says="Choices that ended with an error instead of being resumed: poisoned, quarantined, or no attempts or budget left.",
     labels=("front", "reason"),
 )
 TOKENS_REPLAYED = Metric(
-    name="manta_tokens_replayed", kind=Kind.COUNTER, says="Tokens that had been given and were computed again for that.", labels=("front",)
+    name="manta_tokens_replayed",
+    kind=Kind.COUNTER,
+    says="Tokens that had already been sent and were recomputed for resumed choices.",
+    labels=("front",),
 )
 
 # --- told by the replicas' engines
 
-RUNNING = _gauge("manta_requests_running", "Choices that hold KV blocks.", alias="vllm:num_requests_running")
-WAITING = _gauge("manta_requests_waiting", "Choices that wait for KV blocks.", alias="vllm:num_requests_waiting")
-KV_USED = _gauge("manta_kv_usage_ratio", "KV blocks held by running choices, of all, 0 to 1.", alias="vllm:kv_cache_usage_perc")
-KV_BLOCKS = _gauge("manta_kv_blocks", "KV blocks: used, cached (free to be taken, and findable until then), free.", "state")
+RUNNING = _gauge("manta_requests_running", "Running choices (they hold KV blocks).", alias="vllm:num_requests_running")
+WAITING = _gauge("manta_requests_waiting", "Choices waiting for KV blocks.", alias="vllm:num_requests_waiting")
+KV_USED = _gauge("manta_kv_usage_ratio", "Fraction of KV blocks held by running choices, 0 to 1.", alias="vllm:kv_cache_usage_perc")
+KV_BLOCKS = _gauge("manta_kv_blocks", "KV blocks by state: used, cached (evictable, found by prefix lookups until then), free.", "state")
 PREFIX_QUERIES = _count("manta_prefix_cache_queries", "Tokens looked up in the prefix cache.", "vllm:prefix_cache_queries")
 PREFIX_HITS = _count("manta_prefix_cache_hits", "Tokens found in the prefix cache.", "vllm:prefix_cache_hits")
-PREEMPTIONS = _count("manta_preemptions", "Times a choice had its KV blocks taken away.", "vllm:num_preemptions")
-STEPS = _count("manta_steps", "Forward passes over the replica.")
-STEP_SECONDS = _gauge("manta_step_seconds", "A step on the slowest sampling rank, smoothed over about 20 steps.")
-COMPUTED_TOKENS = _count("manta_computed_tokens", "Tokens that steps computed, those computed again included.")
-SAMPLED_TOKENS = _count("manta_sampled_tokens", "Tokens that engines sampled.")
-DRAFTED_TOKENS = _count("manta_draft_tokens", "Guessed tokens that steps computed.", "vllm:spec_decode_num_draft_tokens")
-HELD_TOKENS = _count("manta_held_tokens", "Guessed tokens that were right.", "vllm:spec_decode_num_accepted_tokens")
-WORKER_LOSSES = _count("manta_worker_losses", "Times that all ranks were lost and started again.")
-EXPERT_MOVES = _count("manta_expert_moves", "Copies of routed experts that went from rank to rank.")
-EXPERT_IMBALANCE = _gauge("manta_expert_imbalance_ratio", "The busiest rank's expert load over the mean, in the worst layer.")
-REPLICA_READY = _gauge("manta_replica_ready", "1 while the replica makes tokens.")
+PREEMPTIONS = _count("manta_preemptions", "Preemptions: a choice lost its KV blocks.", "vllm:num_preemptions")
+STEPS = _count("manta_steps", "Steps (forward passes over the replica).")
+STEP_SECONDS = _gauge("manta_step_seconds", "Duration of a step on the slowest sampling rank, smoothed over about 20 steps.")
+COMPUTED_TOKENS = _count("manta_computed_tokens", "Tokens computed in steps, including recomputed ones.")
+SAMPLED_TOKENS = _count("manta_sampled_tokens", "Sampled tokens.")
+DRAFTED_TOKENS = _count(
+    "manta_draft_tokens", "Draft tokens that were verified (speculative decoding).", "vllm:spec_decode_num_draft_tokens"
+)
+HELD_TOKENS = _count("manta_held_tokens", "Accepted draft tokens.", "vllm:spec_decode_num_accepted_tokens")
+WORKER_LOSSES = _count("manta_worker_losses", "Losses after which all ranks were restarted.")
+EXPERT_MOVES = _count("manta_expert_moves", "Copies of routed experts moved between ranks.")
+EXPERT_IMBALANCE = _gauge("manta_expert_imbalance_ratio", "Expert load of the busiest rank divided by the mean, in the worst layer.")
+REPLICA_READY = _gauge("manta_replica_ready", "1 while the replica is ready.")
 CACHE_CONFIG = _gauge(
     "manta_cache_config_info",
-    "Always 1; the labels say what the KV cache is.",
+    "Always 1; the labels describe the KV cache.",
     "block_size",
     "num_gpu_blocks",
     "num_shards",
@@ -173,10 +176,10 @@ ABOUT = f"""# Metrics
 
 Written by `{COMMAND}`; a test compares. Do not edit.
 
-`GET /metrics` answers in the Prometheus text format, or in OpenMetrics where the scraper asks for it. Whichever front is asked
-answers for the whole server: what each front measured (label `front`), and what each replica's engine says (label `replica`). So
-**scrape one address** (a Service that balances over the fronts will do, one scrape per interval); scraping every pod would count
-everything once for each. Each series is one process's, so `rate` and `sum` are right over restarts and scaling:
+`GET /metrics` returns the Prometheus text format, or OpenMetrics if the scraper asks for it. Any front answers for the whole
+server: with the values of every front (label `front`) and of every replica's engine (label `replica`). So **scrape one address**;
+a Service that balances over the fronts is fine, with one scrape per interval. Scraping every pod would count everything several
+times. Each series belongs to one process, so `rate` and `sum` are correct across restarts and scaling:
 
 ```
 sum(rate(manta_generation_tokens_total[1m]))                                                        tokens per second
@@ -185,20 +188,20 @@ sum(manta_requests_waiting)                                                     
 max(manta_kv_usage_ratio)                                                                           fullest KV cache
 ```
 
-What another front or a replica says is at most about two seconds old. A name in the second column is the same series again under
-the name vLLM has for it, so that dashboards, KEDA scalers and the Gateway API's endpoint picker find it. Counters end in `_total`,
-histograms in `_bucket`, `_sum` and `_count`. Label `model_name` is the model's name for clients. No label holds anything that a
-client wrote.
+Values of other fronts and of replicas are at most about two seconds old. The column "vLLM name" is an alias: the same series under
+vLLM's name, so that dashboards, KEDA scalers and the Gateway API's endpoint picker find it. Counters end in `_total`, histograms in
+`_bucket`, `_sum` and `_count`. The label `model_name` is the name that clients use for the model. No label contains text written by
+a client.
 """
 
 
 def page() -> str:
     """docs/metrics.md."""
-    return "\n".join([ABOUT, *_section("Measured by the fronts", "front"), *_section("Told by the replicas", "replica"), *_buckets()])
+    return "\n".join([ABOUT, *_section("Measured by the fronts", "front"), *_section("Reported by the replicas", "replica"), *_buckets()])
 
 
 def _section(title: str, source: str) -> Iterator[str]:
-    yield from (f"## {title}", "", "| Name | As vLLM has it | Kind | Labels | Says |", "|---|---|---|---|---|")
+    yield from (f"## {title}", "", "| Name | vLLM name | Kind | Labels | Meaning |", "|---|---|---|---|---|")
     for metric in METRICS:
         if source in metric.labels:
             suffix = "_total" if metric.kind is Kind.COUNTER else ""
@@ -210,7 +213,7 @@ def _section(title: str, source: str) -> Iterator[str]:
 
 def _buckets() -> Iterator[str]:
     yield from ("## Buckets", "")
-    for name, buckets in (("Times of requests, s", SECONDS), ("Times between tokens, s", TOKEN_SECONDS), ("Tokens", TOKENS)):
+    for name, buckets in (("Request times, s", SECONDS), ("Times between tokens, s", TOKEN_SECONDS), ("Tokens", TOKENS)):
         yield f"- {name}: {', '.join(f'{bucket:g}' if bucket < 1e5 else f'{bucket:.0f}' for bucket in buckets)}"
     yield ""
 

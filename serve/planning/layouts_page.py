@@ -22,11 +22,15 @@ COMMAND = "manta plan --table > docs/layouts.md"
 
 ABOUT = (
     f"Written by `{COMMAND}`; a test compares. Do not edit.",
-    f"Each cell is what `manta plan` ranks first among the layouts that `manta serve` takes today, for {WORKLOAD.concurrency} sequences of "
-    f"{WORKLOAD.context_tokens:,} tokens and steps of {WORKLOAD.step_tokens:,}: replicas x the layout of one, and the KV tokens that fit "
-    'in all of them together. "no": no layout holds the weights and one such sequence.',
-    f"Up to {GPUS_OF_A_HOST} GPUs are one host, 16 are two. Memory is counted in 10^9 bytes; a tenth of it is kept free, and half a GiB "
-    "each goes to CUDA and, with several ranks, to NCCL. KV is bfloat16; in FP8 (`--kv-dtype fp8`) about twice as many tokens fit.",
+    "Each cell is the first choice of `manta plan` among the layouts that `manta serve` supports today, "
+    f"for {WORKLOAD.concurrency} concurrent sequences of {WORKLOAD.context_tokens:,} tokens and steps of {WORKLOAD.step_tokens:,} tokens: "
+    "the number of replicas x the layout of one, and the number of KV tokens that fit in all replicas together. "
+    "`tp`, `pp`, `dp` and `ep` are tensor, pipeline, data and expert parallelism. "
+    '"no": no layout fits the weights and one such sequence.',
+    f"Up to {GPUS_OF_A_HOST} GPUs are on one host, 16 are on two. Memory is in units of 10^9 bytes; a tenth of it is kept free, "
+    "and half a GiB each is reserved for CUDA and, with several ranks, for NCCL. "
+    "KV is bfloat16; with FP8 (`--kv-dtype fp8`) about twice as many tokens fit.",
+    "For other GPUs, workloads or formats, run `manta plan MODEL --gpus ...`; it also gives memory per rank and speed estimates.",
 )
 
 
@@ -36,8 +40,8 @@ def layouts_page() -> str:
     sections = [line for size, shape in SIZES.items() for line in _section(_title(size), shape, limits)]
     starred = [f"- {limit.sentence}." for limit in limits]
     about = [line for paragraph in ABOUT for line in ("", *textwrap.wrap(paragraph, 120))]
-    served = ["", "A star: there is such a layout, and `manta serve` takes none yet:", "", *starred] if starred else []
-    return "\n".join(["# Which Qwen2 or Qwen2.5 on which GPUs", *about, *served, *sections]) + "\n"
+    served = ["", "A star marks a layout that exists but is not supported by `manta serve` yet:", "", *starred] if starred else []
+    return "\n".join(["# Layouts: which Qwen2 or Qwen2.5 fits on which GPUs", *about, *served, *sections]) + "\n"
 
 
 def _title(size: str) -> str:
