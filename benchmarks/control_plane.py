@@ -3,7 +3,7 @@
     python -m benchmarks.control_plane [--sequences 256] [--steps 600] [--rounds 5] [--speculate lookup]
 
 A step is one turn of a real engine (inbox, deadlines, plan, record, statistics), the plan as bytes, the result from bytes, and the
-desk's messages of tokens to one front. Each part is timed by the CPU clock of this thread, and the ranks' own work by none. Every
+protocol's messages of tokens to one front. Each part is timed by the CPU clock of this thread, and the ranks' own work by none. Every
 sequence decodes; each has blocks of 16 tokens, so in every step a sixteenth of them gets a new block and publishes a full one. With
 `--churn` answers are short: then in every step some end and as many begin. With `--speculate` the engine may guess, on ranks that
 say that a step takes 5 ms and 0.2 ms for each token.
@@ -27,7 +27,7 @@ import torch
 
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
-from cluster.front_protocol import Desk
+from cluster.front_protocol import FrontProtocol
 from cluster.health import State
 from cluster.messages import Pong, Submit, decode, encode
 from cluster.replica_link import ReplicaLink, StreamBuffer
@@ -143,7 +143,7 @@ async def one_round(
         speculate=speculate,
     )
     engine = Engine(Ranks(clock, num_sequences, far_ends), config, policy=FairShare())
-    desk = Desk(
+    protocol = FrontProtocol(
         post=lambda front, raw: sent.append(raw),
         submit=engine.submit,
         cancel=engine.cancel,
@@ -157,7 +157,7 @@ async def one_round(
     def submit_one(max_tokens: int) -> None:
         nonlocal made
         request = request_of(made, max_tokens)
-        desk.read(b"front", [encode(Submit(request))])
+        protocol.receive(b"front", [encode(Submit(request))])
         made += 1
 
     for _ in range(num_sequences):
@@ -166,9 +166,9 @@ async def one_round(
         clock.spent.clear()
         told = clock.of(TURN, engine.turn)
         ends = [event for event in told.events if event.finish_reason is not None]
-        desk.put(told)
+        protocol.enqueue(told)
         sent.clear()
-        clock.of("tokens to bytes", desk.send_all)
+        clock.of("tokens to bytes", protocol.send_all)
         if far_ends:
             _hand_out(clock, link, told.events, sent)
         clock.spent[TURN] -= sum(clock.spent[part] for part in WITHIN)

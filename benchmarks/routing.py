@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.block_journal import BlockJournal
-from cluster.expected_wait import ExpectedWait, Outlook
+from cluster.expected_wait import ExpectedWait, LoadEstimate
 from cluster.prefix_index import PrefixIndex
 from cluster.router import LeastLoaded, RoundRobin, RoutingPolicy
 from engine.config import EngineConfig
@@ -71,7 +71,7 @@ class Replica:
     busy_until: float = 0.0
     submitted: int = 0
     submitted_tokens: int = 0
-    told: Outlook = Outlook()  # noqa: RUF009
+    told: LoadEstimate = LoadEstimate()  # noqa: RUF009
     told_at: float = 0.0
     record: None = None
 
@@ -86,10 +86,10 @@ class Replica:
         return self.told.num_requests + self.submitted
 
     @property
-    def outlook(self) -> Outlook:
+    def load_estimate(self) -> LoadEstimate:
         """As `cluster.replica_link.ReplicaLink` has it."""
         done = (self.clock() - self.told_at) / self.told.step_token_s if self.told.step_token_s else 0.0
-        return Outlook(
+        return LoadEstimate(
             num_requests=self.load,
             num_running=self.told.num_running,
             prefill_tokens=max(0, self.told.prefill_tokens + self.submitted_tokens - int(done)),
@@ -103,7 +103,7 @@ class Replica:
 
     def report(self) -> None:
         stats = self.engine.stats
-        self.told = Outlook(
+        self.told = LoadEstimate(
             num_requests=stats.num_running + stats.num_waiting,
             num_running=stats.num_running,
             prefill_tokens=stats.prefill_tokens,

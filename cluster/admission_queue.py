@@ -14,14 +14,14 @@ MAX_TIMES = 512
 MAX_HELD = 4096
 
 
-class WaitingRoom:
+class AdmissionQueue:
     """Bounded in number and time. One for each model and front."""
 
     def __init__(
-        self, *, wait_s: float, max_held: int = MAX_HELD, from_zero: bool = False, clock: Callable[[], float] = time.monotonic
+        self, *, wait_s: float, max_held: int = MAX_HELD, can_scale_from_zero: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``from_zero``: a replica is started for whoever waits, so that waiting makes sense although there is none."""
-        self.wait_s, self.from_zero = wait_s, from_zero
+        """``can_scale_from_zero``: a replica is started for whoever waits, so that waiting makes sense although there is none."""
+        self.wait_s, self.can_scale_from_zero = wait_s, can_scale_from_zero
         self._max_held, self._clock = max_held, clock
         self._held: Counter[tuple[str, int]] = Counter()
         self._held_tokens = 0
@@ -34,7 +34,7 @@ class WaitingRoom:
         return self._held.total()
 
     @contextmanager
-    def seat(self, request: Request) -> Iterator[None]:
+    def hold(self, request: Request) -> Iterator[None]:
         """For as long as the request waits.
 
         Raises:
@@ -52,15 +52,15 @@ class WaitingRoom:
             self._held_tokens -= tokens
             self._last_wait_s = self._clock() - begun
 
-    def asked(self) -> None:
+    def count_request(self) -> None:
         """A request came, whether it must wait or not."""
         self._num_asked += 1
 
-    def first_token(self, seconds: float) -> None:
+    def record_ttft(self, seconds: float) -> None:
         """So long after its choice of a replica a request had its first token."""
         self._first_tokens.append((self._clock(), seconds))
 
-    def note(self) -> dict[str, Any]:
+    def demand(self) -> dict[str, Any]:
         """For the directory, in plain values."""
         recent = sorted(seconds for when, seconds in self._first_tokens if when > self._clock() - TTFT_WINDOW_S)
         ttft_s = recent[int(0.9 * (len(recent) - 1))] if recent else None

@@ -147,13 +147,13 @@ def is_here(address: str) -> bool:
 def is_heard(address: str) -> bool:
     """Whether somebody listens at a socket of this host, even if he stands still: the kernel refuses for a process that is gone."""
     try:
-        knock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError:  # without a file descriptor nobody can be asked
         return True
-    with knock:
-        knock.setblocking(False)
+    with probe:
+        probe.setblocking(False)
         try:
-            knock.connect(address.removeprefix("ipc://"))
+            probe.connect(address.removeprefix("ipc://"))
         except BlockingIOError:  # more have knocked than he has let in
             return True
         except OSError:

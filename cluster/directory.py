@@ -24,7 +24,7 @@ Kept = TypeVar("Kept")
 
 NAMESPACE = "manta"
 DEMAND = "demand"
-"""The board on which fronts pin, for every model, what waits there; see `cluster.admission_queue.WaitingRoom.note`."""
+"""The board on which fronts pin, for every model, what waits there; see `cluster.admission_queue.AdmissionQueue.demand`."""
 REFUSALS = "refusals"
 """The board on which a replica pins a `Refusal`; see `refusals`."""
 EXPIRY_S = 10.0
@@ -142,7 +142,7 @@ class Register:
         return {key: entry for key, entry in entries.items() if now - entry[0] <= self._expiry_s}
 
 
-class DirectoryAway(Exception):
+class DirectoryUnavailable(Exception):
     """The directory does not answer; the message says why."""
 
 
@@ -171,7 +171,7 @@ def _is_for_good(error: Exception) -> bool:
     return isinstance(error, ray.exceptions.RayError) and not isinstance(error, passing)
 
 
-class Asker:
+class DirectoryClient:
     """Asks the directory from an event loop that must not stand still, whatever has become of hosts.
 
     A handle that was found once is kept: Ray itself finds a directory that was started again. It is looked for anew, in a thread, only
@@ -187,7 +187,7 @@ class Asker:
         """What `Register.method` returns.
 
         Raises:
-            DirectoryAway: there is no answer in time.
+            DirectoryUnavailable: there is no answer in time.
         """
         try:
             async with asyncio.timeout(self._answer_s):
@@ -221,11 +221,11 @@ class Asker:
         threading.Thread(target=look, name="directory-finder", daemon=True).start()
         return found
 
-    def _missed(self, why: str) -> DirectoryAway:
+    def _missed(self, why: str) -> DirectoryUnavailable:
         if not self._away:
             logger.warning("the directory does not answer, going on with what it said last: %s", why)
         self._away = True
-        return DirectoryAway(why)
+        return DirectoryUnavailable(why)
 
 
 def current_records(app: str) -> tuple[ReplicaRecord, ...]:
@@ -246,24 +246,24 @@ def refusals(app: str) -> dict[str, Refusal]:
     return {replica: refusal for replica, refusal in found.items() if isinstance(refusal, Refusal)}  # versions before pinned words
 
 
-def glimpse(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
+def read_directory(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
     """What the directory knows of the replicas, and the notes on one of its boards; for onlookers, who make none where there is none.
 
     Raises:
-        DirectoryAway: it does not answer.
+        DirectoryUnavailable: it does not answer.
     """
     try:
         actor: Any = ray.get_actor(_actor_name(app), namespace=NAMESPACE)
     except ValueError:
         return (), ()
     except ray.exceptions.RayError as error:
-        raise DirectoryAway(str(error)) from error
+        raise DirectoryUnavailable(str(error)) from error
     try:
         (_, records), notes = ray.get([actor.records.remote(), actor.pinned.remote(board)], timeout=LOOK_S)
     except ray.exceptions.GetTimeoutError:
-        raise DirectoryAway(f"no answer within {LOOK_S:g} s") from None
+        raise DirectoryUnavailable(f"no answer within {LOOK_S:g} s") from None
     except ray.exceptions.RayError as error:
-        raise DirectoryAway(str(error)) from error
+        raise DirectoryUnavailable(str(error)) from error
     return tuple(records), tuple(notes.values())
 
 
@@ -345,7 +345,7 @@ class Reader:
 
     def __init__(self, app: str, *, model: str | None = None) -> None:
         """``model``: leave out the replicas of others."""
-        self._directory, self._model = Asker(app), model
+        self._directory, self._model = DirectoryClient(app), model
         self._known: dict[str, ReplicaRecord] = {}
 
     @property
@@ -353,7 +353,7 @@ class Reader:
         return tuple(self._known.values())
 
     async def refresh(self) -> tuple[ReplicaRecord, ...]:
-        with contextlib.suppress(DirectoryAway):
+        with contextlib.suppress(DirectoryUnavailable):
             self.take(*await self._directory.ask("records"))
         return self.known
 

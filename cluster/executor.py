@@ -12,14 +12,14 @@ import zmq
 from cluster.channel import PrivateFolder
 from cluster.config import RankResources, ReplicaConfig
 from cluster.errors import ChannelError, StartFailed
-from cluster.frozen_process import FrozenWatch
+from cluster.frozen_process import FrozenProcessDetector
 from cluster.messages import RankFailed, RankProgress, RankReady, decode, encode
-from cluster.placement_group import Ground
+from cluster.placement_group import ReplicaPlacementGroup
 from cluster.remote_crash_reports import ask_for_note, fetch_notes
-from cluster.root_cause import how_it_ended, the_loss
+from cluster.root_cause import describe_exit, diagnose_loss
 from cluster.worker import Deadlines, Place, Ranks
-from cluster.worker_handles import Seat, examine_seats, open_seats, take_seats
-from cluster.worker_shutdown import END_S, end_ranks
+from cluster.worker_handles import WorkerHandle, connect_workers, examine_workers, start_workers
+from cluster.worker_shutdown import END_S, shut_down_workers
 from engine.errors import WorkersLost
 from engine.executor import Capacity
 from engine.failpoints import hit
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 POLL_MS = 50
 """How soon a death that Ray reports is noticed by who waits for a step."""
-BLAME_S = 0.5
+DIAGNOSIS_S = 0.5
 """After the first sign of a loss, how long to listen for the others: a killed rank makes its peers raise, often sooner than
 its own death is known."""
 
@@ -49,7 +49,7 @@ class RayExecutor:
         ranks: Ranks,
         resources: RankResources,
         config: ReplicaConfig,
-        ground: Ground,
+        placement_group: ReplicaPlacementGroup,
         folder: PrivateFolder,
         on_progress: Callable[[RankProgress], None] = lambda _progress: None,
         on_loss: Callable[[], None] = lambda: None,
@@ -59,7 +59,7 @@ class RayExecutor:
         self._config, self._on_progress, self._on_loss = config, on_progress, on_loss
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
-        self._seats: list[Seat] = []
+        self._workers: list[WorkerHandle] = []
         self._answers = ShardResults(ranks.topology.dp)
         self._last_step: int | None = None
         self._deadline_s = config.first_step_timeout_s
@@ -68,10 +68,10 @@ class RayExecutor:
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="rank-watcher", daemon=True)
         try:
-            take_seats(self._seats, ranks, resources, ground, folder, self._context)
-            open_seats(self._seats, silence_s=config.host_silence_s)
+            start_workers(self._workers, ranks, resources, placement_group, folder, self._context)
+            connect_workers(self._workers, silence_s=config.host_silence_s)
             if examine:
-                examine_seats(self._seats, ranks)
+                examine_workers(self._workers, ranks)
             self._listen_to_all()
             self._capacity = self._load(ranks)
         except BaseException:
@@ -84,18 +84,18 @@ class RayExecutor:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        return tuple(seat.place for seat in self._seats if seat.place is not None)
+        return tuple(worker.place for worker in self._workers if worker.place is not None)
 
     def submit(self, plan: StepPlan) -> "PendingRayStep":
         trace_place(8, f"step-{plan.step}")
         hit("executor.submit")
         raw = encode(plan)
         self._last_step = plan.step
-        for seat in self._seats:
+        for worker in self._workers:
             try:
-                seat.socket.send(raw, zmq.NOBLOCK)
+                worker.socket.send(raw, zmq.NOBLOCK)
             except zmq.Again:
-                self._lose(f"{seat.name} takes no more plans")
+                self._lose(f"{worker.name} takes no more plans")
         return PendingRayStep(self, plan.step)
 
     def close(self) -> None:
@@ -104,8 +104,8 @@ class RayExecutor:
             return
         self._closing.set()
         healthy = not self._broken and not self._ended.is_set()
-        listening = healthy and all(seat.capacity is not None for seat in self._seats)
-        end_ranks(self._seats, listening=listening, broken=self._broken)
+        listening = healthy and all(worker.capacity is not None for worker in self._workers)
+        shut_down_workers(self._workers, listening=listening, broken=self._broken)
         if self._watcher.ident is not None:
             self._watcher.join(END_S)
         self._context.destroy(linger=0)
@@ -113,17 +113,17 @@ class RayExecutor:
     # --- starting
 
     def _listen_to_all(self) -> None:
-        for seat in self._seats:
-            self._poller.register(seat.socket, zmq.POLLIN)
-            if seat.beats is not None:
-                self._poller.register(seat.beats, zmq.POLLIN)
+        for worker in self._workers:
+            self._poller.register(worker.socket, zmq.POLLIN)
+            if worker.beats is not None:
+                self._poller.register(worker.beats, zmq.POLLIN)
 
     def _load(self, ranks: Ranks) -> Capacity:
         """Have every rank load its share, and wait until all are ready."""
         places = self.places
         meeting = f"tcp://{places[0].ip}:{places[0].free_port}" if len(places) > 1 else None
-        self._frozen = FrozenWatch(
-            {seat.rank: seat.place.pid for seat in self._seats if seat.process is not None and seat.place is not None},
+        self._frozen = FrozenProcessDetector(
+            {worker.rank: worker.place.pid for worker in self._workers if worker.process is not None and worker.place is not None},
             self._config.freeze_timeout_s,
         )
         deadlines = Deadlines(
@@ -131,12 +131,12 @@ class RayExecutor:
             first_step_s=self._config.first_step_timeout_s + END_S,
             step_s=self._config.step_timeout_s + END_S,
         )
-        for seat, place in zip(self._seats, places, strict=True):
+        for worker, place in zip(self._workers, places, strict=True):
             on_host = sum(other.node == place.node for other in places)
-            seat.life = seat.actor.serve.remote(ranks=ranks, rendezvous=meeting, ranks_on_host=on_host, deadlines=deadlines)
+            worker.life = worker.actor.serve.remote(ranks=ranks, rendezvous=meeting, ranks_on_host=on_host, deadlines=deadlines)
         self._watcher.start()
         heard = time.monotonic()
-        while any(seat.capacity is None for seat in self._seats):
+        while any(worker.capacity is None for worker in self._workers):
             try:
                 heard = time.monotonic() if self._listen() else heard
                 self._look_for_frozen()
@@ -144,7 +144,7 @@ class RayExecutor:
                     self._lose(f"no rank got further within {self._config.start_timeout_s:g} s")
             except WorkersLost as loss:
                 raise StartFailed(f"{loss}\n{loss.rank_traceback or ''}".rstrip()) from loss
-        capacities = [seat.capacity for seat in self._seats if seat.capacity is not None]
+        capacities = [worker.capacity for worker in self._workers if worker.capacity is not None]
         return min(capacities, key=lambda capacity: capacity.num_blocks)
 
     # --- running
@@ -164,7 +164,7 @@ class RayExecutor:
     def _listen(self) -> bool:
         """Take what the ranks have sent, waiting a little for it. Raises WorkersLost on a sign of loss."""
         heard = self._receive(POLL_MS)
-        if self._ended.is_set() or any(seat.failure or seat.silent for seat in self._seats):
+        if self._ended.is_set() or any(worker.failure or worker.silent for worker in self._workers):
             self._lose(None)
         return heard
 
@@ -174,44 +174,44 @@ class RayExecutor:
 
     def _receive(self, timeout_ms: int) -> bool:
         ready = dict(self._poller.poll(timeout_ms))
-        for seat in self._seats:
-            if seat.socket in ready:
+        for worker in self._workers:
+            if worker.socket in ready:
                 try:
-                    self._take(seat, decode(seat.socket.recv()))
+                    self._take(worker, decode(worker.socket.recv()))
                 except ChannelError as error:  # whatever it meant to say, its steps can no longer be relied on
-                    host = seat.place.host if seat.place else ""
-                    seat.failure = seat.failure or RankFailed(seat.rank, host, self._last_step, str(error), traceback="")
-            if seat.beats is not None and seat.beats in ready:
-                seat.silent = True
-                self._poller.unregister(seat.beats)
+                    host = worker.place.host if worker.place else ""
+                    worker.failure = worker.failure or RankFailed(worker.rank, host, self._last_step, str(error), traceback="")
+            if worker.beats is not None and worker.beats in ready:
+                worker.silent = True
+                self._poller.unregister(worker.beats)
         return bool(ready)
 
-    def _take(self, seat: Seat, message: object) -> None:
+    def _take(self, worker: WorkerHandle, message: object) -> None:
         match message:
             case StepResult():
                 self._answers.put(message)
             case RankProgress():
                 self._on_progress(message)
             case RankReady():
-                seat.capacity = message.capacity
+                worker.capacity = message.capacity
             case RankFailed():
-                seat.failure = message
+                worker.failure = message
             case _:
-                logger.warning("%s sent an unexpected %s", seat.name, type(message).__name__)
+                logger.warning("%s sent an unexpected %s", worker.name, type(message).__name__)
 
     # --- losing
 
     def _watch(self) -> None:
         """Note every rank that ends; Ray reports a killed process within some 20 ms."""
-        living = {seat.life: seat for seat in self._seats}
+        living = {worker.life: worker for worker in self._workers}
         while living and not self._closing.is_set():
             ended, _ = ray.wait(list(living), num_returns=1, timeout=0.2)
             if self._closing.is_set():  # how one ended that was ended here nobody asks, and Ray takes seconds to say
                 return
             for life in ended:
-                seat = living.pop(life)
-                seat.ended = how_it_ended(life)
-                ask_for_note(seat)
+                worker = living.pop(life)
+                worker.ended = describe_exit(life)
+                ask_for_note(worker)
             if ended and not self._closing.is_set():
                 self._ended.set()
                 self._on_loss()
@@ -219,11 +219,11 @@ class RayExecutor:
     def _lose(self, symptom: str | None) -> Never:
         """Listen for what else is to be heard, and raise WorkersLost with the rank to blame."""
         self._broken = True
-        deadline = time.monotonic() + BLAME_S
+        deadline = time.monotonic() + DIAGNOSIS_S
         while time.monotonic() < deadline:
             self._receive(POLL_MS)
-        fetch_notes(self._seats)
-        raise the_loss(self._seats, self._last_step, symptom)
+        fetch_notes(self._workers)
+        raise diagnose_loss(self._workers, self._last_step, symptom)
 
 
 class PendingRayStep:

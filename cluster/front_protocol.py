@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cluster.block_journal import BlockJournal
 from cluster.errors import ChannelError
 from cluster.messages import BeginAnew, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
-from cluster.stream_table import Front, StreamTable, untagged
+from cluster.stream_table import Front, StreamTable, untagged_rows
 from engine.engine import refusal
 from engine.errors import DuplicateRequest, EngineError
 from engine.output import EngineOutput
@@ -47,7 +47,7 @@ class _Owner(NamedTuple):
     """By which the engine is asked to speak of it; see `cluster.stream_table`."""
 
 
-class Desk:
+class FrontProtocol:
     """The state of an intake. `put` may be called from any thread, everything else from the intake's own.
 
     A front that vanished has all its requests cancelled; should it still be there, it is told to begin anew, as the ends of
@@ -85,11 +85,11 @@ class Desk:
         """Choices that a front waits for."""
         return len(self._owners)
 
-    def put(self, events: EngineOutput | Sequence[TokenEvent]) -> None:
+    def enqueue(self, events: EngineOutput | Sequence[TokenEvent]) -> None:
         """A step's events, to be sent in the next turn."""
         self._outbox.append(events)
 
-    def read(self, front: Front, parts: Sequence[bytes]) -> None:
+    def receive(self, front: Front, parts: Sequence[bytes]) -> None:
         """One message of a front. What cannot be understood is dropped."""
         self._seen[front] = self._clock()
         try:
@@ -99,7 +99,7 @@ class Desk:
         except ChannelError as error:
             logger.warning("a front's message was dropped: %s", error)
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """Send what is due, and look after the fronts."""
         self.send_all()
         self._tell_readiness()
@@ -115,7 +115,7 @@ class Desk:
                 for batch in output.token_batches:
                     for front, columns in self._streams.sorted(batch):
                         self._send(front, Events((), columns.streams, columns.offsets, columns.tokens))
-                    if rows := untagged(batch):
+                    if rows := untagged_rows(batch):
                         self._send_events(batch.events(rows))
                 self._send_events(output.events)
             else:

@@ -27,7 +27,7 @@ def is_stopped(pid: int) -> bool:
     return stopped_at(pid) is not None
 
 
-class FrozenWatch:
+class FrozenProcessDetector:
     """Tells which of some processes has been stopped for too long without a break. A short stop is nobody's loss, nor are many."""
 
     def __init__(

@@ -9,7 +9,7 @@ import zmq
 
 from cluster.block_journal import BlockJournal
 from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, new_keys
-from cluster.front_protocol import Desk, FrontFull, FrontGone
+from cluster.front_protocol import FrontFull, FrontGone, FrontProtocol
 from cluster.messages import Pong
 from cluster.stream_table import Front
 from engine.failpoints import hit
@@ -45,7 +45,9 @@ class Intake:
         journal: BlockJournal | None = None,
     ) -> None:
         self._failed, self._heartbeat_s = failed, heartbeat_s
-        self.desk = Desk(post=self._post, submit=submit, cancel=cancel, pong=pong, front_silence_s=front_silence_s, journal=journal)
+        self.protocol = FrontProtocol(
+            post=self._post, submit=submit, cancel=cancel, pong=pong, front_silence_s=front_silence_s, journal=journal
+        )
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -68,7 +70,7 @@ class Intake:
     def deliver(self, events: EngineOutput | Sequence[TokenEvent]) -> None:
         """Send a step's events on, each to the front that owns its request."""
         if events:
-            self.desk.put(events)
+            self.protocol.enqueue(events)
             self.wake()
 
     def wake(self) -> None:
@@ -109,8 +111,8 @@ class Intake:
                 os.eventfd_read(self._bell)
             if self._socket in ready:
                 self._read_all()
-            self.desk.turn()
-        self.desk.send_all()
+            self.protocol.run_once()
+        self.protocol.send_all()
 
     def _read_all(self) -> None:
         while True:
@@ -119,7 +121,7 @@ class Intake:
             except zmq.Again:
                 return
             if not hit("intake.read"):
-                self.desk.read(front, parts)
+                self.protocol.receive(front, parts)
 
     def _post(self, front: Front, raw: bytes) -> None:
         if hit("intake.send"):

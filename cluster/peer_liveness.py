@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 import zmq
 
-KNOCK_S = 1.0
+PROBE_TIMEOUT_S = 1.0
 """How long a host may take to answer when it is asked whether it is still there."""
 LOOK_MS = 200
-"""How often a `Watchman` looks whether it is still wanted."""
+"""How often a `DisconnectWatcher` looks whether it is still wanted."""
 
 
-def keep_hearing(socket: "zmq.Socket[bytes]", silence_s: float) -> "zmq.Socket[Any]":
+def enable_heartbeats(socket: "zmq.Socket[bytes]", silence_s: float) -> "zmq.Socket[Any]":
     """Have ``socket`` beat, and drop a connection over which nothing came for ``silence_s``. To be called before it is bound or
     connected. What is returned becomes readable once a connection was dropped, or closed by the other end."""
     socket.heartbeat_ivl = max(1, round(silence_s * 1000 / 3))
@@ -29,25 +29,25 @@ def keep_hearing(socket: "zmq.Socket[bytes]", silence_s: float) -> "zmq.Socket[A
     return monitor
 
 
-class FarEnd(Enum):
+class PeerStatus(Enum):
     """What a process on another host that is not heard any more has come to."""
 
     ENDED = "its process ended"
-    DEAF = "its process does not answer"
-    HOST_GONE = "its host cannot be reached"
+    UNRESPONSIVE = "its process does not answer"
+    HOST_UNREACHABLE = "its host cannot be reached"
 
 
-def knock(address: str, timeout_s: float) -> FarEnd:
+def probe_peer(address: str, timeout_s: float) -> PeerStatus:
     """Try the port ``tcp://host:port`` on which the process listened: the kernel of a host that is there refuses one that is closed."""
     parts = urlsplit(address)
     try:
         with sockets.create_connection((parts.hostname or "", parts.port or 0), timeout_s):
-            return FarEnd.DEAF
+            return PeerStatus.UNRESPONSIVE
     except OSError as error:
-        return FarEnd.ENDED if error.errno == errno.ECONNREFUSED else FarEnd.HOST_GONE
+        return PeerStatus.ENDED if error.errno == errno.ECONNREFUSED else PeerStatus.HOST_UNREACHABLE
 
 
-class Watchman:
+class DisconnectWatcher:
     """Calls ``unheard`` from a thread of its own once the other end is not heard any more, unless it was closed before."""
 
     def __init__(self, monitor: "zmq.Socket[Any]", unheard: Callable[[], None]) -> None:

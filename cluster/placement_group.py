@@ -9,14 +9,14 @@ from cluster.errors import StartFailed
 from cluster.worker import Ranks
 
 
-class Ground:
+class ReplicaPlacementGroup:
     """It outlives the ranks: new ones start where the lost ones were."""
 
     def __init__(self, group: PlacementGroup, *, owned: bool) -> None:
         self.group, self._owned = group, owned
 
     @classmethod
-    def here_or_new(cls, ranks: Ranks, resources: RankResources, *, timeout_s: float) -> "Ground":
+    def current_or_new(cls, ranks: Ranks, resources: RankResources, *, timeout_s: float) -> "ReplicaPlacementGroup":
         """The current actor's group, if it was made by `placement.bundles`, else a new one.
 
         Raises:

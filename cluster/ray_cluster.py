@@ -23,7 +23,7 @@ class CannotJoin(RuntimeError):
 
 
 @contextmanager
-def joined(address: str, *, namespace: str, runtime_env: Mapping[str, Any] | None = None) -> Iterator[None]:
+def join_ray_cluster(address: str, *, namespace: str, runtime_env: Mapping[str, Any] | None = None) -> Iterator[None]:
     """For the length of a block; what was made detached stays. ``runtime_env`` holds for all actors made in it.
 
     Raises:

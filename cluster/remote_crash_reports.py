@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import crash_report
-from cluster.worker_handles import Seat
+from cluster.worker_handles import WorkerHandle
 
 logger = logging.getLogger(__name__)
 
@@ -17,26 +17,26 @@ FETCH_S = 2.0
 """How long a loss may wait for the notes. Ray mostly has a process at hand there that reads them; else it starts one."""
 
 
-def ask_for_note(seat: Seat) -> None:
+def ask_for_note(worker: WorkerHandle) -> None:
     """Have the note sent here of a rank of another host that has ended, if it left one. Raises nothing: a loss is told without it."""
-    if seat.asked is not None or seat.place is None or seat.place.crash_note is None:
+    if worker.asked is not None or worker.place is None or worker.place.crash_note is None:
         return
-    there = NodeAffinitySchedulingStrategy(seat.place.node, soft=False)
+    there = NodeAffinitySchedulingStrategy(worker.place.node, soft=False)
     try:
-        seat.asked = ray.remote(_take).options(num_cpus=0, scheduling_strategy=there).remote(seat.place.crash_note)
+        worker.asked = ray.remote(_take).options(num_cpus=0, scheduling_strategy=there).remote(worker.place.crash_note)
     except Exception as error:  # whatever Ray is in no state to do
-        logger.warning("no note of %s could be asked for: %s", seat.name, error)
+        logger.warning("no note of %s could be asked for: %s", worker.name, error)
 
 
-def fetch_notes(seats: Sequence[Seat]) -> None:
-    """Give the seats of other hosts that have ended without a word the notes that they left, which are taken away there.
+def fetch_notes(workers: Sequence[WorkerHandle]) -> None:
+    """Give the workers of other hosts that have ended without a word the notes that they left, which are taken away there.
 
     A host that Ray cannot reach has none to give; it is not waited for beyond `FETCH_S`. Raises nothing.
     """
-    ended = [seat for seat in seats if seat.ended and not seat.failure]
-    for seat in ended:
-        ask_for_note(seat)
-    asked = {seat.asked: seat for seat in ended if seat.asked is not None}
+    ended = [worker for worker in workers if worker.ended and not worker.failure]
+    for worker in ended:
+        ask_for_note(worker)
+    asked = {worker.asked: worker for worker in ended if worker.asked is not None}
     if not asked:
         return
     try:

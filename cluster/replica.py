@@ -19,7 +19,7 @@ from cluster.executor import RayExecutor
 from cluster.health import Health, StartProgressBoard, State, StepWatch
 from cluster.intake import Intake
 from cluster.messages import Pong, RankProgress
-from cluster.placement_group import Ground
+from cluster.placement_group import ReplicaPlacementGroup
 from cluster.recovery import Recovery
 from cluster.worker import Ranks
 from engine.config import EngineConfig
@@ -33,7 +33,7 @@ from engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
-GROUND_TIMEOUT_S = 300.0
+PLACEMENT_TIMEOUT_S = 300.0
 
 
 class Replica:
@@ -59,7 +59,7 @@ class Replica:
         self._reporter = Reporter(app)
         self._board = StartProgressBoard(ranks.topology.size)
         self._closed = threading.Event()
-        self._ground: Ground | None = None
+        self._placement_group: ReplicaPlacementGroup | None = None
         self._executor: RayExecutor | None = None
         self._engine: Engine | None = None
         self.health = Health()
@@ -92,7 +92,7 @@ class Replica:
         """
         self._heart.start()
         try:
-            self._ground = Ground.here_or_new(self._ranks, self._resources, timeout_s=GROUND_TIMEOUT_S)
+            self._placement_group = ReplicaPlacementGroup.current_or_new(self._ranks, self._resources, timeout_s=PLACEMENT_TIMEOUT_S)
             executor = self._start_executor()
             self._engine = Engine(executor, self._engine_config, recover=self._recover, policy=FairShare(), listener=self._journal)
             self._engine_thread.start()
@@ -129,8 +129,8 @@ class Replica:
         self._intake.close()
         if self._executor is not None:
             self._executor.close()
-        if self._ground is not None:
-            self._ground.close()
+        if self._placement_group is not None:
+            self._placement_group.close()
         self._reporter.leave(self.id)
         self._folder.close()
 
@@ -162,14 +162,14 @@ class Replica:
         """New ranks. Raises StartFailed, and EngineStopped as soon as it is seen that the replica is being stopped."""
         self._must_be_wanted()
         hit("replica.start")
-        assert self._ground is not None
+        assert self._placement_group is not None
         self._canary.ranks_start()
         self._board = StartProgressBoard(self._ranks.topology.size)
         executor = RayExecutor(
             ranks=self._ranks,
             resources=self._resources,
             config=self._config,
-            ground=self._ground,
+            placement_group=self._placement_group,
             folder=self._folder,
             on_progress=self._note_progress,
             on_loss=self._on_loss,

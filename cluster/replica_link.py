@@ -1,4 +1,4 @@
-"""Step 4 of a request, the wire: one front's connection to one replica, and the streams that run over it."""
+"""Step 4 of a request, the transport: one front's connection to one replica, and the streams that run over it."""
 
 import asyncio
 import itertools
@@ -14,11 +14,11 @@ import numpy as np
 from cluster.config import STARVED, RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, RequestAborted, SlowReader
-from cluster.expected_wait import Outlook
+from cluster.expected_wait import LoadEstimate
 from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
-from cluster.peer_liveness import KNOCK_S, FarEnd, knock
+from cluster.peer_liveness import PROBE_TIMEOUT_S, PeerStatus, probe_peer
 from cluster.prefix_index import PrefixIndex
-from cluster.transport import Wire, WireBroken, ZmqWire
+from cluster.transport import Transport, TransportBroken, ZmqTransport
 from engine.failpoints import hit
 from engine.plan import COLUMN, TokenEvent
 from engine.request import Request
@@ -89,7 +89,7 @@ class StreamBuffer:
 class ReplicaLink:
     """The streams of one front to one replica. Usable once the replica has answered a ping; once lost it stays lost.
 
-    Must be made in a running event loop. Without ``wire`` it makes its own; see `ZmqWire` for what that may raise.
+    Must be made in a running event loop. Without ``transport`` it makes its own; see `ZmqTransport` for what that may raise.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ReplicaLink:
         config: RouterConfig,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
-        wire: Wire | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.record = record
         self._node = node
@@ -116,7 +116,7 @@ class ReplicaLink:
         self.index = PrefixIndex(max_blocks=config.max_indexed_blocks, clock=clock)
         self._lost: LinkLost | None = None
         self._heard = self._served = clock()
-        self._wire: Wire = wire or ZmqWire(record, node=node)
+        self._transport: Transport = transport or ZmqTransport(record, node=node)
         self._tasks = [asyncio.create_task(self._or_lost(work)) for work in (self._receive(), self._ping(), self._watch_connection())]
 
     @property
@@ -149,11 +149,11 @@ class ReplicaLink:
         return told + self._submitted
 
     @property
-    def outlook(self) -> Outlook:
+    def load_estimate(self) -> LoadEstimate:
         """As the replica said last; what it must have computed since is taken off, what this front has sent since is added."""
         told = self._pong or Pong(ready=False, num_running=0, num_waiting=0)
         done = (self._clock() - self._pong_at) / told.step_token_s if told.step_token_s else 0.0
-        return Outlook(
+        return LoadEstimate(
             num_requests=self.load,
             num_running=told.num_running,
             prefill_tokens=max(0, told.prefill_tokens + self._submitted_tokens - int(done)),
@@ -210,7 +210,7 @@ class ReplicaLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._wire.close()
+        self._transport.close()
 
     async def _or_lost(self, work: Coroutine[Any, Any, None]) -> None:
         """Without any part of its work a link is none: its streams go elsewhere at once, and the router makes another."""
@@ -224,13 +224,13 @@ class ReplicaLink:
         if hit("link.send"):
             return
         try:
-            self._wire.send(encode(message))
-        except WireBroken as error:
+            self._transport.send(encode(message))
+        except TransportBroken as error:
             self._lose(str(error), reason="unsendable")
 
     async def _receive(self) -> None:
         while True:
-            raw = await self._wire.receive()
+            raw = await self._transport.receive()
             if hit("link.receive"):
                 continue
             self._heard = self._clock()
@@ -281,7 +281,7 @@ class ReplicaLink:
         address = self.record.address
         if address.node == self._node or address.tcp is None:
             return None
-        gone = await asyncio.to_thread(knock, address.tcp, KNOCK_S) is FarEnd.HOST_GONE
+        gone = await asyncio.to_thread(probe_peer, address.tcp, PROBE_TIMEOUT_S) is PeerStatus.HOST_UNREACHABLE
         return (self.record.host or None) if gone else None
 
     def _leave_stalled(self) -> None:
@@ -302,7 +302,7 @@ class ReplicaLink:
 
     async def _watch_connection(self) -> None:
         """A killed process closes its sockets: seen here long before its silence is."""
-        await self._wire.closed()
+        await self._transport.closed()
         self._lose("its connection was closed", reason="disconnected", died=True)
 
     def _lose(self, message: str, *, reason: str, died: bool = False, host: str | None = None) -> None:

@@ -11,9 +11,9 @@ from cluster import crash_report
 from cluster.errors import HostUnreachable
 from cluster.frozen_process import is_stopped
 from cluster.messages import RankFailed
-from cluster.peer_liveness import KNOCK_S, FarEnd, knock
+from cluster.peer_liveness import PROBE_TIMEOUT_S, PeerStatus, probe_peer
 from cluster.worker import crash_report_path, page_beside
-from cluster.worker_handles import Seat
+from cluster.worker_handles import WorkerHandle
 from engine.errors import WorkersLost
 from parallel.last_collective import read as last_collective
 
@@ -28,10 +28,10 @@ EXIT = re.compile(r"Worker exit type: (?P<kind>\w+) Worker exit detail: (?P<deta
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RootCause:
     """On whom a loss is blamed, and why."""
 
-    seat: Seat
+    worker: WorkerHandle
     cause: str
     told: str | None = None
     """Its traceback, or its note of a crash."""
@@ -39,48 +39,48 @@ class Verdict:
     """See `WorkersLost`."""
 
 
-def the_loss(seats: Sequence[Seat], step: int | None, symptom: str | None) -> WorkersLost:
+def diagnose_loss(workers: Sequence[WorkerHandle], step: int | None, symptom: str | None) -> WorkersLost:
     """The error that tells of it. ``step``: that was submitted last; ``symptom``: by what the loss was seen, if not by a rank's end."""
-    verdict = _blame(seats)
+    root_cause = _find_root_cause(workers)
     when = f" in step {step}" if step is not None else " while starting"
-    if verdict is None:
-        return WorkersLost(f"the ranks were lost{when}: {symptom}", last_collectives=_last_collectives(seats))
-    kind = HostUnreachable if verdict.cause == FarEnd.HOST_GONE.value else WorkersLost
+    if root_cause is None:
+        return WorkersLost(f"the ranks were lost{when}: {symptom}", last_collectives=_last_collectives(workers))
+    kind = HostUnreachable if root_cause.cause == PeerStatus.HOST_UNREACHABLE.value else WorkersLost
     return kind(
-        f"{verdict.seat.name} was lost{when}: {verdict.cause}" + (f" ({symptom})" if symptom else ""),
-        rank=verdict.seat.rank,
-        host=verdict.seat.place.host if verdict.seat.place else None,
-        rank_traceback=verdict.told,
-        last_collectives=_last_collectives(seats),
-        from_outside=verdict.from_outside,
+        f"{root_cause.worker.name} was lost{when}: {root_cause.cause}" + (f" ({symptom})" if symptom else ""),
+        rank=root_cause.worker.rank,
+        host=root_cause.worker.place.host if root_cause.worker.place else None,
+        rank_traceback=root_cause.told,
+        last_collectives=_last_collectives(workers),
+        from_outside=root_cause.from_outside,
     )
 
 
-def _blame(seats: Sequence[Seat]) -> Verdict | None:
+def _find_root_cause(workers: Sequence[WorkerHandle]) -> RootCause | None:
     """A rank that ended without a word is the cause: whoever crashes or raises beside it may be its victim (NCCL aborts a process whose
     peers are gone). Then one that crashed but by SIGABRT, fell silent, aborted, raised, or stands still. A rank on another host whose note
     could not be fetched counts as ended from outside."""
-    notes = [(seat, seat.note or crash_report.read(crash_report_path(seat.ipc))) for seat in seats]
-    for seat, note in notes:
-        if seat.has_ended and not seat.failure and note is None:
-            return Verdict(seat, seat.ended or "its process ended", from_outside=True)
-    crashed = [(seat, note) for seat, note in notes if note is not None]
-    for seat, note in crashed:
+    notes = [(worker, worker.note or crash_report.read(crash_report_path(worker.ipc))) for worker in workers]
+    for worker, note in notes:
+        if worker.has_ended and not worker.failure and note is None:
+            return RootCause(worker, worker.ended or "its process ended", from_outside=True)
+    crashed = [(worker, note) for worker, note in notes if note is not None]
+    for worker, note in crashed:
         if ABORTED not in note.splitlines()[0]:
-            return Verdict(seat, f"it crashed ({note.splitlines()[0]})", note)
-    for seat, note in notes:
-        if seat.silent and not seat.failure and note is None and seat.place is not None and seat.place.address.tcp is not None:
-            return Verdict(seat, knock(seat.place.address.tcp, KNOCK_S).value, from_outside=True)
+            return RootCause(worker, f"it crashed ({note.splitlines()[0]})", note)
+    for worker, note in notes:
+        if worker.silent and not worker.failure and note is None and worker.place is not None and worker.place.address.tcp is not None:
+            return RootCause(worker, probe_peer(worker.place.address.tcp, PROBE_TIMEOUT_S).value, from_outside=True)
     if crashed:
-        seat, note = crashed[0]
-        return Verdict(seat, f"it crashed ({note.splitlines()[0]})", note)
-    raised = [(seat, seat.failure) for seat in seats if seat.failure is not None]
-    for seat, failure in sorted(raised, key=lambda pair: _says(pair[1], ABOUT_PEERS + PERHAPS_ABOUT_PEERS)):
+        worker, note = crashed[0]
+        return RootCause(worker, f"it crashed ({note.splitlines()[0]})", note)
+    raised = [(worker, worker.failure) for worker in workers if worker.failure is not None]
+    for worker, failure in sorted(raised, key=lambda pair: _says(pair[1], ABOUT_PEERS + PERHAPS_ABOUT_PEERS)):
         from_outside = failure.was_told_to_end or _says(failure, ABOUT_PEERS)
-        return Verdict(seat, failure.message, failure.traceback, from_outside)
-    for seat in seats:
-        if seat.process is not None and seat.place is not None and is_stopped(seat.place.pid):
-            return Verdict(seat, "its process is stopped (SIGSTOP or a debugger)", from_outside=True)
+        return RootCause(worker, failure.message, failure.traceback, from_outside)
+    for worker in workers:
+        if worker.process is not None and worker.place is not None and is_stopped(worker.place.pid):
+            return RootCause(worker, "its process is stopped (SIGSTOP or a debugger)", from_outside=True)
     return None
 
 
@@ -89,13 +89,13 @@ def _says(failure: RankFailed, words: Sequence[str]) -> bool:
     return any(word in text for word in words)
 
 
-def _last_collectives(seats: Sequence[Seat]) -> tuple[str, ...]:
+def _last_collectives(workers: Sequence[WorkerHandle]) -> tuple[str, ...]:
     """Of the ranks of this host: dead or stopped, they have left a page each."""
-    known = ((seat, last_collective(page_beside(seat.ipc))) for seat in seats)
-    return tuple(f"rank {seat.rank}: {last}" for seat, last in known if last is not None)
+    known = ((worker, last_collective(page_beside(worker.ipc))) for worker in workers)
+    return tuple(f"rank {worker.rank}: {last}" for worker, last in known if last is not None)
 
 
-def how_it_ended(life: Any) -> str:
+def describe_exit(life: Any) -> str:
     """``life``: ObjectRef of the call that lasts as long as a rank, and is over."""
     try:
         ray.get(life)

@@ -15,11 +15,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
-from cluster.admission_queue import WaitingRoom
+from cluster.admission_queue import AdmissionQueue
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import HostLost, NoReplicaReady, RequestAborted
-from cluster.expected_wait import WaitingPlace
+from cluster.expected_wait import RoutableReplica
 from cluster.health import State
 from cluster.replica_link import LinkLost
 from cluster.resume import History, Resumes
@@ -37,7 +37,7 @@ MAX_FULL = 1_000
 """Tenants that are remembered so."""
 
 
-class Candidate(WaitingPlace, Protocol):
+class Candidate(RoutableReplica, Protocol):
     """A replica that may be chosen."""
 
     @property
@@ -112,7 +112,7 @@ class Router:
         connect: Callable[[ReplicaRecord], Link],
         policy: RoutingPolicy | None = None,
         config: RouterConfig | None = None,
-        room: WaitingRoom | None = None,
+        admission_queue: AdmissionQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -121,7 +121,7 @@ class Router:
         self._policy: RoutingPolicy = policy or LeastLoaded()
         self._config = config or RouterConfig()
         self._clock, self._unix_clock, self._sleep = clock, unix_clock, sleep
-        self.room = room or WaitingRoom(wait_s=self._config.ready_wait_s, clock=clock)
+        self.admission_queue = admission_queue or AdmissionQueue(wait_s=self._config.ready_wait_s, clock=clock)
         self._links: dict[str, Link] = {}
         self._unreachable: dict[str, str] = {}
         """Why, as it was logged last."""
@@ -150,7 +150,9 @@ class Router:
         """Whether a request would find a replica now, or one would be started for it."""
         if any(link.ready for link in self._links.values()):
             return True
-        return self.room.from_zero and not any(record.state in (State.RECOVERING, State.FAILED) for record in self.replicas)
+        return self.admission_queue.can_scale_from_zero and not any(
+            record.state in (State.RECOVERING, State.FAILED) for record in self.replicas
+        )
 
     @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
@@ -197,7 +199,7 @@ class Router:
         history = self.resumes.admit(request)
         committed = list(request.committed)
         num_cached: int | None = None
-        self.room.asked()
+        self.admission_queue.count_request()
         held_s, sent = 0.0, self._clock()
         for attempt in itertools.count(request.attempt):
             before = self._clock()
@@ -220,7 +222,7 @@ class Router:
                         if event.error_kind == "QueueFull":
                             self._note_full(request.tenant, link.id, event)
                         if num_cached is None:
-                            self.room.first_token(self._clock() - sent)
+                            self.admission_queue.record_ttft(self._clock() - sent)
                             event = dataclasses.replace(event, held_s=held_s)
                         committed.extend(event.tokens)
                         num_cached = event.num_cached if num_cached is None else num_cached
@@ -251,9 +253,9 @@ class Router:
         if (link := self._ready_link(request, lost_by)) is not None:
             return link
         begun = self._clock()
-        with self.room.seat(request):
+        with self.admission_queue.hold(request):
             while (link := self._ready_link(request, lost_by)) is None:
-                left_s = self.room.wait_s - (self._clock() - begun)
+                left_s = self.admission_queue.wait_s - (self._clock() - begun)
                 if request.deadline_s is not None:
                     left_s = min(left_s, request.deadline_s - self._unix_clock())
                 if left_s <= 0:

@@ -7,7 +7,7 @@ from engine.config import EngineConfig
 from parallel.topology import Topology
 
 
-def policy_of(config: RouterConfig, engine_config: EngineConfig, topology: Topology) -> RoutingPolicy:
+def make_routing_policy(config: RouterConfig, engine_config: EngineConfig, topology: Topology) -> RoutingPolicy:
     """``topology``: of every replica, whose shards each take part in a step."""
     match config.policy:
         case "least_loaded":

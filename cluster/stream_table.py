@@ -16,7 +16,7 @@ PLACE_BITS = 32
 
 
 @dataclass(frozen=True)
-class ForFront:
+class FrontTokens:
     """Tokens of one step for one front, in columns of int64."""
 
     streams: bytes
@@ -63,7 +63,7 @@ class StreamTable:
             self._front_at[number] = b""
             self._unused.append(number)
 
-    def sorted(self, batch: TokenBatch) -> Iterator[tuple[Front, ForFront]]:
+    def sorted(self, batch: TokenBatch) -> Iterator[tuple[Front, FrontTokens]]:
         """What each front's streams have been told."""
         places = batch.tags & ((1 << PLACE_BITS) - 1)
         known = batch.tags != NO_TAG
@@ -72,11 +72,11 @@ class StreamTable:
         columns = (self._streams[places], batch.offsets, batch.tokens)
         fronts = self._fronts[places]
         if known.all() and (fronts == fronts[0]).all():  # mostly there is one front
-            yield self._front_at[int(fronts[0])], ForFront(*(column.tobytes() for column in columns))
+            yield self._front_at[int(fronts[0])], FrontTokens(*(column.tobytes() for column in columns))
             return
         for number in np.unique(fronts[known]).tolist():
             rows = known & (fronts == number)
-            yield self._front_at[number], ForFront(*(column[rows].tobytes() for column in columns))
+            yield self._front_at[number], FrontTokens(*(column[rows].tobytes() for column in columns))
 
     def _number(self, front: Front) -> int:
         if front not in self._number_of:
@@ -95,6 +95,6 @@ class StreamTable:
         self._streams = np.concatenate([self._streams, np.zeros(size, np.int64)])
 
 
-def untagged(batch: TokenBatch) -> Sequence[int]:
+def untagged_rows(batch: TokenBatch) -> Sequence[int]:
     """Rows of requests whose front gave them no number."""
     return np.flatnonzero(batch.tags == NO_TAG).tolist()

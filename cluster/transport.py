@@ -13,15 +13,15 @@ from cluster.directory import ReplicaRecord
 _numbers = itertools.count()
 
 
-class WireBroken(Exception):
+class TransportBroken(Exception):
     """Nothing more can be sent."""
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """A connection. Messages arrive whole; what else may befall them is not promised."""
 
     def send(self, raw: bytes) -> None:
-        """Without waiting. Raises WireBroken."""
+        """Without waiting. Raises TransportBroken."""
         ...
 
     def receive(self) -> Awaitable[bytes]:
@@ -35,7 +35,7 @@ class Wire(Protocol):
     def close(self) -> None: ...
 
 
-class ZmqWire:
+class ZmqTransport:
     """A DEALER socket to a replica's intake.
 
     Must be made in a running event loop. A record that cannot be reached from here raises ChannelError, or zmq's own error.
@@ -45,7 +45,9 @@ class ZmqWire:
         with contextlib.ExitStack() as undone:
             self._socket = undone.enter_context(sockets().socket(zmq.DEALER))
             self._socket.linger = 200
-            self._monitor = undone.enter_context(self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, f"inproc://wire-{next(_numbers)}"))
+            self._monitor = undone.enter_context(
+                self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, f"inproc://transport-{next(_numbers)}")
+            )
             reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
             undone.pop_all()
 
@@ -55,7 +57,7 @@ class ZmqWire:
             return
         future: Any = self._socket.send(raw, zmq.NOBLOCK)
         if future.done() and (error := future.exception()) is not None:
-            raise WireBroken(str(error))
+            raise TransportBroken(str(error))
 
     def receive(self) -> Awaitable[bytes]:
         received: Awaitable[bytes] = self._socket.recv()

@@ -21,7 +21,7 @@ from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, examine_rank
 from cluster.errors import ChannelError
 from cluster.messages import RankFailed, RankProgress, RankReady, Stop, decode, encode
-from cluster.peer_liveness import Watchman, keep_hearing
+from cluster.peer_liveness import DisconnectWatcher, enable_heartbeats
 from engine.config import EngineConfig
 from engine.executor import Capacity
 from engine.failpoints import hit
@@ -153,7 +153,7 @@ class Worker:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._guard: KeyGuard | None = None
-        self._watchman: Watchman | None = None
+        self._disconnect_watcher: DisconnectWatcher | None = None
         self._step: int | None = None
         self._has_told = False
         self._far_note: Path | None = None
@@ -172,7 +172,7 @@ class Worker:
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyGuard(self._context, {replica_key})
-            self._watchman = Watchman(keep_hearing(self._socket, silence_s), self._end)
+            self._disconnect_watcher = DisconnectWatcher(enable_heartbeats(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
             self._far_note = crash_report.new_file(self.rank)
             crash_report.keep_at(self._far_note)
@@ -201,7 +201,7 @@ class Worker:
             self._tell(error)
             raise
         finally:
-            for helper in (self._watchman, self._guard):
+            for helper in (self._disconnect_watcher, self._guard):
                 if helper is not None:
                     helper.close()
             self._context.destroy(linger=2000)
@@ -239,8 +239,8 @@ class Worker:
                 self._answer(begun)
                 begun = following
                 _die_after(deadline_s)
-            if self._watchman is not None:
-                self._watchman.rest()
+            if self._disconnect_watcher is not None:
+                self._disconnect_watcher.rest()
             _die_after(deadlines.step_s)
         _die_after(0)
 

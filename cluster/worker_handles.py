@@ -18,8 +18,8 @@ from cluster.doctor.cluster_survey import survey_actors
 from cluster.doctor.findings import Severity
 from cluster.errors import StartFailed, UnfitHosts
 from cluster.messages import RankFailed
-from cluster.peer_liveness import keep_hearing
-from cluster.placement_group import Ground
+from cluster.peer_liveness import enable_heartbeats
+from cluster.placement_group import ReplicaPlacementGroup
 from cluster.worker import Place, Ranks, Worker
 from engine.executor import Capacity
 
@@ -30,7 +30,7 @@ OPEN_S = 120.0
 
 
 @dataclass
-class Seat:
+class WorkerHandle:
     """One rank as its executor sees it."""
 
     rank: int
@@ -68,15 +68,15 @@ class Seat:
         return f"rank {self.rank} on {self.place.host} (pid {self.place.pid})"
 
 
-def take_seats(
-    seats: list[Seat],
+def start_workers(
+    workers: list[WorkerHandle],
     ranks: Ranks,
     resources: RankResources,
-    ground: Ground,
+    placement_group: ReplicaPlacementGroup,
     folder: PrivateFolder,
     context: "zmq.Context[zmq.Socket[bytes]]",
 ) -> None:
-    """Have Ray start a worker for every rank, and add it to ``seats`` at once: whatever fails, those are there to be ended. They are not
+    """Have Ray start a worker for every rank, and add it to ``workers`` at once: whatever fails, those are there to be ended. They are not
     waited for."""
     actor_class = ray.remote(Worker)
     token = os.urandom(4).hex()
@@ -85,12 +85,14 @@ def take_seats(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or 0,
             max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(ground.group, placement.bundle_of(rank, ranks.topology, resources)),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group.group, placement.bundle_of(rank, ranks.topology, resources)
+            ),
         ).remote(rank)
-        seats.append(Seat(rank, actor, context.socket(zmq.PAIR), folder.socket(f"{token}-{rank}")))
+        workers.append(WorkerHandle(rank, actor, context.socket(zmq.PAIR), folder.socket(f"{token}-{rank}")))
 
 
-def open_seats(seats: Sequence[Seat], *, silence_s: float) -> None:
+def connect_workers(workers: Sequence[WorkerHandle], *, silence_s: float) -> None:
     """Wait for the workers, and connect to them. ``silence_s``: for how long at most one on another host may not be heard.
 
     Raises:
@@ -98,24 +100,26 @@ def open_seats(seats: Sequence[Seat], *, silence_s: float) -> None:
     """
     node = ray.get_runtime_context().get_node_id()
     keys = new_keys()
-    opening = [seat.actor.open.remote(replica_node=node, ipc=seat.ipc, replica_key=keys.public, silence_s=silence_s) for seat in seats]
+    opening = [
+        worker.actor.open.remote(replica_node=node, ipc=worker.ipc, replica_key=keys.public, silence_s=silence_s) for worker in workers
+    ]
     try:
         places = ray.get(opening, timeout=OPEN_S)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         raise StartFailed(f"the worker processes did not start: {error}") from error
-    for seat, place in zip(seats, places, strict=True):
-        seat.place = place
+    for worker, place in zip(workers, places, strict=True):
+        worker.place = place
         if place.node != node:
-            seat.beats = keep_hearing(seat.socket, silence_s)
-        reach(seat.socket, place.address, node=node, keys=keys)
+            worker.beats = enable_heartbeats(worker.socket, silence_s)
+        reach(worker.socket, place.address, node=node, keys=keys)
         if place.node == node:
             try:
-                seat.process = os.pidfd_open(place.pid)
+                worker.process = os.pidfd_open(place.pid)
             except OSError as error:  # mostly that it ended since it answered
-                raise StartFailed(f"{seat.name} is not there any more: {error}") from error
+                raise StartFailed(f"{worker.name} is not there any more: {error}") from error
 
 
-def examine_seats(seats: Sequence[Seat], ranks: Ranks) -> None:
+def examine_workers(workers: Sequence[WorkerHandle], ranks: Ranks) -> None:
     """`manta doctor`'s quick checks, in the very processes that are to load.
 
     Raises:
@@ -123,7 +127,7 @@ def examine_seats(seats: Sequence[Seat], ranks: Ranks) -> None:
         StartFailed: a worker did not answer.
     """
     try:
-        survey = survey_actors([seat.actor for seat in seats], ranks.need, lambda actor: actor.examine.remote(ranks))
+        survey = survey_actors([worker.actor for worker in workers], ranks.need, lambda actor: actor.examine.remote(ranks))
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         raise StartFailed(f"the worker processes could not be examined: {error}") from error
     fatal = [finding for finding in survey.findings if finding.severity is Severity.FATAL]

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.messages import Stop, encode
 from cluster.worker import crash_report_path, end_process, page_beside
-from cluster.worker_handles import Seat
+from cluster.worker_handles import WorkerHandle
 
 END_S = 5.0
 """How long ranks may take to end."""
@@ -22,49 +22,49 @@ KILL_S = 1.0
 """How long healthy ranks may take to end once Ray kills them, before the kernel does."""
 
 
-def end_ranks(seats: Sequence[Seat], *, listening: bool, broken: bool) -> None:
+def shut_down_workers(workers: Sequence[WorkerHandle], *, listening: bool, broken: bool) -> None:
     """``listening``: all are in their loop. ``broken``: some are lost, and what the others wait for never comes."""
     if listening:
-        _ask_to_stop(seats)
-    for seat in seats:
-        ray.kill(seat.actor, no_restart=True)
+        _ask_to_stop(workers)
+    for worker in workers:
+        ray.kill(worker.actor, no_restart=True)
     if not broken:
-        _await_ends(seats, KILL_S)
-    for seat in seats:
-        _force(seat)
-    _await_ends(seats, END_S)
-    for seat in seats:
-        for left in (Path(seat.ipc.removeprefix("ipc://")), page_beside(seat.ipc), crash_report_path(seat.ipc)):
+        _await_ends(workers, KILL_S)
+    for worker in workers:
+        _force(worker)
+    _await_ends(workers, END_S)
+    for worker in workers:
+        for left in (Path(worker.ipc.removeprefix("ipc://")), page_beside(worker.ipc), crash_report_path(worker.ipc)):
             left.unlink(missing_ok=True)
-        if seat.process is not None:
-            os.close(seat.process)
-            seat.process = None
+        if worker.process is not None:
+            os.close(worker.process)
+            worker.process = None
 
 
-def _ask_to_stop(seats: Sequence[Seat]) -> None:
+def _ask_to_stop(workers: Sequence[WorkerHandle]) -> None:
     """Let healthy ranks leave their loop, close their groups and free their shared memory."""
-    for seat in seats:
+    for worker in workers:
         with contextlib.suppress(zmq.Again):  # its pipe is full of plans that it does not take: it is killed like one that is deaf
-            seat.socket.send(encode(Stop()), zmq.NOBLOCK)
-    lives = [seat.life for seat in seats]
+            worker.socket.send(encode(Stop()), zmq.NOBLOCK)
+    lives = [worker.life for worker in workers]
     ray.wait(lives, num_returns=len(lives), timeout=END_S)
 
 
-def _await_ends(seats: Sequence[Seat], within_s: float) -> None:
+def _await_ends(workers: Sequence[WorkerHandle], within_s: float) -> None:
     """Wait for the processes on this host."""
     deadline = time.monotonic() + within_s
-    for seat in seats:
-        if seat.process is not None:
-            select.select([seat.process], [], [], max(0.0, deadline - time.monotonic()))
+    for worker in workers:
+        if worker.process is not None:
+            select.select([worker.process], [], [], max(0.0, deadline - time.monotonic()))
 
 
-def _force(seat: Seat) -> None:
+def _force(worker: WorkerHandle) -> None:
     """A frozen or busily waiting process does not hear Ray."""
-    if seat.process is not None:
+    if worker.process is not None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(seat.process, signal.SIGKILL)
-    elif seat.place is not None and not seat.ended:
-        there = NodeAffinitySchedulingStrategy(seat.place.node, soft=False)
+            signal.pidfd_send_signal(worker.process, signal.SIGKILL)
+    elif worker.place is not None and not worker.ended:
+        there = NodeAffinitySchedulingStrategy(worker.place.node, soft=False)
         ray.remote(end_process).options(num_cpus=0, scheduling_strategy=there).remote(
-            seat.place.pid, seat.place.started, seat.place.crash_note
+            worker.place.pid, worker.place.started, worker.place.crash_note
         )

@@ -14,17 +14,17 @@ import ray
 import ray.serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
-from cluster.admission_queue import WaitingRoom
+from cluster.admission_queue import AdmissionQueue
 from cluster.autoscaler import serve_autoscaling
 from cluster.channel import sockets
 from cluster.directory import DEMAND, Reader
-from cluster.peer_notes import Board
+from cluster.peer_notes import PeerNotes
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
 from cluster.ray_cluster import hosts as hosts_of_ray
 from cluster.replica import Replica
 from cluster.replica_link import ReplicaLink
 from cluster.router import Router
-from cluster.routing_policies import policy_of
+from cluster.routing_policies import make_routing_policy
 from cluster.worker import ModelRanks
 from engine.gc_tuning import tune_gc
 from model.adapter_files import files_with_adapter
@@ -153,9 +153,9 @@ class _Front:
         self._config = config
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
-        instruments, self._board = Instruments(front), Board[Snapshot](app, METRICS_BOARD, front)
+        instruments, self._board = Instruments(front), PeerNotes[Snapshot](app, METRICS_BOARD, front)
         self._door = OpenDoor() if config.auth.keys_file is None else Doorkeeper(Path(config.auth.keys_file))
-        self._quotas = Quotas(num_fronts=lambda: self._board.num_others + 1)
+        self._quotas = Quotas(num_fronts=lambda: self._board.num_peers + 1)
         names = [model.name for model in models]
         observers: list[Observer] = [RequestMetrics(instruments, names), self._quotas]
         if config.tracing.otlp_endpoint is not None:
@@ -164,16 +164,16 @@ class _Front:
             observers.append(tracing_to(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
         self._catalog = Catalog([await self._offer(app, model, names, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
-        self._board.keep_pinned(self._metrics.own, every_s=METRICS_EVERY_S)
+        self._board.publish_every(self._metrics.own, every_s=METRICS_EVERY_S)
         self._doors = Doors(OncePerKey(self._catalog))
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # beside the first requests, not before them
         self._ways = Ways(ray.get_runtime_context().get_node_id())
         self._grpc = MantaServicer(self._doors, door=self._door)
         self._admin = AdminServicer(self._doors, self._routers, door=self._door)
         self._health = HealthServicer(self._doors.ready)
-        self._demand = Board[dict[str, Any]](app, DEMAND, front)
+        self._demand = PeerNotes[dict[str, Any]](app, DEMAND, front)
         if any(model.config.replicas.vary for model in models):  # else nobody asks
-            self._demand.keep_pinned(self._what_waits, every_s=DEMAND_EVERY_S)
+            self._demand.publish_every(self._what_waits, every_s=DEMAND_EVERY_S)
         tune_gc()
 
     async def _offer(self, app: str, model: ServedModel, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
@@ -182,10 +182,10 @@ class _Front:
         replicas, scaling = model.config.replicas, model.config.autoscaling
         starts = replicas.least == 0  # a replica is started for whoever waits, when there is none
         router = Router(
-            room=WaitingRoom(wait_s=scaling.hold_s, max_held=scaling.max_held, from_zero=True) if starts else None,
+            admission_queue=AdmissionQueue(wait_s=scaling.hold_s, max_held=scaling.max_held, can_scale_from_zero=True) if starts else None,
             replicas=Reader(app, model=model.name),
             connect=lambda record: ReplicaLink(record, node=node, config=model.config.router),
-            policy=policy_of(model.config.router, model.config.engine, model.config.parallel.topology),
+            policy=make_routing_policy(model.config.router, model.config.engine, model.config.parallel.topology),
             config=model.config.router,
         )
         self._routers.append(router)
@@ -214,7 +214,7 @@ class _Front:
 
     def _what_waits(self) -> dict[str, Any]:
         """For the autoscaler."""
-        return {facts.name: router.room.note() for facts, router in zip(self._catalog.models(), self._routers, strict=True)}
+        return {facts.name: router.admission_queue.demand() for facts, router in zip(self._catalog.models(), self._routers, strict=True)}
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(

@@ -16,7 +16,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
 from cluster.directory import ReplicaRecord, current_records, end_directory, refusals
-from cluster.ray_cluster import CannotJoin, joined
+from cluster.ray_cluster import CannotJoin, join_ray_cluster
 from serve.config import ServeConfig
 from serve.deployment import ServedModel
 from serve.exposure import EVERY_ADDRESS, is_loopback
@@ -69,7 +69,7 @@ def run_on_existing_ray(
         stack.enter_context(stop.handled())
         on_progress(f"joining the Ray cluster at {address}", 0.0)
         try:
-            stack.enter_context(joined(address, namespace=config.ray.namespace, runtime_env=_runtime_env(config)))
+            stack.enter_context(join_ray_cluster(address, namespace=config.ray.namespace, runtime_env=_runtime_env(config)))
         except CannotJoin as error:
             raise StartError(str(error)) from error
         stop.install()  # Ray has installed its own

@@ -20,9 +20,9 @@ RESUME_METRICS = {
 
 
 class OtherFronts(Protocol):
-    """`cluster.peer_notes.Board` is one."""
+    """`cluster.peer_notes.PeerNotes` is one."""
 
-    async def others(self) -> Sequence[Snapshot]: ...
+    async def peers(self) -> Sequence[Snapshot]: ...
 
 
 class SourceFacts(Protocol):
@@ -59,4 +59,4 @@ class MetricsPage:
     async def __call__(self, accept: str) -> tuple[bytes, str]:
         """The page, in the format that the Accept header asks for, and its Content-Type."""
         replicas = [replica_snapshot(record) for source in self._sources for record in source.replicas]
-        return render([self.own(), *await self._others.others(), *replicas], accept)
+        return render([self.own(), *await self._others.peers(), *replicas], accept)

@@ -9,8 +9,8 @@ import ray
 import ray._private.state
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-from cluster.directory import DirectoryAway, ReplicaRecord, apps_with_directories, glimpse
-from cluster.peer_liveness import FarEnd, knock
+from cluster.directory import DirectoryUnavailable, ReplicaRecord, apps_with_directories, read_directory
+from cluster.peer_liveness import PeerStatus, probe_peer
 from serve import metric_names as names
 from serve.metrics import Snapshot
 from serve.metrics_page import METRICS_BOARD
@@ -18,7 +18,7 @@ from serve.quantiles import Counts, counts_of
 
 ANSWER_S = 5.0
 """How long Ray Serve's controller may take to answer."""
-KNOCK_S = 1.0
+PROBE_TIMEOUT_S = 1.0
 """How long a host's Ray may take to take a connection."""
 MOST_KNOCKS = 64
 """At a time."""
@@ -80,8 +80,8 @@ def collect_overview() -> Overview:
     waits: dict[tuple[str, str], LatencyCounts] = {}
     for app in [app.name for app in apps] or (apps_with_directories() if missing else ()):
         try:
-            records, notes = glimpse(app, METRICS_BOARD)
-        except DirectoryAway as error:
+            records, notes = read_directory(app, METRICS_BOARD)
+        except DirectoryUnavailable as error:
             missing.append(f"the directory of {app}'s replicas: {error}")
             continue
         replicas += [(app, record) for record in sorted(records, key=lambda record: (record.model, record.id))]
@@ -142,7 +142,7 @@ def _hosts(missing: list[str]) -> Iterator[HostView]:
     with ThreadPoolExecutor(MOST_KNOCKS) as knocking:
         far_ends = list(knocking.map(_far_end, nodes))
     for node, far_end in zip(nodes, far_ends, strict=True):
-        if far_end is FarEnd.HOST_GONE:
+        if far_end is PeerStatus.HOST_UNREACHABLE:
             missing.append(f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): it cannot be reached from here")
         yield HostView(
             name=node["NodeManagerHostname"],
@@ -153,9 +153,9 @@ def _hosts(missing: list[str]) -> Iterator[HostView]:
         )
 
 
-def _far_end(node: Mapping[str, Any]) -> FarEnd | None:
+def _far_end(node: Mapping[str, Any]) -> PeerStatus | None:
     """Ray takes a minute to find out that a host is lost."""
-    return knock(f"tcp://{node['NodeManagerAddress']}:{node['NodeManagerPort']}", KNOCK_S) if node["Alive"] else None
+    return probe_peer(f"tcp://{node['NodeManagerAddress']}:{node['NodeManagerPort']}", PROBE_TIMEOUT_S) if node["Alive"] else None
 
 
 def _countable(resources: Mapping[str, float]) -> dict[str, float]:

@@ -79,7 +79,7 @@ def mixed(sequences: int, least: int, most: int) -> list[tuple[int, int]]:
 def closed_loop(results: Results, served: ServedModel, requests: Sequence[tuple[int, int]], seed: int) -> tuple[float, float, float]:
     """All at once. Seconds, the median time to a first token, and the median gap between tokens of one request.
 
-    Tokens of requests that only go on are looked at as columns, as a replica's desk does (`cluster.front_protocol`).
+    Tokens of requests that only go on are looked at as columns, as a replica does (`cluster.front_protocol`).
     """
     prompts = drawn(requests, seed, served.model.config.vocab_size)
     number_of: dict[str, int] = {}

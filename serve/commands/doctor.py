@@ -122,11 +122,14 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
             (config,) = assign_devices([config], [{"GPU": len(gpus_here())}])
             return survey_this_machine(topology, host_requirements(folder, config, adapter), cache_folder=cache_folder(), look=None)
         from cluster.doctor.cluster_survey import survey_cluster
-        from cluster.ray_cluster import CannotJoin, hosts, joined
+        from cluster.ray_cluster import CannotJoin, hosts, join_ray_cluster
         from cluster.worker import ModelRanks
 
         try:
-            with redirect_stdout(sys.stderr), joined(address, namespace=config.ray.namespace):  # Ray tells of lost hosts on stdout
+            with (
+                redirect_stdout(sys.stderr),
+                join_ray_cluster(address, namespace=config.ray.namespace),
+            ):  # Ray tells of lost hosts on stdout
                 (config,) = assign_devices([config], hosts())
                 need = host_requirements(folder, config, adapter)
                 ranks = found and ModelRanks(

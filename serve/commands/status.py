@@ -100,10 +100,10 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
         elif address == "local":
             exit_with_error("no `manta serve` of yours runs on this machine")
         address = servers[0].address if servers else "auto"
-    from cluster.ray_cluster import CannotJoin, joined  # ray, which reads those variables when it is imported
+    from cluster.ray_cluster import CannotJoin, join_ray_cluster  # ray, which reads those variables when it is imported
 
     try:
-        with joined(address or "auto", namespace=config.ray.namespace):
+        with join_ray_cluster(address or "auto", namespace=config.ray.namespace):
             yield
     except CannotJoin as error:
         if watched_address(config) is None and "Could not find any running Ray" in str(error):

@@ -47,11 +47,11 @@ def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None
 def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
     """End what `manta up` has put on a Ray cluster. Running requests may end first, for `replica.drain_timeout_s`."""
     config = on_a_cluster(load_settings(file, assignments, given).config)
-    from cluster.ray_cluster import CannotJoin, joined
+    from cluster.ray_cluster import CannotJoin, join_ray_cluster
     from serve.existing_ray import DELETE_MARGIN_S, remove
 
     try:
-        with joined(str(config.ray.address), namespace=config.ray.namespace):
+        with join_ray_cluster(str(config.ray.address), namespace=config.ray.namespace):
             removed = remove(config.ray.app, wait_s=config.replica.drain_timeout_s + DELETE_MARGIN_S)
     except CannotJoin as error:
         exit_with_error(str(error))

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import zmq
 from cluster.bypass import NoSocket, Receiver, Sender
 from cluster.channel import Address, sockets
-from cluster.transport import ZmqWire
+from cluster.transport import ZmqTransport
 
 record = SimpleNamespace(address=Address(node="here", ipc="ipc:///tmp/nobody"), guest_keys=None)
 
 
 async def main():
-    ends = {"receiver": Receiver, "sender": lambda: Sender("ipc:///tmp/nobody"), "wire": lambda: ZmqWire(record, node="here")}
+    ends = {"receiver": Receiver, "sender": lambda: Sender("ipc:///tmp/nobody"), "wire": lambda: ZmqTransport(record, node="here")}
     tempfile.tempdir = "/tmp"
     sockets()
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))

@@ -9,7 +9,7 @@ import pytest
 import ray.exceptions
 
 from cluster.channel import Address
-from cluster.directory import Asker, DirectoryAway, ReplicaRecord, Reporter
+from cluster.directory import DirectoryClient, DirectoryUnavailable, ReplicaRecord, Reporter
 from cluster.health import State
 
 RECORD = ReplicaRecord(id="a", model="m", state=State.READY, address=Address(node="n", ipc="ipc:///a"))
@@ -56,26 +56,26 @@ def unavailable() -> Exception:
 async def test_who_asks_is_not_kept_waiting_and_the_handle_is_kept() -> None:
     silent = True
     find = Finder(Directory(lambda _method: asyncio.Event().wait() if silent else (True, (RECORD,))))
-    asker = Asker("app", find=find, answer_s=0.2)
+    client = DirectoryClient("app", find=find, answer_s=0.2)
     for _ in range(2):
-        with pytest.raises(DirectoryAway, match="no answer within"):
-            await asker.ask("records")
+        with pytest.raises(DirectoryUnavailable, match="no answer within"):
+            await client.ask("records")
     silent = False
-    assert await asker.ask("records") == (True, (RECORD,))
+    assert await client.ask("records") == (True, (RECORD,))
     assert find.num_asked == 1
 
 
 async def test_one_that_is_started_again_elsewhere_is_waited_for_and_one_that_is_gone_is_looked_for() -> None:
     answers = iter([failing(unavailable()), failing(ray.exceptions.ActorDiedError())])
     find = Finder(Directory(lambda method: next(answers)(method)), Directory(lambda _method: {}))
-    asker = Asker("app", find=find, answer_s=60)
-    with pytest.raises(DirectoryAway):
-        await asker.ask("pinned", "board")
+    client = DirectoryClient("app", find=find, answer_s=60)
+    with pytest.raises(DirectoryUnavailable):
+        await client.ask("pinned", "board")
     assert find.num_asked == 1
-    with pytest.raises(DirectoryAway):
-        await asker.ask("pinned", "board")
+    with pytest.raises(DirectoryUnavailable):
+        await client.ask("pinned", "board")
     assert find.num_asked == 1, "Ray finds it by itself while it may come back"
-    assert await asker.ask("pinned", "board") == {}
+    assert await client.ask("pinned", "board") == {}
     assert find.num_asked == 2
 
 
@@ -88,10 +88,10 @@ async def test_one_that_could_not_be_found_is_looked_for_again(error: Exception)
             raise failure
         return Directory(lambda _method: "answer")
 
-    asker = Asker("app", find=find, answer_s=60)
-    with pytest.raises(DirectoryAway, match=str(error)):
-        await asker.ask("records")
-    assert await asker.ask("records") == "answer"
+    client = DirectoryClient("app", find=find, answer_s=60)
+    with pytest.raises(DirectoryUnavailable, match=str(error)):
+        await client.ask("records")
+    assert await client.ask("records") == "answer"
 
 
 async def test_an_event_loop_goes_on_while_the_head_is_away() -> None:
@@ -102,18 +102,18 @@ async def test_an_event_loop_goes_on_while_the_head_is_away() -> None:
         head_is_back.wait(60)
         return Directory(lambda _method: "answer")
 
-    asker = Asker("app", find=find, answer_s=0.2)
+    client = DirectoryClient("app", find=find, answer_s=0.2)
     for _ in range(3):
-        with pytest.raises(DirectoryAway):
-            await asker.ask("records")
+        with pytest.raises(DirectoryUnavailable):
+            await client.ask("records")
     assert asked == ["app"], "nobody asks again before there was an answer"
     head_is_back.set()
     answer = None
     async with asyncio.timeout(60):
         while answer is None:
             try:
-                answer = await asker.ask("records")
-            except DirectoryAway:
+                answer = await client.ask("records")
+            except DirectoryUnavailable:
                 continue
     assert (answer, asked) == ("answer", ["app"])
 

@@ -15,7 +15,7 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.errors import StartFailed
 from cluster.executor import RayExecutor
 from cluster.messages import RankProgress, decode
-from cluster.placement_group import Ground
+from cluster.placement_group import ReplicaPlacementGroup
 from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work
 from parallel.topology import Topology
@@ -36,15 +36,15 @@ def plan(step: int, token: int = 1) -> StepPlan:
 def executor(ranks: FakeRanks = RANKS, config: ReplicaConfig = CONFIG, **callbacks: Callable[..., None]) -> Iterator[RayExecutor]:
     folder = PrivateFolder()
     resources = RankResources(cpus=1)
-    ground = Ground.here_or_new(ranks, resources, timeout_s=30)
+    placement_group = ReplicaPlacementGroup.current_or_new(ranks, resources, timeout_s=30)
     made = None
     try:
-        made = RayExecutor(ranks=ranks, resources=resources, config=config, ground=ground, folder=folder, **callbacks)
+        made = RayExecutor(ranks=ranks, resources=resources, config=config, placement_group=placement_group, folder=folder, **callbacks)
         yield made
     finally:
         if made is not None:
             made.close()
-        ground.close()
+        placement_group.close()
         folder.close()
 
 
@@ -129,14 +129,14 @@ def test_a_rank_that_is_told_to_end_was_ended_from_outside() -> None:
 
 def test_ranks_leave_nothing_in_their_folder() -> None:
     folder = PrivateFolder()
-    ground = Ground.here_or_new(RANKS, RankResources(), timeout_s=30)
+    placement_group = ReplicaPlacementGroup.current_or_new(RANKS, RankResources(), timeout_s=30)
     before = sorted(folder.path.iterdir())
-    ranks = RayExecutor(ranks=RANKS, resources=RankResources(), config=CONFIG, ground=ground, folder=folder)
+    ranks = RayExecutor(ranks=RANKS, resources=RankResources(), config=CONFIG, placement_group=placement_group, folder=folder)
     with pytest.raises(WorkersLost):
         ranks.submit(plan(0, CRASH)).result()
     ranks.close()
     after = sorted(folder.path.iterdir())
-    ground.close()
+    placement_group.close()
     folder.close()
     assert after == before
 
@@ -208,8 +208,8 @@ def _command(pid: int) -> list[str]:
 
 def test_new_ranks_start_on_the_ground_of_the_old() -> None:
     folder = PrivateFolder()
-    ground = Ground.here_or_new(RANKS, RankResources(), timeout_s=30)
-    settings = {"ranks": RANKS, "resources": RankResources(), "config": CONFIG, "ground": ground, "folder": folder}
+    placement_group = ReplicaPlacementGroup.current_or_new(RANKS, RankResources(), timeout_s=30)
+    settings = {"ranks": RANKS, "resources": RankResources(), "config": CONFIG, "placement_group": placement_group, "folder": folder}
     first = RayExecutor(**settings)
     os.kill(first.places[0].pid, signal.SIGKILL)
     with pytest.raises(WorkersLost):
@@ -218,7 +218,7 @@ def test_new_ranks_start_on_the_ground_of_the_old() -> None:
     second = RayExecutor(**settings)
     assert second.submit(plan(1)).result().step == 1
     second.close()
-    ground.close()
+    placement_group.close()
     folder.close()
 
 
@@ -228,8 +228,10 @@ class Owner:
 
     def begin(self) -> list[int]:
         self.folder = PrivateFolder()
-        self.ground = Ground.here_or_new(RANKS, RankResources(), timeout_s=30)
-        self.ranks = RayExecutor(ranks=RANKS, resources=RankResources(), config=CONFIG, ground=self.ground, folder=self.folder)
+        self.placement_group = ReplicaPlacementGroup.current_or_new(RANKS, RankResources(), timeout_s=30)
+        self.ranks = RayExecutor(
+            ranks=RANKS, resources=RankResources(), config=CONFIG, placement_group=self.placement_group, folder=self.folder
+        )
         self.ranks.submit(plan(0)).result()
         return [os.getpid(), *(place.pid for place in self.ranks.places)]
 

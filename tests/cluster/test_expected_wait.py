@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.expected_wait import ABOUT_EQUAL, ExpectedWait, Outlook, expected_wait_s, favourite
+from cluster.expected_wait import TIE_MARGIN, ExpectedWait, LoadEstimate, expected_wait_s, session_replica
 from cluster.messages import Blocks
 from cluster.prefix_index import PrefixIndex, prompt_keys
 from engine.request import Request
 
 BLOCK, STEP = 4, 64
-MEASURED = Outlook(step_base_s=0.01, step_token_s=0.001)
+MEASURED = LoadEstimate(step_base_s=0.01, step_token_s=0.001)
 
 
 @dataclass
 class Place:
     id: str
-    outlook: Outlook = MEASURED
+    load_estimate: LoadEstimate = MEASURED
     follows: bool = True
     holds: Sequence[bytes] = ()
     sent: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ def asking(num_tokens: int = 33, *, first: int = 0, session: str = "", salt: str
 
 
 outlooks = st.builds(
-    Outlook,
+    LoadEstimate,
     num_requests=st.integers(0, 50),
     num_running=st.integers(0, 80),
     prefill_tokens=st.integers(0, 5000),
@@ -54,19 +54,22 @@ outlooks = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(outlooks, st.booleans(), st.integers(0, 8)), min_size=1, max_size=6), st.integers(0, 99))
-def test_the_chosen_one_is_never_expected_to_take_clearly_longer_than_another(states: list[tuple[Outlook, bool, int]], seed: int) -> None:
+def test_the_chosen_one_is_never_expected_to_take_clearly_longer_than_another(
+    states: list[tuple[LoadEstimate, bool, int]], seed: int
+) -> None:
     request = asking()
     keys = prompt_keys(request, BLOCK)
-    places = [Place(str(n), outlook, follows, keys[:held]) for n, (outlook, follows, held) in enumerate(states)]
-    measured = all(place.outlook.is_measured for place in places)
+    places = [Place(str(n), load_estimate, follows, keys[:held]) for n, (load_estimate, follows, held) in enumerate(states)]
+    measured = all(place.load_estimate.is_measured for place in places)
     waits = {
-        place.id: expected_wait_s(place.outlook, own_tokens=33 - BLOCK * place.index.overlap(keys), step_tokens=STEP) for place in places
+        place.id: expected_wait_s(place.load_estimate, own_tokens=33 - BLOCK * place.index.overlap(keys), step_tokens=STEP)
+        for place in places
     }
     chosen = policy(seed=seed).choose(places, request)
     assert chosen in places
     assert [place for place in places if place.sent] == [chosen]
     if measured and any(place.follows for place in places):
-        assert waits[chosen.id] <= min(waits.values()) * (1 + ABOUT_EQUAL) + 1e-9
+        assert waits[chosen.id] <= min(waits.values()) * (1 + TIE_MARGIN) + 1e-9
 
 
 def test_of_equally_busy_ones_that_with_the_prompts_beginning_is_chosen() -> None:
@@ -78,7 +81,7 @@ def test_of_equally_busy_ones_that_with_the_prompts_beginning_is_chosen() -> Non
 
 def test_a_cached_prefix_is_not_worth_a_longer_queue_than_computing_it_again() -> None:
     keys = prompt_keys(asking(), BLOCK)
-    busy = Outlook(num_requests=3, prefill_tokens=500, step_base_s=0.01, step_token_s=0.001)
+    busy = LoadEstimate(num_requests=3, prefill_tokens=500, step_base_s=0.01, step_token_s=0.001)
     assert policy().choose([Place("busy", busy, holds=keys), Place("idle")], asking()).id == "idle"
 
 
@@ -101,26 +104,26 @@ def test_salts_share_nothing() -> None:
 
 def test_a_session_stays_while_that_costs_little_and_leaves_when_it_costs_much() -> None:
     places = [Place(name) for name in "abcd"]
-    home = favourite(places, asking(session="s"))
+    home = session_replica(places, asking(session="s"))
     assert home is not None
     for first in range(0, 4000, 100):
         assert policy(session_worth_s=0.5).choose(places, asking(first=first, session="s")) is home
-    home.outlook = Outlook(prefill_tokens=2000, step_base_s=0.01, step_token_s=0.001)
+    home.load_estimate = LoadEstimate(prefill_tokens=2000, step_base_s=0.01, step_token_s=0.001)
     assert policy(session_worth_s=0.5).choose(places, asking(first=9000, session="s")) is not home
 
 
 def test_most_sessions_keep_their_home_when_a_replica_comes() -> None:
     places = [Place(name) for name in "abcd"]
-    homes = {session: favourite(places, asking(session=session)) for session in map(str, range(400))}
+    homes = {session: session_replica(places, asking(session=session)) for session in map(str, range(400))}
     assert set(Counter(home.id for home in homes.values() if home)) == set("abcd")
-    moved = sum(favourite([*places, Place("e")], asking(session=session)) is not home for session, home in homes.items())
+    moved = sum(session_replica([*places, Place("e")], asking(session=session)) is not home for session, home in homes.items())
     assert 0 < moved < 400 * 0.35
-    assert favourite(places, asking()) is None
+    assert session_replica(places, asking()) is None
 
 
 def test_where_no_index_is_of_use_the_better_of_two_by_chance_is_taken() -> None:
-    def busy(prefill: int) -> Outlook:
-        return Outlook(prefill_tokens=prefill, step_base_s=0.01, step_token_s=0.001)
+    def busy(prefill: int) -> LoadEstimate:
+        return LoadEstimate(prefill_tokens=prefill, step_base_s=0.01, step_token_s=0.001)
 
     places = [Place(str(n), busy(n * 1000), follows=False) for n in range(5)]
     chooses = policy()
@@ -130,7 +133,7 @@ def test_where_no_index_is_of_use_the_better_of_two_by_chance_is_taken() -> None
 
 
 def test_a_replica_that_has_measured_nothing_is_taken_to_be_like_the_others() -> None:
-    slow = Outlook(num_requests=1, prefill_tokens=100, step_base_s=0.5, step_token_s=0.1)
-    assert policy().choose([Place("slow", slow), Place("new", Outlook())], asking()).id == "new"
-    busy = Outlook(num_requests=9, prefill_tokens=9000)
+    slow = LoadEstimate(num_requests=1, prefill_tokens=100, step_base_s=0.5, step_token_s=0.1)
+    assert policy().choose([Place("slow", slow), Place("new", LoadEstimate())], asking()).id == "new"
+    busy = LoadEstimate(num_requests=9, prefill_tokens=9000)
     assert policy().choose([Place("quick"), Place("new", busy)], asking()).id == "quick"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from cluster.frozen_process import FrozenWatch, is_stopped, stopped_at
+from cluster.frozen_process import FrozenProcessDetector, is_stopped, stopped_at
 
 
 class World:
@@ -14,8 +14,8 @@ class World:
     stopped: frozenset[int] = frozenset()
     at = 0
 
-    def watch(self) -> FrozenWatch:
-        return FrozenWatch({0: 10, 1: 11}, 4.0, clock=lambda: self.now, look=lambda pid: self.at if pid in self.stopped else None)
+    def watch(self) -> FrozenProcessDetector:
+        return FrozenProcessDetector({0: 10, 1: 11}, 4.0, clock=lambda: self.now, look=lambda pid: self.at if pid in self.stopped else None)
 
 
 def test_a_process_that_stands_still_without_a_break_is_frozen_and_one_that_goes_on_is_not() -> None:

@@ -216,7 +216,7 @@ def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
 
 async def test_a_deadline_is_as_far_away_on_a_host_whose_clock_is_wrong(engine: Engine, intake: Intake) -> None:
     """Else whoever is ahead by more than what is left refuses everything."""
-    intake.desk._unix_clock = lambda: 5_000.0
+    intake.protocol._unix_clock = lambda: 5_000.0
     async with linked(intake) as link:
         link._unix_clock = lambda: 1_000.0
         running = [
@@ -258,7 +258,7 @@ async def test_an_intake_that_ends_by_itself_says_so(engine: Engine, intake: Int
     def broken() -> Pong:
         raise RuntimeError("no load")
 
-    monkeypatch.setattr(intake.desk, "_pong", broken)
+    monkeypatch.setattr(intake.protocol, "_pong", broken)
     intake.wake()
     await eventually(lambda: engine.failures)
     assert engine.failures == ["the intake ended: no load"]
@@ -281,7 +281,7 @@ async def test_a_later_attempt_takes_the_request_over_and_late_events_go_nowhere
 
 
 async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Intake) -> None:
-    intake.desk._front_silence_s = 60
+    intake.protocol._front_silence_s = 60
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         assert link.ready
         engine.ready = False
@@ -290,7 +290,7 @@ async def test_a_change_of_readiness_is_told_at_once(engine: Engine, intake: Int
 
 
 async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, intake: Intake) -> None:
-    intake.desk._front_silence_s = 60
+    intake.protocol._front_silence_s = 60
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)
@@ -303,7 +303,7 @@ async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, inta
 
 async def test_a_silent_replica_is_lost(engine: Engine, intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
     async with linked(intake) as link:
-        monkeypatch.setattr(intake.desk, "_take", lambda front, message: None)  # it reads, and never answers: like a frozen engine
+        monkeypatch.setattr(intake.protocol, "_take", lambda front, message: None)  # it reads, and never answers: like a frozen engine
         with pytest.raises(LinkLost, match="silent"):
             await asyncio.wait_for(collect(link, Request(id="r", prompt=(1,))), 3)
 
@@ -325,8 +325,8 @@ async def test_a_client_that_does_not_read_is_cut_off_at_the_bound(engine: Engin
 
 async def test_nonsense_from_a_front_is_dropped_and_the_next_message_is_heard(engine: Engine, intake: Intake) -> None:
     async with linked(intake) as link:
-        link._wire._socket.send(b"\xff\xffnonsense")
-        link._wire._socket.send_multipart([b"one part", b"too many"])
+        link._transport._socket.send(b"\xff\xffnonsense")
+        link._transport._socket.send_multipart([b"one part", b"too many"])
         link._send(Pong(ready=True, num_running=0, num_waiting=0))
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.submitted)

@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 
 from cluster.channel import KeyGuard, KeyPair, listen, new_keys, reach
-from cluster.peer_liveness import FarEnd, Watchman, keep_hearing, knock
+from cluster.peer_liveness import DisconnectWatcher, PeerStatus, enable_heartbeats, probe_peer
 from tests.cluster.fake_ranks import hang_in_native_code
 
 SILENCE_S = 1.5
@@ -25,7 +25,7 @@ def listen_for_ever(told: Connection, replica_key: bytes) -> None:
     context: zmq.Context[Any] = zmq.Context()
     guard = KeyGuard(context, {replica_key})
     end = context.socket(zmq.PAIR)
-    keep_hearing(end, SILENCE_S)
+    enable_heartbeats(end, SILENCE_S)
     told.send(listen(end, ipc=None, tcp_host="127.0.0.1", keys=new_keys(), node="there"))
     told.send(end.recv())
     hang_in_native_code(3600)
@@ -44,7 +44,7 @@ def far_end() -> Iterator[tuple[int, str, "zmq.Socket[Any]"]]:
     try:
         assert here.poll(AT_MOST_S)
         address = here.recv()
-        beats = keep_hearing(near, SILENCE_S)
+        beats = enable_heartbeats(near, SILENCE_S)
         reach(near, address, node="here", keys=keys)
         near.send(b"hello")
         assert here.poll(AT_MOST_S)
@@ -61,7 +61,7 @@ def test_a_process_that_hangs_in_native_code_is_heard_and_one_that_stands_still_
         assert not beats.poll(3 * SILENCE_S * 1000)
         os.kill(pid, signal.SIGSTOP)
         assert beats.poll(AT_MOST_S * 1000)
-        assert knock(address, 5.0) is FarEnd.DEAF
+        assert probe_peer(address, 5.0) is PeerStatus.UNRESPONSIVE
 
 
 def test_a_process_that_ended_is_told_from_a_host_that_is_gone() -> None:
@@ -69,7 +69,7 @@ def test_a_process_that_ended_is_told_from_a_host_that_is_gone() -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # on a busy machine silence may come before the end does
         assert beats.poll(AT_MOST_S * 1000)
-        assert knock(address, 5.0) is FarEnd.ENDED
+        assert probe_peer(address, 5.0) is PeerStatus.ENDED
 
 
 def test_where_nobody_even_refuses_the_host_is_gone() -> None:
@@ -80,14 +80,14 @@ def test_where_nobody_even_refuses_the_host_is_gone() -> None:
             one = waiting.enter_context(socket.socket())
             one.setblocking(False)
             one.connect_ex(("127.0.0.1", port))
-        assert knock(f"tcp://127.0.0.1:{port}", 0.5) is FarEnd.HOST_GONE
+        assert probe_peer(f"tcp://127.0.0.1:{port}", 0.5) is PeerStatus.HOST_UNREACHABLE
 
 
 def test_a_watchman_tells_once_that_nothing_is_heard_and_nothing_after_he_was_told_to_rest() -> None:
     for rests in (False, True):
         with far_end() as (pid, _, beats):
             told = threading.Event()
-            watchman = Watchman(beats, told.set)
+            watchman = DisconnectWatcher(beats, told.set)
             if rests:
                 watchman.rest()
             os.kill(pid, signal.SIGKILL)
@@ -100,7 +100,7 @@ def test_silence_is_noticed_by_a_listener_whose_other_end_is_cut_off() -> None:
     context: zmq.Context[Any] = zmq.Context()
     end, near, keys = context.socket(zmq.PAIR), context.socket(zmq.PAIR), new_keys()
     guard = KeyGuard(context, {keys.public})
-    beats = keep_hearing(end, SILENCE_S)
+    beats = enable_heartbeats(end, SILENCE_S)
     address = listen(end, ipc=None, tcp_host="127.0.0.1", keys=new_keys(), node="there")
     cut, port = threading.Event(), address.tcp.rpartition(":")[2] if address.tcp else ""
     with socket.create_server(("127.0.0.1", 0)) as door:

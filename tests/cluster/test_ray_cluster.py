@@ -9,7 +9,7 @@ import grpc
 import pytest
 from ray._private.services import canonicalize_bootstrap_address
 
-from cluster.ray_cluster import CannotJoin, joined
+from cluster.ray_cluster import CannotJoin, join_ray_cluster
 
 
 def test_a_head_that_takes_no_connection_is_not_waited_for() -> None:
@@ -18,7 +18,7 @@ def test_a_head_that_takes_no_connection_is_not_waited_for() -> None:
         address = f"127.0.0.1:{probe.getsockname()[1]}"  # bound, and nobody listens
         with (
             pytest.raises(CannotJoin, match=f"{address} could not be joined: its head takes no connection at .*refused"),
-            joined(address, namespace="manta"),
+            join_ray_cluster(address, namespace="manta"),
         ):
             pass
 
@@ -45,5 +45,5 @@ def head_of_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_head_that_wants_another_token_is_asked_once(head_of_others: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.ray_cluster.ray.init", None)  # Ray itself is not troubled
-    with pytest.raises(CannotJoin, match="wants another token than this process has"), joined(head_of_others, namespace="manta"):
+    with pytest.raises(CannotJoin, match="wants another token than this process has"), join_ray_cluster(head_of_others, namespace="manta"):
         pass

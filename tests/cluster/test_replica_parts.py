@@ -33,7 +33,7 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
             engine_config=EngineConfig(),
             config=ReplicaConfig(heartbeat_s=0.02, other_hosts=False),
         )
-        made._ground = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
+        made._placement_group = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
         yield made
         made.close(drain=False)
 

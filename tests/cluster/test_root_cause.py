@@ -6,57 +6,57 @@ import pytest
 
 from cluster.channel import Address
 from cluster.messages import RankFailed
-from cluster.peer_liveness import FarEnd
-from cluster.root_cause import _reason, the_loss
-from cluster.worker import Place, crash_note_beside
-from cluster.worker_handles import Seat
+from cluster.peer_liveness import PeerStatus
+from cluster.root_cause import _reason, diagnose_loss
+from cluster.worker import Place, crash_report_path
+from cluster.worker_handles import WorkerHandle
 
 ABORTED = "Fatal Python error: Aborted"
 
 
-def seats(folder: Path) -> tuple[Seat, Seat]:
-    first, second = (Seat(rank, None, None, f"ipc://{folder}/{rank}") for rank in range(2))  # type: ignore[arg-type]
+def workers(folder: Path) -> tuple[WorkerHandle, WorkerHandle]:
+    first, second = (WorkerHandle(rank, None, None, f"ipc://{folder}/{rank}") for rank in range(2))  # type: ignore[arg-type]
     return first, second
 
 
-def crashed(seat: Seat) -> None:
-    seat.ended = "its process died"
-    crash_note_beside(seat.ipc).write_text(f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):")
+def crashed(worker: WorkerHandle) -> None:
+    worker.ended = "its process died"
+    crash_report_path(worker.ipc).write_text(f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):")
 
 
 def test_who_was_killed_is_the_cause_and_not_the_peer_that_aborts_over_it(tmp_path: Path) -> None:
-    aborted, killed = seats(tmp_path)
+    aborted, killed = workers(tmp_path)
     crashed(aborted)
     killed.ended = "its process died"
-    loss = the_loss((aborted, killed), 7, None)
+    loss = diagnose_loss((aborted, killed), 7, None)
     assert (loss.rank, loss.from_outside) == (1, True)
 
 
 def test_a_host_that_is_silent_is_the_cause_and_not_the_rank_that_aborts_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.root_cause.knock", lambda *_: FarEnd.HOST_GONE)
-    aborted, silent = seats(tmp_path)
+    monkeypatch.setattr("cluster.root_cause.probe_peer", lambda *_: PeerStatus.HOST_UNREACHABLE)
+    aborted, silent = workers(tmp_path)
     aborted.ended, aborted.note, aborted.silent = "its process died", ABORTED, True
     address = Address(node="n", tcp="tcp://192.0.2.1:5")
     silent.silent, silent.place = True, Place(rank=1, node="n", host="far", ip="192.0.2.1", pid=1, started=1, address=address, free_port=1)
-    loss = the_loss((aborted, silent), 7, None)
+    loss = diagnose_loss((aborted, silent), 7, None)
     assert (loss.rank, loss.host, loss.from_outside) == (1, "far", True)
 
 
 def test_who_crashed_is_the_cause_and_not_the_peer_that_complains_of_it(tmp_path: Path) -> None:
-    complains, crashes = seats(tmp_path)
+    complains, crashes = workers(tmp_path)
     complains.failure = RankFailed(0, "h", 7, "RuntimeError: Connection closed by peer", "Traceback")
     crashed(crashes)
     crashes.ended = None  # as long as Ray has not told
-    loss = the_loss((complains, crashes), 7, None)
+    loss = diagnose_loss((complains, crashes), 7, None)
     assert (loss.rank, loss.from_outside) == (1, False)
     assert ABORTED in (loss.rank_traceback or "")
 
 
 def test_a_crash_on_another_host_is_the_ranks_own_once_its_note_was_fetched(tmp_path: Path) -> None:
-    near, far = seats(tmp_path)
+    near, far = workers(tmp_path)
     near.failure = RankFailed(0, "h", 7, "RuntimeError: Connection closed by peer", "Traceback")
     far.ended, far.note = "its process died", f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):"
-    loss = the_loss((near, far), 7, None)
+    loss = diagnose_loss((near, far), 7, None)
     assert (loss.rank, loss.from_outside) == (1, False)
     assert ABORTED in str(loss)
 
@@ -73,13 +73,13 @@ def test_rays_reason_for_an_end_is_told_and_not_what_it_guesses() -> None:
 
 
 def test_an_error_of_a_device_that_nccl_tells_of_is_the_ranks_own(tmp_path: Path) -> None:
-    raised, waits = seats(tmp_path)
+    raised, waits = workers(tmp_path)
     raised.failure = RankFailed(0, "h", 7, "DistBackendError: NCCL error: unhandled cuda error", "Traceback")
-    loss = the_loss((raised, waits), 7, None)
+    loss = diagnose_loss((raised, waits), 7, None)
     assert (loss.rank, loss.from_outside) == (0, False)
 
 
 def test_who_was_told_to_end_was_ended_from_outside(tmp_path: Path) -> None:
-    told, waits = seats(tmp_path)
+    told, waits = workers(tmp_path)
     told.failure = RankFailed(0, "h", 7, "SystemExit: 1", "Traceback", was_told_to_end=True)
-    assert the_loss((told, waits), 7, None).from_outside
+    assert diagnose_loss((told, waits), 7, None).from_outside

@@ -12,7 +12,7 @@ from cluster.errors import RecoveryGivenUp, StartFailed
 from cluster.health import Health, StartProgressBoard, State
 from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, most_on_a_host, on_hosts_with, strategy
 from cluster.recovery import Recovery, RestartBudget
-from cluster.worker_handles import Seat, take_seats
+from cluster.worker_handles import WorkerHandle, start_workers
 from engine.errors import EngineStopped, WorkersLost
 from engine.output import EngineOutput
 from engine.plan import TokenEvent
@@ -84,7 +84,7 @@ def test_replicas_share_a_host_as_far_as_its_cpus_allow(most: int, topology: Top
 
 def test_ranks_that_were_started_are_known_where_a_later_one_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are to be ended."""
-    seats: list[Seat] = []
+    workers: list[WorkerHandle] = []
 
     def socket(name: str) -> str:
         if name.endswith("-1"):
@@ -94,10 +94,10 @@ def test_ranks_that_were_started_are_known_where_a_later_one_cannot_be(monkeypat
     actors = SimpleNamespace(options=lambda **_options: SimpleNamespace(remote=lambda rank: f"actor {rank}"))
     monkeypatch.setattr("cluster.worker_handles.ray.remote", lambda _class: actors)
     folder, context = SimpleNamespace(socket=socket), SimpleNamespace(socket=lambda _kind: None)
-    ranks, ground = SimpleNamespace(topology=Topology(tp=2)), SimpleNamespace(group=None)
+    ranks, placement_group = SimpleNamespace(topology=Topology(tp=2)), SimpleNamespace(group=None)
     with pytest.raises(OSError, match="no place"):
-        take_seats(seats, ranks, RankResources(), ground, folder, context)  # type: ignore[arg-type]
-    assert [seat.actor for seat in seats] == ["actor 0"]
+        start_workers(workers, ranks, RankResources(), placement_group, folder, context)  # type: ignore[arg-type]
+    assert [worker.actor for worker in workers] == ["actor 0"]
 
 
 @pytest.mark.parametrize("bad", [{"step_timeout_s": 0}, {"max_restarts": -1}, {"heartbeat_s": -1.0}])

@@ -1,4 +1,4 @@
-"""The desk's table of streams against a dictionary."""
+"""The protocol's table of streams against a dictionary."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.stream_table import StreamTable, untagged
+from cluster.stream_table import StreamTable, untagged_rows
 from engine.output import NO_TAG, TokenBatch
 from engine.plan import COLUMN
 from engine.request import Request
@@ -52,7 +52,7 @@ def test_each_token_comes_to_the_stream_it_is_for_and_what_is_late_to_none(seed:
         raws = (columns.streams, columns.offsets, columns.tokens)
         got |= {(front, *row) for row in zip(*(np.frombuffer(raw, COLUMN).tolist() for raw in raws), strict=True)}
     assert got == {(*alive[tag], place + 5, place + 100) for place, tag in enumerate(tags) if tag in alive}
-    assert untagged(said(tags)) == [place for place, tag in enumerate(tags) if tag == NO_TAG]
+    assert untagged_rows(said(tags)) == [place for place, tag in enumerate(tags) if tag == NO_TAG]
 
 
 def test_a_stream_without_a_number_is_told_by_events() -> None:

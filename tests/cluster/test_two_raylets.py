@@ -19,7 +19,7 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import directory_actor, end_directory
 from cluster.errors import StartFailed
 from cluster.executor import RayExecutor
-from cluster.placement_group import Ground
+from cluster.placement_group import ReplicaPlacementGroup
 from cluster.replica import Replica
 from cluster.worker import ModelRanks, Ranks
 from engine.config import EngineConfig
@@ -86,9 +86,9 @@ def running(ranks: Ranks, app: str, resources: RankResources) -> Iterator[Replic
 def hosts_of(replica: Replica) -> list[str]:
     """Of every rank the raylet under which it runs, as it says itself, and as Ray has placed its bundle."""
     assert replica._executor is not None
-    assert replica._ground is not None
+    assert replica._placement_group is not None
     nodes = [place.node for place in replica._executor.places]
-    placed = placement_group_table(replica._ground.group)["bundles_to_node_id"]
+    placed = placement_group_table(replica._placement_group.group)["bundles_to_node_id"]
     assert set(nodes) <= set(placed.values())
     return nodes
 
@@ -123,7 +123,7 @@ def test_ranks_land_as_planned(topology: Topology, resources: RankResources, tog
 @pytest.mark.parametrize("resources", [RankResources(cpus=2, one_host=True), RankResources(cpus=2)], ids=["one_host", "tensor parallel"])
 def test_who_must_share_a_host_waits_rather_than_being_torn_apart(resources: RankResources, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four CPUs are free, but no host has them all."""
-    monkeypatch.setattr(replica_module, "GROUND_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(replica_module, "PLACEMENT_TIMEOUT_S", 3.0)
     topology = Topology(pp=2) if resources.one_host else Topology(tp=2)
     with pytest.raises(StartFailed, match="could not set aside"), running(FakeRanks(topology=topology), "torn", resources):
         pass
@@ -155,9 +155,9 @@ async def test_one_replica_over_both_answers_as_transformers(
 def test_a_rank_that_crashes_on_the_other_host_leaves_word_too() -> None:
     """And so it is blamed for its end, and with it the request that it was at."""
     ranks = FakeRanks(topology=Topology(pp=2))
-    folder, ground = PrivateFolder(), Ground.here_or_new(ranks, ONE_PER_HOST, timeout_s=30)
+    folder, placement_group = PrivateFolder(), ReplicaPlacementGroup.current_or_new(ranks, ONE_PER_HOST, timeout_s=30)
     try:
-        executor = RayExecutor(ranks=ranks, resources=ONE_PER_HOST, config=CONFIG, ground=ground, folder=folder)
+        executor = RayExecutor(ranks=ranks, resources=ONE_PER_HOST, config=CONFIG, placement_group=placement_group, folder=folder)
         try:
             far = executor.places[1]
             assert far.crash_note is not None, "it is on the other host than this process"
@@ -170,7 +170,7 @@ def test_a_rank_that_crashes_on_the_other_host_leaves_word_too() -> None:
         finally:
             executor.close()
     finally:
-        ground.close()
+        placement_group.close()
         folder.close()
 
 

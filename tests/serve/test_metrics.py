@@ -144,7 +144,7 @@ class Others:
     def __init__(self, *snapshots) -> None:
         self._snapshots = snapshots
 
-    async def others(self):
+    async def peers(self):
         return self._snapshots
 
 

@@ -23,7 +23,7 @@ from cluster.intake import Intake
 from cluster.messages import Pong
 from cluster.replica_link import ReplicaLink
 from cluster.router import Router
-from cluster.routing_policies import policy_of
+from cluster.routing_policies import make_routing_policy
 from engine.engine import Engine
 from engine.fair_share import FairShare
 from parallel.topology import Topology
@@ -79,7 +79,7 @@ async def served(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     router = Router(
         replicas=Only(ReplicaRecord(id="r", model=MODEL, state=State.READY, address=intake.address)),
         connect=lambda one: ReplicaLink(one, node="n", config=config),
-        policy=policy_of(config, COST.engine, Topology()),
+        policy=make_routing_policy(config, COST.engine, Topology()),
         config=config,
     )
     await router.open()

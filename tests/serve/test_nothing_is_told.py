@@ -84,5 +84,5 @@ async def test_what_is_said_stays_between_client_and_model(tiny_folder: Path, ca
 
 
 class NoOthers:
-    async def others(self) -> tuple[()]:
+    async def peers(self) -> tuple[()]:
         return ()

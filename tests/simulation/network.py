@@ -6,7 +6,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
 from cluster.front_protocol import FrontGone
-from cluster.transport import WireBroken
+from cluster.transport import TransportBroken
 from tests.simulation.replica import SimReplica
 
 
@@ -25,47 +25,47 @@ class Network:
     chance: random.Random
     weather: Weather
     replicas: dict[str, SimReplica] = field(default_factory=dict)
-    wires: dict[bytes, "SimWire"] = field(default_factory=dict)
+    transports: dict[bytes, "SimTransport"] = field(default_factory=dict)
     cut_until: dict[tuple[str, str], float] = field(default_factory=dict)
     """(replica, direction "to" or "from") -> when what is sent begins to arrive again."""
 
-    def connect(self, replica_id: str) -> "SimWire":
-        wire = SimWire(self, replica_id, b"front-%d" % len(self.wires))
-        self.wires[wire.name] = wire
-        return wire
+    def connect(self, replica_id: str) -> "SimTransport":
+        transport = SimTransport(self, replica_id, b"front-%d" % len(self.transports))
+        self.transports[transport.name] = transport
+        return transport
 
     def post(self, front: bytes, raw: bytes) -> None:
         """A replica's way back."""
-        wire = self.wires[front]
-        if wire.is_closed:
+        transport = self.transports[front]
+        if transport.is_closed:
             raise FrontGone
-        self.carry(raw, wire.replica_id, "from", wire)
+        self.carry(raw, transport.replica_id, "from", transport)
 
-    def carry(self, raw: bytes, replica_id: str, direction: str, wire: "SimWire") -> None:
+    def carry(self, raw: bytes, replica_id: str, direction: str, transport: "SimTransport") -> None:
         loop, chance, weather = asyncio.get_running_loop(), self.chance, self.weather
         if chance.random() < weather.drop or loop.time() < self.cut_until.get((replica_id, direction), 0.0):
             return
         for _ in range(2 if chance.random() < weather.repeat else 1):
             due = loop.time() + chance.uniform(0.0, 2 * weather.delay_s)
             if chance.random() >= weather.overtake:
-                due = wire.last_due[direction] = max(due, wire.last_due[direction] + 1e-9)  # timers of equal times have no order
-            loop.call_at(due, self._arrive, raw, replica_id, direction, wire)
+                due = transport.last_due[direction] = max(due, transport.last_due[direction] + 1e-9)  # timers of equal times have no order
+            loop.call_at(due, self._arrive, raw, replica_id, direction, transport)
 
-    def _arrive(self, raw: bytes, replica_id: str, direction: str, wire: "SimWire") -> None:
+    def _arrive(self, raw: bytes, replica_id: str, direction: str, transport: "SimTransport") -> None:
         if direction == "from":
-            wire.arrived.put_nowait(raw)
+            transport.arrived.put_nowait(raw)
         elif (replica := self.replicas.get(replica_id)) is not None:
-            replica.receive(wire.name, raw)
+            replica.receive(transport.name, raw)
 
     def kill(self, replica_id: str) -> None:
         """The process ends: its sockets are closed, which the front sees soon after."""
         self.replicas.pop(replica_id).kill()
-        for wire in self.wires.values():
-            if wire.replica_id == replica_id:
-                asyncio.get_running_loop().call_later(0.02, wire.gone.set)
+        for transport in self.transports.values():
+            if transport.replica_id == replica_id:
+                asyncio.get_running_loop().call_later(0.02, transport.gone.set)
 
 
-class SimWire:
+class SimTransport:
     def __init__(self, network: Network, replica_id: str, name: bytes) -> None:
         self._network, self.replica_id, self.name = network, replica_id, name
         self.arrived: asyncio.Queue[bytes] = asyncio.Queue()
@@ -75,7 +75,7 @@ class SimWire:
 
     def send(self, raw: bytes) -> None:
         if self.gone.is_set():
-            raise WireBroken("gone")
+            raise TransportBroken("gone")
         if not self.is_closed:
             self._network.carry(raw, self.replica_id, "to", self)
 

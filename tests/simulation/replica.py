@@ -1,4 +1,4 @@
-"""A replica without processes: the real desk, and an engine whose token i is a hash of (prompt, seed, choice, i)."""
+"""A replica without processes: the real protocol, and an engine whose token i is a hash of (prompt, seed, choice, i)."""
 
 import asyncio
 import hashlib
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cluster.channel import Address
 from cluster.directory import ReplicaRecord
-from cluster.front_protocol import Desk
+from cluster.front_protocol import FrontProtocol
 from cluster.health import State
 from cluster.messages import Pong
 from engine.engine import refusal
@@ -70,7 +70,7 @@ class SimReplica:
 
     def __post_init__(self) -> None:
         clock = asyncio.get_running_loop().time
-        self.desk = Desk(
+        self.protocol = FrontProtocol(
             post=self.post, submit=self._submit, cancel=self._cancel, pong=self._pong, front_silence_s=self.front_silence_s,
             clock=clock, unix_clock=clock,
         )  # fmt: skip
@@ -85,7 +85,7 @@ class SimReplica:
         if self.frozen or self.backlog:  # what came before is read first
             self.backlog.append((front, raw))
         elif self.alive:
-            self.desk.read(front, [raw])
+            self.protocol.receive(front, [raw])
 
     @property
     def frozen(self) -> bool:
@@ -113,18 +113,18 @@ class SimReplica:
             else:
                 events.append(run.event())
         self.ranks_lost, self.ready = True, False
-        self.desk.put(events)
+        self.protocol.enqueue(events)
         asyncio.get_running_loop().call_later(seconds, self._ranks_are_back)
 
     def compute_nan(self) -> None:
         """In one step, for all that run."""
         if self.alive and not self.stopped and not self.ranks_lost:
-            self.desk.put([self._end(run, error=InvalidLogits("NaN")) for run in self._running()])
+            self.protocol.enqueue([self._end(run, error=InvalidLogits("NaN")) for run in self._running()])
 
     def stop(self) -> None:
         """In good order, with what still runs told so."""
         self.stopped, self.ready = True, False
-        self.desk.put([self._end(run, error=EngineStopped("stopped")) for run in list(self.runs.values())])
+        self.protocol.enqueue([self._end(run, error=EngineStopped("stopped")) for run in list(self.runs.values())])
 
     def _ranks_are_back(self) -> None:
         self.ranks_lost, self.ready = False, self.alive and not self.stopped
@@ -135,7 +135,7 @@ class SimReplica:
         if self.stopped:
             raise EngineStopped("stopped")
         if not request.attempt and len(self.runs) >= self.max_running + self.max_waiting:
-            self.desk.put([refusal(request, QueueFull(limit=self.max_waiting))])
+            self.protocol.enqueue([refusal(request, QueueFull(limit=self.max_waiting))])
             return
         self.runs[request.key] = _Run(request, len(request.committed), request.losses)
 
@@ -157,18 +157,18 @@ class SimReplica:
             if self.frozen:
                 await asyncio.sleep(self.frozen_until - self._clock())
             for front, raw in self.backlog:
-                self.desk.read(front, [raw])
+                self.protocol.receive(front, [raw])
             self.backlog.clear()
             if not self.ranks_lost:
                 self._step()
-            self.desk.turn()
+            self.protocol.run_once()
 
     def _step(self) -> None:
         running = self._running()
         if any(POISON in run.request.prompt for run in running):
             self.lose_ranks(self.chance.uniform(0.2, 1.0), from_outside=False)
             return
-        self.desk.put([self._advance(run) for run in running])
+        self.protocol.enqueue([self._advance(run) for run in running])
 
     def _advance(self, run: _Run) -> TokenEvent:
         sampling = run.request.sampling

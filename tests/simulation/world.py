@@ -137,7 +137,7 @@ class World:
 
     def _connect(self, record: ReplicaRecord) -> ReplicaLink:
         clock = asyncio.get_running_loop().time
-        return ReplicaLink(record, node="n", config=CONFIG, clock=clock, unix_clock=clock, wire=self.network.connect(record.id))
+        return ReplicaLink(record, node="n", config=CONFIG, clock=clock, unix_clock=clock, transport=self.network.connect(record.id))
 
     def _policy(self) -> RoutingPolicy:
         return self.chance.choice((LeastLoaded, RoundRobin))()
@@ -302,8 +302,8 @@ class World:
         for replica in self.network.replicas.values():
             if replica.runs:
                 self.wrong.append(f"{replica.id} still computes {sorted(replica.runs)}")
-            if replica.desk.num_owned:
-                self.wrong.append(f"{replica.id} still has owners of {replica.desk.num_owned} choices")
+            if replica.protocol.num_owned:
+                self.wrong.append(f"{replica.id} still has owners of {replica.protocol.num_owned} choices")
         for link in self.router._links.values():
             if link.num_streams:  # type: ignore[attr-defined]
                 self.wrong.append(f"{link!r} still has streams")
