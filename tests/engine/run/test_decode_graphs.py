@@ -200,7 +200,7 @@ def test_no_graph_is_alive_when_a_rank_leaves_its_groups_for_a_failure(
         finally:
             alive.append(sum(replay() is not None for replay in graphs.replays))
 
-    monkeypatch.setattr("engine.run.start._joined", joined)
+    monkeypatch.setattr("engine.run.start._join_groups", joined)
     settings = float32_config(num_blocks=40, block_tokens=4)
 
     def serve_until_lost() -> None:
@@ -228,7 +228,7 @@ def test_no_graph_is_alive_when_a_rank_leaves_its_groups(dense_folder: Path, mon
         yield single_rank_groups()
         alive.append(sum(replay() is not None for replay in replays))
 
-    monkeypatch.setattr("engine.run.start._joined", joined)
+    monkeypatch.setattr("engine.run.start._join_groups", joined)
     settings = float32_config(num_blocks=40, block_tokens=4)
     with start_rank(
         checkpoint_folder=dense_folder, topology=Topology(), rank=0, rendezvous=None, runner_config=settings, engine_config=CONFIG
