@@ -29,7 +29,7 @@ class Formats:
     table: WeightFormat
 
     @property
-    def round_rows(self) -> bool:
+    def rounds_activations(self) -> bool:
         """Whether products on a CPU round activations; attention may then do so too."""
         return isinstance(self.matrices, PackedFormat) and self.matrices.rounds_rows
 

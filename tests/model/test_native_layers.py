@@ -34,26 +34,26 @@ def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
         pytest.skip("this processor has no such kernel")
     driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
     prompts = seeded_prompts(driver.model.config.vocab_size, [70, 33, 5, 1])
-    at_once = driver.mixed(prompts, 20)  # prompts of one token and of many, decodes, and both in one step
+    fused = driver.mixed(prompts, 20)  # prompts of one token and of many, decodes, and both in one step
     layers = driver.model.native_layers(driver.cache)
     assert layers is not None
-    assert layers.at_once is not None
+    assert layers.fused is not None
     monkeypatch.setattr(driver.model, "native_layers", lambda _cache: None)
     for experts in (module for module in driver.model.modules() if isinstance(module, RoutedExperts)):
         monkeypatch.setattr(experts, "on_cpu", lambda: None)
     kernel_after_kernel = driver.mixed(prompts, 20)
-    for found, wanted in zip(at_once, kernel_after_kernel, strict=True):
+    for found, wanted in zip(fused, kernel_after_kernel, strict=True):
         if write is write_dense:
             assert torch.equal(found, wanted)
         else:  # the softmax of the router and the sum of a token's experts are torch's in one and ours in the other
             torch.testing.assert_close(found, wanted, atol=1e-4 if format.kind in ("fp32", "bf16") else ROUNDED_AGAIN, rtol=0)
 
 
-def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], format: PackedFormat, at_once: bool) -> list[Tensor]:
+def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], format: PackedFormat, fused: bool) -> list[Tensor]:
     driver = Driver(folder, groups, format=format, rounds_kv=format.rounds_rows)
     layers = driver.model.native_layers(driver.cache)
     assert layers is not None
-    assert (layers.at_once is not None) == at_once, "sums over ranks are within the call exactly where they go through memory"
+    assert (layers.fused is not None) == fused, "sums over ranks are within the call exactly where they go through memory"
     return driver.mixed(prompts, 20)
 
 
@@ -74,17 +74,17 @@ def test_a_step_of_a_large_model_is_not_one_call(tmp_path: Path, monkeypatch: py
     driver = Driver(write_dense(tmp_path), single_rank_groups(), format=FORMATS["float32"])
     layers = driver.model.native_layers(driver.cache)
     assert layers is not None
-    assert layers.at_once is not None
+    assert layers.fused is not None
     config, num_heads = driver.model.config, driver.model.config.num_heads + 2 * driver.model.config.num_kv_heads
     of_layer = config.head_dim * config.hidden_size * (num_heads + config.num_heads) + 3 * config.hidden_size * config.intermediate_size
-    assert layers.at_once.num_weights == config.num_layers * of_layer
+    assert layers.fused.num_weights == config.num_layers * of_layer
 
     called: list[int] = []
-    monkeypatch.setattr(native_layers, "FEW_PRODUCTS", 3 * layers.at_once.num_weights)
+    monkeypatch.setattr(native_layers, "FEW_PRODUCTS", 3 * layers.fused.num_weights)
     limited = native_layers.NativeLayers(layers.layers, driver.model.groups.tp)
-    assert limited.at_once is not None
-    at_once = limited.at_once
-    monkeypatch.setattr(limited, "at_once", lambda batch, x_TD: called.append(len(x_TD)) or at_once(batch, x_TD))
+    assert limited.fused is not None
+    fused = limited.fused
+    monkeypatch.setattr(limited, "fused", lambda batch, x_TD: called.append(len(x_TD)) or fused(batch, x_TD))
     monkeypatch.setattr(driver.model, "native_layers", lambda _cache: limited)
     driver.mixed([[1, 2, 3, 4, 5, 6, 7, 8], [1]], 20)
     driver.chunked([1, 2, 3], 3)
@@ -108,11 +108,11 @@ def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastColl
         return last
     layers = driver.model.native_layers(driver.cache)
     assert layers is not None
-    assert layers.at_once is not None
-    step = driver.model.backend.of_step(driver.model.rope.rotation(batch.positions_T, torch.float32), batch)
+    assert layers.fused is not None
+    step = driver.model.backend.step_inputs(driver.model.rope.rotation(batch.positions_T, torch.float32), batch)
     for _ in range(2):  # and so is every later one, at once
         with pytest.raises(ExchangeFailed, match="rank 1 of the group has left it"):
-            layers.at_once(step, torch.ones(1, driver.model.config.hidden_size))
+            layers.fused(step, torch.ones(1, driver.model.config.hidden_size))
     return last
 
 
