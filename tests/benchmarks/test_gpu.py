@@ -32,7 +32,7 @@ from model.config import ModelConfig
 from model.formats import Formats
 from model.qwen2 import Qwen2
 from parallel.weight_format import Dense
-from tests.engine.run.captured import use_capturable_parts
+from tests.engine.run.capturable_ranks import use_capturable_parts
 from tests.fakes.graphs import RecordedGraphs
 
 

@@ -10,7 +10,7 @@ from benchmarks.gpu.models import ServedModel, random_model
 from benchmarks.gpu.results import Results
 from model.formats import Formats
 from parallel.weight_format import Dense
-from tests.engine.run.captured import use_capturable_parts
+from tests.engine.run.capturable_ranks import use_capturable_parts
 from tests.fakes.graphs import RecordedGraphs
 
 

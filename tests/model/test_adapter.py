@@ -28,7 +28,7 @@ from parallel.weight_format import ReadsInto
 from tests.model.adapters import low_rank, make_adapter, write_adapter
 from tests.model.driver import Driver, seeded_prompts
 from tests.model.oracle import Oracle, make_oracle
-from tests.model.quantised import GPTQ
+from tests.model.quantise_checkpoint import GPTQ
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-4

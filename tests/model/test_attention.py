@@ -12,7 +12,7 @@ from model.attention.cpu import TILE_TOKENS, CpuAttention, group_by_length
 from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
 from parallel.native.library import Native, native
-from tests.model.paged import Paged, Work, heads, unturned
+from tests.model.paged_attention import Paged, Work, heads, unturned
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 
 from model.config import ContextTooLong, InvalidModelConfig, ModelConfig, UnsupportedModel
 from model.generation_config import GenerationDefaults
-from tests.model.quantised import AWQ, GPTQ
+from tests.model.quantise_checkpoint import AWQ, GPTQ
 
 QWEN2_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

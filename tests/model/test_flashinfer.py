@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.attention.choose import choose_backend
 from model.attention.reference import ReferenceAttention, attend_one_head
-from tests.model.paged import Paged, Work, heads, unturned
+from tests.model.paged_attention import Paged, Work, heads, unturned
 
 pytest.importorskip("triton")
 

@@ -26,10 +26,10 @@ from parallel.topology import Topology
 from parallel.weight_format import WeightFormat
 from tests.model.driver import CPU, logits_of, read_report, seeded_prompts
 from tests.model.oracle import make_oracle
-from tests.model.quantised import AWQ, GPTQ, GPTQ_INT8, quantise, store_quantised
+from tests.model.quantise_checkpoint import AWQ, GPTQ, GPTQ_INT8, quantise, store_quantised
 from tests.ranks import run_ranks
 
-BY_OTHERS = Path(__file__).with_name("quantised_by_others.safetensors")
+BY_OTHERS = Path(__file__).with_name("reference_quantised.safetensors")
 FLOAT = torch.float32
 ACT_ORDER = GPTQ | {"desc_act": True, "sym": False}
 ASYMMETRIC = GPTQ | {"sym": False, "group_size": 128}

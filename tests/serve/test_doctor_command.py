@@ -26,7 +26,7 @@ from serve.host_requirements import host_requirements
 from serve.terminal import UNLIMITED
 from tests.cluster.fakes import record
 from tests.model.adapters import write_adapter
-from tests.model.quantised import GPTQ
+from tests.model.quantise_checkpoint import GPTQ
 from tests.serve.planning.plan_inputs import CONFIGS
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from manta_client import Client
 
-from tests.model.quantised import AWQ, GPTQ, store_quantised
+from tests.model.quantise_checkpoint import AWQ, GPTQ, store_quantised
 from tests.system.server import serving
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(600)]

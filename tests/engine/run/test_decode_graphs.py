@@ -27,7 +27,7 @@ from model.kv_cache import KvCache
 from model.load import load_model
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.topology import Topology
-from tests.engine.run.captured import engine_over, have_replayed, open_executor, record_collectives, runner_of, use_capturable_parts
+from tests.engine.run.capturable_ranks import capture_steps, engine_over, open_executor, record_collectives, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
 from tests.engine.run.tiny_models import NUM_REAL_TOKENS, engine_config, float32_config
 from tests.fakes.graphs import Gone, NotCapturable, RecordedGraphs
@@ -68,7 +68,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         launched, replayed = (open_executor(folder, num_blocks=40, max_running=6) for _ in range(2))
-        yield launched, replayed, have_replayed(replayed, CONFIG, prompts=True)
+        yield launched, replayed, capture_steps(replayed, CONFIG, prompts=True)
         launched.close()
         replayed.close()
 

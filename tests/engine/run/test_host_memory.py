@@ -15,7 +15,7 @@ from serve.planning.formats import BF16, INT4, INT8, STORED_INT4_ZEROS, Format
 from serve.planning.shape import shape_of_checkpoint
 from serve.planning.weights import weights_of_rank
 from tests.hollow_model import SIZE_7B, SIZE_57B_A14B, write_hollow
-from tests.model.quantised import AWQ
+from tests.model.quantise_checkpoint import AWQ
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -15,10 +15,10 @@ from engine.run.async_step import AsyncStep
 from engine.run.local_executor import LocalExecutor
 from engine.run.mixed_batch import mixed_batch
 from engine.run.settings import RunnerConfig
-from tests.engine.run.captured import engine_over, have_replayed, open_executor, runner_of, use_capturable_parts
+from tests.engine.run.capturable_ranks import capture_steps, engine_over, open_executor, runner_of, use_capturable_parts
+from tests.engine.run.test_async_steps import Ahead
 from tests.engine.run.test_decode_graphs import PLAIN
 from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
-from tests.engine.run.test_step_ahead import Ahead
 from tests.engine.run.tiny_models import engine_config
 
 CONFIG = engine_config(max_running=6, max_step_tokens=24, prompt_share=1.0)  # prompts are cut, and their parts come beside those who decode
@@ -50,7 +50,7 @@ def pair(dense_folder: Path) -> Iterator[tuple[LocalExecutor, Watched]]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         told, replayed = (open_executor(dense_folder, num_blocks=40, max_running=6, runs_ahead=ahead) for ahead in (False, True))
-        have_replayed(replayed, CONFIG, prompts_ahead=True)
+        capture_steps(replayed, CONFIG, prompts_ahead=True)
         yield told, Watched(replayed)
         told.close()
         replayed.close()

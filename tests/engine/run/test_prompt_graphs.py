@@ -13,7 +13,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.prompt_graphs import SIZES, PromptGraphs, capture_sizes, prompt_obstacle
 from engine.run.runner import Runner
 from parallel.native.screened import Sought
-from tests.engine.run.captured import engine_over, have_replayed, open_executor, runner_of, use_capturable_parts
+from tests.engine.run.capturable_ranks import capture_steps, engine_over, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
 from tests.engine.run.tiny_models import engine_config
 from tests.fakes.graphs import RecordedGraphs
@@ -115,10 +115,10 @@ def test_they_are_captured_beside_steps_that_only_decode(
     executor = open_executor(request.getfixturevalue(f"{kind}_folder"), num_blocks=BLOCKS)
     wanted = serve(Engine(executor, config), requests)
     executor.submit(StepPlan(0, (), closed=tuple(range(100)))).result()
-    without = have_replayed(executor, config)
+    without = capture_steps(executor, config)
     serve(engine_over(executor, config), requests)
     executor.submit(StepPlan(0, (), closed=tuple(range(100)))).result()
-    graphs = have_replayed(executor, config, prompts=True)
+    graphs = capture_steps(executor, config, prompts=True)
     found = serve(engine_over(executor, config), requests)
     assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
     assert graphs.num_replays > without.num_replays

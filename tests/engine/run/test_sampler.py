@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.request import SamplingParams
 from engine.run.sampling import filters, groups, sampler
 from engine.run.sampling.sampler import Sampler
-from tests.engine.run.sampling_twin import edited_logits, probabilities, row, slow_sample
+from tests.engine.run.sampling_reference import edited_logits, probabilities, row, slow_sample
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""AsyncStep sampling against the sampler, and the columns that it reads."""
+"""Replayed sampling against the sampler, and the columns that it reads."""
 
 import random
 from dataclasses import replace
@@ -31,7 +31,7 @@ from engine.run.sampling.edit_table import NO_ENTRY, EditTable
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
-from tests.engine.run.sampling_twin import row
+from tests.engine.run.sampling_reference import row
 from tests.engine.run.test_sampler import FILTERS, make_logits
 from tests.fakes.graphs import RecordedGraphs
 

@@ -18,7 +18,7 @@ from parallel.native.library import native
 from parallel.native.linear import multiply, pack
 from parallel.native.screened import screen_of
 from parallel.screened_head import ScreenedHead
-from tests.engine.run.sampling_twin import row
+from tests.engine.run.sampling_reference import row
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
 from tests.engine.run.tiny_models import SHAPE, engine_config, float32_config
 

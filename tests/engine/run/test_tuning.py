@@ -14,7 +14,7 @@ from engine.run.warm_up import tune
 from model.formats import Formats
 from parallel.groups import single_rank_groups
 from parallel.quantised_format import QuantisedFormat
-from tests.engine.run.captured import engine_over, open_executor, runner_of
+from tests.engine.run.capturable_ranks import engine_over, open_executor, runner_of
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
 from tests.engine.run.tiny_models import engine_config
 

@@ -8,7 +8,7 @@ import torch
 from model.attention.backend import AttentionConfig
 from model.attention.reference import ReferenceAttention
 from parallel.quantisation import FP8
-from tests.model.paged import Paged, Work, heads
+from tests.model.paged_attention import Paged, Work, heads
 
 HEADS = {
     "one per kv": heads(4, 4, head_dim=16),

@@ -13,7 +13,7 @@ from model.attention.backend import AttentionBackend, AttentionConfig
 from model.formats import Formats
 from parallel.quantised_format import Kind, QuantisedFormat
 from parallel.weight_format import Dense, WeightFormat
-from tests.engine.run.captured import runner_of
+from tests.engine.run.capturable_ranks import runner_of
 from tests.engine.run.test_end_to_end import answer, serve
 from tests.engine.run.tiny_models import engine_config, float32_config, write_dense
 from tests.fakes.graphs import RecordedGraphs

@@ -24,7 +24,7 @@ from serve.planning.released_models import SIZES
 from serve.planning.shape import ModelShape, shape_of_checkpoint, shape_of_config
 from serve.planning.weights import weights_of_rank
 from tests.model.oracle import make_oracle
-from tests.model.quantised import AWQ, GPTQ, store_quantised
+from tests.model.quantise_checkpoint import AWQ, GPTQ, store_quantised
 from tests.serve.planning.allocated import BLOCK_TOKENS, allocate, load, tensor_bytes, write_checkpoint_of
 from tests.serve.planning.plan_inputs import CONFIGS, config, moe
 

@@ -13,7 +13,7 @@ from serve.planning.memory import kv_bytes_per_token
 from serve.planning.released_models import PADDED_72B, SIZES, find_shape, released_names
 from serve.planning.shape import ModelShape, shape_of_config
 from serve.planning.weights import weights_of_rank
-from tests.model.quantised import AWQ, GPTQ
+from tests.model.quantise_checkpoint import AWQ, GPTQ
 from tests.model.test_config import DUAL_CHUNKS
 from tests.serve.planning.plan_inputs import CONFIGS, config
 

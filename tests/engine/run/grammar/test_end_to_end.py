@@ -16,7 +16,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.process_executor import ProcessExecutor
 from model.vocabulary import Vocabulary
 from parallel.topology import Topology
-from tests.engine.run.captured import have_replayed, runner_of, use_capturable_parts
+from tests.engine.run.capturable_ranks import capture_steps, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, serve
 from tests.engine.run.tiny_models import engine_config, float32_config, write_dense
 from tests.serve.vocabularies import write_smol
@@ -130,7 +130,7 @@ def test_what_grammars_allow_is_copied_into_steps_that_are_replayed(folder, monk
     some = [replace(one, sampling=replace(one.sampling, max_tokens=24)) for one in requests()[::3]]
     wanted = {key: answer(events) for key, events in serve(open_engine(folder), some).items()}
     engine = open_engine(folder)
-    graphs = have_replayed(engine.executor, engine_config(max_running=6))
+    graphs = capture_steps(engine.executor, engine_config(max_running=6))
     result_builder, num_decoded = runner_of(engine.executor).result_builder, 0
     sample = result_builder.sample
 

@@ -13,7 +13,7 @@ from engine.run.grammar import guides as module
 from engine.run.grammar.guides import AllowedTokens, Guides
 from engine.run.grammar.lazy_compiler import LazyCompiler
 from engine.run.grammar.llg import LlCompiler
-from tests.engine.run.grammar.words import END, TOKENS, VOCABULARY, ids
+from tests.engine.run.grammar.regex_reference import END, TOKENS, VOCABULARY, ids
 
 COMPILER = LlCompiler(VOCABULARY, cache_bytes=1 << 20)
 PROMPT = tuple(ids("prompt"))

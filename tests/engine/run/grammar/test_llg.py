@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.errors import GrammarFailed
 from engine.run.grammar.cache import GrammarCache, counted_bytes
 from engine.run.grammar.llg import LlCompiler
-from tests.engine.run.grammar.words import TOKENS, VOCABULARY, SlowGrammar, ids
+from tests.engine.run.grammar.regex_reference import TOKENS, VOCABULARY, SlowGrammar, ids
 
 COMPILER = LlCompiler(VOCABULARY, cache_bytes=1 << 20)
 PATTERNS = ["ab*c?", "(ab|abc|b[a-c]+)+", "[0-9]{2,4}(,[0-9]+)*", 'a"?b{3}|true', "x{0,3}(é|ü)y*", "(aa)*b", '\\{"[a-z]+": (true|12)\\}']

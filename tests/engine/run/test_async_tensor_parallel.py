@@ -13,10 +13,10 @@ from engine.run.runner import Runner
 from engine.run.warm_up import capture
 from parallel.groups import ParallelGroups
 from parallel.topology import Topology
-from tests.engine.run.captured import record_collectives, use_capturable_parts
+from tests.engine.run.capturable_ranks import record_collectives, use_capturable_parts
+from tests.engine.run.test_async_steps import UNDECIDED
 from tests.engine.run.test_decode_graphs import PLAIN, _runner_of_rank
 from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
-from tests.engine.run.test_step_ahead import UNDECIDED
 from tests.engine.run.tiny_models import engine_config
 from tests.fakes.graphs import RecordedGraphs
 from tests.ranks import run_ranks

@@ -18,8 +18,8 @@ from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, write_checkpoi
 from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import RemoteFolder, small_files
 from parallel.topology import Topology
+from tests.model.load_in_rank import fingerprint, peak_beyond_weights
 from tests.model.oracle import make_oracle
-from tests.model.reading import fingerprint, peak_beyond_weights
 from tests.ranks import run_ranks
 from tests.stores import Store, gs, s3
 

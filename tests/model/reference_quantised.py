@@ -1,7 +1,7 @@
-"""Writes quantised_by_others.safetensors: small matrices as AutoGPTQ and AutoAWQ store them, and what their own code decodes them to.
+"""Writes reference_quantised.safetensors: small matrices as AutoGPTQ and AutoAWQ store them, and what their own code decodes them to.
 
     pip download --no-deps auto_gptq==0.7.1; pip download --no-deps --no-binary :all: autoawq==0.2.9; unpack both
-    python -m tests.model.quantised_by_others AUTO_GPTQ_FOLDER AUTOAWQ_FOLDER
+    python -m tests.model.reference_quantised AUTO_GPTQ_FOLDER AUTOAWQ_FOLDER
 
 Single files of them are loaded, as the packages themselves want libraries and devices that are not here.
 """

@@ -8,7 +8,7 @@ import torch
 
 from engine.request import Request, SamplingParams
 from engine.run.sampling.sampler import Sampler
-from tests.engine.run.sampling_twin import edited_logits, probabilities, row
+from tests.engine.run.sampling_reference import edited_logits, probabilities, row
 from tests.engine.run.test_end_to_end import PROMPTS, answer, open_engine, serve
 from tests.engine.run.tiny_models import NUM_REAL_TOKENS
 

@@ -13,7 +13,7 @@ from engine.run.async_step import AsyncStep
 from engine.run.decode_rows import decode_rows
 from engine.run.local_executor import LocalExecutor, LocalStep
 from engine.step_handle import StepHandle
-from tests.engine.run.captured import have_replayed, open_executor, runner_of, use_capturable_parts
+from tests.engine.run.capturable_ranks import capture_steps, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import answer, sampled_requests, serve
 from tests.engine.run.tiny_models import engine_config
 
@@ -57,7 +57,7 @@ def test_a_row_that_few_candidates_do_not_decide_is_decided_on_the_device_as_the
     wanted = serve(Engine(executors[0], CONFIG), UNDECIDED)
     monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 6)
     ahead = Ahead(executors[1])
-    have_replayed(executors[1], CONFIG)
+    capture_steps(executors[1], CONFIG)
     runner, num_replays, num_steps = runner_of(executors[1]), 0, 0
     assert runner.decode_graphs is not None
     begin, run = runner.begin, runner.decode_graphs.run
@@ -82,7 +82,7 @@ def test_a_row_that_few_candidates_do_not_decide_is_decided_on_the_device_as_the
 
 def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple[LocalExecutor, LocalExecutor]) -> None:
     ahead = Ahead(executors[1])
-    have_replayed(executors[1], CONFIG)
+    capture_steps(executors[1], CONFIG)
     runner, most = runner_of(executors[1]), 0
     begin = runner.begin
 
@@ -103,7 +103,7 @@ def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple
 def test_answers_are_those_of_a_rank_that_is_told_every_token(executors: tuple[LocalExecutor, LocalExecutor], is_replayed: bool) -> None:
     """With penalties, whose histories must have what nobody told, with stop ids and preemption."""
     told, ahead = executors[0], Ahead(executors[1])
-    graphs = have_replayed(executors[1], CONFIG) if is_replayed else None
+    graphs = capture_steps(executors[1], CONFIG) if is_replayed else None
     wanted = serve(Engine(told, CONFIG), sampled_requests())
     found = serve(Engine(ahead, CONFIG), sampled_requests())
     assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}

@@ -102,7 +102,7 @@ def runner_of(executor: LocalExecutor) -> Runner:
     return executor._runner
 
 
-def have_replayed(executor: LocalExecutor, config: EngineConfig, *, prompts: bool = False, prompts_ahead: bool = False) -> RecordedGraphs:
+def capture_steps(executor: LocalExecutor, config: EngineConfig, *, prompts: bool = False, prompts_ahead: bool = False) -> RecordedGraphs:
     """Have its steps replayed from now on, where they only decode, and with ``prompts`` others too."""
     graphs = RecordedGraphs()
     capture(runner_of(executor), graphs, config, prompts=prompts, prompts_ahead=prompts_ahead)
