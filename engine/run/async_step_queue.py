@@ -52,15 +52,15 @@ class AsyncStepQueue:
     def begin(self, step: AsyncStep, launch: Launch, sampler_graphs: SamplerGraphs) -> AsyncStep:
         """Launch a step that `accepts` has accepted."""
         rows = step.rows
-        marked = rows.works() if is_tracing() else []
-        self._sequences.mark(9, marked)
+        traced = rows.works() if is_tracing() else []
+        self._sequences.mark(9, traced)
         tokens_S = self._tokens_of(step)
-        self._sequences.mark(10, marked)
+        self._sequences.mark(10, traced)
         logits_SV = launch(tokens_S)
         assert logits_SV is not None
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
-        self._sequences.mark(11, marked)
+        self._sequences.mark(11, traced)
         step.logits_SV, step.report = logits_SV, sampler_graphs.launch(step.columns, rows.starts + 1, step.size)
         self._steps.append(step)
         return step

@@ -46,13 +46,13 @@ class DecodeRows:
         unknown: np.ndarray = (self.columns[2] == NO_TOKEN).nonzero()[0]
         return unknown
 
-    def fill_unknown(self, said: Mapping[int, int]) -> None:
+    def fill_unknown(self, last_tokens: Mapping[int, int]) -> None:
         """Fill in the unknown tokens.
 
         A sequence that got none in the previous step gets an arbitrary one: nobody will read what follows.
         """
         unknown = self.unknown
-        self.columns[2, unknown] = [said.get(sequence, 0) for sequence in self.columns[0, unknown].tolist()]
+        self.columns[2, unknown] = [last_tokens.get(sequence, 0) for sequence in self.columns[0, unknown].tolist()]
 
     def works(self) -> list[Work]:
         """All rows as works."""

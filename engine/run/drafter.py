@@ -1,7 +1,7 @@
 """Runs a draft model: it reads what the step computed and guesses what comes next. Step 11 of a request.
 
 The draft model is whole on the rank that samples. Its KV cache uses the same block numbers as the model's, so prefix caching, preemption
-and shared blocks apply to both. Its guesses are verified (`engine.run.verification`), so nothing in it can make an answer wrong.
+and shared blocks apply to both. Its guesses are verified (`engine.run.verification`), so nothing in it can make an result wrong.
 """
 
 import time
@@ -37,25 +37,25 @@ class Drafter:
         self, works: Sequence[Work], sampled: Sequence[Sampled], tables: BlockTables, states: Mapping[int, SamplingState]
     ) -> tuple[list[Sampled], float]:
         """The results with guesses where they were asked for, and the seconds that all guesses but the first of each sequence took."""
-        said = {answer.sequence: answer.tokens for answer in sampled}
-        asking = {work.sequence: work for work in works if work.num_guesses and said.get(work.sequence)}
-        reading = [self._reading(work, said.get(work.sequence, ()), work.sequence in asking) for work in works]
-        guesses: dict[int, tuple[int, ...]] = dict.fromkeys(asking, ())
-        going = self._step([work for work in reading if work.tokens], asking, said, guesses, tables, states)
+        sampled_tokens = {result.sequence: result.tokens for result in sampled}
+        guessing = {work.sequence: work for work in works if work.num_guesses and sampled_tokens.get(work.sequence)}
+        catch_up_works = [self._catch_up_work(work, sampled_tokens.get(work.sequence, ()), work.sequence in guessing) for work in works]
+        guesses: dict[int, tuple[int, ...]] = dict.fromkeys(guessing, ())
+        next_works = self._step([work for work in catch_up_works if work.tokens], guessing, sampled_tokens, guesses, tables, states)
         began = time.perf_counter()
-        while going:
-            going = self._step(going, asking, said, guesses, tables, states)
-        return [answer._replace(guesses=guesses.get(answer.sequence, ())) for answer in sampled], time.perf_counter() - began
+        while next_works:
+            next_works = self._step(next_works, guessing, sampled_tokens, guesses, tables, states)
+        return [result._replace(guesses=guesses.get(result.sequence, ())) for result in sampled], time.perf_counter() - began
 
-    def _reading(self, work: Work, said: tuple[int, ...], asks: bool) -> Work:
-        start, tokens = tokens_to_catch_up(work, said)
-        return Work(work.sequence, start, self._known(tokens), (), samples=asks, shard=work.shard)
+    def _catch_up_work(self, work: Work, sampled_tokens: tuple[int, ...], samples: bool) -> Work:
+        start, tokens = tokens_to_catch_up(work, sampled_tokens)
+        return Work(work.sequence, start, self._clamped(tokens), (), samples=samples, shard=work.shard)
 
     def _step(
         self,
         works: Sequence[Work],
-        asking: Mapping[int, Work],
-        said: Mapping[int, tuple[int, ...]],
+        guessing: Mapping[int, Work],
+        sampled_tokens: Mapping[int, tuple[int, ...]],
         guesses: dict[int, tuple[int, ...]],
         tables: BlockTables,
         states: Mapping[int, SamplingState],
@@ -68,29 +68,32 @@ class Drafter:
         assert hidden_RD is not None  # there is only one stage
         if not built.sampling_works:
             return []
-        rows = [self._row(asking[work.sequence], said[work.sequence], guesses[work.sequence], states) for work in built.sampling_works]
+        rows = [
+            self._row(guessing[work.sequence], sampled_tokens[work.sequence], guesses[work.sequence], states)
+            for work in built.sampling_works
+        ]
         wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.uses_top_logits() else None
         logits_RV = self.model.logits(built.sampled_rows(hidden_RD, built.kept_rows), wanted)
-        answers = self._sampler.sample(self._joined(logits_RV), rows)
-        going = []
-        for work, answer in zip(built.sampling_works, answers, strict=True):
-            guesses[work.sequence] += answer.tokens
-            if answer.tokens and len(guesses[work.sequence]) < asking[work.sequence].num_guesses:
+        results = self._sampler.sample(self._padded(logits_RV), rows)
+        next_works = []
+        for work, result in zip(built.sampling_works, results, strict=True):
+            guesses[work.sequence] += result.tokens
+            if result.tokens and len(guesses[work.sequence]) < guessing[work.sequence].num_guesses:
                 start = work.start + len(work.tokens)
-                going.append(Work(work.sequence, start, self._known(answer.tokens), (), samples=True, shard=work.shard))
-        return going
+                next_works.append(Work(work.sequence, start, self._clamped(result.tokens), (), samples=True, shard=work.shard))
+        return next_works
 
-    def _row(self, work: Work, said: tuple[int, ...], guesses: tuple[int, ...], states: Mapping[int, SamplingState]) -> Row:
-        """The state has seen all tokens but the last of ``said``."""
+    def _row(self, work: Work, sampled_tokens: tuple[int, ...], guesses: tuple[int, ...], states: Mapping[int, SamplingState]) -> Row:
+        """The state has seen all tokens but the last of ``sampled_tokens``."""
         state = states[work.sequence]
-        return Row(state, state.next_position(work) + len(said) + len(guesses), None, (said[-1], *guesses))
+        return Row(state, state.next_position(work) + len(sampled_tokens) + len(guesses), None, (sampled_tokens[-1], *guesses))
 
-    def _joined(self, logits_RV: Tensor) -> Tensor:
+    def _padded(self, logits_RV: Tensor) -> Tensor:
         """Logits as wide as the model's vocabulary: ids that the draft model lacks are never guessed."""
         missing = self._sampler.vocab_size - logits_RV.shape[1]
         return pad(logits_RV, (0, missing), value=-torch.inf) if missing > 0 else logits_RV
 
-    def _known(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    def _clamped(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """The draft model reads an id that it lacks as its last one."""
         last = self.model.config.vocab_size - 1
         return tokens if max(tokens, default=0) <= last else tuple(min(token, last) for token in tokens)

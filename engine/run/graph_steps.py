@@ -14,7 +14,7 @@ from engine.run.decode_graphs import DecodeGraphs
 from engine.run.decode_rows import DecodeRows, decode_rows
 from engine.run.open_sequences import OpenSequences
 from engine.run.result_builder import RankOutput, ResultBuilder
-from engine.run.sampling.columns import LEARNS, NEEDS, are_edited_by_host
+from engine.run.sampling.columns import NEEDS, TRACKS_TOKENS, are_edited_by_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 from engine.step_handle import StepHandle
 from parallel.last_collective import note_replay
@@ -61,20 +61,20 @@ class GraphSteps:
     def _run(self, rows: DecodeRows, table_rows_S: np.ndarray, columns: np.ndarray | None) -> RankOutput:
         """Execute a step to its end. ``columns`` is None on a rank that does not sample."""
         sequences, known_S = self.sequences, rows.starts + 1
-        marked = rows.works() if is_tracing() else []
-        sequences.mark(9, marked)
-        sequences.mark(10, marked)
+        traced = rows.works() if is_tracing() else []
+        sequences.mark(9, traced)
+        sequences.mark(10, traced)
         # the device is busy from here on, and the host can work meanwhile
         logits_SV = self.decode_graphs.run(rows, table_rows_S, sequences.tables)
         if self.sampler_graphs is None or columns is None or logits_SV is None:
             return RankOutput()
         if hit("rank.logits"):
             logits_SV.fill_(torch.nan)
-        sequences.mark(11, marked)
-        for at in np.flatnonzero(columns[NEEDS] & LEARNS).tolist():
+        sequences.mark(11, traced)
+        for at in np.flatnonzero(columns[NEEDS] & TRACKS_TOKENS).tolist():
             sequences.add_tokens(rows.work(at))
-        looked_up = sequences.guides.begin(rows.sequences)
-        allowed = looked_up.result() if looked_up else {}
+        masks = sequences.guides.begin(rows.sequences)
+        allowed = masks.result() if masks else {}
         if are_edited_by_host(columns, known_S) or (allowed and not self.sampler_graphs.edits):
             works = rows.works()
             sequences.count_on_device(works)

@@ -42,7 +42,7 @@ def num_decodes_to_broadcast(plan: StepPlan, shard: int) -> int:
     return len(tokens) if (tokens == NO_TOKEN).any() else 0
 
 
-def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
+def with_known_tokens(plan: StepPlan, last_tokens: Mapping[int, int]) -> StepPlan:
     """The plan with every `NO_TOKEN` replaced.
 
     A sequence that got no token in the previous step gets an arbitrary one: nobody will read what follows.
@@ -52,7 +52,7 @@ def with_known_tokens(plan: StepPlan, said: Mapping[int, int]) -> StepPlan:
         return plan
     known = columns.copy()
     for at in np.flatnonzero(columns[2] == NO_TOKEN).tolist():
-        known[2, at] = said.get(int(columns[0, at]), 0)
+        known[2, at] = last_tokens.get(int(columns[0, at]), 0)
     return replace(plan, decodes=Decodes.of(known))
 
 
@@ -68,7 +68,7 @@ class LastTokens(Mapping[int, int]):
         self._news: tuple[np.ndarray, np.ndarray] | None = None
         """Sequences and their tokens, newer than `_tokens`."""
 
-    def note(self, decodes: Decodes, tokens: bytes, rest: Iterable[Sampled]) -> None:
+    def record(self, decodes: Decodes, tokens: bytes, rest: Iterable[Sampled]) -> None:
         """Record a step's output: ``tokens`` as in `StepResult.tokens`, and the rest."""
         if tokens:
             sequences, sampled = decodes.columns[0], np.frombuffer(tokens, COLUMN)

@@ -20,7 +20,7 @@ from engine.shard_results import pack_tokens
 
 @dataclass(frozen=True)
 class RankOutput:
-    """The output of one step on this rank; empty on ranks that do not answer."""
+    """The output of one step on this rank; empty on ranks that do not result."""
 
     sampled: list[Sampled] = field(default_factory=list)
     scored: tuple[Scored, ...] = ()
@@ -36,18 +36,18 @@ class ResultBuilder:
     def __init__(self, sampler: Sampler | None, sequences: OpenSequences, *, runs_ahead: bool) -> None:
         """``runs_ahead``: later plans may rely on tokens that only this rank knows (`Capacity.runs_ahead`)."""
         self.sampler, self._sequences, self._runs_ahead = sampler, sequences, runs_ahead
-        self._answered_at = 0.0
+        self._last_result_at = 0.0
 
     def sample(self, logits_RV: Tensor, works: Sequence[Work], allowed: Mapping[int, AllowedTokens]) -> list[Sampled]:
         """Sample after each of the works. A sequence whose grammar is not ready gets no token in this step."""
         assert self.sampler is not None
-        mute = blocked_results(allowed)
-        speaking = [work for work in works if work.sequence not in mute]
-        if mute:
-            logits_RV = logits_RV[[at for at, work in enumerate(_owners(works)) if work.sequence not in mute]]
-        rows = [row for work in speaking for row in self._sequences.rows(work, allowed.get(work.sequence))]
-        answers = iter(self.sampler.sample(logits_RV, rows, self._sequences.edit_table))
-        return [self._verify_draft(work, list(islice(answers, work.num_draft + 1))) for work in speaking] + list(mute.values())
+        blocked = blocked_results(allowed)
+        sampling = [work for work in works if work.sequence not in blocked]
+        if blocked:
+            logits_RV = logits_RV[[at for at, work in enumerate(_work_of_each_row(works)) if work.sequence not in blocked]]
+        rows = [row for work in sampling for row in self._sequences.rows(work, allowed.get(work.sequence))]
+        results = iter(self.sampler.sample(logits_RV, rows, self._sequences.edit_table))
+        return [self._verify_draft(work, list(islice(results, work.num_draft + 1))) for work in sampling] + list(blocked.values())
 
     def from_report(
         self, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, AllowedTokens] = NO_CONSTRAINTS
@@ -55,9 +55,9 @@ class ResultBuilder:
         """The results of a replayed step, from its report. A sequence whose grammar is not ready gets no token in this step."""
         assert self.sampler is not None
         each = [row for work in rows.works() for row in self._sequences.rows(work)]
-        answers = self.sampler.results(logits_SV, logits_SV, each, as_decided(report_3S))
-        mute = blocked_results(allowed)
-        return [mute.get(answer.sequence, answer) for answer in answers]
+        results = self.sampler.results(logits_SV, logits_SV, each, as_decided(report_3S))
+        blocked = blocked_results(allowed)
+        return [blocked.get(result.sequence, result) for result in results]
 
     def build(self, plan: StepPlan, output: RankOutput, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
         """The result of a step that began at ``began`` (`time.perf_counter`). None on a rank that does not sample."""
@@ -65,17 +65,17 @@ class ResultBuilder:
             return None
         tokens, rest = pack_tokens(plan.decodes, output.sampled) if output.tokens is None else (output.tokens, tuple(output.sampled))
         if self._runs_ahead:
-            self._sequences.last_tokens.note(plan.decodes, tokens, rest)
-        now, began = time.perf_counter(), max(began, self._answered_at)  # until then the device was busy with the step before
-        self._answered_at = now
+            self._sequences.last_tokens.record(plan.decodes, tokens, rest)
+        now, began = time.perf_counter(), max(began, self._last_result_at)  # until then the device was busy with the step before
+        self._last_result_at = now
         return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.scored, output.pooled, output.guessing_s)
 
-    def _verify_draft(self, work: Work, answers: list[Sampled]) -> Sampled:
-        answer = verify_draft(work, answers)
-        self._sequences.states[work.sequence].accept_draft(answer.tokens[:-1])
-        return answer
+    def _verify_draft(self, work: Work, results: list[Sampled]) -> Sampled:
+        result = verify_draft(work, results)
+        self._sequences.states[work.sequence].accept_draft(result.tokens[:-1])
+        return result
 
 
-def _owners(works: Sequence[Work]) -> Iterator[Work]:
+def _work_of_each_row(works: Sequence[Work]) -> Iterator[Work]:
     """The work that each row of logits belongs to."""
     return (work for work in works for _ in range(work.num_draft + 1))

@@ -120,7 +120,7 @@ class Runner:
         )
         captured: list[CapturedGraphs] = [self.decode_graphs]
         if self.result_builder.sampler is not None:
-            self.sampler_graphs = self._sampler_graphs(self.result_builder.sampler, self.decode_graphs, graphs, edits=edits)
+            self.sampler_graphs = self._make_sampler_graphs(self.result_builder.sampler, self.decode_graphs, graphs, edits=edits)
             captured.append(self.sampler_graphs)
         self.graph_steps = GraphSteps(
             self.decode_graphs,
@@ -140,7 +140,7 @@ class Runner:
         for one in captured:
             one.capture(lambda: on_progress(next(done), total))
 
-    def _sampler_graphs(self, sampler: Sampler, decode_graphs: DecodeGraphs, graphs: GraphRecorder, *, edits: bool) -> SamplerGraphs:
+    def _make_sampler_graphs(self, sampler: Sampler, decode_graphs: DecodeGraphs, graphs: GraphRecorder, *, edits: bool) -> SamplerGraphs:
         assert decode_graphs.logits is not None
         sizes = decode_graphs.sizes
         table = EditTable(num_entries=sizes[-1], vocab_size=sampler.vocab_size, device=self.device) if edits else None
@@ -179,7 +179,7 @@ class Runner:
         """
         began = time.perf_counter()
         self.async_steps.make_room()
-        rebalanced = self._rebalanced(plan.rebalance) if plan.rebalance else None
+        rebalanced = self._rebalance(plan.rebalance) if plan.rebalance else None
         self.sequences.open_and_close(plan)
         for steps in (self.graph_steps, self.mixed_steps):
             if steps is not None and (begun := steps.begin(plan, began)) is not None:
@@ -187,7 +187,7 @@ class Runner:
         self.async_steps.finish_all()
         return StepHandle(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
 
-    def _rebalanced(self, order: Rebalance) -> Rebalanced:
+    def _rebalance(self, order: Rebalance) -> Rebalanced:
         self.async_steps.finish_all()
         rebalanced = self.rebalancer.run(order)
         if rebalanced.num_moved and self.decode_graphs is not None:

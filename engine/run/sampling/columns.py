@@ -15,7 +15,7 @@ GREEDY, FEW, FILTERED, UNFILTERED = range(4)
 GRAPH_KINDS = (GREEDY, FEW, UNFILTERED)
 """The kinds for which the sampler is captured. Each also handles the kinds before it."""
 
-EDITED, LEARNS, TELLS, GUIDED = 1, 2, 4, 8
+EDITS, TRACKS_TOKENS, LOGPROBS, GRAMMAR = 1, 2, 4, 8
 """`NEEDS`: penalties or biases change its logits; the host reads its tokens; it wants log-probabilities; it has a grammar."""
 
 
@@ -43,7 +43,10 @@ class SamplingColumns:
             draw_code(state),
             state.entry,
             state.num_prompt + sampling.min_tokens if len(state.stop_ids) else 0,
-            EDITED * changes | LEARNS * (guided or state.history is not None) | TELLS * (sampling.logprobs is not None) | GUIDED * guided,
+            EDITS * changes
+            | TRACKS_TOKENS * (guided or state.history is not None)
+            | LOGPROBS * (sampling.logprobs is not None)
+            | GRAMMAR * guided,
             *numbers.view(np.int64),
         )
 
@@ -56,35 +59,35 @@ class SamplingColumns:
 
 def stop_ids_forbidden(columns: np.ndarray, known_S: np.ndarray) -> np.ndarray:
     """bool (S): whether stop ids are forbidden to sequences with so many known tokens. A grammar has its own rule."""
-    forbidden: np.ndarray = (known_S < columns[MAY_STOP_FROM]) & ((columns[NEEDS] & GUIDED) == 0)
+    forbidden: np.ndarray = (known_S < columns[MAY_STOP_FROM]) & ((columns[NEEDS] & GRAMMAR) == 0)
     return forbidden
 
 
 def are_edited(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether the logits of any of the sequences, with so many known tokens, are edited."""
-    return bool((columns[NEEDS] & (EDITED | GUIDED)).any() or stop_ids_forbidden(columns, known_S).any())
+    return bool((columns[NEEDS] & (EDITS | GRAMMAR)).any() or stop_ids_forbidden(columns, known_S).any())
 
 
 def may_be_edited(columns: np.ndarray) -> bool:
     """Whether `are_edited` can be true for any number of known tokens."""
-    return bool((columns[NEEDS] & (EDITED | GUIDED)).any() or columns[MAY_STOP_FROM].any())
+    return bool((columns[NEEDS] & (EDITS | GRAMMAR)).any() or columns[MAY_STOP_FROM].any())
 
 
 def are_edited_by_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether the host must edit the logits of any of them because it has no entry. A grammar's mask can be uploaded."""
-    changed_S = (columns[NEEDS] & EDITED > 0) | stop_ids_forbidden(columns, known_S)
+    changed_S = (columns[NEEDS] & EDITS > 0) | stop_ids_forbidden(columns, known_S)
     return bool((changed_S & (columns[ENTRY] < 0)).any())
 
 
 def needs_host(columns: np.ndarray, known_S: np.ndarray) -> bool:
     """Whether the results of any of them need the host: then it must have read the previous step, or must wait for this one."""
-    return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any()) or are_edited_by_host(columns, known_S)
+    return bool((columns[NEEDS] & (TRACKS_TOKENS | LOGPROBS | GRAMMAR)).any()) or are_edited_by_host(columns, known_S)
 
 
 def may_need_host(columns: np.ndarray) -> bool:
     """Whether `needs_host` can be true for any number of known tokens."""
-    may_be_edited_S = (columns[NEEDS] & EDITED > 0) | (columns[MAY_STOP_FROM] > 0)
-    return bool((columns[NEEDS] & (LEARNS | TELLS | GUIDED)).any() or (may_be_edited_S & (columns[ENTRY] < 0)).any())
+    may_be_edited_S = (columns[NEEDS] & EDITS > 0) | (columns[MAY_STOP_FROM] > 0)
+    return bool((columns[NEEDS] & (TRACKS_TOKENS | LOGPROBS | GRAMMAR)).any() or (may_be_edited_S & (columns[ENTRY] < 0)).any())
 
 
 def graph_kind(kind: int) -> int:

@@ -12,16 +12,16 @@ from engine.request import SamplingParams
 from engine.run.block_tables import BlockTables
 from engine.run.decode_rows import decode_rows
 from engine.run.sampling.columns import (
-    EDITED,
+    EDITS,
     ENTRY,
     FEW,
     FILTERED,
+    GRAMMAR,
     GREEDY,
-    GUIDED,
     KIND,
-    LEARNS,
+    LOGPROBS,
     NEEDS,
-    TELLS,
+    TRACKS_TOKENS,
     UNFILTERED,
     SamplingColumns,
     are_edited,
@@ -121,7 +121,7 @@ def test_what_sequences_have_seen_is_counted_and_their_logits_edited_as_the_host
             numbers[0, at], numbers[1, at] = tokens[-1], len(tokens) - 1
             rows.append(Row(twin, len(tokens) - state.num_prompt, words.get(at)))
         of_step = columns.of(np.arange(len(running)))
-        of_step[NEEDS, list(words)] |= GUIDED
+        of_step[NEEDS, list(words)] |= GRAMMAR
         known = np.array([len(tokens) for *_, tokens in running])
         for _ in range(draw.choice([1, 2])):
             report = graphs.launch(of_step, known, 8, words).read()
@@ -170,10 +170,10 @@ def test_a_row_without_sound_logits_is_told() -> None:
         (SamplingParams(top_k=65, top_p=0.5), FILTERED, 0),
         (SamplingParams(top_p=0.5), FILTERED, 0),
         (SamplingParams(min_p=0.5), FILTERED, 0),
-        (SamplingParams(logprobs=0), UNFILTERED, TELLS),
-        (SamplingParams(repetition_penalty=1.1), UNFILTERED, EDITED | LEARNS),
-        (SamplingParams(logit_bias=((3, 1.0),)), UNFILTERED, EDITED),
-        (SamplingParams(grammar='start: "a"', temperature=0.0), GREEDY, GUIDED | LEARNS),
+        (SamplingParams(logprobs=0), UNFILTERED, LOGPROBS),
+        (SamplingParams(repetition_penalty=1.1), UNFILTERED, EDITS | TRACKS_TOKENS),
+        (SamplingParams(logit_bias=((3, 1.0),)), UNFILTERED, EDITS),
+        (SamplingParams(grammar='start: "a"', temperature=0.0), GREEDY, GRAMMAR | TRACKS_TOKENS),
     ],
     ids=repr,
 )
@@ -182,8 +182,8 @@ def test_what_a_row_is_and_needs(params: SamplingParams, kind: int, needs: int) 
     columns.put(40, row(params, vocab_size=VOCAB_SIZE).state)
     found = columns.of(np.array([40]))
     assert (found[KIND].item(), found[NEEDS].item()) == (kind, needs)
-    assert are_edited(found, np.array([1])) == bool(needs & (EDITED | GUIDED))
-    assert are_edited_by_host(found, np.array([1])) == bool(needs & EDITED), "it has no entry"
+    assert are_edited(found, np.array([1])) == bool(needs & (EDITS | GRAMMAR))
+    assert are_edited_by_host(found, np.array([1])) == bool(needs & EDITS), "it has no entry"
 
 
 def test_stop_ids_are_forbidden_until_so_many_tokens_are_there() -> None:
