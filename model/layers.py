@@ -83,6 +83,6 @@ def gated(gate_up_TX: Tensor) -> Tensor:
     """``silu(gate) * up``, where gate and up are the two halves of each row."""
     kernels = elementwise_kernels_for(gate_up_TX)
     if kernels is not None:
-        return kernels.gate(gate_up_TX)
+        return kernels.swiglu(gate_up_TX)
     gate_TI, up_TI = gate_up_TX.chunk(2, dim=-1)
     return F.silu(gate_TI) * up_TI

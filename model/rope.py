@@ -24,7 +24,7 @@ class Rotation:
     def apply(self, x_TXK: Tensor) -> Tensor:
         kernels = elementwise_kernels_for(x_TXK)
         if kernels is not None:
-            return kernels.rotate(x_TXK, self.cos_T1F, self.sin_T1F)
+            return kernels.apply_rope(x_TXK, self.cos_T1F, self.sin_T1F)
         first, second = x_TXK.chunk(2, dim=-1)
         cos, sin = self.cos_T1F, self.sin_T1F
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

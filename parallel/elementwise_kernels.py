@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from parallel.native.elementwise import NativeElementwise
 from parallel.native.library import native
-from parallel.native.small import NativeElementwise
 
 
 class ElementwiseKernels(Protocol):
@@ -20,11 +20,11 @@ class ElementwiseKernels(Protocol):
         """``x_TD += delta_TD`` in place, and the root mean square norm of that. ``x_TD`` is contiguous."""
         ...
 
-    def gate(self, gate_up_TX: Tensor) -> Tensor:
+    def swiglu(self, gate_up_TX: Tensor) -> Tensor:
         """(T, I): ``silu(gate) * up`` of (T, 2 I)."""
         ...
 
-    def rotate(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+    def apply_rope(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
         """Heads turned by their token's angles. Tokens of ``x_TXK`` may lie apart, a token's heads may not."""
         ...
 
@@ -64,7 +64,7 @@ def _for_cpu() -> ElementwiseKernels | None:
 def _for_cuda() -> ElementwiseKernels | None:
     if find_spec("triton") is None:
         return None
-    from parallel.cuda.small import CudaElementwise  # triton: not to be imported where there is no such device
+    from parallel.cuda.elementwise import CudaElementwise  # triton: not to be imported where there is no such device
 
     return CudaElementwise()
 

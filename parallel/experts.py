@@ -22,7 +22,7 @@ from parallel.quantised_format import QuantisedFormat
 from parallel.weight_format import Dense, StoredTensor, WeightFormat
 
 if TYPE_CHECKING:
-    from parallel.cuda.grouped import GroupedExperts
+    from parallel.cuda.grouped_experts import GroupedExperts
 
 
 class RoutedExperts(nn.Module):
@@ -217,7 +217,7 @@ class RoutedExperts(nn.Module):
             and find_spec("triton")
             and isinstance(self._shape_of_all.up.format, Dense | QuantisedFormat)
         ):
-            from parallel.cuda.grouped import GroupedExperts  # triton: not to be imported where there is no such device
+            from parallel.cuda.grouped_experts import GroupedExperts  # triton: not to be imported where there is no such device
 
             up, down = ({int(n): getattr(e, name).tensors for n, e in self.held.items()} for name in ("up", "down"))
             self._grouped = GroupedExperts(self.num_experts, up, down)

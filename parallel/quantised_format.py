@@ -59,7 +59,7 @@ class QuantisedFormat:
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if x.device.type == "cuda" and has_triton():
-            from parallel.cuda.scaled import multiply  # triton: not to be imported where there is no such device
+            from parallel.cuda.quantised_matmul import multiply  # triton: not to be imported where there is no such device
 
             y = multiply(rows, tensors, bias)
         else:
@@ -97,7 +97,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def multiply_reference(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
-    """The twin of `parallel.cuda.scaled.multiply` in plain torch, in float32 but for the result."""
+    """The twin of `parallel.cuda.quantised_matmul.multiply` in plain torch, in float32 but for the result."""
     wide_TK = x_TK.float()
     if kind_of(tensors) == "fp8":
         numbers_TK, scales_T = quantise_fp8(x_TK)

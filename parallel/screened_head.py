@@ -7,7 +7,7 @@ from parallel.native.screened import Screen, Sought, screen_of
 from parallel.packed_format import PackedFormat
 from parallel.weight_format import WeightFormat
 
-MOST_PAUSE = 64
+MAX_PAUSE = 64
 """Steps, after many in which it did not pay."""
 
 
@@ -31,7 +31,7 @@ class ScreenedHead:
         if library is None or len(x_RD) == 0:
             return None
         logits_RV = self._screen.multiply(library, x_RD, _known(sought, self._screen.exact.num_outputs))
-        self._pause = 0 if logits_RV is not None else min(max(2 * self._pause, 1), MOST_PAUSE)
+        self._pause = 0 if logits_RV is not None else min(max(2 * self._pause, 1), MAX_PAUSE)
         self._left = self._pause
         return logits_RV
 

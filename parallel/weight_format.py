@@ -14,8 +14,8 @@ from torch import Tensor
 from parallel.axes import IN, OUT, Axis
 from parallel.pinned_staging import staging_for
 
-MOST_FEW_ROWS = 2
-"""Rows whose product is nothing but reading a matrix; see `parallel.cuda.few_rows`."""
+MAX_GEMV_ROWS = 2
+"""Rows whose product is nothing but reading a matrix; see `parallel.cuda.gemv`."""
 
 
 @cache
@@ -170,9 +170,9 @@ class TakesPieces(Protocol):
         ...
 
 
-def has_few_rows(x: Tensor) -> bool:
-    """Whether a product of ``x`` (..., K) is one of `parallel.cuda.few_rows`."""
-    return x.device.type == "cuda" and 0 < x.numel() <= MOST_FEW_ROWS * x.shape[-1] and has_triton()
+def uses_gemv(x: Tensor) -> bool:
+    """Whether a product of ``x`` (..., K) is one of `parallel.cuda.gemv`."""
+    return x.device.type == "cuda" and 0 < x.numel() <= MAX_GEMV_ROWS * x.shape[-1] and has_triton()
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,8 @@ class Dense:
         return tensors
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        if not self.is_same_everywhere and has_few_rows(x) and len(tensors["weight"]):
-            from parallel.cuda.few_rows import multiply  # triton: not to be imported where there is no such device
+        if not self.is_same_everywhere and uses_gemv(x) and len(tensors["weight"]):
+            from parallel.cuda.gemv import multiply  # triton: not to be imported where there is no such device
 
             rows = x.reshape(-1, x.shape[-1])
             return multiply(rows, tensors, bias, lambda: F.linear(rows, tensors["weight"], bias)).view(*x.shape[:-1], -1)

@@ -95,7 +95,7 @@ def compare(results: Results, name: str, served: ServedModel) -> None:
             logits: dict[str, Tensor] = {}
             for way, (is_quick, graphs) in ways.items():
                 results.go_on()
-                quick_launch.allow(is_quick)
+                quick_launch.enable(is_quick)
                 runner.forward.prompt_graphs = graphs
                 logits[way] = prompts.logits(decodes, lengths)
                 seconds = statistics.median(prompts.step(decodes, lengths) for _ in range(REPEATS))
@@ -108,7 +108,7 @@ def compare(results: Results, name: str, served: ServedModel) -> None:
             if not error < MOST:  # as NaN is
                 wrong.append(f"{name}: logits of {step} in pieces are off by {error:.2g}")
     finally:
-        quick_launch.allow(False)
+        quick_launch.enable(False)
         runner.forward.prompt_graphs = None
         pieces.release()
     assert not wrong, "; ".join(wrong)

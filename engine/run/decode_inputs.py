@@ -19,7 +19,9 @@ def unpack_decode_inputs(
     rest int64.
     """
     if given_3S.device.type == "cuda" and has_triton():
-        from parallel.cuda.enter import enter as in_one_launch  # imports triton, which exists only where there is a CUDA device
+        from parallel.cuda.decode_inputs import (
+            unpack_decode_inputs as in_one_launch,  # imports triton, which exists only where there is a CUDA device
+        )
 
         in_one_launch(given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, block_tokens)
     else:

@@ -216,10 +216,10 @@ def _allow_launches(runner_config: RunnerConfig, device: torch.device) -> None:
     """Applies to this process. Must precede any capture."""
     if device.type != "cuda" or not has_triton():
         return
-    from parallel.cuda import early, quick_launch  # imports triton, which exists only where there is a CUDA device
+    from parallel.cuda import dependent_launch, quick_launch  # imports triton, which exists only where there is a CUDA device
 
-    early.allow(runner_config.early_launches)
-    quick_launch.allow(runner_config.quick_launches)
+    dependent_launch.enable(runner_config.early_launches)
+    quick_launch.enable(runner_config.quick_launches)
 
 
 def resolve_device(name: str) -> torch.device:

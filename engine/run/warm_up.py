@@ -60,14 +60,14 @@ def tune(runner: Runner, engine_config: EngineConfig) -> None:
     """Let the kernels measure their best tile sizes for few and for many rows, unless they are known for this device."""
     if not has_triton():
         return
-    from parallel.cuda.few_rows import FEWEST_ROWS  # imports triton, which exists only where there is a CUDA device
-    from parallel.cuda.tiles import MEASURED_ROWS, seconds_of, tiles_of
+    from parallel.cuda.autotune import AUTOTUNED_ROWS, autotuner_for, launch_seconds
+    from parallel.cuda.gemv import GEMV_ROWS  # imports triton, which exists only where there is a CUDA device
 
     max_tokens, most_running = engine_config.max_step_tokens, engine_config.max_running
-    tiles = tiles_of(runner.device)
-    with tiles.measuring(seconds_of):
-        up_to = sorted({max_tokens, *(min(most, max_tokens) for most in MEASURED_ROWS)})
-        for tokens in (*up_to, *FEWEST_ROWS):  # the fewest last: products of up to 16 rows are to be measured with 16
+    tiles = autotuner_for(runner.device)
+    with tiles.measuring(launch_seconds):
+        up_to = sorted({max_tokens, *(min(most, max_tokens) for most in AUTOTUNED_ROWS)})
+        for tokens in (*up_to, *GEMV_ROWS):  # the fewest last: products of up to 16 rows are to be measured with 16
             run_once(
                 runner,
                 full_step(

@@ -14,9 +14,9 @@ from torch import Tensor
 from model.attention.backend import AttentionConfig, GraphBreak
 from model.batch import ForwardBatch
 from model.rope import Rotation
-from parallel.cuda.elementwise import rotate_and_write
-from parallel.cuda.paged import HOPPER_SHARED_BYTES, Heads
-from parallel.cuda.paged_decode import decode, decode_few, decode_tile, few_tile, few_tokens
+from parallel.cuda.elementwise import rope_and_write_kv
+from parallel.cuda.paged_attention import HOPPER_SHARED_BYTES, HeadGroups
+from parallel.cuda.paged_decode import decode, decode_multi_token, decode_tile, max_multi_tokens, multi_token_tile
 from parallel.cuda.paged_prefill import PrefillTiles, prefill, prefill_tile
 from parallel.quantisation import FP8, FP8_MIN_CAPABILITY
 
@@ -45,7 +45,7 @@ class CudaAttention:
         self.config, self.device = config, device
         groups = [config.kv_of_query.count(kv_head) for kv_head in range(config.num_kv_heads)]
         firsts = [config.kv_of_query.index(kv_head) for kv_head in range(config.num_kv_heads)]
-        self._heads = Heads(first_G=self._upload(firsts), count_G=self._upload(groups), largest_group=max(groups))
+        self._heads = HeadGroups(first_G=self._upload(firsts), count_G=self._upload(groups), largest_group=max(groups))
         on_device = device.type == "cuda"
         if on_device and torch.cuda.get_device_capability(device) < FP8_MIN_CAPABILITY:
             self.kv_dtypes = ()
@@ -59,7 +59,7 @@ class CudaAttention:
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
         cut = self.graph_break
-        q_THK = rotate_and_write(
+        q_THK = rope_and_write_kv(
             heads_TXK, rotation.cos_T1F, rotation.sin_T1F, batch.slots_T, keys_NBGK, values_NBGK, self.config.num_heads,
             None if cut is None else cut.q_THK,
         )  # fmt: skip
@@ -84,9 +84,9 @@ class CudaAttention:
             self._sort(batch, q_THK.dtype)
         num_few = 0 if self._sequence_F is None else len(self._sequence_F)
         if self._sequence_F is not None:
-            decode_few(
+            decode_multi_token(
                 q_THK, keys_NBGK, values_NBGK, batch.block_tables_SM, batch.lengths_S, self._sequence_F, self._query_starts, self._heads,
-                out_THK, parts=self.parts_of_few(num_few), tile=few_tile(self.config.head_dim, keys_NBGK.dtype, self._shared_bytes),
+                out_THK, parts=self.parts_of_few(num_few), tile=multi_token_tile(self.config.head_dim, keys_NBGK.dtype, self._shared_bytes),
             )  # fmt: skip
         if batch.num_decodes + num_few < batch.num_sequences:
             self.prefill(q_THK, keys_NBGK, values_NBGK, batch, out_THK)
@@ -110,7 +110,7 @@ class CudaAttention:
 
     def _sort(self, batch: ForwardBatch, dtype: torch.dtype) -> None:
         """Find the sequences that compute a few tokens, and the tiles of the others; uploaded in one copy."""
-        most = few_tokens(self._heads) if self.config.is_causal else 1
+        most = max_multi_tokens(self._heads) if self.config.is_causal else 1
         self._tile = prefill_tile(self.config.head_dim, dtype, self._shared_bytes)
         step = self._tile.rows // self._heads.largest_group
         few, tiles = [], []

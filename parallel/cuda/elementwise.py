@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
+from parallel.cuda.dependent_launch import launch_dependents, pdl_options, wait_for_previous
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
 from parallel.quantisation import FP8, FP8_MAX
@@ -16,14 +16,14 @@ from parallel.quantisation import FP8, FP8_MAX
 
 @quick
 @triton.jit
-def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):
+def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
     """One token. The residual stream is written where it was read."""
-    let_the_next_begin(EARLY)
+    launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     dims_D = tl.arange(0, WIDTH)
     mask_D = dims_D < width
     weight_D = tl.load(weight + dims_D, mask=mask_D, other=0.0).to(tl.float32)
-    wait_for_the_last(EARLY)
+    wait_for_previous(PDL)
     dtype = out.dtype.element_ty
     wide_D = tl.load(x + row + dims_D, mask=mask_D, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -57,16 +57,16 @@ def _launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out
     _rms_norm_kernel[(num_tokens,)](
         x_TD, x_TD if residual_TD is None else residual_TD, weight_D, out_TD, eps, width,
         HAS_RESIDUAL=residual_TD is not None, WIDTH=next_power_of_2(width),
-        num_warps=8 if width > 2048 else 4, **early(num_tokens, x_TD),
+        num_warps=8 if width > 2048 else 4, **pdl_options(num_tokens, x_TD),
     )  # fmt: skip
 
 
 @quick
 @triton.jit
-def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """A stretch of one token's inner features: gate first, then up, in one row."""
-    let_the_next_begin(EARLY)
-    wait_for_the_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = dims < width
@@ -83,7 +83,7 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
     out_TI = gate_up_TI.new_empty((num_tokens, width))
     if out_TI.numel():
         _swiglu_kernel[(num_tokens, cdiv(width, SWIGLU_BLOCK))](
-            gate_up_TI, out_TI, width, gate_up_TI.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4, **early(num_tokens, out_TI)
+            gate_up_TI, out_TI, width, gate_up_TI.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4, **pdl_options(num_tokens, out_TI)
         )
     return out_TI
 
@@ -93,14 +93,14 @@ SWIGLU_BLOCK = 1024
 
 @quick
 @triton.jit
-def _rotate_and_write_kernel(
+def _rope_and_write_kv_kernel(
     heads, cos, sin, slots, q_out, keys, values,
     row_stride, num_heads, num_kv_heads, token_stride, head_stride,
-    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, KV_IN_FP8: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, KV_IN_FP8: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: query heads are turned, keys turned into the cache, values copied there."""
-    let_the_next_begin(EARLY)
-    wait_for_the_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims_F = tl.arange(0, PADDED_HALF)
     mask_F = dims_F < HALF
@@ -135,22 +135,22 @@ def _rotate_and_write_kernel(
             tl.store(place + HALF, second_F, mask=written_F)
 
 
-def rotate(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+def apply_rope(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     """All heads turned. Tokens of ``x_TXK`` may lie apart, a token's heads may not; the twin is `model.rope.Rotation.apply`."""
     num_tokens, num_heads, head_dim = x_TXK.shape
     if x_TXK.stride()[1:] != (head_dim, 1):
         x_TXK = x_TXK.contiguous()
     out_TXK = x_TXK.new_empty((num_tokens, num_heads, head_dim))
     if num_tokens:
-        _rotate_and_write_kernel[(num_tokens, num_heads)](
+        _rope_and_write_kv_kernel[(num_tokens, num_heads)](
             x_TXK, cos_T1F, sin_T1F, cos_T1F, out_TXK, x_TXK, x_TXK, x_TXK.stride(0), num_heads, 0, 0, 0,
             HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2),
-            KV_IN_FP8=False, MOST=FP8_MAX, num_warps=1, **early(num_tokens, x_TXK),
+            KV_IN_FP8=False, MOST=FP8_MAX, num_warps=1, **pdl_options(num_tokens, x_TXK),
         )  # fmt: skip
     return out_TXK
 
 
-def rotate_and_write(
+def rope_and_write_kv(
     heads_TXK: Tensor,
     cos_T1F: Tensor,
     sin_T1F: Tensor,
@@ -170,10 +170,25 @@ def rotate_and_write(
     if q_THK is None:
         q_THK = heads_TXK.new_empty((num_tokens, num_heads, head_dim))
     if num_tokens:
-        _rotate_and_write_kernel[(num_tokens, num_all)](
+        _rope_and_write_kv_kernel[(num_tokens, num_all)](
             heads_TXK, cos_T1F, sin_T1F, slots_T, q_THK, keys_NBGK, values_NBGK,
             heads_TXK.stride(0), num_heads, num_kv_heads, keys_NBGK.stride(1), keys_NBGK.stride(2),
             HALF=head_dim // 2, PADDED_HALF=next_power_of_2(head_dim // 2),
-            KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MAX, num_warps=1, **early(num_tokens, heads_TXK),
+            KV_IN_FP8=keys_NBGK.dtype == FP8, MOST=FP8_MAX, num_warps=1, **pdl_options(num_tokens, heads_TXK),
         )  # fmt: skip
     return q_THK
+
+
+class CudaElementwise:
+    """Implements `parallel.elementwise_kernels.ElementwiseKernels` for any floating dtype."""
+
+    def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+        if delta_TD is None:
+            return rms_norm(x_TD.contiguous(), weight_D, eps)
+        return add_rms_norm(delta_TD.contiguous(), x_TD, weight_D, eps)
+
+    def swiglu(self, gate_up_TX: Tensor) -> Tensor:
+        return swiglu(gate_up_TX.contiguous())
+
+    def apply_rope(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+        return apply_rope(x_TXK, cos_T1F.contiguous(), sin_T1F.contiguous())

@@ -1,6 +1,6 @@
 """Attention of one new token of each sequence, or of few, over blocks of KV, where they lie. Its twin is `model.attention.reference`.
 
-S sequences, F of them that have a few new tokens, T tokens, H query heads, G KV heads, P rows: query heads of one KV head (padded to a
+S sequences, F of them that have a few new tokens, T tokens, H query heads, G KV heads, P rows: query heads of one KV head (padded_size to a
 power of two), of each new token; K head width, N blocks, B tokens per block, M most blocks of a sequence, C parts of a context, L positions
 read at a time.
 
@@ -15,8 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
-from parallel.cuda.paged import HOPPER_SHARED_BYTES, LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
+from parallel.cuda.dependent_launch import launch_dependents, pdl_options, wait_for_previous
+from parallel.cuda.paged_attention import (
+    HOPPER_SHARED_BYTES,
+    LOG2_E,
+    MASKED,
+    HeadGroups,
+    dot_precision,
+    kv_offsets,
+    load_blocks,
+    online_softmax,
+    padded_size,
+    scaled_to_float16,
+)
 from parallel.cuda.quick_launch import quick
 from parallel.quantisation import FP8
 
@@ -58,7 +69,7 @@ def _decode_kernel(
     scale_log2, table_stride, q_token_stride, block_stride, token_stride, head_stride, num_heads, parts,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IN_PAIRS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
-    TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One sequence's newest token, one KV head, one part of the context. Those whose part would begin past its end have nothing to do.
 
@@ -66,8 +77,8 @@ def _decode_kernel(
 
     TOKENS above 1: the new tokens, at most so many, of one of the ``sequences``: row r is token r // n, head r % n, as a prefill has them.
     """
-    let_the_next_begin(EARLY)
-    wait_for_the_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     number, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = number
     if TOKENS > 1:
@@ -98,22 +109,22 @@ def _decode_kernel(
     mask_PK = there_P[:, None] & (dims_K < HEAD_DIM)[None, :]
     mask_PW = there_P[:, None] & (dims_W < WIDTH)[None, :]
     if IN_PAIRS:
-        q_PW = as_float16(tl.load(q_P[:, None] + 2 * dims_W[None, :], mask=mask_PW, other=0.0))
-        odd_q_PW = as_float16(tl.load(q_P[:, None] + 2 * dims_W[None, :] + 1, mask=mask_PW, other=0.0))
+        q_PW = scaled_to_float16(tl.load(q_P[:, None] + 2 * dims_W[None, :], mask=mask_PW, other=0.0))
+        odd_q_PW = scaled_to_float16(tl.load(q_P[:, None] + 2 * dims_W[None, :] + 1, mask=mask_PW, other=0.0))
         scale_log2 *= 16.0
     else:
         q_PW = tl.load(q_P[:, None] + dims_W[None, :], mask=mask_PW, other=0.0)
     table = tables + sequence.to(tl.int64) * table_stride
-    highest_P = tl.full([PADDED_ROWS], NOTHING, tl.float32)
+    highest_P = tl.full([PADDED_ROWS], MASKED, tl.float32)
     sum_PL = tl.zeros([PADDED_ROWS, TILE], tl.float32)
     out_PW = tl.zeros([PADDED_ROWS, PADDED_WIDTH], tl.float32)
     odd_out_PW = tl.zeros([PADDED_ROWS, PADDED_WIDTH], tl.float32)
     keys += kv_head * head_stride
     values += kv_head * head_stride
     # Blocks are looked up a tile ahead: Triton reads ahead by half of its stages where an address waits for a load in the same turn.
-    block_L = look_up(table, start, stop, TILE, BLOCK_TOKENS)
+    block_L = load_blocks(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
-        place_L = places(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
+        place_L = kv_offsets(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
         keys_WL = tl.trans(tl.load(keys + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :]))
         values_LW = tl.load(values + place_L[:, None] + dims_W[None, :], mask=(dims_W < WIDTH)[None, :])
         if IN_PAIRS:
@@ -123,10 +134,10 @@ def _decode_kernel(
             scores_PL = tl.dot(q_PW, keys_WL.to(q_PW.dtype), input_precision=PRECISION)
         at_L = tile + tl.arange(0, TILE)
         if TOKENS > 1:  # a row that sees nothing of a part gets a sum there that weighs nothing beside the others'
-            scores_PL = tl.where(at_L[None, :] <= last_seen_P[:, None], scores_PL, NOTHING)
+            scores_PL = tl.where(at_L[None, :] <= last_seen_P[:, None], scores_PL, MASKED)
         else:
-            scores_PL = tl.where((at_L < stop)[None, :], scores_PL, NOTHING)
-        highest_P, weights_PL, fade_P = weigh(scores_PL, highest_P, scale_log2)
+            scores_PL = tl.where((at_L < stop)[None, :], scores_PL, MASKED)
+        highest_P, weights_PL, fade_P = online_softmax(scores_PL, highest_P, scale_log2)
         sum_PL = sum_PL * fade_P[:, None] + weights_PL
         out_PW = out_PW * fade_P[:, None]
         if IN_PAIRS:
@@ -135,7 +146,7 @@ def _decode_kernel(
             odd_out_PW = tl.dot(weights_PL.to(tl.float16), odd_LW, acc=odd_out_PW * fade_P[:, None])
         else:
             out_PW = tl.dot(weights_PL.to(q_PW.dtype), values_LW.to(q_PW.dtype), acc=out_PW, input_precision=PRECISION)
-        block_L = look_up(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
+        block_L = load_blocks(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
     sum_P = tl.sum(sum_PL, axis=1)
     divisor_P = tl.where(sum_P > 0, sum_P, 1.0)
     out_PK = tl.interleave(out_PW, odd_out_PW) if IN_PAIRS else out_PW
@@ -153,13 +164,13 @@ def _decode_kernel(
 @triton.jit(do_not_specialize_on_alignment=["lengths", "sequences", "query_starts"])
 def _merge_kernel(
     part_out, part_lse, out, lengths, sequences, query_starts, num_heads,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The parts of one query head of one new token, where there are several, each weighed by how much of the softmax's sum it had.
 
     What no program has written is read as well, and left out: so nothing is waited for before it is asked for."""
-    let_the_next_begin(EARLY)
-    wait_for_the_last(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     number, head = tl.program_id(0), tl.program_id(1)
     sequence = number
     row = number.to(tl.int64) * num_heads + head
@@ -177,7 +188,7 @@ def _merge_kernel(
     out_CK = tl.load(part_out + place_CK, mask=(dims_K < HEAD_DIM)[None, :], other=0.0)
     used = tl.cdiv(length, tl.maximum(tl.cdiv(tl.cdiv(length, TILE), PARTS), 1) * TILE)
     is_used_C = (parts_C < used) & (used > 1)
-    lse_C = tl.where(is_used_C, lse_C, NOTHING)
+    lse_C = tl.where(is_used_C, lse_C, MASKED)
     weight_C = tl.exp2(lse_C - tl.max(lse_C, axis=0))
     out_CK = tl.where(is_used_C[:, None], out_CK, 0.0)
     out_K = tl.sum(out_CK * weight_C[:, None], axis=0) / tl.sum(weight_C, axis=0)
@@ -200,7 +211,7 @@ def decode(
     values_NBGK: Tensor,
     tables_SM: Tensor,
     lengths_S: Tensor,
-    heads: Heads,
+    heads: HeadGroups,
     out_SHK: Tensor,
     *,
     parts: int,
@@ -213,11 +224,11 @@ def decode(
     tile = tile or decode_tile(q_SHK.shape[2], keys_NBGK.dtype, parts)
     _launch(
         q_SHK, keys_NBGK, values_NBGK, tables_SM, lengths_S, heads, out_SHK, lengths_S, lengths_S,
-        num_sequences=q_SHK.shape[0], tokens=1, rows=padded(heads.largest_group), parts=parts, tile=tile,
+        num_sequences=q_SHK.shape[0], tokens=1, rows=padded_size(heads.largest_group), parts=parts, tile=tile,
     )  # fmt: skip
 
 
-def decode_few(
+def decode_multi_token(
     q_THK: Tensor,
     keys_NBGK: Tensor,
     values_NBGK: Tensor,
@@ -225,18 +236,18 @@ def decode_few(
     lengths_S: Tensor,
     sequence_F: Tensor,
     query_starts: Tensor,
-    heads: Heads,
+    heads: HeadGroups,
     out_THK: Tensor,
     *,
     parts: int,
     tile: DecodeTile | None = None,
 ) -> None:
-    """The same of the new tokens, at most `few_tokens` each, of the sequences ``sequence_F`` (int32): the last of their contexts, and a
-    token sees none behind it. ``query_starts`` (int32, S + 1) are offsets into T."""
+    """As `decode`, for sequences ``sequence_F`` (int32) with at most `max_multi_tokens` new tokens each, the last ones of their contexts,
+    with causal masking. ``query_starts`` (int32, S + 1) are offsets into T."""
     _launch(
         q_THK, keys_NBGK, values_NBGK, tables_SM, lengths_S, heads, out_THK, sequence_F, query_starts,
-        num_sequences=sequence_F.shape[0], tokens=few_tokens(heads), rows=FEW_ROWS, parts=parts,
-        tile=tile or few_tile(q_THK.shape[2], keys_NBGK.dtype),
+        num_sequences=sequence_F.shape[0], tokens=max_multi_tokens(heads), rows=FEW_ROWS, parts=parts,
+        tile=tile or multi_token_tile(q_THK.shape[2], keys_NBGK.dtype),
     )  # fmt: skip
 
 
@@ -244,12 +255,12 @@ FEW_ROWS = 64
 """Of a program for few new tokens: as many as Hopper's matrix units multiply at least."""
 
 
-def few_tokens(heads: Heads) -> int:
-    """New tokens of a sequence that `decode_few` takes at most; of 1 none are few."""
-    return min(FEW_ROWS // heads.largest_group, MOST_FEW_TOKENS)
+def max_multi_tokens(heads: HeadGroups) -> int:
+    """New tokens of a sequence that `decode_multi_token` takes at most; of 1 none are few."""
+    return min(FEW_ROWS // heads.largest_group, MULTI_TOKEN_LIMIT)
 
 
-MOST_FEW_TOKENS = 16
+MULTI_TOKEN_LIMIT = 16
 
 
 def _launch(
@@ -258,7 +269,7 @@ def _launch(
     values_NBGK: Tensor,
     tables_SM: Tensor,
     lengths_S: Tensor,
-    heads: Heads,
+    heads: HeadGroups,
     out_THK: Tensor,
     sequences: Tensor,
     query_starts: Tensor,
@@ -277,13 +288,13 @@ def _launch(
     if parts > 1:
         part_out = q_THK.new_empty((num_sequences * tokens, num_heads, parts, head_dim), dtype=torch.float32)
         part_lse = q_THK.new_empty((num_sequences * tokens, num_heads, parts), dtype=torch.float32)
-    padded_dim = 2 * padded(head_dim // 2) if in_pairs else padded(head_dim)
-    begins = early(num_sequences * tokens, q_THK)
+    padded_dim = 2 * padded_size(head_dim // 2) if in_pairs else padded_size(head_dim)
+    begins = pdl_options(num_sequences * tokens, q_THK)
     _decode_kernel[(num_sequences, keys_NBGK.shape[2], parts)](
         q_THK, keys_NBGK, values_NBGK, out_THK, part_out, part_lse, tables_SM, lengths_S, heads.first_G, heads.count_G,
         sequences, query_starts, head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_THK.stride(0), *keys_NBGK.stride()[:3], num_heads, parts,
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PADDED_ROWS=rows,
-        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_THK.dtype),
+        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=dot_precision(q_THK.dtype),
         IN_PAIRS=in_pairs, IN_ASSEMBLY=q_THK.is_cuda, TOKENS=tokens, num_warps=tile.num_warps, num_stages=tile.num_stages, **begins,
     )  # fmt: skip
     if parts > 1:
@@ -309,7 +320,7 @@ def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int, shared_bytes: 
     return DecodeTile(positions=64, num_warps=4, num_stages=3)
 
 
-def few_tile(head_dim: int, kv_dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> DecodeTile:
+def multi_token_tile(head_dim: int, kv_dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> DecodeTile:
     """Where programs have rows for several tokens; not measured."""
     num_bytes = head_dim * kv_dtype.itemsize
     if num_bytes > 256:

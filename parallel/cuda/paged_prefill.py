@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.paged import HOPPER_SHARED_BYTES, LOG2_E, NOTHING, Heads, as_float16, look_up, padded, places, precision, weigh
+from parallel.cuda.paged_attention import (
+    HOPPER_SHARED_BYTES,
+    LOG2_E,
+    MASKED,
+    HeadGroups,
+    dot_precision,
+    kv_offsets,
+    load_blocks,
+    online_softmax,
+    padded_size,
+    scaled_to_float16,
+)
 from parallel.cuda.quick_launch import quick
 from parallel.quantisation import FP8
 
@@ -23,18 +34,18 @@ def _attend_span(
 ):  # fmt: skip
     """R rows see the positions from start to stop, each those up to its last and the first in any case; all of them where IS_WHOLE."""
     mask_K = dims_K < HEAD_DIM
-    block_L = look_up(table, start, stop, TILE, BLOCK_TOKENS)
+    block_L = load_blocks(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
-        place_L = places(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
+        place_L = kv_offsets(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
         keys_LK = tl.load(keys + place_L[:, None] + dims_K[None, :], mask=mask_K[None, :]).to(q_RK.dtype)
         values_LK = tl.load(values + place_L[:, None] + dims_K[None, :], mask=mask_K[None, :]).to(q_RK.dtype)
         scores_RL = tl.dot(q_RK, tl.trans(keys_LK), input_precision=PRECISION)
         if not IS_WHOLE:
-            scores_RL = tl.where((tile + tl.arange(0, TILE))[None, :] <= last_seen_R[:, None], scores_RL, NOTHING)
-        highest_R, weights_RL, fade_R = weigh(scores_RL, highest_R, scale_log2)
+            scores_RL = tl.where((tile + tl.arange(0, TILE))[None, :] <= last_seen_R[:, None], scores_RL, MASKED)
+        highest_R, weights_RL, fade_R = online_softmax(scores_RL, highest_R, scale_log2)
         sum_R = sum_R * fade_R + tl.sum(weights_RL, axis=1)
         out_RK = tl.dot(weights_RL.to(q_RK.dtype), values_LK, acc=out_RK * fade_R[:, None], input_precision=PRECISION)
-        block_L = look_up(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
+        block_L = load_blocks(table, tile + TILE, stop, TILE, BLOCK_TOKENS)
     return highest_R, sum_R, out_RK
 
 
@@ -66,14 +77,14 @@ def _prefill_kernel(
         q + token_place_R[:, None] * q_token_stride + (first + head_R)[:, None] * HEAD_DIM + dims_K[None, :], mask=mask_RK, other=0.0
     )
     if IN_FLOAT16:
-        q_RK, scale_log2 = as_float16(q_RK), scale_log2 * 16.0
+        q_RK, scale_log2 = scaled_to_float16(q_RK), scale_log2 * 16.0
     before = length - num_new
     last_seen_R = before + token_R if CAUSAL else tl.full([ROWS], 0, tl.int32) + (length - 1)
     stop = before + first_token + tokens_here if CAUSAL else length
     table = tables + sequence.to(tl.int64) * table_stride
     keys += kv_head * head_stride
     values += kv_head * head_stride
-    highest_R = tl.full([ROWS], NOTHING, tl.float32)
+    highest_R = tl.full([ROWS], MASKED, tl.float32)
     sum_R = tl.zeros([ROWS], tl.float32)
     out_RK = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     seen_by_all = (before + first_token + 1 if CAUSAL else length) // TILE * TILE
@@ -119,7 +130,7 @@ def prefill(
     lengths_S: Tensor,
     query_starts: Tensor,
     tiles: PrefillTiles,
-    heads: Heads,
+    heads: HeadGroups,
     out_THK: Tensor,
     *,
     is_causal: bool = True,
@@ -134,8 +145,8 @@ def prefill(
     _prefill_kernel[(tiles.sequence_X.shape[0], keys_NBGK.shape[2])](
         q_THK, keys_NBGK, values_NBGK, out_THK, tables_SM, lengths_S, query_starts, tiles.sequence_X, tiles.token_X,
         heads.first_G, heads.count_G, head_dim**-0.5 * LOG2_E, tables_SM.stride(0), q_THK.stride(0), *keys_NBGK.stride()[:3], num_heads,
-        HEAD_DIM=head_dim, PADDED_DIM=padded(head_dim), TOKENS=tile.rows // heads.largest_group, ROWS=tile.rows,
-        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=precision(q_THK.dtype), CAUSAL=is_causal,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_size(head_dim), TOKENS=tile.rows // heads.largest_group, ROWS=tile.rows,
+        BLOCK_TOKENS=keys_NBGK.shape[1], TILE=tile.positions, PRECISION=dot_precision(q_THK.dtype), CAUSAL=is_causal,
         IN_FLOAT16=keys_NBGK.dtype == FP8 and q_THK.dtype != torch.float32, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

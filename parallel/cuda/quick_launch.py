@@ -4,7 +4,7 @@ Put ``@quick`` above ``@triton.jit``; launches are written as ever. The first la
 kept under a key: the device, options and constants, and of every other argument at least as much as Triton's compiler may look at. The
 next launch with an equal key goes to Triton's launcher in C at once. Where anything else is wanted (hooks of a profiler, a callable
 grid, memory of the kernel's own, descriptors, debugging, another Triton than those below), Triton launches as ever. Under its
-interpreter ``@quick`` does nothing. Nor does it before `allow`: of these launches two kinds have run on a device yet, and no whole model.
+interpreter ``@quick`` does nothing. Nor does it before `enable`: of these launches two kinds have run on a device yet, and no whole model.
 
 What is not asked again: whether a tensor is on the device (Triton says so at the first launch), and whether globals of the
 kernel's module are what they were (they are constants here).
@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 log = logging.getLogger(__name__)
 
-MOST_KEPT = 4096
+MAX_KEPT = 4096
 """Launches of a kernel that are known, before all are forgotten: a size that is always another must not fill memory."""
 LOW, HIGH = -(2**31), 2**31 - 1
 """Of an int32: what goes beyond it is an int64 to a kernel."""
@@ -41,13 +41,13 @@ LAUNCHES = {
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
-_is_allowed = False
+_is_enabled = False
 
 
-def allow(is_allowed: bool) -> None:
+def enable(is_enabled: bool) -> None:
     """Whether this process's launches are quick from now on (`RunnerConfig.quick_launches`)."""
-    global _is_allowed
-    _is_allowed = is_allowed
+    global _is_enabled
+    _is_enabled = is_enabled
 
 
 class QuickKernel(JITFunction):  # type: ignore[misc]
@@ -71,7 +71,7 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
         """Of the arguments that are no constants: tensor, int or float."""
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return partial(self._launch, grid) if _is_allowed else super().__getitem__(grid)
+        return partial(self._launch, grid) if _is_enabled else super().__getitem__(grid)
 
     def _launch_first(self, grid: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the function for arguments of these types, and go through it."""
@@ -84,7 +84,7 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
         self._launch = _written(self, self._kinds)
         return self._launch(grid, *args, **kwargs)
 
-    def launch_slowly(self, grid: Any, args: tuple[Any, ...], options: dict[str, Any], key_of: Callable[..., tuple[Any, ...]]) -> None:
+    def launch_by_triton(self, grid: Any, args: tuple[Any, ...], options: dict[str, Any], to_key: Callable[..., tuple[Any, ...]]) -> None:
         """Triton's own launch, which is kept where it can be."""
         given = {name: value for name, value in options.items() if value is not UNSET}
         kernel = self.run(*args, grid=grid, warmup=False, **given)
@@ -99,9 +99,9 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
         of_arguments = (run.arg_annotations, run.kernel_signature) if VERSION == "3.7" else (None, None)
         kept = (run.launch, kernel.function, run.launch_cooperative_grid, run.launch_pdl, kernel.packed_metadata, *of_arguments)
         try:
-            if len(self._launches) >= MOST_KEPT:
+            if len(self._launches) >= MAX_KEPT:
                 self._launches.clear()
-            self._launches[key_of(*args, **{name: options[name] for name in OPTIONS})] = kept
+            self._launches[to_key(*args, **{name: options[name] for name in OPTIONS})] = kept
         except TypeError:  # a constant that has no hash
             return
 
@@ -172,7 +172,7 @@ def _quickly(_grid, {parameters}, {options}, **_others):
     active, runtime = driver.active, knobs.runtime
     get_device = active.get_current_device
     space: dict[str, Any] = {
-        "_slowly": kernel.launch_slowly,
+        "_slowly": kernel.launch_by_triton,
         "_kept": kernel._launches,
         "_hooks": kernel.pre_run_hooks,
         "_runtime": runtime,

@@ -15,7 +15,7 @@ from parallel.cuda.sizes import cdiv, next_power_of_2
 
 @quick
 @triton.jit
-def _choose_kernel(
+def _select_experts_kernel(
     logits, ids, weights, num_experts, PER_TOKEN: tl.constexpr, RENORMALISE: tl.constexpr, PADDED: tl.constexpr, PLACES: tl.constexpr
 ):  # fmt: skip
     """One token: a softmax over all experts, and the likeliest of them one after the other; of equals that with the lower number."""
@@ -66,7 +66,7 @@ class CudaRouting:
         ids_TA = torch.empty((num_tokens, per_token), dtype=torch.int64, device=logits_TE.device)
         weights_TA = logits_TE.new_empty((num_tokens, per_token))
         if num_tokens:
-            _choose_kernel[(num_tokens,)](
+            _select_experts_kernel[(num_tokens,)](
                 logits_TE.contiguous(), ids_TA, weights_TA, num_experts, PER_TOKEN=per_token, RENORMALISE=renormalise,
                 PADDED=next_power_of_2(num_experts), PLACES=next_power_of_2(per_token), num_warps=1,
             )  # fmt: skip

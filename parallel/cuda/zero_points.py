@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-ZEROS_GROUP = tl.constexpr(128)
+ZERO_POINT_GROUP = tl.constexpr(128)
 """Input features that share a scale and a zero; see `parallel.scale_groups.GROUP`."""
 
 
 @triton.jit
-def scale_of(words):
+def group_scale(words):
     return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def zero_of(words):
+def group_zero(words):
     return words >> 16

@@ -1,4 +1,4 @@
-"""Matrices packed as the kernels read them, and the product with them. T rows, K input features, N outputs.
+"""ExpertMatrices packed as the kernels read them, and the product with them. T rows, K input features, N outputs.
 
 Outputs lie in panels of ``2 * lanes``, the last one filled up with zeros; see csrc/linear.h for the order within.
 """

@@ -181,15 +181,15 @@ def test_a_model_that_was_served_is_gone_before_the_next_one_comes(caplog: pytes
 
 
 def _turns_the_other_way(heads: Tensor, cos: Tensor, sin: Tensor, *rest: object) -> Tensor:
-    from parallel.cuda.elementwise import rotate_and_write
+    from parallel.cuda.elementwise import rope_and_write_kv
 
-    return rotate_and_write(heads, cos, -sin, *rest)  # type: ignore[arg-type]
+    return rope_and_write_kv(heads, cos, -sin, *rest)  # type: ignore[arg-type]
 
 
 def _writes_nothing(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, *rest: object) -> Tensor:
-    from parallel.cuda.elementwise import rotate_and_write
+    from parallel.cuda.elementwise import rope_and_write_kv
 
-    return rotate_and_write(heads, cos, sin, torch.full_like(slots, -1), *rest)  # type: ignore[arg-type]
+    return rope_and_write_kv(heads, cos, sin, torch.full_like(slots, -1), *rest)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("broken", [_turns_the_other_way, _writes_nothing])
@@ -202,7 +202,7 @@ def test_what_the_kernel_turns_and_writes_is_judged(broken: Callable[..., Tensor
     checks = Checks(Results(None, 1.0), torch.device("cpu"), GUESSED, TINY)
     attend(checks, [(4, 1), (17, 1)], (4, 2, 16), torch.float32)
     assert not checks.wrong
-    monkeypatch.setattr("model.attention.cuda.rotate_and_write", broken)
+    monkeypatch.setattr("model.attention.cuda.rope_and_write_kv", broken)
     monkeypatch.setitem(CHECKS, "decode", (1.0, lambda checks: attend(checks, [(4, 1), (17, 1)], (4, 2, 16), torch.float32)))
     with pytest.raises(AssertionError, match=r"keys is wrong.*; .*contexts at 1 behind"):  # all that is wrong, and not the first alone
         run("decode", checks)

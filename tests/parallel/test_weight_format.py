@@ -1,4 +1,4 @@
-"""Matrices that pass in pieces, by rows and by columns, and lie where they would lie if they had come at once."""
+"""ExpertMatrices that pass in pieces, by rows and by columns, and lie where they would lie if they had come at once."""
 
 from itertools import pairwise
 
@@ -91,10 +91,10 @@ def test_a_plain_matrix_is_not_taken_piece_by_piece() -> None:
 def test_ranks_that_must_agree_do_not_multiply_as_each_has_measured(is_same_everywhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor] = []
 
-    def has_few_rows(x: Tensor) -> bool:
+    def uses_gemv(x: Tensor) -> bool:
         asked.append(x)
         return False
 
-    monkeypatch.setattr(weight_format, "has_few_rows", has_few_rows)
+    monkeypatch.setattr(weight_format, "uses_gemv", uses_gemv)
     Dense(torch.float32, is_same_everywhere).multiply(torch.ones(1, 3), {"weight": torch.ones(2, 3)}, None)
     assert bool(asked) is not is_same_everywhere

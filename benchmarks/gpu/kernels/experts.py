@@ -20,7 +20,7 @@ def experts(checks: Checks) -> None:
 
 def _experts_of(checks: Checks, kind: Kind | None) -> None:
     """Plain ones, or rounded."""
-    from parallel.cuda.grouped import GroupedExperts
+    from parallel.cuda.grouped_experts import GroupedExperts
 
     num_experts, chosen, inner = checks.sizes.experts
     width, prefix = checks.sizes.width, f"{kind} " if kind else ""

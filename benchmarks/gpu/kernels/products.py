@@ -14,7 +14,7 @@ ROTATED_BYTES = 256 << 20
 
 
 def rounded(checks: Checks) -> None:
-    from parallel.cuda.scaled import multiply
+    from parallel.cuda.quantised_matmul import multiply
 
     kinds: tuple[Kind, ...] = ("int8", "int4", "int4_zeros", "fp8") if checks.device.type == "cuda" else ("int8", "int4")
     for kind in kinds:  # (Triton's interpreter loses a carry in FP8)
@@ -31,7 +31,7 @@ def rounded(checks: Checks) -> None:
 
 def _in_turn(checks: Checks, x: Tensor, tensors: dict[str, Tensor]) -> tuple[Callable[[], object], int]:
     """Products with so many copies of a matrix that none stays in the cache, and all bytes of them."""
-    from parallel.cuda.scaled import multiply
+    from parallel.cuda.quantised_matmul import multiply
 
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     most = ROTATED_BYTES if checks.device.type == "cuda" else num_bytes

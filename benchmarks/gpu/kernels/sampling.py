@@ -57,7 +57,7 @@ def sampling(checks: Checks) -> None:
 
 def undecided(checks: Checks) -> None:
     """Rows drawn where they lie against the CPU's sorting, and how long they keep a device."""
-    from parallel.cuda.whole_rows import draw_undecided
+    from parallel.cuda.sampling_full_vocab import draw_full_vocab
 
     count, width = checks.sizes.undecided, checks.sizes.vocab_size
     logits, uniform_R = torch.randn(count, width) * 3, torch.rand(count, dtype=torch.float64)
@@ -71,13 +71,13 @@ def undecided(checks: Checks) -> None:
         x.contiguous().to(checks.device)
         for x in (none.clone(), logits, numbers[0], params.top_k_R, numbers[2], numbers[3], uniform_R, none)
     ]
-    draw_undecided(*given)
+    draw_full_vocab(*given)
     different = int((given[0].cpu() != wanted).sum())
     checks.results.add("kernels", f"undecided rows that differ from the CPU's, of {count}", float(different), "rows")
     checks.expect(not different, f"{different} of {count} undecided rows differ")
     for name, decided in (("undecided", 0), ("decided", 1)):
         given[-1] = none.to(checks.device) + decided
-        seconds = median_s(lambda: draw_undecided(*given), checks.device, repeats=3)
+        seconds = median_s(lambda: draw_full_vocab(*given), checks.device, repeats=3)
         checks.results.add("kernels", f"{count} rows, {name}", seconds * 1000, "ms")
 
 
@@ -109,7 +109,7 @@ def edits(checks: Checks) -> None:
 
 def _time_drawing(checks: Checks, name: str, params: SamplingParams, count: int) -> None:
     """Of a captured step, with logits as flat as no model's."""
-    from parallel.cuda.draws import draw
+    from parallel.cuda.sampling import draw
 
     checks.results.go_on()
     columns = SamplingColumns()

@@ -80,7 +80,9 @@ class EditTable:
         Rows without an entry count nothing.
         """
         if tokens_R.device.type == "cuda" and has_triton():
-            from parallel.cuda.edits import learn as in_one_launch  # imports triton, which exists only where there is a CUDA device
+            from parallel.cuda.logits_processing import (
+                count_tokens as in_one_launch,  # imports triton, which exists only where there is a CUDA device
+            )
 
             in_one_launch(entries_R, tokens_R, starts_R, self._counts_NV, self._known_N)
         else:
@@ -107,10 +109,12 @@ class EditTable:
 
         ``stops_now_R`` is positive where stop ids may not be sampled yet. ``word_rows_R`` says which row of the words (a bit for each
         id, lowest first) restricts a row's ids; negative: none. All are int64 except the words, which are int32. ``raw_highest_RN``: see
-        `parallel.cuda.edits`; only used with the kernels.
+        `parallel.cuda.logits_processing`; only used with the kernels.
         """
         if logits_RV.device.type == "cuda" and has_triton():
-            from parallel.cuda.edits import edited as in_two_launches  # imports triton, which exists only where there is a CUDA device
+            from parallel.cuda.logits_processing import (
+                process_logits as in_two_launches,  # imports triton, which exists only where there is a CUDA device
+            )
 
             if word_rows_R is None or words_GW is None:
                 word_rows_R, words_GW = torch.full_like(entries_R, -1), logits_RV.new_zeros((1, 1), dtype=torch.int32)

@@ -8,9 +8,9 @@ from parallel.quantised_format import has_triton
 
 
 def sampling_kernels_for(logits_RV: Tensor) -> ModuleType | None:
-    """`parallel.cuda.draws` if it can be used here, else None."""
+    """`parallel.cuda.sampling` if it can be used here, else None."""
     if logits_RV.device.type != "cuda" or not has_triton():
         return None
-    from parallel.cuda import draws  # imports triton, which exists only where there is a CUDA device
+    from parallel.cuda import sampling  # imports triton, which exists only where there is a CUDA device
 
-    return draws
+    return sampling

@@ -8,9 +8,9 @@ R rows, V ids that can be sampled, C candidates, N segments.
 import torch
 from torch import Tensor
 
+from parallel.native.elementwise import candidates as candidates_by
+from parallel.native.elementwise import highest as highest_by
 from parallel.native.library import Native, native
-from parallel.native.small import candidates as candidates_by
-from parallel.native.small import highest as highest_by
 
 _SEGMENT = 64
 """Ids per segment for few candidates."""

@@ -23,19 +23,19 @@ CONFIG = engine_config(max_step_tokens=48, max_running=16)
 
 def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from parallel.cuda import few_rows, scaled, tiles
-    from parallel.cuda.scaled import multiply
+    from parallel.cuda import autotune, gemv, quantised_matmul
+    from parallel.cuda.quantised_matmul import multiply
 
     formats = Formats(QuantisedFormat("int8", torch.float32), QuantisedFormat("int8", torch.float32))
     monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: formats)
     monkeypatch.setattr("parallel.quantised_format.multiply_reference", multiply)
-    found = tiles.Tiles(None)
-    monkeypatch.setattr(tiles, "tiles_of", lambda _device: found)
-    for module in (few_rows, scaled):
-        monkeypatch.setattr(module, "tiles_of", lambda _device: found)
-    for rows in few_rows.FEWEST_ROWS:
-        monkeypatch.setitem(few_rows.CANDIDATES, rows, (tiles.Tile(rows, 64, 1, 1),))  # the interpreter counts programs
-    monkeypatch.setattr(tiles, "seconds_of", lambda _run: 1.0 / len(found._found or "1"))
+    found = autotune.Autotuner(None)
+    monkeypatch.setattr(autotune, "autotuner_for", lambda _device: found)
+    for module in (gemv, quantised_matmul):
+        monkeypatch.setattr(module, "autotuner_for", lambda _device: found)
+    for rows in gemv.GEMV_ROWS:
+        monkeypatch.setitem(gemv.CANDIDATES, rows, (autotune.Tile(rows, 64, 1, 1),))  # the interpreter counts programs
+    monkeypatch.setattr(autotune, "launch_seconds", lambda _run: 1.0 / len(found._found or "1"))
     executor = open_executor(dense_folder, max_step_tokens=48)
     requests = [Request(id="r", prompt=PROMPTS[3], sampling=SamplingParams(temperature=0.0, max_tokens=3))]
     before = answer(serve(engine_over(executor, CONFIG), requests)["r", 0])
@@ -71,10 +71,10 @@ def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, m
 @pytest.mark.parametrize("early_launches", [True, False])
 def test_launches_begin_early_where_the_setting_says_so(early_launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from parallel.cuda import early
+    from parallel.cuda import dependent_launch
 
     said: list[bool] = []
-    monkeypatch.setattr(early, "allow", said.append)
+    monkeypatch.setattr(dependent_launch, "enable", said.append)
     monkeypatch.setattr("engine.run.start.measure_capacity", lambda *_args, **_options: pytest.fail("said too late"))
     model = SimpleNamespace(groups=single_rank_groups(), device=torch.device("cuda", 0))
     with pytest.raises(pytest.fail.Exception, match="said too late"):

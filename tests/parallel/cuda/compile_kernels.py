@@ -4,7 +4,7 @@ CAPABILITY is 90 (Hopper) if nothing is said, or that of another: 75 (Turing, in
 device does not multiply is left out: FP8 before Ada.
 
 Prints a line per kernel: name, bytes of its binary, shared memory it takes, in how many places it loads one byte, and in how many it reads
-or writes before it has waited for the last launch (see `parallel.cuda.early`).
+or writes before it has waited for the last launch (see `parallel.cuda.dependent_launch`).
 """
 
 import re
@@ -19,32 +19,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from parallel.cuda import (
-    by_expert,
-    draws,
-    edits,
+    autotune,
+    decode_inputs,
     elementwise,
-    enter,
-    experts,
-    few_rows,
-    keys,
+    expert_sort,
+    gemv,
+    grouped_gemm,
+    logit_keys,
+    logits_processing,
+    matmul,
     noise,
-    nuclei,
-    paged,
+    paged_attention,
     paged_decode,
     paged_prefill,
-    products,
+    quantised_matmul,
     routing,
+    sampling,
+    sampling_full_vocab,
+    sampling_top_p,
     scale_search,
-    scaled,
-    swapped,
-    tiles,
-    whole_rows,
+    swap_ab,
 )
 from parallel.quantisation import FP8, FP8_MAX
 
 CAPABILITY = next((int(word) for word in sys.argv[1:] if word.isdigit()), 90)
 TARGET = GPUTarget("cuda", CAPABILITY, 32)
-HAS_BFLOAT16, HAS_FP8, IS_EARLY = CAPABILITY >= 80, CAPABILITY >= 89, CAPABILITY >= 90
+HAS_BFLOAT16, HAS_FP8, HAS_PDL = CAPABILITY >= 80, CAPABILITY >= 89, CAPABILITY >= 90
 SHARED_BYTES = 1024 * {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[CAPABILITY]
 """That a program may have (CUDA programming guide, "compute capabilities")."""
 CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}
@@ -57,7 +57,7 @@ PARTS = {"part_out": "*fp32", "part_lse": "*fp32"}
 DECODE_TILE = paged_decode.decode_tile(128, torch.bfloat16, 64, SHARED_BYTES)
 FP8_DECODE_TILE = paged_decode.decode_tile(128, FP8, 64, SHARED_BYTES)
 DECODE = {"PADDED_ROWS": 16, "IN_ASSEMBLY": True, "TOKENS": 1}
-FEW_TILE = paged_decode.few_tile(128, torch.bfloat16, SHARED_BYTES)
+FEW_TILE = paged_decode.multi_token_tile(128, torch.bfloat16, SHARED_BYTES)
 FEW = {"PADDED_ROWS": paged_decode.FEW_ROWS, "IN_ASSEMBLY": True, "TOKENS": paged_decode.FEW_ROWS // 7, "TILE": FEW_TILE.positions}
 DECODE_OPTIONS = {"num_warps": DECODE_TILE.num_warps, "num_stages": DECODE_TILE.num_stages}
 PREFILL_TILE = paged_prefill.prefill_tile(128, torch.bfloat16, SHARED_BYTES)
@@ -65,11 +65,11 @@ PREFILL = {"TOKENS": PREFILL_TILE.rows // 7, "TILE": PREFILL_TILE.positions, "RO
 PREFILL_OPTIONS = {"num_warps": PREFILL_TILE.num_warps, "num_stages": PREFILL_TILE.num_stages}
 NUMBERS = {"int8": "*i8", "int4": "*u8", "int4_zeros": "*u8", "fp8": "*fp8e4nv"}
 SCALES = {"int8": "*fp16", "int4": "*fp16", "int4_zeros": "*i32", "fp8": "*fp32"}
-ROUNDING = {"MOST": FP8_MAX, "BLOCK": scaled.FP8_BLOCK}
+ROUNDING = {"MOST": FP8_MAX, "BLOCK": quantised_matmul.FP8_BLOCK}
 
-PARTED = {"PARTS": 64, "PART": keys.PART}
+PARTED = {"PARTS": 64, "PART": logit_keys.PART}
 DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
-CUTTING = {"CUTS": nuclei.CUTS}
+CUTTING = {"CUTS": sampling_top_p.CUTS}
 DRAWING = (
     dict.fromkeys(("width", "readable", "row_stride", "num_parts", "num_rows", "number"), "i32")
     | dict.fromkeys(("highest_of_stretches", "highest_of_parts", "raw_highest_of_parts", "stretches", "ids_of", "keys_of"), "*i32")
@@ -84,11 +84,11 @@ IS_WIDE = ALL_TILES or CAPABILITY != 90
 """Whether attention is compiled for heads of 64 and in float32 as well."""
 
 
-def _sizes(tile: tiles.Tile) -> dict[str, Any]:
+def _sizes(tile: autotune.Tile) -> dict[str, Any]:
     return {"ROWS": tile.rows, "COLUMNS": tile.columns}
 
 
-def _wanted(*choices: Sequence[tiles.Tile]) -> list[tiles.Tile]:
+def _wanted(*choices: Sequence[autotune.Tile]) -> list[autotune.Tile]:
     return [tile for some in choices for tile in (some if ALL_TILES else some[:1])]
 
 
@@ -98,7 +98,7 @@ OTHER_ATTENTION = ((64, torch.bfloat16), (64, torch.float32), (128, torch.float3
 
 def _of_dtype(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, str], dict[str, Any]]:
     name = "*fp32" if dtype == torch.float32 else "*bf16"
-    sizes = SIZES | {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "PRECISION": paged.precision(dtype)}
+    sizes = SIZES | {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "PRECISION": paged_attention.precision(dtype)}
     return ATTENTION | dict.fromkeys(("q", "out", "keys", "values"), name), sizes
 
 
@@ -119,7 +119,7 @@ def _decoding(head_dim: int, dtype: torch.dtype, parts: int) -> Kernel:
 
 def _decoding_few(head_dim: int, dtype: torch.dtype) -> Kernel:
     types, sizes = _of_dtype(head_dim, dtype)
-    tile = paged_decode.few_tile(head_dim, dtype, SHARED_BYTES)
+    tile = paged_decode.multi_token_tile(head_dim, dtype, SHARED_BYTES)
     constants = FEW | {"IN_PAIRS": False, "TILE": tile.positions}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return paged_decode._decode_kernel, types | PARTS | SEQUENCES, sizes | constants, options
@@ -170,7 +170,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         for tokens in ((1, 9) if IS_WIDE else (1,))
     ),
     (
-        routing._choose_kernel,
+        routing._select_experts_kernel,
         {"logits": "*bf16", "ids": "*i64", "weights": "*bf16", "num_experts": "i32"},
         {"PER_TOKEN": 8, "RENORMALISE": False, "PADDED": 64, "PLACES": 8},
         {"num_warps": 1},
@@ -195,7 +195,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     ),
     *(
         (
-            elementwise._rotate_and_write_kernel,
+            elementwise._rope_and_write_kv_kernel,
             {"heads": "*bf16", "cos": "*bf16", "sin": "*bf16", "slots": "*i64", "q_out": "*bf16", "keys": kv, "values": kv}
             | dict.fromkeys(("row_stride", "num_heads", "num_kv_heads", "token_stride", "head_stride"), "i32"),
             {"HALF": 64, "PADDED_HALF": 64, "KV_IN_FP8": kv != "*bf16", "MOST": FP8_MAX},
@@ -210,16 +210,16 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         {"num_warps": 4},
     ),
     (
-        enter._enter_kernel,
+        decode_inputs._decode_inputs_kernel,
         dict.fromkeys(("given", "sampled", "tokens", "slots"), "*i64")
         | dict.fromkeys(("lengths", "tables"), "*i32")
         | dict.fromkeys(("num_rows", "given_stride", "table_stride"), "i32"),
-        {"BLOCK_TOKENS": 16, "BLOCK": enter.BLOCK},
+        {"BLOCK_TOKENS": 16, "BLOCK": decode_inputs.BLOCK},
         {"num_warps": 4},
     ),
     *(
         (
-            whole_rows._draw_kernel,
+            sampling_full_vocab._draw_kernel,
             {
                 "logits": logits,
                 "top_ks": "*i64",
@@ -230,7 +230,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
                 "row_stride": "i32",
             }
             | dict.fromkeys(("temperatures", "top_ps", "min_ps", "uniforms"), "*fp64"),
-            {"BLOCK": whole_rows.BLOCK, "SHIFT": keys.shift_of(DTYPES[logits])},
+            {"BLOCK": sampling_full_vocab.BLOCK, "SHIFT": logit_keys.key_shift(DTYPES[logits])},
             {"num_warps": 8, "enable_fp_fusion": False},
         )
         for logits in ("*bf16", "*fp32")
@@ -239,20 +239,20 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         (kernel, DRAWING | {"logits": logits}, PARTED | constants, {"num_warps": 8, "enable_fp_fusion": False})
         for logits in ("*bf16", "*fp32")
         for kernel, constants in (
-            (draws._stretches_kernel, {"STRETCH": draws.STRETCH}),
-            (draws._weights_kernel, {}),
-            *((draws._rows_kernel, draws.SIZES | {"MOST": most, "STRETCHES": 2048}) for most in (0, 1, 3)),
-            *((kernel, CUTTING | {"SHIFT": keys.shift_of(DTYPES[logits])}) for kernel in nuclei.KERNELS),
+            (sampling._stretches_kernel, {"STRETCH": sampling.STRETCH}),
+            (sampling._weights_kernel, {}),
+            *((sampling._rows_kernel, sampling.SIZES | {"MOST": most, "STRETCHES": 2048}) for most in (0, 1, 3)),
+            *((kernel, CUTTING | {"SHIFT": logit_keys.key_shift(DTYPES[logits])}) for kernel in sampling_top_p.KERNELS),
         )
     ),
     (
-        edits._learn_kernel,
+        logits_processing._count_tokens_kernel,
         dict.fromkeys(("entries", "tokens", "starts", "known"), "*i64") | {"counts": "*i32", "num_rows": "i32", "width": "i32"},
-        {"ROWS": edits.ROWS},
+        {"ROWS": logits_processing.ROWS},
         {"num_warps": 4},
     ),
     (
-        edits._edit_kernel,
+        logits_processing._process_logits_kernel,
         {
             "logits": "*bf16",
             "out": "*fp32",
@@ -264,11 +264,11 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         }
         | {"num_stop_ids": "*i64", "stops_now": "*i64", "words": "*i32", "word_rows": "*i64"}
         | dict.fromkeys(("width", "readable", "row_stride", "out_stride", "num_words", "most_stop_ids"), "i32"),
-        {"BLOCK": keys.PART},
+        {"BLOCK": logit_keys.PART},
         {"num_warps": 8, "enable_fp_fusion": False},
     ),
     (
-        edits._bias_kernel,
+        logits_processing._bias_kernel,
         {
             "out": "*fp32",
             "entries": "*i64",
@@ -278,10 +278,15 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             "out_stride": "i32",
             "most_biases": "i32",
         },
-        {"BLOCK": edits.BIASES},
+        {"BLOCK": logits_processing.BIASES},
         {"num_warps": 1},
     ),
-    (scaled._round_kernel, {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"}, ROUNDING, {"num_warps": 32}),
+    (
+        quantised_matmul._quantise_fp8_kernel,
+        {"x": "*bf16", "numbers": "*fp8e4nv", "scales": "*fp32", "width": "i32"},
+        ROUNDING,
+        {"num_warps": 32},
+    ),
     (
         scale_search._choose_scales_kernel,
         {"weights": "*fp32", "numbers": "*i8", "scales": "*fp16", "num_groups": "i32"},
@@ -290,25 +295,25 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
     ),
     *(
         (
-            scaled._linear_kernel,
+            quantised_matmul._matmul_kernel,
             {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "numbers": NUMBERS[kind], "scales": SCALES[kind], "x_scales": "*fp32"}
             | {"bias": "*bf16", "out": "*bf16"}
-            | dict.fromkeys(("num_rows", "in_size", "filled_size", "out_size", "has_bias"), "i32"),
+            | dict.fromkeys(("num_rows", "in_size", "padded_in_size", "out_size", "has_bias"), "i32"),
             {
                 "KIND": kind,
                 "ROWS": tile.rows,
                 "COLUMNS": tile.columns,
-                "DEPTH": products.DEPTH[kind],
+                "DEPTH": matmul.DEPTH[kind],
                 "PRECISION": "tf32",
             },
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
         for kind in NUMBERS
-        for tile in dict.fromkeys((*tiles.BESIDE.values(), tiles.WITHOUT_LIBRARY))
+        for tile in dict.fromkeys((*autotune.FALLBACK_TILES.values(), autotune.WITHOUT_LIBRARY))
     ),
     *(
         (
-            swapped.swapped_kernel,
+            swap_ab.swap_ab_kernel,
             {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "numbers": NUMBERS[kind] if kind == "fp8" else "*i16", "scales": SCALES[kind]}
             | {"x_scales": "*fp32", "bias": "*bf16", "out": "*bf16" if tile.parts == 1 else "*fp32"}
             | dict.fromkeys(("num_rows", "in_size", "row_size", "num_groups", "out_size", "has_bias", "num_parts"), "i32"),
@@ -316,7 +321,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
                 "KIND": kind,
                 "ROWS": tile.rows,
                 "COLUMNS": tile.columns,
-                "DEPTH": swapped.SWAPPED_DEPTH,
+                "DEPTH": swap_ab.SWAP_AB_DEPTH,
                 "FAST": kind != "fp8",
                 "PRECISION": "tf32",
                 "WHOLE": tile.parts == 1,
@@ -324,66 +329,66 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
         for kind in NUMBERS
-        for most in tiles.STAGES[kind]
-        if CAPABILITY == 90 or most <= tiles.MOST_FINE  # with more rows nothing but cuBLAS is taken unmeasured
-        for tile in _wanted(tiles.swapped_for(kind, most)[:2])  # more parts are the same to a compiler
+        for most in autotune.STAGES[kind]
+        if CAPABILITY == 90 or most <= autotune.MAX_FINE  # with more rows nothing but cuBLAS is taken unmeasured
+        for tile in _wanted(autotune.swap_ab_tiles(kind, most)[:2])  # more parts are the same to a compiler
     ),
     (
-        swapped.sum_kernel,
+        swap_ab.split_k_sum_kernel,
         {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "num_rows": "i32", "out_size": "i32", "has_bias": "i32"},
-        {"PARTS": 4, "BLOCK": scaled.SUM_BLOCK},
+        {"PARTS": 4, "BLOCK": quantised_matmul.SUM_BLOCK},
         {"num_warps": 4},
     ),
     *(
         (
-            scaled._unpack_kernel,
+            quantised_matmul._dequantise_kernel,
             {"numbers": NUMBERS[kind], "scales": SCALES[kind], "out": "*bf16"}
             | dict.fromkeys(("first", "in_size", "row_size", "num_groups"), "i32"),
-            {"KIND": kind, "BLOCK": scaled.UNPACK_BLOCK},
+            {"KIND": kind, "BLOCK": quantised_matmul.UNPACK_BLOCK},
             {"num_warps": 4},
         )
         for kind in ("int8", "int4", "int4_zeros")
     ),
     *(
         (
-            experts._expert_kernel,
+            grouped_gemm._grouped_gemm_kernel,
             {"x": "*fp8e4nv" if kind == "fp8" else "*bf16", "x_scales": "*fp32", "numbers_of": "*i64", "scales_of": "*i64"}
             | {"out": "*bf16", "row_weights": "*bf16", "assignments": "*i32", "experts": "*i32"}
-            | dict.fromkeys(("num_assigned", "num_tiles", "rows_per_source", "in_size", "filled_size", "out_size"), "i32"),
+            | dict.fromkeys(("num_assigned", "num_tiles", "rows_per_source", "in_size", "padded_in_size", "out_size"), "i32"),
             {
                 "KIND": kind,
                 "WEIGHTED": True,
                 "ROWS": tile.rows,
                 "COLUMNS": tile.columns,
-                "DEPTH": products.DEPTH[kind],
+                "DEPTH": matmul.DEPTH[kind],
                 "PRECISION": "tf32",
             },
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
         for kind in ("plain", *NUMBERS)
-        for tile in _wanted(*experts.TILES.values())
+        for tile in _wanted(*grouped_gemm.TILES.values())
     ),
     *(
         (
-            few_rows._few_rows_kernel,
+            gemv._gemv_kernel,
             {"x": "*bf16", "numbers": NUMBERS.get(kind, "*bf16"), "scales": SCALES.get(kind, "*bf16"), "bias": "*bf16", "out": "*bf16"}
             | dict.fromkeys(("in_size", "stride", "out_size", "has_bias"), "i32"),
-            {"KIND": kind, "ROWS": tile.rows, "COLUMNS": tile.columns, "LANES": few_rows.lanes(tile)},
+            {"KIND": kind, "ROWS": tile.rows, "COLUMNS": tile.columns, "LANES": gemv.lanes(tile)},
             {"num_warps": tile.num_warps},
         )
         for kind in ("plain", "int8", "int4", "int4_zeros")
-        for tile in _wanted(*few_rows.CANDIDATES.values())
+        for tile in _wanted(*gemv.CANDIDATES.values())
     ),
     (
-        by_expert._sort_kernel,
+        expert_sort._sort_kernel,
         {"held_ids": "*i64", "assignments": "*i32", "experts": "*i32", "num_assigned": "i32", "num_tiles": "i32", "num_held": "i32"},
-        {"BINS": 128, "TILE_ROWS": 16, "BLOCK": by_expert.BLOCK},
+        {"BINS": 128, "TILE_ROWS": 16, "BLOCK": expert_sort.BLOCK},
         {"num_warps": 4},
     ),
     (
-        by_expert._sum_kernel,
+        expert_sort._combine_kernel,
         {"y": "*bf16", "held_ids": "*i64", "out": "*bf16", "width": "i32"},
-        {"PER_ROW": 8, "BLOCK": by_expert.BLOCK},
+        {"PER_ROW": 8, "BLOCK": expert_sort.BLOCK},
         {"num_warps": 4},
     ),
 ]
@@ -404,7 +409,7 @@ def main() -> int:
         if not HAS_FP8 and ("*fp8e4nv" in some_types.values() or some_constants.get("IN_PAIRS")):
             continue
         types = {name: kind if HAS_BFLOAT16 else kind.replace("bf16", "fp16") for name, kind in some_types.items()}
-        constants = some_constants | ({"EARLY": IS_EARLY} if "EARLY" in kernel.arg_names else {})
+        constants = some_constants | ({"PDL": HAS_PDL} if "PDL" in kernel.arg_names else {})
         constants |= {"FAST": constants["FAST"] and HAS_BFLOAT16} if "FAST" in constants else {}
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         missing = [name for name, kind in signature.items() if kind == "constexpr" and name not in constants]
@@ -419,7 +424,7 @@ def main() -> int:
         source = ASTSource(fn=kernel, signature=signature, constexprs=wanted, attrs=whole)
         compiled = triton.compile(source, target=TARGET, options=options)
         single = len(re.findall(r"ld\.global\S*\.b8\b", compiled.asm["ptx"]))
-        before, _, _ = compiled.asm["ptx"].partition("griddepcontrol.wait") if constants.get("EARLY") else ("", "", "")
+        before, _, _ = compiled.asm["ptx"].partition("griddepcontrol.wait") if constants.get("PDL") else ("", "", "")
         reads, writes = len(re.findall(r"\bld\.global", before)), len(re.findall(r"\b(?:st|atom|red)\.", before))
         print(
             f"{kernel.__name__} {len(compiled.asm['cubin'])} bytes, {compiled.metadata.shared} bytes shared, {single} of a byte, "

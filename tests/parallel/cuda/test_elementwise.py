@@ -55,7 +55,7 @@ def test_the_gate_multiplies_as_torch_does(shape: tuple[int, int], dtype: torch.
 def test_turned_heads_go_where_they_should(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from parallel.cuda.elementwise import rotate_and_write
+    from parallel.cuda.elementwise import rope_and_write_kv
 
     num_tokens = 5
     heads = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
@@ -63,7 +63,7 @@ def test_turned_heads_go_where_they_should(
     slots = torch.tensor([7, 0, 33, 16, 40], device=device)
     ours = [torch.zeros(3, 16, num_kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2)]
     theirs = [cache.clone() for cache in ours]
-    q = rotate_and_write(heads, rotation.cos_T1F, rotation.sin_T1F, slots, *ours, num_heads)
+    q = rope_and_write_kv(heads, rotation.cos_T1F, rotation.sin_T1F, slots, *ours, num_heads)
     turned, values = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     wanted_q, keys = rotation.apply(turned).split((num_heads, num_kv_heads), dim=1)
     write_kv(keys, values, *theirs, slots)
@@ -74,19 +74,19 @@ def test_turned_heads_go_where_they_should(
 
 
 def test_a_token_that_is_nobodys_is_written_nowhere(device: torch.device) -> None:
-    from parallel.cuda.elementwise import rotate_and_write
+    from parallel.cuda.elementwise import rope_and_write_kv
 
     cache = torch.zeros(2, 16, 1, 16, device=device)
     ones = torch.ones(2, 1, 8, device=device)
-    rotate_and_write(torch.ones(2, 3, 16, device=device), ones, ones, torch.tensor([-1, 20], device=device), cache, cache.clone(), 1)
+    rope_and_write_kv(torch.ones(2, 3, 16, device=device), ones, ones, torch.tensor([-1, 20], device=device), cache, cache.clone(), 1)
     assert cache.flatten(0, 1).any(dim=(1, 2)).nonzero().flatten().tolist() == [20]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_are_turned_where_they_lie_among_others(dtype: torch.dtype, device: torch.device) -> None:
-    from parallel.cuda.elementwise import rotate
+    from parallel.cuda.elementwise import apply_rope
 
     x = torch.randn(6, 8, 32, device=device).to(dtype)[:, 1:6]
     rotation = Rope(RopeConfig(theta=10000.0, yarn=None), 32, device).rotation(torch.arange(6, device=device), dtype)
     tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {"atol": 1e-6, "rtol": 1e-6}
-    torch.testing.assert_close(rotate(x, rotation.cos_T1F, rotation.sin_T1F), rotation.apply(x), **tolerance)
+    torch.testing.assert_close(apply_rope(x, rotation.cos_T1F, rotation.sin_T1F), rotation.apply(x), **tolerance)

@@ -111,11 +111,11 @@ def test_parts_are_a_power_of_two_and_fewer_where_there_are_more_sequences(devic
 
 def test_a_sequence_without_tokens_gets_zeros(device: torch.device) -> None:
     """As padding of a captured step does."""
-    from parallel.cuda.paged import Heads
+    from parallel.cuda.paged_attention import HeadGroups
     from parallel.cuda.paged_decode import decode
 
     keys = torch.full((2, 16, 1, 16), torch.nan, device=device)
-    heads = Heads(*(torch.tensor([n], dtype=torch.int32, device=device) for n in (0, 3)), largest_group=3)
+    heads = HeadGroups(*(torch.tensor([n], dtype=torch.int32, device=device) for n in (0, 3)), largest_group=3)
     for parts in (1, 4):
         out = torch.full((1, 3, 16), torch.nan, device=device)
         table, lengths = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)

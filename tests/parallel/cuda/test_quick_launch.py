@@ -124,7 +124,7 @@ USUAL = (pointer(torch.float32, 0), pointer(torch.float32, 0), pointer(torch.flo
 
 
 def launched(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], grid: Any = (3, 2)) -> tuple[Any, ...] | str:
-    """What Triton's last step was given, with tensors as their addresses and without what no kernel is given; or an error."""
+    """What Triton's last step was given, with tensors as their tensor_addresses and without what no kernel is given; or an error."""
     Launcher.seen.clear()
     try:
         kernel[grid](*args, **options)
@@ -165,7 +165,9 @@ def test_only_the_first_launch_of_a_kind_is_triton_s(cuda_driver: CudaDriver, mo
     monkeypatch.setattr(fast, "run", None)
     assert without_constants(launched(fast, USUAL, {"num_warps": 8})) == without_constants(expected)
     others = (pointer(torch.float32, 16), pointer(torch.float32, 8), pointer(torch.float32, 8), 3, 2**31 - 1, 1.5, 16)
-    assert launched(fast, others, {"num_warps": 8}, grid=[5, 1, 2]) != expected  # another grid, addresses and numbers, and no TypeError
+    assert (
+        launched(fast, others, {"num_warps": 8}, grid=[5, 1, 2]) != expected
+    )  # another grid, tensor_addresses and numbers, and no TypeError
     with pytest.raises(TypeError, match="NoneType"):
         fast[3, 2](*USUAL, num_warps=4)
 
@@ -210,7 +212,7 @@ def test_kernels_with_memory_of_their_own_and_callable_grids_are_launched_by_tri
 
 
 def test_sizes_that_are_always_others_do_not_fill_memory(cuda_driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick_launch, "MOST_KEPT", 8)
+    monkeypatch.setattr(quick_launch, "MAX_KEPT", 8)
     fast = FastKernel(slow_kernel())
     for n in range(40):
         launched(fast, (*USUAL[:3], n, *USUAL[4:]), {})
@@ -230,12 +232,12 @@ def test_another_triton_s_kernels_are_launched_by_it(
 
 
 def test_unless_allowed_all_launches_are_triton_s(cuda_driver: CudaDriver) -> None:
-    quick_launch.allow(False)
+    quick_launch.enable(False)
     fast = FastKernel(slow_kernel())
     for _ in range(2):
         assert launched(fast, USUAL, {}) == launched(slow_kernel(), USUAL, {})
     assert not fast._launches
-    quick_launch.allow(True)
+    quick_launch.enable(True)
     launched(fast, USUAL, {})
     assert fast._launches
 

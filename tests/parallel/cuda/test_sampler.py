@@ -36,20 +36,22 @@ PARAMS = [
 @contextmanager
 def by_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Also where an interpreter stands in for a GPU."""
-    from parallel.cuda import draws, edits
+    from parallel.cuda import logits_processing, sampling
 
     def edited_by_kernel(table, logits_RV, entries_R, stops_R, word_rows_R=None, words_GW=None, *, raw_highest_RN=None):
         if word_rows_R is None:
             word_rows_R, words_GW = torch.full_like(entries_R, -1), torch.zeros(1, 1, dtype=torch.int32)
         given = {"entries_R": entries_R, "stops_now_R": stops_R, "word_rows_R": word_rows_R, "words_GW": words_GW}
-        return edits.edited(logits_RV, **given, **table.columns, raw_highest_RN=raw_highest_RN)
+        return logits_processing.process_logits(logits_RV, **given, **table.columns, raw_highest_RN=raw_highest_RN)
 
     with monkeypatch.context() as patch:
         if device.type == "cpu":
             for module in ("sampler", "sampler_graphs"):
-                patch.setattr(f"engine.run.sampling.{module}.sampling_kernels_for", lambda _logits: draws)
+                patch.setattr(f"engine.run.sampling.{module}.sampling_kernels_for", lambda _logits: sampling)
             patch.setattr(EditTable, "edit", edited_by_kernel)
-            patch.setattr(EditTable, "count_tokens", lambda table, *rows: edits.learn(*rows, table._counts_NV, table._known_N))
+            patch.setattr(
+                EditTable, "count_tokens", lambda table, *rows: logits_processing.count_tokens(*rows, table._counts_NV, table._known_N)
+            )
         yield
 
 

@@ -40,8 +40,8 @@ def answers(folder: Path, graphs: RecordedGraphs | None = None) -> list[tuple[in
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, and the model of this test on the CPU")
 def test_it_answers_the_same(kind: Kind | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.attention.cuda import CudaAttention
-    from parallel.cuda.scaled import multiply
-    from parallel.cuda.small import CudaElementwise
+    from parallel.cuda.elementwise import CudaElementwise
+    from parallel.cuda.quantised_matmul import multiply
 
     folder = write_dense(tmp_path)
     plain: WeightFormat = Dense(torch.float32)

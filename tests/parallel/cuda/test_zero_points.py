@@ -1,4 +1,4 @@
-"""Products with matrices of 4 bits that have a zero to each group, each kernel once; more shapes are slow tests beside those of int4."""
+"""Products with int4 matrices that have a zero point per group, each kernel once; more shapes are slow tests beside those of int4."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def stored(num_outputs: int, num_inputs: int, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("num_rows", [2, 5])
 def test_each_way_gives_what_the_twin_gives(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from parallel.cuda import few_rows, scaled
-    from parallel.cuda.tiles import LIBRARY, Tile
+    from parallel.cuda import gemv, quantised_matmul
+    from parallel.cuda.autotune import LIBRARY, Tile
 
     torch.manual_seed(0)
     weight, x, bias = stored(70, 200, device), torch.randn(num_rows, 200, device=device), torch.randn(70, device=device)
@@ -26,8 +26,8 @@ def test_each_way_gives_what_the_twin_gives(num_rows: int, device: torch.device,
     assert torch.equal(unpack(tensors)[:, :200], weight), "nothing is lost"
     wanted = multiply_reference(x, tensors, bias)
     for way in (Tile(16, 64), Tile(16, 64, 4, 3, "swapped"), Tile(16, 64, 4, 3, "swapped", 2), LIBRARY):
-        monkeypatch.setattr(scaled, "_choice", lambda *_product, way=way: ("", (way,)))
-        torch.testing.assert_close(scaled.multiply_by_units(x, tensors, bias), wanted, atol=1e-3, rtol=1e-4)
+        monkeypatch.setattr(quantised_matmul, "_choice", lambda *_product, way=way: ("", (way,)))
+        torch.testing.assert_close(quantised_matmul.multiply_by_tensor_cores(x, tensors, bias), wanted, atol=1e-3, rtol=1e-4)
     if num_rows == 2:
-        monkeypatch.setattr(few_rows, "tiles_of", lambda _device: type("Two", (), {"best": lambda *_: Tile(2, 2, 2, 1)})())
-        torch.testing.assert_close(few_rows.multiply(x, tensors, bias, pytest.fail), wanted, atol=1e-3, rtol=1e-4)
+        monkeypatch.setattr(gemv, "autotuner_for", lambda _device: type("Two", (), {"best": lambda *_: Tile(2, 2, 2, 1)})())
+        torch.testing.assert_close(gemv.multiply(x, tensors, bias, pytest.fail), wanted, atol=1e-3, rtol=1e-4)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from parallel.native.elementwise import NativeElementwise
 from parallel.native.experts import AllExperts, experts
 from parallel.native.library import native
 from parallel.native.linear import Kind, multiply, pack
-from parallel.native.small import NativeElementwise
 from parallel.packed_format import PackedFormat
 
 KINDS = (
@@ -30,7 +30,7 @@ def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts
     x, rows = torch.randn(40, 200, generator=random), torch.randint(40, (sum(counts),), generator=random)
     wanted = []
     for number, part in enumerate(rows.split(counts)):
-        inner = NativeElementwise(library).gate(multiply(library, x[part], up[number], None))
+        inner = NativeElementwise(library).swiglu(multiply(library, x[part], up[number], None))
         wanted.append(multiply(library, inner, down[number], None))
     assert torch.equal(experts(library, x, rows, counts, up, down), torch.cat(wanted))
 
@@ -50,7 +50,7 @@ def test_a_gated_mlp_at_once_gives_the_bits_of_one_product_after_the_other(kind:
     x = torch.randn(num_rows, 200, generator=random)
     found = form.gated(x, up, down)
     assert found is not None
-    assert torch.equal(found, form.multiply(NativeElementwise(library).gate(form.multiply(x, up, None)), down, None))
+    assert torch.equal(found, form.multiply(NativeElementwise(library).swiglu(form.multiply(x, up, None)), down, None))
     assert form.gated(x[:3], up, down) is None, "not faster"
     assert form.gated(x.bfloat16(), up, down) is None, "what is between them would be rounded there"
 
@@ -74,7 +74,7 @@ def test_all_experts_of_a_rank_give_each_row_the_sum_of_its_own(kind: Kind, num_
         for expert, weight in zip(ids[row].tolist(), weights[row], strict=True):
             if expert >= 0:
                 one = x[row : row + 1]
-                inner = NativeElementwise(library).gate(multiply(library, one, up[expert], None))
+                inner = NativeElementwise(library).swiglu(multiply(library, one, up[expert], None))
                 wanted[row] += weight * multiply(library, inner, down[expert], None)[0]
     all_experts = AllExperts(library, 5, up, down)
     torch.testing.assert_close(all_experts(x, ids, weights), wanted, atol=1e-4, rtol=1e-5)

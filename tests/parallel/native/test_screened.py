@@ -11,7 +11,7 @@ from parallel.native.library import Native, native
 from parallel.native.linear import multiply, pack, unpack
 from parallel.native.screened import Screen, Sought, screen_of
 from parallel.packed_format import PackedFormat
-from parallel.screened_head import MOST_PAUSE, ScreenedHead, screened_head
+from parallel.screened_head import MAX_PAUSE, ScreenedHead, screened_head
 
 NOTHING = np.empty(0, np.int64)
 
@@ -163,7 +163,7 @@ def test_a_head_that_does_not_gain_by_it_tries_ever_more_rarely(library: Native,
 
     assert len(steps(200)) == 9  # after 1, 2, 4, ... 64, 64 others
     given = x
-    assert 1 <= len(steps(MOST_PAUSE + 1)) <= MOST_PAUSE
+    assert 1 <= len(steps(MAX_PAUSE + 1)) <= MAX_PAUSE
     assert len(steps(5)) == 5
 
 

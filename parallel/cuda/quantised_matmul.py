@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda import few_rows
-from parallel.cuda.products import DEPTH, INT4_GROUP, product_tile, tile_of
+from parallel.cuda import gemv
+from parallel.cuda.autotune import Tile, autotuner_for, bucket_name, candidates_for, row_bucket
+from parallel.cuda.matmul import DEPTH, INT4_GROUP, matmul_tile, tile_coordinates
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
-from parallel.cuda.swapped import INT8_GROUP, SWAPPED_DEPTH, sum_kernel, swapped_kernel
-from parallel.cuda.tiles import Tile, candidates_for, rows_cut_alike, rows_in_words, tiles_of
-from parallel.cuda.zero_points import ZEROS_GROUP, scale_of, zero_of
+from parallel.cuda.swap_ab import INT8_GROUP, SWAP_AB_DEPTH, split_k_sum_kernel, swap_ab_kernel
+from parallel.cuda.zero_points import ZERO_POINT_GROUP, group_scale, group_zero
 from parallel.quantisation import FP8, FP8_MAX
 from parallel.quantised_format import Kind, kind_of
-from parallel.weight_format import MOST_FEW_ROWS
+from parallel.weight_format import MAX_GEMV_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ FP8_BLOCK = 32768
 PER_WARP = 1024
 SUM_BLOCK, UNPACK_BLOCK = 512, 2048
 ROWWISE_CAPABILITY = (9, 0)
-UNPACKED_BYTES = 256 << 20
+DEQUANTISED_BYTES = 256 << 20
 """Of a matrix that cuBLAS multiplies, unpacked at a time."""
 
 
 @quick
 @triton.jit
-def _round_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_fp8_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """One row to FP8, its largest number becoming the largest that there is. The row is read twice, the second time from cache."""
     row = tl.program_id(0).to(tl.int64)
     largest_K = tl.zeros([BLOCK], tl.float32)
@@ -55,17 +55,17 @@ def _round_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.const
 
 @quick
 @triton.jit(do_not_specialize=["num_rows", "has_bias"])  # else a step of another number of rows may wait for a compiler
-def _linear_kernel(
-    x, x_scales, numbers, scales, bias, out, num_rows, in_size, filled_size, out_size, has_bias, KIND: tl.constexpr,
+def _matmul_kernel(
+    x, x_scales, numbers, scales, bias, out, num_rows, in_size, padded_in_size, out_size, has_bias, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows, a stretch of outputs."""
-    tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(out_size, COLUMNS))
+    tile, column_tile = tile_coordinates(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(out_size, COLUMNS))
     row_R = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     real_R, mask_O = row_R < num_rows, columns_O < out_size
-    sum_RO = product_tile(
-        x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
+    sum_RO = matmul_tile(
+        x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, padded_in_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
     )
     sum_RO += tl.load(bias + columns_O, mask=mask_O & (has_bias > 0), other=0.0).to(tl.float32)[None, :]
     place_RO = row_R[:, None] * out_size + columns_O[None, :]
@@ -79,7 +79,7 @@ def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     scales_T = x_TK.new_empty(x_TK.shape[0], dtype=torch.float32)
     if x_TK.shape[0]:
         block = min(next_power_of_2(x_TK.shape[1]), FP8_BLOCK)
-        _round_kernel[(x_TK.shape[0],)](
+        _quantise_fp8_kernel[(x_TK.shape[0],)](
             x_TK, numbers_TK, scales_T, x_TK.shape[1], MOST=FP8_MAX, BLOCK=block, num_warps=max(4, block // PER_WARP)
         )
     return numbers_TK, scales_T
@@ -87,7 +87,7 @@ def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 @quick
 @triton.jit(do_not_specialize=["first", "num_groups"])
-def _unpack_kernel(numbers, scales, out, first, in_size, row_size, num_groups, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantise_kernel(numbers, scales, out, first, in_size, row_size, num_groups, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Places of a row (bytes) as what they stand for. Each number times its scale is rounded once to the dtype of ``out``."""
     row = tl.program_id(0).to(tl.int64)
     places_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -104,9 +104,9 @@ def _unpack_kernel(numbers, scales, out, first, in_size, row_size, num_groups, K
         tl.store(out + dims_B + INT4_GROUP, high_B.to(out.dtype.element_ty), mask=dims_B + INT4_GROUP < in_size)
     elif KIND == "int4_zeros":
         dims_B = places_B // INT4_GROUP * (2 * INT4_GROUP) + places_B % INT4_GROUP
-        word_B, number_B = tl.load(scales + dims_B // ZEROS_GROUP, mask=mask_B, other=0), number_B.to(tl.int32)
-        low_B = ((number_B & 15) - zero_of(word_B)).to(tl.float32) * scale_of(word_B)
-        high_B = ((number_B >> 4) - zero_of(word_B)).to(tl.float32) * scale_of(word_B)
+        word_B, number_B = tl.load(scales + dims_B // ZERO_POINT_GROUP, mask=mask_B, other=0), number_B.to(tl.int32)
+        low_B = ((number_B & 15) - group_zero(word_B)).to(tl.float32) * group_scale(word_B)
+        high_B = ((number_B >> 4) - group_zero(word_B)).to(tl.float32) * group_scale(word_B)
         tl.store(out + dims_B, low_B.to(out.dtype.element_ty), mask=dims_B < in_size)
         tl.store(out + dims_B + INT4_GROUP, high_B.to(out.dtype.element_ty), mask=dims_B + INT4_GROUP < in_size)
     else:
@@ -116,12 +116,12 @@ def _unpack_kernel(numbers, scales, out, first, in_size, row_size, num_groups, K
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
     """(T, N) in the dtype of ``x``; the twin is `parallel.quantised_format.multiply_reference`."""
-    if 0 < x_TK.shape[0] <= MOST_FEW_ROWS and tensors["numbers"].shape[0]:
-        return few_rows.multiply(x_TK, tensors, bias_N, lambda: multiply_by_units(x_TK, tensors, bias_N))
-    return multiply_by_units(x_TK, tensors, bias_N)
+    if 0 < x_TK.shape[0] <= MAX_GEMV_ROWS and tensors["numbers"].shape[0]:
+        return gemv.multiply(x_TK, tensors, bias_N, lambda: multiply_by_tensor_cores(x_TK, tensors, bias_N))
+    return multiply_by_tensor_cores(x_TK, tensors, bias_N)
 
 
-def multiply_by_units(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
+def multiply_by_tensor_cores(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
     """The same by matrix units, for any number of rows."""
     kind, num_outputs = kind_of(tensors), tensors["numbers"].shape[0]
     num_rows, in_size = x_TK.shape
@@ -132,8 +132,8 @@ def multiply_by_units(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tenso
     def launch(tile: Tile) -> Tensor:
         return WAYS[tile.way](x, row_scales, tensors, bias_N, x_TK.dtype, tile)
 
-    key, candidates = _choice(kind, x_TK.dtype, x_TK.device, in_size, num_outputs, rows_cut_alike(num_rows))
-    return launch(tiles_of(x.device).best(key, candidates, launch))
+    key, candidates = _choice(kind, x_TK.dtype, x_TK.device, in_size, num_outputs, row_bucket(num_rows))
+    return launch(autotuner_for(x.device).best(key, candidates, launch))
 
 
 @cache  # as it is asked at every product
@@ -142,7 +142,7 @@ def _choice(
 ) -> tuple[str, tuple[Tile, ...]]:
     """What a product is measured as, and the ways that there are."""
     has_library = kind != "fp8" or _has_rowwise_fp8(device, dtype, in_size, num_outputs)
-    key = f"{kind} by {dtype}, {in_size} to {num_outputs}, {rows_in_words(most_rows)}"
+    key = f"{kind} by {dtype}, {in_size} to {num_outputs}, {bucket_name(most_rows)}"
     return key, candidates_for(kind, most_rows, has_library=has_library)
 
 
@@ -171,9 +171,9 @@ def _multiply_by_rows(
     kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"]
     (num_rows, in_size), num_outputs = x.shape, numbers.shape[0]
     out_TN = x.new_empty((num_rows, num_outputs), dtype=dtype)
-    _linear_kernel[(cdiv(num_rows, tile.rows) * cdiv(num_outputs, tile.columns),)](
+    _matmul_kernel[(cdiv(num_rows, tile.rows) * cdiv(num_outputs, tile.columns),)](
         x, row_scales, numbers, scales, out_TN if bias_N is None else bias_N, out_TN,
-        num_rows, in_size, filled_size(tensors), num_outputs, int(bias_N is not None),
+        num_rows, in_size, padded_in_size(tensors), num_outputs, int(bias_N is not None),
         KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[kind],
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -190,15 +190,15 @@ def _multiply_swapped(
     out_TN = x.new_empty((num_rows, num_outputs), dtype=dtype)
     into = out_TN if tile.parts == 1 else x.new_empty((tile.parts, num_rows, num_outputs), dtype=torch.float32)
     bias = out_TN if bias_N is None else bias_N
-    swapped_kernel[(cdiv(num_rows, tile.rows) * cdiv(num_outputs, tile.columns), tile.parts)](
+    swap_ab_kernel[(cdiv(num_rows, tile.rows) * cdiv(num_outputs, tile.columns), tile.parts)](
         x, row_scales, numbers, scales, bias, into,
         num_rows, in_size, numbers.shape[1], scales.shape[-1], num_outputs, int(bias_N is not None), tile.parts,
-        KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=SWAPPED_DEPTH,
+        KIND=kind, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=SWAP_AB_DEPTH,
         FAST=kind != "fp8" and dtype == torch.bfloat16 and x.device.type == "cuda",
         PRECISION="ieee" if dtype == torch.float32 else "tf32", WHOLE=tile.parts == 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if tile.parts > 1:
-        sum_kernel[(cdiv(num_outputs, SUM_BLOCK), num_rows)](
+        split_k_sum_kernel[(cdiv(num_outputs, SUM_BLOCK), num_rows)](
             into, bias, out_TN, num_rows, num_outputs, int(bias_N is not None), PARTS=tile.parts, BLOCK=SUM_BLOCK
         )
     return out_TN
@@ -213,11 +213,11 @@ def _multiply_by_library(
     if kind_of(tensors) == "fp8":
         return torch._scaled_mm(x, numbers.T, scale_a=row_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), bias=bias_N, out_dtype=dtype)
     (num_rows, in_size), num_outputs = x.shape, numbers.shape[0]
-    at_once = max(1, min(num_outputs, UNPACKED_BYTES // (in_size * x.itemsize)))
+    at_once = max(1, min(num_outputs, DEQUANTISED_BYTES // (in_size * x.itemsize)))
     at_once = cdiv(num_outputs, cdiv(num_outputs, at_once))
     out_TN, unpacked = x.new_empty((num_rows, num_outputs)), x.new_empty((at_once, in_size))
     for first in range(0, num_outputs, at_once):
-        some_NK = unpack_rows(tensors, first, unpacked[: num_outputs - first])
+        some_NK = dequantise_rows(tensors, first, unpacked[: num_outputs - first])
         into = out_TN[:, first : first + at_once]
         if bias_N is None:
             torch.mm(x, some_NK.T, out=into)
@@ -229,16 +229,16 @@ def _multiply_by_library(
 WAYS = {"rows": _multiply_by_rows, "swapped": _multiply_swapped, "library": _multiply_by_library}
 
 
-def unpack_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> Tensor:
+def dequantise_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> Tensor:
     """``out`` (R, K) with the matrix's rows from ``first`` on; the twin is `parallel.quantised_format.unpack`."""
     numbers, scales = tensors["numbers"], tensors["scales"]
-    _unpack_kernel[(out.shape[0], cdiv(numbers.shape[1], UNPACK_BLOCK))](
+    _dequantise_kernel[(out.shape[0], cdiv(numbers.shape[1], UNPACK_BLOCK))](
         numbers, scales, out, first, out.shape[1], numbers.shape[1], scales.shape[1], KIND=kind_of(tensors), BLOCK=UNPACK_BLOCK
     )
     return out
 
 
-def filled_size(tensors: Mapping[str, Tensor]) -> int:
+def padded_in_size(tensors: Mapping[str, Tensor]) -> int:
     """Input features of the matrix with the zeros at their end."""
     width = tensors["numbers"].shape[1]
     return 2 * width if tensors["numbers"].dtype == torch.uint8 else width

@@ -14,19 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.aligned_rows import readable_columns
-from parallel.cuda.keys import (
+from parallel.cuda.logit_keys import (
     LOWEST,
-    NOBODY,
+    NO_ID,
     PART,
-    full_key,
-    highest_part,
-    keys_at,
-    least_weight,
-    logits_of,
-    rest_within,
-    scale_of,
-    shift_of,
-    weights_of,
+    count_within,
+    key_shift,
+    load_keys,
+    min_p_weight,
+    restore_key,
+    row_max_key,
+    sampling_weights,
+    temperature_scale,
+    to_logit,
 )
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import next_power_of_2
@@ -60,7 +60,7 @@ def _bracket(
 
 @quick
 @triton.jit(do_not_specialize=["number", "num_rows"], do_not_specialize_on_alignment=_PER_ROW)
-def _cut_kernel(
+def _bisect_kernel(
     logits, is_decided, top_ks, top_ps, temperatures, highest_of_parts, weights_of_parts, brackets, sums,
     width, readable, row_stride, num_parts, num_rows, number,
     PARTS: tl.constexpr, PART: tl.constexpr, CUTS: tl.constexpr, SHIFT: tl.constexpr,
@@ -69,7 +69,7 @@ def _cut_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if (tl.load(is_decided + row) == 0) & (tl.load(top_ks + row) >= width):
         parts = tl.arange(0, PARTS)
-        highest = highest_part(highest_of_parts + row * num_parts, num_parts, PARTS)
+        highest = row_max_key(highest_of_parts + row * num_parts, num_parts, PARTS)
         whole = tl.sum(tl.load(weights_of_parts + row * num_parts + parts, mask=parts < num_parts, other=0), axis=0)
         limit = tl.load(top_ps + row) * whole.to(tl.float64)
         low, high = _bracket(brackets, sums, number, limit, highest, num_rows, row, num_parts, PARTS, CUTS, SHIFT)
@@ -77,8 +77,8 @@ def _cut_kernel(
         if part == 0:
             tl.store(brackets + slot * 2, low)
             tl.store(brackets + slot * 2 + 1, high)
-        keys = keys_at(logits + row * row_stride, part * PART + tl.arange(0, PART), width, readable)
-        weights = weights_of(keys, logits_of(highest), scale_of(tl.load(temperatures + row)))
+        keys = load_keys(logits + row * row_stride, part * PART + tl.arange(0, PART), width, readable)
+        weights = sampling_weights(keys, to_logit(highest), temperature_scale(tl.load(temperatures + row)))
         keys = keys >> SHIFT
         step = (high - low + CUTS) // CUTS
         for cut in range(CUTS - 1):
@@ -95,14 +95,14 @@ def _end(
     """After the last pass: the key (shifted) at which the beginning ends, what each logit there weighs, the share that is wanted, the least
     weight that min-p keeps, the highest logit and the scale."""
     parts = tl.arange(0, PARTS)
-    highest = highest_part(highest_of_parts + row * num_parts, num_parts, PARTS)
+    highest = row_max_key(highest_of_parts + row * num_parts, num_parts, PARTS)
     whole = tl.sum(tl.load(weights_of_parts + row * num_parts + parts, mask=parts < num_parts, other=0), axis=0)
     limit = tl.load(top_ps + row) * whole.to(tl.float64)
     key, _high = _bracket(brackets, sums, number, limit, highest, num_rows, row, num_parts, PARTS, CUTS, SHIFT)
-    scale = scale_of(tl.load(temperatures + row))
-    each = weights_of(full_key(key, SHIFT), logits_of(highest), scale)
-    least = least_weight(tl.load(min_ps + row))
-    return key.to(tl.int32), each, limit, least, logits_of(highest), scale
+    scale = temperature_scale(tl.load(temperatures + row))
+    each = sampling_weights(restore_key(key, SHIFT), to_logit(highest), scale)
+    least = min_p_weight(tl.load(min_ps + row))
+    return key.to(tl.int32), each, limit, least, to_logit(highest), scale
 
 
 @quick
@@ -119,8 +119,8 @@ def _weigh_kernel(
             row, number, num_rows, top_ps, temperatures, min_ps, highest_of_parts, weights_of_parts, brackets, sums, num_parts,
             PARTS, CUTS, SHIFT,
         )  # fmt: skip
-        keys = keys_at(logits + row * row_stride, part * PART + tl.arange(0, PART), width, readable)
-        weights = tl.where((keys >> SHIFT) > end, weights_of(keys, highest, scale), 0)
+        keys = load_keys(logits + row * row_stride, part * PART + tl.arange(0, PART), width, readable)
+        weights = tl.where((keys >> SHIFT) > end, sampling_weights(keys, highest, scale), 0)
         to = kept + (row * num_parts + part) * 3
         tl.store(to, tl.sum(weights, axis=0))
         tl.store(to + 1, tl.sum(tl.where(weights >= least, weights, 0), axis=0))
@@ -144,7 +144,7 @@ def _draw_kernel(
         parts = tl.arange(0, PARTS)
         at, there = kept + (row * num_parts + parts) * 3, parts < num_parts
         before = tl.sum(tl.load(at, mask=there, other=0), axis=0)
-        rest = rest_within(before, each, limit, width)
+        rest = count_within(before, each, limit, width)
         of_equals = tl.where(each >= least, each, 0)
         equals = tl.load(at + 2, mask=there, other=0)
         equals_before = tl.cumsum(equals, axis=0) - equals
@@ -156,21 +156,21 @@ def _draw_kernel(
         passed = tl.sum(tl.where(parts < part, weights_of_kept, 0), axis=0)
         equals_passed = tl.sum(tl.where(parts < part, equals, 0), axis=0)
         ids = part * PART + tl.arange(0, PART)
-        keys = keys_at(logits + row * row_stride, ids, width, readable)
-        weights = weights_of(keys, highest, scale)
+        keys = load_keys(logits + row * row_stride, ids, width, readable)
+        weights = sampling_weights(keys, highest, scale)
         is_equal = (((keys >> SHIFT) == end) & (keys > LOWEST)).to(tl.int64)
         place = equals_passed + tl.cumsum(is_equal, axis=0) - is_equal
         is_left = (((keys >> SHIFT) > end) | ((is_equal > 0) & (place < rest))) & (weights >= least)
         reached = passed + tl.cumsum(tl.where(is_left, weights, 0), axis=0)
-        found = tl.min(tl.where(is_left & (reached > target), ids, NOBODY), axis=0)
+        found = tl.min(tl.where(is_left & (reached > target), ids, NO_ID), axis=0)
         tl.store(chosen + row, tl.minimum(found, width - 1).to(tl.int64))
         tl.store(is_decided + row, tl.full([], 1, tl.int64))
 
 
-KERNELS = (_cut_kernel, _weigh_kernel, _draw_kernel)
+KERNELS = (_bisect_kernel, _weigh_kernel, _draw_kernel)
 
 
-def draw_nuclei(
+def draw_top_p(
     logits_RV: Tensor,
     highest_of_parts_RN: Tensor,
     weights_of_parts_RN: Tensor,
@@ -191,14 +191,14 @@ def draw_nuclei(
     brackets = torch.empty(2, num_rows, 2, dtype=torch.int64, device=device)
     sums = torch.empty(2, num_rows, num_parts, CUTS, dtype=torch.int64, device=device)
     kept = torch.empty(num_rows, num_parts, 3, dtype=torch.int64, device=device)
-    shift = shift_of(logits_RV.dtype)
+    shift = key_shift(logits_RV.dtype)
     num_passes = (32 - shift) // (CUTS.bit_length() - 1)
     sizes = (width, readable_columns(logits_RV), logits_RV.stride(0), num_parts, num_rows)
     options = {"PARTS": max(2, next_power_of_2(num_parts)), "PART": PART, "CUTS": CUTS, "SHIFT": shift}
     options |= {"num_warps": 8, "enable_fp_fusion": False}
     of_parts = (highest_of_parts_RN, weights_of_parts_RN, brackets, sums)
     for number in range(num_passes):
-        _cut_kernel[(num_rows, num_parts)](logits_RV, decided_R, top_k_R, top_p_R, temperature_R, *of_parts, *sizes, number, **options)
+        _bisect_kernel[(num_rows, num_parts)](logits_RV, decided_R, top_k_R, top_p_R, temperature_R, *of_parts, *sizes, number, **options)
     per_row = (logits_RV, decided_R, top_k_R, top_p_R, min_p_R, temperature_R, *of_parts, kept)
     _weigh_kernel[(num_rows, num_parts)](*per_row, *sizes, num_passes, **options)
     _draw_kernel[(num_rows,)](*per_row, uniform_R, chosen_R, *sizes, num_passes, **options)

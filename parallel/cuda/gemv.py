@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.early import early, let_the_next_begin, wait_for_the_last
+from parallel.cuda.autotune import LIBRARY, Tile, autotuner_for
+from parallel.cuda.dependent_launch import launch_dependents, pdl_options, wait_for_previous
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv
-from parallel.cuda.tiles import LIBRARY, Tile, tiles_of
-from parallel.cuda.zero_points import scale_of, zero_of
+from parallel.cuda.zero_points import group_scale, group_zero
 from parallel.quantised_format import kind_of
 
-FEWEST_ROWS = (1, 2)
+GEMV_ROWS = (1, 2)
 """Of a program. With more of them a product is no longer waiting for memory, and matrix units are faster."""
 CANDIDATES = {
     rows: tuple(Tile(rows, *cut, way="few") for cut in cuts)
@@ -42,13 +42,13 @@ def _half_less(pairs, half: tl.constexpr, zero):
 
 @quick
 @triton.jit(do_not_specialize=["has_bias"])
-def _few_rows_kernel(
+def _gemv_kernel(
     x, numbers, scales, bias, out, in_size, stride, out_size, has_bias,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of all rows. ``stride``: bytes, or plain numbers, of one output, filled up. What is multiplied first is on its way
     before the rows are there, and what comes next before that is multiplied."""
-    let_the_next_begin(EARLY)
+    launch_dependents(PDL)
     column_11C1 = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
     row_1R11 = tl.arange(0, ROWS)[None, :, None, None]
     lane_V111 = tl.arange(0, LANES)[:, None, None, None] * IN_LANE
@@ -66,7 +66,7 @@ def _few_rows_kernel(
         scales_11C1 = scales + column_11C1.to(tl.int64) * (stride // 16)
         scale_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
         upper_ahead_V1C1 = tl.load(scales_11C1 + lane_V111 // 32 * 2 + 1, mask=is_output_11C1 & (lane_V111 < stride), other=0.0)
-    wait_for_the_last(EARLY)
+    wait_for_previous(PDL)
     x_1R11 = x + row_1R11 * in_size
     sum_VRC1 = tl.zeros([LANES, ROWS, COLUMNS, 1], tl.float32)
     for start in range(0, stride, LANES * IN_LANE):
@@ -87,13 +87,13 @@ def _few_rows_kernel(
         elif KIND == "int4_zeros":
             word_V1C1, then_V111 = scale_ahead_V1C1, then + lane_V111
             scale_ahead_V1C1 = tl.load(scales_11C1 + then_V111 // 64, mask=is_output_11C1 & (then_V111 < stride), other=0)
-            zero_V1C1, dim_V11I = zero_of(word_V1C1), (start + place_V11I) // 32 * 64 + (start + place_V11I) % 32
+            zero_V1C1, dim_V11I = group_zero(word_V1C1), (start + place_V11I) // 32 * 64 + (start + place_V11I) % 32
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
             here_VRC1 = tl.sum(_half_less(now_V1CI, 0, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
             dim_V11I += 32
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
             here_VRC1 += tl.sum(_half_less(now_V1CI, 1, zero_V1C1) * x_VR1I, axis=3, keep_dims=True)
-            sum_VRC1 += here_VRC1 * scale_of(word_V1C1)
+            sum_VRC1 += here_VRC1 * group_scale(word_V1C1)
         else:
             dim_V11I = start + place_V11I
             x_VR1I = tl.load(x_1R11 + dim_V11I, mask=dim_V11I < in_size, other=0.0).to(tl.float32)
@@ -109,7 +109,7 @@ def _few_rows_kernel(
 
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, otherwise: Callable[[], Tensor]) -> Tensor:
-    """(T, N) of at most `parallel.weight_format.MOST_FEW_ROWS` rows by a plain matrix ``weight`` or by ``numbers`` and ``scales`` of
+    """(T, N) of at most `parallel.weight_format.MAX_GEMV_ROWS` rows by a plain matrix ``weight`` or by ``numbers`` and ``scales`` of
     `parallel.quantised_format`; what ``otherwise`` gives where that is faster. Its twins are `torch.nn.functional.linear` and
     `parallel.quantised_format.multiply_reference`."""
     is_plain = "weight" in tensors
@@ -123,16 +123,16 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None,
         if tile == LIBRARY:
             return otherwise()
         out_TN = x_TK.new_empty((num_rows, num_outputs))
-        _few_rows_kernel[(cdiv(num_outputs, tile.columns),)](
+        _gemv_kernel[(cdiv(num_outputs, tile.columns),)](
             x_TK, numbers, tensors.get("scales", numbers), out_TN if bias_N is None else bias_N, out_TN,
             in_size, stride, num_outputs, int(bias_N is not None),
             KIND=kind, ROWS=num_rows, COLUMNS=tile.columns, LANES=lanes(tile),
-            num_warps=tile.num_warps, **early(num_rows, x_TK),
+            num_warps=tile.num_warps, **pdl_options(num_rows, x_TK),
         )  # fmt: skip
         return out_TN
 
     key = f"{kind} by {x_TK.dtype}, {in_size} to {num_outputs}, up to {num_rows} rows"
-    return launch(tiles_of(x_TK.device).best(key, (LIBRARY, *CANDIDATES[num_rows]), launch))
+    return launch(autotuner_for(x_TK.device).best(key, (LIBRARY, *CANDIDATES[num_rows]), launch))
 
 
 def lanes(tile: Tile) -> int:

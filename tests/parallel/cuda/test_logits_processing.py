@@ -20,8 +20,8 @@ RULES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lies_at_whole_units", [False, True])
 def test_every_bit_is_that_of_the_twin(lies_at_whole_units: bool, dtype: torch.dtype, device: torch.device) -> None:
-    from parallel.cuda.edits import edited
-    from parallel.cuda.keys import empty_parts
+    from parallel.cuda.logit_keys import empty_parts
+    from parallel.cuda.logits_processing import process_logits
 
     generator = torch.Generator().manual_seed(1)
     table = EditTable(num_entries=4, vocab_size=VOCAB_SIZE, device=device)
@@ -38,7 +38,7 @@ def test_every_bit_is_that_of_the_twin(lies_at_whole_units: bool, dtype: torch.d
     logits_RV = (torch.randn(5, VOCAB_SIZE + 9, generator=generator) * 3).to(dtype).to(device)[:, :VOCAB_SIZE]
     logits_RV = aligned(logits_RV) if lies_at_whole_units else logits_RV
     raw_highest_RN = empty_parts(logits_RV)
-    found = edited(
+    found = process_logits(
         logits_RV, entries_R=entries_R, stops_now_R=stops_R, word_rows_R=word_rows_R, words_GW=words_GW, raw_highest_RN=raw_highest_RN,
         **table.columns,
     )  # fmt: skip
@@ -53,7 +53,7 @@ def test_every_bit_is_that_of_the_twin(lies_at_whole_units: bool, dtype: torch.d
 
 
 def test_a_token_is_counted_once_and_no_other_entry_is_touched(device: torch.device) -> None:
-    from parallel.cuda.edits import learn
+    from parallel.cuda.logits_processing import count_tokens
 
     generator = torch.Generator().manual_seed(2)
     ours, twin = (EditTable(num_entries=200, vocab_size=50, device=device) for _ in range(2))
@@ -65,7 +65,7 @@ def test_a_token_is_counted_once_and_no_other_entry_is_touched(device: torch.dev
         tokens_R = torch.randint(0, 53, (150,), generator=generator).to(device)  # some are beyond the vocabulary
         starts_R = torch.randint(0, 3, (150,), generator=generator).to(device) + step
         twin.count_tokens_torch(entries_R, tokens_R, starts_R)
-        learn(entries_R, tokens_R, starts_R, ours._counts_NV, ours._known_N)
+        count_tokens(entries_R, tokens_R, starts_R, ours._counts_NV, ours._known_N)
         assert torch.equal(ours._counts_NV, twin._counts_NV)
         assert torch.equal(ours._known_N, twin._known_N)
     assert 100 < int(twin._counts_NV.sum()) // 2 < 700

@@ -22,10 +22,10 @@ def never() -> Tensor:
 
 @contextmanager
 def only(tile: object) -> Iterator[None]:
-    from parallel.cuda import few_rows
+    from parallel.cuda import gemv
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few_rows, "tiles_of", lambda _device: SimpleNamespace(best=lambda *_: tile))
+        patch.setattr(gemv, "autotuner_for", lambda _device: SimpleNamespace(best=lambda *_: tile))
         yield
 
 
@@ -35,8 +35,8 @@ def only(tile: object) -> Iterator[None]:
 def test_a_product_is_that_of_its_twin(
     num_rows: int, num_inputs: int, num_outputs: int, kind: KindOrPlain, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from parallel.cuda.few_rows import multiply
-    from parallel.cuda.tiles import Tile
+    from parallel.cuda.autotune import Tile
+    from parallel.cuda.gemv import multiply
 
     torch.manual_seed(num_rows)
     weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device).to(dtype)
@@ -56,8 +56,8 @@ def test_a_product_is_that_of_its_twin(
 
 
 def test_a_row_does_not_depend_on_what_lies_beside_it(device: torch.device) -> None:
-    from parallel.cuda.few_rows import multiply
-    from parallel.cuda.tiles import Tile
+    from parallel.cuda.autotune import Tile
+    from parallel.cuda.gemv import multiply
 
     weight, x = torch.randn(6, 300, device=device), torch.randn(2, 300, device=device)
     with only(Tile(2, 2, 2, 1)):
@@ -69,7 +69,7 @@ def test_a_row_does_not_depend_on_what_lies_beside_it(device: torch.device) -> N
 
 
 def test_unmeasured_no_product_goes_another_way(device: torch.device) -> None:
-    from parallel.cuda.few_rows import multiply
+    from parallel.cuda.gemv import multiply
 
     weight, x, other = torch.randn(6, 300, device=device), torch.randn(2, 300, device=device), torch.empty(2, 6)
     assert multiply(x, {"weight": weight}, None, lambda: other) is other

@@ -1,6 +1,6 @@
 """Assignments in the order of experts, in one launch, where plain torch takes two dozen; and their results back in the order of rows.
 
-N rows, A experts per row, E experts, X tiles of assignments, D output features. Tiles begin with a fresh expert and are found on the
+N rows, A experts per row, E experts, X tiles of assignments, D output features. Autotuner begin with a fresh expert and are found on the
 device; how many there may be depends on no count, so that a launch can be captured.
 """
 
@@ -16,14 +16,14 @@ from parallel.cuda.sizes import cdiv, next_power_of_2
 
 TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS = 16, 64, 128
 """Assignments of one expert that a program takes when few rows come, ..."""
-MANY_ROWS_PER_EXPERT, MOST_ROWS_PER_EXPERT = 32, 384
+MANY_ROWS_PER_EXPERT, MAX_ROWS_PER_EXPERT = 32, 384
 """... when more than so many do, and when more than so many: wide tiles read less, and compute more that nobody wants."""
 BLOCK = 1024
 """Assignments, or output features, that a program looks at at a time."""
 
 
 @dataclass(frozen=True)
-class Sorted:
+class SortedAssignments:
     """Assignments in the order of experts, each expert's beginning with a fresh tile."""
 
     assignment_Y: Tensor
@@ -72,15 +72,15 @@ def _sort_kernel(
             place += tl.sum(is_mine, axis=0)
 
 
-def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
+def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
     """``held_ids_NA`` (int64): which of the held experts an assignment goes to; -1 = computed elsewhere. Nothing waits for the device.
-    The twin is `sort_slowly`.
+    The twin is `sort_reference`.
 
-    Tiles of 2 rows; assignments 0 .. 5 of experts 1 0 -1 1 1 0:   experts 0 1 1 -, assignments 1 5 | 0 3 | 4 . | . .
+    Autotuner of 2 rows; assignments 0 .. 5 of experts 1 0 -1 1 1 0:   experts 0 1 1 -, assignments 1 5 | 0 3 | 4 . | . .
     """
     num_assigned, device = held_ids_NA.numel(), held_ids_NA.device
-    tile_rows = rows_of_tiles(num_assigned, num_held)
-    num_tiles = most_tiles(num_assigned, num_held, tile_rows)
+    tile_rows = tile_rows_for(num_assigned, num_held)
+    num_tiles = max_tiles(num_assigned, num_held, tile_rows)
     assignment_Y = torch.empty(num_tiles * tile_rows, dtype=torch.int32, device=device)
     expert_X = torch.empty(num_tiles, dtype=torch.int32, device=device)
     if num_tiles:
@@ -88,27 +88,27 @@ def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> Sorted:
             held_ids_NA.contiguous(), assignment_Y, expert_X, num_assigned, num_tiles, num_held,
             BINS=next_power_of_2(num_held + 1), TILE_ROWS=tile_rows, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    return Sorted(assignment_Y=assignment_Y, expert_X=expert_X, tile_rows=tile_rows)
+    return SortedAssignments(assignment_Y=assignment_Y, expert_X=expert_X, tile_rows=tile_rows)
 
 
-def rows_of_tiles(num_assigned: int, num_held: int) -> int:
+def tile_rows_for(num_assigned: int, num_held: int) -> int:
     """Rows of a tile, by how many an expert has on average."""
-    if num_assigned > MOST_ROWS_PER_EXPERT * num_held:
+    if num_assigned > MAX_ROWS_PER_EXPERT * num_held:
         return WIDEST_TILE_ROWS
     return WIDE_TILE_ROWS if num_assigned > MANY_ROWS_PER_EXPERT * num_held else TILE_ROWS
 
 
-def most_tiles(num_assigned: int, num_held: int, tile_rows: int) -> int:
+def max_tiles(num_assigned: int, num_held: int, tile_rows: int) -> int:
     """Each expert may leave the rest of a tile empty."""
     return min(cdiv(num_assigned, tile_rows) + num_held, num_assigned)
 
 
-def sort_slowly(held_ids_NA: Tensor, num_held: int) -> Sorted:
+def sort_reference(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
     """As `sort_by_expert`, by plain torch."""
     ids = held_ids_NA.flatten()
     num_assigned, device = len(ids), ids.device
-    tile_rows = rows_of_tiles(num_assigned, num_held)
-    num_tiles = most_tiles(num_assigned, num_held, tile_rows)
+    tile_rows = tile_rows_for(num_assigned, num_held)
+    num_tiles = max_tiles(num_assigned, num_held, tile_rows)
     counts_E = ids.new_zeros(num_held + 1).scatter_add_(0, ids + 1, torch.ones_like(ids))
     tiles_E = (counts_E[1:] + tile_rows - 1) // tile_rows
     tiles_so_far_E = tiles_E.cumsum(0)
@@ -122,12 +122,12 @@ def sort_slowly(held_ids_NA: Tensor, num_held: int) -> Sorted:
     assignment_Y.scatter_(0, place, order.to(torch.int32))
     expert_X = torch.searchsorted(tiles_so_far_E, torch.arange(num_tiles, device=device), right=True)
     expert_X = torch.where(expert_X < num_held, expert_X, -1).to(torch.int32)
-    return Sorted(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
+    return SortedAssignments(assignment_Y=assignment_Y[:nowhere], expert_X=expert_X, tile_rows=tile_rows)
 
 
 @quick
 @triton.jit
-def _sum_kernel(y, held_ids, out, width, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(y, held_ids, out, width, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
     """A stretch of one row."""
     row = tl.program_id(0).to(tl.int64)
     dims_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -139,10 +139,12 @@ def _sum_kernel(y, held_ids, out, width, PER_ROW: tl.constexpr, BLOCK: tl.conste
     tl.store(out + row * width + dims_D, sum_D.to(out.dtype.element_ty), mask=dims_D < width)
 
 
-def sum_of_rows(y: Tensor, held_ids_NA: Tensor) -> Tensor:
+def combine_rows(y: Tensor, held_ids_NA: Tensor) -> Tensor:
     """(N, D): the sum over each row's assignments that are computed here, of (N * A, D); taken in float32 and rounded once."""
     (num_rows, per_row), width = held_ids_NA.shape, y.shape[1]
     out_ND = y.new_empty((num_rows, width))
     if out_ND.numel():
-        _sum_kernel[(num_rows, cdiv(width, BLOCK))](y, held_ids_NA.contiguous(), out_ND, width, PER_ROW=per_row, BLOCK=BLOCK, num_warps=4)
+        _combine_kernel[(num_rows, cdiv(width, BLOCK))](
+            y, held_ids_NA.contiguous(), out_ND, width, PER_ROW=per_row, BLOCK=BLOCK, num_warps=4
+        )
     return out_ND

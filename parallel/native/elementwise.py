@@ -21,14 +21,14 @@ class NativeElementwise:
         self._library.add_norm(x_TD.data_ptr(), delta, weight_D.data_ptr(), out_TD.data_ptr(), num_rows, width, eps, num_threads())
         return out_TD
 
-    def gate(self, gate_up_TX: Tensor) -> Tensor:
+    def swiglu(self, gate_up_TX: Tensor) -> Tensor:
         gate_up_TX = gate_up_TX.contiguous()
         num_rows, width = gate_up_TX.shape[0], gate_up_TX.shape[1] // 2
         out_TI = torch.empty(num_rows, width)
         self._library.gate(gate_up_TX.data_ptr(), out_TI.data_ptr(), num_rows, width, num_threads())
         return out_TI
 
-    def rotate(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+    def apply_rope(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
         num_tokens, num_heads, width = x_TXK.shape
         if x_TXK.stride()[1:] != (width, 1):
             x_TXK = x_TXK.contiguous()

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.aligned_rows import empty_rows, readable_columns
-from parallel.cuda.keys import PART, empty_parts, key_of
+from parallel.cuda.logit_keys import PART, empty_parts, to_key
 from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv
 
@@ -26,7 +26,7 @@ _PER_ROW = ["entries", "tokens", "starts", "stops_now", "word_rows"]
 
 @quick
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=_PER_ROW[:3])
-def _learn_kernel(entries, tokens, starts, counts, known, num_rows, width, ROWS: tl.constexpr):
+def _count_tokens_kernel(entries, tokens, starts, counts, known, num_rows, width, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entry = tl.load(entries + rows, mask=rows < num_rows, other=-1)
     has_entry = entry >= 0
@@ -40,7 +40,7 @@ def _learn_kernel(entries, tokens, starts, counts, known, num_rows, width, ROWS:
 
 @quick
 @triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=_PER_ROW[:1] + _PER_ROW[3:])
-def _edit_kernel(
+def _process_logits_kernel(
     logits, out, raw_highest, entries, counts, penalties, stop_ids, num_stop_ids, stops_now, words, word_rows,
     width, readable, row_stride, out_stride, num_words, most_stop_ids, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _edit_kernel(
     there = ids < width
     x = tl.load(logits + row * row_stride + ids, mask=ids < readable, other=float("-inf")).to(tl.float32)
     x = tl.where(there, x, float("-inf"))
-    tl.store(raw_highest + row * tl.num_programs(1) + tl.program_id(1), tl.max(key_of(x), axis=0))
+    tl.store(raw_highest + row * tl.num_programs(1) + tl.program_id(1), tl.max(to_key(x), axis=0))
     entry = tl.load(entries + row)
     if entry >= 0:
         count = tl.load(counts + entry * width + ids, mask=there, other=0)
@@ -89,17 +89,17 @@ def _bias_kernel(out, entries, bias_ids, biases, num_biases, out_stride, most_bi
             tl.store(place, tl.load(place, mask=there, other=0.0) + bias, mask=there)
 
 
-def learn(entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor, counts_NV: Tensor, known_N: Tensor) -> None:
+def count_tokens(entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor, counts_NV: Tensor, known_N: Tensor) -> None:
     """See `EditTable.learn`."""
     num_rows = len(entries_R)
     if num_rows:
-        _learn_kernel[(cdiv(num_rows, ROWS),)](
+        _count_tokens_kernel[(cdiv(num_rows, ROWS),)](
             entries_R.contiguous(), tokens_R.contiguous(), starts_R.contiguous(), counts_NV, known_N, num_rows, counts_NV.shape[1],
             ROWS=ROWS, num_warps=4,
         )  # fmt: skip
 
 
-def edited(
+def process_logits(
     logits_RV: Tensor,
     *,
     entries_R: Tensor,
@@ -115,8 +115,8 @@ def edited(
     num_stop_ids_N: Tensor,
     raw_highest_RN: Tensor | None = None,
 ) -> Tensor:
-    """float32 (R, V), in rows as of `empty_rows`; the logits stay as they are. To ``raw_highest_RN``, as `parallel.cuda.keys.empty_parts`
-    makes it, the key of their highest in each part is written."""
+    """The processed logits, float32 (R, V), in rows as of `empty_rows`; the input is unchanged. If ``raw_highest_RN`` is given (shape of
+    `parallel.cuda.logit_keys.empty_parts`), the key of the highest input logit of each part is written to it."""
     num_rows, width = logits_RV.shape
     assert logits_RV.stride(1) == 1
     assert counts_NV.shape[1] == width
@@ -124,7 +124,7 @@ def edited(
     if num_rows:
         entries_R = entries_R.contiguous()
         raw_highest_RN = empty_parts(logits_RV) if raw_highest_RN is None else raw_highest_RN
-        _edit_kernel[(num_rows, cdiv(width, PART))](
+        _process_logits_kernel[(num_rows, cdiv(width, PART))](
             logits_RV, out_RV, raw_highest_RN, entries_R, counts_NV, penalties_N3, stop_ids, num_stop_ids_N, stops_now_R.contiguous(),
             words_GW, word_rows_R.contiguous(), width, readable_columns(logits_RV), logits_RV.stride(0), out_RV.stride(0),
             words_GW.shape[1], stop_ids.shape[1],

@@ -12,7 +12,7 @@ from parallel.cuda.sizes import cdiv
 
 PART = 4096
 """Columns of a row that one program looks at."""
-NOBODY = tl.constexpr(2**31 - 1)
+NO_ID = tl.constexpr(2**31 - 1)
 """Beyond all ids."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 WEIGHT_BITS = tl.constexpr(44)
@@ -31,52 +31,52 @@ def empty_parts(logits_RV: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 @triton.jit
-def key_of(x):
+def to_key(x):
     """int32, ordered as the logits (float32) are; -0 is 0, NaN is the highest."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), KEY_OF_NAN)
 
 
 @triton.jit
-def keys_at(row, ids, width, readable):
-    """As `key_of`; `LOWEST` beyond the last column."""
+def load_keys(row, ids, width, readable):
+    """As `to_key`; `LOWEST` beyond the last column."""
     x = tl.load(row + ids, mask=ids < readable, other=float("-inf")).to(tl.float32)
-    return tl.where(ids < width, key_of(x), LOWEST)
+    return tl.where(ids < width, to_key(x), LOWEST)
 
 
 @triton.jit
-def logits_of(key):
+def to_logit(key):
     """float64"""
     bits = key ^ ((key >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit
-def weights_of(key, highest, scale):
+def sampling_weights(key, highest, scale):
     """int64: the highest logit's is 2^WEIGHT_BITS."""
-    weight = tl.exp2((logits_of(key) - highest) * scale + WEIGHT_BITS).to(tl.int64)
+    weight = tl.exp2((to_logit(key) - highest) * scale + WEIGHT_BITS).to(tl.int64)
     return tl.where(key > KEY_OF_MINUS_INFINITY, weight, 0)
 
 
 @triton.jit
-def scale_of(temperature):
+def temperature_scale(temperature):
     return LOG2_E / tl.maximum(temperature, 1e-300)
 
 
 @triton.jit
-def highest_part(highest_of_parts, num_parts, PARTS: tl.constexpr):
+def row_max_key(highest_of_parts, num_parts, PARTS: tl.constexpr):
     """The key of a row's highest logit."""
     parts = tl.arange(0, PARTS)
     return tl.max(tl.load(highest_of_parts + parts, mask=parts < num_parts, other=LOWEST), axis=0)
 
 
-def shift_of(dtype: torch.dtype) -> int:
+def key_shift(dtype: torch.dtype) -> int:
     """How many of a key's lowest bits say nothing: a float32 has so many below those of a bfloat16."""
     return 16 if dtype == torch.bfloat16 else 0
 
 
 @triton.jit
-def full_key(shifted, SHIFT: tl.constexpr):
+def restore_key(shifted, SHIFT: tl.constexpr):
     """int32: the key of which all but such bits are given (int64). Those of negative logits are all set."""
     key = shifted
     if SHIFT > 0:
@@ -85,13 +85,13 @@ def full_key(shifted, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def least_weight(min_p):
+def min_p_weight(min_p):
     """int64: what min-p wants an id to weigh; what weighs nothing is never drawn."""
     return tl.maximum(tl.ceil(min_p * tl.full([], 17592186044416.0, tl.float64)).to(tl.int64), 1)
 
 
 @triton.jit
-def rest_within(before, each, limit, width):
+def count_within(before, each, limit, width):
     """The most of equal logits, each of the same weight, of which the last is still kept, as less than ``limit`` stands before it; at
     least 1."""
     least, most = tl.full([], 1, tl.int64), width.to(tl.int64)

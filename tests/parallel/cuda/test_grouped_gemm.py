@@ -26,30 +26,30 @@ def products(x: Tensor, matrices: list[Tensor], held_ids_NA: Tensor, weights: Te
 def test_each_assignment_gets_its_experts_product(
     num_rows: int, num_experts: int, chosen: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from parallel.cuda.by_expert import sort_by_expert
-    from parallel.cuda.experts import expert_products, matrices
+    from parallel.cuda.expert_sort import sort_by_expert
+    from parallel.cuda.grouped_gemm import expert_matrices, grouped_gemm
 
     torch.manual_seed(0)
     x = torch.randn(num_rows, 72, device=device).to(dtype)
-    weights_of = [torch.randn(88, 72, device=device).to(dtype) for _ in range(num_experts)]
+    weights_of_experts = [torch.randn(88, 72, device=device).to(dtype) for _ in range(num_experts)]
     ids = torch.stack([torch.randperm(num_experts)[:chosen] for _ in range(num_rows)]).to(device)
     ids[::3, 0] = -1  # computed elsewhere
     weights = torch.rand(num_rows, chosen, device=device).to(dtype)
     by_expert = sort_by_expert(ids, num_experts)
-    table = matrices([{"weight": weight} for weight in weights_of], device)
+    table = expert_matrices([{"weight": weight} for weight in weights_of_experts], device)
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.float16 else {"atol": 1e-4, "rtol": 1e-4}
     for some_weights in (None, weights):
-        found = expert_products(x, table, by_expert, rows_per_source=chosen, num_assigned=ids.numel(), weights=some_weights)
+        found = grouped_gemm(x, table, by_expert, rows_per_source=chosen, num_assigned=ids.numel(), weights=some_weights)
         is_here = ids.flatten() >= 0
-        torch.testing.assert_close(found[is_here], products(x, weights_of, ids, some_weights, chosen)[is_here], **tolerance)
+        torch.testing.assert_close(found[is_here], products(x, weights_of_experts, ids, some_weights, chosen)[is_here], **tolerance)
 
 
 @pytest.mark.parametrize(("num_rows", "num_held"), [(0, 4), (1, 4), (5, 4), (300, 4), (5, 1), (700, 2), (2000, 64)])
 def test_assignments_are_sorted_as_by_plain_torch(num_rows: int, num_held: int, device: torch.device) -> None:
-    from parallel.cuda.by_expert import sort_by_expert, sort_slowly
+    from parallel.cuda.expert_sort import sort_by_expert, sort_reference
 
     ids = torch.randint(-1, num_held, (num_rows, 2), generator=torch.Generator().manual_seed(num_rows)).to(device)
-    found, wanted = sort_by_expert(ids, num_held), sort_slowly(ids, num_held)
+    found, wanted = sort_by_expert(ids, num_held), sort_reference(ids, num_held)
     assert found.tile_rows == wanted.tile_rows
     assert torch.equal(found.expert_X, wanted.expert_X)
     assert torch.equal(found.assignment_Y, wanted.assignment_Y)
@@ -57,7 +57,7 @@ def test_assignments_are_sorted_as_by_plain_torch(num_rows: int, num_held: int, 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 300, 1000])
 def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: torch.device) -> None:
-    from parallel.cuda.by_expert import sort_by_expert
+    from parallel.cuda.expert_sort import sort_by_expert
 
     ids = torch.randint(-1, 4, (num_rows, 2), generator=torch.Generator().manual_seed(1)).to(device)
     by_expert = sort_by_expert(ids, 4)
@@ -72,14 +72,14 @@ def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: 
 
 @pytest.mark.parametrize(("num_rows", "width"), [(0, 8), (1, 8), (3, 1500)])
 def test_what_is_computed_elsewhere_adds_nothing(num_rows: int, width: int, device: torch.device) -> None:
-    from parallel.cuda.by_expert import sum_of_rows
+    from parallel.cuda.expert_sort import combine_rows
 
     torch.manual_seed(0)
     ids = torch.randint(-1, 4, (num_rows, 3)).to(device)
     y = torch.randn(num_rows, 3, width).to(device)
     wanted = torch.where(ids.unsqueeze(-1) >= 0, y, 0).sum(1)
     y[ids < 0] = torch.nan
-    torch.testing.assert_close(sum_of_rows(y.view(num_rows * 3, width), ids), wanted)
+    torch.testing.assert_close(combine_rows(y.view(num_rows * 3, width), ids), wanted)
 
 
 FORMATS = [
@@ -93,7 +93,7 @@ FORMATS = [
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 60])
 def test_all_experts_of_a_rank_give_what_one_after_the_other_gives(num_rows: int, form: WeightFormat, device: torch.device) -> None:
-    from parallel.cuda.grouped import GroupedExperts
+    from parallel.cuda.grouped_experts import GroupedExperts
 
     torch.manual_seed(0)
     experts = RoutedExperts(num_experts=6, hidden_size=40, intermediate_size=24, groups=single_rank_groups(), format=form)

@@ -9,8 +9,8 @@ from engine.run.decode_inputs import unpack_decode_inputs_torch
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 130])
-def test_it_enters_what_the_twin_enters(num_rows: int, device: torch.device) -> None:
-    from parallel.cuda.enter import enter as in_one_launch
+def test_it_unpacks_what_the_twin_unpacks(num_rows: int, device: torch.device) -> None:
+    from parallel.cuda.decode_inputs import unpack_decode_inputs as in_one_launch
 
     generator = torch.Generator().manual_seed(num_rows)
 
@@ -22,12 +22,12 @@ def test_it_enters_what_the_twin_enters(num_rows: int, device: torch.device) -> 
     sampled = numbers(0, 1000, most_rows)
     tables = numbers(0, 99, most_rows, 7).int()
 
-    def entered(enter: Callable[..., None], device: torch.device) -> list[torch.Tensor]:
+    def unpacked(unpack: Callable[..., None], device: torch.device) -> list[torch.Tensor]:
         tokens, slots, lengths = (torch.zeros(num_rows, dtype=dtype, device=device) for dtype in (torch.int64, torch.int64, torch.int32))
         written = tables.to(device, copy=True)
-        enter(given.to(device)[:, :num_rows], sampled.to(device), tokens, slots, lengths, written[:num_rows], block_tokens)
+        unpack(given.to(device)[:, :num_rows], sampled.to(device), tokens, slots, lengths, written[:num_rows], block_tokens)
         return [tokens.cpu(), slots.cpu(), lengths.cpu(), written.cpu()]
 
-    found, wanted = entered(in_one_launch, device), entered(unpack_decode_inputs_torch, torch.device("cpu"))
+    found, wanted = unpacked(in_one_launch, device), unpacked(unpack_decode_inputs_torch, torch.device("cpu"))
     assert all(map(torch.equal, found, wanted))
     assert (wanted[1] < 0).equal(given[2, :num_rows] < 0)

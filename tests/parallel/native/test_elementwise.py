@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.native.elementwise import NativeElementwise
 from parallel.native.library import Native, native
-from parallel.native.small import NativeElementwise
 
 SHAPES = [(1, 896), (3, 50), (200, 1024), (0, 64)]
 
@@ -37,12 +37,12 @@ def test_a_sum_and_its_norm(library: Native, shape: tuple[int, int]) -> None:
 def test_the_gate_of_an_mlp(library: Native, shape: tuple[int, int]) -> None:
     x = random(*shape)
     left, right = x.chunk(2, dim=-1)
-    torch.testing.assert_close(NativeElementwise(library).gate(x), F.silu(left) * right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(NativeElementwise(library).swiglu(x), F.silu(left) * right, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gate_of_extreme_numbers(library: Native) -> None:
     left = torch.tensor([[0.0, -200.0, 200.0, 1e30, -1e30, torch.nan, torch.inf, 1.0] * 2])
-    found = NativeElementwise(library).gate(torch.cat((left, torch.ones_like(left)), dim=-1))
+    found = NativeElementwise(library).swiglu(torch.cat((left, torch.ones_like(left)), dim=-1))
     wanted = F.silu(left)
     torch.testing.assert_close(found.nan_to_num(7.0, 1e38), wanted.nan_to_num(7.0, 1e38), rtol=1e-5, atol=1e-5)
 
@@ -54,4 +54,4 @@ def test_heads_are_turned(library: Native, num_tokens: int) -> None:
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     wanted = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    torch.testing.assert_close(NativeElementwise(library).rotate(x, cos, sin), wanted)
+    torch.testing.assert_close(NativeElementwise(library).apply_rope(x, cos, sin), wanted)

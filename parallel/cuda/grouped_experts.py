@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from parallel.cuda.by_expert import sort_by_expert, sum_of_rows
 from parallel.cuda.elementwise import swiglu
-from parallel.cuda.experts import expert_products, matrices
+from parallel.cuda.expert_sort import combine_rows, sort_by_expert
+from parallel.cuda.grouped_gemm import expert_matrices, grouped_gemm
 
 
 class GroupedExperts:
@@ -19,8 +19,8 @@ class GroupedExperts:
     def __init__(self, num_experts: int, up: Mapping[int, Mapping[str, Tensor]], down: Mapping[int, Mapping[str, Tensor]]) -> None:
         """``up`` (2 I, D: gate, then up) and ``down`` (D, I) by the experts' numbers, each as its format's tensors."""
         device = next(tensor.device for tensor in next(iter(up.values())).values())
-        self._kept = (up, down)  # the kernel knows addresses only
-        self._up, self._down = (matrices(list(experts.values()), device) for experts in (up, down))
+        self._kept = (up, down)  # the kernel has their addresses only
+        self._up, self._down = (expert_matrices(list(experts.values()), device) for experts in (up, down))
         place_E = torch.full((num_experts + 1,), -1)  # the last for those elsewhere, whose number is -1
         place_E[list(up)] = torch.arange(len(up))
         self._place_E = None if list(up) == list(range(num_experts)) else place_E.to(device)
@@ -34,8 +34,8 @@ class GroupedExperts:
             return torch.zeros_like(x_ND)
         held_ids_NA = expert_ids_NA if self._place_E is None else self._place_E[expert_ids_NA]
         by_expert = sort_by_expert(held_ids_NA, self._num_held)
-        inner = expert_products(x_ND, self._up, by_expert, rows_per_source=per_row, num_assigned=num_assigned)
+        inner = grouped_gemm(x_ND, self._up, by_expert, rows_per_source=per_row, num_assigned=num_assigned)
         activated = swiglu(inner)
         del inner  # the widest of all
-        out = expert_products(activated, self._down, by_expert, rows_per_source=1, num_assigned=num_assigned, weights=weights_NA.flatten())
-        return sum_of_rows(out, held_ids_NA)
+        out = grouped_gemm(activated, self._down, by_expert, rows_per_source=1, num_assigned=num_assigned, weights=weights_NA.flatten())
+        return combine_rows(out, held_ids_NA)

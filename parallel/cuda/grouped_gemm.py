@@ -1,10 +1,10 @@
-"""Routed experts in two launches: a matrix product per expert over the tokens that chose it, all experts side by side.
+"""Grouped GEMM: for each routed expert, one matrix product with the tokens that chose it, all experts in one launch.
 
 N rows, A experts per row, E experts, R rows of a tile, O output features.
 
-Experts' weights stay where they are, each in a tensor of its own, so that they can change places between ranks: the kernel
-finds them by a table of addresses. Assignments come sorted by expert and cut into tiles (`parallel.cuda.by_expert`); the launch depends
-on no count, so that it can be captured.
+Each expert's weights stay in tensors of their own, so that experts can move between ranks; the kernel finds them through a table of
+addresses. Assignments come sorted by expert and cut into tiles (`parallel.cuda.expert_sort`). The launch depends on no token count, so
+it can be captured in a CUDA graph.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.cuda.by_expert import TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS, Sorted
-from parallel.cuda.products import DEPTH, product_tile, tile_of
+from parallel.cuda.autotune import Tile, autotuner_for
+from parallel.cuda.expert_sort import TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS, SortedAssignments
+from parallel.cuda.matmul import DEPTH, matmul_tile, tile_coordinates
+from parallel.cuda.quantised_matmul import padded_in_size, quantise_rows
 from parallel.cuda.quick_launch import quick
-from parallel.cuda.scaled import filled_size, quantise_rows
 from parallel.cuda.sizes import cdiv
-from parallel.cuda.tiles import Tile, tiles_of
 from parallel.quantised_format import kind_of
 
 TILES = {
@@ -33,30 +33,30 @@ TILES = {
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """One matrix of each expert, all alike in shape and dtype. They must stay alive: the kernel knows addresses only."""
+class ExpertMatrices:
+    """One matrix of each expert, all alike in shape and dtype. They must stay alive: the kernel has their addresses only."""
 
     kind: Literal["plain", "int8", "int4", "int4_zeros", "fp8"]
     numbers_E: Tensor
     """int64: where each expert's begin"""
     scales_E: Tensor
-    """int64; of plain matrices nobody reads them"""
+    """int64; unused for plain matrices"""
     out_size: int
-    filled_size: int
+    padded_in_size: int
     """Input features with the zeros at their end; see `parallel.quantised_format`."""
 
 
-def matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.device) -> Matrices:
+def expert_matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.device) -> ExpertMatrices:
     """Of a plain format's tensors (``weight``) or of `parallel.quantised_format.QuantisedFormat`'s (``numbers``, ``scales``)."""
     first = experts[0]
     if "weight" in first:
-        places = addresses([expert["weight"] for expert in experts], device)
-        return Matrices("plain", places, places, *first["weight"].shape)
-    numbers, scales = (addresses([expert[name] for expert in experts], device) for name in ("numbers", "scales"))
-    return Matrices(kind_of(first), numbers, scales, first["numbers"].shape[0], filled_size(first))
+        places = tensor_addresses([expert["weight"] for expert in experts], device)
+        return ExpertMatrices("plain", places, places, *first["weight"].shape)
+    numbers, scales = (tensor_addresses([expert[name] for expert in experts], device) for name in ("numbers", "scales"))
+    return ExpertMatrices(kind_of(first), numbers, scales, first["numbers"].shape[0], padded_in_size(first))
 
 
-def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def tensor_addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """int64: where each begins. They must be contiguous, alike in shape and dtype, and begin at whole 16 bytes, as fresh ones do."""
     assert all(tensor.is_contiguous() and tensor.shape == tensors[0].shape and tensor.dtype == tensors[0].dtype for tensor in tensors)
     assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
@@ -65,14 +65,14 @@ def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 @quick
 @triton.jit(do_not_specialize=["num_assigned", "num_tiles"])  # else a step of another number of rows may wait for a compiler
-def _expert_kernel(
+def _grouped_gemm_kernel(
     x, x_scales, numbers_of, scales_of, out, row_weights, assignments, experts,
-    num_assigned, num_tiles, rows_per_source, in_size, filled_size, out_size,
+    num_assigned, num_tiles, rows_per_source, in_size, padded_in_size, out_size,
     KIND: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of assignments, a stretch of output features: ``out[a] = x[a // rows_per_source] @ W.T`` (times a's weight)."""
-    tile, column_tile = tile_of(tl.program_id(0), num_tiles, tl.cdiv(out_size, COLUMNS))
+    tile, column_tile = tile_coordinates(tl.program_id(0), num_tiles, tl.cdiv(out_size, COLUMNS))
     expert = tl.load(experts + tile)
     if expert >= 0:
         numbers = tl.load(numbers_of + expert)
@@ -94,8 +94,22 @@ def _expert_kernel(
         source_R = (assignment_R // rows_per_source).to(tl.int64)
         columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         mask_O = columns_O < out_size
-        sum_RO = product_tile(
-            x, x_scales, numbers, scales, source_R, real_R, columns_O, mask_O, in_size, filled_size, KIND, ROWS, COLUMNS, DEPTH, PRECISION
+        sum_RO = matmul_tile(
+            x,
+            x_scales,
+            numbers,
+            scales,
+            source_R,
+            real_R,
+            columns_O,
+            mask_O,
+            in_size,
+            padded_in_size,
+            KIND,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+            PRECISION,
         )
         if WEIGHTED:  # rounded before and after, as transformers does
             weight_R = tl.load(row_weights + assignment_R, mask=real_R, other=0.0).to(tl.float32)
@@ -105,10 +119,10 @@ def _expert_kernel(
         tl.store(out + place_RO, result_RO, mask=real_R[:, None] & mask_O[None, :])
 
 
-def expert_products(
+def grouped_gemm(
     x: Tensor,
-    experts: Matrices,
-    by_expert: Sorted,
+    experts: ExpertMatrices,
+    by_expert: SortedAssignments,
     *,
     rows_per_source: int,
     num_assigned: int,
@@ -124,14 +138,14 @@ def expert_products(
     num_tiles = by_expert.expert_X.shape[0]
 
     def launch(tile: Tile) -> None:
-        _expert_kernel[(num_tiles * cdiv(experts.out_size, tile.columns),)](
+        _grouped_gemm_kernel[(num_tiles * cdiv(experts.out_size, tile.columns),)](
             rows, row_scales, experts.numbers_E, experts.scales_E, out, out if weights is None else weights,
             by_expert.assignment_Y, by_expert.expert_X, num_assigned, num_tiles, rows_per_source,
-            x.shape[1], experts.filled_size, experts.out_size,
+            x.shape[1], experts.padded_in_size, experts.out_size,
             KIND=experts.kind, WEIGHTED=weights is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=DEPTH[experts.kind],
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
     key = f"experts {experts.kind} by {x.dtype}, {x.shape[1]} to {experts.out_size}, {by_expert.tile_rows} rows of each"
-    launch(tiles_of(x.device).best(key, TILES[by_expert.tile_rows], launch))
+    launch(autotuner_for(x.device).best(key, TILES[by_expert.tile_rows], launch))
     return out

@@ -10,7 +10,7 @@ BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _enter_kernel(
+def _decode_inputs_kernel(
     given, sampled, tokens, slots, lengths, tables, num_rows, given_stride, table_stride, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -28,12 +28,12 @@ def _enter_kernel(
     tl.store(tables + rows * table_stride + column, block.to(tl.int32), mask=mask)
 
 
-def enter(
+def unpack_decode_inputs(
     given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
 ) -> None:
     """See the twin."""
     num_rows = tokens_S.shape[0]
-    _enter_kernel[(cdiv(num_rows, BLOCK),)](
+    _decode_inputs_kernel[(cdiv(num_rows, BLOCK),)](
         given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, num_rows, given_3S.stride(0), tables_SM.stride(0),
         BLOCK_TOKENS=block_tokens, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -17,7 +17,7 @@ KINDS = ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow), "fp
 def test_a_product_is_that_of_its_twin(
     num_rows: int, num_inputs: int, num_outputs: int, kind: Kind, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from parallel.cuda.scaled import multiply
+    from parallel.cuda.quantised_matmul import multiply
 
     torch.manual_seed(num_rows)
     weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device).to(dtype)
@@ -39,8 +39,8 @@ SHAPES = [(1, 128, 32), (5, 200, 70), (33, 64, 40), (70, 330, 150)]
 def test_each_way_gives_what_the_twin_gives(
     num_rows: int, num_inputs: int, num_outputs: int, kind: Kind, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from parallel.cuda import scaled
-    from parallel.cuda.tiles import LIBRARY, Tile
+    from parallel.cuda import quantised_matmul
+    from parallel.cuda.autotune import LIBRARY, Tile
 
     torch.manual_seed(num_rows)
     weight, bias = torch.randn(num_outputs, num_inputs, device=device), torch.randn(num_outputs, device=device)
@@ -48,32 +48,32 @@ def test_each_way_gives_what_the_twin_gives(
     tensors = QuantisedFormat(kind, torch.float32).prepare({"weight": weight})
     ways = [Tile(16, 64, 4, 3, "swapped"), Tile(32, 64, 4, 3, "swapped", 2), Tile(16, 128, 4, 3, "swapped", 4)]
     if kind != "fp8":
-        monkeypatch.setattr(scaled, "UNPACKED_BYTES", 4 * num_inputs * 32)
+        monkeypatch.setattr(quantised_matmul, "DEQUANTISED_BYTES", 4 * num_inputs * 32)
         ways.append(LIBRARY)
     for way in ways:
-        monkeypatch.setattr(scaled, "_choice", lambda *_product, way=way: ("", (way,)))
+        monkeypatch.setattr(quantised_matmul, "_choice", lambda *_product, way=way: ("", (way,)))
         for some_bias in (None, bias):
-            found = scaled.multiply(x, tensors, some_bias)
+            found = quantised_matmul.multiply(x, tensors, some_bias)
             torch.testing.assert_close(found, multiply_reference(x, tensors, some_bias), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_unpacked_is_rounded_once(kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
-    from parallel.cuda.scaled import unpack_rows
+    from parallel.cuda.quantised_matmul import dequantise_rows
 
     torch.manual_seed(0)
     tensors = QuantisedFormat(kind, torch.float32).prepare({"weight": torch.randn(50, 5000, device=device)})
-    found = unpack_rows(tensors, 20, torch.full((25, 5000), torch.nan, dtype=dtype, device=device))
+    found = dequantise_rows(tensors, 20, torch.full((25, 5000), torch.nan, dtype=dtype, device=device))
     assert torch.equal(found, unpack(tensors)[20:45, :5000].to(dtype))
 
 
 @pytest.mark.parametrize(("width", "block"), [(1, 32768), (100, 32768), (2048, 32768), (5000, 32768), (5000, 1024)])
 def test_rows_are_rounded_to_fp8_as_by_torch(width: int, block: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from parallel.cuda import scaled
-    from parallel.cuda.scaled import quantise_rows
+    from parallel.cuda import quantised_matmul
+    from parallel.cuda.quantised_matmul import quantise_rows
 
-    monkeypatch.setattr(scaled, "FP8_BLOCK", block)
+    monkeypatch.setattr(quantised_matmul, "FP8_BLOCK", block)
     torch.manual_seed(width)
     x = torch.randn(4, width, device=device) * torch.tensor([1.0, 1e-3, 1e4, 0.0], device=device).unsqueeze(-1)
     numbers, scales = quantise_rows(x)

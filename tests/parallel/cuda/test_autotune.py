@@ -11,36 +11,36 @@ import torch
 from parallel.quantised_format import QuantisedFormat
 
 if TYPE_CHECKING:
-    from parallel.cuda.tiles import Tile
+    from parallel.cuda.autotune import Tile
 
 
 def test_without_measurement_the_first_is_taken(device: torch.device) -> None:
-    from parallel.cuda.tiles import LIBRARY, Tiles, candidates_for
+    from parallel.cuda.autotune import LIBRARY, Autotuner, candidates_for
 
-    tiles, few = Tiles(None), candidates_for("int8", 16)
+    tiles, few = Autotuner(None), candidates_for("int8", 16)
     assert tiles.best("a product", few, lambda _tile: pytest.fail("nobody measures")) == few[0]
     assert tiles.best("a product", candidates_for("int8", 128), lambda _tile: None) == LIBRARY
 
 
 def test_one_way_is_not_measured(device: torch.device) -> None:
-    from parallel.cuda.tiles import LIBRARY, Tiles, candidates_for
+    from parallel.cuda.autotune import LIBRARY, Autotuner, candidates_for
 
-    tiles = Tiles(None)
+    tiles = Autotuner(None)
     with tiles.measuring(lambda _run: pytest.fail("there is nothing to choose from")):
         assert tiles.best("a product", candidates_for("int4", None), lambda _tile: None) == LIBRARY
 
 
 def test_what_cublas_cannot_multiply_has_ways_for_every_number_of_rows(device: torch.device) -> None:
-    from parallel.cuda.tiles import MOST_ROWS, candidates_for
+    from parallel.cuda.autotune import MAX_ROWS, candidates_for
 
-    for most in (*MOST_ROWS, None):
+    for most in (*MAX_ROWS, None):
         ways = {tile.way for tile in candidates_for("fp8", most, has_library=False)}
         assert ways
         assert "library" not in ways
 
 
 def _some() -> "tuple[Tile, ...]":
-    from parallel.cuda.tiles import Tile
+    from parallel.cuda.autotune import Tile
 
     return tuple(Tile(16, columns) for columns in (16, 32, 64, 128, 256))
 
@@ -48,7 +48,7 @@ def _some() -> "tuple[Tile, ...]":
 def test_the_fastest_is_measured_once_kept_and_found_again(tmp_path: Path, device: torch.device) -> None:
     from triton import OutOfResources
 
-    from parallel.cuda.tiles import Tiles
+    from parallel.cuda.autotune import Autotuner
 
     some = _some()
     file, launched = tmp_path / "folder" / "tiles.json", []
@@ -64,15 +64,15 @@ def test_the_fastest_is_measured_once_kept_and_found_again(tmp_path: Path, devic
         run()
         return 1.0 if launched[-1] == some[3] else 2.0
 
-    tiles = Tiles(file)
+    tiles = Autotuner(file)
     with tiles.measuring(measure):
         assert tiles.best("a product", some, launch) == some[3]
         assert tiles.best("a product", some, launch) == some[3]
     assert len(launched) == len(some) - 2, "all but the two that do not run, once"
-    assert Tiles(file).best("a product", some, launch) == some[3]
-    assert Tiles(file).best("another product", some, launch) == some[0]
+    assert Autotuner(file).best("a product", some, launch) == some[3]
+    assert Autotuner(file).best("another product", some, launch) == some[0]
     file.write_text("{")
-    assert Tiles(file).best("a product", some, launch) == some[0]
+    assert Autotuner(file).best("a product", some, launch) == some[0]
 
 
 def _failing_at_fourth(error: RuntimeError) -> Callable[[object], None]:
@@ -91,10 +91,10 @@ def _one_second(run: Callable[[], object]) -> float:
 
 
 def test_a_kernel_that_takes_the_device_along_ends_the_start_and_nothing_of_it_is_kept(tmp_path: Path, device: torch.device) -> None:
-    from parallel.cuda.tiles import Tiles
+    from parallel.cuda.autotune import Autotuner
 
     some = _some()
-    tiles = Tiles(tmp_path / "tiles.json")
+    tiles = Autotuner(tmp_path / "tiles.json")
     launch = _failing_at_fourth(torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700))
 
     def step() -> None:
@@ -118,10 +118,10 @@ def test_a_kernel_that_takes_the_device_along_ends_the_start_and_nothing_of_it_i
 )
 def test_what_cannot_be_measured_now_is_at_the_next_start(error: RuntimeError, tmp_path: Path, device: torch.device) -> None:
     """The tiles that came before a full memory are not the fastest of all."""
-    from parallel.cuda.tiles import Tiles
+    from parallel.cuda.autotune import Autotuner
 
     some = _some()
-    tiles, file = Tiles(tmp_path / "tiles.json"), tmp_path / "tiles.json"
+    tiles, file = Autotuner(tmp_path / "tiles.json"), tmp_path / "tiles.json"
     candidates = some[3:4] if "PassManager" in str(error) else some  # none of them runs, or memory is full at one
     with tiles.measuring(_one_second):
         assert tiles.best("a product", candidates, _failing_at_fourth(error)) == candidates[0]
@@ -132,8 +132,8 @@ def test_what_cannot_be_measured_now_is_at_the_next_start(error: RuntimeError, t
 
 @pytest.mark.parametrize("num_rows", [3, 40])
 def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from parallel.cuda import scaled
-    from parallel.cuda.tiles import Tile
+    from parallel.cuda import quantised_matmul
+    from parallel.cuda.autotune import Tile
 
     torch.manual_seed(1)
     x = torch.randn(num_rows, 256, device=device)
@@ -141,25 +141,28 @@ def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, devic
     found = []
     cuts = ((16, 64), (16, 32), (16, 16, 2, 6)) if num_rows < 16 else ((64, 64), (64, 128), (128, 128, 8, 3))
     for tile in [Tile(*cut) for cut in cuts]:
-        monkeypatch.setattr(scaled, "_choice", lambda *_product, tile=tile: ("", (tile,)))
-        found.append(scaled.multiply(x, tensors, None))
+        monkeypatch.setattr(quantised_matmul, "_choice", lambda *_product, tile=tile: ("", (tile,)))
+        found.append(quantised_matmul.multiply(x, tensors, None))
     assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_what_was_measured_with_one_dtype_is_not_taken_for_another(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fits into shared memory with 16 bits may not with 32."""
-    from parallel.cuda import experts, scaled
-    from parallel.cuda.by_expert import sort_by_expert
-    from parallel.cuda.tiles import Tiles
+    from parallel.cuda import grouped_gemm, quantised_matmul
+    from parallel.cuda.autotune import Autotuner
+    from parallel.cuda.expert_sort import sort_by_expert
 
-    tiles = Tiles(None)
-    for module in (experts, scaled):
-        monkeypatch.setattr(module, "tiles_of", lambda _device: tiles)
+    tiles = Autotuner(None)
+    for module in (grouped_gemm, quantised_matmul):
+        monkeypatch.setattr(module, "autotuner_for", lambda _device: tiles)
     tensors = QuantisedFormat("int8", torch.float32).prepare({"weight": torch.randn(32, 128, device=device)})
-    table, by_expert = experts.matrices([tensors], device), sort_by_expert(torch.zeros(3, 1, dtype=torch.int64, device=device), 1)
+    table, by_expert = (
+        grouped_gemm.expert_matrices([tensors], device),
+        sort_by_expert(torch.zeros(3, 1, dtype=torch.int64, device=device), 1),
+    )
     with tiles.measuring(lambda _run: 1.0):
         for dtype in (torch.float32, torch.float16):
             x = torch.randn(3, 128, device=device).to(dtype)
-            scaled.multiply(x, tensors, None)
-            experts.expert_products(x, table, by_expert, rows_per_source=1, num_assigned=3)
+            quantised_matmul.multiply(x, tensors, None)
+            grouped_gemm.grouped_gemm(x, table, by_expert, rows_per_source=1, num_assigned=3)
     assert len(tiles._found) == 4

@@ -22,7 +22,7 @@ ROWS = [  # temperature, top-k, top-p, min-p
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("lies_at_whole_units", [False, True])
 def test_what_is_drawn_is_what_sorting_gives(lies_at_whole_units: bool, ties: bool, device: torch.device) -> None:
-    from parallel.cuda.whole_rows import draw_undecided
+    from parallel.cuda.sampling_full_vocab import draw_full_vocab
 
     generator = torch.Generator().manual_seed(int(ties))
     logits_RV = torch.randn(len(ROWS), VOCAB_SIZE + 5, generator=generator)[:, :VOCAB_SIZE] * 3
@@ -37,16 +37,16 @@ def test_what_is_drawn_is_what_sorting_gives(lies_at_whole_units: bool, ties: bo
     chosen_R = torch.full_like(decided_R, 77)
     laid = aligned(logits_RV.to(device)) if lies_at_whole_units else logits_RV.to(device)
     found = chosen_R.to(device)
-    draw_undecided(found, laid, *(x.contiguous().to(device) for x in (*per_row, decided_R)))
+    draw_full_vocab(found, laid, *(x.contiguous().to(device) for x in (*per_row, decided_R)))
     wanted[4] = 77
     assert found.tolist() == wanted.tolist()
 
 
 def test_a_row_of_nan_gives_some_id(device: torch.device) -> None:
-    from parallel.cuda.whole_rows import draw_undecided
+    from parallel.cuda.sampling_full_vocab import draw_full_vocab
 
     row, one = torch.full((1, 300), torch.nan, device=device), torch.ones(1, dtype=torch.float64, device=device)
     undecided = torch.zeros(1, dtype=torch.int64, device=device)
     found = undecided - 7
-    draw_undecided(found, row, one, undecided + 300, one, one * 0, one / 2, undecided)
+    draw_full_vocab(found, row, one, undecided + 300, one, one * 0, one / 2, undecided)
     assert 0 <= found.item() < 300

@@ -6,21 +6,21 @@ R rows of a tile, O outputs of it, D input features at a time, B bytes of int4 n
 import triton
 import triton.language as tl
 
-from parallel.cuda.zero_points import ZEROS_GROUP, scale_of, zero_of
+from parallel.cuda.zero_points import ZERO_POINT_GROUP, group_scale, group_zero
 
 INT4_GROUP = tl.constexpr(32)
 """Input features that share a scale; see `parallel.scale_groups.GROUP`. With zeros, as many lie in the lower halves of as many bytes."""
 DEPTH = {"plain": 64, "int8": 128, "int4": 64, "int4_zeros": 64, "fp8": 128}
 """Input features that a program multiplies at a time. int8: those of one scale; int4: of two; with zeros: half of one."""
-FP8_SUMMED = tl.constexpr(128)
+FP8_ACCUMULATION = tl.constexpr(128)
 """Products that Hopper's matrix units may add up by themselves, which they do in 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 Left to itself Triton has them add up all: of 30,000 input features, some hundredths of the result are lost."""
 GROUP = tl.constexpr(8)
-"""Tiles of rows that go through all outputs together."""
+"""Autotuner of rows that go through all outputs together."""
 
 
 @triton.jit
-def tile_of(program, num_tiles, num_column_tiles):
+def tile_coordinates(program, num_tiles, num_column_tiles):
     """(tile of rows, tile of columns). Programs begin in the order of their numbers: of a few tiles of rows both the rows and, for all of
     them, the columns at hand are found in the cache."""
     of_group = GROUP * num_column_tiles
@@ -31,8 +31,8 @@ def tile_of(program, num_tiles, num_column_tiles):
 
 
 @triton.jit
-def product_tile(
-    x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, filled_size,
+def matmul_tile(
+    x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, padded_in_size,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(R, O) in float32: ``x[row] . numbers[column]``, times their scales. Only of fp8 does a row of ``x`` have one, in ``x_scales``."""
@@ -41,9 +41,9 @@ def product_tile(
     column_O = columns_O.to(tl.int64)
     if KIND == "int4":
         bytes_B = tl.arange(0, INT4_GROUP)
-        numbers_O = numbers + column_O * (filled_size // 2)
-        scales_O = scales + column_O * (filled_size // INT4_GROUP)
-        for start in range(0, filled_size, 2 * INT4_GROUP):
+        numbers_O = numbers + column_O * (padded_in_size // 2)
+        scales_O = scales + column_O * (padded_in_size // INT4_GROUP)
+        for start in range(0, padded_in_size, 2 * INT4_GROUP):
             pairs_BO = tl.load(numbers_O[None, :] + start // 2 + bytes_B[:, None], mask=mask_O[None, :], other=0).to(tl.int32)
             for half in tl.static_range(2):
                 dims_B = start + half * INT4_GROUP + bytes_B
@@ -53,27 +53,27 @@ def product_tile(
                 sum_RO += tl.dot(x_RB, number_BO.to(x_RB.dtype), input_precision=PRECISION) * scale_O[None, :]
     elif KIND == "int4_zeros":
         bytes_B = tl.arange(0, INT4_GROUP)
-        numbers_O = numbers + column_O * (filled_size // 2)
-        words_O = scales + column_O * (filled_size // ZEROS_GROUP)
-        for start in range(0, filled_size, 2 * INT4_GROUP):
-            word_O = tl.load(words_O + start // ZEROS_GROUP, mask=mask_O, other=0)
+        numbers_O = numbers + column_O * (padded_in_size // 2)
+        words_O = scales + column_O * (padded_in_size // ZERO_POINT_GROUP)
+        for start in range(0, padded_in_size, 2 * INT4_GROUP):
+            word_O = tl.load(words_O + start // ZERO_POINT_GROUP, mask=mask_O, other=0)
             pairs_BO = tl.load(numbers_O[None, :] + start // 2 + bytes_B[:, None], mask=mask_O[None, :], other=0).to(tl.int32)
             for half in tl.static_range(2):
                 dims_B = start + half * INT4_GROUP + bytes_B
                 x_RB = tl.load(x_R[:, None] + dims_B[None, :], mask=real_R[:, None] & (dims_B < in_size)[None, :], other=0.0)
-                number_BO = ((pairs_BO >> 4 * half) & 15) - zero_of(word_O)[None, :]
-                sum_RO += tl.dot(x_RB, number_BO.to(x_RB.dtype), input_precision=PRECISION) * scale_of(word_O)[None, :]
+                number_BO = ((pairs_BO >> 4 * half) & 15) - group_zero(word_O)[None, :]
+                sum_RO += tl.dot(x_RB, number_BO.to(x_RB.dtype), input_precision=PRECISION) * group_scale(word_O)[None, :]
     else:
-        numbers_O = numbers + column_O * filled_size
-        for start in range(0, filled_size, DEPTH):
+        numbers_O = numbers + column_O * padded_in_size
+        for start in range(0, padded_in_size, DEPTH):
             dims_D = start + tl.arange(0, DEPTH)
             x_RD = tl.load(x_R[:, None] + dims_D[None, :], mask=real_R[:, None] & (dims_D < in_size)[None, :], other=0.0)
-            number_DO = tl.load(numbers_O[None, :] + dims_D[:, None], mask=(dims_D < filled_size)[:, None] & mask_O[None, :], other=0.0)
+            number_DO = tl.load(numbers_O[None, :] + dims_D[:, None], mask=(dims_D < padded_in_size)[:, None] & mask_O[None, :], other=0.0)
             if KIND == "int8":
-                scale_O = tl.load(scales + column_O * (filled_size // DEPTH) + start // DEPTH, mask=mask_O, other=0.0).to(tl.float32)
+                scale_O = tl.load(scales + column_O * (padded_in_size // DEPTH) + start // DEPTH, mask=mask_O, other=0.0).to(tl.float32)
                 sum_RO += tl.dot(x_RD, number_DO.to(x_RD.dtype), input_precision=PRECISION) * scale_O[None, :]
             elif KIND == "fp8":
-                sum_RO = tl.dot(x_RD, number_DO, acc=sum_RO, max_num_imprecise_acc=FP8_SUMMED)
+                sum_RO = tl.dot(x_RD, number_DO, acc=sum_RO, max_num_imprecise_acc=FP8_ACCUMULATION)
             else:
                 sum_RO = tl.dot(x_RD, number_DO, acc=sum_RO, input_precision=PRECISION)
     if KIND == "fp8":

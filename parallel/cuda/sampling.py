@@ -5,7 +5,7 @@
 2. *Weights* of the parts, where rows are drawn from the whole vocabulary, or by a top-p of it. Many programs a row.
 3. *Rows*: one program for each draws. Where filters may keep few, these are found by way of the stretches: as many as are wanted have a
    highest at least as high as some logit, and whatever is as high lies in them; all of it, so that equal logits leave nothing open.
-4. Rows that few candidates do not decide: `parallel.cuda.nuclei`, and what those do not take `parallel.cuda.whole_rows`.
+4. Rows that few candidates do not decide: `parallel.cuda.sampling_top_p`, and what those do not take `parallel.cuda.sampling_full_vocab`.
 
 Logits are compared as whole numbers of 32 bits in the same order (*keys*). R rows, V columns, N parts, S stretches.
 """
@@ -16,24 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.aligned_rows import readable_columns
-from parallel.cuda.keys import (
+from parallel.cuda.logit_keys import (
     KEY_OF_INFINITY,
     KEY_OF_MINUS_INFINITY,
     LOWEST,
-    NOBODY,
+    NO_ID,
     PART,
     empty_parts,
-    highest_part,
-    keys_at,
-    logits_of,
-    scale_of,
-    weights_of,
+    load_keys,
+    row_max_key,
+    sampling_weights,
+    temperature_scale,
+    to_logit,
 )
 from parallel.cuda.noise import uniform_of
-from parallel.cuda.nuclei import draw_nuclei
 from parallel.cuda.quick_launch import quick
+from parallel.cuda.sampling_full_vocab import draw_full_vocab
+from parallel.cuda.sampling_top_p import draw_top_p
 from parallel.cuda.sizes import next_power_of_2
-from parallel.cuda.whole_rows import draw_undecided
 
 STRETCH = 128
 ROOM = 2048
@@ -44,7 +44,7 @@ CHUNK = 4096
 """Columns that a row's program looks at at a time, where it looks for candidates."""
 SIZES = {"STRETCH": STRETCH, "CHUNK": CHUNK, "ROOM": ROOM, "FEW": FEW}
 ROWS_OPTIONS = {"num_warps": 8}
-MOST_WANTED = tl.constexpr(112)
+MAX_WANTED = tl.constexpr(112)
 """Candidates that are looked for where a row has no top-k, or a larger one."""
 SLACK = tl.constexpr(12)
 """Stretches more than are wanted that are not worth another look at all of them."""
@@ -62,7 +62,7 @@ def _stretches_kernel(
     NUM: tl.constexpr = PART // STRETCH
     stretches = part * NUM + tl.arange(0, NUM)
     ids = stretches[:, None] * STRETCH + tl.arange(0, STRETCH)[None, :]
-    highest = tl.max(keys_at(logits + row * row_stride, ids, width, readable), axis=1)
+    highest = tl.max(load_keys(logits + row * row_stride, ids, width, readable), axis=1)
     tl.store(highest_of_stretches + row * num_parts * NUM + stretches, highest)
     tl.store(highest_of_parts + row * num_parts + part, tl.max(highest, axis=0))
 
@@ -76,9 +76,9 @@ def _weights_kernel(
     """One part of a row that is drawn from the whole vocabulary, or by a share of its weight."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(kinds + row) >= FILTERED:
-        highest = highest_part(highest_of_parts + row * num_parts, num_parts, PARTS)
-        keys = keys_at(logits + row * row_stride, part * PART + tl.arange(0, PART), width, readable)
-        weights = weights_of(keys, logits_of(highest), scale_of(tl.load(temperatures + row)))
+        highest = row_max_key(highest_of_parts + row * num_parts, num_parts, PARTS)
+        keys = load_keys(logits + row * row_stride, part * PART + tl.arange(0, PART), width, readable)
+        weights = sampling_weights(keys, to_logit(highest), temperature_scale(tl.load(temperatures + row)))
         tl.store(weights_of_parts + row * num_parts + part, tl.sum(weights, axis=0))
 
 
@@ -119,7 +119,7 @@ def _candidates(
     while (start < num_in) & (found <= ROOM):
         at = start + inside // STRETCH
         some_ids = tl.load(stretches + at, mask=at < num_in, other=0) * STRETCH + inside % STRETCH
-        some_keys = tl.where(at < num_in, keys_at(row, some_ids, width, readable), LOWEST)
+        some_keys = tl.where(at < num_in, load_keys(row, some_ids, width, readable), LOWEST)
         is_high = some_keys >= low
         to = found + tl.cumsum(is_high.to(tl.int32), axis=0) - 1
         tl.store(ids_of + to, some_ids, mask=is_high & (to < ROOM))
@@ -151,8 +151,8 @@ def _draw_filtered(ids_of, keys_of, found, are_all, highest, scale, top_k, top_p
     places = tl.arange(0, FEW)
     there = places < found
     keys = tl.load(keys_of + places, mask=there, other=LOWEST)
-    ids = tl.load(ids_of + places, mask=there, other=NOBODY)
-    weights = weights_of(keys, highest, scale)
+    ids = tl.load(ids_of + places, mask=there, other=NO_ID)
+    weights = sampling_weights(keys, highest, scale)
     ranks, before = tl.zeros([FEW], tl.int32), tl.zeros([FEW], tl.int64)
     for start in range(0, FEW, 32):  # the canonical order: by falling logit, then by rising id
         others = start + tl.arange(0, 32)
@@ -160,7 +160,7 @@ def _draw_filtered(ids_of, keys_of, found, are_all, highest, scale, top_k, top_p
         is_before = (their_keys[None, :] > keys[:, None]) | ((their_keys[None, :] == keys[:, None]) & (others[None, :] < places[:, None]))
         is_before = is_before & (others < found)[None, :]
         ranks += tl.sum(is_before.to(tl.int32), axis=1)
-        before += tl.sum(tl.where(is_before, weights_of(their_keys, highest, scale)[None, :], 0), axis=1)
+        before += tl.sum(tl.where(is_before, sampling_weights(their_keys, highest, scale)[None, :], 0), axis=1)
     is_within = there & (ranks < top_k)
     total = tl.sum(tl.where(is_within, weights, 0), axis=0)
     is_known = are_all | (top_k <= found) | (whole >= 0) | (top_p >= 1)
@@ -173,7 +173,7 @@ def _draw_filtered(ids_of, keys_of, found, are_all, highest, scale, top_k, top_p
     sums = tl.cumsum(tl.where(is_kept, weights, 0), axis=0)
     kept = tl.sum(tl.where(is_kept, weights, 0), axis=0)
     target = tl.minimum((uniform * kept.to(tl.float64)).to(tl.int64), kept - 1)
-    return tl.min(tl.where(is_kept & (sums > target), ids, NOBODY), axis=0), is_decided
+    return tl.min(tl.where(is_kept & (sums > target), ids, NO_ID), axis=0), is_decided
 
 
 @triton.jit
@@ -185,8 +185,8 @@ def _draw_unfiltered(row, weights_of_parts, highest, scale, uniform, width, read
     part = tl.min(tl.where(tl.cumsum(weights_of_parts, axis=0) > target, parts, PARTS), axis=0)
     passed = tl.sum(tl.where(parts < part, weights_of_parts, 0), axis=0)
     ids = part * PART + tl.arange(0, PART)
-    weights = weights_of(keys_at(row, ids, width, readable), highest, scale)
-    return tl.min(tl.where(passed + tl.cumsum(weights, axis=0) > target, ids, NOBODY), axis=0)
+    weights = sampling_weights(load_keys(row, ids, width, readable), highest, scale)
+    return tl.min(tl.where(passed + tl.cumsum(weights, axis=0) > target, ids, NO_ID), axis=0)
 
 
 _PER_ROW = ["kinds", "seeds", "choices", "positions", "top_ks", "temperatures", "top_ps", "min_ps", "chosen", "raw_is_sound", "is_sound"]
@@ -217,11 +217,11 @@ def _rows_kernel(
     if (kind == GREEDY) | (sound == 0):
         first = tl.min(tl.where(highs == highest, parts, PARTS), axis=0)
         ids = first * PART + tl.arange(0, PART)
-        found = tl.min(tl.where(keys_at(row, ids, width, readable) == highest, ids, NOBODY), axis=0)
+        found = tl.min(tl.where(load_keys(row, ids, width, readable) == highest, ids, NO_ID), axis=0)
         tl.store(chosen + number, tl.minimum(found, width - 1).to(tl.int64))
         tl.store(is_decided + number, tl.full([], 1, tl.int64))
     elif MOST > GREEDY:
-        scale, its_highest = scale_of(tl.load(temperatures + number)), logits_of(highest)
+        scale, its_highest = temperature_scale(tl.load(temperatures + number)), to_logit(highest)
         uniform = uniform_of(tl.load(seeds + number), tl.load(choices + number), tl.load(positions + number), 0)
         whole = tl.full([], -1, tl.int64)
         if MOST > FEW_KIND:  # noqa: SIM102 (else nothing of it is compiled)
@@ -235,7 +235,7 @@ def _rows_kernel(
             if MOST > FEW_KIND:  # noqa: SIM102
                 if (kind == FILTERED) & (top_k >= width):
                     whole = tl.sum(tl.load(weights_of_parts + number * num_parts + parts, mask=parts < num_parts, other=0), axis=0)
-            wanted = tl.minimum(top_k, MOST_WANTED).to(tl.int32)
+            wanted = tl.minimum(top_k, MAX_WANTED).to(tl.int32)
             places = tl.arange(0, STRETCHES)
             there = places < num_parts * (PART // STRETCH)
             stretch_highs = tl.load(highest_of_stretches + number * num_parts * (PART // STRETCH) + places, mask=there, other=LOWEST)
@@ -273,7 +273,7 @@ def draw(
 
     Each row by its ``kind_R`` (`engine.run.sampling.columns.KIND`), of which ``most`` is the hardest that there may be; if that is
     greedy nothing is read of them. Parameters as in `engine.run.sampling.filters.DrawParams`. All int64 and contiguous but the last three,
-    which are float64. ``raw_highest_RN``: the keys of the highest of the model's logits in each part (`parallel.cuda.keys`), where
+    which are float64. ``raw_highest_RN``: the keys of the highest of the model's logits in each part (`parallel.cuda.logit_keys`), where
     ``logits_RV`` are others.
     """
     num_rows, width = logits_RV.shape
@@ -300,12 +300,12 @@ def draw(
         MOST=most, PART=PART, STRETCHES=max(2, stretches_padded), PARTS=parts_padded, **SIZES, **ROWS_OPTIONS, enable_fp_fusion=False,
     )  # fmt: skip
     if most > FEW_KIND.value:
-        draw_nuclei(
+        draw_top_p(
             logits_RV, of_parts, weights, decided_R, report_3R[0], temperature_R=temperature_R, top_k_R=top_k_R, top_p_R=top_p_R,
             min_p_R=min_p_R, uniform_R=uniform_R,
         )  # fmt: skip
     if most > GREEDY.value:
-        draw_undecided(report_3R[0], logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R, decided_R)
+        draw_full_vocab(report_3R[0], logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R, decided_R)
 
 
 def highest_of_parts(logits_RV: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ R rows of a tile, O outputs of it, D input features at a time, B places of 16 bi
 import triton
 import triton.language as tl
 
-from parallel.cuda.products import FP8_SUMMED, INT4_GROUP, tile_of
+from parallel.cuda.matmul import FP8_ACCUMULATION, INT4_GROUP, tile_coordinates
 from parallel.cuda.quick_launch import quick
-from parallel.cuda.zero_points import scale_of, zero_of
+from parallel.cuda.zero_points import group_scale, group_zero
 
 INT8_GROUP = tl.constexpr(128)
-SWAPPED_DEPTH = 128
+SWAP_AB_DEPTH = 128
 INT4_PAIRS = tl.constexpr(2)
 """Pairs of int4 groups that a program multiplies at a time."""
 
@@ -73,7 +73,7 @@ def _of_int4(pairs_OB, FAST: tl.constexpr, dtype: tl.constexpr):
 def _of_int4_with_zeros(pairs_OB, word_O, FAST: tl.constexpr, dtype: tl.constexpr):
     """As `_of_int4`, but less the zero of its output: -128 less a zero is the sum of 0xC300 and the zero."""
     if FAST:
-        less_OB = tl.broadcast_to(((0xC300 + zero_of(word_O)) * 0x00010001)[:, None], pairs_OB.shape)
+        less_OB = tl.broadcast_to(((0xC300 + group_zero(word_O)) * 0x00010001)[:, None], pairs_OB.shape)
         low0_OB, low1_OB, high0_OB, high1_OB = tl.inline_asm_elementwise(
             """{
             .reg .b32 low, high, one;
@@ -91,7 +91,7 @@ def _of_int4_with_zeros(pairs_OB, word_O, FAST: tl.constexpr, dtype: tl.constexp
             "=h,=h,=h,=h,h,r", [pairs_OB, less_OB], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        wide_OB, zero_O1 = pairs_OB.to(tl.int32), zero_of(word_O)[:, None]
+        wide_OB, zero_O1 = pairs_OB.to(tl.int32), group_zero(word_O)[:, None]
         low0_OB, high0_OB = ((wide_OB & 15) - zero_O1).to(dtype), ((wide_OB >> 4 & 15) - zero_O1).to(dtype)
         low1_OB, high1_OB = ((wide_OB >> 8 & 15) - zero_O1).to(dtype), ((wide_OB >> 12 & 15) - zero_O1).to(dtype)
     return _side_by_side(low0_OB, low1_OB), _side_by_side(high0_OB, high1_OB)
@@ -138,18 +138,18 @@ def _sum_with_zeros(
         product_OR = tl.dot(number1_OB, x1_BR, acc=product_OR, input_precision=PRECISION)
         product_OR = tl.dot(number2_OB, x2_BR, acc=product_OR, input_precision=PRECISION)
         product_OR = tl.dot(number3_OB, x3_BR, acc=product_OR, input_precision=PRECISION)
-        sum_OR += product_OR * scale_of(word_O)[:, None]
+        sum_OR += product_OR * group_scale(word_O)[:, None]
     return sum_OR
 
 
 @quick
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "has_bias", "num_parts"])  # else a step of other rows may wait for a compiler
-def swapped_kernel(
+def swap_ab_kernel(
     x, x_scales, numbers, scales, bias, out, num_rows, in_size, row_size, num_groups, out_size, has_bias, num_parts, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A stretch of outputs, a tile of rows, a part of the input features: where that is not the whole, its sums in float32."""
-    tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(out_size, COLUMNS))
+    tile, column_tile = tile_coordinates(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(out_size, COLUMNS))
     part = tl.program_id(1)
     row_R = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -214,7 +214,7 @@ def swapped_kernel(
                 number_OD = tl.load(numbers_O[:, None] + at_D[None, :], mask=mask_O[:, None] & (at_D < row_size)[None, :], other=0.0)
                 x_DR = _rows_at(x_R, real_R, at_D, in_size)
                 if KIND == "fp8":
-                    sum_OR = tl.dot(number_OD, x_DR, acc=sum_OR, max_num_imprecise_acc=FP8_SUMMED)
+                    sum_OR = tl.dot(number_OD, x_DR, acc=sum_OR, max_num_imprecise_acc=FP8_ACCUMULATION)
                 else:
                     sum_OR = tl.dot(number_OD, x_DR, acc=sum_OR, input_precision=PRECISION)
     if KIND == "fp8":
@@ -230,7 +230,7 @@ def swapped_kernel(
 
 @quick
 @triton.jit(do_not_specialize=["num_rows", "has_bias"])
-def sum_kernel(parts, bias, out, num_rows, out_size, has_bias, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def split_k_sum_kernel(parts, bias, out, num_rows, out_size, has_bias, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Adds up what the parts wrote, always in the same order."""
     row = tl.program_id(1).to(tl.int64)
     columns_O = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

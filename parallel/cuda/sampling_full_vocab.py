@@ -2,7 +2,7 @@
 `engine.run.sampling.filters.draw_filtered` with as many candidates as there are ids, which sorts them.
 
 Filters keep a beginning of the canonical order (by falling logit, then by rising id). Its end is sought, not sorted for: a logit is a
-whole number in the same order (`parallel.cuda.keys`), and 32 halvings (of bfloat16, 16) find the one at which so many ids, or so much
+whole number in the same order (`parallel.cuda.logit_keys`), and 32 halvings (of bfloat16, 16) find the one at which so many ids, or so much
 weight, stand above it.
 
 R rows, V columns.
@@ -13,7 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from parallel.aligned_rows import readable_columns
-from parallel.cuda.keys import LOWEST, NOBODY, full_key, keys_at, least_weight, logits_of, rest_within, scale_of, shift_of, weights_of
+from parallel.cuda.logit_keys import (
+    LOWEST,
+    NO_ID,
+    count_within,
+    key_shift,
+    load_keys,
+    min_p_weight,
+    restore_key,
+    sampling_weights,
+    temperature_scale,
+    to_logit,
+)
 from parallel.cuda.quick_launch import quick
 
 BLOCK = 2048
@@ -25,10 +36,10 @@ def _above(row, width, readable, key, highest, scale, least, WEIGHS: tl.constexp
     """How many logits are above the one of a (shifted) key, or the weight of those among them that weigh at least so much."""
     sums = tl.zeros([BLOCK], tl.int64)
     for start in range(0, width, BLOCK):
-        keys = keys_at(row, start + tl.arange(0, BLOCK), width, readable)
+        keys = load_keys(row, start + tl.arange(0, BLOCK), width, readable)
         is_above = (keys >> SHIFT) > key.to(tl.int32)
         if WEIGHS:
-            weights = weights_of(keys, highest, scale)
+            weights = sampling_weights(keys, highest, scale)
             sums += tl.where(is_above & (weights >= least), weights, 0)
         else:
             sums += is_above.to(tl.int64)
@@ -47,9 +58,9 @@ def _draw_kernel(
         row = logits + number.to(tl.int64) * row_stride
         highest_of = tl.full([BLOCK], LOWEST, tl.int32)
         for start in range(0, width, BLOCK):
-            highest_of = tl.maximum(highest_of, keys_at(row, start + tl.arange(0, BLOCK), width, readable))
+            highest_of = tl.maximum(highest_of, load_keys(row, start + tl.arange(0, BLOCK), width, readable))
         most = tl.max(highest_of, axis=0)
-        highest, scale = logits_of(most), scale_of(tl.load(temperatures + number))
+        highest, scale = to_logit(most), temperature_scale(tl.load(temperatures + number))
         most = most.to(tl.int64) >> SHIFT  # above it stands nothing
 
         top_k = tl.load(top_ks + number)
@@ -61,7 +72,7 @@ def _draw_kernel(
         k_key = high
         k_rest = top_k - _above(row, width, readable, k_key, highest, scale, 0, False, SHIFT, BLOCK)  # of those at the key itself
         total = _above(row, width, readable, k_key, highest, scale, 0, True, SHIFT, BLOCK)
-        total += k_rest * weights_of(full_key(k_key, SHIFT), highest, scale)
+        total += k_rest * sampling_weights(restore_key(k_key, SHIFT), highest, scale)
 
         # An id is kept while what stands before it does not reach top_p.
         limit = tl.load(top_ps + number) * total.to(tl.float64)
@@ -72,40 +83,40 @@ def _draw_kernel(
             low, high = tl.where(is_below, low, middle + 1), tl.where(is_below, middle, high)
         p_key = high
         before = _above(row, width, readable, p_key, highest, scale, 0, True, SHIFT, BLOCK)
-        each = weights_of(full_key(p_key, SHIFT), highest, scale)
-        p_rest = rest_within(before, each, limit, width)
+        each = sampling_weights(restore_key(p_key, SHIFT), highest, scale)
+        p_rest = count_within(before, each, limit, width)
 
         key = tl.maximum(k_key, p_key)
         rest = tl.where(k_key > p_key, k_rest, tl.where(k_key < p_key, p_rest, tl.minimum(k_rest, p_rest)))
-        least = least_weight(tl.load(min_ps + number))
+        least = min_p_weight(tl.load(min_ps + number))
         equals = tl.zeros([BLOCK], tl.int64)
         for start in range(0, width, BLOCK):
-            keys = keys_at(row, start + tl.arange(0, BLOCK), width, readable)
+            keys = load_keys(row, start + tl.arange(0, BLOCK), width, readable)
             equals += (((keys >> SHIFT) == key.to(tl.int32)) & (keys > LOWEST)).to(tl.int64)
-        of_equals = weights_of(full_key(key, SHIFT), highest, scale)
+        of_equals = sampling_weights(restore_key(key, SHIFT), highest, scale)
         of_equals = tl.where(of_equals >= least, of_equals, 0)
         kept = _above(row, width, readable, key, highest, scale, least, True, SHIFT, BLOCK)
         kept += tl.minimum(rest, tl.sum(equals, axis=0)) * of_equals
 
         # The draw runs in id order, as the twin's.
         target = tl.minimum((tl.load(uniforms + number) * kept.to(tl.float64)).to(tl.int64), kept - 1)
-        found, passed, num_equal = tl.full([], NOBODY, tl.int32), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+        found, passed, num_equal = tl.full([], NO_ID, tl.int32), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
         for start in range(0, width, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            keys = keys_at(row, ids, width, readable)
-            weights = weights_of(keys, highest, scale)
+            keys = load_keys(row, ids, width, readable)
+            weights = sampling_weights(keys, highest, scale)
             is_equal = (((keys >> SHIFT) == key.to(tl.int32)) & (keys > LOWEST)).to(tl.int64)
             place = num_equal + tl.cumsum(is_equal, axis=0) - is_equal
             is_kept = (((keys >> SHIFT) > key.to(tl.int32)) | ((is_equal > 0) & (place < rest))) & (weights >= least)
             weights = tl.where(is_kept, weights, 0)
             sums = passed + tl.cumsum(weights, axis=0)
-            found = tl.minimum(found, tl.min(tl.where(is_kept & (sums > target), ids, NOBODY), axis=0))
+            found = tl.minimum(found, tl.min(tl.where(is_kept & (sums > target), ids, NO_ID), axis=0))
             passed += tl.sum(weights, axis=0)
             num_equal += tl.sum(is_equal, axis=0)
         tl.store(chosen + number, tl.minimum(found, width - 1).to(tl.int64))  # a row of NaN must not index beyond the end
 
 
-def draw_undecided(
+def draw_full_vocab(
     chosen_R: Tensor,
     logits_RV: Tensor,
     temperature_R: Tensor,
@@ -123,5 +134,5 @@ def draw_undecided(
         per_row = (temperature_R, top_k_R, top_p_R, min_p_R, uniform_R, decided_R, chosen_R)
         _draw_kernel[(num_rows,)](
             logits_RV, *per_row, width, readable_columns(logits_RV), logits_RV.stride(0),
-            SHIFT=shift_of(logits_RV.dtype), BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
+            SHIFT=key_shift(logits_RV.dtype), BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.native.elementwise import NativeElementwise
 from parallel.native.experts import experts
 from parallel.native.library import Native, native
 from parallel.native.linear import Kind, look_up, multiply, pack, rounded, rows, unpack, with_lanes
-from parallel.native.small import NativeElementwise
 
 KINDS: tuple[Kind, ...] = ("int4_zeros", "int4_zeros_dot")
 
@@ -55,5 +55,5 @@ def test_experts_at_once_give_the_bits_of_one_after_the_other(library: Native, k
     up, down = ([pack(kind, stored(*shape), library.lanes) for _ in counts] for shape in ((2 * 72, 200), (200, 72)))
     x, wanted = torch.randn(sum(counts), 200), []
     for part, its_up, its_down in zip(x.split(counts), up, down, strict=True):
-        wanted.append(multiply(library, NativeElementwise(library).gate(multiply(library, part, its_up, None)), its_down, None))
+        wanted.append(multiply(library, NativeElementwise(library).swiglu(multiply(library, part, its_up, None)), its_down, None))
     assert torch.equal(experts(library, x, None, counts, up, down), torch.cat(wanted))

@@ -37,7 +37,7 @@ KINDS = {
 }
 
 
-def logits_of(kind: str, width: int, generator: torch.Generator) -> Tensor:
+def to_logit(kind: str, width: int, generator: torch.Generator) -> Tensor:
     """One row."""
     row = torch.randn(width, generator=generator) * 3
     match kind:
@@ -85,7 +85,7 @@ def column_of(sampling: SamplingParams, width: int) -> int:
 def drawn(
     logits_RV: Tensor, sampling: list[SamplingParams], numbers: list[tuple[int, int, int]], most: int, raw: Tensor | None = None
 ) -> Tensor:
-    from parallel.cuda.draws import draw
+    from parallel.cuda.sampling import draw
 
     width, device = logits_RV.shape[1], logits_RV.device
     kinds, top_ks = ([one(some, width) for some in sampling] for one in (column_of, top_k_of))
@@ -125,7 +125,7 @@ def test_what_is_drawn_is_what_sorting_gives(
     params = [one for kind, some in KINDS.items() if kind <= most for one in some]
     cases = [(some, one) for some in LOGITS for one in (params if width > 1000 else draw.sample(params, 2))]
     cases = draw.sample(cases, min(len(cases), count))
-    logits_RV = torch.stack([logits_of(some, width, generator) for some, _ in cases]).to(dtype)
+    logits_RV = torch.stack([to_logit(some, width, generator) for some, _ in cases]).to(dtype)
     sampling = [one for _, one in cases]
     numbers = [(seed_bits(draw.getrandbits(64)), draw.randrange(3), draw.randrange(1 << 20)) for _ in cases]
     there_RV = logits_RV.to(device)

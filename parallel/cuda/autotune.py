@@ -34,7 +34,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 4
     way: Literal["rows", "swapped", "few", "library"] = "rows"
-    """By which kernel: `parallel.cuda.products`, `parallel.cuda.swapped`, `parallel.cuda.few_rows`, or cuBLAS, which cuts
+    """By which kernel: `parallel.cuda.matmul`, `parallel.cuda.swap_ab`, `parallel.cuda.gemv`, or cuBLAS, which cuts
     products as it likes."""
     parts: int = 1
     """Into which the input features are cut, each a program of its own, where outputs alone do not fill the device."""
@@ -48,45 +48,45 @@ STAGES = {
     "int4_zeros": _INT4_STAGES,
     "fp8": {16: 6, 32: 4, 64: 4, 128: 4},
 }
-"""Of `parallel.cuda.swapped` with so many rows: what won on an H200, always with 64 outputs and four warps, of two to six cuts each. With
+"""Of `parallel.cuda.swap_ab` with so many rows: what won on an H200, always with 64 outputs and four warps, of two to six cuts each. With
 more rows than those cuBLAS won. With zeros none was measured yet: as without."""
 PARTS = (2, 1, 4, 8)
-BESIDE = {16: Tile(16, 64), 32: Tile(16, 64), 64: Tile(64, 64), 128: Tile(64, 64)}
-"""By `parallel.cuda.products`, for devices that are no H200: there they won nowhere."""
+FALLBACK_TILES = {16: Tile(16, 64), 32: Tile(16, 64), 64: Tile(64, 64), 128: Tile(64, 64)}
+"""By `parallel.cuda.matmul`, for devices that are no H200: there they won nowhere."""
 WITHOUT_LIBRARY = Tile(128, 128, 8, 3)
-MOST_ROWS = (16, 32, 64, 128)
+MAX_ROWS = (16, 32, 64, 128)
 """Products of as many rows, or of fewer but more than the next smaller number, are cut alike."""
-MEASURED_ROWS = (*MOST_ROWS, 512)
+AUTOTUNED_ROWS = (*MAX_ROWS, 512)
 """Steps of so many tokens show all products that are to be measured; with the last, routed experts have some rows each."""
-MOST_FINE = 64
+MAX_FINE = 64
 """Rows of which our kernels are faster than cuBLAS on an H200, whatever the numbers; with more, the matrix is cut into fewer parts."""
 
 
 def candidates_for(kind: str, most: int | None, *, has_library: bool = True) -> tuple[Tile, ...]:
-    """For what `rows_cut_alike` gives. The first is taken unmeasured, if this device can do it at all. Each costs the first start on a kind
+    """For what `row_bucket` gives. The first is taken unmeasured, if this device can do it at all. Each costs the first start on a kind
     of device a second or two of compiling, but for numbers of parts."""
     library = (LIBRARY,) if has_library else ()
-    if most is None or (most > MOST_FINE and most not in STAGES[kind]):
+    if most is None or (most > MAX_FINE and most not in STAGES[kind]):
         return library or (WITHOUT_LIBRARY,)
-    ours = (*swapped_for(kind, most), BESIDE[most])
-    return ours if most <= MOST_FINE else (*library, *ours)
+    ours = (*swap_ab_tiles(kind, most), FALLBACK_TILES[most])
+    return ours if most <= MAX_FINE else (*library, *ours)
 
 
-def swapped_for(kind: str, most: int) -> tuple[Tile, ...]:
-    parts = PARTS if most <= MOST_FINE else PARTS[:2]
+def swap_ab_tiles(kind: str, most: int) -> tuple[Tile, ...]:
+    parts = PARTS if most <= MAX_FINE else PARTS[:2]
     return tuple(Tile(most, 64, 4, STAGES[kind][most], "swapped", some) for some in parts)
 
 
-def rows_cut_alike(num_rows: int) -> int | None:
+def row_bucket(num_rows: int) -> int | None:
     """The most rows of those that are cut like so many; None if that is without end."""
-    return next((most for most in MOST_ROWS if num_rows <= most), None)
+    return next((most for most in MAX_ROWS if num_rows <= most), None)
 
 
-def rows_in_words(most: int | None) -> str:
+def bucket_name(most: int | None) -> str:
     return "more rows" if most is None else f"up to {most} rows"
 
 
-class Tiles:
+class Autotuner:
     """The best tile of each product that was measured on this kind of device."""
 
     def __init__(self, file: Path | None) -> None:
@@ -103,7 +103,7 @@ class Tiles:
                 log.warning("%s cannot be read and is measured anew: %s", file, error)
 
     def __repr__(self) -> str:
-        return f"<Tiles [{len(self._found)} measured]>"
+        return f"<Autotuner [{len(self._found)} measured]>"
 
     def best(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object]) -> Tile:
         """Of the candidates that run at all the fastest, if it is known or may be measured now; else the first."""
@@ -152,19 +152,19 @@ class Tiles:
         return seconds
 
 
-def seconds_of(run: Callable[[], object]) -> float:
+def launch_seconds(run: Callable[[], object]) -> float:
     """On a device, with its cache cleared before each of some runs: weights come from memory in a step, too."""
     return float(triton.testing.do_bench(run, warmup=2, rep=10, return_mode="median")) / 1000
 
 
-_of_device: dict[int, Tiles] = {}
+_of_device: dict[int, Autotuner] = {}
 
 
-def tiles_of(device: torch.device) -> Tiles:
+def autotuner_for(device: torch.device) -> Autotuner:
     """Those of this device. Triton's interpreter, and whatever else is no GPU, has none of its own."""
     index = device.index or 0 if device.type == "cuda" else -1
     if index not in _of_device:
-        _of_device[index] = Tiles(_file_of(device) if index >= 0 else None)
+        _of_device[index] = Autotuner(_file_of(device) if index >= 0 else None)
     return _of_device[index]
 
 
