@@ -22,7 +22,7 @@ from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
 from model import native_layers
 from model.qwen2 import Qwen2
-from parallel.native import experts, halves
+from parallel.native import experts, sublayers
 from parallel.native.library import native
 
 Steps = list[dict[str, float]]
@@ -85,7 +85,7 @@ def watched(clock: Clock) -> Iterator[None]:
     for name, part in SINGLE.items():
         watch(library, name, lambda *_, part=part: part)
     watch(Sampler, "sample", lambda *_: "sampling")
-    for module in (halves, experts):  # what one kernel calls of others is not seen
+    for module in (sublayers, experts):  # what one kernel calls of others is not seen
         before = module.address_of
         module.address_of = lambda function, before=before: before(getattr(function, "watched", function))
         put_back.append(lambda module=module, before=before: setattr(module, "address_of", before))

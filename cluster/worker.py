@@ -31,7 +31,7 @@ from engine.plan import StepPlan, StepResult
 from engine.run.settings import RunnerConfig
 from engine.step_handle import NO_RESULT, StepHandle, message_comes_first
 from model.adapter_config import CONFIG_FILE
-from parallel.last_collective import keep_at
+from parallel.last_collective import record_to
 from parallel.topology import Topology
 
 
@@ -167,15 +167,15 @@ class Worker:
         node = ray.get_runtime_context().get_node_id()
         keys = new_keys()
         if node == replica_node:
-            keep_at(page_beside(ipc))
-            crash_report.keep_at(crash_report_path(ipc))
+            record_to(page_beside(ipc))
+            crash_report.record_to(crash_report_path(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyGuard(self._context, {replica_key})
             self._disconnect_watcher = DisconnectWatcher(enable_heartbeats(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
             self._far_note = crash_report.new_file(self.rank)
-            crash_report.keep_at(self._far_note)
+            crash_report.record_to(self._far_note)
         return Place(
             rank=self.rank,
             node=node,

@@ -102,7 +102,7 @@ class ReplacedRows:
 
 @dataclass(frozen=True)
 class AdaptedTensor:
-    """A `parallel.weight_format.ReadsInto`: one tensor of the model with the adapter merged, in the dtype of the base.
+    """A `parallel.weight_format.ReadableInto`: one tensor of the model with the adapter merged, in the dtype of the base.
 
     Each part is summed in float32 and rounded once.
     """

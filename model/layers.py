@@ -17,7 +17,7 @@ from parallel.weight_format import StoredTensor, WeightFormat
 class RmsNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467), replicated on every rank. The mean is computed in float32."""
 
-    takes_pieces = True
+    is_streaming = True
 
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
         super().__init__()

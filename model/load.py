@@ -126,7 +126,7 @@ def load_model(
     tensors = _tensors(checkpoint, config, adapter, {binding.name for binding in bindings})
     bytes_read = load_layers(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
     if model.head is not None:
-        model.head.screen()
+        model.head.enable_screening()
     return model.eval().requires_grad_(False), LoadReport(
         bytes_read=bytes_read,
         bytes_fetched=checkpoint.bytes_fetched + (adapter.bytes_fetched if adapter else 0),

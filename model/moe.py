@@ -9,7 +9,7 @@ from model.layers import Mlp
 from parallel.axes import whole
 from parallel.dispatch import DispatchName, make_dispatch
 from parallel.elementwise_kernels import routing_kernels_for
-from parallel.expert_balance import even_room, place
+from parallel.expert_balance import even_capacity, place_experts
 from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.experts import RoutedExperts
 from parallel.groups import ParallelGroups
@@ -98,7 +98,7 @@ def _first_placement(num_experts: int, ranks: int, redundant: int) -> ExpertPlac
     """Before any load has been measured all experts are assumed to be equally busy."""
     if not redundant:
         return balanced_placement(num_experts, ranks)
-    return place([1.0] * num_experts, even_room(num_experts, ranks, redundant))
+    return place_experts([1.0] * num_experts, even_capacity(num_experts, ranks, redundant))
 
 
 def _replicated(in_size: int, out_size: int, dtype: torch.dtype, format: WeightFormat) -> Linear:
@@ -108,5 +108,5 @@ def _replicated(in_size: int, out_size: int, dtype: torch.dtype, format: WeightF
     after a failure must be routed to the same experts.
     """
     is_exact = isinstance(format, PackedFormat) and dtype == torch.float32 and native() is not None
-    own: WeightFormat = PackedFormat("fp32", dtype) if is_exact else Dense(dtype, is_same_everywhere=True)
+    own: WeightFormat = PackedFormat("fp32", dtype) if is_exact else Dense(dtype, is_replicated=True)
     return Linear(in_share=whole(in_size), out_parts={"all": whole(out_size)}, bias=False, format=own, bias_dtype=dtype)

@@ -15,9 +15,9 @@ from model.layers import Mlp, RmsNorm
 from model.moe import SparseMlp
 from parallel.groups import Group
 from parallel.linear import Linear
-from parallel.native.halves import AttentionHalf, BatchOfStep, GatedMlp, MlpHalf, MoeHalf, Product
-from parallel.native.layers import AllLayers
+from parallel.native.layers import NativeDecoder
 from parallel.native.library import Native, native
+from parallel.native.sublayers import AttentionSublayer, GatedMlp, MlpSublayer, MoeSublayer, PackedLinear, StepBatch
 from parallel.packed_format import FEW_ROWS, PackedFormat
 
 FEW_TOKENS = 64
@@ -30,18 +30,18 @@ class NativeLayer:
     """One decoder layer with its KV cache. An MLP that other ranks share in remains a module, called after the norm."""
 
     def __init__(
-        self, attention: AttentionHalf, output: Linear, mlp_half: MlpHalf | MoeHalf | None, mlp_norm: RmsNorm, mlp: nn.Module
+        self, attention: AttentionSublayer, output: Linear, mlp_half: MlpSublayer | MoeSublayer | None, mlp_norm: RmsNorm, mlp: nn.Module
     ) -> None:
         self._attention, self._output = attention, output
         self._mlp_half, self._mlp_norm, self._mlp = mlp_half, mlp_norm, mlp
 
     @property
-    def halves(self) -> tuple[AttentionHalf, MlpHalf | MoeHalf] | None:
+    def halves(self) -> tuple[AttentionSublayer, MlpSublayer | MoeSublayer] | None:
         """None if a part is left to a module, or if a bias must be added after a sum over ranks."""
         summed = (self._output, self._mlp.down) if isinstance(self._mlp, Mlp) else (self._output,)
         return None if self._mlp_half is None or any(linear.has_bias for linear in summed) else (self._attention, self._mlp_half)
 
-    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: BatchOfStep, kept_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: StepBatch, kept_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Like `DecoderLayer.forward`. ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is overwritten."""
         delta_TD = self._output.summed(self._attention(batch, x_TD, delta_TD))
         if kept_R is not None:
@@ -64,7 +64,7 @@ class NativeLayers:
         num_weights = self.fused.num_weights if self.fused is not None else 0
         self._few_tokens = min(FEW_TOKENS, FEW_PRODUCTS // max(num_weights, 1))
 
-    def __call__(self, x_TD: Tensor, batch: BatchOfStep, kept_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x_TD: Tensor, batch: StepBatch, kept_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The residual stream, which is overwritten, and the delta still to be added to it.
 
         ``kept_R`` as in `DecoderLayer.forward`, for the last layer.
@@ -77,12 +77,12 @@ class NativeLayers:
         return x_TD, delta_TD
 
 
-def _fuse(layers: Sequence[NativeLayer], tp: Group) -> AllLayers | None:
+def _fuse(layers: Sequence[NativeLayer], tp: Group) -> NativeDecoder | None:
     library, halves = native(), [layer.halves for layer in layers if layer.halves is not None]
     exchange = tp.transport.shared_memory if tp.transport is not None else None
     if library is None or not halves or len(halves) < len(layers) or (exchange is None and tp.size > 1):
         return None
-    return AllLayers(library, halves, exchange, tp.axis)
+    return NativeDecoder(library, halves, exchange, tp.axis)
 
 
 def native_layer(
@@ -108,7 +108,7 @@ def native_layer(
     assert mlp_norm.weight is not None
     if attention_norm.weight.dtype != torch.float32 or mlp_norm.weight.dtype != torch.float32:
         return None
-    attention = AttentionHalf(
+    attention = AttentionSublayer(
         library,
         norm=attention_norm.weight,
         eps=attention_norm.eps,
@@ -122,14 +122,14 @@ def native_layer(
     return NativeLayer(attention, output, _second_half(library, mlp_norm, mlp), mlp_norm, mlp)
 
 
-def _second_half(library: Native, norm: RmsNorm, mlp: nn.Module) -> MlpHalf | MoeHalf | None:
+def _second_half(library: Native, norm: RmsNorm, mlp: nn.Module) -> MlpSublayer | MoeSublayer | None:
     assert norm.weight is not None
     if isinstance(mlp, SparseMlp):
         router, gate, shared = _product(library, mlp.router.logits), _product(library, mlp.shared_gate), _gated(library, mlp.shared)
-        experts = mlp.experts.on_cpu() if mlp.is_whole else None
+        experts = mlp.experts.native_experts() if mlp.is_whole else None
         if router is None or gate is None or shared is None or experts is None:
             return None
-        return MoeHalf(
+        return MoeSublayer(
             library,
             norm=norm.weight,
             eps=norm.eps,
@@ -141,7 +141,7 @@ def _second_half(library: Native, norm: RmsNorm, mlp: nn.Module) -> MlpHalf | Mo
             shared_gate=gate,
         )
     gated = _gated(library, mlp) if isinstance(mlp, Mlp) else None
-    return None if gated is None else MlpHalf(library, norm=norm.weight, eps=norm.eps, mlp=gated)
+    return None if gated is None else MlpSublayer(library, norm=norm.weight, eps=norm.eps, mlp=gated)
 
 
 def _gated(library: Native, mlp: Mlp) -> GatedMlp | None:
@@ -149,7 +149,7 @@ def _gated(library: Native, mlp: Mlp) -> GatedMlp | None:
     return None if up is None or down is None else GatedMlp(up, down, FEW_ROWS)
 
 
-def _product(library: Native, layer: Linear) -> Product | None:
+def _product(library: Native, layer: Linear) -> PackedLinear | None:
     """The operands of the kernel. A bias is left out if the results are summed over ranks first."""
     if not isinstance(layer.format, PackedFormat) or layer.format.kind not in library.kinds:
         return None
@@ -157,4 +157,4 @@ def _product(library: Native, layer: Linear) -> Product | None:
     if packed.lanes != library.lanes or packed.num_outputs == 0 or len(layer.in_share) == 0:
         return None
     bias = None if bias is None or layer.reduce is not None else bias.float().contiguous()
-    return Product(packed, bias, len(layer.in_share))
+    return PackedLinear(packed, bias, len(layer.in_share))

@@ -24,7 +24,7 @@ from parallel.dispatch import DispatchName
 from parallel.embedding import VocabEmbedding, VocabHead
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear
-from parallel.native.screened import Sought
+from parallel.native.screened import TopLogits
 from parallel.pipeline import HiddenSender, is_first_stage, is_last_stage, receive_hidden, stage_layers
 from parallel.weight_format import WeightFormat
 
@@ -240,7 +240,7 @@ class Qwen2(nn.Module):
         normed_RD: Tensor = self.norm(hidden_RD)
         return normed_RD
 
-    def logits(self, hidden_RD: Tensor, sought: Sought | None = None) -> Tensor:
+    def logits(self, hidden_RD: Tensor, sought: TopLogits | None = None) -> Tensor:
         """Logits (R, V) of some of the rows that `hidden` returned. All ranks of the last stage must call this with the same rows.
 
         With ``sought`` only the logits that decide each row need to be exact; all others may be lower than they are.
@@ -251,7 +251,7 @@ class Qwen2(nn.Module):
 
     def uses_top_logits(self) -> bool:
         """Whether `logits` can save work if it is told which logits decide each row. Ask once before each call of `logits`."""
-        return self.head is not None and self.head.screened is not None and self.head.screened.tries()
+        return self.head is not None and self.head.screened is not None and self.head.screened.is_active()
 
     def native_layers(self, cache: KvCache) -> NativeLayers | None:
         """All layers of this stage as fused CPU kernels, or None if some layer cannot be computed that way.

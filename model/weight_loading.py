@@ -15,7 +15,7 @@ from torch import Tensor
 from model.weight_names import Binding, WeightedLayer
 from parallel.embedding import VocabEmbedding
 from parallel.host_memory import return_freed_memory
-from parallel.weight_format import ReadsInto, StoredTensor
+from parallel.weight_format import ReadableInto, StoredTensor
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, total): bytes of the checkpoint tensors that this rank needs a share of, counting whole tensors."""
@@ -53,17 +53,17 @@ def load_layers(
     ):
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
-            threads = alone if layer.takes_pieces or on_device else together
+            threads = alone if layer.is_streaming or on_device else together
             for slot, stored in ((binding.slot, tensors[binding.name]) for binding in of_layer if binding.is_wanted):
-                wanted = _CancellableInto(stored, cancelled) if isinstance(stored, ReadsInto) else _Cancellable(stored, cancelled)
+                wanted = _CancellableInto(stored, cancelled) if isinstance(stored, ReadableInto) else _Cancellable(stored, cancelled)
                 loading.begin(threads.submit(layer.load, slot.part, slot.tensor, wanted), stored.num_bytes)
-                if layer.takes_pieces:
+                if layer.is_streaming:
                     loading.settle(FAR_AHEAD)
                 elif on_device:
                     loading.settle(FAR_AHEAD, AHEAD_BYTES)
                 else:
                     loading.settle(reads_at_a_time - 1)
-            if layer.takes_pieces:
+            if layer.is_streaming:
                 filled.append(layer)
             else:
                 loading.finish_when_loaded(layer)
@@ -198,7 +198,7 @@ class _Cancellable:
 class _CancellableInto(_Cancellable):
     """The same for a tensor that can be read into its destination."""
 
-    stored: ReadsInto
+    stored: ReadableInto
 
     def read_into(self, place: Tensor, *slices: slice) -> None:
         if self.cancelled.is_set():

@@ -19,7 +19,7 @@ class WeightedLayer(Protocol):
     """What loading needs of a layer with weights. See `parallel.linear.Linear`."""
 
     @property
-    def takes_pieces(self) -> bool:
+    def is_streaming(self) -> bool:
         """Whether weights are converted to their final form piece by piece, so that `finish` has nothing to do."""
         ...
 

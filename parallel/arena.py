@@ -30,7 +30,7 @@ class Arena:
         self._filled = 0
         """Of the region, in bytes."""
 
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor that nothing has been written to yet."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):

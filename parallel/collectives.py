@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.groups import Group
-from parallel.last_collective import note
-from parallel.native.exchange import DTYPES, Exchange
+from parallel.last_collective import record
+from parallel.native.shared_memory_collectives import DTYPES, SharedMemoryCollectives
 from parallel.transport import Transport
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,7 +27,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum of everyone's ``x``, on everyone. ``x`` may be overwritten: use what is returned, and ``x`` no more."""
     if group.transport is None or x.numel() == 0:
         return x
-    note("all_reduce", group.axis, x.numel())
+    record("all_reduce", group.axis, x.numel())
     x = x.contiguous()
     memory = group.transport.shared_memory
     if memory is not None and x.dtype in DTYPES:
@@ -56,7 +56,7 @@ def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = 
     longest = max(counts)
     if longest == 0:
         return x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
-    note("all_gather", group.axis, x.numel())
+    record("all_gather", group.axis, x.numel())
     if group.transport.shared_memory is not None:
         return _gather_through(group.transport.shared_memory, x.contiguous(), dim, sizes)
     flat = x.contiguous().view(-1)
@@ -97,7 +97,7 @@ def all_to_all(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int
     _check_sizes(receive_sizes, group)
     if sum(send_sizes) != x.shape[0]:
         raise ValueError(f"send sizes {list(send_sizes)} do not add up to the {x.shape[0]} rows given")
-    note("all_to_all", group.axis, x.numel())
+    record("all_to_all", group.axis, x.numel())
     received = x.new_empty(sum(receive_sizes), *x.shape[1:])
     if group.transport.shared_memory is not None:
         row_bytes = _count(x.shape[1:]) * x.element_size()
@@ -114,13 +114,13 @@ def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
         return x
     x = x.contiguous()
     if x.numel():
-        note("broadcast", group.axis, x.numel())
+        record("broadcast", group.axis, x.numel())
         dist.broadcast(x, group=group.transport.process_group, group_src=root)
     return x
 
 
 @dataclass(frozen=True)
-class Sending:
+class PendingSend:
     """A tensor on its way. It is kept here until it has arrived."""
 
     x: Tensor
@@ -132,12 +132,12 @@ class Sending:
             self.work.wait()
 
 
-def begin_send(x: Tensor, to: int, group: Group) -> Sending:
+def begin_send(x: Tensor, to: int, group: Group) -> PendingSend:
     """Begin to send ``x`` to the member at position ``to``, which must call `receive` with the same shape and dtype."""
     transport = _with_others(group)
-    note("send", group.axis, x.numel())
+    record("send", group.axis, x.numel())
     x = x.contiguous()
-    return Sending(x, dist.isend(x, group=transport.process_group, group_dst=to) if x.numel() else None)
+    return PendingSend(x, dist.isend(x, group=transport.process_group, group_dst=to) if x.numel() else None)
 
 
 def send(x: Tensor, to: int, group: Group) -> None:
@@ -150,7 +150,7 @@ def receive(shape: Sequence[int], source: int, group: Group, *, dtype: torch.dty
     transport = _with_others(group)
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     if x.numel():
-        note("receive", group.axis, x.numel())
+        record("receive", group.axis, x.numel())
         dist.recv(x, group=transport.process_group, group_src=source)
     return x
 
@@ -158,11 +158,11 @@ def receive(shape: Sequence[int], source: int, group: Group, *, dtype: torch.dty
 def barrier(group: Group) -> None:
     """Return when every member has called this."""
     if group.transport is not None:
-        note("barrier", group.axis, 0)
+        record("barrier", group.axis, 0)
         dist.barrier(group=group.transport.process_group)
 
 
-def _gather_through(memory: Exchange, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+def _gather_through(memory: SharedMemoryCollectives, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     joined = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
     row_bytes = _count(x.shape[dim + 1 :]) * x.element_size()
     memory.all_gather(x, joined, _count(x.shape[:dim]), [size * row_bytes for size in sizes])

@@ -4,9 +4,9 @@ import torch
 
 from parallel.collectives import all_gather
 from parallel.groups import Group
-from parallel.native.library import DOTS, KINDS, available_kinds
+from parallel.native.library import DOT_KINDS, KINDS, available_kinds
 
-ALL = (*KINDS, *dict.fromkeys(kind for kinds in DOTS.values() for kind in kinds))
+ALL = (*KINDS, *dict.fromkeys(kind for kinds in DOT_KINDS.values() for kind in kinds))
 """In an order that all ranks know."""
 
 

@@ -38,7 +38,7 @@ class TokenDispatch(Protocol):
         """(T, D): the weighted sum of all experts of each of this rank's tokens, complete."""
         ...
 
-    def follow(self, placement: ExpertPlacement) -> None:
+    def set_placement(self, placement: ExpertPlacement) -> None:
         """From the next call on experts are found where ``placement`` says; on all ranks between the same two steps."""
         ...
 
@@ -80,9 +80,9 @@ class LocalDispatch:
 
     def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
         self.groups = groups
-        self.follow(placement)
+        self.set_placement(placement)
 
-    def follow(self, placement: ExpertPlacement) -> None:
+    def set_placement(self, placement: ExpertPlacement) -> None:
         self._holders = _Holders(placement)
 
     def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:
@@ -110,9 +110,9 @@ class AllToAllDispatch:
 
     def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
         self.groups = groups
-        self.follow(placement)
+        self.set_placement(placement)
 
-    def follow(self, placement: ExpertPlacement) -> None:
+    def set_placement(self, placement: ExpertPlacement) -> None:
         self._holders = _Holders(placement)
 
     def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:

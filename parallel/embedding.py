@@ -10,10 +10,10 @@ from parallel.axes import split
 from parallel.collectives import all_gather, all_reduce
 from parallel.groups import Group
 from parallel.linear import ShapeMismatch, Slot
-from parallel.native.screened import Sought
+from parallel.native.screened import TopLogits
 from parallel.packed_format import PackedFormat
 from parallel.screened_head import ScreenedHead, screened_head
-from parallel.weight_format import Dense, StoredTensor, TakesPieces, WeightFormat, copy_part, pass_pieces
+from parallel.weight_format import Dense, StoredTensor, StreamingFormat, WeightFormat, copy_part, stream_pieces
 
 
 class VocabEmbedding(nn.Module):
@@ -33,12 +33,12 @@ class VocabEmbedding(nn.Module):
         yield Slot("", "weight", (self.vocab_size, self.hidden_size))
 
     @property
-    def takes_pieces(self) -> bool:
-        return isinstance(self.format, TakesPieces)
+    def is_streaming(self) -> bool:
+        return isinstance(self.format, StreamingFormat)
 
     def allocate(self, device: torch.device) -> None:
-        if isinstance(self.format, TakesPieces):
-            self.tensors = self.format.room(len(self.share), self.hidden_size)
+        if isinstance(self.format, StreamingFormat):
+            self.tensors = self.format.allocate(len(self.share), self.hidden_size)
             return
         (spec,) = self.format.specs().values()
         self.tensors = {"weight": torch.empty(len(self.share), self.hidden_size, dtype=spec.dtype, device=device)}
@@ -47,13 +47,13 @@ class VocabEmbedding(nn.Module):
         if stored.shape != (self.vocab_size, self.hidden_size):
             raise ShapeMismatch(stored.name, stored.shape, (self.vocab_size, self.hidden_size))
         (span,) = self.share.stored(1)
-        if isinstance(self.format, TakesPieces):
-            return pass_pieces(stored, (span, slice(None)), partial(self.format.take, self.tensors))
+        if isinstance(self.format, StreamingFormat):
+            return stream_pieces(stored, (span, slice(None)), partial(self.format.load_piece, self.tensors))
         return copy_part(stored, (span, slice(None)), self.tensors["weight"])
 
     def finish(self) -> None:
         """Hand the rows to the format, which may repack them."""
-        if not self.takes_pieces:
+        if not self.is_streaming:
             self.tensors = self.format.prepare(self.tensors)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class VocabEmbedding(nn.Module):
             return self._rows(tokens_T)
         (span,) = self.share.spans
         if isinstance(self.format, PackedFormat) and len(span):
-            found = self.format.held_rows(tokens_T, self.tensors, self.hidden_size, span.start)
+            found = self.format.local_rows(tokens_T, self.tensors, self.hidden_size, span.start)
             if found is not None:
                 return all_reduce(found.to(self.dtype), self.group)
         local = tokens_T - span.start
@@ -103,13 +103,13 @@ class VocabHead(nn.Module):
         self.screened: ScreenedHead | None = None
         """Where it is not None, rows that look at few logits are given these exactly and no others."""
 
-    def screen(self) -> None:
-        """Have a `ScreenedHead`, where the loaded matrix can have one. Logits of fewer bits than float32 might tie with what is sought; and
-        of several ranks only one knows what that is."""
+    def enable_screening(self) -> None:
+        """Use a `ScreenedHead` if the loaded matrix supports one. Only for float32 logits, as logits of fewer bits might tie with the
+        required ones, and only on a single rank, as with several only one knows which logits are required."""
         if self.group.size == 1 and self.rows.dtype == torch.float32:
             self.screened = screened_head(self.rows.format, self.rows.tensors)
 
-    def forward(self, x_RD: Tensor, sought: Sought | None = None) -> Tensor:
-        """With ``sought``, perhaps no others than these exactly."""
-        some = self.screened.multiply(x_RD, sought) if self.screened is not None and sought is not None else None
+    def forward(self, x_RD: Tensor, top_logits: TopLogits | None = None) -> Tensor:
+        """With ``top_logits``, perhaps no others than these exactly."""
+        some = self.screened.multiply(x_RD, top_logits) if self.screened is not None and top_logits is not None else None
         return all_gather(self.rows.multiply(x_RD) if some is None else some, self.group, dim=-1, sizes=self.sizes)

@@ -12,11 +12,11 @@ from parallel.expert_placement import ExpertPlacement, InvalidPlacement, balance
 
 Loads = Sequence[float]
 """Tokens sent to each expert."""
-Room = Sequence[int]
+Capacity = Sequence[int]
 """How many experts each ep position may hold. It never changes while a replica runs, so neither does its memory."""
 
 
-def even_room(num_experts: int, ranks: int, redundant: int = 0) -> tuple[int, ...]:
+def even_capacity(num_experts: int, ranks: int, redundant: int = 0) -> tuple[int, ...]:
     """An even share each, and ``redundant`` more where that is not the whole.
 
     num_experts=5, ranks=2:   3 2       with redundant=1:   4 3
@@ -24,7 +24,7 @@ def even_room(num_experts: int, ranks: int, redundant: int = 0) -> tuple[int, ..
     return tuple(min(num_experts, len(split(num_experts, rank, ranks)) + redundant) for rank in range(ranks))
 
 
-def place(loads: Loads, room: Room) -> ExpertPlacement:
+def place_experts(loads: Loads, room: Capacity) -> ExpertPlacement:
     """A placement that fills the room and evens out the loads; its heaviest position has no more than `balanced_placement`'s.
 
     Raises:
@@ -54,7 +54,7 @@ def imbalance(placement: ExpertPlacement, loads: Loads) -> float:
     return max(per_rank) * len(per_rank) / total if total else 1.0
 
 
-def renumbered(target: ExpertPlacement, current: ExpertPlacement, room: Room) -> ExpertPlacement:
+def relabelled(target: ExpertPlacement, current: ExpertPlacement, room: Capacity) -> ExpertPlacement:
     """``target`` with its positions renamed, so that as much as possible stays where it is. The loads are the same, differently named."""
     wanted = [set(target.held_by(rank)) for rank in range(target.num_ranks)]
     present = [set(current.held_by(rank)) for rank in range(current.num_ranks)]
@@ -69,7 +69,7 @@ def renumbered(target: ExpertPlacement, current: ExpertPlacement, room: Room) ->
     return ExpertPlacement(target.num_ranks, tuple(tuple(sorted(new_name[rank] for rank in ranks)) for ranks in target.holders))
 
 
-def _num_copies(loads: Loads, room: Room) -> list[int]:
+def _num_copies(loads: Loads, room: Capacity) -> list[int]:
     """One each, and what room is left to those whose copies still have most to do."""
     copies = [1] * len(loads)
     positions = sum(1 for places in room if places)
@@ -81,7 +81,7 @@ def _num_copies(loads: Loads, room: Room) -> list[int]:
     return copies
 
 
-def _pack(loads: Loads, room: Room, copies: Sequence[int]) -> ExpertPlacement:
+def _pack(loads: Loads, room: Capacity, copies: Sequence[int]) -> ExpertPlacement:
     """First copies and further ones in one order, heaviest first, each to the lightest position that has room and not the same expert.
 
     A further copy for which only such positions are left is given up; a first copy always finds a place.

@@ -35,7 +35,7 @@ class Drop:
     rank: int
 
 
-def steps_between(current: ExpertPlacement, target: ExpertPlacement) -> Iterator[Move | Drop]:
+def plan_moves(current: ExpertPlacement, target: ExpertPlacement) -> Iterator[Move | Drop]:
     """What to do, one after the other, to come from ``current`` to ``target``.
 
     What a position shall not keep is dropped as soon as somebody who keeps it has it, and is the next to be sent if the

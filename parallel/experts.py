@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from parallel.axes import split, whole
 from parallel.dispatch import ELSEWHERE, LocalDispatch, TokenDispatch
-from parallel.expert_moves import Drop, Move, receive_expert, send_expert, steps_between
+from parallel.expert_moves import Drop, Move, plan_moves, receive_expert, send_expert
 from parallel.expert_placement import ExpertPlacement, balanced_placement
 from parallel.groups import ParallelGroups
 from parallel.linear import Linear, ShapeMismatch, Slot
-from parallel.native.experts import AllExperts
+from parallel.native.experts import NativeExperts
 from parallel.native.library import native
 from parallel.packed_format import PackedFormat
 from parallel.quantised_format import QuantisedFormat
@@ -55,9 +55,9 @@ class RoutedExperts(nn.Module):
         self.num_experts = num_experts
         self.ep = groups.ep
         self.load_E: Tensor | None = None
-        """Tokens of this rank's sequences sent to each expert since `forget_load`; None where there is nothing to choose."""
+        """Tokens of this rank's sequences sent to each expert since `reset_load`; None where there is nothing to choose."""
         self._grouped: GroupedExperts | None = None
-        self._at_once: AllExperts | None = None
+        self._at_once: NativeExperts | None = None
         self._awaited: dict[int, int] = {}
         """While loading: of each expert here, how many of its tensors are still to come."""
 
@@ -81,8 +81,8 @@ class RoutedExperts(nn.Module):
         return part.split(".")[0] in self.held
 
     @property
-    def takes_pieces(self) -> bool:
-        return self._shape_of_all.up.takes_pieces
+    def is_streaming(self) -> bool:
+        return self._shape_of_all.up.is_streaming
 
     def allocate(self, device: torch.device) -> None:
         for expert in self._experts():
@@ -136,7 +136,7 @@ class RoutedExperts(nn.Module):
             self.load_E.index_add_(0, chosen, torch.ones_like(chosen))
         return self.dispatch(x_TD, expert_ids_TA, weights_TA, self._compute)
 
-    def forget_load(self) -> None:
+    def reset_load(self) -> None:
         if self.load_E is not None:
             self.load_E.zero_()
 
@@ -146,7 +146,7 @@ class RoutedExperts(nn.Module):
         All ranks of the ep group must call this with the same placement. Needs memory for one expert more than are held.
         """
         num_moves = 0
-        for step in steps_between(self.placement, placement):
+        for step in plan_moves(self.placement, placement):
             match step:
                 case Drop():
                     if step.rank == self.ep.rank:
@@ -156,7 +156,7 @@ class RoutedExperts(nn.Module):
                     self._take_part(step)
         self.placement = placement
         self._grouped = self._at_once = None
-        self.dispatch.follow(placement)
+        self.dispatch.set_placement(placement)
         return num_moves
 
     def _take_part(self, move: Move) -> None:
@@ -175,11 +175,11 @@ class RoutedExperts(nn.Module):
         """
         if x_ND.device.type == "cuda" and (grouped := self._on_cuda()) is not None:
             return grouped(x_ND, expert_ids_NA, weights_NA)
-        if (at_once := self.on_cpu()) is not None:
+        if (at_once := self.native_experts()) is not None:
             return at_once(x_ND.float(), expert_ids_NA, weights_NA).to(x_ND.dtype)
-        return self.one_after_the_other(x_ND, expert_ids_NA, weights_NA)
+        return self.compute_sequentially(x_ND, expert_ids_NA, weights_NA)
 
-    def one_after_the_other(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
+    def compute_sequentially(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
         """What the kernels for all experts are compared with."""
         ids = expert_ids_NA.flatten()
         order = ids.argsort(stable=True)
@@ -196,7 +196,7 @@ class RoutedExperts(nn.Module):
         parts = x_ND[rows].split(list(counts.values()))
         return torch.cat([expert(x) for expert, x in zip(used, parts, strict=True)])
 
-    def on_cpu(self) -> AllExperts | None:
+    def native_experts(self) -> NativeExperts | None:
         """All experts here in one call, where there are kernels for their format."""
         library, format = native(), self._shape_of_all.up.format
         if library is None or not isinstance(format, PackedFormat) or format.kind not in library.kinds:
@@ -206,7 +206,7 @@ class RoutedExperts(nn.Module):
         if self._at_once is None and self.held:
             up, down = ({int(n): format.packed(getattr(e, name).tensors) for n, e in self.held.items()} for name in ("up", "down"))
             assert {packed.lanes for packed in (*up.values(), *down.values())} == {library.lanes}, "see Expert.adopt"
-            self._at_once = AllExperts(library, self.num_experts, up, down)
+            self._at_once = NativeExperts(library, self.num_experts, up, down)
         return self._at_once
 
     def _on_cuda(self) -> "GroupedExperts | None":

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it only where it was built with it
 
-from parallel.shared_memory import agree
-from parallel.symmetric_memory import agree_on_symmetric
+from parallel.shared_memory import open_shared_memory
+from parallel.symmetric_memory import open_symmetric_memory
 from parallel.topology import Coordinates, InvalidTopology, Topology, TopologyAxis
 from parallel.transport import Backend, Transport
 
@@ -44,7 +44,7 @@ class Group:
         return f"<Group {self.axis} {self.rank} of {self.size} [ranks {self.ranks} | {self.transport or 'alone'}]>"
 
 
-def single(axis: TopologyAxis, rank: int = 0) -> Group:
+def single_rank_group(axis: TopologyAxis, rank: int = 0) -> Group:
     """A group of one."""
     return Group(axis=axis, rank=0, size=1, ranks=(rank,))
 
@@ -177,7 +177,7 @@ def _transports(
                 process_groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
     shares = backend == "gloo" and choice == "auto"
     return {
-        ranks: Transport(backend, process_group, agree(process_group, timeout_s) if shares and rank in ranks else None)
+        ranks: Transport(backend, process_group, open_shared_memory(process_group, timeout_s) if shares and rank in ranks else None)
         for ranks, process_group in process_groups.items()
     }
 
@@ -191,7 +191,7 @@ def _with_symmetric(
         axes = [axis for axis in REDUCE_AXES if topology.peers(rank, axis) == ranks]
         if axes:
             name = f"ranks {', '.join(map(str, ranks))} ({', '.join(axes)})"
-            found[ranks] = replace(each, symmetric_memory=agree_on_symmetric(each.process_group, device, name=name, store=store))
+            found[ranks] = replace(each, symmetric_memory=open_symmetric_memory(each.process_group, device, name=name, store=store))
     return found
 
 

@@ -1,6 +1,6 @@
 """Which collective a rank began last, in a page of memory that others can read when the rank is dead, stopped, or waits for ever.
 
-A rank maps the page with `keep_at`; without one nothing is kept. Each collective then costs some tenths of a microsecond. The collectives
+A rank maps the page with `record_to`; without one nothing is kept. Each collective then costs some tenths of a microsecond. The collectives
 of a captured step are nobody's to note when it is replayed: of those the page has the step.
 """
 
@@ -56,7 +56,7 @@ class LastReplay:
         return f"replaying step {self.step}, begun {self.ago_s:.2f} s ago{before}"
 
 
-def keep_at(file: Path) -> None:
+def record_to(file: Path) -> None:
     """From now on note this process's collectives in ``file``, which is made new."""
     global _page
     file.write_bytes(bytes(PAGE_BYTES))
@@ -64,7 +64,7 @@ def keep_at(file: Path) -> None:
         _page = memoryview(mmap.mmap(opened.fileno(), PAGE_BYTES)).cast("q")
 
 
-def note(kind: Kind, axis: TopologyAxis, elements: int) -> None:
+def record(kind: Kind, axis: TopologyAxis, elements: int) -> None:
     """This rank is about to take part in a collective."""
     if _page is not None:
         _page[1], _page[2], _page[3] = _KIND_NUMBERS[kind], _AXIS_NUMBERS[axis], elements
@@ -72,7 +72,7 @@ def note(kind: Kind, axis: TopologyAxis, elements: int) -> None:
         _page[0] += 1
 
 
-def kind_and_axis(kind: Kind, axis: TopologyAxis) -> tuple[int, int]:
+def kind_and_axis_numbers(kind: Kind, axis: TopologyAxis) -> tuple[int, int]:
     """As they stand in the page."""
     return _KIND_NUMBERS[kind], _AXIS_NUMBERS[axis]
 
@@ -82,7 +82,7 @@ def page_address() -> int | None:
     return None if _page is None else ctypes.addressof(ctypes.c_char.from_buffer(_page))
 
 
-def note_replay(step: int) -> None:
+def record_replay(step: int) -> None:
     """This rank is about to replay a captured step, whose collectives nobody notes."""
     if _page is not None:
         _page[5], _page[6] = step, time.monotonic_ns()

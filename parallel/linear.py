@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from parallel.axes import OUT, Share
 from parallel.collectives import all_reduce
 from parallel.groups import Group
-from parallel.weight_format import StoredTensor, TakesPieces, TensorSpec, WeightFormat, copy_part, pass_pieces
+from parallel.weight_format import StoredTensor, StreamingFormat, TensorSpec, WeightFormat, copy_part, stream_pieces
 
 
 class ShapeMismatch(ValueError):
@@ -67,15 +67,15 @@ class Linear(nn.Module):
                 yield Slot(part, name, tuple(self._stored_size(axis.name, axis.pack, share) for axis in spec.axes))
 
     @property
-    def takes_pieces(self) -> bool:
+    def is_streaming(self) -> bool:
         """Whether what is loaded lies in its final form at once, so that there is nothing to `finish`."""
-        return isinstance(self.format, TakesPieces)
+        return isinstance(self.format, StreamingFormat)
 
     def allocate(self, device: torch.device) -> None:
         for name, spec in self._specs.items():
             shape = tuple(self._local_size(axis.name, axis.pack) for axis in spec.axes)
-            if name == "weight" and isinstance(self.format, TakesPieces):
-                self.tensors |= self.format.room(*shape)
+            if name == "weight" and isinstance(self.format, StreamingFormat):
+                self.tensors |= self.format.allocate(*shape)
             else:
                 self.tensors[name] = torch.empty(shape, dtype=spec.dtype, device=device)
 
@@ -90,9 +90,9 @@ class Linear(nn.Module):
         wanted = tuple(self._stored_size(axis.name, axis.pack, out_share) for axis in spec.axes)
         if stored.shape != wanted:
             raise ShapeMismatch(stored.name, stored.shape, wanted)
-        if tensor == "weight" and isinstance(self.format, TakesPieces):
+        if tensor == "weight" and isinstance(self.format, StreamingFormat):
             (outputs,), (inputs,) = out_share.stored(1), self.in_share.stored(1)
-            return pass_pieces(stored, (outputs, inputs), partial(self.format.take, self.tensors), self._offset(part, 1))
+            return stream_pieces(stored, (outputs, inputs), partial(self.format.load_piece, self.tensors), self._offset(part, 1))
         slices = []
         target = self.tensors[tensor]
         for dim, axis in enumerate(spec.axes):
@@ -105,7 +105,7 @@ class Linear(nn.Module):
 
     def finish(self) -> None:
         """Hand the loaded tensors to the format, which may repack them."""
-        if self.takes_pieces:
+        if self.is_streaming:
             return
         bias = self.tensors.pop("bias", None)
         self.tensors = self.format.prepare(self.tensors)

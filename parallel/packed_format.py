@@ -10,7 +10,20 @@ from torch import Tensor
 from parallel.axes import IN, OUT
 from parallel.native.experts import experts
 from parallel.native.library import native
-from parallel.native.linear import Kind, Packed, look_up, look_up_held, moved, multiply, put, room_for, rounded, rows, unpack, with_lanes
+from parallel.native.linear import (
+    Kind,
+    Packed,
+    copied_to_arena,
+    empty_packed,
+    gather_local_rows,
+    gather_rows,
+    multiply,
+    pack_part,
+    rounded_rows,
+    rows,
+    unpack,
+    with_lanes,
+)
 from parallel.scale_groups import GROUP_SIZE
 from parallel.weight_format import TensorSpec
 
@@ -59,25 +72,25 @@ class PackedFormat:
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = tensors.pop("weight")
-        prepared = self.room(*weight.shape)
-        self.take(prepared, 0, 0, weight)
+        prepared = self.allocate(*weight.shape)
+        self.load_piece(prepared, 0, 0, weight)
         return prepared
 
-    def room(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
+    def allocate(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
         library = native()
-        packed = room_for(self.kind, num_outputs, num_inputs, library.lanes if library else ANY_LANES)
+        packed = empty_packed(self.kind, num_outputs, num_inputs, library.lanes if library else ANY_LANES)
         # How many outputs there are cannot be told from the panels, and the input features not from the groups.
         prepared = {"numbers": packed.numbers, "outputs": torch.zeros(packed.num_outputs, dtype=torch.uint8)}
         return prepared if packed.scales is None else prepared | {"scales": packed.scales}
 
-    def take(self, tensors: Mapping[str, Tensor], first_output: int, first_input: int, piece_NK: Tensor) -> None:
-        put(self.packed(tensors), first_output, first_input, piece_NK)
+    def load_piece(self, tensors: Mapping[str, Tensor], first_output: int, first_input: int, piece_NK: Tensor) -> None:
+        pack_part(self.packed(tensors), first_output, first_input, piece_NK)
 
     def received(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What another host prepared, as it is read here: the vectors of its processor may be wider or narrower. It lies in large pages
         as what was prepared here."""
         library, packed = native(), self.packed(tensors)
-        packed = moved(packed if library is None or packed.lanes == library.lanes else with_lanes(packed, library.lanes))
+        packed = copied_to_arena(packed if library is None or packed.lanes == library.lanes else with_lanes(packed, library.lanes))
         return tensors | {"numbers": packed.numbers} | ({} if packed.scales is None else {"scales": packed.scales})
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -86,7 +99,7 @@ class PackedFormat:
         if library is not None and self.kind in library.kinds and packed.lanes == library.lanes:
             y = multiply(library, x.reshape(-1, x.shape[-1]), packed, bias)
             return y.to(dtype).view(*x.shape[:-1], packed.num_outputs)
-        y = F.linear(rounded(self.kind, x), unpack(packed)[:, : x.shape[-1]], None if bias is None else bias.float())
+        y = F.linear(rounded_rows(self.kind, x), unpack(packed)[:, : x.shape[-1]], None if bias is None else bias.float())
         return y.to(dtype)
 
     def experts(
@@ -113,17 +126,17 @@ class PackedFormat:
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
         packed, library = self.packed(tensors), native()
         if library is not None and self.kind in library.kinds and packed.lanes == library.lanes:
-            found = look_up(library, packed, outputs.flatten())
+            found = gather_rows(library, packed, outputs.flatten())
         else:
             found = rows(packed, outputs.flatten())
         return found[:, :width].view(*outputs.shape, width)
 
-    def held_rows(self, outputs_T: Tensor, tensors: Mapping[str, Tensor], width: int, first: int) -> Tensor | None:
+    def local_rows(self, outputs_T: Tensor, tensors: Mapping[str, Tensor], width: int, first: int) -> Tensor | None:
         """`rows` of a table that holds the outputs from ``first`` on, and zeros for those held elsewhere; None where no kernel does it."""
         packed, library = self.packed(tensors), native()
         if library is None or self.kind not in library.kinds or packed.lanes != library.lanes or outputs_T.dim() != 1:
             return None
-        return look_up_held(library, packed, outputs_T, first)[0][:, :width]
+        return gather_local_rows(library, packed, outputs_T, first)[0][:, :width]
 
     def packed(self, tensors: Mapping[str, Tensor]) -> Packed:
         return Packed(self.kind, tensors["numbers"], tensors.get("scales"), tensors["outputs"].shape[0])

@@ -1,6 +1,6 @@
-"""From files to a device: a piece is read into memory that the device fetches from by itself, while it still fetches the one before.
+"""Copies checkpoint pieces to a GPU through pinned host memory, with two buffers: one is read into while the other is being copied.
 
-A copy from ordinary memory goes through the driver's own small buffers, and who asks for it waits.
+A copy from pageable memory goes through the driver's small staging buffers and blocks the caller.
 """
 
 from math import prod
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 STAGING_BYTES = 8 * 2**20
-"""Of one piece. A thread has two, and what a process has pinned once it keeps."""
+"""Size of one buffer. Each thread has two; pinned memory is kept for the life of the process."""
 
 
 class PinnedStaging:
-    """Two pieces of one thread, by turns."""
+    """Two pinned buffers of one thread, used alternately."""
 
     def __init__(self, device: torch.device, staged_bytes: int = STAGING_BYTES) -> None:
         on_device = device.type == "cuda"
@@ -23,23 +23,24 @@ class PinnedStaging:
         self._fetched = [torch.cuda.Event() if on_device else None for _ in self._pieces]
 
     def __repr__(self) -> str:
-        return f"<PinnedStaging [{len(self._pieces)} x {self.most_bytes} bytes to {self._device}]>"
+        return f"<PinnedStaging [{len(self._pieces)} x {self.buffer_bytes} bytes to {self._device}]>"
 
     @property
-    def most_bytes(self) -> int:
-        """Of a piece."""
+    def buffer_bytes(self) -> int:
+        """Size of one buffer."""
         return self._pieces[0].nbytes
 
-    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Where the next piece is to be written, on the CPU, as soon as the device has fetched what was there. It is ``bring``'s alone
-        once that is called."""
+    def next_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The CPU tensor to write the next piece into; waits until the device has fetched its previous contents. It must not be written
+        to any more once `copy_to_device` was called."""
         self._turn = 1 - self._turn
         if (fetched := self._fetched[self._turn]) is not None:
             fetched.synchronize()
         return self._pieces[self._turn][: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
-    def bring(self, piece: Tensor, target: Tensor) -> None:
-        """Have the device fetch the piece of the latest `place`, without waiting for it. What the thread's stream does next finds it."""
+    def copy_to_device(self, piece: Tensor, target: Tensor) -> None:
+        """Start copying ``piece``, from the latest `next_buffer`, to ``target`` without waiting. Later work on this thread's current
+        stream sees it."""
         target.copy_(piece, non_blocking=True)
         if (fetched := self._fetched[self._turn]) is not None:
             fetched.record(torch.cuda.current_stream(self._device))
@@ -49,7 +50,7 @@ _of_thread = local()
 
 
 def staging_for(device: torch.device) -> PinnedStaging | None:
-    """This thread's, which goes with the thread; None for a device that has the host's memory as its own."""
+    """This thread's staging buffers, freed with the thread; None for devices other than CUDA."""
     if device.type != "cuda":
         return None
     kept: dict[torch.device, PinnedStaging] = _of_thread.__dict__.setdefault("kept", {})

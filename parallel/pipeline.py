@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel.axes import split
-from parallel.collectives import Sending, begin_send, receive
+from parallel.collectives import PendingSend, begin_send, receive
 from parallel.groups import Group
 
 
@@ -42,7 +42,7 @@ class HiddenSender:
 
     def __init__(self, pp: Group) -> None:
         self._pp = pp
-        self._sending: Sending | None = None
+        self._sending: PendingSend | None = None
 
     def send(self, x: Tensor) -> None:
         """Begin to send ``x``, which must not be changed any more; what was sent before has arrived when this returns.

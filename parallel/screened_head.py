@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from parallel.native.library import native
-from parallel.native.screened import Screen, Sought, screen_of
+from parallel.native.screened import Screen, TopLogits, screen_of
 from parallel.packed_format import PackedFormat
 from parallel.weight_format import WeightFormat
 
@@ -18,27 +18,27 @@ class ScreenedHead:
         self._screen = screen
         self._pause = self._left = 0
 
-    def tries(self) -> bool:
-        """Asked once for each step: whether it has a use for what is sought."""
+    def is_active(self) -> bool:
+        """Asked once for each step: whether it has a use for what is top_logits."""
         if self._left:
             self._left -= 1
             return False
         return True
 
-    def multiply(self, x_RD: Tensor, sought: Sought) -> Tensor | None:
-        """(R, V): of each row the sought logits, and all others lower. None: multiply by all of the matrix."""
+    def multiply(self, x_RD: Tensor, top_logits: TopLogits) -> Tensor | None:
+        """(R, V): of each row the top_logits logits, and all others lower. None: multiply by all of the matrix."""
         library = native()
         if library is None or len(x_RD) == 0:
             return None
-        logits_RV = self._screen.multiply(library, x_RD, _known(sought, self._screen.exact.num_outputs))
+        logits_RV = self._screen.multiply(library, x_RD, _known(top_logits, self._screen.exact.num_outputs))
         self._pause = 0 if logits_RV is not None else min(max(2 * self._pause, 1), MAX_PAUSE)
         self._left = self._pause
         return logits_RV
 
 
-def _known(sought: Sought, num_ids: int) -> Sought:
+def _known(top_logits: TopLogits, num_ids: int) -> TopLogits:
     """Of a model that guesses for one with a larger vocabulary: without ids that it does not have."""
-    return Sought(sought.highest, [ids[ids < num_ids] for ids in sought.lowered], min(sought.limit, num_ids))
+    return TopLogits(top_logits.highest, [ids[ids < num_ids] for ids in top_logits.lowered], min(top_logits.limit, num_ids))
 
 
 def screened_head(format: WeightFormat, tensors: dict[str, Tensor]) -> ScreenedHead | None:

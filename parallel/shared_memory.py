@@ -1,6 +1,6 @@
 """Collectives of ranks on one host go through memory that they share: how the ranks of a group agree on that, and map it.
 
-The kernels are those of `parallel.native.exchange`. Where one rank of a group cannot take part, all of them keep to gloo.
+The kernels are those of `parallel.native.shared_memory_collectives`. Where one rank of a group cannot take part, all of them keep to gloo.
 """
 
 import logging
@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from parallel.cpp_build import Unavailable
-from parallel.native.exchange import SPINS, Exchange, memory_bytes
 from parallel.native.library import HOW_TO_BUILD, native
+from parallel.native.shared_memory_collectives import SPINS, SharedMemoryCollectives, memory_bytes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,13 +35,13 @@ class _Offer:
     nonce: str
 
 
-def agree(process_group: dist.ProcessGroup, timeout_s: float) -> Exchange | None:
+def open_shared_memory(process_group: dist.ProcessGroup, timeout_s: float) -> SharedMemoryCollectives | None:
     """The shared memory of a group's ranks, or None on every one of them if any cannot take part. The log says why.
 
     All members must call this. ``timeout_s`` bounds each later wait for a peer.
     """
     rank, size = process_group.rank(), process_group.size()
-    offers = everyones(_offer(size), process_group)
+    offers = gather_objects(_offer(size), process_group)
     obstacle = _obstacle(offers)
     memory: mmap.mmap | None = None
     if obstacle is None:
@@ -52,12 +52,12 @@ def agree(process_group: dist.ProcessGroup, timeout_s: float) -> Exchange | None
         return None
     library = native()
     assert library is not None  # else it were an obstacle
-    lifelines = [_lifeline(offer, offers[rank]) for offer in offers]
+    pidfds = [_pidfd(offer, offers[rank]) for offer in offers]
     spins = SPINS if _cores() >= size else 0
-    return Exchange(library, memory, rank, size, lifelines=lifelines, timeout_s=timeout_s, spins=spins)
+    return SharedMemoryCollectives(library, memory, rank, size, pidfds=pidfds, timeout_s=timeout_s, spins=spins)
 
 
-def everyones(mine: T, process_group: dist.ProcessGroup) -> list[T]:
+def gather_objects(mine: T, process_group: dist.ProcessGroup) -> list[T]:
     """What all ranks of the group bring, in their order; on all of them at the same time."""
     found: list[T | None] = [None] * process_group.size()
     dist.all_gather_object(found, mine, group=process_group)
@@ -103,14 +103,14 @@ def _map(path: Path, rank: int, size: int, process_group: dist.ProcessGroup) -> 
             _make(path, memory_bytes(size))
     except OSError as error:
         problem = str(error)
-    problem = everyones((problem,), process_group)[0][0]
+    problem = gather_objects((problem,), process_group)[0][0]
     if problem is None:
         try:
             with path.open("r+b") as file:
                 memory = mmap.mmap(file.fileno(), memory_bytes(size))
         except OSError as error:
             problem = str(error)
-    problems = [f"rank {rank}: {one}" for rank, (one,) in enumerate(everyones((problem,), process_group)) if one]
+    problems = [f"rank {rank}: {one}" for rank, (one,) in enumerate(gather_objects((problem,), process_group)) if one]
     if rank == 0:
         path.unlink(missing_ok=True)
     return problems[0] if problems else None, memory
@@ -125,7 +125,7 @@ def _make(path: Path, length: int) -> None:
         os.close(descriptor)
 
 
-def _lifeline(peer: _Offer, own: _Offer) -> int:
+def _pidfd(peer: _Offer, own: _Offer) -> int:
     """A descriptor that becomes readable when the peer's process ends; -1 if it is ours, or cannot be seen from here."""
     if peer.process == own.process or peer.process[0] != own.process[0]:
         return -1

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.shared_memory import everyones, host_of_this_process, pid_namespace
+from parallel.shared_memory import gather_objects, host_of_this_process, pid_namespace
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Operations(Protocol):
     def multimem_all_reduce_(self, buffer: Tensor, reduce_op: str, group_name: str) -> Tensor: ...
 
 
-class Maker(Protocol):
+class SymmetricMemoryProvider(Protocol):
     """Where symmetric memory comes from."""
 
     @property
@@ -78,7 +78,7 @@ class Maker(Protocol):
         ...
 
 
-class TorchMaker:
+class TorchProvider:
     """torch's own."""
 
     @property
@@ -138,16 +138,16 @@ class _Offer:
     device: str
 
 
-def agree_on_symmetric(
-    process_group: dist.ProcessGroup, device: torch.device, *, name: str, store: Any = None, maker: Maker | None = None
+def open_symmetric_memory(
+    process_group: dist.ProcessGroup, device: torch.device, *, name: str, store: Any = None, maker: SymmetricMemoryProvider | None = None
 ) -> SymmetricMemory | None:
     """The symmetric memory of a group's ranks, or None on every one of them if any cannot take part or a sum came out wrong: see the log,
     which calls them ``name``.
 
     All members must call this at the same time. ``store`` is the replica's, whose patience is bounded while this lasts.
     """
-    maker = maker or TorchMaker()
-    offers = everyones(_offer(device, maker), process_group)
+    maker = maker or TorchProvider()
+    offers = gather_objects(_offer(device, maker), process_group)
     problem = _obstacle(offers)
     memory: SymmetricMemory | None = None
     if problem is None:
@@ -158,7 +158,7 @@ def agree_on_symmetric(
         problem = _first_of_all(problem, process_group)
     if problem is None and memory is not None:
         # It chooses the kernel, so one rank without it is enough for all to do without.
-        memory = replace(memory, has_multicast=all(has for (has,) in everyones((memory.has_multicast,), process_group)))
+        memory = replace(memory, has_multicast=all(has for (has,) in gather_objects((memory.has_multicast,), process_group)))
         problem = _what_is_wrong(memory, process_group, device)
     if problem is not None or memory is None:
         if process_group.rank() == 0:
@@ -167,7 +167,7 @@ def agree_on_symmetric(
     return memory
 
 
-def _offer(device: torch.device, maker: Maker) -> _Offer:
+def _offer(device: torch.device, maker: SymmetricMemoryProvider) -> _Offer:
     host = (host_of_this_process(), pid_namespace())
     try:
         return _Offer(maker.obstacle(device), host, *maker.identity(device))
@@ -186,7 +186,9 @@ def _obstacle(offers: list[_Offer]) -> str | None:
     return None
 
 
-def _made(process_group: dist.ProcessGroup, device: torch.device, maker: Maker) -> tuple[str | None, SymmetricMemory | None]:
+def _made(
+    process_group: dist.ProcessGroup, device: torch.device, maker: SymmetricMemoryProvider
+) -> tuple[str | None, SymmetricMemory | None]:
     try:
         buffer, has_multicast = maker.make(process_group, BUFFER_BYTES // DTYPE.itemsize, device)
     except (RuntimeError, ImportError, AttributeError, TypeError) as error:  # what an interface in alpha state may come to
@@ -195,7 +197,7 @@ def _made(process_group: dist.ProcessGroup, device: torch.device, maker: Maker) 
 
 
 def _first_of_all(problem: str | None, process_group: dist.ProcessGroup) -> str | None:
-    problems = everyones((problem,), process_group)
+    problems = gather_objects((problem,), process_group)
     return next((f"rank {rank}: {one}" for rank, (one,) in enumerate(problems) if one is not None), None)
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from parallel.native.exchange import Exchange
+from parallel.native.shared_memory_collectives import SharedMemoryCollectives
 from parallel.symmetric_memory import SymmetricMemory
 
 Backend = Literal["nccl", "gloo"]
@@ -17,7 +17,7 @@ class Transport:
 
     backend: Backend
     process_group: dist.ProcessGroup
-    shared_memory: Exchange | None = None
+    shared_memory: SharedMemoryCollectives | None = None
     """The faster way for sums, gathers and exchanges, when all ranks of the group are on one host and have the kernels."""
 
     symmetric_memory: SymmetricMemory | None = None

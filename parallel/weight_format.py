@@ -54,7 +54,7 @@ class StoredTensor(Protocol):
 
 
 @runtime_checkable
-class ReadsInto(StoredTensor, Protocol):
+class ReadableInto(StoredTensor, Protocol):
     """One whose bytes go from the file to where they are wanted, with nothing in between."""
 
     def read_into(self, place: Tensor, *slices: slice) -> None:
@@ -77,29 +77,31 @@ def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> 
     dim = stored.piece_dim
     wanted = range(*slices[dim].indices(stored.shape[dim]))
     one_bytes = target.numel() // len(wanted) * stored.dtype.itemsize
-    staging = staging_for(target.device) if isinstance(stored, ReadsInto) else None
-    if staging is not None and one_bytes > staging.most_bytes:
+    staging = staging_for(target.device) if isinstance(stored, ReadableInto) else None
+    if staging is not None and one_bytes > staging.buffer_bytes:
         staging = None
-    step = max(1, (staging.most_bytes if staging else PIECE_BYTES) // one_bytes)
+    step = max(1, (staging.buffer_bytes if staging else PIECE_BYTES) // one_bytes)
     for start in range(0, len(wanted), step):
         piece = wanted[start : start + step]
         place = target.narrow(dim, start, len(piece))
         its_slices = (*slices[:dim], slice(piece.start, piece.stop), *slices[dim + 1 :])
-        if staging is not None and isinstance(stored, ReadsInto):
-            part = staging.place(tuple(place.shape), stored.dtype)
+        if staging is not None and isinstance(stored, ReadableInto):
+            part = staging.next_buffer(tuple(place.shape), stored.dtype)
             stored.read_into(part, *its_slices)
-            staging.bring(part, place)
+            staging.copy_to_device(part, place)
         else:
             place.copy_(stored.read(*its_slices))
     return stored.num_bytes * target.numel() // prod(stored.shape)
 
 
-PIECES_OF = 128
+PIECE_MULTIPLE = 128
 """Pieces of a matrix begin at whole multiples of so many outputs or input features: no format has larger panels or groups."""
 
 
-def pass_pieces(stored: StoredTensor, slices: tuple[slice, slice], take: Callable[[int, int, Tensor], None], before: int = 0) -> int:
-    """Have ``take`` a part of a matrix piece by piece, each with how many outputs and how many input features came before it: of the
+def stream_pieces(
+    stored: StoredTensor, slices: tuple[slice, slice], load_piece: Callable[[int, int, Tensor], None], before: int = 0
+) -> int:
+    """Have ``load_piece`` a part of a matrix piece by piece, each with how many outputs and how many input features came before it: of the
     part, and ``before`` outputs of others. Returns the part's bytes as stored.
 
     A piece that has just been read is still in the processor's cache, and its memory serves the next one. Pieces of outputs end between
@@ -110,15 +112,15 @@ def pass_pieces(stored: StoredTensor, slices: tuple[slice, slice], take: Callabl
         return 0
     dim = stored.piece_dim
     across_bytes = len(spans[1 - dim]) * stored.dtype.itemsize
-    step = max(1, stored.piece_bytes // (across_bytes * PIECES_OF)) * PIECES_OF
-    early = before % PIECES_OF if dim == 0 else 0
+    step = max(1, stored.piece_bytes // (across_bytes * PIECE_MULTIPLE)) * PIECE_MULTIPLE
+    early = before % PIECE_MULTIPLE if dim == 0 else 0
     for start in range(-early, len(spans[dim]), step):
         piece = spans[dim][max(0, start) : start + step]
         wanted = slice(piece.start, piece.stop)
         if dim == 0:
-            take(before + max(0, start), 0, stored.read(wanted, slices[1]))
+            load_piece(before + max(0, start), 0, stored.read(wanted, slices[1]))
         else:
-            take(before, start, stored.read(slices[0], wanted))
+            load_piece(before, start, stored.read(slices[0], wanted))
     return stored.num_bytes * len(spans[0]) * len(spans[1]) // prod(stored.shape)
 
 
@@ -157,15 +159,15 @@ class WeightFormat(Protocol):
 
 
 @runtime_checkable
-class TakesPieces(Protocol):
+class StreamingFormat(Protocol):
     """A `WeightFormat` of one plain matrix that brings parts of it into its own form as they come: nobody then holds it as it is stored."""
 
-    def room(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
+    def allocate(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
         """Tensors as of `WeightFormat.prepare`, on the CPU, in which nothing is yet."""
         ...
 
-    def take(self, tensors: Mapping[str, Tensor], first_output: int, first_input: int, piece_NK: Tensor) -> None:
-        """A part of the matrix: from any output and from a multiple of `PIECES_OF` input features on. Parts may come in any order and
+    def load_piece(self, tensors: Mapping[str, Tensor], first_output: int, first_input: int, piece_NK: Tensor) -> None:
+        """A part of the matrix: from any output and from a multiple of `PIECE_MULTIPLE` input features on. Parts may come in any order and
         from several threads."""
         ...
 
@@ -180,7 +182,7 @@ class Dense:
     """A plain matrix (out, in) in the model's own dtype; the oracle of every other format."""
 
     dtype: torch.dtype
-    is_same_everywhere: bool = False
+    is_replicated: bool = False
     """Whether several ranks compute the same product and must come to the same bits: then nobody multiplies in the way that it happened to
     measure as the fastest."""
 
@@ -195,7 +197,7 @@ class Dense:
         return tensors
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-        if not self.is_same_everywhere and uses_gemv(x) and len(tensors["weight"]):
+        if not self.is_replicated and uses_gemv(x) and len(tensors["weight"]):
             from parallel.cuda.gemv import multiply  # triton: not to be imported where there is no such device
 
             rows = x.reshape(-1, x.shape[-1])

@@ -13,7 +13,7 @@ from engine.plan import Opening, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.cuda_graphs import CudaGraphRecorder
 from engine.run.prompt_graphs import SIZES, PromptGraphs
-from parallel.native.screened import Sought
+from parallel.native.screened import TopLogits
 
 GREEDY = SamplingParams(temperature=0.0)
 MOST = 2e-2
@@ -60,7 +60,7 @@ class Prompts:
         model, found = self._runner.model, list[Tensor]()
         compute = model.logits
 
-        def watched(hidden_RD: Tensor, sought: Sought | None = None) -> Tensor:
+        def watched(hidden_RD: Tensor, sought: TopLogits | None = None) -> Tensor:
             found.append(compute(hidden_RD, sought).clone())
             return found[-1]
 

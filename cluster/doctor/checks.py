@@ -12,7 +12,7 @@ Facts = Sequence[HostFacts]
 Check = Callable[[Facts, Need], Iterator[Finding]]
 
 SEGMENT_BYTES = 12 * MIB
-"""Of /dev/shm for each rank on a CPU: 2 MiB (`parallel.native.exchange.memory_bytes`) in each of at most six groups."""
+"""Of /dev/shm for each rank on a CPU: 2 MiB (`parallel.native.shared_memory_collectives.memory_bytes`) in each of at most six groups."""
 NCCL_SHM_BYTES = 64 * MIB
 """NCCL's buffers for each rank that shares a host, roughly; with less it fails with "unhandled system error"."""
 CLOCK_WARNING_S, CLOCK_FATAL_S = 0.5, 30.0

@@ -14,7 +14,7 @@ from engine.run.open_sequences import OpenSequences
 from engine.run.prompt_logprobs import PromptScorer
 from engine.run.result_builder import RankOutput, ResultBuilder
 from engine.run.sampling.top_logits import needed_top_logits
-from parallel.native.screened import Sought
+from parallel.native.screened import TopLogits
 
 
 class EagerSteps:
@@ -87,7 +87,7 @@ class EagerSteps:
             sampled, guessing_s = self._drafter.propose(works, sampled, sequences.tables, sequences.states)
         return RankOutput(sampled, scored, pooled, guessing_s)
 
-    def _needed_top_logits(self, built: BuiltBatch) -> Sought | None:
+    def _needed_top_logits(self, built: BuiltBatch) -> TopLogits | None:
         assert self._result_builder.sampler is not None
         rows = [row for work in built.sampling_works for row in self._sequences.rows(work)]
         return needed_top_logits(rows, self._result_builder.sampler.vocab_size)

@@ -17,7 +17,7 @@ from engine.run.result_builder import RankOutput, ResultBuilder
 from engine.run.sampling.columns import NEEDS, TRACKS_TOKENS, are_edited_by_host
 from engine.run.sampling.sampler_graphs import SamplerGraphs
 from engine.step_handle import StepHandle
-from parallel.last_collective import note_replay
+from parallel.last_collective import record_replay
 
 
 class GraphSteps:
@@ -46,7 +46,7 @@ class GraphSteps:
         rows = decode_rows(plan, self.sequences.shard)
         if rows is None or not self.decode_graphs.accepts(len(rows)):
             return None
-        note_replay(plan.step)
+        record_replay(plan.step)
         table_rows_S = rows.append_blocks(self.sequences.tables)
         columns = self.sequences.columns.of(table_rows_S) if self.sequences.columns is not None else None
         if columns is not None and self.sampler_graphs is not None and self.runs_ahead and self.async_steps.accepts(columns, rows):

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.plan import Rebalance, Rebalanced
 from model.qwen2 import Qwen2
 from parallel.collectives import all_gather, all_reduce
-from parallel.expert_balance import imbalance, place, renumbered
+from parallel.expert_balance import imbalance, place_experts, relabelled
 from parallel.experts import RoutedExperts
 
 DECAY = 0.5
@@ -34,7 +34,7 @@ class ExpertRebalancer:
     def discard_counts(self) -> None:
         """Discard what was counted since the last measurement: it was a capture. Earlier measurements still count."""
         for layer in self._layers:
-            layer.forget_load()
+            layer.reset_load()
 
     @torch.inference_mode()
     def run(self, order: Rebalance) -> Rebalanced:
@@ -56,12 +56,12 @@ class ExpertRebalancer:
         for counted_E, layer in zip(counted_LE, self._layers, strict=True):
             if layer.load_E is not None and self._groups.tp.rank == 0:  # all ranks of a tp group have counted the same tokens
                 counted_E.copy_(layer.load_E)
-            layer.forget_load()
+            layer.reset_load()
         return all_reduce(counted_LE, self._groups.stage).to("cpu", torch.float64)
 
     def _improve(self, layer: RoutedExperts, loads: list[float]) -> int:
         """Move a layer's experts if that lowers the load of its busiest position. Returns how many were moved."""
-        target = renumbered(place(loads, layer.room), layer.placement, layer.room)
+        target = relabelled(place_experts(loads, layer.room), layer.placement, layer.room)
         if imbalance(target, loads) >= imbalance(layer.placement, loads):
             return 0
         return layer.move_to(target)

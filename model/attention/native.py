@@ -11,8 +11,8 @@ from model.attention.cpu import CpuAttention
 from model.attention.rotate_heads import rotate_heads
 from model.batch import ForwardBatch
 from model.rope import Rotation
-from parallel.native.halves import BatchOfStep
 from parallel.native.library import Native, num_threads
+from parallel.native.sublayers import StepBatch
 
 
 class NativeAttention:
@@ -42,10 +42,10 @@ class NativeAttention:
         self._starts_S = torch.tensor(batch.query_starts, dtype=torch.int64)
         self._tables_SM = batch.block_tables_SM.contiguous()
 
-    def step_inputs(self, rotation: Rotation, batch: ForwardBatch) -> BatchOfStep:
+    def step_inputs(self, rotation: Rotation, batch: ForwardBatch) -> StepBatch:
         """The inputs of a fused kernel: what `prepare` computed, and the rotation."""
         cos, sin = rotation.cos_T1F.contiguous(), rotation.sin_T1F.contiguous()
-        return BatchOfStep(cos, sin, batch.slots_T.contiguous(), self._tables_SM, self._starts_S, self._lengths_S, batch.num_decodes)
+        return StepBatch(cos, sin, batch.slots_T.contiguous(), self._tables_SM, self._starts_S, self._lengths_S, batch.num_decodes)
 
     def attend(self, heads_TXK: Tensor, rotation: Rotation, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> Tensor:
         if heads_TXK.dtype != torch.float32 or not self.config.is_causal:  # our kernels support only the causal mask

@@ -1,7 +1,7 @@
 """Tokens of rows that few candidates do not decide, drawn from all of the vocabulary where it lies. The twin is
 `engine.run.sampling.filters.draw_filtered` with as many candidates as there are ids, which sorts them.
 
-Filters keep a beginning of the canonical order (by falling logit, then by rising id). Its end is sought, not sorted for: a logit is a
+Filters keep a beginning of the canonical order (by falling logit, then by rising id). Its end is top_logits, not sorted for: a logit is a
 whole number in the same order (`parallel.cuda.logit_keys`), and 32 halvings (of bfloat16, 16) find the one at which so many ids, or so much
 weight, stand above it.
 

@@ -1,4 +1,4 @@
-"""Tokens of rows whose top-p or min-p keeps more than few candidates: their smallest logit is sought by many programs a row.
+"""Tokens of rows whose top-p or min-p keeps more than few candidates: their smallest logit is top_logits by many programs a row.
 
 Filters keep a beginning of the canonical order (by falling logit, then by rising id). Its end is the lowest key above which stands less
 than the share that is wanted. Each pass divides what is left of all keys by `CUTS`, and sums what stands above every border; the next one

@@ -43,7 +43,7 @@ class ExpertsStruct(ctypes.Structure):
     )
 
 
-class AllExperts:
+class NativeExperts:
     """Those that a rank holds of a layer, with their addresses by number: made again when one comes or goes. At least one."""
 
     def __init__(self, library: Native, num_experts: int, up: Mapping[int, Packed], down: Mapping[int, Packed]) -> None:
@@ -72,11 +72,11 @@ class AllExperts:
             *(self._at, x_ND.data_ptr(), expert_ids_NA.data_ptr(), weights_NA.data_ptr(), out_ND.data_ptr()),
             *(num_rows, num_assigned, num_threads()),
         )
-        require_held(missing)
+        check_held(missing)
         return out_ND
 
 
-def require_held(missing: int) -> None:
+def check_held(missing: int) -> None:
     """What a kernel returned that calls experts: the number of one that is not here, or -1.
 
     Raises:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallel.last_collective import kind_and_axis, page_address
-from parallel.native.exchange import Exchange
-from parallel.native.experts import require_held
-from parallel.native.halves import AttentionHalf, BatchOfStep, MlpHalf, MoeHalf
+from parallel.last_collective import kind_and_axis_numbers, page_address
+from parallel.native.experts import check_held
 from parallel.native.library import Native, address_of, num_threads
+from parallel.native.shared_memory_collectives import SharedMemoryCollectives
+from parallel.native.sublayers import AttentionSublayer, MlpSublayer, MoeSublayer, StepBatch
 from parallel.topology import TopologyAxis
 
 
@@ -29,31 +29,31 @@ class _Sums(ctypes.Structure):
     )
 
 
-class AllLayers:
+class NativeDecoder:
     """Layers one after the other. Of a group of ranks each has a part of every half, and they are summed; sparse layers are whole here."""
 
     def __init__(
         self,
         library: Native,
-        layers: Sequence[tuple[AttentionHalf, MlpHalf | MoeHalf]],
-        exchange: Exchange | None = None,
+        layers: Sequence[tuple[AttentionSublayer, MlpSublayer | MoeSublayer]],
+        exchange: SharedMemoryCollectives | None = None,
         axis: TopologyAxis = "tp",
     ) -> None:
         """``exchange``: of the group of ranks along ``axis``; None without others."""
-        assert exchange is None or all(isinstance(second, MlpHalf) for _, second in layers)
+        assert exchange is None or all(isinstance(second, MlpSublayer) for _, second in layers)
         self._call, self._held, self._exchange = library.layers, layers, exchange
         self.num_weights = sum(half.num_weights for halves in layers for half in halves)
         """That a token is multiplied by."""
-        rows = ((attention.address, second.address, isinstance(second, MoeHalf)) for attention, second in layers)
+        rows = ((attention.address, second.address, isinstance(second, MoeSublayer)) for attention, second in layers)
         self._layers = (_Layer * len(layers))(*(_Layer(*row) for row in rows))
-        self._sums = _Sums(address_of(library.all_reduce[torch.float32]), None, None, *kind_and_axis("all_reduce", axis))
+        self._sums = _Sums(address_of(library.all_reduce[torch.float32]), None, None, *kind_and_axis_numbers("all_reduce", axis))
 
-    def __call__(self, batch: BatchOfStep, x_TD: Tensor) -> Tensor:
+    def __call__(self, batch: StepBatch, x_TD: Tensor) -> Tensor:
         """What is still to be added to ``x_TD``, which is contiguous and written over.
 
         Raises:
             KeyError: a row chose an expert that is not here.
-            ExchangeFailed: as any sum.
+            CollectiveFailed: as any sum.
         """
         if self._exchange is not None:
             self._sums.exchange, self._sums.page = self._exchange.begin(), page_address()
@@ -63,7 +63,7 @@ class AllLayers:
             *(x_TD.data_ptr(), delta_TD.data_ptr(), x_TD.shape[1], num_threads()),
         )
         if outcome < 0:
-            require_held(-1 - outcome)
+            check_held(-1 - outcome)
         elif self._exchange is not None:
             self._exchange.conclude(outcome)
         return delta_TD

@@ -22,7 +22,7 @@ from parallel.cpp_build import Unavailable, cache_path, compile_to, version_of
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-BROUGHT = Path(__file__).parent / "built"
+PREBUILT = Path(__file__).parent / "built"
 """Kernels that came with these sources."""
 HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
@@ -37,8 +37,8 @@ VARIANTS = {
 }
 """Best first, with what tells the compiler."""
 _INTEGER_DOTS = ("int8_dot", "int4_dot", "int4_zeros_dot")
-DOTS = {"avx512_bf16": ("bf16_dot", *_INTEGER_DOTS), "avx512_vnni": _INTEGER_DOTS}
-"""Further kinds of variants: rows are rounded as well, as the processor multiplies two or four such numbers at a time."""
+DOT_KINDS = {"avx512_bf16": ("bf16_dot", *_INTEGER_DOTS), "avx512_vnni": _INTEGER_DOTS}
+"""Further kinds of variants: rows are rounded as well, as the processor has_kernel two or four such numbers at a time."""
 
 
 class Native:
@@ -48,7 +48,7 @@ class Native:
         self.variant = variant
         self._library = ctypes.CDLL(str(path))
         self.lanes: int = self._library.manta_lanes()
-        self.kinds = (*KINDS, *DOTS.get(variant, ()))
+        self.kinds = (*KINDS, *DOT_KINDS.get(variant, ()))
         size, address, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
         threads = ctypes.c_int
         self.linear = {kind: self._function(f"linear_{kind}", [address] * 5 + [size] * 5 + [threads]) for kind in self.kinds}
@@ -117,7 +117,7 @@ def available_kinds() -> frozenset[str]:
     return frozenset(library.kinds if library else ())
 
 
-def multiplies(kind: str) -> bool:
+def has_kernel(kind: str) -> bool:
     """Whether there are kernels here for weights of this kind."""
     return kind in available_kinds()
 
@@ -159,7 +159,7 @@ def _place(variant: str, *, brought: bool) -> Path:
     parts = [part.encode() for part in (platform.machine(), *FLAGS, *VARIANTS[variant])]
     parts += [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     version, file = version_of(parts), f"manta_{variant}.so"
-    return BROUGHT / version / file if brought else cache_path("native", version, file)
+    return PREBUILT / version / file if brought else cache_path("native", version, file)
 
 
 def build(variant: str | None = None) -> Path:
@@ -202,7 +202,7 @@ def main() -> int:
     wants_all = parser.parse_args().all
     if wants_all and platform.machine() != "x86_64":
         print(f"The kernels are for x86-64, and this is {platform.machine()}: Manta works without them")
-        BROUGHT.mkdir(exist_ok=True)
+        PREBUILT.mkdir(exist_ok=True)
         return 0
     try:
         print(f"The CPU kernels are built: {', '.join(map(str, build_all() if wants_all else [build()]))}")

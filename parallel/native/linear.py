@@ -38,8 +38,8 @@ assert GROUP_SIZE == {"int8": ACTIVATION_GROUP_SIZE, "int4": ACTIVATION_GROUP_SI
     "kernels rely on it, see csrc/integers.h"
 )
 
-MakeRoom = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Where a matrix comes to lie: see `parallel.arena.Arena.room`."""
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Where a matrix comes to lie: see `parallel.arena.Arena.allocate`."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class Packed:
         return 1 if self.scales is None else self.padded // self.scales.shape[1]
 
 
-def pack(kind: Kind, weight_NK: Tensor, lanes: int, room: MakeRoom = _ARENA.room) -> Packed:
+def pack(kind: Kind, weight_NK: Tensor, lanes: int, allocate: Allocate = _ARENA.allocate) -> Packed:
     """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
     num_outputs, num_inputs = weight_NK.shape
-    packed = room_for(kind, num_outputs, num_inputs, lanes, room)
-    put(packed, 0, 0, weight_NK)
+    packed = empty_packed(kind, num_outputs, num_inputs, lanes, allocate)
+    pack_part(packed, 0, 0, weight_NK)
     return packed
 
 
-def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, room: MakeRoom = _ARENA.room) -> Packed:
-    """A matrix of which nothing is there yet: `put` its parts."""
+def empty_packed(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, allocate: Allocate = _ARENA.allocate) -> Packed:
+    """A matrix of which nothing is there yet: `pack_part` its parts."""
     panel, bits, (dtype, together) = 2 * lanes, _bits(kind), _HELD[kind]
     num_panels = -(-num_outputs // panel)
     scales = None
@@ -85,10 +85,10 @@ def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, room: Ma
         num_groups = -(-num_inputs // GROUP_SIZE[bits])
         num_inputs, scales = (
             num_groups * GROUP_SIZE[bits],
-            room((num_panels, num_groups, panel), torch.int32 if kind in ZEROS else torch.float16),
+            allocate((num_panels, num_groups, panel), torch.int32 if kind in ZEROS else torch.float16),
         )
     many = (together,) if together > 1 and kind not in SHIFTS else ()
-    numbers = room((num_panels, -(-num_inputs // together), panel, *many), dtype)
+    numbers = allocate((num_panels, -(-num_inputs // together), panel, *many), dtype)
     if num_outputs % panel:
         for tensor in (numbers, scales):
             if tensor is not None:
@@ -96,7 +96,7 @@ def room_for(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, room: Ma
     return Packed(kind, numbers, scales, num_outputs)
 
 
-def put(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) -> None:
+def pack_part(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) -> None:
     """A part of the matrix, of any floating dtype, from an input feature on that begins a group. Several threads may put different parts
     at the same time."""
     if weight_NK.numel() == 0:
@@ -116,11 +116,11 @@ def put(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) 
             _put_edge(packed, start, first_input, edge_NK)
 
 
-def moved(packed: Packed) -> Packed:
+def copied_to_arena(packed: Packed) -> Packed:
     """The same matrix where those lie that were packed here: beside each other, in large pages."""
 
     def again(tensor: Tensor) -> Tensor:
-        return _ARENA.room(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+        return _ARENA.allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
     scales = None if packed.scales is None else again(packed.scales)
     return Packed(packed.kind, again(packed.numbers), scales, packed.num_outputs)
@@ -181,15 +181,15 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
     return (hadamard_groups(rows_TGC, inverse=True) if packed.kind == "int8_dot" else rows_TGC).flatten(1)
 
 
-def look_up(library: Native, packed: Packed, outputs_T: Tensor) -> Tensor:
+def gather_rows(library: Native, packed: Packed, outputs_T: Tensor) -> Tensor:
     """`rows` by a kernel, to the same bits."""
-    rows_TK, num_found = look_up_held(library, packed, outputs_T, 0)
+    rows_TK, num_found = gather_local_rows(library, packed, outputs_T, 0)
     if num_found < len(rows_TK):
         raise IndexError(f"an output of {outputs_T.tolist()} is not one of {packed.num_outputs}")
     return rows_TK
 
 
-def look_up_held(library: Native, packed: Packed, outputs_T: Tensor, first: int) -> tuple[Tensor, int]:
+def gather_local_rows(library: Native, packed: Packed, outputs_T: Tensor, first: int) -> tuple[Tensor, int]:
     """The same of a matrix whose outputs are numbered from ``first``: zeros for those that it has not, and how many it has."""
     outputs_T = outputs_T.contiguous()
     rows_TK = torch.empty(outputs_T.shape[0], packed.padded)
@@ -203,7 +203,7 @@ def look_up_held(library: Native, packed: Packed, outputs_T: Tensor, first: int)
     return rows_TK, num_found
 
 
-def rounded(kind: Kind, x_TK: Tensor) -> Tensor:
+def rounded_rows(kind: Kind, x_TK: Tensor) -> Tensor:
     """Rows in float32 as the kernels multiply them: their slow twin. (That ``int8`` and ``int4`` make them 16-bit integers is no more
     than float32 itself rounds.)"""
     match kind:

@@ -82,7 +82,7 @@ def weights_of_rank(shape: ModelShape, topology: Topology, at: Coordinates, form
         every_token += (shared + _plain((shape.moe.num_experts + 1) * shape.hidden_size)) * num_sparse  # router, shared expert's gate
         expert = _mlp(shape.hidden_size, shape.moe.expert_intermediate_size, at.expert_tp, topology.expert_tp, format)
         share = len(split(shape.moe.num_experts, at.ep, topology.ep))
-        room = min(shape.moe.num_experts, share + redundant_experts)  # as `parallel.expert_balance.even_room`, which needs torch
+        room = min(shape.moe.num_experts, share + redundant_experts)  # as `parallel.expert_balance.even_capacity`, which needs torch
         routed, redundant = expert * (share * num_sparse), expert * ((room - share) * num_sparse)
     num_rows = len(split(shape.vocab_size, at.tp, topology.tp))
     rows = WeightSize(num_rows * shape.hidden_size, format.table_bytes(num_rows, whole(shape.hidden_size)))

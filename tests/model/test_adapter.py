@@ -24,7 +24,7 @@ from model.quantisation import Quantisation
 from parallel.groups import ParallelGroups, single_rank_groups
 from parallel.packed_format import PackedFormat
 from parallel.topology import Topology
-from parallel.weight_format import ReadsInto
+from parallel.weight_format import ReadableInto
 from tests.model.adapters import low_rank, make_adapter, write_adapter
 from tests.model.driver import Driver, seeded_prompts
 from tests.model.oracle import Oracle, make_oracle
@@ -132,7 +132,7 @@ def test_weights_in_half_precision_are_added_to_in_float32_and_rounded_once(tmp_
         assert_rounded(adapted.read(slice(0, 50), slice(0, 72)), exact)
         assert_rounded(adapted.read(slice(7, 31), slice(5, 64)), exact[7:31, 5:64])
         into = torch.empty(10, 72, dtype=torch.bfloat16)
-        assert isinstance(adapted, ReadsInto)
+        assert isinstance(adapted, ReadableInto)
         adapted.read_into(into, slice(40, 50), slice(0, 72))
         assert_rounded(into, exact[40:])
         untouched = "model.layers.1.mlp.up_proj.weight"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.formats import Formats, choose_formats
 from parallel.native.library import native
-from parallel.native.linear import rounded
+from parallel.native.linear import rounded_rows
 from parallel.onednn_format import OneDnnFormat, runs_here
 from parallel.packed_format import ANY_LANES, PackedFormat
 from parallel.quantised_format import QuantisedFormat
@@ -121,7 +121,7 @@ def test_every_format_multiplies_by_what_it_holds(form: WeightFormat, has_kernel
     weight, x, bias = (torch.randn(*shape, generator=generator) for shape in ((70, 200), (2, 3, 200), (70,)))
     tensors = form.prepare({"weight": weight.clone()})
     held = weight if isinstance(form, OneDnnFormat) else form.rows(torch.arange(70), tensors, 200)
-    multiplied = rounded(form.kind, x) if isinstance(form, PackedFormat) else x
+    multiplied = rounded_rows(form.kind, x) if isinstance(form, PackedFormat) else x
     torch.testing.assert_close(form.multiply(x, tensors, bias), multiplied @ held.T + bias, rtol=1e-3, atol=2e-3)
     library = native() if has_kernels else None
     panel = 2 * (library.lanes if library else ANY_LANES)

@@ -24,7 +24,7 @@ from parallel.linear import Linear, Slot
 from parallel.packed_format import PackedFormat
 from parallel.quantised_format import QuantisedFormat
 from parallel.topology import Topology
-from parallel.weight_format import PIECES_OF, Dense, StoredTensor, WeightFormat, pass_pieces
+from parallel.weight_format import PIECE_MULTIPLE, Dense, StoredTensor, WeightFormat, stream_pieces
 from tests.model.driver import CPU, logits_of, mismatch_of, read_report, seeded_prompts
 from tests.model.oracle import Oracle, make_oracle
 from tests.parallel.memory_tensor import MemoryTensor
@@ -112,7 +112,7 @@ def test_tensors_pass_in_a_thread_each_where_many_do_and_share_the_threads_where
     load_part = Linear.load
 
     def noting(layer: Linear, part: str, tensor: str, stored: StoredTensor) -> int:
-        used.setdefault(layer.takes_pieces, set()).add(torch.get_num_threads())
+        used.setdefault(layer.is_streaming, set()).add(torch.get_num_threads())
         return load_part(layer, part, tensor, stored)
 
     monkeypatch.setattr(Linear, "load", noting)
@@ -147,15 +147,15 @@ class Layer:
     """One that takes its tensor by pieces."""
 
     take: Callable[[int], None]
-    takes_pieces: bool = True
+    is_streaming: bool = True
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot("", "weight", (PIECES_OF * 5, 1))
+        yield Slot("", "weight", (PIECE_MULTIPLE * 5, 1))
 
     def allocate(self, device: torch.device) -> None: ...
 
     def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
-        return pass_pieces(stored, (slice(None), slice(None)), lambda first, _, __: self.take(first))
+        return stream_pieces(stored, (slice(None), slice(None)), lambda first, _, __: self.take(first))
 
     def finish(self) -> None: ...
 

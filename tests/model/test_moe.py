@@ -13,4 +13,4 @@ def test_the_router_is_the_same_on_every_rank() -> None:
         dense_layers=(),
     )  # fmt: skip
     router = Router(config, 8, torch.bfloat16, Dense(torch.bfloat16))
-    assert router.logits.format == Dense(torch.bfloat16, is_same_everywhere=True)
+    assert router.logits.format == Dense(torch.bfloat16, is_replicated=True)

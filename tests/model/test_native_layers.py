@@ -11,9 +11,9 @@ from model import native_layers
 from model.config import ModelConfig
 from parallel.experts import RoutedExperts
 from parallel.groups import ParallelGroups, single_rank_groups
-from parallel.last_collective import LastCollective, keep_at, read
-from parallel.native.exchange import ExchangeFailed
-from parallel.native.library import multiplies
+from parallel.last_collective import LastCollective, read, record_to
+from parallel.native.library import has_kernel
+from parallel.native.shared_memory_collectives import CollectiveFailed
 from parallel.packed_format import PackedFormat
 from parallel.topology import Topology
 from tests.engine.run.tiny_models import write_dense, write_moe
@@ -30,7 +30,7 @@ ROUNDED_AGAIN = 0.02
 def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
     tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not multiplies(format.kind):
+    if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
     driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
     prompts = seeded_prompts(driver.model.config.vocab_size, [70, 33, 5, 1])
@@ -59,7 +59,7 @@ def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], for
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp_path: Path, format: PackedFormat) -> None:
-    if not multiplies(format.kind):
+    if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
     folder, prompts = write_dense(tmp_path), seeded_prompts(100, [70, 9, 1])
     wanted = run_ranks(Topology(tp=2), by_ranks, folder, prompts, format, False, transport="gloo")
@@ -69,7 +69,7 @@ def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp
 
 
 def test_a_step_of_a_large_model_is_not_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not multiplies("fp32"):
+    if not has_kernel("fp32"):
         pytest.skip("the kernels are not built here")
     driver = Driver(write_dense(tmp_path), single_rank_groups(), format=FORMATS["float32"])
     layers = driver.model.native_layers(driver.cache)
@@ -94,7 +94,7 @@ def test_a_step_of_a_large_model_is_not_one_call(tmp_path: Path, monkeypatch: py
 def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastCollective:
     """Computes one token, and then again with a peer that has left."""
     driver = Driver(folder, groups, format=FORMATS["float32"])
-    keep_at(page / str(groups.rank))
+    record_to(page / str(groups.rank))
     begun = read(page / str(groups.rank))
     assert begun is None
     batch = build_batch([(driver.start([1]), 1)])
@@ -111,7 +111,7 @@ def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastColl
     assert layers.fused is not None
     step = driver.model.backend.step_inputs(driver.model.rope.rotation(batch.positions_T, torch.float32), batch)
     for _ in range(2):  # and so is every later one, at once
-        with pytest.raises(ExchangeFailed, match="rank 1 of the group has left it"):
+        with pytest.raises(CollectiveFailed, match="rank 1 of the group has left it"):
             layers.fused(step, torch.ones(1, driver.model.config.hidden_size))
     return last
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.groups import single_rank_groups
-from parallel.native.library import multiplies
+from parallel.native.library import has_kernel
 from parallel.packed_format import PackedFormat
 from tests.engine.run.tiny_models import write_dense, write_moe
 from tests.model.driver import Driver, build_batch, seeded_prompts
@@ -43,7 +43,7 @@ def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | 
 def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
     tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat
 ) -> None:
-    if not multiplies(format.kind):
+    if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
     driver = Driver(write(tmp_path), single_rank_groups(), format=format, table_format=format, rounds_kv=format.rounds_rows)
     tokens, company = seeded_prompts(driver.model.config.vocab_size, [150, 90])
@@ -61,7 +61,7 @@ def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
 def test_hidden_states_of_kept_tokens_are_those_of_all(
     tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not multiplies(format.kind):
+    if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
     driver = Driver(write(tmp_path), single_rank_groups(), format=format, rounds_kv=format.rounds_rows)
     if not at_once:

@@ -17,7 +17,7 @@ def held() -> int:
 
 def test_tensors_lie_one_after_the_other_from_a_page_of_2_mib_on() -> None:
     arena = Arena()
-    first, second = arena.room((5, 7), torch.float32), arena.room((3, 1000), torch.bfloat16)
+    first, second = arena.allocate((5, 7), torch.float32), arena.allocate((3, 1000), torch.bfloat16)
     assert (first.shape, first.dtype, second.shape, second.dtype) == ((5, 7), torch.float32, (3, 1000), torch.bfloat16)
     assert first.data_ptr() % HUGE_PAGE_BYTES == 0
     assert second.data_ptr() - first.data_ptr() == -(-5 * 7 * 4 // LINE_BYTES) * LINE_BYTES
@@ -29,18 +29,18 @@ def test_tensors_lie_one_after_the_other_from_a_page_of_2_mib_on() -> None:
 
 def test_a_large_one_is_alone_and_the_small_ones_go_on_where_they_were() -> None:
     arena = Arena()
-    small, large, next_small = (arena.room((size,), torch.uint8) for size in (LINE_BYTES, REGION_BYTES, LINE_BYTES))
+    small, large, next_small = (arena.allocate((size,), torch.uint8) for size in (LINE_BYTES, REGION_BYTES, LINE_BYTES))
     assert next_small.data_ptr() - small.data_ptr() == LINE_BYTES
     assert large.data_ptr() % HUGE_PAGE_BYTES == 0
 
 
 def test_nothing_is_a_tensor_too() -> None:
-    assert Arena().room((0, 4), torch.bfloat16).shape == (0, 4)
+    assert Arena().allocate((0, 4), torch.bfloat16).shape == (0, 4)
 
 
 def test_a_tensors_memory_goes_with_it_whatever_lies_beside() -> None:
     arena, before = Arena(), held()
-    kept, *others = (arena.room((16 * MIB,), torch.uint8).fill_(1) for _ in range(3))
+    kept, *others = (arena.allocate((16 * MIB,), torch.uint8).fill_(1) for _ in range(3))
     view = others.pop()[5:]
     assert held() - before > 44 * MIB
     others.clear()
@@ -55,5 +55,5 @@ def test_a_tensors_memory_goes_with_it_whatever_lies_beside() -> None:
 def test_threads_never_get_the_same_place() -> None:
     arena = Arena()
     with ThreadPoolExecutor(8) as threads:
-        tensors = list(threads.map(lambda number: arena.room((1000,), torch.int64).fill_(number), range(2000)))
+        tensors = list(threads.map(lambda number: arena.allocate((1000,), torch.int64).fill_(number), range(2000)))
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))

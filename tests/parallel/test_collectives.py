@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from parallel import collectives
-from parallel.groups import ParallelGroups, single
+from parallel.groups import ParallelGroups, single_rank_group
 from parallel.topology import Topology
 from tests.ranks import run_ranks
 
@@ -128,7 +128,7 @@ def test_broadcast_and_send_stay_within_their_groups(dtype: torch.dtype) -> None
 
 
 def test_on_a_group_of_one_nothing_is_copied() -> None:
-    x, alone = torch.arange(6.0).view(2, 3), single("tp")
+    x, alone = torch.arange(6.0).view(2, 3), single_rank_group("tp")
     for result in (
         collectives.all_reduce(x, alone),
         collectives.all_gather(x, alone, dim=-1),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from parallel.axes import IN, OUT
 from parallel.dispatch import DispatchName
-from parallel.expert_balance import even_room, imbalance, place, rank_loads, renumbered
-from parallel.expert_moves import Drop, Move, receive_expert, send_expert, steps_between
+from parallel.expert_balance import even_capacity, imbalance, place_experts, rank_loads, relabelled
+from parallel.expert_moves import Drop, Move, plan_moves, receive_expert, send_expert
 from parallel.expert_placement import ExpertPlacement, InvalidPlacement, balanced_placement
 from parallel.groups import ParallelGroups
 from parallel.topology import Topology
@@ -24,29 +24,29 @@ LOADS = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
 
 @given(LOADS, st.integers(1, 12), st.integers(0, 4))
 def test_no_position_has_more_to_do_than_the_worst_of_an_even_placement(loads: list[int], ranks: int, redundant: int) -> None:
-    room = even_room(len(loads), ranks, redundant)
-    placement = place(loads, room)
+    room = even_capacity(len(loads), ranks, redundant)
+    placement = place_experts(loads, room)
     assert max(rank_loads(placement, loads)) <= max(rank_loads(balanced_placement(len(loads), ranks), loads)) + 1e-9
     assert all(len(placement.held_by(rank)) <= room[rank] for rank in range(ranks))
     assert sum(rank_loads(placement, loads)) == pytest.approx(sum(loads))
-    assert placement == place(loads, room)
+    assert placement == place_experts(loads, room)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=8, max_size=40), st.integers(2, 8))
 def test_without_spare_room_every_expert_has_one_place(loads: list[int], ranks: int) -> None:
-    placement = place(loads, even_room(len(loads), ranks))
+    placement = place_experts(loads, even_capacity(len(loads), ranks))
     assert all(len(holders) == 1 for holders in placement.holders)
 
 
 def test_the_hottest_expert_gets_a_second_place() -> None:
     loads = [100, 1, 1, 1, 1, 1, 1, 1]
-    placement = place(loads, even_room(8, 2, redundant=1))
+    placement = place_experts(loads, even_capacity(8, 2, redundant=1))
     assert placement.holders[0] == (0, 1)
     assert imbalance(placement, loads) < 1.05 < 1.8 < imbalance(balanced_placement(8, 2), loads)
 
 
 def test_64_experts_on_16_ranks_with_room_for_five_fill_it_and_are_even() -> None:
-    placement = place([1.0] * 64, even_room(64, 16, redundant=1))
+    placement = place_experts([1.0] * 64, even_capacity(64, 16, redundant=1))
     assert [len(placement.held_by(rank)) for rank in range(16)] == [5] * 16
     assert sum(len(holders) == 2 for holders in placement.holders) == 16
     assert max(rank_loads(placement, [1.0] * 64)) <= 4.0 + 1e-9
@@ -54,7 +54,7 @@ def test_64_experts_on_16_ranks_with_room_for_five_fill_it_and_are_even() -> Non
 
 def test_room_for_fewer_experts_than_there_are_is_refused() -> None:
     with pytest.raises(InvalidPlacement, match="5 experts do not fit"):
-        place([1.0] * 5, (2, 2))
+        place_experts([1.0] * 5, (2, 2))
 
 
 def test_nothing_computed_is_no_imbalance() -> None:
@@ -75,7 +75,7 @@ def test_the_way_leads_to_the_target_and_nobody_ever_holds_more_than_one_too_man
     current, target = pair
     held = [set(current.held_by(rank)) for rank in range(current.num_ranks)]
     room = [max(len(current.held_by(rank)), len(target.held_by(rank))) for rank in range(current.num_ranks)]
-    for step in steps_between(current, target):
+    for step in plan_moves(current, target):
         if isinstance(step, Move):
             assert step.expert in held[step.source]
             assert step.expert not in held[step.target]
@@ -89,18 +89,18 @@ def test_the_way_leads_to_the_target_and_nobody_ever_holds_more_than_one_too_man
 
 def test_two_positions_swap_through_one_spare_place() -> None:
     one, other = ExpertPlacement(2, ((0,), (0,), (1,), (1,))), ExpertPlacement(2, ((1,), (0,), (0,), (1,)))
-    assert list(steps_between(one, other)) == [Move(0, 0, 1), Drop(0, 0), Move(2, 1, 0), Drop(2, 1)]
+    assert list(plan_moves(one, other)) == [Move(0, 0, 1), Drop(0, 0), Move(2, 1, 0), Drop(2, 1)]
 
 
 @given(LOADS, LOADS, st.integers(1, 6), st.integers(0, 2))
 def test_renaming_positions_changes_no_load_and_moves_no_more(before: list[int], after: list[int], ranks: int, redundant: int) -> None:
     count = min(len(before), len(after))
-    room = even_room(count, ranks, redundant)
-    current, target = place(before[:count], room), place(after[:count], room)
-    found = renumbered(target, current, room)
+    room = even_capacity(count, ranks, redundant)
+    current, target = place_experts(before[:count], room), place_experts(after[:count], room)
+    found = relabelled(target, current, room)
     assert sorted(rank_loads(found, after[:count])) == pytest.approx(sorted(rank_loads(target, after[:count])))
     assert all(len(found.held_by(rank)) <= room[rank] for rank in range(ranks))
-    assert renumbered(current, current, room) == current
+    assert relabelled(current, current, room) == current
 
 
 class Transposed:

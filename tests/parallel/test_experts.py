@@ -251,7 +251,7 @@ def test_in_half_precision_all_experts_are_one_call_too_and_only_their_sum_is_ro
     found = layer(x, ids, chosen)
     assert found.dtype == dtype
     assert torch.equal(found, layer(x.float(), ids, chosen.float()).to(dtype))
-    assert not torch.equal(found, layer.one_after_the_other(x, ids, chosen)), "which rounds between up, gate and down"
+    assert not torch.equal(found, layer.compute_sequentially(x, ids, chosen)), "which rounds between up, gate and down"
 
 
 @pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros_dot"])
@@ -267,7 +267,7 @@ def test_an_expert_from_a_host_with_another_processor_is_one_of_all(kind: Kind) 
     assert isinstance(sent, Expert)
     assert sent.tensors["up.numbers"].shape != came.tensors["up.numbers"].shape
     came.adopt(sent.tensors)
-    assert ours.on_cpu() is not None
+    assert ours.native_experts() is not None
     assert torch.equal(ours(*tokens(9, 0, torch.float32)), wanted(*tokens(9, 0, torch.float32)))
 
 

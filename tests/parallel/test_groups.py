@@ -55,7 +55,7 @@ def test_equal_groups_share_one_transport_and_a_group_of_one_has_none() -> None:
 
 def test_symmetric_memory_is_for_the_sets_that_add_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("parallel.groups.agree_on_symmetric", lambda *_, name, store: asked.append(name))
+    monkeypatch.setattr("parallel.groups.open_symmetric_memory", lambda *_, name, store: asked.append(name))
     topology, group, store = Topology(tp=2, dp=2, pp=2, ep=4), cast("dist.ProcessGroup", None), cast("TCPStore", None)
     sets = [topology.peers(rank, axis) for axis in get_args(TopologyAxis) for rank in range(8)]
     transports = {ranks: Transport("nccl", group) for ranks in sets if len(ranks) > 1}

@@ -10,24 +10,24 @@ import torch
 
 from parallel.collectives import all_gather, all_reduce, barrier
 from parallel.groups import ParallelGroups
-from parallel.last_collective import KINDS, LastCollective, keep_at, note, note_replay, read
+from parallel.last_collective import KINDS, LastCollective, read, record, record_replay, record_to
 from parallel.topology import Topology
 from tests.ranks import end_pools, run_ranks
 
 NOTING = """
 import sys, time
 from pathlib import Path
-from parallel.last_collective import keep_at, note
-keep_at(Path(sys.argv[1]))
-note("all_reduce", "tp", 7)
-note("broadcast", "world", 12)
+from parallel.last_collective import record_to, record
+record_to(Path(sys.argv[1]))
+record("all_reduce", "tp", 7)
+record("broadcast", "world", 12)
 print("noted", flush=True)
 time.sleep(600)
 """
 
 
 def some_collectives(groups: ParallelGroups, folder: Path) -> None:
-    keep_at(folder / str(groups.rank))
+    record_to(folder / str(groups.rank))
     all_reduce(torch.ones(3), groups.tp)
     all_gather(torch.ones(2, 5), groups.tp, dim=0)
     barrier(groups.world)
@@ -61,12 +61,12 @@ def test_of_a_step_that_is_replayed_its_number_is_told_until_a_collective_is_lau
 ) -> None:
     monkeypatch.setattr("parallel.last_collective._page", None)  # put back behind this test
     page = tmp_path / "page"
-    keep_at(page)
-    note_replay(7)
+    record_to(page)
+    record_replay(7)
     assert str(read(page)).startswith("replaying step 7, begun ")
-    note("all_reduce", "tp", 12)
+    record("all_reduce", "tp", 12)
     assert str(read(page)).startswith("all_reduce number 1 over tp, 12 elements, begun ")
-    note_replay(8)
+    record_replay(8)
     assert str(read(page)).startswith("replaying step 8, begun ")
     assert "(launched before it: all_reduce number 1 over tp, 12 elements" in str(read(page))
 

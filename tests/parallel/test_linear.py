@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.axes import IN, OUT, Axis, Share, head_share, split, whole
 from parallel.collectives import all_gather
 from parallel.embedding import VocabEmbedding, VocabHead
-from parallel.groups import ParallelGroups, single
+from parallel.groups import ParallelGroups, single_rank_group
 from parallel.linear import Linear, ShapeMismatch, Slot
 from parallel.topology import Topology
 from parallel.weight_format import Dense, TensorSpec
@@ -178,7 +178,7 @@ def test_no_rows_have_logits_of_the_right_width() -> None:
 
 
 def test_one_rank_needs_no_group() -> None:
-    embedding = VocabEmbedding(vocab_size=5, hidden_size=2, group=single("tp"), dtype=torch.float32)
+    embedding = VocabEmbedding(vocab_size=5, hidden_size=2, group=single_rank_group("tp"), dtype=torch.float32)
     embedding.allocate(CPU)
     with pytest.raises(ShapeMismatch):
         embedding.load("", "weight", MemoryTensor("v", torch.zeros(5, 3)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parallel import weight_format
 from parallel.pinned_staging import PinnedStaging, staging_for
-from parallel.weight_format import ReadsInto, copy_part
+from parallel.weight_format import ReadableInto, copy_part
 from tests.parallel.memory_tensor import MemoryTensor
 
 
@@ -35,14 +35,14 @@ class Fetched:
         self.late.clear()
 
 
-class LatePinnedPieces(PinnedStaging):
+class LatePinnedStaging(PinnedStaging):
     """Copies to the device are done as late as they may be: a piece that is written over too early arrives as its successor."""
 
     def __init__(self, staged_bytes: int) -> None:
         super().__init__(torch.device("cpu"), staged_bytes)
         self._fetched = [Fetched([]) for _ in self._pieces]  # type: ignore[misc]
 
-    def bring(self, piece: Tensor, target: Tensor) -> None:
+    def copy_to_device(self, piece: Tensor, target: Tensor) -> None:
         self._fetched[self._turn].late.append((piece, target))  # type: ignore[union-attr]
 
     def finish(self) -> None:
@@ -54,8 +54,8 @@ class LatePinnedPieces(PinnedStaging):
 @pytest.mark.parametrize("staged_bytes", [24, 100, 4096])
 def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices: tuple[slice, slice], staged_bytes: int) -> None:
     matrix = torch.randn(50, 6)
-    stored, staging = IntoTensor("matrix", matrix), LatePinnedPieces(staged_bytes)
-    assert isinstance(stored, ReadsInto)
+    stored, staging = IntoTensor("matrix", matrix), LatePinnedStaging(staged_bytes)
+    assert isinstance(stored, ReadableInto)
     monkeypatch.setattr(weight_format, "staging_for", lambda _device: staging)
     target = torch.full_like(matrix[slices], torch.nan)
     assert copy_part(stored, slices, target) == target.nbytes
@@ -65,7 +65,7 @@ def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices
 
 def test_a_row_larger_than_a_piece_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(5, 40)
-    monkeypatch.setattr(weight_format, "staging_for", lambda _device: LatePinnedPieces(24))
+    monkeypatch.setattr(weight_format, "staging_for", lambda _device: LatePinnedStaging(24))
     target = torch.empty_like(matrix)
     copy_part(IntoTensor("matrix", matrix), (slice(None), slice(None)), target)
     assert torch.equal(target, matrix)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallel.collectives import barrier
-from parallel.groups import ParallelGroups, single
+from parallel.groups import ParallelGroups, single_rank_group
 from parallel.pipeline import HiddenSender, is_first_stage, is_last_stage, receive_hidden, stage_layers
 from parallel.topology import Topology
 from tests.ranks import run_ranks
@@ -71,7 +71,7 @@ def test_a_stage_goes_on_while_its_hidden_states_wait_to_be_fetched() -> None:
 
 
 def test_the_ends_of_the_pipeline_have_nobody_beyond() -> None:
-    alone = single("pp")
+    alone = single_rank_group("pp")
     assert is_first_stage(alone)
     assert is_last_stage(alone)
     with pytest.raises(ValueError, match="last stage"):

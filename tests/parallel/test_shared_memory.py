@@ -13,8 +13,8 @@ from parallel import shared_memory
 from parallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from parallel.cpp_build import Unavailable
 from parallel.groups import ParallelGroups
-from parallel.native.exchange import BUFFER_BYTES, Exchange, ExchangeFailed
 from parallel.native.library import native
+from parallel.native.shared_memory_collectives import BUFFER_BYTES, CollectiveFailed, Exchange
 from parallel.topology import Topology
 from tests.ranks import RankFailed, end_pools, run_ranks
 
@@ -130,8 +130,8 @@ def lose_rank_1(groups: ParallelGroups, told: str) -> None:
         os._exit(3)
     try:
         all_reduce(torch.ones(8), groups.world)
-    except ExchangeFailed as error:
-        with pytest.raises(ExchangeFailed):  # and so is every later one, at once
+    except CollectiveFailed as error:
+        with pytest.raises(CollectiveFailed):  # and so is every later one, at once
             all_reduce(torch.ones(8), groups.world)
         Path(told).with_suffix(".part").write_text(str(error))
         Path(told).with_suffix(".part").rename(told)
@@ -151,11 +151,11 @@ def wait_in_vain(groups: ParallelGroups, flag: str) -> str:
         while not Path(flag).exists():  # slow, but alive
             time.sleep(0.01)
         all_reduce(torch.ones(8), groups.world)  # what rank 0 had written before it gave up
-        with pytest.raises(ExchangeFailed, match="rank 0 of the group has left it"):
+        with pytest.raises(CollectiveFailed, match="rank 0 of the group has left it"):
             all_reduce(torch.ones(8), groups.world)
         return ""
     memory_of(groups).timeout_s = 0.2
-    with pytest.raises(ExchangeFailed) as caught:
+    with pytest.raises(CollectiveFailed) as caught:
         all_reduce(torch.ones(8), groups.world)
     Path(flag).touch()
     return str(caught.value)
@@ -168,11 +168,11 @@ def test_a_rank_that_does_not_come_is_an_error_after_the_groups_time(tmp_path: P
 
 def disagree(groups: ParallelGroups) -> str:
     if groups.rank == 0:
-        with pytest.raises(ExchangeFailed) as caught:
+        with pytest.raises(CollectiveFailed) as caught:
             all_to_all(torch.ones(3, 2), [1, 2], [1, 1], groups.world)
         return str(caught.value)
     all_to_all(torch.ones(4, 2), [2, 2], [2, 2], groups.world)  # to this rank what rank 0 sends is right
-    with pytest.raises(ExchangeFailed):
+    with pytest.raises(CollectiveFailed):
         all_reduce(torch.ones(3), groups.world)
     return ""
 

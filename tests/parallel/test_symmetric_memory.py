@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel import symmetric_memory
 from parallel.collectives import all_reduce
 from parallel.groups import Group, ParallelGroups
-from parallel.symmetric_memory import OVERLAPPING, Operations, SymmetricMemory, agree_on_symmetric
+from parallel.symmetric_memory import OVERLAPPING, Operations, SymmetricMemory, open_symmetric_memory
 from parallel.topology import Topology
 from parallel.transport import Transport
 from tests.fakes.symmetric import SlowMaker, Trouble
@@ -31,7 +31,7 @@ def agreed(groups: ParallelGroups, maker: SlowMaker) -> tuple[SymmetricMemory | 
         monkeypatch.setattr(symmetric_memory, "_replayed", maker.capture)
         symmetric_memory.log.addHandler(handler)
         try:
-            return agree_on_symmetric(groups.world.transport.process_group, CPU, name="ranks 0, 1 (tp)", maker=maker), "".join(said)
+            return open_symmetric_memory(groups.world.transport.process_group, CPU, name="ranks 0, 1 (tp)", maker=maker), "".join(said)
         finally:
             symmetric_memory.log.removeHandler(handler)
 

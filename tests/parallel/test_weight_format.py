@@ -11,7 +11,7 @@ from parallel.axes import Share, whole
 from parallel.linear import Linear
 from parallel.native.linear import Kind
 from parallel.packed_format import PackedFormat
-from parallel.weight_format import PIECES_OF, Dense, TakesPieces, pass_pieces
+from parallel.weight_format import PIECE_MULTIPLE, Dense, StreamingFormat, stream_pieces
 from tests.parallel.memory_tensor import MemoryTensor
 
 CPU = torch.device("cpu")
@@ -35,10 +35,10 @@ def test_pieces_begin_at_whole_multiples_and_make_up_the_part(kind: type[MemoryT
         begun.append(output + first)
         found_NK[output : output + piece_NK.shape[0], first : first + piece_NK.shape[1]] = piece_NK
 
-    assert pass_pieces(stored, (slice(100, 601), slice(60, 450)), take) == 501 * 390 * 2
+    assert stream_pieces(stored, (slice(100, 601), slice(60, 450)), take) == 501 * 390 * 2
     assert torch.equal(found_NK, whole_NK[100:601, 60:450])
     assert len(begun) > 1
-    assert not any(place % PIECES_OF for place in begun)
+    assert not any(place % PIECE_MULTIPLE for place in begun)
     assert all(later > earlier for earlier, later in pairwise(begun))
     assert stored.num_read == found_NK.numel()
 
@@ -51,14 +51,14 @@ def test_pieces_behind_other_outputs_end_where_panels_do() -> None:
         begun.append(output)
         found_NK[output - 150 : output - 150 + len(piece_NK)] = piece_NK
 
-    assert pass_pieces(MemoryTensor("t", whole_NK), (slice(None), slice(None)), take, before=150) == 700 * 300 * 2
+    assert stream_pieces(MemoryTensor("t", whole_NK), (slice(None), slice(None)), take, before=150) == 700 * 300 * 2
     assert torch.equal(found_NK, whole_NK)
-    assert begun == [150, *range(2 * PIECES_OF, 850, PIECES_OF)]
+    assert begun == [150, *range(2 * PIECE_MULTIPLE, 850, PIECE_MULTIPLE)]
 
 
 def test_nothing_is_passed_where_a_rank_holds_nothing() -> None:
     for part in ((slice(5, 5), slice(None)), (slice(None), slice(9, 9))):
-        assert pass_pieces(MemoryTensor("t", random(20, 10)), part, lambda *_: pytest.fail("a piece")) == 0
+        assert stream_pieces(MemoryTensor("t", random(20, 10)), part, lambda *_: pytest.fail("a piece")) == 0
 
 
 @pytest.mark.parametrize("stored", [MemoryTensor, ByInputs])
@@ -84,11 +84,11 @@ def test_parts_fused_in_one_layer_come_piece_by_piece_as_at_once(kind: Kind, sto
 
 
 def test_a_plain_matrix_is_not_taken_piece_by_piece() -> None:
-    assert not isinstance(Dense(torch.float32), TakesPieces)
+    assert not isinstance(Dense(torch.float32), StreamingFormat)
 
 
-@pytest.mark.parametrize("is_same_everywhere", [False, True])
-def test_ranks_that_must_agree_do_not_multiply_as_each_has_measured(is_same_everywhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_replicated", [False, True])
+def test_ranks_that_must_agree_do_not_multiply_as_each_has_measured(is_replicated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor] = []
 
     def uses_gemv(x: Tensor) -> bool:
@@ -96,5 +96,5 @@ def test_ranks_that_must_agree_do_not_multiply_as_each_has_measured(is_same_ever
         return False
 
     monkeypatch.setattr(weight_format, "uses_gemv", uses_gemv)
-    Dense(torch.float32, is_same_everywhere).multiply(torch.ones(1, 3), {"weight": torch.ones(2, 3)}, None)
-    assert bool(asked) is not is_same_everywhere
+    Dense(torch.float32, is_replicated).multiply(torch.ones(1, 3), {"weight": torch.ones(2, 3)}, None)
+    assert bool(asked) is not is_replicated

@@ -6,17 +6,17 @@ import numpy as np
 
 from engine.run.sampling.groups import FEW_TOP_K
 from engine.run.sampling.state import Row
-from parallel.native.screened import Sought
+from parallel.native.screened import TopLogits
 
 _NONE = np.empty(0, np.int64)
 
 
-def needed_top_logits(rows: Sequence[Row], vocab_size: int) -> Sought | None:
+def needed_top_logits(rows: Sequence[Row], vocab_size: int) -> TopLogits | None:
     """None if a row depends on more than a few logits, or if its parameters may raise one. ``vocab_size`` ids can be sampled."""
     counts = [_num_needed(row) for row in rows]
     if not rows or not all(counts):
         return None
-    return Sought(counts, [_lowered(row) for row in rows], vocab_size)
+    return TopLogits(counts, [_lowered(row) for row in rows], vocab_size)
 
 
 def _num_needed(row: Row) -> int:

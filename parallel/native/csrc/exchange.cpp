@@ -30,7 +30,7 @@ struct alignas(128) Line {
     std::atomic<uint32_t> arrived, sleepers, left;
 };
 
-struct Exchange {  // as parallel/native/exchange.py lays it out
+struct Exchange {  // as parallel/native/shared_memory_collectives.py lays it out
     char* memory;
     const int32_t* lifelines;  // a pidfd of each rank's process; -1: there is none
     int64_t rank, size, buffer_bytes;

@@ -10,7 +10,7 @@ void manta_rotate(const float* x, long stride, const float* cos, const float* si
 }
 
 namespace {
-// The layout of these is known to parallel/native/halves.py. Functions are addresses of those in linear.cpp and attention*.cpp.
+// The layout of these is known to parallel/native/sublayers.py. Functions are addresses of those in linear.cpp and attention*.cpp.
 struct Matrix {
     void (*product)(const float*, const void*, const void*, const float*, float*, long, long, long, long, long, int);
     const void *weights, *scales;

@@ -12,7 +12,7 @@ from engine.request import Request, SamplingParams
 from engine.run.local_executor import LocalExecutor
 from engine.run.prompt_graphs import SIZES, PromptGraphs, capture_sizes, prompt_obstacle
 from engine.run.runner import Runner
-from parallel.native.screened import Sought
+from parallel.native.screened import TopLogits
 from tests.engine.run.capturable_ranks import capture_steps, engine_over, open_executor, runner_of, use_capturable_parts
 from tests.engine.run.test_end_to_end import PROMPTS, answer, serve
 from tests.engine.run.tiny_models import engine_config
@@ -43,7 +43,7 @@ def hidden_and_kv(executor: LocalExecutor, plans: list[StepPlan]) -> list[torch.
     runner, seen = runner_of(executor), list[torch.Tensor]()
     logits = runner.model.logits
 
-    def watched(hidden_RD: torch.Tensor, sought: Sought | None = None) -> torch.Tensor:
+    def watched(hidden_RD: torch.Tensor, sought: TopLogits | None = None) -> torch.Tensor:
         seen.append(hidden_RD.clone())
         return logits(hidden_RD, sought)
 

@@ -18,7 +18,7 @@ from engine.run.sampling.edits import edit_logits
 from engine.run.sampling.sampler import Sampler
 from engine.run.sampling.sampler_graphs import SamplerGraphs, as_decided
 from engine.run.sampling.state import Row, SamplingState
-from parallel.aligned_rows import UNIT, readable_columns
+from parallel.aligned_rows import ALIGNMENT, readable_columns
 from tests.fakes.graphs import RecordedGraphs
 
 VOCAB_SIZE = 1500
@@ -94,8 +94,8 @@ def test_logits_that_the_host_edits_lie_as_those_that_the_device_edits() -> None
     _, rows = opened([SamplingParams(repetition_penalty=1.1)] * 3, draw, None)
     raw_RV = torch.randn(3, VOCAB_SIZE + 4)[:, :VOCAB_SIZE]
     found = edit_logits(raw_RV, rows)
-    assert found.stride(0) % UNIT == 0
-    assert readable_columns(found) % UNIT == 0
+    assert found.stride(0) % ALIGNMENT == 0
+    assert readable_columns(found) % ALIGNMENT == 0
     assert found.dtype == torch.float32
     assert found is not raw_RV
 

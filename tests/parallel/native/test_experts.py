@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parallel.native.elementwise import NativeElementwise
-from parallel.native.experts import AllExperts, experts
+from parallel.native.experts import NativeExperts, experts
 from parallel.native.library import native
 from parallel.native.linear import Kind, multiply, pack
 from parallel.packed_format import PackedFormat
@@ -76,7 +76,7 @@ def test_all_experts_of_a_rank_give_each_row_the_sum_of_its_own(kind: Kind, num_
                 one = x[row : row + 1]
                 inner = NativeElementwise(library).swiglu(multiply(library, one, up[expert], None))
                 wanted[row] += weight * multiply(library, inner, down[expert], None)[0]
-    all_experts = AllExperts(library, 5, up, down)
+    all_experts = NativeExperts(library, 5, up, down)
     torch.testing.assert_close(all_experts(x, ids, weights), wanted, atol=1e-4, rtol=1e-5)
     for missing in (1, 5):
         with pytest.raises(KeyError, match=f"expert {missing} is not held here"):

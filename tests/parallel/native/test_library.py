@@ -52,7 +52,7 @@ def test_without_the_kernels_the_log_says_how_to_get_them(tmp_path: Path) -> Non
 
 
 def test_kernels_that_came_with_the_sources_are_found_before_this_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "BROUGHT", tmp_path / "brought")
+    monkeypatch.setattr(library, "PREBUILT", tmp_path / "brought")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def compiler(target: Path, _command: Callable[[str, Path], list[str]]) -> Path:

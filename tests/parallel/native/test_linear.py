@@ -14,20 +14,20 @@ from parallel.native.library import Native, native
 from parallel.native.linear import (
     Kind,
     Packed,
+    empty_packed,
+    gather_local_rows,
+    gather_rows,
     hadamard_groups,
-    look_up,
-    look_up_held,
     multiply,
     pack,
-    put,
-    room_for,
-    rounded,
+    pack_part,
+    rounded_rows,
     rows,
     unpack,
     with_lanes,
 )
 from parallel.quantisation import hadamard, hadamard_inverse
-from parallel.weight_format import PIECES_OF
+from parallel.weight_format import PIECE_MULTIPLE
 
 KINDS = (
     *("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"),
@@ -75,14 +75,14 @@ def test_parts_that_come_in_any_order_and_cut_anywhere_make_the_same_matrix(
     draw = Random(kind)
     for num_outputs, num_inputs in ((2098, 200), (320, 385), (33, 128), (1, 1)):
         weight = random(num_outputs, num_inputs)
-        wanted, found = pack(kind, weight, lanes), room_for(kind, num_outputs, num_inputs, lanes)
+        wanted, found = pack(kind, weight, lanes), empty_packed(kind, num_outputs, num_inputs, lanes)
         monkeypatch.setattr("parallel.native.linear.PIECE_BYTES", 2**20)
         outputs = cuts(num_outputs, [*(draw.randint(0, num_outputs) for _ in range(6)), *(64 * draw.randint(0, 5) for _ in range(2))])
-        inputs = cuts(num_inputs, [PIECES_OF * draw.randint(0, 3) for _ in range(2)])
+        inputs = cuts(num_inputs, [PIECE_MULTIPLE * draw.randint(0, 3) for _ in range(2)])
         parts = [(rows, columns) for rows in outputs for columns in inputs]
         draw.shuffle(parts)
         for (first, last), (begin, end) in parts:
-            put(found, first, begin, weight[first:last, begin:end])
+            pack_part(found, first, begin, weight[first:last, begin:end])
         assert torch.equal(found.numbers, wanted.numbers)
         assert found.scales is None or wanted.scales is None or torch.equal(found.scales, wanted.scales)
 
@@ -96,17 +96,17 @@ def test_what_is_held_beside_a_matrix_while_it_is_packed_is_bounded(kind: Kind, 
     weight = random(300, 600)
     for bound, num_outputs in ((100 * 600 * 4, 96), (16 * 600 * 4, 16), (1, 16)):
         monkeypatch.setattr(linear, "PIECE_BYTES", bound)
-        put(room_for(kind, 300, 600, 8), 0, 0, weight)
+        pack_part(empty_packed(kind, 300, 600, 8), 0, 0, weight)
         assert max(packed_at_once) == (num_outputs, 600)
         packed_at_once.clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_that_begin_and_end_within_panels_leave_no_holes_among_what_stays(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, found = random(100, 256), room_for(kind, 100, 256, 8)
+    weight, found = random(100, 256), empty_packed(kind, 100, 256, 8)
     monkeypatch.setattr(Arena, "_place", lambda *_: pytest.fail("room for what goes at once"))
     for first, last in ((0, 7), (7, 75), (75, 100)):
-        put(found, first, 0, weight[first:last])
+        pack_part(found, first, 0, weight[first:last])
 
 
 def cuts(size: int, places: list[int]) -> list[tuple[int, int]]:
@@ -116,9 +116,9 @@ def cuts(size: int, places: list[int]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_put_neighbouring_outputs_at_once(kind: Kind) -> None:
     weight = random(16 * 64 + 5, 128)
-    wanted, found = pack(kind, weight, 8), room_for(kind, len(weight), 128, 8)
+    wanted, found = pack(kind, weight, 8), empty_packed(kind, len(weight), 128, 8)
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda start: put(found, start, 0, weight[start : start + 5]), range(0, len(weight), 5)))
+        list(threads.map(lambda start: pack_part(found, start, 0, weight[start : start + 5]), range(0, len(weight), 5)))
     assert torch.equal(found.numbers, wanted.numbers)
 
 
@@ -146,7 +146,7 @@ def test_a_matrix_packed_for_another_processor_has_the_same_product(library: Nat
 def test_the_product_is_that_with_the_unpacked_matrix(library: Native, kind: Kind, shape: tuple[int, int], num_rows: int) -> None:
     packed = pack(kind, random(*shape), library.lanes)
     x, bias = random(num_rows, shape[1], seed=1), random(shape[0], seed=2)
-    wanted = rounded(kind, x).double() @ unpack(packed)[:, : shape[1]].double().T
+    wanted = rounded_rows(kind, x).double() @ unpack(packed)[:, : shape[1]].double().T
     assert_near(multiply(library, x, packed, None), wanted, x, packed)
     assert_near(multiply(library, x, packed, bias), wanted + bias, x, packed)
 
@@ -248,11 +248,11 @@ def test_single_rows_can_be_looked_up(kind: Kind) -> None:
 def test_a_kernel_looks_rows_up_to_the_same_bits(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
     packed = pack(kind, random(*shape), library.lanes)
     wanted = torch.cat((torch.arange(shape[0]), torch.tensor([0])))[-400:]
-    assert torch.equal(look_up(library, packed, wanted), rows(packed, wanted))
+    assert torch.equal(gather_rows(library, packed, wanted), rows(packed, wanted))
     for missing in (-1, shape[0]):
         with pytest.raises(IndexError, match="is not one of"):
-            look_up(library, packed, torch.tensor([missing]))
-    found, num_found = look_up_held(library, packed, torch.cat((wanted, torch.tensor([-1, shape[0]]))) + 7, 7)
+            gather_rows(library, packed, torch.tensor([missing]))
+    found, num_found = gather_local_rows(library, packed, torch.cat((wanted, torch.tensor([-1, shape[0]]))) + 7, 7)
     assert num_found == len(wanted), "those of a table that begins with output 7"
     assert torch.equal(found[:-2], rows(packed, wanted))
     assert not found[-2:].any()

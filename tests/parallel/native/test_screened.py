@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parallel.native.library import Native, native
 from parallel.native.linear import multiply, pack, unpack
-from parallel.native.screened import Screen, Sought, screen_of
+from parallel.native.screened import Screen, TopLogits, screen_of
 from parallel.packed_format import PackedFormat
 from parallel.screened_head import MAX_PAUSE, ScreenedHead, screened_head
 
@@ -70,7 +70,7 @@ def check(
 ) -> None:
     limit = screen.exact.num_outputs if limit is None else limit
     lowered = lowered or [NOTHING] * len(x)
-    found = screen.multiply(library, x, Sought([highest] * len(x), lowered, limit))
+    found = screen.multiply(library, x, TopLogits([highest] * len(x), lowered, limit))
     assert found is not None
     wanted = multiply(library, x, screen.exact, None)
     for of_found, of_all, ids in zip(found[:, :limit], wanted[:, :limit], lowered, strict=True):
@@ -128,18 +128,18 @@ def test_outputs_that_are_lowered_later_or_not_looked_at_do_not_push_others_out(
 def test_what_is_no_number_is_never_hidden(library: Native, bad: float) -> None:
     screen, x = made(library, random(3000, 256)), random(3, 256)
     x[1, 9] = bad
-    found = screen.multiply(library, x, Sought([1] * 3, [NOTHING] * 3, 3000))
+    found = screen.multiply(library, x, TopLogits([1] * 3, [NOTHING] * 3, 3000))
     assert found is None or not found[1].isfinite().any()
     weight = random(3000, 256)
     weight[1234, 7] = bad
-    found = made(library, weight).multiply(library, random(3, 256), Sought([1] * 3, [NOTHING] * 3, 3000))
+    found = made(library, weight).multiply(library, random(3, 256), TopLogits([1] * 3, [NOTHING] * 3, 3000))
     assert found is None or not found[:, 1234].isfinite().any()
 
 
 def test_where_all_are_in_doubt_nothing_is_given(library: Native) -> None:
     screen = made(library, random(1, 256).expand(3000, 256))
-    assert screen.multiply(library, random(2, 256), Sought([1] * 2, [NOTHING] * 2, 3000)) is None
-    assert made(library, random(3000, 256)).multiply(library, random(2, 256), Sought([2000] * 2, [NOTHING] * 2, 3000)) is None
+    assert screen.multiply(library, random(2, 256), TopLogits([1] * 2, [NOTHING] * 2, 3000)) is None
+    assert made(library, random(3000, 256)).multiply(library, random(2, 256), TopLogits([2000] * 2, [NOTHING] * 2, 3000)) is None
 
 
 def test_in_8_bits_it_is_the_matrix_as_int8_would_hold_it(library: Native) -> None:
@@ -154,12 +154,12 @@ def test_in_8_bits_it_is_the_matrix_as_int8_would_hold_it(library: Native) -> No
 
 def test_a_head_that_does_not_gain_by_it_tries_ever_more_rarely(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
     head = ScreenedHead(made(library, random(3000, 256)))
-    wanted, x = Sought([1], [NOTHING], 3000), random(1, 256)
+    wanted, x = TopLogits([1], [NOTHING], 3000), random(1, 256)
     given: Tensor | None = None
     monkeypatch.setattr(Screen, "multiply", lambda *_: given)
 
     def steps(count: int) -> list[Tensor | None]:
-        return [head.multiply(x, wanted) for _ in range(count) if head.tries()]
+        return [head.multiply(x, wanted) for _ in range(count) if head.is_active()]
 
     assert len(steps(200)) == 9  # after 1, 2, 4, ... 64, 64 others
     given = x
@@ -175,7 +175,7 @@ def test_ids_that_the_matrix_does_not_have_are_passed_over(library: Native) -> N
     head = screened_head(format, tensors)
     assert head is not None
     x = weight[[2600, 3300]] * 2
-    found = head.multiply(x, Sought([1, 1], [np.array([2600, 4000, 9999]), NOTHING], 5000))
+    found = head.multiply(x, TopLogits([1, 1], [np.array([2600, 4000, 9999]), NOTHING], 5000))
     wanted = format.multiply(x, tensors, None)
     assert found is not None
     wanted[0, 2600] = found[0, 2600] = -torch.inf
@@ -195,7 +195,7 @@ def test_a_length_that_is_no_number_or_vanishes_puts_its_panel_in_doubt(library:
     weight = random(3000, 256)
     weight[1500, [5, 9]] = 3e38
     wanted = multiply(library, random(40, 256), made(library, weight).exact, None)
-    found = made(library, weight).multiply(library, random(40, 256), Sought([1] * 40, [NOTHING] * 40, 3000))
+    found = made(library, weight).multiply(library, random(40, 256), TopLogits([1] * 40, [NOTHING] * 40, 3000))
     assert found is not None
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
 

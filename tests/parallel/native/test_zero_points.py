@@ -7,7 +7,7 @@ from torch import Tensor
 from parallel.native.elementwise import NativeElementwise
 from parallel.native.experts import experts
 from parallel.native.library import Native, native
-from parallel.native.linear import Kind, look_up, multiply, pack, rounded, rows, unpack, with_lanes
+from parallel.native.linear import Kind, gather_rows, multiply, pack, rounded_rows, rows, unpack, with_lanes
 
 KINDS: tuple[Kind, ...] = ("int4_zeros", "int4_zeros_dot")
 
@@ -38,9 +38,9 @@ def test_the_product_is_that_with_the_stored_matrix(library: Native, kind: Kind,
     packed = pack(kind, weight, library.lanes)
     assert torch.equal(unpack(packed)[:, : shape[1]], weight), "nothing is lost"
     some = torch.tensor([shape[0] - 1, 0, 16, 15])
-    assert torch.equal(look_up(library, packed, some), rows(packed, some))
+    assert torch.equal(gather_rows(library, packed, some), rows(packed, some))
     assert torch.equal(unpack(with_lanes(packed, 24 - library.lanes)), unpack(packed))
-    wanted = rounded(kind, x).double() @ weight.double().T + bias
+    wanted = rounded_rows(kind, x).double() @ weight.double().T + bias
     size = x.double().abs() @ weight.double().abs().T + 1
     whole = multiply(library, x, packed, bias)
     assert ((whole - wanted).abs() <= 2.0**-14 * size).all()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.native.experts import AllExperts, ExpertsStruct, require_held
+from parallel.native.experts import ExpertsStruct, NativeExperts, check_held
 from parallel.native.library import Native, address_of, num_threads
 from parallel.native.linear import Packed
 
@@ -25,7 +25,7 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double))
 
 
-class _AttentionHalf(ctypes.Structure):
+class _AttentionSublayer(ctypes.Structure):
     _fields_ = (
         ("norm", _Norm),
         ("qkv", _Matrix),
@@ -40,11 +40,11 @@ class _Mlp(ctypes.Structure):
     _fields_ = (("up", _Matrix), ("down", _Matrix), ("gated", ctypes.c_void_p), ("few_rows", ctypes.c_long))
 
 
-class _MlpHalf(ctypes.Structure):
+class _MlpSublayer(ctypes.Structure):
     _fields_ = (("norm", _Norm), ("mlp", _Mlp))
 
 
-class _MoeHalf(ctypes.Structure):
+class _MoeSublayer(ctypes.Structure):
     _fields_ = (
         *(("norm", _Norm), ("router", _Matrix), ("shared_gate", _Matrix), ("shared", _Mlp), ("experts", ExpertsStruct)),
         *(("per_token", ctypes.c_long), ("renormalise", ctypes.c_long)),
@@ -59,7 +59,7 @@ class _Batch(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Product:
+class PackedLinear:
     """A packed matrix of a layer with its bias, None if there is none or it is added elsewhere, and its input features."""
 
     packed: Packed
@@ -71,7 +71,7 @@ class Product:
         return self.packed.num_outputs * self.num_inputs
 
 
-class BatchOfStep:
+class StepBatch:
     """What all layers of a step read. Contiguous tensors: cos, sin (T, K / 2) float32, slots (T), starts (S + 1) and lengths (S) int64,
     tables (S, M) int32; the first ``num_decodes`` sequences have one token each."""
 
@@ -85,7 +85,7 @@ class BatchOfStep:
         self.address = ctypes.addressof(self._struct)
 
 
-class AttentionHalf:
+class AttentionSublayer:
     """Norm, attention and its output matrix of one layer, with this layer's keys and values (N, B, G, K)."""
 
     def __init__(
@@ -94,8 +94,8 @@ class AttentionHalf:
         *,
         norm: Tensor,
         eps: float,
-        qkv: Product,
-        output: Product,
+        qkv: PackedLinear,
+        output: PackedLinear,
         heads_G3: Tensor,
         num_heads: int,
         keys_NBGK: Tensor,
@@ -107,7 +107,7 @@ class AttentionHalf:
         """That a token is multiplied by."""
         _, block_tokens, num_kv_heads, head_dim = keys_NBGK.shape
         functions = (table[keys_NBGK.dtype] for table in (library.write_kv, library.prefill, library.decode))
-        self._struct = _AttentionHalf(
+        self._struct = _AttentionSublayer(
             _Norm(norm.data_ptr(), eps),
             _matrix(library, qkv),
             _matrix(library, output),
@@ -117,7 +117,7 @@ class AttentionHalf:
         )
         self.address, self._call = ctypes.addressof(self._struct), library.attention_half
 
-    def __call__(self, batch: BatchOfStep, x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
+    def __call__(self, batch: StepBatch, x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
         """``x_TD += delta_TD`` in place, and what attention gives of its norm, with no sum over ranks yet. Both are contiguous."""
         out_TD = torch.empty_like(x_TD)
         delta = None if delta_TD is None else delta_TD.data_ptr()
@@ -129,8 +129,8 @@ class AttentionHalf:
 class GatedMlp:
     """``down(silu(gate) * up)``; with more than ``few_rows`` the gate is taken within the product."""
 
-    up: Product
-    down: Product
+    up: PackedLinear
+    down: PackedLinear
     few_rows: int
 
     @property
@@ -138,16 +138,16 @@ class GatedMlp:
         return self.up.num_weights + self.down.num_weights
 
 
-class _SecondHalf:
-    """Norm and MLP of one layer: what `MlpHalf` and `MoeHalf` have in common."""
+class _SecondSublayer:
+    """Norm and MLP of one layer: what `MlpSublayer` and `MoeSublayer` have in common."""
 
     def __init__(self, struct: ctypes.Structure, call: "ctypes._NamedFuncPointer", num_weights: int, held: object) -> None:
-        """``num_weights``: as of `AttentionHalf`."""
+        """``num_weights``: as of `AttentionSublayer`."""
         self._struct, self._call, self.num_weights, self._held = struct, call, num_weights, held
         self.address = ctypes.addressof(struct)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor) -> Tensor:
-        """As of `AttentionHalf`.
+        """As of `AttentionSublayer`.
 
         Raises:
             KeyError: a row chose an expert that is not here.
@@ -155,19 +155,19 @@ class _SecondHalf:
         out_TD = torch.empty_like(x_TD)
         missing = self._call(self.address, x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], num_threads())
         if missing is not None:  # of an MLP that has experts
-            require_held(missing)
+            check_held(missing)
         return out_TD
 
 
-class MlpHalf(_SecondHalf):
+class MlpSublayer(_SecondSublayer):
     """Norm and gated MLP of one layer."""
 
     def __init__(self, library: Native, *, norm: Tensor, eps: float, mlp: GatedMlp) -> None:
-        struct = _MlpHalf(_Norm(norm.data_ptr(), eps), _mlp(library, mlp))
+        struct = _MlpSublayer(_Norm(norm.data_ptr(), eps), _mlp(library, mlp))
         super().__init__(struct, library.mlp_half, mlp.num_weights, (norm, mlp))
 
 
-class MoeHalf(_SecondHalf):
+class MoeSublayer(_SecondSublayer):
     """Norm, router, all experts and the shared one, of a layer that is whole on this rank. The router's softmax is our own: the weights are
     torch's but for the last bits."""
 
@@ -177,15 +177,15 @@ class MoeHalf(_SecondHalf):
         *,
         norm: Tensor,
         eps: float,
-        router: Product,
+        router: PackedLinear,
         experts_per_token: int,
         renormalise: bool,
-        experts: AllExperts,
+        experts: NativeExperts,
         shared: GatedMlp,
-        shared_gate: Product,
+        shared_gate: PackedLinear,
     ) -> None:
         matrices = _matrix(library, router), _matrix(library, shared_gate)
-        struct = _MoeHalf(_Norm(norm.data_ptr(), eps), *matrices, _mlp(library, shared), experts.struct, experts_per_token, renormalise)
+        struct = _MoeSublayer(_Norm(norm.data_ptr(), eps), *matrices, _mlp(library, shared), experts.struct, experts_per_token, renormalise)
         of_experts = 3 * experts.struct.width * experts.struct.inner_width * experts_per_token
         num_weights = router.num_weights + shared_gate.num_weights + shared.num_weights + of_experts
         super().__init__(struct, library.moe_half, num_weights, (norm, router, shared_gate, shared, experts))
@@ -196,7 +196,7 @@ def _mlp(library: Native, mlp: GatedMlp) -> _Mlp:
     return _Mlp(_matrix(library, mlp.up), _matrix(library, mlp.down), gated, mlp.few_rows)
 
 
-def _matrix(library: Native, product: Product) -> _Matrix:
+def _matrix(library: Native, product: PackedLinear) -> _Matrix:
     packed, bias = product.packed, product.bias
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     return _Matrix(

@@ -25,7 +25,7 @@ def memory_bytes(size: int) -> int:
     return -(-heads // 4096) * 4096 + 2 * size * BUFFER_BYTES
 
 
-class ExchangeFailed(dist.DistError):
+class CollectiveFailed(dist.DistError):
     """A collective has failed, and every later one of this group will: how, and because of which rank of the group."""
 
     def __init__(self, kind: str, rank: int) -> None:
@@ -42,30 +42,30 @@ _FAILURES = {
 
 
 class _State(ctypes.Structure):
-    """``Exchange`` of csrc/exchange.cpp."""
+    """``SharedMemoryCollectives`` of csrc/exchange.cpp."""
 
     _fields_ = (
         ("memory", ctypes.c_void_p),
-        ("lifelines", ctypes.c_void_p),
+        ("pidfds", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rank", "size", "buffer_bytes")),
         ("timeout_s", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("arrived", "pieces", "spins", "culprit")),
     )
 
 
-class Exchange:
+class SharedMemoryCollectives:
     """One group of this process. Members call the same functions in the same order, with messages that fit together."""
 
     def __init__(
-        self, library: Native, memory: mmap.mmap, rank: int, size: int, *, lifelines: Sequence[int], timeout_s: float, spins: int
+        self, library: Native, memory: mmap.mmap, rank: int, size: int, *, pidfds: Sequence[int], timeout_s: float, spins: int
     ) -> None:
-        """``memory`` is `memory_bytes` long and was zero when the first member mapped it. ``lifelines`` are pidfds of the members'
+        """``memory`` is `memory_bytes` long and was zero when the first member mapped it. ``pidfds`` are pidfds of the members'
         processes by rank, -1 where there is none; they are closed with the exchange."""
-        self._library, self._memory, self._lifelines = library, memory, (ctypes.c_int32 * size)(*lifelines)
+        self._library, self._memory, self._lifelines = library, memory, (ctypes.c_int32 * size)(*pidfds)
         self._mapped = ctypes.c_char.from_buffer(memory)
         self._state = _State(
             memory=ctypes.addressof(self._mapped),
-            lifelines=ctypes.addressof(self._lifelines),
+            pidfds=ctypes.addressof(self._lifelines),
             rank=rank,
             size=size,
             buffer_bytes=BUFFER_BYTES,
@@ -73,7 +73,7 @@ class Exchange:
             spins=spins,
         )
         self._at = ctypes.addressof(self._state)
-        self._failed: ExchangeFailed | None = None
+        self._failed: CollectiveFailed | None = None
         self.size = size
 
     @property
@@ -88,7 +88,7 @@ class Exchange:
         """Sum contiguous ``x`` of one of `DTYPES` in place, in rank order; half precision is added up in float32 and rounded once.
 
         Raises:
-            ExchangeFailed: as every function here; a wait ends when a peer's process has, or after ``timeout_s``.
+            CollectiveFailed: as every function here; a wait ends when a peer's process has, or after ``timeout_s``.
         """
         self._call(self._library.all_reduce[x.dtype], x.data_ptr(), x.numel())
         return x
@@ -123,7 +123,7 @@ class Exchange:
 
     def conclude(self, outcome: int) -> None:
         if outcome:
-            self._failed = ExchangeFailed(_FAILURES[outcome].format(timeout_s=self.timeout_s), int(self._state.culprit))
+            self._failed = CollectiveFailed(_FAILURES[outcome].format(timeout_s=self.timeout_s), int(self._state.culprit))
             self._library.leave(self._at)  # the others need not wait for their own time to pass
             raise self._failed
 

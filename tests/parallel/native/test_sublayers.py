@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.native.experts import AllExperts
-from parallel.native.halves import GatedMlp, MoeHalf, Product
+from parallel.native.experts import NativeExperts
 from parallel.native.library import Native, native
 from parallel.native.linear import Packed, pack
+from parallel.native.sublayers import GatedMlp, MoeSublayer, PackedLinear
 
 WIDTH, INNER, EXPERTS, ACTIVE = 64, 72, 4, 2
 
@@ -33,19 +33,19 @@ def second_half(library: Native, held: set[int]) -> Tensor:
     def matrix(outputs: int, inputs: int) -> Packed:
         return pack("fp32", torch.randn(outputs, inputs, generator=random) / 8, library.lanes)
 
-    def product(outputs: int, inputs: int) -> Product:
-        return Product(matrix(outputs, inputs), None, inputs)
+    def product(outputs: int, inputs: int) -> PackedLinear:
+        return PackedLinear(matrix(outputs, inputs), None, inputs)
 
     up = {number: matrix(2 * INNER, WIDTH) for number in range(EXPERTS)}
     down = {number: matrix(WIDTH, INNER) for number in range(EXPERTS)}
-    half = MoeHalf(
+    half = MoeSublayer(
         library,
         norm=torch.ones(WIDTH),
         eps=1e-6,
         router=product(EXPERTS, WIDTH),
         experts_per_token=ACTIVE,
         renormalise=True,
-        experts=AllExperts(library, EXPERTS, {number: up[number] for number in held}, {number: down[number] for number in held}),
+        experts=NativeExperts(library, EXPERTS, {number: up[number] for number in held}, {number: down[number] for number in held}),
         shared=GatedMlp(product(2 * INNER, WIDTH), product(WIDTH, INNER), 12),
         shared_gate=product(1, WIDTH),
     )
