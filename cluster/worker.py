@@ -168,14 +168,14 @@ class Worker:
         keys = new_keys()
         if node == replica_node:
             record_to(page_beside(ipc))
-            crash_report.record_to(crash_report_path(ipc))
+            crash_report.keep_at(crash_report_path(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyGuard(self._context, {replica_key})
             self._disconnect_watcher = DisconnectWatcher(enable_heartbeats(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
             self._far_note = crash_report.new_file(self.rank)
-            crash_report.record_to(self._far_note)
+            crash_report.keep_at(self._far_note)
         return Place(
             rank=self.rank,
             node=node,

@@ -40,7 +40,7 @@ def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
     assert layers.fused is not None
     monkeypatch.setattr(driver.model, "native_layers", lambda _cache: None)
     for experts in (module for module in driver.model.modules() if isinstance(module, RoutedExperts)):
-        monkeypatch.setattr(experts, "on_cpu", lambda: None)
+        monkeypatch.setattr(experts, "native_experts", lambda: None)
     kernel_after_kernel = driver.mixed(prompts, 20)
     for found, wanted in zip(fused, kernel_after_kernel, strict=True):
         if write is write_dense:
