@@ -14,7 +14,7 @@ import statistics
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 
 MACHINES = {"gpu": (0.012, 0.00006, 2e-9, (0.03, 0.05, 0.1)), "cpu": (0.045, 0.0018, 1e-7, (0.15, 0.3, 1.0))}
@@ -40,7 +40,9 @@ class Ranks:
 
     def result(self) -> StepResult:
         assert self.plan is not None
-        return StepResult(self.plan.step, tuple(Sampled(work.sequence, (7,)) for work in self.plan.works if work.samples), self.seconds)
+        return StepResult(
+            self.plan.step, tuple(SampledTokens(work.sequence, (7,)) for work in self.plan.works if work.samples), self.seconds
+        )
 
     def close(self) -> None:
         pass

@@ -35,7 +35,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
 from engine.fair_share import FairShare
-from engine.plan import Sampled, StepPlan, StepResult, TokenEvent
+from engine.plan import SampledTokens, StepPlan, StepResult, TokenEvent
 from engine.request import Request, SamplingParams
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
@@ -79,7 +79,7 @@ class Ranks:
         return Answer(self._clock.of("ranks", lambda: self._answered(plan)), self._clock)
 
     def _answered(self, plan: StepPlan) -> bytes:
-        sampled = [Sampled(work.sequence, (1000 + work.start,)) for work in plan.works if work.samples]
+        sampled = [SampledTokens(work.sequence, (1000 + work.start,)) for work in plan.works if work.samples]
         tokens, rest = pack_tokens(plan.decodes, sampled)
         return encode(StepResult(plan.step, rest, 0.005 + 0.0002 * plan.num_tokens, tokens=tokens))
 

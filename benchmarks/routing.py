@@ -22,7 +22,7 @@ from cluster.router import LeastLoaded, RoundRobin, RoutingPolicy
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 
 BASE_S, TOKEN_S = 0.012, 0.00006
@@ -40,7 +40,7 @@ class Answer:
         self._plan = plan
 
     def result(self) -> StepResult:
-        sampled = tuple(Sampled(work.sequence, (7,)) for work in self._plan.works if work.samples)
+        sampled = tuple(SampledTokens(work.sequence, (7,)) for work in self._plan.works if work.samples)
         return StepResult(self._plan.step, sampled, elapsed_s=seconds_of(self._plan))
 
 

@@ -21,7 +21,7 @@ import psutil
 
 from engine.config import EngineConfig
 from engine.executor import Capacity
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 
 MODEL = "paced"
 
@@ -65,7 +65,9 @@ class SimulatedStep:
 
     def result(self) -> StepResult:
         time.sleep(max(0.0, self._done_at - time.monotonic()))
-        sampled = tuple(Sampled(work.sequence, (300 + (work.start + len(work.tokens)) % 200,)) for work in self._plan.works if work.samples)
+        sampled = tuple(
+            SampledTokens(work.sequence, (300 + (work.start + len(work.tokens)) % 200,)) for work in self._plan.works if work.samples
+        )
         return StepResult(self._plan.step, sampled, elapsed_s=self._elapsed_s)
 
 

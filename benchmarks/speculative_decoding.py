@@ -116,7 +116,7 @@ def compare(served: list[ServedModel], streams: int, tokens: int, rounds: int) -
     for one, was in zip(served, before, strict=True):
         now, plain = one.engine.stats, statistics.median(rates[served[0].name])
         rate, drafted = statistics.median(rates[one.name]), now.drafted_tokens - was.drafted_tokens
-        held = f"{(now.held_tokens - was.held_tokens) / drafted:.0%}" if drafted else "-"
+        held = f"{(now.accepted_tokens - was.accepted_tokens) / drafted:.0%}" if drafted else "-"
         a_step = (rounds + 1) * tokens * streams / (now.num_steps - was.num_steps)
         same = "the same" if one.answers[streams] == served[0].answers[streams] else "others"
         print(f"{streams:>8}  {one.name:<14}{rate:>10.1f}{rate / plain:>9.2f}{held:>7}{a_step:>13.2f}  {same}")

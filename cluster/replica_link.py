@@ -68,7 +68,7 @@ class StreamBuffer:
 
     def put_token(self, offset: int, token: int, now: float = 0.0) -> None:
         """One more token; all else is as in the event before."""
-        self.put(self._like.then(offset, token), now)
+        self.put(self._like.with_next_token(offset, token), now)
 
     def fail(self, error: Exception) -> None:
         """What was put before can still be read; then ``error`` is raised."""

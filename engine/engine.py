@@ -19,7 +19,7 @@ from engine.failpoints import hit
 from engine.inbox import Inbox
 from engine.kv.block_pool import BlockListener
 from engine.output import EngineOutput
-from engine.plan import COLUMN, Rebalance, Rebalanced, StepPlan, StepResult, TokenEvent
+from engine.plan import COLUMN, Rebalance, RebalanceResult, StepPlan, StepResult, TokenEvent
 from engine.policy import FirstCome, Policy
 from engine.prefill_budget import PrefillBudget
 from engine.request import Request
@@ -97,7 +97,7 @@ class Engine:
         """End a request; it is no error if it has ended already."""
         self._inbox.cancel((request_id, choice))
 
-    def rebalance_experts(self, threshold: float = 1.0) -> Future[Rebalanced]:
+    def rebalance_experts(self, threshold: float = 1.0) -> Future[RebalanceResult]:
         """Have the ranks even out what their routed experts have to do, between two steps; see `Rebalance.threshold`.
 
         Requests go on afterwards as if nothing had been. The future fails if the ranks are lost over it.
@@ -280,9 +280,9 @@ class Engine:
 
     def _note_step(self, plan: StepPlan, result: StepResult) -> None:
         self._num_steps += 1
-        self._step_cost.note(plan.num_tokens, result.elapsed_s - result.guessing_s)
-        if self._speculator is not None and result.guessing_s:
-            self._speculator.note_guessing(max((work.num_guesses for work in plan.singly), default=0) - 1, result.guessing_s)
+        self._step_cost.note(plan.num_tokens, result.elapsed_s - result.drafting_s)
+        if self._speculator is not None and result.drafting_s:
+            self._speculator.note_guessing(max((work.num_next_draft for work in plan.other_works), default=0) - 1, result.drafting_s)
         self._pace.note(plan, result.elapsed_s)
         self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
 
@@ -305,9 +305,9 @@ class Engine:
             computed_tokens=scheduler.computed_tokens,
             sampled_tokens=scheduler.sampled_tokens,
             prefix_queried_tokens=scheduler.prefix_queried_tokens,
-            prefix_found_tokens=scheduler.prefix_found_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
             drafted_tokens=scheduler.drafted_tokens,
-            held_tokens=scheduler.held_tokens,
+            accepted_tokens=scheduler.accepted_tokens,
             expert_moves=self._expert_balancer.num_moved,
             expert_imbalance=self._expert_balancer.imbalance,
             step_base_s=step_base_s,

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
-from engine.plan import Rebalance, Rebalanced
+from engine.plan import Rebalance, RebalanceResult
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, eq=False)
 class _RebalanceRequest:
     rebalance: Rebalance
-    result: "Future[Rebalanced]" = field(default_factory=Future)
+    result: "Future[RebalanceResult]" = field(default_factory=Future)
 
 
 class ExpertBalancer:
@@ -27,7 +27,7 @@ class ExpertBalancer:
         self.num_moved = 0
         self.imbalance = 1.0
 
-    def request(self, threshold: float) -> "Future[Rebalanced]":
+    def request(self, threshold: float) -> "Future[RebalanceResult]":
         request = _RebalanceRequest(Rebalance(threshold))
         self._requests.append(request)
         return request.result
@@ -44,9 +44,9 @@ class ExpertBalancer:
             return Rebalance(self._threshold)
         return None
 
-    def finish(self, rebalance: Rebalance, found: Rebalanced | None, num_steps: int) -> None:
+    def finish(self, rebalance: Rebalance, found: RebalanceResult | None, num_steps: int) -> None:
         """None: these ranks know nothing of experts."""
-        found = found or Rebalanced()
+        found = found or RebalanceResult()
         self.imbalance = found.imbalance_after
         self.num_moved += found.num_moved
         if not found.loads:

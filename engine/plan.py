@@ -9,7 +9,7 @@ from engine.request import Pooling, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class NewSequence:
     """A sequence begins (or begins again after preemption) to have a block table on the ranks."""
 
     sequence: int
@@ -44,11 +44,12 @@ class Work(NamedTuple):
     num_draft: int = 0
     """The last so many of the tokens are guessed. Such a work samples, and each guess that the sampled tokens bear out gives one more."""
     targets: tuple[int, ...] = ()
-    """The known tokens that follow on the first so many of the tokens, where their log-probabilities are wanted (`Scored`)."""
+    """The known tokens that follow on the first so many of the tokens, where their log-probabilities are wanted (`PromptLogprobs`)."""
     pools: bool = False
-    """Whether the last of the tokens is the last one of a prompt of which an embedding is wanted (`Pooled`)."""
-    num_guesses: int = 0
-    """So many tokens behind what it samples are to be guessed by the ranks' draft model (`Sampled.guesses`); there are blocks for them."""
+    """Whether the last of the tokens is the last one of a prompt of which an embedding is wanted (`PooledEmbedding`)."""
+    num_next_draft: int = 0
+    """How many tokens the ranks' draft model is to propose after what this work samples (`SampledTokens.next_draft`). Blocks for them are
+    allocated."""
     shard: int = 0
     """The dp position that computes it: always that of the sequence's opening. Its blocks are numbers in that shard's cache."""
 
@@ -100,7 +101,7 @@ class Rebalance:
 
 
 @dataclass(frozen=True, slots=True)
-class Rebalanced:
+class RebalanceResult:
     """What came of a `Rebalance`. Without loads: the model has no experts, or no choice of where to put them."""
 
     loads: tuple[tuple[float, ...], ...] = ()
@@ -121,9 +122,9 @@ class StepPlan:
     """
 
     step: int
-    singly: tuple[Work, ...]
+    other_works: tuple[Work, ...]
     """Works told one by one: of prompts, and of what decodes with something particular about it. Those in `decodes` come before them."""
-    opened: tuple[Opening, ...] = ()
+    opened: tuple[NewSequence, ...] = ()
     closed: tuple[int, ...] = ()
     """Sequences whose block tables the ranks forget. An unknown number is ignored (workers may have been replaced)."""
     rebalance: Rebalance | None = None
@@ -133,11 +134,11 @@ class StepPlan:
     @property
     def works(self) -> tuple[Work, ...]:
         """All of them, each told by itself, which takes its time."""
-        return self.decodes.works() + self.singly
+        return self.decodes.works() + self.other_works
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decodes) + sum(len(work.tokens) for work in self.singly)
+        return len(self.decodes) + sum(len(work.tokens) for work in self.other_works)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class TokenLogprobs:
     """(token id, log-probability), most probable first."""
 
 
-class Sampled(NamedTuple):
+class SampledTokens(NamedTuple):
     """What one sampling work yielded; a tuple as `Work` is."""
 
     sequence: int
@@ -162,14 +163,14 @@ class Sampled(NamedTuple):
     """Why no token could be sampled (for instance NaN logits); the engine then fails this sequence alone.
 
     Without a fault and without tokens: not now (its grammar is not ready); the step is repeated for this sequence."""
-    of_grammar: bool = False
+    is_grammar_fault: bool = False
     """Whether the fault is the grammar's and not the logits'."""
-    guesses: tuple[int, ...] = ()
+    next_draft: tuple[int, ...] = ()
     """What the ranks' draft model says comes next, where the work asked for it: as many tokens, or fewer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class PromptLogprobs:
     """What the model thought of the known tokens that a work had as `Work.targets`."""
 
     sequence: int
@@ -178,7 +179,7 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
+class PooledEmbedding:
     """The embedding that a work completed."""
 
     sequence: int
@@ -193,16 +194,16 @@ class StepResult:
     """Answers the plan of the same number: a sampling rank for its shard, an executor for all of them."""
 
     step: int
-    sampled: tuple[Sampled, ...]
+    sampled: tuple[SampledTokens, ...]
     elapsed_s: float = 0.0
     """Seconds the forward pass and sampling took on the rank that sampled; of several, the longest."""
-    rebalanced: Rebalanced | None = None
+    rebalanced: RebalanceResult | None = None
     tokens: bytes = b""
     """For each work of the plan's `decodes`, in their order, the next token as int64, or `NO_TOKEN` where `sampled` says more, or another
     shard does. Empty = no work has one here."""
-    scored: tuple[Scored, ...] = ()
-    pooled: tuple[Pooled, ...] = ()
-    guessing_s: float = 0.0
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    embeddings: tuple[PooledEmbedding, ...] = ()
+    drafting_s: float = 0.0
     """Of `elapsed_s`, what guesses behind the first of each sequence took; of several ranks, the longest."""
 
 
@@ -249,9 +250,9 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the prompt's tokens from the second on, where they were asked for: in the choice's very first event with tokens or an end."""
     embedding: bytes | None = None
-    """See `Pooled.vector`: in the only event of a request for one, with ``finish_reason="stop"``."""
+    """See `PooledEmbedding.vector`: in the only event of a request for one, with ``finish_reason="stop"``."""
 
-    def then(self, offset: int, token: int) -> "TokenEvent":
+    def with_next_token(self, offset: int, token: int) -> "TokenEvent":
         """That the same request has one more token, said of an event without anything particular: a quarter of the time of making one."""
         event = object.__new__(TokenEvent)
         event.__dict__.update(self.__dict__, offset=offset, tokens=(token,))

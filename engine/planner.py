@@ -10,7 +10,7 @@ from engine.cohort import Planned
 from engine.config import EngineConfig
 from engine.draft.planning import plan_draft, plan_next_draft
 from engine.draft.speculator import Speculator
-from engine.plan import NO_DECODES, Decodes, Opening, StepPlan, Work
+from engine.plan import NO_DECODES, Decodes, NewSequence, StepPlan, Work
 from engine.policy import Policy, Rank
 from engine.prefill_budget import PrefillBudget
 from engine.request_trace import is_tracing, trace_place
@@ -32,7 +32,7 @@ class PlanBuilder:
 
     may_run: MayRun
     works: list[Work] = field(default_factory=list)
-    opened: list[Opening] = field(default_factory=list)
+    opened: list[NewSequence] = field(default_factory=list)
     ahead: bool = False
     """Whether members of cohorts may be planned behind a step that was not answered yet."""
     together: list[tuple[Shard, Planned]] = field(default_factory=list)
@@ -250,7 +250,7 @@ class Planner:
             shard=portion.shard.index,
             targets=sequence.targets(start, start + count),
             pools=is_last and pools,
-            num_guesses=guesses,
+            num_next_draft=guesses,
         )
         sequence.num_blocks_sent = len(sequence.blocks)
         sequence.num_planned += count

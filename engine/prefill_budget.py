@@ -46,7 +46,7 @@ class PrefillBudget:
         """A step took so long."""
         if self._max_step_s is None:
             return
-        num_decoding = len(plan.decodes) + sum(len(work.tokens) - work.num_draft == 1 for work in plan.singly)
+        num_decoding = len(plan.decodes) + sum(len(work.tokens) - work.num_draft == 1 for work in plan.other_works)
         if not num_decoding or plan.num_tokens == num_decoding:
             return  # nobody waited for prompts
         if elapsed_s > self._max_step_s:

@@ -24,7 +24,7 @@ from engine.executor import Capacity
 from engine.isolation import next_suspect, record_loss
 from engine.kv.block_pool import BlockListener
 from engine.output import EngineOutput
-from engine.plan import COLUMN, NO_TOKEN, FinishReason, Pooled, Sampled, StepPlan, StepResult, TokenEvent, Work
+from engine.plan import COLUMN, NO_TOKEN, FinishReason, PooledEmbedding, SampledTokens, StepPlan, StepResult, TokenEvent, Work
 from engine.planner import Planner
 from engine.policy import FirstCome, Policy, Waits
 from engine.prefill_budget import PrefillBudget
@@ -138,18 +138,18 @@ class Scheduler:
         sampled = {answer.sequence: answer for answer in result.sampled}
         output = EngineOutput()
         for work, token in self._apply_together(plan, result, output):
-            answer = sampled.get(work.sequence) if token == NO_TOKEN else Sampled(work.sequence, (token,))
+            answer = sampled.get(work.sequence) if token == NO_TOKEN else SampledTokens(work.sequence, (token,))
             output.events += self._apply_work(work, answer)
         self._score(plan, result)
-        pooled = {answer.sequence: answer for answer in result.pooled}
-        for work in plan.singly:
+        pooled = {answer.sequence: answer for answer in result.embeddings}
+        for work in plan.other_works:
             output.events += self._apply_work(work, sampled.get(work.sequence), pooled.get(work.sequence))
         return output
 
     def _score(self, plan: StepPlan, result: StepResult) -> None:
         """Note log-probabilities of prompts, before their sequences may end."""
-        starts = {work.sequence: (work.start, self.shards[work.shard]) for work in plan.singly} if result.scored else {}
-        for scored in result.scored:
+        starts = {work.sequence: (work.start, self.shards[work.shard]) for work in plan.other_works} if result.prompt_logprobs else {}
+        for scored in result.prompt_logprobs:
             start, shard = starts[scored.sequence]
             if (sequence := shard.open.get(scored.sequence)) is not None:
                 sequence.score(start, scored.logprobs)
@@ -177,7 +177,7 @@ class Scheduler:
             rest += zip(planned.works(recorded.rest), of_shard[recorded.rest].tolist(), strict=True)
         return rest
 
-    def _apply_work(self, work: Work, answer: Sampled | None, pooled: Pooled | None = None) -> list[TokenEvent]:
+    def _apply_work(self, work: Work, answer: SampledTokens | None, pooled: PooledEmbedding | None = None) -> list[TokenEvent]:
         shard = self.shards[work.shard]
         sequence = shard.open.get(work.sequence)
         if sequence is None:
@@ -193,21 +193,23 @@ class Scheduler:
                 self._table.close(sequence)
             return []
         if work.pools:
-            return [self._take_embedding(sequence, work, pooled or Pooled(work.sequence, b"", fault="the ranks gave no embedding"))]
+            return [
+                self._take_embedding(sequence, work, pooled or PooledEmbedding(work.sequence, b"", fault="the ranks gave no embedding"))
+            ]
         if not work.samples:
             shard.cache.publish(sequence, since=work.start)
             return []
-        answer = answer or Sampled(work.sequence, (), fault="the ranks gave no token")
+        answer = answer or SampledTokens(work.sequence, (), fault="the ranks gave no token")
         if answer.fault is not None:
             shard.cache.disown(sequence)
-            return [self._fail(sequence, GrammarFailed(answer.fault) if answer.of_grammar else InvalidLogits(answer.fault))]
+            return [self._fail(sequence, GrammarFailed(answer.fault) if answer.is_grammar_fault else InvalidLogits(answer.fault))]
         if answer.tokens:
             return [self._take(sequence, work, answer)]
         sequence.step_back()
         shard.cache.publish(sequence, since=work.start)
         return []
 
-    def _take_embedding(self, sequence: Sequence, work: Work, pooled: Pooled) -> TokenEvent:
+    def _take_embedding(self, sequence: Sequence, work: Work, pooled: PooledEmbedding) -> TokenEvent:
         """All that was wanted of it."""
         cache = self.shards[work.shard].cache
         if pooled.fault is not None:
@@ -217,7 +219,7 @@ class Scheduler:
         cache.publish(sequence, since=work.start)
         return self._end(sequence, sequence.event(finish_reason="stop", embedding=pooled.vector))
 
-    def _take(self, sequence: Sequence, work: Work, answer: Sampled) -> TokenEvent:
+    def _take(self, sequence: Sequence, work: Work, answer: SampledTokens) -> TokenEvent:
         """Append what was sampled, up to what ends the answer. All of it but the last was guessed, and so is computed already."""
         trace_place(12, sequence.request.id)
         taken, stop_token = 0, None
@@ -238,8 +240,8 @@ class Scheduler:
         event = sequence.event(answer.tokens[:taken], answer.logprobs[:taken], finish_reason=reason, stop_token=stop_token)
         if reason is not None:
             return self._end(sequence, event)
-        if self._speculator is not None and answer.guesses:
-            self._speculator.told(sequence, answer.guesses)
+        if self._speculator is not None and answer.next_draft:
+            self._speculator.told(sequence, answer.next_draft)
         if self._speculator is None or self._speculator.is_resting:
             self._table.try_join_cohort(sequence)
         return event
@@ -318,9 +320,9 @@ class Scheduler:
         return self._table.prefix_queried_tokens
 
     @property
-    def prefix_found_tokens(self) -> int:
+    def prefix_hit_tokens(self) -> int:
         """How many of `prefix_queried_tokens` were found."""
-        return self._table.prefix_found_tokens
+        return self._table.prefix_hit_tokens
 
     def number_step(self) -> int:
         """A number for the next step, also for one that this scheduler does not plan."""
@@ -349,8 +351,8 @@ class Scheduler:
         return self._speculator.num_drafted if self._speculator else 0
 
     @property
-    def held_tokens(self) -> int:
-        return self._speculator.num_held if self._speculator else 0
+    def accepted_tokens(self) -> int:
+        return self._speculator.num_accepted if self._speculator else 0
 
     def _check_length(self, request: Request) -> None:
         """At least one more token must fit into the context, and the KV of all tokens but the last into the pool."""

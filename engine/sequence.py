@@ -1,7 +1,7 @@
 """A request's tokens and progress inside the engine."""
 
 from engine.kv.keys import BlockKey, block_key, root_key
-from engine.plan import FinishReason, Opening, TokenEvent, TokenLogprobs
+from engine.plan import FinishReason, NewSequence, TokenEvent, TokenLogprobs
 from engine.request import Request
 
 ISOLATION_TOKENS = 2
@@ -129,10 +129,10 @@ class Sequence:
             start = len(self._keys) * block_tokens
             self._keys.append(block_key(parent, self.tokens[start : start + block_tokens]))
 
-    def opening(self) -> Opening:
+    def opening(self) -> NewSequence:
         assert self.number is not None
         sampling = self.request.sampling
-        return Opening(
+        return NewSequence(
             sequence=self.number,
             choice=self.request.choice,
             num_prompt=self.num_prompt,

@@ -10,7 +10,7 @@ from engine.shard import Shard
 
 
 class SequenceTable:
-    """Opening, closing and preempting, and what is counted of it."""
+    """NewSequence, closing and preempting, and what is counted of it."""
 
     def __init__(self, config: EngineConfig, capacity: Capacity, policy: Policy, listener: BlockListener | None) -> None:
         self._config, self._policy, self._listener = config, policy, listener
@@ -26,7 +26,7 @@ class SequenceTable:
 
     def set_capacity(self, capacity: Capacity) -> None:
         """Empty shards, as new workers have them."""
-        self._counted_before = (self.prefix_queried_tokens, self.prefix_found_tokens)  # counters never go back
+        self._counted_before = (self.prefix_queried_tokens, self.prefix_hit_tokens)  # counters never go back
         self.capacity = capacity
         self.shards = tuple(
             Shard(index, capacity, prefix_cache=self._config.prefix_cache, listener=self._listener) for index in range(capacity.num_shards)
@@ -48,7 +48,7 @@ class SequenceTable:
         return self._counted_before[0] + sum(shard.cache.num_queried for shard in self.shards)
 
     @property
-    def prefix_found_tokens(self) -> int:
+    def prefix_hit_tokens(self) -> int:
         """How many of `prefix_queried_tokens` were found."""
         return self._counted_before[1] + sum(shard.cache.num_found for shard in self.shards)
 

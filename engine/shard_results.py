@@ -4,16 +4,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepResult
+from engine.plan import COLUMN, NO_TOKEN, Decodes, SampledTokens, StepResult
 
 
-def pack_tokens(decodes: Decodes, sampled: Iterable[Sampled]) -> tuple[bytes, tuple[Sampled, ...]]:
+def pack_tokens(decodes: Decodes, sampled: Iterable[SampledTokens]) -> tuple[bytes, tuple[SampledTokens, ...]]:
     """`StepResult.tokens`, and what cannot be said by a token alone."""
     row_of = {sequence: row for row, sequence in enumerate(decodes.columns[0].tolist())} if len(decodes) else {}
     tokens, rest = np.full(len(decodes), NO_TOKEN, COLUMN), []
     for answer in sampled:
         row = row_of.get(answer.sequence)
-        if row is None or len(answer.tokens) != 1 or answer.logprobs or answer.fault is not None or answer.guesses:
+        if row is None or len(answer.tokens) != 1 or answer.logprobs or answer.fault is not None or answer.next_draft:
             rest.append(answer)
         else:
             tokens[row] = answer.tokens[0]
@@ -44,9 +44,9 @@ class ShardResults:
             elapsed_s=max(part.elapsed_s for part in parts),
             rebalanced=parts[0].rebalanced,  # the same on every rank
             tokens=_merged([part.tokens for part in parts if part.tokens]),
-            scored=tuple(scored for part in parts for scored in part.scored),
-            pooled=tuple(pooled for part in parts for pooled in part.pooled),
-            guessing_s=max(part.guessing_s for part in parts),
+            prompt_logprobs=tuple(logprobs for part in parts for logprobs in part.prompt_logprobs),
+            embeddings=tuple(embedding for part in parts for embedding in part.embeddings),
+            drafting_s=max(part.drafting_s for part in parts),
         )
 
 

@@ -24,10 +24,10 @@ class EngineStats:
     """Tokens that steps computed, those computed again included."""
     sampled_tokens: int = 0
     prefix_queried_tokens: int = 0
-    prefix_found_tokens: int = 0
+    prefix_hit_tokens: int = 0
     drafted_tokens: int = 0
     """Guessed tokens that steps computed, ..."""
-    held_tokens: int = 0
+    accepted_tokens: int = 0
     """... and those of them that were right."""
     expert_moves: int = 0
     """Copies of routed experts that went from rank to rank."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.run_ahead import wrong_ahead, wrong_beside_prompts
-from engine.plan import Opening, StepPlan, Work
+from engine.plan import NewSequence, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
@@ -101,7 +101,7 @@ def _different_tokens(served: ServedModel, graphs: SamplerGraphs, count: int, si
     vocab_size = served.sampler.vocab_size
     for at in range(count):
         history = tuple(draw.randrange(vocab_size) for _ in range(200))
-        opening = Opening(at, at % 3, 0, draw.choice(KINDS), history)
+        opening = NewSequence(at, at % 3, 0, draw.choice(KINDS), history)
         state, twin = (SamplingState(opening, vocab_size=vocab_size) for _ in range(2))
         if graphs.table is not None:
             graphs.table.open(state)

@@ -17,7 +17,7 @@ from benchmarks.gpu.collectives import START_S, Figure, figures_of
 from benchmarks.gpu.models import RandomCheckpoint, RandomTensor, config_of, random_model
 from benchmarks.gpu.results import Results
 from engine.config import EngineConfig
-from engine.plan import Opening, StepPlan, Work
+from engine.plan import NewSequence, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.sampling.sampler import Sampler
 from engine.run.settings import RunnerConfig
@@ -102,7 +102,7 @@ def _said(model: Qwen2, rank: int, tokens: list[list[int]], *, cuda_graphs: bool
                 start, stop = (0, prompt) if step == 0 else (prompt + step - 1, prompt + step)
                 blocks = tuple(range(3 * sequence, 3 * sequence + 3)) if step == 0 else ()
                 works.append(Work(sequence, start, tuple(tokens[sequence][start:stop]), blocks, samples=True))
-            opened = tuple(Opening(number, 0, prompt, greedy) for number, prompt in enumerate(PROMPTS)) if step == 0 else ()
+            opened = tuple(NewSequence(number, 0, prompt, greedy) for number, prompt in enumerate(PROMPTS)) if step == 0 else ()
             result = runner.run(StepPlan(step, tuple(works), opened))
             said += [token for sampled in result.sampled for token in sampled.tokens] if result else []
     finally:

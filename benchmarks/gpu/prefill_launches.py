@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
-from engine.plan import Opening, StepPlan, Work
+from engine.plan import NewSequence, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.cuda_graphs import CudaGraphRecorder
 from engine.run.prompt_graphs import SIZES, PromptGraphs
@@ -37,7 +37,7 @@ class Prompts:
             for n in range(count)
         ]
         assert per_sequence * count <= FIRST_PROMPT_BLOCK
-        self._runner.run(StepPlan(0, tuple(works), tuple(Opening(work.sequence, 0, CONTEXT, GREEDY) for work in works)))
+        self._runner.run(StepPlan(0, tuple(works), tuple(NewSequence(work.sequence, 0, CONTEXT, GREEDY) for work in works)))
 
     def step(self, decodes: int, lengths: tuple[int, ...]) -> float:
         """Seconds until its tokens are known."""
@@ -47,7 +47,7 @@ class Prompts:
             blocks = tuple(range(block, block + -(-length // self._block_tokens)))
             block += len(blocks)
             works.append(Work(self._number, 0, self._tokens(length, length), blocks, samples=True))
-            opened.append(Opening(self._number, 0, length, GREEDY))
+            opened.append(NewSequence(self._number, 0, length, GREEDY))
         plan = StepPlan(0, tuple(works), tuple(opened))
         torch.cuda.synchronize()
         began = time.perf_counter()

@@ -13,7 +13,7 @@ from benchmarks.gpu.floors import Floors
 from benchmarks.gpu.models import ServedModel
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.timing import median_s
-from engine.plan import NO_BLOCK, Decodes, Opening, StepPlan, Work
+from engine.plan import NO_BLOCK, Decodes, NewSequence, StepPlan, Work
 from engine.request import Request, SamplingParams
 
 _ids = count()
@@ -57,7 +57,7 @@ def _decoding(served: ServedModel, rows: int, context: int, kind: SamplingParams
 
     history = tuple(range(100, 100 + context)) if kind.needs_history else ()
     first = tuple(Work(n, context - 1, (7 + n,), blocks(n), samples=True) for n in range(rows))
-    plans = [StepPlan(0, first, tuple(Opening(n, 0, context, kind, history) for n in range(rows)))]
+    plans = [StepPlan(0, first, tuple(NewSequence(n, 0, context, kind, history) for n in range(rows)))]
     for step in range(1, num_steps):
         columns = [(n, context - 1 + step, 7 + n, NO_BLOCK, 0) for n in range(rows)]
         plans.append(StepPlan(step, (), decodes=Decodes.of(np.array(columns).T)))

@@ -11,7 +11,7 @@ def tokens_to_catch_up(work: Work, said: tuple[int, ...]) -> tuple[int, tuple[in
 
     Guesses of a work were guessed by this draft model in the step before, so it has computed all of them but the last.
     """
-    last = said[-1:] if work.num_guesses else ()
+    last = said[-1:] if work.num_next_draft else ()
     if not work.num_draft:
         return work.start, (*work.tokens, *last)
     stop = work.start + len(work.tokens)

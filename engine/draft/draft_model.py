@@ -9,7 +9,7 @@ from engine.sequence import Sequence
 class _Kept(NamedTuple):
     number: int | None
     num_tokens: int
-    guesses: tuple[int, ...]
+    draft: tuple[int, ...]
 
 
 class DraftModelProposer:
@@ -18,13 +18,13 @@ class DraftModelProposer:
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[Sequence, _Kept] = WeakKeyDictionary()
 
-    def keep(self, sequence: Sequence, guesses: tuple[int, ...]) -> None:
+    def keep(self, sequence: Sequence, draft: tuple[int, ...]) -> None:
         """These were guessed to follow on all the tokens that are known now."""
-        self._kept[sequence] = _Kept(sequence.number, len(sequence.tokens), guesses)
+        self._kept[sequence] = _Kept(sequence.number, len(sequence.tokens), draft)
 
     def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         """None to a sequence that was opened anew since: the draft model has not computed its guesses into its new blocks."""
         kept = self._kept.get(sequence)
         if kept is None or (kept.number, kept.num_tokens) != (sequence.number, len(sequence.tokens)):
             return ()
-        return kept.guesses[:most]
+        return kept.draft[:most]

@@ -58,7 +58,7 @@ class Speculator:
         self.is_resting = False
         """Whether nobody is guessed for, as steps are busy enough."""
         self._records: WeakKeyDictionary[Sequence, _Record] = WeakKeyDictionary()
-        self.num_drafted = self.num_held = 0
+        self.num_drafted = self.num_accepted = 0
         """Guessed tokens that steps computed, and those of them that were right."""
 
     def draft(self, sequence: Sequence, *, room: int, num_sequences: int) -> tuple[int, ...]:
@@ -96,14 +96,14 @@ class Speculator:
         if num_passes > 0:
             self._pass_s += (seconds / num_passes - self._pass_s) * (PASS_SMOOTHING if self._pass_s else 1.0)
 
-    def judge(self, sequence: Sequence, num_drafted: int, num_held: int) -> None:
+    def judge(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
         """Of so many guessed tokens so many held."""
         self.num_drafted += num_drafted
-        self.num_held += num_held
+        self.num_accepted += num_accepted
         record = self._records.setdefault(sequence, _Record())
         record.fade(MEMORY)
-        record.held += num_held
-        record.tried += min(num_held + 1, num_drafted)  # what comes after the first wrong one was not put to the test
+        record.held += num_accepted
+        record.tried += min(num_accepted + 1, num_drafted)  # what comes after the first wrong one was not put to the test
 
 
 def worthwhile_length(chance: float, most: int, num_sequences: int, step_line: tuple[float, float], pass_s: float = 0.0) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.plan import NO_BLOCK, NO_TOKEN, Sampled, StepPlan, Work
+from engine.plan import NO_BLOCK, NO_TOKEN, SampledTokens, StepPlan, Work
 from engine.run.block_tables import BlockTables
 
 
@@ -19,7 +19,7 @@ class DecodeRows:
     """The positions of the former among all columns of the plan (`StepResult.tokens`)."""
     num_columns: int
     """How many columns the plan has, for all shards."""
-    singly: tuple[Work, ...]
+    other_works: tuple[Work, ...]
 
     def __len__(self) -> int:
         return int(self.columns.shape[1])
@@ -59,9 +59,9 @@ class DecodeRows:
         return [self.work(at) for at in range(len(self))]
 
     def work(self, at: int) -> Work:
-        first_single = len(self) - len(self.singly)
+        first_single = len(self) - len(self.other_works)
         if at >= first_single:
-            return self.singly[at - first_single]
+            return self.other_works[at - first_single]
         sequence, start, token, block = self.columns[:, at].tolist()
         return Work(sequence, start, (token,), () if block == NO_BLOCK else (block,), samples=True)
 
@@ -69,34 +69,34 @@ class DecodeRows:
         """Append the new blocks to the block tables. Returns the sequences' rows (S) there."""
         rows_S = tables.rows_of(self.columns[0])
         tables.append_to(rows_S, self.columns[3])
-        for work in self.singly:
+        for work in self.other_works:
             tables.append(work)
         return rows_S
 
-    def results(self, tokens_S: np.ndarray) -> tuple[bytes, list[Sampled]]:
+    def results(self, tokens_S: np.ndarray) -> tuple[bytes, list[SampledTokens]]:
         """The results if there are only tokens to report: `StepResult.tokens`, and those of the works that were planned one by one."""
-        if not self.singly and len(tokens_S) == self.num_columns:
+        if not self.other_works and len(tokens_S) == self.num_columns:
             return tokens_S.tobytes(), []
         columns = np.full(self.num_columns, NO_TOKEN, np.int64)
         columns[self.places] = tokens_S[: len(self.places)]
         singles = tokens_S[len(self.places) :].tolist()
-        return columns.tobytes(), [Sampled(work.sequence, (token,)) for work, token in zip(self.singly, singles, strict=True)]
+        return columns.tobytes(), [SampledTokens(work.sequence, (token,)) for work, token in zip(self.other_works, singles, strict=True)]
 
 
 def decode_rows(plan: StepPlan, shard: int) -> DecodeRows | None:
     """A shard's part of a plan. None if it is empty, or if any work is more than one token that samples."""
     columns = plan.decodes.columns
-    if not plan.singly and columns.size and (columns[4] == shard).all():
+    if not plan.other_works and columns.size and (columns[4] == shard).all():
         return DecodeRows(columns[:4].copy(), np.arange(columns.shape[1]), columns.shape[1], ())
-    singly = tuple(work for work in plan.singly if work.shard == shard)
-    if not all(map(_only_decodes, singly)):
+    other_works = tuple(work for work in plan.other_works if work.shard == shard)
+    if not all(map(_only_decodes, other_works)):
         return None
     places = np.flatnonzero(columns[4] == shard)
     told = columns[:4, places]
-    single = np.array([(work.sequence, work.start, work.tokens[0], NO_BLOCK) for work in singly], np.int64).reshape(-1, 4).T
+    single = np.array([(work.sequence, work.start, work.tokens[0], NO_BLOCK) for work in other_works], np.int64).reshape(-1, 4).T
     rows = np.concatenate([told, single], axis=1)
-    return DecodeRows(rows, places, columns.shape[1], singly) if rows.shape[1] else None
+    return DecodeRows(rows, places, columns.shape[1], other_works) if rows.shape[1] else None
 
 
 def _only_decodes(work: Work) -> bool:
-    return len(work.tokens) == 1 and work.samples and not (work.num_draft or work.targets or work.pools or work.num_guesses)
+    return len(work.tokens) == 1 and work.samples and not (work.num_draft or work.targets or work.pools or work.num_next_draft)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from engine.draft.catch_up import tokens_to_catch_up
-from engine.plan import Sampled, Work
+from engine.plan import SampledTokens, Work
 from engine.run.batch_builder import build_batch
 from engine.run.block_tables import BlockTables
 from engine.run.sampling.sampler import Sampler
@@ -34,18 +34,18 @@ class Drafter:
         return f"<Drafter [{self.model.config.num_layers} layers | {self.cache}]>"
 
     def propose(
-        self, works: Sequence[Work], sampled: Sequence[Sampled], tables: BlockTables, states: Mapping[int, SamplingState]
-    ) -> tuple[list[Sampled], float]:
+        self, works: Sequence[Work], sampled: Sequence[SampledTokens], tables: BlockTables, states: Mapping[int, SamplingState]
+    ) -> tuple[list[SampledTokens], float]:
         """The results with guesses where they were asked for, and the seconds that all guesses but the first of each sequence took."""
         sampled_tokens = {result.sequence: result.tokens for result in sampled}
-        guessing = {work.sequence: work for work in works if work.num_guesses and sampled_tokens.get(work.sequence)}
+        guessing = {work.sequence: work for work in works if work.num_next_draft and sampled_tokens.get(work.sequence)}
         catch_up_works = [self._catch_up_work(work, sampled_tokens.get(work.sequence, ()), work.sequence in guessing) for work in works]
         guesses: dict[int, tuple[int, ...]] = dict.fromkeys(guessing, ())
         next_works = self._step([work for work in catch_up_works if work.tokens], guessing, sampled_tokens, guesses, tables, states)
         began = time.perf_counter()
         while next_works:
             next_works = self._step(next_works, guessing, sampled_tokens, guesses, tables, states)
-        return [result._replace(guesses=guesses.get(result.sequence, ())) for result in sampled], time.perf_counter() - began
+        return [result._replace(next_draft=guesses.get(result.sequence, ())) for result in sampled], time.perf_counter() - began
 
     def _catch_up_work(self, work: Work, sampled_tokens: tuple[int, ...], samples: bool) -> Work:
         start, tokens = tokens_to_catch_up(work, sampled_tokens)
@@ -78,7 +78,7 @@ class Drafter:
         next_works = []
         for work, result in zip(built.sampling_works, results, strict=True):
             guesses[work.sequence] += result.tokens
-            if result.tokens and len(guesses[work.sequence]) < guessing[work.sequence].num_guesses:
+            if result.tokens and len(guesses[work.sequence]) < guessing[work.sequence].num_next_draft:
                 start = work.start + len(work.tokens)
                 next_works.append(Work(work.sequence, start, self._clamped(result.tokens), (), samples=True, shard=work.shard))
         return next_works

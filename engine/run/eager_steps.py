@@ -82,10 +82,10 @@ class EagerSteps:
         sequences.mark(11, built.sampling_works)
         sampled = self._result_builder.sample(logits_RV, built.sampling_works, allowed.result() if allowed else {})
         del logits_RV  # the draft model needs as much memory for its own logits
-        pooled, guessing_s = sequences.pooler.pool(hidden_TD, built), 0.0
+        pooled, drafting_s = sequences.pooler.pool(hidden_TD, built), 0.0
         if self._drafter is not None:
-            sampled, guessing_s = self._drafter.propose(works, sampled, sequences.tables, sequences.states)
-        return RankOutput(sampled, scored, pooled, guessing_s)
+            sampled, drafting_s = self._drafter.propose(works, sampled, sequences.tables, sequences.states)
+        return RankOutput(sampled, scored, pooled, drafting_s)
 
     def _needed_top_logits(self, built: BuiltBatch) -> TopLogits | None:
         assert self._result_builder.sampler is not None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import COLUMN, NO_TOKEN, Decodes, Sampled, StepPlan
+from engine.plan import COLUMN, NO_TOKEN, Decodes, SampledTokens, StepPlan
 from parallel.collectives import broadcast
 from parallel.groups import Group
 
@@ -68,7 +68,7 @@ class LastTokens(Mapping[int, int]):
         self._news: tuple[np.ndarray, np.ndarray] | None = None
         """Sequences and their tokens, newer than `_tokens`."""
 
-    def record(self, decodes: Decodes, tokens: bytes, rest: Iterable[Sampled]) -> None:
+    def record(self, decodes: Decodes, tokens: bytes, rest: Iterable[SampledTokens]) -> None:
         """Record a step's output: ``tokens`` as in `StepResult.tokens`, and the rest."""
         if tokens:
             sequences, sampled = decodes.columns[0], np.frombuffer(tokens, COLUMN)

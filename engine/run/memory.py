@@ -144,7 +144,7 @@ def _bytes_of_heaviest_step(runner: Runner, engine_config: EngineConfig, groups:
         num_blocks=runner.capacity.num_blocks,
         block_tokens=runner.capacity.block_tokens,
         num_shards=groups.topology.dp,
-        num_guesses=int(engine_config.speculate == "draft"),
+        num_next_draft=int(engine_config.speculate == "draft"),
     )
     for _ in range(min(groups.topology.pp, 2)):  # with several stages the previous step's hidden states may still be in transit
         run_once(runner, step)

@@ -29,19 +29,19 @@ class MixedBatch:
     """Each sequence that samples after its last token, in the order of the logits."""
     num_decodes: int
     """How many of ``sampling``, the first ones, are planned as columns."""
-    singly: tuple[Work, ...]
+    other_works: tuple[Work, ...]
     """All other works, those with one token first. Some of them do not sample."""
 
     @property
     def non_sampling(self) -> list[int]:
         """Sequences that do not sample in this step."""
-        return [work.sequence for work in self.singly if not work.samples]
+        return [work.sequence for work in self.other_works if not work.samples]
 
     def append_blocks(self, tables: BlockTables) -> None:
         """Append the plan's new blocks to the block tables."""
         decodes = self.sampling.columns[:, : self.num_decodes]
         tables.append_to(tables.rows(decodes[0].tolist()), decodes[3])
-        for work in self.singly:
+        for work in self.other_works:
             tables.append(work)
 
     def launch(
@@ -78,19 +78,19 @@ class MixedBatch:
         return logits_SV
 
     def _build(self, tables: BlockTables, tokens_S: np.ndarray, block_tokens: int, device: torch.device) -> ForwardBatch:
-        decodes, singly = self.sampling.columns[:, : self.num_decodes], self.singly
+        decodes, other_works = self.sampling.columns[:, : self.num_decodes], self.other_works
 
         def column(told: np.ndarray | int, of_works: Sequence[int]) -> np.ndarray:
             return np.concatenate([np.full(self.num_decodes, told), np.array(of_works, np.int64)])
 
-        tokens = np.fromiter(chain.from_iterable(work.tokens for work in singly), np.int64)
+        tokens = np.fromiter(chain.from_iterable(work.tokens for work in other_works), np.int64)
         return forward_batch(
-            decodes[0].tolist() + [work.sequence for work in singly],
+            decodes[0].tolist() + [work.sequence for work in other_works],
             tables,
             tokens=np.concatenate([tokens_S[: self.num_decodes], tokens]),
-            starts=column(decodes[1], [work.start for work in singly]),
-            counts=column(1, [len(work.tokens) for work in singly]),
-            num_rows=column(1, [int(work.samples) for work in singly]),
+            starts=column(decodes[1], [work.start for work in other_works]),
+            counts=column(1, [len(work.tokens) for work in other_works]),
+            num_rows=column(1, [int(work.samples) for work in other_works]),
             block_tokens=block_tokens,
             device=device,
         )
@@ -98,12 +98,12 @@ class MixedBatch:
 
 def mixed_batch(plan: StepPlan, shard: int) -> MixedBatch | None:
     """A shard's part of the plan as a mixed batch; None if nothing samples, or if a work needs more than tokens."""
-    singly = tuple(sorted((work for work in plan.singly if work.shard == shard), key=lambda work: len(work.tokens) > 1))
-    if any(work.num_draft or work.targets or work.pools or work.num_guesses for work in singly):
+    other_works = tuple(sorted((work for work in plan.other_works if work.shard == shard), key=lambda work: len(work.tokens) > 1))
+    if any(work.num_draft or work.targets or work.pools or work.num_next_draft for work in other_works):
         return None
     columns = plan.decodes.columns
     places = np.flatnonzero(columns[4] == shard)
-    sampling = tuple(work for work in singly if work.samples)
+    sampling = tuple(work for work in other_works if work.samples)
     last = [(work.sequence, work.start + len(work.tokens) - 1, work.tokens[-1], NO_BLOCK) for work in sampling]
     rows = np.concatenate([columns[:4, places], np.array(last, np.int64).reshape(-1, 4).T], axis=1)
-    return MixedBatch(DecodeRows(rows, places, columns.shape[1], sampling), len(places), singly) if rows.shape[1] else None
+    return MixedBatch(DecodeRows(rows, places, columns.shape[1], sampling), len(places), other_works) if rows.shape[1] else None

@@ -49,6 +49,6 @@ class MixedSteps:
         sequences = self._sequences
         return (
             self._decode_graphs.accepts(len(batch.sampling))
-            and not sequences.pooler.needs_all_tokens(batch.singly)
+            and not sequences.pooler.needs_all_tokens(batch.other_works)
             and not any(sequences.states[sequence].sampling.grammar for sequence in batch.non_sampling)
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.plan import Opening, Pooled, Work
+from engine.plan import NewSequence, PooledEmbedding, Work
 from engine.request import Pooling
 from engine.run.batch_builder import BuiltBatch
 from model.qwen2 import Qwen2
@@ -23,7 +23,7 @@ class Pooler:
         self._model = model
         self._open: dict[int, _PoolingState] = {}
 
-    def open(self, opening: Opening) -> None:
+    def open(self, opening: NewSequence) -> None:
         if opening.pooling is not None:
             self._open[opening.sequence] = _PoolingState(opening.pooling)
 
@@ -34,11 +34,11 @@ class Pooler:
         """Whether any of the works needs the hidden states of more tokens than those that sample."""
         return bool(self._open) and any(work.sequence in self._open for work in works)
 
-    def pool(self, hidden_TD: Tensor, built: BuiltBatch) -> tuple[Pooled, ...]:
+    def pool(self, hidden_TD: Tensor, built: BuiltBatch) -> tuple[PooledEmbedding, ...]:
         """The embeddings that this step completes. ``hidden_TD`` is what `Qwen2.hidden` returned."""
         return tuple(self._pool(hidden_TD, built)) if self._open else ()
 
-    def _pool(self, hidden_TD: Tensor, built: BuiltBatch) -> Iterator[Pooled]:
+    def _pool(self, hidden_TD: Tensor, built: BuiltBatch) -> Iterator[PooledEmbedding]:
         for work, first in zip(built.works, built.forward.query_starts, strict=False):
             pool = self._open.get(work.sequence)
             if pool is None:
@@ -77,8 +77,8 @@ class _PoolingState:
         return self._sum_D / self._count
 
 
-def _pooled(sequence: int, vector_D: Tensor) -> Pooled:
+def _pooled(sequence: int, vector_D: Tensor) -> PooledEmbedding:
     vector = vector_D.cpu()
     if not bool(vector.isfinite().all()):
-        return Pooled(sequence, b"", fault=NOT_FINITE)
-    return Pooled(sequence, vector.numpy().astype("<f4").tobytes())
+        return PooledEmbedding(sequence, b"", fault=NOT_FINITE)
+    return PooledEmbedding(sequence, vector.numpy().astype("<f4").tobytes())

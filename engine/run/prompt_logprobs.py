@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from engine.plan import Scored, TokenLogprobs
+from engine.plan import PromptLogprobs, TokenLogprobs
 from engine.run.batch_builder import BuiltBatch
 from engine.run.sampling.logprobs import token_logprobs
 from engine.run.sampling.state import SamplingState
@@ -29,11 +29,11 @@ class PromptScorer:
     def __init__(self, model: Qwen2, vocab_size: int | None) -> None:
         self._model, self._vocab_size = model, vocab_size
 
-    def score(self, hidden_TD: Tensor, built: BuiltBatch, states: dict[int, SamplingState]) -> tuple[Scored, ...]:
+    def score(self, hidden_TD: Tensor, built: BuiltBatch, states: dict[int, SamplingState]) -> tuple[PromptLogprobs, ...]:
         """A result for each work with targets, if this rank answers. ``hidden_TD`` is what `Qwen2.hidden` returned."""
         works = [work for work in built.works if work.targets]
         logprobs = self._logprobs(hidden_TD, list(_rows(built, states)))
-        return tuple(Scored(work.sequence, tuple(islice(logprobs, len(work.targets)))) for work in works) if self._answers else ()
+        return tuple(PromptLogprobs(work.sequence, tuple(islice(logprobs, len(work.targets)))) for work in works) if self._answers else ()
 
     @property
     def _answers(self) -> bool:

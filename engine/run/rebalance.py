@@ -6,7 +6,7 @@ Every rank computes the same placement by itself, because all have the same load
 import torch
 from torch import Tensor
 
-from engine.plan import Rebalance, Rebalanced
+from engine.plan import Rebalance, RebalanceResult
 from model.qwen2 import Qwen2
 from parallel.collectives import all_gather, all_reduce
 from parallel.expert_balance import imbalance, place_experts, relabelled
@@ -37,10 +37,10 @@ class ExpertRebalancer:
             layer.reset_load()
 
     @torch.inference_mode()
-    def run(self, order: Rebalance) -> Rebalanced:
+    def run(self, order: Rebalance) -> RebalanceResult:
         """Measure the loads, and move experts where it is worth it. Returns the same on every rank."""
         if not self._num_experts:
-            return Rebalanced()
+            return RebalanceResult()
         self._loads_LE = self._loads_LE * DECAY + self._measure()
         before = after = 1.0
         num_moved = 0
@@ -66,12 +66,12 @@ class ExpertRebalancer:
             return 0
         return layer.move_to(target)
 
-    def _of_all_stages(self, before: float, after: float, num_moved: int) -> Rebalanced:
+    def _of_all_stages(self, before: float, after: float, num_moved: int) -> RebalanceResult:
         pp = self._groups.pp
         mine = torch.tensor([[len(self._layers), num_moved, before, after]], dtype=torch.float64, device=self._device)
         num_layers, moved, befores, afters = all_gather(mine, pp, dim=0).T.tolist()
         loads_LE = all_gather(self._loads_LE.to(self._device), pp, dim=0, sizes=[int(count) for count in num_layers])
-        return Rebalanced(
+        return RebalanceResult(
             loads=tuple(tuple(loads) for loads in loads_LE.tolist()),
             imbalance_before=max(befores),
             imbalance_after=max(afters),

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
-from engine.plan import Pooled, Rebalanced, Sampled, Scored, StepPlan, StepResult, Work
+from engine.plan import PooledEmbedding, PromptLogprobs, RebalanceResult, SampledTokens, StepPlan, StepResult, Work
 from engine.run.decode_rows import DecodeRows
 from engine.run.grammar.guides import NO_CONSTRAINTS, AllowedTokens, blocked_results
 from engine.run.open_sequences import OpenSequences
@@ -22,10 +22,10 @@ from engine.shard_results import pack_tokens
 class RankOutput:
     """The output of one step on this rank; empty on ranks that do not result."""
 
-    sampled: list[Sampled] = field(default_factory=list)
-    scored: tuple[Scored, ...] = ()
-    pooled: tuple[Pooled, ...] = ()
-    guessing_s: float = 0.0
+    sampled: list[SampledTokens] = field(default_factory=list)
+    scored: tuple[PromptLogprobs, ...] = ()
+    pooled: tuple[PooledEmbedding, ...] = ()
+    drafting_s: float = 0.0
     tokens: bytes | None = None
     """`StepResult.tokens`, if the tokens are already in that form."""
 
@@ -38,7 +38,7 @@ class ResultBuilder:
         self.sampler, self._sequences, self._runs_ahead = sampler, sequences, runs_ahead
         self._last_result_at = 0.0
 
-    def sample(self, logits_RV: Tensor, works: Sequence[Work], allowed: Mapping[int, AllowedTokens]) -> list[Sampled]:
+    def sample(self, logits_RV: Tensor, works: Sequence[Work], allowed: Mapping[int, AllowedTokens]) -> list[SampledTokens]:
         """Sample after each of the works. A sequence whose grammar is not ready gets no token in this step."""
         assert self.sampler is not None
         blocked = blocked_results(allowed)
@@ -51,7 +51,7 @@ class ResultBuilder:
 
     def from_report(
         self, rows: DecodeRows, logits_SV: Tensor, report_3S: np.ndarray, allowed: Mapping[int, AllowedTokens] = NO_CONSTRAINTS
-    ) -> list[Sampled]:
+    ) -> list[SampledTokens]:
         """The results of a replayed step, from its report. A sequence whose grammar is not ready gets no token in this step."""
         assert self.sampler is not None
         each = [row for work in rows.works() for row in self._sequences.rows(work)]
@@ -59,7 +59,7 @@ class ResultBuilder:
         blocked = blocked_results(allowed)
         return [blocked.get(result.sequence, result) for result in results]
 
-    def build(self, plan: StepPlan, output: RankOutput, began: float, rebalanced: Rebalanced | None = None) -> StepResult | None:
+    def build(self, plan: StepPlan, output: RankOutput, began: float, rebalanced: RebalanceResult | None = None) -> StepResult | None:
         """The result of a step that began at ``began`` (`time.perf_counter`). None on a rank that does not sample."""
         if self.sampler is None:
             return None
@@ -68,9 +68,9 @@ class ResultBuilder:
             self._sequences.last_tokens.record(plan.decodes, tokens, rest)
         now, began = time.perf_counter(), max(began, self._last_result_at)  # until then the device was busy with the step before
         self._last_result_at = now
-        return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.scored, output.pooled, output.guessing_s)
+        return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.scored, output.pooled, output.drafting_s)
 
-    def _verify_draft(self, work: Work, results: list[Sampled]) -> Sampled:
+    def _verify_draft(self, work: Work, results: list[SampledTokens]) -> SampledTokens:
         result = verify_draft(work, results)
         self._sequences.states[work.sequence].accept_draft(result.tokens[:-1])
         return result

@@ -11,7 +11,7 @@ from itertools import count
 import torch
 
 from engine.executor import Capacity
-from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult
+from engine.plan import Rebalance, RebalanceResult, StepPlan, StepResult
 from engine.run.async_step_queue import AsyncStepQueue
 from engine.run.cuda_graphs import CapturedGraphs, GraphRecorder
 from engine.run.decode_graphs import MAX_ROWS, DecodeGraphs
@@ -187,7 +187,7 @@ class Runner:
         self.async_steps.finish_all()
         return StepHandle(self.result_builder.build(plan, self._eager_steps.run(plan), began, rebalanced))
 
-    def _rebalance(self, order: Rebalance) -> Rebalanced:
+    def _rebalance(self, order: Rebalance) -> RebalanceResult:
         self.async_steps.finish_all()
         rebalanced = self.rebalancer.run(order)
         if rebalanced.num_moved and self.decode_graphs is not None:

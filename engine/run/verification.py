@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.plan import Sampled, Work
+from engine.plan import SampledTokens, Work
 from engine.run.sampling.state import Row, SamplingState
 
 
@@ -19,7 +19,7 @@ def sampling_rows(work: Work, state: SamplingState, allowed: np.ndarray | None) 
     return [Row(state, first + count, allowed, guesses[:count]) for count in range(work.num_draft + 1)]
 
 
-def verify_draft(work: Work, answers: Sequence[Sampled]) -> Sampled:
+def verify_draft(work: Work, answers: Sequence[SampledTokens]) -> SampledTokens:
     """From the results of `sampling_rows`: the tokens up to and including the first that differs from its guess, or that has no
     successor."""
     guesses = work.tokens[len(work.tokens) - work.num_draft :]
@@ -28,4 +28,4 @@ def verify_draft(work: Work, answers: Sequence[Sampled]) -> Sampled:
         if tokens[-1:] != (guess,) or answer.fault is not None:
             break
         tokens, logprobs = tokens + answer.tokens, logprobs + answer.logprobs
-    return Sampled(work.sequence, tokens, logprobs, answers[0].fault)
+    return SampledTokens(work.sequence, tokens, logprobs, answers[0].fault)

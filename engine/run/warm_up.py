@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.errors import InvalidLogits
-from engine.plan import Opening, StepPlan, Work
+from engine.plan import NewSequence, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.cuda_graphs import GraphRecorder
 from engine.run.decode_graphs import capture_obstacle
@@ -20,24 +20,25 @@ FIRST_SEQUENCE = -1
 
 
 def full_step(
-    *, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int, num_shards: int = 1, num_guesses: int = 0
+    *, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int, num_shards: int = 1, num_next_draft: int = 0
 ) -> StepPlan:
     """The heaviest possible step: on every shard the most tokens of a step, in as many sequences as can run, each sampling and, with a
-    draft model, each asking for ``num_guesses`` guesses.
+    draft model, each asking for ``num_next_draft`` guesses.
 
     All sequences of a shard use the same first blocks. What they leave in the cache is meaningless, but no sequence survives.
     """
     num_sequences = min(max_running, max_step_tokens)
-    tokens = max(1, min(max_step_tokens // num_sequences, num_blocks * block_tokens - num_guesses))
-    blocks = tuple(range(-(-(tokens + num_guesses) // block_tokens)))
+    tokens = max(1, min(max_step_tokens // num_sequences, num_blocks * block_tokens - num_next_draft))
+    blocks = tuple(range(-(-(tokens + num_next_draft) // block_tokens)))
     sampling = SamplingParams(top_p=0.9, repetition_penalty=1.1)  # no other parameters need more memory
     sequences = [(FIRST_SEQUENCE - i, i % num_shards) for i in range(num_sequences * num_shards)]
     return StepPlan(
         step=0,
-        singly=tuple(
-            Work(sequence, 0, (0,) * tokens, blocks, samples=True, num_guesses=num_guesses, shard=shard) for sequence, shard in sequences
+        other_works=tuple(
+            Work(sequence, 0, (0,) * tokens, blocks, samples=True, num_next_draft=num_next_draft, shard=shard)
+            for sequence, shard in sequences
         ),
-        opened=tuple(Opening(sequence, 0, tokens, sampling, (0,) * tokens, shard=shard) for sequence, shard in sequences),
+        opened=tuple(NewSequence(sequence, 0, tokens, sampling, (0,) * tokens, shard=shard) for sequence, shard in sequences),
     )
 
 
@@ -50,7 +51,7 @@ def warm_up(runner: Runner) -> None:
     prompt = (0,) * max(1, min(16, runner.capacity.max_context_tokens - 1))
     blocks = tuple(range(-(-(len(prompt) + 1) // runner.capacity.block_tokens)))
     blocks = blocks[: runner.capacity.num_blocks]
-    opening = Opening(FIRST_SEQUENCE, 0, len(prompt), SamplingParams(top_k=20), shard=runner.shard)
+    opening = NewSequence(FIRST_SEQUENCE, 0, len(prompt), SamplingParams(top_k=20), shard=runner.shard)
     for tokens in (prompt, prompt[:2], prompt[:1]):
         work = Work(FIRST_SEQUENCE, 0, tokens, blocks, samples=True, shard=runner.shard)
         run_once(runner, StepPlan(0, (work,), (opening,)))

@@ -6,7 +6,7 @@ import time
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 from engine.shard_results import pack_tokens
 
@@ -23,7 +23,7 @@ class InstantRanks:
 
     def submit(self, plan: StepPlan) -> "_Answered":
         started = time.thread_time()
-        tokens, rest = pack_tokens(plan.decodes, [Sampled(work.sequence, (1,)) for work in plan.works if work.samples])
+        tokens, rest = pack_tokens(plan.decodes, [SampledTokens(work.sequence, (1,)) for work in plan.works if work.samples])
         answer = _Answered(StepResult(plan.step, rest, 0.0, tokens=tokens))
         self.spent_s += time.thread_time() - started
         return answer

@@ -11,7 +11,7 @@ from cluster.doctor.facts import Need
 from cluster.worker import OnProgress
 from engine.executor import Capacity
 from engine.load_stats import LoadStats
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.step_handle import StepHandle
 from parallel.topology import Topology
 
@@ -58,7 +58,7 @@ class FakeRank:
         if at.tp or at.pp < self.topology.pp - 1:
             return None
         mine = (work for work in plan.works if work.samples and work.shard == at.dp)
-        return StepResult(plan.step, tuple(Sampled(work.sequence, (work.tokens[-1] + 1,)) for work in mine))
+        return StepResult(plan.step, tuple(SampledTokens(work.sequence, (work.tokens[-1] + 1,)) for work in mine))
 
 
 @dataclass(frozen=True, kw_only=True)

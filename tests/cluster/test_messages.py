@@ -20,7 +20,7 @@ from cluster.messages import (
     encode,
 )
 from engine.executor import Capacity
-from engine.plan import Opening, Rebalance, Rebalanced, Sampled, StepPlan, StepResult, TokenEvent, TokenLogprobs, Work
+from engine.plan import NewSequence, Rebalance, RebalanceResult, SampledTokens, StepPlan, StepResult, TokenEvent, TokenLogprobs, Work
 from engine.request import Request, SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.7, logit_bias=((3, -1.5),), stop_token_ids=(2,), logprobs=2, seed=2**63 - 1)
@@ -28,13 +28,15 @@ EXAMPLES = [
     StepPlan(
         step=7,
         singly=(Work(sequence=1, start=16, tokens=(5, 6), new_blocks=(3,), samples=True),),
-        opened=(Opening(sequence=1, choice=2, num_prompt=18, sampling=SAMPLING, history=(1, 2)),),
+        opened=(NewSequence(sequence=1, choice=2, num_prompt=18, sampling=SAMPLING, history=(1, 2)),),
         closed=(0,),
     ),
     StepPlan(step=8, singly=(), rebalance=Rebalance(threshold=float("inf"))),
-    StepResult(step=8, sampled=(), rebalanced=Rebalanced(((3.0, 0.5),), 1.5, 1.25, num_moved=2)),
+    StepResult(step=8, sampled=(), rebalanced=RebalanceResult(((3.0, 0.5),), 1.5, 1.25, num_moved=2)),
     StepResult(
-        step=7, sampled=(Sampled(1, (9,), (TokenLogprobs(-0.5, ((9, -0.5), (4, -1.25))),)), Sampled(2, (), fault="NaN")), elapsed_s=0.01
+        step=7,
+        sampled=(SampledTokens(1, (9,), (TokenLogprobs(-0.5, ((9, -0.5), (4, -1.25))),)), SampledTokens(2, (), fault="NaN")),
+        elapsed_s=0.01,
     ),
     RankProgress(rank=1, phase="weights", done=10, total=2**40),
     RankReady(rank=0, capacity=Capacity(num_blocks=8, block_tokens=16, max_context_tokens=128)),

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import QueueFull
 from engine.executor import Capacity
 from engine.fair_share import FairShare
-from engine.plan import Sampled, StepResult
+from engine.plan import SampledTokens, StepResult
 from engine.policy import FirstCome, Policy
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
@@ -68,7 +68,7 @@ def simulate(policy: Policy, loads: dict[str, float], *, until_s: float, seed: i
             now_s = coming[-1][0] if coming else until_s
             continue
         now_s += STEP_S + TOKEN_S * plan.num_tokens
-        sampled = tuple(Sampled(work.sequence, (7,)) for work in plan.works if work.samples)
+        sampled = tuple(SampledTokens(work.sequence, (7,)) for work in plan.works if work.samples)
         for event in scheduler.apply(plan, StepResult(plan.step, sampled)):
             at_s, tenant = arrived[event.request_id]
             outcome.tokens[tenant] += len(event.tokens)

@@ -130,9 +130,9 @@ def disturbed(seed: int, happened: Happened) -> None:
     judge_embeddings([request for request in requests if request.pooling is not None], recorder, cancelled, config, happened)
     happened.preemptions += engine.stats.num_preemptions
     happened.losses += engine.stats.num_losses
-    happened.found += engine.stats.prefix_found_tokens
-    happened.held += engine.stats.held_tokens
-    happened.refuted += engine.stats.drafted_tokens - engine.stats.held_tokens
+    happened.found += engine.stats.prefix_hit_tokens
+    happened.held += engine.stats.accepted_tokens
+    happened.refuted += engine.stats.drafted_tokens - engine.stats.accepted_tokens
     happened.guessed += sum(executor.num_guessed for executor in executors)
     happened.promised += sum(executor.num_promised for executor in executors)
     happened.broken += sum(executor.num_broken for executor in executors)

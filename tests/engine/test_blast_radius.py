@@ -11,7 +11,7 @@ from engine.engine import Engine
 from engine.errors import WorkersLost
 from engine.executor import Capacity
 from engine.kv.block_pool import BlockPool
-from engine.plan import Sampled, StepPlan, StepResult, TokenEvent
+from engine.plan import SampledTokens, StepPlan, StepResult, TokenEvent
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
@@ -39,7 +39,7 @@ def test_what_a_faulty_sequence_computed_is_shared_with_nobody():
     assert not scheduler.apply(first, StepResult(first.step, ())), "a part of the prompt, no token yet"
     assert scheduler.shards[0].pool.find(scheduler.shards[0].open[0].keys(2, 4)), "published: nothing was known against it"
     last = scheduler.schedule()
-    (event,) = scheduler.apply(last, StepResult(last.step, (Sampled(0, (), fault="NaN"),)))
+    (event,) = scheduler.apply(last, StepResult(last.step, (SampledTokens(0, (), fault="NaN"),)))
     assert event.error_kind == "InvalidLogits"
     assert (scheduler.shards[0].pool.num_used, scheduler.shards[0].pool.num_cached) == (0, 0)
     scheduler.add(request_of("next", prompt))
@@ -62,7 +62,7 @@ def test_a_sequence_that_got_no_token_fails_alone():
     scheduler.add(request_of("forgotten"))
     scheduler.add(request_of("served"))
     plan = scheduler.schedule()
-    events = scheduler.apply(plan, StepResult(plan.step, (Sampled(1, (7,)),)))
+    events = scheduler.apply(plan, StepResult(plan.step, (SampledTokens(1, (7,)),)))
     assert [(event.request_id, event.error_kind) for event in events] == [("forgotten", "InvalidLogits"), ("served", None)]
 
 

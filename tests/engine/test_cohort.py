@@ -81,7 +81,7 @@ def test_most_tokens_of_undisturbed_sequences_go_by_the_cohort() -> None:
         outputs.append(engine.turn())
         recorder.take(outputs[-1])
     assert sum(len(batch) for output in outputs for batch in output.token_batches) == 8 * 10, "all but the first and the last of each"
-    assert all(not plan.singly for plan in executor.plans[1:])
+    assert all(not plan.other_works for plan in executor.plans[1:])
     assert all(recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, 12)) for request in requests)
 
 
@@ -112,7 +112,7 @@ def test_where_guessing_does_not_pay_for_anybody_sequences_are_in_the_cohort_unt
     line[0] = (1.0, 0.0)
     run_to_end(engine, recorder)
     assert all(len(plan.decodes) == 0 for plan in executor.plans[10:])
-    assert any(work.num_draft for plan in executor.plans[10:] for work in plan.singly) or not by_ranks
+    assert any(work.num_draft for plan in executor.plans[10:] for work in plan.other_works) or not by_ranks
     assert all(recorder.tokens[request.key] == list(undisturbed(request.prompt, 0, 0, 40)) for request in requests)
 
 

@@ -7,17 +7,17 @@ import pytest
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, WorkersLost
-from engine.plan import Rebalance, Rebalanced, StepPlan, StepResult
+from engine.plan import Rebalance, RebalanceResult, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
 
-FOUND = Rebalanced(loads=((3.0, 1.0),), imbalance_before=1.5, imbalance_after=1.0, num_moved=2)
+FOUND = RebalanceResult(loads=((3.0, 1.0),), imbalance_before=1.5, imbalance_after=1.0, num_moved=2)
 
 
 class BalancingExecutor(FakeExecutor):
     """One whose ranks have experts; it checks that no step is under way while they move."""
 
-    def __init__(self, answer: Rebalanced | None = FOUND, num_stages: int = 1) -> None:
+    def __init__(self, answer: RebalanceResult | None = FOUND, num_stages: int = 1) -> None:
         super().__init__()
         self._capacity = replace(self._capacity, num_stages=num_stages)
         self.answer = answer
@@ -75,7 +75,7 @@ def test_nobody_is_asked_unless_the_settings_say_so() -> None:
 
 
 def test_a_model_without_experts_is_asked_once() -> None:
-    executor = BalancingExecutor(answer=Rebalanced())
+    executor = BalancingExecutor(answer=RebalanceResult())
     assert serve(Engine(executor, EngineConfig(block_tokens=4, rebalance_every_steps=2))) == EXPECTED
     assert len(executor.orders) == 1
 

@@ -10,7 +10,7 @@ from engine.admission import KEPT_FREE
 from engine.config import EngineConfig
 from engine.executor import Capacity
 from engine.fair_share import CLEARLY_LESS, HEAD_START, MAX_OVERFULL, OUTPUT_COST, FairShare
-from engine.plan import Sampled, StepResult
+from engine.plan import SampledTokens, StepResult
 from engine.policy import FirstCome
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
@@ -39,7 +39,7 @@ def step(scheduler: Scheduler) -> list[str]:
     """Plan and answer one step; the ids that were opened by it."""
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.apply(plan, StepResult(plan.step, tuple(Sampled(work.sequence, (7,)) for work in plan.works if work.samples)))
+    scheduler.apply(plan, StepResult(plan.step, tuple(SampledTokens(work.sequence, (7,)) for work in plan.works if work.samples)))
     return [opening.request_id for opening in plan.opened]
 
 

@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import QueueFull
 from engine.executor import Capacity
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
 from tests.fakes.executor import FakeExecutor, FakeStep, Recorder, run_to_end, undisturbed
@@ -100,7 +100,7 @@ def test_while_a_suspects_step_is_out_no_other_is_begun() -> None:
     assert alone is not None
     assert [opening.request_id for opening in alone.opened] == ["suspect"]
     assert scheduler.schedule() is None
-    scheduler.apply(alone, StepResult(alone.step, (Sampled(alone.works[0].sequence, (7,)),)))
+    scheduler.apply(alone, StepResult(alone.step, (SampledTokens(alone.works[0].sequence, (7,)),)))
     again = scheduler.schedule()
     assert again is not None
     assert not again.opened, "it has still a token to give alone"

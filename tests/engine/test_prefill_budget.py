@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.prefill_budget import LEAST_TOKENS
 from engine.request import Request, SamplingParams
 
@@ -35,7 +35,7 @@ class Timed:
 
     def result(self) -> StepResult:
         plan, seconds = self.took[-1]
-        return StepResult(plan.step, tuple(Sampled(work.sequence, (7,)) for work in plan.works if work.samples), seconds)
+        return StepResult(plan.step, tuple(SampledTokens(work.sequence, (7,)) for work in plan.works if work.samples), seconds)
 
     def close(self) -> None:
         pass

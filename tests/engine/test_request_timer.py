@@ -1,6 +1,6 @@
 """The time that a choice spends in the engine is told phase by phase."""
 
-from engine.plan import Opening, StepPlan, TokenEvent
+from engine.plan import NewSequence, StepPlan, TokenEvent
 from engine.request import Request, SamplingParams
 from engine.request_timer import RequestTimer
 
@@ -13,7 +13,7 @@ class Clock:
 
 
 def opening(request: Request) -> StepPlan:
-    return StepPlan(0, (), (Opening(0, request.choice, 1, SamplingParams(), request_id=request.id),))
+    return StepPlan(0, (), (NewSequence(0, request.choice, 1, SamplingParams(), request_id=request.id),))
 
 
 def event(request: Request, *tokens: int, end: bool = False) -> TokenEvent:

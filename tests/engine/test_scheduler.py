@@ -5,7 +5,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import DuplicateRequest, EmptyPrompt, KvCacheTooSmall, PromptTooLong, QueueFull
-from engine.plan import Sampled, StepResult
+from engine.plan import SampledTokens, StepResult
 from engine.policy import ShortestPromptFirst
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
@@ -154,7 +154,7 @@ def test_a_cancelled_request_ends_at_once_and_its_blocks_are_kept_until_the_step
     assert event.finish_reason == "cancelled"
     assert scheduler.shards[0].pool.num_used == 1
     assert scheduler.cancel(("a", 0)) == []
-    assert scheduler.apply(plan, StepResult(plan.step, (Sampled(0, (7,)),))) == []
+    assert scheduler.apply(plan, StepResult(plan.step, (SampledTokens(0, (7,)),))) == []
     assert scheduler.shards[0].pool.num_used == 0
     assert scheduler.schedule() is None, "closing alone is no reason for a step"
     scheduler.add(request_of("b", (1, 2, 3)))

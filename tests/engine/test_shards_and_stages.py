@@ -4,7 +4,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.plan import Sampled, StepPlan, StepResult
+from engine.plan import SampledTokens, StepPlan, StepResult
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
 from engine.shard_results import ShardResults
@@ -128,7 +128,7 @@ def test_the_works_of_one_prompt_are_in_flight_together():
     assert scheduler.schedule() is None, "the next token is not known"
     for plan in plans[:2]:
         assert scheduler.apply(plan, StepResult(plan.step, ())) == []
-    (event,) = scheduler.apply(plans[2], StepResult(2, (Sampled(0, (7,)),)))
+    (event,) = scheduler.apply(plans[2], StepResult(2, (SampledTokens(0, (7,)),)))
     assert event.tokens == (7,)
     assert scheduler.schedule().works[0].start == 20
 
@@ -167,12 +167,12 @@ def test_a_loss_with_several_steps_in_flight_counts_once():
 
 def test_a_step_is_answered_when_all_its_shards_have():
     answers = ShardResults(2)
-    for part in (StepResult(1, (Sampled(5, (50,)),), 0.5), StepResult(2, (), 0.1), StepResult(2, (Sampled(7, (70,)),), 0.2)):
+    for part in (StepResult(1, (SampledTokens(5, (50,)),), 0.5), StepResult(2, (), 0.1), StepResult(2, (SampledTokens(7, (70,)),), 0.2)):
         assert answers.take(1) is None
         answers.put(part)
-    assert answers.take(2) == StepResult(2, (Sampled(7, (70,)),), 0.2)
-    answers.put(StepResult(1, (Sampled(6, (60,)),), 0.3))
-    assert answers.take(1) == StepResult(1, (Sampled(5, (50,)), Sampled(6, (60,))), 0.5)
+    assert answers.take(2) == StepResult(2, (SampledTokens(7, (70,)),), 0.2)
+    answers.put(StepResult(1, (SampledTokens(6, (60,)),), 0.3))
+    assert answers.take(1) == StepResult(1, (SampledTokens(5, (50,)), SampledTokens(6, (60,))), 0.5)
     assert answers.take(1) is None
 
 

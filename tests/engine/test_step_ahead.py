@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.plan import NO_TOKEN, Decodes, Sampled, StepPlan
+from engine.plan import NO_TOKEN, Decodes, SampledTokens, StepPlan
 from engine.request import Request, SamplingParams
 from engine.run.last_tokens import LastTokens, with_known_tokens
 from tests.fakes.executor import FakeExecutor, Recorder, run_to_end, undisturbed
@@ -158,7 +158,7 @@ def test_nothing_is_planned_ahead_where_the_ranks_cannot_know() -> None:
 def test_a_rank_fills_in_what_it_sampled_itself(tokens: tuple[int, ...]) -> None:
     said = LastTokens()
     first = Decodes.of([[1, 2, 3], [5, 5, 5], [0, 0, 0], [-1, -1, -1], [0, 0, 0]])
-    said.note(first, Decodes.of([list(tokens)]).packed, [Sampled(2, (30, 40))] if NO_TOKEN in tokens else [])
+    said.note(first, Decodes.of([list(tokens)]).packed, [SampledTokens(2, (30, 40))] if NO_TOKEN in tokens else [])
     plan = StepPlan(1, (), decodes=Decodes.of([[1, 2, 4], [6, 6, 6], [NO_TOKEN, NO_TOKEN, 11], [-1, -1, -1], [0, 0, 0]]))
     assert with_known_tokens(plan, said).decodes.columns[2].tolist() == [7, 40 if NO_TOKEN in tokens else 8, 11]
     assert with_known_tokens(StepPlan(2, ()), said) == StepPlan(2, ())
@@ -170,7 +170,7 @@ def test_of_a_token_that_was_said_twice_the_newer_is_known_and_of_what_is_closed
     one = Decodes.of([[2], [6], [0], [-1], [0]])
     said.note(both, Decodes.of([[10, 20]]).packed, [])
     said.note(both, Decodes.of([[11, 21]]).packed, [])
-    said.note(one, Decodes.of([[22]]).packed, [Sampled(7, (70,))])
+    said.note(one, Decodes.of([[22]]).packed, [SampledTokens(7, (70,))])
     assert dict(said) == {1: 11, 2: 22, 7: 70}
     said.note(both, Decodes.of([[12, NO_TOKEN]]).packed, [])
     said.forget(7)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from engine.draft.catch_up import tokens_to_catch_up
 from engine.errors import WorkersLost
 from engine.executor import Capacity
-from engine.plan import NO_TOKEN, Opening, Pooled, Sampled, Scored, StepPlan, StepResult, TokenLogprobs, Work
+from engine.plan import NO_TOKEN, NewSequence, PooledEmbedding, PromptLogprobs, SampledTokens, StepPlan, StepResult, TokenLogprobs, Work
 from engine.shard_results import pack_tokens
 
 VOCAB = 1_000
@@ -68,7 +68,7 @@ class FakeExecutor:
         self.draft_model: random.Random | None = None
         """Whether there is one; right three times of four."""
         self.num_guessed = 0
-        self._opened: dict[int, Opening] = {}
+        self._opened: dict[int, NewSequence] = {}
         self._tables: dict[int, list[int]] = {}
         self.plans: list[StepPlan] = []
         self.lose_at_step: set[int] = set()
@@ -113,16 +113,16 @@ class FakeExecutor:
         self._check_no_block_is_written_twice(plan)
         answers = [self._compute(work) for work in plan.works]
         if index in self.reluctant:
-            answers = [answer and Sampled(answer.sequence, ()) for answer in answers]
+            answers = [answer and SampledTokens(answer.sequence, ()) for answer in answers]
         self._said |= {answer.sequence: answer.tokens[-1] for answer in answers if answer is not None and answer.tokens}
         assert index == self._num_answered, "steps are answered in order"
         self._num_answered += 1
         tokens, sampled = pack_tokens(plan.decodes, [answer for answer in answers if answer is not None])
-        scored = tuple(self._score(work) for work in plan.singly if work.targets)
-        pooled = tuple(self._pool(work) for work in plan.singly if work.pools)
-        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens, scored=scored, pooled=pooled)
+        scored = tuple(self._score(work) for work in plan.other_works if work.targets)
+        pooled = tuple(self._pool(work) for work in plan.other_works if work.pools)
+        return StepResult(plan.step, sampled, elapsed_s=0.001, tokens=tokens, prompt_logprobs=scored, embeddings=pooled)
 
-    def _compute(self, work: Work) -> Sampled | None:
+    def _compute(self, work: Work) -> SampledTokens | None:
         opening, table = self._opened[work.sequence], self._tables[work.sequence]
         assert work.shard == opening.shard, "a sequence's KV is in its own shard only"
         if opening.pooling is not None and (opening.pooling.kind != "last" or not opening.pooling.is_causal):
@@ -133,7 +133,7 @@ class FakeExecutor:
             self.num_promised += 1
             if said is None:
                 self.num_broken += 1
-                return Sampled(work.sequence, (VOCAB + 1,))  # computed from nothing: nobody may look at it
+                return SampledTokens(work.sequence, (VOCAB + 1,))  # computed from nothing: nobody may look at it
             work = work._replace(tokens=(said,))
         before = self._read(work.shard, table, work.start - 1) if work.start else ()
         assert len(before) == work.start
@@ -150,14 +150,14 @@ class FakeExecutor:
         if opening.sampling.needs_history:
             assert opening.history == before[: len(opening.history)]
         if opening.choice in self.faulty:
-            return Sampled(work.sequence, (), fault="NaN")
+            return SampledTokens(work.sequence, (), fault="NaN")
         known, guesses = before[: len(before) - work.num_draft], before[len(before) - work.num_draft :]
         said: tuple[int, ...] = ()
         for guess in (*guesses, None):
             said = (*said, next_token((*known, *said), opening.sampling.seed, opening.choice))
             if said[-1] != guess:
                 break
-        return Sampled(work.sequence, said, guesses=self._follow(work, (*known, *said), said) if self.draft_model else ())
+        return SampledTokens(work.sequence, said, next_draft=self._follow(work, (*known, *said), said) if self.draft_model else ())
 
     def _follow(self, work: Work, known: tuple[int, ...], said: tuple[int, ...]) -> tuple[int, ...]:
         """What the draft model guesses behind all known tokens, when it has seen all that it has not. Nothing it reads may be amiss."""
@@ -173,27 +173,27 @@ class FakeExecutor:
                 assert found == (*known, *guesses)[: position + 1], f"the draft model has something else at position {position}"
             for position in range(start, stop):
                 self._draft_slots[work.shard, self._slot(table, position)] = (*known, *guesses)[: position + 1]
-            if len(guesses) == work.num_guesses or self.draft_model.random() < 0.1:
+            if len(guesses) == work.num_next_draft or self.draft_model.random() < 0.1:
                 return guesses
             right = next_token((*known, *guesses), opening.sampling.seed, opening.choice)
             guesses += (right if self.draft_model.random() < 0.75 else right + 1,)
             self.num_guessed += 1
             start, tokens = stop, guesses[-1:]
-            if len(guesses) == work.num_guesses:
+            if len(guesses) == work.num_next_draft:
                 return guesses
 
-    def _pool(self, work: Work) -> Pooled:
+    def _pool(self, work: Work) -> PooledEmbedding:
         """The text of all tokens. Where all see all, they must have come in this one work."""
         pooling = self._opened[work.sequence].pooling
         assert pooling is not None
         assert pooling.is_causal or work.start == 0
         tokens = self._read(work.shard, self._tables[work.sequence], work.start + len(work.tokens) - 1)
-        return Pooled(work.sequence, repr(tokens).encode())
+        return PooledEmbedding(work.sequence, repr(tokens).encode())
 
-    def _score(self, work: Work) -> Scored:
+    def _score(self, work: Work) -> PromptLogprobs:
         """From what the slots hold: the work has been computed."""
         last = self._read(work.shard, self._tables[work.sequence], work.start + len(work.targets) - 1)
-        return Scored(work.sequence, told_logprobs((*last, work.targets[-1]))[work.start :])
+        return PromptLogprobs(work.sequence, told_logprobs((*last, work.targets[-1]))[work.start :])
 
     def _slot(self, table: list[int], position: int) -> int:
         size = self._capacity.block_tokens

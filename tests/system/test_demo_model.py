@@ -109,7 +109,7 @@ def test_all_prompts_in_one_batch_answer_as_transformers_does(tp, prefix_cache, 
         assert answers_of(engine, prompts, at_once=True) == golden
         if prefix_cache:
             assert answers_of(engine, prompts, at_once=True) == golden, "the second time, with all that is cached"
-            assert engine.stats.prefix_found_tokens > 0
+            assert engine.stats.prefix_hit_tokens > 0
 
 
 @pytest.mark.slow

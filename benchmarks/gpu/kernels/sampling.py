@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.kernels.checks import Checks
 from benchmarks.gpu.timing import median_s, replayed_s
-from engine.plan import Opening
+from engine.plan import NewSequence
 from engine.request import SamplingParams
 from engine.run.noise import uniform
 from engine.run.sampling.columns import CHOICE, KIND, SEED, TEMPERATURE, TOP_K, SamplingColumns, graph_kind
@@ -91,7 +91,7 @@ def edits(checks: Checks) -> None:
         for number in range(count):
             history = tuple(torch.randint(0, width, (100,), generator=generator).tolist()) * 2
             for table in tables:
-                table.open(SamplingState(Opening(number, 0, 50, params, history), vocab_size=width))
+                table.open(SamplingState(NewSequence(number, 0, 50, params, history), vocab_size=width))
         entries_R, none_R = torch.arange(count), torch.zeros(count, dtype=torch.int64)
         words_GW = torch.randint(-(2**31), 2**31, (1, -(-width // 32)), generator=generator).to(torch.int32)
         given = (entries_R, none_R, none_R - (entries_R % 2), words_GW)
@@ -132,5 +132,5 @@ def _time_drawing(checks: Checks, name: str, params: SamplingParams, count: int)
 
 
 def _row(checks: Checks, params: SamplingParams, seed: int) -> Row:
-    opening = Opening(0, 0, 1, replace(params, seed=seed))
+    opening = NewSequence(0, 0, 1, replace(params, seed=seed))
     return Row(SamplingState(opening, vocab_size=checks.sizes.vocab_size), 3)

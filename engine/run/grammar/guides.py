@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.errors import GrammarFailed
 from engine.grammar import Grammar, GrammarCompiler
-from engine.plan import Opening, Sampled, Work
+from engine.plan import NewSequence, SampledTokens, Work
 
 COMPILE_WAIT_S = 0.05
 """How long a step waits for grammars that are still being compiled."""
@@ -35,10 +35,10 @@ class AllowedTokens:
 NO_CONSTRAINTS: Mapping[int, AllowedTokens] = MappingProxyType({})
 
 
-def blocked_results(allowed: Mapping[int, AllowedTokens]) -> dict[int, Sampled]:
+def blocked_results(allowed: Mapping[int, AllowedTokens]) -> dict[int, SampledTokens]:
     """The results, without a token, of sequences whose grammar is not ready or has failed."""
     return {
-        number: Sampled(number, (), fault=one.fault, of_grammar=one.fault is not None)
+        number: SampledTokens(number, (), fault=one.fault, is_grammar_fault=one.fault is not None)
         for number, one in allowed.items()
         if one.words is None
     }
@@ -47,7 +47,7 @@ def blocked_results(allowed: Mapping[int, AllowedTokens]) -> dict[int, Sampled]:
 class Guide:
     """One sequence's grammar, and how many of its tokens the grammar has consumed."""
 
-    def __init__(self, opening: Opening, grammar: Future[Grammar]) -> None:
+    def __init__(self, opening: NewSequence, grammar: Future[Grammar]) -> None:
         self._sampling, self._num_prompt = opening.sampling, opening.num_prompt
         self.grammar = grammar
         self._began = time.monotonic()
@@ -96,7 +96,7 @@ class Guides:
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="grammars")
 
-    def open(self, opening: Opening) -> None:
+    def open(self, opening: NewSequence) -> None:
         source = opening.sampling.grammar
         if source is not None:
             self._open[opening.sequence] = Guide(opening, self._compiling.submit(self._compile, source))

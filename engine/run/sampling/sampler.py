@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import Sampled, TokenLogprobs
+from engine.plan import SampledTokens, TokenLogprobs
 from engine.run.sampling.columns import draw_code, graph_kind
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.edits import edit_logits
@@ -41,7 +41,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
 
-    def sample(self, logits: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> list[Sampled]:
+    def sample(self, logits: Tensor, rows: Sequence[Row], table: EditTable | None = None) -> list[SampledTokens]:
         """One result per row of ``logits`` (R, at least V, any floating dtype). ``table`` holds the rows' entries, if they have any."""
         if not rows:
             return []
@@ -57,7 +57,7 @@ class Sampler:
         report = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
         return self.results(raw_RV, logits_RV, rows, report.tolist())  # the only point at which the host waits for the device
 
-    def results(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[Sampled]:
+    def results(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[SampledTokens]:
         """One result per row of ``report``.
 
         ``report`` has four lists: the drawn token, whether it is decided (see `draw_filtered`), and whether the highest logit is finite
@@ -70,7 +70,7 @@ class Sampler:
                 chosen[i] = self._draw_sorted(logits_RV[i : i + 1], rows[i])
         logprobs = self._logprobs(raw_RV, rows, chosen, faults)
         return [
-            Sampled(row.state.sequence, () if fault else (token,), logprobs.get(i, ()), fault)
+            SampledTokens(row.state.sequence, () if fault else (token,), logprobs.get(i, ()), fault)
             for i, (row, token, fault) in enumerate(zip(rows, chosen, faults, strict=True))
         ]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.plan import Opening, Work
+from engine.plan import NewSequence, Work
 from engine.run.noise import seed_bits
 
 
@@ -59,7 +59,7 @@ class TokenHistory:
 class SamplingState:
     """A sequence's sampling parameters in the form that steps need, and its history if they depend on it."""
 
-    def __init__(self, opening: Opening, *, vocab_size: int) -> None:
+    def __init__(self, opening: NewSequence, *, vocab_size: int) -> None:
         """``vocab_size`` is the number of ids that can be sampled; rules about other ids have no effect."""
         self.sequence = opening.sequence
         self.request_id = opening.request_id

@@ -47,7 +47,7 @@ def test_what_always_holds_is_guessed_at_full_length() -> None:
     for _ in range(30):
         speculator.judge(one, 8, 8)
     assert len(speculator.draft(one, room=8, num_sequences=1)) == 8
-    assert (speculator.num_drafted, speculator.num_held) == (240, 240)
+    assert (speculator.num_drafted, speculator.num_accepted) == (240, 240)
 
 
 def test_there_is_never_more_guessed_than_there_is_room_for() -> None:

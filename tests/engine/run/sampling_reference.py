@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engine.plan import Opening
+from engine.plan import NewSequence
 from engine.request import SamplingParams
 from engine.run.noise import seed_bits, uniform
 from engine.run.sampling.state import Row, SamplingState
@@ -11,7 +11,7 @@ from engine.run.sampling.state import Row, SamplingState
 
 def row(params: SamplingParams, *, vocab_size: int, position: int = 0, choice: int = 0, prompt=(), output=(), sequence: int = 0) -> Row:
     """A row whose sequence has these tokens; without ``output`` its position can be chosen freely."""
-    opening = Opening(sequence, choice, len(prompt), params, history=tuple(prompt) + tuple(output) if params.needs_history else ())
+    opening = NewSequence(sequence, choice, len(prompt), params, history=tuple(prompt) + tuple(output) if params.needs_history else ())
     return Row(SamplingState(opening, vocab_size=vocab_size), len(output) or position)
 
 

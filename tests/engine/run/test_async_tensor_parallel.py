@@ -40,7 +40,7 @@ class Leading:
     def submit(self, plan: StepPlan) -> LocalStep:
         num_promised = int((plan.decodes.columns[2] == NO_TOKEN).sum())
         self.num_promised += num_promised
-        self.num_promised_beside_prompts += num_promised if plan.singly else 0
+        self.num_promised_beside_prompts += num_promised if plan.other_works else 0
         told(plan, self._groups)
         return self._executor.submit(plan)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from engine.executor import Capacity
-from engine.plan import Opening, Rebalance, Rebalanced, StepPlan, TokenEvent, Work
+from engine.plan import NewSequence, Rebalance, RebalanceResult, StepPlan, TokenEvent, Work
 from engine.request import Request, SamplingParams
 from engine.run.cuda_graphs import Compute, Replay
 from engine.run.decode_graphs import capture_sizes
@@ -117,7 +117,7 @@ def test_a_step_is_filled_up_by_a_fifth_at_most(max_rows: int) -> None:
 
 def test_a_step_that_writes_beyond_its_blocks_is_refused(pair: Pair) -> None:
     runner = runner_of(pair[1])
-    plan = StepPlan(0, (Work(900, 4, (1,), (3,), True),), (Opening(900, 0, 5, PLAIN[0]),))
+    plan = StepPlan(0, (Work(900, 4, (1,), (3,), True),), (NewSequence(900, 0, 5, PLAIN[0]),))
     with pytest.raises(ValueError, match="sequence 900 computes up to token 5 and its blocks hold 4"):
         runner.run(plan)
     runner.run(StepPlan(1, (), closed=(900,)))
@@ -155,7 +155,9 @@ def test_a_rank_that_does_not_sample_replays_whatever_number_of_sequences_is_ope
     runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=None, device=CPU)
     graphs = RecordedGraphs()
     capture(runner, graphs, CONFIG)
-    runner.run(StepPlan(0, tuple(Work(n, 0, (1, 2), (n,), True) for n in range(17)), tuple(Opening(n, 0, 2, PLAIN[0]) for n in range(17))))
+    runner.run(
+        StepPlan(0, tuple(Work(n, 0, (1, 2), (n,), True) for n in range(17)), tuple(NewSequence(n, 0, 2, PLAIN[0]) for n in range(17)))
+    )
     before = graphs.num_replays
     assert runner.run(StepPlan(1, tuple(Work(n, 2, (1,), (), True) for n in range(12, 17)))) is None
     assert graphs.num_replays == before + 1
@@ -208,7 +210,7 @@ def test_no_graph_is_alive_when_a_rank_leaves_its_groups_for_a_failure(
             checkpoint_folder=dense_folder, topology=Topology(), rank=0, rendezvous=None, runner_config=settings, engine_config=CONFIG
         ) as runner:
             capture(runner, graphs, CONFIG)
-            runner.run(StepPlan(0, (Work(0, 0, (1, 2), (0,), True),), (Opening(0, 0, 2, PLAIN[0]),)))
+            runner.run(StepPlan(0, (Work(0, 0, (1, 2), (0,), True),), (NewSequence(0, 0, 2, PLAIN[0]),)))
             runner.run(StepPlan(1, (Work(0, 2, (1,), (), True),)))
 
     with pytest.raises(RuntimeError, match="lost"):
@@ -271,7 +273,7 @@ def _tokens_of_rank(groups: ParallelGroups, folder: Path, replays: bool) -> tupl
 
 def _plans(given: list[list[tuple[int, ...]]], groups: ParallelGroups) -> Iterator[StepPlan]:
     prompts, blocks = (PROMPTS[5], PROMPTS[3]), ((3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16), (20, 21, 22, 23, 24))
-    opened = tuple(Opening(n, 0, len(prompt), PLAIN[n]) for n, prompt in enumerate(prompts))
+    opened = tuple(NewSequence(n, 0, len(prompt), PLAIN[n]) for n, prompt in enumerate(prompts))
     yield StepPlan(0, tuple(Work(n, 0, prompt, blocks[n], True) for n, prompt in enumerate(prompts)), opened)
     for step in range(1, 8):
         last = dict(given[-1])
@@ -295,7 +297,7 @@ def test_ranks_that_share_a_model_replay_the_same_steps(dense_folder: Path) -> N
     assert found[0][1] > found[1][1] > 6, "one of them samples, too"
 
 
-def _measured_twice(groups: ParallelGroups, folder: Path) -> list[Rebalanced | None]:
+def _measured_twice(groups: ParallelGroups, folder: Path) -> list[RebalanceResult | None]:
     """One rank of two that share experts: behind a prompt they change places, and are measured again."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
@@ -304,7 +306,7 @@ def _measured_twice(groups: ParallelGroups, folder: Path) -> list[Rebalanced | N
         capture(runner, RecordedGraphs(), replace(CONFIG, max_running=2))
         assert runner.decode_graphs is not None
         runner.rebalancer.reset()
-        work, opening = Work(0, 0, PROMPTS[3][:7], (3, 4), True), Opening(0, 0, 7, PLAIN[0])
+        work, opening = Work(0, 0, PROMPTS[3][:7], (3, 4), True), NewSequence(0, 0, 7, PLAIN[0])
         runner.run(StepPlan(0, (work,), (opening,)))
         results = [runner.run(StepPlan(step, (), rebalance=Rebalance(threshold=1.0))) for step in (1, 2)]
         return [None if result is None else result.rebalanced for result in results]

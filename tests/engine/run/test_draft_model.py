@@ -52,7 +52,7 @@ def test_the_model_as_its_own_draft_is_right_and_answers_are_the_same(dense_fold
         wanted, found = serve(plain, requests(sampling)), serve(drafting, requests(sampling))
         assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
         assert drafting.stats.num_steps < plain.stats.num_steps
-        assert drafting.stats.held_tokens > 0.95 * drafting.stats.drafted_tokens > 0
+        assert drafting.stats.accepted_tokens > 0.95 * drafting.stats.drafted_tokens > 0
 
 
 @pytest.mark.parametrize("sampling", PARAMS.values(), ids=PARAMS.keys())
@@ -60,7 +60,7 @@ def test_another_model_of_fewer_ids_changes_no_answer(dense_folder: Path, smalle
     with speculating(dense_folder, None) as plain, speculating(dense_folder, smaller_folder) as drafting:
         wanted, found = serve(plain, requests(sampling)), serve(drafting, requests(sampling))
         assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
-        assert drafting.stats.drafted_tokens > drafting.stats.held_tokens
+        assert drafting.stats.drafted_tokens > drafting.stats.accepted_tokens
 
 
 def test_the_heaviest_step_has_the_draft_model_guess_behind_every_sequence(dense_folder: Path) -> None:
@@ -71,9 +71,9 @@ def test_the_heaviest_step_has_the_draft_model_guess_behind_every_sequence(dense
         checkpoint_folder=dense_folder, topology=Topology(), rank=0, rendezvous=None, runner_config=runner_config, engine_config=config
     ) as runner:
         num_blocks = runner.capacity.num_blocks
-        result = runner.run(full_step(max_step_tokens=64, max_running=4, num_blocks=num_blocks, block_tokens=4, num_guesses=1))
+        result = runner.run(full_step(max_step_tokens=64, max_running=4, num_blocks=num_blocks, block_tokens=4, num_next_draft=1))
     assert result is not None
-    assert [len(sampled.guesses) for sampled in result.sampled] == [1, 1, 1, 1]
+    assert [len(sampled.next_draft) for sampled in result.sampled] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("max_step_tokens", [64, 5])
@@ -87,8 +87,8 @@ def test_where_blocks_are_few_and_prompts_are_cut_guesses_are_still_right(dense_
             found = serve(drafting, asked)
             assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
         assert drafting.stats.num_preemptions
-        assert drafting.stats.prefix_found_tokens
-        assert drafting.stats.held_tokens > 0.95 * drafting.stats.drafted_tokens > 0
+        assert drafting.stats.prefix_hit_tokens
+        assert drafting.stats.accepted_tokens > 0.95 * drafting.stats.drafted_tokens > 0
 
 
 @pytest.mark.parametrize("topology", [Topology(tp=2), Topology(pp=2), Topology(dp=2)], ids=str)
@@ -110,7 +110,7 @@ def test_ranks_that_share_the_model_guess_as_one_does(dense_folder: Path, topolo
     finally:
         executor.close()
     assert {key: answer(events) for key, events in found.items()} == {key: answer(events) for key, events in wanted.items()}
-    assert engine.stats.held_tokens > 0.95 * engine.stats.drafted_tokens > 0
+    assert engine.stats.accepted_tokens > 0.95 * engine.stats.drafted_tokens > 0
 
 
 def test_the_draft_models_keys_and_values_lie_in_the_memory_for_them(dense_folder: Path, smaller_folder: Path) -> None:

@@ -165,5 +165,5 @@ def test_a_replica_of_any_layout_answers_as_transformers_does(request, expected,
                 assert_scored_as(expected[model][1][index], PROMPTS[index], told)
             assert {work.shard for plan in watched.plans for work in plan.works} == set(range(topology.dp))
             assert watched.most_in_flight == topology.pp
-            assert (engine.stats.prefix_found_tokens > 0) == changes.get("prefix_cache", True)
+            assert (engine.stats.prefix_hit_tokens > 0) == changes.get("prefix_cache", True)
             assert (engine.stats.num_preemptions > 0) == ("num_blocks" in changes), changes

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from engine.engine import Engine
-from engine.plan import NO_TOKEN, Opening, StepPlan, Work
+from engine.plan import NO_TOKEN, NewSequence, StepPlan, Work
 from engine.request import Pooling, Request, SamplingParams
 from engine.run.async_step import AsyncStep
 from engine.run.local_executor import LocalExecutor
@@ -142,7 +142,7 @@ def test_nan_logits_of_a_prompt_fail_it_alone(pair: tuple[LocalExecutor, Watched
 
 def test_works_that_ask_for_more_than_tokens_are_no_rows() -> None:
     plain = Work(1, 0, (4, 5), (0,), samples=True)
-    opened = (Opening(1, 0, 2, PLAIN[0]),)
+    opened = (NewSequence(1, 0, 2, PLAIN[0]),)
     rows = mixed_batch(StepPlan(0, (plain, Work(2, 0, (4,), (1,), samples=False)), opened), 0)
     assert rows is not None
     assert rows.sampling.columns.T.tolist() == [[1, 1, 5, -1]]

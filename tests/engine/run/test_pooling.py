@@ -80,7 +80,7 @@ def test_they_are_those_of_transformers_however_prompts_are_cut(dense_folder, ma
     engine = open_engine(dense_folder, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
     check(engine, dense_folder)
     if num_blocks == 400:
-        assert engine.stats.prefix_found_tokens > 0  # of those that want the last token's state
+        assert engine.stats.prefix_hit_tokens > 0  # of those that want the last token's state
 
 
 def test_a_decoder_stored_without_its_head_gives_the_same(bare_folder):
@@ -96,7 +96,7 @@ def test_all_tokens_may_see_each_other(bare_folder, both_ways_folder, backend):
     except ValueError as error:
         pytest.skip(str(error))  # our kernels are not built here
     check(engine, bare_folder, is_causal=False)
-    assert engine.stats.prefix_found_tokens == 0
+    assert engine.stats.prefix_hit_tokens == 0
 
 
 def test_what_cannot_be_cut_and_is_longer_than_a_step_is_refused(both_ways_folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.plan import Opening, StepPlan, Work
+from engine.plan import NewSequence, StepPlan, Work
 from engine.request import Request, SamplingParams
 from engine.run.local_executor import LocalExecutor
 from engine.run.prompt_graphs import SIZES, PromptGraphs, capture_sizes, prompt_obstacle
@@ -69,7 +69,7 @@ def steps(block_tokens: int) -> list[StepPlan]:
     ]
     second = [Work(n, length, (3 + n,), (), samples=True) for n, length in enumerate(lengths) if n != 2]
     rest = Work(2, 5, tuple(range(40, 47)), (), samples=True)
-    openings = tuple(Opening(n, 0, length, GREEDY) for n, length in enumerate(lengths))
+    openings = tuple(NewSequence(n, 0, length, GREEDY) for n, length in enumerate(lengths))
     return [StepPlan(0, tuple(first), openings), StepPlan(1, (*second, rest))]
 
 

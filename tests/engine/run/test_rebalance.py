@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.engine import Engine
-from engine.plan import Rebalanced, TokenEvent
+from engine.plan import RebalanceResult, TokenEvent
 from engine.request import Request, SamplingParams
 from engine.run.process_executor import ProcessExecutor
 from engine.run.settings import DispatchChoice
@@ -111,7 +111,7 @@ def check_fading(engine: Engine) -> None:
     assert second.imbalance_before == pytest.approx(first.imbalance_after)
 
 
-def rebalance(engine: Engine, threshold: float = 1.0, heard: list[TokenEvent] | None = None) -> Rebalanced:
+def rebalance(engine: Engine, threshold: float = 1.0, heard: list[TokenEvent] | None = None) -> RebalanceResult:
     """``heard`` gets what the steps told that were under way."""
     future = engine.rebalance_experts(threshold)
     while not future.done():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import WorkersLost
-from engine.plan import Opening, StepPlan, Work
+from engine.plan import NewSequence, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.local_executor import LocalExecutor
 from engine.run.runner import sampling_ranks
@@ -31,7 +31,7 @@ def blocks_for(first: int, tokens: int) -> tuple[int, ...]:
 
 
 def test_a_prompt_and_what_follows_are_what_transformers_generates(executor, oracle):
-    opening = Opening(10, 0, len(PROMPT), GREEDY)
+    opening = NewSequence(10, 0, len(PROMPT), GREEDY)
     answer = [run(executor, StepPlan(1, (Work(10, 0, PROMPT, blocks_for(5, 40), True),), (opening,)))[10]]
     while len(answer) < 15:
         start = len(PROMPT) + len(answer) - 1
@@ -44,8 +44,8 @@ def test_a_prompt_in_pieces_beside_a_running_sequence_changes_neither(executor, 
     other = PROMPT[::-1]
     expected, expected_other = greedy(oracle, PROMPT, 4), greedy(oracle, other, 1)
     steps = [
-        StepPlan(1, (Work(20, 0, PROMPT, blocks_for(0, 40), True),), (Opening(20, 0, len(PROMPT), GREEDY),)),
-        StepPlan(2, (Work(21, 0, other[:9], (30, 12, 44), False), Work(20, 21, expected[:1], (), True)), (Opening(21, 0, 21, GREEDY),)),
+        StepPlan(1, (Work(20, 0, PROMPT, blocks_for(0, 40), True),), (NewSequence(20, 0, len(PROMPT), GREEDY),)),
+        StepPlan(2, (Work(21, 0, other[:9], (30, 12, 44), False), Work(20, 21, expected[:1], (), True)), (NewSequence(21, 0, 21, GREEDY),)),
         StepPlan(3, (Work(20, 22, expected[1:2], (), True), Work(21, 9, other[9:10], (), False))),
         StepPlan(4, (Work(21, 10, other[10:], (11, 50, 49), True), Work(20, 23, expected[2:3], (), True))),
     ]
@@ -56,7 +56,7 @@ def test_a_prompt_in_pieces_beside_a_running_sequence_changes_neither(executor, 
 
 
 def test_a_step_may_compute_without_sampling_and_may_do_nothing_at_all(executor):
-    plan = StepPlan(8, (Work(40, 0, PROMPT, blocks_for(0, 21), False),), (Opening(40, 0, 30, GREEDY),))
+    plan = StepPlan(8, (Work(40, 0, PROMPT, blocks_for(0, 21), False),), (NewSequence(40, 0, 30, GREEDY),))
     result = executor.submit(plan).result()
     assert (result.step, result.sampled) == (8, ())
     assert result.elapsed_s > 0
@@ -66,12 +66,12 @@ def test_a_step_may_compute_without_sampling_and_may_do_nothing_at_all(executor)
 def test_history_counts_what_later_works_bring(executor, oracle):
     """The penalties of the third output token see the prompt from the opening and the first two tokens from the works."""
     params = SamplingParams(temperature=0.0, repetition_penalty=2.5, presence_penalty=4.0, frequency_penalty=-30.0)
-    opening = Opening(50, 0, len(PROMPT), params, history=PROMPT)
+    opening = NewSequence(50, 0, len(PROMPT), params, history=PROMPT)
     answer = list(run(executor, StepPlan(1, (Work(50, 0, PROMPT, blocks_for(0, 40), True),), (opening,))).values())
     for _ in range(11):
         start = len(PROMPT) + len(answer) - 1
         answer += run(executor, StepPlan(1, (Work(50, start, (answer[-1],), (), True),))).values()
-    again = Opening(51, 0, len(PROMPT), params, history=(*PROMPT, *answer[:5]))
+    again = NewSequence(51, 0, len(PROMPT), params, history=(*PROMPT, *answer[:5]))
     work = Work(51, 0, (*PROMPT, *answer[:5]), blocks_for(20, 40), True)
     assert run(executor, StepPlan(2, (work,), (again,))) == {51: answer[5]}
     assert run(executor, StepPlan(3, (Work(51, len(PROMPT) + 5, (answer[5],), (), True),))) == {51: answer[6]}

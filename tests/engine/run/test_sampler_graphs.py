@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.plan import NO_BLOCK, Decodes, Opening, StepPlan, Work
+from engine.plan import NO_BLOCK, Decodes, NewSequence, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.block_tables import BlockTables
 from engine.run.decode_rows import decode_rows
@@ -106,7 +106,7 @@ def test_what_sequences_have_seen_is_counted_and_their_logits_edited_as_the_host
         prompt = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 9))]
         output = [draw.randrange(12) for _ in range(draw.choice([0, 0, 4]))]  # of one that was preempted
         params = replace(draw.choice(RULES), seed=step)
-        opening = Opening(step, 0, len(prompt), params, tuple(prompt + output) if params.needs_history else ())
+        opening = NewSequence(step, 0, len(prompt), params, tuple(prompt + output) if params.needs_history else ())
         ours, theirs = (SamplingState(opening, vocab_size=VOCAB_SIZE) for _ in range(2))
         table.open(ours)
         running.append((ours, theirs, prompt + output))
@@ -217,7 +217,7 @@ def test_a_plan_that_only_decodes_is_known_by_its_columns() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"tokens": (1, 2)}, {"samples": False}, {"tokens": (1, 2), "num_draft": 1}, {"targets": (4,)}, {"pools": True}, {"num_guesses": 2}],
+    [{"tokens": (1, 2)}, {"samples": False}, {"tokens": (1, 2), "num_draft": 1}, {"targets": (4,)}, {"pools": True}, {"num_next_draft": 2}],
     ids=repr,
 )
 def test_a_step_with_anything_else_is_launched(change: dict[str, object]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import InvalidLogits, WorkersLost
-from engine.plan import Opening, StepPlan, Work
+from engine.plan import NewSequence, StepPlan, Work
 from engine.request import SamplingParams
 from engine.run.memory import NoRoomForKv, measure_capacity
 from engine.run.process_executor import ProcessExecutor, assign_device
@@ -224,7 +224,7 @@ def test_two_processes_answer_as_one(dense_folder, topology):
         engine_config=engine_config(),
     )
     try:
-        opening = Opening(0, 0, len(prompt), SamplingParams(temperature=0.0))
+        opening = NewSequence(0, 0, len(prompt), SamplingParams(temperature=0.0))
         tokens, answer = prompt, []
         for step in range(6):
             start = 0 if step == 0 else len(prompt) + len(answer) - 1

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.plan import Opening, Work
+from engine.plan import NewSequence, Work
 from engine.request import SamplingParams
 from engine.run.sampling.state import SamplingState, TokenHistory
 
@@ -25,7 +25,7 @@ def test_history_is_the_set_of_all_and_the_counts_of_the_output(prompt, output, 
 
 
 def state(params: SamplingParams, history: tuple[int, ...] = (), num_prompt: int = 3) -> SamplingState:
-    return SamplingState(Opening(1, 0, num_prompt, params, history), vocab_size=100)
+    return SamplingState(NewSequence(1, 0, num_prompt, params, history), vocab_size=100)
 
 
 def test_works_that_repeat_known_tokens_are_not_counted_again():

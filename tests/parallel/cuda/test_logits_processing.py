@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.plan import Opening
+from engine.plan import NewSequence
 from engine.request import SamplingParams
 from engine.run.sampling.edit_table import EditTable
 from engine.run.sampling.state import SamplingState
@@ -28,7 +28,7 @@ def test_every_bit_is_that_of_the_twin(lies_at_whole_units: bool, dtype: torch.d
     states = []
     for number, params in enumerate(RULES):
         history = torch.randint(0, VOCAB_SIZE, (300,), generator=generator).tolist() if params.needs_history else []
-        states.append(SamplingState(Opening(number, 0, 100, params, (*history, *history[-50:])), vocab_size=VOCAB_SIZE))
+        states.append(SamplingState(NewSequence(number, 0, 100, params, (*history, *history[-50:])), vocab_size=VOCAB_SIZE))
         table.open(states[-1])
     entries_R = torch.tensor([states[1].entry, -1, states[0].entry, states[2].entry, -1], device=device)
     for repeated in (7, 7, 2499):

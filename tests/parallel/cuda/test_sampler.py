@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.plan import Opening
+from engine.plan import NewSequence
 from engine.request import SamplingParams
 from engine.run.cuda_graphs import CudaGraphRecorder
 from engine.run.sampling.columns import SamplingColumns
@@ -59,7 +59,7 @@ def opened(params: list[SamplingParams], draw: random.Random, table: EditTable |
     """States that have entries in the table, and rows of the same without."""
     states, rows = [], []
     for number, one in enumerate(params):
-        opening = Opening(
+        opening = NewSequence(
             number, number % 3, 0, replace(one, seed=draw.getrandbits(60)), tuple(draw.randrange(VOCAB_SIZE) for _ in range(30))
         )
         state, twin = (SamplingState(opening, vocab_size=VOCAB_SIZE) for _ in range(2))

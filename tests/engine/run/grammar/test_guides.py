@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.errors import GrammarFailed
-from engine.plan import Opening, Work
+from engine.plan import NewSequence, Work
 from engine.request import SamplingParams
 from engine.run.grammar import guides as module
 from engine.run.grammar.guides import AllowedTokens, Guides
@@ -25,7 +25,7 @@ def make_guides(compiler=COMPILER) -> Guides:
 
 def opened(guides: Guides, grammar: str, output: str = "", **params: object) -> None:
     sampling = SamplingParams(grammar=grammar, **{"stop_token_ids": (END,)} | params)
-    guides.open(Opening(7, 0, len(PROMPT), sampling, history=PROMPT + tuple(ids(output))))
+    guides.open(NewSequence(7, 0, len(PROMPT), sampling, history=PROMPT + tuple(ids(output))))
 
 
 def look_up(guides: Guides) -> AllowedTokens:
@@ -138,7 +138,7 @@ def test_a_grammar_that_is_still_compiled_holds_nobody_up(monkeypatch):
 
 def test_sequences_without_a_grammar_cost_nothing():
     guides = make_guides()
-    guides.open(Opening(7, 0, 3, SamplingParams()))
+    guides.open(NewSequence(7, 0, 3, SamplingParams()))
     guides.add_tokens(Work(7, 0, (1, 2, 3), (), True))
     assert guides.begin([7]) is None
 
