@@ -165,7 +165,7 @@ class AdaptedTensor:
 
 
 def non_finite(tensor: FileTensor) -> CheckpointError:
-    return tensor_error(tensor, "holds what is no number, or infinite")
+    return tensor_error(tensor, "holds NaN or infinity")
 
 
 def tensor_error(tensor: FileTensor, what: str) -> CheckpointError:

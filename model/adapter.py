@@ -141,7 +141,7 @@ class Adapter:
             else:
                 self._put(changed_in, self._with_rows(place, module, rows, adapted[place]))
         if homeless:
-            self._refuse(f"{len(homeless)} of its tensors have no place there: {first_few([terminal_safe(name) for name in homeless])}")
+            self._refuse(f"{len(homeless)} of its tensors do not exist there: {first_few([terminal_safe(name) for name in homeless])}")
         return adapted | changed_in
 
     def _put(self, tensors: dict[str, StoredTensor], tensor: AdaptedTensor) -> None:
@@ -180,7 +180,7 @@ class Adapter:
         lengths = {MAGNITUDE} if self.config.has_magnitudes else set()
         if held.keys() not in ({A, B} | lengths, {EMBEDDING_A, EMBEDDING_B}):
             raise AdapterError(
-                f"the adapter {self.place} is not whole: of {terminal_safe(module)} there is {', '.join(sorted(held))}, "
+                f"the adapter {self.place} is incomplete: {terminal_safe(module)} has {', '.join(sorted(held))}, "
                 f"expected {', '.join(sorted({A, B} | lengths))}"
             )
 
@@ -233,14 +233,16 @@ class Adapter:
 
     def _check_matrix(self, place: str, base: StoredTensor) -> None:
         if len(base.shape) != 2:
-            self._refuse(f"{place} is no matrix")
+            self._refuse(f"{place} is not a matrix")
 
     def _check_shape(self, found: FileTensor, wanted: tuple[int, ...], place: str) -> None:
         if found.shape == wanted:
             return
         shapes = f"{found.name} has the shape {list(found.shape)}, expected {list(wanted)} for {place}"
         if place.endswith((EMBEDDING, HEAD)) and found.shape[:1] != wanted[:1] and found.shape[1:] == wanted[1:]:
-            shapes += "; the vocabulary was resized in training: merge it by PEFT (merge_and_unload), save the model, and serve that folder"
+            shapes += (
+                "; the vocabulary was resized in training: merge it with PEFT (merge_and_unload), save the model, and serve that folder"
+            )
         self._refuse(shapes)
 
     def _refuse(self, what: str) -> None:

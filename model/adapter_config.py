@@ -24,7 +24,7 @@ READ_FIELDS = frozenset({
     "ensure_weight_tying", "trainable_token_indices",
 })  # fmt: skip
 UNSUPPORTED_FIELDS = {
-    "alora_invocation_tokens": "works on some tokens only (activated LoRA), and cannot be added to the weights",
+    "alora_invocation_tokens": "applies to some tokens only (activated LoRA), and cannot be merged into the weights",
     "arrow_config": "chooses among adapters for every token (Arrow)",
     "kasa_config": "was trained on weights of which a part was cut off (KaSA)",
     "layer_replication": "repeats layers of the model",
@@ -125,7 +125,7 @@ class AdapterConfig:
         return None if self.base is None else _plain_name(self.base) == _plain_name(base)
 
 
-_MERGE = "merge it by PEFT (merge_and_unload), save the model, and serve that folder"
+_MERGE = "merge it with PEFT (merge_and_unload), save the model, and serve that folder"
 
 
 def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
@@ -135,15 +135,15 @@ def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
     first = raw.get("init_lora_weights")
     if isinstance(first, str) and first.lower().startswith(BASE_CHANGING_INITS):
         raise AdapterError(
-            f"init_lora_weights is {first!r:.80}: the base's weights were changed before training, and the adapter counts from those; "
-            "let PEFT convert it to a plain one (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE
+            f"init_lora_weights is {first!r:.80}: the base's weights were changed before training, and the adapter is relative "
+            "to the changed ones; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE
         )
     unknown = sorted(name for name, value in raw.items() if name not in IGNORED_FIELDS | READ_FIELDS | UNSUPPORTED_FIELDS.keys() and value)
     if unknown:
         named = ", ".join(f"{name!r:.80}" for name in unknown[:5])
         raise AdapterError(
-            f"{named} is not known here, and might change weights: a newer PEFT wrote it, perhaps. {_MERGE}, "
-            "or take the field out if it means nothing for the weights"
+            f"{named} is unknown and might change weights; perhaps a newer PEFT wrote it; {_MERGE}, "
+            "or remove the field if it does not affect the weights"
         )
 
 
@@ -152,7 +152,7 @@ def _token_rows(raw: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
     by_module = raw if isinstance(raw, dict) else {"embed_tokens": raw} if raw else {}
     for rows in by_module.values():
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows) or len(set(rows)) < len(rows):
-            raise AdapterError(f"trainable_token_indices holds {rows!r:.80}, expected different token ids")
+            raise AdapterError(f"trainable_token_indices holds {rows!r:.80}, expected distinct token ids")
     return tuple((module, tuple(rows)) for module, rows in by_module.items())
 
 
@@ -163,11 +163,11 @@ def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     for pattern in patterns:
         if len(pattern) > MAX_PATTERN or len(QUANTIFIER.findall(pattern)) > MAX_QUANTIFIERS or GROUP_QUANTIFIED.search(pattern):
             # a matcher could take exponential time
-            raise AdapterError(f"{name}: {pattern[:80]!r} is too intricate for the name of a module")
+            raise AdapterError(f"{name}: {pattern[:80]!r} is too complex for a module name")
         try:
             re.compile(pattern)
         except re.error as error:
-            raise AdapterError(f"{name}: {pattern!r:.80} is no regular expression ({error})") from error
+            raise AdapterError(f"{name}: {pattern!r:.80} is not a regular expression ({error})") from error
     return patterns
 
 

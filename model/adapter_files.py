@@ -89,8 +89,8 @@ def _refuse_other_tokens(base: Path, adapter: Path, settings: Mapping[str, Any])
     other = next(others, end if end is not None and end not in known else None)
     if other is not None:
         raise AdapterError(
-            f"the adapter {adapter} has a tokenizer of its own, whose token {other!r:.80} the base's lacks or counts otherwise, and no "
-            f"{TOKENIZER} of it; store it as a fast one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            f"the adapter {adapter} has its own tokenizer, whose token {other!r:.80} is missing or has another id in the base's, but no "
+            f"{TOKENIZER}; save it as a fast one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
 
 

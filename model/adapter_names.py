@@ -55,5 +55,5 @@ def stored_names(place: Path | str) -> frozenset[str]:
         source.close()
     names = json.loads(header)
     if not isinstance(names, dict):
-        raise ValueError(f"{source.name} has a damaged header (it is no JSON object)")
+        raise ValueError(f"{source.name} has a damaged header (it is not a JSON object)")
     return frozenset(names) - {"__metadata__"}

@@ -221,7 +221,7 @@ def _shards(folder: CheckpointFolder, single_file: str) -> dict[str, set[str] | 
         # With a path an index could read any file of this machine. A symbolic link is the owner's choice: hub caches consist of them.
         if not isinstance(file_name, str) or file_name in ("", "..", ".") or Path(file_name).name != file_name:
             raise CheckpointError(
-                f"{index}: {name} is said to be in {file_name!r}, which is no file of this folder", file=index, tensor=name
+                f"{index}: {name} is said to be in {file_name!r}, which is not a file in this folder", file=index, tensor=name
             )
         if file_name not in there:
             missing = folder.file(file_name)
@@ -255,7 +255,7 @@ def _weight_map(folder: CheckpointFolder) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{index} cannot be read ({error})", file=index) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of a checkpoint ({error!r})", file=index) from error
+        raise CheckpointError(f"{index} is not a checkpoint index ({error!r})", file=index) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map names no tensors", file=index)
     return weight_map

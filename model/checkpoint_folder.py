@@ -216,7 +216,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         library = f"pip install {LIBRARIES[scheme]}" if scheme in LIBRARIES else f"{error}"
         raise CheckpointError(f"{url}: checkpoints at {scheme}:// need a library that is not installed: {library}", file=url) from error
     except ValueError as error:
-        raise CheckpointError(f"{url}: nothing is known of {scheme}:// ({error})", file=url) from error
+        raise CheckpointError(f"{url}: {scheme}:// is not supported ({error})", file=url) from error
     return system, path
 
 

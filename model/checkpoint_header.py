@@ -50,18 +50,19 @@ def read_header(source: ByteSource) -> tuple[dict[str, TensorHeader], int]:
     """
     file = source.name
     if source.size < LENGTH_BYTES:
-        raise CheckpointError(f"{file} is truncated or no safetensors file: it has {source.size} bytes", file=file)
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: it has {source.size} bytes", file=file)
     header_bytes = int.from_bytes(_content(source, 0, LENGTH_BYTES), "little")
     if header_bytes > min(MAX_HEADER_BYTES, source.size - LENGTH_BYTES):
         raise CheckpointError(
-            f"{file} is truncated or no safetensors file: it has {source.size} bytes, and its header would have {header_bytes}", file=file
+            f"{file} is truncated or not a safetensors file: it has {source.size} bytes, and its header would have {header_bytes}",
+            file=file,
         )
     try:
         raw = json.loads(_content(source, LENGTH_BYTES, header_bytes), object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error})", file=file) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} has a damaged header (it is no JSON object)", file=file)
+        raise CheckpointError(f"{file} has a damaged header (it is not a JSON object)", file=file)
     raw.pop("__metadata__", None)
     headers = {name: _tensor_header(file, name, entry) for name, entry in raw.items()}
     _check_layout(file, headers, source.size - LENGTH_BYTES - header_bytes)
@@ -73,7 +74,7 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise ValueError(f"{twice} is there twice")
+        raise ValueError(f"{twice} occurs twice")
     return dict(pairs)
 
 
@@ -105,7 +106,7 @@ def _tensor_header(file: str, name: str, entry: Any) -> TensorHeader:
 
 def _whole(number: Any) -> int:
     if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is no size")
+        raise ValueError(f"{number!r} is not a size")
     return number
 
 

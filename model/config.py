@@ -34,10 +34,10 @@ class ContextTooLong(ValueError):
 
     def __init__(self, *, asked_tokens: int, limit_tokens: int, cut_from_tokens: int | None = None) -> None:
         """``cut_from_tokens``: see `ModelConfig.cut_from_tokens`."""
-        cut = f" (of {cut_from_tokens}: beyond them it needs dual chunk attention, which is not computed here)" if cut_from_tokens else ""
+        cut = f" (of {cut_from_tokens}: beyond them it needs dual chunk attention, which is not supported)" if cut_from_tokens else ""
         super().__init__(
-            f"max_context_tokens={asked_tokens} is more than the {limit_tokens} tokens that this model takes{cut}; leave it out, or copy "
-            "the checkpoint and add rope_scaling (YaRN) to its config.json, where the model's card allows it"
+            f"max_context_tokens={asked_tokens} is more than the {limit_tokens} tokens that this model supports{cut}; leave it out, or "
+            "copy the checkpoint and add rope_scaling (YaRN) to its config.json, where the model's card allows it"
         )
 
 
@@ -208,7 +208,7 @@ def token_ids(value: Any, field: str) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     for token in ids:
         if type(token) is not int or token < 0:
-            raise InvalidModelConfig(f"{field} holds {token!r}, which is no token id")
+            raise InvalidModelConfig(f"{field} holds {token!r}, which is not a token id")
     return ids
 
 
@@ -266,7 +266,7 @@ def _head_dim(raw: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
 def _dtype(raw: Mapping[str, Any]) -> str:
     """transformers 4 writes `torch_dtype`, transformers 5 `dtype`."""
     if raw.get("dtype") is None and raw.get("torch_dtype") is None:
-        raise InvalidModelConfig("neither dtype nor torch_dtype is there")
+        raise InvalidModelConfig("neither dtype nor torch_dtype is present")
     name = _required(raw, "torch_dtype" if raw.get("dtype") is None else "dtype", str)
     if name not in DTYPES:
         raise UnsupportedModel(f"dtype {name!r} is not supported; {', '.join(DTYPES)} are")

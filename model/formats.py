@@ -89,7 +89,7 @@ def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantiz
         return Formats(Dense(dtype), Dense(dtype))
     if quantize == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_MIN_CAPABILITY:
         name, known = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        raise ValueError(f"{name} (compute capability {known}) does not multiply fp8, which takes 8.9: quantise to int8 or int4 here")
+        raise ValueError(f"{name} (compute capability {known}) does not multiply fp8, which needs 8.9: quantise to int8 or int4 here")
     if not has_triton():
         log.warning("%s without Triton is slow: weights are unpacked at every step", quantize)
     return Formats(QuantisedFormat(quantize, raw), Dense(dtype) if quantize == "fp8" else QuantisedFormat("int8", raw))

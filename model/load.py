@@ -43,7 +43,7 @@ class CheckpointMismatch(ValueError):
             ("missing", self.missing),
             ("not used by this model", self.unused),
             ("of the wrong shape", shapes),
-            ("of a dtype that is no floating point", self.mistyped),
+            ("not of a floating-point dtype", self.mistyped),
         )
         found = "; ".join(f"{len(items)} {what}: {first_few(items)}" for what, items in parts if items)
         super().__init__(f"{place} does not fit its config.json: {found}")

@@ -69,7 +69,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise InvalidModelConfig(f"{path} is not JSON ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InvalidModelConfig(f"{path} holds no list of objects")
+        raise InvalidModelConfig(f"{path} is not a list of objects")
     return entries
 
 

@@ -168,11 +168,11 @@ def dequantised_tensors(
             if part is not None:
                 del plain[part.name]
         if matrix.name in plain:
-            raise _wrong(matrix.words, f"is there beside {matrix.name}: which of them counts?")
+            raise _wrong(matrix.words, f"is present together with {matrix.name}")
         plain[matrix.name] = matrix
     if not modules:
         named = next(iter(tensors.values())).source.name if tensors else "the checkpoint"
-        raise CheckpointError(f"{named}: config.json has a quantization_config, and nothing here is quantised", file=named)
+        raise CheckpointError(f"{named}: config.json has a quantization_config, but no tensor is quantised", file=named)
     return plain
 
 
@@ -181,7 +181,7 @@ def _matrix(module: str, tensors: Mapping[str, FileTensor], quantisation: Quanti
     needed = [ZEROS, SCALES] if quantisation.in_order else [ZEROS, SCALES, GROUPS]
     for part in needed:
         if f"{module}.{part}" not in tensors:
-            raise _wrong(words, f"is there without {module}.{part}")
+            raise _wrong(words, f"is present without {module}.{part}")
     has_own_bias = f"{module}.{BIAS}" in wanted
     return QuantisedTensor(
         module=module,

@@ -240,13 +240,13 @@ class Qwen2(nn.Module):
         normed_RD: Tensor = self.norm(hidden_RD)
         return normed_RD
 
-    def logits(self, hidden_RD: Tensor, sought: TopLogits | None = None) -> Tensor:
+    def logits(self, hidden_RD: Tensor, top_logits: TopLogits | None = None) -> Tensor:
         """Logits (R, V) of some of the rows that `hidden` returned. All ranks of the last stage must call this with the same rows.
 
-        With ``sought`` only the logits that decide each row need to be exact; all others may be lower than they are.
+        With ``top_logits`` only the logits that decide each row need to be exact; all others may be lower than they are.
         """
         assert self.head is not None
-        logits_RV: Tensor = self.head(self.normalise(hidden_RD), sought)
+        logits_RV: Tensor = self.head(self.normalise(hidden_RD), top_logits)
         return logits_RV
 
     def uses_top_logits(self) -> bool:

@@ -166,7 +166,7 @@ class DecodeGraphs:
 def capture_obstacle(model: Qwen2, engine_config: EngineConfig) -> str | None:
     """Why steps of this model cannot be captured; None if they can. The same on all ranks of a replica."""
     if engine_config.speculate == "draft":
-        return "a draft model reads along, on the ranks that sample"
+        return "a draft model runs on the ranks that sample"
     return model.capture_obstacle
 
 

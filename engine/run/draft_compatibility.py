@@ -34,7 +34,7 @@ def check_draft_model(model_folder: Path | str, draft_folder: Path | str) -> Non
     if differing:
         first = differing[0]
         raise IncompatibleDraftModel(
-            f"the draft model {draft_folder} has another vocabulary: {len(differing)} of {min(len(ours.tokens), len(theirs.tokens))} ids "
-            f"mean something else, as {first}, which is {ours.tokens[first]!r} here and {theirs.tokens[first]!r} there; "
+            f"the draft model {draft_folder} has a different vocabulary: {len(differing)} of {min(len(ours.tokens), len(theirs.tokens))} "
+            f"ids differ, such as {first}, which is {ours.tokens[first]!r} here and {theirs.tokens[first]!r} there; "
             "take one of the same family, such as Qwen2-0.5B for Qwen2-7B"
         )

@@ -130,7 +130,7 @@ def _cuda_bytes_beside_kv(
     del runner, cache, drafter
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    log.info("beside KV: a step takes %.2f GiB, captured steps %.2f GiB", step_bytes / 2**30, graph_bytes / 2**30)
+    log.info("besides the KV cache a step needs %.2f GiB and captured steps %.2f GiB", step_bytes / 2**30, graph_bytes / 2**30)
     return total - free + step_bytes + graph_bytes
 
 

@@ -117,7 +117,7 @@ def capture_sizes(max_tokens: int, sizes: Sequence[int] = SIZES) -> tuple[int, .
 def prompt_obstacle(model: Qwen2) -> str | None:
     """Why steps of a model that can be captured cannot be captured piecewise; None if they can. The same on all ranks."""
     if not model.backend.supports_graph_breaks:
-        return f"attention by {type(model.backend).__name__} is not launched apart"
+        return f"attention by {type(model.backend).__name__} cannot be split out of a captured step"
     if model.config.moe is not None and model.groups.ep.size > 1:
-        return "what fills a step up would count as load of the experts"
+        return "padding would count as load of the experts"
     return None

@@ -338,7 +338,7 @@ def _load(
         model.dtype, formats.matrices, device, torch.get_num_threads(),
     )  # fmt: skip
     if adapter is not None:
-        log.info("rank %d added %r", groups.rank, adapter)
+        log.info("rank %d merged %r", groups.rank, adapter)
     read = LoadStats(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
     tell(StartProgress("weights", told, told, read))
     return model

@@ -79,7 +79,7 @@ def tune(runner: Runner, engine_config: EngineConfig) -> None:
                     num_shards=runner.model.groups.topology.dp,
                 ),
             )
-    log.info("products are cut as measured: %s", tiles)
+    log.info("tile sizes as measured: %s", tiles)
 
 
 def capture(
@@ -96,10 +96,10 @@ def capture(
     Then warm up once more. ``prompts_ahead``: see `RunnerConfig`.
     """
     if (obstacle := capture_obstacle(runner.model, engine_config)) is not None:
-        log.info("steps are launched anew, not replayed from CUDA graphs: %s", obstacle)
+        log.info("steps are launched, not replayed from CUDA graphs: %s", obstacle)
         return
     if prompts and (obstacle := prompt_obstacle(runner.model)) is not None:
-        log.info("steps that do not only decode are launched anew: %s", obstacle)
+        log.info("steps with prompts are launched, not replayed: %s", obstacle)
     runner.capture(
         graphs,
         max_rows=min(engine_config.max_running, engine_config.max_step_tokens),
@@ -117,4 +117,4 @@ def run_once(runner: Runner, plan: StepPlan) -> None:
     runner.run(StepPlan(plan.step, (), closed=tuple(opening.sequence for opening in plan.opened)))
     for sampled in result.sampled if result else ():
         if sampled.fault:
-            raise InvalidLogits(f"in a step to warm up, {sampled.fault}: the weights are broken, or overflow in this dtype")
+            raise InvalidLogits(f"in a warm-up step, {sampled.fault}: the weights are broken, or overflow in this dtype")

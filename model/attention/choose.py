@@ -39,14 +39,16 @@ def choose_backend(
         if library is None:
             raise ValueError(f"the attention backend 'native' is not built; {HOW_TO_BUILD}, or choose 'auto'")
         if not suits:
-            raise ValueError(f"the attention backend 'native' wants heads of a multiple of {library.lanes}, not {config.head_dim}")
+            raise ValueError(
+                f"the attention backend 'native' needs heads whose width is a multiple of {library.lanes}, not {config.head_dim}"
+            )
         return NativeAttention(config, library)
     return CpuAttention(config)
 
 
 def _choose_for_cuda(device: torch.device, config: AttentionConfig, name: BackendName, dtype: torch.dtype) -> AttentionBackend:
     if name == "auto" and find_spec("triton") is None:
-        log.warning("triton is not installed, so attention takes the reference's slow way")
+        log.warning("triton is not installed, so attention uses the slow reference")
         name = "reference"
     match name:
         case "reference":

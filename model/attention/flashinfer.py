@@ -37,7 +37,9 @@ class FlashInferAttention(CudaAttention):
             ValueError: heads are shared unevenly.
         """
         if not config.is_uniform:
-            raise ValueError("FlashInfer wants as many query heads to every KV head; choose the attention backend 'auto', or another tp")
+            raise ValueError(
+                "FlashInfer needs the same number of query heads for every KV head; choose the attention backend 'auto', or another tp"
+            )
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         super().__init__(config, device)

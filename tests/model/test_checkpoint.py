@@ -149,7 +149,7 @@ def no_offsets(file: Path) -> None:
         (cut_in_the_header, "truncated", None),
         (empty, "truncated", None),
         (grow, "4 bytes more", None),
-        (no_safetensors, "no safetensors file", None),
+        (no_safetensors, "not a safetensors file", None),
         (scribble, "damaged header", None),
         (wrong_shape, r"a.weight of shape \[3, 5\]", "a.weight"),
         (unknown_dtype, "F4", "a.weight"),

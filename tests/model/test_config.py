@@ -87,7 +87,7 @@ def test_yarn_reaches_as_far_as_its_factor() -> None:
 def test_a_context_limit_can_be_lowered_and_not_raised() -> None:
     config = ModelConfig.from_dict(QWEN2_7B)
     assert (config.context_limit(None), config.context_limit(100), config.context_limit(32768)) == (32768, 100, 32768)
-    with pytest.raises(ContextTooLong, match="32769 is more than the 32768 tokens that this model takes"):
+    with pytest.raises(ContextTooLong, match="32769 is more than the 32768 tokens that this model supports"):
         config.context_limit(32769)
     assert ModelConfig.from_dict(QWEN2_7B | {"rope_scaling": YARN}).context_limit(32769) == 32769
 
@@ -103,7 +103,7 @@ def test_what_only_dual_chunk_attention_reaches_is_cut_off_and_said() -> None:
     config = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS)
     assert (config.max_context_tokens, config.cut_from_tokens) == (262_144, 1_010_000)
     with pytest.raises(
-        ContextTooLong, match=r"262144 tokens that this model takes \(of 1010000: beyond them it needs dual chunk attention"
+        ContextTooLong, match=r"262144 tokens that this model supports \(of 1010000: beyond them it needs dual chunk attention"
     ):
         config.context_limit(262_145)
     short = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS | {"max_position_embeddings": 131_072})

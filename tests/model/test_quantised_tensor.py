@@ -252,9 +252,9 @@ def _also(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
 
 
 SEEN_IN_HEADERS = [
-    (GPTQ, _without(f"{Q_PROJ}.qzeros"), f"{Q_PROJ}.qweight is there without {Q_PROJ}.qzeros"),
-    (GPTQ, _without(f"{Q_PROJ}.scales"), f"{Q_PROJ}.qweight is there without {Q_PROJ}.scales"),
-    (ACT_ORDER, _without(f"{DOWN}.g_idx"), f"{DOWN}.qweight is there without {DOWN}.g_idx"),
+    (GPTQ, _without(f"{Q_PROJ}.qzeros"), f"{Q_PROJ}.qweight is present without {Q_PROJ}.qzeros"),
+    (GPTQ, _without(f"{Q_PROJ}.scales"), f"{Q_PROJ}.qweight is present without {Q_PROJ}.scales"),
+    (ACT_ORDER, _without(f"{DOWN}.g_idx"), f"{DOWN}.qweight is present without {DOWN}.g_idx"),
     (GPTQ, _without(f"{Q_PROJ}.qweight"), f"missing: {Q_PROJ}.weight"),
     (GPTQ, _with(f"{Q_PROJ}.qweight", lambda t: t[:-1]), rf"{Q_PROJ}.qzeros has the shape|g_idx has the shape"),
     (GPTQ, _with(f"{Q_PROJ}.qweight", lambda t: t[:, :-8]), f"{Q_PROJ}.qzeros has the shape"),
@@ -266,7 +266,7 @@ SEEN_IN_HEADERS = [
     (GPTQ, _with(f"{DOWN}.g_idx", lambda t: t[:5]), f"{DOWN}.g_idx has the shape"),
     (AWQ, _with(f"{DOWN}.qzeros", lambda t: t.repeat(2, 1)), f"{DOWN}.qzeros has the shape"),
     (AWQ, _with(f"{Q_PROJ}.qweight", lambda t: t.T), "has the shape"),
-    (GPTQ, _also(f"{Q_PROJ}.weight", torch.zeros(192, 192)), f"is there beside {Q_PROJ}.weight"),
+    (GPTQ, _also(f"{Q_PROJ}.weight", torch.zeros(192, 192)), f"is present together with {Q_PROJ}.weight"),
     (GPTQ, _also("model.layers.0.mlp.gate_proj.bias", torch.zeros(7)), "gate_proj.bias has the shape"),
 ]
 
@@ -322,7 +322,7 @@ def test_a_quantization_config_without_a_quantised_matrix_is_refused(folders: Ca
     _, plain = folders("grouped", GPTQ)
     raw = json.loads((plain / "config.json").read_text())
     write_checkpoint(tmp_path, load_file(plain / SINGLE_FILE), raw | {"quantization_config": GPTQ})
-    with Checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match="nothing here is quantised"):
+    with Checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match="no tensor is quantised"):
         check_checkpoint(checkpoint, ModelConfig.from_checkpoint(tmp_path))
 
 

@@ -269,7 +269,7 @@ def test_an_object_that_vanishes_names_file_and_tensor(folder: Path) -> None:
     ("url", "said"),
     [
         ("memory://nothing/here", "memory://nothing/here cannot be listed"),
-        ("nosuch://bucket/x", "nothing is known of nosuch://"),
+        ("nosuch://bucket/x", "nosuch:// is not supported"),
     ],
 )
 def test_a_store_that_is_not_there_is_named(url: str, said: str) -> None:
@@ -289,7 +289,7 @@ def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.Mo
 def test_an_index_in_a_store_may_name_its_own_folder_only(folder: Path) -> None:
     index = folder / INDEX_FILE
     index.write_text(index.read_text().replace("model-00001-of", "../model-00001-of"))
-    with pytest.raises(CheckpointError, match="is no file of this folder"):
+    with pytest.raises(CheckpointError, match="is not a file in this folder"):
         Checkpoint(f"file://{folder}")
     assert not (folder / SINGLE_FILE).exists()
 

@@ -48,5 +48,5 @@ def test_a_draft_model_is_found_and_looked_over_as_the_model_is(tiny_folder: Pat
     first, second = [text for text, number in vocabulary.items() if number not in added][:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UnusableCheckpoint, match=r"runner\.draft_model: .* has another vocabulary: 2 of"):
+    with pytest.raises(UnusableCheckpoint, match=r"runner\.draft_model: .* has a different vocabulary: 2 of"):
         with_local_draft_model(speculating(other), tiny_folder)

@@ -73,8 +73,8 @@ class LazyCompiler:
                 try:
                     self._made = self._make()
                 except BaseException as error:  # a panic in llguidance is not an Exception
-                    log.exception("no grammar can be followed with this model's vocabulary")
-                    self._fault = f"this model's vocabulary cannot be followed by a grammar: {error}"
+                    log.exception("grammars cannot be compiled for this model's vocabulary")
+                    self._fault = f"no grammar can be compiled for this model's vocabulary: {error}"
                 else:
                     log.info("grammars can be compiled, after %.1f s", time.monotonic() - began)
             if self._made is None:

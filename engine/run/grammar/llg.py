@@ -38,7 +38,7 @@ class LlGrammar:
 
     def roll_back(self, num_tokens: int) -> None:
         if not self._matcher.rollback(num_tokens):
-            raise GrammarFailed(f"{num_tokens} tokens cannot be taken back")
+            raise GrammarFailed(f"{num_tokens} tokens cannot be rolled back")
 
     def mask(self) -> bytes:
         mask = bytearray(self._matcher.compute_bitmask())
@@ -90,7 +90,7 @@ class _Tokens:
         self.eos_token_id, self.bos_token_id = end_id, None
 
     def __call__(self, text: Any) -> list[int]:
-        raise NotImplementedError("nothing is forced, so nothing has to be cut into tokens")
+        raise NotImplementedError("nothing is forced, so no text is tokenised")
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
@@ -113,7 +113,7 @@ def lark_of(kind: str, text: str) -> str:
     if kind == "regex":
         return f"start: /{llguidance.regex_to_lark(text, 'd')}/" if text else 'start: ""'
     if "%llguidance" in text:
-        raise GrammarFailed("%llguidance is not taken")
+        raise GrammarFailed("%llguidance is not supported")
     try:
         return any_to_lark(text)
     except Exception as error:  # the converter raises many kinds

@@ -154,7 +154,7 @@ def test_a_draft_model_whose_ids_mean_something_else_is_refused(dense_folder: Pa
     ours, theirs = (shutil.copytree(dense_folder, tmp_path / name) for name in ("ours", "theirs"))
     write_tokenizer(ours, {"a": 0, "b": 1, "c": 2})
     check_draft_model(ours, write_tokenizer(theirs, {"a": 0, "b": 1}))  # ids that only one has are no harm
-    with pytest.raises(IncompatibleDraftModel, match=r"1 of 2 ids mean something else, as 1, which is b'b' here and b'x' there"):
+    with pytest.raises(IncompatibleDraftModel, match=r"1 of 2 ids differ, such as 1, which is b'b' here and b'x' there"):
         check_draft_model(ours, write_tokenizer(theirs, {"a": 0, "x": 1}))
     (theirs / "tokenizer.json").unlink()
     with pytest.raises(IncompatibleDraftModel, match="only one of"):

@@ -133,7 +133,7 @@ def test_attention_that_is_not_launched_apart_and_counted_experts_are_obstacles(
     model = runner_of(executor).model
     assert prompt_obstacle(model) is None
     monkeypatch.setattr(model.backend, "supports_graph_breaks", False, raising=False)
-    assert prompt_obstacle(model) == "attention by CapturableAttention is not launched apart"
+    assert prompt_obstacle(model) == "attention by CapturableAttention cannot be split out of a captured step"
 
 
 @pytest.mark.parametrize("most_tokens", [1, 16, 64, 65, 512, 1000, 1024, 8192])
