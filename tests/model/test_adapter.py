@@ -201,7 +201,7 @@ def test_what_is_rounded_is_the_adapted_weight(tmp_path: Path) -> None:
             {"trainable_token_indices": {"norm": [3]}},
             r"model\.norm\.weight is not a matrix",
         ),
-        ({f"model.layers.0.mlp.experts.{part}": torch.ones(4, 4) for part in (EMBEDDING_A, EMBEDDING_B)}, {}, "2 of its tensors do not exist"),
+        ({f"model.layers.0.mlp.experts.{part}": torch.ones(4, 4) for part in (EMBEDDING_A, EMBEDDING_B)}, {}, "tensors do not exist"),
         ({"lm_head.weight": torch.ones(103, 72)}, {}, "the vocabulary was resized in training: merge it with PEFT"),
         ({f"{UP}.{A}": torch.ones(4, 72), f"{UP}.{B}": torch.ones(50, 4, dtype=torch.int8)}, {}, "has the dtype torch.int8"),
     ],
