@@ -1,7 +1,10 @@
 """`manta bench serve`: load for a running server, ours or another's."""
 
 import asyncio
+import importlib.util
 import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +17,8 @@ from serve.commands.settings import exit_with_error
 if TYPE_CHECKING:
     from serve.load.client import Answer, Api, Target
     from serve.load.workloads import Conversation
+
+INTERRUPTED = 130
 
 
 def bench_serve(
@@ -55,8 +60,9 @@ def bench_serve(
         exit_with_error(f"no workload is called {workload!r}; there are: {', '.join(WORKLOADS)}")
     if api not in ("chat", "completions"):
         exit_with_error(f"--api is {api!r}; it is chat or completions")
-    if rate <= 0 or scale <= 0:
-        exit_with_error(f"--rate and --scale must be above 0, got {rate:g} and {scale:g}")
+    if not (0 < rate < math.inf and 0 < scale < math.inf):
+        exit_with_error(f"--rate and --scale must be above 0 and finite, got {rate:g} and {scale:g}")
+    _check_outputs(json_file, plot)
     from serve.load.client import Target, find_model
     from serve.load.report import Objective, as_json, lines_of, summarise, table_of
     from serve.terminal import results, wrapped
@@ -67,7 +73,7 @@ def bench_serve(
         more = _object(extra)
         url = url.rstrip("/")
         name = model or asyncio.run(find_model(url, key))
-        answers = _run(Target(url=url, model=name, api=_api(api), key=key, extra=more), conversations)
+        answers, interrupted = _run(Target(url=url, model=name, api=_api(api), key=key, extra=more), conversations)
         objective = Objective(ttft_s=ttft, itl_s=itl)
         summary = summarise(answers, objective)
         title = f"{chosen.name}: {chosen.about} | {name} at {url}, {rate:g}/s, seed {seed}"
@@ -83,23 +89,42 @@ def bench_serve(
             draw(answers, title, plot)
     except ValueError as error:
         exit_with_error(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if interrupted:
+        typer.echo(f"manta: interrupted; these are the {len(answers)} requests that had ended", err=True)
+        raise typer.Exit(INTERRUPTED)
     if summary.done == 0:
         raise typer.Exit(1)
 
 
-def _run(target: "Target", conversations: Sequence["Conversation"]) -> list["Answer"]:
+def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
+    """Leaves the program where the results could not be written: before they are measured."""
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        exit_with_error("plots want matplotlib: pip install matplotlib")
+    for path in filter(None, (json_file, plot)):
+        if not path.parent.is_dir() or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            exit_with_error(f"{path} cannot be written")
+
+
+def _run(target: "Target", conversations: Sequence["Conversation"]) -> tuple[list["Answer"], bool]:
+    """The answers, and whether Ctrl-C ended it: then those that had ended."""
     from serve.load.client import run
 
-    total, ended = sum(len(conversation.turns) for conversation in conversations), 0
+    total, ended = sum(len(conversation.turns) for conversation in conversations), list["Answer"]()
     with progress_shown() as report:
         report("requests under way", 0.0)
 
-        def count(_answer: "Answer") -> None:
-            nonlocal ended
-            ended += 1
-            report("requests under way", ended / total)
+        def count(answer: "Answer") -> None:
+            ended.append(answer)
+            report("requests under way", len(ended) / total)
 
-        return asyncio.run(run(target, conversations, count))
+        try:
+            return asyncio.run(run(target, conversations, count)), False
+        except KeyboardInterrupt:
+            if not ended:
+                raise
+            return ended, True
 
 
 def _api(name: str) -> "Api":

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 
@@ -13,6 +13,11 @@ from serve.load.workloads import Conversation, Turn
 
 Api = Literal["chat", "completions"]
 Ending = Literal["done", "cancelled", "failed"]
+FIND_TIMEOUT_S = 10.0
+LONGEST_LINE_BYTES = 2**22
+"""Of a stream."""
+REASONING = ("reasoning_content", "reasoning")
+"""Where servers put what a model thinks before it answers; tokens as any, but no part of the text."""
 
 
 @dataclass(kw_only=True)
@@ -52,7 +57,8 @@ async def run(target: Target, conversations: Sequence[Conversation], on_end: Cal
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     began = time.perf_counter()
     limits = aiohttp.ClientTimeout(total=target.timeout_s)
-    async with aiohttp.ClientSession(headers=headers, timeout=limits, connector=aiohttp.TCPConnector(limit=0)) as session:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(headers=headers, timeout=limits, connector=connector, read_bufsize=LONGEST_LINE_BYTES) as session:
         tasks = [asyncio.create_task(_converse(session, target, conversation, began, on_end)) for conversation in conversations]
         try:
             return [answer for answers in await asyncio.gather(*tasks) for answer in answers]
@@ -69,11 +75,15 @@ async def find_model(url: str, key: str | None) -> str:
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        limits = aiohttp.ClientTimeout(total=10)
+        limits = aiohttp.ClientTimeout(total=FIND_TIMEOUT_S)
         async with aiohttp.ClientSession(headers=headers, timeout=limits) as session, session.get(f"{url}/models") as response:
+            if response.status in (401, 403):
+                raise ValueError(f"{url}/models answers {response.status}: it wants {'another' if key else 'a'} key (--key)")
             response.raise_for_status()
             return str((await response.json())["data"][0]["id"])
-    except (aiohttp.ClientError, TimeoutError, KeyError, IndexError, ValueError) as error:
+    except TimeoutError as error:
+        raise ValueError(f"{url}/models gave no answer in {FIND_TIMEOUT_S:g} s; is the server there?") from error
+    except (aiohttp.ClientError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{url}/models names no model ({error}); is the server there, and does the address end in /v1?") from error
 
 
@@ -109,14 +119,18 @@ async def _ask(
     try:
         async with session.post(f"{target.url}/{path}", json=body) as response:
             if response.status != 200:
-                answer.error = f"{response.status}: {(await response.text())[:200]}"
-                return
-            await _read(response, turn, answer, began)
-    except (aiohttp.ClientError, TimeoutError) as error:
+                answer.error = f"{response.status}: {(await response.text(errors='replace'))[:200]}"
+            elif response.content_type != "text/event-stream":
+                answer.error = f"the server answers with {response.content_type} and not with a stream"
+            else:
+                await _read(response, turn, answer, began)
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # ValueError: a line beyond `LONGEST_LINE_BYTES`
         answer.error = f"{type(error).__name__}: {error}"
 
 
 async def _read(response: aiohttp.ClientResponse, turn: Turn, answer: Answer, began: float) -> None:
+    """Other servers' streams may lack anything but the text: usage, choices, even [DONE]."""
+    finished = False
     async for line in response.content:
         data = line.strip().removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
         if not data:
@@ -124,18 +138,32 @@ async def _read(response: aiohttp.ClientResponse, turn: Turn, answer: Answer, be
         if data == b"[DONE]":
             answer.ending = "done"
             return
-        event = json.loads(data)
-        if "error" in event:
-            answer.error = str(event["error"])[:200]
+        event = _event(data)
+        if event is None or event.get("error"):
+            answer.error = str(event["error"] if event else f"an event is no JSON object: {data[:100]!r}")[:200]
             return
-        if usage := event.get("usage"):
-            answer.prompt_tokens, answer.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        for choice in event.get("choices", ()):
-            piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-            if piece:
-                answer.text += piece
+        if isinstance(usage := event.get("usage"), dict):
+            answer.prompt_tokens, answer.output_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        for choice in event.get("choices") or ():
+            finished = finished or choice.get("finish_reason") is not None
+            delta = choice.get("delta") or {}
+            text = choice.get("text") or delta.get("content") or ""
+            answer.text += text
+            if text or any(delta.get(name) for name in REASONING):
                 answer.token_s.append(time.perf_counter() - began)
         if turn.cancel_after_tokens is not None and len(answer.token_s) >= turn.cancel_after_tokens:
             answer.ending = "cancelled"
             return
-    answer.error = "the stream ended before [DONE]"
+    if finished:
+        answer.ending = "done"
+    else:
+        answer.error = "the stream ended before [DONE]"
+
+
+def _event(data: bytes) -> dict[str, Any] | None:
+    """None: it is no JSON object."""
+    try:
+        event = json.loads(data)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

@@ -3,10 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
+from typer.testing import CliRunner
 
+from serve.cli import app
 from serve.load.client import Answer, Target, find_model, run
 from serve.load.report import Objective, as_json, lines_of, summarise
 from serve.load.workloads import Conversation, Turn
@@ -18,14 +22,19 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[dict] = []
         self.fail: int | None = None
+        self.events: list[str] | None = None
+        self.content_type = "text/event-stream"
         self.left = 0
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(await request.json())
         if self.fail is not None:
             return web.json_response({"error": {"message": "too much"}}, status=self.fail)
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        response = web.StreamResponse(headers={"content-type": self.content_type})
         await response.prepare(request)
+        if self.events is not None:
+            await response.write("".join(f"data: {event}\n\n" for event in self.events).encode())
+            return response
         try:
             for word in ("one ", "two ", "three ", "four"):
                 await response.write(f"data: {json.dumps({'choices': [{'delta': {'content': word}}]})}\n\n".encode())
@@ -42,10 +51,10 @@ class Server:
 
 @pytest.fixture
 async def server() -> AsyncIterator[tuple[Server, str]]:
-    served, app = Server(), web.Application()
-    app.router.add_post("/v1/chat/completions", served.chat)
-    app.router.add_get("/v1/models", served.models)
-    runner = web.AppRunner(app, shutdown_timeout=1)
+    served, routes = Server(), web.Application()
+    routes.router.add_post("/v1/chat/completions", served.chat)
+    routes.router.add_get("/v1/models", served.models)
+    runner = web.AppRunner(routes, shutdown_timeout=1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -97,6 +106,65 @@ async def test_a_server_that_is_not_there_is_named(server: tuple[Server, str]) -
     assert await find_model(server[1], None) == "known"
     with pytest.raises(ValueError, match="names no model"):
         await find_model("http://127.0.0.1:9/v1", None)
+
+
+ONE = '{"choices": [{"delta": {"content": "one"}}]}'
+FINISHED = '{"choices": [{"delta": {}, "finish_reason": "stop"}]}'
+
+
+@pytest.mark.parametrize(
+    ("events", "ending", "error"),
+    [
+        ([ONE, FINISHED], "done", ""),
+        (['{"choices": null, "usage": null}', ONE, '{"usage": {"total_tokens": 3}}', "[DONE]"], "done", ""),
+        (['{"choices": [{"delta": {"content": null, "reasoning_content": "hm"}}]}', "[DONE]"], "done", ""),
+        ([json.dumps({"choices": [{"delta": {"content": "x" * 500_000}}]}), "[DONE]"], "done", ""),
+        ([ONE], "failed", "ended before [DONE]"),
+        ([ONE, '{"error": {"message": "no memory"}}'], "failed", "no memory"),
+        (["oops"], "failed", "no JSON object: b'oops'"),
+        (["[1]"], "failed", "no JSON object: b'[1]'"),
+    ],
+)
+async def test_streams_of_other_servers_are_read_or_count_as_failed(server: tuple[Server, str], events, ending, error) -> None:
+    server[0].events = events
+    (answer,) = await answers_of(server[1], [ask("hello")])
+    assert (answer.ending, error in answer.error) == (ending, True)
+    assert len(answer.token_s) == (ending == "done" or ONE in events)
+
+
+async def test_a_server_that_does_not_stream_is_said_to(server: tuple[Server, str]) -> None:
+    server[0].content_type, server[0].events = "application/json", []
+    (answer,) = await answers_of(server[1], [ask("hello")])
+    assert answer.error == "the server answers with application/json and not with a stream"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (web.json_response({"error": "no"}, status=401), "answers 401: it wants a key"),
+        (web.json_response([]), "names no model"),
+        (web.Response(text="<html>"), "names no model"),
+        (web.json_response({"data": None}), "names no model"),
+    ],
+)
+async def test_what_lists_no_model_is_said_in_words(answer: web.Response, said: str) -> None:
+    async def models(_request: web.Request) -> web.Response:
+        return answer
+
+    served = web.Application()
+    served.router.add_get("/v1/models", models)
+    async with TestServer(served) as there:
+        with pytest.raises(ValueError, match=said):
+            await find_model(str(there.make_url("/v1")), None)
+
+
+def test_where_results_cannot_be_written_nothing_is_measured(tmp_path: Path) -> None:
+    for flag in ("--json", "--plot"):
+        done = CliRunner().invoke(app, ["bench", "serve", "http://127.0.0.1:9/v1", flag, str(tmp_path / "no" / "file.png")])
+        assert done.exit_code == 1
+        assert "cannot be written" in done.stderr or "matplotlib" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "serve", "--rate", "nan"])
+    assert "--rate and --scale must be above 0 and finite" in done.stderr
 
 
 def answer(*token_s: float, due_s: float = 0.0) -> Answer:
