@@ -131,13 +131,17 @@ class RemoteFolder:
         """A cache folder with the small files. It is copied once for every state of the folder that a listing can distinguish.
 
         Raises:
-            CheckpointError: a file cannot be fetched, or is larger than a file of its name can be.
+            CheckpointError: a file cannot be fetched, is larger than a file of its name can be, or cannot be written to the cache.
         """
         entries = self._entries | self._of_modules()
         wanted = sorted(name for name in entries if any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in SMALL_FILES))
         state = [self._url, *(str(sorted((key, str(value)) for key, value in entries[name].items())) for name in wanted)]
         folder = cache_folder() / "remote" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:24]
-        return folder if folder.is_dir() else create_atomically(folder, ((name, self._content(name, entries[name])) for name in wanted))
+        try:
+            return folder if folder.is_dir() else create_atomically(folder, ((name, self._content(name, entries[name])) for name in wanted))
+        except OSError as error:
+            why = f"{error.strerror or error}; set MANTA_CACHE to a folder that can be written to"
+            raise CheckpointError(f"the small files of {self._url} cannot be kept in {folder.parent}: {why}", file=self._url) from error
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
         content: bytes = self._system.cat_file(path, start=start, end=stop)  # by keyword: in s3fs a version comes before them

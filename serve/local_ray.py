@@ -32,7 +32,7 @@ from serve.config import ServeConfig
 from serve.deployment import APP, ServedModel
 from serve.grpc.tls import TlsFiles
 from serve.local_servers import registered
-from serve.ports import PortInUse, check_free
+from serve.ports import PortInUse, check_ports
 from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
 from serve.stop_signals import StopSignals
 
@@ -49,6 +49,8 @@ CONTROL_LOOP = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
 CONTROL_LOOP_S = 0.25
 """How often Ray Serve's controller looks at everything, asking the GCS three times. By itself it does so ten times a second, which on one
 host of a few cores is taken from the model."""
+LONGEST_SOCKET = 107
+"""Bytes of a Unix socket's path."""
 MARK = "RAY_AUTH_TOKEN_PATH"
 """The variable by which the processes of one server are known; each has a token of its own."""
 
@@ -99,12 +101,14 @@ def run_local(
     models = [dataclasses.replace(model, config=_on_one_host(model.config)) for model in models]
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
     stop = StopSignals()
-    _check_ports(config)
+    try:
+        check_ports(config)
+    except PortInUse as error:
+        raise StartError(str(error)) from error
     _check_tls(config)
     with ExitStack() as stack:
         stack.enter_context(stop.handled())
-        folder = stack.enter_context(_folder(config))
-        variables = _variables(config, folder)
+        folder, variables = _folder_and_variables(config, stack)
         stack.enter_context(_no_process_left(variables, None if config.ray.temp_dir else folder))
         stack.enter_context(_environment(variables))
         try:
@@ -112,16 +116,19 @@ def run_local(
             with as_start_error("starting Ray"):
                 _start_ray(models, config, folder)
             stop.install()  # Ray has installed its own
+            stack.enter_context(registered(ray.get_runtime_context().gcs_address, variables[MARK]))  # `manta status` sees it load
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)
             with as_start_error("starting Ray Serve"):
                 start_proxies(config, ProxyLocation.HeadOnly)
             deploy(models, config, app=APP, on_progress=on_progress)
             _await_answer(config)
-            stack.enter_context(registered(ray.get_runtime_context().gcs_address, variables[MARK]))
             stop.starting = False
             on_progress("ready", 1.0)
             yield LocalServer(http=http, grpc=grpc, stopped=stop.stopped, ray_processes=tuple(psutil.Process().children()))
+        except KeyboardInterrupt:
+            on_progress("ending what was started", 1.0)
+            raise
         finally:
             stop.starting = False
             _end_ray()
@@ -130,15 +137,6 @@ def run_local(
 def _on_one_host(config: ServeConfig) -> ServeConfig:
     replica = dataclasses.replace(config.replica, drain_timeout_s=DRAIN_S, other_hosts=False)
     return config.model_copy(update={"replica": replica})
-
-
-def _check_ports(config: ServeConfig) -> None:
-    """Ray Serve's proxies would share a port with whoever else lets them, and each would get half of the requests."""
-    try:
-        check_free(config.http.host, config.http.port, front="http")
-        check_free(config.grpc.host, config.grpc.port, front="grpc")
-    except PortInUse as error:
-        raise StartError(str(error)) from error
 
 
 def _check_tls(config: ServeConfig) -> None:
@@ -262,6 +260,25 @@ def _have_ray_look_again() -> None:
     """Ray reads its environment when it is imported, which has happened before we knew what to say in it."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _folder_and_variables(config: ServeConfig, stack: ExitStack) -> tuple[Path, Mapping[str, str]]:
+    """
+    Raises:
+        StartError: Ray's files cannot lie there; says what to set instead.
+    """
+    try:
+        folder = stack.enter_context(_folder(config))
+        variables = _variables(config, folder)
+    except OSError as error:
+        raise StartError(f"Ray's sockets and logs have no place: {error}; set TMPDIR, or ray.temp_dir, to another folder") from error
+    socket = f"{os.path.abspath(folder)}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    if (excess := len(os.fsencode(socket)) - LONGEST_SOCKET) > 0:
+        where = f"ray.temp_dir, {folder}," if config.ray.temp_dir else f"the folder for temporary files, {folder.parent},"
+        raise StartError(
+            f"{where} is {excess} bytes too long for Ray's sockets; set TMPDIR (or ray.temp_dir) to a shorter one, such as /tmp"
+        )
+    return folder, variables
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def registered(address: str, token: str) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        _remove(file)
 
 
 def running_servers() -> list[LocalServerRecord]:
@@ -46,8 +46,13 @@ def running_servers() -> list[LocalServerRecord]:
                 continue
         except (OSError, ValueError, TypeError):
             pass
-        file.unlink(missing_ok=True)
+        _remove(file)
     return notes
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):  # a file system that is read-only says so even of a file that is not there
+        file.unlink()
 
 
 def _folder() -> Path:

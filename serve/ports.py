@@ -2,6 +2,10 @@
 
 import errno
 import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
 
 
 class PortInUse(RuntimeError):
@@ -14,6 +18,16 @@ class PortInUse(RuntimeError):
             told = f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another with --{front}-host and --{front}-port"
         super().__init__(told)
         self.host, self.port = host, port
+
+
+def check_ports(config: "ServeConfig") -> None:
+    """Of both fronts. Ray Serve's proxies would share a port with whoever else lets them, and each would get half of the requests.
+
+    Raises:
+        PortInUse: as `check_free`.
+    """
+    check_free(config.http.host, config.http.port, front="http")
+    check_free(config.grpc.host, config.grpc.port, front="grpc")
 
 
 def check_free(host: str, port: int, *, front: str) -> None:

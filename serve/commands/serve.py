@@ -81,7 +81,18 @@ def check_keys(config: "ServeConfig") -> None:
             exit_with_error(f"auth.keys_file: {error}")
 
 
+def _check_ports(config: "ServeConfig") -> None:
+    """End the command where a port is taken: before a checkpoint is fetched, which may take an hour."""
+    from serve.ports import PortInUse, check_ports
+
+    try:
+        check_ports(config)
+    except PortInUse as error:
+        exit_with_error(str(error))
+
+
 def _run_local(config: "ServeConfig") -> None:
+    _check_ports(config)
     found = find_local_models(config)
     from serve.local_ray import run_local  # ray: seconds that are not spent before the models are found
     from serve.rollout import StartError

@@ -124,6 +124,13 @@ def test_only_small_files_are_copied_and_again_when_they_change(folder: Path, ow
     assert small_files(folder) == folder
 
 
+def test_a_cache_that_cannot_be_written_to_is_said_with_what_to_set(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"cannot be kept in .*/file/remote: Not a directory; set MANTA_CACHE"):
+        small_files(f"file://{folder}")
+
+
 def test_the_small_files_of_sentence_transformers_subfolders_come_along(place: Path | str, folder: Path, request: Any) -> None:
     """Each in its folder, and from no other; a store may list folders that hold nothing but a marker."""
     wanted = {"1_Pooling/config.json": '{"pooling_mode_lasttoken": true}', "modules.json": "[]"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from serve import demo_model
-from serve.demo_model import as_qwen2, ensure_demo_model, rotary_halves
+from serve.demo_model import DemoModelError, as_qwen2, ensure_demo_model, rotary_halves
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -49,3 +49,9 @@ def test_a_finished_folder_is_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model, "_fetch_gguf", lambda scratch: pytest.fail("fetched again"))
     (tmp_path / demo_model.COMPLETE).touch()
     assert ensure_demo_model(tmp_path) == tmp_path
+
+
+def test_a_cache_that_cannot_be_written_to_is_said_with_what_to_set(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DemoModelError, match=r"cannot be kept in .*file/cache: Not a directory; set MANTA_CACHE"):
+        ensure_demo_model(tmp_path / "file" / "cache" / "demo-model")

@@ -30,3 +30,10 @@ def test_what_a_killed_server_left_is_swept(cache: Path) -> None:
     (left.parent / "2.json").write_text("{")
     assert running_servers() == []
     assert list(left.parent.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_to_stops_no_server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "file").touch()
+    monkeypatch.setenv("MANTA_CACHE", str(cache / "file"))
+    with registered("127.0.0.1:1234", "/nowhere"):
+        assert running_servers() == []

@@ -3,7 +3,9 @@
 import socket
 
 import pytest
+from typer.testing import CliRunner
 
+from serve.cli import app
 from serve.ports import PortInUse, check_free
 
 
@@ -23,3 +25,13 @@ def test_a_port_that_somebody_listens_on_is_refused_even_if_they_would_share_it(
 def test_an_address_of_another_host_is_refused():
     with pytest.raises(PortInUse, match=r"203\.0\.113\.7 is no address of this host.* --http-host"):
         check_free("203.0.113.7", 8000, front="http")
+
+
+def test_a_taken_port_is_told_before_a_model_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.commands.serve.find_local_models", lambda _config: pytest.fail("fetched a model in vain"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        done = CliRunner().invoke(app, ["serve", "demo", "--grpc-port", str(other.getsockname()[1])])
+    assert done.exit_code == 1
+    assert "choose another port with --grpc-port" in done.stderr
