@@ -30,6 +30,7 @@ Steps = list[dict[str, float]]
 
 
 SINGLE = {
+    "screened": "head, by way of 8 bits",
     "add_norm": "norms",
     "gate": "gate",
     "rotate": "rotation",

@@ -17,7 +17,8 @@ constexpr int CHUNK = 4;        // panels that one task computes where there are
 constexpr int WIDE_CHUNK = 8;   // and where there are many: the rows are then read less often
 constexpr long K_BLOCK = LANES == 16 ? 1024 : 512;  // so that a panel's part stays in a near cache while all rows pass
 constexpr long ROW_BLOCK = 96;
-constexpr long FEW_TASKS = 8;   // for each thread: so few are made to come out even
+constexpr long FEW_TASKS = 8;   // per thread: so few are cut to come out even
+constexpr long TASK_NUMBERS = 1 << 18;  // rows times inputs times panels of one of few tasks, as threads wait for the last one
 
 
 // Memory that is written before it is read (a vector would fill it with zeros first), in whole lines of a cache.
@@ -236,9 +237,13 @@ public:
 };
 #endif
 
-// sums = bias (null: none) and the products of `count` rows (in parts as near to equal as they go) with `panels` panels.
+constexpr long ADJACENT = INT64_MIN;
+
+// sums = bias (null: none) and the products of `count` rows (in parts as near to equal as they go) with `panels` panels. Few rows prefetch the
+// panel that comes after the last: the adjacent one, or the one `next` panels further.
 template <class W>
-static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums, long stride) {
+static void block(const W& w, const typename W::Row* rows, long count, long panel, long panels, const float* bias, float* sums, long stride,
+                  long next = ADJACENT) {
     const long parts = count <= W::MOST ? 1 : (count + W::OF_MANY - 1) / W::OF_MANY;
     const auto beginning = [&](long p) { return Begin{bias ? bias + p * PANEL : NOTHING, 0}; };
     if (w.K == 0)  // nothing to add up
@@ -248,7 +253,9 @@ static void block(const W& w, const typename W::Row* rows, long count, long pane
         with_rows<W::MOST>(count, [&](auto some) {
             constexpr int R = some.value, P = W::panels_at_once(R);
             const auto pass = [&](auto wide, long p) {
-                w.template tile<R, wide.value>(rows, panel + p, 0, w.K, beginning(p), sums + p * PANEL, stride, wide.value * w.K);
+                const bool is_last = p + wide.value == panels;
+                const long ahead = (is_last && next != ADJACENT ? next : long(wide.value)) * w.K;
+                w.template tile<R, wide.value>(rows, panel + p, 0, w.K, beginning(p), sums + p * PANEL, stride, ahead);
             };
             long p = 0;
             for (; p + P <= panels; p += P) pass(std::integral_constant<int, P>(), p);
@@ -294,8 +301,9 @@ template <class W> struct Job {
     long blocks() const { return (count + ROW_BLOCK - 1) / ROW_BLOCK; }
     long chunks() const {
         const long most = count <= 4 * MOST_ROWS ? CHUNK : WIDE_CHUNK, found = (panels() + most - 1) / most;
-        const bool few = found * blocks() < FEW_TASKS * threads;
-        return few ? std::min(panels(), (found + threads - 1) / threads * threads) : found;
+        if (found * blocks() >= FEW_TASKS * threads) return found;
+        const long smaller = std::min(most, std::max(1L, TASK_NUMBERS / std::max(1L, count * w.K))), more = (panels() + smaller - 1) / smaller;
+        return std::min(panels(), (more + threads - 1) / threads * threads);
     }
     long tasks() const { return chunks() * blocks(); }
 

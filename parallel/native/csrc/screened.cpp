@@ -106,6 +106,14 @@ static void highest_of_panels(const float* y, long panels, long width, float* hi
     }
 }
 
+// For what is not read soon: reading a line of memory before it is overwritten takes as long as writing it.
+static void write_past_caches(const float* from, long count, float* to) {
+    long i = 0;
+    if (uintptr_t(to) % (LANES * sizeof(float)) == 0)
+        for (; i + LANES <= count; i += LANES) _mm512_stream_ps(to + i, load(from + i));
+    memcpy(to + i, from + i, sizeof(float) * (count - i));
+}
+
 // All rows by the matrix in 8 bits, and of each panel the highest while it is near. Of the last rows the first ones' rest is the product of.
 struct RoughJob {
     Job<Int8Dot> job;
@@ -114,15 +122,18 @@ struct RoughJob {
 
     long tasks() const { return job.tasks(); }
     void run(long task) const {
-        job.run(task);
         const auto [first, last, panel, panels] = job.part(task);
-        const long column = panel * PANEL, width = std::min(panels * PANEL, job.N - column);
+        const long column = panel * PANEL, width = std::min(panels * PANEL, job.N - column), stride = panels * PANEL;
+        static thread_local Room<float> sums(ROW_BLOCK * WIDE_CHUNK * PANEL);
+        block(job.w, job.rows + first, last - first, panel, panels, nullptr, &sums[0], stride);
         for (long t = first; t < std::min(last, T); ++t) {
-            float* at = job.y + t * job.N + column;
+            float* at = &sums[(t - first) * stride];
             if (job.count > T)  // then they are few, and all of them here
-                for (long i = 0; i < width; ++i) at[i] += at[T * job.N + i];
+                for (long i = 0; i < width; ++i) at[i] += at[T * stride + i];
             highest_of_panels(at, panels, width - (panels - 1) * PANEL, highest_of_each + t * job.panels() + panel);
+            write_past_caches(at, width, job.y + t * job.N + column);
         }
+        _mm_sfence();  // such writes are seen in no order otherwise
     }
 };
 
@@ -216,14 +227,15 @@ long manta_screened(const float* x, const uint8_t* numbers, const uint16_t* scal
         }
     if (long(wanted.size()) > most_panels) return -1;
     const Bf16Dot w = {weights, padded};
-    share_out(wanted.size(), threads, [&](long i) {
+    const long num_wanted = wanted.size();
+    share_out_ahead(num_wanted, threads, [&](long i, long next) {
         const long panel = wanted[i], count = wanting[panel].size();
         std::vector<Bf16Row> chosen;
         std::vector<char> room;
         for (int32_t t : wanting[panel]) chosen.push_back(exact.rows[t]);
         if (count > 1) lay_apart(chosen, padded, room);
         Room<float> sums(count * PANEL);
-        block(w, chosen.data(), count, panel, 1, nullptr, &sums[0], PANEL);
+        block(w, chosen.data(), count, panel, 1, nullptr, &sums[0], PANEL, next < num_wanted ? wanted[next] - panel : 0);
         for (long r = 0; r < count; ++r)
             memcpy(y + wanting[panel][r] * N + panel * PANEL, &sums[r * PANEL], sizeof(float) * std::min(long(PANEL), N - panel * PANEL));
     });
