@@ -85,7 +85,7 @@ NONE: dict[str, Any] = {"target_modules": []}
     ],
     ids=lambda given: str(given) if isinstance(given, str | dict) else " ".join(map(str, given)),
 )  # fmt: skip
-def test_an_adapted_model_answers_as_peft_has_it(
+def test_an_adapted_model_answers_as_with_peft(
     shape: str, topologies: tuple[Topology, ...], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     check(shape, tmp_path, topologies, r=4, lora_alpha=6, **settings)
@@ -120,7 +120,7 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(found, exact.bfloat16(), atol=1e-6, rtol=2**-7)
 
 
-def test_weights_in_half_precision_are_added_to_in_float32_and_rounded_once(tmp_path: Path) -> None:
+def test_half_precision_weights_are_merged_in_float32_and_rounded_once(tmp_path: Path) -> None:
     oracle = make_oracle("9_heads", tmp_path / "base", dtype=torch.bfloat16)
     torch.manual_seed(1)
     module = "model.layers.0.mlp.up_proj"
@@ -146,7 +146,7 @@ def test_an_adapter_of_the_bare_decoder_has_its_place_in_a_model_with_a_head(ora
     assert changed == [f"{UP}.weight"]
 
 
-def test_an_adapter_in_a_store_is_read_by_ranges_as_one_on_this_host_is(
+def test_a_remote_adapter_is_read_by_ranges_like_a_local_one(
     oracle: Callable[[str], Oracle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
@@ -166,7 +166,7 @@ def rounded(groups: ParallelGroups, folder: Path, adapter: Path | None, prompt: 
     return Driver(folder, groups, adapter=adapter, format=PackedFormat("int8", torch.float32)).whole(prompt)
 
 
-def test_what_is_rounded_is_the_adapted_weight(tmp_path: Path) -> None:
+def test_the_merged_weight_is_quantised(tmp_path: Path) -> None:
     oracle = make_adapter("grouped", tmp_path, r=4, lora_alpha=6, target_modules=EVERY)
     (prompt,) = seeded_prompts(oracle.vocab_size, [11])
     wanted = oracle.logits(prompt)
@@ -237,13 +237,13 @@ def test_a_damaged_adapter_is_refused_by_its_file_and_its_tensor(tmp_path: Path)
         Adapter(tmp_path)
 
 
-def test_what_is_no_number_any_more_in_the_bases_dtype_is_refused_while_loading(oracle: Callable[[str], Oracle], tmp_path: Path) -> None:
+def test_a_sum_that_is_not_finite_in_the_bases_dtype_is_refused_while_loading(oracle: Callable[[str], Oracle], tmp_path: Path) -> None:
     huge = {name: torch.full_like(tensor, 3e19) for name, tensor in low_rank(UP, 50, 72).items()}
     with pytest.raises(CheckpointError, match=f"{UP}.weight with its adapter is not finite"):
         Driver(oracle("9_heads").folder, single_rank_groups(), adapter=write_adapter(tmp_path, huge))
 
 
-def test_a_base_that_is_stored_quantised_is_refused_with_what_would_do(oracle: Callable[[str], Oracle], tmp_path: Path) -> None:
+def test_a_quantised_base_is_refused_with_a_remedy(oracle: Callable[[str], Oracle], tmp_path: Path) -> None:
     folder = oracle("9_heads").folder
     config = dataclasses.replace(ModelConfig.from_checkpoint(folder), quantisation=Quantisation.from_dict(GPTQ))
     write_adapter(tmp_path, low_rank(UP, 50, 72))
@@ -276,12 +276,12 @@ PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
         ({"shiny_new_thing": 3}, "'shiny_new_thing' is unknown and might change weights"),
     ],
 )  # fmt: skip
-def test_a_configuration_that_is_not_computed_is_refused_by_its_field(said: dict[str, Any], reason: str) -> None:
+def test_an_unsupported_configuration_is_refused_naming_its_field(said: dict[str, Any], reason: str) -> None:
     with pytest.raises(AdapterError, match=re.escape(reason)):
         AdapterConfig.from_dict(PLAIN | said)
 
 
-def test_fields_that_say_nothing_of_the_weights_and_unknown_ones_that_are_empty_are_no_hindrance() -> None:
+def test_fields_that_do_not_affect_weights_and_empty_unknown_ones_are_accepted() -> None:
     config = AdapterConfig.from_dict(PLAIN | {"lora_dropout": 0.1, "peft_version": "9.9", "fan_in_fan_out": True, "shiny_new_thing": None})
     assert (config.rank, config.scale_of("model.layers.0.mlp.up_proj"), config.base) == (8, 2.0, None)
 
@@ -301,5 +301,5 @@ def test_every_field_that_peft_writes_is_known() -> None:
         ("Qwen/Qwen2-7B-Instruct", "Qwen/Qwen2-7B", False),
     ],
 )
-def test_another_base_is_told_by_the_last_part_of_its_name(trained_on: str | None, served: str, same: bool | None) -> None:
+def test_another_base_is_recognised_by_the_last_part_of_its_name(trained_on: str | None, served: str, same: bool | None) -> None:
     assert AdapterConfig.from_dict(PLAIN | {"base_model_name_or_path": trained_on}).is_of(served) is same

@@ -142,7 +142,7 @@ def test_nan_of_a_cache_is_seen_in_its_sequence_and_nowhere_else(library: Native
             assert torch.equal(spoilt[rows.stop :], healthy[rows.stop :])
 
 
-def test_a_decode_gives_the_same_bits_in_any_company(library: Native, kv_dtype: torch.dtype) -> None:
+def test_a_decode_gives_the_same_bits_in_any_batch(library: Native, kv_dtype: torch.dtype) -> None:
     config = HEADS["28/4 heads, rank 1 of 3"]
     alone = Paged(config, [(129, 1)], torch.float32, kv_dtype=kv_dtype)
     among_others = Paged(config, [(129, 1), (3, 1), (700, 1), (5, 40)], torch.float32, kv_dtype=kv_dtype)
@@ -155,7 +155,7 @@ def test_a_decode_gives_the_same_bits_in_any_company(library: Native, kv_dtype: 
 
 
 @pytest.mark.parametrize("start", [1, 63, 64, 100])
-def test_a_prompt_gives_the_same_bits_however_it_is_cut(start: int, library: Native, kv_dtype: torch.dtype) -> None:
+def test_a_prompt_gives_the_same_bits_however_it_is_chunked(start: int, library: Native, kv_dtype: torch.dtype) -> None:
     config = HEADS["28/4 heads, rank 1 of 3"]
     paged = Paged(config, [(0, 150)], torch.float32, kv_dtype=kv_dtype)
     whole, paged.keys, paged.values = paged.attend(NativeAttention(config, library))

@@ -53,7 +53,7 @@ def test_what_is_written_is_read_again(options: dict[str, int], tmp_path: Path) 
     assert (tmp_path / SINGLE_FILE).exists() == (not options)
 
 
-def test_who_may_read_is_the_umasks_affair(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "plain").touch()
     assert (tmp_path / SINGLE_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -193,7 +193,7 @@ def test_an_index_may_name_files_of_its_own_folder_only(place: object, tmp_path:
         Checkpoint(tmp_path)
 
 
-def test_links_out_of_the_folder_are_the_owners_doing(tmp_path: Path) -> None:
+def test_symbolic_links_out_of_the_folder_are_followed(tmp_path: Path) -> None:
     """The caches of model hubs are made of them."""
     (blobs := tmp_path / "blobs").mkdir()
     (snapshot := tmp_path / "snapshot").mkdir()
@@ -229,6 +229,6 @@ def test_a_folder_without_a_checkpoint_says_so(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-def test_the_error_reaches_another_process_whole(tmp_path: Path) -> None:
+def test_the_error_survives_pickling(tmp_path: Path) -> None:
     error = pickle.loads(pickle.dumps(CheckpointError("what", file=tmp_path, tensor="a")))
     assert (str(error), error.file, error.tensor) == ("what", str(tmp_path), "a")

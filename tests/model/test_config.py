@@ -99,7 +99,7 @@ DUAL_CHUNKS = {
 """As Qwen2.5-7B-Instruct-1M has it."""
 
 
-def test_what_only_dual_chunk_attention_reaches_is_cut_off_and_said() -> None:
+def test_the_context_is_limited_where_dual_chunk_attention_begins() -> None:
     config = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS)
     assert (config.max_context_tokens, config.cut_from_tokens) == (262_144, 1_010_000)
     with pytest.raises(
@@ -162,7 +162,7 @@ def test_a_missing_field_is_named_not_guessed(whole: dict[str, Any], field: str)
         ({"quantization_config": AWQ | {"version": 4}}, "version is 4"),
     ],
 )
-def test_a_field_that_makes_no_sense_is_named(change: dict[str, Any], what: str) -> None:
+def test_an_invalid_field_is_named(change: dict[str, Any], what: str) -> None:
     with pytest.raises(InvalidModelConfig, match=what):
         ModelConfig.from_dict(QWEN2_7B | change)
 
@@ -198,7 +198,7 @@ def test_whatever_a_quantization_config_holds_the_error_is_one_of_two(field: str
         ({"quantization_config": AWQ | {"zero_point": False}}, "zero_point"),
     ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], what: str) -> None:
+def test_an_unsupported_model_is_refused_by_name(change: dict[str, Any], what: str) -> None:
     with pytest.raises(UnsupportedModel, match=what):
         ModelConfig.from_dict(QWEN2_7B | change)
 
@@ -282,7 +282,7 @@ def test_do_sample_false_means_greedy_and_its_absence_means_nothing(tmp_path: Pa
 
 
 @pytest.mark.parametrize("field", [{"top_p": 1.5}, {"temperature": "hot"}, {"eos_token_id": -1}, {"top_k": -3}])
-def test_a_recommendation_that_makes_no_sense_is_named(field: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_recommendation_is_named(field: dict[str, Any], tmp_path: Path) -> None:
     (name,) = field
     with pytest.raises(InvalidModelConfig, match=name):
         defaults(tmp_path, generation_config=field)

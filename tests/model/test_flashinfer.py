@@ -88,7 +88,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, and the double on the CPU")
-def test_prompts_are_asked_of_it_and_steps_that_decode_are_not(is_causal: bool) -> None:
+def test_it_computes_prompts_and_not_decodes(is_causal: bool) -> None:
     from model.attention.flashinfer import FlashInferAttention
 
     config = replace(heads(4, 2), is_causal=is_causal)
@@ -125,7 +125,7 @@ def test_dtypes_that_it_does_not_compute_in_are_refused(monkeypatch: pytest.Monk
         choose_backend(torch.device("cuda"), heads(4, 2), "flashinfer", torch.float32)
 
 
-def test_where_it_is_not_installed_the_error_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.attention.choose.find_spec", lambda _name: None)
     with pytest.raises(ValueError, match="pip install flashinfer-python, or choose 'auto'"):
         choose_backend(torch.device("cuda"), heads(4, 2), "flashinfer")

@@ -62,7 +62,7 @@ def test_beside_quantised_weights_activations_are_rounded_where_that_is_asked_fo
     assert choose_formats(CPU, FLOAT, [FLOAT], "int8", rounds_activations=True).matrices == PackedFormat("int8", FLOAT)
 
 
-def test_where_experts_travel_all_ranks_hold_what_all_of_them_multiply() -> None:
+def test_if_experts_move_all_ranks_choose_a_format_that_all_support() -> None:
     """Whatever this processor has besides."""
     few, more = frozenset(("bf16", "fp32", "int8", "int4")), frozenset(("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"))
     for kinds, suffix in ((few, ""), (more, "_dot")):
@@ -98,7 +98,7 @@ def test_a_gpu_rounds_as_a_cpu_does(kind: Literal["int8", "int4", "int4_zeros"])
     assert torch.equal(found, on_cpu.rows(everything, on_cpu.prepare({"weight": weight.clone()}), 200))
 
 
-def test_without_kernels_nothing_is_packed_that_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels_nothing_is_packed_unnecessarily(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.formats.available_kinds", frozenset)
     assert choose_formats(CPU, FLOAT, [BF16]).matrices == Dense(FLOAT)
 
@@ -112,7 +112,7 @@ FORMATS: list[WeightFormat] = [
 
 @pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_every_format_multiplies_by_what_it_holds(form: WeightFormat, has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_format_multiplies_by_its_weights(form: WeightFormat, has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_kernels:
         monkeypatch.setattr("parallel.packed_format.native", lambda: None)
     if isinstance(form, OneDnnFormat) and not runs_here(FLOAT):

@@ -85,7 +85,7 @@ def test_each_rank_reads_its_own_share_only(name: str, topology: Topology, most:
     assert max(report.bytes_read for report in reports) <= most * whole
 
 
-def test_progress_runs_from_nothing_to_everything(oracle: MakeOracle) -> None:
+def test_progress_runs_from_zero_to_the_total(oracle: MakeOracle) -> None:
     seen: list[tuple[int, int]] = []
     _, report = load(oracle("moe").folder, on_progress=lambda done, total: seen.append((done, total)))
     assert seen[0] == (0, report.bytes_read)
@@ -105,7 +105,7 @@ def four_threads() -> Iterator[None]:
 @pytest.mark.parametrize(
     "format", [PackedFormat("int8", torch.float32), QuantisedFormat("int8", torch.float32)], ids=lambda one: type(one).__name__
 )
-def test_tensors_pass_in_a_thread_each_where_many_do_and_share_the_threads_where_few_do(
+def test_many_tensors_get_a_thread_each_and_few_share_torchs_threads(
     format: WeightFormat, oracle: MakeOracle, four_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[bool, set[int]] = {}
@@ -162,7 +162,7 @@ class Layer:
     __hash__ = object.__hash__
 
 
-def test_what_is_under_way_is_not_read_to_its_end_once_a_tensor_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_reads_are_cancelled_once_a_tensor_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, cancelled, taken = Event(), Event(), []
 
     class Threads(ThreadPoolExecutor):
@@ -188,7 +188,7 @@ def test_what_is_under_way_is_not_read_to_its_end_once_a_tensor_has_failed(monke
 
 
 @pytest.mark.parametrize("format", [Dense(torch.float32), PackedFormat("int8", torch.float32)], ids=lambda one: type(one).__name__)
-def test_an_expert_of_which_a_tensor_never_came_is_not_taken_for_whole(format: WeightFormat, oracle: MakeOracle) -> None:
+def test_an_expert_with_a_missing_tensor_is_not_considered_complete(format: WeightFormat, oracle: MakeOracle) -> None:
     folder = oracle("moe").folder
     model, _ = load(folder, format=format)
     bindings = [binding for binding in model.bindings() if binding.name != "model.layers.0.mlp.experts.3.up_proj.weight"]
@@ -204,7 +204,7 @@ def test_shards_load_as_one_file_does(name: str, shard_size: str, oracle: MakeOr
     assert torch.equal(logits_of(single_rank_groups(), tmp_path, prompt), logits_of(single_rank_groups(), oracle(name).folder, prompt))
 
 
-def test_what_is_missing_left_over_or_of_another_shape_is_said_all_at_once(copied: MakeCopy) -> None:
+def test_missing_superfluous_and_misshapen_tensors_are_reported_together(copied: MakeCopy) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["model.layers.1.self_attn.k_proj.bias"]
         tensors["model.layers.1.self_attn.o_proj.bias"] = torch.zeros(72)
@@ -250,7 +250,7 @@ def test_nothing_is_allocated_for_a_checkpoint_that_does_not_fit(copied: MakeCop
         load(folder)
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_ignored_and_said(copied: MakeCopy, oracle: MakeOracle) -> None:
+def test_a_stored_head_is_ignored_and_reported_if_it_is_tied(copied: MakeCopy, oracle: MakeOracle) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"] = torch.full_like(tensors["model.embed_tokens.weight"], 7.0)
 

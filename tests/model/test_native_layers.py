@@ -27,7 +27,7 @@ ROUNDED_AGAIN = 0.02
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("write", [write_dense, write_moe])
-def test_layers_at_once_give_the_bits_of_kernel_after_kernel(
+def test_fused_layers_give_the_bits_of_separate_kernels(
     tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernel(format.kind):
@@ -58,7 +58,7 @@ def by_ranks(groups: ParallelGroups, folder: Path, prompts: list[list[int]], for
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp_path: Path, format: PackedFormat) -> None:
+def test_sums_over_ranks_within_a_call_give_the_bits_of_sums_between_calls(tmp_path: Path, format: PackedFormat) -> None:
     if not has_kernel(format.kind):
         pytest.skip("this processor has no such kernel")
     folder, prompts = write_dense(tmp_path), seeded_prompts(100, [70, 9, 1])
@@ -68,7 +68,7 @@ def test_sums_over_ranks_within_the_call_give_the_bits_of_sums_between_calls(tmp
         assert all(torch.equal(a, b) for a, b in zip(by_gloo, by_memory, strict=True))
 
 
-def test_a_step_of_a_large_model_is_not_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_models_step_is_split_into_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_kernel("fp32"):
         pytest.skip("the kernels are not built here")
     driver = Driver(write_dense(tmp_path), single_rank_groups(), format=FORMATS["float32"])

@@ -83,7 +83,7 @@ def test_matrices_are_decoded_as_their_own_packages_do(name: str, config: dict[s
 
 
 @pytest.mark.parametrize("config", [GPTQ, V2, ACT_ORDER, GPTQ_INT8, GPTQ | {"group_size": -1}, AWQ | {"group_size": 64}], ids=str)
-def test_the_second_format_of_gptq_and_all_others_say_what_was_stored(config: dict[str, Any], tmp_path: Path) -> None:
+def test_gptq_v2_and_all_other_formats_decode_to_what_was_stored(config: dict[str, Any], tmp_path: Path) -> None:
     parts, decoded = quantise(torch.randn(48, 192), config)
     write_checkpoint(tmp_path, {f"x.{part}": tensor for part, tensor in parts.items()}, {})
     with Checkpoint(tmp_path) as checkpoint:
@@ -97,7 +97,7 @@ LAYOUTS = [Topology(), Topology(tp=2), Topology(tp=3), Topology(pp=2)]
 
 @pytest.mark.parametrize("topology", LAYOUTS, ids=str)
 @pytest.mark.parametrize("config", [GPTQ, ACT_ORDER, AWQ], ids=lambda config: f"{config['quant_method']} {config.get('desc_act')}")
-def test_a_plain_model_of_it_answers_as_that_of_the_decoded_weights(
+def test_a_quantised_checkpoint_answers_as_its_decoded_weights(
     config: dict[str, Any], topology: Topology, folders: Callable[..., tuple[Path, Path]]
 ) -> None:
     stored, plain = folders("grouped", config)
@@ -196,7 +196,7 @@ def test_they_are_held_in_the_fewest_bits_that_lose_nothing_unless_told_otherwis
     assert formats.table == of_plain.table
 
 
-def test_with_zeros_they_are_held_in_four_bits_only_where_ranks_cut_between_groups(folders: Callable[..., tuple[Path, Path]]) -> None:
+def test_with_zeros_four_bits_require_that_shares_begin_at_groups(folders: Callable[..., tuple[Path, Path]]) -> None:
     stored, _ = folders("grouped", AWQ | {"group_size": 128})
     model_config = ModelConfig.from_checkpoint(stored)
     with Checkpoint(stored) as checkpoint:
@@ -206,7 +206,9 @@ def test_with_zeros_they_are_held_in_four_bits_only_where_ranks_cut_between_grou
             assert formats.matrices.kind == kind
 
 
-def test_beside_a_plain_matrix_of_a_layer_none_is_held_in_four_bits(folders: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+def test_no_matrix_is_held_in_four_bits_if_a_layer_has_an_unquantised_one(
+    folders: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
     stored, plain = folders("grouped", AWQ)
     tensors, name = load_file(stored / SINGLE_FILE), "model.layers.1.mlp.down_proj"
     for part in ("qweight", "qzeros", "scales"):
@@ -219,7 +221,7 @@ def test_beside_a_plain_matrix_of_a_layer_none_is_held_in_four_bits(folders: Cal
 
 
 @pytest.mark.parametrize("config", [GPTQ, AWQ], ids=lambda config: str(config["quant_method"]))
-def test_of_the_words_a_rank_reads_its_share(config: dict[str, Any], folders: Callable[..., tuple[Path, Path]]) -> None:
+def test_a_rank_reads_only_its_share_of_the_words(config: dict[str, Any], folders: Callable[..., tuple[Path, Path]]) -> None:
     stored, _ = folders("grouped", config)
     (report,) = run_ranks(Topology(), read_report, stored)
     assert report.bytes_read == report.bytes_of_checkpoint
@@ -304,7 +306,7 @@ SEEN_WHILE_READING = [
 
 
 @pytest.mark.parametrize(("config", "change", "said"), SEEN_WHILE_READING, ids=range(len(SEEN_WHILE_READING)))
-def test_numbers_that_config_json_does_not_promise_are_named(
+def test_numbers_that_contradict_config_json_are_named(
     config: dict[str, Any],
     change: Callable[[dict[str, Tensor]], None],
     said: str,

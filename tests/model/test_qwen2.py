@@ -74,7 +74,7 @@ def test_a_model_in_stages_answers_as_transformers(topology: Topology, oracle: M
 
 @pytest.mark.parametrize("dispatch", ["local", "all_to_all"])
 @pytest.mark.parametrize("topology", [Topology(dp=2), Topology(dp=2, ep=2), Topology(dp=2, tp=2, ep=2)], ids=str)
-def test_ranks_with_sequences_of_their_own_share_the_experts(topology: Topology, dispatch: DispatchName, oracle: MakeOracle) -> None:
+def test_data_parallel_ranks_share_the_experts(topology: Topology, dispatch: DispatchName, oracle: MakeOracle) -> None:
     one = oracle("moe")
     prompts = seeded_prompts(one.vocab_size, [3, 20, 9, 1])
     for rank, found in enumerate(run_ranks(topology, own_prompts, one.folder, prompts, 7, dispatch)):

@@ -123,12 +123,12 @@ def test_64_experts_answer_as_transformers_wherever_they_are(case: Case, topolog
 
 @sizes(slow=("57B-A14B",))
 @pytest.mark.parametrize("topology", [Topology(tp=4, ep=4), Topology(tp=2, dp=2, ep=4), Topology(tp=8, ep=8)], ids=str)
-def test_64_experts_that_tokens_travel_to_answer_as_transformers(case: Case, topology: Topology) -> None:
+def test_64_experts_with_all_to_all_answer_as_transformers(case: Case, topology: Topology) -> None:
     check(case, topology, "all_to_all")
 
 
 @sizes(slow=("57B-A14B",))
 @pytest.mark.parametrize("dispatch", ["local", "all_to_all"])
 @pytest.mark.parametrize("topology", [Topology(tp=4, ep=4), Topology(tp=2, dp=2, ep=4)], ids=str)
-def test_experts_held_several_times_answer_as_transformers(case: Case, topology: Topology, dispatch: DispatchName) -> None:
+def test_redundant_experts_answer_as_transformers(case: Case, topology: Topology, dispatch: DispatchName) -> None:
     check(case, topology, dispatch, redundant_experts=2)

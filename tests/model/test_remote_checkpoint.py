@@ -195,7 +195,7 @@ class Unsteady:
 CONTENT = bytes(range(256)) * 40
 
 
-def test_a_failure_that_may_pass_is_tried_again_after_a_while() -> None:
+def test_a_temporary_failure_is_retried_with_backoff() -> None:
     store, waits = Unsteady(CONTENT, TimeoutError(), ConnectionResetError(), b"short", RuntimeError("503 Slow Down")), []
     source = RemoteFile("s3://x/y", len(CONTENT), store.fetch, sleep=waits.append)
     place = bytearray(1000)
@@ -206,7 +206,7 @@ def test_a_failure_that_may_pass_is_tried_again_after_a_while() -> None:
     assert waits[-1] > waits[0]
 
 
-def test_what_does_not_pass_is_raised_in_the_end() -> None:
+def test_a_persistent_failure_is_raised_in_the_end() -> None:
     store = Unsteady(CONTENT, *(TimeoutError(str(attempt)) for attempt in range(99)))
     with pytest.raises(TimeoutError):
         RemoteFile("s3://x/y", len(CONTENT), store.fetch, sleep=lambda _: None).read([(0, memoryview(bytearray(10)))])
@@ -214,14 +214,14 @@ def test_what_does_not_pass_is_raised_in_the_end() -> None:
 
 
 @pytest.mark.parametrize("final", [FileNotFoundError(), PermissionError()])
-def test_what_will_not_pass_is_not_tried_again(final: Exception) -> None:
+def test_a_permanent_failure_is_not_retried(final: Exception) -> None:
     store = Unsteady(CONTENT, final)
     with pytest.raises(type(final)):
         RemoteFile("s3://x/y", len(CONTENT), store.fetch).read([(0, memoryview(bytearray(10)))])
     assert store.asked == 1
 
 
-def test_a_long_range_comes_in_pieces_side_by_side() -> None:
+def test_a_long_range_is_fetched_in_concurrent_pieces() -> None:
     store = Unsteady(CONTENT)
     source = RemoteFile("s3://x/y", len(CONTENT), store.fetch, piece_bytes=100)
     places = [bytearray(950), bytearray(10)]
@@ -279,12 +279,12 @@ def test_an_object_that_vanishes_names_file_and_tensor(folder: Path) -> None:
         ("nosuch://bucket/x", "nosuch:// is not supported"),
     ],
 )
-def test_a_store_that_is_not_there_is_named(url: str, said: str) -> None:
+def test_an_unreachable_store_is_named(url: str, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         Checkpoint(url)
 
 
-def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(url: str) -> None:
         raise ImportError("Install s3fs to access S3")
 

@@ -29,7 +29,7 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_queries_are_turned_as_transformers_turns_them(rope: dict[str, object], dtype: torch.dtype) -> None:
+def test_queries_are_rotated_as_by_transformers(rope: dict[str, object], dtype: torch.dtype) -> None:
     theirs = settings(**rope)
     ours = ModelConfig.from_dict(theirs.to_dict())
     x_TXK = torch.randn(len(POSITIONS), 4, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -40,7 +40,7 @@ def test_queries_are_turned_as_transformers_turns_them(rope: dict[str, object], 
     torch.testing.assert_close(found, wanted[0].transpose(0, 1), atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0)
 
 
-def test_a_product_of_two_turned_vectors_depends_on_their_distance_only() -> None:
+def test_a_product_of_two_rotated_vectors_depends_only_on_their_distance() -> None:
     rope = Rope(RopeConfig(theta=10_000.0, yarn=None), 64, CPU)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 1, 64, generator=generator), torch.randn(1, 1, 64, generator=generator)
@@ -53,7 +53,7 @@ def test_a_product_of_two_turned_vectors_depends_on_their_distance_only() -> Non
     assert product(5, 3) != pytest.approx(product(5, 4), abs=1e-2)
 
 
-def test_a_factor_of_one_stretches_nothing() -> None:
+def test_a_factor_of_one_changes_nothing() -> None:
     yarn = YarnConfig(factor=1.0, original_max_tokens=64, attention_factor=None, beta_fast=32.0, beta_slow=1.0)
     plain, stretched = (Rope(RopeConfig(theta=10_000.0, yarn=each), 64, CPU) for each in (None, yarn))
     torch.testing.assert_close(stretched.frequency_F, plain.frequency_F)

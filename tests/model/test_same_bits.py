@@ -40,7 +40,7 @@ def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | 
 
 @pytest.mark.parametrize("format", CASES)
 @pytest.mark.parametrize("write", [write_dense, write_moe])
-def test_logits_are_the_same_bits_however_a_sequence_came_to_them(
+def test_logits_are_the_same_bits_however_a_sequence_was_computed(
     tmp_path: Path, write: Callable[[Path], Path], format: PackedFormat
 ) -> None:
     if not has_kernel(format.kind):

@@ -10,7 +10,7 @@ from serve.planning.released_models import SIZES
 from serve.planning.shape import ModelShape
 
 
-def test_one_rank_cuts_nothing() -> None:
+def test_one_rank_splits_nothing() -> None:
     assert share_alignment(SIZES["7B"], Topology(pp=4)) == 0
 
 

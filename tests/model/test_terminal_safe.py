@@ -16,5 +16,5 @@ from model.terminal_safe import MAX_CHARACTERS, terminal_safe
         ("a" * 10**6, "a" * MAX_CHARACTERS + "..."),
     ],
 )
-def test_what_steers_a_terminal_is_spelled_out_and_what_is_long_is_cut(text: str, shown: str) -> None:
+def test_control_characters_are_escaped_and_long_text_is_shortened(text: str, shown: str) -> None:
     assert terminal_safe(text) == shown

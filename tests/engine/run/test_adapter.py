@@ -16,7 +16,7 @@ from tests.model.driver import seeded_prompts
 COUNT = 8
 
 
-def test_an_engine_writes_what_peft_writes_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+def test_an_engine_generates_what_peft_does_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
     oracle = make_adapter("9_heads", tmp_path, r=4, lora_alpha=6, target_modules=["q_proj", "up_proj", "down_proj"])
     prompts = seeded_prompts(oracle.vocab_size, [5, 17])
     config = engine_config()

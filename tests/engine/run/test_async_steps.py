@@ -51,7 +51,7 @@ def executors(dense_folder: Path) -> Iterator[tuple[LocalExecutor, LocalExecutor
         ahead.close()
 
 
-def test_a_row_that_few_candidates_do_not_decide_is_decided_on_the_device_as_the_step_behind_it_counts_on_that(
+def test_an_undecided_row_is_redrawn_on_the_device_before_the_next_step_uses_it(
     executors: tuple[LocalExecutor, LocalExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = serve(Engine(executors[0], CONFIG), UNDECIDED)
@@ -80,7 +80,7 @@ def test_a_row_that_few_candidates_do_not_decide_is_decided_on_the_device_as_the
     assert num_replays == num_steps, "none was begun twice"
 
 
-def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple[LocalExecutor, LocalExecutor]) -> None:
+def test_a_step_is_launched_before_the_previous_one_is_read(executors: tuple[LocalExecutor, LocalExecutor]) -> None:
     ahead = Ahead(executors[1])
     capture_steps(executors[1], CONFIG)
     runner, most = runner_of(executors[1]), 0
@@ -100,7 +100,7 @@ def test_the_device_has_a_step_before_the_one_before_it_is_read(executors: tuple
 
 
 @pytest.mark.parametrize("is_replayed", [False, True])
-def test_answers_are_those_of_a_rank_that_is_told_every_token(executors: tuple[LocalExecutor, LocalExecutor], is_replayed: bool) -> None:
+def test_answers_equal_those_of_a_rank_that_is_given_every_token(executors: tuple[LocalExecutor, LocalExecutor], is_replayed: bool) -> None:
     """With penalties, whose histories must have what nobody told, with stop ids and preemption."""
     told, ahead = executors[0], Ahead(executors[1])
     graphs = capture_steps(executors[1], CONFIG) if is_replayed else None
@@ -112,7 +112,7 @@ def test_answers_are_those_of_a_rank_that_is_told_every_token(executors: tuple[L
     assert graphs is None or graphs.num_replays > 20
 
 
-def test_rows_are_found_where_they_stood_in_the_step_before() -> None:
+def test_rows_are_found_at_their_positions_in_the_previous_step() -> None:
     """Sequences may leave and come in between, and take the table rows of others."""
 
     def step(sequences: list[int], table_rows: list[int]) -> AsyncStep:

@@ -84,7 +84,7 @@ def _of_the_first(folder: Path, topology: Topology, *, runs_ahead: bool, replays
 
 
 @pytest.mark.parametrize("replays", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_ranks_that_share_a_model_go_on_with_what_one_of_them_sampled(dense_folder: Path, replays: bool) -> None:
+def test_tensor_parallel_ranks_continue_with_the_token_that_one_of_them_sampled(dense_folder: Path, replays: bool) -> None:
     """With all kinds of sampling, beside prompts; some rows are not decided by few candidates."""
     wanted, *none = _of_the_first(dense_folder, Topology(tp=2), runs_ahead=False, replays=False)
     assert none == [0, 0, 0]
@@ -96,7 +96,7 @@ def test_ranks_that_share_a_model_go_on_with_what_one_of_them_sampled(dense_fold
 
 
 @pytest.mark.slow
-def test_so_do_ranks_that_share_experts(moe_folder: Path) -> None:
+def test_so_do_expert_parallel_ranks(moe_folder: Path) -> None:
     wanted, *_ = _of_the_first(moe_folder, Topology(tp=2, ep=2), runs_ahead=False, replays=False)
     found, num_promised, _, num_replays = _of_the_first(moe_folder, Topology(tp=2, ep=2), runs_ahead=True, replays=True)
     assert found == wanted

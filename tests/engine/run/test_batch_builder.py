@@ -86,7 +86,7 @@ def test_a_sequence_cannot_be_opened_twice():
         tables.open(1)
 
 
-def test_a_work_beyond_its_blocks_is_refused_before_it_writes_into_anothers():
+def test_a_work_beyond_its_blocks_is_refused_before_it_writes_to_another_sequences():
     tables = BlockTables()
     tables.open(5)
     work = Work(5, 0, (1, 2, 3, 4, 5), (1,), True)

@@ -101,12 +101,12 @@ def test_replayed_steps_answer_as_launched_ones(pair: Pair, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 200))
-def test_so_they_do_over_many_schedules(pair: Pair, seed: int) -> None:
+def test_replayed_steps_answer_as_launched_ones_for_many_schedules(pair: Pair, seed: int) -> None:
     check_same(pair, seed)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 9, 100, 256, 512])
-def test_a_step_is_filled_up_by_a_fifth_at_most(max_rows: int) -> None:
+def test_at_most_a_fifth_of_a_step_is_padding(max_rows: int) -> None:
     sizes = list(capture_sizes(max_rows))
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == max_rows
@@ -313,7 +313,7 @@ def _measured_twice(groups: ParallelGroups, folder: Path) -> list[RebalanceResul
 
 
 @pytest.mark.slow
-def test_what_is_captured_anew_behind_a_move_is_no_load(moe_folder: Path) -> None:
+def test_a_capture_after_moving_experts_does_not_count_as_load(moe_folder: Path) -> None:
     first, second = run_ranks(Topology(tp=2, ep=2), _measured_twice, moe_folder)[0]
     assert first.num_moved > 0
     assert sum(map(sum, first.loads)) > 0
@@ -323,7 +323,7 @@ def test_what_is_captured_anew_behind_a_move_is_no_load(moe_folder: Path) -> Non
 # --- the graphs that these tests stand on
 
 
-def test_what_was_there_before_a_capture_must_be_there_at_a_replay() -> None:
+def test_memory_that_existed_before_a_capture_must_exist_at_a_replay() -> None:
     holder, out = [torch.ones(4)], torch.zeros(4)
     replay = RecordedGraphs().capture(lambda: out.copy_(holder[0] * 2))
     holder[0].fill_(3)
@@ -360,7 +360,7 @@ def test_nothing_is_left_over_from_an_earlier_replay() -> None:
         lambda _x: torch.tensor([1.0, 2.0]),
     ],
 )
-def test_a_capture_may_not_ask_the_device_nor_bring_anything(compute) -> None:
+def test_a_capture_may_neither_read_from_the_device_nor_upload(compute) -> None:
     with pytest.raises(NotCapturable):
         RecordedGraphs().capture(lambda: compute(torch.ones(3)))
 

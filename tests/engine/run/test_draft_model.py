@@ -63,7 +63,7 @@ def test_another_model_of_fewer_ids_changes_no_answer(dense_folder: Path, smalle
         assert drafting.stats.drafted_tokens > drafting.stats.accepted_tokens
 
 
-def test_the_heaviest_step_has_the_draft_model_guess_behind_every_sequence(dense_folder: Path) -> None:
+def test_in_the_heaviest_step_the_draft_model_guesses_for_every_sequence(dense_folder: Path) -> None:
     """So that memory is set aside for its logits, too."""
     config = engine_config(speculate="draft", max_running=4)
     runner_config = float32_config(num_blocks=20, block_tokens=4, draft_model=str(dense_folder))
@@ -113,7 +113,7 @@ def test_ranks_that_share_the_model_guess_as_one_does(dense_folder: Path, topolo
     assert engine.stats.accepted_tokens > 0.95 * engine.stats.drafted_tokens > 0
 
 
-def test_the_draft_models_keys_and_values_lie_in_the_memory_for_them(dense_folder: Path, smaller_folder: Path) -> None:
+def test_the_draft_models_kv_cache_is_counted_in_the_budget(dense_folder: Path, smaller_folder: Path) -> None:
     """A layer beside two: a block is half as large again."""
     bytes_for_30 = 30 * 4 * FLOAT32_BLOCK_BYTES
     config = RunnerConfig(device="cpu", dtype="float32", kv_cache_bytes=bytes_for_30, draft_model=str(smaller_folder))
@@ -128,7 +128,7 @@ def test_the_draft_models_keys_and_values_lie_in_the_memory_for_them(dense_folde
         assert runner.capacity.num_blocks == 20
 
 
-def test_where_guessing_does_not_pay_it_ends_by_itself(dense_folder: Path, smaller_folder: Path) -> None:
+def test_drafting_stops_where_it_does_not_pay(dense_folder: Path, smaller_folder: Path) -> None:
     """A random model's guesses hold by chance only."""
     with speculating(dense_folder, smaller_folder) as engine:
         engine.scheduler._speculator._step_line = lambda: (0.01, 0.004)

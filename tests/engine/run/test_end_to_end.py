@@ -128,7 +128,7 @@ def alone(folder) -> dict[tuple[str, int], tuple[int, ...]]:
     [(400, {}), (21, {}), (21, {"max_step_tokens": 7, "prefix_cache": False}), (60, {"max_running": 3})],
     ids=["roomy", "preempted", "preempted-in-pieces", "few-at-a-time"],
 )
-def test_sampled_answers_do_not_depend_on_company_or_preemption(folder, alone, num_blocks, changes):
+def test_sampled_answers_do_not_depend_on_the_batch_or_preemption(folder, alone, num_blocks, changes):
     engine = open_engine(folder, num_blocks=num_blocks, **changes)
     together = {key: answer(events) for key, events in serve(engine, sampled_requests()).items()}
     assert together == alone
@@ -143,7 +143,7 @@ def test_choices_of_one_request_differ_and_the_same_seed_repeats(folder, alone):
     assert all(answer(events) == alone[key] for key, events in again.items())
 
 
-def test_an_answer_goes_on_behind_what_a_lost_replica_delivered(folder, alone):
+def test_an_answer_continues_after_what_a_lost_replica_delivered(folder, alone):
     requests = [request for request in sampled_requests() if len(alone[request.key]) > 5]
     resumed = [replace(request, committed=alone[request.key][:5], attempt=1) for request in requests]
     for key, events in serve(open_engine(folder), resumed).items():
@@ -165,7 +165,7 @@ def test_logprobs_come_with_every_token(folder, oracle):
         assert [value for _, value in logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_nan_logits_fail_one_request_alone(folder, expected, monkeypatch):
+def test_nan_logits_fail_only_one_request(folder, expected, monkeypatch):
     engine = open_engine(folder)
     sampler = engine.executor._runner.result_builder.sampler
     sample = sampler.sample

@@ -29,7 +29,7 @@ def test_a_memory_limit_bounds_the_memory(tmp_path):
     assert available_memory_bytes(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
-def test_native_bfloat16_is_what_the_processor_says():
+def test_native_bfloat16_is_what_the_processor_reports():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next((line for line in lines if line.startswith("flags")), None)
     if flags is None:

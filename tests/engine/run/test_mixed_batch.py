@@ -73,7 +73,7 @@ def test_answers_are_those_of_a_rank_that_samples_row_by_row(pair: tuple[LocalEx
     assert ahead.num_launched_ahead > num_ahead
 
 
-def test_a_step_in_which_the_host_has_a_say_is_left_as_it_is(pair: tuple[LocalExecutor, Watched]) -> None:
+def test_a_step_that_needs_the_host_is_not_launched_ahead(pair: tuple[LocalExecutor, Watched]) -> None:
     ahead = pair[1]
     before = ahead.num_launched
     for sampling in (SamplingParams(logprobs=2, temperature=0.0), SamplingParams(prompt_logprobs=1, temperature=0.0)):
@@ -85,7 +85,7 @@ def test_a_step_in_which_the_host_has_a_say_is_left_as_it_is(pair: tuple[LocalEx
 
 
 @pytest.mark.parametrize("kind", ["mean", "first", "last"])
-def test_a_prompt_of_which_an_embedding_is_wanted_has_all_its_parts_beside_those_who_decode(
+def test_an_embedding_gets_all_parts_of_its_prompt_in_mixed_steps(
     pair: tuple[LocalExecutor, Watched], kind: Literal["mean", "first", "last"]
 ) -> None:
     """A part that is not the last asks for nothing itself."""
@@ -107,7 +107,7 @@ def test_a_prompt_of_which_an_embedding_is_wanted_has_all_its_parts_beside_those
     assert vector(Engine(ahead, CONFIG)) == wanted
 
 
-def test_steps_with_prompts_are_not_begun_ahead_unless_that_is_set(pair: tuple[LocalExecutor, Watched]) -> None:
+def test_mixed_steps_are_off_by_default(pair: tuple[LocalExecutor, Watched]) -> None:
     ahead = pair[1]
     runner, before = runner_of(ahead._executor), ahead.num_launched
     assert not RunnerConfig().prompts_ahead
@@ -118,7 +118,7 @@ def test_steps_with_prompts_are_not_begun_ahead_unless_that_is_set(pair: tuple[L
     assert ahead.num_launched == before
 
 
-def test_nan_logits_of_a_prompt_fail_it_alone(pair: tuple[LocalExecutor, Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_of_a_prompt_fail_only_that_request(pair: tuple[LocalExecutor, Watched], monkeypatch: pytest.MonkeyPatch) -> None:
     told, ahead = pair
     runner = runner_of(ahead._executor)
     plain = [Request(id=str(number), prompt=PROMPTS[number][:5], sampling=PLAIN[0]) for number in range(3)]
@@ -140,7 +140,7 @@ def test_nan_logits_of_a_prompt_fail_it_alone(pair: tuple[LocalExecutor, Watched
     assert all(answer(events) == answer(wanted[key]) for key, events in found.items() if events[-1].finish_reason != "error")
 
 
-def test_works_that_ask_for_more_than_tokens_are_no_rows() -> None:
+def test_works_that_need_more_than_tokens_are_not_a_mixed_batch() -> None:
     plain = Work(1, 0, (4, 5), (0,), samples=True)
     opened = (NewSequence(1, 0, 2, PLAIN[0]),)
     rows = mixed_batch(StepPlan(0, (plain, Work(2, 0, (4,), (1,), samples=False)), opened), 0)

@@ -99,7 +99,7 @@ def test_all_tokens_may_see_each_other(bare_folder, both_ways_folder, backend):
     assert engine.stats.prefix_hit_tokens == 0
 
 
-def test_what_cannot_be_cut_and_is_longer_than_a_step_is_refused(both_ways_folder):
+def test_a_prompt_that_cannot_be_chunked_and_exceeds_a_step_is_refused(both_ways_folder):
     engine = open_engine(both_ways_folder, max_step_tokens=33)
     long, fits = (asking(PROMPTS[at], "last", str(at), is_causal=False) for at in (6, 5))
     events = serve(engine, [long, replace(fits, id="fits")])
@@ -123,7 +123,7 @@ def test_beside_requests_for_answers(dense_folder, oracle_dense):
 
 
 @pytest.mark.parametrize("topology", [Topology(tp=2), pytest.param(Topology(pp=2), marks=pytest.mark.slow)], ids=str)
-def test_ranks_that_share_a_model_give_the_same(bare_folder, both_ways_folder, topology):
+def test_tensor_parallel_ranks_give_the_same(bare_folder, both_ways_folder, topology):
     executor = ProcessExecutor(
         checkpoint_folder=both_ways_folder,
         topology=topology,

@@ -74,7 +74,7 @@ def steps(block_tokens: int) -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("sizes", [(22,), (32,), (10, 16, 24), (4, 8)])
-def test_a_step_gives_and_leaves_what_it_does_when_launched(executor: LocalExecutor, sizes: tuple[int, ...]) -> None:
+def test_a_replayed_step_returns_and_caches_what_a_launched_one_does(executor: LocalExecutor, sizes: tuple[int, ...]) -> None:
     runner = runner_of(executor)
     plans = steps(runner.capacity.block_tokens)
     empty(runner)
@@ -91,7 +91,7 @@ def test_a_step_gives_and_leaves_what_it_does_when_launched(executor: LocalExecu
 
 
 @pytest.mark.parametrize("changes", [{}, {"speculate": "ngram"}, {"max_step_tokens": 7, "prefix_cache": True}])
-def test_requests_are_answered_as_by_launches(executor: LocalExecutor, changes: dict[str, object]) -> None:
+def test_requests_are_answered_as_without_graphs(executor: LocalExecutor, changes: dict[str, object]) -> None:
     config = engine_config(**changes)
     scored = SamplingParams(temperature=0.0, max_tokens=6, prompt_logprobs=2)
     requests = [
@@ -106,9 +106,7 @@ def test_requests_are_answered_as_by_launches(executor: LocalExecutor, changes: 
 
 
 @pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
-def test_they_are_captured_beside_steps_that_only_decode(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_are_captured_in_addition_to_decode_graphs(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     use_capturable_parts(monkeypatch)
     config = engine_config()
     requests = [Request(id=str(n), prompt=prompt, sampling=GREEDY) for n, prompt in enumerate(PROMPTS)]
@@ -127,7 +125,7 @@ def test_they_are_captured_beside_steps_that_only_decode(
     assert runner.forward.prompt_graphs is None
 
 
-def test_attention_that_is_not_launched_apart_and_counted_experts_are_obstacles(
+def test_obstacles_are_attention_that_cannot_be_split_out_and_counted_experts(
     executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = runner_of(executor).model

@@ -47,7 +47,7 @@ def test_beside_requests_that_use_the_cache_and_sample(dense_folder, oracle_dens
     assert all(events[f"plain {i} again", 0][0].num_cached > 0 for i in range(4))
 
 
-def test_no_token_need_be_asked_for(dense_folder, oracle_dense):
+def test_prompt_logprobs_work_without_generating_a_token(dense_folder, oracle_dense):
     engine = open_engine(dense_folder, max_step_tokens=8)
     (event,) = serve(engine, [Request(id="0", prompt=PROMPTS[4], sampling=replace(ASKING, max_tokens=0))])["0", 0]
     assert (event.tokens, event.finish_reason, event.offset) == ((), "length", 0)
@@ -55,14 +55,14 @@ def test_no_token_need_be_asked_for(dense_folder, oracle_dense):
     assert engine.stats.sampled_tokens == 0
 
 
-def test_a_stream_that_goes_on_elsewhere_is_not_told_again(dense_folder):
+def test_a_resumed_stream_does_not_repeat_prompt_logprobs(dense_folder):
     engine = open_engine(dense_folder)
     request = Request(id="0", prompt=PROMPTS[4], committed=(1,), attempt=1, sampling=ASKING)
     events = serve(engine, [request])["0", 0]
     assert not any(event.prompt_logprobs for event in events)
 
 
-def test_padding_rows_of_the_vocabulary_have_no_part(dense_folder):
+def test_padding_rows_of_the_vocabulary_are_ignored(dense_folder):
     engine = open_engine(dense_folder)
     sampling = replace(ASKING, prompt_logprobs=NUM_REAL_TOKENS)
     events = serve(engine, [Request(id="0", prompt=PROMPTS[2], sampling=sampling)])["0", 0]

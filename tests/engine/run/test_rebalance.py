@@ -64,7 +64,7 @@ def open_ranks(folder: Path, topology: Topology, dispatch: DispatchChoice, redun
     )
 
 
-def test_answers_stay_while_experts_move_under_them(executor: ProcessExecutor, expected: list[tuple[int, ...]]) -> None:
+def test_moving_experts_changes_no_answer(executor: ProcessExecutor, expected: list[tuple[int, ...]]) -> None:
     engine = Engine(executor, engine_config(max_step_tokens=16))
     check_loads(engine)
     num_moved = []

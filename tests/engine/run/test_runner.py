@@ -40,7 +40,7 @@ def test_a_prompt_and_what_follows_are_what_transformers_generates(executor, ora
     executor.submit(StepPlan(3, (), closed=(10, 77)))
 
 
-def test_a_prompt_in_pieces_beside_a_running_sequence_changes_neither(executor, oracle):
+def test_a_chunked_prompt_and_a_running_sequence_do_not_affect_each_other(executor, oracle):
     other = PROMPT[::-1]
     expected, expected_other = greedy(oracle, PROMPT, 4), greedy(oracle, other, 1)
     steps = [
@@ -63,7 +63,7 @@ def test_a_step_may_compute_without_sampling_and_may_do_nothing_at_all(executor)
     assert executor.submit(StepPlan(9, (), closed=(40,))).result().sampled == ()
 
 
-def test_history_counts_what_later_works_bring(executor, oracle):
+def test_history_counts_tokens_of_later_works(executor, oracle):
     """The penalties of the third output token see the prompt from the opening and the first two tokens from the works."""
     params = SamplingParams(temperature=0.0, repetition_penalty=2.5, presence_penalty=4.0, frequency_penalty=-30.0)
     opening = NewSequence(50, 0, len(PROMPT), params, history=PROMPT)
@@ -90,7 +90,7 @@ def test_history_counts_what_later_works_bring(executor, oracle):
     executor.submit(StepPlan(5, (), closed=(50, 51)))
 
 
-def test_a_failed_step_loses_the_rank_and_says_why(dense_folder):
+def test_a_failed_step_ends_the_rank_and_reports_why(dense_folder):
     executor = LocalExecutor.open(dense_folder, runner_config=float32_config(num_blocks=8, block_tokens=4), engine_config=engine_config())
     unknown = StepPlan(1, (Work(99, 0, (1,), (0,), True),))
     with pytest.raises(WorkersLost, match="step 1") as caught:
@@ -106,7 +106,7 @@ def test_a_failed_step_loses_the_rank_and_says_why(dense_folder):
     ("topology", "ranks"),
     [(Topology(tp=4), (0,)), (Topology(tp=2, pp=3), (4,)), (Topology(dp=3), (0, 1, 2)), (Topology(tp=2, dp=2, pp=2), (4, 6))],
 )
-def test_of_each_shard_the_first_rank_of_the_last_stage_samples(topology, ranks):
+def test_the_first_rank_of_each_shards_last_stage_samples(topology, ranks):
     assert sampling_ranks(topology) == ranks
     last = topology.pp - 1
     assert [topology.coordinates(rank) for rank in ranks] == [

@@ -132,7 +132,7 @@ def test_frequencies_over_many_draws_are_the_defined_probabilities(name, over):
     assert chi_square < 33  # 9 degrees of freedom at most: 1 in 10,000
 
 
-def test_a_row_gives_the_same_alone_in_company_and_in_another_order():
+def test_a_row_does_not_depend_on_other_rows_or_their_order():
     vocab_size = 4000
     params = [*FILTERS, SamplingParams(repetition_penalty=1.2, top_p=0.9), SamplingParams(logprobs=3, min_p=0.001)]
     logits = make_logits(len(params), vocab_size, seed=3)
@@ -216,7 +216,7 @@ def test_stop_ids_wait_for_min_tokens():
     assert tokens_of(Sampler(vocab_size=4, device=CPU).sample(logits, rows)) == [3, 3, 3, 1, 1]
 
 
-def test_a_mask_of_allowed_ids_holds_for_its_row_alone():
+def test_a_mask_of_allowed_ids_applies_only_to_its_row():
     logits = make_logits(3, 100, seed=8)
     best = logits.argmax(-1).tolist()
     only_67, nothing = np.zeros((2, 4), np.int32)
@@ -229,7 +229,7 @@ def test_a_mask_of_allowed_ids_holds_for_its_row_alone():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf, torch.inf])
-def test_a_row_without_sound_logits_is_a_fault_of_its_own(bad):
+def test_a_row_without_finite_logits_is_a_fault_of_that_row(bad):
     params = [*FILTERS, SamplingParams(repetition_penalty=1.3, logprobs=2)]
     logits = make_logits(2 * len(params), 2000, seed=9)
     rows = [row(params[i // 2], vocab_size=2000, position=4, sequence=i) for i in range(2 * len(params))]
@@ -242,7 +242,7 @@ def test_a_row_without_sound_logits_is_a_fault_of_its_own(bad):
     assert mixed[1::2] == sound[1::2]
 
 
-def test_one_nan_among_sound_logits_is_a_fault():
+def test_one_nan_among_finite_logits_is_a_fault():
     logits = make_logits(2, 2000, seed=10)
     logits[0, 1234] = torch.nan
     rows = [row(SamplingParams(temperature=0.0), vocab_size=2000)] * 2
@@ -263,7 +263,7 @@ def test_logprobs_are_of_the_raw_logits():
     assert [value for _, value in logprobs.top] == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_equal_alternatives_are_told_by_rising_id():
+def test_equal_alternatives_are_sorted_by_id():
     logits = torch.zeros(1, 2000)
     logits[0, 1500] = 1.0
     params = SamplingParams(temperature=0.0, logprobs=4)
@@ -286,7 +286,7 @@ def test_large_batches_are_drawn_in_parts_with_the_same_answers(monkeypatch):
     assert draw(logits, rows) == whole
 
 
-def test_the_borders_of_the_noise_never_give_an_id_without_weight():
+def test_extreme_uniforms_never_give_an_id_without_weight():
     weights = torch.tensor([0, 3, 0, 1, 0]).expand(5, -1)
     uniforms = torch.tensor([2.0**-53, 0.75 - 2.0**-20, 0.75, 0.75 + 2.0**-20, 1 - 2.0**-53], dtype=torch.float64)
     assert filters._invert_cdf(weights, uniforms)[0].tolist() == [1, 1, 3, 3, 3]

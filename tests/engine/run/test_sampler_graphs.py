@@ -65,7 +65,7 @@ def test_a_replay_draws_what_the_sampler_draws(chosen: list[SamplingParams], tie
         assert report[2].all()
 
 
-def test_few_candidates_that_do_not_decide_a_row_are_not_all_that_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_few_candidates_do_not_decide_is_drawn_from_all_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.run.sampling.sampler_graphs.MAX_CANDIDATES", 5)
     monkeypatch.setattr("engine.run.sampling.sampler_graphs.MORE_CANDIDATES", 0)
     logits_BV, sampler = make_logits(8, VOCAB_SIZE, seed=3, ties=True), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
@@ -91,7 +91,7 @@ RULES = [
 ]
 
 
-def test_what_sequences_have_seen_is_counted_and_their_logits_edited_as_the_host_does_it() -> None:
+def test_tokens_are_counted_and_logits_edited_on_the_device_as_on_the_host() -> None:
     """Steps of changing sequences: some end and others take their entries, some steps are computed twice, words say what is allowed."""
     draw, generator = random.Random(5), np.random.default_rng(5)
     logits_BV, numbers = torch.zeros(8, VOCAB_SIZE), torch.zeros(2, 8, dtype=torch.int64)
@@ -136,7 +136,7 @@ def test_what_sequences_have_seen_is_counted_and_their_logits_edited_as_the_host
     assert num_entered > 60
 
 
-def test_who_finds_no_entry_or_wants_too_much_is_edited_by_the_host() -> None:
+def test_sequences_without_an_entry_are_edited_by_the_host() -> None:
     table = EditTable(num_entries=1, vocab_size=VOCAB_SIZE, device=CPU)
     much, first, second, plain = (
         row(params, vocab_size=VOCAB_SIZE).state
@@ -151,7 +151,7 @@ def test_who_finds_no_entry_or_wants_too_much_is_edited_by_the_host() -> None:
     assert second.entry == 0
 
 
-def test_a_row_without_sound_logits_is_told() -> None:
+def test_a_row_without_finite_logits_is_reported() -> None:
     logits_BV = make_logits(2, VOCAB_SIZE, seed=1)
     graphs = SamplerGraphs(logits_BV, (2,), RecordedGraphs())
     graphs.capture()
@@ -177,7 +177,7 @@ def test_a_row_without_sound_logits_is_told() -> None:
     ],
     ids=repr,
 )
-def test_what_a_row_is_and_needs(params: SamplingParams, kind: int, needs: int) -> None:
+def test_the_kind_and_needs_of_a_row(params: SamplingParams, kind: int, needs: int) -> None:
     columns = SamplingColumns()
     columns.put(40, row(params, vocab_size=VOCAB_SIZE).state)
     found = columns.of(np.array([40]))
@@ -186,7 +186,7 @@ def test_what_a_row_is_and_needs(params: SamplingParams, kind: int, needs: int) 
     assert are_edited_by_host(found, np.array([1])) == bool(needs & EDITS), "it has no entry"
 
 
-def test_stop_ids_are_forbidden_until_so_many_tokens_are_there() -> None:
+def test_stop_ids_are_forbidden_until_min_tokens() -> None:
     columns = SamplingColumns()
     state = row(SamplingParams(min_tokens=3, stop_token_ids=(5,)), vocab_size=VOCAB_SIZE, prompt=(1, 2)).state
     columns.put(0, state)
@@ -194,7 +194,7 @@ def test_stop_ids_are_forbidden_until_so_many_tokens_are_there() -> None:
     assert [are_edited(columns.of(np.array([0])), np.array([count])) for count in known] == [True, True, True, False, False]
 
 
-def test_a_plan_that_only_decodes_is_known_by_its_columns() -> None:
+def test_a_decode_only_plan_is_recognised_by_its_columns() -> None:
     told = Decodes.of(np.array([(7, 20, 3, NO_BLOCK, 0), (8, 31, 4, 12, 1), (9, 16, 5, 13, 0)]).T)
     single = Work(4, 8, (6,), (2, 5), samples=True, shard=0)
     plan = StepPlan(1, (single, Work(5, 0, (1, 2, 3), (8,), samples=False, shard=1)), decodes=told)

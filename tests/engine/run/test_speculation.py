@@ -52,7 +52,7 @@ def plain(dense_folder) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("sampling", PARAMS.values(), ids=PARAMS.keys())
-def test_answers_are_those_of_one_token_at_a_time(sampling: SamplingParams, plain: Engine, dense_folder) -> None:
+def test_speculation_changes_no_answer(sampling: SamplingParams, plain: Engine, dense_folder) -> None:
     wanted = serve(plain, requests(sampling))
     prophet = Prophet({key: answer(events) for key, events in wanted.items()})
     engine = open_engine(dense_folder, Speculator(prophet, max_tokens=5, step_line=lambda: (1.0, 0.0)))
@@ -68,7 +68,7 @@ def test_answers_are_those_of_one_token_at_a_time(sampling: SamplingParams, plai
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_looking_up_speeds_up_what_repeats_itself(dense_folder) -> None:
+def test_prompt_lookup_saves_steps_on_repetitive_text(dense_folder) -> None:
     sampling = SamplingParams(temperature=0.0, logit_bias=((5, 100.0),), max_tokens=60)  # a random model repeats nothing by itself
     engine, plain = open_engine(dense_folder, speculate="lookup"), open_engine(dense_folder)
     asked = [Request(id="r", prompt=PROMPTS[4], sampling=sampling)]

@@ -35,7 +35,7 @@ def start(folder: Path, runner_config: RunnerConfig, **more):
     return start_rank(checkpoint_folder=folder, runner_config=runner_config, **settings)
 
 
-def test_the_cache_is_as_large_as_it_may_be(dense_folder):
+def test_the_cache_fills_its_budget(dense_folder):
     with start(dense_folder, RunnerConfig(device="cpu", dtype="float32", kv_cache_bytes=10 * 4 * FLOAT32_BLOCK_BYTES - 1)) as runner:
         assert (runner.capacity.num_blocks, runner.capacity.block_tokens, runner.capacity.max_context_tokens) == (9, 4, 36)
         assert runner.cache.num_blocks == 9
@@ -104,7 +104,7 @@ def test_weights_that_overflow_are_found_before_any_request(dense_folder, tmp_pa
     [(Topology(tp=5), "4 query heads"), (Topology(pp=3), "2 layers cannot fill 3 stages"), (Topology(tp=2, ep=2), "no routed experts")],
     ids=str,
 )
-def test_a_layout_that_cannot_be_is_refused_before_the_others_are_waited_for(dense_folder, topology, reason):
+def test_an_impossible_layout_is_refused_before_waiting_for_other_ranks(dense_folder, topology, reason):
     config = float32_config(num_blocks=8, block_tokens=4)
     with pytest.raises(InvalidLayout, match=reason), start(dense_folder, config, topology=topology, rendezvous="tcp://127.0.0.1:1"):
         pass
@@ -136,7 +136,7 @@ def test_the_heaviest_step_fills_the_budget_and_leaves_nothing_open(dense_folder
         assert "0 open" in repr(runner)
 
 
-def test_each_shard_has_sequences_of_its_own_in_steps_that_no_client_asked_for():
+def test_warm_up_steps_have_sequences_on_every_shard():
     plans = [full_step(max_step_tokens=64, max_running=16, num_blocks=8, block_tokens=4, num_shards=2)]
     runner = SimpleNamespace(capacity=SimpleNamespace(max_context_tokens=32, block_tokens=4, num_blocks=8), shard=1, run=plans.append)
     warm_up(runner)
@@ -147,7 +147,7 @@ def test_each_shard_has_sequences_of_its_own_in_steps_that_no_client_asked_for()
     assert {work.shard for plan in plans[1:] for work in plan.works} == {1}
 
 
-def test_auto_means_what_the_machine_has():
+def test_auto_selects_the_device_of_the_machine():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
@@ -158,13 +158,13 @@ def test_auto_means_what_the_machine_has():
     ("device", "count", "taken"),
     [("auto", 4, "cuda:1"), ("cuda", 2, "cuda:1"), ("auto", 1, "auto"), ("auto", 0, "auto"), ("cuda:3", 4, "cuda:3"), ("cpu", 4, "cpu")],
 )
-def test_processes_of_one_host_take_its_devices_in_turn(monkeypatch: pytest.MonkeyPatch, device: str, count: int, taken: str) -> None:
+def test_ranks_of_one_host_are_distributed_over_its_devices(monkeypatch: pytest.MonkeyPatch, device: str, count: int, taken: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert assign_device(RunnerConfig(device=device), 5).device == taken
 
 
 @pytest.mark.parametrize("changes", [{"kv_cache_bytes": 0}, {"num_threads": 0}, {"kv_memory_fraction": 1.1}, {"collective_timeout_s": 0}])
-def test_a_setting_without_meaning_is_refused(changes):
+def test_an_invalid_setting_is_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         RunnerConfig(**changes)
 
@@ -191,7 +191,7 @@ def test_ranks_agree_on_what_the_smallest_can_hold():
 
 
 @pytest.mark.parametrize(("fraction", "budget"), [(None, 96_000), (0.5, 160_000)])
-def test_replicas_that_share_a_host_take_its_memory_together(monkeypatch: pytest.MonkeyPatch, fraction: float | None, budget: int) -> None:
+def test_replicas_on_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch, fraction: float | None, budget: int) -> None:
     monkeypatch.setattr("engine.run.memory.available_memory_bytes", lambda: 320_000)
     config, groups = RunnerConfig(kv_memory_fraction=fraction), single_rank_groups()
     for sharers in (1, 2, 5):

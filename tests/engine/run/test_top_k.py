@@ -59,7 +59,7 @@ def test_a_nan_is_the_highest(vocab_size, find):
 
 
 @pytest.mark.parametrize("count", [1, 84, 1024])
-def test_of_a_row_with_nan_candidates_are_ids_and_other_rows_are_not_touched(count):
+def test_a_row_with_nan_has_valid_candidate_ids_and_affects_no_other(count):
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
     logits[1, 7] = logits[3, 4999] = torch.nan
     logits[2] = torch.nan

@@ -51,7 +51,7 @@ params_of_few = st.builds(
 
 
 @pytest.mark.parametrize("params", SEES_MORE, ids=repr)
-def test_a_row_that_looks_at_more_gets_all_and_so_does_its_company(params: SamplingParams) -> None:
+def test_a_row_that_needs_all_logits_gets_them_for_the_whole_step(params: SamplingParams) -> None:
     few = row(SamplingParams(temperature=0.0), vocab_size=VOCAB_SIZE)
     other = row(params, vocab_size=VOCAB_SIZE, prompt=(1,), output=(2,))
     assert needed_top_logits([few, few], VOCAB_SIZE) is not None
@@ -88,7 +88,7 @@ def test_the_tokens_are_those_of_all_logits(screen, rows) -> None:
     assert sampler.sample(some, made) == sampler.sample(all_logits, made)
 
 
-def test_a_rank_answers_the_same_with_and_without(tmp_path, monkeypatch) -> None:
+def test_a_rank_answers_the_same_with_top_logits_only(tmp_path, monkeypatch) -> None:
     if native() is None or native().screened is None:
         pytest.skip("this processor has no such products, or the kernels are not built here")
     torch.manual_seed(1)

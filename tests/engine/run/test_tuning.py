@@ -21,7 +21,7 @@ from tests.engine.run.tiny_models import engine_config
 CONFIG = engine_config(max_step_tokens=48, max_running=16)
 
 
-def test_few_and_many_rows_are_measured_and_answers_stay(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_and_many_rows_are_measured_and_no_answer_changes(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from parallel.cuda import autotune, gemv, quantised_matmul
     from parallel.cuda.quantised_matmul import multiply
@@ -69,7 +69,7 @@ def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, m
 
 
 @pytest.mark.parametrize("early_launches", [True, False])
-def test_launches_begin_early_where_the_setting_says_so(early_launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_launches_follow_the_setting(early_launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from parallel.cuda import dependent_launch
 

@@ -26,7 +26,7 @@ def test_a_checkpoint_in_bfloat16_answers_as_transformers_does_in_float32(tmp_pa
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_a_quantised_mixture_answers_in_company_as_alone(tmp_path: Path, quantize: str) -> None:
+def test_a_quantised_mixture_of_experts_does_not_depend_on_the_batch(tmp_path: Path, quantize: str) -> None:
     engine = open_engine(write_moe(tmp_path), quantize=quantize, prefix_cache=False)
     together, alone = serve(engine, requests()), serve(engine, requests(), at_once=False)
     engine.executor.close()

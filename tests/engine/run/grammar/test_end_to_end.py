@@ -124,7 +124,7 @@ def test_answers_do_not_depend_on_the_schedule(folder, undisturbed, num_blocks, 
     assert num_blocks == 900 or engine.stats.num_preemptions > 0
 
 
-def test_what_grammars_allow_is_copied_into_steps_that_are_replayed(folder, monkeypatch):
+def test_grammar_masks_are_uploaded_for_replayed_steps(folder, monkeypatch):
     """Beside penalties and biases that are counted on the device; no row's logits are edited by the host."""
     use_capturable_parts(monkeypatch)
     some = [replace(one, sampling=replace(one.sampling, max_tokens=24)) for one in requests()[::3]]
@@ -145,7 +145,7 @@ def test_what_grammars_allow_is_copied_into_steps_that_are_replayed(folder, monk
     assert num_decoded == 0
 
 
-def test_an_answer_goes_on_on_another_replica_behind_what_was_committed(folder, undisturbed):
+def test_an_answer_continues_on_another_replica_after_its_committed_tokens(folder, undisturbed):
     for cut in (1, 6):
         resumed = [
             replace(request, committed=undisturbed[request.key][: min(cut, len(undisturbed[request.key]) - 1)]) for request in requests()
@@ -171,7 +171,7 @@ def test_answers_survive_the_loss_of_the_workers(folder, undisturbed):
     assert (len(lost), engine.stats.num_losses) == (1, 1)
 
 
-def test_a_slow_grammar_delays_its_own_request_alone_and_changes_no_answer(folder, undisturbed, monkeypatch):
+def test_a_slow_grammar_delays_only_its_own_request_and_changes_no_answer(folder, undisturbed, monkeypatch):
     """Every compile waits until requests without a grammar are well under way."""
     monkeypatch.setattr(guides, "COMPILE_WAIT_S", 0.0)
     engine = open_engine(folder)
@@ -190,7 +190,7 @@ def test_a_slow_grammar_delays_its_own_request_alone_and_changes_no_answer(folde
     assert {key: answer(each) for key, each in events.items()} == undisturbed
 
 
-def test_a_wrong_grammar_fails_its_own_request_alone(folder, undisturbed):
+def test_an_invalid_grammar_fails_only_its_own_request(folder, undisturbed):
     bad = Request(id="bad", prompt=(5, 6), sampling=SamplingParams(grammar="start: /(/"))
     empty = Request(id="empty", prompt=(5, 6), sampling=SamplingParams(grammar="start: a\na: b\nb: a"))
     events = serve(open_engine(folder), [bad, *requests(), empty])

@@ -41,7 +41,7 @@ def texts(allowed: AllowedTokens) -> set[bytes]:
     return {TOKENS[token] for token in np.flatnonzero(bits)}
 
 
-def test_the_prompt_says_nothing_and_the_output_is_followed_whatever_works_repeat():
+def test_only_the_output_is_constrained_whatever_tokens_works_repeat():
     guides = make_guides()
     opened(guides, "start: /abc?/")
     for start in (0, 2, 4):
@@ -56,7 +56,7 @@ def test_the_prompt_says_nothing_and_the_output_is_followed_whatever_works_repea
 
 
 @pytest.mark.parametrize("output", ["", "a", "ab"])
-def test_a_sequence_that_comes_back_goes_on_where_it_was(output):
+def test_a_reopened_sequence_continues_where_it_was(output):
     fresh, back = make_guides(), make_guides()
     opened(fresh, "start: /abc*/")
     fresh.add_tokens(Work(7, 0, PROMPT, (), True))
@@ -68,7 +68,7 @@ def test_a_sequence_that_comes_back_goes_on_where_it_was(output):
     assert back_allowed.words is not None
 
 
-def test_min_tokens_forbids_the_end_only_while_there_is_another_way_on():
+def test_min_tokens_forbids_the_end_only_while_another_token_is_allowed():
     guides = make_guides()
     opened(guides, "start: /a*/", min_tokens=2)
     assert TOKENS[END] not in texts(look_up(guides))
@@ -100,7 +100,7 @@ def test_tokens_that_do_not_follow_the_grammar_are_a_fault():
     assert look_up(guides).fault == "the tokens so far do not follow the grammar"
 
 
-def test_a_wrong_grammar_and_a_missing_tokenizer_are_faults():
+def test_an_invalid_grammar_and_a_missing_tokenizer_are_faults():
     guides = make_guides()
     opened(guides, "start: /(/")
     assert "regex" in (look_up(guides).fault or "")
@@ -122,7 +122,7 @@ class HeldCompiler:
         return COMPILER.compile(source)
 
 
-def test_a_grammar_that_is_still_compiled_holds_nobody_up(monkeypatch):
+def test_a_grammar_that_is_still_compiling_delays_nobody(monkeypatch):
     monkeypatch.setattr(module, "COMPILE_WAIT_S", 0.0)
     compiler = HeldCompiler()
     guides = make_guides(compiler)
@@ -143,7 +143,7 @@ def test_sequences_without_a_grammar_cost_nothing():
     assert guides.begin([7]) is None
 
 
-def test_a_compiler_is_made_once_for_the_first_grammar_or_at_rest() -> None:
+def test_a_compiler_is_created_once_for_the_first_grammar_or_when_idle() -> None:
     makers: list[threading.Thread] = []
     twice = threading.Event()
 
@@ -164,7 +164,7 @@ def test_a_compiler_is_made_once_for_the_first_grammar_or_at_rest() -> None:
     assert makers[1] is not threading.current_thread()
 
 
-def test_no_compiler_is_made_while_the_process_computes() -> None:
+def test_no_compiler_is_created_while_the_process_is_busy() -> None:
     computed_s = iter((0.0, 1.0, 1.0, 2.0, 2.0, 2.0))
     made = threading.Event()
 
@@ -181,7 +181,7 @@ class Panic(BaseException):
     """As of a library in Rust."""
 
 
-def test_a_compiler_that_cannot_be_made_refuses_grammars_and_no_more() -> None:
+def test_a_compiler_that_cannot_be_created_only_refuses_grammars() -> None:
     attempts: list[None] = []
 
     def make() -> LlCompiler:

@@ -36,7 +36,7 @@ def test_every_mask_allows_what_trying_every_id_allows(pattern, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(pattern=st.sampled_from(PATTERNS), seed=st.integers(0, 10_000), num_drafts=st.integers(1, 6), num_kept=st.integers(0, 6))
-def test_drafts_that_are_taken_back_leave_no_trace(pattern, seed, num_drafts, num_kept):
+def test_rolled_back_drafts_leave_no_trace(pattern, seed, num_drafts, num_kept):
     draw, drafted, plain = random.Random(seed), COMPILER.compile(f"start: /{pattern}/"), COMPILER.compile(f"start: /{pattern}/")
     drafts = []
     while len(drafts) < num_drafts and (choices := allowed(drafted.mask())):
@@ -75,14 +75,14 @@ def test_the_text_of_a_control_token_is_only_text(source):
         'start: %json {"$ref": "http://example.org/schema"}',
     ],
 )
-def test_what_cannot_be_compiled_is_refused_in_a_line(source):
+def test_what_cannot_be_compiled_is_refused_with_a_one_line_message(source):
     with pytest.raises(GrammarFailed) as refusal:
         COMPILER.compile(source).mask()
     assert 0 < len(str(refusal.value)) <= 300
     assert "\n" not in str(refusal.value)
 
 
-def test_an_empty_language_has_no_way_on():
+def test_an_empty_language_allows_no_token():
     grammar = COMPILER.compile("start: a\na: b\nb: a")
     with pytest.raises(GrammarFailed):
         grammar.mask()
@@ -105,7 +105,7 @@ def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes():
     assert (len(cache), cache.num_bytes) == (0, 0)
 
 
-def test_grammars_are_counted_as_more_than_they_take():
+def test_grammars_are_estimated_larger_than_they_are():
     """Of many different schemas, the bytes by which the process grows, first masks included."""
     properties = [f'"field_{number}": {{"type": "string", "maxLength": {number + 1}}}' for number in range(300)]
     sources = [f'start: %json {{"type": "object", "properties": {{{", ".join(properties[k : k + 12])}}}}}' for k in range(288)]
