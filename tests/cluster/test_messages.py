@@ -27,11 +27,11 @@ SAMPLING = SamplingParams(temperature=0.7, logit_bias=((3, -1.5),), stop_token_i
 EXAMPLES = [
     StepPlan(
         step=7,
-        singly=(Work(sequence=1, start=16, tokens=(5, 6), new_blocks=(3,), samples=True),),
+        other_works=(Work(sequence=1, start=16, tokens=(5, 6), new_blocks=(3,), samples=True),),
         opened=(NewSequence(sequence=1, choice=2, num_prompt=18, sampling=SAMPLING, history=(1, 2)),),
         closed=(0,),
     ),
-    StepPlan(step=8, singly=(), rebalance=Rebalance(threshold=float("inf"))),
+    StepPlan(step=8, other_works=(), rebalance=Rebalance(threshold=float("inf"))),
     StepResult(step=8, sampled=(), rebalanced=RebalanceResult(((3.0, 0.5),), 1.5, 1.25, num_moved=2)),
     StepResult(
         step=7,
