@@ -1,8 +1,8 @@
-"""CUDA graphs on a CPU: what a function does with tensors is recorded, and done again on the same memory when it is replayed.
+"""Fake CUDA graphs on a CPU: a function's tensor operations are recorded, and executed again on the same memory at a replay.
 
-As on a device, nothing of the host is looked at in a replay: numbers, lists and branches are those of the capture. What a capture may
-not do raises `NotCapturable`; a replay raises `Gone` where a tensor that was read, and not made, in the capture lies there no more. What
-was made in the capture is overwritten before each replay, so that nothing can be left over from an earlier one.
+As on a device, a replay reads nothing from the host: numbers, lists and branches are those of the capture. A forbidden operation in a
+capture raises `NotCapturable`. A replay raises `Gone` if a tensor that the capture read, but did not create, no longer exists. Tensors
+created in the capture are overwritten before each replay, so that nothing can be left from an earlier one.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,19 +20,19 @@ from torch.utils._pytree import tree_map
 from engine.run.cuda_graphs import Compute, EagerCall, Piece, Replay
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2", "unique_consecutive"}
-"""Operations of torch whose answer, or its size, the host must know."""
+"""Operations of torch whose result, or its size, the host must know."""
 BRINGS = {"lift_fresh", "_pin_memory"}
-"""And those by which numbers of the host come in."""
+"""Operations that bring numbers from the host."""
 HOST_METHODS = {"tolist", "numpy", "item", "cpu", "pin_memory", "from_numpy", "tensor", "__bool__", "__int__", "__float__", "__index__"}
 EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 
 class NotCapturable(Exception):
-    """A capture asked the device, or brought something from the host."""
+    """A capture read from the device, or uploaded something from the host."""
 
 
 class Gone(Exception):
-    """A replay reads a tensor that is no more."""
+    """A replay reads a tensor that no longer exists."""
 
 
 class RecordedGraphs:
@@ -74,7 +74,7 @@ class RecordedGraphs:
 
 
 class _External:
-    """A tensor that was there before the capture, which keeps it no longer than others do."""
+    """A tensor that existed before the capture. The capture holds no reference to it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._storage = StorageWeakRef(tensor.untyped_storage())
@@ -111,7 +111,7 @@ class _Recording(TorchDispatchMode):
         return out
 
     def launch(self, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Something that torch does not see: a kernel, a collective."""
+        """An operation that torch does not see: a kernel or a collective."""
         held = tree_map(self._hold, (args, kwargs))
 
         def again() -> None:
@@ -165,11 +165,11 @@ def _poison(tensor: torch.Tensor) -> None:
 
 
 _recordings: list[_Recording] = []
-"""The one under way, if one is."""
+"""The recording in progress, if any."""
 
 
 def kernel(run: Callable[..., None]) -> Callable[..., None]:
-    """``run`` as a device does it: at a replay again, on what lies in its tensors then. What it does inside is its own affair."""
+    """Run ``run`` as a device does: again at every replay, on what its tensors hold then. Its own operations are not recorded."""
 
     def inside(*args: Any, **kwargs: Any) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -185,7 +185,7 @@ def kernel(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def _begin(modes: ExitStack) -> _Recording:
-    """Until they are left. Our kernels for CPUs are none of torch's operations and would not be replayed; a device has none of them."""
+    """Until the block is left. Our CPU kernels are not operations of torch and would not be replayed; a device does not have them."""
     recording = _Recording()
     modes.enter_context(patch("engine.run.sampling.top_k.native", lambda: None))
     for mode in (_under_way(recording), _HostIsAway(), recording):
@@ -195,7 +195,7 @@ def _begin(modes: ExitStack) -> _Recording:
 
 @contextmanager
 def _under_way(recording: _Recording) -> Iterator[None]:
-    """Launches of Triton, where its interpreter stands in for a device, are told as well."""
+    """Launches of Triton kernels are recorded too if its interpreter stands in for a device."""
     _recordings.append(recording)
     try:
         from triton.runtime.interpreter import InterpretedFunction

@@ -1,4 +1,4 @@
-"""peft as the oracle of adapters: writes them as its users do, and says what logits the adapted model gives."""
+"""peft as the reference for adapters: writes them as its users do, and computes the logits of the adapted model."""
 
 import json
 from collections.abc import Mapping
@@ -16,8 +16,11 @@ from tests.model.oracle import Oracle, make_oracle
 
 
 def make_adapter(shape: str, folder: Path, *, dtype: torch.dtype = torch.float32, **settings: Any) -> Oracle:
-    """A random model of ``shape`` (`tests.model.oracle.SHAPES`) in ``folder / "base"``, and an adapter trained at random on it in
-    ``folder / "adapter"``; ``settings`` are of `peft.LoraConfig`. The oracle's folder is the base's, and its model the adapted one."""
+    """A random model of ``shape`` (`tests.model.oracle.SHAPES`) in ``folder / "base"``, and a randomly trained adapter for it in ``folder /
+    "adapter"``.
+
+    ``settings`` are those of `peft.LoraConfig`. The oracle's folder is the base's, and its model the adapted one.
+    """
     base = make_oracle(shape, folder / "base", dtype=dtype)
     adapted = get_peft_model(base.model, LoraConfig(**settings))
     _train(adapted)
@@ -27,7 +30,7 @@ def make_adapter(shape: str, folder: Path, *, dtype: torch.dtype = torch.float32
 
 @torch.no_grad()
 def _train(model: PeftModel) -> None:
-    """Everything that training would change, changed enough to show."""
+    """Change everything that training would change, enough to be noticed."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -41,7 +44,7 @@ def _train(model: PeftModel) -> None:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
-    """An adapter by hand: ``tensors`` by the names of their modules, as ``model.layers.0.mlp.up_proj.lora_A.weight``."""
+    """An adapter written by hand: ``tensors`` by the names of their modules, such as ``model.layers.0.mlp.up_proj.lora_A.weight``."""
     folder.mkdir(parents=True, exist_ok=True)
     said = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "none"} | config
     (folder / CONFIG_FILE).write_text(json.dumps(said))

@@ -1,4 +1,4 @@
-"""DeepSpeed's AutoTP on one rank: it takes a transformers model apart by the names of its layers, with code that is not ours."""
+"""DeepSpeed's AutoTP on one rank: independent code that splits a transformers model by the names of its layers."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from parallel.groups import ParallelGroups
 
 
 def logits_by_autotp(groups: ParallelGroups, folder: Path, tokens: list[int]) -> tuple[Tensor, int]:
-    """Logits (T, V), and how many parameters this rank was left with."""
+    """Logits (T, V), and the number of parameters that this rank kept."""
     place = {"RANK": groups.rank, "WORLD_SIZE": groups.world.size, "LOCAL_RANK": groups.rank, "LOCAL_SIZE": groups.world.size}
     os.environ.update({name: str(value) for name, value in place.items()})
     import deepspeed

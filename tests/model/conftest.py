@@ -1,4 +1,4 @@
-"""Small random checkpoints written by transformers, which is also what they are compared with."""
+"""Small random checkpoints written by transformers, which is also their reference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.model.oracle import Oracle, make_oracle
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]:
-    """The oracle of a name in `tests.model.oracle.SHAPES`, made at its first use."""
+    """The oracle for a name in `tests.model.oracle.SHAPES`, created when first used."""
     made: dict[str, Oracle] = {}
 
     def of(name: str) -> Oracle:

@@ -1,6 +1,6 @@
-"""Runs a model by hand-built forward batches, without the engine: whole prompts, chunks, and mixtures with decodes.
+"""Runs a model with forward batches built by hand, without the engine: whole prompts, chunks, and mixtures with decodes.
 
-Runs in the ranks' processes: imports no transformers, which takes seconds.
+Runs in the ranks' processes, so it does not import transformers, which takes seconds.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Progress:
 
 
 class Driver:
-    """One rank's model and cache. Every rank makes the same calls; logits are there on the last stage."""
+    """One rank's model and cache. Every rank makes the same calls; logits are returned on the last stage."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Driver:
 
     @torch.no_grad()
     def last_logits(self, tokens: Sequence[int], chunk: int) -> Tensor:
-        """As an engine does it: no step but the last asks for logits, and that one for a single row (1, V)."""
+        """As an engine does: only the last step asks for logits, for a single row (1, V)."""
         sequence = self.start(tokens)
         while sequence.pending:
             batch = build_batch([(sequence, min(chunk, sequence.pending))])
@@ -145,7 +145,7 @@ class Driver:
 
 
 def build_batch(works: Sequence[tuple[Progress, int]]) -> ForwardBatch:
-    """Works of one token must come first. All logits are wanted."""
+    """Works of one token must come first. All logits are computed."""
     starts, tokens, positions, slots = [0], [], [], []
     for sequence, count in works:
         for position in range(sequence.num_computed, sequence.num_computed + count):
@@ -175,7 +175,7 @@ def seeded_prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
 
 @dataclass
 class Answers:
-    """What one rank computed, one entry per prompt."""
+    """The results of one rank, one entry per prompt."""
 
     whole: list[Tensor]
     chunked: list[Tensor]
@@ -184,7 +184,7 @@ class Answers:
 
 
 def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[list[int]], dispatch: DispatchName) -> list[Answers]:
-    """Each checkpoint's answers on one rank."""
+    """The answers to each checkpoint on one rank."""
     found = []
     for folder in folders:
         driver = Driver(folder, groups, dispatch=dispatch)
@@ -196,7 +196,7 @@ def answers(groups: ParallelGroups, folders: Sequence[Path], prompts: Sequence[l
                 greedy=driver.greedy(prompts, NUM_GREEDY) if groups.pp.size == 1 else [],
             )
         )
-        barrier(groups.world)  # a stage sends without waiting: a model that is given up now would take its last message along
+        barrier(groups.world)  # a stage sends without waiting: freeing the model now would lose its last message
     return found
 
 
@@ -219,7 +219,7 @@ def last_logits(groups: ParallelGroups, folder: Path, prompt: list[int], chunk: 
 
 
 def own_prompts(groups: ParallelGroups, folder: Path, prompts: list[list[int]], chunk: int, dispatch: DispatchName) -> list[Tensor]:
-    """Every dp rank computes the prompts that fall to it, all in the same number of steps, some of them without a token."""
+    """Every dp rank computes its own prompts, all in the same number of steps, some of them with an empty batch."""
     driver = Driver(folder, groups, dispatch=dispatch)
     mine = [driver.start(prompt) for prompt in prompts[groups.dp.rank :: groups.dp.size]]
     for _ in range(-(-max(map(len, prompts)) // chunk)):
@@ -229,11 +229,11 @@ def own_prompts(groups: ParallelGroups, folder: Path, prompts: list[list[int]], 
 
 @dataclass(frozen=True)
 class Followed:
-    """How near a rank came to what it should compute: nothing of it where it has no logits."""
+    """How close a rank's results are to the expected ones; empty where it has no logits."""
 
     max_error: float
     greedy: list[list[int]]
-    """For each of its sequences the most probable token behind the prompt and behind each token after that."""
+    """For each sequence the most probable token after the prompt and after each later token."""
 
 
 def follow(
@@ -245,7 +245,7 @@ def follow(
     dispatch: DispatchName,
     redundant_experts: int,
 ) -> Followed:
-    """Each dp rank computes the sequences that fall to it: the prompts in one step, what follows token by token as if just sampled.
+    """Each dp rank computes its own sequences: the prompts in one step, what follows token by token as if just sampled.
 
     ``wanted`` are the logits of every position.
     """
@@ -263,7 +263,7 @@ def follow(
 
 
 def mismatch_of(groups: ParallelGroups, folder: Path) -> tuple[str, ...]:
-    """The missing tensors that loading complains about."""
+    """The missing tensors that loading reports."""
     try:
         Driver(folder, groups)
     except CheckpointMismatch as mismatch:

@@ -1,4 +1,4 @@
-"""Loads a model from any place in a rank's process; imports no transformers, which takes seconds."""
+"""Loads a model from any location in a rank's process. Does not import transformers, which takes seconds."""
 
 from pathlib import Path
 
@@ -22,16 +22,16 @@ def load_from(groups: ParallelGroups, place: Path | str, dtype: torch.dtype = to
 
 
 def fingerprint(groups: ParallelGroups, place: Path | str) -> tuple[LoadReport, float]:
-    """What loading did, and a number that hangs on every weight of this rank."""
+    """The report of loading, and a number that depends on every weight of this rank."""
     model, report = load_from(groups, place)
     return report, sum(float(tensor.double().abs().sum()) for tensor in _weights(model))
 
 
 def peak_beyond_weights(groups: ParallelGroups, place: Path | str) -> tuple[int, int]:
-    """Bytes of this rank's weights, and by how much loading raised the process's peak of resident memory (VmHWM) beyond them."""
+    """Bytes of this rank's weights, and how far loading raised the process's peak resident memory (VmHWM) beyond them."""
     before = psutil.Process().memory_info().rss
     with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # the peak begins anew, see proc(5)
+        refs.write("5")  # resets the peak, see proc(5)
     model, _ = load_from(groups, place, torch.bfloat16)
     weights = sum(tensor.nbytes for tensor in _weights(model))
     with open("/proc/self/status") as status:
@@ -40,7 +40,7 @@ def peak_beyond_weights(groups: ParallelGroups, place: Path | str) -> tuple[int,
 
 
 def _weights(model: Qwen2) -> list[torch.Tensor]:
-    """Each once, though tied weights are found twice."""
+    """Each weight once; tied weights are found twice."""
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for value in [*vars(module).values(), *getattr(module, "tensors", {}).values()]:

@@ -1,4 +1,4 @@
-"""transformers as the oracle of the model: writes checkpoints, and says what logits and tokens they give."""
+"""transformers as the reference for the model: writes checkpoints, and computes their logits and tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,17 +40,17 @@ def _yarn(factor: float, original: int) -> dict[str, Any]:
 LONG_ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # Nothing divides by the numbers of ranks: heads, inner widths, vocabulary, experts.
+    # Sizes that the numbers of ranks do not divide: heads, inner widths, vocabulary, experts.
     "9_heads": _shape(9, 3, 72, 50, 101),
     "14_heads_tied": _shape(14, 2, 56, 45, 97, tie_word_embeddings=True),
     "28_heads": _shape(28, 4, 112, 67, 130),
     "moe": _shape(9, 3, 72, 50, 101, mlp_only_layers=[1], **_experts(6, 2, 13, 21, norm_topk_prob=False)),
     "moe_renormalised": _shape(4, 4, 32, 30, 64, decoder_sparse_step=2, **_experts(7, 3, 9, 18, norm_topk_prob=True)),
     "yarn": _shape(4, 2, 64, 50, 80, max_position_embeddings=128, rope_parameters=_yarn(4.0, 32)),
-    # Groups of 32 divide over two and three ranks.
+    # Groups of 32 divide evenly over two and three ranks.
     "grouped": _shape(12, 4, 192, 192, 101),
     "grouped_moe": _shape(4, 2, 128, 128, 101, **_experts(4, 2, 64, 64, norm_topk_prob=False)),
-    # The widths of the released sizes; layers and vocabulary cut short.
+    # The widths of the released sizes, with fewer layers and a smaller vocabulary.
     "0.5B": _shape(14, 2, 896, 4864, 1000, num_hidden_layers=2, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
     "1.5B": _shape(12, 2, 1536, 8960, 1000, num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
     "3B": _shape(16, 2, 2048, 11008, 1000, num_hidden_layers=1, tie_word_embeddings=True, rope_parameters=LONG_ROPE),
@@ -77,7 +77,7 @@ class Oracle:
 
     @classmethod
     def read(cls, folder: Path, kind: type[PreTrainedModel], dtype: torch.dtype) -> "Oracle":
-        """From the files: `PreTrainedModel.to` would round the rotary frequencies too."""
+        """Read from the files: `PreTrainedModel.to` would round the rotary frequencies too."""
         model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
         return cls(folder, model.eval())
 
@@ -92,7 +92,7 @@ class Oracle:
         return logits.float()
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """Computed anew for every token: no KV cache that could be wrong."""
+        """Recomputed for every token: no KV cache that could be wrong."""
         tokens = list(prompt)
         for _ in range(num_tokens):
             tokens.append(int(self.logits(tokens)[-1].argmax()))
@@ -105,7 +105,7 @@ def make_oracle(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
     torch.manual_seed(0)
     if "num_experts" in settings:
         model: PreTrainedModel = Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings))
-        model.set_experts_implementation("eager")  # the grouped one wants widths that are multiples of 16 bytes
+        model.set_experts_implementation("eager")  # the grouped one needs widths that are multiples of 16 bytes
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**settings))
     model.set_attn_implementation("eager")
@@ -115,7 +115,7 @@ def make_oracle(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
 
 
 def write_half(settings: dict[str, Any], folder: Path) -> type[PreTrainedModel]:
-    """Random weights in bfloat16, as releases have them, never in memory at more than that. Read them with `Oracle.read`."""
+    """Random weights in bfloat16, like the releases, and never in memory at more than that. Read them with `Oracle.read`."""
     kind = Qwen2MoeForCausalLM if "num_experts" in settings else Qwen2ForCausalLM
     with torch.device("meta"):
         model: PreTrainedModel = kind(kind.config_class(**settings)).to(torch.bfloat16)
@@ -129,7 +129,7 @@ def write_half(settings: dict[str, Any], folder: Path) -> type[PreTrainedModel]:
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel) -> None:
-    """Outputs of size one in every layer, and biases and norms that matter (transformers begins with zeros and ones)."""
+    """Outputs of magnitude one in every layer, and biases and norms that matter (transformers initialises them to zeros and ones)."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.normal_(1.0, 0.2)

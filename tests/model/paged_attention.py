@@ -29,10 +29,10 @@ def heads(query: int, kv: int, rank: int = 0, ranks: int = 1, *, head_dim: int =
 
 
 class Paged:
-    """Random q, k, v for some works, and a cache whose blocks are scattered and, where nobody has written, NaN."""
+    """Random q, k, v for some works, and a cache whose blocks are scattered, with NaN where nothing has been written."""
 
     def __init__(self, config: AttentionConfig, works: Sequence[Work], dtype: torch.dtype, *, kv_dtype: torch.dtype | None = None) -> None:
-        """With ``kv_dtype`` the cache is in it, and new keys and values are such as it can hold."""
+        """``kv_dtype`` is the dtype of the cache; new keys and values are numbers that it represents exactly."""
         generator = torch.Generator().manual_seed(1)
 
         def random(*shape: int) -> Tensor:
@@ -40,7 +40,7 @@ class Paged:
 
         counts = [-(-(behind + now) // config.block_tokens) for behind, now in works]
         num_blocks = sum(counts) + 3
-        order = torch.randperm(num_blocks - 1, generator=generator) + 1  # block 0 pads the tables and is nobody's
+        order = torch.randperm(num_blocks - 1, generator=generator) + 1  # block 0 pads the tables and belongs to no sequence
         tables = list(order[: sum(counts)].split(counts))
         shape = (num_blocks, config.block_tokens, config.num_kv_heads, config.head_dim)
         self.keys, self.values = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
@@ -73,7 +73,7 @@ class Paged:
         )
 
     def to(self, device: torch.device) -> "Paged":
-        """All of it on another device."""
+        """A copy on another device."""
         for name in ("q", "k", "v", "keys", "values"):
             setattr(self, name, getattr(self, name).to(device))
         moved = {name: value.to(device) for name, value in vars(self.batch).items() if isinstance(value, Tensor)}
@@ -81,7 +81,7 @@ class Paged:
         return self
 
     def attend(self, backend: AttentionBackend) -> tuple[Tensor, Tensor, Tensor]:
-        """The result, and the caches after it."""
+        """The result, and the caches afterwards."""
         keys, values = self.keys.clone(), self.values.clone()
         backend.prepare(self.batch)
         heads = torch.cat((self.q, self.k, self.v), dim=1)
@@ -89,6 +89,6 @@ class Paged:
 
 
 def unturned(heads_TXK: Tensor) -> Rotation:
-    """The rotation that leaves all as it is."""
+    """The identity rotation."""
     ones = heads_TXK.new_ones(heads_TXK.shape[0], 1, heads_TXK.shape[2] // 2)
     return Rotation(ones, torch.zeros_like(ones))

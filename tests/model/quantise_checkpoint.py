@@ -1,4 +1,4 @@
-"""Stores a plain checkpoint quantised, by rounding to nearest, and what it is decoded to as another plain one. Imports no transformers."""
+"""Stores a checkpoint quantised, rounding to nearest, and its decoded weights as another checkpoint. Does not import transformers."""
 
 import json
 from collections.abc import Mapping
@@ -23,8 +23,10 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def store_quantised(source: Path, stored: Path, plain: Path, config: Mapping[str, Any]) -> None:
-    """``config``: its `quantization_config`. Quantised are the matrices whose names end in _proj; with them AutoGPTQ stores biases that
-    the model does not have."""
+    """``config``: its `quantization_config`.
+
+    Quantises the matrices whose names end in _proj. For these AutoGPTQ stores biases that the model does not have.
+    """
     raw = json.loads((source / "config.json").read_text())
     quantised: dict[str, Tensor] = {}
     decoded: dict[str, Tensor] = {}
@@ -53,7 +55,7 @@ def store_quantised(source: Path, stored: Path, plain: Path, config: Mapping[str
 
 
 def quantise(weight_NK: Tensor, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-    """The parts of one matrix as they are stored, and what they say in float32."""
+    """The stored parts of one matrix, and the weights that they represent in float32."""
     is_gptq, bits = config["quant_method"] == "gptq", config["bits"]
     size, num_inputs = config["group_size"], weight_NK.shape[1]
     groups_K = torch.arange(num_inputs) // (num_inputs if size == -1 else size)
@@ -92,8 +94,8 @@ def _rounded(weight_KN: Tensor, groups_K: Tensor, bits: int, *, symmetric: bool)
 
 
 def _packed(numbers: Tensor, bits: int, order: list[int]) -> Tensor:
-    """int32 (..., C / p) of int64 (..., C): of p numbers that of place ``order[i]`` in the i-th lowest bits."""
+    """int32 (..., C / p) of int64 (..., C): of every p numbers the one at ``order[i]`` goes to the i-th lowest bits."""
     of_word = numbers.unflatten(-1, (-1, len(order)))
     words = sum(of_word[..., place] << (bits * i) for i, place in enumerate(order))
     assert isinstance(words, Tensor)
-    return words.to(torch.int32)  # wraps: the highest number lies where the sign is
+    return words.to(torch.int32)  # wraps around: the highest number includes the sign bit

@@ -27,7 +27,7 @@ def main(auto_gptq: Path, auto_awq: Path) -> None:
         package = ModuleType(name)
         package.__path__ = [str(auto_awq / name.replace(".", "/"))]
         sys.modules[name] = package
-    of_device: Any = ModuleType("awq.utils.utils")  # wants accelerate
+    of_device: Any = ModuleType("awq.utils.utils")  # would import accelerate
     of_device.get_best_device = lambda: "cpu"
     sys.modules[of_device.__name__] = of_device
     awq = _module("awq_linear", auto_awq / "awq/modules/linear/gemm.py")
@@ -73,7 +73,7 @@ def _by_awq(module: Any, random: torch.Generator) -> dict[str, Tensor]:
 
 
 def _linear(bits: int, random: torch.Generator) -> tuple[nn.Linear, Tensor, Tensor]:
-    """An empty layer, scales that float16 holds, and zeros that are not 0, which AutoGPTQ cannot store."""
+    """An empty layer, scales that float16 represents, and zeros other than 0, which AutoGPTQ cannot store."""
     scales_NG = (torch.rand(OUTPUTS, GROUPS, generator=random) * 0.02 + 0.001).half().float()
     return nn.Linear(INPUTS, OUTPUTS, bias=False), scales_NG, torch.randint(1, 2**bits, (OUTPUTS, GROUPS), generator=random).float()
 

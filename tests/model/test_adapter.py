@@ -1,4 +1,4 @@
-"""Models with a LoRA adapter: as peft has them, on one rank and shared over several; what cannot be served is refused in words."""
+"""Models with a LoRA adapter equal peft's, on one rank and split over several. What is not supported is refused with a message."""
 
 import dataclasses
 import re
@@ -92,7 +92,7 @@ def test_an_adapted_model_answers_as_with_peft(
 
 
 def test_experts_that_were_adapted_one_by_one_are_those_of_the_merged_checkpoint(tmp_path: Path) -> None:
-    """As transformers 4 has them. (peft 0.21 passes over these tensors without a word beside transformers 5, and cannot be asked.)"""
+    """As transformers 4 stores them. (With transformers 5, peft 0.21 silently ignores these tensors and cannot serve as the reference.)"""
     base = make_oracle("moe", tmp_path / "base").folder
     torch.manual_seed(1)
     shapes = {"gate_proj": (13, 72), "up_proj": (13, 72), "down_proj": (72, 13)}
@@ -115,7 +115,7 @@ def test_experts_that_were_adapted_one_by_one_are_those_of_the_merged_checkpoint
 
 
 def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
-    """But for sums that nearly cancel, of which float32 has fewer bits."""
+    """Except for sums that nearly cancel, of which float32 has fewer bits."""
     assert ((found != exact.bfloat16()) & (exact.abs() > 1e-4)).sum() <= 1
     torch.testing.assert_close(found, exact.bfloat16(), atol=1e-6, rtol=2**-7)
 

@@ -1,4 +1,4 @@
-"""Fast attention against the reference, over paged KV."""
+"""Fast attention backends against the reference, over a paged KV cache."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +43,7 @@ WORKS: dict[str, list[Work]] = {
 
 @pytest.fixture(params=["cpu", "native"])
 def fast_backend(request: pytest.FixtureRequest) -> Callable[[AttentionConfig], FastAttention]:
-    """Makes the backend of that name."""
+    """Creates the backend of that name."""
     if request.param == "cpu":
         return CpuAttention
     library = native()
@@ -65,7 +65,7 @@ def library() -> Native:
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def kv_dtype(request: pytest.FixtureRequest, library: Native) -> torch.dtype:
-    """Of those in which our kernels hold keys and values."""
+    """The dtypes that our kernels support for the KV cache."""
     dtype: torch.dtype = request.param
     if dtype not in library.prefill:
         pytest.skip(f"this processor does not multiply {dtype}")
@@ -95,7 +95,7 @@ def test_in_half_precision_they_agree_to_its_rounding(dtype: torch.dtype, config
 )
 @pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
 def test_with_keys_and_values_in_bfloat16_they_agree_to_its_rounding(config: AttentionConfig, works: list[Work], library: Native) -> None:
-    """Queries and weights are rounded once each by the kernel, not by the reference."""
+    """The kernel rounds queries and weights once each, the reference does not."""
     if torch.bfloat16 not in library.prefill:
         pytest.skip("this processor does not multiply bfloat16")
     paged = Paged(config, works, torch.float32, kv_dtype=torch.bfloat16)
@@ -171,7 +171,7 @@ def test_a_prompt_gives_the_same_bits_however_it_is_chunked(start: int, library:
 def test_a_decoded_token_gives_the_same_bits_as_one_of_a_prompt(
     config: AttentionConfig, position: int, library: Native, kv_dtype: torch.dtype
 ) -> None:
-    """So that a stream that is taken in again elsewhere goes on with the same log-probabilities."""
+    """So that a stream that is resumed elsewhere continues with the same log-probabilities."""
     paged = Paged(config, [(0, position + 1)], torch.float32, kv_dtype=kv_dtype)
     whole, paged.keys, paged.values = paged.attend(NativeAttention(config, library))
     paged.q, paged.k, paged.v = paged.q[-1:], paged.k[-1:], paged.v[-1:]
@@ -238,12 +238,12 @@ def test_the_backend_is_chosen_by_device_and_name(monkeypatch: pytest.MonkeyPatc
 def test_a_score_beyond_float32_has_no_weight_if_negative_and_spoils_its_row_if_not(
     works: list[Work], library: Native, kv_dtype: torch.dtype
 ) -> None:
-    """As in torch's attention, in whatever keys and values are held."""
+    """As in torch's attention, for every dtype of the cache."""
     config = HEADS["groups of seven"]
     paged = Paged(config, works, torch.float32, kv_dtype=kv_dtype)
     paged.q = paged.q.abs() + 1
     paged.k[0] = -1e38
-    paged.keys[paged.batch.block_tables_SM[0, 0], 3] = -1e38  # of the context, if there is one
+    paged.keys[paged.batch.block_tables_SM[0, 0], 3] = -1e38  # of the context, if there is any
     found, wanted = paged.attend(NativeAttention(config, library))[0], paged.attend(ReferenceAttention(config))[0]
     sees_nothing_else = works[0][0] == 0
     assert found[0].isnan().all() == wanted[0].isnan().all() == sees_nothing_else

@@ -1,4 +1,4 @@
-"""Checkpoint folders: read lazily, and refused by name when damaged."""
+"""Checkpoint folders are read lazily, and refused by name if they are damaged."""
 
 import json
 import pickle
@@ -194,7 +194,7 @@ def test_an_index_may_name_files_of_its_own_folder_only(place: object, tmp_path:
 
 
 def test_symbolic_links_out_of_the_folder_are_followed(tmp_path: Path) -> None:
-    """The caches of model hubs are made of them."""
+    """The caches of model hubs consist of them."""
     (blobs := tmp_path / "blobs").mkdir()
     (snapshot := tmp_path / "snapshot").mkdir()
     written(blobs)

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: every field named, none guessed."""
+"""config.json and generation_config.json: every field is read by name, and none is guessed."""
 
 import json
 from contextlib import suppress
@@ -96,7 +96,7 @@ DUAL_CHUNKS = {
     "max_position_embeddings": 1_010_000,
     "dual_chunk_attention_config": {"chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144},
 }
-"""As Qwen2.5-7B-Instruct-1M has it."""
+"""As in Qwen2.5-7B-Instruct-1M."""
 
 
 def test_the_context_is_limited_where_dual_chunk_attention_begins() -> None:

@@ -1,4 +1,4 @@
-"""Prompts by FlashInfer: that it is asked the right question, by a double with its interface (0.7.2) that does what its page says."""
+"""Prefill by FlashInfer is called correctly, tested with a fake that has its interface (0.7.2) and documented behaviour."""
 
 import sys
 from dataclasses import replace
@@ -18,12 +18,15 @@ CPU = torch.device("cpu")
 
 
 class Wrapper:
-    """`flashinfer.BatchPrefillWithPagedKVCacheWrapper`, slowly. What is planned is looked up again at every run, as there, and what is
-    planned is copied to the device late: not before somebody waits for an event behind it."""
+    """A slow `flashinfer.BatchPrefillWithPagedKVCacheWrapper`.
+
+    As in the real one, every run reads the plan again, and the plan is copied to the device late: not before an event after it is waited
+    for.
+    """
 
     num_plans = 0
     is_copying = False
-    """Whether a queued copy has still to read the one page-locked buffer."""
+    """Whether a queued copy has yet to read the only page-locked buffer."""
 
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str) -> None:
         assert (float_workspace_buffer.dtype, kv_layout) == (torch.uint8, "NHD")
@@ -62,7 +65,7 @@ class Wrapper:
 
 
 class Event:
-    """`torch.cuda.Event`: all that was queued before it was recorded is over when waiting for it ends."""
+    """`torch.cuda.Event`: everything queued before it was recorded is finished once it has been waited for."""
 
     def __init__(self) -> None:
         self._is_behind_a_copy = False

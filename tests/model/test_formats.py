@@ -1,4 +1,4 @@
-"""In what form weights are held, and that it changes no answer it must not change."""
+"""The formats of weights, and that they change no answer that they must not change."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -28,7 +28,7 @@ def test_weights_stored_in_bfloat16_are_held_so_where_sums_are_in_float32() -> N
 
 
 def test_activations_are_rounded_where_that_is_asked_for_and_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On processors with bfloat16 products: ours, but oneDNN's where there are tiles for them."""
+    """On processors with bfloat16 products: our format, or oneDNN's if there are AMX tiles."""
     monkeypatch.setattr("model.formats.runs_here", lambda dtype: dtype == BF16)
     monkeypatch.setattr("model.formats.has_amx", lambda: False)
     monkeypatch.setattr("model.formats.available_kinds", lambda: frozenset(("bf16", "fp32", "bf16_dot")))
@@ -63,7 +63,7 @@ def test_beside_quantised_weights_activations_are_rounded_where_that_is_asked_fo
 
 
 def test_if_experts_move_all_ranks_choose_a_format_that_all_support() -> None:
-    """Whatever this processor has besides."""
+    """Whatever else this processor has."""
     few, more = frozenset(("bf16", "fp32", "int8", "int4")), frozenset(("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"))
     for kinds, suffix in ((few, ""), (more, "_dot")):
         found = choose_formats(CPU, FLOAT, [FLOAT], "int4", rounds_activations=True, common_kinds=kinds)

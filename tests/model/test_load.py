@@ -1,4 +1,4 @@
-"""Loading: checked before anything is allocated, and each rank reads its own share only."""
+"""Loading checks everything before it allocates, and each rank reads only its own share."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -122,7 +122,7 @@ def test_many_tensors_get_a_thread_each_and_few_share_torchs_threads(
 
 
 def test_threads_that_load_launch_kernels_on_the_device_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's current device is a thread's own: of a new thread it is the first device, and Triton launches there."""
+    """torch's current device is a property of the thread. For a new thread it is the first device, and Triton launches there."""
     current = local()
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
     device = torch.device("cuda", 1)
@@ -144,7 +144,7 @@ def test_a_thread_that_begins_while_weights_are_loaded_computes_with_as_many_as_
 
 @dataclass
 class Layer:
-    """One that takes its tensor by pieces."""
+    """A layer that converts its tensors piece by piece."""
 
     take: Callable[[int], None]
     is_streaming: bool = True
@@ -287,6 +287,6 @@ def test_weights_are_converted_to_the_dtype_asked_for(tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_heads_are_refused(oracle: MakeOracle) -> None:
-    """`parallel.axes.head_share` says so; here that nothing hides it."""
+    """`parallel.axes.head_share` raises; here, that nothing hides it."""
     with pytest.raises(ValueError, match="4 query heads cannot be shared over 5 ranks"):
         run_ranks(Topology(tp=5), read_report, oracle("moe_renormalised").folder)

@@ -1,4 +1,4 @@
-"""What of a sparse MLP every rank computes."""
+"""The parts of a sparse MLP that every rank computes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Half a layer, and all layers, in one call against their kernels one after the other."""
+"""Half a layer, and all layers, in one call equal their kernels one after the other."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.model.test_same_bits import FORMATS
 from tests.ranks import run_ranks
 
 ROUNDED_AGAIN = 0.02
-"""Of logits: a last bit of difference may round a row's number the other way in the next product."""
+"""Tolerance for logits: a difference in the last bit may round an activation the other way in the next product."""
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
@@ -45,7 +45,7 @@ def test_fused_layers_give_the_bits_of_separate_kernels(
     for found, wanted in zip(fused, kernel_after_kernel, strict=True):
         if write is write_dense:
             assert torch.equal(found, wanted)
-        else:  # the softmax of the router and the sum of a token's experts are torch's in one and ours in the other
+        else:  # one uses torch's softmax of the router and sum of a token's experts, the other ours
             torch.testing.assert_close(found, wanted, atol=1e-4 if format.kind in ("fp32", "bf16") else ROUNDED_AGAIN, rtol=0)
 
 
@@ -92,7 +92,7 @@ def test_a_large_models_step_is_split_into_several_calls(tmp_path: Path, monkeyp
 
 
 def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastCollective:
-    """Computes one token, and then again with a peer that has left."""
+    """Computes one token, and then another with a peer that has left."""
     driver = Driver(folder, groups, format=FORMATS["float32"])
     record_to(page / str(groups.rank))
     begun = read(page / str(groups.rank))
@@ -110,7 +110,7 @@ def last_of_layers(groups: ParallelGroups, folder: Path, page: Path) -> LastColl
     assert layers is not None
     assert layers.fused is not None
     step = driver.model.backend.step_inputs(driver.model.rope.rotation(batch.positions_T, torch.float32), batch)
-    for _ in range(2):  # and so is every later one, at once
+    for _ in range(2):  # and so does every later one, immediately
         with pytest.raises(CollectiveFailed, match="rank 1 of the group has left it"):
             layers.fused(step, torch.ones(1, driver.model.config.hidden_size))
     return last

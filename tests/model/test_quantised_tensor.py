@@ -1,4 +1,4 @@
-"""Checkpoints that are stored quantised: decoded as others decode them, held without a loss, refused where they are damaged."""
+"""Checkpoints that are stored quantised: decoded as by other libraries, held without loss, refused if they are damaged."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ V2 = GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Mapping[str, Any]], tuple[Path, Path]]:
-    """Of a shape in `tests.model.oracle.SHAPES` and a `quantization_config`: the folder that is stored so, and the same decoded."""
+    """For a shape in `tests.model.oracle.SHAPES` and a `quantization_config`: the quantised folder, and the decoded one."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def of(shape: str, config: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -127,7 +127,7 @@ def test_a_quantised_checkpoint_answers_as_its_decoded_weights(
 def test_held_in_few_bits_nothing_is_lost(
     shape: str, config: dict[str, Any], format: WeightFormat, topology: Topology, folders: Callable[..., tuple[Path, Path]]
 ) -> None:
-    """Beside float32 products of the decoded weights: another order of sums is all that differs. Rounding would be a hundred times that."""
+    """Compared with float32 products of the decoded weights: only the order of sums differs. Rounding would be a hundred times as much."""
     stored, plain = folders(shape, config)
     (prompt,) = seeded_prompts(101, [9])
     found = run_ranks(topology, logits_of, stored, prompt, FLOAT, format)[-1]

@@ -1,4 +1,4 @@
-"""The model against transformers, on one rank and shared over several."""
+"""The model against transformers, on one rank and split over several."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -112,9 +112,9 @@ def test_a_model_of_released_width_answers_as_transformers_on_one_and_two_ranks(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_half_precision_is_as_near_to_the_truth_as_transformers_is(name: str, dtype: torch.dtype, ranks: int, tmp_path: Path) -> None:
-    """The truth: the same rounded weights computed in float32.
+    """The expected logits: the same rounded weights, computed in float32.
 
-    By the median over positions: where two experts are all but tied, rounding chooses between them, in either's code.
+    By the median over positions: if two experts are almost tied, rounding chooses between them, in both implementations.
     """
     one = make_oracle(name, tmp_path, dtype=dtype)
     (prompt,) = seeded_prompts(one.vocab_size, [24])

@@ -1,4 +1,4 @@
-"""All released widths of Qwen2 and Qwen2.5 against transformers, in every way of sharing them out. Layers and vocabulary are cut short."""
+"""All released widths of Qwen2 and Qwen2.5 against transformers, with every kind of parallelism. Fewer layers and a smaller vocabulary."""
 
 import gc
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ SETTINGS = SHAPES | {
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint on disk and what transformers says to it. transformers itself is gone: memory is for the ranks."""
+    """A checkpoint on disk and transformers' results for it. transformers' model is freed: memory is for the ranks."""
 
     name: str
     folder: Path
     sequences: list[list[int]]
-    """Prompts of `NUM_PROMPT` tokens and the greedy answers to them."""
+    """Prompts of `NUM_PROMPT` tokens and their greedy answers."""
     wanted: list[Tensor]
 
 

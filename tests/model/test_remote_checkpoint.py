@@ -1,4 +1,4 @@
-"""A checkpoint in a store is read as one in a folder is: the same tensors, each rank its own bytes."""
+"""A remote checkpoint is read like a local one: the same tensors, and each rank its own bytes."""
 
 import os
 import random
@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written_to_is_said_with_what_to_set(folder: Path
 
 
 def test_the_small_files_of_sentence_transformers_subfolders_come_along(place: Path | str, folder: Path, request: Any) -> None:
-    """Each in its folder, and from no other; a store may list folders that hold nothing but a marker."""
+    """Only from their own subfolder; a store may list folders that contain only a marker."""
     wanted = {"1_Pooling/config.json": '{"pooling_mode_lasttoken": true}', "modules.json": "[]"}
     for name, text in {
         **wanted,
@@ -153,7 +153,7 @@ def test_the_small_files_of_sentence_transformers_subfolders_come_along(place: P
 
 
 def _put_again(place: Path | str, folder: Path, request: Any) -> Path | str:
-    """Where the folder is to be found with what was written into it since."""
+    """The folder's location, with everything that has been written to it since."""
     if str(place).startswith("memory://"):
         fsspec.filesystem("memory").put(f"{folder}/", "/bucket/model/", recursive=True)
     elif str(place).startswith(("s3://", "gs://")):
@@ -177,7 +177,7 @@ def test_ranges_are_asked_for_by_keyword_as_s3fs_has_a_version_before_them(folde
 
 
 class Unsteady:
-    """A store that fails as stores do, the first times that it is asked for a range."""
+    """A store that fails, as stores do, the first times that a range is requested."""
 
     def __init__(self, content: bytes, *failures: Exception | bytes) -> None:
         self.content, self.failures, self.asked = content, list(failures), 0
@@ -330,7 +330,7 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("scheme", ["", "file://"], ids=["folder", "store"])
 def test_a_rank_holds_little_more_than_its_share_while_it_loads(tp: int, scheme: str, large_folder: Path) -> None:
-    """A mapped file, or a matrix held twice, would add as much again as the share, or 120 MB."""
+    """A mapped file, or a matrix held twice, would add as much as the share, or 120 MB."""
     place = f"{scheme}{large_folder}" if scheme else large_folder
     for weights, beyond in run_ranks(Topology(tp=tp), peak_beyond_weights, place):
         assert weights > 0.49 * 340 * 2**20 / tp

@@ -1,4 +1,4 @@
-"""Rotary embedding against transformers, plain and stretched."""
+"""Rotary embedding against transformers, with and without YaRN."""
 
 import pytest
 import torch

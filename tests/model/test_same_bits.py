@@ -1,5 +1,8 @@
-"""With our own CPU kernels a token's logits are the same bits whether it was decoded, came with a prompt, or was taken in again after a
-loss, alone or in company: so a stream that goes on elsewhere tells the same log-probabilities, and greedy ones never part."""
+"""With our CPU kernels a token's logits are the same bits whether it was decoded, part of a prompt, or recomputed after a failure, in any
+batch.
+
+So a stream that is resumed elsewhere reports the same log-probabilities, and greedy answers never diverge.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +32,8 @@ CASES = [pytest.param(format, id=name, marks=pytest.mark.slow if "zeros" in name
 
 
 def decoded(driver: Driver, tokens: list[int], start: int, company: list[int] | None = None) -> Tensor:
-    """Logits of every position: the first ``start`` tokens at once, the others one by one, maybe beside another prompt in pieces of 9."""
+    """Logits of every position: the first ``start`` tokens in one step, the others one by one, optionally beside another prompt in
+    chunks of 9."""
     sequence, other = driver.start(tokens), driver.start(company or [1])
     while sequence.pending:
         works = [(sequence, start if not sequence.num_computed else 1)]

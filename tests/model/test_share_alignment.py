@@ -1,4 +1,4 @@
-"""Where ranks cut input features."""
+"""How the shares of ranks divide input features."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Words out of somebody else's files on a terminal."""
+"""Text from untrusted files in a terminal."""
 
 import pytest
 

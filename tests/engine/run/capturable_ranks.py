@@ -1,5 +1,4 @@
-"""Ranks on a CPU whose steps can be captured: `tests.fakes.graphs` in place of a device's graphs, and attention that reads its lengths
-where a kernel would."""
+"""CPU ranks whose steps can be captured: graphs from `tests.fakes.graphs`, and attention that reads its lengths as a kernel would."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -31,7 +30,7 @@ from tests.fakes.graphs import RecordedGraphs, kernel
 
 
 class CapturableAttention(ReferenceAttention):
-    """The reference, where a step only decodes as one kernel."""
+    """The reference backend, with attention of a decode-only step as one kernel."""
 
     supports_capture = supports_graph_breaks = True
 
@@ -52,7 +51,7 @@ class CapturableAttention(ReferenceAttention):
         return out_SHK
 
     def _between(self, graph_break: GraphBreak, keys_NBGK: Tensor, values_NBGK: Tensor, batch: ForwardBatch) -> None:
-        """What fills the step up reads numbers that were never computed."""
+        """Padding reads numbers that were never computed."""
         graph_break.q_THK[batch.num_tokens :] = torch.nan
         graph_break.out_THK.fill_(torch.nan)
         self.attend_to_written(graph_break.q_THK, keys_NBGK, values_NBGK, batch, graph_break.out_THK)
@@ -79,7 +78,7 @@ def _decode(
 
 
 def use_capturable_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a model on a GPU has them: plain matrices, one kernel for attention and one for all experts, nothing of the CPU's own."""
+    """Use the parts that a model has on a GPU: unquantised matrices, one kernel for attention and one for all experts, no CPU kernels."""
     plain = Formats(Dense(torch.float32), Dense(torch.float32))
     monkeypatch.setattr("engine.run.start.choose_formats", lambda *_args, **_options: plain)
     monkeypatch.setattr("model.qwen2.choose_backend", lambda _device, config, *_: CapturableAttention(config))
@@ -89,7 +88,7 @@ def use_capturable_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_executor(folder: Path, *, num_blocks: int = 400, runs_ahead: bool = False, **changes: object) -> LocalExecutor:
-    """One whose steps are launched. ``runs_ahead``: it is promised tokens, as a rank on CUDA is."""
+    """An executor whose steps are launched. ``runs_ahead``: plans may lack tokens, as on CUDA."""
     config = engine_config(**changes)
     runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -103,7 +102,7 @@ def runner_of(executor: LocalExecutor) -> Runner:
 
 
 def capture_steps(executor: LocalExecutor, config: EngineConfig, *, prompts: bool = False, prompts_ahead: bool = False) -> RecordedGraphs:
-    """Have its steps replayed from now on, where they only decode, and with ``prompts`` others too."""
+    """Capture decode-only steps, and with ``prompts`` others too, so that they are replayed from now on."""
     graphs = RecordedGraphs()
     capture(runner_of(executor), graphs, config, prompts=prompts, prompts_ahead=prompts_ahead)
     graphs.num_replays = 0
@@ -111,13 +110,13 @@ def capture_steps(executor: LocalExecutor, config: EngineConfig, *, prompts: boo
 
 
 def engine_over(executor: LocalExecutor, config: EngineConfig) -> Engine:
-    """A fresh engine over an executor that may have served another one."""
+    """A new engine for an executor that may have served another one."""
     executor.submit(StepPlan(0, (), closed=tuple(range(1000)))).result()
     return Engine(executor, config)
 
 
 def record_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums and gathers of ranks as a device does them: again at every replay, into the same memory."""
+    """Collectives as on a device: executed again at every replay, on the same memory."""
 
     @kernel
     def sum_into(x: Tensor, out: Tensor, *, group: Group) -> None:

@@ -1,4 +1,4 @@
-"""The slow twin of the sampler: the definitions of `SamplingParams`, word by word, in numpy's float64."""
+"""The reference for the sampler: the definitions of `SamplingParams` in numpy's float64."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from engine.run.sampling.state import Row, SamplingState
 
 
 def row(params: SamplingParams, *, vocab_size: int, position: int = 0, choice: int = 0, prompt=(), output=(), sequence: int = 0) -> Row:
-    """A row whose sequence has these tokens; without ``output`` its position can be chosen freely."""
+    """A row whose sequence has these tokens. Without ``output`` its position is arbitrary."""
     opening = NewSequence(sequence, choice, len(prompt), params, history=tuple(prompt) + tuple(output) if params.needs_history else ())
     return Row(SamplingState(opening, vocab_size=vocab_size), len(output) or position)
 
@@ -32,7 +32,7 @@ def edited_logits(logits: np.ndarray, params: SamplingParams, *, prompt=(), outp
 
 
 def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Of every id, after temperature and the filters; equal logits count as falling with the id."""
+    """Probabilities of all ids after temperature and filters. Of equal logits the lower id counts as the higher one."""
     scaled = logits / max(params.temperature, 1e-300)
     order = np.lexsort((np.arange(len(logits)), -logits)).tolist()
     kept = order[: params.top_k] if params.top_k > 0 else order

@@ -1,4 +1,4 @@
-"""An adapted model behind the real engine."""
+"""A model with an adapter behind the real engine."""
 
 from pathlib import Path
 

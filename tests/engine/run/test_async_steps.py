@@ -1,4 +1,4 @@
-"""A real rank that is told to go on with what it sampled itself: the same answers, launched and replayed."""
+"""A rank that continues with tokens it sampled itself, before they are in a plan: the same answers, launched and replayed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +21,11 @@ CONFIG = engine_config(max_running=6)
 UNDECIDED = [
     Request(id=str(n), prompt=(n, 5, 9), sampling=SamplingParams(seed=n, temperature=2.5, top_p=0.97, max_tokens=12)) for n in range(3)
 ]
-"""So flat that few candidates do not decide a token."""
+"""So flat that a few candidates do not decide a token."""
 
 
 class Ahead:
-    """Counts what a rank in this process, which runs ahead, is promised."""
+    """An executor in this process that runs ahead, and counts the plans without tokens."""
 
     def __init__(self, executor: LocalExecutor) -> None:
         assert executor.capacity.runs_ahead
@@ -101,7 +101,7 @@ def test_a_step_is_launched_before_the_previous_one_is_read(executors: tuple[Loc
 
 @pytest.mark.parametrize("is_replayed", [False, True])
 def test_answers_equal_those_of_a_rank_that_is_given_every_token(executors: tuple[LocalExecutor, LocalExecutor], is_replayed: bool) -> None:
-    """With penalties, whose histories must have what nobody told, with stop ids and preemption."""
+    """With penalties, whose histories need tokens that no plan has, with stop ids and preemption."""
     told, ahead = executors[0], Ahead(executors[1])
     graphs = capture_steps(executors[1], CONFIG) if is_replayed else None
     wanted = serve(Engine(told, CONFIG), sampled_requests())
@@ -113,7 +113,7 @@ def test_answers_equal_those_of_a_rank_that_is_given_every_token(executors: tupl
 
 
 def test_rows_are_found_at_their_positions_in_the_previous_step() -> None:
-    """Sequences may leave and come in between, and take the table rows of others."""
+    """Sequences may end and start in between, and reuse table rows of others."""
 
     def step(sequences: list[int], table_rows: list[int]) -> AsyncStep:
         columns = [sequences, [3] * len(sequences), [0] * len(sequences), [NO_BLOCK] * len(sequences), [0] * len(sequences)]

@@ -1,4 +1,4 @@
-"""Ranks that share a model and are told to go on with what only one of them has sampled: the same answers, launched and replayed."""
+"""Tensor-parallel ranks that continue with a token that only one of them has sampled: the same answers, launched and replayed."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.engine.run.tiny_models import engine_config
 from tests.fakes.graphs import RecordedGraphs
 from tests.ranks import run_ranks
 
-CONFIG = engine_config(max_running=6, max_step_tokens=24)  # a prompt is cut, and its parts come beside those who decode
+CONFIG = engine_config(max_running=6, max_step_tokens=24)  # prompts are chunked, and their chunks come beside decodes
 REQUESTS = [
     Request(id=str(number), prompt=PROMPTS[number % len(PROMPTS)][:30], sampling=sampling)
     for number, sampling in enumerate([*PLAIN, *SAMPLING, *(one.sampling for one in UNDECIDED)])
@@ -30,7 +30,7 @@ Answers = dict[tuple[str, int], tuple[int, ...]]
 
 
 class Leading:
-    """The first rank in this process, as an executor; the others are told every plan before it begins it."""
+    """The first rank in this process, as an executor. The others get every plan before it starts it."""
 
     def __init__(self, runner: Runner, groups: ParallelGroups) -> None:
         self._executor, self._groups = LocalExecutor(runner), groups
@@ -49,7 +49,7 @@ class Leading:
 
 
 def told(plan: StepPlan | None, groups: ParallelGroups) -> StepPlan | None:
-    """The plan of the first rank, on all of them. None: there are no more."""
+    """The first rank's plan, on all ranks. None: there are no more."""
     plans = [plan]
     assert groups.world.transport is not None
     dist.broadcast_object_list(plans, group=groups.world.transport.process_group, group_src=0)
@@ -57,7 +57,8 @@ def told(plan: StepPlan | None, groups: ParallelGroups) -> StepPlan | None:
 
 
 def _answers_of_rank(groups: ParallelGroups, folder: Path, runs_ahead: bool, replays: bool) -> tuple[Answers, int, int, int] | None:
-    """On the first rank the answers, how many works were promised a token, how many of them beside prompts, and how many replays were."""
+    """On the first rank: the answers, how many works lacked their token, how many of those were in mixed steps, and how many replays
+    there were."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         record_collectives(monkeypatch)
@@ -85,7 +86,7 @@ def _of_the_first(folder: Path, topology: Topology, *, runs_ahead: bool, replays
 
 @pytest.mark.parametrize("replays", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_tensor_parallel_ranks_continue_with_the_token_that_one_of_them_sampled(dense_folder: Path, replays: bool) -> None:
-    """With all kinds of sampling, beside prompts; some rows are not decided by few candidates."""
+    """With all kinds of sampling, and in mixed steps. A few candidates do not decide some rows."""
     wanted, *none = _of_the_first(dense_folder, Topology(tp=2), runs_ahead=False, replays=False)
     assert none == [0, 0, 0]
     found, num_promised, num_beside_prompts, num_replays = _of_the_first(dense_folder, Topology(tp=2), runs_ahead=True, replays=replays)

@@ -1,4 +1,4 @@
-"""The batch of a step against a slow twin that walks token by token."""
+"""The batch of a step against a reference that goes token by token."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ BLOCK_TOKENS = 4
 
 @st.composite
 def sequences(draw):
-    """(start, number of tokens, samples) of each work, and blocks enough for it, none used twice."""
+    """(start, number of tokens, samples) of each work, with enough blocks, none of them shared."""
     shares = draw(st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 2, 5, 23]), st.booleans()), min_size=1, max_size=40))
     blocks = draw(st.permutations(range(1, 17 * len(shares))))
     return shares, blocks

@@ -1,4 +1,4 @@
-"""Steps that are replayed, against the same steps launched: every answer, and every key and value left behind."""
+"""Replayed steps against the same steps launched: every answer, and all keys and values in the cache."""
 
 import random
 import weakref
@@ -63,7 +63,7 @@ def told(events: list[TokenEvent]) -> list[float]:
 
 @pytest.fixture(scope="module", params=["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """The same model twice, with room that makes sequences give way: once launched, once replayed."""
+    """The same model twice, once launched and once replayed, with so few blocks that sequences are preempted."""
     folder: Path = request.getfixturevalue(f"{request.param}_folder")
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
@@ -83,7 +83,7 @@ def check_same(pair: Pair, seed: int) -> None:
     for key, events in found.items():
         assert told(events) == pytest.approx(told(wanted[key]), abs=1e-4)
         assert events[-1].finish_reason == wanted[key][-1].finish_reason
-    for ours, theirs in zip(_kv(replayed), _kv(launched), strict=True):  # of every block: those of nobody, too
+    for ours, theirs in zip(_kv(replayed), _kv(launched), strict=True):  # all blocks, even those of no sequence
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_a_step_that_writes_beyond_its_blocks_is_refused(pair: Pair) -> None:
 
 
 def test_nan_logits_fail_one_sequence_and_not_its_neighbours(pair: Pair) -> None:
-    """Of a replayed step: the others of it get the tokens that they would have."""
+    """In a replayed step: the other sequences get the tokens that they would have got."""
     launched, replayed, _ = pair
     requests = [Request(id=str(number), prompt=PROMPTS[number], sampling=PLAIN[0]) for number in range(3)]
     wanted = serve(engine_over(launched, CONFIG), requests)
@@ -150,7 +150,7 @@ def test_nan_logits_fail_one_sequence_and_not_its_neighbours(pair: Pair) -> None
 
 
 def test_a_rank_that_does_not_sample_replays_whatever_number_of_sequences_is_open(pair: Pair) -> None:
-    """As the peers of one that samples do; they know nothing of sampling."""
+    """As ranks beside a sampling one, which know nothing about sampling."""
     model, capacity = runner_of(pair[1]).model, runner_of(pair[1]).capacity
     runner = Runner(model=model, cache=KvCache(model.kv_layout, 40, CPU), capacity=capacity, sampler=None, device=CPU)
     graphs = RecordedGraphs()
@@ -171,7 +171,7 @@ class Lost:
 
 
 class Losing(RecordedGraphs):
-    """Its replays fail, or the capture of the ``last``."""
+    """A recorder whose replays fail, or the capture of the ``last`` graph."""
 
     def __init__(self, last: int | None = None) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Losing(RecordedGraphs):
 def test_no_graph_is_alive_when_a_rank_leaves_its_groups_for_a_failure(
     dense_folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    """What is raised knows the variables of all functions that it came through."""
+    """The exception holds the variables of all functions that it passed through."""
     use_capturable_parts(monkeypatch)
     graphs = Losing(last=5 if fails == "in a capture" else None)
     alive: list[int] = []
@@ -220,7 +220,7 @@ def test_no_graph_is_alive_when_a_rank_leaves_its_groups_for_a_failure(
 
 
 def test_no_graph_is_alive_when_a_rank_leaves_its_groups(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL waits for those that have its collectives."""
+    """NCCL would wait for graphs that contain its collectives."""
     use_capturable_parts(monkeypatch)
     replays: list[weakref.ref[Replay]] = []
     alive: list[int] = []
@@ -255,7 +255,7 @@ def _runner_of_rank(groups: ParallelGroups, folder: Path, *, runs_ahead: bool = 
 
 
 def _tokens_of_rank(groups: ParallelGroups, folder: Path, replays: bool) -> tuple[list[list[tuple[int, ...]]], int]:
-    """One rank of two: a prompt each of two sequences, and what they go on with; one of them is over earlier."""
+    """One rank of two: a prompt of two sequences each, then decodes. One of them ends earlier."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         record_collectives(monkeypatch)
@@ -282,7 +282,7 @@ def _plans(given: list[list[tuple[int, ...]]], groups: ParallelGroups) -> Iterat
 
 
 def broadcast_said(said: list[list[tuple[int, ...]]], groups: ParallelGroups) -> list[tuple[int, ...]]:
-    """What the rank that samples said, on both."""
+    """The sampling rank's tokens, on both ranks."""
     assert groups.tp.transport is not None
     dist.broadcast_object_list(said, group=groups.tp.transport.process_group, group_src=0)
     return said[0]
@@ -298,7 +298,7 @@ def test_ranks_that_share_a_model_replay_the_same_steps(dense_folder: Path) -> N
 
 
 def _measured_twice(groups: ParallelGroups, folder: Path) -> list[RebalanceResult | None]:
-    """One rank of two that share experts: behind a prompt they change places, and are measured again."""
+    """One rank of two that share experts: after a prompt the experts are moved, and their load is measured again."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         record_collectives(monkeypatch)
@@ -320,7 +320,7 @@ def test_a_capture_after_moving_experts_does_not_count_as_load(moe_folder: Path)
     assert second.loads == tuple(tuple(load / 2 for load in loads) for loads in first.loads)
 
 
-# --- the graphs that these tests stand on
+# --- tests of the fake graphs
 
 
 def test_memory_that_existed_before_a_capture_must_exist_at_a_replay() -> None:
@@ -340,7 +340,7 @@ def test_nothing_is_left_over_from_an_earlier_replay() -> None:
 
     def compute() -> None:
         made.append(torch.ones(4))
-        out.copy_(made[0])  # what the run before the capture made
+        out.copy_(made[0])  # the result of the run before the capture
 
     replay = RecordedGraphs().capture(compute)
     made.clear()

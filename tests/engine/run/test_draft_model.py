@@ -1,4 +1,4 @@
-"""A draft model beside real ranks: answers stay what they were, and what it costs and gives is counted."""
+"""A draft model on real ranks: answers do not change, and its cost and benefit are counted."""
 
 import json
 import shutil
@@ -25,13 +25,13 @@ from tests.engine.run.tiny_models import FLOAT32_BLOCK_BYTES, engine_config, flo
 
 @pytest.fixture(scope="module")
 def smaller_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of half the layers and of fewer ids than can be sampled."""
+    """A draft model with half the layers, and with fewer ids than can be sampled."""
     return write_dense(tmp_path_factory.mktemp("draft"), num_hidden_layers=1, vocab_size=280)
 
 
 @contextmanager
 def speculating(folder: Path, draft: Path | None, *, num_blocks: int = 400, **changes: object) -> Iterator[Engine]:
-    """An engine whose steps cost nothing but themselves, so that guessing always seems to pay."""
+    """An engine in which only the number of steps counts, so that drafting always seems to pay."""
     config = engine_config(**changes) if draft is None else engine_config(speculate="draft", max_draft_tokens=4, **changes)
     runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens, draft_model=draft and str(draft))
     engine = Engine(LocalExecutor.open(folder, runner_config=runner_config, engine_config=config), config)
@@ -64,7 +64,7 @@ def test_another_model_of_fewer_ids_changes_no_answer(dense_folder: Path, smalle
 
 
 def test_in_the_heaviest_step_the_draft_model_guesses_for_every_sequence(dense_folder: Path) -> None:
-    """So that memory is set aside for its logits, too."""
+    """So that memory is reserved for its logits too."""
     config = engine_config(speculate="draft", max_running=4)
     runner_config = float32_config(num_blocks=20, block_tokens=4, draft_model=str(dense_folder))
     with start_rank(
@@ -78,7 +78,7 @@ def test_in_the_heaviest_step_the_draft_model_guesses_for_every_sequence(dense_f
 
 @pytest.mark.parametrize("max_step_tokens", [64, 5])
 def test_where_blocks_are_few_and_prompts_are_cut_guesses_are_still_right(dense_folder: Path, max_step_tokens: int) -> None:
-    """With preemption, and with prefixes from the cache, the draft model has seen all that the model has."""
+    """With preemption and cached prefixes, the draft model has read everything that the model has."""
     asked = requests(PARAMS["greedy"])
     with speculating(dense_folder, None) as plain:
         wanted = serve(plain, asked)
@@ -114,7 +114,7 @@ def test_ranks_that_share_the_model_guess_as_one_does(dense_folder: Path, topolo
 
 
 def test_the_draft_models_kv_cache_is_counted_in_the_budget(dense_folder: Path, smaller_folder: Path) -> None:
-    """A layer beside two: a block is half as large again."""
+    """One layer beside two: a block is 1.5 times as large."""
     bytes_for_30 = 30 * 4 * FLOAT32_BLOCK_BYTES
     config = RunnerConfig(device="cpu", dtype="float32", kv_cache_bytes=bytes_for_30, draft_model=str(smaller_folder))
     with start_rank(
@@ -129,7 +129,7 @@ def test_the_draft_models_kv_cache_is_counted_in_the_budget(dense_folder: Path, 
 
 
 def test_drafting_stops_where_it_does_not_pay(dense_folder: Path, smaller_folder: Path) -> None:
-    """A random model's guesses hold by chance only."""
+    """The guesses of a random model are accepted only by chance."""
     with speculating(dense_folder, smaller_folder) as engine:
         engine.scheduler._speculator._step_line = lambda: (0.01, 0.004)
         asked = [Request(id="r", prompt=PROMPTS[4], sampling=replace(PARAMS["greedy"], max_tokens=150))]
@@ -153,7 +153,7 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> Path:
 def test_a_draft_model_whose_ids_mean_something_else_is_refused(dense_folder: Path, tmp_path: Path) -> None:
     ours, theirs = (shutil.copytree(dense_folder, tmp_path / name) for name in ("ours", "theirs"))
     write_tokenizer(ours, {"a": 0, "b": 1, "c": 2})
-    check_draft_model(ours, write_tokenizer(theirs, {"a": 0, "b": 1}))  # ids that only one has are no harm
+    check_draft_model(ours, write_tokenizer(theirs, {"a": 0, "b": 1}))  # ids that only one of them has are allowed
     with pytest.raises(IncompatibleDraftModel, match=r"1 of 2 ids differ, such as 1, which is b'b' here and b'x' there"):
         check_draft_model(ours, write_tokenizer(theirs, {"a": 0, "x": 1}))
     (theirs / "tokenizer.json").unlink()

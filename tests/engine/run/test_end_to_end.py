@@ -1,4 +1,4 @@
-"""The real engine over a real rank: the same tokens as transformers, and as a request that is served alone."""
+"""The real engine on a real rank: the same tokens as transformers, and as a request that is served alone."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=COUNT)
 
 
 def make_prompts() -> list[tuple[int, ...]]:
-    """Of lengths around the borders of blocks and steps; some begin alike."""
+    """Prompts with lengths around the boundaries of blocks and steps; some share a prefix."""
     generator = torch.Generator().manual_seed(7)
     common = torch.randint(0, NUM_REAL_TOKENS, (16,), generator=generator).tolist()
     own = [torch.randint(0, NUM_REAL_TOKENS, (length,), generator=generator).tolist() for length in (1, 3, 4, 5, 17, 33, 64)]
@@ -31,7 +31,7 @@ PROMPTS = make_prompts()
 
 
 def serve(engine: Engine, requests: Iterable[Request], *, at_once: bool = True) -> dict[tuple[str, int], list[TokenEvent]]:
-    """All events of the requests, in company or one after the other."""
+    """All events of the requests, served together or one after the other."""
     events: dict[tuple[str, int], list[TokenEvent]] = {}
     batches = [list(requests)] if at_once else [[request] for request in requests]
     for batch in batches:
@@ -48,7 +48,7 @@ def serve(engine: Engine, requests: Iterable[Request], *, at_once: bool = True) 
 
 
 def answer(events: list[TokenEvent]) -> tuple[int, ...]:
-    """The tokens of one choice, which must have come in order and ended well once."""
+    """The tokens of one choice, which must arrive in order and finish exactly once."""
     tokens: list[int] = []
     for event in events:
         assert event.offset == len(tokens)
@@ -77,7 +77,7 @@ def expected(oracle) -> list[tuple[int, ...]]:
 def test_greedy_answers_are_those_of_transformers(folder, expected, prefix_cache, max_step_tokens, num_blocks):
     engine = open_engine(folder, num_blocks=num_blocks, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache)
     requests = [Request(id=str(i), prompt=prompt, sampling=GREEDY) for i, prompt in enumerate(PROMPTS)]
-    for _ in range(2):  # the second time with whatever the first left in the cache
+    for _ in range(2):  # the second time with what the first left in the cache
         events = serve(engine, requests)
         assert [answer(events[str(i), 0]) for i in range(len(PROMPTS))] == expected
     if num_blocks == 21:
@@ -119,7 +119,7 @@ def sampled_requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[tuple[str, int], tuple[int, ...]]:
-    """Each request served by itself."""
+    """Each request served alone."""
     return {key: answer(events) for key, events in serve(open_engine(folder), sampled_requests(), at_once=False).items()}
 
 
@@ -197,7 +197,7 @@ def test_a_lost_rank_is_replaced_and_no_answer_changes(folder, alone):
     events: dict[tuple[str, int], list[TokenEvent]] = {}
     for turn in range(2000):
         if turn == 6:
-            engine.executor._runner.forward.model = None  # the next step raises
+            engine.executor._runner.forward.model = None  # makes the next step raise
         for event in engine.turn():
             events.setdefault((event.request_id, event.choice), []).append(event)
         if turn > 6 and engine.scheduler.num_requests == 0:

@@ -1,6 +1,6 @@
-"""What a whole start costs a host at its peak: a rank's share of the weights, the KV it was given, and less than 1 GiB.
+"""Peak host memory of a whole start: a rank's share of the weights, its KV cache, and less than 1 GiB.
 
-Real widths and vocabularies, gigabytes of weights that are a hole in a file (all 0), a process for each rank.
+Real widths and vocabularies, weights of some GB in a sparse file (all 0), one process per rank.
 """
 
 from pathlib import Path
@@ -34,11 +34,11 @@ FORMATS: dict[str, tuple[Format, dict[str, str]]] = {
     "int4": (INT4, {"dtype": "float32", "quantize": "int4"}),
     "AWQ": (STORED_INT4_ZEROS, {"dtype": "float32"}),
 }
-"""What the planner counts, and the settings; stored in bfloat16, weights are held so for sums in float32 too."""
+"""The planner's estimate, and the settings. Weights stored in bfloat16 are held so, even with float32 sums."""
 
 
 def peak_bytes(pid: int) -> int:
-    """VmHWM, see proc(5): the process with its libraries and whatever it ever held."""
+    """VmHWM, see proc(5): the peak memory of the process, libraries included."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 

@@ -1,4 +1,4 @@
-"""What a host gives is bounded by what its container gives."""
+"""A host's resources are limited by its container's."""
 
 import os
 from pathlib import Path

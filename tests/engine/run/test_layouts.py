@@ -1,4 +1,4 @@
-"""The real engine over real ranks laid out on every axis: the same tokens as transformers, in whatever company."""
+"""The real engine on real ranks with every axis of parallelism: the same tokens as transformers, in any batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ PROMPT_LENGTHS = (1, 3, 5, 17, 33, 40)
 
 
 def make_prompts() -> list[tuple[int, ...]]:
-    """Of lengths around the borders of blocks and steps; half of them begin alike."""
+    """Prompts with lengths around the boundaries of blocks and steps; half of them share a prefix."""
     generator = torch.Generator().manual_seed(11)
     common = torch.randint(0, NUM_REAL_TOKENS, (16,), generator=generator).tolist()
     own = [torch.randint(0, NUM_REAL_TOKENS, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
@@ -42,11 +42,11 @@ def make_prompts() -> list[tuple[int, ...]]:
 
 PROMPTS = make_prompts()
 SCORED = (3, 5, 7)
-"""Those whose own log-probabilities are asked for."""
+"""The prompts whose log-probabilities are asked for."""
 
 
 class Watched:
-    """Passes plans on and remembers them. May claim fewer blocks than there are, so that sequences have to give way."""
+    """Forwards plans and records them. May report fewer blocks than there are, to force preemption."""
 
     def __init__(self, executor: ProcessExecutor, num_blocks: int | None) -> None:
         self._executor = executor
@@ -71,7 +71,7 @@ class Watched:
         return Pending()
 
     def close(self) -> None:
-        """The ranks go on with another engine: its numbers begin at 0 again."""
+        """Continue with another engine, whose sequence numbers start at 0 again."""
         opened = tuple(opening.sequence for plan in self.plans for opening in plan.opened)
         self._executor.submit(StepPlan(10**6, (), closed=opened)).result()
 
@@ -93,7 +93,7 @@ def ranks_of(folder: Path, topology: Topology) -> Iterator[ProcessExecutor]:
 def serve(
     executor: ProcessExecutor, *, num_blocks: int | None = None, **changes: object
 ) -> tuple[list[tuple[int, ...]], dict[int, tuple[TokenLogprobs, ...]], Engine, Watched]:
-    """Every prompt's answer, all served at once; half of them a second time, with what the first left in the caches."""
+    """The answers to all prompts, served together; half of them again, with what the first left in the caches."""
     watched = Watched(executor, num_blocks)
     engine = Engine(watched, engine_config(**changes))
     answers: dict[str, list[int]] = {}

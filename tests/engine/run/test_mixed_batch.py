@@ -1,4 +1,4 @@
-"""Steps with prompts whose sampling is replayed, and which are begun ahead, against a rank that is told every token and samples by rows."""
+"""Mixed steps whose sampling is replayed and which run ahead, against a rank that gets every token and samples row by row."""
 
 import random
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from tests.engine.run.test_decode_graphs import PLAIN
 from tests.engine.run.test_end_to_end import PROMPTS, SAMPLING, answer, serve
 from tests.engine.run.tiny_models import engine_config
 
-CONFIG = engine_config(max_running=6, max_step_tokens=24, prompt_share=1.0)  # prompts are cut, and their parts come beside those who decode
+CONFIG = engine_config(max_running=6, max_step_tokens=24, prompt_share=1.0)  # prompts are chunked, and their chunks come beside decodes
 KINDS = [kind for kind in [*PLAIN, *SAMPLING] if kind.logprobs is None]
 
 
 class Watched(Ahead):
-    """Counts the steps that were sampled by captured launches though the model's were not."""
+    """Counts the steps whose sampling was replayed although the model was launched."""
 
     def __init__(self, executor: LocalExecutor) -> None:
         super().__init__(executor)
@@ -46,7 +46,7 @@ class Watched(Ahead):
 
 @pytest.fixture(scope="module")
 def pair(dense_folder: Path) -> Iterator[tuple[LocalExecutor, Watched]]:
-    """With room that makes sequences give way."""
+    """With so few blocks that sequences are preempted."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_capturable_parts(monkeypatch)
         told, replayed = (open_executor(dense_folder, num_blocks=40, max_running=6, runs_ahead=ahead) for ahead in (False, True))
@@ -58,7 +58,7 @@ def pair(dense_folder: Path) -> Iterator[tuple[LocalExecutor, Watched]]:
 
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_answers_are_those_of_a_rank_that_samples_row_by_row(pair: tuple[LocalExecutor, Watched], seed: int) -> None:
-    """With penalties, biases and stop ids, prompts in pieces, and preemption."""
+    """With penalties, biases and stop ids, chunked prompts, and preemption."""
     told, ahead = pair
     draw, num_launched, num_ahead = random.Random(seed), ahead.num_launched, ahead.num_launched_ahead
     requests = [
@@ -88,7 +88,7 @@ def test_a_step_that_needs_the_host_is_not_launched_ahead(pair: tuple[LocalExecu
 def test_an_embedding_gets_all_parts_of_its_prompt_in_mixed_steps(
     pair: tuple[LocalExecutor, Watched], kind: Literal["mean", "first", "last"]
 ) -> None:
-    """A part that is not the last asks for nothing itself."""
+    """A chunk that is not the last asks for nothing itself."""
     told, ahead = pair
     stream = Request(id="stream", prompt=PROMPTS[0][:4], sampling=SamplingParams(temperature=0.0, max_tokens=12))
     embedding = Request(id="embedding", prompt=tuple(range(5, 65)), sampling=SamplingParams(), pooling=Pooling(kind=kind))

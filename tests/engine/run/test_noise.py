@@ -1,4 +1,4 @@
-"""The noise is Philox4x32-10, and a pure function of what it is said to depend on."""
+"""The noise is Philox4x32-10, and a pure function of its documented arguments."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_philox_gives_the_published_answers(counter, key, answer):
 
 
 def philox_in_plain_integers(counter: list[int], key: list[int]) -> list[int]:
-    """The slow twin: Python's integers do not overflow."""
+    """The reference: Python's integers do not overflow."""
     c, k = list(counter), list(key)
     for round_ in range(10):
         if round_:
@@ -67,7 +67,7 @@ def test_uniforms_over_positions_choices_and_seeds_fill_the_interval_evenly():
     for values in (uniform(one, one, steps), uniform(one, steps, one), uniform(steps, one, one)):
         observed = torch.histc(values, bins=100, min=0, max=1)
         chi_square = ((observed - count / 100) ** 2 / (count / 100)).sum().item()
-        assert 50 < chi_square < 160  # 99 degrees of freedom: both borders are beyond 1 in 10,000
+        assert 50 < chi_square < 160  # 99 degrees of freedom: both bounds are beyond 1 in 10,000
         assert values.unique().numel() == count
 
 

@@ -1,4 +1,4 @@
-"""Embeddings are the hidden states of transformers, pooled, however the prompt is cut; also where all tokens see each other."""
+"""Embeddings are transformers' hidden states, pooled, however the prompt is chunked, with and without a causal mask."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ KINDS = ("last", "mean", "first")
 
 @pytest.fixture(scope="module")
 def bare_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights as an embedding model is stored: without a head, and with names of their own."""
+    """The same weights as an embedding model stores them: without a head, and with other names."""
     folder = tmp_path_factory.mktemp("bare")
     Qwen2Model.from_pretrained(dense_folder, dtype=torch.float32).save_pretrained(folder)
     return folder
@@ -31,7 +31,7 @@ def bare_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def both_ways_folder(bare_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """And all of whose tokens see each other."""
+    """And without a causal mask."""
     folder = tmp_path_factory.mktemp("both-ways")
     for file in bare_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -48,7 +48,7 @@ def transformers_model(folder: Path) -> torch.nn.Module:
 @torch.inference_mode()
 def oracle(folder: Path, prompt: tuple[int, ...], kind: str, *, is_causal: bool = True) -> torch.Tensor:
     model = transformers_model(folder)
-    seen = None if is_causal else {"full_attention": torch.zeros(1, 1, len(prompt), len(prompt))}  # nothing is hidden
+    seen = None if is_causal else {"full_attention": torch.zeros(1, 1, len(prompt), len(prompt))}  # no mask
     hidden_TD = model(torch.tensor([prompt]), attention_mask=seen).last_hidden_state[0]
     return {"last": hidden_TD[-1], "first": hidden_TD[0], "mean": hidden_TD.mean(0)}[kind]
 
@@ -80,7 +80,7 @@ def test_they_are_those_of_transformers_however_prompts_are_cut(dense_folder, ma
     engine = open_engine(dense_folder, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
     check(engine, dense_folder)
     if num_blocks == 400:
-        assert engine.stats.prefix_hit_tokens > 0  # of those that want the last token's state
+        assert engine.stats.prefix_hit_tokens > 0  # by those that pool the last token's state
 
 
 def test_a_decoder_stored_without_its_head_gives_the_same(bare_folder):

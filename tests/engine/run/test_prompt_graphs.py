@@ -1,4 +1,4 @@
-"""Steps with prompts that are replayed in pieces, against the same steps launched."""
+"""Steps with prompts that are replayed piecewise, against the same steps launched."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def executor(dense_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lo
 
 
 def have_prompts_replayed(executor: LocalExecutor, sizes: tuple[int, ...]) -> RecordedGraphs:
-    """Those alone: what decodes is launched unless it fits in here."""
+    """Only piecewise graphs: decodes are launched unless they fit in here."""
     runner, graphs = runner_of(executor), RecordedGraphs()
     runner.forward.prompt_graphs = PromptGraphs(runner.model, runner.cache, graphs, sizes=sizes)
     runner.forward.prompt_graphs.capture()
@@ -39,7 +39,7 @@ def have_prompts_replayed(executor: LocalExecutor, sizes: tuple[int, ...]) -> Re
 
 
 def hidden_and_kv(executor: LocalExecutor, plans: list[StepPlan]) -> list[torch.Tensor]:
-    """What the model gave for the rows that sample, step by step, and what it left behind."""
+    """The model's logits for the rows that sample, step by step, and its KV cache."""
     runner, seen = runner_of(executor), list[torch.Tensor]()
     logits = runner.model.logits
 
@@ -61,7 +61,7 @@ def empty(runner: Runner) -> None:
 
 
 def steps(block_tokens: int) -> list[StepPlan]:
-    """Prompts of several lengths, one of them in two parts, then what decodes beside a prompt's rest."""
+    """Prompts of several lengths, one of them in two chunks, then decodes beside the rest of a prompt."""
     lengths, begun = (1, 7, 12, 9), (1, 7, 5, 9)
     first = [
         Work(n, 0, tuple(range(n, n + some)), tuple(range(5 * n, 5 * n + -(-(length + 1) // block_tokens))), samples=some == length)

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: those of transformers, however the prompt is cut, cached or interrupted."""
+"""Log-probabilities of prompts equal transformers', however the prompt is chunked, cached or interrupted."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def test_they_are_those_of_transformers_at_every_place(folder, oracle, expected,
     monkeypatch.setattr(prompt_logprobs, "ROWS_AT_ONCE", 7)
     engine = open_engine(folder, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
     requests = [Request(id=str(i), prompt=prompt, sampling=ASKING) for i, prompt in enumerate(PROMPTS)]
-    for _ in range(2):  # the second time with all prompts in the cache, whose logits are not
+    for _ in range(2):  # the second time all prompts are in the cache, but their logits are not
         events = serve(engine, requests)
         for i, prompt in enumerate(PROMPTS):
             told = events[str(i), 0]

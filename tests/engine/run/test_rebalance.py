@@ -1,6 +1,6 @@
-"""Experts change places on running ranks, and every answer is the one that it would have been.
+"""Moving experts between running ranks changes no answer.
 
-The sum over ranks is taken in another order afterwards, so the last bits may differ; the greedy tokens do not.
+The sum over ranks is computed in another order afterwards, so the last bits may differ; the greedy tokens do not.
 """
 
 from collections.abc import Iterator
@@ -79,18 +79,18 @@ def test_moving_experts_changes_no_answer(executor: ProcessExecutor, expected: l
 
 
 def check_loads(engine: Engine) -> None:
-    """Every token counts once for each expert that it is sent to, and the warm-up does not. Measuring alone moves nothing."""
+    """Every token counts once for each expert that it is sent to, and the warm-up does not count. Measuring alone moves nothing."""
     serve(engine, REQUESTS[:3])
     found = rebalance(engine, threshold=float("inf"))
     assert found.num_moved == 0
     assert all(len(loads) == NUM_EXPERTS for loads in found.loads)
     first, last = (sum(loads) for loads in found.loads)
     assert first == 2 * engine.stats.computed_tokens  # two experts per token
-    assert 0 < last < first  # of a prompt only the last token has an MLP behind the last attention
+    assert 0 < last < first  # of a prompt only the last token has an MLP after the last attention
 
 
 def serve_moving(engine: Engine) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The answers, experts having changed places at every second step; how many went at each of these."""
+    """The answers, with experts moved at every second step, and how many were moved each time."""
     heard: list[TokenEvent] = []
     moves = []
     for request in REQUESTS:
@@ -103,7 +103,7 @@ def serve_moving(engine: Engine) -> tuple[list[tuple[int, ...]], list[int]]:
 
 
 def check_fading(engine: Engine) -> None:
-    """Loads count by half when they are measured again, and a second time there is nothing left to do."""
+    """Loads count half when they are measured again, and the second time nothing is left to do."""
     first, second = rebalance(engine), rebalance(engine)
     assert second.loads == tuple(tuple(load / 2 for load in loads) for loads in first.loads)
     assert 1.0 <= first.imbalance_after <= first.imbalance_before
@@ -112,7 +112,7 @@ def check_fading(engine: Engine) -> None:
 
 
 def rebalance(engine: Engine, threshold: float = 1.0, heard: list[TokenEvent] | None = None) -> RebalanceResult:
-    """``heard`` gets what the steps told that were under way."""
+    """``heard`` gets the results of the steps that were in flight."""
     future = engine.rebalance_experts(threshold)
     while not future.done():
         events = engine.turn()

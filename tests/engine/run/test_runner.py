@@ -1,4 +1,4 @@
-"""One rank's runner against transformers, by plans written by hand."""
+"""One rank's runner against transformers, with plans written by hand."""
 
 import pytest
 import torch

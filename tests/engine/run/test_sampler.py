@@ -1,4 +1,4 @@
-"""The sampler against its slow twin, against statistics, and against the company a row keeps."""
+"""The sampler against its reference, against statistics, and with other rows in the batch."""
 
 from dataclasses import replace
 
@@ -157,7 +157,7 @@ def test_a_filter_that_reaches_beyond_the_candidates_is_decided_by_sorting(monke
     vocab_size = 5000
     params = [SamplingParams(top_p=0.95, temperature=1.5), SamplingParams(min_p=0.001), SamplingParams(top_k=2000), SamplingParams(top_k=4)]
     logits = make_logits(4, vocab_size, seed=6, spread=0.5)
-    logits[3] = 0.0  # all equal: which 4 of the candidates are meant is open until all are seen
+    logits[3] = 0.0  # all equal: which 4 of the candidates are meant is undecided until all are seen
     rows = [row(p, vocab_size=vocab_size, position=1) for p in params]
     draw = Sampler(vocab_size=vocab_size, device=CPU)
     sorted_rows = []

@@ -1,4 +1,4 @@
-"""Replayed sampling against the sampler, and the columns that it reads."""
+"""Replayed sampling against the eager sampler, and the columns that it reads."""
 
 import random
 from dataclasses import replace
@@ -92,7 +92,7 @@ RULES = [
 
 
 def test_tokens_are_counted_and_logits_edited_on_the_device_as_on_the_host() -> None:
-    """Steps of changing sequences: some end and others take their entries, some steps are computed twice, words say what is allowed."""
+    """Steps of changing sequences: some end and others take their entries, some steps are computed twice, some rows have masks."""
     draw, generator = random.Random(5), np.random.default_rng(5)
     logits_BV, numbers = torch.zeros(8, VOCAB_SIZE), torch.zeros(2, 8, dtype=torch.int64)
     table, sampler = EditTable(num_entries=6, vocab_size=VOCAB_SIZE, device=CPU), Sampler(vocab_size=VOCAB_SIZE, device=CPU)
@@ -104,7 +104,7 @@ def test_tokens_are_counted_and_logits_edited_on_the_device_as_on_the_host() -> 
         if len(running) == 5 or (running and draw.random() < 0.15):
             table.close(running.pop(draw.randrange(len(running)))[0])
         prompt = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 9))]
-        output = [draw.randrange(12) for _ in range(draw.choice([0, 0, 4]))]  # of one that was preempted
+        output = [draw.randrange(12) for _ in range(draw.choice([0, 0, 4]))]  # of a sequence that was preempted
         params = replace(draw.choice(RULES), seed=step)
         opening = NewSequence(step, 0, len(prompt), params, tuple(prompt + output) if params.needs_history else ())
         ours, theirs = (SamplingState(opening, vocab_size=VOCAB_SIZE) for _ in range(2))
@@ -131,7 +131,7 @@ def test_tokens_are_counted_and_logits_edited_on_the_device_as_on_the_host() -> 
         num_edited += are_edited(of_step, known)
         num_entered += int((of_step[ENTRY] != NO_ENTRY).sum())
         for (*_, tokens), answer in zip(running, found, strict=True):
-            tokens.extend(answer.tokens if draw.random() < 0.7 else ())  # else it is asked again
+            tokens.extend(answer.tokens if draw.random() < 0.7 else ())  # otherwise it is sampled again
     assert num_edited > 30
     assert num_entered > 60
 
@@ -190,7 +190,7 @@ def test_stop_ids_are_forbidden_until_min_tokens() -> None:
     columns = SamplingColumns()
     state = row(SamplingParams(min_tokens=3, stop_token_ids=(5,)), vocab_size=VOCAB_SIZE, prompt=(1, 2)).state
     columns.put(0, state)
-    known = [2, 3, 4, 5, 6]  # the first output token stands behind two
+    known = [2, 3, 4, 5, 6]  # the first output token follows two
     assert [are_edited(columns.of(np.array([0])), np.array([count])) for count in known] == [True, True, True, False, False]
 
 

@@ -1,4 +1,4 @@
-"""Definitions of sampling that need a model, or a grammar, to be seen."""
+"""Definitions of sampling that need a model or a grammar to be tested."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Guessing over a real rank: the same tokens, log-probabilities and ends as one token at a time."""
+"""Speculative decoding on a real rank: the same tokens, log-probabilities and finish reasons as without it."""
 
 import random
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ PARAMS = {
 
 
 class Prophet:
-    """Knows the answers, and errs at every third token."""
+    """A proposer that knows the answers, and is wrong at every third token."""
 
     def __init__(self, answers: dict[tuple[str, int], tuple[int, ...]]) -> None:
         self._answers, self._draw = answers, random.Random(1)

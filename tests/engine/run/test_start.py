@@ -1,4 +1,4 @@
-"""Starting a rank: what it measures, what it tells, what it refuses."""
+"""Starting a rank: what it measures, reports and refuses."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_an_invalid_setting_is_refused(changes):
 
 
 class FakeModel:
-    """As much of a model as measuring looks at, with blocks whose size differs between ranks."""
+    """The parts of a model that are read when memory is measured. The size of its blocks differs between ranks."""
 
     def __init__(self, rank: int) -> None:
         self.device = torch.device("cpu")

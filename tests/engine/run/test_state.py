@@ -1,4 +1,4 @@
-"""What the sampling rank remembers of a sequence."""
+"""The state of a sequence on the sampling rank."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Searching by stretches finds what searching everything finds."""
+"""Searching by segments finds what searching everything finds."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from engine.run.sampling.top_k import candidates, candidates_torch, highest, hig
 
 @st.composite
 def rows_of_logits(draw):
-    """Columns of any number, cut out of a wider matrix as a vocabulary is of its padding; sometimes coarse, so that many are equal."""
+    """Any number of columns, from a wider matrix like that of a padded vocabulary; sometimes rounded, so that many are equal."""
     vocab_size = draw(st.sampled_from([1, 2, 63, 64, 65, 511, 512, 513, 1000, 5000, 20_001]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     logits = torch.randn(draw(st.integers(1, 4)), vocab_size + 3, generator=generator)

@@ -1,4 +1,4 @@
-"""What decides a row: the tokens are those that all of the logits give, and nobody who looks at more gets less."""
+"""With only the top logits the tokens are those of all logits, and rows that need more get all of them."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A rank that starts measures its products before anything else, and its answers stay what they were."""
+"""A starting rank tunes its kernels before anything else, and its answers do not change."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_few_and_many_rows_are_measured_and_no_answer_changes(dense_folder: Path
 
 @pytest.mark.parametrize("tune_tiles", [True, False])
 def test_a_device_whose_memory_for_kv_is_set_is_measured_too(tune_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not set, that is done before memory is measured."""
+    """Otherwise that is done before memory is measured."""
     tuned: list[object] = []
     runner = SimpleNamespace(device=torch.device("cuda", 0), rebalancer=SimpleNamespace(reset=lambda: None))
     for name, stand_in in {

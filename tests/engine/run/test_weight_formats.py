@@ -1,4 +1,4 @@
-"""Weights in another form than they are stored in: what it may change of an answer, and what not."""
+"""Weights in other formats than stored: what that may change in an answer, and what not."""
 
 from pathlib import Path
 

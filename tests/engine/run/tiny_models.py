@@ -1,4 +1,4 @@
-"""Small random Qwen2 checkpoints, written by transformers, and what transformers answers with them."""
+"""Small random Qwen2 checkpoints, written by transformers, and transformers' answers."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ SHAPE = {
     "num_key_value_heads": NUM_KV_HEADS,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
-    "initializer_range": 0.3,  # large enough that the logits of a random model tell tokens apart
+    "initializer_range": 0.3,  # large enough that a random model's logits distinguish tokens
 }
 
 
@@ -41,7 +41,7 @@ def write_moe(folder: Path, **changes: int) -> Path:
 
 
 def float32_config(*, num_blocks: int, block_tokens: int, **more: object) -> RunnerConfig:
-    """A rank on the CPU with room for so many blocks."""
+    """A rank on the CPU with so many blocks."""
     kv_cache_bytes = num_blocks * block_tokens * FLOAT32_BLOCK_BYTES
     return RunnerConfig(
         device="cpu", dtype="float32", num_threads=1, kv_cache_bytes=kv_cache_bytes, num_real_tokens=NUM_REAL_TOKENS, **more
@@ -54,7 +54,7 @@ def engine_config(**changes: object) -> EngineConfig:
 
 @torch.inference_mode()
 def greedy(model: torch.nn.Module, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """What transformers generates, padding rows of the vocabulary left out."""
+    """The tokens that transformers generates, without padding rows of the vocabulary."""
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -69,13 +69,13 @@ def greedy(model: torch.nn.Module, prompt: tuple[int, ...], count: int) -> tuple
 
 @torch.inference_mode()
 def oracle_logprobs(model: torch.nn.Module, prompt: tuple[int, ...]) -> torch.Tensor:
-    """(T - 1, V) of what transformers says of every place behind the first, padding rows of the vocabulary left out."""
+    """(T - 1, V): transformers' log-probabilities at every position after the first, without padding rows of the vocabulary."""
     logits_TV = model(torch.tensor([prompt])).logits[0, :-1, :NUM_REAL_TOKENS]
     return logits_TV.double().log_softmax(-1)
 
 
 def assert_scored_as(oracle_TV: torch.Tensor, prompt: tuple[int, ...], told: tuple[TokenLogprobs, ...], *, num_top: int = 2) -> None:
-    """The tokens' own log-probabilities and the most probable alternatives, within 1e-4."""
+    """Check the tokens' log-probabilities and the most probable alternatives to within 1e-4."""
     assert len(told) == len(prompt) - 1
     for expected_V, token, one in zip(oracle_TV, prompt[1:], told, strict=True):
         assert abs(one.logprob - expected_V[token].item()) < 1e-4

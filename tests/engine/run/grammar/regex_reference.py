@@ -1,4 +1,4 @@
-"""A small vocabulary, and the slow twin of a grammar: every id tried by the `regex` library's partial matching."""
+"""A small vocabulary, and the reference for grammars: every id is tried with the `regex` library's partial matching."""
 
 import regex
 
@@ -20,7 +20,7 @@ def ids(text: str) -> list[int]:
 
 
 class SlowGrammar:
-    """An `engine.grammar.Grammar` for a regular expression over bytes, by trying."""
+    """An `engine.grammar.Grammar` for a regular expression over bytes, by trying each id."""
 
     def __init__(self, pattern: bytes) -> None:
         self._pattern, self._tokens = regex.compile(pattern, regex.DOTALL), []

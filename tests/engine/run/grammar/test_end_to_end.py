@@ -1,4 +1,4 @@
-"""The real engine over real ranks with random weights: the hardest model to keep to a grammar."""
+"""The real engine on real ranks with random weights: the hardest model to constrain by a grammar."""
 
 import json
 import re
@@ -110,7 +110,7 @@ def test_every_answer_that_ends_by_itself_follows_its_grammar(vocabulary, undist
             assert text in ("yes", "no", "maybe so")
         else:
             assert re.fullmatch("[a-c]{3,9}(-[0-9]{2}){1,3}", text)
-    assert num_whole == 12  # all of them: none of these grammars has room for 160 tokens
+    assert num_whole == 12  # all of them: each of these grammars ends before 160 tokens
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_answers_do_not_depend_on_the_schedule(folder, undisturbed, num_blocks, 
 
 
 def test_grammar_masks_are_uploaded_for_replayed_steps(folder, monkeypatch):
-    """Beside penalties and biases that are counted on the device; no row's logits are edited by the host."""
+    """With penalties and biases that are counted on the device; the host edits no row's logits."""
     use_capturable_parts(monkeypatch)
     some = [replace(one, sampling=replace(one.sampling, max_tokens=24)) for one in requests()[::3]]
     wanted = {key: answer(events) for key, events in serve(open_engine(folder), some).items()}
@@ -172,7 +172,7 @@ def test_answers_survive_the_loss_of_the_workers(folder, undisturbed):
 
 
 def test_a_slow_grammar_delays_only_its_own_request_and_changes_no_answer(folder, undisturbed, monkeypatch):
-    """Every compile waits until requests without a grammar are well under way."""
+    """Every compilation waits until requests without a grammar have made progress."""
     monkeypatch.setattr(guides, "COMPILE_WAIT_S", 0.0)
     engine = open_engine(folder)
     steps: list[int] = []

@@ -1,4 +1,4 @@
-"""What a sequence may go on with, and what happens while that is not known."""
+"""The ids that a sequence may continue with, and what happens until they are known."""
 
 import threading
 from concurrent.futures import Future
@@ -110,7 +110,7 @@ def test_an_invalid_grammar_and_a_missing_tokenizer_are_faults():
 
 
 class HeldCompiler:
-    """Compiles when it is told to."""
+    """A compiler that compiles on command."""
 
     def __init__(self) -> None:
         self.go, self.began = threading.Event(), Future()
@@ -178,7 +178,7 @@ def test_no_compiler_is_created_while_the_process_is_busy() -> None:
 
 
 class Panic(BaseException):
-    """As of a library in Rust."""
+    """Like a panic in a Rust library."""
 
 
 def test_a_compiler_that_cannot_be_created_only_refuses_grammars() -> None:

@@ -1,4 +1,4 @@
-"""llguidance behind the seam, against a slow twin that tries every id."""
+"""llguidance behind our interface, against a reference that tries every id."""
 
 import random
 import resource
@@ -106,7 +106,7 @@ def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes():
 
 
 def test_grammars_are_estimated_larger_than_they_are():
-    """Of many different schemas, the bytes by which the process grows, first masks included."""
+    """The bytes by which the process grows for many different schemas, first masks included."""
     properties = [f'"field_{number}": {{"type": "string", "maxLength": {number + 1}}}' for number in range(300)]
     sources = [f'start: %json {{"type": "object", "properties": {{{", ".join(properties[k : k + 12])}}}}}' for k in range(288)]
     compiler = LlCompiler(VOCABULARY, cache_bytes=1 << 30)
