@@ -22,7 +22,7 @@ class BuiltBatch:
     works: tuple[Work, ...]
     """In the order of the forward batch's sequences."""
     sampling_works: tuple[Work, ...]
-    """In the order of the rows of logits: one row for each work, and one more for each of its guessed tokens."""
+    """In the order of the rows of logits: one row for each work, and one more for each of its draft tokens."""
 
     @property
     def kept_rows(self) -> Tensor | None:

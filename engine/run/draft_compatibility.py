@@ -14,7 +14,7 @@ class IncompatibleDraftModel(ValueError):
 
 
 def check_draft_model(model_folder: Path | str, draft_folder: Path | str) -> None:
-    """Ids that only one of the vocabularies has are padding or tokens that were added later. They are never guessed.
+    """Ids that only one of the vocabularies has are padding or tokens that were added later. They are never drafted.
 
     Raises:
         IncompatibleDraftModel: an id that both have means different things.

@@ -1,7 +1,7 @@
-"""Runs a draft model: it reads what the step computed and guesses what comes next. Step 11 of a request.
+"""Runs a draft model: it reads what the step computed and proposes the next draft. Step 11 of a request.
 
 The draft model is whole on the rank that samples. Its KV cache uses the same block numbers as the model's, so prefix caching, preemption
-and shared blocks apply to both. Its guesses are verified (`engine.run.verification`), so nothing in it can make an result wrong.
+and shared blocks apply to both. Its proposals are verified (`engine.run.verification`), so it cannot make an answer wrong.
 """
 
 import time
@@ -26,7 +26,7 @@ class Drafter:
     """A draft model with its KV cache."""
 
     def __init__(self, *, model: Qwen2, cache: KvCache, sampler: Sampler) -> None:
-        """``sampler`` is the model's own: a guess is drawn with the noise of its output position, so it is the token that the model
+        """``sampler`` is the model's own: a draft token is drawn with the noise of its output position, so it is the token that the model
         would sample if its logits were the same."""
         self.model, self.cache, self._sampler = model, cache, sampler
 
@@ -36,16 +36,16 @@ class Drafter:
     def propose(
         self, works: Sequence[Work], sampled: Sequence[SampledTokens], tables: BlockTables, states: Mapping[int, SamplingState]
     ) -> tuple[list[SampledTokens], float]:
-        """The results with guesses where they were asked for, and the seconds that all guesses but the first of each sequence took."""
+        """The results with the next drafts that were asked for, and the seconds that all tokens but the first of each draft took."""
         sampled_tokens = {result.sequence: result.tokens for result in sampled}
-        guessing = {work.sequence: work for work in works if work.num_next_draft and sampled_tokens.get(work.sequence)}
-        catch_up_works = [self._catch_up_work(work, sampled_tokens.get(work.sequence, ()), work.sequence in guessing) for work in works]
-        guesses: dict[int, tuple[int, ...]] = dict.fromkeys(guessing, ())
-        next_works = self._step([work for work in catch_up_works if work.tokens], guessing, sampled_tokens, guesses, tables, states)
+        drafting = {work.sequence: work for work in works if work.num_next_draft and sampled_tokens.get(work.sequence)}
+        catch_up_works = [self._catch_up_work(work, sampled_tokens.get(work.sequence, ()), work.sequence in drafting) for work in works]
+        drafts: dict[int, tuple[int, ...]] = dict.fromkeys(drafting, ())
+        next_works = self._step([work for work in catch_up_works if work.tokens], drafting, sampled_tokens, drafts, tables, states)
         began = time.perf_counter()
         while next_works:
-            next_works = self._step(next_works, guessing, sampled_tokens, guesses, tables, states)
-        return [result._replace(next_draft=guesses.get(result.sequence, ())) for result in sampled], time.perf_counter() - began
+            next_works = self._step(next_works, drafting, sampled_tokens, drafts, tables, states)
+        return [result._replace(next_draft=drafts.get(result.sequence, ())) for result in sampled], time.perf_counter() - began
 
     def _catch_up_work(self, work: Work, sampled_tokens: tuple[int, ...], samples: bool) -> Work:
         start, tokens = tokens_to_catch_up(work, sampled_tokens)
@@ -54,9 +54,9 @@ class Drafter:
     def _step(
         self,
         works: Sequence[Work],
-        guessing: Mapping[int, Work],
+        drafting: Mapping[int, Work],
         sampled_tokens: Mapping[int, tuple[int, ...]],
-        guesses: dict[int, tuple[int, ...]],
+        drafts: dict[int, tuple[int, ...]],
         tables: BlockTables,
         states: Mapping[int, SamplingState],
     ) -> list[Work]:
@@ -69,7 +69,7 @@ class Drafter:
         if not built.sampling_works:
             return []
         rows = [
-            self._row(guessing[work.sequence], sampled_tokens[work.sequence], guesses[work.sequence], states)
+            self._row(drafting[work.sequence], sampled_tokens[work.sequence], drafts[work.sequence], states)
             for work in built.sampling_works
         ]
         wanted = needed_top_logits(rows, self._sampler.vocab_size) if self.model.uses_top_logits() else None
@@ -77,19 +77,19 @@ class Drafter:
         results = self._sampler.sample(self._padded(logits_RV), rows)
         next_works = []
         for work, result in zip(built.sampling_works, results, strict=True):
-            guesses[work.sequence] += result.tokens
-            if result.tokens and len(guesses[work.sequence]) < guessing[work.sequence].num_next_draft:
+            drafts[work.sequence] += result.tokens
+            if result.tokens and len(drafts[work.sequence]) < drafting[work.sequence].num_next_draft:
                 start = work.start + len(work.tokens)
                 next_works.append(Work(work.sequence, start, self._clamped(result.tokens), (), samples=True, shard=work.shard))
         return next_works
 
-    def _row(self, work: Work, sampled_tokens: tuple[int, ...], guesses: tuple[int, ...], states: Mapping[int, SamplingState]) -> Row:
+    def _row(self, work: Work, sampled_tokens: tuple[int, ...], draft: tuple[int, ...], states: Mapping[int, SamplingState]) -> Row:
         """The state has seen all tokens but the last of ``sampled_tokens``."""
         state = states[work.sequence]
-        return Row(state, state.next_position(work) + len(sampled_tokens) + len(guesses), None, (sampled_tokens[-1], *guesses))
+        return Row(state, state.next_position(work) + len(sampled_tokens) + len(draft), None, (sampled_tokens[-1], *draft))
 
     def _padded(self, logits_RV: Tensor) -> Tensor:
-        """Logits as wide as the model's vocabulary: ids that the draft model lacks are never guessed."""
+        """Logits as wide as the model's vocabulary: ids that the draft model lacks are never drafted."""
         missing = self._sampler.vocab_size - logits_RV.shape[1]
         return pad(logits_RV, (0, missing), value=-torch.inf) if missing > 0 else logits_RV
 

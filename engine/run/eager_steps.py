@@ -29,7 +29,7 @@ class EagerSteps:
         scorer: PromptScorer,
         drafter: Drafter | None = None,
     ) -> None:
-        """Without a ``drafter`` this rank guesses no tokens."""
+        """Without a ``drafter`` this rank proposes no drafts."""
         self._forward, self._sequences, self._result_builder = forward, sequences, result_builder
         self._scorer, self._drafter = scorer, drafter
 
@@ -75,17 +75,17 @@ class EagerSteps:
         allowed = sequences.guides.begin([work.sequence for work in built.sampling_works])  # runs in a thread while the model computes
         hidden_TD, kept_R = self._forward.hidden(built.forward, self._kept(built))
         assert hidden_TD is not None  # sampling ranks are in the last stage
-        scored = self._scorer.score(hidden_TD, built, sequences.states)
+        prompt_logprobs = self._scorer.score(hidden_TD, built, sequences.states)
         logits_RV = model.logits(built.sampled_rows(hidden_TD, kept_R), self._needed_top_logits(built) if model.uses_top_logits() else None)
         if hit("rank.logits"):
             logits_RV = torch.full_like(logits_RV, torch.nan)
         sequences.mark(11, built.sampling_works)
         sampled = self._result_builder.sample(logits_RV, built.sampling_works, allowed.result() if allowed else {})
         del logits_RV  # the draft model needs as much memory for its own logits
-        pooled, drafting_s = sequences.pooler.pool(hidden_TD, built), 0.0
+        embeddings, drafting_s = sequences.pooler.pool(hidden_TD, built), 0.0
         if self._drafter is not None:
             sampled, drafting_s = self._drafter.propose(works, sampled, sequences.tables, sequences.states)
-        return RankOutput(sampled, scored, pooled, drafting_s)
+        return RankOutput(sampled, prompt_logprobs, embeddings, drafting_s)
 
     def _needed_top_logits(self, built: BuiltBatch) -> TopLogits | None:
         assert self._result_builder.sampler is not None

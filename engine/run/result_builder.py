@@ -20,11 +20,11 @@ from engine.shard_results import pack_tokens
 
 @dataclass(frozen=True)
 class RankOutput:
-    """The output of one step on this rank; empty on ranks that do not result."""
+    """The output of one step on this rank; empty on ranks that do not answer."""
 
     sampled: list[SampledTokens] = field(default_factory=list)
-    scored: tuple[PromptLogprobs, ...] = ()
-    pooled: tuple[PooledEmbedding, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    embeddings: tuple[PooledEmbedding, ...] = ()
     drafting_s: float = 0.0
     tokens: bytes | None = None
     """`StepResult.tokens`, if the tokens are already in that form."""
@@ -68,7 +68,7 @@ class ResultBuilder:
             self._sequences.last_tokens.record(plan.decodes, tokens, rest)
         now, began = time.perf_counter(), max(began, self._last_result_at)  # until then the device was busy with the step before
         self._last_result_at = now
-        return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.scored, output.pooled, output.drafting_s)
+        return StepResult(plan.step, rest, now - began, rebalanced, tokens, output.prompt_logprobs, output.embeddings, output.drafting_s)
 
     def _verify_draft(self, work: Work, results: list[SampledTokens]) -> SampledTokens:
         result = verify_draft(work, results)

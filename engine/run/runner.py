@@ -61,7 +61,7 @@ class Runner:
     ) -> None:
         """``sampler``, ``guides`` and ``drafter`` are given only on the ranks that sample.
 
-        Without ``guides`` requests with a grammar are refused; without a ``drafter`` this rank guesses no tokens.
+        Without ``guides`` requests with a grammar are refused; without a ``drafter`` this rank proposes no drafts.
         """
         self.capacity, self.shard = capacity, shard
         self.model, self.cache, self.device = model, cache, device

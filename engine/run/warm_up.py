@@ -23,7 +23,7 @@ def full_step(
     *, max_step_tokens: int, max_running: int, num_blocks: int, block_tokens: int, num_shards: int = 1, num_next_draft: int = 0
 ) -> StepPlan:
     """The heaviest possible step: on every shard the most tokens of a step, in as many sequences as can run, each sampling and, with a
-    draft model, each asking for ``num_next_draft`` guesses.
+    draft model, each asking for ``num_next_draft`` tokens.
 
     All sequences of a shard use the same first blocks. What they leave in the cache is meaningless, but no sequence survives.
     """
@@ -103,7 +103,7 @@ def capture(
     runner.capture(
         graphs,
         max_rows=min(engine_config.max_running, engine_config.max_step_tokens),
-        edits=engine_config.speculate is None,  # guesses would have to be counted before they are verified
+        edits=engine_config.speculate is None,  # draft tokens would have to be counted before they are verified
         max_prompt_tokens=engine_config.max_step_tokens if prompts and obstacle is None else 0,
         prompts_ahead=prompts_ahead,
         on_progress=on_progress,

@@ -1,6 +1,6 @@
 """Attention on CUDA devices with our own kernels over paged KV.
 
-Sequences that compute one token use the decode kernel, all in one launch. Those that compute a few tokens (guesses, or the end of a
+Sequences that compute one token use the decode kernel, all in one launch. Those that compute a few tokens (drafts, or the end of a
 prompt that is mostly cached) use it too, with a row for each token, so that long contexts are split into parts. The others use the
 prefill kernel, in tiles of tokens.
 """

@@ -82,15 +82,15 @@ class SamplingState:
             self.history.extend(opening.history)
 
     def add_tokens(self, work: Work) -> None:
-        """Add the tokens of the work that are new, without its guesses."""
+        """Add the tokens of the work that are new, without its draft."""
         if self.history is not None:
             known = max(self.history.num_tokens - work.start, 0)
             self.history.extend(work.tokens[known : len(work.tokens) - work.num_draft])
 
-    def accept_draft(self, guesses: Iterable[int]) -> None:
-        """Add guesses that were accepted: no work will bring them again."""
+    def accept_draft(self, tokens: Iterable[int]) -> None:
+        """Add draft tokens that were accepted: no work will bring them again."""
         if self.history is not None:
-            self.history.extend(guesses)
+            self.history.extend(tokens)
 
     def next_position(self, work: Work) -> int:
         """The output position of the token after the last known one of the work."""
@@ -106,7 +106,7 @@ class Row(NamedTuple):
     allowed: np.ndarray | None = None
     """int32 (W = ceil(V / 32)): a bit for each id, lowest first; 0 forbids it. Includes `min_tokens`. None = no restriction."""
     ahead: tuple[int, ...] = ()
-    """Guessed tokens between the last known one and this position."""
+    """Draft tokens between the last known one and this position."""
 
     @property
     def is_too_early_to_stop(self) -> bool:

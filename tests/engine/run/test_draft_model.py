@@ -35,12 +35,12 @@ def speculating(folder: Path, draft: Path | None, *, num_blocks: int = 400, **ch
     config = engine_config(**changes) if draft is None else engine_config(speculate="draft", max_draft_tokens=4, **changes)
     runner_config = float32_config(num_blocks=num_blocks, block_tokens=config.block_tokens, draft_model=draft and str(draft))
     engine = Engine(LocalExecutor.open(folder, runner_config=runner_config, engine_config=config), config)
-    guess_always(engine)
+    draft_always(engine)
     yield engine
     engine.executor.close()
 
 
-def guess_always(engine: Engine) -> None:
+def draft_always(engine: Engine) -> None:
     if engine.scheduler._speculator is not None:
         engine.scheduler._speculator._step_line = lambda: (1.0, 0.0)
         engine.scheduler._speculator.note_guessing = lambda _passes, _seconds: None
@@ -105,7 +105,7 @@ def test_ranks_that_share_the_model_guess_as_one_does(dense_folder: Path, topolo
     )
     try:
         engine = Engine(executor, config)
-        guess_always(engine)
+        draft_always(engine)
         found = serve(engine, asked)
     finally:
         executor.close()
@@ -129,7 +129,7 @@ def test_the_draft_models_kv_cache_is_counted_in_the_budget(dense_folder: Path, 
 
 
 def test_drafting_stops_where_it_does_not_pay(dense_folder: Path, smaller_folder: Path) -> None:
-    """The guesses of a random model are accepted only by chance."""
+    """The drafts of a random model are accepted only by chance."""
     with speculating(dense_folder, smaller_folder) as engine:
         engine.scheduler._speculator._step_line = lambda: (0.01, 0.004)
         asked = [Request(id="r", prompt=PROMPTS[4], sampling=replace(PARAMS["greedy"], max_tokens=150))]
