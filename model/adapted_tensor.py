@@ -146,9 +146,9 @@ class AdaptedTensor:
             raise CheckpointError(f"{self.name} with its adapter is not finite in {self.dtype}", file=self.stored.name, tensor=self.name)
         return rounded
 
-    def read_into(self, place: Tensor, *slices: slice) -> None:
+    def read_into(self, target: Tensor, *slices: slice) -> None:
         """Like `read`, into a contiguous CPU tensor of that shape and dtype."""
-        place.copy_(self.read(*slices))
+        target.copy_(self.read(*slices))
 
     def _sum(self, product: LowRankProduct, outputs: slice, inputs: slice) -> Tensor:
         part_NK = product.added_to(self.stored.read(outputs, inputs).float(), outputs, inputs)

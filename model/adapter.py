@@ -52,26 +52,26 @@ EXPERTS = re.compile(r"(.+\.experts)(?:\.base_layer)?")
 class Adapter:
     """A LoRA adapter's files. Opening it reads and checks its configuration and header, but no weights.
 
-    ``place`` is a path, or the URL of a remote folder, as for a checkpoint.
+    ``location`` is a path, or the URL of a remote folder, as for a checkpoint.
 
     Raises:
         AdapterError: it is of an unsupported kind, or incomplete.
         CheckpointError: its files are missing or damaged.
     """
 
-    def __init__(self, place: Path | str) -> None:
-        self.place = place
-        self.config = AdapterConfig.from_folder(small_files(place))
-        self._file = Checkpoint(place, single_file=ADAPTER_FILE)
+    def __init__(self, location: Path | str) -> None:
+        self.location = location
+        self.config = AdapterConfig.from_folder(small_files(location))
+        self._file = Checkpoint(location, single_file=ADAPTER_FILE)
         self._kept = ReadCache()
         try:
-            self._parts, self._brought, self._rows = self._sorted()
+            self._parts, self._replacements, self._rows = self._sort_tensors()
         except BaseException:
             self.close()
             raise
 
     def __repr__(self) -> str:
-        return f"<Adapter {self.place} [{len(self._parts)} modules | {len(self._brought)} tensors in place of the base's]>"
+        return f"<Adapter {self.location} [{len(self._parts)} modules | {len(self._replacements)} tensors in place of the base's]>"
 
     def close(self) -> None:
         """Close the file and drop what was cached."""
@@ -113,35 +113,35 @@ class Adapter:
             AdapterError: a tensor of the adapter does not exist in this model, or has another shape there.
         """
         adapted: dict[str, StoredTensor] = dict(tensors)
-        brought_of, parts_of = self._brought, self._parts
+        replacements, parts_of = self._replacements, self._parts
         if head_was_tied and self.unties_head and DECODER + EMBEDDING in tensors:
             adapted[HEAD] = adapted[DECODER + EMBEDDING]
         elif head_was_tied:  # the head stays tied, so the adapter's head is a copy of its embedding
-            brought_of = {name: brought for name, brought in brought_of.items() if name != HEAD}
+            replacements = {name: replacement for name, replacement in replacements.items() if name != HEAD}
             parts_of = {module: parts for module, parts in parts_of.items() if f"{module}.weight" != HEAD}
-        homeless: list[str] = []
-        brought_to: dict[str, StoredTensor] = {}
+        unmatched: list[str] = []
+        replaced: dict[str, StoredTensor] = {}
         changed_in: dict[str, StoredTensor] = {}
-        for name, brought in brought_of.items():
-            if (place := _found(name, adapted)) is None:
-                homeless.append(brought.name)
+        for name, replacement in replacements.items():
+            if (target := _find(name, adapted)) is None:
+                unmatched.append(replacement.name)
             else:
-                self._check_shape(brought, adapted[place].shape, place)
-                self._put(brought_to, AdaptedTensor(place, brought, adapted[place].dtype))
-        adapted |= brought_to
+                self._check_shape(replacement, adapted[target].shape, target)
+                self._put(replaced, AdaptedTensor(target, replacement, adapted[target].dtype))
+        adapted |= replaced
         for module, parts in parts_of.items():
             if changed := list(self._changed(module, parts, adapted)):
                 for tensor in changed:
                     self._put(changed_in, tensor)
             else:
-                homeless += [part.name for part in parts.values()]
+                unmatched += [part.name for part in parts.values()]
         for module, rows in self._rows.items():
-            if (place := _found(f"{module}.weight", adapted)) is None:
-                homeless.append(rows.name)
+            if (target := _find(f"{module}.weight", adapted)) is None:
+                unmatched.append(rows.name)
             else:
-                self._put(changed_in, self._with_rows(place, module, rows, adapted[place]))
-        if homeless:
-            self._refuse(f"{len(homeless)} of its tensors do not exist there: {first_few([terminal_safe(name) for name in homeless])}")
+                self._put(changed_in, self._with_rows(target, module, rows, adapted[target]))
+        if unmatched:
+            self._refuse(f"{len(unmatched)} of its tensors do not exist there: {first_few([terminal_safe(name) for name in unmatched])}")
         return adapted | changed_in
 
     def _put(self, tensors: dict[str, StoredTensor], tensor: AdaptedTensor) -> None:
@@ -150,10 +150,10 @@ class Adapter:
             self._refuse(f"it changes {tensor.name} twice")
         tensors[tensor.name] = tensor
 
-    def _sorted(self) -> tuple[dict[str, dict[str, FileTensor]], dict[str, FileTensor], dict[str, FileTensor]]:
+    def _sort_tensors(self) -> tuple[dict[str, dict[str, FileTensor]], dict[str, FileTensor], dict[str, FileTensor]]:
         """The adapter's tensors: parts of products by module, replacements by the base's names, and single rows by module."""
         parts: dict[str, dict[str, FileTensor]] = {}
-        brought: dict[str, FileTensor] = {}
+        replacement: dict[str, FileTensor] = {}
         rows: dict[str, FileTensor] = {}
         for stored_name, tensor in self._file.tensors.items():
             if tensor.dtype not in DTYPES.values():
@@ -164,82 +164,82 @@ class Adapter:
             elif name.endswith(ROWS):
                 rows[name.removesuffix(ROWS)] = tensor
             else:
-                brought[name.replace(".base_layer.", ".")] = tensor
-        if not parts and not brought and not rows:
-            raise AdapterError(f"the adapter {self.place} holds no tensors")
+                replacement[name.replace(".base_layer.", ".")] = tensor
+        if not parts and not replacement and not rows:
+            raise AdapterError(f"the adapter {self.location} holds no tensors")
         for module, held in parts.items():
             self._check_whole(module, held)
-        if not self.config.brings_biases and (biases := [name for name in brought if name.endswith(".bias")]):
+        if not self.config.brings_biases and (biases := [name for name in replacement if name.endswith(".bias")]):
             raise AdapterError(
-                f"the adapter {self.place} has biases, though bias is none in its configuration: "
+                f"the adapter {self.location} has biases, though bias is none in its configuration: "
                 f"{first_few(list(map(terminal_safe, biases)))}"
             )
-        return parts, brought, rows
+        return parts, replacement, rows
 
     def _check_whole(self, module: str, held: Mapping[str, FileTensor]) -> None:
         lengths = {MAGNITUDE} if self.config.has_magnitudes else set()
         if held.keys() not in ({A, B} | lengths, {EMBEDDING_A, EMBEDDING_B}):
             raise AdapterError(
-                f"the adapter {self.place} is incomplete: {terminal_safe(module)} has {', '.join(sorted(held))}, "
+                f"the adapter {self.location} is incomplete: {terminal_safe(module)} has {', '.join(sorted(held))}, "
                 f"expected {', '.join(sorted({A, B} | lengths))}"
             )
 
     def _changed(self, module: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
         """The matrices of the model that a module's parts change; none if this model has no such module."""
-        if (place := _found(f"{module}.weight", tensors)) is not None:
-            yield self._matrix(place, parts, tensors[place])
+        if (target := _find(f"{module}.weight", tensors)) is not None:
+            yield self._matrix(target, parts, tensors[target])
         elif (found := EXPERTS.fullmatch(module)) and parts.keys() == {A, B}:
             yield from self._experts(found[1], parts, tensors)
 
-    def _matrix(self, place: str, parts: Mapping[str, FileTensor], base: StoredTensor) -> AdaptedTensor:
-        self._check_matrix(place, base)
+    def _matrix(self, target: str, parts: Mapping[str, FileTensor], base: StoredTensor) -> AdaptedTensor:
+        self._check_matrix(target, base)
         outputs, inputs = (parts[EMBEDDING_A], parts[EMBEDDING_B]) if EMBEDDING_A in parts else (parts[B], parts[A])
         of_outputs, of_inputs = (0, 1) if EMBEDDING_A in parts else (1, 0)
-        module = place.removesuffix(".weight")
+        module = target.removesuffix(".weight")
         rank = self.config.rank_of(module)
         for part, rank_dim, size in ((outputs, of_outputs, base.shape[0]), (inputs, of_inputs, base.shape[-1])):
-            self._check_shape(part, (size, rank) if rank_dim else (rank, size), place)
+            self._check_shape(part, (size, rank) if rank_dim else (rank, size), target)
         if MAGNITUDE in parts:
-            self._check_shape(parts[MAGNITUDE], base.shape[:1], place)
+            self._check_shape(parts[MAGNITUDE], base.shape[:1], target)
         every, scale = slice(0, rank), self.config.scale_of(module)
         product = LowRankProduct(LowRankFactor(outputs, of_outputs, every), LowRankFactor(inputs, of_inputs, every), scale, self._kept)
-        return _with_product(place, base, product, parts.get(MAGNITUDE))
+        return _with_product(target, base, product, parts.get(MAGNITUDE))
 
-    def _with_rows(self, place: str, module: str, rows: FileTensor, base: StoredTensor) -> AdaptedTensor:
-        self._check_matrix(place, base)
+    def _with_rows(self, target: str, module: str, rows: FileTensor, base: StoredTensor) -> AdaptedTensor:
+        self._check_matrix(target, base)
         numbers = dict(self.config.token_rows).get(module.rsplit(".", 1)[-1], ())
-        self._check_shape(rows, (len(numbers), base.shape[-1]), place)
+        self._check_shape(rows, (len(numbers), base.shape[-1]), target)
         if numbers and max(numbers) >= base.shape[0]:
-            self._refuse(f"it has a row for token {max(numbers)}, and {place} has {base.shape[0]} rows")
+            self._refuse(f"it has a row for token {max(numbers)}, and {target} has {base.shape[0]} rows")
         stored = base.stored if isinstance(base, AdaptedTensor) else base
-        return AdaptedTensor(place, stored, base.dtype, rows=ReplacedRows(numbers, rows, self._kept))
+        return AdaptedTensor(target, stored, base.dtype, rows=ReplacedRows(numbers, rows, self._kept))
 
     def _experts(self, experts: str, parts: Mapping[str, FileTensor], tensors: Mapping[str, StoredTensor]) -> Iterator[AdaptedTensor]:
         """All experts of a layer, from one tensor for A and one for B. The shapes tell which of the experts' matrices they change."""
         for fused, names in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-            places = list(_of_experts(experts, names, tensors))
-            if not places:
+            targets = list(_expert_names(experts, names, tensors))
+            if not targets:
                 continue
-            (height, width), num_experts = tensors[places[0]].shape, len(places) // len(names)
+            (height, width), num_experts = tensors[targets[0]].shape, len(targets) // len(names)
             rank, scale = self.config.rank_of(f"{experts}.{fused}"), self.config.scale_of(f"{experts}.{fused}")
             if parts[A].shape != (num_experts * rank, width) or parts[B].shape != (len(names) * height, rank * num_experts):
                 continue
-            for number, place in enumerate(places):
+            for number, target in enumerate(targets):
                 expert, which = divmod(number, len(names))
                 outputs = LowRankFactor(parts[B], 1, slice(expert, None, num_experts), first=which * height)
                 inputs = LowRankFactor(parts[A], 0, slice(expert * rank, (expert + 1) * rank))
-                yield _with_product(place, tensors[place], LowRankProduct(outputs, inputs, scale, self._kept))
+                yield _with_product(target, tensors[target], LowRankProduct(outputs, inputs, scale, self._kept))
             return
 
-    def _check_matrix(self, place: str, base: StoredTensor) -> None:
+    def _check_matrix(self, target: str, base: StoredTensor) -> None:
         if len(base.shape) != 2:
-            self._refuse(f"{place} is not a matrix")
+            self._refuse(f"{target} is not a matrix")
 
-    def _check_shape(self, found: FileTensor, wanted: tuple[int, ...], place: str) -> None:
+    def _check_shape(self, found: FileTensor, wanted: tuple[int, ...], target: str) -> None:
         if found.shape == wanted:
             return
-        shapes = f"{found.name} has the shape {list(found.shape)}, expected {list(wanted)} for {place}"
-        if place.endswith((EMBEDDING, HEAD)) and found.shape[:1] != wanted[:1] and found.shape[1:] == wanted[1:]:
+        shapes = f"{found.name} has the shape {list(found.shape)}, expected {list(wanted)} for {target}"
+        if target.endswith((EMBEDDING, HEAD)) and found.shape[:1] != wanted[:1] and found.shape[1:] == wanted[1:]:
             shapes += (
                 "; the vocabulary was resized in training: merge it with PEFT (merge_and_unload), save the model, and serve that folder"
             )
@@ -247,22 +247,22 @@ class Adapter:
 
     def _refuse(self, what: str) -> None:
         trained_on = f", and says that it was trained on {terminal_safe(self.config.base)}" if self.config.base else ""
-        raise AdapterError(f"the adapter {self.place} does not fit this model{trained_on}: {what}")
+        raise AdapterError(f"the adapter {self.location} does not fit this model{trained_on}: {what}")
 
 
-def _with_product(place: str, base: StoredTensor, product: LowRankProduct, magnitude_N: FileTensor | None = None) -> AdaptedTensor:
+def _with_product(target: str, base: StoredTensor, product: LowRankProduct, magnitude_N: FileTensor | None = None) -> AdaptedTensor:
     stored = base.stored if isinstance(base, AdaptedTensor) else base  # replaced by the adapter: the sum is rounded only once
-    return AdaptedTensor(place, stored, base.dtype, product, magnitude_N)
+    return AdaptedTensor(target, stored, base.dtype, product, magnitude_N)
 
 
-def _of_experts(experts: str, names: tuple[str, ...], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _expert_names(experts: str, names: tuple[str, ...], tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     """The names of the experts' matrices, expert by expert."""
     number = 0
-    while (first := _found(f"{experts}.{number}.{names[0]}.weight", tensors)) is not None:
+    while (first := _find(f"{experts}.{number}.{names[0]}.weight", tensors)) is not None:
         yield from (first.replace(f".{names[0]}.", f".{name}.") for name in names)
         number += 1
 
 
-def _found(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+def _find(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
     """The name of a tensor in this model, which may have a head where the adapter's had none, or the reverse."""
     return next((each for each in (name, DECODER + name, name.removeprefix(DECODER)) if each in tensors), None)

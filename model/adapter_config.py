@@ -92,7 +92,7 @@ class AdapterConfig:
         """Like `from_folder`, from the parsed JSON."""
         if raw.get("peft_type") != "LORA":
             raise AdapterError(f"peft_type is {raw.get('peft_type')!r:.80}, and only LORA is served; {_MERGE}")
-        _refuse_what_is_not_computed(raw)
+        _refuse_unsupported(raw)
         biases = raw.get("bias") or "none"
         if biases not in BIASES:
             raise AdapterError(f"bias is {biases!r:.80}, expected {', '.join(BIASES)}")
@@ -128,7 +128,7 @@ class AdapterConfig:
 _MERGE = "merge it with PEFT (merge_and_unload), save the model, and serve that folder"
 
 
-def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for name, why in UNSUPPORTED_FIELDS.items():
         if raw.get(name):
             raise AdapterError(f"{name} is set: the adapter {why}; where PEFT can merge it, {_MERGE}")

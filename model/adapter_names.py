@@ -39,13 +39,13 @@ def _changed(stored_name: str) -> str | None:
     return None if name.endswith(ROWS) else name.replace(".base_layer.", ".")
 
 
-def stored_names(place: Path | str) -> frozenset[str]:
+def stored_names(location: Path | str) -> frozenset[str]:
     """The names of the adapter's tensors, unchecked (`model.adapter.Adapter` checks them).
 
     Raises:
         Exception: they cannot be read; each store's library has its own errors.
     """
-    source = open_folder(place).open(ADAPTER_FILE)
+    source = open_folder(location).open(ADAPTER_FILE)
     try:
         length = bytearray(LENGTH_BYTES)
         source.read([(0, memoryview(length))])

@@ -79,10 +79,10 @@ class LocalFile:
         self.bytes_fetched = 0
 
     def read(self, ranges: Sequence[Range]) -> None:
-        for start, place in ranges:
+        for start, target in ranges:
             done = 0
-            while done < len(place):  # one call reads at most 2 GiB, see read(2)
-                got = os.preadv(self._file, [place[done:]], start + done)
+            while done < len(target):  # one call reads at most 2 GiB, see read(2)
+                got = os.preadv(self._file, [target[done:]], start + done)
                 if got == 0:
                     raise OSError(f"it ends at byte {start + done}")
                 done += got
@@ -117,9 +117,9 @@ class RemoteFile:
 
     def read(self, ranges: Sequence[Range]) -> None:
         pieces = [
-            (start + done, place[done : done + self._piece_bytes])
-            for start, place in ranges
-            for done in range(0, len(place), self._piece_bytes)
+            (start + done, target[done : done + self._piece_bytes])
+            for start, target in ranges
+            for done in range(0, len(target), self._piece_bytes)
         ]
         if len(pieces) == 1:
             return self._read_piece(*pieces[0])
@@ -129,8 +129,8 @@ class RemoteFile:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _read_piece(self, start: int, place: memoryview) -> None:
-        place[:] = with_retries(lambda: self._fetch_whole(start, len(place)), sleep=self._sleep)
+    def _read_piece(self, start: int, target: memoryview) -> None:
+        target[:] = with_retries(lambda: self._fetch_whole(start, len(target)), sleep=self._sleep)
 
     def _fetch_whole(self, start: int, length: int) -> bytes:
         content = self._fetch(start, start + length)

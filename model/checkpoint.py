@@ -72,17 +72,17 @@ class FileTensor:
         self.read_into(part, *slices)
         return part
 
-    def read_into(self, place: Tensor, *slices: slice) -> None:
+    def read_into(self, target: Tensor, *slices: slice) -> None:
         """Like `read`, into a contiguous CPU tensor of that shape and dtype."""
         wanted = self._wanted(slices)
-        if place.numel() == 0:
+        if target.numel() == 0:
             return
         try:
             if all(len(span) == size for span, size in zip(wanted[1:], self.shape[1:], strict=True)):
                 first = wanted[0].start * prod(self.shape[1:]) if wanted else 0
-                self.source.read([(self._byte(first), _bytes_of(place))])
+                self.source.read([(self._byte(first), _bytes_of(target))])
             else:
-                self._read_columns(wanted, place)
+                self._read_columns(wanted, target)
         except Exception as error:  # each store's library has its own errors
             raise CheckpointError(
                 f"{self.source.name}: {self.name} cannot be read ({error})", file=self.source.name, tensor=self.name
@@ -97,7 +97,7 @@ class FileTensor:
         row_size = prod(self.shape[1:])
         left_out = self.shape[1] - len(columns)
         if len(wanted) == 2 and left_out * self.dtype.itemsize > self.source.worthwhile_gap_bytes:
-            self.source.read([(self._byte(row * row_size + columns.start), _bytes_of(part[place])) for place, row in enumerate(rows)])
+            self.source.read([(self._byte(row * row_size + columns.start), _bytes_of(part[at])) for at, row in enumerate(rows)])
             return
         at_a_time = max(1, ALONG_BYTES // (row_size * self.dtype.itemsize))
         inner = tuple(slice(span.start, span.stop) for span in wanted[1:])
@@ -114,17 +114,17 @@ class FileTensor:
 class Checkpoint:
     """The tensors of a folder, by name. Opening it reads and checks every header, but no weights.
 
-    ``place`` is a path, or the URL of a remote folder (`model.checkpoint_folder`). ``single_file`` is the file with all tensors if there is
-    no index; a name other than the default means that there is none.
+    ``location`` is a path, or the URL of a remote folder (`model.checkpoint_folder`). ``single_file`` is the file with all tensors if there
+    is no index; a name other than the default means that there is none.
 
     Raises:
         CheckpointError: there is no checkpoint; the index names files that are missing, outside the folder or without the tensor; a
             header is damaged; or a file is shorter or longer than its header says.
     """
 
-    def __init__(self, place: Path | str, *, single_file: str = SINGLE_FILE) -> None:
-        self.place = place
-        self._folder = open_folder(place)
+    def __init__(self, location: Path | str, *, single_file: str = SINGLE_FILE) -> None:
+        self.location = location
+        self._folder = open_folder(location)
         self._files: list[ByteSource] = []
         self._tensors: dict[str, FileTensor] = {}
         shards = _shards(self._folder, single_file)
@@ -137,7 +137,7 @@ class Checkpoint:
             raise
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.place} [{len(self._tensors)} tensors | {len(self._files)} files | {self.num_bytes} bytes]>"
+        return f"<Checkpoint {self.location} [{len(self._tensors)} tensors | {len(self._files)} files | {self.num_bytes} bytes]>"
 
     @property
     def tensors(self) -> Mapping[str, FileTensor]:

@@ -49,27 +49,27 @@ class CheckpointFolder(Protocol):
         ...
 
 
-def open_folder(place: Path | str) -> CheckpointFolder:
+def open_folder(location: Path | str) -> CheckpointFolder:
     """The folder at a path or URL.
 
     Raises:
         CheckpointError: the URL's library is missing, or the folder cannot be listed.
     """
-    return RemoteFolder(str(place)) if is_remote(place) else LocalFolder(Path(place))
+    return RemoteFolder(str(location)) if is_remote(location) else LocalFolder(Path(location))
 
 
-def is_remote(place: Path | str) -> bool:
+def is_remote(location: Path | str) -> bool:
     """Whether this is the URL of a remote folder."""
-    return isinstance(place, str) and "://" in place
+    return isinstance(location, str) and "://" in location
 
 
-def small_files(place: Path | str) -> Path:
+def small_files(location: Path | str) -> Path:
     """A folder on this host with all of a checkpoint except its weights: the folder itself, or the cached copies of a remote one.
 
     Raises:
         CheckpointError: see `open_folder`.
     """
-    return RemoteFolder(str(place)).cached() if is_remote(place) else Path(place)
+    return RemoteFolder(str(location)).cached() if is_remote(location) else Path(location)
 
 
 class LocalFolder:

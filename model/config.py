@@ -156,7 +156,7 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Like `from_checkpoint`, from the parsed JSON."""
         architecture, is_bare = _architecture(raw), raw.get("architectures") == [BARE]
-        _refuse_what_is_not_computed(raw)
+        _refuse_unsupported(raw)
         num_heads = _positive(raw, "num_attention_heads")
         hidden_size = _positive(raw, "hidden_size")
         rope = _rope(raw)
@@ -232,7 +232,7 @@ def _is_causal(raw: Mapping[str, Any]) -> bool:
     return str(own_code).rsplit("--", 1)[-1] != "modeling_qwen.Qwen2Model"
 
 
-def _refuse_what_is_not_computed(raw: Mapping[str, Any]) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     if raw.get("use_sliding_window"):  # if it is false, sliding_window is a meaningless leftover
         raise UnsupportedModel("use_sliding_window is true, and sliding-window attention is not supported")
     if "sliding_attention" in _optional(raw, "layer_types", list, []):

@@ -33,11 +33,11 @@ class CheckpointMismatch(ValueError):
         unused: Iterable[str],
         misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
         mistyped: Iterable[str] = (),
-        place: str = "the checkpoint",
+        location: str = "the checkpoint",
     ) -> None:
         """``misshapen``: (name, shape in the checkpoint, shape in the model). ``mistyped``: tensors that are not floating point."""
         self.missing, self.unused, self.misshapen = tuple(sorted(missing)), tuple(sorted(unused)), tuple(sorted(misshapen))
-        self.mistyped, self.place = tuple(sorted(mistyped)), place
+        self.mistyped, self.location = tuple(sorted(mistyped)), location
         shapes = tuple(f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in self.misshapen)
         parts = (
             ("missing", self.missing),
@@ -46,7 +46,7 @@ class CheckpointMismatch(ValueError):
             ("not of a floating-point dtype", self.mistyped),
         )
         found = "; ".join(f"{len(items)} {what}: {first_few(items)}" for what, items in parts if items)
-        super().__init__(f"{place} does not fit its config.json: {found}")
+        super().__init__(f"{location} does not fit its config.json: {found}")
 
     def __reduce__(self) -> tuple[partial["CheckpointMismatch"], tuple[()]]:
         """Pickle the fields, so that a rank's error can reach another process."""
@@ -56,7 +56,7 @@ class CheckpointMismatch(ValueError):
             unused=self.unused,
             misshapen=self.misshapen,
             mistyped=self.mistyped,
-            place=self.place,
+            location=self.location,
         )
         return again, ()
 
@@ -181,7 +181,7 @@ def _tensors(checkpoint: Checkpoint, config: ModelConfig, adapter: Adapter | Non
     """
     if adapter is not None and config.quantisation is not None:
         raise AdapterError(
-            f"{checkpoint.place} is stored by {config.quantisation.method.upper()}, and what an adapter adds would be rounded to its "
+            f"{checkpoint.location} is stored by {config.quantisation.method.upper()}, and what an adapter adds would be rounded to its "
             f"{config.quantisation.bits} bits: serve the adapter with the plain base, and add --quantize int8 or int4 if memory is short"
         )
     plain = dequantised_tensors(checkpoint.tensors, config.quantisation, wanted)
@@ -215,5 +215,5 @@ def check_checkpoint(
     misshapen = [(name, found[name], shape) for name, shape in wanted.items() if name in found and found[name] != shape]
     mistyped = [name for name in wanted.keys() & found.keys() if plain and tensors[name].dtype not in DTYPES.values()]
     if missing or unused or misshapen or mistyped:
-        raise CheckpointMismatch(missing=missing, unused=unused, misshapen=misshapen, mistyped=mistyped, place=str(checkpoint.place))
+        raise CheckpointMismatch(missing=missing, unused=unused, misshapen=misshapen, mistyped=mistyped, location=str(checkpoint.location))
     return tuple(ignored)

@@ -57,10 +57,10 @@ def _from_modules(folder: Path) -> PoolingConfig:
         raise UnsupportedModel(f"{folder / MODULES}: embeddings with {', '.join(unknown)} are not supported")
     if POOLING not in kinds:
         raise InvalidModelConfig(f"{folder / MODULES} names no {POOLING}")
-    place = kinds[POOLING].get("path")
-    if not isinstance(place, str) or "/" in place or place.startswith("."):
+    subfolder = kinds[POOLING].get("path")
+    if not isinstance(subfolder, str) or "/" in subfolder or subfolder.startswith("."):
         raise InvalidModelConfig(f"{folder / MODULES}: the path of {POOLING} must be a folder beside it")
-    return PoolingConfig(kind=_kind(folder / place / "config.json"), normalise=NORMALIZE in kinds)
+    return PoolingConfig(kind=_kind(folder / subfolder / "config.json"), normalise=NORMALIZE in kinds)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ class DecoderLayer(nn.Module):
 
     def native(self, cache: KvCache) -> NativeLayer | None:
         """This layer as fused CPU kernels, or None if they cannot compute all of it."""
-        place = self.attention.index_in_stage
+        index = self.attention.index_in_stage
         return native_layer(
             backend=self.attention.backend,
             num_heads=self.attention.num_heads,
@@ -133,8 +133,8 @@ class DecoderLayer(nn.Module):
             output=self.attention.output,
             mlp_norm=self.mlp_norm,
             mlp=self.mlp,
-            keys_NBGK=cache.keys_NBGK[place],
-            values_NBGK=cache.values_NBGK[place],
+            keys_NBGK=cache.keys_NBGK[index],
+            values_NBGK=cache.values_NBGK[index],
         )
 
 
@@ -197,7 +197,7 @@ class Qwen2(nn.Module):
         )
         self.rope = Rope(config.rope, config.head_dim, device)
         self.embedding = self._embedding() if self.is_first else None
-        self.layers = nn.ModuleList(self._layer(index, place, heads) for place, index in enumerate(self.layer_indices))
+        self.layers = nn.ModuleList(self._layer(index, index_in_stage, heads) for index_in_stage, index in enumerate(self.layer_indices))
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype) if self.is_last else None
         self._native_layers: tuple[KvCache, NativeLayers | None] | None = None
         self.head = self._head() if self.is_last else None
@@ -307,11 +307,11 @@ class Qwen2(nn.Module):
         x_TD: Tensor = self.embedding(batch.tokens_T)
         return x_TD
 
-    def _layer(self, index: int, place: int, heads: HeadShare) -> DecoderLayer:
+    def _layer(self, index: int, index_in_stage: int, heads: HeadShare) -> DecoderLayer:
         attention = Attention(
             self.config,
             self.groups,
-            index_in_stage=place,
+            index_in_stage=index_in_stage,
             heads=heads,
             backend=self.backend,
             format=self.format,

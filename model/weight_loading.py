@@ -200,7 +200,7 @@ class _CancellableInto(_Cancellable):
 
     stored: ReadableInto
 
-    def read_into(self, place: Tensor, *slices: slice) -> None:
+    def read_into(self, target: Tensor, *slices: slice) -> None:
         if self.cancelled.is_set():
             raise _Cancelled
-        self.stored.read_into(place, *slices)
+        self.stored.read_into(target, *slices)

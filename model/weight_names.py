@@ -45,7 +45,7 @@ class Binding:
 
 def bind_weights(parent: nn.Module, names: Mapping[str, tuple[str, str]], prefix: str = "") -> Iterator[Binding]:
     """The bindings of ``parent``'s layers, with ``prefix`` before the checkpoint names. Every slot must be in the table."""
-    name_of = {place: name for name, place in names.items()}
+    name_of = {slot: name for name, slot in names.items()}
     for path in dict.fromkeys(path for path, _ in names.values()):
         layer: WeightedLayer = parent.get_submodule(path)  # type: ignore[assignment]
         for slot in layer.slots():

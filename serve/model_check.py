@@ -41,7 +41,7 @@ def check_model(
         config.context_limit(max_context_tokens)
         with Checkpoint(location) as checkpoint, nullcontext() if adapter is None else Adapter(adapter) as opened:
             check_checkpoint(checkpoint, config, adapter=opened)
-            if opened is not None and not is_remote(opened.place):
+            if opened is not None and not is_remote(opened.location):
                 opened.check_numbers()
         ModelFacts.from_checkpoint(folder, name="", tokenizer=Tokenizer.from_folder(folder))
     except ValueError as error:  # InvalidLayout, ContextTooLong, CheckpointError and -Mismatch, AdapterError, InvalidModelConfig, ...
