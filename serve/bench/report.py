@@ -15,7 +15,10 @@ class WeightBytes:
 
     per_step: int
     """Bytes of all weights but the embedding's rows that no token of a step asks for."""
+    multiply_adds_per_prompt_token: int
+    """Of a token after which nothing is sampled: without the head, and of the last layer only keys and values."""
     multiply_adds_per_token: int
+    """Of a token after which one is sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +58,12 @@ def summarise(workload: Workload, rounds: Sequence[Round], weights: WeightBytes,
 def floor_s(workload: Workload, weights: WeightBytes, ceiling: Ceiling) -> float:
     """Seconds below which this machine cannot go: every step reads the weights or multiplies for all its tokens, whichever
     takes longer. Attention, KV and everything between are not counted, so it is a floor and no forecast."""
-    prompt_tokens = workload.shared_prefix + workload.streams * workload.tokens_in
-    prefill = max(weights.per_step / ceiling.read_bytes_per_s, _multiply_s(prompt_tokens, weights, ceiling))
-    step = max(weights.per_step / ceiling.read_bytes_per_s, _multiply_s(workload.streams, weights, ceiling))
-    return prefill + (workload.tokens_out - 1) * step
-
-
-def _multiply_s(tokens: int, weights: WeightBytes, ceiling: Ceiling) -> float:
-    return 2 * weights.multiply_adds_per_token * tokens / ceiling.flop_per_s
+    read_s = weights.per_step / ceiling.read_bytes_per_s
+    prompt_tokens = workload.shared_prefix + workload.streams * (workload.tokens_in - 1)
+    step_flop = 2 * weights.multiply_adds_per_token * workload.streams
+    prefill_flop = 2 * weights.multiply_adds_per_prompt_token * prompt_tokens + step_flop
+    prefill_s, step_s = (max(read_s, flop / ceiling.flop_per_s) for flop in (prefill_flop, step_flop))
+    return prefill_s + (workload.tokens_out - 1) * step_s
 
 
 def as_json(figures: Sequence[Figure]) -> list[dict[str, object]]:

@@ -10,8 +10,11 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
     attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     matrices = config.num_layers * attention + sum(_mlp_weights(config, layer) for layer in range(config.num_layers))
     table = config.vocab_size * config.hidden_size
+    keys_and_values = 2 * config.hidden_size * config.head_dim * config.num_kv_heads
+    last_layer = attention + _mlp_weights(config, config.num_layers - 1)
     return WeightBytes(
         per_step=round(matrices * formats.matrices.bytes_per_weight + table * formats.table.bytes_per_weight),
+        multiply_adds_per_prompt_token=matrices - last_layer + keys_and_values,
         multiply_adds_per_token=matrices + table,
     )
 

@@ -9,7 +9,7 @@ from serve.bench.workload import Workload, run_workload
 from tests.fakes.executor import FakeExecutor
 
 CELL = Workload(name="tiny", streams=3, tokens_in=8, tokens_out=4, shared_prefix=4)
-WEIGHTS = WeightBytes(per_step=100, multiply_adds_per_token=50)
+WEIGHTS = WeightBytes(per_step=100, multiply_adds_per_prompt_token=30, multiply_adds_per_token=50)
 
 
 def test_a_round_counts_every_token_of_every_request():
@@ -31,7 +31,7 @@ def test_the_floor_is_reading_the_weights_or_multiplying_whichever_takes_longer(
     reading = Ceiling(read_bytes_per_s=100, flop_per_s=1e9)
     multiplying = Ceiling(read_bytes_per_s=1e9, flop_per_s=100)
     assert round(floor_s(CELL, WEIGHTS, reading), 3) == 4.0
-    assert round(floor_s(CELL, WEIGHTS, multiplying), 3) == 4 + 3 * 8 + 3 * 3
+    assert round(floor_s(CELL, WEIGHTS, multiplying), 3) == (4 + 3 * 7) * 0.6 + 3 + 3 * 3
 
 
 def test_a_figure_is_the_median_of_its_rounds():
