@@ -28,5 +28,5 @@ def test_an_engine_generates_what_peft_does_and_refuses_what_does_not_fit(tmp_pa
     events = serve(engine, [Request(id=str(i), prompt=tuple(prompt), sampling=sampling) for i, prompt in enumerate(prompts)])
     assert [list(answer(events[str(i), 0])) for i in range(2)] == [oracle.greedy(prompt, COUNT) for prompt in prompts]
     other = write_adapter(tmp_path / "other", low_rank("model.layers.3.mlp.up_proj", 50, 72))
-    with pytest.raises(AdapterError, match="2 of its tensors have no place"):
+    with pytest.raises(AdapterError, match="2 of its tensors do not exist"):
         LocalExecutor.open(oracle.folder, runner_config=runner_config, engine_config=config, adapter=other)
