@@ -118,7 +118,7 @@ def test_it_computes_prompts_and_not_decodes(is_causal: bool) -> None:
 def test_heads_that_are_shared_unevenly_are_refused() -> None:
     from model.attention.flashinfer import FlashInferAttention
 
-    with pytest.raises(ValueError, match="as many query heads to every KV head"):
+    with pytest.raises(ValueError, match="the same number of query heads for every KV head"):
         FlashInferAttention(heads(9, 3, 0, 2), CPU)
 
 
