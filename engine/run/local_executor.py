@@ -28,7 +28,7 @@ class LocalStep:
         try:
             result = self._begun.result()
         except Exception as error:
-            raise self._executor.lost(self._step, error) from error
+            raise self._executor.fail(self._step, error) from error
         assert result is not None  # the only rank samples
         return result
 
@@ -80,9 +80,9 @@ class LocalExecutor:
         try:
             return LocalStep(self, plan.step, self._runner.begin(plan))
         except Exception as error:
-            return LocalStep(self, plan.step, self.lost(plan.step, error))
+            return LocalStep(self, plan.step, self.fail(plan.step, error))
 
-    def lost(self, step: int, error: Exception) -> WorkersLost:
+    def fail(self, step: int, error: Exception) -> WorkersLost:
         """End the rank, as other executors do: after an exception its state cannot be trusted."""
         self.close()
         lost = WorkersLost(f"{type(error).__name__} in step {step}: {error}", rank=0, rank_traceback=traceback.format_exc())

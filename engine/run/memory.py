@@ -23,7 +23,7 @@ from parallel.groups import ParallelGroups
 log = logging.getLogger(__name__)
 
 CPU_FRACTION = 0.3
-CPU_MOST_BYTES = 4 << 30
+CPU_MAX_BYTES = 4 << 30
 """Default limit of the memory for KV of all ranks on a host, of all replicas together: a prefix cache eventually fills what it gets."""
 CUDA_FRACTION = 0.9
 
@@ -99,7 +99,7 @@ def _run_ahead(model: Qwen2, engine_config: EngineConfig) -> bool:
 
 def _cpu_budget(fraction: float | None) -> int:
     available = available_memory_bytes()
-    return int(available * fraction) if fraction else min(int(available * CPU_FRACTION), CPU_MOST_BYTES)
+    return int(available * fraction) if fraction else min(int(available * CPU_FRACTION), CPU_MAX_BYTES)
 
 
 def _cuda_bytes_beside_kv(

@@ -23,7 +23,7 @@ SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Numbers of tokens that are captured. A step is padded to the next one, because a product of many rows may take longer than one of few.
 Beyond the last, the device should be busier than the host (not measured yet)."""
 TOKENS, POSITIONS, SLOTS = range(3)
-NOWHERE = -1
+NO_SLOT = -1
 """The slot of a padding token."""
 
 
@@ -55,7 +55,7 @@ class PromptGraphs:
     def capture(self, after_each: Callable[[], None] = lambda: None) -> None:
         self._pieces.clear()
         self._numbers.zero_()
-        self._numbers[SLOTS] = NOWHERE
+        self._numbers[SLOTS] = NO_SLOT
         for size in reversed(self.sizes):
             self._pieces[size] = self._graphs.capture_piecewise(partial(self._compute, size))
             after_each()
@@ -74,7 +74,7 @@ class PromptGraphs:
         for row, given in ((TOKENS, batch.tokens_T), (POSITIONS, batch.positions_T), (SLOTS, batch.slots_T)):
             self._numbers[row, :count].copy_(given)
         if size > count:
-            self._numbers[SLOTS, count:size] = NOWHERE
+            self._numbers[SLOTS, count:size] = NO_SLOT
         self._model.backend.prepare(batch)
         for replay, attend in self._pieces[size]:
             replay()

@@ -14,10 +14,10 @@ from engine.run.grammar.guides import Guides
 from engine.run.settings import RunnerConfig
 from model.vocabulary import Vocabulary
 
-AT_REST_S = 1.0
+IDLE_S = 1.0
 """The rank must be idle for this long. A rank that is loading or computing never is, and creating the compiler would hold Python's lock
 for half a second of its time."""
-REST = 0.3
+MAX_IDLE_LOAD = 0.3
 """An idle process uses at most this fraction of a core."""
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def open_guides(folder: Path, vocab_size: int, config: RunnerConfig) -> Guides:
         return Guides(None, vocab_size=vocab_size)
     from engine.run.grammar.llg import LlCompiler  # llguidance, which is optional on machines that only measure models
 
-    compiler = LazyCompiler(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), AT_REST_S)
+    compiler = LazyCompiler(partial(LlCompiler, vocabulary, cache_bytes=config.grammar_cache_bytes), IDLE_S)
     return Guides(compiler, vocab_size=vocab_size, special_ids=sorted(vocabulary.special_ids))
 
 
@@ -44,24 +44,22 @@ class LazyCompiler:
     If it cannot be created, requests with a grammar are refused and all others are served.
     """
 
-    def __init__(
-        self, make: Callable[[], GrammarCompiler], at_rest_s: float, *, computed_s: Callable[[], float] = time.process_time
-    ) -> None:
+    def __init__(self, make: Callable[[], GrammarCompiler], idle_s: float, *, computed_s: Callable[[], float] = time.process_time) -> None:
         """``computed_s`` returns the CPU time of this process so far."""
         self._make, self._computed_s = make, computed_s
         self._made: GrammarCompiler | None = None
         self._making = threading.Lock()
         self._fault: str | None = None
-        threading.Thread(target=self._make_early, args=(at_rest_s,), name="grammar compiler", daemon=True).start()
+        threading.Thread(target=self._create_when_idle, args=(idle_s,), name="grammar compiler", daemon=True).start()
 
     def compile(self, source: str) -> Grammar:
         return self._compiler().compile(source)
 
-    def _make_early(self, at_rest_s: float) -> None:
-        took_s = at_rest_s
-        while took_s > REST * at_rest_s:
+    def _create_when_idle(self, idle_s: float) -> None:
+        took_s = idle_s
+        while took_s > MAX_IDLE_LOAD * idle_s:
             before_s = self._computed_s()
-            time.sleep(at_rest_s)
+            time.sleep(idle_s)
             took_s = self._computed_s() - before_s
         with suppress(GrammarFailed):  # reported to every request with a grammar
             self._compiler()

@@ -159,7 +159,7 @@ class EditTable:
         self._add_at(x_RV, self._stop_ids, never, self._num_stop_ids_N, entries_R, has_entry_R & (stops_now_R > 0))
         if word_rows_R is None or words_GW is None:
             return x_RV
-        bits_RV = bits(words_GW[word_rows_R.clamp(min=0)], x_RV.shape[1])
+        bits_RV = unpack_bits(words_GW[word_rows_R.clamp(min=0)], x_RV.shape[1])
         return x_RV.masked_fill(~bits_RV & (word_rows_R >= 0).unsqueeze(-1), -torch.inf)
 
     @staticmethod
@@ -177,7 +177,7 @@ def edit_on_device(table: EditTable, logits_RV: Tensor, rows: Sequence[Row]) -> 
     return table.edit(logits_RV, numbers[0], numbers[1])
 
 
-def bits(words_RW: Tensor, size: int) -> Tensor:
+def unpack_bits(words_RW: Tensor, size: int) -> Tensor:
     """bool (R, size): bit i of a row is bit i % 32 of word i // 32."""
     shifts = torch.arange(32, dtype=torch.int32, device=words_RW.device)
     found = (words_RW.unsqueeze(-1) >> shifts) & 1

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.run.sampling.edit_table import EditTable, bits, edit_on_device
+from engine.run.sampling.edit_table import EditTable, edit_on_device, unpack_bits
 from engine.run.sampling.state import Row
 from engine.run.transfer import upload
 from parallel.aligned_rows import empty_rows
@@ -75,7 +75,7 @@ def _forbid_stop_ids(logits_RV: Tensor, rows: Sequence[tuple[int, Row]]) -> None
 def _forbid_unless_allowed(logits_RV: Tensor, at: list[int], allowed_GW: np.ndarray) -> None:
     """``at``: the indices of the G rows that the words belong to."""
     at_G, words_GW = upload(np.array(at, np.int64), logits_RV.device), upload(allowed_GW, logits_RV.device)
-    logits_RV[at_G] = logits_RV[at_G].masked_fill(~bits(words_GW, logits_RV.shape[1]), -torch.inf)
+    logits_RV[at_G] = logits_RV[at_G].masked_fill(~unpack_bits(words_GW, logits_RV.shape[1]), -torch.inf)
 
 
 def _places(rows: Sequence[tuple[int, Row]], lengths: list[int], ids: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ class TokenHistory:
         self.num_tokens = 0
         self._num_prompt = num_prompt
         self._vocab_size = vocab_size
-        self._place: dict[int, int] = {}
+        self._indices: dict[int, int] = {}
         self._ids = np.empty(64, np.int64)
         self._output_counts = np.zeros(64, np.int64)
 
@@ -26,29 +26,29 @@ class TokenHistory:
             is_output = self.num_tokens >= self._num_prompt
             self.num_tokens += 1
             if token < self._vocab_size:
-                place = self._place_of(token)
+                place = self._index_of(token)
                 self._output_counts[place] += is_output
 
     @property
     def ids(self) -> np.ndarray:
         """int64, distinct, in order of first occurrence."""
-        return self._ids[: len(self._place)]
+        return self._ids[: len(self._indices)]
 
     @property
     def output_counts(self) -> np.ndarray:
         """int64, one per id; 0 for those only in the prompt."""
-        return self._output_counts[: len(self._place)]
+        return self._output_counts[: len(self._indices)]
 
-    def and_then(self, tokens: Iterable[int]) -> "TokenHistory":
+    def extended(self, tokens: Iterable[int]) -> "TokenHistory":
         """A copy with more tokens added."""
         after = TokenHistory(num_prompt=self._num_prompt, vocab_size=self._vocab_size)
-        after.num_tokens, after._place = self.num_tokens, dict(self._place)
+        after.num_tokens, after._indices = self.num_tokens, dict(self._indices)
         after._ids, after._output_counts = self._ids.copy(), self._output_counts.copy()
         after.extend(tokens)
         return after
 
-    def _place_of(self, token: int) -> int:
-        place = self._place.setdefault(token, len(self._place))
+    def _index_of(self, token: int) -> int:
+        place = self._indices.setdefault(token, len(self._indices))
         if place == len(self._ids):
             self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
             self._output_counts = np.concatenate([self._output_counts, np.zeros_like(self._output_counts)])
@@ -116,4 +116,4 @@ class Row(NamedTuple):
     def history(self) -> TokenHistory | None:
         """The tokens that the row has seen, if its parameters depend on them."""
         history = self.state.history
-        return history.and_then(self.ahead) if history is not None and self.ahead else history
+        return history.extended(self.ahead) if history is not None and self.ahead else history
