@@ -14,7 +14,7 @@ from parallel.collectives import all_gather, all_reduce, all_to_all, reduce_scat
 from parallel.cpp_build import Unavailable
 from parallel.groups import ParallelGroups
 from parallel.native.library import native
-from parallel.native.shared_memory_collectives import BUFFER_BYTES, CollectiveFailed, Exchange
+from parallel.native.shared_memory_collectives import BUFFER_BYTES, CollectiveFailed, SharedMemoryCollectives
 from parallel.topology import Topology
 from tests.ranks import RankFailed, end_pools, run_ranks
 
@@ -28,7 +28,7 @@ def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(rank)) * 8).to(dtype)
 
 
-def memory_of(groups: ParallelGroups) -> Exchange:
+def memory_of(groups: ParallelGroups) -> SharedMemoryCollectives:
     assert groups.world.transport is not None
     assert groups.world.transport.shared_memory is not None
     return groups.world.transport.shared_memory

@@ -14,7 +14,7 @@ from serve.auth import Doorkeeper
 from serve.errors import QuotaExceeded
 from serve.grpc.generated import messages_pb2, service_pb2, service_pb2_grpc
 from serve.grpc.server import start_server
-from serve.key_file import changing, new_key
+from serve.key_file import locked_key_file, new_key
 from tests.serve.grpc.conftest import ScriptedService
 
 CHAT = service_pb2.ChatRequest(model="tiny", messages=[messages_pb2.Message(role=messages_pb2.ROLE_USER, content="Hi")])
@@ -23,7 +23,7 @@ CHAT = service_pb2.ChatRequest(model="tiny", messages=[messages_pb2.Message(role
 @pytest.fixture
 def key(tmp_path: Path) -> str:
     (shown, key), (other, watcher) = new_key(), new_key(scopes=["metrics"])
-    with changing(tmp_path / "keys.json") as write:
+    with locked_key_file(tmp_path / "keys.json") as write:
         write((key, watcher))
     (tmp_path / "metrics-key").write_text(other)
     return shown

@@ -8,7 +8,7 @@ import pytest
 
 from serve.auth import Doorkeeper
 from serve.http.app import create_app
-from serve.key_file import changing, new_key
+from serve.key_file import locked_key_file, new_key
 from serve.limits import Limits
 from serve.quotas import Quotas
 
@@ -34,7 +34,7 @@ class Keys:
             "admin": new_key(scopes=["admin"]),
             "few": new_key(requests_per_minute=1),
         }
-        with changing(path) as write:
+        with locked_key_file(path) as write:
             write(tuple(key for _, key in made.values()))
         self.shown = {name: shown for name, (shown, _) in made.items()}
         self.ids = {name: key.id for name, (_, key) in made.items()}
