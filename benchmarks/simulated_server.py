@@ -151,7 +151,7 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
             model=ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer),
             tokenizer=tokenizer,
             source=router,
-            refusal=router.refusal,
+            refusal=router.recent_refusal,
         )
     )
     app = create_app(lambda: doors)

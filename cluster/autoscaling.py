@@ -228,7 +228,7 @@ class _Sample:
     computed: Mapping[str, tuple[int, float]]
 
 
-def demand_of(told: Mapping[str, Sequence[Mapping[str, object]]]) -> Demand:
+def parse_demand(told: Mapping[str, Sequence[Mapping[str, object]]]) -> Demand:
     """From the plain values that the directory gives; see `cluster.directory.Register.demand`."""
     fronts = told["fronts"]
     late = [float(str(front["ttft_s"])) for front in fronts if front["ttft_s"] is not None]

@@ -2,10 +2,10 @@
 
 import threading
 
-from cluster.messages import Blocks
+from cluster.messages import BlockUpdate
 from engine.kv.keys import BlockKey
 
-SHORT = 8
+SHORT_KEY_BYTES = 8
 """Bytes of a content key that are told. Two blocks that agree in them would cost a router a poor choice, and nothing else."""
 
 
@@ -23,7 +23,7 @@ class BlockJournal:
         self._number = 0
 
     def stored(self, key: BlockKey) -> None:
-        short = key[:SHORT]
+        short = key[:SHORT_KEY_BYTES]
         with self._lock:
             holders = self._holders.get(short, 0)
             self._holders[short] = holders + 1
@@ -31,7 +31,7 @@ class BlockJournal:
                 self._changed[short] = True
 
     def evicted(self, key: BlockKey) -> None:
-        short = key[:SHORT]
+        short = key[:SHORT_KEY_BYTES]
         with self._lock:
             holders = self._holders.get(short, 0)
             if holders > 1:
@@ -40,7 +40,7 @@ class BlockJournal:
                 del self._holders[short]
                 self._changed[short] = False
 
-    def news(self) -> Blocks | None:
+    def changes(self) -> BlockUpdate | None:
         """What has changed since the last reading; to be told to everyone who has the whole."""
         with self._lock:
             if not self._changed:
@@ -49,9 +49,9 @@ class BlockJournal:
         self._number += 1
         stored = b"".join(key for key, there in changed.items() if there)
         evicted = b"".join(key for key, there in changed.items() if not there)
-        return Blocks(self._number, whole=False, stored=stored, evicted=evicted)
+        return BlockUpdate(self._number, whole=False, stored=stored, evicted=evicted)
 
-    def whole(self) -> Blocks:
+    def snapshot(self) -> BlockUpdate:
         """All that is there, news that were not read yet included: telling those again does no harm."""
         with self._lock:
-            return Blocks(self._number, whole=True, stored=b"".join(self._holders), evicted=b"")
+            return BlockUpdate(self._number, whole=True, stored=b"".join(self._holders), evicted=b"")

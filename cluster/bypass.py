@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 import zmq
 
-from cluster.channel import PrivateFolder, sockets
+from cluster.channel import PrivateFolder, shared_context
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,11 @@ class PiecesLost(Exception):
     """What was sent did not all come."""
 
 
-class NoSocket(Exception):
+class SocketUnavailable(Exception):
     """This process can make no socket for its end; the message says why."""
 
 
-def new_answer(stream: int) -> int:
+def new_answer_number(stream: int) -> int:
     """A number for one answer to a stream's request: Ray may send a request to another front while a first one still writes."""
     return stream << NONCE_BITS | secrets.randbits(NONCE_BITS)
 
@@ -57,21 +57,21 @@ class Sender:
     """A front's end of one proxy's bypass. Belongs to one event loop.
 
     Raises:
-        NoSocket: none can be connected to that address.
+        SocketUnavailable: none can be connected to that address.
     """
 
     def __init__(self, address: str) -> None:
         self._address = address
         with contextlib.ExitStack() as undone:
             try:
-                self._socket: zmq.Socket[bytes] = undone.enter_context(zmq.Socket(sockets(), zmq.PUSH))
+                self._socket: zmq.Socket[bytes] = undone.enter_context(zmq.Socket(shared_context(), zmq.PUSH))
                 self._socket.linger = 1000
                 self._socket.sndhwm = MAX_QUEUED_BYTES // MESSAGE_BYTES
                 self._socket.immediate = True  # else messages wait for a connection that may never be
                 self._socket.reconnect_ivl = -1  # a proxy that is started again listens elsewhere
                 self._socket.connect(address)
             except zmq.ZMQError as error:
-                raise NoSocket(f"{address}: {error}") from error
+                raise SocketUnavailable(f"{address}: {error}") from error
             undone.pop_all()
         self._patient_until = time.monotonic() + CONNECT_S
         self._answers: list[int] = []
@@ -89,7 +89,7 @@ class Sender:
     @property
     def is_lost(self) -> bool:
         """Whether nothing will come of it any more."""
-        if self._is_broken or not is_here(self._address):
+        if self._is_broken or not socket_exists(self._address):
             return True
         if self.is_connected:
             self._was_connected, self._still_since = True, None
@@ -132,19 +132,19 @@ class Sender:
     def _may_stand_still(self) -> bool:
         """Whether somebody who takes nothing now may take it later."""
         self._still_since = self._still_since or time.monotonic()
-        return time.monotonic() - self._still_since < MAX_STILL_S and is_heard(self._address)
+        return time.monotonic() - self._still_since < MAX_STILL_S and is_listening(self._address)
 
     def close(self) -> None:
         self._is_broken = True
         self._socket.close()
 
 
-def is_here(address: str) -> bool:
+def socket_exists(address: str) -> bool:
     """Whether a socket is in this process's file system: a front in a container of its own may not see that of a proxy of its host."""
     return address.startswith("ipc://") and os.path.exists(address.removeprefix("ipc://"))
 
 
-def is_heard(address: str) -> bool:
+def is_listening(address: str) -> bool:
     """Whether somebody listens at a socket of this host, even if he stands still: the kernel refuses for a process that is gone."""
     try:
         probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -162,7 +162,7 @@ def is_heard(address: str) -> bool:
 
 
 @dataclass
-class Passage:
+class IncomingStream:
     """What has come for one stream: until it is known which answer to its request is the one, of all that are written."""
 
     number: int
@@ -222,7 +222,7 @@ class Receiver:
     """A proxy's end, for the fronts of its host. Must be made in a running event loop.
 
     Raises:
-        NoSocket: none can be bound.
+        SocketUnavailable: none can be bound.
     """
 
     def __init__(self) -> None:
@@ -231,13 +231,13 @@ class Receiver:
                 self._folder = PrivateFolder()
                 undone.callback(self._folder.close)
                 self.address = self._folder.socket("bypass")
-                self._socket = undone.enter_context(sockets().socket(zmq.PULL))
+                self._socket = undone.enter_context(shared_context().socket(zmq.PULL))
                 self._socket.bind(self.address)
             except (OSError, ValueError, zmq.ZMQError) as error:
-                raise NoSocket(str(error)) from error
+                raise SocketUnavailable(str(error)) from error
             undone.pop_all()
         self._numbers = itertools.count()
-        self._passages: dict[int, Passage] = {}
+        self._passages: dict[int, IncomingStream] = {}
         self._task = asyncio.get_running_loop().create_task(self._receive(), name="bypass")
         self._task.add_done_callback(self._clear_away)
 
@@ -246,10 +246,10 @@ class Receiver:
         """Whether it has ended, which nobody wanted unless it was closed."""
         return self._task.done()
 
-    def open(self) -> Passage:
+    def open(self) -> IncomingStream:
         """For a new stream."""
         number = next(self._numbers)
-        passage = Passage(number, lambda: self._forget(number))
+        passage = IncomingStream(number, lambda: self._forget(number))
         self._passages[number] = passage
         return passage
 

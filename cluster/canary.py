@@ -44,12 +44,12 @@ class Canary:
         except (EngineStopped, QueueFull):  # nothing is left to be proved, or what fills the queue will prove it
             self._under_way = None
 
-    def ranks_start(self) -> None:
+    def note_restart(self) -> None:
         """What the engine gives from now on can only come from ranks that start now, as the earlier ones have ended."""
         self._ranks_generation = self._health.generation
 
     @property
-    def overdue_s(self) -> float:
+    def pending_s(self) -> float:
         """For how long an answer has been awaited; 0 when none is."""
         under_way = self._under_way
         return self._clock() - under_way[2] if under_way else 0.0
@@ -57,11 +57,11 @@ class Canary:
     def take(self, output: EngineOutput) -> EngineOutput:
         """Keep the canary's own events and give the rest back. A client's token proves as much as a canary's."""
         if output.token_batches:  # a canary is never in there: its first token is its last
-            self._health.canary_passed(self._ranks_generation)
+            self._health.record_canary(self._ranks_generation)
         for event in output.events:
             if not event.request_id.startswith(PREFIX):
                 if event.tokens:
-                    self._health.canary_passed(self._ranks_generation)
+                    self._health.record_canary(self._ranks_generation)
             elif event.finish_reason is not None:
                 self._ended(event)
         return EngineOutput([event for event in output.events if not event.request_id.startswith(PREFIX)], output.token_batches)
@@ -73,6 +73,6 @@ class Canary:
             generation = self._under_way[1]
             self._under_way = None
         if event.finish_reason in ("stop", "length"):
-            self._health.canary_passed(generation)
+            self._health.record_canary(generation)
         elif event.error_kind == InvalidLogits.__name__:  # other errors are of a loss, which is known, or of a full queue
-            self._health.suspect("the ranks give no numbers (NaN or infinity) for a canary")
+            self._health.mark_suspect("the ranks give no numbers (NaN or infinity) for a canary")

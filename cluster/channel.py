@@ -23,7 +23,7 @@ MAX_SOCKETS = 16_384
 """Of a process's `sockets`; libzmq's own limit is 1,023, and each replica takes a front three."""
 
 
-def sockets() -> zmq.asyncio.Context:
+def shared_context() -> zmq.asyncio.Context:
     """Where a front or a proxy has all its sockets, and their threads. To be called at its start: where a thread of libzmq finds no file
     descriptor the whole process is ended, by `abort`, and where a socket finds none it only fails."""
     context = zmq.asyncio.Context.instance()
@@ -101,7 +101,7 @@ class PrivateFolder:
 
 
 def listen(socket: "zmq.Socket[bytes]", *, ipc: str | None, tcp_host: str | None, keys: KeyPair, node: str) -> Address:
-    """Bind ``socket``. With ``tcp_host`` the caller must keep a `KeyGuard` on the socket's context."""
+    """Bind ``socket``. With ``tcp_host`` the caller must keep a `KeyAuthenticator` on the socket's context."""
     if ipc is not None:
         socket.bind(ipc)
         if tcp_host is None:
@@ -114,7 +114,7 @@ def listen(socket: "zmq.Socket[bytes]", *, ipc: str | None, tcp_host: str | None
     return Address(node=node, ipc=ipc, tcp=f"tcp://{tcp_host}:{port}", public_key=keys.public)
 
 
-def reach(socket: "zmq.Socket[bytes]", address: Address, *, node: str, keys: KeyPair | None) -> None:
+def connect(socket: "zmq.Socket[bytes]", address: Address, *, node: str, keys: KeyPair | None) -> None:
     """Connect ``socket`` to an endpoint: over its Unix socket on the same host, else over encrypted TCP."""
     if address.node == node and address.ipc is not None:
         socket.connect(address.ipc)
@@ -126,7 +126,7 @@ def reach(socket: "zmq.Socket[bytes]", address: Address, *, node: str, keys: Key
     socket.connect(address.tcp)
 
 
-class KeyGuard:
+class KeyAuthenticator:
     """Lets only holders of one of the given public keys through the CURVE handshake of a context's sockets (ZAP, RFC 27)."""
 
     def __init__(self, context: "zmq.Context[Any]", allowed: set[bytes]) -> None:

@@ -17,7 +17,7 @@ from cluster.messages import RankFailed, RankProgress, RankReady, decode, encode
 from cluster.placement_group import ReplicaPlacementGroup
 from cluster.remote_crash_reports import ask_for_note, fetch_notes
 from cluster.root_cause import describe_exit, diagnose_loss
-from cluster.worker import Deadlines, Place, Ranks
+from cluster.worker import Deadlines, RankLauncher, WorkerLocation
 from cluster.worker_handles import WorkerHandle, connect_workers, examine_workers, start_workers
 from cluster.worker_shutdown import END_S, shut_down_workers
 from engine.errors import WorkersLost
@@ -46,7 +46,7 @@ class RayExecutor:
     def __init__(
         self,
         *,
-        ranks: Ranks,
+        ranks: RankLauncher,
         resources: RankResources,
         config: ReplicaConfig,
         placement_group: ReplicaPlacementGroup,
@@ -83,8 +83,8 @@ class RayExecutor:
         return self._capacity
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        return tuple(worker.place for worker in self._workers if worker.place is not None)
+    def locations(self) -> tuple[WorkerLocation, ...]:
+        return tuple(worker.location for worker in self._workers if worker.location is not None)
 
     def submit(self, plan: StepPlan) -> "PendingRayStep":
         trace_place(8, f"step-{plan.step}")
@@ -118,12 +118,12 @@ class RayExecutor:
             if worker.beats is not None:
                 self._poller.register(worker.beats, zmq.POLLIN)
 
-    def _load(self, ranks: Ranks) -> Capacity:
+    def _load(self, ranks: RankLauncher) -> Capacity:
         """Have every rank load its share, and wait until all are ready."""
-        places = self.places
-        meeting = f"tcp://{places[0].ip}:{places[0].free_port}" if len(places) > 1 else None
+        locations = self.locations
+        meeting = f"tcp://{locations[0].ip}:{locations[0].free_port}" if len(locations) > 1 else None
         self._frozen = FrozenProcessDetector(
-            {worker.rank: worker.place.pid for worker in self._workers if worker.process is not None and worker.place is not None},
+            {worker.rank: worker.location.pid for worker in self._workers if worker.process is not None and worker.location is not None},
             self._config.freeze_timeout_s,
         )
         deadlines = Deadlines(
@@ -131,8 +131,8 @@ class RayExecutor:
             first_step_s=self._config.first_step_timeout_s + END_S,
             step_s=self._config.step_timeout_s + END_S,
         )
-        for worker, place in zip(self._workers, places, strict=True):
-            on_host = sum(other.node == place.node for other in places)
+        for worker, place in zip(self._workers, locations, strict=True):
+            on_host = sum(other.node == place.node for other in locations)
             worker.life = worker.actor.serve.remote(ranks=ranks, rendezvous=meeting, ranks_on_host=on_host, deadlines=deadlines)
         self._watcher.start()
         heard = time.monotonic()
@@ -179,7 +179,7 @@ class RayExecutor:
                 try:
                     self._take(worker, decode(worker.socket.recv()))
                 except ChannelError as error:  # whatever it meant to say, its steps can no longer be relied on
-                    host = worker.place.host if worker.place else ""
+                    host = worker.location.host if worker.location else ""
                     worker.failure = worker.failure or RankFailed(worker.rank, host, self._last_step, str(error), traceback="")
             if worker.beats is not None and worker.beats in ready:
                 worker.silent = True

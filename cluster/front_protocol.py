@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cluster.block_journal import BlockJournal
 from cluster.errors import ChannelError
-from cluster.messages import BeginAnew, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
+from cluster.messages import Cancel, FrontDropped, Message, Ping, Pong, StepEvents, Submit, SubscribeBlocks, decode, encode
 from cluster.stream_table import Front, StreamTable, untagged_rows
 from engine.engine import refusal
 from engine.errors import DuplicateRequest, EngineError
@@ -114,7 +114,7 @@ class FrontProtocol:
             if isinstance(output, EngineOutput):
                 for batch in output.token_batches:
                     for front, columns in self._streams.sorted(batch):
-                        self._send(front, Events((), columns.streams, columns.offsets, columns.tokens))
+                        self._send(front, StepEvents((), columns.streams, columns.offsets, columns.tokens))
                     if rows := untagged_rows(batch):
                         self._send_events(batch.events(rows))
                 self._send_events(output.events)
@@ -132,7 +132,7 @@ class FrontProtocol:
             if event.finish_reason is not None:
                 self._disown(key)
         for front, all_of_front in by_front.items():
-            self._send(front, Events(tuple(all_of_front)))
+            self._send(front, StepEvents(tuple(all_of_front)))
 
     def _disown(self, key: Key) -> None:
         self._streams.leave(self._owners.pop(key).tag)
@@ -148,7 +148,7 @@ class FrontProtocol:
                     self._cancel(request_id, choice)
             case Ping():
                 self._send(front, self._pong())
-            case Follow(wanted):
+            case SubscribeBlocks(wanted):
                 self._follow(front, wanted)
             case _:
                 raise ChannelError(f"a front does not send {type(message).__name__}")
@@ -159,7 +159,7 @@ class FrontProtocol:
         earlier = self._owners.get(request.key)
         if earlier is not None and earlier.attempt >= request.attempt:
             if (earlier.front, earlier.attempt) != (front, request.attempt):  # to the owner it would look like the end of its own stream
-                self._send(front, Events((refusal(request, DuplicateRequest(request.id)),)))
+                self._send(front, StepEvents((refusal(request, DuplicateRequest(request.id)),)))
             return
         if earlier is not None:
             self._disown(request.key)
@@ -170,7 +170,7 @@ class FrontProtocol:
             self._submit(replace(request, tag=tag))
         except EngineError as error:
             self._disown(request.key)
-            self._send(front, Events((refusal(request, error),)))
+            self._send(front, StepEvents((refusal(request, error),)))
 
     def _tell_readiness(self) -> None:
         pong = self._pong()
@@ -210,7 +210,7 @@ class FrontProtocol:
         """What waits in a front's queue does not tell it that nothing will follow."""
         for front in list(self._given_up):
             try:
-                self._post(front, encode(BeginAnew()))
+                self._post(front, encode(FrontDropped()))
             except FrontFull:
                 continue  # until it reads, or is really gone
             except FrontGone:

@@ -29,7 +29,7 @@ class Loading:
     done: float = 0.0
 
 
-class StartProgressBoard:
+class StartProgressTracker:
     """What every rank said last about its start."""
 
     def __init__(self, num_ranks: int) -> None:
@@ -53,24 +53,24 @@ class StartProgressBoard:
         return Loading(doing=doing.replace("_", " "), done=done)
 
 
-class StepWatch:
+class StepStallDetector:
     """Whether an engine at work still finishes steps; a slow one is given time in proportion to its usual step."""
 
     def __init__(self, limit_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s, self._clock = limit_s, clock
         self._num_steps, self._since = -1, clock()
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         """There is nothing to do just now."""
         self._since = self._clock()
 
-    def still_s(self, num_steps: int, step_s: float) -> float | None:
+    def stalled_s(self, num_steps: int, step_s: float) -> float | None:
         """How long no step has been finished, if that is too long. ``step_s``: how long one usually takes."""
         now = self._clock()
         if num_steps != self._num_steps:
             self._num_steps, self._since = num_steps, now
-        still_s = now - self._since
-        return still_s if still_s > max(self._limit_s, SLOW_STEPS * step_s) else None
+        stalled_s = now - self._since
+        return stalled_s if stalled_s > max(self._limit_s, SLOW_STEPS * step_s) else None
 
 
 class Health:
@@ -116,7 +116,7 @@ class Health:
     def reason(self) -> str:
         return self._reason
 
-    def token_made(self) -> None:
+    def record_token(self) -> None:
         """All ranks took part in a step just now."""
         self._progress_at = self._clock()
 
@@ -125,18 +125,18 @@ class Health:
         """Seconds since the last proof that all ranks work."""
         return self._clock() - self._progress_at
 
-    def lost(self, reason: str, *, host: str | None = None, told: bool = True) -> int:
-        """The power to make tokens is gone, with ``host`` if one cannot be reached any more. ``told``: whether the engine has
+    def mark_lost(self, reason: str, *, host: str | None = None, announced: bool = True) -> int:
+        """The power to make tokens is gone, with ``host`` if one cannot be reached any more. ``announced``: whether the engine has
         told whoever was in the lost step, before which no front should take its streams elsewhere. Returns the new generation."""
         with self._lock:
             if self._state not in (State.FAILED, State.DRAINING):
                 self._become(State.RECOVERING, reason)
-            self._ranks_lost = self._ranks_lost or told
+            self._ranks_lost = self._ranks_lost or announced
             self._lost_host = host or self._lost_host
             self._generation += 1
             return self._generation
 
-    def canary_passed(self, generation: int) -> bool:
+    def record_canary(self, generation: int) -> bool:
         """A token went through all ranks; False if they were lost after it was asked for."""
         with self._lock:
             self._progress_at = self._clock()
@@ -146,18 +146,18 @@ class Health:
             self._become(State.READY, "")
             return True
 
-    def suspect(self, reason: str) -> None:
+    def mark_suspect(self, reason: str) -> None:
         """Not ready until the next proof, though nothing is known to be lost."""
         with self._lock:
             if self._state is State.READY:
                 self._become(State.RECOVERING, reason)
 
-    def draining(self) -> None:
+    def mark_draining(self) -> None:
         with self._lock:
             if self._state is not State.FAILED:
                 self._become(State.DRAINING, "asked to stop")
 
-    def failed(self, reason: str) -> None:
+    def mark_failed(self, reason: str) -> None:
         with self._lock:
             self._become(State.FAILED, reason)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from cluster.block_journal import BlockJournal
-from cluster.channel import Address, KeyGuard, KeyPair, PrivateFolder, listen, new_keys
+from cluster.channel import Address, KeyAuthenticator, KeyPair, PrivateFolder, listen, new_keys
 from cluster.front_protocol import FrontFull, FrontGone, FrontProtocol
 from cluster.messages import Pong
 from cluster.stream_table import Front
@@ -55,7 +55,7 @@ class Intake:
         self._socket.router_mandatory = True
         self._socket.sndhwm = MAX_QUEUED_MESSAGES
         self._guest_keys = new_keys() if tcp_host else None
-        self._guard = KeyGuard(self._context, {self._guest_keys.public}) if self._guest_keys else None
+        self._guard = KeyAuthenticator(self._context, {self._guest_keys.public}) if self._guest_keys else None
         self.address: Address = listen(self._socket, ipc=folder.socket("fronts"), tcp_host=tcp_host, keys=new_keys(), node=node)
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 

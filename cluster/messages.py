@@ -90,14 +90,14 @@ class Pong:
 
 
 @dataclass(frozen=True, slots=True)
-class Follow:
-    """A front wants to know what the prefix cache holds, and what changes there; see `Blocks`."""
+class SubscribeBlocks:
+    """A front wants to know what the prefix cache holds, and what changes there; see `BlockUpdate`."""
 
     wanted: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class BlockUpdate:
     """Shortened content keys of a replica's cached blocks, one behind the other."""
 
     number: int
@@ -109,7 +109,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
+class StepEvents:
     """What one step yielded for one front: events, or as columns of int64 one more token for each of many streams."""
 
     events: tuple[TokenEvent, ...]
@@ -120,12 +120,12 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
-class BeginAnew:
+class FrontDropped:
     """A replica has given a front up, and with it all that the front had sent; what still matters must be sent again."""
 
 
 RankMessage = StepPlan | StepResult | RankProgress | RankReady | RankFailed | Stop
-FrontMessage = Submit | Cancel | Ping | Pong | Events | BeginAnew | Follow | Blocks
+FrontMessage = Submit | Cancel | Ping | Pong | StepEvents | FrontDropped | SubscribeBlocks | BlockUpdate
 Message = RankMessage | FrontMessage
 KINDS: dict[int, type] = {
     1: StepPlan,
@@ -138,10 +138,10 @@ KINDS: dict[int, type] = {
     21: Cancel,
     22: Ping,
     23: Pong,
-    24: Events,
-    25: BeginAnew,
-    28: Follow,
-    29: Blocks,
+    24: StepEvents,
+    25: FrontDropped,
+    28: SubscribeBlocks,
+    29: BlockUpdate,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(message) for kind, message in KINDS.items()}

@@ -6,7 +6,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from cluster import placement
 from cluster.config import RankResources
 from cluster.errors import StartFailed
-from cluster.worker import Ranks
+from cluster.worker import RankLauncher
 
 
 class ReplicaPlacementGroup:
@@ -16,7 +16,7 @@ class ReplicaPlacementGroup:
         self.group, self._owned = group, owned
 
     @classmethod
-    def current_or_new(cls, ranks: Ranks, resources: RankResources, *, timeout_s: float) -> "ReplicaPlacementGroup":
+    def current_or_new(cls, ranks: RankLauncher, resources: RankResources, *, timeout_s: float) -> "ReplicaPlacementGroup":
         """The current actor's group, if it was made by `placement.bundles`, else a new one.
 
         Raises:

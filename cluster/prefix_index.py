@@ -4,8 +4,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from cluster.block_journal import SHORT
-from cluster.messages import Blocks
+from cluster.block_journal import SHORT_KEY_BYTES
+from cluster.messages import BlockUpdate
 from engine.kv.keys import block_key, root_key
 from engine.request import Request
 
@@ -22,7 +22,7 @@ def prompt_keys(request: Request, block_tokens: int) -> list[bytes]:
     parent, keys = root_key(request.salt), []
     for index in range(min((len(tokens) - 1) // block_tokens, MAX_KEYS)):
         parent = block_key(parent, tokens[index * block_tokens : (index + 1) * block_tokens])
-        keys.append(parent[:SHORT])
+        keys.append(parent[:SHORT_KEY_BYTES])
     return keys
 
 
@@ -43,7 +43,7 @@ class PrefixIndex:
         return self._number is not None
 
     @property
-    def must_follow(self) -> bool:
+    def needs_snapshot(self) -> bool:
         """Whether the replica is to be asked for the whole."""
         return self._number is None and not self.too_large
 
@@ -51,7 +51,7 @@ class PrefixIndex:
     def num_blocks(self) -> int:
         return len(self._blocks)
 
-    def take(self, blocks: Blocks) -> None:
+    def take(self, blocks: BlockUpdate) -> None:
         """What the replica told. A gap in its numbers makes this index useless until the whole comes."""
         if self.too_large:
             return
@@ -96,4 +96,4 @@ class PrefixIndex:
 
 
 def _split(raw: bytes) -> list[bytes]:
-    return [raw[start : start + SHORT] for start in range(0, len(raw), SHORT)]
+    return [raw[start : start + SHORT_KEY_BYTES] for start in range(0, len(raw), SHORT_KEY_BYTES)]

@@ -19,11 +19,11 @@ FETCH_S = 2.0
 
 def ask_for_note(worker: WorkerHandle) -> None:
     """Have the note sent here of a rank of another host that has ended, if it left one. Raises nothing: a loss is told without it."""
-    if worker.asked is not None or worker.place is None or worker.place.crash_note is None:
+    if worker.asked is not None or worker.location is None or worker.location.crash_report is None:
         return
-    there = NodeAffinitySchedulingStrategy(worker.place.node, soft=False)
+    there = NodeAffinitySchedulingStrategy(worker.location.node, soft=False)
     try:
-        worker.asked = ray.remote(_take).options(num_cpus=0, scheduling_strategy=there).remote(worker.place.crash_note)
+        worker.asked = ray.remote(_take).options(num_cpus=0, scheduling_strategy=there).remote(worker.location.crash_report)
     except Exception as error:  # whatever Ray is in no state to do
         logger.warning("no note of %s could be asked for: %s", worker.name, error)
 

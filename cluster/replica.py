@@ -16,12 +16,12 @@ from cluster.config import RankResources, ReplicaConfig
 from cluster.directory import Load, RankPlace, Refusal, ReplicaRecord, Reporter
 from cluster.errors import HostUnreachable, RecoveryGivenUp, StartFailed, UnfitHosts
 from cluster.executor import RayExecutor
-from cluster.health import Health, StartProgressBoard, State, StepWatch
+from cluster.health import Health, StartProgressTracker, State, StepStallDetector
 from cluster.intake import Intake
 from cluster.messages import Pong, RankProgress
 from cluster.placement_group import ReplicaPlacementGroup
 from cluster.recovery import Recovery
-from cluster.worker import Ranks
+from cluster.worker import RankLauncher
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, WorkersLost
@@ -45,7 +45,7 @@ class Replica:
         id: str,
         app: str,
         model: str,
-        ranks: Ranks,
+        ranks: RankLauncher,
         engine_config: EngineConfig,
         resources: RankResources | None = None,
         config: ReplicaConfig | None = None,
@@ -57,13 +57,13 @@ class Replica:
         self._resources = resources or RankResources()
         self._config = config or ReplicaConfig()
         self._reporter = Reporter(app)
-        self._board = StartProgressBoard(ranks.topology.size)
+        self._start_progress = StartProgressTracker(ranks.topology.size)
         self._closed = threading.Event()
         self._placement_group: ReplicaPlacementGroup | None = None
         self._executor: RayExecutor | None = None
         self._engine: Engine | None = None
         self.health = Health()
-        self._step_watch = StepWatch(self._config.progress_timeout_s)
+        self._stall_detector = StepStallDetector(self._config.progress_timeout_s)
         self.recovery = Recovery(self._start_executor, self._config, sleep=self._closed.wait)
         self._canary = Canary(self.health, lambda request: self._engine.submit(request) if self._engine else None)
         self._folder = PrivateFolder()
@@ -75,7 +75,7 @@ class Replica:
             submit=lambda request: self._engine.submit(request) if self._engine else None,
             cancel=lambda request_id, choice: self._engine.cancel(request_id, choice) if self._engine else None,
             pong=self._pong,
-            failed=self.health.failed,
+            failed=self.health.mark_failed,
             front_silence_s=self._config.front_silence_s,
             heartbeat_s=self._config.heartbeat_s,
             journal=self._journal,
@@ -101,7 +101,7 @@ class Replica:
         except BaseException as error:
             if isinstance(error, UnfitHosts):
                 self._reporter.refuse(self.id, Refusal(why=str(error), version=self._version))
-            self.health.failed(str(error))
+            self.health.mark_failed(str(error))
             self.close(drain=False)
             raise
 
@@ -114,7 +114,7 @@ class Replica:
         """Take no more requests, let the running ones end, then end the ranks. Idempotent."""
         if self._closed.is_set():
             return
-        self.health.draining()
+        self.health.mark_draining()
         self._intake.wake()
         if drain and self._engine is not None:
             deadline = time.monotonic() + self._config.drain_timeout_s
@@ -143,7 +143,7 @@ class Replica:
             model=self.model,
             state=self.health.state,
             reason=self.health.reason,
-            loading=None if self.health.ready else self._board.loading,
+            loading=None if self.health.ready else self._start_progress.loading,
             address=self._intake.address,
             guest_keys=self._intake.guest_keys,
             capacity=executor.capacity if executor and engine else None,
@@ -163,8 +163,8 @@ class Replica:
         self._must_be_wanted()
         hit("replica.start")
         assert self._placement_group is not None
-        self._canary.ranks_start()
-        self._board = StartProgressBoard(self._ranks.topology.size)
+        self._canary.note_restart()
+        self._start_progress = StartProgressTracker(self._ranks.topology.size)
         executor = RayExecutor(
             ranks=self._ranks,
             resources=self._resources,
@@ -189,11 +189,11 @@ class Replica:
 
     def _note_progress(self, progress: RankProgress) -> None:
         self._must_be_wanted()  # weights may take minutes
-        self._board.note(progress.rank, progress.phase, progress.done, progress.total, progress.read)
+        self._start_progress.note(progress.rank, progress.phase, progress.done, progress.total, progress.read)
 
     def _on_loss(self) -> None:
         """A rank ended: known at once, also while no step is under way. The canary makes the engine stumble over it."""
-        self.health.lost("a rank ended", told=False)
+        self.health.mark_lost("a rank ended", announced=False)
         self._intake.wake()
         self._canary.send()
 
@@ -205,14 +205,14 @@ class Replica:
             self._engine.run_forever(self._deliver)
         except Exception as error:
             logger.exception("the engine ended")
-            self.health.failed(str(error))
+            self.health.mark_failed(str(error))
             self._intake.wake()
 
     def _deliver(self, output: EngineOutput) -> None:
         if output.token_batches or any(
             event.tokens for event in output.events
         ):  # errors prove nothing: a device may have no numbers any more
-            self.health.token_made()
+            self.health.record_token()
         was_ready = self.health.ready
         self._intake.deliver(self._canary.take(output))
         if self.health.ready != was_ready:
@@ -221,7 +221,7 @@ class Replica:
     def _recover(self, loss: WorkersLost) -> Executor:
         """The engine's way out of a loss; it waits here, and so do the clients."""
         assert self._executor is not None
-        self.health.lost(str(loss), host=loss.host if isinstance(loss, HostUnreachable) else None)
+        self.health.mark_lost(str(loss), host=loss.host if isinstance(loss, HostUnreachable) else None)
         self._intake.wake()
         executor = self.recovery.restore(self._executor, loss)
         self._canary.send()
@@ -239,7 +239,7 @@ class Replica:
                     self._prove_health()
         except Exception as error:
             logger.exception("the heartbeat ended")
-            self.health.failed(f"the heartbeat ended: {error}")
+            self.health.mark_failed(f"the heartbeat ended: {error}")
             self._intake.wake()
 
     def _prove_health(self) -> None:
@@ -247,18 +247,18 @@ class Replica:
         assert self._engine is not None
         state, stats, idle = self.health.state, self._engine.stats, self._is_idle()
         if idle:
-            self._step_watch.rest()
+            self._stall_detector.reset()
         if state in (State.STARTING, State.RECOVERING):
             self._canary.send()
         elif state is State.READY and not idle:
-            if (still_s := self._step_watch.still_s(stats.num_steps, stats.step_s)) is not None:
-                self.health.suspect(f"no step was finished for {still_s:.0f} s")
+            if (stalled_s := self._stall_detector.stalled_s(stats.num_steps, stats.step_s)) is not None:
+                self.health.mark_suspect(f"no step was finished for {stalled_s:.0f} s")
                 self._intake.wake()
             elif self.health.idle_s > self._config.canary_every_s:  # steps, but no tokens
                 self._canary.send()
         elif state is State.READY:
-            if self._canary.overdue_s > self._config.canary_timeout_s:
-                self.health.suspect(f"no canary token for {self._canary.overdue_s:.0f} s")
+            if self._canary.pending_s > self._config.canary_timeout_s:
+                self.health.mark_suspect(f"no canary token for {self._canary.pending_s:.0f} s")
                 self._intake.wake()
             elif self.health.idle_s > self._config.canary_every_s:
                 self._canary.send()
@@ -272,8 +272,8 @@ class Replica:
         return Load(num_running=stats.num_running, num_waiting=stats.num_waiting, kv_used=stats.kv_used)
 
     def _rank_places(self) -> tuple[RankPlace, ...]:
-        places = self._executor.places if self._executor else ()
-        return tuple(RankPlace(rank=p.rank, host=p.host, pid=p.pid, read=self._board.read_by(p.rank)) for p in places)
+        locations = self._executor.locations if self._executor else ()
+        return tuple(RankPlace(rank=p.rank, host=p.host, pid=p.pid, read=self._start_progress.read_by(p.rank)) for p in locations)
 
     def _pong(self) -> Pong:
         stats = self._engine.stats if self._engine else EngineStats()
@@ -291,7 +291,7 @@ class Replica:
     def _is_idle(self) -> bool:
         """Whether the engine has nothing to do but a canary."""
         load = self._load()
-        return load.num_running + load.num_waiting <= (1 if self._canary.overdue_s else 0)
+        return load.num_running + load.num_waiting <= (1 if self._canary.pending_s else 0)
 
     def _wait_until_ready(self) -> None:
         self._canary.send()

@@ -15,7 +15,7 @@ from cluster.config import STARVED, RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, RequestAborted, SlowReader
 from cluster.expected_wait import LoadEstimate
-from cluster.messages import BeginAnew, Blocks, Cancel, Events, Follow, Message, Ping, Pong, Submit, decode, encode
+from cluster.messages import BlockUpdate, Cancel, FrontDropped, Message, Ping, Pong, StepEvents, Submit, SubscribeBlocks, decode, encode
 from cluster.peer_liveness import PROBE_TIMEOUT_S, PeerStatus, probe_peer
 from cluster.prefix_index import PrefixIndex
 from cluster.transport import Transport, TransportBroken, ZmqTransport
@@ -242,25 +242,25 @@ class ReplicaLink:
 
     def _take(self, message: object) -> None:
         match message:
-            case Events():
+            case StepEvents():
                 self._served = self._heard
                 self._hand_out(message)
             case Pong():
                 self._pong, self._pong_at = message, self._clock()
                 self._submitted = self._submitted_tokens = 0
-            case Blocks():
+            case BlockUpdate():
                 self.index.take(message)
-            case BeginAnew():  # this process stood still, or did not read: no end of its streams will come any more
+            case FrontDropped():  # this process stood still, or did not read: no end of its streams will come any more
                 self._lose("it had given this front up", reason="given_up")
             case _:
                 raise ChannelError(f"a replica does not send {type(message).__name__}")
 
-    def _hand_out(self, told: Events) -> None:
+    def _hand_out(self, told: StepEvents) -> None:
         for event in told.events:
             if (buffer := self._streams.get((event.request_id, event.choice, event.attempt))) is not None:
                 buffer.put(event, self._heard)
         if not len(told.streams) == len(told.offsets) == len(told.tokens) or len(told.streams) % COLUMN.itemsize:
-            raise ChannelError("malformed Events: its columns do not fit each other")
+            raise ChannelError("malformed StepEvents: its columns do not fit each other")
         columns = [np.frombuffer(column, COLUMN).tolist() for column in (told.streams, told.offsets, told.tokens)]
         for stream, offset, token in zip(*columns, strict=True):
             if (buffer := self._by_number.get(stream)) is not None:
@@ -269,8 +269,8 @@ class ReplicaLink:
     async def _ping(self) -> None:
         while self._lost is None:
             self._send(Ping())
-            if self._config.policy == "expected_wait" and self.index.must_follow:
-                self._send(Follow(wanted=True))
+            if self._config.policy == "expected_wait" and self.index.needs_snapshot:
+                self._send(SubscribeBlocks(wanted=True))
             await asyncio.sleep(self._config.ping_s)
             if self._clock() - self._heard > self._config.replica_silence_s:
                 self._lose(f"silent for {self._config.replica_silence_s:g} s", reason="silent", host=await self._unreachable_host())

@@ -23,14 +23,14 @@ MAX_LOSSES = 3
 attempts `MAX_DEATHS` are, as "try again" would be the wrong word for it."""
 LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineStopped": "stopped"}
 """Error kinds that say something about the replica, not about the request: another replica may do better. With the reason."""
-DOUBTED = {"InvalidLogits": "invalid_logits"}
+RETRIED_ONCE = {"InvalidLogits": "invalid_logits"}
 """Error kinds that may be of either: of a sick device, or of a prompt for which the model has no numbers. They are doubted once."""
 MAX_QUARANTINED = 4_096
 """Requests remembered as poisonous; the oldest make room."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricSample:
     """One counter as a metrics page shows it."""
 
     name: str
@@ -49,13 +49,13 @@ class ResumeCounts:
         self.tokens_replayed = 0
         """Committed tokens that another attempt had to take in again."""
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Iterator[MetricSample]:
         """For a metrics page, without any library's types."""
         for reason, count in sorted(self.resumes.items()):
-            yield Sample("resumes_total", count, (("reason", reason),))
+            yield MetricSample("resumes_total", count, (("reason", reason),))
         for reason, count in sorted(self.refused.items()):
-            yield Sample("resume_refused_total", count, (("reason", reason),))
-        yield Sample("tokens_replayed_total", self.tokens_replayed)
+            yield MetricSample("resume_refused_total", count, (("reason", reason),))
+        yield MetricSample("tokens_replayed_total", self.tokens_replayed)
 
 
 class Quarantine:
@@ -106,7 +106,7 @@ class ResumeBudget:
         return True
 
 
-class Resumes:
+class ResumePolicy:
     """What a front knows about losses over all its requests."""
 
     def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -115,7 +115,7 @@ class Resumes:
         self.quarantine = Quarantine(seconds=config.quarantine_s, clock=clock)
         self._budget = ResumeBudget(resumes=config.max_resumes, window_s=config.resume_window_s, clock=clock)
 
-    def admit(self, request: Request) -> "History":
+    def admit(self, request: Request) -> "LossHistory":
         """
         Raises:
             PoisonedRequest: it is in quarantine.
@@ -123,20 +123,20 @@ class Resumes:
         if request in self.quarantine:
             self.counts.refused["quarantined"] += 1
             raise PoisonedRequest("this request ended the workers that computed it before; it is not tried again for some time")
-        return History(request)
+        return LossHistory(request)
 
     def note_poisoned(self, request: Request) -> None:
         """An engine found out by itself."""
         self.counts.refused["poisoned"] += 1
         self.quarantine.add(request)
 
-    def allow(self, history: "History", loss: LinkLost, num_committed: int) -> None:
+    def allow(self, history: "LossHistory", loss: LinkLost, num_committed: int) -> None:
         """Note a loss, and raise if the request may not be tried again.
 
         Raises:
             PoisonedRequest, ReplicaLost, ResumesExhausted
         """
-        if loss.reason in DOUBTED.values():  # at most once for a request, and no loss of anything: no attempts, no budget
+        if loss.reason in RETRIED_ONCE.values():  # at most once for a request, and no loss of anything: no attempts, no budget
             history.doubt(loss)
             self.counts.resumes[loss.reason] += 1
             self.counts.tokens_replayed += num_committed
@@ -144,12 +144,12 @@ class Resumes:
         history.add(loss, num_committed)
         request = history.request
         logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
-        losses, is_tired = history.losses, history.fruitless >= self._config.max_attempts
+        losses, is_tired = history.losses, history.attempts_without_token >= self._config.max_attempts
         if history.deaths >= MAX_DEATHS or losses >= (MAX_DEATHS if is_tired else MAX_LOSSES):
             self.quarantine.add(request)
             raise self._refused("poisoned", PoisonedRequest(f"{losses} replicas were lost while they ran it; it is not tried again"))
         if is_tired:
-            raise self._refused("attempts", ReplicaLost(attempts=history.fruitless, last=str(loss)))
+            raise self._refused("attempts", ReplicaLost(attempts=history.attempts_without_token, last=str(loss)))
         if not self._budget.take():
             raise self._refused("budget", ResumesExhausted(resumes=self._config.max_resumes, window_s=self._config.resume_window_s))
         self.counts.resumes[loss.reason] += 1
@@ -160,7 +160,7 @@ class Resumes:
         return error
 
 
-class History:
+class LossHistory:
     """The losses of one request."""
 
     def __init__(self, request: Request) -> None:
@@ -168,7 +168,7 @@ class History:
         self.lost_by: list[str] = []
         """Ids of the replicas it was lost by, one per attempt."""
         self._doubts: set[str] = set()
-        self.fruitless = 0
+        self.attempts_without_token = 0
         """Attempts in a row that gave no token. One that did has brought the answer nearer to its end, whatever it was lost by."""
         self._num_committed = len(request.committed)
         self.deaths = 0
@@ -199,7 +199,7 @@ class History:
         """In one word; None where another replica would say the same."""
         if event.error_kind is None:
             return None
-        doubt = DOUBTED.get(event.error_kind)
+        doubt = RETRIED_ONCE.get(event.error_kind)
         return doubt if doubt is not None and doubt not in self._doubts else LOSSES.get(event.error_kind)
 
     def doubt(self, loss: LinkLost) -> None:
@@ -209,7 +209,7 @@ class History:
 
     def add(self, loss: LinkLost, num_committed: int) -> None:
         self.lost_by.append(loss.replica_id)
-        self.fruitless = 0 if num_committed > self._num_committed else self.fruitless + 1
+        self.attempts_without_token = 0 if num_committed > self._num_committed else self.attempts_without_token + 1
         self._num_committed = num_committed
         self.deaths += loss.died
         self.losses += loss.died

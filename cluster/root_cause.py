@@ -12,7 +12,7 @@ from cluster.errors import HostUnreachable
 from cluster.frozen_process import is_stopped
 from cluster.messages import RankFailed
 from cluster.peer_liveness import PROBE_TIMEOUT_S, PeerStatus, probe_peer
-from cluster.worker import crash_report_path, page_beside
+from cluster.worker import crash_report_path, last_collective_path
 from cluster.worker_handles import WorkerHandle
 from engine.errors import WorkersLost
 from parallel.last_collective import read as last_collective
@@ -49,7 +49,7 @@ def diagnose_loss(workers: Sequence[WorkerHandle], step: int | None, symptom: st
     return kind(
         f"{root_cause.worker.name} was lost{when}: {root_cause.cause}" + (f" ({symptom})" if symptom else ""),
         rank=root_cause.worker.rank,
-        host=root_cause.worker.place.host if root_cause.worker.place else None,
+        host=root_cause.worker.location.host if root_cause.worker.location else None,
         rank_traceback=root_cause.told,
         last_collectives=_last_collectives(workers),
         from_outside=root_cause.from_outside,
@@ -69,8 +69,14 @@ def _find_root_cause(workers: Sequence[WorkerHandle]) -> RootCause | None:
         if ABORTED not in note.splitlines()[0]:
             return RootCause(worker, f"it crashed ({note.splitlines()[0]})", note)
     for worker, note in notes:
-        if worker.silent and not worker.failure and note is None and worker.place is not None and worker.place.address.tcp is not None:
-            return RootCause(worker, probe_peer(worker.place.address.tcp, PROBE_TIMEOUT_S).value, from_outside=True)
+        if (
+            worker.silent
+            and not worker.failure
+            and note is None
+            and worker.location is not None
+            and worker.location.address.tcp is not None
+        ):
+            return RootCause(worker, probe_peer(worker.location.address.tcp, PROBE_TIMEOUT_S).value, from_outside=True)
     if crashed:
         worker, note = crashed[0]
         return RootCause(worker, f"it crashed ({note.splitlines()[0]})", note)
@@ -79,7 +85,7 @@ def _find_root_cause(workers: Sequence[WorkerHandle]) -> RootCause | None:
         from_outside = failure.was_told_to_end or _says(failure, ABOUT_PEERS)
         return RootCause(worker, failure.message, failure.traceback, from_outside)
     for worker in workers:
-        if worker.process is not None and worker.place is not None and is_stopped(worker.place.pid):
+        if worker.process is not None and worker.location is not None and is_stopped(worker.location.pid):
             return RootCause(worker, "its process is stopped (SIGSTOP or a debugger)", from_outside=True)
     return None
 
@@ -91,7 +97,7 @@ def _says(failure: RankFailed, words: Sequence[str]) -> bool:
 
 def _last_collectives(workers: Sequence[WorkerHandle]) -> tuple[str, ...]:
     """Of the ranks of this host: dead or stopped, they have left a page each."""
-    known = ((worker, last_collective(page_beside(worker.ipc))) for worker in workers)
+    known = ((worker, last_collective(last_collective_path(worker.ipc))) for worker in workers)
     return tuple(f"rank {worker.rank}: {last}" for worker, last in known if last is not None)
 
 

@@ -22,7 +22,7 @@ from cluster.errors import HostLost, NoReplicaReady, RequestAborted
 from cluster.expected_wait import RoutableReplica
 from cluster.health import State
 from cluster.replica_link import LinkLost
-from cluster.resume import History, Resumes
+from cluster.resume import LossHistory, ResumePolicy
 from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -130,7 +130,7 @@ class Router:
         """Choices of each request that wait for a replica."""
         self._aborted: set[str] = set()
         """Of those, the requests that shall not get one."""
-        self.resumes = Resumes(self._config, clock)
+        self.resumes = ResumePolicy(self._config, clock)
         self._full: dict[str, dict[str, tuple[float, TokenEvent]]] = {}
         """Tenants whose request was refused for lack of a place in a queue: by which replicas, until when that holds, and the refusal."""
 
@@ -166,7 +166,7 @@ class Router:
             self._aborted.add(request_id)
         return waiting + sum(link.abort(request_id) for link in self._links.values())
 
-    def refusal(self, tenant: str) -> TokenEvent | None:
+    def recent_refusal(self, tenant: str) -> TokenEvent | None:
         """What the replicas said to requests of the same tenant a moment ago, if each that is ready said that too many wait: to be asked
         before a request is read, which is most of the work that one more refusal takes."""
         said = self._full.get(tenant)
@@ -234,7 +234,7 @@ class Router:
                 hit("router.resume")
                 self.resumes.allow(history, loss, len(committed))
 
-    async def _choose(self, request: Request, history: History) -> Link:
+    async def _choose(self, request: Request, history: LossHistory) -> Link:
         """A ready replica, waited for if there is none; one that has just lost the request only if there is no other."""
         self._choosing[request.id] += 1
         try:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import zmq
 
-from cluster.channel import reach, sockets
+from cluster.channel import connect, shared_context
 from cluster.directory import ReplicaRecord
 
 _numbers = itertools.count()
@@ -43,12 +43,12 @@ class ZmqTransport:
 
     def __init__(self, record: ReplicaRecord, *, node: str) -> None:
         with contextlib.ExitStack() as undone:
-            self._socket = undone.enter_context(sockets().socket(zmq.DEALER))
+            self._socket = undone.enter_context(shared_context().socket(zmq.DEALER))
             self._socket.linger = 200
             self._monitor = undone.enter_context(
                 self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, f"inproc://transport-{next(_numbers)}")
             )
-            reach(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
+            connect(self._socket, record.address, node=node, keys=record.guest_keys)  # type: ignore[arg-type]
             undone.pop_all()
 
     def send(self, raw: bytes) -> None:

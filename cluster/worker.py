@@ -15,7 +15,7 @@ import ray
 import zmq
 
 from cluster import crash_report
-from cluster.channel import Address, KeyGuard, listen, new_keys
+from cluster.channel import Address, KeyAuthenticator, listen, new_keys
 from cluster.doctor.facts import Need
 from cluster.doctor.gather import cache_folder
 from cluster.doctor.survey import Examined, examine_rank
@@ -60,7 +60,7 @@ class Rank(Protocol):
     def begin(self, plan: StepPlan) -> StepHandle: ...
 
 
-class Ranks(Protocol):
+class RankLauncher(Protocol):
     """How the ranks of one replica are started. Travels to the workers by Ray."""
 
     @property
@@ -68,7 +68,7 @@ class Ranks(Protocol):
     @property
     def need(self) -> Need: ...
 
-    def look(self) -> None:
+    def check_host(self) -> None:
         """Raise if what the ranks need is not to be had on the host where this is called. Quick."""
         ...
 
@@ -76,7 +76,7 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelRanks:
+class ModelRankLauncher:
     """Ranks that hold a checkpoint's model."""
 
     checkpoint_folder: Path | str
@@ -90,7 +90,7 @@ class ModelRanks:
     replicas_on_host: int = 1
     """That share a host's memory, this one included."""
 
-    def look(self) -> None:
+    def check_host(self) -> None:
         """A folder must be there on every host. What lies in a store is seen when it is opened."""
         if "://" not in str(self.checkpoint_folder) and not (Path(self.checkpoint_folder) / "config.json").is_file():
             raise FileNotFoundError(f"there is no {self.checkpoint_folder}/config.json")
@@ -128,7 +128,7 @@ class Deadlines:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class WorkerLocation:
     """Where a rank has come to lie."""
 
     rank: int
@@ -141,7 +141,7 @@ class Place:
     address: Address
     free_port: int
     """A TCP port that was free when asked; the ranks may meet there."""
-    crash_note: str | None = None
+    crash_report: str | None = None
     """Of a rank on another host than its replica's: the file there in which it says how it crashed, if it does."""
 
 
@@ -152,13 +152,13 @@ class Worker:
         self.rank = rank
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
-        self._guard: KeyGuard | None = None
+        self._guard: KeyAuthenticator | None = None
         self._disconnect_watcher: DisconnectWatcher | None = None
         self._step: int | None = None
         self._has_told = False
         self._far_note: Path | None = None
 
-    def open(self, *, replica_node: str, ipc: str, replica_key: bytes, silence_s: float) -> Place:
+    def open(self, *, replica_node: str, ipc: str, replica_key: bytes, silence_s: float) -> WorkerLocation:
         """Listen: on ``ipc`` if the replica is on this host, else on this node's address for the holder of ``replica_key``.
 
         A rank that cannot hear a replica of another host for ``silence_s`` ends: nobody else can end it then.
@@ -167,16 +167,16 @@ class Worker:
         node = ray.get_runtime_context().get_node_id()
         keys = new_keys()
         if node == replica_node:
-            record_to(page_beside(ipc))
+            record_to(last_collective_path(ipc))
             crash_report.keep_at(crash_report_path(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
-            self._guard = KeyGuard(self._context, {replica_key})
+            self._guard = KeyAuthenticator(self._context, {replica_key})
             self._disconnect_watcher = DisconnectWatcher(enable_heartbeats(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
             self._far_note = crash_report.new_file(self.rank)
             crash_report.keep_at(self._far_note)
-        return Place(
+        return WorkerLocation(
             rank=self.rank,
             node=node,
             host=sockets.gethostname(),
@@ -185,19 +185,19 @@ class Worker:
             started=_start_of(os.getpid()),
             address=address,
             free_port=_free_port(ip),
-            crash_note=str(self._far_note) if self._far_note else None,
+            crash_report=str(self._far_note) if self._far_note else None,
         )
 
-    def examine(self, ranks: Ranks) -> Examined:
+    def examine(self, ranks: RankLauncher) -> Examined:
         """Facts of this process and its host, to be judged before anything is loaded."""
-        return examine_rank(self.rank, ray.util.get_node_ip_address(), cache_folder(), ranks.look)
+        return examine_rank(self.rank, ray.util.get_node_ip_address(), cache_folder(), ranks.check_host)
 
-    def serve(self, *, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
+    def serve(self, *, ranks: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         """Start the rank and run plans until told to stop. Whatever is raised is told to the replica first."""
         try:
             self._serve(ranks, rendezvous, ranks_on_host, deadlines)
         except BaseException as error:
-            _die_after(0)
+            _set_kill_timer(0)
             self._tell(error)
             raise
         finally:
@@ -208,19 +208,19 @@ class Worker:
             if self._far_note is not None:
                 self._far_note.unlink(missing_ok=True)
 
-    def _serve(self, ranks: Ranks, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
+    def _serve(self, ranks: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         def on_progress(progress: Progress) -> None:
-            _die_after(deadlines.start_s)
+            _set_kill_timer(deadlines.start_s)
             self._send(RankProgress(self.rank, progress.phase, progress.done, progress.total, progress.read))
 
         self._await_replica(deadlines.start_s)
-        _die_after(deadlines.start_s)
+        _set_kill_timer(deadlines.start_s)
         hit("rank.load")
         with (
             ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank,
             self._telling(deadlines.step_s),
         ):
-            _die_after(0)
+            _set_kill_timer(0)
             self._send(RankReady(self.rank, rank.capacity))
             deadline_s, begun = deadlines.first_step_s, NO_RESULT
             while True:
@@ -232,17 +232,17 @@ class Worker:
                     break
                 assert isinstance(plan, StepPlan)
                 self._step = plan.step
-                _die_after(deadline_s)
+                _set_kill_timer(deadline_s)
                 hit("rank.step", lambda plan=plan: (token for work in plan.works for token in work.tokens))
                 following = rank.begin(plan)
                 deadline_s = deadlines.step_s if begun is not NO_RESULT else deadline_s
                 self._answer(begun)
                 begun = following
-                _die_after(deadline_s)
+                _set_kill_timer(deadline_s)
             if self._disconnect_watcher is not None:
                 self._disconnect_watcher.rest()
-            _die_after(deadlines.step_s)
-        _die_after(0)
+            _set_kill_timer(deadlines.step_s)
+        _set_kill_timer(0)
 
     @contextmanager
     def _telling(self, leave_s: float) -> Iterator[None]:
@@ -252,7 +252,7 @@ class Worker:
             yield
         except BaseException as error:
             self._tell(error)
-            _die_after(leave_s)
+            _set_kill_timer(leave_s)
             raise
 
     def _tell(self, error: BaseException) -> None:
@@ -272,7 +272,7 @@ class Worker:
 
     def _answer(self, begun: StepHandle) -> None:
         result = begun.result()
-        _die_after(0)
+        _set_kill_timer(0)
         if result is not None and not hit("rank.answer"):
             self._send(result)
 
@@ -290,7 +290,7 @@ class Worker:
         self._socket.send(encode(message), zmq.NOBLOCK)
 
 
-def page_beside(ipc: str) -> Path:
+def last_collective_path(ipc: str) -> Path:
     """Where a rank of this host keeps its last collective, for its replica to read; ``ipc`` is the rank's endpoint."""
     return Path(ipc.removeprefix("ipc://") + ".last")
 
@@ -300,7 +300,7 @@ def crash_report_path(ipc: str) -> Path:
     return Path(ipc.removeprefix("ipc://") + ".crash")
 
 
-def _die_after(seconds: float) -> None:
+def _set_kill_timer(seconds: float) -> None:
     """Have the kernel end this process in ``seconds`` (0 = never).
 
     A rank that waits for a dead peer inside native code hears neither Python threads nor Python signal handlers; an
@@ -316,7 +316,7 @@ def _free_port(ip: str) -> int:
         return port
 
 
-def end_process(pid: int, started: int, left: str | None) -> None:
+def kill_process(pid: int, started: int, left: str | None) -> None:
     """Kill a process of this host, and remove the file ``left`` of it; run by Ray on the host of a rank that may not answer it."""
     with suppress(OSError):
         if _start_of(pid) == started:

@@ -12,7 +12,7 @@ import zmq
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import placement
-from cluster.channel import PrivateFolder, new_keys, reach
+from cluster.channel import PrivateFolder, connect, new_keys
 from cluster.config import RankResources
 from cluster.doctor.cluster_survey import survey_actors
 from cluster.doctor.findings import Severity
@@ -20,7 +20,7 @@ from cluster.errors import StartFailed, UnfitHosts
 from cluster.messages import RankFailed
 from cluster.peer_liveness import enable_heartbeats
 from cluster.placement_group import ReplicaPlacementGroup
-from cluster.worker import Place, Ranks, Worker
+from cluster.worker import RankLauncher, Worker, WorkerLocation
 from engine.executor import Capacity
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class WorkerHandle:
     socket: "zmq.Socket[bytes]"
     ipc: str
     """Where it listens if it is on this host."""
-    place: Place | None = None
+    location: WorkerLocation | None = None
     life: Any = None
     """ObjectRef of the call that lasts as long as the rank."""
     process: int | None = None
@@ -63,14 +63,14 @@ class WorkerHandle:
 
     @property
     def name(self) -> str:
-        if self.place is None:
+        if self.location is None:
             return f"rank {self.rank}"
-        return f"rank {self.rank} on {self.place.host} (pid {self.place.pid})"
+        return f"rank {self.rank} on {self.location.host} (pid {self.location.pid})"
 
 
 def start_workers(
     workers: list[WorkerHandle],
-    ranks: Ranks,
+    ranks: RankLauncher,
     resources: RankResources,
     placement_group: ReplicaPlacementGroup,
     folder: PrivateFolder,
@@ -104,14 +104,14 @@ def connect_workers(workers: Sequence[WorkerHandle], *, silence_s: float) -> Non
         worker.actor.open.remote(replica_node=node, ipc=worker.ipc, replica_key=keys.public, silence_s=silence_s) for worker in workers
     ]
     try:
-        places = ray.get(opening, timeout=OPEN_S)
+        locations = ray.get(opening, timeout=OPEN_S)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         raise StartFailed(f"the worker processes did not start: {error}") from error
-    for worker, place in zip(workers, places, strict=True):
-        worker.place = place
+    for worker, place in zip(workers, locations, strict=True):
+        worker.location = place
         if place.node != node:
             worker.beats = enable_heartbeats(worker.socket, silence_s)
-        reach(worker.socket, place.address, node=node, keys=keys)
+        connect(worker.socket, place.address, node=node, keys=keys)
         if place.node == node:
             try:
                 worker.process = os.pidfd_open(place.pid)
@@ -119,7 +119,7 @@ def connect_workers(workers: Sequence[WorkerHandle], *, silence_s: float) -> Non
                 raise StartFailed(f"{worker.name} is not there any more: {error}") from error
 
 
-def examine_workers(workers: Sequence[WorkerHandle], ranks: Ranks) -> None:
+def examine_workers(workers: Sequence[WorkerHandle], ranks: RankLauncher) -> None:
     """`manta doctor`'s quick checks, in the very processes that are to load.
 
     Raises:

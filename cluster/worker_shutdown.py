@@ -13,7 +13,7 @@ import zmq
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.messages import Stop, encode
-from cluster.worker import crash_report_path, end_process, page_beside
+from cluster.worker import crash_report_path, kill_process, last_collective_path
 from cluster.worker_handles import WorkerHandle
 
 END_S = 5.0
@@ -34,7 +34,7 @@ def shut_down_workers(workers: Sequence[WorkerHandle], *, listening: bool, broke
         _force(worker)
     _await_ends(workers, END_S)
     for worker in workers:
-        for left in (Path(worker.ipc.removeprefix("ipc://")), page_beside(worker.ipc), crash_report_path(worker.ipc)):
+        for left in (Path(worker.ipc.removeprefix("ipc://")), last_collective_path(worker.ipc), crash_report_path(worker.ipc)):
             left.unlink(missing_ok=True)
         if worker.process is not None:
             os.close(worker.process)
@@ -63,8 +63,8 @@ def _force(worker: WorkerHandle) -> None:
     if worker.process is not None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.process, signal.SIGKILL)
-    elif worker.place is not None and not worker.ended:
-        there = NodeAffinitySchedulingStrategy(worker.place.node, soft=False)
-        ray.remote(end_process).options(num_cpus=0, scheduling_strategy=there).remote(
-            worker.place.pid, worker.place.started, worker.place.crash_note
+    elif worker.location is not None and not worker.ended:
+        there = NodeAffinitySchedulingStrategy(worker.location.node, soft=False)
+        ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=there).remote(
+            worker.location.pid, worker.location.started, worker.location.crash_report
         )

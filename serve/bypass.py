@@ -10,8 +10,8 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from cluster.bypass import NoSocket, Passage, Receiver, Sender, is_here, new_answer
-from cluster.channel import sockets
+from cluster.bypass import IncomingStream, Receiver, Sender, SocketUnavailable, new_answer_number, socket_exists
+from cluster.channel import shared_context
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +30,15 @@ class Passages:
         """``node`` is Ray's name of the proxy's host."""
         self._node = node
         self._receiver: Receiver | None = None
-        sockets()
+        shared_context()
         self._paused_until = float("-inf")
 
-    def open(self) -> Passage | None:
+    def open(self) -> IncomingStream | None:
         """For a new stream; None where it shall go by Ray."""
         receiver = self._receiving()
         return None if receiver is None else receiver.open()
 
-    def told(self, passage: Passage) -> str:
+    def told(self, passage: IncomingStream) -> str:
         """The header for the request of a stream that was just opened."""
         assert self._receiver is not None
         return f"{self._node} {passage.number} {self._receiver.address}"
@@ -59,7 +59,7 @@ class Passages:
             return None
         try:
             self._receiver = self._receiver or Receiver()
-        except NoSocket as error:
+        except SocketUnavailable as error:
             self.pause(str(error))
         return self._receiver
 
@@ -98,12 +98,12 @@ class Ways:
         stream, _, address = rest.partition(" ")
         if node != self._node:
             return None
-        if not is_here(address):
+        if not socket_exists(address):
             self._say(f"{address} is not to be seen from here")
             return None
         try:
-            way = Way(self._sender(address), new_answer(int(stream)))
-        except (NoSocket, ValueError) as error:
+            way = Way(self._sender(address), new_answer_number(int(stream)))
+        except (SocketUnavailable, ValueError) as error:
             self._say(str(error))
             return None
         if not way.sender.is_connected:  # as a rule a proxy's first request
@@ -112,7 +112,7 @@ class Ways:
         return way
 
     def _sender(self, address: str) -> Sender:
-        """The one to an address, anew where it is lost; those to proxies that are gone are closed. Raises NoSocket."""
+        """The one to an address, anew where it is lost; those to proxies that are gone are closed. Raises SocketUnavailable."""
         sender = self._senders.get(address)
         if sender is None or sender.is_lost:
             if sender is not None:

@@ -16,7 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.admission_queue import AdmissionQueue
 from cluster.autoscaler import serve_autoscaling
-from cluster.channel import sockets
+from cluster.channel import shared_context
 from cluster.directory import DEMAND, Reader
 from cluster.peer_notes import PeerNotes
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
@@ -25,7 +25,7 @@ from cluster.replica import Replica
 from cluster.replica_link import ReplicaLink
 from cluster.router import Router
 from cluster.routing_policies import make_routing_policy
-from cluster.worker import ModelRanks
+from cluster.worker import ModelRankLauncher
 from engine.gc_tuning import tune_gc
 from model.adapter_files import files_with_adapter
 from model.checkpoint_folder import small_files
@@ -116,7 +116,7 @@ class _Engine:
             app=ray_serve.get_replica_context().app_name,
             model=model.name,
             ranks=DownloadingRanks(
-                ranks=ModelRanks(
+                ranks=ModelRankLauncher(
                     checkpoint_folder=model.location,
                     adapter=model.adapter,
                     topology=config.parallel.topology,
@@ -149,7 +149,7 @@ class _Front:
     async def __init__(self, models: Sequence[ServedModel], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
         """``engines`` are bound only so that Ray Serve deploys them."""
         configure(config.logging.level, config.logging.format)
-        sockets()
+        shared_context()
         self._config = config
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
@@ -205,7 +205,7 @@ class _Front:
             model=facts,
             tokenizer=tokenizer,
             source=router,
-            refusal=router.refusal,
+            refusal=router.recent_refusal,
             limits=model.config.limits,
             observers=observers,
             tool_protocol=model.config.tools.protocol,

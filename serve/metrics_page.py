@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from cluster.directory import ReplicaRecord
-from cluster.resume import Resumes
+from cluster.resume import ResumePolicy
 from serve import metric_names as names
 from serve.metric_names import Metric
 from serve.metrics import Instruments, Snapshot, render, replica_snapshot
@@ -29,7 +29,7 @@ class SourceFacts(Protocol):
     """What the page asks of a model's router."""
 
     @property
-    def resumes(self) -> Resumes: ...
+    def resumes(self) -> ResumePolicy: ...
     @property
     def replicas(self) -> Iterable[ReplicaRecord]: ...
     def ready(self) -> bool: ...

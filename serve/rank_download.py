@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.doctor.facts import Need
-from cluster.worker import ModelRanks, OnProgress, Rank
+from cluster.worker import ModelRankLauncher, OnProgress, Rank
 from engine.load_stats import LoadStats
 from parallel.topology import Topology
 from serve.model_source import download_if_needed, needs_download
@@ -29,7 +29,7 @@ class DownloadProgress:
 class DownloadingRanks:
     """``ranks.checkpoint_folder`` and ``ranks.adapter`` may be what `serve.model_source.download_if_needed` takes."""
 
-    ranks: ModelRanks
+    ranks: ModelRankLauncher
 
     @property
     def topology(self) -> Topology:
@@ -39,8 +39,8 @@ class DownloadingRanks:
     def need(self) -> Need:
         return self.ranks.need
 
-    def look(self) -> None:
-        self.ranks.look()
+    def check_host(self) -> None:
+        self.ranks.check_host()
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]:
         ranks = replace(self.ranks, checkpoint_folder=_download(self.ranks.checkpoint_folder, on_progress))

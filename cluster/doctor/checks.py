@@ -72,10 +72,10 @@ def _gpus(facts: Facts, need: Need) -> Iterator[Finding]:
 
 def _launcher(facts: Facts, need: Need) -> Iterator[Finding]:
     """A rank would say so at its first kernel, when all weights are loaded."""
-    for each in _first_of_hosts([each for each in facts if each.launcher_obstacle and need.device == "cuda"]):
+    for each in _first_of_hosts([each for each in facts if each.triton_launcher_problem and need.device == "cuda"]):
         yield Finding(
             severity=Severity.FATAL, check="compiler", host=each.host, ranks=(each.rank,),
-            found=f"Triton cannot build what it launches kernels by: {each.launcher_obstacle}",
+            found=f"Triton cannot build what it launches kernels by: {each.triton_launcher_problem}",
             todo="install a C compiler and Python's headers (Debian: gcc libc6-dev libpython3-dev), or take the image for cuda",
         )  # fmt: skip
 
@@ -182,10 +182,10 @@ def _open_files(facts: Facts, need: Need) -> Iterator[Finding]:
 
 
 def _checkpoint(facts: Facts, need: Need) -> Iterator[Finding]:
-    for each in _first_of_hosts([each for each in facts if each.checkpoint_missing]):
+    for each in _first_of_hosts([each for each in facts if each.checkpoint_problem]):
         yield Finding(
             severity=Severity.FATAL, check="checkpoint", host=each.host, ranks=(each.rank,),
-            found=f"the checkpoint cannot be opened from there ({each.checkpoint_missing})",
+            found=f"the checkpoint cannot be opened from there ({each.checkpoint_problem})",
             todo="have it at the same path on every host, or give the URL of a store that all reach",
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from cluster.config import RankResources
 from cluster.doctor.facts import Need
 from cluster.doctor.findings import Finding, Severity
 from cluster.doctor.gather import cache_folder
-from cluster.doctor.survey import Examined, Look, Survey, cannot_talk, examine_rank, judge, measure
+from cluster.doctor.survey import Examined, HostCheck, Survey, communication_failure, examine_rank, judge, measure
 from parallel.topology import Topology
 
 EXAMINE_S = 60.0
@@ -32,7 +32,7 @@ def survey_actors(actors: Sequence[Any], need: Need, ask: Callable[[Any], Any]) 
     return judge(examined, need, asked_s=asked_s, answered_s=time.time())
 
 
-def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, look: Look | None) -> Survey:
+def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, host_check: HostCheck | None) -> Survey:
     """Where a replica of this layout would come to stand now: facts, findings, links. Ray must have been joined."""
     group = placement_group(placement.bundles(topology, resources), strategy=placement.strategy(resources))
     try:
@@ -47,7 +47,7 @@ def survey_cluster(topology: Topology, resources: RankResources, need: Need, *, 
             ).remote(rank)
             for rank in range(topology.size)
         ]
-        survey = survey_actors(actors, need, lambda actor: actor.examine.remote(look))
+        survey = survey_actors(actors, need, lambda actor: actor.examine.remote(host_check))
         return _measured(survey, actors, topology, need) if topology.size > 1 else survey
     finally:
         remove_placement_group(group)
@@ -59,10 +59,10 @@ class Examiner:
     def __init__(self, rank: int) -> None:
         self._rank = rank
 
-    def examine(self, look: Look | None) -> Examined:
-        return examine_rank(self._rank, ray.util.get_node_ip_address(), cache_folder(), look)
+    def examine(self, host_check: HostCheck | None) -> Examined:
+        return examine_rank(self._rank, ray.util.get_node_ip_address(), cache_folder(), host_check)
 
-    def free_place(self) -> tuple[str, int]:
+    def find_rendezvous(self) -> tuple[str, int]:
         """An address of this host where the ranks may meet."""
         from parallel.groups import free_rendezvous
 
@@ -74,7 +74,7 @@ class Examiner:
 
 
 def _measured(survey: Survey, actors: Sequence[Any], topology: Topology, need: Need) -> Survey:
-    host, port = ray.get(actors[0].free_place.remote(), timeout=EXAMINE_S)
+    host, port = ray.get(actors[0].find_rendezvous.remote(), timeout=EXAMINE_S)
     hosts = tuple(each.host for each in survey.facts)
     calls = [actor.measure.remote(topology, host, port, need.device, hosts) for actor in actors]
     told: list[Finding] = []
@@ -83,11 +83,11 @@ def _measured(survey: Survey, actors: Sequence[Any], topology: Topology, need: N
             measured = ray.get(call, timeout=MEASURE_S)
             told.extend(measured if each.rank == 0 else ())
         except Exception as error:  # of Ray, or what the rank raised
-            told.append(cannot_talk(each.host, each.rank, raised_there(error)))
-    return survey.told(told)
+            told.append(communication_failure(each.host, each.rank, unwrap_ray_error(error)))
+    return survey.with_findings(told)
 
 
-def raised_there(error: Exception) -> Exception:
+def unwrap_ray_error(error: Exception) -> Exception:
     """What an actor raised, without what Ray puts around it: an address, colours and a traceback."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, Exception) else error

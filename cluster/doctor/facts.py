@@ -49,9 +49,9 @@ class HostFacts:
     compiler: str | None
     shared_memory_built: bool
     """Whether the CPU kernels, which bring the collectives through shared memory, were compiled on this host."""
-    launcher_obstacle: str | None = None
+    triton_launcher_problem: str | None = None
     """Why Triton cannot build here what it launches kernels by, as it does once on a host of GPUs."""
-    checkpoint_missing: str | None = None
+    checkpoint_problem: str | None = None
     """Why the checkpoint cannot be opened from here."""
     clock_ahead_at_least_s: float = 0.0
     """How far this host's clock is provably off the asker's (negative: behind)."""

@@ -48,8 +48,8 @@ def gather(*, rank: int, address: str | None, cache_folder: Path, open_checkpoin
         open_files_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         compiler=next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
         shared_memory_built=_shared_memory_built(),
-        launcher_obstacle=launcher_obstacle(os.environ),
-        checkpoint_missing=_problem(open_checkpoint),
+        triton_launcher_problem=triton_launcher_problem(os.environ),
+        checkpoint_problem=_problem(open_checkpoint),
     )
 
 
@@ -109,7 +109,7 @@ def _mib_in(cell: str) -> int:
     return int(cell) * MIB if cell.isdigit() else 0
 
 
-def launcher_obstacle(environment: Mapping[str, str], include: Path | None = None) -> str | None:
+def triton_launcher_problem(environment: Mapping[str, str], include: Path | None = None) -> str | None:
     """What Triton lacks (read in 3.7.1, `triton.runtime.build`) to compile its launcher, unless it has one that it kept: every process on a
     GPU does so before its first kernel. ``include``: where Python's headers would lie."""
     if find_spec("triton") is None or any(_triton_cache(environment).glob("*/cuda_utils*.so")):

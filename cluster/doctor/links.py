@@ -54,7 +54,7 @@ def measure_links(group: Group, device: torch.device) -> Links:
     )
 
 
-def findings_about(links: Links, hosts: tuple[str, ...]) -> list[Finding]:
+def link_findings(links: Links, hosts: tuple[str, ...]) -> list[Finding]:
     """``hosts``: of each rank."""
     if not links.link_bandwidths:
         return []

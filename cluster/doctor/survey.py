@@ -16,7 +16,7 @@ from parallel.topology import Topology
 LOOPBACK = "127.0.0.1"
 LINKS_TIMEOUT_S = 120.0
 
-Look = Callable[[], None]
+HostCheck = Callable[[], None]
 """Raises if what a rank will need is not to be had where it is called."""
 
 
@@ -36,14 +36,14 @@ class Survey:
     facts: tuple[HostFacts, ...]
     findings: tuple[Finding, ...]
 
-    def told(self, more: Sequence[Finding]) -> "Survey":
+    def with_findings(self, more: Sequence[Finding]) -> "Survey":
         """The same with more findings."""
         return replace(self, findings=tuple(ordered((*self.findings, *more))))
 
 
-def examine_rank(rank: int, address: str | None, cache_folder: Path, look: Look | None) -> Examined:
+def examine_rank(rank: int, address: str | None, cache_folder: Path, host_check: HostCheck | None) -> Examined:
     began_s = time.time()
-    facts = gather(rank=rank, address=address, cache_folder=cache_folder, open_checkpoint=look)
+    facts = gather(rank=rank, address=address, cache_folder=cache_folder, open_checkpoint=host_check)
     return Examined(facts=facts, began_s=began_s, ended_s=time.time())
 
 
@@ -59,12 +59,12 @@ def judge(examined: Sequence[Examined], need: Need, *, asked_s: float, answered_
     return Survey(facts=facts, findings=tuple(examine(facts, need)))
 
 
-def survey_this_machine(topology: Topology, need: Need, *, cache_folder: Path, look: Look | None) -> Survey:
+def survey_this_machine(topology: Topology, need: Need, *, cache_folder: Path, host_check: HostCheck | None) -> Survey:
     """Every rank in a process of its own; several ranks also measure how they talk."""
     context = multiprocessing.get_context("spawn")
     asked_s = time.time()
     with ProcessPoolExecutor(topology.size, mp_context=context) as processes:
-        gathered = [processes.submit(examine_rank, rank, LOOPBACK, cache_folder, look) for rank in range(topology.size)]
+        gathered = [processes.submit(examine_rank, rank, LOOPBACK, cache_folder, host_check) for rank in range(topology.size)]
         survey = judge([future.result() for future in gathered], need, asked_s=asked_s, answered_s=time.time())
     if topology.size == 1:
         return survey
@@ -83,13 +83,13 @@ def measure(topology: Topology, rank: int, host: str, port: int, device: str, ho
     """The links between all ranks, as every one of them sees it; to be called on all at the same time."""
     import torch
 
-    from cluster.doctor.links import findings_about, measure_links
+    from cluster.doctor.links import link_findings, measure_links
     from parallel.groups import Rendezvous, open_groups
 
     torch.set_num_threads(1)
     here = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     with open_groups(topology, rank, rendezvous=Rendezvous(host, port), device=here, timeout_s=LINKS_TIMEOUT_S) as groups:
-        return findings_about(measure_links(groups.world, here), hosts)
+        return link_findings(measure_links(groups.world, here), hosts)
 
 
 def with_links(survey: Survey, measuring: Sequence[Future[list[Finding]]]) -> Survey:
@@ -100,13 +100,13 @@ def with_links(survey: Survey, measuring: Sequence[Future[list[Finding]]]) -> Su
             measured = future.result()
         except Exception as error:  # whatever a rank raised
             measured = []
-            told.append(cannot_talk(each.host, each.rank, error))
+            told.append(communication_failure(each.host, each.rank, error))
         if each.rank == 0:
             told.extend(measured)
-    return survey.told(told)
+    return survey.with_findings(told)
 
 
-def cannot_talk(host: str, rank: int, error: Exception) -> Finding:
+def communication_failure(host: str, rank: int, error: Exception) -> Finding:
     return Finding(
         severity=Severity.FATAL,
         check="all-reduce",

@@ -120,10 +120,10 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
             from cluster.doctor.survey import survey_this_machine
 
             (config,) = assign_devices([config], [{"GPU": len(gpus_here())}])
-            return survey_this_machine(topology, host_requirements(folder, config, adapter), cache_folder=cache_folder(), look=None)
+            return survey_this_machine(topology, host_requirements(folder, config, adapter), cache_folder=cache_folder(), host_check=None)
         from cluster.doctor.cluster_survey import survey_cluster
         from cluster.ray_cluster import CannotJoin, hosts, join_ray_cluster
-        from cluster.worker import ModelRanks
+        from cluster.worker import ModelRankLauncher
 
         try:
             with (
@@ -132,7 +132,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
             ):  # Ray tells of lost hosts on stdout
                 (config,) = assign_devices([config], hosts())
                 need = host_requirements(folder, config, adapter)
-                ranks = found and ModelRanks(
+                ranks = found and ModelRankLauncher(
                     checkpoint_folder=found.location,
                     topology=topology,
                     runner_config=config.runner,
@@ -140,7 +140,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
                     adapter=found.adapter,
                     need=need,
                 )
-                return survey_cluster(topology, config.resources, need, look=ranks.look if ranks else None)
+                return survey_cluster(topology, config.resources, need, host_check=ranks.check_host if ranks else None)
         except CannotJoin as error:
             exit_with_error(str(error))
     except DeviceError as error:

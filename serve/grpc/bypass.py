@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import Message
 
 import serve.bypass
-from cluster.bypass import Passage, PiecesLost
+from cluster.bypass import IncomingStream, PiecesLost
 from serve.bypass import HEADER, Passages, Ways
 from serve.errors import FrontLost
 from serve.grpc.errors import CallContext, refuse
@@ -31,7 +31,7 @@ class Signal:
     word: str
     """begin or end."""
     number: int
-    """Of the answer (`cluster.bypass.new_answer`), or how many pieces there were."""
+    """Of the answer (`cluster.bypass.new_answer_number`), or how many pieces there were."""
 
     def SerializeToString(self) -> bytes:  # Ray Serve asks a message for it
         return b"\0%s %d" % (self.word.encode(), self.number)
@@ -106,7 +106,7 @@ def _handing_on(stream: Stream, passages: Passages) -> Stream:
     return unary_stream
 
 
-async def _until_end(messages: AsyncGenerator[bytes, None], passage: Passage) -> bool:
+async def _until_end(messages: AsyncGenerator[bytes, None], passage: IncomingStream) -> bool:
     """Tells the passage of the end when it comes by Ray; False if none does, as none comes of a front that is lost."""
     try:
         async for message in messages:

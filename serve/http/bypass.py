@@ -13,7 +13,7 @@ HEADER = serve.bypass.HEADER.encode()
 WAY = "manta.bypass"
 """In a front's scope: the `serve.bypass.Way`, if there is one."""
 PASSED = "manta_bypassed"
-"""In a message: of the first the answer's number (`cluster.bypass.new_answer`), of the last how many pieces there were."""
+"""In a message: of the first the answer's number (`cluster.bypass.new_answer_number`), of the last how many pieces there were."""
 
 
 class ProxyBypass:

@@ -62,7 +62,7 @@ class FakeRank:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeRanks:
+class FakeRankLauncher:
     topology: Topology
     fails_to_start: int | None = None
     """This rank raises while it starts."""
@@ -70,7 +70,7 @@ class FakeRanks:
     missing: str | None = None
     """What a look at the host finds missing."""
 
-    def look(self) -> None:
+    def check_host(self) -> None:
         if self.missing:
             raise FileNotFoundError(self.missing)
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 import pytest
 
 from cluster.admission_queue import AdmissionQueue
-from cluster.autoscaling import demand_of
+from cluster.autoscaling import parse_demand
 from cluster.directory import DEMAND, Register
 from cluster.errors import NoReplicaReady
 from cluster.health import State
@@ -90,7 +90,7 @@ def test_the_directory_says_for_each_model_what_there_is_to_do() -> None:
         register.report(report)
     for front, held in (("f1", 3), ("f2", 4)):
         register.pin(DEMAND, front, {"m": {"num_held": held, "held_tokens": held * 10, "num_asked": 9, "ttft_s": held / 10}})
-    demand = demand_of(register.demand("m"))
+    demand = parse_demand(register.demand("m"))
     assert [(replica.id, replica.num_requests, replica.prefill_tokens) for replica in demand.replicas] == [("a", 3, 50)]
     assert (demand.num_held, demand.held_tokens, demand.num_asked, demand.ttft_s) == (7, 70, 18, 0.4)
-    assert demand_of(register.demand("other")).num_held == 0
+    assert parse_demand(register.demand("other")).num_held == 0

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.autoscaler import OLD_S, ReplicaCount, serve_autoscaling
+from cluster.autoscaler import MAX_AGE_S, ReplicaAutoscaler, serve_autoscaling
 from cluster.autoscaling import AutoscalingConfig, Demand
 
 ELSEWHERE = """
@@ -28,14 +28,14 @@ class Context:
     capacity_adjusted_max_replicas: int = 5
 
 
-def policy() -> ReplicaCount:
-    return ReplicaCount(model="m", max_running=4, config={})
+def policy() -> ReplicaAutoscaler:
+    return ReplicaAutoscaler(model="m", max_running=4, config={})
 
 
 def test_without_news_everything_stays_as_it_is() -> None:
     decides = policy()
     assert decides(Context())[0] == 3
-    decides._seen = (time.monotonic() - OLD_S - 1, Demand(num_held=99))
+    decides._seen = (time.monotonic() - MAX_AGE_S - 1, Demand(num_held=99))
     assert decides(Context())[0] == 3
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.autoscaling import AutoscalingConfig, Decider, Demand, ReplicaLoad, demand_of
+from cluster.autoscaling import AutoscalingConfig, Decider, Demand, ReplicaLoad, parse_demand
 
 CONFIG = AutoscalingConfig(scale_down_after_s=60, scale_to_zero_after_s=100)
 TOKEN_S = 1e-3
@@ -114,7 +114,7 @@ def test_what_the_directory_says_is_understood() -> None:
         "computed_tokens": 9,
         "step_token_s": 0.1,
     }
-    assert demand_of({"replicas": [replica], "fronts": fronts}) == Demand(
+    assert parse_demand({"replicas": [replica], "fronts": fronts}) == Demand(
         replicas=(ReplicaLoad(**replica),),  # type: ignore[arg-type]
         num_held=3,
         held_tokens=35,

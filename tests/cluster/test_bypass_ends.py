@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 import cluster.bypass
-from cluster.bypass import NONCE_BITS, Passage, PiecesLost, Receiver, Sender, is_heard, new_answer
+from cluster.bypass import NONCE_BITS, IncomingStream, PiecesLost, Receiver, Sender, is_listening, new_answer_number
 from cluster.channel import PrivateFolder
 
 
@@ -26,8 +26,8 @@ async def come_true(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def passage() -> Passage:
-    return Passage(0, lambda: None)
+def passage() -> IncomingStream:
+    return IncomingStream(0, lambda: None)
 
 
 async def test_a_stream_may_pause_for_longer_than_what_is_late_takes() -> None:
@@ -74,7 +74,7 @@ async def test_a_piece_that_comes_after_no_end_was_to_be_waited_for_is_nobodys()
 
 
 def test_answers_to_one_request_have_numbers_of_their_own() -> None:
-    answers = {new_answer(7) for _ in range(20)}
+    answers = {new_answer_number(7) for _ in range(20)}
     assert len(answers) > 1
     assert {answer >> NONCE_BITS for answer in answers} == {7}
 
@@ -86,7 +86,7 @@ async def test_after_much_at_once_what_is_ready_still_goes_together(monkeypatch:
     receiver = Receiver()
     sender, one = Sender(receiver.address), receiver.open()
     await come_true(lambda: sender.is_connected)
-    one.begin(answer := new_answer(one.number))
+    one.begin(answer := new_answer_number(one.number))
     sender.put(answer, bytes(cluster.bypass.MESSAGE_BYTES))
     assert len(await one.take(0, late_s=60)) == 1
     for _ in range(32):
@@ -167,7 +167,7 @@ def test_without_a_file_descriptor_nobody_is_thought_gone(monkeypatch: pytest.Mo
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(cluster.bypass.socket, "socket", none_left)
-    assert is_heard("ipc:///tmp/nobody")
+    assert is_listening("ipc:///tmp/nobody")
 
 
 async def test_who_was_given_up_is_given_up_for_good(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 import zmq
 
-from cluster.channel import Address, KeyGuard, PrivateFolder, listen, new_keys, reach
+from cluster.channel import Address, KeyAuthenticator, PrivateFolder, connect, listen, new_keys
 from cluster.errors import ChannelError
 
 
@@ -75,20 +75,20 @@ def test_an_internal_port_is_never_bound_to_every_address(host: str | None) -> N
 
 def test_an_endpoint_that_does_not_listen_for_other_hosts_cannot_be_reached_from_one() -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket, pytest.raises(ChannelError, match="other hosts"):
-        reach(socket, Address(node="a", ipc="ipc:///nowhere"), node="b", keys=new_keys())
+        connect(socket, Address(node="a", ipc="ipc:///nowhere"), node="b", keys=new_keys())
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_over_tcp_only_the_holder_of_a_known_key_is_heard(known: bool) -> None:
     server, client = zmq.Context(), zmq.Context()
     keys, stranger = new_keys(), new_keys()
-    guard = KeyGuard(server, {keys.public})
+    guard = KeyAuthenticator(server, {keys.public})
     try:
         listener, caller = server.socket(zmq.PULL), client.socket(zmq.PUSH)
         address = listen(listener, ipc=None, tcp_host="127.0.0.1", keys=new_keys(), node="a")
         assert address.tcp is not None
         assert address.tcp.startswith("tcp://127.0.0.1:")
-        reach(caller, address, node="b", keys=keys if known else stranger)
+        connect(caller, address, node="b", keys=keys if known else stranger)
         caller.send(b"hello")
         heard = bool(listener.poll(3000 if known else 500))
         assert heard is known
@@ -101,11 +101,11 @@ def test_over_tcp_only_the_holder_of_a_known_key_is_heard(known: bool) -> None:
 def test_beside_a_guarded_port_the_unix_socket_stays_open_to_this_host() -> None:
     server, client = zmq.Context(), zmq.Context()
     folder = PrivateFolder()
-    guard = KeyGuard(server, set())
+    guard = KeyAuthenticator(server, set())
     try:
         listener, caller = server.socket(zmq.PULL), client.socket(zmq.PUSH)
         address = listen(listener, ipc=folder.socket("s"), tcp_host="127.0.0.1", keys=new_keys(), node="a")
-        reach(caller, address, node="a", keys=None)
+        connect(caller, address, node="a", keys=None)
         caller.send(b"hello")
         assert listener.poll(3000)
     finally:

@@ -7,8 +7,8 @@ SCRIPT = """
 import asyncio, os, resource, tempfile
 from types import SimpleNamespace
 import zmq
-from cluster.bypass import NoSocket, Receiver, Sender
-from cluster.channel import Address, sockets
+from cluster.bypass import Receiver, Sender, SocketUnavailable
+from cluster.channel import Address, shared_context
 from cluster.transport import ZmqTransport
 
 record = SimpleNamespace(address=Address(node="here", ipc="ipc:///tmp/nobody"), guest_keys=None)
@@ -17,7 +17,7 @@ record = SimpleNamespace(address=Address(node="here", ipc="ipc:///tmp/nobody"), 
 async def main():
     ends = {"receiver": Receiver, "sender": lambda: Sender("ipc:///tmp/nobody"), "wire": lambda: ZmqTransport(record, node="here")}
     tempfile.tempdir = "/tmp"
-    sockets()
+    shared_context()
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
     for name, make in ends.items():
         for left in range(14):
@@ -31,7 +31,7 @@ async def main():
                     left -= 1
             try:
                 end = make()
-            except (NoSocket, zmq.ZMQError):
+            except (SocketUnavailable, zmq.ZMQError):
                 made = False
             else:
                 made = True

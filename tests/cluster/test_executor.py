@@ -20,11 +20,11 @@ from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work
 from parallel.topology import Topology
 from tests.cluster.conftest import alive, descendants
-from tests.cluster.fake_ranks import CRASH, CRASH_AND_RAISE, RAISE, SLEEP, SPIN, FakeRanks
+from tests.cluster.fake_ranks import CRASH, CRASH_AND_RAISE, RAISE, SLEEP, SPIN, FakeRankLauncher
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("own_ray")]
 
-RANKS = FakeRanks(topology=Topology(tp=2))
+RANKS = FakeRankLauncher(topology=Topology(tp=2))
 CONFIG = ReplicaConfig(first_step_timeout_s=20, step_timeout_s=3, start_timeout_s=60)
 
 
@@ -33,7 +33,7 @@ def plan(step: int, token: int = 1) -> StepPlan:
 
 
 @contextmanager
-def executor(ranks: FakeRanks = RANKS, config: ReplicaConfig = CONFIG, **callbacks: Callable[..., None]) -> Iterator[RayExecutor]:
+def executor(ranks: FakeRankLauncher = RANKS, config: ReplicaConfig = CONFIG, **callbacks: Callable[..., None]) -> Iterator[RayExecutor]:
     folder = PrivateFolder()
     resources = RankResources(cpus=1)
     placement_group = ReplicaPlacementGroup.current_or_new(ranks, resources, timeout_s=30)
@@ -63,7 +63,7 @@ def test_plans_flow_to_all_ranks_and_results_come_back_in_order() -> None:
         pending = [ranks.submit(plan(step, step)) for step in range(50)]
         for step, each in enumerate(pending):
             assert each.result().sampled[0].tokens == (step + 1,)
-        pids = [place.pid for place in ranks.places]
+        pids = [place.pid for place in ranks.locations]
         assert set(pids) <= descendants()
     assert {each.rank for each in progress} == {0, 1}
     assert not any(alive(pid) for pid in pids)
@@ -71,7 +71,7 @@ def test_plans_flow_to_all_ranks_and_results_come_back_in_order() -> None:
 
 def test_a_step_is_answered_by_the_sampling_rank_of_every_shard() -> None:
     topology = Topology(dp=2, pp=2)
-    with executor(FakeRanks(topology=topology)) as ranks:
+    with executor(FakeRankLauncher(topology=topology)) as ranks:
         pending = []
         for step in range(20):
             works = tuple(Work(10 * step + shard, 0, (step,), (), True, shard) for shard in range(2) if step % 3 or shard)
@@ -85,7 +85,7 @@ def test_a_killed_rank_is_named_and_seen_even_while_nothing_runs() -> None:
     losses: list[float] = []
     with executor(on_loss=lambda: losses.append(time.monotonic())) as ranks:
         ranks.submit(plan(0)).result()
-        victim = ranks.places[1]
+        victim = ranks.locations[1]
         assert victim.pid in descendants()
         os.kill(victim.pid, signal.SIGKILL)
         until(lambda: bool(losses))
@@ -93,7 +93,7 @@ def test_a_killed_rank_is_named_and_seen_even_while_nothing_runs() -> None:
             ranks.submit(plan(1)).result()
         assert (caught.value.rank, caught.value.host) == (1, victim.host)
         assert caught.value.from_outside
-    assert not any(alive(place.pid) for place in ranks.places)
+    assert not any(alive(place.pid) for place in ranks.locations)
 
 
 def test_an_exception_in_a_rank_comes_back_with_its_own_traceback() -> None:
@@ -118,7 +118,7 @@ def test_a_rank_that_crashes_in_native_code_leaves_word_of_where_it_was(command:
 def test_a_rank_that_is_told_to_end_was_ended_from_outside() -> None:
     with executor() as ranks:
         ranks.submit(plan(0)).result()
-        victim = ranks.places[1]
+        victim = ranks.locations[1]
         assert victim.pid in descendants()
         os.kill(victim.pid, signal.SIGTERM)
         until(lambda: not alive(victim.pid))
@@ -144,7 +144,7 @@ def test_ranks_leave_nothing_in_their_folder() -> None:
 def test_a_frozen_rank_is_seen_by_the_deadline_of_the_step() -> None:
     with executor() as ranks:
         ranks.submit(plan(0)).result()
-        victim = ranks.places[0]
+        victim = ranks.locations[0]
         assert victim.pid in descendants()
         os.kill(victim.pid, signal.SIGSTOP)
         begun = time.monotonic()
@@ -160,18 +160,18 @@ def test_a_rank_that_hangs_in_native_code_does_not_survive_the_deadline(command:
         ranks.submit(plan(0)).result()
         with pytest.raises(WorkersLost, match="step 1"):
             ranks.submit(plan(1, command)).result()
-    assert not any(alive(place.pid) for place in ranks.places)
+    assert not any(alive(place.pid) for place in ranks.locations)
 
 
 def test_a_rank_that_cannot_start_is_named_with_its_reason_and_leaves_nothing() -> None:
     before = descendants()
-    with pytest.raises(StartFailed, match="no such shard"), executor(FakeRanks(topology=Topology(tp=2), fails_to_start=1)):
+    with pytest.raises(StartFailed, match="no such shard"), executor(FakeRankLauncher(topology=Topology(tp=2), fails_to_start=1)):
         pass
     assert not {pid for pid in descendants() - before if "Worker" in " ".join(_command(pid))}
 
 
 def test_what_a_look_at_the_hosts_finds_missing_is_said_before_any_rank_loads() -> None:
-    ranks = FakeRanks(topology=Topology(tp=2), missing="there is no /models/x/config.json", fails_to_start=0)
+    ranks = FakeRankLauncher(topology=Topology(tp=2), missing="there is no /models/x/config.json", fails_to_start=0)
     with (
         pytest.raises(StartFailed, match=rf"{socket.gethostname()}: the checkpoint cannot be opened.*there is no /models/x"),
         executor(ranks),
@@ -211,7 +211,7 @@ def test_new_ranks_start_on_the_ground_of_the_old() -> None:
     placement_group = ReplicaPlacementGroup.current_or_new(RANKS, RankResources(), timeout_s=30)
     settings = {"ranks": RANKS, "resources": RankResources(), "config": CONFIG, "placement_group": placement_group, "folder": folder}
     first = RayExecutor(**settings)
-    os.kill(first.places[0].pid, signal.SIGKILL)
+    os.kill(first.locations[0].pid, signal.SIGKILL)
     with pytest.raises(WorkersLost):
         first.submit(plan(0)).result()
     first.close()
@@ -233,7 +233,7 @@ class Owner:
             ranks=RANKS, resources=RankResources(), config=CONFIG, placement_group=self.placement_group, folder=self.folder
         )
         self.ranks.submit(plan(0)).result()
-        return [os.getpid(), *(place.pid for place in self.ranks.places)]
+        return [os.getpid(), *(place.pid for place in self.ranks.locations)]
 
     def hang(self, command: int) -> None:
         self.ranks.submit(plan(1, command))

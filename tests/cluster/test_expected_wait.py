@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.expected_wait import TIE_MARGIN, ExpectedWait, LoadEstimate, expected_wait_s, session_replica
-from cluster.messages import Blocks
+from cluster.messages import BlockUpdate
 from cluster.prefix_index import PrefixIndex, prompt_keys
 from engine.request import Request
 
@@ -27,7 +27,7 @@ class Place:
     def __post_init__(self) -> None:
         self.index = PrefixIndex(max_blocks=9999)
         if self.follows:
-            self.index.take(Blocks(0, whole=True, stored=b"".join(self.holds), evicted=b""))
+            self.index.take(BlockUpdate(0, whole=True, stored=b"".join(self.holds), evicted=b""))
 
     def expect(self, keys: Sequence[bytes], num_tokens: int) -> None:
         self.index.expect(keys)

@@ -12,13 +12,13 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from cluster.channel import PrivateFolder, reach, sockets
+from cluster.channel import PrivateFolder, connect, shared_context
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, SlowReader
 from cluster.health import State
 from cluster.intake import Intake
-from cluster.messages import BeginAnew, Events, Pong, Submit, decode, encode
+from cluster.messages import FrontDropped, Pong, StepEvents, Submit, decode, encode
 from cluster.replica_link import LinkLost, ReplicaLink
 from engine.errors import QueueFull
 from engine.plan import TokenEvent
@@ -195,7 +195,7 @@ def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
     try:
         socket = context.socket(zmq.DEALER)
         socket.rcvhwm = 1
-        reach(socket, intake.address, node="here", keys=None)
+        connect(socket, intake.address, node="here", keys=None)
         request = Request(id="r", prompt=(1,))
         socket.send(encode(Submit(request)))
         deadline, long = time.monotonic() + 10, "x" * 100_000
@@ -205,10 +205,10 @@ def test_a_front_that_does_not_read_is_told_after_what_it_has_still_to_read(
                 intake.deliver([TokenEvent("r", 0, 0, 0, error_message=long)])
             time.sleep(0.002)
         heard: list[object] = []
-        while not isinstance(heard[-1] if heard else None, BeginAnew):
+        while not isinstance(heard[-1] if heard else None, FrontDropped):
             assert socket.poll(5000)
             heard.append(decode(socket.recv()))
-        assert sum(isinstance(message, Events) for message in heard) > 2
+        assert sum(isinstance(message, StepEvents) for message in heard) > 2
     finally:
         context.destroy(linger=0)
         intake.close()
@@ -335,7 +335,7 @@ async def test_nonsense_from_a_front_is_dropped_and_the_next_message_is_heard(en
 
 
 async def test_a_link_that_cannot_be_made_leaves_nothing_open(intake: Intake) -> None:
-    held, tasks = sockets()._sockets, asyncio.all_tasks()
+    held, tasks = shared_context()._sockets, asyncio.all_tasks()
     before = len(held)
     with pytest.raises(ChannelError, match="cannot be reached"):
         ReplicaLink(ReplicaRecord(id="a", model="m", state=State.READY, address=intake.address), node="there", config=CONFIG)
@@ -344,7 +344,7 @@ async def test_a_link_that_cannot_be_made_leaves_nothing_open(intake: Intake) ->
 
 
 async def test_a_link_that_is_closed_holds_no_socket(intake: Intake) -> None:
-    held = sockets()._sockets
+    held = shared_context()._sockets
     before = len(held)
     async with linked(intake):
         assert len(held) == before + 2

@@ -4,18 +4,18 @@ from cluster.errors import ChannelError
 from cluster.messages import (
     KINDS,
     VERSION,
-    BeginAnew,
-    Blocks,
+    BlockUpdate,
     Cancel,
-    Events,
-    Follow,
+    FrontDropped,
     Ping,
     Pong,
     RankFailed,
     RankProgress,
     RankReady,
+    StepEvents,
     Stop,
     Submit,
+    SubscribeBlocks,
     decode,
     encode,
 )
@@ -45,11 +45,11 @@ EXAMPLES = [
     Submit(Request(id="r", choice=1, attempt=2, prompt=(1, 2, 3), committed=(4,), sampling=SAMPLING, salt="s", deadline_s=1.5), 0.5),
     Cancel("r", 1, 2),
     Ping(),
-    BeginAnew(),
-    Follow(wanted=True),
-    Blocks(3, whole=False, stored=b"12345678", evicted=b""),
+    FrontDropped(),
+    SubscribeBlocks(wanted=True),
+    BlockUpdate(3, whole=False, stored=b"12345678", evicted=b""),
     Pong(ready=True, num_running=3, num_waiting=4),
-    Events(
+    StepEvents(
         (
             TokenEvent("r", 0, 0, 0, (1,), num_cached=16),
             TokenEvent("r", 0, 0, 1, finish_reason="error", error_kind="QueueFull", error_message="m"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from cluster.channel import KeyGuard, KeyPair, listen, new_keys, reach
+from cluster.channel import KeyAuthenticator, KeyPair, connect, listen, new_keys
 from cluster.peer_liveness import DisconnectWatcher, PeerStatus, enable_heartbeats, probe_peer
 from tests.cluster.fake_ranks import hang_in_native_code
 
@@ -23,7 +23,7 @@ AT_MOST_S = 30.0
 
 def listen_for_ever(told: Connection, replica_key: bytes) -> None:
     context: zmq.Context[Any] = zmq.Context()
-    guard = KeyGuard(context, {replica_key})
+    guard = KeyAuthenticator(context, {replica_key})
     end = context.socket(zmq.PAIR)
     enable_heartbeats(end, SILENCE_S)
     told.send(listen(end, ipc=None, tcp_host="127.0.0.1", keys=new_keys(), node="there"))
@@ -45,7 +45,7 @@ def far_end() -> Iterator[tuple[int, str, "zmq.Socket[Any]"]]:
         assert here.poll(AT_MOST_S)
         address = here.recv()
         beats = enable_heartbeats(near, SILENCE_S)
-        reach(near, address, node="here", keys=keys)
+        connect(near, address, node="here", keys=keys)
         near.send(b"hello")
         assert here.poll(AT_MOST_S)
         assert here.recv() == b"hello"
@@ -99,14 +99,14 @@ def test_silence_is_noticed_by_a_listener_whose_other_end_is_cut_off() -> None:
     """A relay stands for the cable: it stops passing bytes on, and closes nothing."""
     context: zmq.Context[Any] = zmq.Context()
     end, near, keys = context.socket(zmq.PAIR), context.socket(zmq.PAIR), new_keys()
-    guard = KeyGuard(context, {keys.public})
+    guard = KeyAuthenticator(context, {keys.public})
     beats = enable_heartbeats(end, SILENCE_S)
     address = listen(end, ipc=None, tcp_host="127.0.0.1", keys=new_keys(), node="there")
     cut, port = threading.Event(), address.tcp.rpartition(":")[2] if address.tcp else ""
     with socket.create_server(("127.0.0.1", 0)) as door:
         threading.Thread(target=relay, args=(door, int(port), cut), daemon=True).start()
         through = f"tcp://127.0.0.1:{door.getsockname()[1]}"
-        reach(near, type(address)(node="there", tcp=through, public_key=address.public_key), node="here", keys=keys)
+        connect(near, type(address)(node="there", tcp=through, public_key=address.public_key), node="here", keys=keys)
         near.send(b"hello")
         assert end.recv() == b"hello"
         cut.set()

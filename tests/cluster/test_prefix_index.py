@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.block_journal import SHORT, BlockJournal
-from cluster.messages import Blocks, decode, encode
+from cluster.block_journal import SHORT_KEY_BYTES, BlockJournal
+from cluster.messages import BlockUpdate, decode, encode
 from cluster.prefix_index import EXPECT_S, MAX_EXPECTED, MAX_KEYS, PrefixIndex, prompt_keys
 from engine.kv.keys import block_key, root_key
 from engine.request import Request
@@ -41,7 +41,7 @@ class Following(RuleBasedStateMachine):
 
     @rule(arrives=st.booleans())
     def read_news(self, arrives: bool) -> None:
-        news = self.journal.news()
+        news = self.journal.changes()
         self.told = self.shards[0] | self.shards[1]
         if news is not None and arrives:
             self.index.take(decode(encode(news)))
@@ -49,10 +49,10 @@ class Following(RuleBasedStateMachine):
             self.missed = True
 
     @rule()
-    @precondition(lambda self: self.index.must_follow)
+    @precondition(lambda self: self.index.needs_snapshot)
     def ask_for_the_whole(self) -> None:
         self.read_news(arrives=False)
-        self.index.take(decode(encode(self.journal.whole())))
+        self.index.take(decode(encode(self.journal.snapshot())))
         self.missed = False
 
     @invariant()
@@ -60,9 +60,9 @@ class Following(RuleBasedStateMachine):
         assert self.index.num_blocks <= MAX_BLOCKS
         if self.index.too_large or not self.index.usable:
             assert self.index.num_blocks == 0
-            assert all(self.index.overlap([key[:SHORT]]) == 0 for key in KEYS)
+            assert all(self.index.overlap([key[:SHORT_KEY_BYTES]]) == 0 for key in KEYS)
         elif not self.missed:
-            assert {key for key in KEYS if self.index.overlap([key[:SHORT]])} == self.told
+            assert {key for key in KEYS if self.index.overlap([key[:SHORT_KEY_BYTES]])} == self.told
 
 
 TestFollowing = Following.TestCase
@@ -71,19 +71,19 @@ TestFollowing.settings = settings(max_examples=60, stateful_step_count=40, deadl
 
 def test_a_gap_in_the_numbers_makes_it_ask_again() -> None:
     index = PrefixIndex(max_blocks=99)
-    assert index.must_follow
-    index.take(Blocks(4, whole=True, stored=KEYS[0][:SHORT], evicted=b""))
-    index.take(Blocks(5, whole=False, stored=KEYS[1][:SHORT], evicted=b""))
-    assert index.overlap([KEYS[0][:SHORT], KEYS[1][:SHORT], KEYS[2][:SHORT]]) == 2
-    index.take(Blocks(7, whole=False, stored=KEYS[2][:SHORT], evicted=b""))
-    assert index.must_follow
-    assert index.overlap([KEYS[0][:SHORT]]) == 0
+    assert index.needs_snapshot
+    index.take(BlockUpdate(4, whole=True, stored=KEYS[0][:SHORT_KEY_BYTES], evicted=b""))
+    index.take(BlockUpdate(5, whole=False, stored=KEYS[1][:SHORT_KEY_BYTES], evicted=b""))
+    assert index.overlap([KEYS[0][:SHORT_KEY_BYTES], KEYS[1][:SHORT_KEY_BYTES], KEYS[2][:SHORT_KEY_BYTES]]) == 2
+    index.take(BlockUpdate(7, whole=False, stored=KEYS[2][:SHORT_KEY_BYTES], evicted=b""))
+    assert index.needs_snapshot
+    assert index.overlap([KEYS[0][:SHORT_KEY_BYTES]]) == 0
 
 
 def test_what_is_on_its_way_counts_for_a_while_and_in_bounded_number() -> None:
     now = 0.0
     index = PrefixIndex(max_blocks=99, clock=lambda: now)
-    index.take(Blocks(0, whole=True, stored=b"", evicted=b""))
+    index.take(BlockUpdate(0, whole=True, stored=b"", evicted=b""))
     index.expect([b"a" * 8, b"b" * 8])
     assert index.overlap([b"a" * 8, b"b" * 8, b"c" * 8]) == 2
     now = EXPECT_S
@@ -107,7 +107,7 @@ def test_the_keys_are_those_of_the_engine_and_differ_between_salts(prompt: list[
     parent = root_key(salts[0])
     for index, key in enumerate(keys):
         parent = block_key(parent, tokens[index * 8 : index * 8 + 8])
-        assert key == parent[:SHORT]
+        assert key == parent[:SHORT_KEY_BYTES]
     other = prompt_keys(Request(id="r", prompt=request.prompt, committed=request.committed, salt=salts[1]), 8)
     assert Counter(keys) == Counter(other) if salts[0] == salts[1] else not set(keys) & set(other)
 

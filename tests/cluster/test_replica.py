@@ -14,7 +14,7 @@ import ray
 from cluster.config import ReplicaConfig
 from cluster.directory import ReplicaRecord, current_records
 from cluster.replica import Replica
-from cluster.worker import ModelRanks
+from cluster.worker import ModelRankLauncher
 from engine.config import EngineConfig
 from engine.request import Request, SamplingParams
 from engine.run.settings import RunnerConfig
@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def new_replica(checkpoint: Path, *, id: str, app: str) -> Replica:
     runner = RunnerConfig(device="cpu", dtype="float32", num_threads=1, kv_cache_bytes=2**21)
-    ranks = ModelRanks(checkpoint_folder=checkpoint, topology=Topology(tp=2), runner_config=runner, engine_config=ENGINE)
+    ranks = ModelRankLauncher(checkpoint_folder=checkpoint, topology=Topology(tp=2), runner_config=runner, engine_config=ENGINE)
     return Replica(id=id, app=app, model="tiny", ranks=ranks, engine_config=ENGINE, config=CONFIG)
 
 

@@ -15,7 +15,7 @@ from cluster.replica import Replica
 from engine.config import EngineConfig
 from engine.errors import EngineStopped
 from parallel.topology import Topology
-from tests.cluster.fake_ranks import FakeRanks
+from tests.cluster.fake_ranks import FakeRankLauncher
 from tests.cluster.fakes import eventually
 
 
@@ -29,7 +29,7 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
             id="a",
             app="app",
             model="m",
-            ranks=FakeRanks(topology=Topology()),
+            ranks=FakeRankLauncher(topology=Topology()),
             engine_config=EngineConfig(),
             config=ReplicaConfig(heartbeat_s=0.02, other_hosts=False),
         )

@@ -6,9 +6,9 @@ import pytest
 
 from cluster.config import RouterConfig
 from cluster.errors import HostLost, ReplicaLost, ResumesExhausted
-from cluster.health import StepWatch
+from cluster.health import StepStallDetector
 from cluster.replica_link import LinkLost
-from cluster.resume import MAX_QUARANTINED, Quarantine, ResumeBudget, Resumes
+from cluster.resume import MAX_QUARANTINED, Quarantine, ResumeBudget, ResumePolicy
 from engine.errors import PoisonedRequest
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -31,9 +31,9 @@ def stall(replica: str) -> LinkLost:
     return LinkLost(replica, "no token", reason="stalled")
 
 
-def resumes_of(**config: float) -> tuple[Resumes, Clock]:
+def resumes_of(**config: float) -> tuple[ResumePolicy, Clock]:
     clock = Clock()
-    return Resumes(RouterConfig(**config), clock), clock  # type: ignore[arg-type]
+    return ResumePolicy(RouterConfig(**config), clock), clock  # type: ignore[arg-type]
 
 
 def test_what_was_poison_once_is_refused_under_another_id_and_seed_until_the_time_is_over() -> None:
@@ -221,13 +221,13 @@ async def test_streams_leave_a_replica_that_lost_a_host_at_once_and_are_told_its
 
 def test_an_engine_at_work_is_doubted_after_a_time_that_fits_its_steps() -> None:
     clock = Clock()
-    watch = StepWatch(6.0, clock=clock)
-    assert watch.still_s(1, 0.1) is None
+    watch = StepStallDetector(6.0, clock=clock)
+    assert watch.stalled_s(1, 0.1) is None
     clock.now = 6.1
-    assert watch.still_s(1, 0.1) == pytest.approx(6.1)
-    assert watch.still_s(1, 2.0) is None, "its steps take 2 s, so 6.1 s are no sign"
-    assert watch.still_s(2, 0.1) is None
+    assert watch.stalled_s(1, 0.1) == pytest.approx(6.1)
+    assert watch.stalled_s(1, 2.0) is None, "its steps take 2 s, so 6.1 s are no sign"
+    assert watch.stalled_s(2, 0.1) is None
     clock.now = 20
-    watch.rest()
+    watch.reset()
     clock.now = 25
-    assert watch.still_s(2, 0.1) is None, "it had nothing to do"
+    assert watch.stalled_s(2, 0.1) is None, "it had nothing to do"

@@ -8,7 +8,7 @@ from cluster.channel import Address
 from cluster.messages import RankFailed
 from cluster.peer_liveness import PeerStatus
 from cluster.root_cause import _reason, diagnose_loss
-from cluster.worker import Place, crash_report_path
+from cluster.worker import WorkerLocation, crash_report_path
 from cluster.worker_handles import WorkerHandle
 
 ABORTED = "Fatal Python error: Aborted"
@@ -37,7 +37,10 @@ def test_a_host_that_is_silent_is_the_cause_and_not_the_rank_that_aborts_over_it
     aborted, silent = workers(tmp_path)
     aborted.ended, aborted.note, aborted.silent = "its process died", ABORTED, True
     address = Address(node="n", tcp="tcp://192.0.2.1:5")
-    silent.silent, silent.place = True, Place(rank=1, node="n", host="far", ip="192.0.2.1", pid=1, started=1, address=address, free_port=1)
+    silent.silent, silent.location = (
+        True,
+        WorkerLocation(rank=1, node="n", host="far", ip="192.0.2.1", pid=1, started=1, address=address, free_port=1),
+    )
     loss = diagnose_loss((aborted, silent), 7, None)
     assert (loss.rank, loss.host, loss.from_outside) == (1, "far", True)
 

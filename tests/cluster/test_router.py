@@ -224,12 +224,12 @@ async def test_a_tenant_that_found_no_place_anywhere_is_refused_unasked_for_a_mo
         router._clock = lambda: now
         greedy = dataclasses.replace(REQUEST, tenant="greedy")
         await collect(router, greedy)
-        assert router.refusal("greedy") is None, "the other replica may have a place"
+        assert router.recent_refusal("greedy") is None, "the other replica may have a place"
         await collect(router, greedy)
-        refused = router.refusal("greedy")
+        refused = router.recent_refusal("greedy")
         assert refused is not None
         assert refused.error_kind == "QueueFull"
-        assert router.refusal("another") is None
+        assert router.recent_refusal("another") is None
         now += FULL_FOR_S
-        assert router.refusal("greedy") is None
+        assert router.recent_refusal("greedy") is None
         assert not router._full

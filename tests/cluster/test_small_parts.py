@@ -9,7 +9,7 @@ from cluster.channel import Address
 from cluster.config import RankResources, ReplicaConfig, RouterConfig
 from cluster.directory import Reader, Register, ReplicaRecord
 from cluster.errors import RecoveryGivenUp, StartFailed
-from cluster.health import Health, StartProgressBoard, State
+from cluster.health import Health, StartProgressTracker, State
 from cluster.placement import HOST_RESOURCE_SHARE, bundle_of, bundles, cpus_needed, most_on_a_host, on_hosts_with, strategy
 from cluster.recovery import Recovery, RestartBudget
 from cluster.worker_handles import WorkerHandle, start_workers
@@ -117,69 +117,69 @@ def test_a_replica_must_be_allowed_more_silence_than_there_is_between_two_pings(
 def test_a_replica_is_ready_only_after_a_canary() -> None:
     health = Health()
     assert not health.ready
-    assert health.canary_passed(health.generation)
+    assert health.record_canary(health.generation)
     assert health.ready
 
 
 def test_a_canary_from_before_a_loss_proves_nothing() -> None:
     health = Health()
     before = health.generation
-    after = health.lost("rank 1 died")
-    assert not health.canary_passed(before)
+    after = health.mark_lost("rank 1 died")
+    assert not health.record_canary(before)
     assert not health.ready
-    assert health.canary_passed(after)
+    assert health.record_canary(after)
 
 
 def test_a_host_that_took_the_ranks_with_it_is_named_until_they_are_back() -> None:
     health = Health()
-    health.lost("a rank ended", told=False)
+    health.mark_lost("a rank ended", announced=False)
     assert not health.ranks_lost, "nobody leaves before the engine has said whose step it was"
-    health.lost("rank 1 on gpu-7 was lost", host="gpu-7")
+    health.mark_lost("rank 1 on gpu-7 was lost", host="gpu-7")
     assert health.ranks_lost
-    health.lost("a rank ended")
+    health.mark_lost("a rank ended")
     assert health.lost_host == "gpu-7"
-    assert health.canary_passed(health.generation)
-    health.lost("rank 1 died")
+    assert health.record_canary(health.generation)
+    health.mark_lost("rank 1 died")
     assert health.lost_host is None
 
 
 def test_a_failed_replica_never_becomes_ready_again() -> None:
     health = Health()
-    health.failed("gave up")
-    assert not health.canary_passed(health.generation)
-    health.lost("again")
+    health.mark_failed("gave up")
+    assert not health.record_canary(health.generation)
+    health.mark_lost("again")
     assert health.state is State.FAILED
 
 
 def test_a_draining_replica_stays_so_through_a_loss() -> None:
     health = Health()
-    health.draining()
-    assert not health.canary_passed(health.lost("rank 0 died"))
+    health.mark_draining()
+    assert not health.record_canary(health.mark_lost("rank 0 died"))
     assert health.state is State.DRAINING
 
 
 def test_a_suspect_replica_is_ready_again_with_its_next_token() -> None:
     health = Health()
-    health.canary_passed(health.generation)
-    health.suspect("no canary token for 5 s")
+    health.record_canary(health.generation)
+    health.mark_suspect("no canary token for 5 s")
     assert not health.ready
-    assert health.canary_passed(health.generation)
+    assert health.record_canary(health.generation)
     assert health.ready
 
 
 def test_a_start_is_as_far_as_its_slowest_rank() -> None:
-    board = StartProgressBoard(2)
-    board.note(0, "warm_up", 0, 1)
-    assert board.loading.done == 0.0
-    board.note(1, "weights", 50, 100)
-    assert board.loading.doing == "weights"
-    assert board.loading.done == pytest.approx(0.475)
-    board.note(0, "warm_up", 1, 1)
-    board.note(1, "capture", 5, 10)
-    assert board.loading.done < 1.0
-    board.note(0, "capture", 10, 10)
-    board.note(1, "capture", 10, 10)
-    assert board.loading.done == 1.0
+    progress = StartProgressTracker(2)
+    progress.note(0, "warm_up", 0, 1)
+    assert progress.loading.done == 0.0
+    progress.note(1, "weights", 50, 100)
+    assert progress.loading.doing == "weights"
+    assert progress.loading.done == pytest.approx(0.475)
+    progress.note(0, "warm_up", 1, 1)
+    progress.note(1, "capture", 5, 10)
+    assert progress.loading.done < 1.0
+    progress.note(0, "capture", 10, 10)
+    progress.note(1, "capture", 10, 10)
+    assert progress.loading.done == 1.0
 
 
 def test_the_canary_is_asked_once_per_generation_and_keeps_its_events_to_itself() -> None:
@@ -188,7 +188,7 @@ def test_the_canary_is_asked_once_per_generation_and_keeps_its_events_to_itself(
     canary.send()
     canary.send()
     assert len(sent) == 1
-    health.lost("rank 0 died")
+    health.mark_lost("rank 0 died")
     canary.send()
     assert len(sent) == 2
     stale = TokenEvent(sent[0].id, 0, 0, 0, (1,), finish_reason="length")
@@ -196,7 +196,7 @@ def test_the_canary_is_asked_once_per_generation_and_keeps_its_events_to_itself(
     assert not health.ready
     canary.take(EngineOutput([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")]))
     assert health.ready
-    assert canary.overdue_s == 0.0
+    assert canary.pending_s == 0.0
 
 
 def test_a_canary_that_failed_is_no_proof() -> None:
@@ -212,7 +212,7 @@ def test_a_canary_that_failed_is_no_proof() -> None:
 def test_a_replica_whose_ranks_have_no_numbers_for_a_canary_is_not_ready_until_they_have() -> None:
     health, sent = Health(), list[Request]()
     canary = Canary(health, sent.append)
-    assert health.canary_passed(health.generation)
+    assert health.record_canary(health.generation)
     canary.send()
     canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="InvalidLogits")]))
     assert not health.ready
@@ -225,7 +225,7 @@ def test_a_replica_whose_ranks_have_no_numbers_for_a_canary_is_not_ready_until_t
 def test_a_canary_that_found_the_queue_full_makes_nobody_doubt() -> None:
     health, sent = Health(), list[Request]()
     canary = Canary(health, sent.append)
-    assert health.canary_passed(health.generation)
+    assert health.record_canary(health.generation)
     canary.send()
     canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")]))
     assert health.ready
@@ -238,17 +238,17 @@ def refusal(request: Request) -> TokenEvent:
 def test_with_a_full_queue_a_clients_token_is_the_proof_that_a_refused_canary_could_not_be() -> None:
     health, sent = Health(), list[Request]()
     canary = Canary(health, sent.append)
-    health.lost("rank 0 died")
+    health.mark_lost("rank 0 died")
     canary.send()
     old = TokenEvent("client", 0, 0, 0, (5,))
     canary.take(EngineOutput([refusal(sent[0]), old]))
     assert not health.ready, "a token of the ranks that were lost proves nothing"
-    canary.ranks_start()
+    canary.note_restart()
     canary.take(EngineOutput([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")]))
     assert not health.ready, "an end without a token proves nothing"
     canary.take(EngineOutput([TokenEvent("client", 0, 0, 1, (6,))]))
     assert health.ready
-    health.lost("rank 1 died")
+    health.mark_lost("rank 1 died")
     canary.take(EngineOutput([TokenEvent("client", 0, 0, 2, (7,))]))
     assert not health.ready
 
@@ -259,7 +259,7 @@ def test_an_engine_that_has_stopped_is_sent_no_canary_and_that_is_no_error() -> 
 
     canary = Canary(Health(), stopped)
     canary.send()
-    assert canary.overdue_s == 0.0
+    assert canary.pending_s == 0.0
 
 
 # --- recovery

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.config import ReplicaConfig
 from cluster.replica import Replica
-from cluster.worker import ModelRanks
+from cluster.worker import ModelRankLauncher
 from engine.config import EngineConfig
 from engine.request import Request, SamplingParams
 from parallel.topology import Topology
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_as_many_parts_of_a_prompt_are_under_way_as_there_are_stages(num_stages: int, checkpoint: Path, tmp_path: Path) -> None:
     topology = Topology(pp=num_stages)
     runner = float32_config(num_blocks=160, block_tokens=16, max_context_tokens=2048)
-    ranks = ModelRanks(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
+    ranks = ModelRankLauncher(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
     waiting = StagesThatWait(ranks=ranks, begun=tmp_path)
     app = f"stages-{num_stages}"
     replica = Replica(id=app, app=app, model="tiny", ranks=waiting, engine_config=ENGINE, config=CONFIG)

@@ -21,14 +21,14 @@ from cluster.errors import StartFailed
 from cluster.executor import RayExecutor
 from cluster.placement_group import ReplicaPlacementGroup
 from cluster.replica import Replica
-from cluster.worker import ModelRanks, Ranks
+from cluster.worker import ModelRankLauncher, RankLauncher
 from engine.config import EngineConfig
 from engine.errors import WorkersLost
 from engine.plan import StepPlan, Work
 from engine.request import Request, SamplingParams
 from parallel.topology import Topology
 from tests.cluster.conftest import ROOT
-from tests.cluster.fake_ranks import CRASH, FakeRanks
+from tests.cluster.fake_ranks import CRASH, FakeRankLauncher
 from tests.cluster.fronts import answer, front
 from tests.engine.run.tiny_models import NUM_REAL_TOKENS, float32_config, greedy, write_dense, write_moe
 
@@ -74,7 +74,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(900), pytest.mark.usefixtu
 
 
 @contextmanager
-def running(ranks: Ranks, app: str, resources: RankResources) -> Iterator[Replica]:
+def running(ranks: RankLauncher, app: str, resources: RankResources) -> Iterator[Replica]:
     replica = Replica(id=app, app=app, model="tiny", ranks=ranks, engine_config=ENGINE, resources=resources, config=CONFIG)
     replica.start()
     try:
@@ -116,7 +116,7 @@ ONE_PER_HOST = RankResources(cpus=2)
     ],
 )
 def test_ranks_land_as_planned(topology: Topology, resources: RankResources, together: str) -> None:
-    with running(FakeRanks(topology=topology), "landing", resources) as replica:
+    with running(FakeRankLauncher(topology=topology), "landing", resources) as replica:
         assert letters(hosts_of(replica)) == together
 
 
@@ -125,7 +125,7 @@ def test_who_must_share_a_host_waits_rather_than_being_torn_apart(resources: Ran
     """Four CPUs are free, but no host has them all."""
     monkeypatch.setattr(replica_module, "PLACEMENT_TIMEOUT_S", 3.0)
     topology = Topology(pp=2) if resources.one_host else Topology(tp=2)
-    with pytest.raises(StartFailed, match="could not set aside"), running(FakeRanks(topology=topology), "torn", resources):
+    with pytest.raises(StartFailed, match="could not set aside"), running(FakeRankLauncher(topology=topology), "torn", resources):
         pass
 
 
@@ -142,7 +142,7 @@ async def test_one_replica_over_both_answers_as_transformers(
 ) -> None:
     checkpoint = (write_dense if kind == "dense" else write_moe)(tmp_path, num_hidden_layers=2)
     runner = float32_config(num_blocks=64, block_tokens=16)
-    ranks = ModelRanks(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
+    ranks = ModelRankLauncher(checkpoint_folder=checkpoint, topology=topology, runner_config=runner, engine_config=ENGINE)
     app = f"over-both-{kind}-{topology.size}-{topology.tp}"
     with running(ranks, app, resources) as replica:
         assert len(set(hosts_of(replica))) == 2
@@ -154,19 +154,19 @@ async def test_one_replica_over_both_answers_as_transformers(
 
 def test_a_rank_that_crashes_on_the_other_host_leaves_word_too() -> None:
     """And so it is blamed for its end, and with it the request that it was at."""
-    ranks = FakeRanks(topology=Topology(pp=2))
+    ranks = FakeRankLauncher(topology=Topology(pp=2))
     folder, placement_group = PrivateFolder(), ReplicaPlacementGroup.current_or_new(ranks, ONE_PER_HOST, timeout_s=30)
     try:
         executor = RayExecutor(ranks=ranks, resources=ONE_PER_HOST, config=CONFIG, placement_group=placement_group, folder=folder)
         try:
-            far = executor.places[1]
-            assert far.crash_note is not None, "it is on the other host than this process"
+            far = executor.locations[1]
+            assert far.crash_report is not None, "it is on the other host than this process"
             crash = StepPlan(0, (Work(sequence=0, start=0, tokens=(CRASH,), new_blocks=(), samples=True),))
             with pytest.raises(WorkersLost, match=r"rank 1 .*Segmentation fault") as caught:
                 executor.submit(crash).result()
             assert "fake_ranks.py" in (caught.value.rank_traceback or "")
             assert not caught.value.from_outside
-            assert not Path(far.crash_note).exists()
+            assert not Path(far.crash_report).exists()
         finally:
             executor.close()
     finally:

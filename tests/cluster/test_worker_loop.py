@@ -56,7 +56,7 @@ CALL = {"rendezvous": None, "ranks_on_host": 1, "deadlines": DEADLINES}
 @pytest.fixture
 def talking(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SlowRank, "zmq.Socket[bytes]"]]:
     """A rank behind a worker's loop, and the replica's end of their socket."""
-    monkeypatch.setattr("cluster.worker._die_after", lambda _seconds: None)  # the process's one alarm is pytest's here
+    monkeypatch.setattr("cluster.worker._set_kill_timer", lambda _seconds: None)  # the process's one alarm is pytest's here
     worker, rank = Worker(0), SlowRank()
     here = worker._context.socket(zmq.PAIR)
     worker._socket.bind("inproc://plans")
@@ -106,7 +106,7 @@ def test_who_has_nothing_under_way_is_told_at_once_that_nothing_comes_first() ->
 def test_what_a_step_raised_is_told_before_the_rank_lets_go_of_its_device_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is lost may not let go, or only with an error of its own."""
     alarms: list[float] = []
-    monkeypatch.setattr("cluster.worker._die_after", alarms.append)
+    monkeypatch.setattr("cluster.worker._set_kill_timer", alarms.append)
     worker, told, here = Worker(0), threading.Event(), zmq.Context.instance().socket(zmq.PAIR)
     here.connect(f"tcp://127.0.0.1:{worker._socket.bind_to_random_port('tcp://127.0.0.1')}")
     here.rcvtimeo = int(1000 * LIMIT_S)
@@ -145,7 +145,7 @@ def test_what_a_step_raised_is_told_before_the_rank_lets_go_of_its_device_and_no
 
 
 def test_a_rank_that_is_called_before_its_replica_is_connected_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.worker._die_after", lambda _seconds: None)
+    monkeypatch.setattr("cluster.worker._set_kill_timer", lambda _seconds: None)
     worker, here = Worker(0), zmq.Context.instance().socket(zmq.PAIR)
     here.rcvtimeo = int(1000 * LIMIT_S)
     address = f"tcp://127.0.0.1:{worker._socket.bind_to_random_port('tcp://127.0.0.1')}"
@@ -170,7 +170,7 @@ def test_a_rank_that_is_called_before_its_replica_is_connected_waits_for_it(monk
 
 def test_a_rank_whose_replica_never_connects_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     alarms: list[float] = []
-    monkeypatch.setattr("cluster.worker._die_after", alarms.append)
+    monkeypatch.setattr("cluster.worker._set_kill_timer", alarms.append)
     worker = Worker(0)
     worker._socket.bind("inproc://never")
     deadlines = Deadlines(start_s=0.01, first_step_s=LIMIT_S, step_s=LIMIT_S)

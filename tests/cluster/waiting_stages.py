@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.doctor.facts import Need
-from cluster.worker import ModelRanks, OnProgress, Rank
+from cluster.worker import ModelRankLauncher, OnProgress, Rank
 from engine.executor import Capacity
 from engine.plan import StepPlan, StepResult
 from engine.step_handle import StepHandle
@@ -56,7 +56,7 @@ class WaitsForTheOthers:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesThatWait:
-    ranks: ModelRanks
+    ranks: ModelRankLauncher
     begun: Path
     need: Need = field(default_factory=Need)
 
@@ -64,8 +64,8 @@ class StagesThatWait:
     def topology(self) -> Topology:
         return self.ranks.topology
 
-    def look(self) -> None:
-        self.ranks.look()
+    def check_host(self) -> None:
+        self.ranks.check_host()
 
     @contextmanager
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> Iterator[Rank]:

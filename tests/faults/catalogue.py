@@ -14,7 +14,7 @@ import psutil
 from engine.failpoints import Failure, arm, disarm, has_fired
 from tests.faults import side_requests
 from tests.faults.server import Victims
-from tests.faults.side_requests import Beside
+from tests.faults.side_requests import SideRequests
 
 MESSAGES = ("intake.send", "link.receive", "intake.read", "link.send")
 FRONT_LOST = frozenset({"503 unavailable"})
@@ -51,7 +51,7 @@ class Fault:
     """1: no client sees it. 2: the process that holds clients' sockets is hurt, a stream may break but not end falsely."""
     may_fail: frozenset[str] = frozenset()
     """Typed errors that a stream may end with."""
-    beside: Beside | None = None
+    beside: SideRequests | None = None
     """Requests that come beside the streams."""
     clients_leave: bool = False
     """Half of the streams' clients go away in the midst of them."""

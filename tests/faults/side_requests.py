@@ -25,7 +25,7 @@ LONG_PROMPTS, LONG_PROMPT_TOKENS = 4, 2_000
 POISONS = "~^`@#%&+=" + string.ascii_uppercase[::-1]
 """One of these is poison, as a token: the first that no stream beside says."""
 
-Beside = Callable[[Victims, int], Awaitable[list[str]]]
+SideRequests = Callable[[Victims, int], Awaitable[list[str]]]
 """Given the run's seed."""
 
 
@@ -78,7 +78,7 @@ async def crowd(victims: Victims, seed: int) -> list[str]:
     return [f"{answers.count(answer)} of {CROWD} connections ended with {answer}" for answer in wrong]
 
 
-def newcomers(*, may_fail: int) -> Beside:
+def newcomers(*, may_fail: int) -> SideRequests:
     """A few more, one after the other. So many of them may be told of a fault of their front, in so many words."""
 
     async def ask(session: aiohttp.ClientSession, victims: Victims, prompt: str) -> str:

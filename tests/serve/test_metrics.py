@@ -10,7 +10,7 @@ from cluster.channel import Address
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.health import State
-from cluster.resume import Resumes
+from cluster.resume import ResumePolicy
 from engine.executor import Capacity
 from engine.plan import PhaseTimes
 from engine.stats import EngineStats
@@ -132,7 +132,7 @@ def test_a_failure_is_told_by_its_code_and_an_unknown_model_without_its_name() -
 class Source:
     def __init__(self, *replicas: ReplicaRecord) -> None:
         self.replicas = replicas
-        self.resumes = Resumes(RouterConfig())
+        self.resumes = ResumePolicy(RouterConfig())
         self.resumes.counts.resumes["stalled"] = 2
         self.resumes.counts.tokens_replayed = 7
 

@@ -89,7 +89,7 @@ async def served(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
         tokenizer=tokenizer,
         source=router,
         observers=[RequestMetrics(Instruments("front"), [MODEL]), Quotas(num_fronts=lambda: 1)],
-        refusal=router.refusal,
+        refusal=router.recent_refusal,
     )
     doors = Doors(OncePerKey(service))
     try:

@@ -67,12 +67,12 @@ def test_of_hosts_where_all_is_well_only_the_network_is_told(need: Need) -> None
         ({"python": "3.12.1"}, CPU, "fatal", "versions", "Python is 3.12 there and 3.11"),
         ({"driver": "570.1"}, CUDA, "warning", "driver", "570.1"),
         ({"gpus": ()}, CUDA, "fatal", "gpu", "is to have 1 GPU and sees 0"),
-        ({"launcher_obstacle": "there is no C compiler"}, CUDA, "fatal", "compiler", "there is no C compiler"),
+        ({"triton_launcher_problem": "there is no C compiler"}, CUDA, "fatal", "compiler", "there is no C compiler"),
         ({"gpus": (dataclasses.replace(H100, index=11, used_bytes=30 * GIB),)}, CUDA, "warning", "gpu", "30.0 GiB of 80.0 GiB taken"),
         ({"gpus": (dataclasses.replace(H100, index=11, total_bytes=16 * GIB),)}, CUDA, "fatal", "memory", "weights need 20.0 GiB"),
         ({"clock_ahead_at_least_s": 3.0}, CPU, "warning", "clock", "at least 3.0 s ahead"),
         ({"clock_ahead_at_least_s": -3600.0}, CPU, "fatal", "clock", "3600.0 s behind"),
-        ({"checkpoint_missing": "FileNotFoundError: x"}, CPU, "fatal", "checkpoint", "FileNotFoundError: x"),
+        ({"checkpoint_problem": "FileNotFoundError: x"}, CPU, "fatal", "checkpoint", "FileNotFoundError: x"),
     ],
 )
 def test_one_rank_that_is_otherwise_names_its_host(changed: dict[str, Any], need: Need, severity: str, check: str, words: str) -> None:
@@ -125,7 +125,9 @@ def test_of_a_gpu_whose_memory_nobody_tells_nothing_is_held_against_it() -> None
 
 
 def test_the_image_for_gpus_brings_what_is_asked_for_where_no_compiler_is() -> None:
-    (finding,) = (one for one in examine([facts(0, "a", launcher_obstacle="there is no C compiler")], CUDA) if one.check == "compiler")
+    (finding,) = (
+        one for one in examine([facts(0, "a", triton_launcher_problem="there is no C compiler")], CUDA) if one.check == "compiler"
+    )
     packages = finding.todo.partition("Debian: ")[2].partition(")")[0].split()
     stage = (Path(__file__).parents[3] / "k8s" / "images" / "Dockerfile").read_text().partition("FROM manta AS cuda\n")[2]
     assert len(packages) == 3
@@ -133,7 +135,7 @@ def test_the_image_for_gpus_brings_what_is_asked_for_where_no_compiler_is() -> N
 
 
 def test_cpus_need_nothing_to_launch_kernels_by() -> None:
-    assert grave(examine([facts(0, "host-a", launcher_obstacle="there is no C compiler")], CPU)) == []
+    assert grave(examine([facts(0, "host-a", triton_launcher_problem="there is no C compiler")], CPU)) == []
 
 
 def test_one_host_may_meet_over_loopback() -> None:
@@ -146,7 +148,7 @@ def test_patch_releases_of_python_are_alike() -> None:
 
 
 def test_the_gravest_come_first() -> None:
-    ranks = [facts(0, "host-a", open_files_limit=100), facts(1, "host-b", checkpoint_missing="gone")]
+    ranks = [facts(0, "host-a", open_files_limit=100), facts(1, "host-b", checkpoint_problem="gone")]
     assert [finding.severity.value for finding in examine(ranks, CPU)] == ["fatal", "warning", "note", "note"]
 
 

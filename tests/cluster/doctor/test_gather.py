@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cluster.doctor.facts import Need
-from cluster.doctor.gather import gather, launcher_obstacle, parse_gpus
-from cluster.doctor.links import Links, findings_about, measure_links
+from cluster.doctor.gather import gather, parse_gpus, triton_launcher_problem
+from cluster.doctor.links import Links, link_findings, measure_links
 from cluster.doctor.survey import survey_this_machine
 from parallel.groups import ParallelGroups
 from parallel.topology import Topology
@@ -29,7 +29,7 @@ def test_facts_of_this_process(tmp_path: Path) -> None:
     assert facts.interface.address == "127.0.0.1"
     assert facts.cache_free_bytes > 0
     assert facts.memory_available_bytes > 2**20
-    assert facts.checkpoint_missing is None
+    assert facts.checkpoint_problem is None
     assert not (tmp_path / "not").exists()
 
 
@@ -37,7 +37,7 @@ def test_what_cannot_be_opened_is_a_fact(tmp_path: Path) -> None:
     def look() -> None:
         (tmp_path / "config.json").read_text()
 
-    missing = gather(rank=0, address=None, cache_folder=tmp_path, open_checkpoint=look).checkpoint_missing
+    missing = gather(rank=0, address=None, cache_folder=tmp_path, open_checkpoint=look).checkpoint_problem
     assert missing is not None
     assert "config.json" in missing
 
@@ -66,12 +66,12 @@ def test_triton_needs_a_compiler_and_headers_until_it_has_built_its_launcher(tmp
     kept, empty = tmp_path / "cache", tmp_path / "nothing"
     environment = {"TRITON_CACHE_DIR": str(kept), "PATH": str(empty)}
     (tmp_path / "Python.h").touch()
-    assert launcher_obstacle(environment, tmp_path) == "there is no C compiler"
-    assert launcher_obstacle(environment | {"CC": "tcc"}, tmp_path) is None
-    assert "Python.h" in (launcher_obstacle(environment | {"CC": "tcc"}, empty) or "")
+    assert triton_launcher_problem(environment, tmp_path) == "there is no C compiler"
+    assert triton_launcher_problem(environment | {"CC": "tcc"}, tmp_path) is None
+    assert "Python.h" in (triton_launcher_problem(environment | {"CC": "tcc"}, empty) or "")
     (kept / "AB12").mkdir(parents=True)
     (kept / "AB12" / "cuda_utils.cpython-311-x86_64-linux-gnu.so").touch()
-    assert launcher_obstacle(environment, empty) is None
+    assert triton_launcher_problem(environment, empty) is None
 
 
 def measured(groups: ParallelGroups) -> Links:
@@ -87,14 +87,14 @@ def test_links_are_measured_alike_on_all_ranks() -> None:
 
 def test_a_slow_link_between_hosts_names_both() -> None:
     links = Links(transport="gloo", latency_s=1e-4, bandwidth_bytes_per_s=1e9, link_bandwidths=(1e10, 1e9, 1e10, 9e9))
-    told = findings_about(links, ("a", "a", "b", "b"))
+    told = link_findings(links, ("a", "a", "b", "b"))
     (slow,) = (finding for finding in told if finding.check == "link")
     assert (slow.host, slow.ranks) == ("a", (1, 2))
     assert "rank 2 (b) 1.00 GB/s" in slow.found
-    assert findings_about(links, ("a",) * 4)[1:] == []
+    assert link_findings(links, ("a",) * 4)[1:] == []
 
 
 def test_this_machine_is_surveyed_rank_by_rank(tmp_path: Path) -> None:
-    survey = survey_this_machine(Topology(tp=2), Need(), cache_folder=tmp_path, look=None)
+    survey = survey_this_machine(Topology(tp=2), Need(), cache_folder=tmp_path, host_check=None)
     assert [each.rank for each in survey.facts] == [0, 1]
     assert [finding.check for finding in survey.findings].count("all-reduce") == 1

@@ -16,7 +16,7 @@ import pytest
 from google.rpc.status_pb2 import Status
 
 import serve.bypass
-from cluster.bypass import PiecesLost, Sender, new_answer
+from cluster.bypass import PiecesLost, Sender, new_answer_number
 from serve.bypass import HEADER, Passages, Way, Ways
 from serve.errors import InvalidRequest
 from serve.grpc.bypass import Signal, passed, past_ray
@@ -383,7 +383,7 @@ def test_calls_that_are_no_streams_are_left_alone(passages: Passages) -> None:
 
 
 def test_no_message_of_ours_is_taken_for_a_signal_and_no_signal_for_a_message() -> None:
-    for signal in (Signal("begin", new_answer(7)), Signal("end", 0)):
+    for signal in (Signal("begin", new_answer_number(7)), Signal("end", 0)):
         raw = signal.SerializeToString()
         assert Signal.of(raw) == signal
         with pytest.raises(Exception, match="parsing"):

@@ -17,7 +17,7 @@ import zmq
 import cluster.bypass
 import serve.bypass
 import serve.http.bypass
-from cluster.bypass import PiecesLost, Receiver, Sender, is_here, new_answer
+from cluster.bypass import PiecesLost, Receiver, Sender, new_answer_number, socket_exists
 from serve.bypass import Passages, Ways
 from serve.errors import ErrorBody
 from serve.http.bypass import FrontBypass, ProxyBypass
@@ -160,7 +160,7 @@ async def test_all_that_is_ready_at_once_goes_as_one_message(monkeypatch: pytest
     receiver = cluster.bypass.Receiver()
     sender, passages = Sender(receiver.address), [receiver.open() for _ in range(32)]
     await come_true(lambda: sender.is_connected)
-    answers = [new_answer(passage.number) for passage in passages]
+    answers = [new_answer_number(passage.number) for passage in passages]
     for passage, answer in zip(passages, answers, strict=True):
         passage.begin(answer)
     for turn in range(3):
@@ -283,7 +283,7 @@ async def test_a_message_that_cannot_be_read_ends_nobody_elses_stream() -> None:
     receiver = cluster.bypass.Receiver()
     sender, passage = Sender(receiver.address), receiver.open()
     await come_true(lambda: sender.is_connected)
-    passage.begin(answer := new_answer(passage.number))
+    passage.begin(answer := new_answer_number(passage.number))
     sender._socket.send(b"no message")
     sender.put(answer, b"a")
     assert await passage.take(0, 10) == [b"a"]
@@ -338,7 +338,7 @@ async def test_a_proxy_that_no_longer_reads_breaks_its_streams_and_goes_on_by_ra
     with monkeypatch.context() as patched:
         patched.setattr(cluster.bypass, "_decode", broken)
         way.put(b"a")
-        await come_true(lambda: receiver.is_over and not is_here(receiver.address))
+        await come_true(lambda: receiver.is_over and not socket_exists(receiver.address))
     assert "our own mistake" in caplog.text
     await come_true(lambda: not way.sender.is_connected)
     way.put(b"b")
