@@ -184,11 +184,11 @@ class FrontProtocol:
         if wanted:
             self._tell_news(now=True)  # numbers below the whole's are for the others only
             self._followers.add(front)
-            self._send(front, self._journal.whole())
+            self._send(front, self._journal.snapshot())
 
     def _tell_news(self, *, now: bool = False) -> None:
         """What has changed in the prefix cache; read also if nobody follows, so that it does not pile up."""
-        if (now or self._clock() >= self._news_due) and (news := self._journal.news()) is not None:
+        if (now or self._clock() >= self._news_due) and (news := self._journal.changes()) is not None:
             self._news_due = self._clock() + NEWS_EVERY_S
             for front in list(self._followers):
                 self._send(front, news)

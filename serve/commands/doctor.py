@@ -84,7 +84,7 @@ def _examine(config: "ServeConfig", names_a_model: bool, address: str | None, ch
         if checkpoint_only:
             return Survey(facts=(), findings=tuple(findings))
         report("examining the hosts", 0.5)
-        return _survey(config, found, address).told(findings)
+        return _survey(config, found, address).with_findings(findings)
 
 
 def _checkpoint(config: "ServeConfig", report: Report) -> "tuple[FoundModel | None, list[Finding]]":
