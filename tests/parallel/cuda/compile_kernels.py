@@ -98,7 +98,7 @@ OTHER_ATTENTION = ((64, torch.bfloat16), (64, torch.float32), (128, torch.float3
 
 def _of_dtype(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, str], dict[str, Any]]:
     name = "*fp32" if dtype == torch.float32 else "*bf16"
-    sizes = SIZES | {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "PRECISION": paged_attention.precision(dtype)}
+    sizes = SIZES | {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "PRECISION": paged_attention.dot_precision(dtype)}
     return ATTENTION | dict.fromkeys(("q", "out", "keys", "values"), name), sizes
 
 

@@ -96,7 +96,7 @@ def cuda_driver(monkeypatch: pytest.MonkeyPatch) -> CudaDriver:
     monkeypatch.setattr(driver, "_active", found)
     quick_launch._is_understood.cache_clear()
     monkeypatch.setattr(Launcher, "seen", [])
-    monkeypatch.setattr(quick_launch, "_is_allowed", True)
+    monkeypatch.setattr(quick_launch, "_is_enabled", True)
     return found
 
 
