@@ -18,12 +18,12 @@ Range = tuple[int, memoryview]
 
 PIECE_BYTES = 8 * 2**20
 """Size of one request to remote storage: long enough that the round trip hardly matters."""
-RANGES_AT_A_TIME = 16
+CONCURRENT_RANGES = 16
 """Concurrent requests of one rank."""
 ATTEMPTS = 6
-FIRST_WAIT_S = 0.2
+FIRST_DELAY_S = 0.2
 """Before the second attempt; doubled for each further one, 6 s in total."""
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 """Errors that another attempt does not fix. The stores' libraries have no common base class for those that it may fix."""
 
 
@@ -113,7 +113,7 @@ class RemoteFile:
         self.name, self.size = name, size
         self.bytes_fetched = 0
         self._fetch, self._sleep, self._piece_bytes = fetch, sleep, piece_bytes
-        self._threads = ThreadPoolExecutor(RANGES_AT_A_TIME, thread_name_prefix="fetch")  # threads start when they are needed
+        self._threads = ThreadPoolExecutor(CONCURRENT_RANGES, thread_name_prefix="fetch")  # threads start when they are needed
 
     def read(self, ranges: Sequence[Range]) -> None:
         pieces = [
@@ -145,8 +145,8 @@ def with_retries(act: Callable[[], T], *, sleep: Callable[[float], None] = time.
     for attempt in range(ATTEMPTS - 1):
         try:
             return act()
-        except FINAL:
+        except PERMANENT_ERRORS:
             raise
         except Exception:
-            sleep(FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311  (spreads the ranks' attempts)
+            sleep(FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311  (spreads the ranks' attempts)
     return act()

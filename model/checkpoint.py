@@ -21,8 +21,8 @@ from model.checkpoint_header import TensorHeader, first_few, read_header, reject
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 4 * 10**9
-HEADERS_AT_A_TIME = 8
-ALONG_BYTES = 32 * 2**20
+CONCURRENT_HEADERS = 8
+READ_THROUGH_BYTES = 32 * 2**20
 """Most bytes of whole rows in memory, where only a part of each row is needed."""
 
 
@@ -63,7 +63,7 @@ class FileTensor:
         """The given part as a CPU tensor: one slice of step 1 per dim, or everything.
 
         Adjacent rows are read directly. For a part of each row, the bytes in between are read along if that is faster than skipping them
-        (`ByteSource.worthwhile_gap_bytes`), at most `ALONG_BYTES` at a time.
+        (`ByteSource.worthwhile_gap_bytes`), at most `READ_THROUGH_BYTES` at a time.
 
         Raises:
             CheckpointError: the file cannot be read; it names file and tensor.
@@ -99,7 +99,7 @@ class FileTensor:
         if len(wanted) == 2 and left_out * self.dtype.itemsize > self.source.worthwhile_gap_bytes:
             self.source.read([(self._byte(row * row_size + columns.start), _bytes_of(part[at])) for at, row in enumerate(rows)])
             return
-        at_a_time = max(1, ALONG_BYTES // (row_size * self.dtype.itemsize))
+        at_a_time = max(1, READ_THROUGH_BYTES // (row_size * self.dtype.itemsize))
         inner = tuple(slice(span.start, span.stop) for span in wanted[1:])
         for start in range(rows.start, rows.stop, at_a_time):
             stop = min(start + at_a_time, rows.stop)
@@ -129,7 +129,7 @@ class Checkpoint:
         self._tensors: dict[str, FileTensor] = {}
         shards = _shards(self._folder, single_file)
         try:
-            with ThreadPoolExecutor(HEADERS_AT_A_TIME) as threads:
+            with ThreadPoolExecutor(CONCURRENT_HEADERS) as threads:
                 for opened in threads.map(self._open, shards, shards.values()):
                     self._tensors |= opened
         except BaseException:
@@ -154,9 +154,9 @@ class Checkpoint:
         return sum(file.bytes_fetched for file in self._files)
 
     @property
-    def reads_at_a_time(self) -> int:
+    def concurrent_reads(self) -> int:
         """How many tensors should be read concurrently."""
-        return self._folder.reads_at_a_time
+        return self._folder.concurrent_reads
 
     def close(self) -> None:
         """Close the files. Tensors that were read stay valid."""

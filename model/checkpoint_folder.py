@@ -44,7 +44,7 @@ class CheckpointFolder(Protocol):
         ...
 
     @property
-    def reads_at_a_time(self) -> int:
+    def concurrent_reads(self) -> int:
         """How many tensors should be read concurrently."""
         ...
 
@@ -75,7 +75,7 @@ def small_files(location: Path | str) -> Path:
 class LocalFolder:
     """A folder on this host."""
 
-    reads_at_a_time = 2
+    concurrent_reads = 2
     """One waits for the disk while the other converts."""
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class LocalFolder:
 class RemoteFolder:
     """A folder by an fsspec URL. Listed once; later changes are not noticed."""
 
-    reads_at_a_time = 4
+    concurrent_reads = 4
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -105,7 +105,7 @@ class RemoteFolder:
         try:
             entries = with_retries(lambda: self._system.ls(path, detail=True))
         except Exception as error:  # each store's library has its own errors
-            raise CheckpointError(f"{self._url} cannot be listed ({_said(error)})", file=self._url) from error
+            raise CheckpointError(f"{self._url} cannot be listed ({_describe(error)})", file=self._url) from error
         self._entries = _files(entries)
         self._module_folders = [entry["name"] for entry in entries if entry["type"] == "directory" and _is_module(entry["name"])]
 
@@ -152,7 +152,7 @@ class RemoteFolder:
         try:
             each = {folder: with_retries(partial(self._system.ls, folder, detail=True)) for folder in self._module_folders}
         except Exception as error:
-            raise CheckpointError(f"a subfolder of {self._url} cannot be listed ({_said(error)})", file=self._url) from error
+            raise CheckpointError(f"a subfolder of {self._url} cannot be listed ({_describe(error)})", file=self._url) from error
         return {f"{_last(folder)}/{name}": entry for folder, entries in each.items() for name, entry in _files(entries).items()}
 
     def _content(self, name: str, entry: Mapping[str, Any]) -> bytes:
@@ -166,7 +166,7 @@ class RemoteFolder:
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{self.file(name)} cannot be fetched ({_said(error)})", file=self.file(name)) from error
+            raise CheckpointError(f"{self.file(name)} cannot be fetched ({_describe(error)})", file=self.file(name)) from error
         return bytes(content)
 
 
@@ -224,5 +224,5 @@ def _file_system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

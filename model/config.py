@@ -32,9 +32,9 @@ class UnsupportedModel(ValueError):
 class ContextTooLong(ValueError):
     """The configured context is longer than the model's limit."""
 
-    def __init__(self, *, asked_tokens: int, limit_tokens: int, cut_from_tokens: int | None = None) -> None:
-        """``cut_from_tokens``: see `ModelConfig.cut_from_tokens`."""
-        cut = f" (of {cut_from_tokens}: beyond them it needs dual chunk attention, which is not supported)" if cut_from_tokens else ""
+    def __init__(self, *, asked_tokens: int, limit_tokens: int, dual_chunk_tokens: int | None = None) -> None:
+        """``dual_chunk_tokens``: see `ModelConfig.dual_chunk_tokens`."""
+        cut = f" (of {dual_chunk_tokens}: beyond them it needs dual chunk attention, which is not supported)" if dual_chunk_tokens else ""
         super().__init__(
             f"max_context_tokens={asked_tokens} is more than the {limit_tokens} tokens that this model supports{cut}; leave it out, or "
             "copy the checkpoint and add rope_scaling (YaRN) to its config.json, where the model's card allows it"
@@ -100,7 +100,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_context_tokens: int
-    """`max_position_embeddings`, or the context to which YaRN extends it; see also `cut_from_tokens`."""
+    """`max_position_embeddings`, or the context to which YaRN extends it; see also `dual_chunk_tokens`."""
     rms_norm_eps: float
     rope: RopeConfig
     qkv_bias: bool
@@ -117,7 +117,7 @@ class ModelConfig:
     meaningless."""
     quantisation: Quantisation | None = None
     """`quantization_config`: how the layers' matrices are stored; None if they are not quantised."""
-    cut_from_tokens: int | None = None
+    dual_chunk_tokens: int | None = None
     """`max_position_embeddings` if `max_context_tokens` is lower because longer contexts need dual chunk attention (arXiv 2402.17463,
     `dual_chunk_attention_config`: Qwen2.5-1M). Up to the training context that is ordinary attention."""
 
@@ -136,7 +136,7 @@ class ModelConfig:
             ContextTooLong: ``lowered_to`` exceeds the model's limit.
         """
         if lowered_to is not None and lowered_to > self.max_context_tokens:
-            raise ContextTooLong(asked_tokens=lowered_to, limit_tokens=self.max_context_tokens, cut_from_tokens=self.cut_from_tokens)
+            raise ContextTooLong(asked_tokens=lowered_to, limit_tokens=self.max_context_tokens, dual_chunk_tokens=self.dual_chunk_tokens)
         return lowered_to or self.max_context_tokens
 
     @classmethod
@@ -182,7 +182,7 @@ class ModelConfig:
             moe=_moe(raw) if architecture == MOE else None,
             eos_token_ids=token_ids(raw.get("eos_token_id"), "eos_token_id"),
             quantisation=_quantisation(raw),
-            cut_from_tokens=max_positions if max_context_tokens < max_positions else None,
+            dual_chunk_tokens=max_positions if max_context_tokens < max_positions else None,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from model.quantisation import HeldAs
+from model.quantisation import QuantisedKind
 from parallel.native.library import available_kinds
 from parallel.native.linear import Kind
 from parallel.onednn_format import OneDnnFormat, has_amx, runs_here
@@ -38,7 +38,7 @@ def choose_formats(
     device: torch.device,
     dtype: torch.dtype,
     stored: Iterable[torch.dtype],
-    quantize: QuantizeName | HeldAs | None = None,
+    quantize: QuantizeName | QuantisedKind | None = None,
     *,
     rounds_activations: bool = False,
     common_kinds: frozenset[str] | None = None,
@@ -79,12 +79,12 @@ def choose_formats(
     return Formats(Dense(dtype), Dense(dtype))
 
 
-def _rounded(quantize: HeldAs, stored: torch.dtype, rounds_activations: bool, kinds: frozenset[str]) -> PackedFormat:
-    dots: dict[HeldAs, Kind] = {"int8": "int8_dot", "int4": "int4_dot", "int4_zeros": "int4_zeros_dot"}
+def _rounded(quantize: QuantisedKind, stored: torch.dtype, rounds_activations: bool, kinds: frozenset[str]) -> PackedFormat:
+    dots: dict[QuantisedKind, Kind] = {"int8": "int8_dot", "int4": "int4_dot", "int4_zeros": "int4_zeros_dot"}
     return PackedFormat(dots[quantize] if rounds_activations and dots[quantize] in kinds else quantize, stored)
 
 
-def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | HeldAs | None) -> Formats:
+def _on_cuda(device: torch.device, dtype: torch.dtype, raw: torch.dtype, quantize: QuantizeName | QuantisedKind | None) -> Formats:
     if quantize is None:
         return Formats(Dense(dtype), Dense(dtype))
     if quantize == "fp8" and (capability := torch.cuda.get_device_capability(device)) < FP8_MIN_CAPABILITY:

@@ -75,11 +75,11 @@ class Mlp(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         format = self.up.format
         fused_TD = format.gated(x_TD, self.up.tensors, self.down.tensors) if isinstance(format, PackedFormat) else None
-        result: Tensor = self.down(gated(self.up(x_TD))) if fused_TD is None else self.down.summed(fused_TD)
+        result: Tensor = self.down(swiglu(self.up(x_TD))) if fused_TD is None else self.down.summed(fused_TD)
         return result
 
 
-def gated(gate_up_TX: Tensor) -> Tensor:
+def swiglu(gate_up_TX: Tensor) -> Tensor:
     """``silu(gate) * up``, where gate and up are the two halves of each row."""
     kernels = elementwise_kernels_for(gate_up_TX)
     if kernels is not None:

@@ -124,7 +124,7 @@ def load_model(
     )
     bindings = list(model.bindings())
     tensors = _tensors(checkpoint, config, adapter, {binding.name for binding in bindings})
-    bytes_read = load_layers(bindings, tensors, checkpoint.reads_at_a_time, device, on_progress or (lambda _done, _total: None))
+    bytes_read = load_layers(bindings, tensors, checkpoint.concurrent_reads, device, on_progress or (lambda _done, _total: None))
     if model.head is not None:
         model.head.enable_screening()
     return model.eval().requires_grad_(False), LoadReport(

@@ -21,7 +21,7 @@ from parallel.native.sublayers import AttentionSublayer, GatedMlp, MlpSublayer, 
 from parallel.packed_format import FEW_ROWS, PackedFormat
 
 FEW_TOKENS = 64
-"""With more tokens, Python between the halves takes less than a hundredth of a step."""
+"""With more tokens, Python between the sublayers takes less than a hundredth of a step."""
 FEW_PRODUCTS = 25 * 10**9
 """Half a second on a slow processor: signals are only handled between calls."""
 
@@ -30,24 +30,29 @@ class NativeLayer:
     """One decoder layer with its KV cache. An MLP that other ranks share in remains a module, called after the norm."""
 
     def __init__(
-        self, attention: AttentionSublayer, output: Linear, mlp_half: MlpSublayer | MoeSublayer | None, mlp_norm: RmsNorm, mlp: nn.Module
+        self,
+        attention: AttentionSublayer,
+        output: Linear,
+        mlp_sublayer: MlpSublayer | MoeSublayer | None,
+        mlp_norm: RmsNorm,
+        mlp: nn.Module,
     ) -> None:
         self._attention, self._output = attention, output
-        self._mlp_half, self._mlp_norm, self._mlp = mlp_half, mlp_norm, mlp
+        self._mlp_sublayer, self._mlp_norm, self._mlp = mlp_sublayer, mlp_norm, mlp
 
     @property
-    def halves(self) -> tuple[AttentionSublayer, MlpSublayer | MoeSublayer] | None:
+    def sublayers(self) -> tuple[AttentionSublayer, MlpSublayer | MoeSublayer] | None:
         """None if a part is left to a module, or if a bias must be added after a sum over ranks."""
         summed = (self._output, self._mlp.down) if isinstance(self._mlp, Mlp) else (self._output,)
-        return None if self._mlp_half is None or any(linear.has_bias for linear in summed) else (self._attention, self._mlp_half)
+        return None if self._mlp_sublayer is None or any(linear.has_bias for linear in summed) else (self._attention, self._mlp_sublayer)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor | None, batch: StepBatch, kept_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Like `DecoderLayer.forward`. ``x_TD`` and ``delta_TD`` are contiguous, and ``x_TD`` is overwritten."""
         delta_TD = self._output.summed(self._attention(batch, x_TD, delta_TD))
         if kept_R is not None:
             x_TD, delta_TD = x_TD[kept_R], delta_TD[kept_R]
-        if self._mlp_half is not None:
-            result_TD = self._mlp_half(x_TD, delta_TD)
+        if self._mlp_sublayer is not None:
+            result_TD = self._mlp_sublayer(x_TD, delta_TD)
             return x_TD, self._mlp.down.summed(result_TD) if isinstance(self._mlp, Mlp) else result_TD
         x_TD, normed_TD = self._mlp_norm.add(x_TD, delta_TD)
         return x_TD, self._mlp(normed_TD)
@@ -60,7 +65,7 @@ class NativeLayers:
         """``tp``: the ranks that hold the other parts of each layer."""
         self.layers = tuple(layers)
         self.fused = _fuse(self.layers, tp)
-        """None if a layer has no `NativeLayer.halves`, or if ranks do not communicate through shared memory."""
+        """None if a layer has no `NativeLayer.sublayers`, or if ranks do not communicate through shared memory."""
         num_weights = self.fused.num_weights if self.fused is not None else 0
         self._few_tokens = min(FEW_TOKENS, FEW_PRODUCTS // max(num_weights, 1))
 
@@ -78,11 +83,11 @@ class NativeLayers:
 
 
 def _fuse(layers: Sequence[NativeLayer], tp: Group) -> NativeDecoder | None:
-    library, halves = native(), [layer.halves for layer in layers if layer.halves is not None]
+    library, sublayers = native(), [layer.sublayers for layer in layers if layer.sublayers is not None]
     exchange = tp.transport.shared_memory if tp.transport is not None else None
-    if library is None or not halves or len(halves) < len(layers) or (exchange is None and tp.size > 1):
+    if library is None or not sublayers or len(sublayers) < len(layers) or (exchange is None and tp.size > 1):
         return None
-    return NativeDecoder(library, halves, exchange, tp.axis)
+    return NativeDecoder(library, sublayers, exchange, tp.axis)
 
 
 def native_layer(
@@ -119,10 +124,10 @@ def native_layer(
         keys_NBGK=keys_NBGK,
         values_NBGK=values_NBGK,
     )
-    return NativeLayer(attention, output, _second_half(library, mlp_norm, mlp), mlp_norm, mlp)
+    return NativeLayer(attention, output, _mlp_sublayer(library, mlp_norm, mlp), mlp_norm, mlp)
 
 
-def _second_half(library: Native, norm: RmsNorm, mlp: nn.Module) -> MlpSublayer | MoeSublayer | None:
+def _mlp_sublayer(library: Native, norm: RmsNorm, mlp: nn.Module) -> MlpSublayer | MoeSublayer | None:
     assert norm.weight is not None
     if isinstance(mlp, SparseMlp):
         router, gate, shared = _product(library, mlp.router.logits), _product(library, mlp.shared_gate), _gated(library, mlp.shared)

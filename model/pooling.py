@@ -15,13 +15,13 @@ PoolingKind = Literal["last", "mean", "first"]
 """The hidden state of the last token, the mean of all, or that of the first."""
 
 MODULES = "modules.json"
-KINDS: dict[str, PoolingKind] = {
+KINDS_BY_FLAG: dict[str, PoolingKind] = {
     "pooling_mode_lasttoken": "last",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
 }
 """The names in `1_Pooling/config.json`."""
-NAMED: dict[str, PoolingKind] = {"lasttoken": "last", "mean": "mean", "cls": "first"}
+KINDS_BY_MODE: dict[str, PoolingKind] = {"lasttoken": "last", "mean": "mean", "cls": "first"}
 """The names in newer files, under `pooling_mode`."""
 TRANSFORMER, POOLING, NORMALIZE = "Transformer", "Pooling", "Normalize"
 
@@ -81,10 +81,12 @@ def _last_part(type_: Any) -> str:
 def _kind(path: Path) -> PoolingKind:
     raw = read_json_object(path)
     if (mode := raw.get("pooling_mode")) is not None:
-        if mode not in NAMED:
-            raise UnsupportedModel(f"{path}: pooling {mode!r} is not supported; {', '.join(NAMED)} are")
-        return NAMED[mode]
+        if mode not in KINDS_BY_MODE:
+            raise UnsupportedModel(f"{path}: pooling {mode!r} is not supported; {', '.join(KINDS_BY_MODE)} are")
+        return KINDS_BY_MODE[mode]
     chosen = [name for name, value in raw.items() if name.startswith("pooling_mode_") and value is True]
-    if len(chosen) != 1 or chosen[0] not in KINDS:
-        raise UnsupportedModel(f"{path}: pooling by {', '.join(chosen) or 'nothing'} is not supported; one of {', '.join(KINDS)} is")
-    return KINDS[chosen[0]]
+    if len(chosen) != 1 or chosen[0] not in KINDS_BY_FLAG:
+        raise UnsupportedModel(
+            f"{path}: pooling by {', '.join(chosen) or 'nothing'} is not supported; one of {', '.join(KINDS_BY_FLAG)} is"
+        )
+    return KINDS_BY_FLAG[chosen[0]]

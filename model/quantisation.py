@@ -11,7 +11,7 @@ from parallel.scale_groups import GROUP_SIZE
 
 WORD_BITS = 32
 """Several numbers are packed into a word of this size."""
-HeldAs = Literal["int8", "int4", "int4_zeros"]
+QuantisedKind = Literal["int8", "int4", "int4_zeros"]
 """Kinds of `parallel.packed_format` and `parallel.quantised_format`."""
 SUPPORTED = "GPTQ in 4 or 8 bits and AWQ in 4 are"
 
@@ -67,16 +67,16 @@ class Quantisation:
         """The zero of all groups, if it is symmetric."""
         return 1 << (self.bits - 1)
 
-    def held_as(self, unit: int = 0) -> HeldAs:
+    def preferred_kind(self, alignment: int = 0) -> QuantisedKind:
         """The format in which a rank holds such matrices by default: 4 bits if that loses nothing.
 
         Number minus zero fits 4 bits only if the zero is the middle of the range. Otherwise each group keeps its zero, which requires
-        that none of our groups crosses two of theirs. ``unit``: every rank's share of the input features is a multiple of it
+        that none of our groups crosses two of theirs. ``alignment``: every rank's share of the input features is a multiple of it
         (`model.share_alignment`).
         """
 
         def divides(group: int) -> bool:
-            return self.group_size is None or (self.group_size % group == 0 and unit % group == 0)
+            return self.group_size is None or (self.group_size % group == 0 and alignment % group == 0)
 
         if self.bits != 4 or not self.in_order:
             return "int8"

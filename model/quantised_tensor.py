@@ -50,7 +50,7 @@ class QuantisedTensor:
             CheckpointError: a part does not have the shape or dtype that fits the others.
         """
         if len(self.words.shape) != 2:
-            raise _wrong(self.words, f"has the shape {list(self.words.shape)}, expected two dims")
+            raise _error(self.words, f"has the shape {list(self.words.shape)}, expected two dims")
         num_outputs, num_inputs = self.shape
         num_groups = self._num_groups
         integers, halves = (torch.int32,), (torch.float16, torch.bfloat16)
@@ -86,7 +86,7 @@ class QuantisedTensor:
         if not outputs or not inputs:
             return torch.empty(len(outputs), len(inputs))
         if self.bias is not None and inputs.start == 0 and self.bias.read(_slice(outputs)).any():
-            raise _wrong(self.bias, "is not zero, and this matrix has no bias in the model")
+            raise _error(self.bias, "is not zero, and this matrix has no bias in the model")
         groups_K = self._groups_of(inputs)
         first, last = int(groups_K.min()), int(groups_K.max())
         some = range(first, last + 1)
@@ -117,16 +117,16 @@ class QuantisedTensor:
         groups_K = self.groups.read(_slice(inputs)).long()
         if groups_K.min() < 0 or groups_K.max() >= self._num_groups:
             strange = int(groups_K[(groups_K < 0) | (groups_K >= self._num_groups)][0])
-            raise _wrong(self.groups, f"names a group {strange}, and there are {self._num_groups}")
+            raise _error(self.groups, f"names a group {strange}, and there are {self._num_groups}")
         if self.quantisation.in_order and not torch.equal(groups_K, in_order_K):
-            raise _wrong(self.groups, "has groups out of order, and desc_act is false in config.json")
+            raise _error(self.groups, "has groups out of order, and desc_act is false in config.json")
         return groups_K
 
     def _zeros_of(self, groups: range, outputs: range) -> Tensor:
         """The zeros of these groups, (G, N) int32."""
         zeros_GN = self._unpacked(self.zeros, groups, outputs, dim=1, add=self._one_each if self.quantisation.zeros_less_one else 0)
         if self.quantisation.symmetric and (zeros_GN != self.quantisation.zero).any():
-            raise _wrong(self.zeros, f"has zeros that are not {self.quantisation.zero}, and sym is true in config.json")
+            raise _error(self.zeros, f"has zeros that are not {self.quantisation.zero}, and sym is true in config.json")
         return zeros_GN
 
     @property
@@ -168,7 +168,7 @@ def dequantised_tensors(
             if part is not None:
                 del plain[part.name]
         if matrix.name in plain:
-            raise _wrong(matrix.words, f"is present together with {matrix.name}")
+            raise _error(matrix.words, f"is present together with {matrix.name}")
         plain[matrix.name] = matrix
     if not modules:
         named = next(iter(tensors.values())).source.name if tensors else "the checkpoint"
@@ -181,7 +181,7 @@ def _matrix(module: str, tensors: Mapping[str, FileTensor], quantisation: Quanti
     needed = [ZEROS, SCALES] if quantisation.in_order else [ZEROS, SCALES, GROUPS]
     for part in needed:
         if f"{module}.{part}" not in tensors:
-            raise _wrong(words, f"is present without {module}.{part}")
+            raise _error(words, f"is present without {module}.{part}")
     has_own_bias = f"{module}.{BIAS}" in wanted
     return QuantisedTensor(
         module=module,
@@ -196,12 +196,12 @@ def _matrix(module: str, tensors: Mapping[str, FileTensor], quantisation: Quanti
 
 def _check(part: FileTensor, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> None:
     if part.shape != shape:
-        raise _wrong(part, f"has the shape {list(part.shape)}, expected {list(shape)} beside its {WORDS}")
+        raise _error(part, f"has the shape {list(part.shape)}, expected {list(shape)} beside its {WORDS}")
     if part.dtype not in dtypes:
-        raise _wrong(part, f"has the dtype {part.dtype}, expected {' or '.join(map(str, dtypes))}")
+        raise _error(part, f"has the dtype {part.dtype}, expected {' or '.join(map(str, dtypes))}")
 
 
-def _wrong(part: FileTensor, what: str) -> CheckpointError:
+def _error(part: FileTensor, what: str) -> CheckpointError:
     return CheckpointError(f"{part.source.name}: {part.name} {what}", file=part.source.name, tensor=part.name)
 
 

@@ -38,7 +38,7 @@ class Rope:
         frequency_F = 1.0 / period_F
         self.scale = 1.0
         if config.yarn is not None:
-            frequency_F = _stretched(period_F, config.yarn, config.theta)
+            frequency_F = _yarn_frequencies(period_F, config.yarn, config.theta)
             self.scale = yarn_scale(config.yarn)
         self.frequency_F = frequency_F.to(device)
 
@@ -56,7 +56,7 @@ def yarn_scale(yarn: YarnConfig) -> float:
     return 1.0 if yarn.factor <= 1 else 0.1 * math.log(yarn.factor) + 1.0
 
 
-def _stretched(period_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
+def _yarn_frequencies(period_F: Tensor, yarn: YarnConfig, theta: float) -> Tensor:
     """Interpolated frequencies, "NTK by parts" in the paper (section 3.2): fast ones are kept, slow ones divided by the factor, with a ramp
     in between.
 

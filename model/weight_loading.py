@@ -22,22 +22,22 @@ OnProgress = Callable[[int, int], None]
 
 MAX_THREADS = 8
 """Threads that read and pack; each needs some MB."""
-AHEAD_BYTES = 2 * 2**30
+READ_AHEAD_BYTES = 2 * 2**30
 """Bytes of tensors, as stored, that are on their way to a CUDA device at a time."""
-FAR_AHEAD = 64
+MAX_TENSORS_AHEAD = 64
 """Tensors that are read ahead before the first has arrived. If that one cannot be read, the others were read in vain."""
 
 
 def load_layers(
-    bindings: list[Binding], tensors: Mapping[str, StoredTensor], reads_at_a_time: int, device: torch.device, on_progress: OnProgress
+    bindings: list[Binding], tensors: Mapping[str, StoredTensor], concurrent_reads: int, device: torch.device, on_progress: OnProgress
 ) -> int:
     """Load layer by layer, several tensors at a time. Returns the bytes read.
 
     A layer that holds its weights as stored until all of them have arrived is converted before the next layer is allocated, in threads that
     share torch's cores. Layers that convert each piece on arrival are filled concurrently, one thread per tensor.
 
-    On a CUDA device the next layers are read while a layer is converted: up to `AHEAD_BYTES` of their weights, as stored, are on the device
-    beside it.
+    On a CUDA device the next layers are read while a layer is converted: up to `READ_AHEAD_BYTES` of their weights, as stored, are on the
+    device beside it.
 
     Embedding and head come first: they are the largest, and the temporary memory for quantising them is free again before memory fills
     up.
@@ -48,8 +48,8 @@ def load_layers(
     filled: list[WeightedLayer] = []
     with (
         return_freed_memory(),
-        _threads(max(reads_at_a_time, min(cores, MAX_THREADS)), 1, cancelled, device) as alone,
-        _threads(reads_at_a_time, max(1, cores // reads_at_a_time), cancelled, device) as together,
+        _threads(max(concurrent_reads, min(cores, MAX_THREADS)), 1, cancelled, device) as alone,
+        _threads(concurrent_reads, max(1, cores // concurrent_reads), cancelled, device) as together,
     ):
         for layer, of_layer in groupby(bindings, key=lambda binding: binding.layer):
             layer.allocate(device)
@@ -58,17 +58,17 @@ def load_layers(
                 wanted = _CancellableInto(stored, cancelled) if isinstance(stored, ReadableInto) else _Cancellable(stored, cancelled)
                 loading.begin(threads.submit(layer.load, slot.part, slot.tensor, wanted), stored.num_bytes)
                 if layer.is_streaming:
-                    loading.settle(FAR_AHEAD)
+                    loading.wait_until(MAX_TENSORS_AHEAD)
                 elif on_device:
-                    loading.settle(FAR_AHEAD, AHEAD_BYTES)
+                    loading.wait_until(MAX_TENSORS_AHEAD, READ_AHEAD_BYTES)
                 else:
-                    loading.settle(reads_at_a_time - 1)
+                    loading.wait_until(concurrent_reads - 1)
             if layer.is_streaming:
                 filled.append(layer)
             else:
                 loading.finish_when_loaded(layer)
-                loading.settle(FAR_AHEAD if on_device else 0)
-        loading.settle(0)
+                loading.wait_until(MAX_TENSORS_AHEAD if on_device else 0)
+        loading.wait_until(0)
     for layer in filled:
         layer.finish()
     return loading.bytes_read
@@ -80,36 +80,36 @@ class _PendingReads:
     def __init__(self, total_bytes: int, on_progress: OnProgress) -> None:
         self.bytes_read = 0
         self._total_bytes, self._on_progress = total_bytes, on_progress
-        self._under_way: deque[tuple[Future[int], int]] = deque()
-        self._num_begun = self._num_come = self._bytes_come = self._bytes_under_way = 0
+        self._pending: deque[tuple[Future[int], int]] = deque()
+        self._num_begun = self._num_arrived = self._bytes_arrived = self._bytes_pending = 0
         self._waiting: deque[tuple[WeightedLayer, int]] = deque()
         """Layers that are not converted yet, and the ordinal of their last tensor."""
         on_progress(0, total_bytes)
 
     def begin(self, read: Future[int], num_bytes: int) -> None:
         """A tensor of so many bytes is being read. The future returns how many of them this rank keeps."""
-        self._under_way.append((read, num_bytes))
+        self._pending.append((read, num_bytes))
         self._num_begun += 1
-        self._bytes_under_way += num_bytes
+        self._bytes_pending += num_bytes
 
     def finish_when_loaded(self, layer: WeightedLayer) -> None:
         """Convert the layer once everything that was begun so far has arrived."""
         self._waiting.append((layer, self._num_begun))
 
-    def settle(self, most: int, most_bytes: float = math.inf) -> None:
+    def wait_until(self, max_tensors: int, max_bytes: float = math.inf) -> None:
         """Wait until no more than so many tensors and bytes are being read. Raises what reading raised."""
         self._finish()  # also layers of which this rank needs nothing
-        while len(self._under_way) > most or self._bytes_under_way > most_bytes:
-            read, num_bytes = self._under_way.popleft()
+        while len(self._pending) > max_tensors or self._bytes_pending > max_bytes:
+            read, num_bytes = self._pending.popleft()
             self.bytes_read += read.result()
-            self._num_come += 1
-            self._bytes_come += num_bytes
-            self._bytes_under_way -= num_bytes
-            self._on_progress(self._bytes_come, self._total_bytes)
+            self._num_arrived += 1
+            self._bytes_arrived += num_bytes
+            self._bytes_pending -= num_bytes
+            self._on_progress(self._bytes_arrived, self._total_bytes)
             self._finish()
 
     def _finish(self) -> None:
-        while self._waiting and self._waiting[0][1] <= self._num_come:
+        while self._waiting and self._waiting[0][1] <= self._num_arrived:
             self._waiting.popleft()[0].finish()
 
 

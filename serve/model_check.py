@@ -51,11 +51,11 @@ def check_model(
 def context_warning(location: Path | str) -> str | None:
     """What is to be said of a model that is served with less context than its files name; None: it is not."""
     config = ModelConfig.from_checkpoint(small_files(location))
-    if config.cut_from_tokens is None:
+    if config.dual_chunk_tokens is None:
         return None
     return (
-        f"{location} takes {config.max_context_tokens} tokens here, not {config.cut_from_tokens}: beyond those that it was trained with it "
-        "needs dual chunk attention, which is not computed"
+        f"{location} takes {config.max_context_tokens} tokens here, not {config.dual_chunk_tokens}: beyond those that it was trained with "
+        "it needs dual chunk attention, which is not computed"
     )
 
 

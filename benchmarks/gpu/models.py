@@ -90,7 +90,7 @@ class RandomTensor:
 class RandomCheckpoint:
     """As much of `model.checkpoint.Checkpoint` as loading looks at."""
 
-    reads_at_a_time, bytes_fetched, num_bytes, place = 1, 0, 0, "random weights"
+    concurrent_reads, bytes_fetched, num_bytes, location = 1, 0, 0, "random weights"
 
     def __init__(self, config: ModelConfig, device: torch.device, tensor: type[RandomTensor] = RandomTensor) -> None:
         kind = Qwen2 if config.moe is None else Qwen2Moe

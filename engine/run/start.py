@@ -261,13 +261,11 @@ def choose_weight_formats(
     formats = choose([tensor.dtype for tensor in stored if not isinstance(tensor, QuantisedTensor)], config.quantize)
     if quantisation is None:
         return formats
-    held_as = config.quantize or quantisation.held_as(share_alignment(model_config, topology or Topology()))
-    if held_as == "int4_zeros" and any(
-        tensor.name.endswith("_proj.weight") for tensor in stored if not isinstance(tensor, QuantisedTensor)
-    ):
-        held_as = "int8"  # the layers have matrices that are not stored quantised, and 4 bits would lose much of their precision
-    log.info("matrices are stored by %s in %d bits, and held in %s", quantisation.method.upper(), quantisation.bits, held_as)
-    return Formats(choose([QuantisedTensor.dtype], held_as).matrices, formats.table)
+    kind = config.quantize or quantisation.preferred_kind(share_alignment(model_config, topology or Topology()))
+    if kind == "int4_zeros" and any(tensor.name.endswith("_proj.weight") for tensor in stored if not isinstance(tensor, QuantisedTensor)):
+        kind = "int8"  # the layers have matrices that are not stored quantised, and 4 bits would lose much of their precision
+    log.info("matrices are stored by %s in %d bits, and held in %s", quantisation.method.upper(), quantisation.bits, kind)
+    return Formats(choose([QuantisedTensor.dtype], kind).matrices, formats.table)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engine.run.settings import QuantizeName
-from model.quantisation import HeldAs
+from model.quantisation import QuantisedKind
 from parallel.axes import Share
 from parallel.scale_groups import GROUP_SIZE, PADDED_TO
 
@@ -73,8 +73,8 @@ STORED_INT4_ZEROS = Format(
     filled_to=PADDED_TO["int4_zeros"],
     where_cut=STORED_INT8,
 )
-STORED_QUANTISED: dict[HeldAs, Format] = {"int8": STORED_INT8, "int4": STORED_INT4, "int4_zeros": STORED_INT4_ZEROS}
-"""How matrices that GPTQ or AWQ stored are held, see `model.quantisation.Quantisation.held_as`. Embedding and head are stored plainly."""
+STORED_QUANTISED: dict[QuantisedKind, Format] = {"int8": STORED_INT8, "int4": STORED_INT4, "int4_zeros": STORED_INT4_ZEROS}
+"""How matrices stored by GPTQ or AWQ are held (`model.quantisation.Quantisation.preferred_kind`). Embedding and head are not quantised."""
 
 FORMATS = {format.name: format for format in (BF16, FP8, INT8, INT4)}
 """What `--dtype` names."""

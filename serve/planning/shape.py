@@ -152,7 +152,7 @@ def _format(raw: Mapping[str, Any]) -> Format:
         quantisation = Quantisation.from_dict(described)
     except (InvalidQuantisation, UnsupportedQuantisation) as error:
         raise PlanError(f"quantization_config: {error}; plan from the plain checkpoint, with --dtype") from error
-    return STORED_QUANTISED[quantisation.held_as()]
+    return STORED_QUANTISED[quantisation.preferred_kind()]
 
 
 def _positive(raw: Mapping[str, Any], field: str) -> int:

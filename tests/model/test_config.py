@@ -101,16 +101,16 @@ DUAL_CHUNKS = {
 
 def test_the_context_is_limited_where_dual_chunk_attention_begins() -> None:
     config = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS)
-    assert (config.max_context_tokens, config.cut_from_tokens) == (262_144, 1_010_000)
+    assert (config.max_context_tokens, config.dual_chunk_tokens) == (262_144, 1_010_000)
     with pytest.raises(
         ContextTooLong, match=r"262144 tokens that this model supports \(of 1010000: beyond them it needs dual chunk attention"
     ):
         config.context_limit(262_145)
     short = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS | {"max_position_embeddings": 131_072})
-    assert (short.max_context_tokens, short.cut_from_tokens) == (131_072, None)
+    assert (short.max_context_tokens, short.dual_chunk_tokens) == (131_072, None)
     stretched = ModelConfig.from_dict(QWEN2_7B | DUAL_CHUNKS | {"rope_scaling": YARN | {"original_max_position_embeddings": 262_144}})
-    assert (stretched.max_context_tokens, stretched.cut_from_tokens) == (1_048_576, None)
-    assert ModelConfig.from_dict(QWEN2_7B).cut_from_tokens is None
+    assert (stretched.max_context_tokens, stretched.dual_chunk_tokens) == (1_048_576, None)
+    assert ModelConfig.from_dict(QWEN2_7B).dual_chunk_tokens is None
 
 
 def test_both_spellings_of_the_dtype_mean_the_same() -> None:

@@ -193,7 +193,7 @@ def test_an_expert_with_a_missing_tensor_is_not_considered_complete(format: Weig
     model, _ = load(folder, format=format)
     bindings = [binding for binding in model.bindings() if binding.name != "model.layers.0.mlp.experts.3.up_proj.weight"]
     with Checkpoint(folder) as checkpoint, pytest.raises(AssertionError, match=r"never came, by expert: \{3: 1\}"):
-        load_layers(bindings, checkpoint.tensors, checkpoint.reads_at_a_time, CPU, lambda _done, _total: None)
+        load_layers(bindings, checkpoint.tensors, checkpoint.concurrent_reads, CPU, lambda _done, _total: None)
 
 
 @pytest.mark.parametrize(("name", "shard_size"), [("9_heads", "40KB"), ("moe", "60KB"), ("14_heads_tied", "40KB")])

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 
-from model.byte_source import ATTEMPTS, RANGES_AT_A_TIME, LocalFile, RemoteFile
+from model.byte_source import ATTEMPTS, CONCURRENT_RANGES, LocalFile, RemoteFile
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, write_checkpoint
 from model.checkpoint_error import CheckpointError
 from model.checkpoint_folder import RemoteFolder, small_files
@@ -244,7 +244,7 @@ def test_threads_that_read_a_file_at_once_share_what_fetches_it_and_it_goes_with
     with ThreadPoolExecutor(len(places)) as threads:
         list(threads.map(read, places))
     assert all(place == CONTENT[:900] for place in places)
-    assert len(fetching() - before) <= RANGES_AT_A_TIME
+    assert len(fetching() - before) <= CONCURRENT_RANGES
     source.close()
     assert fetching() <= before
 
