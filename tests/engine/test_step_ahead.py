@@ -156,22 +156,22 @@ def test_nothing_is_planned_ahead_where_the_ranks_cannot_know() -> None:
 
 @pytest.mark.parametrize("tokens", [(7, 8, 9), (7, NO_TOKEN, 9)])
 def test_a_rank_fills_in_what_it_sampled_itself(tokens: tuple[int, ...]) -> None:
-    said = LastTokens()
+    last_tokens = LastTokens()
     first = Decodes.of([[1, 2, 3], [5, 5, 5], [0, 0, 0], [-1, -1, -1], [0, 0, 0]])
-    said.note(first, Decodes.of([list(tokens)]).packed, [SampledTokens(2, (30, 40))] if NO_TOKEN in tokens else [])
+    last_tokens.record(first, Decodes.of([list(tokens)]).packed, [SampledTokens(2, (30, 40))] if NO_TOKEN in tokens else [])
     plan = StepPlan(1, (), decodes=Decodes.of([[1, 2, 4], [6, 6, 6], [NO_TOKEN, NO_TOKEN, 11], [-1, -1, -1], [0, 0, 0]]))
-    assert with_known_tokens(plan, said).decodes.columns[2].tolist() == [7, 40 if NO_TOKEN in tokens else 8, 11]
-    assert with_known_tokens(StepPlan(2, ()), said) == StepPlan(2, ())
+    assert with_known_tokens(plan, last_tokens).decodes.columns[2].tolist() == [7, 40 if NO_TOKEN in tokens else 8, 11]
+    assert with_known_tokens(StepPlan(2, ()), last_tokens) == StepPlan(2, ())
 
 
-def test_of_a_token_that_was_said_twice_the_newer_is_known_and_of_what_is_closed_none() -> None:
-    said = LastTokens()
+def test_the_newer_of_two_tokens_counts_and_closed_sequences_are_forgotten() -> None:
+    last_tokens = LastTokens()
     both = Decodes.of([[1, 2], [5, 5], [0, 0], [-1, -1], [0, 0]])
     one = Decodes.of([[2], [6], [0], [-1], [0]])
-    said.note(both, Decodes.of([[10, 20]]).packed, [])
-    said.note(both, Decodes.of([[11, 21]]).packed, [])
-    said.note(one, Decodes.of([[22]]).packed, [SampledTokens(7, (70,))])
-    assert dict(said) == {1: 11, 2: 22, 7: 70}
-    said.note(both, Decodes.of([[12, NO_TOKEN]]).packed, [])
-    said.forget(7)
-    assert dict(said) == {1: 12, 2: 22}
+    last_tokens.record(both, Decodes.of([[10, 20]]).packed, [])
+    last_tokens.record(both, Decodes.of([[11, 21]]).packed, [])
+    last_tokens.record(one, Decodes.of([[22]]).packed, [SampledTokens(7, (70,))])
+    assert dict(last_tokens) == {1: 11, 2: 22, 7: 70}
+    last_tokens.record(both, Decodes.of([[12, NO_TOKEN]]).packed, [])
+    last_tokens.forget(7)
+    assert dict(last_tokens) == {1: 12, 2: 22}
