@@ -237,7 +237,7 @@ class Catalogue:
 
 def catalogue() -> dict[str, Fault]:
     it = Catalogue()
-    it.add("nothing", "no fault: what the rest is compared with", _nothing)
+    it.add("nothing", "no fault (baseline)", _nothing)
     it.add("rank_killed", "a rank is killed", _killing(Victims.ranks))
     it.add("rank_frozen", "a rank is frozen (SIGSTOP) for good", _rank_frozen)
     it.add("rank_slow", f"a rank is slowed down to a tenth for {AWHILE_S:g} s", _rank_slow)
@@ -251,29 +251,35 @@ def catalogue() -> dict[str, Fault]:
     it.add("front_killed", "a front is killed", _killing(Victims.fronts), tier=2, may_fail=FRONT_LOST)
     it.add("proxy_killed", "Ray Serve's proxy is killed", _killing(Victims.proxies), tier=2)
     it.add("replica_and_front", "a replica and a front are killed at once", _replica_and_front, tier=2, may_fail=FRONT_LOST)
-    it.add("no_memory", "a rank has no memory left (MemoryError in a step)", _failing("rank.step", Failure(action="memory")))
+    it.add("no_memory", "a rank is out of memory (MemoryError in a step)", _failing("rank.step", Failure(action="memory")))
     it.add("step_raises", "a step raises in a rank", _failing("rank.step", Failure(action="error"), Failure(action="error", after=9)))
     it.add("answer_lost", "a rank's answer is lost", _failing("rank.answer", Failure(action="drop")))
     it.add("engine_raises", "the engine's thread raises", _failing("engine.turn", Failure(action="error")))
     it.add("messages_lost", "two messages from replicas to fronts are lost within 2 s", _lost_messages(2, "intake.send", "link.receive"))
     it.add("requests_lost", "two messages from fronts to replicas are lost within 2 s", _lost_messages(2, "intake.read", "link.send"))
-    it.add("many_messages_lost", "eight messages between fronts and replicas, one way, are lost within 2 s", _lost_messages(8, *MESSAGES))
-    it.add("cut_off", "what goes between a replica and the fronts is lost one way for 6 s", _cut("intake.send", "intake.read"))
+    it.add(
+        "many_messages_lost",
+        "eight messages between fronts and replicas, in one direction, are lost within 2 s",
+        _lost_messages(8, *MESSAGES),
+    )
+    it.add("cut_off", "all messages between a replica and the fronts are lost in one direction for 6 s", _cut("intake.send", "intake.read"))
     it.add("nan", "all logits of a step are NaN", _failing("rank.logits", Failure(action="drop"), Failure(action="drop", after=9)))
     it.add("disk_full", f"the disk with Ray's logs and sockets is full for {AWHILE_S:g} s", _disk_full)
-    it.add("no_descriptors", f"a front or the proxy has no file descriptor left for {AWHILE_S:g} s", _no_descriptors, tier=2)
-    it.add("poison", "one more request kills every rank that computes it", _nothing, beside=side_requests.poison)
-    it.add("clients_leave", "half of the clients leave in the middle", _nothing, clients_leave=True)
+    it.add("no_descriptors", f"a front or the proxy has no free file descriptors for {AWHILE_S:g} s", _no_descriptors, tier=2)
+    it.add("poison", "an additional request kills every rank that computes it", _nothing, beside=side_requests.poison)
+    it.add("clients_leave", "half of the clients disconnect midway", _nothing, clients_leave=True)
     it.add(
         "same_key",
-        "ten requests beside have the same idempotency key, and a rank is killed",
+        "ten additional requests have the same idempotency key, and a rank is killed",
         _killing(Victims.ranks),
         beside=side_requests.same_key,
     )
-    it.add("deaf_client", "a client beside reads nothing of its stream", _nothing, beside=side_requests.deaf)
-    it.add("kv_exhausted", "long answers beside take all blocks of both replicas, and more", _nothing, beside=side_requests.long_answers)
-    it.add("long_prompts", "prompts that fill the model's context come beside", _nothing, beside=side_requests.long_prompts)
-    it.add("many_connections", "1,000 more connections at once", _nothing, beside=side_requests.crowd)
+    it.add("deaf_client", "an additional client does not read its stream", _nothing, beside=side_requests.deaf)
+    it.add(
+        "kv_exhausted", "additional long answers need more than all KV blocks of both replicas", _nothing, beside=side_requests.long_answers
+    )
+    it.add("long_prompts", "additional prompts fill the model's context", _nothing, beside=side_requests.long_prompts)
+    it.add("many_connections", "1,000 additional connections at once", _nothing, beside=side_requests.crowd)
     return it.faults
 
 

@@ -93,12 +93,12 @@ async def _head_killed(victims: Victims, chance: random.Random) -> Harm:
 def host_faults() -> dict[str, Fault]:
     it = Catalogue()
     times = f"{SHORT_S:g} or {LONG_S:g} s"
-    it.add("host_killed", f"a host is killed, and started anew at once or after {times}", _host_killed, keeps_coming=True)
+    it.add("host_killed", f"a host is killed, and restarted at once or after {times}", _host_killed, keeps_coming=True)
     it.add("host_frozen", f"all of a host is frozen for {times}", _host_frozen, keeps_coming=True)
     for ways, name in ((Cut.BOTH, "host_cut_off"), (Cut.TOWARDS, "host_deaf"), (Cut.FROM, "host_mute")):
-        says = f"a host is cut off for {times}: what is sent {ways.value} is lost"
+        says = f"a host is cut off for {times}: packets {ways.value} are lost"
         it.add(name, says, _host_cut_off(ways), keeps_coming=True)
-    says = f"the head is killed, and started anew at once or after {times}; then a rank is killed"
+    says = f"the head is killed, and restarted at once or after {times}; then a rank is killed"
     it.add("head_killed", says, _head_killed, keeps_coming=True)
     return it.faults
 

@@ -14,70 +14,79 @@ from tests.faults.host_faults import HOST_FAULTS
 from tests.faults.streams import ASKS, LENGTH
 from tests.faults.sweep import HITS, SWEPT, hit_of, point_of
 
-HEAD = f"""# Faults
+HEAD = f"""# Fault injection results
 
 Written by `python -m tests.faults.report tests/faults/*.jsonl > docs/faults.md`; a test compares. Do not edit.
 
-What was done to a real server on one machine, and what its clients saw of it. The server: two replicas of two ranks each (tensor
-parallel, CPU, float32, a random model of two million parameters), two fronts. In every run {len(ASKS)} streams come within 0.3 s: over
-HTTP and gRPC, greedy, seeded, `n=2`, with penalties, with log-probabilities and with a JSON schema, {LENGTH} tokens a
-choice at most. The fault strikes when one of them has its first, second, middle or last token but one; which, and who is hurt,
-is chosen by the run's seed. The next run begins when the server is whole again: both replicas with all their ranks ready, fronts,
-proxy and controller there.
+- [Results by fault](#by-fault), [by host fault](#by-host), [by failpoint](#by-failpoint)
 
-Every stream is compared with the same one in an undisturbed run (`tests/history.py`): one end, offsets without a gap or a repeat, the
-same tokens, text, finish reason and usage, log-probabilities within 1e-5. Over HTTP tokens are
-compared by their bytes where there are log-probabilities, else by their number and text. After each run no block, running choice or open
-request may be left.
+## Method
 
-- *lost*: streams without their whole end. It must be 0 where clients must see nothing (T1); where the process that holds their sockets is
-  hurt (T2) a plain client's stream breaks, and it must not end as if it were complete.
-- *broken promises*: whatever the comparison found, a lost stream of T1 among it.
-- *resumed*: choices that went on at another replica, or at the same one anew, as the fronts that are left count them.
-- *pause*: the longest wait of a stream for its next token, its first included; the 99th percentile over all streams of the fault.
-- *whole after*: from the fault to the next run's beginning, median and maximum; streams that still run are waited for in it.
+Faults are injected into a real server on one machine, and its clients' streams are compared with an undisturbed run.
 
-The machine had 2 cores and many other jobs on them, and whatever was measured went before: times say what a crowded machine needs, not what
-the server does at best. Fewer than 20 runs of a fault are what there was time for. Where a run found something it was mended, and the run
-done again; such runs are not in the table, nor are nine of the first, of which it was not noted whether the fault struck anybody.
+**Server:** two replicas of two ranks each (tensor parallel, CPU, float32, a random model of two million parameters), two fronts.
 
-Log-probabilities: with the CPU kernels (`parallel/native/`; weights as float32, bfloat16 where oneDNN's tiles do not multiply it, int8
-or int4) a token gives the same bits whether
-it was decoded or taken in again with a prompt, alone or in any company, so a resumed stream's are equal; `tests/model/test_same_bits.py`
-holds that for dense and mixture-of-experts models. Elsewhere (no compiler, GPUs) sums are in an order that depends on how many tokens a
-step has; the same random model then differed by up to 9e-5 on this machine, of logits that span 20.
+**Load:** in every run {len(ASKS)} streams start within 0.3 s: over HTTP and gRPC, greedy, seeded, `n=2`, with penalties, with
+log-probabilities and with a JSON schema, at most {LENGTH} tokens per choice. The fault is injected when one of them has received its
+first, second, middle or last but one token; the run's seed determines which, and the victim. The next run begins when the server has
+recovered completely: both replicas with all their ranks ready, fronts, proxy and controller running.
+
+**Comparison** (`tests/history.py`): every stream must have one end, offsets without gaps or repeats, the same tokens, text, finish reason
+and usage, and log-probabilities within 1e-5. Over HTTP, tokens are compared by their bytes if there are log-probabilities, else by their
+number and text. After each run no block, running choice or open request may be left.
+
+**Tiers:** in T1, clients must not notice anything. In T2 the fault hits the process that holds the clients' sockets: a plain client's
+stream breaks, and must not end as if it were complete.
+
+| Column | Meaning |
+|---|---|
+| lost | streams without a complete end; must be 0 in T1 |
+| violations | differences that the comparison found, including lost streams of T1 |
+| resumed | choices that continued on another replica, or anew on the same one, as counted by the surviving fronts |
+| p99 pause | the longest time that a stream waited for its next token, including the first; 99th percentile over all streams of the fault |
+| recovered after | time from the fault to the start of the next run, median and maximum; includes waiting for streams that still run |
+
+The machine had 2 cores and many other jobs, and measurements had priority over these runs: times show what a crowded machine needs, not
+the server's best. Where a fault has fewer than 20 runs, there was no time for more. If a run found a bug, it was fixed and the run
+repeated; such runs are not in the table, nor are nine of the first, for which it was not recorded whether the fault hit anything.
+
+**Log-probabilities:** with the CPU kernels (`parallel/native/`; weights as float32, bfloat16 where oneDNN's tiles do not multiply it, int8
+or int4), a token gives the same bits whether it was decoded or recomputed as part of a prompt, alone or in any batch, so those of a resumed
+stream are equal; `tests/model/test_same_bits.py` checks this for dense and mixture-of-experts models. Elsewhere (no compiler, GPUs) the
+order of sums depends on the number of tokens in a step; the same random model then differed by up to 9e-5 on this machine, with logits
+that span 20.
 """
 
 MANY = 8
 SWEPT_HEAD = """
 ## By failpoint
 
-`python -m tests.faults --sweep`: each named point of the code (`engine/failpoints.py`) is made to fail, when
-a process comes there for the first, the second or the fifth time after some stream's first, second, middle or last token but one: it
-is killed (SIGKILL), raises, stands still, or loses the message or logits at hand. Where it
-takes the loss of a rank or a replica, or more requests, that somebody comes there, there are these, too.
+`python -m tests.faults --sweep`: each named point in the code (`engine/failpoints.py`) is made to fail when a process reaches it for the
+first, the second or the fifth time after some stream's first, second, middle or last but one token. The process is killed (SIGKILL),
+raises, hangs, or loses the current message or logits. If a point is only reached after the loss of a rank or a replica, or with more
+requests, these are added.
 
-- *lost*: streams that ended neither whole nor with a typed error. It must be 0 but where the front itself is killed (T2).
-- *failed*: streams that were told an error: those in whose own handling a front raised, and nobody else's.
-- *identical*: of the resumed choices those of runs in which no stream differed in anything from the undisturbed one.
+- *lost*: streams that ended neither completely nor with a typed error. It must be 0 unless the front itself is killed (T2).
+- *failed*: streams that received an error: those whose own handling raised in a front, and no others.
+- *identical*: resumed choices of runs in which no stream differed from the undisturbed one.
 """
 
 HOSTS = """
 ## By host
 
-Three hosts: network namespaces of the one machine on a switch, each with a Ray as `ray start --block` starts it. The *head* has no CPUs for
-ranks: Ray's GCS, which keeps what it knows in Redis, and Ray Serve's controller. A second host has the front, the proxy that clients talk
-to and a replica of one rank, the third another replica. It is the third that is hurt, or the head. A host that has ended is
-started anew, as its supervisor would do. The streams are those from above, and one more every half second from the fault to its end; no
-client sits on the host that is hurt, so that all is T1. Ray's head was told to give up a silent host after some 12 s
-(`RAY_health_check_period_ms=1000`, `_timeout_ms=3000`, `_failure_threshold=3`; 65 s were seen unless it is told), and
-the other hosts to wait 300 s for a head (`RAY_gcs_rpc_server_reconnect_timeout_s`). *Whole after* has the time in it for which the host is
-away, the start of its Ray, and Ray Serve's start of what was lost there.
+Three hosts: network namespaces of one machine, connected by a switch, each with a Ray started by `ray start --block`. The *head* has no
+CPUs for ranks; it runs Ray's GCS, which keeps its state in Redis, and Ray Serve's controller. A second host has the front, the proxy that
+clients use and a replica of one rank; the third has another replica. The victim is the third host, or the head. A host that has ended is
+restarted, as its supervisor would do. The streams are those from above, plus one every half second from the fault to its end. No client is
+connected to the victim, so all faults are T1. Ray's head was configured to declare a silent host dead after about 12 s
+(`RAY_health_check_period_ms=1000`, `_timeout_ms=3000`, `_failure_threshold=3`; without these settings 65 s were seen), and the other hosts
+to wait 300 s for a head (`RAY_gcs_rpc_server_reconnect_timeout_s`). *Recovered after* includes the time for which the host is away, the
+start of its Ray, and Ray Serve's restart of what was lost there.
 """
 
 KNOWN = FAULTS | HOST_FAULTS
 COLUMNS = [
-    "| Fault | tier | runs | streams | lost | broken promises | resumed | p99 pause | whole after |",
+    "| Fault | Tier | Runs | Streams | Lost | Violations | Resumed | p99 pause | Recovered after |",
     "|---|---|---|---|---|---|---|---|---|",
 ]
 
@@ -99,7 +108,7 @@ def _swept_part(runs: dict[str, list[dict[str, Any]]]) -> str:
     if not runs:
         return ""
     rows = [
-        "| Failpoint | who comes there | fault (runs) | tier | runs | streams | lost | failed | resumed | identical | broken promises |",
+        "| Failpoint | Reached by | Fault (runs) | Tier | Runs | Streams | Lost | Failed | Resumed | Identical | Violations |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for point in POINTS:
@@ -107,9 +116,11 @@ def _swept_part(runs: dict[str, list[dict[str, Any]]]) -> str:
             names = [name for name in runs if point_of(name) == point and SWEPT[name].tier == tier]
             rows += [_swept_row(point, names, [run for name in names for run in runs[name]])] if names else []
     every = [run for of_one in runs.values() for run in of_one]
-    said = f"{len(every)} runs, {_sum(every, 'streams')} streams, {sum(len(run['wrong']) for run in every)} broken promises."
+    said = f"{len(every)} runs, {_sum(every, 'streams')} streams, {sum(len(run['wrong']) for run in every)} violations."
     if missing := [name for name in SWEPT if name not in runs]:
-        said += f" Of {len(SWEPT)} ways {len(missing)} are missing, as nobody came there while streams ran, or for lack of time: "
+        said += (
+            f" Of {len(SWEPT)} combinations {len(missing)} are missing: the point was not reached while streams ran, or time was short: "
+        )
         by_hit = {hit: [f"`{name}`" for name in missing if hit_of(name) == hit] for hit in HITS}
         said += "; ".join(
             f"at hit {hit} " + (", ".join(names) if len(names) < MANY else f"{len(names)}") for hit, names in by_hit.items() if names
@@ -124,8 +135,8 @@ def _all_in_all(runs: list[dict[str, Any]]) -> str:
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     wrong = sum(len(run["wrong"]) for run in runs)
     return (
-        f"All in all, of {when}: {len(runs)} runs, {_sum(runs, 'streams')} streams, {_sum(runs, 'resumed')} resumed choices, "
-        f"{wrong} broken promises; of the {_sum(invisible, 'streams')} streams of T1 {_sum(invisible, 'lost')} were lost."
+        f"Total, {when}: {len(runs)} runs, {_sum(runs, 'streams')} streams, {_sum(runs, 'resumed')} resumed choices, "
+        f"{wrong} violations; of the {_sum(invisible, 'streams')} streams in T1, {_sum(invisible, 'lost')} were lost."
     )
 
 

@@ -25,8 +25,8 @@ INTERNAL = frozenset({"internal_error", "INTERNAL_ERROR", "500 internal_error"})
 WHAT: dict[Action, str] = {
     "crash": "killed",
     "error": "raises",
-    "delay": f"stands still for {DELAY_S:g} s",
-    "drop": "loses what is at hand",
+    "delay": f"hangs for {DELAY_S:g} s",
+    "drop": "loses the message or logits",
 }
 
 
