@@ -1,4 +1,4 @@
-"""The command `manta`. Commands are files in `serve/commands/`; each imports what is heavy only when it runs."""
+"""The `manta` command line. Each command is a file in `serve/commands/` and imports heavy modules only when it runs."""
 
 from typing import Annotated, Any
 
@@ -8,34 +8,32 @@ from typer.core import TyperGroup
 from serve.commands import batch, bench, bench_serve, chat, config, demo_model, doctor, keys, plan, serve, status, up
 from serve.commands.flag_hints import CommandWithFlagHints
 
-HELP = """Serve the Qwen2 models over HTTP (OpenAI's API) and gRPC, from one machine to many.
+HELP = """Serve Qwen2 models over HTTP (OpenAI's API) and gRPC, on one machine or a Ray cluster.
 
-Start here:
+Getting started:
 
 \b
-  manta serve demo --tensor-parallel 2    a small English model on two ranks
-  manta chat "Why is the sky blue?"       ask it
-  manta config                            every setting: meaning, value, origin
+  manta serve demo --tensor-parallel 2    serve a small English model on two ranks
+  manta chat "Why is the sky blue?"       ask it, from another terminal
+  manta config                            list every setting with its meaning and value
 """
 
 
 class _EngineByDefault(TyperGroup):
-    """`manta bench demo` is `manta bench engine demo`."""
+    """`manta bench demo` means `manta bench engine demo`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         is_named = bool(args) and (args[0] in self.commands or args[0] in ("-h", "--help"))
         return super().parse_args(ctx, args if is_named else ["engine", *args])
 
 
-benches = typer.Typer(
-    cls=_EngineByDefault, help="Measure: the engine of this machine by itself, or any running server.", rich_markup_mode=None
-)
+benches = typer.Typer(cls=_EngineByDefault, help="Benchmark the engine on this machine, or a running server.", rich_markup_mode=None)
 benches.command("engine", cls=CommandWithFlagHints)(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)
 
 
 class _WithHelp(TyperGroup):
-    """`manta help serve` is `manta serve --help`."""
+    """`manta help serve` means `manta serve --help`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
@@ -74,7 +72,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)]
+Version = Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)]
 
 
 @app.callback()

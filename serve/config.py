@@ -1,7 +1,7 @@
-"""Every setting of a server, in one tree of sections. The packages' own frozen dataclasses are sections as they are.
+"""All settings of a server, as a tree of sections. Some sections are frozen dataclasses of other packages, used as they are.
 
-Read from a YAML file, the environment and flags by `serve.config_sources`; described by `serve.config_docs`. Pydantic
-checks types here, at the edge, and calls each dataclass's own check; below `serve/` nobody knows of pydantic.
+`serve.config_sources` reads settings from a YAML file, the environment and flags; `serve.config_docs` documents them. Pydantic checks
+types here and runs each dataclass's own checks; no package below `serve/` depends on pydantic.
 """
 
 import dataclasses
@@ -19,33 +19,34 @@ from serve.limits import Limits
 from serve.tools.protocol import ProtocolName
 
 DERIVED = frozenset({"runner.num_real_tokens"})
-"""Fields that the server fills from the checkpoint; nobody can set them."""
+"""Fields that the server derives from the checkpoint; they are not settings."""
 
 
 class Section(BaseModel):
-    """Frozen, no unknown keys, fields documented by the docstring below them (in the packages' dataclasses too)."""
+    """Base class: frozen, rejects unknown keys, each field documented by the docstring below it (as in the other packages' dataclasses)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
-    """Which model is served, and under which name."""
+    """The model to serve, and its name."""
 
     source: str = Field(default="demo", min_length=1)
-    """A folder, "demo", a repository id of the Hugging Face hub (also as hf://owner/name), modelscope://owner/name, or the URL
-    of a folder in a store: s3://bucket/folder, gs://bucket/folder, or another that fsspec knows."""
+    """Where the model is: a checkpoint folder, "demo", a Hugging Face repository (owner/name or hf://owner/name),
+    modelscope://owner/name, or the URL of a folder in object storage (s3://bucket/folder, gs://bucket/folder, or another scheme that
+    fsspec supports)."""
     name: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/-]+$")
-    """What clients call it. None = the repository id, or the folder's name, of the adapter if there is one."""
+    """Model name that clients use. None = the repository id or folder name (the adapter's, if there is one)."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit on the hub. None = the hub's default."""
     adapter: str | None = Field(default=None, min_length=1)
-    """A LoRA adapter (as PEFT stores it) that is added to the weights while they are loaded: a folder, a repository or a URL, as
-    `source` takes them. The model is then called as the adapter is, unless `name` says otherwise. None = the model as it is."""
+    """A LoRA adapter in PEFT format, merged into the weights while they load: a folder, repository or URL, like `source`. The model
+    then takes the adapter's name unless `name` is set. None = no adapter."""
     adapter_revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of the adapter on the hub. None = the hub's default."""
     pooling: Literal["auto", "last", "mean", "first"] = "auto"
-    """How it makes embeddings: as its files say (modules.json of sentence-transformers), or of the last token's hidden state, the
-    mean of all, or the first one's, normalised."""
+    """How embeddings are pooled: auto = as the model's files say (modules.json of sentence-transformers); or the normalised hidden
+    state of the last or the first token, or the mean over all tokens."""
 
     @model_validator(mode="after")
     def _revisions_have_something(self) -> "ModelSettings":
@@ -58,13 +59,13 @@ class ParallelSettings(Section):
     """How one replica is split over ranks."""
 
     tensor: int = 1
-    """Ranks that share attention heads, MLPs and the vocabulary. Need not divide the number of heads."""
+    """Tensor-parallel size: ranks that split attention heads, MLPs and the vocabulary. It need not divide the number of heads."""
     expert: int = 1
-    """Groups of ranks over which the routed experts of a Qwen2-MoE are spread; divides tensor x data."""
+    """Expert-parallel size: groups of ranks that split the routed experts of a Qwen2-MoE. It must divide tensor x data."""
     pipeline: int = 1
-    """Stages of consecutive layers."""
+    """Pipeline-parallel size: stages of consecutive layers."""
     data: int = 1
-    """Copies of the attention within one replica, each with its own sequences."""
+    """Data-parallel size: copies of the attention within one replica, each with its own sequences."""
 
     @model_validator(mode="after")
     def _forms_a_replica(self) -> "ParallelSettings":
@@ -77,18 +78,18 @@ class ParallelSettings(Section):
 
 
 class ReplicasSettings(Section):
-    """How many replicas of the model there are. Where `min` and `max` differ, as many as are needed; see `autoscaling`."""
+    """The number of replicas of the model. If `min` and `max` differ, it follows the load; see `autoscaling`."""
 
     count: int | None = Field(default=None, ge=0)
-    """Replicas in the beginning, each with ranks of its own. None = `min`, else 1."""
+    """Initial number of replicas. None = `min` if it is set, else 1."""
     min: int | None = Field(default=None, ge=0)
-    """Replicas at least; 0: the last one goes when nobody asks, and the next request starts one. None = `count`."""
+    """Minimum number of replicas. 0 = scale to zero when there are no requests; the next request starts a replica. None = `count`."""
     max: int | None = Field(default=None, ge=1)
-    """Replicas at most. None = the greater of `count` and `min`."""
+    """Maximum number of replicas. None = the greater of `count` and `min`."""
 
     max_surge_percent: int = Field(default=0, ge=0, le=100)
-    """While an upgrade replaces them: replicas beyond their number that may run, in percent of it, if there is room. 0 = an old one
-    ends before a new one starts, which takes no more GPUs; a single replica then pauses for as long as it loads."""
+    """Extra replicas that may run during an upgrade, in percent of their number, if there is room. 0 = each old replica stops before
+    its successor starts: this needs no extra GPUs, but a single replica is unavailable while the new one loads."""
 
     @model_validator(mode="after")
     def _are_in_order(self) -> "ReplicasSettings":
@@ -110,7 +111,7 @@ class ReplicasSettings(Section):
 
     @property
     def most_at_once(self) -> int:
-        """While an upgrade replaces them."""
+        """Maximum number of replicas during an upgrade."""
         return self.most + -(-self.most * self.max_surge_percent // 100)
 
     @property
@@ -119,46 +120,46 @@ class ReplicasSettings(Section):
 
 
 class FrontsSettings(Section):
-    """The processes that speak HTTP and gRPC with clients."""
+    """The processes that serve HTTP and gRPC to clients."""
 
     count: int = Field(default=1, ge=1)
-    """Fronts. Each can stand in for another; on a cluster two of them survive the loss of a host."""
+    """Number of fronts. They are interchangeable; on a cluster, two fronts survive the loss of a host."""
     host_resource: str | None = Field(default=None, min_length=1)
-    """Only hosts whose Ray was started with this resource (`ray start --resources`)."""
+    """Run fronts only on hosts whose Ray was started with this resource (`ray start --resources`). None = on any host."""
 
 
 class HttpSettings(Section):
-    """Where the HTTP front listens."""
+    """The HTTP front."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every one."""
+    """Address to listen on; 0.0.0.0 = all addresses."""
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port."""
     strict: bool = False
-    """Refuse a request with a field that has no effect here; otherwise a header of the answer names it."""
+    """Reject requests with fields that have no effect here. Otherwise a response header names such fields."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins of web pages whose scripts may ask this server (CORS), as ["https://chat.example.org"], or ["*"] for all. By default no
-    page's: any that somebody opens on this machine could otherwise use the model."""
+    """Web origins whose scripts may call this server (CORS), such as ["https://chat.example.org"], or ["*"] for all. None by default:
+    otherwise any web page opened on this machine could use the model."""
     slow_client_timeout_s: float = Field(default=60.0, ge=0.1, le=86_400)
-    """A client that reads nothing for so long of what waits for it is left, and its request ends. Over gRPC of a stream only, once the
-    connection's windows are full."""
+    """A client that reads nothing for this long while data waits for it is disconnected, and its request ends. On gRPC this applies
+    to streams only, once the connection's flow-control windows are full."""
 
 
 class GrpcSettings(Section):
-    """Where the gRPC front listens."""
+    """The gRPC front."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every one."""
+    """Address to listen on; 0.0.0.0 = all addresses."""
     port: int = Field(default=9000, ge=1, le=65535)
     """TCP port."""
     reflection: bool = True
-    """Whether tools such as grpcurl can ask which methods there are."""
+    """Enable server reflection, which tools such as grpcurl use to list methods."""
     certificate: str | None = None
-    """PEM file with the server's certificate chain: the port then speaks TLS. Read again when it changes. None = in the clear."""
+    """PEM file with the server's certificate chain; enables TLS. Reloaded when it changes. None = no TLS."""
     key: str | None = None
     """PEM file with the certificate's private key."""
     client_ca: str | None = None
-    """PEM file with the authorities that clients' certificates must come from (mutual TLS). None = clients need no certificate."""
+    """PEM file with the CAs that must have issued client certificates (mutual TLS). None = clients need no certificate."""
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> "GrpcSettings":
@@ -170,73 +171,74 @@ class GrpcSettings(Section):
 
     @property
     def tls(self) -> dict[str, str | None]:
-        """File by role; all None where the port is in the clear."""
+        """Role to file; all None without TLS."""
         return {"certificate": self.certificate, "key": self.key, "client_ca": self.client_ca}
 
     @property
     def scheme(self) -> str:
-        """Of an endpoint as the client library writes it."""
+        """URL scheme of the endpoint in the client library."""
         return "grpcs" if self.certificate else "grpc"
 
 
 class AuthSettings(Section):
-    """Who may use the server."""
+    """Access control."""
 
     keys_file: str | None = None
-    """File of API keys, made by `manta keys`; it is on the host of every front, and looked at again every second. With it both
-    fronts ask for a key, except for /livez, /readyz and gRPC health. null = whoever reaches the server may use it."""
+    """File of API keys, created by `manta keys`. It must exist on the host of every front and is checked for changes every second. With
+    it, HTTP and gRPC require a key, except for /livez, /readyz and gRPC health. None = no authentication."""
 
 
 class ToolsSettings(Section):
-    """How tools are spoken of to the model."""
+    """Tool calling."""
 
     protocol: ProtocolName = "auto"
-    """"qwen_agent" (what Qwen2 was trained on), "hermes" (Qwen2.5, Hermes), or "auto": hermes where the model's vocabulary or chat
-    template knows <tool_call>, else qwen_agent."""
+    """Prompt format for tools: "qwen_agent" (what Qwen2 was trained on), "hermes" (Qwen2.5, Hermes), or "auto": hermes if the model's
+    vocabulary or chat template has <tool_call>, else qwen_agent."""
 
 
 class TracingSettings(Section):
-    """OpenTelemetry traces of requests. They hold counts and times, never what clients wrote."""
+    """OpenTelemetry traces of requests. They contain counts and times, never what clients wrote."""
 
     otlp_endpoint: str | None = Field(default=None, min_length=1)
-    """Where spans go, by OTLP over HTTP: http://collector:4318/v1/traces. null = nowhere. Needs `pip install manta[otel]`."""
+    """OTLP/HTTP endpoint for spans, such as http://collector:4318/v1/traces. None = no tracing. Needs `pip install manta[otel]`."""
     ratio: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Of the requests that are traced."""
+    """Fraction of requests to trace."""
 
 
 class LoggingSettings(Section):
-    """What the server writes to its log. Prompts and answers never are."""
+    """The server's log. It never contains prompts or answers."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least grave messages that are written."""
+    """Minimum level of messages."""
     format: Literal["text", "json"] = "text"
-    """Lines for people, or a JSON object a line for programs: of the command itself, the fronts and the replicas."""
+    """Plain text, or one JSON object per line. Applies to the command itself, the fronts and the replicas."""
 
 
 class RaySettings(Section):
     """The Ray cluster that the server runs on."""
 
     address: str | None = None
-    """"local" starts a Ray of its own and ends it with the server; "auto" joins the one that runs on this host; or the host:port of
-    its head. None = inside a Ray job the cluster of the job, else local. Tokens are Ray's affair: RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH."""
+    """Which Ray to use: "local" starts a private Ray and stops it with the server; "auto" joins the cluster that this host belongs to;
+    or the host:port of a cluster's head. None = the job's cluster inside a Ray job, else local. Tokens are configured as for Ray itself:
+    RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH."""
     app: str = Field(default="manta", pattern=r"^[A-Za-z0-9._-]{1,64}$")
-    """Name of the application on a cluster."""
+    """Application name on a cluster."""
     send_code: bool = False
-    """Send this checkout of Manta to the hosts of a cluster that have none, or another version."""
+    """Upload this checkout of Manta to the cluster's hosts, for hosts without Manta or with another version."""
     namespace: str = "manta"
     """Ray namespace of the server's actors."""
     temp_dir: str | None = None
-    """Where a local Ray keeps sockets and logs; a short path. None = a folder of its own, removed in the end."""
+    """Folder for a local Ray's sockets and logs; keep the path short. None = a temporary folder, removed at the end."""
     num_cpus: float | None = Field(default=None, gt=0)
-    """CPUs that a local Ray believes to have. None = enough for the replicas, whatever the host has."""
+    """Number of CPUs that a local Ray is told it has. None = enough for the replicas, whatever the host has."""
     object_store_bytes: int = Field(default=256 * 1024 * 1024, ge=80 * 1024 * 1024)
-    """Shared memory of a local Ray's object store; no tokens or weights pass through it."""
+    """Shared memory of a local Ray's object store. Tokens and weights do not pass through it."""
     dashboard: bool = False
-    """Start Ray's dashboard with a local Ray."""
+    """Start the dashboard of a local Ray."""
 
 
 class ModelEntry(Section):
-    """One of several models: the sections that are a model's own. What an entry leaves out is as at the top level."""
+    """One of several models: the sections that belong to a model. Settings that an entry omits are taken from the top level."""
 
     model: ModelSettings = ModelSettings()
     parallel: ParallelSettings = ParallelSettings()
@@ -265,8 +267,8 @@ class ServeConfig(Section):
     resources: RankResources = RankResources()
     replica: ReplicaConfig = ReplicaConfig()
     models: tuple[ModelEntry, ...] = ()
-    """Several models side by side, each with its own engines; none = the one that the section `model` names. An entry may have
-    any of the sections above, and overrides single settings of theirs."""
+    """Several models served side by side, each with its own replicas; empty = only the one in section `model`. An entry may contain
+    any of the sections above and overrides single settings in them."""
     router: RouterConfig = RouterConfig()
     fronts: FrontsSettings = FrontsSettings()
     http: HttpSettings = HttpSettings()
@@ -285,7 +287,7 @@ class ServeConfig(Section):
         return self
 
     def each_model(self) -> "tuple[ServeConfig, ...]":
-        """For every model the settings of a server that has only this one."""
+        """For each model, the settings of a server with this model only."""
         if not self.models:
             return (self,)
         return tuple(
@@ -296,7 +298,7 @@ class ServeConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _entries_have_the_top_levels_settings(cls, data: Any) -> Any:
-        """Complete every entry from the sections beside the list."""
+        """Fill in what entries omit from the top-level sections."""
         if not isinstance(data, Mapping) or not isinstance(data.get("models"), list | tuple):
             return data
         beside = {name: _settings_in(data[name]) for name in ModelEntry.model_fields if name != "model" and name in data}
@@ -319,7 +321,7 @@ class ServeConfig(Section):
 
 
 def _settings_in(section: Any) -> Any:
-    """A section as a mapping, whatever it was given as; what is none of the three is for the check of types to refuse."""
+    """A section (pydantic model, dataclass or mapping) as a mapping. Anything else is returned as it is, for type checking to reject."""
     if isinstance(section, BaseModel):
         return section.model_dump()
     if dataclasses.is_dataclass(section) and not isinstance(section, type):

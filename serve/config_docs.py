@@ -1,6 +1,6 @@
-"""What `manta config` prints: the tree in effect with its documentation, the JSON schema, one setting explained.
+"""The output of `manta config`: the settings in effect with their documentation, the JSON schema, or one setting explained.
 
-All of it is read from the section classes, so that a setting is documented in one place: below its field.
+All of it is derived from the section classes, so that a setting is documented in one place only: below its field.
 """
 
 import json
@@ -29,7 +29,7 @@ class SettingDoc:
 
 
 def json_schema() -> dict[str, Any]:
-    """Of a configuration file."""
+    """JSON schema of a settings file."""
     schema = ServeConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for path in DERIVED:
@@ -56,7 +56,7 @@ def _setting_doc(path: str, schema: Mapping[str, Any]) -> SettingDoc:
 
 
 def _plain(doc: str) -> str:
-    """A docstring for people who write YAML."""
+    """A docstring in YAML's terms: one line, null instead of None."""
     return re.sub(r"\bNone\b", "null", " ".join(doc.split()).replace("``", "`"))
 
 
@@ -73,7 +73,7 @@ def _in_words(hint: Any) -> str:
 
 
 def as_yaml(loaded: LoadedConfig, *, width: int = WIDTH) -> str:
-    """The settings in effect as a file that could be given to `-c`: documentation above each, its origin behind it."""
+    """The settings in effect as a file for `-c`: documentation above each setting, the origin of its value behind it."""
     return "\n".join(_yaml_lines(loaded, width)) + "\n"
 
 
@@ -95,7 +95,7 @@ def _yaml_lines(loaded: LoadedConfig, width: int) -> Iterator[str]:
 
 
 def _model_lines(values: Mapping[str, Any], loaded: LoadedConfig, width: int) -> Iterator[str]:
-    """The list of models: of each entry what differs from the sections beside the list."""
+    """The list of models: for each entry the settings that differ from the top-level sections."""
     doc = json_schema()["properties"][LIST]["description"]
     yield from ("", *_comment(doc, width, indent=""), f"{LIST}:{'' if values[LIST] else ' []'}")
     for index, entry in enumerate(values[LIST]):
@@ -116,10 +116,10 @@ def _comment(text: str, width: int, *, indent: str) -> list[str]:
 
 
 def explain(path: str, loaded: LoadedConfig, *, width: int = WIDTH) -> str:
-    """One setting: what it is, what it may be, what it is now and why; of a section, the first sentence of each of its settings.
+    """Explain one setting: meaning, type, current value and its origin. For a section: the first sentence about each of its settings.
 
     Raises:
-        ConfigError: there is no such setting; the nearest is named.
+        ConfigError: there is no such setting; the message suggests the closest one.
     """
     if within := [name for name in setting_docs() if name.startswith(f"{path}.")]:
         return "\n".join(line for name in within for line in _in_a_list(name, max(map(len, within)), width))

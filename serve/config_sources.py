@@ -1,6 +1,6 @@
-"""Where settings come from: a YAML file, then the environment, then flags, each winning over the one before.
+"""Load settings from a YAML file, the environment and flags; each source overrides the ones before.
 
-Everything that is wrong is told at once, each with the place it came from.
+All problems are reported at once, each with the source it came from.
 """
 
 import difflib
@@ -20,14 +20,14 @@ from serve.config import DERIVED, ModelEntry, ServeConfig
 
 PREFIX = "MANTA_"
 SEPARATOR = "__"
-"""`MANTA_HTTP__PORT` sets http.port. Variables without a double underscore are none of ours: Kubernetes makes such ones
-(`MANTA_PORT`, `MANTA_SERVICE_HOST`) for a service named manta."""
+"""`MANTA_HTTP__PORT` sets http.port. Variables without a double underscore are ignored: Kubernetes defines some (`MANTA_PORT`,
+`MANTA_SERVICE_HOST`) for a service named manta."""
 MAX_FILE_BYTES = 1024 * 1024
 LIST = "models"
 
 
 class ConfigError(ValueError):
-    """The settings cannot be used; the message has one line per problem."""
+    """Invalid settings; the message has one line per problem."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -39,30 +39,30 @@ class Entry:
     """One setting from one source."""
 
     path: str
-    """section.field, or models.N.section.field for the N-th entry of the list (from 0)"""
+    """section.field, or models.N.section.field for entry N (from 0) of the list of models"""
     value: Any
     origin: str
-    """As a person would name the place: ``manta.yaml:3``, ``MANTA_HTTP__PORT``, ``--http-port``."""
+    """The source, as shown to users: ``manta.yaml:3``, ``MANTA_HTTP__PORT``, ``--http-port``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
     config: ServeConfig
     origins: Mapping[str, str]
-    """Path to the place that decided it; the rest are defaults."""
+    """Setting path to the source of its value; settings that are missing here have their default."""
 
 
 def load(*, file: Path | None = None, environment: Mapping[str, str] | None = None, flags: Iterable[Entry] = ()) -> LoadedConfig:
-    """Put the sources on top of each other and check the whole.
+    """Merge the sources and validate the result.
 
     Raises:
-        ConfigError: a source cannot be read, settings are unknown, or values are wrong.
+        ConfigError: a source cannot be read, a setting is unknown, or a value is invalid.
     """
     return merge_entries([*(from_file(file) if file else ()), *from_environment(environment or {}), *flags])
 
 
 def merge_entries(entries: Iterable[Entry]) -> LoadedConfig:
-    """The settings that ``entries`` give, later ones winning.
+    """Merge ``entries``, later ones overriding earlier ones, and validate the result.
 
     Raises:
         ConfigError: see `load`.
@@ -81,7 +81,7 @@ def merge_entries(entries: Iterable[Entry]) -> LoadedConfig:
 
 
 def _tree(chosen: Mapping[str, Entry]) -> dict[str, Any]:
-    """Sections of settings, as `ServeConfig` takes them."""
+    """The entries as nested mappings for `ServeConfig`."""
     tree: dict[str, Any] = {}
     models: dict[int, dict[str, Any]] = {}
     for path, entry in chosen.items():
@@ -92,7 +92,7 @@ def _tree(chosen: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def _gaps(entries: Iterable[Entry]) -> Iterator[str]:
-    """Of an entry of the list whose predecessor nobody mentions, the number was mistyped."""
+    """Problems for indices of `models` that skip a number: the index was probably mistyped."""
     first: dict[int, Entry] = {}
     for entry in entries:
         if match := re.match(r"models\.(\d{1,3})\.", entry.path):
@@ -103,7 +103,7 @@ def _gaps(entries: Iterable[Entry]) -> Iterator[str]:
 
 
 def setting_at(path: str) -> str | None:
-    """The setting that a path is about, as section.field; None if there is no such setting."""
+    """The setting that a path refers to, as section.field; None if there is no such setting."""
     match = re.fullmatch(r"models\.\d{1,3}\.((\w+)\.\w+)", path)
     setting = match.group(1) if match and match.group(2) in ModelEntry.model_fields else path
     return setting if setting in known_settings() else None
@@ -111,7 +111,7 @@ def setting_at(path: str) -> str | None:
 
 @cache
 def known_settings() -> Mapping[str, Any]:
-    """Path of every setting, and its type. Those of a model can also stand in an entry of the list `models`."""
+    """Path and type of every setting. Settings of a model can also appear in entries of the list `models`."""
     return {
         f"{section}.{name}": hint
         for section, field in ServeConfig.model_fields.items()
@@ -128,14 +128,14 @@ def _fields(section: Any) -> dict[str, Any]:
 
 
 def unknown_setting_error(entry: Entry) -> str:
-    """The sentence for a setting that does not exist, with the nearest one that does."""
+    """Error message for an unknown setting, with the closest existing one."""
     near = difflib.get_close_matches(entry.path, known_settings(), n=1, cutoff=0.6) or _same_words(entry.path)
     advice = f"; did you mean {near[0]}?" if near else "; `manta config` lists them all"
     return f"unknown setting {entry.path} ({entry.origin}){advice}"
 
 
 def _same_words(path: str) -> list[str]:
-    """For ``tensor_parallel`` or ``max_step_tokens`` without its section: the setting that has most of its words."""
+    """The setting that shares most words with the path, as for ``tensor_parallel`` or ``max_step_tokens`` without a section."""
     words = set(re.split(r"[._-]", path.lower()))
     best = max(known_settings(), key=lambda known: len(words & set(re.split(r"[._]", known))) / len(words))
     return [best] if len(words & set(re.split(r"[._]", best))) * 2 > len(words) else []
@@ -144,7 +144,7 @@ def _same_words(path: str) -> list[str]:
 def from_file(file: Path) -> list[Entry]:
     """
     Raises:
-        ConfigError: it cannot be read, is not YAML, or is not sections of settings.
+        ConfigError: the file cannot be read, is not YAML, or does not consist of sections of settings.
     """
     try:
         with file.open("rb") as opened:
@@ -162,7 +162,7 @@ def from_file(file: Path) -> list[Entry]:
 
 
 def from_tree(tree: Mapping[str, Any], origin: str) -> list[Entry]:
-    """Sections of settings as programs pass them; also ``section.field`` with a value that may be text, as command lines do.
+    """Entries of a nested mapping, as programs pass it. Also accepts ``section.field`` keys whose value may be text, as on command lines.
 
     Raises:
         ConfigError: a section is not a mapping.
@@ -219,19 +219,19 @@ def _section(
 
 
 def _is_empty(node: yaml.Node) -> bool:
-    """Nothing, or a section whose settings are all commented out."""
+    """Whether a section is empty, for example because all of its settings are commented out."""
     return isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~")
 
 
 def _pairs(loader: yaml.SafeLoader, node: yaml.Node, file: str, what: str) -> Iterator[tuple[str, str, yaml.Node]]:
-    """(key, place, value) of a mapping; a key that stands twice is an error, which YAML loaders let pass."""
+    """(key, source, value) of a mapping. A duplicate key is an error; YAML loaders would accept it silently."""
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError([f"{what} must be a mapping of names to values ({file}:{node.start_mark.line + 1})"])
     seen: dict[str, str] = {}
     for key_node, value in node.value:
         key, place = str(loader.construct_object(key_node)), f"{file}:{key_node.start_mark.line + 1}"
         if key in seen:
-            raise ConfigError([f"{key} stands twice ({seen[key]} and {place})"])
+            raise ConfigError([f"{key} is there twice ({seen[key]} and {place})"])
         seen[key] = place
         yield key, place, value
 
@@ -250,12 +250,12 @@ def from_assignment(text: str) -> Entry:
     """
     path, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError([f"--set {text}: say section.field=value"])
+        raise ConfigError([f"--set {text}: write section.field=value"])
     return from_text(path.strip(), value, f"--set {path.strip()}")
 
 
 def from_text(path: str, text: str, origin: str) -> Entry:
-    """A value that came as text: itself where the setting takes text, else what YAML reads in it."""
+    """An entry whose value is text: taken as it is if the setting is text, else parsed as YAML."""
     types_of_setting = _flat(known_settings().get(setting_at(path) or "", str))
     if type(None) in types_of_setting and text.strip().lower() in ("", "null", "none"):
         return Entry(path, None, origin)
@@ -264,11 +264,11 @@ def from_text(path: str, text: str, origin: str) -> Entry:
     try:
         return Entry(path, yaml.safe_load(text), origin)
     except yaml.YAMLError:
-        return Entry(path, text, origin)  # pydantic says what it should have been
+        return Entry(path, text, origin)  # pydantic reports the expected type
 
 
 def _flat(hint: Any) -> tuple[Any, ...]:
-    """Members of a union, values of a Literal, else the type alone."""
+    """Members of a union, values of a Literal, or the type itself."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(member for part in typing.get_args(hint) for member in _flat(part))
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else (hint,)
@@ -281,9 +281,9 @@ def _wrong_values(error: ValidationError, chosen: Mapping[str, Entry]) -> Iterat
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if path in chosen:
             yield f"{path} {message}, got {chosen[path].value!r:.100} ({chosen[path].origin})"
-        else:  # a section's own check, or one between sections; or an entry has it from beside the list, where it is told already
+        else:  # a check of a section or between sections; or an entry of `models` inherited the value, which is reported at the top level
             within = [entry for entry in chosen.values() if entry.path.startswith(path)]
-            named = [entry for entry in within if re.search(rf"\b{re.escape(entry.path)}\b", message)]  # what was set beside it is no cause
+            named = [entry for entry in within if re.search(rf"\b{re.escape(entry.path)}\b", message)]  # prefer settings that are named
             involved = sorted({entry.origin for entry in named or within})
             if involved or depth == 2:
                 yield f"{f'{path}: ' if path else ''}{message} ({', '.join(involved) or 'default'})"

@@ -1,4 +1,4 @@
-"""What ranks compute on where nobody says it: a GPU each where the hosts that may take them have any, else CPUs."""
+"""Choose the device of ranks where the settings leave it open: a GPU each if the eligible hosts have any, else CPUs."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,21 @@ from serve.model_source import DEMO
 logger = logging.getLogger(__name__)
 
 GPU_ON_DEMAND_HINT = "--set resources.gpus=1"
-"""For hosts that come only when they are asked for."""
+"""For clusters whose GPU hosts are only added on demand."""
 
 
 class DeviceError(ValueError):
-    """The ranks cannot have the devices that they are to have, or these do not compute what is asked for."""
+    """The ranks cannot get the requested devices, or the devices do not support what is requested."""
 
 
 def assign_devices(configs: Sequence[ServeConfig], hosts: Sequence[Mapping[str, float]]) -> list[ServeConfig]:
-    """The settings of the models of one server, with ``resources.gpus`` decided where it was open, and ``runner.device`` with it.
+    """The settings of a server's models with ``resources.gpus`` and ``runner.device`` decided where they were open.
 
-    ``hosts``: Ray's resources of each host that serves, in use or not. The demo model computes on CPUs unless ``runner.device`` says
-    otherwise.
+    ``hosts``: Ray's total resources of each host. The demo model runs on CPUs unless ``runner.device`` says otherwise.
 
     Raises:
-        DeviceError: the ranks want more GPUs than there are (they are not put on CPUs instead, where a large model would take minutes
-            for what its GPUs do in a second), or a CPU is to compute in fp8.
+        DeviceError: the ranks need more GPUs than there are (they are not moved to CPUs instead: a large model would take minutes
+            for what GPUs do in a second), or fp8 is requested on CPUs.
     """
     decided = []
     for config in configs:
@@ -43,12 +42,12 @@ def assign_devices(configs: Sequence[ServeConfig], hosts: Sequence[Mapping[str, 
 
 
 def _wants_gpus(config: ServeConfig) -> bool:
-    """``cuda:<index>`` names a GPU by itself, and Ray must not choose another."""
+    """Whether Ray is to assign GPUs. ``cuda:<index>`` names a GPU itself, so Ray must not choose another."""
     return config.runner.device == "cuda" or (config.runner.device == "auto" and config.model.source != DEMO)
 
 
 def _check_room(configs: Sequence[ServeConfig], num_gpus: float) -> None:
-    """For as many replicas as there always are: for more, hosts may come."""
+    """Check that there are GPUs for the minimum number of replicas; for more replicas, hosts may be added later."""
     wanted = sum(_gpus_of_a_rank(config) * config.parallel.topology.size * max(config.replicas.least, 1) for config in configs)
     if wanted > num_gpus:
         raise DeviceError(
@@ -71,7 +70,7 @@ def _say_that_there_are_none(config: ServeConfig) -> None:
 
 
 def _decided(config: ServeConfig, *, on_gpu: bool) -> ServeConfig:
-    """A rank to which Ray gives no GPU sees all of them, and every one would take the first."""
+    """With no GPU from Ray, "auto" becomes "cpu": such a rank sees all GPUs, and every rank would take the first."""
     gpus = config.resources.gpus if config.resources.gpus is not None else float(on_gpu)
     device = "cpu" if config.runner.device == "auto" and not gpus else config.runner.device
     resources, runner = replace(config.resources, gpus=gpus), replace(config.runner, device=device)
@@ -79,7 +78,7 @@ def _decided(config: ServeConfig, *, on_gpu: bool) -> ServeConfig:
 
 
 def _check_fp8(config: ServeConfig) -> None:
-    """The ranks would say so too, with a traceback, when they have been started."""
+    """Reject fp8 on CPUs now; the ranks would fail with a traceback after they have started."""
     if config.runner.device != "cpu":
         return
     if config.runner.quantize == "fp8":

@@ -1,4 +1,4 @@
-"""What the ranks are going to want of their hosts, from config.json and the settings: for the doctor."""
+"""What ranks require of their hosts (device, memory for weights), computed from config.json and the settings. Used by the doctor."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,9 @@ from serve.planning.weights import weights_of_rank
 
 
 def host_requirements(folder: Path | None, config: ServeConfig, adapter: Path | str | None = None) -> Need:
-    """``folder`` holds config.json; None: no model was named. A model that cannot be planned is refused elsewhere.
+    """``folder`` contains config.json; None: no model was given. An invalid model yields no memory requirement; it is rejected elsewhere.
 
-    ``adapter``: where the model's can be read from here; None: there is none, or it is fetched where the ranks are.
+    ``adapter``: location of the adapter if it can be read from here; None: there is none, or it is downloaded by the ranks' hosts.
     """
     device = "cuda" if config.resources.gpus or config.runner.device.startswith("cuda") else "cpu"
     weights = _weights(folder, config, adapter) if folder else 0
@@ -27,7 +27,7 @@ def host_requirements(folder: Path | None, config: ServeConfig, adapter: Path | 
 
 
 def _weights(folder: Path, config: ServeConfig, adapter: Path | str | None) -> int:
-    """Of the fullest rank, at least: a dtype that a rank chooses by itself may take twice as much on a CPU."""
+    """Weight bytes of the fullest rank. A lower bound: with dtype auto a rank on a CPU may take twice as much."""
     topology = config.parallel.topology
     try:
         return _fullest_rank(folder, topology, config.runner, adapter) + _draft_weights(config.runner)
@@ -36,7 +36,7 @@ def _weights(folder: Path, config: ServeConfig, adapter: Path | str | None) -> i
 
 
 def _draft_weights(runner: RunnerConfig) -> int:
-    """Of a draft model whose folder is here; one rank holds it whole."""
+    """Weight bytes of a draft model whose folder is on this host; one rank holds all of it."""
     place = runner.draft_model
     return _fullest_rank(Path(place), Topology(), runner) if place is not None and Path(place).is_dir() else 0
 
@@ -51,8 +51,8 @@ def _fullest_rank(folder: Path, topology: Topology, runner: RunnerConfig, adapte
 
 
 def _unties_head(adapter: Path | str) -> bool:
-    """Whether embedding and head become two matrices. False where it cannot be read: that is said by whoever needs it."""
+    """Whether the adapter makes embedding and head two matrices. False if it cannot be read: loading reports that error."""
     try:
         return unties_head(stored_names(adapter), AdapterConfig.from_folder(small_files(adapter)))
-    except Exception:  # each store's library has its own
+    except Exception:  # each storage library raises its own errors
         return False

@@ -1,4 +1,4 @@
-"""Servers with a Ray of their own on this machine, known to this user: a small file for each, as long as it runs."""
+"""Registry of this user's servers with a private Ray on this machine: a small file for each running server."""
 
 import json
 import os
@@ -16,18 +16,18 @@ class LocalServerRecord:
     address: str
     """host:port of its Ray."""
     token: str
-    """Path of the file that lets one join it; only this user can read it."""
+    """Path of the token file for joining it; readable by this user only."""
 
 
 @contextmanager
 def registered(address: str, token: str) -> Iterator[None]:
-    """For as long as this process serves."""
+    """Keep this process registered while the context is open."""
     note = LocalServerRecord(pid=os.getpid(), address=address, token=token)
     file = _folder() / f"{note.pid}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         file.write_text(json.dumps(asdict(note)))
-    except OSError:  # a cache that cannot be written to: `manta top` needs an address then
+    except OSError:  # the cache is not writable; `manta top` then needs an address
         pass
     try:
         yield
@@ -36,7 +36,7 @@ def registered(address: str, token: str) -> Iterator[None]:
 
 
 def running_servers() -> list[LocalServerRecord]:
-    """Notes of servers that were killed are swept."""
+    """All running servers. Deletes the files of servers that were killed."""
     notes = []
     for file in sorted(_folder().glob("*.json")):
         try:

@@ -1,4 +1,4 @@
-"""Whether the ports of the fronts are free, asked before anything is started."""
+"""Check that the fronts' ports are free before anything is started."""
 
 import errno
 import socket
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 class PortInUse(RuntimeError):
     def __init__(self, *, host: str, port: int, front: str, error: OSError) -> None:
         if error.errno == errno.EADDRINUSE:
-            told = f"something listens on {host}:{port} already, perhaps another `manta serve`; choose another port with --{front}-port"
+            message = f"something listens on {host}:{port} already, perhaps another `manta serve`; choose another port with --{front}-port"
         elif error.errno == errno.EADDRNOTAVAIL:
-            told = f"{host} is no address of this host; choose one with --{front}-host"
+            message = f"{host} is no address of this host; choose one with --{front}-host"
         else:
-            told = f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another with --{front}-host and --{front}-port"
-        super().__init__(told)
+            message = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another with --{front}-host and --{front}-port"
+        super().__init__(message)
         self.host, self.port = host, port
 
 
@@ -34,11 +34,11 @@ def check_free(host: str, port: int, *, front: str) -> None:
     """``front``: "http" or "grpc".
 
     Raises:
-        PortInUse: somebody listens there, or the address is not one of this host.
+        PortInUse: another process listens there, or the address does not belong to this host.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that is only cooling down is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT counts as free
         try:
             probe.bind((host, port))
             probe.listen(1)

@@ -1,9 +1,9 @@
-"""Ends what a server has started, also when the server was killed and could not: ``python -m serve.process_reaper MARK [FOLDER]``.
+"""Kill the processes that a server started, even if the server itself was killed: ``python -m serve.process_reaper MARK [FOLDER]``.
 
-A process of its own that reads a pipe from the server, its parent; the pipe's end is the server's end, in whatever way.
-What the server started is known by descent, noted while it lives (orphans have none), and for the latest arrivals by MARK:
-``NAME=value``, with a value that no other server has, in the environment they were started with. (Descent alone misses
-processes that appear in the last moment, the environment alone those that have overwritten theirs with a title.)
+This is a separate process with a pipe from the server, its parent; the pipe closes when the server ends, for whatever reason.
+The server's processes are found in two ways: as its descendants, recorded while it lives (orphans no longer have a parent), and by
+MARK, ``NAME=value`` in their initial environment with a value that is unique to the server. (Descendants alone would miss processes
+that start at the last moment; the environment alone would miss those that overwrote theirs with a process title.)
 """
 
 import os
@@ -27,11 +27,11 @@ def processes_with_mark(mark: str) -> Iterator[psutil.Process]:
             if process.environ().get(name) == value:
                 yield process
         except psutil.Error:
-            continue  # another user's, or gone
+            continue  # of another user, or already gone
 
 
 def descendants_until_end(server: psutil.Process) -> set[psutil.Process]:
-    """Wait for the end of the server; all that descended from it and was seen meanwhile."""
+    """Wait until the server ends; returns all of its descendants that were seen until then."""
     seen: set[psutil.Process] = set()
     while True:
         try:
@@ -39,13 +39,13 @@ def descendants_until_end(server: psutil.Process) -> set[psutil.Process]:
         except psutil.NoSuchProcess:
             break
         ready, _, _ = select.select([sys.stdin], [], [], LOOK_S)
-        if ready:  # nothing is ever written, so this is the end of the pipe
+        if ready:  # nothing is ever written to the pipe, so this is its end
             break
     return seen - {psutil.Process()}
 
 
 def end(seen: set[psutil.Process], mark: str) -> None:
-    """Kill until there are none: one that is being started may appear after a first look."""
+    """Kill processes until none are left: one that is just starting may only be found by a later pass."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         living = [process for process in seen | set(processes_with_mark(mark)) if _lives(process)]

@@ -1,4 +1,4 @@
-"""Ranks on hosts that have not got the checkpoint yet: each host fetches it from the hub into its own cache, then they load."""
+"""Ranks whose host downloads the checkpoint from a hub into its own cache before they load it."""
 
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -17,7 +17,7 @@ TELL_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class DownloadProgress:
-    """A sign of life: hubs do not say how far they are."""
+    """Keep-alive progress during a download; the hubs' libraries report no fraction."""
 
     phase: str = "fetching the checkpoint"
     done: int = 0
@@ -27,7 +27,7 @@ class DownloadProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadingRanks:
-    """``ranks.checkpoint_folder`` and ``ranks.adapter`` may be what `serve.model_source.download_if_needed` takes."""
+    """Like ``ranks``, but its checkpoint, adapter and draft model may be locations that `download_if_needed` downloads first."""
 
     ranks: ModelRankLauncher
 
@@ -53,7 +53,7 @@ class DownloadingRanks:
 
 
 def _download(location: Path | str, on_progress: OnProgress) -> Path | str:
-    """Ranks of one host fetch at the same time; the hubs' caches see to it that a file comes once."""
+    """Download if needed. Ranks of one host may do so at the same time: the hubs' caches lock, so that each file is fetched once."""
     if not needs_download(location):
         return location
     with ThreadPoolExecutor(1) as thread:
@@ -63,5 +63,5 @@ def _download(location: Path | str, on_progress: OnProgress) -> Path | str:
             try:
                 return fetching.result(TELL_S)
             except NotYet:
-                if fetching.done():  # the fetching's own
+                if fetching.done():  # the download itself raised TimeoutError
                     raise

@@ -1,4 +1,4 @@
-"""Settings as a config file of Ray Serve, for `serve deploy` and a RayService's serveConfigV2."""
+"""Convert settings to a Ray Serve config file, for `serve deploy` and a RayService's serveConfigV2."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from serve.proxy_hook import variables
 IMPORT_PATH = "serve.app:app"
 FRONT_SETTINGS = frozenset({"http.strict", "http.allowed_origins"})
 CLUSTER_SETTINGS = frozenset(path for path in known_settings() if path.startswith(("http.", "grpc.", "ray."))) - FRONT_SETTINGS
-"""Settings of what is there before an application is: they stand elsewhere in a Serve config file, or are nothing of its."""
+"""Settings of the proxies and of Ray, which exist before the application: they are not among its args."""
 
 HEAD = """\
 # For `serve deploy` (Ray Serve), or a RayService's serveConfigV2. Written by `manta config --emit serve`.
@@ -21,7 +21,7 @@ HEAD = """\
 
 
 def ray_serve_config_yaml(loaded: LoadedConfig, *, name: str) -> str:
-    """``name``: of the application. Only what somebody has set, and the model, becomes args."""
+    """The config file as YAML. ``name``: application name. The args hold only the model and the settings that differ from the default."""
     grpc = loaded.config.grpc
     wanted = variables(grpc_host=grpc.host, tls=grpc.tls, slow_client_timeout_s=loaded.config.http.slow_client_timeout_s)
     environment = "".join(f"#   {key}={value}\n" for key, value in wanted.items())
@@ -29,7 +29,7 @@ def ray_serve_config_yaml(loaded: LoadedConfig, *, name: str) -> str:
 
 
 def ray_serve_config(loaded: LoadedConfig, *, name: str) -> dict[str, Any]:
-    """The same as a tree (`ray.serve.schema.ServeDeploySchema`)."""
+    """The config file as a tree (`ray.serve.schema.ServeDeploySchema`)."""
     config = loaded.config
     return {
         "proxy_location": "EveryNode",

@@ -1,4 +1,4 @@
-"""The observer behind /metrics: times and tokens of every request, counted where its client meets the server."""
+"""The observer behind /metrics: latencies and token counts of every request, measured in the front."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ CLIENT_LEFT = "client_left"
 
 
 class RequestMetrics:
-    """``models``: names that may stand in a label; of a request for any other model only the failure is told, without a name."""
+    """``models``: allowed values of the label model_name. Requests for other models are counted only as failures, with an empty name."""
 
     def __init__(self, instruments: Instruments, models: Collection[str], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._instruments, self._models, self._clock = instruments, models, clock
@@ -29,7 +29,7 @@ class _RequestTimes:
         self._begun_s = clock() if arrived_s is None else arrived_s
         self._first_s: float | None = None
         self._last_s: dict[int, float] = {}
-        """When each choice gave its last token so far."""
+        """Time of each choice's latest token."""
         self._usage = Usage(prompt_tokens=0, completion_tokens=0)
         self._reasons: list[str] = []
         self._end: TextEvent | None = None
@@ -39,12 +39,12 @@ class _RequestTimes:
         if event.tokens:
             self._tokens(event)
         if event.finish_reason is not None:
-            self._end = event  # the last choice to end is the one that the request waited for
+            self._end = event  # the last choice to finish decides when the request ends
             self._reasons.append(event.finish_reason)
         self._usage = event.usage or event.usage_so_far or self._usage
 
     def ended(self) -> None:
-        for reason in self._reasons[:1]:  # of several choices the first: a request counts once
+        for reason in self._reasons[:1]:  # a request counts once, with the reason of the choice that finished first
             self._instruments.count(names.REQUESTS, model_name=self._model, finished_reason=reason)
         now_s = self._clock()
         self._observe(names.REQUEST_SECONDS, now_s - self._begun_s)

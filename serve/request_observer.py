@@ -1,4 +1,4 @@
-"""Watching requests from arrival to end, for those that count, trace or log: the service knows only this seam."""
+"""Interface for code that follows requests from start to end: metrics, tracing, quotas. The service depends on this interface only."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -9,34 +9,34 @@ from serve.request import AnyRequest, TextEvent
 
 
 class RequestWatch(Protocol):
-    """Follows one request. Exactly one of `ended` and `failed` is called, last."""
+    """Observes one request. Exactly one of `ended` and `failed` is called, as the last call."""
 
     def event(self, event: TextEvent) -> None: ...
 
     def ended(self) -> None:
-        """Its last event has been handed on."""
+        """The request's last event has been delivered."""
         ...
 
     def failed(self, error: BaseException) -> None:
-        """It ended otherwise. `asyncio.CancelledError` and `GeneratorExit`: its client did not want more."""
+        """The request ended early. `asyncio.CancelledError` and `GeneratorExit` mean that its client went away."""
         ...
 
 
 class Observer(Protocol):
     def begin(self, request: AnyRequest) -> RequestWatch:
-        """May raise to refuse the request; earlier observers are told that it failed."""
+        """Called when a request starts. May raise to reject the request; observers called before are told that it failed."""
         ...
 
 
 async def observe_events(
     request: AnyRequest, events: AsyncGenerator[TextEvent, None], observers: Sequence[Observer]
 ) -> AsyncGenerator[TextEvent, None]:
-    """``events``, seen by all ``observers`` as they pass."""
+    """Yield ``events`` and pass each to all ``observers``."""
     watches: list[RequestWatch] = []
     complete = False
     try:
         for observer in observers:
-            watches.append(observer.begin(request))  # not all at once: those before the one that refuses must be told
+            watches.append(observer.begin(request))  # one by one: if one raises, those before it must be told
         async with aclosing(events):
             async for event in events:
                 complete = event.usage is not None
@@ -50,7 +50,7 @@ async def observe_events(
 
 
 def _is_leaving(error: BaseException) -> bool:
-    """A reader that has had the last event need not ask for the end."""
+    """Whether the consumer stopped iterating. After the last event that is no failure: it need not read to the end."""
     return isinstance(error, GeneratorExit | asyncio.CancelledError)
 
 

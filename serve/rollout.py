@@ -1,6 +1,6 @@
-"""An application brought up on a Ray that runs: Ray Serve's proxies, the deployments, how far they are, and what befalls them later.
+"""Deploy the application on a running Ray: start Ray Serve's proxies, deploy, follow the start, and log later changes of replicas.
 
-Whose Ray it is does not matter here; see `serve.local_ray` and `serve.existing_ray`.
+Used for a private Ray (`serve.local_ray`) and for an existing one (`serve.existing_ray`).
 """
 
 import logging
@@ -20,17 +20,17 @@ from serve.devices import DeviceError
 from serve.grpc.server import SERVICER_FUNCTIONS
 
 LOADING_SPAN = (0.15, 0.95)
-"""Which part of the start loading the weights is."""
+"""The part of the overall start progress (0 to 1) that loading the weights covers."""
 POLL_S = 0.3
 
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
-"""Told what is being done and how much of the start is done, from 0 to 1."""
+"""Called with (current activity, fraction of the start that is done, 0 to 1)."""
 
 
 class StartError(RuntimeError):
-    """The server could not be started, or its Ray died; the message says why."""
+    """The server could not start, or its Ray died; the message says why."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def as_start_error(doing: str) -> Iterator[None]:
 
 
 def start_proxies(config: ServeConfig, location: ProxyLocation) -> None:
-    """Without effect where Ray Serve runs already."""
+    """Start Ray Serve with its HTTP and gRPC proxies. Has no effect if Ray Serve runs already."""
     ray_serve.start(
         proxy_location=location,
         http_options=HTTPOptions(host=config.http.host, port=config.http.port),
@@ -55,11 +55,11 @@ def start_proxies(config: ServeConfig, location: ProxyLocation) -> None:
 
 
 def deploy(models: Sequence[ServedModel], config: ServeConfig, *, app: str, on_progress: OnProgress) -> None:
-    """Deploy, or bring what is deployed up to date, and wait until it runs, telling how far the slowest replica is.
+    """Deploy or update the application and wait until it runs. Reports the progress of the slowest replica.
 
     Raises:
-        StartError: with what a replica found its hosts unfit for, as soon as one did (Ray Serve would go on trying, for ever where
-            other replicas have started), or with what Ray Serve knows of the deployments that did not start.
+        StartError: a replica refused its hosts (raised at once: Ray Serve would retry, and for ever if other replicas have
+            started), or a deployment failed, with Ray Serve's message.
     """
     on_progress("starting the replicas", LOADING_SPAN[0])
     version = secrets.token_hex(4)
@@ -85,11 +85,11 @@ def deploy(models: Sequence[ServedModel], config: ServeConfig, *, app: str, on_p
 def _status(app: str) -> ApplicationStatus:
     """
     Raises:
-        StartError: somebody has taken the application away.
+        StartError: the application was removed meanwhile.
     """
     applications = ray_serve.status().applications
     if app not in applications:
-        raise StartError(f"the application {app} was taken away while it started")
+        raise StartError(f"the application {app} was removed while it started")
     return applications[app].status
 
 
@@ -103,7 +103,7 @@ def _why(app: str, otherwise: str) -> str:
 
 
 def _slowest(app: str) -> tuple[str, float] | None:
-    """What the replica that is least far is doing, and how much of the start is done."""
+    """(activity, overall progress) of the replica that is furthest behind; None if none is loading."""
     loading = [record.loading for record in current_records(app) if record.loading is not None]
     least = min(loading, key=lambda each: each.done, default=None)
     begin, end = LOADING_SPAN
@@ -111,18 +111,18 @@ def _slowest(app: str) -> tuple[str, float] | None:
 
 
 class ReplicaChangeLog:
-    """Logs what befalls replicas, each thing once."""
+    """Logs losses, readiness changes and refusals of replicas, each once."""
 
     def __init__(self) -> None:
         self._told: dict[str, tuple[str | None, bool]] = {}
         self._refused: set[str] = set()
 
     def update(self, records: Sequence[ReplicaRecord], refused: Mapping[str, Refusal]) -> None:
-        """``refused``: see `cluster.directory.refusals`."""
+        """Log what changed since the last call. ``refused``: see `cluster.directory.refusals`."""
         for replica, refusal in refused.items():
             if refusal.why not in self._refused:
                 logger.error("replica %s cannot start where it was placed: %s", replica, refusal.why)
-        self._refused = {refusal.why for refusal in refused.values()}  # of the last look: what is refused again and again is in each
+        self._refused = {refusal.why for refusal in refused.values()}  # of this call only: a repeated refusal is in every call
         for record in records:
             last_loss, ready = self._told.get(record.id, (None, True))
             if record.last_loss is not None and record.last_loss != last_loss:

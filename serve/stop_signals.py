@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a server in the foreground: an interrupt while it starts, later a flag."""
+"""SIGINT and SIGTERM for a server in the foreground: they raise KeyboardInterrupt during the start, and set a flag afterwards."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopSignals:
-    """For the main thread."""
+    """Signal handlers, to be used in the main thread."""
 
     def __init__(self) -> None:
         self.starting = True
@@ -25,7 +25,7 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Again, where Ray has installed its own."""
+        """Install the handlers; again after Ray has installed its own."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 

@@ -1,1 +1,1 @@
-"""What `manta` can do, one file per command."""
+"""The commands of `manta`, one file each."""

@@ -1,4 +1,4 @@
-"""`manta batch`: a file of requests, a file of answers."""
+"""`manta batch`: send a file of requests to a running server and write the answers to a file."""
 
 import os
 import threading
@@ -13,29 +13,29 @@ import typer
 from serve.commands.settings import WRONG_USAGE, exit_with_error
 
 SOME_FAILED = 3
-"""Leaves with it where every request has its line, and not every line an answer."""
+"""Exit code when every request has a line in the output, but some lines hold an error instead of an answer."""
 INTERRUPTED = 130
 REQUEST_TIMEOUT_S = 3600.0
 READY_TIMEOUT_S = 60.0
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 MOST_NAMED = 8
-"""Lines of the output that are named after a run; the others are counted."""
+"""At most this many failed lines are listed after a run; the rest are only counted."""
 
 
 def batch(
     requests: Annotated[Path, typer.Argument(help="JSON lines in OpenAI's batch format: custom_id, method, url, body.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the answers go, a line each, in the order in which they come.")],
-    url: Annotated[str, typer.Option("--url", help="A running server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Else $MANTA_API_KEY.")] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Requests at the same time.")] = 32,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the answers, one JSON line each, in order of completion.")],
+    url: Annotated[str, typer.Option("--url", help="URL of the server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option("--api-key", help="API key; by default $MANTA_API_KEY.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=1024, help="Maximum number of concurrent requests.")] = 32,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry requests that failed in an earlier run.")] = False,
 ) -> None:
-    """Answer a file of requests through a running server.
+    """Run a file of requests through a running server.
 
-    Interrupted by Ctrl-C or killed, the same command goes on where it was: no line is lost or written twice.
+    The run can be resumed: after Ctrl-C or a kill, the same command continues where it stopped, and no line is lost or written twice.
 
-    Leaves with 0 where every request is answered; with 3 where some failed, which have the error in their line and are named at
-    the end; with 1 where the batch could not be run; with 130 where it was interrupted.
+    Exit codes: 0 if every request was answered; 3 if some failed (their output lines hold the error, and a summary is printed);
+    1 if the batch could not run; 130 if it was interrupted.
 
     \b
       manta serve demo
@@ -55,7 +55,7 @@ def batch(
     try:
         items = read_items(requests)
         finished(output)
-        elsewhere = urlsplit(url).hostname not in LOOPBACK  # no proxy reaches this machine
+        elsewhere = urlsplit(url).hostname not in LOOPBACK  # HTTP proxies do not apply to this machine
         with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, limits=limits, trust_env=elsewhere) as client:
             if not wait_until_ready(client, timeout_s=0.0):
                 typer.echo(f"waiting up to {READY_TIMEOUT_S:g} s for a server at {url}", err=True)
@@ -73,7 +73,7 @@ def batch(
     except KeyboardInterrupt:
         stopped.set()
         typer.echo("\ninterrupted; the same command goes on where this one was", err=True)
-        os._exit(INTERRUPTED)  # answers under way are not waited for
+        os._exit(INTERRUPTED)  # do not wait for requests in flight
     assert shown is not None
     typer.echo(f"{shown.done - shown.failed} of {shown.total} requests are answered in {output}", err=True)
     if shown.failed:
@@ -81,7 +81,7 @@ def batch(
 
 
 def _failed(output: Path, asked: set[str]) -> str:
-    """How many of the requests failed, in which lines of the output, and why the first did."""
+    """Message: how many requests failed, in which output lines, and why the first one did."""
     from serve.batch import failures
 
     failed = [failure for failure in failures(output) if failure.custom_id in asked]

@@ -1,4 +1,4 @@
-"""`manta bench`: how fast the engine is on this machine, without fronts, Ray or network."""
+"""`manta bench`: measure the engine on this machine, without fronts, Ray or network."""
 
 import json
 import resource
@@ -28,26 +28,26 @@ def bench(
     file: ConfigFile = None,
     given: Given,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each workload; medians are shown.")] = 3,
-    warm_up: Annotated[bool, typer.Option("--warm-up/--no-warm-up", help="An unmeasured round of each workload first.")] = True,
-    tokens_out: Annotated[int | None, typer.Option("--tokens-out", min=1, help="At most so many tokens out in every workload.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Only workloads whose name contains this; may be repeated.")] = None,
+    warm_up: Annotated[bool, typer.Option("--warm-up/--no-warm-up", help="Run an unmeasured round of each workload first.")] = True,
+    tokens_out: Annotated[int | None, typer.Option("--tokens-out", min=1, help="Limit the output tokens of every workload.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Run only workloads whose name contains this; may be repeated.")] = None,
     assignments: Assignments = None,
 ) -> None:
-    """Measure the engine alone, and print it beside what this machine could do at best.
+    """Benchmark the engine alone and compare it with this machine's limits.
 
-    Closed loop: equal requests at once, random token ids in, greedy, no stop but the length; one round unmeasured. The floor
-    is the time to read the weights or to multiply, at rates measured in the same run.
+    Closed loop: each workload submits identical requests at once, with random token ids as prompts, greedy sampling and a fixed
+    output length. The floor is the least time this machine needs to read the weights or to multiply, at rates measured in the same run.
 
     \b
       manta bench demo
       manta bench demo --tensor-parallel 2 --only stream
       manta bench ./checkpoint --quantize int8 --rounds 5
-      manta bench serve --help                            a server instead
+      manta bench serve --help                            benchmark a running server instead
     """
     config, *others = load_settings(file, assignments, given).config.each_model()
     if others:
-        exit_with_error("the settings name several models, and one is measured at a time: name it, without the list")
+        exit_with_error("the settings list several models, but only one can be measured at a time: give one model, without the list")
     from serve.bench.report import TITLE, as_json, table_of
     from serve.model_check import with_local_draft_model
     from serve.model_source import ModelSourceError, find_model
@@ -70,10 +70,10 @@ def bench(
 
 
 def chosen_workloads(only: Sequence[str] | None, tokens_out: int | None) -> list["Workload"]:
-    """The workloads whose name contains one of `only`; all without it.
+    """The workloads whose name contains one of the strings in `only`, or all workloads if it is not given.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no workload matches.
     """
     from serve.bench.workload import WORKLOADS
 
@@ -88,10 +88,10 @@ def chosen_workloads(only: Sequence[str] | None, tokens_out: int | None) -> list
 def measure(
     config: "ServeConfig", found: "FoundModel", rounds: int, workloads: Sequence["Workload"], report: Report, *, warm_up: bool = True
 ) -> tuple[list[str], list["Figure"]]:
-    """What was measured on, in words, and the figures.
+    """Run all workloads. Returns lines that describe the model and machine, and a figure per workload.
 
     Raises:
-        ValueError: the model cannot be run so.
+        ValueError: the model cannot be run with these settings.
     """
     import torch
 

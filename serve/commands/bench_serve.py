@@ -1,4 +1,4 @@
-"""`manta bench serve`: load for a running server, ours or another's."""
+"""`manta bench serve`: put load on a running server, Manta's or any other with OpenAI's API."""
 
 import asyncio
 import importlib.util
@@ -22,35 +22,35 @@ INTERRUPTED = 130
 
 
 def bench_serve(
-    url: Annotated[str, typer.Argument(help="The API's address.")] = "http://127.0.0.1:8000/v1",
+    url: Annotated[str, typer.Argument(help="Base URL of the API.")] = "http://127.0.0.1:8000/v1",
     workload: Annotated[str, typer.Option("--workload", "-w", help="W1 to W10, see above.")] = "W3",
-    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="How many (conversations, in W1 and W8).")] = 64,
-    rate: Annotated[float, typer.Option("--rate", help="Arrivals per second, on average.")] = 2.0,
-    scale: Annotated[float, typer.Option("--scale", help="Of all lengths: 0.1 for a small machine.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Another seed, other prompts and times.")] = 0,
-    ttft: Annotated[float, typer.Option("--slo-ttft", help="Seconds to the first token that a good request keeps.")] = 1.0,
-    itl: Annotated[float, typer.Option("--slo-itl", help="Seconds between its tokens, on average.")] = 0.1,
+    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="Number of requests (of conversations for W1 and W8).")] = 64,
+    rate: Annotated[float, typer.Option("--rate", help="Mean arrivals per second.")] = 2.0,
+    scale: Annotated[float, typer.Option("--scale", help="Factor for all lengths; 0.1 suits a small machine.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed for prompts and arrival times.")] = 0,
+    ttft: Annotated[float, typer.Option("--slo-ttft", help="SLO: seconds to the first token.")] = 1.0,
+    itl: Annotated[float, typer.Option("--slo-itl", help="SLO: mean seconds between tokens.")] = 0.1,
     api: Annotated[str, typer.Option("--api", help="chat or completions.")] = "chat",
-    model: Annotated[str | None, typer.Option("--model", help="None: the first that the server lists.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model name; by default the first that the server lists.")] = None,
     key: Annotated[str | None, typer.Option("--key", envvar="OPENAI_API_KEY", help="API key.")] = None,
-    extra: Annotated[str, typer.Option("--extra", help="JSON object that goes into every request's body.")] = "{}",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures and every request's times here.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the distributions (.png, .svg; wants matplotlib).")] = None,
+    extra: Annotated[str, typer.Option("--extra", help="JSON object merged into every request body.")] = "{}",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures and each request's times to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Plot the distributions to this file (.png, .svg; needs matplotlib).")] = None,
 ) -> None:
-    """Put a load on any OpenAI endpoint and print what its clients saw.
+    """Load-test any OpenAI-compatible server and print latency and throughput as its clients see them.
 
-    Open loop: requests are sent at times fixed beforehand, however slow the server is, and waiting is counted from the time a
-    request was due. The same seed asks the same again, so that two servers can be compared.
-
-    \b
-      W1  one stream, growing prompts       W6   long prompts among short
-      W2  all at once                       W7   bursts
-      W3  chat                              W8   conversations
-      W4  a grid of lengths                 W9   JSON after a schema
-      W5  shared prefixes                   W10  one client in five goes away
+    Open loop: requests are sent at times fixed in advance, however slow the server is, and latency is counted from the time a
+    request was due. The same seed gives the same requests, so that two servers can be compared.
 
     \b
-      manta bench serve                                                a server on this machine, W3
+      W1  one stream, growing prompts       W6   long prompts among short ones
+      W2  all requests at once              W7   bursts
+      W3  chat                              W8   multi-turn conversations
+      W4  a grid of lengths                 W9   JSON that follows a schema
+      W5  shared prefixes                   W10  one client in five disconnects
+
+    \b
+      manta bench serve                                                W3 on a server on this machine
       manta bench serve http://host:8000/v1 -w W6 --rate 4 -n 200 --json long.json
       manta bench serve http://other:8000/v1 -w W3 --extra '{"ignore_eos": true}' --plot chat.png
     """
@@ -139,7 +139,7 @@ def _object(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--extra is no JSON: {error}") from error
+        raise ValueError(f"--extra is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"--extra must be a JSON object, got {text}")
     return value

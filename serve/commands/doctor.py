@@ -1,4 +1,4 @@
-"""`manta doctor`: what would go wrong, and what to do about it, before anything is loaded."""
+"""`manta doctor`: find problems on the hosts and in the checkpoint before anything is loaded, with advice for each."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ COLOURS = {"fatal": "bold red", "warning": "yellow", "note": "green"}
 
 
 EXAMINED = (
-    model_flag("As for `manta serve`; without one only the hosts are examined."),
+    model_flag("As for `manta serve`; without it only the hosts are checked."),
     REVISION,
     ADAPTER,
     *LAYOUT,
@@ -41,24 +41,24 @@ def doctor(
     given: Given,
     address: Annotated[
         str | None,
-        typer.Option("--ray-address", help="Examine the hosts of a running Ray cluster (auto, host:port), not this machine alone."),
+        typer.Option("--ray-address", help="Check the hosts of a running Ray cluster (auto or host:port) instead of this machine."),
     ] = None,
     checkpoint_only: Annotated[
-        bool, typer.Option("--checkpoint-only", help="Fetch the checkpoint if it is not here, and look at nothing else.")
+        bool, typer.Option("--checkpoint-only", help="Only download the checkpoint if needed and check it.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Facts and findings, for programs; a list where several models are set.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print facts and findings as JSON (a list if several models are set).")] = False,
     assignments: Assignments = None,
 ) -> None:
-    """Examine hosts, checkpoint and links before a model is loaded. Leaves with 1 if something is fatal.
+    """Check hosts, checkpoint and network before a model is loaded. Exits with 1 if something is fatal.
 
-    Looks at versions, GPUs, network interface, /dev/shm, disk, memory, clock and limits of every rank's process, and
-    measures an all-reduce between the ranks. `manta serve` makes the quick ones of these checks by itself.
+    For every rank's process it checks versions, GPUs, network interface, /dev/shm, disk, memory, clock and limits, and it
+    measures an all-reduce between the ranks. `manta serve` runs the quick checks by itself.
 
     \b
-      manta doctor                                           this machine
-      manta doctor Qwen/Qwen2-7B-Instruct -t 2               for this model and layout
+      manta doctor                                           check this machine
+      manta doctor Qwen/Qwen2-7B-Instruct -t 2               check it for this model and layout
       manta doctor /models/Qwen2-72B -t 8 --pipeline-parallel 2 --ray-address auto
-      manta doctor -c manta.yaml --checkpoint-only           fetch every model beforehand, on a machine without GPUs
+      manta doctor -c manta.yaml --checkpoint-only           download every model in advance, on a machine without GPUs
     """
     config = load_settings(file, assignments, given).config
     names_a_model = given["model.source"][1] is not None or file is not None
@@ -76,7 +76,7 @@ def doctor(
 
 
 def _examine(config: "ServeConfig", names_a_model: bool, address: str | None, checkpoint_only: bool) -> "Survey":
-    """Of the only model in ``config``."""
+    """Check the hosts and the checkpoint for the one model of ``config``."""
     from cluster.doctor.survey import Survey
 
     with progress_shown() as report:
@@ -160,11 +160,11 @@ def _show(survey: "Survey") -> None:
         text.stylize(COLOURS[finding.severity], 0, len(finding.severity))
         console.print(text, soft_wrap=True)
     if all(finding.severity == "note" for finding in survey.findings):
-        console.print("nothing is in the way")
+        console.print("no problems found")
 
 
 def paragraph(finding: "Finding", width: int) -> list[str]:
-    """How grave it is, and beside it what was found and below what to do about it, in lines of ``width``."""
+    """The severity, beside it the finding and below that the advice, wrapped to ``width`` columns."""
     from serve.terminal import wrapped
 
     where = f" on {finding.host}" if finding.host else ""
@@ -175,7 +175,7 @@ def paragraph(finding: "Finding", width: int) -> list[str]:
 
 
 def _line(facts: "HostFacts") -> str:
-    """A rank's process in a line."""
+    """One line about a rank's process."""
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     gpus = f", {len(facts.gpus)} GPU ({facts.gpus[0].name})" if facts.gpus else ""
     return (

@@ -1,4 +1,4 @@
-"""What vLLM, SGLang and others call things: whoever types one of their flags is told ours."""
+"""Hints for users of vLLM, SGLang and others: an unknown flag of theirs is answered with Manta's equivalent."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ from typer.core import TyperCommand
 HINTS = {
     "--host": "it is --http-host here, and --grpc-host",
     "--port": "it is --http-port here, and --grpc-port",
-    "--model": "the model stands by itself: manta serve MODEL",
+    "--model": "the model is an argument here: manta serve MODEL",
     "--served-model-name": "it is --name here",
     "--tensor-parallel-size": "it is --tensor-parallel here, or -t",
     "--pipeline-parallel-size": "it is --pipeline-parallel here",
-    "--data-parallel-size": "copies of the whole model are --replicas here, of the attention alone --data-parallel",
+    "--data-parallel-size": "it is --replicas here for copies of the model, --data-parallel for copies of the attention alone",
     "--enable-expert-parallel": "it is --expert-parallel here, with the number of groups",
-    "--lora-modules": "it is --adapter PATH here, with --name NAME; one for a model, and a list `models:` has several of these",
-    "--lora-paths": "it is --adapter PATH here, with --name NAME; one for a model, and a list `models:` has several of these",
-    "--enable-lora": "leave it out: --adapter adds one to the weights",
-    "--max-lora-rank": "leave it out: any rank is served",
+    "--lora-modules": "it is --adapter PATH here, with --name NAME; one adapter per model, list several under `models:`",
+    "--lora-paths": "it is --adapter PATH here, with --name NAME; one adapter per model, list several under `models:`",
+    "--enable-lora": "leave it out: --adapter merges an adapter into the weights",
+    "--max-lora-rank": "leave it out: any rank is supported",
     "--max-model-len": "it is --max-context-tokens here",
     "--context-length": "it is --max-context-tokens here",
-    "--quantization": "it is --quantize here; what is stored quantised is served as it is without it",
+    "--quantization": "it is --quantize here; a quantised checkpoint needs no flag",
     "--kv-cache-dtype": "it is --kv-dtype here",
     "--speculative-config": "it is --speculate here, with --draft-model",
     "--max-num-seqs": "it is --set engine.max_running=N here",
@@ -29,28 +29,28 @@ HINTS = {
     "--gpu-memory-utilization": "it is --set runner.kv_memory_fraction=F here",
     "--mem-fraction-static": "it is --set runner.kv_memory_fraction=F here",
     "--enable-prefix-caching": "leave it out: prefixes are cached unless --set engine.prefix_cache=false",
-    "--enable-auto-tool-choice": "leave it out: tools are always offered",
-    "--tool-call-parser": "it is --set tools.protocol=hermes or qwen_agent here; leave it out, and the model decides",
-    "--trust-remote-code": "leave it out: code of a model's repository is never run",
+    "--enable-auto-tool-choice": "leave it out: tool calls are always enabled",
+    "--tool-call-parser": "it is --set tools.protocol=hermes or qwen_agent here; by default it follows from the model",
+    "--trust-remote-code": "leave it out: code in a model's repository is never run",
     "--device": "it is --set runner.device=cpu here",
-    "--gpus": "by default every rank gets a GPU where there are any; --set resources.gpus=0.5 has two share one",
+    "--gpus": "by default every rank gets a GPU if there are any; --set resources.gpus=0.5 lets two ranks share one",
     "--api-key": "keys are in a file here: manta keys create --name NAME, then --set auth.keys_file=manta-keys.json",
-    "--seed": "seeds are the requests' own",
+    "--seed": "seeds are set per request",
 }
 for long, short in (("--tensor-parallel-size", "--tp"), ("--pipeline-parallel-size", "--pp"), ("--data-parallel-size", "--dp")):
     HINTS[short] = HINTS[f"{short}-size"] = HINTS[long]
 HINTS["--model-path"] = HINTS["--model"]
-ANY_SETTING = "what has no flag is said by --set SECTION.FIELD=VALUE, and `manta config` lists it"
+ANY_SETTING = "settings without a flag are set by --set SECTION.FIELD=VALUE; `manta config` lists them"
 
 
 class CommandWithFlagHints(TyperCommand):
-    """A command whose "No such option" says what to write instead."""
+    """A command whose "No such option" error says what to write instead."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if type(error).__name__ == "NoSuchOption":  # of click, or of typer's copy of it
+            if type(error).__name__ == "NoSuchOption":  # click's class, or the one in typer's vendored copy of click
                 told: Any = error
                 help = HINTS.get(told.option_name, "" if told.possibilities else ANY_SETTING)
                 if help:

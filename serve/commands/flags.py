@@ -1,4 +1,4 @@
-"""The settings that have a flag of their own: one table, and each command takes of it what makes sense there."""
+"""The settings that have a flag of their own, in one table; each command picks the flags that apply to it."""
 
 import functools
 import inspect
@@ -9,24 +9,24 @@ from typing import Annotated, Any
 import typer
 
 Given = Mapping[str, tuple[str, object]]
-"""By the path of a setting: its flag as it is written, and the value, None where it was not given."""
+"""Path of a setting to (flag name, value); the value is None if the flag was not given."""
 MODEL_HELP = (
-    "`demo` (the default), a checkpoint folder, a repository of the Hugging Face hub, modelscope://owner/name, or s3://bucket/folder."
+    "`demo` (default), a checkpoint folder, a Hugging Face repository (owner/name), modelscope://owner/name, or s3://bucket/folder."
 )
 
 
 @dataclass(frozen=True)
 class Flag:
     setting: str
-    """Its path, section.field"""
+    """Path of the setting, section.field"""
     names: tuple[str, ...]
-    """As it may be written; one without dashes stands by itself."""
+    """Spellings of the flag; a name without dashes is a positional argument."""
     kind: type
     help: str
 
     @property
     def parameter(self) -> str:
-        """What the command's function is given it as, which --help shows of what stands by itself."""
+        """Name of the function parameter; --help shows it for positional arguments."""
         return self.names[0].lstrip("-").replace("-", "_").lower()
 
     @property
@@ -40,40 +40,40 @@ def model_flag(help: str = MODEL_HELP) -> Flag:
 
 
 LAYOUT = (
-    Flag("parallel.tensor", ("--tensor-parallel", "-t"), int, "Ranks that share heads, MLPs and vocabulary."),
-    Flag("parallel.expert", ("--expert-parallel",), int, "Groups of ranks that share routed experts."),
-    Flag("parallel.pipeline", ("--pipeline-parallel",), int, "Stages of layers."),
-    Flag("parallel.data", ("--data-parallel",), int, "Copies of the attention within a replica."),
+    Flag("parallel.tensor", ("--tensor-parallel", "-t"), int, "Tensor-parallel ranks per replica."),
+    Flag("parallel.expert", ("--expert-parallel",), int, "Expert-parallel groups (Qwen2-MoE)."),
+    Flag("parallel.pipeline", ("--pipeline-parallel",), int, "Pipeline stages per replica."),
+    Flag("parallel.data", ("--data-parallel",), int, "Data-parallel copies of the attention in a replica."),
 )
 REVISION = Flag("model.revision", ("--revision",), str, "Branch, tag or commit on the hub.")
-ADAPTER = Flag("model.adapter", ("--adapter",), str, "LoRA adapter to add to the weights: a folder, or named as MODEL is.")
+ADAPTER = Flag("model.adapter", ("--adapter",), str, "LoRA adapter to merge into the weights: a folder, repository or URL.")
 WEIGHTS = (
     Flag("runner.dtype", ("--dtype",), str, "auto, bfloat16, float16 or float32."),
-    Flag("runner.quantize", ("--quantize",), str, "int8, int4, or on GPUs fp8: round weights while loading."),
+    Flag("runner.quantize", ("--quantize",), str, "Quantize the weights while loading: int8, int4, or (GPUs) fp8."),
 )
 KV_AND_CONTEXT = (
-    Flag("runner.kv_dtype", ("--kv-dtype",), str, "auto, or on GPUs fp8: twice as many tokens fit."),
-    Flag("runner.max_context_tokens", ("--max-context-tokens",), int, "Prompt and answer together: lowers the model's limit."),
+    Flag("runner.kv_dtype", ("--kv-dtype",), str, "KV cache dtype: auto, or (GPUs) fp8, which holds twice the tokens."),
+    Flag("runner.max_context_tokens", ("--max-context-tokens",), int, "Limit of prompt plus answer, below the model's own."),
 )
 DRAFTING = (
-    Flag("engine.speculate", ("--speculate",), str, "Speculative decoding, no answer changes: lookup (n-gram), or draft (--draft-model)."),
-    Flag("runner.draft_model", ("--draft-model",), str, "Small model of the same vocabulary that guesses, named as MODEL is."),
+    Flag("engine.speculate", ("--speculate",), str, "Speculative decoding: lookup (n-gram) or draft (--draft-model)."),
+    Flag("runner.draft_model", ("--draft-model",), str, "Draft model with the same vocabulary, given like MODEL."),
 )
 FRONTS = (
-    Flag("http.host", ("--http-host",), str, "Address of the HTTP front (127.0.0.1)."),
+    Flag("http.host", ("--http-host",), str, "Address the HTTP front listens on (127.0.0.1)."),
     Flag("http.port", ("--http-port",), int, "Port of the HTTP front (8000)."),
-    Flag("grpc.host", ("--grpc-host",), str, "Address of the gRPC front (127.0.0.1)."),
+    Flag("grpc.host", ("--grpc-host",), str, "Address the gRPC front listens on (127.0.0.1)."),
     Flag("grpc.port", ("--grpc-port",), int, "Port of the gRPC front (9000)."),
 )
-RAY_ADDRESS = Flag("ray.address", ("--ray-address",), str, "A Ray that runs already: auto (the one of this host) or host:port of its head.")
-APP = Flag("ray.app", ("--app",), str, "Name of the application (manta).")
+RAY_ADDRESS = Flag("ray.address", ("--ray-address",), str, "Existing Ray cluster: auto (this host's) or host:port of its head.")
+APP = Flag("ray.app", ("--app",), str, "Application name on the cluster (manta).")
 SERVER = (
     model_flag(),
-    Flag("model.name", ("--name",), str, "What clients call the model."),
+    Flag("model.name", ("--name",), str, "Model name that clients use."),
     REVISION,
     ADAPTER,
     *LAYOUT,
-    Flag("replicas.count", ("--replicas", "-r"), int, "Copies of the whole model."),
+    Flag("replicas.count", ("--replicas", "-r"), int, "Number of replicas of the model."),
     *WEIGHTS,
     *KV_AND_CONTEXT,
     *DRAFTING,
@@ -81,11 +81,11 @@ SERVER = (
     RAY_ADDRESS,
     Flag("logging.level", ("--log-level",), str, "debug, info, warning or error."),
 )
-"""Of whatever starts a server, here or on a cluster."""
+"""Flags of the commands that start a server, on this machine or on a cluster."""
 
 
 def with_flags(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Of a command: its parameter `given` becomes these flags on the command line, and holds them when it is called."""
+    """Decorator: replace the command's parameter `given` by these flags on the command line, and pass their values as `given`."""
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)

@@ -1,4 +1,4 @@
-"""`manta keys`: who may use a server."""
+"""`manta keys`: manage the API keys of a server."""
 
 import os
 import time
@@ -17,9 +17,9 @@ DEFAULT_FILE = "manta-keys.json"
 VARIABLE = "MANTA_AUTH__KEYS_FILE"
 HEADINGS = ("id", "made", "name", "scopes", "share", "quotas")
 
-HELP = f"""API keys of a server: `manta serve --set auth.keys_file=FILE`.
+HELP = f"""Manage a server's API keys (`manta serve --set auth.keys_file=FILE`).
 
-The file holds no key, only SHA-256 sums; a running server sees a change within a second.
+The file holds SHA-256 hashes only, never the keys. A running server picks up changes within a second.
 FILE is --file, else ${VARIABLE}, else {DEFAULT_FILE}.
 
 \b
@@ -27,7 +27,7 @@ FILE is --file, else ${VARIABLE}, else {DEFAULT_FILE}.
   manta keys create --name team --requests-per-minute 600 --share 2
   manta keys create --name prometheus --scope metrics
   manta keys list
-  manta keys rotate 3f81c2a90b14 --grace 1h                         a new key; the old one is taken for an hour more
+  manta keys rotate 3f81c2a90b14 --grace 1h                         a new key; the old one is valid for another hour
   manta keys revoke 3f81c2a90b14
 """
 
@@ -40,16 +40,14 @@ Id = Annotated[str, typer.Argument(help="As `manta keys list` shows it.")]
 @keys.command()
 def create(
     file: File = None,
-    name: Annotated[str, typer.Option("--name", help="For people: whose it is.")] = "",
-    scope: Annotated[
-        list[str] | None, typer.Option("--scope", help="infer (unless another is given), admin, metrics; may be repeated.")
-    ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="Requests a minute at most.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens of prompts and answers a minute at most.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests at the same time at most.")] = None,
-    share: Annotated[float, typer.Option(help="Of the engine, relative to other keys, when it cannot serve all at once.")] = 1.0,
+    name: Annotated[str, typer.Option("--name", help="A label: whose key it is.")] = "",
+    scope: Annotated[list[str] | None, typer.Option("--scope", help="infer (the default), admin or metrics; may be repeated.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Maximum requests per minute.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Maximum tokens (prompt and answer) per minute.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Maximum concurrent requests.")] = None,
+    share: Annotated[float, typer.Option(help="Weight of this key, relative to others, when the engine is overloaded.")] = 1.0,
 ) -> None:
-    """Make a key and print it. It is shown this once and kept nowhere."""
+    """Create a key and print it. It is shown only once and stored nowhere."""
     from serve.key_file import KeyFileError, locked_key_file, new_key
 
     path = _path(file)
@@ -73,7 +71,7 @@ def create(
 
 @keys.command("list")
 def list_keys(file: File = None) -> None:
-    """Show the keys' ids, names, scopes and quotas."""
+    """List the keys with their ids, names, scopes and quotas."""
     from serve.key_file import KeyFileError, read_keys
 
     try:
@@ -93,7 +91,7 @@ def list_keys(file: File = None) -> None:
 
 @keys.command()
 def revoke(id: Id, file: File = None) -> None:
-    """Take a key away."""
+    """Revoke a key."""
     from serve.key_file import KeyFileError, locked_key_file
 
     path = _path(file)
@@ -111,9 +109,9 @@ def revoke(id: Id, file: File = None) -> None:
 def rotate(
     id: Id,
     file: File = None,
-    grace: Annotated[str, typer.Option(help="How long the old one is still taken: 30s, 15m, 24h, 7d, or 0.")] = "24h",
+    grace: Annotated[str, typer.Option(help="How long the old key stays valid: 30s, 15m, 24h, 7d, or 0.")] = "24h",
 ) -> None:
-    """Give the owner of a key a new one. Scopes, quotas and cached prefixes stay."""
+    """Replace a key by a new one. Scopes, quotas and cached prefixes are kept."""
     from serve.key_file import KeyFileError, locked_key_file, rotate_key
 
     path, grace_s = _path(file), _seconds(grace)
@@ -129,7 +127,7 @@ def rotate(
 
 
 def cells(key: "Key") -> tuple[str, ...]:
-    """Of a row below `HEADINGS`."""
+    """Cells of a row below `HEADINGS`."""
     quotas = {"requests/min": key.requests_per_minute, "tokens/min": key.tokens_per_minute, "at a time": key.concurrency}
     limits = ", ".join(f"{limit} {what}" for what, limit in quotas.items() if limit is not None) or "no quotas"
     now = time.time()

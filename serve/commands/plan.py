@@ -1,4 +1,4 @@
-"""`manta plan`: which layouts a model can have on given GPUs."""
+"""`manta plan`: which parallel layouts of a model fit on given GPUs."""
 
 import json
 import re
@@ -20,41 +20,41 @@ TIMES = {"": 1, "k": 1024, "m": 1024**2}
 
 def plan(
     model: Annotated[
-        str | None, typer.Argument(help="A released size (Qwen2-57B-A14B, Qwen2.5-7B-Instruct), a checkpoint folder, or its config.json.")
+        str | None, typer.Argument(help="A released model (Qwen2-57B-A14B, Qwen2.5-7B-Instruct), a checkpoint folder, or its config.json.")
     ] = None,
-    gpus: Annotated[str, typer.Option("--gpus", help="Of each host: 8xH100-80G, or by memory alone, 4x24G.")] = "",
-    hosts: Annotated[int, typer.Option("--hosts", min=1, max=64, help="Hosts with so many GPUs each.")] = 1,
-    context: Annotated[str | None, typer.Option("--context", help="Prompt and answer of one sequence together: 32k, 8192.")] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Sequences at the same time, over all replicas.")] = 64,
+    gpus: Annotated[str, typer.Option("--gpus", help="GPUs of each host: 8xH100-80G, or by memory alone: 4x24G.")] = "",
+    hosts: Annotated[int, typer.Option("--hosts", min=1, max=64, help="Number of hosts with these GPUs.")] = 1,
+    context: Annotated[str | None, typer.Option("--context", help="Tokens per sequence, prompt plus answer: 32k, 8192.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Concurrent sequences, over all replicas.")] = 64,
     dtype: Annotated[
-        Literal["bf16", "fp8", "int8", "int4"] | None, typer.Option("--dtype", help="Of the large matrices; by default the checkpoint's.")
+        Literal["bf16", "fp8", "int8", "int4"] | None, typer.Option("--dtype", help="Weight format; by default the checkpoint's.")
     ] = None,
-    kv_dtype: Annotated[Literal["auto", "fp8"], typer.Option("--kv-dtype", help="Of keys and values in the cache; auto: bf16.")] = "auto",
+    kv_dtype: Annotated[Literal["auto", "fp8"], typer.Option("--kv-dtype", help="KV cache format; auto is bf16.")] = "auto",
     max_step_tokens: Annotated[
-        int | None, typer.Option("--max-step-tokens", min=1, help="Tokens of one step at most (engine.max_step_tokens).")
+        int | None, typer.Option("--max-step-tokens", min=1, help="Maximum tokens per step (engine.max_step_tokens).")
     ] = None,
     redundant_experts: Annotated[
-        int, typer.Option("--redundant-experts", min=0, help="Of each layer that every ep position holds beyond its share.")
+        int, typer.Option("--redundant-experts", min=0, help="Extra experts per layer on each ep position, beyond its share.")
     ] = 0,
     draft_model: Annotated[
-        str | None, typer.Option("--draft-model", help="Small model that guesses (speculative decoding): a size or a folder, as the model.")
+        str | None, typer.Option("--draft-model", help="Draft model for speculative decoding, given like MODEL.")
     ] = None,
-    network: Annotated[float, typer.Option("--network-gbit", min=0.1, help="Between hosts, for each GPU, in Gbit/s.")] = 100.0,
+    network: Annotated[float, typer.Option("--network-gbit", min=0.1, help="Network bandwidth between hosts per GPU, in Gbit/s.")] = 100.0,
     emit: Annotated[
-        Literal["config", "helm"] | None, typer.Option("--emit", help="Print settings for `manta serve -c`, or values for the chart.")
+        Literal["config", "helm"] | None, typer.Option("--emit", help="Print settings for `manta serve -c`, or values for the Helm chart.")
     ] = None,
     layout: Annotated[
         int | None,
-        typer.Option("--layout", min=1, help="Which number of the table to emit; by default the first that is served today."),
+        typer.Option("--layout", min=1, help="Row of the table to emit; by default the first that can be served today."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="List every layout and every refusal.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every layout, valid or not.")] = False,
     table: Annotated[bool, typer.Option("--table", hidden=True, help="Print docs/layouts.md.")] = False,
 ) -> None:
-    """Lay a model out on GPUs: what fits, how many tokens, how fast at best. Pure arithmetic.
+    """Plan the parallel layout of a model: what fits, and how fast it could be.
 
-    Prints the valid layouts, best first, with the memory of the fullest rank, and why the others are invalid.
-    Needs neither the weights nor a GPU.
+    Prints the valid layouts, best first, with the memory use of the fullest rank, and why other layouts are invalid.
+    Everything is computed; it needs neither the weights nor a GPU.
 
     \b
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --context 32k --concurrency 64
@@ -129,16 +129,16 @@ def _plan(inputs: "PlanInputs") -> "Plan":
 
 
 def parse_tokens(text: str) -> int:
-    """``8192``, ``32k`` (of 1024), ``1m``.
+    """Parse a number of tokens: ``8192``, ``32k`` (times 1024) or ``1m`` (times 1024^2).
 
     Raises:
-        PlanError: it is none of them, or zero.
+        PlanError: not a number of tokens, or zero.
     """
     from serve.planning.errors import PlanError
 
     found = NUMBER.fullmatch(text.strip())
     if found is None or int(found[1]) < 1:
-        raise PlanError(f"--context {text!r} is no number of tokens; write for example 32k or 8192")
+        raise PlanError(f"--context {text!r} is not a number of tokens; write for example 32k or 8192")
     return int(found[1]) * TIMES[found[2].lower()]
 
 
@@ -160,7 +160,7 @@ def _emit(plan: "Plan", what: Literal["config", "helm"], number: int | None) -> 
 
 
 def _chosen(plan: "Plan", number: int | None) -> "Layout":
-    """Leaves the program where there is no such layout."""
+    """Row ``number`` of the plan, or the first layout that can be served. Exits the program if there is no such layout."""
     if number is not None:
         if number > len(plan.layouts):
             exit_with_error(

@@ -1,16 +1,16 @@
-"""A bar on a terminal, lines elsewhere."""
+"""Progress on stderr: a bar on a terminal, otherwise lines."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[str, float], None]
-"""Told what is being done and how much of the whole is done, from 0 to 1."""
+"""Called with (current activity, fraction of the whole that is done, 0 to 1)."""
 
 
 @contextmanager
 def progress_shown() -> Iterator[Report]:
-    """Shows progress on stderr, so that stdout has results only."""
+    """Show progress on stderr; stdout is for results only."""
     from serve.terminal import can_redraw
 
     if not can_redraw():
@@ -32,7 +32,7 @@ def progress_shown() -> Iterator[Report]:
 
 
 def _lines() -> Report:
-    """One line for each thing that begins."""
+    """Print a line when a new activity starts."""
     last = ""
 
     def report(doing: str, done: float) -> None:

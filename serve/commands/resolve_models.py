@@ -1,4 +1,4 @@
-"""The models that settings name, looked over as far as that takes seconds: whoever errs shall not wait for Ray to hear of it."""
+"""Find the models that the settings name and check them as far as seconds allow, so that mistakes show before Ray starts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def find_local_models(config: "ServeConfig") -> "list[ServedModel]":
-    """On this machine, fetched if need be. Leaves the program where one cannot be served."""
+    """The models on this machine, downloaded if needed. Exits the program if one cannot be served."""
     from serve.model_source import FoundModel, ModelSourceError, find_model
 
     def find(one: "ServeConfig") -> FoundModel:
@@ -45,7 +45,10 @@ def find_local_models(config: "ServeConfig") -> "list[ServedModel]":
 
 
 def models_for_cluster(config: "ServeConfig") -> "list[ServedModel]":
-    """In a form that every host of a cluster understands; a hub's are fetched there, and not here."""
+    """The models by locations that are valid on every host of a cluster; models of a hub are downloaded there, not here.
+
+    Exits the program if one cannot be served.
+    """
     from serve.model_source import ModelSourceError, portable_adapter, portable_source, served_name
 
     each = [_absolute(one) for one in config.each_model()]
@@ -73,7 +76,7 @@ def _portable_draft(config: "ServeConfig") -> Path | str | None:
 
 
 def _is_seen_from_here(location: Path | str) -> bool:
-    """A folder may be there on the other hosts alone, and what is fetched is fetched there."""
+    """Whether it can be checked here: a folder may exist on the other hosts only, and hub models are downloaded there."""
     from serve.model_source import needs_download
 
     return not needs_download(location) and ("://" in str(location) or Path(location).is_dir())
@@ -86,7 +89,7 @@ def _with_draft_model(config: "ServeConfig", location: Path | str | None) -> "Se
 
 
 def _absolute(config: "ServeConfig") -> "ServeConfig":
-    """A relative folder that is there is meant as seen from here."""
+    """Resolve relative folders that exist on this host."""
     from serve.model_source import absolute_if_local
 
     here = {"source": absolute_if_local(config.model.source), "adapter": config.model.adapter and absolute_if_local(config.model.adapter)}
@@ -94,7 +97,7 @@ def _absolute(config: "ServeConfig") -> "ServeConfig":
 
 
 def _check(location: Path | str, adapter: Path | str | None, config: "ServeConfig") -> None:
-    from serve.model_check import (  # torch: seconds that a wrong name need not cost
+    from serve.model_check import (  # torch takes seconds to import
         UnusableCheckpoint,
         adapter_base_warning,
         check_model,

@@ -1,4 +1,4 @@
-"""`manta serve`: the server in the foreground, until Ctrl-C."""
+"""`manta serve`: run the server in the foreground until Ctrl-C."""
 
 import json
 import os
@@ -32,15 +32,15 @@ ANSWER_TOKENS = 200
 def serve(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
     """Serve a model over HTTP and gRPC until Ctrl-C.
 
-    Starts a Ray of its own on this machine and ends it again; with --ray-address, or as a Ray job, it serves on that cluster for
-    as long as the command runs (`manta up` leaves it there). The flags are the settings that people change most;
-    `manta config` lists all of them.
+    By default it starts a private Ray on this machine and stops it at the end. With --ray-address, or inside a Ray job, it
+    serves on that cluster for as long as the command runs (`manta up` deploys and returns). The most common settings are flags;
+    `manta config` lists all settings.
 
     \b
       manta serve demo --tensor-parallel 2                   a small English model, two ranks on the CPU
       manta serve Qwen/Qwen2-0.5B-Instruct                   from the Hugging Face hub
       manta serve modelscope://Qwen/Qwen2-0.5B-Instruct      from ModelScope
-      manta serve s3://bucket/Qwen2-7B-Instruct -t 4         each rank reads its own share, nothing is copied here
+      manta serve s3://bucket/Qwen2-7B-Instruct -t 4         each rank reads only its share, no local copy
       manta serve Qwen/Qwen2-7B-Instruct --adapter ./my-lora --name my-model
       manta serve Qwen/Qwen2-7B-Instruct --speculate draft --draft-model Qwen/Qwen2-0.5B-Instruct
       manta serve ./checkpoint --http-port 8080 --dtype float32
@@ -64,14 +64,14 @@ def run(config: "ServeConfig") -> None:
 
 
 def _end_of_job() -> str:
-    """How what lives as long as this command is ended: nobody is at the terminal of a Ray job."""
+    """How to stop the server. A Ray job has no terminal for Ctrl-C."""
     from serve.ray_address import JOB_VARIABLE
 
     return "`ray job stop` ends it." if JOB_VARIABLE in os.environ else "Ctrl-C ends it."
 
 
 def check_keys(config: "ServeConfig") -> None:
-    """End the command where the file of keys cannot be used: before anything is started."""
+    """Exit the program, before anything is started, if the key file cannot be used."""
     if config.auth.keys_file is not None:
         from serve.key_file import KeyFileError, read_keys
 
@@ -94,7 +94,7 @@ def _check_ports(config: "ServeConfig") -> None:
 def _run_local(config: "ServeConfig") -> None:
     _check_ports(config)
     found = find_local_models(config)
-    from serve.local_ray import run_local  # ray: seconds that are not spent before the models are found
+    from serve.local_ray import run_local  # ray takes seconds to import: only once the models are found
     from serve.rollout import StartError
 
     try:
@@ -109,7 +109,7 @@ def _run_local(config: "ServeConfig") -> None:
 
 
 def _run_on_existing_ray(config: "ServeConfig") -> None:
-    """On a cluster the application lives as long as this command; `manta up` leaves it there."""
+    """Serve on an existing cluster for as long as this command runs; `manta up` leaves the application there."""
     models = models_for_cluster(config)
     from serve.existing_ray import run_on_existing_ray
     from serve.rollout import StartError
@@ -136,7 +136,7 @@ def print_greeting(
 
 
 def loading_lines(records: "Sequence[ReplicaRecord]") -> list[str]:
-    """What every rank read of the checkpoint, and in how long."""
+    """A line per rank: how much of the checkpoint it read, and how long that took."""
     lines = []
     for place, read in ((place, place.read) for record in records for place in record.ranks):
         if read is not None:
@@ -150,7 +150,7 @@ def _size(num_bytes: int) -> str:
 
 
 def greeting(config: "ServeConfig", names: "Sequence[str]", *, program: str, last: str = "Ctrl-C ends it.") -> str:
-    """What is served where, and lines to paste. ``names``: what clients call the models, in the order of the settings."""
+    """Text shown once the server is ready: models, addresses and commands to paste. ``names``: model names in settings order."""
     http = f"http://{_reachable(config.http.host)}:{config.http.port}"
     grpc = f"{config.grpc.scheme}://{_reachable(config.grpc.host)}:{config.grpc.port}"
     messages = json.dumps([{"role": "user", "content": QUESTION}])
@@ -178,7 +178,7 @@ Ask it, from another terminal:
 
 
 def _shape(config: "ServeConfig") -> str:
-    """Of one model: how many replicas, and what each is."""
+    """Number of replicas of one model, and the ranks of each."""
     topology = config.parallel.topology
     replicas = config.replicas
     number = f"{replicas.least} to {replicas.most}" if replicas.vary else str(replicas.initial)
@@ -189,23 +189,23 @@ def _shape(config: "ServeConfig") -> str:
 
 
 def _python(program: str) -> str:
-    """The interpreter that has the client, written as the program is: by name, relative, or absolute."""
+    """The Python interpreter that has the client installed, written as ``program`` is: by name, relative or absolute."""
     return "python" if program == "manta" else shlex.quote(_near(sys.executable))
 
 
 def _near(path: str) -> str:
-    """Relative where that is shorter, as it is below this folder."""
+    """The path, relative to the working directory if that is shorter."""
     return min(os.path.relpath(path), os.path.abspath(path), key=len)
 
 
 def _reachable(host: str) -> str:
-    """An address for clients on this machine."""
+    """The address for clients on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)
     return f"[{host}]" if ":" in host else host
 
 
 def program() -> str:
-    """This command as it can be typed in another terminal."""
+    """This program as one can type it in another terminal."""
     called = sys.argv[0]
     if os.path.basename(called) != "manta":
         return f"{shlex.quote(sys.executable)} -m serve"

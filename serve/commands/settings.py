@@ -1,4 +1,4 @@
-"""Flags that several commands share, and how flags become settings."""
+"""Options that several commands share, and how command-line flags become settings."""
 
 import os
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ import typer
 if TYPE_CHECKING:
     from serve.config_sources import LoadedConfig
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings; `manta config` prints one.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML settings file; `manta config` prints one.")]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any setting; may be given again."),
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set any setting; may be repeated."),
 ]
 
 WRONG_USAGE = 2
@@ -21,9 +21,9 @@ FAILED = 1
 
 
 def load_settings(file: Path | None, assignments: list[str] | None, flags: Mapping[str, tuple[str, object]]) -> "LoadedConfig":
-    """File, environment, then flags. ``flags``: path of the setting to (flag as written, value or None for not given).
+    """Load settings from the file, the environment, then flags. ``flags``: setting path to (flag name, value; None if not given).
 
-    Leaves the program with a line per problem if settings are wrong.
+    Exits the program with a line per problem if settings are wrong.
     """
     from serve.config_sources import ConfigError, Entry, from_assignment, load
 
@@ -35,7 +35,7 @@ def load_settings(file: Path | None, assignments: list[str] | None, flags: Mappi
 
 
 def exit_with_error(message: str, *, code: int = FAILED) -> NoReturn:
-    """Say why on stderr and leave."""
+    """Print the message to stderr and exit with ``code``."""
     for line in message.splitlines():
         typer.echo(f"manta: {line}", err=True)
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""`manta status` and `manta top`: what runs where, and how busy it is; once, or live."""
+"""`manta status` and `manta top`: what runs where and how busy it is, once or live."""
 
 import dataclasses
 import json
@@ -27,15 +27,15 @@ def status(
     file: ConfigFile = None,
     given: Given,
     assignments: Assignments = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Hosts, GPUs, replicas and their ranks, KV use, requests, and how long clients wait for tokens.
+    """Show hosts, replicas and ranks, KV use, requests and latencies.
 
-    Of the cluster at --ray-address or RAY_ADDRESS; without either of the server that `manta serve` runs on this machine, or of the Ray
-    cluster that this host belongs to.
-    What is lost or cut off is not waited for, but named. Leaves with 1 if something that should serve does not, or is missing.
+    Of the cluster at --ray-address or RAY_ADDRESS; without either, of the server that `manta serve` runs on this machine, or of the
+    Ray cluster that this host belongs to.
+    Lost or unreachable hosts and processes are listed, not waited for. Exits with 1 if anything that should serve is not ready or missing.
     """
-    with redirect_stdout(sys.stderr), _watching(load_settings(file, assignments, given).config):  # Ray tells of lost hosts on stdout
+    with redirect_stdout(sys.stderr), _watching(load_settings(file, assignments, given).config):  # Ray reports lost hosts on stdout
         from serve.overview import collect_overview
 
         seen = collect_overview()
@@ -56,9 +56,9 @@ def top(
     file: ConfigFile = None,
     given: Given,
     assignments: Assignments = None,
-    every_s: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = EVERY_S,
+    every_s: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between updates.")] = EVERY_S,
 ) -> None:
-    """The same as `manta status`, live: rates and waits are of the last ten seconds. Ctrl-C ends it."""
+    """Like `manta status`, live. Rates and latencies cover the last ten seconds. Ctrl-C ends it."""
     with _watching(load_settings(file, assignments, given).config):
         from rich.live import Live
 
@@ -85,7 +85,7 @@ def top(
 
 @contextmanager
 def _watching(config: "ServeConfig") -> Iterator[None]:
-    """Joined to the cluster that is meant. Leaves the program where there is none."""
+    """Connect to the cluster that is meant. Exits the program if there is none."""
     from serve.local_servers import running_servers
     from serve.ray_address import watched_address
 
@@ -100,7 +100,7 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
         elif address == "local":
             exit_with_error("no `manta serve` of yours runs on this machine")
         address = servers[0].address if servers else "auto"
-    from cluster.ray_cluster import CannotJoin, join_ray_cluster  # ray, which reads those variables when it is imported
+    from cluster.ray_cluster import CannotJoin, join_ray_cluster  # imports ray, which reads those variables when it is imported
 
     try:
         with join_ray_cluster(address or "auto", namespace=config.ray.namespace):

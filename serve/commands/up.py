@@ -1,4 +1,4 @@
-"""`manta up` and `manta down`: an application put on a Ray cluster that runs already, and taken away again."""
+"""`manta up` and `manta down`: deploy an application on an existing Ray cluster, and remove it."""
 
 from typing import TYPE_CHECKING
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @with_flags(*SERVER, APP)
 def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
-    """Serve on a Ray cluster that runs already, and leave it serving.
+    """Deploy on an existing Ray cluster, and return.
 
-    Again, with other settings, it changes what is served in place: replica by replica, without a second set of GPUs. Where the
-    new ones do not start, the old ones that are left serve on. A cluster's token is found as Ray finds it: RAY_AUTH_MODE=token
+    Run it again with other settings to update the deployment in place: replica by replica, without a second set of GPUs. If new
+    replicas fail to start, the remaining old ones keep serving. The cluster's token is read as Ray reads it: RAY_AUTH_MODE=token
     and RAY_AUTH_TOKEN_PATH.
 
     \b
-      manta up Qwen/Qwen2-7B-Instruct -t 2 -r 4      on the Ray of this host
+      manta up Qwen/Qwen2-7B-Instruct -t 2 -r 4      on the Ray cluster of this host
       manta up -c manta.yaml --ray-address head:6379
-      manta status                                   what runs where
-      manta down                                     end it
+      manta status                                   see what runs where
+      manta down                                     remove it
     """
     config = on_a_cluster(load_settings(file, assignments, given).config)
     configure(config.logging.level, config.logging.format)
@@ -45,7 +45,7 @@ def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None
 
 @with_flags(RAY_ADDRESS, APP)
 def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = None) -> None:
-    """End what `manta up` has put on a Ray cluster. Running requests may end first, for `replica.drain_timeout_s`."""
+    """Remove what `manta up` deployed. Running requests get `replica.drain_timeout_s` to finish."""
     config = on_a_cluster(load_settings(file, assignments, given).config)
     from cluster.ray_cluster import CannotJoin, join_ray_cluster
     from serve.existing_ray import DELETE_MARGIN_S, remove
@@ -61,7 +61,7 @@ def down(*, file: ConfigFile = None, given: Given, assignments: Assignments = No
 
 
 def on_a_cluster(config: "ServeConfig") -> "ServeConfig":
-    """These commands are about a cluster that runs: without an address that of this host."""
+    """The settings with the address of an existing cluster: that of this host if none is given."""
     if config.ray.address == "local":
         exit_with_error('ray.address is "local": say auto or host:port, or use `manta serve`')
     return config.model_copy(update={"ray": config.ray.model_copy(update={"address": config.ray.address or "auto"})})

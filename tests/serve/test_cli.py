@@ -303,5 +303,5 @@ def test_a_section_is_explained_by_the_first_sentence_of_each_of_its_settings() 
 
 def test_a_flag_that_nobody_has_is_answered_with_how_any_setting_is_said() -> None:
     done = manta("up", "demo", "--zzz", "2")
-    assert "No such option: --zzz; what has no flag is said by --set" in done.output
+    assert "No such option: --zzz; settings without a flag are set by --set" in done.output
     assert "(Possible options: --replicas)" in manta("up", "demo", "--replica", "2").output

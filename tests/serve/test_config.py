@@ -136,8 +136,8 @@ def test_an_assignment_without_a_value_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("http: {port: 1}\nhttp: {port: 2}\n", "http stands twice (manta.yaml:1 and manta.yaml:2)"),
-        ("http:\n  port: 1\n  port: 2\n", "port stands twice (manta.yaml:2 and manta.yaml:3)"),
+        ("http: {port: 1}\nhttp: {port: 2}\n", "http is there twice (manta.yaml:1 and manta.yaml:2)"),
+        ("http:\n  port: 1\n  port: 2\n", "port is there twice (manta.yaml:2 and manta.yaml:3)"),
         ("- http\n", "the whole file must be a mapping"),
         ("http: 8000\n", "http must be a mapping"),
         ("http: [", "is not YAML"),
