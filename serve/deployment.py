@@ -1,4 +1,4 @@
-"""The server on Ray Serve: a deployment of engines, and one of fronts that speaks HTTP and gRPC."""
+"""The Ray Serve application: a deployment of replicas for each model, and a deployment of fronts for HTTP and gRPC."""
 
 import asyncio
 import contextlib
@@ -57,50 +57,51 @@ from serve.text.tokenizer import Tokenizer
 
 APP = "manta"
 MAX_CALLS_PER_FRONT = 10_000
-"""Far above what admission lets in: refusing is the service's business, with proper errors."""
+"""Far above what admission allows, so that the service rejects requests itself, with proper errors, instead of Ray Serve."""
 METRICS_EVERY_S = 2.0
-"""How often a front tells the others what it measured."""
+"""How often a front sends its metrics to the other fronts."""
 DEMAND_EVERY_S = 0.5
-"""How often a front tells the autoscaler what waits there."""
+"""How often a front reports its waiting requests to the autoscaler."""
 HEALTH_CHECK_PERIOD_S = 1.0
-"""How often Ray Serve asks each front and replica whether it lives: so long at most until a dead one is noticed, and replaced. (Proxies
-are no deployments, and a dead one is replaced after three looks: `serve.proxy_hook.PROXY_CHECK_PERIOD_S`.)"""
+"""Health check period of fronts and replicas: a dead one is noticed, and replaced, after at most this long. (Proxies are not deployments;
+a dead proxy is replaced after three checks: `serve.proxy_hook.PROXY_CHECK_PERIOD_S`.)"""
 SHUTDOWN_MARGIN_S = 10.0
-"""Beyond draining, for the ranks to end and their memory to be freed."""
+"""Time after draining for the ranks to end and free their memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A checkpoint, its name for clients, and how it is served."""
+    """A model of the application: checkpoint, name and settings."""
 
     location: Path | str
-    """A folder that is there on every host, the URL of one in a store, or what a host fetches (`serve.model_source.download_if_needed`)."""
+    """A folder that exists on every host, the URL of a folder in object storage, or a location that each host downloads
+    (`serve.model_source.download_if_needed`)."""
     adapter: Path | str | None = None
-    """Added to its weights; lies as it does."""
+    """Location of the LoRA adapter that is merged into the weights, of the same kinds as ``location``."""
     name: str
     config: ServeConfig
-    """As if the server had this model only; see `ServeConfig.each_model`."""
+    """Settings of a server with this model only; see `ServeConfig.each_model`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApplicationInfo:
-    """What a replica is told of the application that it is a part of."""
+    """What a replica knows about the application that it belongs to."""
 
     version: str
-    """No other deployment of it has the same, where somebody waits for it; see `serve.rollout.deploy`."""
+    """Unique for each rollout that is waited for; see `serve.rollout.deploy`."""
     configs: tuple[ServeConfig, ...]
-    """Of each of its models: replicas of several may share a host."""
+    """Settings of all models of the application: replicas of different models may share a host."""
 
 
 def _small_files(model: ServedModel) -> Path:
-    """Configuration and tokenizer, on this host."""
+    """Folder on this host with the model's configuration and tokenizer, without weights."""
     base = small_files(download_if_needed(model.location, weights=False))
     adapter = None if model.adapter is None else small_files(download_if_needed(model.adapter, weights=False))
     return files_with_adapter(base, adapter)
 
 
 class _Engine:
-    """One replica of a model. Fronts reach it by its own socket; Ray Serve starts it, checks it and replaces it."""
+    """One replica of a model. Fronts connect to it by a socket; Ray Serve only starts, checks and replaces it."""
 
     async def __init__(self, model: ServedModel, deployed: ApplicationInfo) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         config = model.config
@@ -138,16 +139,16 @@ class _Engine:
         self._replica.check()
 
     async def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # its start was cut off
+        with contextlib.suppress(AttributeError):  # __init__ was interrupted
             await asyncio.to_thread(self._replica.close)
 
 
 @ray_serve.ingress()
 class _Front:
-    """HTTP and gRPC over one service. Ray Serve's proxies call the ASGI app, and the methods by their gRPC names."""
+    """HTTP and gRPC for all models. Ray Serve's proxies call the ASGI app for HTTP, and the methods named like gRPC's for gRPC."""
 
     async def __init__(self, models: Sequence[ServedModel], config: ServeConfig, *engines: Any) -> None:  # type: ignore[misc]
-        """``engines`` are bound only so that Ray Serve deploys them."""
+        """``engines`` is unused: deployments must be bound for Ray Serve to deploy them."""
         configure(config.logging.level, config.logging.format)
         shared_context()
         self._config = config
@@ -166,21 +167,21 @@ class _Front:
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.publish_every(self._metrics.own, every_s=METRICS_EVERY_S)
         self._doors = Doors(OncePerKey(self._catalog))
-        self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # beside the first requests, not before them
+        self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
         self._ways = Ways(ray.get_runtime_context().get_node_id())
         self._grpc = MantaServicer(self._doors, door=self._door)
         self._admin = AdminServicer(self._doors, self._routers, door=self._door)
         self._health = HealthServicer(self._doors.ready)
         self._demand = PeerNotes[dict[str, Any]](app, DEMAND, front)
-        if any(model.config.replicas.vary for model in models):  # else nobody asks
+        if any(model.config.replicas.vary for model in models):  # otherwise there is no autoscaler to read it
             self._demand.publish_every(self._what_waits, every_s=DEMAND_EVERY_S)
         tune_gc()
 
     async def _offer(self, app: str, model: ServedModel, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
-        """A model's replicas, and the service over them. ``names``: of all models."""
+        """Connect to a model's replicas and create the service for it. ``names``: names of all models."""
         node = ray.get_runtime_context().get_node_id()
         replicas, scaling = model.config.replicas, model.config.autoscaling
-        starts = replicas.least == 0  # a replica is started for whoever waits, when there is none
+        starts = replicas.least == 0  # scale from zero: a waiting request starts a replica
         router = Router(
             admission_queue=AdmissionQueue(wait_s=scaling.hold_s, max_held=scaling.max_held, can_scale_from_zero=True) if starts else None,
             replicas=Reader(app, model=model.name),
@@ -213,7 +214,7 @@ class _Front:
         )
 
     def _what_waits(self) -> dict[str, Any]:
-        """For the autoscaler."""
+        """The requests that wait in this front, by model, for the autoscaler."""
         return {facts.name: router.admission_queue.demand() for facts, router in zip(self._catalog.models(), self._routers, strict=True)}
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -237,7 +238,7 @@ class _Front:
             for router in self._routers:
                 await router.close()
 
-    # The names below are gRPC's; Ray Serve looks for a parameter called grpc_context.
+    # Ray Serve calls these by their gRPC method names, and passes the context if there is a parameter called grpc_context.
 
     async def Chat(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self._grpc.Chat(request, grpc_context)
@@ -295,14 +296,14 @@ class _Front:
 
 
 def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: str = "") -> ray_serve.Application:
-    """The application: for every model a deployment of its own, whose replicas each have a placement group, and fronts for all.
+    """Build the application: a deployment per model, whose replicas each have a placement group, and the fronts' deployment.
 
-    ``version``: see `ApplicationInfo`. What ranks compute on is decided here, by what the Ray has that was joined.
+    ``version``: see `ApplicationInfo`. Devices that the settings leave open are chosen here, by the resources of the connected Ray.
 
     Raises:
         DeviceError: see `serve.devices.assign_devices`.
     """
-    if ray.is_initialized():  # `serve build` writes a file for some other cluster
+    if ray.is_initialized():  # not during `serve build`, which writes a config for some other cluster
         decided = assign_devices([model.config for model in models], hosts_of_ray())
         models = [dataclasses.replace(model, config=one) for model, one in zip(models, decided, strict=True)]
     deployed = ApplicationInfo(version=version, configs=tuple(model.config for model in models))
@@ -316,7 +317,7 @@ def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: st
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=max(model.config.replica.drain_timeout_s for model in models),
         max_constructor_retry_count=2,
-        max_surge_percent=100,  # they cost little, and one that cannot start must not have replaced one that serves
+        max_surge_percent=100,  # fronts are cheap, and a new front that fails to start must not have replaced a working one
         logging_config=_logging(config),
     )
     app: ray_serve.Application = fronts.bind(tuple(models), config, *(_engines(model, deployed) for model in models))
@@ -359,7 +360,7 @@ def _number_of_replicas(model: ServedModel) -> dict[str, Any]:
 
 
 def engine_deployment_name(model: str) -> str:
-    """The name of a model's engine deployment: that of the model, with what Ray Serve might stumble over replaced.
+    """Name of a model's deployment: the model's name with characters replaced that Ray Serve may not accept.
 
     Qwen/Qwen2-7B  ->  EngineDeployment-Qwen-Qwen2-7B-3f81c2
     """

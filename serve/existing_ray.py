@@ -1,4 +1,4 @@
-"""An application on a Ray cluster that others have started: deployed, and taken away again or left there."""
+"""Deploy the application on an existing Ray cluster, and remove it again."""
 
 import contextlib
 import logging
@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ExistingRayServer:
-    """An application that runs."""
+    """The deployed application."""
 
     app: str
     config: ServeConfig
-    """With the ports that the cluster's proxies really have."""
+    """Settings with the ports that the cluster's proxies actually use."""
     stop: StopSignals
 
     def records(self) -> tuple[ReplicaRecord, ...]:
         return current_records(self.app)
 
     def wait(self) -> None:
-        """Until somebody stops it (SIGINT, SIGTERM)."""
+        """Wait for SIGINT or SIGTERM. Meanwhile log changes of replicas."""
         changes = ReplicaChangeLog()
         while not self.stop.stopped.wait(1.0):
             changes.update(self.records(), refusals(self.app))
@@ -56,13 +56,13 @@ class ExistingRayServer:
 def run_on_existing_ray(
     models: Sequence[ServedModel], config: ServeConfig, *, keep: bool, on_progress: OnProgress
 ) -> Iterator[ExistingRayServer]:
-    """Deploy, or bring up to date what is deployed. On leaving the application is taken away, unless ``keep``.
+    """Deploy or update the application. On exit it is removed, unless ``keep``.
 
-    To be used in the main thread; signals as in `serve.local_ray.run_local`.
+    For the main thread only; signals are handled as in `serve.local_ray.run_local`.
 
     Raises:
-        StartError: the cluster cannot be joined, or with what the failing part said.
-        KeyboardInterrupt: stopped while starting.
+        StartError: the cluster cannot be joined, or the application cannot start; the message says why.
+        KeyboardInterrupt: stopped during the start.
     """
     address, app, stop = address_of(config), config.ray.app, StopSignals()
     with ExitStack() as stack:
@@ -72,7 +72,7 @@ def run_on_existing_ray(
             stack.enter_context(join_ray_cluster(address, namespace=config.ray.namespace, runtime_env=_runtime_env(config)))
         except CannotJoin as error:
             raise StartError(str(error)) from error
-        stop.install()  # Ray has installed its own
+        stop.install()  # again: Ray installed its own handlers
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         on_progress("starting Ray Serve", 0.05)
         with as_start_error("starting Ray Serve"):
@@ -89,9 +89,9 @@ def run_on_existing_ray(
 
 
 def remove(app: str, *, wait_s: float) -> bool:
-    """Take an application away; Ray Serve itself too where this was the last one. False: there is none of this name.
+    """Remove an application, and shut Ray Serve down if it was the last one. Returns False if there is none of this name.
 
-    Ray Serve is told first and waited for afterwards: what is killed meanwhile need not come back.
+    Ray Serve gets the order first and is waited for afterwards, so that it does not restart what dies meanwhile.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     client: Any = _get_global_client(raise_if_no_controller_running=False)
@@ -108,7 +108,7 @@ def remove(app: str, *, wait_s: float) -> bool:
 
 
 def _runtime_env(config: ServeConfig) -> dict[str, Any]:
-    """Reaches Ray Serve's proxies too, where it is this driver that starts them."""
+    """Runtime environment of this driver. Ray Serve's proxies inherit it if this driver starts them."""
     env: dict[str, Any] = {
         "env_vars": dict(
             variables(grpc_host=config.grpc.host, tls=config.grpc.tls, slow_client_timeout_s=config.http.slow_client_timeout_s)
@@ -120,7 +120,7 @@ def _runtime_env(config: ServeConfig) -> dict[str, Any]:
 
 
 def _with_real_ports(config: ServeConfig) -> ServeConfig:
-    """Whoever started Ray Serve has chosen them."""
+    """The settings with the addresses of the running proxies, which were chosen by whoever started Ray Serve."""
     details: Mapping[str, Any] = _get_global_client().get_serve_details()  # type: ignore[union-attr]
     http, grpc = details["http_options"], details["grpc_options"]
     if SERVICER_FUNCTIONS[0] not in (grpc or {}).get("grpc_servicer_functions", ()):
@@ -128,7 +128,9 @@ def _with_real_ports(config: ServeConfig) -> ServeConfig:
     host = http["host"] or EVERY_ADDRESS[0]
     sections: dict[str, Any] = {"http": config.http.model_copy(update={"host": host, "port": http["port"]})}
     with contextlib.suppress(TypeError, KeyError):
-        open_to_all = _takes_connections(ray.util.get_node_ip_address(), grpc["port"])  # as proxies without our hook do, whatever is set
+        open_to_all = _takes_connections(
+            ray.util.get_node_ip_address(), grpc["port"]
+        )  # proxies without our hook listen on all addresses, whatever the settings say
         sections["grpc"] = config.grpc.model_copy(
             update={"port": grpc["port"], **({"host": EVERY_ADDRESS[0]} if open_to_all and is_loopback(config.grpc.host) else {})}
         )
@@ -136,7 +138,7 @@ def _with_real_ports(config: ServeConfig) -> ServeConfig:
 
 
 def _takes_connections(host: str, port: int) -> bool:
-    """Whether somebody listens there, by an address that other hosts use too."""
+    """Whether a process listens on the port at a non-loopback address."""
     if is_loopback(host):
         return False
     with contextlib.suppress(OSError), socket.create_connection((host, port), LOOK_S):

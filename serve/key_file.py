@@ -1,4 +1,4 @@
-"""The file of API keys: their SHA-256 and what each may do, never the keys themselves."""
+"""The file of API keys: their SHA-256 hashes, scopes and quotas, never the keys themselves."""
 
 import contextlib
 import fcntl
@@ -22,16 +22,16 @@ MAX_SHARE = 1_000_000.0
 
 
 class KeyFileError(ValueError):
-    """The file cannot be used; the message says why."""
+    """The key file cannot be used; the message says why."""
 
 
 class Secret(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One valid form of a key."""
+    """The hash of one valid secret of a key."""
 
     sha256: str
     """Hexadecimal."""
     until: float | None = None
-    """Unix time after which it is no longer taken. None = for ever."""
+    """Unix time at which it expires. None = never."""
 
     @property
     def digest(self) -> bytes:
@@ -39,7 +39,7 @@ class Secret(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One client. While its secret is being rotated it has two."""
+    """The key of one client. It has two secrets while it is being rotated."""
 
     id: str
     name: str = ""
@@ -62,16 +62,16 @@ class _Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def new_secret() -> tuple[str, str]:
-    """A key to be shown once, and its SHA-256."""
+    """A new key, to be shown once, and its SHA-256."""
     key = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
     return key, hashlib.sha256(key.encode()).hexdigest()
 
 
 def new_key(**fields: object) -> tuple[str, Key]:
-    """The key to be shown once, and what is kept of it. ``fields``: those of `Key` that are not made here.
+    """A new key, to be shown once, and its entry for the file. ``fields``: fields of `Key` other than id, created and secrets.
 
     Raises:
-        KeyFileError: a field has no such value.
+        KeyFileError: a field has an invalid value.
     """
     shown, digest = new_secret()
     raw = {"id": secrets.token_hex(6), "created": round(time.time()), "secrets": [{"sha256": digest}], **fields}
@@ -83,7 +83,7 @@ def new_key(**fields: object) -> tuple[str, Key]:
 
 
 def rotate_key(key: Key, *, grace_s: float) -> tuple[str, Key]:
-    """A new secret for the same client; the old ones are taken for ``grace_s`` longer at most."""
+    """A new secret for the same key; the old ones stay valid for at most ``grace_s``."""
     shown, digest = new_secret()
     end = time.time() + grace_s
     old = (Secret(sha256=s.sha256, until=end if s.until is None else min(s.until, end)) for s in key.secrets)
@@ -94,7 +94,7 @@ def rotate_key(key: Key, *, grace_s: float) -> tuple[str, Key]:
 def read_keys(path: Path) -> tuple[Key, ...]:
     """
     Raises:
-        KeyFileError: it is not there, cannot be read, or says something that makes no sense.
+        KeyFileError: the file does not exist, cannot be read, or has invalid content.
     """
     try:
         with path.open("rb") as file:
@@ -131,9 +131,9 @@ def _checked(key: Key) -> Key:
 
 @contextmanager
 def locked_key_file(path: Path) -> Iterator[Callable[[tuple[Key, ...]], None]]:
-    """Nobody else changes the file meanwhile. Call what is given with the keys to be written; readers see the old file or the new one.
+    """Lock the key file against other writers. Yields a function that replaces its keys atomically: readers see the old or the new file.
 
-    The file is only for its owner (0600), unless it was there with other permissions.
+    A new file gets mode 0600; an existing one keeps its permissions.
     """
     with contextlib.ExitStack() as held:
         lock = held.enter_context(open(f"{path}.lock", "w"))

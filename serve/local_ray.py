@@ -1,4 +1,4 @@
-"""A Ray of the server's own on this machine: started, watched until the model answers, and ended without a trace."""
+"""Run the server on a private Ray on this machine: start Ray, deploy, wait until the server is ready, and clean up at the end."""
 
 import contextlib
 import dataclasses
@@ -36,30 +36,30 @@ from serve.ports import PortInUse, check_ports
 from serve.rollout import OnProgress, ReplicaChangeLog, StartError, as_start_error, deploy, start_proxies
 from serve.stop_signals import StopSignals
 
-LOOPBACK = "127.0.0.1"  # Ray 2.60 takes the host's address in its place; docs/keys.md says what that means
+LOOPBACK = "127.0.0.1"  # Ray 2.60 uses the host's address instead; docs/keys.md describes the consequences
 STOP_S = 6.0
-"""For Ray Serve to end the deployments when the server is stopped; what lives on then is killed."""
+"""Time for Ray Serve to stop the deployments when the server stops; processes that remain are then killed."""
 STOP_MARGIN_S = 1.0
 DRAIN_S = 2.0
-"""A server that ends as a whole has nowhere to move its streams to; it does not wait long for them."""
+"""Short, because a server that stops as a whole has no other replica to move its streams to."""
 NICENESS = "RAY_worker_niceness"
 FOR_NOBODY = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
-"""What Ray's processes tell each other for its dashboard. Ours are `manta top` and /metrics."""
+"""Turn off reports that only Ray's dashboard uses. Manta has `manta top` and /metrics instead."""
 CONTROL_LOOP = "RAY_SERVE_CONTROL_LOOP_INTERVAL_S"
 CONTROL_LOOP_S = 0.25
-"""How often Ray Serve's controller looks at everything, asking the GCS three times. By itself it does so ten times a second, which on one
-host of a few cores is taken from the model."""
+"""Period of the control loop of Ray Serve's controller, which queries the GCS three times per iteration. Ray's default of 0.1 s takes
+noticeable CPU time from the model on a host with few cores."""
 LONGEST_SOCKET = 107
-"""Bytes of a Unix socket's path."""
+"""Maximum length of a Unix socket's path, in bytes."""
 MARK = "RAY_AUTH_TOKEN_PATH"
-"""The variable by which the processes of one server are known; each has a token of its own."""
+"""Environment variable that identifies the processes of one server: each server has its own token file."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalServer:
-    """A server that answers."""
+    """A server that is ready."""
 
     http: str
     """Base URL."""
@@ -69,11 +69,11 @@ class LocalServer:
     ray_processes: tuple[psutil.Process, ...]
 
     def records(self) -> tuple[ReplicaRecord, ...]:
-        """What the replicas say of themselves."""
+        """The replicas' own reports."""
         return current_records(APP)
 
     def wait(self) -> None:
-        """Until somebody stops it (SIGINT, SIGTERM). What befalls the replicas in the meantime is logged.
+        """Wait for SIGINT or SIGTERM. Meanwhile log changes of replicas.
 
         Raises:
             StartError: one of Ray's own processes died.
@@ -90,13 +90,13 @@ class LocalServer:
 def run_local(
     models: Sequence[ServedModel], config: ServeConfig, on_progress: OnProgress = lambda _doing, _done: None
 ) -> Iterator[LocalServer]:
-    """Start Ray, the replicas and the fronts; on leaving, end all of it within ten seconds.
+    """Start Ray, the replicas and the fronts; on exit, stop all of them within ten seconds.
 
-    To be used in the main thread. SIGINT and SIGTERM interrupt the start; afterwards they set `LocalServer.stopped`.
+    For the main thread only. SIGINT and SIGTERM interrupt the start; afterwards they set `LocalServer.stopped`.
 
     Raises:
-        StartError: with what the failing part said.
-        KeyboardInterrupt: stopped while starting.
+        StartError: something could not start; the message says what and why.
+        KeyboardInterrupt: stopped during the start.
     """
     models = [dataclasses.replace(model, config=_on_one_host(model.config)) for model in models]
     http, grpc = _url(config.http.host, config.http.port), f"{config.grpc.host}:{config.grpc.port}"
@@ -115,8 +115,10 @@ def run_local(
             on_progress("starting Ray", 0.0)
             with as_start_error("starting Ray"):
                 _start_ray(models, config, folder)
-            stop.install()  # Ray has installed its own
-            stack.enter_context(registered(ray.get_runtime_context().gcs_address, variables[MARK]))  # `manta status` sees it load
+            stop.install()  # again: Ray installed its own handlers
+            stack.enter_context(
+                registered(ray.get_runtime_context().gcs_address, variables[MARK])
+            )  # `manta status` shows it while it loads
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)
             with as_start_error("starting Ray Serve"):
@@ -140,7 +142,7 @@ def _on_one_host(config: ServeConfig) -> ServeConfig:
 
 
 def _check_tls(config: ServeConfig) -> None:
-    """The proxy would only log what is wrong with the files, and nobody would listen."""
+    """Check the TLS files first: with bad files the proxy would only log the error, and nothing would listen."""
     if config.grpc.certificate is None or config.grpc.key is None:
         return
     try:
@@ -165,7 +167,7 @@ def _start_ray(models: Sequence[ServedModel], config: ServeConfig, folder: Path)
 
 
 def _hush_ray() -> None:
-    """Ray prints what its processes report to the terminal; here it goes to the log, where `logging.level` rules."""
+    """Send what Ray's processes would print to the terminal to the log instead, subject to `logging.level`."""
     ray._private.worker.print_to_stdstream = _log_report  # type: ignore[assignment]
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
@@ -191,35 +193,36 @@ def _answers(url: str) -> bool:
 
 
 def _end_ray() -> None:
-    """Let the deployments end by themselves for a while, then end Ray."""
+    """Give the deployments time to stop by themselves, then shut Ray down."""
     if not ray.is_initialized():
         return
-    ending = threading.Thread(target=_end_serve, name="end-serve", daemon=True)  # without its GCS Ray hangs whoever asks it
+    ending = threading.Thread(target=_end_serve, name="end-serve", daemon=True)  # a thread, because the call hangs if the GCS is gone
     ending.start()
     ending.join(STOP_S + STOP_MARGIN_S)
     ray.shutdown()
 
 
 def _end_serve() -> None:
-    """Not by `ray.serve.shutdown`, which waits longer: who still waits when Ray is shut down makes it end this process at once."""
+    """Stop Ray Serve with our own timeout. `ray.serve.shutdown` waits longer, and a call that still waits when Ray shuts down makes Ray
+    exit this process."""
     with contextlib.suppress(Exception):  # Ray may be gone already
         client: Any = _get_global_client(raise_if_no_controller_running=False)
         if client is not None:
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what is not through by then is killed, which is no news
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)  # do not warn about deployments that take longer: they are killed next
             client.shutdown(timeout_s=STOP_S)
 
 
 @contextmanager
 def _no_process_left(variables: Mapping[str, str], folder: Path | None) -> Iterator[None]:
-    """Have a process of its own end whatever was started in between, also if this one is killed."""
+    """Run `serve.process_reaper`, which kills whatever was started inside this context, even if this process is killed."""
     command = [sys.executable, "-m", "serve.process_reaper", f"{MARK}={variables[MARK]}", *([str(folder)] if folder else [])]
     root = Path(__file__).parent.parent
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=root, start_new_session=True):  # noqa: S603  (our own module)
-        yield  # leaving closes the pipe and waits
+        yield  # on exit, Popen closes the pipe and waits for the reaper
 
 
 def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
-    """The environment of Ray's processes, and of ours while it runs."""
+    """Environment variables for Ray's processes, and for this process while Ray runs."""
     token = folder / f"token-{secrets.token_hex(4)}"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -229,7 +232,7 @@ def _variables(config: ServeConfig, folder: Path) -> Mapping[str, str]:
         MARK: str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "120",
-        NICENESS: os.environ.get(NICENESS, "0"),  # 15 by default: ranks then stand still beside whatever else runs
+        NICENESS: os.environ.get(NICENESS, "0"),  # Ray's default is 15, which starves ranks when anything else uses the CPU
         CONTROL_LOOP: os.environ.get(CONTROL_LOOP, f"{CONTROL_LOOP_S:g}"),
         **({} if config.ray.dashboard else {name: os.environ.get(name, value) for name, value in FOR_NOBODY.items()}),
         "TMPDIR": str(folder),
@@ -257,7 +260,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _have_ray_look_again() -> None:
-    """Ray reads its environment when it is imported, which has happened before we knew what to say in it."""
+    """Make Ray re-read its environment, which it reads on import, before these variables are known."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
@@ -283,7 +286,7 @@ def _folder_and_variables(config: ServeConfig, stack: ExitStack) -> tuple[Path, 
 
 @contextmanager
 def _folder(config: ServeConfig) -> Iterator[Path]:
-    """Where Ray keeps its sockets and logs: the configured place, else a private one that is removed in the end."""
+    """Folder for Ray's sockets and logs: the configured one, or a private one that is removed at the end."""
     if config.ray.temp_dir is not None:
         place = Path(config.ray.temp_dir)
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -297,7 +300,7 @@ def _folder(config: ServeConfig) -> Iterator[Path]:
 
 
 def _absolute(files: Mapping[str, str | None]) -> Mapping[str, str | None]:
-    """Ray's processes work in folders of their own."""
+    """Absolute paths, because Ray's processes have other working directories."""
     return {role: file and os.path.abspath(file) for role, file in files.items()}
 
 

@@ -1,4 +1,4 @@
-"""Everything of a checkpoint that can be found wrong without reading a weight: seconds, before Ray is even started."""
+"""Check a checkpoint without reading weights: takes seconds, and runs before Ray starts."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,14 +22,14 @@ from serve.text.tokenizer import Tokenizer
 
 
 class UnusableCheckpoint(ValueError):
-    """What is wrong with a checkpoint; the message names the file, and the tensor where it is about one."""
+    """A checkpoint cannot be served; the message names the file, and the tensor if one is at fault."""
 
 
 def check_model(
     location: Path | str, topology: Topology, adapter: Path | str | None = None, *, max_context_tokens: int | None = None
 ) -> None:
-    """Configuration, tokenizer, and the headers of all weights, each by itself and against the others, and whether the model
-    can be laid out so and takes sequences so long. Of an adapter on this host also every number.
+    """Check configuration, tokenizer and the headers of all weight files, each by itself and for consistency, and that the model supports
+    this topology and context length. The weights of an adapter on this host are checked fully.
 
     Raises:
         UnusableCheckpoint: the model cannot be served.
@@ -49,7 +49,7 @@ def check_model(
 
 
 def context_warning(location: Path | str) -> str | None:
-    """What is to be said of a model that is served with less context than its files name; None: it is not."""
+    """Warning if the model is served with a shorter context than its files state, else None."""
     config = ModelConfig.from_checkpoint(small_files(location))
     if config.dual_chunk_tokens is None:
         return None
@@ -60,7 +60,7 @@ def context_warning(location: Path | str) -> str | None:
 
 
 def adapter_base_warning(adapter: Path | str, base: str) -> str | None:
-    """What is to be said of an adapter whose files call what it was trained on otherwise than ``base`` is called; None: nothing."""
+    """Warning if the adapter's files name another base model than ``base``, else None."""
     config = AdapterConfig.from_folder(small_files(adapter))
     if base == DEMO or config.base is None or config.is_of(base):
         return None
@@ -68,10 +68,10 @@ def adapter_base_warning(adapter: Path | str, base: str) -> str | None:
 
 
 def with_local_draft_model(config: ServeConfig, location: Path | str, report: Report = lambda _doing, _done: None) -> ServeConfig:
-    """The settings with their draft model, if they name one, found on this machine and looked over beside the model at ``location``.
+    """The settings with the draft model, if any, resolved to a location on this machine and checked against the model at ``location``.
 
     Raises:
-        UnusableCheckpoint: it is not to be found, or of no use.
+        UnusableCheckpoint: the draft model cannot be found or used.
     """
     source = config.runner.draft_model
     if source is None:
@@ -86,7 +86,7 @@ def with_local_draft_model(config: ServeConfig, location: Path | str, report: Re
 
 
 def check_draft(location: Path | str, draft: Path | str) -> None:
-    """Whether the model at ``draft`` can be read, and guess for the one at ``location``.
+    """Check that the model at ``draft`` can be read and can serve as draft model for the one at ``location``.
 
     Raises:
         UnusableCheckpoint: it cannot.

@@ -1,4 +1,4 @@
-"""What the service must know of the model it speaks for, without holding its weights."""
+"""Facts about a served model that the service needs; no weights."""
 
 import time
 from collections.abc import Mapping
@@ -18,40 +18,40 @@ class ModelFacts:
     """One served model."""
 
     name: str
-    """What clients call it."""
+    """Model name that clients use."""
     folder: Path
     max_context_tokens: int
-    """Prompt and answer together."""
+    """Limit for prompt plus answer."""
     vocab_size: int
     """Rows of the embedding matrix."""
     num_real_tokens: int
-    """Ids below this can be sampled; rows above are padding."""
+    """Ids below this can be sampled; further rows of the vocabulary are padding."""
     defaults: GenerationDefaults
-    """Used where a client says nothing."""
+    """Sampling defaults for parameters that a request omits."""
     created: int
-    """Unix time at which this server began to offer it."""
+    """Unix time at which this server started to offer the model."""
     base: str | None = None
-    """The checkpoint's own name, whatever clients call it."""
+    """The checkpoint's own name, independent of ``name``."""
     adapter: str | None = None
-    """That of the adapter that is added to it; None: there is none."""
+    """The LoRA adapter's own name; None: no adapter."""
     width: int = 0
-    """Numbers of an embedding."""
+    """Dimension of embeddings."""
     pooling: PoolingConfig | None = None
-    """How it makes embeddings; None: it gives none."""
+    """How embeddings are pooled; None: the model gives no embeddings."""
     is_causal: bool = True
     answers: bool = True
-    """Whether it goes on with texts. A model whose tokens all see each other, or that has no head, cannot."""
+    """Whether it can generate text. A model with bidirectional attention, or without a head, cannot."""
     tokenizer_info: Mapping[str, Any] = field(default_factory=dict)
-    """Of tokenizer_config.json what tools want to know, with the chat template."""
+    """The fields of tokenizer_config.json that clients ask for, and the chat template."""
 
     @property
     def root(self) -> str:
-        """What it is made of by its own name, as vLLM tells it: the adapter if there is one, else the checkpoint."""
+        """The field ``root`` as in vLLM: the adapter's own name if there is one, else the checkpoint's."""
         return self.adapter or self.base or self.name
 
     @property
     def parent(self) -> str | None:
-        """The checkpoint that the adapter is added to."""
+        """The checkpoint that the adapter is merged into; None without adapter."""
         return self.base if self.adapter else None
 
     @classmethod
@@ -66,15 +66,15 @@ class ModelFacts:
         base: str | None = None,
         adapter: str | None = None,
     ) -> "ModelFacts":
-        """Read config.json and generation_config.json, and what there is of embeddings.
+        """Read config.json, generation_config.json and the files about embeddings.
 
-        ``max_context_tokens`` lowers the model's own limit. ``pooling`` makes any model one that gives embeddings,
-        normalised; "auto" goes by its files. ``base`` and ``adapter`` are told to whoever asks for the models.
+        ``max_context_tokens`` lowers the model's own limit. With ``pooling`` any model gives normalised embeddings; "auto" follows its
+        files. ``base`` and ``adapter`` appear in the list of models.
 
         Raises:
             InvalidModelConfig, UnsupportedModel: see `ModelConfig.from_checkpoint`.
-            ContextTooLong: it would raise it.
-            ValueError: the tokenizer has ids that the model has no rows for, so they do not belong together.
+            ContextTooLong: ``max_context_tokens`` exceeds the model's limit.
+            ValueError: the tokenizer has ids beyond the model's vocabulary, so the two do not belong together.
         """
         config = ModelConfig.from_checkpoint(folder)
         if tokenizer.num_real_tokens > config.vocab_size:

@@ -1,4 +1,4 @@
-"""What a Ray cluster is doing for Manta, as an onlooker sees it: hosts, applications, replicas, and how long clients wait."""
+"""Collect the state of a Ray cluster for `manta status`: hosts, applications, replicas and latencies. Read-only."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +17,11 @@ from serve.metrics_page import METRICS_BOARD
 from serve.quantiles import Counts, counts_of
 
 ANSWER_S = 5.0
-"""How long Ray Serve's controller may take to answer."""
+"""Timeout for Ray Serve's controller."""
 PROBE_TIMEOUT_S = 1.0
-"""How long a host's Ray may take to take a connection."""
-MOST_KNOCKS = 64
-"""At a time."""
+"""Timeout for a connection to a host's Ray."""
+MAX_PROBES = 64
+"""Maximum concurrent probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class HostView:
     ip: str
     alive: bool
     resources: Mapping[str, float]
-    """CPU, GPU and what else the host offers."""
+    """Total resources of the host: CPU and GPU."""
     free: Mapping[str, float]
 
 
@@ -43,7 +43,7 @@ class AppView:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyCounts:
-    """How long clients of a model waited, all fronts together, since these began."""
+    """Latency histograms of a model, summed over all fronts since they started."""
 
     first_token: Counts
     next_token: Counts
@@ -54,17 +54,18 @@ class Overview:
     hosts: tuple[HostView, ...]
     apps: tuple[AppView, ...]
     replicas: tuple[tuple[str, ReplicaRecord], ...]
-    """(application, what a replica says of itself)"""
+    """(application, the replica's own report)"""
     waits: Mapping[tuple[str, str], LatencyCounts]
     """By application and model."""
     http: str | None = None
-    """host:port of Ray Serve's proxies; None where it does not run."""
+    """host:port of Ray Serve's proxies; None if it does not run."""
     missing: tuple[str, ...] = ()
-    """What should be there, or should have told something, and does not; in words."""
+    """Messages about hosts, replicas and Ray processes that are missing or do not respond."""
 
 
 def collect_overview() -> Overview:
-    """Of the cluster that this process has joined. Changes nothing there, and waits for nobody long: what is silent is told as such."""
+    """The state of the cluster that this process is connected to. All waits have short timeouts; what does not respond is listed as
+    missing."""
     missing: list[str] = []
     try:
         hosts = tuple(_hosts(missing))
@@ -103,7 +104,7 @@ def collect_overview() -> Overview:
 
 
 def _details(missing: list[str]) -> Mapping[str, Any]:
-    """What Ray Serve's controller says; nothing where it does not run."""
+    """Details from Ray Serve's controller; empty if Ray Serve does not run."""
     try:
         controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
@@ -123,7 +124,7 @@ def _details(missing: list[str]) -> Mapping[str, Any]:
 
 
 def _unheard(app: Mapping[str, Any], reported: set[str], hosts: Sequence[HostView]) -> Iterator[str]:
-    """Replicas that Ray Serve wants and has not, and those of which it says that they run, and that have not reported."""
+    """Messages about deployments with fewer running replicas than their target, and about running replicas that have not reported."""
     host_of = {host.ip: host.name for host in hosts}
     for deployment, told in app.get("deployments", {}).items():
         running = [one for one in told.get("replicas", ()) if str(getattr(one["state"], "value", one["state"])) == "RUNNING"]
@@ -139,7 +140,7 @@ def _unheard(app: Mapping[str, Any], reported: set[str], hosts: Sequence[HostVie
 def _hosts(missing: list[str]) -> Iterator[HostView]:
     free = ray._private.state.available_resources_per_node()
     nodes = ray.nodes()
-    with ThreadPoolExecutor(MOST_KNOCKS) as knocking:
+    with ThreadPoolExecutor(MAX_PROBES) as knocking:
         far_ends = list(knocking.map(_far_end, nodes))
     for node, far_end in zip(nodes, far_ends, strict=True):
         if far_end is PeerStatus.HOST_UNREACHABLE:
@@ -163,7 +164,7 @@ def _countable(resources: Mapping[str, float]) -> dict[str, float]:
 
 
 def _samples(notes: tuple[Snapshot, ...], family: str, model: str) -> Iterator[tuple[float, float]]:
-    """(upper bound, how many at most so long) of every front's histogram."""
+    """(upper bound, cumulative count) of every bucket of every front's histogram."""
     for note in notes:
         for name, samples in note:
             for suffix, labels, value in samples if name == family else ():

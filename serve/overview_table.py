@@ -17,7 +17,7 @@ SHARES = {"p50": 0.5, "p95": 0.95}
 
 
 class Window:
-    """The last looks, for what is said per second and of late."""
+    """The overviews of the last seconds, from which rates and recent latencies are computed."""
 
     def __init__(self) -> None:
         self._looks: deque[tuple[float, Overview]] = deque()
