@@ -81,13 +81,13 @@ def test_the_notes_tell_how_to_reach_it_and_how_to_upgrade() -> None:
     assert '"model": "qwen2-7b"' in told
     assert "helm upgrade manta CHART --namespace serving --server-side=false" in told
     assert "1 more GPUs are needed meanwhile" in told
-    assert "NOBODY IS ASKED FOR A KEY" in told
+    assert "NO API KEY IS REQUIRED" in told
 
 
 def test_the_notes_know_what_was_chosen() -> None:
     told = notes("everything")
     assert "grpcs://manta.serving:9000" in told
     assert "https://manta.example.com/v1" in told
-    assert "NOBODY IS ASKED" not in told
+    assert "NO API KEY" not in told
     assert "delete the RayCluster" in notes("qwen2-72b-tp8")
     assert "get rayjob manta" in notes("batch")
