@@ -1,4 +1,4 @@
-"""Rotary position embedding: each head's first and second half are turned against each other by an angle that grows with the
+"""Rotary position embedding: each head's first and second half are rotated into each other by an angle that grows with the
 position (RoFormer, arXiv 2104.09864), optionally stretched to longer contexts (YaRN, arXiv 2309.00071).
 
 T tokens, X any heads, K head width, F = K / 2 frequencies.

@@ -92,9 +92,9 @@ def decode_rows(plan: StepPlan, shard: int) -> DecodeRows | None:
     if not all(map(_only_decodes, other_works)):
         return None
     places = np.flatnonzero(columns[4] == shard)
-    told = columns[:4, places]
+    planned = columns[:4, places]
     single = np.array([(work.sequence, work.start, work.tokens[0], NO_BLOCK) for work in other_works], np.int64).reshape(-1, 4).T
-    rows = np.concatenate([told, single], axis=1)
+    rows = np.concatenate([planned, single], axis=1)
     return DecodeRows(rows, places, columns.shape[1], other_works) if rows.shape[1] else None
 
 

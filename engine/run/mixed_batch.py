@@ -80,8 +80,8 @@ class MixedBatch:
     def _build(self, tables: BlockTables, tokens_S: np.ndarray, block_tokens: int, device: torch.device) -> ForwardBatch:
         decodes, other_works = self.sampling.columns[:, : self.num_decodes], self.other_works
 
-        def column(told: np.ndarray | int, of_works: Sequence[int]) -> np.ndarray:
-            return np.concatenate([np.full(self.num_decodes, told), np.array(of_works, np.int64)])
+        def column(of_decodes: np.ndarray | int, of_works: Sequence[int]) -> np.ndarray:
+            return np.concatenate([np.full(self.num_decodes, of_decodes), np.array(of_works, np.int64)])
 
         tokens = np.fromiter(chain.from_iterable(work.tokens for work in other_works), np.int64)
         return forward_batch(

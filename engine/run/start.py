@@ -100,7 +100,7 @@ def start_rank(
         IncompatibleDraftModel: the draft model does not fit this model.
         ValueError: a setting does not fit this model, device or topology.
     """
-    tell = on_progress or (lambda _progress: None)
+    notify = on_progress or (lambda _progress: None)
     on_host = ranks_on_host or topology.size
     device = resolve_device(runner_config.device)
     if device.type == "cuda":
@@ -119,9 +119,9 @@ def start_rank(
         ):
             if (draft_folder := draft_model_of(engine_config, runner_config)) is not None:
                 check_draft_model(checkpoint_folder, draft_folder)
-            groups = stack.enter_context(_join_groups(topology, rank, rendezvous, runner_config, device, tell))
+            groups = stack.enter_context(_join_groups(topology, rank, rendezvous, runner_config, device, notify))
             stack.push(_clear_frames)
-            model = _load(checkpoint, opened_adapter, model_config, groups, runner_config, engine_config, device, tell)
+            model = _load(checkpoint, opened_adapter, model_config, groups, runner_config, engine_config, device, notify)
         sampler = _make_sampler(model, runner_config) if rank in sampling_ranks(topology) else None
         draft_model = _load_draft_model(draft_folder, model, runner_config, engine_config, device) if draft_folder and sampler else None
         runner = make_runner(
@@ -132,7 +132,7 @@ def start_rank(
             sharers_of_memory=on_host * replicas_on_host,
             draft_model=draft_model,
             guides=open_guides(small, sampler.vocab_size, runner_config) if sampler else None,
-            tell=tell,
+            notify=notify,
         )
         stack.callback(runner.close)  # before the groups are closed
         yield runner
@@ -154,7 +154,7 @@ def make_runner(
     sharers_of_memory: int = 1,
     draft_model: Qwen2 | None = None,
     guides: Guides | None = None,
-    tell: OnProgress = lambda _progress: None,
+    notify: OnProgress = lambda _progress: None,
 ) -> Runner:
     """A rank around a loaded model: memory measured, warmed up, steps captured. All ranks of the topology must call this at the same time.
 
@@ -163,7 +163,7 @@ def make_runner(
     """
     groups, device = model.groups, model.device
     _allow_launches(runner_config, device)
-    with _phase("memory", tell):
+    with _phase("memory", notify):
         capacity = measure_capacity(
             model,
             sampler,
@@ -185,7 +185,7 @@ def make_runner(
         drafter=open_drafter(draft_model, sampler, capacity.num_blocks),
     )
     try:
-        _make_ready(runner, runner_config, engine_config, tell)
+        _make_ready(runner, runner_config, engine_config, notify)
     except BaseException:
         runner.close()
         raise
@@ -195,9 +195,9 @@ def make_runner(
     return runner
 
 
-def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: EngineConfig, tell: OnProgress) -> None:
+def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: EngineConfig, notify: OnProgress) -> None:
     on_device = runner.device.type == "cuda"
-    with _phase("warm_up", tell):
+    with _phase("warm_up", notify):
         warm_up(runner)
         if runner_config.tune_tiles and runner_config.kv_cache_bytes is not None and on_device:
             tune(runner, engine_config)  # otherwise that was done before memory was measured
@@ -206,7 +206,7 @@ def _make_ready(runner: Runner, runner_config: RunnerConfig, engine_config: Engi
             runner,
             CudaGraphRecorder(runner.device),
             engine_config,
-            lambda done, total: tell(StartProgress("capture", done, total)),
+            lambda done, total: notify(StartProgress("capture", done, total)),
             prompts=runner_config.prompt_graphs,
             prompts_ahead=runner_config.prompts_ahead,
         )
@@ -270,17 +270,17 @@ def choose_weight_formats(
 
 @contextmanager
 def _join_groups(
-    topology: Topology, rank: int, rendezvous: str | None, config: RunnerConfig, device: torch.device, tell: OnProgress
+    topology: Topology, rank: int, rendezvous: str | None, config: RunnerConfig, device: torch.device, notify: OnProgress
 ) -> Iterator[ParallelGroups]:
     if topology.size == 1:
         yield single_rank_groups()
         return
-    tell(StartProgress("groups", 0, 1))
+    notify(StartProgress("groups", 0, 1))
     meeting = _parse_rendezvous(rendezvous)
     with open_groups(
         topology, rank, rendezvous=meeting, device=device, timeout_s=config.collective_timeout_s, symmetric=config.symmetric_memory
     ) as groups:
-        tell(StartProgress("groups", 1, 1))
+        notify(StartProgress("groups", 1, 1))
         yield groups
 
 
@@ -299,15 +299,15 @@ def _load(
     config: RunnerConfig,
     engine_config: EngineConfig,
     device: torch.device,
-    tell: OnProgress,
+    notify: OnProgress,
 ) -> Qwen2:
-    told = 0
+    reported = 0
 
-    def tell_bytes(done: int, total: int) -> None:
-        nonlocal told
-        if done in (0, total) or done - told >= total // 100:  # a large model has thousands of tensors
-            told = done
-            tell(StartProgress("weights", done, total))
+    def report_bytes(done: int, total: int) -> None:
+        nonlocal reported
+        if done in (0, total) or done - reported >= total // 100:  # a large model has thousands of tensors
+            reported = done
+            notify(StartProgress("weights", done, total))
 
     dtype = resolve_dtype(config.dtype, device)
     # experts move between ranks, which must all have kernels for them
@@ -328,7 +328,7 @@ def _load(
         table_format=formats.table,
         kv_dtype=None if config.kv_dtype == "auto" else FP8,
         rounds_kv=formats.rounds_activations,
-        on_progress=tell_bytes,
+        on_progress=report_bytes,
     )
     log.info(
         "rank %d read %d of %d bytes of weights in %.1f s (%d bytes fetched); computing in %s with %s on %s with %d threads",
@@ -338,7 +338,7 @@ def _load(
     if adapter is not None:
         log.info("rank %d merged %r", groups.rank, adapter)
     read = LoadStats(kept_bytes=report.bytes_read, fetched_bytes=report.bytes_fetched, seconds=report.seconds)
-    tell(StartProgress("weights", told, told, read))
+    notify(StartProgress("weights", reported, reported, read))
     return model
 
 
@@ -375,7 +375,7 @@ def _make_sampler(model: Qwen2, config: RunnerConfig) -> Sampler:
 
 
 @contextmanager
-def _phase(phase: StartPhase, tell: OnProgress) -> Iterator[None]:
-    tell(StartProgress(phase, 0, 1))
+def _phase(phase: StartPhase, notify: OnProgress) -> Iterator[None]:
+    notify(StartProgress(phase, 0, 1))
     yield
-    tell(StartProgress(phase, 1, 1))
+    notify(StartProgress(phase, 1, 1))
