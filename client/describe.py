@@ -27,7 +27,7 @@ HOST:PORT list`) and `grpc.health.v1.Health`. The Python client library is descr
 A failed call has a canonical status. The trailer `grpc-status-details-bin` holds a `google.rpc.Status` with an
 `ErrorInfo` (domain `manta`, a `reason` in capitals), a `BadRequest` that names the invalid field, a `RetryInfo` if a
 retry makes sense, a `QuotaFailure` if a quota is used up, and a `RequestInfo`. A stream also reports the error as its
-last event. The codes are listed with [HTTP's](http.md#errors).
+last event. The error codes are in the [HTTP reference](http.md#errors).
 
 If a field marked *optional* is not set, the server uses the model's own default.
 """
