@@ -36,6 +36,7 @@ ATTENTION_NAMES: WeightNames = {
     "self_attn.o_proj": ("attention.output", "o"),
     "post_attention_layernorm": ("mlp_norm", ""),
 }
+"""Module in the checkpoint -> (module here, its part of the fused tensor there)."""
 MLP_NAMES: WeightNames = {
     "mlp.gate_proj": ("mlp.up", "gate"),
     "mlp.up_proj": ("mlp.up", "up"),
@@ -259,9 +260,9 @@ class Qwen2(nn.Module):
         They hold the addresses of the weights and the cache, which do not move.
         """
         if self._native_layers is None or self._native_layers[0] is not cache:
-            found = [layer.native(cache) for layer in self.layers if isinstance(layer, DecoderLayer)]
-            whole = [layer for layer in found if layer is not None]
-            self._native_layers = (cache, NativeLayers(whole, self.groups.tp) if len(whole) == len(self.layers) else None)
+            layers = [layer.native(cache) for layer in self.layers if isinstance(layer, DecoderLayer)]
+            native = [layer for layer in layers if layer is not None]
+            self._native_layers = (cache, NativeLayers(native, self.groups.tp) if len(native) == len(self.layers) else None)
         return self._native_layers[1]
 
     @property

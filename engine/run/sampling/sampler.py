@@ -55,7 +55,7 @@ class Sampler:
             self._draw(group, logits_RV, rows, chosen_R, decided_R)
         raw_highest_R = highest_R if logits_RV is raw_RV else raw_RV.amax(-1)
         report = torch.stack([chosen_R, decided_R, raw_highest_R.isfinite().long(), highest_R.isfinite().long()])
-        return self.results(raw_RV, logits_RV, rows, report.tolist())  # the only point at which the host waits for the device
+        return self.results(raw_RV, logits_RV, rows, report.tolist())  # the host waits for the device here, once per step
 
     def results(self, raw_RV: Tensor, logits_RV: Tensor, rows: Sequence[Row], report: Sequence[list[int]]) -> list[SampledTokens]:
         """One result per row of ``report``.
@@ -63,8 +63,8 @@ class Sampler:
         ``report`` has four lists: the drawn token, whether it is decided (see `draw_filtered`), and whether the highest logit is finite
         before and after the edits.
         """
-        chosen, decided, raw_sound, sound = report
-        faults = [None if a and b else NOTHING_LEFT if a else NOT_FINITE for a, b in zip(raw_sound, sound, strict=True)]
+        chosen, decided, raw_finite, finite = report
+        faults = [None if a and b else NOTHING_LEFT if a else NOT_FINITE for a, b in zip(raw_finite, finite, strict=True)]
         for i, fault in enumerate(faults):
             if fault is None and not decided[i]:
                 chosen[i] = self._draw_sorted(logits_RV[i : i + 1], rows[i])
@@ -90,8 +90,8 @@ class Sampler:
             top_k_R=given[3], kind_R=given[4], temperature_R=temperature_R, top_p_R=top_p_R, min_p_R=min_p_R,
             raw_highest_RN=None if logits_RV is raw_RV else kernels.highest_of_parts(raw_RV),
         )  # fmt: skip
-        chosen, raw_sound, sound = report_3R.tolist()  # the only point at which the host waits for the device
-        return [chosen, [1] * len(rows), raw_sound, sound]
+        chosen, raw_finite, finite = report_3R.tolist()  # the host waits for the device here, once per step
+        return [chosen, [1] * len(rows), raw_finite, finite]
 
     def _draw(self, group: DrawGroup, logits_RV: Tensor, rows: Sequence[Row], chosen_R: Tensor, decided_R: Tensor) -> None:
         """Draw the rows of one group, and write the tokens to their places in ``chosen_R`` and ``decided_R``."""

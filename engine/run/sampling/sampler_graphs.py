@@ -202,8 +202,8 @@ class Report:
 
 def as_decided(report_3S: np.ndarray) -> list[list[int]]:
     """The output of `Report.read` in the form that `Sampler.results` takes."""
-    chosen, raw_sound, sound = report_3S.tolist()
-    return [chosen, [1] * len(chosen), raw_sound, sound]
+    chosen, raw_finite, finite = report_3S.tolist()
+    return [chosen, [1] * len(chosen), raw_finite, finite]
 
 
 def _greedy_inputs(num_rows: int) -> np.ndarray:
