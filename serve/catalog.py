@@ -72,8 +72,8 @@ class Catalog:
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
         return await self.service(model).detokenize(model, ids)
 
-    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
-        return self.service(model).token_texts(model, ids)
+    async def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
+        return await self.service(model).token_texts(model, ids)
 
     def _of(self, request: AnyRequest) -> Service:
         """An unknown name is refused by whichever service gets it, at the same moment as everything else that is wrong."""

@@ -28,6 +28,8 @@ class Limits:
     """``n`` of one prompt."""
     total_choices: int = 128
     """``n`` times the number of prompts."""
+    detokenize_tokens: int = 262_144
+    """Ids in one request for their text: as many as the longest context of these models."""
     stop_strings: int = 4
     stop_string_bytes: int = 256
     stop_token_ids: int = 64
@@ -89,6 +91,8 @@ class Limits:
             "logit_bias": self.logit_bias_entries,
             "stop": self.stop_strings,
             "stop_token_ids": self.stop_token_ids,
+            "tokens": self.detokenize_tokens,
+            "token_ids": self.detokenize_tokens,
             "guided_choice": self.guided_choices,
             "texts": self.guided_choices,
             "metadata": self.metadata,

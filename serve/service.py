@@ -178,12 +178,16 @@ class Service:
             ServeError: the model is not offered, or has no such token.
         """
         self._validator.detokenize(model, ids)
-        return await beside_the_loop(len(ids), lambda: self._tokenizer.decode(ids))
+        return await beside_the_loop(CHARS_PER_TOKEN * len(ids), lambda: self._tokenizer.decode(ids))
 
-    def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
+    async def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
         """Each token by itself; bytes that are no character show as U+FFFD. Raises as `detokenize`."""
         self._validator.detokenize(model, ids)
-        return tuple(self._tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids)
+
+        def texts() -> tuple[str, ...]:
+            return tuple(self._tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids)
+
+        return await beside_the_loop(CHARS_PER_TOKEN * len(ids), texts)
 
     async def _chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
         stopwatch = Stopwatch(request.arrived_s)

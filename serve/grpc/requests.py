@@ -23,7 +23,7 @@ from serve.request import (
 
 NESTED = frozenset({"request", "options", "response_format", "choices", "conversation"})
 """Fields that hold messages with such lists."""
-SPELT = {"prompts": "prompt", "inputs": "input", "texts": "response_format"}
+SPELT = {"prompts": "prompt", "inputs": "input", "texts": "response_format", "token_ids": "tokens"}
 """As OpenAI has it, where that is another name."""
 SAID_OR_NOT = (
     "temperature",

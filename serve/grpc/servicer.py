@@ -121,7 +121,7 @@ class MantaServicer(service_pb2_grpc.MantaServiceServicer):
             caller_of(context, self._door, Scope.INFER)
             self._fits(request)
             ids = await self._service.tokenize(tokenize_request(request))
-            texts = self._service.token_texts(request.model, ids) if request.return_tokens else ()
+            texts = await self._service.token_texts(request.model, ids) if request.return_tokens else ()
             facts = self._service.model(request.model)
             return service_pb2.TokenizeResponse(token_ids=ids, tokens=texts, max_model_len=facts.max_context_tokens)
 

@@ -55,7 +55,7 @@ def token_routes(front: Front) -> APIRouter:
         ids = await service.tokenize(body.request(model))
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.model(model).max_context_tokens, "tokens": ids}
         if body.return_token_strs:
-            answer["token_strs"] = service.token_texts(model, ids)
+            answer["token_strs"] = await service.token_texts(model, ids)
         return json_response(answer)
 
     @routes.post("/detokenize", openapi_extra=takes(DetokenizeBody))
