@@ -248,14 +248,22 @@ def run_batch(
 
 
 def wait_until_ready(client: httpx.Client, *, timeout_s: float, sleep: Callable[[float], object] = time.sleep) -> bool:
-    """Whether /readyz returned 200 within the timeout."""
+    """Whether /readyz returned 200 within the timeout, or 404: then the server is not Manta, and is used as it is."""
     end_s = time.monotonic() + timeout_s
     while True:
         try:
-            if client.get("/readyz").status_code == 200:
+            if client.get("/readyz").status_code in (200, 404):
                 return True
         except httpx.TransportError:
             pass
         if time.monotonic() > end_s:
             return False
         sleep(0.5)
+
+
+def refuses_key(client: httpx.Client) -> bool:
+    """Whether every request would be refused for its key: said once and before any of them."""
+    try:
+        return client.get("/v1/models").status_code in (401, 403)
+    except httpx.TransportError:
+        return False

@@ -1,5 +1,7 @@
 """The `manta` command line. Each command is a file in `serve/commands/` and imports heavy modules only when it runs."""
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -81,4 +83,7 @@ def _manta(version: Version = False) -> None:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no letter for it shows "?"
     app()

@@ -1,9 +1,10 @@
 """`manta chat`: chat with a running server in the terminal, over gRPC and through the client library."""
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
 
@@ -36,32 +37,51 @@ def chat(
       git diff | manta chat --system "Review this."      standard input is the prompt
       manta chat --endpoint grpcs://models.example:443   another server (or set $MANTA_ENDPOINT)
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a failed handshake is reported below, not by the library
     from manta_client import Client, MantaError, Unavailable
     from manta_client.endpoint import DEFAULT
 
     options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip() or exit_with_error("nothing was piped in, and no prompt was given")
+        piped_in = sys.stdin.buffer.read().decode(errors="replace").strip()
+        prompt = piped_in or exit_with_error("nothing was piped in, and no prompt was given")
+    conversation = None
     try:
         with Client(endpoint) as client:
-            conversation = Conversation(client=client, model=model, system=system, options=options)
+            conversation = Conversation(client=client, model=model, system=as_text(system), options=options)
             if prompt is None:
                 converse(conversation)
-            elif not conversation.ask(prompt):
+            elif not conversation.ask(as_text(prompt)):
                 raise typer.Exit(130)
     except Unavailable as error:
         if error.reason is not None:  # a server answered
             exit_with_error(str(error))
-        exit_with_error(
-            f"no server answers at {endpoint or DEFAULT}; `manta serve demo` starts one, --endpoint names another ({_cause(error.message)})"
-        )
+        place, cause = endpoint or DEFAULT, _cause(error.message)
+        if conversation is not None and conversation.begun:
+            exit_with_error(f"the server at {place} was lost and did not come back; the answer is not whole ({cause})")
+        exit_with_error(f"no server answers at {place}; `manta serve demo` starts one, --endpoint names another ({cause})")
     except MantaError as error:
         exit_with_error(str(error))
 
 
 def _cause(message: str) -> str:
     """The last part of gRPC's message, "...: ipv4:127.0.0.1:9000: Failed to connect to remote host: Connection refused"."""
-    return message.rpartition(": ")[2] or message
+    if "handshake failed" in message:
+        return "no TLS there, or a certificate that is not trusted; without TLS say grpc://"
+    return message.rpartition(": ")[2].removesuffix("]") or message
+
+
+@overload
+def as_text(typed: str) -> str: ...
+
+
+@overload
+def as_text(typed: None) -> None: ...
+
+
+def as_text(typed: str | None) -> str | None:
+    """User input without surrogates: bytes that are not UTF-8, which Python decodes as surrogates, become U+FFFD."""
+    return None if typed is None else typed.encode(errors="surrogateescape").decode(errors="replace")
 
 
 @dataclass(kw_only=True)
@@ -73,6 +93,8 @@ class Conversation:
     system: str | None
     options: dict[str, Any]
     said: list[dict[str, str]] = field(default_factory=list)
+    begun: bool = False
+    """Whether the latest answer has begun."""
 
     def ask(self, prompt: str) -> bool:
         """Print the answer as it streams. Returns False if the user stopped it; the part that was printed joins the conversation.
@@ -82,14 +104,19 @@ class Conversation:
         """
         question = {"role": "user", "content": prompt}
         opening = [{"role": "system", "content": self.system}] if self.system else []
-        whole = True
+        whole, self.begun = True, False
         with self.client.chat.stream(messages=[*opening, *self.said, question], model=self.model, **self.options) as stream:
             try:
                 for delta in stream:
                     print(delta.text, end="", flush=True)
+                    self.begun = self.begun or bool(delta.text)
             except KeyboardInterrupt:
                 stream.close()
                 whole = False
+            except BaseException:
+                if self.begun:
+                    print(flush=True)  # the error message gets a line of its own
+                raise
             answer = stream.text
         print(flush=True)
         if answer:
@@ -109,7 +136,7 @@ def converse(conversation: Conversation) -> None:
     typer.echo(HINT)
     while True:
         try:
-            question = input("\n> ").strip()
+            question = as_text(input("\n> ").strip())
         except KeyboardInterrupt:
             continue  # discard the line, as shells do
         except EOFError:

@@ -274,6 +274,30 @@ def test_a_server_on_this_machine_is_not_asked_through_a_proxy(tmp_path: Path, u
     assert manta_batch(tmp_path, url, 0).exit_code == 0
 
 
+def test_the_url_may_end_as_openais_does(tmp_path: Path, url: str) -> None:
+    assert manta_batch(tmp_path, f"{url}/v1", 0).exit_code == 0
+
+
+def test_a_server_of_another_kind_is_asked_without_waiting(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Refusing, "do_GET", lambda self: self._answer(404, {}))
+    done = manta_batch(tmp_path, url, 0)
+    assert done.exit_code == 0
+    assert "waiting" not in done.output
+
+
+def test_a_wrong_key_is_told_before_anything_is_asked(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Refusing, "do_GET", lambda self: self._answer(401 if self.path == "/v1/models" else 200, {}))
+    assert "wants a key: --api-key" in manta_batch(tmp_path, url, 0).output
+    assert "wants another key" in manta_batch(tmp_path, url, 0, "--api-key", "wrong").output
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_empty_input_is_not_waited_with(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("\n")
+    done = CliRunner().invoke(app, ["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")])
+    assert (done.exit_code, done.output) == (1, f"manta: {tmp_path}/in.jsonl holds no requests\n")
+
+
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["batch", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out.jsonl")])
     assert (done.exit_code, done.output) == (1, f"manta: {tmp_path}/none.jsonl: No such file or directory\n")

@@ -12,10 +12,11 @@ from typing import Any
 import manta_client
 import pytest
 import yaml
+from grpc import StatusCode
 from typer.testing import CliRunner, Result
 
 from serve.cli import app
-from serve.commands.chat import Conversation, converse
+from serve.commands.chat import Conversation, _cause, converse
 from serve.commands.flag_hints import HINTS
 from serve.commands.flags import APP, SERVER
 from serve.commands.serve import greeting
@@ -139,6 +140,8 @@ class ScriptedStream:
                 raise KeyboardInterrupt
             if self.messages[-1]["content"] == "break":
                 raise manta_client.StreamBroken("the stream ended early")
+            if self.messages[-1]["content"] == "lose":
+                raise manta_client.Unavailable("ipv4:127.0.0.1:9000: Connection refused", code=StatusCode.UNAVAILABLE)
 
 
 class ScriptedClient:
@@ -192,6 +195,31 @@ def test_chat_prints_one_answer(client: ScriptedClient) -> None:
 def test_chat_takes_what_is_piped_in(client: ScriptedClient) -> None:
     assert manta("chat", input="from a pipe\n").output == "You said from a pipe.\n"
     assert manta("chat", input="").exit_code == 1
+
+
+def test_chat_takes_what_is_no_utf8_as_well(client: ScriptedClient) -> None:
+    assert manta("chat", input=b"caf\xe9 \xff\n").output == "You said caf\ufffd \ufffd.\n"
+    assert manta("chat", "caf\udce9").output == "You said caf\ufffd.\n"
+
+
+def test_a_server_that_is_lost_in_an_answer_is_told_on_a_line_of_its_own(client: ScriptedClient) -> None:
+    done = manta("chat", "lose")
+    assert done.exit_code == 1
+    assert done.output.splitlines()[0] == "You said "
+    assert "was lost and did not come back; the answer is not whole (Connection refused)" in done.output.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("last error: UNKNOWN: ipv4:127.0.0.1:9777: Tls handshake failed (TSI): SSL_ERROR_SSL: error: OK", "no TLS there"),
+        ("errors resolving x:1: [field:hostname lookup error:failed for x:1: Domain name not found]", "Domain name not found"),
+        ("last error: ipv4:127.0.0.1:9000: Failed to connect to remote host: Connection refused", "Connection refused"),
+    ],
+)
+def test_why_no_server_answers_is_told_in_few_words(message: str, cause: str) -> None:
+    assert _cause(message).startswith(cause)
+    assert not _cause(message).endswith("]")
 
 
 def test_chat_without_a_server_says_so_without_a_traceback() -> None:
