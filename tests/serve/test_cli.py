@@ -68,7 +68,7 @@ def test_config_prints_what_is_set_and_where() -> None:
 
 def test_config_explains_one_setting() -> None:
     told = manta("config", "--explain", "parallel.tensor").output
-    assert "Ranks that share attention heads" in told
+    assert "ranks that split attention heads" in told
 
 
 def test_config_prints_a_schema() -> None:
