@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from cluster.block_journal import BlockJournal
 from cluster.expected_wait import ExpectedWait, LoadEstimate
 from cluster.prefix_index import PrefixIndex
-from cluster.router import LeastLoaded, RoundRobin, RoutingPolicy
+from cluster.routing_policies import LeastLoaded, RoundRobin, RoutingPolicy
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
@@ -79,7 +79,7 @@ class Replica:
         self.executor, self.journal = Executor(), BlockJournal()
         self.engine = Engine(self.executor, CONFIG, listener=self.journal, clock=self.clock)
         self.index = PrefixIndex(max_blocks=10**6, clock=self.clock)
-        self.index.take(self.journal.whole())
+        self.index.take(self.journal.snapshot())
 
     @property
     def load(self) -> int:
@@ -186,7 +186,7 @@ class World:
         def end() -> None:
             for event in events:
                 self._told(event.request_id, event.offset, event.num_cached, event.finish_reason is not None)
-            if (news := replica.journal.news()) is not None:
+            if (news := replica.journal.changes()) is not None:
                 replica.index.take(news)
             self._turn(replica)
 

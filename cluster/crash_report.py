@@ -1,6 +1,6 @@
-"""What a rank's process leaves when it crashes in native code: the signal, and where its threads were. A file that outlives it.
+"""Crash reports: when a rank crashes in native code, faulthandler writes the signal and all Python stacks to a file that outlives it.
 
-A process that is killed from outside (SIGKILL: an operator, the kernel for want of memory) leaves none: that tells the two apart.
+A process that is killed from outside (SIGKILL by an operator or the OOM killer) leaves none, which tells the two cases apart.
 """
 
 import faulthandler
@@ -12,10 +12,10 @@ from typing import IO
 _file: IO[bytes] | None = None
 
 
-def keep_at(file: Path) -> None:
-    """From now on a fatal signal (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT) of this process is told in ``file``, which is made new.
+def enable(file: Path) -> None:
+    """Write a report to ``file`` (truncated now) at a fatal signal (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT) of this process.
 
-    Whoever handled these signals before does so afterwards: Ray tells of them in its logs.
+    Earlier handlers of these signals still run afterwards; Ray's logs them.
     """
     global _file
     opened = file.open("wb", buffering=0)
@@ -26,14 +26,14 @@ def keep_at(file: Path) -> None:
 
 
 def new_file(rank: int) -> Path:
-    """An empty file that nobody else has, for a rank whose replica is on another host and has no folder here."""
+    """A new temporary file, for a rank whose replica is on another host and has no folder here."""
     opened, name = tempfile.mkstemp(prefix=f"manta-rank-{rank}-", suffix=".crash")
     os.close(opened)
     return Path(name)
 
 
 def read(file: Path) -> str | None:
-    """What another process of this host left, Python's own words; None where it did not crash, or kept no note."""
+    """The report that a process of this host left, as faulthandler wrote it; None if it did not crash or wrote no reports."""
     try:
         return file.read_text(errors="replace").strip() or None
     except OSError:

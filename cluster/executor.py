@@ -1,4 +1,4 @@
-"""Step 8 of a request: an executor whose ranks are Ray actors. Plans go to all of them, one of each shard answers."""
+"""Step 8 of a request: the executor whose ranks are Ray actors. It sends each plan to every rank and collects one result per shard."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ from cluster.errors import ChannelError, StartFailed
 from cluster.frozen_process import FrozenProcessDetector
 from cluster.messages import RankFailed, RankProgress, RankReady, decode, encode
 from cluster.placement_group import ReplicaPlacementGroup
-from cluster.remote_crash_reports import ask_for_note, fetch_notes
+from cluster.remote_crash_reports import fetch_crash_reports, request_crash_report
 from cluster.root_cause import describe_exit, diagnose_loss
 from cluster.worker import Deadlines, RankLauncher, WorkerLocation
 from cluster.worker_handles import WorkerHandle, connect_workers, examine_workers, start_workers
@@ -30,17 +30,17 @@ from engine.shard_results import ShardResults
 logger = logging.getLogger(__name__)
 
 POLL_MS = 50
-"""How soon a death that Ray reports is noticed by who waits for a step."""
+"""How soon a caller that waits for a step notices a death that Ray has reported."""
 DIAGNOSIS_S = 0.5
-"""After the first sign of a loss, how long to listen for the others: a killed rank makes its peers raise, often sooner than
-its own death is known."""
+"""How long to collect further symptoms after the first sign of a loss: a killed rank makes its peers raise, often before its own death
+is known."""
 
 
 class RayExecutor:
-    """The ranks of one replica as Ray actors of its placement group.
+    """Runs the ranks of one replica as Ray actors in its placement group.
 
-    Raises `StartFailed` where the ranks cannot be started; `on_loss` is called from another thread as soon as a rank is
-    known to have ended, also while no step is under way.
+    The constructor starts them and raises `StartFailed` if that fails. ``on_loss`` is called from another thread as soon as a rank
+    is known to have ended, also while no step is in flight.
     """
 
     def __init__(
@@ -55,18 +55,18 @@ class RayExecutor:
         on_loss: Callable[[], None] = lambda: None,
         examine: bool = True,
     ) -> None:
-        """``examine``: look at the hosts before anything is loaded, and raise UnfitHosts if that cannot end well."""
+        """``examine``: check the hosts before anything is loaded, and raise UnfitHosts if the ranks cannot run there."""
         self._config, self._on_progress, self._on_loss = config, on_progress, on_loss
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._workers: list[WorkerHandle] = []
-        self._answers = ShardResults(ranks.topology.dp)
+        self._results = ShardResults(ranks.topology.dp)
         self._last_step: int | None = None
         self._deadline_s = config.first_step_timeout_s
         self._broken = False
         self._closing = threading.Event()
         self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="rank-watcher", daemon=True)
+        self._watcher = threading.Thread(target=self._watch_workers, name="rank-watcher", daemon=True)
         try:
             start_workers(self._workers, ranks, resources, placement_group, folder, self._context)
             connect_workers(self._workers, silence_s=config.host_silence_s)
@@ -95,11 +95,11 @@ class RayExecutor:
             try:
                 worker.socket.send(raw, zmq.NOBLOCK)
             except zmq.Again:
-                self._lose(f"{worker.name} takes no more plans")
+                self._raise_loss(f"{worker.name} takes no more plans")
         return PendingRayStep(self, plan.step)
 
     def close(self) -> None:
-        """End the ranks: by asking those that still listen, then by force. Idempotent."""
+        """End the ranks: ask them if all still listen, then kill what is left. Idempotent."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -115,15 +115,15 @@ class RayExecutor:
     def _listen_to_all(self) -> None:
         for worker in self._workers:
             self._poller.register(worker.socket, zmq.POLLIN)
-            if worker.beats is not None:
-                self._poller.register(worker.beats, zmq.POLLIN)
+            if worker.disconnect_monitor is not None:
+                self._poller.register(worker.disconnect_monitor, zmq.POLLIN)
 
     def _load(self, ranks: RankLauncher) -> Capacity:
-        """Have every rank load its share, and wait until all are ready."""
+        """Have every rank load its share of the model, and wait until all are ready. Returns the smallest capacity."""
         locations = self.locations
-        meeting = f"tcp://{locations[0].ip}:{locations[0].free_port}" if len(locations) > 1 else None
-        self._frozen = FrozenProcessDetector(
-            {worker.rank: worker.location.pid for worker in self._workers if worker.process is not None and worker.location is not None},
+        rendezvous = f"tcp://{locations[0].ip}:{locations[0].free_port}" if len(locations) > 1 else None
+        self._frozen_detector = FrozenProcessDetector(
+            {worker.rank: worker.location.pid for worker in self._workers if worker.pidfd is not None and worker.location is not None},
             self._config.freeze_timeout_s,
         )
         deadlines = Deadlines(
@@ -131,17 +131,17 @@ class RayExecutor:
             first_step_s=self._config.first_step_timeout_s + END_S,
             step_s=self._config.step_timeout_s + END_S,
         )
-        for worker, place in zip(self._workers, locations, strict=True):
-            on_host = sum(other.node == place.node for other in locations)
-            worker.life = worker.actor.serve.remote(ranks=ranks, rendezvous=meeting, ranks_on_host=on_host, deadlines=deadlines)
+        for worker, location in zip(self._workers, locations, strict=True):
+            on_host = sum(other.node == location.node for other in locations)
+            worker.serve_call = worker.actor.serve.remote(ranks=ranks, rendezvous=rendezvous, ranks_on_host=on_host, deadlines=deadlines)
         self._watcher.start()
         heard = time.monotonic()
         while any(worker.capacity is None for worker in self._workers):
             try:
                 heard = time.monotonic() if self._listen() else heard
-                self._look_for_frozen()
+                self._check_frozen()
                 if time.monotonic() - heard > self._config.start_timeout_s:
-                    self._lose(f"no rank got further within {self._config.start_timeout_s:g} s")
+                    self._raise_loss(f"no rank got further within {self._config.start_timeout_s:g} s")
             except WorkersLost as loss:
                 raise StartFailed(f"{loss}\n{loss.rank_traceback or ''}".rstrip()) from loss
         capacities = [worker.capacity for worker in self._workers if worker.capacity is not None]
@@ -153,24 +153,24 @@ class RayExecutor:
         """The result of ``step``; see `PendingStep.result`."""
         deadline = time.monotonic() + self._deadline_s
         while True:
-            if (result := self._answers.take(step)) is not None:
+            if (result := self._results.take(step)) is not None:
                 self._deadline_s = self._config.step_timeout_s
                 return result
             self._listen()
-            self._look_for_frozen()
+            self._check_frozen()
             if time.monotonic() > deadline:
-                self._lose(f"step {step} was not answered within {self._deadline_s:g} s")
+                self._raise_loss(f"step {step} was not answered within {self._deadline_s:g} s")
 
     def _listen(self) -> bool:
-        """Take what the ranks have sent, waiting a little for it. Raises WorkersLost on a sign of loss."""
+        """Handle what the ranks have sent, waiting `POLL_MS` at most. Raises WorkersLost at a sign of loss."""
         heard = self._receive(POLL_MS)
-        if self._ended.is_set() or any(worker.failure or worker.silent for worker in self._workers):
-            self._lose(None)
+        if self._ended.is_set() or any(worker.failure or worker.is_silent for worker in self._workers):
+            self._raise_loss(None)
         return heard
 
-    def _look_for_frozen(self) -> None:
-        if (rank := self._frozen.frozen()) is not None:
-            self._lose(f"rank {rank} stood still for {self._config.freeze_timeout_s:g} s")
+    def _check_frozen(self) -> None:
+        if (rank := self._frozen_detector.frozen_rank()) is not None:
+            self._raise_loss(f"rank {rank} stood still for {self._config.freeze_timeout_s:g} s")
 
     def _receive(self, timeout_ms: int) -> bool:
         ready = dict(self._poller.poll(timeout_ms))
@@ -178,18 +178,18 @@ class RayExecutor:
             if worker.socket in ready:
                 try:
                     self._take(worker, decode(worker.socket.recv()))
-                except ChannelError as error:  # whatever it meant to say, its steps can no longer be relied on
+                except ChannelError as error:  # a rank that sends garbage can no longer be relied on
                     host = worker.location.host if worker.location else ""
                     worker.failure = worker.failure or RankFailed(worker.rank, host, self._last_step, str(error), traceback="")
-            if worker.beats is not None and worker.beats in ready:
-                worker.silent = True
-                self._poller.unregister(worker.beats)
+            if worker.disconnect_monitor is not None and worker.disconnect_monitor in ready:
+                worker.is_silent = True
+                self._poller.unregister(worker.disconnect_monitor)
         return bool(ready)
 
     def _take(self, worker: WorkerHandle, message: object) -> None:
         match message:
             case StepResult():
-                self._answers.put(message)
+                self._results.put(message)
             case RankProgress():
                 self._on_progress(message)
             case RankReady():
@@ -199,35 +199,35 @@ class RayExecutor:
             case _:
                 logger.warning("%s sent an unexpected %s", worker.name, type(message).__name__)
 
-    # --- losing
+    # --- losses
 
-    def _watch(self) -> None:
-        """Note every rank that ends; Ray reports a killed process within some 20 ms."""
-        living = {worker.life: worker for worker in self._workers}
-        while living and not self._closing.is_set():
-            ended, _ = ray.wait(list(living), num_returns=1, timeout=0.2)
-            if self._closing.is_set():  # how one ended that was ended here nobody asks, and Ray takes seconds to say
+    def _watch_workers(self) -> None:
+        """Record every rank that ends. Ray reports a killed process within about 20 ms."""
+        running = {worker.serve_call: worker for worker in self._workers}
+        while running and not self._closing.is_set():
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=0.2)
+            if self._closing.is_set():  # they were ended on purpose; asking Ray for the reason would take seconds
                 return
-            for life in ended:
-                worker = living.pop(life)
-                worker.ended = describe_exit(life)
-                ask_for_note(worker)
+            for call in ended:
+                worker = running.pop(call)
+                worker.exit_reason = describe_exit(call)
+                request_crash_report(worker)
             if ended and not self._closing.is_set():
                 self._ended.set()
                 self._on_loss()
 
-    def _lose(self, symptom: str | None) -> Never:
-        """Listen for what else is to be heard, and raise WorkersLost with the rank to blame."""
+    def _raise_loss(self, symptom: str | None) -> Never:
+        """Collect further symptoms for `DIAGNOSIS_S`, then raise WorkersLost with the rank that caused the loss."""
         self._broken = True
         deadline = time.monotonic() + DIAGNOSIS_S
         while time.monotonic() < deadline:
             self._receive(POLL_MS)
-        fetch_notes(self._workers)
+        fetch_crash_reports(self._workers)
         raise diagnose_loss(self._workers, self._last_step, symptom)
 
 
 class PendingRayStep:
-    """A step that the ranks are computing."""
+    """A step in flight."""
 
     def __init__(self, executor: RayExecutor, step: int) -> None:
         self._executor, self._step = executor, step

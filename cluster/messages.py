@@ -43,7 +43,7 @@ class RankFailed:
     step: int | None
     message: str
     traceback: str
-    was_told_to_end: bool = False
+    was_terminated: bool = False
     """By SIGTERM or Ctrl-C: nothing that it computed need have done it."""
 
 

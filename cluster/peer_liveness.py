@@ -1,7 +1,7 @@
-"""Step 8 of a request, between hosts: whether a replica and a rank can still hear each other, and what is wrong if not.
+"""Liveness of a peer on another host: heartbeats over its socket, and a probe that tells what is wrong once they stop.
 
-zmq itself beats (ZMTP 3.1, PING and PONG) from a thread that needs no interpreter, so a rank in native code is heard as well.
-A cut cable tells nobody anything: without beats it shows only when a step's deadline has passed.
+The heartbeats are zmq's own (ZMTP 3.1 PING and PONG). Its I/O thread sends them without the interpreter lock, so a rank in native code
+still answers. Without heartbeats an interrupted network would be noticed only at the deadline of a step.
 """
 
 import errno
@@ -15,14 +15,16 @@ from urllib.parse import urlsplit
 import zmq
 
 PROBE_TIMEOUT_S = 1.0
-"""How long a host may take to answer when it is asked whether it is still there."""
-LOOK_MS = 200
-"""How often a `DisconnectWatcher` looks whether it is still wanted."""
+"""How long a host may take to answer a probe."""
+POLL_MS = 200
+"""How often a `DisconnectWatcher` checks whether it was closed."""
 
 
 def enable_heartbeats(socket: "zmq.Socket[bytes]", silence_s: float) -> "zmq.Socket[Any]":
-    """Have ``socket`` beat, and drop a connection over which nothing came for ``silence_s``. To be called before it is bound or
-    connected. What is returned becomes readable once a connection was dropped, or closed by the other end."""
+    """Have ``socket`` send heartbeats, and drop a connection over which nothing came for ``silence_s``. Call it before bind or connect.
+
+    Returns a monitor socket, which becomes readable once a connection is dropped or closed by the peer.
+    """
     socket.heartbeat_ivl = max(1, round(silence_s * 1000 / 3))
     socket.heartbeat_timeout = max(1, round(silence_s * 2000 / 3))
     monitor: zmq.Socket[Any] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -30,7 +32,7 @@ def enable_heartbeats(socket: "zmq.Socket[bytes]", silence_s: float) -> "zmq.Soc
 
 
 class PeerStatus(Enum):
-    """What a process on another host that is not heard any more has come to."""
+    """What is wrong with a process on another host that is no longer heard."""
 
     ENDED = "its process ended"
     UNRESPONSIVE = "its process does not answer"
@@ -38,7 +40,7 @@ class PeerStatus(Enum):
 
 
 def probe_peer(address: str, timeout_s: float) -> PeerStatus:
-    """Try the port ``tcp://host:port`` on which the process listened: the kernel of a host that is there refuses one that is closed."""
+    """Try to connect to ``tcp://host:port``, on which the process listened. A reachable host refuses a port that is closed."""
     parts = urlsplit(address)
     try:
         with sockets.create_connection((parts.hostname or "", parts.port or 0), timeout_s):
@@ -48,25 +50,25 @@ def probe_peer(address: str, timeout_s: float) -> PeerStatus:
 
 
 class DisconnectWatcher:
-    """Calls ``unheard`` from a thread of its own once the other end is not heard any more, unless it was closed before."""
+    """Calls ``on_disconnect`` from its own thread once the peer is no longer heard, unless it is disarmed or closed before."""
 
-    def __init__(self, monitor: "zmq.Socket[Any]", unheard: Callable[[], None]) -> None:
-        self._monitor, self._unheard = monitor, unheard
+    def __init__(self, monitor: "zmq.Socket[Any]", on_disconnect: Callable[[], None]) -> None:
+        self._monitor, self._on_disconnect = monitor, on_disconnect
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="far-end", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="disconnect-watcher", daemon=True)
         self._thread.start()
 
-    def rest(self) -> None:
-        """What happens from now on is no news: the other end was told, or told us, to end."""
+    def disarm(self) -> None:
+        """Ignore what happens from now on: one end has asked the other to end."""
         self._over.set()
 
     def close(self) -> None:
-        """To be called before the socket's context is destroyed."""
+        """Call this before the socket's context is destroyed."""
         self._over.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while not self._over.is_set():
-            if self._monitor.poll(LOOK_MS) and not self._over.is_set():
-                self._unheard()
+            if self._monitor.poll(POLL_MS) and not self._over.is_set():
+                self._on_disconnect()
                 return

@@ -1,4 +1,4 @@
-"""The placement group that a replica and its ranks stand on: that of the actor it runs in, or its own."""
+"""The Ray placement group of a replica and its ranks: the group of the actor that it runs in, or a new one."""
 
 import ray
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group, remove_placement_group
@@ -10,17 +10,17 @@ from cluster.worker import RankLauncher
 
 
 class ReplicaPlacementGroup:
-    """It outlives the ranks: new ones start where the lost ones were."""
+    """Outlives the ranks, so that new ranks start in the bundles of the lost ones."""
 
     def __init__(self, group: PlacementGroup, *, owned: bool) -> None:
         self.group, self._owned = group, owned
 
     @classmethod
     def current_or_new(cls, ranks: RankLauncher, resources: RankResources, *, timeout_s: float) -> "ReplicaPlacementGroup":
-        """The current actor's group, if it was made by `placement.bundles`, else a new one.
+        """The placement group of the current actor (which must come from `placement.bundles`), or a new one if it has none.
 
         Raises:
-            StartFailed: the cluster has not the resources.
+            StartFailed: the cluster could not reserve the resources within ``timeout_s``.
         """
         current = get_current_placement_group()
         if current is not None:

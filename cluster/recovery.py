@@ -1,4 +1,4 @@
-"""After a loss of ranks: end what remains, start new ones on the same ground, and know when to give up."""
+"""Recovery from a loss of ranks: end those that are left, start new ones in the same placement group, give up after too many losses."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PostMortem:
-    """What is known about one loss."""
+    """What is known about one loss of ranks."""
 
     unix_time: float
     message: str
@@ -25,7 +25,7 @@ class PostMortem:
     host: str | None
     rank_traceback: str | None
     last_collectives: tuple[str, ...] = ()
-    """Of each rank on the replica's host: what it began last with the others, and when."""
+    """For each rank on the replica's host: which collective it entered last, and when."""
 
     @classmethod
     def of(cls, loss: WorkersLost, unix_time: float) -> "PostMortem":
@@ -39,14 +39,14 @@ class PostMortem:
         )
 
     def __str__(self) -> str:
-        said = [self.rank_traceback.rstrip()] if self.rank_traceback else []
-        return "\n".join((self.message, *said, *self.last_collectives))
+        traceback = [self.rank_traceback.rstrip()] if self.rank_traceback else []
+        return "\n".join((self.message, *traceback, *self.last_collectives))
 
 
 class RestartBudget:
-    """At most so many restarts within a window, the second and later ones after a growing wait.
+    """Allows so many restarts within a window, with exponential backoff from the second one on.
 
-    max_restarts=3, backoff 0.5 s:  waits 0, 0.5, 1.0, then none is left
+    max_restarts=3, backoff_s=0.5:  wait 0 s, 0.5 s, 1.0 s, then no restart is left
     """
 
     def __init__(self, *, max_restarts: int, window_s: float, backoff_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,7 +54,7 @@ class RestartBudget:
         self._spent: deque[float] = deque()
 
     def take(self) -> float | None:
-        """Seconds to wait before the restart that is taken; None if none is left."""
+        """Take one restart. Returns the seconds to wait before it, or None if no restart is left."""
         now = self._clock()
         while self._spent and now - self._spent[0] > self._window_s:
             self._spent.popleft()
@@ -66,7 +66,7 @@ class RestartBudget:
 
 
 class Recovery:
-    """Called by the engine's thread with a loss; answers with an executor whose ranks are new and empty."""
+    """Restarts a replica's ranks. The engine's thread calls `restore`, and goes on with the executor that it returns."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class Recovery:
         self.num_restarts = 0
 
     def restore(self, lost: Executor, loss: WorkersLost) -> Executor:
-        """End the ranks of ``lost`` and start new ones.
+        """End the ranks of ``lost`` and return an executor with new ones, whose KV caches are empty.
 
         Raises:
-            RecoveryGivenUp: they were lost, or could not be started, too often within the window.
-            EngineStopped: by ``start``, where nobody wants them any more.
+            RecoveryGivenUp: ranks were lost, or could not be started, too often within the window.
+            EngineStopped: from ``start``, because the replica is shutting down.
         """
-        self._note(PostMortem.of(loss, time.time()))
+        self._record(PostMortem.of(loss, time.time()))
         hit("replica.recover")
         lost.close()
         while (wait_s := self._budget.take()) is not None:
@@ -101,12 +101,12 @@ class Recovery:
             try:
                 executor = self._start()
             except StartFailed as error:
-                self._note(PostMortem(unix_time=time.time(), message=str(error), rank=None, host=None, rank_traceback=None))
+                self._record(PostMortem(unix_time=time.time(), message=str(error), rank=None, host=None, rank_traceback=None))
                 continue
             self.num_restarts += 1
             return executor
         raise RecoveryGivenUp(f"no restart is left; the last loss: {self.post_mortems[-1].message}")
 
-    def _note(self, post_mortem: PostMortem) -> None:
+    def _record(self, post_mortem: PostMortem) -> None:
         self.post_mortems.append(post_mortem)
         logger.error("ranks lost: %s", post_mortem)

@@ -1,4 +1,4 @@
-"""What ranks on other hosts have left in files there: a note of a crash, fetched by Ray once such a rank has ended."""
+"""Crash reports of ranks on other hosts: files there, which a Ray task reads once such a rank has ended."""
 
 import logging
 from collections.abc import Sequence
@@ -14,44 +14,45 @@ from cluster.worker_handles import WorkerHandle
 logger = logging.getLogger(__name__)
 
 FETCH_S = 2.0
-"""How long a loss may wait for the notes. Ray mostly has a process at hand there that reads them; else it starts one."""
+"""How long a loss may wait for the reports. Ray usually has an idle worker process on that host; otherwise it starts one."""
 
 
-def ask_for_note(worker: WorkerHandle) -> None:
-    """Have the note sent here of a rank of another host that has ended, if it left one. Raises nothing: a loss is told without it."""
-    if worker.asked is not None or worker.location is None or worker.location.crash_report is None:
+def request_crash_report(worker: WorkerHandle) -> None:
+    """Start to fetch the crash report of a rank that has ended on another host. Never raises: a loss can be reported without it."""
+    if worker.crash_report_call is not None or worker.location is None or worker.location.crash_report_file is None:
         return
-    there = NodeAffinitySchedulingStrategy(worker.location.node, soft=False)
+    on_that_host = NodeAffinitySchedulingStrategy(worker.location.node, soft=False)
     try:
-        worker.asked = ray.remote(_take).options(num_cpus=0, scheduling_strategy=there).remote(worker.location.crash_report)
-    except Exception as error:  # whatever Ray is in no state to do
-        logger.warning("no note of %s could be asked for: %s", worker.name, error)
+        task = ray.remote(_read_and_delete).options(num_cpus=0, scheduling_strategy=on_that_host)
+        worker.crash_report_call = task.remote(worker.location.crash_report_file)
+    except Exception as error:  # Ray may be in no state to run tasks
+        logger.warning("no crash report of %s could be requested: %s", worker.name, error)
 
 
-def fetch_notes(workers: Sequence[WorkerHandle]) -> None:
-    """Give the workers of other hosts that have ended without a word the notes that they left, which are taken away there.
+def fetch_crash_reports(workers: Sequence[WorkerHandle]) -> None:
+    """Set `crash_report` of the workers that ended on other hosts without reporting an error. The files there are deleted.
 
-    A host that Ray cannot reach has none to give; it is not waited for beyond `FETCH_S`. Raises nothing.
+    A host that Ray cannot reach is not waited for beyond `FETCH_S`. Never raises.
     """
-    ended = [worker for worker in workers if worker.ended and not worker.failure]
+    ended = [worker for worker in workers if worker.exit_reason and not worker.failure]
     for worker in ended:
-        ask_for_note(worker)
-    asked = {worker.asked: worker for worker in ended if worker.asked is not None}
-    if not asked:
+        request_crash_report(worker)
+    requested = {worker.crash_report_call: worker for worker in ended if worker.crash_report_call is not None}
+    if not requested:
         return
     try:
-        told, silent = ray.wait(list(asked), num_returns=len(asked), timeout=FETCH_S)
-        for note in told:
-            asked[note].note = ray.get(note)
-    except Exception as error:  # a host that is gone, or Ray that is
-        logger.warning("a note could not be fetched: %s", error)
+        done, missing = ray.wait(list(requested), num_returns=len(requested), timeout=FETCH_S)
+        for call in done:
+            requested[call].crash_report = ray.get(call)
+    except Exception as error:  # the host or Ray itself is gone
+        logger.warning("a crash report could not be fetched: %s", error)
     else:
-        for note in silent:
-            logger.warning("no note of %s came within %g s", asked[note].name, FETCH_S)
+        for call in missing:
+            logger.warning("no crash report of %s came within %g s", requested[call].name, FETCH_S)
 
 
-def _take(file: str) -> str | None:
-    note = crash_report.read(Path(file))
+def _read_and_delete(file: str) -> str | None:
+    report = crash_report.read(Path(file))
     with suppress(OSError):
         Path(file).unlink()
-    return note
+    return report

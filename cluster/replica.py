@@ -1,4 +1,4 @@
-"""Step 5 of a request: one model held by its ranks, the engine that feeds them, and the door to the fronts."""
+"""Step 5 of a request: a replica, which is one copy of the model on its ranks, the engine that drives them, and a socket for the fronts."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ PLACEMENT_TIMEOUT_S = 300.0
 
 
 class Replica:
-    """Owns the ranks, the engine's thread and the intake. `start` returns once a canary token went through all ranks."""
+    """Owns the ranks, the engine's thread, the intake for fronts and the heartbeat. `start` returns once a canary got its token."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Replica:
         config: ReplicaConfig | None = None,
         version: str = "",
     ) -> None:
-        """``version``: of the application, to tell its replicas from those of one deployed before."""
+        """``version``: that of the deployed application; it tells its replicas from those of an earlier deployment."""
         self.id, self.model, self._version = id, model, version
         self._ranks, self._engine_config = ranks, engine_config
         self._resources = resources or RankResources()
@@ -84,11 +84,11 @@ class Replica:
         self._engine_thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Place and start the ranks, then prove that they make tokens.
+        """Start the ranks in a placement group, then wait until a canary proves that they make tokens.
 
         Raises:
-            StartFailed: with what the failing rank said.
-            UnfitHosts: what was found there before; the directory has been told too.
+            StartFailed: with the error of the rank that failed.
+            UnfitHosts: the checks of the hosts failed; the findings have also been published in the directory.
         """
         self._heart.start()
         try:
@@ -106,12 +106,12 @@ class Replica:
             raise
 
     def check(self) -> None:
-        """Raise if the replica can only be replaced. A replica that restores its ranks is not such a one."""
+        """Raise RecoveryGivenUp if the replica must be replaced. One that is restarting its ranks need not be."""
         if self.health.state is State.FAILED:
             raise RecoveryGivenUp(self.health.reason)
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests, let the running ones end, then end the ranks. Idempotent."""
+        """Stop taking requests, let the running ones finish (if ``drain``), then end the ranks. Idempotent."""
         if self._closed.is_set():
             return
         self.health.mark_draining()
@@ -135,7 +135,7 @@ class Replica:
         self._folder.close()
 
     def record(self) -> ReplicaRecord:
-        """What the directory is told."""
+        """What the replica reports to the directory."""
         executor, engine = self._executor, self._engine
         losses = self.recovery.post_mortems
         return ReplicaRecord(
@@ -159,8 +159,8 @@ class Replica:
     # --- the ranks
 
     def _start_executor(self) -> RayExecutor:
-        """New ranks. Raises StartFailed, and EngineStopped as soon as it is seen that the replica is being stopped."""
-        self._must_be_wanted()
+        """Start new ranks. Raises StartFailed, or EngineStopped if the replica is closed meanwhile."""
+        self._raise_if_closed()
         hit("replica.start")
         assert self._placement_group is not None
         self._canary.note_restart()
@@ -173,26 +173,26 @@ class Replica:
             folder=self._folder,
             on_progress=self._note_progress,
             on_loss=self._on_loss,
-            examine=self._executor is None,  # after a loss the hosts are known, and a lost rank's memory may not be free yet
+            examine=self._executor is None,  # not after a loss: the hosts are known, and a lost rank's memory may not be freed yet
         )
         try:
-            self._must_be_wanted()
+            self._raise_if_closed()
         except EngineStopped:
             executor.close()
             raise
         self._executor = executor
         return executor
 
-    def _must_be_wanted(self) -> None:
+    def _raise_if_closed(self) -> None:
         if self._closed.is_set():
             raise EngineStopped("the replica is being stopped")
 
     def _note_progress(self, progress: RankProgress) -> None:
-        self._must_be_wanted()  # weights may take minutes
+        self._raise_if_closed()  # loading weights may take minutes
         self._start_progress.note(progress.rank, progress.phase, progress.done, progress.total, progress.read)
 
     def _on_loss(self) -> None:
-        """A rank ended: known at once, also while no step is under way. The canary makes the engine stumble over it."""
+        """A rank has ended, maybe while no step is in flight. The canary makes the engine run a step, in which it notices the loss."""
         self.health.mark_lost("a rank ended", announced=False)
         self._intake.wake()
         self._canary.send()
@@ -209,9 +209,7 @@ class Replica:
             self._intake.wake()
 
     def _deliver(self, output: EngineOutput) -> None:
-        if output.token_batches or any(
-            event.tokens for event in output.events
-        ):  # errors prove nothing: a device may have no numbers any more
+        if output.token_batches or any(event.tokens for event in output.events):  # an error proves nothing: a faulty device may give NaN
             self.health.record_token()
         was_ready = self.health.ready
         self._intake.deliver(self._canary.take(output))
@@ -219,7 +217,7 @@ class Replica:
             self._intake.wake()
 
     def _recover(self, loss: WorkersLost) -> Executor:
-        """The engine's way out of a loss; it waits here, and so do the clients."""
+        """Called by the engine after a loss; the engine and its clients wait until new ranks are ready."""
         assert self._executor is not None
         self.health.mark_lost(str(loss), host=loss.host if isinstance(loss, HostUnreachable) else None)
         self._intake.wake()
@@ -243,7 +241,7 @@ class Replica:
             self._intake.wake()
 
     def _prove_health(self) -> None:
-        """With work the steps are the proof; without, a canary now and then is."""
+        """While the engine has work, finished steps prove that the ranks work; an idle replica sends a canary from time to time."""
         assert self._engine is not None
         state, stats, idle = self.health.state, self._engine.stats, self._is_idle()
         if idle:
@@ -254,7 +252,7 @@ class Replica:
             if (stalled_s := self._stall_detector.stalled_s(stats.num_steps, stats.step_s)) is not None:
                 self.health.mark_suspect(f"no step was finished for {stalled_s:.0f} s")
                 self._intake.wake()
-            elif self.health.idle_s > self._config.canary_every_s:  # steps, but no tokens
+            elif self.health.idle_s > self._config.canary_every_s:  # there are steps, but no tokens
                 self._canary.send()
         elif state is State.READY:
             if self._canary.pending_s > self._config.canary_timeout_s:
@@ -289,7 +287,7 @@ class Replica:
         )
 
     def _is_idle(self) -> bool:
-        """Whether the engine has nothing to do but a canary."""
+        """Whether the engine has no request except maybe a canary."""
         load = self._load()
         return load.num_running + load.num_waiting <= (1 if self._canary.pending_s else 0)
 

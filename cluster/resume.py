@@ -1,4 +1,4 @@
-"""Step 4 of a request, after a loss: may it be tried again, and what is counted of it."""
+"""Step 4 of a request, after a loss: whether it may be tried on another replica, and the counters of that."""
 
 import hashlib
 import logging
@@ -17,21 +17,21 @@ from engine.request import Request
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
-"""A request present at so many deaths of a replica's own process may be what kills them; it is not tried again."""
+"""After so many deaths of a replica's own process while it computed the request, the request is blamed and not tried again."""
 MAX_LOSSES = 3
-"""So many losses of replicas or of their workers, taken together, are too many for one request; for one that got no token in any of its
-attempts `MAX_DEATHS` are, as "try again" would be the wrong word for it."""
-LOSSES = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineStopped": "stopped"}
-"""Error kinds that say something about the replica, not about the request: another replica may do better. With the reason."""
+"""After so many losses of replicas and of their workers, taken together, the request is blamed. For a request that got no token in any
+attempt the limit is `MAX_DEATHS`: telling its client to try again would be wrong."""
+LOSS_REASONS = {"WorkersLost": "ranks_lost", "RecoveryGivenUp": "ranks_lost", "EngineStopped": "stopped"}
+"""Error kinds caused by the replica, not by the request, with the reason for counters. Another replica may succeed."""
 RETRIED_ONCE = {"InvalidLogits": "invalid_logits"}
-"""Error kinds that may be of either: of a sick device, or of a prompt for which the model has no numbers. They are doubted once."""
+"""Error kinds whose cause may be a faulty device, or a prompt for which the model computes NaN. Such a request is retried once."""
 MAX_QUARANTINED = 4_096
-"""Requests remembered as poisonous; the oldest make room."""
+"""Requests kept in quarantine; beyond that the oldest are dropped."""
 
 
 @dataclass(frozen=True)
 class MetricSample:
-    """One counter as a metrics page shows it."""
+    """The value of one counter for the metrics page."""
 
     name: str
     value: float
@@ -39,18 +39,18 @@ class MetricSample:
 
 
 class ResumeCounts:
-    """What happened to streams that lost their replica. Only grows."""
+    """Counters of streams that lost their replica."""
 
     def __init__(self) -> None:
         self.resumes: Counter[str] = Counter()
         """Attempts after the first, by the reason of the loss before them (`LinkLost.reason`)."""
         self.refused: Counter[str] = Counter()
-        """Streams ended instead, by why: poisoned, quarantined, attempts, budget."""
+        """Streams that were ended instead, by reason: poisoned, quarantined, attempts, budget."""
         self.tokens_replayed = 0
-        """Committed tokens that another attempt had to take in again."""
+        """Committed tokens that a later attempt had to prefill again."""
 
     def samples(self) -> Iterator[MetricSample]:
-        """For a metrics page, without any library's types."""
+        """The counters, without the types of a metrics library."""
         for reason, count in sorted(self.resumes.items()):
             yield MetricSample("resumes_total", count, (("reason", reason),))
         for reason, count in sorted(self.refused.items()):
@@ -59,7 +59,7 @@ class ResumeCounts:
 
 
 class Quarantine:
-    """Requests that were the end of workers or replicas, refused at the door for a while: also when a client sends them again."""
+    """Requests that ended workers or replicas. They are refused for some time, also when a client sends them again."""
 
     def __init__(self, *, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds, self._clock = seconds, clock
@@ -71,7 +71,7 @@ class Quarantine:
             self._until.popitem(last=False)
 
     def __contains__(self, request: Request) -> bool:
-        if not self._until:  # nearly always, and hashing a prompt is not free
+        if not self._until:  # the usual case; it saves hashing the prompt
             return False
         key = fingerprint(request)
         if self._until.get(key, 0.0) > self._clock():
@@ -84,13 +84,13 @@ class Quarantine:
 
 
 def fingerprint(request: Request) -> bytes:
-    """What is the same when a client sends a request again: all but its id, its seed and what an earlier attempt gave."""
+    """A hash that is the same when a client sends a request again: it leaves out its id, its seed and the committed tokens."""
     sampling = replace(request.sampling, seed=0)
     return hashlib.sha256(repr((request.salt, request.prompt, sampling)).encode()).digest()
 
 
 class ResumeBudget:
-    """At most so many resumes within a window: a cluster that falls apart is not flooded with its own streams as well."""
+    """At most so many resumes within a window, so that a failing cluster is not also flooded with resumed streams."""
 
     def __init__(self, *, resumes: int, window_s: float, clock: Callable[[], float]) -> None:
         self._resumes, self._window_s, self._clock = resumes, window_s, clock
@@ -107,7 +107,7 @@ class ResumeBudget:
 
 
 class ResumePolicy:
-    """What a front knows about losses over all its requests."""
+    """Decides for all requests of a front whether they may be resumed after a loss."""
 
     def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
@@ -116,7 +116,8 @@ class ResumePolicy:
         self._budget = ResumeBudget(resumes=config.max_resumes, window_s=config.resume_window_s, clock=clock)
 
     def admit(self, request: Request) -> "LossHistory":
-        """
+        """The loss history of a new request.
+
         Raises:
             PoisonedRequest: it is in quarantine.
         """
@@ -125,30 +126,30 @@ class ResumePolicy:
             raise PoisonedRequest("this request ended the workers that computed it before; it is not tried again for some time")
         return LossHistory(request)
 
-    def note_poisoned(self, request: Request) -> None:
-        """An engine found out by itself."""
+    def record_poisoned(self, request: Request) -> None:
+        """Quarantine a request that an engine reported as poisoned."""
         self.counts.refused["poisoned"] += 1
         self.quarantine.add(request)
 
     def allow(self, history: "LossHistory", loss: LinkLost, num_committed: int) -> None:
-        """Note a loss, and raise if the request may not be tried again.
+        """Record a loss; raise if the request may not be tried again.
 
         Raises:
             PoisonedRequest, ReplicaLost, ResumesExhausted
         """
-        if loss.reason in RETRIED_ONCE.values():  # at most once for a request, and no loss of anything: no attempts, no budget
-            history.doubt(loss)
+        if loss.reason in RETRIED_ONCE.values():  # happens once per request, and nothing was lost: it costs no attempt and no budget
+            history.record_retry(loss)
             self.counts.resumes[loss.reason] += 1
             self.counts.tokens_replayed += num_committed
             return
-        history.add(loss, num_committed)
+        history.record_loss(loss, num_committed)
         request = history.request
         logger.warning("request %s choice %d: loss %d: %s", request.id, request.choice, len(history.lost_by), loss)
-        losses, is_tired = history.losses, history.attempts_without_token >= self._config.max_attempts
-        if history.deaths >= MAX_DEATHS or losses >= (MAX_DEATHS if is_tired else MAX_LOSSES):
+        losses, is_exhausted = history.losses, history.attempts_without_token >= self._config.max_attempts
+        if history.deaths >= MAX_DEATHS or losses >= (MAX_DEATHS if is_exhausted else MAX_LOSSES):
             self.quarantine.add(request)
             raise self._refused("poisoned", PoisonedRequest(f"{losses} replicas were lost while they ran it; it is not tried again"))
-        if is_tired:
+        if is_exhausted:
             raise self._refused("attempts", ReplicaLost(attempts=history.attempts_without_token, last=str(loss)))
         if not self._budget.take():
             raise self._refused("budget", ResumesExhausted(resumes=self._config.max_resumes, window_s=self._config.resume_window_s))
@@ -166,48 +167,49 @@ class LossHistory:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.lost_by: list[str] = []
-        """Ids of the replicas it was lost by, one per attempt."""
-        self._doubts: set[str] = set()
+        """Ids of the replicas that lost it, one per attempt."""
+        self._retried: set[str] = set()
+        """Reasons for which it was retried once."""
         self.attempts_without_token = 0
-        """Attempts in a row that gave no token. One that did has brought the answer nearer to its end, whatever it was lost by."""
+        """Consecutive attempts that gave no token. An attempt that gave one made progress, whatever ended it."""
         self._num_committed = len(request.committed)
         self.deaths = 0
-        """Replicas that died."""
+        """Replica processes that died while they computed it."""
         self.losses = request.losses
-        """Replicas and workers that were lost while they computed it: of workers the engine says so, before its replica is left. Who only
-        waited there is not to blame."""
+        """Replicas and workers that were lost while they computed it. Losses of workers are reported by the engine, which does not count
+        requests that were only waiting."""
         self.lost_host: str | None = None
-        """Where the last loss was that of a host."""
+        """The host, if the last loss was that of a host."""
 
-    def told(self, losses: int) -> None:
-        """An engine said how often workers were lost over it, those of earlier attempts included."""
+    def record_engine_losses(self, losses: int) -> None:
+        """An engine reported how often workers were lost while they computed it, earlier attempts included."""
         self.losses = max(self.losses, losses)
 
-    def hear(self, event: TokenEvent, replica_id: str, num_committed: int) -> None:
-        """What a replica says behind so many committed tokens.
+    def check_event(self, event: TokenEvent, replica_id: str, num_committed: int) -> None:
+        """Check an event that a replica sent after ``num_committed`` committed tokens.
 
         Raises:
-            LinkLost: another replica may do better.
+            LinkLost: the stream should go on at another replica.
         """
-        self.told(event.losses)
+        self.record_engine_losses(event.losses)
         if (reason := self._reason_to_leave(event)) is not None:
             raise LinkLost(replica_id, event.error_message or "", reason=reason)
         if event.offset != num_committed:
             raise LinkLost(replica_id, f"sent offset {event.offset} where {num_committed} was due", reason="out_of_order")
 
     def _reason_to_leave(self, event: TokenEvent) -> str | None:
-        """In one word; None where another replica would say the same."""
+        """Why to try another replica, in one word; None if another replica would answer the same."""
         if event.error_kind is None:
             return None
-        doubt = RETRIED_ONCE.get(event.error_kind)
-        return doubt if doubt is not None and doubt not in self._doubts else LOSSES.get(event.error_kind)
+        reason = RETRIED_ONCE.get(event.error_kind)
+        return reason if reason is not None and reason not in self._retried else LOSS_REASONS.get(event.error_kind)
 
-    def doubt(self, loss: LinkLost) -> None:
-        """What this replica said is heard from another one as well, or once more from this one where it is alone."""
+    def record_retry(self, loss: LinkLost) -> None:
+        """Another replica is asked as well, or the same one again if there is no other."""
         self.lost_by.append(loss.replica_id)
-        self._doubts.add(loss.reason)
+        self._retried.add(loss.reason)
 
-    def add(self, loss: LinkLost, num_committed: int) -> None:
+    def record_loss(self, loss: LinkLost, num_committed: int) -> None:
         self.lost_by.append(loss.replica_id)
         self.attempts_without_token = 0 if num_committed > self._num_committed else self.attempts_without_token + 1
         self._num_committed = num_committed

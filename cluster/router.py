@@ -1,8 +1,8 @@
-"""Step 4 of a request: choose a replica, and outlive its loss without the client noticing.
+"""Step 4 of a request: choose a replica for it, and move its stream to another replica when that one is lost.
 
-A front keeps what it has handed on of every choice (its committed tokens). When a replica is lost, prompt and committed
-tokens go to another under the next attempt number. The noise of a position is a function of seed, choice and position
-alone, so the new replica goes on where the old one was. Events of earlier attempts are dropped (fencing).
+A front keeps the committed tokens of every choice: those it has already sent towards the client. When a replica is lost, the
+router submits prompt + committed tokens to another one with the next attempt number. Sampling noise depends only on seed, choice
+and position, so the new replica continues with the same tokens. Events of earlier attempts are dropped (fencing).
 """
 
 import asyncio
@@ -13,16 +13,16 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from cluster.admission_queue import AdmissionQueue
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import HostLost, NoReplicaReady, RequestAborted
-from cluster.expected_wait import RoutableReplica
 from cluster.health import State
 from cluster.replica_link import LinkLost
 from cluster.resume import LossHistory, ResumePolicy
+from cluster.routing_policies import Candidate, LeastLoaded, RoutingPolicy
 from engine.failpoints import hit
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -30,53 +30,15 @@ from engine.request_trace import trace_place
 
 logger = logging.getLogger(__name__)
 
-FULL_FOR_S = 0.1
-"""For how long a tenant's next requests are refused unasked after no replica had a place in its queue: at ten times as many requests
-as can be answered most are spared the way there, and the queue is never empty for want of one that asks."""
-MAX_FULL = 1_000
-"""Tenants that are remembered so."""
-
-
-class Candidate(RoutableReplica, Protocol):
-    """A replica that may be chosen."""
-
-    @property
-    def load(self) -> int: ...
-
-
-AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
-
-
-class RoutingPolicy(Protocol):
-    def choose(self, candidates: Sequence[AnyCandidate], request: Request) -> AnyCandidate:
-        """One of ``candidates``, of which there is at least one."""
-        ...
-
-
-class LeastLoaded:
-    """The replica with the fewest requests; of equals, each in turn."""
-
-    def __init__(self) -> None:
-        self._turn = itertools.count()
-
-    def choose(self, candidates: Sequence[AnyCandidate], request: Request) -> AnyCandidate:
-        least = min(candidate.load for candidate in candidates)
-        equals = [candidate for candidate in candidates if candidate.load == least]
-        return equals[next(self._turn) % len(equals)]
-
-
-class RoundRobin:
-    """Each replica in turn."""
-
-    def __init__(self) -> None:
-        self._turn = itertools.count()
-
-    def choose(self, candidates: Sequence[AnyCandidate], request: Request) -> AnyCandidate:
-        return candidates[next(self._turn) % len(candidates)]
+QUEUE_FULL_S = 0.1
+"""How long a tenant's requests are refused at the front after every replica has answered that its queue is full. At ten times the
+sustainable load this spares most refused requests the round trip; it is short enough that the queues never run empty."""
+MAX_FULL_TENANTS = 1_000
+"""How many tenants with full queues are remembered."""
 
 
 class Link(Candidate, Protocol):
-    """A connection to one replica; `cluster.replica_link.ReplicaLink` is one."""
+    """A connection to one replica, such as `cluster.replica_link.ReplicaLink`."""
 
     @property
     def record(self) -> ReplicaRecord: ...
@@ -95,7 +57,7 @@ class Link(Candidate, Protocol):
 
 
 class Replicas(Protocol):
-    """Where the router learns which replicas there are; `cluster.directory.Reader` is one."""
+    """Source of the list of replicas, such as `cluster.directory.Reader`."""
 
     @property
     def known(self) -> tuple[ReplicaRecord, ...]: ...
@@ -103,7 +65,7 @@ class Replicas(Protocol):
 
 
 class Router:
-    """The source of tokens for a front: one interface, any number of replicas behind it."""
+    """A front's source of tokens: one `stream` method in front of any number of replicas."""
 
     def __init__(
         self,
@@ -124,19 +86,19 @@ class Router:
         self.admission_queue = admission_queue or AdmissionQueue(wait_s=self._config.ready_wait_s, clock=clock)
         self._links: dict[str, Link] = {}
         self._unreachable: dict[str, str] = {}
-        """Why, as it was logged last."""
+        """By replica: the reason that was logged last."""
         self._refreshing: asyncio.Task[None] | None = None
         self._choosing: Counter[str] = Counter()
-        """Choices of each request that wait for a replica."""
+        """By request id: how many of its choices wait for a replica."""
         self._aborted: set[str] = set()
-        """Of those, the requests that shall not get one."""
+        """Ids of those requests that were aborted while they waited."""
         self.resumes = ResumePolicy(self._config, clock)
-        self._full: dict[str, dict[str, tuple[float, TokenEvent]]] = {}
-        """Tenants whose request was refused for lack of a place in a queue: by which replicas, until when that holds, and the refusal."""
+        self._queue_full: dict[str, dict[str, tuple[float, TokenEvent]]] = {}
+        """Tenant -> replica id -> (time until which its QueueFull answer is reused, that answer)."""
 
     async def open(self) -> None:
-        """Begin to follow the directory."""
-        self._refreshing = asyncio.create_task(self._refresh_for_ever(), name="router-refresh")
+        """Start to poll the directory."""
+        self._refreshing = asyncio.create_task(self._refresh_forever(), name="router-refresh")
 
     async def close(self) -> None:
         if self._refreshing is not None:
@@ -147,7 +109,7 @@ class Router:
             await link.close()
 
     def ready(self) -> bool:
-        """Whether a request would find a replica now, or one would be started for it."""
+        """Whether a replica is ready, or one would be started for a request that comes now."""
         if any(link.ready for link in self._links.values()):
             return True
         return self.admission_queue.can_scale_from_zero and not any(
@@ -156,44 +118,44 @@ class Router:
 
     @property
     def replicas(self) -> tuple[ReplicaRecord, ...]:
-        """What the directory knows, ready or not."""
+        """All replicas that the directory knows, ready or not."""
         return self._replicas.known
 
     def abort(self, request_id: str) -> int:
-        """End a request that this front has under way: its choices, as many as are given back, end with `RequestAborted`."""
+        """Abort a request of this front: each of its choices ends with `RequestAborted`. Returns how many there were."""
         waiting = self._choosing[request_id]
         if waiting:
             self._aborted.add(request_id)
         return waiting + sum(link.abort(request_id) for link in self._links.values())
 
     def recent_refusal(self, tenant: str) -> TokenEvent | None:
-        """What the replicas said to requests of the same tenant a moment ago, if each that is ready said that too many wait: to be asked
-        before a request is read, which is most of the work that one more refusal takes."""
-        said = self._full.get(tenant)
-        if said is None:
+        """The QueueFull answer to give this tenant without asking a replica: there is one if every ready replica gave one within
+        `QUEUE_FULL_S`. Call it before the request is parsed, which is most of the cost of a refusal."""
+        refusals = self._queue_full.get(tenant)
+        if refusals is None:
             return None
         now, ready = self._clock(), [link.id for link in self._links.values() if link.ready]
-        if ready and all(said.get(replica, (0.0, None))[0] > now for replica in ready):
-            return said[ready[0]][1]
-        if all(until <= now for until, _ in said.values()):
-            del self._full[tenant]
+        if ready and all(refusals.get(replica, (0.0, None))[0] > now for replica in ready):
+            return refusals[ready[0]][1]
+        if all(until <= now for until, _ in refusals.values()):
+            del self._queue_full[tenant]
         return None
 
-    def _note_full(self, tenant: str, replica: str, event: TokenEvent) -> None:
-        if len(self._full) >= MAX_FULL:
-            self._full.clear()
-        self._full.setdefault(tenant, {})[replica] = (self._clock() + FULL_FOR_S, event)
+    def _record_queue_full(self, tenant: str, replica: str, event: TokenEvent) -> None:
+        if len(self._queue_full) >= MAX_FULL_TENANTS:
+            self._queue_full.clear()
+        self._queue_full.setdefault(tenant, {})[replica] = (self._clock() + QUEUE_FULL_S, event)
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        """Every token of one choice once and in order, up to its end. Closing it early cancels the choice.
+        """Yield every token of one choice exactly once and in order, across replica losses. Closing it early cancels the choice.
 
         Errors of the request itself come as its last event (`TokenEvent.error_kind`).
 
         Raises:
-            NoReplicaReady: none became ready in time; HostLost, where that is because a host cannot be reached any more.
-            ReplicaLost, ResumesExhausted: its attempts, or those of all requests together, are used up.
-            PoisonedRequest: the request was present at two deaths of replicas, now or a while ago.
-            SlowReader: the reader let too many tokens wait.
+            NoReplicaReady: no replica became ready in time; HostLost if the reason is that a host became unreachable.
+            ReplicaLost, ResumesExhausted: no attempt is left to this choice, or to all requests of this front together.
+            PoisonedRequest: the request was running when replicas died, often enough to be blamed for it; or it is in quarantine.
+            SlowReader: too many tokens wait for the reader.
             RequestAborted: see `abort`.
         """
         history = self.resumes.admit(request)
@@ -214,13 +176,13 @@ class Router:
                     async for event in events:
                         if event.attempt != attempt:
                             continue
-                        history.hear(event, link.id, len(committed))
+                        history.check_event(event, link.id, len(committed))
                         if not event.tokens and event.finish_reason is None:
-                            continue  # only the news of a loss
+                            continue  # it only reports a loss of ranks
                         if event.error_kind == "PoisonedRequest":
-                            self.resumes.note_poisoned(request)
+                            self.resumes.record_poisoned(request)
                         if event.error_kind == "QueueFull":
-                            self._note_full(request.tenant, link.id, event)
+                            self._record_queue_full(request.tenant, link.id, event)
                         if num_cached is None:
                             self.admission_queue.record_ttft(self._clock() - sent)
                             event = dataclasses.replace(event, held_s=held_s)
@@ -235,7 +197,7 @@ class Router:
                 self.resumes.allow(history, loss, len(committed))
 
     async def _choose(self, request: Request, history: LossHistory) -> Link:
-        """A ready replica, waited for if there is none; one that has just lost the request only if there is no other."""
+        """Choose a ready replica, waiting for one if need be. Replicas that have lost this request come last."""
         self._choosing[request.id] += 1
         try:
             return await self._wait_for_ready(request, history.lost_by)
@@ -252,14 +214,14 @@ class Router:
     async def _wait_for_ready(self, request: Request, lost_by: Sequence[str]) -> Link:
         if (link := self._ready_link(request, lost_by)) is not None:
             return link
-        begun = self._clock()
+        started = self._clock()
         with self.admission_queue.hold(request):
             while (link := self._ready_link(request, lost_by)) is None:
-                left_s = self.admission_queue.wait_s - (self._clock() - begun)
+                left_s = self.admission_queue.wait_s - (self._clock() - started)
                 if request.deadline_s is not None:
                     left_s = min(left_s, request.deadline_s - self._unix_clock())
                 if left_s <= 0:
-                    raise NoReplicaReady(waited_s=round(self._clock() - begun, 1))
+                    raise NoReplicaReady(waited_s=round(self._clock() - started, 1))
                 await self._sleep(min(0.05, left_s))
         return link
 
@@ -270,17 +232,17 @@ class Router:
         others = [link for link in candidates if link.id not in lost_by]
         return self._policy.choose(others or candidates, request) if candidates else None
 
-    async def _refresh_for_ever(self) -> None:
+    async def _refresh_forever(self) -> None:
         while True:
             try:
-                await self.follow(await self._replicas.refresh())
-                self._leave_lost_ranks()
+                await self.update_links(await self._replicas.refresh())
+                self._release_lost_ranks()
             except Exception:
                 logger.exception("could not follow the directory")
             await self._sleep(self._config.refresh_s)
 
-    async def follow(self, records: Sequence[ReplicaRecord]) -> None:
-        """Have one link to each replica of ``records``. One that the directory forgot is kept until it is really lost."""
+    async def update_links(self, records: Sequence[ReplicaRecord]) -> None:
+        """Keep one link to each replica of ``records``. A replica that the directory no longer lists keeps its link until that is lost."""
         for replica_id, link in list(self._links.items()):
             if link.lost:
                 del self._links[replica_id]
@@ -290,21 +252,24 @@ class Router:
                 continue
             try:
                 self._links[record.id] = self._connect(record)
-            except Exception as error:  # it can be tried again, and must not stand before those that can be reached
-                self._note_unreachable(record, str(error))
+            except Exception as error:  # tried again at the next refresh; it must not keep the others from being connected
+                self._log_unreachable(record, str(error))
             else:
                 self._unreachable.pop(record.id, None)
 
-    def _leave_lost_ranks(self) -> None:
-        """A replica restores its ranks by itself, but another that is ready goes on with its streams sooner. One that lost a host
-        can do nothing before Ray has found it another, so its streams wait here, where the limit is `ready_wait_s`."""
+    def _release_lost_ranks(self) -> None:
+        """Take streams back from replicas that restart their ranks, if another replica is ready to continue them sooner.
+
+        A replica that lost a host cannot continue until Ray has found it another host, so its streams are always taken back: they
+        wait here instead, for `ready_wait_s` at most.
+        """
         lost = [link for link in self._links.values() if link.ranks_lost]
         is_ready = bool(lost) and self.ready()
         for link in lost:
             if is_ready or link.lost_host is not None:
                 link.release()
 
-    def _note_unreachable(self, record: ReplicaRecord, reason: str) -> None:
+    def _log_unreachable(self, record: ReplicaRecord, reason: str) -> None:
         if self._unreachable.get(record.id) != reason:
             logger.warning("replica %s cannot be reached: %s", record.id, reason)
         self._unreachable[record.id] = reason

@@ -1,4 +1,4 @@
-"""Step 8 of a request, the far end: the Ray actor that holds one rank, and its loop from plan to result."""
+"""Step 8 of a request, in the worker: the Ray actor that runs one rank, and its loop from `StepPlan` to `StepResult`."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ from parallel.topology import Topology
 
 
 class Progress(Protocol):
-    """How far a start has come; `engine.run.start.StartProgress` is one (named here so that a replica need not import torch)."""
+    """How far a rank's start has come, such as `engine.run.start.StartProgress`. A protocol, so that a replica need not import torch."""
 
     @property
     def phase(self) -> str: ...
@@ -52,7 +52,7 @@ OnProgress = Callable[[Progress], None]
 
 
 class Rank(Protocol):
-    """What a worker needs of a started rank; `engine.run.runner.Runner` is one."""
+    """A started rank, such as `engine.run.runner.Runner`."""
 
     @property
     def capacity(self) -> Capacity: ...
@@ -61,7 +61,7 @@ class Rank(Protocol):
 
 
 class RankLauncher(Protocol):
-    """How the ranks of one replica are started. Travels to the workers by Ray."""
+    """Starts the ranks of one replica. Ray pickles it to the workers."""
 
     @property
     def topology(self) -> Topology: ...
@@ -69,7 +69,7 @@ class RankLauncher(Protocol):
     def need(self) -> Need: ...
 
     def check_host(self) -> None:
-        """Raise if what the ranks need is not to be had on the host where this is called. Quick."""
+        """Raise if this host lacks something that the ranks need. Must be quick."""
         ...
 
     def start(self, *, rank: int, rendezvous: str | None, ranks_on_host: int, on_progress: OnProgress) -> AbstractContextManager[Rank]: ...
@@ -77,21 +77,21 @@ class RankLauncher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRankLauncher:
-    """Ranks that hold a checkpoint's model."""
+    """Starts ranks that run the model of a checkpoint."""
 
     checkpoint_folder: Path | str
-    """A path that is there on every host, or a URL; see `model.checkpoint_folder`."""
+    """A path that exists on every host, or a URL; see `model.checkpoint_folder`."""
     topology: Topology
     runner_config: RunnerConfig
     engine_config: EngineConfig
     adapter: Path | str | None = None
-    """Added to its weights; lies as a checkpoint does."""
+    """A LoRA adapter to merge into the weights: a path or a URL, like the checkpoint."""
     need: Need = field(default_factory=Need)
     replicas_on_host: int = 1
-    """That share a host's memory, this one included."""
+    """How many replicas share a host's memory, this one included."""
 
     def check_host(self) -> None:
-        """A folder must be there on every host. What lies in a store is seen when it is opened."""
+        """Raise FileNotFoundError for a folder that is missing on this host. A URL is checked when it is opened."""
         if "://" not in str(self.checkpoint_folder) and not (Path(self.checkpoint_folder) / "config.json").is_file():
             raise FileNotFoundError(f"there is no {self.checkpoint_folder}/config.json")
         if self.adapter is not None and "://" not in str(self.adapter) and not (Path(self.adapter) / CONFIG_FILE).is_file():
@@ -119,34 +119,34 @@ class ModelRankLauncher:
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
-    """How long a rank may take over something before it is no use to anyone."""
+    """How long a rank may take for something before it ends its own process."""
 
     start_s: float
-    """Between two signs of progress while starting."""
+    """Between two progress reports of a start."""
     first_step_s: float
     step_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerLocation:
-    """Where a rank has come to lie."""
+    """Where a rank's process runs, and how to reach it."""
 
     rank: int
     node: str
     host: str
     ip: str
     pid: int
-    started: int
-    """Clock ticks from the host's boot to the process's start; with `pid` it names a process for good."""
+    start_ticks: int
+    """Clock ticks from the host's boot to the process's start; together with `pid` it identifies the process even if the pid is reused."""
     address: Address
     free_port: int
-    """A TCP port that was free when asked; the ranks may meet there."""
-    crash_report: str | None = None
-    """Of a rank on another host than its replica's: the file there in which it says how it crashed, if it does."""
+    """A TCP port that was free a moment ago, for the rendezvous of the ranks."""
+    crash_report_file: str | None = None
+    """Path of its crash report on its own host, if that is not the replica's host."""
 
 
 class Worker:
-    """One rank of a replica. `open`, then `serve`, which lasts as long as the rank does."""
+    """One rank of a replica, as a Ray actor. Call `open`, then `serve`, which returns when the rank ends."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -155,58 +155,59 @@ class Worker:
         self._guard: KeyAuthenticator | None = None
         self._disconnect_watcher: DisconnectWatcher | None = None
         self._step: int | None = None
-        self._has_told = False
-        self._far_note: Path | None = None
+        self._has_reported = False
+        self._crash_report_file: Path | None = None
 
     def open(self, *, replica_node: str, ipc: str, replica_key: bytes, silence_s: float) -> WorkerLocation:
-        """Listen: on ``ipc`` if the replica is on this host, else on this node's address for the holder of ``replica_key``.
+        """Listen for the replica: on ``ipc`` if it is on this host, else over TCP, for the holder of ``replica_key`` only.
 
-        A rank that cannot hear a replica of another host for ``silence_s`` ends: nobody else can end it then.
+        If nothing is heard from a replica on another host for ``silence_s``, the rank ends its own process, because the replica
+        may no longer be able to.
         """
         ip = ray.util.get_node_ip_address()
         node = ray.get_runtime_context().get_node_id()
         keys = new_keys()
         if node == replica_node:
             record_to(last_collective_path(ipc))
-            crash_report.keep_at(crash_report_path(ipc))
+            crash_report.enable(crash_report_path(ipc))
             address = listen(self._socket, ipc=ipc, tcp_host=None, keys=keys, node=node)
         else:
             self._guard = KeyAuthenticator(self._context, {replica_key})
             self._disconnect_watcher = DisconnectWatcher(enable_heartbeats(self._socket, silence_s), self._end)
             address = listen(self._socket, ipc=None, tcp_host=ip, keys=keys, node=node)
-            self._far_note = crash_report.new_file(self.rank)
-            crash_report.keep_at(self._far_note)
+            self._crash_report_file = crash_report.new_file(self.rank)
+            crash_report.enable(self._crash_report_file)
         return WorkerLocation(
             rank=self.rank,
             node=node,
             host=sockets.gethostname(),
             ip=ip,
             pid=os.getpid(),
-            started=_start_of(os.getpid()),
+            start_ticks=_start_ticks_of(os.getpid()),
             address=address,
             free_port=_free_port(ip),
-            crash_report=str(self._far_note) if self._far_note else None,
+            crash_report_file=str(self._crash_report_file) if self._crash_report_file else None,
         )
 
     def examine(self, ranks: RankLauncher) -> Examined:
-        """Facts of this process and its host, to be judged before anything is loaded."""
+        """Gather facts about this process and its host, for the checks that run before anything is loaded."""
         return examine_rank(self.rank, ray.util.get_node_ip_address(), cache_folder(), ranks.check_host)
 
     def serve(self, *, ranks: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
-        """Start the rank and run plans until told to stop. Whatever is raised is told to the replica first."""
+        """Start the rank and run plans until `Stop` arrives. An exception is reported to the replica before it is raised."""
         try:
             self._serve(ranks, rendezvous, ranks_on_host, deadlines)
         except BaseException as error:
             _set_kill_timer(0)
-            self._tell(error)
+            self._report_failure(error)
             raise
         finally:
             for helper in (self._disconnect_watcher, self._guard):
                 if helper is not None:
                     helper.close()
             self._context.destroy(linger=2000)
-            if self._far_note is not None:
-                self._far_note.unlink(missing_ok=True)
+            if self._crash_report_file is not None:
+                self._crash_report_file.unlink(missing_ok=True)
 
     def _serve(self, ranks: RankLauncher, rendezvous: str | None, ranks_on_host: int, deadlines: Deadlines) -> None:
         def on_progress(progress: Progress) -> None:
@@ -218,16 +219,16 @@ class Worker:
         hit("rank.load")
         with (
             ranks.start(rank=self.rank, rendezvous=rendezvous, ranks_on_host=ranks_on_host, on_progress=on_progress) as rank,
-            self._telling(deadlines.step_s),
+            self._reporting_failure(deadlines.step_s),
         ):
             _set_kill_timer(0)
             self._send(RankReady(self.rank, rank.capacity))
-            deadline_s, begun = deadlines.first_step_s, NO_RESULT
+            deadline_s, running = deadlines.first_step_s, NO_RESULT
             while True:
-                if not message_comes_first(begun, self._has_message):
-                    deadline_s = deadlines.step_s if begun is not NO_RESULT else deadline_s
-                    self._answer(begun)
-                    begun = NO_RESULT
+                if not message_comes_first(running, self._has_message):
+                    deadline_s = deadlines.step_s if running is not NO_RESULT else deadline_s
+                    self._send_result(running)
+                    running = NO_RESULT
                 if isinstance(plan := decode(self._socket.recv()), Stop):
                     break
                 assert isinstance(plan, StepPlan)
@@ -235,43 +236,43 @@ class Worker:
                 _set_kill_timer(deadline_s)
                 hit("rank.step", lambda plan=plan: (token for work in plan.works for token in work.tokens))
                 following = rank.begin(plan)
-                deadline_s = deadlines.step_s if begun is not NO_RESULT else deadline_s
-                self._answer(begun)
-                begun = following
+                deadline_s = deadlines.step_s if running is not NO_RESULT else deadline_s
+                self._send_result(running)
+                running = following
                 _set_kill_timer(deadline_s)
             if self._disconnect_watcher is not None:
-                self._disconnect_watcher.rest()
+                self._disconnect_watcher.disarm()
             _set_kill_timer(deadlines.step_s)
         _set_kill_timer(0)
 
     @contextmanager
-    def _telling(self, leave_s: float) -> Iterator[None]:
-        """What is raised within is told before the rank is left: where its device is lost, graphs and groups may not let go of it, or only
-        with an error of their own."""
+    def _reporting_failure(self, leave_s: float) -> Iterator[None]:
+        """Report an exception before the rank is torn down: after the loss of a device, releasing its graphs and process groups may hang
+        or raise errors of its own. ``leave_s`` limits the teardown."""
         try:
             yield
         except BaseException as error:
-            self._tell(error)
+            self._report_failure(error)
             _set_kill_timer(leave_s)
             raise
 
-    def _tell(self, error: BaseException) -> None:
-        """The replica learns of the first one."""
-        if self._has_told:
+    def _report_failure(self, error: BaseException) -> None:
+        """Send `RankFailed` to the replica, for the first exception only."""
+        if self._has_reported:
             return
-        self._has_told = True
-        told_to_end = isinstance(error, SystemExit | KeyboardInterrupt)  # SystemExit is how Ray hands on SIGTERM
+        self._has_reported = True
+        was_terminated = isinstance(error, SystemExit | KeyboardInterrupt)  # Ray turns SIGTERM into SystemExit
         message = f"{type(error).__name__}: {error}"
-        with suppress(zmq.Again):  # nobody is connected
-            self._send(RankFailed(self.rank, sockets.gethostname(), self._step, message, traceback.format_exc(), told_to_end))
+        with suppress(zmq.Again):  # the replica is not connected
+            self._send(RankFailed(self.rank, sockets.gethostname(), self._step, message, traceback.format_exc(), was_terminated))
 
     def _await_replica(self, within_s: float) -> None:
-        """`serve` comes by Ray, the connection by itself: until it is there nothing can be sent without waiting."""
+        """Wait for the replica's connection. The call of `serve` comes through Ray and may be here first; sends do not wait."""
         if not self._socket.poll(int(1000 * within_s), zmq.POLLOUT):
             raise ChannelError(f"the replica did not connect within {within_s:g} s")
 
-    def _answer(self, begun: StepHandle) -> None:
-        result = begun.result()
+    def _send_result(self, running: StepHandle) -> None:
+        result = running.result()
         _set_kill_timer(0)
         if result is not None and not hit("rank.answer"):
             self._send(result)
@@ -280,10 +281,10 @@ class Worker:
         return bool(self._socket.poll(0))
 
     def _end(self) -> None:
-        """The replica is gone, or its host is. What this rank would wait for in native code never comes, so it is not waited for."""
+        """End this process at once: the replica or its host is gone, and a collective that waits in native code would never return."""
         print(f"rank {self.rank} ends: its replica cannot be heard any more", file=sys.stderr, flush=True)
-        if self._far_note is not None:
-            self._far_note.unlink(missing_ok=True)
+        if self._crash_report_file is not None:
+            self._crash_report_file.unlink(missing_ok=True)
         os._exit(1)
 
     def _send(self, message: StepResult | RankProgress | RankReady | RankFailed) -> None:
@@ -291,20 +292,20 @@ class Worker:
 
 
 def last_collective_path(ipc: str) -> Path:
-    """Where a rank of this host keeps its last collective, for its replica to read; ``ipc`` is the rank's endpoint."""
+    """The file in which a rank of this host records its last collective, for the replica to read. ``ipc``: the rank's endpoint."""
     return Path(ipc.removeprefix("ipc://") + ".last")
 
 
 def crash_report_path(ipc: str) -> Path:
-    """Where a rank of this host says how it crashed, if it does; ``ipc`` is the rank's endpoint."""
+    """The file to which a rank of this host writes a crash report. ``ipc``: the rank's endpoint."""
     return Path(ipc.removeprefix("ipc://") + ".crash")
 
 
 def _set_kill_timer(seconds: float) -> None:
-    """Have the kernel end this process in ``seconds`` (0 = never).
+    """Have the kernel kill this process in ``seconds`` (0 = never).
 
-    A rank that waits for a dead peer inside native code hears neither Python threads nor Python signal handlers; an
-    alarm with its default action needs neither, so no rank can outlive its replica in such a wait.
+    While a rank waits for a dead peer in native code, neither Python threads nor Python signal handlers run. The default action
+    of SIGALRM needs neither, so such a rank cannot outlive its replica.
     """
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
@@ -316,17 +317,20 @@ def _free_port(ip: str) -> int:
         return port
 
 
-def kill_process(pid: int, started: int, left: str | None) -> None:
-    """Kill a process of this host, and remove the file ``left`` of it; run by Ray on the host of a rank that may not answer it."""
+def kill_process(pid: int, start_ticks: int, crash_report_file: str | None) -> None:
+    """Kill a process of this host, if it is the one that started at ``start_ticks``, and delete its crash report.
+
+    Runs as a Ray task on the host of a rank whose actor may no longer answer Ray.
+    """
     with suppress(OSError):
-        if _start_of(pid) == started:
+        if _start_ticks_of(pid) == start_ticks:
             os.kill(pid, signal.SIGKILL)
     with suppress(OSError):
-        if left is not None:
-            os.unlink(left)
+        if crash_report_file is not None:
+            os.unlink(crash_report_file)
 
 
-def _start_of(pid: int) -> int:
+def _start_ticks_of(pid: int) -> int:
     """Field 22 of /proc/<pid>/stat, see proc(5)."""
     with open(f"/proc/{pid}/stat") as stat:
         return int(stat.read().rpartition(")")[2].split()[19])

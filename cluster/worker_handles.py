@@ -1,4 +1,4 @@
-"""Step 8 of a request, the start: a Ray actor for each rank of a replica, reached by a socket, its host looked at before it loads."""
+"""Start the workers of a replica: one Ray actor per rank, connected by a socket, its host checked before it loads the model."""
 
 import logging
 import os
@@ -26,40 +26,41 @@ from engine.executor import Capacity
 logger = logging.getLogger(__name__)
 
 OPEN_S = 120.0
-"""How long Ray may take to start the worker processes."""
+"""Timeout for Ray to start the worker processes."""
 
 
 @dataclass
 class WorkerHandle:
-    """One rank as its executor sees it."""
+    """What an executor keeps about one rank."""
 
     rank: int
     actor: Any
     socket: "zmq.Socket[bytes]"
     ipc: str
-    """Where it listens if it is on this host."""
+    """The endpoint on which it listens if it is on this host."""
     location: WorkerLocation | None = None
-    life: Any = None
-    """ObjectRef of the call that lasts as long as the rank."""
-    process: int | None = None
-    """pidfd of a rank on this host."""
-    beats: "zmq.Socket[Any] | None" = None
-    """Of a rank on another host: readable once it is not heard any more; see `cluster.peer_liveness`."""
-    silent: bool = False
-    ended: str | None = None
-    """How Ray says that it ended."""
-    asked: Any = None
-    """ObjectRef of its note, once that was asked for."""
-    note: str | None = None
-    """Of one on another host: what it left there when it crashed; see `cluster.remote_crash_reports`."""
+    serve_call: Any = None
+    """ObjectRef of its `Worker.serve` call, which ends with the rank."""
+    pidfd: int | None = None
+    """A pidfd of its process, if that is on this host."""
+    disconnect_monitor: "zmq.Socket[Any] | None" = None
+    """For a rank on another host: a socket that becomes readable once the connection is lost; see `cluster.peer_liveness`."""
+    is_silent: bool = False
+    """Whether that connection is lost."""
+    exit_reason: str | None = None
+    """Why its process ended, according to Ray."""
+    crash_report_call: Any = None
+    """ObjectRef of the task that fetches its crash report, once requested."""
+    crash_report: str | None = None
+    """The crash report of a rank on another host; see `cluster.remote_crash_reports`."""
     failure: RankFailed | None = None
-    """What it said itself."""
+    """The exception that it reported itself."""
     capacity: Capacity | None = None
 
     @property
     def has_ended(self) -> bool:
-        """Whether its process is gone: of one on this host the kernel says so before Ray does."""
-        return bool(self.ended or (self.process is not None and select.select([self.process], [], [], 0)[0]))
+        """Whether its process is gone. For a process on this host the kernel knows it before Ray does."""
+        return bool(self.exit_reason or (self.pidfd is not None and select.select([self.pidfd], [], [], 0)[0]))
 
     @property
     def name(self) -> str:
@@ -76,8 +77,8 @@ def start_workers(
     folder: PrivateFolder,
     context: "zmq.Context[zmq.Socket[bytes]]",
 ) -> None:
-    """Have Ray start a worker for every rank, and add it to ``workers`` at once: whatever fails, those are there to be ended. They are not
-    waited for."""
+    """Have Ray start a worker for every rank, without waiting for them. Each is added to ``workers`` at once, so that the caller can end
+    those that were started if a later one fails."""
     actor_class = ray.remote(Worker)
     token = os.urandom(4).hex()
     for rank in range(ranks.topology.size):
@@ -93,10 +94,10 @@ def start_workers(
 
 
 def connect_workers(workers: Sequence[WorkerHandle], *, silence_s: float) -> None:
-    """Wait for the workers, and connect to them. ``silence_s``: for how long at most one on another host may not be heard.
+    """Wait for the workers and connect to them. ``silence_s``: for how long a worker on another host may be silent.
 
     Raises:
-        StartFailed
+        StartFailed: a worker process did not start, or ended at once.
     """
     node = ray.get_runtime_context().get_node_id()
     keys = new_keys()
@@ -107,23 +108,23 @@ def connect_workers(workers: Sequence[WorkerHandle], *, silence_s: float) -> Non
         locations = ray.get(opening, timeout=OPEN_S)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         raise StartFailed(f"the worker processes did not start: {error}") from error
-    for worker, place in zip(workers, locations, strict=True):
-        worker.location = place
-        if place.node != node:
-            worker.beats = enable_heartbeats(worker.socket, silence_s)
-        connect(worker.socket, place.address, node=node, keys=keys)
-        if place.node == node:
+    for worker, location in zip(workers, locations, strict=True):
+        worker.location = location
+        if location.node != node:
+            worker.disconnect_monitor = enable_heartbeats(worker.socket, silence_s)
+        connect(worker.socket, location.address, node=node, keys=keys)
+        if location.node == node:
             try:
-                worker.process = os.pidfd_open(place.pid)
-            except OSError as error:  # mostly that it ended since it answered
+                worker.pidfd = os.pidfd_open(location.pid)
+            except OSError as error:  # usually because it ended after it answered
                 raise StartFailed(f"{worker.name} is not there any more: {error}") from error
 
 
 def examine_workers(workers: Sequence[WorkerHandle], ranks: RankLauncher) -> None:
-    """`manta doctor`'s quick checks, in the very processes that are to load.
+    """Run the quick checks of `manta doctor` in the processes that are about to load the model.
 
     Raises:
-        UnfitHosts: what cannot end well, by host.
+        UnfitHosts: a check failed fatally; the message lists the findings by host.
         StartFailed: a worker did not answer.
     """
     try:

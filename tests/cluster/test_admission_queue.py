@@ -38,7 +38,7 @@ async def test_whoever_waits_is_answered_by_the_first_replica_and_told_how_long_
     waiting = [asyncio.create_task(collect(router, asking(name))) for name in "xyz"]
     await eventually(lambda: queue.num_held == 3)
     assert queue.demand() == {"num_held": 3, "held_tokens": 9, "num_asked": 3, "ttft_s": None}
-    await router.follow((link.record,))
+    await router.update_links((link.record,))
     answers = await asyncio.gather(*waiting)
     assert [event.held_s > 0 for events in answers for event in events] == 3 * [True, False, False, False]
     assert [[token for event in events for token in event.tokens] for events in answers] == 3 * [answer(asking())]

@@ -97,9 +97,9 @@ def test_a_request_whose_replicas_lose_their_ranks_again_and_again_over_it_is_po
     resumes, _ = resumes_of(max_attempts=9)
     history = resumes.admit(REQUEST)
     for losses, replica_id in enumerate("ab", start=1):
-        history.told(losses)
+        history.record_engine_losses(losses)
         resumes.allow(history, LinkLost(replica_id, "its ranks are started anew", reason="ranks_lost"), 0)
-    history.told(3)
+    history.record_engine_losses(3)
     with pytest.raises(PoisonedRequest):
         resumes.allow(history, LinkLost("a", "its ranks are started anew", reason="ranks_lost"), 0)
     with pytest.raises(PoisonedRequest):
@@ -109,10 +109,10 @@ def test_a_request_whose_replicas_lose_their_ranks_again_and_again_over_it_is_po
 def test_a_request_that_got_no_token_and_was_at_two_losses_of_ranks_is_not_told_to_try_again() -> None:
     resumes, _ = resumes_of(max_attempts=3)
     history = resumes.admit(REQUEST)
-    history.told(1)
+    history.record_engine_losses(1)
     resumes.allow(history, LinkLost("a", "its ranks are started anew", reason="ranks_lost"), 0)
     resumes.allow(history, stall("b"), 0)
-    history.told(2)
+    history.record_engine_losses(2)
     with pytest.raises(PoisonedRequest):
         resumes.allow(history, LinkLost("b", "its ranks are started anew", reason="ranks_lost"), 0)
 
@@ -120,9 +120,9 @@ def test_a_request_that_got_no_token_and_was_at_two_losses_of_ranks_is_not_told_
 def test_losses_of_workers_and_of_replicas_add_up() -> None:
     resumes, _ = resumes_of(max_attempts=9)
     history = resumes.admit(REQUEST)
-    history.told(1)
+    history.record_engine_losses(1)
     resumes.allow(history, stall("a"), 0)
-    history.told(2)
+    history.record_engine_losses(2)
     with pytest.raises(PoisonedRequest):
         resumes.allow(history, death("b"), 0)
 
@@ -183,7 +183,7 @@ def test_a_budget_comes_back_as_its_window_moves_on() -> None:
 def test_the_counters_have_names_and_labels_for_a_metrics_page() -> None:
     resumes, _ = resumes_of()
     resumes.allow(resumes.admit(REQUEST), stall("a"), 5)
-    resumes.note_poisoned(REQUEST)
+    resumes.record_poisoned(REQUEST)
     assert [(sample.name, sample.labels, sample.value) for sample in resumes.counts.samples()] == [
         ("resumes_total", (("reason", "stalled"),), 1),
         ("resume_refused_total", (("reason", "poisoned"),), 1),
@@ -201,17 +201,17 @@ async def test_a_replica_that_has_just_lost_a_request_gets_it_again_only_if_ther
 async def test_streams_leave_a_replica_without_ranks_only_where_another_is_ready() -> None:
     without, other = FakeLink(record("a"), ready=False, ranks_lost=True), FakeLink(record("b"), ready=False)
     async with routed(without, other) as router:
-        router._leave_lost_ranks()
+        router._release_lost_ranks()
         assert without.released == 0
         other.ready = True
-        router._leave_lost_ranks()
+        router._release_lost_ranks()
         assert (without.released, other.released) == (1, 0)
 
 
 async def test_streams_leave_a_replica_that_lost_a_host_at_once_and_are_told_its_name_if_there_is_no_other() -> None:
     link = FakeLink(record("a"), ready=False, ranks_lost=True, lost_host="gpu-7")
     async with routed(link) as router:
-        router._leave_lost_ranks()
+        router._release_lost_ranks()
         assert link.released == 1
     flaky = FakeLink(record("a"), lost_at=[1], lost_host="gpu-7", stays=False)
     async with routed(flaky, ready_wait_s=0.2) as router:

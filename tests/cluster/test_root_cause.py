@@ -20,14 +20,14 @@ def workers(folder: Path) -> tuple[WorkerHandle, WorkerHandle]:
 
 
 def crashed(worker: WorkerHandle) -> None:
-    worker.ended = "its process died"
+    worker.exit_reason = "its process died"
     crash_report_path(worker.ipc).write_text(f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):")
 
 
 def test_who_was_killed_is_the_cause_and_not_the_peer_that_aborts_over_it(tmp_path: Path) -> None:
     aborted, killed = workers(tmp_path)
     crashed(aborted)
-    killed.ended = "its process died"
+    killed.exit_reason = "its process died"
     loss = diagnose_loss((aborted, killed), 7, None)
     assert (loss.rank, loss.from_outside) == (1, True)
 
@@ -35,11 +35,11 @@ def test_who_was_killed_is_the_cause_and_not_the_peer_that_aborts_over_it(tmp_pa
 def test_a_host_that_is_silent_is_the_cause_and_not_the_rank_that_aborts_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.root_cause.probe_peer", lambda *_: PeerStatus.HOST_UNREACHABLE)
     aborted, silent = workers(tmp_path)
-    aborted.ended, aborted.note, aborted.silent = "its process died", ABORTED, True
+    aborted.exit_reason, aborted.crash_report, aborted.is_silent = "its process died", ABORTED, True
     address = Address(node="n", tcp="tcp://192.0.2.1:5")
-    silent.silent, silent.location = (
+    silent.is_silent, silent.location = (
         True,
-        WorkerLocation(rank=1, node="n", host="far", ip="192.0.2.1", pid=1, started=1, address=address, free_port=1),
+        WorkerLocation(rank=1, node="n", host="far", ip="192.0.2.1", pid=1, start_ticks=1, address=address, free_port=1),
     )
     loss = diagnose_loss((aborted, silent), 7, None)
     assert (loss.rank, loss.host, loss.from_outside) == (1, "far", True)
@@ -49,7 +49,7 @@ def test_who_crashed_is_the_cause_and_not_the_peer_that_complains_of_it(tmp_path
     complains, crashes = workers(tmp_path)
     complains.failure = RankFailed(0, "h", 7, "RuntimeError: Connection closed by peer", "Traceback")
     crashed(crashes)
-    crashes.ended = None  # as long as Ray has not told
+    crashes.exit_reason = None  # as long as Ray has not told
     loss = diagnose_loss((complains, crashes), 7, None)
     assert (loss.rank, loss.from_outside) == (1, False)
     assert ABORTED in (loss.rank_traceback or "")
@@ -58,7 +58,7 @@ def test_who_crashed_is_the_cause_and_not_the_peer_that_complains_of_it(tmp_path
 def test_a_crash_on_another_host_is_the_ranks_own_once_its_note_was_fetched(tmp_path: Path) -> None:
     near, far = workers(tmp_path)
     near.failure = RankFailed(0, "h", 7, "RuntimeError: Connection closed by peer", "Traceback")
-    far.ended, far.note = "its process died", f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):"
+    far.exit_reason, far.crash_report_file = "its process died", f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):"
     loss = diagnose_loss((near, far), 7, None)
     assert (loss.rank, loss.from_outside) == (1, False)
     assert ABORTED in str(loss)
@@ -84,5 +84,5 @@ def test_an_error_of_a_device_that_nccl_tells_of_is_the_ranks_own(tmp_path: Path
 
 def test_who_was_told_to_end_was_ended_from_outside(tmp_path: Path) -> None:
     told, waits = workers(tmp_path)
-    told.failure = RankFailed(0, "h", 7, "SystemExit: 1", "Traceback", was_told_to_end=True)
+    told.failure = RankFailed(0, "h", 7, "SystemExit: 1", "Traceback", was_terminated=True)
     assert diagnose_loss((told, waits), 7, None).from_outside

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.errors import ChannelError, NoReplicaReady, ReplicaLost
-from cluster.router import FULL_FOR_S, LeastLoaded, RoundRobin, Router, RoutingPolicy
+from cluster.router import QUEUE_FULL_S, Router
+from cluster.routing_policies import LeastLoaded, RoundRobin, RoutingPolicy
 from engine.errors import PoisonedRequest
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
@@ -30,7 +31,7 @@ async def routed(*links: FakeLink, policy: RoutingPolicy | None = None, ready_wa
         policy=policy or RoundRobin(),
         config=RouterConfig(ready_wait_s=ready_wait_s, **config),
     )
-    await router.follow(tuple(link.record for link in links))
+    await router.update_links(tuple(link.record for link in links))
     try:
         yield router
     finally:
@@ -187,12 +188,12 @@ async def test_a_lost_link_is_made_anew_and_a_forgotten_one_is_kept_while_it_liv
         return made[-1]
 
     router = Router(replicas=FakeReplicas(), connect=connect)  # type: ignore[arg-type]
-    await router.follow((record("a"),))
+    await router.update_links((record("a"),))
     made[0].lost = True
-    await router.follow((record("a"),))
+    await router.update_links((record("a"),))
     assert made[0].closed
     assert len(made) == 2
-    await router.follow(())
+    await router.update_links(())
     assert router.ready()
     await router.close()
     assert made[1].closed
@@ -208,11 +209,11 @@ async def test_a_replica_that_cannot_be_reached_keeps_no_other_from_being_linked
 
     router = Router(replicas=FakeReplicas(), connect=connect)
     for _ in range(3):
-        await router.follow((record("a"), record("b")))
+        await router.update_links((record("a"), record("b")))
     assert set(router._links) == {"b"}
     assert len(caplog.messages) == 1, "said once, not at every try"
     reachable = True
-    await router.follow((record("a"), record("b")))
+    await router.update_links((record("a"), record("b")))
     assert set(router._links) == {"a", "b"}
     await router.close()
 
@@ -230,6 +231,6 @@ async def test_a_tenant_that_found_no_place_anywhere_is_refused_unasked_for_a_mo
         assert refused is not None
         assert refused.error_kind == "QueueFull"
         assert router.recent_refusal("another") is None
-        now += FULL_FOR_S
+        now += QUEUE_FULL_S
         assert router.recent_refusal("greedy") is None
-        assert not router._full
+        assert not router._queue_full

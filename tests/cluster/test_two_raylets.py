@@ -160,13 +160,13 @@ def test_a_rank_that_crashes_on_the_other_host_leaves_word_too() -> None:
         executor = RayExecutor(ranks=ranks, resources=ONE_PER_HOST, config=CONFIG, placement_group=placement_group, folder=folder)
         try:
             far = executor.locations[1]
-            assert far.crash_report is not None, "it is on the other host than this process"
+            assert far.crash_report_file is not None, "it is on the other host than this process"
             crash = StepPlan(0, (Work(sequence=0, start=0, tokens=(CRASH,), new_blocks=(), samples=True),))
             with pytest.raises(WorkersLost, match=r"rank 1 .*Segmentation fault") as caught:
                 executor.submit(crash).result()
             assert "fake_ranks.py" in (caught.value.rank_traceback or "")
             assert not caught.value.from_outside
-            assert not Path(far.crash_report).exists()
+            assert not Path(far.crash_report_file).exists()
         finally:
             executor.close()
     finally:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from cluster.config import RouterConfig
 from cluster.directory import ReplicaRecord
 from cluster.replica_link import ReplicaLink
-from cluster.router import LeastLoaded, RoundRobin, Router, RoutingPolicy
+from cluster.router import Router
+from cluster.routing_policies import LeastLoaded, RoundRobin, RoutingPolicy
 from engine.errors import EngineError
 from engine.plan import TokenEvent
 from engine.request import Request
