@@ -1,6 +1,6 @@
-"""The proof that a replica can make tokens: a request of its own for one token, through the engine and all ranks.
+"""Canaries: a replica's own requests for one token, which prove that its engine and all its ranks work.
 
-While clients' tokens flow they are the proof: a canary may find the queue full.
+Tokens of clients prove the same, and are needed under load, when a canary may find the queue full.
 """
 
 import itertools
@@ -16,47 +16,47 @@ from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
 
 PREFIX = "/canary/"
-"""Of the request ids of canaries. No id of a client has a slash."""
+"""Prefix of the canaries' request ids. Ids of clients contain no slash."""
 
 
 class Canary:
-    """Sends canaries and reads their answers. At most one is under way in each generation of `Health`."""
+    """Sends canaries and evaluates their answers. At most one is pending in each generation of `Health`."""
 
     def __init__(self, health: Health, submit: Callable[[Request], None], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._health, self._submit, self._clock = health, submit, clock
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._under_way: tuple[str, int, float] | None = None
+        self._pending: tuple[str, int, float] | None = None
         self._ranks_generation = health.generation
 
     def send(self) -> None:
-        """Ask for a token, unless one that would prove the same is awaited already."""
+        """Send a canary, unless one of the current generation is pending."""
         hit("canary.send")
         with self._lock:
             generation = self._health.generation
-            if self._under_way is not None and self._under_way[1] == generation:
+            if self._pending is not None and self._pending[1] == generation:
                 return
             request_id = f"{PREFIX}{next(self._numbers)}"
-            self._under_way = (request_id, generation, self._clock())
+            self._pending = (request_id, generation, self._clock())
         sampling = SamplingParams(temperature=0.0, max_tokens=1)
         try:
             self._submit(Request(id=request_id, prompt=(0,), sampling=sampling, salt=PREFIX, priority=-(2**31)))
-        except (EngineStopped, QueueFull):  # nothing is left to be proved, or what fills the queue will prove it
-            self._under_way = None
+        except (EngineStopped, QueueFull):  # there is nothing to prove, or the requests in the queue will prove it
+            self._pending = None
 
     def note_restart(self) -> None:
-        """What the engine gives from now on can only come from ranks that start now, as the earlier ones have ended."""
+        """The old ranks have ended and new ones start, so tokens from now on prove that the new ones work."""
         self._ranks_generation = self._health.generation
 
     @property
     def pending_s(self) -> float:
-        """For how long an answer has been awaited; 0 when none is."""
-        under_way = self._under_way
-        return self._clock() - under_way[2] if under_way else 0.0
+        """Seconds since the pending canary was sent; 0 if none is pending."""
+        pending = self._pending
+        return self._clock() - pending[2] if pending else 0.0
 
-    def take(self, output: EngineOutput) -> EngineOutput:
-        """Keep the canary's own events and give the rest back. A client's token proves as much as a canary's."""
-        if output.token_batches:  # a canary is never in there: its first token is its last
+    def consume(self, output: EngineOutput) -> EngineOutput:
+        """Evaluate an engine's output and return it without the canary's events. A client's token proves as much as a canary's."""
+        if output.token_batches:  # never a canary's: its only token is its last, which comes as an event
             self._health.record_canary(self._ranks_generation)
         for event in output.events:
             if not event.request_id.startswith(PREFIX):
@@ -68,11 +68,11 @@ class Canary:
 
     def _ended(self, event: TokenEvent) -> None:
         with self._lock:
-            if self._under_way is None or self._under_way[0] != event.request_id:
+            if self._pending is None or self._pending[0] != event.request_id:
                 return
-            generation = self._under_way[1]
-            self._under_way = None
+            generation = self._pending[1]
+            self._pending = None
         if event.finish_reason in ("stop", "length"):
             self._health.record_canary(generation)
-        elif event.error_kind == InvalidLogits.__name__:  # other errors are of a loss, which is known, or of a full queue
+        elif event.error_kind == InvalidLogits.__name__:  # other errors come from a known loss or a full queue
             self._health.mark_suspect("the ranks give no numbers (NaN or infinity) for a canary")

@@ -1,7 +1,7 @@
 """Steps 4, 5 and 8 of a request: the sockets that carry messages.
 
-Unix sockets in a private folder between processes of one host; TCP on the node's own address between hosts, always
-encrypted, and both ends prove that they hold the other's CURVE key (keys travel through Ray only).
+Processes of one host use Unix sockets in a private folder. Between hosts it is TCP on the node's own address, always encrypted, with
+mutual authentication by CURVE keys, which are exchanged through Ray only.
 """
 
 import fcntl
@@ -20,22 +20,22 @@ from zmq.auth.thread import ThreadAuthenticator
 from cluster.errors import ChannelError
 
 MAX_SOCKETS = 16_384
-"""Of a process's `sockets`; libzmq's own limit is 1,023, and each replica takes a front three."""
+"""Limit of `shared_context`. libzmq's default is 1,023, and a front needs three for each replica."""
 
 
 def shared_context() -> zmq.asyncio.Context:
-    """Where a front or a proxy has all its sockets, and their threads. To be called at its start: where a thread of libzmq finds no file
-    descriptor the whole process is ended, by `abort`, and where a socket finds none it only fails."""
+    """The zmq context of all sockets of a front or a proxy. Call it when the process starts, so that libzmq's threads start then: without
+    a free file descriptor a starting thread aborts the whole process, whereas opening a socket only fails."""
     context = zmq.asyncio.Context.instance()
     if context.get(zmq.MAX_SOCKETS) != MAX_SOCKETS:
         context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
-        zmq.Socket(context, zmq.PUSH).close()  # threads begin with the first
+        zmq.Socket(context, zmq.PUSH).close()  # the first socket starts the threads
     return context
 
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """CURVE keys (Curve25519, Z85 text). The secret is never shown."""
+    """CURVE keys (Curve25519, as Z85 text). The repr leaves out the secret."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -47,36 +47,36 @@ def new_keys() -> KeyPair:
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where an endpoint listens, and the key by which it proves itself to those of other hosts."""
+    """Where an endpoint listens, and the public key that authenticates it to other hosts."""
 
     node: str
-    """Ray's id of the host; equal nodes talk over `ipc`."""
+    """Ray's node id. Processes of the same node connect over `ipc`."""
     ipc: str | None = None
     tcp: str | None = None
     public_key: bytes | None = None
 
 
 class PrivateFolder:
-    """A folder for Unix sockets that only this user can enter, gone with its owner.
+    """A temporary folder for Unix sockets that only this user can enter.
 
-    The owner holds a lock on it. Folders whose owner was killed are swept by the next one that is made beside them.
+    The owner holds a lock in it. Creating a folder deletes those whose owner was killed without deleting them.
     """
 
     PREFIX = "manta-"
 
     def __init__(self) -> None:
         self._sweep()
-        made = Path(tempfile.mkdtemp(prefix=f"new-{self.PREFIX}"))  # mode 0700; no sweeper looks at it before it is locked
+        made = Path(tempfile.mkdtemp(prefix=f"new-{self.PREFIX}"))  # mode 0700; `_sweep` ignores this name until the lock is held
         try:
             self._lock = open(made / "lock", "w")  # noqa: SIM115  (held until close)
         except OSError:
-            made.rmdir()  # without a lock nobody would ever sweep it
+            made.rmdir()  # without a lock it would never be swept
             raise
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = made.rename(made.with_name(made.name.removeprefix("new-")))
 
     def socket(self, name: str) -> str:
-        """A zmq endpoint in this folder. Raises ValueError where the path is too long for a Unix socket."""
+        """The zmq endpoint ``name`` in this folder. Raises ValueError if its path is too long for a Unix socket."""
         path = str(self.path / name)
         if len(path.encode()) > 107:
             raise ValueError(f"{path} is too long for a Unix socket (107 bytes); set TMPDIR to a shorter folder")
@@ -97,11 +97,11 @@ class PrivateFolder:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(folder.parent, ignore_errors=True)
             except OSError:
-                continue  # its owner lives, or another sweeper was first
+                continue  # its owner is alive, or another process sweeps it
 
 
 def listen(socket: "zmq.Socket[bytes]", *, ipc: str | None, tcp_host: str | None, keys: KeyPair, node: str) -> Address:
-    """Bind ``socket``. With ``tcp_host`` the caller must keep a `KeyAuthenticator` on the socket's context."""
+    """Bind ``socket`` to ``ipc``, ``tcp_host`` or both. With ``tcp_host`` its context must have a `KeyAuthenticator`."""
     if ipc is not None:
         socket.bind(ipc)
         if tcp_host is None:
@@ -115,7 +115,11 @@ def listen(socket: "zmq.Socket[bytes]", *, ipc: str | None, tcp_host: str | None
 
 
 def connect(socket: "zmq.Socket[bytes]", address: Address, *, node: str, keys: KeyPair | None) -> None:
-    """Connect ``socket`` to an endpoint: over its Unix socket on the same host, else over encrypted TCP."""
+    """Connect ``socket`` to an endpoint: over the Unix socket on the same host, else over encrypted TCP.
+
+    Raises:
+        ChannelError: the endpoint does not listen for other hosts.
+    """
     if address.node == node and address.ipc is not None:
         socket.connect(address.ipc)
         return
@@ -127,7 +131,7 @@ def connect(socket: "zmq.Socket[bytes]", address: Address, *, node: str, keys: K
 
 
 class KeyAuthenticator:
-    """Lets only holders of one of the given public keys through the CURVE handshake of a context's sockets (ZAP, RFC 27)."""
+    """Admits only peers that hold one of the ``allowed`` public keys to the CURVE sockets of a context (ZAP, zmq RFC 27)."""
 
     def __init__(self, context: "zmq.Context[Any]", allowed: set[bytes]) -> None:
         self.allowed = allowed

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-STARVED = 4
+STARVATION_FACTOR = 4
 """How many times `RouterConfig.stall_timeout_s` a stream waits while its replica serves others."""
-SLOW_STEPS = 4
+SLOW_STEP_FACTOR = 4
 """How many times as long as usual a step may take before it is doubted."""
 
 
@@ -50,7 +50,7 @@ class ReplicaConfig:
     canary_every_s: float = 3.0
     """A ready replica without work proves this often, by one token, that all its ranks still answer."""
     progress_timeout_s: float = 6.0
-    """A replica at work that finishes no step for so long, and for `SLOW_STEPS` times as long as its steps take, is not ready."""
+    """A replica at work that finishes no step for so long, and for `SLOW_STEP_FACTOR` times as long as its steps take, is not ready."""
     freeze_timeout_s: float = 4.0
     """A rank of this host whose process is stopped for so long is lost."""
     host_silence_s: float = 6.0
@@ -110,7 +110,7 @@ class RouterConfig:
     ping_s: float = 1.0
     stall_timeout_s: float = 30.0
     """A replica that gives none of its streams a token for so long is left by them; one stream alone that gets none while others
-    do waits `STARVED` times as long, as it may be in a queue."""
+    do waits `STARVATION_FACTOR` times as long, as it may be in a queue."""
     max_resumes: int = 2_048
     """Streams that this front hands to another replica within `resume_window_s` at most."""
     resume_window_s: float = 60.0

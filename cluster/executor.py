@@ -177,7 +177,7 @@ class RayExecutor:
         for worker in self._workers:
             if worker.socket in ready:
                 try:
-                    self._take(worker, decode(worker.socket.recv()))
+                    self._handle(worker, decode(worker.socket.recv()))
                 except ChannelError as error:  # a rank that sends garbage can no longer be relied on
                     host = worker.location.host if worker.location else ""
                     worker.failure = worker.failure or RankFailed(worker.rank, host, self._last_step, str(error), traceback="")
@@ -186,7 +186,7 @@ class RayExecutor:
                 self._poller.unregister(worker.disconnect_monitor)
         return bool(ready)
 
-    def _take(self, worker: WorkerHandle, message: object) -> None:
+    def _handle(self, worker: WorkerHandle, message: object) -> None:
         match message:
             case StepResult():
                 self._results.put(message)

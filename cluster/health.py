@@ -1,4 +1,4 @@
-"""Whether a replica can make tokens, and why not. No Ray, no sockets: a clock and what happened."""
+"""A replica's health: whether it can make tokens, and if not, why. Uses neither Ray nor sockets, only a clock."""
 
 import threading
 import time
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from cluster.config import SLOW_STEPS
+from cluster.config import SLOW_STEP_FACTOR
 from engine.load_stats import LoadStats
 
 PHASE_SPANS = {"groups": (0.0, 0.05), "weights": (0.05, 0.9), "memory": (0.9, 0.92), "warm_up": (0.92, 0.94), "capture": (0.94, 1.0)}
-"""Which part of a rank's start each phase of `engine.run.start` stands for, in a progress bar from 0 to 1."""
+"""Phase of `engine.run.start` -> the part of a progress bar from 0 to 1 that it fills."""
 
 
 class State(StrEnum):
@@ -23,20 +23,20 @@ class State(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How far a start has come, as the slowest rank has it."""
+    """Progress of a start: that of the slowest rank."""
 
     doing: str = "starting worker processes"
     done: float = 0.0
 
 
 class StartProgressTracker:
-    """What every rank said last about its start."""
+    """Keeps the last progress report of every rank while it starts."""
 
     def __init__(self, num_ranks: int) -> None:
         self._done = dict.fromkeys(range(num_ranks), (0.0, "starting worker processes"))
         self._read: dict[int, LoadStats] = {}
 
-    def note(self, rank: int, phase: str, done: int, total: int, read: LoadStats | None = None) -> None:
+    def update(self, rank: int, phase: str, done: int, total: int, read: LoadStats | None = None) -> None:
         if read is not None:
             self._read[rank] = read
         start, stop = PHASE_SPANS.get(phase, (0.0, 0.0))
@@ -44,7 +44,7 @@ class StartProgressTracker:
         self._done[rank] = (start + (stop - start) * min(share, 1.0), phase)
 
     def read_by(self, rank: int) -> LoadStats | None:
-        """What a rank read, once its weights are there."""
+        """What a rank read from the checkpoint, once its weights are loaded."""
         return self._read.get(rank)
 
     @property
@@ -54,29 +54,29 @@ class StartProgressTracker:
 
 
 class StepStallDetector:
-    """Whether an engine at work still finishes steps; a slow one is given time in proportion to its usual step."""
+    """Detects an engine that has work but finishes no steps. The limit grows with the usual duration of a step."""
 
     def __init__(self, limit_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s, self._clock = limit_s, clock
         self._num_steps, self._since = -1, clock()
 
     def reset(self) -> None:
-        """There is nothing to do just now."""
+        """The engine is idle: start to count anew."""
         self._since = self._clock()
 
     def stalled_s(self, num_steps: int, step_s: float) -> float | None:
-        """How long no step has been finished, if that is too long. ``step_s``: how long one usually takes."""
+        """Seconds since the last finished step if that is too long, else None. ``step_s``: how long a step usually takes."""
         now = self._clock()
         if num_steps != self._num_steps:
             self._num_steps, self._since = num_steps, now
         stalled_s = now - self._since
-        return stalled_s if stalled_s > max(self._limit_s, SLOW_STEPS * step_s) else None
+        return stalled_s if stalled_s > max(self._limit_s, SLOW_STEP_FACTOR * step_s) else None
 
 
 class Health:
-    """Ready means: a token, mostly a canary's, went through all ranks since they were last started, and nothing was lost since.
+    """The state of a replica. Ready means: since the ranks were last started they have made a token, and no loss came after it.
 
-    Every loss begins a new `generation`; a canary that was sent in an earlier one proves nothing. Thread-safe.
+    Every loss starts a new `generation`; a canary that was sent in an earlier one proves nothing. Thread-safe.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,12 +100,12 @@ class Health:
 
     @property
     def ranks_lost(self) -> bool:
-        """Whether no token can come before the ranks are started anew."""
+        """Whether there can be no token before the ranks are restarted."""
         return self._ranks_lost and self._state is State.RECOVERING
 
     @property
     def lost_host(self) -> str | None:
-        """The host that took the ranks with it; Ray may need long to find another place for them."""
+        """The unreachable host, if that is why the ranks were lost. Ray may need long to find another host."""
         return self._lost_host if self.ranks_lost else None
 
     @property
@@ -117,7 +117,7 @@ class Health:
         return self._reason
 
     def record_token(self) -> None:
-        """All ranks took part in a step just now."""
+        """A token has just come, so all ranks work."""
         self._progress_at = self._clock()
 
     @property
@@ -126,8 +126,11 @@ class Health:
         return self._clock() - self._progress_at
 
     def mark_lost(self, reason: str, *, host: str | None = None, announced: bool = True) -> int:
-        """The power to make tokens is gone, with ``host`` if one cannot be reached any more. ``announced``: whether the engine has
-        told whoever was in the lost step, before which no front should take its streams elsewhere. Returns the new generation."""
+        """The ranks are lost. Returns the new generation.
+
+        ``host``: the host that became unreachable, if that is the reason. ``announced``: whether the engine has already sent the loss
+        counts of the requests in the lost step; before that, fronts must not move their streams to other replicas.
+        """
         with self._lock:
             if self._state not in (State.FAILED, State.DRAINING):
                 self._become(State.RECOVERING, reason)
@@ -137,7 +140,7 @@ class Health:
             return self._generation
 
     def record_canary(self, generation: int) -> bool:
-        """A token went through all ranks; False if they were lost after it was asked for."""
+        """A token requested in ``generation`` has come. Returns False if the ranks were lost after it was requested."""
         with self._lock:
             self._progress_at = self._clock()
             if generation != self._generation or self._state not in (State.STARTING, State.RECOVERING, State.READY):
@@ -147,7 +150,7 @@ class Health:
             return True
 
     def mark_suspect(self, reason: str) -> None:
-        """Not ready until the next proof, though nothing is known to be lost."""
+        """Not ready until the next token, although no loss is known."""
         with self._lock:
             if self._state is State.READY:
                 self._become(State.RECOVERING, reason)

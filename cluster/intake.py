@@ -1,4 +1,4 @@
-"""Step 5 of a request, the door: the socket by which fronts hand in requests, and get one message of events per step."""
+"""Step 5 of a request: the replica's server socket for fronts. They submit requests; each gets one message with its tokens per step."""
 
 import logging
 import os
@@ -20,14 +20,14 @@ from engine.request import Request
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_MESSAGES = 10_000
-"""To one front; one that does not read so many is given up."""
+"""Messages queued for one front; a front that lets more pile up is dropped."""
 
 
 class Intake:
-    """Reads fronts in a thread of its own; `deliver` and `wake` may be called from any other.
+    """Serves the fronts in a thread of its own; `deliver` and `wake` may be called from any other thread.
 
-    ``submit`` and ``cancel`` hand on to the engine. ``failed`` is told why, if the thread ends by itself. What is answered to
-    whom is `cluster.front_protocol`'s business.
+    ``submit`` and ``cancel`` pass requests to the engine. ``failed`` is called with the reason if the thread ends by an error. The
+    protocol itself is in `cluster.front_protocol`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Intake:
         self.protocol = FrontProtocol(
             post=self._post, submit=submit, cancel=cancel, pong=pong, front_silence_s=front_silence_s, journal=journal
         )
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -61,35 +61,35 @@ class Intake:
 
     @property
     def guest_keys(self) -> KeyPair | None:
-        """What a front of another host must hold to be let in."""
+        """The CURVE keys that a front on another host must use to be let in."""
         return self._guest_keys
 
     def start(self) -> None:
         self._thread.start()
 
     def deliver(self, events: EngineOutput | Sequence[TokenEvent]) -> None:
-        """Send a step's events on, each to the front that owns its request."""
+        """Send a step's events, each to the front that owns its request."""
         if events:
             self.protocol.enqueue(events)
             self.wake()
 
     def wake(self) -> None:
-        """Have the thread look at its outbox and at the replica's readiness now."""
+        """Have the thread send queued events and a changed readiness now."""
         if not self._closing:
-            os.eventfd_write(self._bell, 1)
+            os.eventfd_write(self._wake_event, 1)
 
     def close(self) -> None:
-        """Send what is still to be sent and end the thread."""
+        """Send the queued events and end the thread."""
         if self._closing:
             return
         self._closing = True
-        os.eventfd_write(self._bell, 1)
+        os.eventfd_write(self._wake_event, 1)
         if self._thread.ident is not None:
             self._thread.join(5)
         if self._guard is not None:
             self._guard.close()
         self._context.destroy(linger=500)
-        os.close(self._bell)
+        os.close(self._wake_event)
 
     # --- the thread
 
@@ -104,11 +104,11 @@ class Intake:
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._bell, zmq.POLLIN)
+        poller.register(self._wake_event, zmq.POLLIN)
         while not self._closing:
             ready = dict(poller.poll(int(self._heartbeat_s * 1000)))
-            if self._bell in ready:
-                os.eventfd_read(self._bell)
+            if self._wake_event in ready:
+                os.eventfd_read(self._wake_event)
             if self._socket in ready:
                 self._read_all()
             self.protocol.run_once()

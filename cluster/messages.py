@@ -1,6 +1,6 @@
 """Steps 4, 5 and 8 of a request: the messages between processes.
 
-A message is two bytes (version, kind) and a msgpack body that msgspec checks against the kind's dataclass.
+A message is two bytes (version, kind) and a msgpack body, which msgspec validates against the dataclass of that kind.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class RankReady:
 
 @dataclass(frozen=True, slots=True)
 class RankFailed:
-    """The last message of a rank that raised."""
+    """A rank raised an exception; it sends nothing more."""
 
     rank: int
     host: str
@@ -44,19 +44,19 @@ class RankFailed:
     message: str
     traceback: str
     was_terminated: bool = False
-    """By SIGTERM or Ctrl-C: nothing that it computed need have done it."""
+    """Whether it was ended by SIGTERM or Ctrl-C, so that no request is to blame."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A rank is to leave its loop and end."""
+    """Asks a rank to leave its loop and end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
     request: Request
     left_s: float | None = None
-    """Until its deadline, when it was sent: hosts' clocks differ."""
+    """Seconds until its deadline when it was sent. Not a time, because the clocks of hosts differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,49 +79,49 @@ class Pong:
     num_running: int
     num_waiting: int
     prefill_tokens: int = 0
-    """Known tokens that are not computed yet."""
+    """Prompt and committed tokens that are not computed yet."""
     step_base_s: float = 0.0
     step_token_s: float = 0.0
     """See `engine.step_cost.StepCost`."""
     ranks_lost: bool = False
-    """Nothing will come before its ranks have been started anew."""
+    """Whether its ranks must be restarted before it can make tokens."""
     lost_host: str | None = None
-    """The host that took its ranks with it."""
+    """The unreachable host, if that is why its ranks were lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class SubscribeBlocks:
-    """A front wants to know what the prefix cache holds, and what changes there; see `BlockUpdate`."""
+    """A front asks for a snapshot of the prefix cache's blocks and for later changes; see `BlockUpdate`."""
 
     wanted: bool
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """Shortened content keys of a replica's cached blocks, one behind the other."""
+    """Blocks in a replica's prefix cache: a snapshot or changes. The keys are shortened content keys, concatenated."""
 
     number: int
-    """Each but the whole follows on the number before."""
+    """Changes are numbered consecutively. A snapshot has the number of the last changes that it includes."""
     whole: bool
-    """``stored`` is all there is, as of that number; else it is what has come since the number before."""
+    """True: a snapshot, ``stored`` has all blocks. False: changes since the update before."""
     stored: bytes
     evicted: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StepEvents:
-    """What one step yielded for one front: events, or as columns of int64 one more token for each of many streams."""
+    """The output of one step for one front: events, and for streams that only go on decoding one token each, as columns of int64."""
 
     events: tuple[TokenEvent, ...]
     streams: bytes = b""
-    """As the front named them by `Request.tag`."""
+    """Stream numbers that the front chose (`Request.tag`)."""
     offsets: bytes = b""
     tokens: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class FrontDropped:
-    """A replica has given a front up, and with it all that the front had sent; what still matters must be sent again."""
+    """The replica has dropped this front and cancelled all its requests; those that still matter must be submitted again."""
 
 
 RankMessage = StepPlan | StepResult | RankProgress | RankReady | RankFailed | Stop
@@ -156,7 +156,7 @@ def decode(raw: bytes) -> Any:
     """The message in ``raw``.
 
     Raises:
-        ChannelError: it is of another version, of no known kind, or does not fit its kind.
+        ChannelError: its version or kind is unknown, or its body is invalid.
     """
     if len(raw) < 2 or raw[0] != VERSION:
         raise ChannelError(f"message of version {raw[0] if raw else 'none'}, this process speaks {VERSION}")

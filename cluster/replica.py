@@ -189,7 +189,7 @@ class Replica:
 
     def _note_progress(self, progress: RankProgress) -> None:
         self._raise_if_closed()  # loading weights may take minutes
-        self._start_progress.note(progress.rank, progress.phase, progress.done, progress.total, progress.read)
+        self._start_progress.update(progress.rank, progress.phase, progress.done, progress.total, progress.read)
 
     def _on_loss(self) -> None:
         """A rank has ended, maybe while no step is in flight. The canary makes the engine run a step, in which it notices the loss."""

@@ -76,14 +76,9 @@ def _find_root_cause(workers: Sequence[WorkerHandle]) -> RootCause | None:
         if ABORTED not in report.splitlines()[0]:
             return RootCause(worker, f"it crashed ({report.splitlines()[0]})", report)
     for worker, report in reports:
-        if (
-            worker.is_silent
-            and not worker.failure
-            and report is None
-            and worker.location is not None
-            and worker.location.address.tcp is not None
-        ):
-            return RootCause(worker, probe_peer(worker.location.address.tcp, PROBE_TIMEOUT_S).value, from_outside=True)
+        tcp = worker.location.address.tcp if worker.location is not None else None
+        if worker.is_silent and tcp is not None and not worker.failure and report is None:
+            return RootCause(worker, probe_peer(tcp, PROBE_TIMEOUT_S).value, from_outside=True)
     if crashed:
         worker, report = crashed[0]
         return RootCause(worker, f"it crashed ({report.splitlines()[0]})", report)

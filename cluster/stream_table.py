@@ -1,7 +1,7 @@
-"""Step 5 of a request: which front's which stream a token is for, looked up for a whole step at once.
+"""Step 5 of a request: to which front and which of its streams a token belongs, looked up for all tokens of a step at once.
 
-A front names its streams by numbers (`Request.tag`), and so does the desk towards the engine. A number of the desk is a place in
-its table and how often that place was taken before, so that what comes late is for nobody and never for another.
+A front numbers its streams (`Request.tag`); the replica gives each stream a tag of its own towards the engine. That tag is a slot in this
+table and a serial number, so a token that comes after its stream was removed matches no stream, even if the slot was reused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from engine.output import NO_TAG, TokenBatch
 
 Front = bytes
-PLACE_BITS = 32
+SLOT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FrontTokens:
 
 
 class StreamTable:
-    """The choices that fronts wait for, by the desk's numbers."""
+    """Maps the engine's tags to fronts and their stream numbers."""
 
     def __init__(self) -> None:
         self._tags = np.full(16, NO_TAG, np.int64)
@@ -36,42 +36,42 @@ class StreamTable:
         self._front_at: list[Front] = []
         self._number_of: dict[Front, int] = {}
         self._unused: list[int] = []
-        """Numbers of fronts that are gone."""
+        """Indices in `_front_at` of fronts that were removed."""
 
-    def enter(self, front: Front, stream: int) -> int:
-        """A number for a stream of a front; `NO_TAG` for one that has none with its front."""
+    def add(self, front: Front, stream: int) -> int:
+        """Add a stream of a front and return its tag; `NO_TAG` if the front gave it no number."""
         if stream == NO_TAG:
             return NO_TAG
         if not self._free:
             self._grow()
-        place = self._free.pop()
+        slot = self._free.pop()
         self._num_taken += 1
-        self._tags[place] = tag = (self._num_taken << PLACE_BITS) + place
-        self._fronts[place], self._streams[place] = self._number(front), stream
+        self._tags[slot] = tag = (self._num_taken << SLOT_BITS) + slot
+        self._fronts[slot], self._streams[slot] = self._number(front), stream
         return tag
 
-    def leave(self, tag: int) -> None:
-        """Nobody waits for it any more."""
-        place = tag & ((1 << PLACE_BITS) - 1)
-        if tag != NO_TAG and self._tags[place] == tag:
-            self._tags[place] = NO_TAG
-            self._free.append(place)
+    def remove(self, tag: int) -> None:
+        """Remove a stream. Its later tokens are ignored."""
+        slot = tag & ((1 << SLOT_BITS) - 1)
+        if tag != NO_TAG and self._tags[slot] == tag:
+            self._tags[slot] = NO_TAG
+            self._free.append(slot)
 
-    def forget(self, front: Front) -> None:
-        """It is gone, and all of its streams have been left."""
+    def remove_front(self, front: Front) -> None:
+        """Remove a front whose streams have all been removed."""
         if (number := self._number_of.pop(front, None)) is not None:
             self._front_at[number] = b""
             self._unused.append(number)
 
-    def sorted(self, batch: TokenBatch) -> Iterator[tuple[Front, FrontTokens]]:
-        """What each front's streams have been told."""
-        places = batch.tags & ((1 << PLACE_BITS) - 1)
+    def by_front(self, batch: TokenBatch) -> Iterator[tuple[Front, FrontTokens]]:
+        """The tokens of a step for each front."""
+        slots = batch.tags & ((1 << SLOT_BITS) - 1)
         known = batch.tags != NO_TAG
-        places[~known] = 0
-        known &= self._tags[places] == batch.tags
-        columns = (self._streams[places], batch.offsets, batch.tokens)
-        fronts = self._fronts[places]
-        if known.all() and (fronts == fronts[0]).all():  # mostly there is one front
+        slots[~known] = 0
+        known &= self._tags[slots] == batch.tags
+        columns = (self._streams[slots], batch.offsets, batch.tokens)
+        fronts = self._fronts[slots]
+        if known.all() and (fronts == fronts[0]).all():  # the usual case: one front
             yield self._front_at[int(fronts[0])], FrontTokens(*(column.tobytes() for column in columns))
             return
         for number in np.unique(fronts[known]).tolist():
@@ -96,5 +96,5 @@ class StreamTable:
 
 
 def untagged_rows(batch: TokenBatch) -> Sequence[int]:
-    """Rows of requests whose front gave them no number."""
+    """Rows of streams that have no tag."""
     return np.flatnonzero(batch.tags == NO_TAG).tolist()

@@ -1,4 +1,4 @@
-"""Step 4 of a request, the lowest layer: bytes between a front and one replica."""
+"""Step 4 of a request: the transport of bytes between a front and one replica."""
 
 import contextlib
 import itertools
@@ -14,14 +14,14 @@ _numbers = itertools.count()
 
 
 class TransportBroken(Exception):
-    """Nothing more can be sent."""
+    """The transport can send nothing more."""
 
 
 class Transport(Protocol):
-    """A connection. Messages arrive whole; what else may befall them is not promised."""
+    """A connection. Messages arrive complete or not at all; their order and delivery are not guaranteed."""
 
     def send(self, raw: bytes) -> None:
-        """Without waiting. Raises TransportBroken."""
+        """Send without waiting. Raises TransportBroken."""
         ...
 
     def receive(self) -> Awaitable[bytes]:
@@ -29,16 +29,18 @@ class Transport(Protocol):
         ...
 
     def closed(self) -> Awaitable[object]:
-        """Done once the other end has closed the connection."""
+        """Completes once the peer has closed the connection."""
         ...
 
     def close(self) -> None: ...
 
 
 class ZmqTransport:
-    """A DEALER socket to a replica's intake.
+    """A DEALER socket to a replica's intake. Create it in a running event loop.
 
-    Must be made in a running event loop. A record that cannot be reached from here raises ChannelError, or zmq's own error.
+    Raises:
+        ChannelError: the replica does not listen for other hosts.
+        zmq.ZMQError: no socket can be opened.
     """
 
     def __init__(self, record: ReplicaRecord, *, node: str) -> None:
@@ -52,7 +54,7 @@ class ZmqTransport:
             undone.pop_all()
 
     def send(self, raw: bytes) -> None:
-        """Hand to zmq, which queues; its future is done at once or fails."""
+        """zmq queues the message, so its future is done at once or fails."""
         if self._socket.closed:
             return
         future: Any = self._socket.send(raw, zmq.NOBLOCK)

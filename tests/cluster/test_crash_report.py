@@ -12,9 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def end(note: Path, how: str) -> None:
-    code = (
-        f"import os, signal\nfrom pathlib import Path\nfrom cluster import crash_report\ncrash_report.keep_at(Path({str(note)!r}))\n{how}"
-    )
+    code = f"import os, signal\nfrom pathlib import Path\nfrom cluster import crash_report\ncrash_report.enable(Path({str(note)!r}))\n{how}"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode < 0
 
 

@@ -128,7 +128,7 @@ async def test_a_link_whose_own_work_fails_is_lost_at_once(
     async with linked(intake) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: bool(engine.submitted))
-        monkeypatch.setattr(link, "_take", broken)
+        monkeypatch.setattr(link, "_handle", broken)
         with pytest.raises(LinkLost, match="out of order"):
             await running
         assert link.lost
@@ -168,7 +168,7 @@ async def test_a_front_that_vanished_has_its_requests_cancelled_and_its_streams_
     async with linked(intake, config=RouterConfig(ping_s=60, replica_silence_s=61)) as link:
         running = asyncio.create_task(collect(link, Request(id="r", prompt=(1,))))
         await eventually(lambda: engine.cancelled == [("r", 0)])
-        with pytest.raises(LinkLost, match="given this front up") as raised:
+        with pytest.raises(LinkLost, match="dropped this front") as raised:
             await asyncio.wait_for(running, 5)
         assert link.lost
         assert not raised.value.died
@@ -303,7 +303,7 @@ async def test_a_closed_connection_ends_the_streams_at_once(engine: Engine, inta
 
 async def test_a_silent_replica_is_lost(engine: Engine, intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
     async with linked(intake) as link:
-        monkeypatch.setattr(intake.protocol, "_take", lambda front, message: None)  # it reads, and never answers: like a frozen engine
+        monkeypatch.setattr(intake.protocol, "_handle", lambda front, message: None)  # it reads, and never answers: like a frozen engine
         with pytest.raises(LinkLost, match="silent"):
             await asyncio.wait_for(collect(link, Request(id="r", prompt=(1,))), 3)
 

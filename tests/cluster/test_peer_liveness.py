@@ -83,16 +83,16 @@ def test_where_nobody_even_refuses_the_host_is_gone() -> None:
         assert probe_peer(f"tcp://127.0.0.1:{port}", 0.5) is PeerStatus.HOST_UNREACHABLE
 
 
-def test_a_watchman_tells_once_that_nothing_is_heard_and_nothing_after_he_was_told_to_rest() -> None:
+def test_a_watcher_tells_once_that_nothing_is_heard_and_nothing_after_it_was_disarmed() -> None:
     for rests in (False, True):
         with far_end() as (pid, _, beats):
             told = threading.Event()
-            watchman = DisconnectWatcher(beats, told.set)
+            watcher = DisconnectWatcher(beats, told.set)
             if rests:
-                watchman.rest()
+                watcher.disarm()
             os.kill(pid, signal.SIGKILL)
             assert told.wait(2.0 if rests else AT_MOST_S) is not rests
-            watchman.close()
+            watcher.close()
 
 
 def test_silence_is_noticed_by_a_listener_whose_other_end_is_cut_off() -> None:

@@ -58,7 +58,7 @@ def test_who_crashed_is_the_cause_and_not_the_peer_that_complains_of_it(tmp_path
 def test_a_crash_on_another_host_is_the_ranks_own_once_its_note_was_fetched(tmp_path: Path) -> None:
     near, far = workers(tmp_path)
     near.failure = RankFailed(0, "h", 7, "RuntimeError: Connection closed by peer", "Traceback")
-    far.exit_reason, far.crash_report_file = "its process died", f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):"
+    far.exit_reason, far.crash_report = "its process died", f"{ABORTED}\n\nCurrent thread 0x1 (most recent call first):"
     loss = diagnose_loss((near, far), 7, None)
     assert (loss.rank, loss.from_outside) == (1, False)
     assert ABORTED in str(loss)

@@ -169,16 +169,16 @@ def test_a_suspect_replica_is_ready_again_with_its_next_token() -> None:
 
 def test_a_start_is_as_far_as_its_slowest_rank() -> None:
     progress = StartProgressTracker(2)
-    progress.note(0, "warm_up", 0, 1)
+    progress.update(0, "warm_up", 0, 1)
     assert progress.loading.done == 0.0
-    progress.note(1, "weights", 50, 100)
+    progress.update(1, "weights", 50, 100)
     assert progress.loading.doing == "weights"
     assert progress.loading.done == pytest.approx(0.475)
-    progress.note(0, "warm_up", 1, 1)
-    progress.note(1, "capture", 5, 10)
+    progress.update(0, "warm_up", 1, 1)
+    progress.update(1, "capture", 5, 10)
     assert progress.loading.done < 1.0
-    progress.note(0, "capture", 10, 10)
-    progress.note(1, "capture", 10, 10)
+    progress.update(0, "capture", 10, 10)
+    progress.update(1, "capture", 10, 10)
     assert progress.loading.done == 1.0
 
 
@@ -192,9 +192,9 @@ def test_the_canary_is_asked_once_per_generation_and_keeps_its_events_to_itself(
     canary.send()
     assert len(sent) == 2
     stale = TokenEvent(sent[0].id, 0, 0, 0, (1,), finish_reason="length")
-    assert canary.take(EngineOutput([stale, TokenEvent("client", 0, 0, 0, (5,))])) == [TokenEvent("client", 0, 0, 0, (5,))]
+    assert canary.consume(EngineOutput([stale, TokenEvent("client", 0, 0, 0, (5,))])) == [TokenEvent("client", 0, 0, 0, (5,))]
     assert not health.ready
-    canary.take(EngineOutput([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")]))
+    canary.consume(EngineOutput([TokenEvent(sent[1].id, 0, 0, 0, (1,), finish_reason="length")]))
     assert health.ready
     assert canary.pending_s == 0.0
 
@@ -203,7 +203,7 @@ def test_a_canary_that_failed_is_no_proof() -> None:
     health, sent = Health(), list[Request]()
     canary = Canary(health, sent.append)
     canary.send()
-    canary.take(EngineOutput([TokenEvent(sent[0].id, 0, 0, 0, finish_reason="error", error_kind="PoisonedRequest")]))
+    canary.consume(EngineOutput([TokenEvent(sent[0].id, 0, 0, 0, finish_reason="error", error_kind="PoisonedRequest")]))
     assert not health.ready
     canary.send()
     assert len(sent) == 2
@@ -214,11 +214,11 @@ def test_a_replica_whose_ranks_have_no_numbers_for_a_canary_is_not_ready_until_t
     canary = Canary(health, sent.append)
     assert health.record_canary(health.generation)
     canary.send()
-    canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="InvalidLogits")]))
+    canary.consume(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="InvalidLogits")]))
     assert not health.ready
     assert "no numbers" in health.reason
     canary.send()
-    canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, (1,), finish_reason="length")]))
+    canary.consume(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, (1,), finish_reason="length")]))
     assert health.ready
 
 
@@ -227,7 +227,7 @@ def test_a_canary_that_found_the_queue_full_makes_nobody_doubt() -> None:
     canary = Canary(health, sent.append)
     assert health.record_canary(health.generation)
     canary.send()
-    canary.take(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")]))
+    canary.consume(EngineOutput([TokenEvent(sent[-1].id, 0, 0, 0, finish_reason="error", error_kind="QueueFull")]))
     assert health.ready
 
 
@@ -241,15 +241,15 @@ def test_with_a_full_queue_a_clients_token_is_the_proof_that_a_refused_canary_co
     health.mark_lost("rank 0 died")
     canary.send()
     old = TokenEvent("client", 0, 0, 0, (5,))
-    canary.take(EngineOutput([refusal(sent[0]), old]))
+    canary.consume(EngineOutput([refusal(sent[0]), old]))
     assert not health.ready, "a token of the ranks that were lost proves nothing"
     canary.note_restart()
-    canary.take(EngineOutput([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")]))
+    canary.consume(EngineOutput([TokenEvent("client", 0, 0, 1, finish_reason="cancelled")]))
     assert not health.ready, "an end without a token proves nothing"
-    canary.take(EngineOutput([TokenEvent("client", 0, 0, 1, (6,))]))
+    canary.consume(EngineOutput([TokenEvent("client", 0, 0, 1, (6,))]))
     assert health.ready
     health.mark_lost("rank 1 died")
-    canary.take(EngineOutput([TokenEvent("client", 0, 0, 2, (7,))]))
+    canary.consume(EngineOutput([TokenEvent("client", 0, 0, 2, (7,))]))
     assert not health.ready
 
 
