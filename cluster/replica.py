@@ -212,7 +212,7 @@ class Replica:
         if output.token_batches or any(event.tokens for event in output.events):  # an error proves nothing: a faulty device may give NaN
             self.health.record_token()
         was_ready = self.health.ready
-        self._intake.deliver(self._canary.take(output))
+        self._intake.deliver(self._canary.consume(output))
         if self.health.ready != was_ready:
             self._intake.wake()
 
