@@ -98,7 +98,6 @@ async def over_http(url: str, seen: Seen) -> None:
             if answer.status != 200:
                 history.failed(f"{answer.status} {_code(await answer.text())}")
                 return
-            history.accepted = True
             counted = 0
             async for line in answer.content:
                 if not line.startswith(b"data: "):
