@@ -25,7 +25,7 @@ LENGTH_BYTES, MAX_HEADER_BYTES = 8, 16 * 2**20
 
 
 def unties_head(stored_names: Iterable[str], config: AdapterConfig) -> bool:
-    """Whether the adapter changes only one of a tied embedding and head, so that they must become separate tensors."""
+    """Whether the adapter changes a tied embedding or head without the other, so that they must become two tensors."""
     changed = {matrix for name in stored_names if (matrix := _changed(name)) is not None}
     embedding = not changed.isdisjoint({EMBEDDING, DECODER + EMBEDDING})
     return (embedding or HEAD in changed) and not (embedding and config.keeps_head_tied)
