@@ -106,8 +106,8 @@ class Adapter:
     def apply(self, tensors: Mapping[str, StoredTensor], *, head_was_tied: bool = False) -> Mapping[str, StoredTensor]:
         """The tensors of a model, by name, with the adapter merged.
 
-        ``head_was_tied``: the base's head is its embedding. If the adapter changes only one of them (`unties_head`), the head becomes a
-        separate tensor.
+        ``head_was_tied``: the base's head is its embedding. If the adapter changes one without the other (`unties_head`), the
+        head becomes a tensor of its own.
 
         Raises:
             AdapterError: a tensor of the adapter does not exist in this model, or has another shape there.
