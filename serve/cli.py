@@ -15,9 +15,9 @@ HELP = """Serve Qwen2 models over HTTP (OpenAI's API) and gRPC, on one machine o
 Getting started:
 
 \b
-  manta serve demo --tensor-parallel 2    serve a small English model on two ranks
-  manta chat "Why is the sky blue?"       ask it, from another terminal
-  manta config                            list every setting with its meaning and value
+  manta serve demo --tensor-parallel 2  serve a small English model, two ranks
+  manta chat "Why is the sky blue?"     ask it, from another terminal
+  manta config                          every setting with meaning and value
 """
 
 
@@ -30,8 +30,8 @@ class _EngineByDefault(TyperGroup):
 
 
 benches = typer.Typer(cls=_EngineByDefault, help="Benchmark the engine on this machine, or a running server.", rich_markup_mode=None)
-benches.command("engine", cls=CommandWithFlagHints)(bench.bench)
-benches.command("serve")(bench_serve.bench_serve)
+benches.command("engine", cls=CommandWithFlagHints, short_help="Benchmark the engine alone, beside this machine's limits.")(bench.bench)
+benches.command("serve", short_help="Load-test any OpenAI-compatible server.")(bench_serve.bench_serve)
 
 
 class _WithHelp(TyperGroup):
@@ -54,16 +54,16 @@ app = typer.Typer(
 app.command("serve", cls=CommandWithFlagHints)(serve.serve)
 app.command("up", cls=CommandWithFlagHints)(up.up)
 app.command("down")(up.down)
-app.command("status")(status.status)
+app.command("status", short_help="Show hosts, replicas, ranks, requests and latencies.")(status.status)
 app.command("top")(status.top)
 app.command("chat")(chat.chat)
 app.command("batch")(batch.batch)
 app.command("config")(config.config)
-app.command("demo-model")(demo_model.demo_model)
-app.command("plan")(plan.plan)
+app.command("demo-model", short_help="Create the demo model, a small English one.")(demo_model.demo_model)
+app.command("plan", short_help="Plan a model's parallel layout on given GPUs.")(plan.plan)
 app.command("doctor", cls=CommandWithFlagHints)(doctor.doctor)
 app.add_typer(benches, name="bench")
-app.add_typer(keys.keys, name="keys")
+app.add_typer(keys.keys, name="keys", short_help="Manage a server's API keys.")
 
 
 def _print_version(wanted: bool) -> None:

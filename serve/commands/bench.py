@@ -43,7 +43,7 @@ def bench(
       manta bench demo
       manta bench demo --tensor-parallel 2 --only stream
       manta bench ./checkpoint --quantize int8 --rounds 5
-      manta bench serve --help                            benchmark a running server instead
+      manta bench serve --help                       benchmark a running server
     """
     config, *others = load_settings(file, assignments, given).config.each_model()
     if others:

@@ -50,9 +50,9 @@ def bench_serve(
       W5  shared prefixes                   W10  one client in five disconnects
 
     \b
-      manta bench serve                                                W3 on a server on this machine
+      manta bench serve                              W3, a server on this machine
       manta bench serve http://host:8000/v1 -w W6 --rate 4 -n 200 --json long.json
-      manta bench serve http://other:8000/v1 -w W3 --extra '{"ignore_eos": true}' --plot chat.png
+      manta bench serve http://other:8000/v1 --extra '{"ignore_eos": true}'
     """
     from serve.load.workloads import WORKLOADS, Shape
 

@@ -32,10 +32,10 @@ def chat(
     """Chat with a running server.
 
     \b
-      manta chat "Why is the sky blue?"                  one answer
-      manta chat                                         a conversation; /reset starts over, Ctrl-D exits
-      git diff | manta chat --system "Review this."      standard input is the prompt
-      manta chat --endpoint grpcs://models.example:443   another server (or set $MANTA_ENDPOINT)
+      manta chat "Why is the sky blue?"               one answer
+      manta chat                                      a conversation
+      git diff | manta chat --system "Review this."   standard input is the prompt
+      manta chat --endpoint grpcs://models.example    another server
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a failed handshake is reported below, not by the library
     from manta_client import Client, MantaError, Unavailable

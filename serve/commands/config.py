@@ -28,11 +28,11 @@ def config(
     Settings are read from a file (-c), then the environment, then flags; later sources override earlier ones.
 
     \b
-      manta config > manta.yaml                       write a file to start from
-      manta config -c manta.yaml                      check a file, and show where each value comes from
-      manta config --explain engine.max_step_tokens   one setting: meaning, default, how to set it
-      manta config -c manta.yaml --emit serve         for Ray Serve: `serve deploy`, or a RayService's serveConfigV2
-      MANTA_HTTP__PORT=8080 manta config              environment variables: MANTA_<SECTION>__<FIELD>
+      manta config > manta.yaml                      write a file to start from
+      manta config -c manta.yaml                     check it, show each origin
+      manta config --explain engine.max_step_tokens  meaning, how to set it
+      manta config -c manta.yaml --emit serve        for Ray Serve, RayService
+      MANTA_HTTP__PORT=8080 manta config             MANTA_<SECTION>__<FIELD>
     """
     from serve import config_docs
     from serve.config_sources import ConfigError

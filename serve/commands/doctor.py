@@ -55,10 +55,10 @@ def doctor(
     measures an all-reduce between the ranks. `manta serve` runs the quick checks by itself.
 
     \b
-      manta doctor                                           check this machine
-      manta doctor Qwen/Qwen2-7B-Instruct -t 2               check it for this model and layout
+      manta doctor                                  check this machine
+      manta doctor Qwen/Qwen2-7B-Instruct -t 2      for this model and layout
       manta doctor /models/Qwen2-72B -t 8 --pipeline-parallel 2 --ray-address auto
-      manta doctor -c manta.yaml --checkpoint-only           download every model in advance, on a machine without GPUs
+      manta doctor -c manta.yaml --checkpoint-only  download every model now
     """
     config = load_settings(file, assignments, given).config
     names_a_model = given["model.source"][1] is not None or file is not None

@@ -23,11 +23,11 @@ The file holds SHA-256 hashes only, never the keys. A running server picks up ch
 FILE is --file, else ${VARIABLE}, else {DEFAULT_FILE}.
 
 \b
-  manta keys create --name alice                                    prints the key, once
+  manta keys create --name alice             prints the key, once
   manta keys create --name team --requests-per-minute 600 --share 2
   manta keys create --name prometheus --scope metrics
   manta keys list
-  manta keys rotate 3f81c2a90b14 --grace 1h                         a new key; the old one is valid for another hour
+  manta keys rotate 3f81c2a90b14 --grace 1h  the old key lasts an hour more
   manta keys revoke 3f81c2a90b14
 """
 

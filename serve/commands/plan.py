@@ -62,8 +62,8 @@ def plan(
       manta plan Qwen2.5-32B-Instruct --gpus 2xH100-80G
       manta plan ./checkpoint --gpus 8x24G --hosts 2 --json
       manta plan Qwen2-57B-A14B --gpus 8xH100-80G --hosts 2 --redundant-experts 1
-      manta plan Qwen2-72B-Instruct --gpus 4xH100-80G --draft-model Qwen2-0.5B-Instruct
-      manta plan Qwen2-7B --gpus 2xL4 --emit config > manta.yaml      then: manta serve -c manta.yaml
+      manta plan Qwen2-72B --gpus 4xH100-80G --draft-model Qwen2-0.5B
+      manta plan Qwen2-7B --gpus 2xL4 --emit config > manta.yaml
     """
     from serve.planning.errors import PlanError
 

@@ -37,14 +37,14 @@ def serve(*, file: ConfigFile = None, given: Given, assignments: Assignments = N
     `manta config` lists all settings.
 
     \b
-      manta serve demo --tensor-parallel 2                   a small English model, two ranks on the CPU
-      manta serve Qwen/Qwen2-0.5B-Instruct                   from the Hugging Face hub
-      manta serve modelscope://Qwen/Qwen2-0.5B-Instruct      from ModelScope
-      manta serve s3://bucket/Qwen2-7B-Instruct -t 4         each rank reads only its share, no local copy
+      manta serve demo --tensor-parallel 2               a small model, two ranks
+      manta serve Qwen/Qwen2-0.5B-Instruct               from the Hugging Face hub
+      manta serve modelscope://Qwen/Qwen2-0.5B-Instruct  from ModelScope
+      manta serve s3://bucket/Qwen2-7B-Instruct -t 4     each rank reads its share
       manta serve Qwen/Qwen2-7B-Instruct --adapter ./my-lora --name my-model
-      manta serve Qwen/Qwen2-7B-Instruct --speculate draft --draft-model Qwen/Qwen2-0.5B-Instruct
+      manta serve ./Qwen2-7B --speculate draft --draft-model ./Qwen2-0.5B
       manta serve ./checkpoint --http-port 8080 --dtype float32
-      ray job submit --working-dir . -- python -m serve serve Qwen/Qwen2-7B-Instruct
+      ray job submit --working-dir . -- python -m serve serve Qwen/Qwen2-7B
       manta serve -c manta.yaml --set engine.max_step_tokens=512
     """
     config = load_settings(file, assignments, given).config

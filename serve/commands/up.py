@@ -24,10 +24,10 @@ def up(*, file: ConfigFile = None, given: Given, assignments: Assignments = None
     and RAY_AUTH_TOKEN_PATH.
 
     \b
-      manta up Qwen/Qwen2-7B-Instruct -t 2 -r 4      on the Ray cluster of this host
+      manta up Qwen/Qwen2-7B-Instruct -t 2 -r 4       on this host's Ray cluster
       manta up -c manta.yaml --ray-address head:6379
-      manta status                                   see what runs where
-      manta down                                     remove it
+      manta status                                    see what runs where
+      manta down                                      remove it
     """
     config = on_a_cluster(load_settings(file, assignments, given).config)
     configure(config.logging.level, config.logging.format)

@@ -137,3 +137,18 @@ def test_a_batch_without_a_terminal_says_a_line_for_each_tenth(capsys: pytest.Ca
             report(done, done // 10)
     said = capsys.readouterr().err.splitlines()
     assert (len(said), said[0], said[-1]) == (10, "4 of 40 done, 0 failed", "40 of 40 done, 4 failed")
+
+
+COMMANDS = (
+    *((), ("bench",), ("bench", "engine"), ("bench", "serve"), ("keys",), ("keys", "create"), ("keys", "rotate")),
+    *((name,) for name in ("serve", "up", "down", "status", "top", "chat", "batch", "config", "demo-model", "plan", "doctor")),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_fits_80_columns_and_no_summary_is_cut(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="manta").stdout.splitlines()
+    assert len(shown) > 4
+    assert [line for line in shown if len(line) > 80] == []
+    assert [line for line in shown if line.endswith("...") and not line.startswith("Usage")] == []
