@@ -151,7 +151,7 @@ async def one_round(
         front_silence_s=1e9,
     )
     record = ReplicaRecord(id="r", model="m", state=State.READY, address=None)
-    link = ReplicaLink(record, node="n", config=RouterConfig(max_buffered_tokens=10**9), wire=NullSocket())
+    link = ReplicaLink(record, node="n", config=RouterConfig(max_buffered_tokens=10**9), transport=NullSocket())
     made, tokens = 0, 0
 
     def submit_one(max_tokens: int) -> None:
@@ -170,7 +170,7 @@ async def one_round(
         sent.clear()
         clock.of("tokens to bytes", protocol.send_all)
         if far_ends:
-            _hand_out(clock, link, told.events, sent)
+            _dispatch_events(clock, link, told.events, sent)
         clock.spent[TURN] -= sum(clock.spent[part] for part in WITHIN)
         for _ in ends:
             submit_one(made % 200 + 20)
@@ -182,13 +182,13 @@ async def one_round(
     return parts, tokens / steps
 
 
-def _hand_out(clock: Clock, link: ReplicaLink, events: list[TokenEvent], sent: list[bytes]) -> None:
+def _dispatch_events(clock: Clock, link: ReplicaLink, events: list[TokenEvent], sent: list[bytes]) -> None:
     for event in events:
         key = (event.request_id, event.choice, event.attempt)
         link._streams[key] = link._by_number[int(event.request_id, 16)] = StreamBuffer(10**9, key=key)
     for raw in sent:
         message = clock.of("front: tokens read", lambda raw=raw: decode(raw))
-        clock.of("front: handed out", lambda message=message: link._hand_out(message))
+        clock.of("front: handed out", lambda message=message: link._dispatch_events(message))
     for buffer in link._by_number.values():  # as readers do
         buffer._events.clear()
 

@@ -87,7 +87,7 @@ def hosts_of(replica: Replica) -> list[str]:
     """Of every rank the raylet under which it runs, as it says itself, and as Ray has placed its bundle."""
     assert replica._executor is not None
     assert replica._placement_group is not None
-    nodes = [place.node for place in replica._executor.places]
+    nodes = [place.node for place in replica._executor.locations]
     placed = placement_group_table(replica._placement_group.group)["bundles_to_node_id"]
     assert set(nodes) <= set(placed.values())
     return nodes
