@@ -1,7 +1,7 @@
-"""Step 14 of a request, on its way to the proxy: pieces of streams pass from a front to a proxy of its host by a socket of their own.
+"""Step 14 of a request: the bypass, a socket by which a front sends pieces of response streams to the proxy of its host, past Ray.
 
-Ray would carry each piece of each stream by itself, at about a millisecond of CPU on both sides together. Here a message holds whatever
-is ready at once, as a rule a step's tokens of all streams of a front.
+Through Ray each piece of each stream would be a message of its own, at about a millisecond of CPU on both sides together. Here one message
+holds all pieces that are ready at the same time, usually a step's tokens for all streams of a front.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from cluster.channel import PrivateFolder, shared_context
 logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 64 << 10
-"""A message that has grown to this goes at once, so none is longer by more than a piece, but where a proxy stood still."""
+"""A message of this size is sent at once, so it exceeds this by less than one piece, except to a proxy that was stalled."""
 MAX_QUEUED_BYTES = 64 << 20
-"""To one proxy, as messages of that size. What comes after that waits until there is room, and goes together."""
+"""zmq's queue to one proxy holds this much, in messages of `MESSAGE_BYTES`. Later pieces wait here and go together."""
 MAX_WAITING_BYTES = 192 << 20
-"""A proxy behind which more would wait is given up."""
-LOOK_S = 0.1
-"""How often it is looked whether there is room again, or nobody any more."""
-MAX_STILL_S = 60.0
-"""Somebody who listens and takes nothing stands still, for no longer than this: a connection that was lost is not made again."""
+"""If more than this waits for a proxy, the proxy is given up."""
+CHECK_INTERVAL_S = 0.1
+"""How often a sender checks whether a stalled proxy reads again or is gone."""
+MAX_STALL_S = 60.0
+"""How long a proxy that listens may read nothing before it is given up; its connection may be lost, and is not made again."""
 CONNECT_S = 5.0
-"""A connection within a host takes milliseconds; one that did not come about in this time is tried anew."""
+"""Connecting within a host takes milliseconds; after this time a new sender is tried."""
 NONCE_BITS = 24
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -41,23 +41,24 @@ _decode = msgspec.msgpack.Decoder(tuple[list[int], list[bytes]]).decode
 
 
 class PiecesLost(Exception):
-    """What was sent did not all come."""
+    """Some pieces that were sent did not arrive."""
 
 
 class SocketUnavailable(Exception):
-    """This process can make no socket for its end; the message says why."""
+    """This process could not open a socket; the message says why."""
 
 
 def new_answer_number(stream: int) -> int:
-    """A number for one answer to a stream's request: Ray may send a request to another front while a first one still writes."""
+    """A number for one response to a stream's request. There may be several: Ray may retry a request at another front while the first
+    front still writes."""
     return stream << NONCE_BITS | secrets.randbits(NONCE_BITS)
 
 
 class Sender:
-    """A front's end of one proxy's bypass. Belongs to one event loop.
+    """The front's end of the bypass to one proxy. Belongs to one event loop.
 
     Raises:
-        SocketUnavailable: none can be connected to that address.
+        SocketUnavailable: no socket could be connected to ``address``.
     """
 
     def __init__(self, address: str) -> None:
@@ -67,40 +68,40 @@ class Sender:
                 self._socket: zmq.Socket[bytes] = undone.enter_context(zmq.Socket(shared_context(), zmq.PUSH))
                 self._socket.linger = 1000
                 self._socket.sndhwm = MAX_QUEUED_BYTES // MESSAGE_BYTES
-                self._socket.immediate = True  # else messages wait for a connection that may never be
-                self._socket.reconnect_ivl = -1  # a proxy that is started again listens elsewhere
+                self._socket.immediate = True  # do not queue messages for a connection that may never come
+                self._socket.reconnect_ivl = -1  # a restarted proxy listens at another address
                 self._socket.connect(address)
             except zmq.ZMQError as error:
                 raise SocketUnavailable(f"{address}: {error}") from error
             undone.pop_all()
-        self._patient_until = time.monotonic() + CONNECT_S
+        self._connect_deadline = time.monotonic() + CONNECT_S
         self._answers: list[int] = []
         self._pieces: list[bytes] = []
         self._num_bytes = 0
-        self._go_at_bytes = MESSAGE_BYTES
+        self._flush_at_bytes = MESSAGE_BYTES
         self._is_broken = self._was_connected = False
-        self._still_since: float | None = None
+        self._stalled_since: float | None = None
 
     @property
     def is_connected(self) -> bool:
-        """Whether a message would go now."""
+        """Whether a message could be sent now."""
         return not self._is_broken and bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT)
 
     @property
     def is_lost(self) -> bool:
-        """Whether nothing will come of it any more."""
+        """Whether the proxy is gone or given up."""
         if self._is_broken or not socket_exists(self._address):
             return True
         if self.is_connected:
-            self._was_connected, self._still_since = True, None
+            self._was_connected, self._stalled_since = True, None
             return False
-        return not self._may_stand_still() if self._was_connected else time.monotonic() > self._patient_until
+        return not self._may_recover() if self._was_connected else time.monotonic() > self._connect_deadline
 
     def put(self, answer: int, piece: bytes) -> None:
-        """Goes with all that is put until the loop has come round, or until there is much of it.
+        """Send a piece, together with all others that are put in this turn of the event loop, or before `MESSAGE_BYTES` are reached.
 
         Raises:
-            PiecesLost: something that was put before did not go, maybe of another stream.
+            PiecesLost: an earlier piece could not be sent, maybe one of another stream.
         """
         if self._is_broken:
             raise PiecesLost("the proxy does not take pieces of streams any more")
@@ -109,30 +110,31 @@ class Sender:
         self._answers.append(answer)
         self._pieces.append(piece)
         self._num_bytes += len(piece)
-        if self._num_bytes >= self._go_at_bytes:
+        if self._num_bytes >= self._flush_at_bytes:
             self._flush()
 
     def _flush(self) -> None:
-        """A proxy that stands still is waited for: it takes as many messages as there were steps, whatever they hold."""
-        if not self._answers or self._is_broken:  # it went because there was much of it
+        """Send what was put. While the proxy is stalled nothing is sent, so that the pieces of many steps go as one message: the queue is
+        limited in messages, not in bytes."""
+        if not self._answers or self._is_broken:  # sent before, because `MESSAGE_BYTES` were reached
             return
-        if not self.is_connected and self._num_bytes < MAX_WAITING_BYTES and self._may_stand_still():
-            self._was_connected, self._go_at_bytes = True, MAX_WAITING_BYTES
-            asyncio.get_running_loop().call_later(LOOK_S, self._flush)
+        if not self.is_connected and self._num_bytes < MAX_WAITING_BYTES and self._may_recover():
+            self._was_connected, self._flush_at_bytes = True, MAX_WAITING_BYTES
+            asyncio.get_running_loop().call_later(CHECK_INTERVAL_S, self._flush)
             return
-        self._still_since = None
+        self._stalled_since = None
         answers, self._answers = self._answers, []
         pieces, self._pieces = self._pieces, []
-        self._num_bytes, self._go_at_bytes = 0, MESSAGE_BYTES
+        self._num_bytes, self._flush_at_bytes = 0, MESSAGE_BYTES
         try:
             self._socket.send(_encode((answers, pieces)), zmq.NOBLOCK)
-        except zmq.ZMQError:  # nobody is there any more, or it has stood still for too long
+        except zmq.ZMQError:  # the proxy is gone, or was stalled for too long
             self._is_broken = True
 
-    def _may_stand_still(self) -> bool:
-        """Whether somebody who takes nothing now may take it later."""
-        self._still_since = self._still_since or time.monotonic()
-        return time.monotonic() - self._still_since < MAX_STILL_S and is_listening(self._address)
+    def _may_recover(self) -> bool:
+        """Whether a proxy that reads nothing now may read later."""
+        self._stalled_since = self._stalled_since or time.monotonic()
+        return time.monotonic() - self._stalled_since < MAX_STALL_S and is_listening(self._address)
 
     def close(self) -> None:
         self._is_broken = True
@@ -140,21 +142,21 @@ class Sender:
 
 
 def socket_exists(address: str) -> bool:
-    """Whether a socket is in this process's file system: a front in a container of its own may not see that of a proxy of its host."""
+    """Whether a Unix socket exists in this process's file system. A front in another container than its host's proxy may not see it."""
     return address.startswith("ipc://") and os.path.exists(address.removeprefix("ipc://"))
 
 
 def is_listening(address: str) -> bool:
-    """Whether somebody listens at a socket of this host, even if he stands still: the kernel refuses for a process that is gone."""
+    """Whether a process listens at a socket of this host, even a stopped one. The kernel refuses connections to a process that is gone."""
     try:
         probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    except OSError:  # without a file descriptor nobody can be asked
+    except OSError:  # no file descriptor is left to try with
         return True
     with probe:
         probe.setblocking(False)
         try:
             probe.connect(address.removeprefix("ipc://"))
-        except BlockingIOError:  # more have knocked than he has let in
+        except BlockingIOError:  # its backlog of connections is full
             return True
         except OSError:
             return False
@@ -163,7 +165,7 @@ def is_listening(address: str) -> bool:
 
 @dataclass
 class IncomingStream:
-    """What has come for one stream: until it is known which answer to its request is the one, of all that are written."""
+    """The pieces of one response stream. Until `begin` says which response is the right one, those of all responses are kept."""
 
     number: int
     close: Callable[[], None]
@@ -184,27 +186,27 @@ class IncomingStream:
             self._early.setdefault(answer, []).append(piece)
 
     def begin(self, answer: int) -> None:
-        """Its pieces are taken, and those of no other."""
+        """Accept the pieces of response ``answer`` and drop those of all others."""
         self._answer, self._pieces = answer, self._early.pop(answer, [])
         self._num_come = len(self._pieces)
         self._early.clear()
 
     def end_after(self, total: int) -> None:
-        """So many pieces were sent in all."""
+        """The response has ended; it had ``total`` pieces."""
         self._total = total
         self._news.set()
 
     def end_here(self) -> None:
-        """No end will be told any more: what has come is all there is, unless the end is known."""
+        """No end will be reported: unless it is known already, the stream ends with the pieces that have arrived."""
         if self._total is None:
-            self._is_over = True  # what comes late belongs to nobody, and is no sign that pieces are lost
+            self._is_over = True  # later pieces are ignored, and do not mean that pieces were lost
             self.end_after(self._num_come)
 
     async def take(self, num_taken: int, late_s: float) -> list[bytes]:
-        """What has come since ``num_taken`` pieces were taken, waiting for it; nothing at the end.
+        """Wait for pieces after the first ``num_taken`` and return them; an empty list at the end.
 
         Raises:
-            PiecesLost: the end is known, and what is missing did not come within ``late_s``, or more came.
+            PiecesLost: the total is known, and the missing pieces did not come within ``late_s``, or too many came.
         """
         while not self._pieces and (self._total is None or num_taken < self._total):
             self._news.clear()
@@ -219,10 +221,10 @@ class IncomingStream:
 
 
 class Receiver:
-    """A proxy's end, for the fronts of its host. Must be made in a running event loop.
+    """The proxy's end of the bypass, for all fronts of its host. Create it in a running event loop.
 
     Raises:
-        SocketUnavailable: none can be bound.
+        SocketUnavailable: no socket could be bound.
     """
 
     def __init__(self) -> None:
@@ -237,24 +239,24 @@ class Receiver:
                 raise SocketUnavailable(str(error)) from error
             undone.pop_all()
         self._numbers = itertools.count()
-        self._passages: dict[int, IncomingStream] = {}
+        self._streams: dict[int, IncomingStream] = {}
         self._task = asyncio.get_running_loop().create_task(self._receive(), name="bypass")
         self._task.add_done_callback(self._clear_away)
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, which nobody wanted unless it was closed."""
+        """Whether it has stopped receiving: it was closed, or it failed."""
         return self._task.done()
 
     def open(self) -> IncomingStream:
-        """For a new stream."""
+        """Register a new stream."""
         number = next(self._numbers)
-        passage = IncomingStream(number, lambda: self._forget(number))
-        self._passages[number] = passage
-        return passage
+        stream = IncomingStream(number, lambda: self._forget(number))
+        self._streams[number] = stream
+        return stream
 
     def _forget(self, number: int) -> None:
-        self._passages.pop(number, None)
+        self._streams.pop(number, None)
 
     async def _receive(self) -> None:
         while True:
@@ -263,14 +265,14 @@ class Receiver:
                 answers, pieces = _decode(message)
                 arrived = list(zip(answers, pieces, strict=True))
             except (msgspec.MsgspecError, ValueError):
-                logger.exception("a message on the bypass cannot be read")  # whose pieces it held is seen at the ends of their streams
+                logger.exception("a message on the bypass cannot be read")  # the streams whose pieces it held notice at their ends
                 continue
             for answer, piece in arrived:
-                if (passage := self._passages.get(answer >> NONCE_BITS)) is not None:  # else its client has left
-                    passage.put(answer, piece)
+                if (stream := self._streams.get(answer >> NONCE_BITS)) is not None:  # otherwise its client has left
+                    stream.put(answer, piece)
 
     def _clear_away(self, task: asyncio.Task[None]) -> None:
-        """Without the socket fronts see at once that nobody listens, however it came to that."""
+        """Close the socket, whatever ended the task, so that fronts notice at once that nobody listens."""
         self._socket.close(linger=0)
         self._folder.close()
         if not task.cancelled():

@@ -99,7 +99,7 @@ async def test_after_much_at_once_what_is_ready_still_goes_together(monkeypatch:
 
 async def test_a_proxy_that_stands_still_for_a_while_loses_nothing_however_many_steps_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.bypass, "MAX_QUEUED_BYTES", cluster.bypass.MESSAGE_BYTES)
-    monkeypatch.setattr(cluster.bypass, "LOOK_S", 0.01)
+    monkeypatch.setattr(cluster.bypass, "CHECK_INTERVAL_S", 0.01)
     folder, pieces, num_steps, come = PrivateFolder(), list[bytes](), 400, list[list[bytes]]()
     with zmq.Context.instance().socket(zmq.PULL) as still:
         still.rcvhwm, still.linger = 1, 0
@@ -149,7 +149,7 @@ async def test_behind_a_proxy_that_is_gone_nothing_waits(monkeypatch: pytest.Mon
         assert not sender._is_broken
         assert not sender.is_lost
         with monkeypatch.context() as patch:
-            patch.setattr(cluster.bypass, "MAX_STILL_S", 0.0)  # a lost connection looks like that, and never comes again
+            patch.setattr(cluster.bypass, "MAX_STALL_S", 0.0)  # a lost connection looks like that, and never comes again
             assert sender.is_lost
         assert not sender.is_lost
         left.close()

@@ -54,7 +54,7 @@ async def test_only_what_may_be_a_stream_is_told_of_a_socket() -> None:
     assert (node, number) == (NODE.encode(), b"0")
     assert address.startswith(b"ipc://")
     assert passages._receiver is not None
-    assert not passages._receiver._passages
+    assert not passages._receiver._streams
     await passages._receiver.close()
 
 

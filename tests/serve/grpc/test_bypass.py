@@ -156,7 +156,7 @@ async def passages() -> AsyncGenerator[Passages, None]:
     made = Passages(NODE)
     yield made
     if made._receiver is not None:
-        assert not made._receiver._passages, "a stream that is over is forgotten"
+        assert not made._receiver._streams, "a stream that is over is forgotten"
         await made._receiver.close()
 
 
@@ -274,7 +274,7 @@ async def test_a_front_that_is_lost_is_a_status_behind_what_came(number: int, wa
     assert [message.delta.text for message in sent] == [str(place) for place in range(number)]
     assert call.code() is grpc.StatusCode.UNAVAILABLE
     assert passages.open() is not None, "which is no fault of the bypass"
-    passages._receiver._passages.clear()  # type: ignore[union-attr]
+    passages._receiver._streams.clear()  # type: ignore[union-attr]
 
 
 async def test_a_stream_that_ends_well_without_an_end_is_not_taken_for_whole(ways: Ways, passages: Passages) -> None:
@@ -330,7 +330,7 @@ async def test_a_client_that_leaves_cancels_the_front_wherever_its_stream_is(way
         assert ray.running is not None
         await asyncio.wait([ray.running])
         assert ray.running.cancelled()
-        assert not passages._receiver._passages  # type: ignore[union-attr]
+        assert not passages._receiver._streams  # type: ignore[union-attr]
 
 
 async def test_a_client_that_does_not_read_is_left_and_its_front_cancelled(ways: Ways, passages: Passages) -> None:

@@ -149,7 +149,7 @@ async def test_the_client_gets_the_same_bytes_in_order_whatever_comes_first(seed
     assert dict(zip(texts, await asyncio.gather(*map(one, texts)), strict=True)) == plain
     assert not any(ray.bodies for ray in between.values())
     assert proxies._passages._receiver is not None
-    assert not proxies._passages._receiver._passages
+    assert not proxies._passages._receiver._streams
     await proxies._passages._receiver.close()
 
 
@@ -236,7 +236,7 @@ async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[1]["more_body"]
     assert proxy._passages._receiver is not None
-    assert not proxy._passages._receiver._passages
+    assert not proxy._passages._receiver._streams
     await proxy._passages._receiver.close()
 
 
@@ -309,7 +309,7 @@ async def test_a_way_that_nobody_answers_is_not_taken_but_tried_again(
     assert not caplog.text
     (lost,) = fronts._ways._senders.values()
     assert not lost.is_lost
-    monkeypatch.setattr(lost, "_patient_until", 0)
+    monkeypatch.setattr(lost, "_connect_deadline", 0)
     os.unlink(path)
     os.symlink(listening.removeprefix("ipc://"), path)
     await acquaint(fronts, proxy)
