@@ -37,11 +37,11 @@ from engine.gc_tuning import tune_gc
 from engine.output import EngineOutput, TokenBatch
 from engine.plan import TokenEvent
 from engine.request import Request, SamplingParams
-from serve.caller import ANYONE
-from serve.http.chat import ChatChunks
-from serve.http.context import Stamp
+from serve.caller import ANONYMOUS
+from serve.http.chat import ChatStreamFormat
+from serve.http.context import RequestContext
 from serve.http.schema import ChatBody
-from serve.http.sse import frames
+from serve.http.sse import event_bytes
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, Message, Options
 from serve.service import Service
@@ -182,13 +182,13 @@ async def with_text(front: Front, number: int, count: Count) -> None:
 
 async def with_frames(front: Front, number: int, count: Count) -> None:
     body = ChatBody(model="m", messages=[{"role": "user", "content": "hi"}], stream=True)  # type: ignore[list-item]
-    stamp = Stamp(
+    context = RequestContext(
         id="c",
         created=0,
         model="m",
         arrived_s=0.0,
         session="",
-        caller=ANYONE,
+        caller=ANONYMOUS,
         priority=0,
         wants_ledger=False,
         deadline_s=None,
@@ -196,7 +196,7 @@ async def with_frames(front: Front, number: int, count: Count) -> None:
     )
     events = front.service.chat(asked(number, "frames"))
     first = await anext(events)
-    async with aclosing(frames(first, events, ChatChunks(stamp, body))) as written:
+    async with aclosing(event_bytes(first, events, ChatStreamFormat(context, body))) as written:
         async for frame in written:
             count.tokens += frame.count(b"data: ")
 

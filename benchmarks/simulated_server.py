@@ -128,7 +128,7 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
     from cluster.health import State
     from cluster.replica_link import ReplicaLink
     from cluster.router import Router
-    from serve.drain_gate import Doors
+    from serve.drain_gate import DrainGate
     from serve.http.app import create_app
     from serve.model_facts import ModelFacts
     from serve.service import Service
@@ -146,7 +146,7 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
     router = Router(replicas=Only(), connect=lambda one: ReplicaLink(one, node="n", config=config), config=config)
     await router.open()
     tokenizer = Tokenizer.from_folder(folder)
-    doors = Doors(
+    gate = DrainGate(
         Service(
             model=ModelFacts.from_checkpoint(folder, name=MODEL, tokenizer=tokenizer),
             tokenizer=tokenizer,
@@ -154,7 +154,7 @@ async def _serve(address: Any, port: int, folder: Path) -> None:
             refusal=router.recent_refusal,
         )
     )
-    app = create_app(lambda: doors)
+    app = create_app(lambda: gate)
     keep_s = 300  # else a client that takes a connection again just as it is closed sees that as an error
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off", access_log=False, timeout_keep_alive=keep_s))
     await server.serve()

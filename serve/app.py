@@ -1,7 +1,7 @@
-"""The application for Ray Serve's config files: ``import_path: serve.app:app``, with ``args`` for its settings.
+"""The application for Ray Serve's config files: ``import_path: serve.app:app``, with its settings in ``args``.
 
-The args are the tree of a settings file (`manta config`). `manta config --emit serve` writes the whole file for `serve deploy`,
-or for a RayService's serveConfigV2.
+The args have the structure of a settings file (`manta config`). `manta config --emit serve` writes the whole config file for
+`serve deploy`, or for the serveConfigV2 of a RayService.
 """
 
 import logging
@@ -19,16 +19,16 @@ from serve.model_source import check_unique_names, portable_adapter, portable_so
 from serve.ray_serve_config import CLUSTER_SETTINGS
 
 FILE_VARIABLE = "MANTA_CONFIG"
-"""Names the settings file of `from_environment`."""
+"""The path of the settings file for `from_environment`."""
 
 logger = logging.getLogger(__name__)
 
 
 def app(args: dict[str, Any]) -> ray_serve.Application:
-    """Called by Ray Serve. ``args``: sections of settings, also as ``section.field`` (``serve run serve.app:app parallel.tensor=2``).
+    """Called by Ray Serve. ``args``: sections of settings, or ``section.field`` (``serve run serve.app:app parallel.tensor=2``).
 
     Raises:
-        ConfigError: as `manta serve` would say it.
+        ConfigError: a setting is wrong, with the message that `manta serve` would show.
     """
     loaded = merge_entries(from_tree(args, "args"))
     for path in sorted(CLUSTER_SETTINGS & loaded.origins.keys()):
@@ -37,7 +37,7 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
 
 
 def application(config: ServeConfig) -> ray_serve.Application:
-    """What runs on a cluster; every host finds the models for itself."""
+    """The application on a cluster, where every host locates the models itself."""
     models = [
         ServedModel(location=portable_source(one.model), adapter=portable_adapter(one.model), name=served_name(one.model), config=one)
         for one in config.each_model()
@@ -47,8 +47,10 @@ def application(config: ServeConfig) -> ray_serve.Application:
 
 
 def __getattr__(name: str) -> ray_serve.Application:
-    """``serve.app:from_environment``, for those tools that take a made application and no args (`serve build`): its settings come
-    from ``MANTA_<SECTION>__<FIELD>`` and from the file that ``MANTA_CONFIG`` names."""
+    """``serve.app:from_environment``, for tools that take an application object and no args (`serve build`).
+
+    Its settings come from ``MANTA_<SECTION>__<FIELD>`` and from the file named by ``MANTA_CONFIG``.
+    """
     if name != "from_environment":
         raise AttributeError(name)
     return application(_settings(os.environ))

@@ -1,9 +1,11 @@
-"""Streams past Ray, of either protocol: what a proxy holds for the fronts of its host, and a front for the proxies, one socket to each.
+"""The bypass: pieces of a streamed response go from a front to the proxy on the same host over a socket, not through Ray.
 
-The proxy tells each request, in a header of its own, its node, the number of the stream and where pieces of the answer may be sent
-(`cluster.bypass`). What begins and ends an answer goes by Ray as ever, and so do answers of fronts on other hosts, which cannot reach the
-socket. The beginning says which pieces come the other way, the end how many there were. Where anything is not as it should be, streams go
-by Ray.
+For each request the proxy adds a header with its node, the number of the stream and the address of its socket (`cluster.bypass`). The
+beginning and the end of the response still go through Ray, and so do whole responses of fronts on other hosts, which cannot reach the
+socket. The beginning announces that pieces come over the socket; the end says how many there were. Whenever something is not as it
+should be, streams go through Ray.
+
+This module is what both protocols share; `serve.http.bypass` and `serve.grpc.bypass` use it.
 """
 
 import asyncio
@@ -16,42 +18,42 @@ from cluster.channel import shared_context
 logger = logging.getLogger(__name__)
 
 HEADER = "x-manta-bypass"
-"""Set by the proxy. Not for clients: they know no node."""
+"""Set by the proxy: "NODE STREAM ADDRESS". Not for clients: they know no node."""
 LATE_S = 10.0
-"""For pieces, after the end is known; a message within a host takes far less than a millisecond."""
+"""How long to wait for pieces after the end is known; a message within a host takes far less than a millisecond."""
 PAUSE_S = 60.0
-"""Streams go by Ray for so long after something went wrong at a proxy's end."""
+"""How long streams go through Ray after something went wrong at a proxy."""
 
 
-class Passages:
-    """A proxy's end, for both of its servers. Belongs to one event loop."""
+class ProxyEndpoint:
+    """The proxy's end: receives pieces for both of its servers. Belongs to one event loop."""
 
     def __init__(self, node: str) -> None:
-        """``node`` is Ray's name of the proxy's host."""
+        """``node``: Ray's id of the proxy's host."""
         self._node = node
         self._receiver: Receiver | None = None
         shared_context()
         self._paused_until = float("-inf")
 
     def open(self) -> IncomingStream | None:
-        """For a new stream; None where it shall go by Ray."""
-        receiver = self._receiving()
+        """A passage for the pieces of a new stream; None if the stream must go through Ray."""
+        receiver = self._open_receiver()
         return None if receiver is None else receiver.open()
 
-    def told(self, passage: IncomingStream) -> str:
-        """The header for the request of a stream that was just opened."""
+    def header_value(self, passage: IncomingStream) -> str:
+        """The value of `HEADER` for the request whose passage was just opened."""
         assert self._receiver is not None
         return f"{self._node} {passage.number} {self._receiver.address}"
 
     def pause(self, why: str) -> None:
-        """Name no socket for a while."""
+        """Send streams through Ray for `PAUSE_S`."""
         now = asyncio.get_running_loop().time()
-        if now >= self._paused_until:  # streams that are lost together are one mishap
+        if now >= self._paused_until:  # streams that are lost together are reported once
             logger.warning("the bypass failed, streams go by Ray for %g s: %s", PAUSE_S, why)
             self._paused_until = now + PAUSE_S
 
-    def _receiving(self) -> Receiver | None:
-        """What fronts may send to, made for the first request. None while that is not to be relied on."""
+    def _open_receiver(self) -> Receiver | None:
+        """The receiver, made for the first request; None while the bypass is paused."""
         if self._receiver is not None and self._receiver.is_over:
             self._receiver = None
             self.pause("the receiver has ended")
@@ -65,11 +67,12 @@ class Passages:
 
 
 @dataclass(frozen=True)
-class Way:
-    """For one answer's pieces."""
+class BypassStream:
+    """Sends the pieces of one response to its proxy."""
 
     sender: Sender
     answer: int
+    """The response's number (`cluster.bypass.new_answer_number`)."""
 
     def put(self, piece: bytes) -> None:
         """
@@ -79,50 +82,58 @@ class Way:
         self.sender.put(self.answer, piece)
 
 
-class Ways:
-    """A front's end: whether there is a way for the pieces of an answer. Belongs to one event loop."""
+class FrontEndpoint:
+    """The front's end: one sender for each proxy that can be reached. Belongs to one event loop."""
 
     def __init__(self, node: str) -> None:
-        """``node`` is Ray's name of the front's host."""
+        """``node``: Ray's id of the front's host."""
         self._node = node
         self._senders: dict[str, Sender] = {}
+        """By the address of the proxy's socket."""
         self._obstacle: str | None = None
-        """Why answers go by Ray that need not; said once, until one goes past it again."""
+        """Why streams go through Ray although the proxy is on this host; logged once, until the bypass works again."""
 
-    def as_told(self, headers: list[str]) -> Way | None:
-        """By the headers of a request that have the name for it; the proxy sets one."""
-        return self._way(headers[0]) if len(headers) == 1 else None
+    def stream_for(self, headers: list[str]) -> BypassStream | None:
+        """The stream for a request, by its values of `HEADER`; None if its response must go through Ray.
 
-    def _way(self, told: str) -> Way | None:
-        node, _, rest = told.partition(" ")
-        stream, _, address = rest.partition(" ")
+        The proxy sets exactly one.
+        """
+        return self._stream(headers[0]) if len(headers) == 1 else None
+
+    def _stream(self, header: str) -> BypassStream | None:
+        node, _, rest = header.partition(" ")
+        number, _, address = rest.partition(" ")
         if node != self._node:
             return None
         if not socket_exists(address):
-            self._say(f"{address} is not to be seen from here")
+            self._warn(f"{address} is not to be seen from here")
             return None
         try:
-            way = Way(self._sender(address), new_answer_number(int(stream)))
+            stream = BypassStream(self._sender(address), new_answer_number(int(number)))
         except (SocketUnavailable, ValueError) as error:
-            self._say(str(error))
+            self._warn(str(error))
             return None
-        if not way.sender.is_connected:  # as a rule a proxy's first request
+        if not stream.sender.is_connected:  # usually the first request of a proxy
             return None
         self._obstacle = None
-        return way
+        return stream
 
     def _sender(self, address: str) -> Sender:
-        """The one to an address, anew where it is lost; those to proxies that are gone are closed. Raises SocketUnavailable."""
+        """The sender for an address, replaced if its connection is lost. Closes the senders of proxies that are gone.
+
+        Raises:
+            NoSocket: none can be made.
+        """
         sender = self._senders.get(address)
         if sender is None or sender.is_lost:
             if sender is not None:
-                self._say(f"{address} does not take connections or messages")
+                self._warn(f"{address} does not take connections or messages")
             for old in [old for old, sender in self._senders.items() if sender.is_lost]:
                 self._senders.pop(old).close()
             sender = self._senders[address] = Sender(address)
         return sender
 
-    def _say(self, obstacle: str) -> None:
+    def _warn(self, obstacle: str) -> None:
         if obstacle != self._obstacle:
             logger.warning("streams go to this host's proxy by Ray: %s", obstacle)
         self._obstacle = obstacle

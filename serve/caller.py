@@ -1,4 +1,4 @@
-"""Step 2 of a request: who asks, and what that one may do."""
+"""Step 2 of a request: the caller and what it may do."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from enum import StrEnum
 
 
 class Scope(StrEnum):
-    """What a key is good for. None of them holds another."""
+    """What a key allows. No scope includes another."""
 
     INFER = "infer"
-    """Ask the models."""
+    """Use the models."""
     ADMIN = "admin"
-    """See inside and steer: load, drain, abort."""
+    """The admin calls: load, drain, abort."""
     METRICS = "metrics"
     """Read /metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quota:
-    """How much one key may ask. None = no limit of its own."""
+    """How much one key may ask for. None: no limit of its own."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -38,17 +38,17 @@ class Caller:
     """The owner of a key."""
 
     id: str
-    """The key's public name; empty where nobody is asked for a key."""
+    """The key's public name; empty if the server has no keys."""
     scopes: frozenset[Scope]
     quota: Quota = Quota()
     share: float = 1.0
-    """Of the engine, relative to the other keys that want it at the same time."""
+    """Weight in the engine's fair scheduling, relative to the other keys that have requests at the same time."""
 
     @property
     def salt(self) -> str:
-        """Keeps this caller's cached prefixes from others: whether a prompt is cached would tell that somebody else has sent it."""
+        """Separates this caller's cached prefixes from those of others, who could otherwise find out whether it has sent a prompt."""
         return hashlib.sha256(b"manta prefix salt\0" + self.id.encode()).hexdigest()[:32] if self.id else ""
 
 
-ANYONE = Caller(id="", scopes=frozenset(Scope))
-"""Where no keys are configured."""
+ANONYMOUS = Caller(id="", scopes=frozenset(Scope))
+"""The caller of every request if no keys are configured."""

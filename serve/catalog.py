@@ -1,4 +1,4 @@
-"""Several models under one roof: a service for each, chosen by the name that a request gives."""
+"""Several models in one server: sends each request to the service of the model that it names."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
@@ -10,10 +10,13 @@ from serve.service import Service
 
 
 class Catalog:
-    """What both fronts ask. Every request goes to its model's `Service`; what concerns no single one is answered for all."""
+    """A `ServiceApi` over several `Service`s. What does not concern a single model is answered for all."""
 
     def __init__(self, services: Sequence[Service]) -> None:
-        """Raises ValueError where there is no service, or two of one name."""
+        """
+        Raises:
+            ValueError: there is no service, or two have the same name.
+        """
         self._services = {facts.name: service for service in services for facts in service.models()}
         if not services or len(self._services) != len(services):
             raise ValueError(f"a catalog needs services with names of their own, got {[service.models()[0].name for service in services]}")
@@ -21,20 +24,20 @@ class Catalog:
 
     @property
     def limits(self) -> Limits:
-        """The same for all models: they are checked before it is known which is asked for."""
+        """The same for all models, because they are checked before the model is known."""
         return self._first.limits
 
     def service(self, name: str) -> Service:
         """
         Raises:
-            ModelNotFound: it is not offered.
+            ModelNotFound: it is not served here.
         """
         if name not in self._services:
             raise ModelNotFound(name, list(self._services))
         return self._services[name]
 
     def models(self) -> tuple[ModelFacts, ...]:
-        """What this server offers, in the order of its settings."""
+        """The models of this server, in the order of its settings."""
         return tuple(facts for service in self._services.values() for facts in service.models())
 
     def model(self, name: str) -> ModelFacts:
@@ -42,15 +45,15 @@ class Catalog:
         return self.service(name).model(name)
 
     def ready(self) -> bool:
-        """Whether there is a model that would answer now. One that is loading, or lost, must not take the others' front away."""
+        """Whether any model is ready. One that is loading or lost must not make the front unready for the others."""
         return any(self.readiness().values())
 
     def readiness(self) -> Mapping[str, bool]:
-        """Whether a request would be answered now, for each model by its name."""
+        """`Service.ready` by model name."""
         return {name: service.ready() for name, service in self._services.items()}
 
     async def warm_up(self) -> None:
-        """Each model's, one after the other."""
+        """Warms up the services, one after the other."""
         for service in self._services.values():
             await service.warm_up()
 
@@ -76,5 +79,5 @@ class Catalog:
         return await self.service(model).token_texts(model, ids)
 
     def _of(self, request: AnyRequest) -> Service:
-        """An unknown name is refused by whichever service gets it, at the same moment as everything else that is wrong."""
+        """For an unknown name, any service: it refuses the request at the same point as for any other mistake."""
         return self._services.get(request.model, self._first)

@@ -1,4 +1,4 @@
-"""Step 13 of a request: the events of an answer as the whole answer."""
+"""Step 13 of an unstreamed request: adds up the events of a stream into one result."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -7,23 +7,23 @@ from engine.errors import EngineStopped
 from serve.request import ChoiceResult, Result, TextEvent, TextToken, ToolCall, ToolCallDelta, Usage
 
 
-async def collected(stream: AsyncGenerator[TextEvent, None], request_id: str) -> Result:
+async def collect_result(stream: AsyncGenerator[TextEvent, None], request_id: str) -> Result:
     """
     Raises:
-        EngineStopped: a choice has no end. Besides, whatever the stream raises.
+        EngineStopped: a choice has no end. Also whatever the stream raises.
     """
-    choices: dict[int, _Collected] = {}
-    usage, ledger, held_s = Usage(prompt_tokens=0, completion_tokens=0), None, 0.0
+    choices: dict[int, _ChoiceCollector] = {}
+    usage, timing, held_s = Usage(prompt_tokens=0, completion_tokens=0), None, 0.0
     async with aclosing(stream) as events:
         async for event in events:
-            choices.setdefault(event.choice, _Collected()).add(event)
-            usage, ledger, held_s = event.usage or usage, event.ledger, max(held_s, event.held_s)
+            choices.setdefault(event.choice, _ChoiceCollector()).add(event)
+            usage, timing, held_s = event.usage or usage, event.timing, max(held_s, event.held_s)
     results = tuple(choices[index].result(index) for index in sorted(choices))
-    return Result(request_id=request_id, choices=results, usage=usage, held_s=held_s, ledger=ledger)
+    return Result(request_id=request_id, choices=results, usage=usage, held_s=held_s, timing=timing)
 
 
-class _Collected:
-    """One choice's events added up."""
+class _ChoiceCollector:
+    """The events of one choice so far."""
 
     def __init__(self) -> None:
         self._text: list[str] = []

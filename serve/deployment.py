@@ -29,19 +29,19 @@ from cluster.worker import ModelRankLauncher
 from engine.gc_tuning import tune_gc
 from model.adapter_files import files_with_adapter
 from model.checkpoint_folder import small_files
-from serve.auth import Doorkeeper, OpenDoor
-from serve.bypass import Ways
+from serve.auth import KeyAuthenticator, NoAuthentication
+from serve.bypass import FrontEndpoint
 from serve.catalog import Catalog
 from serve.config import ServeConfig
 from serve.devices import assign_devices
-from serve.drain_gate import Doors
+from serve.drain_gate import DrainGate
 from serve.grpc.admin import AdminServicer
-from serve.grpc.bypass import passed
+from serve.grpc.bypass import send_past_ray
 from serve.grpc.health import HealthServicer
 from serve.grpc.servicer import MantaServicer
 from serve.host_requirements import host_requirements
 from serve.http.app import create_app
-from serve.idempotency import OncePerKey
+from serve.idempotency import IdempotentService
 from serve.logs import configure
 from serve.metrics import Instruments, Snapshot
 from serve.metrics_page import METRICS_BOARD, MetricsPage
@@ -49,7 +49,7 @@ from serve.model_facts import ModelFacts
 from serve.model_source import download_if_needed, needs_download, source_name
 from serve.quotas import Quotas
 from serve.rank_download import DownloadingRanks
-from serve.replicas_per_host import replicas_on_a_host
+from serve.replicas_per_host import max_replicas_per_host
 from serve.request_metrics import RequestMetrics
 from serve.request_observer import Observer
 from serve.service import Service
@@ -124,7 +124,7 @@ class _Engine:
                     runner_config=runner,
                     engine_config=config.engine,
                     need=need,
-                    replicas_on_host=replicas_on_a_host(config, deployed.configs, hosts),
+                    replicas_on_host=max_replicas_per_host(config, deployed.configs, hosts),
                 )
             ),
             engine_config=config.engine,
@@ -155,23 +155,23 @@ class _Front:
         self._routers: list[Router] = []
         app, front = ray_serve.get_replica_context().app_name, ray_serve.get_replica_context().replica_id.unique_id
         instruments, self._board = Instruments(front), PeerNotes[Snapshot](app, METRICS_BOARD, front)
-        self._door = OpenDoor() if config.auth.keys_file is None else Doorkeeper(Path(config.auth.keys_file))
+        self._authenticator = NoAuthentication() if config.auth.keys_file is None else KeyAuthenticator(Path(config.auth.keys_file))
         self._quotas = Quotas(num_fronts=lambda: self._board.num_peers + 1)
         names = [model.name for model in models]
         observers: list[Observer] = [RequestMetrics(instruments, names), self._quotas]
         if config.tracing.otlp_endpoint is not None:
-            from serve.tracing import tracing_to  # opentelemetry: an extra
+            from serve.tracing import otlp_tracing  # opentelemetry: an extra
 
-            observers.append(tracing_to(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
+            observers.append(otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
         self._catalog = Catalog([await self._offer(app, model, names, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
         self._board.publish_every(self._metrics.own, every_s=METRICS_EVERY_S)
-        self._doors = Doors(OncePerKey(self._catalog))
+        self._gate = DrainGate(IdempotentService(self._catalog))
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
-        self._ways = Ways(ray.get_runtime_context().get_node_id())
-        self._grpc = MantaServicer(self._doors, door=self._door)
-        self._admin = AdminServicer(self._doors, self._routers, door=self._door)
-        self._health = HealthServicer(self._doors.ready)
+        self._bypass = FrontEndpoint(ray.get_runtime_context().get_node_id())
+        self._grpc = MantaServicer(self._gate, authenticator=self._authenticator)
+        self._admin = AdminServicer(self._gate, self._routers, authenticator=self._authenticator)
+        self._health = HealthServicer(self._gate.ready)
         self._demand = PeerNotes[dict[str, Any]](app, DEMAND, front)
         if any(model.config.replicas.vary for model in models):  # otherwise there is no autoscaler to read it
             self._demand.publish_every(self._what_waits, every_s=DEMAND_EVERY_S)
@@ -219,15 +219,15 @@ class _Front:
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(
-            lambda: self._doors,
+            lambda: self._gate,
             limits=self._config.limits,
             metrics=lambda accept: self._metrics(accept),
-            door=lambda: self._door,
+            authenticator=lambda: self._authenticator,
             quota_headers=lambda caller: self._quotas.headers(caller),
             strict=self._config.http.strict,
             allowed_origins=self._config.http.allowed_origins,
             behind_ray=True,
-            ways=self._ways,
+            bypass=self._bypass,
         )
 
     async def __del__(self) -> None:
@@ -274,12 +274,16 @@ class _Front:
         return await self._admin.Drain(request, grpc_context)
 
     async def ChatStream(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        async with contextlib.aclosing(passed(self._grpc.ChatStream(request, grpc_context), grpc_context, self._ways)) as responses:
+        async with contextlib.aclosing(
+            send_past_ray(self._grpc.ChatStream(request, grpc_context), grpc_context, self._bypass)
+        ) as responses:
             async for response in responses:
                 yield response
 
     async def GenerateStream(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        async with contextlib.aclosing(passed(self._grpc.GenerateStream(request, grpc_context), grpc_context, self._ways)) as responses:
+        async with contextlib.aclosing(
+            send_past_ray(self._grpc.GenerateStream(request, grpc_context), grpc_context, self._bypass)
+        ) as responses:
             async for response in responses:
                 yield response
 

@@ -1,6 +1,6 @@
-"""Step 2 of a request: the door before the service. It counts who is inside, and can be closed to those who come.
+"""Step 2 of a request: counts the requests being answered, and refuses new ones while the server drains.
 
-While it is closed the server is not ready, so load balancers send elsewhere; what is inside goes on to its end.
+A draining server reports that it is not ready, so load balancers send elsewhere; requests already accepted run to their end.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -8,44 +8,44 @@ from contextlib import aclosing, contextmanager
 
 from serve.errors import Draining
 from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent
-from serve.service_api import Offers, Passing
+from serve.service_api import ServiceApi, ServiceWrapper
 
 
-class Doors(Passing):
-    """What both fronts ask, as long as it is open."""
+class DrainGate(ServiceWrapper):
+    """A service that can stop accepting requests."""
 
-    def __init__(self, inside: Offers) -> None:
-        super().__init__(inside)
+    def __init__(self, inner: ServiceApi) -> None:
+        super().__init__(inner)
         self.draining = False
         self.num_open = 0
         """Requests that are being answered."""
 
     def drain(self) -> None:
-        """Let nobody in."""
+        """Refuse new requests from now on."""
         self.draining = True
 
     def reopen(self) -> None:
         self.draining = False
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[TextEvent, None]:
-        with self._entered():
-            async with aclosing(self._inside.chat(request)) as events:
+        with self._count_open():
+            async with aclosing(self._inner.chat(request)) as events:
                 async for event in events:
                     yield event
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[TextEvent, None]:
-        with self._entered():
-            async with aclosing(self._inside.complete(request)) as events:
+        with self._count_open():
+            async with aclosing(self._inner.complete(request)) as events:
                 async for event in events:
                     yield event
 
     async def collect(self, request: ChatRequest | CompletionRequest) -> Result:
-        with self._entered():
-            return await self._inside.collect(request)
+        with self._count_open():
+            return await self._inner.collect(request)
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
-        with self._entered():
-            return await self._inside.embed(request)
+        with self._count_open():
+            return await self._inner.embed(request)
 
     def ready(self) -> bool:
         return not self.draining and super().ready()
@@ -54,7 +54,11 @@ class Doors(Passing):
         return {name: ready and not self.draining for name, ready in super().readiness().items()}
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _count_open(self) -> Iterator[None]:
+        """
+        Raises:
+            Draining: no new requests are accepted.
+        """
         if self.draining:
             raise Draining
         self.num_open += 1

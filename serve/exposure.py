@@ -1,4 +1,4 @@
-"""What whoever starts a server should know of who can reach it."""
+"""Warnings at the start of a server about who can reach it."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  (compared, not bound)
 
 
 def exposure(config: ServeConfig) -> list[str]:
-    """Sentences to be shown at the start; none where only this machine reaches the ports, or keys and TLS are set."""
+    """The warnings; none if only this machine can reach the ports, or keys and TLS are set."""
     fronts = {front: host for front, host in (("HTTP", config.http.host), ("gRPC", config.grpc.host)) if not is_loopback(host)}
     if not fronts:
         return []
@@ -25,7 +25,7 @@ def exposure(config: ServeConfig) -> list[str]:
 
 
 def _where(fronts: Mapping[str, str]) -> str:
-    """``fronts``: the address of each."""
+    """``fronts``: the address by front."""
     by_address: dict[str, list[str]] = {}
     for front, host in fronts.items():
         by_address.setdefault("every address of this machine" if host in EVERY_ADDRESS else host, []).append(front)

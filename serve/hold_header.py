@@ -1,9 +1,9 @@
-"""What a client is told of a wait for a replica to start: a header over HTTP, trailing metadata over gRPC."""
+"""Tells a client how long its request was held until a replica had started: a header over HTTP, trailing metadata over gRPC."""
 
-HELD = "x-manta-held-ms"
+HOLD_HEADER = "x-manta-held-ms"
 LEAST_S = 0.05
-"""Shorter waits are not told."""
+"""Shorter waits are not reported."""
 
 
-def held_headers(held_s: float) -> dict[str, str]:
-    return {HELD: str(round(held_s * 1000))} if held_s >= LEAST_S else {}
+def hold_headers(held_s: float) -> dict[str, str]:
+    return {HOLD_HEADER: str(round(held_s * 1000))} if held_s >= LEAST_S else {}

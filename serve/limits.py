@@ -1,4 +1,4 @@
-"""Step 2 of a request: how much a client may ask. Every number that bounds a request stands here and nowhere else."""
+"""Step 2 of a request: the limits of what a client may ask for. All of them are here."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Limits:
     """Checked by the fronts (sizes on the wire) and by `serve.validation` (values).
 
-    How many connections and HTTP/2 streams may be open is not among them: Ray Serve's proxy holds the sockets.
+    The number of open connections and HTTP/2 streams is not limited here: Ray Serve's proxy holds the sockets.
     """
 
     header_bytes: int = 16 * 1024
@@ -80,8 +80,8 @@ class Limits:
 
     @property
     def entries(self) -> Mapping[str, int]:
-        """Of lists and maps in a request, by the names that either front has for them: the most that are taken. Both look before they read
-        any element, of which four megabytes hold millions."""
+        """The most entries of lists and maps in a request, by their names in either front. Both fronts check them before they read an
+        entry, because a body of four megabytes can hold millions."""
         return {
             "messages": self.messages,
             "tools": self.tools,

@@ -1,6 +1,6 @@
-"""What a process of the server writes to its log: lines for people, or one JSON object each for programs.
+"""The log format of the server's processes: lines for people, or one JSON object per line for programs.
 
-No message has what clients wrote: none is made from it. A request is named by its id.
+No message contains text from clients. A request is named by its id.
 """
 
 import json
@@ -11,10 +11,10 @@ PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """time (RFC 3339, UTC), level, logger, message, and where there is one the error with its traceback."""
+    """time (RFC 3339, UTC), level, logger, message, pid, and the error with its traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, object] = {
+        fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -22,9 +22,9 @@ class JsonFormatter(logging.Formatter):
             "pid": record.process,
         }
         if record.exc_info and record.exc_info[0] is not None:
-            told["error"] = record.exc_info[0].__name__
-            told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False)
+            fields["error"] = record.exc_info[0].__name__
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 def formatter(kind: str) -> logging.Formatter:
@@ -33,7 +33,7 @@ def formatter(kind: str) -> logging.Formatter:
 
 
 def configure(level: str, kind: str) -> None:
-    """Send this process's log to stderr. To be called once, by a program's own process."""
+    """Send this process's log to stderr. Call it once, in the program's main process."""
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(kind))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""Several streams read as one, in order of arrival; none outlives the reader."""
+"""Reads several streams as one, in order of arrival. No stream outlives the reader."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -19,12 +19,12 @@ class _End:
     error: BaseException | None
 
 
-async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Items of all ``streams``. The first failure of one closes the others and is raised; so does closing this generator close all.
+async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of all ``streams``. The first failure closes the other streams and is raised; closing this generator closes all.
 
-    A slow reader slows the streams: at most one item of each waits here.
+    Gives backpressure: at most one item of each stream waits here.
     """
-    if len(streams) == 1:  # nearly every request: spares a task and a queue
+    if len(streams) == 1:  # nearly every request; saves a task and a queue
         async with aclosing(streams[0]) as only:
             async for item in only:
                 yield item

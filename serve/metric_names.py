@@ -1,6 +1,6 @@
-"""What /metrics tells: every name, what it counts, and the name under which dashboards made for vLLM look for it.
+"""All metrics: name, kind, labels, description, and the name under which dashboards made for vLLM look for it.
 
-One table, from which the instruments of `serve.metrics` and the page docs/metrics.md are made.
+The instruments of `serve.metrics` and the page docs/metrics.md are made from this table.
 """
 
 from collections.abc import Iterator
@@ -43,40 +43,40 @@ SECONDS = (
     320.0,
     640.0,
 )
-"""OpenTelemetry's boundaries for `gen_ai.server.time_to_first_token`, continued to what long queues and answers take."""
+"""OpenTelemetry's boundaries for `gen_ai.server.time_to_first_token`, extended to the times of long queues and answers."""
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
-"""OpenTelemetry's boundaries for `gen_ai.server.time_per_output_token`, continued both ways."""
+"""OpenTelemetry's boundaries for `gen_ai.server.time_per_output_token`, extended at both ends."""
 TOKENS = tuple(float(4**power) for power in range(11))
 """1 to 1,048,576, OpenTelemetry's boundaries for `gen_ai.client.token.usage`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One family. A counter's samples end in ``_total``, a histogram's in ``_bucket``, ``_sum`` and ``_count``."""
+    """A metric family. The samples of a counter end in ``_total``, those of a histogram in ``_bucket``, ``_sum`` and ``_count``."""
 
     name: str
     kind: Kind
-    says: str
+    description: str
     labels: tuple[str, ...]
     alias: str | None = None
-    """The name that vLLM's server gives to the same thing."""
+    """The name of the same metric in vLLM's server."""
     buckets: tuple[float, ...] = ()
 
 
-def _front(name: str, says: str, *labels: str, alias: str | None = None) -> Metric:
-    return Metric(name=name, kind=Kind.COUNTER, says=says, labels=(*FRONT, *labels), alias=alias)
+def _front(name: str, description: str, *labels: str, alias: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.COUNTER, description=description, labels=(*FRONT, *labels), alias=alias)
 
 
-def _times(name: str, says: str, alias: str | None = None, buckets: tuple[float, ...] = SECONDS) -> Metric:
-    return Metric(name=name, kind=Kind.HISTOGRAM, says=says, labels=FRONT, alias=alias, buckets=buckets)
+def _times(name: str, description: str, alias: str | None = None, buckets: tuple[float, ...] = SECONDS) -> Metric:
+    return Metric(name=name, kind=Kind.HISTOGRAM, description=description, labels=FRONT, alias=alias, buckets=buckets)
 
 
-def _gauge(name: str, says: str, *labels: str, alias: str | None = None) -> Metric:
-    return Metric(name=name, kind=Kind.GAUGE, says=says, labels=(*REPLICA, *labels), alias=alias)
+def _gauge(name: str, description: str, *labels: str, alias: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.GAUGE, description=description, labels=(*REPLICA, *labels), alias=alias)
 
 
-def _count(name: str, says: str, alias: str | None = None) -> Metric:
-    return Metric(name=name, kind=Kind.COUNTER, says=says, labels=REPLICA, alias=alias)
+def _count(name: str, description: str, alias: str | None = None) -> Metric:
+    return Metric(name=name, kind=Kind.COUNTER, description=description, labels=REPLICA, alias=alias)
 
 
 # --- measured by the fronts
@@ -88,7 +88,7 @@ GENERATION_TOKENS = _front("manta_generation_tokens", "Generated tokens sent to 
 CACHED_TOKENS = _front(
     "manta_prompt_tokens_cached", "Prompt tokens whose KV was found in a prefix cache.", alias="vllm:prompt_tokens_cached"
 )
-IN_PROGRESS = Metric(name="manta_requests_in_progress", kind=Kind.GAUGE, says="Requests that the front is processing.", labels=FRONT)
+IN_PROGRESS = Metric(name="manta_requests_in_progress", kind=Kind.GAUGE, description="Requests that the front is processing.", labels=FRONT)
 TIME_TO_FIRST_TOKEN = _times(
     "manta_time_to_first_token_seconds", "Time from a request's arrival to its first token.", "vllm:time_to_first_token_seconds"
 )
@@ -119,27 +119,29 @@ REQUEST_PROMPT_TOKENS = _times("manta_request_prompt_tokens", "Prompt tokens per
 REQUEST_GENERATION_TOKENS = _times(
     "manta_request_generation_tokens", "Generated tokens per request.", "vllm:request_generation_tokens", TOKENS
 )
-FRONT_READY = Metric(name="manta_front_ready", kind=Kind.GAUGE, says="1 while the front can have a request computed.", labels=("front",))
+FRONT_READY = Metric(
+    name="manta_front_ready", kind=Kind.GAUGE, description="1 while the front can have a request computed.", labels=("front",)
+)
 RESUMES = Metric(
     name="manta_resumes",
     kind=Kind.COUNTER,
-    says="Choices resumed on another replica, or on the same one again, by the reason of the loss.",
+    description="Choices resumed on another replica, or on the same one again, by the reason of the loss.",
     labels=("front", "reason"),
 )
 RESUMES_REFUSED = Metric(
     name="manta_resume_refused",
     kind=Kind.COUNTER,
-    says="Choices that ended with an error instead of being resumed: poisoned, quarantined, or no attempts or budget left.",
+    description="Choices that ended with an error instead of being resumed: poisoned, quarantined, or no attempts or budget left.",
     labels=("front", "reason"),
 )
 TOKENS_REPLAYED = Metric(
     name="manta_tokens_replayed",
     kind=Kind.COUNTER,
-    says="Tokens that had already been sent and were recomputed for resumed choices.",
+    description="Tokens that had already been sent and were recomputed for resumed choices.",
     labels=("front",),
 )
 
-# --- told by the replicas' engines
+# --- reported by the replicas' engines
 
 RUNNING = _gauge("manta_requests_running", "Running choices (they hold KV blocks).", alias="vllm:num_requests_running")
 WAITING = _gauge("manta_requests_waiting", "Choices waiting for KV blocks.", alias="vllm:num_requests_waiting")
@@ -196,7 +198,7 @@ a client.
 
 
 def page() -> str:
-    """docs/metrics.md."""
+    """The content of docs/metrics.md."""
     return "\n".join([ABOUT, *_section("Measured by the fronts", "front"), *_section("Reported by the replicas", "replica"), *_buckets()])
 
 
@@ -207,7 +209,7 @@ def _section(title: str, source: str) -> Iterator[str]:
             suffix = "_total" if metric.kind is Kind.COUNTER else ""
             alias = f"`{metric.alias}{suffix}`" if metric.alias else ""
             labels = ", ".join(f"`{label}`" for label in metric.labels)
-            yield f"| `{metric.name}{suffix}` | {alias} | {metric.kind} | {labels} | {metric.says} |"
+            yield f"| `{metric.name}{suffix}` | {alias} | {metric.kind} | {labels} | {metric.description} |"
     yield ""
 
 

@@ -1,6 +1,6 @@
-"""The instruments of one front, and the page that /metrics answers. The only prometheus_client in the tree.
+"""The instruments of one front, and rendering of the /metrics page. Only this module imports prometheus_client.
 
-What fronts tell each other is a `Snapshot`: plain tuples, so that it can be sent anywhere.
+Fronts exchange `Snapshot`s, which are plain tuples so that they can be sent anywhere.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,32 +24,32 @@ BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 
 
 class Instruments:
-    """What one front counts and measures. Not for several threads at once."""
+    """The counters, gauges and histograms of one front. Not thread-safe."""
 
     def __init__(self, front: str) -> None:
         self._front = front
         self._registry = CollectorRegistry(auto_describe=False)
-        self._made = {metric: self._make(metric) for metric in METRICS if "front" in metric.labels}
+        self._instruments = {metric: self._make(metric) for metric in METRICS if "front" in metric.labels}
 
     def count(self, metric: Metric, amount: float = 1.0, **labels: str) -> None:
-        instrument = self._made[metric]
+        instrument = self._instruments[metric]
         assert isinstance(instrument, Counter)
         instrument.labels(front=self._front, **labels).inc(amount)
 
     def add(self, metric: Metric, amount: float, **labels: str) -> None:
-        """Raise a gauge, or lower it by a negative amount."""
-        instrument = self._made[metric]
+        """Add to a gauge; the amount may be negative."""
+        instrument = self._instruments[metric]
         assert isinstance(instrument, Gauge)
         instrument.labels(front=self._front, **labels).inc(amount)
 
-    def show(self, metric: Metric, value: float, **labels: str) -> None:
+    def set(self, metric: Metric, value: float, **labels: str) -> None:
         """Set a gauge."""
-        instrument = self._made[metric]
+        instrument = self._instruments[metric]
         assert isinstance(instrument, Gauge)
         instrument.labels(front=self._front, **labels).set(value)
 
     def observe(self, metric: Metric, value: float, **labels: str) -> None:
-        instrument = self._made[metric]
+        instrument = self._instruments[metric]
         assert isinstance(instrument, Histogram)
         instrument.labels(front=self._front, **labels).observe(value)
 
@@ -58,25 +58,25 @@ class Instruments:
 
     def _make(self, metric: Metric) -> Counter | Gauge | Histogram:
         if metric.kind is Kind.HISTOGRAM:
-            return Histogram(metric.name, metric.says, metric.labels, registry=self._registry, buckets=metric.buckets)
+            return Histogram(metric.name, metric.description, metric.labels, registry=self._registry, buckets=metric.buckets)
         kind = Counter if metric.kind is Kind.COUNTER else Gauge
-        return kind(metric.name, metric.says, metric.labels, registry=self._registry)
+        return kind(metric.name, metric.description, metric.labels, registry=self._registry)
 
 
 def _samples(family: Family) -> Iterator[Sample]:
     for sample in family.samples:
         suffix = sample.name.removeprefix(family.name)
-        if suffix != "_created":  # a process's start time once for every series
+        if suffix != "_created":  # the time at which each series was created
             yield suffix, tuple(sample.labels.items()), float(sample.value)
 
 
 def replica_snapshot(record: ReplicaRecord) -> Snapshot:
-    """What a replica says of itself. Before its engine runs that is only whether it is ready."""
+    """What a replica reports about itself. Before its engine runs, only whether it is ready."""
     labels = (("model_name", record.model), ("replica", record.id))
-    told: list[tuple[Metric, tuple[tuple[str, str], ...], float]] = [(names.REPLICA_READY, (), float(record.ready))]
+    values: list[tuple[Metric, tuple[tuple[str, str], ...], float]] = [(names.REPLICA_READY, (), float(record.ready))]
     if record.stats is not None:
-        told += [(metric, (), value) for metric, value in _engine_values(record.stats).items()]
-        told += [(names.KV_BLOCKS, (("state", state),), value) for state, value in _blocks(record.stats).items()]
+        values += [(metric, (), value) for metric, value in _engine_values(record.stats).items()]
+        values += [(names.KV_BLOCKS, (("state", state),), value) for state, value in _blocks(record.stats).items()]
     if (capacity := record.capacity) is not None:
         shape = {
             "block_size": capacity.block_tokens,
@@ -84,9 +84,9 @@ def replica_snapshot(record: ReplicaRecord) -> Snapshot:
             "num_shards": capacity.num_shards,
             "max_model_len": capacity.max_context_tokens,
         }
-        told.append((names.CACHE_CONFIG, tuple((name, str(value)) for name, value in shape.items()), 1.0))
+        values.append((names.CACHE_CONFIG, tuple((name, str(value)) for name, value in shape.items()), 1.0))
     return tuple(
-        (metric.name, (("_total" if metric.kind is Kind.COUNTER else "", (*labels, *own), float(value)),)) for metric, own, value in told
+        (metric.name, (("_total" if metric.kind is Kind.COUNTER else "", (*labels, *own), float(value)),)) for metric, own, value in values
     )
 
 
@@ -115,26 +115,26 @@ def _blocks(stats: EngineStats) -> dict[str, int]:
 
 
 def render(snapshots: Iterable[Snapshot], accept: str = "") -> tuple[bytes, str]:
-    """The page and its Content-Type: OpenMetrics where ``accept`` asks for it, else the Prometheus text format."""
+    """The page and its Content-Type: OpenMetrics if ``accept`` asks for it, else the Prometheus text format."""
     encode, content_type = choose_encoder(accept)
     return encode(_Page(list(snapshots))), content_type
 
 
 class _Page:
-    """Each family once, with the samples of all snapshots; then once more under its alias."""
+    """A collector of every family with the samples of all snapshots, and once more under its alias."""
 
     def __init__(self, snapshots: Sequence[Snapshot]) -> None:
         self._samples: dict[str, list[Sample]] = {metric.name: [] for metric in METRICS}
         for snapshot in snapshots:
             for name, samples in snapshot:
-                if name in self._samples:  # a front of another version may know more
+                if name in self._samples:  # a front of another version may have other metrics
                     self._samples[name] += samples
 
     def collect(self) -> Iterator[Family]:
         for name, samples in self._samples.items():
             metric = BY_NAME[name]
-            for shown_as in filter(None, (metric.name, metric.alias)):
-                family = Family(shown_as, metric.says, metric.kind.value)
+            for family_name in filter(None, (metric.name, metric.alias)):
+                family = Family(family_name, metric.description, metric.kind.value)
                 for suffix, labels, value in samples:
-                    family.add_sample(shown_as + suffix, dict(labels), value)
+                    family.add_sample(family_name + suffix, dict(labels), value)
                 yield family

@@ -1,4 +1,4 @@
-"""What any front answers on /metrics: its own measures, those of the other fronts, and what the replicas say of themselves."""
+"""The /metrics page of any front: its own metrics, those of the other fronts, and those of the replicas."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from serve.metric_names import Metric
 from serve.metrics import Instruments, Snapshot, render, replica_snapshot
 
 METRICS_BOARD = "metrics"
-"""Where fronts pin their snapshots; see `cluster.peer_notes`."""
+"""The board on which fronts publish their snapshots; see `cluster.peer_notes`."""
 RESUME_METRICS = {
     "resumes_total": names.RESUMES,
     "resume_refused_total": names.RESUMES_REFUSED,
@@ -25,8 +25,8 @@ class OtherFronts(Protocol):
     async def peers(self) -> Sequence[Snapshot]: ...
 
 
-class SourceFacts(Protocol):
-    """What the page asks of a model's router."""
+class RouterFacts(Protocol):
+    """What the page needs of a model's router."""
 
     @property
     def resumes(self) -> ResumePolicy: ...
@@ -36,27 +36,28 @@ class SourceFacts(Protocol):
 
 
 class MetricsPage:
-    def __init__(self, instruments: Instruments, sources: Sequence[SourceFacts], others: OtherFronts) -> None:
-        """``sources``: one for each model."""
-        self._instruments, self._sources, self._others = instruments, sources, others
-        self._told: Counter[tuple[Metric, tuple[tuple[str, str], ...]]] = Counter()
+    def __init__(self, instruments: Instruments, routers: Sequence[RouterFacts], others: OtherFronts) -> None:
+        """``routers``: one for each model."""
+        self._instruments, self._routers, self._others = instruments, routers, others
+        self._counted: Counter[tuple[Metric, tuple[tuple[str, str], ...]]] = Counter()
 
     def own(self) -> Snapshot:
-        """This front's part, as the other fronts are told it."""
-        self._instruments.show(names.FRONT_READY, float(all(source.ready() for source in self._sources)))
-        self._tell_resumes()
+        """The snapshot of this front, which it also publishes for the other fronts."""
+        self._instruments.set(names.FRONT_READY, float(all(router.ready() for router in self._routers)))
+        self._count_resumes()
         return self._instruments.snapshot()
 
-    def _tell_resumes(self) -> None:
+    def _count_resumes(self) -> None:
+        """Adds what the routers have counted since the last time."""
         now: Counter[tuple[Metric, tuple[tuple[str, str], ...]]] = Counter()
-        for source in self._sources:
-            for sample in source.resumes.counts.samples():
+        for router in self._routers:
+            for sample in router.resumes.counts.samples():
                 now[RESUME_METRICS[sample.name], sample.labels] += int(sample.value)
         for (metric, labels), value in now.items():
-            self._instruments.count(metric, value - self._told[metric, labels], **dict(labels))
-        self._told = now
+            self._instruments.count(metric, value - self._counted[metric, labels], **dict(labels))
+        self._counted = now
 
     async def __call__(self, accept: str) -> tuple[bytes, str]:
-        """The page, in the format that the Accept header asks for, and its Content-Type."""
-        replicas = [replica_snapshot(record) for source in self._sources for record in source.replicas]
+        """The page, in the format that the Accept header ``accept`` asks for, and its Content-Type."""
+        replicas = [replica_snapshot(record) for router in self._routers for record in router.replicas]
         return render([self.own(), *await self._others.peers(), *replicas], accept)

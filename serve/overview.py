@@ -14,7 +14,7 @@ from cluster.peer_liveness import PeerStatus, probe_peer
 from serve import metric_names as names
 from serve.metrics import Snapshot
 from serve.metrics_page import METRICS_BOARD
-from serve.quantiles import Counts, counts_of
+from serve.quantiles import Counts, merge_counts
 
 ANSWER_S = 5.0
 """Timeout for Ray Serve's controller."""
@@ -89,8 +89,8 @@ def collect_overview() -> Overview:
         missing += _unheard(details.get("applications", {}).get(app, {}), {record.id for record in records}, hosts)
         for model in {record.model for record in records}:
             waits[app, model] = LatencyCounts(
-                first_token=counts_of(_samples(notes, names.TIME_TO_FIRST_TOKEN.name, model)),
-                next_token=counts_of(_samples(notes, names.INTER_TOKEN.name, model)),
+                first_token=merge_counts(_samples(notes, names.TIME_TO_FIRST_TOKEN.name, model)),
+                next_token=merge_counts(_samples(notes, names.INTER_TOKEN.name, model)),
             )
     http = details.get("http_options")
     return Overview(

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from cluster.directory import ReplicaRecord
 from serve.overview import HostView, Overview
-from serve.quantiles import Counts, quantile, since
+from serve.quantiles import Counts, counts_between, quantile
 from serve.terminal import Column, ColumnTable
 
 WINDOW_S = 10.0
@@ -38,7 +38,7 @@ class Window:
         before = self._looks[0][1].waits.get(key)
         if before is None or len(self._looks) < 2:
             return first_token, next_token
-        return since(first_token, before.first_token), since(next_token, before.next_token)
+        return counts_between(first_token, before.first_token), counts_between(next_token, before.next_token)
 
 
 def tables(seen: Overview, window: Window | None) -> Group:

@@ -1,4 +1,4 @@
-"""Step 13 of a request: the log-probabilities of a prompt come with one of its choices and are told by all."""
+"""Step 13 of a request: one choice computes the log-probabilities of a prompt, and all choices of that prompt report them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -11,18 +11,21 @@ FAILED = ("error", "cancelled")
 
 
 @dataclass(eq=False)
-class PromptScores:
-    """Those of one prompt."""
+class SharedPromptLogprobs:
+    """The log-probabilities of one prompt, once they are known."""
 
-    scorer: int
-    """The choice that asks the engine for them. The others find the prompt in the prefix cache, which one that asks must not use."""
+    scoring_choice: int
+    """The choice that asks the engine for them. It cannot use the prefix cache; so that the others can, they do not ask."""
     _logprobs: tuple[TokenLogprobs, ...] = ()
     _known: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def told_by(self, choice: int, stream: AsyncGenerator[TokenEvent, None]) -> AsyncGenerator[TokenEvent, None]:
-        """A choice's events, the first of them with the scores: the scorer's brings them, the others' wait for that. They are read all the
-        while, as a choice whose tokens nobody takes is one whose client does not read."""
-        if choice == self.scorer:
+    async def attach_to(self, choice: int, stream: AsyncGenerator[TokenEvent, None]) -> AsyncGenerator[TokenEvent, None]:
+        """The events of a choice, with the log-probabilities in the first one.
+
+        The events of the scoring choice bring them; those of the others wait for that. The waiting streams are read all the while: a
+        stream that nobody reads counts as one of a client that does not read (`SlowReader`).
+        """
+        if choice == self.scoring_choice:
             async for event in stream:
                 if event.offset == 0 and event.finish_reason not in FAILED:
                     self._logprobs = event.prompt_logprobs
@@ -43,10 +46,10 @@ class PromptScores:
             waiting = []
 
 
-def scores_of(choices: Sequence[Choice]) -> dict[int, PromptScores]:
-    """By number of the prompt, where choices that run are to tell of it: the first of them asks."""
-    scores: dict[int, PromptScores] = {}
+def shared_prompt_logprobs(choices: Sequence[Choice]) -> dict[int, SharedPromptLogprobs]:
+    """By index of the prompt, for prompts whose log-probabilities are wanted. The first of a prompt's choices computes them."""
+    shared: dict[int, SharedPromptLogprobs] = {}
     for choice in choices:
-        if choice.plan.prompt:
-            scores.setdefault(choice.plan.prompt_index, PromptScores(choice.plan.index))
-    return scores
+        if choice.settings.prompt:
+            shared.setdefault(choice.settings.prompt_index, SharedPromptLogprobs(choice.settings.index))
+    return shared

@@ -1,29 +1,29 @@
-"""Quantiles of histograms that count how many were at most so large, as Prometheus has them."""
+"""Quantiles of cumulative histograms, as Prometheus has them."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 Counts: TypeAlias = Mapping[float, float]
-"""Upper bound to how many were at most that; the last bound is infinite."""
+"""By upper bound, how many values were at most that; the last bound is infinite."""
 
 
-def counts_of(samples: Iterable[tuple[float, float]]) -> Counts:
-    """Several histograms with the same bounds, as one."""
+def merge_counts(samples: Iterable[tuple[float, float]]) -> Counts:
+    """The sum of histograms with the same bounds."""
     counts: dict[float, float] = defaultdict(float)
     for bound, count in samples:
         counts[bound] += count
     return dict(sorted(counts.items()))
 
 
-def since(now: Counts, before: Counts) -> Counts:
-    """What was counted in between. A process that began anew counts from the beginning."""
+def counts_between(now: Counts, before: Counts) -> Counts:
+    """What was counted in between. If a count has fallen, the process has restarted, and counts from zero."""
     return {bound: count if count < (old := before.get(bound, 0.0)) else count - old for bound, count in now.items()}
 
 
 def quantile(counts: Counts, share: float) -> float | None:
-    """Where ``share`` of all lie below, by a straight line within its bucket; None of nothing. In the last, infinite bucket its
-    lower bound, as nobody knows more.
+    """The value below which ``share`` of all values lie, interpolated linearly within its bucket; None if there are no values. In the
+    last, infinite bucket: its lower bound.
 
     {1: 0, 2: 10, inf: 10}, 0.5  ->  1.5
     """

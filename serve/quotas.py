@@ -1,7 +1,7 @@
-"""Step 2 of a request: how much one key may ask. Requests and tokens per minute, and requests at the same time.
+"""Step 2 of a request: quotas of a key. Requests per minute, tokens per minute, and concurrent requests.
 
-A bucket holds one minute's worth and fills steadily. Tokens are taken as they are computed, so a bucket can go below
-nothing; the key then waits until it has filled again. So nobody is refused for what a request might have cost.
+A bucket holds one minute's worth and fills continuously. Tokens are subtracted as they are computed, so a bucket can become negative;
+the key then waits until it has filled again. So no request is refused for what it might have cost.
 """
 
 import time
@@ -14,19 +14,19 @@ from serve.request import AnyRequest, TextEvent, Usage
 
 MINUTE_S = 60.0
 BUSY_RETRY_S = 1.0
-"""When to come again after being refused for too many requests at the same time."""
+"""When to retry after a refusal for too many concurrent requests."""
 
 
 @dataclass(slots=True)
 class Bucket:
-    """``level`` as of ``since_s``; ``limit`` a minute."""
+    """``level`` as of ``since_s``; ``limit`` is per minute."""
 
     limit: float
     level: float
     since_s: float
 
     def fill(self, now_s: float, limit: float) -> None:
-        """Up to now, and from now on at another limit if that has changed."""
+        """Fill up to ``now_s``, then continue with ``limit`` if it has changed."""
         if limit != self.limit:
             self.level *= limit / self.limit
             self.limit = limit
@@ -38,7 +38,7 @@ class Bucket:
 
 
 class _Account:
-    """One key on this front."""
+    """The use of one key on this front."""
 
     def __init__(self) -> None:
         self.requests: Bucket | None = None
@@ -62,8 +62,8 @@ def _filled(bucket: Bucket | None, limit: int | None, parts: int, now_s: float) 
 class Quotas:
     """An observer of requests that refuses those beyond their key's quota.
 
-    Of several fronts each gives out its part: ``num_fronts`` says how many there are. Who balances evenly over them gets the
-    whole quota.
+    Each of several fronts grants its share of a quota; ``num_fronts`` returns how many there are. A client that balances evenly over
+    them gets the whole quota.
     """
 
     def __init__(self, *, num_fronts: Callable[[], int] = lambda: 1, clock: Callable[[], float] = time.monotonic) -> None:
@@ -73,28 +73,28 @@ class Quotas:
     def begin(self, request: AnyRequest) -> "_Charge":
         """
         Raises:
-            QuotaExceeded: which quota, and when to come again.
+            QuotaExceeded: names the quota, and when to retry.
         """
         caller = request.caller
         account = self._account(caller)
-        self._refuse_excess(caller.quota, account)
+        self._check(caller.quota, account)
         if account.requests is not None:
             account.requests.level -= 1
         account.num_open += 1
         return _Charge(account)
 
     def headers(self, caller: Caller) -> Mapping[str, str]:
-        """What OpenAI's API tells of quotas with each answer; nothing where there are none."""
-        account, told = self._account(caller), {}
+        """The rate limit headers of OpenAI's API; empty without quotas."""
+        account, headers = self._account(caller), {}
         for name, bucket, whole in (
             ("requests", account.requests, caller.quota.requests_per_minute),
             ("tokens", account.tokens, caller.quota.tokens_per_minute),
         ):
             if bucket is not None:
-                told[f"x-ratelimit-limit-{name}"] = str(whole)
-                told[f"x-ratelimit-remaining-{name}"] = str(max(int(bucket.level * self._parts), 0))
-                told[f"x-ratelimit-reset-{name}"] = f"{bucket.seconds_until(bucket.limit):.3f}s"
-        return told
+                headers[f"x-ratelimit-limit-{name}"] = str(whole)
+                headers[f"x-ratelimit-remaining-{name}"] = str(max(int(bucket.level * self._parts), 0))
+                headers[f"x-ratelimit-reset-{name}"] = f"{bucket.seconds_until(bucket.limit):.3f}s"
+        return headers
 
     @property
     def _parts(self) -> int:
@@ -105,7 +105,7 @@ class Quotas:
         account.fill(caller.quota, self._parts, self._clock())
         return account
 
-    def _refuse_excess(self, quota: Quota, account: _Account) -> None:
+    def _check(self, quota: Quota, account: _Account) -> None:
         if quota.concurrency is not None and account.num_open >= -(-quota.concurrency // self._parts):
             raise QuotaExceeded("requests at the same time", limit=quota.concurrency, retry_after_s=BUSY_RETRY_S)
         if account.requests is not None and account.requests.level < 1:
@@ -119,7 +119,7 @@ class Quotas:
 
 
 class _Charge:
-    """One request's tokens, taken from its key's account as they come."""
+    """Subtracts the tokens of one request from the account of its key as they come."""
 
     def __init__(self, account: _Account) -> None:
         self._account = account

@@ -1,7 +1,7 @@
-"""Step 3 of a request: what a client asked, in one form for both fronts.
+"""The requests and results of the service, in one form for both fronts.
 
-The fronts fill these from JSON or protobuf without judging values; `serve.validation` judges them for both.
-None always means "the client did not say".
+The fronts fill the requests from JSON or protobuf without validating values; `serve.validation` validates them for both. None always
+means that the client did not set a field.
 """
 
 from collections.abc import Mapping
@@ -9,27 +9,27 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from engine.plan import PhaseTimes, TokenLogprobs
-from serve.caller import ANYONE, Caller
-from serve.request_timing import Ledger
+from serve.caller import ANONYMOUS, Caller
+from serve.request_timing import RequestTiming
 
 NO_PARAMETERS = '{"type": "object", "properties": {}, "additionalProperties": false}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseFormat:
-    """The form that an answer's text must have."""
+    """The format that the text of an answer must have."""
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     text: str = ""
-    """The schema as JSON, the expression, or the grammar."""
+    """The JSON schema, regular expression or grammar."""
     choices: tuple[str, ...] = ()
     param: str = "response_format"
-    """The client's field."""
+    """The client's field, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything about sampling and length that a client may say. Names are OpenAI's, then vLLM's."""
+    """What a client can set about sampling and length. The names are OpenAI's, otherwise vLLM's."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -47,18 +47,18 @@ class Options:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
-    """Number of alternatives; 0 = the sampled token only."""
+    """Number of alternatives; 0: only the sampled token."""
     format: ResponseFormat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """A function that the model may ask for."""
+    """A function that the model may call."""
 
     name: str
     description: str = ""
     parameters: str = NO_PARAMETERS
-    """Its arguments, as a JSON schema."""
+    """JSON schema of its arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """JSON, unless the answer was cut off at its length."""
+    """JSON, unless the answer was cut off at its maximum length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCallDelta:
-    """News of a call: its beginning (with id and name), or more of its arguments."""
+    """A part of a call: its beginning (with id and name), or more of its arguments."""
 
     index: int
     id: str | None = None
@@ -88,19 +88,19 @@ class Message:
     content: str
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
-    """Of an assistant's message."""
+    """In an assistant's message."""
     tool_call_id: str | None = None
-    """Of a tool's message: which call it answers."""
+    """In a tool's message: the call that it answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoFar:
-    """What a client has of one choice already, when it asks for the rest of an answer whose stream broke."""
+    """What a client already has of one choice, when it asks for the rest of an answer whose stream broke."""
 
     choice: int
     tokens: tuple[int, ...]
     finished: bool = False
-    """Nothing is left to send of it."""
+    """The client has the whole choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +111,10 @@ class ChatRequest:
     options: Options = field(default_factory=Options)
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
-    """"auto", "none", "required" (whichever), or "function" (the one called `tool_name`)."""
+    """"auto", "none", "required" (any), or "function" (the one named `tool_name`)."""
     tool_name: str | None = None
     allowed_tools: frozenset[str] | None = None
-    """Names of the only ones that the model is shown; None: all."""
+    """Names of the tools that the model is shown; None: all."""
     parallel_tool_calls: bool = True
     session: str = ""
     """See `serve.session`."""
@@ -126,14 +126,14 @@ class ChatRequest:
     deadline_s: float | None = None
     """Unix time."""
     arrived_s: float | None = None
-    """`time.monotonic` when its front began to read it; None: it is the service that sees it first."""
-    caller: Caller = ANYONE
+    """`time.monotonic` when the front began to read it; None: when it reaches the service."""
+    caller: Caller = ANONYMOUS
     trace: Mapping[str, str] = field(default_factory=dict)
     """See `serve.trace_context`."""
 
     @property
     def offered_tools(self) -> tuple[Tool, ...]:
-        """Those of its tools that the model is shown, and may call."""
+        """The tools that the model is shown and may call."""
         return tuple(tool for tool in self.tools if self.allowed_tools is None or tool.name in self.allowed_tools)
 
 
@@ -142,17 +142,17 @@ class CompletionRequest:
     request_id: str
     model: str
     prompts: tuple[str | tuple[int, ...], ...]
-    """Each answered with `n` choices; choice index = prompt index * n + choice, as OpenAI has it."""
+    """Each gets `n` choices; choice index = prompt index * n + choice, as in OpenAI's API."""
     options: Options = field(default_factory=Options)
     echo: bool = False
-    """The answer's text begins with the prompt's, and its log-probabilities, if any, with those of the prompt."""
+    """The answer begins with the prompt: its text, and its log-probabilities if they are wanted."""
     session: str = ""
     idempotency_key: str = ""
     so_far: tuple[SoFar, ...] = ()
     priority: int = 0
     deadline_s: float | None = None
     arrived_s: float | None = None
-    caller: Caller = ANYONE
+    caller: Caller = ANONYMOUS
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -163,13 +163,13 @@ class EmbeddingRequest:
     inputs: tuple[str | tuple[int, ...], ...]
     """One vector each."""
     dimensions: int | None = None
-    """Of each vector the first so many; None = all."""
+    """Length of the vectors, which are cut to it; None: all dimensions."""
     idempotency_key: str = ""
     session: str = ""
     priority: int = 0
     deadline_s: float | None = None
     arrived_s: float | None = None
-    caller: Caller = ANYONE
+    caller: Caller = ANONYMOUS
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -178,12 +178,12 @@ AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRequest:
-    """Which tokens a text, or a conversation, is for the model."""
+    """Asks for the tokens of a text or a conversation."""
 
     model: str
     input: str | tuple[Message, ...]
     add_special_tokens: bool = True
-    """Of a text: with the control tokens that the tokenizer itself puts around one. A conversation's come from its template."""
+    """Adds the control tokens that the tokenizer puts around a text. Those of a conversation come from its template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,52 +199,52 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class TextToken:
-    """One token with what `logprobs` asked for."""
+    """One token, with its log-probabilities if they are wanted."""
 
     id: int
     text: str
-    """The token alone; bytes that are no character by themselves show as U+FFFD."""
+    """The token alone; bytes that are not a whole character become U+FFFD."""
     raw: bytes
     logprobs: TokenLogprobs | None = None
     top: tuple[tuple[int, str, bytes, float], ...] = ()
     """(id, text, raw bytes, log-probability) of the alternatives."""
     of_text: bool = True
-    """Its bytes are part of the text: it is no control token, and not the one that ended the answer."""
+    """Its bytes are part of the text: it is not a control token, and not the one that ended the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEvent:
-    """Step 13: new text of one choice, its end, or both. Concatenated texts are the whole answer, never half a character."""
+    """New text of one choice, its end, or both. The texts of all events are the whole answer; no character is split."""
 
     choice: int
     text: str = ""
     tokens: tuple[TextToken, ...] = ()
-    """The tokens that this event's text came from (held-back text comes with a later token's event)."""
+    """The tokens of this event's text. If text is held back, its tokens come with a later event."""
     prompt_tokens: tuple[TextToken, ...] = ()
-    """In a choice's first event, where their log-probabilities were asked for; the first one has none, as nothing is before it."""
+    """In a choice's first event, if their log-probabilities are wanted. The first token has none, as nothing precedes it."""
     embedding: bytes | None = None
-    """float32, little-endian: all that a choice of an `EmbeddingRequest` gives, with its end. A choice is then an input."""
+    """For an `EmbeddingRequest`, where each input is a choice with this one event: its vector (float32, little-endian)."""
     tool_calls: tuple[ToolCallDelta, ...] = ()
-    """One for each call at most. What makes up calls is no part of `text`."""
+    """At most one for each call. The text of calls is not part of `text`."""
     finish_reason: str | None = None
-    """OpenAI's words: "stop", "length" or "tool_calls". A failure is raised, not reported here."""
+    """"stop", "length" or "tool_calls", as in OpenAI's API. A failure is raised instead."""
     stop_reason: str | int | None = None
-    """The stop string or stop token id that ended it; None for the model's own end of sequence."""
+    """The stop string or stop token id that ended the choice; None: the model's end of sequence."""
     usage: Usage | None = None
-    """Of the whole request, in the very last event of the stream only."""
+    """Of the whole request, only in the last event of the stream."""
     usage_so_far: Usage | None = None
     held_s: float = 0.0
-    """How long the choice waited for a replica to start, in its first event only."""
+    """How long the choice was held until a replica had started; only in its first event."""
     phase_times: PhaseTimes | None = None
-    """With a choice's end: its time in the engine that ended it."""
-    ledger: Ledger | None = None
-    """Of the whole request, in the very last event of the stream only."""
+    """In a choice's last event: its times in the engine."""
+    timing: RequestTiming | None = None
+    """Of the whole request, only in the last event of the stream."""
 
     def with_usage_so_far(self, usage: "Usage") -> "TextEvent":
-        """As `dataclasses.replace`, which takes ten times as long; there is one for every token."""
-        other = object.__new__(TextEvent)
-        other.__dict__.update(self.__dict__, usage_so_far=usage)
-        return other
+        """Like `dataclasses.replace`, which takes ten times as long. This runs for every token."""
+        copy = object.__new__(TextEvent)
+        copy.__dict__.update(self.__dict__, usage_so_far=usage)
+        return copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,14 +260,14 @@ class ChoiceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The whole answer of an unstreamed request."""
+    """The result of an unstreamed request."""
 
     request_id: str
     choices: tuple[ChoiceResult, ...]
     usage: Usage
     held_s: float = 0.0
-    """The longest that a choice waited for a replica to start."""
-    ledger: Ledger | None = None
+    """The longest that a choice was held until a replica had started."""
+    timing: RequestTiming | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,4 +278,4 @@ class EmbeddingResult:
     vectors: tuple[bytes, ...]
     usage: Usage
     held_s: float = 0.0
-    ledger: Ledger | None = None
+    timing: RequestTiming | None = None

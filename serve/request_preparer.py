@@ -1,4 +1,4 @@
-"""Step 3 of a request: its prompts become tokens, and its options sampling parameters."""
+"""Step 3 of a request: validates it, turns its prompts into tokens and its options into sampling parameters."""
 
 import dataclasses
 import secrets
@@ -11,36 +11,37 @@ from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, Message
 from serve.request_timing import Stopwatch
-from serve.structured.compiler import Compiles
-from serve.structured.grammar_source import Draft, compiled, draft_of
+from serve.structured.compiler import GrammarCompiler
+from serve.structured.grammar_source import GrammarSource, compile_grammar, grammar_source_of
 from serve.text.chat_template import ChatTemplate
 from serve.text.sandbox import TemplateRefused
-from serve.text.threads import beside_the_loop
+from serve.text.threads import run_in_thread_if_long
 from serve.text.tokenizer import Tokenizer
-from serve.token_source import may_fit
-from serve.tools.protocol import ProtocolName, plainly_rendered
-from serve.tools.request_tools import Toolbox, protocol_of
+from serve.token_source import check_could_fit
+from serve.tools.protocol import ProtocolName, render_without_tools
+from serve.tools.request_tools import RequestTools, choose_protocol
 from serve.validation import COMPLETION_MAX_TOKENS, Validator
 
 CHARS_PER_MESSAGE = 32
-"""A message takes about as long as so many more characters, however short it is."""
+"""Rendering a message costs about as much time as this many more characters, however short it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A request whose prompts are tokens."""
+class PreparedRequest:
+    """A valid request with what the engine needs. `prompts`, `echoes` and `sampling` have one entry per prompt."""
 
     request: ChatRequest | CompletionRequest
     prompts: Sequence[tuple[int, ...]]
+    """Token ids."""
     echoes: Sequence[str]
-    """What comes before the answer to each prompt."""
+    """Text that the answer begins with."""
     sampling: Sequence[SamplingParams]
     stopwatch: Stopwatch
-    toolbox: Toolbox | None = None
+    tools: RequestTools | None = None
 
 
-class Prompts:
-    """Of requests to one model."""
+class RequestPreparer:
+    """Prepares requests to one model."""
 
     def __init__(
         self,
@@ -49,80 +50,80 @@ class Prompts:
         validator: Validator,
         *,
         limits: Limits,
-        compilers: Compiles,
+        compiler: GrammarCompiler,
         tool_protocol: ProtocolName,
-        must_find_room: Callable[[ChatRequest | CompletionRequest], None],
+        check_admission: Callable[[ChatRequest | CompletionRequest], None],
     ) -> None:
-        """``must_find_room`` raises where a request is refused just now.
+        """``check_admission`` raises if the request is refused at the moment; it runs before anything that costs time.
 
         Raises:
             InvalidTokenizer: the model's chat template is damaged.
         """
         self._model, self._tokenizer, self._validator = model, tokenizer, validator
-        self._limits, self._compilers, self._must_find_room = limits, compilers, must_find_room
+        self._limits, self._compiler, self._check_admission = limits, compiler, check_admission
         self._template = ChatTemplate.from_folder(model.folder, tokenizer, seconds=limits.template_s, chars=limits.template_chars)
-        self.tool_protocol = protocol_of(tool_protocol, tokenizer, self._template.source if self._template else None)
+        self.tool_protocol = choose_protocol(tool_protocol, tokenizer, self._template.source if self._template else None)
 
-    async def of_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> Asked:
+    async def prepare_chat(self, request: ChatRequest, stopwatch: Stopwatch) -> PreparedRequest:
         """
         Raises:
-            ServeError, EngineError: it cannot be answered; nothing was asked of the engine.
+            ServeError, EngineError: it cannot be answered. The engine has not seen it.
         """
         self._validator.chat(request)
-        self._must_find_room(request)
-        toolbox = Toolbox.of(request, self.tool_protocol, self._limits)
-        ids = await self.of_messages(request.messages, toolbox)
+        self._check_admission(request)
+        tools = RequestTools.of(request, self.tool_protocol, self._limits)
+        ids = await self.encode_messages(request.messages, tools)
         sampling = self._resolve(request, len(ids), param="messages", max_tokens=None)
-        sampling = await self._guided(sampling, toolbox.draft if toolbox else self._draft(request))
-        return Asked(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch, toolbox=toolbox)
+        sampling = await self._with_grammar(sampling, tools.grammar_source if tools else self._grammar_source(request))
+        return PreparedRequest(request=request, prompts=[ids], echoes=[""], sampling=[sampling], stopwatch=stopwatch, tools=tools)
 
-    async def of_completion(self, request: CompletionRequest, stopwatch: Stopwatch) -> Asked:
-        """Raises as `of_chat`."""
+    async def prepare_completion(self, request: CompletionRequest, stopwatch: Stopwatch) -> PreparedRequest:
+        """Raises as `prepare_chat`."""
         self._validator.completion(request)
-        self._must_find_room(request)
+        self._check_admission(request)
         prompts = [await self._prompt_ids(prompt) for prompt in request.prompts]
         sampling = [self._resolve(request, len(ids), param="prompt", max_tokens=COMPLETION_MAX_TOKENS) for ids in prompts]
         top = self._validator.prompt_logprobs(request, sum(map(len, prompts)))
         sampling = [dataclasses.replace(one, prompt_logprobs=top) for one in sampling]
-        draft = self._draft(request)
-        return Asked(
+        source = self._grammar_source(request)
+        return PreparedRequest(
             request=request,
             prompts=prompts,
             echoes=[self._echo(prompt) if request.echo else "" for prompt in request.prompts],
-            sampling=[await self._guided(one, draft) for one in sampling],
+            sampling=[await self._with_grammar(one, source) for one in sampling],
             stopwatch=stopwatch,
         )
 
-    async def of_messages(self, conversation: Sequence[Message], toolbox: Toolbox | None) -> tuple[int, ...]:
-        """The ids of a conversation, and of the tools that it may use.
+    async def encode_messages(self, conversation: Sequence[Message], tools: RequestTools | None) -> tuple[int, ...]:
+        """The token ids of a conversation and of the tools that it may use.
 
         Raises:
-            ServeError: there is no template, or it does not take them; or they are too long.
+            ServeError: there is no chat template, or it does not accept the messages, or they are too long.
         """
         template = self._template
         if template is None:
             raise NotSupported("this model has no chat template (it is a base model); use completions instead", param="messages")
-        rendered = toolbox.rendered if toolbox else plainly_rendered(conversation)
+        rendered = tools.rendered if tools else render_without_tools(conversation)
         messages, prefix = rendered.messages, rendered.prefix
-        may_fit((prefix, *(message["content"] for message in messages)), self._tokenizer, self._model, param="messages")
+        check_could_fit((prefix, *(message["content"] for message in messages)), self._tokenizer, self._model, param="messages")
         num_chars = len(prefix) + sum(CHARS_PER_MESSAGE + len(message["content"]) for message in messages)
         try:
-            return tuple(await beside_the_loop(num_chars, lambda: template.encode(messages, prefix)))
+            return tuple(await run_in_thread_if_long(num_chars, lambda: template.encode(messages, prefix)))
         except TemplateRefused as refusal:
             raise InvalidRequest(str(refusal), param="messages") from refusal
 
-    def _draft(self, request: ChatRequest | CompletionRequest) -> Draft | None:
+    def _grammar_source(self, request: ChatRequest | CompletionRequest) -> GrammarSource | None:
         wanted = request.options.format
-        return None if wanted is None else draft_of(wanted, self._limits)
+        return None if wanted is None else grammar_source_of(wanted, self._limits)
 
-    async def _guided(self, sampling: SamplingParams, draft: Draft | None) -> SamplingParams:
-        return sampling if draft is None else dataclasses.replace(sampling, grammar=await compiled(draft, self._compilers))
+    async def _with_grammar(self, sampling: SamplingParams, source: GrammarSource | None) -> SamplingParams:
+        return sampling if source is None else dataclasses.replace(sampling, grammar=await compile_grammar(source, self._compiler))
 
     async def _prompt_ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt
-        may_fit([prompt], self._tokenizer, self._model, param="prompt")
-        return await beside_the_loop(len(prompt), lambda: self._tokenizer.encode(prompt))
+        check_could_fit([prompt], self._tokenizer, self._model, param="prompt")
+        return await run_in_thread_if_long(len(prompt), lambda: self._tokenizer.encode(prompt))
 
     def _echo(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)

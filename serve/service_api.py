@@ -1,4 +1,7 @@
-"""What both fronts ask: a `Service` for one model, a `Catalog` for several, `Doors` and `OncePerKey` before either."""
+"""The interface that the HTTP and gRPC fronts call.
+
+`Service` implements it for one model and `Catalog` for several; `DrainGate` and `IdempotentService` wrap either.
+"""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
@@ -8,8 +11,8 @@ from serve.model_facts import ModelFacts
 from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, EmbeddingResult, Result, TextEvent, TokenizeRequest
 
 
-class Offers(Protocol):
-    """See `Service`, which says of each what it does and raises."""
+class ServiceApi(Protocol):
+    """See `Service` for what each method does and raises."""
 
     @property
     def limits(self) -> Limits: ...
@@ -26,36 +29,36 @@ class Offers(Protocol):
     def readiness(self) -> Mapping[str, bool]: ...
 
 
-class Passing:
-    """Stands before what offers models, and passes on to it whatever is no request for an answer."""
+class ServiceWrapper:
+    """Base of the wrappers: forwards every call that they do not override."""
 
-    def __init__(self, inside: Offers) -> None:
-        self._inside = inside
+    def __init__(self, inner: ServiceApi) -> None:
+        self._inner = inner
 
     def ready(self) -> bool:
-        return self._inside.ready()
+        return self._inner.ready()
 
     def readiness(self) -> Mapping[str, bool]:
-        return self._inside.readiness()
+        return self._inner.readiness()
 
     @property
     def limits(self) -> Limits:
-        return self._inside.limits
+        return self._inner.limits
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingResult:
-        return await self._inside.embed(request)
+        return await self._inner.embed(request)
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
-        return await self._inside.tokenize(request)
+        return await self._inner.tokenize(request)
 
     async def detokenize(self, model: str, ids: Sequence[int]) -> str:
-        return await self._inside.detokenize(model, ids)
+        return await self._inner.detokenize(model, ids)
 
     async def token_texts(self, model: str, ids: Sequence[int]) -> tuple[str, ...]:
-        return await self._inside.token_texts(model, ids)
+        return await self._inner.token_texts(model, ids)
 
     def models(self) -> tuple[ModelFacts, ...]:
-        return self._inside.models()
+        return self._inner.models()
 
     def model(self, name: str) -> ModelFacts:
-        return self._inside.model(name)
+        return self._inner.model(name)

@@ -1,4 +1,4 @@
-"""Step 3 of a request, its end: what is put to the engine, and how its events are waited for."""
+"""Step 3 of a request, its end: the request to the engine, and how its events are awaited."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -13,16 +13,16 @@ from serve.request import AnyRequest
 from serve.text.tokenizer import Tokenizer
 
 DEADLINE_GRACE_S = 0.5
-"""The engine ends a request at its deadline; the service does so this much later if the engine did not."""
+"""The engine ends a request at its deadline. If it does not, the service does so this much later."""
 
 
 class TokenSource(Protocol):
-    """Answers engine requests with tokens: the router over replicas, or a scripted fake."""
+    """Answers engine requests with tokens: the router over a model's replicas, or a scripted fake."""
 
     def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The choice's events in order of offset, none twice; the last one has a ``finish_reason``. ``aclose`` cancels the choice.
 
-        A failure is either raised (an `EngineError`) or told by an event with ``finish_reason="error"``.
+        A failure is either raised (an `EngineError`) or an event with ``finish_reason="error"``.
         """
         ...
 
@@ -32,24 +32,25 @@ class TokenSource(Protocol):
 
 
 def engine_request(
-    asked: AnyRequest, choice: int, prompt: tuple[int, ...], sampling: SamplingParams, *, committed: tuple[int, ...] = ()
+    request: AnyRequest, choice: int, prompt: tuple[int, ...], sampling: SamplingParams, *, committed: tuple[int, ...] = ()
 ) -> Request:
+    """The engine's request for one choice. ``committed``: output tokens that the client already has."""
     return Request(
-        id=asked.request_id,
+        id=request.request_id,
         choice=choice,
         prompt=prompt,
         committed=committed,
         sampling=sampling,
-        salt=asked.caller.salt,
-        session=asked.session,
-        tenant=asked.caller.id,
-        share=asked.caller.share,
-        priority=asked.priority,
-        deadline_s=asked.deadline_s,
+        salt=request.caller.salt,
+        session=request.session,
+        tenant=request.caller.id,
+        share=request.caller.share,
+        priority=request.priority,
+        deadline_s=request.deadline_s,
     )
 
 
-def must_be_in_time(deadline_s: float | None, clock: Callable[[], float]) -> None:
+def check_deadline(deadline_s: float | None, clock: Callable[[], float]) -> None:
     """
     Raises:
         DeadlineExceeded: the deadline, in Unix time, has passed.
@@ -59,10 +60,10 @@ def must_be_in_time(deadline_s: float | None, clock: Callable[[], float]) -> Non
 
 
 async def next_event(stream: AsyncGenerator[TokenEvent, None], deadline_s: float | None, clock: Callable[[], float]) -> TokenEvent | None:
-    """None at the end of the stream.
+    """The next event; None at the end of the stream.
 
     Raises:
-        DeadlineExceeded: it has not come when the deadline, in Unix time, is over for a while.
+        DeadlineExceeded: none came until `DEADLINE_GRACE_S` after the deadline, in Unix time.
     """
     if deadline_s is None:
         return await anext(stream, None)
@@ -73,8 +74,8 @@ async def next_event(stream: AsyncGenerator[TokenEvent, None], deadline_s: float
         raise DeadlineExceeded("the deadline passed while the answer was computed") from error
 
 
-def may_fit(texts: Iterable[str], tokenizer: Tokenizer, model: ModelFacts, *, param: str) -> None:
-    """Megabytes that cannot fit are refused before they are tokenized, which takes seconds.
+def check_could_fit(texts: Iterable[str], tokenizer: Tokenizer, model: ModelFacts, *, param: str) -> None:
+    """Refuses texts that are too long for the context whatever their tokens are: tokenizing megabytes takes seconds.
 
     Raises:
         ContextLengthExceeded

@@ -1,6 +1,6 @@
-"""Step 1 of a request: which trace it is a part of, as the W3C's Trace Context has clients say it, in HTTP headers or gRPC metadata.
+"""Step 1 of a request: the trace that it belongs to, by the W3C's Trace Context in HTTP headers or gRPC metadata.
 
-Nothing is judged here: what is no such context is left out by whoever makes spans (`serve.tracing`).
+Nothing is validated here: `serve.tracing`, which makes the spans, ignores an invalid context.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 FIELDS = ("traceparent", "tracestate")
 
 
-def trace_of(said: Iterable[tuple[str, str | bytes]]) -> Mapping[str, str]:
-    """The fields of a trace among headers or metadata; of one that is there twice, which would be wrong, nothing."""
+def extract_trace(headers: Iterable[tuple[str, str | bytes]]) -> Mapping[str, str]:
+    """The trace fields among headers or metadata. A field that occurs twice, which is invalid, is left out."""
     found: dict[str, list[str]] = {}
-    for name, value in said:
+    for name, value in headers:
         if name.lower() in FIELDS:
             found.setdefault(name.lower(), []).append(value if isinstance(value, str) else value.decode("latin-1"))
     return {name: values[0] for name, values in found.items() if len(values) == 1}

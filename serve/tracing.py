@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of requests, by the conventions for generative AI. The only opentelemetry in the tree; off unless it is asked for.
+"""OpenTelemetry spans of requests, by the conventions for generative AI. Only this module imports opentelemetry; off by default.
 
-A span holds model, parameters, counts and times, never a prompt, an answer or a key. A client's trace (`traceparent`) goes on with
-it, and below it the engine's phases have spans of their own, written from what the engine told of them with its last event.
+A span holds model, parameters, counts and times, never a prompt, an answer or a key. It continues a client's trace (`traceparent`). The
+phases in the engine are child spans, made from the times that the engine reports with its last event.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from serve.errors import code_of
 from serve.request import AnyRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Options, TextEvent
 from serve.request_observer import Observer, RequestWatch
-from serve.request_timing import Ledger
+from serve.request_timing import RequestTiming
 from serve.version import version
 
 OPERATIONS = {ChatRequest: "chat", CompletionRequest: "text_completion", EmbeddingRequest: "embeddings"}
 PROPAGATOR = TraceContextTextMapPropagator()
-"""Of the W3C; a client's baggage is not taken over."""
+"""The W3C's. A client's baggage is not propagated."""
 
 
 class Tracing:
-    """An observer of requests; each makes one span."""
+    """An observer that makes one span for each request."""
 
     def __init__(self, provider: TracerProvider, models: Collection[str], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._provider, self._models, self._clock = provider, models, clock
@@ -38,12 +38,12 @@ class Tracing:
     def begin(self, request: AnyRequest) -> RequestWatch:
         operation = OPERATIONS[type(request)]
         since_s = 0.0 if request.arrived_s is None else self._clock() - request.arrived_s
-        model = request.model if request.model in self._models else "unknown"  # never what a client wrote
+        model = request.model if request.model in self._models else "unknown"  # never text from a client
         begun_ns = time.time_ns() - int(since_s * 1e9)
         parent = PROPAGATOR.extract(request.trace, context=Context())
         span = self._tracer.start_span(f"{operation} {model}", context=parent, kind=SpanKind.SERVER, start_time=begun_ns)
         options = Options() if isinstance(request, EmbeddingRequest) else request.options
-        asked = {
+        attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "manta",
             "gen_ai.request.model": model,
@@ -55,15 +55,15 @@ class Tracing:
             "gen_ai.request.choice.count": options.n,
             "manta.key": request.caller.id or None,
         }
-        span.set_attributes({name: value for name, value in asked.items() if value is not None})
-        return _Traced(self._tracer, span, begun_ns, self._clock, self._clock() - since_s)
+        span.set_attributes({name: value for name, value in attributes.items() if value is not None})
+        return _RequestSpan(self._tracer, span, begun_ns, self._clock, self._clock() - since_s)
 
     def close(self) -> None:
-        """Send what is still to be sent."""
+        """Export the remaining spans."""
         self._provider.shutdown()
 
 
-class _Traced:
+class _RequestSpan:
     def __init__(self, tracer: Tracer, span: Span, begun_ns: int, clock: Callable[[], float], begun_s: float) -> None:
         self._tracer, self._span, self._begun_ns, self._clock, self._begun_s = tracer, span, begun_ns, clock, begun_s
         self._has_token = False
@@ -79,17 +79,17 @@ class _Traced:
             self._span.set_attribute("gen_ai.usage.input_tokens", event.usage.prompt_tokens)
             self._span.set_attribute("gen_ai.usage.output_tokens", event.usage.completion_tokens)
             self._span.set_attribute("gen_ai.usage.cache_read.input_tokens", event.usage.cached_tokens)
-        if event.ledger is not None:
+        if event.timing is not None:
             for phase in ("front", "queue", "prefill", "decode", "network", "detokenise"):
-                self._span.set_attribute(f"manta.{phase}_s", getattr(event.ledger, f"{phase}_s"))
-            self._engine_spans(event.ledger)
+                self._span.set_attribute(f"manta.{phase}_s", getattr(event.timing, f"{phase}_s"))
+            self._engine_spans(event.timing)
 
-    def _engine_spans(self, ledger: Ledger) -> None:
-        """The way to the engine and back is not told apart: the phases begin when the front was done."""
-        within, at_s = set_span_in_context(self._span, Context()), ledger.front_s
-        for phase, spent_s in (("queue", ledger.queue_s), ("prefill", ledger.prefill_s), ("decode", ledger.decode_s)):
+    def _engine_spans(self, timing: RequestTiming) -> None:
+        """Child spans of the phases. The network time is not split into both ways: the phases begin when the front is done."""
+        parent, at_s = set_span_in_context(self._span, Context()), timing.front_s
+        for phase, spent_s in (("queue", timing.queue_s), ("prefill", timing.prefill_s), ("decode", timing.decode_s)):
             start_ns, end_ns = (self._begun_ns + int(s * 1e9) for s in (at_s, at_s + spent_s))
-            self._tracer.start_span(f"engine {phase}", context=within, start_time=start_ns).end(end_ns)
+            self._tracer.start_span(f"engine {phase}", context=parent, start_time=start_ns).end(end_ns)
             at_s += spent_s
 
     def ended(self) -> None:
@@ -97,14 +97,14 @@ class _Traced:
         self._span.end()
 
     def failed(self, error: BaseException) -> None:
-        left = isinstance(error, asyncio.CancelledError | GeneratorExit)
-        self._span.set_attribute("error.type", "client_left" if left else code_of(error))
-        self._span.set_status(Status(StatusCode.UNSET if left else StatusCode.ERROR))
+        disconnected = isinstance(error, asyncio.CancelledError | GeneratorExit)
+        self._span.set_attribute("error.type", "client_left" if disconnected else code_of(error))
+        self._span.set_status(Status(StatusCode.UNSET if disconnected else StatusCode.ERROR))
         self._span.end()
 
 
-def tracing_to(endpoint: str, models: Collection[str], *, ratio: float) -> Observer:
-    """Spans go to ``endpoint`` by OTLP over HTTP (…/v1/traces), in the background; ``ratio`` of the requests are traced."""
+def otlp_tracing(endpoint: str, models: Collection[str], *, ratio: float) -> Observer:
+    """Exports spans to ``endpoint`` by OTLP over HTTP (…/v1/traces) in the background. ``ratio``: the fraction of requests to trace."""
     resource = Resource.create({"service.name": "manta", "service.version": version()})
     provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

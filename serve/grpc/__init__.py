@@ -1,1 +1,1 @@
-"""The gRPC front: `manta.v1` over the service core. The only place that knows grpc."""
+"""The gRPC front: `manta.v1` over `serve.service`. Only this package imports grpc."""

@@ -1,4 +1,4 @@
-"""`manta.v1.AdminService`: what the server is, what it does, and two levers for whoever runs it."""
+"""`manta.v1.AdminService`: information about the server, its load, aborting a request, and draining."""
 
 import dataclasses
 import time
@@ -8,11 +8,11 @@ from typing import Protocol
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.directory import ReplicaRecord
-from serve.auth import OpenDoor
+from serve.auth import Authenticator, NoAuthentication
 from serve.caller import Scope
-from serve.drain_gate import Doors
+from serve.drain_gate import DrainGate
 from serve.errors import InvalidRequest
-from serve.grpc.auth import Admits, caller_of
+from serve.grpc.auth import caller_of
 from serve.grpc.errors import CallContext
 from serve.grpc.generated import admin_pb2, admin_pb2_grpc
 from serve.grpc.responses import model_message
@@ -21,64 +21,69 @@ from serve.version import version
 
 
 class Fleet(Protocol):
-    """The replicas of a model, as a front knows them; `cluster.router.Router` is one."""
+    """The replicas of a model, as a front knows them. `cluster.router.Router` is one."""
 
     @property
     def replicas(self) -> Sequence[ReplicaRecord]: ...
     def abort(self, request_id: str) -> int:
-        """End a request; how many of its choices were under way."""
+        """End a request. Returns how many of its choices were running."""
         ...
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
-        self, doors: Doors, fleets: Sequence[Fleet], *, door: Admits | None = None, clock: Callable[[], float] = time.time
+        self,
+        gate: DrainGate,
+        fleets: Sequence[Fleet],
+        *,
+        authenticator: Authenticator | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._doors, self._fleets, self._door = doors, fleets, door or OpenDoor()
+        self._gate, self._fleets, self._authenticator = gate, fleets, authenticator or NoAuthentication()
         self._started = Timestamp(seconds=int(clock()))
 
     async def GetServerInfo(self, request: admin_pb2.GetServerInfoRequest, context: CallContext) -> admin_pb2.GetServerInfoResponse:
         async def answer() -> admin_pb2.GetServerInfoResponse:
-            caller_of(context, self._door, Scope.ADMIN)
+            caller_of(context, self._authenticator, Scope.ADMIN)
             return admin_pb2.GetServerInfoResponse(
                 version=version(),
                 started=self._started,
-                models=[model_message(facts) for facts in self._doors.models()],
+                models=[model_message(facts) for facts in self._gate.models()],
                 replicas=[_replica(record) for record in self._records()],
-                limits={name: float(value) for name, value in dataclasses.asdict(self._doors.limits).items()},
-                draining=self._doors.draining,
+                limits={name: float(value) for name, value in dataclasses.asdict(self._gate.limits).items()},
+                draining=self._gate.draining,
             )
 
         return await answer_or_refuse(answer, admin_pb2.GetServerInfoResponse, context)
 
     async def GetLoad(self, request: admin_pb2.GetLoadRequest, context: CallContext) -> admin_pb2.GetLoadResponse:
         async def answer() -> admin_pb2.GetLoadResponse:
-            caller_of(context, self._door, Scope.ADMIN)
+            caller_of(context, self._authenticator, Scope.ADMIN)
             return admin_pb2.GetLoadResponse(
                 replicas=[_load(record) for record in self._records()],
-                open_requests=self._doors.num_open,
-                draining=self._doors.draining,
+                open_requests=self._gate.num_open,
+                draining=self._gate.draining,
             )
 
         return await answer_or_refuse(answer, admin_pb2.GetLoadResponse, context)
 
     async def Abort(self, request: admin_pb2.AbortRequest, context: CallContext) -> admin_pb2.AbortResponse:
         async def answer() -> admin_pb2.AbortResponse:
-            caller_of(context, self._door, Scope.ADMIN)
+            caller_of(context, self._authenticator, Scope.ADMIN)
             if not request.request_id:
-                raise InvalidRequest("say which request to end", param="request_id")
+                raise InvalidRequest("request_id is empty: name the request to end", param="request_id")
             return admin_pb2.AbortResponse(choices=sum(fleet.abort(request.request_id) for fleet in self._fleets))
 
         return await answer_or_refuse(answer, admin_pb2.AbortResponse, context)
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: CallContext) -> admin_pb2.DrainResponse:
         async def answer() -> admin_pb2.DrainResponse:
-            caller_of(context, self._door, Scope.ADMIN)
+            caller_of(context, self._authenticator, Scope.ADMIN)
             if request.undo:
-                self._doors.reopen()
+                self._gate.reopen()
             else:
-                self._doors.drain()
-            return admin_pb2.DrainResponse(open_requests=self._doors.num_open)
+                self._gate.drain()
+            return admin_pb2.DrainResponse(open_requests=self._gate.num_open)
 
         return await answer_or_refuse(answer, admin_pb2.DrainResponse, context)
 

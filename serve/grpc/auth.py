@@ -1,23 +1,17 @@
-"""Step 2 of a request, over gRPC: whose key the call's metadata shows."""
+"""Step 2 of a request over gRPC: the caller, by the key in the call's metadata."""
 
-from collections.abc import Sequence
-from typing import Protocol
-
+from serve.auth import Authenticator
 from serve.caller import Caller, Scope
 from serve.grpc.errors import CallContext
 
 
-class Admits(Protocol):
-    """`serve.auth.Doorkeeper` is one."""
-
-    def admit(self, credentials: Sequence[str], scope: Scope | None = None) -> Caller: ...
-
-
-def caller_of(context: CallContext, door: Admits, scope: Scope | None = None) -> Caller:
+def caller_of(context: CallContext, authenticator: Authenticator, scope: Scope | None = None) -> Caller:
     """
     Raises:
-        NotAuthenticated, NotAllowed: as `Admits.admit` says.
+        NotAuthenticated, NotAllowed: see `Authenticator.authenticate`.
     """
     metadata = context.invocation_metadata() or ()
-    shown = [value if isinstance(value, str) else value.decode("latin-1") for key, value in metadata if key.lower() == "authorization"]
-    return door.admit(shown, scope)
+    credentials = [
+        value if isinstance(value, str) else value.decode("latin-1") for key, value in metadata if key.lower() == "authorization"
+    ]
+    return authenticator.authenticate(credentials, scope)

@@ -1,7 +1,8 @@
-"""Streams past Ray over gRPC: both ends of `serve.bypass`, around a handler of Ray Serve's proxy and around a front's method.
+"""The two ends of `serve.bypass` over gRPC: around a handler of Ray Serve's proxy, and around a streaming method of a front.
 
-Ray hands on messages whole and unread, with the state of the call (code, trailers) beside each. So a beginning and an end travel as
-messages of their own, which no client is given: they start with a zero byte, and no message of protobuf does, as it has no field 0.
+Ray forwards each message whole and unread, together with the state of the call (code, trailers). So the beginning and the end of a
+response travel as messages of their own, which are not sent to the client. They start with a zero byte, which no protobuf message
+does, as there is no field 0.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from google.protobuf.message import Message
 
 import serve.bypass
 from cluster.bypass import IncomingStream, PiecesLost
-from serve.bypass import HEADER, Passages, Ways
+from serve.bypass import HEADER, FrontEndpoint, ProxyEndpoint
 from serve.errors import FrontLost
 from serve.grpc.errors import CallContext, refuse
 
@@ -25,32 +26,32 @@ SIGNAL = re.compile(rb"\0(begin|end) (\d+)")
 
 
 @dataclass(frozen=True)
-class Signal:
-    """From a front to the proxy, in place of a message."""
+class BypassSignal:
+    """Sent by a front to the proxy in place of a message."""
 
     word: str
     """begin or end."""
     number: int
-    """Of the answer (`cluster.bypass.new_answer_number`), or how many pieces there were."""
+    """begin: the response's number (`cluster.bypass.new_answer_number`); end: how many pieces there were."""
 
-    def SerializeToString(self) -> bytes:  # Ray Serve asks a message for it
+    def SerializeToString(self) -> bytes:  # Ray Serve calls it, as on any message
         return b"\0%s %d" % (self.word.encode(), self.number)
 
     @classmethod
-    def of(cls, raw: bytes) -> "Signal | None":
-        """None for a message."""
-        told = SIGNAL.fullmatch(raw)
-        return None if told is None else cls(told[1].decode(), int(told[2]))
+    def parse(cls, raw: bytes) -> "BypassSignal | None":
+        """None if ``raw`` is a message."""
+        found = SIGNAL.fullmatch(raw)
+        return None if found is None else cls(found[1].decode(), int(found[2]))
 
 
-class Introduced:
-    """A call's context, with what the proxy tells the front among the client's metadata, and nothing of that name that the client sent."""
+class ContextWithHeader:
+    """A call's context whose metadata has the proxy's `HEADER`, in place of whatever the client sent under that name."""
 
-    def __init__(self, context: Any, told: str | None) -> None:
+    def __init__(self, context: Any, header: str | None) -> None:
         self._context = context
         self._metadata = [(key, value) for key, value in context.invocation_metadata() or () if key != HEADER]
-        if told is not None:
-            self._metadata.append((HEADER, told))
+        if header is not None:
+            self._metadata.append((HEADER, header))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -59,60 +60,60 @@ class Introduced:
         return self._metadata
 
 
-def past_ray(handler: grpc.RpcMethodHandler, passages: Passages) -> grpc.RpcMethodHandler:
-    """In the proxy: the handler, whose streams hand on what comes by the socket as if it had come by Ray."""
+def receive_past_ray(handler: grpc.RpcMethodHandler, endpoint: ProxyEndpoint) -> grpc.RpcMethodHandler:
+    """In the proxy: the handler, whose streams also send what comes over the socket."""
     if handler.request_streaming or not handler.response_streaming:
         return handler
-    return handler._replace(unary_stream=_handing_on(handler.unary_stream, passages))
+    return handler._replace(unary_stream=_receiving(handler.unary_stream, endpoint))
 
 
-def _handing_on(stream: Stream, passages: Passages) -> Stream:
+def _receiving(stream: Stream, endpoint: ProxyEndpoint) -> Stream:
     async def unary_stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
-        passage = passages.open()
-        messages = stream(request, Introduced(context, None if passage is None else passages.told(passage)))
+        passage = endpoint.open()
+        messages = stream(request, ContextWithHeader(context, None if passage is None else endpoint.header_value(passage)))
         if passage is None:
             async for message in messages:
                 yield message
             return
-        following: asyncio.Task[bool] | None = None
+        waiting_for_end: asyncio.Task[bool] | None = None
         try:
             async for message in messages:
-                if (begun := Signal.of(message)) is not None:
-                    passage.begin(begun.number)
+                if (begin := BypassSignal.parse(message)) is not None:
+                    passage.begin(begin.number)
                     break
                 yield message
             else:
                 return
-            following = asyncio.create_task(_until_end(messages, passage))
+            waiting_for_end = asyncio.create_task(_wait_for_end(messages, passage))
             num_taken = 0
             while pieces := await passage.take(num_taken, serve.bypass.LATE_S):
                 for piece in pieces:
                     num_taken += 1
                     yield piece
-            has_end = await following
-            await _exhaust(messages)  # a proxy that is to go waits for streams that are open with Ray, so not before
+            has_end = await waiting_for_end
+            await _exhaust(messages)  # a proxy that shuts down waits for streams that are open with Ray, so not before
             if not has_end and context.code() in (None, grpc.StatusCode.OK):
                 raise PiecesLost(f"{num_taken} pieces and no end came")
         except PiecesLost as lost:
-            passages.pause(str(lost))
-            await _exhaust(messages)  # it says that all is well
+            endpoint.pause(str(lost))
+            await _exhaust(messages)  # it sets the status OK, which is replaced below
             refuse(context, FrontLost(), "")
         finally:
             passage.close()
-            if following is not None and not following.done():  # so Ray cancels the call behind it
-                following.cancel()
-                await asyncio.wait([following])
+            if waiting_for_end is not None and not waiting_for_end.done():  # this is how Ray learns to cancel the call behind it
+                waiting_for_end.cancel()
+                await asyncio.wait([waiting_for_end])
 
     return unary_stream
 
 
-async def _until_end(messages: AsyncGenerator[bytes, None], passage: IncomingStream) -> bool:
-    """Tells the passage of the end when it comes by Ray; False if none does, as none comes of a front that is lost."""
+async def _wait_for_end(messages: AsyncGenerator[bytes, None], passage: IncomingStream) -> bool:
+    """Passes the end to the passage when it comes through Ray. False if none comes, as when the front is lost."""
     try:
         async for message in messages:
-            if (told := Signal.of(message)) is None or told.word != "end":
-                raise _out_of_turn()
-            passage.end_after(told.number)
+            if (signal := BypassSignal.parse(message)) is None or signal.word != "end":
+                raise _unexpected_message()
+            passage.end_after(signal.number)
             return True
         return False
     finally:
@@ -120,30 +121,32 @@ async def _until_end(messages: AsyncGenerator[bytes, None], passage: IncomingStr
 
 
 async def _exhaust(messages: AsyncGenerator[bytes, None]) -> None:
-    """Nothing comes of them any more but their end."""
+    """Reads to the end; no message may come any more."""
     async for _ in messages:
-        raise _out_of_turn()
+        raise _unexpected_message()
 
 
-def _out_of_turn() -> RuntimeError:
-    return RuntimeError("a message came by Ray where those of this answer pass it")
+def _unexpected_message() -> RuntimeError:
+    return RuntimeError("a message came through Ray although this response uses the bypass")
 
 
-async def passed(responses: AsyncGenerator[Message, None], context: CallContext, ways: Ways) -> AsyncGenerator[Message | Signal, None]:
-    """In the front: what Ray is given of a stream, and the rest to the proxy where there is a way."""
-    way = ways.as_told([value for key, value in context.invocation_metadata() or () if key == HEADER])
+async def send_past_ray(
+    responses: AsyncGenerator[Message, None], context: CallContext, bypass: FrontEndpoint
+) -> AsyncGenerator[Message | BypassSignal, None]:
+    """In the front: yields what goes through Ray, and sends the messages to the proxy directly where it can be reached."""
+    stream = bypass.stream_for([value for key, value in context.invocation_metadata() or () if key == HEADER])
     async with aclosing(responses):
-        if way is None:
+        if stream is None:
             async for response in responses:
                 yield response
             return
-        yield Signal("begin", way.answer)
+        yield BypassSignal("begin", stream.answer)
         num_pieces = 0
         async for response in responses:
             try:
-                way.put(response.SerializeToString())
+                stream.put(response.SerializeToString())
             except PiecesLost:
-                refuse(context, FrontLost(), "")  # the status, should the proxy still live
+                refuse(context, FrontLost(), "")  # sets the status, in case the proxy still lives
                 raise
             num_pieces += 1
-        yield Signal("end", num_pieces)
+        yield BypassSignal("end", num_pieces)

@@ -1,7 +1,7 @@
-"""Errors as gRPC says them: a canonical code, and google.rpc details in `grpc-status-details-bin`.
+"""Errors over gRPC: a canonical code, and google.rpc details in `grpc-status-details-bin`.
 
-A failed call sets code, details and trailing metadata on its context and then *returns*: behind Ray Serve's proxy a
-raised error loses them, and on a plain server it would show its text to the client.
+A failed call sets code, details and trailing metadata on its context and then *returns*. Behind Ray Serve's proxy a raised error
+would lose them, and on a plain server its text would be shown to the client.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ from serve.grpc.generated import messages_pb2
 DOMAIN = "manta"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_BYTES = 512
-"""It travels three times in the trailers (twice in base64, once percent-encoded), and clients take 8 KiB of them."""
+"""The message is in the trailers three times (twice in base64, once percent-encoded), and clients accept 8 KiB of trailers."""
 
 
 class CallContext(Protocol):
-    """What `grpc.aio.ServicerContext` and `RayServegRPCContext` have in common and we use."""
+    """The methods that we use and that both `grpc.aio.ServicerContext` and Ray Serve's `RayServegRPCContext` have."""
 
     def invocation_metadata(self) -> Iterable[tuple[str, str]]: ...
 
@@ -36,13 +36,13 @@ class CallContext(Protocol):
 
 
 def refuse(context: CallContext, error: Exception, request_id: str) -> messages_pb2.Error:
-    """Let the call end with `error`; given back as a stream's last event.
+    """Sets the call's status to `error`, and returns it as the last event of a stream.
 
-    A stream must send that event: Ray Serve hands the context to its proxy together with a message, never alone.
+    A stream must send that event: Ray Serve passes the context to its proxy only together with a message.
     """
     body = describe(error)
     code = grpc.StatusCode[body.grpc_code]
-    message = _cut(body.message)
+    message = _truncate(body.message)
     status = Status(code=code.value[0], message=message)
     for detail in _details(body, message, request_id):
         packed = Any()
@@ -80,6 +80,6 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def _cut(message: str) -> str:
-    """The message, or as much of its beginning as fits; never half a character."""
+def _truncate(message: str) -> str:
+    """The message, or its beginning, within `MAX_MESSAGE_BYTES`; no character is cut in half."""
     return message.encode(errors="replace")[:MAX_MESSAGE_BYTES].decode(errors="ignore")

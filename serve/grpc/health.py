@@ -1,4 +1,4 @@
-"""`grpc.health.v1`, answered from the service's own readiness at every asking, so that it is never out of date."""
+"""`grpc.health.v1`, answered from the service's readiness at the time of each call, so that it is never out of date."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -13,7 +13,7 @@ from serve.grpc.generated import admin_pb2, service_pb2
 MANTA = service_pb2.DESCRIPTOR.services_by_name["MantaService"].full_name
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 KNOWN = ("", MANTA, ADMIN)
-"""Services one may ask about; "" means the server."""
+"""The services that can be asked about; "" is the server."""
 
 
 class HealthServicer(HealthBase):  # type: ignore[misc]
@@ -27,12 +27,12 @@ class HealthServicer(HealthBase):  # type: ignore[misc]
         return HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: HealthCheckRequest, context: CallContext) -> AsyncGenerator[HealthCheckResponse, None]:
-        told = None
+        sent = None
         while True:
             status = self._status(request.service)
-            if status != told:
+            if status != sent:
                 yield HealthCheckResponse(status=status)
-                told = status
+                sent = status
             await asyncio.sleep(self._watch_interval_s)
 
     async def List(self, request: HealthListRequest, context: CallContext) -> HealthListResponse:

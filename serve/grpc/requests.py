@@ -1,4 +1,4 @@
-"""Step 1 of a request over gRPC: from protobuf to what the service takes. Values are judged there, for both fronts."""
+"""Step 1 of a request over gRPC: protobuf messages become the requests of `serve.request`. The service validates their values."""
 
 from collections.abc import Iterable
 
@@ -22,10 +22,10 @@ from serve.request import (
 )
 
 NESTED = frozenset({"request", "options", "response_format", "choices", "conversation"})
-"""Fields that hold messages with such lists."""
-SPELT = {"prompts": "prompt", "inputs": "input", "texts": "response_format", "token_ids": "tokens"}
-"""As OpenAI has it, where that is another name."""
-SAID_OR_NOT = (
+"""Fields whose messages contain lists or maps with limits."""
+OPENAI_NAMES = {"prompts": "prompt", "inputs": "input", "texts": "response_format", "token_ids": "tokens"}
+"""OpenAI's names of fields, where they differ."""
+OPTIONAL = (
     "temperature",
     "top_p",
     "top_k",
@@ -39,24 +39,24 @@ SAID_OR_NOT = (
     "min_tokens",
     "logprobs",
 )
-"""Options of one value, which are None where the client did not say."""
+"""Scalar options, which are None if the client did not set them."""
 
 
 def check_counts(message: AnyMessage, limits: Limits) -> None:
-    """See `Limits.entries`.
+    """Checks `Limits.entries`.
 
     Raises:
-        InvalidRequest: more of something than is taken.
+        InvalidRequest: a list or map has too many entries.
     """
     entries = limits.entries
     for field, value in message.ListFields():
         if field.name in entries:
-            param, limit = SPELT.get(field.name, field.name), entries[field.name]
+            param, limit = OPENAI_NAMES.get(field.name, field.name), entries[field.name]
             if len(value) > limit:
-                raise InvalidRequest(f"{param} has {len(value)} entries, and at most {limit} are taken", param=param)
+                raise InvalidRequest(f"{param} has {len(value)} entries, and at most {limit} are allowed", param=param)
             for number, one in enumerate(value if field.name == "messages" else ()):
                 if len(one.tool_calls) > limits.tool_calls:
-                    raise InvalidRequest(f"at most {limits.tool_calls} calls are taken", param=f"messages[{number}].tool_calls")
+                    raise InvalidRequest(f"at most {limits.tool_calls} calls are allowed", param=f"messages[{number}].tool_calls")
         elif field.name in NESTED:
             check_counts(value, limits)
 
@@ -121,7 +121,7 @@ def tokenize_request(message: service_pb2.TokenizeRequest) -> TokenizeRequest:
     """
     kind = message.WhichOneof("input")
     if kind is None:
-        raise InvalidRequest("say a text or a conversation to tokenize", param="input")
+        raise InvalidRequest("the request has nothing to tokenize: set text or conversation", param="input")
     conversation = tuple(_message(one) for one in message.conversation.messages)
     return TokenizeRequest(
         model=message.model,
@@ -135,9 +135,9 @@ def parse_so_far(messages: Iterable[messages_pb2.SoFar]) -> tuple[SoFar, ...]:
 
 
 def parse_options(message: messages_pb2.Options) -> Options:
-    said = {name: getattr(message, name) for name in SAID_OR_NOT if message.HasField(name)}
+    given = {name: getattr(message, name) for name in OPTIONAL if message.HasField(name)}
     return Options(
-        **said,
+        **given,
         logit_bias=tuple(sorted(message.logit_bias.items())),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
@@ -159,7 +159,7 @@ def _format(message: messages_pb2.ResponseFormat) -> ResponseFormat | None:
         case "grammar":
             return ResponseFormat(kind="grammar", text=message.grammar)
         case _:
-            raise InvalidRequest("response_format says no form", param="response_format")
+            raise InvalidRequest("response_format is empty: set one of its fields", param="response_format")
 
 
 def _tool(message: messages_pb2.Tool) -> Tool:
@@ -168,7 +168,7 @@ def _tool(message: messages_pb2.Tool) -> Tool:
 
 
 def _tool_choice(message: messages_pb2.ToolChoice) -> str:
-    """A mode that this server does not know is one that the service will refuse."""
+    """A mode that this server does not know becomes one that the service refuses."""
     if message.WhichOneof("choice") == "function":
         return "function"
     known = messages_pb2.ToolChoiceMode.DESCRIPTOR.values_by_number.get(message.mode)
@@ -187,7 +187,7 @@ def _message(message: messages_pb2.Message) -> Message:
 
 
 def _role(value: int) -> str:
-    """ROLE_USER as "user"; what this server does not know as a role that the service will refuse by name."""
+    """ROLE_USER becomes "user". A role that this server does not know becomes its number, which the service refuses."""
     known = messages_pb2.Role.DESCRIPTOR.values_by_number.get(value)
     return known.name.removeprefix("ROLE_").lower() if known else str(value)
 

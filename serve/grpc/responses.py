@@ -1,4 +1,4 @@
-"""Step 14 of a request over gRPC: from what the service gives to protobuf."""
+"""Step 14 of a request over gRPC: the service's results and events become protobuf messages."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -60,14 +60,14 @@ def model_message(facts: ModelFacts) -> messages_pb2.Model:
 
 
 class StreamWriter:
-    """The stream of one request: counts each choice's tokens, so that deltas say their place and finishes their total."""
+    """Converts the events of one request. Counts the tokens of each choice: a delta has their offset, a finish their total."""
 
     def __init__(self, so_far: Iterable[SoFar] = ()) -> None:
-        """``so_far``: what the client has already."""
-        self._num_tokens: Counter[int] = Counter({had.choice: len(had.tokens) for had in so_far})
+        """``so_far``: what the client already has."""
+        self._num_tokens: Counter[int] = Counter({received.choice: len(received.tokens) for received in so_far})
 
     def events(self, event: TextEvent) -> Iterator[dict[str, object]]:
-        """One field of the response's `event` at a time, by name: delta, finish, usage, whichever there are."""
+        """The response's `event` fields in order, each by name: delta, finish and usage, whichever there are."""
         if event.text or event.tokens or event.tool_calls or event.prompt_tokens:
             yield {"delta": self._delta(event)}
         if event.finish_reason is not None:
@@ -118,7 +118,7 @@ def _ids(tokens: Iterable[TextToken]) -> list[int]:
 
 
 def _logprobs(tokens: Iterable[TextToken]) -> list[messages_pb2.TokenLogprob]:
-    """Of the tokens that have them."""
+    """For the tokens that have log-probabilities."""
     return [
         messages_pb2.TokenLogprob(
             token_id=token.id,

@@ -1,4 +1,4 @@
-"""Step 14 of a request over gRPC, in the proxy: a client that reads nothing of its stream is left after a while."""
+"""Step 14 of a request over gRPC, in the proxy: ends the stream of a client that does not read it."""
 
 import asyncio
 import contextlib
@@ -11,51 +11,53 @@ SLICES = 20
 Stream = Callable[[Any, Any], AsyncGenerator[Any, None]]
 
 
-def leaving_slow(handler: grpc.RpcMethodHandler, limit_s: float) -> grpc.RpcMethodHandler:
-    """The handler, whose streams end where a message is not taken within ``limit_s``: the client's window of flow control is full, and it
-    does not read. The source is cancelled as if the client had left; should the client read again, an error is what comes next."""
-    return handler if handler.unary_stream is None else handler._replace(unary_stream=_leaving(handler.unary_stream, limit_s))
+def abort_slow_clients(handler: grpc.RpcMethodHandler, limit_s: float) -> grpc.RpcMethodHandler:
+    """The handler, whose streams end if a message is not taken within ``limit_s`` (the client's flow-control window is full, and it does
+    not read). The source is cancelled as if the client had disconnected. If the client reads again, it gets an error."""
+    return handler if handler.unary_stream is None else handler._replace(unary_stream=_aborting(handler.unary_stream, limit_s))
 
 
-def _leaving(stream: Stream, limit_s: float) -> Stream:
+def _aborting(stream: Stream, limit_s: float) -> Stream:
     async def unary_stream(request: Any, context: Any) -> AsyncGenerator[Any, None]:
-        loop, leaving = asyncio.get_running_loop(), list[asyncio.Task[None]]()
+        loop, cancelling = asyncio.get_running_loop(), list[asyncio.Task[None]]()
         messages = stream(request, context)
         async for message in messages:
-            patience = _Patience(limit_s, lambda: leaving.append(loop.create_task(_cancelled(messages))))
+            timeout = _ReadTimeout(limit_s, lambda: cancelling.append(loop.create_task(_cancel(messages))))
             try:
-                yield message  # the writer comes back when gRPC has taken it
+                yield message  # returns when gRPC has taken the message
             finally:
-                patience.end()
-            if leaving:
-                await leaving[0]
+                timeout.stop()
+            if cancelling:
+                await cancelling[0]
                 await context.abort(grpc.StatusCode.ABORTED, f"nothing of this stream was read for {limit_s:g} s")
 
     return unary_stream
 
 
-class _Patience:
-    """Calls ``lost`` after ``limit_s``, in slices: a time in which this process stood still itself takes one of them, however long it was,
-    so that a client that can read again has the time to."""
+class _ReadTimeout:
+    """Calls ``expired`` after ``limit_s``, counted in slices.
 
-    def __init__(self, limit_s: float, lost: Callable[[], None]) -> None:
-        self._slice_s, self._lost = limit_s / SLICES, lost
+    A time in which this process itself was blocked uses up one slice, however long it was, so that the client still has time to read.
+    """
+
+    def __init__(self, limit_s: float, expired: Callable[[], None]) -> None:
+        self._slice_s, self._expired = limit_s / SLICES, expired
         self._left = SLICES
-        self._again()
+        self._next_slice()
 
-    def _again(self) -> None:
+    def _next_slice(self) -> None:
         if not self._left:
-            self._lost()
+            self._expired()
             return
         self._left -= 1
-        self._timer = asyncio.get_running_loop().call_later(self._slice_s, self._again)
+        self._timer = asyncio.get_running_loop().call_later(self._slice_s, self._next_slice)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self._timer.cancel()
 
 
-async def _cancelled(messages: AsyncGenerator[Any, None]) -> None:
-    """Ray Serve cancels the call behind a stream only where it is cancelled itself while it waits for the next message."""
+async def _cancel(messages: AsyncGenerator[Any, None]) -> None:
+    """Ray Serve cancels the call behind a stream only if it is itself cancelled while it waits for the next message."""
     with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
         while True:
             waiting = asyncio.ensure_future(anext(messages))

@@ -1,4 +1,4 @@
-"""TLS of the gRPC port, and mutual TLS. Certificates are read again when their files change, so they can be renewed while serving."""
+"""TLS and mutual TLS for the gRPC port. Certificates are reloaded when their files change, so they can be renewed while serving."""
 
 import logging
 from collections.abc import Callable
@@ -12,18 +12,18 @@ Stamp = tuple[tuple[int, int], ...]
 
 
 class TlsFiles:
-    """The files of one port's identity: private key, certificate chain, and whom to let in."""
+    """The PEM files of a port: certificate chain, private key, and the authorities of its clients."""
 
     def __init__(self, *, certificate: Path | str, key: Path | str, client_ca: Path | str | None = None) -> None:
-        """All PEM. ``client_ca``: the authorities that clients' certificates must come from; without it none is asked for."""
+        """``client_ca``: clients must show a certificate of one of these authorities; None: clients need none."""
         self._paths = tuple(Path(path) for path in (certificate, key, *([client_ca] if client_ca else [])))
-        self._wants_clients = client_ca is not None
+        self._needs_client_certificate = client_ca is not None
 
     def stamp(self) -> Stamp:
         """Changes when a file does.
 
         Raises:
-            OSError: one is not there.
+            OSError: a file does not exist.
         """
         return tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in self._paths))
 
@@ -31,7 +31,7 @@ class TlsFiles:
         """
         Raises:
             OSError: a file cannot be read.
-            ValueError: it is not what it should be.
+            ValueError: it is not the PEM file that it should be.
         """
         certificate, key, *authorities = (path.read_bytes() for path in self._paths)
         words = ("CERTIFICATE", "PRIVATE KEY", "CERTIFICATE")
@@ -41,17 +41,19 @@ class TlsFiles:
         return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=authorities[0] if authorities else None)
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For `add_secure_port`. Each new connection is shown the certificate that lies there then; while a renewal is half written,
-        or spoilt, the last good one.
+        """For `add_secure_port`. Each new connection gets the certificate that is in the file at that time; if that is damaged or only
+        half written, the last good one.
 
         Raises:
             OSError, ValueError: see `read`.
         """
         stamp, first = self.stamp(), self.read()
-        return grpc.dynamic_ssl_server_credentials(first, self._fetcher(stamp), require_client_authentication=self._wants_clients)
+        return grpc.dynamic_ssl_server_credentials(
+            first, self._fetcher(stamp), require_client_authentication=self._needs_client_certificate
+        )
 
     def _fetcher(self, stamp: Stamp) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
-        """Called by gRPC at each handshake; None keeps what is in use."""
+        """The function that gRPC calls at each handshake. It returns None to keep what is in use."""
         seen = stamp
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:

@@ -1,1 +1,1 @@
-"""The HTTP front: OpenAI's API over `serve.service`. The only fastapi in the tree."""
+"""The HTTP front: OpenAI's API over `serve.service`. Only this package imports fastapi."""

@@ -1,4 +1,4 @@
-"""The HTTP front as one ASGI app."""
+"""The HTTP front: an ASGI app with all routes and middleware."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,16 +9,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.auth import OpenDoor
-from serve.bypass import Ways
+from serve.auth import Authenticator, NoAuthentication
+from serve.bypass import FrontEndpoint
 from serve.caller import Caller
-from serve.errors import MethodNotAllowed, RouteNotFound, ServeError, clipped
-from serve.http.auth import Admits, Authorise
+from serve.errors import MethodNotAllowed, RouteNotFound, ServeError, truncate
+from serve.http.auth import AuthMiddleware
 from serve.http.boundary import RequestBoundary
 from serve.http.bypass import FrontBypass
 from serve.http.chat import chat_routes
 from serve.http.completions import completion_routes
-from serve.http.context import Front
+from serve.http.context import HttpFront
 from serve.http.embeddings import embedding_routes
 from serve.http.errors import error_response
 from serve.http.health import health_routes
@@ -29,28 +29,35 @@ from serve.http.responses.routes import response_routes
 from serve.http.tokens import token_routes
 from serve.http.welcome import welcome_routes
 from serve.limits import Limits
-from serve.service_api import Offers
+from serve.service_api import ServiceApi
 from serve.version import version
 
 
 def create_app(
-    service: Callable[[], Offers],
+    service: Callable[[], ServiceApi],
     limits: Limits | None = None,
     *,
     metrics: MetricsPage | None = None,
-    door: Callable[[], Admits] = OpenDoor,
+    authenticator: Callable[[], Authenticator] = NoAuthentication,
     quota_headers: Callable[[Caller], Mapping[str, str]] = lambda caller: {},
     strict: bool = False,
     allowed_origins: Sequence[str] = (),
     behind_ray: bool = False,
-    ways: Ways | None = None,
+    bypass: FrontEndpoint | None = None,
 ) -> FastAPI:
-    """The app. ``service`` and ``door`` are asked at each request, so they may be made later, in the process that serves.
+    """Make the app.
 
-    ``behind_ray``: Ray Serve's proxy stands before it, gives every request its id and tells it to the client.
-    ``ways``: by which pieces of streams may pass to a proxy of this host (`serve.bypass`).
+    Args:
+        service, authenticator: called for each request, so they may be made later, in the process that serves.
+        limits: None: the defaults.
+        metrics: the page of /metrics; None: there is no such path.
+        quota_headers: response headers about the quotas of a caller.
+        strict: refuse fields that have no effect.
+        allowed_origins: for browsers (CORS); empty: none.
+        behind_ray: Ray Serve's proxy is in front, gives every request its id and sends it to the client.
+        bypass: sends pieces of streams to a proxy of this host (`serve.bypass`); None: all through Ray.
     """
-    front = Front(service=service, limits=limits or Limits(), strict=strict)
+    front = HttpFront(service=service, limits=limits or Limits(), strict=strict)
     app = FastAPI(title="Manta", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     apis = (chat_routes, completion_routes, embedding_routes, response_routes, model_routes, token_routes)
     for routes in (*apis, health_routes, welcome_routes):
@@ -58,23 +65,23 @@ def create_app(
     if metrics is not None:
         app.include_router(metrics_routes(metrics))
     app.add_exception_handler(HTTPException, _no_such_route)
-    app.add_middleware(Authorise, door=door, quota_headers=quota_headers)
+    app.add_middleware(AuthMiddleware, authenticator=authenticator, quota_headers=quota_headers)
     app.add_middleware(RequestBoundary, limits=front.limits, behind_ray=behind_ray)
-    if allowed_origins:  # outside of the two: browsers ask without a key first, and scripts may read refusals too
+    if allowed_origins:  # outermost: preflight requests have no key, and scripts may read error responses
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
-    if ways is not None:
-        app.add_middleware(FrontBypass, ways=ways)
+    if bypass is not None:
+        app.add_middleware(FrontBypass, bypass=bypass)
     describe_api(app)
     return app
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
-    """Routing is the only one to raise this; its Allow header is kept."""
+    """Only routing raises this. Its Allow header is kept."""
     assert isinstance(error, HTTPException)
-    method, path = clipped(request.method, 16), clipped(request.scope["path"], 64)
+    method, path = truncate(request.method, 16), truncate(request.scope["path"], 64)
     if error.status_code == 405:
-        taken = Headers(error.headers).get("allow", "other methods")
-        refusal: ServeError = MethodNotAllowed(f"{path} does not take {method}, but {taken}")
+        allowed = Headers(error.headers).get("allow", "other methods")
+        refusal: ServeError = MethodNotAllowed(f"{path} does not take {method}, but {allowed}")
     else:
         refusal = RouteNotFound(f"there is no path {path!r} here; OpenAI's API is below /v1 once, and /openapi.json has every path")
     return error_response(refusal, headers=dict(error.headers or {}))

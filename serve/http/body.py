@@ -1,4 +1,4 @@
-"""Step 1 of a request, over HTTP: bytes of a body become JSON, within limits and without leniency."""
+"""Step 1 of a request over HTTP: reads a JSON body, strictly and within limits."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from serve.limits import Limits
 async def read_json_object(request: Request, limits: Limits) -> dict[str, Any]:
     """
     Raises:
-        UnsupportedMediaType: the Content-Type does not say JSON in UTF-8.
-        RequestTooLarge: more bytes than the limit, whatever Content-Length says or does not say.
-        InvalidRequest: not JSON (RFC 8259: no NaN, no Infinity, no lone surrogates), too deep, or no object.
+        UnsupportedMediaType: the Content-Type is not JSON in UTF-8, or the body is compressed.
+        RequestTooLarge: it has more bytes than the limit, whatever Content-Length says.
+        InvalidRequest: it is not a JSON object (RFC 8259: no NaN, no Infinity, no lone surrogates), or nested too deeply.
     """
     _check_media_type(request.headers.get("content-type"))
     return parse_json_object(await _read(request, limits.body_bytes), limits.json_depth)
@@ -30,7 +30,7 @@ def _check_media_type(content_type: str | None) -> None:
 
 async def _read(request: Request, limit: int) -> bytes:
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > limit:  # as many digits as anybody needs; Python refuses to read thousands
+    if announced.isdecimal() and int(announced[:20]) > limit:  # 20 digits are enough; Python refuses to parse thousands
         raise RequestTooLarge(limit_bytes=limit)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("compressed bodies are not accepted")
@@ -45,7 +45,7 @@ async def _read(request: Request, limit: int) -> bytes:
 def parse_json_object(raw: bytes, max_depth: int) -> dict[str, Any]:
     """
     Raises:
-        InvalidRequest: it is none, or nested deeper than ``max_depth`` levels.
+        InvalidRequest: it is not a JSON object, or nested deeper than ``max_depth`` levels.
     """
     if not raw.strip():
         raise InvalidRequest("the body is empty; send a JSON object")
@@ -55,20 +55,22 @@ def parse_json_object(raw: bytes, max_depth: int) -> dict[str, Any]:
         raise InvalidRequest(f"the JSON is nested deeper than {max_depth} levels") from None
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not valid UTF-8") from None
-    except msgspec.DecodeError as error:  # its messages name positions, never content
+    except msgspec.DecodeError as error:  # its messages contain positions, never content
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise InvalidRequest("the body must be a JSON object")
-    if raw.count(b"[") + raw.count(b"{") > max_depth:  # else it cannot be deeper
+    if raw.count(b"[") + raw.count(b"{") > max_depth:  # otherwise it cannot be deeper
         _check_depth(parsed, max_depth)
     return parsed
 
 
 def _check_depth(parsed: Any, max_depth: int) -> None:
-    """Level by level, so that a hostile body costs no recursion."""
+    """Level by level: a hostile body must not cause deep recursion."""
     level, depth = [parsed], 1
     while level:
         if depth > max_depth:
             raise InvalidRequest(f"the JSON is nested deeper than {max_depth} levels")
-        level = [child for box in level for child in (box.values() if type(box) is dict else box) if type(child) in (dict, list)]
+        level = [
+            child for parent in level for child in (parent.values() if type(parent) is dict else parent) if type(child) in (dict, list)
+        ]
         depth += 1

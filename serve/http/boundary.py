@@ -1,4 +1,4 @@
-"""The outermost layer of the HTTP front: request ids, header limits, and the last word on every error."""
+"""The outermost middleware of the HTTP front: request ids, header limits, and a response for every error."""
 
 import logging
 import uuid
@@ -7,7 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import HeadersTooLarge, InvalidRequest
-from serve.http.disconnect import ClientGone
+from serve.http.disconnect import ClientDisconnected
 from serve.http.errors import error_response
 from serve.limits import Limits, is_identifier
 
@@ -17,12 +17,12 @@ REQUEST_ID = "x-request-id"
 
 
 class RequestBoundary:
-    """ASGI middleware. No exception passes it before the headers are sent; after that, one cuts the connection, so that a
-    broken answer never looks complete."""
+    """ASGI middleware. Before the response has started, it turns every exception into an error response. After that it lets exceptions
+    pass, which cuts the connection, so that a broken response never looks complete."""
 
     def __init__(self, app: ASGIApp, *, limits: Limits, behind_ray: bool) -> None:
         self._app, self._limits = app, limits
-        self._tells_id = not behind_ray  # Ray Serve's proxy adds the same header itself
+        self._sends_id = not behind_ray  # Ray Serve's proxy adds the same header itself
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,15 +33,15 @@ class RequestBoundary:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                if self._tells_id:
+                if self._sends_id:
                     MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:
             self._check_size(scope)
-            request_id = self._own_id(Headers(scope=scope)) or request_id
+            request_id = self._client_id(Headers(scope=scope)) or request_id
             await self._app(scope, receive, send_with_id)
-        except ClientGone:
+        except ClientDisconnected:
             logger.info("request %s: the client left", request_id)
         except Exception as error:
             if started:
@@ -54,8 +54,8 @@ class RequestBoundary:
         if too_long or len(headers) > self._limits.headers:
             raise HeadersTooLarge(limit_bytes=self._limits.header_bytes, limit_headers=self._limits.headers)
 
-    def _own_id(self, headers: Headers) -> str | None:
-        """The id that the client gave this request, if it gave one. It names the request in logs, never in the engine."""
+    def _client_id(self, headers: Headers) -> str | None:
+        """The id that the client gave this request, if any. It names the request in logs, never in the engine."""
         given = headers.get(REQUEST_ID)
         if given is not None and not is_identifier(given, self._limits):
             raise InvalidRequest(f"{REQUEST_ID} must be 1 to {self._limits.id_chars} of A-Z a-z 0-9 . _ : -", param=REQUEST_ID)

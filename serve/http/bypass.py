@@ -1,4 +1,4 @@
-"""Streams past Ray over HTTP: both ends of `serve.bypass` as layers of ASGI apps."""
+"""The two ends of `serve.bypass` as ASGI middleware."""
 
 import asyncio
 import contextlib
@@ -7,67 +7,68 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import serve.bypass
 from cluster.bypass import PiecesLost
-from serve.bypass import Passages, Ways
+from serve.bypass import FrontEndpoint, ProxyEndpoint
 
 HEADER = serve.bypass.HEADER.encode()
-WAY = "manta.bypass"
-"""In a front's scope: the `serve.bypass.Way`, if there is one."""
+BYPASS_STREAM = "manta.bypass"
+"""Key of the `serve.bypass.BypassStream`, or None, in a front's ASGI scope."""
 PASSED = "manta_bypassed"
-"""In a message: of the first the answer's number (`cluster.bypass.new_answer_number`), of the last how many pieces there were."""
+"""Key in an ASGI message: in the first the response's number (`cluster.bypass.new_answer_number`), in the last the number of pieces."""
 
 
 class ProxyBypass:
-    """Before Ray Serve's proxy: hands on what comes by the socket as if it had come by Ray."""
+    """Middleware in Ray Serve's proxy: sends the client what comes over the socket as if it had come through Ray."""
 
-    def __init__(self, app: ASGIApp, *, passages: Passages) -> None:
-        self._app, self._passages = app, passages
+    def __init__(self, app: ASGIApp, *, endpoint: ProxyEndpoint) -> None:
+        self._app, self._endpoint = app, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or (passage := self._passages.open()) is None:
+        if scope["type"] != "http" or scope["method"] != "POST" or (passage := self._endpoint.open()) is None:
             return await self._app(scope, receive, send)
-        pump: asyncio.Task[None] | None = None
-        header = (HEADER, self._passages.told(passage).encode())
+        forwarding: asyncio.Task[None] | None = None
+        header = (HEADER, self._endpoint.header_value(passage).encode())
 
-        async def hand_on() -> None:
+        async def forward_pieces() -> None:
             num_taken = 0
             while pieces := await passage.take(num_taken, serve.bypass.LATE_S):
                 num_taken += len(pieces)
                 await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": True})
 
         async def send_in_order(message: Message) -> None:
-            nonlocal pump
+            """Sends the beginning at once, and the end only after all pieces."""
+            nonlocal forwarding
             passed = message.pop(PASSED, None)
-            if passed is not None and pump is not None:
+            if passed is not None and forwarding is not None:
                 passage.end_after(passed)
                 try:
-                    await pump
+                    await forwarding
                 except PiecesLost as lost:
-                    self._passages.pause(str(lost))
+                    self._endpoint.pause(str(lost))
                     raise
             await send(message)
-            if passed is not None and pump is None:
+            if passed is not None and forwarding is None:
                 passage.begin(passed)
-                pump = asyncio.create_task(hand_on())
+                forwarding = asyncio.create_task(forward_pieces())
 
         try:
             await self._app({**scope, "headers": [*scope["headers"], header]}, receive, send_in_order)
         finally:
             passage.close()
-            if pump is not None:
-                pump.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):  # what it raised was raised to whoever sent the end
-                    await pump
+            if forwarding is not None:
+                forwarding.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):  # `send_in_order` has raised its error already
+                    await forwarding
 
 
 class FrontBypass:
-    """Before a front: tells the app whether there is a way for the pieces of its answer."""
+    """Middleware in a front: puts the stream for the pieces of the response into the scope, and hides the header from the app."""
 
-    def __init__(self, app: ASGIApp, *, ways: Ways) -> None:
-        self._app, self._ways = app, ways
+    def __init__(self, app: ASGIApp, *, bypass: FrontEndpoint) -> None:
+        self._app, self._bypass = app, bypass
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            told = [value.decode("latin-1") for name, value in scope["headers"] if name == HEADER]
+            values = [value.decode("latin-1") for name, value in scope["headers"] if name == HEADER]
             kept = [(name, value) for name, value in scope["headers"] if name != HEADER]
-            scope = {**scope, "headers": kept, WAY: self._ways.as_told(told)}
+            scope = {**scope, "headers": kept, BYPASS_STREAM: self._bypass.stream_for(values)}
         await self._app(scope, receive, send)

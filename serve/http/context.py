@@ -1,4 +1,4 @@
-"""What every route needs: the service, and how a request of either API is received and answered."""
+"""What all routes share: how a request is received, and what is known of it from then on."""
 
 import dataclasses
 import time
@@ -14,34 +14,34 @@ from serve.caller import Caller
 from serve.errors import InvalidRequest
 from serve.http.auth import caller_of
 from serve.http.body import read_json_object
-from serve.http.headers import deadline_ms, priority, wants_ledger
-from serve.http.schema import NamedBody, ignored_fields, parse
-from serve.idempotency import KEY, key_of
+from serve.http.headers import deadline_ms, priority, wants_timing
+from serve.http.schema import ModelBody, ignored_fields, parse
+from serve.idempotency import IDEMPOTENCY_KEY, parse_idempotency_key
 from serve.limits import Limits, is_identifier
 from serve.request import ChatRequest, CompletionRequest, EmbeddingRequest, Usage
-from serve.request_timing import Ledger
-from serve.service_api import Offers
-from serve.session import SESSION, session_of
-from serve.trace_context import trace_of
+from serve.request_timing import RequestTiming
+from serve.service_api import ServiceApi
+from serve.session import SESSION_HEADER, parse_session_id
+from serve.trace_context import extract_trace
 
-IGNORED = "x-manta-ignored-fields"
+IGNORED_FIELDS_HEADER = "x-manta-ignored-fields"
 
-B = TypeVar("B", bound=NamedBody)
+B = TypeVar("B", bound=ModelBody)
 R = TypeVar("R", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Front:
-    """Handed to each file of routes."""
+class HttpFront:
+    """What the route modules are built on."""
 
-    service: Callable[[], Offers]
-    """Asked at each request: the service is made after the routes, in the process that serves."""
+    service: Callable[[], ServiceApi]
+    """Called for each request: the service is made after the routes, in the process that serves."""
     limits: Limits
     strict: bool = False
-    """Refuse a field that has no effect here, instead of naming it in a header."""
+    """Refuse a field that has no effect here, instead of naming it in a response header."""
 
-    async def receive(self, request: Request, kind: type[B], *, id_prefix: str) -> tuple[B, "Stamp", dict[str, str]]:
-        """The body, its stamp, and headers for the answer. ``id_prefix``: what the request's id begins with.
+    async def receive(self, request: Request, kind: type[B], *, id_prefix: str) -> tuple[B, "RequestContext", dict[str, str]]:
+        """The body, the context, and headers for the response. ``id_prefix``: of the request's id.
 
         Raises:
             ServeError: see `read_json_object` and `parse`.
@@ -52,54 +52,51 @@ class Front:
         body = parse(kind, fields, self.limits)
         if body.user is not None and not is_identifier(body.user, self.limits):
             raise InvalidRequest(f"user must be 1 to {self.limits.id_chars} of A-Z a-z 0-9 . _ : -", param="user")
-        session = session_of(request.headers.get(SESSION), body.belongs_to, self.limits)
+        session = parse_session_id(request.headers.get(SESSION_HEADER), body.session_hint, self.limits)
         trace_place(2, request_id)
         ignored = ignored_fields(body, fields)
         if ignored and self.strict:
             raise InvalidRequest(f"these fields have no effect here: {', '.join(ignored)}", param=ignored[0])
-        said = priority(request.headers)
+        header_priority = priority(request.headers)
         wait_ms = deadline_ms(request.headers)
-        stamp = Stamp(
+        context = RequestContext(
             id=request_id,
             created=int(time.time()),
             model=body.model,
             arrived_s=arrived_s,
             session=session,
-            idempotency_key=key_of(request.headers.get(KEY), self.limits),
+            idempotency_key=parse_idempotency_key(request.headers.get(IDEMPOTENCY_KEY), self.limits),
             caller=caller_of(request.scope),
-            priority=body.priority if said is None else said,
-            wants_ledger=wants_ledger(request.headers),
-            trace=trace_of(request.headers.items()),
+            priority=body.priority if header_priority is None else header_priority,
+            wants_timing=wants_timing(request.headers),
+            trace=extract_trace(request.headers.items()),
             deadline_s=None if wait_ms is None else time.time() + wait_ms / 1000 - (time.monotonic() - arrived_s),
         )
-        return body, stamp, {IGNORED: ", ".join(ignored)} if ignored else {}
+        return body, context, {IGNORED_FIELDS_HEADER: ", ".join(ignored)} if ignored else {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stamp:
-    """What is the same in every piece of one answer."""
+class RequestContext:
+    """What a request's headers and connection say, and what every part of its response repeats."""
 
     id: str
-    """Also the request's id in service, engine and logs."""
+    """Of the response, and of the request in service, engine and logs."""
     created: int
+    """Unix time."""
     model: str
     arrived_s: float
-    """`time.monotonic` when its body began to be read."""
+    """`time.monotonic` when reading the body began."""
     session: str
     idempotency_key: str
     caller: Caller
     priority: int | None
     deadline_s: float | None
     """Unix time."""
-    wants_ledger: bool = False
+    wants_timing: bool = False
     trace: Mapping[str, str] = field(default_factory=dict)
 
-    def timing(self, ledger: Ledger | None) -> dict[str, str]:
-        """The header that tells where the time went, if it is wanted."""
-        return {"server-timing": ledger.server_timing()} if self.wants_ledger and ledger is not None else {}
-
-    def sign(self, request: R) -> R:
-        """The request with what its connection and headers say and its body does not."""
+    def apply_to(self, request: R) -> R:
+        """The request with what the headers and the connection say; its body does not."""
         return dataclasses.replace(
             request,
             arrived_s=self.arrived_s,
@@ -111,8 +108,13 @@ class Stamp:
             deadline_s=self.deadline_s,
         )
 
-    def piece(self, kind: str, **rest: Any) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **rest}
+    def timing_headers(self, timing: RequestTiming | None) -> dict[str, str]:
+        """The header with the request's timing, if it is wanted."""
+        return {"server-timing": timing.server_timing()} if self.wants_timing and timing is not None else {}
+
+    def response_object(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """A JSON object of OpenAI's API. ``kind``: its ``object`` field."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **fields}
 
 
 def usage_object(usage: Usage) -> Mapping[str, Any]:

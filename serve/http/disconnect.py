@@ -1,4 +1,4 @@
-"""A client that leaves: whatever is computed for it is cancelled at once."""
+"""Cancels the work for a client that disconnects."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -9,22 +9,22 @@ from starlette.types import Receive
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """The client closed its connection; nobody is there to be answered."""
+class ClientDisconnected(Exception):
+    """The client closed its connection, so there is nobody to answer."""
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled when the client leaves. The request's body must have been read.
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled if the client disconnects. The request's body must have been read before.
 
     Raises:
-        ClientGone: the client left first.
+        ClientDisconnected: the client disconnected first.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone
+        raise ClientDisconnected
     finally:
         for task in (working, leaving):
             task.cancel()

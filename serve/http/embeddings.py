@@ -1,4 +1,4 @@
-"""Steps 1 and 14 of a request for embeddings, over HTTP: /v1/embeddings."""
+"""Steps 1 and 14 of a request for embeddings over HTTP: POST /v1/embeddings."""
 
 import base64
 from typing import Annotated, Any, Literal
@@ -10,20 +10,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.request_trace import trace_place
-from serve.hold_header import held_headers
-from serve.http.context import Front, Stamp
-from serve.http.disconnect import unless_gone
+from serve.hold_header import hold_headers
+from serve.http.context import HttpFront, RequestContext
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import json_response
-from serve.http.field_parsers import prompt_list
-from serve.http.openapi import takes
-from serve.http.schema import PROMPTS, NamedBody
+from serve.http.field_parsers import parse_prompts
+from serve.http.openapi import json_body
+from serve.http.schema import PROMPTS, ModelBody
 from serve.request import EmbeddingRequest, EmbeddingResult
 
 
-class EmbeddingBody(NamedBody):
+class EmbeddingBody(ModelBody):
     """Body of /v1/embeddings."""
 
-    input: Annotated[list[str | list[int]], BeforeValidator(prompt_list), WithJsonSchema(PROMPTS)]
+    input: Annotated[list[str | list[int]], BeforeValidator(parse_prompts), WithJsonSchema(PROMPTS)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
 
@@ -32,28 +32,30 @@ class EmbeddingBody(NamedBody):
         return EmbeddingRequest(request_id=request_id, model=self.model, inputs=inputs, dimensions=self.dimensions)
 
 
-def embedding_routes(front: Front) -> APIRouter:
+def embedding_routes(front: HttpFront) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/embeddings", openapi_extra=takes(EmbeddingBody))
+    @routes.post("/v1/embeddings", openapi_extra=json_body(EmbeddingBody))
     async def create_embedding(request: Request) -> Response:
-        body, stamp, headers = await front.receive(request, EmbeddingBody, id_prefix="embd-")
-        result = await unless_gone(request.receive, front.service().embed(stamp.sign(body.request(stamp.id))))
-        answer = json_response(embeddings(stamp, body, result), headers=headers | held_headers(result.held_s))
-        trace_place(14, stamp.id)
-        return answer
+        body, context, headers = await front.receive(request, EmbeddingBody, id_prefix="embd-")
+        embedding = context.apply_to(body.request(context.id))
+        result = await cancel_on_disconnect(request.receive, front.service().embed(embedding))
+        response = json_response(embedding_list(context, body, result), headers=headers | hold_headers(result.held_s))
+        trace_place(14, context.id)
+        return response
 
     return routes
 
 
-def embeddings(stamp: Stamp, body: EmbeddingBody, result: EmbeddingResult) -> dict[str, Any]:
-    written = _base64 if body.encoding_format == "base64" else _numbers
+def embedding_list(context: RequestContext, body: EmbeddingBody, result: EmbeddingResult) -> dict[str, Any]:
+    """The ``list`` object of the vectors."""
+    write = _base64 if body.encoding_format == "base64" else _numbers
     return {
-        "id": stamp.id,
+        "id": context.id,
         "object": "list",
-        "created": stamp.created,
-        "model": stamp.model,
-        "data": [{"object": "embedding", "index": index, "embedding": written(vector)} for index, vector in enumerate(result.vectors)],
+        "created": context.created,
+        "model": context.model,
+        "data": [{"object": "embedding", "index": index, "embedding": write(vector)} for index, vector in enumerate(result.vectors)],
         "usage": {"prompt_tokens": result.usage.prompt_tokens, "total_tokens": result.usage.total_tokens},
     }
 

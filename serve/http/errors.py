@@ -14,7 +14,7 @@ def error_object(body: ErrorBody) -> dict[str, Any]:
 
 
 def error_response(error: BaseException, headers: dict[str, str] | None = None) -> Response:
-    """The whole answer to a request that failed before its headers were sent."""
+    """The response to a request that failed before its response started."""
     body = describe(error)
     headers = dict(headers or {})
     if body.retry_after_s is not None:

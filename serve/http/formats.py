@@ -1,4 +1,4 @@
-"""Step 1 of a request, over HTTP: OpenAI's and vLLM's fields for the form of an answer and for tools, each brought into one."""
+"""Step 1 of a request over HTTP: normalises OpenAI's and vLLM's fields for the format of an answer, and OpenAI's for tools."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,34 +14,34 @@ STRUCTURED = {"json": "json_schema", "json_object": "json_object", "regex": "reg
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-class FunctionBody(Strict):
+class FunctionBody(StrictModel):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """Arguments always fit their schema here."""
+    """Has no effect: arguments always fit their schema here."""
 
 
-class ToolBody(Strict):
+class ToolBody(StrictModel):
     type: Literal["function"]
     function: FunctionBody
 
     def tool(self) -> Tool:
         function = self.function
-        parameters = NO_PARAMETERS if function.parameters is None else as_text(function.parameters)
+        parameters = NO_PARAMETERS if function.parameters is None else to_json(function.parameters)
         return Tool(name=function.name, description=function.description or "", parameters=parameters)
 
 
-class CalledBody(Strict):
+class CalledBody(StrictModel):
     name: str
     arguments: str
 
 
-class ToolCallBody(Strict):
+class ToolCallBody(StrictModel):
     id: str
     type: Literal["function"] = "function"
     function: CalledBody
@@ -51,10 +51,10 @@ class ToolCallBody(Strict):
 
 
 def response_format(wanted: Any, *, param: str = "response_format", nested: bool = True) -> ResponseFormat | None:
-    """OpenAI's ``response_format``. ``nested``: its schema stands in a ``json_schema`` of its own; else beside its type.
+    """OpenAI's ``response_format``. ``nested``: the schema is inside ``json_schema``; else it is beside ``type``.
 
     Raises:
-        InvalidRequest: it has no such shape.
+        InvalidRequest: it is malformed.
     """
     if wanted is None:
         return None
@@ -71,66 +71,67 @@ def response_format(wanted: Any, *, param: str = "response_format", nested: bool
     for key, kind, what in (("name", str, "text"), ("description", str, "text"), ("strict", bool, "true or false")):
         if not isinstance(inner.get(key), kind | None):
             raise InvalidRequest(f"{at}.{key} must be {what}", param=param)
-    return ResponseFormat(kind="json_schema", text=as_text(inner["schema"]), param=param)
+    return ResponseFormat(kind="json_schema", text=to_json(inner["schema"]), param=param)
 
 
 def structured_outputs(wanted: Any) -> ResponseFormat | None:
     """vLLM's ``structured_outputs``: one of json, json_object, regex, choice, grammar.
 
     Raises:
-        InvalidRequest: it has no such shape.
+        InvalidRequest: it is malformed.
     """
     if wanted is None:
         return None
-    said = {name: value for name, value in wanted.items() if value not in (None, False)} if isinstance(wanted, dict) else {}
-    if len(said) != 1 or not said.keys() <= STRUCTURED.keys():
+    given = {name: value for name, value in wanted.items() if value not in (None, False)} if isinstance(wanted, dict) else {}
+    if len(given) != 1 or not given.keys() <= STRUCTURED.keys():
         raise InvalidRequest(f"structured_outputs must have one of {', '.join(STRUCTURED)}", param="structured_outputs")
-    return _structured(*said.popitem(), param="structured_outputs")
+    return _structured(*given.popitem(), param="structured_outputs")
 
 
-def form_of(fields: Mapping[str, Any], own: ResponseFormat | None = None) -> ResponseFormat | None:
-    """The one form that any of the fields asks for, or an API's ``own`` field.
+def requested_format(fields: Mapping[str, Any], own: ResponseFormat | None = None) -> ResponseFormat | None:
+    """The format that one of the fields, or an API's ``own`` field, asks for; None if none does.
 
     Raises:
-        InvalidRequest: two of them do, or one does it badly.
+        InvalidRequest: two fields ask for a format, or one is malformed.
     """
     guided = [_structured(GUIDED[name], fields[name], param=name) for name in GUIDED if fields.get(name) is not None]
     found = [own, response_format(fields.get("response_format")), structured_outputs(fields.get("structured_outputs")), *guided]
-    forms = [form for form in found if form is not None]
-    if len(forms) > 1:
-        raise InvalidRequest(f"{forms[1].param}: the form of the answer is said by {forms[0].param} already", param=forms[1].param)
-    return forms[0] if forms else None
+    formats = [one for one in found if one is not None]
+    if len(formats) > 1:
+        first, second = formats[0].param, formats[1].param
+        raise InvalidRequest(f"{second}: {first} already sets the format of the answer; send one of them", param=second)
+    return formats[0] if formats else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choosing:
-    """OpenAI's ``tool_choice``. Names are those of `ChatRequest`."""
+class ToolChoice:
+    """OpenAI's ``tool_choice``, in the terms of `ChatRequest`."""
 
     mode: str = "auto"
     name: str | None = None
-    """Where the mode is "function"."""
+    """Of the function, if the mode is "function"."""
     allowed: frozenset[str] | None = None
 
     @classmethod
-    def of(cls, choice: Any) -> "Choosing":
+    def parse(cls, choice: Any) -> "ToolChoice":
         """
         Raises:
-            InvalidRequest: it has no such shape.
+            InvalidRequest: it is malformed.
         """
         if choice is None:
             return cls()
         if isinstance(choice, str) and choice in ("auto", "none", "required"):
             return cls(mode=choice)
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            return cls._some(choice.get("allowed_tools"))
+            return cls._allowed_tools(choice.get("allowed_tools"))
         return cls(mode="function", name=_function(choice))
 
     @classmethod
-    def _some(cls, said: Any) -> "Choosing":
-        tools = said.get("tools") if isinstance(said, dict) else None
-        if not isinstance(said, dict) or said.get("mode") not in ("auto", "required") or not isinstance(tools, list):
+    def _allowed_tools(cls, choice: Any) -> "ToolChoice":
+        tools = choice.get("tools") if isinstance(choice, dict) else None
+        if not isinstance(choice, dict) or choice.get("mode") not in ("auto", "required") or not isinstance(tools, list):
             raise InvalidRequest('tool_choice.allowed_tools must have a mode, "auto" or "required", and tools', param="tool_choice")
-        return cls(mode=said["mode"], allowed=frozenset(map(_function, tools)))
+        return cls(mode=choice["mode"], allowed=frozenset(map(_function, tools)))
 
 
 def _function(choice: Any) -> str:
@@ -141,18 +142,18 @@ def _function(choice: Any) -> str:
     return name
 
 
-def as_text(value: Any) -> str:
+def to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
 def _structured(name: str, value: Any, *, param: str) -> ResponseFormat:
     if name == "json" and isinstance(value, dict | bool):
-        value = as_text(value)
+        value = to_json(value)
     if name == "json_object":
         return ResponseFormat(kind="json_object", param=param)
     if name == "choice":
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise InvalidRequest(f"{param} must be a list of texts", param=param)
+            raise InvalidRequest(f"{param} must be a list of strings", param=param)
         return ResponseFormat(kind="choice", choices=tuple(value), param=param)
     if not isinstance(value, str):
         raise InvalidRequest(f"{param} must be text{' or a JSON schema' if name == 'json' else ''}", param=param)

@@ -1,4 +1,4 @@
-"""What a client may say of a request in headers of its own, because OpenAI's API has no field for it."""
+"""Request headers for what OpenAI's API has no field for."""
 
 import re
 from collections.abc import Mapping
@@ -6,44 +6,44 @@ from collections.abc import Mapping
 from serve.errors import InvalidRequest
 
 PRIORITY = "x-priority"
-"""A whole number; of one caller's requests the lower are served first. 0 unless it is said."""
+"""An integer, by default 0. Among the requests of one caller, those with lower numbers are served first."""
 DEADLINE_MS = "x-deadline-ms"
-"""Milliseconds from the request's arrival after which its client no longer wants it; it then ends with `deadline_exceeded`."""
-LEDGER = "x-manta-ledger"
-"""`1`: tell where the request's time went, as a `Server-Timing` header, or as a comment at the end of a stream."""
+"""Milliseconds from the request's arrival after which it ends with `deadline_exceeded`."""
+TIMING = "x-manta-ledger"
+"""`1`: report where the request's time went, in a `Server-Timing` header or in a comment at the end of a stream."""
 MAX_PRIORITY = 1_000
 MAX_DEADLINE_MS = 24 * 60 * 60 * 1000
-WHOLE = re.compile(r"-?[0-9]{1,9}")
+INTEGER = re.compile(r"-?[0-9]{1,9}")
 
 
 def priority(headers: Mapping[str, str]) -> int | None:
     """
     Raises:
-        InvalidRequest: it is no such number.
+        InvalidRequest: the header is not such a number.
     """
-    return _whole(headers, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
+    return _integer(headers, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
 
 
 def deadline_ms(headers: Mapping[str, str]) -> int | None:
     """
     Raises:
-        InvalidRequest: it is no such number.
+        InvalidRequest: the header is not such a number.
     """
-    return _whole(headers, DEADLINE_MS, 1, MAX_DEADLINE_MS)
+    return _integer(headers, DEADLINE_MS, 1, MAX_DEADLINE_MS)
 
 
-def wants_ledger(headers: Mapping[str, str]) -> bool:
+def wants_timing(headers: Mapping[str, str]) -> bool:
     """
     Raises:
-        InvalidRequest: it is neither 0 nor 1.
+        InvalidRequest: the header is neither 0 nor 1.
     """
-    return bool(_whole(headers, LEDGER, 0, 1))
+    return bool(_integer(headers, TIMING, 0, 1))
 
 
-def _whole(headers: Mapping[str, str], name: str, low: int, high: int) -> int | None:
+def _integer(headers: Mapping[str, str], name: str, low: int, high: int) -> int | None:
     given = headers.get(name)
     if given is None:
         return None
-    if not WHOLE.fullmatch(given) or not low <= int(given) <= high:
+    if not INTEGER.fullmatch(given) or not low <= int(given) <= high:
         raise InvalidRequest(f"{name} must be a whole number from {low} to {high}", param=name)
     return int(given)

@@ -1,20 +1,20 @@
-"""/livez, /readyz, /health: for probes and load balancers."""
+"""GET /livez, /readyz, /health: for probes and load balancers."""
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from serve.errors import ModelNotFound, NotReady
-from serve.http.context import Front
+from serve.http.context import HttpFront
 from serve.http.errors import json_response
 
 
-def health_routes(front: Front) -> APIRouter:
+def health_routes(front: HttpFront) -> APIRouter:
     routes = APIRouter()
 
     @routes.head("/livez", include_in_schema=False)
     @routes.get("/livez")
     async def livez() -> Response:
-        """This process answers. It says nothing about the model: restarting a front does not help a replica."""
+        """Whether this process answers. Says nothing about the model: restarting a front does not help a replica."""
         return json_response({"status": "alive"})
 
     @routes.head("/readyz", include_in_schema=False)
@@ -22,7 +22,7 @@ def health_routes(front: Front) -> APIRouter:
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def readyz(model: str | None = None) -> Response:
-        """A request sent now would be computed: for some model, or for the one named by ``?model=``. The answer tells of each."""
+        """Whether a request sent now would be computed: for any model, or for the one named by ``?model=``. Lists every model."""
         readiness = front.service().readiness()
         if model is not None and model not in readiness:
             raise ModelNotFound(model, list(readiness))

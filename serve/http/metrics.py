@@ -1,4 +1,4 @@
-"""/metrics: what this server counts and measures, for Prometheus."""
+"""GET /metrics, for Prometheus."""
 
 from collections.abc import Awaitable, Callable
 
@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 MetricsPage = Callable[[str], Awaitable[tuple[bytes, str]]]
-"""The page, in the format that an Accept header asks for, and its Content-Type."""
+"""From an Accept header to the page in that format, and its Content-Type."""
 
 
 def metrics_routes(page: MetricsPage) -> APIRouter:

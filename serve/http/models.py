@@ -1,16 +1,16 @@
-"""/v1/models: what this server offers."""
+"""GET /v1/models: the models of this server."""
 
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from serve.http.context import Front
+from serve.http.context import HttpFront
 from serve.http.errors import json_response
 from serve.model_facts import ModelFacts
 
 
-def model_routes(front: Front) -> APIRouter:
+def model_routes(front: HttpFront) -> APIRouter:
     routes = APIRouter()
 
     @routes.head("/v1/models", include_in_schema=False)
@@ -19,7 +19,7 @@ def model_routes(front: Front) -> APIRouter:
         return json_response({"object": "list", "data": [model_object(facts) for facts in front.service().models()]})
 
     @routes.head("/v1/models/{name:path}", include_in_schema=False)
-    @routes.get("/v1/models/{name:path}")  # names have slashes
+    @routes.get("/v1/models/{name:path}")  # names may contain slashes
     async def retrieve_model(name: str) -> Response:
         return json_response(model_object(front.service().model(name)))
 

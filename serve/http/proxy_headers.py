@@ -1,22 +1,22 @@
-"""What Ray Serve's HTTP proxies do to a request before they route it, by our word."""
+"""Middleware for Ray Serve's HTTP proxies: cleans the headers of a request before it is routed."""
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.bypass import Passages
+from serve.bypass import ProxyEndpoint
 from serve.http.bypass import HEADER, ProxyBypass
 
 NOT_FOR_CLIENTS = frozenset({b"x-request-disconnect-disabled", b"x-request-timeout-seconds", b"serve-multiplexed-model-id", HEADER})
-"""Headers by which Ray Serve lets itself be told by whoever stands before it: that a client's going need not be noticed, when to answer
-408 in its own words, and which replica to take. And where a front shall send the pieces of an answer, which this proxy tells it."""
+"""Headers that only a trusted proxy may set. Three control Ray Serve: not to watch for a disconnect, when to answer 408 by itself, and
+which replica to use. The fourth is the bypass's, by which this proxy tells a front where to send the pieces of a response."""
 DECODED = frozenset({b"x-request-id", b"x-session-id", b"traceparent"})
-"""Headers whose value Ray Serve reads as UTF-8; one that is not would end in a 500 of its own."""
+"""Headers that Ray Serve decodes as UTF-8. Other bytes in them would make it answer with a 500 of its own."""
 
 
 class ProxyHeaders:
-    """Leaves out what is not for clients, and puts a question mark for each byte that is no ASCII where Ray Serve would stumble over it.
+    """Removes `NOT_FOR_CLIENTS`, and replaces every byte that is not ASCII in `DECODED` by a question mark.
 
-    Our front then refuses such an id, as it does without a proxy.
+    The front then refuses such an id, as it does without a proxy.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -30,9 +30,9 @@ class ProxyHeaders:
         await self._app(scope, receive, send)
 
 
-def proxy_middlewares(passages: Passages) -> list[Middleware]:
-    """The last one sees a request first."""
-    return [Middleware(ProxyBypass, passages=passages), Middleware(ProxyHeaders)]
+def proxy_middlewares(endpoint: ProxyEndpoint) -> list[Middleware]:
+    """The last one in the list sees a request first."""
+    return [Middleware(ProxyBypass, endpoint=endpoint), Middleware(ProxyHeaders)]
 
 
 def _ascii(value: bytes) -> bytes:

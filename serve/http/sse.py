@@ -1,4 +1,4 @@
-"""Step 14 of a request, over HTTP: text events become server-sent events."""
+"""Step 14 of a streamed request over HTTP: text events become server-sent events."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Iterable
@@ -8,40 +8,40 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.bypass import Way
+from serve.bypass import BypassStream
 from serve.errors import ErrorBody, describe
-from serve.hold_header import held_headers
-from serve.http.bypass import PASSED, WAY
-from serve.http.disconnect import unless_gone
+from serve.hold_header import hold_headers
+from serve.http.bypass import BYPASS_STREAM, PASSED
+from serve.http.disconnect import cancel_on_disconnect
 from serve.request import TextEvent, Usage
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-"""The second keeps nginx from collecting the stream before it passes it on."""
+"""The second keeps nginx from buffering the stream."""
 
 
-class Chunks(Protocol):
-    """How one API writes its stream."""
+class StreamFormat(Protocol):
+    """How one API writes a stream, as JSON objects."""
 
-    def opening(self) -> Iterable[dict[str, Any]]:
-        """What comes before the first event."""
+    def start(self) -> Iterable[dict[str, Any]]:
+        """Sent before the first event."""
         ...
 
-    def of(self, event: TextEvent) -> Iterable[dict[str, Any]]:
-        """The chunks for an event: none where there is nothing to say of it."""
+    def event(self, event: TextEvent) -> Iterable[dict[str, Any]]:
+        """The objects for an event; none if it has nothing that this API reports."""
         ...
 
-    def closing(self, usage: Usage) -> Iterable[dict[str, Any]]:
-        """What comes after the last event."""
+    def end(self, usage: Usage) -> Iterable[dict[str, Any]]:
+        """Sent after the last event."""
         ...
 
-    def failing(self, error: ErrorBody) -> Iterable[dict[str, Any]]:
-        """What comes where no more events do."""
+    def error(self, error: ErrorBody) -> Iterable[dict[str, Any]]:
+        """Sent when the stream fails, in place of the remaining events."""
         ...
 
 
-class EventStream(Response):
-    """Sends a stream; the source is closed when it ends, fails, or the client leaves."""
+class EventStreamResponse(Response):
+    """Sends a stream. Its source is closed when the stream ends or fails, or the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -49,85 +49,88 @@ class EventStream(Response):
         self,
         first: TextEvent,
         rest: AsyncGenerator[TextEvent, None],
-        chunks: Chunks,
+        stream_format: StreamFormat,
         headers: dict[str, str] | None = None,
         *,
-        tell_ledger: bool = False,
+        include_timing: bool = False,
     ) -> None:
         super().__init__(headers=HEADERS | (headers or {}))
         del self.headers["content-length"]
-        self._first, self._rest, self._chunks, self._tell_ledger = first, rest, chunks, tell_ledger
+        self._first, self._rest, self._format, self._include_timing = first, rest, stream_format, include_timing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send(send, scope.get(WAY)))
+            await cancel_on_disconnect(receive, self._send(send, scope.get(BYPASS_STREAM)))
         finally:
             await self._rest.aclose()
 
-    async def _send(self, send: Send, way: Way | None) -> None:
+    async def _send(self, send: Send, bypass: BypassStream | None) -> None:
+        """``bypass``: takes the pieces of the body past Ray; None: they are sent with ``send``."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        await send(start if way is None else start | {PASSED: way.answer})
-        num_frames = 0
-        async with contextlib.aclosing(frames(self._first, self._rest, self._chunks, tell_ledger=self._tell_ledger)) as written:
-            async for frame in written:
-                num_frames += 1
-                if way is None:
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send(start if bypass is None else start | {PASSED: bypass.answer})
+        num_pieces = 0
+        written = event_bytes(self._first, self._rest, self._format, include_timing=self._include_timing)
+        async with contextlib.aclosing(written) as pieces:
+            async for piece in pieces:
+                num_pieces += 1
+                if bypass is None:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
                 else:
-                    way.put(frame)
+                    bypass.put(piece)
         end = {"type": "http.response.body", "body": b"", "more_body": False}
-        await send(end if way is None else end | {PASSED: num_frames})
+        await send(end if bypass is None else end | {PASSED: num_pieces})
 
 
 async def open_stream(
     receive: Receive,
     events: AsyncGenerator[TextEvent, None],
-    chunks: Chunks,
+    stream_format: StreamFormat,
     headers: dict[str, str] | None = None,
     *,
-    tell_ledger: bool = False,
-) -> EventStream:
-    """Wait for the first event, so that a refusal still has a status of its own, then stream.
+    include_timing: bool = False,
+) -> EventStreamResponse:
+    """Waits for the first event, so that a refusal still gets its own HTTP status, then streams.
 
     Raises:
-        ClientGone, ServeError, EngineError: before the first event; nothing was sent then.
+        ClientDisconnected, ServeError, EngineError: before the first event; nothing has been sent then.
     """
     try:
-        first = await unless_gone(receive, anext(events))
+        first = await cancel_on_disconnect(receive, anext(events))
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events, chunks, (headers or {}) | held_headers(first.held_s), tell_ledger=tell_ledger)
+    headers = (headers or {}) | hold_headers(first.held_s)
+    return EventStreamResponse(first, events, stream_format, headers, include_timing=include_timing)
 
 
-async def frames(
-    first: TextEvent, rest: AsyncGenerator[TextEvent, None], chunks: Chunks, *, tell_ledger: bool = False
+async def event_bytes(
+    first: TextEvent, rest: AsyncGenerator[TextEvent, None], stream_format: StreamFormat, *, include_timing: bool = False
 ) -> AsyncGenerator[bytes, None]:
-    """The stream's bytes. A failure is an event of its own, and then there is no [DONE].
+    """The body of the response, in pieces. A failure is written as an event, and the stream then has no [DONE].
 
-    ``tell_ledger``: before [DONE], in a comment, which every reader of server-sent events passes over.
+    ``include_timing``: write the timing before [DONE] as a comment, which every reader of server-sent events skips.
     """
     timing = b""
-    usage, opening = None, b"".join(map(frame, chunks.opening()))
+    usage, start = None, b"".join(map(encode_event, stream_format.start()))
     try:
         event: TextEvent | None = first
         while event is not None:
-            usage, written = event.usage or usage, opening + b"".join(map(frame, chunks.of(event)))
-            if tell_ledger and event.ledger is not None:
-                timing = f": server-timing {event.ledger.server_timing()}\n\n".encode()
+            usage, written = event.usage or usage, start + b"".join(map(encode_event, stream_format.event(event)))
+            if include_timing and event.timing is not None:
+                timing = f": server-timing {event.timing.server_timing()}\n\n".encode()
             if written:
                 yield written
-                opening = b""
+                start = b""
             event = await anext(rest, None)
         if usage is None:
             raise RuntimeError("the service ended a stream without its last event")
     except Exception as error:
-        yield opening + b"".join(map(frame, chunks.failing(describe(error))))
+        yield start + b"".join(map(encode_event, stream_format.error(describe(error))))
         return
-    yield b"".join(map(frame, chunks.closing(usage))) + timing + DONE
+    yield b"".join(map(encode_event, stream_format.end(usage))) + timing + DONE
 
 
-def frame(chunk: dict[str, Any]) -> bytes:
-    """One event. An API whose chunks have a type names it as the event's, too."""
+def encode_event(chunk: dict[str, Any]) -> bytes:
+    """One server-sent event. If the object has a ``type``, it is also the event's name."""
     name = f"event: {chunk['type']}\n".encode() if "type" in chunk else b""
-    return name + b"data: " + msgspec.json.encode(chunk) + b"\n\n"  # JSON has no raw line ends, so one data line is enough
+    return name + b"data: " + msgspec.json.encode(chunk) + b"\n\n"  # JSON contains no raw line ends, so one data line is enough

@@ -1,4 +1,4 @@
-"""Step 14 of a request, over HTTP: tokens with their log-probabilities, in OpenAI's form."""
+"""Step 14 of a request over HTTP: tokens with their log-probabilities, in OpenAI's form."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ from serve.request import TextToken
 
 
 def token_objects(tokens: Iterable[TextToken]) -> list[dict[str, Any]]:
-    """Of those that have one; a prompt's first token has none."""
+    """For the tokens that have a log-probability; the first token of a prompt has none."""
     return [_object(token) for token in tokens if token.logprobs is not None]
 
 

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize, /tokenizer_info, /version: what tools ask before they count or evaluate. Shapes are vLLM's."""
+"""/tokenize, /detokenize, /tokenizer_info, /version: for tools that count tokens or evaluate models. The shapes are vLLM's."""
 
 from typing import Annotated, Any
 
@@ -9,21 +9,21 @@ from starlette.responses import Response
 
 from serve.errors import InvalidRequest
 from serve.http.body import read_json_object
-from serve.http.context import Front
+from serve.http.context import HttpFront
 from serve.http.errors import json_response
-from serve.http.field_parsers import list_or_none
-from serve.http.openapi import takes
-from serve.http.schema import Body, MessageBody, validated
+from serve.http.field_parsers import empty_if_none
+from serve.http.openapi import json_body
+from serve.http.schema import Body, MessageBody, validate
 from serve.request import TokenizeRequest
 from serve.version import version
 
 
 class TokenizeBody(Body):
-    """Body of /tokenize: a text as a completion has it, or messages as a chat has them."""
+    """Body of /tokenize: either a prompt, as in a completion, or messages, as in a chat."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[MessageBody], FailFast(), BeforeValidator(list_or_none)] = Field(default_factory=list)
+    messages: Annotated[list[MessageBody], FailFast(), BeforeValidator(empty_if_none)] = Field(default_factory=list)
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
@@ -41,16 +41,16 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[int], FailFast()]
 
 
-def token_routes(front: Front) -> APIRouter:
+def token_routes(front: HttpFront) -> APIRouter:
     routes = APIRouter()
 
     def model_of(name: str | None) -> str:
-        """Tools that were made for servers of one model name none."""
+        """Tools made for servers with one model do not name it."""
         return front.service().models()[0].name if name is None else name
 
-    @routes.post("/tokenize", openapi_extra=takes(TokenizeBody))
+    @routes.post("/tokenize", openapi_extra=json_body(TokenizeBody))
     async def tokenize(request: Request) -> Response:
-        body = validated(TokenizeBody, await read_json_object(request, front.limits), front.limits)
+        body = validate(TokenizeBody, await read_json_object(request, front.limits), front.limits)
         service, model = front.service(), model_of(body.model)
         ids = await service.tokenize(body.request(model))
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.model(model).max_context_tokens, "tokens": ids}
@@ -58,9 +58,9 @@ def token_routes(front: Front) -> APIRouter:
             answer["token_strs"] = await service.token_texts(model, ids)
         return json_response(answer)
 
-    @routes.post("/detokenize", openapi_extra=takes(DetokenizeBody))
+    @routes.post("/detokenize", openapi_extra=json_body(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
-        body = validated(DetokenizeBody, await read_json_object(request, front.limits), front.limits)
+        body = validate(DetokenizeBody, await read_json_object(request, front.limits), front.limits)
         return json_response({"prompt": await front.service().detokenize(model_of(body.model), tuple(body.tokens))})
 
     @routes.head("/tokenizer_info", include_in_schema=False)
@@ -70,7 +70,7 @@ def token_routes(front: Front) -> APIRouter:
 
     @routes.head("/version", include_in_schema=False)
     @routes.get("/version")
-    async def tell_version() -> Response:
+    async def get_version() -> Response:
         return json_response({"version": version()})
 
     return routes

@@ -1,15 +1,15 @@
-"""/: what somebody reads who opens the server's address in a browser, or asks it with curl, to see whether it is there."""
+"""GET /: a page for people who open the server's address in a browser or with curl."""
 
 from collections.abc import Mapping
 
 from fastapi import APIRouter
 from starlette.responses import PlainTextResponse, Response
 
-from serve.http.context import Front
+from serve.http.context import HttpFront
 from serve.version import version
 
 
-def welcome_routes(front: Front) -> APIRouter:
+def welcome_routes(front: HttpFront) -> APIRouter:
     routes = APIRouter()
 
     @routes.head("/", include_in_schema=False)
@@ -21,7 +21,7 @@ def welcome_routes(front: Front) -> APIRouter:
 
 
 def page(readiness: Mapping[str, bool]) -> str:
-    """``readiness``: of each model, by its name."""
+    """``readiness``: whether each model is ready, by name."""
     models = "\n".join(f"  {name}{'' if ready else ' (not ready)'}" for name, ready in readiness.items())
     return f"""Manta {version()} serves
 {models}

@@ -1,1 +1,1 @@
-"""Answers that must have a form: what clients may ask for, checked, and written as one kind of grammar."""
+"""Structured output: a client's JSON schema, regular expression, choices or grammar is checked and compiled to one kind of grammar."""

@@ -1,4 +1,4 @@
-"""The fronts' side of `compiler_process`: a client's grammar becomes one that ranks can be trusted with, or a refusal."""
+"""Compiles clients' grammars in separate processes (`compiler_process`), so that hostile ones harm neither front nor ranks."""
 
 import asyncio
 import json
@@ -19,62 +19,62 @@ from engine.errors import EngineError
 from serve.limits import Limits
 
 START_S = 60.0
-"""How long a process may take to read the vocabulary."""
-BUSY = 5.0
-"""On a host with many times more to do than it has cores, so much longer is waited than compiling may take of one."""
+"""How long a process may take to start and read the vocabulary."""
+BUSY_FACTOR = 5.0
+"""The wait for a result is this many times the CPU time that compiling may take, because the host may be overloaded."""
 NUM_PROCESSES = 2
-"""While one is ended over a hostile grammar, the other goes on."""
+"""While one is killed because of a hostile grammar, the other still works."""
 
 
 class CompilerBroken(EngineError):
-    """The compiling process did not start."""
+    """The compiler process did not start."""
 
 
-class Compiles(Protocol):
-    """Judges grammars. `GrammarCompilers` does; tests have others."""
+class GrammarCompiler(Protocol):
+    """Compiles grammars. `GrammarCompilerPool` implements it; tests have their own."""
 
-    async def compile(self, kind: str, text: str) -> "Verdict": ...
+    async def compile(self, kind: str, text: str) -> "CompileResult": ...
     async def warm_up(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What came of a grammar: one of the two."""
+class CompileResult:
+    """Exactly one of the two fields is set."""
 
     grammar: str | None = None
     """For `SamplingParams.grammar`."""
     error: str | None = None
 
 
-class GrammarCompilers:
-    """Processes for one model's vocabulary, started when first needed and ended with this object."""
+class GrammarCompilerPool:
+    """Compiler processes for one model's vocabulary, started when first needed and ended with this object. Caches their results."""
 
     def __init__(self, folder: Path, limits: Limits, *, num_processes: int = NUM_PROCESSES) -> None:
         self._folder, self._limits = folder, limits
-        self._verdicts: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
-        self._verdict_bytes = 0
+        self._results: OrderedDict[tuple[str, str], CompileResult] = OrderedDict()
+        self._result_bytes = 0
         self._lock = threading.Lock()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        """By the thread that speaks with it."""
+        """By the thread that uses it."""
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="grammar-compiler")
         weakref.finalize(self, _end_all, self._processes)
 
-    async def compile(self, kind: str, text: str) -> Verdict:
-        """A verdict, after `Limits.grammar_compile_s` of a CPU at the latest.
+    async def compile(self, kind: str, text: str) -> CompileResult:
+        """The result, after at most `Limits.grammar_compile_s` of CPU time.
 
         Raises:
             CompilerBroken: the process cannot be started.
         """
         with self._lock:
-            if (known := self._verdicts.get((kind, text))) is not None:
-                self._verdicts.move_to_end((kind, text))
+            if (known := self._results.get((kind, text))) is not None:
+                self._results.move_to_end((kind, text))
                 return known
-        verdict = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, kind, text)
-        self._remember((kind, text), verdict)
-        return verdict
+        result = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, kind, text)
+        self._remember((kind, text), result)
+        return result
 
     async def warm_up(self) -> None:
-        """Start a process, so that the first client does not wait for it."""
+        """Start a process, so that the first client need not wait for it."""
         await self.compile("lark", 'start: "a"')
 
     def close(self) -> None:
@@ -86,23 +86,23 @@ class GrammarCompilers:
     def pids(self) -> tuple[int, ...]:
         return tuple(process.pid for process in self._processes.values())
 
-    def _ask(self, kind: str, text: str) -> Verdict:
+    def _ask(self, kind: str, text: str) -> CompileResult:
         process = self._process()
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps({"kind": kind, "text": text}).encode() + b"\n")
             process.stdin.flush()
-            answer = _line(process, BUSY * self._limits.grammar_compile_s)  # it ends itself before
+            answer = _line(process, BUSY_FACTOR * self._limits.grammar_compile_s)  # the process ends itself before that
         except OSError:
             answer = None
         if answer is None:
             self._end()
             seconds = self._limits.grammar_compile_s
-            return Verdict(error=f"it takes more than {seconds:g} s or too much memory to compile; make it smaller")
-        return Verdict(grammar=answer.get("grammar"), error=answer.get("error"))
+            return CompileResult(error=f"it takes more than {seconds:g} s or too much memory to compile; make it smaller")
+        return CompileResult(grammar=answer.get("grammar"), error=answer.get("error"))
 
     def _process(self) -> "subprocess.Popen[bytes]":
-        """That of this thread."""
+        """The process of this thread, started if there is none."""
         process = self._processes.get(threading.get_ident())
         if process is not None and process.poll() is None:
             return process
@@ -127,23 +127,23 @@ class GrammarCompilers:
         if process is not None:
             _end(process)
 
-    def _remember(self, key: tuple[str, str], verdict: Verdict) -> None:
+    def _remember(self, key: tuple[str, str], result: CompileResult) -> None:
         with self._lock:
-            if key in self._verdicts:
+            if key in self._results:
                 return
-            self._verdicts[key] = verdict
-            self._verdict_bytes += _size(key, verdict)
-            while self._verdict_bytes > self._limits.grammar_cache_bytes:
-                oldest, dropped = self._verdicts.popitem(last=False)
-                self._verdict_bytes -= _size(oldest, dropped)
+            self._results[key] = result
+            self._result_bytes += _size(key, result)
+            while self._result_bytes > self._limits.grammar_cache_bytes:
+                oldest, dropped = self._results.popitem(last=False)
+                self._result_bytes -= _size(oldest, dropped)
 
 
-def _size(key: tuple[str, str], verdict: Verdict) -> int:
-    return 512 + sum(len(text.encode()) for text in (*key, verdict.grammar or "", verdict.error or ""))
+def _size(key: tuple[str, str], result: CompileResult) -> int:
+    return 512 + sum(len(text.encode()) for text in (*key, result.grammar or "", result.error or ""))
 
 
 def _line(process: "subprocess.Popen[bytes]", timeout_s: float) -> dict[str, Any] | None:
-    """The next line that it writes, whole; None if it ends or says nothing in time."""
+    """The next line of its output; None if it ends, or writes no line within ``timeout_s``."""
     assert process.stdout is not None
     read = b""
     end = time.monotonic() + timeout_s

@@ -1,4 +1,4 @@
-"""What can be said of a client's schema or expression before anything is compiled."""
+"""Checks of a client's JSON schema or regular expression before it is compiled."""
 
 import json
 import re
@@ -11,19 +11,19 @@ from serve.errors import InvalidRequest
 from serve.limits import Limits
 
 NESTED_REPEAT = re.compile(r"\((?:\?:)?(?:\\.|\[(?:\\.|[^\]\\])*\]|[^\\()\[\]|])[+*]\??\)[+*]")
-"""A group that is one repeated item and is repeated itself. Whoever checks such an answer by backtracking may never end."""
+"""A repeated group that consists of one repeated item. A backtracking matcher may never finish on such an expression."""
 WHITESPACE = {"whitespace_pattern": r"[ \n\r\t]{1,24}"}
-"""Enough for any indentation, and no room to write blanks for ever, as weak models like to."""
+"""Enough for any indentation, and a limit for weak models, which tend to write white space endlessly."""
 
 
 def read_schema(text: str, limits: Limits, *, param: str) -> dict[str, Any]:
-    """A JSON schema that may be compiled, as the object that the compiler takes.
+    """The object of a JSON schema that may be compiled.
 
     Raises:
-        InvalidRequest: it is no schema, too large, too deep, or refers to itself without end.
+        InvalidRequest: it is not a schema, too large, nested too deeply, or has a `$ref` that refers to itself.
     """
     if len(text.encode()) > limits.schema_bytes:
-        raise InvalidRequest(f"{param}: a JSON schema may have {limits.schema_bytes} bytes", param=param)
+        raise InvalidRequest(f"{param}: a JSON schema may have at most {limits.schema_bytes} bytes", param=param)
     try:
         schema = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -42,27 +42,27 @@ def check_schema(schema: Mapping[str, Any], limits: Limits, *, param: str) -> No
         InvalidRequest: see `read_schema`.
     """
     if _is_deeper(schema, limits.schema_depth):
-        raise InvalidRequest(f"{param}: a JSON schema may be nested {limits.schema_depth} levels deep", param=param)
-    for box in _objects_in(schema):
-        if "x-guidance" in box:
-            raise InvalidRequest(f"{param}: x-guidance is not taken", param=param)
-        pattern = box.get("pattern")
+        raise InvalidRequest(f"{param}: a JSON schema may be nested at most {limits.schema_depth} levels deep", param=param)
+    for part in _objects_in(schema):
+        if "x-guidance" in part:
+            raise InvalidRequest(f"{param}: x-guidance is not allowed", param=param)
+        pattern = part.get("pattern")
         if isinstance(pattern, str):
             check_regex(pattern, param=param)
-        _check_references(box, schema, param)
+        _check_references(part, schema, param)
 
 
 def check_regex(pattern: str, *, param: str) -> None:
     """
     Raises:
-        InvalidRequest: it repeats what is repeated already.
+        InvalidRequest: it has a nested repetition.
     """
     if NESTED_REPEAT.search(pattern):
-        raise InvalidRequest(f"{param}: a repetition of nothing but a repetition, as in (a+)+; say it once", param=param)
+        raise InvalidRequest(f"{param}: it repeats a group that is only a repetition, as in (a+)+; write it once", param=param)
 
 
 def with_whitespace(schema: Mapping[str, Any]) -> str:
-    """The schema as text for the compiler."""
+    """The schema as text for the compiler, with limited white space."""
     return json.dumps({**schema, "x-guidance": WHITESPACE})
 
 
@@ -71,7 +71,12 @@ def _is_deeper(value: Any, limit: int) -> bool:
     while level:
         if depth >= limit:
             return True
-        level = [child for box in level for child in (box.values() if isinstance(box, dict) else box) if isinstance(child, dict | list)]
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
         depth += 1
     return False
 
@@ -79,21 +84,21 @@ def _is_deeper(value: Any, limit: int) -> bool:
 def _objects_in(value: Any) -> Iterator[dict[str, Any]]:
     waiting = [value]
     while waiting:
-        box = waiting.pop()
-        if isinstance(box, dict):
-            yield box
-        waiting += [child for child in (box.values() if isinstance(box, dict) else box) if isinstance(child, dict | list)]
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+        waiting += [child for child in (value.values() if isinstance(value, dict) else value) if isinstance(child, dict | list)]
 
 
-def _check_references(box: Mapping[str, Any], schema: Mapping[str, Any], param: str) -> None:
-    """A reference that leads to nothing but references, round and round, says nothing."""
+def _check_references(part: Mapping[str, Any], schema: Mapping[str, Any], param: str) -> None:
+    """A chain of references that leads back to itself describes nothing."""
     seen: set[str] = set()
-    here: Any = box
+    here: Any = part
     while isinstance(here, dict) and isinstance(reference := here.get("$ref"), str):
         if not reference.startswith("#"):
             raise InvalidRequest(f"{param}: $ref must point into the schema itself (#/...)", param=param)
         if reference in seen:
-            raise InvalidRequest(f"{param}: a $ref that leads back to itself", param=param)
+            raise InvalidRequest(f"{param}: a $ref leads back to itself", param=param)
         seen.add(reference)
         here = _resolved(reference, schema)
 

@@ -1,11 +1,11 @@
-"""A conversation to token ids by the checkpoint's own chat template. What people wrote never becomes a control token."""
+"""Encodes a conversation with the checkpoint's chat template. What clients write never becomes a control token."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.text.escaping import ControlWords, Disguise, TooManyPrivateCharacters
+from serve.text.escaping import ControlTokens, Escaper, TooManyPrivateCharacters
 from serve.text.sandbox import SandboxedTemplate, TemplateRefused
 from serve.text.tokenizer import InvalidTokenizer, SpecialToken, Tokenizer, read_settings
 
@@ -15,17 +15,17 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""What Qwen2's instruct models are trained with, for a checkpoint whose files lost it."""
+"""The template that Qwen2's instruct models are trained with, for checkpoints whose files lack it."""
 
 
 class ChatTemplate:
-    """One checkpoint's template. Shared between requests and threads."""
+    """The template of a checkpoint. Shared by all requests and threads."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, seconds: float = 2.0, chars: int = 8 * 1024 * 1024) -> None:
-        """``seconds`` and ``chars`` bound one rendering.
+        """``seconds`` and ``chars`` are the limits of one rendering.
 
         Raises:
-            InvalidTokenizer: ``source`` is no template.
+            InvalidTokenizer: ``source`` is not a template.
         """
         try:
             self._template = SandboxedTemplate(source)
@@ -33,7 +33,7 @@ class ChatTemplate:
             raise InvalidTokenizer(str(error)) from error
         self._source, self._tokenizer = source, tokenizer
         self._seconds, self._chars = seconds, chars
-        self._words = ControlWords(special.text for special in tokenizer.special_tokens)
+        self._control_tokens = ControlTokens(special.text for special in tokenizer.special_tokens)
         self._ids = {special.text: special.id for special in tokenizer.special_tokens}
         self._splitter = _splitter(tokenizer.special_tokens)
 
@@ -41,7 +41,7 @@ class ChatTemplate:
     def from_folder(
         cls, folder: Path, tokenizer: Tokenizer, *, seconds: float = 2.0, chars: int = 8 * 1024 * 1024
     ) -> "ChatTemplate | None":
-        """The template in ``folder``; Qwen2's own where there is none but the model ends its turns as ChatML does; else none.
+        """The template in ``folder``. If there is none: Qwen2's if the model ends its turns as in ChatML, else None.
 
         Raises:
             InvalidTokenizer: the template is damaged.
@@ -53,21 +53,24 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """The template as it is written."""
+        """The Jinja text."""
         return self._source
 
     def encode(self, messages: Sequence[Mapping[str, Any]], prefix: str = "") -> list[int]:
-        """The ids of the conversation up to where the assistant's next turn begins, and of what that turn has already.
+        """The ids of the conversation, up to the beginning of the assistant's next turn, which starts with ``prefix``.
 
-        ``messages``: each with ``role`` (one of the known ones: it is trusted) and what the client wrote. For texts without
-        control tokens these are the ids of the whole rendered text.
+        For messages without control tokens these are the ids of the whole rendered text.
+
+        Args:
+            messages: each with ``role`` (trusted, because it is one of the known ones) and what the client wrote.
+            prefix: what the assistant's turn already has.
 
         Raises:
             TemplateRefused: the template cannot be rendered with these messages.
         """
-        rendered, disguise = self._render(messages, prefix)
+        rendered, escaper = self._render(messages, prefix)
         pieces = self._splitter.split(rendered) if self._ids else [rendered]  # text, control token, text, ..., text
-        texts = [disguise.take_off(text) for text in pieces[::2]]
+        texts = [escaper.unescape(text) for text in pieces[::2]]
         encoded = iter(self._tokenizer.encode_plain([text for text in texts if text]))
         ids: list[int] = []
         for index, text in enumerate(texts):
@@ -77,25 +80,25 @@ class ChatTemplate:
                 ids += self._without_control(next(encoded))
         return ids
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], prefix: str) -> tuple[str, Disguise]:
-        written = [{key: value for key, value in message.items() if key != "role"} for message in messages]
+    def _render(self, messages: Sequence[Mapping[str, Any]], prefix: str) -> tuple[str, Escaper]:
+        from_client = [{key: value for key, value in message.items() if key != "role"} for message in messages]
         try:
-            disguise = Disguise(self._words, [*written, prefix], others=self._source)
+            escaper = Escaper(self._control_tokens, [*from_client, prefix], others=self._source)
         except TooManyPrivateCharacters as error:
             raise TemplateRefused(str(error)) from error
-        disguised = [{"role": message["role"], **disguise.put_on(rest)} for message, rest in zip(messages, written, strict=True)]
-        values = {"messages": disguised, "tools": None, "documents": None, "add_generation_prompt": True, **self._tokenizer.named}
-        return self._template.render(values, seconds=self._seconds, chars=self._chars) + disguise.put_on(prefix), disguise
+        escaped = [{"role": message["role"], **escaper.escape(rest)} for message, rest in zip(messages, from_client, strict=True)]
+        values = {"messages": escaped, "tools": None, "documents": None, "add_generation_prompt": True, **self._tokenizer.named}
+        return self._template.render(values, seconds=self._seconds, chars=self._chars) + escaper.escape(prefix), escaper
 
     def _without_control(self, ids: list[int]) -> list[int]:
-        """The last line of defence: a vocabulary whose merges spell a control token would let text become one."""
+        """The last defence: in a vocabulary whose merges spell a control token, text could still become one."""
         if not self._tokenizer.special_ids.isdisjoint(ids):
             raise TemplateRefused("the messages hold text that this model's tokenizer cannot tell from a control token")
         return ids
 
 
 def _splitter(specials: Sequence[SpecialToken]) -> re.Pattern[str]:
-    """Splits at control tokens as `tokenizers` does: leftmost, then longest, with the white space that some of them swallow."""
+    """Splits at control tokens as `tokenizers` does: leftmost, then longest, with the white space that some of them absorb."""
     longest_first = sorted(specials, key=lambda special: -len(special.text))
     names = "|".join(re.escape(special.text) for special in longest_first)
     before = "|".join(re.escape(special.text) for special in longest_first if special.takes_space_before)
@@ -106,7 +109,7 @@ def _splitter(specials: Sequence[SpecialToken]) -> re.Pattern[str]:
 
 
 def stored_source(folder: Path) -> str | None:
-    """`chat_template.jinja`, or `chat_template` in tokenizer_config.json: a string, or a list of named ones."""
+    """The text of `chat_template.jinja`, or of `chat_template` in tokenizer_config.json (a string, or a list of named ones)."""
     path = folder / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
@@ -115,5 +118,5 @@ def stored_source(folder: Path) -> str | None:
         named = {item["name"]: item["template"] for item in stored if isinstance(item, dict) and {"name", "template"} <= item.keys()}
         stored = named.get("default")
     if stored is not None and not isinstance(stored, str):
-        raise InvalidTokenizer("chat_template in tokenizer_config.json is no text")
+        raise InvalidTokenizer("chat_template in tokenizer_config.json is not a string")
     return stored

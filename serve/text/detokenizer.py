@@ -1,11 +1,11 @@
-"""Token ids to text as they come, never half a character."""
+"""Streaming conversion of token ids to text, in whole characters."""
 
 import codecs
 from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """What is needed of a `Tokenizer`."""
+    """The part of a `Tokenizer` that is used here."""
 
     special_ids: frozenset[int]
 
@@ -13,16 +13,16 @@ class TokenBytes(Protocol):
 
 
 class Detokenizer:
-    """The text of one choice. All texts joined equal the decoding of all tokens at once."""
+    """Decodes the tokens of one choice. The returned texts, joined, equal the decoding of all tokens at once."""
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The characters that ``token`` completes: none for a control token or the first bytes of a character."""
+        """The characters that ``token`` completes; "" for a control token or the first bytes of a character."""
         return "" if token in self._tokenizer.special_ids else self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """The end has come: U+FFFD where the last character is not complete."""
+        """At the end: U+FFFD if the last character is incomplete."""
         return self._decoder.decode(b"", final=True)

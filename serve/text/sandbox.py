@@ -1,4 +1,4 @@
-"""A Jinja template that came with a checkpoint, rendered by Hugging Face's conventions, in bounded time and space."""
+"""Renders a checkpoint's Jinja template by Hugging Face's conventions, in a sandbox with bounded time and memory."""
 
 import datetime
 import json
@@ -39,7 +39,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**"})
 
     def check_time(self) -> str:
-        """Called by every turn of every loop; writes nothing."""
+        """Called in every iteration of every loop; renders as nothing."""
         return _bounds.get().check_time()
 
     def join(self, *parts: Any) -> str:
@@ -60,7 +60,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Bounded(NodeTransformer):
-    """Puts `_Environment.check_time` at the head of every loop and macro, and `_Environment.join` in place of ``~``."""
+    """Inserts `_Environment.check_time` into every loop and macro, and replaces ``~`` by `_Environment.join`."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  (jinja calls it so)
         return self._with_check(node)
@@ -80,7 +80,7 @@ class _Bounded(NodeTransformer):
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what a model is trained on; for rendering it is its content."""
+    """``{% generation %}`` marks what a model is trained on; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012  (the library's own type)
 
@@ -99,7 +99,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-    """Jinja's own escapes what is special in HTML, which is no concern here."""
+    """Replaces Jinja's own filter, which escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -116,19 +116,19 @@ class SandboxedTemplate:
     def __init__(self, source: str) -> None:
         """
         Raises:
-            ValueError: ``source`` is no Jinja template.
+            ValueError: ``source`` is not a Jinja template.
         """
         environment = _environment()
         try:
             tree = _Bounded().visit(environment.parse(source))
             self._template = environment.template_class.from_code(environment, environment.compile(tree), environment.globals)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is no Jinja template: {error}") from error
+            raise ValueError(f"the chat template is not a Jinja template: {error}") from error
 
     def render(self, values: Mapping[str, Any], *, seconds: float, chars: int) -> str:
         """
         Raises:
-            TemplateRefused: the template itself says no, fails on these values, or reaches one of the bounds.
+            TemplateRefused: the template raises an exception of its own, fails on these values, or exceeds a limit.
         """
         bounds = _Bounds(seconds=seconds, chars=chars)
         token = _bounds.set(bounds)

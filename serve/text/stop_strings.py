@@ -1,4 +1,4 @@
-"""Ends an answer at the first stop string, and shows nothing that could still turn out to be one."""
+"""Finds stop strings in streamed text, and holds back text that could be the beginning of one."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 class StopStrings:
     """Watches the text of one choice.
 
-    The stop string that is complete first wins, and of those complete at the same character the longest. This does not
-    depend on how the text was cut into tokens.
+    The stop string that is complete first wins; of those complete at the same character, the longest. This does not depend on how the
+    text is split into tokens.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -16,7 +16,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Text that may be shown now, and the stop string if the answer ends (it is not part of the text)."""
+        """The text that may be sent now, and the stop string if it ends the answer (it is not part of the text)."""
         if not self._stops:
             return text, None
         text = self._held + text
@@ -30,7 +30,7 @@ class StopStrings:
         return text[: len(text) - keep], None
 
     def flush(self) -> str:
-        """What was held back, once the answer ended otherwise."""
+        """The text that was held back, when the answer ended otherwise."""
         held, self._held = self._held, ""
         return held
 
@@ -39,7 +39,7 @@ class StopStrings:
         return min(found)[1:] if found else None
 
     def _could_become_stop(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop string."""
+        """The length of the longest suffix of ``text`` that is a prefix of a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length

@@ -1,4 +1,4 @@
-"""Work on long texts is done beside the event loop, so that no other stream waits for it."""
+"""Work on long texts runs in a thread, so that it does not block the event loop and with it all other streams."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 INLINE_CHARS = 2_048
-"""Texts up to this length are encoded in 2 ms at most, on the slowest machines we know."""
+"""Encoding a text of this length takes at most 2 ms on the slowest machines we know."""
 
 
-async def beside_the_loop(num_chars: int, work: Callable[[], T]) -> T:
-    """What ``work`` returns; in a thread when it is about more than a few characters."""
+async def run_in_thread_if_long(num_chars: int, work: Callable[[], T]) -> T:
+    """The result of ``work``, which runs in a thread if ``num_chars`` is more than `INLINE_CHARS`."""
     return work() if num_chars <= INLINE_CHARS else await asyncio.to_thread(work)

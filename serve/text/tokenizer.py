@@ -1,4 +1,4 @@
-"""Text to token ids and ids to bytes, as the checkpoint's own tokenizer.json has it. One `Tokenizer` serves all requests."""
+"""Text to token ids, and ids to bytes, with the checkpoint's tokenizer.json. One `Tokenizer` serves all requests."""
 
 import functools
 import json
@@ -13,12 +13,12 @@ from model.vocabulary import NAMED, byte_of_character
 
 
 class InvalidTokenizer(ValueError):
-    """The tokenizer's files are missing or damaged, or it is of a kind that is not supported."""
+    """The tokenizer's files are missing or damaged, or its kind is not supported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialToken:
-    """A control token: it steers the model and is no part of anybody's text."""
+    """A control token: it controls the model and is never part of a text."""
 
     id: int
     text: str
@@ -27,13 +27,13 @@ class SpecialToken:
 
 
 class Tokenizer:
-    """A byte-level BPE with its control tokens."""
+    """A byte-level BPE tokenizer with its control tokens."""
 
     def __init__(self, definition: str, settings: dict[str, Any]) -> None:
         """``definition`` is the text of tokenizer.json, ``settings`` the object in tokenizer_config.json."""
         try:
             self._plain, self._with_control = (tokenizers.Tokenizer.from_str(definition) for _ in range(2))
-        except Exception as error:  # the library raises the bare class
+        except Exception as error:  # the library raises plain `Exception`
             raise InvalidTokenizer(f"tokenizer.json cannot be read: {error}") from error
         if not isinstance(self._plain.decoder, tokenizers.decoders.ByteLevel):
             raise InvalidTokenizer("tokenizer.json has no ByteLevel decoder; only byte-level BPE tokenizers are supported")
@@ -41,12 +41,12 @@ class Tokenizer:
         """The texts of the special tokens that have a name, such as ``eos_token``."""
         ends = bool(settings.get("add_eos_token")) and "eos_token" in self.named
         self.appended_eos_id: int | None = self._plain.token_to_id(self.named["eos_token"]) if ends else None
-        """What `add_eos_token` wants behind every text: only some models that give embeddings say so, in files whose own code does it."""
+        """The token that `add_eos_token` appends to every text, or None. Only some embedding models set it; their own code appends it."""
         for tokenizer in (self._plain, self._with_control):
             tokenizer.no_truncation()
             tokenizer.no_padding()
             tokenizer.add_special_tokens([text for text in self.named.values() if tokenizer.token_to_id(text) is not None])
-        self._plain.encode_special_tokens = True  # "special tokens in text are text", for good: the object is shared
+        self._plain.encode_special_tokens = True  # "special tokens in text are text"; never changed, as the object is shared
         self._added = self._plain.get_added_tokens_decoder()
         self._bytes: dict[int, bytes] = {}
         self.special_tokens = tuple(
@@ -56,7 +56,7 @@ class Tokenizer:
         )
         self.special_ids = frozenset(special.id for special in self.special_tokens)
         self.num_real_tokens = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
-        """Highest id + 1. The model's rows above are padding of its vocabulary."""
+        """Highest id + 1. The model's rows above that are padding of its vocabulary."""
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:
@@ -64,9 +64,9 @@ class Tokenizer:
         return max(len(text.encode()) for text in self._plain.get_vocab(with_added_tokens=True))
 
     def least_tokens(self, text: str) -> int:
-        """A number of tokens that ``text`` has at the very least, without tokenizing it.
+        """A lower bound of the number of tokens of ``text``, without tokenizing it.
 
-        Bytes over those of the longest token; a quarter of that, since a normaliser may compose what was written decomposed.
+        Its bytes divided by those of the longest token, and by four, because a normaliser may compose decomposed characters.
         """
         return len(text.encode(errors="replace")) // (4 * self.longest_token_bytes)
 
@@ -75,7 +75,7 @@ class Tokenizer:
         """Read tokenizer.json and, where there is one, tokenizer_config.json.
 
         Raises:
-            InvalidTokenizer: see there; the message names the folder.
+            InvalidTokenizer: the message names the folder.
         """
         try:
             return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), read_settings(folder))
@@ -93,21 +93,21 @@ class Tokenizer:
         return self.id_of(self.named.get("pad_token"))
 
     def id_of(self, text: str | None) -> int | None:
-        """The id of the token that is written exactly so."""
+        """The id of the token with exactly this text."""
         token: int | None = None if text is None else self._plain.token_to_id(text)
         return token
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """A raw prompt: control tokens written in it are recognised, and those that the tokenizer itself puts around it are added."""
-        batch = self._with_control.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # that alone gives up the GIL
+        """The ids of a raw prompt. Recognises control tokens in it; ``add_special_tokens`` adds those that surround every text."""
+        batch = self._with_control.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # the only method that releases the GIL
         return tuple(batch[0].ids)
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text as nothing but text: what looks like a control token in it stays the characters it is made of."""
+        """The ids of each text, in which control tokens are not recognised: their characters are encoded as text."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for, which may be a part of a character; those of its name for an added token."""
+        """The bytes of a token, which may be part of a character. For an added token: the bytes of its text."""
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._find_bytes(token)
@@ -123,7 +123,7 @@ class Tokenizer:
         return bytes(table[character] for character in text) if all(character in table for character in text) else text.encode()
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of the tokens without control tokens; bytes that are no character show as U+FFFD."""
+        """The text of the tokens, without control tokens. Invalid bytes become U+FFFD."""
         return b"".join(self.token_bytes(token) for token in tokens if token not in self.special_ids).decode("utf-8", "replace")
 
 
@@ -132,11 +132,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not isinstance(settings, dict):
-        raise InvalidTokenizer("tokenizer_config.json holds no object")
+        raise InvalidTokenizer("tokenizer_config.json does not hold a JSON object")
     return settings
 
 
 def _token_text(value: Any) -> str | None:
-    """Written as a string, or as an object with the string in ``content``."""
+    """The text of a special token in tokenizer_config.json: a string, or an object with the string in ``content``."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) and text else None

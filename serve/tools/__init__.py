@@ -1,1 +1,1 @@
-"""Tool calls: how a model is told of tools, how it is held to calling them well, and how its calls are read."""
+"""Tool calls: how tools are described to a model, how a grammar constrains its calls, and how the calls are parsed."""

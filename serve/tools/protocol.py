@@ -1,4 +1,4 @@
-"""The seam between OpenAI's tools and the text that a model was trained to write."""
+"""What a tool protocol is: how OpenAI's tools and calls become the text that a family of models was trained on, and back."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,15 +13,15 @@ ANY_TEXT = r"(.|\n)*"
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """A conversation that a chat template without tools can render."""
+    """A conversation in the form of a chat template that knows no tools."""
 
     messages: list[dict[str, Any]]
     prefix: str = ""
-    """What the assistant's turn has already; the model goes on behind it."""
+    """The beginning of the assistant's turn, which the model continues."""
 
 
-def plainly_rendered(messages: Sequence[Message]) -> Rendered:
-    """A conversation without tools."""
+def render_without_tools(messages: Sequence[Message]) -> Rendered:
+    """A conversation that has no tools and no calls."""
     return Rendered(
         messages=[
             {"role": message.role, "content": message.content} | ({} if message.name is None else {"name": message.name})
@@ -31,91 +31,91 @@ def plainly_rendered(messages: Sequence[Message]) -> Rendered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calls:
-    """Which calls an answer may have."""
+class CallRules:
+    """Which calls an answer may contain."""
 
     tools: Sequence[Tool]
-    """Those that may be called. Empty: none."""
-    told: Sequence[Tool]
-    """Those that the model is told of."""
-    must: bool
-    """At least one call, and no text beside it."""
+    """Those that may be called; empty: no calls."""
+    shown: Sequence[Tool]
+    """Those that are described to the model."""
+    required: bool
+    """The answer is at least one call, and no text."""
     parallel: bool
     schemas: Sequence[str]
-    """What each tool's arguments must be, as `serve.structured` writes JSON schemas."""
+    """The JSON schema of each tool's arguments, as `serve.structured` writes it."""
     answer: str | None = None
-    """The schema of an answer that is no call; None = any text."""
+    """JSON schema of an answer that is not a call; None: any text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What a reader made of some text: content, or news of a call."""
+class ParsedPiece:
+    """A parsed part of an answer: content, or a delta of a call."""
 
     content: str = ""
     call: ToolCallDelta | None = None
 
 
-class Reader(Protocol):
-    """Reads the text of one choice as it comes."""
+class ToolCallParser(Protocol):
+    """Parses the text of one choice as it arrives."""
 
-    def push(self, text: str) -> list[Piece]: ...
+    def push(self, text: str) -> list[ParsedPiece]: ...
 
-    def flush(self) -> list[Piece]:
-        """The end has come: what was held back."""
+    def flush(self) -> list[ParsedPiece]:
+        """At the end of the text: what was held back."""
         ...
 
 
 class ToolProtocol(Protocol):
-    """How one family of models speaks of tools."""
+    """How one family of models writes tools and calls."""
 
     name: str
 
-    def render(self, messages: Sequence[Message], calls: Calls) -> Rendered:
-        """No text of the client's can be taken for one of the protocol's marks."""
+    def render(self, messages: Sequence[Message], rules: CallRules) -> Rendered:
+        """The conversation with the tools described in it. Text of the client is escaped so that it holds no marker."""
         ...
 
-    def grammar(self, calls: Calls, *, continues: bool) -> str:
-        """Lark for what may come. ``continues``: behind a `Rendered.prefix`."""
+    def grammar(self, rules: CallRules, *, continues: bool) -> str:
+        """A Lark grammar of the answers that ``rules`` allow. ``continues``: the answer follows a `Rendered.prefix`."""
         ...
 
-    def reader(self, *, continues: bool) -> Reader: ...
+    def parser(self, *, continues: bool) -> ToolCallParser: ...
 
 
-class Marks:
-    """The texts that steer a protocol. They are ordinary text to the tokenizer, so clients' texts are kept from holding them."""
+class Markers:
+    """The marker texts of a protocol. To the tokenizer they are ordinary text, so they must be escaped in the text of clients."""
 
-    def __init__(self, marks: Iterable[str]) -> None:
-        self._pattern = re.compile(f"(?={'|'.join(map(re.escape, marks))})(.)")  # looks ahead, as marks may overlap
+    def __init__(self, markers: Iterable[str]) -> None:
+        self._pattern = re.compile(f"(?={'|'.join(map(re.escape, markers))})(.)")  # a lookahead, because markers may overlap
 
-    def broken(self, text: str) -> str:
-        """``text`` with every mark in it made another text, which looks the same: a zero-width space behind its first character."""
+    def escape(self, text: str) -> str:
+        """``text`` with a zero-width space after the first character of every marker, which looks the same and is not a marker."""
         return self._pattern.sub("\\1\u200b", text)
 
-    def in_json(self, value: Any) -> Any:
-        """The same for every text in a JSON value."""
+    def escape_json(self, value: Any) -> Any:
+        """`escape` for every string in a JSON value."""
         if isinstance(value, str):
-            return self.broken(value)
+            return self.escape(value)
         if isinstance(value, dict):
-            return {self.broken(key): self.in_json(item) for key, item in value.items()}
-        return [self.in_json(item) for item in value] if isinstance(value, list) else value
+            return {self.escape(key): self.escape_json(item) for key, item in value.items()}
+        return [self.escape_json(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(eq=False)
 class ArgumentsScanner:
-    """Finds where a JSON object ends, whatever its texts hold."""
+    """Finds the end of a JSON object in a stream of text, whatever its strings contain."""
 
     _depth: int = 0
-    _in_text: bool = False
+    _in_string: bool = False
     _escaped: bool = False
     ended: bool = field(default=False)
 
     def take(self, text: str) -> int:
         """How many characters of ``text`` belong to the object."""
         for at, character in enumerate(text):
-            if self._in_text:
-                self._read_text(character)
+            if self._in_string:
+                self._scan_string(character)
             elif character == '"':
-                self._in_text = True
+                self._in_string = True
             elif character in "{[":
                 self._depth += 1
             elif character in "}]":
@@ -125,20 +125,20 @@ class ArgumentsScanner:
                     return at + 1
         return len(text)
 
-    def _read_text(self, character: str) -> None:
+    def _scan_string(self, character: str) -> None:
         if self._escaped:
             self._escaped = False
         elif character == "\\":
             self._escaped = True
         elif character == '"':
-            self._in_text = False
+            self._in_string = False
 
 
-def held_back(text: str, marks: Sequence[str]) -> int:
-    """Length of the end of ``text`` that could be the beginning of a mark, and of the white space before it."""
-    longest = max(map(len, marks))
+def length_held_back(text: str, markers: Sequence[str]) -> int:
+    """How many characters to hold back: the longest end of ``text`` that could begin a marker, and the white space before it."""
+    longest = max(map(len, markers))
     partial = next(
-        (k for k in range(min(longest - 1, len(text)), 0, -1) if any(mark.startswith(text[-k:]) for mark in marks)),
+        (k for k in range(min(longest - 1, len(text)), 0, -1) if any(marker.startswith(text[-k:]) for marker in markers)),
         0,
     )
     kept = text[: len(text) - partial].rstrip()

@@ -1,6 +1,6 @@
-"""The protocol of Qwen-Agent, which Qwen2's instruct models know: ✿FUNCTION✿, ✿ARGS✿, ✿RESULT✿, ✿RETURN✿.
+"""The tool protocol of Qwen-Agent, which Qwen2's instruct models know: ✿FUNCTION✿, ✿ARGS✿, ✿RESULT✿, ✿RETURN✿.
 
-What stands in capitals below, and the English texts beside it, is the protocol: the models were trained on these very words.
+The markers and the English texts below are part of the protocol: the models were trained on exactly these words.
 Source: qwen_agent/llm/fncall_prompts/qwen_fncall_prompt.py of the package `qwen-agent`; `tests/clients` compares with it.
 """
 
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.request import Message, Tool
-from serve.structured.grammar_source import literal
-from serve.tools.call_parser import CallReader, Shape
-from serve.tools.protocol import ANY_TEXT, Calls, Marks, Reader, Rendered
+from serve.structured.grammar_source import lark_literal
+from serve.tools.call_parser import CallSyntax, MarkerCallParser
+from serve.tools.protocol import ANY_TEXT, CallRules, Markers, Rendered, ToolCallParser
 
 FUNCTION, ARGS, RESULT, RETURN = "✿FUNCTION✿", "✿ARGS✿", "✿RESULT✿", "✿RETURN✿"
-MARKS = Marks((FUNCTION, ARGS, RESULT, RETURN))
-SHAPE = {"mark": FUNCTION, "head": re.compile(rf":? ?(?P<name>[^\n]*)\n{ARGS}: ?(?=\S)"), "tail": None, "ends": (RESULT, RETURN)}
+MARKERS = Markers((FUNCTION, ARGS, RESULT, RETURN))
+SYNTAX = {"marker": FUNCTION, "head": re.compile(rf":? ?(?P<name>[^\n]*)\n{ARGS}: ?(?=\S)"), "tail": None, "ends": (RESULT, RETURN)}
 
 NEXT, REPLY = f"\n{FUNCTION}: ", f"\n{RETURN}: "
 TOOLS = "# Tools\n\n## You have access to the following tools:\n\n{descriptions}\n\n"
@@ -36,80 +36,82 @@ PARALLEL = (
 
 
 class QwenAgent:
-    """A `ToolProtocol`. Calls, results and the reply to them are one turn of the assistant."""
+    """A `ToolProtocol`. Calls, their results and the reply to them are one assistant turn."""
 
     name = "qwen_agent"
 
-    def render(self, messages: Sequence[Message], calls: Calls) -> Rendered:
+    def render(self, messages: Sequence[Message], rules: CallRules) -> Rendered:
         turns: list[dict[str, Any]] = []
         for message in messages:
-            mine = turns[-1] if turns and turns[-1]["role"] == "assistant" else None
+            open_turn = turns[-1] if turns and turns[-1]["role"] == "assistant" else None
             if message.role == "tool":
-                assert mine is not None  # the validator has seen to that
-                mine["content"] = f"{mine['content'].removesuffix(REPLY)}\n{RESULT}: {MARKS.broken(message.content)}{REPLY}"
-            elif message.role == "assistant" and mine is not None and mine["content"].endswith(REPLY):
-                mine["content"] += self._said(message, goes_on=True)
+                assert open_turn is not None  # the validator has checked this
+                open_turn["content"] = f"{open_turn['content'].removesuffix(REPLY)}\n{RESULT}: {MARKERS.escape(message.content)}{REPLY}"
+            elif message.role == "assistant" and open_turn is not None and open_turn["content"].endswith(REPLY):
+                open_turn["content"] += self._assistant_text(message, continues=True)
             elif message.role == "assistant":
-                turns.append({"role": "assistant", "content": self._said(message, goes_on=False)})
+                turns.append({"role": "assistant", "content": self._assistant_text(message, continues=False)})
             else:
                 name = {} if message.name is None else {"name": message.name}
-                turns.append({"role": message.role, "content": MARKS.broken(message.content), **name})
-        self._tell(turns, calls)
+                turns.append({"role": message.role, "content": MARKERS.escape(message.content), **name})
+        self._describe_tools(turns, rules)
         return (
-            Rendered(messages=turns[:-1], prefix=self._prefix(turns[-1]["content"], calls)) if _goes_on(turns) else Rendered(messages=turns)
+            Rendered(messages=turns[:-1], prefix=self._prefix(turns[-1]["content"], rules))
+            if _awaits_reply(turns)
+            else Rendered(messages=turns)
         )
 
-    def grammar(self, calls: Calls, *, continues: bool) -> str:
+    def grammar(self, rules: CallRules, *, continues: bool) -> str:
         text = f"TEXT: /{ANY_TEXT}/ & ~/{ANY_TEXT}{FUNCTION}{ANY_TEXT}/"
-        lead = '(": ")? ' if continues and not calls.must else ""
-        if not calls.tools:
-            return f"start: {lead}TEXT\n{text}" if calls.answer is None else f"start: {lead}answer\nanswer: %json {calls.answer}"
-        more = f" ({literal(NEXT)} call)*" if calls.parallel else ""
-        result = literal("\n" + RESULT)  # where a model that is not stopped would write the results itself
+        lead = '(": ")? ' if continues and not rules.required else ""
+        if not rules.tools:
+            return f"start: {lead}TEXT\n{text}" if rules.answer is None else f"start: {lead}answer\nanswer: %json {rules.answer}"
+        more = f" ({lark_literal(NEXT)} call)*" if rules.parallel else ""
+        result = lark_literal("\n" + RESULT)  # a model that is not stopped here writes the results itself
         rest = f"call{more} ({result})?"
-        if calls.must:
-            start = f"start: {literal(f'{FUNCTION}: ')} {rest}"
-        elif calls.answer is None:
+        if rules.required:
+            start = f"start: {lark_literal(f'{FUNCTION}: ')} {rest}"
+        elif rules.answer is None:
             start = f"start: TEXT | opening {rest}\nopening[lazy]: /{ANY_TEXT}{FUNCTION}: /\n{text}"
         else:
-            start = f"start: {lead}(answer | {literal(f'{FUNCTION}: ')} {rest})\nanswer: %json {calls.answer}"
-        heads = [literal(f"{tool.name}\n{ARGS}: ") for tool in calls.tools]
+            start = f"start: {lead}(answer | {lark_literal(f'{FUNCTION}: ')} {rest})\nanswer: %json {rules.answer}"
+        heads = [lark_literal(f"{tool.name}\n{ARGS}: ") for tool in rules.tools]
         one = " | ".join(f"{head} arguments_{at}" for at, head in enumerate(heads))
-        arguments = "\n".join(f"arguments_{at}: %json {schema}" for at, schema in enumerate(calls.schemas))
+        arguments = "\n".join(f"arguments_{at}: %json {schema}" for at, schema in enumerate(rules.schemas))
         return f"{start}\ncall: {one}\n{arguments}"
 
-    def reader(self, *, continues: bool) -> Reader:
-        return CallReader(Shape(**SHAPE, lead=": " if continues else ""))  # type: ignore[arg-type]
+    def parser(self, *, continues: bool) -> ToolCallParser:
+        return MarkerCallParser(CallSyntax(**SYNTAX, lead=": " if continues else ""))  # type: ignore[arg-type]
 
-    def _said(self, message: Message, *, goes_on: bool) -> str:
-        text = MARKS.broken(message.content)
+    def _assistant_text(self, message: Message, *, continues: bool) -> str:
+        text = MARKERS.escape(message.content)
         for call in message.tool_calls:
-            text += "\n" if text or goes_on else ""
-            goes_on = True
-            text += f"{FUNCTION}: {call.name}\n{ARGS}: {MARKS.broken(call.arguments)}"
+            text += "\n" if text or continues else ""
+            continues = True
+            text += f"{FUNCTION}: {call.name}\n{ARGS}: {MARKERS.escape(call.arguments)}"
         return text
 
-    def _tell(self, turns: list[dict[str, Any]], calls: Calls) -> None:
-        """The tools, behind what the client's own system message says."""
-        if not calls.told:
+    def _describe_tools(self, turns: list[dict[str, Any]], rules: CallRules) -> None:
+        """Puts the tools into the system message, after the client's own text."""
+        if not rules.shown:
             return
-        descriptions = "\n\n".join(map(_description, calls.told))
-        how = (PARALLEL if calls.parallel else ONE).format(names=",".join(tool.name for tool in calls.told))
-        told = TOOLS.format(descriptions=descriptions) + how
+        descriptions = "\n\n".join(map(_description, rules.shown))
+        how = (PARALLEL if rules.parallel else ONE).format(names=",".join(tool.name for tool in rules.shown))
+        text = TOOLS.format(descriptions=descriptions) + how
         if turns[0]["role"] == "system":
-            turns[0] = turns[0] | {"content": f"{turns[0]['content']}\n\n{told}"}
+            turns[0] = turns[0] | {"content": f"{turns[0]['content']}\n\n{text}"}
         else:
-            turns.insert(0, {"role": "system", "content": told})
+            turns.insert(0, {"role": "system", "content": text})
 
-    def _prefix(self, content: str, calls: Calls) -> str:
-        """Without the last ": ", as that may be one token with what comes; a call begins on a line of its own."""
-        return f"{content}\n" if calls.must else content.removesuffix(": ")
+    def _prefix(self, content: str, rules: CallRules) -> str:
+        """Without the last ": ", which may be one token together with what follows. A call begins on a line of its own."""
+        return f"{content}\n" if rules.required else content.removesuffix(": ")
 
 
-def _goes_on(turns: Sequence[dict[str, Any]]) -> bool:
+def _awaits_reply(turns: Sequence[dict[str, Any]]) -> bool:
     return bool(turns[-1]["role"] == "assistant" and turns[-1]["content"].endswith(REPLY))
 
 
 def _description(tool: Tool) -> str:
-    parameters = json.dumps(MARKS.in_json(json.loads(tool.parameters)), ensure_ascii=False)
-    return TOOL.format(name=tool.name, description=MARKS.broken(tool.description), parameters=parameters).rstrip()
+    parameters = json.dumps(MARKERS.escape_json(json.loads(tool.parameters)), ensure_ascii=False)
+    return TOOL.format(name=tool.name, description=MARKERS.escape(tool.description), parameters=parameters).rstrip()

@@ -1,4 +1,4 @@
-"""Step 3 of a request: judge tools, and the calls and results in a conversation, for both fronts alike."""
+"""Step 3 of a request: validates tools, and the calls and results in a conversation, for both fronts."""
 
 import re
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ CHOICES = ("auto", "none", "required", "function")
 def check_tools(request: ChatRequest, limits: Limits) -> None:
     """
     Raises:
-        InvalidRequest: a tool cannot be offered, or the choice names none of them.
+        InvalidRequest: a tool is invalid, or tool_choice does not fit the tools.
     """
     if len(request.tools) > limits.tools:
-        raise InvalidRequest(f"tools has {len(request.tools)} entries, and at most {limits.tools} are taken", param="tools")
+        raise InvalidRequest(f"tools has {len(request.tools)} entries, and at most {limits.tools} are allowed", param="tools")
     names = [tool.name for tool in request.tools]
     for at, tool in enumerate(request.tools):
         param = f"tools[{at}].function"
@@ -32,7 +32,7 @@ def check_tools(request: ChatRequest, limits: Limits) -> None:
             raise InvalidRequest(f"{param}.parameters must describe an object", param=f"{param}.parameters")
     num_chars = sum(len(tool.name + tool.description + tool.parameters) for tool in request.tools)
     if num_chars > limits.tools_chars:
-        raise InvalidRequest(f"all tools together may have {limits.tools_chars} characters", param="tools")
+        raise InvalidRequest(f"all tools together may have at most {limits.tools_chars} characters", param="tools")
     _check_choice(request, names)
 
 
@@ -40,26 +40,28 @@ def _check_choice(request: ChatRequest, names: Sequence[str]) -> None:
     choice = request.tool_choice
     if request.allowed_tools is not None:
         if not request.allowed_tools <= set(names):
-            raise InvalidRequest("tool_choice.allowed_tools names one that is none of the tools", param="tool_choice")
+            raise InvalidRequest("tool_choice.allowed_tools names a function that is not in tools", param="tool_choice")
         names = [tool.name for tool in request.offered_tools]
     if choice not in CHOICES:
         raise InvalidRequest('tool_choice must be "auto", "none", "required" or name a function', param="tool_choice")
     if choice in ("required", "function") and not names:
-        raise InvalidRequest("tool_choice wants a call, and there are no tools", param="tool_choice")
+        raise InvalidRequest("tool_choice asks for a call, and there are no tools", param="tool_choice")
     if choice == "function" and request.tool_name not in names:
-        raise InvalidRequest("tool_choice names none of the tools", param="tool_choice")
+        raise InvalidRequest("tool_choice names a function that is not in tools", param="tool_choice")
     wanted = request.options.format
     if names and choice != "none" and request.options.ignore_eos:
-        raise InvalidRequest("a call ends when it is whole: leave ignore_eos out", param="ignore_eos")
+        raise InvalidRequest(
+            "ignore_eos cannot be combined with tools, because calls end when they are complete; leave it out", param="ignore_eos"
+        )
     if names and wanted is not None and wanted.kind not in ("json_object", "json_schema"):
         raise InvalidRequest(f"{wanted.param} cannot be combined with tools; a JSON format can", param=wanted.param)
 
 
 def check_conversation(messages: Sequence[Message], limits: Limits) -> None:
-    """Every result answers a call of the assistant's last message, and every call is answered before anybody else speaks.
+    """Checks that every result answers a call of the assistant message before it, and that all calls are answered before other messages.
 
     Raises:
-        InvalidRequest: it is not so.
+        InvalidRequest: names the message.
     """
     open_calls: set[str] = set()
     for at, message in enumerate(messages):
@@ -86,7 +88,7 @@ def _calls_of(message: Message, param: str, limits: Limits) -> set[str]:
     if message.role != "assistant":
         raise InvalidRequest(f"{param} belongs to messages of role assistant", param=param)
     if len(message.tool_calls) > limits.tool_calls:
-        raise InvalidRequest(f"{param}: at most {limits.tool_calls} calls are taken", param=param)
+        raise InvalidRequest(f"{param}: at most {limits.tool_calls} calls are allowed", param=param)
     ids: set[str] = set()
     for at, call in enumerate(message.tool_calls):
         place = f"{param}[{at}]"
@@ -103,4 +105,4 @@ def _check_text(text: str, param: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InvalidRequest(f"{param} holds half a surrogate pair, which is no text", param=param) from None
+        raise InvalidRequest(f"{param} holds half a surrogate pair, which is not text", param=param) from None

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from serve.http.app import create_app
-from serve.service_api import Offers
+from serve.service_api import ServiceApi
 from tests.k8s.chart import container, ready, with_values
 
 Labels = dict[str, str]
@@ -72,7 +72,7 @@ def test_without_a_pool_the_route_leads_to_the_service() -> None:
         assert rule["backendRefs"] == [{"name": "manta", "port": 8000}]
 
 
-def unasked() -> Offers:
+def unasked() -> ServiceApi:
     raise AssertionError
 
 

@@ -15,7 +15,7 @@ from engine.run.local_executor import LocalExecutor
 from engine.run.settings import RunnerConfig
 from serve.model_facts import ModelFacts
 from serve.service import Service
-from serve.structured.compiler import GrammarCompilers
+from serve.structured.compiler import GrammarCompilerPool
 from serve.text.tokenizer import Tokenizer
 from serve.tools.protocol import ProtocolName
 
@@ -70,11 +70,11 @@ def engine_service(folder: Path, *, tool_protocol: ProtocolName = "auto") -> Ite
     executor = LocalExecutor.open(folder, runner_config=runner, engine_config=config)
     source = EngineSource(Engine(executor, config))
     service = Service(model=facts, tokenizer=tokenizer, source=source, tool_protocol=tool_protocol)
-    compilers = service._compilers
+    compiler = service._compiler
     try:
         yield service, source
     finally:
         source.close()
         executor.close()
-        assert isinstance(compilers, GrammarCompilers)
-        compilers.close()
+        assert isinstance(compiler, GrammarCompilerPool)
+        compiler.close()

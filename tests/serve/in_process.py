@@ -13,10 +13,10 @@ from engine.config import EngineConfig
 from engine.run.local_executor import LocalExecutor
 from engine.run.settings import RunnerConfig
 from model.pooling import PoolingKind
-from serve.drain_gate import Doors
+from serve.drain_gate import DrainGate
 from serve.grpc.server import start_server
 from serve.http.app import create_app
-from serve.idempotency import OncePerKey
+from serve.idempotency import IdempotentService
 from serve.limits import Limits
 from serve.model_facts import ModelFacts
 from serve.request_observer import Observer
@@ -33,7 +33,7 @@ NUM_BLOCKS = 256
 @dataclass(frozen=True, kw_only=True)
 class Fronts:
     service: Service
-    doors: Doors
+    gate: DrainGate
     source: EngineSource
     http: str
     """Base URL."""
@@ -67,11 +67,11 @@ async def fronts(
     source = EngineSource(LocalExecutor.open(folder, runner_config=runner, engine_config=config), config)
     try:
         service = Service(model=facts, tokenizer=tokenizer, source=source, limits=limits, observers=observers)
-        doors = Doors(OncePerKey(service))
-        server, port = await start_server(doors, "127.0.0.1:0", fleets=[source], limits=limits)
+        gate = DrainGate(IdempotentService(service))
+        server, port = await start_server(gate, "127.0.0.1:0", fleets=[source], limits=limits)
         try:
-            async with served(create_app(lambda: doors, limits)) as url:
-                yield Fronts(service=service, doors=doors, source=source, http=url, grpc=f"grpc://127.0.0.1:{port}")
+            async with served(create_app(lambda: gate, limits)) as url:
+                yield Fronts(service=service, gate=gate, source=source, http=url, grpc=f"grpc://127.0.0.1:{port}")
         finally:
             await server.stop(grace=None)
     finally:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from serve import auth
-from serve.auth import Doorkeeper, OpenDoor
-from serve.caller import ANYONE, Scope
+from serve.auth import KeyAuthenticator, NoAuthentication
+from serve.caller import ANONYMOUS, Scope
 from serve.errors import NotAllowed, NotAuthenticated
 from serve.key_file import KeyFileError, locked_key_file, new_key, read_keys, rotate_key
 
@@ -35,23 +35,23 @@ def test_the_owner_of_a_key_is_known_by_it_and_nobody_else_is_let_in(path: Path)
     shown, key = new_key(name="alice")
     other, _ = new_key(name="bob")
     write(path, key)
-    door = Doorkeeper(path)
-    assert door.admit([f"Bearer {shown}"]).id == key.id
-    assert door.admit([f"bearer  {shown} "], Scope.INFER).id == key.id
+    authenticator = KeyAuthenticator(path)
+    assert authenticator.authenticate([f"Bearer {shown}"]).id == key.id
+    assert authenticator.authenticate([f"bearer  {shown} "], Scope.INFER).id == key.id
     refused = ([], [f"Bearer {other}"], [f"Basic {shown}"], [shown], ["Bearer"], ["Bearer "], [f"Bearer {shown}"] * 2, [f"Bearer {shown}x"])
     for credentials in refused:
         with pytest.raises(NotAuthenticated):
-            door.admit(credentials)
+            authenticator.authenticate(credentials)
 
 
 def test_a_key_is_good_for_its_scopes_only(path: Path) -> None:
     shown, key = new_key(scopes=["metrics"])
     write(path, key)
-    door = Doorkeeper(path)
-    assert door.admit([f"Bearer {shown}"], Scope.METRICS).id == key.id
+    authenticator = KeyAuthenticator(path)
+    assert authenticator.authenticate([f"Bearer {shown}"], Scope.METRICS).id == key.id
     for scope in (Scope.INFER, Scope.ADMIN):
         with pytest.raises(NotAllowed):
-            door.admit([f"Bearer {shown}"], scope)
+            authenticator.authenticate([f"Bearer {shown}"], scope)
 
 
 def test_the_file_never_holds_a_key(path: Path) -> None:
@@ -66,14 +66,14 @@ def test_every_key_is_compared_whichever_is_right(path: Path, monkeypatch: pytes
     """The work, not the time: a count does not depend on the machine."""
     made = [new_key() for _ in range(5)]
     write(path, *(key for _, key in made))
-    door, compared = Doorkeeper(path), []
+    authenticator, compared = KeyAuthenticator(path), []
     real = auth.hmac.compare_digest
     monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append(1) or real(a, b))
     counts = set()
     for credentials in ([], ["Basic abc"], ["Bearer wrong"], ["Bearer a", "Bearer b"], *([f"Bearer {shown}"] for shown, _ in made)):
         compared.clear()
         with contextlib.suppress(NotAuthenticated):
-            door.admit(credentials)
+            authenticator.authenticate(credentials)
         counts.add(len(compared))
     assert counts == {5}
 
@@ -82,23 +82,23 @@ def test_a_changed_file_is_seen_without_a_restart(path: Path) -> None:
     clock = Clock()
     (first, one), (second, two) = new_key(), new_key()
     write(path, one)
-    door = Doorkeeper(path, monotonic=clock)
+    authenticator = KeyAuthenticator(path, monotonic=clock)
     write(path, two)
-    clock.now_s += auth.LOOK_EVERY_S
-    assert door.admit([f"Bearer {second}"]).id == two.id
+    clock.now_s += auth.CHECK_INTERVAL_S
+    assert authenticator.authenticate([f"Bearer {second}"]).id == two.id
     with pytest.raises(NotAuthenticated):
-        door.admit([f"Bearer {first}"])
+        authenticator.authenticate([f"Bearer {first}"])
 
 
 def test_a_damaged_or_missing_file_leaves_the_keys_that_were_read_before(path: Path) -> None:
     clock = Clock()
     shown, key = new_key()
     write(path, key)
-    door = Doorkeeper(path, monotonic=clock)
+    authenticator = KeyAuthenticator(path, monotonic=clock)
     for damage in (lambda: path.write_text("{"), path.unlink):
         damage()
-        clock.now_s += auth.LOOK_EVERY_S
-        assert door.admit([f"Bearer {shown}"]).id == key.id
+        clock.now_s += auth.CHECK_INTERVAL_S
+        assert authenticator.authenticate([f"Bearer {shown}"]).id == key.id
 
 
 def test_while_a_key_is_rotated_both_are_taken_and_then_only_the_new_one(path: Path) -> None:
@@ -106,15 +106,15 @@ def test_while_a_key_is_rotated_both_are_taken_and_then_only_the_new_one(path: P
     old, key = new_key()
     new, turned = rotate_key(key, grace_s=3600)
     write(path, turned)
-    door = Doorkeeper(path, clock=clock)
+    authenticator = KeyAuthenticator(path, clock=clock)
     end = turned.secrets[1].until
     assert end is not None
     clock.now_s = end - 1
-    assert door.admit([f"Bearer {old}"]) == door.admit([f"Bearer {new}"])
+    assert authenticator.authenticate([f"Bearer {old}"]) == authenticator.authenticate([f"Bearer {new}"])
     clock.now_s = end
-    assert door.admit([f"Bearer {new}"]).id == key.id
+    assert authenticator.authenticate([f"Bearer {new}"]).id == key.id
     with pytest.raises(NotAuthenticated):
-        door.admit([f"Bearer {old}"])
+        authenticator.authenticate([f"Bearer {old}"])
 
 
 def test_rotating_without_grace_forgets_the_old_secret() -> None:
@@ -126,11 +126,11 @@ def test_the_salt_of_cached_prefixes_outlives_a_rotation_and_differs_between_key
     (_, one), (_, two) = new_key(), new_key()
     assert rotate_key(one, grace_s=0)[1].caller().salt == one.caller().salt
     assert one.caller().salt != two.caller().salt
-    assert ANYONE.salt == ""
+    assert ANONYMOUS.salt == ""
 
 
 def test_without_keys_anybody_may_do_everything() -> None:
-    assert OpenDoor().admit([], Scope.ADMIN) is ANYONE
+    assert NoAuthentication().authenticate([], Scope.ADMIN) is ANONYMOUS
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_file_that_makes_no_sense_is_refused(path: Path, damage) -> None:
 
 def test_a_server_does_not_start_without_its_key_file(path: Path) -> None:
     with pytest.raises(KeyFileError, match="cannot be read"):
-        Doorkeeper(path)
+        KeyAuthenticator(path)
 
 
 def test_a_caller_does_not_show_its_key() -> None:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serve.catalog import Catalog
-from serve.drain_gate import Doors
+from serve.drain_gate import DrainGate
 from serve.errors import ModelNotFound
 from serve.http.app import create_app
 from serve.model_facts import ModelFacts
@@ -71,10 +71,10 @@ def test_it_is_ready_when_some_model_is_and_tells_of_each(smol_folder: Path, fir
     catalog = Catalog(services)
     assert catalog.ready() == (first or second)
     assert catalog.readiness() == {"one": first, "two": second}
-    doors = Doors(catalog)
-    assert doors.readiness() == catalog.readiness()
-    doors.drain()
-    assert doors.readiness() == {"one": False, "two": False}
+    gate = DrainGate(catalog)
+    assert gate.readiness() == catalog.readiness()
+    gate.drain()
+    assert gate.readiness() == {"one": False, "two": False}
 
 
 async def test_its_front_tells_of_one_model_to_whoever_names_it(smol_folder: Path) -> None:

@@ -7,7 +7,16 @@ import cluster.errors
 import engine.errors
 import serve.errors
 from engine.plan import TokenEvent
-from serve.errors import MAX_MESSAGE_CHARS, WIRE, ContextLengthExceeded, InvalidRequest, ModelNotFound, ServeError, describe, from_event
+from serve.errors import (
+    ERROR_MAPPINGS,
+    MAX_MESSAGE_CHARS,
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    ServeError,
+    describe,
+    error_from_event,
+)
 
 GRPC_CODES = {
     "ABORTED",
@@ -31,14 +40,14 @@ def error_classes(module: object) -> list[type[Exception]]:
 
 @pytest.mark.parametrize("module", [engine.errors, cluster.errors, serve.errors])
 def test_every_error_of_the_house_is_in_the_table_itself(module: object) -> None:
-    missing = [kind.__name__ for kind in error_classes(module) if kind not in WIRE and kind is not ServeError]
+    missing = [kind.__name__ for kind in error_classes(module) if kind not in ERROR_MAPPINGS and kind is not ServeError]
     assert missing == []
 
 
 def test_the_table_speaks_of_known_codes_only() -> None:
-    assert {wire.grpc for wire in WIRE.values()} <= GRPC_CODES
-    assert all(400 <= wire.http < 600 for wire in WIRE.values())
-    for kind, wire in WIRE.items():
+    assert {wire.grpc for wire in ERROR_MAPPINGS.values()} <= GRPC_CODES
+    assert all(400 <= wire.http < 600 for wire in ERROR_MAPPINGS.values())
+    for kind, wire in ERROR_MAPPINGS.items():
         assert (wire.type == "server_error") == (wire.http >= 500), kind
         assert (wire.retry_after_s is not None) == (wire.http in (429, 503)), kind
 
@@ -127,18 +136,18 @@ def test_no_message_is_longer_than_the_bound() -> None:
 @pytest.mark.parametrize("kind", error_classes(engine.errors) + error_classes(cluster.errors))
 def test_an_error_that_crossed_as_an_event_is_the_same_class_again(kind: type[Exception]) -> None:
     event = TokenEvent("r", 0, 0, 0, finish_reason="error", error_kind=kind.__name__, error_message="what happened")
-    error = from_event(event)
+    error = error_from_event(event)
     assert type(error) is kind
     assert str(error) == "what happened"
-    assert describe(error).code == WIRE[kind].code
-    assert describe(error).retry_after_s == WIRE[kind].retry_after_s
+    assert describe(error).code == ERROR_MAPPINGS[kind].code
+    assert describe(error).retry_after_s == ERROR_MAPPINGS[kind].retry_after_s
 
 
 @pytest.mark.parametrize("kind", ["SystemExit", "Nonsense", "WIRE", "", None, "annotations"])
 def test_an_event_of_an_unknown_kind_is_an_internal_error(kind: str | None) -> None:
-    error = from_event(TokenEvent("r", 0, 0, 0, finish_reason="error", error_kind=kind, error_message="x"))
+    error = error_from_event(TokenEvent("r", 0, 0, 0, finish_reason="error", error_kind=kind, error_message="x"))
     assert describe(error).http_status == 500
 
 
 def test_an_end_nobody_asked_for_can_be_tried_again() -> None:
-    assert describe(from_event(TokenEvent("r", 0, 0, 0, finish_reason="cancelled"))).http_status == 503
+    assert describe(error_from_event(TokenEvent("r", 0, 0, 0, finish_reason="cancelled"))).http_status == 503

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serve.auth import Doorkeeper
+from serve.auth import KeyAuthenticator
 from serve.caller import Scope
 from serve.cli import app
 from serve.errors import NotAuthenticated
@@ -25,7 +25,7 @@ def keys(path: Path, *arguments: str, code: int = 0) -> str:
 
 def test_a_made_key_opens_the_door_with_what_was_asked_for_it(path: Path) -> None:
     shown = keys(path, "create", "--name", "alice", "--scope", "infer", "--scope", "metrics", "--requests-per-minute", "60", "--share", "2")
-    caller = Doorkeeper(path).admit([f"Bearer {shown}"], Scope.METRICS)
+    caller = KeyAuthenticator(path).authenticate([f"Bearer {shown}"], Scope.METRICS)
     assert (caller.quota.requests_per_minute, caller.quota.concurrency, caller.share) == (60, None, 2.0)
 
 
@@ -41,17 +41,17 @@ def test_the_list_shows_everything_but_keys(path: Path) -> None:
 def test_a_revoked_key_is_refused(path: Path) -> None:
     gone, stays = keys(path, "create"), keys(path, "create")
     keys(path, "revoke", read_keys(path)[0].id)
-    door = Doorkeeper(path)
-    assert door.admit([f"Bearer {stays}"])
+    authenticator = KeyAuthenticator(path)
+    assert authenticator.authenticate([f"Bearer {stays}"])
     with pytest.raises(NotAuthenticated):
-        door.admit([f"Bearer {gone}"])
+        authenticator.authenticate([f"Bearer {gone}"])
 
 
 def test_a_rotated_key_is_taken_beside_its_successor(path: Path) -> None:
     old = keys(path, "create")
     new = keys(path, "rotate", read_keys(path)[0].id, "--grace", "1h")
-    door = Doorkeeper(path)
-    assert door.admit([f"Bearer {old}"]) == door.admit([f"Bearer {new}"])
+    authenticator = KeyAuthenticator(path)
+    assert authenticator.authenticate([f"Bearer {old}"]) == authenticator.authenticate([f"Bearer {new}"])
     assert "1 older secret still taken" in keys(path, "list")
 
 

@@ -27,9 +27,9 @@ from cluster.routing_policies import make_routing_policy
 from engine.engine import Engine
 from engine.fair_share import FairShare
 from parallel.topology import Topology
-from serve.drain_gate import Doors
+from serve.drain_gate import DrainGate
 from serve.http.app import create_app
-from serve.idempotency import OncePerKey
+from serve.idempotency import IdempotentService
 from serve.metrics import Instruments
 from serve.model_facts import ModelFacts
 from serve.quotas import Quotas
@@ -91,9 +91,9 @@ async def served(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
         observers=[RequestMetrics(Instruments("front"), [MODEL]), Quotas(num_fronts=lambda: 1)],
         refusal=router.recent_refusal,
     )
-    doors = Doors(OncePerKey(service))
+    gate = DrainGate(IdempotentService(service))
     try:
-        app = httpx.ASGITransport(app=create_app(lambda: doors))
+        app = httpx.ASGITransport(app=create_app(lambda: gate))
         async with httpx.AsyncClient(transport=app, base_url="http://front", timeout=120) as http:
             yield http
     finally:

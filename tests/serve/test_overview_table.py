@@ -12,7 +12,7 @@ from cluster.health import Loading, State
 from engine.stats import EngineStats
 from serve.overview import AppView, HostView, LatencyCounts, Overview
 from serve.overview_table import Window, ranks_in_words, tables, wait_figures
-from serve.quantiles import counts_of, quantile, since
+from serve.quantiles import counts_between, merge_counts, quantile
 
 READY = ReplicaRecord(
     id="manta#EngineDeployment-demo#abcdefgh",
@@ -25,7 +25,7 @@ READY = ReplicaRecord(
 )
 HOST = HostView(name="gpu-1", ip="10.0.0.1", alive=True, resources={"CPU": 8.0, "GPU": 4.0}, free={"CPU": 6.0, "GPU": 1.0})
 WAITS = LatencyCounts(
-    first_token=counts_of([(0.1, 0.0), (0.2, 10.0), (float("inf"), 10.0)]), next_token=counts_of([(0.01, 4.0), (float("inf"), 4.0)])
+    first_token=merge_counts([(0.1, 0.0), (0.2, 10.0), (float("inf"), 10.0)]), next_token=merge_counts([(0.01, 4.0), (float("inf"), 4.0)])
 )
 SEEN = Overview(
     hosts=(HOST,),
@@ -78,7 +78,7 @@ def test_rates_and_waits_of_a_live_view_are_of_late() -> None:
         replicas=(("manta", replace(READY, stats=EngineStats(sampled_tokens=150))),),
         waits={
             ("manta", "demo"): LatencyCounts(
-                first_token=counts_of([(0.1, 5.0), (0.2, 15.0), (float("inf"), 15.0)]), next_token=WAITS.next_token
+                first_token=merge_counts([(0.1, 5.0), (0.2, 15.0), (float("inf"), 15.0)]), next_token=WAITS.next_token
             )
         },
     )
@@ -109,5 +109,5 @@ def test_quantiles_lie_on_a_straight_line_within_their_bucket(counts, share, val
 
 
 def test_a_front_that_began_anew_counts_from_its_beginning() -> None:
-    assert since({1.0: 3.0}, {1.0: 10.0}) == {1.0: 3.0}
+    assert counts_between({1.0: 3.0}, {1.0: 10.0}) == {1.0: 3.0}
     assert wait_figures({}, {}) == dict.fromkeys(("first_token_p50_s", "first_token_p95_s", "next_token_p50_s", "next_token_p95_s"))

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from engine.plan import TokenEvent, TokenLogprobs
-from serve.prompt_logprobs import PromptScores
+from serve.prompt_logprobs import SharedPromptLogprobs
 
 SCORES = (TokenLogprobs(logprob=-1.5, top=()),)
 LENGTH = 100
@@ -15,9 +15,9 @@ async def read(stream: AsyncGenerator[TokenEvent, None]) -> list[TokenEvent]:
 
 
 async def test_a_choice_that_waits_for_anothers_scores_is_read_all_the_while() -> None:
-    scores, was_read = PromptScores(scorer=3), asyncio.Event()
+    prompt_logprobs, was_read = SharedPromptLogprobs(scoring_choice=3), asyncio.Event()
 
-    async def scorer() -> AsyncGenerator[TokenEvent, None]:
+    async def scoring_choice() -> AsyncGenerator[TokenEvent, None]:
         await was_read.wait()
         yield TokenEvent("r", 3, 0, 0, tokens=(7,), prompt_logprobs=SCORES)
         yield TokenEvent("r", 3, 0, 1, finish_reason="stop")
@@ -29,7 +29,7 @@ async def test_a_choice_that_waits_for_anothers_scores_is_read_all_the_while() -
         yield TokenEvent("r", 4, 0, LENGTH, finish_reason="length")
 
     async with asyncio.timeout(30):
-        told = await asyncio.gather(read(scores.told_by(4, other())), read(scores.told_by(3, scorer())))
+        told = await asyncio.gather(read(prompt_logprobs.attach_to(4, other())), read(prompt_logprobs.attach_to(3, scoring_choice())))
     for events, length in zip(told, (LENGTH + 1, 2), strict=True):
         assert [event.offset for event in events] == list(range(length))
         assert [event.prompt_logprobs for event in events] == [SCORES] + [()] * (length - 1)
@@ -41,5 +41,5 @@ async def test_a_choice_that_fails_meanwhile_says_so_at_once() -> None:
         yield TokenEvent("r", 4, 0, 1, finish_reason="error", error_kind="QueueFull")
 
     async with asyncio.timeout(30):
-        (event,) = await read(PromptScores(scorer=3).told_by(4, failing()))
+        (event,) = await read(SharedPromptLogprobs(scoring_choice=3).attach_to(4, failing()))
     assert event.finish_reason == "error"

@@ -17,13 +17,13 @@ from ray.serve._private.http_util import get_http_response_status
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve.proxy_hook import PreparedSockets, told_as_ours
+from serve.proxy_hook import ConfiguredSockets, with_manta_errors
 from tests.system.server import free_ports
 
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    with closing(PreparedSockets(0.3).socket(socket.AF_INET, socket.SOCK_STREAM)) as made:
+    with closing(ConfiguredSockets(0.3).socket(socket.AF_INET, socket.SOCK_STREAM)) as made:
         made.bind(("127.0.0.1", 0))
         made.listen()
         yield made
@@ -71,7 +71,7 @@ async def test_the_proxys_own_http_server_notices_that_such_a_client_is_gone(mon
             await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(http_util, "socket", PreparedSockets(0.3))
+    monkeypatch.setattr(http_util, "socket", ConfiguredSockets(0.3))
     (port,) = free_ports(1)
     options, loop = HTTPOptions(host="127.0.0.1", port=port), asyncio.get_running_loop()
     serving, server = await http_util.start_asgi_http_server(endless, options, event_loop=loop)
@@ -95,22 +95,24 @@ def test_a_port_whose_connections_cool_down_can_be_listened_at(listener: socket.
     listener.close()
     server.close()  # first, as a killed process's sockets are
     client.close()
-    with PreparedSockets(0.3).socket(socket.AF_INET, socket.SOCK_STREAM) as next_one:
+    with ConfiguredSockets(0.3).socket(socket.AF_INET, socket.SOCK_STREAM) as next_one:
         next_one.bind(address)
         next_one.listen()
-        with PreparedSockets(0.3).socket(socket.AF_INET, socket.SOCK_STREAM) as third, pytest.raises(OSError, match="in use"):
+        with ConfiguredSockets(0.3).socket(socket.AF_INET, socket.SOCK_STREAM) as third, pytest.raises(OSError, match="in use"):
             third.bind(address)
 
 
 def test_the_loss_of_a_front_is_told_as_one_of_our_errors() -> None:
     lost = RayActorError("class_name: ServeReplica, ip: 10.0.0.7")
-    status = told_as_ours(get_http_response_status, over_grpc=False)(lost, None, "r")
+    status = with_manta_errors(get_http_response_status, over_grpc=False)(lost, None, "r")
     assert (status.code, status.headers) == (503, [(b"retry-after", b"1")])
     assert status.message["error"]["code"] == "unavailable"
-    status = told_as_ours(get_grpc_response_status, over_grpc=True)(lost, None, "r")
+    status = with_manta_errors(get_grpc_response_status, over_grpc=True)(lost, None, "r")
     assert status.code is grpc.StatusCode.UNAVAILABLE
     assert "ServeReplica" not in status.message
-    unavailable = told_as_ours(get_http_response_status, over_grpc=False)(DeploymentUnavailableError(DeploymentID(name="Front")), None, "r")
+    unavailable = with_manta_errors(get_http_response_status, over_grpc=False)(
+        DeploymentUnavailableError(DeploymentID(name="Front")), None, "r"
+    )
     assert (unavailable.code, "Front" in str(unavailable.message["error"])) == (503, False)
 
 
@@ -118,9 +120,9 @@ def test_the_loss_of_a_front_is_told_as_one_of_our_errors() -> None:
 def test_of_what_went_wrong_within_only_an_id_is_told(over_grpc: bool) -> None:
     status_of = get_grpc_response_status if over_grpc else get_http_response_status
     for wrong in (ValueError("/etc/secrets"), RayTaskError("f", "Traceback /etc/secrets", ValueError())):
-        status = told_as_ours(status_of, over_grpc=over_grpc)(wrong, None, "r")
+        status = with_manta_errors(status_of, over_grpc=over_grpc)(wrong, None, "r")
         assert status.code == (grpc.StatusCode.INTERNAL if over_grpc else 500)
         assert "internal error; the server's log has it under" in str(status.message)
         assert "secrets" not in str(status.message)
-    late = told_as_ours(status_of, over_grpc=over_grpc)(TimeoutError(), 3.0, "r")
+    late = with_manta_errors(status_of, over_grpc=over_grpc)(TimeoutError(), 3.0, "r")
     assert late.code == (grpc.StatusCode.DEADLINE_EXCEEDED if over_grpc else 408)

@@ -25,9 +25,9 @@ def test_its_entries_add_up_to_the_whole_time() -> None:
     since_s = stopwatch.now()
     clock.now_s += 0.5
     stopwatch.detokenised(since_s)
-    ledger = stopwatch.ledger(PhaseTimes(queue_s=0.5, prefill_s=1.0, decode_s=2.0))
-    assert (ledger.front_s, ledger.detokenise_s, ledger.network_s) == (1.0, 0.5, 0.5)
-    assert ledger.total_s == clock.now_s - 49.0
+    timing = stopwatch.timing(PhaseTimes(queue_s=0.5, prefill_s=1.0, decode_s=2.0))
+    assert (timing.front_s, timing.detokenise_s, timing.network_s) == (1.0, 0.5, 0.5)
+    assert timing.total_s == clock.now_s - 49.0
 
 
 def test_it_is_written_as_a_server_timing_header() -> None:
@@ -35,7 +35,7 @@ def test_it_is_written_as_a_server_timing_header() -> None:
     stopwatch = Stopwatch(clock=clock)
     stopwatch.submitted()
     clock.now_s += 0.25
-    said = stopwatch.ledger(PhaseTimes(queue_s=0.0, prefill_s=0.125, decode_s=0.0)).server_timing()
+    said = stopwatch.timing(PhaseTimes(queue_s=0.0, prefill_s=0.125, decode_s=0.0)).server_timing()
     assert said.startswith("front;dur=0.000, queue;dur=0.000, prefill;dur=125.000, ")
     assert said.endswith("total;dur=250.000")
 

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from serve.errors import InvalidRequest
 from serve.grpc.generated import messages_pb2, service_pb2, service_pb2_grpc
 from serve.request import ChatRequest, Message, Options, TextEvent, TextToken, Usage
-from serve.request_timing import Ledger
+from serve.request_timing import RequestTiming
 from serve.tracing import Tracing
 from tests.serve.in_process import MODEL, fronts
 
@@ -61,12 +61,12 @@ def test_a_failure_is_told_by_its_code(tracing: Tracing, exporter: InMemorySpanE
 
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-LEDGER = Ledger(front_s=0.5, queue_s=1.0, prefill_s=2.0, decode_s=3.0, network_s=0.1, detokenise_s=0.0)
+TIMING = RequestTiming(front_s=0.5, queue_s=1.0, prefill_s=2.0, decode_s=3.0, network_s=0.1, detokenise_s=0.0)
 
 
 def test_a_clients_trace_goes_on_into_the_engines_phases(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     watch = tracing.begin(dataclasses.replace(REQUEST, trace={"traceparent": PARENT, "tracestate": "vendor=1"}))
-    watch.event(TextEvent(choice=0, finish_reason="stop", usage=Usage(prompt_tokens=5, completion_tokens=1), ledger=LEDGER))
+    watch.event(TextEvent(choice=0, finish_reason="stop", usage=Usage(prompt_tokens=5, completion_tokens=1), timing=TIMING))
     watch.ended()
     *phases, request = exporter.get_finished_spans()
     assert {format(span.context.trace_id, "032x") for span in (*phases, request)} == {PARENT[3:35]}

@@ -185,10 +185,10 @@ def test_manta_chat_prints_the_answer(server):
 
 
 def test_a_compiler_of_grammars_waits_for_the_first_who_needs_it(server):
-    def compilers() -> int:
+    def compiler() -> int:
         return sum("serve.structured.compiler_process" in " ".join(command_of(process)) for process in server.descendants)
 
-    assert eventually(lambda: compilers() >= 1, 120)
+    assert eventually(lambda: compiler() >= 1, 120)
 
 
 def command_of(process: psutil.Process) -> list[str]:

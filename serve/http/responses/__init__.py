@@ -1,1 +1,1 @@
-"""/v1/responses: OpenAI's newer API for the same answers as a chat's. Nothing is stored, a conversation is sent whole."""
+"""/v1/responses: OpenAI's newer API for chats. Nothing is stored, so each request holds the whole conversation."""

@@ -1,4 +1,4 @@
-"""Step 1 of a request to /v1/responses, where it is refused: the service judges a chat, and the client hears of its own fields."""
+"""Names the fields of /v1/responses in errors, which the service raises in terms of a chat request."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,24 +19,24 @@ WORDS = (
     (re.compile(r"\btool_choice\.allowed_tools\b"), "tool_choice"),
     (re.compile(r"\bmax_tokens\b"), "max_output_tokens"),
 )
-"""What a chat calls it, and what this API does."""
+"""What a chat request calls it, and what this API does; applied in order."""
 
 
 @contextmanager
-def spelled_for(body: ResponsesBody, conversation: Conversation) -> Iterator[None]:
-    """What is raised within names fields as this API does."""
+def translate_errors(body: ResponsesBody, conversation: Conversation) -> Iterator[None]:
+    """Errors raised inside name fields as this API does."""
     try:
         yield
     except ServeError as error:
-        places = conversation.places | {f"tools[{at}]": f"tools[{said}]" for at, said in enumerate(body.functions)}
-        error.message = spelled(error.message, places)
+        places = conversation.places | {f"tools[{at}]": f"tools[{index}]" for at, index in enumerate(body.functions)}
+        error.message = translate(error.message, places)
         error.args = (error.message,)
-        error.param = None if error.param is None else spelled(error.param, places)
+        error.param = None if error.param is None else translate(error.param, places)
         raise
 
 
-def spelled(text: str, places: Mapping[str, str]) -> str:
-    """``places``: those of a `Conversation`, and of tools.
+def translate(text: str, places: Mapping[str, str]) -> str:
+    """``places``: paths in this request by paths in the chat; see `Conversation.places`.
 
     {"messages[1]": "input[0]"}:  "messages[1].content must be text"  ->  "input[0].content must be text"
     """

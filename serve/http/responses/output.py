@@ -1,4 +1,4 @@
-"""Step 14 of a request to /v1/responses: the items of an answer, as they are made, and the events that tell of it."""
+"""Step 14 of a request to /v1/responses: the output items while they are written, and their events."""
 
 import codecs
 from collections import deque
@@ -9,21 +9,21 @@ from serve.http.token_objects import token_objects
 from serve.request import TextToken, ToolCallDelta
 
 Event = tuple[str, dict[str, Any]]
-"""Its type, and its fields beside the two numbers that every event has."""
+"""Type and fields, without the two that every event has (`type`, `sequence_number`)."""
 
 
 class Item(Protocol):
-    """One that is being made."""
+    """An output item that is being written."""
 
     def begin(self) -> Iterator[Event]: ...
     def end(self, status: str) -> Iterator[Event]: ...
     def object(self, status: str) -> dict[str, Any]:
-        """As far as it is made."""
+        """The item's object, with what has been written so far."""
         ...
 
 
 class MessageItem:
-    """What is said, in one part."""
+    """A message with one text part."""
 
     def __init__(self, item_id: str, index: int, *, with_logprobs: bool) -> None:
         self._id, self._with_logprobs = item_id, with_logprobs
@@ -36,11 +36,11 @@ class MessageItem:
         yield "response.output_item.added", {"output_index": self._at["output_index"], "item": self._object("in_progress", [])}
         yield "response.content_part.added", self._at | {"part": self._part()}
 
-    def say(self, text: str, tokens: Iterable[TextToken]) -> Iterator[Event]:
+    def add_text(self, text: str, tokens: Iterable[TextToken]) -> Iterator[Event]:
         self._text.append(text)
-        told = token_objects(self._tokens.take(text, tokens)) if self._with_logprobs else []
-        self._logprobs += told
-        yield "response.output_text.delta", self._at | {"delta": text, "logprobs": told}
+        logprobs = token_objects(self._tokens.take(text, tokens)) if self._with_logprobs else []
+        self._logprobs += logprobs
+        yield "response.output_text.delta", self._at | {"delta": text, "logprobs": logprobs}
 
     def end(self, status: str) -> Iterator[Event]:
         part = self._part()
@@ -59,7 +59,7 @@ class MessageItem:
 
 
 class CallItem:
-    """A function that the client is asked to call."""
+    """A function call that the client is asked to make."""
 
     def __init__(self, item_id: str, index: int, call: ToolCallDelta) -> None:
         self._id, self._call_id, self._name = item_id, call.id, call.name
@@ -69,7 +69,7 @@ class CallItem:
     def begin(self) -> Iterator[Event]:
         yield "response.output_item.added", {"output_index": self._at["output_index"], "item": self.object("in_progress")}
 
-    def more(self, arguments: str) -> Iterator[Event]:
+    def add_arguments(self, arguments: str) -> Iterator[Event]:
         if arguments:
             self._arguments.append(arguments)
             yield "response.function_call_arguments.delta", self._at | {"delta": arguments}
@@ -92,21 +92,21 @@ class CallItem:
 
 
 class TokensOfText:
-    """Tells the tokens that make up a text from others: control tokens, the end of sequence, a stop string, the mark of a call."""
+    """Finds the tokens that make up the text, as opposed to control tokens, the end of sequence, stop strings and markers of calls."""
 
     def __init__(self) -> None:
         self._waiting: deque[TextToken] = deque()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        """As the text itself was made: bytes that are no character count as the U+FFFD that stands for them."""
+        """Decodes as the text was decoded, so that invalid bytes count as the U+FFFD that the text has for them."""
         self._missing_chars = 0
-        """Of the text, less those that its tokens complete."""
+        """Characters of the text that the tokens returned so far do not cover."""
 
     def take(self, text: str, tokens: Iterable[TextToken]) -> list[TextToken]:
-        """More of both, a text never before its tokens."""
+        """Adds text and tokens, and returns the tokens of that text. Text never comes before its tokens."""
         self._waiting.extend(token for token in tokens if token.of_text)
         self._missing_chars += len(text)
-        told: list[TextToken] = []
+        found: list[TextToken] = []
         while self._waiting and self._missing_chars > 0:
-            told.append(self._waiting.popleft())
-            self._missing_chars -= len(self._decoder.decode(told[-1].raw))
-        return told
+            found.append(self._waiting.popleft())
+            self._missing_chars -= len(self._decoder.decode(found[-1].raw))
+        return found

@@ -1,4 +1,4 @@
-"""Steps 1 and 14 of a request, over HTTP: /v1/responses."""
+"""Steps 1 and 14 of a request over HTTP: POST /v1/responses."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -6,45 +6,49 @@ from starlette.responses import Response
 
 from engine.request_trace import trace_place
 from serve.errors import RouteNotFound
-from serve.hold_header import held_headers
-from serve.http.context import Front
-from serve.http.disconnect import unless_gone
+from serve.hold_header import hold_headers
+from serve.http.context import HttpFront
+from serve.http.disconnect import cancel_on_disconnect
 from serve.http.errors import json_response
-from serve.http.openapi import takes
-from serve.http.responses.error_fields import spelled_for
-from serve.http.responses.events import ResponseEvents
+from serve.http.openapi import json_body
+from serve.http.responses.error_fields import translate_errors
+from serve.http.responses.events import ResponsesStreamFormat
 from serve.http.responses.schema import ResponsesBody
 from serve.http.sse import open_stream
 
 ID_PREFIX = "resp_"
-ELSEWHERE = {
-    "compact": "conversations are not taken together here; leave out of the input what the model need not read",
-    "input_tokens": "tokens of an input are not counted here before it is answered; /tokenize counts those of messages",
+NOT_FOUND = "responses are not stored here: each is sent once, to the request that asked for it"
+NOT_OFFERED = {
+    "compact": "conversations are not compacted here; leave out of the input what the model need not read",
+    "input_tokens": "the tokens of an input are not counted here; POST /tokenize counts those of messages",
 }
-"""What OpenAI has below this path beside stored responses."""
+"""OpenAI's other endpoints below this path, beside those for stored responses."""
 
 
-def response_routes(front: Front) -> APIRouter:
+def response_routes(front: HttpFront) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/responses", openapi_extra=takes(ResponsesBody))
+    @routes.post("/v1/responses", openapi_extra=json_body(ResponsesBody))
     async def create_response(request: Request) -> Response:
-        body, stamp, headers = await front.receive(request, ResponsesBody, id_prefix=ID_PREFIX)
+        body, context, headers = await front.receive(request, ResponsesBody, id_prefix=ID_PREFIX)
         service, conversation = front.service(), body.conversation()
-        asked = stamp.sign(body.request(stamp.id, conversation.messages))
-        writer = ResponseEvents(stamp, body, service.model(body.model).defaults)
-        with spelled_for(body, conversation):
+        chat = context.apply_to(body.request(context.id, conversation.messages))
+        stream_format = ResponsesStreamFormat(context, body, service.model(body.model).defaults)
+        response: Response
+        with translate_errors(body, conversation):
             if body.stream:
-                answer: Response = await open_stream(request.receive, service.chat(asked), writer, headers, tell_ledger=stamp.wants_ledger)
+                response = await open_stream(
+                    request.receive, service.chat(chat), stream_format, headers, include_timing=context.wants_timing
+                )
             else:
-                result = await unless_gone(request.receive, service.collect(asked))
-                headers |= held_headers(result.held_s) | stamp.timing(result.ledger)
-                answer = json_response(writer.whole(result), headers=headers)
-        trace_place(14, stamp.id)
-        return answer
+                result = await cancel_on_disconnect(request.receive, service.collect(chat))
+                headers |= hold_headers(result.held_s) | context.timing_headers(result.timing)
+                response = json_response(stream_format.whole(result), headers=headers)
+        trace_place(14, context.id)
+        return response
 
     @routes.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
-    async def nothing_is_stored(rest: str) -> Response:
-        raise RouteNotFound(ELSEWHERE.get(rest, "no response is stored here: an answer is told once, to the request that asked for it"))
+    async def not_stored(rest: str) -> Response:
+        raise RouteNotFound(NOT_OFFERED.get(rest, NOT_FOUND))
 
     return routes

@@ -1,4 +1,4 @@
-"""Step 1 of a request to /v1/responses: its fields."""
+"""Step 1 of a request to /v1/responses: the fields of its body."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -6,15 +6,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import FailFast, Field, ValidatorFunctionWrapHandler, WithJsonSchema, WrapValidator
 
 from serve.errors import InvalidRequest
-from serve.http.field_parsers import wrong
-from serve.http.formats import Choosing, as_text, response_format
-from serve.http.responses.items import ROLES, Conversation, conversation_of, passed_over
-from serve.http.schema import HINTS, NOT_OFFERED, Absent, Body, SharedBody
+from serve.http.field_parsers import shape_error
+from serve.http.formats import ToolChoice, response_format, to_json
+from serve.http.responses.items import ROLES, Conversation, conversation_of, ignored_items
+from serve.http.schema import IGNORED, UNSUPPORTED, Body, GenerationBody, Unsupported
 from serve.limits import Limits
 from serve.request import NO_PARAMETERS, ChatRequest, Message, ResponseFormat, Tool
 
 LOGPROBS = "message.output_text.logprobs"
-UNSTORED = "nothing is stored here; send the whole conversation so far as input"
+NOT_STORED = "nothing is stored here; send the whole conversation so far as input"
 _TEXT: dict[str, Any] = {
     "anyOf": [
         {"type": "string"},
@@ -40,7 +40,7 @@ ITEMS = [
 INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": ITEMS}}]}
 
 
-def _is_run_elsewhere(tool: Any) -> bool:
+def _is_hosted_tool(tool: Any) -> bool:
     return isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function"
 
 
@@ -50,26 +50,28 @@ class FunctionTool(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """Arguments always fit their schema here."""
+    """Has no effect: arguments always fit their schema here."""
 
     def tool(self) -> Tool:
-        parameters = NO_PARAMETERS if self.parameters is None else as_text(self.parameters)
+        parameters = NO_PARAMETERS if self.parameters is None else to_json(self.parameters)
         return Tool(name=self.name, description=self.description or "", parameters=parameters)
 
-    def told(self) -> dict[str, Any]:
-        """As an answer repeats it."""
+    def response_object(self) -> dict[str, Any]:
+        """As the response repeats it."""
         return self.model_dump() | {"strict": self.strict is not False}
 
 
-ELSEWHERE = FunctionTool.model_construct(type="function", name="")
-"""Stands where a client has a tool that OpenAI would run: offered to the model, not asked for; command-line agents always offer some."""
+HOSTED_TOOL = FunctionTool.model_construct(type="function", name="")
+"""Stands for a tool that OpenAI runs on its servers. Command-line agents always offer some; here they are ignored."""
 
 
 def _function(tool: Any, read: ValidatorFunctionWrapHandler) -> FunctionTool:
-    if _is_run_elsewhere(tool):
-        return ELSEWHERE
+    if _is_hosted_tool(tool):
+        return HOSTED_TOOL
     if isinstance(tool, dict) and "name" not in tool and "function" in tool:
-        raise wrong("should have name, description and parameters beside its type; within function they belong to /v1/chat/completions")
+        raise shape_error(
+            "should have name, description and parameters beside its type; only /v1/chat/completions has them inside function"
+        )
     function: FunctionTool = read(tool)
     return function
 
@@ -79,28 +81,30 @@ class TextSettings(Body):
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ResponsesBody(SharedBody):
+class ResponsesBody(GenerationBody):
     """Body of /v1/responses."""
 
-    not_offered: ClassVar[Mapping[str, Absent]] = {
-        **NOT_OFFERED,
-        "previous_response_id": Absent(UNSTORED),
-        "conversation": Absent(UNSTORED),
-        "prompt": Absent("nothing is stored here; send its text as instructions or input"),
-        "background": Absent("an answer that nobody waits for is not stored; ask with stream, or wait", (None, False)),
-        "context_management": Absent("nothing of a conversation is taken together or left out here", (None, [])),
-        "n": Absent("a response has one answer", (None, 1)),
-        "messages": Absent("they are this API's input"),
-        "max_tokens": Absent("it is this API's max_output_tokens"),
-        "max_completion_tokens": Absent("it is this API's max_output_tokens"),
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        **UNSUPPORTED,
+        "previous_response_id": Unsupported(NOT_STORED),
+        "conversation": Unsupported(NOT_STORED),
+        "prompt": Unsupported("nothing is stored here; send its text as instructions or input"),
+        "background": Unsupported("responses are not stored; use stream, or wait for the response", (None, False)),
+        "context_management": Unsupported(
+            "the context is not edited here; leave out of the input what the model need not read", (None, [])
+        ),
+        "n": Unsupported("a response has one choice", (None, 1)),
+        "messages": Unsupported("send them as input"),
+        "max_tokens": Unsupported("send max_output_tokens"),
+        "max_completion_tokens": Unsupported("send max_output_tokens"),
     }
-    hints: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **HINTS,
+    ignored: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **IGNORED,
         "reasoning": (None, {}, {"effort": None}, {"effort": "none"}),
         "truncation": (None, "disabled"),
         "max_tool_calls": (None,),
     }
-    counted: ClassVar[Mapping[str, str]] = {"input": "messages"}
+    limit_names: ClassVar[Mapping[str, str]] = {"input": "messages"}
 
     input: Annotated[Any, WithJsonSchema(INPUT)]
     instructions: str | None = None
@@ -128,64 +132,64 @@ class ResponsesBody(SharedBody):
         | None,
         FailFast(),
     ] = None
-    """All but the first are of items that no answer has here, so that there is nothing to include."""
+    """All but the first are parts of items that no response has here, so they have no effect."""
     top_logprobs: int | None = None
 
-    def length(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         return self.max_output_tokens
 
     @property
     def functions(self) -> dict[int, FunctionTool]:
-        """By where they stand among the tools."""
-        return {at: tool for at, tool in enumerate(self.tools or ()) if tool is not ELSEWHERE}
+        """By index among the tools."""
+        return {at: tool for at, tool in enumerate(self.tools or ()) if tool is not HOSTED_TOOL}
 
     @property
     def wants_logprobs(self) -> bool:
         return LOGPROBS in (self.include or ())
 
-    def alternatives(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         if self.top_logprobs and not self.wants_logprobs:
-            raise InvalidRequest(f'top_logprobs needs include to hold "{LOGPROBS}"', param="top_logprobs")
+            raise InvalidRequest(f'top_logprobs needs "{LOGPROBS}" in include', param="top_logprobs")
         return (self.top_logprobs or 0) if self.wants_logprobs else None
 
-    def own_form(self) -> ResponseFormat | None:
+    def own_format(self) -> ResponseFormat | None:
         return response_format(self.text and self.text.format, param="text.format", nested=False)
 
-    def without_effect(self, fields: Mapping[str, Any]) -> Iterable[str]:
+    def ignored_values(self, fields: Mapping[str, Any]) -> Iterable[str]:
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             yield "text.verbosity"
-        yield from (f"input.{kind}" for kind in passed_over(self.input))
-        yield from {f"tools.{tool['type']}" for tool in fields.get("tools") or () if _is_run_elsewhere(tool)}
+        yield from (f"input.{kind}" for kind in ignored_items(self.input))
+        yield from {f"tools.{tool['type']}" for tool in fields.get("tools") or () if _is_hosted_tool(tool)}
 
     def conversation(self) -> Conversation:
         """
         Raises:
-            InvalidRequest, NotSupported: an item cannot be used.
+            InvalidRequest, NotSupported: see `conversation_of`.
         """
         return conversation_of(self.instructions, self.input)
 
     def request(self, request_id: str, messages: Iterable[Message]) -> ChatRequest:
         """``messages``: those of `conversation`."""
-        choosing = Choosing.of(_as_in_chats(self.tool_choice))
+        tool_choice = ToolChoice.parse(_as_in_chat(self.tool_choice))
         return ChatRequest(
             request_id=request_id,
             model=self.model,
             messages=tuple(messages),
             options=self.options(),
             tools=tuple(tool.tool() for tool in self.functions.values()),
-            tool_choice=choosing.mode,
-            tool_name=choosing.name,
-            allowed_tools=choosing.allowed,
+            tool_choice=tool_choice.mode,
+            tool_name=tool_choice.name,
+            allowed_tools=tool_choice.allowed,
             parallel_tool_calls=self.parallel_tool_calls is not False,
         )
 
 
-def _as_in_chats(choice: Any) -> Any:
-    """A ``tool_choice`` as /v1/chat/completions has it: what it names stands within, not beside its type."""
+def _as_in_chat(choice: Any) -> Any:
+    """The ``tool_choice`` in the form of /v1/chat/completions, where the name is inside ``function`` and not beside ``type``."""
     if isinstance(choice, dict) and choice.get("type") == "function":
         return {"type": "function", "function": {"name": choice.get("name")}}
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         tools = choice.get("tools")
-        named = [_as_in_chats(tool) for tool in tools] if isinstance(tools, list) else None
+        named = [_as_in_chat(tool) for tool in tools] if isinstance(tools, list) else None
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
     return choice

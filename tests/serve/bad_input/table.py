@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from serve.grpc.generated import service_pb2
-from serve.grpc.requests import SAID_OR_NOT
+from serve.grpc.requests import OPTIONAL
 
 MODEL = "tiny"
 PATHS = {
@@ -153,9 +153,7 @@ def _renamed(asked: dict[str, Any], model: str) -> dict[str, Any]:
 
 def _as_protobuf(of: str, said: dict[str, Any]) -> dict[str, Any]:
     """What OpenAI's JSON says, in the fields of `manta.v1`."""
-    options = {
-        name: said[name] for name in (*SAID_OR_NOT, "stop", "stop_token_ids", "logit_bias", "ignore_eos") if said.get(name) is not None
-    }
+    options = {name: said[name] for name in (*OPTIONAL, "stop", "stop_token_ids", "logit_bias", "ignore_eos") if said.get(name) is not None}
     asked: dict[str, Any] = {"model": said["model"]}
     if of == "chat":
         asked["messages"] = [_message(one) for one in said["messages"]]

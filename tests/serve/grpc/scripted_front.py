@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 import ray
 
 from engine.errors import QueueFull
-from serve.bypass import Way, Ways
+from serve.bypass import BypassStream, FrontEndpoint
 from serve.deployment import _Front
 from serve.errors import InvalidRequest
 from serve.grpc.health import HealthServicer
@@ -25,28 +25,28 @@ REFUSALS = {
 }
 
 
-class CountingWays(Ways):
+class CountingWays(FrontEndpoint):
     def __init__(self, node: str) -> None:
         super().__init__(node)
         self.num_found = 0
 
-    def as_told(self, headers: list[str]) -> Way | None:
-        way = super().as_told(headers)
-        self.num_found += way is not None
-        return way
+    def stream_for(self, headers: list[str]) -> BypassStream | None:
+        stream = super().stream_for(headers)
+        self.num_found += stream is not None
+        return stream
 
 
 class ActingService(ScriptedService):
     """Model "holds" stops after two events, "dies" takes the process along; the names above refuse at once, "late-" before them after one
     event."""
 
-    def __init__(self, ways: CountingWays) -> None:
+    def __init__(self, bypass: CountingWays) -> None:
         super().__init__()
-        self.num_closed, self._ways = 0, ways
+        self.num_closed, self._bypass = 0, bypass
 
     def models(self) -> tuple[ModelFacts, ...]:
         """How many streams have ended, and how many went past Ray, told as models' names."""
-        counts = {"closed": self.num_closed, "past": self._ways.num_found}
+        counts = {"closed": self.num_closed, "past": self._bypass.num_found}
         return tuple(dataclasses.replace(FACTS, name=f"{what}-{count}") for what, count in counts.items())
 
     async def _events(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[TextEvent, None]:
@@ -66,8 +66,8 @@ class ActingService(ScriptedService):
 
 class ScriptedFront:
     def __init__(self) -> None:
-        self._ways = CountingWays(ray.get_runtime_context().get_node_id())
-        service = ActingService(self._ways)
+        self._bypass = CountingWays(ray.get_runtime_context().get_node_id())
+        service = ActingService(self._bypass)
         self._grpc = MantaServicer(service)  # type: ignore[arg-type]
         self._health = HealthServicer(service.ready)
 

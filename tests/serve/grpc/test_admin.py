@@ -79,7 +79,7 @@ async def test_whatever_ends_a_call_frees_its_blocks_in_the_engine(both: Fronts,
     await eventually(lambda: both.source.is_idle)
     after = await load(admin)
     assert (after.running, after.waiting, after.kv_blocks_used) == (0, 0, 0)
-    assert both.doors.num_open == 0
+    assert both.gate.num_open == 0
     assert both.source.engine.stats.sampled_tokens < 900
 
 
@@ -125,7 +125,7 @@ async def test_a_draining_server_lets_the_running_end_and_takes_nobody_in(both: 
     assert len((await stream.final()).choices[0].token_ids) == 900
     assert (await admin.GetLoad(admin_pb2.GetLoadRequest())).draining
     assert (await admin.Drain(admin_pb2.DrainRequest(undo=True))).open_requests == 0
-    assert both.doors.ready()
+    assert both.gate.ready()
     await client.chat.create(model=MODEL, messages=MESSAGES, max_tokens=2)
 
 

@@ -10,7 +10,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, QuotaFailure, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from serve.auth import Doorkeeper
+from serve.auth import KeyAuthenticator
 from serve.errors import QuotaExceeded
 from serve.grpc.generated import messages_pb2, service_pb2, service_pb2_grpc
 from serve.grpc.server import start_server
@@ -31,7 +31,7 @@ def key(tmp_path: Path) -> str:
 
 @pytest.fixture
 async def channel(service: ScriptedService, key: str, tmp_path: Path) -> AsyncIterator[grpc.aio.Channel]:
-    server, port = await start_server(service, "127.0.0.1:0", door=Doorkeeper(tmp_path / "keys.json"))  # type: ignore[arg-type]
+    server, port = await start_server(service, "127.0.0.1:0", authenticator=KeyAuthenticator(tmp_path / "keys.json"))  # type: ignore[arg-type]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
         yield opened
     await server.stop(None)

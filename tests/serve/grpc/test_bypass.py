@@ -17,13 +17,13 @@ from google.rpc.status_pb2 import Status
 
 import serve.bypass
 from cluster.bypass import PiecesLost, Sender, new_answer_number
-from serve.bypass import HEADER, Passages, Way, Ways
+from serve.bypass import HEADER, BypassStream, FrontEndpoint, ProxyEndpoint
 from serve.errors import InvalidRequest
-from serve.grpc.bypass import Signal, passed, past_ray
+from serve.grpc.bypass import BypassSignal, receive_past_ray, send_past_ray
 from serve.grpc.errors import DETAILS_KEY
 from serve.grpc.generated import service_pb2
 from serve.grpc.servicer import MantaServicer
-from serve.grpc.slow_clients import leaving_slow
+from serve.grpc.slow_clients import abort_slow_clients
 from serve.request import TextEvent
 from tests.serve.grpc.conftest import USAGE, ScriptedService, answer
 
@@ -88,7 +88,7 @@ class Between:
                     context.set_details(state["_details"])
                 if state["trailers"]:
                     context.set_trailing_metadata(state["trailers"])
-                self.num_messages += Signal.of(message) is None
+                self.num_messages += BypassSignal.parse(message) is None
                 yield message
             await running
         except asyncio.CancelledError:
@@ -107,19 +107,19 @@ class Between:
             await asyncio.sleep(self._delays.choice((0, 0, 0.001, 0.01)))
 
 
-def front(service: ScriptedService, ways: Ways | None) -> Callable[[Any, Any], AsyncGenerator[Any, None]]:
+def front(service: ScriptedService, bypass: FrontEndpoint | None) -> Callable[[Any, Any], AsyncGenerator[Any, None]]:
     """The front's method, as `serve.deployment` has it, or without the bypass."""
     servicer = MantaServicer(service)  # type: ignore[arg-type]
 
     def chat_stream(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         responses = servicer.ChatStream(request, context)
-        return responses if ways is None else passed(responses, context, ways)
+        return responses if bypass is None else send_past_ray(responses, context, bypass)
 
     return chat_stream
 
 
-def past(ray: Between, passages: Passages) -> Any:
-    return past_ray(grpc.unary_stream_rpc_method_handler(ray), passages).unary_stream
+def past(ray: Between, endpoint: ProxyEndpoint) -> Any:
+    return receive_past_ray(grpc.unary_stream_rpc_method_handler(ray), endpoint).unary_stream
 
 
 Told = tuple[list[service_pb2.ChatStreamResponse], Call]
@@ -140,20 +140,20 @@ async def through_ray(service: ScriptedService) -> list[service_pb2.ChatStreamRe
     return (await asked(Between(front(service, None))))[0]
 
 
-async def acquaint(ways: Ways, passages: Passages) -> None:
+async def acquaint(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
     """The first request through a proxy goes by Ray, and has the front connect."""
-    passage = passages.open()
+    passage = endpoint.open()
     assert passage is not None
-    told = passages.told(passage)
+    told = endpoint.header_value(passage)
     async with asyncio.timeout(60):
-        while ways.as_told([told]) is None:  # noqa: ASYNC110  (zmq's threads have no event for it)
+        while bypass.stream_for([told]) is None:  # noqa: ASYNC110  (zmq's threads have no event for it)
             await asyncio.sleep(0.001)
     passage.close()
 
 
 @pytest.fixture
-async def passages() -> AsyncGenerator[Passages, None]:
-    made = Passages(NODE)
+async def endpoint() -> AsyncGenerator[ProxyEndpoint, None]:
+    made = ProxyEndpoint(NODE)
     yield made
     if made._receiver is not None:
         assert not made._receiver._streams, "a stream that is over is forgotten"
@@ -161,9 +161,9 @@ async def passages() -> AsyncGenerator[Passages, None]:
 
 
 @pytest.fixture
-async def ways(passages: Passages) -> Ways:
-    made = Ways(NODE)
-    await acquaint(made, passages)
+async def bypass(endpoint: ProxyEndpoint) -> FrontEndpoint:
+    made = FrontEndpoint(NODE)
+    await acquaint(made, endpoint)
     return made
 
 
@@ -180,49 +180,51 @@ class Hesitant(ScriptedService):
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_the_client_gets_the_same_messages_in_order_whatever_comes_first(seed: int, ways: Ways, passages: Passages) -> None:
+async def test_the_client_gets_the_same_messages_in_order_whatever_comes_first(
+    seed: int, bypass: FrontEndpoint, endpoint: ProxyEndpoint
+) -> None:
     delays = random.Random(seed)
     services = [Hesitant(delays, delays.randint(1, 40)) for _ in range(8)]
-    between = [Between(front(service, ways), delays) for service in services]
-    answers = await asyncio.gather(*(asked(past(ray, passages)) for ray in between))
+    between = [Between(front(service, bypass), delays) for service in services]
+    answers = await asyncio.gather(*(asked(past(ray, endpoint)) for ray in between))
     for (sent, call), service in zip(answers, services, strict=True):
         assert sent == await through_ray(service)
         assert call.code() is grpc.StatusCode.OK
     assert not any(ray.num_messages for ray in between)
 
 
-async def test_a_front_of_another_host_answers_by_ray(passages: Passages) -> None:
+async def test_a_front_of_another_host_answers_by_ray(endpoint: ProxyEndpoint) -> None:
     service = ScriptedService()
-    ray = Between(front(service, Ways("another")))
-    assert (await asked(past(ray, passages)))[0] == await through_ray(service)
+    ray = Between(front(service, FrontEndpoint("another")))
+    assert (await asked(past(ray, endpoint)))[0] == await through_ray(service)
     assert ray.num_messages == 5
 
 
-async def test_a_front_without_a_bypass_answers_by_ray(passages: Passages) -> None:
+async def test_a_front_without_a_bypass_answers_by_ray(endpoint: ProxyEndpoint) -> None:
     service = ScriptedService()
     ray = Between(front(service, None))
-    assert (await asked(past(ray, passages)))[0] == await through_ray(service)
+    assert (await asked(past(ray, endpoint)))[0] == await through_ray(service)
     assert ray.num_messages == 5
 
 
-async def test_what_a_client_says_of_a_socket_reaches_no_front(ways: Ways, passages: Passages) -> None:
+async def test_what_a_client_says_of_a_socket_reaches_no_front(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
     forged, kept = (HEADER, f"{NODE} 0 ipc:///tmp/of-mine"), ("authorization", "Bearer a")
-    ray = Between(front(ScriptedService(), ways))
-    await asked(past(ray, passages), forged, kept)
+    ray = Between(front(ScriptedService(), bypass))
+    await asked(past(ray, endpoint), forged, kept)
     assert kept in ray.seen
     assert forged not in ray.seen
     assert [key for key, _ in ray.seen].count(HEADER) == 1
-    passages.pause("for the test")
-    await asked(past(ray, passages), forged, kept)
+    endpoint.pause("for the test")
+    await asked(past(ray, endpoint), forged, kept)
     assert ray.seen == [kept]
 
 
-async def test_a_refusal_before_and_in_the_midst_arrives_with_everything_it_says(ways: Ways, passages: Passages) -> None:
+async def test_a_refusal_before_and_in_the_midst_arrives_with_everything_it_says(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
     service = ScriptedService()
     service.error = InvalidRequest("temperature must be between 0 and 2", param="temperature")
     for service.fails_at in (0, 2):
-        ray = Between(front(service, ways))
-        sent, call = await asked(past(ray, passages))
+        ray = Between(front(service, bypass))
+        sent, call = await asked(past(ray, endpoint))
         assert not ray.num_messages
         assert sent == await through_ray(service)
         assert (len(sent), sent[-1].error.param) == (service.fails_at + 1, "temperature")
@@ -231,36 +233,36 @@ async def test_a_refusal_before_and_in_the_midst_arrives_with_everything_it_says
 
 
 async def test_a_piece_that_is_missing_ends_the_stream_as_a_lost_front_does_and_those_after_it_go_by_ray(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ways: Ways, passages: Passages
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bypass: FrontEndpoint, endpoint: ProxyEndpoint
 ) -> None:
     monkeypatch.setattr(serve.bypass, "LATE_S", 0.2)
     service = ScriptedService()
-    ray, whole = Between(front(service, ways)), await through_ray(service)
+    ray, whole = Between(front(service, bypass)), await through_ray(service)
     with monkeypatch.context() as patched:
         put = Sender.put
         patched.setattr(Sender, "put", lambda sender, answer, piece: None if "é".encode() in piece else put(sender, answer, piece))
-        sent, call = await asked(past(ray, passages))
+        sent, call = await asked(past(ray, endpoint))
         assert sent == [whole[0], *whole[2:]]
         assert call.code() is grpc.StatusCode.UNAVAILABLE, "as the death of its front"
         assert DETAILS_KEY in dict(call.trailers)
         assert not ray.num_messages
-        assert await asked(past(ray, passages)) is not None
+        assert await asked(past(ray, endpoint)) is not None
     assert ray.num_messages == len(whole)
     assert caplog.text.count("the bypass failed") == 1
-    passages._paused_until = 0
-    assert (await asked(past(ray, passages)))[0] == whole
+    endpoint._paused_until = 0
+    assert (await asked(past(ray, endpoint)))[0] == whole
     assert ray.num_messages == len(whole)
 
 
-def dying(ways: Ways, *, number: int, fails: bool) -> Callable[[Any, Any], AsyncGenerator[Any, None]]:
+def dying(bypass: FrontEndpoint, *, number: int, fails: bool) -> Callable[[Any, Any], AsyncGenerator[Any, None]]:
     """A front that sends so many pieces and comes to no end."""
 
     async def responses(_request: Any, context: Any) -> AsyncGenerator[Any, None]:
-        way = ways.as_told([value for key, value in context.invocation_metadata() if key == HEADER])
-        assert isinstance(way, Way)
-        yield Signal("begin", way.answer)
+        stream = bypass.stream_for([value for key, value in context.invocation_metadata() if key == HEADER])
+        assert isinstance(stream, BypassStream)
+        yield BypassSignal("begin", stream.answer)
         for place in range(number):
-            way.put(service_pb2.ChatStreamResponse(id="chatcmpl-1", delta={"text": str(place)}).SerializeToString())
+            stream.put(service_pb2.ChatStreamResponse(id="chatcmpl-1", delta={"text": str(place)}).SerializeToString())
         await asyncio.sleep(0.05)
         if fails:
             raise RuntimeError("lost")
@@ -269,27 +271,27 @@ def dying(ways: Ways, *, number: int, fails: bool) -> Callable[[Any, Any], Async
 
 
 @pytest.mark.parametrize("number", [0, 3])
-async def test_a_front_that_is_lost_is_a_status_behind_what_came(number: int, ways: Ways, passages: Passages) -> None:
-    sent, call = await asked(past(Between(dying(ways, number=number, fails=True)), passages))
+async def test_a_front_that_is_lost_is_a_status_behind_what_came(number: int, bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
+    sent, call = await asked(past(Between(dying(bypass, number=number, fails=True)), endpoint))
     assert [message.delta.text for message in sent] == [str(place) for place in range(number)]
     assert call.code() is grpc.StatusCode.UNAVAILABLE
-    assert passages.open() is not None, "which is no fault of the bypass"
-    passages._receiver._streams.clear()  # type: ignore[union-attr]
+    assert endpoint.open() is not None, "which is no fault of the bypass"
+    endpoint._receiver._streams.clear()  # type: ignore[union-attr]
 
 
-async def test_a_stream_that_ends_well_without_an_end_is_not_taken_for_whole(ways: Ways, passages: Passages) -> None:
-    sent, call = await asked(past(Between(dying(ways, number=2, fails=False)), passages))
+async def test_a_stream_that_ends_well_without_an_end_is_not_taken_for_whole(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
+    sent, call = await asked(past(Between(dying(bypass, number=2, fails=False)), endpoint))
     assert len(sent) == 2
     assert call.code() is grpc.StatusCode.UNAVAILABLE
     assert DETAILS_KEY in dict(call.trailers)
 
 
-async def test_a_front_whose_proxy_takes_nothing_any_more_says_that_it_was_lost(ways: Ways, passages: Passages) -> None:
-    (sender,) = ways._senders.values()
+async def test_a_front_whose_proxy_takes_nothing_any_more_says_that_it_was_lost(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
+    (sender,) = bypass._senders.values()
     service = ScriptedService()
-    call = Call((HEADER, f"{NODE} 0 {passages._receiver.address}"))  # type: ignore[union-attr]
-    responses = front(service, ways)(service_pb2.ChatStreamRequest(request={"model": "tiny"}), call)
-    assert Signal.of((await anext(responses)).SerializeToString()) is not None
+    call = Call((HEADER, f"{NODE} 0 {endpoint._receiver.address}"))  # type: ignore[union-attr]
+    responses = front(service, bypass)(service_pb2.ChatStreamRequest(request={"model": "tiny"}), call)
+    assert BypassSignal.parse((await anext(responses)).SerializeToString()) is not None
     sender._is_broken = True
     with pytest.raises(PiecesLost):
         await anext(responses)
@@ -297,10 +299,10 @@ async def test_a_front_whose_proxy_takes_nothing_any_more_says_that_it_was_lost(
     assert service.closed.is_set()
 
 
-async def test_a_stream_is_open_with_ray_until_its_client_has_all_of_it(ways: Ways, passages: Passages) -> None:
+async def test_a_stream_is_open_with_ray_until_its_client_has_all_of_it(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
     """A proxy that is to go (its host is given back) waits for those."""
-    ray = Between(front(ScriptedService(), ways))
-    messages = past(ray, passages)(service_pb2.ChatStreamRequest(request={"model": "tiny"}), Call())
+    ray = Between(front(ScriptedService(), bypass))
+    messages = past(ray, endpoint)(service_pb2.ChatStreamRequest(request={"model": "tiny"}), Call())
     await anext(messages)
     assert ray.running is not None
     await asyncio.wait([ray.running])
@@ -310,12 +312,12 @@ async def test_a_stream_is_open_with_ray_until_its_client_has_all_of_it(ways: Wa
     assert ray.is_over
 
 
-async def test_a_client_that_leaves_cancels_the_front_wherever_its_stream_is(ways: Ways, passages: Passages) -> None:
+async def test_a_client_that_leaves_cancels_the_front_wherever_its_stream_is(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
     for waits in (True, False):
         service = ScriptedService()
         service.holds_at = 2
-        ray = Between(front(service, ways))
-        messages = past(ray, passages)(service_pb2.ChatStreamRequest(request={"model": "tiny"}), Call())
+        ray = Between(front(service, bypass))
+        messages = past(ray, endpoint)(service_pb2.ChatStreamRequest(request={"model": "tiny"}), Call())
         async with asyncio.timeout(60):
             assert await anext(messages)
             if waits:
@@ -330,17 +332,17 @@ async def test_a_client_that_leaves_cancels_the_front_wherever_its_stream_is(way
         assert ray.running is not None
         await asyncio.wait([ray.running])
         assert ray.running.cancelled()
-        assert not passages._receiver._streams  # type: ignore[union-attr]
+        assert not endpoint._receiver._streams  # type: ignore[union-attr]
 
 
-async def test_a_client_that_does_not_read_is_left_and_its_front_cancelled(ways: Ways, passages: Passages) -> None:
+async def test_a_client_that_does_not_read_is_left_and_its_front_cancelled(bypass: FrontEndpoint, endpoint: ProxyEndpoint) -> None:
     service, piece = ScriptedService(), TextEvent(choice=0, text="a" * 8192)
     service.events, service.holds_at = [piece] * 400, 399
     handler = grpc.unary_stream_rpc_method_handler(
-        Between(front(service, ways)), request_deserializer=service_pb2.ChatStreamRequest.FromString
+        Between(front(service, bypass)), request_deserializer=service_pb2.ChatStreamRequest.FromString
     )
     server = grpc.aio.server()
-    method = {"C": leaving_slow(past_ray(handler, passages), 0.2)}
+    method = {"C": abort_slow_clients(receive_past_ray(handler, endpoint), 0.2)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("a.B", method)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -360,33 +362,33 @@ async def to_the_end(call: Any) -> None:
 
 
 async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_that_began_is_handed_on(
-    ways: Ways, passages: Passages
+    bypass: FrontEndpoint, endpoint: ProxyEndpoint
 ) -> None:
     service, other = ScriptedService(), ScriptedService()
     other.events = [TextEvent(choice=0, text="of another front"), *other.events]
 
     async def twice(request: Any, context: Any) -> AsyncGenerator[Any, None]:
-        async with aclosing(front(other, ways)(request, Call(*context.invocation_metadata()))) as unheard:
+        async with aclosing(front(other, bypass)(request, Call(*context.invocation_metadata()))) as unheard:
             async for _ in unheard:
                 pass
-        async for message in front(service, ways)(request, context):
+        async for message in front(service, bypass)(request, context):
             yield message
 
     ray = Between(twice)
-    assert (await asked(past(ray, passages)))[0] == await through_ray(service)
+    assert (await asked(past(ray, endpoint)))[0] == await through_ray(service)
     assert not ray.num_messages
 
 
-def test_calls_that_are_no_streams_are_left_alone(passages: Passages) -> None:
+def test_calls_that_are_no_streams_are_left_alone(endpoint: ProxyEndpoint) -> None:
     unary = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
-    assert past_ray(unary, passages) is unary
+    assert receive_past_ray(unary, endpoint) is unary
 
 
 def test_no_message_of_ours_is_taken_for_a_signal_and_no_signal_for_a_message() -> None:
-    for signal in (Signal("begin", new_answer_number(7)), Signal("end", 0)):
+    for signal in (BypassSignal("begin", new_answer_number(7)), BypassSignal("end", 0)):
         raw = signal.SerializeToString()
-        assert Signal.of(raw) == signal
+        assert BypassSignal.parse(raw) == signal
         with pytest.raises(Exception, match="parsing"):
             service_pb2.ChatStreamResponse.FromString(raw)
-    assert Signal.of(service_pb2.ChatStreamResponse(delta={"text": "\0begin 1"}).SerializeToString()) is None
-    assert Signal.of(b"") is None
+    assert BypassSignal.parse(service_pb2.ChatStreamResponse(delta={"text": "\0begin 1"}).SerializeToString()) is None
+    assert BypassSignal.parse(b"") is None

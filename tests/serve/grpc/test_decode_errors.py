@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import InvalidRequest
-from serve.grpc.decode_errors import Unreadable
+from serve.grpc.decode_errors import UndecodableMessage
 from tests.serve.bad_input.checks import details_of, says_little
 from tests.serve.grpc.test_fuzz import MINE
 from tests.serve.in_process import Fronts
@@ -64,6 +64,6 @@ async def test_any_bytes_are_answered_or_refused(both: Fronts) -> None:
 
 
 def test_it_can_cross_to_another_process_and_refuses_there() -> None:
-    for there in (pickle.loads(pickle.dumps(Unreadable())), copy.deepcopy(Unreadable())):
+    for there in (pickle.loads(pickle.dumps(UndecodableMessage())), copy.deepcopy(UndecodableMessage())):
         with pytest.raises(InvalidRequest):
             _ = there.model

@@ -8,7 +8,7 @@ from grpc_status import rpc_status
 from ray.serve.grpc_util import RayServegRPCContext
 
 from engine.errors import PromptTooLong, QueueFull
-from serve.errors import WIRE, InvalidRequest
+from serve.errors import ERROR_MAPPINGS, InvalidRequest
 from serve.grpc.errors import DETAILS_KEY, refuse
 from serve.grpc.generated import service_pb2
 from serve.limits import Limits
@@ -110,9 +110,9 @@ async def test_a_long_message_in_any_script_fits_into_the_trailers(stub, service
     assert set(error.details()) == {"語"}
 
 
-@pytest.mark.parametrize("kind", WIRE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", ERROR_MAPPINGS, ids=lambda kind: kind.__name__)
 def test_every_error_of_the_table_has_a_grpc_code(kind: type[BaseException]) -> None:
-    assert grpc.StatusCode[WIRE[kind].grpc] is not grpc.StatusCode.OK
+    assert grpc.StatusCode[ERROR_MAPPINGS[kind].grpc] is not grpc.StatusCode.OK
 
 
 def test_under_ray_serve_the_refusal_travels_on_the_context() -> None:

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.grpc.generated import service_pb2
-from serve.grpc.timing import WANTED
-from serve.idempotency import KEY
-from serve.session import SESSION
+from serve.grpc.timing import REQUEST_KEY
+from serve.idempotency import IDEMPOTENCY_KEY
+from serve.session import SESSION_HEADER
 from tests.serve.in_process import MODEL, fronts
 
 
@@ -133,7 +133,9 @@ COMPLETIONS_THAT_BROKE = st.builds(
 NO_KEYS = st.one_of(
     st.sampled_from(["a b", "x" * 129, "../x", ""]), st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=9)
 )
-METADATA = st.dictionaries(st.sampled_from([KEY, SESSION, WANTED, "traceparent"]), mostly(st.uuids().map(str), NO_KEYS), max_size=2)
+METADATA = st.dictionaries(
+    st.sampled_from([IDEMPOTENCY_KEY, SESSION_HEADER, REQUEST_KEY, "traceparent"]), mostly(st.uuids().map(str), NO_KEYS), max_size=2
+)
 MINE = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 """What a client may have done wrong. Anything else is the server's fault."""
 

@@ -30,7 +30,7 @@ def test_what_was_not_said_is_none() -> None:
 
 def test_every_option_arrives_exactly() -> None:
     message = messages_pb2.Options(**ALL, logit_bias={9: -1.5, 3: 100.0}, stop=["END", "\n"], stop_token_ids=[4], ignore_eos=True)
-    assert set(requests.SAID_OR_NOT) == set(ALL)
+    assert set(requests.OPTIONAL) == set(ALL)
     assert requests.parse_options(message) == Options(
         **ALL, logit_bias=((3, 100.0), (9, -1.5)), stop=("END", "\n"), stop_token_ids=(4,), ignore_eos=True
     )

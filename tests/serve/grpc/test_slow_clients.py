@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from serve.grpc.slow_clients import leaving_slow
+from serve.grpc.slow_clients import abort_slow_clients
 
 PIECE = bytes(8192)
 
@@ -33,7 +33,7 @@ class Source:
 
 async def opened(source: Source, limit_s: float) -> tuple[grpc.aio.Server, grpc.aio.Channel]:
     server = grpc.aio.server()
-    handler = leaving_slow(grpc.unary_stream_rpc_method_handler(source), limit_s)
+    handler = abort_slow_clients(grpc.unary_stream_rpc_method_handler(source), limit_s)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("a.B", {"C": handler})])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -15,7 +15,7 @@ from serve.errors import ModelNotFound
 from serve.http.app import create_app
 from serve.limits import Limits
 from serve.request import ChatRequest, ChoiceResult, CompletionRequest, Result, TextEvent, TextToken, Usage
-from serve.request_timing import Ledger
+from serve.request_timing import RequestTiming
 
 MODEL = "Qwen/tiny"
 
@@ -33,7 +33,7 @@ class ScriptedService:
     waits_at: int | None = None
     """Index of the word before which it waits until cancelled."""
     is_ready: bool = True
-    ledger: Ledger | None = None
+    timing: RequestTiming | None = None
     asked: list[Any] = field(default_factory=list)
     num_open: int = 0
     num_closed_early: int = 0
@@ -75,7 +75,7 @@ class ScriptedService:
             tokens=(self._token(index, word, request.options.logprobs),) if word else (),
             finish_reason=self.finish_reason if last else None,
             usage=self._usage(request) if very_last else None,
-            ledger=self.ledger if very_last else None,
+            timing=self.timing if very_last else None,
             usage_so_far=Usage(prompt_tokens=5, completion_tokens=index + 1),
         )
 
@@ -104,7 +104,7 @@ class ScriptedService:
                 for choice, own in choices.items()
             ),
             usage=events[-1].usage or self._usage(request),
-            ledger=self.ledger,
+            timing=self.timing,
         )
 
     def models(self) -> Any:

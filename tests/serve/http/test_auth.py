@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.auth import Doorkeeper
+from serve.auth import KeyAuthenticator
 from serve.http.app import create_app
 from serve.key_file import locked_key_file, new_key
 from serve.limits import Limits
@@ -53,8 +53,8 @@ async def locked(keys: Keys, tmp_path: Path, service) -> AsyncIterator[httpx.Asy
     async def page(accept: str) -> tuple[bytes, str]:
         return b"# nothing\n", "text/plain"
 
-    door, quotas = Doorkeeper(tmp_path / "keys.json"), Quotas()
-    app = create_app(lambda: service, Limits(), metrics=page, door=lambda: door, quota_headers=quotas.headers)
+    authenticator, quotas = KeyAuthenticator(tmp_path / "keys.json"), Quotas()
+    app = create_app(lambda: service, Limits(), metrics=page, authenticator=lambda: authenticator, quota_headers=quotas.headers)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://manta") as client:
         yield client
 

@@ -18,10 +18,10 @@ import cluster.bypass
 import serve.bypass
 import serve.http.bypass
 from cluster.bypass import PiecesLost, Receiver, Sender, new_answer_number, socket_exists
-from serve.bypass import Passages, Ways
+from serve.bypass import FrontEndpoint, ProxyEndpoint
 from serve.errors import ErrorBody
 from serve.http.bypass import FrontBypass, ProxyBypass
-from serve.http.sse import EventStream
+from serve.http.sse import EventStreamResponse
 from serve.request import TextEvent, Usage
 
 NODE = "a-node"
@@ -32,19 +32,19 @@ def short_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
 
 
-class Chunks:
+class TextFormat:
     """The text of each event."""
 
-    def opening(self) -> Iterator[dict[str, Any]]:
+    def start(self) -> Iterator[dict[str, Any]]:
         return iter(())
 
-    def of(self, event: TextEvent) -> Iterator[dict[str, Any]]:
+    def event(self, event: TextEvent) -> Iterator[dict[str, Any]]:
         yield {"text": event.text}
 
-    def closing(self, usage: Usage) -> Iterator[dict[str, Any]]:
+    def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
         return iter(())
 
-    def failing(self, error: ErrorBody) -> Iterator[dict[str, Any]]:
+    def error(self, error: ErrorBody) -> Iterator[dict[str, Any]]:
         raise AssertionError(error)
 
 
@@ -90,7 +90,7 @@ def front(texts: list[str], delays: random.Random | None = None) -> Any:
         yield TextEvent(choice=0, text="", usage=Usage(prompt_tokens=1, completion_tokens=1, cached_tokens=0))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await EventStream(TextEvent(choice=0, text=texts[0]), events(), Chunks())(scope, receive, send)  # type: ignore[arg-type]
+        await EventStreamResponse(TextEvent(choice=0, text=texts[0]), events(), TextFormat())(scope, receive, send)  # type: ignore[arg-type]
 
     return app
 
@@ -119,9 +119,9 @@ async def come_true(condition: Callable[[], bool]) -> None:
 
 async def acquaint(fronts: FrontBypass, proxy: ProxyBypass) -> None:
     """The first request through a proxy goes by Ray, and has the front connect."""
-    receiver = proxy._passages._receiving()
+    receiver = proxy._endpoint._open_receiver()
     assert receiver is not None
-    await come_true(lambda: fronts._ways._way(f"{NODE} 0 {receiver.address}") is not None)
+    await come_true(lambda: fronts._bypass._stream(f"{NODE} 0 {receiver.address}") is not None)
 
 
 def body(sent: list[dict[str, Any]]) -> bytes:
@@ -137,8 +137,8 @@ async def test_the_client_gets_the_same_bytes_in_order_whatever_comes_first(seed
     texts = {number: [f"{number}-{place} " for place in range(delays.randint(1, 40))] for number in range(8)}
     plain = {number: body(await asked(front(texts[number]))) for number in texts}
     current: contextvars.ContextVar[int] = contextvars.ContextVar("current")
-    proxies = ProxyBypass(lambda *asgi: between[current.get()](*asgi), passages=Passages(NODE))
-    fronts = FrontBypass(lambda *asgi: front(texts[current.get()], delays)(*asgi), ways=Ways(NODE))
+    proxies = ProxyBypass(lambda *asgi: between[current.get()](*asgi), endpoint=ProxyEndpoint(NODE))
+    fronts = FrontBypass(lambda *asgi: front(texts[current.get()], delays)(*asgi), bypass=FrontEndpoint(NODE))
     between = {number: Between(fronts, delays) for number in texts}
     await acquaint(fronts, proxies)
 
@@ -148,9 +148,9 @@ async def test_the_client_gets_the_same_bytes_in_order_whatever_comes_first(seed
 
     assert dict(zip(texts, await asyncio.gather(*map(one, texts)), strict=True)) == plain
     assert not any(ray.bodies for ray in between.values())
-    assert proxies._passages._receiver is not None
-    assert not proxies._passages._receiver._streams
-    await proxies._passages._receiver.close()
+    assert proxies._endpoint._receiver is not None
+    assert not proxies._endpoint._receiver._streams
+    await proxies._endpoint._receiver.close()
 
 
 async def test_all_that_is_ready_at_once_goes_as_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,36 +158,36 @@ async def test_all_that_is_ready_at_once_goes_as_one_message(monkeypatch: pytest
     decode = cluster.bypass._decode
     monkeypatch.setattr(cluster.bypass, "_decode", lambda raw: messages.append(len(raw)) or decode(raw))
     receiver = cluster.bypass.Receiver()
-    sender, passages = Sender(receiver.address), [receiver.open() for _ in range(32)]
+    sender, endpoint = Sender(receiver.address), [receiver.open() for _ in range(32)]
     await come_true(lambda: sender.is_connected)
-    answers = [new_answer_number(passage.number) for passage in passages]
-    for passage, answer in zip(passages, answers, strict=True):
+    answers = [new_answer_number(passage.number) for passage in endpoint]
+    for passage, answer in zip(endpoint, answers, strict=True):
         passage.begin(answer)
     for turn in range(3):
         for answer in answers:
             sender.put(answer, b"%d" % turn)
-        assert [await passage.take(turn, 10) for passage in passages] == [[b"%d" % turn]] * 32
+        assert [await passage.take(turn, 10) for passage in endpoint] == [[b"%d" % turn]] * 32
     assert len(messages) == 3
     sender.close()
     await receiver.close()
 
 
 async def test_a_front_of_another_host_answers_by_ray() -> None:
-    ray = Between(FrontBypass(front(["a", "b"]), ways=Ways("another")))
-    proxy = ProxyBypass(ray, passages=Passages(NODE))
+    ray = Between(FrontBypass(front(["a", "b"]), bypass=FrontEndpoint("another")))
+    proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
-    assert proxy._passages._receiver is not None
-    await proxy._passages._receiver.close()
+    assert proxy._endpoint._receiver is not None
+    await proxy._endpoint._receiver.close()
 
 
 async def test_a_front_without_a_bypass_answers_by_ray() -> None:
     ray = Between(front(["a", "b"]))
-    proxy = ProxyBypass(ray, passages=Passages(NODE))
+    proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
-    assert proxy._passages._receiver is not None
-    await proxy._passages._receiver.close()
+    assert proxy._endpoint._receiver is not None
+    await proxy._endpoint._receiver.close()
 
 
 async def test_a_piece_that_is_missing_breaks_the_answer_and_those_after_it_go_by_ray(
@@ -196,9 +196,9 @@ async def test_a_piece_that_is_missing_breaks_the_answer_and_those_after_it_go_b
     monkeypatch.setattr(serve.bypass, "LATE_S", 0.2)
     put = Sender.put
     monkeypatch.setattr(Sender, "put", lambda sender, answer, piece: None if b'"b"' in piece else put(sender, answer, piece))
-    fronts = FrontBypass(front(["a", "b", "c"]), ways=Ways(NODE))
+    fronts = FrontBypass(front(["a", "b", "c"]), bypass=FrontEndpoint(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, passages=Passages(NODE))
+    proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
     await acquaint(fronts, proxy)
     with pytest.raises(PiecesLost, match="of 5 pieces 4 came"):
         await asked(proxy)
@@ -207,19 +207,19 @@ async def test_a_piece_that_is_missing_breaks_the_answer_and_those_after_it_go_b
         assert body(await asked(proxy)) == body(await asked(front(["a", "b", "c"])))
     assert ray.bodies == 2 * 5
     assert caplog.text.count("the bypass failed") == 1
-    proxy._passages._paused_until = 0
+    proxy._endpoint._paused_until = 0
     monkeypatch.setattr(Sender, "put", put)
     assert body(await asked(proxy)) == body(await asked(front(["a", "b", "c"])))
     assert ray.bodies == 2 * 5
-    assert proxy._passages._receiver is not None
-    await proxy._passages._receiver.close()
+    assert proxy._endpoint._receiver is not None
+    await proxy._endpoint._receiver.close()
 
 
 async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
     async def dies(scope: Any, receive: Any, send: Any) -> None:
-        way = scope[serve.http.bypass.WAY]
-        await send({"type": "http.response.start", "status": 200, "headers": [], serve.http.bypass.PASSED: way.answer})
-        way.put(b"a")
+        stream = scope[serve.http.bypass.BYPASS_STREAM]
+        await send({"type": "http.response.start", "status": 200, "headers": [], serve.http.bypass.PASSED: stream.answer})
+        stream.put(b"a")
         await asyncio.sleep(0.05)
         raise RuntimeError("lost")
 
@@ -228,54 +228,54 @@ async def test_a_front_that_is_lost_leaves_an_answer_without_an_end() -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    fronts = FrontBypass(dies, ways=Ways(NODE))
-    proxy = ProxyBypass(Between(fronts), passages=Passages(NODE))
+    fronts = FrontBypass(dies, bypass=FrontEndpoint(NODE))
+    proxy = ProxyBypass(Between(fronts), endpoint=ProxyEndpoint(NODE))
     await acquaint(fronts, proxy)
     with pytest.raises(RuntimeError, match="lost"):
         await proxy({"type": "http", "method": "POST", "headers": []}, None, send)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[1]["more_body"]
-    assert proxy._passages._receiver is not None
-    assert not proxy._passages._receiver._streams
-    await proxy._passages._receiver.close()
+    assert proxy._endpoint._receiver is not None
+    assert not proxy._endpoint._receiver._streams
+    await proxy._endpoint._receiver.close()
 
 
 async def test_a_front_that_does_not_see_the_proxys_socket_answers_by_ray() -> None:
-    ray = Between(FrontBypass(front(["a", "b"]), ways=Ways(NODE)))
-    proxy = ProxyBypass(ray, passages=Passages(NODE))
-    proxy._passages._receiver = cluster.bypass.Receiver()
-    seen, proxy._passages._receiver.address = proxy._passages._receiver.address, proxy._passages._receiver.address + "-elsewhere"
+    ray = Between(FrontBypass(front(["a", "b"]), bypass=FrontEndpoint(NODE)))
+    proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
+    proxy._endpoint._receiver = cluster.bypass.Receiver()
+    seen, proxy._endpoint._receiver.address = proxy._endpoint._receiver.address, proxy._endpoint._receiver.address + "-elsewhere"
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
-    proxy._passages._receiver.address = seen
-    await proxy._passages._receiver.close()
+    proxy._endpoint._receiver.address = seen
+    await proxy._endpoint._receiver.close()
 
 
 async def test_whoever_writes_to_a_proxy_that_is_gone_is_told_and_a_new_one_is_written_to() -> None:
     receivers = [cluster.bypass.Receiver(), cluster.bypass.Receiver()]
-    fronts = FrontBypass(front(["a"]), ways=Ways(NODE))
+    fronts = FrontBypass(front(["a"]), bypass=FrontEndpoint(NODE))
     told = [f"{NODE} 0 {receiver.address}" for receiver in receivers]
-    await come_true(lambda: fronts._ways._way(told[0]) is not None)
-    way = fronts._ways._way(told[0])
-    assert way is not None
+    await come_true(lambda: fronts._bypass._stream(told[0]) is not None)
+    stream = fronts._bypass._stream(told[0])
+    assert stream is not None
     passage = receivers[0].open()
-    passage.begin(way.answer)
-    way.put(b"a")
+    passage.begin(stream.answer)
+    stream.put(b"a")
     assert await passage.take(0, 10) == [b"a"]
     await receivers[0].close()
-    while not way.sender._is_broken:
-        way.put(b"b")
+    while not stream.sender._is_broken:
+        stream.put(b"b")
         await asyncio.sleep(0.001)
     with pytest.raises(PiecesLost):
-        way.put(b"b")
-    assert fronts._ways._way(told[0]) is None
-    await come_true(lambda: fronts._ways._way(told[1]) is not None)
-    passage, way = receivers[1].open(), fronts._ways._way(told[1])
-    assert way is not None
-    passage.begin(way.answer)
-    way.put(b"c")
+        stream.put(b"b")
+    assert fronts._bypass._stream(told[0]) is None
+    await come_true(lambda: fronts._bypass._stream(told[1]) is not None)
+    passage, stream = receivers[1].open(), fronts._bypass._stream(told[1])
+    assert stream is not None
+    passage.begin(stream.answer)
+    stream.put(b"c")
     assert await passage.take(0, 10) == [b"c"]
-    assert list(fronts._ways._senders) == [receivers[1].address]
+    assert list(fronts._bypass._senders) == [receivers[1].address]
     await receivers[1].close()
 
 
@@ -294,20 +294,20 @@ async def test_a_message_that_cannot_be_read_ends_nobody_elses_stream() -> None:
 async def test_a_way_that_nobody_answers_is_not_taken_but_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fronts = FrontBypass(front(["a", "b"]), ways=Ways(NODE))
+    fronts = FrontBypass(front(["a", "b"]), bypass=FrontEndpoint(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, passages=Passages(NODE))
-    proxy._passages._receiver = Receiver()
+    proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
+    proxy._endpoint._receiver = Receiver()
     with socket.socket(socket.AF_UNIX) as silent:
-        path = proxy._passages._receiver.address.removeprefix("ipc://") + "-silent"
+        path = proxy._endpoint._receiver.address.removeprefix("ipc://") + "-silent"
         silent.bind(path)
         silent.listen()
-        listening, proxy._passages._receiver.address = proxy._passages._receiver.address, f"ipc://{path}"
+        listening, proxy._endpoint._receiver.address = proxy._endpoint._receiver.address, f"ipc://{path}"
         for _ in range(3):
             assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
         assert ray.bodies == 3 * 4
     assert not caplog.text
-    (lost,) = fronts._ways._senders.values()
+    (lost,) = fronts._bypass._senders.values()
     assert not lost.is_lost
     monkeypatch.setattr(lost, "_connect_deadline", 0)
     os.unlink(path)
@@ -318,44 +318,44 @@ async def test_a_way_that_nobody_answers_is_not_taken_but_tried_again(
     before = ray.bodies
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies == before
-    await proxy._passages._receiver.close()
+    await proxy._endpoint._receiver.close()
 
 
 async def test_a_proxy_that_no_longer_reads_breaks_its_streams_and_goes_on_by_ray(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fronts = FrontBypass(front(["a", "b"]), ways=Ways(NODE))
+    fronts = FrontBypass(front(["a", "b"]), bypass=FrontEndpoint(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, passages=Passages(NODE))
+    proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
     await acquaint(fronts, proxy)
-    receiver, way = proxy._passages._receiver, fronts._ways._way(f"{NODE} 0 {proxy._passages._receiver.address}")  # type: ignore[union-attr]
+    receiver, stream = proxy._endpoint._receiver, fronts._bypass._stream(f"{NODE} 0 {proxy._endpoint._receiver.address}")  # type: ignore[union-attr]
     assert receiver is not None
-    assert way is not None
+    assert stream is not None
 
     def broken(raw: bytes) -> None:
         raise RuntimeError("our own mistake")
 
     with monkeypatch.context() as patched:
         patched.setattr(cluster.bypass, "_decode", broken)
-        way.put(b"a")
+        stream.put(b"a")
         await come_true(lambda: receiver.is_over and not socket_exists(receiver.address))
     assert "our own mistake" in caplog.text
-    await come_true(lambda: not way.sender.is_connected)
-    way.put(b"b")
-    await come_true(lambda: way.sender._is_broken)
+    await come_true(lambda: not stream.sender.is_connected)
+    stream.put(b"b")
+    await come_true(lambda: stream.sender._is_broken)
     with pytest.raises(PiecesLost):
-        way.put(b"b")
+        stream.put(b"b")
     assert body(await asked(proxy)) == body(await asked(front(["a", "b"])))
     assert ray.bodies > 0
     assert caplog.text.count("the bypass failed") == 1
-    proxy._passages._paused_until = 0
+    proxy._endpoint._paused_until = 0
     await acquaint(fronts, proxy)
-    assert proxy._passages._receiver is not None
-    await proxy._passages._receiver.close()
+    assert proxy._endpoint._receiver is not None
+    await proxy._endpoint._receiver.close()
 
 
 async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_that_began_is_handed_on() -> None:
-    fronts = {name: FrontBypass(front([f"{name}{place}" for place in range(3)]), ways=Ways(NODE)) for name in "AB"}
+    fronts = {name: FrontBypass(front([f"{name}{place}" for place in range(3)]), bypass=FrontEndpoint(NODE)) for name in "AB"}
 
     async def twice(scope: Any, receive: Any, send: Any) -> None:
         async def unheard(message: Any) -> None:
@@ -364,12 +364,12 @@ async def test_of_two_answers_to_a_request_that_ray_routed_twice_only_the_one_th
         await fronts["A"](scope, receive, unheard)
         await asyncio.gather(Between(fronts["B"])(scope, receive, send), fronts["A"](scope, receive, unheard))
 
-    proxy = ProxyBypass(twice, passages=Passages(NODE))
+    proxy = ProxyBypass(twice, endpoint=ProxyEndpoint(NODE))
     for one in fronts.values():
         await acquaint(one, proxy)
     assert body(await asked(proxy)) == body(await asked(front(["B0", "B1", "B2"])))
-    assert proxy._passages._receiver is not None
-    await proxy._passages._receiver.close()
+    assert proxy._endpoint._receiver is not None
+    await proxy._endpoint._receiver.close()
 
 
 async def test_more_pieces_than_were_sent_are_a_mistake_that_nobody_waits_for() -> None:
@@ -391,9 +391,9 @@ async def test_a_proxy_that_can_make_no_socket_answers_by_ray_and_tries_again_la
 ) -> None:
     long = tmp_path / ("long" * 30)
     long.mkdir()
-    fronts = FrontBypass(front(["a", "b"]), ways=Ways(NODE))
+    fronts = FrontBypass(front(["a", "b"]), bypass=FrontEndpoint(NODE))
     ray = Between(fronts)
-    proxy = ProxyBypass(ray, passages=Passages(NODE))
+    proxy = ProxyBypass(ray, endpoint=ProxyEndpoint(NODE))
     with monkeypatch.context() as patched:
         patched.setattr("tempfile.tempdir", str(long))
         for _ in range(2):
@@ -401,10 +401,10 @@ async def test_a_proxy_that_can_make_no_socket_answers_by_ray_and_tries_again_la
     assert ray.bodies > 0
     assert caplog.text.count("too long for a Unix socket") == 1
     assert not list(long.iterdir())
-    proxy._passages._paused_until = 0
+    proxy._endpoint._paused_until = 0
     await acquaint(fronts, proxy)
-    assert proxy._passages._receiver is not None
-    await proxy._passages._receiver.close()
+    assert proxy._endpoint._receiver is not None
+    await proxy._endpoint._receiver.close()
 
 
 async def test_a_front_that_can_make_no_socket_or_is_told_nonsense_answers_by_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -413,7 +413,7 @@ async def test_a_front_that_can_make_no_socket_or_is_told_nonsense_answers_by_ra
     there.touch()
     path = receiver.address.removeprefix("ipc://")
     for rest in (f"0 ipc://{there}", f"x {receiver.address}", f"0 {path}", "", "0"):
-        ray = Between(FrontBypass(front(["a", "b"]), ways=Ways(NODE)))
+        ray = Between(FrontBypass(front(["a", "b"]), bypass=FrontEndpoint(NODE)))
 
         async def told(scope: Any, receive: Any, send: Any, rest: str = rest, ray: Between = ray) -> None:
             header = (serve.http.bypass.HEADER, f"{NODE} {rest}".encode())

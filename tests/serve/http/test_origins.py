@@ -18,7 +18,7 @@ ASKS_FIRST = {"access-control-request-method": "POST", "access-control-request-h
 
 
 class Locked:
-    def admit(self, credentials: Any, scope: Any = None) -> Any:
+    def authenticate(self, credentials: Any, scope: Any = None) -> Any:
         raise NotAuthenticated
 
 
@@ -56,7 +56,7 @@ async def test_by_default_no_page_may(http: httpx.AsyncClient) -> None:
 
 
 async def test_the_question_before_needs_no_key_and_the_request_does(service: ScriptedService, chat_body: Any) -> None:
-    async with client(create_app(lambda: service, door=Locked, allowed_origins=("*",))) as locked:
+    async with client(create_app(lambda: service, authenticator=Locked, allowed_origins=("*",))) as locked:
         assert (await locked.options(CHAT, headers={"origin": PAGE, **ASKS_FIRST})).status_code == 200
         answer = await locked.post(CHAT, json=chat_body, headers={"origin": PAGE})
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "*")

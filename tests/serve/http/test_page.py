@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from serve.errors import WIRE
-from serve.http.headers import DEADLINE_MS, LEDGER, PRIORITY
+from serve.errors import ERROR_MAPPINGS
+from serve.http.headers import DEADLINE_MS, PRIORITY, TIMING
 from serve.http.schema import ChatBody, CompletionBody
-from serve.idempotency import KEY
-from serve.session import SESSION
+from serve.idempotency import IDEMPOTENCY_KEY
+from serve.session import SESSION_HEADER
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = (DOCS / "http.md").read_text()
@@ -27,9 +27,9 @@ def test_every_field_is_on_it(body: type[ChatBody] | type[CompletionBody]) -> No
 
 
 def test_every_header_is_on_it() -> None:
-    assert {name for name in (DEADLINE_MS, LEDGER, PRIORITY, KEY, SESSION) if f"`{name}" not in PAGE} == set()
+    assert {name for name in (DEADLINE_MS, TIMING, PRIORITY, IDEMPOTENCY_KEY, SESSION_HEADER) if f"`{name}" not in PAGE} == set()
 
 
 def test_every_error_is_on_it_as_both_fronts_tell_it() -> None:
     told = re.findall(r"^\| (\d+) \| `(\w+)` \| (\w+) \|", PAGE, re.MULTILINE)
-    assert told == sorted({(str(wire.http), wire.code, wire.grpc) for wire in WIRE.values()})
+    assert told == sorted({(str(wire.http), wire.code, wire.grpc) for wire in ERROR_MAPPINGS.values()})

@@ -86,9 +86,9 @@ async def test_the_tokenizer_and_the_version_are_told(tokens: httpx.AsyncClient)
 
 
 async def test_the_ledger_is_a_header_for_who_asks(http: httpx.AsyncClient, service, chat_body) -> None:
-    from serve.request_timing import Ledger
+    from serve.request_timing import RequestTiming
 
-    service.ledger = Ledger(front_s=0.001, queue_s=0, prefill_s=0.25, decode_s=0, network_s=0, detokenise_s=0)
+    service.timing = RequestTiming(front_s=0.001, queue_s=0, prefill_s=0.25, decode_s=0, network_s=0, detokenise_s=0)
     asked = await http.post("/v1/chat/completions", json=chat_body, headers={"x-manta-ledger": "1"})
     assert "prefill;dur=250.000" in asked.headers["server-timing"]
     assert "server-timing" not in (await http.post("/v1/chat/completions", json=chat_body)).headers

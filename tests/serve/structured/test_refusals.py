@@ -10,8 +10,8 @@ from serve.errors import InvalidRequest
 from serve.limits import Limits
 from serve.request import ResponseFormat
 from serve.service import Service
-from serve.structured.compiler import CompilerBroken, GrammarCompilers
-from serve.structured.grammar_source import draft_of
+from serve.structured.compiler import CompilerBroken, GrammarCompilerPool
+from serve.structured.grammar_source import grammar_source_of
 from tests.serve.structured.test_answers import asked, json_form
 
 GOOD = ResponseFormat(kind="choice", choices=("fine",))
@@ -66,74 +66,74 @@ async def test_what_cannot_be_is_refused_and_the_next_is_answered(random_service
 
 
 @pytest.fixture(scope="module")
-def compilers(random_folder):
-    compilers = GrammarCompilers(random_folder, Limits(grammar_cache_bytes=2_000_000, grammar_compile_s=0.3), num_processes=1)
-    yield compilers
-    compilers.close()
+def compiler(random_folder):
+    compiler = GrammarCompilerPool(random_folder, Limits(grammar_cache_bytes=2_000_000, grammar_compile_s=0.3), num_processes=1)
+    yield compiler
+    compiler.close()
 
 
 @pytest.mark.parametrize("depth", [31, 32])
-async def test_a_schema_may_be_as_deep_as_the_limit(compilers: GrammarCompilers, depth: int) -> None:
+async def test_a_schema_may_be_as_deep_as_the_limit(compiler: GrammarCompilerPool, depth: int) -> None:
     schema: dict[str, Any] = {"enum": [1]}
     for _ in range((depth - 2) // 2):
         schema = {"type": "object", "properties": {"x": schema}, "additionalProperties": False}
-    draft_of(json_form(schema), Limits())
+    grammar_source_of(json_form(schema), Limits())
 
 
 async def test_a_service_can_have_its_compiler_ready_before_anybody_asks(random_service: Service) -> None:
-    compilers = random_service._compilers
-    assert isinstance(compilers, GrammarCompilers)
+    compiler = random_service._compiler
+    assert isinstance(compiler, GrammarCompilerPool)
     await random_service.warm_up()
-    (pid, *_) = compilers.pids
-    await compilers.compile("lark", 'start: "b"')
-    assert pid in compilers.pids
+    (pid, *_) = compiler.pids
+    await compiler.compile("lark", 'start: "b"')
+    assert pid in compiler.pids
 
 
 async def test_one_that_does_not_start_hinders_nobody(random_service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken() -> None:
         raise CompilerBroken("no")
 
-    monkeypatch.setattr(random_service._compilers, "warm_up", broken)
+    monkeypatch.setattr(random_service._compiler, "warm_up", broken)
     await random_service.warm_up()
 
 
-async def test_a_compile_without_end_is_ended_with_its_process_and_remembered(compilers: GrammarCompilers) -> None:
-    await compilers.warm_up()
-    (first,) = compilers.pids
+async def test_a_compile_without_end_is_ended_with_its_process_and_remembered(compiler: GrammarCompilerPool) -> None:
+    await compiler.warm_up()
+    (first,) = compiler.pids
     hostile = ("lark", f"start: %json {json.dumps(MANY)}")
-    assert "takes more than" in ((await compilers.compile(*hostile)).error or "")
+    assert "takes more than" in ((await compiler.compile(*hostile)).error or "")
     assert not psutil.pid_exists(first)
-    assert "takes more than" in ((await compilers.compile(*hostile)).error or "")
-    assert compilers.pids == ()  # nobody was asked again
-    assert (await compilers.compile("regex", "a+")).grammar is not None
+    assert "takes more than" in ((await compiler.compile(*hostile)).error or "")
+    assert compiler.pids == ()  # nobody was asked again
+    assert (await compiler.compile("regex", "a+")).grammar is not None
 
 
 @pytest.mark.slow
 async def test_memory_without_end_ends_the_process_too(random_folder) -> None:
-    compilers = GrammarCompilers(random_folder, Limits(grammar_memory_bytes=1 << 20, grammar_compile_s=30.0))
+    compiler = GrammarCompilerPool(random_folder, Limits(grammar_memory_bytes=1 << 20, grammar_compile_s=30.0))
     try:
         large = json.dumps({"enum": [f"text number {number} of many" for number in range(60_000)]})
-        assert (await compilers.compile("lark", f"start: %json {large}")).error
+        assert (await compiler.compile("lark", f"start: %json {large}")).error
     finally:
-        compilers.close()
+        compiler.close()
 
 
-async def test_a_compiler_that_was_killed_is_replaced(compilers: GrammarCompilers) -> None:
-    await compilers.warm_up()
-    (pid,) = compilers.pids
+async def test_a_compiler_that_was_killed_is_replaced(compiler: GrammarCompilerPool) -> None:
+    await compiler.warm_up()
+    (pid,) = compiler.pids
     psutil.Process(pid).kill()
     psutil.Process(pid).wait(20)
-    assert (await compilers.compile("regex", "d+")).grammar
+    assert (await compiler.compile("regex", "d+")).grammar
 
 
-async def test_verdicts_are_kept_within_their_bytes(compilers: GrammarCompilers) -> None:
+async def test_results_are_kept_within_their_bytes(compiler: GrammarCompilerPool) -> None:
     for number in range(12):
-        await compilers.compile("regex", f"a{{{number}}}" + "b" * 150_000)
-    assert 0 < compilers._verdict_bytes <= 2_000_000
+        await compiler.compile("regex", f"a{{{number}}}" + "b" * 150_000)
+    assert 0 < compiler._result_bytes <= 2_000_000
 
 
-async def test_no_process_is_left_when_the_compilers_are_closed(compilers: GrammarCompilers) -> None:
-    await compilers.warm_up()
-    (pid,) = compilers.pids
-    compilers.close()
+async def test_no_process_is_left_when_the_compilers_are_closed(compiler: GrammarCompilerPool) -> None:
+    await compiler.warm_up()
+    (pid,) = compiler.pids
+    compiler.close()
     assert not psutil.pid_exists(pid)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.vocabulary import byte_of_character
-from serve.text.threads import INLINE_CHARS, beside_the_loop
+from serve.text.threads import INLINE_CHARS, run_in_thread_if_long
 from serve.text.tokenizer import InvalidTokenizer, Tokenizer
 from tests.serve.vocabularies import SENTENCES, write_smol
 
@@ -117,7 +117,7 @@ async def test_the_event_loop_turns_while_a_long_text_is_encoded(smol: Tokenizer
     counting = asyncio.create_task(count())
     await asyncio.sleep(0)
     before = turns
-    ids = await beside_the_loop(len(text), lambda: smol.encode(text))
+    ids = await run_in_thread_if_long(len(text), lambda: smol.encode(text))
     done = True
     await counting
     assert len(text) > INLINE_CHARS

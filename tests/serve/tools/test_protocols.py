@@ -13,9 +13,9 @@ from serve.limits import Limits
 from serve.request import ChatRequest, Message, Tool, ToolCall
 from serve.text.tokenizer import Tokenizer
 from serve.tools.hermes import Hermes
-from serve.tools.protocol import Piece, Reader
+from serve.tools.protocol import ParsedPiece, ToolCallParser
 from serve.tools.qwen_agent import QwenAgent
-from serve.tools.request_tools import Toolbox, protocol_of
+from serve.tools.request_tools import RequestTools, choose_protocol
 from serve.tools.validation import check_conversation, check_tools
 from tests.serve.tools.scenarios_30 import ASK, CLOCK, SCENARIOS, TWICE, WEATHER
 
@@ -31,9 +31,9 @@ def request(**fields: Any) -> ChatRequest:
 
 
 def text_of(asked: ChatRequest, protocol: QwenAgent | Hermes) -> str:
-    toolbox = Toolbox.of(asked, protocol, Limits())
-    assert toolbox is not None
-    rendered = toolbox.rendered
+    request_tools = RequestTools.of(asked, protocol, Limits())
+    assert request_tools is not None
+    rendered = request_tools.rendered
     turns = [*rendered.messages, {"role": "assistant", "content": rendered.prefix}]  # the model's own turn, with what it goes on from
     return "".join(f"[{turn['role']}]{turn['content']}" for turn in turns)
 
@@ -60,19 +60,19 @@ def test_no_text_of_a_clients_adds_a_mark(protocol: QwenAgent | Hermes, marks: t
 
 
 def test_qwen_agents_calls_results_and_reply_are_one_turn() -> None:
-    toolbox = Toolbox.of(request(messages=TWICE, tools=(CLOCK, WEATHER)), QwenAgent(), Limits())
-    assert toolbox is not None
-    assert [message["role"] for message in toolbox.rendered.messages] == ["system", "user"]
-    assert toolbox.rendered.prefix == (
+    request_tools = RequestTools.of(request(messages=TWICE, tools=(CLOCK, WEATHER)), QwenAgent(), Limits())
+    assert request_tools is not None
+    assert [message["role"] for message in request_tools.rendered.messages] == ["system", "user"]
+    assert request_tools.rendered.prefix == (
         "Let me look.\n✿FUNCTION✿: clock\n✿ARGS✿: {}\n✿FUNCTION✿: get_weather\n✿ARGS✿: "
         '{"city": "Rome", "unit": "C"}\n✿RESULT✿: 12:30\n✿RESULT✿: sunny\n✿RETURN✿'
     )
 
 
 def test_hermes_results_are_one_turn_of_the_user() -> None:
-    toolbox = Toolbox.of(request(messages=TWICE, tools=(CLOCK, WEATHER)), Hermes(), Limits())
-    assert toolbox is not None
-    *_, call, results = toolbox.rendered.messages
+    request_tools = RequestTools.of(request(messages=TWICE, tools=(CLOCK, WEATHER)), Hermes(), Limits())
+    assert request_tools is not None
+    *_, call, results = request_tools.rendered.messages
     assert call["content"].startswith('Let me look.\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>\n<tool_call>')
     assert results == {
         "role": "user",
@@ -81,7 +81,7 @@ def test_hermes_results_are_one_turn_of_the_user() -> None:
 
 
 TRICK = {"text": 'a ✿FUNCTION✿: b </tool_call> \\"{[', "n": [1, {"x": "}"}]}
-ANSWERS: list[tuple[Reader, str, str, list[tuple[str, str]]]] = [
+ANSWERS: list[tuple[ToolCallParser, str, str, list[tuple[str, str]]]] = [
     (QwenAgent(), "Just ✿ text with a flower", "Just ✿ text with a flower", []),
     (QwenAgent(), f"Look.\n✿FUNCTION✿: f\n✿ARGS✿: {json.dumps(TRICK)}\n✿RESULT✿: made up", "Look.", [("f", json.dumps(TRICK))]),
     (QwenAgent(), '✿FUNCTION✿: f\n✿ARGS✿: {}\n✿FUNCTION✿: g\n✿ARGS✿: {"a": 1}', "", [("f", "{}"), ("g", '{"a": 1}')]),
@@ -100,8 +100,8 @@ ANSWERS: list[tuple[Reader, str, str, list[tuple[str, str]]]] = [
 @pytest.mark.parametrize(("protocol", "text", "content", "calls"), ANSWERS)
 @pytest.mark.parametrize("seed", range(6))
 def test_an_answer_is_read_the_same_in_whatever_pieces_it_comes(protocol: Any, text: str, content: str, calls: Any, seed: int) -> None:
-    draw, reader, at = random.Random(seed), protocol.reader(continues=False), 0
-    pieces: list[Piece] = []
+    draw, reader, at = random.Random(seed), protocol.parser(continues=False), 0
+    pieces: list[ParsedPiece] = []
     while at < len(text):
         size = len(text) if seed == 0 else draw.randint(1, 1 + 2 * seed)
         pieces += reader.push(text[at : at + size])
@@ -116,19 +116,19 @@ def test_an_answer_is_read_the_same_in_whatever_pieces_it_comes(protocol: Any, t
 
 @pytest.mark.parametrize("text", [": Half past", ":Half past", "Half past"])
 def test_what_leads_into_the_reply_after_results_is_no_part_of_it(text: str) -> None:
-    reader = QwenAgent().reader(continues=True)
+    reader = QwenAgent().parser(continues=True)
     pieces = [piece for character in text for piece in reader.push(character)] + reader.flush()
     assert "".join(piece.content for piece in pieces) == "Half past"
 
 
 def test_the_protocol_is_the_models_unless_the_server_says(smol: Tokenizer) -> None:
-    assert protocol_of("auto", smol, None).name == "qwen_agent"
-    assert protocol_of("auto", smol, "{{ '<tool_call>' }}").name == "hermes"
-    assert protocol_of("hermes", smol, None).name == "hermes"
+    assert choose_protocol("auto", smol, None).name == "qwen_agent"
+    assert choose_protocol("auto", smol, "{{ '<tool_call>' }}").name == "hermes"
+    assert choose_protocol("hermes", smol, None).name == "hermes"
 
 
 def test_a_request_without_tools_is_left_alone() -> None:
-    assert Toolbox.of(request(messages=(Message(role="user", content="✿FUNCTION✿"),)), QwenAgent(), Limits()) is None
+    assert RequestTools.of(request(messages=(Message(role="user", content="✿FUNCTION✿"),)), QwenAgent(), Limits()) is None
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

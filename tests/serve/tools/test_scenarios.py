@@ -31,7 +31,7 @@ def request_of(case: dict[str, Any], **options: Any) -> ChatRequest:
 
 def eager(service: Service) -> tuple[tuple[int, float], ...]:
     """Biases that make a random model begin a call when it may."""
-    mark = "✿FUNCTION✿: " if service._prompts.tool_protocol.name == "qwen_agent" else "<tool_call>"
+    mark = "✿FUNCTION✿: " if service._preparer.tool_protocol.name == "qwen_agent" else "<tool_call>"
     return tuple(dict.fromkeys((token, 6.0) for token in service._tokenizer.encode(mark)))
 
 

@@ -12,17 +12,17 @@ from pydantic import TypeAdapter
 
 from engine.plan import TokenEvent, TokenLogprobs
 from model.generation_config import GenerationDefaults
-from serve.caller import ANYONE
-from serve.choice import Choice, ChoicePlan
+from serve.caller import ANONYMOUS
+from serve.choice import Choice, ChoiceSettings
 from serve.errors import describe
-from serve.http.context import Stamp
-from serve.http.responses.events import ResponseEvents
+from serve.http.context import RequestContext
+from serve.http.responses.events import ResponsesStreamFormat
 from serve.http.responses.schema import ResponsesBody
 from serve.request import ChoiceResult, Result, TextEvent, TextToken, ToolCall, ToolCallDelta, Usage
 from serve.text.tokenizer import Tokenizer
 
-STAMP = Stamp(
-    id="resp_ab", created=5, model="m", arrived_s=0.0, session="", idempotency_key="", caller=ANYONE, priority=None, deadline_s=None
+STAMP = RequestContext(
+    id="resp_ab", created=5, model="m", arrived_s=0.0, session="", idempotency_key="", caller=ANONYMOUS, priority=None, deadline_s=None
 )
 USAGE = Usage(prompt_tokens=5, completion_tokens=9, cached_tokens=2)
 WITH_LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
@@ -30,8 +30,8 @@ Decoder = codecs.getincrementaldecoder("utf-8")
 READER: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
-def writer(**fields: Any) -> ResponseEvents:
-    return ResponseEvents(STAMP, ResponsesBody.model_validate({"model": "m", "input": "Hi", **fields}), GenerationDefaults())
+def writer(**fields: Any) -> ResponsesStreamFormat:
+    return ResponsesStreamFormat(STAMP, ResponsesBody.model_validate({"model": "m", "input": "Hi", **fields}), GenerationDefaults())
 
 
 def token(text: str) -> TextToken:
@@ -53,7 +53,7 @@ class EveryBytes:
 
 def events_of(tokens: list[int], stop: str) -> list[TextEvent]:
     """What a choice makes of tokens that come one by one, up to a stop string, or the end of sequence behind them."""
-    choice = Choice(plan=ChoicePlan(index=0, prompt_index=0, stop=(stop,)), tokenizer=cast(Tokenizer, EveryBytes()))
+    choice = Choice(settings=ChoiceSettings(index=0, prompt_index=0, stop=(stop,)), tokenizer=cast(Tokenizer, EveryBytes()))
     events = []
     for offset, token in enumerate([*tokens, END]):
         ended = {"finish_reason": "stop", "stop_token": END} if token == END else {}
@@ -68,7 +68,7 @@ def events_of(tokens: list[int], stop: str) -> list[TextEvent]:
 def told(events: list[TextEvent], **fields: Any) -> list[dict[str, Any]]:
     """All events of a stream, each read by OpenAI's types."""
     writes = writer(**fields)
-    sent = [*writes.opening(), *(one for event in events for one in writes.of(event)), *writes.closing(USAGE)]
+    sent = [*writes.start(), *(one for event in events for one in writes.event(event)), *writes.end(USAGE)]
     for number, event in enumerate(sent):
         READER.validate_python(event)
         assert event["sequence_number"] == number
@@ -182,7 +182,7 @@ def test_a_call_is_told_as_openai_documents_it() -> None:
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_failure_is_told_with_what_there_was(begun: bool) -> None:
     writes = writer()
-    sent = [*writes.opening(), *(writes.of(TextEvent(choice=0, text="Hel")) if begun else ()), *writes.failing(describe(RuntimeError("x")))]
+    sent = [*writes.start(), *(writes.event(TextEvent(choice=0, text="Hel")) if begun else ()), *writes.error(describe(RuntimeError("x")))]
     error, failed = sent[-2:]
     for event in (error, failed):
         READER.validate_python(event)
@@ -199,9 +199,7 @@ def test_an_answer_repeats_what_it_was_asked_with() -> None:
     schema = {"type": "object", "properties": {}, "additionalProperties": False}
     form = {"type": "json_schema", "name": "Page", "schema": schema, "strict": True}
     asked = {"tools": [tool], "tool_choice": {"type": "function", "name": "one"}, "text": {"format": form}, "metadata": {"a": "b"}}
-    (begun, _) = writer(
-        **asked, temperature=0.5, parallel_tool_calls=False, prompt_cache_key="k", safety_identifier="s", user="u"
-    ).opening()
+    (begun, _) = writer(**asked, temperature=0.5, parallel_tool_calls=False, prompt_cache_key="k", safety_identifier="s", user="u").start()
     response = begun["response"]
     Response.model_validate(response)
     assert response["tools"] == [tool | {"description": None, "strict": True}]

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from serve.errors import InvalidRequest, NotSupported
-from serve.http.responses.error_fields import spelled
-from serve.http.responses.items import conversation_of, passed_over
+from serve.http.responses.error_fields import translate
+from serve.http.responses.items import conversation_of, ignored_items
 from serve.http.schema import ChatBody
 
 USER = {"role": "user", "content": "Hi"}
@@ -79,7 +79,7 @@ def test_items_add_to_a_turn_without_copying_what_it_says_already() -> None:
     """Megabytes that each of two thousand items copied anew would hold up every stream of the front for seconds."""
     long = "a" * 1_000_000
     conversation = conversation_of(None, [USER, CALL, SAID | {"content": long}, *[SAID | {"content": "b"}] * 500])
-    said = conversation.turns[-1].said
+    said = conversation.turns[-1].texts
     assert said[0] is long
     assert len(said) == 501
     assert conversation.messages[-1].content == "\n".join([long, *["b"] * 500])
@@ -116,8 +116,8 @@ def test_what_is_no_item_is_refused_where_it_stands(given: Any, param: str, kind
 
 
 def test_items_without_effect_are_named() -> None:
-    assert passed_over([USER, {"type": "reasoning"}, {"type": "web_search_call"}, 5]) == {"reasoning", "web_search_call"}
-    assert passed_over("Hi") == set()
+    assert ignored_items([USER, {"type": "reasoning"}, {"type": "web_search_call"}, 5]) == {"reasoning", "web_search_call"}
+    assert ignored_items("Hi") == set()
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_items_without_effect_are_named() -> None:
 )
 def test_errors_are_spelled_as_this_api_spells_its_fields(of_a_chat: str, own: str) -> None:
     places = {"messages[0]": "instructions", "messages[1]": "input[4]", "messages[1].tool_calls[1]": "input[6]", "tools[2]": "tools[3]"}
-    assert spelled(of_a_chat, places) == own
+    assert translate(of_a_chat, places) == own

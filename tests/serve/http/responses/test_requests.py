@@ -153,7 +153,7 @@ async def test_who_refers_to_what_would_be_stored_learns_that_nothing_is(http: h
         await http.post("/v1/responses/resp_1/cancel"),
     ):
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
-        assert "no response is stored here" in answer.json()["error"]["message"]
+        assert "responses are not stored here" in answer.json()["error"]["message"]
     assert "/tokenize" in (await http.post("/v1/responses/input_tokens", json={})).json()["error"]["message"]
 
 

@@ -97,7 +97,7 @@ async def test_a_form_holds_and_is_parsed_into_a_pydantic_model(client: openai.A
     assert loose.status == "incomplete" or isinstance(json.loads(loose.output_text), dict)
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+ERROR_RESPONSE: list[tuple[dict[str, Any], str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "three"}}, "tool_choice"),
     ({"tools": [*TOOLS, TOOLS[0]]}, "tools[2].name"),
     ({"tools": [TOOLS[0] | {"parameters": {"type": "array"}}]}, "tools[0].parameters"),
@@ -125,7 +125,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 async def test_the_judge_of_chats_refuses_in_this_apis_names(client: openai.AsyncOpenAI) -> None:
-    for at, (fields, param) in enumerate(REFUSED):
+    for at, (fields, param) in enumerate(ERROR_RESPONSE):
         with pytest.raises(openai.BadRequestError) as caught:
             await client.responses.create(**{"input": ASK, **MORE, "stream": at % 2 == 0, **fields})
         assert caught.value.param == param

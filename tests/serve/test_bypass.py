@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.bypass import Receiver
-from serve.bypass import HEADER, Passages, Ways
-from serve.http.bypass import WAY, FrontBypass, ProxyBypass
+from serve.bypass import HEADER, FrontEndpoint, ProxyEndpoint
+from serve.http.bypass import BYPASS_STREAM, FrontBypass, ProxyBypass
 
 NODE = "a-node"
 NAME = HEADER.encode()
@@ -37,15 +37,15 @@ async def nobody(*_: Any) -> None:
     raise AssertionError
 
 
-async def connected(ways: Ways, told: str) -> None:
+async def connected(bypass: FrontEndpoint, told: str) -> None:
     async with asyncio.timeout(60):
-        while ways.as_told([told]) is None:  # noqa: ASYNC110  (zmq's threads have no event for it)
+        while bypass.stream_for([told]) is None:  # noqa: ASYNC110  (zmq's threads have no event for it)
             await asyncio.sleep(0.001)
 
 
 async def test_only_what_may_be_a_stream_is_told_of_a_socket() -> None:
-    app, passages = Kept(), Passages(NODE)
-    proxy = ProxyBypass(app, passages=passages)
+    app, endpoint = Kept(), ProxyEndpoint(NODE)
+    proxy = ProxyBypass(app, endpoint=endpoint)
     for method in ("GET", "POST", "HEAD"):
         await proxy(request(method), nobody, nobody)
     told = [[value for name, value in scope["headers"] if name == NAME] for scope in app.scopes]
@@ -53,52 +53,52 @@ async def test_only_what_may_be_a_stream_is_told_of_a_socket() -> None:
     node, number, address = told[1][0].split()
     assert (node, number) == (NODE.encode(), b"0")
     assert address.startswith(b"ipc://")
-    assert passages._receiver is not None
-    assert not passages._receiver._streams
-    await passages._receiver.close()
+    assert endpoint._receiver is not None
+    assert not endpoint._receiver._streams
+    await endpoint._receiver.close()
 
 
 async def test_a_front_is_not_shown_the_header_and_believes_one_only() -> None:
-    app, ways, receiver = Kept(), Ways(NODE), Receiver()
-    front = FrontBypass(app, ways=ways)
+    app, bypass, receiver = Kept(), FrontEndpoint(NODE), Receiver()
+    front = FrontBypass(app, bypass=bypass)
     told = f"{NODE} 0 {receiver.address}"
-    await connected(ways, told)
+    await connected(bypass, told)
     one = (NAME, told.encode())
     for headers in ((), (one,), (one, one), (one, (NAME, b"x"))):
         await front(request("POST", *headers), nobody, nobody)
-    assert [scope[WAY] is not None for scope in app.scopes] == [False, True, False, False]
+    assert [scope[BYPASS_STREAM] is not None for scope in app.scopes] == [False, True, False, False]
     assert all(scope["headers"] == [(b"host", b"a")] for scope in app.scopes)
     await receiver.close()
 
 
 async def test_a_socket_of_another_hosts_proxy_is_not_written_to_even_if_it_can_be_seen() -> None:
-    ways, receiver = Ways("another"), Receiver()
-    assert ways.as_told([f"{NODE} 0 {receiver.address}"]) is None
-    assert not ways._senders
+    bypass, receiver = FrontEndpoint("another"), Receiver()
+    assert bypass.stream_for([f"{NODE} 0 {receiver.address}"]) is None
+    assert not bypass._senders
     await receiver.close()
 
 
 async def test_an_obstacle_is_told_once_and_again_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    ways, receiver = Ways(NODE), Receiver()
+    bypass, receiver = FrontEndpoint(NODE), Receiver()
     for _ in range(2):
-        assert ways.as_told([f"{NODE} 0 ipc:///nowhere"]) is None
+        assert bypass.stream_for([f"{NODE} 0 ipc:///nowhere"]) is None
     assert caplog.text.count("is not to be seen") == 1
-    await connected(ways, f"{NODE} 0 {receiver.address}")
-    assert ways.as_told([f"{NODE} 0 ipc:///nowhere"]) is None
+    await connected(bypass, f"{NODE} 0 {receiver.address}")
+    assert bypass.stream_for([f"{NODE} 0 ipc:///nowhere"]) is None
     assert caplog.text.count("is not to be seen") == 2
     await receiver.close()
 
 
 async def test_while_streams_go_by_ray_no_request_is_told_of_a_socket_and_later_one_is(caplog: pytest.LogCaptureFixture) -> None:
-    passages = Passages(NODE)
-    first = passages.open()
+    endpoint = ProxyEndpoint(NODE)
+    first = endpoint.open()
     assert first is not None
     for _ in range(3):
-        passages.pause("a piece was lost")
+        endpoint.pause("a piece was lost")
     assert caplog.text.count("a piece was lost") == 1
-    assert passages.open() is None
-    passages._paused_until = 0
-    assert passages.open() is not None
-    assert passages._receiver is not None
-    await passages._receiver.close()
+    assert endpoint.open() is None
+    endpoint._paused_until = 0
+    assert endpoint.open() is not None
+    assert endpoint._receiver is not None
+    await endpoint._receiver.close()
