@@ -139,7 +139,7 @@ def test_log_probabilities_of_prompts_are_bounded_over_all_choices() -> None:
     assert validator.prompt_logprobs(completion(echo=True), 1_000) is None
     assert validator.prompt_logprobs(completion(echo=True, options=Options(logprobs=0)), 60) == 0
     assert validator.prompt_logprobs(completion(echo=True, options=Options(logprobs=1, n=3)), 10) == 1
-    with pytest.raises(InvalidRequest, match="gives 66 log-probabilities of the prompts, and at most 60") as raised:
+    with pytest.raises(InvalidRequest, match="asks for 66 log-probabilities of the prompts, and at most 60") as raised:
         validator.prompt_logprobs(completion(echo=True, options=Options(logprobs=1, n=3)), 11)
     assert raised.value.param == "logprobs"
 

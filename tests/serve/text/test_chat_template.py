@@ -206,7 +206,7 @@ def test_a_template_that_fails_or_will_not_end_is_refused_in_bounded_time(smol: 
 
 
 def test_a_damaged_template_is_refused_when_the_server_starts(smol: Tokenizer) -> None:
-    with pytest.raises(InvalidTokenizer, match="no Jinja template"):
+    with pytest.raises(InvalidTokenizer, match="not a Jinja template"):
         ChatTemplate("{% for %}", smol)
 
 
