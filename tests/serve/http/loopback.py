@@ -63,7 +63,7 @@ async def served(app: Any) -> AsyncIterator[str]:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    running = asyncio.create_task(server.serve(shared_context=[listening]))
+    running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         await eventually(lambda: server.started)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
