@@ -78,7 +78,7 @@ def kind_and_axis_numbers(kind: Kind, axis: TopologyAxis) -> tuple[int, int]:
 
 
 def page_address() -> int | None:
-    """Of this process's page, for a kernel that notes its collectives itself (csrc/halves.cpp)."""
+    """Of this process's page, for a kernel that notes its collectives itself (csrc/sublayers.cpp)."""
     return None if _page is None else ctypes.addressof(ctypes.c_char.from_buffer(_page))
 
 

@@ -35,7 +35,7 @@ def experts(
 
 
 class ExpertsStruct(ctypes.Structure):
-    """``Experts`` of csrc/halves.cpp."""
+    """``Experts`` of csrc/sublayers.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("run", "up", "up_scales", "down", "down_scales")),

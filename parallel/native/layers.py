@@ -1,7 +1,7 @@
 """All decoder layers in one call, with the sums over ranks between their halves.
 
 Python takes long between two halves of a single token: its own memory is no longer near when weights have
-passed. See csrc/halves.cpp.
+passed. See csrc/sublayers.cpp.
 """
 
 import ctypes

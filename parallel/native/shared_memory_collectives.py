@@ -1,4 +1,4 @@
-"""Collectives through memory that all ranks of a group on one host have mapped: pointers and sizes for csrc/exchange.cpp."""
+"""Collectives through memory that all ranks of a group on one host have mapped: pointers and sizes for csrc/shared_memory_collectives.cpp."""
 
 import ctypes
 import mmap
@@ -42,14 +42,14 @@ _FAILURES = {
 
 
 class _State(ctypes.Structure):
-    """``SharedMemoryCollectives`` of csrc/exchange.cpp."""
+    """``SharedMemoryCollectives`` of csrc/shared_memory_collectives.cpp."""
 
     _fields_ = (
         ("memory", ctypes.c_void_p),
         ("pidfds", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rank", "size", "buffer_bytes")),
         ("timeout_s", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("arrived", "pieces", "spins", "culprit")),
+        *((name, ctypes.c_int64) for name in ("arrived", "pieces", "spins", "failed_rank")),
     )
 
 
@@ -114,7 +114,7 @@ class SharedMemoryCollectives:
         self.conclude(function(self.begin(), *arguments))
 
     def begin(self) -> int:
-        """The address of what csrc/exchange.cpp knows, for a kernel that sums by itself, and returns what `conclude` is then to be told."""
+        """The address of what csrc/shared_memory_collectives.cpp knows, for a kernel that sums by itself, and returns what `conclude` is then to be told."""
         if self._failed is not None:
             raise self._failed
         if not self._at:
@@ -123,7 +123,7 @@ class SharedMemoryCollectives:
 
     def conclude(self, outcome: int) -> None:
         if outcome:
-            self._failed = CollectiveFailed(_FAILURES[outcome].format(timeout_s=self.timeout_s), int(self._state.culprit))
+            self._failed = CollectiveFailed(_FAILURES[outcome].format(timeout_s=self.timeout_s), int(self._state.failed_rank))
             self._library.leave(self._at)  # the others need not wait for their own time to pass
             raise self._failed
 

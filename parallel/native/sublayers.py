@@ -1,6 +1,6 @@
 """Half a decoder layer in one call: a norm and attention, or a norm and an MLP. T tokens, S sequences, D model width.
 
-Where few tokens are computed, calls from Python took longer than what they called. See csrc/halves.cpp.
+Where few tokens are computed, calls from Python took longer than what they called. See csrc/sublayers.cpp.
 """
 
 import ctypes
