@@ -1,4 +1,4 @@
-"""Kernels in C++ for CPUs with AVX2 or AVX-512. `library` builds and loads them and is the only door; the other files name them.
+"""C++ kernels for CPUs with AVX2 or AVX-512. `library` builds and loads them; the other modules call them through it.
 
-Nothing here is needed: where it is not built, or does not prove right when it is loaded, its callers take torch's operations.
+The kernels are optional: where they are not built or cannot be loaded, callers fall back to torch's operations.
 """

@@ -1,4 +1,4 @@
-"""The small operations between matrices, one pass each: for float32 on a CPU. T rows, D model width, I width of an MLP."""
+"""Elementwise and row-wise kernels between matrix products, for float32 on a CPU. T rows, D model width, I width of an MLP."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from parallel.native.library import Native, num_threads
 
 
 class NativeElementwise:
-    """See `parallel.elementwise_kernels.ElementwiseKernels`."""
+    """Implements `parallel.elementwise_kernels.ElementwiseKernels`."""
 
     def __init__(self, library: Native) -> None:
         self._library = library
@@ -41,8 +41,8 @@ class NativeElementwise:
 
 
 def highest(library: Native, x_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest of each contiguous row of float32 numbers and its place, of equal ones the first; NaN, and any place, where a row holds a
-    NaN. N is at least 1."""
+    """Argmax of each contiguous float32 row: value and index, the first among equals. A row that holds a NaN gives NaN and any index. N is
+    at least 1."""
     assert x_RN.stride(1) == 1
     assert x_RN.shape[1]
     values_R, places_R = x_RN.new_empty(len(x_RN)), torch.empty(len(x_RN), dtype=torch.int64)
@@ -51,8 +51,9 @@ def highest(library: Native, x_RN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def candidates(library: Native, x_RN: Tensor, count: int, stretch: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest (R, count) of each contiguous row of float32 numbers and their places, by rising place; of equal ones at the
-    end the first. They are looked for in stretches of so many. Of a row that holds a NaN they mean nothing, but are places."""
+    """Top-k of each contiguous float32 row: the ``count`` highest values and their indices (R, count), in ascending order of index; ties at
+    the threshold go to the lower index. ``stretch``: columns per block of the search. For a row that holds a NaN the result is meaningless,
+    but the indices are valid."""
     assert x_RN.stride(1) == 1
     assert 0 < count <= x_RN.shape[1]
     values_RC, places_RC = x_RN.new_empty(len(x_RN), count), torch.empty(len(x_RN), count, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""All experts of a layer in one call: N rows, A assignments sorted by expert, D model width, I inner width of an expert."""
+"""All routed experts of a layer in one kernel call. N rows, A assignments sorted by expert, D model width, I inner width of an expert."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from parallel.native.linear import Packed
 def experts(
     library: Native, x_ND: Tensor, rows_A: Tensor | None, counts: Sequence[int], up: Sequence[Packed], down: Sequence[Packed]
 ) -> Tensor:
-    """(A, D): each assignment's ``down(silu(gate) * up)``, in order. The first ``counts[0]`` of them use the first expert, and so on.
+    """(A, D): ``down(silu(gate) * up)`` of each assignment, in order. The first ``counts[0]`` assignments use the first expert, and so on.
 
-    ``rows_A`` (int64) says which row of ``x_ND`` an assignment is; None: each row is one. Threads take pieces of all experts'
-    matrices alike, so that none waits for an expert that has many rows.
+    ``rows_A`` (int64) is each assignment's row of ``x_ND``; None: assignment and row are the same. Threads share the pieces of all
+    experts' matrices, so no thread waits for one expert with many rows.
     """
     x_ND = x_ND.float().contiguous()
     rows_A = None if rows_A is None else rows_A.contiguous()
@@ -35,7 +35,7 @@ def experts(
 
 
 class ExpertsStruct(ctypes.Structure):
-    """``Experts`` of csrc/sublayers.cpp."""
+    """Mirrors struct ``Experts`` of csrc/sublayers.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("run", "up", "up_scales", "down", "down_scales")),
@@ -44,7 +44,7 @@ class ExpertsStruct(ctypes.Structure):
 
 
 class NativeExperts:
-    """Those that a rank holds of a layer, with their addresses by number: made again when one comes or goes. At least one."""
+    """The experts of one layer that this rank holds (at least one), as tables of addresses by expert number. Rebuild when experts move."""
 
     def __init__(self, library: Native, num_experts: int, up: Mapping[int, Packed], down: Mapping[int, Packed]) -> None:
         self._library, self._held = library, (dict(up), dict(down))
@@ -60,10 +60,10 @@ class NativeExperts:
         self._at = ctypes.addressof(self.struct)
 
     def __call__(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """(N, D): for each row the weighted sum of its experts, in the order of its ids; an id below 0 adds nothing. ``x`` is float32.
+        """(N, D): for each row the weighted sum of its experts, in the order of its ids; a negative id adds nothing. ``x`` is float32.
 
         Raises:
-            KeyError: an expert is not here.
+            KeyError: an expert is not held here.
         """
         num_rows, num_assigned = expert_ids_NA.shape
         x_ND, expert_ids_NA, weights_NA = x_ND.contiguous(), expert_ids_NA.contiguous(), weights_NA.float().contiguous()
@@ -77,10 +77,10 @@ class NativeExperts:
 
 
 def check_held(missing: int) -> None:
-    """What a kernel returned that calls experts: the number of one that is not here, or -1.
+    """Check the return value of a kernel that runs experts: the number of a missing expert, or -1.
 
     Raises:
-        KeyError: one is not.
+        KeyError: an expert is missing.
     """
     if missing >= 0:
         raise KeyError(f"expert {missing} is not held here")

@@ -1,7 +1,7 @@
-"""All decoder layers in one call, with the sums over ranks between their halves.
+"""All decoder layers in one kernel call, with the all-reduces between their sublayers.
 
-Python takes long between two halves of a single token: its own memory is no longer near when weights have
-passed. See csrc/sublayers.cpp.
+When a single token is decoded, the weights of each sublayer evict Python's own memory from the caches, which makes every call from
+Python slow (50 to 70 us a layer). See csrc/sublayers.cpp.
 """
 
 import ctypes
@@ -30,7 +30,8 @@ class _Sums(ctypes.Structure):
 
 
 class NativeDecoder:
-    """Layers one after the other. Of a group of ranks each has a part of every half, and they are summed; sparse layers are whole here."""
+    """All decoder layers of a stage. Each rank of a group holds a part of every sublayer, and the partial results are summed; sparse layers
+    must be complete on one rank."""
 
     def __init__(
         self,
@@ -39,21 +40,21 @@ class NativeDecoder:
         exchange: SharedMemoryCollectives | None = None,
         axis: TopologyAxis = "tp",
     ) -> None:
-        """``exchange``: of the group of ranks along ``axis``; None without others."""
+        """``exchange``: the collectives of the group along ``axis``; None for a single rank."""
         assert exchange is None or all(isinstance(second, MlpSublayer) for _, second in layers)
         self._call, self._held, self._exchange = library.layers, layers, exchange
         self.num_weights = sum(half.num_weights for halves in layers for half in halves)
-        """That a token is multiplied by."""
+        """Weights that each token is multiplied by."""
         rows = ((attention.address, second.address, isinstance(second, MoeSublayer)) for attention, second in layers)
         self._layers = (_Layer * len(layers))(*(_Layer(*row) for row in rows))
         self._sums = _Sums(address_of(library.all_reduce[torch.float32]), None, None, *kind_and_axis_numbers("all_reduce", axis))
 
     def __call__(self, batch: StepBatch, x_TD: Tensor) -> Tensor:
-        """What is still to be added to ``x_TD``, which is contiguous and written over.
+        """Run ``x_TD`` (contiguous, overwritten) through all layers. Returns the last sublayer's output, still to be added to it.
 
         Raises:
-            KeyError: a row chose an expert that is not here.
-            CollectiveFailed: as any sum.
+            KeyError: a row chose an expert that is not held here.
+            CollectiveFailed: as any all-reduce.
         """
         if self._exchange is not None:
             self._sums.exchange, self._sums.page = self._exchange.begin(), page_address()

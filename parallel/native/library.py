@@ -1,9 +1,9 @@
-"""Builds and loads the kernels: ``python -m parallel.native.library`` compiles them, some seconds, once per machine.
+"""Builds and loads the CPU kernels. ``python -m parallel.native.library`` compiles them once per machine, in some seconds.
 
-``--all`` compiles them for every processor, beside the sources: for an image, which is built on one machine and run on others.
+``--all`` compiles them for every processor variant, next to the sources: for an image that is built on one machine and run on others.
 
-A plain shared library without torch's headers: pointers and sizes go in, so it does not depend on torch's binary interface. Its
-threads are torch's, as torch brings the OpenMP library that it finds loaded already.
+The result is a plain shared library without torch's headers. Its functions take pointers and sizes, so it does not depend on torch's
+ABI. It uses torch's threads: torch has loaded its OpenMP library already, and the loader reuses it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "built"
-"""Kernels that came with these sources."""
+"""Kernels built in advance next to the sources (``--all``)."""
 HOW_TO_BUILD = "run `python -m parallel.native.library` once on this machine"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -35,14 +35,14 @@ VARIANTS = {
     "avx512": AVX512,
     "avx2": AVX2,
 }
-"""Best first, with what tells the compiler."""
+"""Best first, with the compiler flags."""
 _INTEGER_DOTS = ("int8_dot", "int4_dot", "int4_zeros_dot")
 DOT_KINDS = {"avx512_bf16": ("bf16_dot", *_INTEGER_DOTS), "avx512_vnni": _INTEGER_DOTS}
-"""Further kinds of variants: rows are rounded as well, as the processor has_kernel two or four such numbers at a time."""
+"""Additional kinds of a variant, which quantise rows as well: the processor multiplies two or four such numbers per 32-bit lane."""
 
 
 class Native:
-    """The loaded library. Its functions take addresses and sizes and check nothing: call them by way of the files beside this one."""
+    """The loaded library. Its functions take addresses and sizes and check nothing: call them through the modules of this package."""
 
     def __init__(self, path: Path, variant: str) -> None:
         self.variant = variant
@@ -94,7 +94,7 @@ class Native:
 
 @cache
 def native() -> Native | None:
-    """The kernels for this processor, or None: the log says why."""
+    """The kernels for this processor, or None, with the reason in the log."""
     try:
         variant = next((one for one in usable_variants() if built_path(one).exists()), None)
         if variant is None:
@@ -107,26 +107,26 @@ def native() -> Native | None:
 
 
 def address_of(function: "ctypes._NamedFuncPointer") -> int | None:
-    """For a kernel that calls another one."""
+    """A function pointer to pass to another kernel."""
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def available_kinds() -> frozenset[str]:
-    """The kinds of weights that there are kernels for; none without a library."""
+    """The weight kinds with kernels on this machine; empty without a library."""
     library = native()
     return frozenset(library.kinds if library else ())
 
 
 def has_kernel(kind: str) -> bool:
-    """Whether there are kernels here for weights of this kind."""
+    """Whether this machine has kernels for this weight kind."""
     return kind in available_kinds()
 
 
 def usable_variants() -> tuple[str, ...]:
-    """Those of `VARIANTS` that this processor runs, best first.
+    """The `VARIANTS` that this processor supports, best first.
 
     Raises:
-        Unavailable: it runs none of them.
+        Unavailable: none.
     """
     has = _capabilities()
     found: list[str] = []
@@ -150,7 +150,7 @@ def _capabilities() -> set[str]:
 
 
 def built_path(variant: str) -> Path:
-    """Where this variant lies or would lie: beside the sources if it was brought along, else in the user's cache."""
+    """Path of this variant's library: next to the sources if it was built in advance, else in the user's cache (perhaps not built yet)."""
     brought = _place(variant, brought=True)
     return brought if brought.exists() else _place(variant, brought=False)
 
@@ -163,11 +163,11 @@ def _place(variant: str, *, brought: bool) -> Path:
 
 
 def build(variant: str | None = None) -> Path:
-    """Compile the kernels for this processor (or the variant that is named), unless that has been done. A compiler that does not know the
-    processor's newest instructions makes the next lesser variant.
+    """Compile the kernels for this processor (or the given variant) unless they are built already. If the compiler does not support the
+    processor's newest instructions, the next lesser variant is built.
 
     Raises:
-        Unavailable: what is missing on this machine, or what the compiler said of the last one.
+        Unavailable: what is missing on this machine, or the compiler's output for the last variant.
     """
     *better, last = (variant,) if variant else usable_variants()
     for each in better:
@@ -177,10 +177,10 @@ def build(variant: str | None = None) -> Path:
 
 
 def build_all() -> list[Path]:
-    """Every variant, beside the sources.
+    """Compile every variant, next to the sources.
 
     Raises:
-        Unavailable: what is missing on this machine, or what the compiler said.
+        Unavailable: what is missing on this machine, or the compiler's output.
     """
     return [_compiled(variant, _place(variant, brought=True)) for variant in VARIANTS]
 
@@ -192,7 +192,7 @@ def _compiled(variant: str, target: Path | None = None) -> Path:
 
 
 def num_threads() -> int:
-    """How many threads a kernel may use: torch's own setting for this process."""
+    """Number of threads a kernel may use: torch's setting for this process."""
     return torch.get_num_threads()
 
 

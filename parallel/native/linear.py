@@ -1,6 +1,6 @@
-"""ExpertMatrices packed as the kernels read them, and the product with them. T rows, K input features, N outputs.
+"""Packed weight matrices for the CPU kernels, and products with them. T rows, K input features, N outputs.
 
-Outputs lie in panels of ``2 * lanes``, the last one filled up with zeros; see csrc/linear.h for the order within.
+Outputs are stored in panels of ``2 * lanes``, the last one zero-padded; see csrc/linear.h for the order within a panel.
 """
 
 from collections.abc import Callable
@@ -25,33 +25,33 @@ ZEROS: tuple[Kind, ...] = ("int4_zeros", "int4_zeros_dot")
 _SHIFTS = [4 * (k // 2) + 16 * (k % 2) for k in range(8)]
 _DOT_SHIFTS = [8 * (k % 4) + 4 * (k // 4) for k in range(8)]
 SHIFTS: dict[Kind, list[int]] = {"int4": _SHIFTS, "int4_dot": _DOT_SHIFTS, "int4_zeros": _SHIFTS, "int4_zeros_dot": _DOT_SHIFTS}
-"""Where in 32 bits eight neighbouring input features lie."""
+"""Bit offsets of eight neighbouring input features within a 32-bit word."""
 _HELD: dict[Kind, tuple[torch.dtype, int]] = {
     "bf16": (torch.bfloat16, 1), "bf16_dot": (torch.bfloat16, 2), "fp32": (torch.float32, 1), "int8": (torch.int8, 2),
     "int8_dot": (torch.uint8, 4), **dict.fromkeys(SHIFTS, (torch.int32, 8)),
 }  # fmt: skip
-"""What `Packed.numbers` are, and how many input features lie together in an output's place."""
+"""Dtype of `Packed.numbers`, and how many consecutive input features are stored together per output."""
 _ARENA = Arena()
 PIECE_BYTES = 8 * 2**20
-"""Packed at once, of a matrix in float32, or one panel if that is more: rounding holds some five times as much beside it."""
+"""Float32 weights packed at a time, or one panel if that is larger: quantising needs about five times as much temporary memory."""
 assert GROUP_SIZE == {"int8": ACTIVATION_GROUP_SIZE, "int4": ACTIVATION_GROUP_SIZE // 4, "int4_zeros": ACTIVATION_GROUP_SIZE}, (
     "kernels rely on it, see csrc/integers.h"
 )
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Where a matrix comes to lie: see `parallel.arena.Arena.allocate`."""
+"""Allocates a matrix: see `parallel.arena.Arena.allocate`."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One matrix (N, K)."""
+    """One packed matrix (N, K)."""
 
     kind: Kind
     numbers: Tensor
     """bf16, fp32: (panels, K, panel); bf16_dot and int8: (panels, padded K / 2, panel, 2); int8_dot: (panels, padded K / 4, panel, 4)
     uint8; int4 and the like: (panels, padded K / 8, panel) int32"""
     scales: Tensor | None
-    """(panels, groups, panel) float16; with zeros int32, see `parallel.zero_points`"""
+    """(panels, groups, panel) float16; with zero points int32, see `parallel.zero_points`"""
     num_outputs: int
 
     @property
@@ -60,7 +60,7 @@ class Packed:
 
     @property
     def padded(self) -> int:
-        """Input features, filled up to whole groups."""
+        """Input features, padded to whole groups."""
         return self.numbers.shape[1] * _HELD[self.kind][1]
 
     @property
@@ -69,7 +69,7 @@ class Packed:
 
 
 def pack(kind: Kind, weight_NK: Tensor, lanes: int, allocate: Allocate = _ARENA.allocate) -> Packed:
-    """Pack a matrix of any floating dtype; int8 and int4 round it to the nearest multiple of its group's scale."""
+    """Pack a matrix of any floating dtype, quantising it for the integer kinds."""
     num_outputs, num_inputs = weight_NK.shape
     packed = empty_packed(kind, num_outputs, num_inputs, lanes, allocate)
     pack_part(packed, 0, 0, weight_NK)
@@ -77,7 +77,7 @@ def pack(kind: Kind, weight_NK: Tensor, lanes: int, allocate: Allocate = _ARENA.
 
 
 def empty_packed(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, allocate: Allocate = _ARENA.allocate) -> Packed:
-    """A matrix of which nothing is there yet: `pack_part` its parts."""
+    """An uninitialised packed matrix, to be filled by `pack_part`."""
     panel, bits, (dtype, together) = 2 * lanes, _bits(kind), _HELD[kind]
     num_panels = -(-num_outputs // panel)
     scales = None
@@ -97,8 +97,7 @@ def empty_packed(kind: Kind, num_outputs: int, num_inputs: int, lanes: int, allo
 
 
 def pack_part(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) -> None:
-    """A part of the matrix, of any floating dtype, from an input feature on that begins a group. Several threads may put different parts
-    at the same time."""
+    """Pack a part of the matrix, of any floating dtype. ``first_input`` must begin a group. Threads may pack different parts at once."""
     if weight_NK.numel() == 0:
         return
     panel = 2 * packed.lanes
@@ -117,7 +116,7 @@ def pack_part(packed: Packed, first_output: int, first_input: int, weight_NK: Te
 
 
 def copied_to_arena(packed: Packed) -> Packed:
-    """The same matrix where those lie that were packed here: beside each other, in large pages."""
+    """A copy in the arena, where the matrices packed by this process are: adjacent, in huge pages."""
 
     def again(tensor: Tensor) -> Tensor:
         return _ARENA.allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
@@ -127,11 +126,11 @@ def copied_to_arena(packed: Packed) -> Packed:
 
 
 def with_lanes(packed: Packed, lanes: int) -> Packed:
-    """The same matrix, to the bit, in panels of ``2 * lanes``: as a processor reads it whose vectors are wider or narrower."""
+    """The same matrix, bit for bit, repacked into panels of ``2 * lanes``, for a processor with wider or narrower vectors."""
     before, num_panels = packed.lanes, -(-packed.num_outputs // (2 * lanes))
 
     def again(panels: Tensor, interleaved: bool) -> Tensor:
-        """(panels, ..., panel, ...), the outputs of a panel always third."""
+        """(panels, ..., panel, ...): the outputs of a panel are the third dim."""
         outputs = panels.movedim(2, 1)
         if interleaved:
             outputs = outputs.unflatten(1, (before, 2)).transpose(1, 2).flatten(1, 2)
@@ -148,7 +147,7 @@ def with_lanes(packed: Packed, lanes: int) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The matrix (N, padded K) in float32: the slow twin of what a kernel multiplies by."""
+    """The matrix (N, padded K) dequantised to float32: the reference for what the kernels multiply by."""
     return rows(packed, torch.arange(packed.num_outputs))
 
 
@@ -182,7 +181,7 @@ def rows(packed: Packed, outputs_T: Tensor) -> Tensor:
 
 
 def gather_rows(library: Native, packed: Packed, outputs_T: Tensor) -> Tensor:
-    """`rows` by a kernel, to the same bits."""
+    """`rows` by a kernel, bit-identical."""
     rows_TK, num_found = gather_local_rows(library, packed, outputs_T, 0)
     if num_found < len(rows_TK):
         raise IndexError(f"an output of {outputs_T.tolist()} is not one of {packed.num_outputs}")
@@ -190,7 +189,7 @@ def gather_rows(library: Native, packed: Packed, outputs_T: Tensor) -> Tensor:
 
 
 def gather_local_rows(library: Native, packed: Packed, outputs_T: Tensor, first: int) -> tuple[Tensor, int]:
-    """The same of a matrix whose outputs are numbered from ``first``: zeros for those that it has not, and how many it has."""
+    """As `gather_rows`, for a matrix that holds the outputs from ``first`` on: zeros for outputs not held, and how many were held."""
     outputs_T = outputs_T.contiguous()
     rows_TK = torch.empty(outputs_T.shape[0], packed.padded)
     num_found: int = library.rows[packed.kind](
@@ -204,8 +203,8 @@ def gather_local_rows(library: Native, packed: Packed, outputs_T: Tensor, first:
 
 
 def rounded_rows(kind: Kind, x_TK: Tensor) -> Tensor:
-    """Rows in float32 as the kernels multiply them: their slow twin. (That ``int8`` and ``int4`` make them 16-bit integers is no more
-    than float32 itself rounds.)"""
+    """Rows in float32 after the rounding that the kernels apply: their reference. (The 16-bit integers of ``int8`` and ``int4`` lose no
+    more than float32 arithmetic does, and are not modelled.)"""
     match kind:
         case "bf16_dot":
             return x_TK.bfloat16().float()
@@ -217,7 +216,7 @@ def rounded_rows(kind: Kind, x_TK: Tensor) -> Tensor:
 
 
 def hadamard_groups(x_xC: Tensor, *, inverse: bool = False) -> Tensor:
-    """`parallel.quantisation.hadamard` or `hadamard_inverse`, by a kernel where there is one."""
+    """`parallel.quantisation.hadamard` or `hadamard_inverse`, by a kernel where available."""
     library = native()
     if library is None or library.turn is None:
         return hadamard_inverse(x_xC) if inverse else hadamard(x_xC)
@@ -227,7 +226,7 @@ def hadamard_groups(x_xC: Tensor, *, inverse: bool = False) -> Tensor:
 
 
 def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | None) -> Tensor:
-    """(T, N) in float32. A row's result is the same whatever rows stand beside it."""
+    """(T, N) in float32. A row's result does not depend on the other rows of the batch."""
     x_TK = x_TK.float().contiguous()
     bias_N = None if bias_N is None else bias_N.float().contiguous()
     y_TN = torch.empty(x_TK.shape[0], packed.num_outputs)
@@ -244,14 +243,14 @@ def multiply(library: Native, x_TK: Tensor, packed: Packed, bias_N: Tensor | Non
 
 
 def _bits(kind: Kind) -> Literal["int8", "int4", "int4_zeros"] | None:
-    """To what a kind rounds weights."""
+    """The quantised type of a kind's weights; None if they are not quantised."""
     if kind in ZEROS:
         return "int4_zeros"
     return "int8" if kind in ("int8", "int8_dot") else "int4" if kind in SHIFTS else None
 
 
 def _part(packed: Packed, panels: slice, first_input: int, num_inputs: int) -> Packed:
-    """Of whole panels, some input features; the last group need not be full."""
+    """A view of whole panels and some input features; the last group need not be full."""
     together, stop = _HELD[packed.kind][1], first_input + num_inputs
     numbers = packed.numbers[panels, first_input // together : -(-stop // together)]
     num_outputs = len(numbers) * 2 * packed.lanes
@@ -265,12 +264,12 @@ def _part(packed: Packed, panels: slice, first_input: int, num_inputs: int) -> P
 
 
 def _put_edge(packed: Packed, first_output: int, first_input: int, weight_NK: Tensor) -> None:
-    """A few outputs within one panel, whose others are left as they are."""
+    """Pack a few outputs of one panel and leave its others unchanged."""
     panel = 2 * packed.lanes
     where, place = divmod(first_output, panel)
     places = torch.arange(place, place + len(weight_NK))
     whole_NK = weight_NK[(torch.arange(panel) - place).clamp(0, len(weight_NK) - 1)]
-    alone = pack(packed.kind, whole_NK, packed.lanes, _empty)  # it goes at once, and would leave a hole among those that stay
+    alone = pack(packed.kind, whole_NK, packed.lanes, _empty)  # temporary: in the arena it would leave a hole
     part = _part(packed, slice(where, where + 1), first_input, weight_NK.shape[1])
     if part.scales is not None and alone.scales is not None:
         part.scales[0][:, places] = alone.scales[0][:, places]
@@ -284,28 +283,28 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _interleaved(places: Tensor, lanes: int) -> Tensor:
-    """Where ``bf16`` holds a panel's outputs."""
+    """Positions of a panel's outputs in ``bf16``."""
     return (places % lanes) * 2 + places // lanes
 
 
 def _pack_into(packed: Packed, weight_NK: Tensor) -> None:
-    """Whole panels, whose input features are filled up with zeros."""
+    """Pack whole panels; input features are zero-padded."""
     kind, numbers, num_panels, lanes = packed.kind, packed.numbers, len(packed.numbers), packed.lanes
     padded = packed.padded if packed.scales is not None else -(-weight_NK.shape[1] // _HELD[kind][1]) * _HELD[kind][1]
     weight_NK = torch.nn.functional.pad(weight_NK, (0, padded - weight_NK.shape[1])) if padded > weight_NK.shape[1] else weight_NK
     panels = weight_NK.contiguous().unflatten(0, (num_panels, 2 * lanes))
     if kind == "fp32":
         numbers.copy_(panels.transpose(1, 2))
-    elif kind == "bf16":  # output lane in the low half of 32 bits, output lanes + lane in the high one
+    elif kind == "bf16":  # output `lane` in the low half of a 32-bit word, output `lanes + lane` in the high half
         numbers.unflatten(2, (lanes, 2)).copy_(panels.unflatten(1, (2, lanes)).permute(0, 3, 2, 1))
-    elif kind == "bf16_dot":  # two neighbours stay together: they are moved as one number of 32 bits
+    elif kind == "bf16_dot":  # two neighbouring features stay together: they are moved as one 32-bit word
         numbers.view(torch.int32).squeeze(-1).copy_(panels.bfloat16().view(torch.int32).transpose(1, 2))
     else:
         _round_into(packed, panels.float())
 
 
 def _round_into(packed: Packed, panels: Tensor) -> None:
-    """Panels (panels, panel, K) in float32."""
+    """Quantise panels (panels, panel, K) of float32 into ``packed``."""
     bits = _bits(packed.kind)
     assert bits is not None
     assert packed.scales is not None

@@ -1,4 +1,4 @@
-"""Collectives through memory that all ranks of a group on one host have mapped: pointers and sizes for csrc/shared_memory_collectives.cpp."""
+"""Collectives between the ranks of a group on one host through shared memory: the ctypes side of csrc/shared_memory_collectives.cpp."""
 
 import ctypes
 import mmap
@@ -12,21 +12,21 @@ from torch import Tensor
 from parallel.native.library import Native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What is summed."""
+"""Dtypes that can be summed."""
 BUFFER_BYTES = 2**20
-"""Of a message that passes at once. A rank has two such buffers."""
+"""Size of one buffer, and so of one piece of a message. Each rank has two buffers."""
 SPINS = 4000
-"""Looks before a waiting rank gives its core away: about 100 us. None where there are fewer cores than ranks."""
+"""Polls before a waiting rank yields its core: about 100 us. 0 is used where there are fewer cores than ranks."""
 
 
 def memory_bytes(size: int) -> int:
-    """What a group of so many ranks maps: a line of state, offsets and two buffers for each."""
+    """Size of the shared mapping of a group of ``size`` ranks: for each a line of state, offsets and two buffers."""
     heads = size * (128 + 2 * 8 * (size + 1))
     return -(-heads // 4096) * 4096 + 2 * size * BUFFER_BYTES
 
 
 class CollectiveFailed(dist.DistError):
-    """A collective has failed, and every later one of this group will: how, and because of which rank of the group."""
+    """A collective failed because of ``rank`` (position in the group). Every later collective of the group fails too."""
 
     def __init__(self, kind: str, rank: int) -> None:
         super().__init__(f"rank {rank} of the group {kind}")
@@ -42,7 +42,7 @@ _FAILURES = {
 
 
 class _State(ctypes.Structure):
-    """``SharedMemoryCollectives`` of csrc/shared_memory_collectives.cpp."""
+    """Mirrors struct ``SharedMemoryCollectives`` of csrc/shared_memory_collectives.cpp."""
 
     _fields_ = (
         ("memory", ctypes.c_void_p),
@@ -54,13 +54,13 @@ class _State(ctypes.Structure):
 
 
 class SharedMemoryCollectives:
-    """One group of this process. Members call the same functions in the same order, with messages that fit together."""
+    """This process's membership in one group. All members must call the same functions in the same order with matching sizes."""
 
     def __init__(
         self, library: Native, memory: mmap.mmap, rank: int, size: int, *, pidfds: Sequence[int], timeout_s: float, spins: int
     ) -> None:
-        """``memory`` is `memory_bytes` long and was zero when the first member mapped it. ``pidfds`` are pidfds of the members'
-        processes by rank, -1 where there is none; they are closed with the exchange."""
+        """``memory`` is `memory_bytes` long and was zeroed before the first member mapped it. ``pidfds`` are the members' pidfds by rank,
+        -1 where there is none; `close` closes them."""
         self._library, self._memory, self._lifelines = library, memory, (ctypes.c_int32 * size)(*pidfds)
         self._mapped = ctypes.c_char.from_buffer(memory)
         self._state = _State(
@@ -85,24 +85,24 @@ class SharedMemoryCollectives:
         self._state.timeout_s = value
 
     def all_reduce_(self, x: Tensor) -> Tensor:
-        """Sum contiguous ``x`` of one of `DTYPES` in place, in rank order; half precision is added up in float32 and rounded once.
+        """Sum contiguous ``x`` of one of `DTYPES` in place, in rank order. Half precision is accumulated in float32 and rounded once.
 
         Raises:
-            CollectiveFailed: as every function here; a wait ends when a peer's process has, or after ``timeout_s``.
+            CollectiveFailed: as every collective here. Waiting for a peer ends when its process has ended, or after ``timeout_s``.
         """
         self._call(self._library.all_reduce[x.dtype], x.data_ptr(), x.numel())
         return x
 
     def all_gather(self, x: Tensor, out: Tensor, rows: int, widths: Sequence[int]) -> None:
-        """Of each rank ``rows`` stretches of ``widths[rank]`` bytes, all ranks' side by side in every row of ``out``."""
+        """Gather ``rows`` rows of ``widths[rank]`` bytes from each rank; a row of ``out`` holds all ranks' rows side by side."""
         self._call(self._library.all_gather, x.data_ptr(), out.data_ptr(), rows, self._sizes(widths))
 
     def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> None:
-        """``sends[r]`` bytes of ``x`` to rank r, ``receives[r]`` bytes of ``out`` from it, in rank order."""
+        """Send ``sends[r]`` bytes of ``x`` to rank r and receive ``receives[r]`` bytes of ``out`` from it, both in rank order."""
         self._call(self._library.all_to_all, x.data_ptr(), out.data_ptr(), self._sizes(sends), self._sizes(receives))
 
     def close(self) -> None:
-        """Tell the peers that this rank takes no further part."""
+        """Leave the group: peers that wait for this rank fail at once."""
         if self._at:
             self._library.leave(self._at)
             self._at = 0
@@ -114,17 +114,18 @@ class SharedMemoryCollectives:
         self.conclude(function(self.begin(), *arguments))
 
     def begin(self) -> int:
-        """The address of what csrc/shared_memory_collectives.cpp knows, for a kernel that sums by itself, and returns what `conclude` is then to be told."""
+        """Address of the C++ struct, for a kernel that runs collectives itself; pass its return code to `conclude` afterwards."""
         if self._failed is not None:
             raise self._failed
         if not self._at:
-            raise RuntimeError("this exchange has been closed")
+            raise RuntimeError("these collectives have been closed")
         return self._at
 
     def conclude(self, outcome: int) -> None:
+        """Raise `CollectiveFailed` if ``outcome``, the return code of a kernel, is a failure."""
         if outcome:
             self._failed = CollectiveFailed(_FAILURES[outcome].format(timeout_s=self.timeout_s), int(self._state.failed_rank))
-            self._library.leave(self._at)  # the others need not wait for their own time to pass
+            self._library.leave(self._at)  # so that the others fail at once, not after their own timeout
             raise self._failed
 
     def _sizes(self, sizes: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":

@@ -1,6 +1,6 @@
-"""Half a decoder layer in one call: a norm and attention, or a norm and an MLP. T tokens, S sequences, D model width.
+"""Sublayers of a decoder layer (norm and attention, norm and MLP) in one kernel call each. T tokens, S sequences, D model width.
 
-Where few tokens are computed, calls from Python took longer than what they called. See csrc/sublayers.cpp.
+With few tokens, calling each kernel from Python took longer than the kernels themselves. See csrc/sublayers.cpp.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ class _Batch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A packed matrix of a layer with its bias, None if there is none or it is added elsewhere, and its input features."""
+    """A packed matrix with its bias and number of input features. ``bias`` is None if there is none or it is added elsewhere."""
 
     packed: Packed
     bias: Tensor | None
@@ -72,8 +72,8 @@ class PackedLinear:
 
 
 class StepBatch:
-    """What all layers of a step read. Contiguous tensors: cos, sin (T, K / 2) float32, slots (T), starts (S + 1) and lengths (S) int64,
-    tables (S, M) int32; the first ``num_decodes`` sequences have one token each."""
+    """The inputs that all layers of a step share, contiguous: cos, sin (T, K / 2) float32; slots (T), starts (S + 1) and lengths (S) int64;
+    tables (S, M) int32. The first ``num_decodes`` sequences have one token each."""
 
     def __init__(
         self, cos: Tensor, sin: Tensor, slots_T: Tensor, tables_SM: Tensor, starts: Tensor, lengths_S: Tensor, num_decodes: int
@@ -86,7 +86,7 @@ class StepBatch:
 
 
 class AttentionSublayer:
-    """Norm, attention and its output matrix of one layer, with this layer's keys and values (N, B, G, K)."""
+    """Norm, attention and output projection of one layer, with this layer's KV cache (N, B, G, K)."""
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ class AttentionSublayer:
         keys_NBGK: Tensor,
         values_NBGK: Tensor,
     ) -> None:
-        """``heads_G3``: for each KV head its first query head, how many it has, and its number."""
+        """``heads_G3``: for each KV head its first query head, its number of query heads, and its own index."""
         self._held = (norm, qkv, output, heads_G3, keys_NBGK, values_NBGK)
         self.num_weights = qkv.num_weights + output.num_weights
-        """That a token is multiplied by."""
+        """Weights that each token is multiplied by."""
         _, block_tokens, num_kv_heads, head_dim = keys_NBGK.shape
         functions = (table[keys_NBGK.dtype] for table in (library.write_kv, library.prefill, library.decode))
         self._struct = _AttentionSublayer(
@@ -118,7 +118,7 @@ class AttentionSublayer:
         self.address, self._call = ctypes.addressof(self._struct), library.attention_half
 
     def __call__(self, batch: StepBatch, x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
-        """``x_TD += delta_TD`` in place, and what attention gives of its norm, with no sum over ranks yet. Both are contiguous."""
+        """``x_TD += delta_TD`` in place; returns attention of its norm, not yet summed over ranks. Both inputs are contiguous."""
         out_TD = torch.empty_like(x_TD)
         delta = None if delta_TD is None else delta_TD.data_ptr()
         self._call(self.address, batch.address, x_TD.data_ptr(), delta, out_TD.data_ptr(), num_threads())
@@ -127,7 +127,7 @@ class AttentionSublayer:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """``down(silu(gate) * up)``; with more than ``few_rows`` the gate is taken within the product."""
+    """``down(silu(gate) * up)``; with more than ``few_rows`` rows, activation and products run in one fused pass."""
 
     up: PackedLinear
     down: PackedLinear
@@ -139,22 +139,22 @@ class GatedMlp:
 
 
 class _SecondSublayer:
-    """Norm and MLP of one layer: what `MlpSublayer` and `MoeSublayer` have in common."""
+    """Norm and MLP of one layer: base of `MlpSublayer` and `MoeSublayer`."""
 
     def __init__(self, struct: ctypes.Structure, call: "ctypes._NamedFuncPointer", num_weights: int, held: object) -> None:
-        """``num_weights``: as of `AttentionSublayer`."""
+        """``num_weights``: see `AttentionSublayer`."""
         self._struct, self._call, self.num_weights, self._held = struct, call, num_weights, held
         self.address = ctypes.addressof(struct)
 
     def __call__(self, x_TD: Tensor, delta_TD: Tensor) -> Tensor:
-        """As of `AttentionSublayer`.
+        """See `AttentionSublayer`.
 
         Raises:
-            KeyError: a row chose an expert that is not here.
+            KeyError: a row chose an expert that is not held here.
         """
         out_TD = torch.empty_like(x_TD)
         missing = self._call(self.address, x_TD.data_ptr(), delta_TD.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], num_threads())
-        if missing is not None:  # of an MLP that has experts
+        if missing is not None:  # only MoE kernels return something
             check_held(missing)
         return out_TD
 
@@ -168,8 +168,8 @@ class MlpSublayer(_SecondSublayer):
 
 
 class MoeSublayer(_SecondSublayer):
-    """Norm, router, all experts and the shared one, of a layer that is whole on this rank. The router's softmax is our own: the weights are
-    torch's but for the last bits."""
+    """Norm, router, all routed experts and the shared one of a layer that is complete on this rank. The router's softmax is the kernel's
+    own, so routing weights may differ from torch's in the last bits."""
 
     def __init__(
         self,
