@@ -1,6 +1,6 @@
-"""Memory for many tensors of the CPU that are read from end to end at every step: they lie side by side in pages of 2 MiB.
+"""Arena allocator for CPU tensors that are read completely in every step: they lie side by side in huge pages of 2 MiB.
 
-Each by itself would have small pages at both its ends, and one below 2 MiB nothing but these: a third of what a model of 0.5B holds.
+Allocated separately, each tensor would have small pages at both ends, and one below 2 MiB only small pages: a third of a 0.5B model.
 """
 
 import math
@@ -16,27 +16,27 @@ from torch import Tensor
 from parallel.host_memory import HUGE_PAGE_BYTES, MIB
 
 REGION_BYTES = 64 * MIB
-"""Asked of the system at once, and taken from it as it is written to. What is larger than half of it is alone in a region."""
+"""Reserved at once, and backed by memory as it is written to. A tensor larger than half of it gets a region of its own."""
 LINE_BYTES = 64
-"""Tensors begin at a line of the processor's cache."""
+"""Tensors begin at a cache line."""
 
 
 class Arena:
-    """It holds nothing itself: a tensor's pages go back to the system with the tensor, a region with its last one. Thread-safe."""
+    """Keeps no tensor alive: a tensor's pages are returned to the system with the tensor, a region with its last tensor. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._region: Callable[[], mmap.mmap | None] = lambda: None
         self._filled = 0
-        """Of the region, in bytes."""
+        """Bytes of the region in use."""
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor that nothing has been written to yet."""
+        """An uninitialised tensor."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(shape, dtype=dtype)
         region, start = self._place(-(-num_bytes // LINE_BYTES) * LINE_BYTES)
-        part = memoryview(region)[start : start + num_bytes]  # whoever holds it holds the region
+        part = memoryview(region)[start : start + num_bytes]  # keeps the region alive
         weakref.finalize(part, _give_back, region, start, start + num_bytes).atexit = False
         return torch.frombuffer(part, dtype=dtype).view(shape)
 
@@ -53,7 +53,7 @@ class Arena:
 
 
 def _new_region(num_bytes: int) -> tuple[mmap.mmap, int]:
-    """And where in it the first page of 2 MiB begins."""
+    """A new region, and the offset of its first 2 MiB page."""
     region = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without such pages
         region.madvise(mmap.MADV_HUGEPAGE)
@@ -61,7 +61,7 @@ def _new_region(num_bytes: int) -> tuple[mmap.mmap, int]:
 
 
 def _give_back(region: mmap.mmap, start: int, stop: int) -> None:
-    """The pages that lie wholly between; what lies in the others goes with the region."""
+    """Return the pages that lie completely within; partial ones are freed with the region."""
     first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
     if end > first:
         with suppress(OSError):

@@ -1,8 +1,8 @@
-"""What the ranks of a group do together. On a group of one every function is the identity and copies nothing.
+"""Collectives over the ranks of a group. On a group of one, every function is the identity and copies nothing.
 
-All members call the same functions in the same order. Sums are taken in rank order with one rounding at the end for
-half-precision types on CPU, whatever the shape: the value of a row does not depend on what else is in the batch, nor
-on the rank that reads it. (On CUDA the order is another for other sizes.)
+All members must call the same functions in the same order. On CPU, sums are taken in rank order whatever the shape, with one rounding
+at the end for half precision: a row's value depends neither on the rest of the batch nor on the rank. (On CUDA the order of summation
+depends on the size.)
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from parallel.native.shared_memory_collectives import DTYPES, SharedMemoryCollec
 from parallel.transport import Transport
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""By the name that it has had since torch 2.13; GPU machines that are lent for `benchmarks.gpu` may have an older one."""
+"""Named all_gather_single since torch 2.13; the GPU machines used for `benchmarks.gpu` may have an older torch."""
 GATHER_BELOW_BYTES = 64 * 1024
-"""An all-reduce of three or more ranks over gloo takes one exchange up to this size, two of less volume above."""
+"""An all-reduce of three or more ranks over gloo is one all-gather up to this size, and two exchanges of less volume above."""
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum of everyone's ``x``, on everyone. ``x`` may be overwritten: use what is returned, and ``x`` no more."""
+    """The sum of all ranks' ``x``, on every rank. ``x`` may be overwritten: use only the returned tensor."""
     if group.transport is None or x.numel() == 0:
         return x
     record("all_reduce", group.axis, x.numel())
@@ -42,9 +42,9 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
-    """Everyone's ``x`` concatenated along ``dim``, in rank order, on everyone.
+    """All ranks' ``x`` concatenated along ``dim`` in rank order, on every rank.
 
-    ``sizes`` are the lengths of ``dim`` on each rank; None: all are as long as this rank's. Other dims must agree.
+    ``sizes`` are the lengths of ``dim`` on each rank; None: all as on this rank. The other dims must agree.
     """
     if group.transport is None:
         return x
@@ -71,9 +71,9 @@ def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = 
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
-    """This rank's part, along ``dim``, of the sum of everyone's ``x``.
+    """This rank's part, along ``dim``, of the sum of all ranks' ``x``.
 
-    ``sizes`` says how long each rank's part is; None: equal parts.
+    ``sizes`` are the lengths of the parts; None: equal parts.
     """
     if group.transport is None:
         return x
@@ -90,7 +90,7 @@ def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | Non
 
 
 def all_to_all(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group) -> Tensor:
-    """Rows of ``x`` to everyone: ``send_sizes[r]`` rows go to rank r, ``receive_sizes[r]`` come from it, in rank order."""
+    """Exchange rows of ``x``: send ``send_sizes[r]`` rows to rank r and receive ``receive_sizes[r]`` from it, in rank order."""
     if group.transport is None:
         return x
     _check_sizes(send_sizes, group)
@@ -109,7 +109,7 @@ def all_to_all(x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int
 
 
 def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
-    """The ``x`` of the member at position ``root`` of the group, on everyone; written over ``x`` if it is contiguous."""
+    """The ``x`` of the member at position ``root``, on every rank. Overwrites ``x`` if it is contiguous."""
     if group.transport is None:
         return x
     x = x.contiguous()
@@ -121,19 +121,19 @@ def broadcast(x: Tensor, root: int, group: Group) -> Tensor:
 
 @dataclass(frozen=True)
 class PendingSend:
-    """A tensor on its way. It is kept here until it has arrived."""
+    """Handle of a `begin_send`. Keeps the tensor alive until it has arrived."""
 
     x: Tensor
     work: dist.Work | None
 
     def wait(self) -> None:
-        """Return when the receiver has it (on CUDA: when what the device does next may count on that)."""
+        """Block until the receiver has it (on CUDA: only the current stream waits)."""
         if self.work is not None:
             self.work.wait()
 
 
 def begin_send(x: Tensor, to: int, group: Group) -> PendingSend:
-    """Begin to send ``x`` to the member at position ``to``, which must call `receive` with the same shape and dtype."""
+    """Start sending ``x`` to the member at position ``to``, which must call `receive` with the same shape and dtype."""
     transport = _with_others(group)
     record("send", group.axis, x.numel())
     x = x.contiguous()
@@ -141,12 +141,12 @@ def begin_send(x: Tensor, to: int, group: Group) -> PendingSend:
 
 
 def send(x: Tensor, to: int, group: Group) -> None:
-    """``x`` to the member at position ``to``, as `begin_send`; when this returns it has arrived."""
+    """As `begin_send`, but blocks until ``x`` has arrived."""
     begin_send(x, to, group).wait()
 
 
 def receive(shape: Sequence[int], source: int, group: Group, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor from the member at position ``source``."""
+    """Receive a tensor from the member at position ``source``."""
     transport = _with_others(group)
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     if x.numel():
@@ -156,7 +156,7 @@ def receive(shape: Sequence[int], source: int, group: Group, *, dtype: torch.dty
 
 
 def barrier(group: Group) -> None:
-    """Return when every member has called this."""
+    """Block until every member has called this."""
     if group.transport is not None:
         record("barrier", group.axis, 0)
         dist.barrier(group=group.transport.process_group)
@@ -170,7 +170,7 @@ def _gather_through(memory: SharedMemoryCollectives, x: Tensor, dim: int, sizes:
 
 
 def _sum_over_gloo(x: Tensor, transport: Transport, size: int) -> Tensor:
-    """Gloo's own ring sums each stretch of a tensor in another order, and rounds half precision at every addition."""
+    """All-reduce in rank order. Gloo's own ring sums each chunk in a different order and rounds half precision at every addition."""
     flat = x.view(-1)
     if flat.numel() * flat.element_size() <= GATHER_BELOW_BYTES:
         everyones = flat.new_empty(size, flat.numel())
@@ -186,7 +186,7 @@ def _sum_over_gloo(x: Tensor, transport: Transport, size: int) -> Tensor:
 
 
 def _sum_in_rank_order(parts_N: Tensor) -> Tensor:
-    """Sum over the first dim, one summand after the other; half precision is added up in float32 and rounded once."""
+    """Sum over the first dim in order; half precision is accumulated in float32 and rounded once."""
     half = parts_N.dtype in (torch.bfloat16, torch.float16)
     total = parts_N[0].to(torch.float32) if half else parts_N[0].clone()
     for part in parts_N[1:]:
@@ -196,7 +196,7 @@ def _sum_in_rank_order(parts_N: Tensor) -> Tensor:
 
 def _with_others(group: Group) -> Transport:
     if group.transport is None:
-        raise ValueError(f"nobody to talk to: the {group.axis} group has one member")
+        raise ValueError(f"no peer to send to: the {group.axis} group has one member")
     return group.transport
 
 

@@ -1,4 +1,4 @@
-"""Hosts whose processors differ hold weights alike where weights travel between them."""
+"""Agreement on weight kinds between hosts with different processors, for weights that move between ranks."""
 
 import torch
 
@@ -7,11 +7,11 @@ from parallel.groups import Group
 from parallel.native.library import DOT_KINDS, KINDS, available_kinds
 
 ALL = (*KINDS, *dict.fromkeys(kind for kinds in DOT_KINDS.values() for kind in kinds))
-"""In an order that all ranks know."""
+"""In the same order on all ranks."""
 
 
 def common_kinds(group: Group) -> frozenset[str]:
-    """The kinds of weights that every member of the group has kernels for. All of them must call this, and get the same."""
+    """The weight kinds that every member of the group has kernels for. All members must call this, and get the same."""
     here = available_kinds()
     bits = torch.tensor([[kind in here for kind in ALL]], dtype=torch.int64)
     held_by_all = all_gather(bits, group, dim=0).all(0).tolist()

@@ -1,4 +1,4 @@
-"""C++ that is compiled once per machine at set-up, never when a rank starts: where it lies, and how it gets there."""
+"""Compiles C++ libraries into a per-user cache: once per machine at set-up, never when a rank starts."""
 
 import hashlib
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 class Unavailable(Exception):
-    """It cannot be built or used here, and why."""
+    """A native library or facility cannot be built or used on this machine; the message says why."""
 
 
 def version_of(parts: Iterable[bytes]) -> str:
-    """A name for this version of all that something is built from and against."""
+    """A hash of everything that a library is built from and against."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -23,16 +23,16 @@ def version_of(parts: Iterable[bytes]) -> str:
 
 
 def cache_path(name: str, version: str, file: str) -> Path:
-    """A place of its own for every version, in this user's cache."""
+    """Path of ``file`` in this user's cache, separate for every version."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "manta" / name / version / file
 
 
 def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:
-    """Compile unless that has been done. ``command`` says how, given the compiler and the file to write.
+    """Compile ``target`` unless it exists. ``command`` returns the command line, given the compiler and the output file.
 
     Raises:
-        Unavailable: what is missing on this machine, or what the compiler said.
+        Unavailable: what is missing on this machine, or the compiler's output.
     """
     if sys.platform != "linux":
         raise Unavailable(f"it is for Linux, and this is {sys.platform}")
@@ -47,5 +47,5 @@ def compile_to(target: Path, command: Callable[[str, Path], list[str]]) -> Path:
         done = subprocess.run(command(compiler, output), capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
             raise Unavailable(f"{compiler} failed:\n{done.stderr[-4000:]}")
-        output.replace(target)  # at once: another process sees the whole file or none
+        output.replace(target)  # atomic: other processes see the whole file or none
     return target

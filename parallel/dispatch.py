@@ -1,6 +1,6 @@
-"""How tokens reach the ranks that hold their experts, and how the results come back. No weights here.
+"""Token dispatch for expert parallelism: how tokens reach the ranks that hold their experts, and how results return. Holds no weights.
 
-T tokens of this rank's sequences, S of them in its slice, N rows that arrive, A experts per token, D model width.
+T tokens of this rank's sequences, S of them in its slice, N received rows, A experts per token, D model width.
 """
 
 import hashlib
@@ -19,32 +19,32 @@ from parallel.groups import Group, ParallelGroups
 DispatchName = Literal["local", "all_to_all"]
 
 ELSEWHERE = -1
-"""In place of an expert id: another rank computes this assignment."""
+"""Replaces an expert id that another rank computes."""
 
 
 class ComputeExperts(Protocol):
-    """What this rank's experts add to each row: the weighted sum over its assignments that are not `ELSEWHERE`.
+    """The contribution of this rank's experts to each row: the weighted sum over its assignments that are not `ELSEWHERE`.
 
-    With ``expert_tp`` > 1 it is a partial sum, complete when added up over that group.
+    With ``expert_tp`` > 1 it is a partial sum, to be summed over that group.
     """
 
     def __call__(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor: ...
 
 
 class TokenDispatch(Protocol):
-    """Brings rows to experts. Every rank of a stage calls it in the same step, with no tokens if it has none."""
+    """Sends rows to experts and collects the results. Every rank of a stage calls it in the same step, also with no tokens."""
 
     def __call__(self, x_TD: Tensor, expert_ids_TA: Tensor, weights_TA: Tensor, compute: ComputeExperts) -> Tensor:
-        """(T, D): the weighted sum of all experts of each of this rank's tokens, complete."""
+        """(T, D): the complete weighted sum over the experts of each of this rank's tokens."""
         ...
 
     def set_placement(self, placement: ExpertPlacement) -> None:
-        """From the next call on experts are found where ``placement`` says; on all ranks between the same two steps."""
+        """Use ``placement`` from the next call on. All ranks must call this between the same two steps."""
         ...
 
 
 def make_dispatch(name: DispatchName, groups: ParallelGroups, placement: ExpertPlacement) -> TokenDispatch:
-    """The way of that name.
+    """The dispatch called ``name``.
 
     Raises:
         ValueError: there is none, or the placement is for another number of ranks.
@@ -60,22 +60,22 @@ def make_dispatch(name: DispatchName, groups: ParallelGroups, placement: ExpertP
 
 
 def choose_dispatch(groups: ParallelGroups, device: torch.device) -> DispatchName:
-    """Local where all ranks of the stage are on one host: there a sum is cheap. All of them must call this, and get the same."""
+    """``local`` if all ranks of the stage are on one host, where an all-reduce is cheap. All of them must call this and get the same."""
     here = hashlib.blake2b(f"{_boot_id()}:{socket.gethostname()}".encode(), digest_size=7).digest()
     hosts = all_gather(torch.tensor([int.from_bytes(here)], dtype=torch.int64, device=device), groups.stage, dim=0)
     return "local" if len(set(hosts.tolist())) == 1 else "all_to_all"
 
 
 def _boot_id() -> str:
-    """Tells kernels apart; hosts may have one name, and containers of one host several."""
+    """Identifies the running kernel: different hosts may share a name, and containers of one host may have several."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
 
 
 class LocalDispatch:
-    """Every rank of the stage sees all tokens and computes what its own experts add; one sum makes it whole.
+    """Every rank of the stage sees all tokens and computes the contribution of its own experts; an all-reduce combines them.
 
-    Least latency for few tokens. Tokens travel only where ranks have different ones (dp > 1).
+    Lowest latency for few tokens. Tokens are only gathered where ranks have different ones (dp > 1).
     """
 
     def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
@@ -94,7 +94,7 @@ class LocalDispatch:
         return all_reduce(reduce_scatter(y_ND, dp, dim=0, sizes=counts), self.groups.tp)
 
     def _computed_here(self, expert_ids_NA: Tensor) -> Tensor:
-        """`ELSEWHERE` in place of the others. Where nobody else has experts that is none: on a GPU three launches less."""
+        """Mask ids of other ranks with `ELSEWHERE`. Skipped if this rank holds all experts: on a GPU that saves three launches."""
         if self.groups.ep.size == 1:
             return expert_ids_NA
         mine_NA = self._holders.on(expert_ids_NA.device).choose(expert_ids_NA) == self.groups.ep.rank
@@ -102,10 +102,10 @@ class LocalDispatch:
 
 
 class AllToAllDispatch:
-    """Every rank owns a distinct slice of the stage's tokens and sends each one once to every ep rank with one of its experts.
+    """Every rank owns a distinct slice of the stage's tokens and sends each token once to every ep rank with one of its experts.
 
-    The ranks of a tp group hold the same tokens: each takes its slice of them first, and the results are gathered
-    after. Ranks that share experts (expert_tp) pool the rows that reached any of them.
+    The ranks of a tp group hold the same tokens: each takes its slice, and the results are gathered afterwards. Ranks that share
+    experts (expert_tp) gather the rows that reached any of them.
     """
 
     def __init__(self, groups: ParallelGroups, placement: ExpertPlacement) -> None:
@@ -139,11 +139,11 @@ class AllToAllDispatch:
 
         total_SD = torch.zeros(x_SD.shape, dtype=torch.promote_types(x_SD.dtype, torch.float32), device=x_SD.device)
         for rows, y in zip(row_N.split(send_sizes), y_ND.split(send_sizes), strict=True):
-            total_SD[rows] += y.to(total_SD.dtype)  # a token is sent to a rank once: no row twice in ``rows``
+            total_SD[rows] += y.to(total_SD.dtype)  # a token is sent to a rank once, so ``rows`` has no duplicates
         return total_SD.to(x_SD.dtype)
 
     def _compute_together(self, x_ND: Tensor, routing_N: Tensor, weights_dtype: torch.dtype, compute: ComputeExperts) -> Tensor:
-        """The complete contribution of the experts at this ep position to the rows that arrived at this rank."""
+        """The complete contribution of the experts at this ep position to the rows that this rank received."""
         sharers = self.groups.expert_tp
         counts = _counts_of_all(x_ND, sharers)
         x_ND = all_gather(x_ND, sharers, dim=0, sizes=counts)
@@ -152,7 +152,7 @@ class AllToAllDispatch:
 
 
 class _Holders:
-    """The placement's table on the device where tokens come from, made once."""
+    """The placement's lookup table, created once on the tokens' device."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._placement = placement
@@ -165,7 +165,7 @@ class _Holders:
 
 
 def _counts_of_all(x: Tensor, group: Group) -> list[int]:
-    """How many rows each member of the group has."""
+    """The number of rows of each member of the group."""
     if group.size == 1:
         return [x.shape[0]]
     counts: list[int] = all_gather(torch.tensor([x.shape[0]], device=x.device), group, dim=0).tolist()
@@ -179,14 +179,14 @@ def _gather_routing(expert_ids: Tensor, weights: Tensor, group: Group, counts: l
 
 
 def _trade_counts(counts_R: Tensor, group: Group) -> tuple[list[int], list[int]]:
-    """How many rows this rank sends to each member, and gets from each."""
+    """The numbers of rows that this rank sends to each member and receives from each."""
     ones = [1] * group.size
     send, receive = torch.stack((counts_R, all_to_all(counts_R, ones, ones, group))).tolist()
     return send, receive
 
 
 def _pack(expert_ids: Tensor, weights: Tensor) -> Tensor:
-    """Ids and weights side by side in one int32 tensor (N, 2A), to travel in one message. Float32 holds every weight exactly."""
+    """Ids and weights side by side in one int32 tensor (N, 2A), so that they need one message. Float32 holds every weight exactly."""
     return torch.cat((expert_ids.to(torch.int32), weights.to(torch.float32).contiguous().view(torch.int32)), dim=1)
 
 

@@ -1,5 +1,6 @@
-"""The small operations between matrices, each one pass over memory where this device has a kernel for that. T rows, D model width,
-I width of an MLP, X heads, K head width, F = K / 2 frequencies.
+"""Elementwise and row-wise operations between matrix products: fused kernels where the device has them.
+
+T rows, D model width, I width of an MLP, X heads, K head width, F = K / 2 frequencies.
 """
 
 from functools import cache
@@ -14,10 +15,10 @@ from parallel.native.library import native
 
 
 class ElementwiseKernels(Protocol):
-    """For one kind of device. Who has none of them computes the same with torch, in more passes."""
+    """Fused kernels for one kind of device. Without them, callers compute the same with torch in more passes over memory."""
 
     def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
-        """``x_TD += delta_TD`` in place, and the root mean square norm of that. ``x_TD`` is contiguous."""
+        """``x_TD += delta_TD`` in place; returns the RMS norm of the sum. ``x_TD`` is contiguous."""
         ...
 
     def swiglu(self, gate_up_TX: Tensor) -> Tensor:
@@ -25,16 +26,16 @@ class ElementwiseKernels(Protocol):
         ...
 
     def apply_rope(self, x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
-        """Heads turned by their token's angles. Tokens of ``x_TXK`` may lie apart, a token's heads may not."""
+        """Rotary embedding of all heads. Tokens of ``x_TXK`` may be strided; the heads of a token are contiguous."""
         ...
 
 
 class RoutingKernels(Protocol):
-    """What stands around routed experts, for one kind of device. E experts, A of them per token."""
+    """Kernels around the routed experts, for one kind of device. E experts, A of them per token."""
 
     def choose(self, logits_TE: Tensor, per_token: int, *, renormalise: bool) -> tuple[Tensor, Tensor]:
-        """Expert ids (T, A), int64, the likeliest first, and weights (T, A) in the logits' dtype: of a softmax over all experts, with
-        ``renormalise`` over those that were chosen."""
+        """Top-k routing: expert ids (T, A), int64, most probable first, and weights (T, A) in the logits' dtype from a softmax over all
+        experts; with ``renormalise`` they sum to 1 over the chosen ones."""
         ...
 
     def add_shared(self, routed_TD: Tensor, gates_T1: Tensor, shared_TD: Tensor) -> Tensor:
@@ -43,12 +44,12 @@ class RoutingKernels(Protocol):
 
 
 def routing_kernels_for(x: Tensor) -> RoutingKernels | None:
-    """The kernels, if there are some that take tensors such as ``x``."""
+    """The kernels for tensors with the device of ``x``, if there are any."""
     return _routing_for_cuda() if x.device.type == "cuda" else None
 
 
 def elementwise_kernels_for(x: Tensor) -> ElementwiseKernels | None:
-    """The kernels, if there are some that take tensors such as ``x``."""
+    """The kernels for tensors with the device and dtype of ``x``, if there are any."""
     if x.device.type == "cuda":
         return _for_cuda()
     return _for_cpu() if x.dtype == torch.float32 and x.device.type == "cpu" else None
@@ -64,7 +65,7 @@ def _for_cpu() -> ElementwiseKernels | None:
 def _for_cuda() -> ElementwiseKernels | None:
     if find_spec("triton") is None:
         return None
-    from parallel.cuda.elementwise import CudaElementwise  # triton: not to be imported where there is no such device
+    from parallel.cuda.elementwise import CudaElementwise  # imports triton
 
     return CudaElementwise()
 
@@ -73,6 +74,6 @@ def _for_cuda() -> ElementwiseKernels | None:
 def _routing_for_cuda() -> RoutingKernels | None:
     if find_spec("triton") is None:
         return None
-    from parallel.cuda.routing import CudaRouting  # triton: not to be imported where there is no such device
+    from parallel.cuda.routing import CudaRouting  # imports triton
 
     return CudaRouting()

@@ -1,4 +1,4 @@
-"""The vocabulary, shared over ranks by rows: token ids to vectors, and vectors to logits."""
+"""Vocabulary-parallel embedding and LM head: the matrix is split over ranks by rows."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -17,9 +17,9 @@ from parallel.weight_format import Dense, StoredTensor, StreamingFormat, WeightF
 
 
 class VocabEmbedding(nn.Module):
-    """Rows of the embedding matrix (V, D), each rank holding a contiguous share of the vocabulary.
+    """The embedding matrix (V, D), of which each rank holds a contiguous share of rows.
 
-    ``format`` holds them, so that a head that is tied to them multiplies by the very same tensors; None: plainly, in ``dtype``.
+    ``format`` stores them, so that a tied head multiplies by the same tensors; None: unquantised in ``dtype``.
     """
 
     def __init__(self, *, vocab_size: int, hidden_size: int, group: Group, dtype: torch.dtype, format: WeightFormat | None = None) -> None:
@@ -57,7 +57,7 @@ class VocabEmbedding(nn.Module):
             self.tensors = self.format.prepare(self.tensors)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        """(T, D): a rank that does not hold a token's row adds zero to the sum."""
+        """(T, D). A rank that does not hold a token's row contributes zeros to the all-reduce."""
         if self.group.size == 1:
             return self._rows(tokens_T)
         (span,) = self.share.spans
@@ -67,7 +67,7 @@ class VocabEmbedding(nn.Module):
                 return all_reduce(found.to(self.dtype), self.group)
         local = tokens_T - span.start
         held = (local >= 0) & (local < len(span))
-        if len(span) == 0:  # more ranks than rows: no row to look up in place of one held elsewhere
+        if len(span) == 0:  # more ranks than rows: there is no local row to look up
             nothing = torch.zeros(*tokens_T.shape, self.hidden_size, dtype=self.dtype, device=tokens_T.device)
             return all_reduce(nothing, self.group)
         rows = self._rows(local.where(held, 0)) * held.unsqueeze(-1)
@@ -82,7 +82,7 @@ class VocabEmbedding(nn.Module):
 
 
 class VocabHead(nn.Module):
-    """Hidden states (R, D) to logits (R, V) on every rank of the group, from either the embedding's rows or its own."""
+    """LM head: hidden states (R, D) to logits (R, V) on every rank of the group, with the embedding's matrix (``tied``) or its own."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class VocabHead(nn.Module):
         self.group = group
         self.sizes = [len(split(vocab_size, rank, group.size)) for rank in range(group.size)]
         self.screened: ScreenedHead | None = None
-        """Where it is not None, rows that look at few logits are given these exactly and no others."""
+        """If not None, rows that need only a few of their logits may get only those exactly."""
 
     def enable_screening(self) -> None:
         """Use a `ScreenedHead` if the loaded matrix supports one. Only for float32 logits, as logits of fewer bits might tie with the
@@ -110,6 +110,6 @@ class VocabHead(nn.Module):
             self.screened = screened_head(self.rows.format, self.rows.tensors)
 
     def forward(self, x_RD: Tensor, top_logits: TopLogits | None = None) -> Tensor:
-        """With ``top_logits``, perhaps no others than these exactly."""
+        """(R, V). With ``top_logits``, possibly only those are exact, and all others lower."""
         some = self.screened.multiply(x_RD, top_logits) if self.screened is not None and top_logits is not None else None
         return all_gather(self.rows.multiply(x_RD) if some is None else some, self.group, dim=-1, sizes=self.sizes)

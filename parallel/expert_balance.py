@@ -1,8 +1,8 @@
-"""Which ep position should hold which experts, given how much each is used. Pure arithmetic, the same on every rank.
+"""Expert load balancing: which ep position should hold which experts, given their loads. Pure arithmetic, the same on every rank.
 
-After the greedy balancer of DeepSeek-V3 (arXiv 2412.19437, section 3.4: redundant experts): give the experts that are used
-most a second home, then lay the copies, heaviest first, where there is least. An expert's copies take its tokens in turn
-(`HolderTable.choose`), so each is reckoned with an even part of its load.
+After the greedy balancer of DeepSeek-V3 (arXiv 2412.19437, section 3.4: redundant experts): replicate the most used experts, then place
+the copies, heaviest first, on the least loaded position. Copies of an expert take its tokens in turn (`HolderTable.choose`), so each
+counts with an equal part of its load.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from parallel.expert_placement import ExpertPlacement, InvalidPlacement, balance
 Loads = Sequence[float]
 """Tokens sent to each expert."""
 Capacity = Sequence[int]
-"""How many experts each ep position may hold. It never changes while a replica runs, so neither does its memory."""
+"""How many experts each ep position may hold. Fixed while a replica runs, and so is its memory."""
 
 
 def even_capacity(num_experts: int, ranks: int, redundant: int = 0) -> tuple[int, ...]:
-    """An even share each, and ``redundant`` more where that is not the whole.
+    """An even share of the experts for each position plus ``redundant`` more, at most all.
 
     num_experts=5, ranks=2:   3 2       with redundant=1:   4 3
     """
@@ -25,10 +25,10 @@ def even_capacity(num_experts: int, ranks: int, redundant: int = 0) -> tuple[int
 
 
 def place_experts(loads: Loads, room: Capacity) -> ExpertPlacement:
-    """A placement that fills the room and evens out the loads; its heaviest position has no more than `balanced_placement`'s.
+    """A placement that fills the capacity and balances the loads; its heaviest position is no heavier than `balanced_placement`'s.
 
     Raises:
-        InvalidPlacement: there is less room than experts.
+        InvalidPlacement: there are more experts than capacity.
     """
     even = balanced_placement(len(loads), len(room))
     if sum(room) < len(loads):
@@ -39,7 +39,7 @@ def place_experts(loads: Loads, room: Capacity) -> ExpertPlacement:
 
 
 def rank_loads(placement: ExpertPlacement, loads: Loads) -> list[float]:
-    """What each ep position computes."""
+    """The load of each ep position."""
     total = [0.0] * placement.num_ranks
     for load, ranks in zip(loads, placement.holders, strict=True):
         for rank in ranks:
@@ -48,14 +48,14 @@ def rank_loads(placement: ExpertPlacement, loads: Loads) -> list[float]:
 
 
 def imbalance(placement: ExpertPlacement, loads: Loads) -> float:
-    """The heaviest position's load over the mean: 1 is perfect, and all others wait for it. 1 where nothing was computed."""
+    """The heaviest position's load over the mean: 1 is perfect, as all others wait for the heaviest. 1 if nothing was computed."""
     per_rank = rank_loads(placement, loads)
     total = sum(per_rank)
     return max(per_rank) * len(per_rank) / total if total else 1.0
 
 
 def relabelled(target: ExpertPlacement, current: ExpertPlacement, room: Capacity) -> ExpertPlacement:
-    """``target`` with its positions renamed, so that as much as possible stays where it is. The loads are the same, differently named."""
+    """``target`` with its positions permuted so that as many experts as possible stay where they are. The balance is unchanged."""
     wanted = [set(target.held_by(rank)) for rank in range(target.num_ranks)]
     present = [set(current.held_by(rank)) for rank in range(current.num_ranks)]
     pairs = sorted(
@@ -70,7 +70,7 @@ def relabelled(target: ExpertPlacement, current: ExpertPlacement, room: Capacity
 
 
 def _num_copies(loads: Loads, room: Capacity) -> list[int]:
-    """One each, and what room is left to those whose copies still have most to do."""
+    """Copies of each expert: one each, then remaining capacity to the experts with the highest load per copy."""
     copies = [1] * len(loads)
     positions = sum(1 for places in room if places)
     for _ in range(sum(room) - len(loads)):
@@ -82,9 +82,9 @@ def _num_copies(loads: Loads, room: Capacity) -> list[int]:
 
 
 def _pack(loads: Loads, room: Capacity, copies: Sequence[int]) -> ExpertPlacement:
-    """First copies and further ones in one order, heaviest first, each to the lightest position that has room and not the same expert.
+    """Place all copies, heaviest first, each on the lightest position that has capacity and does not hold the expert yet.
 
-    A further copy for which only such positions are left is given up; a first copy always finds a place.
+    A redundant copy for which no such position is left is dropped; a first copy always finds one.
     """
     held: list[set[int]] = [set() for _ in room]
     filled = [0.0] * len(room)

@@ -1,6 +1,6 @@
-"""From one placement of experts to another: in what order, through whose hands, and the sending itself.
+"""Moves experts from one placement to another: plans the order of moves, and sends the weights.
 
-A position never holds more than one expert beyond its room, and only one position at a time does.
+A position never holds more than one expert beyond its capacity, and only one position at a time does.
 """
 
 import json
@@ -15,7 +15,7 @@ from parallel.expert_placement import ExpertPlacement, InvalidPlacement
 from parallel.groups import Group
 
 Tensors = dict[str, Tensor]
-"""All tensors of one expert on one rank, by a name that means the same everywhere."""
+"""All tensors of one expert on one rank, by names that are the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Move:
 
 @dataclass(frozen=True)
 class Drop:
-    """``rank`` lets go of ``expert``, which others hold."""
+    """``rank`` drops ``expert``, which others hold."""
 
     expert: int
     rank: int
 
 
 def plan_moves(current: ExpertPlacement, target: ExpertPlacement) -> Iterator[Move | Drop]:
-    """What to do, one after the other, to come from ``current`` to ``target``.
+    """The moves and drops that turn ``current`` into ``target``, in order.
 
-    What a position shall not keep is dropped as soon as somebody who keeps it has it, and is the next to be sent if the
-    position has one too many: so its room is what it holds before or after, whichever is more, and one.
+    A position drops an expert that it does not keep as soon as one of its keepers has it. If a position holds one too many, such an
+    expert of it is moved next. So a position needs capacity for what it holds before or after, whichever is more, plus one.
 
     experts 0 1 | 2 3  ->  2 1 | 0 3:   0 moves right, left drops 0, 2 moves left, right drops 2
     """
@@ -53,7 +53,7 @@ def plan_moves(current: ExpertPlacement, target: ExpertPlacement) -> Iterator[Mo
         too_full = next((rank for rank, experts in enumerate(held) if len(experts) > room[rank]), None)
         if too_full is not None:
             expert = min(expert for expert in held[too_full] if too_full not in target.holders[expert])
-            return Move(expert, too_full, target.holders[expert][0])  # nobody keeps it yet, or it would be dropped
+            return Move(expert, too_full, target.holders[expert][0])  # no keeper has it yet, else it would have been dropped
         expert, rank = next((move for move in pending if len(held[move[1]]) < room[move[1]]), pending[0])
         holders = [holder for holder, experts in enumerate(held) if expert in experts]
         return Move(expert, min(holders, key=lambda holder: (holder not in target.holders[expert], holder)), rank)
@@ -76,7 +76,7 @@ def plan_moves(current: ExpertPlacement, target: ExpertPlacement) -> Iterator[Mo
 
 
 def send_expert(tensors: Tensors, to: int, group: Group) -> None:
-    """All tensors of one expert to another member, which must call `receive_expert`. One message each, of bytes."""
+    """Send all tensors of one expert, each as one message of bytes, to another member, which must call `receive_expert`."""
     device = next(iter(tensors.values())).device
     layout = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _by_stride(tensor)) for name, tensor in tensors.items()]
     header = torch.tensor(list(json.dumps(layout).encode()), dtype=torch.uint8, device=device)
@@ -87,7 +87,7 @@ def send_expert(tensors: Tensors, to: int, group: Group) -> None:
 
 
 def receive_expert(source: int, group: Group, device: torch.device) -> Tensors:
-    """The tensors that `send_expert` sends: same names, dtypes, shapes, and order in memory, which some formats depend upon."""
+    """Receive the tensors of `send_expert`: same names, dtypes, shapes and memory layout, which some formats depend on."""
     (length,) = receive((1,), source, group, dtype=torch.int64, device=device).tolist()
     header = receive((length,), source, group, dtype=torch.uint8, device=device)
     tensors: Tensors = {}
@@ -102,6 +102,6 @@ def receive_expert(source: int, group: Group, device: torch.device) -> Tensors:
 
 
 def _by_stride(tensor: Tensor) -> list[int]:
-    """The dims in the order they have in memory: a transposed tensor arrives transposed."""
+    """The dims in memory order, so that a transposed tensor arrives transposed."""
     strides: tuple[int, ...] = tensor.stride()
     return sorted(range(tensor.dim()), key=lambda dim: -strides[dim])

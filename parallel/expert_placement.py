@@ -1,4 +1,4 @@
-"""Which position on the ``ep`` axis holds which routed experts. Pure arithmetic, and one lookup of tensors."""
+"""Which position on the ``ep`` axis holds which routed experts, and the lookup table for dispatch."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from parallel.axes import split
 
 
 class InvalidPlacement(ValueError):
-    """An expert has no place, or a place that is not there."""
+    """An expert has no position, or one that does not exist."""
 
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """``holders[expert]``: the ep positions that hold it, ascending. An expert held by several shares its tokens out.
+    """``holders[expert]``: the ep positions that hold it, ascending. The tokens of an expert with several holders are split among them.
 
-    5 experts over 2, expert 0 held twice:  ((0, 1), (0,), (0,), (1,), (1,))
+    5 experts over 2 positions, expert 0 held twice:  ((0, 1), (0,), (0,), (1,), (1,))
     """
 
     num_ranks: int
@@ -50,15 +50,15 @@ class ExpertPlacement:
 
 @dataclass(frozen=True)
 class HolderTable:
-    """A placement as tensors: holders (E, most copies) and how many each expert has (E)."""
+    """A placement as tensors: holders (E, max copies) and the number of copies of each expert (E)."""
 
     holders: Tensor
     num_copies: Tensor
 
     def choose(self, expert_ids_TA: Tensor, first: int = 0) -> Tensor:
-        """(T, A): the one ep position that computes each assignment. Copies of an expert take its tokens in turn.
+        """(T, A): the ep position that computes each assignment. Copies of an expert take its tokens in turn.
 
-        ``first`` is the turn of the first token: where ranks have few tokens each, they should not all begin with one copy.
+        ``first`` is the turn of the first token: ranks with few tokens each should not all begin with the same copy.
         """
         if self.holders.shape[1] == 1:
             return self.holders.view(-1)[expert_ids_TA]
@@ -67,7 +67,7 @@ class HolderTable:
 
 
 def balanced_placement(num_experts: int, ranks: int) -> ExpertPlacement:
-    """Every expert once, in contiguous near-even runs.
+    """Every expert once, in contiguous, near-even ranges.
 
     num_experts=5, ranks=2:  experts 0 1 2 | 3 4
     """

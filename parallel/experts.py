@@ -1,4 +1,4 @@
-"""Routed experts: many small gated MLPs, each token using a few of them. N rows, A experts per row, D model width."""
+"""Routed experts of an MoE layer: many small gated MLPs, of which each token uses a few. N rows, A experts per row, D model width."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class RoutedExperts(nn.Module):
-    """Experts placed over the ``ep`` axis, the intermediate features of each split over ``expert_tp``.
+    """Experts placed over the ``ep`` axis, each with its intermediate features split over ``expert_tp``.
 
-    Checkpoint parts are named ``{expert}.gate``, ``{expert}.up`` and ``{expert}.down``. Every rank lists those of all
-    experts as slots, so that strict loading covers them, and reads those that it `wants`.
+    Checkpoint parts are named ``{expert}.gate``, ``{expert}.up`` and ``{expert}.down``. Every rank lists the slots of all experts, so
+    that strict loading covers them, and reads only those that it `wants`.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class RoutedExperts(nn.Module):
         if (self.placement.num_experts, self.placement.num_ranks) != (num_experts, groups.ep.size):
             raise ValueError(f"{self.placement!r} does not fit {num_experts} experts over an ep axis of {groups.ep.size}")
         self.room = tuple(len(self.placement.held_by(rank)) for rank in range(groups.ep.size))
-        """How many experts each ep position holds, now and after every move."""
+        """How many experts each ep position holds; unchanged by moves."""
         self.dispatch = dispatch or LocalDispatch(groups, self.placement)
         self.num_experts = num_experts
         self.ep = groups.ep
         self.load_E: Tensor | None = None
-        """Tokens of this rank's sequences sent to each expert since `reset_load`; None where there is nothing to choose."""
+        """Tokens of this rank's sequences sent to each expert since `reset_load`; None if there is only one ep position."""
         self._grouped: GroupedExperts | None = None
         self._at_once: NativeExperts | None = None
         self._awaited: dict[int, int] = {}
-        """While loading: of each expert here, how many of its tensors are still to come."""
+        """While loading: how many tensors of each expert held here are still missing."""
 
         def expert() -> Expert:
             share = split(intermediate_size, groups.expert_tp.rank, groups.expert_tp.size, intermediate_unit)
@@ -77,7 +77,7 @@ class RoutedExperts(nn.Module):
                 yield Slot(f"{number}.{slot.part}", slot.tensor, slot.shape)
 
     def wants(self, part: str) -> bool:
-        """Whether this rank holds (some of) a part, and so has to read it."""
+        """Whether this rank holds (some of) a part and has to read it."""
         return part.split(".")[0] in self.held
 
     @property
@@ -88,15 +88,15 @@ class RoutedExperts(nn.Module):
         for expert in self._experts():
             expert.up.allocate(device)
             expert.down.allocate(device)
-        self._grouped = self._at_once = None  # they hold the tensors of before
+        self._grouped = self._at_once = None  # they refer to the previous tensors
         num_slots = sum(1 for _ in self._shape_of_all.slots())
         self._awaited = {int(number): num_slots for number in self.held}
         if self.ep.size > 1:
             self.load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
 
     def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
-        """Copy this rank's share of ``stored`` to its place; 0 bytes are read of an expert that is held elsewhere. With its last tensor
-        an expert is finished. May be called by several threads.
+        """Load this rank's share of ``stored`` and return the bytes read: 0 for an expert held elsewhere. An expert's last tensor finishes
+        it. Thread-safe.
 
         Raises:
             ShapeMismatch: also for an expert held elsewhere.
@@ -112,12 +112,12 @@ class RoutedExperts(nn.Module):
         with _LOADING:
             self._awaited[int(number)] -= 1
             is_whole = not self._awaited[int(number)]
-        if is_whole:  # not when all are: a layer of 57B-A14B has 3.5 GB as it is stored, and a quarter of that in int4
+        if is_whole:  # at once, not when all experts are loaded: a layer of 57B-A14B is 3.5 GB as stored, a quarter of that in int4
             self._finish(int(number))
         return num_bytes
 
     def finish(self) -> None:
-        """Each expert was finished with its last tensor; here it is only made sure that there is none without."""
+        """Check that no tensor is missing. (Each expert was finished with its last tensor.)"""
         incomplete = {number: missing for number, missing in self._awaited.items() if missing}
         assert not incomplete, f"tensors of experts that never came, by expert: {incomplete}"
 
@@ -131,7 +131,7 @@ class RoutedExperts(nn.Module):
 
         ``expert_ids_TA`` (int64) are distinct within a row. Every rank of the stage must call this in the same step.
         """
-        if self.load_E is not None:  # whole numbers: the order in which a GPU adds them does not matter
+        if self.load_E is not None:  # integers: deterministic whatever the order of additions on a GPU
             chosen = expert_ids_TA.flatten()
             self.load_E.index_add_(0, chosen, torch.ones_like(chosen))
         return self.dispatch(x_TD, expert_ids_TA, weights_TA, self._compute)
@@ -141,9 +141,9 @@ class RoutedExperts(nn.Module):
             self.load_E.zero_()
 
     def move_to(self, placement: ExpertPlacement) -> int:
-        """Change places between two steps, experts going from rank to rank one after the other. Returns how many went.
+        """Move experts between ranks, one after the other, until they are as in ``placement``. Returns the number of moves.
 
-        All ranks of the ep group must call this with the same placement. Needs memory for one expert more than are held.
+        All ranks of the ep group must call this between the same two steps with the same placement. Needs memory for one more expert.
         """
         num_moves = 0
         for step in plan_moves(self.placement, placement):
@@ -169,9 +169,9 @@ class RoutedExperts(nn.Module):
             self.held[str(move.expert)] = expert
 
     def _compute(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """What the experts here add to each row, with one pair of multiplications per expert that has rows.
+        """The contribution of this rank's experts to each row, by the fastest available implementation.
 
-        (`torch.nn.functional.grouped_mm` in its place measured the same on CPU in torch 2.13.)
+        (`torch.nn.functional.grouped_mm` measured the same as one expert after the other on CPU in torch 2.13.)
         """
         if x_ND.device.type == "cuda" and (grouped := self._on_cuda()) is not None:
             return grouped(x_ND, expert_ids_NA, weights_NA)
@@ -180,24 +180,24 @@ class RoutedExperts(nn.Module):
         return self.compute_sequentially(x_ND, expert_ids_NA, weights_NA)
 
     def compute_sequentially(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """What the kernels for all experts are compared with."""
+        """One pair of matrix products per expert that has rows: the fallback, and the reference for the kernels."""
         ids = expert_ids_NA.flatten()
         order = ids.argsort(stable=True)
         elsewhere, *counts = torch.bincount(ids - ELSEWHERE, minlength=self.num_experts + 1).tolist()
-        order = order[elsewhere:]  # assignments of other ranks sort first
+        order = order[elsewhere:]  # assignments of other ranks come first
         if len(order) == 0:
             return torch.zeros_like(x_ND)
         outputs = self._run(x_ND, order // expert_ids_NA.shape[1], {number: count for number, count in enumerate(counts) if count})
         return _weighted_sum(outputs, order, weights_NA)
 
     def _run(self, x_ND: Tensor, rows: Tensor, counts: dict[int, int]) -> Tensor:
-        """Assignments, sorted by expert, through their experts."""
+        """Run assignments, sorted by expert, through their experts."""
         used = [self._expert(number) for number in counts]
         parts = x_ND[rows].split(list(counts.values()))
         return torch.cat([expert(x) for expert, x in zip(used, parts, strict=True)])
 
     def native_experts(self) -> NativeExperts | None:
-        """All experts here in one call, where there are kernels for their format."""
+        """The CPU kernel for all experts of this rank, if there is one for their format."""
         library, format = native(), self._shape_of_all.up.format
         if library is None or not isinstance(format, PackedFormat) or format.kind not in library.kinds:
             return None
@@ -210,14 +210,14 @@ class RoutedExperts(nn.Module):
         return self._at_once
 
     def _on_cuda(self) -> "GroupedExperts | None":
-        """All experts here in two launches, where there is Triton and the kernel knows their format."""
+        """The CUDA kernels for all experts of this rank, if Triton is installed and they support the format."""
         if (
             self._grouped is None
             and self.held
             and find_spec("triton")
             and isinstance(self._shape_of_all.up.format, Dense | QuantisedFormat)
         ):
-            from parallel.cuda.grouped_experts import GroupedExperts  # triton: not to be imported where there is no such device
+            from parallel.cuda.grouped_experts import GroupedExperts  # imports triton, which may not be installed
 
             up, down = ({int(n): getattr(e, name).tensors for n, e in self.held.items()} for name in ("up", "down"))
             self._grouped = GroupedExperts(self.num_experts, up, down)
@@ -245,11 +245,11 @@ class Expert(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that was loaded, in the form in which the format multiplies it."""
+        """All loaded tensors, in the form in which the format multiplies them."""
         return {f"{name}.{tensor}": value for name, layer in self._layers.items() for tensor, value in layer.tensors.items()}
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
-        """Take the `tensors` of the same share of an expert elsewhere for one's own, also from a host with another processor."""
+        """Use the `tensors` of the same share of an expert from another rank, possibly from a host with another processor."""
         for name, layer in self._layers.items():
             theirs = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
             layer.tensors = layer.format.received(theirs) if isinstance(layer.format, PackedFormat) else theirs
@@ -269,10 +269,10 @@ _NO_BIAS = torch.float32  # the dtype that a bias would have
 
 
 def _weighted_sum(y_sorted: Tensor, order: Tensor, weights_NA: Tensor) -> Tensor:
-    """Back from expert order to rows, and the sum over each row's assignments; those computed elsewhere add nothing.
+    """From expert order back to rows: the weighted sum over each row's assignments; those computed elsewhere add nothing.
 
-    Weights multiply in the model's dtype as in transformers' Qwen2MoE; the sum is rounded to it once. Gathering rows
-    (rather than adding into them) keeps the order of summation fixed on a GPU too.
+    Weights multiply in the model's dtype as in transformers' Qwen2MoE; the sum is rounded to it once. Gathering rows (instead of
+    scatter-adding them) keeps the order of summation fixed on a GPU too.
     """
     num_rows, num_assigned = weights_NA.shape
     if len(order) < weights_NA.numel():

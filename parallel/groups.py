@@ -1,4 +1,4 @@
-"""The process groups of a topology, opened and closed by one context manager."""
+"""The process groups of a topology, created and destroyed by one context manager, `open_groups`."""
 
 import logging
 import os
@@ -22,14 +22,14 @@ from parallel.transport import Backend, Transport
 log = logging.getLogger(__name__)
 
 TransportChoice = Literal["auto", "gloo"]
-"""``auto``: NCCL on CUDA; on CPU shared memory where it can be had, gloo for the rest. ``gloo``: nothing but gloo."""
+"""``auto``: NCCL on CUDA; on CPU shared memory where possible, and gloo for the rest. ``gloo``: only gloo."""
 REDUCE_AXES: tuple[TopologyAxis, ...] = ("tp", "ep", "expert_tp", "stage")
-"""Along these the model sums; along the others it hands on and gathers."""
+"""Axes along which the model all-reduces; along the others it sends or gathers."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """One topology axis as one rank sees it: who is on it, where this rank stands, and how its members talk.
+    """One topology axis as seen by one rank: its ``ranks``, this rank's position among them, and the transport.
 
     ``transport`` is None exactly when ``size`` is 1: collectives are then the identity.
     """
@@ -51,7 +51,7 @@ def single_rank_group(axis: TopologyAxis, rank: int = 0) -> Group:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelGroups:
-    """Where one rank stands in its replica, and its group along every axis."""
+    """A rank's position in its replica, and its group along every axis."""
 
     topology: Topology
     rank: int
@@ -67,20 +67,20 @@ class ParallelGroups:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of a replica meet: rank 0 listens here, on this address only."""
+    """The address where the ranks of a replica meet. Rank 0 listens on it, and on no other address."""
 
     host: str
     port: int
 
 
 def free_rendezvous(host: str = "127.0.0.1") -> Rendezvous:
-    """A port of ``host`` (an address of this machine) that nobody listens on now."""
+    """A port of ``host`` (an address of this machine) that is free now."""
     with _listen(host, 0) as listener:
         return Rendezvous(host, listener.getsockname()[1])
 
 
 def single_rank_groups() -> ParallelGroups:
-    """The groups of a replica of one rank: no torch.distributed, collectives are the identity."""
+    """The groups of a single-rank replica: no torch.distributed, collectives are the identity."""
     return _parallel_groups(Topology(), 0, {})
 
 
@@ -95,16 +95,16 @@ def open_groups(
     transport: TransportChoice = "auto",
     symmetric: bool = True,
 ) -> Iterator[ParallelGroups]:
-    """Join the other ranks of the replica; leave them on exit. Every rank must call this at about the same time.
+    """Join the other ranks of the replica; leave on exit. Every rank must call this at about the same time.
 
-    ``timeout_s`` bounds the joining and each collective after it, but for sums through symmetric memory: they wait on the device for a
-    rank that does not come, without end (what is launched behind them over NCCL is bounded; so is a step, by the replica).
-    ``symmetric``: on CUDA, add up through it where that can be.
+    ``timeout_s`` bounds joining and each later collective, except all-reduces through symmetric memory: their kernels wait on the
+    device for a missing rank without limit (NCCL collectives launched behind them are bounded, and so is a step, by the replica).
+    ``symmetric``: on CUDA, use symmetric memory for all-reduces where possible.
 
     Raises:
         InvalidTopology: the rank is outside the topology.
-        RuntimeError: this process is in a replica already.
-        torch.distributed.DistError: the others did not come in time, or a collective failed.
+        RuntimeError: this process has joined a replica already.
+        torch.distributed.DistError: the other ranks did not join in time, or a collective failed.
     """
     if topology.size == 1:
         if rank != 0:
@@ -162,10 +162,10 @@ def _parallel_groups(topology: Topology, rank: int, transports: dict[tuple[int, 
 def _transports(
     topology: Topology, rank: int, backend: Backend, choice: TransportChoice, timeout_s: float
 ) -> dict[tuple[int, ...], Transport]:
-    """A transport for every set of two or more ranks that shares an axis, by its ranks.
+    """A transport for every set of two or more ranks that share an axis, by its ranks.
 
-    torch wants every rank to create every group, its own or not, in the same order. In that order, too, the members of each agree
-    on shared memory.
+    torch requires every rank to create every group, also those without it, in the same order. In that order, too, the members of each
+    group set up shared memory.
     """
     world = tuple(range(topology.size))
     assert dist.group.WORLD is not None
@@ -185,7 +185,7 @@ def _transports(
 def _with_symmetric(
     transports: dict[tuple[int, ...], Transport], topology: Topology, rank: int, device: torch.device, store: TCPStore
 ) -> dict[tuple[int, ...], Transport]:
-    """The same with symmetric memory for the sets that this rank adds up with and that can have it."""
+    """``transports`` with symmetric memory added for the groups that this rank all-reduces over, where possible."""
     found = dict(transports)
     for ranks, each in transports.items():
         axes = [axis for axis in REDUCE_AXES if topology.peers(rank, axis) == ranks]
@@ -214,7 +214,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _store(rendezvous: Rendezvous, size: int, rank: int, timeout_s: float) -> TCPStore:
-    """The key-value store of the replica. Left to itself it would listen on every address of the host: we bind it."""
+    """The replica's key-value store. By default it would listen on every address of the host, so we bind it ourselves."""
     listen_fd = _listen(rendezvous.host, rendezvous.port).detach() if rank == 0 else None
     return TCPStore(
         rendezvous.host,
@@ -228,7 +228,7 @@ def _store(rendezvous: Rendezvous, size: int, rank: int, timeout_s: float) -> TC
 
 
 def _own_address(rendezvous: Rendezvous) -> str:
-    """The address by which this machine reaches the rendezvous. Connecting a datagram socket sends nothing."""
+    """This machine's address on the route to the rendezvous. Connecting a datagram socket sends nothing."""
     family, _, _, _, address = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)
@@ -237,10 +237,10 @@ def _own_address(rendezvous: Rendezvous) -> str:
 
 @contextmanager
 def _bound_to_interface(address: str) -> Iterator[None]:
-    """Tell gloo and NCCL the network interface of ``address``, unless the operator has chosen one.
+    """Make gloo and NCCL use the network interface of ``address``, unless the operator has chosen one.
 
-    Otherwise gloo takes what the host's name resolves to and NCCL the first that looks good, and in a container
-    either may be one that the other ranks cannot reach. NCCL may connect later, so this must last as long as the groups.
+    By default gloo uses the interface that the host's name resolves to, and NCCL the first that looks suitable; in a container the
+    other ranks may not reach either. NCCL may connect later, so this must last as long as the groups.
     """
     interface = next(
         (name for name, addresses in psutil.net_if_addrs().items() if any(a.address.split("%")[0] == address for a in addresses)), None

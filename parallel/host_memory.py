@@ -1,6 +1,6 @@
-"""How this process holds memory: what it keeps for its steps, and in pages of which size.
+"""Host memory of this process: how much freed memory the allocator retains, and huge pages.
 
-All of it are wishes (mallopt(3) of glibc, madvise(2) of Linux): where they are unknown nothing changes.
+These are hints (mallopt(3) of glibc, madvise(2) of Linux); on systems without them nothing changes.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ from torch import Tensor
 
 MIB = 2**20
 RETAINED_BYTES = 256 * MIB
-"""So much of what steps free stays for the next one: the products of a long prompt are 40 MB each, and zeroing their pages anew took a
-third of their time."""
+"""Freed memory that is retained for the next step: results of products of a long prompt are 40 MB each, and faulting in fresh pages took
+a third of their time."""
 OLD_LIMIT_BYTES = 32 * MIB
-"""The most that glibc before 2.35 takes for a block that it keeps."""
+"""The largest M_MMAP_THRESHOLD that glibc before 2.35 accepts."""
 HUGE_PAGE_BYTES = 2 * MIB
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _HUGEPAGE = 14  # MADV_HUGEPAGE, see madvise(2)
@@ -26,13 +26,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # see mallopt(3)
 
 @contextmanager
 def return_freed_memory() -> Iterator[None]:
-    """For the length of a block, blocks of 4 MiB and more go back to the system when they are freed.
+    """Within this context, blocks of 4 MiB and more are returned to the system when they are freed.
 
-    glibc begins so, but keeps ever larger ones once such were freed, and what lies between others then stays: 0.5 GiB were seen after
-    loading. That is right for computing, where the next step wants the same again, and so it is afterwards: see `RETAINED_BYTES`.
+    glibc starts like that, but raises its threshold as larger blocks are freed, and free blocks between used ones then stay: 0.5 GiB
+    were seen after loading. Retaining is right for computing, as the next step needs the same again; so on exit `RETAINED_BYTES` applies.
     """
     _mallopt(_MMAP_THRESHOLD, 4 * MIB)
-    _mallopt(_TRIM_THRESHOLD, 16 * MIB)  # what is read at a time, by the next one again
+    _mallopt(_TRIM_THRESHOLD, 16 * MIB)  # the size of one read, reused by the next
     try:
         yield
     finally:
@@ -44,16 +44,16 @@ def return_freed_memory() -> Iterator[None]:
 
 
 def _mallopt(parameter: int, value: int) -> bool:
-    """Whether it was taken."""
+    """Returns whether the setting was accepted."""
     with suppress(AttributeError):  # another C library
         return bool(_LIBC.mallopt(parameter, value))
     return False
 
 
 def advise_huge_pages(room: Tensor) -> None:
-    """Ask for pages of 2 MiB under a tensor of the CPU that nothing has been written to yet: what is read from end to end at every step is
-    then read some 10 % faster."""
-    first = -(-room.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES  # of the pages that lie wholly within it
+    """Request huge pages for a CPU tensor that has not been written to yet. Weights, read completely in every step, are then read about
+    10 % faster."""
+    first = -(-room.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES  # of the huge pages completely within the tensor
     end = (room.data_ptr() + room.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if end > first:
         with suppress(AttributeError):
@@ -61,7 +61,7 @@ def advise_huge_pages(room: Tensor) -> None:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU whose pages the system takes as they are first written to, and not now: of gigabytes that is seconds."""
+    """CPU zeros whose pages are allocated when they are first written to; allocating gigabytes at once takes seconds."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(shape, dtype=dtype)

@@ -1,7 +1,7 @@
-"""Which collective a rank began last, in a page of memory that others can read when the rank is dead, stopped, or waits for ever.
+"""Records the last collective that a rank began in a memory-mapped file, which others can read when the rank is dead, stopped or hangs.
 
-A rank maps the page with `record_to`; without one nothing is kept. Each collective then costs some tenths of a microsecond. The collectives
-of a captured step are nobody's to note when it is replayed: of those the page has the step.
+A rank maps the file with `record_to`; without it nothing is recorded. Recording costs some tenths of a microsecond per collective. The
+collectives within a replayed CUDA graph cannot be recorded; instead the step that is replayed is.
 """
 
 import ctypes
@@ -20,22 +20,22 @@ _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _AXIS_NUMBERS = {axis: number for number, axis in enumerate(AXES)}
 PAGE_BYTES = 64
 _page: memoryview | None = None
-"""Seven int64: how many were begun, kind, axis, elements, and when the last one was begun (`time.monotonic_ns`); the step replayed last,
-and when that was begun (0: none was)."""
+"""Seven int64: number of collectives begun; kind, axis, elements and start time (`time.monotonic_ns`) of the last one; the last replayed
+step and its start time (0: none)."""
 
 
 @dataclass(frozen=True)
 class LastCollective:
-    """What a rank's page says of the last one that was launched."""
+    """The last collective that a rank launched, as read from its page."""
 
     number: int
-    """Of the collectives that the rank has launched since it started; those of one group's ranks rise together."""
+    """Counts the collectives that the rank has launched since it started; it advances in step on the ranks of one group."""
     kind: Kind
     axis: TopologyAxis
     elements: int
-    """Of this rank's tensor."""
+    """Size of this rank's tensor."""
     ago_s: float
-    """Since it was begun. Of ranks of one host the one that is behind began its last one earliest, or stands before it."""
+    """Time since it began. Among ranks of one host, the one that lags behind began its last collective earliest, or has not begun it."""
 
     def __str__(self) -> str:
         return f"{self.kind} number {self.number} over {self.axis}, {self.elements} elements, begun {self.ago_s:.2f} s ago"
@@ -43,13 +43,13 @@ class LastCollective:
 
 @dataclass(frozen=True)
 class LastReplay:
-    """What a rank's page says where it has begun to replay a step since: it may be at any of that step's collectives, or past them."""
+    """A rank that has begun to replay a step since its last launched collective: it may be at any collective of that step, or past them."""
 
     step: int
     ago_s: float
-    """Since it was begun."""
+    """Time since the replay began."""
     launched: LastCollective | None
-    """The last one before it."""
+    """The last collective launched before the replay."""
 
     def __str__(self) -> str:
         before = f" (launched before it: {self.launched})" if self.launched is not None else ""
@@ -57,7 +57,7 @@ class LastReplay:
 
 
 def record_to(file: Path) -> None:
-    """From now on note this process's collectives in ``file``, which is made new."""
+    """Record this process's collectives in ``file`` from now on. The file is created anew."""
     global _page
     file.write_bytes(bytes(PAGE_BYTES))
     with file.open("r+b") as opened:
@@ -65,7 +65,7 @@ def record_to(file: Path) -> None:
 
 
 def record(kind: Kind, axis: TopologyAxis, elements: int) -> None:
-    """This rank is about to take part in a collective."""
+    """Record that this rank is about to take part in a collective."""
     if _page is not None:
         _page[1], _page[2], _page[3] = _KIND_NUMBERS[kind], _AXIS_NUMBERS[axis], elements
         _page[4] = time.monotonic_ns()
@@ -73,23 +73,23 @@ def record(kind: Kind, axis: TopologyAxis, elements: int) -> None:
 
 
 def kind_and_axis_numbers(kind: Kind, axis: TopologyAxis) -> tuple[int, int]:
-    """As they stand in the page."""
+    """The numbers that stand for them in the page."""
     return _KIND_NUMBERS[kind], _AXIS_NUMBERS[axis]
 
 
 def page_address() -> int | None:
-    """Of this process's page, for a kernel that notes its collectives itself (csrc/sublayers.cpp)."""
+    """Address of this process's page, for a kernel that records its collectives itself (csrc/sublayers.cpp); None if there is none."""
     return None if _page is None else ctypes.addressof(ctypes.c_char.from_buffer(_page))
 
 
 def record_replay(step: int) -> None:
-    """This rank is about to replay a captured step, whose collectives nobody notes."""
+    """Record that this rank is about to replay a captured step, whose collectives are not recorded."""
     if _page is not None:
         _page[5], _page[6] = step, time.monotonic_ns()
 
 
 def read(file: Path) -> LastCollective | LastReplay | None:
-    """Of another process of this host; None where it has begun none, or kept no page."""
+    """Read another process's page on this host; None if it has begun no collective or records none."""
     try:
         raw = file.read_bytes()
     except OSError:

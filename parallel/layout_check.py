@@ -1,4 +1,4 @@
-"""Whether a model can be laid out on a topology at all: the one place that says so, before anything is started. Pure arithmetic."""
+"""Checks, before anything is started, whether a model can be distributed over a topology. Pure arithmetic."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Experts(Protocol):
 
 
 class Shape(Protocol):
-    """What of a model limits its layouts; `model.config.ModelConfig` is one."""
+    """The properties of a model that limit its topologies; `model.config.ModelConfig` implements it."""
 
     @property
     def num_layers(self) -> int: ...
@@ -27,18 +27,18 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class LayoutProblem:
-    """One reason why it cannot be, in a sentence that says what to do instead."""
+    """One reason why it is impossible, in a sentence that says what to do instead."""
 
     reason: ProblemReason
     sentence: str
 
 
 class InvalidLayout(ValueError):
-    """The model cannot be laid out so; the message holds every reason."""
+    """The model cannot be distributed over this topology; the message lists every reason."""
 
 
 def layout_problems(topology: Topology, shape: Shape) -> tuple[LayoutProblem, ...]:
-    """Every reason why a model of this shape cannot be laid out so; none if it can."""
+    """Every reason why a model of this shape cannot be distributed over ``topology``; empty if it can."""
     return tuple(_misfits(topology, shape))
 
 

@@ -1,4 +1,4 @@
-"""A linear layer of which each rank holds a part, split on its output or on its input features."""
+"""Tensor-parallel linear layer: each rank holds a part of the matrix, split by output or by input features."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from parallel.weight_format import StoredTensor, StreamingFormat, TensorSpec, We
 
 
 class ShapeMismatch(ValueError):
-    """A tensor of the checkpoint has not the shape that its place in the model wants."""
+    """A checkpoint tensor does not have the shape that the model expects."""
 
     def __init__(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         super().__init__(f"{name}: shape {list(found)} in the checkpoint, {list(wanted)} in the model")
@@ -23,7 +23,7 @@ class ShapeMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that one checkpoint tensor must fill, and the whole shape which that tensor must have."""
+    """A parameter to be loaded from one checkpoint tensor, with the full (unsharded) shape of that tensor."""
 
     part: str
     tensor: str
@@ -33,10 +33,9 @@ class Slot:
 class Linear(nn.Module):
     """``y = x @ W.T + b``, sharded by logical axis.
 
-    ``out_parts`` are the checkpoint's matrices that lie fused in this one, in order, with this rank's share of each
-    one's output features: ``{"q": ..., "k": ..., "v": ...}``. ``in_share`` is this rank's share of the input features.
-    With ``reduce`` the partial results are summed over that group, as a layer split on its input needs; the bias is
-    then added once, after the sum. Nothing is allocated before `allocate`.
+    ``out_parts`` are the checkpoint matrices fused into this one, in order, with this rank's share of the output features of each:
+    ``{"q": ..., "k": ..., "v": ...}``. ``in_share`` is this rank's share of the input features. With ``reduce`` (row parallelism) the
+    partial results are all-reduced over that group, and the bias is added once, after the sum. `allocate` allocates the tensors.
     """
 
     def __init__(
@@ -61,14 +60,14 @@ class Linear(nn.Module):
         self.tensors: dict[str, Tensor] = {}
 
     def slots(self) -> Iterator[Slot]:
-        """Every checkpoint tensor this layer wants, with the whole shape it must have."""
+        """Every checkpoint tensor that this layer needs, with its full shape."""
         for part, share in self.out_parts.items():
             for name, spec in self._specs.items():
                 yield Slot(part, name, tuple(self._stored_size(axis.name, axis.pack, share) for axis in spec.axes))
 
     @property
     def is_streaming(self) -> bool:
-        """Whether what is loaded lies in its final form at once, so that there is nothing to `finish`."""
+        """Whether weights are packed while they are loaded, so that `finish` has nothing to do."""
         return isinstance(self.format, StreamingFormat)
 
     def allocate(self, device: torch.device) -> None:
@@ -80,10 +79,10 @@ class Linear(nn.Module):
                 self.tensors[name] = torch.empty(shape, dtype=spec.dtype, device=device)
 
     def load(self, part: str, tensor: str, stored: StoredTensor) -> int:
-        """Copy this rank's share of ``stored`` to its place. Returns the number of bytes read.
+        """Load this rank's share of ``stored``. Returns the number of bytes read.
 
         Raises:
-            ShapeMismatch: the whole tensor has not the shape the layer wants.
+            ShapeMismatch: the full tensor does not have the expected shape.
         """
         spec = self._specs[tensor]
         out_share = self.out_parts[part]
@@ -104,7 +103,7 @@ class Linear(nn.Module):
         return copy_part(stored, slices, target)
 
     def finish(self) -> None:
-        """Hand the loaded tensors to the format, which may repack them."""
+        """Let the format repack the loaded tensors."""
         if self.is_streaming:
             return
         bias = self.tensors.pop("bias", None)
@@ -119,7 +118,7 @@ class Linear(nn.Module):
         return self.summed(self.format.multiply(x, self.tensors, None))
 
     def summed(self, y: Tensor) -> Tensor:
-        """What this rank's part gives without a bias, summed over the ranks that have the others, and the bias added once."""
+        """All-reduce this rank's partial result ``y`` (without bias), if ``reduce`` is set, and add the bias once."""
         bias = self.tensors.get("bias")
         y = y if self.reduce is None else all_reduce(y, self.reduce)
         return y if bias is None else y + bias

@@ -1,4 +1,4 @@
-"""Weights in the order that oneDNN chose for this processor: for CPUs that multiply bfloat16 natively."""
+"""Weights prepacked by oneDNN, for CPUs that multiply bfloat16 natively."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from parallel.axes import IN, OUT
 from parallel.weight_format import TensorSpec
 
 TYPICAL_ROWS = 16
-"""oneDNN chooses an order for some number of rows; the product is right for any."""
+"""Number of rows for which oneDNN chooses the layout; products are correct for any number."""
 
 
 @dataclass(frozen=True)
 class OneDnnFormat:
-    """A plain matrix, reordered once; `F.linear` would do so in every step."""
+    """An unquantised matrix, reordered once at loading; `F.linear` would reorder it in every step."""
 
     dtype: torch.dtype
 
@@ -42,16 +42,17 @@ class OneDnnFormat:
         return y.to(x.dtype)
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
-        raise NotImplementedError("oneDNN's order is its own: a table that is looked up is held plainly")
+        raise NotImplementedError("rows cannot be looked up in oneDNN's layout; hold such a table unpacked")
 
 
 def has_amx() -> bool:
-    """Whether this processor multiplies bfloat16 in tiles, which oneDNN knows how to use and our kernels do not."""
+    """Whether this processor has AMX tiles for bfloat16, which oneDNN uses and our kernels do not."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def runs_here(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype on this processor, natively and rightly: tried, as its operators are torch's own affair."""
+    """Whether oneDNN multiplies this dtype natively and correctly on this processor. Tested by running it, as its operators are private
+    to torch."""
     capabilities = torch.cpu.get_capabilities()
     if dtype == torch.bfloat16 and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return False

@@ -1,4 +1,4 @@
-"""Weight formats for CPUs: a plain matrix of a checkpoint, packed when it is loaded, as bfloat16 or rounded to 8 or 4 bits."""
+"""Weight formats for CPUs: a plain checkpoint matrix is packed while it is loaded, as bfloat16 or quantised to 8 or 4 bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ BYTES: dict[Kind, float] = {
     "bf16": 2, "bf16_dot": 2, "fp32": 4, "int8": _INT8, "int8_dot": _INT8, "int4": _INT4, "int4_dot": _INT4,
     "int4_zeros": _INT4_ZEROS, "int4_zeros_dot": _INT4_ZEROS,
 }  # fmt: skip
-"""Of a weight, with its part of a float16 scale and of a zero."""
+"""Bytes per weight, including its part of the group's float16 scale and zero point."""
 ANY_LANES = 8
-"""Of a panel where no kernel reads it."""
+"""Lanes used where no kernel reads the panels."""
 FEW_ROWS = 12
-"""As many as pass together: with more than these, what a product leaves is best taken on while it is still near."""
+"""Rows that a kernel computes at a time. With more rows, a fused gated MLP is faster: its intermediate results stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PackedFormat:
 
     kind: Kind
     stored: torch.dtype
-    """Of the matrix while it is loaded: what the checkpoint has."""
+    """Dtype of the matrix in the checkpoint."""
 
     @property
     def bytes_per_weight(self) -> float:
@@ -64,7 +64,7 @@ class PackedFormat:
 
     @property
     def rounds_rows(self) -> bool:
-        """Whether a product rounds ``x`` to fewer bits than float32 has."""
+        """Whether products round ``x`` to fewer bits than float32."""
         return self.kind in ("bf16_dot", "int8_dot", "int4_dot", "int4_zeros_dot")
 
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -79,7 +79,7 @@ class PackedFormat:
     def allocate(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
         library = native()
         packed = empty_packed(self.kind, num_outputs, num_inputs, library.lanes if library else ANY_LANES)
-        # How many outputs there are cannot be told from the panels, and the input features not from the groups.
+        # Panels are padded, so they do not tell the number of outputs; it is kept as the length of `outputs`.
         prepared = {"numbers": packed.numbers, "outputs": torch.zeros(packed.num_outputs, dtype=torch.uint8)}
         return prepared if packed.scales is None else prepared | {"scales": packed.scales}
 
@@ -87,8 +87,7 @@ class PackedFormat:
         pack_part(self.packed(tensors), first_output, first_input, piece_NK)
 
     def received(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What another host prepared, as it is read here: the vectors of its processor may be wider or narrower. It lies in large pages
-        as what was prepared here."""
+        """Convert tensors prepared on another host, whose processor may have wider or narrower vectors, and move them to the arena."""
         library, packed = native(), self.packed(tensors)
         packed = copied_to_arena(packed if library is None or packed.lanes == library.lanes else with_lanes(packed, library.lanes))
         return tensors | {"numbers": packed.numbers} | ({} if packed.scales is None else {"scales": packed.scales})
@@ -110,7 +109,7 @@ class PackedFormat:
         up: Sequence[Mapping[str, Tensor]],
         down: Sequence[Mapping[str, Tensor]],
     ) -> Tensor | None:
-        """Every assignment through its expert, see `parallel.native.experts`; None where only one after the other is possible."""
+        """Run all assignments through their experts (see `parallel.native.experts`); None if there is no kernel for it."""
         library = native()
         ups, downs = [self.packed(tensors) for tensors in up], [self.packed(tensors) for tensors in down]
         if library is None or self.kind not in library.kinds or ups[0].lanes != library.lanes or ups[0].num_outputs == 0:
@@ -118,7 +117,7 @@ class PackedFormat:
         return experts(library, x, rows, counts, ups, downs).to(x.dtype)
 
     def gated(self, x: Tensor, up: Mapping[str, Tensor], down: Mapping[str, Tensor]) -> Tensor | None:
-        """``down(silu(gate) * up)`` of (T, in) at once, to the bits of one after the other; None where not possible or no faster."""
+        """``down(silu(gate) * up)`` of (T, in) fused, bit-identical to the unfused operations; None if impossible or not faster."""
         if x.dtype != torch.float32 or x.shape[0] <= FEW_ROWS:
             return None
         return self.experts(x, None, [x.shape[0]], [up], [down])
@@ -132,7 +131,7 @@ class PackedFormat:
         return found[:, :width].view(*outputs.shape, width)
 
     def local_rows(self, outputs_T: Tensor, tensors: Mapping[str, Tensor], width: int, first: int) -> Tensor | None:
-        """`rows` of a table that holds the outputs from ``first`` on, and zeros for those held elsewhere; None where no kernel does it."""
+        """`rows` of a table that holds the outputs from ``first`` on; zeros for those held elsewhere. None if there is no kernel for it."""
         packed, library = self.packed(tensors), native()
         if library is None or self.kind not in library.kinds or packed.lanes != library.lanes or outputs_T.dim() != 1:
             return None

@@ -1,4 +1,4 @@
-"""The pipeline axis: which layers a stage computes, and how hidden states pass from one stage to the next."""
+"""Pipeline parallelism: which layers a stage computes, and how hidden states are sent from one stage to the next."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from parallel.groups import Group
 
 
 def stage_layers(num_layers: int, pp: int, rank: int) -> range:
-    """The layers of one stage, contiguous and near-even; the earlier stages have the extra ones, as the last has the head.
+    """The layers of one stage, contiguous and near-even. Earlier stages get the extra layers, as the last one computes the LM head.
 
     num_layers=28, pp=3:  10 | 9 | 9
 
@@ -35,9 +35,9 @@ def is_last_stage(pp: Group) -> bool:
 
 
 class HiddenSender:
-    """Hands hidden states to the next stage, one step's at a time, while this stage goes on with the next step.
+    """Sends hidden states to the next stage asynchronously, one step at a time, while this stage computes the next step.
 
-    Ranks send to the one with their own place in the next stage: nothing is sent twice to a rank.
+    Each rank sends to the rank at its own position in the next stage, so every rank receives them once.
     """
 
     def __init__(self, pp: Group) -> None:
@@ -45,19 +45,19 @@ class HiddenSender:
         self._sending: PendingSend | None = None
 
     def send(self, x: Tensor) -> None:
-        """Begin to send ``x``, which must not be changed any more; what was sent before has arrived when this returns.
+        """Start sending ``x``, which must not be changed any more, after the previous send has completed.
 
-        A stage can so be one step ahead of the next one and no more, and a send that failed is raised at the following one.
+        So a stage is at most one step ahead of the next one, and the error of a failed send is raised by the following call.
         """
         if is_last_stage(self._pp):
-            raise ValueError("the last stage has nobody to send hidden states to")
+            raise ValueError("the last stage has no next stage to send hidden states to")
         if self._sending is not None:
             self._sending.wait()
         self._sending = begin_send(x, self._pp.rank + 1, self._pp)
 
 
 def receive_hidden(shape: Sequence[int], pp: Group, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Hidden states from the stage before. Both stages know the batch, so the shape need not travel."""
+    """Receive hidden states from the previous stage. Both stages know the batch, so the shape is not sent."""
     if is_first_stage(pp):
-        raise ValueError("the first stage has nobody to receive hidden states from")
+        raise ValueError("the first stage has no previous stage to receive hidden states from")
     return receive(shape, pp.rank - 1, pp, dtype=dtype, device=device)

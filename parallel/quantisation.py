@@ -1,5 +1,6 @@
-"""Rounding weights, and rows that they multiply, to few bits and a scale. C features that share a scale, N outputs, K input features,
-T rows, G groups.
+"""Quantisation of weights and activations in plain torch: the reference for the kernels.
+
+C features that share a scale, N outputs, K input features, T rows, G groups, X any number of groups.
 """
 
 from functools import cache
@@ -14,25 +15,25 @@ from parallel.scale_search import choose_scales
 LEVELS = {"int8": 127, "int4": 7}
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-"""The largest number of FP8 (four bits of exponent, three of mantissa; arXiv 2209.05433)."""
+"""The largest FP8 number (e4m3; arXiv 2209.05433)."""
 FP8_MIN_CAPABILITY = (8, 9)
-"""Of CUDA devices: the first whose matrix units multiply it (Ada; Hopper is 9.0). Triton has it from there on, too."""
+"""The first CUDA capability with FP8 tensor cores (Ada; Hopper is 9.0), and the first for which Triton supports it."""
 
 MAX_MULTIPLE = 16
-"""How many times a group's scale the number nearest to zero is at most, where a scale is looked for that loses nothing."""
+"""In the search for a lossless scale: the largest multiple of the scale that the group's smallest nonzero weight may be."""
 SAMPLED_GROUPS = 64
-"""Looked at before that is tried with all."""
+"""Groups that are tested before a lossless scale is searched for in all groups."""
 
 HADAMARD_SCALE = GROUP_SIZE["int8"] ** -0.5
-"""By what sums and differences of a group must be multiplied to be as long as it was."""
+"""Normalises the Hadamard transform of a group of 128, so that it is orthogonal."""
 
 
 def quantise_groups(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """int8 numbers (..., C) and float16 scales (...). int4 uses -8 too: the scale's sign makes it the number furthest from zero, or nearly
-    so (`parallel.scale_search`).
+    """Quantise groups symmetrically: int8 numbers (..., C) and float16 scales (...).
 
-    Weights that were stored in few bits are whole multiples of a float16 number already, group by group. Nothing is lost of them: that
-    number is looked for where some of the groups have one.
+    int4 uses -8 too: the scale's sign is chosen so that the weight of largest magnitude becomes -8 or close to it
+    (`parallel.scale_search`). Weights of a checkpoint that was stored quantised are integer multiples of a float16 scale already. If a
+    sample of the groups shows that, this scale is searched for, and such groups are quantised without loss.
     """
     groups_XC = weight_xC.reshape(-1, weight_xC.shape[-1])
     sample_XC = sample_groups(groups_XC)
@@ -45,7 +46,7 @@ def quantise_groups(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_groups(groups_XC: Tensor) -> Tensor:
-    """Up to `SAMPLED_GROUPS` of them, evenly."""
+    """An evenly spaced sample of up to `SAMPLED_GROUPS` groups."""
     return groups_XC[:: len(groups_XC) // SAMPLED_GROUPS + 1]
 
 
@@ -53,15 +54,16 @@ def _round_to_nearest(weight_xC: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     if levels == LEVELS["int4"]:
         return choose_scales(weight_xC)
     most = weight_xC.abs().amax(-1)
-    scales = (most / torch.full_like(most, levels)).half()  # by a number torch divides in another way on a GPU
+    scales = (most / torch.full_like(most, levels)).half()  # dividing by a Python number is rounded differently on a GPU
     inverse = torch.where(scales == 0, 0, 1 / scales.float())
     return (weight_xC * inverse.unsqueeze(-1)).round_().clamp_(-levels, levels).to(torch.int8), scales
 
 
 def as_exact_multiples(weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 numbers (X, C) and float16 scales (X) of which nothing is lost, and of which groups (X, bool) that is true.
+    """Lossless quantisation: int8 numbers (X, C), float16 scales (X), and for which groups (X, bool) it succeeded.
 
-    Of 32 or more multiples one is nearly always a small one, so a scale is a small part of the number nearest to zero.
+    Among 32 or more multiples of a scale there is nearly always a small one, so the scale is the smallest nonzero weight divided by a
+    small integer.
     """
     nearest_X = _nearest_to_zero(weight_XC)
     numbers_XC, scales_X, holds_X = _in_multiples_of(nearest_X, weight_XC, levels)
@@ -73,13 +75,13 @@ def as_exact_multiples(weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, 
 
 
 def _nearest_to_zero(weight_XC: Tensor) -> Tensor:
-    """The size of each group's smallest number (X) that is not 0; what is no number where all are."""
-    # The bits of sizes are in the order of the sizes. One less, and 0 is above them all.
+    """The smallest nonzero magnitude of each group (X); NaN for a group of zeros."""
+    # The bits of non-negative floats are ordered like the floats. After subtracting 1, zero is above all others.
     return weight_XC.abs().view(torch.int32).sub_(1).bitwise_and_(0x7FFFFFFF).amin(-1).add_(1).view(torch.float32)
 
 
 def _in_multiples_of(scales_X: Tensor, weight_XC: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `as_exact_multiples`. -8 and -128 are numbers too, 8 and 128 are not: a negative scale may make them so."""
+    """See `as_exact_multiples`. -8 and -128 are representable, 8 and 128 are not; a negative scale turns them into the former."""
     halves_X = scales_X.half()
     scales_X1 = halves_X.float().unsqueeze(-1)
     numbers_XC = (weight_XC / scales_X1).round_()
@@ -95,31 +97,31 @@ def _in_multiples_of(scales_X: Tensor, weight_XC: Tensor, levels: int) -> tuple[
 
 
 def hadamard(x_xC: Tensor) -> Tensor:
-    """Groups of 128 numbers by an orthogonal matrix with entries of one size (a Hadamard matrix, rows' signs drawn by lot): a number that
-    is much larger than the others of its group is shared out among all, and rounding loses less. If both sides of a product are
-    turned it is the same (QuaRot, arXiv 2404.00456)."""
+    """Randomised Hadamard transform of groups of 128: an orthogonal matrix with entries of equal magnitude and random signs. It spreads
+    outliers over their group, which reduces the quantisation error. A product is unchanged if both sides are transformed (QuaRot,
+    arXiv 2404.00456)."""
     return _sums_and_differences(x_xC * _signs()).mul_(HADAMARD_SCALE)
 
 
 def hadamard_inverse(x_xC: Tensor) -> Tensor:
-    """What `hadamard` has made of them, as they were."""
+    """The inverse of `hadamard`."""
     return _sums_and_differences(x_xC.clone()).mul_(_signs() * HADAMARD_SCALE)
 
 
 def quantise_rows(x_TK: Tensor, group: int, *, rotate: bool) -> Tensor:
-    """``x`` in float32 with each ``group`` of a row's features rounded to 8-bit multiples of a scale of its own (the last group is filled
-    up with zeros), perhaps while they are turned: the slow twin of what csrc/integers.h multiplies by, to the same 8 bits."""
+    """Quantise and dequantise rows: each ``group`` of features has one scale and 8 bits (the last group is zero-padded), if ``rotate``
+    after a Hadamard transform. The reference for csrc/integers.h, with the same 8-bit numbers."""
     filled_TGC = F.pad(x_TK.float(), (0, -x_TK.shape[-1] % group)).unflatten(-1, (-1, group))
     filled_TGC = _sums_and_differences(filled_TGC * _signs()) if rotate else filled_TGC
     most_TG1 = filled_TGC.abs().amax(-1, keepdim=True)
-    inverse_TG1 = torch.where(most_TG1 > 0, torch.full_like(most_TG1, LEVELS["int8"]) / most_TG1, 0)  # 127 / x is 127 * (1 / x) in torch
+    inverse_TG1 = torch.where(most_TG1 > 0, torch.full_like(most_TG1, LEVELS["int8"]) / most_TG1, 0)  # torch: 127 / x is 127 * (1 / x)
     rounded_TGC = (filled_TGC * inverse_TG1).round() * (most_TG1 / LEVELS["int8"])
     rounded_TGC = hadamard_inverse(rounded_TGC * HADAMARD_SCALE) if rotate else rounded_TGC
     return rounded_TGC.flatten(-2)[..., : x_TK.shape[-1]]
 
 
 def _sums_and_differences(x_xC: Tensor) -> Tensor:
-    """Times the Hadamard matrix of 1 and -1, in place: sums in the order in which the kernel takes them."""
+    """Multiply by the unnormalised Hadamard matrix, in place, with the same order of summation as the kernel."""
     apart = 1
     while apart < x_xC.shape[-1]:
         left, right = x_xC.unflatten(-1, (-1, 2, apart)).unbind(-2)
@@ -132,14 +134,14 @@ def _sums_and_differences(x_xC: Tensor) -> Tensor:
 
 @cache
 def _signs() -> Tensor:
-    """1 or -1 for each number of a group, by the digits of pi."""
+    """A random sign for each number of a group, from the binary digits of pi."""
     bits = [number >> bit & 1 for number in (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344) for bit in range(32)]
     return 1 - 2 * torch.tensor(bits, dtype=torch.float32)
 
 
 def quantise_fp8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 numbers (N, K) and float32 scales (N): each row's largest number becomes the largest that there is."""
+    """Quantise rows to FP8: numbers (N, K) and float32 scales (N). Each row's largest magnitude becomes `FP8_MAX`."""
     wide_NK = x_NK.float()
-    scales_N = wide_NK.abs().amax(-1) * (1 / FP8_MAX)  # by a quotient torch takes another way on a GPU
+    scales_N = wide_NK.abs().amax(-1) * (1 / FP8_MAX)  # a division is rounded differently on a GPU
     inverse_N = torch.where(scales_N == 0, 0, 1 / scales_N)
     return (wide_NK * inverse_N.unsqueeze(-1)).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales_N

@@ -1,4 +1,4 @@
-"""Weight formats for CUDA devices: a plain matrix of a checkpoint, rounded when it is loaded to 8 or 4 bits and scales."""
+"""Weight formats for CUDA devices: a plain checkpoint matrix is quantised to 8 or 4 bits while it is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,26 +22,26 @@ BYTES: dict[Kind, float] = {
     "int4_zeros": 1 / 2 + 4 / GROUP_SIZE["int4_zeros"],
     "fp8": 1,
 }
-"""Of a weight, with its part of a scale and of a zero; FP8's scales, four bytes to an output, are too few to count."""
+"""Bytes per weight, including scales and zero points. FP8's scales, four bytes per output, are negligible."""
 IN_PAIRS = 32
-"""Neighbouring features of 4 bits that lie in the lower halves of as many bytes; the next ones lie in their upper halves."""
+"""int4 layout: so many consecutive features are in the low nibbles of as many bytes, and the next ones in their high nibbles."""
 PIECE_OUTPUTS = 4096
-"""Rounded at once, so that a large matrix does not lie there again as float32."""
+"""Outputs quantised at a time, so that no float32 copy of a large matrix is needed."""
 
 
 @dataclass(frozen=True)
 class QuantisedFormat:
-    """Stored in a checkpoint as a plain matrix, held as ``numbers`` and ``scales``.
+    """A plain matrix in the checkpoint, held as ``numbers`` and ``scales``. Products accumulate in float32.
 
-    ``int8`` and ``int4`` are rounded as `PackedFormat` does it on CPUs, a float16 scale to 128 or 32 input features, and multiply
-    activations as they are; so does ``int4_zeros``, whose groups of 128 have a zero each (`parallel.zero_points`). ``fp8`` has one scale
-    to an output, and activations are rounded to FP8 too, with a scale to a row, so
-    that the matrix units multiply FP8 (the W8A8 of arXiv 2209.05433). Sums are in float32.
+    ``int8`` and ``int4`` are quantised as `PackedFormat` does on CPUs, with one float16 scale per 128 or 32 input features; activations
+    are not quantised. The same goes for ``int4_zeros``, whose groups of 128 have a zero point each (`parallel.zero_points`). ``fp8`` has
+    one scale per output, and activations are quantised to FP8 with one scale per row, so that FP8 tensor cores are used (W8A8,
+    arXiv 2209.05433).
     """
 
     kind: Kind
     stored: torch.dtype
-    """Of the matrix while it is loaded: what the checkpoint has."""
+    """Dtype of the matrix in the checkpoint."""
 
     @property
     def bytes_per_weight(self) -> float:
@@ -51,7 +51,7 @@ class QuantisedFormat:
         return {"weight": TensorSpec((OUT, IN), self.stored)}
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``numbers`` (N, filled K; of 4 bits: half as many bytes) and ``scales`` (N, groups), for fp8 (N)."""
+        """``numbers`` (N, padded K; for int4 half as many bytes) and ``scales`` (N, groups), for fp8 (N)."""
         pieces = [_rounded(self.kind, piece) for piece in tensors.pop("weight").split(PIECE_OUTPUTS)]
         numbers, scales = zip(*pieces, strict=True)
         return {"numbers": torch.cat(numbers), "scales": torch.cat(scales)}
@@ -59,7 +59,7 @@ class QuantisedFormat:
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if x.device.type == "cuda" and has_triton():
-            from parallel.cuda.quantised_matmul import multiply  # triton: not to be imported where there is no such device
+            from parallel.cuda.quantised_matmul import multiply  # imports triton, which may not be installed
 
             y = multiply(rows, tensors, bias)
         else:
@@ -72,14 +72,14 @@ class QuantisedFormat:
 
 
 def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
-    """Of `QuantisedFormat`'s tensors: the dtypes tell."""
+    """The kind of `QuantisedFormat` tensors, from their dtypes."""
     if tensors["numbers"].dtype == torch.uint8:
         return "int4_zeros" if tensors["scales"].dtype == torch.int32 else "int4"
     return "int8" if tensors["numbers"].dtype == torch.int8 else "fp8"
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The matrix (N, filled K) in float32."""
+    """The matrix (N, padded K) dequantised to float32."""
     kind, numbers, scales = kind_of(tensors), tensors["numbers"], tensors["scales"]
     if kind == "fp8":
         return numbers.float() * scales.unsqueeze(-1)
@@ -97,7 +97,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def multiply_reference(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
-    """The twin of `parallel.cuda.quantised_matmul.multiply` in plain torch, in float32 but for the result."""
+    """Reference for `parallel.cuda.quantised_matmul.multiply` in plain torch, computed in float32."""
     wide_TK = x_TK.float()
     if kind_of(tensors) == "fp8":
         numbers_TK, scales_T = quantise_fp8(x_TK)

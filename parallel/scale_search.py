@@ -1,9 +1,11 @@
-"""The scale of a group of weights in 4 bits, chosen among some by how much of the group it leaves unsaid. C weights of a group.
+"""Search for the int4 scale of a group that minimises the weighted squared error. C weights of a group.
 
-The furthest weight is made -8, or a little more or less; which of these says most of the group is tried, and the scale is then the one that
-fits the numbers best (as llama.cpp's `make_qx_quants` does). Squared errors count by the size of a weight and the mean of its group's
-sizes: large weights tend to be where activations are large. Whatever computes it comes to the same bits, kernels of CPUs and of GPUs and
-plain torch: what decides is counted in whole numbers below 2^24, so that no order of sums and no fused operation can change it.
+Several scales are tried that map the weight of largest magnitude to about -8. For the candidate that explains most of the group, the scale
+is refitted to the quantised numbers by least squares (as llama.cpp's `make_qx_quants` does). An error is weighted by the magnitude of its
+weight plus the group's mean magnitude: large weights tend to meet large activations.
+
+CPU kernel, GPU kernel and plain torch give identical bits: whatever decides is computed in integers below 2^24, so neither the order of
+summation nor fused operations can change it.
 """
 
 import torch
@@ -14,23 +16,23 @@ from parallel.scale_groups import GROUP_SIZE
 from parallel.weight_format import has_triton
 
 WHOLE = 511
-"""A group's furthest weight while scales are tried, and negative; the others are rounded to whole parts of it."""
+"""During the search, weights are integers scaled so that the one of largest magnitude is minus this."""
 LEAST = 1e-30
-"""Of a furthest weight. Groups below are zeros, as what their weights are multiplied by would be infinite."""
+"""Groups whose largest magnitude is not above this become zeros, as the inverse of their scale would be infinite."""
 COUNT_BITS = 4
-"""That are left away of what an error counts, for it to be below 64."""
+"""Low bits dropped from the weight of an error, so that it stays below 64."""
 FACTOR_BITS = 15
 FIRST_TRIED, LAST_TRIED, STEP_TRIED = 465, 577, 16
-"""What a whole part is multiplied by, in parts of 2^15, to be a number of 4 bits: the furthest weight becomes -7.25, -7.5, -7.75 .. -9."""
+"""Tried factors from these integers to int4 numbers, in units of 2^-15: they map the largest magnitude to -7.25, -7.5, -7.75 .. -9."""
 
 
 def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 numbers (..., C) from -8 to 7 and float16 scales (...) of weights in float32, by a kernel where there is one."""
+    """int8 numbers (..., C) from -8 to 7 and float16 scales (...) of float32 weights, by a kernel where available."""
     assert weight_xC.dtype == torch.float32
     assert weight_xC.shape[-1] == GROUP_SIZE["int4"], "the CPU kernel relies on it"
     library = native()
     if weight_xC.device.type == "cuda" and has_triton():
-        from parallel.cuda.scale_search import choose_scales as choose_on_device  # triton: not where there is no such device
+        from parallel.cuda.scale_search import choose_scales as choose_on_device  # imports triton
 
         return choose_on_device(weight_xC)
     if weight_xC.device.type != "cpu" or library is None:
@@ -43,7 +45,7 @@ def choose_scales(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_scales_reference(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
-    """The twin of the kernels, to the same bits. Of a group with a weight that is no number the scale is none."""
+    """Reference for the kernels, bit-identical. The scale of a group that holds a NaN or infinity is NaN."""
     top_x1, bottom_x1 = weight_xC.amax(-1, keepdim=True), -weight_xC.amin(-1, keepdim=True)
     most_x1 = torch.maximum(top_x1, bottom_x1)
     is_sound_x1 = (weight_xC * 0).sum(-1, keepdim=True) == 0
@@ -70,5 +72,5 @@ def choose_scales_reference(weight_xC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quotient(dividend: float, divisor: Tensor) -> Tensor:
-    """Rounded once: by a number and a tensor torch divides as it likes (127 / x is 127 * (1 / x))."""
+    """A quotient rounded once. (With a Python number torch may compute 127 / x as 127 * (1 / x).)"""
     return torch.full_like(divisor, dividend) / divisor

@@ -1,4 +1,4 @@
-"""A head that computes the logits which decide, where a step's rows look at few of them: `parallel.native.screened` says how."""
+"""LM head that computes only the top logits exactly, if a step's rows need no others: see `parallel.native.screened`."""
 
 from torch import Tensor
 
@@ -8,25 +8,25 @@ from parallel.packed_format import PackedFormat
 from parallel.weight_format import WeightFormat
 
 MAX_PAUSE = 64
-"""Steps, after many in which it did not pay."""
+"""Longest pause, in steps, after screening did not pay off."""
 
 
 class ScreenedHead:
-    """Beside a head whose matrix is held in bfloat16. What it gives is exact; where it does not pay, it stops trying for a while."""
+    """An 8-bit copy beside a head in bfloat16. The results are exact. If screening does not pay off it pauses, with exponential backoff."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
         self._pause = self._left = 0
 
     def is_active(self) -> bool:
-        """Asked once for each step: whether it has a use for what is top_logits."""
+        """Whether to screen in this step. Call once per step."""
         if self._left:
             self._left -= 1
             return False
         return True
 
     def multiply(self, x_RD: Tensor, top_logits: TopLogits) -> Tensor | None:
-        """(R, V): of each row the top_logits logits, and all others lower. None: multiply by all of the matrix."""
+        """(R, V): the needed top logits of each row, exact, and all others lower. None: multiply by the whole matrix instead."""
         library = native()
         if library is None or len(x_RD) == 0:
             return None
@@ -37,12 +37,12 @@ class ScreenedHead:
 
 
 def _known(top_logits: TopLogits, num_ids: int) -> TopLogits:
-    """Of a model that guesses for one with a larger vocabulary: without ids that it does not have."""
+    """Drop ids that this model does not have: a draft model's vocabulary may be smaller than its target's."""
     return TopLogits(top_logits.highest, [ids[ids < num_ids] for ids in top_logits.lowered], min(top_logits.limit, num_ids))
 
 
 def screened_head(format: WeightFormat, tensors: dict[str, Tensor]) -> ScreenedHead | None:
-    """None where the matrix is not held so, or no kernel does it here."""
+    """None if the matrix is held in another format, or there is no kernel for it on this machine."""
     library = native()
     if library is None or not isinstance(format, PackedFormat):
         return None

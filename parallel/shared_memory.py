@@ -1,6 +1,6 @@
-"""Collectives of ranks on one host go through memory that they share: how the ranks of a group agree on that, and map it.
+"""Sets up shared memory for the collectives of ranks on one host: the ranks of a group agree on it and map it.
 
-The kernels are those of `parallel.native.shared_memory_collectives`. Where one rank of a group cannot take part, all of them keep to gloo.
+The kernels are in `parallel.native.shared_memory_collectives`. If one rank of a group cannot take part, all of them use gloo.
 """
 
 import logging
@@ -21,22 +21,22 @@ from parallel.native.shared_memory_collectives import SPINS, SharedMemoryCollect
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SHARED = Path("/dev/shm")  # noqa: S108  (the memory of this host that has names)
+SHARED = Path("/dev/shm")  # noqa: S108  (POSIX shared memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Offer:
-    """What one rank can bring. All ranks see all offers and so come to the same decision."""
+    """What one rank can contribute. All ranks see all offers, and so make the same decision."""
 
     obstacle: str | None
     host: str
     process: tuple[str, int]
-    """Which numbering of processes, and its number in it."""
+    """PID namespace and PID."""
     nonce: str
 
 
 def open_shared_memory(process_group: dist.ProcessGroup, timeout_s: float) -> SharedMemoryCollectives | None:
-    """The shared memory of a group's ranks, or None on every one of them if any cannot take part. The log says why.
+    """Open shared-memory collectives for a group; None on every rank, with the reason in the log, if any rank cannot take part.
 
     All members must call this. ``timeout_s`` bounds each later wait for a peer.
     """
@@ -51,14 +51,14 @@ def open_shared_memory(process_group: dist.ProcessGroup, timeout_s: float) -> Sh
             log.info("ranks talk over gloo, not through shared memory: %s", obstacle)
         return None
     library = native()
-    assert library is not None  # else it were an obstacle
+    assert library is not None  # else there would be an obstacle
     pidfds = [_pidfd(offer, offers[rank]) for offer in offers]
     spins = SPINS if _cores() >= size else 0
     return SharedMemoryCollectives(library, memory, rank, size, pidfds=pidfds, timeout_s=timeout_s, spins=spins)
 
 
 def gather_objects(mine: T, process_group: dist.ProcessGroup) -> list[T]:
-    """What all ranks of the group bring, in their order; on all of them at the same time."""
+    """All-gather of Python objects, in rank order. All members must call this at the same time."""
     found: list[T | None] = [None] * process_group.size()
     dist.all_gather_object(found, mine, group=process_group)
     return [one for one in found if one is not None]
@@ -96,7 +96,7 @@ def _check_host(size: int) -> None:
 
 
 def _map(path: Path, rank: int, size: int, process_group: dist.ProcessGroup) -> tuple[str | None, mmap.mmap | None]:
-    """Rank 0 makes the file, all map it, and its name is taken away: the memory goes when the last rank does, however it ends."""
+    """Rank 0 creates the file, all ranks map it, and it is unlinked: the memory is freed with the last rank, however that ends."""
     problem, memory = None, None
     try:
         if rank == 0:
@@ -117,7 +117,7 @@ def _map(path: Path, rank: int, size: int, process_group: dist.ProcessGroup) -> 
 
 
 def _make(path: Path, length: int) -> None:
-    """A file whose pages are there already: one that cannot be had later would end a rank by SIGBUS."""
+    """Create a file with all pages allocated: a page that cannot be allocated later would end a rank with SIGBUS."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, length)
@@ -126,17 +126,17 @@ def _make(path: Path, length: int) -> None:
 
 
 def _pidfd(peer: _Offer, own: _Offer) -> int:
-    """A descriptor that becomes readable when the peer's process ends; -1 if it is ours, or cannot be seen from here."""
+    """A descriptor that becomes readable when the peer's process ends; -1 for this process, or if the peer is not visible from here."""
     if peer.process == own.process or peer.process[0] != own.process[0]:
         return -1
     try:
         return os.pidfd_open(peer.process[1])
-    except OSError:  # the wait's own limit will tell
+    except OSError:  # then only the timeout detects its end
         return -1
 
 
 def _cores() -> float:
-    """Cores that this process may use, by its affinity and its control group's quota (``cpu.max``: quota and period)."""
+    """Cores that this process may use, by its affinity and its cgroup's quota (``cpu.max``: quota and period)."""
     cores = float(len(os.sched_getaffinity(0)))
     limit = Path("/sys/fs/cgroup/cpu.max")
     if limit.exists():
@@ -154,8 +154,8 @@ def host_of_this_process() -> str:
 
 
 def pid_namespace() -> str:
-    """In which a process has its number: in another one that number is somebody else's."""
+    """Identifies this process's PID namespace; a PID is valid only within it."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
-        return uuid.uuid4().hex  # nobody else's
+        return uuid.uuid4().hex  # equal to no other

@@ -1,14 +1,14 @@
-"""Sums of ranks whose devices see each other's memory: through a buffer that all of them map, in one kernel, NCCL behind.
+"""All-reduce through CUDA symmetric memory, for ranks whose devices can access each other's memory; NCCL remains the fallback.
 
-NCCL takes two dozen microseconds for the few hundred KiB that a decoding step adds up twice a layer; most of that is its protocol. torch's
-symmetric memory (`torch.distributed._symmetric_memory`, in alpha state; read in 2.11 to 2.13) has kernels that read the others' buffers
-themselves: each rank everything (one shot, for little), or each a part and hands it on (two shots), or the switch adds up (multimem, where
-it multicasts). One-shot and two-shot add up in rank order and multimem hands one sum to all: so all ranks should have the same bits, as
-replicated routers of experts must, and at the sizes that are tried at the start it is seen. A kernel is left only when no rank reads the
-buffer any more, so the next sum may use it at once.
+NCCL takes about 24 us for the few hundred KiB that a decoding step all-reduces twice a layer, most of it protocol overhead. torch's
+symmetric memory (`torch.distributed._symmetric_memory`, alpha; the source of 2.11 to 2.13 was read) has kernels that read the peers'
+buffers directly: each rank reads everything (one-shot, for small sizes), or each reduces a part and distributes it (two-shot), or the
+NVSwitch reduces (multimem, with multicast). One-shot and two-shot sum in rank order, and multimem gives all ranks the same sum. So all
+ranks should get identical bits, as replicated expert routers need; this is verified at startup for the sizes that are tried. A kernel
+returns only when no rank reads the buffer any more, so the next all-reduce may use it at once.
 
-It is believed only after it has been seen to add up, launched and replayed, on all ranks of the group; else the log says why not. Its
-kernels wait for the other ranks on the device, and no timeout of a process group ends that.
+It is used only after its sums were verified at startup, launched and replayed, on all ranks of the group; else the log says why. Its
+kernels wait for the peers on the device, and no process group timeout ends that wait.
 """
 
 import logging
@@ -28,27 +28,27 @@ from parallel.shared_memory import gather_objects, host_of_this_process, pid_nam
 log = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
-"""What models on GPUs add up. float32 goes to NCCL."""
+"""The dtype that models on GPUs all-reduce. float32 goes to NCCL."""
 BUFFER_BYTES = 8 * 2**20
-"""The sums of 512 decoding rows of Qwen2-72B; what is larger takes so long that NCCL's protocol does not count."""
+"""Enough for 512 decoding rows of Qwen2-72B. For larger messages NCCL's protocol overhead does not matter."""
 ONE_SHOT_BYTES = 256 * 1024
-"""Up to here that everybody reads everything costs less than a second round."""
+"""Up to this size, one-shot is cheaper than the second synchronisation of two-shot."""
 WHOLE_BYTES = 16
-"""Vectors that the kernels load; what does not divide into them goes to NCCL."""
+"""The kernels load vectors of this size; other sizes go to NCCL."""
 PATIENCE = timedelta(seconds=60)
-"""For the others at the start."""
+"""How long to wait for the other ranks at startup."""
 ROW_BYTES = 8192 * DTYPE.itemsize
-"""Of Qwen2-72B. Of such rows odd numbers are tried, one of each kernel's range."""
+"""A row of Qwen2-72B. The check at startup tries an odd number of such rows in each kernel's range."""
 OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
-"""torch takes ordinals for devices. Ray shows each rank one device, as number 0: they are different ones all the same. It then does
-without multicast."""
+"""torch identifies devices by ordinal. Ray shows each rank one device as ordinal 0, although they are different; this variable makes torch
+accept that, without multicast."""
 
 Prepare = Callable[[Callable[[], None], torch.device], Callable[[], None]]
-"""Makes of what is to be computed what computes it."""
+"""Turns a computation into a callable that runs it: directly, or as a graph replay."""
 
 
 class Operations(Protocol):
-    """Of `torch.ops.symm_mem`. ``buffer`` is a beginning of a symmetric tensor, the same on all ranks."""
+    """The used part of `torch.ops.symm_mem`. ``buffer`` is a prefix of a symmetric tensor, of the same length on all ranks."""
 
     def one_shot_all_reduce(self, buffer: Tensor, reduce_op: str, group_name: str) -> Tensor: ...
     def two_shot_all_reduce_(self, buffer: Tensor, reduce_op: str, group_name: str) -> Tensor: ...
@@ -56,30 +56,30 @@ class Operations(Protocol):
 
 
 class SymmetricMemoryProvider(Protocol):
-    """Where symmetric memory comes from."""
+    """Allocates symmetric memory; tests replace it."""
 
     @property
     def operations(self) -> Operations: ...
 
     def obstacle(self, device: torch.device) -> str | None:
-        """Why this rank can have none."""
+        """Why this rank cannot use symmetric memory, or None."""
         ...
 
     def identity(self, device: torch.device) -> tuple[int, str]:
-        """The ordinal by which this process knows its device, and what no other device is called."""
+        """The device's ordinal in this process, and its globally unique name."""
         ...
 
     def make(self, process_group: dist.ProcessGroup, count: int, device: torch.device) -> tuple[Tensor, bool]:
-        """A buffer of so many numbers that all ranks of the group map, and whether the switch can add up. All ranks must call this.
+        """A buffer of ``count`` elements mapped by all ranks of the group, and whether it supports multicast. All ranks must call this.
 
         Raises:
-            RuntimeError: it cannot be had.
+            RuntimeError: it cannot be allocated.
         """
         ...
 
 
 class TorchProvider:
-    """torch's own."""
+    """torch's symmetric memory."""
 
     @property
     def operations(self) -> Operations:
@@ -95,7 +95,7 @@ class TorchProvider:
         return device.index or 0, str(torch.cuda.get_device_properties(device).uuid)
 
     def make(self, process_group: dist.ProcessGroup, count: int, device: torch.device) -> tuple[Tensor, bool]:
-        import torch.distributed._symmetric_memory as symmetric  # in alpha state: not to be imported where nobody wants it
+        import torch.distributed._symmetric_memory as symmetric  # alpha: imported only when used
 
         buffer = symmetric.empty(count, dtype=DTYPE, device=device)
         handle = symmetric.rendezvous(buffer, process_group)
@@ -104,7 +104,7 @@ class TorchProvider:
 
 @dataclass(frozen=True, eq=False)
 class SymmetricMemory:
-    """One group's."""
+    """The symmetric memory of one group."""
 
     buffer: Tensor
     group_name: str
@@ -115,11 +115,11 @@ class SymmetricMemory:
         return f"symmetric memory, {'multimem' if self.has_multicast else 'two-shot'} above {ONE_SHOT_BYTES >> 10} KiB"
 
     def takes(self, x: Tensor) -> bool:
-        """The same on all ranks, as all have the same to add up."""
+        """Whether ``x`` can be all-reduced here; the same on all ranks, as their shapes and dtypes agree."""
         return x.dtype == DTYPE and 0 < x.nbytes <= BUFFER_BYTES and x.nbytes % WHOLE_BYTES == 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of everyone's contiguous ``x``, which may be overwritten."""
+        """The sum of all ranks' contiguous ``x``, which may be overwritten."""
         part = self.buffer[: x.numel()]
         part.copy_(x.view(-1))
         if x.nbytes <= ONE_SHOT_BYTES:
@@ -133,7 +133,7 @@ class SymmetricMemory:
 class _Offer:
     obstacle: str | None
     host: tuple[str, str]
-    """And which numbering of processes: handles travel by it."""
+    """Host and PID namespace: handles are passed between processes by PID."""
     ordinal: int
     device: str
 
@@ -141,10 +141,9 @@ class _Offer:
 def open_symmetric_memory(
     process_group: dist.ProcessGroup, device: torch.device, *, name: str, store: Any = None, maker: SymmetricMemoryProvider | None = None
 ) -> SymmetricMemory | None:
-    """The symmetric memory of a group's ranks, or None on every one of them if any cannot take part or a sum came out wrong: see the log,
-    which calls them ``name``.
+    """Open symmetric memory for a group; None on every rank, with a warning about ``name``, if any rank cannot take part or a sum is wrong.
 
-    All members must call this at the same time. ``store`` is the replica's, whose patience is bounded while this lasts.
+    All members must call this at the same time. ``store`` is the replica's store; its timeout is reduced meanwhile.
     """
     maker = maker or TorchProvider()
     offers = gather_objects(_offer(device, maker), process_group)
@@ -157,7 +156,7 @@ def open_symmetric_memory(
             problem, memory = _made(process_group, device, maker)
         problem = _first_of_all(problem, process_group)
     if problem is None and memory is not None:
-        # It chooses the kernel, so one rank without it is enough for all to do without.
+        # It selects the kernel, so it is used only if all ranks have it.
         memory = replace(memory, has_multicast=all(has for (has,) in gather_objects((memory.has_multicast,), process_group)))
         problem = _what_is_wrong(memory, process_group, device)
     if problem is not None or memory is None:
@@ -191,7 +190,7 @@ def _made(
 ) -> tuple[str | None, SymmetricMemory | None]:
     try:
         buffer, has_multicast = maker.make(process_group, BUFFER_BYTES // DTYPE.itemsize, device)
-    except (RuntimeError, ImportError, AttributeError, TypeError) as error:  # what an interface in alpha state may come to
+    except (RuntimeError, ImportError, AttributeError, TypeError) as error:  # the interface is alpha and may change
         return f"{type(error).__name__}: {error}", None
     return None, SymmetricMemory(buffer, process_group.group_name, has_multicast, maker.operations)
 
@@ -203,7 +202,7 @@ def _first_of_all(problem: str | None, process_group: dist.ProcessGroup) -> str 
 
 @contextmanager
 def _patience(store: Any) -> Iterator[None]:
-    """A rendezvous that never comes about must not take the time that loading may."""
+    """Limit the store's timeout: a rendezvous that fails must not take as long as loading may."""
     if store is None:
         yield
         return
@@ -216,10 +215,10 @@ def _patience(store: Any) -> Iterator[None]:
 
 
 def _what_is_wrong(memory: SymmetricMemory, process_group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Sums of every kind against the process group's, two in a row, launched and on CUDA replayed as well; the same answer on all ranks.
+    """Check sums of every kernel against the process group's, two in a row, launched and on CUDA also replayed. Same result on all ranks.
 
-    Whatever one rank finds in a sum, it goes on with the others to the end. Where one cannot capture, none replays. A launch that fails
-    on one rank alone leaves the others waiting in theirs: by the group's timeout the comparison behind it ends, and the start with it.
+    A rank that finds a wrong sum still takes part in the remaining checks. If one rank cannot capture, none replays. If a launch fails on
+    one rank only, the others hang in theirs; the comparison behind it then ends by the group's timeout, and with it the startup.
     """
     generator, wrong = torch.Generator().manual_seed(process_group.rank()), list[str]()
     one_shot, larger = (WHOLE_BYTES, 7 * ROW_BYTES, ONE_SHOT_BYTES), (ONE_SHOT_BYTES + WHOLE_BYTES, 23 * ROW_BYTES, BUFFER_BYTES)
@@ -247,7 +246,7 @@ def _what_is_wrong(memory: SymmetricMemory, process_group: dist.ProcessGroup, de
 
 
 def _prepared(prepare: Prepare, compute: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], str | None]:
-    """And what stood in the way."""
+    """The prepared computation, and the obstacle if it could not be prepared."""
     try:
         return prepare(compute, device), None
     except RuntimeError as error:
@@ -259,7 +258,7 @@ def _launched(compute: Callable[[], None], device: torch.device) -> Callable[[],
 
 
 def _replayed(compute: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """As decoding steps are; on a CPU there is no such thing."""
+    """Capture and replay in a CUDA graph, as decoding steps are; on a CPU run directly."""
     if device.type != "cuda":
         return compute
     torch.cuda.synchronize(device)
@@ -270,7 +269,8 @@ def _replayed(compute: Callable[[], None], device: torch.device) -> Callable[[],
 
 
 def _difference(x: Tensor, found: Tensor, process_group: dist.ProcessGroup) -> str | None:
-    """In what a sum differs by more than roundings from the process group's, or from that of another rank. All ranks must call this."""
+    """How a sum differs from the process group's by more than rounding, or from another rank's; None if it does not. All ranks must call
+    this."""
     wanted, sizes, most, least = x.float(), x.float().abs(), found.float(), found.float()
     for tensor, operation in (
         (wanted, dist.ReduceOp.SUM),

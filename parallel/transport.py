@@ -1,4 +1,4 @@
-"""How the members of one group talk: a torch process group, and memory that they share in front of it where there is some."""
+"""How the members of one group communicate: a torch process group, and faster paths through shared or symmetric memory if available."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,15 +13,15 @@ Backend = Literal["nccl", "gloo"]
 
 @dataclass(frozen=True, eq=False)
 class Transport:
-    """What carries the collectives of one group. Groups of the same ranks share one."""
+    """Carries the collectives of one group. Groups with the same ranks share a transport."""
 
     backend: Backend
     process_group: dist.ProcessGroup
     shared_memory: SharedMemoryCollectives | None = None
-    """The faster way for sums, gathers and exchanges, when all ranks of the group are on one host and have the kernels."""
+    """Faster path for all-reduce, all-gather and all-to-all, if all ranks of the group are on one host and have the kernels."""
 
     symmetric_memory: SymmetricMemory | None = None
-    """The faster way for sums that it takes, when all devices of the group map each other's memory."""
+    """Faster path for all-reduces of the supported dtype and sizes, if all devices of the group map each other's memory."""
 
     def __str__(self) -> str:
         faster = "shared memory" if self.shared_memory is not None else self.symmetric_memory

@@ -1,4 +1,4 @@
-"""How the weights of one linear layer are stored and multiplied. A format knows no layer, a layer knows no format."""
+"""Weight formats: how the weights of a linear layer are stored and multiplied. Formats and layers do not depend on each other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from parallel.axes import IN, OUT, Axis
 from parallel.pinned_staging import staging_for
 
 MAX_GEMV_ROWS = 2
-"""Rows whose product is nothing but reading a matrix; see `parallel.cuda.gemv`."""
+"""Up to so many rows, a product is bound by reading the matrix; see `parallel.cuda.gemv`."""
 
 
 @cache
 def has_triton() -> bool:
-    """Whether the kernels for CUDA devices can be had."""
+    """Whether Triton, and with it the CUDA kernels, is installed."""
     return find_spec("triton") is not None
 
 
 class StoredTensor(Protocol):
-    """One tensor of a checkpoint that has not been read yet."""
+    """One tensor of a checkpoint, not read yet."""
 
     @property
     def name(self) -> str: ...
@@ -35,42 +35,42 @@ class StoredTensor(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def num_bytes(self) -> int:
-        """As it is stored."""
+        """Size as stored."""
         ...
 
     @property
     def piece_dim(self) -> int:
-        """Along which it is best read piece by piece: the dim in whose order it lies in the file."""
+        """The dim along which to read it piece by piece: the outermost one in the file."""
         ...
 
     @property
     def piece_bytes(self) -> int:
-        """Of it in its dtype, about so many are best read at once by whoever needs no more at a time."""
+        """Recommended size of a piece, in bytes of its dtype, for callers that can process it piecewise."""
         ...
 
     def read(self, *slices: slice) -> Tensor:
-        """The given part (one slice per dim) as a CPU tensor; only its bytes are read from the file."""
+        """The given part (one slice per dim) as a CPU tensor. Only its bytes are read from the file."""
         ...
 
 
 @runtime_checkable
 class ReadableInto(StoredTensor, Protocol):
-    """One whose bytes go from the file to where they are wanted, with nothing in between."""
+    """A stored tensor that can be read directly into a given tensor, without a temporary copy."""
 
     def read_into(self, place: Tensor, *slices: slice) -> None:
-        """As `StoredTensor.read`, into a contiguous CPU tensor of that shape and dtype."""
+        """As `StoredTensor.read`, but into a contiguous CPU tensor of that shape and dtype."""
         ...
 
 
 PIECE_BYTES = 32 * 2**20
-"""Of a stored tensor, held beside its final place while it is loaded."""
+"""Size of the pieces in which a stored tensor is copied to its destination."""
 
 
 def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> int:
-    """Copy a part of ``stored``, one slice per dim, into ``target`` of the same shape. Returns its bytes as stored.
+    """Copy a part of ``stored``, one slice per dim, into ``target`` of the same shape. Returns its size as stored, in bytes.
 
-    It passes in pieces, so that nobody holds a large matrix twice. To a CUDA device it is on its way when this returns: what the calling
-    thread's stream does next finds it there.
+    It is copied in pieces, so that a large matrix is never in memory twice. Copies to a CUDA device are asynchronous: later work on the
+    calling thread's stream sees the data.
     """
     if target.numel() == 0:
         return 0
@@ -95,17 +95,17 @@ def copy_part(stored: StoredTensor, slices: Sequence[slice], target: Tensor) -> 
 
 
 PIECE_MULTIPLE = 128
-"""Pieces of a matrix begin at whole multiples of so many outputs or input features: no format has larger panels or groups."""
+"""Pieces of a matrix begin at multiples of this many outputs or input features; no format has larger panels or groups."""
 
 
 def stream_pieces(
     stored: StoredTensor, slices: tuple[slice, slice], load_piece: Callable[[int, int, Tensor], None], before: int = 0
 ) -> int:
-    """Have ``load_piece`` a part of a matrix piece by piece, each with how many outputs and how many input features came before it: of the
-    part, and ``before`` outputs of others. Returns the part's bytes as stored.
+    """Read a part of a matrix piece by piece and call ``load_piece(first_output, first_input, piece)`` for each; ``before`` is added to the
+    outputs. Returns the part's size as stored, in bytes.
 
-    A piece that has just been read is still in the processor's cache, and its memory serves the next one. Pieces of outputs end between
-    panels, as to fill up one that another piece began costs as much as a whole one.
+    A piece that has just been read is still in the processor's cache, and its memory is reused for the next one. Pieces of outputs end
+    at panel borders, as completing a panel that another piece began costs as much as a whole panel.
     """
     spans = [range(*part.indices(size)) for part, size in zip(slices, stored.shape, strict=True)]
     if not all(spans):
@@ -126,18 +126,18 @@ def stream_pieces(
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor of a format: its dims as logical axes, and its dtype once loaded."""
+    """One named tensor of a format: the logical axes of its dims, and its dtype in memory."""
 
     axes: tuple[Axis, ...]
     dtype: torch.dtype
 
 
 class WeightFormat(Protocol):
-    """The stored form of ``out = in @ W.T``."""
+    """How the matrix of ``out = in @ W.T`` is stored and multiplied."""
 
     @property
     def bytes_per_weight(self) -> float:
-        """Of memory once loaded, scales and all."""
+        """Memory per weight once loaded, including scales."""
         ...
 
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -145,8 +145,8 @@ class WeightFormat(Protocol):
         ...
 
     def prepare(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Called once after loading: the tensors as `multiply` wants them (repacked, transposed, or the same). Those that were given
-        are not to be read afterwards."""
+        """Called once after loading: returns the tensors as `multiply` needs them (repacked, transposed, or unchanged). The given tensors
+        must not be used afterwards."""
         ...
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -154,37 +154,37 @@ class WeightFormat(Protocol):
         ...
 
     def rows(self, outputs: Tensor, tensors: Mapping[str, Tensor], width: int) -> Tensor:
-        """The matrix's rows of these ``outputs`` (any shape, int64), ``width`` = in: (..., in). For a table that is looked up."""
+        """The matrix's rows for these ``outputs`` (any shape, int64), ``width`` = in: (..., in). For embedding lookups."""
         ...
 
 
 @runtime_checkable
 class StreamingFormat(Protocol):
-    """A `WeightFormat` of one plain matrix that brings parts of it into its own form as they come: nobody then holds it as it is stored."""
+    """A `WeightFormat` that packs a plain matrix piece by piece while it is read, so that the stored form is never completely in memory."""
 
     def allocate(self, num_outputs: int, num_inputs: int) -> dict[str, Tensor]:
-        """Tensors as of `WeightFormat.prepare`, on the CPU, in which nothing is yet."""
+        """Uninitialised CPU tensors in the form that `WeightFormat.prepare` returns."""
         ...
 
     def load_piece(self, tensors: Mapping[str, Tensor], first_output: int, first_input: int, piece_NK: Tensor) -> None:
-        """A part of the matrix: from any output and from a multiple of `PIECE_MULTIPLE` input features on. Parts may come in any order and
-        from several threads."""
+        """Pack a part of the matrix, from any output and from a multiple of `PIECE_MULTIPLE` input features on. Parts may come in any
+        order and from several threads."""
         ...
 
 
 def uses_gemv(x: Tensor) -> bool:
-    """Whether a product of ``x`` (..., K) is one of `parallel.cuda.gemv`."""
+    """Whether a product with ``x`` (..., K) has so few rows that `parallel.cuda.gemv` handles it."""
     return x.device.type == "cuda" and 0 < x.numel() <= MAX_GEMV_ROWS * x.shape[-1] and has_triton()
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A plain matrix (out, in) in the model's own dtype; the oracle of every other format."""
+    """A plain matrix (out, in) in the model's dtype; the reference for every other format."""
 
     dtype: torch.dtype
     is_replicated: bool = False
-    """Whether several ranks compute the same product and must come to the same bits: then nobody multiplies in the way that it happened to
-    measure as the fastest."""
+    """Whether several ranks compute the same product and must get identical bits. Then the autotuned kernels are not used, as each rank may
+    have measured a different one as the fastest."""
 
     @property
     def bytes_per_weight(self) -> float:
@@ -198,7 +198,7 @@ class Dense:
 
     def multiply(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         if not self.is_replicated and uses_gemv(x) and len(tensors["weight"]):
-            from parallel.cuda.gemv import multiply  # triton: not to be imported where there is no such device
+            from parallel.cuda.gemv import multiply  # imports triton, which may not be installed
 
             rows = x.reshape(-1, x.shape[-1])
             return multiply(rows, tensors, bias, lambda: F.linear(rows, tensors["weight"], bias)).view(*x.shape[:-1], -1)

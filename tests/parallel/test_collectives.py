@@ -138,7 +138,7 @@ def test_on_a_group_of_one_nothing_is_copied() -> None:
     ):
         assert result is x
     collectives.barrier(alone)
-    with pytest.raises(ValueError, match="nobody to talk to"):
+    with pytest.raises(ValueError, match="no peer to send to"):
         collectives.send(x, 0, alone)
 
 
