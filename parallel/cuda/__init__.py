@@ -1,5 +1,5 @@
-"""Kernels for CUDA devices, written in Triton. triton comes in by this folder alone, and nothing imports it on a CPU.
+"""Triton kernels for CUDA devices. Only this package imports triton, and it is not imported on CPU-only machines.
 
-Each kernel has a slow twin in plain torch that the tests compare it with: under Triton's interpreter where there is no GPU
-(``TRITON_INTERPRET=1``), and compiled for sm_90 there too.
+Each kernel has a reference in plain torch that the tests compare it with. Without a GPU they run under Triton's interpreter
+(``TRITON_INTERPRET=1``), and the kernels are also compiled for sm_90.
 """

@@ -1,9 +1,10 @@
-"""Kernels that begin while the one before them still runs (programmatic dependent launch, Hopper): a step of few rows is a chain of
-launches that each wait for the one before, and what it multiplies by is known long before what is multiplied.
+"""Programmatic dependent launch (PDL, Hopper): a kernel may start while the previous one in the stream still runs.
 
-A kernel with ``PDL`` says at its first line that the next one may begin, which then does as soon as all programs of this one have
-begun. Before `wait_for_previous` it may read what no kernel of a step writes, which is weights and nothing else, and may write nothing:
-only then is all done that came before, reads of what is overwritten here as well. Every kernel that is launched so waits.
+A step of few rows is a chain of short kernels, and a matrix product can load its weights before its input is ready.
+
+A kernel with ``PDL`` calls `launch_dependents` in its first line; the next kernel may start once all programs of this one have done so.
+Before `wait_for_previous`, a kernel may only read tensors that no kernel of a step writes (weights), and may not write anything: only
+after it have all previous kernels finished, including their reads of what is overwritten here. Every kernel launched with PDL must call it.
 """
 
 from functools import cache
@@ -16,17 +17,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 64
-"""With more rows, kernels have enough to do not to wait for each other, and programs that wait take the place of others."""
+"""With more rows, kernels fill the device and do not gain from overlap, and waiting programs occupy slots that others need."""
 CAPABILITY = (9, 0)
-"""Of CUDA devices: the first that can."""
+"""The first CUDA capability with PDL."""
 
 
 _is_enabled = False
 
 
 def enable(is_enabled: bool) -> None:
-    """Whether this process's launches of few rows begin early from now on (`RunnerConfig.early_launches`); what was captured stays as it
-    was."""
+    """Turn PDL on or off for this process's later launches of few rows (`RunnerConfig.early_launches`). Captured graphs are unchanged."""
     global _is_enabled
     _is_enabled = is_enabled
 
@@ -44,7 +44,7 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 def pdl_options(num_rows: int, x: Tensor) -> dict[str, Any]:
-    """Arguments of a launch for so many rows on the device of ``x``."""
+    """The launch arguments for a kernel over ``num_rows`` rows on the device of ``x``."""
     begins_early = _is_enabled and num_rows <= MAX_ROWS and x.device.type == "cuda" and _can(x.device)
     return {"PDL": True, "launch_pdl": True} if begins_early else {"PDL": False}
 

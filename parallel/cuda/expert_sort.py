@@ -1,7 +1,7 @@
-"""Assignments in the order of experts, in one launch, where plain torch takes two dozen; and their results back in the order of rows.
+"""Sorts assignments by expert in one launch (plain torch takes about 24), and combines the results back in row order.
 
-N rows, A experts per row, E experts, X tiles of assignments, D output features. Autotuner begin with a fresh expert and are found on the
-device; how many there may be depends on no count, so that a launch can be captured.
+N rows, A experts per row, E experts, X tiles of assignments, D output features. Each expert begins a new tile. Tiles are determined on the
+device, and their maximum number does not depend on the routing, so that launches can be captured.
 """
 
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv, next_power_of_2
 
 TILE_ROWS, WIDE_TILE_ROWS, WIDEST_TILE_ROWS = 16, 64, 128
-"""Assignments of one expert that a program takes when few rows come, ..."""
+"""Rows of a tile: for few rows per expert, for more than `MANY_ROWS_PER_EXPERT`, and for more than `MAX_ROWS_PER_EXPERT`."""
 MANY_ROWS_PER_EXPERT, MAX_ROWS_PER_EXPERT = 32, 384
-"""... when more than so many do, and when more than so many: wide tiles read less, and compute more that nobody wants."""
+"""Average rows per expert. Larger tiles read weights less often, but compute more padding."""
 BLOCK = 1024
-"""Assignments, or output features, that a program looks at at a time."""
+"""Assignments, or output features, that a program processes at a time."""
 
 
 @dataclass(frozen=True)
 class SortedAssignments:
-    """Assignments in the order of experts, each expert's beginning with a fresh tile."""
+    """Assignments sorted by expert and padded to whole tiles per expert."""
 
     assignment_Y: Tensor
-    """int32, Y = X * rows of a tile: number (row * A + place) of each assignment; N * A where a tile has no more"""
+    """int32, Y = X * rows of a tile: index (row * A + k) of each assignment; N * A for padding"""
     expert_X: Tensor
-    """int32: the expert of each tile, counted among those held; -1 for a tile without rows"""
+    """int32: the expert of each tile, as an index into the experts held; -1 for an unused tile"""
     tile_rows: int
 
 
 @triton.jit
 def _load_bins(held_ids, start, num_assigned, BLOCK: tl.constexpr):
-    """Numbers of assignments, and 1 + the expert of each; 0 for those computed elsewhere, and behind the end."""
+    """Indices of assignments and their bins: 1 + expert, or 0 if computed elsewhere or past the end."""
     at = start + tl.arange(0, BLOCK)
     return at, tl.load(held_ids + at, mask=at < num_assigned, other=-1).to(tl.int32) + 1
 
@@ -45,8 +45,8 @@ def _load_bins(held_ids, start, num_assigned, BLOCK: tl.constexpr):
 def _sort_kernel(
     held_ids, assignments, experts, num_assigned, num_tiles, num_held, BINS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One expert's tiles. Each program counts all assignments itself, so that none waits for another. The last one has no expert, and the
-    tiles that are left."""
+    """One program per expert writes its tiles. Each program counts all assignments itself, so programs do not depend on each other. One
+    more program marks the remaining tiles as unused."""
     expert = tl.program_id(0)
     bins_B = tl.arange(0, BINS)
     counts_B = tl.zeros([BINS], tl.int32)
@@ -73,10 +73,10 @@ def _sort_kernel(
 
 
 def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
-    """``held_ids_NA`` (int64): which of the held experts an assignment goes to; -1 = computed elsewhere. Nothing waits for the device.
-    The twin is `sort_reference`.
+    """Sort assignments by expert without synchronising with the device. ``held_ids_NA`` (int64): index of the held expert, -1 if computed
+    elsewhere. The reference is `sort_reference`.
 
-    Autotuner of 2 rows; assignments 0 .. 5 of experts 1 0 -1 1 1 0:   experts 0 1 1 -, assignments 1 5 | 0 3 | 4 . | . .
+    Tiles of 2 rows; assignments 0 .. 5 of experts 1 0 -1 1 1 0:   experts 0 1 1 -, assignments 1 5 | 0 3 | 4 . | . .
     """
     num_assigned, device = held_ids_NA.numel(), held_ids_NA.device
     tile_rows = tile_rows_for(num_assigned, num_held)
@@ -92,19 +92,19 @@ def sort_by_expert(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
 
 
 def tile_rows_for(num_assigned: int, num_held: int) -> int:
-    """Rows of a tile, by how many an expert has on average."""
+    """Rows of a tile, chosen by the average number of rows per expert."""
     if num_assigned > MAX_ROWS_PER_EXPERT * num_held:
         return WIDEST_TILE_ROWS
     return WIDE_TILE_ROWS if num_assigned > MANY_ROWS_PER_EXPERT * num_held else TILE_ROWS
 
 
 def max_tiles(num_assigned: int, num_held: int, tile_rows: int) -> int:
-    """Each expert may leave the rest of a tile empty."""
+    """Upper bound on the number of tiles: each expert may leave its last tile partly empty."""
     return min(cdiv(num_assigned, tile_rows) + num_held, num_assigned)
 
 
 def sort_reference(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
-    """As `sort_by_expert`, by plain torch."""
+    """`sort_by_expert` in plain torch."""
     ids = held_ids_NA.flatten()
     num_assigned, device = len(ids), ids.device
     tile_rows = tile_rows_for(num_assigned, num_held)
@@ -112,7 +112,7 @@ def sort_reference(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
     counts_E = ids.new_zeros(num_held + 1).scatter_add_(0, ids + 1, torch.ones_like(ids))
     tiles_E = (counts_E[1:] + tile_rows - 1) // tile_rows
     tiles_so_far_E = tiles_E.cumsum(0)
-    order = ids.argsort(stable=True)  # those computed elsewhere come first
+    order = ids.argsort(stable=True)  # assignments computed elsewhere come first
     expert = ids[order]
     index_in_expert = torch.arange(num_assigned, device=device) - (counts_E.cumsum(0) - counts_E)[expert + 1]
     nowhere = num_tiles * tile_rows
@@ -128,19 +128,19 @@ def sort_reference(held_ids_NA: Tensor, num_held: int) -> SortedAssignments:
 @quick
 @triton.jit
 def _combine_kernel(y, held_ids, out, width, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """A stretch of one row."""
+    """Sums a block of features of one row."""
     row = tl.program_id(0).to(tl.int64)
     dims_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sum_D = tl.zeros([BLOCK], tl.float32)
     for place in tl.static_range(PER_ROW):
         assignment = row * PER_ROW + place
-        is_here = tl.load(held_ids + assignment) >= 0  # what is computed elsewhere nobody has written
+        is_here = tl.load(held_ids + assignment) >= 0  # results computed elsewhere are uninitialised here
         sum_D += tl.load(y + assignment * width + dims_D, mask=(dims_D < width) & is_here, other=0.0).to(tl.float32)
     tl.store(out + row * width + dims_D, sum_D.to(out.dtype.element_ty), mask=dims_D < width)
 
 
 def combine_rows(y: Tensor, held_ids_NA: Tensor) -> Tensor:
-    """(N, D): the sum over each row's assignments that are computed here, of (N * A, D); taken in float32 and rounded once."""
+    """(N, D): the sum over each row's assignments computed here, from (N * A, D). Accumulated in float32 and rounded once."""
     (num_rows, per_row), width = held_ids_NA.shape, y.shape[1]
     out_ND = y.new_empty((num_rows, width))
     if out_ND.numel():

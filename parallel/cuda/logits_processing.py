@@ -1,7 +1,6 @@
-"""What is done to logits before temperature, in two launches. The twin is `engine.run.sampling.edit_table.EditTable`, which says what the
-tables hold.
+"""Logits processing before temperature (penalties, minimum tokens, grammar masks, logit bias) in two launches.
 
-R rows, V columns, N entries, W words of 32 ids.
+The reference is `engine.run.sampling.edit_table.EditTable`, which documents the tables. R rows, V columns, N entries, W words of 32 ids.
 """
 
 import torch
@@ -15,13 +14,13 @@ from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import cdiv
 
 BIASES = 128
-"""Biases that a program adds at a time."""
+"""Logit biases that a program adds at a time."""
 ROWS = 128
 """Rows whose tokens one program counts."""
 
 
 _PER_ROW = ["entries", "tokens", "starts", "stops_now", "word_rows"]
-"""Arguments that begin anywhere: an odd number of rows would wait for a compiler."""
+"""Arguments with arbitrary alignment: otherwise a new number of rows might trigger a compilation."""
 
 
 @quick
@@ -44,8 +43,8 @@ def _process_logits_kernel(
     logits, out, raw_highest, entries, counts, penalties, stop_ids, num_stop_ids, stops_now, words, word_rows,
     width, readable, row_stride, out_stride, num_words, most_stop_ids, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A part of one row: penalties, then what may not be sampled. Nothing is fused, so that the bits are the twin's. The key of the highest
-    logit is told as it was."""
+    """One part of a row: penalties, then ids that must not be sampled. No operations are fused, so the bits equal the reference's. The key
+    of the highest unmodified logit is written to ``raw_highest``."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = ids < width
@@ -75,7 +74,7 @@ def _process_logits_kernel(
 @quick
 @triton.jit(do_not_specialize_on_alignment=_PER_ROW[:1])
 def _bias_kernel(out, entries, bias_ids, biases, num_biases, out_stride, most_biases, BLOCK: tl.constexpr):
-    """One row. What may not be sampled stays at minus infinity."""
+    """Adds the logit biases of one row. Masked ids stay at minus infinity."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.load(entries + row)
     if entry >= 0:
@@ -90,7 +89,7 @@ def _bias_kernel(out, entries, bias_ids, biases, num_biases, out_stride, most_bi
 
 
 def count_tokens(entries_R: Tensor, tokens_R: Tensor, starts_R: Tensor, counts_NV: Tensor, known_N: Tensor) -> None:
-    """See `EditTable.learn`."""
+    """See `EditTable.count_tokens`."""
     num_rows = len(entries_R)
     if num_rows:
         _count_tokens_kernel[(cdiv(num_rows, ROWS),)](

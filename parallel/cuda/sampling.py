@@ -1,13 +1,17 @@
-"""Next tokens of rows of logits, each by its own parameters, in three or four launches where plain torch takes forty. The twins are
-`engine.run.sampling.top_k.highest`, `engine.run.sampling.filters.draw_unfiltered` and `draw_filtered`; an answer is theirs to the bit.
+"""Samples the next token of each row of logits with the row's own parameters, in a few launches (plain torch takes about 40).
 
-1. *Stretches*: the highest logit of every `STRETCH` ids, and of every part of `PART` ids. Many programs a row.
-2. *Weights* of the parts, where rows are drawn from the whole vocabulary, or by a top-p of it. Many programs a row.
-3. *Rows*: one program for each draws. Where filters may keep few, these are found by way of the stretches: as many as are wanted have a
-   highest at least as high as some logit, and whatever is as high lies in them; all of it, so that equal logits leave nothing open.
-4. Rows that few candidates do not decide: `parallel.cuda.sampling_top_p`, and what those do not take `parallel.cuda.sampling_full_vocab`.
+The references, which give identical tokens, are `engine.run.sampling.top_k.highest`, `engine.run.sampling.filters.draw_unfiltered` and
+`draw_filtered`.
 
-Logits are compared as whole numbers of 32 bits in the same order (*keys*). R rows, V columns, N parts, S stretches.
+1. *Stretches*: the maximum of every `STRETCH` ids and of every part of `PART` ids. Many programs per row.
+2. *Weights*: the total weight (unnormalised probability) of each part, for rows that sample from the whole vocabulary or with top-p
+   only. Many programs per row.
+3. *Rows*: one program per row samples. If filters can keep only few ids, the candidates are found through the stretches: a threshold is
+   chosen that at least as many stretch maxima reach as ids are wanted. All ids at or above the threshold are in those stretches, ties
+   included.
+4. Rows that these candidates cannot decide go to `parallel.cuda.sampling_top_p`, and the rest to `parallel.cuda.sampling_full_vocab`.
+
+Logits are compared as order-preserving 32-bit integers (*keys*, `parallel.cuda.logit_keys`). R rows, V columns, N parts, S stretches.
 """
 
 import torch
@@ -37,17 +41,17 @@ from parallel.cuda.sizes import next_power_of_2
 
 STRETCH = 128
 ROOM = 2048
-"""Candidates of a row that there is room for, before those are left of which as many as are wanted are as high."""
+"""Candidates of a row that can be stored before they are reduced to `FEW`."""
 FEW = 128
-"""Candidates that are compared each with each."""
+"""Most candidates that are ranked, by comparing each with each."""
 CHUNK = 4096
-"""Columns that a row's program looks at at a time, where it looks for candidates."""
+"""Columns that a row's program reads at a time when it collects candidates."""
 SIZES = {"STRETCH": STRETCH, "CHUNK": CHUNK, "ROOM": ROOM, "FEW": FEW}
 ROWS_OPTIONS = {"num_warps": 8}
 MAX_WANTED = tl.constexpr(112)
-"""Candidates that are looked for where a row has no top-k, or a larger one."""
+"""Candidates collected for a row that has no top-k, or a larger one."""
 SLACK = tl.constexpr(12)
-"""Stretches more than are wanted that are not worth another look at all of them."""
+"""The threshold search stops when at most this many stretches more than wanted are left."""
 GREEDY, FEW_KIND, FILTERED, UNFILTERED = (tl.constexpr(kind) for kind in range(4))
 """As in `engine.run.sampling.columns`."""
 
@@ -57,7 +61,7 @@ GREEDY, FEW_KIND, FILTERED, UNFILTERED = (tl.constexpr(kind) for kind in range(4
 def _stretches_kernel(
     logits, highest_of_stretches, highest_of_parts, width, readable, row_stride, num_parts, STRETCH: tl.constexpr, PART: tl.constexpr
 ):  # fmt: skip
-    """One part of a row."""
+    """Maxima of one part of a row and of its stretches."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     NUM: tl.constexpr = PART // STRETCH
     stretches = part * NUM + tl.arange(0, NUM)
@@ -73,7 +77,7 @@ def _weights_kernel(
     logits, kinds, temperatures, highest_of_parts, weights_of_parts, width, readable, row_stride, num_parts,
     PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row that is drawn from the whole vocabulary, or by a share of its weight."""
+    """Total weight of one part of a row, if the row samples without filters or needs the total for top-p."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(kinds + row) >= FILTERED:
         highest = row_max_key(highest_of_parts + row * num_parts, num_parts, PARTS)
@@ -84,8 +88,9 @@ def _weights_kernel(
 
 @triton.jit
 def _reached(keys, wanted, low, high, count, most):
-    """Of int32 keys the highest of which is ``high``, and of which ``count`` are at least ``low``: a key that at least so many reach as are
-    wanted, and how many do; no more than ``most`` unless equal keys make it more. If fewer are there than wanted, ``low``."""
+    """Binary search for a threshold: a key that at least ``wanted`` of the int32 ``keys`` reach, and how many do. That is at most ``most``,
+    unless equal keys make it more. ``high`` is the maximum of the keys, and ``count`` of them are at least ``low``; ``low`` is returned if
+    fewer than ``wanted`` exist."""
     low, high = low.to(tl.int64), high.to(tl.int64)
     while (low < high) & (count > most):
         middle = (low + high + 1) >> 1
@@ -101,8 +106,9 @@ def _candidates(
     row, highs, highest, wanted, stretches, ids_of, keys_of, width, readable,
     STRETCH: tl.constexpr, STRETCHES: tl.constexpr, CHUNK: tl.constexpr, ROOM: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
-    """Writes the ids and keys of all logits from some height on, by rising id, and says how many: as many as are wanted or more, unless
-    all that are above minus infinity are fewer, and whether they are all of those. More than ``FEW`` mean nothing."""
+    """Writes the ids and keys of all logits at or above some threshold, in ascending order of id. Returns their number, which is at least
+    ``wanted`` unless fewer are above minus infinity, and whether they are all that are above minus infinity. A number above ``FEW`` means
+    that they did not fit and must not be used."""
     places = tl.arange(0, STRETCHES)
     num_stretches = tl.sum((highs > LOWEST).to(tl.int32), axis=0)
     low = tl.min(tl.where(highs > LOWEST, highs, highest), axis=0)
@@ -146,8 +152,8 @@ def _candidates(
 
 @triton.jit
 def _draw_filtered(ids_of, keys_of, found, are_all, highest, scale, top_k, top_p, least, uniform, whole, width, FEW: tl.constexpr):
-    """The id that is drawn among the candidates, and whether they decide it. ``least`` is what min-p wants an id to weigh; ``whole`` is the
-    weight of all ids, if somebody knows it, else below 0."""
+    """The id sampled among the candidates, and whether the candidates suffice to decide it. ``least``: the smallest weight that min-p
+    keeps. ``whole``: the total weight of all ids if known, else negative."""
     places = tl.arange(0, FEW)
     there = places < found
     keys = tl.load(keys_of + places, mask=there, other=LOWEST)
@@ -169,7 +175,7 @@ def _draw_filtered(ids_of, keys_of, found, are_all, highest, scale, top_k, top_p
     is_kept = (weights.to(tl.float64) >= least) & (weights > 0) & (before.to(tl.float64) < limit)
     is_kept = is_within & (is_kept | (ranks == 0))
     is_decided = is_known & (are_all | (top_k <= found) | (tl.sum(is_kept.to(tl.int32), axis=0) < found))
-    # The draw runs in id order, as the twin's.
+    # The cumulative sum runs in id order, as in the reference.
     sums = tl.cumsum(tl.where(is_kept, weights, 0), axis=0)
     kept = tl.sum(tl.where(is_kept, weights, 0), axis=0)
     target = tl.minimum((uniform * kept.to(tl.float64)).to(tl.int64), kept - 1)
@@ -178,7 +184,7 @@ def _draw_filtered(ids_of, keys_of, found, are_all, highest, scale, top_k, top_p
 
 @triton.jit
 def _draw_unfiltered(row, weights_of_parts, highest, scale, uniform, width, readable, PARTS: tl.constexpr, PART: tl.constexpr):
-    """The id that is drawn from the whole vocabulary: first a part of it, then one of its ids."""
+    """The id sampled from the whole vocabulary: first a part, then an id within it."""
     parts = tl.arange(0, PARTS)
     whole = tl.sum(weights_of_parts, axis=0)
     target = tl.minimum((uniform * whole.to(tl.float64)).to(tl.int64), whole - 1)
@@ -190,7 +196,7 @@ def _draw_unfiltered(row, weights_of_parts, highest, scale, uniform, width, read
 
 
 _PER_ROW = ["kinds", "seeds", "choices", "positions", "top_ks", "temperatures", "top_ps", "min_ps", "chosen", "raw_is_sound", "is_sound"]
-"""Arguments that begin anywhere: kernels would be compiled again for those that begin at whole 16 bytes."""
+"""Arguments with arbitrary alignment: otherwise Triton compiles a second kernel for those aligned to 16 bytes."""
 
 
 @quick
@@ -203,7 +209,7 @@ def _rows_kernel(
     MOST: tl.constexpr, STRETCH: tl.constexpr, PART: tl.constexpr, STRETCHES: tl.constexpr, PARTS: tl.constexpr,
     CHUNK: tl.constexpr, ROOM: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
-    """One row. ``MOST``: the hardest kind that there may be."""
+    """Samples one row. ``MOST``: the most complex kind that may occur in the batch; code for kinds above it is not compiled."""
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * row_stride
     parts = tl.arange(0, PARTS)
@@ -213,7 +219,7 @@ def _rows_kernel(
     raw = tl.max(tl.load(raw_highest_of_parts + number * num_parts + parts, mask=parts < num_parts, other=LOWEST), axis=0)
     tl.store(is_sound + number, sound.to(tl.int64))
     tl.store(raw_is_sound + number, ((raw > KEY_OF_MINUS_INFINITY) & (raw < KEY_OF_INFINITY)).to(tl.int64))
-    kind = tl.load(kinds + number) if MOST > GREEDY else tl.full([], 0, tl.int64)  # where all are greedy nobody has said so
+    kind = tl.load(kinds + number) if MOST > GREEDY else tl.full([], 0, tl.int64)  # if all rows are greedy, `kinds` is not filled in
     if (kind == GREEDY) | (sound == 0):
         first = tl.min(tl.where(highs == highest, parts, PARTS), axis=0)
         ids = first * PART + tl.arange(0, PART)
@@ -269,12 +275,13 @@ def draw(
     min_p_R: Tensor,
     raw_highest_RN: Tensor | None = None,
 ) -> None:
-    """Write to ``report_3R`` (int64) what is drawn, whether the model's logits have a finite highest, and whether ``logits_RV`` have one.
+    """Write to ``report_3R`` (int64): the sampled ids, whether the maximum of the model's logits is finite, and whether that of
+    ``logits_RV`` is.
 
-    Each row by its ``kind_R`` (`engine.run.sampling.columns.KIND`), of which ``most`` is the hardest that there may be; if that is
-    greedy nothing is read of them. Parameters as in `engine.run.sampling.filters.DrawParams`. All int64 and contiguous but the last three,
-    which are float64. ``raw_highest_RN``: the keys of the highest of the model's logits in each part (`parallel.cuda.logit_keys`), where
-    ``logits_RV`` are others.
+    Rows are sampled by their ``kind_R`` (`engine.run.sampling.columns.KIND`). ``most`` is the most complex kind that may occur; if it is
+    greedy, no other argument is read. Parameters as in `engine.run.sampling.filters.DrawParams`, contiguous, int64 except the last three,
+    which are float64. ``raw_highest_RN``: keys of the model's highest logit in each part (`parallel.cuda.logit_keys`), if ``logits_RV``
+    were modified.
     """
     num_rows, width = logits_RV.shape
     if not num_rows:
@@ -309,12 +316,12 @@ def draw(
 
 
 def highest_of_parts(logits_RV: Tensor) -> Tensor:
-    """The key (int32) of the highest logit in each part (R, N)."""
+    """Keys (int32) of the highest logit in each part (R, N)."""
     return _search(logits_RV)[1]
 
 
 def _search(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys of the highest logit in each stretch and in each part."""
+    """Keys of the highest logit in each stretch and in each part."""
     of_parts = empty_parts(logits_RV)
     num_rows, num_parts = of_parts.shape
     assert logits_RV.stride(1) == 1

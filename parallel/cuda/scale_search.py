@@ -1,4 +1,4 @@
-"""`parallel.scale_search` in one launch: a program takes some groups of weights."""
+"""`parallel.scale_search` as a kernel; each program processes `BLOCK` groups of weights."""
 
 import torch
 import triton
@@ -19,7 +19,7 @@ SIZES = {
     "BLOCK": BLOCK,
 }
 ROUNDER = tl.constexpr(1.5 * 2**23)
-"""Added to a float32 and taken away again it leaves the nearest whole number, of two the even one."""
+"""Adding and subtracting it rounds a float32 to the nearest integer, ties to even."""
 
 
 @triton.jit(do_not_specialize=["num_groups"])
