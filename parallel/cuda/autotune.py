@@ -1,7 +1,7 @@
-"""How a matrix product is computed and cut into programs: measured once on each kind of device, and kept for the next start.
+"""Autotuning of matrix products: kernel and tile are measured once per kind of device and kept in a file for the next start.
 
-Within one way a tile changes how fast a product is and not what it gives: every output is one chain of sums over its inputs whatever the
-tile (of `Tile.parts` as many). Ways differ by roundings, as those that cuBLAS has for different numbers of rows.
+Within one way (kernel) the tile changes the speed and not the result: each output is one chain of sums over its inputs, or `Tile.parts`
+of them. Results of different ways differ by rounding, as those of cuBLAS for different numbers of rows do.
 """
 
 import json
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Key = str
 Measure = Callable[[Callable[[], object]], float]
-"""Seconds that something takes."""
+"""Returns the seconds that a launch takes."""
 
 
 @dataclass(frozen=True, order=True)
@@ -34,10 +34,9 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 4
     way: Literal["rows", "swapped", "few", "library"] = "rows"
-    """By which kernel: `parallel.cuda.matmul`, `parallel.cuda.swap_ab`, `parallel.cuda.gemv`, or cuBLAS, which cuts
-    products as it likes."""
+    """The kernel: of `parallel.cuda.matmul`, `parallel.cuda.swap_ab` or `parallel.cuda.gemv`, or cuBLAS (which chooses its own tiles)."""
     parts: int = 1
-    """Into which the input features are cut, each a program of its own, where outputs alone do not fill the device."""
+    """Split-K: number of parts of the input features, each computed by its own program, if outputs alone do not fill the device."""
 
 
 LIBRARY = Tile(0, 0, way="library")
@@ -48,37 +47,37 @@ STAGES = {
     "int4_zeros": _INT4_STAGES,
     "fp8": {16: 6, 32: 4, 64: 4, 128: 4},
 }
-"""Of `parallel.cuda.swap_ab` with so many rows: what won on an H200, always with 64 outputs and four warps, of two to six cuts each. With
-more rows than those cuBLAS won. With zeros none was measured yet: as without."""
+"""num_stages of `parallel.cuda.swap_ab` by kind and rows: the fastest on an H200, always with 64 outputs and four warps, of two to six
+candidates each. With more rows than listed cuBLAS was faster. int4_zeros was not measured yet and uses the values of int4."""
 PARTS = (2, 1, 4, 8)
 FALLBACK_TILES = {16: Tile(16, 64), 32: Tile(16, 64), 64: Tile(64, 64), 128: Tile(64, 64)}
-"""By `parallel.cuda.matmul`, for devices that are no H200: there they won nowhere."""
+"""Tiles of `parallel.cuda.matmul` for other devices; on an H200 they were never the fastest."""
 WITHOUT_LIBRARY = Tile(128, 128, 8, 3)
 MAX_ROWS = (16, 32, 64, 128)
-"""Products of as many rows, or of fewer but more than the next smaller number, are cut alike."""
+"""Row buckets: products with numbers of rows in the same bucket use the same tile."""
 AUTOTUNED_ROWS = (*MAX_ROWS, 512)
-"""Steps of so many tokens show all products that are to be measured; with the last, routed experts have some rows each."""
-MAX_FINE = 64
-"""Rows of which our kernels are faster than cuBLAS on an H200, whatever the numbers; with more, the matrix is cut into fewer parts."""
+"""Step sizes in tokens that cover all products to be measured; in the last one, routed experts get several rows each."""
+MAX_CUSTOM_ROWS = 64
+"""Up to so many rows our kernels are faster than cuBLAS on an H200 for every kind. With more rows, fewer values of split-K are tried."""
 
 
 def candidates_for(kind: str, most: int | None, *, has_library: bool = True) -> tuple[Tile, ...]:
-    """For what `row_bucket` gives. The first is taken unmeasured, if this device can do it at all. Each costs the first start on a kind
-    of device a second or two of compiling, but for numbers of parts."""
+    """Candidate tiles for the bucket ``most`` (from `row_bucket`). The first is used unmeasured. Each candidate, except for different
+    ``parts``, costs a second or two of compiling at the first start on a kind of device."""
     library = (LIBRARY,) if has_library else ()
-    if most is None or (most > MAX_FINE and most not in STAGES[kind]):
+    if most is None or (most > MAX_CUSTOM_ROWS and most not in STAGES[kind]):
         return library or (WITHOUT_LIBRARY,)
     ours = (*swap_ab_tiles(kind, most), FALLBACK_TILES[most])
-    return ours if most <= MAX_FINE else (*library, *ours)
+    return ours if most <= MAX_CUSTOM_ROWS else (*library, *ours)
 
 
 def swap_ab_tiles(kind: str, most: int) -> tuple[Tile, ...]:
-    parts = PARTS if most <= MAX_FINE else PARTS[:2]
+    parts = PARTS if most <= MAX_CUSTOM_ROWS else PARTS[:2]
     return tuple(Tile(most, 64, 4, STAGES[kind][most], "swapped", some) for some in parts)
 
 
 def row_bucket(num_rows: int) -> int | None:
-    """The most rows of those that are cut like so many; None if that is without end."""
+    """The upper bound of the bucket that ``num_rows`` is in; None for the last, unbounded one."""
     return next((most for most in MAX_ROWS if num_rows <= most), None)
 
 
@@ -87,14 +86,14 @@ def bucket_name(most: int | None) -> str:
 
 
 class Autotuner:
-    """The best tile of each product that was measured on this kind of device."""
+    """Measures and remembers the best tile of each product on this kind of device."""
 
     def __init__(self, file: Path | None) -> None:
-        """``file`` keeps them; None: nobody does. One that cannot be read is as none."""
+        """``file``: where results are kept; None: they are not. A file that cannot be read is ignored."""
         self._file = file
         self._found: dict[Key, Tile] = {}
-        self._vain: set[Key] = set()
-        """What could not be measured by this process; it is not kept."""
+        self._failed: set[Key] = set()
+        """Products that this process failed to measure; not kept."""
         self._measure: Measure | None = None
         if file is not None and file.exists():
             try:
@@ -106,20 +105,21 @@ class Autotuner:
         return f"<Autotuner [{len(self._found)} measured]>"
 
     def best(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object]) -> Tile:
-        """Of the candidates that run at all the fastest, if it is known or may be measured now; else the first."""
+        """The fastest of the candidates if it is known or may be measured now (within `measuring`); else the first."""
         if len(candidates) == 1:
             return candidates[0]
-        if self._measure is not None and key not in self._found and key not in self._vain:
+        if self._measure is not None and key not in self._found and key not in self._failed:
             seconds = self._seconds(key, candidates, launch, self._measure)
             if not seconds:
-                self._vain.add(key)  # every layer would try it again
+                self._failed.add(key)  # else every layer would try again
             else:
                 self._found[key] = min(seconds, key=seconds.__getitem__)
         return self._found.get(key, candidates[0])
 
     @contextmanager
     def measuring(self, measure: Measure) -> Iterator[None]:
-        """Within, what is not known yet is measured, and kept at the end: nothing is, if there is an error."""
+        """Within this context, unknown products are measured with ``measure``. Results are written to the file at the end unless there was
+        an error."""
         before = len(self._found)
         self._measure = measure
         try:
@@ -130,19 +130,19 @@ class Autotuner:
             _keep(self._file, {key: asdict(tile) for key, tile in sorted(self._found.items())})
 
     def _seconds(self, key: Key, candidates: Sequence[Tile], launch: Callable[[Tile], object], measure: Measure) -> dict[Tile, float]:
-        """Of those that run; of none where memory does not suffice to measure, as those that came before are not the fastest of all.
+        """Seconds of each candidate that runs. Empty if memory does not suffice to measure all: the fastest might be missing.
 
         Raises:
-            torch.AcceleratorError: the device is lost to this process.
+            torch.AcceleratorError: the CUDA context is lost to this process.
         """
         seconds: dict[Tile, float] = {}
         for tile in candidates:
             try:
                 seconds[tile] = measure(lambda tile=tile: launch(tile))  # type: ignore[misc]
-            except (triton.OutOfResources, PTXASError):  # this device has not so much shared memory, or so many registers
+            except (triton.OutOfResources, PTXASError):  # more shared memory or registers than this device has
                 continue
-            except RuntimeError as error:  # a compiler that fails at a tile nobody needs must not end the start
-                if "out of memory" in str(error):  # torch's error or Triton's, who has no type for it
+            except RuntimeError as error:  # a compiler failure on one candidate must not abort the start
+                if "out of memory" in str(error):  # torch's or Triton's, which has no type of its own for it
                     log.warning("%s is not measured: %s", key, error)
                     return {}
                 if isinstance(error, torch.AcceleratorError):
@@ -153,7 +153,7 @@ class Autotuner:
 
 
 def launch_seconds(run: Callable[[], object]) -> float:
-    """On a device, with its cache cleared before each of some runs: weights come from memory in a step, too."""
+    """Median time on the device, with its cache cleared before each run, as weights come from memory in a real step."""
     return float(triton.testing.do_bench(run, warmup=2, rep=10, return_mode="median")) / 1000
 
 
@@ -161,7 +161,7 @@ _of_device: dict[int, Autotuner] = {}
 
 
 def autotuner_for(device: torch.device) -> Autotuner:
-    """Those of this device. Triton's interpreter, and whatever else is no GPU, has none of its own."""
+    """The autotuner of this device. Devices other than CUDA (Triton's interpreter) share one without a file."""
     index = device.index or 0 if device.type == "cuda" else -1
     if index not in _of_device:
         _of_device[index] = Autotuner(_file_of(device) if index >= 0 else None)
@@ -169,13 +169,13 @@ def autotuner_for(device: torch.device) -> Autotuner:
 
 
 def _file_of(device: torch.device) -> Path:
-    """Another one for every kind of device and every Triton."""
+    """A separate file for every kind of device and Triton version."""
     kind = "".join(letter if letter.isalnum() else "-" for letter in torch.cuda.get_device_name(device))
     return cache_path("tiles", f"{kind}-triton-{triton.__version__}", "tiles.json")
 
 
 def _keep(file: Path, found: object) -> None:
-    """Whole or not at all: other ranks may write the same."""
+    """Write atomically, as other ranks may write the same file."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=file.parent)

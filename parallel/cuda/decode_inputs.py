@@ -1,4 +1,4 @@
-"""What a replayed step does first, in one launch. The twin is `engine.run.decode_inputs.unpack_decode_inputs_torch`."""
+"""Unpacks the inputs of a replayed decode step in one launch. The reference is `engine.run.decode_inputs.unpack_decode_inputs_torch`."""
 
 import triton
 import triton.language as tl
@@ -31,7 +31,7 @@ def _decode_inputs_kernel(
 def unpack_decode_inputs(
     given_3S: Tensor, sampled_B: Tensor, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, tables_SM: Tensor, block_tokens: int
 ) -> None:
-    """See the twin."""
+    """See the reference."""
     num_rows = tokens_S.shape[0]
     _decode_inputs_kernel[(cdiv(num_rows, BLOCK),)](
         given_3S, sampled_B, tokens_S, slots_S, lengths_S, tables_SM, num_rows, given_3S.stride(0), tables_SM.stride(0),

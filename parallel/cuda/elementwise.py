@@ -1,4 +1,4 @@
-"""The small operations between matrix products, each one pass over memory.
+"""Fused elementwise and row-wise kernels between matrix products: RMS norm, SwiGLU, rotary embedding.
 
 T tokens, D model width, I inner width of an MLP, H query heads, G KV heads, K head width, F = K / 2 frequencies.
 """
@@ -17,7 +17,7 @@ from parallel.quantisation import FP8, FP8_MAX
 @quick
 @triton.jit
 def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
-    """One token. The residual stream is written where it was read."""
+    """One token. The residual stream is updated in place."""
     launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     dims_D = tl.arange(0, WIDTH)
@@ -29,21 +29,21 @@ def _rms_norm_kernel(x, residual, weight, out, eps, width, HAS_RESIDUAL: tl.cons
     if HAS_RESIDUAL:
         sum_D = (wide_D + tl.load(residual + row + dims_D, mask=mask_D, other=0.0).to(tl.float32)).to(dtype)
         tl.store(residual + row + dims_D, sum_D, mask=mask_D)
-        wide_D = sum_D.to(tl.float32)  # what later layers will see
+        wide_D = sum_D.to(tl.float32)  # norm the rounded sum, as later layers will read it
     scale = tl.rsqrt(tl.sum(wide_D * wide_D, axis=0) / width + eps)
-    normed_D = (wide_D * scale).to(dtype).to(tl.float32)  # rounded before the weight, as transformers does
+    normed_D = (wide_D * scale).to(dtype).to(tl.float32)  # rounded before multiplying by the weight, as in transformers
     tl.store(out + row + dims_D, (normed_D * weight_D).to(dtype), mask=mask_D)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight``; the twin is `model.layers.RmsNorm`."""
+    """``x / sqrt(mean(x^2) + eps) * weight``; the reference is `model.layers.RmsNorm`."""
     out_TD = torch.empty_like(x_TD)
     _launch_norm(x_TD, None, weight_D, out_TD, eps)
     return out_TD
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Adds ``x`` to the residual stream, in place, and gives the norm of the sum."""
+    """Adds ``x`` to the residual stream in place and returns the norm of the sum."""
     out_TD = torch.empty_like(x_TD)
     _launch_norm(x_TD, residual_TD, weight_D, out_TD, eps)
     return out_TD
@@ -64,7 +64,7 @@ def _launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, out
 @quick
 @triton.jit
 def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """A stretch of one token's inner features: gate first, then up, in one row."""
+    """A block of one token's inner features. A row holds gate, then up."""
     launch_dependents(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -72,13 +72,13 @@ def _swiglu_kernel(gate_up, out, width, row_stride, BLOCK: tl.constexpr, PDL: tl
     mask = dims < width
     dtype = out.dtype.element_ty
     gate = tl.load(gate_up + row * row_stride + dims, mask=mask, other=0.0).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)  # rounded before the product, as torch's silu is
+    silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)  # rounded before the product, as torch does
     up = tl.load(gate_up + row * row_stride + width + dims, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * width + dims, (silu * up).to(dtype), mask=mask)
 
 
 def swiglu(gate_up_TI: Tensor) -> Tensor:
-    """``silu(gate) * up`` of rows (gate, up), each of half the width (arXiv 2002.05202)."""
+    """``silu(gate) * up``, where a row is (gate, up), each half of its width (arXiv 2002.05202)."""
     num_tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     out_TI = gate_up_TI.new_empty((num_tokens, width))
     if out_TI.numel():
@@ -98,7 +98,7 @@ def _rope_and_write_kv_kernel(
     row_stride, num_heads, num_kv_heads, token_stride, head_stride,
     HALF: tl.constexpr, PADDED_HALF: tl.constexpr, KV_IN_FP8: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: query heads are turned, keys turned into the cache, values copied there."""
+    """One head of one token: queries are rotated, keys are rotated and written to the cache, values are written to the cache."""
     launch_dependents(PDL)
     wait_for_previous(PDL)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -121,13 +121,13 @@ def _rope_and_write_kv_kernel(
     else:
         slot = tl.load(slots + token)
         offset = slot.to(tl.int64) * token_stride + dims_F
-        written_F = mask_F & (slot >= 0)  # a captured step is filled up with tokens that are nobody's
+        written_F = mask_F & (slot >= 0)  # the padding tokens of a captured step have no slot
         if is_value:
             place = values + offset + (head - num_heads - num_kv_heads) * head_stride
         else:
             place = keys + offset + (head - num_heads) * head_stride
         dtype = keys.dtype.element_ty
-        if KV_IN_FP8:  # to the nearest; what is beyond its range goes to its end
+        if KV_IN_FP8:  # round to nearest, saturating
             tl.store(place, tl.minimum(tl.maximum(first_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
             tl.store(place + HALF, tl.minimum(tl.maximum(second_F.to(tl.float32), -MOST), MOST).to(dtype), mask=written_F)
         else:
@@ -136,7 +136,7 @@ def _rope_and_write_kv_kernel(
 
 
 def apply_rope(x_TXK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
-    """All heads turned. Tokens of ``x_TXK`` may lie apart, a token's heads may not; the twin is `model.rope.Rotation.apply`."""
+    """Rotary embedding of all heads. Tokens of ``x_TXK`` may be strided, their heads may not; reference: `model.rope.Rotation.apply`."""
     num_tokens, num_heads, head_dim = x_TXK.shape
     if x_TXK.stride()[1:] != (head_dim, 1):
         x_TXK = x_TXK.contiguous()
@@ -160,10 +160,10 @@ def rope_and_write_kv(
     num_heads: int,
     q_THK: Tensor | None = None,
 ) -> Tensor:
-    """The turned queries (T, H, K) of fused heads (query, key, value), in ``q_THK`` if it is given; turned keys and values go to their
-    slots of the cache.
+    """Rotary embedding and KV cache write for fused heads (query, key, value). Returns the rotated queries (T, H, K), in ``q_THK`` if
+    given; rotated keys and values are written to their slots of the cache.
 
-    A slot below 0 is nowhere. The twins are `model.rope.Rotation.apply` and `model.attention.write_kv.write_kv`.
+    A negative slot is not written. The references are `model.rope.Rotation.apply` and `model.attention.write.write_kv`.
     """
     num_tokens, num_all, head_dim = heads_TXK.shape
     num_kv_heads = keys_NBGK.shape[2]

@@ -1,7 +1,7 @@
-"""Products of so few rows that reading the matrix is all there is to them: multiplied and added in float32, without matrix units.
+"""GEMV: products of one or two rows, which are bound by reading the matrix. Computed in float32 without tensor cores.
 
-T rows, K input features, N outputs; of a program R rows, C outputs and V lanes of I neighbouring input features each. What is added up is
-in another order for each tile: of two tiles, results may differ by a rounding of float32.
+T rows, K input features, N outputs; in a program R rows, C outputs, and V lanes of I neighbouring input features each. The order of
+summation depends on the tile, so results of two tiles may differ by float32 rounding.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,25 +18,25 @@ from parallel.cuda.zero_points import group_scale, group_zero
 from parallel.quantised_format import kind_of
 
 GEMV_ROWS = (1, 2)
-"""Of a program. With more of them a product is no longer waiting for memory, and matrix units are faster."""
+"""Supported numbers of rows. With more rows a product is no longer memory-bound, and tensor cores are faster."""
 CANDIDATES = {
     rows: tuple(Tile(rows, *cut, way="few") for cut in cuts)
     for rows, cuts in {1: ((2, 2, 1), (4, 4, 1), (2, 4, 1), (4, 1, 2)), 2: ((2, 2, 1), (2, 4, 1), (4, 1, 2))}.items()
 }
-"""By rows: columns, warps, and how many times a thread loads of each column at a time. Unmeasured, no product goes this way."""
+"""Candidate tiles by rows: columns, warps, and loads per thread and column at a time. Never used without measuring."""
 IN_LANE = tl.constexpr(8)
-"""Neighbouring numbers of an output that a thread loads at once, and adds up before anything else."""
+"""Neighbouring input features that a thread loads at once and sums first."""
 
 
 @triton.jit
 def _half(pairs, half: tl.constexpr):
-    """int4 numbers of the lower or the upper halves of bytes."""
+    """int4 numbers from the low or high nibbles of bytes."""
     return (((pairs >> 4 * half) & 15).to(tl.int8) - 8).to(tl.float32)
 
 
 @triton.jit
 def _half_less(pairs, half: tl.constexpr, zero):
-    """The same, each less a zero of its own."""
+    """The same, minus a zero point."""
     return (((pairs >> 4 * half) & 15).to(tl.int8) - zero.to(tl.int8)).to(tl.float32)
 
 
@@ -46,8 +46,8 @@ def _gemv_kernel(
     x, numbers, scales, bias, out, in_size, stride, out_size, has_bias,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of all rows. ``stride``: bytes, or plain numbers, of one output, filled up. What is multiplied first is on its way
-    before the rows are there, and what comes next before that is multiplied."""
+    """Some outputs of all rows. ``stride``: elements (int4: bytes) of one output, with padding. The first weights are loaded before the
+    input is ready (PDL), and later ones one iteration ahead of their use."""
     launch_dependents(PDL)
     column_11C1 = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
     row_1R11 = tl.arange(0, ROWS)[None, :, None, None]
@@ -73,7 +73,7 @@ def _gemv_kernel(
         then = start + LANES * IN_LANE
         now_V1CI = ahead_V1CI
         ahead_V1CI = tl.load(at_V1CI + then, mask=is_output_11C1 & (then + place_V11I < stride), other=0.0)
-        if KIND == "int4":  # a byte has a feature of one group in its lower half and that of the next group in its upper one
+        if KIND == "int4":  # the low nibble of a byte belongs to one group and the high nibble to the next
             scale_V1C1, upper_V1C1, groups_V111 = scale_ahead_V1C1, upper_ahead_V1C1, (then + lane_V111) // 32 * 2
             is_scale_V1C1 = is_output_11C1 & (then + lane_V111 < stride)
             scale_ahead_V1C1 = tl.load(scales_11C1 + groups_V111, mask=is_scale_V1C1, other=0.0)
@@ -109,14 +109,14 @@ def _gemv_kernel(
 
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, otherwise: Callable[[], Tensor]) -> Tensor:
-    """(T, N) of at most `parallel.weight_format.MAX_GEMV_ROWS` rows by a plain matrix ``weight`` or by ``numbers`` and ``scales`` of
-    `parallel.quantised_format`; what ``otherwise`` gives where that is faster. Its twins are `torch.nn.functional.linear` and
-    `parallel.quantised_format.multiply_reference`."""
+    """(T, N): at most `parallel.weight_format.MAX_GEMV_ROWS` rows times a plain matrix ``weight``, or ``numbers`` and ``scales`` of
+    `parallel.quantised_format`. Calls ``otherwise`` instead if that was measured to be faster. The references are
+    `torch.nn.functional.linear` and `parallel.quantised_format.multiply_reference`."""
     is_plain = "weight" in tensors
     kind, numbers = ("plain", tensors["weight"]) if is_plain else (kind_of(tensors), tensors["numbers"])
     (num_rows, in_size), (num_outputs, stride) = x_TK.shape, numbers.shape
     if kind == "fp8":
-        return otherwise()  # matrix units are faster even with one row: here both sides would have to be made wider
+        return otherwise()  # tensor cores are faster even with one row: here both operands would have to be converted
     x_TK = x_TK.contiguous()
 
     def launch(tile: Tile) -> Tensor:
@@ -136,5 +136,5 @@ def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None,
 
 
 def lanes(tile: Tile) -> int:
-    """Into how many sums a program shares out a row, `IN_LANE` neighbours each: ``num_stages`` for each of its threads."""
+    """Number of partial sums per row in a program, of `IN_LANE` neighbours each: ``num_stages`` for each of its threads."""
     return 32 * tile.num_warps * tile.num_stages

@@ -29,25 +29,25 @@ TILES = {
     WIDE_TILE_ROWS: (Tile(64, 128), Tile(64, 64), Tile(64, 128, 4, 3), Tile(64, 128, 8, 3), Tile(64, 256, 8, 3)),
     WIDEST_TILE_ROWS: (Tile(128, 128, 8, 3), Tile(128, 256, 8, 3), Tile(128, 64, 4, 3)),
 }
-"""How their products may be cut; the first is taken unmeasured."""
+"""Candidate tiles by rows of a tile; the first is used if nothing was measured."""
 
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One matrix of each expert, all alike in shape and dtype. They must stay alive: the kernel has their addresses only."""
+    """One matrix of each expert, all of the same shape and dtype. They must be kept alive elsewhere: this holds only their addresses."""
 
     kind: Literal["plain", "int8", "int4", "int4_zeros", "fp8"]
     numbers_E: Tensor
-    """int64: where each expert's begin"""
+    """int64: address of each expert's numbers"""
     scales_E: Tensor
-    """int64; unused for plain matrices"""
+    """int64: address of each expert's scales; unused for plain matrices"""
     out_size: int
     padded_in_size: int
-    """Input features with the zeros at their end; see `parallel.quantised_format`."""
+    """Input features including zero padding; see `parallel.quantised_format`."""
 
 
 def expert_matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.device) -> ExpertMatrices:
-    """Of a plain format's tensors (``weight``) or of `parallel.quantised_format.QuantisedFormat`'s (``numbers``, ``scales``)."""
+    """From the tensors of a plain format (``weight``) or of `parallel.quantised_format.QuantisedFormat` (``numbers``, ``scales``)."""
     first = experts[0]
     if "weight" in first:
         places = tensor_addresses([expert["weight"] for expert in experts], device)
@@ -57,7 +57,7 @@ def expert_matrices(experts: Sequence[Mapping[str, Tensor]], device: torch.devic
 
 
 def tensor_addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """int64: where each begins. They must be contiguous, alike in shape and dtype, and begin at whole 16 bytes, as fresh ones do."""
+    """int64: address of each tensor. They must be contiguous, equal in shape and dtype, and aligned to 16 bytes, as new tensors are."""
     assert all(tensor.is_contiguous() and tensor.shape == tensors[0].shape and tensor.dtype == tensors[0].dtype for tensor in tensors)
     assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).to(device)
@@ -71,7 +71,7 @@ def _grouped_gemm_kernel(
     KIND: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of assignments, a stretch of output features: ``out[a] = x[a // rows_per_source] @ W.T`` (times a's weight)."""
+    """One tile of assignments, one block of output features: ``out[a] = x[a // rows_per_source] @ W.T`` (times the weight of a)."""
     tile, column_tile = tile_coordinates(tl.program_id(0), num_tiles, tl.cdiv(out_size, COLUMNS))
     expert = tl.load(experts + tile)
     if expert >= 0:
@@ -87,7 +87,7 @@ def _grouped_gemm_kernel(
             scales = scales.to(tl.pointer_type(tl.int32))
         else:
             scales = scales.to(tl.pointer_type(tl.float32)) if KIND == "fp8" else scales.to(tl.pointer_type(tl.float16))
-        # Of an address out of a table Triton knows nothing: it would load one number at a time, and none ahead of its use.
+        # Triton cannot know the alignment of an address from a table: without this it would not vectorise or pipeline the loads.
         numbers, scales = tl.multiple_of(numbers, 16), tl.multiple_of(scales, 16)
         assignment_R = tl.load(assignments + tile * ROWS + tl.arange(0, ROWS))
         real_R = assignment_R < num_assigned
@@ -111,7 +111,7 @@ def _grouped_gemm_kernel(
             DEPTH,
             PRECISION,
         )
-        if WEIGHTED:  # rounded before and after, as transformers does
+        if WEIGHTED:  # rounded before and after, as in transformers
             weight_R = tl.load(row_weights + assignment_R, mask=real_R, other=0.0).to(tl.float32)
             sum_RO = sum_RO.to(out.dtype.element_ty).to(tl.float32) * weight_R[:, None]
         result_RO = sum_RO.to(out.dtype.element_ty)
@@ -128,10 +128,10 @@ def grouped_gemm(
     num_assigned: int,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """(N * A, O): for each assignment its expert's product with its row of ``x``; anything for one that is computed elsewhere.
+    """(N * A, O): for each assignment the product of its expert and its row of ``x``; uninitialised if it is computed elsewhere.
 
-    ``rows_per_source`` assignments share a row of ``x`` (A for the first product, 1 for the second). ``weights`` (N * A)
-    multiply the results.
+    ``rows_per_source`` assignments share a row of ``x`` (A for the first product, 1 for the second). ``weights`` (N * A) multiply the
+    results.
     """
     out = x.new_empty((num_assigned, experts.out_size))
     rows, row_scales = quantise_rows(x) if experts.kind == "fp8" else (x, out)

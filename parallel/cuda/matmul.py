@@ -1,6 +1,6 @@
-"""The inner loop of a matrix product whose matrix may be rounded: a tile of rows times a stretch of outputs.
+"""The main loop of matrix products with plain or quantised matrices: a tile of rows times a block of outputs.
 
-R rows of a tile, O outputs of it, D input features at a time, B bytes of int4 numbers (two to a byte), G groups that share a scale.
+R rows of a tile, O outputs of it, D input features at a time, B bytes of int4 numbers (two per byte), G groups that share a scale.
 """
 
 import triton
@@ -9,20 +9,20 @@ import triton.language as tl
 from parallel.cuda.zero_points import ZERO_POINT_GROUP, group_scale, group_zero
 
 INT4_GROUP = tl.constexpr(32)
-"""Input features that share a scale; see `parallel.scale_groups.GROUP`. With zeros, as many lie in the lower halves of as many bytes."""
+"""Input features that share a scale (`parallel.scale_groups.GROUP_SIZE`). For int4_zeros: features in the low nibbles of as many bytes."""
 DEPTH = {"plain": 64, "int8": 128, "int4": 64, "int4_zeros": 64, "fp8": 128}
-"""Input features that a program multiplies at a time. int8: those of one scale; int4: of two; with zeros: half of one."""
+"""Input features per iteration (block K). int8: one scale group; int4: two; int4_zeros: half of one."""
 FP8_ACCUMULATION = tl.constexpr(128)
-"""Products that Hopper's matrix units may add up by themselves, which they do in 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
-Left to itself Triton has them add up all: of 30,000 input features, some hundredths of the result are lost."""
+"""FP8 products that Hopper's tensor cores may accumulate on their own, with 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). By
+default Triton lets them accumulate all: with 30,000 input features the error is some hundredths of the result."""
 GROUP = tl.constexpr(8)
-"""Autotuner of rows that go through all outputs together."""
+"""Tiles of rows that are scheduled together over all outputs (grouped ordering, for L2 reuse)."""
 
 
 @triton.jit
 def tile_coordinates(program, num_tiles, num_column_tiles):
-    """(tile of rows, tile of columns). Programs begin in the order of their numbers: of a few tiles of rows both the rows and, for all of
-    them, the columns at hand are found in the cache."""
+    """(tile of rows, tile of columns) of a program, in grouped order: programs that run at the same time share rows and columns, which are
+    then found in the L2 cache."""
     of_group = GROUP * num_column_tiles
     first = program // of_group * GROUP
     size = tl.minimum(num_tiles - first, GROUP)
@@ -35,7 +35,7 @@ def matmul_tile(
     x, x_scales, numbers, scales, row_R, real_R, columns_O, mask_O, in_size, padded_in_size,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(R, O) in float32: ``x[row] . numbers[column]``, times their scales. Only of fp8 does a row of ``x`` have one, in ``x_scales``."""
+    """(R, O) in float32: ``x[row] . numbers[column]`` times the scales. Only for fp8 do rows of ``x`` have scales, ``x_scales``."""
     sum_RO = tl.zeros([ROWS, COLUMNS], tl.float32)
     x_R = x + row_R * in_size
     column_O = columns_O.to(tl.int64)

@@ -1,4 +1,4 @@
-"""The noise of output positions in one launch, where plain torch takes a hundred. The twin is `engine.run.noise.uniform`."""
+"""Random numbers of output positions in one launch (plain torch takes a hundred). The reference is `engine.run.noise.uniform`."""
 
 import torch
 import triton
@@ -13,8 +13,8 @@ BLOCK = 128
 
 @triton.jit
 def uniform_of(seed, choice, position, stream):
-    """float64 of int64. Philox4x32-10 (SC 2011) in int64: a product of two words wraps around as it would in uint64, and the mask
-    undoes the sign."""
+    """float64 in (0, 1) from int64 inputs: Philox4x32-10 (SC 2011) in int64 arithmetic. A product of two words wraps as in uint64, and the
+    mask removes the sign extension."""
     word = tl.full([], 0xFFFFFFFF, tl.int64)
     multiplier0, multiplier1 = tl.full([], 0xD2511F53, tl.int64), tl.full([], 0xCD9E8D57, tl.int64)
     weyl0, weyl1 = tl.full([], 0x9E3779B9, tl.int64), tl.full([], 0xBB67AE85, tl.int64)
@@ -41,7 +41,7 @@ def _uniform_kernel(seeds, choices, positions, out, num_rows, stream, BLOCK: tl.
 
 
 def uniform(seed_R: Tensor, choice_R: Tensor, position_R: Tensor, stream: int) -> Tensor:
-    """float64 (R) of int64 (R)."""
+    """float64 (R), from int64 (R)."""
     num_rows = position_R.shape[0]
     out_R = torch.empty(num_rows, dtype=torch.float64, device=position_R.device)
     if num_rows:

@@ -1,8 +1,7 @@
-"""What kernels of attention over blocks of KV share: where a position lies, and whose heads are whose.
+"""Shared parts of the paged attention kernels: addressing of the KV cache, grouped query heads, online softmax.
 
-G KV heads, R rows of queries, L positions read at a time, in blocks of some tokens each. The query heads of a KV head are rows of one
-matrix product, so that its keys and values are read once for all of them. Softmax runs online, in base 2 (FlashAttention-2, arXiv
-2307.08691).
+G KV heads, R rows of queries, L positions read at a time. The query heads of one KV head are rows of one matrix product, so that its keys
+and values are read once for all of them. Softmax is computed online in base 2 (FlashAttention-2, arXiv 2307.08691).
 """
 
 from dataclasses import dataclass
@@ -16,42 +15,42 @@ from parallel.cuda.sizes import next_power_of_2
 
 LOG2_E = 1.4426950408889634
 MASKED = tl.constexpr(-1.0e30)
-"""Below every score: where nothing is visible. Finite, so that a difference of two is a number."""
+"""Score of a masked position, below every real one. Finite, so that the difference of two is not NaN."""
 MIN_DOT_SIZE = 16
-"""The least rows and columns that a matrix unit takes."""
+"""The minimum rows and columns of `tl.dot`."""
 HOPPER_SHARED_BYTES = 227 * 1024
-"""Shared memory that a program may have there. On an A100 it is 163 KiB, on Ada and on GeForce and RTX of Blackwell 99, on Turing 64."""
+"""Shared memory per program on Hopper. An A100 has 163 KiB, Ada and consumer Blackwell 99, Turing 64."""
 
 
 @dataclass(frozen=True)
 class HeadGroups:
-    """The heads of a rank as a kernel wants them."""
+    """A rank's KV heads and their groups of query heads, as the kernels need them."""
 
     first_G: Tensor
     """int32: the first query head of each KV head; its others follow"""
     count_G: Tensor
-    """int32: how many there are, which may differ where ranks share heads unevenly"""
+    """int32: how many query heads each KV head has; they may differ if heads are split unevenly over ranks"""
     largest_group: int
-    """Query heads of the KV head that has most."""
+    """The most query heads of a KV head."""
 
 
 @triton.jit
 def load_blocks(table, start, stop, TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
-    """The blocks of the TILE positions from start on; past the end stands the last once more."""
+    """Block numbers of the TILE positions from ``start`` on; past the end, of the last position."""
     return tl.load(table + tl.maximum(tl.minimum(start + tl.arange(0, TILE), stop - 1), 0) // BLOCK_TOKENS)
 
 
 @triton.jit
 def kv_offsets(block_L, start, stop, block_stride, token_stride, TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
-    """Where the cache has these positions. Past the end is another sequence's, perhaps NaN, which times 0 is NaN: there it is the last once
-    more, and nothing has to be masked."""
+    """Offsets of these positions in the cache. Past the end the last position is repeated, so loads need no mask: what lies there may be
+    another sequence's or NaN, and 0 * NaN is NaN."""
     return block_L.to(tl.int64) * block_stride + tl.minimum(start + tl.arange(0, TILE), stop - 1) % BLOCK_TOKENS * token_stride
 
 
 @triton.jit
 def scaled_to_float16(q):
-    """A sixteenth of queries, so that none is too large for float16, which has three digits more than bfloat16. Two numbers in FP8 become
-    float16 by one instruction, and bfloat16 by five, of which two are slow (and Triton takes some for it that Ada has not)."""
+    """Queries / 16 in float16, to stay within its range; float16 has three bits of mantissa more than bfloat16. One instruction converts
+    two FP8 numbers to float16, while bfloat16 takes five, two of them slow (and Triton uses some that Ada does not have)."""
     return (q.to(tl.float32) * 0.0625).to(tl.float16)
 
 
@@ -65,10 +64,10 @@ def online_softmax(scores_RL, highest_R, scale_log2):
 
 
 def padded_size(size: int) -> int:
-    """The power of two that a tile of so many columns needs."""
+    """``size`` rounded up to what a tile dimension supports: a power of two of at least `MIN_DOT_SIZE`."""
     return max(MIN_DOT_SIZE, next_power_of_2(size))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 is multiplied as such: TF32 has a mantissa of 10 bits. Half precision is exact in its products anyway."""
+    """``input_precision`` of `tl.dot`: float32 is not reduced to TF32 (10 bits of mantissa). It does not matter for half precision."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,11 +1,11 @@
-"""Attention of one new token of each sequence, or of few, over blocks of KV, where they lie. Its twin is `model.attention.reference`.
+"""Paged attention for decoding: one new token per sequence, or a few (speculative decoding). Reference: `model.attention.reference`.
 
-S sequences, F of them that have a few new tokens, T tokens, H query heads, G KV heads, P rows: query heads of one KV head (padded_size to a
-power of two), of each new token; K head width, N blocks, B tokens per block, M most blocks of a sequence, C parts of a context, L positions
+S sequences, F of them with a few new tokens, T tokens, H query heads, G KV heads, P rows: the query heads of one KV head (padded to a power
+of two) for each new token; K head width, N blocks, B tokens per block, M most blocks of a sequence, C parts of a context, L positions
 read at a time.
 
-Long contexts of few sequences are cut into parts that are computed side by side and merged (Flash-Decoding). A guessed token costs next to
-nothing so, as what is read is read once for all new tokens of a sequence.
+Long contexts of few sequences are split into parts that are computed in parallel and merged (split-KV, Flash-Decoding). A draft token costs
+next to nothing, as keys and values are read once for all new tokens of a sequence.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ from parallel.quantisation import FP8
 
 @triton.jit
 def _of_pairs(pairs, IN_ASSEMBLY: tl.constexpr):
-    """The two e4m3 numbers of 16 bits, as float16. IN_ASSEMBLY that takes three instructions for two of each, otherwise some ten, and only
-    so it can be interpreted."""
+    """The two e4m3 numbers in each 16-bit word, as float16. IN_ASSEMBLY takes three instructions for two words instead of about ten; the
+    other variant is for the interpreter."""
     if IN_ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             """
@@ -71,11 +71,11 @@ def _decode_kernel(
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IN_PAIRS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
     TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One sequence's newest token, one KV head, one part of the context. Those whose part would begin past its end have nothing to do.
+    """One sequence's newest token, one KV head, one part of the context. Programs whose part begins past its end return at once.
 
-    IN_PAIRS: keys and values are FP8, read as 16 bits of two neighbours, as matrix units want them, and multiplied in float16.
+    IN_PAIRS: keys and values are FP8, read as 16-bit words of two neighbours, as tensor cores need them, and multiplied in float16.
 
-    TOKENS above 1: the new tokens, at most so many, of one of the ``sequences``: row r is token r // n, head r % n, as a prefill has them.
+    TOKENS > 1: up to so many new tokens of one of the ``sequences``: row r is token r // n, head r % n, as in prefill.
     """
     launch_dependents(PDL)
     wait_for_previous(PDL)
@@ -121,7 +121,7 @@ def _decode_kernel(
     odd_out_PW = tl.zeros([PADDED_ROWS, PADDED_WIDTH], tl.float32)
     keys += kv_head * head_stride
     values += kv_head * head_stride
-    # Blocks are looked up a tile ahead: Triton reads ahead by half of its stages where an address waits for a load in the same turn.
+    # Block numbers are loaded one tile ahead: if an address depends on a load of the same iteration, Triton pipelines only half as deep.
     block_L = load_blocks(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
         place_L = kv_offsets(block_L, tile, stop, block_stride, token_stride, TILE, BLOCK_TOKENS)
@@ -133,7 +133,7 @@ def _decode_kernel(
         else:
             scores_PL = tl.dot(q_PW, keys_WL.to(q_PW.dtype), input_precision=PRECISION)
         at_L = tile + tl.arange(0, TILE)
-        if TOKENS > 1:  # a row that sees nothing of a part gets a sum there that weighs nothing beside the others'
+        if TOKENS > 1:  # a row with no visible position in this part gets a result whose weight in the merge is 0
             scores_PL = tl.where(at_L[None, :] <= last_seen_P[:, None], scores_PL, MASKED)
         else:
             scores_PL = tl.where((at_L < stop)[None, :], scores_PL, MASKED)
@@ -166,9 +166,9 @@ def _merge_kernel(
     part_out, part_lse, out, lengths, sequences, query_starts, num_heads,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one query head of one new token, where there are several, each weighed by how much of the softmax's sum it had.
+    """Merges the parts of one query head of one new token by their log-sum-exp, if there are several.
 
-    What no program has written is read as well, and left out: so nothing is waited for before it is asked for."""
+    Parts that no program has written are loaded too and then masked, so that no load has to wait for the sequence's length."""
     launch_dependents(PDL)
     wait_for_previous(PDL)
     number, head = tl.program_id(0), tl.program_id(1)
@@ -197,10 +197,10 @@ def _merge_kernel(
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """How a decoding program reads its part."""
+    """Tile configuration of the decode kernel."""
 
     positions: int
-    """At a time."""
+    """Positions read at a time."""
     num_warps: int
     num_stages: int
 
@@ -219,7 +219,7 @@ def decode(
 ) -> None:
     """Attention of one new token per sequence into ``out_SHK``; a sequence of length 0 gets zeros.
 
-    At most ``parts`` (C, a power of two) programs share a context. The launch depends on no length, so that it can be captured.
+    A context is split into at most ``parts`` (C, a power of two). The launch does not depend on lengths, so that it can be captured.
     """
     tile = tile or decode_tile(q_SHK.shape[2], keys_NBGK.dtype, parts)
     _launch(
@@ -252,11 +252,11 @@ def decode_multi_token(
 
 
 FEW_ROWS = 64
-"""Of a program for few new tokens: as many as Hopper's matrix units multiply at least."""
+"""Rows of a program for a few new tokens: the minimum of Hopper's wgmma."""
 
 
 def max_multi_tokens(heads: HeadGroups) -> int:
-    """New tokens of a sequence that `decode_multi_token` takes at most; of 1 none are few."""
+    """The most new tokens per sequence that `decode_multi_token` supports; 1 means that it cannot be used."""
     return min(FEW_ROWS // heads.largest_group, MULTI_TOKEN_LIMIT)
 
 
@@ -306,8 +306,8 @@ def _launch(
 
 
 def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> DecodeTile:
-    """What was fastest on an H200. Where contexts are not cut there are programs enough: then those win that take less shared memory. Where
-    a program has no more than 64 KiB of that, Triton reads nothing ahead anyway."""
+    """The fastest tile measured on an H200. If contexts are not split there are enough programs, and less shared memory is better. With
+    only 64 KiB of shared memory per program, Triton does not pipeline anyway."""
     num_bytes = head_dim * kv_dtype.itemsize
     if num_bytes > 256 and shared_bytes < 80 * 1024:
         return DecodeTile(positions=32, num_warps=4, num_stages=1)
@@ -321,7 +321,7 @@ def decode_tile(head_dim: int, kv_dtype: torch.dtype, parts: int, shared_bytes: 
 
 
 def multi_token_tile(head_dim: int, kv_dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> DecodeTile:
-    """Where programs have rows for several tokens; not measured."""
+    """The tile for several new tokens per sequence; not measured."""
     num_bytes = head_dim * kv_dtype.itemsize
     if num_bytes > 256:
         return DecodeTile(positions=32, num_warps=4, num_stages=2 if shared_bytes >= 80 * 1024 else 1)
@@ -329,5 +329,5 @@ def multi_token_tile(head_dim: int, kv_dtype: torch.dtype, shared_bytes: int = H
 
 
 def merge_warps(size: int) -> int:
-    """So many that the parts of a query head, of ``size`` numbers, take 64 registers of each thread."""
+    """Warps of the merge kernel, so that the parts of a query head (``size`` numbers) take 64 registers per thread."""
     return min(max(size // (64 * 32), 1), 8)

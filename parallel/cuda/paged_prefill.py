@@ -1,4 +1,4 @@
-"""Attention of several new tokens of each sequence over blocks of KV, where they lie. Its twin is `model.attention.reference`.
+"""Paged attention for prefill: many new tokens per sequence. Reference: `model.attention.reference`.
 
 T tokens, S sequences, H query heads, G KV heads, K head width, N blocks, B tokens per block, M most blocks of a sequence, X tiles of new
 tokens, R rows of a tile, L positions read at a time.
@@ -32,7 +32,8 @@ def _attend_span(
     q_RK, keys, values, table, start, stop, last_seen_R, highest_R, sum_R, out_RK, dims_K, block_stride, token_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """R rows see the positions from start to stop, each those up to its last and the first in any case; all of them where IS_WHOLE."""
+    """Attention of R rows over positions ``start`` to ``stop``. Each row sees those up to its ``last_seen`` (every row sees at
+    least position 0), or all of them if IS_WHOLE."""
     mask_K = dims_K < HEAD_DIM
     block_L = load_blocks(table, start, stop, TILE, BLOCK_TOKENS)
     for tile in range(start, stop, TILE):
@@ -60,7 +61,7 @@ def _prefill_kernel(
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, IN_FLOAT16: tl.constexpr,
 ):  # fmt: skip
     """TOKENS neighbouring new tokens of one sequence, one KV head of n query heads: row r is token r // n, head r % n."""
-    # The last tokens of a prompt see most: who computes them begins first, and is not waited for alone at the end.
+    # The last tokens of a prompt have the longest context: their programs start first, to avoid a tail effect.
     tile_number, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     sequence, first_token = tl.load(tile_sequence + tile_number), tl.load(tile_token + tile_number)
     first, count = tl.load(first_head + kv_head), tl.load(num_heads_of + kv_head)
@@ -103,10 +104,10 @@ def _prefill_kernel(
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """What a program of a prefill computes at a time."""
+    """Tile configuration of the prefill kernel."""
 
     rows: int
-    """Of its matrix product: new tokens times the query heads of one KV head."""
+    """Rows of the matrix product: new tokens times the query heads of one KV head."""
     positions: int
     num_warps: int
     num_stages: int
@@ -114,12 +115,12 @@ class PrefillTile:
 
 @dataclass(frozen=True)
 class PrefillTiles:
-    """Which tokens each program of a prefill takes: as many neighbours of one sequence as fill its rows."""
+    """The tokens of each program: as many consecutive tokens of one sequence as fit its rows."""
 
     sequence_X: Tensor
-    """int32: numbers of sequences"""
+    """int32: index of the sequence"""
     token_X: Tensor
-    """int32: the first of its tokens, counted from the sequence's first new one"""
+    """int32: its first token, relative to the sequence's first new token"""
 
 
 def prefill(
@@ -161,11 +162,11 @@ TILES = {
     ),
     (False, True): ((65_536, PrefillTile(rows=64, positions=64, num_warps=4, num_stages=2)),),
 }
-"""By whether heads are above 64, and in float32: tiles with the shared memory that they take as compiled for devices that have little
-(tests/parallel/cuda/test_compilation.py), largest first. Those were fastest on an H200 with chunks of 2,048 tokens in half precision."""
+"""By (head_dim > 64, is float32): tiles with their shared memory in bytes when compiled for small devices
+(tests/parallel/cuda/test_compilation.py), largest first. They were the fastest on an H200 with chunks of 2,048 tokens in half precision."""
 
 
 def prefill_tile(head_dim: int, dtype: torch.dtype, shared_bytes: int = HOPPER_SHARED_BYTES) -> PrefillTile:
-    """The first that a program with so much shared memory can have."""
+    """The first tile that fits into ``shared_bytes``."""
     tiles = TILES[head_dim > 64, dtype == torch.float32]
     return next((tile for wanted, tile in tiles if wanted <= shared_bytes), tiles[-1][1])

@@ -1,4 +1,4 @@
-"""Products with matrices that were rounded to 8 or 4 bits (`parallel.quantised_format`). T rows, K input features, N outputs."""
+"""Products with matrices quantised to 8 or 4 bits (`parallel.quantised_format`). T rows, K input features, N outputs."""
 
 import logging
 from collections.abc import Mapping
@@ -23,18 +23,18 @@ from parallel.weight_format import MAX_GEMV_ROWS
 log = logging.getLogger(__name__)
 
 FP8_BLOCK = 32768
-"""Features of a row that a program takes at a time at most: of a single row nearly all that rounding takes is waiting for it."""
+"""Most features of a row that a program quantises at a time. Large, as quantising a single row is bound by memory latency."""
 PER_WARP = 1024
 SUM_BLOCK, UNPACK_BLOCK = 512, 2048
 ROWWISE_CAPABILITY = (9, 0)
 DEQUANTISED_BYTES = 256 << 20
-"""Of a matrix that cuBLAS multiplies, unpacked at a time."""
+"""Size of the dequantised block of a matrix that cuBLAS multiplies at a time."""
 
 
 @quick
 @triton.jit
 def _quantise_fp8_kernel(x, numbers, scales, width, MOST: tl.constexpr, BLOCK: tl.constexpr):
-    """One row to FP8, its largest number becoming the largest that there is. The row is read twice, the second time from cache."""
+    """Quantises one row to FP8, its largest magnitude becoming `FP8_MAX`. The row is read twice, the second time from cache."""
     row = tl.program_id(0).to(tl.int64)
     largest_K = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
@@ -59,7 +59,7 @@ def _matmul_kernel(
     x, x_scales, numbers, scales, bias, out, num_rows, in_size, padded_in_size, out_size, has_bias, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows, a stretch of outputs."""
+    """A tile of rows, a block of outputs."""
     tile, column_tile = tile_coordinates(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(out_size, COLUMNS))
     row_R = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns_O = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -73,7 +73,7 @@ def _matmul_kernel(
 
 
 def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 numbers (T, K) and their scales (T, float32); the twin is `parallel.quantisation.quantise_fp8`."""
+    """FP8 numbers (T, K) and their scales (T, float32); the reference is `parallel.quantisation.quantise_fp8`."""
     x_TK = x_TK.contiguous()
     numbers_TK = torch.empty_like(x_TK, dtype=FP8)
     scales_T = x_TK.new_empty(x_TK.shape[0], dtype=torch.float32)
@@ -88,7 +88,7 @@ def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 @quick
 @triton.jit(do_not_specialize=["first", "num_groups"])
 def _dequantise_kernel(numbers, scales, out, first, in_size, row_size, num_groups, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Places of a row (bytes) as what they stand for. Each number times its scale is rounded once to the dtype of ``out``."""
+    """Dequantises a block of bytes of one row. Each number times its scale is rounded once to the dtype of ``out``."""
     row = tl.program_id(0).to(tl.int64)
     places_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_B = places_B < row_size
@@ -115,14 +115,14 @@ def _dequantise_kernel(numbers, scales, out, first, in_size, row_size, num_group
 
 
 def multiply(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
-    """(T, N) in the dtype of ``x``; the twin is `parallel.quantised_format.multiply_reference`."""
+    """(T, N) in the dtype of ``x``; the reference is `parallel.quantised_format.multiply_reference`."""
     if 0 < x_TK.shape[0] <= MAX_GEMV_ROWS and tensors["numbers"].shape[0]:
         return gemv.multiply(x_TK, tensors, bias_N, lambda: multiply_by_tensor_cores(x_TK, tensors, bias_N))
     return multiply_by_tensor_cores(x_TK, tensors, bias_N)
 
 
 def multiply_by_tensor_cores(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None) -> Tensor:
-    """The same by matrix units, for any number of rows."""
+    """As `multiply`, with tensor cores, for any number of rows."""
     kind, num_outputs = kind_of(tensors), tensors["numbers"].shape[0]
     num_rows, in_size = x_TK.shape
     if num_rows * num_outputs == 0:
@@ -136,18 +136,18 @@ def multiply_by_tensor_cores(x_TK: Tensor, tensors: Mapping[str, Tensor], bias_N
     return launch(autotuner_for(x.device).best(key, candidates, launch))
 
 
-@cache  # as it is asked at every product
+@cache  # called for every product
 def _choice(
     kind: Kind, dtype: torch.dtype, device: torch.device, in_size: int, num_outputs: int, most_rows: int | None
 ) -> tuple[str, tuple[Tile, ...]]:
-    """What a product is measured as, and the ways that there are."""
+    """The autotuner's key for a product, and the candidate tiles."""
     has_library = kind != "fp8" or _has_rowwise_fp8(device, dtype, in_size, num_outputs)
     key = f"{kind} by {dtype}, {in_size} to {num_outputs}, {bucket_name(most_rows)}"
     return key, candidates_for(kind, most_rows, has_library=has_library)
 
 
 def _has_rowwise_fp8(device: torch.device, dtype: torch.dtype, in_size: int, num_outputs: int) -> bool:
-    """cuBLAS has FP8 with scales of rows from Hopper on, of whole 16 features, and gives bfloat16."""
+    """cuBLAS supports row-wise FP8 scales from Hopper on, for multiples of 16 features and bfloat16 results."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < ROWWISE_CAPABILITY:
         return False
     return in_size % 16 == 0 and num_outputs % 16 == 0 and dtype == torch.bfloat16 and _takes_rowwise_fp8(device)
@@ -155,7 +155,7 @@ def _has_rowwise_fp8(device: torch.device, dtype: torch.dtype, in_size: int, num
 
 @cache
 def _takes_rowwise_fp8(device: torch.device) -> bool:
-    """Tried once, as it is the only way for many rows: where a device or its torch refuses it, our kernel multiplies and nothing fails."""
+    """Tested once, as it is the only candidate for many rows: if the device or torch rejects it, our kernel is used instead."""
     numbers, scales = torch.zeros(256, 256, device=device).to(FP8), torch.ones(256, 1, device=device)
     try:
         torch._scaled_mm(numbers, numbers.T, scale_a=scales, scale_b=scales.T, out_dtype=torch.bfloat16)
@@ -207,8 +207,8 @@ def _multiply_swapped(
 def _multiply_by_library(
     x: Tensor, row_scales: Tensor, tensors: Mapping[str, Tensor], bias_N: Tensor | None, dtype: torch.dtype, _tile: Tile
 ) -> Tensor:
-    """By cuBLAS: FP8 as it is, and not by its fast sums, which are in few bits (of 29,568 features they lose three times as much as the
-    rounding of the result); of int8 and int4 some outputs' numbers at a time become what they stand for, in the dtype of ``x``."""
+    """By cuBLAS. FP8 is multiplied directly, without fast accumulation, which uses few bits (with 29,568 features its error is three times
+    that of rounding the result). int8 and int4 are dequantised to the dtype of ``x``, some outputs at a time."""
     numbers, scales = tensors["numbers"], tensors["scales"]
     if kind_of(tensors) == "fp8":
         return torch._scaled_mm(x, numbers.T, scale_a=row_scales.unsqueeze(1), scale_b=scales.unsqueeze(0), bias=bias_N, out_dtype=dtype)
@@ -230,7 +230,7 @@ WAYS = {"rows": _multiply_by_rows, "swapped": _multiply_swapped, "library": _mul
 
 
 def dequantise_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> Tensor:
-    """``out`` (R, K) with the matrix's rows from ``first`` on; the twin is `parallel.quantised_format.unpack`."""
+    """Dequantise the matrix's rows from ``first`` on into ``out`` (R, K); the reference is `parallel.quantised_format.unpack`."""
     numbers, scales = tensors["numbers"], tensors["scales"]
     _dequantise_kernel[(out.shape[0], cdiv(numbers.shape[1], UNPACK_BLOCK))](
         numbers, scales, out, first, out.shape[1], numbers.shape[1], scales.shape[1], KIND=kind_of(tensors), BLOCK=UNPACK_BLOCK
@@ -239,6 +239,6 @@ def dequantise_rows(tensors: Mapping[str, Tensor], first: int, out: Tensor) -> T
 
 
 def padded_in_size(tensors: Mapping[str, Tensor]) -> int:
-    """Input features of the matrix with the zeros at their end."""
+    """Input features of the matrix including zero padding."""
     width = tensors["numbers"].shape[1]
     return 2 * width if tensors["numbers"].dtype == torch.uint8 else width

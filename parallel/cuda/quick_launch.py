@@ -1,13 +1,13 @@
-"""Launches of Triton's kernels that cost the host little: of Triton's own, most is finding out anew what it found at the launch before.
+"""Fast launches of Triton kernels: Triton spends most of a launch on the host rederiving what it derived at the launch before.
 
-Put ``@quick`` above ``@triton.jit``; launches are written as ever. The first launch of a kind is Triton's own, and what it compiled is
-kept under a key: the device, options and constants, and of every other argument at least as much as Triton's compiler may look at. The
-next launch with an equal key goes to Triton's launcher in C at once. Where anything else is wanted (hooks of a profiler, a callable
-grid, memory of the kernel's own, descriptors, debugging, another Triton than those below), Triton launches as ever. Under its
-interpreter ``@quick`` does nothing. Nor does it before `enable`: of these launches two kinds have run on a device yet, and no whole model.
+Put ``@quick`` above ``@triton.jit``; the launch syntax does not change. The first launch of a kind goes through Triton, and the compiled
+kernel is cached under a key: the device, options and constants, and of every other argument at least as much as Triton's compiler
+specialises on. The next launch with the same key calls Triton's C launcher directly. In all other cases (profiler hooks, a callable grid,
+scratch memory of the kernel, descriptors, debugging, a Triton version not listed below) Triton launches as usual. Under Triton's
+interpreter ``@quick`` does nothing, and nor does it before `enable`: only two kinds of these launches have run on a GPU yet, and no model.
 
-What is not asked again: whether a tensor is on the device (Triton says so at the first launch), and whether globals of the
-kernel's module are what they were (they are constants here).
+Not checked again: whether a tensor is on the device (Triton checks it at the first launch), and whether globals of the kernel's module have
+changed (they are constants here).
 """
 
 import inspect
@@ -25,19 +25,19 @@ from triton.runtime.jit import JITFunction
 log = logging.getLogger(__name__)
 
 MAX_KEPT = 4096
-"""Launches of a kernel that are known, before all are forgotten: a size that is always another must not fill memory."""
+"""Cached launches per kernel before the cache is cleared, so that an argument that always changes does not fill memory."""
 LOW, HIGH = -(2**31), 2**31 - 1
-"""Of an int32: what goes beyond it is an int64 to a kernel."""
+"""Range of an int32; an argument beyond it is an int64 to the kernel."""
 EMPTY = inspect.Parameter.empty
 UNSET = object()
-"""An option that the caller leaves to Triton."""
+"""Marks an option that the caller did not give."""
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "launch_pdl")
 BEGINNING = "_launch(_x, _y, _z, _get_stream(_device), _function, _cooperative, _pdl, "
 LAUNCHES = {
     "3.6": BEGINNING + "None, None, _packed, None, None, None, {arguments})",
     "3.7": BEGINNING + "_packed, None, None, None, None, None, _annotations, _signature, ({arguments},))",
 }
-"""How the launcher in C is called by Triton's `CudaLauncher` without memory of the kernel's own and without hooks, by version."""
+"""How Triton's `CudaLauncher` calls the C launcher without scratch memory and hooks, by version."""
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
@@ -45,13 +45,13 @@ _is_enabled = False
 
 
 def enable(is_enabled: bool) -> None:
-    """Whether this process's launches are quick from now on (`RunnerConfig.quick_launches`)."""
+    """Turn quick launches on or off for this process from now on (`RunnerConfig.quick_launches`)."""
     global _is_enabled
     _is_enabled = is_enabled
 
 
 class QuickKernel(JITFunction):  # type: ignore[misc]
-    """See the file's first lines."""
+    """A Triton kernel with quick launches; see the module docstring."""
 
     def __init__(self, kernel: JITFunction) -> None:
         super().__init__(
@@ -68,13 +68,13 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
         self._launch: Callable[..., Any] = self._launch_first
         self._launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._kinds: tuple[str, ...] = ()
-        """Of the arguments that are no constants: tensor, int or float."""
+        """Kind of each argument that is not constexpr: tensor, int or float."""
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return partial(self._launch, grid) if _is_enabled else super().__getitem__(grid)
 
     def _launch_first(self, grid: Any, *args: Any, **kwargs: Any) -> Any:
-        """Write the function for arguments of these types, and go through it."""
+        """Generate the launch function for arguments of these kinds, and call it."""
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         changing = [param for param in self.params if not param.is_constexpr]
         kinds = tuple(kind for param in changing if (kind := _kind(given.get(param.name, param.default))) is not None)
@@ -85,7 +85,7 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
         return self._launch(grid, *args, **kwargs)
 
     def launch_by_triton(self, grid: Any, args: tuple[Any, ...], options: dict[str, Any], to_key: Callable[..., tuple[Any, ...]]) -> None:
-        """Triton's own launch, which is kept where it can be."""
+        """Launch through Triton, and cache the launch if possible."""
         given = {name: value for name, value in options.items() if value is not UNSET}
         kernel = self.run(*args, grid=grid, warmup=False, **given)
         changing = [(value, param) for value, param in zip(args, self.params, strict=True) if not param.is_constexpr]
@@ -102,18 +102,18 @@ class QuickKernel(JITFunction):  # type: ignore[misc]
             if len(self._launches) >= MAX_KEPT:
                 self._launches.clear()
             self._launches[to_key(*args, **{name: options[name] for name in OPTIONS})] = kept
-        except TypeError:  # a constant that has no hash
+        except TypeError:  # a constant that is not hashable
             return
 
 
 def quick(kernel: Any) -> Any:
-    """The kernel with quick launches; the interpreter's as it is."""
+    """Decorator that adds quick launches to a kernel; under the interpreter it returns the kernel unchanged."""
     return QuickKernel(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 @cache
 def _is_understood() -> bool:
-    """Whether launches can be quick here. Said once, if not."""
+    """Whether quick launches are supported here. Logged once if not."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     understood = VERSION in LAUNCHES and type(driver.active).__name__ == "CudaDriver" and all(hasattr(hook, "calls") for hook in hooks)
     if not understood:
@@ -122,26 +122,26 @@ def _is_understood() -> bool:
 
 
 def _kind(value: Any) -> str | None:
-    """None: launched by Triton alone. A bool is no int to it."""
+    """The kind of an argument; None: only Triton can launch it. A bool is not an int to Triton."""
     if isinstance(value, torch.Tensor):
         return "tensor"
     return {int: "int", float: "float"}.get(type(value))
 
 
 def _written(kernel: QuickKernel, kinds: tuple[str, ...]) -> Callable[..., Any]:
-    """A function (grid, arguments of the kernel, options), in straight lines. Its own names begin with an underscore."""
+    """Generate the launch function (grid, kernel arguments, options) as straight-line code. Its own names begin with an underscore."""
     of_kind = list(zip((param for param in kernel.params if not param.is_constexpr), kinds, strict=True))
     pointers = [param.name for param, kind in of_kind if kind == "tensor"]
     aligned = [p.name for p, kind in of_kind if kind == "tensor" and not (p.do_not_specialize or p.do_not_specialize_on_alignment)]
     key = ["_device", *(f"{name}.dtype" for name in pointers)]
-    if aligned:  # nearly always at multiples of 16: one number then instead of one for each
+    if aligned:  # nearly always multiples of 16: then one number stands for all of them in the key
         each = ", ".join(f"_at_{name} & 15" for name in aligned)
         key.append(f"({' | '.join('_at_' + name for name in aligned)}) & 15 and ({each},)")
     for param, kind in of_kind:
         if kind == "int":
             key += [f"{param.name}.__class__", f"{LOW} <= {param.name} <= {HIGH}" if param.do_not_specialize else param.name]
         elif kind == "float":
-            key.append(f"{param.name}.__class__")  # Triton makes no constants of them
+            key.append(f"{param.name}.__class__")  # Triton does not specialise on their values
     key += [*(param.name for param in kernel.params if param.is_constexpr), *OPTIONS]
     addresses = "; ".join(f"_at_{name} = {name}.data_ptr()" for name in pointers) or "pass"
     passed = ["None" if p.is_constexpr else "_at_" + p.name if p.name in pointers else p.name for p in kernel.params]

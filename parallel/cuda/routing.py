@@ -1,7 +1,7 @@
-"""What stands around the routed experts, in a launch each: which experts a token takes, and their sum with the shared one's.
+"""Kernels around the routed experts, one launch each: top-k routing, and adding the shared expert's output.
 
-T tokens, E experts, A of them per token, D model width. As torch does it, each is several
-launches (a softmax, a choice, a sort, ...), and a step of few tokens waits for all of them.
+T tokens, E experts, A of them per token, D model width. In torch each takes several launches (softmax, top-k, sort, ...), which dominate
+steps of few tokens.
 """
 
 import torch
@@ -18,14 +18,14 @@ from parallel.cuda.sizes import cdiv, next_power_of_2
 def _select_experts_kernel(
     logits, ids, weights, num_experts, PER_TOKEN: tl.constexpr, RENORMALISE: tl.constexpr, PADDED: tl.constexpr, PLACES: tl.constexpr
 ):  # fmt: skip
-    """One token: a softmax over all experts, and the likeliest of them one after the other; of equals that with the lower number."""
+    """One token: a softmax over all experts, then the most probable ones one after the other; ties go to the lower number."""
     token = tl.program_id(0).to(tl.int64)
     experts_E, places_A = tl.arange(0, PADDED), tl.arange(0, PLACES)
     there_E = experts_E < num_experts
     logits_E = tl.load(logits + token * num_experts + experts_E, mask=there_E, other=float("-inf")).to(tl.float32)
     raised_E = tl.exp(logits_E - tl.max(logits_E, axis=0))
     probabilities_E = raised_E / tl.sum(raised_E, axis=0)
-    # Where logits are no numbers every expert is as good: the ids must be some, and what comes of it is told from the step's logits.
+    # If logits are NaN, any experts will do as long as the ids are valid; the error is detected in the step's logits.
     left_E = tl.where(there_E, tl.where(probabilities_E == probabilities_E, probabilities_E, 2.0), -1.0)
     chosen_A, ids_A = tl.zeros([PLACES], tl.float32), tl.zeros([PLACES], tl.int32)
     for place in tl.static_range(PER_TOKEN):
@@ -44,7 +44,7 @@ def _select_experts_kernel(
 @quick
 @triton.jit
 def _add_shared_kernel(routed, gates, shared, out, width, BLOCK: tl.constexpr):
-    """A stretch of one token, rounded where transformers rounds: the gate, the shared expert's share, the sum."""
+    """A block of one token's features, rounded where transformers rounds: the gate, the shared expert's contribution, the sum."""
     token = tl.program_id(0).to(tl.int64)
     dims_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_D = dims_D < width
@@ -59,7 +59,7 @@ ADD_BLOCK = 1024
 
 
 class CudaRouting:
-    """See `parallel.elementwise_kernels.RoutingKernels`."""
+    """Implements `parallel.elementwise_kernels.RoutingKernels`."""
 
     def choose(self, logits_TE: Tensor, per_token: int, *, renormalise: bool) -> tuple[Tensor, Tensor]:
         num_tokens, num_experts = logits_TE.shape

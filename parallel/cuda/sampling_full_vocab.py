@@ -1,9 +1,8 @@
-"""Tokens of rows that few candidates do not decide, drawn from all of the vocabulary where it lies. The twin is
-`engine.run.sampling.filters.draw_filtered` with as many candidates as there are ids, which sorts them.
+"""Samples rows that need candidates from the whole vocabulary, one program per row, without sorting: the last resort of
+`parallel.cuda.sampling`. The reference is `engine.run.sampling.filters.draw_filtered` with all ids as candidates, which sorts.
 
-Filters keep a beginning of the canonical order (by falling logit, then by rising id). Its end is top_logits, not sorted for: a logit is a
-whole number in the same order (`parallel.cuda.logit_keys`), and 32 halvings (of bfloat16, 16) find the one at which so many ids, or so much
-weight, stand above it.
+Filters keep a prefix of the canonical order (descending logit, then ascending id). Its end is found by binary search over the keys of
+the logits (`parallel.cuda.logit_keys`): 32 steps (16 for bfloat16) find the key with the required number of ids, or weight, above it.
 
 R rows, V columns.
 """
@@ -28,12 +27,12 @@ from parallel.cuda.logit_keys import (
 from parallel.cuda.quick_launch import quick
 
 BLOCK = 2048
-"""Columns that a program looks at at a time."""
+"""Columns that a program reads at a time."""
 
 
 @triton.jit
 def _above(row, width, readable, key, highest, scale, least, WEIGHS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """How many logits are above the one of a (shifted) key, or the weight of those among them that weigh at least so much."""
+    """The number of logits above a (shifted) key, or the total weight of those among them that weigh at least ``least``."""
     sums = tl.zeros([BLOCK], tl.int64)
     for start in range(0, width, BLOCK):
         keys = load_keys(row, start + tl.arange(0, BLOCK), width, readable)
@@ -52,7 +51,7 @@ def _draw_kernel(
     logits, temperatures, top_ks, top_ps, min_ps, uniforms, decided, chosen, width, readable, row_stride,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row, if it is not decided."""
+    """Samples one row, unless it is decided."""
     number = tl.program_id(0)
     if tl.load(decided + number) == 0:
         row = logits + number.to(tl.int64) * row_stride
@@ -61,7 +60,7 @@ def _draw_kernel(
             highest_of = tl.maximum(highest_of, load_keys(row, start + tl.arange(0, BLOCK), width, readable))
         most = tl.max(highest_of, axis=0)
         highest, scale = to_logit(most), temperature_scale(tl.load(temperatures + number))
-        most = most.to(tl.int64) >> SHIFT  # above it stands nothing
+        most = most.to(tl.int64) >> SHIFT  # nothing is above it
 
         top_k = tl.load(top_ks + number)
         low, high = tl.full([], LOWEST, tl.int64) >> SHIFT, most
@@ -74,7 +73,7 @@ def _draw_kernel(
         total = _above(row, width, readable, k_key, highest, scale, 0, True, SHIFT, BLOCK)
         total += k_rest * sampling_weights(restore_key(k_key, SHIFT), highest, scale)
 
-        # An id is kept while what stands before it does not reach top_p.
+        # top-p keeps an id if the weight before it is below the limit.
         limit = tl.load(top_ps + number) * total.to(tl.float64)
         low, high = tl.full([], LOWEST, tl.int64) >> SHIFT, most
         for _halving in range(32 - SHIFT):
@@ -98,7 +97,7 @@ def _draw_kernel(
         kept = _above(row, width, readable, key, highest, scale, least, True, SHIFT, BLOCK)
         kept += tl.minimum(rest, tl.sum(equals, axis=0)) * of_equals
 
-        # The draw runs in id order, as the twin's.
+        # The cumulative sum runs in id order, as in the reference.
         target = tl.minimum((tl.load(uniforms + number) * kept.to(tl.float64)).to(tl.int64), kept - 1)
         found, passed, num_equal = tl.full([], NO_ID, tl.int32), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
         for start in range(0, width, BLOCK):
@@ -126,8 +125,8 @@ def draw_full_vocab(
     uniform_R: Tensor,
     decided_R: Tensor,
 ) -> None:
-    """Write to ``chosen_R`` (int64) what is drawn wherever ``decided_R`` (int64) is 0; the others' programs end at once. What rows want is
-    as in `engine.run.sampling.filters.DrawParams`, and contiguous."""
+    """Write sampled ids to ``chosen_R`` (int64) for the rows whose ``decided_R`` (int64) is 0; programs of other rows return at once.
+    Parameters as in `engine.run.sampling.filters.DrawParams`, contiguous."""
     num_rows, width = logits_RV.shape
     assert logits_RV.stride(1) == 1
     if num_rows:

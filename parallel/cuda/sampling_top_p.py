@@ -1,8 +1,9 @@
-"""Tokens of rows whose top-p or min-p keeps more than few candidates: their smallest logit is top_logits by many programs a row.
+"""Top-p and min-p sampling for rows that keep more candidates than `parallel.cuda.sampling` can rank, with many programs per row.
 
-Filters keep a beginning of the canonical order (by falling logit, then by rising id). Its end is the lowest key above which stands less
-than the share that is wanted. Each pass divides what is left of all keys by `CUTS`, and sums what stands above every border; the next one
-takes these sums. When one key is left, a last pass weighs what is kept of each part, and then one of its ids is drawn. The twin is
+Filters keep a prefix of the canonical order (descending logit, then ascending id). It ends at the lowest key above which the total weight
+is less than top-p of the whole. That key is found by a `CUTS`-ary search: each pass divides the remaining range of keys into `CUTS`
+intervals and sums the weight above every border; the next pass picks the interval from these sums. When a single key is left, one pass
+sums the kept weight of each part, and a last launch samples a part and an id in it. The reference is
 `engine.run.sampling.filters.draw_filtered`, which sorts.
 
 R rows, V columns, N parts.
@@ -32,18 +33,18 @@ from parallel.cuda.quick_launch import quick
 from parallel.cuda.sizes import next_power_of_2
 
 CUTS = 16
-"""Where a pass divides the keys: a power of two."""
+"""Intervals per pass; a power of two."""
 
 
 _PER_ROW = ["top_ks", "top_ps", "min_ps", "temperatures", "chosen"]
-"""Arguments that begin anywhere: kernels would be compiled again for those that begin at whole 16 bytes."""
+"""Arguments with arbitrary alignment: otherwise Triton compiles a second kernel for those aligned to 16 bytes."""
 
 
 @triton.jit
 def _bracket(
     brackets, sums, number, limit, highest, num_rows, row, num_parts, PARTS: tl.constexpr, CUTS: tl.constexpr, SHIFT: tl.constexpr
 ):
-    """Between which keys (shifted) the lowest one is above which less than ``limit`` stands, as far as passes before this one tell."""
+    """The range of (shifted) keys that contains the lowest key with less than ``limit`` above it, from the sums of the previous pass."""
     low, high = tl.full([], LOWEST, tl.int64) >> SHIFT, highest.to(tl.int64) >> SHIFT
     if number > 0:
         slot = ((number - 1) % 2) * num_rows + row
@@ -51,7 +52,7 @@ def _bracket(
         parts, cuts = tl.arange(0, PARTS), tl.arange(0, CUTS)
         at = (slot * num_parts + parts[:, None]) * CUTS + cuts[None, :]
         above = tl.sum(tl.load(sums + at, mask=(parts < num_parts)[:, None], other=0), axis=0)
-        is_less = (above.to(tl.float64) < limit) | (cuts == CUTS - 1)  # at the last one, as at ``high``, it was less before
+        is_less = (above.to(tl.float64) < limit) | (cuts == CUTS - 1)  # the last border is ``high``, for which it is known to hold
         first = tl.min(tl.where(is_less, cuts, CUTS), axis=0)
         step = (high - low + CUTS) // CUTS
         low, high = low + first * step, tl.minimum(low + (first + 1) * step - 1, high)
@@ -65,7 +66,7 @@ def _bisect_kernel(
     width, readable, row_stride, num_parts, num_rows, number,
     PARTS: tl.constexpr, PART: tl.constexpr, CUTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row in one pass: what stands above each border."""
+    """One pass over one part of a row: the weight above each border."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if (tl.load(is_decided + row) == 0) & (tl.load(top_ks + row) >= width):
         parts = tl.arange(0, PARTS)
@@ -92,8 +93,8 @@ def _end(
     row, number, num_rows, top_ps, temperatures, min_ps, highest_of_parts, weights_of_parts, brackets, sums, num_parts,
     PARTS: tl.constexpr, CUTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """After the last pass: the key (shifted) at which the beginning ends, what each logit there weighs, the share that is wanted, the least
-    weight that min-p keeps, the highest logit and the scale."""
+    """After the last pass: the (shifted) key at which the kept prefix ends, the weight of a logit there, the top-p limit, the smallest
+    weight that min-p keeps, the highest logit and the temperature scale."""
     parts = tl.arange(0, PARTS)
     highest = row_max_key(highest_of_parts + row * num_parts, num_parts, PARTS)
     whole = tl.sum(tl.load(weights_of_parts + row * num_parts + parts, mask=parts < num_parts, other=0), axis=0)
@@ -112,7 +113,7 @@ def _weigh_kernel(
     width, readable, row_stride, num_parts, num_rows, number,
     PARTS: tl.constexpr, PART: tl.constexpr, CUTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row: the weight above the end, the weight of what min-p keeps of it, and how many are equal to the end."""
+    """One part of a row: the weight above the end key, how much of it min-p keeps, and the number of logits at the end key."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if (tl.load(is_decided + row) == 0) & (tl.load(top_ks + row) >= width):
         end, _each, _limit, least, highest, scale = _end(
@@ -134,7 +135,7 @@ def _draw_kernel(
     width, readable, row_stride, num_parts, num_rows, number,
     PARTS: tl.constexpr, PART: tl.constexpr, CUTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One row."""
+    """Samples one row."""
     row = tl.program_id(0).to(tl.int64)
     if (tl.load(is_decided + row) == 0) & (tl.load(top_ks + row) >= width):
         end, each, limit, least, highest, scale = _end(
@@ -150,7 +151,7 @@ def _draw_kernel(
         equals_before = tl.cumsum(equals, axis=0) - equals
         weights_of_kept = tl.load(at + 1, mask=there, other=0) + tl.minimum(tl.maximum(rest - equals_before, 0), equals) * of_equals
         whole = tl.sum(weights_of_kept, axis=0)
-        # The draw runs in id order, as the twin's.
+        # The cumulative sum runs in id order, as in the reference.
         target = tl.minimum((tl.load(uniforms + row) * whole.to(tl.float64)).to(tl.int64), whole - 1)
         part = tl.min(tl.where(tl.cumsum(weights_of_kept, axis=0) > target, parts, PARTS), axis=0)
         passed = tl.sum(tl.where(parts < part, weights_of_kept, 0), axis=0)
@@ -183,9 +184,8 @@ def draw_top_p(
     min_p_R: Tensor,
     uniform_R: Tensor,
 ) -> None:
-    """Write to ``chosen_R`` (int64) what is drawn in the rows that are not decided and have no top-k, which then are. Of each part
-    the key of the highest (int32) and the weight (int64) are known. Parameters as in `engine.run.sampling.filters.DrawParams`,
-    contiguous."""
+    """Sample the undecided rows without top-k: write ids to ``chosen_R`` (int64) and set ``decided_R``. The maximum key (int32) and total
+    weight (int64) of each part are given. Parameters as in `engine.run.sampling.filters.DrawParams`, contiguous."""
     num_rows, num_parts = highest_of_parts_RN.shape
     width, device = logits_RV.shape[1], logits_RV.device
     brackets = torch.empty(2, num_rows, 2, dtype=torch.int64, device=device)

@@ -1,11 +1,11 @@
-"""Arithmetic of launches, on the host: Triton's own takes 2 us a call, as it is for kernels too."""
+"""Integer arithmetic for launches on the host. Triton's own functions take 2 us per call, as they also serve kernels."""
 
 
 def cdiv(number: int, size: int) -> int:
-    """How many pieces of ``size`` cover ``number``."""
+    """``number / size``, rounded up."""
     return -(-number // size)
 
 
 def next_power_of_2(number: int) -> int:
-    """The least that is not below ``number``, which is above 0."""
+    """The smallest power of 2 that is at least ``number`` (> 0)."""
     return 1 << (number - 1).bit_length()

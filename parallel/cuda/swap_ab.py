@@ -1,9 +1,9 @@
-"""Products of some rows with the matrix in the place where matrix units take their left side from registers.
+"""Products of few rows with swapped operands (swap AB): the weight matrix is the left operand of the tensor cores.
 
-A Hopper matrix unit multiplies 64 rows or more at a time. Of few rows of ``x`` most would be filling; of outputs there are always enough.
-And what is on the left may come out of registers: there int8 and int4 numbers become bfloat16, and never go through shared memory again.
+A Hopper tensor core instruction multiplies at least 64 rows. With few rows of ``x`` most would be padding; outputs are always enough. And
+the left operand may come from registers: int8 and int4 numbers are converted to bfloat16 there and need not go through shared memory again.
 
-R rows of a tile, O outputs of it, D input features at a time, B places of 16 bits with two int8 numbers or four int4 ones.
+R rows of a tile, O outputs of it, D input features at a time, B 16-bit words of two int8 or four int4 numbers.
 """
 
 import triton
@@ -16,13 +16,13 @@ from parallel.cuda.zero_points import group_scale, group_zero
 INT8_GROUP = tl.constexpr(128)
 SWAP_AB_DEPTH = 128
 INT4_PAIRS = tl.constexpr(2)
-"""Pairs of int4 groups that a program multiplies at a time."""
+"""Pairs of int4 groups per iteration."""
 
 
 @triton.jit
 def _of_int8(pairs_OB, FAST: tl.constexpr, dtype: tl.constexpr):
-    """(O, 2 B) numbers of two each in 16 bits. Exact: 0x4300 is 128 in bfloat16, whose seven bits of mantissa hold the lower seven of a
-    number; the upper bit says whether 128 or 256 is to be taken off again."""
+    """(O, 2 B): converts the two int8 numbers of each 16-bit word. FAST is exact: 0x4300 is 128 in bfloat16, and its seven bits of mantissa
+    hold the low seven bits of a number; the sign bit decides whether 128 or 256 is subtracted again."""
     if FAST:
         first_OB, second_OB = tl.inline_asm_elementwise(
             """{
@@ -44,7 +44,7 @@ def _of_int8(pairs_OB, FAST: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _of_int4(pairs_OB, FAST: tl.constexpr, dtype: tl.constexpr):
-    """Of two bytes each in 16 bits the lower halves (O, 2 B) and the upper ones, each less 8. Exact, as `_of_int8`: -136 is 0xC308."""
+    """The low (O, 2 B) and the high nibbles of the two bytes in each 16-bit word, minus 8. Exact like `_of_int8`: 0xC308 is -136."""
     if FAST:
         low0_OB, low1_OB, high0_OB, high1_OB = tl.inline_asm_elementwise(
             """{
@@ -71,7 +71,7 @@ def _of_int4(pairs_OB, FAST: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _of_int4_with_zeros(pairs_OB, word_O, FAST: tl.constexpr, dtype: tl.constexpr):
-    """As `_of_int4`, but less the zero of its output: -128 less a zero is the sum of 0xC300 and the zero."""
+    """As `_of_int4`, but minus the zero point of the output: -128 - zero is 0xC300 + zero in bfloat16."""
     if FAST:
         less_OB = tl.broadcast_to(((0xC300 + group_zero(word_O)) * 0x00010001)[:, None], pairs_OB.shape)
         low0_OB, low1_OB, high0_OB, high1_OB = tl.inline_asm_elementwise(
@@ -99,7 +99,7 @@ def _of_int4_with_zeros(pairs_OB, word_O, FAST: tl.constexpr, dtype: tl.constexp
 
 @triton.jit
 def _side_by_side(first_OB, second_OB):
-    """(O, 2 B): a thread has both, and nothing moves."""
+    """(O, 2 B): interleaves two tensors; a thread holds both, so no data moves."""
     return tl.reshape(tl.join(first_OB, second_OB), (first_OB.shape[0], 2 * first_OB.shape[1]))
 
 
@@ -119,13 +119,13 @@ def _sum_with_zeros(
     x_R, numbers_O, words_O, real_R, mask_O, in_size, num_groups, part, num_parts,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(O, R) in float32 of a part of the groups of 128, each of which has a zero."""
+    """(O, R) in float32: the sum over one part of the groups of 128, each with a zero point."""
     sum_OR = tl.zeros([COLUMNS, ROWS], tl.float32)
     places_B, dims_B = tl.arange(0, INT4_GROUP // 2), tl.arange(0, INT4_GROUP)
     per_part = tl.cdiv(num_groups, num_parts)
     first = part * per_part
     for group in range(first, tl.minimum(first + per_part, num_groups)):
-        word_O = tl.load(words_O + group, mask=mask_O, other=0)  # four bytes: a pipeline takes them ahead
+        word_O = tl.load(words_O + group, mask=mask_O, other=0)  # four bytes: Triton pipelines such loads
         pairs0_OB = tl.load(numbers_O[:, None] + (group * 32 + places_B)[None, :], mask=mask_O[:, None], other=0)
         pairs1_OB = tl.load(numbers_O[:, None] + (group * 32 + 16 + places_B)[None, :], mask=mask_O[:, None], other=0)
         x0_BR = _rows_at(x_R, real_R, group * 128 + dims_B, in_size)
@@ -148,7 +148,7 @@ def swap_ab_kernel(
     x, x_scales, numbers, scales, bias, out, num_rows, in_size, row_size, num_groups, out_size, has_bias, num_parts, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of outputs, a tile of rows, a part of the input features: where that is not the whole, its sums in float32."""
+    """A block of outputs, a tile of rows, and a part of the input features (split-K; then partial sums in float32 are written)."""
     tile, column_tile = tile_coordinates(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(out_size, COLUMNS))
     part = tl.program_id(1)
     row_R = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -172,7 +172,7 @@ def swap_ab_kernel(
         next2_O, next3_O = _scales_at(scales_O, mask_O, group + 2, num_groups), _scales_at(scales_O, mask_O, group + 3, num_groups)
         for step in range(first, tl.minimum(first + per_part, num_steps)):
             scale0_O, scale1_O, scale2_O, scale3_O = next0_O, next1_O, next2_O, next3_O
-            group = step * 4 + 4  # no pipeline takes loads of two bytes ahead
+            group = step * 4 + 4  # prefetched by hand: Triton does not pipeline loads of two bytes
             next0_O, next1_O = _scales_at(scales_O, mask_O, group, num_groups), _scales_at(scales_O, mask_O, group + 1, num_groups)
             next2_O, next3_O = _scales_at(scales_O, mask_O, group + 2, num_groups), _scales_at(scales_O, mask_O, group + 3, num_groups)
             first_B, second_B = step * 32 + words_B, step * 32 + 16 + words_B
@@ -231,7 +231,7 @@ def swap_ab_kernel(
 @quick
 @triton.jit(do_not_specialize=["num_rows", "has_bias"])
 def split_k_sum_kernel(parts, bias, out, num_rows, out_size, has_bias, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds up what the parts wrote, always in the same order."""
+    """Sums the partial results of split-K, always in the same order."""
     row = tl.program_id(1).to(tl.int64)
     columns_O = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_O = columns_O < out_size

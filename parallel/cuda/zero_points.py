@@ -1,10 +1,10 @@
-"""What kernels read beside matrices of 4 bits with a zero to each group: see `parallel.zero_points`."""
+"""Unpacking of the scales and zero points of int4_zeros in kernels: see `parallel.zero_points`."""
 
 import triton
 import triton.language as tl
 
 ZERO_POINT_GROUP = tl.constexpr(128)
-"""Input features that share a scale and a zero; see `parallel.scale_groups.GROUP`."""
+"""Input features that share a scale and a zero point; see `parallel.scale_groups.GROUP_SIZE`."""
 
 
 @triton.jit

@@ -330,7 +330,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         )
         for kind in NUMBERS
         for most in autotune.STAGES[kind]
-        if CAPABILITY == 90 or most <= autotune.MAX_FINE  # with more rows nothing but cuBLAS is taken unmeasured
+        if CAPABILITY == 90 or most <= autotune.MAX_CUSTOM_ROWS  # with more rows nothing but cuBLAS is taken unmeasured
         for tile in _wanted(autotune.swap_ab_tiles(kind, most)[:2])  # more parts are the same to a compiler
     ),
     (
