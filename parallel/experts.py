@@ -57,7 +57,7 @@ class RoutedExperts(nn.Module):
         self.load_E: Tensor | None = None
         """Tokens of this rank's sequences sent to each expert since `reset_load`; None if there is only one ep position."""
         self._grouped: GroupedExperts | None = None
-        self._at_once: NativeExperts | None = None
+        self._native: NativeExperts | None = None
         self._awaited: dict[int, int] = {}
         """While loading: how many tensors of each expert held here are still missing."""
 
@@ -88,7 +88,7 @@ class RoutedExperts(nn.Module):
         for expert in self._experts():
             expert.up.allocate(device)
             expert.down.allocate(device)
-        self._grouped = self._at_once = None  # they refer to the previous tensors
+        self._grouped = self._native = None  # they refer to the previous tensors
         num_slots = sum(1 for _ in self._shape_of_all.slots())
         self._awaited = {int(number): num_slots for number in self.held}
         if self.ep.size > 1:
@@ -155,7 +155,7 @@ class RoutedExperts(nn.Module):
                     num_moves += 1
                     self._take_part(step)
         self.placement = placement
-        self._grouped = self._at_once = None
+        self._grouped = self._native = None
         self.dispatch.set_placement(placement)
         return num_moves
 
@@ -175,8 +175,8 @@ class RoutedExperts(nn.Module):
         """
         if x_ND.device.type == "cuda" and (grouped := self._on_cuda()) is not None:
             return grouped(x_ND, expert_ids_NA, weights_NA)
-        if (at_once := self.native_experts()) is not None:
-            return at_once(x_ND.float(), expert_ids_NA, weights_NA).to(x_ND.dtype)
+        if (native_kernel := self.native_experts()) is not None:
+            return native_kernel(x_ND.float(), expert_ids_NA, weights_NA).to(x_ND.dtype)
         return self.compute_sequentially(x_ND, expert_ids_NA, weights_NA)
 
     def compute_sequentially(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> Tensor:
@@ -203,11 +203,11 @@ class RoutedExperts(nn.Module):
             return None
         if not any(self._shape_of_all.up.out_sizes):
             return None
-        if self._at_once is None and self.held:
+        if self._native is None and self.held:
             up, down = ({int(n): format.packed(getattr(e, name).tensors) for n, e in self.held.items()} for name in ("up", "down"))
             assert {packed.lanes for packed in (*up.values(), *down.values())} == {library.lanes}, "see Expert.adopt"
-            self._at_once = NativeExperts(library, self.num_experts, up, down)
-        return self._at_once
+            self._native = NativeExperts(library, self.num_experts, up, down)
+        return self._native
 
     def _on_cuda(self) -> "GroupedExperts | None":
         """The CUDA kernels for all experts of this rank, if Triton is installed and they support the format."""

@@ -1,11 +1,10 @@
-"""The highest logits of a row, exactly, at little more than half of what all of them cost.
+"""Computes the top logits of a row exactly, at little more than half the cost of computing all logits.
 
-T rows, K input features, N outputs in panels. A row that is decided by its few highest outputs (the highest, or the first of a top-k)
-does not need the others exactly. So all rows meet the matrix as it would be held with int8: half the bytes to read and half the
-operations. How far such an output is from the exact one is bounded (Cauchy and Schwarz): by ``|x - x'| |w'| + |x| |w - w'|``, where x'
-and w' are what rounding makes of a row and of an output's weights. A panel whose highest output lies lower than the top_logits ones by more
-than that cannot hold one of them. Those that can, few of some thousands, are multiplied as they are, by the kernel that multiplies all of
-them otherwise: to the same bits.
+T rows, K input features, N outputs in panels. If only a row's highest outputs matter (greedy, or a small top-k), the others need not be
+exact. So rows are first multiplied by an int8 copy of the matrix: half the bytes to read and half the operations. The error of such an
+output is bounded (Cauchy-Schwarz) by ``|x - x'| |w'| + |x| |w - w'|``, where x' and w' are the quantised row and weights. A panel whose
+highest approximate output is lower than the needed ones by more than this bound cannot contain any of them. The remaining panels, a few of
+some thousands, are then multiplied exactly by the same kernel that would multiply all of them, so results are bit-identical.
 """
 
 from collections.abc import Sequence
@@ -19,36 +18,37 @@ from parallel.native.library import Native, num_threads
 from parallel.native.linear import Packed, empty_packed
 
 _FEW_ROWS = 2
-"""Up to so many are multiplied in twice 8 bits, which takes hardly longer as the matrix is read once: fewer panels are then in doubt."""
+"""Up to so many rows are multiplied in two terms of 8 bits, which takes hardly longer, as the matrix is read once, and leaves fewer panels
+to be computed exactly."""
 _MANY_ROWS = 32
-"""So many are multiplied no faster than the matrix is read."""
+"""With so many rows, a product is no longer bound by reading the matrix."""
 
 
 @dataclass(frozen=True)
 class TopLogits:
-    """What decides each of the rows (T)."""
+    """Which logits of each row (T) must be exact."""
 
     highest: Sequence[int]
-    """So many of the highest outputs, what ties with the last of them among them."""
+    """How many of the highest outputs each row needs, including ties with the last of them."""
     lowered: Sequence[np.ndarray]
-    """int64, of each row: outputs that will be lowered before its highest are looked for."""
+    """int64, for each row: outputs that will be lowered (penalties, masks) before its highest are selected."""
     limit: int
-    """Outputs from here on are not looked at."""
+    """Outputs from this index on are ignored."""
 
 
 @dataclass(frozen=True)
 class Screen:
-    """A matrix of ``bf16_dot``, and what is known of it in 8 bits."""
+    """A ``bf16_dot`` matrix with its 8-bit copy and error bounds."""
 
     exact: Packed
     rough: Packed
     """``int8_dot``"""
     lengths: Tensor
-    """(2, panels) float32: of a panel the longest output as it is rounded, and the most that rounding takes from one."""
+    """(2, panels) float32: the largest norm of a panel's quantised outputs, and the largest norm of their quantisation errors."""
 
     def multiply(self, library: Native, x_TK: Tensor, top_logits: TopLogits) -> Tensor | None:
-        """(T, N) in float32: of each row the top_logits outputs as `parallel.native.linear.multiply` gives them, to the bit, and all
-        others lower than these. None where that would cost as much as all of them exactly."""
+    """(2, panels) float32: the largest norm of a panel's quantised outputs, and the largest norm of their quantisation error."""
+        None if that would cost as much as the exact product."""
         x_TK = x_TK.float().contiguous()
         num_rows, num_inputs = x_TK.shape
         assert library.screened is not None
@@ -74,14 +74,14 @@ class Screen:
 
 
 def _worth_it(num_panels: int, num_rows: int) -> tuple[int, int]:
-    """How many panels of single rows may be multiplied twice, and how many different ones: beyond, it costs as much as is saved. (Measured;
-    what is saved grows with the rows.)"""
+    """How many (row, panel) pairs, and how many distinct panels, may be computed exactly before it costs more than it saves. (Measured; the
+    saving grows with the rows.)"""
     panels_of_rows = num_panels * max(num_rows, _MANY_ROWS // 8) // 16
     return panels_of_rows, min(num_panels * max(num_rows, _MANY_ROWS // 3) // _MANY_ROWS, 3 * num_panels // 4)
 
 
 def screen_of(library: Native, exact: Packed) -> Screen | None:
-    """None where there are no kernels for that, or the matrix is held in another form."""
+    """None if there are no kernels for it, or the matrix is held in another format."""
     if library.screen_of is None or exact.kind != "bf16_dot" or exact.lanes != library.lanes or exact.num_outputs == 0:
         return None
     rough = empty_packed("int8_dot", exact.num_outputs, exact.padded, exact.lanes)

@@ -138,7 +138,7 @@ class GatedMlp:
         return self.up.num_weights + self.down.num_weights
 
 
-class _SecondSublayer:
+class _MlpSublayerBase:
     """Norm and MLP of one layer: base of `MlpSublayer` and `MoeSublayer`."""
 
     def __init__(self, struct: ctypes.Structure, call: "ctypes._NamedFuncPointer", num_weights: int, held: object) -> None:
@@ -159,7 +159,7 @@ class _SecondSublayer:
         return out_TD
 
 
-class MlpSublayer(_SecondSublayer):
+class MlpSublayer(_MlpSublayerBase):
     """Norm and gated MLP of one layer."""
 
     def __init__(self, library: Native, *, norm: Tensor, eps: float, mlp: GatedMlp) -> None:
@@ -167,7 +167,7 @@ class MlpSublayer(_SecondSublayer):
         super().__init__(struct, library.mlp_half, mlp.num_weights, (norm, mlp))
 
 
-class MoeSublayer(_SecondSublayer):
+class MoeSublayer(_MlpSublayerBase):
     """Norm, router, all routed experts and the shared one of a layer that is complete on this rank. The router's softmax is the kernel's
     own, so routing weights may differ from torch's in the last bits."""
 
