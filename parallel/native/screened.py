@@ -47,8 +47,8 @@ class Screen:
     """(2, panels) float32: the largest norm of a panel's quantised outputs, and the largest norm of their quantisation errors."""
 
     def multiply(self, library: Native, x_TK: Tensor, top_logits: TopLogits) -> Tensor | None:
-    """(2, panels) float32: the largest norm of a panel's quantised outputs, and the largest norm of their quantisation error."""
-        None if that would cost as much as the exact product."""
+        """(T, N) in float32: each row's needed outputs, bit-identical to `parallel.native.linear.multiply`, and all others lower. None if
+        that would cost as much as the exact product."""
         x_TK = x_TK.float().contiguous()
         num_rows, num_inputs = x_TK.shape
         assert library.screened is not None

@@ -75,6 +75,6 @@ def test_the_examples_of_head_share() -> None:
     ]
 
 
-def test_more_ranks_than_query_heads_are_refused() -> None:
+def test_more_ranks_than_query_heads_are_rejected() -> None:
     with pytest.raises(ValueError, match="14 query heads cannot be shared over 16 ranks; use at most 14"):
         head_share(14, 2, 0, 16)

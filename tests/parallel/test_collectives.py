@@ -101,7 +101,7 @@ def exchange(groups: ParallelGroups, rows: list[list[int]], dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_all_to_all_brings_every_row_to_its_receiver(ranks: int, dtype: torch.dtype) -> None:
+def test_all_to_all_delivers_every_row_to_its_receiver(ranks: int, dtype: torch.dtype) -> None:
     rows = ROWS[ranks]
     sent = [value(rank, (sum(rows[rank]), 3), dtype).split(rows[rank]) for rank in range(ranks)]
     for receiver, result in enumerate(run_ranks(Topology(tp=ranks), exchange, rows, dtype)):
@@ -146,6 +146,6 @@ def gather_with_wrong_sizes(groups: ParallelGroups) -> None:
     collectives.all_gather(torch.zeros(2), groups.world, dim=0, sizes=[1, 1])
 
 
-def test_sizes_that_do_not_fit_are_refused_on_the_spot() -> None:
+def test_invalid_sizes_are_rejected_at_once() -> None:
     with pytest.raises(ValueError, match="has 2 elements, and the sizes say 1"):
         run_ranks(Topology(tp=2), gather_with_wrong_sizes)

@@ -16,13 +16,13 @@ def agreed(groups: ParallelGroups, here: list[tuple[str, ...]]) -> frozenset[str
         return common_kinds(groups.stage)
 
 
-def test_ranks_come_to_what_all_of_them_multiply() -> None:
+def test_ranks_agree_on_the_kinds_that_all_of_them_support() -> None:
     assert run_ranks(Topology(tp=2), agreed, HERE) == [frozenset(HERE[0]) & frozenset(HERE[1])] * 2
 
 
-def test_with_a_rank_that_has_no_kernels_there_are_none() -> None:
+def test_if_one_rank_has_no_kernels_no_kind_is_common() -> None:
     assert run_ranks(Topology(tp=2), agreed, [HERE[0], ()]) == [frozenset()] * 2
 
 
-def test_a_rank_alone_has_its_own() -> None:
+def test_a_single_rank_uses_its_own_kinds() -> None:
     assert common_kinds(single_rank_groups().stage) == available_kinds()

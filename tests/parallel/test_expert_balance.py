@@ -23,7 +23,7 @@ LOADS = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
 
 
 @given(LOADS, st.integers(1, 12), st.integers(0, 4))
-def test_no_position_has_more_to_do_than_the_worst_of_an_even_placement(loads: list[int], ranks: int, redundant: int) -> None:
+def test_no_position_has_more_load_than_the_heaviest_of_an_even_placement(loads: list[int], ranks: int, redundant: int) -> None:
     room = even_capacity(len(loads), ranks, redundant)
     placement = place_experts(loads, room)
     assert max(rank_loads(placement, loads)) <= max(rank_loads(balanced_placement(len(loads), ranks), loads)) + 1e-9
@@ -33,31 +33,31 @@ def test_no_position_has_more_to_do_than_the_worst_of_an_even_placement(loads: l
 
 
 @given(st.lists(st.integers(1, 1000), min_size=8, max_size=40), st.integers(2, 8))
-def test_without_spare_room_every_expert_has_one_place(loads: list[int], ranks: int) -> None:
+def test_without_redundant_capacity_every_expert_is_held_once(loads: list[int], ranks: int) -> None:
     placement = place_experts(loads, even_capacity(len(loads), ranks))
     assert all(len(holders) == 1 for holders in placement.holders)
 
 
-def test_the_hottest_expert_gets_a_second_place() -> None:
+def test_the_most_used_expert_is_replicated() -> None:
     loads = [100, 1, 1, 1, 1, 1, 1, 1]
     placement = place_experts(loads, even_capacity(8, 2, redundant=1))
     assert placement.holders[0] == (0, 1)
     assert imbalance(placement, loads) < 1.05 < 1.8 < imbalance(balanced_placement(8, 2), loads)
 
 
-def test_64_experts_on_16_ranks_with_room_for_five_fill_it_and_are_even() -> None:
+def test_64_experts_on_16_ranks_with_capacity_for_five_fill_it_evenly() -> None:
     placement = place_experts([1.0] * 64, even_capacity(64, 16, redundant=1))
     assert [len(placement.held_by(rank)) for rank in range(16)] == [5] * 16
     assert sum(len(holders) == 2 for holders in placement.holders) == 16
     assert max(rank_loads(placement, [1.0] * 64)) <= 4.0 + 1e-9
 
 
-def test_room_for_fewer_experts_than_there_are_is_refused() -> None:
+def test_too_little_capacity_is_rejected() -> None:
     with pytest.raises(InvalidPlacement, match="5 experts do not fit"):
         place_experts([1.0] * 5, (2, 2))
 
 
-def test_nothing_computed_is_no_imbalance() -> None:
+def test_no_load_is_no_imbalance() -> None:
     assert imbalance(balanced_placement(4, 2), [0, 0, 0, 0]) == 1.0
 
 
@@ -71,7 +71,7 @@ def placements(draw: st.DrawFn) -> tuple[ExpertPlacement, ExpertPlacement]:
 
 
 @given(placements())
-def test_the_way_leads_to_the_target_and_nobody_ever_holds_more_than_one_too_many(pair: tuple[ExpertPlacement, ExpertPlacement]) -> None:
+def test_the_moves_lead_to_the_target_and_exceed_the_capacity_by_at_most_one(pair: tuple[ExpertPlacement, ExpertPlacement]) -> None:
     current, target = pair
     held = [set(current.held_by(rank)) for rank in range(current.num_ranks)]
     room = [max(len(current.held_by(rank)), len(target.held_by(rank))) for rank in range(current.num_ranks)]
@@ -87,13 +87,15 @@ def test_the_way_leads_to_the_target_and_nobody_ever_holds_more_than_one_too_man
     assert held == [set(target.held_by(rank)) for rank in range(target.num_ranks)]
 
 
-def test_two_positions_swap_through_one_spare_place() -> None:
+def test_two_positions_swap_experts_through_one_spare_place() -> None:
     one, other = ExpertPlacement(2, ((0,), (0,), (1,), (1,))), ExpertPlacement(2, ((1,), (0,), (0,), (1,)))
     assert list(plan_moves(one, other)) == [Move(0, 0, 1), Drop(0, 0), Move(2, 1, 0), Drop(2, 1)]
 
 
 @given(LOADS, LOADS, st.integers(1, 6), st.integers(0, 2))
-def test_renaming_positions_changes_no_load_and_moves_no_more(before: list[int], after: list[int], ranks: int, redundant: int) -> None:
+def test_relabelling_positions_keeps_the_loads_and_does_not_move_more(
+    before: list[int], after: list[int], ranks: int, redundant: int
+) -> None:
     count = min(len(before), len(after))
     room = even_capacity(count, ranks, redundant)
     current, target = place_experts(before[:count], room), place_experts(after[:count], room)
@@ -138,14 +140,14 @@ def compute_while_moving(groups: ParallelGroups, name: DispatchName, format: Wei
 
 @pytest.mark.parametrize("name", ["local", "all_to_all"])
 @pytest.mark.parametrize("topology", [Topology(tp=2, ep=2), Topology(tp=4, ep=2), Topology(tp=2, dp=2, ep=2)], ids=str)
-def test_what_experts_compute_does_not_depend_on_where_they_went(topology: Topology, name: DispatchName) -> None:
+def test_results_do_not_depend_on_where_experts_were_moved(topology: Topology, name: DispatchName) -> None:
     for rank, results in enumerate(run_ranks(topology, compute_while_moving, name)):
         wanted = loop_over_tokens(weights(torch.float32), *tokens(9, topology.coordinates(rank).dp, torch.float32))
         for found in results:
             torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
 
 
-def test_experts_move_in_the_form_in_which_their_format_multiplies_them() -> None:
+def test_experts_are_moved_in_packed_form() -> None:
     wanted = loop_over_tokens(weights(torch.float32), *tokens(9, 0, torch.float32))
     for results in run_ranks(Topology(tp=2, ep=2), compute_while_moving, "local", Transposed()):
         for found in results:
@@ -195,5 +197,5 @@ def same(found: Tensor, wanted: Tensor) -> bool:
     return alike and torch.equal(found.float(), wanted.float())
 
 
-def test_tensors_of_every_kind_arrive_as_they_were_sent() -> None:
+def test_sent_tensors_of_every_dtype_arrive_unchanged() -> None:
     assert run_ranks(Topology(tp=2, ep=2), differences) == [[], []]

@@ -160,7 +160,7 @@ def test_fewer_tokens_than_ranks_leave_some_slices_empty(num_tokens: int, name: 
 
 
 @pytest.mark.parametrize("name", ["local", "all_to_all"])
-def test_experts_that_nobody_chose_are_no_trouble(name: DispatchName) -> None:
+def test_experts_without_tokens_work(name: DispatchName) -> None:
     check(Topology(tp=4, ep=4), [8], name, experts=ACTIVE)  # experts 0, 1, 2 only: two of four ranks have no work
 
 
@@ -204,7 +204,7 @@ def test_each_rank_reads_only_its_share_and_all_ranks_read_everything_once() -> 
         assert len(parts) == 3 * EXPERTS
 
 
-def test_a_wrong_shape_is_seen_also_for_an_expert_held_elsewhere() -> None:
+def test_a_wrong_shape_is_detected_also_for_an_expert_held_elsewhere() -> None:
     run_ranks(Topology(tp=2, ep=2), load_wrong_shapes)
 
 
@@ -243,7 +243,7 @@ def test_one_rank_agrees_with_the_experts_of_transformers(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_in_half_precision_all_experts_are_one_call_too_and_only_their_sum_is_rounded(dtype: torch.dtype) -> None:
+def test_in_half_precision_all_experts_are_one_call_and_only_their_sum_is_rounded(dtype: torch.dtype) -> None:
     if native() is None:
         pytest.skip("the kernels are not built here")
     layer = build(single_rank_groups(), torch.float32, format=PackedFormat("bf16", torch.float32))
@@ -255,7 +255,7 @@ def test_in_half_precision_all_experts_are_one_call_too_and_only_their_sum_is_ro
 
 
 @pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros_dot"])
-def test_an_expert_from_a_host_with_another_processor_is_one_of_all(kind: Kind) -> None:
+def test_an_expert_from_a_host_with_another_processor_can_be_used(kind: Kind) -> None:
     library = native()
     if library is None or kind not in library.kinds:
         pytest.skip("this processor has no such kernel")
@@ -286,7 +286,7 @@ def test_a_layer_that_is_loaded_again_computes_with_what_was_loaded_last(kind: K
 
 
 @pytest.mark.parametrize("lanes", [8, 16])
-def test_an_expert_that_came_lies_in_the_large_pages_of_those_that_were_loaded(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_expert_is_stored_in_the_arena_like_loaded_ones(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with patch("parallel.packed_format.native", lambda: SimpleNamespace(lanes=lanes)):
         layer = build(single_rank_groups(), torch.float32, format=PackedFormat("int8", torch.float32))
     expert, places, place = layer.held["3"], [], Arena._place
@@ -319,6 +319,6 @@ def test_copies_of_an_expert_take_its_tokens_in_turn() -> None:
 
 
 @pytest.mark.parametrize("holders", [((),), ((2,),), ((1, 0),), ((0, 0),), ((-1,),)])
-def test_a_placement_that_makes_no_sense_is_refused(holders: tuple[tuple[int, ...], ...]) -> None:
+def test_an_invalid_placement_is_rejected(holders: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(InvalidPlacement, match="expert 0 is held by"):
         ExpertPlacement(2, holders)

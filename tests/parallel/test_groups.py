@@ -53,7 +53,7 @@ def test_equal_groups_share_one_transport_and_a_group_of_one_has_none() -> None:
     assert first == (True, True, "<Group tp 0 of 2 [ranks (0, 1) | gloo]>", "<Group pp 0 of 1 [ranks (0,) | alone]>")
 
 
-def test_symmetric_memory_is_for_the_sets_that_add_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symmetric_memory_is_only_for_groups_that_all_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("parallel.groups.open_symmetric_memory", lambda *_, name, store: asked.append(name))
     topology, group, store = Topology(tp=2, dp=2, pp=2, ep=4), cast("dist.ProcessGroup", None), cast("TCPStore", None)
@@ -85,7 +85,7 @@ def test_one_rank_opens_no_process_group() -> None:
         pass
 
 
-def test_a_peer_that_never_comes_is_waited_for_only_so_long() -> None:
+def test_waiting_for_a_missing_peer_times_out() -> None:
     start = time.monotonic()
     with (
         pytest.raises(RuntimeError),

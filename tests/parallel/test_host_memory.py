@@ -8,7 +8,7 @@ from parallel.host_memory import lazy_zeros
 MIB = 2**20
 
 
-def test_zeros_take_memory_when_they_are_written_to() -> None:
+def test_lazy_zeros_take_memory_only_when_written_to() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
     zeros = lazy_zeros((64, MIB // 4), torch.float32)
@@ -21,5 +21,5 @@ def test_zeros_take_memory_when_they_are_written_to() -> None:
     assert zeros[8:16].all()
 
 
-def test_nothing_is_a_tensor_of_zeros_too() -> None:
+def test_an_empty_shape_gives_an_empty_tensor() -> None:
     assert lazy_zeros((0, 4), torch.bfloat16).shape == (0, 4)

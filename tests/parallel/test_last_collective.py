@@ -34,7 +34,7 @@ def some_collectives(groups: ParallelGroups, folder: Path) -> None:
     all_reduce(torch.ones(4), groups.tp)
 
 
-def test_each_ranks_page_tells_what_it_began_last(tmp_path: Path) -> None:
+def test_each_ranks_page_holds_its_last_collective(tmp_path: Path) -> None:
     run_ranks(Topology(tp=2), some_collectives, tmp_path)
     end_pools()  # their processes would go on writing there
     for rank in range(2):
@@ -44,7 +44,7 @@ def test_each_ranks_page_tells_what_it_began_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-def test_it_is_there_when_the_process_is_dead_or_stopped(tmp_path: Path, end: signal.Signals) -> None:
+def test_the_page_can_be_read_when_the_process_is_dead_or_stopped(tmp_path: Path, end: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", NOTING, str(tmp_path / "page")], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"noted\n"
@@ -56,9 +56,7 @@ def test_it_is_there_when_the_process_is_dead_or_stopped(tmp_path: Path, end: si
     assert "broadcast number 2 over world, 12 elements, begun 0." in str(last) or last.ago_s >= 1
 
 
-def test_of_a_step_that_is_replayed_its_number_is_told_until_a_collective_is_launched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replayed_step_is_reported_until_the_next_launched_collective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallel.last_collective._page", None)  # put back behind this test
     page = tmp_path / "page"
     record_to(page)
@@ -71,7 +69,7 @@ def test_of_a_step_that_is_replayed_its_number_is_told_until_a_collective_is_lau
     assert "(launched before it: all_reduce number 1 over tp, 12 elements" in str(read(page))
 
 
-def test_without_a_page_or_a_collective_nothing_is_known(tmp_path: Path) -> None:
+def test_without_a_page_or_a_collective_nothing_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "none") is None
     (tmp_path / "empty").write_bytes(bytes(64))
     assert read(tmp_path / "empty") is None

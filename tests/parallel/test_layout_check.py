@@ -23,7 +23,7 @@ class Shape:
 
 
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=4), Topology(pp=3), Topology(dp=5), Topology(tp=2, pp=2, dp=2)], ids=str)
-def test_what_fits_has_no_reason_against_it(topology: Topology) -> None:
+def test_a_valid_layout_has_no_problems(topology: Topology) -> None:
     assert layout_problems(topology, Shape()) == layout_problems(topology, Shape(moe=Moe())) == ()
     check_layout(topology, Shape())
 
@@ -39,7 +39,7 @@ def test_what_fits_has_no_reason_against_it(topology: Topology) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_told_with_every_reason(topology: Topology, shape: Shape, reasons: list[str]) -> None:
+def test_an_invalid_layout_is_reported_with_every_reason(topology: Topology, shape: Shape, reasons: list[str]) -> None:
     found = layout_problems(topology, shape)
     assert [misfit.reason for misfit in found] == reasons
     with pytest.raises(InvalidLayout) as caught:
@@ -47,7 +47,7 @@ def test_what_cannot_be_is_told_with_every_reason(topology: Topology, shape: Sha
     assert all(misfit.sentence in str(caught.value) and "; use" in misfit.sentence for misfit in found)
 
 
-def test_what_the_layers_themselves_would_refuse_is_refused_here() -> None:
+def test_what_the_layers_would_reject_is_rejected_here() -> None:
     for ranks in range(1, 9):
         refused = {misfit.reason for misfit in layout_problems(Topology(tp=ranks), Shape()) + layout_problems(Topology(pp=ranks), Shape())}
         assert ("heads" in refused) == _raises(lambda ranks=ranks: head_share(4, 2, 0, ranks))

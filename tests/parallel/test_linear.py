@@ -80,7 +80,7 @@ def split_on_input(groups: ParallelGroups, size: int) -> Tensor:
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("size", [2, 8, 13])
-def test_a_layer_split_on_its_input_adds_up_and_adds_its_bias_once(ranks: int, size: int) -> None:
+def test_a_row_parallel_layer_sums_over_ranks_and_adds_its_bias_once(ranks: int, size: int) -> None:
     wanted = F.linear(random(3, 5, size), random(1, 6, size), random(2, 6))
     for found in run_ranks(Topology(tp=ranks), split_on_input, size):
         assert_near(found, wanted)
@@ -162,7 +162,7 @@ def embed_and_score(groups: ParallelGroups, vocab: int, tied: bool) -> tuple[Ten
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("vocab", [3, 16, 37])
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_vocabulary_shared_by_rows_embeds_and_scores_like_the_whole(ranks: int, vocab: int, tied: bool) -> None:
+def test_a_vocabulary_split_by_rows_embeds_and_scores_like_the_whole(ranks: int, vocab: int, tied: bool) -> None:
     matrix = random(1, vocab, 6)
     for vectors, logits in run_ranks(Topology(tp=ranks), embed_and_score, vocab, tied):
         assert torch.equal(vectors, matrix.flip(0))

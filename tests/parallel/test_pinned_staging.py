@@ -52,7 +52,7 @@ class LatePinnedStaging(PinnedStaging):
 
 @pytest.mark.parametrize("slices", [(slice(0, 50), slice(0, 6)), (slice(7, 31), slice(2, 5))], ids=["whole", "part"])
 @pytest.mark.parametrize("staged_bytes", [24, 100, 4096])
-def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices: tuple[slice, slice], staged_bytes: int) -> None:
+def test_the_copied_tensor_equals_the_stored_one(monkeypatch: pytest.MonkeyPatch, slices: tuple[slice, slice], staged_bytes: int) -> None:
     matrix = torch.randn(50, 6)
     stored, staging = IntoTensor("matrix", matrix), LatePinnedStaging(staged_bytes)
     assert isinstance(stored, ReadableInto)
@@ -63,7 +63,7 @@ def test_what_arrives_is_what_was_stored(monkeypatch: pytest.MonkeyPatch, slices
     assert torch.equal(target, matrix[slices])
 
 
-def test_a_row_larger_than_a_piece_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_larger_than_the_buffer_is_copied_without_staging(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(5, 40)
     monkeypatch.setattr(weight_format, "staging_for", lambda _device: LatePinnedStaging(24))
     target = torch.empty_like(matrix)

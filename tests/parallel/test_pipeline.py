@@ -66,11 +66,11 @@ def one_step_ahead(groups: ParallelGroups) -> list[float]:
     return [x.mean().item() for x in received]
 
 
-def test_a_stage_goes_on_while_its_hidden_states_wait_to_be_fetched() -> None:
+def test_a_stage_continues_while_its_hidden_states_are_being_sent() -> None:
     assert run_ranks(Topology(pp=2), one_step_ahead, timeout_s=30) == [[], [1.0, 2.0]]
 
 
-def test_the_ends_of_the_pipeline_have_nobody_beyond() -> None:
+def test_the_first_stage_cannot_receive_and_the_last_cannot_send() -> None:
     alone = single_rank_group("pp")
     assert is_first_stage(alone)
     assert is_last_stage(alone)

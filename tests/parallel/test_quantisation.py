@@ -18,7 +18,7 @@ def value(numbers_xC: Tensor, scales_x: Tensor) -> Tensor:
 
 @settings(deadline=None)
 @given(bits=st.sampled_from(BITS), seed=st.integers(0, 2**32), narrow=st.booleans(), negative=st.booleans(), exponent=st.integers(-14, 3))
-def test_what_was_stored_in_few_bits_is_held_as_it_was(bits: str, seed: int, narrow: bool, negative: bool, exponent: int) -> None:
+def test_weights_stored_in_few_bits_are_lossless(bits: str, seed: int, narrow: bool, negative: bool, exponent: int) -> None:
     """Also with the lowest number, -8 or -128, which has no opposite, and with scales of any size."""
     random = torch.Generator().manual_seed(seed)
     most = 4 if narrow else LEVELS[bits]
@@ -29,7 +29,7 @@ def test_what_was_stored_in_few_bits_is_held_as_it_was(bits: str, seed: int, nar
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_groups_that_are_no_multiples_are_rounded_to_nearest_beside_those_that_are(bits: str) -> None:
+def test_groups_without_exact_multiples_are_rounded_beside_lossless_ones(bits: str) -> None:
     torch.manual_seed(0)
     any_XC = torch.randn(64, GROUP_SIZE[bits])
     stored_XC = torch.randint(-7, 8, (64, GROUP_SIZE[bits])) * 0.125
@@ -44,7 +44,7 @@ def test_groups_that_are_no_multiples_are_rounded_to_nearest_beside_those_that_a
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_of_zeros_and_of_nothing_zeros_and_nothing_are_made(bits: str) -> None:
+def test_zeros_give_zeros_and_empty_gives_empty(bits: str) -> None:
     numbers, scales = quantise_groups(torch.zeros(3, 2, GROUP_SIZE[bits]), LEVELS[bits])
     assert not numbers.any()
     assert not scales.any()
@@ -52,7 +52,7 @@ def test_of_zeros_and_of_nothing_zeros_and_nothing_are_made(bits: str) -> None:
     assert (numbers.shape, scales.shape) == ((0, 2, GROUP_SIZE[bits]), (0, 2))
 
 
-def test_a_group_with_no_multiple_near_zero_is_held_as_it_was_too() -> None:
+def test_a_group_without_a_multiple_near_zero_is_lossless_too() -> None:
     weight_XC = torch.tensor([5.0, -7.0]).repeat(40, 16) * torch.arange(1, 41).unsqueeze(-1) * 0.25
     weight_XC[0, 0] = 0.25
     assert torch.equal(value(*quantise_groups(weight_XC, LEVELS["int4"])), weight_XC)

@@ -10,7 +10,7 @@ from tests.parallel.groups_of_weights import GROUPS
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-def test_a_kernel_comes_to_the_bits_of_its_twin(groups: Tensor) -> None:
+def test_the_kernel_is_bit_identical_to_the_reference(groups: Tensor) -> None:
     if native() is None:
         pytest.skip("the kernels are not built here")
     for some in (groups, groups[:1], groups[:0], groups.unflatten(0, (-1, 5))[:, 2]):
@@ -20,7 +20,7 @@ def test_a_kernel_comes_to_the_bits_of_its_twin(groups: Tensor) -> None:
         assert torch.equal(found[1].nan_to_num(), wanted[1].nan_to_num())
 
 
-def test_each_weight_takes_the_number_nearest_to_it() -> None:
+def test_each_weight_is_rounded_to_the_nearest_number() -> None:
     for name in ("drawn", "in bfloat16", "whole numbers"):
         weight_XC = GROUPS[name]
         numbers_XC, scales_X = choose_scales(weight_XC)
@@ -31,7 +31,7 @@ def test_each_weight_takes_the_number_nearest_to_it() -> None:
 
 
 @pytest.mark.parametrize(("name", "part"), [("drawn", 0.95), ("in bfloat16", 0.95), ("with one far from the others", 0.995)])
-def test_less_is_lost_than_where_the_furthest_is_made_minus_eight(name: str, part: float) -> None:
+def test_the_error_is_smaller_than_with_the_largest_weight_mapped_to_minus_eight(name: str, part: float) -> None:
     weight_XC = GROUPS[name]
     furthest_X1 = weight_XC.gather(-1, weight_XC.abs().argmax(-1, keepdim=True))
     scales_X1 = (furthest_X1 / -8).half().float()
@@ -41,7 +41,7 @@ def test_less_is_lost_than_where_the_furthest_is_made_minus_eight(name: str, par
     assert (after - weight_XC).square().sum() < part * (before - weight_XC).square().sum()
 
 
-def test_what_is_no_number_makes_no_number_and_next_to_nothing_makes_zeros() -> None:
+def test_nan_gives_nan_and_tiny_weights_give_zeros() -> None:
     weight_XC = torch.randn(4, 32)
     weight_XC[0, 3], weight_XC[1, 4], weight_XC[2] = torch.nan, torch.inf, LEAST / 2
     numbers_XC, scales_X = choose_scales(weight_XC)

@@ -105,7 +105,7 @@ def many_in_a_row(groups: ParallelGroups) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_hundreds_in_a_row_are_all_right(ranks: int) -> None:
+def test_hundreds_of_collectives_in_a_row_are_correct(ranks: int) -> None:
     run_ranks(Topology(tp=ranks), many_in_a_row, transport="auto")
 
 
@@ -137,7 +137,7 @@ def lose_rank_1(groups: ParallelGroups, told: str) -> None:
         Path(told).with_suffix(".part").rename(told)
 
 
-def test_a_lost_rank_is_an_error_and_no_wait(tmp_path: Path) -> None:
+def test_a_lost_rank_raises_an_error_without_waiting(tmp_path: Path) -> None:
     told = tmp_path / "told"
     with pytest.raises(RankFailed, match="rank 1 ended"):
         run_ranks(Topology(tp=2), lose_rank_1, str(told), transport="auto", timeout_s=600)
@@ -161,7 +161,7 @@ def wait_in_vain(groups: ParallelGroups, flag: str) -> str:
     return str(caught.value)
 
 
-def test_a_rank_that_does_not_come_is_an_error_after_the_groups_time(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_arrive_raises_an_error_after_the_timeout(tmp_path: Path) -> None:
     first, _ = run_ranks(Topology(tp=2), wait_in_vain, str(tmp_path / "flag"), transport="auto")
     assert first == "rank 1 of the group did not come within 0.2 s"
 
@@ -177,7 +177,7 @@ def disagree(groups: ParallelGroups) -> str:
     return ""
 
 
-def test_sizes_that_do_not_fit_together_are_an_error() -> None:
+def test_mismatched_sizes_are_an_error() -> None:
     first, _ = run_ranks(Topology(tp=2), disagree, transport="auto")
     assert first == "rank 1 of the group sends another number of bytes than is expected of it"
 
@@ -196,7 +196,7 @@ def test_ranks_agree_on_gloo_when_one_of_them_has_no_kernels(tmp_path: Path) -> 
     assert [by_memory for by_memory, _ in found] == [False, False]
 
 
-def test_memory_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_shared_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "memory_bytes", lambda size: 2**60)
     with pytest.raises(Unavailable, match="MiB free and 2 ranks need"):
         shared_memory._check_host(2)
@@ -214,6 +214,6 @@ def offer(obstacle: str | None = None, host: str = "a") -> shared_memory._Offer:
         ([offer(), offer(host="b")], "rank 1 has not the same /dev/shm"),
     ],
 )
-def test_all_ranks_must_be_able(offers: list[shared_memory._Offer], reason: str | None) -> None:
+def test_shared_memory_needs_all_ranks(offers: list[shared_memory._Offer], reason: str | None) -> None:
     found = shared_memory._obstacle(offers)
     assert (found is None) if reason is None else (found is not None and reason in found)

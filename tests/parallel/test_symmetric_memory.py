@@ -66,7 +66,7 @@ def sums(groups: ParallelGroups, has_multicast: tuple[bool, bool]) -> tuple[list
 
 
 @pytest.mark.parametrize("has_multicast", [(False, False), (True, True), (True, False)], ids=["none", "all", "multicast on one rank alone"])
-def test_a_sum_goes_the_way_that_is_right_for_its_size(has_multicast: tuple[bool, bool]) -> None:
+def test_the_kernel_is_chosen_by_size(has_multicast: tuple[bool, bool]) -> None:
     (first, name), (second, _) = run_ranks(Topology(tp=2), sums, has_multicast, transport="gloo")
     larger = "multimem" if all(has_multicast) else "two shot"
     for found in (first, second):
@@ -95,7 +95,7 @@ def troubled(groups: ParallelGroups, trouble: Trouble) -> tuple[bool, str]:
         ("no capture", "rank 1: sums are not captured: operation not permitted"),
     ],
 )
-def test_where_anything_is_wrong_all_ranks_keep_to_the_process_group_and_the_log_says_why(trouble: Trouble, why: str) -> None:
+def test_on_any_problem_all_ranks_use_the_process_group_and_the_log_says_why(trouble: Trouble, why: str) -> None:
     found = run_ranks(Topology(tp=2), troubled, trouble, transport="gloo")
     assert [has for has, _ in found] == [False, False]
     assert found[0][1] == f"ranks 0, 1 (tp) add up over NCCL alone, not through symmetric memory: {why}"
@@ -108,13 +108,13 @@ def with_one_ordinal(groups: ParallelGroups) -> tuple[bool, str | None]:
         return memory is not None, os.environ.get(OVERLAPPING)
 
 
-def test_ranks_that_each_see_one_device_as_number_0_have_different_ones() -> None:
+def test_ranks_that_each_see_one_device_as_ordinal_0_have_different_devices() -> None:
     """As Ray shows them; torch must be told."""
     assert run_ranks(Topology(tp=2), with_one_ordinal, transport="gloo") == [(True, "1")] * 2
 
 
 @pytest.mark.parametrize("name", [name for name in vars(Operations) if "all_reduce" in name])
-def test_torch_has_the_operations_that_the_double_stands_for(name: str) -> None:
+def test_torch_has_the_operations_that_the_fake_implements(name: str) -> None:
     arguments = getattr(torch.ops.symm_mem, name).default._schema.arguments
     assert [(one.name, str(one.type)) for one in arguments] == [("input", "Tensor"), ("reduce_op", "str"), ("group_name", "str")]
     assert (arguments[0].alias_info is not None) == name.endswith("_"), "in place"

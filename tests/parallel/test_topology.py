@@ -44,7 +44,7 @@ def test_the_peers_along_an_axis_partition_the_ranks(topology: Topology, axis: T
 
 
 @given(topologies(), st.sampled_from(["tp", "dp", "pp", "ep", "expert_tp"]))
-def test_the_place_among_peers_is_the_coordinate(topology: Topology, axis: TopologyAxis) -> None:
+def test_the_position_among_peers_is_the_coordinate(topology: Topology, axis: TopologyAxis) -> None:
     for rank in range(topology.size):
         assert topology.peers(rank, axis).index(rank) == getattr(topology.coordinates(rank), axis)
 
@@ -70,13 +70,13 @@ def test_the_example_of_the_docstring() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"), [({"tp": 0}, "tp must be at least 1"), ({"tp": 2, "ep": 3}, "ep=3 does not divide the 2 ranks")]
 )
-def test_sizes_that_form_no_replica_are_refused(sizes: dict[str, int], message: str) -> None:
+def test_sizes_that_cannot_form_a_replica_are_rejected(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidTopology, match=message):
         Topology(**sizes)
 
 
 @pytest.mark.parametrize("rank", [-1, 4])
-def test_a_rank_outside_is_refused(rank: int) -> None:
+def test_a_rank_outside_the_topology_is_rejected(rank: int) -> None:
     with pytest.raises(InvalidTopology, match=f"rank {rank} is outside"):
         Topology(tp=2, pp=2).coordinates(rank)
 

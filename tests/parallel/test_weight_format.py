@@ -27,7 +27,7 @@ def random(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [MemoryTensor, ByInputs])
-def test_pieces_begin_at_whole_multiples_and_make_up_the_part(kind: type[MemoryTensor]) -> None:
+def test_pieces_begin_at_multiples_and_cover_the_part(kind: type[MemoryTensor]) -> None:
     whole_NK, found_NK = random(700, 650), torch.zeros(501, 390).bfloat16()
     stored, begun = kind("t", whole_NK), []
 
@@ -43,7 +43,7 @@ def test_pieces_begin_at_whole_multiples_and_make_up_the_part(kind: type[MemoryT
     assert stored.num_read == found_NK.numel()
 
 
-def test_pieces_behind_other_outputs_end_where_panels_do() -> None:
+def test_pieces_after_other_outputs_end_at_panel_borders() -> None:
     whole_NK, found_NK, begun = random(700, 300), torch.zeros(700, 300).bfloat16(), []
 
     def take(output: int, first: int, piece_NK: Tensor) -> None:
@@ -56,14 +56,14 @@ def test_pieces_behind_other_outputs_end_where_panels_do() -> None:
     assert begun == [150, *range(2 * PIECE_MULTIPLE, 850, PIECE_MULTIPLE)]
 
 
-def test_nothing_is_passed_where_a_rank_holds_nothing() -> None:
+def test_nothing_is_read_if_a_rank_holds_nothing() -> None:
     for part in ((slice(5, 5), slice(None)), (slice(None), slice(9, 9))):
         assert stream_pieces(MemoryTensor("t", random(20, 10)), part, lambda *_: pytest.fail("a piece")) == 0
 
 
 @pytest.mark.parametrize("stored", [MemoryTensor, ByInputs])
 @pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros_dot"])
-def test_parts_fused_in_one_layer_come_piece_by_piece_as_at_once(kind: Kind, stored: type[MemoryTensor]) -> None:
+def test_fused_parts_loaded_piece_by_piece_equal_those_loaded_at_once(kind: Kind, stored: type[MemoryTensor]) -> None:
     """One that ends within a panel of the packed matrix, one that begins there, and a part of the input features."""
     format, inputs = PackedFormat(kind, torch.bfloat16), Share(700, (range(128, 700),))
     gate, up = random(205, 700), random(330, 700)
@@ -83,12 +83,12 @@ def test_parts_fused_in_one_layer_come_piece_by_piece_as_at_once(kind: Kind, sto
     assert all(torch.equal(layer.tensors[name], wanted[name]) for name in wanted)
 
 
-def test_a_plain_matrix_is_not_taken_piece_by_piece() -> None:
+def test_a_plain_matrix_is_not_streamed() -> None:
     assert not isinstance(Dense(torch.float32), StreamingFormat)
 
 
 @pytest.mark.parametrize("is_replicated", [False, True])
-def test_ranks_that_must_agree_do_not_multiply_as_each_has_measured(is_replicated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicated_products_do_not_use_autotuned_kernels(is_replicated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Tensor] = []
 
     def uses_gemv(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ def value(numbers_xC: Tensor, words_x: Tensor) -> Tensor:
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32), width=st.sampled_from([1, 2, 32, 128]), narrow=st.booleans(), exponent=st.integers(-14, 3))
-def test_what_was_stored_with_any_scale_and_zero_is_held_as_it_was(seed: int, width: int, narrow: bool, exponent: int) -> None:
+def test_weights_stored_with_any_scale_and_zero_point_are_lossless(seed: int, width: int, narrow: bool, exponent: int) -> None:
     """Also where all numbers of a group are far from its zero."""
     random = torch.Generator().manual_seed(seed)
     zeros_X = torch.randint(0, LEVELS + 1, (24, 5), generator=random)
@@ -32,7 +32,7 @@ def test_what_was_stored_with_any_scale_and_zero_is_held_as_it_was(seed: int, wi
     assert torch.equal(value(found_XC, words_X), weight_XC)
 
 
-def test_other_groups_are_rounded_beside_those_that_were_stored_so() -> None:
+def test_other_groups_are_rounded_beside_the_lossless_ones() -> None:
     random = torch.Generator().manual_seed(0)
     any_XC = torch.randn(64, 128, generator=random) + torch.linspace(-3, 3, 64).unsqueeze(-1)
     stored_XC = torch.randint(-3, 13, (64, 128), generator=random) * 0.125
@@ -44,7 +44,7 @@ def test_other_groups_are_rounded_beside_those_that_were_stored_so() -> None:
     assert (found_XC[:64] - any_XC).square().mean() < 0.12 * step_X.square().mean(), "as of even steps: a twelfth"
 
 
-def test_zeros_stay_zeros_and_what_is_no_number_is_seen() -> None:
+def test_zeros_stay_zeros_and_nan_is_visible() -> None:
     numbers_XC, words_X = quantise_groups(torch.zeros(3, 2, 128))
     assert not value(numbers_XC, words_X).any()
     half_XC = torch.cat((torch.rand(5, 64) + 1, torch.zeros(5, 64)), -1)
@@ -57,7 +57,7 @@ def test_zeros_stay_zeros_and_what_is_no_number_is_seen() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, 1.5, -1.5, 6e-8, 65504.0])
-def test_a_word_holds_a_scale_and_a_zero(scale: float) -> None:
+def test_a_word_holds_a_scale_and_a_zero_point(scale: float) -> None:
     zeros = torch.arange(LEVELS + 1)
     scales, found = unpack_words(pack_words(torch.full((LEVELS + 1,), scale), zeros))
     assert torch.equal(found, zeros.int())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from parallel.cuda.autotune import Tile
 
 
-def test_without_measurement_the_first_is_taken(device: torch.device) -> None:
+def test_without_measurement_the_first_candidate_is_used(device: torch.device) -> None:
     from parallel.cuda.autotune import LIBRARY, Autotuner, candidates_for
 
     tiles, few = Autotuner(None), candidates_for("int8", 16)
@@ -22,7 +22,7 @@ def test_without_measurement_the_first_is_taken(device: torch.device) -> None:
     assert tiles.best("a product", candidates_for("int8", 128), lambda _tile: None) == LIBRARY
 
 
-def test_one_way_is_not_measured(device: torch.device) -> None:
+def test_a_single_candidate_is_not_measured(device: torch.device) -> None:
     from parallel.cuda.autotune import LIBRARY, Autotuner, candidates_for
 
     tiles = Autotuner(None)
@@ -30,7 +30,7 @@ def test_one_way_is_not_measured(device: torch.device) -> None:
         assert tiles.best("a product", candidates_for("int4", None), lambda _tile: None) == LIBRARY
 
 
-def test_what_cublas_cannot_multiply_has_ways_for_every_number_of_rows(device: torch.device) -> None:
+def test_products_without_cublas_have_candidates_for_every_number_of_rows(device: torch.device) -> None:
     from parallel.cuda.autotune import MAX_ROWS, candidates_for
 
     for most in (*MAX_ROWS, None):
@@ -45,7 +45,7 @@ def _some() -> "tuple[Tile, ...]":
     return tuple(Tile(16, columns) for columns in (16, 32, 64, 128, 256))
 
 
-def test_the_fastest_is_measured_once_kept_and_found_again(tmp_path: Path, device: torch.device) -> None:
+def test_the_fastest_is_measured_once_and_kept(tmp_path: Path, device: torch.device) -> None:
     from triton import OutOfResources
 
     from parallel.cuda.autotune import Autotuner
@@ -90,7 +90,7 @@ def _one_second(run: Callable[[], object]) -> float:
     return 1.0
 
 
-def test_a_kernel_that_takes_the_device_along_ends_the_start_and_nothing_of_it_is_kept(tmp_path: Path, device: torch.device) -> None:
+def test_a_lost_device_aborts_the_start_and_keeps_nothing(tmp_path: Path, device: torch.device) -> None:
     from parallel.cuda.autotune import Autotuner
 
     some = _some()
@@ -116,7 +116,7 @@ def test_a_kernel_that_takes_the_device_along_ends_the_start_and_nothing_of_it_i
         RuntimeError("PassManager::run failed"),
     ],
 )
-def test_what_cannot_be_measured_now_is_at_the_next_start(error: RuntimeError, tmp_path: Path, device: torch.device) -> None:
+def test_what_cannot_be_measured_now_is_measured_at_the_next_start(error: RuntimeError, tmp_path: Path, device: torch.device) -> None:
     """The tiles that came before a full memory are not the fastest of all."""
     from parallel.cuda.autotune import Autotuner
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_now_is_at_the_next_start(error: RuntimeError, t
 
 
 @pytest.mark.parametrize("num_rows", [3, 40])
-def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_is_bit_identical_for_all_tiles(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.cuda import quantised_matmul
     from parallel.cuda.autotune import Tile
 
@@ -146,7 +146,7 @@ def test_a_product_is_the_same_to_the_bit_whatever_its_tile(num_rows: int, devic
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-def test_what_was_measured_with_one_dtype_is_not_taken_for_another(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_are_separate_for_each_dtype(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fits into shared memory with 16 bits may not with 32."""
     from parallel.cuda import grouped_gemm, quantised_matmul
     from parallel.cuda.autotune import Autotuner

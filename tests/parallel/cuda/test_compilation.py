@@ -29,7 +29,7 @@ def compiled(options: tuple[str, ...], folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("capability", "count", "kib"), [(75, 87, 64), (80, 87, 163), (89, 101, 99), (100, 101, 227), (120, 101, 99)])
-def test_what_is_taken_unmeasured_fits_every_kind_of_device(capability: int, count: int, kib: int, tmp_path: Path) -> None:
+def test_default_tiles_fit_every_kind_of_device(capability: int, count: int, kib: int, tmp_path: Path) -> None:
     """Turing in float16, Ampere, Ada, Blackwell and what it has in graphics cards; attention in float32 as well."""
     lines = compiled((str(capability),), tmp_path)
     assert len(lines) == count

@@ -20,7 +20,7 @@ def norm(width: int, dtype: torch.dtype, device: torch.device) -> RmsNorm:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 896), (5, 24), (3, 1000), (0, 64)])
-def test_the_norm_is_the_layers(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_the_norm_equals_the_layers(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.elementwise import rms_norm
 
     layer, x = norm(shape[1], dtype, device), torch.randn(shape, device=device).to(dtype)
@@ -29,7 +29,7 @@ def test_the_norm_is_the_layers(shape: tuple[int, int], dtype: torch.dtype, devi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adding_to_the_residual_stream_on_the_way_gives_the_same(dtype: torch.dtype, device: torch.device) -> None:
+def test_the_fused_residual_add_gives_the_same(dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.elementwise import add_rms_norm
 
     layer = norm(96, dtype, device)
@@ -42,7 +42,7 @@ def test_adding_to_the_residual_stream_on_the_way_gives_the_same(dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 40), (4, 2 * 1100), (0, 8)])
-def test_the_gate_multiplies_as_torch_does(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_swiglu_equals_torch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.elementwise import swiglu
 
     gate_up = torch.randn(shape, device=device).to(dtype)
@@ -52,7 +52,7 @@ def test_the_gate_multiplies_as_torch_does(shape: tuple[int, int], dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(6, 2, 16), (5, 2, 24), (7, 1, 128)])
-def test_turned_heads_go_where_they_should(
+def test_rotated_heads_are_written_to_their_slots(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     from parallel.cuda.elementwise import rope_and_write_kv
@@ -73,7 +73,7 @@ def test_turned_heads_go_where_they_should(
         torch.testing.assert_close(found, wanted, **tolerance)
 
 
-def test_a_token_that_is_nobodys_is_written_nowhere(device: torch.device) -> None:
+def test_a_padding_token_is_not_written(device: torch.device) -> None:
     from parallel.cuda.elementwise import rope_and_write_kv
 
     cache = torch.zeros(2, 16, 1, 16, device=device)
@@ -83,7 +83,7 @@ def test_a_token_that_is_nobodys_is_written_nowhere(device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_are_turned_where_they_lie_among_others(dtype: torch.dtype, device: torch.device) -> None:
+def test_heads_are_rotated_in_a_strided_tensor(dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.elementwise import apply_rope
 
     x = torch.randn(6, 8, 32, device=device).to(dtype)[:, 1:6]

@@ -32,7 +32,7 @@ def only(tile: object) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_rows", "num_inputs", "num_outputs"), [(1, 896, 10), (2, 128, 5), (2, 1000, 7), (1, 328, 9)])
-def test_a_product_is_that_of_its_twin(
+def test_a_product_equals_the_reference(
     num_rows: int, num_inputs: int, num_outputs: int, kind: KindOrPlain, dtype: torch.dtype, device: torch.device
 ) -> None:
     from parallel.cuda.autotune import Tile
@@ -55,7 +55,7 @@ def test_a_product_is_that_of_its_twin(
             torch.testing.assert_close(found, wanted, **tolerance)
 
 
-def test_a_row_does_not_depend_on_what_lies_beside_it(device: torch.device) -> None:
+def test_a_row_does_not_depend_on_the_other_row(device: torch.device) -> None:
     from parallel.cuda.autotune import Tile
     from parallel.cuda.gemv import multiply
 
@@ -68,7 +68,7 @@ def test_a_row_does_not_depend_on_what_lies_beside_it(device: torch.device) -> N
     assert torch.equal(found[0], whole[0])
 
 
-def test_unmeasured_no_product_goes_another_way(device: torch.device) -> None:
+def test_unmeasured_products_do_not_use_gemv(device: torch.device) -> None:
     from parallel.cuda.gemv import multiply
 
     weight, x, other = torch.randn(6, 300, device=device), torch.randn(2, 300, device=device), torch.empty(2, 6)

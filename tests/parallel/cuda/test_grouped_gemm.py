@@ -45,7 +45,7 @@ def test_each_assignment_gets_its_experts_product(
 
 
 @pytest.mark.parametrize(("num_rows", "num_held"), [(0, 4), (1, 4), (5, 4), (300, 4), (5, 1), (700, 2), (2000, 64)])
-def test_assignments_are_sorted_as_by_plain_torch(num_rows: int, num_held: int, device: torch.device) -> None:
+def test_assignments_are_sorted_like_the_reference(num_rows: int, num_held: int, device: torch.device) -> None:
     from parallel.cuda.expert_sort import sort_by_expert, sort_reference
 
     ids = torch.randint(-1, num_held, (num_rows, 2), generator=torch.Generator().manual_seed(num_rows)).to(device)
@@ -56,7 +56,7 @@ def test_assignments_are_sorted_as_by_plain_torch(num_rows: int, num_held: int, 
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 300, 1000])
-def test_every_assignment_stands_in_a_tile_of_its_expert(num_rows: int, device: torch.device) -> None:
+def test_every_assignment_is_in_a_tile_of_its_expert(num_rows: int, device: torch.device) -> None:
     from parallel.cuda.expert_sort import sort_by_expert
 
     ids = torch.randint(-1, 4, (num_rows, 2), generator=torch.Generator().manual_seed(1)).to(device)
@@ -92,7 +92,7 @@ FORMATS = [
 @pytest.mark.usefixtures("exact_fp8")
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 60])
-def test_all_experts_of_a_rank_give_what_one_after_the_other_gives(num_rows: int, form: WeightFormat, device: torch.device) -> None:
+def test_grouped_experts_equal_one_after_the_other(num_rows: int, form: WeightFormat, device: torch.device) -> None:
     from parallel.cuda.grouped_experts import GroupedExperts
 
     torch.manual_seed(0)

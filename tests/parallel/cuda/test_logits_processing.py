@@ -19,7 +19,7 @@ RULES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lies_at_whole_units", [False, True])
-def test_every_bit_is_that_of_the_twin(lies_at_whole_units: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_results_are_bit_identical_to_the_reference(lies_at_whole_units: bool, dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.logit_keys import empty_parts
     from parallel.cuda.logits_processing import process_logits
 

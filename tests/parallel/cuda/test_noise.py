@@ -8,7 +8,7 @@ from engine.run.noise import seed_bits, uniform
 
 @pytest.mark.parametrize("stream", [0, 3])
 @pytest.mark.parametrize("num_rows", [1, 130])
-def test_every_bit_is_that_of_the_twin(num_rows: int, stream: int, device: torch.device) -> None:
+def test_results_are_bit_identical_to_the_reference(num_rows: int, stream: int, device: torch.device) -> None:
     from parallel.cuda.noise import uniform as in_one_launch
 
     generator = torch.Generator().manual_seed(num_rows)

@@ -40,7 +40,7 @@ def test_the_kernels_agree_with_the_reference(config: AttentionConfig, works: li
 
 
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
-def test_all_tokens_may_see_each_other(config: AttentionConfig, device: torch.device) -> None:
+def test_attention_can_be_bidirectional(config: AttentionConfig, device: torch.device) -> None:
     from model.attention.cuda import CudaAttention
 
     config = replace(config, is_causal=False)
@@ -50,7 +50,7 @@ def test_all_tokens_may_see_each_other(config: AttentionConfig, device: torch.de
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_is_as_near_as_its_roundings_allow(dtype: torch.dtype, device: torch.device) -> None:
+def test_half_precision_is_within_its_rounding_error(dtype: torch.dtype, device: torch.device) -> None:
     from model.attention.cuda import CudaAttention
 
     config = HEADS["groups of seven"]
@@ -60,7 +60,7 @@ def test_half_precision_is_as_near_as_its_roundings_allow(dtype: torch.dtype, de
 
 
 @pytest.mark.parametrize("works", WORKS.values(), ids=WORKS.keys())
-def test_a_cache_in_fp8_is_read_and_written_as_the_reference_does(works: list[Work], device: torch.device) -> None:
+def test_an_fp8_cache_is_read_and_written_like_the_reference(works: list[Work], device: torch.device) -> None:
     from model.attention.cuda import CudaAttention
 
     config = HEADS["groups of seven"]
@@ -73,7 +73,7 @@ def test_a_cache_in_fp8_is_read_and_written_as_the_reference_does(works: list[Wo
 
 
 @pytest.mark.parametrize("parts", [1, 2, 8, 64])
-def test_it_does_not_matter_into_how_many_parts_a_context_is_cut(parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_does_not_depend_on_the_number_of_parts(parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.attention.cuda import CudaAttention
 
     monkeypatch.setattr(CudaAttention, "parts", lambda _self, _num_decodes: parts)
@@ -84,9 +84,7 @@ def test_it_does_not_matter_into_how_many_parts_a_context_is_cut(parts: int, dev
 
 
 @pytest.mark.parametrize("parts", [1, 16])
-def test_a_few_tokens_behind_a_long_context_are_cut_into_parts_and_a_token_sees_none_behind_it(
-    parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_new_tokens_of_a_long_context_are_split_and_causal(parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As guessed ones are; they are no prompt's, which one program would read from end to end."""
     from model.attention.cuda import CudaAttention
 
@@ -98,7 +96,7 @@ def test_a_few_tokens_behind_a_long_context_are_cut_into_parts_and_a_token_sees_
     torch.testing.assert_close(fast.cpu().double(), exact, atol=2e-6, rtol=0)
 
 
-def test_parts_are_a_power_of_two_and_fewer_where_there_are_more_sequences(device: torch.device) -> None:
+def test_parts_are_a_power_of_two_and_fewer_with_more_sequences(device: torch.device) -> None:
     from model.attention.cuda import CudaAttention
 
     backend = CudaAttention(HEADS["one per kv"], device)

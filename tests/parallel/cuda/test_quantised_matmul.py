@@ -14,7 +14,7 @@ KINDS = ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow), "fp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_rows", "num_inputs", "num_outputs"), [(1, 128, 32), (5, 200, 70), (33, 64, 40), (70, 330, 150), (0, 8, 8)])
-def test_a_product_is_that_of_its_twin(
+def test_a_product_equals_the_reference(
     num_rows: int, num_inputs: int, num_outputs: int, kind: Kind, dtype: torch.dtype, device: torch.device
 ) -> None:
     from parallel.cuda.quantised_matmul import multiply
@@ -36,7 +36,7 @@ SHAPES = [(1, 128, 32), (5, 200, 70), (33, 64, 40), (70, 330, 150)]
 @pytest.mark.usefixtures("exact_fp8")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_rows", "num_inputs", "num_outputs"), SHAPES)
-def test_each_way_gives_what_the_twin_gives(
+def test_each_way_equals_the_reference(
     num_rows: int, num_inputs: int, num_outputs: int, kind: Kind, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from parallel.cuda import quantised_matmul
@@ -59,7 +59,7 @@ def test_each_way_gives_what_the_twin_gives(
 
 @pytest.mark.parametrize("kind", ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_unpacked_is_rounded_once(kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
+def test_dequantised_weights_are_rounded_once(kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.quantised_matmul import dequantise_rows
 
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def test_what_is_unpacked_is_rounded_once(kind: Kind, dtype: torch.dtype, device
 
 
 @pytest.mark.parametrize(("width", "block"), [(1, 32768), (100, 32768), (2048, 32768), (5000, 32768), (5000, 1024)])
-def test_rows_are_rounded_to_fp8_as_by_torch(width: int, block: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_quantised_to_fp8_like_torch(width: int, block: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.cuda import quantised_matmul
     from parallel.cuda.quantised_matmul import quantise_rows
 

@@ -151,7 +151,7 @@ def without_constants(seen: tuple[Any, ...] | str) -> Any:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(CALLS, min_size=1, max_size=12))
-def test_whatever_is_launched_is_what_triton_launches(cuda_driver: CudaDriver, calls: list[Any]) -> None:
+def test_quick_launches_equal_tritons(cuda_driver: CudaDriver, calls: list[Any]) -> None:
     slow, fast = slow_kernel(), FastKernel(slow_kernel())
     fast[1,](*USUAL)
     for args, options, device in calls * 2:
@@ -159,7 +159,7 @@ def test_whatever_is_launched_is_what_triton_launches(cuda_driver: CudaDriver, c
         assert without_constants(launched(fast, args, options)) == without_constants(launched(slow, args, options))
 
 
-def test_only_the_first_launch_of_a_kind_is_triton_s(cuda_driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_launch_of_a_kind_goes_through_triton(cuda_driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = FastKernel(slow_kernel())
     expected = launched(fast, USUAL, {"num_warps": 8})
     monkeypatch.setattr(fast, "run", None)
@@ -172,7 +172,7 @@ def test_only_the_first_launch_of_a_kind_is_triton_s(cuda_driver: CudaDriver, mo
         fast[3, 2](*USUAL, num_warps=4)
 
 
-def test_a_profiler_s_hooks_see_every_launch(cuda_driver: CudaDriver) -> None:
+def test_profiler_hooks_see_every_launch(cuda_driver: CudaDriver) -> None:
     fast, seen = FastKernel(slow_kernel()), []
     launched(fast, USUAL, {})
     fast.add_pre_run_hook(lambda *args, **kwargs: seen.append("before"))
@@ -194,7 +194,7 @@ def _raw(kernel: Any) -> tuple[Any, ...]:
     return Launcher.seen[0]
 
 
-def test_kernels_with_memory_of_their_own_and_callable_grids_are_launched_by_triton(
+def test_kernels_with_scratch_memory_or_callable_grids_are_launched_by_triton(
     cuda_driver: CudaDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = FastKernel(slow_kernel())
@@ -211,7 +211,7 @@ def test_kernels_with_memory_of_their_own_and_callable_grids_are_launched_by_tri
         triton.set_allocator(None)
 
 
-def test_sizes_that_are_always_others_do_not_fill_memory(cuda_driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ever_changing_sizes_do_not_fill_memory(cuda_driver: CudaDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quick_launch, "MAX_KEPT", 8)
     fast = FastKernel(slow_kernel())
     for n in range(40):
@@ -219,7 +219,7 @@ def test_sizes_that_are_always_others_do_not_fill_memory(cuda_driver: CudaDriver
         assert len(fast._launches) <= 8
 
 
-def test_another_triton_s_kernels_are_launched_by_it(
+def test_with_another_triton_version_all_launches_are_tritons(
     cuda_driver: CudaDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(quick_launch, "VERSION", "9.9")
@@ -231,7 +231,7 @@ def test_another_triton_s_kernels_are_launched_by_it(
     assert len(caplog.records) == 1
 
 
-def test_unless_allowed_all_launches_are_triton_s(cuda_driver: CudaDriver) -> None:
+def test_unless_enabled_all_launches_are_tritons(cuda_driver: CudaDriver) -> None:
     quick_launch.enable(False)
     fast = FastKernel(slow_kernel())
     for _ in range(2):
@@ -242,7 +242,7 @@ def test_unless_allowed_all_launches_are_triton_s(cuda_driver: CudaDriver) -> No
     assert fast._launches
 
 
-def test_what_is_interpreted_is_not_touched() -> None:
+def test_the_interpreter_is_not_affected() -> None:
     interpreted = triton.runtime.interpreter.InterpretedFunction(some_kernel)
     assert quick(interpreted) is interpreted
     assert isinstance(quick(slow_kernel()), QuickKernel)

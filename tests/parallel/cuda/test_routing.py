@@ -9,7 +9,7 @@ DTYPES = [torch.float32, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 64, 8), (7, 60, 4), (3, 5, 5), (0, 8, 2)])
-def test_the_likeliest_experts_are_chosen(
+def test_the_most_probable_experts_are_chosen(
     tokens: int, experts: int, chosen: int, renormalise: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     from parallel.cuda.routing import CudaRouting
@@ -26,7 +26,7 @@ def test_the_likeliest_experts_are_chosen(
     torch.testing.assert_close(weights, wanted.to(dtype))
 
 
-def test_equals_are_taken_in_their_order(device: torch.device) -> None:
+def test_ties_are_taken_in_order(device: torch.device) -> None:
     from parallel.cuda.routing import CudaRouting
 
     ids, weights = CudaRouting().choose(torch.zeros(2, 6, device=device), 4, renormalise=False)
@@ -35,7 +35,7 @@ def test_equals_are_taken_in_their_order(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_of_what_is_no_number_experts_are_distinct_all_the_same(broken: float, device: torch.device) -> None:
+def test_with_nan_the_chosen_experts_are_still_distinct(broken: float, device: torch.device) -> None:
     from parallel.cuda.routing import CudaRouting
 
     logits = torch.randn(3, 6, device=device)
@@ -48,7 +48,7 @@ def test_of_what_is_no_number_experts_are_distinct_all_the_same(broken: float, d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 40), (5, 1300), (0, 8)])
-def test_the_shared_expert_is_added_as_its_gate_says(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_the_shared_expert_is_added_with_its_gate(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
     from parallel.cuda.routing import CudaRouting
 
     routed, shared = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))

@@ -71,7 +71,7 @@ def opened(params: list[SamplingParams], draw: random.Random, table: EditTable |
 
 
 @pytest.mark.parametrize("kinds", [PARAMS, [one for one in PARAMS if one.temperature == 0]], ids=["all", "greedy"])
-def test_a_launched_step_draws_what_plain_torch_does(
+def test_a_launched_step_samples_like_plain_torch(
     kinds: list[SamplingParams], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw, generator = random.Random(1), torch.Generator().manual_seed(1)
@@ -88,7 +88,7 @@ def test_a_launched_step_draws_what_plain_torch_does(
     assert [one.fault is None for one in found] == [True, True, False, False, False, True, True]
 
 
-def test_logits_that_the_host_edits_lie_as_those_that_the_device_edits() -> None:
+def test_logits_edited_on_the_host_have_the_layout_of_those_edited_on_the_device() -> None:
     """Else all that draws is compiled a second time for them, and takes one number at a time."""
     draw = random.Random(1)
     _, rows = opened([SamplingParams(repetition_penalty=1.1)] * 3, draw, None)
@@ -100,7 +100,7 @@ def test_logits_that_the_host_edits_lie_as_those_that_the_device_edits() -> None
     assert found is not raw_RV
 
 
-def test_a_replay_draws_what_the_sampler_does_whoever_was_in_the_step_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_samples_like_the_sampler_after_any_previous_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     draw, generator = random.Random(2), torch.Generator().manual_seed(2)
     logits_BV, told = torch.zeros(4, VOCAB_SIZE, device=device), torch.zeros(2, 4, dtype=torch.int64, device=device)
     table, sampler = EditTable(num_entries=4, vocab_size=VOCAB_SIZE, device=device), Sampler(vocab_size=VOCAB_SIZE, device=device)

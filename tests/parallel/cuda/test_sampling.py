@@ -118,7 +118,7 @@ EVERY = [
         *(pytest.param(*one, 200, marks=pytest.mark.slow) for one in EVERY),
     ],
 )
-def test_what_is_drawn_is_what_sorting_gives(
+def test_samples_equal_those_by_sorting(
     width: int, dtype: torch.dtype, most: int, lies_aligned: bool, count: int, device: torch.device
 ) -> None:
     draw, generator = random.Random(width + most), torch.Generator().manual_seed(width)
@@ -136,7 +136,7 @@ def test_what_is_drawn_is_what_sorting_gives(
     assert found[1:].tolist() == [[1] * len(cases)] * 2
 
 
-def test_rows_that_are_not_sound_are_told_and_disturb_nobody(device: torch.device) -> None:
+def test_rows_with_invalid_logits_are_reported_and_do_not_affect_others(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
     logits_RV = torch.randn(10, 5000, generator=generator)
     logits_RV[0, 4999] = torch.nan

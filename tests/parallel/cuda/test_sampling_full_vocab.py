@@ -21,7 +21,7 @@ ROWS = [  # temperature, top-k, top-p, min-p
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("lies_at_whole_units", [False, True])
-def test_what_is_drawn_is_what_sorting_gives(lies_at_whole_units: bool, ties: bool, device: torch.device) -> None:
+def test_samples_equal_those_by_sorting(lies_at_whole_units: bool, ties: bool, device: torch.device) -> None:
     from parallel.cuda.sampling_full_vocab import draw_full_vocab
 
     generator = torch.Generator().manual_seed(int(ties))

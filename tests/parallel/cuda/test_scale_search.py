@@ -9,7 +9,7 @@ from tests.parallel.groups_of_weights import GROUPS
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-def test_the_kernel_comes_to_the_bits_of_its_twin(groups: Tensor, device: torch.device) -> None:
+def test_the_kernel_is_bit_identical_to_the_reference(groups: Tensor, device: torch.device) -> None:
     from parallel.cuda.scale_search import choose_scales
 
     for some in (groups, groups[:1], groups[:0]):

@@ -16,7 +16,7 @@ def stored(num_outputs: int, num_inputs: int, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize("num_rows", [2, 5])
-def test_each_way_gives_what_the_twin_gives(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_way_equals_the_reference(num_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.cuda import gemv, quantised_matmul
     from parallel.cuda.autotune import LIBRARY, Tile
 

@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_sum_and_its_norm(library: Native, shape: tuple[int, int]) -> None:
+def test_add_and_norm(library: Native, shape: tuple[int, int]) -> None:
     x, delta, weight = random(*shape), random(*shape, seed=1), random(shape[1], seed=2)
     total = x + delta
     found = NativeElementwise(library).add_norm(x, delta, weight, 1e-6)
@@ -34,13 +34,13 @@ def test_a_sum_and_its_norm(library: Native, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gate_of_an_mlp(library: Native, shape: tuple[int, int]) -> None:
+def test_swiglu(library: Native, shape: tuple[int, int]) -> None:
     x = random(*shape)
     left, right = x.chunk(2, dim=-1)
     torch.testing.assert_close(NativeElementwise(library).swiglu(x), F.silu(left) * right, rtol=1e-5, atol=1e-5)
 
 
-def test_the_gate_of_extreme_numbers(library: Native) -> None:
+def test_swiglu_of_extreme_numbers(library: Native) -> None:
     left = torch.tensor([[0.0, -200.0, 200.0, 1e30, -1e30, torch.nan, torch.inf, 1.0] * 2])
     found = NativeElementwise(library).swiglu(torch.cat((left, torch.ones_like(left)), dim=-1))
     wanted = F.silu(left)
@@ -48,7 +48,7 @@ def test_the_gate_of_extreme_numbers(library: Native) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 300])
-def test_heads_are_turned(library: Native, num_tokens: int) -> None:
+def test_heads_are_rotated(library: Native, num_tokens: int) -> None:
     x = random(num_tokens, 8, 32)[:, 1:6]  # heads that lie among others
     angles = random(num_tokens, 1, 16, seed=1)
     first, second = x.chunk(2, dim=-1)

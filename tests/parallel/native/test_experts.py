@@ -18,7 +18,7 @@ COUNTS = {"one token each": [1, 1, 1], "few": [3, 1, 7], "one crowded": [1, 150,
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts: list[int]) -> None:
+def test_fused_experts_are_bit_identical_to_one_after_the_other(kind: Kind, counts: list[int]) -> None:
     library = native()
     if library is None:
         pytest.skip("the kernels are not built here")
@@ -38,7 +38,7 @@ def test_experts_at_once_give_the_bits_of_one_after_the_other(kind: Kind, counts
 @pytest.mark.parametrize("num_rows", [13, 40, 200])
 @pytest.mark.parametrize("inner", [72, 256, 300])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gated_mlp_at_once_gives_the_bits_of_one_product_after_the_other(kind: Kind, inner: int, num_rows: int) -> None:
+def test_a_fused_gated_mlp_is_bit_identical_to_separate_products(kind: Kind, inner: int, num_rows: int) -> None:
     library = native()
     if library is None:
         pytest.skip("the kernels are not built here")

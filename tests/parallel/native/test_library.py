@@ -25,9 +25,7 @@ def test_the_best_variant_is_chosen_by_what_the_processor_has(monkeypatch: pytes
         library.usable_variants()
 
 
-def test_a_compiler_that_does_not_know_the_newest_instructions_makes_a_lesser_variant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_compiler_builds_a_lesser_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def old_compiler(output: Path, command: Callable[[str, Path], list[str]]) -> Path:
         if "-mavx512bf16" in command("cc", output):
             raise Unavailable("unrecognized command-line option")
@@ -42,7 +40,7 @@ def test_a_compiler_that_does_not_know_the_newest_instructions_makes_a_lesser_va
         library.build("avx512_bf16")
 
 
-def test_without_the_kernels_the_log_says_how_to_get_them(tmp_path: Path) -> None:
+def test_without_kernels_the_log_says_how_to_build_them(tmp_path: Path) -> None:
     code = "import logging; logging.basicConfig(level='INFO'); from parallel.native.library import native; print(native())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin", "HOME": str(tmp_path)}
     folder = Path(library.__file__).parents[2]
@@ -51,7 +49,7 @@ def test_without_the_kernels_the_log_says_how_to_get_them(tmp_path: Path) -> Non
     assert "without our own CPU kernels" in done.stderr
 
 
-def test_kernels_that_came_with_the_sources_are_found_before_this_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prebuilt_kernels_are_preferred_to_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "PREBUILT", tmp_path / "brought")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

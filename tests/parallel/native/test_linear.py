@@ -59,7 +59,7 @@ def library(kind: Kind) -> Native:
 @pytest.mark.parametrize("lanes", [8, 16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_matrix_is_the_matrix_to_its_rounding(kind: Kind, shape: tuple[int, int], lanes: int) -> None:
+def test_a_packed_matrix_equals_the_matrix_up_to_rounding(kind: Kind, shape: tuple[int, int], lanes: int) -> None:
     weight = random(*shape)
     found = unpack(pack(kind, weight, lanes))[:, : shape[1]]
     assert (found - weight).abs().max() <= MOST_ROUNDING[kind] * weight.abs().max()
@@ -69,9 +69,7 @@ def test_a_packed_matrix_is_the_matrix_to_its_rounding(kind: Kind, shape: tuple[
 
 @pytest.mark.parametrize("lanes", [8, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_that_come_in_any_order_and_cut_anywhere_make_the_same_matrix(
-    kind: Kind, lanes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_packed_in_any_order_make_the_same_matrix(kind: Kind, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = Random(kind)
     for num_outputs, num_inputs in ((2098, 200), (320, 385), (33, 128), (1, 1)):
         weight = random(num_outputs, num_inputs)
@@ -88,7 +86,7 @@ def test_parts_that_come_in_any_order_and_cut_anywhere_make_the_same_matrix(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_held_beside_a_matrix_while_it_is_packed_is_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_memory_while_packing_is_bounded(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     packed_at_once, pack_into = [], linear._pack_into
     monkeypatch.setattr(
         linear, "_pack_into", lambda where, piece_NK: (packed_at_once.append(tuple(piece_NK.shape)), pack_into(where, piece_NK))
@@ -102,7 +100,7 @@ def test_what_is_held_beside_a_matrix_while_it_is_packed_is_bounded(kind: Kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_that_begin_and_end_within_panels_leave_no_holes_among_what_stays(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_end_within_panels_leave_no_holes_in_the_arena(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, found = random(100, 256), empty_packed(kind, 100, 256, 8)
     monkeypatch.setattr(Arena, "_place", lambda *_: pytest.fail("room for what goes at once"))
     for first, last in ((0, 7), (7, 75), (75, 100)):
@@ -114,7 +112,7 @@ def cuts(size: int, places: list[int]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_put_neighbouring_outputs_at_once(kind: Kind) -> None:
+def test_threads_can_pack_neighbouring_outputs_concurrently(kind: Kind) -> None:
     weight = random(16 * 64 + 5, 128)
     wanted, found = pack(kind, weight, 8), empty_packed(kind, len(weight), 128, 8)
     with ThreadPoolExecutor(4) as threads:
@@ -125,7 +123,7 @@ def test_threads_put_neighbouring_outputs_at_once(kind: Kind) -> None:
 @pytest.mark.parametrize("lanes", [8, 16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_matrix_packed_for_another_processor_becomes_the_same_here(kind: Kind, shape: tuple[int, int], lanes: int) -> None:
+def test_a_matrix_packed_for_another_processor_is_repacked_exactly(kind: Kind, shape: tuple[int, int], lanes: int) -> None:
     weight = random(*shape)
     found, wanted = with_lanes(pack(kind, weight, 24 - lanes), lanes), pack(kind, weight, lanes)
     assert found.numbers.shape == wanted.numbers.shape
@@ -164,7 +162,7 @@ def test_rows_are_rounded_to_the_nearest_bfloat16(library: Native, kind: Kind) -
 
 
 @pytest.mark.parametrize("kind", ["int8_dot"])
-def test_groups_are_turned_to_the_same_bits_with_the_kernel_and_without(library: Native, kind: Kind) -> None:
+def test_the_hadamard_kernel_is_bit_identical_to_the_reference(library: Native, kind: Kind) -> None:
     groups = random(1300, 7, 128)
     assert torch.equal(hadamard_groups(groups), hadamard(groups))
     assert torch.equal(hadamard_groups(groups, inverse=True), hadamard_inverse(groups))
@@ -172,7 +170,7 @@ def test_groups_are_turned_to_the_same_bits_with_the_kernel_and_without(library:
 
 
 @pytest.mark.parametrize("kind", ["int8_dot"])
-def test_a_number_far_above_the_others_of_its_group_costs_them_little(library: Native, kind: Kind) -> None:
+def test_an_outlier_costs_the_others_of_its_group_little(library: Native, kind: Kind) -> None:
     """Rounded with a scale by itself it would leave them an error of 12 %."""
     weight, x = random(300, 256), random(20, 256, seed=1)
     weight[:, 77] = 0
@@ -183,7 +181,7 @@ def test_a_number_far_above_the_others_of_its_group_costs_them_little(library: N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_gives_the_same_bits_in_any_company(library: Native, kind: Kind) -> None:
+def test_a_row_is_bit_identical_in_any_batch(library: Native, kind: Kind) -> None:
     packed = pack(kind, random(307, 1500), library.lanes)
     x = random(200, 1500, seed=1)
     whole = multiply(library, x, packed, None)
@@ -193,9 +191,7 @@ def test_a_row_gives_the_same_bits_in_any_company(library: Native, kind: Kind) -
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 6, 8, 12, 33, 200])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_lay_where_results_come_to_lie_is_no_part_of_them(
-    library: Native, kind: Kind, num_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uninitialised_output_memory_does_not_matter(library: Native, kind: Kind, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [(pack(kind, random(307, width), library.lanes), random(num_rows, width, seed=1)) for width in (40, 1500)]
     wanted = [multiply(library, x, packed, None) for packed, x in cases]
     monkeypatch.setattr(torch, "empty", lambda *shape: torch.full(shape, torch.nan))
@@ -226,7 +222,7 @@ def test_extreme_numbers_neither_overflow_nor_vanish(library: Native, kind: Kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_in_a_row_is_seen_in_that_row_alone(library: Native, kind: Kind) -> None:
+def test_nan_in_a_row_affects_only_that_row(library: Native, kind: Kind) -> None:
     packed, x = pack(kind, random(64, 128), library.lanes), random(8, 128, seed=1)
     healthy = multiply(library, x, packed, None)
     x[3, 5] = torch.nan
@@ -245,7 +241,7 @@ def test_single_rows_can_be_looked_up(kind: Kind) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kernel_looks_rows_up_to_the_same_bits(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
+def test_the_lookup_kernel_is_bit_identical(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
     packed = pack(kind, random(*shape), library.lanes)
     wanted = torch.cat((torch.arange(shape[0]), torch.tensor([0])))[-400:]
     assert torch.equal(gather_rows(library, packed, wanted), rows(packed, wanted))

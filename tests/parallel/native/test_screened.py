@@ -85,7 +85,7 @@ def check(
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 13, 40])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_what_is_sought_is_what_all_of_the_matrix_gives_to_the_bit(
+def test_top_logits_are_bit_identical_to_the_whole_product(
     library: Native, shape: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     anyhow(monkeypatch)
@@ -96,7 +96,9 @@ def test_what_is_sought_is_what_all_of_the_matrix_gives_to_the_bit(
 
 @pytest.mark.parametrize("rows", [2, 9])
 @pytest.mark.parametrize("kind", MATRICES)
-def test_so_it_is_with_matrices_and_rows_that_round_badly(library: Native, kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_logits_are_exact_for_matrices_and_rows_with_large_rounding_errors(
+    library: Native, kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     anyhow(monkeypatch)
     screen, x = made(library, MATRICES[kind](random(2500, 320))), random(rows, 320, seed=rows)
     x[:, 17] *= 200
@@ -105,14 +107,14 @@ def test_so_it_is_with_matrices_and_rows_that_round_badly(library: Native, kind:
         check(library, screen, x, highest)
 
 
-def test_so_it_is_where_the_row_is_one_of_the_outputs(library: Native) -> None:
+def test_top_logits_are_exact_if_the_row_is_one_of_the_outputs(library: Native) -> None:
     """Then one logit stands far above the others: nearly nothing is multiplied twice."""
     weight = random(6000, 256)
     screen = made(library, weight)
     check(library, screen, weight[torch.arange(0, 6000, 500)] * 3, 1)
 
 
-def test_outputs_that_are_lowered_later_or_not_looked_at_do_not_push_others_out(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lowered_or_ignored_outputs_do_not_displace_others(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
     anyhow(monkeypatch)
     weight = random(3000, 192)
     weight[2400:] *= 9  # as no token's are
@@ -125,7 +127,7 @@ def test_outputs_that_are_lowered_later_or_not_looked_at_do_not_push_others_out(
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_is_never_hidden(library: Native, bad: float) -> None:
+def test_nan_is_never_hidden(library: Native, bad: float) -> None:
     screen, x = made(library, random(3000, 256)), random(3, 256)
     x[1, 9] = bad
     found = screen.multiply(library, x, TopLogits([1] * 3, [NOTHING] * 3, 3000))
@@ -136,13 +138,13 @@ def test_what_is_no_number_is_never_hidden(library: Native, bad: float) -> None:
     assert found is None or not found[:, 1234].isfinite().any()
 
 
-def test_where_all_are_in_doubt_nothing_is_given(library: Native) -> None:
+def test_if_all_panels_are_candidates_nothing_is_returned(library: Native) -> None:
     screen = made(library, random(1, 256).expand(3000, 256))
     assert screen.multiply(library, random(2, 256), TopLogits([1] * 2, [NOTHING] * 2, 3000)) is None
     assert made(library, random(3000, 256)).multiply(library, random(2, 256), TopLogits([2000] * 2, [NOTHING] * 2, 3000)) is None
 
 
-def test_in_8_bits_it_is_the_matrix_as_int8_would_hold_it(library: Native) -> None:
+def test_the_8_bit_copy_equals_int8(library: Native) -> None:
     weight = random(301, 200).bfloat16().float()
     screen = made(library, weight)
     found = unpack(screen.rough)[:, :200]
@@ -152,7 +154,7 @@ def test_in_8_bits_it_is_the_matrix_as_int8_would_hold_it(library: Native) -> No
     assert (screen.lengths[1] <= 1.2 * lost_P).all()  # what is lost of features that fill up the last group counts there too
 
 
-def test_a_head_that_does_not_gain_by_it_tries_ever_more_rarely(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_does_not_gain_backs_off(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
     head = ScreenedHead(made(library, random(3000, 256)))
     wanted, x = TopLogits([1], [NOTHING], 3000), random(1, 256)
     given: Tensor | None = None
@@ -167,7 +169,7 @@ def test_a_head_that_does_not_gain_by_it_tries_ever_more_rarely(library: Native,
     assert len(steps(5)) == 5
 
 
-def test_ids_that_the_matrix_does_not_have_are_passed_over(library: Native) -> None:
+def test_ids_beyond_the_matrix_are_ignored(library: Native) -> None:
     """A model that guesses may know fewer than the one it guesses for."""
     weight = random(4000, 256)
     format = PackedFormat("bf16_dot", torch.bfloat16)
@@ -183,7 +185,7 @@ def test_ids_that_the_matrix_does_not_have_are_passed_over(library: Native) -> N
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
 
 
-def test_a_length_that_is_no_number_or_vanishes_puts_its_panel_in_doubt(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_or_zero_norm_makes_its_panel_a_candidate(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
     anyhow(monkeypatch)
     for bad in (torch.nan, torch.inf, 1e8, 3e38):
         weight = random(320, 256)
@@ -200,7 +202,7 @@ def test_a_length_that_is_no_number_or_vanishes_puts_its_panel_in_doubt(library:
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
 
 
-def test_what_the_exact_product_rounds_is_counted_for_all_features(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_of_the_exact_product_is_included_for_all_features(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of 8,191 products is about half of what a sum of 1 can tell: in one output all of them vanish, in another all are rounded up."""
     anyhow(monkeypatch)
     num_features, unit = 8192, 2.0**-8

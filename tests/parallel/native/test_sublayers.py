@@ -12,7 +12,7 @@ from parallel.native.sublayers import GatedMlp, MoeSublayer, PackedLinear
 WIDTH, INNER, EXPERTS, ACTIVE = 64, 72, 4, 2
 
 
-def test_a_row_that_chose_an_expert_which_is_not_here_is_an_error_and_no_other_row_is() -> None:
+def test_a_row_with_an_expert_that_is_not_held_is_an_error() -> None:
     library = native()
     if library is None:
         pytest.skip("the kernels are not built here")

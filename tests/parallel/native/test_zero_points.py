@@ -32,7 +32,7 @@ def stored(num_outputs: int, num_inputs: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(307, 200), (72, 1500)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_product_is_that_with_the_stored_matrix(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
+def test_the_product_equals_that_with_the_stored_matrix(library: Native, kind: Kind, shape: tuple[int, int]) -> None:
     torch.manual_seed(1)
     weight, bias, x = stored(*shape), torch.randn(shape[0]), torch.randn(34, shape[1])
     packed = pack(kind, weight, library.lanes)
@@ -49,7 +49,7 @@ def test_the_product_is_that_with_the_stored_matrix(library: Native, kind: Kind,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_at_once_give_the_bits_of_one_after_the_other(library: Native, kind: Kind) -> None:
+def test_fused_experts_are_bit_identical_to_one_after_the_other(library: Native, kind: Kind) -> None:
     torch.manual_seed(2)
     counts = [3, 30]
     up, down = ([pack(kind, stored(*shape), library.lanes) for _ in counts] for shape in ((2 * 72, 200), (200, 72)))
