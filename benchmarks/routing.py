@@ -79,7 +79,7 @@ class Replica:
         self.executor, self.journal = Executor(), BlockJournal()
         self.engine = Engine(self.executor, CONFIG, listener=self.journal, clock=self.clock)
         self.index = PrefixIndex(max_blocks=10**6, clock=self.clock)
-        self.index.take(self.journal.snapshot())
+        self.index.apply(self.journal.snapshot())
 
     @property
     def load(self) -> int:
@@ -187,7 +187,7 @@ class World:
             for event in events:
                 self._told(event.request_id, event.offset, event.num_cached, event.finish_reason is not None)
             if (news := replica.journal.changes()) is not None:
-                replica.index.take(news)
+                replica.index.apply(news)
             self._turn(replica)
 
         self.at(replica.busy_until, end)

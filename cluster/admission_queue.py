@@ -1,4 +1,4 @@
-"""Requests that wait at a front because no replica is ready, and what a front tells of its demand to the autoscaler."""
+"""Requests held at a front until a replica is ready, and the front's demand as reported to the autoscaler."""
 
 import time
 from collections import Counter, deque
@@ -10,24 +10,25 @@ from cluster.autoscaling import TTFT_WINDOW_S
 from cluster.errors import NoReplicaReady
 from engine.request import Request
 
-MAX_TIMES = 512
+MAX_TTFT_SAMPLES = 512
 MAX_HELD = 4096
 
 
 class AdmissionQueue:
-    """Bounded in number and time. One for each model and front."""
+    """Counts and bounds the held requests of one model at one front. Which one goes on first is up to the router's polling."""
 
     def __init__(
         self, *, wait_s: float, max_held: int = MAX_HELD, can_scale_from_zero: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``can_scale_from_zero``: a replica is started for whoever waits, so that waiting makes sense although there is none."""
+        """``wait_s``: how long a request is held at most. ``can_scale_from_zero``: a replica is started for held requests, so a model
+        without replicas still accepts requests."""
         self.wait_s, self.can_scale_from_zero = wait_s, can_scale_from_zero
         self._max_held, self._clock = max_held, clock
         self._held: Counter[tuple[str, int]] = Counter()
         self._held_tokens = 0
-        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=MAX_TIMES)
+        self._ttft_samples: deque[tuple[float, float]] = deque(maxlen=MAX_TTFT_SAMPLES)
         self._last_wait_s = 1.0
-        self._num_asked = 0
+        self._num_requests = 0
 
     @property
     def num_held(self) -> int:
@@ -35,14 +36,14 @@ class AdmissionQueue:
 
     @contextmanager
     def hold(self, request: Request) -> Iterator[None]:
-        """For as long as the request waits.
+        """Hold a request for the length of the block.
 
         Raises:
-            NoReplicaReady: as many wait as may; how long those before waited is when to try again.
+            NoReplicaReady: too many are held already; it asks to retry after as long as the last one waited.
         """
         if self.num_held >= self._max_held:
             raise NoReplicaReady(waited_s=0.0, retry_after_s=max(1.0, round(self._last_wait_s)))
-        begun, tokens = self._clock(), len(request.prompt) + len(request.committed)
+        started, tokens = self._clock(), len(request.prompt) + len(request.committed)
         self._held[request.key] += 1
         self._held_tokens += tokens
         try:
@@ -50,18 +51,18 @@ class AdmissionQueue:
         finally:
             self._held -= Counter({request.key: 1})
             self._held_tokens -= tokens
-            self._last_wait_s = self._clock() - begun
+            self._last_wait_s = self._clock() - started
 
     def count_request(self) -> None:
-        """A request came, whether it must wait or not."""
-        self._num_asked += 1
+        """Count a request that came, whether it is held or not."""
+        self._num_requests += 1
 
     def record_ttft(self, seconds: float) -> None:
-        """So long after its choice of a replica a request had its first token."""
-        self._first_tokens.append((self._clock(), seconds))
+        """Record a time to first token, counted from the choice of a replica."""
+        self._ttft_samples.append((self._clock(), seconds))
 
     def demand(self) -> dict[str, Any]:
-        """For the directory, in plain values."""
-        recent = sorted(seconds for when, seconds in self._first_tokens if when > self._clock() - TTFT_WINDOW_S)
+        """This front's demand, in plain values, for the directory."""
+        recent = sorted(seconds for when, seconds in self._ttft_samples if when > self._clock() - TTFT_WINDOW_S)
         ttft_s = recent[int(0.9 * (len(recent) - 1))] if recent else None
-        return {"num_held": self.num_held, "held_tokens": self._held_tokens, "num_asked": self._num_asked, "ttft_s": ttft_s}
+        return {"num_held": self.num_held, "held_tokens": self._held_tokens, "num_asked": self._num_requests, "ttft_s": ttft_s}

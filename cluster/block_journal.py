@@ -1,4 +1,4 @@
-"""What a replica's prefix cache holds, told to the fronts: the whole once, then what has changed."""
+"""Records which blocks are in a replica's prefix cache, as a snapshot and changes for the fronts' indexes."""
 
 import threading
 
@@ -6,20 +6,20 @@ from cluster.messages import BlockUpdate
 from engine.kv.keys import BlockKey
 
 SHORT_KEY_BYTES = 8
-"""Bytes of a content key that are told. Two blocks that agree in them would cost a router a poor choice, and nothing else."""
+"""Length to which content keys are shortened. A collision can only make a router choose a worse replica."""
 
 
 class BlockJournal:
-    """An `engine.kv.block_pool.BlockListener` of all shards of one replica: told by the engine's thread, read by the intake's.
+    """The `engine.kv.block_pool.BlockListener` of all shards of one replica. The engine's thread writes, the intake's thread reads.
 
-    A block that several shards hold is told once. What came and went between two readings is told as gone, which it is.
+    A block that several shards hold is reported once. One that came and went between two readings is reported as evicted.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders: dict[bytes, int] = {}
         self._changed: dict[bytes, bool] = {}
-        """Since the last reading: whether it is there now."""
+        """Keys changed since the last reading, and whether they are cached now."""
         self._number = 0
 
     def stored(self, key: BlockKey) -> None:
@@ -41,7 +41,7 @@ class BlockJournal:
                 self._changed[short] = False
 
     def changes(self) -> BlockUpdate | None:
-        """What has changed since the last reading; to be told to everyone who has the whole."""
+        """The changes since the last reading, for every front that has a snapshot; None if there are none."""
         with self._lock:
             if not self._changed:
                 return None
@@ -52,6 +52,6 @@ class BlockJournal:
         return BlockUpdate(self._number, whole=False, stored=stored, evicted=evicted)
 
     def snapshot(self) -> BlockUpdate:
-        """All that is there, news that were not read yet included: telling those again does no harm."""
+        """All blocks, including changes that were not read yet; applying those again does no harm."""
         with self._lock:
             return BlockUpdate(self._number, whole=True, stored=b"".join(self._holders), evicted=b"")

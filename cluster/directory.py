@@ -1,4 +1,4 @@
-"""Step 4 of a request: which replicas there are. A named actor with soft state, and the copy that its readers keep."""
+"""Step 4 of a request: the directory of replicas. A named Ray actor with soft state (entries expire), and its clients."""
 
 import asyncio
 import contextlib
@@ -20,21 +20,21 @@ from engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
-Kept = TypeVar("Kept")
+Value = TypeVar("Value")
 
 NAMESPACE = "manta"
 DEMAND = "demand"
-"""The board on which fronts pin, for every model, what waits there; see `cluster.admission_queue.AdmissionQueue.demand`."""
+"""Board on which fronts publish their demand for each model; see `cluster.admission_queue.AdmissionQueue.demand`."""
 REFUSALS = "refusals"
-"""The board on which a replica pins a `Refusal`; see `refusals`."""
+"""Board on which a replica publishes a `Refusal`; see `refusals`."""
 EXPIRY_S = 10.0
-"""A replica that has not reported for this long is taken off."""
+"""A replica that has not reported for this long is removed."""
 ANSWER_S = 1.0
-"""How long the directory may take to answer a front, which then goes on with what it knows."""
-LOOK_S = 5.0
-"""How long it may take to answer somebody who looks."""
-UNMEASURED = 0.001
-"""Of Ray's mark on the head's host, which nobody counts."""
+"""Timeout for the directory's answer to a front, which then goes on with its last answer."""
+ONLOOKER_ANSWER_S = 5.0
+"""Timeout for the directory's answer to a command such as `manta status`."""
+HEAD_RESOURCE_SHARE = 0.001
+"""Amount of Ray's resource that marks the head's host; so small that it is never used up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class RankPlace:
     host: str
     pid: int
     read: LoadStats | None = None
-    """Once its weights are there."""
+    """What it read from the checkpoint, once its weights are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +51,26 @@ class Load:
     num_running: int = 0
     num_waiting: int = 0
     kv_used: float = 0.0
-    """Of the KV blocks, 0 to 1."""
+    """Fraction of the KV blocks in use, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaRecord:
-    """What a replica says about itself."""
+    """What a replica reports about itself."""
 
     id: str
     model: str
     state: State
     reason: str = ""
     loading: Loading | None = None
-    """While the ranks start."""
+    """Progress while the ranks start."""
     address: Address
     guest_keys: KeyPair | None = None
-    """What a front of another host must hold to be let in."""
+    """The CURVE keys that a front on another host must use to be let in."""
     capacity: Capacity | None = None
     load: Load = Load()
     stats: EngineStats | None = None
-    """Once its engine runs."""
+    """None until its engine runs."""
     host: str = ""
     pid: int = 0
     ranks: tuple[RankPlace, ...] = ()
@@ -84,15 +84,18 @@ class ReplicaRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Why a replica cannot start where it was placed, however often that is tried."""
+    """Why a replica cannot start on its hosts, so that trying again is useless."""
 
     why: str
     version: str
-    """Of the application that was deployed. A replica of an older one may refuse yet while a newer one starts."""
+    """Version of the deployed application; while a new version starts, a replica of the old one may still publish refusals."""
 
 
 class Register:
-    """The directory's memory: records and notes that vanish unless they are repeated."""
+    """The directory's actor: records of replicas, and notes on named boards. Both expire unless they are renewed.
+
+    Actors of another Manta version may call it, so its method names and plain values must not change.
+    """
 
     def __init__(self, *, expiry_s: float = EXPIRY_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._expiry_s, self._clock = expiry_s, clock
@@ -107,12 +110,12 @@ class Register:
         self._records.pop(replica_id, None)
 
     def records(self) -> tuple[bool, tuple[ReplicaRecord, ...]]:
-        """Whether every living replica has had time to report since this memory began, and those that did."""
+        """Whether this actor has run long enough for every replica to have reported, and the records that it has."""
         self._records = self._fresh(self._records)
         return self._clock() - self._begun > self._expiry_s, tuple(record for _, record in self._records.values())
 
     def pin(self, board: str, key: str, note: Any) -> int:
-        """Hang a note on a board; it too vanishes unless it is repeated. How many there are now. See `cluster.peer_notes`."""
+        """Put a note on a board, where it expires unless it is renewed. Returns how many notes are there. See `cluster.peer_notes`."""
         self._boards.setdefault(board, {})[key] = (self._clock(), note)
         return len(self.pinned(board))
 
@@ -121,7 +124,7 @@ class Register:
         return {key: note for key, (_, note) in self._boards[board].items()}
 
     def demand(self, model: str) -> dict[str, list[dict[str, Any]]]:
-        """For the autoscaler, in plain values: what its living replicas and what the fronts say of a model. See `cluster.autoscaling`."""
+        """For the autoscaler, in plain values: the load of a model's replicas, and its demand at the fronts. See `cluster.autoscaling`."""
         loads = [
             {
                 "id": record.id,
@@ -137,20 +140,20 @@ class Register:
         ]
         return {"replicas": loads, "fronts": [note[model] for note in self.pinned(DEMAND).values() if model in note]}
 
-    def _fresh(self, entries: dict[str, tuple[float, Kept]]) -> dict[str, tuple[float, Kept]]:
+    def _fresh(self, entries: dict[str, tuple[float, Value]]) -> dict[str, tuple[float, Value]]:
         now = self._clock()
         return {key: entry for key, entry in entries.items() if now - entry[0] <= self._expiry_s}
 
 
 class DirectoryUnavailable(Exception):
-    """The directory does not answer; the message says why."""
+    """The directory did not answer; the message says why."""
 
 
 def directory_actor(app: str) -> Any:
-    """Handle of the app's directory, made if it is not there. Restarted for ever, and refilled by the heartbeats.
+    """Handle of the app's directory, which is created if need be. Ray restarts it without limit, and heartbeats refill it.
 
-    It stands beside Ray's GCS and Ray Serve's controller, so that no host is lost with it but the head's. To be called where nobody is kept
-    waiting: it asks the GCS, and while the head is being started anew no answer comes for as long as that takes.
+    It runs on the head's host, like Ray's GCS and Ray Serve's controller, so that only the loss of that host ends it. This asks the GCS
+    and blocks for as long as the head is down; do not call it where that matters.
     """
     options = {
         "name": _actor_name(app),
@@ -160,51 +163,51 @@ def directory_actor(app: str) -> Any:
         "max_restarts": -1,
         "max_task_retries": 0,
         "num_cpus": 0,
-        "resources": {HEAD_NODE_RESOURCE_NAME: UNMEASURED},
+        "resources": {HEAD_NODE_RESOURCE_NAME: HEAD_RESOURCE_SHARE},
     }
     return ray.remote(Register).options(**options).remote()
 
 
-def _is_for_good(error: Exception) -> bool:
-    """Whether an actor that answered so must be looked for anew; Ray itself finds one that is started again."""
+def _is_permanent(error: Exception) -> bool:
+    """Whether the actor must be looked up again after this error. A restarted actor is found by Ray itself."""
     passing = (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError)
     return isinstance(error, ray.exceptions.RayError) and not isinstance(error, passing)
 
 
 class DirectoryClient:
-    """Asks the directory from an event loop that must not stand still, whatever has become of hosts.
+    """Asks the directory from an event loop without ever blocking it, even while hosts are down.
 
-    A handle that was found once is kept: Ray itself finds a directory that was started again. It is looked for anew, in a thread, only
-    where Ray says that it will not come back.
+    The actor's handle is kept, because Ray itself finds a restarted actor. It is looked up again, in a thread, only after Ray says that the
+    actor will not come back.
     """
 
     def __init__(self, app: str, *, find: Callable[[str], Any] = directory_actor, answer_s: float = ANSWER_S) -> None:
         self._app, self._find, self._answer_s = app, find, answer_s
         self._finding: asyncio.Future[Any] | None = None
-        self._away = False
+        self._was_unavailable = False
 
     async def ask(self, method: str, *given: Any) -> Any:
-        """What `Register.method` returns.
+        """Call ``method`` of `Register` and return its result.
 
         Raises:
-            DirectoryUnavailable: there is no answer in time.
+            DirectoryUnavailable: no answer came in time.
         """
         try:
             async with asyncio.timeout(self._answer_s):
                 if self._finding is None:
-                    self._finding = self._look()
+                    self._finding = self._start_lookup()
                 actor = await asyncio.shield(self._finding)
                 answer = await getattr(actor, method).remote(*given)
-        except Exception as error:  # Ray raises many kinds, and of them one that is a TimeoutError, too
+        except Exception as error:  # Ray raises many types, one of which is also a TimeoutError
             found = self._finding
-            if found is not None and found.done() and (found.exception() is not None or _is_for_good(error)):
+            if found is not None and found.done() and (found.exception() is not None or _is_permanent(error)):
                 self._finding = None
-            raise self._missed(str(error) or f"no answer within {self._answer_s:g} s") from error
-        self._away = False
+            raise self._unavailable(str(error) or f"no answer within {self._answer_s:g} s") from error
+        self._was_unavailable = False
         return answer
 
-    def _look(self) -> "asyncio.Future[Any]":
-        """In a thread of its own: it may stand there for as long as the head is away."""
+    def _start_lookup(self) -> "asyncio.Future[Any]":
+        """Look the actor up in a thread, where that may block for as long as the head is down."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[Any] = loop.create_future()
 
@@ -212,24 +215,24 @@ class DirectoryClient:
             try:
                 actor = self._find(self._app)
             except Exception as error:
-                tell, told = found.set_exception, error
+                setter, outcome = found.set_exception, error
             else:
-                tell, told = found.set_result, actor
-            with contextlib.suppress(RuntimeError):  # nobody is there any more
-                loop.call_soon_threadsafe(tell, told)
+                setter, outcome = found.set_result, actor
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(setter, outcome)
 
         threading.Thread(target=look, name="directory-finder", daemon=True).start()
         return found
 
-    def _missed(self, why: str) -> DirectoryUnavailable:
-        if not self._away:
+    def _unavailable(self, why: str) -> DirectoryUnavailable:
+        if not self._was_unavailable:
             logger.warning("the directory does not answer, going on with what it said last: %s", why)
-        self._away = True
+        self._was_unavailable = True
         return DirectoryUnavailable(why)
 
 
 def current_records(app: str) -> tuple[ReplicaRecord, ...]:
-    """What the directory knows now; nothing while it does not answer. For callers without an event loop."""
+    """The directory's records; none if it does not answer. For callers without an event loop."""
     try:
         _, records = ray.get(directory_actor(app).records.remote(), timeout=5)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
@@ -238,19 +241,19 @@ def current_records(app: str) -> tuple[ReplicaRecord, ...]:
 
 
 def refusals(app: str) -> dict[str, Refusal]:
-    """By replica, of the last `EXPIRY_S` seconds."""
+    """Refusals of the last `EXPIRY_S` seconds, by replica id."""
     try:
         found: dict[str, Any] = ray.get(directory_actor(app).pinned.remote(REFUSALS), timeout=5)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError):
         return {}
-    return {replica: refusal for replica, refusal in found.items() if isinstance(refusal, Refusal)}  # versions before pinned words
+    return {replica: refusal for replica, refusal in found.items() if isinstance(refusal, Refusal)}  # earlier versions published strings
 
 
 def read_directory(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tuple[Any, ...]]:
-    """What the directory knows of the replicas, and the notes on one of its boards; for onlookers, who make none where there is none.
+    """The directory's records and the notes on one board. Does not create a directory; both are empty if there is none.
 
     Raises:
-        DirectoryUnavailable: it does not answer.
+        DirectoryUnavailable: it did not answer.
     """
     try:
         actor: Any = ray.get_actor(_actor_name(app), namespace=NAMESPACE)
@@ -259,23 +262,23 @@ def read_directory(app: str, board: str) -> tuple[tuple[ReplicaRecord, ...], tup
     except ray.exceptions.RayError as error:
         raise DirectoryUnavailable(str(error)) from error
     try:
-        (_, records), notes = ray.get([actor.records.remote(), actor.pinned.remote(board)], timeout=LOOK_S)
+        (_, records), notes = ray.get([actor.records.remote(), actor.pinned.remote(board)], timeout=ONLOOKER_ANSWER_S)
     except ray.exceptions.GetTimeoutError:
-        raise DirectoryUnavailable(f"no answer within {LOOK_S:g} s") from None
+        raise DirectoryUnavailable(f"no answer within {ONLOOKER_ANSWER_S:g} s") from None
     except ray.exceptions.RayError as error:
         raise DirectoryUnavailable(str(error)) from error
     return tuple(records), tuple(notes.values())
 
 
 def apps_with_directories() -> tuple[str, ...]:
-    """Applications that were deployed, as Ray itself knows."""
-    beginning = _actor_name("")
+    """The deployed applications, found by the names of their directories' actors."""
+    prefix = _actor_name("")
     named = ray.util.list_named_actors(all_namespaces=True)
-    return tuple(sorted(actor["name"].removeprefix(beginning) for actor in named if actor["name"].startswith(beginning)))
+    return tuple(sorted(actor["name"].removeprefix(prefix) for actor in named if actor["name"].startswith(prefix)))
 
 
 def end_directory(app: str) -> None:
-    """When an application is gone for good."""
+    """End an application's directory, once the application has been deleted."""
     try:
         ray.kill(ray.get_actor(_actor_name(app), namespace=NAMESPACE))
     except (ray.exceptions.RayError, ValueError):
@@ -287,7 +290,7 @@ def _actor_name(app: str) -> str:
 
 
 class Reporter:
-    """A replica's side: tells the directory, and outlives its absence."""
+    """A replica's client: reports to the directory, and carries on while it is away."""
 
     def __init__(self, app: str, *, find: Callable[[str], Any] = directory_actor) -> None:
         self._app, self._find = app, find
@@ -296,7 +299,7 @@ class Reporter:
         self._pending: Any = None
 
     def report(self, record: ReplicaRecord) -> None:
-        """Send without waiting; a report that the directory did not take in is superseded by the next."""
+        """Report without waiting. While a report is pending no other is sent; the next one replaces it."""
         try:
             if self._pending is not None:
                 done, _ = ray.wait([self._pending], timeout=0)
@@ -305,7 +308,7 @@ class Reporter:
                 self._pending = None
                 ray.get(done[0])
             if self._actor is None:
-                self._look_for_it()
+                self._start_finding()
             else:
                 self._pending = self._actor.report.remote(record)
         except (ray.exceptions.RayError, ValueError) as error:
@@ -313,20 +316,20 @@ class Reporter:
                 self._actor = None
             logger.warning("the directory cannot be told: %s", error)
 
-    def _look_for_it(self) -> None:
-        """In a thread of its own: a heart that waits for Ray's GCS would not see what befalls the ranks."""
+    def _start_finding(self) -> None:
+        """Look the actor up in a thread: a heartbeat that waits for Ray's GCS would not notice what happens to the ranks."""
         if self._finder is None or not self._finder.is_alive():
-            self._finder = threading.Thread(target=self._found, name="directory-finder", daemon=True)
+            self._finder = threading.Thread(target=self._find_actor, name="directory-finder", daemon=True)
             self._finder.start()
 
-    def _found(self) -> None:
+    def _find_actor(self) -> None:
         try:
             self._actor = self._find(self._app)
         except (ray.exceptions.RayError, ValueError) as error:
             logger.warning("the directory cannot be found: %s", error)
 
     def refuse(self, replica_id: str, refusal: Refusal) -> None:
-        """For whoever waits for this replica: Ray Serve knows but that its start failed, and tries again."""
+        """Publish why the replica cannot start, for whoever waits for it; Ray Serve knows only that a start failed, and tries again."""
         try:
             ray.get(directory_actor(self._app).pin.remote(REFUSALS, replica_id, refusal), timeout=2)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, ValueError) as error:
@@ -341,10 +344,10 @@ class Reporter:
 
 
 class Reader:
-    """A front's side: asks the directory; its last answer stays valid while the directory is away or begins anew."""
+    """A front's client: polls the directory, and keeps its last answer while the directory is away or has just restarted."""
 
     def __init__(self, app: str, *, model: str | None = None) -> None:
-        """``model``: leave out the replicas of others."""
+        """``model``: keep only the replicas of this model."""
         self._directory, self._model = DirectoryClient(app), model
         self._known: dict[str, ReplicaRecord] = {}
 
@@ -358,6 +361,6 @@ class Reader:
         return self.known
 
     def take(self, complete: bool, records: tuple[ReplicaRecord, ...]) -> None:
-        """An answer that may not be complete yet adds to what is known; a complete one replaces it."""
+        """Take an answer: a complete one replaces what is known, an incomplete one is added to it."""
         answer = {record.id: record for record in records if self._model in (None, record.model)}
         self._known = answer if complete else self._known | answer

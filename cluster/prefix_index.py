@@ -1,4 +1,4 @@
-"""Step 4 of a request: what of a prompt a replica has in its prefix cache, as the replica says and as a front may expect."""
+"""Step 4 of a request: a front's index of the blocks in a replica's prefix cache: those it reported, and those that will be there soon."""
 
 import time
 from collections import OrderedDict
@@ -10,14 +10,14 @@ from engine.kv.keys import block_key, root_key
 from engine.request import Request
 
 MAX_KEYS = 1024
-"""Of a longer prompt only so many blocks are looked up."""
+"""Of a longer prompt only the first blocks are looked up."""
 EXPECT_S = 2.0
-"""For how long a block that a routed request is going to fill counts as being there, unless the replica says so itself."""
+"""How long a block of a request that was sent to a replica counts as cached there, until the replica reports it."""
 MAX_EXPECTED = 16_384
 
 
 def prompt_keys(request: Request, block_tokens: int) -> list[bytes]:
-    """Shortened content keys of the blocks that a replica may share with others: all full ones before the last token."""
+    """Shortened content keys of the blocks of a prompt that can come from the prefix cache: all full blocks before the last token."""
     tokens = request.prompt + request.committed
     parent, keys = root_key(request.salt), []
     for index in range(min((len(tokens) - 1) // block_tokens, MAX_KEYS)):
@@ -27,16 +27,16 @@ def prompt_keys(request: Request, block_tokens: int) -> list[bytes]:
 
 
 class PrefixIndex:
-    """One replica's blocks, by content. It is of use between the message with the whole and one that does not follow on."""
+    """The blocks of one replica's prefix cache, by content key. Usable from a snapshot on, until a message with changes is missing."""
 
     def __init__(self, *, max_blocks: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_blocks, self._clock = max_blocks, clock
         self._blocks: set[bytes] = set()
         self._expected: OrderedDict[bytes, float] = OrderedDict()
-        """Key to when it no longer counts; the oldest first."""
+        """Key -> until when it counts; the oldest first."""
         self._number: int | None = None
         self.too_large = False
-        """The replica holds more than may be remembered here; nothing of it is."""
+        """The replica has more blocks than ``max_blocks``, so none are indexed."""
 
     @property
     def usable(self) -> bool:
@@ -44,36 +44,36 @@ class PrefixIndex:
 
     @property
     def needs_snapshot(self) -> bool:
-        """Whether the replica is to be asked for the whole."""
+        """Whether the replica should be asked for a snapshot."""
         return self._number is None and not self.too_large
 
     @property
     def num_blocks(self) -> int:
         return len(self._blocks)
 
-    def take(self, blocks: BlockUpdate) -> None:
-        """What the replica told. A gap in its numbers makes this index useless until the whole comes."""
+    def apply(self, blocks: BlockUpdate) -> None:
+        """Apply a snapshot or changes. A gap in the numbers makes the index unusable until the next snapshot."""
         if self.too_large:
             return
         if blocks.whole:
             self._blocks = set(_split(blocks.stored))
         elif self._number is None or blocks.number != self._number + 1:
-            return self.forget()
+            return self.clear()
         else:
             self._blocks.update(_split(blocks.stored))
             self._blocks.difference_update(_split(blocks.evicted))
         self._number = blocks.number
         if len(self._blocks) > self._max_blocks:
-            self.forget()
+            self.clear()
             self.too_large = True
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self._blocks.clear()
         self._expected.clear()
         self._number = None
 
     def expect(self, keys: Sequence[bytes]) -> None:
-        """A request with this prompt was sent there."""
+        """A request whose prompt has these keys was sent to the replica."""
         until = self._clock() + EXPECT_S
         for key in keys:
             if key not in self._blocks:
@@ -83,7 +83,7 @@ class PrefixIndex:
             self._expected.popitem(last=False)
 
     def overlap(self, keys: Sequence[bytes]) -> int:
-        """How many of the first ``keys`` are there, or are expected to be by the time a request comes; 0 where nothing is known."""
+        """How many leading ``keys`` are cached there or expected to be soon; 0 if the index is not usable."""
         if not self.usable:
             return 0
         now = self._clock()

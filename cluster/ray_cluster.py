@@ -1,4 +1,4 @@
-"""A Ray cluster that runs already, joined as a driver."""
+"""Join an existing Ray cluster as a driver."""
 
 import logging
 import socket
@@ -11,27 +11,27 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.gcs_utils import create_gcs_channel
 from ray._private.services import canonicalize_bootstrap_address
 
-LISTENS_S = 3.0
-"""How long a head may take to take a connection. Ray tries for minutes."""
+CONNECT_S = 3.0
+"""Timeout for the connection to the head; Ray itself tries for minutes."""
 
-FIRST_QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"
-"""What whoever joins asks the head first; it has no fields."""
+FIRST_RPC = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""The first RPC of a process that joins; its request has no fields."""
 
 
 class CannotJoin(RuntimeError):
-    """There is no Ray cluster at this address, or it does not let us in."""
+    """There is no Ray cluster at this address, or it refused this process."""
 
 
 @contextmanager
 def join_ray_cluster(address: str, *, namespace: str, runtime_env: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """For the length of a block; what was made detached stays. ``runtime_env`` holds for all actors made in it.
+    """Join the cluster for the length of the block; detached actors stay. ``runtime_env`` applies to all actors created in it.
 
     Raises:
-        CannotJoin: with what Ray said, or because the head takes no connection, or not with this token.
+        CannotJoin: Ray failed to join, or the head accepts no connection, or not with this token.
     """
-    if (head := _head_of(address)) is not None:
-        _must_listen(address, head)
-        _must_let_in(address, head)
+    if (head := _head_address(address)) is not None:
+        _check_connection(address, head)
+        _check_token(address, head)
     try:
         ray.init(
             address=address,
@@ -40,7 +40,7 @@ def join_ray_cluster(address: str, *, namespace: str, runtime_env: Mapping[str, 
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except Exception as error:  # Ray raises many kinds
+    except Exception as error:  # Ray raises many types
         raise CannotJoin(f"the Ray cluster at {address} could not be joined: {error}") from error
     try:
         yield
@@ -48,39 +48,39 @@ def join_ray_cluster(address: str, *, namespace: str, runtime_env: Mapping[str, 
         ray.shutdown()
 
 
-def hosts() -> list[Mapping[str, float]]:
-    """Ray's resources of each living host of the Ray that was started or joined, in use or not."""
+def host_resources() -> list[Mapping[str, float]]:
+    """Ray's total resources of each living host of the current cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _head_of(address: str) -> str | None:
-    """host:port. None where Ray cannot say which one is meant: it says so itself, and at once."""
+def _head_address(address: str) -> str | None:
+    """host:port of the head. None if Ray cannot resolve ``address``; `ray.init` then fails at once with its own message."""
     try:
-        meant: str | None = canonicalize_bootstrap_address(address)
-    except Exception:  # Ray raises many kinds
+        resolved: str | None = canonicalize_bootstrap_address(address)
+    except Exception:  # Ray raises many types
         return None
-    return None if meant is None or "://" in meant else meant
+    return None if resolved is None or "://" in resolved else resolved
 
 
-def _must_listen(address: str, head: str) -> None:
-    """Whether there is a head at all."""
+def _check_connection(address: str, head: str) -> None:
+    """Raise CannotJoin if the head accepts no connection."""
     host, _, port = head.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
         raise CannotJoin(
             f"the Ray cluster at {address} could not be joined: its head takes no connection at {head} ({error}); "
-            "while it is away other hosts go on serving"
+            "while it is away other host_resources go on serving"
         ) from error
 
 
-def _must_let_in(address: str, head: str) -> None:
-    """Whether the head takes this process's token, or none. Ray asks for twenty seconds, and does not say that it was this."""
+def _check_token(address: str, head: str) -> None:
+    """Raise CannotJoin if the head refuses this process's token. Ray itself tries for 20 s, and its error does not name the token."""
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray.init` is about to
     with create_gcs_channel(head) as channel:
         try:
-            channel.unary_unary(FIRST_QUESTION)(b"", timeout=LISTENS_S)
-        except Exception as error:  # of gRPC; whatever else it is Ray shall find and say
+            channel.unary_unary(FIRST_RPC)(b"", timeout=CONNECT_S)
+        except Exception as error:  # gRPC's; any other problem is left for Ray to report
             if getattr(getattr(error, "code", lambda: None)(), "name", "") == "UNAUTHENTICATED":
                 raise CannotJoin(
                     f"the Ray cluster at {address} could not be joined: its head at {head} wants another token than this process has, or "

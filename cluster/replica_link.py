@@ -249,7 +249,7 @@ class ReplicaLink:
                 self._pong, self._pong_at = message, self._clock()
                 self._submitted = self._submitted_tokens = 0
             case BlockUpdate():
-                self.index.take(message)
+                self.index.apply(message)
             case FrontDropped():  # this process was stopped or did not read; its streams will get no end
                 self._lose("it had dropped this front", reason="given_up")
             case _:

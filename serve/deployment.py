@@ -20,7 +20,7 @@ from cluster.channel import shared_context
 from cluster.directory import DEMAND, Reader
 from cluster.peer_notes import PeerNotes
 from cluster.placement import REPLICA_CPUS, bundles, on_hosts_with, strategy
-from cluster.ray_cluster import hosts as hosts_of_ray
+from cluster.ray_cluster import host_resources as ray_host_resources
 from cluster.replica import Replica
 from cluster.replica_link import ReplicaLink
 from cluster.router import Router
@@ -111,7 +111,7 @@ class _Engine:
         runner = dataclasses.replace(config.runner, num_real_tokens=tokenizer.num_real_tokens)
         adapter = None if model.adapter is None or needs_download(model.adapter) else model.adapter
         need = await asyncio.to_thread(host_requirements, folder, config, adapter)
-        hosts = await asyncio.to_thread(hosts_of_ray)
+        hosts = await asyncio.to_thread(ray_host_resources)
         self._replica = Replica(
             id=ray_serve.get_replica_context().replica_id.unique_id,
             app=ray_serve.get_replica_context().app_name,
@@ -165,7 +165,7 @@ class _Front:
             observers.append(otlp_tracing(config.tracing.otlp_endpoint, names, ratio=config.tracing.ratio))
         self._catalog = Catalog([await self._offer(app, model, names, observers=observers) for model in models])
         self._metrics = MetricsPage(instruments, self._routers, self._board)
-        self._board.publish_every(self._metrics.own, every_s=METRICS_EVERY_S)
+        self._board.keep_publishing(self._metrics.own, every_s=METRICS_EVERY_S)
         self._gate = DrainGate(IdempotentService(self._catalog))
         self._warming = asyncio.create_task(self._catalog.warm_up(), name="warm-up")  # concurrent with the first requests
         self._bypass = FrontEndpoint(ray.get_runtime_context().get_node_id())
@@ -174,7 +174,7 @@ class _Front:
         self._health = HealthServicer(self._gate.ready)
         self._demand = PeerNotes[dict[str, Any]](app, DEMAND, front)
         if any(model.config.replicas.vary for model in models):  # otherwise there is no autoscaler to read it
-            self._demand.publish_every(self._what_waits, every_s=DEMAND_EVERY_S)
+            self._demand.keep_publishing(self._what_waits, every_s=DEMAND_EVERY_S)
         tune_gc()
 
     async def _offer(self, app: str, model: ServedModel, names: Sequence[str], *, observers: Sequence[Observer]) -> Service:
@@ -308,7 +308,7 @@ def build_app(models: Sequence[ServedModel], config: ServeConfig, *, version: st
         DeviceError: see `serve.devices.assign_devices`.
     """
     if ray.is_initialized():  # not during `serve build`, which writes a config for some other cluster
-        decided = assign_devices([model.config for model in models], hosts_of_ray())
+        decided = assign_devices([model.config for model in models], ray_host_resources())
         models = [dataclasses.replace(model, config=one) for model, one in zip(models, decided, strict=True)]
     deployed = ApplicationInfo(version=version, configs=tuple(model.config for model in models))
     fronts: Any = ray_serve.deployment(

@@ -122,7 +122,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
             (config,) = assign_devices([config], [{"GPU": len(gpus_here())}])
             return survey_this_machine(topology, host_requirements(folder, config, adapter), cache_folder=cache_folder(), host_check=None)
         from cluster.doctor.cluster_survey import survey_cluster
-        from cluster.ray_cluster import CannotJoin, hosts, join_ray_cluster
+        from cluster.ray_cluster import CannotJoin, host_resources, join_ray_cluster
         from cluster.worker import ModelRankLauncher
 
         try:
@@ -130,7 +130,7 @@ def _survey(config: "ServeConfig", found: "FoundModel | None", address: str | No
                 redirect_stdout(sys.stderr),
                 join_ray_cluster(address, namespace=config.ray.namespace),
             ):  # Ray tells of lost hosts on stdout
-                (config,) = assign_devices([config], hosts())
+                (config,) = assign_devices([config], host_resources())
                 need = host_requirements(folder, config, adapter)
                 ranks = found and ModelRankLauncher(
                     checkpoint_folder=found.location,

@@ -27,7 +27,7 @@ class Place:
     def __post_init__(self) -> None:
         self.index = PrefixIndex(max_blocks=9999)
         if self.follows:
-            self.index.take(BlockUpdate(0, whole=True, stored=b"".join(self.holds), evicted=b""))
+            self.index.apply(BlockUpdate(0, whole=True, stored=b"".join(self.holds), evicted=b""))
 
     def expect(self, keys: Sequence[bytes], num_tokens: int) -> None:
         self.index.expect(keys)

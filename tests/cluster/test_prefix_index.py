@@ -44,7 +44,7 @@ class Following(RuleBasedStateMachine):
         news = self.journal.changes()
         self.told = self.shards[0] | self.shards[1]
         if news is not None and arrives:
-            self.index.take(decode(encode(news)))
+            self.index.apply(decode(encode(news)))
         elif news is not None:
             self.missed = True
 
@@ -52,7 +52,7 @@ class Following(RuleBasedStateMachine):
     @precondition(lambda self: self.index.needs_snapshot)
     def ask_for_the_whole(self) -> None:
         self.read_news(arrives=False)
-        self.index.take(decode(encode(self.journal.snapshot())))
+        self.index.apply(decode(encode(self.journal.snapshot())))
         self.missed = False
 
     @invariant()
@@ -72,10 +72,10 @@ TestFollowing.settings = settings(max_examples=60, stateful_step_count=40, deadl
 def test_a_gap_in_the_numbers_makes_it_ask_again() -> None:
     index = PrefixIndex(max_blocks=99)
     assert index.needs_snapshot
-    index.take(BlockUpdate(4, whole=True, stored=KEYS[0][:SHORT_KEY_BYTES], evicted=b""))
-    index.take(BlockUpdate(5, whole=False, stored=KEYS[1][:SHORT_KEY_BYTES], evicted=b""))
+    index.apply(BlockUpdate(4, whole=True, stored=KEYS[0][:SHORT_KEY_BYTES], evicted=b""))
+    index.apply(BlockUpdate(5, whole=False, stored=KEYS[1][:SHORT_KEY_BYTES], evicted=b""))
     assert index.overlap([KEYS[0][:SHORT_KEY_BYTES], KEYS[1][:SHORT_KEY_BYTES], KEYS[2][:SHORT_KEY_BYTES]]) == 2
-    index.take(BlockUpdate(7, whole=False, stored=KEYS[2][:SHORT_KEY_BYTES], evicted=b""))
+    index.apply(BlockUpdate(7, whole=False, stored=KEYS[2][:SHORT_KEY_BYTES], evicted=b""))
     assert index.needs_snapshot
     assert index.overlap([KEYS[0][:SHORT_KEY_BYTES]]) == 0
 
@@ -83,7 +83,7 @@ def test_a_gap_in_the_numbers_makes_it_ask_again() -> None:
 def test_what_is_on_its_way_counts_for_a_while_and_in_bounded_number() -> None:
     now = 0.0
     index = PrefixIndex(max_blocks=99, clock=lambda: now)
-    index.take(BlockUpdate(0, whole=True, stored=b"", evicted=b""))
+    index.apply(BlockUpdate(0, whole=True, stored=b"", evicted=b""))
     index.expect([b"a" * 8, b"b" * 8])
     assert index.overlap([b"a" * 8, b"b" * 8, b"c" * 8]) == 2
     now = EXPECT_S
