@@ -14,7 +14,7 @@ from cluster.block_journal import BlockJournal
 from cluster.errors import ChannelError
 from cluster.messages import Cancel, FrontDropped, Message, Ping, Pong, StepEvents, Submit, SubscribeBlocks, decode, encode
 from cluster.stream_table import Front, StreamTable, untagged_rows
-from engine.engine import refusal
+from engine.engine import rejection
 from engine.errors import DuplicateRequest, EngineError
 from engine.output import EngineOutput
 from engine.plan import TokenEvent
@@ -159,7 +159,7 @@ class FrontProtocol:
         earlier = self._owners.get(request.key)
         if earlier is not None and earlier.attempt >= request.attempt:
             if (earlier.front, earlier.attempt) != (front, request.attempt):  # the owner would take the refusal for the end of its stream
-                self._send(front, StepEvents((refusal(request, DuplicateRequest(request.id)),)))
+                self._send(front, StepEvents((rejection(request, DuplicateRequest(request.id)),)))
             return
         if earlier is not None:
             self._release(request.key)
@@ -170,7 +170,7 @@ class FrontProtocol:
             self._submit(replace(request, tag=tag))
         except EngineError as error:
             self._release(request.key)
-            self._send(front, StepEvents((refusal(request, error),)))
+            self._send(front, StepEvents((rejection(request, error),)))
 
     def _send_readiness(self) -> None:
         pong = self._pong()

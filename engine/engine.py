@@ -1,4 +1,4 @@
-"""Step 6 of a request: take it in, turn the scheduler and the executor, hand out what happened."""
+"""Place 6 of a request: the engine's loop. It takes requests in, runs the scheduler and the executor, and hands events out."""
 
 import logging
 import threading
@@ -20,7 +20,7 @@ from engine.inbox import Inbox
 from engine.kv.block_pool import BlockListener
 from engine.output import EngineOutput
 from engine.plan import COLUMN, Rebalance, RebalanceResult, StepPlan, StepResult, TokenEvent
-from engine.policy import FirstCome, Policy
+from engine.policy import FirstComeFirstServed, Policy
 from engine.prefill_budget import PrefillBudget
 from engine.request import Request
 from engine.request_timer import RequestTimer
@@ -33,16 +33,17 @@ logger = logging.getLogger(__name__)
 
 Recover = Callable[[WorkersLost], Executor]
 RECOVERY_POLL_S = 0.02
-"""While new workers start, how often arrivals, cancellations and deadlines are looked at."""
+"""How often arrivals, cancellations and deadlines are handled while new workers start."""
 STEP_SMOOTHING = 0.05
+"""Weight of the last step in `EngineStats.step_s`."""
 
 
 class Engine:
-    """One scheduler and one executor. `turn` belongs to one thread; `submit`, `cancel`, `stop` and `stats` to any.
+    """One scheduler and one executor. `turn` belongs to one thread; `submit`, `cancel`, `stop` and `stats` may be called from any.
 
-    Every request that `submit` took ends in exactly one event with a ``finish_reason``, whatever happens. Lost workers are
-    replaced by `recover`, and the requests go on; without it, or when it raises, they all end with that error and the engine
-    is stopped.
+    Every request that `submit` accepted ends in exactly one event with a ``finish_reason``, whatever happens. When workers are lost,
+    `recover` starts new ones and the requests go on. Without `recover`, or if it raises, all requests end with that error and the engine
+    stops.
     """
 
     def __init__(
@@ -59,10 +60,15 @@ class Engine:
         self.executor = executor
         self._step_cost = StepCost()
         self._speculator = speculator = speculator or make_speculator(config, lambda: self._step_cost.line)
-        self._policy: Policy = policy or FirstCome()
-        self._pace = PrefillBudget(config, lambda: self._step_cost.line)
+        self._policy: Policy = policy or FirstComeFirstServed()
+        self._prefill_budget = PrefillBudget(config, lambda: self._step_cost.line)
         self.scheduler = Scheduler(
-            config, executor.capacity, policy=self._policy, listener=listener, speculator=speculator, pace=self._pace
+            config,
+            executor.capacity,
+            policy=self._policy,
+            listener=listener,
+            speculator=speculator,
+            prefill_budget=self._prefill_budget,
         )
         self._config = config
         self._expert_balancer = ExpertBalancer(config)
@@ -71,41 +77,43 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._inbox = Inbox(max_waiting=config.max_waiting, policy=self._policy)
         self._num_taken = 0
-        """Requests, of those that the door let in."""
+        """Requests taken from the inbox."""
         self._recovery: Future[Executor] | None = None
-        self._end: EngineError | None = None
-        """Why no further step will be taken."""
-        self._outbox = EngineOutput()
+        """The new workers, while they start."""
+        self._fatal_error: EngineError | None = None
+        """Why there will be no more steps."""
+        self._output = EngineOutput()
+        """What the current turn returns."""
         self._num_steps = 0
         self._step_s = 0.0
-        self._note_stats()
+        self._update_stats()
 
     # --- from any thread
 
     def submit(self, request: Request) -> None:
-        """Take a request in. What is wrong with it is told by its only event.
+        """Take a request in. An invalid request gets one event, which says what is wrong with it.
 
-        Whom the queue has no place for is mostly told so here, and not only after the step that is under way and the one after it.
+        A full queue is mostly reported here, rather than by an event one or two steps later.
 
         Raises:
-            EngineStopped: the engine takes nothing any more.
-            QueueFull: nobody like this may wait now.
+            EngineStopped: the engine accepts no more requests.
+            QueueFull: the queue accepts no such request now.
         """
         self._inbox.submit(request)
 
     def cancel(self, request_id: str, choice: int = 0) -> None:
-        """End a request; it is no error if it has ended already."""
+        """End a request. It is no error if it has ended already."""
         self._inbox.cancel((request_id, choice))
 
     def rebalance_experts(self, threshold: float = 1.0) -> Future[RebalanceResult]:
-        """Have the ranks even out what their routed experts have to do, between two steps; see `Rebalance.threshold`.
+        """Have the ranks even out the load of their routed experts, between two steps; see `Rebalance.threshold`.
 
-        Requests go on afterwards as if nothing had been. The future fails if the ranks are lost over it.
+        Running requests go on afterwards. The future fails if the workers are lost before the ranks have answered.
 
         Raises:
-            EngineStopped: the engine takes nothing any more.
+            EngineStopped: the engine accepts nothing any more.
         """
-        with self._inbox.held_open():
+        with self._inbox.while_open():
             return self._expert_balancer.request(threshold)
 
     def stop(self) -> None:
@@ -114,21 +122,23 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """As of the last turn, and with what was submitted since: a request is at no moment in neither."""
-        noted, num_taken = self._noted
-        stats = noted()
+        """As of the last turn, plus the requests submitted since: at no moment is a request missing from the counts."""
+        make_stats, num_taken = self._stats
+        stats = make_stats()
         return replace(stats, num_waiting=stats.num_waiting + self._inbox.num_submitted - num_taken)
 
     @property
     def max_in_flight(self) -> int:
-        """Steps under way at the same time at most: one for every pipeline stage at least, else stages would stand idle, and one that
-        waits behind the one that is computed, where ranks can go on without an answer and everybody who decodes is in it."""
+        """How many steps may be in flight: at least one for each pipeline stage, so that no stage is idle.
+
+        If the ranks can run ahead, at least two: one more step may wait behind the one being computed, if all decoding sequences are in it.
+        """
         capacity = self.executor.capacity
-        return max(self._num_of_anything, 1 + (capacity.runs_ahead and self._config.run_ahead))
+        return max(self._max_unrestricted, 1 + (capacity.runs_ahead and self._config.run_ahead))
 
     @property
-    def _num_of_anything(self) -> int:
-        """Of those, how many may hold whatever is ready when they are planned."""
+    def _max_unrestricted(self) -> int:
+        """How many steps may be in flight whichever sequences they hold."""
         return max(self._config.max_in_flight, self.executor.capacity.num_stages)
 
     @property
@@ -139,16 +149,16 @@ class Engine:
     # --- the engine's thread
 
     def run_forever(self, deliver: Callable[[EngineOutput], None]) -> None:
-        """Turn until `stop`, sleeping while there is nothing to do. ``deliver`` gets each turn's events, never none.
+        """Run turns until `stop`, sleeping while there is nothing to do. ``deliver`` gets each turn's output unless it is empty.
 
         Raises:
-            EngineError: the workers were lost for good; every request has been told.
+            EngineError: the workers were lost for good. Every request has got its final event.
         """
         try:
             while not self._inbox.is_closed:
-                events = self.turn()
-                if events:
-                    deliver(events)
+                output = self.turn()
+                if output:
+                    deliver(output)
                 if self._is_idle():
                     self._inbox.wait()
         except Exception as error:
@@ -157,16 +167,16 @@ class Engine:
         self._close(deliver, EngineStopped("this engine has been stopped"))
 
     def turn(self) -> EngineOutput:
-        """Take arrivals, keep the workers busy, and record the oldest step that is under way.
+        """Take arrivals, submit steps to the workers, and record the oldest step in flight.
 
         Raises:
-            EngineError: there are no workers and there will be none; the turn before has returned its events.
+            EngineError: there are no workers and there will be none. The turn before has returned its events.
         """
-        if self._end is not None:
-            raise self._end
+        if self._fatal_error is not None:
+            raise self._fatal_error
         hit("engine.turn")
         self._take_arrivals()
-        self._tell(self.scheduler.expire(self._clock()))
+        self._emit(self.scheduler.expire(self._clock()))
         try:
             if self._recovery is not None:
                 self._await_workers(self._recovery)
@@ -174,38 +184,39 @@ class Engine:
                 self._step()
         except WorkersLost as loss:
             self._lose_workers(loss)
-        self._inbox.show(self.scheduler.queue())
-        self._note_stats()
-        return self._take_outbox()
+        self._inbox.set_waiting(self.scheduler.queue())
+        self._update_stats()
+        return self._take_output()
 
     def _step(self) -> None:
+        """Submit as many steps as may be in flight, then wait for the oldest and record it."""
         rebalance = self._expert_balancer.next_rebalance(self._num_steps)
         while rebalance is None and (plan := self._plan_next()):
             self._timer.planned(plan)
             self._in_flight.append((plan, self.executor.submit(plan)))
-        self._inbox.show(self.scheduler.queue())
+        self._inbox.set_waiting(self.scheduler.queue())
         if self._in_flight:
             plan, pending = self._in_flight[0]
-            result = _answer(plan, pending)
+            result = _checked_result(plan, pending)
             self._in_flight.popleft()
             self._note_step(plan, result)
             hit("engine.apply")
             output = self.scheduler.apply(plan, result)
-            self._tell(output.events)
-            self._outbox.token_batches += output.token_batches  # who is in there has had its first token, and not its last
+            self._emit(output.events)
+            self._output.token_batches += output.token_batches  # the timer need not see these: neither first nor last tokens
         elif rebalance is not None:
             self._rebalance(rebalance)
 
     def _plan_next(self) -> StepPlan | None:
-        """None where as many steps are under way as may be."""
+        """The next step's plan; None if nothing can run or as many steps are in flight as may be."""
         if len(self._in_flight) >= self.max_in_flight:
             return None
-        return self.scheduler.schedule(only_ahead=len(self._in_flight) >= self._num_of_anything)
+        return self.scheduler.schedule(only_ahead=len(self._in_flight) >= self._max_unrestricted)
 
     def _rebalance(self, rebalance: Rebalance) -> None:
-        """Experts change places while no step is under way."""
-        plan = StepPlan(self.scheduler.number_step(), (), rebalance=rebalance)
-        result = _answer(plan, self.executor.submit(plan))
+        """Have the ranks move experts. No step is in flight."""
+        plan = StepPlan(self.scheduler.next_step_number(), (), rebalance=rebalance)
+        result = _checked_result(plan, self.executor.submit(plan))
         self._expert_balancer.finish(rebalance, result.rebalanced, self._num_steps)
 
     def _take_arrivals(self) -> None:
@@ -213,33 +224,61 @@ class Engine:
             if isinstance(arrival, Request):
                 self._admit(arrival)
             else:
-                self._tell(self.scheduler.cancel(arrival))
+                self._emit(self.scheduler.cancel(arrival))
 
     def _admit(self, request: Request) -> None:
         trace_place(6, request.id)
         self._num_taken += 1
         try:
-            whole_already = self.scheduler.add(request)
-            self._outbox.events += whole_already
-            if not whole_already:
+            final_events = self.scheduler.add(request)
+            self._output.events += final_events
+            if not final_events:
                 self._timer.admitted(request)
         except EngineError as error:
-            self._outbox.events.append(refusal(request, error))
+            self._output.events.append(rejection(request, error))
         except Exception:  # a request can fail only itself
             logger.exception("request %s could not be admitted", request.id)
-            self._outbox.events.append(refusal(request, EngineError("the engine could not read this request")))
+            self._output.events.append(rejection(request, EngineError("the engine could not read this request")))
+
+    def _emit(self, events: list[TokenEvent]) -> None:
+        self._output.events += self._timer.add_times(events)
+
+    def _take_output(self) -> EngineOutput:
+        output, self._output = self._output, EngineOutput()
+        return output
+
+    def _is_idle(self) -> bool:
+        is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._expert_balancer.has_requests
+        return not is_busy and self._inbox.is_empty()
+
+    def _close(self, deliver: Callable[[EngineOutput], None], error: EngineError) -> None:
+        """Accept no more requests, and end those that were accepted with ``error``."""
+        self.stop()
+        self._in_flight.clear()
+        self._take_arrivals()
+        self._expert_balancer.fail_all(error)
+        self._emit(self.scheduler.fail_all(error))
+        self._update_stats()
+        try:
+            if self._output:
+                deliver(self._take_output())
+        finally:
+            if self._recovery is not None:
+                _close_when_started(self._recovery)
+
+    # --- recovery
 
     def _lose_workers(self, loss: WorkersLost) -> None:
-        """Rewind everything and have new workers started beside this thread, so that cancels and deadlines are still heard."""
+        """Rewind all sequences and start new workers in another thread, so that cancellations and deadlines are handled meanwhile."""
         logger.error("the workers are lost: %s", loss)
         self._in_flight.clear()
         self._expert_balancer.fail_all(loss)
         if self._recover is None:
-            self._end = loss
+            self._fatal_error = loss
             return
-        self._tell(self.scheduler.lose_workers(from_outside=loss.from_outside))
+        self._emit(self.scheduler.lose_workers(from_outside=loss.from_outside))
         self._recovery = Future()
-        threading.Thread(target=_fulfil, args=(self._recovery, self._recover, loss), name="recovery", daemon=True).start()
+        threading.Thread(target=_run_recovery, args=(self._recovery, self._recover, loss), name="recovery", daemon=True).start()
 
     def _await_workers(self, recovery: Future[Executor]) -> None:
         if not wait([recovery], timeout=RECOVERY_POLL_S).done:
@@ -248,49 +287,26 @@ class Engine:
         error = recovery.exception()
         if error is None:
             self.executor = recovery.result()
-            self._tell(self.scheduler.adopt(self.executor.capacity))
+            self._emit(self.scheduler.use_new_workers(self.executor.capacity))
         else:
-            self._end = error if isinstance(error, EngineError) else EngineStopped("no new workers could be started")
+            self._fatal_error = error if isinstance(error, EngineError) else EngineStopped("no new workers could be started")
 
-    def _tell(self, events: list[TokenEvent]) -> None:
-        self._outbox.events += self._timer.add_times(events)
-
-    def _take_outbox(self) -> EngineOutput:
-        output, self._outbox = self._outbox, EngineOutput()
-        return output
-
-    def _is_idle(self) -> bool:
-        is_busy = self._in_flight or self._recovery is not None or self.scheduler.num_requests or self._expert_balancer.has_requests
-        return not is_busy and self._inbox.is_empty()
-
-    def _close(self, deliver: Callable[[EngineOutput], None], error: EngineError) -> None:
-        """Nothing more is taken; what was taken is told."""
-        self.stop()
-        self._in_flight.clear()
-        self._take_arrivals()
-        self._expert_balancer.fail_all(error)
-        self._tell(self.scheduler.fail_all(error))
-        self._note_stats()
-        try:
-            if self._outbox:
-                deliver(self._take_outbox())
-        finally:
-            if self._recovery is not None:
-                _close_when_done(self._recovery)
+    # --- statistics
 
     def _note_step(self, plan: StepPlan, result: StepResult) -> None:
         self._num_steps += 1
         self._step_cost.note(plan.num_tokens, result.elapsed_s - result.drafting_s)
         if self._speculator is not None and result.drafting_s:
-            self._speculator.note_guessing(max((work.num_next_draft for work in plan.other_works), default=0) - 1, result.drafting_s)
-        self._pace.note(plan, result.elapsed_s)
+            num_passes = max((work.num_next_draft for work in plan.other_works), default=0) - 1
+            self._speculator.note_draft_passes(num_passes, result.drafting_s)
+        self._prefill_budget.note(plan, result.elapsed_s)
         self._step_s += (result.elapsed_s - self._step_s) * (STEP_SMOOTHING if self._step_s else 1.0)
 
-    def _note_stats(self) -> None:
+    def _update_stats(self) -> None:
         scheduler = self.scheduler
         step_base_s, step_token_s = self._step_cost.line
         pools = [shard.pool for shard in scheduler.shards]
-        noted = partial(  # a third of the time of making an object that mostly nobody asks for
+        make_stats = partial(  # takes a third of the time of making the object, which is rarely asked for
             EngineStats,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -314,19 +330,10 @@ class Engine:
             step_token_s=step_token_s,
             step_s=self._step_s,
         )
-        self._noted = (noted, self._num_taken)  # one assignment: a reader in another thread sees both or neither
+        self._stats = (make_stats, self._num_taken)  # one assignment: a reader in another thread sees both or neither
 
 
-def _answer(plan: StepPlan, pending: PendingStep) -> StepResult:
-    result = pending.result()
-    if result.step != plan.step:
-        raise WorkersLost(f"the ranks answered step {result.step} where step {plan.step} was due")
-    if result.tokens and len(result.tokens) != COLUMN.itemsize * len(plan.decodes):
-        raise WorkersLost(f"the ranks answered step {plan.step} of {len(plan.decodes)} tokens with {len(result.tokens)} bytes")
-    return result
-
-
-def refusal(request: Request, error: EngineError) -> TokenEvent:
+def rejection(request: Request, error: EngineError) -> TokenEvent:
     """The only event of a request that was not admitted."""
     return TokenEvent(
         request_id=request.id,
@@ -339,16 +346,26 @@ def refusal(request: Request, error: EngineError) -> TokenEvent:
     )
 
 
-def _close_when_done(recovery: Future[Executor]) -> None:
-    """Workers that come too late are ended: nobody else knows of them."""
-    wait([recovery])
-    if recovery.exception() is None:
-        recovery.result().close()
+def _checked_result(plan: StepPlan, pending: PendingStep) -> StepResult:
+    """Wait for a step and check that the result fits its plan."""
+    result = pending.result()
+    if result.step != plan.step:
+        raise WorkersLost(f"the ranks answered step {result.step} where step {plan.step} was due")
+    if result.tokens and len(result.tokens) != COLUMN.itemsize * len(plan.decodes):
+        raise WorkersLost(f"the ranks answered step {plan.step} of {len(plan.decodes)} tokens with {len(result.tokens)} bytes")
+    return result
 
 
-def _fulfil(recovery: Future[Executor], recover: Recover, loss: WorkersLost) -> None:
+def _run_recovery(recovery: Future[Executor], recover: Recover, loss: WorkersLost) -> None:
     try:
         recovery.set_result(recover(loss))
     except Exception as error:
         logger.exception("no new workers")
         recovery.set_exception(error)
+
+
+def _close_when_started(recovery: Future[Executor]) -> None:
+    """End workers that started too late to be used. Nothing else refers to them."""
+    wait([recovery])
+    if recovery.exception() is None:
+        recovery.result().close()

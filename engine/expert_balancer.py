@@ -1,4 +1,4 @@
-"""When routed experts change places: every so many steps, and when somebody asks. Where to is worked out by the ranks."""
+"""Decides when routed experts are moved between ranks: every so many steps, and on request. The ranks work out where to."""
 
 import logging
 from collections import deque
@@ -12,53 +12,53 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class _RebalanceRequest:
+class _Requested:
     rebalance: Rebalance
     result: "Future[RebalanceResult]" = field(default_factory=Future)
 
 
 class ExpertBalancer:
-    """`ask` belongs to any thread, all else to the engine's."""
+    """`request` may be called from any thread, everything else from the engine's only."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._every_steps, self._threshold = config.rebalance_every_steps, config.rebalance_threshold
         self._next_step = self._every_steps or 0
-        self._requests: deque[_RebalanceRequest] = deque()
+        self._requested: deque[_Requested] = deque()
         self.num_moved = 0
         self.imbalance = 1.0
 
     def request(self, threshold: float) -> "Future[RebalanceResult]":
-        request = _RebalanceRequest(Rebalance(threshold))
-        self._requests.append(request)
-        return request.result
+        requested = _Requested(Rebalance(threshold))
+        self._requested.append(requested)
+        return requested.result
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requested)
 
     def next_rebalance(self, num_steps: int) -> Rebalance | None:
-        """What the ranks are to do before another step is planned, ``num_steps`` having been taken."""
-        if self._requests:
-            return self._requests[0].rebalance
+        """The rebalance that is due after ``num_steps`` steps, if any. No further step is planned until it is done."""
+        if self._requested:
+            return self._requested[0].rebalance
         if self._every_steps is not None and num_steps >= self._next_step:
             return Rebalance(self._threshold)
         return None
 
-    def finish(self, rebalance: Rebalance, found: RebalanceResult | None, num_steps: int) -> None:
-        """None: these ranks know nothing of experts."""
-        found = found or RebalanceResult()
-        self.imbalance = found.imbalance_after
-        self.num_moved += found.num_moved
-        if not found.loads:
-            self._every_steps = None  # a dense model, or all experts everywhere: there will never be anything to do
+    def finish(self, rebalance: Rebalance, result: RebalanceResult | None, num_steps: int) -> None:
+        """Record the ranks' result; None from ranks that know nothing of experts."""
+        result = result or RebalanceResult()
+        self.imbalance = result.imbalance_after
+        self.num_moved += result.num_moved
+        if not result.loads:
+            self._every_steps = None  # a dense model, or every rank has all experts: there is never anything to move
         if self._every_steps is not None:
             self._next_step = num_steps + self._every_steps
-        if found.num_moved:
-            logger.info("%d experts moved: imbalance %.2f -> %.2f", found.num_moved, found.imbalance_before, found.imbalance_after)
-        if self._requests and self._requests[0].rebalance is rebalance:
-            self._requests.popleft().result.set_result(found)
+        if result.num_moved:
+            logger.info("%d experts moved: imbalance %.2f -> %.2f", result.num_moved, result.imbalance_before, result.imbalance_after)
+        if self._requested and self._requested[0].rebalance is rebalance:
+            self._requested.popleft().result.set_result(result)
 
     def fail_all(self, error: Exception) -> None:
-        """The ranks are lost, or the engine ends."""
-        while self._requests:
-            self._requests.popleft().result.set_exception(error)
+        """Fail all requests: the workers are lost, or the engine ends."""
+        while self._requested:
+            self._requested.popleft().result.set_exception(error)

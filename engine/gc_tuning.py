@@ -1,14 +1,16 @@
-"""Python's collector of cycles in a process that makes some objects for every token: a front, a replica, a rank."""
+"""Tunes Python's cyclic garbage collector for processes that make some objects per token: fronts, replicas and ranks."""
 
 import gc
 
 YOUNG_OBJECTS = 50_000
-"""Made since the last look before there is another; Python's own 700 means a look every few dozen tokens."""
+"""New objects before the youngest generation is collected. With Python's default of 700 that happens every few dozen tokens."""
 
 
 def tune_gc() -> None:
-    """What is there now (modules, the tokenizer, the model) stays and is not looked at again; the rest is looked at more rarely. Once in a
-    process, when it has started."""
+    """Freeze what exists now (modules, the tokenizer, the model), so that it is never scanned again, and collect the rest more rarely.
+
+    To be called once in a process, when it has started.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 20, 50)

@@ -1,4 +1,4 @@
-"""Step 6 of a request: where any thread leaves what it wants of the engine, and the engine's own thread takes it in."""
+"""Place 6 of a request: where any thread leaves requests and cancellations, and the engine's thread picks them up."""
 
 import contextlib
 import threading
@@ -7,25 +7,31 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from engine.errors import EngineStopped, QueueFull
-from engine.policy import Policy, Waits
+from engine.policy import Policy, QueuedRequest
 from engine.request import Request
 from engine.scheduler import Key
 
 
+class Submitted(NamedTuple):
+    """A request that the scheduler has not seen yet, as a `QueuedRequest`."""
+
+    request: Request
+
+
 class Inbox:
-    """Looks at the queue as it was shown, never into the scheduler."""
+    """Thread-safe. Decides whether the queue is full by the last snapshot of it (`set_waiting`) and never reads the scheduler."""
 
     def __init__(self, *, max_waiting: int, policy: Policy) -> None:
-        self._limit, self._policy = max_waiting, policy
-        self._left: SimpleQueue[Request | Key] = SimpleQueue()
+        self._max_waiting, self._policy = max_waiting, policy
+        self._messages: SimpleQueue[Request | Key] = SimpleQueue()
         self._lock = threading.Lock()
-        self._knocked, self._closed = threading.Event(), threading.Event()
+        self._wake_up, self._closed = threading.Event(), threading.Event()
         self.num_submitted = 0
-        """Requests that were let in, ever."""
-        self._queue: list[Waits] = []
-        """Who waits, as it was last shown, and who has come since."""
-        self._unread: list[Waits] = []
-        """Those of them that the engine's thread has not taken."""
+        """Requests accepted so far."""
+        self._waiting: list[QueuedRequest] = []
+        """The scheduler's queue as of the last `set_waiting`, and what was submitted since."""
+        self._untaken: list[QueuedRequest] = []
+        """Those of `_waiting` that the engine's thread has not taken yet."""
 
     # --- from any thread
 
@@ -34,77 +40,74 @@ class Inbox:
         return self._closed.is_set()
 
     def submit(self, request: Request) -> None:
-        """Leave a request.
+        """Leave a request for the engine.
 
         Raises:
-            EngineStopped: it is closed.
-            QueueFull: nobody like this may wait now.
+            EngineStopped: the inbox is closed.
+            QueueFull: the queue accepts no such request now.
         """
-        with self.held_open():
-            if len(self._queue) >= self._limit and not request.attempt and not self._policy.may_wait(request, self._queue, self._limit):
-                raise QueueFull(limit=self._limit)
+        with self.while_open():
+            is_full = len(self._waiting) >= self._max_waiting
+            if is_full and not request.attempt and not self._policy.may_queue(request, self._waiting, self._max_waiting):
+                raise QueueFull(limit=self._max_waiting)
             self.num_submitted += 1
-            self._left.put(request)
-            arrival = Arrival(request)
-            self._queue.append(arrival)
-            self._unread.append(arrival)
+            self._messages.put(request)
+            submitted = Submitted(request)
+            self._waiting.append(submitted)
+            self._untaken.append(submitted)
 
     def cancel(self, key: Key) -> None:
-        """Whether it is open or closed."""
-        self._left.put(key)
-        self._knocked.set()
+        """Leave a cancellation; a closed inbox takes it too."""
+        self._messages.put(key)
+        self._wake_up.set()
 
     @contextlib.contextmanager
-    def held_open(self) -> Iterator[None]:
-        """What is done meanwhile, the engine's thread sees before it sees the door closed; it is woken afterwards.
+    def while_open(self) -> Iterator[None]:
+        """Keep the inbox from being closed meanwhile, and wake the engine's thread afterwards.
+
+        The engine's thread sees what was done inside before it sees the inbox closed.
 
         Raises:
-            EngineStopped: it is closed.
+            EngineStopped: the inbox is closed.
         """
         with self._lock:
             if self.is_closed:
                 raise EngineStopped("this engine has stopped")
             yield
-        self._knocked.set()
+        self._wake_up.set()
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Accept no more requests."""
         with self._lock:
             self._closed.set()
-        self._knocked.set()
+        self._wake_up.set()
 
     # --- the engine's thread
 
     def is_empty(self) -> bool:
         """Whether there is nothing to take."""
-        return self._left.empty()
+        return self._messages.empty()
 
     def take(self) -> list[Request | Key]:
-        """What was left: requests, and keys of those that are cancelled, in order."""
+        """Everything that was left, in order: requests, and keys of requests to cancel."""
         taken: list[Request | Key] = []
         if self.is_empty():
             return taken
         with self._lock:
-            self._unread = []
+            self._untaken = []
             with contextlib.suppress(Empty):
                 while True:
-                    taken.append(self._left.get_nowait())
+                    taken.append(self._messages.get_nowait())
         return taken
 
-    def show(self, queue: Sequence[Waits]) -> None:
-        """Who waits now, of those that were taken."""
-        if not (self._queue or queue):
-            return  # as it was; whoever comes now puts himself in
+    def set_waiting(self, queue: Sequence[QueuedRequest]) -> None:
+        """Update the snapshot of the scheduler's queue."""
+        if not (self._waiting or queue):
+            return  # nothing changes, and a concurrent `submit` adds itself
         with self._lock:
-            self._queue = [*queue, *self._unread]
+            self._waiting = [*queue, *self._untaken]
 
     def wait(self) -> None:
-        """Until something is left, or it is closed."""
-        self._knocked.wait()
-        self._knocked.clear()
-
-
-class Arrival(NamedTuple):
-    """What the door knows of a request that has come since."""
-
-    request: Request
+        """Block until something is left or the inbox is closed."""
+        self._wake_up.wait()
+        self._wake_up.clear()

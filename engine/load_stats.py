@@ -1,4 +1,4 @@
-"""What a rank read while it loaded."""
+"""How much a rank read while it loaded its weights."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class LoadStats:
     """Bytes of a checkpoint that one rank read, and how long that took."""
 
     kept_bytes: int
-    """Of weights, as stored."""
+    """Weights that the rank keeps, as stored."""
     fetched_bytes: int
-    """That left the files or the store for it: with headers, and with what lies between the columns it keeps."""
+    """Everything that left the files or the store: also headers, and what lies between the columns that the rank keeps."""
     seconds: float

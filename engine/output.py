@@ -1,4 +1,4 @@
-"""What a turn of the engine has to tell: events one by one, and as columns the tokens of those that only went on decoding."""
+"""What a turn of the engine hands out: events, and the tokens of decoding sequences as columns."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from engine.plan import TokenEvent
 from engine.sequence import Sequence
 
 NO_TAG = -1
-"""Of a request that whoever submitted it gave no number."""
+"""`Request.tag` of a request that was submitted without one."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """One more token each of many requests, none of which ended by it."""
+    """One more token for each of many requests, none of which ended by it."""
 
     tags: np.ndarray
     """int64 (S): `Request.tag`"""
@@ -29,14 +29,14 @@ class TokenBatch:
         return len(self.sequences)
 
     def events(self, rows: Iterable[int] | None = None) -> Iterator[TokenEvent]:
-        """The same as events, of all rows or of some."""
+        """The same as events, for all rows or for some."""
         for row in range(len(self)) if rows is None else rows:
             yield self.sequences[row].token_event(int(self.offsets[row]), int(self.tokens[row]))
 
 
 @dataclass(eq=False)
 class EngineOutput:
-    """Iterates over all as events; who has many streams takes `token_batches` as it is. A request is at most once in a step."""
+    """Iterates over everything as events; consumers with many streams read `token_batches` directly. A request is in a step at most once."""
 
     events: list[TokenEvent] = field(default_factory=list)
     token_batches: list[TokenBatch] = field(default_factory=list)

@@ -1,52 +1,53 @@
-"""Step 7 of a request: which tokens the next forward pass computes."""
+"""Place 7 of a request: decides which tokens the next step computes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.admission import Places
-from engine.cohort import Planned
+from engine.admission import RunningLimit
+from engine.cohort import PlannedRows
 from engine.config import EngineConfig
 from engine.draft.planning import plan_draft, plan_next_draft
 from engine.draft.speculator import Speculator
 from engine.plan import NO_DECODES, Decodes, NewSequence, StepPlan, Work
-from engine.policy import Policy, Rank
+from engine.policy import Policy, SortKey
 from engine.prefill_budget import PrefillBudget
 from engine.request_trace import is_tracing, trace_place
 from engine.sequence import Sequence
 from engine.sequence_table import SequenceTable
 from engine.shard import Shard
-from engine.shard_budget import ShardBudget, num_decoding, shard_budget
+from engine.shard_budget import ShardBudget, make_shard_budget, num_decoding
 
 MayRun = Callable[[Sequence], bool]
 
 
-def anyone(_sequence: Sequence) -> bool:
+def any_sequence(_sequence: Sequence) -> bool:
     return True
 
 
 @dataclass
 class PlanBuilder:
-    """A plan in the making."""
+    """The parts of a plan that is being made."""
 
     may_run: MayRun
+    """Which sequences may be in it."""
+    run_ahead: bool = False
+    """Whether cohort members with an unanswered step may be planned."""
+    cohort_rows: list[tuple[Shard, PlannedRows]] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
+    """Sequences outside cohorts."""
     opened: list[NewSequence] = field(default_factory=list)
-    ahead: bool = False
-    """Whether members of cohorts may be planned behind a step that was not answered yet."""
-    together: list[tuple[Shard, Planned]] = field(default_factory=list)
-    """Members of cohorts, with one token each."""
 
     def decodes(self) -> Decodes:
-        columns = [planned.columns for _, planned in self.together]
+        columns = [planned.columns for _, planned in self.cohort_rows]
         if not columns:
             return NO_DECODES
         return Decodes.of(columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1))
 
 
 class Planner:
-    """On each shard sequences that decode come first, then prompts, begun and new, each in rank order."""
+    """Fills each shard's budget with decoding sequences first, then with prompts, started and new, each in the policy's order."""
 
     def __init__(
         self,
@@ -55,191 +56,211 @@ class Planner:
         policy: Policy,
         *,
         speculator: Speculator | None = None,
-        pace: PrefillBudget | None = None,
+        prefill_budget: PrefillBudget | None = None,
     ) -> None:
-        self._config, self._table, self._policy, self._speculator, self._pace = config, table, policy, speculator, pace
+        self._config, self._table, self._policy = config, table, policy
+        self._speculator, self._prefill_budget = speculator, prefill_budget
         self._num_steps = 0
-        self._together: dict[int, list[tuple[Shard, Planned]]] = {}
+        self._cohort_rows: dict[int, list[tuple[Shard, PlannedRows]]] = {}
+        """Of the steps in flight, by step number."""
 
-    def number_step(self) -> int:
-        """A number for the next step, also for one that this scheduler does not plan."""
+    def next_step_number(self) -> int:
+        """Take a number for the next step, also for one that is not planned here."""
         self._num_steps += 1
         return self._num_steps - 1
 
-    def take_together(self, step: int) -> list[tuple[Shard, Planned]]:
-        """The members of cohorts in a step that was planned, once, in the order of the plan's `decodes`."""
-        return self._together.pop(step, [])
+    def take_cohort_rows(self, step: int) -> list[tuple[Shard, PlannedRows]]:
+        """The cohort members in a planned step, in the order of the plan's `decodes`. Each step's can be taken once."""
+        return self._cohort_rows.pop(step, [])
 
     def forget_steps(self) -> None:
-        """None of those in flight will be answered."""
-        self._together.clear()
+        """No step in flight will be answered."""
+        self._cohort_rows.clear()
 
-    def plan(self, may_run: MayRun = anyone, *, only_ahead: bool = False) -> StepPlan | None:
-        """The next step's plan with those who may run, or None when none of them can.
+    def plan(self, may_run: MayRun = any_sequence, *, only_ahead: bool = False) -> StepPlan | None:
+        """Plan the next step with the sequences that may run; None if none of them can.
 
-        With ``only_ahead`` also None where not everybody who decodes can go on behind the step under way: whoever could not would miss
-        this step, as it leaves before he is answered.
+        With ``only_ahead``, also None unless all decoding sequences can be in this step although the one before is unanswered: a sequence
+        left out would miss this step, which starts before it could join.
         """
-        if may_run is anyone and (plan := self._plan_cohorts_alone()) is not None:
+        if may_run is any_sequence and (plan := self._plan_cohorts_only()) is not None:
             return plan
-        building = PlanBuilder(may_run, ahead=self._may_run_ahead())
-        if only_ahead and not building.ahead:
+        builder = PlanBuilder(may_run, run_ahead=self._can_run_ahead())
+        if only_ahead and not builder.run_ahead:
             return None
         if self._speculator is not None:
-            self._speculator.rest_or_wake(self._table.num_running // len(self._table.shards))
-            if not self._speculator.is_resting:
+            self._speculator.update_pause(self._table.num_running // len(self._table.shards))
+            if not self._speculator.is_paused:
                 for shard in self._table.shards:
-                    shard.loosen_all()
-        budgets = [self._config.max_step_tokens] * len(self._table.shards) if self._pace is None else self._paced(self._pace)
-        portions = [self._portion(shard, budget) for shard, budget in zip(self._table.shards, budgets, strict=True)]
-        if only_ahead and not all(self._has_room_ahead(portion) for portion in portions if len(portion.shard.cohort)):
+                    shard.dissolve_cohort()
+        budgets = self._shard_budgets()
+        if only_ahead and not all(self._cohort_can_run_ahead(budget) for budget in budgets if len(budget.shard.cohort)):
             return None
-        for portion in portions:
-            self._continue_decoding(portion, building)
-        self._take_prompts(portions, building)
-        if not (building.works or building.together):
+        for budget in budgets:
+            self._plan_decodes(budget, builder)
+        self._plan_prompts(budgets, builder)
+        if not (builder.works or builder.cohort_rows):
             return None
-        return self._planned(building)
+        return self._build(builder)
 
-    def _planned(self, building: PlanBuilder) -> StepPlan:
+    def _build(self, builder: PlanBuilder) -> StepPlan:
         plan = StepPlan(
-            self.number_step(), tuple(building.works), tuple(building.opened), tuple(self._table.closed), decodes=building.decodes()
+            self.next_step_number(), tuple(builder.works), tuple(builder.opened), tuple(self._table.closed), decodes=builder.decodes()
         )
-        if building.together:
-            self._together[plan.step] = building.together
+        if builder.cohort_rows:
+            self._cohort_rows[plan.step] = builder.cohort_rows
         self._table.closed.clear()
         return plan
 
-    def _plan_cohorts_alone(self) -> StepPlan | None:
-        """As `plan` does it, in a third of the time, where nobody waits or is loose, and all of every cohort can go on; else None."""
-        table, config, shards = self._table, self._config, self._table.shards
-        if table.admission.waiting or table.capacity.num_stages > 1 or self._speculator is not None:
+    def _plan_cohorts_only(self) -> StepPlan | None:
+        """The fast path of `plan`, in a third of the time: nothing waits, all open sequences are in cohorts, and all of them can go on.
+
+        None if that is not so.
+        """
+        table, config = self._table, self._config
+        if table.waiting.sequences or table.capacity.num_stages > 1 or self._speculator is not None:
             return None
         ahead = config.run_ahead and table.capacity.runs_ahead
-        for shard in shards:
-            if shard.loose or len(shard.cohort) > config.max_step_tokens:
+        for shard in table.shards:
+            if shard.individual or len(shard.cohort) > config.max_step_tokens:
                 return None
-            due = shard.cohort.due(ahead)
-            if len(due) < len(shard.cohort) or len(due.short) > shard.pool.num_available:
+            ready = shard.cohort.ready(ahead)
+            if len(ready) < len(shard.cohort) or len(ready.needs_block) > shard.pool.num_available:
                 return None
-        building = PlanBuilder(anyone, together=[(shard, shard.cohort.plan(shard.pool, ahead)) for shard in shards if len(shard.cohort)])
-        if not building.together:
-            return None
-        if is_tracing():
-            self._mark(building)
-        return self._planned(building)
+        builder = PlanBuilder(any_sequence)
+        for shard in table.shards:
+            if len(shard.cohort):
+                self._plan_cohort(shard, ahead, builder)
+        return self._build(builder) if builder.cohort_rows else None
 
-    def _mark(self, building: PlanBuilder) -> None:
-        for shard, planned in building.together:
+    # --- budgets
+
+    def _shard_budgets(self) -> list[ShardBudget]:
+        table, config = self._table, self._config
+        return [
+            make_shard_budget(
+                shard,
+                tokens=tokens,
+                max_step_tokens=config.max_step_tokens,
+                max_running=config.max_running,
+                num_stages=table.capacity.num_stages,
+                num_shards=len(table.shards),
+                waiting_tokens=table.waiting.num_tokens // len(table.shards),
+            )
+            for shard, tokens in zip(table.shards, self._step_tokens(), strict=True)
+        ]
+
+    def _step_tokens(self) -> list[int]:
+        """Tokens for each shard. Where sequences decode, the prompts of all shards are limited: each shard waits for the slowest one."""
+        limit, decoding = self._config.max_step_tokens, [num_decoding(shard) for shard in self._table.shards]
+        if self._prefill_budget is None or not any(decoding):
+            return [limit] * len(decoding)
+        prompt_tokens = max(1, self._prefill_budget.tokens(sum(decoding), self._table.prefill_tokens) // len(decoding))
+        return [min(limit, number + prompt_tokens) for number in decoding]
+
+    def _running_limit(self) -> RunningLimit:
+        return RunningLimit(max_running=self._config.max_running, num_running=self._table.num_running)
+
+    # --- decodes
+
+    def _plan_decodes(self, budget: ShardBudget, builder: PlanBuilder) -> None:
+        cohort_is_done = self._try_plan_cohort(budget, builder)
+        candidates = budget.shard.individual if cohort_is_done else budget.shard.open
+        runnable = [s for s in candidates.values() if s.num_pending == 1 and not s.ended and builder.may_run(s)]
+        for sequence in sorted(runnable, key=self._policy.sort_key):
+            if budget.tokens == 0 or budget.max_decodes == 0:
+                return
+            if sequence.number is None:  # preempted for one planned before it
+                continue
+            budget.max_decodes -= 1
+            if self._make_room(sequence, budget):
+                self._plan_work(sequence, budget, builder)
+
+    def _try_plan_cohort(self, budget: ShardBudget, builder: PlanBuilder) -> bool:
+        """Plan the shard's whole cohort, if there is room for every decoding sequence of the shard: their order then does not matter."""
+        if builder.may_run is not any_sequence:
+            return False
+        shard, num_others = budget.shard, _num_decoding_outside_cohort(budget.shard)
+        ahead = builder.run_ahead and self._cohort_can_run_ahead(budget)
+        ready = shard.cohort.ready(ahead)
+        count = len(ready)
+        if count + num_others > min(budget.tokens, budget.max_decodes) or len(ready.needs_block) + num_others > shard.pool.num_available:
+            return False
+        if count:
+            self._plan_cohort(shard, ahead, builder)
+            budget.take(count)
+            budget.max_decodes -= count
+        return True
+
+    def _plan_cohort(self, shard: Shard, ahead: bool, builder: PlanBuilder) -> None:
+        planned = shard.cohort.plan(shard.pool, ahead)
+        builder.cohort_rows.append((shard, planned))
+        if is_tracing():
             for sequence in shard.cohort.sequences(planned):
                 trace_place(7, sequence.request.id)
 
-    def _may_run_ahead(self) -> bool:
-        """Where ranks can, and everybody who waits for a next token would be in that step: who has to be answered first would miss it."""
+    def _can_run_ahead(self) -> bool:
+        """Whether the ranks can, and every sequence that waits for its next token is in a cohort: others would miss the step."""
         if not (self._config.run_ahead and self._table.capacity.runs_ahead) or self._speculator is not None:
             return False
-        return not any(s.num_pending < 1 and not s.ended for shard in self._table.shards for s in shard.loose.values())
+        return not any(s.num_pending < 1 and not s.ended for shard in self._table.shards for s in shard.individual.values())
 
-    def _paced(self, pace: PrefillBudget) -> list[int]:
-        """Tokens for each shard, where some sequences decode: they wait for the prompts of all shards."""
-        decoding, most = [num_decoding(shard) for shard in self._table.shards], self._config.max_step_tokens
-        if not any(decoding):
-            return [most for _ in decoding]
-        prompt_tokens = max(1, pace.prompt_tokens(sum(decoding), self._table.prefill_tokens) // len(decoding))
-        return [min(most, number + prompt_tokens) for number in decoding]
+    def _cohort_can_run_ahead(self, budget: ShardBudget) -> bool:
+        """Whether the whole cohort can be planned behind the step in flight.
 
-    def _portion(self, shard: Shard, budget: int) -> ShardBudget:
-        return shard_budget(
-            shard,
-            budget=budget,
-            max_tokens=self._config.max_step_tokens,
-            max_running=self._config.max_running,
-            num_stages=self._table.capacity.num_stages,
-            num_shards=len(self._table.shards),
-            waiting_tokens=self._table.admission.num_tokens // len(self._table.shards),
-        )
-
-    def _continue_decoding(self, portion: ShardBudget, building: PlanBuilder) -> None:
-        together = self._decode_together(portion, building)
-        candidates = portion.shard.loose if together else portion.shard.open
-        runnable = [s for s in candidates.values() if s.num_pending == 1 and not s.ended and building.may_run(s)]
-        for sequence in sorted(runnable, key=self._policy.rank):
-            if portion.budget == 0 or portion.max_decodes == 0:
-                return
-            if sequence.number is None:  # preempted by one before it
-                continue
-            portion.max_decodes -= 1
-            if self._make_room(sequence, portion):
-                self._plan_work(sequence, portion, building)
-
-    def _decode_together(self, portion: ShardBudget, building: PlanBuilder) -> bool:
-        """Plan all of the shard's cohort, if all that decode here find room: then it does not matter in what order."""
-        if building.may_run is not anyone:
+        If it lacks blocks for that, no new sequence is admitted to the shard: the cohort takes the blocks, or sequences are preempted, once
+        the step in flight is answered.
+        """
+        cohort, num_others = budget.shard.cohort, _num_decoding_outside_cohort(budget.shard)
+        ready = cohort.ready(True)
+        num_blocks = len(ready.needs_block)
+        if num_blocks + num_others > budget.shard.pool.num_available:
+            budget.has_preempted |= num_blocks > len(cohort.ready(False).needs_block)
             return False
-        shard, cohort = portion.shard, portion.shard.cohort
-        others = _num_others(portion)
-        ahead = building.ahead and self._has_room_ahead(portion)
-        due = cohort.due(ahead)
-        count = len(due)
-        if count + others > min(portion.budget, portion.max_decodes) or len(due.short) + others > shard.pool.num_available:
-            return False
-        if count:
-            planned = cohort.plan(shard.pool, ahead)
-            building.together.append((shard, planned))
-            portion.take(count)
-            portion.max_decodes -= count
-            if is_tracing():
-                for sequence in cohort.sequences(planned):
-                    trace_place(7, sequence.request.id)
-        return True
+        return len(ready) + num_others <= min(budget.tokens, budget.max_decodes)
 
-    def _has_room_ahead(self, portion: ShardBudget) -> bool:
-        """Whether all of the cohort can go on behind the step under way. If not for want of blocks, nobody new may have what they lack:
-        they take it, or give way, when they have been answered."""
-        cohort, others = portion.shard.cohort, _num_others(portion)
-        due = cohort.due(True)
-        lacks = len(due.short)
-        if lacks + others > portion.shard.pool.num_available:
-            portion.has_preempted |= lacks > len(cohort.due(False).short)
-            return False
-        return len(due) + others <= min(portion.budget, portion.max_decodes)
+    # --- prompts
 
-    def _take_prompts(self, portions: list[ShardBudget], building: PlanBuilder) -> None:
-        """Begun ones have their blocks; beside them a new one of a lower rank goes first, or a tenant's long prompt kept others waiting."""
-        begun = [
-            (sequence, portion)
-            for portion in portions
-            for sequence in portion.shard.loose.values()
-            if sequence.num_pending > 1 and not sequence.ended and building.may_run(sequence)
+    def _plan_prompts(self, budgets: list[ShardBudget], builder: PlanBuilder) -> None:
+        """Continue started prompts and admit new ones, merged by sort key: a tenant's long prompt does not hold up others."""
+        started = [
+            (sequence, budget)
+            for budget in budgets
+            for sequence in budget.shard.individual.values()
+            if sequence.num_pending > 1 and not sequence.ended and builder.may_run(sequence)
         ]
-        begun.sort(key=lambda one: self._policy.rank(one[0]), reverse=True)
+        started.sort(key=lambda one: self._policy.sort_key(one[0]), reverse=True)
 
-        def continue_before(rank: Rank | None) -> None:
-            while begun and (rank is None or self._policy.rank(begun[-1][0]) < rank):
-                sequence, portion = begun.pop()
-                if portion.budget and sequence.number is not None and self._make_room(sequence, portion):
-                    self._plan_work(sequence, portion, building)
+        def continue_before(key: SortKey | None) -> None:
+            while started and (key is None or self._policy.sort_key(started[-1][0]) < key):
+                sequence, budget = started.pop()
+                if budget.tokens and sequence.number is not None and self._make_room(sequence, budget):
+                    self._plan_work(sequence, budget, builder)
 
-        free = [portion for portion in portions if not portion.has_preempted]
-        for sequence, choice in self._table.admission.admit(free, self._table.capacity, building.may_run, self._places, continue_before):
-            self._table.open(sequence, choice)
-            building.opened.append(sequence.opening())
-            self._plan_work(sequence, choice.portion, building)
+        admitting = [budget for budget in budgets if not budget.has_preempted]
+        waiting, capacity = self._table.waiting, self._table.capacity
+        for sequence, candidate in waiting.admit(admitting, capacity, builder.may_run, self._running_limit, continue_before):
+            self._table.open(sequence, candidate)
+            builder.opened.append(sequence.new_sequence())
+            self._plan_work(sequence, candidate.budget, builder)
         continue_before(None)
 
-    def _places(self) -> Places:
-        return Places(total=self._config.max_running, taken=self._table.num_running)
+    # --- one sequence
 
-    def _plan_work(self, sequence: Sequence, portion: ShardBudget, building: PlanBuilder) -> None:
+    def _plan_work(self, sequence: Sequence, budget: ShardBudget, builder: PlanBuilder) -> None:
+        """Plan as many of the sequence's pending tokens as the budget allows. The sequence has the blocks for them."""
         assert sequence.number is not None
-        portion.shard.loosen(sequence)
-        count = sequence.num_pending if sequence.is_whole else min(sequence.num_pending, portion.budget)
+        budget.shard.leave_cohort(sequence)
+        count = sequence.num_pending if sequence.is_unsplittable else min(sequence.num_pending, budget.tokens)
         is_last, pools = count == sequence.num_pending, sequence.request.pooling is not None
         start = sequence.num_planned
-        wants_draft = self._speculator is not None and sequence.num_pending == 1
-        draft = plan_draft(sequence, portion, self._table.capacity, self._speculator) if self._speculator and wants_draft else ()
-        asks = self._speculator is not None and is_last and not pools
-        guesses = plan_next_draft(sequence, len(draft), portion, self._table.capacity, self._speculator) if self._speculator and asks else 0
+        draft: tuple[int, ...] = ()
+        num_next_draft, capacity = 0, self._table.capacity
+        if self._speculator is not None:
+            if sequence.num_pending == 1:
+                draft = plan_draft(sequence, budget, capacity, self._speculator)
+            if is_last and not pools:
+                num_next_draft = plan_next_draft(sequence, len(draft), budget, capacity, self._speculator)
         work = Work(
             sequence=sequence.number,
             start=start,
@@ -247,28 +268,31 @@ class Planner:
             new_blocks=tuple(sequence.blocks[sequence.num_blocks_sent :]),
             samples=is_last and not pools,
             num_draft=len(draft),
-            shard=portion.shard.index,
-            targets=sequence.targets(start, start + count),
+            shard=budget.shard.index,
+            targets=sequence.logprob_targets(start, start + count),
             pools=is_last and pools,
-            num_next_draft=guesses,
+            num_next_draft=num_next_draft,
         )
         sequence.num_blocks_sent = len(sequence.blocks)
         sequence.num_planned += count
-        building.works.append(work)
-        portion.take(len(work.tokens))
+        builder.works.append(work)
+        budget.take(len(work.tokens))
         trace_place(7, sequence.request.id)
 
-    def _make_room(self, sequence: Sequence, portion: ShardBudget) -> bool:
-        """Give an open sequence the blocks for its next tokens, preempting from the last in rank. False if it must sit this step out."""
-        pool = portion.shard.pool
-        count = min(sequence.num_pending, portion.budget)
+    def _make_room(self, sequence: Sequence, budget: ShardBudget) -> bool:
+        """Give an open sequence blocks for its next tokens, preempting the last sequences by sort key.
+
+        False if the sequence was preempted itself.
+        """
+        pool = budget.shard.pool
+        count = min(sequence.num_pending, budget.tokens)
         missing = self._table.capacity.blocks_for(sequence.num_planned + count) - len(sequence.blocks)
         while missing > pool.num_available:
-            # One in flight has had room for all its known tokens since it was opened: whoever comes here is movable itself.
-            movable = [s for s in portion.shard.open.values() if not s.in_flight]
-            last = max(movable, key=self._policy.rank)
+            # A sequence in flight has had room for all its known tokens since it was opened, so this one is not in flight: never empty.
+            preemptible = [s for s in budget.shard.open.values() if not s.in_flight]
+            last = max(preemptible, key=self._policy.sort_key)
             self._table.preempt(last)
-            portion.has_preempted = True
+            budget.has_preempted = True
             if last is sequence:
                 return False
         if missing > 0:
@@ -276,6 +300,5 @@ class Planner:
         return True
 
 
-def _num_others(portion: ShardBudget) -> int:
-    """Of a shard's sequences those that decode beside the cohort."""
-    return sum(sequence.num_pending == 1 for sequence in portion.shard.loose.values())
+def _num_decoding_outside_cohort(shard: Shard) -> int:
+    return sum(sequence.num_pending == 1 for sequence in shard.individual.values())

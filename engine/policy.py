@@ -1,89 +1,90 @@
-"""Who is admitted first, who has to give way when blocks run out, and whose request still finds a place in the queue."""
+"""Scheduling policies: who is admitted first, who is preempted when KV blocks run out, and whose request the queue still accepts."""
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Listed
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from engine.request import Request
 from engine.sequence import Sequence
 
-Rank = tuple[float, ...]
+SortKey = tuple[float, ...]
 
 
-class Waits(Protocol):
-    """Whoever has a place in the queue."""
+class QueuedRequest(Protocol):
+    """Anything with a place in the waiting queue."""
 
     @property
     def request(self) -> Request: ...
 
 
 class Policy(Protocol):
-    """Asked and told by the scheduler, from the engine's thread; `may_wait` from any, about a queue as it was a moment ago. See
-    `engine.fair_share` for one whose ranks change."""
+    """Called by the scheduler on the engine's thread. `may_queue` is called from any thread, with a queue that may be slightly out of date.
 
-    def rank(self, sequence: Sequence) -> Rank:
-        """As of now. Lower is planned first and preempted last; no two may be equal."""
+    `engine.fair_share` is a policy whose sort keys change over time.
+    """
+
+    def sort_key(self, sequence: Sequence) -> SortKey:
+        """The current key. Lower is planned first and preempted last; no two sequences may have equal keys."""
         ...
 
-    def order(self, waiting: Listed[Sequence]) -> Iterable[Sequence]:
-        """The waiting ones as they shall be admitted. Read one by one; the scheduler tells of each admission in between."""
+    def admission_order(self, waiting: Collection[Sequence]) -> Iterable[Sequence]:
+        """The waiting sequences in the order of admission. Read one at a time; `on_admission` may be called in between."""
         ...
 
-    def gives_way(self, sequence: Sequence) -> bool:
-        """Whether the last places and blocks are not for it: they are kept for somebody who may come."""
+    def must_leave_reserve(self, sequence: Sequence) -> bool:
+        """Whether the last running slots and KV blocks are reserved for others, and may not be given to this sequence."""
         ...
 
-    def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
-        """Whether a place in a queue of about ``limit`` is left for it."""
+    def may_queue(self, request: Request, waiting: Collection[QueuedRequest], limit: int) -> bool:
+        """Whether the waiting queue, of about ``limit`` requests at most, accepts this request."""
         ...
 
-    def arrived(self, sequence: Sequence, waiting: Listed[Sequence]) -> None:
-        """It is about to be put to the ``waiting``."""
+    def on_arrival(self, sequence: Sequence, waiting: Collection[Sequence]) -> None:
+        """The sequence is about to be added to ``waiting`` for the first time."""
         ...
 
-    def opened(self, sequence: Sequence) -> None:
-        """It is admitted for the first time, and what of its prompt is cached has been found."""
+    def on_admission(self, sequence: Sequence) -> None:
+        """The sequence was admitted for the first time. `Sequence.num_computed` already counts its cached prefix."""
         ...
 
-    def sampled(self, request: Request, num_tokens: int) -> None:
-        """Answers have grown by so many tokens together: its own, or those of several requests of the same tenant and share."""
+    def on_sampled(self, request: Request, num_tokens: int) -> None:
+        """``num_tokens`` output tokens were sampled for this request, or together for several of the same tenant and share."""
         ...
 
 
-class FixedRank:
-    """What policies have in common whose ranks never change."""
+class StaticPolicy:
+    """Base for policies whose sort keys never change and that reserve nothing."""
 
-    def rank(self, sequence: Sequence) -> Rank:
+    def sort_key(self, sequence: Sequence) -> SortKey:
         raise NotImplementedError
 
-    def order(self, waiting: Listed[Sequence]) -> Iterable[Sequence]:
-        return list(waiting)  # the scheduler keeps them in the order of their ranks
+    def admission_order(self, waiting: Collection[Sequence]) -> Iterable[Sequence]:
+        return list(waiting)  # the waiting queue is already sorted by key
 
-    def gives_way(self, sequence: Sequence) -> bool:
+    def must_leave_reserve(self, sequence: Sequence) -> bool:
         return False
 
-    def may_wait(self, request: Request, waiting: Listed[Waits], limit: int) -> bool:
+    def may_queue(self, request: Request, waiting: Collection[QueuedRequest], limit: int) -> bool:
         return len(waiting) < limit
 
-    def arrived(self, sequence: Sequence, waiting: Listed[Sequence]) -> None:
+    def on_arrival(self, sequence: Sequence, waiting: Collection[Sequence]) -> None:
         pass
 
-    def opened(self, sequence: Sequence) -> None:
+    def on_admission(self, sequence: Sequence) -> None:
         pass
 
-    def sampled(self, request: Request, num_tokens: int) -> None:
+    def on_sampled(self, request: Request, num_tokens: int) -> None:
         pass
 
 
-class FirstCome(FixedRank):
+class FirstComeFirstServed(StaticPolicy):
     """By priority, then by arrival."""
 
-    def rank(self, sequence: Sequence) -> Rank:
+    def sort_key(self, sequence: Sequence) -> SortKey:
         return (sequence.request.priority, sequence.arrival)
 
 
-class ShortestPromptFirst(FixedRank):
-    """By priority, then the shorter prompt: the least mean wait where prompts differ much and no one minds being overtaken."""
+class ShortestPromptFirst(StaticPolicy):
+    """By priority, then the shorter prompt: the lowest mean wait when prompt lengths differ a lot and being overtaken is acceptable."""
 
-    def rank(self, sequence: Sequence) -> Rank:
+    def sort_key(self, sequence: Sequence) -> SortKey:
         return (sequence.request.priority, sequence.num_prompt, sequence.arrival)

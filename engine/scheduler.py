@@ -1,4 +1,4 @@
-"""Steps 7 and 12 of a request: decide which tokens the next forward pass computes, and record what it gave."""
+"""Places 7 and 12 of a request: decides which tokens the next step computes, and records what it yielded."""
 
 from array import array
 
@@ -26,7 +26,7 @@ from engine.kv.block_pool import BlockListener
 from engine.output import EngineOutput
 from engine.plan import COLUMN, NO_TOKEN, FinishReason, PooledEmbedding, SampledTokens, StepPlan, StepResult, TokenEvent, Work
 from engine.planner import Planner
-from engine.policy import FirstCome, Policy, Waits
+from engine.policy import FirstComeFirstServed, Policy, QueuedRequest
 from engine.prefill_budget import PrefillBudget
 from engine.request import Request
 from engine.request_trace import is_tracing, trace_place
@@ -38,15 +38,16 @@ Key = tuple[str, int]
 
 
 class Scheduler:
-    """Every sequence is waiting (no blocks) or open (blocks of one shard, and a number that the ranks know).
+    """Owns all sequences of the engine. Plans steps and records their results; has no side effects outside.
 
-    Deciding changes nothing outside. Something is always planned when something could run and nothing is in flight: a
-    sequence that finds no block preempts the last in rank of its shard, itself at worst, and one that is alone always has room.
+    A sequence is either waiting (it has no blocks) or open (it has blocks of one shard, and a number that the ranks know). If nothing is in
+    flight and any sequence could run, a step is planned: a sequence that finds no free block preempts the last of its shard in the policy's
+    order, in the worst case itself, and a sequence alone on its shard always has room.
 
-    Several steps may be planned before the first is answered. A prompt's works may then be in flight together, as its tokens
-    are known; of a sequence that decodes only one, as the next token is not; or two, where the ranks know it themselves.
+    Several steps may be in flight. A prompt may then have works in several of them, because its tokens are known. A decoding sequence can
+    have only one, because its next token is not known; or two, if the ranks continue from what they sampled themselves.
 
-    Sequences about which there is nothing but their next token are planned and recorded together (`engine.cohort`).
+    Sequences that only decode are planned and recorded together as a cohort (`engine.cohort`).
     """
 
     def __init__(
@@ -57,134 +58,144 @@ class Scheduler:
         policy: Policy | None = None,
         listener: BlockListener | None = None,
         speculator: Speculator | None = None,
-        pace: PrefillBudget | None = None,
+        prefill_budget: PrefillBudget | None = None,
     ) -> None:
         self._config = config
         self._speculator = speculator
-        self._policy = policy or FirstCome()
+        self._policy = policy or FirstComeFirstServed()
         self._table = SequenceTable(config, capacity, self._policy, listener)
-        self._planner = Planner(config, self._table, self._policy, speculator=speculator, pace=pace)
+        self._planner = Planner(config, self._table, self._policy, speculator=speculator, prefill_budget=prefill_budget)
         self.num_finished = self.num_losses = 0
         self.computed_tokens = self.sampled_tokens = 0
         self._by_key: dict[Key, Sequence] = {}
         self._deadlines = Deadlines()
         self._suspects: list[Sequence] = []
-        """Whoever may have something left to be tried."""
+        """Sequences that may still have to run in isolation."""
         self._num_arrived = 0
 
-    # --- arriving and leaving
+    # --- requests arrive and end
 
     def add(self, request: Request) -> list[TokenEvent]:
-        """Take a request in. Its end, if `committed` is the whole answer already; otherwise nothing.
+        """Take a request in. Returns its final event if ``request.committed`` is the whole answer already, otherwise nothing.
 
         Raises:
-            EmptyPrompt, PromptTooLong, KvCacheTooSmall, QueueFull, DuplicateRequest
+            EmptyPrompt, PromptTooLong, PromptCannotBeCut, KvCacheTooSmall, QueueFull, DuplicateRequest
         """
         if request.key in self._by_key:
             raise DuplicateRequest(request.id)
         if not request.prompt:
             raise EmptyPrompt
-        # one that was accepted before is not refused now
-        if not (request.attempt or self._policy.may_wait(request, self._table.admission.waiting, self._config.max_waiting)):
+        # a retry is not refused: the request was accepted once
+        if not (request.attempt or self._policy.may_queue(request, self._table.waiting.sequences, self._config.max_waiting)):
             raise QueueFull(limit=self._config.max_waiting)
         sequence = Sequence(request, self._num_arrived)
-        reason, stop_token = self._ending(sequence)
+        reason, stop_token = self._finish_reason(sequence)
         if request.committed and reason is not None:
             return [sequence.event(finish_reason=reason, stop_token=stop_token)]
         self._check_length(request)
-        array("i", sequence.tokens)  # what is no token id must raise here, at its own door, and not in the midst of a step
+        array("i", sequence.tokens)  # a value that is no token id must raise here and not in the middle of a step
         self._num_arrived += 1
         self._by_key[request.key] = sequence
-        self._table.admission.arrive(sequence)
+        self._table.waiting.add_new(sequence)
         self._deadlines.add(sequence)
         if sequence.isolation_tokens_left:
             self._suspects.append(sequence)
         return []
 
     def cancel(self, key: Key) -> list[TokenEvent]:
-        """End a request. An unknown key (it has just ended) is no error."""
+        """End a request. An unknown key is no error: the request may just have ended."""
         sequence = self._by_key.get(key)
         return [] if sequence is None else [self._end(sequence, sequence.event(finish_reason="cancelled"))]
 
     def expire(self, now: float) -> list[TokenEvent]:
         """End the requests whose deadline, in Unix time, has passed."""
-        late = self._deadlines.passed(now)
-        return [self._fail(sequence, DeadlineExceeded("the request's deadline passed before it was finished")) for sequence in late]
+        message = "the request's deadline passed before it was finished"
+        return [self._fail(sequence, DeadlineExceeded(message)) for sequence in self._deadlines.pop_expired(now)]
 
     def fail_all(self, error: EngineError) -> list[TokenEvent]:
         """End every request with the same error."""
         return [self._fail(sequence, error) for sequence in list(self._by_key.values())]
 
-    # --- one step
+    # --- plan a step
 
     def schedule(self, *, only_ahead: bool = False) -> StepPlan | None:
-        """The next step's plan, or None when nothing can run now. For ``only_ahead`` see `engine.planner.Planner.plan`.
+        """The plan of the next step, or None if nothing can run now. ``only_ahead``: see `engine.planner.Planner.plan`.
 
-        A suspect of a loss is planned alone, once nothing else is in flight, or has to wait until there is room for it.
+        A suspect of a worker loss runs alone: it is planned once nothing else is in flight, and waits if there is no room for it.
         """
         self._suspects = [sequence for sequence in self._suspects if sequence.isolation_tokens_left and not sequence.ended]
-        trial = next_suspect(self._suspects, self._policy)
-        if trial is None:
+        suspect = next_suspect(self._suspects, self._policy)
+        if suspect is None:
             return self._planner.plan(only_ahead=only_ahead)
-        if only_ahead or any(sequence.in_flight and sequence is not trial for sequence in self._table.all_open()):
+        if only_ahead or any(sequence.in_flight and sequence is not suspect for sequence in self._table.all_open()):
             return None
-        plan = self._planner.plan(lambda sequence: sequence is trial)
-        if plan is not None or trial.in_flight:  # while its answer is out nobody else is begun either: a loss would be blamed on both
+        plan = self._planner.plan(lambda sequence: sequence is suspect)
+        if plan is not None or suspect.in_flight:  # nothing else starts while it is in flight: a loss would be blamed on both
             return plan
         return self._planner.plan(lambda sequence: not sequence.isolation_tokens_left)
 
+    # --- record a step
+
     def apply(self, plan: StepPlan, result: StepResult) -> EngineOutput:
-        """Record what a step gave. Sequences that were closed since it was planned are passed over."""
+        """Record what a step yielded. Sequences that were closed since the step was planned are skipped."""
         sampled = {answer.sequence: answer for answer in result.sampled}
         output = EngineOutput()
-        for work, token in self._apply_together(plan, result, output):
+        for work, token in self._apply_cohorts(plan, result, output):
             answer = sampled.get(work.sequence) if token == NO_TOKEN else SampledTokens(work.sequence, (token,))
             output.events += self._apply_work(work, answer)
-        self._score(plan, result)
-        pooled = {answer.sequence: answer for answer in result.embeddings}
+        self._apply_prompt_logprobs(plan, result)
+        embeddings = {embedding.sequence: embedding for embedding in result.embeddings}
         for work in plan.other_works:
-            output.events += self._apply_work(work, sampled.get(work.sequence), pooled.get(work.sequence))
+            output.events += self._apply_work(work, sampled.get(work.sequence), embeddings.get(work.sequence))
         return output
 
-    def _score(self, plan: StepPlan, result: StepResult) -> None:
-        """Note log-probabilities of prompts, before their sequences may end."""
-        starts = {work.sequence: (work.start, self.shards[work.shard]) for work in plan.other_works} if result.prompt_logprobs else {}
-        for scored in result.prompt_logprobs:
-            start, shard = starts[scored.sequence]
-            if (sequence := shard.open.get(scored.sequence)) is not None:
-                sequence.score(start, scored.logprobs)
+    def _apply_cohorts(self, plan: StepPlan, result: StepResult, output: EngineOutput) -> list[tuple[Work, int]]:
+        """Record the tokens of all cohorts.
 
-    def _apply_together(self, plan: StepPlan, result: StepResult, output: EngineOutput) -> list[tuple[Work, int]]:
-        """Record the tokens of cohorts. The works of which more than a next token is to be recorded, and their tokens."""
-        rest: list[tuple[Work, int]] = []
+        Returns the works that must be recorded individually, because more happened than one more token, with their tokens.
+        """
+        individual: list[tuple[Work, int]] = []
         tokens = np.frombuffer(result.tokens, COLUMN) if result.tokens else np.full(len(plan.decodes), NO_TOKEN, COLUMN)
         begin = 0
-        for shard, planned in self._planner.take_together(plan.step):
-            of_shard = tokens[begin : begin + len(planned.rows)]
+        for shard, planned in self._planner.take_cohort_rows(plan.step):
+            shard_tokens = tokens[begin : begin + len(planned.rows)]
             begin += len(planned.rows)
-            recorded = shard.cohort.record(planned, of_shard)
-            for sequence in recorded.full:
+            recorded = shard.cohort.record(planned, shard_tokens)
+            for sequence in recorded.filled:
                 shard.cache.publish(sequence, since=sequence.num_computed - 1)
             for request, count in recorded.charges:
-                self._policy.sampled(request, count)
-            self.computed_tokens += len(recorded.token_batch)
-            self.sampled_tokens += len(recorded.token_batch)
+                self._policy.on_sampled(request, count)
+            batch = recorded.token_batch
+            self.computed_tokens += len(batch)
+            self.sampled_tokens += len(batch)
             if is_tracing():
-                for sequence in recorded.token_batch.sequences:
+                for sequence in batch.sequences:
                     trace_place(12, sequence.request.id)
-            if len(recorded.token_batch):
-                output.token_batches.append(recorded.token_batch)
-            rest += zip(planned.works(recorded.rest), of_shard[recorded.rest].tolist(), strict=True)
-        return rest
+            if len(batch):
+                output.token_batches.append(batch)
+            individual += zip(planned.works(recorded.rest), shard_tokens[recorded.rest].tolist(), strict=True)
+        return individual
 
-    def _apply_work(self, work: Work, answer: SampledTokens | None, pooled: PooledEmbedding | None = None) -> list[TokenEvent]:
+    def _apply_prompt_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        """To be called before the sequences may end: their last event carries the log-probabilities."""
+        if not result.prompt_logprobs:
+            return
+        works = {work.sequence: work for work in plan.other_works}
+        for scored in result.prompt_logprobs:
+            work = works[scored.sequence]
+            sequence = self.shards[work.shard].open.get(scored.sequence)
+            if sequence is not None:
+                sequence.add_prompt_logprobs(work.start, scored.logprobs)
+
+    def _apply_work(self, work: Work, answer: SampledTokens | None, embedding: PooledEmbedding | None = None) -> list[TokenEvent]:
+        """Record one work: ``answer`` if it sampled, ``embedding`` if it completed one."""
         shard = self.shards[work.shard]
         sequence = shard.open.get(work.sequence)
         if sequence is None:
             return []
-        shard.loosen(sequence)
+        shard.leave_cohort(sequence)
         self.computed_tokens += len(work.tokens)
-        if work.start >= len(sequence.tokens) and not sequence.ended:  # planned ahead on a token that did not come
+        if work.start >= len(sequence.tokens) and not sequence.ended:  # planned ahead for a token that was not sampled
             sequence.num_planned = sequence.num_computed
             return []
         sequence.num_computed = work.start + len(work.tokens) - work.num_draft
@@ -193,9 +204,8 @@ class Scheduler:
                 self._table.close(sequence)
             return []
         if work.pools:
-            return [
-                self._take_embedding(sequence, work, pooled or PooledEmbedding(work.sequence, b"", fault="the ranks gave no embedding"))
-            ]
+            embedding = embedding or PooledEmbedding(work.sequence, b"", fault="the ranks gave no embedding")
+            return [self._take_embedding(sequence, work, embedding)]
         if not work.samples:
             shard.cache.publish(sequence, since=work.start)
             return []
@@ -204,23 +214,23 @@ class Scheduler:
             shard.cache.disown(sequence)
             return [self._fail(sequence, GrammarFailed(answer.fault) if answer.is_grammar_fault else InvalidLogits(answer.fault))]
         if answer.tokens:
-            return [self._take(sequence, work, answer)]
-        sequence.step_back()
+            return [self._take_tokens(sequence, work, answer)]
+        sequence.redo_last_token()  # its grammar is not ready yet
         shard.cache.publish(sequence, since=work.start)
         return []
 
-    def _take_embedding(self, sequence: Sequence, work: Work, pooled: PooledEmbedding) -> TokenEvent:
-        """All that was wanted of it."""
+    def _take_embedding(self, sequence: Sequence, work: Work, embedding: PooledEmbedding) -> TokenEvent:
+        """The embedding is the whole answer."""
         cache = self.shards[work.shard].cache
-        if pooled.fault is not None:
+        if embedding.fault is not None:
             cache.disown(sequence)
-            return self._fail(sequence, InvalidLogits(pooled.fault))
+            return self._fail(sequence, InvalidLogits(embedding.fault))
         trace_place(12, sequence.request.id)
         cache.publish(sequence, since=work.start)
-        return self._end(sequence, sequence.event(finish_reason="stop", embedding=pooled.vector))
+        return self._end(sequence, sequence.event(finish_reason="stop", embedding=embedding.vector))
 
-    def _take(self, sequence: Sequence, work: Work, answer: SampledTokens) -> TokenEvent:
-        """Append what was sampled, up to what ends the answer. All of it but the last was guessed, and so is computed already."""
+    def _take_tokens(self, sequence: Sequence, work: Work, answer: SampledTokens) -> TokenEvent:
+        """Append the sampled tokens, up to the one that ends the answer. All but the last were draft tokens and are computed already."""
         trace_place(12, sequence.request.id)
         taken, stop_token = 0, None
         reason: FinishReason | None = None if sequence.request.sampling.max_tokens else "length"
@@ -228,40 +238,41 @@ class Scheduler:
         while reason is None and taken < len(answer.tokens):
             sequence.tokens.append(answer.tokens[taken])
             taken += 1
-            reason, stop_token = self._ending(sequence)
+            reason, stop_token = self._finish_reason(sequence)
         self.sampled_tokens += taken
-        self._policy.sampled(sequence.request, taken)
-        held = len(answer.tokens) - 1
-        if held:
-            sequence.hold(min(held, taken))
+        self._policy.on_sampled(sequence.request, taken)
+        num_accepted = len(answer.tokens) - 1
+        if num_accepted:
+            sequence.accept_draft(min(num_accepted, taken))
         if self._speculator is not None and work.num_draft:
-            self._speculator.judge(sequence, work.num_draft, held)
+            self._speculator.note_verified(sequence, work.num_draft, num_accepted)
         self.shards[work.shard].cache.publish(sequence, since=work.start)
         event = sequence.event(answer.tokens[:taken], answer.logprobs[:taken], finish_reason=reason, stop_token=stop_token)
         if reason is not None:
             return self._end(sequence, event)
         if self._speculator is not None and answer.next_draft:
-            self._speculator.told(sequence, answer.next_draft)
-        if self._speculator is None or self._speculator.is_resting:
+            self._speculator.store_draft(sequence, answer.next_draft)
+        if self._speculator is None or self._speculator.is_paused:
             self._table.try_join_cohort(sequence)
         return event
 
-    def _ending(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
-        """Why the answer is complete with its last token, if it is, and the token if that is why."""
+    def _finish_reason(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
+        """Why the answer is complete with its last token, or None; and the stop token, if that is the reason."""
         sampling = sequence.request.sampling
-        may_stop = sequence.num_output > sampling.min_tokens or sampling.grammar is not None  # a whole text ends, however short
+        may_stop = sequence.num_output > sampling.min_tokens or sampling.grammar is not None  # a complete text ends, however short
         if may_stop and sequence.tokens[-1] in sampling.stop_token_ids:
             return "stop", sequence.tokens[-1]
         if sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= self._table.capacity.max_context_tokens:
             return "length", None
         return None, None
 
-    # --- the workers are gone
+    # --- the workers are lost
 
     def lose_workers(self, *, from_outside: bool = False) -> list[TokenEvent]:
-        """All KV is lost, and every step in flight with it: whatever was open waits again, at its old rank.
+        """All KV is lost, and with it every step in flight: open sequences go back to the waiting queue.
 
-        Of each sequence of which a step was in flight it is told that it may be what ended the workers; see `engine.isolation`.
+        Sequences that were in a step in flight become suspects (`engine.isolation`). Each of them gets an event with its number of losses,
+        or ends with `PoisonedRequest` if it has had too many.
         """
         self.num_losses += 1
         events = []
@@ -271,13 +282,12 @@ class Scheduler:
             self._table.close(sequence)
             if sequence.ended:
                 continue
-            self._table.admission.put(sequence)
-            if is_suspect and sequence not in poisoned:
-                events.append(sequence.event())
+            self._table.waiting.add(sequence)
             if sequence in poisoned:
-                events.append(
-                    self._fail(sequence, PoisonedRequest(f"the workers were lost {sequence.losses} times while computing this request"))
-                )
+                error = PoisonedRequest(f"the workers were lost {sequence.losses} times while computing this request")
+                events.append(self._fail(sequence, error))
+            elif is_suspect:
+                events.append(sequence.event())
         self._suspects = [sequence for sequence in self._by_key.values() if sequence.isolation_tokens_left]
         self._planner.forget_steps()
         self._table.closed.clear()
@@ -285,22 +295,22 @@ class Scheduler:
             shard.pool.clear()
         return events
 
-    def adopt(self, capacity: Capacity) -> list[TokenEvent]:
-        """New workers, empty, perhaps smaller. To be called after `lose_workers`.
+    def use_new_workers(self, capacity: Capacity) -> list[TokenEvent]:
+        """Go on with new workers, which are empty and may be smaller. To be called after `lose_workers`.
 
-        A request that was promised more room than there is now ends with an error rather than with a shorter answer.
+        A request that was promised more context than there is now fails, rather than getting a shorter answer.
         """
         assert not self.num_running
         promised = self._table.capacity.max_context_tokens
         self._table.set_capacity(capacity)
         events = []
-        for sequence in list(self._table.admission.waiting):
-            most = min(sequence.num_prompt + sequence.request.sampling.max_tokens, promised)
-            if most > capacity.max_context_tokens:
-                events.append(self._fail(sequence, KvCacheTooSmall(num_tokens=most, limit_tokens=capacity.max_context_tokens)))
+        for sequence in list(self._table.waiting.sequences):
+            max_length = min(sequence.num_prompt + sequence.request.sampling.max_tokens, promised)
+            if max_length > capacity.max_context_tokens:
+                events.append(self._fail(sequence, KvCacheTooSmall(num_tokens=max_length, limit_tokens=capacity.max_context_tokens)))
         return events
 
-    # --- small parts
+    # --- state and counters
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -311,40 +321,32 @@ class Scheduler:
         return self._table.num_running
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._table.waiting.sequences)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._by_key)
+
+    @property
     def num_preemptions(self) -> int:
         return self._table.num_preemptions
 
     @property
+    def prefill_tokens(self) -> int:
+        """Known tokens that no step has been planned for, not counting those of sequences that decode."""
+        return self._table.prefill_tokens
+
+    @property
     def prefix_queried_tokens(self) -> int:
-        """Tokens looked up in prefix caches at admissions."""
+        """Tokens looked up in the prefix caches at admission."""
         return self._table.prefix_queried_tokens
 
     @property
     def prefix_hit_tokens(self) -> int:
         """How many of `prefix_queried_tokens` were found."""
         return self._table.prefix_hit_tokens
-
-    def number_step(self) -> int:
-        """A number for the next step, also for one that this scheduler does not plan."""
-        return self._planner.number_step()
-
-    def queue(self) -> list[Waits]:
-        """Who waits, now: a list of its own."""
-        return list(self._table.admission.waiting)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._table.admission.waiting)
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Known tokens that no step has been planned for, but for those of sequences that decode."""
-        return self._table.prefill_tokens
-
-    @property
-    def num_requests(self) -> int:
-        """Requests that have not ended."""
-        return len(self._by_key)
 
     @property
     def drafted_tokens(self) -> int:
@@ -354,31 +356,41 @@ class Scheduler:
     def accepted_tokens(self) -> int:
         return self._speculator.num_accepted if self._speculator else 0
 
+    def next_step_number(self) -> int:
+        """Take a number for the next step, also for one that this scheduler does not plan."""
+        return self._planner.next_step_number()
+
+    def queue(self) -> list[QueuedRequest]:
+        """A copy of the waiting queue."""
+        return list(self._table.waiting.sequences)
+
+    # --- helpers
+
     def _check_length(self, request: Request) -> None:
-        """At least one more token must fit into the context, and the KV of all tokens but the last into the pool."""
+        """At least one more token must fit into the context, and the KV of all tokens but the last into the block pool."""
         known = len(request.prompt) + len(request.committed)
         limit = self._table.capacity.max_context_tokens
         if known + (request.pooling is None) > limit:
             raise PromptTooLong(num_tokens=known, limit_tokens=limit)
         if request.pooling is not None and not request.pooling.is_causal and known > self._config.max_step_tokens:
             raise PromptCannotBeCut(num_tokens=known, limit_tokens=self._config.max_step_tokens)
-        most = min(len(request.prompt) + request.sampling.max_tokens, limit) if request.pooling is None else known + 1
+        max_length = min(len(request.prompt) + request.sampling.max_tokens, limit) if request.pooling is None else known + 1
         room = self._table.capacity.num_blocks * self._table.capacity.block_tokens + 1
-        if most > room:
-            raise KvCacheTooSmall(num_tokens=most, limit_tokens=room)
+        if max_length > room:
+            raise KvCacheTooSmall(num_tokens=max_length, limit_tokens=room)
 
     def _fail(self, sequence: Sequence, error: EngineError) -> TokenEvent:
         return self._end(sequence, sequence.event(finish_reason="error", error=error))
 
     def _end(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
-        """The request is over for its client at once; blocks that a step in flight still writes to are kept until it is applied."""
+        """End a request for its client at once. Blocks that a step in flight still writes to are kept until that step is recorded."""
         sequence.ended = True
         self.num_finished += 1
         del self._by_key[sequence.request.key]
         if sequence.number is None:
-            self._table.admission.remove(sequence)
+            self._table.waiting.remove(sequence)
         elif sequence.in_flight:
-            self.shards[sequence.shard].loosen(sequence)
+            self.shards[sequence.shard].leave_cohort(sequence)
         else:
             self._table.close(sequence)
         return event

@@ -1,4 +1,4 @@
-"""Step 8 of a request: a step between its beginning on a rank and its answer, so that the next one is there before this one is read."""
+"""Place 8 of a request: a step that a rank has begun. The rank can begin the next step before it reads the result of this one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,27 +8,29 @@ from engine.plan import StepResult
 
 @dataclass(eq=False)
 class StepHandle:
-    """A step that a rank has begun; this one is over."""
+    """A step that is complete. Subclasses are steps that a device still computes."""
 
     outcome: StepResult | None
-    """None on a rank that does not answer."""
+    """None on a rank that does not sample."""
 
     def is_done(self) -> bool:
-        """Whether `result` would wait for nothing."""
+        """Whether `result` would return at once."""
         return True
 
     def result(self) -> StepResult | None:
-        """What the step gave, when it is over."""
+        """Wait for the step and return what it yielded."""
         return self.outcome
 
 
 NO_RESULT = StepHandle(None)
 
 
-def message_comes_first(begun: StepHandle, has_message: Callable[[], bool]) -> bool:
-    """Wait until a step is done or a message is there. Whether it is the message. The processor is kept busy while a device is at the step:
-    a step of a small model is shorter than the least time that a sleep takes."""
-    while not begun.is_done():
+def message_comes_first(step: StepHandle, has_message: Callable[[], bool]) -> bool:
+    """Wait until the step is done or a message is there. Returns whether it is the message.
+
+    Polls without sleeping: a step of a small model is shorter than the shortest sleep.
+    """
+    while not step.is_done():
         if has_message():
             return True
     return False

@@ -1,4 +1,4 @@
-"""Guesses of a draft model, which lives where tokens are sampled: they come with one step's answer and go with the next step's plan."""
+"""Drafts from a draft model on the ranks that sample: they arrive with the result of one step and go out with the plan of the next."""
 
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -6,25 +6,25 @@ from weakref import WeakKeyDictionary
 from engine.sequence import Sequence
 
 
-class _Kept(NamedTuple):
+class _Stored(NamedTuple):
     number: int | None
     num_tokens: int
     draft: tuple[int, ...]
 
 
 class DraftModelProposer:
-    """Keeps for each sequence what was guessed to come behind its known tokens."""
+    """A `Proposer` that keeps, for each sequence, what the draft model proposed last."""
 
     def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[Sequence, _Kept] = WeakKeyDictionary()
+        self._stored: WeakKeyDictionary[Sequence, _Stored] = WeakKeyDictionary()
 
-    def keep(self, sequence: Sequence, draft: tuple[int, ...]) -> None:
-        """These were guessed to follow on all the tokens that are known now."""
-        self._kept[sequence] = _Kept(sequence.number, len(sequence.tokens), draft)
+    def store(self, sequence: Sequence, draft: tuple[int, ...]) -> None:
+        """Keep a draft that follows all tokens known now."""
+        self._stored[sequence] = _Stored(sequence.number, len(sequence.tokens), draft)
 
-    def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        """None to a sequence that was opened anew since: the draft model has not computed its guesses into its new blocks."""
-        kept = self._kept.get(sequence)
-        if kept is None or (kept.number, kept.num_tokens) != (sequence.number, len(sequence.tokens)):
+    def propose(self, sequence: Sequence, max_tokens: int) -> tuple[int, ...]:
+        """The stored draft. Nothing if the sequence was reopened since: the draft model has no KV of the draft in its new blocks."""
+        stored = self._stored.get(sequence)
+        if stored is None or (stored.number, stored.num_tokens) != (sequence.number, len(sequence.tokens)):
             return ()
-        return kept.draft[:most]
+        return stored.draft[:max_tokens]

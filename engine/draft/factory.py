@@ -1,4 +1,4 @@
-"""Who guesses, as the settings say: chosen once, at the door."""
+"""Makes the speculator that the configuration asks for."""
 
 from engine.config import EngineConfig
 from engine.draft.draft_model import DraftModelProposer
@@ -7,7 +7,7 @@ from engine.draft.speculator import Speculator, StepLine
 
 
 def make_speculator(config: EngineConfig, step_line: StepLine) -> Speculator | None:
-    """None: every step computes what is known, and no more."""
+    """None if speculative decoding is off."""
     match config.speculate:
         case None:
             return None

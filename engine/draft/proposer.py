@@ -1,4 +1,4 @@
-"""Who guesses the next tokens of a sequence."""
+"""The interface of whatever proposes draft tokens."""
 
 from typing import Protocol
 
@@ -6,8 +6,8 @@ from engine.sequence import Sequence
 
 
 class Proposer(Protocol):
-    """Implementations: `engine.draft.lookup`, from the sequence's own tokens, and `engine.draft.draft_model`, from a draft model."""
+    """Implementations: `engine.draft.lookup` (from the sequence's own tokens) and `engine.draft.draft_model`."""
 
-    def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        """Up to ``most`` tokens that may follow the known ones, or none. A wrong guess costs time and never changes an answer."""
+    def propose(self, sequence: Sequence, max_tokens: int) -> tuple[int, ...]:
+        """Up to ``max_tokens`` tokens that may follow the known ones, or none. A wrong one costs time and never changes an answer."""
         ...

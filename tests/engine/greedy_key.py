@@ -15,7 +15,7 @@ from engine.errors import QueueFull
 from engine.executor import Capacity
 from engine.fair_share import FairShare
 from engine.plan import SampledTokens, StepResult
-from engine.policy import FirstCome, Policy
+from engine.policy import FirstComeFirstServed, Policy
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
 
@@ -88,7 +88,7 @@ def modest_p99_s(policy: type[Policy], greedy: float, *, until_s: float, modest:
 
 if __name__ == "__main__":
     print(f"a share is {SHARE_PER_S:.2f} requests/s; p99 of the modest key's time to first token, s, over three runs of 80 s:")
-    for made in (FirstCome, FairShare):
+    for made in (FirstComeFirstServed, FairShare):
         for modest in (0.25, 0.5, 0.8):
             row = [modest_p99_s(made, greedy, until_s=80.0, modest=modest, seeds=3) for greedy in (0.0, 0.8, 1.0, 10.0)]
             told = f"alone {row[0]:.3f}, greedy at 0.8 shares {row[1]:.3f}, at 1 {row[2]:.3f}, at 10 {row[3]:.3f}"

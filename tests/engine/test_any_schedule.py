@@ -56,9 +56,9 @@ class Guesser:
     def __init__(self, draw: random.Random) -> None:
         self._draw, self._chance = draw, draw.random()
 
-    def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+    def propose(self, sequence: Sequence, max_tokens: int) -> tuple[int, ...]:
         guesses: list[int] = []
-        for _ in range(self._draw.randint(0, most)):
+        for _ in range(self._draw.randint(0, max_tokens)):
             right = next_token((*sequence.tokens, *guesses), sequence.request.sampling.seed, sequence.request.choice)
             guesses.append(right if self._draw.random() < self._chance else right + 1)
         return tuple(guesses)
@@ -84,7 +84,7 @@ def disturbed(seed: int, happened: Happened) -> None:
         executor = FakeExecutor(draw.randint(12, 24), BLOCK_TOKENS, num_shards=num_shards, num_stages=num_stages, runs_ahead=runs_ahead)
         if draw.random() < 0.5:
             executor.lose_at_step = {draw.randint(0, 40)}
-        if speculator is not None and speculator.asks_ranks:
+        if speculator is not None and speculator.uses_draft_model:
             executor.draft_model = random.Random(f"draft model {seed} {len(executors)}")
         if reluctance.random() < 0.2:
             executor.reluctant = {step for step in range(60) if reluctance.random() < 0.3}

@@ -128,4 +128,4 @@ def test_a_place_that_was_left_is_taken_again_and_payers_without_members_are_for
     cohort = engine.scheduler.shards[0].cohort
     assert len(cohort) == 0
     assert len(cohort._sequences) == 16
-    assert len(cohort._payers._requests) <= 4
+    assert len(cohort._accounts._requests) <= 4

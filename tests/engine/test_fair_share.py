@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.admission import KEPT_FREE
+from engine.admission import RESERVE_DIVISOR
 from engine.config import EngineConfig
 from engine.executor import Capacity
 from engine.fair_share import CLEARLY_LESS, HEAD_START, MAX_OVERFULL, OUTPUT_COST, FairShare
 from engine.plan import SampledTokens, StepResult
-from engine.policy import FirstCome
+from engine.policy import FirstComeFirstServed
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -55,7 +55,7 @@ def test_tenants_that_always_want_more_are_served_in_proportion_to_their_shares(
     most = 0.0
     for _ in range(300):
         for tenant, share in shares.items():
-            while sum(one.request.tenant == tenant for one in scheduler._table.admission.waiting) < 10:
+            while sum(one.request.tenant == tenant for one in scheduler._table.waiting.sequences) < 10:
                 made += 1
                 prompt, output = draw.randint(1, 40), draw.randint(1, 20)
                 most = max(most, (prompt + OUTPUT_COST * output) / share)
@@ -80,58 +80,58 @@ def test_an_admission_counts_before_the_next_is_chosen() -> None:
     policy = FairShare()
     queue = waiting(*(request("greedy", index) for index in range(3)), request("modest", 0))
     chosen = []
-    for sequence in policy.order(queue):
+    for sequence in policy.admission_order(queue):
         chosen.append(sequence.request.id)
-        policy.opened(sequence)
+        policy.on_admission(sequence)
     assert chosen == ["greedy0", "modest0", "greedy1", "greedy2"]
 
 
 def test_within_a_tenant_priority_goes_before_arrival() -> None:
     queue = waiting(request("a", 0), request("a", 1, priority=-1), request("a", 2, priority=1), request("a", 3))
-    assert [one.request.id for one in FairShare().order(queue)] == ["a1", "a0", "a3", "a2"]
+    assert [one.request.id for one in FairShare().admission_order(queue)] == ["a1", "a0", "a3", "a2"]
 
 
 def test_a_priority_does_not_reach_over_to_other_tenants() -> None:
     policy = FairShare()
-    policy.sampled(request("loud", 9), 5)
+    policy.on_sampled(request("loud", 9), 5)
     queue = waiting(request("loud", 0, priority=-1000), request("quiet", 0))
-    assert next(iter(policy.order(queue))).request.id == "quiet0"
+    assert next(iter(policy.admission_order(queue))).request.id == "quiet0"
 
 
 def test_one_tenant_alone_is_served_first_come() -> None:
     queue = waiting(*(request("", index, priority=index % 3) for index in range(9)))
-    fixed = sorted(queue, key=FirstCome().rank)
-    assert list(FairShare().order(queue)) == fixed
+    fixed = sorted(queue, key=FirstComeFirstServed().sort_key)
+    assert list(FairShare().admission_order(queue)) == fixed
 
 
 @pytest.mark.parametrize("share", [1.0, 4.0])
 def test_nobody_saves_up_more_than_a_head_start_while_away(share: float) -> None:
     policy = FairShare()
     busy, back = waiting(request("busy", 0), request("back", 0, share=share))
-    policy.arrived(busy, [])
-    policy.sampled(busy.request, 100_000)
-    policy.arrived(back, [busy])
+    policy.on_arrival(busy, [])
+    policy.on_sampled(busy.request, 100_000)
+    policy.on_arrival(back, [busy])
     assert policy.served("back") == policy.served("busy") - HEAD_START / share
 
 
 def test_nor_while_the_queue_is_empty() -> None:
     policy = FairShare()
     busy, back = waiting(request("busy", 0), request("back", 0))
-    policy.arrived(busy, [])
-    policy.opened(busy)
-    policy.sampled(busy.request, 100_000)
-    policy.arrived(back, [])
+    policy.on_arrival(busy, [])
+    policy.on_admission(busy)
+    policy.on_sampled(busy.request, 100_000)
+    policy.on_arrival(back, [])
     assert policy.served("back") == policy.served("busy") - HEAD_START
 
 
 def test_whoever_waits_or_was_served_little_gets_no_head_start_again() -> None:
     policy = FairShare()
     busy, back = waiting(request("busy", 0), request("back", 0))
-    policy.arrived(busy, [])
-    policy.sampled(busy.request, 100_000)
+    policy.on_arrival(busy, [])
+    policy.on_sampled(busy.request, 100_000)
     for _ in range(2):
-        policy.arrived(back, [busy])
-        policy.sampled(back.request, 100)
+        policy.on_arrival(back, [busy])
+        policy.on_sampled(back.request, 100)
     assert policy.served("back") == policy.served("busy") - HEAD_START + 2 * 100 * OUTPUT_COST
 
 
@@ -139,7 +139,7 @@ def crowded(num_greedy: int, served: float = 0.0) -> Scheduler:
     config = EngineConfig(block_tokens=4, max_step_tokens=256, max_running=32, prefix_cache=False)
     capacity = Capacity(num_blocks=1024, block_tokens=4, max_context_tokens=512)
     policy = FairShare()
-    policy.sampled(request("greedy", 0), int(served / OUTPUT_COST))
+    policy.on_sampled(request("greedy", 0), int(served / OUTPUT_COST))
     scheduler = Scheduler(config, capacity, policy=policy)
     for index in range(num_greedy):
         scheduler.add(request("greedy", index, output=400))
@@ -151,7 +151,7 @@ def test_the_last_places_are_kept_for_who_is_about_and_was_served_less() -> None
     scheduler.add(request("modest", 0, output=1))
     for _ in range(5):
         step(scheduler)
-    assert scheduler.num_running == 32 - 32 // KEPT_FREE
+    assert scheduler.num_running == 32 - 32 // RESERVE_DIVISOR
     scheduler.add(request("modest", 1))
     assert step(scheduler) == ["modest1"]
 
@@ -160,12 +160,12 @@ def test_clearly_less_is_a_matter_of_the_share() -> None:
     """One of sixteen shares comes back by a sixteenth of the head start behind the others: that is enough for its places to be kept."""
     policy = FairShare()
     greedy, modest = (Sequence(request(name, 0, share=share), 0) for name, share in (("greedy", 1.0), ("modest", 16.0)))
-    policy.arrived(greedy, [])
-    policy.sampled(greedy.request, 100_000)
-    policy.arrived(modest, [greedy])
+    policy.on_arrival(greedy, [])
+    policy.on_sampled(greedy.request, 100_000)
+    policy.on_arrival(modest, [greedy])
     assert policy.served("greedy") - policy.served("modest") < CLEARLY_LESS
-    assert policy.gives_way(greedy)
-    assert not policy.gives_way(modest)
+    assert policy.must_leave_reserve(greedy)
+    assert not policy.must_leave_reserve(modest)
 
 
 def test_where_nobody_else_is_about_there_is_nothing_to_keep() -> None:
@@ -187,9 +187,9 @@ def test_blocks_are_kept_as_well_but_not_while_nothing_runs() -> None:
     config = EngineConfig(block_tokens=4, max_step_tokens=512, max_running=32, prefix_cache=False)
     policy = FairShare()
     scheduler = Scheduler(config, Capacity(num_blocks=64, block_tokens=4, max_context_tokens=256), policy=policy)
-    policy.arrived(waiting(request("modest", 9))[0], [])
-    policy.sampled(request("modest", 9), 1)
-    policy.sampled(request("greedy", 9), int(CLEARLY_LESS))
+    policy.on_arrival(waiting(request("modest", 9))[0], [])
+    policy.on_sampled(request("modest", 9), 1)
+    policy.on_sampled(request("greedy", 9), int(CLEARLY_LESS))
     scheduler.add(request("greedy", 0, prompt=244, output=1))  # 61 of 64 blocks
     assert step(scheduler) == ["greedy0"]
     scheduler.add(request("greedy", 1, prompt=40, output=100))
@@ -216,16 +216,16 @@ def test_a_new_prompt_of_who_was_served_less_goes_before_a_begun_one() -> None:
 def test_a_full_queue_keeps_a_place_for_whoever_has_less_than_its_part() -> None:
     policy, limit = FairShare(), 4
     queue = waiting(*(request("greedy", index) for index in range(limit)))
-    assert not policy.may_wait(request("greedy", 9), queue, limit)
-    assert policy.may_wait(request("modest", 0), queue, limit)
+    assert not policy.may_queue(request("greedy", 9), queue, limit)
+    assert policy.may_queue(request("modest", 0), queue, limit)
     queue += waiting(request("modest", 0), request("modest", 1))
-    assert not policy.may_wait(request("modest", 2), queue, limit)
+    assert not policy.may_queue(request("modest", 2), queue, limit)
 
 
 def test_a_queue_grows_over_its_limit_only_so_far() -> None:
     policy, limit = FairShare(), 4
     queue = waiting(*(request(str(index), 0) for index in range(MAX_OVERFULL * limit)))
-    assert not policy.may_wait(request("new", 0), queue, limit)
+    assert not policy.may_queue(request("new", 0), queue, limit)
 
 
 def test_counters_of_tenants_that_are_long_gone_are_forgotten(monkeypatch) -> None:
@@ -233,14 +233,14 @@ def test_counters_of_tenants_that_are_long_gone_are_forgotten(monkeypatch) -> No
     policy = FairShare()
     for index in range(100):
         (one,) = waiting(request(f"tenant{index}", 0))
-        policy.arrived(one, [])
-        policy.opened(one)
+        policy.on_arrival(one, [])
+        policy.on_admission(one)
     assert len(policy._served) <= 12
 
 
 def test_a_greedy_key_waits_for_itself() -> None:
     """In virtual time: the figures are the same on every machine."""
-    assert modest_p99_s(FirstCome, 10.0, until_s=8.0) > 5 * modest_p99_s(FairShare, 10.0, until_s=8.0)
+    assert modest_p99_s(FirstComeFirstServed, 10.0, until_s=8.0) > 5 * modest_p99_s(FairShare, 10.0, until_s=8.0)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executor import Capacity
 from engine.plan import SampledTokens, StepPlan, StepResult
-from engine.prefill_budget import LEAST_TOKENS
+from engine.prefill_budget import MIN_TOKENS
 from engine.request import Request, SamplingParams
 
 SETTLING = 30
@@ -104,7 +104,7 @@ def test_the_time_is_used(base_s: float, token_s: float, times: float) -> None:
 
 def test_prompts_get_on_however_short_the_time_is() -> None:
     steps = lived(Timed(0.02, 1e-4), max_step_s=0.001, prompts=1)
-    assert min(tokens for decoding, tokens, _ in steps[5:-1] if decoding and tokens) == LEAST_TOKENS
+    assert min(tokens for decoding, tokens, _ in steps[5:-1] if decoding and tokens) == MIN_TOKENS
 
 
 def test_where_nobody_decodes_prompts_are_computed_at_the_full_rate() -> None:
@@ -128,8 +128,8 @@ def test_prompts_take_their_share_of_a_step_and_no_more_while_little_waits(base_
             # A prompt of which one token is left is counted among those that decode.
             wanted = (base_s / token_s + decoding) * share / (1 - share)
             one_more = share / (1 - share)
-            assert tokens == pytest.approx(min(max(wanted, LEAST_TOKENS), 2048 - decoding), rel=0.02, abs=3 + one_more), number
-            if LEAST_TOKENS < tokens < 2000:
+            assert tokens == pytest.approx(min(max(wanted, MIN_TOKENS), 2048 - decoding), rel=0.02, abs=3 + one_more), number
+            if MIN_TOKENS < tokens < 2000:
                 assert token_s * tokens == pytest.approx(share * seconds, rel=0.1, abs=3 * token_s)
 
 

@@ -11,7 +11,7 @@ from cluster.directory import ReplicaRecord
 from cluster.front_protocol import FrontProtocol
 from cluster.health import State
 from cluster.messages import Pong
-from engine.engine import refusal
+from engine.engine import rejection
 from engine.errors import EngineError, EngineStopped, InvalidLogits, PoisonedRequest, QueueFull
 from engine.plan import TokenEvent
 from engine.request import Request
@@ -135,7 +135,7 @@ class SimReplica:
         if self.stopped:
             raise EngineStopped("stopped")
         if not request.attempt and len(self.runs) >= self.max_running + self.max_waiting:
-            self.protocol.enqueue([refusal(request, QueueFull(limit=self.max_waiting))])
+            self.protocol.enqueue([rejection(request, QueueFull(limit=self.max_waiting))])
             return
         self.runs[request.key] = _Run(request, len(request.committed), request.losses)
 

@@ -12,24 +12,24 @@ def opened() -> Sequence:
 
 
 def test_as_many_are_proposed_as_there_is_room_for() -> None:
-    told, sequence = DraftModelProposer(), opened()
-    told.keep(sequence, (3, 4, 5))
-    assert told.propose(sequence, 2) == (3, 4)
-    assert told.propose(sequence, 8) == (3, 4, 5)
+    proposer, sequence = DraftModelProposer(), opened()
+    proposer.store(sequence, (3, 4, 5))
+    assert proposer.propose(sequence, 2) == (3, 4)
+    assert proposer.propose(sequence, 8) == (3, 4, 5)
 
 
 def test_behind_another_token_they_are_worth_nothing() -> None:
-    told, sequence = DraftModelProposer(), opened()
-    told.keep(sequence, (3, 4, 5))
+    proposer, sequence = DraftModelProposer(), opened()
+    proposer.store(sequence, (3, 4, 5))
     sequence.tokens.append(9)
-    assert told.propose(sequence, 8) == ()
+    assert proposer.propose(sequence, 8) == ()
 
 
 def test_in_new_blocks_they_are_worth_nothing() -> None:
-    told, sequence = DraftModelProposer(), opened()
-    told.keep(sequence, (3,))
+    proposer, sequence = DraftModelProposer(), opened()
+    proposer.store(sequence, (3,))
     sequence.number = 8
-    assert told.propose(sequence, 8) == ()
+    assert proposer.propose(sequence, 8) == ()
 
 
 def test_of_a_sequence_that_nothing_was_told_of_there_are_none() -> None:

@@ -47,7 +47,7 @@ def test_half_a_token_is_no_match() -> None:
 def test_a_sequence_that_is_gone_is_forgotten() -> None:
     lookup = PromptLookup()
     lookup.propose(sequence_of(1, 2, 3), 2)
-    assert len(lookup._known) == 0
+    assert len(lookup._bytes) == 0
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(1, 2), (3, 0)])

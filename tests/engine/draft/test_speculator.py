@@ -1,13 +1,13 @@
 """How many tokens it pays to guess."""
 
-from engine.draft.speculator import Speculator, worthwhile_length
+from engine.draft.speculator import Speculator, best_draft_length
 from engine.request import Request
 from engine.sequence import Sequence
 
 
 class Parrot:
-    def propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        return (1,) * most
+    def propose(self, sequence: Sequence, max_tokens: int) -> tuple[int, ...]:
+        return (1,) * max_tokens
 
 
 def sequence() -> Sequence:
@@ -15,15 +15,15 @@ def sequence() -> Sequence:
 
 
 def test_where_a_tokens_time_is_nothing_all_that_may_be_is_guessed() -> None:
-    assert worthwhile_length(0.5, 8, 1, (0.01, 0.0)) == 8
+    assert best_draft_length(0.5, 8, 1, (0.01, 0.0)) == 8
 
 
 def test_where_a_step_is_nothing_but_its_tokens_nothing_is_guessed() -> None:
-    assert worthwhile_length(0.9, 8, 1, (0.0, 0.01)) == 0
+    assert best_draft_length(0.9, 8, 1, (0.0, 0.01)) == 0
 
 
 def test_the_more_sequences_share_a_step_the_less_is_guessed() -> None:
-    lengths = [worthwhile_length(0.7, 8, count, (0.02, 0.002)) for count in (1, 2, 4, 8, 16, 64)]
+    lengths = [best_draft_length(0.7, 8, count, (0.02, 0.002)) for count in (1, 2, 4, 8, 16, 64)]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > 1
     assert lengths[-1] == 0
@@ -36,7 +36,7 @@ def test_what_never_holds_is_soon_given_up_and_later_tried_again() -> None:
         draft = speculator.draft(one, room=8, num_sequences=1)
         drafted.append(len(draft))
         if draft:
-            speculator.judge(one, len(draft), 0)
+            speculator.note_verified(one, len(draft), 0)
     assert drafted[0] > 0
     assert sum(map(bool, drafted)) < 30
     assert any(drafted[100:])
@@ -45,7 +45,7 @@ def test_what_never_holds_is_soon_given_up_and_later_tried_again() -> None:
 def test_what_always_holds_is_guessed_at_full_length() -> None:
     speculator, one = Speculator(Parrot(), max_tokens=8, step_line=lambda: (0.01, 0.002)), sequence()
     for _ in range(30):
-        speculator.judge(one, 8, 8)
+        speculator.note_verified(one, 8, 8)
     assert len(speculator.draft(one, room=8, num_sequences=1)) == 8
     assert (speculator.num_drafted, speculator.num_accepted) == (240, 240)
 
@@ -59,13 +59,13 @@ def test_where_not_even_sure_guesses_would_pay_nobody_is_asked_for_any() -> None
     line = [(0.01, 0.001)]
     speculator, one = Speculator(Parrot(), max_tokens=8, step_line=lambda: line[0]), sequence()
     for _ in range(30):
-        speculator.judge(one, 8, 8)
-    speculator.rest_or_wake(1)
-    assert not speculator.is_resting
-    speculator.rest_or_wake(1000)
-    assert speculator.is_resting
+        speculator.note_verified(one, 8, 8)
+    speculator.update_pause(1)
+    assert not speculator.is_paused
+    speculator.update_pause(1000)
+    assert speculator.is_paused
     assert speculator.draft(one, room=8, num_sequences=1) == ()
-    speculator.rest_or_wake(1)
+    speculator.update_pause(1)
     assert len(speculator.draft(one, room=8, num_sequences=1)) == 8
 
 
@@ -74,9 +74,9 @@ def test_it_wakes_later_than_it_went_to_rest() -> None:
     awake_at, resting_at = [], []
     for count in range(1, 60):
         for resting, kept in ((False, awake_at), (True, resting_at)):
-            speculator.is_resting = resting
-            speculator.rest_or_wake(count)
-            if not speculator.is_resting:
+            speculator.is_paused = resting
+            speculator.update_pause(count)
+            if not speculator.is_paused:
                 kept.append(count)
     assert resting_at == awake_at[: len(resting_at)]
     assert len(resting_at) < len(awake_at)

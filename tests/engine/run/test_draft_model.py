@@ -43,7 +43,7 @@ def speculating(folder: Path, draft: Path | None, *, num_blocks: int = 400, **ch
 def draft_always(engine: Engine) -> None:
     if engine.scheduler._speculator is not None:
         engine.scheduler._speculator._step_line = lambda: (1.0, 0.0)
-        engine.scheduler._speculator.note_guessing = lambda _passes, _seconds: None
+        engine.scheduler._speculator.note_draft_passes = lambda _passes, _seconds: None
 
 
 @pytest.mark.parametrize("sampling", PARAMS.values(), ids=PARAMS.keys())
