@@ -36,7 +36,7 @@ class TokenBatch:
 
 @dataclass(eq=False)
 class EngineOutput:
-    """Iterates over everything as events; consumers with many streams read `token_batches` directly. A request is in a step at most once."""
+    """Iterates over all as events; consumers with many streams read `token_batches` directly. A request is in a step at most once."""
 
     events: list[TokenEvent] = field(default_factory=list)
     token_batches: list[TokenBatch] = field(default_factory=list)
