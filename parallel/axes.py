@@ -1,4 +1,4 @@
-"""Which part of a logical axis a rank owns, and where that axis lies in a stored tensor. Pure arithmetic."""
+"""Which part of a logical axis a rank owns, and the corresponding slices of a stored tensor. Pure arithmetic."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Groups of 32 weights, of each kind that a rounding rule may trip over. (Groups, 32) in float32."""
+"""Groups of 32 weights with every kind of edge case for quantisation: (groups, 32) in float32."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""A checkpoint tensor that lies in memory and remembers what was read of it."""
+"""A checkpoint tensor in memory that records what was read of it."""
 
 from torch import Tensor, dtype
 

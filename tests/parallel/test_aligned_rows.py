@@ -1,4 +1,4 @@
-"""Up to where a kernel may read rows that have fewer columns."""
+"""How far kernels may read past the last column of aligned rows."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Tensors side by side, and whose memory goes when."""
+"""Tensors in the arena are adjacent, and when their memory is freed."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Shares of an axis: all of them together are the axis, once."""
+"""Shares of an axis: together they cover it exactly once."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Every collective against the same thing computed in one process."""
+"""Every collective against the same computed in one process."""
 
 import pytest
 import torch

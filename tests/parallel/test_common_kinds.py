@@ -1,4 +1,4 @@
-"""Which kinds of weights ranks on different processors agree upon."""
+"""Agreement on weight kinds between ranks on different processors."""
 
 from unittest.mock import patch
 

@@ -1,4 +1,4 @@
-"""Where experts should be, how they get there, and that nothing but their place changes."""
+"""Placement of experts, moving them, and that results do not depend on where they are."""
 
 from collections.abc import Mapping
 
@@ -63,7 +63,7 @@ def test_no_load_is_no_imbalance() -> None:
 
 @st.composite
 def placements(draw: st.DrawFn) -> tuple[ExpertPlacement, ExpertPlacement]:
-    """Any two, of the same size."""
+    """Any two placements of the same size."""
     ranks, experts = draw(st.integers(1, 6)), draw(st.integers(1, 20))
     holders = st.sets(st.integers(0, ranks - 1), min_size=1).map(lambda held: tuple(sorted(held)))
     one, other = (draw(st.lists(holders, min_size=experts, max_size=experts)) for _ in range(2))
@@ -106,7 +106,7 @@ def test_relabelling_positions_keeps_the_loads_and_does_not_move_more(
 
 
 class Transposed:
-    """A format whose loaded form is not its stored form, as of one that repacks."""
+    """A format whose loaded form differs from its stored form, like one that repacks."""
 
     def specs(self) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec((OUT, IN), torch.float32)}
@@ -127,7 +127,7 @@ MOVES = [
 
 
 def compute_while_moving(groups: ParallelGroups, name: DispatchName, format: WeightFormat | None = None) -> list[Tensor]:
-    """The same tokens after every move, and what each rank holds then."""
+    """Results for the same tokens after every move, and what each rank holds then."""
     dp = groups.coordinates.dp
     layer = build(groups, torch.float32, name, format=format)
     found = [layer(*tokens(9, dp, torch.float32))]
@@ -170,7 +170,7 @@ def test_each_rank_counts_where_its_own_tokens_were_sent() -> None:
 
 
 def tensors_of_all_kinds() -> dict[str, Tensor]:
-    """As formats make them: packed, transposed, of eight bits, of no size, a single number."""
+    """As formats make them: packed, transposed, 8-bit, empty, scalar."""
     return {
         "up.qweight": torch.arange(24, dtype=torch.int32).view(4, 6),
         "up.transposed": torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).t(),
@@ -182,7 +182,7 @@ def tensors_of_all_kinds() -> dict[str, Tensor]:
 
 
 def differences(groups: ParallelGroups) -> list[str]:
-    """What arrived otherwise than it was sent (told by name: not every dtype can be pickled)."""
+    """Names of tensors that arrived changed (by name, as not every dtype can be pickled)."""
     everything = tensors_of_all_kinds()
     if groups.ep.rank == 0:
         send_expert(everything, 1, groups.ep)

@@ -1,4 +1,4 @@
-"""Routed experts over ranks, by either dispatch, against a loop over tokens and against transformers."""
+"""Routed experts over ranks, with either dispatch, against a loop over tokens and against transformers."""
 
 from dataclasses import dataclass
 from mmap import mmap
@@ -69,7 +69,7 @@ def tokens(num_tokens: int, seed: int, dtype: torch.dtype, *, experts: int = EXP
 
 
 def loop_over_tokens(w: Weights, x: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
-    """The slow twin: no sorting, no groups."""
+    """The reference: no sorting, no groups."""
     rows = []
     for row, experts, factors in zip(x, ids.tolist(), chosen, strict=True):
         total = torch.zeros(HIDDEN, dtype=torch.float64)

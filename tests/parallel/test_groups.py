@@ -1,4 +1,4 @@
-"""Opening and leaving the groups of a replica, and what the fixture of ranks promises."""
+"""Opening and leaving the groups of a replica, and the guarantees of the test fixture for ranks."""
 
 import os
 import socket
@@ -98,7 +98,7 @@ def test_waiting_for_a_missing_peer_times_out() -> None:
 
 
 def reach_the_store(groups: ParallelGroups) -> dict[str, bool]:
-    """From rank 1: on which addresses of this host the store of rank 0 listens."""
+    """Seen from rank 1: the addresses of this host on which the store of rank 0 listens."""
     if groups.rank == 0:
         barrier(groups.world)
         return {}

@@ -1,4 +1,4 @@
-"""Memory that is taken when it is touched."""
+"""Memory that is allocated when it is first written to."""
 
 import psutil
 import torch

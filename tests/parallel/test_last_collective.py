@@ -1,4 +1,4 @@
-"""What a rank did last with the others can be read when the rank itself can say nothing any more."""
+"""A rank's last collective can be read when the rank itself cannot answer any more."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What cannot be laid out is told with every reason, before anything starts."""
+"""Invalid layouts are reported with every reason before anything starts."""
 
 from dataclasses import dataclass
 

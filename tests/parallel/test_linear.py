@@ -1,4 +1,4 @@
-"""Sharded linears and embeddings over real ranks against the whole ones of torch."""
+"""Tensor-parallel linears and embeddings over real ranks against unsharded ones of torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 
 
 def load(layer: Linear, stored: Mapping[str, Tensor]) -> int:
-    """Fill all slots from tensors named ``part.tensor``; the bytes read."""
+    """Fill all slots from tensors named ``part.tensor``; returns the bytes read."""
     layer.allocate(CPU)
     read = sum(layer.load(slot.part, slot.tensor, MemoryTensor("t", stored[f"{slot.part}.{slot.tensor}"])) for slot in layer.slots())
     layer.finish()
@@ -95,7 +95,7 @@ def test_a_wrong_shape_names_the_tensor_and_both_shapes() -> None:
 
 @dataclass(frozen=True)
 class Grouped:
-    """A format with packed dims: codes transposed (in, out), a scale for every 8 inputs."""
+    """A format with packed dims: codes transposed (in, out), one scale per 8 inputs."""
 
     def specs(self) -> Mapping[str, TensorSpec]:
         return {"codes": TensorSpec((IN, OUT), torch.int8), "scales": TensorSpec((Axis("in", 8), OUT), torch.float32)}

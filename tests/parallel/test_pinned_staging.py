@@ -1,4 +1,4 @@
-"""Pieces that pass two places by turns: what arrives is what was stored, whatever the pieces."""
+"""Copies through two alternating buffers: the result equals the stored tensor for any piece size."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from tests.parallel.memory_tensor import MemoryTensor
 
 
 class IntoTensor(MemoryTensor):
-    """As a file's."""
+    """A stored tensor that can be read into, like a file's."""
 
     def read_into(self, place: Tensor, *slices: slice) -> None:
         assert place.is_contiguous()
@@ -22,7 +22,7 @@ class IntoTensor(MemoryTensor):
 
 @dataclass
 class Fetched:
-    """Stands for an event of a device that fetches late: only when it is waited for, or looked for anew."""
+    """A CUDA event of a device that copies as late as possible: only when the event is waited for or recorded again."""
 
     late: list[tuple[Tensor, Tensor]]
 
@@ -36,7 +36,7 @@ class Fetched:
 
 
 class LatePinnedStaging(PinnedStaging):
-    """Copies to the device are done as late as they may be: a piece that is written over too early arrives as its successor."""
+    """Copies to the device happen as late as allowed: a piece that is overwritten too early arrives as its successor."""
 
     def __init__(self, staged_bytes: int) -> None:
         super().__init__(torch.device("cpu"), staged_bytes)

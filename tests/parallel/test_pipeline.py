@@ -1,4 +1,4 @@
-"""Stages: their layers, and hidden states on their way through them."""
+"""Pipeline stages: their layers, and sending hidden states between them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rounding to groups: to nearest, and without a loss where weights are multiples of a scale already."""
+"""Group quantisation: to nearest, and lossless if weights are multiples of a scale already."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def value(numbers_xC: Tensor, scales_x: Tensor) -> Tensor:
 @settings(deadline=None)
 @given(bits=st.sampled_from(BITS), seed=st.integers(0, 2**32), narrow=st.booleans(), negative=st.booleans(), exponent=st.integers(-14, 3))
 def test_weights_stored_in_few_bits_are_lossless(bits: str, seed: int, narrow: bool, negative: bool, exponent: int) -> None:
-    """Also with the lowest number, -8 or -128, which has no opposite, and with scales of any size."""
+    """Also with the lowest number, -8 or -128, which has no negative, and with scales of any magnitude."""
     random = torch.Generator().manual_seed(seed)
     most = 4 if narrow else LEVELS[bits]
     numbers_XC = torch.randint(-most - (not narrow), most + 1, (24, 5, GROUP_SIZE[bits]), generator=random).float()

@@ -1,4 +1,4 @@
-"""Collectives through shared memory against gloo, when ranks agree to use it, and what a lost rank means for the others."""
+"""Shared-memory collectives against gloo, when ranks agree to use them, and what the loss of a rank means for the others."""
 
 import os
 import time
@@ -21,7 +21,7 @@ from tests.ranks import RankFailed, end_pools, run_ranks
 pytestmark = pytest.mark.skipif(native() is None, reason="run `python -m parallel.native.library` to build the kernels")
 
 MANY = BUFFER_BYTES // 4 + 1234
-"""Numbers of float32 that take more than one piece."""
+"""Float32 elements that need more than one piece."""
 
 
 def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -90,7 +90,7 @@ def test_ranks_get_bit_for_bit_what_gloo_gives(ranks: int, collective: Collectiv
 
 
 def many_in_a_row(groups: ParallelGroups) -> None:
-    """One after the other without a pause, of changing kind and length: a buffer that is written too early shows."""
+    """Back to back, with changing kind and length: overwriting a buffer too early would show."""
     draw = torch.Generator().manual_seed(5)
     for number in range(400):
         length = int(torch.randint(1, 40_000 if number % 50 else 400_000, (), generator=draw))

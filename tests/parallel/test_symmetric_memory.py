@@ -1,4 +1,4 @@
-"""Sums through symmetric memory, as far as a CPU can show them: which way each goes, that ranks agree, that nothing is believed unseen."""
+"""All-reduce through symmetric memory, as far as a CPU can test it: the kernel chosen, agreement of ranks, checks at startup."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ BUFFER_BYTES = 1 << 19
 
 
 def agreed(groups: ParallelGroups, maker: SlowMaker) -> tuple[SymmetricMemory | None, str]:
-    """And what the log says on the first rank."""
+    """Also returns the log of the first rank."""
     assert groups.world.transport is not None
     said: list[str] = []
     handler = logging.Handler()
@@ -37,7 +37,7 @@ def agreed(groups: ParallelGroups, maker: SlowMaker) -> tuple[SymmetricMemory | 
 
 
 def sums(groups: ParallelGroups, has_multicast: tuple[bool, bool]) -> tuple[list[tuple[str, Tensor, Tensor]], str]:
-    """Of several sizes and dtypes: which way a sum went, the sum, and gloo's."""
+    """For several sizes and dtypes: the kernel used, the sum, and gloo's sum."""
     maker = SlowMaker(groups.rank, groups.world.size, has_multicast=has_multicast[groups.rank])
     memory, _ = agreed(groups, maker)
     assert memory is not None
@@ -109,7 +109,7 @@ def with_one_ordinal(groups: ParallelGroups) -> tuple[bool, str | None]:
 
 
 def test_ranks_that_each_see_one_device_as_ordinal_0_have_different_devices() -> None:
-    """As Ray shows them; torch must be told."""
+    """As under Ray; torch needs an environment variable for that."""
     assert run_ranks(Topology(tp=2), with_one_ordinal, transport="gloo") == [(True, "1")] * 2
 
 

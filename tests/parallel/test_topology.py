@@ -1,4 +1,4 @@
-"""Ranks and coordinates: laws that hold for every topology, and the examples of the docstrings."""
+"""Ranks and coordinates: properties of every topology, and the examples of the docstrings."""
 
 from typing import get_args
 

@@ -1,4 +1,4 @@
-"""ExpertMatrices that pass in pieces, by rows and by columns, and lie where they would lie if they had come at once."""
+"""Matrices loaded in pieces, by rows and by columns, equal those loaded at once."""
 
 from itertools import pairwise
 
@@ -64,7 +64,7 @@ def test_nothing_is_read_if_a_rank_holds_nothing() -> None:
 @pytest.mark.parametrize("stored", [MemoryTensor, ByInputs])
 @pytest.mark.parametrize("kind", ["bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot", "int4_zeros_dot"])
 def test_fused_parts_loaded_piece_by_piece_equal_those_loaded_at_once(kind: Kind, stored: type[MemoryTensor]) -> None:
-    """One that ends within a panel of the packed matrix, one that begins there, and a part of the input features."""
+    """One piece ends within a panel of the packed matrix, one begins there, and one has part of the input features."""
     format, inputs = PackedFormat(kind, torch.bfloat16), Share(700, (range(128, 700),))
     gate, up = random(205, 700), random(330, 700)
     layer = Linear(

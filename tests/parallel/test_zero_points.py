@@ -1,4 +1,4 @@
-"""Groups of 4 bits with a zero each: held as they were stored, or rounded to fifteen steps."""
+"""int4 groups with a zero point each: lossless if they were stored so, else rounded to fifteen steps."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def value(numbers_xC: Tensor, words_x: Tensor) -> Tensor:
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32), width=st.sampled_from([1, 2, 32, 128]), narrow=st.booleans(), exponent=st.integers(-14, 3))
 def test_weights_stored_with_any_scale_and_zero_point_are_lossless(seed: int, width: int, narrow: bool, exponent: int) -> None:
-    """Also where all numbers of a group are far from its zero."""
+    """Also if all numbers of a group are far from its zero point."""
     random = torch.Generator().manual_seed(seed)
     zeros_X = torch.randint(0, LEVELS + 1, (24, 5), generator=random)
     numbers_XC = torch.randint(0, LEVELS + 1, (24, 5, width), generator=random)

@@ -46,7 +46,7 @@ CAPABILITY = next((int(word) for word in sys.argv[1:] if word.isdigit()), 90)
 TARGET = GPUTarget("cuda", CAPABILITY, 32)
 HAS_BFLOAT16, HAS_FP8, HAS_PDL = CAPABILITY >= 80, CAPABILITY >= 89, CAPABILITY >= 90
 SHARED_BYTES = 1024 * {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[CAPABILITY]
-"""That a program may have (CUDA programming guide, "compute capabilities")."""
+"""Shared memory per program (CUDA programming guide, "compute capabilities")."""
 CACHE = {"keys": "*bf16", "values": "*bf16", "tables": "*i32", "lengths": "*i32", "first_head": "*i32", "num_heads_of": "*i32"}
 STRIDES = dict.fromkeys(("table_stride", "q_token_stride", "block_stride", "token_stride", "head_stride", "num_heads", "parts"), "i32")
 ATTENTION = {"q": "*bf16", "out": "*bf16", **CACHE, "scale_log2": "fp32", **STRIDES}
@@ -79,7 +79,7 @@ DRAWING = (
 )
 
 ALL_TILES = "--all" in sys.argv
-"""Else only those that are taken unmeasured."""
+"""Else only those used without measuring."""
 IS_WIDE = ALL_TILES or CAPABILITY != 90
 """Whether attention is compiled for heads of 64 and in float32 as well."""
 
@@ -395,7 +395,7 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
 
 
 def _asked_for() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """All, or of int4 with zeros, which differs from int4 by little, one of each kernel."""
+    """All kernels; of int4_zeros, which differs little from int4, one of each kernel."""
     seen = set()
     for kernel, types, constants, options in KERNELS:
         if ALL_TILES or constants.get("KIND") != "int4_zeros" or kernel.__name__ not in seen:

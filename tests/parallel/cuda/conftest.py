@@ -15,7 +15,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def exact_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows rounded to FP8 by torch where kernels are interpreted: Triton 3.7.1's interpreter loses a carry (124.5 becomes 64, not 128)."""
+    """Under the interpreter, quantise to FP8 by torch: Triton 3.7.1's interpreter loses a carry (124.5 becomes 64, not 128)."""
     if not torch.cuda.is_available():
         for module in ("quantised_matmul", "grouped_gemm"):
             monkeypatch.setattr(f"parallel.cuda.{module}.quantise_rows", quantise_fp8)

@@ -1,4 +1,4 @@
-"""Which tile is taken, and that it does not matter which."""
+"""Which tile is chosen, and that results do not depend on it."""
 
 import json
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def test_a_lost_device_aborts_the_start_and_keeps_nothing(tmp_path: Path, device
     ],
 )
 def test_what_cannot_be_measured_now_is_measured_at_the_next_start(error: RuntimeError, tmp_path: Path, device: torch.device) -> None:
-    """The tiles that came before a full memory are not the fastest of all."""
+    """The fastest of the candidates measured before memory ran out need not be the fastest of all."""
     from parallel.cuda.autotune import Autotuner
 
     some = _some()
@@ -147,7 +147,7 @@ def test_a_product_is_bit_identical_for_all_tiles(num_rows: int, device: torch.d
 
 
 def test_measurements_are_separate_for_each_dtype(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fits into shared memory with 16 bits may not with 32."""
+    """A tile that fits into shared memory with 16 bits may not with 32."""
     from parallel.cuda import grouped_gemm, quantised_matmul
     from parallel.cuda.autotune import Autotuner
     from parallel.cuda.expert_sort import sort_by_expert

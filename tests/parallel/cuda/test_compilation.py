@@ -1,4 +1,4 @@
-"""Every kernel compiles for every kind of GPU, also where there is none, and takes no more of it than there is."""
+"""Every kernel compiles for every kind of GPU, without one being present, and fits its resources."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 HOPPER_SHARED_BYTES = 227 * 1024
-"""What one program may have there."""
+"""Shared memory per program."""
 
 
 def compiled(options: tuple[str, ...], folder: Path) -> list[str]:
-    """What `tests.parallel.cuda.compile_kernels` says, a line for each kernel."""
+    """The output of `tests.parallel.cuda.compile_kernels`, one line per kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.cuda.compile_kernels", *options],
@@ -30,7 +30,7 @@ def compiled(options: tuple[str, ...], folder: Path) -> list[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("capability", "count", "kib"), [(75, 87, 64), (80, 87, 163), (89, 101, 99), (100, 101, 227), (120, 101, 99)])
 def test_default_tiles_fit_every_kind_of_device(capability: int, count: int, kib: int, tmp_path: Path) -> None:
-    """Turing in float16, Ampere, Ada, Blackwell and what it has in graphics cards; attention in float32 as well."""
+    """Turing in float16, Ampere, Ada, Blackwell and consumer Blackwell; attention in float32 as well."""
     lines = compiled((str(capability),), tmp_path)
     assert len(lines) == count
     assert not [line for line in lines if int(line.split()[3]) > kib * 1024]

@@ -1,4 +1,4 @@
-"""What a replayed step does first, in one launch against plain torch."""
+"""Unpacking decode inputs in one launch against plain torch."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Grouped products of routed experts against one expert after the other."""
+"""Grouped GEMM of routed experts against one expert after the other."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.parallel.memory_tensor import MemoryTensor
 
 
 def products(x: Tensor, matrices: list[Tensor], held_ids_NA: Tensor, weights: Tensor | None, sources: int) -> Tensor:
-    """The twin: every assignment by itself."""
+    """The reference: every assignment by itself."""
     rows = []
     for number, expert in enumerate(held_ids_NA.flatten().tolist()):
         row = x[number // sources].float() @ matrices[expert].float().T if expert >= 0 else x.new_zeros(matrices[0].shape[0]).float()

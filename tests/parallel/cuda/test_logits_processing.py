@@ -1,4 +1,4 @@
-"""Logits edited by kernels against the slow twin, to the bit."""
+"""Logits processing kernels against the reference, bit for bit."""
 
 import pytest
 import torch

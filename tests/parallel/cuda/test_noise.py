@@ -1,4 +1,4 @@
-"""Noise in one launch against plain torch: to the bit, or answers would depend on where they are made."""
+"""Random numbers in one launch against plain torch, bit for bit; else answers would depend on the device."""
 
 import pytest
 import torch

@@ -85,7 +85,7 @@ def test_the_result_does_not_depend_on_the_number_of_parts(parts: int, device: t
 
 @pytest.mark.parametrize("parts", [1, 16])
 def test_a_few_new_tokens_of_a_long_context_are_split_and_causal(parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As guessed ones are; they are no prompt's, which one program would read from end to end."""
+    """Like draft tokens; unlike a prompt, whose context one program reads from start to end."""
     from model.attention.cuda import CudaAttention
 
     monkeypatch.setattr(CudaAttention, "parts_of_few", lambda _self, _num_sequences: parts)
@@ -108,7 +108,7 @@ def test_parts_are_a_power_of_two_and_fewer_with_more_sequences(device: torch.de
 
 
 def test_a_sequence_without_tokens_gets_zeros(device: torch.device) -> None:
-    """As padding of a captured step does."""
+    """Like the padding of a captured step."""
     from parallel.cuda.paged_attention import HeadGroups
     from parallel.cuda.paged_decode import decode
 

@@ -1,4 +1,4 @@
-"""Products with rounded matrices against the same in plain torch."""
+"""Products with quantised matrices against the same in plain torch."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from parallel.quantisation import quantise_fp8
 from parallel.quantised_format import Kind, QuantisedFormat, multiply_reference, unpack
 
 KINDS = ["int8", "int4", pytest.param("int4_zeros", marks=pytest.mark.slow), "fp8"]
-"""Of the third see also test_zeros.py."""
+"""For the third see also test_zero_points.py."""
 
 
 @pytest.mark.usefixtures("exact_fp8")

@@ -1,4 +1,4 @@
-"""Triton compiles nothing here, and launches nothing: what would be launched is written down, its way and the quick one."""
+"""Quick launches against Triton's. Nothing is compiled or launched here; fakes record what would be launched."""
 
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ STREAM = 77
 
 
 class CudaDriver:
-    """As much of Triton's as a launch asks."""
+    """The part of Triton's interface that a launch uses."""
 
     def __init__(self) -> None:
         self.device = 0
@@ -38,7 +38,7 @@ class CudaDriver:
 
 
 class Launcher(CudaLauncher):  # type: ignore[misc]
-    """Triton's own but for its last step."""
+    """Triton's own, except for its last step."""
 
     seen: ClassVar[list[tuple[Any, ...]]] = []
 
@@ -51,7 +51,7 @@ class Launcher(CudaLauncher):  # type: ignore[misc]
 
 
 class Compiled:
-    """What Triton's compiler would have made."""
+    """What Triton's compiler would have produced."""
 
     scratch_size = 0
 
@@ -64,7 +64,7 @@ class Compiled:
 
 
 class Uncompiled:
-    """A kernel whose variants are told apart by all that Triton's compiler is told of them."""
+    """A kernel whose variants are distinguished by everything that Triton's compiler specialises on."""
 
     compiled = 0
 
@@ -124,7 +124,7 @@ USUAL = (pointer(torch.float32, 0), pointer(torch.float32, 0), pointer(torch.flo
 
 
 def launched(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], grid: Any = (3, 2)) -> tuple[Any, ...] | str:
-    """What Triton's last step was given, with tensors as their tensor_addresses and without what no kernel is given; or an error."""
+    """The arguments of Triton's last step, with tensors as addresses and without those that kernels do not get; or an error."""
     Launcher.seen.clear()
     try:
         kernel[grid](*args, **options)
@@ -143,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 
 def without_constants(seen: tuple[Any, ...] | str) -> Any:
-    """The last two arguments of the kernel are constants, which the launcher skips."""
+    """The last two kernel arguments are constants, which the launcher skips."""
     if isinstance(seen, str):
         return seen
     return (*seen[:-1], seen[-1][:-2]) if quick_launch.VERSION != "3.6" else seen[:-2]

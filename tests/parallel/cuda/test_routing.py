@@ -1,4 +1,4 @@
-"""Which experts a token takes, and the sum with the shared one's, against plain torch."""
+"""Top-k routing, and adding the shared expert, against plain torch."""
 
 import pytest
 import torch

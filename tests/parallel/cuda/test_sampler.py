@@ -1,4 +1,4 @@
-"""Steps that are launched and steps that are replayed, both drawn by kernels, against the sampler in plain torch."""
+"""Launched and replayed steps, both sampled by kernels, against the sampler in plain torch."""
 
 import random
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ PARAMS = [
 
 @contextmanager
 def by_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Also where an interpreter stands in for a GPU."""
+    """Also under Triton's interpreter."""
     from parallel.cuda import logits_processing, sampling
 
     def edited_by_kernel(table, logits_RV, entries_R, stops_R, word_rows_R=None, words_GW=None, *, raw_highest_RN=None):
@@ -56,7 +56,7 @@ def by_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def opened(params: list[SamplingParams], draw: random.Random, table: EditTable | None) -> tuple[list[SamplingState], list[Row]]:
-    """States that have entries in the table, and rows of the same without."""
+    """States with entries in the table, and rows of the same states without."""
     states, rows = [], []
     for number, one in enumerate(params):
         opening = NewSequence(
@@ -89,7 +89,7 @@ def test_a_launched_step_samples_like_plain_torch(
 
 
 def test_logits_edited_on_the_host_have_the_layout_of_those_edited_on_the_device() -> None:
-    """Else all that draws is compiled a second time for them, and takes one number at a time."""
+    """Else the sampling kernels would be compiled a second time for them, without vectorised loads."""
     draw = random.Random(1)
     _, rows = opened([SamplingParams(repetition_penalty=1.1)] * 3, draw, None)
     raw_RV = torch.randn(3, VOCAB_SIZE + 4)[:, :VOCAB_SIZE]

@@ -1,4 +1,4 @@
-"""Rows drawn by kernels against the sampler in plain torch: the same token, whatever a row's parameters and logits are."""
+"""Sampling kernels against the sampler in plain torch: the same token for any parameters and logits."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Rows that few candidates do not decide: sought by a kernel, against sorting them."""
+"""Sampling from the full vocabulary by a kernel, against sorting."""
 
 import pytest
 import torch

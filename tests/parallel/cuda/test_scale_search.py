@@ -1,4 +1,4 @@
-"""Scales of 4 bits chosen on a device: to the bits of plain torch, and so of a CPU."""
+"""int4 scale search on a device: bit-identical to plain torch, and so to the CPU kernel."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A model that computes with the kernels for CUDA alone, against itself without them."""
+"""A model computed only with the CUDA kernels, against the same model without them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ PROMPTS = ((5, 9, 1), tuple(range(40, 61)))
 
 
 def answers(folder: Path, graphs: RecordedGraphs | None = None) -> list[tuple[int, ...]]:
-    """With ``graphs`` steps that only decode are replayed from them."""
+    """With ``graphs``, decode-only steps are replayed from them."""
     config = engine_config(max_step_tokens=16, max_running=3, prefix_cache=False)
     executor = LocalExecutor.open(
         folder, runner_config=float32_config(num_blocks=100, block_tokens=config.block_tokens), engine_config=config

@@ -8,7 +8,7 @@ from parallel.quantised_format import QuantisedFormat, multiply_reference, unpac
 
 
 def stored(num_outputs: int, num_inputs: int, device: torch.device) -> Tensor:
-    """As AWQ stores it: numbers from 0 to 15 less a zero, times a scale, for each 128 inputs."""
+    """As in AWQ: numbers from 0 to 15 minus a zero point, times a scale, for each 128 inputs."""
     groups = (num_outputs, -(-num_inputs // 128), 1)
     scales, zeros = (torch.rand(groups) * 0.1 + 0.01).half().float(), torch.randint(0, 16, groups)
     numbers = torch.randint(0, 16, (*groups[:2], 128)) - zeros

@@ -1,4 +1,4 @@
-"""The small operations against torch's."""
+"""Elementwise kernels against torch."""
 
 import pytest
 import torch

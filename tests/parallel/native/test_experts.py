@@ -1,4 +1,4 @@
-"""All experts in one call against one expert after the other."""
+"""All experts in one call against one after the other."""
 
 import pytest
 import torch

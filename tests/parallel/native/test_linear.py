@@ -1,4 +1,4 @@
-"""The kernels' product against the packed matrix multiplied by torch."""
+"""Products by kernels against the packed matrix multiplied by torch."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -33,13 +33,13 @@ KINDS = (
     *("bf16", "bf16_dot", "fp32", "int8", "int8_dot", "int4", "int4_dot"),
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int4_zeros", "int4_zeros_dot")),
 )
-"""Of the last see also test_zeros.py."""
+"""For the last see also test_zero_points.py."""
 SHAPES = {"even": (256, 128), "narrow": (1, 64), "ragged": (307, 200), "deep": (72, 1500), "wide": (4500, 40)}
 MOST_ROUNDING: dict[Kind, float] = {
     "bf16": 2.0**-8, "bf16_dot": 2.0**-8, "fp32": 0.0, "int8": 1 / 253, "int8_dot": 3 / 253, "int4": 0.126, "int4_dot": 0.126,
     "int4_zeros": 0.134, "int4_zeros_dot": 0.134,
 }  # fmt: skip
-"""Of the largest number of a group, by which a weight may be off. Where groups are turned, the errors of all numbers add up in each."""
+"""Largest error of a weight, relative to the largest in its group. With a Hadamard transform the errors of all numbers add up in each."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -150,7 +150,7 @@ def test_the_product_is_that_with_the_unpacked_matrix(library: Native, kind: Kin
 
 
 def assert_near(found: Tensor, wanted: Tensor, x: Tensor, packed: Packed) -> None:
-    """Each number to 2^-14 of what its summands come to: float32 sums, and for integers x as 16 bits."""
+    """Each number to 2^-14 of the sum of its terms' magnitudes: float32 sums, and 16-bit x for integers."""
     size = x.double().abs() @ unpack(packed)[:, : x.shape[1]].double().abs().T
     assert ((found - wanted).abs() <= 2.0**-14 * size + 1e-6).all()
 
@@ -171,7 +171,7 @@ def test_the_hadamard_kernel_is_bit_identical_to_the_reference(library: Native, 
 
 @pytest.mark.parametrize("kind", ["int8_dot"])
 def test_an_outlier_costs_the_others_of_its_group_little(library: Native, kind: Kind) -> None:
-    """Rounded with a scale by itself it would leave them an error of 12 %."""
+    """Rounded with one scale, it would leave the others an error of 12 %."""
     weight, x = random(300, 256), random(20, 256, seed=1)
     weight[:, 77] = 0
     wanted = x @ weight.T

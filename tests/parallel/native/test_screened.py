@@ -1,4 +1,4 @@
-"""The highest logits by way of 8 bits, against all of them: the same bits, whatever matrices and rows are made of."""
+"""Top logits by 8-bit screening against the whole product: bit-identical for any matrices and rows."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def spread_out(weight: Tensor) -> Tensor:
-    """Lengths as those of tokens that are frequent or never seen, some of nothing at all."""
+    """Norms as those of frequent tokens and of tokens never seen, some of them zero."""
     weight = weight * torch.logspace(-3, 1, len(weight)).unsqueeze(-1)
     weight[::97] = 0
     return weight
@@ -41,7 +41,7 @@ def with_loud_features(weight: Tensor) -> Tensor:
 
 
 def nearly_the_same(weight: Tensor) -> Tensor:
-    """Each eight outputs differ by the last bit of bfloat16 in one place, or in none."""
+    """Groups of eight outputs differ in the last bit of bfloat16 of one weight, or not at all."""
     same = weight[::8].repeat_interleave(8, 0)[: len(weight)].bfloat16()
     same[1::4, 3] = same[1::4, 3] * (1 + 2.0**-7)
     return same.float()
@@ -61,7 +61,7 @@ def made(library: Native, weight: Tensor) -> Screen:
 
 
 def anyhow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it pays or not."""
+    """Whether screening pays off or not."""
     monkeypatch.setattr("parallel.native.screened._worth_it", lambda panels, rows: (panels * rows, panels))
 
 
@@ -108,7 +108,7 @@ def test_top_logits_are_exact_for_matrices_and_rows_with_large_rounding_errors(
 
 
 def test_top_logits_are_exact_if_the_row_is_one_of_the_outputs(library: Native) -> None:
-    """Then one logit stands far above the others: nearly nothing is multiplied twice."""
+    """Then one logit is far above the others, and almost no panel is computed exactly."""
     weight = random(6000, 256)
     screen = made(library, weight)
     check(library, screen, weight[torch.arange(0, 6000, 500)] * 3, 1)
@@ -170,7 +170,7 @@ def test_a_head_that_does_not_gain_backs_off(library: Native, monkeypatch: pytes
 
 
 def test_ids_beyond_the_matrix_are_ignored(library: Native) -> None:
-    """A model that guesses may know fewer than the one it guesses for."""
+    """A draft model may have a smaller vocabulary than its target."""
     weight = random(4000, 256)
     format = PackedFormat("bf16_dot", torch.bfloat16)
     tensors = format.prepare({"weight": weight})
@@ -203,7 +203,7 @@ def test_a_nan_or_zero_norm_makes_its_panel_a_candidate(library: Native, monkeyp
 
 
 def test_rounding_of_the_exact_product_is_included_for_all_features(library: Native, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of 8,191 products is about half of what a sum of 1 can tell: in one output all of them vanish, in another all are rounded up."""
+    """Each of 8,191 products is about half the resolution of a sum of 1: in one output all vanish, in another all are rounded up."""
     anyhow(monkeypatch)
     num_features, unit = 8192, 2.0**-8
     weight = torch.zeros(96, num_features)

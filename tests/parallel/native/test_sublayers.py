@@ -1,4 +1,4 @@
-"""Half a layer in one call where it refuses; its results are compared in tests/model/test_native_layers.py."""
+"""Errors of sublayer kernels; their results are compared in tests/model/test_native_layers.py."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_row_with_an_expert_that_is_not_held_is_an_error() -> None:
 
 
 def second_half(library: Native, held: set[int]) -> Tensor:
-    """Of one row."""
+    """For one row."""
     random = torch.Generator().manual_seed(4)
 
     def matrix(outputs: int, inputs: int) -> Packed:

@@ -1,4 +1,4 @@
-"""The kernels for 4 bits with a zero to each group, each shape once; more are slow tests beside those of the other kinds."""
+"""The int4 kernels with zero points, each shape once; more are slow tests beside those of the other kinds."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def library(kind: Kind) -> Native:
 
 
 def stored(num_outputs: int, num_inputs: int) -> Tensor:
-    """As AWQ stores it: numbers from 0 to 15 less a zero, times a scale, for each 128 inputs."""
+    """As in AWQ: numbers from 0 to 15 minus a zero point, times a scale, for each 128 inputs."""
     groups = (num_outputs, -(-num_inputs // 128), 1)
     scales, zeros = (torch.rand(groups) * 0.1 + 0.01).half().float(), torch.randint(0, 16, groups)
     numbers = torch.randint(0, 16, (*groups[:2], 128)) - zeros
