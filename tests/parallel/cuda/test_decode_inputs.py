@@ -9,7 +9,7 @@ from engine.run.decode_inputs import unpack_decode_inputs_torch
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 130])
-def test_it_unpacks_what_the_twin_unpacks(num_rows: int, device: torch.device) -> None:
+def test_it_unpacks_like_the_reference(num_rows: int, device: torch.device) -> None:
     from parallel.cuda.decode_inputs import unpack_decode_inputs as in_one_launch
 
     generator = torch.Generator().manual_seed(num_rows)

@@ -56,16 +56,16 @@ def test_a_token_is_counted_once_and_no_other_entry_is_touched(device: torch.dev
     from parallel.cuda.logits_processing import count_tokens
 
     generator = torch.Generator().manual_seed(2)
-    ours, twin = (EditTable(num_entries=200, vocab_size=50, device=device) for _ in range(2))
-    for table in (ours, twin):
+    ours, reference = (EditTable(num_entries=200, vocab_size=50, device=device) for _ in range(2))
+    for table in (ours, reference):
         table._known_N[::3] = torch.iinfo(torch.int64).max
     for step in range(6):
         entries_R = torch.randperm(200, generator=generator)[:150].to(device)
         entries_R[::7] = -1
         tokens_R = torch.randint(0, 53, (150,), generator=generator).to(device)  # some are beyond the vocabulary
         starts_R = torch.randint(0, 3, (150,), generator=generator).to(device) + step
-        twin.count_tokens_torch(entries_R, tokens_R, starts_R)
+        reference.count_tokens_torch(entries_R, tokens_R, starts_R)
         count_tokens(entries_R, tokens_R, starts_R, ours._counts_NV, ours._known_N)
-        assert torch.equal(ours._counts_NV, twin._counts_NV)
-        assert torch.equal(ours._known_N, twin._known_N)
-    assert 100 < int(twin._counts_NV.sum()) // 2 < 700
+        assert torch.equal(ours._counts_NV, reference._counts_NV)
+        assert torch.equal(ours._known_N, reference._known_N)
+    assert 100 < int(reference._counts_NV.sum()) // 2 < 700
