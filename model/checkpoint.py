@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -275,5 +276,8 @@ def _packed(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[st
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod((path.parent / "config.json").stat().st_mode)  # the library lets only the owner read; follow the umask instead

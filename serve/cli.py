@@ -1,6 +1,7 @@
 """The `manta` command line. Each command is a file in `serve/commands/` and imports heavy modules only when it runs."""
 
 import io
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -83,6 +84,7 @@ def _manta(version: Version = False) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is under way is cleaned up, as at Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no letter for it shows "?"

@@ -117,7 +117,7 @@ def run_local(
                 _start_ray(models, config, folder)
             stop.install()  # again: Ray installed its own handlers
             stack.enter_context(
-                registered(ray.get_runtime_context().gcs_address, variables[MARK])
+                registered(ray.get_runtime_context().gcs_address, variables[MARK], http=http)
             )  # `manta status` shows it while it loads
             _hush_ray()
             on_progress("starting Ray Serve", 0.05)

@@ -17,12 +17,14 @@ class LocalServerRecord:
     """host:port of its Ray."""
     token: str
     """Path of the token file for joining it; readable by this user only."""
+    http: str = ""
+    """Base URL."""
 
 
 @contextmanager
-def registered(address: str, token: str) -> Iterator[None]:
+def registered(address: str, token: str, *, http: str) -> Iterator[None]:
     """Keep this process registered while the context is open."""
-    note = LocalServerRecord(pid=os.getpid(), address=address, token=token)
+    note = LocalServerRecord(pid=os.getpid(), address=address, token=token, http=http)
     file = _folder() / f"{note.pid}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

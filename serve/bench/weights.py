@@ -2,6 +2,7 @@
 
 from model.config import ModelConfig
 from model.formats import Formats
+from parallel.weight_format import WeightFormat
 from serve.bench.report import WeightBytes
 
 
@@ -25,3 +26,9 @@ def _mlp_weights(config: ModelConfig, layer: int) -> int:
         return 3 * config.hidden_size * config.intermediate_size
     inner = moe.experts_per_token * moe.expert_intermediate_size + moe.shared_intermediate_size
     return 3 * config.hidden_size * inner + config.hidden_size * (moe.num_experts + 1)
+
+
+def format_name(format: WeightFormat) -> str:
+    """``bf16_dot`` or ``int8``, the kind of a packed or quantised format; ``float32``, the dtype of any other."""
+    kind = getattr(format, "kind", None)
+    return str(kind) if kind is not None else str(getattr(format, "dtype", format)).removeprefix("torch.")

@@ -104,7 +104,7 @@ def measure(
     from serve.bench.ceiling import measure_ceiling
     from serve.bench.control_plane import SEQUENCES, control_plane_s
     from serve.bench.report import summarise
-    from serve.bench.weights import weight_bytes
+    from serve.bench.weights import format_name, weight_bytes
     from serve.bench.workload import run_rounds
 
     model_config = ModelConfig.from_checkpoint(found.folder)
@@ -135,7 +135,7 @@ def measure(
             figures.append(summarise(workload, results, weights, ceiling))
     lines = [
         f"{found.name}: {config.parallel.topology}, {str(dtype).removeprefix('torch.')} on {device}, torch {torch.__version__}",
-        f"weights: {formats.matrices}, embedding and head: {formats.table}",
+        f"weights: {format_name(formats.matrices)}, embedding and head: {format_name(formats.table)}",
         f"machine: {usable_cores()} cores, reads {ceiling.read_bytes_per_s / 1e9:.1f} GB/s, copies {ceiling.copy_bytes_per_s / 1e9:.1f}, "
         f"multiplies {ceiling.flop_per_s / 1e9:,.0f} GFLOP/s",
         f"deciding a step of {SEQUENCES} sequences takes {control_plane_s() * 1e6:,.0f} us of CPU",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from serve.commands.settings import Assignments, ConfigFile, exit_with_error, lo
 
 if TYPE_CHECKING:
     from serve.config import ServeConfig
+    from serve.local_servers import LocalServerRecord
     from serve.overview import Overview
 
 EVERY_S = 1.0
@@ -86,24 +88,16 @@ def top(
 @contextmanager
 def _watching(config: "ServeConfig") -> Iterator[None]:
     """Connect to the cluster that is meant. Exits the program if there is none."""
-    from serve.local_servers import running_servers
     from serve.ray_address import watched_address
 
-    address = watched_address(config)
-    if address in (None, "local"):
-        servers = running_servers()
-        if len(servers) > 1:
-            listed = "\n".join(f"  RAY_AUTH_TOKEN_PATH={each.token} manta status --ray-address {each.address}" for each in servers)
-            exit_with_error(f"{len(servers)} servers run here; say which:\n{listed}")
-        if servers:
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": servers[0].token}
-        elif address == "local":
-            exit_with_error("no `manta serve` of yours runs on this machine")
-        address = servers[0].address if servers else "auto"
+    address, server = _meant(watched_address(config))
+    if server is not None:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": server.token}
     from cluster.ray_cluster import CannotJoin, join_ray_cluster  # imports ray, which reads those variables when it is imported
 
     try:
-        with join_ray_cluster(address or "auto", namespace=config.ray.namespace):
+        with join_ray_cluster(address, namespace=config.ray.namespace):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler prints a stack trace
             yield
     except CannotJoin as error:
         if watched_address(config) is None and "Could not find any running Ray" in str(error):
@@ -113,6 +107,26 @@ def _watching(config: "ServeConfig") -> Iterator[None]:
         exit_with_error(
             f"{error}\nno `manta serve` of yours runs on this machine either" if watched_address(config) is None else str(error)
         )
+
+
+def _meant(address: str | None) -> "tuple[str, LocalServerRecord | None]":
+    """The Ray to join, and the server of this user that it belongs to. Exits the program if there is none, or more than one to choose from.
+
+    ``address``: see `watched_address`.
+    """
+    from serve.local_servers import running_servers
+
+    servers = running_servers()
+    if address not in (None, "local"):
+        return address, next((each for each in servers if each.address == address), None)
+    if len(servers) > 1:
+        listed = "\n".join(f"  --ray-address {each.address}  {each.http}" for each in servers)
+        exit_with_error(f"{len(servers)} servers run here; say which:\n{listed}")
+    if servers:
+        return servers[0].address, servers[0]
+    if address == "local":
+        exit_with_error("no `manta serve` of yours runs on this machine")
+    return "auto", None
 
 
 def _tree(seen: "Overview") -> dict[str, object]:

@@ -1,10 +1,18 @@
 """`manta bench`: what is counted, and what it is held against."""
 
+import pytest
+import torch
+
 from engine.config import EngineConfig
 from engine.engine import Engine
+from parallel.onednn_format import OneDnnFormat
+from parallel.packed_format import PackedFormat
+from parallel.quantised_format import QuantisedFormat
+from parallel.weight_format import Dense
 from serve.bench.ceiling import Ceiling
 from serve.bench.control_plane import control_plane_s
 from serve.bench.report import WeightBytes, floor_s, summarise
+from serve.bench.weights import format_name
 from serve.bench.workload import Workload, run_workload
 from tests.fakes.executor import FakeExecutor
 
@@ -43,3 +51,16 @@ def test_a_figure_is_the_median_of_its_rounds():
 
 def test_the_cost_of_deciding_is_measured_with_every_sequence_decoding():
     assert control_plane_s(sequences=8, steps=3) >= 0
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        (Dense(torch.float32), "float32"),
+        (PackedFormat("bf16_dot", torch.bfloat16), "bf16_dot"),
+        (QuantisedFormat("int8", torch.bfloat16), "int8"),
+        (OneDnnFormat(torch.bfloat16), "bfloat16"),
+    ],
+)
+def test_a_format_is_named_in_a_word(format, name: str) -> None:
+    assert format_name(format) == name

@@ -333,3 +333,22 @@ def test_a_flag_that_nobody_has_is_answered_with_how_any_setting_is_said() -> No
     done = manta("up", "demo", "--zzz", "2")
     assert "No such option: --zzz; settings without a flag are set by --set" in done.output
     assert "(Possible options: --replicas)" in manta("up", "demo", "--replica", "2").output
+
+
+def test_sigterm_cleans_up_as_ctrl_c_does() -> None:
+    program = """
+import os, signal, time
+from serve import cli
+
+def app():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        print("cleaned up")
+
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, "KeyboardInterrupt" in done.stderr) == ("cleaned up\n", True)

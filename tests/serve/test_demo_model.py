@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from model.checkpoint import write_checkpoint
 from serve import demo_model
 from serve.demo_model import DemoModelError, as_qwen2, ensure_demo_model, rotary_halves
 
@@ -55,3 +57,19 @@ def test_a_cache_that_cannot_be_written_to_is_said_with_what_to_set(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DemoModelError, match=r"cannot be kept in .*file/cache: Not a directory; set MANTA_CACHE"):
         ensure_demo_model(tmp_path / "file" / "cache" / "demo-model")
+
+
+def test_a_disk_that_is_full_is_said_with_what_to_set(tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def fetch(scratch):
+        (scratch / "LICENSE").touch()
+        return scratch / "model.gguf"
+
+    monkeypatch.setattr(demo_model, "_fetch_gguf", fetch)
+    monkeypatch.setattr(demo_model, "_convert", lambda _file, folder, _report: write_checkpoint(folder, {"weight": torch.zeros(4)}, {}))
+    monkeypatch.setattr("model.checkpoint.save_file", fail)
+    with pytest.raises(DemoModelError, match=r"cannot be kept in .*No space left on device.*; set MANTA_CACHE"):
+        ensure_demo_model(tmp_path / "demo-model")
+    assert not (tmp_path / "demo-model").exists()
